@@ -1,0 +1,77 @@
+# Everything is done by the tools in .venv, which `make install` builds from the locked
+# requirement files; nothing is installed outside this directory.
+
+PYTHON ?= python3
+VENV   := .venv
+TOOLS  := .tools
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+# FLORA's own SDK, which one test runs with node; left out where npm is not installed.
+SDK    := tests/simulator/sdk
+SDK_STAMP := $(if $(shell command -v npm),$(SDK)/node_modules/.installed)
+# The Python that is here is used, and a machine's own settings add nothing to the lock files.
+PIP    := PIP_CONSTRAINT=/dev/null PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore \
+          $(PYTHON) -m pip
+# This machine's certificates are trusted, as pip does; UV_SYSTEM_CERTS=0 takes uv's own.
+UV_SYSTEM_CERTS ?= 1
+UV     := UV_PYTHON_DOWNLOADS=never UV_FIND_LINKS= UV_CONSTRAINT= UV_OVERRIDE= \
+          UV_SYSTEM_CERTS=$(UV_SYSTEM_CERTS) \
+          PYTHONPATH=$(TOOLS) $(PYTHON) -m uv
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format lock clean
+
+help:  ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP) $(SDK_STAMP)  ## make .venv with everything the project needs (does nothing where it is current)
+
+$(TOOLS)/.installed: requirements/uv.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make install PYTHON=...")'
+	@rm -rf $(TOOLS)
+	$(PIP) install --quiet --no-deps --require-hashes --target $(TOOLS) -r requirements/uv.txt
+	@touch $@
+
+$(STAMP): $(TOOLS)/.installed requirements/dev.txt pyproject.toml
+	@$(BIN)/python -c '' 2>/dev/null || \
+		$(UV) venv --quiet --clear --python "$$(command -v $(PYTHON))" $(VENV)
+	$(UV) pip sync --quiet --python $(BIN)/python --require-hashes requirements/dev.txt
+	$(UV) pip install --quiet --python $(BIN)/python --offline --no-deps --no-build-isolation \
+		--editable .
+	@touch $@
+
+# Without the SDK everything else still works, so only CI insists on it.
+$(SDK)/node_modules/.installed: $(SDK)/package.json $(SDK)/package-lock.json
+	@if npm ci --prefix $(SDK) --ignore-scripts --no-audit --no-fund --loglevel=error \
+		--fetch-retries=1 --fetch-timeout=30000; then touch $@; \
+	else test -z "$$CI" && echo "the test with FLORA's SDK is left out: npm could not install it"; fi
+
+demo: install  ## watch the tracker work against a local FLORA, without a key
+	$(BIN)/tracker demo
+
+test: install  ## run the test suite, on SQLite and on a PostgreSQL that it starts itself
+	$(BIN)/pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+check: install  ## lint, formatting, types and the house's import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install  ## put the code into the house's format
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+lock: $(TOOLS)/.installed  ## resolve the requirement files anew (UPGRADE=--upgrade takes newer releases)
+	$(LOCK) --output-file requirements/runtime.txt pyproject.toml
+	$(LOCK) --output-file requirements/dev.txt --constraint requirements/runtime.txt --group dev \
+		pyproject.toml
+	$(LOCK) --output-file requirements/uv.txt --group pyproject.toml:bootstrap
+
+LOCK = UV_NO_CONFIG=1 $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+       --no-annotate --custom-compile-command "make lock" $(UPGRADE)
+
+clean:  ## remove the virtual environment and what the tools left behind
+	rm -rf $(VENV) $(TOOLS) $(SDK)/node_modules .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,131 @@
+"""Fixtures for every test: databases of its own on both engines, and a wall around the suite.
+
+`TRACKER_TEST_DATABASE_URL` (a `postgresql://` URL whose user may create databases) names a server
+to use in place of the one that the suite starts.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+from tests.support import wall
+from tests.support.databases import (
+    Background,
+    PostgresDatabases,
+    copy_sqlite,
+    migrate,
+    sqlite_url_of,
+)
+from tests.support.postgres import PostgresServer
+
+# A developer's own key, deployment and proxy are nobody's business here, nor a child process's.
+for _name in list(os.environ):
+    _is_ours = _name.startswith(("FLORA_", "TRACKER_")) and not _name.startswith("TRACKER_TEST_")
+    if _is_ours or _name.lower().endswith("_proxy"):
+        del os.environ[_name]
+
+# Slow machines are not failures; on CI every run tries the same examples.
+hypothesis.settings.register_profile(
+    "house", deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True
+)
+hypothesis.settings.load_profile("house")
+
+wall.build()
+
+
+@pytest.fixture(autouse=True)
+def _behind_the_wall() -> Iterator[None]:
+    """A test that tried to leave 127.0.0.1 fails, even where its code swallowed the error."""
+    wall.refused.clear()
+    yield
+    tried, wall.refused[:] = list(wall.refused), []
+    assert not tried, f"tests reach only 127.0.0.1, and this one tried {tried}"
+
+
+@pytest.fixture(scope="session")
+def background() -> Iterator[Background]:
+    """An event loop for fixtures."""
+    background = Background()
+    yield background
+    background.close()
+
+
+@pytest.fixture(scope="session")
+def postgres_databases(background: Background) -> Iterator[PostgresDatabases]:
+    """Makes databases on the one PostgreSQL server of this process."""
+    given = os.environ.get("TRACKER_TEST_DATABASE_URL")
+    if given:
+        databases = PostgresDatabases(given, background)
+        yield databases
+        databases.close()
+        return
+    with PostgresServer() as server:
+        databases = PostgresDatabases(server.url(), background)
+        yield databases
+        databases.close()
+
+
+@pytest.fixture
+def postgres_url(postgres_databases: PostgresDatabases) -> Iterator[str]:
+    """A PostgreSQL database with the tracker's schema, for this test alone."""
+    with postgres_databases.migrated() as url:
+        yield url
+
+
+@pytest.fixture
+def empty_postgres_url(postgres_databases: PostgresDatabases) -> Iterator[str]:
+    """A PostgreSQL database with nothing in it, for this test alone."""
+    with postgres_databases.empty() as url:
+        yield url
+
+
+@pytest.fixture
+def own_postgres(background: Background) -> Iterator[PostgresServer]:
+    """A PostgreSQL server for this test alone, to be stopped, started and crashed at will.
+
+    Its database `tracker` (`own_postgres.url("tracker")`) has the tracker's schema.
+    """
+    with PostgresServer() as server:
+        databases = PostgresDatabases(server.url(), background)
+        databases.create("tracker")
+        databases.close()
+        background.run(migrate(server.url("tracker")))
+        yield server
+
+
+@pytest.fixture(scope="session")
+def _sqlite_template(background: Background, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("template") / "tracker.db"
+    background.run(migrate(sqlite_url_of(path)))
+    return path
+
+
+@pytest.fixture
+def sqlite_url(_sqlite_template: Path, tmp_path: Path) -> str:
+    """A SQLite file with the tracker's schema, for this test alone."""
+    path = tmp_path / "tracker.db"
+    copy_sqlite(_sqlite_template, path)
+    return sqlite_url_of(path)
+
+
+@pytest.fixture
+def empty_sqlite_url(tmp_path: Path) -> str:
+    """A SQLite file that does not exist yet, for this test alone."""
+    return sqlite_url_of(tmp_path / "empty.db")
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database_url(request: pytest.FixtureRequest) -> str:
+    """A database with the tracker's schema: the test runs once on each engine."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def empty_database_url(request: pytest.FixtureRequest) -> str:
+    """A database with nothing in it: the test runs once on each engine."""
+    url: str = request.getfixturevalue(f"empty_{request.param}_url")
+    return url

