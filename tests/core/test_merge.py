@@ -1,0 +1,198 @@
+"""The merge is a join: proved over permutations, then pinned by example."""
+
+import json
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from decimal import Decimal
+from functools import reduce
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.core.strategies import START, observations
+from tracker.core.merge import merge, rank
+from tracker.core.observation import Observation, Source
+from tracker.core.run import Details, Output, Run, RunError, RunStatus, Standing
+
+PICTURE = Output("output_1", "imageUrl", "https://media.example/1.png")
+
+
+def fold(seen: Iterable[Observation]) -> Run:
+    run = reduce(merge, seen, None)
+    assert run is not None
+    return run
+
+
+def sight(source: Source, status: RunStatus, **shown: object) -> Observation:
+    return Observation(run_id="run_1", source=source, status=status, at=START, **shown)  # type: ignore[arg-type]
+
+
+@given(st.lists(observations(), min_size=1, max_size=6), st.randoms(use_true_random=False))
+def test_order_never_matters(seen: list[Observation], random: Random) -> None:
+    """Any permutation of any observations, contradictory ones too, gives the same run."""
+    shuffled = list(seen)
+    random.shuffle(shuffled)
+    assert fold(shuffled) == fold(seen)
+
+
+@given(
+    st.lists(observations(), min_size=1, max_size=5),
+    st.lists(st.integers(min_value=0, max_value=4), max_size=5),
+)
+def test_repetition_never_matters(seen: list[Observation], again: Sequence[int]) -> None:
+    """Seeing anything a second time, however late, changes nothing: not even the object."""
+    run = fold(seen)
+    for position in again:
+        assert merge(run, seen[position % len(seen)]) is run
+
+
+@given(st.lists(observations(), min_size=2, max_size=6))
+def test_only_news_is_needed(seen: list[Observation]) -> None:
+    """Folding only the observations that changed something gives the same run."""
+    run, news = None, []
+    for observation in seen:
+        after = merge(run, observation)
+        if after is not run:
+            news.append(observation)
+        run = after
+    assert fold(news or seen[:1]) == run
+
+
+@given(st.lists(observations(), min_size=1, max_size=5), observations())
+def test_a_run_never_falls_back(seen: list[Observation], late: Observation) -> None:
+    """Nothing that arrives later lowers status or progress, or empties what is known."""
+    before = fold(seen)
+    after = merge(before, late)
+    assert after.standing >= before.standing
+    assert after.progress >= before.progress
+    assert after.conflict >= before.conflict
+    for register in ("outputs", "charged_cost", "started_at", "completed_at", "created_at"):
+        assert getattr(before, register) is None or getattr(after, register) is not None
+
+
+@given(observations())
+def test_an_observation_survives_its_json(seen: Observation) -> None:
+    """What stands in `run_events.detail` reads back as the observation that was seen."""
+    assert Observation.from_json(json.loads(json.dumps(seen.to_json()))) == seen
+
+
+def test_a_callback_ends_a_run_without_details() -> None:
+    """A callback's word ends a run, but only a read of the API settles it."""
+    run = fold([sight(Source.CALLBACK, RunStatus.COMPLETED)])
+    assert (run.status, run.standing) == (RunStatus.COMPLETED, Standing.CALLBACK_COMPLETED)
+    assert not run.settled
+
+
+def test_the_api_has_the_last_word() -> None:
+    """Where callback and API disagree about the end, the API's stands, as a conflict."""
+    callback = sight(Source.CALLBACK, RunStatus.COMPLETED)
+    api = sight(Source.POLL, RunStatus.FAILED, error=RunError("model_timeout", "Too slow"))
+    run = fold([callback, api])
+    assert run == fold([api, callback])
+    assert (run.status, run.error) == (RunStatus.FAILED, RunError("model_timeout", "Too slow"))
+    assert run.conflict
+
+
+def test_a_completed_run_has_no_error() -> None:
+    """A callback's error is dropped once the API says that the run completed."""
+    callback = sight(Source.CALLBACK, RunStatus.FAILED, error=RunError("provider_error"))
+    run = fold([callback, sight(Source.POLL, RunStatus.COMPLETED, outputs=(PICTURE,))])
+    assert (run.status, run.error, run.conflict) == (RunStatus.COMPLETED, None, True)
+
+
+def test_completed_beats_failed_between_equals() -> None:
+    """Two reads that disagree about the end: completed stands, in either order, as a conflict."""
+    failed = sight(Source.POLL, RunStatus.FAILED)
+    completed = sight(Source.HISTORY, RunStatus.COMPLETED, charged_cost=Decimal("0.5"))
+    for order in ([failed, completed], [completed, failed]):
+        run = fold(order)
+        assert (run.status, run.charged_cost) == (RunStatus.COMPLETED, Decimal("0.5"))
+        assert run.conflict
+
+
+def test_a_pending_cost_of_zero_is_replaced() -> None:
+    """The cost of the end replaces the zero that a pending run carries."""
+    pending = sight(Source.START, RunStatus.PENDING, charged_cost=Decimal(0))
+    end = sight(Source.POLL, RunStatus.COMPLETED, charged_cost=Decimal("0.25"))
+    assert fold([end, pending]).charged_cost == fold([pending, end]).charged_cost == Decimal("0.25")
+
+
+def test_a_stale_page_empties_nothing() -> None:
+    """A history item that leaves its outputs out takes none away."""
+    end = sight(Source.POLL, RunStatus.COMPLETED, outputs=(PICTURE,), charged_cost=Decimal("0.25"))
+    for stale in (
+        sight(Source.HISTORY, RunStatus.COMPLETED, outputs=()),
+        sight(Source.HISTORY, RunStatus.RUNNING, progress=40.0),
+    ):
+        run = fold([end, stale])
+        assert run.outputs == (PICTURE,)
+        assert run.settled
+        assert not run.conflict
+
+
+@pytest.mark.parametrize(
+    ("status", "shown", "settles"),
+    [
+        (RunStatus.FAILED, {}, True),
+        (RunStatus.COMPLETED, {"outputs": (PICTURE,), "charged_cost": Decimal(0)}, True),
+        (RunStatus.COMPLETED, {"outputs": (PICTURE,)}, False),
+        (RunStatus.COMPLETED, {"charged_cost": Decimal(1)}, False),
+        (RunStatus.RUNNING, {"outputs": (PICTURE,), "charged_cost": Decimal(0)}, False),
+    ],
+)
+def test_which_history_items_settle(
+    status: RunStatus, shown: dict[str, object], settles: bool
+) -> None:
+    """A history item settles a failed run, and a completed one if it has both outputs and cost."""
+    assert fold([sight(Source.HISTORY, status, **shown)]).settled is settles
+
+
+def test_a_single_read_settles_always() -> None:
+    """A single read of an ended run settles it, even where it shows no outputs and no cost."""
+    assert fold([sight(Source.POLL, RunStatus.COMPLETED)]).details is Details.READ
+
+
+def test_a_contradiction_after_settling_is_read_again() -> None:
+    """A failed item settles; a completed one without details unsettles until it is read."""
+    run = fold(
+        [sight(Source.HISTORY, RunStatus.FAILED), sight(Source.HISTORY, RunStatus.COMPLETED)]
+    )
+    assert run.status is RunStatus.COMPLETED
+    assert not run.settled
+    assert merge(run, sight(Source.POLL, RunStatus.COMPLETED)).settled
+
+
+def test_times_in_seconds_and_milliseconds_agree() -> None:
+    """The same moment at two precisions is no conflict, and the finer one is kept."""
+    coarse = sight(Source.HISTORY, RunStatus.COMPLETED, completed_at=START)
+    fine = sight(Source.POLL, RunStatus.COMPLETED, completed_at=START + timedelta(milliseconds=250))
+    run = fold([fine, coarse])
+    assert run.completed_at == START + timedelta(milliseconds=250)
+    assert not run.conflict
+
+
+def test_links_signed_anew_are_no_conflict() -> None:
+    """A link whose query alone changed is the same output; another file is a conflict."""
+    signed = Output("output_1", "imageUrl", PICTURE.url + "?sig=2")
+    other = Output("output_1", "imageUrl", "https://media.example/2.png")
+    end = sight(Source.POLL, RunStatus.COMPLETED, outputs=(PICTURE,))
+    assert not fold([end, sight(Source.POLL, RunStatus.COMPLETED, outputs=(signed,))]).conflict
+    assert fold([end, sight(Source.POLL, RunStatus.COMPLETED, outputs=(other,))]).conflict
+
+
+def test_each_value_remembers_its_rank() -> None:
+    """A value from a higher sight replaces one from a lower, however the two compare."""
+    start = sight(Source.START, RunStatus.PENDING, technique_id="tech_z", created_at=START)
+    end = sight(Source.HISTORY, RunStatus.COMPLETED, technique_id="tech_a")
+    run = fold([end, start])
+    assert run.technique_id == "tech_a"
+    assert rank(run, "technique_id") is Standing.COMPLETED
+    assert rank(run, "created_at") is Standing.PENDING
+
+
+def test_two_runs_never_merge() -> None:
+    """A sight of another run is refused, not joined."""
+    with pytest.raises(ValueError, match="run_2"):
+        merge(Run(run_id="run_2"), sight(Source.POLL, RunStatus.RUNNING))

@@ -1,0 +1,245 @@
+"""The facts about receipt, and when a run is looked at next."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
+from decimal import Decimal
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.core.strategies import START, observations
+from tracker.core.entry import Delivered, Delivery, DeliveryOutcome, Entry, Seen, Unseen
+from tracker.core.observation import Observation, Source
+from tracker.core.record import Record, apply
+from tracker.core.run import Output, Run, RunStatus, Tracking
+from tracker.core.schedule import Durations, Policy, first_wait, next_check, wait_after
+
+POLICY = Policy()
+PICTURE = Output("output_1", "imageUrl", "https://media.example/1.png")
+
+
+def unknown_durations(technique_id: str | None) -> Durations | None:
+    return None
+
+
+def after(entries: Sequence[Entry], record: Record | None = None) -> Record:
+    for entry in entries:
+        record = apply(record, entry, policy=POLICY, durations_of=unknown_durations)
+    assert record is not None
+    return record
+
+
+def seen(
+    source: Source, status: RunStatus = RunStatus.PENDING, *, at: float = 0, **shown: object
+) -> Observation:
+    moment = START + timedelta(seconds=at)
+    return Observation(run_id="run_1", source=source, status=status, at=moment, **shown)  # type: ignore[arg-type]
+
+
+def callback(status: RunStatus = RunStatus.COMPLETED, *, at: float) -> Delivered:
+    observation = seen(Source.CALLBACK, status, at=at)
+    return Delivered(
+        delivery=Delivery(
+            delivery_id="whd_1",
+            received_at=observation.at,
+            body=b"{}",
+            outcome=DeliveryOutcome.APPLIED,
+        ),
+        observation=observation,
+    )
+
+
+def started(*, at: float = 0, callback_expected: bool = True) -> Seen:
+    return Seen(observation=seen(Source.START, at=at), callback_expected=callback_expected)
+
+
+def polled(status: RunStatus, *, at: float, **shown: object) -> Seen:
+    return Seen(observation=seen(Source.POLL, status, at=at, **shown), reads=1)
+
+
+def denied(*, at: float) -> Unseen:
+    moment = START + timedelta(seconds=at)
+    return Unseen(run_id="run_1", at=moment, error="no such run", missing=True)
+
+
+def seconds(moment: datetime | None) -> float:
+    assert moment is not None
+    return (moment - START).total_seconds()
+
+
+def test_a_started_run_waits_for_its_callback() -> None:
+    """A run with a callback on its way is first looked at after the grace, one without sooner."""
+    assert seconds(after([started()]).next_check_at) == 30
+    assert seconds(after([started(callback_expected=False)]).next_check_at) == 5
+
+
+def test_a_callback_makes_its_run_due_at_once() -> None:
+    """A callback ends the run and makes it due in the same moment, whatever was planned."""
+    record = after([started(), callback(at=7)])
+    assert (record.run.status, record.ended_via) == (RunStatus.COMPLETED, Source.CALLBACK)
+    assert seconds(record.callback_at) == seconds(record.next_check_at) == 7
+    assert record.tracking is Tracking.ACTIVE
+
+
+def test_our_own_start_is_the_source_even_behind_its_callback() -> None:
+    """A callback that overtakes the answer to our start leaves `source` at start, the run due."""
+    record = after([callback(at=1), started(at=2)])
+    assert (record.source, record.ended_via) == (Source.START, Source.CALLBACK)
+    assert seconds(record.first_seen_at) == seconds(record.next_check_at) == 1
+
+
+def test_the_first_to_tell_of_an_end_stays_named() -> None:
+    """`ended_via`, `callback_at` and `settled_at` keep the first value, whatever follows."""
+    record = after(
+        [
+            started(),
+            polled(RunStatus.COMPLETED, at=31),
+            callback(at=40),
+            polled(RunStatus.COMPLETED, at=50),
+        ]
+    )
+    assert (record.ended_via, record.checks) == (Source.POLL, 2)
+    assert (seconds(record.settled_at), seconds(record.callback_at)) == (31, 40)
+    assert record.next_check_at is None
+
+
+def test_waits_grow_while_nothing_happens() -> None:
+    """Each look that finds the run still going doubles the wait, to the longest and no further."""
+    record = after([started()])
+    waits = []
+    for _ in range(12):
+        at = seconds(record.next_check_at)
+        record = after([polled(RunStatus.RUNNING, at=at)], record)
+        waits.append(seconds(record.next_check_at) - at)
+    assert all(shorter < longer * 1.3 for shorter, longer in pairwise(waits))
+    assert 4 <= waits[0] <= 5
+    assert 240 <= waits[-1] <= 300
+    assert record.checks == 12
+
+
+def test_an_end_without_details_is_read_at_once() -> None:
+    """A history item that shows the end but not the details makes the run due now."""
+    item = Seen(observation=seen(Source.HISTORY, RunStatus.COMPLETED, at=60))
+    record = after([started(), polled(RunStatus.RUNNING, at=30), item])
+    assert (seconds(record.next_check_at), record.checks) == (60, 1)
+
+
+def test_a_history_item_with_details_settles_without_a_read() -> None:
+    """An item that carries outputs and cost settles: nothing is left to look at."""
+    item = Seen(
+        observation=seen(
+            Source.HISTORY, RunStatus.COMPLETED, at=9, outputs=(PICTURE,), charged_cost=Decimal(1)
+        )
+    )
+    record = after([started(), item])
+    assert (record.tracking, record.ended_via) == (Tracking.SETTLED, Source.HISTORY)
+    assert (record.next_check_at, record.checks) == (None, 0)
+
+
+def test_lost_needs_five_reads_and_an_hour() -> None:
+    """A run is lost only after five denials over an hour, and active again once it is shown."""
+    many_but_quick = after([started(), *(denied(at=30 + n) for n in range(9))])
+    assert many_but_quick.tracking is Tracking.ACTIVE
+    few_but_long = after([started(), *(denied(at=30 + 1800 * n) for n in range(4))])
+    assert few_but_long.tracking is Tracking.ACTIVE
+    lost = after([denied(at=7300)], few_but_long)
+    assert (lost.tracking, lost.next_check_at) == (Tracking.LOST, None)
+    found = after([Seen(observation=seen(Source.HISTORY, RunStatus.RUNNING, at=7400))], lost)
+    assert found.tracking is Tracking.ACTIVE
+    assert found.next_check_at is not None
+
+
+def test_a_sight_between_denials_starts_the_count_anew() -> None:
+    """Denials count only in a row."""
+    record = after(
+        [
+            started(),
+            *(denied(at=1000 * n) for n in range(1, 5)),
+            polled(RunStatus.RUNNING, at=4500),
+            denied(at=5000),
+        ]
+    )
+    assert (record.tracking, record.missing) == (Tracking.ACTIVE, 1)
+
+
+def test_a_failed_read_is_counted_and_kept() -> None:
+    """A read that failed is counted, tells why in `last_error`, and is tried again later."""
+    failed = Unseen(run_id="run_1", at=START + timedelta(seconds=30), error="FLORA answered 503")
+    record = after([started(), failed])
+    assert (record.checks, record.last_error) == (1, "FLORA answered 503")
+    assert 34 <= seconds(record.next_check_at) <= 35
+    assert after([polled(RunStatus.RUNNING, at=35)], record).last_error is None
+
+
+def test_a_tracked_run_is_read_at_once() -> None:
+    """What somebody tells of a run is not believed: it is due the moment it is tracked."""
+    record = after([Seen(observation=seen(Source.TRACK, at=3))])
+    assert (record.source, seconds(record.next_check_at)) == (Source.TRACK, 3)
+
+
+def test_only_the_holder_of_a_claim_gives_it_back() -> None:
+    """A sight made under another claim, or under none, leaves the lease alone."""
+    held = replace(after([started()]), lease_holder="w1", lease_until=START)
+    other = Seen(observation=seen(Source.POLL, at=1), claim="w2")
+    mine = Seen(observation=seen(Source.POLL, at=1), claim="w1")
+    assert after([other], held).lease_holder == "w1"
+    assert after([mine], held).lease_holder is None
+
+
+def test_an_unseen_run_that_nobody_tracks_is_nothing() -> None:
+    """A denial of a run that is not in the database creates none."""
+    assert apply(None, denied(at=1), policy=POLICY, durations_of=unknown_durations) is None
+
+
+@given(st.lists(observations(), min_size=1, max_size=8))
+def test_every_unsettled_run_has_a_next_look(sights: list[Observation]) -> None:
+    """Whatever is seen in whatever order, a run is settled or has a time at which it is read."""
+    record = after([Seen(observation=sight) for sight in sights])
+    assert (record.next_check_at is None) is (record.tracking is Tracking.SETTLED)
+    assert (record.settled_at is not None) is (record.tracking is Tracking.SETTLED)
+    assert (record.ended_via is not None) is record.run.standing.ended
+
+
+@pytest.mark.parametrize(
+    ("durations", "callback_expected", "wait"),
+    [
+        (None, True, 30),
+        (Durations(count=19, p50=100, p95=120), True, 30),
+        (Durations(count=20, p50=100, p95=120), True, 125),
+        (Durations(count=20, p50=1000, p95=2000), True, 300),
+        (Durations(count=20, p50=0.1, p95=0.2), True, 5.2),
+        (Durations(count=20, p50=20, p95=90), False, 20),
+        (Durations(count=20, p50=900, p95=999), False, 50),
+        (Durations(count=20, p50=0, p95=0), False, 0.5),
+    ],
+)
+def test_what_is_learned_moves_the_first_look(
+    durations: Durations | None, callback_expected: bool, wait: float
+) -> None:
+    """Twenty ended runs of a technique move the first look, by a factor of ten at most."""
+    learned = first_wait(POLICY, durations, callback_expected=callback_expected)
+    assert learned.total_seconds() == pytest.approx(wait)
+
+
+def test_jitter_drifts_runs_apart_and_repeats() -> None:
+    """Runs polled together spread over a fifth of the wait; the same question answers alike."""
+    waits = {wait_after(POLICY, f"run_{n}", 4).total_seconds() for n in range(50)}
+    assert len(waits) == 50
+    assert all(32 <= wait <= 40 for wait in waits)
+    assert wait_after(POLICY, "run_1", 4) == wait_after(POLICY, "run_1", 4)
+
+
+def test_a_creation_time_ahead_of_the_clock_does_not_hide_a_run() -> None:
+    """A run that claims to be born tomorrow is still looked at within ten times the grace."""
+    due = next_check(
+        Run(run_id="run_1"),
+        policy=POLICY,
+        now=START,
+        born=START + timedelta(days=1),
+        looks=0,
+        callback_expected=True,
+    )
+    assert seconds(due) == 300

@@ -1,0 +1,85 @@
+"""What goes through the door: one entry for each thing that happened to a run.
+
+Sources make observations; the use cases wrap them into entries that also say what the sight was: a
+callback's delivery, a read made for this run alone, an item of a list, the answer to a start.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from tracker.core.observation import Observation
+
+
+class DeliveryOutcome(StrEnum):
+    """What became of a callback whose signature was right."""
+
+    APPLIED = "applied"
+    QUARANTINED = "quarantined"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """An authentic callback as it came. `body` is the raw bytes; `created_at` is FLORA's time."""
+
+    delivery_id: str
+    received_at: datetime
+    body: bytes
+    outcome: DeliveryOutcome
+    run_id: str | None = None
+    event_type: str | None = None
+    api_version: str | None = None
+    workspace_id: str | None = None
+    created_at: datetime | None = None
+    reason: str | None = None
+    """Why it was quarantined, for a person; `None` where it was applied."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivered:
+    """A callback came. `observation` is `None` where it is quarantined.
+
+    The delivery and its effect on the run are committed together. A repeated one only counts.
+    """
+
+    delivery: Delivery
+    observation: Observation | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """A run was seen.
+
+    `reads` counts the API reads made for this run alone (none for an item of a list that was read
+    for many). `claim` names the claim under which it was made, which is given back. `inputs`,
+    `callback_expected`, `slot` and `idempotency_key` come with the answer to our own start; its row
+    in the ledger of starts, (`slot`, `idempotency_key`), is closed in the same transaction.
+    """
+
+    observation: Observation
+    reads: int = 0
+    claim: str | None = None
+    inputs: list[dict[str, Any]] | None = None
+    callback_expected: bool = False
+    slot: str | None = None
+    idempotency_key: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unseen:
+    """A read made for this run alone showed nothing.
+
+    `missing` is true where FLORA answered that the run does not exist; else `error` says what went
+    wrong, in words fit for a person. `reads` counts the reads made.
+    """
+
+    run_id: str
+    at: datetime
+    error: str
+    missing: bool = False
+    reads: int = 1
+    claim: str | None = None
+
+
+Entry = Delivered | Seen | Unseen

@@ -1,0 +1,147 @@
+"""Every error the tracker raises on purpose.
+
+::
+
+    TrackerError
+    ├── SettingsError               a setting is missing or wrong             (exit status 2)
+    ├── StoreError
+    │   ├── StoreUnavailable        the database does not answer; try again
+    │   └── SchemaOutdated          the database is older than this version; `tracker db upgrade`
+    ├── FloraError                  a call to FLORA did not end in a usable answer
+    │   ├── FloraUnreachable        no answer: refused, timed out or cut
+    │   ├── FloraUnreadable         an answer that is not what the API promises
+    │   ├── PollUrlRefused          a poll_url on another origin: not followed   (tracker.flora)
+    │   └── FloraRefusal            FLORA's own error, with status, code, fields and request id
+    │       ├── KeyRefused          401, 403: every further call with this key fails too
+    │       ├── NotFound            404: no such thing in this workspace
+    │       ├── RateLimited         429 after all retries
+    │       └── ServerFault         5xx after all retries
+    ├── SignatureError              a callback that is not known to be FLORA's   (tracker.flora)
+    └── StartError                  a run was not started
+        ├── InvalidRequest          the caller's fault; `fields` says where
+        ├── IdempotencyConflict     this key was used for another body; nothing was started
+        └── StartUnresolved         it cannot be told whether FLORA started it; never sent again
+
+Errors of other libraries are translated once, at the edge that calls them, with `from exc`. A
+message says what was wrong, where, and what to do; it never holds a key, a secret or a signature.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class TrackerError(Exception):
+    """Whatever the tracker itself reports; `str()` of it is fit for a person to read."""
+
+
+class SettingsError(TrackerError):
+    """A setting is missing or wrong; the message names the variable and what to set it to."""
+
+
+class StoreError(TrackerError):
+    """The database cannot do what was asked."""
+
+
+class StoreUnavailable(StoreError):
+    """The database does not answer, or did not commit in time. Nothing was acknowledged; try
+    again."""
+
+
+class SchemaOutdated(StoreError):
+    """The database lacks migrations that this version needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class FieldFault:
+    """One field that FLORA or the tracker refuses, in FLORA's shape."""
+
+    field: str
+    message: str
+
+
+class FloraError(TrackerError):
+    """A call to FLORA that did not end in a usable answer."""
+
+
+class FloraUnreachable(FloraError):
+    """FLORA gave no answer.
+
+    `may_have_acted` tells whether the request may have reached FLORA, so that a start is known to
+    be in doubt: false only where no connection was made.
+    """
+
+    def __init__(self, message: str, *, may_have_acted: bool, timed_out: bool = False) -> None:
+        super().__init__(message)
+        self.may_have_acted = may_have_acted
+        self.timed_out = timed_out
+
+
+class FloraUnreadable(FloraError):
+    """FLORA answered, but not with what the API promises (no JSON, no run id, another run)."""
+
+    def __init__(self, message: str, *, request_id: str | None = None) -> None:
+        super().__init__(message)
+        self.request_id = request_id
+
+
+class FloraRefusal(FloraError):
+    """FLORA's own error answer.
+
+    `status` is the HTTP status, `code` and `message` FLORA's words, `fields` the faults it names,
+    `request_id` what its support asks for, `retry_after` the seconds it asked to wait, if any.
+    """
+
+    def __init__(
+        self,
+        *,
+        status: int,
+        code: str,
+        message: str,
+        fields: Sequence[FieldFault] = (),
+        request_id: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        where = f" ({request_id})" if request_id else ""
+        super().__init__(f"FLORA answered {status} {code}: {message}{where}")
+        self.status = status
+        self.code = code
+        self.message = message
+        self.fields = tuple(fields)
+        self.request_id = request_id
+        self.retry_after = retry_after
+
+
+class KeyRefused(FloraRefusal):
+    """FLORA refuses the API key (401, or 403): no further call with it can work."""
+
+
+class NotFound(FloraRefusal):
+    """404: it does not exist, or belongs to another workspace."""
+
+
+class RateLimited(FloraRefusal):
+    """429, still, after all retries."""
+
+
+class ServerFault(FloraRefusal):
+    """A 5xx, still, after all retries."""
+
+
+class StartError(TrackerError):
+    """A run was not started (or not known to be)."""
+
+
+class InvalidRequest(StartError):
+    """The request itself is wrong; `fields` names each fault."""
+
+    def __init__(self, message: str, fields: Sequence[FieldFault] = ()) -> None:
+        super().__init__(message)
+        self.fields = tuple(fields)
+
+
+class IdempotencyConflict(StartError):
+    """The idempotency key was used before, for another body. Nothing was started."""
+
+
+class StartUnresolved(StartError):
+    """It cannot be told which run, if any, this start became. It is never sent again by itself."""

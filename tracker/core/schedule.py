@@ -1,0 +1,104 @@
+"""When to look at a run next: a pure function of the run, the clock and what its technique takes.
+
+A run is looked at because nobody said that it ended. The first look waits for the callback (grace);
+where no callback was asked for, one poll interval. Each look that brings nothing doubles the wait,
+up to the longest. A callback makes the run due at once. What is known of a technique's durations
+moves the first look, by a factor of ten at most.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from hashlib import blake2b
+from typing import Final
+
+from tracker.core.run import Run
+
+LEARNED_FROM: Final = 20
+"""So many ended runs of a technique are needed before their durations count."""
+LEARNED_FACTOR: Final = 10
+"""What is learned moves the first look by this factor at most."""
+CALLBACK_MARGIN: Final = timedelta(seconds=5)
+"""How long a callback may take after the end before its absence means something."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """The waits that the settings give."""
+
+    grace: timedelta = timedelta(seconds=30)
+    interval: timedelta = timedelta(seconds=5)
+    interval_max: timedelta = timedelta(seconds=300)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Durations:
+    """How long a technique's runs took from creation to end, in seconds, over the last `count`."""
+
+    count: int
+    p50: float
+    p95: float
+
+
+def first_wait(
+    policy: Policy, durations: Durations | None, *, callback_expected: bool
+) -> timedelta:
+    """How long after its creation a run is first looked at, if nothing is heard of it.
+
+    With a callback on its way the look is for the rare run whose callback is lost, so it waits
+    until nearly all runs have ended; without one it is how the end is found, so it waits for the
+    median.
+    """
+    base = policy.grace if callback_expected else policy.interval
+    if durations is None or durations.count < LEARNED_FROM:
+        return base
+    if callback_expected:
+        learned = timedelta(seconds=durations.p95) + CALLBACK_MARGIN
+    else:
+        learned = timedelta(seconds=durations.p50)
+    return min(max(learned, base / LEARNED_FACTOR), base * LEARNED_FACTOR)
+
+
+def wait_after(policy: Policy, run_id: str, looks: int) -> timedelta:
+    """How long to wait after the `looks`-th look (from 1) that brought no end: doubling, capped.
+
+    The jitter takes up to a fifth off, so that runs started together drift apart. It is drawn from
+    the run and the count, so that the same question has the same answer.
+    """
+    doublings = min(looks - 1, 30)
+    wait: timedelta = min(policy.interval * 2**doublings, policy.interval_max)
+    return wait * (1 - 0.2 * _share(run_id, looks))
+
+
+def next_check(
+    run: Run,
+    *,
+    policy: Policy,
+    now: datetime,
+    born: datetime,
+    looks: int,
+    callback_expected: bool,
+    durations: Durations | None = None,
+    at_once: bool = False,
+) -> datetime | None:
+    """When to read the run next, in UTC; `None` where nothing is left to read.
+
+    `born` is when the run was created (FLORA's time, else when it was first seen), `looks` how many
+    times the API has been asked since the last news, `at_once` whether news of another kind (a
+    callback, somebody's request to track it) wants a read now.
+    """
+    if run.settled:
+        return None
+    if looks > 0:
+        return now + wait_after(policy, run.run_id, looks)
+    if at_once or run.standing.ended:
+        return now
+    first = born + first_wait(policy, durations, callback_expected=callback_expected)
+    # A creation time ahead of our clock (theirs or ours is wrong) must not put the look off for
+    # long.
+    latest = now + policy.grace * LEARNED_FACTOR
+    return min(max(first, now), latest)
+
+
+def _share(run_id: str, looks: int) -> float:
+    digest = blake2b(f"{run_id}:{looks}".encode(errors="replace"), digest_size=4).digest()
+    return int.from_bytes(digest) / 2**32
