@@ -1,0 +1,319 @@
+"""What is sent again, when, and what is never sent again."""
+
+import asyncio
+from datetime import timedelta
+from email.utils import format_datetime
+
+import httpx
+import pytest
+
+from tests.flora.far_end import (
+    NOON,
+    FarEnd,
+    Reply,
+    VirtualTime,
+    client,
+    ok,
+    refused,
+    run_payload,
+    settle,
+)
+from tracker.core.errors import (
+    FloraRefusal,
+    FloraUnreachable,
+    FloraUnreadable,
+    KeyRefused,
+    RateLimited,
+    ServerFault,
+)
+from tracker.flora.client import FloraClient, StartAnswer
+
+RUN = ok(run_payload())
+CONNECT_ERRORS = [
+    httpx.ConnectError("refused"),
+    httpx.ConnectTimeout(""),
+    httpx.PoolTimeout(""),
+    httpx.ProxyError("407"),
+]
+CUTS = [
+    httpx.ReadTimeout(""),
+    httpx.ReadError(""),
+    httpx.WriteError(""),
+    httpx.WriteTimeout(""),
+    httpx.RemoteProtocolError("Server disconnected without sending a response."),
+]
+
+
+async def start(flora: FloraClient) -> StartAnswer:
+    return await flora.start_run("tech_1", inputs=[], idempotency_key="k")
+
+
+@pytest.mark.parametrize("status", [408, 500, 502, 503, 504, 522])
+async def test_reads_outlast_passing_faults(status: int) -> None:
+    """A read is repeated after a gateway's or FLORA's own fault, with growing waits."""
+    time = VirtualTime()
+    page = httpx.Response(status, content=b"<html>bad gateway</html>")
+    far_end = FarEnd(page, refused(status), RUN)
+    async with client(far_end, time) as flora:
+        assert (await time.run(flora.get_any_run("run_1"))).run_id == "run_1"
+    assert len(far_end.requests) == 3
+    first, second = time.slept
+    assert 0.25 <= first <= 0.5 <= second <= 1
+
+
+@pytest.mark.parametrize("error", CONNECT_ERRORS + CUTS, ids=lambda error: type(error).__name__)
+async def test_reads_outlast_lost_connections(error: Exception) -> None:
+    """A read is repeated however its connection failed."""
+    time = VirtualTime()
+    far_end = FarEnd(error, RUN)
+    async with client(far_end, time) as flora:
+        await time.run(flora.get_any_run("run_1"))
+    assert len(far_end.requests) == 2
+
+
+@pytest.mark.parametrize("error", CUTS, ids=lambda error: type(error).__name__)
+async def test_a_start_that_was_cut_is_never_sent_again(error: Exception) -> None:
+    """A start that may have reached FLORA goes out once, and the error says that it may have."""
+    time = VirtualTime()
+    far_end = FarEnd(error, RUN)
+    async with client(far_end, time) as flora:
+        with pytest.raises(FloraUnreachable) as caught:
+            await time.run(start(flora))
+    assert caught.value.may_have_acted
+    assert caught.value.timed_out is isinstance(error, httpx.TimeoutException)
+    assert len(far_end.requests) == 1
+
+
+@pytest.mark.parametrize("status", [501, 502, 504, 522])
+async def test_a_gateways_fault_leaves_a_start_in_doubt(status: int) -> None:
+    """A gateway that gave up does not know what FLORA did, so the start is not sent again."""
+    time = VirtualTime()
+    far_end = FarEnd(httpx.Response(status, content=b"<html>"), RUN)
+    async with client(far_end, time) as flora:
+        with pytest.raises(FloraUnreachable, match=str(status)) as caught:
+            await time.run(start(flora))
+    assert caught.value.may_have_acted
+    assert len(far_end.requests) == 1
+
+
+async def test_an_unreadable_answer_to_a_start_is_final() -> None:
+    """A start whose answer cannot be read is not sent again."""
+    far_end = FarEnd(httpx.Response(200, content=b"{"), RUN)
+    async with client(far_end, VirtualTime()) as flora:
+        with pytest.raises(FloraUnreadable):
+            await start(flora)
+    assert len(far_end.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [*CONNECT_ERRORS, refused(429), refused(500), refused(503), httpx.Response(503)],
+    ids=lambda reply: getattr(reply, "status_code", type(reply).__name__),
+)
+async def test_a_start_is_repeated_where_that_is_safe(reply: Reply) -> None:
+    """Without a connection, and after a 429, a 500 or a 503, the same start goes out again."""
+    time = VirtualTime()
+    far_end = FarEnd(reply, RUN)
+    async with client(far_end, time) as flora:
+        assert (await time.run(start(flora))).observation.run_id == "run_1"
+    first, second = far_end.requests
+    assert first.content == second.content
+    assert first.headers["idempotency-key"] == second.headers["idempotency-key"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "wait"),
+    [
+        ({}, 5),
+        ({"retry_after": "12"}, 12),
+        ({"retry_after": "0"}, 5),
+        ({"retry_after_ms": "1500"}, 1.5),
+        ({"retry_after": format_datetime(NOON + timedelta(seconds=9), usegmt=True)}, 9),
+        ({"retry_after": "soon"}, 5),
+    ],
+)
+async def test_a_429_says_how_long(headers: dict[str, str], wait: float) -> None:
+    """The wait that FLORA asks for is kept, 5 s where it asks for none."""
+    time = VirtualTime()
+    far_end = FarEnd(refused(429, **headers), RUN)
+    async with client(far_end, time) as flora:
+        await time.run(flora.get_any_run("run_1"))
+    assert time.elapsed == pytest.approx(wait)
+
+
+async def test_a_wait_is_everybodys() -> None:
+    """While FLORA asks one caller to wait no other sends anything."""
+    time = VirtualTime()
+    far_end = FarEnd(refused(429, retry_after="20"), RUN)
+    async with client(far_end, time) as flora:
+        first = asyncio.ensure_future(flora.get_any_run("run_1"))
+        await settle()
+        second = asyncio.ensure_future(flora.get_any_run("run_1"))
+        await settle()
+        assert len(far_end.requests) == 1
+        assert flora.budget.state().paused == 20
+        await time.run(asyncio.wait([first, second]))
+    assert len(far_end.requests) == 3
+    assert time.elapsed >= 20
+
+
+async def test_a_503_that_asks_for_a_wait_gets_it() -> None:
+    """`Retry-After` counts on a 503 as well, for everybody."""
+    time = VirtualTime()
+    async with client(FarEnd(refused(503, retry_after="7"), RUN), time) as flora:
+        await time.run(flora.get_any_run("run_1"))
+        assert flora.budget.state().rate is None
+    assert time.elapsed == pytest.approx(7)
+
+
+@pytest.mark.parametrize(
+    ("reply", "error"),
+    [
+        (refused(429), RateLimited),
+        (refused(429, retry_after="600"), RateLimited),
+        (refused(503), ServerFault),
+        (httpx.ConnectError("refused"), FloraUnreachable),
+    ],
+)
+async def test_patience_ends_with_the_deadline(reply: Reply, error: type[Exception]) -> None:
+    """A call never waits beyond its deadline; the last error is raised as soon as that is clear."""
+    time = VirtualTime()
+    far_end = FarEnd(reply)
+    async with client(far_end, time, deadline=25) as flora:
+        with pytest.raises(error):
+            await time.run(start(flora))
+    assert time.elapsed <= 25
+    assert 1 <= len(far_end.requests) < 20
+
+
+async def test_a_deadline_of_its_own() -> None:
+    """A single call may bring its own, shorter deadline."""
+    time = VirtualTime()
+    far_end = FarEnd(refused(429, retry_after="10"))
+    async with client(far_end, time) as flora:
+        with pytest.raises(RateLimited) as caught:
+            await time.run(flora.get_any_run("run_1", deadline=9))
+    assert caught.value.retry_after == 10
+    assert (time.elapsed, len(far_end.requests)) == (0, 1)
+
+
+async def test_a_pause_that_outlasts_the_deadline_is_not_waited_for() -> None:
+    """A call that may not take as long as everybody waits ends at once, having sent nothing."""
+    time = VirtualTime()
+    far_end = FarEnd(refused(429, retry_after="40"), RUN)
+    async with client(far_end, time) as flora:
+        with pytest.raises(RateLimited):
+            await time.run(flora.get_any_run("run_1", deadline=30))
+        with pytest.raises(RateLimited) as caught:
+            await time.run(flora.get_any_run("run_1", deadline=30))
+    assert caught.value.retry_after == pytest.approx(40)
+    assert len(far_end.requests) == 1
+
+
+@pytest.mark.parametrize("acts", [True, False], ids=["start", "read"])
+async def test_no_answer_in_time(acts: bool) -> None:
+    """An answer that does not come within the deadline is given up, and may have acted."""
+
+    async def never(_: httpx.Request) -> httpx.Response:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async with client(FarEnd(never), VirtualTime(), deadline=0.05) as flora:
+        with pytest.raises(FloraUnreachable, match=r"within 0\.05 s") as caught:
+            await (start(flora) if acts else flora.get_any_run("run_1"))
+        assert flora.budget.state().in_flight == 0
+    assert caught.value.may_have_acted
+    assert caught.value.timed_out
+
+
+async def test_no_turn_in_time() -> None:
+    """A start that did not get its turn within the deadline has certainly not acted."""
+
+    async def never(_: httpx.Request) -> httpx.Response:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async with client(FarEnd(never), VirtualTime(), concurrency=1) as flora:
+        blocking = asyncio.ensure_future(flora.get_any_run("run_1"))
+        await settle()
+        with pytest.raises(FloraUnreachable) as caught:
+            await flora.start_run("tech_1", inputs=[], idempotency_key="k", deadline=0.05)
+        assert not caught.value.may_have_acted
+        blocking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await blocking
+        assert flora.budget.state().in_flight == 0
+
+
+async def test_time_up_between_two_attempts() -> None:
+    """Where time runs out in a wait, the error that was waited for is raised, not a time-out."""
+
+    async def forever(_: float) -> None:
+        await asyncio.Event().wait()
+
+    time = VirtualTime()
+    flora = FloraClient(
+        base_url="https://flora.test",
+        api_key="k",
+        deadline=0.05,
+        monotonic=time.monotonic,
+        sleep=forever,
+        transport=FarEnd(refused(503, "service_unavailable", retry_after_ms="10")),
+    )
+    async with flora:
+        with pytest.raises(ServerFault) as caught:
+            await start(flora)
+    assert caught.value.code == "service_unavailable"
+
+
+async def test_waiting_callers_meet_a_refused_key() -> None:
+    """Callers that wait for their turn when the key is refused do not all try it, too."""
+    time = VirtualTime()
+    far_end = FarEnd(refused(401))
+    async with client(far_end, time, concurrency=1) as flora:
+        results = await time.run(
+            asyncio.gather(*(flora.get_any_run("run_1") for _ in range(10)), return_exceptions=True)
+        )
+        assert all(isinstance(result, KeyRefused) for result in results)
+        assert len(far_end.requests) == 1
+        time.elapsed = 40
+        await time.run(
+            asyncio.gather(*(flora.get_any_run("run_1") for _ in range(10)), return_exceptions=True)
+        )
+    assert len(far_end.requests) == 2
+
+
+async def test_a_limit_slows_everything_down() -> None:
+    """After a 429 the requests are spaced, and each answer brings them closer again."""
+    time = VirtualTime()
+    far_end = FarEnd(*[RUN] * 19, refused(429, retry_after="1"), RUN)
+    async with client(far_end, time, concurrency=2) as flora:
+        for _ in range(20):
+            await time.run(flora.get_any_run("run_1"))
+        slow = flora.budget.state().rate
+        assert slow is not None
+        assert slow == pytest.approx(1.05)
+        await time.run(flora.get_any_run("run_1"))
+        assert flora.budget.state().rate == pytest.approx(1.1)
+
+
+@pytest.mark.parametrize("second", [httpx.ConnectError("refused"), refused(429), refused(401)])
+async def test_a_doubt_is_not_cleared_by_what_got_nowhere(second: Reply) -> None:
+    """A start that FLORA met with a 500 stays in doubt where asking again does not get through."""
+    time = VirtualTime()
+    far_end = FarEnd(refused(500), second)
+    async with client(far_end, time, deadline=20) as flora:
+        with pytest.raises(ServerFault) as caught:
+            await time.run(start(flora))
+    assert caught.value.status == 500
+    assert len(far_end.requests) > 1
+
+
+async def test_a_refusal_of_another_kind_keeps_its_type() -> None:
+    """After repetitions the error is the last one, not the first."""
+    time = VirtualTime()
+    far_end = FarEnd(refused(500), refused(429, retry_after="1"), refused(402, "no_credits"))
+    async with client(far_end, time) as flora:
+        with pytest.raises(FloraRefusal) as caught:
+            await time.run(start(flora))
+    assert (caught.value.status, caught.value.code) == (402, "no_credits")

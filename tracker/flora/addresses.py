@@ -1,0 +1,80 @@
+"""Where the API key may go: to paths below the configured base URL, and nowhere else."""
+
+import ipaddress
+from typing import Final
+from urllib.parse import quote
+
+import httpx
+
+from tracker.core.errors import FloraError, FloraUnreadable, NotFound, SettingsError
+from tracker.flora.values import LONGEST_ID
+
+_NO_SEGMENTS: Final = ("", ".", "..")
+
+
+class PollUrlRefused(FloraError):
+    """A `poll_url` leads away from the configured FLORA; the key is not sent there."""
+
+
+class Addresses:
+    """The URLs of one FLORA.
+
+    Raises `SettingsError` for a base URL that is not `https` (`http` only on this machine itself),
+    or that holds more than an origin and a path.
+    """
+
+    def __init__(self, base_url: str) -> None:
+        try:
+            self.base = httpx.URL(base_url.strip().rstrip("/"))
+        except (httpx.InvalidURL, ValueError) as exc:
+            raise SettingsError("FLORA_BASE_URL is not a URL") from exc
+        self.on_loopback = _is_loopback(self.base.raw_host.decode())
+        """Whether FLORA is on this machine, a simulator."""
+        secure = self.base.scheme == "https" or (self.base.scheme == "http" and self.on_loopback)
+        if not secure or not self.base.raw_host:
+            raise SettingsError("FLORA_BASE_URL must be https (http only for a loopback host)")
+        if self.base.userinfo or self.base.query or self.base.fragment:
+            raise SettingsError("FLORA_BASE_URL must have no user, query or fragment in it")
+
+    def url(self, *segments: str, **params: str | int | None) -> httpx.URL:
+        """The URL of a path below the base; what is `None` is left out of its query.
+
+        Raises `NotFound` for a segment that can be no id, `FloraUnreadable` for a monstrous cursor.
+        """
+        path = "/".join(_segment(segment) for segment in segments)
+        given = {name: value for name, value in params.items() if value is not None}
+        try:
+            return httpx.URL(f"{self.base}/{path}").copy_merge_params(given)
+        except httpx.InvalidURL as exc:
+            raise FloraUnreadable("FLORA's cursor is too long to be sent back") from exc
+
+    def follow(self, poll_url: str) -> httpx.URL:
+        """The URL that a `poll_url` names. Raises `PollUrlRefused` where it is on another origin.
+
+        What is checked is what is then requested, read by one and the same parser.
+        """
+        try:
+            url = self.base.join(poll_url).copy_with(fragment=None)
+        except (httpx.InvalidURL, ValueError) as exc:
+            raise PollUrlRefused("the poll_url is not a URL, so it is not followed") from exc
+        if _origin(url) != _origin(self.base) or url.userinfo:
+            raise PollUrlRefused("the poll_url is not below FLORA_BASE_URL's origin: not followed")
+        return url
+
+
+def _origin(url: httpx.URL) -> tuple[str, bytes, int | None]:
+    return (url.scheme, url.raw_host, url.port)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _segment(value: str) -> str:
+    """One segment of a path, which it cannot leave. What can be no id is not asked for."""
+    if value in _NO_SEGMENTS or len(value) > LONGEST_ID:
+        raise NotFound(status=404, code="not_found", message=f"{value[:80]!r} can be no id")
+    return quote(value, safe="", errors="replace")

@@ -1,0 +1,276 @@
+"""One call to FLORA: its turn, its repetitions, its time limit, and every error in our own words.
+
+What is repeated, as long as the call's time limit allows:
+
+* a read: after no answer, a 408, a 429 and any 5xx;
+* a start, which spends money: only where no connection was made, and after a 429 and FLORA's own
+  500 and 503, all with the same idempotency key. After a cut, a time-out or a gateway's error
+  nobody knows whether FLORA acted, and `FloraUnreachable.may_have_acted` says so.
+
+Redirects are never followed: the key goes to one origin only.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Final, TypeVar
+
+import httpx
+
+from tracker.core.clock import Clock
+from tracker.core.errors import (
+    FloraError,
+    FloraRefusal,
+    FloraUnreachable,
+    FloraUnreadable,
+    KeyRefused,
+    RateLimited,
+    ServerFault,
+)
+from tracker.flora import parse
+from tracker.flora.breaker import Breaker
+from tracker.flora.budget import Budget
+from tracker.flora.values import decode
+from tracker.flora.waits import UNTOLD_WAIT, asked_wait, backoff, http_date
+
+T = TypeVar("T")
+
+LARGEST_ANSWER: Final = 32 * 1024 * 1024
+"""Bytes; a page of a hundred runs has some hundred thousand."""
+OnRequest = Callable[[str, int | None, float], None]
+"""Told of every request: its endpoint, its status (`None` without an answer), its seconds."""
+
+_STARTS_REPEATED_AFTER: Final = (500, 503)
+_PAST_THE_KEY: Final = (400, 402, 404, 409, 422)
+"""Refusals that FLORA gives only to a key that it takes."""
+_NO_CONNECTION: Final = (
+    httpx.ConnectError,
+    httpx.ConnectTimeout,
+    httpx.PoolTimeout,
+    httpx.ProxyError,
+    httpx.UnsupportedProtocol,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """What is asked of FLORA.
+
+    `endpoint` is the pattern of the URL, for people and metrics. `spends` marks what costs money;
+    `lists` a list, which a key that is any good may read, so that a 403 is about the key itself.
+    """
+
+    endpoint: str
+    url: httpx.URL
+    method: str = "GET"
+    headers: Mapping[str, str] = field(default_factory=dict)
+    content: bytes | None = None
+    spends: bool = False
+    lists: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """FLORA's answer, read whole."""
+
+    endpoint: str
+    status: int
+    headers: httpx.Headers
+    body: bytes
+
+    @property
+    def request_id(self) -> str | None:
+        """What FLORA's support asks for."""
+        request_id: str | None = self.headers.get("request-id")
+        return request_id
+
+    def read(self, reader: Callable[[object], T]) -> T:
+        """What `reader` makes of the JSON value in it. Raises `FloraUnreadable`."""
+        try:
+            return reader(decode(self.body))
+        except FloraUnreadable as exc:
+            where = f" ({self.request_id})" if self.request_id else ""
+            raise FloraUnreadable(
+                f"FLORA's answer to {self.endpoint} is not what its API promises: {exc}{where}",
+                request_id=self.request_id,
+            ) from exc
+
+
+@dataclass(slots=True)
+class _Course:
+    """How far a call has come, and the error that it ends with if no answer comes."""
+
+    under_way: bool = False
+    error: FloraError | None = None
+
+    def failed(self, call: Call, error: FloraError) -> FloraError:
+        """An attempt failed: the error that the call now ends with.
+
+        The doubt in which a 500 leaves a start is not cleared by an attempt that got nowhere.
+        """
+        self.under_way = False
+        in_doubt = call.spends and isinstance(self.error, ServerFault)
+        if self.error is None or not (in_doubt and _got_nowhere(error)):
+            self.error = error
+        return self.error
+
+
+class Caller:
+    """Makes calls with one key, all through one budget and one breaker.
+
+    `deadline` is how many seconds a call may take, repetitions included. `clock_offset` is FLORA's
+    clock minus ours, as its last answer told; `None` before the first.
+    """
+
+    def __init__(
+        self,
+        http: httpx.AsyncClient,
+        *,
+        concurrency: int,
+        deadline: float,
+        clock: Clock,
+        on_request: OnRequest | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self.budget = Budget(concurrency, monotonic=monotonic, sleep=sleep)
+        self.breaker = Breaker(clock=clock, monotonic=monotonic)
+        self.clock_offset: timedelta | None = None
+        self._http = http
+        self._deadline = deadline
+        self._clock = clock
+        self._on_request = on_request
+        self._monotonic = monotonic
+        self._sleep = sleep
+
+    async def call(self, call: Call, *, deadline: float | None = None) -> Answer:
+        """FLORA's answer, a 2xx. Raises the `FloraError` that says why there is none."""
+        seconds = self._deadline if deadline is None else deadline
+        course = _Course()
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._persist(call, course, until=self._monotonic() + seconds)
+        except TimeoutError as exc:
+            if course.error is not None and not course.under_way:
+                raise course.error from exc
+            raise FloraUnreachable(
+                f"FLORA gave no answer to {call.endpoint} within {seconds:g} s",
+                may_have_acted=course.under_way,
+                timed_out=True,
+            ) from exc
+
+    async def _persist(self, call: Call, course: _Course, *, until: float) -> Answer:
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                return await self._attempt(call, course, until=until)
+            except FloraError as exc:
+                ending = course.failed(call, exc)
+                asked = exc.retry_after if isinstance(exc, FloraRefusal) else None
+                wait = asked or backoff(attempt)
+                if not _repeatable(call, exc) or self._monotonic() + wait > until:
+                    raise ending  # noqa: B904  (most often it is `exc` itself)
+            await self._sleep(wait)
+
+    async def _attempt(self, call: Call, course: _Course, *, until: float) -> Answer:
+        self.breaker.check()
+        async with self.budget.slot(until=until) as started:
+            self.breaker.admit()
+            course.under_way = True
+            answer = await self._exchange(call)
+            refusal = None if 200 <= answer.status < 300 else self._refusal(answer)
+            self._learn(call, answer, refusal, started)
+        if refusal is None:
+            return answer
+        if call.spends and answer.status >= 500 and answer.status not in _STARTS_REPEATED_AFTER:
+            raise FloraUnreachable(
+                f"it is not known whether FLORA acted: {refusal}", may_have_acted=True
+            ) from refusal
+        raise refusal
+
+    async def _exchange(self, call: Call) -> Answer:
+        """Send the request once and read the answer, whatever its status."""
+        began = self._monotonic()
+        status = None
+        try:
+            async with self._http.stream(
+                call.method, call.url, headers=call.headers, content=call.content
+            ) as response:
+                body = await _bounded_body(response)
+            status = response.status_code
+        except httpx.DecodingError as exc:
+            raise FloraUnreadable(f"FLORA's answer to {call.endpoint} is garbled") from exc
+        except (httpx.RequestError, OSError) as exc:
+            raise FloraUnreachable(
+                f"FLORA gave no answer to {call.endpoint}: {str(exc) or type(exc).__name__}",
+                may_have_acted=not isinstance(exc, _NO_CONNECTION),
+                timed_out=isinstance(exc, httpx.TimeoutException),
+            ) from exc
+        finally:
+            if self._on_request is not None:
+                self._on_request(call.endpoint, status, self._monotonic() - began)
+        return Answer(endpoint=call.endpoint, status=status, headers=response.headers, body=body)
+
+    def _refusal(self, answer: Answer) -> FloraRefusal:
+        if 300 <= answer.status < 400:
+            return FloraRefusal(
+                status=answer.status,
+                code="redirect",
+                message="a redirect, which is never followed; check FLORA_BASE_URL",
+                request_id=answer.request_id,
+            )
+        asked = asked_wait(answer.headers, now=self._clock())
+        if answer.status == 429:
+            asked = asked or UNTOLD_WAIT
+        return parse.refusal(
+            answer.status, answer.body, request_id=answer.request_id, retry_after=asked
+        )
+
+    def _learn(
+        self, call: Call, answer: Answer, refusal: FloraRefusal | None, started: float
+    ) -> None:
+        """Let budget, breaker and clock know what the answer tells."""
+        date = http_date(answer.headers.get("date", ""))
+        if date is not None:
+            self.clock_offset = date - self._clock()
+        if isinstance(refusal, RateLimited):
+            self.budget.limited(started)
+        elif answer.status < 500:
+            self.budget.answered()
+        if refusal is not None and refusal.retry_after is not None:
+            self.budget.pause(refusal.retry_after)
+        if refusal is None or answer.status in _PAST_THE_KEY:
+            self.breaker.accepted()
+        elif isinstance(refusal, KeyRefused) and (call.lists or answer.status == 401):
+            self.breaker.refused(refusal)
+
+
+def _repeatable(call: Call, error: FloraError) -> bool:
+    match error:
+        case RateLimited():
+            return True
+        case FloraUnreachable():
+            return not (call.spends and error.may_have_acted)
+        case FloraRefusal():
+            if call.spends:
+                return error.status in _STARTS_REPEATED_AFTER
+            return error.status >= 500 or error.status == 408
+    return False
+
+
+def _got_nowhere(error: FloraError) -> bool:
+    if isinstance(error, FloraUnreachable):
+        return not error.may_have_acted
+    return isinstance(error, RateLimited | KeyRefused)
+
+
+async def _bounded_body(response: httpx.Response) -> bytes:
+    body = bytearray()
+    async for chunk in response.aiter_bytes():
+        body += chunk
+        if len(body) > LARGEST_ANSWER:
+            raise FloraUnreadable(f"FLORA's answer is larger than {LARGEST_ANSWER} bytes")
+    return bytes(body)

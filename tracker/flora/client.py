@@ -1,0 +1,288 @@
+"""FLORA's public API: techniques, runs and generations, as observations and catalogue entries.
+
+::
+
+    async with FloraClient(base_url=…, api_key=…) as flora:
+        answer = await flora.start_run("cctv-cam", inputs=[…], idempotency_key="…")
+        seen = await flora.get_run("cctv-cam", answer.observation.run_id)
+
+One client stands for one key, and so for one workspace: its budget, its breaker and its connections
+are shared by everything that calls. A call that does not end in a usable answer raises a
+`FloraError` (`tracker.core.errors` draws the tree); none takes longer than `deadline` seconds.
+"""
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import Any, Final, Literal, Self
+
+import httpx
+
+from tracker import __version__
+from tracker.core.clock import Clock, utc_now
+from tracker.core.errors import FieldFault, InvalidRequest, SettingsError
+from tracker.core.observation import Observation, Source
+from tracker.flora import parse
+from tracker.flora.addresses import Addresses
+from tracker.flora.breaker import Breaker
+from tracker.flora.budget import Budget
+from tracker.flora.caller import Call, Caller, OnRequest
+from tracker.flora.parse import Page, Technique
+from tracker.flora.values import as_text
+
+DEADLINE: Final = 60.0
+HistoryPage = Page[Observation]
+
+_TIMEOUT: Final = httpx.Timeout(20.0, connect=5.0)
+_KEEP_ALIVE: Final = 4.0
+"""Seconds; common servers hang up after five, and a start must not meet a closing connection."""
+_KEY: Final = re.compile(r"[!-~]{1,500}")
+_IDEMPOTENCY_KEY: Final = re.compile(r"[!-~]([ -~]{0,253}[!-~])?")
+_LISTS: Final = {
+    "technique": ("technique-runs", "technique_runs"),
+    "generation": ("generations", "generations"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartAnswer:
+    """The answer to a start. `replayed` tells that FLORA gave an earlier start's answer again."""
+
+    observation: Observation
+    replayed: bool
+
+
+class FloraClient:
+    """The calls that the tracker makes. `deadline` is in seconds, for a call with all repetitions.
+
+    `on_request(endpoint, status, seconds)` is told of every request. Tests pass a `transport`, a
+    `monotonic` clock and a `sleep`. Proxies of the environment are used, but never to this machine
+    itself. Raises `SettingsError` for a base URL or a key that cannot be right.
+    """
+
+    def __init__(
+        self,
+        *,
+        base_url: str,
+        api_key: str,
+        concurrency: int = 2,
+        deadline: float = DEADLINE,
+        clock: Clock = utc_now,
+        on_request: OnRequest | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._addresses = Addresses(base_url)
+        self._clock = clock
+        if not _KEY.fullmatch(api_key):
+            raise SettingsError("FLORA_API_KEY holds characters that no key has, such as spaces")
+        self._http = httpx.AsyncClient(
+            headers={
+                "accept": "application/json",
+                "authorization": f"Bearer {api_key}",
+                "user-agent": f"flora-run-tracker/{__version__}",
+            },
+            timeout=_TIMEOUT,
+            limits=httpx.Limits(
+                max_connections=concurrency,
+                max_keepalive_connections=concurrency,
+                keepalive_expiry=_KEEP_ALIVE,
+            ),
+            follow_redirects=False,
+            trust_env=not self._addresses.on_loopback,
+            transport=transport,
+        )
+        self._caller = Caller(
+            self._http,
+            concurrency=concurrency,
+            deadline=deadline,
+            clock=clock,
+            on_request=on_request,
+            monotonic=monotonic,
+            sleep=sleep,
+        )
+
+    def __repr__(self) -> str:
+        return f"FloraClient({str(self._addresses.base)!r})"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    @property
+    def budget(self) -> Budget:
+        """The workspace's request budget."""
+        return self._caller.budget
+
+    @property
+    def breaker(self) -> Breaker:
+        """Open while FLORA refuses the key."""
+        return self._caller.breaker
+
+    @property
+    def clock_offset(self) -> timedelta | None:
+        """FLORA's clock minus ours, as its last answer told."""
+        return self._caller.clock_offset
+
+    async def list_techniques(
+        self,
+        *,
+        query: str | None = None,
+        cursor: str | None = None,
+        limit: int = 100,
+        deadline: float | None = None,
+    ) -> Page[Technique]:
+        """A page of the catalogue, of at most `limit` (1 to 100) techniques."""
+        call = Call(
+            endpoint="GET /techniques",
+            url=self._addresses.url("techniques", query=as_text(query), cursor=cursor, limit=limit),
+            lists=True,
+        )
+        answer = await self._caller.call(call, deadline=deadline)
+        return answer.read(partial(parse.page, key="techniques", read=parse.technique))
+
+    async def get_technique(self, id_or_slug: str, *, deadline: float | None = None) -> Technique:
+        """One technique."""
+        url = self._addresses.url("techniques", id_or_slug)
+        call = Call(endpoint="GET /techniques/{id}", url=url)
+        answer = await self._caller.call(call, deadline=deadline)
+        return answer.read(parse.technique)
+
+    async def start_run(
+        self,
+        technique_id: str,
+        *,
+        inputs: list[dict[str, Any]],
+        idempotency_key: str,
+        callback_url: str | None = None,
+        deadline: float | None = None,
+    ) -> StartAnswer:
+        """Start a run of a technique (its id or slug), which costs money.
+
+        `idempotency_key` goes out in both forms that FLORA documents. `FloraUnreachable` with
+        `may_have_acted`, and `FloraUnreadable`, leave it open whether the run was started: after
+        them nothing is sent again. Raises `InvalidRequest` for a key that no header can carry.
+        """
+        check_idempotency_key(idempotency_key)
+        body = {"inputs": inputs, "mode": "async", "idempotency_key": idempotency_key}
+        if callback_url is not None:
+            body["callback_url"] = callback_url
+        call = Call(
+            endpoint="POST /techniques/{id}/runs",
+            url=self._addresses.url("techniques", technique_id, "runs"),
+            method="POST",
+            headers={"content-type": "application/json", "idempotency-key": idempotency_key},
+            content=json.dumps(body).encode(),
+            spends=True,
+        )
+        answer = await self._caller.call(call, deadline=deadline)
+        return StartAnswer(
+            observation=answer.read(
+                partial(
+                    parse.run,
+                    source=Source.START,
+                    at=self._clock(),
+                    run_type="technique",
+                    technique_id=_known_id(technique_id),
+                )
+            ),
+            replayed=answer.headers.get("idempotent-replayed", "").lower() == "true",
+        )
+
+    async def get_run(
+        self, technique_id: str, run_id: str, *, deadline: float | None = None
+    ) -> Observation:
+        """A run of a technique (its id or slug)."""
+        return await self._read_run(
+            "GET /techniques/{id}/runs/{id}",
+            self._addresses.url("techniques", technique_id, "runs", run_id),
+            run_id,
+            deadline,
+            run_type="technique",
+            technique_id=_known_id(technique_id),
+        )
+
+    async def get_any_run(self, run_id: str, *, deadline: float | None = None) -> Observation:
+        """A run of whichever kind, where its technique is not known."""
+        url = self._addresses.url("runs", run_id)
+        return await self._read_run("GET /runs/{id}", url, run_id, deadline)
+
+    async def follow(
+        self, poll_url: str, run_id: str, *, deadline: float | None = None
+    ) -> Observation:
+        """The run that a `poll_url` names.
+
+        Raises `PollUrlRefused`, before anything is sent, where that is on another origin than the
+        base URL: it comes from outside, and the request carries the key.
+        """
+        url = self._addresses.follow(poll_url)
+        return await self._read_run("GET poll_url", url, run_id, deadline)
+
+    async def history(
+        self,
+        *,
+        kind: Literal["technique", "generation"] = "technique",
+        cursor: str | None = None,
+        limit: int = 100,
+        technique_id: str | None = None,
+        deadline: float | None = None,
+    ) -> HistoryPage:
+        """A page of the workspace's runs, newest first, of at most `limit` (1 to 100) runs.
+
+        It is never filtered by status: runs that leave the filter while pages are read pull others
+        over the edge of a page, unseen.
+        """
+        path, key = _LISTS[kind]
+        call = Call(
+            endpoint=f"GET /{path}",
+            url=self._addresses.url(path, technique_id=technique_id, cursor=cursor, limit=limit),
+            lists=True,
+        )
+        answer = await self._caller.call(call, deadline=deadline)
+        read = partial(parse.run, source=Source.HISTORY, at=self._clock(), run_type=kind)
+        return answer.read(partial(parse.page, key=key, read=read))
+
+    async def _read_run(
+        self,
+        endpoint: str,
+        url: httpx.URL,
+        run_id: str,
+        deadline: float | None,
+        *,
+        run_type: str | None = None,
+        technique_id: str | None = None,
+    ) -> Observation:
+        answer = await self._caller.call(Call(endpoint=endpoint, url=url), deadline=deadline)
+        return answer.read(
+            partial(
+                parse.run,
+                source=Source.POLL,
+                at=self._clock(),
+                expect_run_id=run_id,
+                run_type=run_type,
+                technique_id=technique_id,
+            )
+        )
+
+
+def check_idempotency_key(key: str) -> None:
+    """Raise `InvalidRequest` for an idempotency key that no header can carry."""
+    if not _IDEMPOTENCY_KEY.fullmatch(key):
+        fault = FieldFault("idempotency_key", "must be 1 to 255 visible ASCII characters")
+        raise InvalidRequest("the idempotency key cannot be sent", [fault])
+
+
+def _known_id(id_or_slug: str) -> str | None:
+    return id_or_slug if id_or_slug.startswith("tech_") else None

@@ -1,0 +1,285 @@
+"""What FLORA says, in the tracker's words: the only file that knows the names of FLORA's fields.
+
+Reading is tolerant. Fields and output types that nobody has heard of survive or are passed over,
+and an optional field of the wrong kind counts as not shown. Insisted on is only what nothing can be
+done without (which run, how it stands); where that is missing, `FloraUnreadable` says so, and no
+other error is ever raised.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+from hashlib import sha256
+from http import HTTPStatus
+from typing import Any, Final, Generic, TypeVar
+
+from tracker.core.errors import (
+    FieldFault,
+    FloraRefusal,
+    FloraUnreadable,
+    KeyRefused,
+    NotFound,
+    RateLimited,
+    ServerFault,
+)
+from tracker.core.observation import Observation, Source
+from tracker.core.run import Output, RunError, RunStatus
+from tracker.flora.values import (
+    as_dollars,
+    as_id,
+    as_object,
+    as_objects,
+    as_percent,
+    as_text,
+    as_time,
+    decode,
+)
+
+T = TypeVar("T")
+
+LONGEST_MESSAGE: Final = 2000
+_STATUSES: Final = {str(status): status for status in RunStatus}
+_EVENTS: Final = {"run.completed": RunStatus.COMPLETED, "run.failed": RunStatus.FAILED}
+_PHRASES: Final = {int(status): status.phrase for status in HTTPStatus}
+_REFUSALS: Final[dict[int, type[FloraRefusal]]] = {
+    401: KeyRefused,
+    403: KeyRefused,
+    404: NotFound,
+    429: RateLimited,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Technique:
+    """A technique of the catalogue. `run_cost` is USD for each run.
+
+    `inputs` and `outputs` are FLORA's own objects, with the fields that are unknown here.
+    """
+
+    technique_id: str
+    name: str
+    description: str | None
+    run_cost: Decimal | None
+    inputs: tuple[dict[str, Any], ...]
+    outputs: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page(Generic[T]):
+    """One page of a list.
+
+    `next_cursor` is `None` on the last; `unreadable` says which items were left out, and why.
+    """
+
+    items: list[T]
+    next_cursor: str | None
+    unreadable: list[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Callback:
+    """A callback's body. `observation` is `None` where it is not understood; `reason` says why.
+
+    `delivery_id` is always there: the body's, else the header's, else made of the body's digest.
+    """
+
+    delivery_id: str
+    event_type: str | None
+    api_version: str | None
+    created_at: datetime | None
+    run_id: str | None
+    workspace_id: str | None
+    observation: Observation | None
+    reason: str | None
+
+
+def run(
+    payload: object,
+    *,
+    source: Source,
+    at: datetime,
+    expect_run_id: str | None = None,
+    run_type: str | None = None,
+    technique_id: str | None = None,
+    workspace_id: str | None = None,
+) -> Observation:
+    """A run, as a start, a read or an item of the history shows it, seen at `at`.
+
+    `run_type`, `technique_id` and `workspace_id` are what the caller knows, where FLORA is silent.
+    Raises `FloraUnreadable` where it is no run, none of a known status, or not `expect_run_id`.
+    """
+    fields = _required(payload, "the run")
+    run_id = (
+        as_id(fields.get("run_id"))
+        or as_id(fields.get("technique_run_id"))
+        or as_id(fields.get("generation_id"))
+    )
+    if run_id is None:
+        raise FloraUnreadable("the run has no run_id")
+    if expect_run_id not in (None, run_id):
+        raise FloraUnreadable(f"the answer is about another run ({run_id})")
+    status = _status(fields)
+    if status is None:
+        raise FloraUnreadable(f"run {run_id} has no status that is known")
+    technique = as_object(fields.get("technique"))
+    return Observation(
+        run_id=run_id,
+        source=source,
+        at=at,
+        status=status,
+        progress=as_percent(fields.get("progress")),
+        run_type=as_id(fields.get("run_type")) or run_type,
+        workspace_id=as_id(fields.get("workspace_id")) or workspace_id,
+        project_id=as_id(fields.get("project_id")),
+        technique_id=as_id(technique.get("technique_id")) or technique_id,
+        technique_name=as_text(technique.get("name")),
+        poll_url=as_text(fields.get("poll_url")),
+        created_at=as_time(fields.get("created_at")),
+        started_at=as_time(fields.get("started_at")),
+        completed_at=as_time(fields.get("completed_at")),
+        charged_cost=as_dollars(fields.get("charged_cost")),
+        error=_error(fields),
+        outputs=_outputs(fields.get("outputs")),
+    )
+
+
+def technique(payload: object) -> Technique:
+    """A technique. Raises `FloraUnreadable` where it has no id."""
+    fields = _required(payload, "the technique")
+    technique_id = as_id(fields.get("technique_id"))
+    if technique_id is None:
+        raise FloraUnreadable("the technique has no technique_id")
+    return Technique(
+        technique_id=technique_id,
+        name=as_text(fields.get("name")) or technique_id,
+        description=as_text(fields.get("description")),
+        run_cost=as_dollars(fields.get("run_cost")),
+        inputs=as_objects(fields.get("inputs")),
+        outputs=as_objects(fields.get("outputs")),
+    )
+
+
+def page(payload: object, key: str, read: Callable[[object], T]) -> Page[T]:
+    """A page whose items stand under `key`, each read by `read`.
+
+    An item that `read` finds unreadable does not spoil its page, and an empty page is the last,
+    whatever cursor it carries. Raises `FloraUnreadable` where it is no page at all.
+    """
+    fields = _required(payload, "the page")
+    listed = fields.get(key)
+    if not isinstance(listed, list):
+        raise FloraUnreadable(f"the page has no list of {key}")
+    items, unreadable = [], []
+    for position, item in enumerate(listed):
+        try:
+            items.append(read(item))
+        except FloraUnreadable as exc:
+            unreadable.append(f"item {position}: {exc}")
+    next_cursor = as_text(as_object(fields.get("meta")).get("next_cursor"))
+    return Page(items=items, next_cursor=next_cursor if listed else None, unreadable=unreadable)
+
+
+def callback(body: bytes, *, at: datetime, webhook_id: str | None = None) -> Callback:
+    """An authentic callback's body, received at `at`. Raises nothing, whatever the bytes.
+
+    `webhook_id` is the header `Flora-Webhook-Id`, for a body without an id.
+    """
+    event: dict[str, Any] = {}
+    observation = reason = None
+    try:
+        event = _required(decode(body), "the body")
+        observation = _end(event, at)
+    except FloraUnreadable as exc:
+        reason = str(exc)
+    data = as_object(event.get("data"))
+    return Callback(
+        delivery_id=as_id(event.get("id")) or as_id(webhook_id) or _digest_id(body),
+        event_type=as_id(event.get("type")),
+        api_version=as_id(event.get("api_version")),
+        created_at=as_time(event.get("created_at")),
+        run_id=as_id(data.get("run_id")),
+        workspace_id=as_id(data.get("workspace_id")),
+        observation=observation,
+        reason=reason,
+    )
+
+
+def refusal(
+    status: int, body: bytes, *, request_id: str | None = None, retry_after: float | None = None
+) -> FloraRefusal:
+    """FLORA's error answer. What is not in its shape, a gateway's page, is told by its status."""
+    try:
+        answer = as_object(decode(body))
+    except FloraUnreadable:
+        answer = {}
+    error = as_object(answer.get("error"))
+    kind = _REFUSALS.get(status, ServerFault if status >= 500 else FloraRefusal)
+    message = as_text(error.get("message")) or _PHRASES.get(status, "no message")
+    return kind(
+        status=status,
+        code=as_id(error.get("code")) or f"http_{status}",
+        message=message[:LONGEST_MESSAGE],
+        fields=[
+            FieldFault(as_text(fault.get("field")) or "", as_text(fault.get("message")) or "")
+            for fault in as_objects(error.get("fields"))
+        ],
+        request_id=request_id,
+        retry_after=retry_after,
+    )
+
+
+def _end(event: dict[str, Any], at: datetime) -> Observation:
+    """What a callback says of its run: which one, and how it ended. There is nothing else in it."""
+    status = _EVENTS.get(as_id(event.get("type")) or "")
+    if status is None:
+        raise FloraUnreadable("the type is neither run.completed nor run.failed")
+    data = _required(event.get("data"), "data")
+    run_id = as_id(data.get("run_id"))
+    if run_id is None:
+        raise FloraUnreadable("data has no run_id")
+    if _status(data) is not status:
+        raise FloraUnreadable("data.status does not agree with the type")
+    return Observation(
+        run_id=run_id,
+        source=Source.CALLBACK,
+        at=at,
+        status=status,
+        run_type=as_id(data.get("run_type")),
+        workspace_id=as_id(data.get("workspace_id")),
+        error=_error(data),
+    )
+
+
+def _required(value: object, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise FloraUnreadable(f"{what} is not a JSON object")
+    return value
+
+
+def _status(fields: dict[str, Any]) -> RunStatus | None:
+    value = fields.get("status")
+    return _STATUSES.get(value) if isinstance(value, str) else None
+
+
+def _error(fields: dict[str, Any]) -> RunError | None:
+    code, message = as_text(fields.get("error_code")), as_text(fields.get("error_message"))
+    return RunError(code or "", message or "") if code or message else None
+
+
+def _outputs(value: object) -> tuple[Output, ...] | None:
+    if not isinstance(value, list):
+        return None
+    return tuple(
+        Output(
+            output_id=as_text(output.get("output_id")) or "",
+            type=as_text(output.get("type")) or "",
+            url=as_text(output["url"]) or "",  # of a text the text itself, which may be empty
+        )
+        for output in as_objects(value)
+        if isinstance(output.get("url"), str)
+    )
+
+
+def _digest_id(body: bytes) -> str:
+    return f"sha256:{sha256(body).hexdigest()}"

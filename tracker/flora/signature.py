@@ -1,0 +1,109 @@
+"""The signature of FLORA's callbacks: `verify` what came, `sign` as FLORA does.
+
+::
+
+    Flora-Signature: t=<unix seconds>,v1=<hex>[,v1=<hex>…]
+
+Each `v1` is the lower-case hex of HMAC-SHA256 over `<t>.<raw body>`. The key is the whole secret,
+`whsec_` included, as UTF-8: this is not the Standard Webhooks scheme. While a secret is rotated a
+header holds several `v1`, and one that matches is enough. What else a header holds is passed over.
+"""
+
+import hmac
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Final, Literal
+
+from tracker.core.errors import TrackerError
+
+LONGEST_HEADER: Final = 4096
+MOST_PARTS: Final = 64
+"""FLORA's own header has about 80 bytes in two parts; what is far beyond is not worth reading."""
+LONGEST_TIME: Final = 12
+"""Digits of a `t`; enough for the next thirty thousand years."""
+
+Reason = Literal["missing", "malformed", "expired", "mismatch"]
+
+
+class SignatureError(TrackerError):
+    """A callback is not known to be FLORA's.
+
+    `reason` is "missing" (no header), "malformed" (no usable time or signature in it), "mismatch"
+    (made with no secret of ours, or for another body) or "expired" (ours, but of another time).
+    """
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.reason: Reason = reason
+
+
+def verify(
+    header: str | bytes | None,
+    body: bytes,
+    secrets: Sequence[str],
+    *,
+    now: datetime,
+    tolerance: float,
+) -> int:
+    """Which of `secrets` signed these raw bytes: its position.
+
+    `now` is aware; `tolerance` is how many seconds the signed time may be off, either way, in whole
+    seconds as FLORA's SDK counts them; 0 leaves it unchecked. The time is looked at last, so that
+    "expired" is only ever said of what FLORA did sign. An empty secret matches nothing.
+
+    Raises `SignatureError` and nothing else, whatever the header holds.
+    """
+    if not header:
+        raise SignatureError("missing", "there is no Flora-Signature header")
+    signed_at, signatures = _parts(header if isinstance(header, bytes) else _utf8(header))
+    message = b"%d.%b" % (signed_at, body)
+    position = next(
+        (i for i, secret in enumerate(secrets) if _matches(secret, message, signatures)), None
+    )
+    if position is None:
+        raise SignatureError("mismatch", "no signing secret matches the signature")
+    if tolerance > 0 and abs(int(now.timestamp()) - signed_at) > tolerance:
+        raise SignatureError("expired", f"the signed time is over {tolerance:g} s off")
+    return position
+
+
+def sign(body: bytes, secret: str, *, at: datetime | int) -> str:
+    """The header value that FLORA would send with `body` at `at` (aware, or Unix seconds)."""
+    signed_at = at if isinstance(at, int) else int(at.timestamp())
+    digest = _hex_digest(secret, b"%d.%b" % (signed_at, body))
+    return f"t={signed_at},v1={digest.decode()}"
+
+
+def _parts(header: bytes) -> tuple[int, list[bytes]]:
+    """The signed time (of several the last, as in FLORA's SDK) and every signature of a header."""
+    if len(header) > LONGEST_HEADER or header.count(b",") >= MOST_PARTS:
+        raise SignatureError("malformed", "the Flora-Signature header is far too long")
+    signed_at = None
+    signatures = []
+    for part in header.split(b","):
+        key, _, value = part.partition(b"=")
+        key, value = key.strip(), value.strip()
+        if key == b"v1" and value:
+            signatures.append(value)
+        elif key == b"t" and value.isdigit() and len(value) <= LONGEST_TIME:
+            signed_at = int(value)
+    if signed_at is None:
+        raise SignatureError("malformed", "the Flora-Signature header has no time (t=)")
+    if not signatures:
+        raise SignatureError("malformed", "the Flora-Signature header has no signature (v1=)")
+    return signed_at, signatures
+
+
+def _matches(secret: str, message: bytes, signatures: list[bytes]) -> bool:
+    if not secret:
+        return False
+    expected = _hex_digest(secret, message)
+    return any(hmac.compare_digest(expected, given) for given in signatures)
+
+
+def _hex_digest(secret: str, message: bytes) -> bytes:
+    return hmac.digest(_utf8(secret), message, "sha256").hex().encode()
+
+
+def _utf8(text: str) -> bytes:
+    return text.encode(errors="surrogatepass")  # a header or setting may hold any code point
