@@ -1,0 +1,78 @@
+"""Fixtures: a clock to turn, a simulator without a socket, and a receiver of callbacks."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime, timedelta
+
+import httpx
+import pytest
+
+from tests.simulator.receiver import Receiver
+from tracker.simulator import Options, build_app
+from tracker.simulator.world import World
+
+
+class HandClock:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self._now = datetime(2026, 7, 1, 12, 0, tzinfo=UTC)
+
+    def __call__(self) -> datetime:
+        return self._now
+
+    def move(self, seconds: float) -> None:
+        self._now += timedelta(seconds=seconds)
+
+
+class Flora(httpx.AsyncClient):
+    """A client of a simulator that answers without a socket, with its world beside it."""
+
+    world: World
+
+    async def start(self, technique: str = "icon-pack", **body: object) -> httpx.Response:
+        """Starts a run; the inputs are the icon pack's where none are given."""
+        prompt = [{"id": "prompt", "type": "text", "value": "tools"}]
+        content = {"inputs": prompt, "mode": "async"} | body
+        return await self.post(f"/techniques/{technique}/runs", json=content)
+
+
+MakeFlora = Callable[..., Flora]
+
+
+@pytest.fixture
+def clock() -> HandClock:
+    return HandClock()
+
+
+@pytest.fixture
+async def make_flora(clock: HandClock) -> AsyncIterator[MakeFlora]:
+    """Builds a simulator from options and gives its client."""
+    async with AsyncExitStack() as stack:
+
+        def make(**options: object) -> Flora:
+            app = build_app(Options(**options), clock=clock)  # type: ignore[arg-type]
+            flora = Flora(
+                transport=httpx.ASGITransport(app),
+                base_url="http://127.0.0.1:8750/api/v1",
+                headers={"Authorization": f"Bearer {app.state.world.options.api_key}"},
+            )
+            flora.world = app.state.world
+            stack.push_async_callback(app.state.courier.close)
+            stack.push_async_callback(flora.aclose)
+            return flora
+
+        yield make
+
+
+@pytest.fixture
+def flora(make_flora: MakeFlora) -> Flora:
+    """A simulator in which nothing goes wrong."""
+    return make_flora(failures=0)
+
+
+@pytest.fixture
+async def receiver() -> AsyncIterator[Receiver]:
+    """A server on loopback that takes callbacks."""
+    async with Receiver() as receiver:
+        yield receiver

@@ -1,0 +1,57 @@
+"""The whole simulator as one ASGI application."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Mount
+
+from tracker.core.clock import Clock, utc_now
+from tracker.simulator.api import Api
+from tracker.simulator.callbacks import Courier
+from tracker.simulator.control import Control
+from tracker.simulator.faults import Connections
+from tracker.simulator.options import Options
+from tracker.simulator.problems import Problem
+from tracker.simulator.world import World
+
+
+def build_app(options: Options | None = None, *, clock: Clock = utc_now) -> Starlette:
+    """A simulator as an application of its own, for any ASGI server or transport.
+
+    Its world is `app.state.world`, its courier `app.state.courier`. Behind a foreign server a cut
+    connection shows as an error of the application; `running` and `serve` cut for real.
+    """
+    world = World(options or Options(), clock=clock)
+    return assemble(world, Courier(world), Connections())
+
+
+def assemble(world: World, courier: Courier, connections: Connections) -> Starlette:
+    """The application of a world whose callbacks and connections somebody else holds as well."""
+    api, control = Api(world, courier, connections), Control(world)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        await courier.close()
+        control.close()
+
+    app = Starlette(
+        routes=[Mount("/api/v1", routes=api.routes()), *control.routes()],
+        exception_handlers={HTTPException: _no_route},
+        lifespan=lifespan,
+    )
+    app.state.world = world
+    app.state.courier = courier
+    app.router.redirect_slashes = False
+    return app
+
+
+async def _no_route(request: Request, exc: Exception) -> Response:
+    status = exc.status_code if isinstance(exc, HTTPException) else 404
+    if status == 405:
+        return Problem(405, "method_not_allowed", "This route has no such method.").response()
+    return Problem(404, "not_found", "There is no such route.").response()

@@ -1,0 +1,132 @@
+"""Delivers callbacks: one for each run that asked for it, with FLORA's attempts and their faults.
+
+A callback's body and signature are made once, at its first attempt, and stay the same for all.
+"""
+
+import asyncio
+from typing import Final
+
+import httpx
+
+from tracker.simulator.delivery import Attempt, Kind, Letter, forge_letter, write_letter
+from tracker.simulator.runs import SimulatedRun
+from tracker.simulator.world import World
+
+WAITS: Final = (0.0, 10.0, 60.0, 300.0)
+"""Seconds before each attempt, counted from the one before."""
+
+LATE: Final = 3.0
+"""How much later than the end a late callback comes, as a multiple of `run_seconds`."""
+
+_CONNECTIONS: Final = 100
+
+
+class Courier:
+    """Sends the callbacks of a world's runs, each in its own task."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._slots = asyncio.Semaphore(_CONNECTIONS)
+        self._client: httpx.AsyncClient | None = None
+
+    def schedule(self, run: SimulatedRun) -> asyncio.Event:
+        """Sends the run's callback when it is due. The event is set after the first attempt.
+
+        Where no callback is to be sent, the event is set from the beginning.
+        """
+        attempted = asyncio.Event()
+        if run.callback_url is None or run.faults == {"drop"}:
+            attempted.set()
+            return attempted
+        task = asyncio.create_task(self._carry(run, run.callback_url, attempted))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return attempted
+
+    async def idle(self) -> None:
+        """Waits until every callback that is scheduled has been taken or given up."""
+        while self._tasks:
+            await asyncio.wait(set(self._tasks))
+
+    async def close(self) -> None:
+        """Drops what has not been sent."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._client is not None:
+            await self._client.aclose()
+            self._client = None
+
+    async def _carry(self, run: SimulatedRun, url: str, attempted: asyncio.Event) -> None:
+        """All that is sent for one run, in its order."""
+        options = self._world.options
+        pace = options.run_seconds / options.speed
+        try:
+            await asyncio.sleep(self._seconds_until_due(run, pace))
+            if "bad_signature" in run.faults:
+                await self._post(url, forge_letter(run, self._world.now_ms()), "forged", 1)
+            if "drop" in run.faults:
+                return
+            letter = write_letter(run, self._world.now_ms())
+            for number, wait in enumerate(WAITS, 1):
+                await asyncio.sleep(wait / options.speed)
+                attempt = await self._post(url, letter, "callback", number)
+                attempted.set()
+                if attempt.taken:
+                    break
+            else:
+                return
+            if "duplicate" in run.faults:
+                await asyncio.sleep(run.fate.held * pace)
+                await self._post(url, letter, "duplicate", attempt.number + 1)
+        finally:
+            # Whoever waits for the first attempt must not wait for one that never comes.
+            attempted.set()
+
+    def _seconds_until_due(self, run: SimulatedRun, pace: float) -> float:
+        wait = max(0.0, (run.completed_ms - self._world.now_ms()) / 1000)
+        if "late" in run.faults:
+            wait += LATE * pace
+        if "reorder" in run.faults:
+            wait += run.fate.held * pace
+        return wait
+
+    async def _post(self, url: str, letter: Letter, kind: Kind, number: int) -> Attempt:
+        status: int | None = None
+        error: str | None = None
+        async with self._slots:
+            at_ms = self._world.now_ms()
+            try:
+                async with asyncio.timeout(self._world.options.callback_timeout):
+                    response = await self._http().post(
+                        url, content=letter.body, headers=letter.headers
+                    )
+                status = response.status_code
+            except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as exc:
+                error = type(exc).__name__
+        attempt = Attempt(
+            run_id=letter.run_id,
+            delivery_id=letter.delivery_id,
+            kind=kind,
+            number=number,
+            at_ms=at_ms,
+            status=status,
+            error=error,
+        )
+        self._world.deliveries.append(attempt)
+        return attempt
+
+    def _http(self) -> httpx.AsyncClient:
+        if self._client is None:
+            self._client = httpx.AsyncClient(
+                # Certificates as configured in the environment, but never its proxies: callbacks
+                # mostly go to this very machine.
+                verify=httpx.create_ssl_context(trust_env=True),
+                trust_env=False,
+                follow_redirects=False,
+                timeout=httpx.Timeout(None),  # the whole attempt is timed, not its steps
+                limits=httpx.Limits(max_connections=_CONNECTIONS, max_keepalive_connections=20),
+            )
+        return self._client

@@ -1,0 +1,160 @@
+"""The techniques: FLORA's published catalogue, with inputs and outputs made up to be plausible.
+
+`techniques.tsv` holds one technique a line. Inputs and outputs are written `id:type`, followed by
+`@16x9` for a required aspect ratio, `~5` for a required duration in seconds, and the flags `?`
+optional, `*` several values, `+` takes an element.
+"""
+
+import csv
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from types import MappingProxyType
+from typing import Any, Final
+
+_PORT: Final = re.compile(
+    r"(?P<id>\w+):(?P<type>\w+?)(?:@(?P<wide>\d+)x(?P<high>\d+))?(?:~(?P<seconds>\d+))?(?P<flags>[?*+]*)"
+)
+_DESCRIPTIONS: Final = {
+    "imageUrl": "Link to an image.",
+    "videoUrl": "Link to a video.",
+    "audioUrl": "Link to a sound file.",
+    "documentUrl": "Link to a document.",
+    "text": "Plain text.",
+}
+_SAMPLES: Final = {
+    "imageUrl": "https://example.com/sample.png",
+    "videoUrl": "https://example.com/sample.mp4",
+    "audioUrl": "https://example.com/sample.wav",
+    "documentUrl": "https://example.com/sample.pdf",
+    "text": "A lighthouse at dusk",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """One input or output of a technique."""
+
+    id: str
+    type: str
+    aspect_ratio: str | None = None
+    duration: int | None = None
+    optional: bool = False
+    several: bool = False
+    element: bool = False
+
+    @property
+    def accepts(self) -> str:
+        """The type under which a start sends this input.
+
+        A start knows only text, images and videos; a link to a sound or a document goes as text.
+        """
+        return self.type if self.type in ("imageUrl", "videoUrl") else "text"
+
+    @property
+    def takes_link(self) -> bool:
+        """Whether the value is a link."""
+        return self.type != "text"
+
+    def definition(self) -> dict[str, Any]:
+        """The input or output as `GET /techniques/{id}` shows it."""
+        shown: dict[str, Any] = {
+            "id": self.id,
+            "name": self.id.replace("_", " ").capitalize(),
+            "type": self.type,
+            "description": _DESCRIPTIONS[self.type],
+        }
+        if self.aspect_ratio is not None:
+            shown["specified_aspect_ratio"] = self.aspect_ratio
+        if self.duration is not None:
+            shown["specified_duration"] = self.duration
+        flags = {
+            "optional": self.optional,
+            "allow_multiple": self.several,
+            "accepts_element": self.element,
+        }
+        return shown | {name: True for name, set_ in flags.items() if set_}
+
+
+@dataclass(frozen=True, slots=True)
+class Technique:
+    """A technique of the catalogue. `run_cost` is USD for each completed run."""
+
+    technique_id: str
+    name: str
+    description: str
+    run_cost: float
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+    @property
+    def slug(self) -> str:
+        """The short name by which a technique is also addressed."""
+        return self.technique_id.removeprefix("tech_")
+
+    def list_item(self) -> dict[str, Any]:
+        """The technique as the list shows it: without inputs and outputs."""
+        return {
+            "technique_id": self.technique_id,
+            "name": self.name,
+            "description": self.description,
+            "run_cost": self.run_cost,
+            "inputs": [],
+            "outputs": [],
+        }
+
+    def definition(self) -> dict[str, Any]:
+        """The technique as it is shown alone: with inputs and outputs."""
+        return self.list_item() | {
+            "inputs": [port.definition() for port in self.inputs],
+            "outputs": [port.definition() for port in self.outputs],
+        }
+
+    def sample_inputs(self) -> list[dict[str, str]]:
+        """Inputs that a start accepts: every required one, or the first where none is required."""
+        wanted = [port for port in self.inputs if not port.optional] or self.inputs[:1]
+        return [
+            {"id": port.id, "type": port.accepts, "value": _SAMPLES[port.type]} for port in wanted
+        ]
+
+
+@cache
+def load_catalogue() -> Mapping[str, Technique]:
+    """All techniques by their `tech_…` identifier, in the catalogue's order."""
+    with (resources.files("tracker.simulator") / "techniques.tsv").open(encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+    techniques = [
+        Technique(
+            technique_id=f"tech_{row['slug']}",
+            name=row["name"],
+            description=row["description"],
+            run_cost=float(row["run_cost"]),
+            inputs=tuple(_parse_port(text) for text in row["inputs"].split()),
+            outputs=tuple(_parse_port(text) for text in row["outputs"].split()),
+        )
+        for row in rows
+    ]
+    return MappingProxyType({technique.technique_id: technique for technique in techniques})
+
+
+def find_technique(reference: str) -> Technique | None:
+    """The technique with that identifier or slug, if there is one."""
+    catalogue = load_catalogue()
+    return catalogue.get(reference) or catalogue.get(f"tech_{reference}")
+
+
+def _parse_port(text: str) -> Port:
+    parts = _PORT.fullmatch(text)
+    if parts is None or parts["type"] not in _DESCRIPTIONS:
+        raise ValueError(f"the catalogue holds an input or output that cannot be read: {text}")
+    return Port(
+        id=parts["id"],
+        type=parts["type"],
+        aspect_ratio=f"{parts['wide']}:{parts['high']}" if parts["wide"] else None,
+        duration=int(parts["seconds"]) if parts["seconds"] else None,
+        optional="?" in parts["flags"],
+        several="*" in parts["flags"],
+        element="+" in parts["flags"],
+    )

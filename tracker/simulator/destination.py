@@ -1,0 +1,65 @@
+"""Which callback addresses are refused: FLORA's rule, and loopback as the one exception.
+
+FLORA calls back to public `https` addresses only. A simulator runs beside what it calls, so it
+also takes a loopback host, and there plain `http`.
+"""
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import Final
+from urllib.parse import urlsplit
+
+Address = IPv4Address | IPv6Address
+Resolver = Callable[[str, int], Awaitable[list[Address]]]
+
+_INTERNAL_SUFFIXES: Final = (".internal", ".local", ".lan", ".home.arpa", ".localhost")
+_RESOLVE_SECONDS: Final = 2.0
+
+
+async def refusal(url: str, resolve: Resolver | None = None) -> str | None:
+    """Why `url` cannot be a callback address, or None where it can.
+
+    A public name is resolved, and refused where any of its addresses is private; one that cannot
+    be resolved now is accepted, as its deliveries fail anyway.
+    """
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        return "is not a URL"
+    if not url.isascii() or parts.scheme not in ("http", "https") or not host:
+        return "is not an http or https URL"
+    address = _literal(host)
+    if host == "localhost" or (address is not None and address.is_loopback):
+        return None
+    if parts.scheme != "https":
+        return "must be https, or http on a loopback host"
+    if address is not None:
+        return None if address.is_global else "must not be a private or internal host"
+    if "." not in host or host.endswith(_INTERNAL_SUFFIXES):
+        return "must not be a private or internal host"
+    addresses = await (resolve or resolve_host)(host, port or 443)
+    if not all(address.is_global for address in addresses):
+        return "must not resolve to a private or internal host"
+    return None
+
+
+def _literal(host: str) -> Address | None:
+    try:
+        return ip_address(host)
+    except ValueError:
+        return None
+
+
+async def resolve_host(host: str, port: int) -> list[Address]:
+    """The addresses of a name; none where it cannot be resolved within two seconds."""
+    try:
+        async with asyncio.timeout(_RESOLVE_SECONDS):
+            found = await asyncio.get_running_loop().getaddrinfo(
+                host, port, type=socket.SOCK_STREAM
+            )
+    except (OSError, TimeoutError, UnicodeError):
+        return []
+    return [ip_address(str(info[4][0]).partition("%")[0]) for info in found]

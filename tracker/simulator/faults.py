@@ -1,0 +1,119 @@
+"""What goes wrong with a request: too many, server errors, and connections that are cut."""
+
+import asyncio
+from collections.abc import Sequence
+from email.utils import formatdate
+from random import Random
+from typing import Any, Final, Literal
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from tracker.simulator.options import Options
+from tracker.simulator.problems import Problem
+
+RequestFault = Literal["cut_before", "cut_after", "cut_within", "rate_limited", "error"]
+
+_CUTS: Final[Sequence[RequestFault]] = ("cut_before", "cut_after", "cut_within")
+_RATE_LIMITED: Final = Problem(429, "rate_limited", "Too many requests for this workspace.")
+_SERVER_ERRORS: Final = (
+    Problem(500, "internal_error", "Something went wrong on our side."),
+    Problem(500, "unknown_error", "Something went wrong on our side."),
+    Problem(503, "service_unavailable", "The service is not available."),
+)
+_NO_JSON: Final = (
+    (500, "text/plain; charset=utf-8", "Internal Server Error"),
+    (503, "text/html; charset=utf-8", "<html><body><h1>503 Service Unavailable</h1></body></html>"),
+    (503, "application/json", '{"error":{"code":"service_un'),
+)
+
+
+class Throw:
+    """The throws for one request: which fault strikes it, and how."""
+
+    def __init__(self, options: Options, number: int) -> None:
+        self._options = options
+        self._dice = Random(f"{options.seed}/request/{number}")
+        cut, rate_limit, errors = (self._dice.random() for _ in range(3))
+        self.fault: RequestFault | None = None
+        if cut < options.cut:
+            self.fault = self._dice.choice(_CUTS)
+        elif rate_limit < options.rate_limit:
+            self.fault = "rate_limited"
+        elif errors < options.errors:
+            self.fault = "error"
+
+    def too_many(self, now_ms: int) -> Response:
+        """A 429: half of them name seconds, a quarter a date, a quarter nothing."""
+        response = _RATE_LIMITED.response()
+        style, wait = self._dice.random(), self._options.retry_after
+        if style < 0.5:
+            response.headers["retry-after"] = str(wait)
+        elif style < 0.75:
+            # A date has no fractions: rounded up, so that it never names a moment too early.
+            response.headers["retry-after"] = formatdate(-(-now_ms // 1000) + wait, usegmt=True)
+        return response
+
+    def server_error(self) -> Response:
+        """A 500 or 503; four in ten have a body that is no JSON."""
+        if self._dice.random() < 0.4:
+            status, media_type, text = self._dice.choice(_NO_JSON)
+            return Response(text, status, media_type=media_type)
+        return self._dice.choice(_SERVER_ERRORS).response()
+
+
+class Connections:
+    """The open connections of a server, so that one can be cut as a network would."""
+
+    def __init__(self) -> None:
+        self._open: dict[tuple[str, int], asyncio.Transport] = {}
+
+    def protocol(self) -> type[H11Protocol]:
+        """The protocol class under which the server's connections register here."""
+        connections = self._open
+
+        class RegisteredProtocol(H11Protocol):
+            def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+                super().connection_made(transport)
+                if self.client is not None:
+                    connections[self.client] = transport
+
+            def connection_lost(self, exc: Exception | None) -> None:
+                if self.client is not None:
+                    connections.pop(self.client, None)
+                super().connection_lost(exc)
+
+        return RegisteredProtocol
+
+    def abort(self, client: Any) -> bool:
+        """Cuts the connection of that peer; False where the peer is not known here."""
+        transport = self._open.get(tuple(client or ()))
+        if transport is None:
+            return False
+        transport.abort()
+        return True
+
+
+class Cut(Response):
+    """Instead of an answer, the end of the connection, perhaps in the middle of an answer."""
+
+    def __init__(self, connections: Connections, begun: Response | None = None) -> None:
+        super().__init__(status_code=500)
+        self._connections = connections
+        self._begun = begun
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises `ConnectionAbortedError` where the server's connections are not known."""
+        if self._begun is not None:
+            body = bytes(self._begun.body)
+            headers = self._begun.raw_headers
+            status = self._begun.status_code
+            await send({"type": "http.response.start", "status": status, "headers": headers})
+            half = body[: len(body) // 2]
+            await send({"type": "http.response.body", "body": half, "more_body": True})
+        if not self._connections.abort(scope.get("client")):
+            raise ConnectionAbortedError("the connection was cut")
+        # The server takes a return without an answer for a mistake, unless the peer is gone.
+        while (await receive())["type"] != "http.disconnect":
+            pass

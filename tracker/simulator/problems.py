@@ -1,0 +1,34 @@
+"""FLORA's errors: a status, a code, a message and, for bad input, the fields."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+
+class Problem(Exception):
+    """What a handler raises to answer with one of FLORA's errors.
+
+    `fields` are pairs of a field's name and what is wrong with it.
+    """
+
+    def __init__(
+        self, status: int, code: str, message: str, fields: Sequence[tuple[str, str]] = ()
+    ) -> None:
+        super().__init__(f"{status} {code}: {message}")
+        self.status = status
+        self.code = code
+        self.message = message
+        self.fields = tuple(fields)
+
+    @classmethod
+    def invalid(cls, *fields: tuple[str, str]) -> "Problem":
+        """A 400 for input that cannot be used, with the fields at fault."""
+        return cls(400, "input_validation_error", "The input is not valid.", fields)
+
+    def response(self) -> JSONResponse:
+        """The answer in FLORA's shape."""
+        error: dict[str, Any] = {"code": self.code, "message": self.message}
+        if self.fields:
+            error["fields"] = [{"field": name, "message": text} for name, text in self.fields]
+        return JSONResponse({"error": error}, self.status)
