@@ -14,8 +14,8 @@ from tests.core.strategies import START, observations
 from tracker.core.entry import Delivered, Delivery, DeliveryOutcome, Entry, Seen, Unseen
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Record, apply
-from tracker.core.run import Output, Run, RunStatus, Tracking
-from tracker.core.schedule import Durations, Policy, first_wait, next_check, wait_after
+from tracker.core.run import Output, RunStatus, Tracking
+from tracker.core.schedule import Durations, Policy, first_wait, wait_after
 
 POLICY = Policy()
 PICTURE = Output("output_1", "imageUrl", "https://media.example/1.png")
@@ -232,14 +232,8 @@ def test_jitter_drifts_runs_apart_and_repeats() -> None:
     assert wait_after(POLICY, "run_1", 4) == wait_after(POLICY, "run_1", 4)
 
 
-def test_a_creation_time_ahead_of_the_clock_does_not_hide_a_run() -> None:
-    """A run that claims to be born tomorrow is still looked at within ten times the grace."""
-    due = next_check(
-        Run(run_id="run_1"),
-        policy=POLICY,
-        now=START,
-        born=START + timedelta(days=1),
-        looks=0,
-        callback_expected=True,
-    )
-    assert seconds(due) == 300
+def test_flora_s_clock_does_not_move_the_first_look() -> None:
+    """A run that FLORA says was created tomorrow is first looked at as any other."""
+    tomorrow = replace(started().observation, created_at=START + timedelta(days=1))
+    record = after([Seen(observation=tomorrow, callback_expected=True)])
+    assert seconds(record.next_check_at) == 30

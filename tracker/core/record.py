@@ -123,7 +123,7 @@ def _sighted(
             run,
             policy=policy,
             now=seen.at,
-            born=after.created_at,
+            first_seen=after.first_seen_at,
             looks=looks,
             callback_expected=after.callback_expected,
             durations=durations_of(run.technique_id),
@@ -167,7 +167,7 @@ def _unseen(record: Record, entry: Unseen, policy: Policy) -> Record:
         after.run,
         policy=policy,
         now=entry.at,
-        born=after.created_at,
+        first_seen=after.first_seen_at,
         looks=after.looks,
         callback_expected=after.callback_expected,
     )

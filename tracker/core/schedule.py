@@ -74,7 +74,7 @@ def next_check(
     *,
     policy: Policy,
     now: datetime,
-    born: datetime,
+    first_seen: datetime,
     looks: int,
     callback_expected: bool,
     durations: Durations | None = None,
@@ -82,9 +82,9 @@ def next_check(
 ) -> datetime | None:
     """When to read the run next, in UTC; `None` where nothing is left to read.
 
-    `born` is when the run was created (FLORA's time, else when it was first seen), `looks` how many
-    times the API has been asked since the last news, `at_once` whether news of another kind (a
-    callback, somebody's request to track it) wants a read now.
+    `first_seen` is when we first heard of the run, by our clock: FLORA's time of creation is by
+    another. `looks` is how many times the API has shown it since the last news, `at_once` whether
+    news of another kind (a callback, somebody's request to track it) wants a read now.
     """
     if run.settled:
         return None
@@ -92,11 +92,8 @@ def next_check(
         return now + wait_after(policy, run.run_id, looks)
     if at_once or run.standing.ended:
         return now
-    first = born + first_wait(policy, durations, callback_expected=callback_expected)
-    # A creation time ahead of our clock (theirs or ours is wrong) must not put the look off for
-    # long.
-    latest = now + policy.grace * LEARNED_FACTOR
-    return min(max(first, now), latest)
+    first = first_seen + first_wait(policy, durations, callback_expected=callback_expected)
+    return max(first, now)
 
 
 def _share(run_id: str, looks: int) -> float:

@@ -1,12 +1,12 @@
 """Where the API key may go: to paths below the configured base URL, and nowhere else."""
 
-import ipaddress
 from typing import Final
 from urllib.parse import quote
 
 import httpx
 
 from tracker.core.errors import FloraError, FloraUnreadable, NotFound, SettingsError
+from tracker.core.loopback import is_loopback
 from tracker.flora.values import LONGEST_ID
 
 _NO_SEGMENTS: Final = ("", ".", "..")
@@ -28,7 +28,7 @@ class Addresses:
             self.base = httpx.URL(base_url.strip().rstrip("/"))
         except (httpx.InvalidURL, ValueError) as exc:
             raise SettingsError("FLORA_BASE_URL is not a URL") from exc
-        self.on_loopback = _is_loopback(self.base.raw_host.decode())
+        self.on_loopback = is_loopback(self.base.raw_host.decode())
         """Whether FLORA is on this machine, a simulator."""
         secure = self.base.scheme == "https" or (self.base.scheme == "http" and self.on_loopback)
         if not secure or not self.base.raw_host:
@@ -64,13 +64,6 @@ class Addresses:
 
 def _origin(url: httpx.URL) -> tuple[str, bytes, int | None]:
     return (url.scheme, url.raw_host, url.port)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _segment(value: str) -> str:
