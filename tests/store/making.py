@@ -1,0 +1,162 @@
+"""Entries, observations and doors for the store's tests."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+from hypothesis import strategies as st
+from sqlalchemy import select
+
+from tracker.core.entry import Delivered, Delivery, DeliveryOutcome, Seen
+from tracker.core.merge import merge
+from tracker.core.observation import Observation, Source
+from tracker.core.run import Output, Run, RunError, RunStatus
+from tracker.core.schedule import Policy
+from tracker.store.door import Door
+from tracker.store.engine import Database
+from tracker.store.read import events
+from tracker.store.tables import deliveries
+
+NOW = datetime(2026, 6, 1, 12, 0, 0, 123456, tzinfo=UTC)
+POLICY = Policy()
+
+
+def open_door(db: Database, **options: Any) -> Door:
+    """A door with the default policy that knows no durations."""
+    return Door(db, **{"policy": POLICY, "durations_of": lambda _: None, **options})
+
+
+def callback(
+    run_id: str,
+    delivery_id: str | None = None,
+    *,
+    status: RunStatus = RunStatus.COMPLETED,
+    at: datetime = NOW,
+    body: bytes = b"{}",
+    **facts: Any,
+) -> Delivered:
+    """A callback that says how a run ended."""
+    return Delivered(
+        delivery=Delivery(
+            delivery_id=delivery_id or f"whd_{run_id}",
+            received_at=at,
+            body=body,
+            outcome=DeliveryOutcome.APPLIED,
+            run_id=run_id,
+            event_type=f"run.{status}",
+        ),
+        observation=Observation(
+            run_id=run_id, source=Source.CALLBACK, at=at, status=status, **facts
+        ),
+    )
+
+
+def quarantined(delivery_id: str, *, at: datetime = NOW, body: bytes = b"?") -> Delivered:
+    """A callback that nobody understands."""
+    return Delivered(
+        delivery=Delivery(
+            delivery_id=delivery_id,
+            received_at=at,
+            body=body,
+            outcome=DeliveryOutcome.QUARANTINED,
+            reason="not a JSON object",
+        )
+    )
+
+
+def seen(
+    run_id: str,
+    status: RunStatus = RunStatus.RUNNING,
+    *,
+    source: Source = Source.POLL,
+    at: datetime = NOW,
+    facts: dict[str, Any] | None = None,
+    **how: Any,
+) -> Seen:
+    """A sight of a run by the API."""
+    observation = Observation(run_id=run_id, source=source, at=at, status=status, **(facts or {}))
+    return Seen(observation=observation, **how)
+
+
+def started(run_id: str, *, at: datetime = NOW, facts: dict[str, Any] | None = None) -> Seen:
+    """FLORA's answer to a start of ours, with a callback on its way."""
+    return seen(
+        run_id,
+        RunStatus.PENDING,
+        source=Source.START,
+        at=at,
+        facts=facts,
+        callback_expected=True,
+        inputs=[{"id": "prompt", "type": "text", "value": "a cat"}],
+    )
+
+
+async def fold(db: Database, run_id: str) -> Run | None:
+    """What the run's stored timeline amounts to."""
+    run = None
+    for event in await events(db, run_id):
+        run = merge(run, Observation.from_json(event.detail))
+    return run
+
+
+async def receipts(db: Database) -> dict[str, int]:
+    """How often each delivery has come, as the database has it."""
+    async with db.read() as connection:
+        rows = await connection.execute(select(deliveries.c.delivery_id, deliveries.c.receipts))
+        return dict(rows.all())
+
+
+_texts = st.sampled_from(["a", "b", "Größe", "nul \0 in it", "half \ud83d of one"])
+_moments = st.integers(0, 10**6).map(lambda n: NOW + timedelta(microseconds=n * 997))
+_costs = st.integers(0, 10**7).map(lambda n: Decimal(n) / 10**6)
+_outputs = st.lists(
+    st.builds(Output, _texts, st.sampled_from(["imageUrl", "text"]), _texts), max_size=3
+).map(tuple)
+
+
+def observations(run_id: str) -> st.SearchStrategy[Observation]:
+    """Anything that anybody might say about a run, true or not."""
+
+    def maybe(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+        return st.none() | values
+
+    return st.builds(
+        Observation,
+        run_id=st.just(run_id),
+        source=st.sampled_from(Source),
+        at=_moments,
+        status=st.sampled_from(RunStatus),
+        progress=maybe(st.sampled_from([0.0, 12.5, 100.0])),
+        run_type=maybe(st.sampled_from(["technique", "generation"])),
+        workspace_id=maybe(_texts),
+        technique_id=maybe(_texts),
+        technique_name=maybe(_texts),
+        created_at=maybe(_moments),
+        started_at=maybe(_moments),
+        completed_at=maybe(_moments),
+        charged_cost=maybe(_costs),
+        error=maybe(st.builds(RunError, _texts, _texts)),
+        outputs=maybe(_outputs),
+    )
+
+
+def as_entry(observation: Observation, number: int) -> Delivered | Seen:
+    """The entry that brings an observation; a callback's delivery is called by the number."""
+    if observation.source is not Source.CALLBACK:
+        return Seen(observation=observation)
+    return Delivered(
+        delivery=Delivery(
+            delivery_id=f"whd_{observation.run_id}_{number}",
+            received_at=observation.at,
+            body=b"{}",
+            outcome=DeliveryOutcome.APPLIED,
+            run_id=observation.run_id,
+        ),
+        observation=observation,
+    )
+
+
+def ids(prefix: str, count: int) -> Sequence[str]:
+    """That many ids."""
+    return [f"{prefix}_{number:04}" for number in range(count)]

@@ -1,0 +1,176 @@
+"""A database that is down is said so in time, and taken up again by itself."""
+
+import asyncio
+import socket
+import sqlite3
+import time
+from contextlib import closing
+from pathlib import Path
+
+import asyncpg
+import pytest
+from sqlalchemy import text
+
+from tests.store.making import callback, ids, open_door, receipts
+from tests.support.postgres import PostgresServer
+from tests.support.waiting import eventually, free_port
+from tracker.core.errors import StoreError, StoreUnavailable
+from tracker.store.engine import Database
+from tracker.store.read import get_run
+
+
+async def test_a_locked_file_is_unavailable_and_then_free(sqlite_url: str, tmp_path: Path) -> None:
+    """While somebody holds SQLite's write lock, callers are told in time; then all goes on."""
+    async with await Database.open(sqlite_url) as db, open_door(db, deadline=0.3) as door:
+        await door.put(callback("run_before"))
+        with closing(sqlite3.connect(tmp_path / "tracker.db", isolation_level=None)) as blocker:
+            blocker.execute("BEGIN IMMEDIATE")
+            begun = time.monotonic()
+            with pytest.raises(StoreUnavailable):
+                await door.put(callback("run_meanwhile"))
+            assert time.monotonic() - begun < 3
+            assert await get_run(db, "run_before")  # readers do not care
+            blocker.execute("ROLLBACK")
+        await eventually(lambda: door.waiting == 0)
+        await door.put(callback("run_after"))
+        assert "whd_run_after" in await receipts(db)
+
+
+async def test_a_file_that_cannot_be_written_is_unavailable(tmp_path: Path) -> None:
+    """A path that is no file is a database that is not there, not a crash."""
+    (tmp_path / "folder").mkdir()
+    async with await Database.open(f"sqlite:///{tmp_path / 'folder'}") as db:
+        with pytest.raises(StoreUnavailable):
+            await db.ping()
+        async with open_door(db, deadline=0.3) as door:
+            with pytest.raises(StoreUnavailable):
+                await door.put(callback("run_1"))
+
+
+async def test_nobody_behind_the_port_is_unavailable_in_time() -> None:
+    """Where nothing listens, callers are told within the deadline, and closing does not hang."""
+    url = f"postgresql://tracker:secret@127.0.0.1:{free_port()}/tracker"
+    async with await Database.open(url) as db, open_door(db, deadline=0.5) as door:
+        begun = time.monotonic()
+        with pytest.raises(StoreUnavailable) as caught:
+            await door.put(callback("run_1"))
+        assert time.monotonic() - begun < 3
+        assert "secret" not in str(caught.value)
+        with pytest.raises(StoreUnavailable):
+            await db.ping()
+
+
+async def test_a_server_that_accepts_and_says_nothing_is_unavailable() -> None:
+    """A server that hangs is as good as none: the wait for it ends."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        url = f"postgresql://t@127.0.0.1:{silent.getsockname()[1]}/t"
+        async with await Database.open(url) as db, open_door(db, deadline=0.3) as door:
+            begun = time.monotonic()
+            with pytest.raises(StoreUnavailable):
+                await door.put(callback("run_1"))
+            assert time.monotonic() - begun < 2
+            with pytest.raises(StoreUnavailable):
+                await db.ping()
+            assert time.monotonic() - begun < 6
+
+
+async def test_terminated_connections_cost_no_callback(postgres_url: str) -> None:
+    """When an administrator ends all our connections, callers notice nothing."""
+    async with (
+        await Database.open(postgres_url) as db,
+        await Database.open(postgres_url, application_name="administrator") as other,
+        open_door(db) as door,
+    ):
+        await door.put(callback("run_0"))
+        for number in range(1, 4):
+            await other.write(
+                lambda connection: connection.execute(
+                    text(
+                        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                        "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+                    )
+                ).all()
+            )
+            await door.put_all([callback(run) for run in ids(f"run_{number}", 20)])
+            assert await get_run(db, f"run_{number}_0007")
+        assert len(await receipts(db)) == 61
+
+
+async def test_a_restarted_server_is_found_again(own_postgres: PostgresServer) -> None:
+    """A stopped server means `StoreUnavailable`; once it is back, the same door goes on."""
+    async with (
+        await Database.open(own_postgres.url("tracker")) as db,
+        open_door(db, deadline=0.5) as door,
+    ):
+        await door.put(callback("run_before"))
+        await asyncio.to_thread(own_postgres.stop)
+        for run in ("run_1", "run_2"):
+            begun = time.monotonic()
+            with pytest.raises(StoreUnavailable):
+                await door.put(callback(run))
+            assert time.monotonic() - begun < 3
+        assert door.trouble is not None
+        with pytest.raises(StoreUnavailable):
+            await get_run(db, "run_before")
+        await asyncio.to_thread(own_postgres.start)
+
+        async def works() -> bool:
+            try:
+                return bool((await door.put(callback("run_after"))).after)
+            except StoreUnavailable:
+                return False
+
+        assert await eventually(works)
+        assert door.trouble is None
+        assert set(await receipts(db)) >= {"whd_run_before", "whd_run_after"}
+
+
+async def test_acknowledged_means_on_disk(own_postgres: PostgresServer) -> None:
+    """What was answered before the server crashed is there when it has recovered."""
+    async with await Database.open(own_postgres.url("tracker")) as db:
+        async with open_door(db, deadline=0.5, max_batch=3) as door:
+            calls = [asyncio.ensure_future(door.put(callback(run))) for run in ids("run", 300)]
+            await asyncio.wait(calls[:30])
+            await asyncio.to_thread(own_postgres.crash)
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+        acknowledged = {
+            f"whd_{run}"
+            for run, answer in zip(ids("run", 300), answers, strict=True)
+            if not isinstance(answer, BaseException)
+        }
+        assert len(acknowledged) >= 30
+        await asyncio.to_thread(own_postgres.start)
+        assert await eventually(lambda: _all_there(db, acknowledged))
+
+
+async def _all_there(db: Database, acknowledged: set[str]) -> bool:
+    try:
+        return acknowledged <= set(await receipts(db))
+    except StoreUnavailable:
+        return False
+
+
+async def test_a_lock_that_is_not_given_ends_the_wait(postgres_url: str) -> None:
+    """A table that somebody has locked means `StoreUnavailable`, and nothing stays broken."""
+    async with (
+        await Database.open(postgres_url) as db,
+        open_door(db, deadline=0.4) as door,
+    ):
+        owner = await asyncpg.connect(postgres_url)
+        async with owner.transaction():
+            await owner.execute("LOCK TABLE runs IN ACCESS EXCLUSIVE MODE")
+            with pytest.raises(StoreUnavailable):
+                await door.put(callback("run_1"))
+        await owner.close()
+        await eventually(lambda: door.waiting == 0)
+        await door.put(callback("run_2"))
+        assert "whd_run_2" in await receipts(db)
+
+
+async def test_reads_cannot_write(db: Database) -> None:
+    """A reader's connection refuses to change anything."""
+    with pytest.raises(StoreError):
+        async with db.read() as connection:
+            await connection.execute(text("DELETE FROM runs"))

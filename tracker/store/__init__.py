@@ -1,0 +1,1 @@
+"""The store: the database's tables, the one door that writes runs, the claims, and the readers."""

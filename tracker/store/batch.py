@@ -1,0 +1,240 @@
+"""One transaction of the door: what a batch of entries makes of the rows, whichever database it is.
+
+Locks are always taken in one order, deliveries by id and then runs by id, so that any number of
+processes can do this at the same time and none waits for another in a circle.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Final, Protocol
+
+from sqlalchemy import Connection
+
+from tracker.core.entry import Delivered, Delivery, Entry, Seen, Unseen
+from tracker.core.observation import Observation
+from tracker.core.record import DurationsOf, Record, apply
+from tracker.core.schedule import Policy
+from tracker.store.tables import deliveries
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """What an entry did: the run's record before and after it.
+
+    `after` is `None` where the entry is about no run that is known. `repeated` says that the
+    delivery had come before, so that only its count changed; its run is then not looked at.
+    """
+
+    before: Record | None
+    after: Record | None
+    repeated: bool = False
+
+    @property
+    def news(self) -> bool:
+        """Whether the entry said something about its run that was not known."""
+        return self.after is not None and (
+            self.before is None or self.after.run is not self.before.run
+        )
+
+
+DELIVERY_COLUMNS: Final = tuple(deliveries.columns)
+EVENT_COLUMNS: Final = ("run_id", "at", "source", "status", "progress", "detail")
+OUTPUT_COLUMNS: Final = ("run_id", "position", "output_id", "type", "url")
+Rows = list[tuple[Any, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a whole batch did: of each entry in order, and in sum.
+
+    `due` says that a run is to be read at once, `news` names the runs that show otherwise than
+    before.
+    """
+
+    passed: list[Passed]
+    due: bool
+    news: list[str]
+
+
+@dataclass(slots=True)
+class Changes:
+    """What a batch is to write, in rows sorted by key."""
+
+    records: list[Record] = field(default_factory=list)
+    """New and changed ones."""
+    known: list[str] = field(default_factory=list)
+    """Those of them that had a row, which the batch has locked."""
+    outputs_gone: list[str] = field(default_factory=list)
+    """Runs whose stored outputs are replaced."""
+    outputs: Rows = field(default_factory=list)
+    events: Rows = field(default_factory=list)
+    started: Rows = field(default_factory=list)
+    """Workspace slots and idempotency keys of starts, and the runs that they became."""
+    due: bool = False
+    """Whether a run is to be read at once."""
+    news: list[str] = field(default_factory=list)
+    """Runs that show otherwise than before."""
+
+
+class Statements(Protocol):
+    """The statements of a batch; their number does not grow with it."""
+
+    def count_deliveries(self, connection: Connection, rows: Rows) -> dict[str, int]:
+        """Insert rows of `DELIVERY_COLUMNS`, or add to the receipts of those that are there.
+
+        Returns how often each delivery has now come.
+        """
+
+    def lock_runs(self, connection: Connection, run_ids: list[str]) -> dict[str, Record]:
+        """The records of those of the runs that exist, kept from others until the commit."""
+
+    def write(self, connection: Connection, changes: Changes) -> None:
+        """Write all of it. Raises `WriteConflict` where a new run has become known meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What the merge needs to know besides the entries."""
+
+    policy: Policy
+    durations_of: DurationsOf
+
+
+def pass_batch(
+    connection: Connection, entries: Sequence[Entry], rules: Rules, statements: Statements
+) -> Outcome:
+    """Do what the entries say, in their order, and return what came of each.
+
+    Several entries may be about one run. Nothing is committed here.
+    """
+    repeated = _count_deliveries(connection, entries, statements)
+    run_ids = {
+        run_id
+        for position, entry in enumerate(entries)
+        if position not in repeated and (run_id := _run_id(entry)) is not None
+    }
+    before = statements.lock_runs(connection, sorted(run_ids)) if run_ids else {}
+    now: dict[str, Record] = dict(before)
+    changes = Changes()
+    passed = []
+    for position, entry in enumerate(entries):
+        if position in repeated:
+            passed.append(Passed(None, None, repeated=True))
+            continue
+        passed.append(_pass(entry, now, changes, rules))
+    _gather(before, now, changes)
+    if changes.records or changes.started:
+        statements.write(connection, changes)
+    return Outcome(passed, changes.due, changes.news)
+
+
+def _count_deliveries(
+    connection: Connection, entries: Sequence[Entry], statements: Statements
+) -> set[int]:
+    """Store the deliveries among the entries; the positions of those that had come before."""
+    at: dict[str, list[int]] = {}
+    for position, entry in enumerate(entries):
+        if isinstance(entry, Delivered):
+            at.setdefault(entry.delivery.delivery_id, []).append(position)
+    if not at:
+        return set()
+    rows = [_delivery_row([_delivery(entries[p]) for p in at[key]]) for key in sorted(at)]
+    receipts = statements.count_deliveries(connection, rows)
+    repeated = set()
+    for key, positions in at.items():
+        first_is_new = receipts[key] == len(positions)
+        repeated.update(positions[1:] if first_is_new else positions)
+    return repeated
+
+
+def _delivery(entry: Entry) -> Delivery:
+    assert isinstance(entry, Delivered)  # noqa: S101 - for the type checker
+    return entry.delivery
+
+
+def _delivery_row(receipts: list[Delivery]) -> tuple[Any, ...]:
+    """The row of one delivery that a batch holds once or more, in the order of the table."""
+    first = receipts[0]
+    return (
+        first.delivery_id,
+        first.run_id,
+        first.event_type,
+        first.api_version,
+        first.workspace_id,
+        first.created_at,
+        first.received_at,
+        max(delivery.received_at for delivery in receipts),
+        len(receipts),
+        first.outcome.value,
+        first.reason,
+        first.body,
+    )
+
+
+def _pass(entry: Entry, now: dict[str, Record], changes: Changes, rules: Rules) -> Passed:
+    run_id = _run_id(entry)
+    if run_id is None:
+        return Passed(None, None)
+    before = now.get(run_id)
+    after = apply(before, entry, policy=rules.policy, durations_of=rules.durations_of)
+    passed = Passed(before, after)
+    if after is None:
+        return passed
+    now[run_id] = after
+    seen = _observation(entry)
+    if seen is not None and passed.news:
+        changes.events.append(_event_row(seen))
+    if isinstance(entry, Seen) and entry.slot is not None and entry.idempotency_key is not None:
+        changes.started.append((entry.slot, entry.idempotency_key, run_id))
+    moved = before is None or before.next_check_at != after.next_check_at
+    at = seen.at if seen is not None else None
+    if moved and at is not None and after.next_check_at is not None and after.next_check_at <= at:
+        changes.due = True
+    return passed
+
+
+def _gather(before: dict[str, Record], now: dict[str, Record], changes: Changes) -> None:
+    """Compare what was with what is, and note what is to be written."""
+    for run_id in sorted(now):
+        old, new = before.get(run_id), now[run_id]
+        if new is old or new == old:
+            continue
+        changes.records.append(new)
+        if old is not None:
+            changes.known.append(run_id)
+        if old is None or new.run is not old.run or new.tracking is not old.tracking:
+            changes.news.append(run_id)
+        stored = None if old is None else old.run.outputs
+        outputs = new.run.outputs
+        if outputs is stored or outputs == stored:
+            continue
+        if stored is not None:
+            changes.outputs_gone.append(run_id)
+        changes.outputs.extend(
+            (run_id, position, output.output_id, output.type, output.url)
+            for position, output in enumerate(outputs or ())
+        )
+
+
+def _run_id(entry: Entry) -> str | None:
+    """Which run the entry is about; `None` for a quarantined delivery."""
+    if isinstance(entry, Unseen):
+        return entry.run_id
+    return None if entry.observation is None else entry.observation.run_id
+
+
+def _observation(entry: Entry) -> Observation | None:
+    return entry.observation if isinstance(entry, (Delivered, Seen)) else None
+
+
+def _event_row(seen: Observation) -> tuple[str, datetime, str, str, float | None, dict[str, Any]]:
+    """The row of one event, in the order of `EVENT_COLUMNS`."""
+    return (
+        seen.run_id,
+        seen.at,
+        seen.source.value,
+        seen.status.value,
+        seen.progress,
+        seen.to_json(),
+    )

@@ -1,0 +1,156 @@
+"""Who works on what: claims on due runs, and named leases for work that one process does at a time.
+
+A claim and a lease run out by themselves, so that what a crashed process held is taken up again.
+Of a run, nothing but its claim is written here.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Select,
+    delete,
+    func,
+    or_,
+    select,
+    true,
+    update,
+)
+from sqlalchemy.dialects import postgresql, sqlite
+
+from tracker.core.record import Record
+from tracker.store.engine import Database
+from tracker.store.records import records
+from tracker.store.rows import RUN_COLUMNS
+from tracker.store.tables import leases, runs
+
+Workspaces = Sequence[str | None] | None
+"""Whose runs are meant: everybody's where it is `None`; a `None` within stands for "not known"."""
+
+
+async def claim_due(
+    db: Database,
+    *,
+    holder: str,
+    now: datetime,
+    lease: timedelta,
+    limit: int,
+    workspaces: Workspaces = None,
+) -> list[Record]:
+    """Claim up to `limit` runs that are due, longest due first, for `holder` until `now + lease`.
+
+    Concurrent callers get different runs and do not wait for each other. A sight that names the
+    claim gives it back.
+    """
+    due = due_runs(now, workspaces).limit(limit)
+    if db.dialect == "postgresql":
+        due = due.with_for_update(skip_locked=True)
+    statement = (
+        update(runs)
+        .where(runs.c.run_id.in_(due))
+        .values(lease_until=now + lease, lease_holder=holder)
+        .returning(*RUN_COLUMNS)
+    )
+
+    def work(connection: Connection) -> list[Record]:
+        return records(connection, connection.execute(statement).all())
+
+    claimed = await db.write(work)
+    return sorted(claimed, key=lambda record: (record.next_check_at or now, record.run.run_id))
+
+
+async def renew(db: Database, holder: str, until: datetime) -> int:
+    """Hold all that `holder` has claimed until then; returns how many runs."""
+    statement = (
+        update(runs)
+        .where(runs.c.next_check_at.is_not(None), runs.c.lease_holder == holder)
+        .values(lease_until=until)
+    )
+    return await db.write(lambda connection: connection.execute(statement).rowcount)
+
+
+async def release(db: Database, holder: str, run_ids: Sequence[str] | None = None) -> int:
+    """Give back what `holder` has claimed, or of that only `run_ids`; returns how many runs."""
+    among = runs.c.next_check_at.is_not(None) if run_ids is None else runs.c.run_id.in_(run_ids)
+    statement = (
+        update(runs)
+        .where(among, runs.c.lease_holder == holder)
+        .values(lease_until=None, lease_holder=None)
+    )
+    return await db.write(lambda connection: connection.execute(statement).rowcount)
+
+
+async def next_due_at(
+    db: Database, workspaces: Workspaces = None, *, now: datetime
+) -> datetime | None:
+    """When the next run can be claimed; `None` where none is waiting. In the past where one is due.
+
+    Claims that somebody holds count from their end.
+    """
+    first = (
+        select(runs.c.next_check_at)
+        .where(runs.c.next_check_at.is_not(None), _free(now), within(workspaces))
+        .order_by(runs.c.next_check_at)
+        .limit(1)
+    )
+    # Whatever is claimed was due, so that the claims stand at the front of the index.
+    freed = select(func.min(runs.c.lease_until)).where(
+        runs.c.next_check_at <= now, runs.c.lease_until > now, within(workspaces)
+    )
+    async with db.read() as connection:
+        found = [
+            (await connection.execute(first)).scalar(),
+            (await connection.execute(freed)).scalar(),
+        ]
+    return min((at for at in found if at is not None), default=None)
+
+
+def due_runs(now: datetime, workspaces: Workspaces = None) -> Select[Any]:
+    """The ids of the runs that can be claimed, longest due first."""
+    return (
+        select(runs.c.run_id)
+        .where(runs.c.next_check_at <= now, _free(now), within(workspaces))
+        .order_by(runs.c.next_check_at)
+    )
+
+
+async def take_lease(
+    db: Database, name: str, holder: str, now: datetime, duration: timedelta
+) -> bool:
+    """Take or prolong the lease `name` until `now + duration`; false where somebody else has it."""
+    insert: Any = postgresql.insert if db.dialect == "postgresql" else sqlite.insert
+    wanted = insert(leases).values(name=name, holder=holder, until=now + duration)
+    statement = wanted.on_conflict_do_update(
+        index_elements=[leases.c.name],
+        set_={"holder": wanted.excluded.holder, "until": wanted.excluded.until},
+        where=or_(leases.c.until <= now, leases.c.holder == wanted.excluded.holder),
+    ).returning(leases.c.name)
+
+    def work(connection: Connection) -> bool:
+        return connection.execute(statement).first() is not None
+
+    return await db.write(work)
+
+
+async def drop_lease(db: Database, name: str, holder: str) -> None:
+    """Give the lease `name` back, where `holder` has it."""
+    statement = delete(leases).where(leases.c.name == name, leases.c.holder == holder)
+    await db.write(lambda connection: connection.execute(statement).rowcount)
+
+
+def _free(now: datetime) -> ColumnElement[bool]:
+    return or_(runs.c.lease_until.is_(None), runs.c.lease_until <= now)
+
+
+def within(workspaces: Workspaces) -> ColumnElement[bool]:
+    """The condition on `runs` that those workspaces mean."""
+    if workspaces is None:
+        return true()
+    known = [each for each in workspaces if each is not None]
+    named = runs.c.workspace_id.in_(known)
+    if None not in workspaces:
+        return named
+    return or_(named, runs.c.workspace_id.is_(None)) if known else runs.c.workspace_id.is_(None)

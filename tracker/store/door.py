@@ -1,0 +1,264 @@
+"""The one door: every write of run state goes through here, and is answered after its commit.
+
+One task takes whatever waits and commits it together. Nothing waits for company: an entry that
+comes alone is committed alone, and while that commit is under way the next ones gather. So the cost
+of a commit is shared exactly where there is load.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, Self
+
+import structlog
+from sqlalchemy import Connection
+
+from tracker.core.entry import Delivered, Entry
+from tracker.core.errors import SchemaOutdated, StoreError, StoreUnavailable
+from tracker.core.record import DurationsOf
+from tracker.core.schedule import Policy
+from tracker.store.batch import Outcome, Passed, Rules, Statements, pass_batch
+from tracker.store.engine import Database
+from tracker.store.text import clean_entry
+
+MAX_BATCH_BYTES: Final = 8 * 1024 * 1024
+"""The most bytes of callback bodies in one transaction."""
+PAUSE_SECONDS: Final = (0.05, 1.0)
+"""The first and the longest wait before a database that is down is tried again."""
+
+OnCommit = Callable[[Outcome], None]
+"""Called in the event loop after each commit, before the callers are answered."""
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    entry: Entry
+    answer: asyncio.Future[Passed]
+    expires: float
+    """By the event loop's clock."""
+
+
+class Door:
+    """Takes entries and commits them in groups. Used as `async with Door(database, …) as door`.
+
+    `deadline` is how long, in seconds, an entry waits for its commit before `put` gives up on it;
+    `max_batch` is the most entries in one transaction, and no more than `max_waiting` wait at all.
+    """
+
+    def __init__(
+        self,
+        db: Database,
+        *,
+        policy: Policy,
+        durations_of: DurationsOf,
+        max_batch: int = 500,
+        max_waiting: int = 20_000,
+        deadline: float = 7.0,
+        on_commit: Sequence[OnCommit] = (),
+    ) -> None:
+        self._db = db
+        self._rules = Rules(policy, durations_of)
+        self._statements = _statements(db)
+        self._max_batch = max_batch
+        self._max_waiting = max_waiting
+        self._deadline = deadline
+        self._on_commit = tuple(on_commit)
+        self._queue: deque[_Waiting] = deque()
+        self._flying: list[_Waiting] = []
+        self._arrived = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._closing = False
+        self._trouble: StoreError | None = None
+
+    async def __aenter__(self) -> Self:
+        self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def start(self) -> None:
+        """Begin to commit what comes, in the running event loop."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._run(), name="door")
+
+    async def aclose(self) -> None:
+        """Commit what waits, then stop. What comes later is refused with `StoreUnavailable`."""
+        self._closing = True
+        self._arrived.set()
+        if self._task is not None:
+            await asyncio.wait([self._task])
+        if self._timer is not None:
+            self._timer.cancel()
+
+    @property
+    def waiting(self) -> int:
+        """How many entries are not committed yet."""
+        return len(self._queue) + len(self._flying)
+
+    @property
+    def trouble(self) -> StoreError | None:
+        """Why the last attempt to commit failed; `None` where it did not."""
+        return self._trouble
+
+    async def put(self, entry: Entry) -> Passed:
+        """Commit an entry, and return what it did.
+
+        Raises `StoreUnavailable` where it was not committed in time (it still may be), and
+        `StoreError` where the database refuses this very entry.
+        """
+        self._refuse_if_full(1)
+        return await self._enqueue(entry)
+
+    async def put_all(self, entries: Sequence[Entry]) -> list[Passed]:
+        """Commit entries, and return what each did, in order.
+
+        They share transactions as they fit. Raises as `put` does, after all have been answered:
+        those that could be committed are.
+        """
+        self._refuse_if_full(len(entries))
+        answers = [self._enqueue(entry) for entry in entries]
+        passed = await asyncio.gather(*answers, return_exceptions=True)
+        done = []
+        for each in passed:
+            if isinstance(each, BaseException):
+                raise each
+            done.append(each)
+        return done
+
+    def _refuse_if_full(self, more: int) -> None:
+        if self._closing or self._task is None:
+            raise StoreUnavailable("the tracker is not running, or is shutting down")
+        if len(self._queue) + more > self._max_waiting:
+            raise StoreUnavailable(
+                "too much waits to be written to the database"
+            ) from self._trouble
+
+    def _enqueue(self, entry: Entry) -> asyncio.Future[Passed]:
+        loop = asyncio.get_running_loop()
+        waiting = _Waiting(clean_entry(entry), loop.create_future(), loop.time() + self._deadline)
+        self._queue.append(waiting)
+        self._arrived.set()
+        if self._timer is None:
+            self._timer = loop.call_at(waiting.expires, self._expire)
+        return waiting.answer
+
+    def _expire(self) -> None:
+        """Give up on what has waited too long. One timer serves all: all wait equally long."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        while self._queue and self._queue[0].expires <= now:
+            self._give_up(self._queue.popleft())
+        for waiting in self._flying:
+            if waiting.expires <= now:
+                self._give_up(waiting)
+        left = [waiting.expires for waiting in self._flying if waiting.expires > now]
+        left += [waiting.expires for waiting in tuple(self._queue)[:1]]
+        self._timer = loop.call_at(min(left), self._expire) if left else None
+
+    def _give_up(self, waiting: _Waiting) -> None:
+        if not waiting.answer.done():
+            why = f" ({self._trouble})" if self._trouble else ""
+            error = StoreUnavailable(f"the database did not commit this in time{why}")
+            error.__cause__ = self._trouble
+            waiting.answer.set_exception(error)
+
+    async def _run(self) -> None:
+        while True:
+            if self._queue:
+                await self._commit(self._take())
+            elif self._closing:
+                return
+            else:
+                self._arrived.clear()
+                await self._arrived.wait()
+
+    def _take(self) -> list[_Waiting]:
+        taken: list[_Waiting] = []
+        size = 0
+        while self._queue and len(taken) < self._max_batch and size < MAX_BATCH_BYTES:
+            waiting = self._queue.popleft()
+            if isinstance(waiting.entry, Delivered):
+                size += len(waiting.entry.delivery.body)
+            taken.append(waiting)
+        return taken
+
+    async def _commit(self, batch: list[_Waiting]) -> None:
+        """Commit a batch, whole or, where one of its entries is refused, in ever smaller parts.
+
+        A database that is down is tried again until all who wait for this batch have given up.
+        """
+        parts = deque([batch])
+        pause = PAUSE_SECONDS[0]
+        while parts:
+            loop = asyncio.get_running_loop()
+            self._flying = [waiting for part in parts for waiting in part]
+            part = [each for each in parts.popleft() if each.expires > loop.time()]
+            if not part:
+                continue
+            try:
+                outcome = await self._db.write(partial(self._pass, part))
+            except (StoreUnavailable, SchemaOutdated) as exc:
+                if self._trouble is None:
+                    log.warning("door.unavailable", error=str(exc))
+                self._trouble = exc
+                parts.appendleft(part)
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, PAUSE_SECONDS[1])
+            except Exception as exc:
+                # Whatever it is, only the entry that causes it may fail.
+                self._refuse_or_split(part, exc, parts)
+            else:
+                if self._trouble is not None:
+                    log.info("door.recovered")
+                self._trouble = None
+                pause = PAUSE_SECONDS[0]
+                self._settle(part, outcome)
+        self._flying = []
+
+    def _pass(self, part: list[_Waiting], connection: Connection) -> Outcome:
+        entries = [waiting.entry for waiting in part]
+        return pass_batch(connection, entries, self._rules, self._statements)
+
+    def _refuse_or_split(
+        self, part: list[_Waiting], error: Exception, parts: deque[list[_Waiting]]
+    ) -> None:
+        if len(part) > 1:
+            middle = len(part) // 2
+            parts.extendleft([part[middle:], part[:middle]])
+            return
+        (waiting,) = part
+        if isinstance(error, StoreError):
+            refused = error
+        else:
+            refused = StoreError(f"this cannot be stored: {type(error).__name__}: {error}")
+            refused.__cause__ = error
+        log.error("door.refused", error=str(refused), entry=type(waiting.entry).__name__)
+        if not waiting.answer.done():
+            waiting.answer.set_exception(refused)
+
+    def _settle(self, part: list[_Waiting], outcome: Outcome) -> None:
+        for hook in self._on_commit:
+            try:
+                hook(outcome)
+            except Exception:
+                log.exception("door.hook_failed")
+        for waiting, passed in zip(part, outcome.passed, strict=True):
+            if not waiting.answer.done():
+                waiting.answer.set_result(passed)
+
+
+def _statements(db: Database) -> Statements:
+    # Each database's statements are built when they are first needed, and then once.
+    if db.dialect == "sqlite":
+        from tracker.store.batch_sqlite import SqliteStatements  # noqa: PLC0415
+
+        return SqliteStatements()
+    from tracker.store.batch_postgres import PostgresStatements  # noqa: PLC0415
+
+    return PostgresStatements(db.origin)

@@ -1,0 +1,270 @@
+"""The database: one object that reads and writes, the same on SQLite and on PostgreSQL.
+
+Reads go through an asynchronous engine, in transactions that cannot write. A write is a plain
+function over a plain connection, run in one transaction: on PostgreSQL over asyncpg, on SQLite in
+one thread of its own, so that a whole batch costs one hop between threads, and the writers of one
+process never wait for a lock.
+"""
+
+import asyncio
+import random
+import secrets
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, Final, Self, TypeVar
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event, select
+from sqlalchemy.exc import DisconnectionError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import NullPool
+
+from tracker.core.errors import StoreUnavailable
+from tracker.store.faults import FOREIGN, WriteConflict, is_conflict, translate
+from tracker.store.text import dump_json, load_json
+from tracker.store.url import DatabaseUrl
+
+T = TypeVar("T")
+
+CONNECT_SECONDS: Final = 4.0
+STATEMENT_SECONDS: Final = 5.0
+"""The server ends a statement after this long; the client gives up a second later."""
+PING_SECONDS: Final = 3.0
+ATTEMPTS: Final = 6
+"""How often a transaction that lost a race is done before it counts as unavailable."""
+
+
+class Database:
+    """One database, open. Made by `Database.open`, ended by `close` or by leaving `async with`.
+
+    `dialect` is "sqlite" or "postgresql"; `engine` is for reads alone, `url` for those who need a
+    connection of another kind. `origin` tells this object's notices from those of other processes.
+    """
+
+    def __init__(
+        self, url: DatabaseUrl, engine: AsyncEngine, writer: "_PostgresWriter | _SqliteWriter"
+    ) -> None:
+        self.url = url
+        self.dialect = url.dialect
+        self.engine = engine
+        self.origin = secrets.token_hex(6)
+        self._writer = writer
+
+    @classmethod
+    async def open(cls, url: str, *, application_name: str = "tracker") -> Self:
+        """Make ready to use the database at `url`; a connection is made only when it is needed.
+
+        `url` is `sqlite:///FILE`, `postgresql://…` or `postgres://…`, with or without a driver.
+        Raises `SettingsError` where it is neither.
+        """
+        parsed = DatabaseUrl.parse(url)
+        if parsed.dialect == "sqlite":
+            engine = _sqlite_readers(parsed)
+            return cls(parsed, engine, _SqliteWriter(parsed))
+        writing = _postgres_engine(parsed, application_name)
+        # The same pool: what differs is how the transaction begins.
+        reading = writing.execution_options(postgresql_readonly=True)
+        return cls(parsed, reading, _PostgresWriter(writing))
+
+    async def close(self) -> None:
+        """Let what is being written finish, and close all connections."""
+        await self._writer.close()
+        await self.engine.dispose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"<Database {self.url}>"
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncConnection]:
+        """A connection in a transaction that cannot write, for as long as the block lasts.
+
+        Raises `StoreUnavailable` where the database does not answer, `StoreError` for the rest.
+        """
+        try:
+            async with self.engine.connect() as connection:
+                yield connection
+        except FOREIGN as exc:
+            raise translate(exc) from exc
+
+    async def write(self, work: Callable[[Connection], T]) -> T:
+        """Run `work` over a connection, in one transaction, and return what it returns.
+
+        Whatever `work` raises rolls the transaction back. It is run again where another transaction
+        came in between (`WriteConflict`, a deadlock), so it must not change anything but the
+        database. Raises as `read` does.
+        """
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return await self._writer.run(work)
+            except (WriteConflict, *FOREIGN) as exc:
+                if not is_conflict(exc):
+                    raise translate(exc) from exc
+                conflict = exc
+            await asyncio.sleep(random.uniform(0, 0.01 * attempt))
+        raise StoreUnavailable(
+            "the database is too busy: other writers were always quicker"
+        ) from conflict
+
+    async def ping(self) -> None:
+        """Return where the database answers a query; raise `StoreUnavailable` where it does not."""
+        try:
+            async with asyncio.timeout(PING_SECONDS), self.read() as connection:
+                await connection.execute(_PING)
+        except TimeoutError as exc:
+            raise translate(exc) from exc
+
+
+_PING: Final = select(1)
+
+
+class _PostgresWriter:
+    """Writes through a pool of asyncpg connections."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+
+    async def run(self, work: Callable[[Connection], T]) -> T:
+        async with self._engine.begin() as connection:
+            return await connection.run_sync(work)
+
+    async def close(self) -> None:
+        await self._engine.dispose()
+
+
+class _SqliteWriter:
+    """Writes in one thread over one connection: SQLite has one writer at a time anyhow."""
+
+    def __init__(self, url: DatabaseUrl) -> None:
+        self._engine = _sqlite_writer(url)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sqlite-writer")
+
+    async def run(self, work: Callable[[Connection], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, work)
+
+    def _run(self, work: Callable[[Connection], T]) -> T:
+        with self._engine.begin() as connection:
+            return work(connection)
+
+    async def close(self) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._engine.dispose)
+        self._thread.shutdown()
+
+
+_DURABLE: Final = ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL")
+_COMMON: Final[dict[str, Any]] = {
+    # Rows hold other people's prompts and links: they have no place in a log.
+    "hide_parameters": True,
+    "json_serializer": dump_json,
+    "json_deserializer": load_json,
+}
+
+
+def migration_engine(url: DatabaseUrl) -> AsyncEngine:
+    """An engine for migrations alone: no time-out on our side, and on SQLite no foreign keys.
+
+    SQLite changes a table by making it anew, which must not touch the rows that refer to it.
+    """
+    if url.dialect == "postgresql":
+        connect = partial(connect_postgres, url, "tracker-migrations", command_timeout=None)
+        return create_async_engine(
+            "postgresql+asyncpg://", async_creator=connect, poolclass=NullPool, **_COMMON
+        )
+    address = URL.create("sqlite+aiosqlite", database=url.path)
+    engine = create_async_engine(address, poolclass=NullPool, **_COMMON)
+    _prepare_sqlite(engine.sync_engine, "BEGIN IMMEDIATE", *_DURABLE)
+    return engine
+
+
+async def connect_postgres(
+    url: DatabaseUrl,
+    application_name: str,
+    *,
+    command_timeout: float | None = STATEMENT_SECONDS + 1,
+) -> Any:
+    """A connection of asyncpg's own, with the tracker's time-outs.
+
+    asyncpg reads the URL itself, so that sslmode, several hosts and the rest mean what they mean
+    everywhere else.
+    """
+    import asyncpg  # noqa: PLC0415 - not needed, and not loaded, where SQLite is used
+
+    milliseconds = str(int(STATEMENT_SECONDS * 1000))
+    settings = {
+        "application_name": application_name,
+        "timezone": "UTC",
+        "statement_timeout": milliseconds,
+        "lock_timeout": milliseconds,
+        "idle_in_transaction_session_timeout": milliseconds,
+        # Compiling costs more than any of our statements takes.
+        "jit": "off",
+    }
+    return await asyncpg.connect(
+        url.dsn,
+        timeout=CONNECT_SECONDS,
+        command_timeout=command_timeout,
+        server_settings=settings,
+    )
+
+
+def _postgres_engine(url: DatabaseUrl, application_name: str) -> AsyncEngine:
+    engine = create_async_engine(
+        "postgresql+asyncpg://",
+        async_creator=partial(connect_postgres, url, application_name),
+        pool_size=5,
+        max_overflow=5,
+        pool_timeout=STATEMENT_SECONDS,
+        pool_use_lifo=True,
+        **_COMMON,
+    )
+
+    @event.listens_for(engine.sync_engine, "checkout")
+    def refuse_dead(adapter: Any, *_: object) -> None:
+        # asyncpg notices when the server hangs up. Asking it costs nothing, where SQLAlchemy's own
+        # pre-ping costs three round trips; the pool answers with another connection.
+        if adapter.driver_connection.is_closed():
+            raise DisconnectionError("the server closed this connection")
+
+    return engine
+
+
+def _sqlite_readers(url: DatabaseUrl) -> AsyncEngine:
+    engine = create_async_engine(URL.create("sqlite+aiosqlite", database=url.path), **_COMMON)
+    _prepare_sqlite(engine.sync_engine, "BEGIN", "PRAGMA query_only=ON")
+    return engine
+
+
+def _sqlite_writer(url: DatabaseUrl) -> Engine:
+    engine = create_engine(
+        URL.create("sqlite", database=url.path), pool_size=1, max_overflow=0, **_COMMON
+    )
+    _prepare_sqlite(
+        engine,
+        # Take the lock at once: who reads first and writes later may have to give up.
+        "BEGIN IMMEDIATE",
+        *_DURABLE,
+        "PRAGMA foreign_keys=ON",
+    )
+    return engine
+
+
+def _prepare_sqlite(engine: Engine, begin: str, *pragmas: str) -> None:
+    """Begin transactions ourselves, because Python's driver begins them late or not at all."""
+
+    @event.listens_for(engine, "connect")
+    def connected(connection: Any, _: object) -> None:
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        for pragma in ("PRAGMA busy_timeout=5000", *pragmas):
+            cursor.execute(pragma)
+        cursor.close()
+
+    @event.listens_for(engine, "begin")
+    def began(connection: Connection) -> None:
+        connection.exec_driver_sql(begin)

@@ -1,0 +1,121 @@
+"""The one place where the errors of drivers and of SQLAlchemy become the tracker's own.
+
+What tells them apart is the code that the database gives (SQLSTATE, SQLite's result code), never
+the wording, except where SQLite has one code for several things.
+"""
+
+import sqlite3
+from typing import Final
+
+from sqlalchemy.exc import DBAPIError, InterfaceError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from tracker.core.errors import SchemaOutdated, StoreError, StoreUnavailable
+
+
+class WriteConflict(Exception):
+    """Somebody else was quicker: roll the transaction back and do it again."""
+
+
+_CONFLICTS: Final = frozenset({"40001", "40P01"})  # serialization failure, deadlock
+_UNAVAILABLE_CLASSES: Final = (
+    "08",  # connection exception
+    "28",  # the server does not let us in
+    "53",  # out of disk, memory or connections
+    "57",  # shutdown, crash recovery, time-out
+    "58",  # the server's own input and output
+)
+_UNAVAILABLE: Final = frozenset(
+    {
+        "25006",  # a standby, which takes no writes
+        "25P03",  # idle in transaction for too long
+        "25P04",  # transaction time-out
+        "3D000",  # no such database
+        "55P03",  # a lock was not to be had in time
+        "XX001",  # a damaged page
+        "XX002",
+    }
+)
+_OUTDATED: Final = frozenset({"42P01", "42703", "3F000"})  # no such table, column, schema
+
+_SQLITE_UNAVAILABLE: Final = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_NOMEM,
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_INTERRUPT,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_CORRUPT,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_PROTOCOL,
+        sqlite3.SQLITE_PERM,
+        sqlite3.SQLITE_AUTH,
+        sqlite3.SQLITE_NOTADB,
+    }
+)
+
+FOREIGN: Final = (SQLAlchemyError, sqlite3.Error, OSError, TimeoutError)
+"""What may come out of a database call; all else is a fault in our own code."""
+
+OUTDATED_ADVICE: Final = (
+    "the database's schema is older than this version: run `tracker db upgrade`"
+)
+
+
+def is_conflict(error: BaseException) -> bool:
+    """Whether the same transaction, done again, is likely to succeed at once."""
+    return isinstance(error, WriteConflict) or _sqlstate(error) in _CONFLICTS
+
+
+def translate(error: BaseException) -> StoreError:
+    """The tracker's own error for one of `FOREIGN`, to be raised `from` it."""
+    what = _words(error)
+    if isinstance(error, PoolTimeout):
+        return StoreUnavailable("the database is too busy: no connection became free in time")
+    if isinstance(error, TimeoutError):
+        return StoreUnavailable("the database does not answer in time")
+    if isinstance(error, OSError):
+        return StoreUnavailable(f"the database cannot be reached: {what}")
+    state = _sqlstate(error)
+    if state is not None:
+        if state in _OUTDATED:
+            return SchemaOutdated(f"{OUTDATED_ADVICE} ({what})")
+        if state in _UNAVAILABLE or state in _CONFLICTS or state.startswith(_UNAVAILABLE_CLASSES):
+            return StoreUnavailable(f"the database is not available: {what}")
+        return StoreError(f"the database refuses this: {what}")
+    code = _sqlite_code(error)
+    if code is not None:
+        if code & 0xFF in _SQLITE_UNAVAILABLE:
+            return StoreUnavailable(f"the database is not available: {what}")
+        if what.startswith(("no such table", "no such column")) or "has no column named" in what:
+            return SchemaOutdated(f"{OUTDATED_ADVICE} ({what})")
+        return StoreError(f"the database refuses this: {what}")
+    # No code: the driver itself gave up, on a connection that is gone.
+    if isinstance(error, InterfaceError) or getattr(error, "connection_invalidated", False):
+        return StoreUnavailable(f"the connection to the database is lost: {what}")
+    return StoreError(f"the database cannot do this: {what}")
+
+
+def _driver_error(error: BaseException) -> BaseException | None:
+    """What the driver itself raised, under SQLAlchemy's wrapping and asyncpg's adapter."""
+    if isinstance(error, DBAPIError) and error.orig is not None:
+        return getattr(error.orig, "driver_exception", None) or error.orig
+    return error
+
+
+def _sqlstate(error: BaseException) -> str | None:
+    state = getattr(_driver_error(error), "sqlstate", None)
+    return state if isinstance(state, str) else None
+
+
+def _sqlite_code(error: BaseException) -> int | None:
+    code = getattr(_driver_error(error), "sqlite_errorcode", None)
+    return code if isinstance(code, int) else None
+
+
+def _words(error: BaseException) -> str:
+    """The first line of the driver's message: the rest may show rows."""
+    lines = str(_driver_error(error)).splitlines()
+    return lines[0] if lines else type(error).__name__

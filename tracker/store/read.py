@@ -1,0 +1,292 @@
+"""What is known, for those who only show it: runs, their timeline, the callbacks, and counts.
+
+Lists are read by key, not by offset: a page begins after the last row of the one before, so that
+rows which come in meanwhile neither hide nor repeat others.
+"""
+
+import base64
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final, NamedTuple
+
+from sqlalchemy import (
+    ColumnElement,
+    Row,
+    ScalarSelect,
+    Select,
+    Table,
+    func,
+    literal,
+    select,
+    tuple_,
+)
+
+from tracker.core.entry import DeliveryOutcome
+from tracker.core.errors import FieldFault, InvalidRequest
+from tracker.core.observation import Source
+from tracker.core.record import Record
+from tracker.core.run import RunStatus
+from tracker.core.schedule import Durations
+from tracker.store.claims import Workspaces, within
+from tracker.store.engine import Database
+from tracker.store.records import read_records
+from tracker.store.rows import RUN_COLUMNS
+from tracker.store.tables import deliveries, run_events, runs, starts, word
+from tracker.store.text import dump_json, load_json
+
+DURATIONS_OVER: Final = 200
+"""The durations of a technique are taken over so many of its last completed runs."""
+
+
+class Event(NamedTuple):
+    """A line of a run's timeline: what one source saw at one moment. `detail` is all it saw."""
+
+    id: int
+    run_id: str
+    at: datetime
+    source: Source
+    status: RunStatus
+    progress: float | None
+    detail: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeliveryRow:
+    """A callback as it is kept. `body` is there only where one delivery was asked for."""
+
+    delivery_id: str
+    run_id: str | None
+    event_type: str | None
+    api_version: str | None
+    workspace_id: str | None
+    created_at: datetime | None
+    received_at: datetime
+    last_received_at: datetime
+    receipts: int
+    outcome: DeliveryOutcome
+    reason: str | None
+    body: bytes | None = None
+
+
+class Counts(NamedTuple):
+    """How much waits, or needs somebody's eye. `oldest_due_at` shows how far polling lags."""
+
+    active: int
+    due: int
+    lost: int
+    quarantined: int
+    open_starts: int
+    unresolved_starts: int
+    oldest_due_at: datetime | None
+
+
+async def get_run(db: Database, run_id: str) -> Record | None:
+    """The run with its outputs; `None` for one that was never heard of."""
+    async with db.read() as connection:
+        statement = select(*RUN_COLUMNS).where(runs.c.run_id == run_id)
+        rows = (await connection.execute(statement)).all()
+        found = await read_records(connection, rows)
+    return found[0] if found else None
+
+
+async def get_runs(db: Database, run_ids: Sequence[str]) -> dict[str, Record]:
+    """Those of the runs that are known, by id."""
+    async with db.read() as connection:
+        statement = select(*RUN_COLUMNS).where(runs.c.run_id.in_(run_ids))
+        rows = (await connection.execute(statement)).all()
+        found = await read_records(connection, rows)
+    return {record.run.run_id: record for record in found}
+
+
+async def has_generations(db: Database, workspaces: Workspaces) -> bool:
+    """Whether those workspaces have shown a generation run."""
+    statement = (
+        select(runs.c.run_id)
+        .where(runs.c.run_type == word("generation"), within(workspaces))
+        .limit(1)
+    )
+    async with db.read() as connection:
+        return (await connection.execute(statement)).first() is not None
+
+
+async def list_runs(
+    db: Database,
+    *,
+    status: str | None = None,
+    technique_id: str | None = None,
+    workspace_id: str | None = None,
+    tracking: str | None = None,
+    cursor: str | None = None,
+    limit: int = 50,
+) -> tuple[list[Record], str | None]:
+    """A page of runs with their outputs, newest first, and the cursor of the next page, if any.
+
+    Raises `InvalidRequest`, naming the field, for a cursor that was not given out here.
+    """
+    wanted = {
+        "status": status,
+        "technique_id": technique_id,
+        "workspace_id": workspace_id,
+        "tracking": tracking,
+    }
+    statement = (
+        runs_newest_first(cursor)
+        .where(*(runs.c[name] == value for name, value in wanted.items() if value is not None))
+        .limit(limit + 1)
+    )
+    async with db.read() as connection:
+        rows = (await connection.execute(statement)).all()
+        page = await read_records(connection, rows[:limit])
+    more = len(rows) > limit
+    return page, _cursor(page[-1].created_at, page[-1].run.run_id) if more else None
+
+
+def runs_newest_first(cursor: str | None) -> Select[Any]:
+    """All runs after the cursor, newest first."""
+    key = (runs.c.created_at, runs.c.run_id)
+    return select(*RUN_COLUMNS).where(*_after(key, cursor)).order_by(*(each.desc() for each in key))
+
+
+async def events(db: Database, run_id: str) -> list[Event]:
+    """The run's timeline, oldest first."""
+    statement = (
+        select(
+            run_events.c.id,
+            run_events.c.run_id,
+            run_events.c.at,
+            run_events.c.source,
+            run_events.c.status,
+            run_events.c.progress,
+            run_events.c.detail,
+        )
+        .where(run_events.c.run_id == run_id)
+        .order_by(run_events.c.id)
+    )
+    async with db.read() as connection:
+        rows = (await connection.execute(statement)).all()
+    return [
+        Event(*row[:3], Source(row.source), RunStatus(row.status), row.progress, row.detail)
+        for row in rows
+    ]
+
+
+async def durations(db: Database, technique_id: str) -> Durations:
+    """How long the technique's last completed runs took, from creation to end, in seconds."""
+    async with db.read() as connection:
+        rows = (await connection.execute(last_completed(technique_id))).all()
+    took = sorted(
+        max((completed_at - created_at).total_seconds(), 0.0) for created_at, completed_at in rows
+    )
+    if not took:
+        return Durations(count=0, p50=0.0, p95=0.0)
+    return Durations(count=len(took), p50=_quantile(took, 0.5), p95=_quantile(took, 0.95))
+
+
+def last_completed(technique_id: str) -> Select[Any]:
+    """Creation and end of the technique's last completed runs, as far as both are known."""
+    return (
+        select(runs.c.created_at, runs.c.completed_at)
+        .where(
+            runs.c.technique_id == technique_id,
+            runs.c.status == word("completed"),
+            runs.c.created_at_known,
+            runs.c.completed_at.is_not(None),
+        )
+        .order_by(runs.c.completed_at.desc())
+        .limit(DURATIONS_OVER)
+    )
+
+
+async def list_deliveries(
+    db: Database,
+    *,
+    outcome: str | None = None,
+    run_id: str | None = None,
+    cursor: str | None = None,
+    limit: int = 50,
+) -> tuple[list[DeliveryRow], str | None]:
+    """A page of callbacks without their bodies, newest first, and the cursor of the next page.
+
+    Raises `InvalidRequest`, naming the field, for a cursor that was not given out here.
+    """
+    key = (deliveries.c.received_at, deliveries.c.delivery_id)
+    wanted = {"outcome": outcome, "run_id": run_id}
+    statement = (
+        select(*(column for column in deliveries.c if column.name != "body"))
+        .where(
+            *(deliveries.c[name] == value for name, value in wanted.items() if value is not None)
+        )
+        .where(*_after(key, cursor))
+        .order_by(*(each.desc() for each in key))
+        .limit(limit + 1)
+    )
+    async with db.read() as connection:
+        rows = (await connection.execute(statement)).all()
+    page = [_delivery(row) for row in rows[:limit]]
+    more = len(rows) > limit
+    return page, _cursor(page[-1].received_at, page[-1].delivery_id) if more else None
+
+
+async def get_delivery(db: Database, delivery_id: str) -> DeliveryRow | None:
+    """The callback with its body; `None` for one that never came."""
+    statement = select(*deliveries.c).where(deliveries.c.delivery_id == delivery_id)
+    async with db.read() as connection:
+        found = (await connection.execute(statement)).first()
+    return None if found is None else _delivery(found)
+
+
+async def counts(db: Database, *, now: datetime) -> Counts:
+    """Count what a metric or a health check wants to know, without reading whole tables."""
+    waiting = runs.c.next_check_at.is_not(None)
+    statement = select(
+        _count(runs, waiting),
+        _count(runs, runs.c.next_check_at <= now),
+        _count(runs, runs.c.tracking == word("lost")),
+        _count(deliveries, deliveries.c.outcome == word("quarantined")),
+        _count(starts, starts.c.state.in_([word("stored"), word("sent")])),
+        _count(starts, starts.c.state == word("unresolved")),
+        select(func.min(runs.c.next_check_at)).where(runs.c.next_check_at <= now).scalar_subquery(),
+    )
+    async with db.read() as connection:
+        return Counts(*(await connection.execute(statement)).one())
+
+
+def _count(table: Table, condition: ColumnElement[bool]) -> ScalarSelect[int]:
+    return select(func.count()).select_from(table).where(condition).scalar_subquery()
+
+
+def _quantile(ordered: Sequence[float], share: float) -> float:
+    """The smallest value that at least `share` of the values do not exceed."""
+    return ordered[max(math.ceil(share * len(ordered)) - 1, 0)]
+
+
+def _delivery(row: Row[Any]) -> DeliveryRow:
+    values = row._asdict()
+    return DeliveryRow(**values | {"outcome": DeliveryOutcome(values["outcome"])})
+
+
+def _after(key: Sequence[ColumnElement[Any]], cursor: str | None) -> list[ColumnElement[bool]]:
+    if cursor is None:
+        return []
+    at, last = _read_cursor(cursor)
+    # Each value as its own column's type: a bare datetime would be bound as the driver sees fit.
+    return [tuple_(*key) < tuple_(literal(at, key[0].type), literal(last, key[1].type))]
+
+
+def _cursor(at: datetime, last: str) -> str:
+    text = dump_json([at.isoformat(), last])
+    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+
+def _read_cursor(cursor: str) -> tuple[datetime, str]:
+    try:
+        padded = cursor + "=" * (-len(cursor) % 4)
+        at, last = load_json(base64.b64decode(padded, altchars=b"-_", validate=True))
+        if not isinstance(last, str):
+            raise ValueError("no id in it")
+        return datetime.fromisoformat(at).astimezone(UTC), last
+    except (ValueError, TypeError, OverflowError) as exc:
+        fault = FieldFault("cursor", "this cursor was not given out here; begin without one")
+        raise InvalidRequest("the cursor is not valid", [fault]) from exc

@@ -1,0 +1,168 @@
+"""A record as a row of `runs`, and back.
+
+The two functions stand side by side so that a column is added in one place. What `merge` decides
+can be read back from the row alone: that the row equals the fold of its events is a test.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from sqlalchemy import Row
+
+from tracker.core.observation import Source
+from tracker.core.record import Record
+from tracker.core.run import Details, Output, Run, RunError, Standing
+from tracker.store.tables import runs
+
+RUN_COLUMNS: Final = tuple(runs.columns)
+"""The columns of `runs`, in the order of `run_row`."""
+
+
+def run_row(record: Record) -> tuple[Any, ...]:
+    """The record's row, without its outputs, in the order of `RUN_COLUMNS`."""
+    run = record.run
+    error = run.error
+    outputs = run.outputs
+    ended_via = record.ended_via
+    return (
+        run.run_id,
+        run.run_type,
+        run.workspace_id,
+        run.project_id,
+        run.technique_id,
+        run.technique_name,
+        run.status.value,
+        run.progress,
+        record.created_at,
+        run.created_at is not None,
+        run.started_at,
+        run.completed_at,
+        run.charged_cost,
+        (error.code if error else "") or None,
+        (error.message if error else "") or None,
+        0 if outputs is None else len(outputs),
+        run.poll_url,
+        int(run.standing),
+        int(run.details),
+        run.ranks,
+        run.conflict,
+        record.source.value,
+        record.first_seen_at,
+        record.callback_at,
+        record.callback_expected,
+        None if ended_via is None else ended_via.value,
+        record.tracking.value,
+        record.settled_at,
+        record.inputs,
+        record.next_check_at,
+        record.looks,
+        record.checks,
+        record.missing,
+        record.missing_since,
+        record.last_error,
+        record.lease_until,
+        record.lease_holder,
+    )
+
+
+def record_of(row: Sequence[Any], outputs: tuple[Output, ...] | None) -> Record:
+    """The record of a row with all of `RUN_COLUMNS`, and its outputs (`None` for none)."""
+    (
+        run_id,
+        run_type,
+        workspace_id,
+        project_id,
+        technique_id,
+        technique_name,
+        _status,
+        progress,
+        created_at,
+        created_at_known,
+        started_at,
+        completed_at,
+        charged_cost,
+        error_code,
+        error_message,
+        _output_count,
+        poll_url,
+        standing,
+        details,
+        ranks,
+        conflict,
+        source,
+        first_seen_at,
+        callback_at,
+        callback_expected,
+        ended_via,
+        tracking,
+        settled_at,
+        inputs,
+        next_check_at,
+        looks,
+        checks,
+        missing,
+        missing_since,
+        last_error,
+        lease_until,
+        lease_holder,
+    ) = row
+    return Record(
+        run=Run(
+            run_id=run_id,
+            standing=Standing(standing),
+            details=Details(details),
+            progress=progress,
+            conflict=conflict,
+            run_type=run_type,
+            workspace_id=workspace_id,
+            project_id=project_id,
+            technique_id=technique_id,
+            technique_name=technique_name,
+            poll_url=poll_url,
+            created_at=created_at if created_at_known else None,
+            started_at=started_at,
+            completed_at=completed_at,
+            charged_cost=charged_cost,
+            error=RunError(error_code or "", error_message or "")
+            if error_code or error_message
+            else None,
+            outputs=outputs,
+            ranks=ranks,
+        ),
+        source=Source(source),
+        first_seen_at=first_seen_at,
+        callback_at=callback_at,
+        callback_expected=callback_expected,
+        ended_via=None if ended_via is None else Source(ended_via),
+        settled_at=settled_at,
+        inputs=inputs,
+        next_check_at=next_check_at,
+        looks=looks,
+        checks=checks,
+        missing=missing,
+        missing_since=missing_since,
+        lost=tracking == "lost",
+        last_error=last_error,
+        lease_until=lease_until,
+        lease_holder=lease_holder,
+    )
+
+
+def outputs_by_run(rows: Iterable[Row[Any]]) -> dict[str, tuple[Output, ...]]:
+    """Rows of (run_id, output_id, type, url), in order of position, gathered by run."""
+    gathered: dict[str, list[Output]] = {}
+    for run_id, output_id, type_, url in map(tuple, rows):
+        gathered.setdefault(run_id, []).append(Output(output_id, type_, url))
+    return {run_id: tuple(outputs) for run_id, outputs in gathered.items()}
+
+
+def with_outputs(
+    rows: Sequence[Row[Any]], outputs: Mapping[str, tuple[Output, ...]]
+) -> list[Record]:
+    """The records of these rows of `runs`, in order."""
+    return [record_of(tuple(row), outputs.get(row.run_id)) for row in rows]
+
+
+def ids_with_outputs(rows: Iterable[Row[Any]]) -> list[str]:
+    """The ids of those runs for which `run_outputs` has to be asked."""
+    return [row.run_id for row in rows if row.output_count]

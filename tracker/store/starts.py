@@ -1,0 +1,215 @@
+"""The ledger of starts: what was asked for, under which key, and what came of it.
+
+A start's states::
+
+    stored       the key is kept, the request has not left; leaves by SENT, REFUSED, UNRESOLVED
+    sent         the request has left; leaves by STARTED, REFUSED, UNRESOLVED
+    started      it became a run, which the row names; the door sets it, together with the run
+    refused      FLORA answered that it starts nothing; leaves only where the key is tried again
+    unresolved   nobody can tell; leaves by STARTED where the run is found after all
+
+One process at a time sends a key: it holds the row's lease.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Row, and_, or_, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from tracker.core.errors import StoreError
+from tracker.core.observation import Source
+from tracker.store.engine import Database
+from tracker.store.tables import runs, starts, word
+
+
+class StartState(StrEnum):
+    """See the module."""
+
+    STORED = "stored"
+    SENT = "sent"
+    STARTED = "started"
+    REFUSED = "refused"
+    UNRESOLVED = "unresolved"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartRow:
+    """One start. `error` is FLORA's refusal: status, code, message and fields."""
+
+    workspace_slot: str
+    idempotency_key: str
+    technique_id: str
+    fingerprint: str
+    inputs: list[dict[str, Any]]
+    state: StartState
+    created_at: datetime
+    sent_at: datetime | None = None
+    run_id: str | None = None
+    error: dict[str, Any] | None = None
+    lease_until: datetime | None = None
+    lease_holder: str | None = None
+
+
+async def reserve(
+    db: Database,
+    *,
+    workspace_slot: str,
+    idempotency_key: str,
+    technique_id: str,
+    fingerprint: str,
+    inputs: list[dict[str, Any]],
+    at: datetime,
+) -> tuple[StartRow, bool]:
+    """Keep the key, once: the row as it now is, and whether this call made it.
+
+    A row that was there stays as it is; whether it is the same request, the caller compares.
+    """
+    insert: Any = postgresql.insert if db.dialect == "postgresql" else sqlite.insert
+    new = insert(starts).values(
+        workspace_slot=workspace_slot,
+        idempotency_key=idempotency_key,
+        technique_id=technique_id,
+        fingerprint=fingerprint,
+        inputs=inputs,
+        state=StartState.STORED.value,
+        created_at=at,
+    )
+    statement = new.on_conflict_do_nothing().returning(*starts.c)
+    existing = select(starts).where(_is(workspace_slot, idempotency_key))
+
+    def work(connection: Connection) -> tuple[StartRow, bool]:
+        made = connection.execute(statement).first()
+        if made is not None:
+            return _row(made), True
+        return _row(connection.execute(existing).one()), False
+
+    return await db.write(work)
+
+
+async def get(db: Database, slot: str, key: str) -> StartRow | None:
+    """The start of that key, if there is one."""
+    async with db.read() as connection:
+        found = (await connection.execute(select(starts).where(_is(slot, key)))).first()
+    return None if found is None else _row(found)
+
+
+async def take(
+    db: Database, slot: str, key: str, holder: str, now: datetime, lease: timedelta
+) -> bool:
+    """Take or prolong the right to send this key, until `now + lease`; false where another has it.
+
+    A start that became a run is nobody's to send.
+    """
+    statement = (
+        update(starts)
+        .where(
+            _is(slot, key),
+            starts.c.state != StartState.STARTED,
+            or_(
+                starts.c.lease_until.is_(None),
+                starts.c.lease_until <= now,
+                starts.c.lease_holder == holder,
+            ),
+        )
+        .values(lease_until=now + lease, lease_holder=holder)
+    )
+    return await db.write(lambda connection: connection.execute(statement).rowcount == 1)
+
+
+async def give_back(db: Database, slot: str, key: str, holder: str) -> None:
+    """End the right that `take` gave to `holder`, where it still has it."""
+    statement = (
+        update(starts)
+        .where(_is(slot, key), starts.c.lease_holder == holder)
+        .values(lease_until=None, lease_holder=None)
+    )
+    await db.write(lambda connection: connection.execute(statement).rowcount)
+
+
+async def mark(
+    db: Database,
+    slot: str,
+    key: str,
+    *,
+    state: StartState,
+    at: datetime,
+    error: dict[str, Any] | None = None,
+) -> StartRow:
+    """Note how far a start has come, and return the row as it now is.
+
+    `SENT` keeps the moment, the last where there are several; the others end the lease. A start
+    that became a run stays so. `STARTED` itself is set by the door alone, with the run. Raises
+    `StoreError` for a key that was never kept.
+    """
+    if state is StartState.STARTED:
+        raise ValueError("a start becomes a run through the door")
+    values: dict[str, Any] = {"state": state.value, "error": error}
+    if state is StartState.SENT:
+        values["sent_at"] = at
+    else:
+        values |= {"lease_until": None, "lease_holder": None}
+    statement = (
+        update(starts).where(_is(slot, key), starts.c.state != StartState.STARTED).values(**values)
+    )
+    existing = select(starts).where(_is(slot, key))
+
+    def work(connection: Connection) -> StartRow:
+        connection.execute(statement)
+        found = connection.execute(existing).first()
+        if found is None:
+            raise StoreError(f"no start was kept under the key {key!r}")
+        return _row(found)
+
+    return await db.write(work)
+
+
+async def open_starts(db: Database, before: datetime) -> list[StartRow]:
+    """Starts kept before that moment of which it is not known what came of them, oldest first."""
+    statement = (
+        select(starts)
+        .where(_open(), starts.c.created_at < before)
+        .order_by(starts.c.created_at, starts.c.idempotency_key)
+    )
+    async with db.read() as connection:
+        return [_row(row) for row in await connection.execute(statement)]
+
+
+async def rivals(db: Database, slot: str, technique_id: str, key: str) -> list[StartRow]:
+    """Other starts of the technique of which no run is known: a run may be theirs as well."""
+    statement = select(starts).where(
+        starts.c.workspace_slot == slot,
+        starts.c.technique_id == technique_id,
+        starts.c.idempotency_key != key,
+        starts.c.state.in_([word("stored"), word("sent"), word("unresolved")]),
+    )
+    async with db.read() as connection:
+        return [_row(row) for row in await connection.execute(statement)]
+
+
+async def accounted(db: Database, run_ids: Sequence[str]) -> set[str]:
+    """Those of the runs whose origin is known: a start owns them, or they were given to track."""
+    if not run_ids:
+        return set()
+    by_start = select(starts.c.run_id).where(starts.c.run_id.in_(run_ids))
+    by_source = select(runs.c.run_id).where(
+        runs.c.run_id.in_(run_ids), runs.c.source.in_([Source.START, Source.TRACK])
+    )
+    async with db.read() as connection:
+        return set((await connection.execute(by_start.union(by_source))).scalars())
+
+
+def _is(slot: str, key: str) -> ColumnElement[bool]:
+    return and_(starts.c.workspace_slot == slot, starts.c.idempotency_key == key)
+
+
+def _open() -> ColumnElement[bool]:
+    return starts.c.state.in_([word("stored"), word("sent")])
+
+
+def _row(row: Row[Any]) -> StartRow:
+    values = row._asdict()
+    return StartRow(**values | {"state": StartState(values["state"])})

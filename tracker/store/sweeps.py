@@ -1,0 +1,167 @@
+"""The ledger of sweeps: each is complete or failed, and only a complete one counts.
+
+How far back the next sweep has to go follows from the last complete one and from what was not ended
+when it was made. A sweep that reached back to the one before says through which moment, by FLORA's
+clock, the history is now known to be here: `through` for technique runs, `generations_through` for
+the others. One that was asked to look at less leaves both empty.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final, Literal
+
+from sqlalchemy import ColumnElement, Connection, Row, insert, select, update
+
+from tracker.core.run import RunStatus, Tracking
+from tracker.store.claims import Workspaces, within
+from tracker.store.engine import Database
+from tracker.store.tables import runs, sweeps
+
+_UNENDED: Final = (RunStatus.PENDING.value, RunStatus.RUNNING.value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepRow:
+    """One sweep of a workspace's history. It is complete if it is finished and has no error."""
+
+    id: int
+    workspace_id: str | None
+    started_at: datetime
+    finished_at: datetime | None
+    pages: int
+    items: int
+    discovered: int
+    repaired: int
+    unreadable: int
+    through: datetime | None
+    generations_through: datetime | None
+    error: str | None
+
+
+async def begin(db: Database, workspace_id: str | None, at: datetime) -> int:
+    """Note that a sweep begins; returns its number. Until `finish` it counts as not complete."""
+    statement = (
+        insert(sweeps)
+        .values(
+            workspace_id=workspace_id,
+            started_at=at,
+            pages=0,
+            items=0,
+            discovered=0,
+            repaired=0,
+            unreadable=0,
+        )
+        .returning(sweeps.c.id)
+    )
+
+    def work(connection: Connection) -> int:
+        number: int = connection.execute(statement).scalar_one()
+        return number
+
+    return await db.write(work)
+
+
+async def finish(
+    db: Database,
+    number: int,
+    *,
+    at: datetime,
+    pages: int,
+    items: int,
+    discovered: int,
+    repaired: int,
+    unreadable: int = 0,
+    through: datetime | None = None,
+    generations_through: datetime | None = None,
+    error: str | None = None,
+) -> None:
+    """Note how a sweep ended: whole, or with the error that stopped it."""
+    statement = (
+        update(sweeps)
+        .where(sweeps.c.id == number)
+        .values(
+            finished_at=at,
+            pages=pages,
+            items=items,
+            discovered=discovered,
+            repaired=repaired,
+            unreadable=unreadable,
+            through=through,
+            generations_through=generations_through,
+            error=error,
+        )
+    )
+    await db.write(lambda connection: connection.execute(statement).rowcount)
+
+
+async def last_complete(db: Database, workspace_id: str | None) -> SweepRow | None:
+    """The last complete sweep of a workspace, by its beginning."""
+    statement = (
+        select(sweeps)
+        .where(
+            _is(sweeps.c.workspace_id, workspace_id),
+            sweeps.c.finished_at.is_not(None),
+            sweeps.c.error.is_(None),
+        )
+        .order_by(sweeps.c.started_at.desc(), sweeps.c.id.desc())
+        .limit(1)
+    )
+    async with db.read() as connection:
+        found = (await connection.execute(statement)).first()
+    return None if found is None else _row(found)
+
+
+async def last_through(
+    db: Database, workspace_id: str | None, kind: Literal["technique", "generation"]
+) -> datetime | None:
+    """Through which moment, by FLORA's clock, the workspace's history of that kind is here."""
+    column = sweeps.c.through if kind == "technique" else sweeps.c.generations_through
+    statement = (
+        select(column)
+        .where(
+            _is(sweeps.c.workspace_id, workspace_id),
+            sweeps.c.finished_at.is_not(None),
+            sweeps.c.error.is_(None),
+            column.is_not(None),
+        )
+        .order_by(sweeps.c.started_at.desc(), sweeps.c.id.desc())
+        .limit(1)
+    )
+    async with db.read() as connection:
+        found: datetime | None = (await connection.execute(statement)).scalar()
+    return found
+
+
+async def list_sweeps(db: Database, *, limit: int = 20) -> list[SweepRow]:
+    """The last sweeps of all workspaces, newest first."""
+    statement = select(sweeps).order_by(sweeps.c.id.desc()).limit(limit)
+    async with db.read() as connection:
+        return [_row(row) for row in await connection.execute(statement)]
+
+
+async def oldest_unfinished_since(
+    db: Database, workspaces: Workspaces, since: datetime
+) -> datetime | None:
+    """When the oldest run that has not ended was created, of those created at `since` or later."""
+    statement = (
+        select(runs.c.created_at)
+        .where(
+            runs.c.tracking == Tracking.ACTIVE,
+            runs.c.created_at >= since,
+            runs.c.status.in_(_UNENDED),
+            within(workspaces),
+        )
+        .order_by(runs.c.created_at)
+        .limit(1)
+    )
+    async with db.read() as connection:
+        found: datetime | None = (await connection.execute(statement)).scalar()
+    return found
+
+
+def _is(column: ColumnElement[Any], workspace_id: str | None) -> ColumnElement[bool]:
+    return column.is_(None) if workspace_id is None else column == workspace_id
+
+
+def _row(row: Row[Any]) -> SweepRow:
+    return SweepRow(**row._asdict())

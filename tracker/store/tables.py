@@ -1,0 +1,279 @@
+"""The tables, and the invariants that the database itself holds.
+
+Names and meaning of the columns that dashboards read are public and stay. Rows of `runs` are
+written by the door alone; claims move only their lease.
+"""
+
+from typing import Any, Final
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    ColumnElement,
+    Double,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    Table,
+    literal_column,
+    text,
+)
+
+from tracker.core.entry import DeliveryOutcome
+from tracker.core.observation import Source
+from tracker.core.run import RunStatus, Tracking
+from tracker.store.types import CleanText, Json, Money, SerialId, UtcDateTime
+
+metadata: Final = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+START_STATES: Final = ("stored", "sent", "started", "refused", "unresolved")
+
+
+def _one_of(column: str, values: Any) -> CheckConstraint:
+    listed = ", ".join(f"'{value}'" for value in values)
+    return CheckConstraint(f"{column} IN ({listed})", name=column)
+
+
+def _partial(name: str, *columns: str, where: str) -> Index:
+    """An index of those rows alone for which `where` holds."""
+    return Index(name, *columns, postgresql_where=text(where), sqlite_where=text(where))
+
+
+def word(value: str) -> ColumnElement[str]:
+    """A constant that stands in the text of a statement.
+
+    Whether a partial index fits is decided before parameters are known.
+    """
+    return literal_column(f"'{value}'", CleanText)
+
+
+def _storage(*, fillfactor: int | None = None) -> dict[str, Any]:
+    """PostgreSQL's settings for a table that grows without end.
+
+    Its defaults vacuum when a fifth of the rows is dead, which on a big table is far too late. A
+    fillfactor leaves room in each page, so that an update can stay in it and touch no index.
+    """
+    room = {} if fillfactor is None else {"fillfactor": str(fillfactor)}
+    return room | {
+        "autovacuum_vacuum_scale_factor": "0.02",
+        "autovacuum_vacuum_insert_scale_factor": "0.05",
+        "autovacuum_analyze_scale_factor": "0.02",
+    }
+
+
+runs: Final = Table(
+    "runs",
+    metadata,
+    Column("run_id", CleanText, primary_key=True),
+    Column("run_type", CleanText),
+    Column("workspace_id", CleanText),
+    Column("project_id", CleanText),
+    Column("technique_id", CleanText),
+    Column("technique_name", CleanText),
+    Column("status", CleanText, nullable=False),
+    Column("progress", Double, nullable=False),
+    # FLORA's, else when the run was first seen; the next column says which.
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("created_at_known", Boolean, nullable=False),
+    Column("started_at", UtcDateTime),
+    Column("completed_at", UtcDateTime),
+    Column("charged_cost", Money),
+    Column("error_code", CleanText),
+    Column("error_message", CleanText),
+    # How many rows `run_outputs` has for the run.
+    Column("output_count", Integer, nullable=False),
+    Column("poll_url", CleanText),
+    # What `merge` remembers besides the values: see tracker.core.run.
+    Column("standing", SmallInteger, nullable=False),
+    Column("details", SmallInteger, nullable=False),
+    Column("ranks", BigInteger, nullable=False),
+    Column("conflict", Boolean, nullable=False),
+    # Facts about receipt, outside the merge.
+    Column("source", CleanText, nullable=False),
+    Column("first_seen_at", UtcDateTime, nullable=False),
+    Column("callback_at", UtcDateTime),
+    Column("callback_expected", Boolean, nullable=False),
+    Column("ended_via", CleanText),
+    Column("tracking", CleanText, nullable=False),
+    Column("settled_at", UtcDateTime),
+    Column("inputs", Json),
+    # When to read it next, and how that came out so far.
+    Column("next_check_at", UtcDateTime),
+    Column("looks", Integer, nullable=False),
+    Column("checks", Integer, nullable=False),
+    Column("missing", Integer, nullable=False),
+    Column("missing_since", UtcDateTime),
+    Column("last_error", CleanText),
+    Column("lease_until", UtcDateTime),
+    Column("lease_holder", CleanText),
+    _one_of("status", RunStatus),
+    _one_of("tracking", Tracking),
+    _one_of("source", Source),
+    _one_of("ended_via", Source),
+    CheckConstraint("progress BETWEEN 0 AND 100", name="progress"),
+    CheckConstraint("standing BETWEEN 0 AND 5", name="standing"),
+    CheckConstraint("details BETWEEN 0 AND 2", name="details"),
+    CheckConstraint(
+        "(status IN ('completed', 'failed')) = (standing >= 2)", name="status_as_it_stands"
+    ),
+    CheckConstraint("(tracking = 'settled') = (settled_at IS NOT NULL)", name="settled_has_a_time"),
+    CheckConstraint(
+        "tracking <> 'settled' OR status IN ('completed', 'failed')", name="settled_has_ended"
+    ),
+    CheckConstraint(
+        "(tracking = 'active') = (next_check_at IS NOT NULL)", name="active_is_checked"
+    ),
+    CheckConstraint(
+        "(lease_until IS NULL) = (lease_holder IS NULL)", name="lease_has_holder_and_end"
+    ),
+    # Due runs: few of many, so the index holds only those that are to be read at all.
+    _partial("ix_runs_due", "next_check_at", where="next_check_at IS NOT NULL"),
+    # Listings, newest first: read backwards.
+    Index("ix_runs_newest", "created_at", "run_id"),
+    Index("ix_runs_newest_of_status", "status", "created_at", "run_id"),
+    Index("ix_runs_newest_of_tracking", "tracking", "created_at", "run_id"),
+    Index("ix_runs_newest_of_technique", "technique_id", "created_at", "run_id"),
+    Index("ix_runs_newest_of_workspace", "workspace_id", "created_at", "run_id"),
+    # Whether a workspace has shown a generation run: few do.
+    _partial("ix_runs_generations", "workspace_id", where="run_type = 'generation'"),
+    # How long a technique's runs take.
+    _partial("ix_runs_durations", "technique_id", "completed_at", where="status = 'completed'"),
+    postgresql_with=_storage(fillfactor=85),
+)
+
+run_outputs: Final = Table(
+    "run_outputs",
+    metadata,
+    Column("run_id", ForeignKey("runs.run_id", ondelete="CASCADE"), primary_key=True),
+    Column("position", Integer, primary_key=True, autoincrement=False),
+    Column("output_id", CleanText, nullable=False),
+    Column("type", CleanText, nullable=False),
+    Column("url", CleanText, nullable=False),
+    postgresql_with=_storage(),
+)
+
+run_events: Final = Table(
+    "run_events",
+    metadata,
+    Column("id", SerialId, Identity(), primary_key=True),
+    Column("run_id", ForeignKey("runs.run_id", ondelete="CASCADE"), nullable=False),
+    Column("at", UtcDateTime, nullable=False),
+    Column("source", CleanText, nullable=False),
+    Column("status", CleanText, nullable=False),
+    Column("progress", Double),
+    # The whole observation, so that the run can be folded again.
+    Column("detail", Json, nullable=False),
+    _one_of("source", Source),
+    _one_of("status", RunStatus),
+    Index("ix_run_events_timeline", "run_id", "id"),
+    postgresql_with=_storage(),
+)
+
+deliveries: Final = Table(
+    "deliveries",
+    metadata,
+    Column("delivery_id", CleanText, primary_key=True),
+    Column("run_id", CleanText),
+    Column("event_type", CleanText),
+    Column("api_version", CleanText),
+    Column("workspace_id", CleanText),
+    Column("created_at", UtcDateTime),
+    Column("received_at", UtcDateTime, nullable=False),
+    Column("last_received_at", UtcDateTime, nullable=False),
+    Column("receipts", Integer, nullable=False),
+    Column("outcome", CleanText, nullable=False),
+    Column("reason", CleanText),
+    Column("body", LargeBinary, nullable=False),
+    _one_of("outcome", DeliveryOutcome),
+    CheckConstraint("receipts >= 1", name="receipts"),
+    Index("ix_deliveries_run", "run_id"),
+    Index("ix_deliveries_newest", "received_at", "delivery_id"),
+    _partial(
+        "ix_deliveries_quarantined", "received_at", "delivery_id", where="outcome = 'quarantined'"
+    ),
+    postgresql_with=_storage(fillfactor=85),
+)
+
+starts: Final = Table(
+    "starts",
+    metadata,
+    Column("workspace_slot", CleanText, primary_key=True),
+    Column("idempotency_key", CleanText, primary_key=True),
+    Column("technique_id", CleanText, nullable=False),
+    Column("fingerprint", CleanText, nullable=False),
+    Column("inputs", Json, nullable=False),
+    Column("state", CleanText, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("sent_at", UtcDateTime),
+    Column("run_id", CleanText),
+    Column("error", Json),
+    Column("lease_until", UtcDateTime),
+    Column("lease_holder", CleanText),
+    _one_of("state", START_STATES),
+    CheckConstraint("(state = 'started') = (run_id IS NOT NULL)", name="started_has_a_run"),
+    CheckConstraint(
+        "(lease_until IS NULL) = (lease_holder IS NULL)", name="lease_has_holder_and_end"
+    ),
+    _partial("ix_starts_open", "created_at", where="state IN ('stored', 'sent')"),
+    Index("ix_starts_run", "run_id"),
+    Index("ix_starts_technique", "technique_id", "created_at"),
+)
+
+sweeps: Final = Table(
+    "sweeps",
+    metadata,
+    Column("id", SerialId, Identity(), primary_key=True),
+    Column("workspace_id", CleanText),
+    Column("started_at", UtcDateTime, nullable=False),
+    Column("finished_at", UtcDateTime),
+    Column("pages", Integer, nullable=False),
+    Column("items", Integer, nullable=False),
+    Column("discovered", Integer, nullable=False),
+    Column("repaired", Integer, nullable=False),
+    # Items that could not be understood: FLORA shows a run that we cannot read.
+    Column("unreadable", Integer, nullable=False),
+    # Through which of FLORA's moments the history is here, where the sweep reached the one before.
+    Column("through", UtcDateTime),
+    Column("generations_through", UtcDateTime),
+    Column("error", CleanText),
+    Index("ix_sweeps_newest", "workspace_id", "started_at"),
+)
+
+techniques: Final = Table(
+    "techniques",
+    metadata,
+    Column("technique_id", CleanText, primary_key=True),
+    # Under which other name it was asked for, where it was.
+    Column("slug", CleanText),
+    Column("name", CleanText, nullable=False),
+    Column("description", CleanText),
+    Column("run_cost", Money),
+    Column("inputs", Json, nullable=False),
+    Column("outputs", Json, nullable=False),
+    Column("synced_at", UtcDateTime, nullable=False),
+    # Since when the catalogue has lacked it.
+    Column("gone_at", UtcDateTime),
+    Index("ix_techniques_slug", "slug"),
+)
+
+leases: Final = Table(
+    "leases",
+    metadata,
+    Column("name", CleanText, primary_key=True),
+    Column("holder", CleanText, nullable=False),
+    Column("until", UtcDateTime, nullable=False),
+)

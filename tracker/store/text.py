@@ -1,0 +1,148 @@
+"""What a database can hold: foreign text and JSON made fit for both engines.
+
+PostgreSQL's text holds neither NUL nor half a surrogate pair, and UTF-8 none of the latter. Both
+are replaced by U+FFFD before anything is merged, so that what was merged is what is stored.
+"""
+
+import math
+import re
+from dataclasses import replace
+from typing import Any, Final
+
+import orjson
+
+from tracker.core.entry import Delivered, Delivery, Entry, Seen
+from tracker.core.observation import Observation
+from tracker.core.run import Output, RunError
+
+_UNFIT: Final = re.compile("[\0\ud800-\udfff]")
+_REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
+_INT64: Final = 2**63
+
+
+def clean(text: str) -> str:
+    """`text` with NUL and lone surrogates replaced; `text` itself where there are none."""
+    if text.isascii() and "\0" not in text:  # nearly always, and both are quick
+        return text
+    return _UNFIT.sub(_REPLACEMENT, text)
+
+
+def dump_json(value: Any) -> str:
+    """`value` as JSON text that both engines take.
+
+    Numbers that JSON or the databases cannot hold become floats or null. Raises `ValueError` for
+    what is no JSON at all, or is nested deeper than anybody means.
+    """
+    try:
+        text = orjson.dumps(value).decode()
+    except TypeError:  # orjson refuses surrogates and integers of more than 64 bits
+        text = _dump_cleaned(value)
+    else:
+        if "\\u0000" in text:
+            text = _dump_cleaned(value)
+    return text
+
+
+def load_json(text: str | bytes) -> Any:
+    """The inverse of `dump_json`."""
+    return orjson.loads(text)
+
+
+def clean_entry(entry: Entry) -> Entry:
+    """`entry` with all its text fit to be stored; `entry` itself where it already was."""
+    match entry:
+        case Delivered(delivery=delivery, observation=seen):
+            fit = _clean_delivery(delivery)
+            fit_seen = None if seen is None else clean_observation(seen)
+            if fit is delivery and fit_seen is seen:
+                return entry
+            return Delivered(delivery=fit, observation=fit_seen)
+        case Seen(observation=seen):
+            fit_seen = clean_observation(seen)
+            return entry if fit_seen is seen else replace(entry, observation=fit_seen)
+        case _:
+            run_id, error = clean(entry.run_id), clean(entry.error)
+            if (run_id, error) == (entry.run_id, entry.error):
+                return entry
+            return replace(entry, run_id=run_id, error=error)
+
+
+def clean_observation(seen: Observation) -> Observation:
+    """`seen` with all its text fit to be stored; `seen` itself where it already was."""
+    news: dict[str, Any] = _news(seen, _OBSERVATION_TEXTS)
+    if seen.error is not None:
+        error = RunError(code=clean(seen.error.code), message=clean(seen.error.message))
+        if error != seen.error:
+            news["error"] = error
+    if seen.outputs is not None:
+        outputs = tuple(
+            Output(clean(output.output_id), clean(output.type), clean(output.url))
+            for output in seen.outputs
+        )
+        if outputs != seen.outputs:
+            news["outputs"] = outputs
+    return replace(seen, **news) if news else seen
+
+
+def _clean_delivery(delivery: Delivery) -> Delivery:
+    news = _news(delivery, _DELIVERY_TEXTS)
+    return replace(delivery, **news) if news else delivery
+
+
+_OBSERVATION_TEXTS: Final = (
+    "run_id",
+    "run_type",
+    "workspace_id",
+    "project_id",
+    "technique_id",
+    "technique_name",
+    "poll_url",
+)
+_DELIVERY_TEXTS: Final = (
+    "delivery_id",
+    "run_id",
+    "event_type",
+    "api_version",
+    "workspace_id",
+    "reason",
+)
+
+
+def _news(holder: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    news: dict[str, Any] = {}
+    for name in names:
+        text = getattr(holder, name)
+        if text is not None and (fit := clean(text)) is not text and fit != text:
+            news[name] = fit
+    return news
+
+
+def _dump_cleaned(value: Any) -> str:
+    try:
+        return orjson.dumps(_clean_value(value)).decode()
+    except (TypeError, RecursionError) as exc:
+        raise ValueError(f"this cannot be stored as JSON: {exc}") from exc
+
+
+def _clean_value(value: Any) -> Any:
+    match value:
+        case str():
+            return clean(value)
+        case bool():
+            return value
+        case int() if not -_INT64 <= value < _INT64:
+            return _float(value)
+        case float() if not math.isfinite(value):
+            return None
+        case dict():
+            return {clean(str(key)): _clean_value(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_clean_value(item) for item in value]
+    return value
+
+
+def _float(value: int) -> float | None:
+    try:
+        return float(value)
+    except OverflowError:
+        return None
