@@ -1,0 +1,2 @@
+"""The use cases that the worker runs, against the simulator over real HTTP and on both
+databases."""

@@ -1,0 +1,140 @@
+"""Fixtures: a clock to turn, a simulated FLORA that goes by it, and the tracker's services."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from tracker.core.record import Record
+from tracker.flora.client import FloraClient
+from tracker.settings import Settings
+from tracker.simulator import Options, Simulator, running
+from tracker.store import read
+from tracker.wiring import Services, open_services
+
+PUBLIC_URL = "https://tracker.example"
+
+
+class HandClock:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self._now = datetime(2026, 7, 1, 12, 0, tzinfo=UTC)
+
+    def __call__(self) -> datetime:
+        return self._now
+
+    def move(self, seconds: float) -> None:
+        self._now += timedelta(seconds=seconds)
+
+
+@pytest.fixture
+def clock() -> HandClock:
+    return HandClock()
+
+
+MakeFlora = Callable[..., AbstractAsyncContextManager[Simulator]]
+
+
+@pytest.fixture
+def make_flora(clock: HandClock) -> MakeFlora:
+    """Serves a simulator whose time is the test's clock."""
+    return lambda **options: running(Options(**({"failures": 0.0} | options)), clock=clock)
+
+
+@pytest.fixture
+async def flora(make_flora: MakeFlora) -> AsyncIterator[Simulator]:
+    """A FLORA in which nothing goes wrong."""
+    async with make_flora() as simulator:
+        yield simulator
+
+
+OpenServices = Callable[..., Any]
+
+
+@pytest.fixture
+async def open_on(clock: HandClock, database_url: str) -> AsyncIterator[OpenServices]:
+    """Opens services that track a simulator's runs, in the test's database."""
+    async with AsyncExitStack() as stack:
+
+        async def open_one(simulator: Simulator, **more: Any) -> Services:
+            options = simulator.world.options
+            given: dict[str, Any] = {
+                "flora_base_url": simulator.base_url,
+                "flora_api_key": options.api_key,
+                "flora_webhook_secret": options.webhook_secret,
+                "tracker_database_url": database_url,
+            }
+            settings = Settings(**(given | more))
+            return await stack.enter_async_context(open_services(settings, clock=clock))
+
+        yield open_one
+
+
+@pytest.fixture
+async def services(open_on: OpenServices, flora: Simulator) -> Services:
+    """The services of a tracker without a public URL: everything has to be polled."""
+    opened: Services = await open_on(flora)
+    return opened
+
+
+Hurry = Callable[..., None]
+
+
+@pytest.fixture
+async def hurry() -> AsyncIterator[Hurry]:
+    """Lets waits between attempts pass at once, the client's too (which has a `deadline`)."""
+    async with AsyncExitStack() as stack:
+
+        async def no_wait(seconds: float) -> None:
+            await asyncio.sleep(0)
+
+        def hurry_up(services: Services, flora: Simulator, *, deadline: float = 30.0) -> None:
+            services.starter._sleep = no_wait
+            for workspace in services.workspaces:
+                workspace.client = FloraClient(
+                    base_url=flora.base_url,
+                    api_key=flora.world.options.api_key,
+                    deadline=deadline,
+                    clock=services.clock,
+                    sleep=no_wait,
+                )
+                stack.push_async_callback(workspace.client.aclose)
+
+        yield hurry_up
+
+
+async def the_run(services: Services, run_id: str) -> Record:
+    """The record of a run that has to be there."""
+    record = await read.get_run(services.database, run_id)
+    assert record is not None, f"{run_id} is not in the database"
+    return record
+
+
+def reads_of(simulator: Simulator) -> dict[str, int]:
+    """How often each route of the API was asked, however it answered."""
+    totals: dict[str, int] = {}
+    for (route, _), count in simulator.world.counts.items():
+        totals[route] = totals.get(route, 0) + count
+    return totals
+
+
+def assert_true_to(record: Record, simulator: Simulator) -> None:
+    """The record has the simulator's own status, outputs, cost and times."""
+    truth = simulator.world.runs[record.run.run_id]
+    run = record.run
+    assert run.status == truth.end
+    assert [(o.output_id, o.type, o.url) for o in run.outputs or ()] == [
+        (o.output_id, o.type, o.url) for o in truth.outputs
+    ]
+    assert float(run.charged_cost or 0) == pytest.approx(truth.cost)
+    assert (run.error.code if run.error else None) == truth.error_code
+    for ours, theirs in (
+        (run.created_at, truth.created_ms),
+        (run.started_at, truth.started_ms),
+        (run.completed_at, truth.completed_ms),
+    ):
+        assert (round(ours.timestamp() * 1000) if ours else None) == theirs

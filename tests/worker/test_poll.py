@@ -1,0 +1,206 @@
+"""Polling: what is due is read, with as few requests as possible."""
+
+import asyncio
+from datetime import timedelta
+
+import pytest
+
+from tests.worker.conftest import (
+    HandClock,
+    MakeFlora,
+    OpenServices,
+    assert_true_to,
+    reads_of,
+    the_run,
+)
+from tracker.core.observation import Source
+from tracker.core.run import Tracking
+from tracker.simulator import Simulator
+from tracker.store import claims
+from tracker.tracking.start import StartRequest
+from tracker.wiring import Services
+
+PROMPT = [{"id": "prompt", "type": "text", "value": "tools"}]
+
+
+async def start(services: Services, count: int = 1) -> list[str]:
+    request = StartRequest(technique="icon-pack", inputs=PROMPT)
+    return [(await services.starter.start(request)).record.run.run_id for _ in range(count)]
+
+
+async def poll_to_the_end(services: Services, clock: HandClock, *, within: float) -> None:
+    """Poll as a worker does, turning the clock from one due time to the next."""
+    give_up = clock().timestamp() + within
+    while (due := await services.poller.next_due_at()) is not None:
+        clock.move(max((due - clock()).total_seconds(), 0))
+        assert clock().timestamp() < give_up, "a run did not settle in time"
+        await services.poller.poll_due()
+
+
+async def test_a_run_without_callback_is_polled_to_its_end(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """A run that nobody calls back about ends here as it ended there, by polls alone."""
+    [run_id] = await start(services)
+    await poll_to_the_end(services, clock, within=120)
+    record = await the_run(services, run_id)
+    assert (record.tracking, record.ended_via) == (Tracking.SETTLED, Source.POLL)
+    assert_true_to(record, flora)
+
+
+async def test_nothing_is_read_before_it_is_due(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """A run started without a callback is left alone for one poll interval."""
+    await start(services)
+    clock.move(4.9)
+    assert (await services.poller.poll_due()).claimed == 0
+    clock.move(0.2)
+    assert (await services.poller.poll_due()).claimed == 1
+
+
+async def test_a_page_reads_many(services: Services, flora: Simulator, clock: HandClock) -> None:
+    """Forty runs that ended are settled by one page of the history and no single read."""
+    run_ids = await start(services, 40)
+    clock.move(60)
+    before = reads_of(flora)
+    report = await services.poller.poll_due()
+    assert (report.pages, report.reads, report.settled) == (1, 0, 40)
+    assert sum(reads_of(flora).values()) == sum(before.values()) + 1
+    for run_id in run_ids:
+        assert_true_to(await the_run(services, run_id), flora)
+
+
+async def test_lists_without_details_are_not_asked_twice(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """Where lists leave outputs out, each run is read once, and pages are not read for nothing."""
+    async with make_flora(history_outputs=False) as flora:
+        services = await open_on(flora)
+        run_ids = await start(services, 5)
+        clock.move(60)
+        report = await services.poller.poll_due()
+        assert (report.pages, report.reads, report.settled) == (1, 5, 5)
+        run_ids += await start(services, 5)
+        for run_id in run_ids:
+            await services.tracker.track(run_id)
+        clock.move(60)
+        await poll_to_the_end(services, clock, within=300)
+        for run_id in run_ids:
+            assert_true_to(await the_run(services, run_id), flora)
+
+
+async def test_a_run_of_an_unknown_technique_is_found(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """A tracked run whose technique nobody knows is read at once, through the history."""
+    run = flora.start()
+    clock.move(60)
+    tracked = await services.tracker.track(run.run_id)
+    assert not tracked.known
+    report = await services.poller.poll_due()
+    record = await the_run(services, run.run_id)
+    assert (report.settled, record.source) == (1, Source.TRACK)
+    assert record.run.technique_id == run.technique.technique_id  # type: ignore[union-attr]
+    assert_true_to(record, flora)
+
+
+async def test_a_generation_run_is_read_too(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """A run that is in no list of technique runs is read by its id alone."""
+    run = flora.start_generation()
+    clock.move(60)
+    await services.tracker.track(run.run_id)
+    await services.poller.poll_due()
+    record = await the_run(services, run.run_id)
+    assert record.tracking is Tracking.SETTLED
+    assert_true_to(record, flora)
+
+
+async def test_a_run_that_flora_denies_is_lost_in_the_end(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """Five denials over an hour make a run lost; until then it is active and says why."""
+    await services.tracker.track("run_nobody_knows")
+    await services.poller.poll_due()
+    record = await the_run(services, "run_nobody_knows")
+    assert (record.tracking, record.missing) == (Tracking.ACTIVE, 1)
+    assert "404" in (record.last_error or "")
+    await poll_to_the_end(services, clock, within=2 * 3600)
+    record = await the_run(services, "run_nobody_knows")
+    assert record.tracking is Tracking.LOST
+    assert record.missing >= 5
+
+
+async def test_a_forged_poll_url_is_not_followed(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """The key goes to FLORA's origin only: a run with a foreign poll_url is read another way."""
+    run = flora.start()
+    clock.move(60)
+    await services.tracker.track(run.run_id, poll_url="http://127.0.0.1:9/steal")
+    await services.poller.poll_due()
+    assert_true_to(await the_run(services, run.run_id), flora)
+
+
+async def test_a_refused_key_harms_no_run(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """While FLORA refuses the key, runs stay due and uncounted, and it is not asked again and
+    again."""
+    async with make_flora() as flora:
+        run = flora.start()
+        services = await open_on(flora, flora_api_key="sk_test_wrong")
+        await services.tracker.track(run.run_id)
+        await services.poller.poll_due()
+        record = await the_run(services, run.run_id)
+        assert (record.checks, record.lease_holder) == (0, None)
+        asked = sum(reads_of(flora).values())
+        for _ in range(5):
+            await services.poller.poll_due()
+        assert sum(reads_of(flora).values()) == asked
+
+
+@pytest.fixture
+async def two(open_on: OpenServices, flora: Simulator) -> tuple[Services, Services]:
+    """Two processes' worth of services on one database."""
+    return await open_on(flora), await open_on(flora)
+
+
+async def test_two_pollers_share_the_work(
+    two: tuple[Services, Services], flora: Simulator, clock: HandClock
+) -> None:
+    """A run that one poller claims is not polled by the other, and every claim is given back."""
+    one, other = two
+    run_ids = await start(one, 6)
+    clock.move(6)
+    reports = await asyncio.gather(one.poller.poll_due(), other.poller.poll_due())
+    assert sum(report.claimed for report in reports) == 6
+    clock.move(60)
+    await poll_to_the_end(other, clock, within=300)
+    for run_id in run_ids:
+        record = await the_run(one, run_id)
+        assert record.lease_holder is None
+        assert_true_to(record, flora)
+
+
+async def test_a_claim_that_was_not_given_back_runs_out(
+    two: tuple[Services, Services], flora: Simulator, clock: HandClock
+) -> None:
+    """What a process that died had claimed is polled by another once its lease is over."""
+    one, other = two
+    [run_id] = await start(one)
+    clock.move(60)
+    await claims.claim_due(
+        one.database,
+        holder="a process that died",
+        now=clock(),
+        lease=timedelta(minutes=3),
+        limit=10,
+        workspaces=None,
+    )
+    assert (await other.poller.poll_due()).claimed == 0
+    clock.move(181)
+    assert (await other.poller.poll_due()).settled == 1
+    assert_true_to(await the_run(one, run_id), flora)

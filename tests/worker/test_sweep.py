@@ -1,0 +1,255 @@
+"""Sweeping the history: whatever FLORA lists is here afterwards, at the price of few pages."""
+
+import asyncio
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+import sqlalchemy as sa
+
+from tests.worker.conftest import (
+    HandClock,
+    Hurry,
+    MakeFlora,
+    OpenServices,
+    assert_true_to,
+    reads_of,
+    the_run,
+)
+from tracker.core.observation import Source
+from tracker.core.run import Tracking
+from tracker.settings import WorkspaceSettings
+from tracker.simulator import Simulator, Workspace
+from tracker.sources import history as source
+from tracker.store import read
+from tracker.store.tables import sweeps
+from tracker.tracking.sweep import SweepReport
+from tracker.wiring import Services
+
+A_LOOK = 1
+"""The page on which a first sweep looks whether there are generation runs."""
+
+
+async def sweep(services: Services, since: timedelta | None = None) -> SweepReport:
+    [workspace] = services.workspaces
+    return await services.sweeper.sweep(workspace, since=since)
+
+
+async def ledger(services: Services) -> list[sa.Row]:  # type: ignore[type-arg]
+    async with services.database.read() as connection:
+        return list(await connection.execute(sa.select(sweeps).order_by(sweeps.c.id)))
+
+
+async def test_runs_found_only_there_are_adopted(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """Runs that nobody told us of are in the database after one sweep, whole."""
+    ended = [flora.start() for _ in range(3)]
+    clock.move(60)
+    going = flora.start()
+    report = await sweep(services)
+    assert (report.error, report.items, report.discovered) == (None, 4, 4)
+    for run in ended:
+        record = await the_run(services, run.run_id)
+        assert (record.source, record.ended_via) == (Source.HISTORY, Source.HISTORY)
+        assert record.tracking is Tracking.SETTLED
+        assert_true_to(record, flora)
+    assert (await the_run(services, going.run_id)).tracking is Tracking.ACTIVE
+
+
+async def test_an_end_that_was_missed_is_repaired(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """A known run that ended unseen is settled by the sweep, and counted as repaired."""
+    run = flora.start()
+    await sweep(services)
+    clock.move(60)
+    report = await sweep(services)
+    assert (report.discovered, report.repaired) == (0, 1)
+    assert_true_to(await the_run(services, run.run_id), flora)
+
+
+async def test_the_first_sweep_goes_far_back_and_the_next_does_not(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """The first sweep reads all pages within a week; one with nothing new costs one page."""
+    for _ in range(250):
+        flora.start()
+        clock.move(30)
+    clock.move(60)
+    first = await sweep(services)
+    assert (first.error, first.pages, first.items) == (None, 3 + A_LOOK, 250)
+    asked = reads_of(flora)
+    second = await sweep(services)
+    assert (second.error, second.pages) == (None, 1)
+    assert sum(reads_of(flora).values()) == sum(asked.values()) + 1
+
+
+async def test_history_older_than_asked_for_is_left_alone(
+    open_on: OpenServices, flora: Simulator, clock: HandClock
+) -> None:
+    """The first sweep stops behind TRACKER_HISTORY_SINCE."""
+    for _ in range(300):
+        flora.start()
+        clock.move(60)
+    services = await open_on(flora, tracker_history_since=timedelta(hours=1))
+    report = await sweep(services)
+    assert (report.error, report.pages) == (None, 1 + A_LOOK)
+
+
+async def test_a_failed_sweep_moves_nothing(
+    services: Services, flora: Simulator, clock: HandClock, hurry: Hurry
+) -> None:
+    """A sweep that broke off is in the ledger as failed, and the next goes all the way back."""
+    for _ in range(150):
+        flora.start()
+        clock.move(30)
+    hurry(services, flora, deadline=0.5)
+    flora.world.options = flora.world.options.with_rates({"cut": 1.0})
+    broken = await sweep(services)
+    flora.world.options = flora.world.options.with_rates({"cut": 0.0})
+    assert broken.error is not None
+    whole = await sweep(services)
+    assert (whole.error, whole.items) == (None, 150)
+    first, second = await ledger(services)
+    assert (first.error, first.pages) == (broken.error, 0)
+    assert (second.error, second.pages, second.items, second.discovered) == (
+        None,
+        2 + A_LOOK,
+        150,
+        150,
+    )
+    assert second.finished_at is not None
+
+
+async def test_a_short_sweep_by_hand_leaves_no_gap(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """`reconcile --since 1h` after a long outage does not make the next sweep start there."""
+    await sweep(services)
+    missed = [flora.start() for _ in range(120)]
+    clock.move(5 * 3600)
+    for _ in range(110):
+        flora.start()
+    clock.move(60)
+    by_hand = await sweep(services, timedelta(hours=1))
+    assert (by_hand.error, by_hand.discovered) == (None, 200)
+    scheduled = await sweep(services)
+    assert scheduled.discovered == 30
+    for run in missed:
+        await the_run(services, run.run_id)
+
+
+async def test_an_old_stuck_run_makes_no_sweep_long(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """A run that never ends is polled alone; sweeps go back for what is newly unfinished only."""
+    stuck = flora.start()
+    flora.world.runs[stuck.run_id] = replace(stuck, completed_ms=stuck.completed_ms + 10**9)
+    for _ in range(220):
+        clock.move(60)
+        flora.start()
+    clock.move(60)
+    assert (await sweep(services)).pages == 3 + A_LOOK
+    assert (await sweep(services)).pages == 1
+
+
+async def test_runs_that_start_meanwhile_do_not_hide_others(
+    services: Services, flora: Simulator, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs pushed to the next page by new ones are seen twice, never skipped."""
+    for _ in range(180):
+        flora.start()
+        clock.move(1)
+    pages = source.pages
+
+    async def growing(*args: object, **options: object):  # type: ignore[no-untyped-def]
+        async for page in pages(*args, **options):  # type: ignore[arg-type]
+            yield page
+            for _ in range(7):
+                flora.start()
+
+    monkeypatch.setattr(source, "pages", growing)
+    assert (await sweep(services)).error is None
+    monkeypatch.undo()
+    await sweep(services)
+    for run_id in flora.world.runs:
+        await the_run(services, run_id)
+
+
+async def test_generations_are_swept_once_one_was_shown(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """The list of generation runs is looked at once a day, and swept once there is one."""
+    await sweep(services)
+    assert reads_of(flora)["generations.list"] == 1
+    await sweep(services)
+    assert reads_of(flora)["generations.list"] == 1
+    run = flora.start_generation()
+    clock.move(24 * 3600 + 1)
+    await sweep(services)
+    assert_true_to(await the_run(services, run.run_id), flora)
+    await sweep(services)
+    assert reads_of(flora)["generations.list"] == 3, "the run was shown, so it is swept"
+
+
+async def test_one_sweep_at_a_time(
+    open_on: OpenServices, flora: Simulator, clock: HandClock
+) -> None:
+    """Of two processes that sweep one workspace at the same moment, one does."""
+    one, other = await open_on(flora), await open_on(flora)
+    for _ in range(120):
+        flora.start()
+    reports = await asyncio.gather(sweep(one), sweep(other))
+    assert sorted(report.skipped for report in reports) == [False, True]
+    assert not (await sweep(other)).skipped
+
+
+async def test_a_workspace_learns_its_id(services: Services, flora: Simulator) -> None:
+    """The id of a workspace that was not given is learnt from the history, and the ledger has
+    it."""
+    flora.start()
+    await sweep(services)
+    [workspace] = services.workspaces
+    assert workspace.workspace_id == flora.world.options.workspace_id
+    assert [row.workspace_id for row in await ledger(services)] == [workspace.workspace_id]
+
+
+async def test_each_workspace_is_swept_with_its_own_key(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """Two workspaces, two keys: each run is found under its own workspace."""
+    second = Workspace(workspace_id="ws_two", api_key="sk_test_two", webhook_secret="whsec_two")
+    async with make_flora(more_workspaces=(second,)) as flora:
+        services = await open_on(
+            flora,
+            flora_workspace_id=flora.world.options.workspace_id,
+            workspaces=(WorkspaceSettings(id="ws_two", api_key="sk_test_two"),),
+        )
+        mine, theirs = flora.start(), flora.start(workspace=second)
+        clock.move(60)
+        reports = [await services.sweeper.sweep(workspace) for workspace in services.workspaces]
+        assert [report.discovered for report in reports] == [1, 1]
+        assert (await the_run(services, theirs.run_id)).run.workspace_id == "ws_two"
+        assert (await the_run(services, mine.run_id)).run.workspace_id != "ws_two"
+
+
+async def test_faults_of_flora_end_a_sweep_as_failed_or_whole(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, hurry: Hurry
+) -> None:
+    """Under 500s and cut connections a sweep is whole or says that it failed; the last one is
+    whole."""
+    async with make_flora(errors=0.2, cut=0.2, retry_after=0) as flora:
+        services = await open_on(flora)
+        hurry(services, flora)
+        for _ in range(250):
+            flora.start()
+        clock.move(60)
+        report = await sweep(services)
+        known, _ = await read.list_runs(services.database, limit=100)
+        assert (report.error is None) == (report.items == 250)
+        flora.world.options = flora.world.options.with_rates({"errors": 0, "cut": 0})
+        assert (await sweep(services)).error is None
+        for run_id in flora.world.runs:
+            await the_run(services, run_id)
+        assert len(known) <= 100

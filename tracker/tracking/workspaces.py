@@ -1,0 +1,100 @@
+"""The configured workspaces: one key and its secrets each.
+
+A workspace's id may be left out where there is only one: it is learnt from FLORA's first answer or
+from the first authentic callback, for as long as the process lives. It is not stored, because a key
+that is exchanged for another workspace's would then meet the wrong id.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from tracker.core.errors import FieldFault, InvalidRequest, SettingsError
+from tracker.flora.client import FloraClient
+
+
+@dataclass(slots=True, kw_only=True)
+class Workspace:
+    """One workspace. `slot` names it where its id is not known yet; it never changes."""
+
+    slot: str
+    workspace_id: str | None = None
+    client: FloraClient | None = None
+    secrets: tuple[str, ...] = field(default=(), repr=False)
+    lists_carry_details: bool = True
+    """Whether completed items of its history pages carry outputs and cost; learnt from each
+    page."""
+
+    @property
+    def name(self) -> str:
+        """Its id where that is known, else its slot."""
+        return self.workspace_id or self.slot
+
+    def learn(self, workspace_id: str | None) -> None:
+        """Take over the id that FLORA gave, where none is known yet."""
+        if self.workspace_id is None and workspace_id:
+            self.workspace_id = workspace_id
+
+    def require_client(self) -> FloraClient:
+        """The client for its key. Raises `SettingsError` where no key is set."""
+        if self.client is None:
+            raise SettingsError(
+                "no FLORA API key is set for this workspace: set FLORA_API_KEY (or api_key in the "
+                "[[workspaces]] table of TRACKER_CONFIG)"
+            )
+        return self.client
+
+
+class Workspaces:
+    """All configured workspaces."""
+
+    def __init__(self, workspaces: Sequence[Workspace]) -> None:
+        self._all = tuple(workspaces)
+
+    def __iter__(self) -> Iterator[Workspace]:
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    @property
+    def secrets(self) -> list[str]:
+        """Every signing secret, of all workspaces."""
+        return [secret for workspace in self._all for secret in workspace.secrets]
+
+    def signed_by(self, secret: str, named: str | None = None) -> Workspace:
+        """The workspace that a secret belongs to; where several share it, the one that is
+        `named`."""
+        holders = [workspace for workspace in self._all if secret in workspace.secrets]
+        return next((holder for holder in holders if holder.workspace_id == named), holders[0])
+
+    def pick(self, workspace_id: str | None) -> Workspace:
+        """The workspace a caller means. Raises `InvalidRequest` where it is unknown or not
+        named."""
+        if workspace_id is None:
+            if len(self._all) == 1:
+                return self._all[0]
+            known = ", ".join(workspace.name for workspace in self._all)
+            raise _fault(f"several workspaces are configured, name one of them: {known}")
+        found = self.of(workspace_id)
+        if found is None:
+            raise _fault(f"workspace {workspace_id} is not configured here")
+        return found
+
+    def of(self, workspace_id: str | None) -> Workspace | None:
+        """The workspace of a run, by the id that its row has; `None` where it is not configured.
+
+        A single workspace whose id is not known yet may be any, and a run without an id may be its.
+        """
+        if len(self._all) == 1 and (workspace_id is None or self._all[0].workspace_id is None):
+            return self._all[0]
+        return next((one for one in self._all if one.workspace_id == workspace_id), None)
+
+    def claimable(self, workspace: Workspace) -> list[str | None] | None:
+        """Which `workspace_id` a due run may have to be read with this workspace's key."""
+        if len(self._all) > 1:
+            return [workspace.workspace_id]
+        return None if workspace.workspace_id is None else [workspace.workspace_id, None]
+
+
+def _fault(message: str) -> InvalidRequest:
+    return InvalidRequest(message, [FieldFault("workspace_id", message)])
