@@ -1,0 +1,1 @@
+"""Settings and the log: what is read from outside, and what never gets out."""

@@ -1,0 +1,147 @@
+"""The log: one format for everybody, and no secrets in it."""
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+import structlog
+
+from tracker.logs import configure_logs
+
+SECRETS = ["hunter22", 'quo"te\\d ü', "p@ss/word"]
+
+
+class Terminal(io.StringIO):
+    """A stream that a person looks at."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def _put_back() -> Iterator[None]:
+    """Leaves the log as it was found."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = handlers, level
+    structlog.reset_defaults()
+
+
+def lines(stream: io.StringIO) -> list[dict[str, object]]:
+    """The JSON objects that were logged."""
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def test_json_is_one_object_a_line_whoever_logs() -> None:
+    """Our own lines and other libraries' have the same shape and go to the same place."""
+    stream = io.StringIO()
+    configure_logs(stream=stream)
+    structlog.get_logger("tracker.web").info("serving", port=80)
+    logging.getLogger("uvicorn.error").warning("that was %s", "odd")
+    ours, theirs = lines(stream)
+    assert ours["event"] == "serving"
+    assert ours["port"] == 80
+    assert (theirs["event"], theirs["level"], theirs["logger"]) == (
+        "that was odd",
+        "warning",
+        "uvicorn.error",
+    )
+    assert str(ours["timestamp"]).endswith("Z")
+
+
+def test_the_format_follows_the_stream_unless_it_is_said() -> None:
+    """A terminal gets lines for people, a file JSON; the setting decides where it is given."""
+    for stream, given, is_json in [
+        (Terminal(), None, False),
+        (io.StringIO(), None, True),
+        (Terminal(), "json", True),
+        (io.StringIO(), "console", False),
+    ]:
+        configure_logs(format=given, stream=stream)  # type: ignore[arg-type]
+        structlog.get_logger("x").info("hello")
+        assert stream.getvalue().startswith("{") is is_json
+
+
+def test_libraries_are_as_loud_as_they_are_useful() -> None:
+    """The level holds for all; httpx is quiet below a warning, whatever the level."""
+    stream = io.StringIO()
+    configure_logs(level="debug", stream=stream)
+    structlog.get_logger("x").debug("ours")
+    logging.getLogger("httpx").info("HTTP Request: GET")
+    logging.getLogger("apscheduler.executors.default").info("Running job")
+    assert [line["event"] for line in lines(stream)] == ["ours"]
+    configure_logs(level="error", stream=stream)
+    logging.getLogger("httpx").warning("odd")
+    structlog.get_logger("x").warning("ours")
+    assert len(lines(stream)) == 1
+
+
+@pytest.mark.parametrize("format", ["json", "console"])
+def test_known_secrets_are_taken_out_of_every_line(format: str) -> None:
+    """As a value, deep in a value, in a message, in a traceback, quoted or percent-encoded."""
+    stream = io.StringIO()
+    configure_logs(format=format, secrets=SECRETS, stream=stream)  # type: ignore[arg-type]
+    log = structlog.get_logger("x")
+    for secret in SECRETS:
+        log.info("value", key=secret, deep={"list": [secret]})
+        logging.getLogger("other").warning("message %s", secret)
+        try:
+            raise ValueError(f"{secret} and {secret!r}")
+        except ValueError:
+            log.exception("broken")
+            logging.getLogger("other").exception("broken")
+    log.info("url", url="https://x/?t=p%40ss%2Fword")
+    shown = stream.getvalue()
+    assert shown.count("[redacted]") >= 7 * len(SECRETS)
+    for part in ("hunter22", "quo", "ss/word", "ss%2Fword"):
+        assert part not in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("key sk_live_abc-123!", "key sk_live_[redacted]!"),
+        ("whsec_abc+/=, next", "whsec_[redacted], next"),
+        ("postgres://u:pw@h/d", "postgres://u:[redacted]@h/d"),
+        ("Authorization: Bearer abcdefgh12", "Authorization: Bearer [redacted]"),
+        (f"t=1,v1={'a' * 64}", "t=1,v1=[redacted]"),
+        ("http://[::1]:80/ask_live", "http://[::1]:80/ask_live"),
+    ],
+)
+def test_what_looks_like_a_secret_is_taken_out_unknown_as_it_is(text: str, shown: str) -> None:
+    """Somebody else's key in a message is no less a key."""
+    stream = io.StringIO()
+    configure_logs(stream=stream)
+    structlog.get_logger("x").info(text)
+    assert lines(stream)[0]["event"] == shown
+
+
+def test_a_traceback_shows_no_local_variables() -> None:
+    """Neither format prints what variables hold: keys are among them."""
+    for stream, format in ((Terminal(), "console"), (io.StringIO(), "json")):
+        configure_logs(format=format, stream=stream)  # type: ignore[arg-type]
+        unknown = "".join(["correct", "-horse"])
+        try:
+            raise ValueError(len(unknown))
+        except ValueError:
+            structlog.get_logger("x").exception("broken")
+        assert "correct-horse" not in stream.getvalue()
+        assert "ValueError" in stream.getvalue()
+
+
+def test_other_peoples_text_begins_no_line_and_moves_no_cursor() -> None:
+    """Control characters in values are shown on a terminal, not obeyed."""
+    stream = Terminal()
+    configure_logs(stream=stream)
+    structlog.get_logger("x").info("failed", message="a\n2026 [info] forged\x1b[2J")
+    assert len(stream.getvalue().splitlines()) == 1
+    try:
+        raise ValueError("\x1b[2J\x9b2J")
+    except ValueError:
+        logging.getLogger("x").exception("broken")
+    assert "\x1b[2J" not in stream.getvalue()
+    assert "\x9b" not in stream.getvalue()
+    assert "\\x1b[2J\\x9b2J" in stream.getvalue()

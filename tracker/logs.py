@@ -1,0 +1,151 @@
+"""The log: every line of every library goes to stderr, in one format, with secrets taken out.
+
+stdout belongs to what commands print. Lines are for people (`console`) or for machines (`json`, one
+object a line). The last step looks at the finished line, whoever wrote it and whatever it quotes
+(tracebacks too), and replaces each known secret and whatever has the shape of one.
+"""
+
+import io
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterable
+from typing import Any, Final, Literal, TextIO
+from urllib.parse import quote
+
+import structlog
+from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
+
+REDACTED: Final = "[redacted]"
+_SHORTEST_SECRET: Final = 4
+"""A shorter one is not looked for: it would be found in ordinary words, and so be given away."""
+
+_SHAPES: Final = (
+    (re.compile(r"\b(sk_(?:live|test)_|whsec_)[A-Za-z0-9+/=_-]+"), rf"\1{REDACTED}"),
+    (re.compile(r"""(://[^\s:/@"']*:)[^\s/@"']+(?=@)"""), rf"\1{REDACTED}"),
+    (re.compile(r"\b(v1=)[0-9A-Fa-f]{64}"), rf"\1{REDACTED}"),
+    (re.compile(r"(?i)\b(bearer\s+)[A-Za-z0-9._~+/=-]{8,}"), rf"\1{REDACTED}"),
+)
+"""FLORA's keys and signing secrets, passwords in URLs, signatures, bearer tokens."""
+
+_QUIET: Final = {
+    "httpx": logging.WARNING,  # a line for each request, which the callers log in our own terms
+    "httpcore": logging.WARNING,
+    "apscheduler": logging.WARNING,  # a line for each time a job runs, every few seconds
+    "alembic": logging.WARNING,  # several lines whenever the schema is looked at
+    "asyncio": logging.WARNING,
+    "aiosqlite": logging.WARNING,
+}
+_CONTROLS: Final = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+_CONTROLS_IN_LINES: Final = {
+    code: text for code, text in _CONTROLS.items() if chr(code) not in "\t\n"
+}
+
+
+def configure_logs(
+    *,
+    format: Literal["console", "json"] | None = None,
+    level: str = "info",
+    secrets: Iterable[str] = (),
+    stream: TextIO | None = None,
+) -> None:
+    """Send structlog's and the standard library's logs to `stream` (by default stderr).
+
+    Without a `format` it is `console` where the stream is a terminal, else `json`. `secrets` are
+    taken out of every line. Calling it again replaces what was configured before.
+    """
+    stream = sys.stderr if stream is None else stream
+    terminal = stream.isatty()
+    if format is None:
+        format = "console" if terminal else "json"
+    common: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.StackInfoRenderer(),
+    ]
+    finish: list[Processor]
+    if format == "json":
+        finish = [
+            # Tracebacks as text: structured ones would hold local variables, keys among them.
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ]
+    else:
+        colors = terminal and not os.environ.get("NO_COLOR")
+        finish = [
+            _escape_controls,
+            structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=_traceback),
+        ]
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *common,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        wrapper_class=structlog.stdlib.BoundLogger,
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[*common, structlog.stdlib.ExtraAdder()],
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                *finish,
+                Redactor(secrets),
+            ],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    for name, lowest in _QUIET.items():
+        logging.getLogger(name).setLevel(max(lowest, root.level))
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+
+
+class Redactor:
+    """The last step of the log: takes secrets out of the finished line."""
+
+    def __init__(self, secrets: Iterable[str]) -> None:
+        plain = [secret for secret in secrets if len(secret) >= _SHORTEST_SECRET]
+        written = [form for secret in plain for form in (secret, repr(secret)[1:-1])]
+        forms = {
+            *written,
+            *(json.dumps(form)[1:-1] for form in written),
+            *(quote(secret, safe="") for secret in plain),
+        }
+        longest_first = sorted(forms, key=len, reverse=True)
+        self._known = re.compile("|".join(map(re.escape, longest_first))) if forms else None
+
+    def __call__(self, logger: WrappedLogger, method: str, line: Any) -> str:
+        """The rendered line, which is text by now, without the secrets in it."""
+        clean = str(line)
+        if self._known is not None:
+            clean = self._known.sub(REDACTED, clean)
+        for shape, replacement in _SHAPES:
+            clean = shape.sub(replacement, clean)
+        return clean
+
+
+def _traceback(stream: TextIO, exception: ExcInfo) -> None:
+    """A traceback without colours and local variables; what its message quotes is escaped too."""
+    text = io.StringIO()
+    structlog.dev.plain_traceback(text, exception)
+    stream.write(text.getvalue().translate(_CONTROLS_IN_LINES))
+
+
+def _escape_controls(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+    """Other people's text must not move a terminal's cursor or begin a line of its own."""
+    for key, value in event.items():
+        if isinstance(value, str) and key not in ("exception", "stack"):
+            event[key] = value.translate(_CONTROLS)
+    return event

@@ -1,0 +1,163 @@
+"""What can be set: one field for each variable, its default, and what a value must be."""
+
+import re
+from collections import Counter
+from datetime import timedelta
+from typing import Annotated, Final, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    model_validator,
+)
+
+from tracker.core.errors import SettingsError
+from tracker.core.schedule import Policy
+from tracker.settings.cron import check_cron
+from tracker.settings.values import (
+    check_database_url,
+    check_root_url,
+    parse_duration,
+    passwords_in,
+    split_secrets,
+)
+
+CALLBACK_PATH: Final = "/callbacks/flora"
+
+
+def _seconds(value: object) -> float:
+    return parse_duration(value).total_seconds()
+
+
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
+
+
+def _header_safe(secret: SecretStr) -> SecretStr:
+    if not re.fullmatch(r"[!-~]+", secret.get_secret_value()):
+        raise ValueError("must be printable ASCII without spaces, because it travels in a header")
+    return secret
+
+
+def _public_root(url: str) -> str:
+    root = check_root_url(url)
+    if root.endswith(CALLBACK_PATH):
+        raise ValueError(f"must be the root of this service, without {CALLBACK_PATH}")
+    return root
+
+
+Token = Annotated[SecretStr, AfterValidator(_header_safe)]
+Secrets = Annotated[tuple[SecretStr, ...], BeforeValidator(split_secrets)]
+Seconds = Annotated[float, BeforeValidator(_seconds)]
+Duration = Annotated[timedelta, BeforeValidator(parse_duration)]
+Format = Annotated[Literal["console", "json"], BeforeValidator(_lower)]
+Level = Annotated[Literal["debug", "info", "warning", "error", "critical"], BeforeValidator(_lower)]
+
+
+class WorkspaceSettings(BaseModel):
+    """One FLORA workspace: its id if given, its API key, the secrets that sign its callbacks."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    id: str | None = None
+    api_key: Token | None = None
+    webhook_secrets: Secrets = ()
+
+
+class Settings(BaseModel):
+    """Everything that can be set, checked. Fields are named as the variables, in lower case.
+
+    Waits are seconds. Secrets are masked where a `Settings` is shown, and the database's URL, which
+    may hold a password, is left out.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    flora_api_key: Token | None = None
+    flora_workspace_id: str | None = None
+    flora_base_url: Annotated[str, AfterValidator(check_root_url)] = "https://app.flora.ai/api/v1"
+    flora_webhook_secret: Secrets = ()
+    tracker_database_url: Annotated[str, AfterValidator(check_database_url)] = Field(
+        default="sqlite:///tracker.db", repr=False
+    )
+    tracker_public_url: Annotated[str, AfterValidator(_public_root)] | None = None
+    tracker_api_token: Token | None = None
+    tracker_signature_tolerance: Annotated[Seconds, Field(ge=0)] = 900.0
+    tracker_callback_grace: Annotated[Seconds, Field(ge=0)] = 30.0
+    tracker_poll_interval: Annotated[Seconds, Field(gt=0)] = 5.0
+    tracker_poll_interval_max: Annotated[Seconds, Field(gt=0)] = 300.0
+    tracker_api_concurrency: Annotated[int, Field(ge=1, le=100)] = 2
+    tracker_reconcile_cron: Annotated[str, AfterValidator(check_cron)] = "*/5 * * * *"
+    tracker_history_since: Annotated[Duration, Field(gt=timedelta(0))] = timedelta(days=7)
+    tracker_log_format: Format | None = None
+    tracker_log_level: Level = "info"
+    workspaces: tuple[WorkspaceSettings, ...] = ()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.tracker_poll_interval_max < self.tracker_poll_interval:
+            raise ValueError(
+                "TRACKER_POLL_INTERVAL_MAX must not be shorter than TRACKER_POLL_INTERVAL "
+                f"({self.tracker_poll_interval:g} s)"
+            )
+        ids = Counter(workspace.id for workspace in self.all_workspaces)
+        if len(self.all_workspaces) > 1 and None in ids:
+            raise ValueError(
+                "several workspaces are set, so each needs its id: FLORA_WORKSPACE_ID for the one "
+                "of FLORA_API_KEY, id under each [[workspaces]]"
+            )
+        if twice := [name for name, count in ids.items() if count > 1]:
+            raise ValueError(
+                f"workspace {twice[0]} is set more than once: leave all but one of them out "
+                "(FLORA_WORKSPACE_ID and each [[workspaces]] count)"
+            )
+        return self
+
+    @property
+    def all_workspaces(self) -> tuple[WorkspaceSettings, ...]:
+        """The workspace of the top-level names, then those of `[[workspaces]]`: at least one.
+
+        The first is left out where nothing is set for it and there are others.
+        """
+        named = WorkspaceSettings.model_construct(
+            id=self.flora_workspace_id,
+            api_key=self.flora_api_key,
+            webhook_secrets=self.flora_webhook_secret,
+        )
+        given = named.id or named.api_key or named.webhook_secrets
+        return (named, *self.workspaces) if given or not self.workspaces else self.workspaces
+
+    @property
+    def policy(self) -> Policy:
+        """The waits between looks at a run."""
+        return Policy(
+            grace=timedelta(seconds=self.tracker_callback_grace),
+            interval=timedelta(seconds=self.tracker_poll_interval),
+            interval_max=timedelta(seconds=self.tracker_poll_interval_max),
+        )
+
+    @property
+    def callback_url(self) -> str | None:
+        """Where FLORA is asked to send callbacks; `None` where it cannot reach this service."""
+        return self.tracker_public_url and self.tracker_public_url + CALLBACK_PATH
+
+    @property
+    def secret_values(self) -> frozenset[str]:
+        """Every secret in clear, the database's password included, for the log to redact."""
+        secrets = [self.tracker_api_token]
+        for workspace in self.all_workspaces:
+            secrets += [workspace.api_key, *workspace.webhook_secrets]
+        clear = {secret.get_secret_value() for secret in secrets if secret is not None}
+        return frozenset(clear) | passwords_in(self.tracker_database_url)
+
+    def require_api_key(self) -> None:
+        """Raises `SettingsError` where no workspace has a key, so that FLORA cannot be asked."""
+        if not any(workspace.api_key for workspace in self.all_workspaces):
+            raise SettingsError(
+                "FLORA_API_KEY is not set, so FLORA cannot be asked: set it to your workspace's "
+                "API key (or api_key under [[workspaces]] in the file that TRACKER_CONFIG names)"
+            )
