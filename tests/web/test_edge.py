@@ -1,0 +1,87 @@
+"""What all answers have in common, and errors that nobody foresaw."""
+
+import httpx
+import pytest
+from starlette.types import Receive, Scope, Send
+
+from tests.web.conftest import Site
+from tracker.web.edge import Edge
+from tracker.web.limits import Limits
+
+SECRET_WORD = "swordfish"
+
+
+def _client(app: object, **options: bool) -> httpx.AsyncClient:
+    edge = Edge(app, limits=Limits())  # type: ignore[arg-type]
+    return httpx.AsyncClient(
+        transport=httpx.ASGITransport(edge, **options), base_url="http://localhost"
+    )
+
+
+async def test_an_unforeseen_error_tells_a_number_and_nothing_else(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The client gets an id under which the log has the whole story."""
+
+    async def broken(scope: Scope, receive: Receive, send: Send) -> None:
+        raise LookupError(SECRET_WORD)
+
+    async with _client(broken) as client:
+        answer = await client.get("/api/runs")
+    assert answer.status_code == 500
+    error = answer.json()["error"]
+    assert error["code"] == "internal_error"
+    assert SECRET_WORD not in answer.text
+    assert "Traceback" not in answer.text
+    printed = capsys.readouterr()
+    number = error["message"].split()[-1].rstrip(".")
+    assert number in printed.out + printed.err
+    assert SECRET_WORD in printed.out + printed.err
+
+
+async def test_half_an_answer_is_not_followed_by_another() -> None:
+    """Once something was sent, an error can only cut the connection."""
+
+    async def broken(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise LookupError(SECRET_WORD)
+
+    async with _client(broken, raise_app_exceptions=True) as client:
+        with pytest.raises(LookupError):
+            await client.get("/api/runs")
+
+
+async def test_every_answer_has_the_security_headers(small_site: Site) -> None:
+    """Errors included; and nothing under /api is kept by a cache."""
+    for path in ("/healthz", "/api/runs", "/api/nothing", "/nothing"):
+        answer = await small_site.client.get(path)
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert answer.headers["Referrer-Policy"] == "no-referrer"
+        assert (answer.headers.get("Cache-Control") == "no-store") == path.startswith("/api")
+        assert "server" not in answer.headers
+
+
+async def test_an_unknown_route_is_a_404_in_the_same_shape(small_site: Site) -> None:
+    """Nothing is redirected: FLORA would not follow."""
+    for path in ("/nothing", "/api/nothing", "/api/runs/", "/callbacks/flora/"):
+        answer = await small_site.client.get(path)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+
+
+async def test_another_method_is_a_405_that_names_all_that_are_allowed(small_site: Site) -> None:
+    """In the same shape too."""
+    for path, allowed in {
+        "/api/runs": "GET, HEAD, POST",
+        "/api/runs/run_1": "GET, HEAD",
+        "/api/runs/run_1/events": "GET, HEAD",
+        "/healthz": "GET, HEAD",
+    }.items():
+        answer = await small_site.client.put(path, content=b"body")
+        assert (answer.status_code, answer.headers["Allow"]) == (405, allowed)
+        assert answer.json()["error"]["code"] == "method_not_allowed"
+
+
+async def test_an_answer_to_head_has_no_body(small_site: Site) -> None:
+    """A load balancer may ask so."""
+    answer = await small_site.client.head("/healthz")
+    assert (answer.status_code, answer.content) == (200, b"")

@@ -1,0 +1,132 @@
+"""`/healthz` and `/readyz`, and what is said while the database is away."""
+
+import asyncio
+
+import asyncpg
+import httpx
+
+from tests.support.postgres import PostgresServer
+from tests.support.waiting import eventually
+from tests.web.callbacks import PATH, event, signed
+from tests.web.conftest import Serve, Site
+from tests.web.serving import serving
+from tracker.simulator import Options, running
+from tracker.web.app import build_health_app
+from tracker.web.limits import Limits
+
+
+async def test_a_process_that_serves_says_so(site: Site) -> None:
+    """With nothing asked of anybody else."""
+    answer = await site.client.get("/healthz")
+    assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
+
+
+async def test_a_service_whose_database_is_there_is_ready(site: Site) -> None:
+    """200; that no key is set is said, and does not make it unready."""
+    answer = await site.client.get("/readyz")
+    assert (answer.status_code, answer.json()) == (
+        200,
+        {"status": "ready", "flora": "no key is set"},
+    )
+
+
+async def test_a_database_without_the_newest_migration_is_not_ready(site: Site) -> None:
+    """503, and what to do about it."""
+    await site.services.database.write(
+        lambda connection: connection.exec_driver_sql("DELETE FROM alembic_version")
+    )
+    answer = await site.client.get("/readyz")
+    assert answer.status_code == 503
+    assert "tracker db upgrade" in answer.json()["error"]["message"]
+
+
+async def test_a_refused_key_is_told_and_the_service_stays_ready(
+    serve: Serve, sqlite_url: str
+) -> None:
+    """Callbacks are still taken, so no load balancer has to act; people see since when."""
+    async with (
+        running(Options()) as flora,
+        serve(
+            sqlite_url,
+            flora_base_url=flora.base_url,
+            flora_api_key="sk_test_revoked",
+            flora_workspace_id="ws_1",
+        ) as site,
+    ):
+        assert (await site.client.get("/readyz")).json()["flora"] == "ok"
+        start = {"technique": "tech_1", "inputs": [{"id": "a", "type": "text", "value": "v"}]}
+        answer = await site.client.post("/api/runs", json=start)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (502, "flora_key_refused")
+        ready = await site.client.get("/readyz")
+        assert ready.status_code == 200
+        assert ready.json()["flora"].startswith("key refused since 20")
+        assert "ws_1" in ready.json()["flora"]
+        assert "sk_test" not in ready.text + answer.text
+
+
+async def test_the_service_outlives_its_database(
+    serve: Serve, own_postgres: PostgresServer
+) -> None:
+    """503 with `Retry-After` everywhere while it is down; all is well by itself when it is back."""
+    body = event()
+    async with serve(own_postgres.url("tracker"), limits=Limits(callback_seconds=0.5)) as site:
+        assert (await site.client.post(PATH, content=body, headers=signed(body))).status_code == 200
+        await asyncio.to_thread(own_postgres.stop)
+        answers = await asyncio.gather(
+            site.client.get("/readyz"),
+            site.client.get("/api/runs"),
+            site.client.get("/api/runs/run_1"),
+            site.client.post(PATH, content=event("run_3"), headers=signed(event("run_3"))),
+        )
+        for answer in answers:
+            assert answer.status_code == 503, answer.text
+            assert answer.json()["error"]["code"] == "service_unavailable"
+            assert int(answer.headers["Retry-After"]) > 0
+        assert (await site.client.get("/healthz")).status_code == 200
+        await asyncio.to_thread(own_postgres.start)
+
+        async def back() -> bool:
+            return (await site.client.get("/readyz")).status_code == 200
+
+        await eventually(back)
+        again = await site.client.post(PATH, content=body, headers=signed(body))
+        assert (again.status_code, again.json()["repeated"]) == (200, True)
+        assert (await site.client.get("/api/runs/run_1")).status_code == 200
+
+
+async def test_a_database_that_hangs_is_not_ready_after_a_bounded_time(
+    serve: Serve, postgres_url: str
+) -> None:
+    """However many ask, all are answered, and soon."""
+    blocker = await asyncpg.connect(postgres_url)
+    async with serve(postgres_url, limits=Limits(ready_seconds=0.1)) as site:
+        async with blocker.transaction():
+            await blocker.execute("LOCK TABLE alembic_version IN ACCESS EXCLUSIVE MODE")
+            answers = await asyncio.gather(*(site.client.get("/readyz") for _ in range(20)))
+            assert {answer.status_code for answer in answers} == {503}
+        assert (await site.client.get("/readyz")).status_code == 200
+    await blocker.close()
+
+
+async def test_a_process_that_only_works_shows_its_health_alone(small_site: Site) -> None:
+    """In the same shape as the whole service, and nothing else of it."""
+    app = build_health_app(small_site.services)
+    async with serving(app) as base_url, httpx.AsyncClient(base_url=base_url) as client:
+        assert (await client.get("/healthz")).status_code == 200
+        assert (await client.get("/readyz")).json()["status"] == "ready"
+        await small_site.services.database.write(
+            lambda connection: connection.exec_driver_sql("DELETE FROM alembic_version")
+        )
+        unready = await client.get("/readyz")
+        assert (unready.status_code, unready.json()["error"]["code"]) == (
+            503,
+            "service_unavailable",
+        )
+        for path in ("/api/runs", PATH):
+            assert (await client.post(path)).status_code == 404
+
+
+async def test_readiness_is_json_for_machines(small_site: Site) -> None:
+    """Like everything else here."""
+    answer: httpx.Response = await small_site.client.get("/readyz")
+    assert answer.headers["Content-Type"] == "application/json"

@@ -1,0 +1,162 @@
+"""The process around the application: where it may listen, and how it ends."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support.waiting import eventually, free_port
+from tests.web.callbacks import PATH, SECRET, event, signature, signed
+from tests.web.serving import post, wire
+from tracker.core.errors import SettingsError, TrackerError
+from tracker.web.server import listen
+
+# What `tracker serve` does, without the command line.
+PROGRAM = """
+import sys
+from functools import partial
+from tracker.logs import configure_logs
+from tracker.settings import load_settings
+from tracker.web.server import serve
+from tracker.wiring import open_services
+from tracker.worker.scheduler import Worker
+
+settings = load_settings()
+configure_logs(format="json")
+opened = partial(open_services, settings, background=True)
+sys.exit(serve(settings, opened, host="127.0.0.1", port=int(sys.argv[1]), worker=Worker))
+"""
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", ""])
+def test_without_a_token_only_loopback_is_listened_on(host: str) -> None:
+    """Starting on any other address is refused, and the message names the variable."""
+    with pytest.raises(SettingsError, match="TRACKER_API_TOKEN"), listen(host, 0, local_only=True):
+        pass
+
+
+def test_with_a_token_any_address_will_do() -> None:
+    """All addresses of a host get the same port."""
+    with listen("0.0.0.0", 0, local_only=False) as sockets:
+        assert [one.getsockname()[0] for one in sockets] == ["0.0.0.0"]
+    with listen("localhost", 0, local_only=True) as sockets:
+        assert len({one.getsockname()[1] for one in sockets}) == 1
+
+
+def test_a_port_that_is_taken_is_told_plainly() -> None:
+    """One line says which port, and what can be done."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with (
+            pytest.raises(TrackerError, match=f"port {port} on 127.0.0.1 is taken"),
+            listen("127.0.0.1", port, local_only=True),
+        ):
+            pass
+
+
+def test_a_port_that_there_is_not_is_told_plainly() -> None:
+    """As an error of ours, not of some library."""
+    with (
+        pytest.raises(TrackerError, match="cannot serve on"),
+        listen("127.0.0.1", 70000, local_only=True),
+    ):
+        pass
+
+
+@asynccontextmanager
+async def _process(
+    tmp_path: Path, **environment: str
+) -> AsyncIterator[tuple[str, subprocess.Popen[str]]]:
+    """The program on SQLite, once it answers."""
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(port)],
+        env={
+            "PATH": os.environ["PATH"],
+            "TRACKER_DATABASE_URL": f"sqlite:///{tmp_path}/tracker.db",
+            "FLORA_WEBHOOK_SECRET": SECRET,
+            **environment,
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    base_url = f"http://127.0.0.1:{port}"
+    try:
+        async with httpx.AsyncClient(base_url=base_url) as client:
+
+            async def answers() -> bool:
+                assert process.poll() is None, process.communicate()[1]
+                try:
+                    return (await client.get("/readyz")).status_code == 200
+                except httpx.TransportError:
+                    return False
+
+            await eventually(answers, timeout=20)
+        yield base_url, process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+async def _end(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """The exit status and what was logged."""
+    _, logged = await asyncio.to_thread(process.communicate, timeout=15)
+    return process.returncode, logged
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_ends_it_after_what_is_in_flight(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """A callback that is half sent is taken and answered, nobody new is served, the exit is 0."""
+    body = event("run_1")
+    head = f"Flora-Signature: {signature(body)}"
+    async with _process(tmp_path) as (base_url, process):
+        async with wire(base_url) as connection, wire(base_url) as idle:
+            await connection.send(post(PATH, body[:10], head, length=len(body)))
+            # The server has the first half when it has answered somebody who came after.
+            async with httpx.AsyncClient(base_url=base_url) as client:
+                other = event("run_2")
+                assert (
+                    await client.post(PATH, content=other, headers=signed(other))
+                ).status_code == 200
+            process.send_signal(number)
+            assert await idle.hung_up()
+            await connection.send(body[10:])
+            answer = await connection.answer()
+            assert (answer.status, answer.headers["connection"]) == (200, "close")
+        status, logged = await _end(process)
+    assert status == 0, logged
+    assert "Traceback" not in logged
+    assert '"callback_url"' in logged
+
+
+async def test_a_signal_while_it_still_opens_ends_it_too(tmp_path: Path) -> None:
+    """Nothing is waited for that nobody needs any more."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        host, port = silent.getsockname()[:2]
+        process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(free_port())],
+            env={
+                "PATH": os.environ["PATH"],
+                "TRACKER_DATABASE_URL": f"postgresql://postgres@{host}:{port}/tracker",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        silent.settimeout(20)
+        connection, _ = await asyncio.to_thread(silent.accept)
+        with connection:
+            process.send_signal(signal.SIGTERM)
+            status, logged = await _end(process)
+    assert status == 0, logged

@@ -1,0 +1,114 @@
+"""What a run looks like from outside: the public columns as flat JSON values.
+
+The API and the command line show the same. Times are ISO 8601 in UTC with `Z`, always to the
+microsecond, so that they sort as text; cost is a JSON number, in USD.
+"""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any, Protocol
+
+from tracker.core.record import Record
+from tracker.core.run import Output
+
+
+class EventLike(Protocol):
+    """One line of a run's timeline, as the store reads it."""
+
+    @property
+    def run_id(self) -> str:
+        """Whose."""
+
+    @property
+    def at(self) -> datetime:
+        """When the tracker saw it."""
+
+    @property
+    def source(self) -> str:
+        """Who brought it."""
+
+    @property
+    def status(self) -> str:
+        """The status that this sight showed."""
+
+    @property
+    def progress(self) -> float | None:
+        """The progress that it showed, 0 to 100."""
+
+    @property
+    def detail(self) -> Mapping[str, Any]:
+        """The whole observation."""
+
+
+def time_json(at: datetime) -> str:
+    """A time as ISO 8601 in UTC."""
+    return f"{at.astimezone(UTC).replace(tzinfo=None).isoformat(timespec='microseconds')}Z"
+
+
+def run_json(record: Record) -> dict[str, Any]:
+    """A tracked run: the columns of the table `runs`, and `outputs`."""
+    run = record.run
+    return {
+        "run_id": run.run_id,
+        "run_type": run.run_type,
+        "workspace_id": run.workspace_id,
+        "project_id": run.project_id,
+        "technique_id": run.technique_id,
+        "technique_name": run.technique_name,
+        "status": run.status.value,
+        "progress": number_json(run.progress),
+        "created_at": time_json(record.created_at),
+        "started_at": _time(run.started_at),
+        "completed_at": _time(run.completed_at),
+        "charged_cost": number_json(run.charged_cost),
+        "error_code": (run.error.code if run.error else "") or None,
+        "error_message": (run.error.message if run.error else "") or None,
+        "poll_url": run.poll_url,
+        "source": record.source.value,
+        "first_seen_at": time_json(record.first_seen_at),
+        "callback_at": _time(record.callback_at),
+        "ended_via": record.ended_via and record.ended_via.value,
+        "tracking": record.tracking.value,
+        "settled_at": _time(record.settled_at),
+        "conflict": run.conflict,
+        "inputs": record.inputs,
+        "next_check_at": _time(record.next_check_at),
+        "checks": record.checks,
+        "last_error": record.last_error,
+        "outputs": [_output(position, output) for position, output in enumerate(run.outputs or ())],
+    }
+
+
+def event_json(event: EventLike) -> dict[str, Any]:
+    """One line of a run's timeline: the columns of the table `run_events`."""
+    return {
+        "run_id": event.run_id,
+        "at": time_json(event.at),
+        "source": str(event.source),
+        "status": str(event.status),
+        "progress": number_json(event.progress),
+        "detail": dict(event.detail),
+    }
+
+
+def number_json(value: float | Decimal | None) -> float | int | None:
+    """A number as JSON shows it best: whole ones without a fraction."""
+    if value is None:
+        return None
+    number = float(value)
+    # Beyond 2**53 a float has no fraction anyway, and an integer would feign digits.
+    return int(number) if number.is_integer() and abs(number) < 2**53 else number
+
+
+def _output(position: int, output: Output) -> dict[str, Any]:
+    return {
+        "position": position,
+        "output_id": output.output_id,
+        "type": output.type,
+        "url": output.url,
+    }
+
+
+def _time(at: datetime | None) -> str | None:
+    return None if at is None else time_json(at)

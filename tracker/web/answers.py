@@ -1,0 +1,20 @@
+"""Answers in JSON."""
+
+import json
+from typing import Any
+
+import orjson
+from starlette.responses import Response
+
+
+class Json(Response):
+    """A JSON answer. Half a surrogate pair, which UTF-8 cannot hold, is written as its escape."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """The bytes of `content`."""
+        try:
+            return orjson.dumps(content)
+        except TypeError:
+            return json.dumps(content, separators=(",", ":"), allow_nan=False).encode("ascii")

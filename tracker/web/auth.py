@@ -1,0 +1,119 @@
+"""Who may see what: everything is closed but the few paths that are named open here.
+
+With a token set, a request has to show it (or be let in by another `Pass`, such as a sign-in's
+cookie). With none, only this machine is served: the request's `Host` has to be loopback, which
+keeps out a web page whose own name was pointed here, and what changes something may not come from
+a page of another origin, which a browser would send to loopback as readily as anywhere.
+"""
+
+import hmac
+from collections.abc import Callable, Sequence
+from typing import Final
+from urllib.parse import urlsplit
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from tracker.core.loopback import is_loopback
+from tracker.web.faults import Fault
+
+Pass = Callable[[Scope], bool]
+"""One way of being let in: whether this request shows what it takes."""
+
+_OPEN: Final = frozenset({"/healthz", "/readyz"})
+_OPEN_BELOW: Final = "/callbacks/"  # FLORA has no token; its callbacks are signed
+_SAFE: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+
+
+class Gate:
+    """Lets a request through, or answers 401 or 403.
+
+    `token` is the bearer token, `None` where none is set; `passes` are the other ways in where one
+    is.
+    """
+
+    def __init__(self, app: ASGIApp, *, token: str | None, passes: Sequence[Pass] = ()) -> None:
+        self._app = app
+        self._passes = None if token is None else (bearer(token), *passes)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request; raises `Fault` for one that is not let in."""
+        if scope["type"] == "http" and not _is_open(scope["path"]):
+            if self._passes is None:
+                _only_this_machine(scope)
+            elif not any(shows(scope) for shows in self._passes):
+                raise Fault(
+                    401,
+                    "unauthorized",
+                    "This needs the header Authorization: Bearer, with the token that "
+                    "TRACKER_API_TOKEN is set to.",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+        await self._app(scope, receive, send)
+
+
+def bearer(token: str) -> Pass:
+    """Being let in by `Authorization: Bearer <token>`, compared in constant time."""
+    expected = token.encode()
+
+    def shows(scope: Scope) -> bool:
+        given = _header(scope, b"authorization")
+        if given is None:
+            return False
+        scheme, _, shown = given.partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(shown.strip(b" "), expected)
+
+    return shows
+
+
+def _is_open(path: str) -> bool:
+    return path in _OPEN or path.startswith(_OPEN_BELOW)
+
+
+def _only_this_machine(scope: Scope) -> None:
+    host = _header(scope, b"host")
+    name = None if host is None else _name_of(host)
+    if name is None or not is_loopback(name):
+        raise Fault(
+            403,
+            "forbidden",
+            "Without TRACKER_API_TOKEN only this machine is served, under localhost or a loopback "
+            "address. Set TRACKER_API_TOKEN to serve other hosts.",
+        )
+    if scope["method"] not in _SAFE and not _is_own(_headers(scope, b"origin"), host):
+        raise Fault(
+            403,
+            "forbidden",
+            "This request comes from a page of another origin. Set TRACKER_API_TOKEN and send it "
+            "to let other pages in.",
+        )
+
+
+def _is_own(origins: list[bytes], host: bytes | None) -> bool:
+    """Whether a request is not a page's (only browsers send `Origin`), or our own page's."""
+    if not origins:
+        return True
+    if len(origins) > 1 or host is None:
+        return False
+    return origins[0].partition(b"://")[2].lower() == host.lower()
+
+
+def _name_of(host: bytes) -> str | None:
+    """The name in a `Host` header, without port and brackets; `None` where it is malformed."""
+    try:
+        parts = urlsplit(b"//" + host)
+        _ = parts.port  # raises where it is no port
+    except ValueError:
+        return None
+    if parts.netloc != host or parts.username is not None or parts.hostname is None:
+        return None
+    return parts.hostname.decode("latin-1")
+
+
+def _header(scope: Scope, name: bytes) -> bytes | None:
+    """The value of a header that may stand once; `None` where it is missing or stands twice."""
+    values = _headers(scope, name)
+    return values[0] if len(values) == 1 else None
+
+
+def _headers(scope: Scope, name: bytes) -> list[bytes]:
+    return [value for key, value in scope["headers"] if key == name]

@@ -1,0 +1,72 @@
+"""`/healthz` says that the process serves; `/readyz`, that it can do its work."""
+
+import asyncio
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from tracker.core.errors import StoreError
+from tracker.store import migrate
+from tracker.tracking.workspaces import Workspace
+from tracker.views import time_json
+from tracker.web.answers import Json
+from tracker.web.faults import unavailable
+from tracker.web.limits import Limits
+from tracker.web.services import Services
+
+
+class Health:
+    """The two endpoints."""
+
+    def __init__(self, services: Services, *, limits: Limits) -> None:
+        self._services = services
+        self._limits = limits
+        self._checking: asyncio.Task[None] | None = None
+
+    def routes(self) -> list[Route]:
+        """Both routes."""
+        return [Route("/healthz", self.healthz), Route("/readyz", self.readyz)]
+
+    async def healthz(self, request: Request) -> Response:
+        """200 while the process serves."""
+        return Json({"status": "ok"})
+
+    async def readyz(self, request: Request) -> Response:
+        """200 where the database answers and its schema is new enough, else 503 and why.
+
+        A refused API key does not make the service unready, because callbacks are still taken: it
+        is told beside the status.
+        """
+        # Strangers may ask, and as many as like: one question to the database answers all who wait.
+        if self._checking is None or self._checking.done():
+            self._checking = asyncio.create_task(self._check())
+        try:
+            await asyncio.shield(self._checking)
+        except TimeoutError:
+            raise unavailable("The database does not answer.") from None
+        except StoreError as error:
+            raise unavailable(str(error)) from error
+        return Json({"status": "ready", "flora": _flora(list(self._services.workspaces))})
+
+    async def _check(self) -> None:
+        async with asyncio.timeout(self._limits.ready_seconds):
+            await migrate.check(self._services.database)
+
+
+def _flora(workspaces: list[Workspace]) -> str:
+    """What is known of the API keys, in words."""
+    keyed = [workspace for workspace in workspaces if workspace.client is not None]
+    if not keyed:
+        return "no key is set"
+    refused = [words for workspace in keyed if (words := _refusal(workspace))]
+    return "; ".join(refused) or "ok"
+
+
+def _refusal(workspace: Workspace) -> str | None:
+    client = workspace.client
+    if client is None or not client.breaker.open:
+        return None
+    since = client.breaker.since
+    words = "key refused" if since is None else f"key refused since {time_json(since)}"
+    return words if workspace.workspace_id is None else f"{words} ({workspace.workspace_id})"

@@ -1,0 +1,22 @@
+"""How much of a client's bytes and time is taken: every bound of the HTTP side in one place."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Sizes are bytes, times are seconds.
+
+    FLORA waits 10 s for the answer to a callback, so 8 s bound all of it: a body that has not come
+    by then is a 408, a commit a 503.
+    """
+
+    callback_bytes: int = 256 * 1024
+    callback_seconds: float = 8.0
+    api_bytes: int = 1024 * 1024
+    api_read_seconds: float = 10.0
+    ready_seconds: float = 5.0
+    linger_bytes: int = 4 * 1024 * 1024
+    linger_seconds: float = 2.0
+    """What is still read, and thrown away, of a body that is refused: a connection that is closed
+    on a client which is still sending loses the answer."""

@@ -1,0 +1,121 @@
+"""`/api/runs`: runs are started, taken over and shown."""
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from tracker.core.errors import FieldFault
+from tracker.store import read
+from tracker.tracking.start import StartRequest
+from tracker.views import event_json, run_json
+from tracker.web.answers import Json
+from tracker.web.body import read_json
+from tracker.web.faults import Fault, invalid, not_found
+from tracker.web.limits import Limits
+from tracker.web.schemas import ListQuery, StartBody, TrackBody, checked, checked_key
+from tracker.web.services import Services
+
+
+class Runs:
+    """The endpoints."""
+
+    def __init__(self, services: Services, *, limits: Limits) -> None:
+        self._services = services
+        self._limits = limits
+
+    def routes(self) -> list[Route]:
+        """The routes, in the order in which they are to be tried."""
+        return [
+            Route("/api/runs", self.collection, methods=["GET", "POST"]),
+            Route("/api/runs/track", self.track, methods=["POST"]),
+            Route("/api/runs/{run_id}", self.show, methods=["GET"]),
+            Route("/api/runs/{run_id}/events", self.events, methods=["GET"]),
+        ]
+
+    async def collection(self, request: Request) -> Response:
+        """`GET` lists, `POST` starts: one route, so that a 405 names both."""
+        return await (self.start if request.method == "POST" else self.list)(request)
+
+    async def start(self, request: Request) -> Response:
+        """Starts a run: 201, or 200 where this key has started it already."""
+        body = checked(StartBody, await self._json(request))
+        key = checked_key(request.headers.getlist("idempotency-key"))
+        if key is not None and body.idempotency_key not in (None, key):
+            raise invalid(FieldFault("idempotency_key", "differs from the header Idempotency-Key"))
+        started = await self._services.starter.start(
+            StartRequest(
+                technique=body.technique,
+                inputs=[one.model_dump() for one in body.inputs],
+                workspace_id=body.workspace_id,
+                idempotency_key=key or body.idempotency_key,
+            )
+        )
+        run = run_json(started.record)
+        if started.replayed:
+            return Json(run, headers={"Idempotent-Replayed": "true"})
+        return Json(run, status_code=201)
+
+    async def track(self, request: Request) -> Response:
+        """Takes over a run that was started elsewhere: 201, or 200 where it was known."""
+        body = checked(TrackBody, await self._json(request))
+        tracked = await self._services.tracker.track(
+            body.run_id,
+            technique=body.technique_id,
+            workspace_id=body.workspace_id,
+            poll_url=body.poll_url,
+        )
+        return Json(run_json(tracked.record), status_code=200 if tracked.known else 201)
+
+    async def list(self, request: Request) -> Response:
+        """One page of runs, newest first."""
+        query = checked(ListQuery, dict(request.query_params))
+        records, next_cursor = await read.list_runs(
+            self._services.database,
+            status=query.status,
+            technique_id=query.technique_id,
+            workspace_id=query.workspace_id,
+            tracking=query.tracking,
+            cursor=query.cursor,
+            limit=query.limit,
+        )
+        return Json(
+            {
+                "runs": [run_json(record) for record in records],
+                "meta": {"next_cursor": next_cursor},
+            }
+        )
+
+    async def show(self, request: Request) -> Response:
+        """One run with its outputs."""
+        run_id = request.path_params["run_id"]
+        record = await read.get_run(self._services.database, _possible(run_id))
+        if record is None:
+            raise _unknown(run_id)
+        return Json(run_json(record))
+
+    async def events(self, request: Request) -> Response:
+        """A run's timeline, oldest first."""
+        run_id = request.path_params["run_id"]
+        events = await read.events(self._services.database, _possible(run_id))
+        if not events and await read.get_run(self._services.database, run_id) is None:
+            raise _unknown(run_id)
+        return Json({"events": [event_json(event) for event in events]})
+
+    async def _json(self, request: Request) -> object:
+        return await read_json(
+            request.scope,
+            request.receive,
+            limit=self._limits.api_bytes,
+            seconds=self._limits.api_read_seconds,
+        )
+
+
+def _possible(run_id: str) -> str:
+    """`run_id`, where a run could have it: no database is asked for one with a NUL in it."""
+    if "\0" in run_id or len(run_id) > 255:
+        raise _unknown(run_id)
+    return run_id
+
+
+def _unknown(run_id: str) -> Fault:
+    return not_found(f"No run {run_id[:255]} is tracked here.")

@@ -1,0 +1,270 @@
+"""The process around the application: binds, opens what is behind it, serves, and stops in order.
+
+The listening socket is bound first, so that a port that is taken is told before anything is opened;
+connections are accepted only when everything behind them is there. At SIGTERM or SIGINT it goes the
+other way: nothing new is accepted, what is in flight is answered, the worker stops, the services
+close. A second SIGINT does not wait for clients.
+"""
+
+import asyncio
+import gc
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from errno import EADDRINUSE, EADDRNOTAVAIL
+from typing import Final, Protocol, TypeVar
+
+import structlog
+import uvicorn
+from starlette.types import ASGIApp
+
+from tracker.core.errors import SettingsError, TrackerError
+from tracker.core.loopback import is_loopback
+from tracker.web.app import build_app
+from tracker.web.services import Services, WebSettings
+
+log = structlog.get_logger(__name__)
+
+KEEP_ALIVE: Final = 75
+"""Seconds an idle connection stays open: longer than a proxy in front keeps one for reuse."""
+GRACE: Final = 20
+"""Seconds that what is in flight has, once the process was told to stop."""
+
+
+class Background(Protocol):
+    """What runs beside the server: the worker."""
+
+    async def start(self) -> None:
+        """Begins; returns at once."""
+
+    async def stop(self) -> None:
+        """Ends, after what it is doing."""
+
+
+S = TypeVar("S", bound=Services)
+
+
+def serve(
+    settings: WebSettings,
+    open_services: Callable[[], AbstractAsyncContextManager[S]],
+    *,
+    host: str,
+    port: int,
+    worker: Callable[[S], Background] | None = None,
+    build: Callable[[S], ASGIApp] = build_app,
+) -> int:
+    """Serves what `build` makes of the services until SIGTERM or SIGINT, then returns 0.
+
+    Raises `SettingsError` where `host` may not be served without a token, `TrackerError` where the
+    address cannot be bound, and what `open_services` raises.
+    """
+    with listen(host, port, local_only=settings.tracker_api_token is None) as sockets:
+
+        @asynccontextmanager
+        async def application() -> AsyncIterator[ASGIApp]:
+            async with open_services() as services:
+                app = build(services)
+                if worker is None:
+                    yield app
+                    return
+                background = worker(services)
+                await background.start()
+                try:
+                    yield app
+                finally:
+                    await background.stop()
+
+        def say_ready() -> None:
+            log.info(
+                "serving",
+                address=" ".join(map(_url, sockets)),
+                callback_url=settings.callback_url,
+                worker=worker is not None,
+            )
+
+        run(application, sockets, on_ready=say_ready)
+    return 0
+
+
+def run(
+    application: Callable[[], AbstractAsyncContextManager[ASGIApp]],
+    sockets: list[socket.socket],
+    *,
+    on_ready: Callable[[], None],
+) -> None:
+    """Opens an application, serves it on `sockets` until told to stop, and closes it again."""
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_run(application, sockets, on_ready))
+
+
+@contextmanager
+def listen(host: str, port: int, *, local_only: bool) -> Iterator[list[socket.socket]]:
+    """Binds every address of `host` (none is accepted from yet) and closes them afterwards.
+
+    Port 0 takes a free one. Raises `SettingsError` where `local_only` and an address is not
+    loopback, and `TrackerError` where one cannot be bound.
+    """
+    sockets: list[socket.socket] = []
+    try:
+        for family, address in _addresses(host, port):
+            if local_only and not is_loopback(address):
+                raise SettingsError(
+                    f"TRACKER_API_TOKEN is not set, so only this machine may be served, and "
+                    f"{host or 'every address'} is reached from others: set TRACKER_API_TOKEN, or "
+                    "serve on 127.0.0.1"
+                )
+            chosen = sockets[0].getsockname()[1] if sockets else port
+            if (listener := _bind(family, address, chosen)) is not None:
+                sockets.append(listener)
+        if not sockets:
+            raise TrackerError(f"cannot serve on {host}: this machine has no such address")
+        yield sockets
+    finally:
+        for listener in sockets:
+            listener.close()
+
+
+async def _run(
+    application: Callable[[], AbstractAsyncContextManager[ASGIApp]],
+    sockets: list[socket.socket],
+    on_ready: Callable[[], None],
+) -> None:
+    def ready() -> None:
+        # What lives now lives as long as the process: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        on_ready()
+
+    # A signal that comes while things are still being opened ends the opening.
+    with suppress(asyncio.CancelledError), _Signals() as signals:
+        async with application() as app:
+            server = Server(app, on_ready=ready)
+            signals.tell = server.stop
+            await server.serve(sockets=sockets)
+
+
+class Server(uvicorn.Server):
+    """A uvicorn server that says when it is ready, stops when told, and leaves signals alone."""
+
+    def __init__(self, app: ASGIApp, *, on_ready: Callable[[], None]) -> None:
+        super().__init__(_config(app))
+        self._on_ready = on_ready
+        self._told = asyncio.Event()
+
+    def stop(self, *, force: bool = False) -> None:
+        """Begins to stop; with `force`, without waiting for what is in flight."""
+        self.force_exit = force
+        self.should_exit = True
+        self._told.set()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begins to accept."""
+        await super().startup(sockets=sockets)
+        self._on_ready()
+
+    async def main_loop(self) -> None:
+        """Waits to be told; once a second the `Date` header is made anew."""
+        while not await self.on_tick(0):
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._told.wait(), 1)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Does nothing: uvicorn would send itself the signal again, and the exit status be its."""
+        yield
+
+
+class _Signals:
+    """SIGTERM and SIGINT for as long as the process serves, opening and closing included."""
+
+    def __init__(self) -> None:
+        self.tell: Callable[..., None] | None = None
+        self._task = asyncio.current_task()
+        self._count = 0
+
+    def __enter__(self) -> "_Signals":
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        self._count += 1
+        log.info("stopping", signal=number.name)
+        if self.tell is not None:
+            self.tell(force=self._count > 1 and number is signal.SIGINT)
+        elif self._task is not None:
+            self._task.cancel()
+
+
+def _config(app: ASGIApp) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="error",  # it warns of every request that is not HTTP, and anybody can send one
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=GRACE,
+    )
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's where there is one; `None` is the standard library's."""
+    try:
+        import uvloop  # noqa: PLC0415
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+def _addresses(host: str, port: int) -> list[tuple[socket.AddressFamily, str]]:
+    try:
+        found = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except (OSError, UnicodeError) as error:
+        raise TrackerError(f"cannot serve on {host}: {error}") from error
+    return list(dict.fromkeys((family, str(where[0])) for family, _, _, _, where in found))
+
+
+def _bind(family: socket.AddressFamily, address: str, port: int) -> socket.socket | None:
+    """A bound socket; `None` where this machine has no such address, as `::1` without IPv6."""
+    try:
+        listener = socket.socket(family, socket.SOCK_STREAM)
+    except OSError:
+        return None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family is socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind((address, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        number = error.errno if isinstance(error, OSError) else None
+        if number == EADDRNOTAVAIL:
+            return None
+        if number == EADDRINUSE:
+            raise TrackerError(
+                f"port {port} on {address} is taken by another process: stop that one, or choose "
+                "another port with --port"
+            ) from error
+        reason = os.strerror(number) if number else error
+        raise TrackerError(f"cannot serve on {address}, port {port}: {reason}") from error
+    listener.setblocking(False)
+    return listener
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
