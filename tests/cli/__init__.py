@@ -1,0 +1,1 @@
+"""The command line, as the processes that people and cron run."""

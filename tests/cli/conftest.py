@@ -1,0 +1,98 @@
+"""Fixtures: commands that run to their end, and processes that stay until the test is over."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TRACKER = (sys.executable, "-m", "tracker")
+
+
+class Commands:
+    """Runs `tracker` in a folder of its own, where `tracker.db` comes to lie.
+
+    `environ` holds all that the commands find set, but for the essentials.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environ: dict[str, str] = {}
+
+    def __call__(self, *arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
+        """Run a command to its end."""
+        return subprocess.run(
+            [*TRACKER, *arguments],
+            cwd=self.folder,
+            env=self._environ(environ),
+            capture_output=True,
+            text=True,
+            timeout=50,
+            check=False,
+        )
+
+    def json(self, *arguments: str, **environ: str) -> Any:
+        """What a command that has to succeed prints with `--json`; all of stdout has to be that."""
+        done = self(*arguments, "--json", **environ)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    @contextmanager
+    def running(self, *arguments: str, **environ: str) -> "Iterator[subprocess.Popen[str]]":
+        """A command that stays; at the end it is told to stop, and has to."""
+        process = subprocess.Popen(
+            [*TRACKER, *arguments],
+            cwd=self.folder,
+            env=self._environ(environ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+            try:
+                process.communicate(timeout=15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                raise
+
+    def _environ(self, more: Mapping[str, str]) -> dict[str, str]:
+        essential = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        return {**essential, "COLUMNS": "100", **self.environ, **more}
+
+
+@pytest.fixture
+def tracker(tmp_path: Path) -> Commands:
+    """The command line, with nothing set."""
+    return Commands(tmp_path)
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    """Ends what a test leaves running."""
+    with ExitStack() as stack:
+        yield stack
+
+
+def simulate(tracker: Commands, stack: ExitStack, *arguments: str) -> None:
+    """Start `tracker simulate` on a free port, and let later commands use it."""
+    simulator = stack.enter_context(
+        tracker.running("simulate", "--port", "0", "--json", *arguments)
+    )
+    assert simulator.stdout is not None
+    text = ""
+    while not text.endswith("\n}\n"):
+        line = simulator.stdout.readline()
+        assert line, "the simulator ended before it was ready"
+        text += line
+    tracker.environ |= json.loads(text)["environment"]

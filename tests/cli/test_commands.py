@@ -1,0 +1,183 @@
+"""The commands at work, against the simulator and both databases."""
+
+import asyncio
+import json
+import signal
+import sqlite3
+from contextlib import ExitStack
+
+import httpx
+
+from tests.cli.conftest import Commands, simulate
+from tests.support.waiting import eventually, free_port
+
+FACE = "face=https://example.com/a.png?x=1"
+
+
+def test_one_shot_commands_do_the_whole_job(tracker: Commands, stack: ExitStack) -> None:
+    """Without any server: started once, found, polled, settled, listed and shown."""
+    simulate(tracker, stack, "--run-seconds", "0.2", "--failures", "0%")
+    tracker.environ["TRACKER_POLL_INTERVAL"] = "0.1"
+
+    start = ("runs", "start", "cctv-cam", "--input", FACE, "--idempotency-key", "k1")
+    run = tracker.json(*start)
+    assert run["inputs"] == [
+        {"id": "face", "type": "imageUrl", "value": "https://example.com/a.png?x=1"}
+    ]
+    again = tracker(*start, "--json")
+    assert json.loads(again.stdout)["run_id"] == run["run_id"]
+    assert "started the run before" in again.stderr
+
+    polled = tracker("poll")
+    assert polled.stdout.splitlines()[-1].split() == ["1", "0", "1", "1", "0"], polled.stdout
+
+    elsewhere = httpx.post(
+        f"{tracker.environ['FLORA_BASE_URL']}/techniques/icon-pack/runs",
+        json={"inputs": [{"id": "prompt", "type": "text", "value": "x"}], "mode": "async"},
+        headers={"Authorization": f"Bearer {tracker.environ['FLORA_API_KEY']}"},
+    ).json()["run_id"]
+    (sweep,) = tracker.json("reconcile", "--since", "1h")["sweeps"]
+    assert (sweep["items"], sweep["discovered"], sweep["error"]) == (2, 1, None)
+
+    tracked = tracker("runs", "track", elsewhere, "--json")
+    assert json.loads(tracked.stdout)["run_id"] == elsewhere
+    assert "tracked already" in tracked.stderr
+
+    listed = tracker.json("runs", "list")
+    assert [one["run_id"] for one in listed["runs"]] == [elsewhere, run["run_id"]]
+    assert {one["tracking"] for one in listed["runs"]} == {"settled"}
+    page = tracker("runs", "list", "--limit", "1")
+    assert elsewhere in page.stdout
+    assert run["run_id"] not in page.stdout
+    assert "--cursor" in page.stderr
+
+    shown = tracker.json("runs", "show", run["run_id"])
+    assert shown == listed["runs"][1]
+    assert shown["charged_cost"] == 0.15
+    assert shown["outputs"][0]["url"].startswith("http://127.0.0.1")
+    assert shown["outputs"][0]["url"] in tracker("runs", "show", run["run_id"]).stdout
+
+
+def test_starts_tell_what_is_wrong_with_them(tracker: Commands, stack: ExitStack) -> None:
+    """An unknown technique, an unknown input and FLORA's own refusal are each status 1."""
+    simulate(tracker, stack)
+    for arguments, said in (
+        (("nonesuch", "--input", "a=b"), "404 not_found"),
+        (("cctv-cam", "--input", "nose=x"), "no input 'nose'; it has face"),
+        (("cctv-cam", "--input", "face:imageUrl=no link"), "400 input_validation_error"),
+        (("cctv-cam", "--input", FACE, "--workspace", "ws_x"), "ws_x is not configured"),
+    ):
+        done = tracker("runs", "start", *arguments)
+        assert done.returncode == 1, done.stderr
+        assert done.stdout == ""
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_refused_key_is_status_1(tracker: Commands, stack: ExitStack) -> None:
+    """Whatever asks FLORA says that the key is refused, and the due run stays due."""
+    simulate(tracker, stack)
+    tracker.json("runs", "start", "cctv-cam", "--input", FACE, TRACKER_POLL_INTERVAL="0.1")
+    tracker.environ["FLORA_API_KEY"] = "sk_test_revoked"
+    for command in ("poll", "reconcile"):
+        done = tracker(command, "--json")
+        assert done.returncode == 1
+        assert json.loads(done.stdout)
+        assert "401" in done.stderr.splitlines()[-1]
+        assert "sk_test_revoked" not in done.stderr
+    (run,) = tracker.json("runs", "list", "--tracking", "active")["runs"]
+    assert run["next_check_at"] is not None
+
+
+def test_waiting_ends_with_the_run(tracker: Commands, stack: ExitStack) -> None:
+    """`serve` takes the callback, `runs start --wait` follows: 0 for a completed run, else 1."""
+    simulate(tracker, stack, "--run-seconds", "0.3", "--failures", "50%", "--seed", "2")
+    port = free_port()
+    tracker.environ["TRACKER_PUBLIC_URL"] = f"http://127.0.0.1:{port}"
+    server = stack.enter_context(tracker.running("serve", "--port", str(port)))
+    assert server.poll() is None
+    _wait_for(f"http://127.0.0.1:{port}/readyz")
+    seen = []
+    for _ in range(2):
+        done = tracker("runs", "start", "cctv-cam", "--input", FACE, "--wait", "--json")
+        run = json.loads(done.stdout)
+        assert run["tracking"] == "settled"
+        assert run["callback_at"] is not None
+        assert done.returncode == (0 if run["status"] == "completed" else 1)
+        if done.returncode == 1:
+            assert f"run {run['run_id']} failed: {run['error_code']}" in done.stderr
+        seen.append(run["status"])
+    assert sorted(seen) == ["completed", "failed"]
+
+
+def _wait_for(url: str) -> None:
+    """Wait until `url` answers 200."""
+
+    def answers() -> bool:
+        try:
+            return httpx.get(url, timeout=2).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    asyncio.run(eventually(answers, timeout=20))
+
+
+def test_waiting_works_without_a_server(tracker: Commands, stack: ExitStack) -> None:
+    """Where nobody else polls, `--wait` does; an interrupt ends it with status 130."""
+    simulate(tracker, stack, "--run-seconds", "0.2", "--failures", "0%")
+    tracker.environ["TRACKER_POLL_INTERVAL"] = "0.1"
+    done = tracker("runs", "start", "cctv-cam", "--input", FACE, "--wait", "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["ended_via"] == "poll"
+
+
+def test_an_interrupt_is_status_130(tracker: Commands, stack: ExitStack) -> None:
+    """Ctrl-C while waiting leaves no traceback, and the run stays tracked."""
+    simulate(tracker, stack, "--run-seconds", "600")
+    arguments = ("runs", "start", "cctv-cam", "--input", FACE, "--wait")
+    waiting = stack.enter_context(tracker.running(*arguments))
+    assert waiting.stderr is not None
+    assert " pending " in waiting.stderr.readline()
+    waiting.send_signal(signal.SIGINT)
+    output, errors = waiting.communicate(timeout=15)
+    assert waiting.returncode == 130
+    assert output == ""
+    assert "Traceback" not in errors
+    with sqlite3.connect(tracker.folder / "tracker.db") as database:
+        assert database.execute("SELECT count(*) FROM runs").fetchone() == (1,)
+    database.close()
+
+
+def test_the_schema_is_brought_up_to_date(tracker: Commands) -> None:
+    """On SQLite `db upgrade` goes from nothing to the newest migration, once."""
+    at = tracker.json("db", "current")
+    assert at["current"] is None
+    assert tracker.json("db", "upgrade") == {"before": None, "current": at["newest"]}
+    assert tracker("db", "current").stdout.split() == [
+        *("current", at["newest"]),
+        *("newest", at["newest"]),
+    ]
+    assert "nothing was to do" in tracker("db", "upgrade").stdout
+
+
+def test_postgresql_is_migrated_only_when_told(tracker: Commands, empty_postgres_url: str) -> None:
+    """On an old schema the services refuse and say which command helps."""
+    tracker.environ["TRACKER_DATABASE_URL"] = empty_postgres_url
+    for command in (["runs", "list"], ["serve", "--port", "0"]):
+        done = tracker(*command)
+        assert done.returncode == 1
+        assert "tracker db upgrade" in done.stderr
+        assert "Traceback" not in done.stderr
+    tracker.json("db", "upgrade")
+    assert tracker.json("runs", "list") == {"runs": [], "meta": {"next_cursor": None}}
+
+
+def test_a_worker_serves_its_health(tracker: Commands, stack: ExitStack) -> None:
+    """`worker --port` answers /healthz and nothing of the API, and stops when told."""
+    port = free_port()
+    worker = stack.enter_context(tracker.running("worker", "--port", str(port)))
+    _wait_for(f"http://127.0.0.1:{port}/healthz")
+    assert httpx.get(f"http://127.0.0.1:{port}/api/runs").status_code == 404
+    worker.send_signal(signal.SIGTERM)
+    worker.communicate(timeout=15)
+    assert worker.returncode == 0

@@ -1,0 +1,101 @@
+"""`tracker demo`: it plays to its end, and its verdict can be "no"."""
+
+import json
+from copy import deepcopy
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import Commands
+from tracker.demo.verdict import judge
+
+RECORD: dict[str, Any] = {
+    "run_id": "run_1",
+    "workspace_id": "ws_1",
+    "technique": {"technique_id": "tech_a", "name": "A"},
+    "callback_url": "http://127.0.0.1/callbacks/flora",
+    "faults": ["drop"],
+    "end": {
+        "status": "completed",
+        "created_at": 1750000000123,
+        "started_at": 1750000001000,
+        "completed_at": 1750000002000,
+        "charged_cost": 0.25,
+        "outputs": [{"output_id": "o1", "type": "text", "url": "words"}],
+    },
+}
+RUN: dict[str, Any] = {
+    "run_id": "run_1",
+    "workspace_id": "ws_1",
+    "technique_id": "tech_a",
+    "tracking": "settled",
+    "status": "completed",
+    "created_at": "2025-06-15T15:06:40.123000Z",
+    "started_at": "2025-06-15T15:06:41.000000Z",
+    "completed_at": "2025-06-15T15:06:42.000000Z",
+    "charged_cost": 0.25,
+    "error_code": None,
+    "error_message": None,
+    "outputs": [{"position": 0, "output_id": "o1", "type": "text", "url": "words"}],
+}
+
+
+def test_the_demo_settles_everything_and_agrees(tracker: Commands) -> None:
+    """All runs end as the simulator says, those with lost callbacks and the unknown one too."""
+    # Somebody's own settings must neither be used nor be harmed.
+    tracker.environ = {
+        "FLORA_API_KEY": "sk_live_real",
+        "TRACKER_DATABASE_URL": "sqlite:///real.db",
+        "TRACKER_PUBLIC_URL": "https://real.example.org",
+    }
+    done = tracker("demo", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["agree"] is True
+    runs = told["runs"]
+    assert len(runs) == 13
+    assert len({run["technique_id"] for run in runs}) > 3
+    assert {run["tracking"] for run in runs} == {"settled"}
+    assert {run["status"] for run in runs} == {"completed", "failed"}
+    lost = [run for run in runs if run["callback"] == "lost"]
+    assert len(lost) >= 3
+    assert all(run["ended_via"] in ("poll", "history") for run in lost)
+    assert any(run["ended_via"] == "callback" for run in runs)
+    assert "settled" in done.stderr
+    assert list(tracker.folder.iterdir()) == []
+
+
+def test_a_true_run_is_found_true() -> None:
+    """A run that is as the simulator has it shows no difference."""
+    (verdict,) = judge([RUN], [RECORD])
+    assert verdict.differences == ()
+    assert verdict.callback == "lost"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("status", "failed"),
+        ("tracking", "active"),
+        ("charged_cost", 0.24),
+        ("completed_at", "2025-06-15T15:06:42.001000Z"),
+        ("started_at", None),
+        ("error_code", "internal_error"),
+        ("outputs", []),
+        ("outputs", [{"position": 0, "output_id": "o1", "type": "text", "url": "other"}]),
+        ("technique_id", None),
+    ],
+)
+def test_any_difference_is_found(field: str, value: object) -> None:
+    """The verdict looks at status, outputs, cost, times, errors and ids."""
+    run = deepcopy(RUN) | {field: value}
+    (verdict,) = judge([run], [RECORD])
+    assert verdict.differences == (field,)
+
+
+def test_runs_that_only_one_side_knows_are_differences() -> None:
+    """Neither a run that was missed nor one that was made up passes."""
+    (missed,) = judge([], [RECORD])
+    assert "status" in missed.differences
+    made_up = judge([RUN, deepcopy(RUN) | {"run_id": "run_2"}], [RECORD])[1]
+    assert made_up.differences == ("unknown to FLORA",)

@@ -1,0 +1,53 @@
+"""What is printed, and how long a command waits: the parts that no process is needed for."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tracker.cli import errand
+from tracker.cli.output import print_fields, print_json, print_table
+from tracker.core.errors import FloraUnreachable
+
+HOSTILE = "a\x1b[2Jb\nc\x9bd [red]e[/red]"
+
+
+def test_other_peoples_text_is_shown_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither control characters nor markup in a name or a message do anything to a terminal."""
+    print_table(["run", "error"], [["run_1", HOSTILE], [None, True]])
+    print_fields({"error": HOSTILE, "nothing": None})
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "\x9b" not in shown
+    assert shown.count("a\\x1b[2Jb\\x0ac\\x9bd [red]e[/red]") == 2
+    assert "nothing" not in shown
+
+
+def test_json_survives_every_locale(capsys: pytest.CaptureFixture[str]) -> None:
+    """JSON is ASCII, whatever is in it."""
+    print_json({"name": "Ü\x9b\ud800"})
+    assert capsys.readouterr().out.isascii()
+
+
+def services(clock_offset: Any) -> Any:
+    """Services whose one client has heard from FLORA, or not."""
+    client = SimpleNamespace(clock_offset=clock_offset)
+    return SimpleNamespace(
+        workspaces=[SimpleNamespace(client=client), SimpleNamespace(client=None)]
+    )
+
+
+async def test_patience_ends_where_flora_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that waits for a FLORA that is silent gives up; one that heard from it goes on."""
+    monkeypatch.setattr(errand, "PATIENCE", 0.01)
+    with pytest.raises(FloraUnreachable, match="has not answered"):
+        async with errand.patience(services(None)):
+            await asyncio.Event().wait()
+    done = asyncio.Event()
+    asyncio.get_running_loop().call_later(0.05, done.set)
+    async with errand.patience(services(0)):
+        await done.wait()
+    with pytest.raises(TimeoutError):
+        async with errand.patience(services(0)):
+            raise TimeoutError  # somebody else's stays what it is

@@ -1,0 +1,145 @@
+"""Help, wrong usage, and what is missing: exit statuses and the one line on stderr."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.cli.conftest import Commands
+from tests.support.waiting import free_port
+
+COMMANDS = {
+    "serve": ["--host", "--port", "--no-worker"],
+    "worker": ["--port"],
+    "reconcile": ["--since", "--json"],
+    "poll": ["--json"],
+    "runs start": ["--input", "--workspace", "--idempotency-key", "--wait", "--json"],
+    "runs track": ["--technique", "--json"],
+    "runs list": ["--status", "--tracking", "--json"],
+    "runs show": ["--json"],
+    "db upgrade": ["--json"],
+    "db current": ["--json"],
+    "simulate": [
+        *("--port", "--seed", "--speed", "--run-seconds", "--drop", "--duplicate", "--early"),
+        *("--late", "--reorder", "--bad-signature", "--rate-limit", "--errors", "--cut"),
+        "--no-history-outputs",
+    ],
+    "demo": ["--json"],
+}
+
+
+def one_line(done: "subprocess.CompletedProcess[str]") -> str:
+    """The error of a command: one line on stderr, nothing on stdout, no traceback."""
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(tracker: Commands, command: str) -> None:
+    """`--help` shows the documented options and is status 0."""
+    done = tracker(*command.split(), "--help")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    for option in COMMANDS[command]:
+        assert f"{option} " in done.stdout
+
+
+def test_help_names_every_command(tracker: Commands) -> None:
+    """Help and the bare command list the commands; only the first was asked for."""
+    asked, bare = tracker("--help"), tracker()
+    assert asked.returncode == 0
+    assert bare.returncode == 2
+    assert bare.stderr == asked.stdout
+    for command in COMMANDS:
+        assert f"\n  {command.split()[0]} " in asked.stdout
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """What a command needs is imported when it runs, so that `--help` and completion are quick."""
+    heavy = "sqlalchemy httpx starlette uvicorn pydantic apscheduler structlog rich asyncpg"
+    code = f"import sys, tracker.cli.app; print(*set({heavy!r}.split()) & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_version_is_shown(tracker: Commands) -> None:
+    """`--version` shows the installed version."""
+    from tracker import __version__
+
+    assert tracker("--version").stdout == f"tracker {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("frobnicate", "No such command"),
+        ("runs strat", "Did you mean 'start'"),
+        ("runs start", "Missing argument 'TECHNIQUE'"),
+        ("runs start cctv-cam --input face", "'face' is not ID=VALUE"),
+        ("runs start cctv-cam --input face:=x", "is not ID=VALUE"),
+        ("runs list --status done", "--status"),
+        ("runs list --limit 0", "--limit"),
+        ("runs track ''", "RUN_ID"),
+        ("reconcile --since yesterday", "--since: must be a duration"),
+        ("simulate --drop 3", "--drop: 3 is not a share"),
+        ("simulate --speed 0", "speed"),
+        ("serve --port 70000", "--port"),
+        ("poll now", "unexpected extra argument"),
+    ],
+)
+def test_wrong_usage_is_status_2(tracker: Commands, arguments: str, said: str) -> None:
+    """What is wrong with the command is one line on stderr that says where usage is told."""
+    done = tracker(*(word.strip("'") for word in arguments.split()))
+    assert done.returncode == 2
+    line = one_line(done)
+    assert said in line
+    assert "--help" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ", "said"),
+    [
+        ("poll", {}, "FLORA_API_KEY is not set"),
+        ("reconcile", {}, "FLORA_API_KEY is not set"),
+        ("runs start cctv-cam --input face:text=x", {}, "FLORA_API_KEY is not set"),
+        ("runs list", {"FLORA_BASE_URL": "http://example.org"}, "FLORA_BASE_URL must begin with"),
+        ("db current", {"TRACKER_CONFIG": "gone.toml"}, "TRACKER_CONFIG names gone.toml"),
+        ("serve --host 0.0.0.0 --port 0", {}, "TRACKER_API_TOKEN is not set"),
+    ],
+)
+def test_missing_and_wrong_settings_are_status_2(
+    tracker: Commands, arguments: str, environ: dict[str, str], said: str
+) -> None:
+    """The line names the variable."""
+    done = tracker(*arguments.split(), **environ)
+    assert done.returncode == 2
+    assert said in one_line(done)
+
+
+def test_a_taken_port_is_status_1(tracker: Commands) -> None:
+    """A port that another process listens on is told, with what to do."""
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for command in ("serve", "simulate"):
+            done = tracker(command, "--port", port)
+            assert done.returncode == 1
+            assert f"port {port}" in one_line(done)
+
+
+def test_a_database_that_does_not_answer_is_status_1(tracker: Commands) -> None:
+    """The line says that it is the database, and holds no password."""
+    url = f"postgresql://me:hunter2@127.0.0.1:{free_port()}/tracker"
+    done = tracker("runs", "list", TRACKER_DATABASE_URL=url)
+    assert done.returncode == 1
+    assert "database" in one_line(done).lower()
+    assert "hunter2" not in done.stderr
+
+
+def test_an_unknown_run_is_status_1(tracker: Commands) -> None:
+    """`runs show` of a run that nobody heard of fails, and says how to track it."""
+    done = tracker("runs", "show", "run_unknown", "--json")
+    assert done.returncode == 1
+    assert "tracker runs track run_unknown" in one_line(done)

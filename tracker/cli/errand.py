@@ -1,0 +1,92 @@
+"""What every command does first: read the settings, set up the log, and open the services.
+
+A one-shot command gives up where FLORA has not answered at all for `PATIENCE` seconds.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import typer
+
+from tracker.core.errors import FloraUnreachable
+
+if TYPE_CHECKING:
+    from tracker.settings import Settings
+    from tracker.wiring import Services
+
+T = TypeVar("T")
+
+PATIENCE: Final = 28.0
+"""A single call of a client gives up sooner; this bounds several of them."""
+
+
+def prepare() -> "Settings":
+    """The settings, with the log set up as they say. Raises `SettingsError`."""
+    from tracker.logs import configure_logs
+    from tracker.settings import load_settings
+
+    settings = load_settings()
+    configure_logs(
+        format=settings.tracker_log_format,
+        level=settings.tracker_log_level,
+        secrets=settings.secret_values,
+    )
+    return settings
+
+
+def run_once(work: Callable[["Services"], Awaitable[T]], *, needs_key: bool = False) -> T:
+    """Open the services, do `work` with them, and close them again.
+
+    `needs_key`: raises `SettingsError` where FLORA cannot be asked.
+    """
+    settings = prepare()
+    if needs_key:
+        settings.require_api_key()
+
+    async def errand() -> T:
+        from tracker.wiring import open_services
+
+        async with open_services(settings) as services:
+            return await work(services)
+
+    return asyncio.run(errand())
+
+
+@asynccontextmanager
+async def patience(services: "Services") -> AsyncIterator[None]:
+    """Breaks off what is done inside where FLORA has not answered at all for `PATIENCE` seconds.
+
+    Once it has answered, the client's own limits are enough. Raises `FloraUnreachable`.
+    """
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(None) as limit:
+
+            def look() -> None:
+                if not _heard_from_flora(services):
+                    limit.reschedule(loop.time())
+
+            timer = loop.call_later(PATIENCE, look)
+            try:
+                yield
+            finally:
+                timer.cancel()
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise FloraUnreachable(
+            f"FLORA has not answered within {PATIENCE:g} s", may_have_acted=True, timed_out=True
+        ) from error
+
+
+def _heard_from_flora(services: "Services") -> bool:
+    """Whether any answer has come: each one's `Date` tells how far apart the clocks are."""
+    clients = [workspace.client for workspace in services.workspaces]
+    return any(client is not None and client.clock_offset is not None for client in clients)
+
+
+def note(message: str) -> None:
+    """A line for the person who looks on; stdout is for what was asked for."""
+    typer.echo(message, err=True)

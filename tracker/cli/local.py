@@ -1,0 +1,102 @@
+"""`tracker simulate` and `tracker demo`: what needs neither a key nor FLORA."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tracker.cli.output import JsonFlag, print_json
+from tracker.core.errors import TrackerError
+
+if TYPE_CHECKING:
+    from tracker.simulator import Simulator
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command()(simulate)
+    app.command()(demo)
+
+
+def _share(help: str) -> Any:
+    return typer.Option(metavar="SHARE", help=help)
+
+
+def simulate(
+    port: Annotated[int, typer.Option(help="Port of 127.0.0.1.", min=0, max=65535)] = 8090,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same runs again.")] = 0,
+    speed: Annotated[float, typer.Option(help="How much faster than FLORA time goes.")] = 1.0,
+    run_seconds: Annotated[float, typer.Option(help="How long a run takes, in the middle.")] = 20.0,
+    failures: Annotated[str, _share("Runs that fail.")] = "15%",
+    drop: Annotated[str, _share("Callbacks that never come.")] = "0%",
+    duplicate: Annotated[str, _share("Callbacks that come twice.")] = "0%",
+    early: Annotated[str, _share("Callbacks that come before the answer to the start.")] = "0%",
+    late: Annotated[str, _share("Callbacks that come long after the end.")] = "0%",
+    reorder: Annotated[str, _share("Callbacks that others overtake.")] = "0%",
+    bad_signature: Annotated[str, _share("Callbacks before which a forged one comes.")] = "0%",
+    rate_limit: Annotated[str, _share("Requests answered 429.")] = "0%",
+    errors: Annotated[str, _share("Requests answered 500 or 503.")] = "0%",
+    cut: Annotated[str, _share("Requests whose connection is cut.")] = "0%",
+    no_history_outputs: Annotated[
+        bool, typer.Option("--no-history-outputs", help="Lists leave outputs and cost out.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Serve a local FLORA that needs no key and spends nothing.
+
+    A SHARE is 0.4 or 40%.
+    """
+    from tracker.simulator import Options, parse_rate, serve
+
+    given = {
+        "failures": failures,
+        "drop": drop,
+        "duplicate": duplicate,
+        "early": early,
+        "late": late,
+        "reorder": reorder,
+        "bad_signature": bad_signature,
+        "rate_limit": rate_limit,
+        "errors": errors,
+        "cut": cut,
+    }
+    shares: dict[str, Any] = {}
+    for name, text in given.items():
+        try:
+            shares[name] = parse_rate(text)
+        except ValueError as error:
+            raise typer.BadParameter(
+                str(error), param_hint=f"--{name.replace('_', '-')}"
+            ) from error
+    try:
+        options = Options(
+            seed=seed,
+            speed=speed,
+            run_seconds=run_seconds,
+            history_outputs=not no_history_outputs,
+            **shares,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+    def say_ready(simulator: "Simulator") -> None:
+        if as_json:
+            print_json({"url": simulator.root, "environment": simulator.environment})
+            return
+        typer.echo(f"A local FLORA is at {simulator.root}. To use it:\n")
+        for name, value in simulator.environment.items():
+            typer.echo(f"export {name}={value}")
+
+    try:
+        serve(options, port=port, on_ready=say_ready)
+    except OSError as error:
+        raise TrackerError(
+            f"cannot serve on 127.0.0.1 port {port}: {error.strerror}; "
+            "choose another one with --port"
+        ) from error
+
+
+def demo(as_json: JsonFlag = False) -> int:
+    """Show the tracker at work against a local FLORA, on a throw-away SQLite file."""
+    from tracker.demo import run
+
+    return run(as_json=as_json)

@@ -1,0 +1,99 @@
+"""`tracker reconcile` and `tracker poll`: look once, for cron."""
+
+import asyncio
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tracker.cli.errand import note, patience, run_once
+from tracker.cli.output import JsonFlag, print_json, print_table
+
+if TYPE_CHECKING:
+    from tracker.tracking.poll import PollReport
+    from tracker.tracking.sweep import SweepReport
+    from tracker.wiring import Services
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command()(reconcile)
+    app.command()(poll)
+
+
+def reconcile(
+    since: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DURATION",
+            help="How far back to read, as in 24h or 7d; else as far as a scheduled sweep would.",
+        ),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> int:
+    """Sweep the run history once and show what it found."""
+    from tracker.settings.values import parse_duration
+
+    try:
+        back = None if since is None else parse_duration(since)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--since") from error
+
+    async def work(services: "Services") -> "list[SweepReport]":
+        sweeps = [
+            services.sweeper.sweep(workspace, since=back)
+            for workspace in services.workspaces
+            if workspace.client is not None
+        ]
+        async with patience(services):
+            return await asyncio.gather(*sweeps)
+
+    reports = run_once(work, needs_key=True)
+    if as_json:
+        print_json({"sweeps": [asdict(report) for report in reports]})
+    else:
+        print_table(
+            ("workspace", "pages", "items", "discovered", "repaired", "result"),
+            [
+                (one.workspace_id, one.pages, one.items, one.discovered, one.repaired, _result(one))
+                for one in reports
+            ],
+        )
+    failed = [report for report in reports if report.error is not None]
+    for report in failed:
+        note(f"tracker: the sweep of {report.workspace_id} failed: {report.error}")
+    return 1 if failed else 0
+
+
+def poll(as_json: JsonFlag = False) -> int:
+    """Poll once everything that is due."""
+
+    async def work(services: "Services") -> "tuple[PollReport, list[str]]":
+        async with patience(services):
+            total = last = await services.poller.poll_due()
+            while last.more and last.pages + last.reads > 0:
+                last = await services.poller.poll_due()
+                total.add(last)
+        clients = [one.client for one in services.workspaces if one.client is not None]
+        return total, [client.breaker.reason for client in clients if client.breaker.reason]
+
+    report, refusals = run_once(work, needs_key=True)
+    figures = {name: value for name, value in asdict(report).items() if name != "more"}
+    if as_json:
+        print_json(figures)
+    else:
+        print_table(list(figures), [list(figures.values())])
+    if report.failed:
+        note(
+            f"tracker: {report.failed} of {report.claimed} due runs could not be read; "
+            "`tracker runs show` tells why"
+        )
+    for refusal in refusals:
+        note(f"tracker: {refusal}")
+    return 1 if report.failed or refusals else 0
+
+
+def _result(report: "SweepReport") -> str:
+    if report.skipped:
+        return "another process is sweeping"
+    return "failed" if report.error is not None else "complete"

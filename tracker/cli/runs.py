@@ -1,0 +1,203 @@
+"""`tracker runs`: start, track, list and show runs."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tracker.cli import inputs
+from tracker.cli.errand import note, patience, run_once
+from tracker.cli.follow import follow
+from tracker.cli.output import JsonFlag, print_fields, print_json, print_table
+from tracker.core.errors import TrackerError
+from tracker.core.run import RunStatus, Tracking
+
+if TYPE_CHECKING:
+    from tracker.core.record import Record
+    from tracker.tracking.track import Tracked
+    from tracker.wiring import Services
+
+app = typer.Typer(name="runs", help="Start, track, list and show runs.", no_args_is_help=True)
+
+
+def _run_id(text: str) -> str:
+    if not 1 <= len(text) <= 255 or not text.isprintable():
+        raise typer.BadParameter("must be FLORA's run_… identifier")
+    return text
+
+
+RunId = Annotated[
+    str, typer.Argument(metavar="RUN_ID", help="FLORA's run_… identifier.", callback=_run_id)
+]
+Workspace = Annotated[
+    str | None,
+    typer.Option("--workspace", metavar="W", help="Workspace id, where several are configured."),
+]
+
+
+@app.command()
+def start(
+    technique: Annotated[str, typer.Argument(metavar="TECHNIQUE", help="Its id or its slug.")],
+    given: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            metavar="ID=VALUE",
+            help="An input, once for each. ID:TYPE=VALUE spares asking FLORA for its type.",
+        ),
+    ] = None,
+    workspace: Workspace = None,
+    idempotency_key: Annotated[
+        str | None,
+        typer.Option(metavar="K", help="The same key again gives the same run, not another one."),
+    ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait for the run's end; exit status 1 if it fails.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> int:
+    """Start a run and track it."""
+    parsed = inputs.parse(given or [])
+
+    async def work(services: "Services") -> "Record":
+        from tracker.tracking.start import StartRequest
+
+        async with patience(services):
+            request = StartRequest(
+                technique=technique,
+                inputs=await inputs.typed(services, technique, workspace, parsed),
+                workspace_id=workspace,
+                idempotency_key=idempotency_key,
+            )
+            started = await services.starter.start(request)
+        if started.replayed:
+            note("This key had started the run before; nothing new was started.")
+        if not wait:
+            return started.record
+        return await follow(services, started.record, tell=note)
+
+    record = run_once(work, needs_key=True)
+    _print_run(record, as_json=as_json)
+    return _status_of(record) if wait else 0
+
+
+@app.command()
+def track(
+    run_id: RunId,
+    technique: Annotated[
+        str | None, typer.Option(metavar="T", help="Its technique, if you know it.")
+    ] = None,
+    workspace: Workspace = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Track a run that was started elsewhere."""
+
+    async def work(services: "Services") -> "Tracked":
+        async with patience(services):
+            tracked = await services.tracker.track(
+                run_id, technique=technique, workspace_id=workspace
+            )
+            return replace(tracked, record=await services.poller.read_now(tracked.record))
+
+    tracked = run_once(work)
+    if tracked.known:
+        note("The run was tracked already.")
+    if tracked.record.last_error:
+        note(f"It could not be read yet: {tracked.record.last_error}")
+    _print_run(tracked.record, as_json=as_json)
+
+
+@app.command("list")
+def list_(
+    status: Annotated[RunStatus | None, typer.Option(help="Only runs in this state.")] = None,
+    technique: Annotated[
+        str | None, typer.Option(metavar="T", help="Only runs of this technique (tech_…).")
+    ] = None,
+    workspace: Annotated[
+        str | None, typer.Option(metavar="W", help="Only runs of this workspace.")
+    ] = None,
+    tracking: Annotated[
+        Tracking | None, typer.Option(help="Only runs that the tracker stands to so.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="So many at most.", min=1, max=100)] = 50,
+    cursor: Annotated[str | None, typer.Option(help="Where the last page ended.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """List runs, newest first."""
+
+    async def work(services: "Services") -> "tuple[list[Record], str | None]":
+        from tracker.store import read
+
+        return await read.list_runs(
+            services.database,
+            status=status,
+            technique_id=technique,
+            workspace_id=workspace,
+            tracking=tracking,
+            cursor=cursor,
+            limit=limit,
+        )
+
+    records, next_cursor = run_once(work)
+    shown = [_json(record) for record in records]
+    if as_json:
+        print_json({"runs": shown, "meta": {"next_cursor": next_cursor}})
+        return
+    columns = ("run_id", "technique_id", "status", "progress", "tracking", "charged_cost")
+    titles = ("run", "technique", "status", "progress", "tracking", "cost", "outputs", "created")
+    print_table(
+        titles,
+        [
+            (*(run[name] for name in columns), len(run["outputs"]), run["created_at"][:19] + "Z")
+            for run in shown
+        ],
+    )
+    if next_cursor is not None:
+        note(f"There are more: --cursor {next_cursor}")
+
+
+@app.command()
+def show(run_id: RunId, as_json: JsonFlag = False) -> None:
+    """Show all that is known of a run."""
+
+    async def work(services: "Services") -> "Record | None":
+        from tracker.store import read
+
+        return await read.get_run(services.database, run_id)
+
+    record = run_once(work)
+    if record is None:
+        raise TrackerError(
+            f"run {run_id} is not known here: `tracker runs track {run_id}` would track it"
+        )
+    _print_run(record, as_json=as_json)
+
+
+def _status_of(record: "Record") -> int:
+    """The exit status for a run that was waited for."""
+    run = record.run
+    if run.status is RunStatus.COMPLETED and run.settled:
+        return 0
+    reason = f"{run.error.code} {run.error.message}".strip() if run.error else record.tracking.value
+    note(f"tracker: run {run.run_id} {run.status}: {reason}")
+    return 1
+
+
+def _json(record: "Record") -> dict[str, Any]:
+    from tracker.views import run_json
+
+    return run_json(record)
+
+
+def _print_run(record: "Record", *, as_json: bool) -> None:
+    run = _json(record)
+    if as_json:
+        print_json(run)
+        return
+    outputs = run.pop("outputs")
+    given = run.pop("inputs") or []
+    print_fields(run)
+    for one in given:
+        print_fields({f"input {one.get('id')}": f"{one.get('value')}"})
+    for output in outputs:
+        print_fields({f"output {output['output_id']}": f"{output['type']}  {output['url']}"})
