@@ -1,0 +1,1 @@
+"""The tracker as it is deployed: real processes, really killed."""

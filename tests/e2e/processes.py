@@ -1,0 +1,152 @@
+"""Real `tracker` processes: started, waited for, told to stop, killed."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+
+from tests.support.waiting import eventually, free_port
+
+START_SECONDS = 20.0
+
+
+class Process:
+    """One `tracker` process of the test's own. What it logs goes to a file, shown if it fails."""
+
+    def __init__(self, process: asyncio.subprocess.Process, log: Path) -> None:
+        self._process = process
+        self._log = log
+
+    @classmethod
+    async def start(cls, *arguments: str, env: Mapping[str, str], log: Path) -> "Process":
+        """Start `tracker ARGUMENTS…` with the given variables alone."""
+        environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **env}
+        with log.open("ab") as output:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "tracker",
+                *arguments,
+                env=environment,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+        return cls(process, log)
+
+    async def answers(self, url: str) -> None:
+        """Wait until the process answers 200 there."""
+
+        async def asked() -> bool:
+            assert self._process.returncode is None, f"it ended early:\n{self.log}"
+            try:
+                return (await client.get(url)).status_code == 200
+            except httpx.TransportError:
+                return False
+
+        async with httpx.AsyncClient(trust_env=False) as client:
+            await eventually(asked, timeout=START_SECONDS, interval=0.05)
+
+    async def kill(self) -> None:
+        """SIGKILL: no handler runs, nothing is flushed."""
+        self._process.send_signal(signal.SIGKILL)
+        await self._process.wait()
+
+    async def stop(self) -> int:
+        """SIGTERM, as a deploy does; the exit status."""
+        if self._process.returncode is None:
+            self._process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(30):
+            return await self._process.wait()
+
+    async def end(self) -> None:
+        """Make sure that it is gone."""
+        if self._process.returncode is None:
+            await self.kill()
+
+    @property
+    def log(self) -> str:
+        """What it has logged."""
+        return self._log.read_text(errors="replace") if self._log.exists() else ""
+
+
+class Stage:
+    """The processes of one test, on ports and in a directory of its own."""
+
+    def __init__(self, directory: Path, database_url: str) -> None:
+        self.directory = directory
+        self.database_url = database_url
+        self.simulator_port = free_port()
+        self.port = free_port()
+        self._processes: list[Process] = []
+
+    @property
+    def simulator(self) -> str:
+        """The simulator's root."""
+        return f"http://127.0.0.1:{self.simulator_port}"
+
+    @property
+    def tracker(self) -> str:
+        """The tracker's root."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """How a tracker is told of the simulator, with waits made short."""
+        return {
+            "FLORA_API_KEY": "sk_test_simulator",
+            "FLORA_BASE_URL": f"{self.simulator}/api/v1",
+            "FLORA_WEBHOOK_SECRET": "whsec_simulator",
+            "TRACKER_DATABASE_URL": self.database_url,
+            "TRACKER_PUBLIC_URL": self.tracker,
+            "TRACKER_CALLBACK_GRACE": "3",
+            "TRACKER_POLL_INTERVAL": "1",
+            "TRACKER_POLL_INTERVAL_MAX": "4",
+            "TRACKER_API_CONCURRENCY": "8",
+            "TRACKER_LOG_FORMAT": "json",
+        }
+
+    async def simulate(self, *options: str) -> Process:
+        """Start the simulator."""
+        process = await self._start("simulate", "--port", str(self.simulator_port), *options)
+        await process.answers(f"{self.simulator}/simulator/runs")
+        return process
+
+    async def serve(self, *options: str, **env: str) -> Process:
+        """Start `tracker serve` on this stage's port, and wait until it is ready."""
+        process = await self._start("serve", "--port", str(self.port), *options, **env)
+        await process.answers(f"{self.tracker}/readyz")
+        return process
+
+    async def work(self, **env: str) -> Process:
+        """Start `tracker worker`, and wait until it is healthy."""
+        port = free_port()
+        process = await self._start("worker", "--port", str(port), **env)
+        await process.answers(f"http://127.0.0.1:{port}/healthz")
+        return process
+
+    async def _start(self, *arguments: str, **env: str) -> Process:
+        log = self.directory / f"{len(self._processes)}-{arguments[0]}.log"
+        process = await Process.start(*arguments, env=self.environment | env, log=log)
+        self._processes.append(process)
+        return process
+
+    async def close(self) -> None:
+        """End every process that is left."""
+        for process in self._processes:
+            await process.end()
+
+
+@asynccontextmanager
+async def staged(directory: Path, database_url: str) -> AsyncIterator[Stage]:
+    """A stage whose processes are gone afterwards."""
+    stage = Stage(directory, database_url)
+    try:
+        yield stage
+    finally:
+        await stage.close()

@@ -1,0 +1,50 @@
+"""The main job: runs whose callbacks are lost, doubled or early all end up true."""
+
+import asyncio
+
+import httpx
+import pytest
+
+from tests.e2e.processes import Stage
+from tests.e2e.truth import assert_all_true, settled_runs
+from tests.support.waiting import eventually
+from tracker.store.engine import Database
+
+RUNS = 500
+
+
+async def start_runs(stage: Stage, count: int) -> None:
+    """Start runs through the tracker's own API, of techniques that need nothing but a text."""
+    async with httpx.AsyncClient(base_url=stage.tracker, timeout=60, trust_env=False) as client:
+        turns = asyncio.Semaphore(16)
+
+        async def start(number: int) -> None:
+            body = {
+                "technique": "icon-pack",
+                "inputs": [{"id": "prompt", "type": "text", "value": f"icon {number}"}],
+            }
+            async with turns:
+                answer = await client.post("/api/runs", json=body)
+            assert answer.status_code == 201, answer.text
+
+        await asyncio.gather(*(start(number) for number in range(count)))
+
+
+@pytest.mark.timeout(120)
+async def test_lost_doubled_and_early_callbacks_change_nothing(
+    stage: Stage, database: Database
+) -> None:
+    """With 40 % of 500 callbacks dropped, 10 % doubled and 10 % early, every run ends up true."""
+    await stage.simulate(
+        *("--seed", "11", "--run-seconds", "4"),
+        *("--drop", "40%", "--duplicate", "10%", "--early", "10%"),
+    )
+    server = await stage.serve()
+    await start_runs(stage, RUNS)
+
+    async def all_settled() -> bool:
+        return await settled_runs(database) == RUNS
+
+    await eventually(all_settled, timeout=90, interval=0.25)
+    await assert_all_true(database, stage.simulator)
+    assert await server.stop() == 0, server.log

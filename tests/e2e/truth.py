@@ -1,0 +1,62 @@
+"""What the simulator knows against what the database says."""
+
+from typing import Any
+
+import httpx
+import sqlalchemy as sa
+
+from tracker.store.engine import Database
+from tracker.store.tables import run_outputs, runs
+
+
+async def settled_runs(database: Database) -> int:
+    """How many runs are settled."""
+    async with database.read() as connection:
+        query = sa.select(sa.func.count()).where(runs.c.tracking == "settled")
+        return (await connection.execute(query)).scalar_one()
+
+
+async def true_records(simulator: str) -> dict[str, dict[str, Any]]:
+    """The simulator's own records, by run id."""
+    async with httpx.AsyncClient(trust_env=False) as client:
+        answer = await client.get(f"{simulator}/simulator/runs")
+    return {record["run_id"]: record for record in answer.json()["runs"]}
+
+
+async def assert_all_true(database: Database, simulator: str) -> None:
+    """Every run of the simulator is settled with its own status, outputs, cost, error and times."""
+    truth = await true_records(simulator)
+    async with database.read() as connection:
+        rows = (await connection.execute(sa.select(runs))).mappings().all()
+        order = (run_outputs.c.run_id, run_outputs.c.position)
+        outputs = (await connection.execute(sa.select(run_outputs).order_by(*order))).all()
+    made: dict[str, list[dict[str, str]]] = {}
+    for output in outputs:
+        made.setdefault(output.run_id, []).append(
+            {"output_id": output.output_id, "type": output.type, "url": output.url}
+        )
+    assert {row["run_id"] for row in rows} == set(truth)
+    for row in rows:
+        end = truth[row["run_id"]]["end"]
+        told = {
+            "status": row["status"],
+            "outputs": made.get(row["run_id"], []),
+            "charged_cost": float(row["charged_cost"]),
+            "error_code": row["error_code"],
+            "error_message": row["error_message"],
+            **{name: _ms(row[name]) for name in ("created_at", "started_at", "completed_at")},
+        }
+        assert told == {
+            "status": end["status"],
+            "outputs": end.get("outputs", []),
+            "charged_cost": end["charged_cost"],
+            "error_code": end.get("error_code"),
+            "error_message": end.get("error_message"),
+            **{name: end.get(name) for name in ("created_at", "started_at", "completed_at")},
+        }
+        assert row["tracking"] == "settled"
+        assert not row["conflict"]
+
+
+def _ms(moment: Any) -> int | None:
+    return None if moment is None else round(moment.timestamp() * 1000)
