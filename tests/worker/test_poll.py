@@ -7,6 +7,7 @@ import pytest
 
 from tests.worker.conftest import (
     HandClock,
+    Hurry,
     MakeFlora,
     OpenServices,
     assert_true_to,
@@ -160,6 +161,48 @@ async def test_a_refused_key_harms_no_run(
         for _ in range(5):
             await services.poller.poll_due()
         assert sum(reads_of(flora).values()) == asked
+
+
+async def test_an_outage_of_flora_harms_no_run(
+    services: Services, flora: Simulator, clock: HandClock, hurry: Hurry
+) -> None:
+    """While FLORA answers nothing, few requests are made and runs stay due; then all are read."""
+    run_ids = await start(services, 80)
+    hurry(services, flora, deadline=0.2)
+    clock.move(60)
+    flora.world.options = flora.world.options.with_rates({"cut": 1.0})
+    rounds = 0
+    for _ in range(600):
+        clock.move(1)
+        rounds += (await services.poller.poll_due()).claimed > 0
+    assert rounds <= 25, "it rests for half a minute in the end"
+    checked = [await the_run(services, run_id) for run_id in run_ids]
+    assert sum(record.checks for record in checked) <= 2 * rounds
+    assert all(record.lease_holder is None for record in checked)
+    flora.world.options = flora.world.options.with_rates({"cut": 0.0})
+    clock.move(31)
+    assert (await services.poller.poll_due()).settled >= 80 - 2 * rounds
+    await poll_to_the_end(services, clock, within=600)
+    for run_id in run_ids:
+        assert_true_to(await the_run(services, run_id), flora)
+
+
+async def test_a_rate_limit_is_no_fault_of_a_run(
+    services: Services, flora: Simulator, clock: HandClock, hurry: Hurry
+) -> None:
+    """Told to wait for longer than a read may take, runs stay due and uncounted."""
+    [run_id] = await start(services)
+    hurry(services, flora)
+    [workspace] = services.workspaces
+    workspace.require_client().budget.pause(90)
+    clock.move(60)
+    report = await services.poller.poll_due()
+    record = await the_run(services, run_id)
+    assert (report.reads, record.checks, record.last_error) == (0, 0, None)
+    assert report.trouble is not None
+    due = await services.poller.next_due_at()
+    assert due is not None
+    assert (due - clock()).total_seconds() >= 80, "and nobody asks before FLORA will hear it"
 
 
 @pytest.fixture

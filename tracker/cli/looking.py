@@ -10,7 +10,7 @@ from tracker.cli.errand import note, patience, run_once
 from tracker.cli.output import JsonFlag, print_json, print_table
 
 if TYPE_CHECKING:
-    from tracker.tracking.poll import PollReport
+    from tracker.tracking.rounds import PollReport
     from tracker.tracking.sweep import SweepReport
     from tracker.wiring import Services
 
@@ -68,29 +68,29 @@ def reconcile(
 def poll(as_json: JsonFlag = False) -> int:
     """Poll once everything that is due."""
 
-    async def work(services: "Services") -> "tuple[PollReport, list[str]]":
+    async def work(services: "Services") -> "PollReport":
         async with patience(services):
             total = last = await services.poller.poll_due()
             while last.more and last.pages + last.reads > 0:
                 last = await services.poller.poll_due()
                 total.add(last)
-        clients = [one.client for one in services.workspaces if one.client is not None]
-        return total, [client.breaker.reason for client in clients if client.breaker.reason]
+        return total
 
-    report, refusals = run_once(work, needs_key=True)
+    report = run_once(work, needs_key=True)
     figures = {name: value for name, value in asdict(report).items() if name != "more"}
     if as_json:
         print_json(figures)
     else:
-        print_table(list(figures), [list(figures.values())])
+        counted = {name: value for name, value in figures.items() if name != "trouble"}
+        print_table(list(counted), [list(counted.values())])
     if report.failed:
         note(
             f"tracker: {report.failed} of {report.claimed} due runs could not be read; "
             "`tracker runs show` tells why"
         )
-    for refusal in refusals:
-        note(f"tracker: {refusal}")
-    return 1 if report.failed or refusals else 0
+    if report.trouble:
+        note(f"tracker: {report.trouble}")
+    return 1 if report.failed or report.trouble else 0
 
 
 def _result(report: "SweepReport") -> str:

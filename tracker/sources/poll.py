@@ -11,7 +11,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
-from tracker.core.errors import FloraError, KeyRefused, NotFound
+from tracker.core.errors import (
+    FloraError,
+    FloraUnreachable,
+    KeyRefused,
+    NotFound,
+    RateLimited,
+    ServerFault,
+)
 from tracker.core.observation import Observation
 from tracker.core.run import Run
 from tracker.flora.addresses import PollUrlRefused
@@ -27,12 +34,14 @@ class Reading:
 
     `observation` is `None` where no way worked: then `missing` tells whether every way answered
     that the run does not exist, and `error` says why, fit for a person. `reads` counts the
-    requests. `beside` holds other runs that a history page showed on the way.
+    requests. `far_end_down` tells that FLORA gave no answer or a 5xx. `beside` holds other runs
+    that a history page showed on the way.
     """
 
     observation: Observation | None = None
     missing: bool = False
     error: str = ""
+    far_end_down: bool = False
     reads: int = 0
     beside: list[Observation] = field(default_factory=list)
 
@@ -40,7 +49,7 @@ class Reading:
 async def read_run(client: FloraClient, run: Run) -> Reading:
     """Read `run` from the API. FLORA's errors are part of the answer.
 
-    `KeyRefused` alone is raised: it says nothing about the run.
+    `KeyRefused` and `RateLimited` are raised: they say nothing about the run.
     """
     reading = Reading()
     denied = 0
@@ -54,6 +63,8 @@ async def read_run(client: FloraClient, run: Run) -> Reading:
         except PollUrlRefused as refusal:
             reading.reads -= 1  # nothing was sent
             reading.error = str(refusal)
+        except RateLimited:
+            raise
         except KeyRefused as refusal:
             if client.breaker.open:
                 raise
@@ -61,6 +72,7 @@ async def read_run(client: FloraClient, run: Run) -> Reading:
             return reading
         except FloraError as error:
             reading.error = str(error)
+            reading.far_end_down = isinstance(error, FloraUnreachable | ServerFault)
             return reading
         if reading.observation is not None:
             return reading

@@ -6,8 +6,9 @@ runs more; what is still open then, and what a list shows without its details, i
 """
 
 import asyncio
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Final
 
@@ -15,17 +16,17 @@ import structlog
 
 from tracker.core.clock import Clock
 from tracker.core.entry import Entry, Seen, Unseen
-from tracker.core.errors import FloraError, KeyRefused, StoreError
+from tracker.core.errors import FloraError, KeyRefused, RateLimited, StoreError
 from tracker.core.observation import Observation
 from tracker.core.record import Record
-from tracker.core.run import RunStatus
 from tracker.sources import history
 from tracker.sources.poll import Reading, read_run
 from tracker.store import claims
-from tracker.store.batch import Passed
 from tracker.store.door import Door
 from tracker.store.engine import Database
 from tracker.tracking.durations import DurationBook
+from tracker.tracking.pages import learn_from_page, listable, pays
+from tracker.tracking.rounds import LONGEST_REST, NO_REST, REST, PollReport, Rest, Round
 from tracker.tracking.workspaces import Workspace, Workspaces
 
 CLAIM: Final = 100
@@ -39,34 +40,6 @@ RENEW_AFTER: Final = 10.0
 """Seconds after which a round that is still under way (FLORA is slow) holds its claims longer."""
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(slots=True, kw_only=True)
-class PollReport:
-    """What one round did: runs claimed, history pages and single reads made, runs settled, reads
-    that failed. `more` is true where due runs were left for the next round."""
-
-    claimed: int = 0
-    pages: int = 0
-    reads: int = 0
-    settled: int = 0
-    failed: int = 0
-    more: bool = False
-
-    def count(self, passed: Passed) -> None:
-        """Count one run that went through the door, if that settled it."""
-        before, after = passed.before, passed.after
-        if after is not None and after.run.settled and not (before and before.run.settled):
-            self.settled += 1
-
-    def add(self, other: "PollReport") -> None:
-        """Add another round's figures."""
-        self.claimed += other.claimed
-        self.pages += other.pages
-        self.reads += other.reads
-        self.settled += other.settled
-        self.failed += other.failed
-        self.more = self.more or other.more
 
 
 class Poller:
@@ -88,11 +61,13 @@ class Poller:
         self._durations = durations
         self._holder = holder
         self._clock = clock
+        self._rests: dict[str, Rest] = {}
 
     async def poll_due(self) -> PollReport:
         """One round: claim what is due in each workspace and read it. Raises `StoreUnavailable`.
 
-        A workspace whose key is refused, or that has none, is left alone.
+        A workspace whose key is refused, or that has none, is left alone; so is one in which FLORA
+        has just answered nothing, until it has rested.
         """
         report = PollReport()
         rounds = [self._poll_workspace(workspace) for workspace in self._readable()]
@@ -102,20 +77,23 @@ class Poller:
 
     async def next_due_at(self) -> datetime | None:
         """When the next run that can be read is due, UTC; in the past where one waits already."""
+        now = self._clock()
         times = [
-            await claims.next_due_at(
-                self._database, self._workspaces.claimable(workspace), now=self._clock()
-            )
+            await claims.next_due_at(self._database, self._workspaces.claimable(workspace), now=now)
             for workspace in self._readable()
         ]
+        times += [rest.until for rest in self._rests.values() if rest.until > now]
         return min((moment for moment in times if moment), default=None)
 
     def _readable(self) -> list[Workspace]:
-        """The workspaces with a key that FLORA does not refuse (or that may be tried again now)."""
+        """The workspaces with a key that FLORA does not refuse, and that do not rest."""
+        now = self._clock()
         return [
             workspace
             for workspace in self._workspaces
-            if workspace.client is not None and not workspace.client.breaker.blocked
+            if workspace.client is not None
+            and not workspace.client.breaker.blocked
+            and self._rests.get(workspace.slot, NO_REST).until <= now
         ]
 
     async def read_now(self, record: Record) -> Record:
@@ -128,7 +106,7 @@ class Poller:
             return record
         try:
             reading = await read_run(workspace.client, record.run)
-        except KeyRefused as refusal:
+        except (KeyRefused, RateLimited) as refusal:
             return replace(record, last_error=str(refusal))
         passed = await self._door.put_all(self._entries(workspace, record, reading))
         return passed[-1].after or record
@@ -150,20 +128,36 @@ class Poller:
         if not due:
             return report
         await self._durations.learn(record.run.technique_id for record in due)
-        open_runs = {record.run.run_id: record for record in due}
+        course = Round(open_runs={record.run.run_id: record for record in due})
         renewing = asyncio.create_task(self._renew())
         try:
-            await self._read_pages(workspace, open_runs, report)
-            alone = list(open_runs.values())
-            await self._read_alone(workspace, alone[:SINGLE_READS], open_runs, report)
+            await self._read_pages(workspace, course, report)
+            await self._read_alone(workspace, course, report)
         finally:
             renewing.cancel()
-            # What was not read (too many for one round, a refused key, a shutdown) is due as
-            # before.
-            if open_runs:
-                await claims.release(self._database, self._holder, list(open_runs))
-        report.more = len(due) == CLAIM or bool(open_runs)
+            # What was not read (too many for one round, FLORA down, a shutdown) is due as before.
+            if course.open_runs:
+                await claims.release(self._database, self._holder, list(course.open_runs))
+        self._rest_if_down(workspace, course)
+        report.trouble = course.trouble if course.broken_off else None
+        report.more = not course.broken_off and (len(due) == CLAIM or bool(course.open_runs))
         return report
+
+    def _rest_if_down(self, workspace: Workspace, course: Round) -> None:
+        """Leave the workspace alone where FLORA answered nothing at all, longer each time."""
+        if not course.broken_off:
+            self._rests.pop(workspace.slot, None)
+            return
+        failures = self._rests.get(workspace.slot, NO_REST).failures + 1
+        rest = min(REST * 2 ** min(failures - 1, 10), LONGEST_REST)
+        rest = max(rest, timedelta(seconds=workspace.require_client().budget.state().paused))
+        self._rests[workspace.slot] = Rest(failures, self._clock() + rest)
+        log.warning(
+            "poll.flora_down",
+            workspace_id=workspace.name,
+            error=course.trouble,
+            rest_seconds=rest.total_seconds(),
+        )
 
     async def _renew(self) -> None:
         """Hold what this process claims for as long as the round takes."""
@@ -174,36 +168,37 @@ class Poller:
             except StoreError as error:
                 log.warning("poll.claims_not_renewed", error=str(error))
 
-    async def _read_pages(
-        self, workspace: Workspace, open_runs: dict[str, Record], report: PollReport
-    ) -> None:
-        """Read history pages while they pay, and take from `open_runs` what they settle."""
-        wanted = _listable(open_runs.values(), workspace)
+    async def _read_pages(self, workspace: Workspace, course: Round, report: PollReport) -> None:
+        """Read history pages while they pay, and take from the round what they settle."""
+        wanted = listable(course.open_runs.values(), workspace)
         if len(wanted) < 2:
             return
         newer: datetime | None = None
         try:
-            async for page in history.pages(workspace.require_client(), "technique"):
-                report.pages += 1
-                await self._take_page(workspace, page.items, open_runs, report)
-                oldest = history.oldest(page.items)
-                wanted = _listable(open_runs.values(), workspace)
-                if oldest is None or not _pays(wanted, newer=newer, oldest=oldest):
-                    return
-                newer = oldest
+            async with aclosing(history.pages(workspace.require_client(), "technique")) as pages:
+                async for page in pages:
+                    report.pages += 1
+                    course.answered = True
+                    await self._take_page(workspace, page.items, course, report)
+                    oldest = history.oldest(page.items)
+                    wanted = listable(course.open_runs.values(), workspace)
+                    if oldest is None or not pays(wanted, newer=newer, oldest=oldest):
+                        return
+                    newer = oldest
+        except (KeyRefused, RateLimited) as refusal:
+            course.refuse(str(refusal))
         except FloraError as error:
             # The due runs are not to blame: each is still read alone, and tells of its own failure.
-            log.warning("poll.page_failed", workspace_id=workspace.name, error=str(error))
+            course.fail(str(error))
 
     async def _take_page(
         self,
         workspace: Workspace,
         items: Sequence[Observation],
-        open_runs: dict[str, Record],
+        course: Round,
         report: PollReport,
     ) -> None:
-        """Take a page through the door. What it shows ended without details stays open, and
-        claimed."""
+        """Take a page through the door; what it shows ended without details stays claimed."""
         learn_from_page(workspace, items)
         lean = {item.run_id for item in items if item.status.ended and not item.details}
         answered = {item.run_id for item in items} - lean
@@ -216,33 +211,37 @@ class Poller:
         for item, one in zip(items, passed, strict=True):
             report.count(one)
             if item.run_id in answered:
-                open_runs.pop(item.run_id, None)
-            elif item.run_id in open_runs and one.after is not None:
-                open_runs[item.run_id] = one.after
+                course.open_runs.pop(item.run_id, None)
+            elif item.run_id in course.open_runs and one.after is not None:
+                course.open_runs[item.run_id] = one.after
 
-    async def _read_alone(
-        self,
-        workspace: Workspace,
-        records: Sequence[Record],
-        open_runs: dict[str, Record],
-        report: PollReport,
-    ) -> None:
+    async def _read_alone(self, workspace: Workspace, course: Round, report: PollReport) -> None:
         """Read runs one by one; each result goes through the door as soon as it is there."""
+        client = workspace.require_client()
+        turns = asyncio.Semaphore(client.budget.state().concurrency)
 
         async def read(record: Record) -> None:
-            try:
-                reading = await read_run(workspace.require_client(), record.run)
-            except KeyRefused as refusal:
-                log.error("poll.key_refused", workspace_id=workspace.name, error=str(refusal))
-                return  # it stays open, and is given back: the run is not to blame
+            async with turns:
+                if course.broken_off:
+                    return  # it stays open, and is given back
+                try:
+                    reading = await read_run(client, record.run)
+                except (KeyRefused, RateLimited) as refusal:
+                    course.refuse(str(refusal))
+                    return
             report.reads += reading.reads
             for passed in await self._door.put_all(self._entries(workspace, record, reading)):
                 report.count(passed)
+            if reading.far_end_down:
+                course.fail(reading.error)
+            else:
+                course.answered = True
             if reading.observation is None and not reading.missing:
                 report.failed += 1
-            open_runs.pop(record.run.run_id, None)
+            course.open_runs.pop(record.run.run_id, None)
 
-        await asyncio.gather(*(read(record) for record in records))
+        alone = list(course.open_runs.values())[:SINGLE_READS]
+        await asyncio.gather(*(read(record) for record in alone))
 
     def _entries(self, workspace: Workspace, record: Record, reading: Reading) -> list[Entry]:
         """What a reading says of its run, and of the runs that it showed on the way."""
@@ -264,42 +263,3 @@ class Poller:
         if seen.workspace_id is None:  # a key belongs to one workspace, so what it reads does too
             seen = replace(seen, workspace_id=workspace.workspace_id)
         return [*entries, Seen(observation=seen, reads=reading.reads, claim=self._holder)]
-
-
-def learn_from_page(workspace: Workspace, items: Iterable[Observation]) -> None:
-    """Take from a page what it tells of the workspace: its id, and whether lists carry details."""
-    completed = with_details = 0
-    for item in items:
-        workspace.learn(item.workspace_id)
-        if item.status is RunStatus.COMPLETED:
-            completed += 1
-            with_details += bool(item.details)
-    if completed:
-        workspace.lists_carry_details = 2 * with_details >= completed
-
-
-def _listable(records: Iterable[Record], workspace: Workspace) -> list[Record]:
-    """The due runs that a page of technique runs can answer for.
-
-    Where lists leave the details out, a page says nothing new about a run known to have ended.
-    """
-    return [
-        record
-        for record in records
-        if record.run.run_type != "generation"
-        and (workspace.lists_carry_details or not record.run.standing.ended)
-    ]
-
-
-def _pays(wanted: Sequence[Record], *, newer: datetime | None, oldest: datetime) -> bool:
-    """Whether the next page is likely to show two due runs: then it is cheaper than reading them.
-
-    It is taken to reach as far back as the last one did, from `newer` (the end of the page before;
-    the newest due run for the first) to `oldest`. Runs known to be newer than `oldest` have been
-    passed.
-    """
-    ahead = [record.created_at for record in wanted if record.created_at <= oldest]
-    if newer is None:
-        return len(ahead) >= 2
-    reach = oldest - (newer - oldest)
-    return sum(created >= reach for created in ahead) >= 2

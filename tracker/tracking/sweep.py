@@ -31,7 +31,7 @@ from tracker.store.batch import Passed
 from tracker.store.door import Door
 from tracker.store.engine import Database
 from tracker.tracking.durations import DurationBook
-from tracker.tracking.poll import learn_from_page
+from tracker.tracking.pages import learn_from_page
 from tracker.tracking.workspaces import Workspace, Workspaces
 
 OVERLAP: Final = timedelta(minutes=2)

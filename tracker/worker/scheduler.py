@@ -144,18 +144,21 @@ class Worker:
         return run
 
     async def _poll(self) -> None:
-        self._round_began = time.monotonic()
         try:
-            report = await self._services.poller.poll_due()
-            if report.claimed:
-                log.info(
-                    "poll.round",
-                    claimed=report.claimed,
-                    pages=report.pages,
-                    reads=report.reads,
-                    settled=report.settled,
-                    failed=report.failed,
-                )
+            more = True
+            while more:
+                self._round_began = time.monotonic()
+                report = await self._services.poller.poll_due()
+                more = report.more
+                if report.claimed:
+                    log.info(
+                        "poll.round",
+                        claimed=report.claimed,
+                        pages=report.pages,
+                        reads=report.reads,
+                        settled=report.settled,
+                        failed=report.failed,
+                    )
         finally:
             self._round_over.set()
 

@@ -1,0 +1,48 @@
+"""What a history page tells of its workspace, and when reading one is cheaper than single reads."""
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+
+from tracker.core.observation import Observation
+from tracker.core.record import Record
+from tracker.core.run import RunStatus
+from tracker.tracking.workspaces import Workspace
+
+
+def learn_from_page(workspace: Workspace, items: Iterable[Observation]) -> None:
+    """Take from a page what it tells of the workspace: its id, and whether lists carry details."""
+    completed = with_details = 0
+    for item in items:
+        workspace.learn(item.workspace_id)
+        if item.status is RunStatus.COMPLETED:
+            completed += 1
+            with_details += bool(item.details)
+    if completed:
+        workspace.lists_carry_details = 2 * with_details >= completed
+
+
+def listable(records: Iterable[Record], workspace: Workspace) -> list[Record]:
+    """The due runs that a page of technique runs can answer for.
+
+    Where lists leave the details out, a page says nothing new about a run known to have ended.
+    """
+    return [
+        record
+        for record in records
+        if record.run.run_type != "generation"
+        and (workspace.lists_carry_details or not record.run.standing.ended)
+    ]
+
+
+def pays(wanted: Sequence[Record], *, newer: datetime | None, oldest: datetime) -> bool:
+    """Whether the next page is likely to show two due runs: then it is cheaper than reading them.
+
+    It is taken to reach as far back as the last one did, from `newer` (the end of the page before;
+    the newest due run for the first) to `oldest`. Runs known to be newer than `oldest` have been
+    passed.
+    """
+    ahead = [record.created_at for record in wanted if record.created_at <= oldest]
+    if newer is None:
+        return len(ahead) >= 2
+    reach = oldest - (newer - oldest)
+    return sum(created >= reach for created in ahead) >= 2

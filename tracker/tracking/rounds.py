@@ -1,0 +1,85 @@
+"""One round of polling in one workspace: how far it is, how FLORA does, and when it rests."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+from tracker.core.record import Record
+from tracker.store.batch import Passed
+
+FAILURES: Final = 2
+"""So many failures without one answer end a round: FLORA is down, and no run is to blame."""
+REST: Final = timedelta(seconds=1)
+LONGEST_REST: Final = timedelta(seconds=30)
+"""How long a workspace then rests: doubling from the first to the second."""
+
+
+@dataclass(slots=True, kw_only=True)
+class PollReport:
+    """What one round did.
+
+    Runs claimed, history pages and single reads made, runs settled, runs that could not be read
+    (FLORA's word that there is no such run is an answer). `more` is true where due runs were left
+    for the next round; `trouble` says why the round was broken off, if it was.
+    """
+
+    claimed: int = 0
+    pages: int = 0
+    reads: int = 0
+    settled: int = 0
+    failed: int = 0
+    more: bool = False
+    trouble: str | None = None
+
+    def count(self, passed: Passed) -> None:
+        """Count one run that went through the door, if that settled it."""
+        before, after = passed.before, passed.after
+        if after is not None and after.run.settled and not (before and before.run.settled):
+            self.settled += 1
+
+    def add(self, other: "PollReport") -> None:
+        """Add another round's figures."""
+        self.claimed += other.claimed
+        self.pages += other.pages
+        self.reads += other.reads
+        self.settled += other.settled
+        self.failed += other.failed
+        self.more = self.more or other.more
+        self.trouble = self.trouble or other.trouble
+
+
+@dataclass(slots=True)
+class Round:
+    """One round in one workspace: what is still to be read, and how FLORA does."""
+
+    open_runs: dict[str, Record]
+    answered: bool = False
+    failures: int = 0
+    refused: bool = False
+    trouble: str = ""
+
+    @property
+    def broken_off(self) -> bool:
+        """Whether nothing more is asked: FLORA refuses to be asked, or answers nothing at all."""
+        return self.refused or (self.failures >= FAILURES and not self.answered)
+
+    def fail(self, error: str) -> None:
+        """FLORA gave no answer, or a 5xx."""
+        self.failures += 1
+        self.trouble = error
+
+    def refuse(self, error: str) -> None:
+        """FLORA refuses the key, or any further request for now."""
+        self.refused = True
+        self.trouble = error
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """How often in a row FLORA answered nothing, and until when it is left alone."""
+
+    failures: int
+    until: datetime
+
+
+NO_REST: Final = Rest(0, datetime.min.replace(tzinfo=UTC))
