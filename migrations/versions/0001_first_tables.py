@@ -111,7 +111,7 @@ def upgrade() -> None:
             name=op.f("ck_runs_lease_has_holder_and_end"),
         ),
         sa.PrimaryKeyConstraint("run_id", name=op.f("pk_runs")),
-        postgresql_with={**BUSY, "fillfactor": "85"},
+        postgresql_with={"fillfactor": "85", **BUSY},
     )
     op.create_index("ix_runs_due", "runs", ["next_check_at"], **where("next_check_at IS NOT NULL"))
     op.create_index(
@@ -184,7 +184,7 @@ def upgrade() -> None:
         ),
         sa.CheckConstraint("receipts >= 1", name=op.f("ck_deliveries_receipts")),
         sa.PrimaryKeyConstraint("delivery_id", name=op.f("pk_deliveries")),
-        postgresql_with={**BUSY, "fillfactor": "85"},
+        postgresql_with={"fillfactor": "85", **BUSY},
     )
     op.create_index("ix_deliveries_newest", "deliveries", ["received_at", "delivery_id"])
     op.create_index(
@@ -225,6 +225,9 @@ def upgrade() -> None:
         "ix_starts_open", "starts", ["created_at"], **where("state IN ('stored', 'sent')")
     )
     op.create_index("ix_starts_run", "starts", ["run_id"])
+    op.create_index(
+        "ix_starts_unresolved", "starts", ["created_at"], **where("state = 'unresolved'")
+    )
     op.create_index("ix_starts_technique", "starts", ["technique_id", "created_at"])
     op.create_table(
         "sweeps",

@@ -64,7 +64,9 @@ class Database:
             return cls(parsed, engine, _SqliteWriter(parsed))
         writing = _postgres_engine(parsed, application_name)
         # The same pool: what differs is how the transaction begins.
-        reading = writing.execution_options(postgresql_readonly=True)
+        reading = writing.execution_options(
+            isolation_level="REPEATABLE READ", postgresql_readonly=True
+        )
         return cls(parsed, reading, _PostgresWriter(writing))
 
     async def close(self) -> None:
@@ -85,6 +87,7 @@ class Database:
     async def read(self) -> AsyncIterator[AsyncConnection]:
         """A connection in a transaction that cannot write, for as long as the block lasts.
 
+        All that is read within the block is of one moment.
         Raises `StoreUnavailable` where the database does not answer, `StoreError` for the rest.
         """
         try:

@@ -229,6 +229,7 @@ starts: Final = Table(
         "(lease_until IS NULL) = (lease_holder IS NULL)", name="lease_has_holder_and_end"
     ),
     _partial("ix_starts_open", "created_at", where="state IN ('stored', 'sent')"),
+    _partial("ix_starts_unresolved", "created_at", where="state = 'unresolved'"),
     Index("ix_starts_run", "run_id"),
     Index("ix_starts_technique", "technique_id", "created_at"),
 )

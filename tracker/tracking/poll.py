@@ -229,13 +229,13 @@ class Poller:
                 except (KeyRefused, RateLimited) as refusal:
                     course.refuse(str(refusal))
                     return
+                if reading.far_end_down:
+                    course.fail(reading.error)
+                else:
+                    course.answered = True
             report.reads += reading.reads
             for passed in await self._door.put_all(self._entries(workspace, record, reading)):
                 report.count(passed)
-            if reading.far_end_down:
-                course.fail(reading.error)
-            else:
-                course.answered = True
             if reading.observation is None and not reading.missing:
                 report.failed += 1
             course.open_runs.pop(record.run.run_id, None)
