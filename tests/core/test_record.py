@@ -120,6 +120,39 @@ def test_waits_grow_while_nothing_happens() -> None:
     assert record.checks == 12
 
 
+def test_a_page_read_for_others_puts_no_look_off() -> None:
+    """A list that shows a run which is not due leaves its time and its count of looks alone."""
+    record = after([started(), polled(RunStatus.RUNNING, at=30)])
+    page = Seen(observation=seen(Source.HISTORY, RunStatus.RUNNING, at=31))
+    assert after([page], record) is record
+    due = seconds(record.next_check_at)
+    late = Seen(observation=seen(Source.HISTORY, RunStatus.RUNNING, at=due + 1))
+    assert seconds(after([late], record).next_check_at) > due
+
+
+def test_lists_without_details_put_no_read_off() -> None:
+    """A run that has ended stays due for its details, however many pages show it without them."""
+    record = after([started(), callback(at=7)])
+    for at in range(8, 20):
+        item = Seen(observation=seen(Source.HISTORY, RunStatus.COMPLETED, at=at))
+        record = after([item], record)
+    assert seconds(record.next_check_at) <= 8
+
+
+def test_what_was_read_before_a_callback_puts_no_read_off() -> None:
+    """A read that began before the callback and is written after it leaves the run due at once."""
+    record = after([started(), callback(at=7), polled(RunStatus.RUNNING, at=6.9)])
+    assert seconds(record.next_check_at) == 7
+    assert record.checks == 1
+
+
+def test_a_failed_read_of_a_settled_run_is_only_counted() -> None:
+    """A read that failed after another way had settled the run leaves no error behind."""
+    failed = Unseen(run_id="run_1", at=START + timedelta(seconds=40), error="FLORA answered 503")
+    record = after([started(), polled(RunStatus.FAILED, at=31), failed])
+    assert (record.checks, record.last_error, record.tracking) == (2, None, Tracking.SETTLED)
+
+
 def test_an_end_without_details_is_read_at_once() -> None:
     """A history item that shows the end but not the details makes the run due now."""
     item = Seen(observation=seen(Source.HISTORY, RunStatus.COMPLETED, at=60))

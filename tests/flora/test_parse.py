@@ -21,10 +21,12 @@ from tracker.core.errors import (
     RateLimited,
     ServerFault,
 )
+from tracker.core.inputs import Port
 from tracker.core.merge import merge
 from tracker.core.observation import Observation, Source
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.flora import parse
+from tracker.flora.technique import ports, technique
 from tracker.flora.values import decode
 
 AT = datetime(2026, 6, 11, 12, tzinfo=UTC)
@@ -222,7 +224,7 @@ def test_outputs_that_are_none() -> None:
 def test_a_technique_keeps_unknown_fields() -> None:
     """A technique's inputs and outputs stay as FLORA wrote them."""
     inputs = [{"id": "p", "type": "text", "accepts_element": True, "new": [1]}, "junk"]
-    read = parse.technique({"technique_id": "tech_1", "run_cost": 0.25, "inputs": inputs})
+    read = technique({"technique_id": "tech_1", "run_cost": 0.25, "inputs": inputs})
     assert (read.name, read.description, read.run_cost) == ("tech_1", None, Decimal("0.25"))
     assert (read.inputs, read.outputs) == ((inputs[0],), ())
 
@@ -231,7 +233,65 @@ def test_a_technique_keeps_unknown_fields() -> None:
 def test_any_technique(payload: object) -> None:
     """Whatever stands in a technique, it is read or `FloraUnreadable`."""
     with suppress(FloraUnreadable):
-        assert parse.technique(payload).technique_id
+        assert technique(payload).ports is not None
+
+
+def test_what_a_start_has_to_know_of_an_input() -> None:
+    """Marks of the wrong kind count as not given, and a duration of 0 is none."""
+    full = {
+        "id": "clip",
+        "name": "Clip",
+        "type": "videoUrl",
+        "description": "A clip.",
+        "specified_aspect_ratio": "16:9",
+        "specified_duration": 5,
+        "allow_multiple": True,
+        "accepts_element": True,
+        "optional": True,
+    }
+    odd = {"id": "b", "type": 7, "specified_duration": 0, "allow_multiple": 1, "optional": "yes"}
+    assert ports([full, odd]) == (
+        Port(
+            id="clip",
+            type="videoUrl",
+            name="Clip",
+            description="A clip.",
+            optional=True,
+            several=True,
+            element=True,
+            aspect_ratio="16:9",
+            duration=5,
+        ),
+        Port(id="b"),
+    )
+
+
+def test_an_input_without_an_id_leaves_the_definition_unread() -> None:
+    """What is understood in part must not refuse what FLORA takes."""
+    assert ports([{"id": "a", "type": "text"}, {"type": "text"}]) == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "optional"),
+    [
+        ({}, False),
+        ({"optional": True}, True),
+        ({"required": False}, True),
+        ({"required": True, "description": "Optional."}, False),
+        ({"optional": False, "description": "Optional."}, False),
+        ({"description": "A style (optional)."}, True),
+        ({"description": "Optionally, a logo."}, True),
+        ({"description": "May be left empty."}, True),
+        ({"description": "Not required."}, True),
+        ({"description": "This is not optional."}, False),
+        ({"description": "The image on the left."}, False),
+        ({"description": 5}, False),
+    ],
+)
+def test_what_may_be_left_out(fields: dict[str, Any], optional: bool) -> None:
+    """A mark decides; without one the description may say it, and silence means needed."""
+    (port,) = ports([{"id": "a"} | fields])
+    assert port.optional is optional
 
 
 def test_a_bad_item_does_not_spoil_its_page() -> None:

@@ -5,10 +5,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
-import pytest
-
 from tests.store.making import NOW, callback, seen, started
-from tracker.core.errors import StoreError
 from tracker.core.observation import Source
 from tracker.store import starts
 from tracker.store.door import Door
@@ -26,7 +23,7 @@ async def reserve(
     technique: str = "tech_1",
     at: datetime = NOW,
     **others: Any,
-) -> tuple[StartRow, bool]:
+) -> StartRow:
     """Keep a key."""
     return await starts.reserve(
         db,
@@ -38,6 +35,17 @@ async def reserve(
     )
 
 
+async def mark(db: Database, key: str, state: StartState) -> StartRow:
+    """Bring a kept key to a state, as its holder."""
+    assert await starts.take(db, "default", key, "h", NOW, LEASE)
+    row = await starts.mark_sent(db, "default", key, holder="h", at=NOW, callback_url=None)
+    if state is not StartState.SENT:
+        row = await starts.mark(db, "default", key, holder="h", state=state, error={})
+    await starts.give_back(db, "default", key, "h")
+    assert row is not None
+    return row
+
+
 async def test_a_key_is_kept_once(db: Database, other_db: Database) -> None:
     """Of many requests with one key at the same moment one makes the row, and all see that row."""
     answers = await asyncio.gather(
@@ -46,14 +54,12 @@ async def test_a_key_is_kept_once(db: Database, other_db: Database) -> None:
             for number, each in enumerate([db, other_db] * 3)
         )
     )
-    (made,) = [row for row, created in answers if created]
-    assert {row for row, _ in [(row.fingerprint, created) for row, created in answers]} == {
-        made.fingerprint
-    }
+    assert len({row.fingerprint for row in answers}) == 1
+    made = answers[0]
     assert made.state is StartState.STORED
     assert await starts.get(db, "default", "key") == made
     assert await starts.get(db, "other slot", "key") is None
-    assert (await reserve(db, "key", slot="other slot"))[1]
+    assert (await reserve(db, "key", slot="other slot")).workspace_slot == "other slot"
 
 
 async def test_the_door_closes_a_start_with_its_run(door: Door, db: Database) -> None:
@@ -81,33 +87,62 @@ async def test_a_replayed_answer_closes_it_too(door: Door, db: Database) -> None
     assert row.run_id == "run_1"
 
 
-async def test_states_are_noted(db: Database) -> None:
-    """Sent keeps its moment; a refusal keeps FLORA's words and ends the right to send."""
+async def test_only_the_holder_writes_a_state(db: Database) -> None:
+    """Sent and refused are noted by who holds the key; whoever lost it is told so."""
     await reserve(db, "key")
-    await starts.take(db, "default", "key", "h", NOW, LEASE)
+    assert await starts.take(db, "default", "key", "h", NOW, LEASE)
     later = NOW + timedelta(seconds=1)
-    row = await starts.mark(db, "default", "key", state=StartState.SENT, at=later)
-    assert (row.state, row.sent_at, row.lease_holder) == (StartState.SENT, later, "h")
+    sent = await starts.mark_sent(db, "default", "key", holder="h", at=later, callback_url=None)
+    assert sent is not None
+    assert (sent.state, sent.sent_at, sent.in_use_since) == (StartState.SENT, later, later)
     words = {"status": 402, "code": "insufficient_credits", "message": "top up", "fields": []}
-    row = await starts.mark(db, "default", "key", state=StartState.REFUSED, error=words, at=later)
-    assert (row.state, row.error, row.lease_holder) == (StartState.REFUSED, words, None)
+    refused = StartState.REFUSED
+    assert await starts.mark(db, "default", "key", holder="x", state=refused, error=words) is None
+    row = await starts.mark(db, "default", "key", holder="h", state=refused, error=words)
+    assert row is not None
+    assert (row.state, row.error, row.lease_holder) == (refused, words, "h")
     assert row == await starts.get(db, "default", "key")
-    with pytest.raises(StoreError):
-        await starts.mark(db, "default", "never", state=StartState.SENT, at=later)
-    with pytest.raises(ValueError, match="door"):
-        await starts.mark(db, "default", "key", state=StartState.STARTED, at=later)
+    assert (
+        await starts.mark_sent(db, "default", "never", holder="h", at=later, callback_url=None)
+        is None
+    )
+
+
+async def test_a_key_in_use_keeps_its_first_request(db: Database) -> None:
+    """Sent again, a start keeps since when its key is in use and what it asked FLORA to call."""
+    await reserve(db, "key")
+    assert await starts.take(db, "default", "key", "h", NOW, LEASE)
+    first = await starts.mark_sent(
+        db, "default", "key", holder="h", at=NOW, callback_url="https://a.example"
+    )
+    later = NOW + timedelta(minutes=1)
+    again = await starts.mark_sent(
+        db, "default", "key", holder="h", at=later, callback_url="https://b.example"
+    )
+    assert first is not None
+    assert again is not None
+    assert (again.in_use_since, again.sent_at) == (NOW, later)
+    assert again.callback_url == "https://a.example"
+    await starts.mark(db, "default", "key", holder="h", state=StartState.REFUSED, error={})
+    anew = await starts.mark_sent(
+        db, "default", "key", holder="h", at=later, callback_url="https://b.example"
+    )
+    assert anew is not None
+    assert (anew.in_use_since, anew.callback_url) == (later, "https://b.example")
 
 
 async def test_what_became_a_run_stays_so(door: Door, db: Database) -> None:
     """A late answer of another attempt cannot reopen a start, and nobody may send it again."""
     await reserve(db, "key")
+    assert await starts.take(db, "default", "key", "h", NOW, LEASE)
     await door.put(replace(started("run_1"), slot="default", idempotency_key="key"))
-    row = await starts.mark(db, "default", "key", state=StartState.UNRESOLVED, at=NOW)
-    assert row.state is StartState.STARTED
+    unresolved = StartState.UNRESOLVED
+    assert await starts.mark(db, "default", "key", holder="h", state=unresolved, error={}) is None
     assert not await starts.take(db, "default", "key", "h", NOW, LEASE)
     await door.put(replace(started("run_2"), slot="default", idempotency_key="key"))
-    row = await starts.mark(db, "default", "key", state=StartState.SENT, at=NOW)
-    assert row.run_id == "run_1"
+    row = await starts.get(db, "default", "key")
+    assert row is not None
+    assert (row.state, row.run_id) == (StartState.STARTED, "run_1")
 
 
 async def test_one_process_sends_a_key(db: Database, other_db: Database) -> None:
@@ -135,11 +170,12 @@ async def test_open_starts_are_found(door: Door, db: Database) -> None:
     """What was kept before a moment and is neither started, refused nor unresolved is open."""
     for number, key in enumerate(["b", "a", "c", "d", "e"]):
         await reserve(db, key, at=NOW + timedelta(seconds=number))
-    await starts.mark(db, "default", "a", state=StartState.SENT, at=NOW)
-    await starts.mark(db, "default", "c", state=StartState.REFUSED, at=NOW)
+    await mark(db, "a", StartState.SENT)
+    await mark(db, "c", StartState.REFUSED)
     await door.put(replace(started("run_1"), slot="default", idempotency_key="d"))
     found = await starts.open_starts(db, NOW + timedelta(seconds=4))
     assert [row.idempotency_key for row in found] == ["b", "a"]
+    assert [row.idempotency_key for row in await starts.open_starts(db, NOW)] == []
 
 
 async def test_rival_starts_are_found(door: Door, db: Database) -> None:
@@ -147,11 +183,11 @@ async def test_rival_starts_are_found(door: Door, db: Database) -> None:
     await reserve(db, "mine")
     await reserve(db, "open")
     await reserve(db, "refused")
-    await starts.mark(db, "default", "refused", state=StartState.REFUSED, at=NOW)
+    await mark(db, "refused", StartState.REFUSED)
     await reserve(db, "elsewhere", slot="other")
     await reserve(db, "of another technique", technique="tech_2")
     await reserve(db, "unresolved")
-    await starts.mark(db, "default", "unresolved", state=StartState.UNRESOLVED, at=NOW)
+    await mark(db, "unresolved", StartState.UNRESOLVED)
     await reserve(db, "started")
     await door.put(replace(started("run_1"), slot="default", idempotency_key="started"))
     found = await starts.rivals(db, "default", "tech_1", "mine")

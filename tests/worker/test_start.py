@@ -15,6 +15,7 @@ from tracker.core.errors import (
     StartUnresolved,
 )
 from tracker.core.observation import Source
+from tracker.flora.client import FloraClient
 from tracker.simulator import Simulator
 from tracker.store import starts
 from tracker.tracking.start import StartRequest, fingerprint
@@ -143,9 +144,10 @@ async def reserve(services: Services, clock: HandClock, *, sent: bool = True) ->
         at=clock(),
     )
     if sent:
-        await starts.mark(
-            services.database, "default", key, state=starts.StartState.SENT, at=clock()
-        )
+        db, now = services.database, clock()
+        assert await starts.take(db, "default", key, "gone", now, timedelta(seconds=1))
+        await starts.mark_sent(db, "default", key, holder="gone", at=now, callback_url=None)
+        await starts.give_back(db, "default", key, "gone")
     return technique_id
 
 
@@ -157,7 +159,7 @@ async def test_a_run_whose_starter_died_is_found(
     clock.move(1)
     run = flora.start("icon-pack")
     clock.move(120)
-    assert await services.starter.recover() == 1
+    assert await services.recovery.recover() == 1
     record = await the_run(services, run.run_id)
     assert (record.source, record.inputs) == (Source.START, PROMPT)
     row = await starts.get(services.database, "default", "key-1")
@@ -171,12 +173,78 @@ async def test_a_start_that_was_never_sent_is_nothing(
     """A process that died before it sent its start leaves a key that may be used again."""
     await reserve(services, clock, sent=False)
     clock.move(120)
-    assert await services.starter.recover() == 0
+    assert await services.recovery.recover() == 0
     row = await starts.get(services.database, "default", "key-1")
     assert row is not None
     assert row.state == "refused"
     started = await services.starter.start(request())
     assert list(flora.world.runs) == [started.record.run.run_id]
+
+
+async def run_it(services: Services, technique_id: str) -> None:
+    """What the request of `reserve` did at FLORA before its process died."""
+    [workspace] = services.workspaces
+    await workspace.require_client().start_run(technique_id, inputs=PROMPT, idempotency_key="key-1")
+
+
+@pytest.mark.parametrize("trouble", ["rate_limit", "unreachable"])
+async def test_a_refusal_of_the_second_request_says_nothing_of_the_first(
+    services: Services, flora: Simulator, clock: HandClock, hurry: Hurry, trouble: str
+) -> None:
+    """A start in doubt stays in doubt while FLORA refuses to be asked; a day later it is found."""
+    await run_it(services, await reserve(services, clock))
+    clock.move(3)
+    services.starter._deadline = 0.5
+    hurry(services, flora, deadline=0.5)
+    [workspace] = services.workspaces
+    if trouble == "rate_limit":
+        flora.world.options = flora.world.options.with_rates({"rate_limit": 1.0})
+    else:
+        workspace.client = FloraClient(
+            base_url="http://127.0.0.1:9", api_key="sk_test", deadline=0.3, clock=clock
+        )
+    with pytest.raises(FloraError):
+        await services.starter.start(request())
+    row = await starts.get(services.database, "default", "key-1")
+    assert row is not None
+    assert row.state == "sent"
+    flora.world.options = flora.world.options.with_rates({"rate_limit": 0.0})
+    await workspace.require_client().aclose()
+    hurry(services, flora)
+    services.starter._deadline = 10
+    clock.move(25 * 3600)
+    assert (await services.starter.start(request())).replayed
+    assert len(flora.world.runs) == 1
+
+
+async def test_another_public_url_is_no_other_request(
+    services: Services, open_on: OpenServices, flora: Simulator, clock: HandClock, hurry: Hurry
+) -> None:
+    """A start in doubt is sent again as it was first sent, whatever the settings are now."""
+    await run_it(services, await reserve(services, clock))
+    clock.move(60)
+    other = await open_on(flora, tracker_public_url="http://127.0.0.1:9")
+    hurry(other, flora)
+    assert (await other.starter.start(request())).replayed
+    assert len(flora.world.runs) == 1
+
+
+async def test_a_key_used_again_after_a_refusal_is_in_use_from_then_on(
+    services: Services, flora: Simulator, clock: HandClock, hurry: Hurry
+) -> None:
+    """Runs that others began between a refusal and the next use of its key are not taken for it."""
+    hurry(services, flora)
+    flora.world.options = replace(flora.world.options, credits=0.0)
+    with pytest.raises(FloraRefusal):
+        await services.starter.start(request())
+    flora.world.options = replace(flora.world.options, credits=None)
+    clock.move(3600)
+    stranger = flora.start("icon-pack")
+    clock.move(3600)
+    flora.world.options = replace(flora.world.options, idempotency="conflict")
+    started = await services.starter.start(request())
+    assert not started.replayed
+    assert started.record.run.run_id != stranger.run_id
 
 
 async def test_a_run_that_somebody_else_accounts_for_is_not_taken(
@@ -192,9 +260,9 @@ async def test_a_run_that_somebody_else_accounts_for_is_not_taken(
     await services.tracker.track(tracked.run_id)
     await services.starter.start(request("key-2"))
     clock.move(120)
-    assert await services.starter.recover() == 0
+    assert await services.recovery.recover() == 0
     clock.move(1000)
-    assert await services.starter.recover() == 0
+    assert await services.recovery.recover() == 0
     row = await starts.get(services.database, "default", "key-1")
     assert row is not None
     assert row.state == "unresolved"

@@ -17,9 +17,14 @@
     │       ├── RateLimited         429 after all retries
     │       └── ServerFault         5xx after all retries
     ├── SignatureError              a callback that is not known to be FLORA's   (tracker.flora)
+    ├── MediaError                  a file behind a link cannot be had           (tracker.media)
+    │   ├── LinkRefused             it leads where no request is sent
+    │   └── MediaUnavailable        not now: another attempt may go on with it
+    ├── ShelfError                  the folder for files cannot be used          (tracker.media)
     └── StartError                  a run was not started
         ├── InvalidRequest          the caller's fault; `fields` says where
         ├── IdempotencyConflict     this key was used for another body; nothing was started
+        ├── StartUnderWay           another request is sending this key; ask again soon
         └── StartUnresolved         it cannot be told whether FLORA started it; never sent again
 
 Errors of other libraries are translated once, at the edge that calls them, with `from exc`. A
@@ -141,6 +146,10 @@ class InvalidRequest(StartError):
 
 class IdempotencyConflict(StartError):
     """The idempotency key was used before, for another body. Nothing was started."""
+
+
+class StartUnderWay(StartError):
+    """Another request is sending this idempotency key, or was when its process died. Ask again."""
 
 
 class StartUnresolved(StartError):

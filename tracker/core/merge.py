@@ -21,7 +21,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from tracker.core.observation import Observation
-from tracker.core.run import REGISTERS, Details, Output, Run, RunStatus, Standing
+from tracker.core.run import REGISTERS, Details, Output, Run, RunError, RunStatus, Standing
 
 _DIGIT: Final = {name: 3 * position for position, name in enumerate(REGISTERS)}
 
@@ -94,7 +94,7 @@ def _shown(seen: Observation, register: str) -> Any:
         return (
             None  # an empty list may mean that the details were left out: never an end of outputs
         )
-    if register == "error" and seen.status is not RunStatus.FAILED:
+    if register == "error" and (seen.status is not RunStatus.FAILED or value == RunError()):
         return None  # the reference's examples carry error fields even on pending runs
     return value
 

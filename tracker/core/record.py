@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from tracker.core.entry import Delivered, Entry, Seen, Unseen
+from tracker.core.entry import Delivered, Entry, Replayed, Seen, Unseen
 from tracker.core.merge import merge
 from tracker.core.observation import Source
 from tracker.core.run import Run, Tracking
@@ -18,6 +18,9 @@ from tracker.core.schedule import Durations, Policy, next_check
 
 LOST_AFTER_READS: Final = 5
 LOST_AFTER: Final = timedelta(hours=1)
+
+_API: Final = (Source.POLL, Source.HISTORY)
+"""Sources that show how a run stands at this moment."""
 
 DurationsOf = Callable[[str | None], Durations | None]
 """What is known of the durations of a technique, by its id."""
@@ -38,6 +41,7 @@ class Record:
     callback_at: datetime | None = None
     callback_expected: bool = False
     ended_via: Source | None = None
+    end_seen_at: datetime | None = None
     settled_at: datetime | None = None
     inputs: list[dict[str, Any]] | None = None
     next_check_at: datetime | None = None
@@ -73,11 +77,24 @@ def apply(
     """
     if isinstance(entry, Unseen):
         return None if record is None else _unseen(record, entry, policy)
+    if isinstance(entry, Replayed):
+        return _replayed(record, entry, policy, durations_of)
     if isinstance(entry, Delivered):
         if entry.observation is None:
             return record
         entry = Seen(observation=entry.observation)
     return _sighted(record, entry, policy, durations_of)
+
+
+def _replayed(
+    record: Record | None, entry: Replayed, policy: Policy, durations_of: DurationsOf
+) -> Record:
+    """As a callback that comes now, but for when it came: that is a fact of its receipt."""
+    after = _sighted(record, Seen(observation=entry.observation), policy, durations_of)
+    came = entry.delivery.received_at
+    if after.callback_at is not None and after.callback_at <= came:
+        return after
+    return replace(after, callback_at=came)
 
 
 def _sighted(
@@ -88,13 +105,10 @@ def _sighted(
     if record is None:
         record = Record(run=Run(run_id=seen.run_id), source=seen.source, first_seen_at=seen.at)
     run = merge(None if before is None else record.run, seen)
-    shown_by_api = seen.source in (Source.POLL, Source.HISTORY)
-    # A settled run on a history page is not looked at any more: nothing of its row changes.
-    looks = record.looks + 1 if shown_by_api and not run.settled else record.looks
     wants_read = seen.source in (Source.CALLBACK, Source.TRACK)
-    rose = run.standing > record.run.standing
-    if wants_read or (rose and run.standing.ended):
-        looks = 0
+    just_ended = run.standing.ended and run.standing > record.run.standing
+    looked = _is_a_look(before, entry, run)
+    looks = 0 if wants_read or just_ended else record.looks + looked
     after = replace(
         record,
         run=run,
@@ -104,6 +118,7 @@ def _sighted(
         callback_at=record.callback_at or (seen.at if seen.source is Source.CALLBACK else None),
         callback_expected=record.callback_expected or entry.callback_expected,
         ended_via=record.ended_via or (seen.source if run.standing.ended else None),
+        end_seen_at=record.end_seen_at or (seen.at if run.standing.ended else None),
         settled_at=(record.settled_at or seen.at) if run.settled else None,
         inputs=record.inputs if entry.inputs is None else entry.inputs,
         looks=looks,
@@ -111,11 +126,11 @@ def _sighted(
         missing=0,
         missing_since=None,
         lost=False,
-        last_error=None if shown_by_api else record.last_error,
+        last_error=None if seen.source in _API else record.last_error,
     )
-    if entry.claim is not None and entry.claim == record.lease_holder:
-        after = replace(after, lease_until=None, lease_holder=None)
-    if _keeps_its_time(before, after, shown_by_api=shown_by_api, wants_read=wants_read):
+    after = _given_back(after, entry.claim)
+    moves = looked or wants_read or just_ended or before is None or before.lost
+    if not moves and not run.settled:
         return after if after != record else record
     return replace(
         after,
@@ -132,20 +147,29 @@ def _sighted(
     )
 
 
-def _keeps_its_time(
-    before: Record | None, after: Record, *, shown_by_api: bool, wants_read: bool
-) -> bool:
-    """Whether the sight leaves the time of the next look as it was.
+def _is_a_look(before: Record | None, entry: Seen, run: Run) -> bool:
+    """Whether this sight stands for a look at the run, so that the next one may wait.
 
-    Only the answer to a start that comes after its run was heard of does: the run may be due
-    already.
+    A read made for it does, and a list read because it was due. A list read for others does so too
+    for a run that is new or due. Not for one that has ended, though: that waits for its details,
+    which the list does not have. And what was read before a callback came says nothing about after.
     """
-    if before is None or after.run.settled or before.lost:
+    seen = entry.observation
+    if run.settled or seen.source not in _API:
         return False
-    return not shown_by_api and not wants_read and before.run.standing.ended
+    if before is None:
+        return True
+    if before.callback_at is not None and seen.at < before.callback_at:
+        return False
+    if entry.reads or entry.claim is not None:
+        return True
+    due = before.next_check_at is not None and before.next_check_at <= seen.at
+    return due and not run.standing.ended
 
 
 def _unseen(record: Record, entry: Unseen, policy: Policy) -> Record:
+    if record.run.settled:  # meanwhile, by another way: the failure is nobody's any more
+        return _given_back(replace(record, checks=record.checks + entry.reads), entry.claim)
     after = replace(
         record,
         checks=record.checks + entry.reads,
@@ -161,8 +185,7 @@ def _unseen(record: Record, entry: Unseen, policy: Policy) -> Record:
             missing_since=since,
             lost=missing >= LOST_AFTER_READS and entry.at - since >= LOST_AFTER,
         )
-    if entry.claim is not None and entry.claim == record.lease_holder:
-        after = replace(after, lease_until=None, lease_holder=None)
+    after = _given_back(after, entry.claim)
     due = next_check(
         after.run,
         policy=policy,
@@ -172,3 +195,10 @@ def _unseen(record: Record, entry: Unseen, policy: Policy) -> Record:
         callback_expected=after.callback_expected,
     )
     return replace(after, next_check_at=None if after.lost else due)
+
+
+def _given_back(record: Record, claim: str | None) -> Record:
+    """The record without its lease, where `claim` holds it."""
+    if claim is None or claim != record.lease_holder:
+        return record
+    return replace(record, lease_until=None, lease_holder=None)

@@ -64,9 +64,14 @@ def wait_after(policy: Policy, run_id: str, looks: int) -> timedelta:
     The jitter takes up to a fifth off, so that runs started together drift apart. It is drawn from
     the run and the count, so that the same question has the same answer.
     """
+    return whole_wait(policy, looks) * (1 - 0.2 * _share(run_id, looks))
+
+
+def whole_wait(policy: Policy, looks: int) -> timedelta:
+    """The wait after the `looks`-th look (from 1), before the jitter takes its part."""
     doublings = min(looks - 1, 30)
     wait: timedelta = min(policy.interval * 2**doublings, policy.interval_max)
-    return wait * (1 - 0.2 * _share(run_id, looks))
+    return wait
 
 
 def next_check(

@@ -33,7 +33,8 @@ class BudgetState:
     """The budget at one moment, for people who watch it.
 
     `rate` is in requests a second, `None` while no limit was met; `paused` is how many seconds the
-    wait that FLORA asked for still lasts; `limited` counts its refusals.
+    wait that FLORA asked for still lasts; `limited` counts its refusals, and `waited` is how many
+    seconds all requests together have waited for leave.
     """
 
     concurrency: int
@@ -42,6 +43,7 @@ class BudgetState:
     rate: float | None
     paused: float
     limited: int
+    waited: float
 
 
 class Budget:
@@ -65,6 +67,7 @@ class Budget:
         self._asked = 0
         self._in_flight = 0
         self._limited = 0
+        self._waited = 0.0
         self._rate: float | None = None
         self._next_start = -math.inf
         self._paused_until = -math.inf
@@ -79,6 +82,7 @@ class Budget:
         """
         self._refuse_beyond(until)
         self._asked += 1
+        asked_at = self._monotonic()
         try:
             async with self._seats:
                 async with self._turn:  # one caller watches the clock, the others stand behind it
@@ -86,6 +90,7 @@ class Budget:
                         self._refuse_beyond(until)
                         await self._sleep(wait)
                     started = self._start()
+                self._waited += started - asked_at
                 self._in_flight += 1
                 try:
                     yield started
@@ -127,6 +132,7 @@ class Budget:
             rate=self._rate,
             paused=max(0.0, self._paused_until - self._monotonic()),
             limited=self._limited,
+            waited=self._waited,
         )
 
     def _wait(self) -> float:

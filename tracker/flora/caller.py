@@ -18,6 +18,7 @@ from datetime import timedelta
 from typing import Final, TypeVar
 
 import httpx
+import structlog
 
 from tracker.core.clock import Clock
 from tracker.core.errors import (
@@ -45,6 +46,8 @@ OnRequest = Callable[[str, int | None, float], None]
 _STARTS_REPEATED_AFTER: Final = (500, 503)
 _PAST_THE_KEY: Final = (400, 402, 404, 409, 422)
 """Refusals that FLORA gives only to a key that it takes."""
+log = structlog.get_logger(__name__)
+
 _NO_CONNECTION: Final = (
     httpx.ConnectError,
     httpx.ConnectTimeout,
@@ -194,13 +197,13 @@ class Caller:
     async def _exchange(self, call: Call) -> Answer:
         """Send the request once and read the answer, whatever its status."""
         began = self._monotonic()
-        status = None
+        status = request_id = None
         try:
             async with self._http.stream(
                 call.method, call.url, headers=call.headers, content=call.content
             ) as response:
                 body = await _bounded_body(response)
-            status = response.status_code
+            status, request_id = response.status_code, response.headers.get("request-id")
         except httpx.DecodingError as exc:
             raise FloraUnreadable(f"FLORA's answer to {call.endpoint} is garbled") from exc
         except (httpx.RequestError, OSError) as exc:
@@ -210,8 +213,16 @@ class Caller:
                 timed_out=isinstance(exc, httpx.TimeoutException),
             ) from exc
         finally:
+            seconds = self._monotonic() - began
+            log.debug(
+                "flora.request",
+                endpoint=call.endpoint,
+                status=status,
+                seconds=round(seconds, 3),
+                flora_request_id=request_id,
+            )
             if self._on_request is not None:
-                self._on_request(call.endpoint, status, self._monotonic() - began)
+                self._on_request(call.endpoint, status, seconds)
         return Answer(endpoint=call.endpoint, status=status, headers=response.headers, body=body)
 
     def _refusal(self, answer: Answer) -> FloraRefusal:
@@ -238,14 +249,35 @@ class Caller:
             self.clock_offset = date - self._clock()
         if isinstance(refusal, RateLimited):
             self.budget.limited(started)
+            log.info(
+                "flora.rate_limited",
+                endpoint=call.endpoint,
+                rate=self.budget.state().rate,
+                retry_after=refusal.retry_after,
+                flora_request_id=answer.request_id,
+            )
         elif answer.status < 500:
             self.budget.answered()
         if refusal is not None and refusal.retry_after is not None:
             self.budget.pause(refusal.retry_after)
-        if refusal is None or answer.status in _PAST_THE_KEY:
+        self._learn_of_key(call, refusal)
+
+    def _learn_of_key(self, call: Call, refusal: FloraRefusal | None) -> None:
+        """Let the breaker know, and the log where that opens or closes it."""
+        was_open = self.breaker.open
+        if refusal is None or refusal.status in _PAST_THE_KEY:
             self.breaker.accepted()
-        elif isinstance(refusal, KeyRefused) and (call.lists or answer.status == 401):
+            if was_open:
+                log.info("flora.key_accepted")
+        elif isinstance(refusal, KeyRefused) and (call.lists or refusal.status == 401):
             self.breaker.refused(refusal)
+            if not was_open:
+                log.error(
+                    "flora.key_refused",
+                    status=refusal.status,
+                    code=refusal.code,
+                    flora_request_id=refusal.request_id,
+                )
 
 
 def _repeatable(call: Call, error: FloraError) -> bool:

@@ -32,7 +32,8 @@ from tracker.flora.addresses import Addresses
 from tracker.flora.breaker import Breaker
 from tracker.flora.budget import Budget
 from tracker.flora.caller import Call, Caller, OnRequest
-from tracker.flora.parse import Page, Technique
+from tracker.flora.parse import Page
+from tracker.flora.technique import Technique, technique
 from tracker.flora.values import as_text
 
 DEADLINE: Final = 60.0
@@ -151,14 +152,14 @@ class FloraClient:
             lists=True,
         )
         answer = await self._caller.call(call, deadline=deadline)
-        return answer.read(partial(parse.page, key="techniques", read=parse.technique))
+        return answer.read(partial(parse.page, key="techniques", read=technique))
 
     async def get_technique(self, id_or_slug: str, *, deadline: float | None = None) -> Technique:
         """One technique."""
         url = self._addresses.url("techniques", id_or_slug)
         call = Call(endpoint="GET /techniques/{id}", url=url)
         answer = await self._caller.call(call, deadline=deadline)
-        return answer.read(parse.technique)
+        return answer.read(technique)
 
     async def start_run(
         self,
@@ -204,14 +205,17 @@ class FloraClient:
     async def get_run(
         self, technique_id: str, run_id: str, *, deadline: float | None = None
     ) -> Observation:
-        """A run of a technique (its id or slug)."""
+        """A run of a technique (its id or slug).
+
+        That the run is of this technique is the caller's word, not FLORA's, and no part of what was
+        seen.
+        """
         return await self._read_run(
             "GET /techniques/{id}/runs/{id}",
             self._addresses.url("techniques", technique_id, "runs", run_id),
             run_id,
             deadline,
             run_type="technique",
-            technique_id=_known_id(technique_id),
         )
 
     async def get_any_run(self, run_id: str, *, deadline: float | None = None) -> Observation:
@@ -262,7 +266,6 @@ class FloraClient:
         deadline: float | None,
         *,
         run_type: str | None = None,
-        technique_id: str | None = None,
     ) -> Observation:
         answer = await self._caller.call(Call(endpoint=endpoint, url=url), deadline=deadline)
         return answer.read(
@@ -272,7 +275,6 @@ class FloraClient:
                 at=self._clock(),
                 expect_run_id=run_id,
                 run_type=run_type,
-                technique_id=technique_id,
             )
         )
 

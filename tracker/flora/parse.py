@@ -1,4 +1,4 @@
-"""What FLORA says, in the tracker's words: the only file that knows the names of FLORA's fields.
+"""What FLORA says, in the tracker's words: here, and in `technique`, its fields have their names.
 
 Reading is tolerant. Fields and output types that nobody has heard of survive or are passed over,
 and an optional field of the wrong kind counts as not shown. Insisted on is only what nothing can be
@@ -9,7 +9,6 @@ other error is ever raised.
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from decimal import Decimal
 from hashlib import sha256
 from http import HTTPStatus
 from typing import Any, Final, Generic, TypeVar
@@ -48,21 +47,6 @@ _REFUSALS: Final[dict[int, type[FloraRefusal]]] = {
     404: NotFound,
     429: RateLimited,
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Technique:
-    """A technique of the catalogue. `run_cost` is USD for each run.
-
-    `inputs` and `outputs` are FLORA's own objects, with the fields that are unknown here.
-    """
-
-    technique_id: str
-    name: str
-    description: str | None
-    run_cost: Decimal | None
-    inputs: tuple[dict[str, Any], ...]
-    outputs: tuple[dict[str, Any], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,22 +128,6 @@ def run(
     )
 
 
-def technique(payload: object) -> Technique:
-    """A technique. Raises `FloraUnreadable` where it has no id."""
-    fields = _required(payload, "the technique")
-    technique_id = as_id(fields.get("technique_id"))
-    if technique_id is None:
-        raise FloraUnreadable("the technique has no technique_id")
-    return Technique(
-        technique_id=technique_id,
-        name=as_text(fields.get("name")) or technique_id,
-        description=as_text(fields.get("description")),
-        run_cost=as_dollars(fields.get("run_cost")),
-        inputs=as_objects(fields.get("inputs")),
-        outputs=as_objects(fields.get("outputs")),
-    )
-
-
 def page(payload: object, key: str, read: Callable[[object], T]) -> Page[T]:
     """A page whose items stand under `key`, each read by `read`.
 
@@ -237,7 +205,9 @@ def _end(event: dict[str, Any], at: datetime) -> Observation:
     data = _required(event.get("data"), "data")
     run_id = as_id(data.get("run_id"))
     if run_id is None:
-        raise FloraUnreadable("data has no run_id")
+        raise FloraUnreadable("data has no run_id that can be one")
+    if data.get("workspace_id") is not None and as_id(data["workspace_id"]) is None:
+        raise FloraUnreadable("data.workspace_id can be no workspace")
     if _status(data) is not status:
         raise FloraUnreadable("data.status does not agree with the type")
     return Observation(

@@ -5,6 +5,7 @@ nothing, so that one odd value never costs a whole answer. None of them knows a 
 """
 
 import json
+import math
 import re
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -15,6 +16,8 @@ import orjson
 from tracker.core.errors import FloraUnreadable
 
 LONGEST_ID: Final = 255
+_LONGEST_INTEGER: Final = 40
+"""Digits."""
 LARGEST_NUMBER: Final = 1e15
 """Beyond the year 9999 in milliseconds, and still exact as a float."""
 MILLISECONDS_FROM: Final = 1e11
@@ -33,9 +36,14 @@ def decode(body: bytes) -> object:
     except ValueError:
         pass
     try:
-        return json.loads(body.decode())
+        return json.loads(body.decode(), parse_int=_integer)
     except (ValueError, RecursionError) as exc:
         raise FloraUnreadable("the body is not JSON") from exc
+
+
+def _integer(digits: str) -> int | float:
+    """Python refuses to read integers of thousands of digits; nothing that FLORA counts is one."""
+    return int(digits) if len(digits) <= _LONGEST_INTEGER else math.inf
 
 
 def as_object(value: object) -> dict[str, Any]:

@@ -49,7 +49,8 @@ def read(
             run_id=callback.run_id,
             event_type=callback.event_type,
             api_version=callback.api_version,
-            workspace_id=named or workspace_id,
+            # Whose secret signed it: a replay goes by that, not by what the body claims.
+            workspace_id=workspace_id or named,
             created_at=callback.created_at,
             reason=reason if seen is None else None,
         ),

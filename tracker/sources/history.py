@@ -1,6 +1,6 @@
 """The run history, newest first, page by page, up to where the caller has seen enough."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from datetime import datetime
 from functools import partial
 from typing import Final, Literal
@@ -16,16 +16,22 @@ PAGE_SIZE: Final = 100
 
 
 def pages(
-    client: FloraClient, kind: Kind, *, technique_id: str | None = None
+    client: FloraClient,
+    kind: Kind,
+    *,
+    technique_id: str | None = None,
+    deadline: Callable[[], float] | None = None,
 ) -> AsyncGenerator[HistoryPage, None]:
     """Every page of the history from the newest run on, until the list ends.
 
     No filter on a status is ever set: runs that leave the filter while pages are read would pull
-    others past the reader. Raises `FloraUnreadable` where the list goes round in a circle, and
-    whatever the client raises.
+    others past the reader. `deadline` says before each page how many seconds it may take. Raises
+    `FloraUnreadable` where the list goes round in a circle, and whatever the client raises.
     """
     read = partial(client.history, kind=kind, limit=PAGE_SIZE, technique_id=technique_id)
-    return paging.pages(lambda cursor: read(cursor=cursor))
+    return paging.pages(
+        lambda cursor: read(cursor=cursor, deadline=None if deadline is None else deadline())
+    )
 
 
 def oldest(items: Sequence[Observation]) -> datetime | None:

@@ -24,7 +24,7 @@ class Verdict(Enum):
     NOTHING = "nothing"
     """FLORA refused it, or was not reached: nothing runs, nothing is paid."""
     CONFLICT = "conflict"
-    """422 `idempotency_conflict`: the key belongs to another body."""
+    """422 `idempotency_conflict` or 409 `conflict`: FLORA has something else under this key."""
     DUPLICATE = "duplicate"
     """409: the key was used before, and the answer does not say for which run."""
     DOUBT = "doubt"
@@ -71,6 +71,8 @@ async def start(
 
 def _verdict(error: FloraError) -> Verdict:
     match error:
+        case FloraRefusal(status=409, code="conflict"):
+            return Verdict.CONFLICT
         case FloraRefusal(status=409):
             return Verdict.DUPLICATE
         case FloraRefusal(status=422, code="idempotency_conflict"):

@@ -12,6 +12,7 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Select,
+    Update,
     delete,
     func,
     or_,
@@ -62,25 +63,25 @@ async def claim_due(
     return sorted(claimed, key=lambda record: (record.next_check_at or now, record.run.run_id))
 
 
-async def renew(db: Database, holder: str, until: datetime) -> int:
-    """Hold all that `holder` has claimed until then; returns how many runs."""
-    statement = (
-        update(runs)
-        .where(runs.c.next_check_at.is_not(None), runs.c.lease_holder == holder)
-        .values(lease_until=until)
-    )
+async def renew(db: Database, holder: str, run_ids: Sequence[str], until: datetime) -> int:
+    """Hold those of the runs that `holder` has claimed until then; returns how many."""
+    statement = _held(db, holder, run_ids).values(lease_until=until)
     return await db.write(lambda connection: connection.execute(statement).rowcount)
 
 
 async def release(db: Database, holder: str, run_ids: Sequence[str] | None = None) -> int:
     """Give back what `holder` has claimed, or of that only `run_ids`; returns how many runs."""
-    among = runs.c.next_check_at.is_not(None) if run_ids is None else runs.c.run_id.in_(run_ids)
-    statement = (
-        update(runs)
-        .where(among, runs.c.lease_holder == holder)
-        .values(lease_until=None, lease_holder=None)
-    )
+    statement = _held(db, holder, run_ids).values(lease_until=None, lease_holder=None)
     return await db.write(lambda connection: connection.execute(statement).rowcount)
+
+
+def _held(db: Database, holder: str, run_ids: Sequence[str] | None) -> Update:
+    """An update of what `holder` has claimed, which locks the rows in the door's order."""
+    among = runs.c.next_check_at.is_not(None) if run_ids is None else runs.c.run_id.in_(run_ids)
+    rows = select(runs.c.run_id).where(among, runs.c.lease_holder == holder)
+    if db.dialect == "postgresql":
+        rows = rows.order_by(runs.c.run_id).with_for_update()
+    return update(runs).where(runs.c.run_id.in_(rows))
 
 
 async def next_due_at(

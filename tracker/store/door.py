@@ -15,12 +15,13 @@ from typing import Final, Self
 import structlog
 from sqlalchemy import Connection
 
-from tracker.core.entry import Delivered, Entry
+from tracker.core.entry import Delivered, Entry, Replayed
 from tracker.core.errors import SchemaOutdated, StoreError, StoreUnavailable
 from tracker.core.record import DurationsOf
 from tracker.core.schedule import Policy
 from tracker.store.batch import Outcome, Passed, Rules, Statements, pass_batch
 from tracker.store.engine import Database
+from tracker.store.faults import StoreBusy
 from tracker.store.text import clean_entry
 
 MAX_BATCH_BYTES: Final = 8 * 1024 * 1024
@@ -30,6 +31,9 @@ PAUSE_SECONDS: Final = (0.05, 1.0)
 
 OnCommit = Callable[[Outcome], None]
 """Called in the event loop after each commit, before the callers are answered."""
+OnWrite = Callable[[int, float, Exception | None], None]
+"""Called after each attempt to commit: how many entries, in how many seconds, and what stopped it,
+if anything did."""
 
 log = structlog.get_logger(__name__)
 
@@ -59,6 +63,7 @@ class Door:
         max_waiting: int = 20_000,
         deadline: float = 7.0,
         on_commit: Sequence[OnCommit] = (),
+        on_write: Sequence[OnWrite] = (),
     ) -> None:
         self._db = db
         self._rules = Rules(policy, durations_of)
@@ -67,6 +72,7 @@ class Door:
         self._max_waiting = max_waiting
         self._deadline = deadline
         self._on_commit = tuple(on_commit)
+        self._on_write = tuple(on_write)
         self._queue: deque[_Waiting] = deque()
         self._flying: list[_Waiting] = []
         self._arrived = asyncio.Event()
@@ -132,7 +138,7 @@ class Door:
         return done
 
     def _refuse_if_full(self, more: int) -> None:
-        if self._closing or self._task is None:
+        if self._closing or self._task is None or self._task.done():
             raise StoreUnavailable("the tracker is not running, or is shutting down")
         if len(self._queue) + more > self._max_waiting:
             raise StoreUnavailable(
@@ -182,6 +188,9 @@ class Door:
         taken: list[_Waiting] = []
         size = 0
         while self._queue and len(taken) < self._max_batch and size < MAX_BATCH_BYTES:
+            if isinstance(self._queue[0].entry, Replayed):
+                # Alone: among others it would lock deliveries out of their order.
+                return taken or [self._queue.popleft()]
             waiting = self._queue.popleft()
             if isinstance(waiting.entry, Delivered):
                 size += len(waiting.entry.delivery.body)
@@ -198,11 +207,14 @@ class Door:
         while parts:
             loop = asyncio.get_running_loop()
             self._flying = [waiting for part in parts for waiting in part]
-            part = [each for each in parts.popleft() if each.expires > loop.time()]
+            part = self._still_waiting(parts.popleft(), loop.time())
             if not part:
                 continue
             try:
-                outcome = await self._db.write(partial(self._pass, part))
+                outcome = await self._write(part)
+            except StoreBusy as exc:
+                # A row that somebody else has locked holds up its own entry, and no other.
+                self._refuse_or_split(part, exc, parts)
             except (StoreUnavailable, SchemaOutdated) as exc:
                 if self._trouble is None:
                     log.warning("door.unavailable", error=str(exc))
@@ -221,6 +233,26 @@ class Door:
                 self._settle(part, outcome)
         self._flying = []
 
+    def _still_waiting(self, part: list[_Waiting], now: float) -> list[_Waiting]:
+        """Those whose time is not up; the others are answered here, as nothing else sees them."""
+        for waiting in part:
+            if waiting.expires <= now:
+                self._give_up(waiting)
+        return [waiting for waiting in part if waiting.expires > now]
+
+    async def _write(self, part: list[_Waiting]) -> Outcome:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        stopped_by: Exception | None = None
+        try:
+            return await self._db.write(partial(self._pass, part))
+        except Exception as exc:
+            stopped_by = exc
+            raise
+        finally:
+            for hook in self._on_write:
+                _tell(hook, len(part), loop.time() - began, stopped_by)
+
     def _pass(self, part: list[_Waiting], connection: Connection) -> Outcome:
         entries = [waiting.entry for waiting in part]
         return pass_batch(connection, entries, self._rules, self._statements)
@@ -229,8 +261,9 @@ class Door:
         self, part: list[_Waiting], error: Exception, parts: deque[list[_Waiting]]
     ) -> None:
         if len(part) > 1:
+            # Behind the parts that wait: theirs may be the good half.
             middle = len(part) // 2
-            parts.extendleft([part[middle:], part[:middle]])
+            parts.extend([part[:middle], part[middle:]])
             return
         (waiting,) = part
         if isinstance(error, StoreError):
@@ -244,13 +277,18 @@ class Door:
 
     def _settle(self, part: list[_Waiting], outcome: Outcome) -> None:
         for hook in self._on_commit:
-            try:
-                hook(outcome)
-            except Exception:
-                log.exception("door.hook_failed")
+            _tell(hook, outcome)
         for waiting, passed in zip(part, outcome.passed, strict=True):
             if not waiting.answer.done():
                 waiting.answer.set_result(passed)
+
+
+def _tell(hook: Callable[..., None], *what: object) -> None:
+    """Call a hook, whose own faults are no fault of the door."""
+    try:
+        hook(*what)
+    except Exception:
+        log.exception("door.hook_failed")
 
 
 def _statements(db: Database) -> Statements:

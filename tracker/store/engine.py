@@ -30,6 +30,9 @@ T = TypeVar("T")
 CONNECT_SECONDS: Final = 4.0
 STATEMENT_SECONDS: Final = 5.0
 """The server ends a statement after this long; the client gives up a second later."""
+LOCK_SECONDS: Final = 2.0
+"""How long one waits for a lock. The tracker's own transactions take milliseconds; a deadlock,
+which the server looks for after one second, has to show as what it is."""
 PING_SECONDS: Final = 3.0
 ATTEMPTS: Final = 6
 """How often a transaction that lost a race is done before it counts as unavailable."""
@@ -62,12 +65,17 @@ class Database:
         if parsed.dialect == "sqlite":
             engine = _sqlite_readers(parsed)
             return cls(parsed, engine, _SqliteWriter(parsed))
-        writing = _postgres_engine(parsed, application_name)
-        # The same pool: what differs is how the transaction begins.
-        reading = writing.execution_options(
+        # A pool each: however many read, the door finds a connection.
+        writing = _postgres_engine(parsed, application_name, connections=4)
+        reading = _postgres_engine(parsed, application_name, connections=8).execution_options(
             isolation_level="REPEATABLE READ", postgresql_readonly=True
         )
         return cls(parsed, reading, _PostgresWriter(writing))
+
+    @property
+    def engines(self) -> list[Engine]:
+        """All engines that send statements, for whoever watches them."""
+        return [self.engine.sync_engine, self._writer.engine]
 
     async def close(self) -> None:
         """Let what is being written finish, and close all connections."""
@@ -132,6 +140,7 @@ class _PostgresWriter:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
+        self.engine = engine.sync_engine
 
     async def run(self, work: Callable[[Connection], T]) -> T:
         async with self._engine.begin() as connection:
@@ -145,18 +154,18 @@ class _SqliteWriter:
     """Writes in one thread over one connection: SQLite has one writer at a time anyhow."""
 
     def __init__(self, url: DatabaseUrl) -> None:
-        self._engine = _sqlite_writer(url)
+        self.engine = _sqlite_writer(url)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sqlite-writer")
 
     async def run(self, work: Callable[[Connection], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, work)
 
     def _run(self, work: Callable[[Connection], T]) -> T:
-        with self._engine.begin() as connection:
+        with self.engine.begin() as connection:
             return work(connection)
 
     async def close(self) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._engine.dispose)
+        await asyncio.get_running_loop().run_in_executor(self._thread, self.engine.dispose)
         self._thread.shutdown()
 
 
@@ -203,7 +212,7 @@ async def connect_postgres(
         "application_name": application_name,
         "timezone": "UTC",
         "statement_timeout": milliseconds,
-        "lock_timeout": milliseconds,
+        "lock_timeout": str(int(LOCK_SECONDS * 1000)),
         "idle_in_transaction_session_timeout": milliseconds,
         # Compiling costs more than any of our statements takes.
         "jit": "off",
@@ -216,12 +225,12 @@ async def connect_postgres(
     )
 
 
-def _postgres_engine(url: DatabaseUrl, application_name: str) -> AsyncEngine:
+def _postgres_engine(url: DatabaseUrl, application_name: str, *, connections: int) -> AsyncEngine:
     engine = create_async_engine(
         "postgresql+asyncpg://",
         async_creator=partial(connect_postgres, url, application_name),
-        pool_size=5,
-        max_overflow=5,
+        pool_size=connections // 2,
+        max_overflow=connections - connections // 2,
         pool_timeout=STATEMENT_SECONDS,
         pool_use_lifo=True,
         **_COMMON,
@@ -253,6 +262,9 @@ def _sqlite_writer(url: DatabaseUrl) -> Engine:
         "BEGIN IMMEDIATE",
         *_DURABLE,
         "PRAGMA foreign_keys=ON",
+        # Keys come in no order, so that each checkpoint writes pages all over the file: do it at
+        # every 32 MB of the log, not at every 4.
+        "PRAGMA wal_autocheckpoint=8000",
     )
     return engine
 

@@ -13,10 +13,15 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from tracker.core.errors import SchemaOutdated, StoreError, StoreUnavailable
 
 
+class StoreBusy(StoreUnavailable):
+    """Somebody holds a lock for long, or a statement took too long: of several, one is to blame."""
+
+
 class WriteConflict(Exception):
     """Somebody else was quicker: roll the transaction back and do it again."""
 
 
+_BUSY: Final = frozenset({"55P03", "57014"})  # lock time-out, statement time-out
 _CONFLICTS: Final = frozenset({"40001", "40P01"})  # serialization failure, deadlock
 _UNAVAILABLE_CLASSES: Final = (
     "08",  # connection exception
@@ -31,7 +36,6 @@ _UNAVAILABLE: Final = frozenset(
         "25P03",  # idle in transaction for too long
         "25P04",  # transaction time-out
         "3D000",  # no such database
-        "55P03",  # a lock was not to be had in time
         "XX001",  # a damaged page
         "XX002",
     }
@@ -82,6 +86,8 @@ def translate(error: BaseException) -> StoreError:
     if state is not None:
         if state in _OUTDATED:
             return SchemaOutdated(f"{OUTDATED_ADVICE} ({what})")
+        if state in _BUSY:
+            return StoreBusy(f"the database is too busy: {what}")
         if state in _UNAVAILABLE or state in _CONFLICTS or state.startswith(_UNAVAILABLE_CLASSES):
             return StoreUnavailable(f"the database is not available: {what}")
         return StoreError(f"the database refuses this: {what}")

@@ -9,7 +9,7 @@ from typing import Any, Final
 from tracker.store.text import dump_json, load_json
 
 DUE: Final = "tracker_due"
-"""A run is to be read at once. The payload is the origin."""
+"""A look at some run was brought forward. The payload is the origin."""
 RUNS: Final = "tracker_runs"
 """Runs changed. The payload is a JSON list: the origin, then the runs' ids."""
 PAYLOAD_BYTES: Final = 7500
@@ -17,7 +17,7 @@ PAYLOAD_BYTES: Final = 7500
 
 
 def due_notice(origin: str) -> tuple[str, str]:
-    """Channel and payload that say: a run is due."""
+    """Channel and payload that say: look when the next run is due."""
     return DUE, origin
 
 

@@ -14,7 +14,6 @@ import structlog
 
 from tracker.store.batch import Outcome
 from tracker.store.engine import Database, connect_postgres
-from tracker.store.faults import FOREIGN
 from tracker.store.notices import DUE, RUNS, read_due, read_runs
 
 ALIVE_SECONDS: Final = 20.0
@@ -71,7 +70,7 @@ class Signals:
             await self._listening.wait()
 
     async def wait_due(self, timeout: float) -> bool:
-        """Wait until a run has become due, at most `timeout` seconds; whether one has.
+        """Wait until a look is brought forward, at most `timeout` seconds; whether one was.
 
         What happened since the last call counts, so that nothing is missed between two.
         """
@@ -106,17 +105,20 @@ class Signals:
     async def _listen(self) -> None:
         wait, longest = RETRY_SECONDS
         while True:
+            heard = False
             try:
                 connection = await connect_postgres(self._db.url, "tracker-signals")
                 try:
                     await self._listen_on(connection)
                 finally:
+                    heard = self._listening.is_set()
                     self._listening.clear()
                     connection.terminate()
-            except FOREIGN as exc:
+            except Exception as exc:
+                # Whatever the driver raises in a handshake: without this task nobody is told.
                 log.warning("signals.lost", error=type(exc).__name__)
+            wait = RETRY_SECONDS[0] if heard else min(wait * 2, longest)
             await asyncio.sleep(wait)
-            wait = min(wait * 2, longest) if not self._listening.is_set() else RETRY_SECONDS[0]
 
     async def _listen_on(self, connection: Any) -> None:
         gone = asyncio.Event()

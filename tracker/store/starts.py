@@ -2,13 +2,14 @@
 
 A start's states::
 
-    stored       the key is kept, the request has not left; leaves by SENT, REFUSED, UNRESOLVED
-    sent         the request has left; leaves by STARTED, REFUSED, UNRESOLVED
+    stored       the key is kept, nothing has left; leaves by SENT, or by REFUSED if it never will
+    sent         a request has left, and nobody knows more; leaves by every other state but STORED
     started      it became a run, which the row names; the door sets it, together with the run
-    refused      FLORA answered that it starts nothing; leaves only where the key is tried again
-    unresolved   nobody can tell; leaves by STARTED where the run is found after all
+    refused      nothing was started, and FLORA does not hold the key; leaves by SENT, sent anew
+    unresolved   nobody can tell; leaves by STARTED where the run is found, by SENT where it is
+                 asked for again while FLORA surely knows the key
 
-One process at a time sends a key: it holds the row's lease.
+One process at a time sends a key: it holds the row's lease, and only the holder writes the state.
 """
 
 from collections.abc import Sequence
@@ -17,10 +18,9 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, case, func, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from tracker.core.errors import StoreError
 from tracker.core.observation import Source
 from tracker.store.engine import Database
 from tracker.store.tables import runs, starts, word
@@ -47,6 +47,8 @@ class StartRow:
     inputs: list[dict[str, Any]]
     state: StartState
     created_at: datetime
+    in_use_since: datetime | None = None
+    callback_url: str | None = None
     sent_at: datetime | None = None
     run_id: str | None = None
     error: dict[str, Any] | None = None
@@ -63,8 +65,8 @@ async def reserve(
     fingerprint: str,
     inputs: list[dict[str, Any]],
     at: datetime,
-) -> tuple[StartRow, bool]:
-    """Keep the key, once: the row as it now is, and whether this call made it.
+) -> StartRow:
+    """Keep the key, once: the row as it now is.
 
     A row that was there stays as it is; whether it is the same request, the caller compares.
     """
@@ -81,11 +83,9 @@ async def reserve(
     statement = new.on_conflict_do_nothing().returning(*starts.c)
     existing = select(starts).where(_is(workspace_slot, idempotency_key))
 
-    def work(connection: Connection) -> tuple[StartRow, bool]:
+    def work(connection: Connection) -> StartRow:
         made = connection.execute(statement).first()
-        if made is not None:
-            return _row(made), True
-        return _row(connection.execute(existing).one()), False
+        return _row(connection.execute(existing).one() if made is None else made)
 
     return await db.write(work)
 
@@ -95,6 +95,24 @@ async def get(db: Database, slot: str, key: str) -> StartRow | None:
     async with db.read() as connection:
         found = (await connection.execute(select(starts).where(_is(slot, key)))).first()
     return None if found is None else _row(found)
+
+
+async def of_run(db: Database, run_id: str) -> StartRow | None:
+    """The start that became that run, the first where it answered several keys."""
+    statement = select(starts).where(starts.c.run_id == run_id).order_by(starts.c.created_at)
+    async with db.read() as connection:
+        found = (await connection.execute(statement.limit(1))).first()
+    return None if found is None else _row(found)
+
+
+async def of_keys(db: Database, slot: str, keys: Sequence[str]) -> dict[str, StartRow]:
+    """Those of the keys that have a start, by key; not more of them than one statement takes."""
+    statement = select(starts).where(
+        starts.c.workspace_slot == slot, starts.c.idempotency_key.in_(keys)
+    )
+    async with db.read() as connection:
+        rows = [_row(row) for row in await connection.execute(statement)]
+    return {row.idempotency_key: row for row in rows}
 
 
 async def take(
@@ -130,48 +148,68 @@ async def give_back(db: Database, slot: str, key: str, holder: str) -> None:
     await db.write(lambda connection: connection.execute(statement).rowcount)
 
 
+async def mark_sent(
+    db: Database, slot: str, key: str, *, holder: str, at: datetime, callback_url: str | None
+) -> StartRow | None:
+    """Note that a request is about to leave; the row as it now is, `None` if `holder` lost it.
+
+    `callback_url` is kept with the first request of a key, and every later one asks for the same:
+    FLORA takes another body under one key for a conflict.
+    """
+    fresh = starts.c.state.in_([word("stored"), word("refused")])
+    return await _mark(
+        db,
+        slot,
+        key,
+        holder,
+        state=StartState.SENT.value,
+        sent_at=at,
+        in_use_since=case((fresh, at), else_=starts.c.in_use_since),
+        callback_url=case((fresh, callback_url), else_=starts.c.callback_url),
+        error=None,
+    )
+
+
 async def mark(
     db: Database,
     slot: str,
     key: str,
     *,
+    holder: str,
     state: StartState,
-    at: datetime,
-    error: dict[str, Any] | None = None,
-) -> StartRow:
-    """Note how far a start has come, and return the row as it now is.
+    error: dict[str, Any],
+) -> StartRow | None:
+    """Note what is known of a start: the row as it now is, `None` if `holder` lost it.
 
-    `SENT` keeps the moment, the last where there are several; the others end the lease. A start
-    that became a run stays so. `STARTED` itself is set by the door alone, with the run. Raises
-    `StoreError` for a key that was never kept.
+    `STARTED` is set by the door alone, with the run.
     """
-    if state is StartState.STARTED:
-        raise ValueError("a start becomes a run through the door")
-    values: dict[str, Any] = {"state": state.value, "error": error}
-    if state is StartState.SENT:
-        values["sent_at"] = at
-    else:
-        values |= {"lease_until": None, "lease_holder": None}
-    statement = (
-        update(starts).where(_is(slot, key), starts.c.state != StartState.STARTED).values(**values)
-    )
-    existing = select(starts).where(_is(slot, key))
+    return await _mark(db, slot, key, holder, state=state.value, error=error)
 
-    def work(connection: Connection) -> StartRow:
-        connection.execute(statement)
-        found = connection.execute(existing).first()
-        if found is None:
-            raise StoreError(f"no start was kept under the key {key!r}")
-        return _row(found)
+
+async def _mark(db: Database, slot: str, key: str, holder: str, **values: Any) -> StartRow | None:
+    statement = (
+        update(starts)
+        .where(
+            _is(slot, key),
+            starts.c.state != StartState.STARTED,
+            starts.c.lease_holder == holder,
+        )
+        .values(**values)
+        .returning(*starts.c)
+    )
+
+    def work(connection: Connection) -> StartRow | None:
+        found = connection.execute(statement).first()
+        return None if found is None else _row(found)
 
     return await db.write(work)
 
 
 async def open_starts(db: Database, before: datetime) -> list[StartRow]:
-    """Starts kept before that moment of which it is not known what came of them, oldest first."""
+    """Starts last touched before that moment of which nobody knows what came of them."""
     statement = (
         select(starts)
-        .where(_open(), starts.c.created_at < before)
+        .where(_open(), func.coalesce(starts.c.sent_at, starts.c.created_at) < before)
         .order_by(starts.c.created_at, starts.c.idempotency_key)
     )
     async with db.read() as connection:

@@ -132,9 +132,14 @@ async def last_through(
     return found
 
 
-async def list_sweeps(db: Database, *, limit: int = 20) -> list[SweepRow]:
-    """The last sweeps of all workspaces, newest first."""
+async def list_sweeps(
+    db: Database, *, limit: int = 20, before: int | None = None
+) -> list[SweepRow]:
+    """The last sweeps of all workspaces, newest first; those `before` a number, where one is
+    given."""
     statement = select(sweeps).order_by(sweeps.c.id.desc()).limit(limit)
+    if before is not None:
+        statement = statement.where(sweeps.c.id < before)
     async with db.read() as connection:
         return [_row(row) for row in await connection.execute(statement)]
 

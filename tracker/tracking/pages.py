@@ -1,6 +1,7 @@
 """What a history page tells of its workspace, and when reading one is cheaper than single reads."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import datetime
 
 from tracker.core.observation import Observation
@@ -9,16 +10,30 @@ from tracker.core.run import RunStatus
 from tracker.tracking.workspaces import Workspace
 
 
-def learn_from_page(workspace: Workspace, items: Iterable[Observation]) -> None:
-    """Take from a page what it tells of the workspace: its id, and whether lists carry details."""
+def taken_over(workspace: Workspace, items: Iterable[Observation]) -> list[Observation]:
+    """A page's items as the workspace's, which learns from them in turn.
+
+    It learns its id, and whether its lists carry details. An item that names no workspace is its
+    own: a key belongs to one workspace, so what it reads does too.
+    """
     completed = with_details = 0
+    taken = []
     for item in items:
         workspace.learn(item.workspace_id)
+        taken.append(owned(workspace, item))
         if item.status is RunStatus.COMPLETED:
             completed += 1
             with_details += bool(item.details)
     if completed:
         workspace.lists_carry_details = 2 * with_details >= completed
+    return taken
+
+
+def owned(workspace: Workspace, seen: Observation) -> Observation:
+    """What was read with the workspace's key, as its own where it names none."""
+    if seen.workspace_id is not None or workspace.workspace_id is None:
+        return seen
+    return replace(seen, workspace_id=workspace.workspace_id)
 
 
 def listable(records: Iterable[Record], workspace: Workspace) -> list[Record]:

@@ -6,13 +6,14 @@ runs more; what is still open then, and what a list shows without its details, i
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import structlog
+from structlog.contextvars import bound_contextvars
 
 from tracker.core.clock import Clock
 from tracker.core.entry import Entry, Seen, Unseen
@@ -25,7 +26,7 @@ from tracker.store import claims
 from tracker.store.door import Door
 from tracker.store.engine import Database
 from tracker.tracking.durations import DurationBook
-from tracker.tracking.pages import learn_from_page, listable, pays
+from tracker.tracking.pages import listable, owned, pays, taken_over
 from tracker.tracking.rounds import LONGEST_REST, NO_REST, REST, PollReport, Rest, Round
 from tracker.tracking.workspaces import Workspace, Workspaces
 
@@ -34,10 +35,14 @@ CLAIM: Final = 100
 SINGLE_READS: Final = 16
 """So many runs are read alone in one round; the rest is given back and due in the next, so that no
 process sits on work that another could do."""
+PAGE_SECONDS: Final = 30.0
+"""How long one page may take, repetitions included."""
 LEASE: Final = timedelta(seconds=30)
 """A claim that was not given back, because its process died, runs out after this."""
 RENEW_AFTER: Final = 10.0
 """Seconds after which a round that is still under way (FLORA is slow) holds its claims longer."""
+
+T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
@@ -71,7 +76,7 @@ class Poller:
         """
         report = PollReport()
         rounds = [self._poll_workspace(workspace) for workspace in self._readable()]
-        for one in await asyncio.gather(*rounds):
+        for one in await _all_of(rounds):
             report.add(one)
         return report
 
@@ -105,7 +110,8 @@ class Poller:
         if workspace is None or workspace.client is None or record.run.settled:
             return record
         try:
-            reading = await read_run(workspace.client, record.run)
+            with bound_contextvars(run_id=record.run.run_id, workspace_id=workspace.name):
+                reading = await read_run(workspace.client, record.run)
         except (KeyRefused, RateLimited) as refusal:
             return replace(record, last_error=str(refusal))
         passed = await self._door.put_all(self._entries(workspace, record, reading))
@@ -127,10 +133,10 @@ class Poller:
         report = PollReport(claimed=len(due))
         if not due:
             return report
-        await self._durations.learn(record.run.technique_id for record in due)
         course = Round(open_runs={record.run.run_id: record for record in due})
-        renewing = asyncio.create_task(self._renew())
+        renewing = asyncio.create_task(self._renew(course))
         try:
+            await self._durations.learn(record.run.technique_id for record in due)
             await self._read_pages(workspace, course, report)
             await self._read_alone(workspace, course, report)
         finally:
@@ -159,12 +165,14 @@ class Poller:
             rest_seconds=rest.total_seconds(),
         )
 
-    async def _renew(self) -> None:
-        """Hold what this process claims for as long as the round takes."""
+    async def _renew(self, course: Round) -> None:
+        """Hold what is still to be read for as long as the round takes."""
         while True:
             await asyncio.sleep(RENEW_AFTER)
             try:
-                await claims.renew(self._database, self._holder, self._clock() + LEASE)
+                await claims.renew(
+                    self._database, self._holder, list(course.open_runs), self._clock() + LEASE
+                )
             except StoreError as error:
                 log.warning("poll.claims_not_renewed", error=str(error))
 
@@ -175,7 +183,9 @@ class Poller:
             return
         newer: datetime | None = None
         try:
-            async with aclosing(history.pages(workspace.require_client(), "technique")) as pages:
+            client = workspace.require_client()
+            listed = history.pages(client, "technique", deadline=lambda: PAGE_SECONDS)
+            async with aclosing(listed) as pages:
                 async for page in pages:
                     report.pages += 1
                     course.answered = True
@@ -199,20 +209,22 @@ class Poller:
         report: PollReport,
     ) -> None:
         """Take a page through the door; what it shows ended without details stays claimed."""
-        learn_from_page(workspace, items)
-        lean = {item.run_id for item in items if item.status.ended and not item.details}
-        answered = {item.run_id for item in items} - lean
+        taken = taken_over(workspace, items)
+        lean = {item.run_id for item in taken if item.status.ended and not item.details}
+        answered = course.open_runs.keys() - lean
         passed = await self._door.put_all(
             [
                 Seen(observation=item, claim=self._holder if item.run_id in answered else None)
-                for item in items
+                for item in taken
             ]
         )
-        for item, one in zip(items, passed, strict=True):
+        for item, one in zip(taken, passed, strict=True):
             report.count(one)
-            if item.run_id in answered:
-                course.open_runs.pop(item.run_id, None)
-            elif item.run_id in course.open_runs and one.after is not None:
+            if item.run_id not in course.open_runs:
+                continue
+            if item.run_id not in lean:
+                del course.open_runs[item.run_id]
+            elif one.after is not None:
                 course.open_runs[item.run_id] = one.after
 
     async def _read_alone(self, workspace: Workspace, course: Round, report: PollReport) -> None:
@@ -225,7 +237,8 @@ class Poller:
                 if course.broken_off:
                     return  # it stays open, and is given back
                 try:
-                    reading = await read_run(client, record.run)
+                    with bound_contextvars(run_id=record.run.run_id, workspace_id=workspace.name):
+                        reading = await read_run(client, record.run)
                 except (KeyRefused, RateLimited) as refusal:
                     course.refuse(str(refusal))
                     return
@@ -241,12 +254,13 @@ class Poller:
             course.open_runs.pop(record.run.run_id, None)
 
         alone = list(course.open_runs.values())[:SINGLE_READS]
-        await asyncio.gather(*(read(record) for record in alone))
+        await _all_of([read(record) for record in alone])
 
     def _entries(self, workspace: Workspace, record: Record, reading: Reading) -> list[Entry]:
         """What a reading says of its run, and of the runs that it showed on the way."""
-        learn_from_page(workspace, reading.beside)
-        entries: list[Entry] = [Seen(observation=item) for item in reading.beside]
+        entries: list[Entry] = [
+            Seen(observation=item) for item in taken_over(workspace, reading.beside)
+        ]
         if reading.observation is None:
             return [
                 *entries,
@@ -259,7 +273,15 @@ class Poller:
                     claim=self._holder,
                 ),
             ]
-        seen = reading.observation
-        if seen.workspace_id is None:  # a key belongs to one workspace, so what it reads does too
-            seen = replace(seen, workspace_id=workspace.workspace_id)
+        seen = owned(workspace, reading.observation)
         return [*entries, Seen(observation=seen, reads=reading.reads, claim=self._holder)]
+
+
+async def _all_of(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Do all of it at the same time. Where one fails the others are ended, and its error raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one) for one in work]
+    except BaseExceptionGroup as failed:
+        raise failed.exceptions[0] from failed
+    return [task.result() for task in tasks]

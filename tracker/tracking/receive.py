@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from structlog.contextvars import bind_contextvars
+
 from tracker.core.clock import Clock
 from tracker.core.entry import DeliveryOutcome
 from tracker.core.errors import SettingsError
@@ -16,12 +18,18 @@ class NoSecrets(SettingsError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Received:
-    """What became of a callback that is now on disk."""
+    """What became of a callback that is now on disk.
+
+    `workspace` and `secret` tell who signed it: the secret's position, from 1, among those of the
+    workspace.
+    """
 
     delivery_id: str
     run_id: str | None
     outcome: DeliveryOutcome
     repeated: bool
+    workspace: str
+    secret: int
     reason: str | None = None
 
 
@@ -54,12 +62,15 @@ class Receiver:
         secret = callback.authenticate(
             body, signature, self._secrets, now=now, tolerance=self._tolerance
         )
-        workspace = self._workspaces.signed_by(secret)
-        delivered = callback.read(
-            body, at=now, webhook_id=webhook_id, workspace_id=workspace.workspace_id
-        )
-        passed = await self._door.put(delivered)
+        for workspace in self._workspaces.signed_by(secret):
+            delivered = callback.read(
+                body, at=now, webhook_id=webhook_id, workspace_id=workspace.workspace_id
+            )
+            if delivered.observation is not None:
+                break  # of several with one secret, it is the one that the callback speaks of
         delivery = delivered.delivery
+        bind_contextvars(delivery_id=delivery.delivery_id, run_id=delivery.run_id)
+        passed = await self._door.put(delivered)
         if delivered.observation is not None:
             workspace.learn(delivered.observation.workspace_id)
         return Received(
@@ -67,5 +78,7 @@ class Receiver:
             run_id=delivery.run_id,
             outcome=delivery.outcome,
             repeated=passed.repeated,
+            workspace=workspace.name,
+            secret=workspace.secrets.index(secret) + 1,
             reason=delivery.reason,
         )

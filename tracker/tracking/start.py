@@ -1,14 +1,17 @@
 """Starting a run so that nothing is paid for twice and nothing paid for is lost.
 
 A start's idempotency key is in the ledger before the request leaves. Whatever happens then, the
-ledger row ends in one of three ways: *started* (the run is tracked), *refused* (FLORA started
-nothing; the key may be sent again), or *unresolved* (it cannot be told; visible, and never sent
+ledger row ends in one of three ways: *started* (the run is tracked), *refused* (nothing was
+started; the key may be sent again), or *unresolved* (it cannot be told; visible, and never sent
 again by itself).
 
 FLORA keeps a key for 24 hours by one account and for two by another, and answers its second use
 either with the first answer or with a 409 that names no run. So within the shorter time the key is
 simply sent again, and the history is searched for the original where that brings a 409, and before
 anything is sent where the key may have been forgotten.
+
+Once a request may have acted, no later answer makes that undone: a refusal of the second request
+says nothing about the first.
 """
 
 import asyncio
@@ -16,7 +19,7 @@ import hashlib
 import json
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
 from uuid import uuid4
@@ -24,39 +27,34 @@ from uuid import uuid4
 import structlog
 
 from tracker.core.clock import Clock
-from tracker.core.entry import Seen
 from tracker.core.errors import (
-    FloraError,
     FloraRefusal,
+    FloraUnreachable,
     IdempotencyConflict,
+    StartUnderWay,
     StartUnresolved,
-    StoreError,
 )
-from tracker.core.observation import Observation, Source
 from tracker.core.record import Record
 from tracker.flora.client import check_idempotency_key
 from tracker.sources import start as source
 from tracker.sources.start import Verdict
 from tracker.store import read, starts
-from tracker.store.door import Door
 from tracker.store.engine import Database
 from tracker.store.starts import StartRow, StartState
 from tracker.tracking.catalogue import Catalogue
 from tracker.tracking.durations import DurationBook
-from tracker.tracking.originals import find_original
+from tracker.tracking.ledger import HeldStart, described, holding
+from tracker.tracking.originals import Originals
+from tracker.tracking.recover import NOT_TOLD
 from tracker.tracking.workspaces import Workspace, Workspaces
 
 KEY_KEPT: Final = timedelta(minutes=110)
 """So long FLORA surely remembers a key: the shorter of its two accounts, less a margin."""
-SENDING: Final = timedelta(seconds=90)
-"""How long one process holds a key while it sends it; longer than any one start takes."""
 PAUSES: Final = (2.0, 5.0, 10.0)
 """Seconds before a start in doubt is sent again: two requests with one key at the same moment may
-both run, so the first is given time to be done."""
+both run, so the one before is given time to be done."""
 LOOKS: Final = (0.0, 1.0, 2.0, 4.0, 8.0)
 """Seconds before each look into the history for an original: it may be listed late."""
-IN_DOUBT_FOR: Final = timedelta(minutes=15)
-"""How long a start whose caller is gone is looked for before it counts as unresolved."""
 
 log = structlog.get_logger(__name__)
 
@@ -80,33 +78,34 @@ class Started:
 
 
 class Starter:
-    """Starts runs. `deadline` is how many seconds one start may take, waits and repeats included.
+    """Starts runs.
 
-    `callback_url` is what FLORA is told to call; `None` for polling only. `holder` names the
-    process.
+    `callback_url` is what FLORA is told to call; `None` for polling only. `process` names this
+    process in the ledger. `deadline` is how many seconds one start is tried: what is under way then
+    is still brought to its answer.
     """
 
     def __init__(
         self,
         *,
         database: Database,
-        door: Door,
         workspaces: Workspaces,
         catalogue: Catalogue,
         durations: DurationBook,
+        originals: Originals,
         callback_url: str | None,
-        holder: str,
+        process: str,
         clock: Clock,
         deadline: float,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._database = database
-        self._door = door
         self._workspaces = workspaces
         self._catalogue = catalogue
         self._durations = durations
+        self._originals = originals
         self._callback_url = callback_url
-        self._holder = holder
+        self._process = process
         self._clock = clock
         self._deadline = deadline
         self._sleep = sleep
@@ -114,18 +113,18 @@ class Starter:
     async def start(self, request: StartRequest) -> Started:
         """Start a run, or return the one that this key started.
 
-        Raises `InvalidRequest` (workspace, key), `IdempotencyConflict`, `StartUnresolved`,
-        `SettingsError` without a key, `StoreUnavailable`, and the `FloraError` tree for what FLORA
-        answered.
+        Raises `InvalidRequest` (workspace, key, inputs), `IdempotencyConflict`, `StartUnresolved`,
+        `SettingsError` without an API key, `StoreUnavailable`, and the `FloraError` tree for what
+        FLORA answered.
         """
         workspace = self._workspaces.pick(request.workspace_id)
         workspace.require_client()
-        technique_id = await self._catalogue.technique_id(workspace, request.technique)
-        await self._durations.learn([technique_id])
         key = f"trk-{uuid4()}" if request.idempotency_key is None else request.idempotency_key
         check_idempotency_key(key)
         give_up = time.monotonic() + self._deadline
-        row, _ = await starts.reserve(
+        technique_id = await self._technique_id(workspace, request, key)
+        await self._durations.learn([technique_id])
+        row = await starts.reserve(
             self._database,
             workspace_slot=workspace.slot,
             idempotency_key=key,
@@ -138,195 +137,127 @@ class Starter:
             raise IdempotencyConflict(
                 f"idempotency key {key!r} was used before for another technique or other inputs"
             )
-        call = f"{self._holder}:{uuid4()}"
-        row = await self._take(row, call, give_up)
-        if row.state is StartState.STARTED:
-            return Started(record=await self._record(row), replayed=True)
-        # Whoever finds that nothing was sent, or that FLORA refused it, is the first to start it.
-        first = row.state in (StartState.STORED, StartState.REFUSED)
-        try:
-            started = await self._resolve(workspace, row, first=first, give_up=give_up)
-        finally:
-            await starts.give_back(self._database, row.workspace_slot, row.idempotency_key, call)
-        return started
-
-    async def recover(self) -> int:
-        """Find the runs of starts whose caller is gone; returns how many were found.
-
-        Nothing is sent. A start that stays in doubt is marked unresolved.
-        """
-        found = 0
-        now = self._clock()
-        for row in await starts.open_starts(self._database, now - SENDING):
-            workspace = next(
-                (one for one in self._workspaces if one.slot == row.workspace_slot), None
-            )
-            if workspace is None or workspace.client is None:
-                continue
-            call = f"{self._holder}:{uuid4()}"
-            if not await starts.take(
-                self._database, row.workspace_slot, row.idempotency_key, call, now, SENDING
-            ):
-                continue
-            try:
-                if row.state is StartState.STORED:
-                    await self._mark(row, StartState.REFUSED, {"message": _NEVER_SENT})
-                elif (original := await find_original(self._database, workspace, row)) is not None:
-                    await self._adopt(workspace, row, original)
-                    found += 1
-                elif now - row.created_at >= IN_DOUBT_FOR:
-                    await self._mark(
-                        row, StartState.UNRESOLVED, row.error or {"message": _NOT_TOLD}
-                    )
-                    log.error(
-                        "start.unresolved", key=row.idempotency_key, technique_id=row.technique_id
-                    )
-            except FloraError as error:
-                log.warning("start.recovery_failed", key=row.idempotency_key, error=str(error))
-            finally:
-                await starts.give_back(
-                    self._database, row.workspace_slot, row.idempotency_key, call
-                )
-        return found
-
-    async def _take(self, row: StartRow, call: str, give_up: float) -> StartRow:
-        """Hold the key alone, or wait until whoever holds it is done. Returns the row as it is
-        then."""
         pause = 0.05
         while row.state is not StartState.STARTED:
-            now = self._clock()
-            if await starts.take(
-                self._database, row.workspace_slot, row.idempotency_key, call, now, SENDING
-            ):
-                return await self._row(row)
-            if time.monotonic() >= give_up:
-                raise StartUnresolved(
-                    f"another request is still sending idempotency key {row.idempotency_key!r}: "
-                    "ask again later"
+            async with holding(self._database, row, self._process, self._clock) as held:
+                if held is not None and held.row.state is not StartState.STARTED:
+                    try:
+                        return await self._bring_to_an_end(workspace, held, give_up)
+                    except FloraRefusal as refusal:
+                        await self._catalogue.refused(technique_id, refusal)
+                        raise
+            if held is None and time.monotonic() >= give_up:
+                raise StartUnderWay(
+                    f"another request is still sending idempotency key {key!r}: ask again soon"
                 )
             await self._sleep(pause)
             pause = min(pause * 1.5, 1.0)
-            row = await self._row(row)
-        return row
+            row = await starts.get(self._database, workspace.slot, key) or row
+        return Started(record=await self._record(row), replayed=True)
 
-    async def _resolve(
-        self, workspace: Workspace, row: StartRow, *, first: bool, give_up: float
+    async def _technique_id(self, workspace: Workspace, request: StartRequest, key: str) -> str:
+        """What to start, its inputs checked: before the key is kept, or it could not be mended.
+
+        A key that may have been sent is not checked: whatever the definition says by now, its
+        answer is that start's.
+        """
+        before = await starts.get(self._database, workspace.slot, key)
+        if before is not None and before.state not in (StartState.STORED, StartState.REFUSED):
+            return await self._catalogue.technique_id(workspace, request.technique)
+        return await self._catalogue.checked(
+            workspace, request.technique, request.inputs, deadline=self._deadline
+        )
+
+    async def _bring_to_an_end(
+        self, workspace: Workspace, held: HeldStart, give_up: float
     ) -> Started:
-        """Bring a key that this call holds to an end, by the history or by sending it."""
-        if row.state is StartState.STARTED:
-            return Started(record=await self._record(row), replayed=True)
-        forgotten = self._clock() - row.created_at >= KEY_KEPT
-        in_doubt = row.state is StartState.SENT
-        if row.state is StartState.UNRESOLVED or (in_doubt and forgotten):
+        """Find out what became of a key, by the history or by sending it."""
+        row = held.row
+        fresh = row.state in (StartState.STORED, StartState.REFUSED)
+        forgotten = self._clock() - (row.in_use_since or row.created_at) >= KEY_KEPT
+        if not fresh and (forgotten or row.state is StartState.UNRESOLVED):
             duplicate = (row.error or {}).get("status") == 409
-            return await self._adopt_original(
-                workspace, row, give_up, send_again=not forgotten and not duplicate, first=first
-            )
-        return await self._send(workspace, row, first=first, give_up=give_up)
+            looks = LOOKS if forgotten or duplicate else LOOKS[:1]
+            found = await self._look(workspace, held, looks, give_up)
+            if found is not None:
+                return Started(record=found, replayed=True)
+            if forgotten or duplicate:
+                raise await self._unresolved(held)
+        return await self._send(workspace, held, fresh=fresh, give_up=give_up)
 
     async def _send(
-        self, workspace: Workspace, row: StartRow, *, first: bool, give_up: float
+        self, workspace: Workspace, held: HeldStart, *, fresh: bool, give_up: float
     ) -> Started:
-        """Send the start until it is known what became of it, or the time is up."""
+        """Send the start until it is known what became of it, or the time is up.
+
+        `fresh` tells that no request of this key can have acted yet.
+        """
+        in_doubt = not fresh
+        if held.row.sent_at is not None and in_doubt:
+            since = (self._clock() - held.row.sent_at).total_seconds()
+            await self._sleep(min(max(PAUSES[0] - since, 0.0), PAUSES[0]))
         pauses = iter(PAUSES)
-        attempts = 0
         while True:
-            attempts += 1
-            await starts.mark(
-                self._database,
-                row.workspace_slot,
-                row.idempotency_key,
-                state=StartState.SENT,
-                at=self._clock(),
-            )
+            await held.about_to_send(self._callback_url)
             answer = await source.start(
                 workspace.require_client(),
-                row.technique_id,
-                inputs=row.inputs,
-                idempotency_key=row.idempotency_key,
-                callback_url=self._callback_url,
+                held.row.technique_id,
+                inputs=held.row.inputs,
+                idempotency_key=held.key,
+                callback_url=held.row.callback_url,
                 deadline=max(give_up - time.monotonic(), 1.0),
             )
             if answer.observation is not None:
                 # A replay of what this very call sent is no replay to its caller.
-                replayed = not first or (answer.replayed and attempts == 1)
-                record = await self._track(workspace, row, answer.observation)
+                replayed = not fresh or (answer.replayed and not in_doubt)
+                record = await self._originals.track(workspace, held.row, answer.observation)
                 return Started(record=record, replayed=replayed)
-            error = answer.error or StartUnresolved(_NOT_TOLD)
-            if answer.verdict is Verdict.DUPLICATE:
-                await self._mark(row, StartState.SENT, _described(error))
-                return await self._adopt_original(
-                    workspace, row, give_up, send_again=False, first=first and attempts > 1
-                )
-            if answer.verdict is Verdict.CONFLICT:
-                await self._mark(row, StartState.REFUSED, _described(error))
-                raise IdempotencyConflict(str(error)) from error
-            if answer.verdict is Verdict.NOTHING and attempts == 1:
-                await self._mark(row, StartState.REFUSED, _described(error))
+            error = answer.error or StartUnresolved(NOT_TOLD)
+            ours = answer.verdict is Verdict.CONFLICT and in_doubt
+            if answer.verdict is Verdict.DUPLICATE or ours:
+                # Noted as it is: should nothing be found now, it is not sent again later either.
+                await held.note(StartState.SENT, described(error) | {"status": 409})
+                found = await self._look(workspace, held, LOOKS, give_up)
+                if found is None:
+                    raise await self._unresolved(held)
+                return Started(record=found, replayed=not (fresh and in_doubt))
+            if not in_doubt and answer.verdict is not Verdict.DOUBT:
+                await held.note(StartState.REFUSED, described(error))
+                if answer.verdict is Verdict.CONFLICT:
+                    raise IdempotencyConflict(str(error)) from error
                 raise error
-            pause = next(pauses, None)
+            in_doubt = True
+            await held.note(StartState.SENT, described(error))
+            # Where FLORA is slow, rather than cut off, the request may be at work for long: it is
+            # left to the caller's next try, or to the recovery, which asks the history.
+            slow = isinstance(error, FloraUnreachable) and error.timed_out
+            pause = None if slow else next(pauses, None)
             if pause is None or time.monotonic() + pause >= give_up:
-                await self._mark(row, StartState.SENT, _described(error))
                 raise error
-            log.warning("start.in_doubt", key=row.idempotency_key, error=str(error), retry_in=pause)
+            log.warning("start.in_doubt", key=held.key, error=str(error), retry_in=pause)
             await self._sleep(pause)
 
-    async def _adopt_original(
-        self,
-        workspace: Workspace,
-        row: StartRow,
-        give_up: float,
-        *,
-        send_again: bool,
-        first: bool,
-    ) -> Started:
-        """Find the run that this key started. With none to be told, send again or report it."""
-        for pause in (0.0,) if send_again else LOOKS:
-            if time.monotonic() + pause >= give_up:
+    async def _look(
+        self, workspace: Workspace, held: HeldStart, looks: tuple[float, ...], give_up: float
+    ) -> Record | None:
+        """Look for the key's run in the history, and track it as ours where it can be told."""
+        for pause in looks:
+            if pause and time.monotonic() + pause >= give_up:
                 break
             await self._sleep(pause)
-            original = await find_original(self._database, workspace, row)
+            original = await self._originals.find(workspace, held.row, give_up=give_up)
             if original is not None:
-                record = await self._adopt(workspace, row, original)
-                return Started(record=record, replayed=not first)
-        if send_again:
-            return await self._send(workspace, row, first=False, give_up=give_up)
-        fresh = await self._row(row)
-        await self._mark(row, StartState.UNRESOLVED, fresh.error or {"message": _NOT_TOLD})
-        raise StartUnresolved(
-            f"idempotency key {row.idempotency_key!r} was sent before, and the history does not "
-            f"tell which run of {row.technique_id} it became. Nothing was started again; if a run "
-            "is yours, track it with `tracker runs track RUN_ID`"
+                return await self._originals.adopt(workspace, held.row, original)
+        return None
+
+    async def _unresolved(self, held: HeldStart) -> StartUnresolved:
+        """Note that nobody can tell; returns the error that says so."""
+        await held.note(StartState.UNRESOLVED, held.row.error or {"message": NOT_TOLD})
+        return StartUnresolved(
+            f"idempotency key {held.key!r} was sent before, and the history does not tell which "
+            f"run of {held.row.technique_id} it became. Nothing was started again; if a run is "
+            "yours, track it with `tracker runs track RUN_ID`"
         )
-
-    async def _adopt(self, workspace: Workspace, row: StartRow, original: Observation) -> Record:
-        """Track the original that the history shows, as the run that we started."""
-        own = Observation(run_id=original.run_id, source=Source.START, at=self._clock())
-        await self._track(workspace, row, own)
-        return await self._pass(Seen(observation=original))
-
-    async def _track(self, workspace: Workspace, row: StartRow, seen: Observation) -> Record:
-        """Commit the run and close the ledger row, in one transaction."""
-        workspace_id = seen.workspace_id or workspace.workspace_id
-        return await self._pass(
-            Seen(
-                observation=replace(seen, workspace_id=workspace_id, technique_id=row.technique_id),
-                inputs=row.inputs,
-                callback_expected=self._callback_url is not None,
-                slot=row.workspace_slot,
-                idempotency_key=row.idempotency_key,
-            )
-        )
-
-    async def _pass(self, entry: Seen) -> Record:
-        passed = await self._door.put(entry)
-        if passed.after is None:
-            raise AssertionError("a sight of a run always leaves a record")
-        return passed.after
-
-    async def _row(self, row: StartRow) -> StartRow:
-        """The ledger row as it stands now."""
-        return await starts.get(self._database, row.workspace_slot, row.idempotency_key) or row
 
     async def _record(self, row: StartRow) -> Record:
         record = await read.get_run(self._database, row.run_id or "")
@@ -337,42 +268,8 @@ class Starter:
             )
         return record
 
-    async def _mark(self, row: StartRow, state: StartState, error: dict[str, Any]) -> None:
-        """Write what is known into the ledger; where that fails the row stays in doubt, as it
-        is."""
-        try:
-            await starts.mark(
-                self._database,
-                row.workspace_slot,
-                row.idempotency_key,
-                state=state,
-                error=error,
-                at=self._clock(),
-            )
-        except StoreError as failure:
-            log.error(
-                "start.ledger_failed", key=row.idempotency_key, state=state, error=str(failure)
-            )
-
-
-_NEVER_SENT: Final = "the process ended before the start was sent; the key may be used again"
-_NOT_TOLD: Final = "FLORA gave no answer, and the history shows no run that must be this start's"
-
 
 def fingerprint(technique_id: str, inputs: list[dict[str, Any]]) -> str:
     """A digest of what a start asks for: equal for equal technique and inputs."""
     canonical = json.dumps([technique_id, inputs], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _described(error: Exception) -> dict[str, Any]:
-    """An error as the ledger keeps it."""
-    if isinstance(error, FloraRefusal):
-        return {
-            "status": error.status,
-            "code": error.code,
-            "message": error.message,
-            "fields": [{"field": one.field, "message": one.message} for one in error.fields],
-            "request_id": error.request_id,
-        }
-    return {"message": str(error)}

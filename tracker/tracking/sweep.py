@@ -23,7 +23,6 @@ from tracker.core.clock import Clock
 from tracker.core.entry import Seen
 from tracker.core.errors import FloraError, StoreError
 from tracker.core.observation import Observation
-from tracker.flora.client import HistoryPage
 from tracker.sources import history
 from tracker.sources.history import Kind
 from tracker.store import claims, read, sweeps
@@ -31,7 +30,7 @@ from tracker.store.batch import Passed
 from tracker.store.door import Door
 from tracker.store.engine import Database
 from tracker.tracking.durations import DurationBook
-from tracker.tracking.pages import learn_from_page
+from tracker.tracking.pages import taken_over
 from tracker.tracking.workspaces import Workspace, Workspaces
 
 OVERLAP: Final = timedelta(minutes=2)
@@ -41,6 +40,8 @@ NEWLY_UNFINISHED: Final = timedelta(hours=1)
 older one is stuck, and polled alone."""
 TAIL: Final = 5
 """So many items at the end of a page must lie beyond the horizon before the sweep stops there."""
+AHEAD: Final = timedelta(minutes=5)
+"""How far a run's creation may lie ahead of FLORA's clock and still be believed."""
 GENERATIONS_EVERY: Final = timedelta(days=1)
 """How often a workspace that has shown no generation run is looked at for one."""
 LEASE: Final = timedelta(minutes=10)
@@ -135,6 +136,9 @@ class Sweeper:
             report.error = None
         except (FloraError, StoreError) as failure:
             report.error = str(failure)
+        except Exception as failure:
+            report.error = f"a fault of the tracker's own: {type(failure).__name__}: {failure}"
+            raise
         finally:
             await self._close(workspace, row, report)
 
@@ -152,18 +156,20 @@ class Sweeper:
         newest: datetime | None = None
         async with aclosing(history.pages(client, kind)) as pages:
             async for page in pages:
-                learn_from_page(workspace, page.items)  # the ledger goes by the id that it names
+                items = taken_over(workspace, page.items)  # the ledger goes by the id they name
                 report.workspace_id = workspace.name
                 if row.id is None:
                     row.id = await sweeps.begin(self._database, workspace.name, row.started_at)
                 if horizon is None:
                     horizon = await self._horizon(workspace, kind, since, row.started_at)
-                await self._take_page(page, report)
-                newest = _latest(newest, history.newest(page.items))
+                await self._take_page(items, page.unreadable, report)
+                newest = _latest(newest, history.newest(items))
                 await self._hold(lease)
-                if _reaches(page.items, horizon.until):
+                if _reaches(items, horizon.until):
                     break
         if horizon is not None and horizon.joins_the_last:
+            # A run that says it begins in the future must not hide those that begin until then.
+            newest = None if newest is None else min(newest, horizon.now + AHEAD)
             row.through[kind] = _latest(newest, horizon.last_through)
 
     @asynccontextmanager
@@ -189,6 +195,8 @@ class Sweeper:
         """How far back to read, in FLORA's time, and whether that joins what was swept before."""
         now_at_flora = started_at + (workspace.require_client().clock_offset or timedelta())
         last = await sweeps.last_through(self._database, workspace.name, kind)
+        if last is not None and last > now_at_flora + AHEAD:
+            last = None  # a clock was wrong then: what it says cannot be relied on
         if last is None:
             due = now_at_flora - self._first_since
         else:
@@ -200,16 +208,20 @@ class Sweeper:
             )
             due = min(due, unfinished) if unfinished else due
         until = due if since is None else now_at_flora - since
-        return _Horizon(until=until, last_through=last, joins_the_last=until <= due)
+        return _Horizon(
+            now=now_at_flora, until=until, last_through=last, joins_the_last=until <= due
+        )
 
-    async def _take_page(self, page: HistoryPage, report: SweepReport) -> None:
-        await self._durations.learn(item.technique_id for item in page.items)
-        for passed in await self._door.put_all([Seen(observation=item) for item in page.items]):
+    async def _take_page(
+        self, items: Sequence[Observation], unreadable: Sequence[str], report: SweepReport
+    ) -> None:
+        await self._durations.learn(item.technique_id for item in items)
+        for passed in await self._door.put_all([Seen(observation=item) for item in items]):
             report.count(passed)
         report.pages += 1
-        report.items += len(page.items)
-        report.unreadable += len(page.unreadable)
-        for reason in page.unreadable:
+        report.items += len(items)
+        report.unreadable += len(unreadable)
+        for reason in unreadable:
             log.error("sweep.item_unreadable", workspace_id=report.workspace_id, reason=reason)
 
     async def _hold(self, lease: str) -> bool:
@@ -250,12 +262,13 @@ class _LedgerRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Horizon:
-    """How far back a sweep reads.
+    """How far back a sweep reads, and what time it is at FLORA.
 
     `joins_the_last` is false where somebody asked for less than is due: such a sweep leaves a gap,
     so the next one must not start from it.
     """
 
+    now: datetime
     until: datetime
     last_through: datetime | None
     joins_the_last: bool

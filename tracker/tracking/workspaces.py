@@ -61,11 +61,9 @@ class Workspaces:
         """Every signing secret, of all workspaces."""
         return [secret for workspace in self._all for secret in workspace.secrets]
 
-    def signed_by(self, secret: str, named: str | None = None) -> Workspace:
-        """The workspace that a secret belongs to; where several share it, the one that is
-        `named`."""
-        holders = [workspace for workspace in self._all if secret in workspace.secrets]
-        return next((holder for holder in holders if holder.workspace_id == named), holders[0])
+    def signed_by(self, secret: str) -> list[Workspace]:
+        """The workspaces that a secret belongs to: one, unless several were given the same."""
+        return [workspace for workspace in self._all if secret in workspace.secrets]
 
     def pick(self, workspace_id: str | None) -> Workspace:
         """The workspace a caller means. Raises `InvalidRequest` where it is unknown or not
@@ -88,6 +86,10 @@ class Workspaces:
         if len(self._all) == 1 and (workspace_id is None or self._all[0].workspace_id is None):
             return self._all[0]
         return next((one for one in self._all if one.workspace_id == workspace_id), None)
+
+    def at(self, slot: str) -> Workspace | None:
+        """The workspace in that slot; `None` where it is not configured any more."""
+        return next((one for one in self._all if one.slot == slot), None)
 
     def claimable(self, workspace: Workspace) -> list[str | None] | None:
         """Which `workspace_id` a due run may have to be read with this workspace's key."""

@@ -21,6 +21,7 @@ from tracker.core.errors import (
     RateLimited,
     SchemaOutdated,
     SettingsError,
+    StartUnderWay,
     StartUnresolved,
     StoreUnavailable,
 )
@@ -93,6 +94,8 @@ def fault_of(error: Exception) -> Fault | None:
             return invalid(*error.fields, message=str(error))
         case IdempotencyConflict():
             return Fault(422, "idempotency_conflict", str(error))
+        case StartUnderWay():
+            return unavailable(str(error))
         case StartUnresolved():
             return Fault(409, "start_unresolved", str(error))
         case StoreUnavailable() | SchemaOutdated():

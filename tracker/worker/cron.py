@@ -4,13 +4,15 @@ Two things differ in APScheduler 3: it counts weekdays from Monday, and where bo
 month and a weekday are given it wants both, while cron takes either.
 """
 
-from datetime import UTC
+from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Final
 
 from apscheduler.triggers.base import BaseTrigger
 from apscheduler.triggers.combining import OrTrigger
 from apscheduler.triggers.cron import CronTrigger
 
+_LOOK_AHEAD: Final = 1500
 _WEEKDAYS: Final = ("sun", "mon", "tue", "wed", "thu", "fri", "sat", "sun")
 
 
@@ -27,6 +29,23 @@ def cron_trigger(expression: str) -> BaseTrigger:
     if day.startswith("*") or weekday.startswith("*"):
         return trigger(day, weekdays)
     return OrTrigger([trigger(day, "*"), trigger("*", weekdays)])
+
+
+def longest_wait(expression: str, after: datetime) -> float:
+    """The longest time between two of its next moments, in seconds; 0 where it never fires.
+
+    So many are looked at that a weekend is among them, unless it fires every minute or two.
+    """
+    trigger = cron_trigger(expression)
+    moments: list[datetime] = []
+    moment: datetime | None = after
+    while moment is not None and len(moments) < _LOOK_AHEAD:
+        moment = trigger.get_next_fire_time(moments[-1] if moments else None, moment)
+        if moment is not None:
+            moments.append(moment)
+    return max(
+        ((later - earlier).total_seconds() for earlier, later in pairwise(moments)), default=0.0
+    )
 
 
 def _named(field: str) -> str:

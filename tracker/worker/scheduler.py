@@ -1,4 +1,5 @@
-"""The scheduled jobs of one process: poll what is due, sweep each history, find lost starts.
+"""The scheduled jobs of one process: poll what is due, sweep each history, find lost starts, read
+the catalogue.
 
 APScheduler keeps the times and holds no state: everything lasting is in the database, so any number
 of workers may run, and one that dies leaves nothing but leases that run out. The poll job is run
@@ -15,13 +16,16 @@ from typing import Final, Protocol
 import structlog
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from apscheduler.triggers.interval import IntervalTrigger
+from structlog.contextvars import bound_contextvars
 
 from tracker.core.clock import Clock
 from tracker.core.errors import StoreError, TrackerError
 from tracker.store.signals import Signals
 from tracker.tracking.poll import Poller
-from tracker.tracking.start import Starter
-from tracker.tracking.sweep import Sweeper
+from tracker.tracking.recover import Recovery
+from tracker.tracking.rounds import PollReport
+from tracker.tracking.sweep import Sweeper, SweepReport
+from tracker.tracking.sync import CatalogueSync
 from tracker.tracking.workspaces import Workspace, Workspaces
 from tracker.worker.cron import cron_trigger
 
@@ -31,12 +35,33 @@ notification costs."""
 GATHER: Final = 1.0
 """Seconds between two rounds of polling. A callback that comes alone is followed at once; of many,
 those that come within this time share their pages."""
-RECOVER_EVERY: Final = timedelta(minutes=1)
+RECOVER_EVERY: Final = timedelta(seconds=30)
 """How often starts whose caller is gone are looked for."""
+LOOK_AT_CATALOGUE_EVERY: Final = timedelta(minutes=20)
+"""How often it is looked whether the catalogue is due to be read."""
 STOP_WITHIN: Final = 8.0
 """Seconds that running jobs have to end once they were told to."""
 
 log = structlog.get_logger(__name__)
+
+
+class Watches(Protocol):
+    """Counts what the jobs did."""
+
+    def worker_started(self) -> None:
+        """This process polls and sweeps from now on."""
+
+    def worker_stopped(self) -> None:
+        """This process does not any more."""
+
+    def polled(self, report: PollReport) -> None:
+        """A round of polling is over."""
+
+    def swept(self, report: SweepReport) -> None:
+        """A sweep is over, be it that another process was at it."""
+
+    def job_failed(self, job: str) -> None:
+        """A job ended with an error."""
 
 
 class WorkerServices(Protocol):
@@ -55,8 +80,12 @@ class WorkerServices(Protocol):
         """Sweeps a history."""
 
     @property
-    def starter(self) -> Starter:
+    def recovery(self) -> Recovery:
         """Finds the runs of lost starts."""
+
+    @property
+    def catalogue_sync(self) -> CatalogueSync:
+        """Reads FLORA's catalogue."""
 
     @property
     def workspaces(self) -> Workspaces:
@@ -65,6 +94,10 @@ class WorkerServices(Protocol):
     @property
     def signals(self) -> Signals:
         """Says when something may have become due."""
+
+    @property
+    def metrics(self) -> Watches:
+        """Counts what was done."""
 
     @property
     def clock(self) -> Clock:
@@ -107,14 +140,22 @@ class Worker:
                 id="recover",
                 next_run_time=now,
             )
+            self._scheduler.add_job(
+                self._job("catalogue", self._sync_catalogue),
+                IntervalTrigger(seconds=LOOK_AT_CATALOGUE_EVERY.total_seconds()),
+                id="catalogue",
+                next_run_time=now,
+            )
         else:
             log.warning("worker.no_key", advice="set FLORA_API_KEY; until then nothing is polled")
         self._scheduler.start()
+        services.metrics.worker_started()
         if keyed:
             self._waker = asyncio.create_task(self._wake_when_due(), name="poll-waker")
 
     async def stop(self) -> None:
         """End the jobs: what is under way is broken off where that is safe, and given back."""
+        self._services.metrics.worker_stopped()
         if self._waker is not None:
             self._waker.cancel()
             await asyncio.wait([self._waker])
@@ -137,8 +178,10 @@ class Worker:
             try:
                 await work()
             except TrackerError as error:
+                self._services.metrics.job_failed(name)
                 log.error("worker.job_failed", job=name, error=str(error))
             except Exception:
+                self._services.metrics.job_failed(name)
                 log.exception("worker.job_broken", job=name)
 
         return run
@@ -149,6 +192,7 @@ class Worker:
             while more:
                 self._round_began = time.monotonic()
                 report = await self._services.poller.poll_due()
+                self._services.metrics.polled(report)
                 more = report.more
                 if report.claimed:
                     log.info(
@@ -163,41 +207,68 @@ class Worker:
             self._round_over.set()
 
     async def _sweep(self, workspace: Workspace) -> None:
-        report = await self._services.sweeper.sweep(workspace)
+        with bound_contextvars(workspace_id=workspace.name):
+            report = await self._services.sweeper.sweep(workspace)
+        self._services.metrics.swept(report)
         if report.skipped:
             return
-        tell = log.info if report.error is None else log.error
-        tell(
-            "sweep.done" if report.error is None else "sweep.failed",
-            workspace_id=report.workspace_id,
-            pages=report.pages,
-            items=report.items,
-            discovered=report.discovered,
-            repaired=report.repaired,
-            error=report.error,
-        )
+        found = {
+            "workspace_id": report.workspace_id,
+            "pages": report.pages,
+            "items": report.items,
+            "discovered": report.discovered,
+            "repaired": report.repaired,
+        }
+        if report.error is None:
+            log.info("sweep.done", **found)
+        else:
+            log.error("sweep.failed", **found, error=report.error)
 
     async def _recover(self) -> None:
-        found = await self._services.starter.recover()
+        found = await self._services.recovery.recover()
         if found:
             log.info("start.recovered", runs=found)
 
+    async def _sync_catalogue(self) -> None:
+        report = await self._services.catalogue_sync.sync_if_due()
+        if report is None or report.skipped:
+            return
+        for one in report.lists:
+            if one.error is not None:
+                log.error("catalogue.failed", workspace_id=one.workspace_id, error=one.error)
+        log.info(
+            "catalogue.read",
+            techniques=sum(one.techniques for one in report.lists),
+            new=report.new,
+            back=report.back,
+            gone=report.gone,
+            complete=report.complete,
+        )
+
     async def _wake_when_due(self) -> None:
         """Run the poll job whenever a run is due, and wait for it before looking again."""
-        signals, clock = self._services.signals, self._services.clock
         while True:
             try:
-                due = await self._services.poller.next_due_at()
+                await self._until_due()
+                self._round_over.clear()
+                self._scheduler.modify_job("poll", next_run_time=self._services.clock())
+                await self._round_over.wait()
             except StoreError as error:
                 log.warning("worker.database_down", error=str(error))
                 await asyncio.sleep(GATHER)
-                continue
-            wait = TICK if due is None else (due - clock()).total_seconds()
-            if wait > 0:
-                await signals.wait_due(min(wait, TICK))
-            # Also keeps a run that cannot be claimed (another worker holds it) from making this
-            # spin.
-            await asyncio.sleep(self._round_began + GATHER - time.monotonic())
-            self._round_over.clear()
-            self._scheduler.modify_job("poll", next_run_time=clock())
-            await self._round_over.wait()
+            except Exception:  # this task is what makes polling prompt: it goes on whatever happens
+                log.exception("worker.waker_failed")
+                await asyncio.sleep(GATHER)
+
+    async def _until_due(self) -> None:
+        """Return when a run is due, and the round before lies long enough back."""
+        while True:
+            due = await self._services.poller.next_due_at()
+            wait = TICK if due is None else (due - self._services.clock()).total_seconds()
+            if wait <= 0:
+                break
+            # A signal says that some look was brought forward: when it is due, the database tells.
+            await self._services.signals.wait_due(min(wait, TICK))
+        # This also keeps a run that cannot be claimed, because another worker holds it, from
+        # making the waker spin.
+        await asyncio.sleep(self._round_began + GATHER - time.monotonic())

@@ -1,0 +1,137 @@
+"""The database itself refuses rows that cannot be true, whoever writes them."""
+
+from typing import Any
+
+from sqlalchemy import insert
+
+from tests.store.making import NOW, callback, seen
+from tracker.core.errors import StoreError, StoreUnavailable
+from tracker.core.run import RunStatus
+from tracker.store.door import Door
+from tracker.store.engine import Database
+from tracker.store.tables import deliveries, run_events, run_outputs, runs, starts
+
+RUN = {
+    "run_id": "run_1",
+    "status": "completed",
+    "progress": 100,
+    "created_at": NOW,
+    "created_at_known": True,
+    "output_count": 0,
+    "standing": 5,
+    "details": 2,
+    "ranks": 0,
+    "conflict": False,
+    "source": "start",
+    "first_seen_at": NOW,
+    "callback_expected": False,
+    "ended_via": "poll",
+    "tracking": "settled",
+    "settled_at": NOW,
+    "looks": 0,
+    "checks": 1,
+    "missing": 0,
+}
+DELIVERY = {
+    "delivery_id": "whd_1",
+    "received_at": NOW,
+    "last_received_at": NOW,
+    "receipts": 1,
+    "outcome": "applied",
+    "body": b"",
+}
+START = {
+    "workspace_slot": "default",
+    "idempotency_key": "key",
+    "technique_id": "tech_1",
+    "fingerprint": "",
+    "inputs": [],
+    "state": "stored",
+    "created_at": NOW,
+}
+EVENT = {"run_id": "run_1", "at": NOW, "source": "poll", "status": "running", "detail": {}}
+OUTPUT = {"run_id": "run_1", "position": 0, "output_id": "o", "type": "text", "url": "x"}
+
+
+async def add(db: Database, table: Any, row: dict[str, Any]) -> None:
+    """Insert a row past the door."""
+    await db.write(lambda connection: connection.execute(insert(table).values(**row)).rowcount)
+
+
+async def test_true_rows_are_taken(db: Database) -> None:
+    """The rows that the other tests spoil are good as they stand."""
+    rows = ((runs, RUN), (deliveries, DELIVERY), (starts, START), (run_events, EVENT))
+    for table, row in (*rows, (run_outputs, OUTPUT)):
+        await add(db, table, row)
+
+
+LIES: list[dict[str, Any]] = [
+    {"status": "cancelled"},
+    {"tracking": "forgotten"},
+    {"source": "rumour"},
+    {"ended_via": "rumour"},
+    {"progress": 101},
+    {"progress": -0.1},
+    {"standing": 6},
+    {"details": 3},
+    {"settled_at": None},
+    {"status": "running", "standing": 1},
+    {"status": "running"},
+    {"standing": 0},
+    {"tracking": "active", "settled_at": None},
+    {"tracking": "active", "next_check_at": NOW},
+    {"next_check_at": NOW},
+    {"tracking": "lost", "settled_at": None, "next_check_at": NOW},
+    {"lease_holder": "somebody"},
+    {"lease_until": NOW},
+    {"created_at": None},
+]
+OTHER_LIES: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [
+    (deliveries, DELIVERY, {"receipts": 0}),
+    (deliveries, DELIVERY, {"outcome": "ignored"}),
+    (deliveries, DELIVERY, {"body": None}),
+    (starts, START, {"state": "gone"}),
+    (starts, START, {"state": "started"}),
+    (starts, START, {"run_id": "run_1"}),
+    (starts, START, {"lease_holder": "somebody"}),
+    (run_events, EVENT, {"source": "rumour"}),
+    (run_events, EVENT, {"status": "cancelled"}),
+    (run_events, EVENT, {"run_id": "run_2"}),
+    (run_outputs, OUTPUT, {"run_id": "run_2"}),
+]
+
+
+async def is_refused(db: Database, table: Any, row: dict[str, Any]) -> bool:
+    """Whether the database itself, being there, takes no such row."""
+    try:
+        await add(db, table, row)
+    except StoreError as error:
+        return not isinstance(error, StoreUnavailable)
+    return False
+
+
+async def test_runs_that_cannot_be_are_refused(db: Database) -> None:
+    """A run's row keeps to FLORA's states, and settled, active and leased mean what they say."""
+    taken = [lie for lie in LIES if not await is_refused(db, runs, RUN | lie)]
+    assert taken == []
+
+
+async def test_other_rows_that_cannot_be_are_refused(db: Database) -> None:
+    """So do callbacks, starts, events and outputs."""
+    await add(db, runs, RUN)
+    taken = [lie for table, row, lie in OTHER_LIES if not await is_refused(db, table, row | lie)]
+    assert taken == []
+
+
+async def test_what_belongs_to_a_run_goes_with_it(door: Door, db: Database) -> None:
+    """Deleting a run deletes its outputs and its timeline; its callbacks stay."""
+    await door.put(callback("run_1"))
+    await door.put(seen("run_1", RunStatus.COMPLETED))
+    await add(db, run_outputs, OUTPUT)
+    await db.write(lambda connection: connection.execute(runs.delete()).rowcount)
+    async with db.read() as connection:
+        left = [
+            len((await connection.execute(each.select())).all())
+            for each in (run_events, run_outputs, deliveries)
+        ]
+    assert left == [0, 0, 1]

@@ -1,0 +1,164 @@
+"""The database object: addresses, transactions, errors in the tracker's own words."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Connection, insert, select, text
+from sqlalchemy.util.concurrency import await_
+
+from tests.store.making import NOW
+from tracker.core.errors import SettingsError, StoreError, StoreUnavailable
+from tracker.store.engine import Database
+from tracker.store.faults import WriteConflict
+from tracker.store.tables import leases
+from tracker.store.url import DatabaseUrl
+
+
+def keep(connection: Connection, name: str) -> None:
+    """Write something."""
+    connection.execute(insert(leases).values(name=name, holder="h", until=NOW))
+
+
+async def names(db: Database) -> list[str]:
+    """What has been written."""
+    async with db.read() as connection:
+        return sorted((await connection.execute(select(leases.c.name))).scalars())
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("sqlite:///tracker.db", "sqlite:///tracker.db"),
+        ("sqlite:////var/lib/tracker.db", "sqlite:////var/lib/tracker.db"),
+        ("sqlite+aiosqlite:///tracker.db", "sqlite:///tracker.db"),
+        ("postgres://db.example/tracker", "postgresql://db.example/tracker"),
+        ("postgresql://u:pa%2Fss@db:5433/t", "postgresql://u:***@db:5433/t"),
+        ("postgresql+asyncpg://u:pass@db/t?sslmode=require", "postgresql://u:***@db/t"),
+        (" postgresql+psycopg2://u@db/t?password=pass ", "postgresql://u@db/t"),
+    ],
+)
+def test_addresses_are_read_and_shown_without_secrets(url: str, shown: str) -> None:
+    """The usual spellings are understood; what is shown of them holds no password."""
+    parsed = DatabaseUrl.parse(url)
+    assert str(parsed) == shown
+    assert "pass" not in repr(parsed)
+    assert "pa%2Fss" not in f"{parsed!r} {parsed}"
+
+
+def test_what_only_libpq_knows_is_left_out() -> None:
+    """An address as hosters give it works; asyncpg takes what it does not know for settings."""
+    parsed = DatabaseUrl.parse("postgres://u:p@db/t?sslmode=require&channel_binding=require")
+    assert parsed.dsn == "postgresql://u:p@db/t?sslmode=require"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "tracker.db",
+        "mysql://u:hunter2@db/t",
+        "sqlite://",
+        "sqlite:///",
+        "sqlite:///:memory:",
+        "sqlite://tracker.db",
+        "postgresql://u:hunter2@[db/t",
+        "postgresql://u:hunter2@db:port/t",
+    ],
+)
+def test_other_addresses_are_refused_unrepeated(url: str) -> None:
+    """What is no address is a wrong setting; the message names the variable and hides the value."""
+    with pytest.raises(SettingsError, match="TRACKER_DATABASE_URL") as caught:
+        DatabaseUrl.parse(url)
+    assert "hunter2" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+async def test_a_file_with_an_odd_name_is_opened(tmp_path: Path) -> None:
+    """A path is a path: nothing in it is read as part of an address."""
+    path = tmp_path / "100% odd name, ü.db"
+    async with await Database.open(f"sqlite:///{path}") as db:
+        await db.ping()
+    assert path.exists()
+
+
+async def test_a_write_is_whole_or_not_at_all(db: Database) -> None:
+    """What is written before an error is taken back, and the error comes through."""
+
+    def fails(connection: Connection) -> None:
+        keep(connection, "half")
+        raise LookupError("no")
+
+    with pytest.raises(LookupError):
+        await db.write(fails)
+    assert await db.write(lambda connection: keep(connection, "whole")) is None
+    assert await names(db) == ["whole"]
+
+
+async def test_a_lost_race_is_run_again(db: Database) -> None:
+    """Work that found somebody else quicker is rolled back and done again, and not for ever."""
+    tries: list[int] = []
+
+    def third_time(connection: Connection) -> int:
+        tries.append(len(tries))
+        keep(connection, f"try {len(tries)}")
+        if len(tries) < 3:
+            raise WriteConflict
+        return len(tries)
+
+    assert await db.write(third_time) == 3
+    assert await names(db) == ["try 3"]
+
+    def never(connection: Connection) -> None:
+        raise WriteConflict
+
+    with pytest.raises(StoreUnavailable):
+        await db.write(never)
+
+
+async def test_deadlocks_are_resolved(postgres_url: str) -> None:
+    """Where two transactions do wait for each other, one is run again and both come through."""
+    async with await Database.open(postgres_url) as db:
+        for name in "ab":
+            await db.write(lambda connection, name=name: keep(connection, name))
+        both = asyncio.Barrier(2)
+        began: set[str] = set()
+
+        def touch(connection: Connection, first: str, second: str) -> None:
+            # Longer than the server waits before it looks for a deadlock.
+            connection.execute(text("SET LOCAL lock_timeout = '4s'"))
+            update = text("UPDATE leases SET holder = holder || :who WHERE name = :name")
+            connection.execute(update, {"who": first, "name": first})
+            if first not in began:  # the second attempt finds nobody to meet
+                began.add(first)
+                await_(both.wait())
+            connection.execute(update, {"who": first, "name": second})
+
+        await asyncio.gather(
+            db.write(lambda connection: touch(connection, "a", "b")),
+            db.write(lambda connection: touch(connection, "b", "a")),
+        )
+        async with db.read() as connection:
+            holders = (await connection.execute(select(leases.c.holder))).scalars().all()
+    assert [sorted(holder) for holder in holders] == [["a", "b", "h"]] * 2
+
+
+async def test_what_the_database_refuses_is_said_without_rows(db: Database) -> None:
+    """An error names the fault; other people's text stays out of it."""
+    await db.write(lambda connection: keep(connection, "private words"))
+    with pytest.raises(StoreError) as caught:
+        await db.write(lambda connection: keep(connection, "private words"))
+    assert not isinstance(caught.value, StoreUnavailable)
+    assert "private words" not in str(caught.value)
+    cause = caught.value.__cause__
+    assert cause is not None
+    assert "private words" not in str(cause).splitlines()[0]
+
+
+async def test_one_moment_is_read(db: Database) -> None:
+    """All queries of one read see the same state, whatever is written meanwhile."""
+    async with db.read() as connection:
+        first = (await connection.execute(select(leases.c.name))).scalars().all()
+        await db.write(lambda c: keep(c, "meanwhile"))
+        second = (await connection.execute(select(leases.c.name))).scalars().all()
+    assert first == second == []

@@ -1,0 +1,206 @@
+"""Every query that runs often finds its rows by an index, however many there are.
+
+The real functions are called and what they send is explained, so that a plan cannot be right for a
+statement that nobody uses.
+"""
+
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, event, text
+
+from tests.store.making import NOW, callback, open_door
+from tracker.store import claims, read, starts, sweeps
+from tracker.store.engine import Database, migration_engine
+
+RUNS = 6_000
+"""Of these a hundred are active, half of them due; there are twenty techniques and workspaces."""
+_MANY = f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {RUNS}) "
+_TIMES = {
+    "sqlite": "strftime('%Y-%m-%d %H:%M:%f000', julianday('2026-06-01 12:00:00') - {} / 1440.0)",
+    "postgresql": "timestamptz '2026-06-01 12:00:00Z' - {} * interval '1 minute'",
+}
+_FILL = {
+    "runs": """INSERT INTO runs (run_id, status, progress, created_at, created_at_known,
+        completed_at, output_count, standing, details, ranks, conflict, source, first_seen_at,
+        callback_expected, tracking, settled_at, next_check_at, looks, checks, missing,
+        technique_id, workspace_id)
+        {many} SELECT 'run_' || i, CASE WHEN i <= 100 THEN 'running' ELSE 'completed' END, 0, {ago},
+        {true}, {ago}, 0, CASE WHEN i <= 100 THEN 1 ELSE 5 END, 2, 0, {false}, 'history', {ago},
+        {false}, CASE WHEN i <= 100 THEN 'active' ELSE 'settled' END,
+        CASE WHEN i > 100 THEN {ago} END, CASE WHEN i <= 100 THEN {soon} END, 0, 0, 0,
+        'tech_' || (i % 20), 'ws_' || (i % 20) FROM n""",
+    "run_events": """INSERT INTO run_events (run_id, at, source, status, detail)
+        {many} SELECT 'run_' || i, {ago}, 'poll', 'running', '{{}}' FROM n""",
+    "deliveries": """INSERT INTO deliveries (delivery_id, run_id, received_at, last_received_at,
+        receipts, outcome, body)
+        {many} SELECT 'whd_' || i, 'run_' || i, {ago}, {ago}, 1,
+        CASE WHEN i % 1000 = 0 THEN 'quarantined' ELSE 'applied' END, {bytes} FROM n""",
+    "starts": """INSERT INTO starts (workspace_slot, idempotency_key, technique_id, fingerprint,
+        inputs, state, created_at, run_id)
+        {many} SELECT 'default', 'key_' || i, 'tech_' || (i % 20), '', '[]',
+        CASE WHEN i <= 20 THEN 'sent' ELSE 'started' END, {ago},
+        CASE WHEN i > 20 THEN 'run_' || i END FROM n""",
+}
+
+
+@pytest.fixture
+async def full(db: Database) -> Database:
+    """A database with so many rows that reading them all would be wrong."""
+    at = _TIMES[db.dialect]
+    words = {"many": _MANY, "ago": at.format("i"), "soon": at.format("(50 - i)")}
+    if db.dialect == "sqlite":
+        words |= {"true": "1", "false": "0", "bytes": "x'00'"}
+    else:
+        words |= {"true": "true", "false": "false", "bytes": "'\\x00'::bytea"}
+    engine = migration_engine(db.url)
+    async with engine.connect() as connection:
+        await connection.execution_options(isolation_level="AUTOCOMMIT")
+        for statement in _FILL.values():
+            await connection.execute(text(statement.format(**words).replace(":", "\\:")))
+        await connection.execute(text("ANALYZE"))
+    await engine.dispose()
+    return db
+
+
+@contextmanager
+def heard() -> Iterator[list[tuple[str, Any]]]:
+    """All statements that any engine sends within the block, with their parameters."""
+    sent: list[tuple[str, Any]] = []
+
+    def hear(_c: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        sent.append((statement, parameters))
+
+    event.listen(Engine, "before_cursor_execute", hear)
+    try:
+        yield sent
+    finally:
+        event.remove(Engine, "before_cursor_execute", hear)
+
+
+async def plans(db: Database, call: Callable[[Database], Awaitable[Any]]) -> str:
+    """How the database goes about what `call` sends to it."""
+    with heard() as sent:
+        await call(db)
+    explain = "EXPLAIN QUERY PLAN " if db.dialect == "sqlite" else "EXPLAIN "
+    engine = migration_engine(db.url)
+    told = []
+    async with engine.connect() as connection:
+        for statement, parameters in sent:
+            if statement.lstrip().startswith(("SELECT", "WITH", "UPDATE", "INSERT", "DELETE")):
+                rows = await connection.exec_driver_sql(explain + statement, parameters)
+                told += [str(row[-1]) for row in rows]
+    await engine.dispose()
+    assert told
+    return "\n".join(told)
+
+
+QUERIES: dict[str, tuple[Callable[[Database], Awaitable[Any]], str]] = {
+    "claiming what is due": (
+        lambda db: claims.claim_due(db, holder="h", now=NOW, lease=timedelta(seconds=60), limit=10),
+        "ix_runs_due",
+    ),
+    "claiming what is due in some workspaces": (
+        lambda db: claims.claim_due(
+            db, holder="h", now=NOW, lease=timedelta(60), limit=10, workspaces=["ws_1", None]
+        ),
+        "ix_runs_due",
+    ),
+    "the next moment that something is due": (
+        lambda db: claims.next_due_at(db, now=NOW),
+        "ix_runs_due",
+    ),
+    "giving claims back": (lambda db: claims.release(db, "h"), "ix_runs_due"),
+    "runs": (read.list_runs, "ix_runs_newest"),
+    "runs by status": (
+        lambda db: read.list_runs(db, status="running"),
+        "ix_runs_newest_of_status",
+    ),
+    "runs by tracking": (
+        lambda db: read.list_runs(db, tracking="active"),
+        "ix_runs_newest_of_tracking",
+    ),
+    "runs by technique": (
+        lambda db: read.list_runs(db, technique_id="tech_1"),
+        "ix_runs_newest_of_technique",
+    ),
+    "runs by workspace": (
+        lambda db: read.list_runs(db, workspace_id="ws_1"),
+        "ix_runs_newest_of_workspace",
+    ),
+    "one run": (lambda db: read.get_run(db, "run_1"), ""),
+    "a timeline": (lambda db: read.events(db, "run_1"), "ix_run_events_timeline"),
+    "durations": (lambda db: read.durations(db, "tech_1"), "ix_runs_durations"),
+    "callbacks": (read.list_deliveries, "ix_deliveries_newest"),
+    "callbacks in quarantine": (
+        lambda db: read.list_deliveries(db, outcome="quarantined"),
+        "ix_deliveries_quarantined",
+    ),
+    "callbacks of a run": (
+        lambda db: read.list_deliveries(db, run_id="run_1"),
+        "ix_deliveries_run",
+    ),
+    "open starts": (lambda db: starts.open_starts(db, NOW), "ix_starts_open"),
+    "known origins": (lambda db: starts.accounted(db, ["run_1", "run_2"]), "ix_starts_run"),
+    "rival starts": (
+        lambda db: starts.rivals(db, "default", "tech_1", "key_1"),
+        "ix_starts",
+    ),
+    "whether there are generation runs": (
+        lambda db: read.has_generations(db, ["ws_1", None]),
+        "ix_runs_generations",
+    ),
+    "the oldest open run": (
+        lambda db: sweeps.oldest_unfinished_since(db, None, NOW - timedelta(days=9)),
+        "ix_runs_newest_of_tracking",
+    ),
+}
+
+
+async def test_queries_use_their_index(full: Database) -> None:
+    """Each of them goes through the index that is there for it, and reads no table whole."""
+    for name, (call, index) in QUERIES.items():
+        told = await plans(full, call)
+        assert index in told, f"{name}:\n{told}"
+        assert not _reads_a_table(told), f"{name}:\n{told}"
+
+
+async def test_the_next_pages_use_it_too(full: Database) -> None:
+    """A page deep in a listing costs no more than the first."""
+    _, cursor = await read.list_runs(full, limit=3000)
+    told = await plans(full, lambda db: read.list_runs(db, cursor=cursor))
+    assert "ix_runs_newest" in told
+    assert not _reads_a_table(told)
+    assert "Filter" not in told  # the index is entered at the cursor, not read up to it
+
+
+async def test_the_door_finds_its_rows(full: Database) -> None:
+    """A batch touches only its own rows: nothing is scanned, on the way in or out."""
+
+    async def pass_some(db: Database) -> None:
+        async with open_door(db) as door:
+            await door.put_all([callback("run_5"), callback("run_500"), callback("run_new")])
+
+    told = await plans(full, pass_some)
+    assert not _reads_a_table(told), told
+
+
+async def test_counting_reads_short_indexes(full: Database) -> None:
+    """What a metric asks for does not grow with the history."""
+    told = await plans(full, lambda db: read.counts(db, now=NOW))
+    assert "ix_runs_due" in told
+    assert "ix_deliveries_quarantined" in told
+    assert not _reads_a_table(told), told
+
+
+def _reads_a_table(plan: str) -> bool:
+    tables = ("runs", "run_events", "run_outputs", "deliveries", "starts")
+    for line in plan.splitlines():
+        if any(f"Seq Scan on {table}" in line for table in tables):
+            return True
+        if line.startswith("SCAN ") and "USING" not in line and line.split()[1] in tables:
+            return True
+    return False

@@ -1,0 +1,126 @@
+"""The scheduled jobs, by the real clock: what becomes due is polled when it is due."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+from starlette.responses import Response
+
+from tests.support.waiting import eventually
+from tests.worker.conftest import assert_true_to, reads_of, the_run
+from tracker.settings import Settings
+from tracker.simulator import Options, Simulator, running
+from tracker.simulator.api import Api
+from tracker.store import sweeps
+from tracker.tracking.start import StartRequest
+from tracker.wiring import Services, open_services
+from tracker.worker import Worker
+
+PROMPT = [{"id": "prompt", "type": "text", "value": "tools"}]
+
+
+@asynccontextmanager
+async def working(
+    database_url: str, simulator: Simulator
+) -> AsyncIterator[tuple[Worker, Services]]:
+    """A process's worth of services with its worker running, and short waits."""
+    settings = Settings(
+        flora_base_url=simulator.base_url,
+        flora_api_key=simulator.world.options.api_key,
+        tracker_database_url=database_url,
+        tracker_poll_interval=0.3,
+        tracker_poll_interval_max=1,
+    )
+    async with open_services(settings, background=True) as services:
+        worker = Worker(services)
+        await worker.start()
+        try:
+            yield worker, services
+        finally:
+            await worker.stop()
+
+
+@pytest.fixture
+async def simulator() -> AsyncIterator[Simulator]:
+    """A FLORA whose runs take about a second."""
+    async with running(Options(run_seconds=1, failures=0)) as one:
+        yield one
+
+
+async def swept(services: Services) -> bool:
+    """Whether the sweep that a worker makes when it starts is done."""
+    return any(row.finished_at for row in await sweeps.list_sweeps(services.database))
+
+
+async def test_an_idle_worker_polls_a_new_run_in_time(
+    database_url: str, simulator: Simulator
+) -> None:
+    """A run that is started while the worker has nothing to do is polled when its time comes."""
+    async with working(database_url, simulator) as (_, services):
+        await eventually(lambda: swept(services))
+        before = sum(reads_of(simulator).values())
+        request = StartRequest(technique="icon-pack", inputs=PROMPT)
+        run_id = (await services.starter.start(request)).record.run.run_id
+
+        async def settled() -> bool:
+            return (await the_run(services, run_id)).run.settled
+
+        await eventually(settled, timeout=8)
+        assert_true_to(await the_run(services, run_id), simulator)
+        assert sum(reads_of(simulator).values()) <= before + 10
+
+
+async def test_work_of_another_process_is_heard_of(postgres_url: str, simulator: Simulator) -> None:
+    """A run that another process tracks is read at once by the one that works."""
+    run = simulator.start()
+    async with (
+        working(postgres_url, simulator) as (_, services),
+        open_services(services.settings) as other,
+    ):
+        await eventually(lambda: swept(services))
+        late = simulator.start()
+        await other.tracker.track(late.run_id)
+
+        async def read() -> bool:
+            return (await the_run(services, late.run_id)).checks > 0
+
+        await eventually(read, timeout=8)
+    assert run.run_id != late.run_id
+
+
+async def test_a_worker_that_stops_gives_its_claims_back(
+    database_url: str, simulator: Simulator, hang: Callable[[], None]
+) -> None:
+    """Told to stop in the middle of a read, a worker breaks it off and leaves the run to others."""
+    async with working(database_url, simulator) as (_, services):
+        await eventually(lambda: swept(services))
+        hang()
+        await services.tracker.track("run_slow")
+
+        async def claimed() -> bool:
+            return (await the_run(services, "run_slow")).lease_holder is not None
+
+        await eventually(claimed)
+        began = time.monotonic()
+    assert time.monotonic() - began < 10
+    async with open_services(services.settings) as after:
+        record = await the_run(after, "run_slow")
+    assert record.lease_holder is None
+    assert record.next_check_at is not None
+
+
+@pytest.fixture
+async def hang(
+    simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Callable[[], None]]:
+    """Makes FLORA take requests and not answer them until the test is over."""
+    over = asyncio.Event()
+
+    async def late(self: Api, *_: object) -> Response:
+        await over.wait()
+        return Response(status_code=503)
+
+    yield lambda: monkeypatch.setattr(Api, "_answer", late)
+    over.set()

@@ -1,0 +1,93 @@
+"""What FLORA's catalogue says of a technique: the names of the fields of a definition.
+
+Reading is as tolerant as in `parse`, which knows all the others.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any, Final
+
+from tracker.core.errors import FloraUnreadable
+from tracker.core.inputs import Port
+from tracker.flora.values import as_dollars, as_id, as_number, as_object, as_objects, as_text
+
+_SAYS_OPTIONAL: Final = re.compile(
+    r"(?<!not )(?<!non-)\b(optional(ly)?\b|(leave|left) (\w+ )?(out|empty|blank)\b)"
+    r"|\bnot (required|needed|mandatory)\b",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Technique:
+    """A technique of the catalogue. `run_cost` is USD for each run.
+
+    `inputs` and `outputs` are FLORA's own objects, with the fields that are unknown here.
+    """
+
+    technique_id: str
+    name: str
+    description: str | None
+    run_cost: Decimal | None
+    inputs: tuple[dict[str, Any], ...]
+    outputs: tuple[dict[str, Any], ...]
+
+    @property
+    def ports(self) -> tuple[Port, ...]:
+        """The inputs as a start is checked against them."""
+        return ports(self.inputs)
+
+
+def technique(payload: object) -> Technique:
+    """A technique. Raises `FloraUnreadable` where it has no id."""
+    fields = as_object(payload)
+    technique_id = as_id(fields.get("technique_id"))
+    if technique_id is None:
+        raise FloraUnreadable("the technique has no technique_id")
+    return Technique(
+        technique_id=technique_id,
+        name=as_text(fields.get("name")) or technique_id,
+        description=as_text(fields.get("description")),
+        run_cost=as_dollars(fields.get("run_cost")),
+        inputs=as_objects(fields.get("inputs")),
+        outputs=as_objects(fields.get("outputs")),
+    )
+
+
+def ports(objects: Iterable[dict[str, Any]]) -> tuple[Port, ...]:
+    """A definition's inputs or outputs; none where one of them has no id.
+
+    A definition that is understood in part would refuse what FLORA takes.
+    """
+    read = [_port(fields) for fields in objects]
+    known = tuple(port for port in read if port is not None)
+    return known if len(known) == len(read) else ()
+
+
+def _port(fields: dict[str, Any]) -> Port | None:
+    port_id = as_id(fields.get("id"))
+    if port_id is None:
+        return None
+    description = as_text(fields.get("description")) or ""
+    return Port(
+        id=port_id,
+        type=as_id(fields.get("type")) or "",
+        name=as_text(fields.get("name")) or "",
+        description=description,
+        optional=_may_be_left_out(fields, description),
+        several=fields.get("allow_multiple") is True,
+        element=fields.get("accepts_element") is True,
+        aspect_ratio=as_text(fields.get("specified_aspect_ratio")),
+        duration=as_number(fields.get("specified_duration")) or None,  # 0 is no length at all
+    )
+
+
+def _may_be_left_out(fields: dict[str, Any], description: str) -> bool:
+    """Whether an input is marked so or, without any mark, described so."""
+    if isinstance(fields.get("optional"), bool):
+        return fields["optional"] is True
+    if isinstance(fields.get("required"), bool):
+        return fields["required"] is False
+    return _SAYS_OPTIONAL.search(description) is not None

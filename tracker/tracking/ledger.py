@@ -1,0 +1,120 @@
+"""A start held by one caller: while it lasts, nobody else sends or judges its key."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Final
+from uuid import uuid4
+
+import structlog
+
+from tracker.core.clock import Clock
+from tracker.core.errors import FloraRefusal, StartUnderWay, StoreError
+from tracker.store import starts
+from tracker.store.engine import Database
+from tracker.store.starts import StartRow, StartState
+
+HELD_FOR: Final = timedelta(seconds=30)
+"""What a process that died held is free after this; one that lives renews it."""
+RENEW_AFTER: Final = 10.0
+"""Seconds after which a hold is renewed."""
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class HeldStart:
+    """A row of the ledger of starts, as it stands now, in the hands of one caller."""
+
+    database: Database
+    clock: Clock
+    row: StartRow
+    holder: str
+
+    @property
+    def key(self) -> str:
+        """The idempotency key."""
+        return self.row.idempotency_key
+
+    async def about_to_send(self, callback_url: str | None) -> None:
+        """Note that a request leaves now. Raises `StartUnderWay` where the hold was lost."""
+        row = await starts.mark_sent(
+            self.database,
+            self.row.workspace_slot,
+            self.key,
+            holder=self.holder,
+            at=self.clock(),
+            callback_url=callback_url,
+        )
+        if row is None:
+            raise StartUnderWay(
+                f"idempotency key {self.key!r} was taken over by another request: ask again soon"
+            )
+        self.row = row
+
+    async def note(self, state: StartState, error: dict[str, Any]) -> None:
+        """Write what is known into the ledger; where that fails the row stays as it is."""
+        try:
+            row = await starts.mark(
+                self.database,
+                self.row.workspace_slot,
+                self.key,
+                holder=self.holder,
+                state=state,
+                error=error,
+            )
+        except StoreError as failure:
+            log.error("start.ledger_failed", key=self.key, state=state, error=str(failure))
+        else:
+            self.row = row or self.row
+
+
+@asynccontextmanager
+async def holding(
+    database: Database, row: StartRow, process: str, clock: Clock
+) -> AsyncIterator[HeldStart | None]:
+    """Hold a start for as long as the block lasts; `None` where another has it, or it has started.
+
+    `process` names the process in the lease. Raises `StoreUnavailable`.
+    """
+    slot, key = row.workspace_slot, row.idempotency_key
+    holder = f"{process}:{uuid4()}"
+    if not await starts.take(database, slot, key, holder, clock(), HELD_FOR):
+        yield None
+        return
+    renewing = asyncio.create_task(_renew(database, row, holder, clock))
+    try:
+        fresh = await starts.get(database, slot, key)  # it may have moved on before it was taken
+        yield HeldStart(database, clock, fresh or row, holder)
+    finally:
+        renewing.cancel()
+        try:
+            await starts.give_back(database, slot, key, holder)
+        except StoreError as failure:
+            log.warning("start.hold_kept", key=key, error=str(failure))
+
+
+async def _renew(database: Database, row: StartRow, holder: str, clock: Clock) -> None:
+    while True:
+        await asyncio.sleep(RENEW_AFTER)
+        try:
+            await starts.take(
+                database, row.workspace_slot, row.idempotency_key, holder, clock(), HELD_FOR
+            )
+        except StoreError as failure:
+            log.warning("start.hold_not_renewed", key=row.idempotency_key, error=str(failure))
+
+
+def described(error: Exception) -> dict[str, Any]:
+    """An error as the ledger keeps it."""
+    if isinstance(error, FloraRefusal):
+        return {
+            "status": error.status,
+            "code": error.code,
+            "message": error.message,
+            "fields": [{"field": one.field, "message": one.message} for one in error.fields],
+            "request_id": error.request_id,
+        }
+    return {"message": str(error)}
