@@ -110,6 +110,7 @@ def configure_logs(
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
+        logger.setLevel(logging.NOTSET)
 
 
 class Redactor:

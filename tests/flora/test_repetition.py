@@ -126,7 +126,6 @@ async def test_a_start_is_repeated_where_that_is_safe(reply: Reply) -> None:
     [
         ({}, 5),
         ({"retry_after": "12"}, 12),
-        ({"retry_after": "0"}, 5),
         ({"retry_after_ms": "1500"}, 1.5),
         ({"retry_after": format_datetime(NOON + timedelta(seconds=9), usegmt=True)}, 9),
         ({"retry_after": "soon"}, 5),
@@ -139,6 +138,15 @@ async def test_a_429_says_how_long(headers: dict[str, str], wait: float) -> None
     async with client(far_end, time) as flora:
         await time.run(flora.get_any_run("run_1"))
     assert time.elapsed == pytest.approx(wait)
+
+
+async def test_a_429_may_ask_for_no_wait() -> None:
+    """A wait of zero seconds is a wait that FLORA has named: only the backoff is left."""
+    time = VirtualTime()
+    far_end = FarEnd(refused(429, retry_after="0"), RUN)
+    async with client(far_end, time) as flora:
+        await time.run(flora.get_any_run("run_1"))
+    assert time.elapsed < 2
 
 
 async def test_a_wait_is_everybodys() -> None:

@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from tracker.worker.cron import cron_trigger
+from tracker.worker.cron import cron_trigger, longest_wait
 
 SUNDAY = datetime(2026, 11, 22, tzinfo=UTC)
 
@@ -46,3 +46,18 @@ def test_every_five_minutes() -> None:
 def test_day_and_weekday_are_either_or() -> None:
     """Where both a day of the month and a weekday are given, cron takes either."""
     assert [moment.day for moment in fires("0 0 24 * 1", days=9)] == [23, 24, 30]
+
+
+@pytest.mark.parametrize(
+    ("expression", "seconds"),
+    [
+        ("*/5 * * * *", 300),
+        ("0,10 * * * *", 3000),
+        ("*/15 8-18 * * 1-5", 61.25 * 3600),
+        ("0 0 1 * *", 31 * 86400),
+        ("0 0 30 2 *", 0),
+    ],
+)
+def test_the_longest_wait_between_two_times(expression: str, seconds: float) -> None:
+    """Nights, weekends and long months included; what never fires has none."""
+    assert longest_wait(expression, SUNDAY) == seconds

@@ -235,7 +235,7 @@ class Caller:
             )
         asked = asked_wait(answer.headers, now=self._clock())
         if answer.status == 429:
-            asked = asked or UNTOLD_WAIT
+            asked = UNTOLD_WAIT if asked is None else asked
         return parse.refusal(
             answer.status, answer.body, request_id=answer.request_id, retry_after=asked
         )

@@ -23,6 +23,9 @@ says nothing about the clocks."""
 SOON: Final = timedelta(minutes=10)
 """A run begins within this time after its start was last sent."""
 
+AT_ONCE: Final = timedelta(seconds=30)
+"""FLORA's answer to a request comes within this time."""
+
 
 class Originals:
     """Finds the runs of starts, and tracks them as ours."""
@@ -110,7 +113,9 @@ def _in_use(workspace: Workspace, row: StartRow) -> tuple[datetime, datetime]:
     """Between which of FLORA's moments a run of this start may have begun."""
     first = row.in_use_since or row.created_at
     last = row.sent_at or first
-    return _at_flora(workspace, first), _at_flora(workspace, last) + SOON
+    # FLORA's 409 says that the run was there when it answered; else it may begin yet.
+    answered = (row.error or {}).get("status") == 409
+    return _at_flora(workspace, first), _at_flora(workspace, last) + (AT_ONCE if answered else SOON)
 
 
 def _may_be(workspace: Workspace, rival: StartRow, run: Observation) -> bool:
