@@ -1,8 +1,6 @@
 """`POST /api/runs` against a FLORA that spends nothing."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -11,32 +9,13 @@ import pytest
 
 from tests.support.waiting import eventually, free_port
 from tests.web.conftest import Serve, Site
+from tests.web.flora import START, with_flora
 from tests.web.serving import serving
-from tracker.simulator import Options, Simulator, running
+from tracker.simulator import Options, running
 from tracker.tracking.durations import DurationBook
+from tracker.tracking.originals import Originals
 from tracker.tracking.start import Starter
 from tracker.web.app import build_app
-
-START = {
-    "technique": "icon-pack",
-    "inputs": [{"id": "prompt", "type": "text", "value": "tools"}],
-}
-
-
-@asynccontextmanager
-async def _with_flora(
-    serve: Serve, database_url: str, **options: Any
-) -> AsyncIterator[tuple[Site, Simulator]]:
-    async with (
-        running(Options(failures=0, **options)) as flora,
-        serve(
-            database_url,
-            flora_base_url=flora.base_url,
-            flora_api_key=flora.world.options.api_key,
-            flora_workspace_id=flora.world.options.workspace_id,
-        ) as site,
-    ):
-        yield site, flora
 
 
 async def _start(site: Site, key: str | None = None, **more: Any) -> httpx.Response:
@@ -46,7 +25,7 @@ async def _start(site: Site, key: str | None = None, **more: Any) -> httpx.Respo
 
 async def test_a_run_is_started_and_tracked(serve: Serve, database_url: str) -> None:
     """201 with the run that FLORA now has, and it is listed from then on."""
-    async with _with_flora(serve, database_url) as (site, flora):
+    async with with_flora(serve, database_url) as (site, flora):
         answer = await _start(site)
         assert answer.status_code == 201
         run = answer.json()
@@ -65,7 +44,7 @@ async def test_a_key_starts_one_run_however_often_it_is_sent(
     serve: Serve, database_url: str, account: str
 ) -> None:
     """In the header, in the body or in both, and at the same moment: 201 once, then 200."""
-    async with _with_flora(serve, database_url, idempotency=account) as (site, flora):
+    async with with_flora(serve, database_url, idempotency=account) as (site, flora):
         answers = await asyncio.gather(
             _start(site, "key-1"),
             _start(site, None, idempotency_key="key-1"),
@@ -81,9 +60,38 @@ async def test_a_key_starts_one_run_however_often_it_is_sent(
         assert (await _start(site, "key-2")).status_code == 201
 
 
+@pytest.mark.parametrize("account", ["replay", "conflict"])
+async def test_five_at_the_same_moment_get_one_run(
+    serve: Serve, database_url: str, account: str
+) -> None:
+    """One run and five equal answers, whichever of two processes is asked, and in either form."""
+    async with (
+        with_flora(serve, database_url, idempotency=account) as (one, flora),
+        serve(
+            database_url,
+            flora_base_url=flora.base_url,
+            flora_api_key=flora.world.options.api_key,
+            flora_workspace_id=flora.world.options.workspace_id,
+        ) as other,
+    ):
+        answers = await asyncio.gather(
+            _start(one, "key-1"),
+            _start(other, "key-1"),
+            _start(one, None, idempotency_key="key-1"),
+            _start(other, None, idempotency_key="key-1"),
+            _start(one, "key-1"),
+        )
+        assert sorted(answer.status_code for answer in answers) == [200, 200, 200, 200, 201]
+        assert [answer.json() for answer in answers] == [answers[0].json()] * 5
+        for answer in answers:
+            replayed = answer.headers.get("Idempotent-Replayed")
+            assert replayed == ("true" if answer.status_code == 200 else None)
+        assert list(flora.world.runs) == [answers[0].json()["run_id"]]
+
+
 async def test_a_key_is_not_used_for_another_body(serve: Serve, database_url: str) -> None:
     """422, and nothing is started."""
-    async with _with_flora(serve, database_url) as (site, flora):
+    async with with_flora(serve, database_url) as (site, flora):
         await _start(site, "key-1")
         other = [{"id": "prompt", "type": "text", "value": "flowers"}]
         answer = await _start(site, "key-1", inputs=other)
@@ -94,7 +102,7 @@ async def test_a_key_is_not_used_for_another_body(serve: Serve, database_url: st
 
 async def test_two_keys_for_one_start_are_refused(serve: Serve, sqlite_url: str) -> None:
     """Which of them was meant cannot be told; a key that no header can carry is refused too."""
-    async with _with_flora(serve, sqlite_url) as (site, flora):
+    async with with_flora(serve, sqlite_url) as (site, flora):
         answer = await _start(site, "key-1", idempotency_key="key-2")
         assert answer.status_code == 400
         assert [f["field"] for f in answer.json()["error"]["fields"]] == ["idempotency_key"]
@@ -108,15 +116,49 @@ async def test_two_keys_for_one_start_are_refused(serve: Serve, sqlite_url: str)
 
 async def test_what_flora_refuses_comes_through(serve: Serve, sqlite_url: str) -> None:
     """Its 400, 402 and 404, with its code, its words and its fields."""
-    async with _with_flora(serve, sqlite_url, credits=0.0) as (site, flora):
+    async with with_flora(serve, sqlite_url, credits=0.0) as (site, flora):
         unpaid = await _start(site)
         assert (unpaid.status_code, unpaid.json()["error"]["code"]) == (402, "insufficient_credits")
         unknown = await _start(site, technique="no-such-technique")
         assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "not_found")
-        wrong = await _start(site, inputs=[{"id": "prompt", "type": "hologram", "value": "v"}])
+        # The id of an element would do as well, so that only FLORA can tell that this is none.
+        element = [{"id": "face", "type": "imageUrl", "value": "no element"}]
+        wrong = await _start(site, technique="cctv-cam", inputs=element)
         assert (wrong.status_code, wrong.json()["error"]["code"]) == (400, "input_validation_error")
-        assert wrong.json()["error"]["fields"]
+        assert wrong.json()["error"]["fields"] == [
+            {"field": "inputs[0].value", "message": "must be an http or https link"}
+        ]
         assert not flora.world.runs
+
+
+async def test_what_does_not_fit_the_technique_is_refused_unpaid(
+    serve: Serve, sqlite_url: str
+) -> None:
+    """In FLORA's shape with every field, and the key is free for what is mended."""
+    async with with_flora(serve, sqlite_url) as (site, flora):
+        wrong = [
+            {"id": "logo", "type": "imageUrl", "value": "http://example.com/a.svg"},
+            {"id": "font", "type": "text", "value": "serif"},
+        ]
+        answer = await _start(site, "key-1", technique="logo-stylist", inputs=wrong)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (400, "input_validation_error")
+        assert [fault["field"] for fault in error["fields"]] == [
+            "inputs.0.value",
+            "inputs.1.id",
+            "inputs.style",
+        ]
+        assert all(set(fault) == {"field", "message"} for fault in error["fields"])
+        needs_sound = await _start(site, technique="video-scene-builder")
+        assert "FLORA's starts take only" in needs_sound.text
+        assert ("runs.start", 400) not in flora.world.counts
+        mended = [
+            {"id": "logo", "type": "imageUrl", "value": "https://example.com/a.svg"},
+            {"id": "style", "type": "text", "value": "serif"},
+        ]
+        answer = await _start(site, "key-1", technique="logo-stylist", inputs=mended)
+        assert answer.status_code == 201
+        assert len(flora.world.runs) == 1
 
 
 async def test_without_a_key_for_flora_a_start_says_so(small_site: Site) -> None:
@@ -133,12 +175,14 @@ async def test_a_flora_that_cannot_be_reached_is_a_502(serve: Serve, sqlite_url:
         services = site.services
         impatient = Starter(
             database=services.database,
-            door=services.door,
             workspaces=services.workspaces,
             catalogue=services.catalogue,
             durations=DurationBook(services.database, clock=services.clock),
+            originals=Originals(
+                database=services.database, door=services.door, clock=services.clock
+            ),
             callback_url=None,
-            holder="test",
+            process="test",
             clock=services.clock,
             deadline=0.1,
         )

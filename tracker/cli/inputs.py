@@ -2,17 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from tracker.core.errors import FieldFault, InvalidRequest
-
 if TYPE_CHECKING:
     from tracker.wiring import Services
-
-_STARTABLE: Final = ("text", "imageUrl", "videoUrl")
-"""The types that a start knows. A link to anything else (a sound, a document) goes as text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,24 +36,15 @@ def parse(texts: Iterable[str]) -> list[Given]:
 async def typed(
     services: "Services", technique: str, workspace_id: str | None, given: Sequence[Given]
 ) -> list[dict[str, Any]]:
-    """The inputs as a start takes them, types filled in from the technique's definition.
+    """The inputs as a start takes them, missing types filled in from the technique's definition.
 
-    FLORA is asked only where a type is missing. Raises `InvalidRequest` for an input that the
-    technique does not have, and whatever asking FLORA raises.
+    Whether they fit it is found when the run is started. Raises `InvalidRequest` where neither the
+    caller nor the definition says a type, and whatever asking FLORA raises.
     """
-    types: dict[str, str] = {}
+    from tracker.core import inputs
+
+    ports: Sequence[inputs.Port] = ()
     if any(one.type is None for one in given):
         workspace = services.workspaces.pick(workspace_id)
-        definition = await services.catalogue.definition(workspace, technique)
-        types = {str(port.get("id")): str(port.get("type")) for port in definition.inputs}
-    return [
-        {"id": one.id, "type": one.type or _type_of(one.id, types, technique), "value": one.value}
-        for one in given
-    ]
-
-
-def _type_of(input_id: str, types: dict[str, str], technique: str) -> str:
-    if input_id not in types:
-        message = f"{technique} has no input {input_id!r}; it has {', '.join(types) or 'none'}"
-        raise InvalidRequest(message, [FieldFault(f"inputs.{input_id}", message)])
-    return types[input_id] if types[input_id] in _STARTABLE else "text"
+        ports = (await services.catalogue.definition(workspace, technique)).ports
+    return inputs.typed(ports, [(one.id, one.type, one.value) for one in given])

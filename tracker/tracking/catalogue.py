@@ -1,45 +1,208 @@
-"""The techniques, as far as starting a run needs them: a slug's id, a definition's input types."""
+"""The techniques' definitions: read from FLORA, kept in the database, and read again when old.
+
+What a start is checked against costs no request as long as it was read within the hour, by whatever
+process. An old one does still where FLORA cannot be asked: it is better than none, and FLORA checks
+again.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any, Final
+from weakref import WeakValueDictionary
+
+import structlog
 
 from tracker.core.clock import Clock
-from tracker.flora.parse import Technique
+from tracker.core.errors import (
+    FieldFault,
+    FloraError,
+    FloraRefusal,
+    FloraUnreachable,
+    FloraUnreadable,
+    InvalidRequest,
+    NotFound,
+    RateLimited,
+    ServerFault,
+)
+from tracker.core.inputs import check
+from tracker.flora.technique import Technique
 from tracker.store import techniques
 from tracker.store.engine import Database
 from tracker.store.techniques import TechniqueRow
-from tracker.tracking.workspaces import Workspace
+from tracker.tracking.workspaces import Workspace, Workspaces
+
+FRESH: Final = timedelta(hours=1)
+"""How long a definition is used without asking FLORA again."""
+PAUSE: Final = timedelta(minutes=1)
+"""So long after asking in vain, or after a read, FLORA is not asked for the same once more."""
+RENEWAL_SECONDS: Final = 5.0
+"""How long FLORA may take to renew a definition that is known: an old one is not worth more."""
+
+log = structlog.get_logger(__name__)
+
+_Key = tuple[str, str]
+_SILENT: Final = (FloraUnreachable, FloraUnreadable, RateLimited, ServerFault)
+"""FLORA told nothing about the technique."""
 
 
 class Catalogue:
-    """Definitions of techniques, read from FLORA once for each process and kept in the database."""
+    """Definitions of techniques, by id or slug."""
 
-    def __init__(self, database: Database, *, clock: Clock) -> None:
+    def __init__(self, database: Database, *, workspaces: Workspaces, clock: Clock) -> None:
         self._database = database
+        self._workspaces = workspaces
         self._clock = clock
-        self._by_name: dict[tuple[str, str], Technique] = {}
+        self._slugs: dict[_Key, str] = {}
+        self._asked_in_vain: dict[_Key, datetime] = {}
+        self._asking: WeakValueDictionary[_Key, asyncio.Lock] = WeakValueDictionary()
 
-    async def definition(self, workspace: Workspace, technique: str) -> Technique:
-        """The definition of a technique, by id or slug.
+    async def definition(
+        self, workspace: Workspace, technique: str, *, deadline: float | None = None
+    ) -> Technique:
+        """The definition of a technique that is to be started. `deadline` is in seconds.
 
-        Raises `NotFound` where FLORA knows none, `SettingsError` without a key, and the rest of the
-        `FloraError` tree.
+        Raises `NotFound` where FLORA knows none, `InvalidRequest` for what can name none,
+        `SettingsError` without a key, `StoreUnavailable`, and the rest of the `FloraError` tree
+        where none is known.
         """
-        found = self._by_name.get((workspace.slot, technique))
-        if found is None:
-            found = await workspace.require_client().get_technique(technique)
-            await techniques.upsert(self._database, [_row(found, technique)], self._clock())
-            self._by_name[workspace.slot, technique] = found
-        return found
+        row = await self._renewed(workspace, technique, deadline)
+        return Technique(
+            technique_id=row.technique_id,
+            name=row.name,
+            description=row.description,
+            run_cost=row.run_cost,
+            inputs=row.inputs,
+            outputs=row.outputs,
+        )
+
+    async def checked(
+        self,
+        workspace: Workspace,
+        technique: str,
+        inputs: Sequence[Mapping[str, Any]],
+        *,
+        deadline: float | None = None,
+    ) -> str:
+        """The id of a technique to be started with these inputs, which fit its definition.
+
+        Raises `InvalidRequest`, with every field that is wrong, where they do not, and else as
+        `definition`.
+        """
+        definition = await self.definition(workspace, technique, deadline=deadline)
+        faults = check(definition.ports, inputs)
+        if faults:
+            raise InvalidRequest(f"the inputs do not fit the technique {technique}", faults)
+        return definition.technique_id
 
     async def technique_id(self, workspace: Workspace, technique: str) -> str:
-        """The `tech_…` form of an id or slug; FLORA is asked only for a slug."""
+        """The `tech_…` form of an id or slug; FLORA is asked only for a slug that is new.
+
+        Raises as `definition`.
+        """
         if technique.startswith("tech_"):
             return technique
-        return (await self.definition(workspace, technique)).technique_id
+        known = await self._known(workspace, technique)
+        return (known or await self._renewed(workspace, technique, None)).technique_id
+
+    async def find(self, technique: str) -> TechniqueRow | None:
+        """A technique to be shown, of whichever workspace; `None` where there is none.
+
+        FLORA is asked where the definition is old or was never read. Raises the `FloraError` tree
+        where nothing is known and FLORA does not tell, and `StoreUnavailable`.
+        """
+        if not could_name_one(technique):
+            return None
+        failure: FloraError | None = None
+        known: TechniqueRow | None = None
+        for workspace in self._workspaces:
+            known = await self._known(workspace, technique) or known
+            if workspace.client is None:
+                continue
+            try:
+                return await self._renewed(workspace, technique, RENEWAL_SECONDS)
+            except NotFound:
+                continue
+            except FloraError as error:
+                failure = error
+        if known is None and failure is not None:
+            raise failure
+        return known
+
+    async def refused(self, technique_id: str, refusal: FloraRefusal) -> None:
+        """Take to heart that FLORA refused a start.
+
+        Where it refused inputs that fitted the definition, that is read again before the next
+        start, unless it was read just now: then reading it tells nothing new.
+        """
+        if refusal.code == "input_validation_error":
+            await techniques.doubt(self._database, technique_id, before=self._clock() - PAUSE)
+
+    async def _renewed(
+        self, workspace: Workspace, technique: str, deadline: float | None
+    ) -> TechniqueRow:
+        """The technique, asked for where what is known is not fresh; once for all who wait."""
+        key = (workspace.slot, technique)
+        lock = self._asking.setdefault(key, asyncio.Lock())
+        async with lock:
+            known = await self._known(workspace, technique)
+            if known is None or not (known.defined_at or known.inputs):
+                return await self._ask(workspace, technique, deadline)
+            if self._will_do(known, key):
+                return known
+            try:
+                return await self._ask(
+                    workspace, technique, min(deadline or RENEWAL_SECONDS, RENEWAL_SECONDS)
+                )
+            except _SILENT as error:
+                self._asked_in_vain[key] = self._clock()
+                log.warning(
+                    "catalogue.not_renewed", technique_id=known.technique_id, error=str(error)
+                )
+                return known
+
+    async def _ask(
+        self, workspace: Workspace, technique: str, deadline: float | None
+    ) -> TechniqueRow:
+        if not could_name_one(technique):
+            message = "is no technique's id or slug"
+            raise InvalidRequest(f"{technique!r} {message}", [FieldFault("technique", message)])
+        found = await workspace.require_client().get_technique(technique, deadline=deadline)
+        if technique != found.technique_id:
+            self._slugs[workspace.slot, technique] = found.technique_id
+        self._asked_in_vain.pop((workspace.slot, technique), None)
+        row = row_of(found, slug=None if technique == found.technique_id else technique)
+        return await techniques.define(self._database, row, self._clock())
+
+    async def _known(self, workspace: Workspace, technique: str) -> TechniqueRow | None:
+        """What the database has. Where there are several workspaces, one's slug need not be the
+        other's: then only a slug that this process has asked for counts."""
+        by_id = await techniques.get(
+            self._database, self._slugs.get((workspace.slot, technique), technique)
+        )
+        if by_id is not None or len(self._workspaces) > 1:
+            return by_id
+        return await techniques.by_slug(self._database, technique)
+
+    def _will_do(self, known: TechniqueRow, key: _Key) -> bool:
+        """Whether FLORA need not, or not yet, be asked again."""
+        now = self._clock()
+        if known.defined_at is not None and now - known.defined_at < FRESH:
+            return True
+        in_vain = self._asked_in_vain.get(key)
+        return in_vain is not None and now - in_vain < PAUSE
 
 
-def _row(found: Technique, asked_for: str) -> TechniqueRow:
+def could_name_one(technique: str) -> bool:
+    """Whether a technique's id or slug could be this: it has to be one part of a path."""
+    return 0 < len(technique) <= 255 and technique.isprintable() and "/" not in technique
+
+
+def row_of(found: Technique, *, slug: str | None = None) -> TechniqueRow:
+    """A technique of FLORA's as the database keeps it."""
     return TechniqueRow(
         technique_id=found.technique_id,
-        slug=None if asked_for == found.technique_id else asked_for,
+        slug=slug,
         name=found.name,
         description=found.description,
         run_cost=found.run_cost,

@@ -55,6 +55,8 @@ PAUSES: Final = (2.0, 5.0, 10.0)
 both run, so the one before is given time to be done."""
 LOOKS: Final = (0.0, 1.0, 2.0, 4.0, 8.0)
 """Seconds before each look into the history for an original: it may be listed late."""
+LISTED_AFTER: Final = timedelta(minutes=1)
+"""A run is in the history after this."""
 
 log = structlog.get_logger(__name__)
 
@@ -177,7 +179,9 @@ class Starter:
         forgotten = self._clock() - (row.in_use_since or row.created_at) >= KEY_KEPT
         if not fresh and (forgotten or row.state is StartState.UNRESOLVED):
             duplicate = (row.error or {}).get("status") == 409
-            looks = LOOKS if forgotten or duplicate else LOOKS[:1]
+            # What was sent a while ago is listed by now, or never will be.
+            recent = self._clock() - (row.sent_at or row.created_at) < LISTED_AFTER
+            looks = LOOKS if recent and duplicate else LOOKS[:1]
             found = await self._look(workspace, held, looks, give_up)
             if found is not None:
                 return Started(record=found, replayed=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from tracker.core.clock import Clock
 from tracker.core.entry import Seen
-from tracker.core.errors import FloraError, SettingsError
+from tracker.core.errors import FloraError, InvalidRequest, SettingsError
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Record
 from tracker.store.door import Door
@@ -67,5 +67,5 @@ class Tracker:
             return None
         try:
             return await self._catalogue.technique_id(workspace, technique)
-        except (FloraError, SettingsError):
+        except (FloraError, InvalidRequest, SettingsError):
             return None

@@ -12,7 +12,14 @@ from tracker.web.answers import Json
 from tracker.web.body import read_json
 from tracker.web.faults import Fault, invalid, not_found
 from tracker.web.limits import Limits
-from tracker.web.schemas import ListQuery, StartBody, TrackBody, checked, checked_key
+from tracker.web.schemas import (
+    ListQuery,
+    StartBody,
+    TrackBody,
+    checked,
+    checked_key,
+    checked_query,
+)
 from tracker.web.services import Services
 
 
@@ -68,7 +75,7 @@ class Runs:
 
     async def list(self, request: Request) -> Response:
         """One page of runs, newest first."""
-        query = checked(ListQuery, dict(request.query_params))
+        query = checked_query(ListQuery, request.query_params)
         records, next_cursor = await read.list_runs(
             self._services.database,
             status=query.status,

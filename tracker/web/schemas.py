@@ -1,5 +1,9 @@
-"""What may be asked of `/api/runs`, as pydantic models, and what is wrong with what was asked."""
+"""What may be asked of `/api`, as pydantic models, and what is wrong with what was asked.
 
+The same models describe the API in `/openapi.json`: see `openapi`.
+"""
+
+from collections import Counter
 from typing import Annotated, Any, Final, TypeVar
 
 from pydantic import (
@@ -10,8 +14,10 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
+    WithJsonSchema,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
+from starlette.datastructures import QueryParams
 
 from tracker.core.errors import FieldFault
 from tracker.core.run import RunStatus, Tracking
@@ -20,6 +26,7 @@ from tracker.web.faults import invalid
 M = TypeVar("M", bound=BaseModel)
 
 _PRINTABLE: Final = frozenset(map(chr, range(0x20, 0x7F)))
+_NO_NUL: Final = r"^[^\u0000]*$"
 
 
 def _without_nul(text: str) -> str:
@@ -41,49 +48,105 @@ def _none_if_empty(value: Any) -> Any:
     return value or None
 
 
-Name = Annotated[str, StringConstraints(min_length=1, max_length=255), AfterValidator(_without_nul)]
+def _text(most: int, *, least: int = 0, pattern: str = _NO_NUL) -> WithJsonSchema:
+    """How a text of at most so many characters is described."""
+    bounds = {"minLength": least} if least else {}
+    return WithJsonSchema({"type": "string", **bounds, "maxLength": most, "pattern": pattern})
+
+
+Name = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=255),
+    AfterValidator(_without_nul),
+    _text(255, least=1),
+]
 """An id, or a name that stands for one."""
-Key = Annotated[str, StringConstraints(min_length=1, max_length=255), AfterValidator(_key)]
-Link = Annotated[str, StringConstraints(max_length=2048), AfterValidator(_without_nul)]
-Filter = Annotated[Name | None, BeforeValidator(_none_if_empty)]
+Key = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=255),
+    AfterValidator(_key),
+    _text(255, least=1, pattern=r"^[!-~]([ -~]*[!-~])?$"),
+]
+Link = Annotated[str, StringConstraints(max_length=2048), AfterValidator(_without_nul), _text(2048)]
+Filter = Annotated[Name | None, BeforeValidator(_none_if_empty), _text(255)]
+"""What a list is narrowed to; one that is given as nothing is not given."""
+Cursor = Annotated[
+    str | None,
+    BeforeValidator(_none_if_empty),
+    WithJsonSchema({"type": "string", "pattern": "^[A-Za-z0-9_-]*$"}),
+    Field(description="The `next_cursor` of the page before."),
+]
+Limit = Annotated[int, Field(ge=1, le=100, description="So many at most.")]
+
+
+def _one_of(values: Any) -> WithJsonSchema:
+    return WithJsonSchema({"type": "string", "enum": [*map(str, values), ""]})
 
 
 class InputBody(BaseModel):
     """One input of a run."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, title="Input")
 
-    id: Name
-    type: Name
-    value: str
+    id: Annotated[Name, Field(description="The id that the technique's definition gives it.")]
+    type: Annotated[Name, Field(description="`text`, `imageUrl` or `videoUrl`.")]
+    value: Annotated[str, Field(description="The text, or an `https` link.")]
 
 
 class StartBody(BaseModel):
-    """The body of `POST /api/runs`.
+    """What to start.
 
     Unknown fields are refused, because a mistyped `idempotency_key` would cost money.
     """
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        frozen=True,
+        title="Start",
+        json_schema_extra={
+            "examples": [
+                {
+                    "technique": "icon-pack",
+                    "inputs": [{"id": "prompt", "type": "text", "value": "garden tools"}],
+                    "idempotency_key": "order-1234",
+                }
+            ]
+        },
+    )
 
-    technique: Name
+    technique: Annotated[Name, Field(description="Its id or its slug.")]
     inputs: Annotated[list[InputBody], Field(min_length=1, max_length=1000)]
-    workspace_id: Name | None = None
-    idempotency_key: Key | None = None
+    workspace_id: Annotated[
+        Name | None, Field(description="Needed where several workspaces are configured.")
+    ] = None
+    idempotency_key: Annotated[
+        Key | None, Field(description="The same key again gives the same run, not another one.")
+    ] = None
 
 
 class TrackBody(BaseModel):
-    """The body of `POST /api/runs/track`: FLORA's answer to a start will do, whatever is in it.
+    """What to track: FLORA's answer to a start will do, whatever is in it.
 
     Only ids are taken, and where the run is read.
     """
 
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+    model_config = ConfigDict(
+        strict=True,
+        extra="ignore",
+        frozen=True,
+        title="Track",
+        json_schema_extra={
+            "examples": [{"run_id": "run_abc123", "technique_id": "tech_icon-pack"}]
+        },
+    )
 
     run_id: Name
-    technique_id: Name | None = None
+    technique_id: Annotated[Name | None, Field(description="Its id or its slug.")] = None
     workspace_id: Name | None = None
-    poll_url: Link | None = None
+    poll_url: Annotated[
+        Link | None, Field(description="Followed only where it is on FLORA's own origin.")
+    ] = None
 
 
 class ListQuery(BaseModel):
@@ -91,12 +154,29 @@ class ListQuery(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    status: Annotated[RunStatus | None, BeforeValidator(_none_if_empty)] = None
+    status: Annotated[RunStatus | None, BeforeValidator(_none_if_empty), _one_of(RunStatus)] = None
     technique_id: Filter = None
     workspace_id: Filter = None
-    tracking: Annotated[Tracking | None, BeforeValidator(_none_if_empty)] = None
-    cursor: Annotated[str | None, BeforeValidator(_none_if_empty)] = None
-    limit: Annotated[int, Field(ge=1, le=100)] = 50
+    tracking: Annotated[Tracking | None, BeforeValidator(_none_if_empty), _one_of(Tracking)] = None
+    cursor: Cursor = None
+    limit: Limit = 50
+
+
+class TechniqueQuery(BaseModel):
+    """The query of `GET /api/techniques`."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    query: Annotated[
+        str,
+        StringConstraints(max_length=255),
+        AfterValidator(_without_nul),
+        _text(255),
+        Field(description="Words that all stand in the id, the slug, the name or the description."),
+    ] = ""
+    gone: Annotated[bool, Field(description="Also those that FLORA no longer has.")] = False
+    cursor: Cursor = None
+    limit: Limit = 50
 
 
 def checked(model: type[M], values: Any) -> M:
@@ -108,6 +188,15 @@ def checked(model: type[M], values: Any) -> M:
     raise invalid(*faults)
 
 
+def checked_query(model: type[M], given: QueryParams) -> M:
+    """A query as a `model`; raises `Fault` 400, also for a parameter that stands twice."""
+    counts = Counter(name for name, _ in given.multi_items() if name in model.model_fields)
+    twice = [FieldFault(name, "stands twice") for name, count in counts.items() if count > 1]
+    if twice:
+        raise invalid(*twice)
+    return checked(model, dict(given))
+
+
 def checked_key(values: list[str]) -> str | None:
     """The key of the `Idempotency-Key` headers of a request; raises `Fault` 400."""
     if not values:
@@ -115,13 +204,15 @@ def checked_key(values: list[str]) -> str | None:
     if len(set(values)) > 1:
         raise invalid(FieldFault("Idempotency-Key", "stands twice with different values"))
     try:
-        return _KeyHeader(key=values[0]).key
+        return KeyHeader(key=values[0]).key
     except ValidationError as error:
         message = error.errors(include_url=False, include_input=False)[0]["msg"]
     raise invalid(FieldFault("Idempotency-Key", message))
 
 
-class _KeyHeader(BaseModel):
+class KeyHeader(BaseModel):
+    """The header `Idempotency-Key`."""
+
     key: Key
 
 

@@ -1,0 +1,137 @@
+"""`/openapi.json`: it describes what there is, and the service keeps to it."""
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.routing import Route
+
+from tests.web.callbacks import PATH, event, signed
+from tests.web.conftest import Serve, Site
+from tests.web.flora import START, with_flora
+from tracker.core.errors import FieldFault
+from tracker.web import shapes
+from tracker.web.app import build_app
+from tracker.web.faults import invalid
+from tracker.web.openapi import document
+from tracker.web.operations import OPERATIONS, Operation
+
+CONFIG = Path(__file__).with_name("schemathesis.toml")
+TOKEN = "a-token-for-tests"
+
+
+async def test_every_route_of_the_api_is_described(small_site: Site) -> None:
+    """What is served below /api and what the document lists are the same."""
+    served = {
+        (method, route.path)
+        for route in build_app(small_site.services).routes
+        if isinstance(route, Route) and route.path.startswith("/api")
+        for method in (route.methods or set()) - {"HEAD"}
+    }
+    described = (await small_site.client.get("/openapi.json")).json()
+    assert served == {
+        (method.upper(), path) for path, methods in described["paths"].items() for method in methods
+    }
+
+
+async def test_the_document_needs_the_token_too(serve: Serve, sqlite_url: str) -> None:
+    """With a token set it is told only to those who have it, and says that it is needed."""
+    async with serve(sqlite_url, tracker_api_token=TOKEN) as site:
+        assert (await site.client.get("/openapi.json")).status_code == 401
+        shown = await site.client.get("/openapi.json", headers={"Authorization": f"Bearer {TOKEN}"})
+        assert shown.json()["security"] == [{"token": []}]
+        assert TOKEN not in shown.text
+
+
+async def test_without_a_token_only_this_machine_is_told(small_site: Site) -> None:
+    """A page whose name was pointed at this machine does not read it."""
+    told = await small_site.client.get("/openapi.json", headers={"Host": "evil.example"})
+    assert told.status_code == 403
+    assert "security" not in (await small_site.client.get("/openapi.json")).json()
+
+
+def _examples(operation: Operation) -> list[tuple[Any, Any]]:
+    """The models that the operation names, each with the examples that it gives."""
+    models = [operation.body, *(answer.shape for answer in operation.answers.values())]
+    return [
+        (model, example)
+        for model in models
+        if model is not None
+        for example in model.model_json_schema().get("examples", [])
+    ]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
+def test_examples_are_valid(operation: Operation) -> None:
+    """What the document shows as an example is what its own schema allows."""
+    for model, example in _examples(operation):
+        model.model_validate(example)
+
+
+def test_requests_and_answers_have_examples() -> None:
+    """A run, an event, a technique, an error and both bodies are shown by example."""
+    schemas = document(OPERATIONS, with_token=False)["components"]["schemas"]
+    for name in ("Run", "Event", "Technique", "Error", "StartBody", "TrackBody"):
+        assert schemas[name]["examples"]
+
+
+async def test_answers_have_the_described_shape(serve: Serve, sqlite_url: str) -> None:
+    """Each field that is shown is described, and each that is described is shown."""
+    async with with_flora(serve, sqlite_url) as (site, _):
+        run = (await site.client.post("/api/runs", json=START)).json()
+        body = event(run["run_id"])
+        await site.client.post(PATH, content=body, headers=signed(body))
+        for path, shape in (
+            (f"/api/runs/{run['run_id']}", shapes.Run),
+            (f"/api/runs/{run['run_id']}/events", shapes.Timeline),
+            ("/api/runs", shapes.RunPage),
+            ("/api/techniques/icon-pack", shapes.Technique),
+            ("/api/techniques", shapes.TechniquePage),
+        ):
+            shown = await site.client.get(path)
+            assert set(shown.json()) == set(shape.model_fields), path
+            shape.model_validate_json(shown.content, strict=True)
+
+
+def test_errors_have_the_described_shape() -> None:
+    """With fields and without."""
+    shapes.Error.model_validate(invalid(FieldFault("a", "b")).body())
+    assert shapes.Error.model_validate(invalid().body()).error.fields == []
+
+
+async def _schemathesis(site: Site, folder: Path, *options: str) -> str:
+    """Run schemathesis against the service; its report, where it found something."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "schemathesis.cli", "--config-file", str(CONFIG), "run"),
+        *(f"{site.base_url}/openapi.json", "--no-color", *options),
+        cwd=folder,
+        env={"HOME": str(folder), "COLUMNS": "100"},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    report, _ = await process.communicate()
+    return "" if process.returncode == 0 else report.decode()
+
+
+@pytest.mark.timeout(180)  # a quarter of a minute where the machine has nothing else to do
+async def test_the_service_keeps_to_its_description(
+    serve: Serve, sqlite_url: str, tmp_path: Path
+) -> None:
+    """Schemathesis finds no answer that is not described, and nothing wrong that is accepted."""
+    async with with_flora(serve, sqlite_url, run_seconds=0.5) as (site, _):
+        await site.services.catalogue_sync.sync()
+        assert await _schemathesis(site, tmp_path) == ""
+
+
+async def test_the_service_keeps_to_its_description_with_a_token(
+    serve: Serve, sqlite_url: str, tmp_path: Path
+) -> None:
+    """The same holds where a token is needed, and without it nothing is let in."""
+    async with with_flora(serve, sqlite_url, token=TOKEN) as (site, _):
+        found = await _schemathesis(
+            *(site, tmp_path, "-H", f"Authorization: Bearer {TOKEN}"),
+            *("--phases", "examples,fuzzing", "-n", "5"),
+        )
+        assert found == ""

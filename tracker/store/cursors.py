@@ -1,0 +1,30 @@
+"""The opaque cursors of lists that are read by key: where the page before ended, as two texts."""
+
+import base64
+
+from tracker.core.errors import FieldFault, InvalidRequest
+from tracker.store.text import dump_json, load_json
+
+
+def encode(first: str, second: str) -> str:
+    """The cursor that stands for a row's key; fit for a URL as it is."""
+    text = dump_json([first, second])
+    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+
+def decode(cursor: str) -> tuple[str, str]:
+    """The key that a cursor stands for. Raises `InvalidRequest` for what `encode` never made."""
+    try:
+        padded = cursor + "=" * (-len(cursor) % 4)
+        first, second = load_json(base64.b64decode(padded, altchars=b"-_", validate=True))
+    except (ValueError, TypeError) as exc:
+        raise refusal() from exc
+    if not isinstance(first, str) or not isinstance(second, str):
+        raise refusal()
+    return first, second
+
+
+def refusal() -> InvalidRequest:
+    """The error for a cursor that was not given out here."""
+    fault = FieldFault("cursor", "this cursor was not given out here; begin without one")
+    return InvalidRequest("the cursor is not valid", [fault])
