@@ -1,0 +1,217 @@
+"""`tracker batch` and `tracker batches`, as processes, against the simulator."""
+
+import csv
+import io
+import json
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import typer
+
+from tests.cli.conftest import TRACKER, Commands, simulate
+from tests.settings.test_readme import section
+from tests.support.waiting import eventually
+from tracker.cli.app import app
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = ["garden tools", "kitchen tools", "garden tools"]
+SHEET = "".join(f"{line}\n" for line in ["prompt,note", *(f"{prompt},x" for prompt in PROMPTS)])
+
+
+@pytest.fixture
+def flora(tracker: Commands, stack: ExitStack) -> Commands:
+    """The command line, with a FLORA whose runs are short and complete, and a sheet."""
+    simulate(tracker, stack, "--run-seconds", "0.2", "--failures", "0%")
+    tracker.environ["TRACKER_POLL_INTERVAL"] = "0.1"
+    (tracker.folder / "icons.csv").write_text(SHEET)
+    return tracker
+
+
+def begun(tracker: Commands) -> list[dict[str, Any]]:
+    """The runs that FLORA knows."""
+    root = tracker.environ["FLORA_BASE_URL"].removesuffix("/api/v1")
+    runs: list[dict[str, Any]] = httpx.get(f"{root}/simulator/runs").json()["runs"]
+    return runs
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    return list(csv.DictReader(io.StringIO(path.read_text(), newline="")))
+
+
+def piped(tracker: Commands, *arguments: str, given: str) -> "subprocess.CompletedProcess[str]":
+    """A command that reads stdin."""
+    return subprocess.run(
+        [*TRACKER, *arguments],
+        cwd=tracker.folder,
+        env=tracker._environ({}),
+        input=given,
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+
+
+def test_a_sheet_becomes_runs_and_results(flora: Commands) -> None:
+    """Planned, kept to its limit, started, followed, repeated for nothing, listed and shown."""
+    planned = flora.json("batch", "icon-pack", "icons.csv", "--dry-run")
+    assert (planned["to_start"], planned["run_cost"], planned["cost"]) == (3, 0.25, 0.75)
+    assert [one["line"] for one in planned["starts"]] == [2, 3, 4]
+    dear = flora("batch", "icon-pack", "icons.csv", "--max-cost", "0.74")
+    assert dear.returncode == 1
+    assert "starting 3 rows could cost 0.75 USD, more than --max-cost 0.74 USD" in dear.stderr
+    assert begun(flora) == []
+
+    limit = ("--max-cost", "$0.75")
+    done = flora("batch", "icon-pack", "icons.csv", *limit, "--output", "results.csv")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert "Columns that are no input: note" in done.stderr
+    assert "3 of 3 started, 3 completed, 0.75 USD" in done.stderr
+    rows = read(flora.folder / "results.csv")
+    assert [row["input.prompt"] for row in rows] == PROMPTS
+    assert {(row["status"], row["cost"]) for row in rows} == {("completed", "0.25")}
+    assert {row["run_id"] for row in rows} == {run["run_id"] for run in begun(flora)}
+    assert all(row[f"output.{number}"].startswith("http") for row in rows for number in range(1, 5))
+
+    again = flora.json("batch", "icon-pack", "icons.csv", "--max-cost", "0")
+    assert len(begun(flora)) == 3
+    assert [row["run_id"] for row in again["rows"]] == [row["run_id"] for row in rows]
+    assert [row["key"] for row in again["rows"]] == [one["key"] for one in planned["starts"]]
+
+    (listed,) = flora.json("batches", "list")["batches"]
+    assert listed == again["batch"]
+    assert (listed["name"], listed["completed"], listed["cost"]) == ("icons.csv", 3, 0.75)
+    assert flora.json("batches", "show", listed["batch_id"]) == again
+
+
+def test_a_wrong_sheet_is_refused_whole(flora: Commands) -> None:
+    """Every problem is a line with its place, exit status 1, and nothing is started; on request
+    the other rows are."""
+    (flora.folder / "faces.csv").write_text("face\nhttps://a.example/1.png\nftp://b\nx,y\n")
+    done = flora("batch", "cctv-cam", "faces.csv", "--json")
+    assert done.returncode == 1
+    assert [one["line"] for one in json.loads(done.stdout)["problems"]] == [3, 4]
+    assert done.stderr.splitlines() == [
+        "faces.csv: line 3, column 'face': face must be an https link",
+        "faces.csv: line 4: the line has 2 cells, the header only 1",
+        "tracker: 2 problems in the sheet; nothing was started",
+    ]
+    assert begun(flora) == []
+    some = flora("batch", "cctv-cam", "faces.csv", "--skip-bad-rows", "--no-wait", "--json")
+    assert some.returncode == 1
+    (row,) = json.loads(some.stdout)["rows"]
+    assert (row["row"], row["line"], row["status"]) == (1, 2, "pending")
+    assert "line 3, column 'face'" in some.stderr
+
+
+def test_sheets_come_in_several_forms(flora: Commands) -> None:
+    """JSON lines, other delimiters and other names of columns, all from stdin, may mean one row."""
+    runs = []
+    for arguments, text in (
+        (("--format", "jsonl"), '{"prompt": "tea"}\n'),
+        (("--delimiter", ";", "--map", "prompt=words"), "words;prompt\ntea;coffee\n"),
+    ):
+        done = piped(flora, "batch", "icon-pack", "-", *arguments, "--no-wait", given=text)
+        assert done.returncode == 0, done.stderr
+        (row,) = csv.DictReader(io.StringIO(done.stdout))
+        runs.append(row["run_id"])
+    assert len(set(runs)) == 1
+    assert len(begun(flora)) == 1
+
+
+def test_runs_that_fail_are_status_1(tracker: Commands, stack: ExitStack) -> None:
+    """Each is named with its line and why; the results say so too."""
+    simulate(tracker, stack, "--run-seconds", "0.2", "--failures", "100%")
+    tracker.environ["TRACKER_POLL_INTERVAL"] = "0.1"
+    (tracker.folder / "icons.csv").write_text(SHEET)
+    done = tracker("batch", "icon-pack", "icons.csv", "--results", "jsonl")
+    assert done.returncode == 1
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["status"] for row in rows} == {"failed"}
+    for row in rows:
+        expected = f"tracker: line {row['line']}: run {row['run_id']} failed: {row['error']}"
+        assert expected in done.stderr.splitlines()
+
+
+async def test_an_interrupt_is_status_130_and_loses_nothing(flora: Commands) -> None:
+    """Ctrl-C leaves what is started tracked; the next command starts the rest, and pays it once."""
+    rows = [f"icon {number}" for number in range(150)]
+    (flora.folder / "many.csv").write_text("\n".join(["prompt", *rows]))
+    arguments = ("batch", "icon-pack", "many.csv", "--json")
+    with flora.running(*arguments, "--concurrency", "1") as process:
+        await eventually(lambda: len(begun(flora)) >= 5, timeout=20)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert output == ""
+    assert "Traceback" not in errors
+    assert "Repeat the command to go on" in errors.splitlines()[-1]
+    assert len(begun(flora)) < 150
+    done = flora(*arguments, "--concurrency", "8", "--no-wait")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["batch"]["started"] == len(begun(flora)) == 150
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("gone.csv", "gone.csv cannot be read: No such file"),
+        ("icons.csv --map prompt", "'prompt' is not INPUT=COLUMN"),
+        ("icons.csv --map :text=a", "is not INPUT=COLUMN"),
+        ("icons.csv --max-cost cheap", "'cheap' is not an amount of USD"),
+        ("icons.csv --max-cost nan", "is not an amount of USD"),
+        ("icons.csv --delimiter ab", "must be one character, or tab"),
+        ("icons.csv --again --retry-failed", "cannot be combined with --again"),
+        ("icons.csv --output no/where.csv", "cannot be written"),
+        ("icons.csv --output a.csv --results table", "takes csv or jsonl"),
+        ("icons.csv --concurrency 0", "greater than or equal to 1"),
+    ],
+)
+def test_wrong_usage_is_found_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, said: str
+) -> None:
+    """Before settings are read, FLORA is asked or anything is kept; it is status 2."""
+    (tmp_path / "icons.csv").write_text(SHEET)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(typer.BadParameter) as wrong:
+        app(["batch", "icon-pack", *arguments.split()], standalone_mode=False)
+    assert said in wrong.value.format_message()
+    assert wrong.value.exit_code == 2
+    assert [one.name for one in tmp_path.iterdir()] == ["icons.csv"]
+
+
+def test_an_unknown_batch_is_status_1(tracker: Commands) -> None:
+    """And says where the known ones are listed."""
+    done = tracker("batches", "show", "bat_gone")
+    assert done.returncode == 1
+    assert "`tracker batches list`" in done.stderr
+
+
+def test_what_the_readme_shows_works(flora: Commands) -> None:
+    """The commands of its section on batches, as they stand there, one after the other."""
+    shutil.copytree(ROOT / "examples", flora.folder / "examples")
+    (block,) = re.findall(r"```sh\n(.*?)```", section("Batches"), re.S)
+    commands = [shlex.split(line) for line in block.splitlines()]
+    assert len(commands) == 3
+    said = []
+    for program, *arguments in commands:
+        assert program == ".venv/bin/tracker"
+        done = flora(*arguments)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    assert "To start: 4 of 4 rows, 1.00 USD at most." in said[0]
+    rows, sheet = read(flora.folder / "results.csv"), read(ROOT / "examples" / "icons.csv")
+    assert [row["input.prompt"] for row in rows] == [row["prompt"] for row in sheet]
+    assert {row["status"] for row in rows} == {"completed"}
+    assert len(begun(flora)) == 4
+    assert "icons.csv" in said[2]

@@ -1,0 +1,159 @@
+"""The results of a batch, in each of their forms."""
+
+import csv
+import io
+import json
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from tracker.cli.batch_output import Results, dollars, form, show_rows
+from tracker.cli.batch_progress import words
+from tracker.core.observation import Source
+from tracker.core.record import Record
+from tracker.core.run import Details, Output, Run, RunError, Standing
+from tracker.store.batches import BatchEntry, Tally
+from tracker.store.starts import StartRow, StartState
+from tracker.tracking.batch import BatchProgress
+from tracker.tracking.batch_rows import RowState
+
+NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
+
+
+def start(number: int, state: StartState, **facts: object) -> StartRow:
+    values = {"workspace_slot": "default", "technique_id": "tech_1", "fingerprint": "f"}
+    inputs = [{"id": "prompt", "type": "text", "value": f'say, "{number}"\nor so'}]
+    return StartRow(
+        **values,
+        idempotency_key=f"row-{number}",
+        inputs=inputs,
+        state=state,
+        created_at=NOW,
+        **facts,  # type: ignore[arg-type]
+    )
+
+
+def record(number: int, standing: Standing, **facts: object) -> Record:
+    run = Run(run_id=f"run_{number}", standing=standing, details=Details.READ, **facts)  # type: ignore[arg-type]
+    return Record(run=run, source=Source.START, first_seen_at=NOW)
+
+
+def rows() -> list[RowState]:
+    """A row of each kind."""
+    outputs = (Output("o1", "text", "\x1b[2Jsaid\nso"), Output("o2", "imageUrl", "https://a/b.png"))
+    refusal = {"code": "bad", "message": "No.", "fields": [{"field": "inputs", "message": "why"}]}
+    given: list[dict[str, object]] = [
+        {
+            "start": start(1, StartState.STARTED, run_id="run_1"),
+            "record": record(1, Standing.COMPLETED, charged_cost=Decimal("0.25"), outputs=outputs),
+        },
+        {
+            "start": start(2, StartState.STARTED, run_id="run_2"),
+            "record": record(2, Standing.FAILED, error=RunError("model_timeout", "Too slow.")),
+        },
+        {"start": start(3, StartState.REFUSED, error=refusal), "error": "refused"},
+        {"start": start(4, StartState.UNRESOLVED, error={"status": 409}), "error": "nobody knows"},
+        {"asked": [{"id": "prompt", "type": "text", "value": "never sent"}]},
+        {"start": start(6, StartState.STARTED, run_id="run_6")},
+        {"start": start(7, StartState.SENT, error={"message": "cut"})},
+    ]
+    return [
+        RowState(
+            entry=BatchEntry(position=number, line=number + 1, digest=str(number)),
+            **facts,  # type: ignore[arg-type]
+        )
+        for number, facts in enumerate(given, 1)
+    ]
+
+
+EXPECTED = [
+    ("1", "run_1", "completed", "0.25", ""),
+    ("2", "run_2", "failed", "", "model_timeout: Too slow."),
+    ("3", "", "refused", "", "bad: No.; inputs: why"),
+    ("4", "", "unresolved", "", "nobody knows"),
+    ("5", "", "not_started", "", ""),
+    ("6", "run_6", "forgotten", "", ""),
+    ("7", "", "sending", "", "cut"),
+]
+
+
+def test_csv_has_a_column_for_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each row is one record, whatever its texts hold; columns that it lacks are empty."""
+    show_rows(rows(), Results.CSV, None)
+    shown = list(csv.DictReader(io.StringIO(capsys.readouterr().out, newline="")))
+    assert list(shown[0]) == [
+        *("row", "line", "key", "run_id", "status", "cost", "error"),
+        *("input.prompt", "output.1", "output.2"),
+    ]
+    names = ("row", "run_id", "status", "cost", "error")
+    assert [tuple(row[name] for name in names) for row in shown] == EXPECTED
+    assert shown[0]["input.prompt"] == 'say, "1"\nor so'
+    assert shown[0]["output.1"] == "\x1b[2Jsaid\nso"
+    assert shown[4]["input.prompt"] == "never sent"
+    assert shown[5]["output.2"] == ""
+
+
+def test_json_lines_have_the_inputs_and_outputs_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    """One object on each line, in ASCII."""
+    show_rows(rows(), Results.JSONL, None)
+    lines = capsys.readouterr().out.splitlines()
+    shown = [json.loads(line) for line in lines]
+    assert [one["status"] for one in shown] == [row[2] for row in EXPECTED]
+    assert shown[0]["cost"] == 0.25
+    assert shown[0]["outputs"][1] == {
+        "output_id": "o2",
+        "type": "imageUrl",
+        "url": "https://a/b.png",
+    }
+    assert shown[0]["key"] == "row-1"
+
+
+def test_a_table_obeys_nobodys_text(capsys: pytest.CaptureFixture[str]) -> None:
+    """Control characters of outputs and errors are shown, not sent to the terminal."""
+    show_rows(rows(), Results.TABLE, None)
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "\\x1b[2Jsaid\\x0aso https://a/b.png" in shown
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
+    """The results replace a file only once they are written; nothing else is left."""
+    file = tmp_path / "results.jsonl"
+    file.write_text("before")
+    show_rows(rows(), Results.JSONL, file)
+    assert len(file.read_text().splitlines()) == 7
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_form_follows_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked for, else by the ending, else a table on a terminal and CSV elsewhere."""
+    assert form(Results.JSONL, Path("a.csv")) is Results.JSONL
+    assert form(None, Path("a.ndjson")) is Results.JSONL
+    assert form(None, Path("a.txt")) is Results.CSV
+    assert form(None, None) is Results.CSV
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert form(None, None) is Results.TABLE
+
+
+def test_progress_is_told_in_words() -> None:
+    """Counts that are not zero, the cost, and what is waited for."""
+    tally = Tally(rows=9, started=5, active=2, completed=2, failed=1, unresolved=1)
+    tally.cost = Decimal("0.500000")
+    assert words(BatchProgress(tally=tally, left=3, errors=1, paused=4.6)) == (
+        "5 of 9 started, 2 running, 2 completed, 1 failed, 1 not started for an error, 0.50 USD, "
+        "FLORA asks to wait 5 s"
+    )
+    assert "waiting 80 s for what an interrupted command" in words(
+        BatchProgress(tally=tally, held=80.0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("cost", "shown"),
+    [("0", "0.00 USD"), ("1.5", "1.50 USD"), ("0.005", "0.005 USD"), ("1200", "1200.00 USD")],
+)
+def test_money_is_shown_to_the_last_digit(cost: str, shown: str) -> None:
+    """Cents always, and smaller parts where there are some."""
+    assert dollars(Decimal(cost)) == shown

@@ -1,0 +1,148 @@
+"""A batch against everything that may go wrong: it is repeated until done, and pays once."""
+
+import asyncio
+import csv
+import io
+import json
+import os
+import signal
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.truth import assert_all_true
+from tests.support.waiting import eventually
+from tracker.simulator import Options, Simulator, running
+from tracker.store.engine import Database
+
+ROWS = 200
+KILLED_AFTER = 70
+"""So many runs have begun at FLORA when the first command is killed."""
+FAULTS: dict[str, Any] = {
+    "seed": 7,
+    "run_seconds": 0.5,
+    "failures": 0.0,
+    "rate_limit": 0.1,
+    "errors": 0.05,
+    "cut": 0.05,
+    "retry_after": 0,
+}
+
+
+def sheet(path: Path) -> list[str]:
+    """Writes a sheet in which some rows are equal; returns the prompts, row by row."""
+    prompts = [f"icon {number % (ROWS - 20)}" for number in range(ROWS)]
+    text = io.StringIO()
+    csv.writer(text).writerows([["prompt", "note"], *([prompt, "x"] for prompt in prompts)])
+    path.write_text(text.getvalue())
+    return prompts
+
+
+class Command:
+    """`tracker batch icon-pack SHEET` as a process of its own, in haste."""
+
+    def __init__(self, folder: Path, flora: Simulator, database_url: str) -> None:
+        self._folder = folder
+        self._environ = {
+            "PATH": os.environ["PATH"],
+            "HOME": os.environ.get("HOME", "/"),
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            **flora.environment,
+            "TRACKER_DATABASE_URL": database_url,
+            "TRACKER_API_CONCURRENCY": "8",
+            "TRACKER_POLL_INTERVAL": "0.3",
+            "TRACKER_POLL_INTERVAL_MAX": "1",
+            "TRACKER_LOG_LEVEL": "error",
+        }
+
+    async def begin(self) -> asyncio.subprocess.Process:
+        """Start it."""
+        return await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "tests.e2e.hurried"),
+            *("batch", "icon-pack", "icons.csv", "--json"),
+            cwd=self._folder,
+            env=self._environ,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+
+    async def run(self) -> tuple[int, dict[str, Any], str]:
+        """Run it to its end: exit status, what it prints, what it says."""
+        process = await self.begin()
+        output, errors = await process.communicate()
+        assert b"Traceback" not in errors, errors.decode()
+        return process.returncode or 0, json.loads(output), errors.decode()
+
+
+async def killed_and_repeated(
+    command: Command, flora: Simulator
+) -> tuple[int, dict[str, Any], str]:
+    """Kill the command in the middle, then repeat it until nothing changes any more."""
+    first = await command.begin()
+    await eventually(lambda: len(flora.world.runs) >= KILLED_AFTER, timeout=30)
+    first.send_signal(signal.SIGKILL)
+    await first.communicate()
+    assert len(flora.world.runs) < ROWS
+    before = None
+    while True:
+        status, told, said = await command.run()
+        if status == 0 or told["rows"] == before:
+            return status, told, said
+        before = told["rows"]
+
+
+def assert_paid_once(flora: Simulator, prompts: list[str]) -> None:
+    """No more runs were started of any inputs than the sheet has rows of them."""
+    begun = Counter(run.inputs[0]["value"] for run in flora.world.runs.values())
+    asked = Counter(prompts)
+    assert {prompt: count for prompt, count in begun.items() if count > asked[prompt]} == {}
+
+
+def assert_rows_are_their_runs(
+    flora: Simulator, prompts: list[str], rows: list[dict[str, Any]]
+) -> None:
+    """Every run that a row names was started with that row's inputs, and no two rows share one."""
+    named = [row["run_id"] for row in rows if row["run_id"] is not None]
+    assert len(set(named)) == len(named)
+    for row, prompt in zip(rows, prompts, strict=True):
+        if row["run_id"] is not None:
+            assert flora.world.runs[row["run_id"]].inputs[0]["value"] == prompt
+
+
+@pytest.mark.timeout(120)
+async def test_a_batch_is_paid_once_whatever_breaks(tmp_path: Path, database_url: str) -> None:
+    """With 429s, 500s, cut connections and a kill -9, repeating it ends with 200 settled rows of
+    exactly 200 runs."""
+    prompts = sheet(tmp_path / "icons.csv")
+    async with running(Options(**FAULTS)) as flora:
+        command = Command(tmp_path, flora, database_url)
+        status, told, said = await killed_and_repeated(command, flora)
+        assert status == 0, said
+        assert len(flora.world.runs) == ROWS
+        assert [row["status"] for row in told["rows"]] == ["completed"] * ROWS
+        assert told["batch"]["completed"] == ROWS
+        assert_paid_once(flora, prompts)
+        assert_rows_are_their_runs(flora, prompts, told["rows"])
+        async with await Database.open(database_url) as database:
+            await assert_all_true(database, flora.root)
+
+
+@pytest.mark.timeout(120)
+async def test_a_batch_is_paid_once_where_keys_are_refused(tmp_path: Path, sqlite_url: str) -> None:
+    """Where FLORA answers a used key with 409 alone, nothing is paid twice, and every row is
+    settled or visibly unresolved."""
+    prompts = sheet(tmp_path / "icons.csv")
+    async with running(Options(**FAULTS, idempotency="conflict")) as flora:
+        command = Command(tmp_path, flora, sqlite_url)
+        status, told, said = await killed_and_repeated(command, flora)
+        unresolved = [row for row in told["rows"] if row["status"] == "unresolved"]
+        done = [row for row in told["rows"] if row["status"] == "completed"]
+        assert len(done) + len(unresolved) == ROWS, said
+        assert status == (1 if unresolved else 0)
+        assert len(flora.world.runs) <= ROWS
+        assert len(unresolved) <= 20, said
+        assert_paid_once(flora, prompts)
+        assert_rows_are_their_runs(flora, prompts, told["rows"])

@@ -1,0 +1,135 @@
+"""Batches: rows are kept with their keys, and what became of them is read from starts and runs."""
+
+from dataclasses import replace
+from datetime import timedelta
+from decimal import Decimal
+from typing import Any
+
+from tests.store.making import NOW, seen, started
+from tests.store.test_starts import mark, reserve
+from tracker.core.rowkey import Turn
+from tracker.core.run import Output, RunStatus
+from tracker.store import batches
+from tracker.store.batches import BatchEntry, BatchRow, Latest, Tally
+from tracker.store.door import Door
+from tracker.store.engine import Database
+from tracker.store.starts import StartState
+
+BATCH = BatchRow(
+    batch_id="bat_1",
+    workspace_slot="default",
+    technique_id="tech_1",
+    name="looks.csv",
+    created_at=NOW,
+)
+
+
+def entries(*digests: str, turn: Turn | None = None) -> list[BatchEntry]:
+    return [
+        BatchEntry(position=number, line=number + 1, digest=digest, turn=turn or Turn())
+        for number, digest in enumerate(digests, 1)
+    ]
+
+
+async def tally(db: Database, batch_id: str = "bat_1") -> Tally:
+    return (await batches.tallies(db, [batch_id]))[batch_id]
+
+
+async def test_a_batch_is_kept_with_its_rows(db: Database) -> None:
+    """What was kept is read back, row by row."""
+    rows = entries("a", "b")
+    await batches.keep(db, BATCH, rows)
+    assert await batches.get(db, "bat_1") == BATCH
+    assert await batches.get(db, "bat_2") is None
+    assert await batches.entries(db, "bat_1") == rows
+    assert await batches.entries(db, "bat_2") == []
+
+
+async def test_a_batch_that_is_given_again_is_brought_up_to_date(db: Database) -> None:
+    """Name, lines and attempts follow the sheet; it is open again, and begun when it was begun."""
+    await batches.keep(db, BATCH, entries("a", "b"))
+    await batches.finish(db, "bat_1", NOW)
+    assert await batches.get(db, "bat_1") == replace(BATCH, finished_at=NOW)
+    later = replace(BATCH, name="new.csv", created_at=NOW + timedelta(hours=1))
+    (first, second) = entries("a", "b")
+    moved = [replace(first, line=7), replace(second, turn=Turn().retried())]
+    await batches.keep(db, later, moved)
+    assert await batches.get(db, "bat_1") == replace(BATCH, name="new.csv")
+    assert await batches.entries(db, "bat_1") == moved
+
+
+async def test_a_row_never_goes_back(db: Database) -> None:
+    """A command that planned before another one retried a row does not undo it."""
+    (row,) = entries("a")
+    retried = replace(row, turn=Turn().retried())
+    await batches.keep(db, BATCH, [retried])
+    await batches.keep(db, BATCH, [row])
+    assert await batches.entries(db, "bat_1") == [retried]
+
+
+async def test_the_latest_turn_of_a_row_is_found_in_any_batch(db: Database) -> None:
+    """By workspace; a generation counts as finished where one batch with it was."""
+    again = Turn().again()
+    await batches.keep(db, BATCH, entries("a", "b", "c"))
+    await batches.finish(db, "bat_1", NOW)
+    await batches.keep(db, replace(BATCH, batch_id="bat_2"), entries("b", "c", turn=again))
+    retried = entries("c", turn=again.retried())
+    await batches.keep(db, replace(BATCH, batch_id="bat_3"), retried)
+    await batches.finish(db, "bat_3", NOW)
+    elsewhere = replace(BATCH, batch_id="bat_4", workspace_slot="other")
+    await batches.keep(db, elsewhere, entries("d"))
+    assert await batches.latest_turns(db, "default", ["a", "b", "c", "d"]) == {
+        "a": Latest(turn=Turn(), finished=True),
+        "b": Latest(turn=again, finished=False),
+        "c": Latest(turn=again.retried(), finished=True),
+    }
+
+
+async def test_large_sheets_are_kept_and_found(db: Database) -> None:
+    """More rows than one statement takes parameters for."""
+    digests = [f"d{number}" for number in range(3 * batches.AT_ONCE + 1)]
+    rows = entries(*digests)
+    await batches.keep(db, BATCH, rows)
+    assert await batches.entries(db, "bat_1") == rows
+    assert len(await batches.latest_turns(db, "default", digests)) == len(digests)
+    assert await tally(db) == Tally(rows=len(digests))
+
+
+async def test_batches_are_listed_newest_first(db: Database) -> None:
+    """The newest ones, as many as are asked for."""
+    for number in range(3):
+        moment = NOW + timedelta(seconds=number)
+        await batches.keep(db, replace(BATCH, batch_id=f"bat_{number}", created_at=moment), [])
+    listed = await batches.list_batches(db, limit=2)
+    assert [one.batch_id for one in listed] == ["bat_2", "bat_1"]
+
+
+async def test_rows_are_counted_by_what_became_of_them(db: Database, door: Door) -> None:
+    """Every state of a start and of a run has its count; costs add up exactly."""
+    keys = {name: f"row-{name}" for name in "abcdefgh"}
+    await batches.keep(db, BATCH, entries(*keys))
+    for name in "bcdefgh":
+        await reserve(db, keys[name])
+    for name, state in zip("cde", ("refused", "unresolved", "sent"), strict=True):
+        await mark(db, keys[name], StartState(state))
+    for number, name in enumerate("fgh"):
+        start = started(f"run_{name}", at=NOW + timedelta(seconds=number))
+        await door.put(replace(start, slot="default", idempotency_key=keys[name]))
+    cost: dict[str, Any] = {"charged_cost": Decimal("0.1"), "outputs": (Output("o", "text", "x"),)}
+    await door.put(seen("run_g", RunStatus.COMPLETED, facts=cost))
+    await door.put(seen("run_h", RunStatus.FAILED, facts={"charged_cost": Decimal("0.2")}))
+    found = await tally(db)
+    assert found.next_check_at is not None
+    assert replace(found, next_check_at=None) == Tally(
+        rows=8,
+        started=3,
+        active=1,
+        completed=1,
+        failed=1,
+        refused=1,
+        unresolved=1,
+        doubt=1,
+        cost=Decimal("0.3"),
+    )
+    assert (found.ended, found.unstarted) == (2, 5)
+    assert await batches.tallies(db, ["bat_2"]) == {"bat_2": Tally()}

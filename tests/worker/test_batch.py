@@ -1,0 +1,345 @@
+"""Batches: a run for each row, once, whatever happens between one command and the next."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from tests.support.waiting import eventually
+from tests.worker.conftest import HandClock, MakeFlora, OpenServices, reads_of
+from tests.worker.test_poll import poll_to_the_end
+from tracker.core.errors import FloraRefusal, InvalidRequest, KeyRefused
+from tracker.core.sheet import SheetRefused, read_csv
+from tracker.flora.client import FloraClient
+from tracker.simulator import Simulator
+from tracker.store import batches, starts
+from tracker.store.starts import StartState
+from tracker.tracking.batch import BatchProgress, Outcome
+from tracker.tracking.batch_rows import Plan
+from tracker.tracking.start import fingerprint
+from tracker.wiring import Services
+
+
+async def plan(services: Services, *prompts: str, **options: Any) -> Plan:
+    """The plan of a sheet with one column."""
+    sheet = read_csv("\n".join(["prompt", *prompts]).encode())
+    given: dict[str, Any] = {"name": "icons.csv"}
+    planned, _ = await services.batches.plan("icon-pack", sheet, **(given | options))
+    return planned
+
+
+def silent(progress: BatchProgress) -> None:
+    """Nobody looks on."""
+
+
+async def start(
+    services: Services,
+    planned: Plan,
+    *,
+    concurrency: int = 2,
+    tell: Callable[[BatchProgress], None] = silent,
+) -> Outcome:
+    """Start a plan, and do not wait for its runs."""
+    return await services.batches.run(planned, concurrency=concurrency, wait=False, tell=tell)
+
+
+async def batch(services: Services, *prompts: str, **options: Any) -> Outcome:
+    """Plan and start."""
+    return await start(services, await plan(services, *prompts, **options))
+
+
+def begun(flora: Simulator) -> list[str]:
+    """What runs were started of, in their order."""
+    return [run.inputs[0]["value"] for run in flora.world.runs.values()]
+
+
+def statuses(outcome: Outcome) -> list[str]:
+    return [row.status for row in outcome.rows]
+
+
+async def test_a_plan_costs_nothing(services: Services, flora: Simulator) -> None:
+    """It tells what would be started and what that costs, and leaves no trace."""
+    planned = await plan(services, "a", "b", "a")
+    assert (len(planned.missing), planned.cost) == (3, Decimal("0.75"))
+    assert begun(flora) == []
+    assert await batches.list_batches(services.database, limit=10) == []
+
+
+async def test_a_row_is_a_run_once(services: Services, flora: Simulator) -> None:
+    """Repeating the command starts nothing, asks FLORA for no start, and shows the same runs."""
+    first = await batch(services, "a", "b", "a")
+    assert sorted(begun(flora)) == ["a", "a", "b"]
+    asked = reads_of(flora)["runs.start"]
+    again = await batch(services, "a", "b", "a")
+    assert reads_of(flora)["runs.start"] == asked
+    assert [row.start and row.start.run_id for row in again.rows] == [
+        row.start and row.start.run_id for row in first.rows
+    ]
+    assert again.batch == first.batch
+    assert len({row.entry.key for row in first.rows}) == 3
+
+
+async def test_a_sheet_may_grow_and_be_sorted(services: Services, flora: Simulator) -> None:
+    """Only rows that were not there before are started, wherever they stand now."""
+    await batch(services, "b", "a", "b")
+    planned = await plan(services, "c", "b", "a", "b", "b")
+    assert [row.inputs[0]["value"] for row in planned.missing] == ["c", "b"]
+    await start(services, planned)
+    assert sorted(begun(flora)) == ["a", "b", "b", "b", "c"]
+    await batch(services, "a", "b", "b", "b", "c", name="sorted.csv")
+    assert len(flora.world.runs) == 5
+    assert len(await batches.list_batches(services.database, limit=10)) == 3
+
+
+async def test_a_rerun_is_deliberate(services: Services, flora: Simulator) -> None:
+    """`again` runs every row once more; the plain command then stays with the newest runs."""
+    first = await batch(services, "a", "b")
+    second = await batch(services, "a", "b", again=True)
+    assert sorted(begun(flora)) == ["a", "a", "b", "b"]
+    assert second.batch.batch_id != first.batch.batch_id
+    third = await batch(services, "a", "b")
+    assert third.batch == second.batch
+    await batch(services, "a", "b", again=True)
+    assert len(flora.world.runs) == 6
+
+
+async def test_a_rerun_that_was_interrupted_is_gone_on_with(
+    services: Services, flora: Simulator
+) -> None:
+    """Until a command has seen it to its end, `again` begins no other, and neither does a sheet
+    that was edited meanwhile."""
+    await batch(services, "a", "b")
+    planned = await plan(services, "a", "b", again=True)
+    await batches.keep(services.database, planned.batch, [row.entry for row in planned.rows])
+    outcome = await batch(services, "new", "b", "a", again=True)
+    assert sorted(begun(flora)) == ["a", "a", "b", "b", "new"]
+    assert {row.entry.turn.generation for row in outcome.rows} == {0, 1}
+    await batch(services, "a", "b", again=True)
+    assert len(flora.world.runs) == 7
+
+
+async def test_what_failed_by_bad_luck_is_tried_again(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """`retry_failed` starts rows anew whose runs failed for a reason that may pass, and no others;
+    once each time it is asked for."""
+    async with make_flora(failures=1.0) as flora:
+        services = await open_on(flora)
+        prompts = [f"icon {number}" for number in range(12)]
+        await batch(services, *prompts)
+        await poll_to_the_end(services, clock, within=600)
+        codes = {run.inputs[0]["value"]: run.error_code for run in flora.world.runs.values()}
+        worth = {"model_timeout", "internal_error", "provider_error"}
+        assert set(codes.values()) & worth
+        assert set(codes.values()) - worth
+        assert (await plan(services, *prompts)).missing == []
+
+        flora.world.options = replace(flora.world.options, failures=0.0)
+        planned = await plan(services, *prompts, retry_failed=True)
+        lucky = {row.inputs[0]["value"] for row in planned.missing}
+        assert lucky == {prompt for prompt, code in codes.items() if code in worth}
+        outcome = await start(services, planned)
+        await poll_to_the_end(services, clock, within=600)
+        assert len(flora.world.runs) == 12 + len(lucky)
+        assert (await plan(services, *prompts, retry_failed=True)).missing == []
+        rows = await services.batches.rows(outcome.batch)
+        done = {row.inputs[0]["value"] for row in rows if row.done and row.inputs}
+        assert done == lucky
+
+
+async def test_no_credits_end_a_batch(make_flora: MakeFlora, open_on: OpenServices) -> None:
+    """After a 402 no further row is sent; once there are credits, the rest is started."""
+    async with make_flora(credits=0.5) as flora:
+        services = await open_on(flora)
+        prompts = [f"icon {number}" for number in range(20)]
+        planned = await plan(services, *prompts)
+        outcome = await start(services, planned, concurrency=1)
+        assert isinstance(outcome.stopped, FloraRefusal)
+        assert outcome.stopped.code == "insufficient_credits"
+        assert (outcome.tally.started, outcome.tally.unstarted) == (2, 18)
+        assert reads_of(flora)["runs.start"] == 3
+        assert statuses(outcome)[:4] == ["pending", "pending", "refused", "not_started"]
+        kept = await batches.get(services.database, outcome.batch.batch_id)
+        assert kept is not None
+        assert kept.finished_at is None
+
+        flora.world.options = replace(flora.world.options, credits=100.0)
+        outcome = await batch(services, *prompts)
+        assert outcome.stopped is None
+        assert sorted(begun(flora)) == sorted(prompts)
+
+
+async def test_a_refused_key_ends_a_batch(services: Services, flora: Simulator) -> None:
+    """No further row is sent, and what is started already stays as it is."""
+    planned = await plan(services, *"abcdef")
+    flora.world.options = replace(flora.world.options, api_key="sk_test_another")
+    outcome = await start(services, planned)
+    assert isinstance(outcome.stopped, KeyRefused)
+    assert outcome.tally.unstarted == 6
+    assert begun(flora) == []
+
+
+async def test_a_row_that_flora_refuses_does_not_stop_the_others(
+    services: Services, flora: Simulator
+) -> None:
+    """Its refusal is told with the fields that FLORA names; all others are started."""
+    sheet = read_csv(b"face\nhttps://a.example/1.png\nan-element\nhttps://a.example/2.png\n")
+    planned, _ = await services.batches.plan("cctv-cam", sheet, name="faces.csv")
+    outcome = await start(services, planned)
+    assert statuses(outcome) == ["pending", "refused", "pending"]
+    (why,) = [row.why for row in outcome.rows if row.why]
+    assert "input_validation_error" in why
+    assert "must be an http or https link" in why
+    assert outcome.stopped is None
+
+
+async def test_a_wrong_sheet_starts_nothing(services: Services, flora: Simulator) -> None:
+    """All that is wrong is named; on request the other rows are started, with their numbers."""
+    sheet = read_csv(b"face\nftp://a.example\nhttps://a.example/1.png\n,\nhttp://b.example/2.png\n")
+    with pytest.raises(SheetRefused) as refused:
+        await services.batches.plan("cctv-cam", sheet, name="faces.csv")
+    assert [problem.line for problem in refused.value.problems] == [2, 5]
+    planned, skipped = await services.batches.plan(
+        "cctv-cam", sheet, name="faces.csv", skip_bad_rows=True
+    )
+    assert [problem.line for problem in skipped] == [2, 5]
+    assert [(row.entry.position, row.entry.line) for row in planned.rows] == [(2, 3)]
+    with pytest.raises(SheetRefused):
+        await services.batches.plan(
+            "cctv-cam", read_csv(b"nose\nx\n"), name="noses.csv", skip_bad_rows=True
+        )
+    with pytest.raises(InvalidRequest, match=r"manuscript \(documentUrl\)"):
+        await services.batches.plan("book-drop", sheet, name="faces.csv")
+    assert begun(flora) == []
+
+
+async def test_a_429_holds_the_batch_but_does_not_end_it(
+    make_flora: MakeFlora, open_on: OpenServices
+) -> None:
+    """Where FLORA refuses many requests as too many, all rows are started all the same."""
+    async with make_flora(rate_limit=0.3) as flora, hasty_client(flora) as client:
+        services = await open_on(flora)
+        planned = await plan(services, *(f"icon {number}" for number in range(30)))
+        (workspace,) = services.workspaces
+        workspace.client = client
+        services.batches._sleep = nap
+        outcome = await start(services, planned, concurrency=4)
+        assert outcome.stopped is None
+        assert client.budget.state().limited > 0
+        assert outcome.tally.started == len(flora.world.runs) == 30
+
+
+SPEED = 200.0
+
+
+async def nap(seconds: float) -> None:
+    await asyncio.sleep(seconds / SPEED)
+
+
+def hasty_client(flora: Simulator) -> FloraClient:
+    """A client to which its waits seem as long as ever."""
+    return FloraClient(
+        base_url=flora.base_url,
+        api_key=flora.world.options.api_key,
+        concurrency=4,
+        monotonic=lambda: time.monotonic() * SPEED,
+        sleep=nap,
+    )
+
+
+async def test_no_row_begins_while_flora_wants_a_pause(
+    services: Services, flora: Simulator
+) -> None:
+    """As long as the pause lasts nothing is sent, and whoever looks on sees how long that is."""
+    planned = await plan(services, "a", "b")
+    (workspace,) = services.workspaces
+    workspace.require_client().budget.pause(1.0)
+    seen: list[BatchProgress] = []
+    working = asyncio.create_task(start(services, planned, tell=seen.append))
+    await eventually(lambda: seen and 0 < seen[-1].paused <= 1)
+    assert begun(flora) == []
+    await working
+    assert len(begun(flora)) == 2
+
+
+HELD = timedelta(seconds=90)
+
+
+async def test_a_row_that_another_process_is_sending_waits_its_turn(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """Its key is not touched before the other's hold is over; the other rows are started."""
+    (row, _) = (await plan(services, "a", "b")).rows
+    await starts.reserve(
+        services.database,
+        workspace_slot="default",
+        idempotency_key=row.entry.key,
+        technique_id="tech_icon-pack",
+        fingerprint=fingerprint("tech_icon-pack", row.inputs),
+        inputs=row.inputs,
+        at=clock(),
+    )
+    key = row.entry.key
+    assert await starts.take(services.database, "default", key, "other", clock(), HELD)
+    services.batches._sleep = nap
+    seen: list[BatchProgress] = []
+    planned = await plan(services, "a", "b")
+    working = asyncio.create_task(start(services, planned, tell=seen.append))
+    await eventually(lambda: seen and seen[-1].held > 0)
+    assert begun(flora) == ["b"]
+    clock.move(HELD.total_seconds() + 1)
+    await working
+    assert begun(flora) == ["b", "a"]
+
+
+@pytest.mark.parametrize("idempotency", ["replay", "conflict"])
+async def test_a_start_in_doubt_stops_the_line(
+    make_flora: MakeFlora, open_on: OpenServices, idempotency: str
+) -> None:
+    """While nobody knows what a start did no other begins, so that the history can tell its run."""
+    async with make_flora(idempotency=idempotency, seed=3) as flora:
+        services = await open_on(flora)
+        planned = await plan(services, *(f"icon {number}" for number in range(12)))
+        seen: list[BatchProgress] = []
+        begun_meanwhile: list[int] = []
+
+        async def pause(seconds: float) -> None:
+            flora.world.options = replace(flora.world.options, cut=0.0)
+            before, looks = len(flora.world.runs), len(seen)
+            await eventually(lambda: len(seen) > looks + 1)
+            begun_meanwhile.append(len(flora.world.runs) - before)
+
+        services.starter._sleep = pause
+        working = asyncio.create_task(start(services, planned, concurrency=3, tell=seen.append))
+        await eventually(lambda: len(flora.world.runs) >= 3)
+        flora.world.options = replace(flora.world.options, cut=1.0)
+        outcome = await working
+        # The two others that were under way, at most.
+        assert begun_meanwhile
+        assert max(begun_meanwhile) <= 2
+        assert outcome.tally.started == len(flora.world.runs) == 12
+
+
+async def test_an_interrupted_batch_finishes_what_it_was_sending(
+    services: Services, flora: Simulator
+) -> None:
+    """No row is left in doubt by Ctrl-C; the next command starts the rest."""
+    prompts = [f"icon {number}" for number in range(60)]
+    working = asyncio.create_task(batch(services, *prompts))
+    await eventually(lambda: len(flora.world.runs) >= 5)
+    working.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await working
+    planned = await plan(services, *prompts)
+    assert 0 < len(planned.missing) < 60
+    assert all(
+        state.start is None or state.start.state in (StartState.STARTED, StartState.STORED)
+        for state in planned.states.values()
+    )
+    outcome = await start(services, planned, concurrency=8)
+    assert outcome.tally.started == len(flora.world.runs) == 60

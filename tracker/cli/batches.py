@@ -1,0 +1,79 @@
+"""`tracker batches`: the batches that were started, and what became of their rows."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tracker.cli.batch_output import (
+    OutputOption,
+    ResultsOption,
+    batch_json,
+    check_output,
+    form,
+    show_rows,
+)
+from tracker.cli.batch_report import outcome_json
+from tracker.cli.errand import run_once
+from tracker.cli.output import JsonFlag, plain, print_json, print_table
+from tracker.core.errors import TrackerError
+
+if TYPE_CHECKING:
+    from tracker.store.batches import BatchRow, Tally
+    from tracker.tracking.batch_rows import RowState
+    from tracker.wiring import Services
+
+app = typer.Typer(name="batches", help="The batches that were started.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_(
+    limit: Annotated[int, typer.Option(help="So many at most.", min=1, max=1000)] = 50,
+    as_json: JsonFlag = False,
+) -> None:
+    """List batches, newest first."""
+
+    async def work(services: "Services") -> "list[tuple[BatchRow, Tally]]":
+        from tracker.store import batches
+
+        found = await batches.list_batches(services.database, limit=limit)
+        tallies = await batches.tallies(services.database, [one.batch_id for one in found])
+        return [(one, tallies[one.batch_id]) for one in found]
+
+    shown = [batch_json(one, tally) for one, tally in run_once(work)]
+    if as_json:
+        print_json({"batches": shown})
+        return
+    columns = ("batch_id", "name", "technique_id", "rows", "completed", "failed", "active", "cost")
+    print_table(
+        ("batch", "sheet", "technique", "rows", "completed", "failed", "running", "cost", "begun"),
+        [(*(one[name] for name in columns), one["created_at"][:19] + "Z") for one in shown],
+    )
+
+
+@app.command()
+def show(
+    batch_id: Annotated[str, typer.Argument(metavar="BATCH", help="Its bat_… identifier.")],
+    results: ResultsOption = None,
+    output: OutputOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show what became of each row of a batch."""
+    check_output(results, output)
+
+    async def work(services: "Services") -> "tuple[BatchRow, Tally, list[RowState]] | None":
+        from tracker.store import batches
+
+        found = await batches.get(services.database, batch_id)
+        if found is None:
+            return None
+        return found, await services.batches.tally(found), await services.batches.rows(found)
+
+    found = run_once(work)
+    if found is None:
+        raise TrackerError(
+            f"batch {plain(batch_id)} is not known here: `tracker batches list` shows them"
+        )
+    if as_json:
+        print_json(outcome_json(*found))
+    if output is not None or not as_json:
+        show_rows(found[2], form(results, output), output)

@@ -1,0 +1,161 @@
+"""Which column is which input: a sheet's rows become inputs, or a list of all that is wrong.
+
+A column belongs to the input whose id it bears, in whatever case, or else whose name; what is said
+explicitly comes first. Nothing is guessed where two columns would fit.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from tracker.core.errors import FieldFault
+from tracker.core.inputs import Port, check
+from tracker.core.rowkey import Input, canonical
+from tracker.core.sheet import Problem, Sheet, SheetRow
+
+_LINKS: Final = ("imageUrl", "videoUrl")
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """One column for one input. `type` is `None` where the technique's definition has to say it."""
+
+    input_id: str
+    column: str
+    type: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One row as it is to be started; it begins on that line."""
+
+    line: int
+    inputs: list[Input]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What a sheet asks for. `unmapped` are the columns that no input takes."""
+
+    rows: tuple[Row, ...]
+    unmapped: tuple[str, ...]
+    problems: tuple[Problem, ...]
+
+
+def read_rows(sheet: Sheet, ports: Sequence[Port], given: Sequence[Mapping] = ()) -> Reading:
+    """The inputs of each row, by the inputs of a technique's definition.
+
+    `given` names columns explicitly; an input that it names takes no other column. With no `ports`
+    (the definition names none) it has to name all of them, with their types.
+    """
+    problems = list(sheet.problems)
+    mappings = _assign(sheet, ports, given, problems)
+    used = {mapping.column for mapping in mappings}
+    unmapped = tuple(dict.fromkeys(name for name in sheet.columns if name not in used))
+    if not problems and not mappings:
+        message = "no column is an input of the technique: --map INPUT=COLUMN says which is"
+        problems.append(Problem(sheet.header, "", message))
+    elif not problems and not sheet.rows:
+        problems.append(Problem(sheet.header, "", "the sheet has no rows"))
+    reported = {port.id for port in ports if not any(one.input_id == port.id for one in mappings)}
+    spoilt = {(problem.line, problem.column) for problem in problems}
+    rows = []
+    for row in sheet.rows:
+        cells = [(one, value) for one in mappings for value in row.cells.get(one.column, ())]
+        inputs = [_input(one, value) for one, value in cells]
+        faults = check(ports, inputs) if mappings else []
+        for problem in _located(faults, row, cells, mappings, reported):
+            if (problem.line, problem.column) not in spoilt:
+                problems.append(problem)
+        rows.append(Row(line=row.line, inputs=canonical(inputs)))
+    return Reading(rows=tuple(rows), unmapped=unmapped, problems=tuple(sorted(problems)))
+
+
+def _assign(
+    sheet: Sheet, ports: Sequence[Port], given: Sequence[Mapping], problems: list[Problem]
+) -> list[Mapping]:
+    """The columns that are inputs, each with its type; what cannot be told is a problem."""
+    header = sheet.header
+    by_id = {port.id: port for port in ports}
+    wanted: list[Mapping] = []
+    for one in given:
+        if ports and one.input_id not in by_id:
+            message = f"the technique has no input {one.input_id!r}; it has {', '.join(by_id)}"
+            problems.append(Problem(header, one.column, message))
+        elif one.column not in sheet.columns:
+            named = ", ".join(filter(None, sheet.columns)) or "none"
+            message = f"the sheet has no such column; it has {named}"
+            problems.append(Problem(header, one.column, message))
+        else:
+            wanted.append(one)
+    named_ids = {one.input_id for one in given}
+    taken = {one.column for one in wanted}
+    for port in ports:
+        if port.id in named_ids:
+            continue
+        column = _column_of(port, [name for name in sheet.columns if name not in taken])
+        if column is not None:
+            wanted.append(Mapping(port.id, column))
+            taken.add(column)
+        elif not port.optional and sheet.columns:
+            kind = f" ({port.type})" if port.type else ""
+            message = f"there is no column for the input {port.id!r}{kind}; {_advice(sheet, port)}"
+            problems.append(Problem(header, "", message))
+    mappings = []
+    for one in wanted:
+        port_type = by_id[one.input_id].type if one.input_id in by_id else ""
+        if sheet.columns.count(one.column) > 1:
+            problems.append(Problem(header, one.column, "there are several columns of this name"))
+        elif not (one.type or port_type):
+            message = "the technique's definition does not tell its type: "
+            message += f"--map {one.input_id}:TYPE={one.column} gives it"
+            problems.append(Problem(header, one.column, message))
+        else:
+            mappings.append(Mapping(one.input_id, one.column, one.type or port_type))
+    return mappings
+
+
+def _advice(sheet: Sheet, port: Port) -> str:
+    """What to do about an input without a column."""
+    for delimiter, name in ((";", "';'"), ("\t", "tab")):
+        if len(sheet.columns) == 1 and delimiter in sheet.columns[0]:
+            return f"if {name} parts the cells, --delimiter {name} says so"
+    return f"--map {port.id}=COLUMN names one"
+
+
+def _column_of(port: Port, columns: Sequence[str]) -> str | None:
+    """The column that bears the input's id or name; `None` where there is none, or several."""
+    if port.id in columns:
+        return port.id
+    for name in (port.id, port.name):
+        fitting = [column for column in columns if column and column.casefold() == name.casefold()]
+        if fitting:
+            return fitting[0] if len(set(fitting)) == 1 else None
+    return None
+
+
+def _input(mapping: Mapping, value: str) -> Input:
+    kind = mapping.type or ""
+    # How a program ends the lines of a cell, and blanks around a link, are no part of what is
+    # asked for: a sheet that was only saved again asks for the same.
+    value = value.strip() if kind in _LINKS else value.replace("\r\n", "\n")
+    return {"id": mapping.input_id, "type": kind, "value": value}
+
+
+def _located(
+    faults: Iterable[FieldFault],
+    row: SheetRow,
+    cells: Sequence[tuple[Mapping, Any]],
+    mappings: Sequence[Mapping],
+    reported: set[str],
+) -> Iterator[Problem]:
+    """Each fault of a row's inputs, by its column; inputs without a column have been reported."""
+    for fault in faults:
+        _, _, name = fault.field.partition("inputs.")
+        position, dot, _ = name.partition(".")
+        if dot and position.isdecimal() and int(position) < len(cells):
+            yield Problem(row.line, cells[int(position)][0].column, fault.message)
+        elif name not in reported:
+            column = next((one.column for one in mappings if one.input_id == name), "")
+            message = f"is empty; the input {name!r} {fault.message}" if column else fault.message
+            yield Problem(row.line, column, message)

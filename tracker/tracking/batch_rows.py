@@ -1,0 +1,160 @@
+"""What a batch's rows are planned to be, and what became of each."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any, Final
+
+from tracker.core.record import Record
+from tracker.core.rowkey import Turn
+from tracker.core.run import RunStatus, Tracking
+from tracker.flora.technique import Technique
+from tracker.store import batches, read, starts
+from tracker.store.batches import BatchEntry, BatchRow, Latest, chunks
+from tracker.store.engine import Database
+from tracker.store.starts import StartRow, StartState
+
+WORTH_RETRYING: Final = ("model_timeout", "internal_error", "provider_error")
+"""Why a run failed, where another start of the same inputs may do better."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedRow:
+    """A row that is to be one run; `inputs` are `{"id", "type", "value"}` each."""
+
+    entry: BatchEntry
+    inputs: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowState:
+    """What became of a row: its start, where it was tried, and its run, where it started.
+
+    `error` is why this command could not start it, `asked` the inputs where its sheet is at hand.
+    """
+
+    entry: BatchEntry
+    start: StartRow | None = None
+    record: Record | None = None
+    error: str | None = None
+    asked: list[dict[str, Any]] | None = None
+
+    @property
+    def inputs(self) -> list[dict[str, Any]] | None:
+        """What it asks for; `None` for a row that was never tried and whose sheet is not here."""
+        return self.asked if self.start is None else self.start.inputs
+
+    @property
+    def status(self) -> str:
+        """FLORA's status of its run; before there is one `not_started`, `sending`, `refused` or
+        `unresolved`, and `lost` or `forgotten` where there is none any more."""
+        if self.record is not None:
+            return "lost" if self.record.tracking is Tracking.LOST else self.record.run.status
+        match None if self.start is None else self.start.state:
+            case StartState.STARTED:
+                return "forgotten"
+            case StartState.SENT:
+                return "sending"
+            case StartState.REFUSED:
+                return "refused"
+            case StartState.UNRESOLVED:
+                return "unresolved"
+        return "not_started"
+
+    @property
+    def started(self) -> bool:
+        """Whether it is known to be a run."""
+        return self.start is not None and self.start.state is StartState.STARTED
+
+    @property
+    def done(self) -> bool:
+        """Whether its run completed, and all of it is known."""
+        record = self.record
+        return record is not None and record.run.settled and self.status == RunStatus.COMPLETED
+
+    @property
+    def worth_retrying(self) -> bool:
+        """Whether its run failed for a reason that another start may not meet again."""
+        run = None if self.record is None else self.record.run
+        if run is None or not run.settled or run.status is not RunStatus.FAILED:
+            return False
+        return run.error is not None and run.error.code in WORTH_RETRYING
+
+    @property
+    def why(self) -> str | None:
+        """What went wrong with it, for a person."""
+        run = None if self.record is None else self.record.run
+        if run is not None and run.status is RunStatus.FAILED:
+            return f"{run.error.code}: {run.error.message}".strip(": ") if run.error else "failed"
+        if self.record is not None:
+            return self.record.last_error
+        refused = self.start is not None and self.start.state is StartState.REFUSED
+        if self.start is None or (self.error is not None and not refused):
+            return self.error
+        return _told(self.start.error or {}) or self.error
+
+
+def _told(error: dict[str, Any]) -> str:
+    """An error of the ledger, with the fields that FLORA names."""
+    words = [": ".join(str(error[name]) for name in ("code", "message") if error.get(name))]
+    words += [f"{one.get('field')}: {one.get('message')}" for one in error.get("fields") or ()]
+    return "; ".join(filter(None, words))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a batch is to do. `rows` are all of it, `states` what is known of them by their keys.
+
+    `unmapped` are the columns of its sheet that no input takes.
+    """
+
+    batch: BatchRow
+    technique: Technique
+    rows: Sequence[PlannedRow]
+    states: dict[str, RowState]
+    unmapped: Sequence[str] = ()
+
+    @property
+    def missing(self) -> list[PlannedRow]:
+        """The rows that are to be started."""
+        return [row for row in self.rows if not self.states[row.entry.key].started]
+
+    @property
+    def cost(self) -> Decimal | None:
+        """What starting them costs at most, in USD; `None` where FLORA names no price."""
+        price = self.technique.run_cost
+        return None if price is None else price * len(self.missing)
+
+
+def turn_of(latest: Latest | None, *, again: bool) -> Turn:
+    """For which time a row is to be run now.
+
+    A rerun that no command has seen to its end is gone on with: repeating the command after an
+    interruption, with `again` or without, never begins another.
+    """
+    if latest is None:
+        return Turn()
+    return latest.turn.again() if again and latest.finished else latest.turn
+
+
+async def states_of(db: Database, slot: str, entries: Sequence[BatchEntry]) -> dict[str, RowState]:
+    """What became of these rows, by their keys."""
+    found: dict[str, StartRow] = {}
+    records: dict[str, Record] = {}
+    for some in chunks(entry.key for entry in entries):
+        found |= await starts.of_keys(db, slot, some)
+    for some in chunks(row.run_id for row in found.values() if row.run_id is not None):
+        records |= await read.get_runs(db, some)
+    states = {}
+    for entry in entries:
+        start = found.get(entry.key)
+        record = None if start is None or start.run_id is None else records.get(start.run_id)
+        states[entry.key] = RowState(entry=entry, start=start, record=record)
+    return states
+
+
+async def kept_rows(db: Database, batch: BatchRow) -> list[RowState]:
+    """What became of the rows of a batch that is kept, as they stand in its sheet."""
+    entries = await batches.entries(db, batch.batch_id)
+    states = await states_of(db, batch.workspace_slot, entries)
+    return [states[entry.key] for entry in entries]
