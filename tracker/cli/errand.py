@@ -36,12 +36,20 @@ def prepare() -> "Settings":
     return settings
 
 
-def run_once(work: Callable[["Services"], Awaitable[T]], *, needs_key: bool = False) -> T:
+def run_once(
+    work: Callable[["Services"], Awaitable[T]],
+    *,
+    needs_key: bool = False,
+    concurrency: int | None = None,
+) -> T:
     """Open the services, do `work` with them, and close them again.
 
-    `needs_key`: raises `SettingsError` where FLORA cannot be asked.
+    `needs_key`: raises `SettingsError` where FLORA cannot be asked. `concurrency` goes before
+    TRACKER_API_CONCURRENCY.
     """
     settings = prepare()
+    if concurrency is not None:
+        settings = settings.model_copy(update={"tracker_api_concurrency": concurrency})
     if needs_key:
         settings.require_api_key()
 

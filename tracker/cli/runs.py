@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tracker.cli import inputs
+from tracker.cli import download, inputs, watching
+from tracker.cli.arguments import RunId
 from tracker.cli.errand import note, patience, run_once
-from tracker.cli.follow import follow
+from tracker.cli.follow import exit_status, follow
 from tracker.cli.output import JsonFlag, print_fields, print_json, print_table
 from tracker.core.errors import TrackerError
 from tracker.core.run import RunStatus, Tracking
@@ -20,15 +21,6 @@ if TYPE_CHECKING:
 app = typer.Typer(name="runs", help="Start, track, list and show runs.", no_args_is_help=True)
 
 
-def _run_id(text: str) -> str:
-    if not 1 <= len(text) <= 255 or not text.isprintable():
-        raise typer.BadParameter("must be FLORA's run_… identifier")
-    return text
-
-
-RunId = Annotated[
-    str, typer.Argument(metavar="RUN_ID", help="FLORA's run_… identifier.", callback=_run_id)
-]
 Workspace = Annotated[
     str | None,
     typer.Option("--workspace", metavar="W", help="Workspace id, where several are configured."),
@@ -74,11 +66,12 @@ def start(
             note("This key had started the run before; nothing new was started.")
         if not wait:
             return started.record
-        return await follow(services, started.record, tell=note)
+        (ended,) = await follow(services, [started.record.run.run_id])
+        return ended
 
     record = run_once(work, needs_key=True)
     _print_run(record, as_json=as_json)
-    return _status_of(record) if wait else 0
+    return exit_status([record]) if wait else 0
 
 
 @app.command()
@@ -173,14 +166,8 @@ def show(run_id: RunId, as_json: JsonFlag = False) -> None:
     _print_run(record, as_json=as_json)
 
 
-def _status_of(record: "Record") -> int:
-    """The exit status for a run that was waited for."""
-    run = record.run
-    if run.status is RunStatus.COMPLETED and run.settled:
-        return 0
-    reason = f"{run.error.code} {run.error.message}".strip() if run.error else record.tracking.value
-    note(f"tracker: run {run.run_id} {run.status}: {reason}")
-    return 1
+watching.add_to(app)
+download.add_to(app)
 
 
 def _json(record: "Record") -> dict[str, Any]:

@@ -1,0 +1,113 @@
+"""Why the next look is when it is: the schedule's own decisions, read back."""
+
+from dataclasses import replace
+from datetime import datetime, timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.core.strategies import START
+from tracker.core.next_look import NextLook, Why, next_look
+from tracker.core.observation import Source
+from tracker.core.record import Record
+from tracker.core.run import Details, Run, Standing
+from tracker.core.schedule import Durations, Policy, next_check, wait_after
+
+POLICY = Policy()
+KNOWN = Durations(count=40, p50=8.0, p95=20.0)
+FEW = Durations(count=19, p50=8.0, p95=20.0)
+SLOW = Durations(count=40, p50=5000.0, p95=9000.0)
+
+
+def record(**facts: object) -> Record:
+    given: dict[str, object] = {
+        "run": Run(run_id="run_1"),
+        "source": Source.START,
+        "first_seen_at": START,
+    }
+    return Record(**(given | facts))  # type: ignore[arg-type]
+
+
+def scheduled(one: Record, *, now: datetime = START, known: Durations | None = None) -> Record:
+    """The record with the time that the schedule itself gives it."""
+    at = next_check(
+        one.run,
+        policy=POLICY,
+        now=now,
+        first_seen=one.first_seen_at,
+        looks=one.looks,
+        callback_expected=one.callback_expected,
+        durations=known,
+    )
+    return replace(one, next_check_at=at)
+
+
+@pytest.mark.parametrize(
+    ("expected", "known", "why", "wait", "bounded"),
+    [
+        (True, None, Why.GRACE, 30, False),
+        (True, FEW, Why.GRACE, 30, False),
+        (True, KNOWN, Why.LEARNED_GRACE, 25, False),
+        (True, SLOW, Why.LEARNED_GRACE, 300, True),
+        (False, None, Why.INTERVAL, 5, False),
+        (False, KNOWN, Why.LEARNED_INTERVAL, 8, False),
+        (False, SLOW, Why.LEARNED_INTERVAL, 50, True),
+    ],
+)
+def test_the_first_look_is_explained(
+    expected: bool, known: Durations | None, why: Why, wait: float, bounded: bool
+) -> None:
+    """Grace or interval, by the settings or by what was learned, and how far that may go."""
+    one = scheduled(record(callback_expected=expected), known=known)
+    look = next_look(one, policy=POLICY, durations=known)
+    assert (look.why, look.wait, look.bounded) == (why, timedelta(seconds=wait), bounded)
+    assert look.since == START
+    learned = why in (Why.LEARNED_GRACE, Why.LEARNED_INTERVAL)
+    assert look.durations == (known if learned else None)
+
+
+def test_what_was_learned_since_does_not_explain_an_older_decision() -> None:
+    """A look that the settings gave stays theirs after durations have become known."""
+    one = scheduled(record(callback_expected=True))
+    assert next_look(one, policy=POLICY, durations=KNOWN).why is Why.GRACE
+
+
+def test_another_decision_is_told_as_such() -> None:
+    """Where neither the settings nor the durations of now give the moment, nothing is made up."""
+    one = scheduled(record(callback_expected=True), known=SLOW)
+    look = next_look(one, policy=POLICY, durations=KNOWN)
+    assert (look.why, look.wait) == (Why.BEFORE, timedelta(seconds=300))
+
+
+@given(looks=st.integers(1, 40), run_id=st.text(min_size=1, max_size=8))
+def test_a_doubled_wait_is_taken_apart(looks: int, run_id: str) -> None:
+    """Of the k-th wait it is told since when it runs, and what the jitter took off."""
+    now = START + timedelta(minutes=5)
+    one = scheduled(record(run=Run(run_id=run_id), looks=looks), now=now)
+    look = next_look(one, policy=POLICY, durations=KNOWN)
+    assert (look.why, look.number, look.since) == (Why.WAIT, looks, now)
+    assert look.wait == wait_after(POLICY, run_id, looks)
+    whole = (look.wait or timedelta()) + (look.jitter or timedelta())
+    assert whole == min(POLICY.interval * 2 ** (looks - 1), POLICY.interval_max)
+
+
+def test_an_end_without_details_is_due_at_once() -> None:
+    """What a callback ended is read for its details."""
+    run = Run(run_id="run_1", standing=Standing.CALLBACK_COMPLETED)
+    now = START + timedelta(seconds=9)
+    look = next_look(scheduled(record(run=run), now=now), policy=POLICY, durations=None)
+    assert (look.why, look.at) == (Why.ENDED, now)
+
+
+def test_what_somebody_asked_for_is_due_at_once() -> None:
+    """A run that is tracked by its id is read now."""
+    one = record(source=Source.TRACK, next_check_at=START)
+    assert next_look(one, policy=POLICY, durations=None).why is Why.ASKED
+
+
+def test_nothing_is_due_where_nothing_is_left_to_read() -> None:
+    """Settled and lost runs are not looked at."""
+    run = Run(run_id="run_1", standing=Standing.COMPLETED, details=Details.READ)
+    assert next_look(record(run=run), policy=POLICY, durations=None) == NextLook(why=Why.SETTLED)
+    assert next_look(record(lost=True), policy=POLICY, durations=None).why is Why.LOST

@@ -1,0 +1,387 @@
+"""Downloads: which runs, which of their outputs, and what is kept of it, on both engines."""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.media.far_end import answer, far_end
+from tests.support.waiting import eventually
+from tests.worker.conftest import HandClock, the_run
+from tracker.core.entry import Seen
+from tracker.core.errors import TrackerError
+from tracker.core.observation import Observation, Source
+from tracker.core.run import Output, RunError, RunStatus
+from tracker.media.shelf import MANIFEST, ShelfError
+from tracker.simulator import Simulator
+from tracker.store import batches, starts
+from tracker.store.batches import BatchEntry, BatchRow
+from tracker.tracking.download import Order
+from tracker.tracking.outputs import Outcome, Report, Wanted, jobs_of
+from tracker.tracking.start import StartRequest
+from tracker.wiring import Services
+
+PROMPT = [{"id": "prompt", "type": "text", "value": "tools"}]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where the files go: a folder that is not there yet."""
+    return tmp_path / "files"
+
+
+async def settle(services: Services, run_id: str, outputs: Sequence[Output], **shown: Any) -> None:
+    """A read shows the end of a run, with these outputs."""
+    given: dict[str, Any] = {"status": RunStatus.COMPLETED, "source": Source.POLL}
+    observation = Observation(
+        run_id=run_id, at=services.clock(), outputs=tuple(outputs), **(given | shown)
+    )
+    await services.door.put(Seen(observation=observation))
+
+
+async def download(services: Services, folder: Path, *run_ids: str, **order: Any) -> Report:
+    report = Report()
+    source = services.downloader.named(run_ids, watch=False)
+    given: dict[str, Any] = {"to": folder, "allow_private": True}
+    await services.downloader.download(source, Order(**(given | order)), report)
+    return report
+
+
+def manifest(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / MANIFEST).read_text().splitlines()]
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name != MANIFEST)
+
+
+async def test_the_simulators_files_come_as_they_are(
+    services: Services, flora: Simulator, clock: HandClock, folder: Path
+) -> None:
+    """Every output is a file, named by run and output, and a line in the manifest; a second
+    download fetches nothing."""
+    request = StartRequest(technique="icon-pack", inputs=PROMPT)
+    run_id = (await services.starter.start(request)).record.run.run_id
+    clock.move(60)
+    await services.poller.poll_due()
+    report = await download(services, folder, run_id)
+    outputs = (await the_run(services, run_id)).run.outputs or ()
+    assert len(report.of(Outcome.FETCHED)) == len(outputs) > 1
+    assert files(folder) == sorted(f"{run_id}.{one.output_id}.png" for one in outputs)
+    for line in manifest(folder):
+        content = (folder / line["file"]).read_bytes()
+        assert content.startswith(b"\x89PNG")
+        assert line["size"] == len(content)
+    before = dict(flora.world.counts)
+    again = await download(services, folder, run_id)
+    assert len(again.of(Outcome.PRESENT)) == len(outputs)
+    assert again.complete
+    assert dict(flora.world.counts) == before
+    assert len(manifest(folder)) == len(outputs)
+
+
+async def test_a_part_is_gone_on_with_at_the_simulator(
+    services: Services, flora: Simulator, clock: HandClock, folder: Path
+) -> None:
+    """The simulator's files know ranges: what a command left is completed by the next one."""
+    run = flora.start("icon-pack")
+    clock.move(60)
+    await services.tracker.track(run.run_id)
+    await services.poller.poll_due()
+    await download(services, folder, run.run_id)
+    [name, *_] = files(folder)
+    whole = (folder / name).read_bytes()
+    [one] = [line for line in manifest(folder) if line["file"] == name]
+    (folder / MANIFEST).unlink()
+    (folder / name).unlink()
+    # What an interrupted command leaves behind.
+    stem = name.removesuffix(".png")
+    link = next(o.url for o in run.outputs if o.output_id == one["output_id"])
+    async with httpx.AsyncClient(trust_env=False) as client:
+        tag = (await client.get(link)).headers["etag"]
+    (folder / f"{stem}.part").write_bytes(whole[:100])
+    (folder / f"{stem}.part.json").write_text(json.dumps({"link": link, "validator": tag}))
+    report = await download(services, folder, run.run_id)
+    assert report.complete
+    assert (folder / name).read_bytes() == whole
+    assert files(folder) == sorted(f"{run.run_id}.{o.output_id}.png" for o in run.outputs)
+
+
+async def test_texts_are_text_files(services: Services, folder: Path) -> None:
+    """A text stands in place of its link; where it has changed, the file is written anew."""
+    await settle(services, "run_1", [Output("poem", "text", "Größe\n\N{OWL}")])
+    assert (await download(services, folder, "run_1")).complete
+    assert (folder / "run_1.poem.txt").read_bytes() == "Größe\n\N{OWL}".encode()
+    assert (await download(services, folder, "run_1")).of(Outcome.PRESENT)
+    await settle(services, "run_1", [Output("poem", "text", "\N{OWL}\N{OWL}")])
+    assert (await download(services, folder, "run_1")).of(Outcome.FETCHED)
+    assert (folder / "run_1.poem.txt").read_text(encoding="utf-8") == "\N{OWL}\N{OWL}"
+
+
+async def test_hostile_identifiers_stay_in_the_folder(services: Services, folder: Path) -> None:
+    """Neither a run's id nor an output's leads out of it, and none hides another."""
+    outside, folder = folder, folder / "in" / "here"
+    ids = ("../../up", "/abs", "a/b", "..", "x" * 400, "", "same", "same")
+    run_id = "../run\0?"
+    await settle(services, run_id, [Output(one, "text", str(n)) for n, one in enumerate(ids)])
+    stored = run_id.replace("\0", "\N{REPLACEMENT CHARACTER}")
+    report = await download(services, folder, stored)
+    assert report.complete
+    assert list(outside.iterdir()) == [outside / "in"]
+    assert list((outside / "in").iterdir()) == [folder]
+    assert len(files(folder)) == len(ids)
+    assert sorted(p.read_text() for p in folder.glob("*.txt")) == [str(n) for n in range(8)]
+
+
+async def test_what_cannot_be_had_is_told_and_the_rest_is_fetched(
+    services: Services, folder: Path
+) -> None:
+    """One line for each output that failed, with the reason; the others are there."""
+    png = answer(b"png", content_type="image/png")
+    async with far_end(png) as good, far_end(answer(b"", "404 Not Found")) as gone:
+        outputs = [
+            Output("good", "imageUrl", good.url()),
+            Output("gone", "imageUrl", gone.url()),
+            Output("odd", "videoUrl", "file:///etc/passwd"),
+        ]
+        await settle(services, "run_1", outputs)
+        report = await download(services, folder, "run_1", concurrency=1)
+    assert files(folder) == ["run_1.good.png"]
+    assert not report.complete
+    assert [(one.job.output.output_id, one.error) for one in report.of(Outcome.FAILED)] == [
+        ("gone", "the link has expired, or the file is gone (HTTP 404)"),
+        ("odd", "the link is not http(s)"),
+    ]
+
+
+async def test_links_into_this_machine_are_refused(services: Services, folder: Path) -> None:
+    """Unless that is allowed, nothing is sent there."""
+    async with far_end(answer(b"secret")) as end:
+        await settle(services, "run_1", [Output("a", "imageUrl", end.url())])
+        report = await download(services, folder, "run_1", allow_private=False)
+    [failed] = report.of(Outcome.FAILED)
+    assert "not a public address" in (failed.error or "")
+    assert end.asked == []
+
+
+async def test_so_many_at_a_time(services: Services, folder: Path) -> None:
+    """No more files than asked for are under way at the same time."""
+    now, most, waiting = 0, 0, asyncio.Event()
+
+    async def reply(asked: Any, writer: asyncio.StreamWriter) -> None:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        if most == 3:
+            waiting.set()
+        await waiting.wait()
+        now -= 1
+        writer.write(answer(b"x"))
+
+    async with far_end(reply) as end:
+        outputs = [Output(f"o{n}", "imageUrl", end.url(f"/{n}")) for n in range(9)]
+        await settle(services, "run_1", outputs)
+        report = await download(services, folder, "run_1", concurrency=3)
+    assert report.complete
+    assert most == 3
+
+
+async def test_runs_without_outputs_are_told_apart(services: Services, folder: Path) -> None:
+    """A run that has not settled is missing; one that failed has nothing to fetch."""
+    error = RunError("model_timeout", "")
+    await settle(services, "run_failed", [], status=RunStatus.FAILED, error=error)
+    await settle(services, "run_busy", [], status=RunStatus.RUNNING)
+    report = await download(services, folder, "run_failed")
+    assert report.complete
+    assert [one.status for one in report.absent] == ["failed"]
+    report = await download(services, folder, "run_failed", "run_busy")
+    assert not report.complete
+    assert [(one.run_id, one.status) for one in report.absent if not one.harmless] == [
+        ("run_busy", "running")
+    ]
+
+
+async def test_two_downloads_do_not_share_a_folder(services: Services, folder: Path) -> None:
+    """The second one says so and fetches nothing."""
+    hold = asyncio.Event()
+
+    async def reply(asked: Any, writer: asyncio.StreamWriter) -> None:
+        await hold.wait()
+        writer.write(answer(b"x"))
+
+    async with far_end(reply) as end:
+        await settle(services, "run_1", [Output("a", "imageUrl", end.url())])
+        first = asyncio.create_task(download(services, folder, "run_1"))
+        await eventually(lambda: end.asked)
+        with pytest.raises(ShelfError, match="another process is downloading"):
+            await download(services, folder, "run_1")
+        hold.set()
+        assert (await first).complete
+
+
+async def collect(source: Any, into: list[Wanted]) -> None:
+    async for wanted in source:
+        into.append(wanted)
+
+
+async def test_all_that_settles_is_found(services: Services) -> None:
+    """All settled runs come newest first, then each that settles, as it does."""
+    await settle(services, "run_1", [], technique_id="tech_a")
+    await settle(services, "run_2", [], technique_id="tech_b")
+    await settle(services, "run_3", [], status=RunStatus.RUNNING, technique_id="tech_a")
+    found: list[Wanted] = []
+    source = services.downloader.settled(technique_id="tech_a", watch=True)
+    task = asyncio.create_task(collect(source, found))
+    ids = lambda: {one.record.run.run_id for one in found if one.record}  # noqa: E731
+    await eventually(lambda: ids() == {"run_1"})
+    await settle(services, "run_3", [], technique_id="tech_a")
+    await settle(services, "run_4", [], technique_id="tech_b")
+    await settle(services, "run_5", [], technique_id="tech_a")
+    await eventually(lambda: ids() == {"run_1", "run_3", "run_5"})
+    task.cancel()
+    await asyncio.wait([task])
+
+
+async def test_named_runs_come_as_they_settle(services: Services) -> None:
+    """Watched runs end the search once all have ended, also where one is lost."""
+    await settle(services, "run_1", [])
+    await settle(services, "run_2", [], status=RunStatus.RUNNING)
+    found: list[Wanted] = []
+    source = services.downloader.named(["run_1", "run_2"], watch=True)
+    task = asyncio.create_task(collect(source, found))
+    await eventually(lambda: len(found) == 1)
+    assert not task.done()
+    await settle(services, "run_2", [])
+    async with asyncio.timeout(5):
+        await task
+    assert [one.record.run.run_id for one in found if one.record] == ["run_1", "run_2"]
+
+
+async def keep_batch(services: Services, rows: int) -> tuple[BatchRow, list[BatchEntry]]:
+    """A batch of that many rows, none of which is started."""
+    batch = BatchRow(
+        batch_id="bat_1",
+        workspace_slot="default",
+        technique_id="tech_icon-pack",
+        name="sheet.csv",
+        created_at=services.clock(),
+    )
+    entries = [BatchEntry(position=n, line=n + 1, digest=f"{n:064}") for n in range(1, rows + 1)]
+    await batches.keep(services.database, batch, entries)
+    return batch, entries
+
+
+async def start_row(services: Services, entry: BatchEntry, run_id: str) -> None:
+    """A row's start became that run, which has not ended."""
+    await starts.reserve(
+        services.database,
+        workspace_slot="default",
+        idempotency_key=entry.key,
+        technique_id="tech_icon-pack",
+        fingerprint="f",
+        inputs=PROMPT,
+        at=services.clock(),
+    )
+    seen = Observation(run_id=run_id, source=Source.START, at=services.clock())
+    entered = Seen(observation=seen, slot="default", idempotency_key=entry.key)
+    await services.door.put(entered)
+
+
+async def test_a_batch_names_its_files_by_row(services: Services, folder: Path) -> None:
+    """Rows are numbered with as many digits as the batch needs; one without a run is told."""
+    _, entries = await keep_batch(services, 10)
+    for entry, run_id in zip(entries, ("run_b", "run_a"), strict=False):
+        await start_row(services, entry, run_id)
+    await settle(services, "run_b", [Output("poem", "text", "b")])
+    report = Report()
+    source = services.downloader.batch("bat_1", watch=False)
+    await services.downloader.download(source, Order(to=folder), report)
+    assert files(folder) == ["01.run_b.poem.txt"]
+    assert [line["row"] for line in manifest(folder)] == ["01"]
+    told = {one.row: one.status for one in report.absent}
+    assert told["02"] == "pending"
+    assert told["10"] == "not_started"
+    assert not report.complete
+
+
+async def test_a_batch_is_watched_to_its_end(services: Services) -> None:
+    """Rows that another command starts meanwhile are waited for, until that has seen its end."""
+    batch, entries = await keep_batch(services, 2)
+    await start_row(services, entries[0], "run_1")
+    await settle(services, "run_1", [])
+    found: list[Wanted] = []
+    told: list[str] = []
+    source = services.downloader.batch("bat_1", watch=True, tell=told.append)
+    task = asyncio.create_task(collect(source, found))
+    await eventually(lambda: len(found) == 1)
+    await eventually(lambda: told)
+    assert told == ["1 row is not started yet: `tracker batch` starts them"]
+    await start_row(services, entries[1], "run_2")
+    await settle(services, "run_2", [])
+    await eventually(lambda: len(found) == 2)
+    await batches.finish(services.database, batch.batch_id, services.clock())
+    async with asyncio.timeout(5):
+        await task
+    assert [(one.row, one.status) for one in found] == [("1", ""), ("2", "")]
+
+
+async def test_an_unknown_batch_is_an_error(services: Services) -> None:
+    """Its id is told."""
+    with pytest.raises(TrackerError, match="batch bat_none is not known"):
+        await collect(services.downloader.batch("bat_none", watch=False), [])
+
+
+async def test_an_interrupt_keeps_what_has_come(services: Services, folder: Path) -> None:
+    """A download that is broken off leaves its part, and the next one goes on with it."""
+    whole = b"x" * 90_000
+    hold = asyncio.Event()
+
+    async def reply(asked: Any, writer: asyncio.StreamWriter) -> None:
+        if "range" in asked:
+            part = f"bytes 50000-{len(whole) - 1}/{len(whole)}"
+            writer.write(
+                answer(whole[50_000:], "206 Partial Content", etag='"1"', content_range=part)
+            )
+            return
+        writer.write(answer(whole[:50_000], length=len(whole), etag='"1"'))
+        await writer.drain()
+        await hold.wait()
+
+    def has_come() -> bool:
+        parts = list(folder.glob("*.part"))
+        return bool(progress) and bool(parts)
+
+    progress: list[int] = []
+    async with far_end(reply) as end:
+        await settle(services, "run_1", [Output("a", "imageUrl", end.url())])
+        task = asyncio.create_task(
+            services.downloader.download(
+                services.downloader.named(["run_1"], watch=False),
+                Order(to=folder, allow_private=True),
+                Report(),
+                on_bytes=lambda job, size, whole: progress.append(size),
+            )
+        )
+        await eventually(lambda: has_come() and progress[-1] == 50_000)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        hold.set()
+        report = await download(services, folder, "run_1")
+    assert report.complete
+    assert end.asked[-1]["range"] == "bytes=50000-"
+    assert (folder / "run_1.a.png").read_bytes() == whole
+
+
+async def test_names_hold_the_position_where_ids_repeat(services: Services) -> None:
+    """Two outputs of one name are two files."""
+    await settle(services, "run_1", [Output("a", "text", "1"), Output("a", "text", "2")])
+    wanted = Wanted(record=await the_run(services, "run_1"), row="3")
+    assert [job.name for job in jobs_of(wanted)] == ["3.run_1.a.0", "3.run_1.a.1"]
+    one = replace(wanted, row=None)
+    assert [job.name for job in jobs_of(one)] == ["run_1.a.0", "run_1.a.1"]

@@ -1,0 +1,180 @@
+"""Following runs in the database: whoever brings the news, and who polls where nobody does."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import timedelta
+
+import pytest
+
+from tests.support.waiting import eventually
+from tests.worker.conftest import HandClock, MakeFlora, OpenServices, reads_of, the_run
+from tracker.core.entry import Seen
+from tracker.core.errors import StoreUnavailable
+from tracker.core.observation import Observation, Source
+from tracker.core.run import RunStatus, Tracking
+from tracker.simulator import Simulator
+from tracker.store import claims
+from tracker.tracking import follow
+from tracker.tracking.follow import Sight
+from tracker.wiring import Services
+
+
+async def collect(source: AsyncIterator[list[Sight]], into: list[Sight]) -> None:
+    async for sights in source:
+        into.extend(sights)
+
+
+async def see(services: Services, run_id: str, status: RunStatus, progress: float = 0) -> None:
+    observation = Observation(
+        run_id=run_id,
+        source=Source.POLL,
+        at=services.clock(),
+        status=status,
+        progress=progress,
+    )
+    await services.door.put(Seen(observation=observation))
+
+
+@pytest.fixture
+async def two(open_on: OpenServices, flora: Simulator) -> tuple[Services, Services]:
+    """Two processes' worth of services on one database."""
+    return await open_on(flora), await open_on(flora)
+
+
+async def test_what_another_process_brings_is_seen(two: tuple[Services, Services]) -> None:
+    """Each change once, with who brought it, until all have ended."""
+    one, other = two
+    await see(one, "run_1", RunStatus.PENDING)
+    await see(one, "run_2", RunStatus.COMPLETED)
+    seen: list[Sight] = []
+    async with one.signals:
+        following = one.follower.follow(["run_1", "run_2", "run_nobody_knows"])
+        task = asyncio.create_task(collect(following, seen))
+        await eventually(lambda: len(seen) == 2)
+        await see(other, "run_1", RunStatus.RUNNING, 40)
+        await eventually(lambda: len(seen) == 3)
+        await see(other, "run_1", RunStatus.RUNNING, 40)
+        await see(other, "run_1", RunStatus.COMPLETED, 100)
+        async with asyncio.timeout(10):
+            await task
+    shown = [(sight.record.run.run_id, sight.record.run.status) for sight in seen]
+    assert sorted(shown[:2]) == [("run_1", "pending"), ("run_2", "completed")]
+    assert shown[2:] == [("run_1", "running"), ("run_1", "completed")]
+    assert {sight.source for sight in seen} == {Source.POLL}
+
+
+async def test_nobody_is_asked_while_somebody_else_polls(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """A run that is due, but not for long, is left to the worker; FLORA is not asked from here."""
+    run = flora.start()
+    await services.tracker.track(run.run_id)
+    clock.move(follow.OVERDUE.total_seconds() - 0.5)
+    seen: list[Sight] = []
+    task = asyncio.create_task(collect(services.follower.follow([run.run_id]), seen))
+    await eventually(lambda: seen)
+    assert reads_of(flora) == {}
+    clock.move(60)
+    async with asyncio.timeout(10):
+        await task
+    assert seen[-1].record.tracking is Tracking.SETTLED
+    assert sum(reads_of(flora).values()) >= 1
+
+
+async def test_a_run_that_a_worker_has_claimed_is_left_to_it(
+    two: tuple[Services, Services], flora: Simulator, clock: HandClock
+) -> None:
+    """An overdue run that somebody is reading is not read from here too."""
+    one, other = two
+    run = flora.start()
+    await one.tracker.track(run.run_id)
+    clock.move(60)
+    [claimed] = await claims.claim_due(
+        other.database,
+        holder="worker",
+        now=clock(),
+        lease=timedelta(seconds=30),
+        limit=1,
+        workspaces=None,
+    )
+    seen: list[Sight] = []
+    task = asyncio.create_task(collect(one.follower.follow([run.run_id]), seen))
+    await eventually(lambda: seen)
+    assert claimed.run.run_id == run.run_id
+    assert reads_of(flora) == {}
+    clock.move(31)
+    async with asyncio.timeout(10):
+        await task
+    assert seen[-1].record.tracking is Tracking.SETTLED
+
+
+async def test_what_keeps_runs_from_being_read_is_told_once(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """A refused key, and a missing one: the person who waits hears of it."""
+    async with make_flora() as flora:
+        for settings, said in (
+            ({"flora_api_key": "sk_test_wrong"}, "runs cannot be read: FLORA answered 401"),
+            ({"flora_api_key": None}, "no FLORA API key for its workspace is set here"),
+        ):
+            services = await open_on(flora, **settings)
+            run_id = f"run_of_{len(settings)}_{said[:4].strip()}"
+            await services.tracker.track(run_id)
+            clock.move(10)
+            told: list[str] = []
+            following = services.follower.follow([run_id], tell=told.append)
+            task = asyncio.create_task(collect(following, []))
+            await eventually(lambda: told)  # noqa: B023
+            assert said in told[0]
+            task.cancel()
+            await asyncio.wait([task])
+            assert len(told) == 1
+
+
+async def test_a_database_that_is_away_for_a_moment_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is tried again, and told once each time; away for long, it is an error."""
+    monkeypatch.setattr(follow, "LOOK_EVERY", 0.01)
+    left = 3
+
+    async def work() -> str:
+        nonlocal left
+        left -= 1
+        if left:
+            raise StoreUnavailable("the database does not answer")
+        return "there"
+
+    told: list[str] = []
+    assert await follow.patiently(work, told.append) == "there"
+    assert told == ["the database does not answer; still trying"] * 2
+    left = -1
+    monkeypatch.setattr(follow, "OUTAGE", 0.05)
+    with pytest.raises(StoreUnavailable):
+        await follow.patiently(work, None)
+
+
+async def test_breaking_off_gives_claims_back(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """Who stops following while polling from here leaves no claim behind."""
+    run = flora.start()
+    await services.tracker.track(run.run_id)
+    clock.move(10)
+    asked = asyncio.Event()
+    never = asyncio.Event()
+
+    async def stuck(*_: object, **__: object) -> None:
+        asked.set()
+        await never.wait()
+
+    [workspace] = services.workspaces
+    client = workspace.require_client()
+    client.get_run = client.history = client.get_any_run = stuck  # type: ignore[method-assign,assignment]
+    task = asyncio.create_task(collect(services.follower.follow([run.run_id]), []))
+    async with asyncio.timeout(10):
+        await asked.wait()
+    assert (await the_run(services, run.run_id)).lease_holder is not None
+    task.cancel()
+    await asyncio.wait([task])
+    assert (await the_run(services, run.run_id)).lease_holder is None

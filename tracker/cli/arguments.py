@@ -1,0 +1,26 @@
+"""Arguments that several commands share."""
+
+from typing import Annotated
+
+import typer
+
+
+def check_run_id(text: str) -> str:
+    """`text`, where it can be a run's id. Raises `BadParameter`."""
+    if not 1 <= len(text) <= 255 or not text.isprintable():
+        raise typer.BadParameter("must be FLORA's run_… identifier")
+    return text
+
+
+def check_run_ids(texts: list[str] | None) -> list[str]:
+    """Each of `texts` once, where all can be a run's id. Raises `BadParameter`."""
+    return list(dict.fromkeys(map(check_run_id, texts or ())))
+
+
+RunId = Annotated[
+    str, typer.Argument(metavar="RUN_ID", help="FLORA's run_… identifier.", callback=check_run_id)
+]
+RunIds = Annotated[
+    list[str],
+    typer.Argument(metavar="RUN_ID…", help="FLORA's run_… identifiers.", callback=check_run_ids),
+]

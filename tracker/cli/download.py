@@ -1,0 +1,201 @@
+"""`tracker runs download`: the outputs of runs as files."""
+
+import asyncio
+import re
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from tracker.cli import download_progress
+from tracker.cli.arguments import check_run_ids
+from tracker.cli.download_progress import size_text
+from tracker.cli.errand import note, run_once
+from tracker.cli.output import JsonFlag, plain, print_json
+from tracker.cli.watching import require_known
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from tracker.tracking.follow import Tell
+    from tracker.tracking.outputs import Absent, Report, Wanted
+    from tracker.wiring import Services
+
+_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?) ?(?:([kmgt])(?:i?b)?|b|bytes)?", re.IGNORECASE)
+_NAMED: Final = 20
+"""So many runs without outputs are named; the rest is counted."""
+
+
+def _size(text: str) -> int:
+    """A number of bytes, as in 500000, 500M or 2GiB; K, M, G and T are powers of 1024."""
+    found = _SIZE.fullmatch(text.strip())
+    size = 0 if found is None else float(found[1])
+    if found is None or size <= 0:
+        raise typer.BadParameter(f"{text!r} is no size: give bytes, or 500M, or 2G")
+    return int(size * 1024 ** (" kmgt".index((found[2] or " ").lower())))
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(download)
+
+
+def download(
+    run_ids: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN_ID…]", help="FLORA's run_… identifiers.", callback=check_run_ids
+        ),
+    ] = None,
+    batch: Annotated[
+        str | None, typer.Option("--batch", metavar="ID", help="The runs of a batch.")
+    ] = None,
+    all_settled: Annotated[
+        bool, typer.Option("--all-settled", help="Every run that has settled.")
+    ] = False,
+    technique: Annotated[
+        str | None,
+        typer.Option(metavar="T", help="With --all-settled: only runs of this technique."),
+    ] = None,
+    to: Annotated[
+        Path, typer.Option("--to", metavar="DIR", help="The folder for the files.")
+    ] = Path("downloads"),
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Wait for runs, and download each as it settles.")
+    ] = False,
+    allow_private: Annotated[
+        bool,
+        typer.Option("--allow-private", help="Follow links into this network or machine too."),
+    ] = False,
+    max_bytes: Annotated[
+        str, typer.Option(metavar="SIZE", help="The most bytes of one file, as in 500M.")
+    ] = "2GiB",
+    concurrency: Annotated[int, typer.Option(help="Files at a time.", min=1, max=32)] = 4,
+    as_json: JsonFlag = False,
+) -> int:
+    """Download the outputs of runs as files; what is there already is not fetched again.
+
+    Files are named by row (of a batch), run and output; manifest.jsonl in DIR has a line with size
+    and SHA-256 for each. Exit status 1 if an output could not be had.
+    """
+    if bool(run_ids) + (batch is not None) + all_settled != 1:
+        raise typer.BadParameter("give run ids, or --batch, or --all-settled")
+    if technique is not None and not all_settled:
+        raise typer.BadParameter("goes with --all-settled only", param_hint="--technique")
+    size = _size(max_bytes)
+
+    async def find(services: "Services", tell: "Tell") -> "AsyncIterator[Wanted]":
+        downloader = services.downloader
+        if all_settled:
+            technique_id = None if technique is None else await _technique_id(services, technique)
+            return downloader.settled(technique_id=technique_id, watch=watch, tell=tell)
+        if batch is not None:
+            return downloader.batch(batch, watch=watch, tell=tell)
+        await require_known(services, run_ids or [])
+        return downloader.named(run_ids or [], watch=watch, tell=tell)
+
+    async def work(services: "Services") -> "Report":
+        from tracker.tracking.download import Order
+        from tracker.tracking.outputs import Report
+
+        order = Order(to=to, allow_private=allow_private, max_bytes=size, concurrency=concurrency)
+        report = Report()
+        try:
+            with download_progress.shown() as screen:
+                async with services.signals:
+                    await services.downloader.download(
+                        await find(services, screen.tell),
+                        order,
+                        report,
+                        on_bytes=screen.bytes,
+                        on_result=screen.result,
+                    )
+        except asyncio.CancelledError:
+            note(f"{_summary(report)} in {to}")
+            note(
+                "tracker: interrupted; what is there of a file is kept, and gone on with next time"
+            )
+            raise
+        return report
+
+    report = run_once(work)
+    _tell_absent(report, named=not all_settled)
+    if as_json:
+        print_json(_json(report, to))
+    else:
+        typer.echo(f"{_summary(report)} in {plain(to)}")
+    return 0 if report.complete else 1
+
+
+async def _technique_id(services: "Services", technique: str) -> str:
+    """The id of a technique that is given by its id or its slug; FLORA is not asked."""
+    from tracker.store import techniques
+
+    if technique.startswith("tech_"):
+        return technique
+    known = await techniques.by_slug(services.database, technique)
+    return f"tech_{technique}" if known is None else known.technique_id
+
+
+def _summary(report: "Report") -> str:
+    from tracker.tracking.outputs import Outcome
+
+    fetched = report.of(Outcome.FETCHED)
+    size = sum(one.entry.size for one in fetched if one.entry is not None)
+    count = "1 file" if len(fetched) == 1 else f"{len(fetched)} files"
+    parts = [f"{count} fetched ({size_text(size)})"]
+    if present := len(report.of(Outcome.PRESENT)):
+        parts.append(f"{present} there already")
+    if failed := len(report.of(Outcome.FAILED)):
+        parts.append(f"{failed} could not be had")
+    return ", ".join(parts)
+
+
+def _tell_absent(report: "Report", *, named: bool) -> None:
+    """Say which runs had nothing to fetch; of all settled ones, those that failed are no news."""
+    told = [one for one in report.absent if named or not one.harmless]
+    for one in told[:_NAMED]:
+        note(f"tracker: {plain(_why(one))}")
+    counts = Counter(one.status for one in told[_NAMED:])
+    for status, count in counts.items():
+        note(f"tracker: {count} more without outputs: {plain(status)}")
+
+
+def _why(one: "Absent") -> str:
+    which = " ".join(
+        part for part in (one.row and f"row {one.row}", one.run_id and f"run {one.run_id}") if part
+    )
+    if one.status == "lost":
+        return f"{which} is lost: FLORA denies it"
+    if one.harmless:
+        return f"{which} has no outputs ({one.status})"
+    if one.run_id is not None:
+        return f"{which} has not settled yet ({one.status}): --watch waits for it"
+    return f"{which} has no run ({one.status})"
+
+
+def _json(report: "Report", to: Path) -> dict[str, Any]:
+    results = sorted(
+        report.results, key=lambda one: (one.job.row or "", one.job.run_id, one.job.position)
+    )
+    return {
+        "to": str(to),
+        "files": [
+            {**asdict(one.entry), "outcome": one.outcome.value}
+            for one in results
+            if one.entry is not None
+        ],
+        "failures": [
+            {
+                "row": one.job.row,
+                "run_id": one.job.run_id,
+                "output_id": one.job.output.output_id,
+                "error": one.error,
+            }
+            for one in results
+            if one.error is not None
+        ],
+        "absent": [asdict(one) for one in report.absent],
+    }

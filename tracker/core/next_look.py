@@ -1,0 +1,129 @@
+"""Why a run is looked at next when it is: the schedule, read backwards from what it decided.
+
+`schedule.next_check` decides when; only the moment and the count of looks are kept. Here the same
+rules tell which of them gave that moment, so that a person can be told.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Final
+
+from tracker.core.observation import Source
+from tracker.core.record import Record
+from tracker.core.schedule import (
+    CALLBACK_MARGIN,
+    LEARNED_FROM,
+    Durations,
+    Policy,
+    first_wait,
+    wait_after,
+    whole_wait,
+)
+
+_SAME: Final = timedelta(milliseconds=1)
+"""Databases round: two moments nearer than this are one."""
+
+
+class Why(StrEnum):
+    """Which rule gave the time of the next look."""
+
+    SETTLED = "settled"
+    """Nothing is left to read."""
+    LOST = "lost"
+    """FLORA has long denied the run; only a sight of it makes it active again."""
+    GRACE = "grace"
+    """The callback is waited for, as long as the settings say."""
+    LEARNED_GRACE = "learned_grace"
+    """The callback is waited for until nearly all runs of the technique have ended."""
+    INTERVAL = "interval"
+    """No callback was asked for: one poll interval after the run was first heard of."""
+    LEARNED_INTERVAL = "learned_interval"
+    """No callback was asked for: when half of the technique's runs have ended."""
+    WAIT = "wait"
+    """So many looks have brought no end, and each doubles the wait."""
+    ENDED = "ended"
+    """It has ended, and its details are read at once."""
+    ASKED = "asked"
+    """Somebody asked for it, so it is read at once."""
+    BEFORE = "before"
+    """It was decided under other settings, or by other durations than are known now."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NextLook:
+    """When a run is looked at next, UTC (`None` for never), and why.
+
+    `since` and `wait` say from when how long is waited. Of a doubled wait, `number` is how many
+    looks in a row brought nothing, and `jitter` what was taken off the wait. `durations` is what
+    was learned, where that decided, and `bounded` that it went further than it may move a look.
+    """
+
+    why: Why
+    at: datetime | None = None
+    since: datetime | None = None
+    wait: timedelta | None = None
+    number: int | None = None
+    jitter: timedelta | None = None
+    durations: Durations | None = None
+    bounded: bool = False
+
+
+def next_look(record: Record, *, policy: Policy, durations: Durations | None) -> NextLook:
+    """Why `record` is looked at next when it is.
+
+    `durations` is what is known of its technique now. Pure: nothing is decided here.
+    """
+    at = record.next_check_at
+    if record.run.settled:
+        return NextLook(why=Why.SETTLED)
+    if record.lost or at is None:
+        return NextLook(why=Why.LOST)
+    if record.looks > 0:
+        return _doubled(record, at, policy)
+    if record.run.standing.ended:
+        return NextLook(why=Why.ENDED, at=at)
+    return _first(record, at, policy, durations)
+
+
+def _doubled(record: Record, at: datetime, policy: Policy) -> NextLook:
+    wait = wait_after(policy, record.run.run_id, record.looks)
+    return NextLook(
+        why=Why.WAIT,
+        at=at,
+        since=at - wait,
+        wait=wait,
+        number=record.looks,
+        jitter=whole_wait(policy, record.looks) - wait,
+    )
+
+
+def _first(record: Record, at: datetime, policy: Policy, durations: Durations | None) -> NextLook:
+    since = record.first_seen_at
+    expected = record.callback_expected
+    learned = durations if durations is not None and durations.count >= LEARNED_FROM else None
+    # What is learned may have been too little when the look was set: then the settings decided.
+    for known in (learned, None):
+        wait = first_wait(policy, known, callback_expected=expected)
+        if abs(since + wait - at) > _SAME:
+            continue
+        if known is None:
+            why = Why.GRACE if expected else Why.INTERVAL
+            return NextLook(why=why, at=at, since=since, wait=wait)
+        seconds = (
+            timedelta(seconds=known.p95) + CALLBACK_MARGIN
+            if expected
+            else timedelta(seconds=known.p50)
+        )
+        return NextLook(
+            why=Why.LEARNED_GRACE if expected else Why.LEARNED_INTERVAL,
+            at=at,
+            since=since,
+            wait=wait,
+            durations=known,
+            bounded=wait != seconds,
+        )
+    # The answer to a start sets no time of its own where somebody has asked for the run before.
+    if at <= since + _SAME or record.source is Source.TRACK:
+        return NextLook(why=Why.ASKED, at=at)
+    return NextLook(why=Why.BEFORE, at=at, since=since, wait=at - since)
