@@ -6,6 +6,9 @@ server default; a rename or a removal comes a release after the last code that u
 statement that waits for a lock, or scans a big table, stops every callback meanwhile: the time-outs
 in env.py end it, and an index on a big table is made CONCURRENTLY, in an autocommit block.
 
+SQLite remakes a table for most changes but a new column (batch mode), and refuses to while a view
+reads it: such a revision drops the views first, and makes them again.
+
 There is no way back but a backup: a downgrade would throw away what has been seen.
 
 Revision: ${up_revision}

@@ -1,13 +1,13 @@
-"""`tracker db`: the schema."""
+"""`tracker db`: the schema, and the counts that follow from the runs."""
 
 import asyncio
 
 import typer
 
-from tracker.cli.errand import prepare
+from tracker.cli.errand import prepare, run_once
 from tracker.cli.output import JsonFlag, print_fields, print_json
 
-app = typer.Typer(name="db", help="The database's schema.", no_args_is_help=True)
+app = typer.Typer(name="db", help="The database.", no_args_is_help=True)
 
 
 @app.command()
@@ -42,3 +42,15 @@ def current(as_json: JsonFlag = False) -> None:
         print_json(shown)
     else:
         print_fields({**shown, "current": at or "empty"})
+
+
+@app.command()
+def recount(as_json: JsonFlag = False) -> None:
+    """Count all runs anew for the dashboards, whatever their tallies say."""
+    from tracker.store import tallies
+
+    counted = run_once(lambda services: tallies.recount(services.database))
+    if as_json:
+        print_json({"tallies": counted})
+    else:
+        typer.echo(f"All runs are counted anew, in {counted} tallies.")

@@ -1,0 +1,94 @@
+"""What a run counts for follows from its record alone."""
+
+from datetime import timedelta
+from decimal import Decimal
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.store.making import NOW, POLICY, as_entry, callback, observations, seen, started
+from tracker.core.entry import Entry, Seen
+from tracker.core.histogram import BEYOND, EDGES, bucket_of
+from tracker.core.record import Record, apply
+from tracker.core.run import RunStatus
+from tracker.core.tally import (
+    ALWAYS,
+    END,
+    MEASURES,
+    STATE,
+    billionths,
+    dollars,
+    facts,
+    lag_ms,
+    same,
+)
+
+
+def after(*entries: Entry) -> Record:
+    """The record that the entries make."""
+    record = None
+    for entry in entries:
+        record = apply(record, entry, policy=POLICY, durations_of=lambda _: None)
+    assert record is not None
+    return record
+
+
+def test_a_run_that_goes_on_counts_for_its_state_alone() -> None:
+    """Hours, days and times begin to count when the end is known."""
+    ((key, amount),) = facts(after(started("run_1", facts={"workspace_id": "ws_1"})))
+    assert key[:4] == (STATE, ALWAYS, "ws_1", "")
+    assert (key.status, key.word, amount) == ("pending", "active", 0)
+
+
+def test_a_settled_run_counts_once_in_each_measure() -> None:
+    """Whatever there is to say of it is said once."""
+    ended = {"completed_at": NOW - timedelta(seconds=3), "charged_cost": Decimal("0.5")}
+    record = after(
+        started("run_1"),
+        callback("run_1"),
+        seen("run_1", RunStatus.COMPLETED, at=NOW + timedelta(seconds=2), facts=ended),
+    )
+    found = facts(record)
+    assert sorted(key.measure for key, _ in found) == sorted(MEASURES)
+    assert {amount for _, amount in found} == {0, 3000, 5000, 500_000_000}
+
+
+def test_the_hour_of_an_end_stays() -> None:
+    """An end counts where it was first known, whatever is heard later."""
+    later = NOW + timedelta(hours=5)
+    record = after(
+        callback("run_1"), seen("run_1", RunStatus.FAILED, at=later), callback("run_1", at=later)
+    )
+    assert record.end_seen_at == NOW
+    ((hour, status),) = [(key.since, key.status) for key, _ in facts(record) if key.measure == END]
+    assert (hour, status) == (NOW.replace(minute=0, second=0, microsecond=0), "failed")
+
+
+@given(
+    st.lists(observations("run_1"), min_size=1, max_size=8),
+    st.lists(st.booleans(), min_size=8, max_size=8),
+)
+def test_what_is_the_same_counts_for_the_same(sights: list, expected: list[bool]) -> None:
+    """The quick look never overlooks a change."""
+    record = None
+    for number, (sight, with_callback) in enumerate(zip(sights, expected, strict=False)):
+        entry = as_entry(sight, number)
+        if isinstance(entry, Seen):
+            entry = Seen(observation=sight, callback_expected=with_callback)
+        new = apply(record, entry, policy=POLICY, durations_of=lambda _: None)
+        assert new is not None
+        if record is not None and same(record, new):
+            assert facts(record) == facts(new)
+        record = new
+
+
+def test_times_and_costs_stay_within_bounds() -> None:
+    """Clocks that disagree, absurd waits and absurd costs make no sum impossible."""
+    assert lag_ms(NOW, NOW - timedelta(seconds=1)) == 0
+    assert lag_ms(NOW, NOW + timedelta(days=9999)) == BEYOND
+    assert [bucket_of(ms) for ms in (0, 100, 101, EDGES[-1], EDGES[-1] + 1)] == [
+        *(100, 100, 200, EDGES[-1], BEYOND),
+    ]
+    assert billionths(Decimal("1e30")) == 10**15
+    assert billionths(Decimal("-1")) == 0
+    assert dollars(billionths(Decimal("0.123456789"))) == Decimal("0.123456789")

@@ -1,0 +1,331 @@
+"""The tallies are exactly what counting all runs gives, whatever happened to the runs."""
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from datetime import timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import delete, func, select, update
+
+from tests.store.making import (
+    NOW,
+    as_entry,
+    callback,
+    ids,
+    observations,
+    open_door,
+    seen,
+    started,
+)
+from tests.support.waiting import eventually
+from tracker.core.entry import Entry, Unseen
+from tracker.core.observation import Observation, Source
+from tracker.core.record import Record
+from tracker.core.run import RunStatus, Tracking
+from tracker.core.tally import ALWAYS, Key, facts
+from tracker.store import migrate, tallies
+from tracker.store.door import Door
+from tracker.store.engine import Database, migration_engine
+from tracker.store.overview import TALLIES
+from tracker.store.records import read_records
+from tracker.store.rows import RUN_COLUMNS
+from tracker.store.tables import deliveries, run_tallies, run_tally_changes, runs
+from tracker.store.tallies import FACTS, PRUNED
+from tracker.store.tally_keeper import TallyKeeper
+from tracker.store.url import DatabaseUrl
+
+ROOT = Path(__file__).parents[2]
+Counts = dict[Key, tuple[int, int]]
+RUNS = ids("run", 4)
+
+
+async def tallied(db: Database) -> Counts:
+    """What a reader sees."""
+    key = [TALLIES.c[name] for name in Key._fields]
+    statement = (
+        select(*key, func.sum(TALLIES.c.runs), func.sum(TALLIES.c.amount))
+        .where(TALLIES.c.measure != PRUNED)
+        .group_by(*key)
+    )
+    async with db.read() as connection:
+        rows = (await connection.execute(statement)).all()
+    return {Key(*row[:7]): (int(row[7]), int(row[8])) for row in rows if any(row[7:])}
+
+
+async def counted(db: Database) -> Counts:
+    """What the view `run_facts` makes of the rows of `runs`."""
+    key = [FACTS.c[name] for name in Key._fields]
+    statement = select(*key, func.count(), func.sum(FACTS.c.amount)).group_by(*key)
+    async with db.read() as connection:
+        rows = (await connection.execute(statement)).all()
+    return {Key(*row[:7]): (int(row[7]), int(row[8])) for row in rows}
+
+
+def summed(records: Iterable[Record]) -> Counts:
+    """What the core makes of these records."""
+    found: Counts = {}
+    for record in records:
+        for key, amount in facts(record):
+            count, so_far = found.get(key, (0, 0))
+            found[key] = (count + 1, so_far + amount)
+    return found
+
+
+async def all_records(db: Database) -> list[Record]:
+    """Every run."""
+    async with db.read() as connection:
+        rows = (await connection.execute(select(*RUN_COLUMNS))).all()
+        return await read_records(connection, rows)
+
+
+async def assert_exact(db: Database) -> Counts:
+    """All three ways of counting agree."""
+    records = await all_records(db)
+    expected = summed(records)
+    assert await counted(db) == expected
+    assert await tallied(db) == expected
+    return expected
+
+
+async def rows_in(db: Database, table: Any) -> int:
+    async with db.read() as connection:
+        return (await connection.execute(select(func.count()).select_from(table))).scalar_one()
+
+
+_unseen = st.builds(
+    Unseen,
+    run_id=st.sampled_from(RUNS),
+    at=st.integers(0, 4).map(lambda hours: NOW + timedelta(hours=hours)),
+    error=st.just("no such run"),
+    missing=st.just(True),
+)
+_entries: st.SearchStrategy[list[Any]] = st.lists(
+    st.one_of(
+        st.sampled_from(RUNS).flatmap(observations),
+        st.sampled_from(RUNS).flatmap(observations),
+        _unseen,
+        st.just("fold"),
+    ),
+    min_size=1,
+    max_size=40,
+)
+
+
+@settings(
+    max_examples=12,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(history=_entries)
+async def test_any_history_is_counted_exactly(db: Database, history: list[Any]) -> None:
+    """Ends that are contradicted, workspaces that are learnt late, runs that are lost and come
+    back: folded in between or not, the tallies are what the runs count for."""
+    for table in (runs, deliveries, run_tallies, run_tally_changes):
+        await db.write(lambda connection, table=table: connection.execute(delete(table)).rowcount)
+    async with open_door(db, max_batch=3) as door:
+        for number, each in enumerate(history):
+            if each == "fold":
+                await tallies.fold(db)
+            elif isinstance(each, Observation):
+                await door.put(as_entry(each, number))
+            else:
+                await door.put(each)
+    await assert_exact(db)
+    await tallies.fold(db)
+    assert await rows_in(db, run_tally_changes) == 0
+    expected = await assert_exact(db)
+    await tallies.recount(db)
+    assert await tallied(db) == expected
+
+
+async def test_a_lost_run_that_comes_back_counts_once(door: Door, db: Database) -> None:
+    """A state is left when another is entered."""
+    await door.put(started("run_1"))
+    for hour in range(5):
+        at = NOW + timedelta(hours=hour)
+        await door.put(Unseen(run_id="run_1", at=at, error="no such run", missing=True))
+    assert [each.word for each in await tallied(db)] == [Tracking.LOST]
+    await door.put(seen("run_1", at=NOW + timedelta(hours=9)))
+    assert [(key.status, key.word, runs) for key, (runs, _) in (await tallied(db)).items()] == [
+        ("running", "active", 1)
+    ]
+    await assert_exact(db)
+
+
+async def test_a_late_callback_is_no_missed_one(door: Door, db: Database) -> None:
+    """A run whose end was polled misses its callback until it comes; then it came late."""
+    outcomes = []
+    for entry in (started("run_1"), seen("run_1", RunStatus.COMPLETED), callback("run_1")):
+        await door.put(entry)
+        outcomes.append([key.word for key in await tallied(db) if key.measure == "callback"])
+    assert outcomes == [[], ["missed"], ["late"]]
+    await assert_exact(db)
+
+
+async def test_a_contradicted_end_moves(door: Door, db: Database) -> None:
+    """What a callback said to have completed and the API calls failed is counted as failed."""
+    await door.put(started("run_1"))
+    await door.put(callback("run_1", status=RunStatus.COMPLETED))
+    await door.put(seen("run_1", RunStatus.FAILED, facts={"charged_cost": Decimal("0.25")}))
+    found = await tallied(db)
+    assert {(key.measure, key.status) for key in found if key.status} == {
+        ("state", "failed"),
+        ("end", "failed"),
+        ("cost", "failed"),
+    }
+    assert [amount for key, (_, amount) in found.items() if key.measure == "cost"] == [250_000_000]
+    await assert_exact(db)
+
+
+async def test_writers_and_folders_at_once_lose_nothing(db: Database, other_db: Database) -> None:
+    """Two processes write and fold as they like: nothing is counted twice, nothing is left out."""
+    names = ids("run", 60)
+
+    async def write(door: Door, order: list[str], status: RunStatus) -> None:
+        for run_id in order:
+            await door.put(seen(run_id, status, facts={"technique_id": run_id[-1]}))
+
+    async def fold(where: Database, done: asyncio.Event) -> None:
+        while not done.is_set():
+            await tallies.fold(where)
+
+    done = asyncio.Event()
+    async with open_door(db) as one, open_door(other_db) as two:
+        folding = [asyncio.create_task(fold(where, done)) for where in (db, other_db)]
+        await asyncio.gather(
+            *(write(one, names[at::3], RunStatus.RUNNING) for at in range(3)),
+            *(write(two, names[::-1][at::3], RunStatus.COMPLETED) for at in range(3)),
+        )
+        done.set()
+        await asyncio.gather(*folding)
+    assert sum(runs for key, (runs, _) in (await assert_exact(db)).items() if not key.bucket)
+    await tallies.fold(db)
+    await assert_exact(db)
+
+
+async def test_a_recount_mends_and_misses_nothing(db: Database, other_db: Database) -> None:
+    """Whatever stood in the tallies, they are right afterwards, also for who wrote meanwhile."""
+    async with open_door(db) as door:
+        await door.put_all([seen(run, RunStatus.COMPLETED) for run in ids("run", 50)])
+        await tallies.fold(db)
+        await db.write(lambda c: c.execute(update(run_tallies).values(runs=7)).rowcount)
+        with pytest.raises(AssertionError):
+            await assert_exact(db)
+        more = [seen(run, RunStatus.COMPLETED) for run in ids("more", 50)]
+        await asyncio.gather(tallies.recount(other_db), *(door.put(each) for each in more))
+    await assert_exact(db)
+
+
+async def test_deleted_runs_leave_their_history(door: Door, db: Database) -> None:
+    """Runs that retention deletes are in no state any more, and their hours stay, recounted or
+    not."""
+    later = NOW + timedelta(days=2)
+    await door.put_all([seen(run, RunStatus.COMPLETED) for run in ids("old", 3)])
+    await door.put_all([seen(run, RunStatus.COMPLETED, at=later) for run in ids("new", 2)])
+    gone = list(ids("old", 2))
+
+    def prune(connection: Any) -> None:
+        tallies.forget(connection, gone)
+        connection.execute(delete(runs).where(runs.c.run_id.in_(gone)))
+
+    await db.write(prune)
+    for _ in range(2):
+        found = await tallied(db)
+        assert Counter({k.measure: n for k, (n, _) in found.items() if k.since == ALWAYS}) == {
+            "state": 3
+        }
+        ends = {key.since: n for key, (n, _) in found.items() if key.measure == "end"}
+        assert sorted(ends.values()) == [2, 3]
+        await tallies.recount(db)
+
+
+async def test_who_writes_folds(db: Database) -> None:
+    """A few moments after a commit its changes are in the tallies, and at the latest when the
+    process ends."""
+
+    async def folded() -> bool:
+        return await rows_in(db, run_tally_changes) == 0
+
+    entries: list[Entry] = [seen("run_1"), seen("run_2")]
+    async with (
+        TallyKeeper(db, background=True, gather=0.05) as keeper,
+        open_door(db, on_commit=[keeper.committed]) as door,
+    ):
+        for entry in entries:
+            await door.put(entry)
+            await eventually(folded)
+    async with (
+        TallyKeeper(db, background=False) as keeper,
+        open_door(db, on_commit=[keeper.committed]) as door,
+    ):
+        await door.put(seen("run_3"))
+        assert await rows_in(db, run_tally_changes) > 0
+    assert await rows_in(db, run_tally_changes) == 0
+    await assert_exact(db)
+
+
+async def test_what_sources_say_tells_adopted_runs(door: Door, db: Database) -> None:
+    """A run that a sweep finds ended long ago says nothing about how soon ends are known; one that
+    a callback told of does."""
+    long_ago = {"completed_at": NOW - timedelta(days=3), "charged_cost": Decimal(1)}
+    await door.put(seen("old", RunStatus.COMPLETED, source=Source.HISTORY, facts=long_ago))
+    await door.put(callback("new", completed_at=NOW - timedelta(seconds=4)))
+    found = await tallied(db)
+    assert {(key.word, key.bucket) for key in found if key.measure == "end"} == {
+        ("history", 1),
+        ("callback", 0),
+    }
+    assert {(k.word, k.bucket, ms) for k, (_, ms) in found.items() if k.measure == "seen"} == {
+        ("callback", 5000, 4000)
+    }
+    await assert_exact(db)
+
+
+_OLD = """INSERT INTO runs (run_id, status, progress, created_at, created_at_known, output_count,
+    standing, details, ranks, conflict, source, first_seen_at, callback_at, callback_expected,
+    ended_via, tracking, settled_at, next_check_at, looks, checks, missing, charged_cost,
+    completed_at)
+VALUES ({values})"""
+_SETTLED = (
+    "'{run}', 'completed', 100, '{at}', {yes}, 0, 5, 2, 0, {no}, 'start', '{at}', {callback}, "
+    "{yes}, '{via}', 'settled', '{later}', NULL, 0, 1, 0, 0.25, '{at}'"
+)
+_ACTIVE = (
+    "'run_3', 'running', 0, '{at}', {yes}, 0, 1, 0, 0, {no}, 'start', '{at}', NULL, "
+    "{yes}, NULL, 'active', NULL, '{later}', 0, 1, 0, NULL, NULL"
+)
+
+
+async def test_runs_from_before_the_tallies_are_counted(empty_database_url: str) -> None:
+    """An upgrade fills in when ends became known, and counts what is there."""
+    words = {"at": "2026-06-01 12:00:00.000000", "later": "2026-06-01 12:00:09.000000"}
+    words |= {"yes": "true", "no": "false"}
+    old = [
+        _SETTLED.format(run="run_1", via="callback", callback=f"'{words['at']}'", **words),
+        _SETTLED.format(run="run_2", via="poll", callback="NULL", **words),
+        _ACTIVE.format(**words),
+    ]
+    environment = {**os.environ, "TRACKER_DATABASE_URL": empty_database_url}
+    command = [sys.executable, "-m", "alembic", "upgrade", "0002"]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    engine = migration_engine(DatabaseUrl.parse(empty_database_url))
+    async with engine.begin() as connection:
+        if connection.dialect.name == "postgresql":
+            await connection.exec_driver_sql("SET LOCAL timezone = 'UTC'")
+        for values in old:
+            await connection.exec_driver_sql(_OLD.format(values=values))
+    await engine.dispose()
+    await migrate.upgrade(empty_database_url)
+    async with await Database.open(empty_database_url) as db:
+        seen_at = {each.run.run_id: each.end_seen_at for each in await all_records(db)}
+        assert [seen_at[run] and seen_at[run].second for run in sorted(seen_at)] == [0, 9, None]
+        found = await assert_exact(db)
+        assert {key.word for key in found if key.measure == "callback"} == {"came", "missed"}

@@ -1,0 +1,354 @@
+"""`GET /api/stream`: every change of a run, once, in order, and from any process."""
+
+import asyncio
+import subprocess
+import sys
+import time
+from contextlib import AsyncExitStack
+from datetime import timedelta
+from typing import Any
+
+import asyncpg
+import httpx
+import pytest
+from sqlalchemy import delete, event
+
+from tests.store.making import NOW, callback, ids, seen, started
+from tests.support.waiting import eventually
+from tests.web.conftest import Serve, Site
+from tests.web.serving import serving, wire
+from tests.web.streaming import following
+from tracker.core.entry import Unseen
+from tracker.core.errors import StoreUnavailable
+from tracker.core.run import RunStatus
+from tracker.settings import Settings
+from tracker.store import feed
+from tracker.store.tables import runs
+from tracker.web.app import build_app
+from tracker.web.limits import Limits
+from tracker.wiring import open_services
+
+
+async def is_full(site: Site) -> bool:
+    """Whether one more reader is refused."""
+    return (await site.client.head("/api/stream")).status_code == 503
+
+
+async def test_each_change_is_one_event(site: Site) -> None:
+    """Every line of a timeline comes with its number and the run as it is."""
+    async with following(site.client) as events:
+        await site.services.door.put(started("run_1"))
+        await site.services.door.put(callback("run_1"))
+        first, second = await events.next(), await events.next()
+    assert [each["event"] for each in (first, second)] == ["run", "run"]
+    assert [each["data"]["event"]["source"] for each in (first, second)] == ["start", "callback"]
+    assert int(first["id"]) < int(second["id"])
+    assert second["data"]["event"]["id"] == int(second["id"])
+    shown = (await site.client.get("/api/runs/run_1")).json()
+    assert second["data"]["run"] == shown
+    assert shown["status"] == "completed"
+
+
+async def test_a_reader_goes_on_where_it_was(site: Site) -> None:
+    """Whoever comes back with the last id it has seen gets what it missed, once, and then the
+    rest."""
+    door = site.services.door
+    async with following(site.client) as events:
+        await door.put(seen("run_0"))
+        assert [run["run_id"] for run in await events.runs(1)] == ["run_0"]
+    missed = list(ids("missed", 600))  # more than a page
+    await door.put_all([seen(run) for run in missed])
+    async with following(site.client, last=events.last_id) as events:
+        await door.put(seen("run_live"))
+        got = [run["run_id"] for run in await events.runs(601)]
+    assert sorted(got[:600]) == missed
+    assert got[600:] == ["run_live"]
+    async with following(site.client, last_event_id=events.last_id) as events:
+        await door.put(seen("run_last"))
+        assert [run["run_id"] for run in await events.runs(1)] == ["run_last"]
+
+
+async def test_who_has_seen_nothing_yet_can_come_back_too(site: Site) -> None:
+    """The very first frame says how far the stream is, so that nothing is lost before the first
+    event."""
+    await site.services.door.put(seen("run_old"))
+    async with following(site.client) as events:
+        await site.services.door.put(seen("run_1"))
+        await events.next()
+        greeted = events.last_id
+    assert greeted is not None
+    async with following(site.client, last=str(int(greeted) - 1)) as events:
+        assert [run["run_id"] for run in await events.runs(1)] == ["run_1"]
+
+
+async def test_only_what_is_wanted_comes(site: Site) -> None:
+    """A run, a technique, a workspace and a status can be asked for, and all of them at once."""
+    tech = {"technique_id": "tech_1"}
+    entries = [
+        seen("run_1", facts=tech),
+        seen("run_2", facts=tech | {"workspace_id": "ws_1"}),
+        seen("run_3", RunStatus.FAILED, facts={"workspace_id": "ws_1"}),
+        seen("run_last", RunStatus.FAILED, facts=tech | {"workspace_id": "ws_1"}),
+    ]
+    queries = {
+        ("run_1", "run_2", "run_last"): tech,
+        ("run_2", "run_3", "run_last"): {"workspace_id": "ws_1"},
+        ("run_3", "run_last"): {"status": "failed"},
+        ("run_last",): tech | {"workspace_id": "ws_1", "status": "failed", "run_id": "run_last"},
+    }
+    async with AsyncExitStack() as stack:
+        streams = {
+            wanted: await stack.enter_async_context(following(site.client, **query))
+            for wanted, query in queries.items()
+        }
+        for entry in entries:
+            await site.services.door.put(entry)
+        for wanted, events in streams.items():
+            assert tuple(run["run_id"] for run in await events.runs(len(wanted))) == wanted
+
+
+@pytest.mark.parametrize(
+    "query", [{"status": "cancelled"}, {"last_event_id": "x"}, {"last_event_id": "-1"}], ids=str
+)
+async def test_a_wrong_question_is_refused(small_site: Site, query: dict[str, str]) -> None:
+    """What cannot be meant is a 400 that names the field."""
+    answer = await small_site.client.get("/api/stream", params=query)
+    assert answer.status_code == 400
+    assert [each["field"] for each in answer.json()["error"]["fields"]] == list(query)
+
+
+async def test_a_lost_run_is_told_although_nobody_saw_anything(site: Site) -> None:
+    """That FLORA denies a run is no line of its timeline, and a change of it all the same."""
+    await site.services.door.put(started("run_1"))
+    async with following(site.client) as events:
+        for hour in range(5):
+            at = NOW + timedelta(hours=hour)
+            unseen = Unseen(run_id="run_1", at=at, error="no such run", missing=True)
+            await site.services.door.put(unseen)
+        told = await events.next()
+        assert (told["data"]["event"], told["data"]["run"]["tracking"]) == (None, "lost")
+        assert told["id"] is None
+        await site.services.door.put(seen("run_1", at=NOW + timedelta(hours=9)))
+        assert (await events.next())["data"]["run"]["tracking"] == "active"
+
+
+async def test_changes_of_other_processes_come_too(database_url: str, serve: Serve) -> None:
+    """A change that another process commits is there within seconds: by notification on
+    PostgreSQL, by looking on SQLite."""
+    program = (
+        "import asyncio, sys\n"
+        "from tests.store.making import open_door, seen\n"
+        "from tracker.store.engine import Database\n"
+        "async def main():\n"
+        "    async with await Database.open(sys.argv[1]) as db, open_door(db) as door:\n"
+        "        await door.put(seen('run_elsewhere'))\n"
+        "asyncio.run(main())\n"
+    )
+    async with serve(database_url) as site, site.services.signals:
+        await site.services.signals.wait_listening()
+        async with following(site.client) as events:
+            other = await asyncio.create_subprocess_exec(
+                sys.executable, "-c", program, database_url, stderr=subprocess.PIPE
+            )
+            _, said = await other.communicate()
+            assert other.returncode == 0, said
+            assert [run["run_id"] for run in await events.runs(1)] == ["run_elsewhere"]
+
+
+async def test_two_processes_share_one_row_of_numbers(postgres_url: str, serve: Serve) -> None:
+    """What one process has told a reader another need not tell again, and what came between it
+    does."""
+    async with serve(postgres_url) as one, serve(postgres_url) as two, two.services.signals:
+        await two.services.signals.wait_listening()
+        async with following(one.client) as events:
+            await one.services.door.put(seen("run_1"))
+            await events.next()
+        await two.services.door.put(seen("run_2"))
+        async with following(two.client, last=events.last_id) as events:
+            await one.services.door.put(seen("run_3"))
+            assert [run["run_id"] for run in await events.runs(2)] == ["run_2", "run_3"]
+
+
+async def test_a_line_that_commits_late_is_not_passed_over(postgres_url: str, serve: Serve) -> None:
+    """A smaller number that shows after a greater one still comes, and before it; a number that
+    was rolled back holds nothing up."""
+    add = (
+        "INSERT INTO run_events (run_id, at, source, status, detail) "
+        "VALUES ('run_1', now(), 'poll', 'running', '{}') RETURNING id"
+    )
+    async with AsyncExitStack() as stack:
+        site = await stack.enter_async_context(serve(postgres_url))
+        door = site.services.door
+        late = await asyncpg.connect(postgres_url)
+        stack.push_async_callback(late.close)
+        await door.put(seen("run_1"))
+        async with following(site.client) as events:
+            transaction = late.transaction()
+            await transaction.start()
+            await late.fetchval(add)
+            await transaction.rollback()
+            await door.put(seen("run_2"))
+            assert [run["run_id"] for run in await events.runs(1)] == ["run_2"]
+            transaction = late.transaction()
+            await transaction.start()
+            number = await late.fetchval(add)
+            await door.put(seen("run_3"))
+            with pytest.raises(TimeoutError):
+                await events.next(0.3)
+        async with following(site.client, last=events.last_id) as events:
+            await transaction.commit()
+            told = [await events.next(), await events.next()]
+    assert [each["data"]["run"]["run_id"] for each in told] == ["run_1", "run_3"]
+    assert told[0]["id"] == str(number)
+
+
+async def test_an_id_of_another_database_means_load_anew(small_site: Site) -> None:
+    """A reader that has seen more than there is, is told so and follows from now on."""
+    await small_site.services.door.put(seen("run_1"))
+    async with following(small_site.client, last="999999") as events:
+        assert (await events.next())["event"] == "reset"
+        await small_site.services.door.put(seen("run_2"))
+        assert [run["run_id"] for run in await events.runs(1)] == ["run_2"]
+
+
+async def test_numbers_that_begin_anew_mean_load_anew(small_site: Site) -> None:
+    """Where every run was deleted SQLite counts from 1 again: readers are told."""
+    services = small_site.services
+    await services.door.put_all([seen(run) for run in ids("run", 5)])
+    async with following(small_site.client) as events:
+        await services.database.write(lambda c: c.execute(delete(runs)).rowcount)
+        assert (await events.next())["event"] == "reset"
+        await services.door.put(seen("run_new"))
+        assert [run["run_id"] for run in await events.runs(1)] == ["run_new"]
+
+
+async def test_a_reader_that_does_not_read_is_dropped_and_nobody_waits(
+    sqlite_url: str, serve: Serve
+) -> None:
+    """One that takes nothing loses its place once too much waits for it; the other does not
+    notice."""
+    facts = {"poll_url": "x" * 50_000}
+    async with (
+        serve(sqlite_url, limits=Limits(stream_room=50, stream_readers=2)) as site,
+        wire(site.base_url) as stuck,
+        following(site.client) as events,
+    ):
+        await stuck.send(b"GET /api/stream HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        await eventually(lambda: is_full(site))
+        number = 0
+        while await is_full(site):
+            number += 1
+            assert number < 60
+            names = ids(f"run_{number}", 40)
+            await site.services.door.put_all([seen(run, facts=facts) for run in names])
+            assert sorted(run["run_id"] for run in await events.runs(40)) == names
+
+
+async def test_so_many_readers_and_no_more(sqlite_url: str, serve: Serve) -> None:
+    """One reader too many is a 503 with a time to try again, and there is room when one leaves."""
+    async with (
+        serve(sqlite_url, limits=Limits(stream_readers=2)) as site,
+        following(site.client),
+    ):
+        async with following(site.client):
+            refused = await site.client.get("/api/stream")
+            assert refused.status_code == 503
+            assert int(refused.headers["retry-after"]) > 0
+
+        async def has_room() -> bool:
+            return not await is_full(site)
+
+        await eventually(has_room)
+
+
+async def test_a_change_is_read_once_for_all_readers(sqlite_url: str, serve: Serve) -> None:
+    """Twenty readers cost the database what one costs."""
+    async with serve(sqlite_url) as site, AsyncExitStack() as stack:
+        readers = [await stack.enter_async_context(following(site.client)) for _ in range(20)]
+        asked: list[str] = []
+
+        def ask(_c: Any, _cursor: Any, statement: str, *_: Any) -> None:
+            asked.append(statement)
+
+        event.listen(site.services.database.engine.sync_engine, "before_cursor_execute", ask)
+        await site.services.door.put_all([seen(run) for run in ids("run", 10)])
+        for reader in readers:
+            assert len(await reader.runs(10)) == 10
+    assert len([each for each in asked if "run_events" in each]) <= 4
+    assert len([each for each in asked if "FROM runs" in each]) <= 2
+
+
+async def test_a_quiet_stream_shows_that_it_lives(sqlite_url: str, serve: Serve) -> None:
+    """Now and then a comment comes, with the number so far, also where nothing is wanted."""
+    async with (
+        serve(sqlite_url, limits=Limits(stream_heartbeat=0.05)) as site,
+        following(site.client, run_id="run_1") as events,
+    ):
+        await site.services.door.put(seen("run_2"))
+        reading = asyncio.create_task(events.next(30))
+        await eventually(lambda: events.comments > 1 and events.last_id == "1")
+        await site.services.door.put(seen("run_1"))
+        assert (await reading)["data"]["run"]["run_id"] == "run_1"
+
+
+async def test_a_stream_ends_after_its_time(sqlite_url: str, serve: Serve) -> None:
+    """Nobody follows for ever on one permission: the stream ends as a whole answer does."""
+    async with (
+        serve(sqlite_url, limits=Limits(stream_seconds=0.1)) as site,
+        following(site.client) as events,
+    ):
+        assert await events.ended()
+
+
+async def test_it_needs_the_token(sqlite_url: str, serve: Serve) -> None:
+    """The stream is behind the same gate as the rest of `/api`."""
+    async with serve(sqlite_url, tracker_api_token="s3cret-token") as site:
+        assert (await site.client.get("/api/stream")).status_code == 401
+        site.client.headers["Authorization"] = "Bearer s3cret-token"
+        async with following(site.client) as events:
+            await site.services.door.put(seen("run_1"))
+            assert len(await events.runs(1)) == 1
+
+
+async def test_the_service_stops_without_waiting_for_readers(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streams end as soon as the process is told to stop, each as a whole answer; one that is not
+    read at all is cut off."""
+    monkeypatch.setattr("tracker.web.server.UNREAD", 1)
+    settings = Settings(tracker_database_url=sqlite_url)
+    async with (
+        open_services(settings) as services,
+        httpx.AsyncClient(timeout=20) as client,
+        AsyncExitStack() as stack,
+    ):
+        async with serving(build_app(services)) as base_url:
+            client.base_url = base_url
+            events = await stack.enter_async_context(following(client))
+            stuck = await stack.enter_async_context(wire(base_url))
+            await stuck.send(b"GET /api/stream HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            large = [seen(run, facts={"poll_url": "x" * 50_000}) for run in ids("run", 200)]
+            await services.door.put_all(large)
+            await events.runs(200)
+            began = time.monotonic()
+        assert time.monotonic() - began < 8
+        assert await events.ended()
+
+
+async def test_a_database_that_comes_back_loses_nothing(site: Site) -> None:
+    """A read that fails is made again: what changed meanwhile is told when it works."""
+    async with following(site.client) as events:
+        real, failures = feed.after, 2
+
+        async def failing(*arguments: Any, **named: Any) -> feed.Page:
+            nonlocal failures
+            if failures:
+                failures -= 1
+                raise StoreUnavailable("the database is down")
+            return await real(*arguments, **named)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("tracker.web.stream.broadcaster.LOOK_EVERY", (0.05, 0.05))
+            patch.setattr(feed, "after", failing)
+            await site.services.door.put(seen("run_1"))
+            assert [run["run_id"] for run in await events.runs(1)] == ["run_1"]

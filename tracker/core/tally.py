@@ -1,0 +1,151 @@
+"""What a run counts for in the tallies that dashboards read: a pure function of its record.
+
+Nothing is counted up as things happen. A run counts for the facts that hold of it now, so a change
+takes the old ones off and adds the new ones, and the tallies are exact whatever a correction turns
+over: an end that the API contradicts, a late callback, a lost run that comes back.
+
+====================  ======  ==========================================  =====================
+measure               since   beside it                                   amount
+====================  ======  ==========================================  =====================
+`STATE`               -       technique, status, word: its tracking       -
+`END`                 hour    status, word: how the end became known,     -
+                              bucket: `ADOPTED` or 0
+`SEEN`                hour    word: the same, bucket: upper edge, ms      end → known here, ms
+`SETTLED`             hour    word: the same, bucket: upper edge, ms      end → settled, ms
+`CALLBACK`            hour    word: `came`, `late`, `missed`,             -
+                              `unexpected`
+`COST`                day     technique, status, word: `priced`,          its cost, billionths
+                              `unpriced`                                  of a dollar
+====================  ======  ==========================================  =====================
+
+Amounts are integers, because sums of floats would drift from what is recounted.
+"""
+
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from math import floor
+from typing import Final, NamedTuple
+
+from tracker.core.histogram import BEYOND, bucket_of
+from tracker.core.observation import Source
+from tracker.core.record import Record
+from tracker.core.run import Tracking
+
+STATE: Final = "state"
+END: Final = "end"
+SEEN: Final = "seen"
+SETTLED: Final = "settled"
+CALLBACK: Final = "callback"
+COST: Final = "cost"
+MEASURES: Final = (STATE, END, SEEN, SETTLED, CALLBACK, COST)
+
+PRICED: Final = "priced"
+UNPRICED: Final = "unpriced"
+
+ALWAYS: Final = datetime(1970, 1, 1, tzinfo=UTC)
+"""The `since` of what holds now and belongs to no hour."""
+ADOPTED: Final = 1
+"""The run had ended before the tracker heard of it, so that how soon it was known says nothing."""
+DEAREST: Final = Decimal(1_000_000)
+"""A single run's cost counts up to this many USD, so that no sum of them is too large."""
+
+
+class Key(NamedTuple):
+    """What is counted together; text is empty where it says nothing."""
+
+    measure: str
+    since: datetime
+    workspace_id: str
+    technique_id: str
+    status: str
+    word: str
+    bucket: int
+
+
+Fact = tuple[Key, int]
+"""One run counts under the key, with this amount."""
+
+
+def facts(record: Record) -> list[Fact]:
+    """All that the run counts for."""
+    run = record.run
+    workspace = run.workspace_id or ""
+    technique = run.technique_id or ""
+    status = run.status.value
+    tracking = record.tracking
+    found = [(Key(STATE, ALWAYS, workspace, technique, status, tracking.value, 0), 0)]
+    known_at, via = record.end_seen_at, record.ended_via
+    if known_at is None or via is None:
+        return found
+    hour = known_at.replace(minute=0, second=0, microsecond=0)
+    word = via.value
+    ended_at = run.completed_at
+    adopted = is_adopted(record)
+    found.append(
+        (Key(END, hour, workspace, "", status, word, ADOPTED if adopted else 0), 0),
+    )
+    if (came := _callback(record)) is not None:
+        found.append((Key(CALLBACK, hour, workspace, "", "", came, 0), 0))
+    settled_at = record.settled_at
+    if ended_at is not None and not adopted:
+        lag = lag_ms(ended_at, known_at)
+        found.append((Key(SEEN, hour, workspace, "", "", word, bucket_of(lag)), lag))
+        if settled_at is not None:
+            lag = lag_ms(ended_at, settled_at)
+            found.append((Key(SETTLED, hour, workspace, "", "", word, bucket_of(lag)), lag))
+    if tracking is Tracking.SETTLED:
+        cost = run.charged_cost
+        day = (ended_at or known_at).replace(hour=0, minute=0, second=0, microsecond=0)
+        priced = UNPRICED if cost is None else PRICED
+        key = Key(COST, day, workspace, technique, status, priced, 0)
+        found.append((key, 0 if cost is None else billionths(cost)))
+    return found
+
+
+def is_adopted(record: Record) -> bool:
+    """Whether the run had ended before the tracker heard of it, as far as FLORA's times tell."""
+    ended_at = record.run.completed_at
+    return (
+        ended_at is not None
+        and record.source not in _TOLD_AT_ONCE
+        and ended_at < record.first_seen_at
+    )
+
+
+def same(before: Record, after: Record) -> bool:
+    """Whether the two certainly count for the same; a quick look that may be wrong only in "no"."""
+    return (
+        before.run is after.run
+        and before.lost == after.lost
+        and before.callback_at == after.callback_at
+        and before.callback_expected == after.callback_expected
+        and before.source is after.source
+    )
+
+
+def lag_ms(earlier: datetime, later: datetime) -> int:
+    """Whole milliseconds from one moment to another: 0 where clocks disagree, `BEYOND` at most."""
+    return min(max((later - earlier) // _MILLISECOND, 0), BEYOND)
+
+
+def billionths(cost: Decimal) -> int:
+    """USD as whole billionths, rounded in the way that both databases can repeat."""
+    return floor(float(min(max(cost, Decimal(0)), DEAREST)) * 1e9 + 0.5)
+
+
+def dollars(amount: int) -> Decimal:
+    """The inverse of `billionths`."""
+    return Decimal(amount).scaleb(-9)
+
+
+_MILLISECOND: Final = timedelta(milliseconds=1)
+_TOLD_AT_ONCE: Final = (Source.START, Source.CALLBACK)
+
+
+def _callback(record: Record) -> str | None:
+    """What became of the callback of a run that has ended; `None` where none is spoken of."""
+    if record.callback_at is None:
+        return "missed" if record.callback_expected else None
+    if not record.callback_expected:
+        return "unexpected"
+    return "came" if record.ended_via is Source.CALLBACK else "late"

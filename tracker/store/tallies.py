@@ -1,0 +1,190 @@
+"""Keeping the tallies: many append what changed, one adds it up, and a reader sees the sum of both.
+
+The door writes, in the transaction that changes a run, what the run counts for no longer and what
+it counts for now: rows that are only ever appended, so that receivers never wait for each other as
+they would for one row of totals. Whoever wrote also folds them into `run_tallies`, a few seconds
+later and in one transaction. The view `run_tallies_now` is both together: exact at every moment,
+folded or not.
+
+The view `run_facts` says the same as `tracker.core.tally.facts` in SQL, for counting all runs anew.
+"""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any, Final
+
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Connection,
+    Integer,
+    Select,
+    TableClause,
+    and_,
+    cast,
+    column,
+    delete,
+    func,
+    insert,
+    literal_column,
+    select,
+    table,
+    text,
+)
+from sqlalchemy.dialects import postgresql, sqlite
+
+from tracker.core.tally import MEASURES, STATE, Key
+from tracker.store.engine import Database, migration_engine
+from tracker.store.faults import FOREIGN, translate
+from tracker.store.tables import run_tallies, run_tally_changes, runs, word
+from tracker.store.types import CleanText, UtcDateTime
+
+FOLD_LOCK: Final = 0x74616C6C79  # "tally"
+"""PostgreSQL's advisory lock of whoever folds."""
+PRUNED: Final = "pruned"
+"""A measure of its own: until when the periods are whose runs may have been deleted."""
+BEFORE: Final = datetime(1, 1, 2, tzinfo=UTC)
+"""Before all periods: nothing has been deleted."""
+REST: Final = 100_000
+"""So many changes are folded in one transaction at most; the rest in the next."""
+
+_KEY: Final = Key._fields
+_COLUMNS: Final = (*_KEY, "runs", "amount")
+_TYPES: Final[dict[str, Any]] = {"since": UtcDateTime, "bucket": Integer}
+
+FACTS: Final[TableClause] = table(
+    "run_facts",
+    column("run_id", CleanText),
+    *(column(name, _TYPES.get(name, CleanText)) for name in _KEY),
+    column("amount", BigInteger),
+)
+
+
+async def fold(db: Database) -> int:
+    """Add what changed to the tallies; returns how many rows of changes that were.
+
+    On PostgreSQL nothing is done, and 0 returned, while another process is at it.
+    """
+    work = _fold_postgres if db.dialect == "postgresql" else _fold_sqlite
+    folded = 0
+    while True:
+        count = await db.write(work)
+        folded += count
+        if count < REST:
+            return folded
+
+
+async def recount(db: Database) -> int:
+    """Count all runs anew, whatever the tallies say; returns how many rows that made.
+
+    Others go on writing meanwhile; on SQLite they wait for one measure at a time, a few seconds
+    where there are a million runs. Periods of which runs have been deleted stay as they are: what
+    is gone cannot be counted again.
+    """
+    if db.dialect == "sqlite":
+        return sum([await db.write(partial(_recount, measure)) for measure in MEASURES])
+    engine = migration_engine(db.url).execution_options(isolation_level="REPEATABLE READ")
+    made = 0
+    try:
+        for measure in MEASURES:
+            async with engine.begin() as connection:
+                made += await connection.run_sync(partial(_recount, measure))
+    except FOREIGN as exc:
+        raise translate(exc) from exc
+    finally:
+        await engine.dispose()
+    return made
+
+
+def forget(connection: Connection, run_ids: Sequence[str]) -> None:
+    """Take runs that are about to be deleted off the states; their hours and days keep them.
+
+    To be called in the transaction that deletes them.
+    """
+    state = [*(FACTS.c[name] for name in _KEY), literal_column("-1", Integer), -FACTS.c.amount]
+    mine = select(*state).where(FACTS.c.run_id.in_(run_ids), FACTS.c.measure == word(STATE))
+    connection.execute(insert(run_tally_changes).from_select(_COLUMNS, mine))
+    ends = select(func.max(runs.c.end_seen_at), func.max(runs.c.completed_at))
+    last = connection.execute(ends.where(runs.c.run_id.in_(run_ids))).one()
+    if any(last):
+        mark = dict.fromkeys(_KEY, "") | {"measure": PRUNED, "since": max(filter(None, last))}
+        values = mark | {"bucket": 0, "runs": 1, "amount": 0}
+        connection.execute(insert(run_tally_changes).values(**values))
+
+
+def _fold_sqlite(connection: Connection) -> int:
+    """The transaction has the file to itself, so that nothing comes in between."""
+    last = select(run_tally_changes.c.id).order_by(run_tally_changes.c.id).limit(REST).subquery()
+    upto = connection.execute(select(func.max(last.c.id))).scalar()
+    if upto is None:
+        return 0
+    taken = run_tally_changes.c.id <= upto
+    connection.execute(_add(sqlite.insert, _summed(run_tally_changes).where(taken)))
+    return connection.execute(delete(run_tally_changes).where(taken)).rowcount
+
+
+def _fold_postgres(connection: Connection) -> int:
+    """One statement: what it deletes is what it adds, whatever others append meanwhile."""
+    if not connection.execute(select(func.pg_try_advisory_xact_lock(FOLD_LOCK))).scalar():
+        return 0
+    count: int = connection.execute(_FOLD).scalar_one()
+    return count
+
+
+def _fold_statement() -> Any:
+    first = select(run_tally_changes.c.id).order_by(run_tally_changes.c.id).limit(REST)
+    gone = (
+        delete(run_tally_changes)
+        .where(run_tally_changes.c.id.in_(first))
+        .returning(*(run_tally_changes.c[name] for name in _COLUMNS))
+        .cte("gone")
+    )
+    added = _add(postgresql.insert, _summed(gone)).cte("added")
+    return select(func.count()).select_from(gone).add_cte(added)
+
+
+def _summed(of: Any) -> Select[Any]:
+    """Rows of changes, added up by key and in its order: no two who fold lock crosswise."""
+    key = [of.c[name] for name in _KEY]
+    sums = (cast(func.sum(of.c[name]), BigInteger) for name in ("runs", "amount"))
+    return select(*key, *sums).where(text("true")).group_by(*key).order_by(*key)
+
+
+def _add(insert_into: Any, summed: Select[Any]) -> Any:
+    """Add rows to the tallies, new keys and known ones."""
+    adding = insert_into(run_tallies).from_select(_COLUMNS, summed)
+    return adding.on_conflict_do_update(
+        index_elements=[run_tallies.c[name] for name in _KEY],
+        set_={name: run_tallies.c[name] + adding.excluded[name] for name in ("runs", "amount")},
+    )
+
+
+_FOLD: Final = _fold_statement()
+
+
+def _recount(measure: str, connection: Connection) -> int:
+    """In one snapshot: what is not in it has not been taken off or added yet, and will be folded.
+
+    The lock comes before the snapshot and keeps those who fold away.
+    """
+    postgres = connection.dialect.name == "postgresql"
+    if postgres:
+        connection.execute(text("SET LOCAL statement_timeout = 0"))
+        connection.execute(text("LOCK TABLE run_tallies IN SHARE ROW EXCLUSIVE MODE"))
+    insert_into = postgresql.insert if postgres else sqlite.insert
+    connection.execute(_add(insert_into, _summed(run_tally_changes)))
+    connection.execute(delete(run_tally_changes))
+    marks = select(func.max(run_tallies.c.since)).where(run_tallies.c.measure == word(PRUNED))
+    mark = connection.execute(marks).scalar() or BEFORE
+
+    def whole(of: Any) -> ColumnElement[bool]:
+        """Of what all runs are still here."""
+        same = of.c.measure == word(measure)
+        return same if measure == STATE else and_(same, of.c.since > mark)
+
+    connection.execute(delete(run_tallies).where(whole(run_tallies)))
+    key = [FACTS.c[name] for name in _KEY]
+    counted = select(*key, func.count(), cast(func.sum(FACTS.c.amount), BigInteger))
+    anew = insert(run_tallies).from_select(_COLUMNS, counted.where(whole(FACTS)).group_by(*key))
+    return connection.execute(anew).rowcount
