@@ -82,4 +82,18 @@ class Unseen:
     claim: str | None = None
 
 
-Entry = Delivered | Seen | Unseen
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replayed:
+    """A quarantined callback was read again, and this time it is understood.
+
+    `delivery` is the stored one as it reads now, with the time at which it came; `observation` was
+    made at the time of the replay. The delivery becomes applied and its effect on the run is
+    committed with it. One that is not quarantined any more has been replayed already: nothing
+    happens.
+    """
+
+    delivery: Delivery
+    observation: Observation
+
+
+Entry = Delivered | Seen | Unseen | Replayed

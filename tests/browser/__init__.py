@@ -1,0 +1,1 @@
+"""The dashboard in Chromium, as a person uses it."""

@@ -1,0 +1,182 @@
+"""Fixtures: Chromium, a tracker that follows a local FLORA, and one full of hostile text.
+
+All of it is made once for each process and lives in one event loop; each test has a browser context
+of its own. Where Chromium is not installed the tests are left out, unless TRACKER_REQUIRE_BROWSER
+says that they must not be.
+"""
+
+import asyncio
+import os
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import pytest
+import pytest_asyncio
+from playwright.async_api import Browser, BrowserContext, Page, Route, async_playwright
+from pydantic import SecretStr
+
+from tests.support.databases import sqlite_url_of
+from tests.web.dashboard.hostile import attack
+from tests.web.serving import serving
+from tracker.settings import Settings
+from tracker.simulator import Options, Simulator, running
+from tracker.web.app import build_app
+from tracker.wiring import Services, open_services
+from tracker.worker.scheduler import Worker
+
+TOKEN: Final = "a-token-of-the-tests"
+CHROMIUM: Final = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS: Final = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    # Nothing but this machine has a name.
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",
+]
+
+
+@dataclass(slots=True)
+class Watched:
+    """A page, and what it did that no page may: dialogs, errors, and what its policy refused."""
+
+    page: Page
+    dialogs: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+    def listen(self) -> None:
+        """Notes all of it from now on."""
+
+        async def dismiss(dialog: Any) -> None:
+            self.dialogs.append(dialog.message)
+            await dialog.dismiss()
+
+        def console(message: Any) -> None:
+            if "Content Security Policy" in message.text:
+                self.refused.append(message.text)
+            elif message.type == "error" and "net::ERR_" not in message.text:
+                self.errors.append(message.text)
+
+        self.page.on("dialog", dismiss)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", console)
+
+    def assert_quiet(self) -> None:
+        """Fails where the page did any of it."""
+        assert (self.dialogs, self.errors, self.refused) == ([], [], [])
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A tracker that is served, what is behind it, and the FLORA that it follows."""
+
+    url: str
+    services: Services
+    flora: Simulator
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def chromium() -> AsyncIterator[Browser]:
+    """The browser."""
+    if CHROMIUM is None:
+        if os.environ.get("TRACKER_REQUIRE_BROWSER"):
+            pytest.fail("Chromium is not installed, and TRACKER_REQUIRE_BROWSER is set")
+        pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
+    async with async_playwright() as play:
+        browser = await play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        await browser.close()
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def stage(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stage]:
+    """A tracker with a token and a worker, whose runs take a second and a half."""
+    path = tmp_path_factory.mktemp("stage") / "tracker.db"
+    options = Options(seed=4, run_seconds=1.5, failures=0)
+    async with running(options) as flora, _served(path, flora) as stage:
+        yield stage
+
+
+@asynccontextmanager
+async def _served(path: Path, flora: Simulator) -> AsyncIterator[Stage]:
+    options = flora.world.options
+    port = _free_port()
+    settings = Settings(
+        tracker_database_url=sqlite_url_of(path),
+        tracker_public_url=f"http://127.0.0.1:{port}",
+        tracker_api_token=SecretStr(TOKEN),
+        flora_api_key=SecretStr(options.api_key),
+        flora_webhook_secret=options.webhook_secret,
+        flora_base_url=flora.base_url,
+        flora_workspace_id=options.workspace_id,
+    )
+    async with AsyncExitStack() as stack:
+        services = await stack.enter_async_context(open_services(settings, background=True))
+        url = await stack.enter_async_context(serving(build_app(services), port))
+        worker = Worker(services)
+        await worker.start()
+        stack.push_async_callback(worker.stop)
+        yield Stage(url, services, flora)
+
+
+def _free_port() -> int:
+    from tests.support.waiting import free_port
+
+    return free_port()
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def hostile_url(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
+    """A tracker without a token in which every text is an attack."""
+    path = tmp_path_factory.mktemp("hostile") / "tracker.db"
+    settings = Settings(tracker_database_url=sqlite_url_of(path))
+    async with open_services(settings, background=True) as services:
+        await attack(services)
+        async with serving(build_app(services)) as url:
+            yield url
+
+
+OpenPage = Callable[..., Awaitable[Watched]]
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def open_page(chromium: Browser) -> AsyncIterator[OpenPage]:
+    """Opens a page in a context of its own; the page can reach this machine alone."""
+    contexts: list[BrowserContext] = []
+
+    async def open_page(**options: Any) -> Watched:
+        context = await chromium.new_context(**{"locale": "en-GB", **options})
+        context.set_default_timeout(15_000)
+        contexts.append(context)
+        await context.route("**/*", _only_this_machine)
+        watched = Watched(await context.new_page())
+        watched.listen()
+        return watched
+
+    yield open_page
+    await asyncio.gather(*(context.close() for context in contexts))
+
+
+async def _only_this_machine(route: Route) -> None:
+    address = urlsplit(route.request.url)
+    if address.scheme == "data" or address.hostname in ("127.0.0.1", "localhost"):
+        await route.continue_()
+    else:
+        await route.abort()
+
+
+async def sign_in(page: Page, url: str) -> None:
+    """Sign in by the form, and wait for the page behind it."""
+    await page.goto(url)
+    await page.fill("#token", TOKEN)
+    await page.keyboard.press("Enter")
+    await page.wait_for_selector("#live")

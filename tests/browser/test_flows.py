@@ -1,0 +1,245 @@
+"""What people do here every day: sign in, filter, follow a run, replay a callback, look around."""
+
+import json
+import re
+
+import pytest
+from playwright.async_api import expect
+
+from tests.browser.conftest import TOKEN, OpenPage, Stage, sign_in
+from tracker.core.clock import utc_now
+from tracker.core.entry import Delivered, Delivery, DeliveryOutcome
+from tracker.store import read
+from tracker.tracking.start import StartRequest
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+INPUT = [{"id": "prompt", "type": "text", "value": "garden tools"}]
+
+
+async def start(stage: Stage, technique: str = "icon-pack") -> str:
+    """Start a run, and give its id."""
+    request = StartRequest(
+        technique=technique, inputs=INPUT, workspace_id=None, idempotency_key=None
+    )
+    started = await stage.services.starter.start(request)
+    return started.record.run.run_id
+
+
+async def test_signing_in_and_out(stage: Stage, open_page: OpenPage) -> None:
+    """The form refuses a wrong token, lets the right one in to where one was going, and out
+    again."""
+    watched = await open_page()
+    page = watched.page
+    await page.goto(f"{stage.url}/runs?state=failed")
+    await expect(page.get_by_label("Token")).to_be_focused()
+    await page.keyboard.type("wrong")
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_role("alert")).to_contain_text("not the token")
+    await page.get_by_label("Token").fill(TOKEN)
+    await page.get_by_role("button", name="Sign in").click()
+    await expect(page).to_have_url(f"{stage.url}/runs?state=failed")
+    await page.get_by_role("button", name="Sign out").click()
+    await expect(page).to_have_url(f"{stage.url}/login")
+    await page.goto(f"{stage.url}/runs")
+    await expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
+    assert (watched.dialogs, watched.refused) == ([], [])
+
+
+async def test_a_run_is_followed_to_its_end_live(stage: Stage, open_page: OpenPage) -> None:
+    """The page shows the end, the outputs and the cost as they become known, without loading
+    again."""
+    watched = await open_page()
+    page = watched.page
+    await sign_in(page, stage.url)
+    run_id = await start(stage)
+    await page.goto(f"{stage.url}/runs/{run_id}")
+    await page.evaluate("window.untouched = true")
+    await expect(page.locator("#live-state")).to_contain_text("live")
+    await expect(page.locator(".summary .pill")).to_have_text("completed")
+    await expect(page.locator(".gallery img")).to_have_count(4)
+    await expect(page.locator(".summary")).to_contain_text("$0.25")
+    await expect(page.locator(".timeline li")).to_have_count(3)
+    sizes = "[...document.querySelectorAll('.gallery img')].map((each) => each.naturalWidth)"
+    await page.locator(".gallery img").last.scroll_into_view_if_needed()
+    await page.wait_for_function(f"{sizes}.every((width) => width > 0)")
+    assert await page.evaluate("window.untouched") is True
+    watched.assert_quiet()
+
+
+async def test_the_list_is_filtered_and_stays_live(stage: Stage, open_page: OpenPage) -> None:
+    """A filter changes the list and the address; runs that come meanwhile appear by themselves."""
+    watched = await open_page()
+    page = watched.page
+    first = await start(stage)
+    await sign_in(page, f"{stage.url}/runs")
+    await expect(page.get_by_role("link", name=first)).to_be_visible()
+    await page.evaluate("window.untouched = true")
+
+    await page.get_by_label("Text").fill("no such run")
+    await expect(page.get_by_role("heading", name="No run fits")).to_be_visible()
+    assert page.url == f"{stage.url}/runs?text=no+such+run"
+    await page.get_by_label("Text").fill("")
+    await page.get_by_label("Technique").select_option(label="Icon Pack")
+    await expect(page.get_by_role("link", name=first)).to_be_visible()
+    assert page.url == f"{stage.url}/runs?technique=tech_icon-pack"
+
+    second = await start(stage)
+    await expect(page.get_by_role("link", name=second)).to_be_visible()
+    row = page.locator(f'tr[data-run="{second}"]')
+    await expect(row.locator(".pill")).to_have_text("completed")
+    await page.get_by_label("State").select_option("failed")
+    await expect(page.get_by_role("heading", name="No run fits")).to_be_visible()
+    assert await page.evaluate("window.untouched") is True
+    watched.assert_quiet()
+
+
+async def test_moments_are_given_in_the_viewers_zone(stage: Stage, open_page: OpenPage) -> None:
+    """What is typed is local time, what is asked for is UTC, and times are shown locally with the
+    exact UTC beside."""
+    watched = await open_page(timezone_id="Asia/Kolkata")
+    page = watched.page
+    await start(stage)
+    await sign_in(page, f"{stage.url}/runs")
+    await page.get_by_text("Between two moments").click()
+    await page.get_by_label("From").fill("2026-01-01T05:30")
+    await page.get_by_label("From").blur()
+    await page.wait_for_url("**/runs?from=2026-01-01T00%3A00%3A00Z")
+    title = await page.locator("td time").first.get_attribute("title")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} UTC", title or "")
+    await page.reload()
+    await expect(page.get_by_label("From")).to_have_value("2026-01-01T05:30")
+    await expect(page.locator("#zone")).to_have_text("Asia/Calcutta")
+    watched.assert_quiet()
+
+
+async def test_a_quarantined_delivery_is_replayed(stage: Stage, open_page: OpenPage) -> None:
+    """One click, and the page says what came of it."""
+    run_id = await start(stage)
+    body = {
+        "id": "whd_kept",
+        "type": "run.completed",
+        "data": {"run_id": run_id, "status": "completed"},
+    }
+    await stage.services.door.put(
+        Delivered(
+            delivery=Delivery(
+                delivery_id="whd_kept",
+                received_at=utc_now(),
+                body=json.dumps(body).encode(),
+                outcome=DeliveryOutcome.QUARANTINED,
+                run_id=run_id,
+                reason="an older version did not understand it",
+            )
+        )
+    )
+    watched = await open_page()
+    page = watched.page
+    await sign_in(page, stage.url)
+    await page.get_by_role("link", name="Look at them").click()
+    await page.get_by_role("link", name="whd_kept").click()
+    await page.get_by_role("button", name="Replay").click()
+    await expect(page.get_by_role("status").filter(has_text="understood")).to_contain_text(
+        f"applied to run {run_id}"
+    )
+    await expect(page.get_by_role("button", name="Replay")).to_have_count(0)
+    row = await read.get_delivery(stage.services.database, "whd_kept")
+    assert row is not None
+    assert row.outcome is DeliveryOutcome.APPLIED
+    watched.assert_quiet()
+
+
+async def test_check_now_asks_flora(stage: Stage, open_page: OpenPage) -> None:
+    """The button reads the run, says what FLORA says, and the message stays."""
+    watched = await open_page()
+    page = watched.page
+    await sign_in(page, stage.url)
+    run_id = await start(stage)
+    await page.goto(f"{stage.url}/runs/{run_id}")
+    await page.get_by_role("button", name="Check now").click()
+    await expect(page.locator("#said")).to_contain_text("FLORA says that it")
+    await expect(page.locator(".summary .pill")).to_have_text("completed")
+    await expect(page.locator("#said")).to_contain_text("FLORA says that it")
+    watched.assert_quiet()
+
+
+async def test_a_session_that_ends_leads_to_the_sign_in(stage: Stage, open_page: OpenPage) -> None:
+    """What a script asks for after that leads there and back, not into the middle of the page."""
+    watched = await open_page()
+    page = watched.page
+    await sign_in(page, f"{stage.url}/runs")
+    await page.context.clear_cookies()
+    await page.get_by_label("State").select_option("lost")
+    await page.wait_for_url("**/login?next=*")
+    await page.get_by_label("Token").fill(TOKEN)
+    await page.keyboard.press("Enter")
+    await page.wait_for_url("**/runs*")
+
+
+async def test_the_theme_is_chosen_and_kept(stage: Stage, open_page: OpenPage) -> None:
+    """The system's, until somebody chooses; then the choice, on the next page too."""
+    watched = await open_page(color_scheme="light")
+    page = watched.page
+    await sign_in(page, stage.url)
+    back = "getComputedStyle(document.body).backgroundColor"
+    light = await page.evaluate(back)
+    await page.get_by_role("button", name="Switch to dark").click()
+    dark = await page.evaluate(back)
+    assert dark != light
+    await page.goto(f"{stage.url}/runs")
+    assert await page.evaluate(back) == dark
+    await page.get_by_role("button", name="Switch to light").click()
+    assert await page.evaluate(back) == light
+    await page.emulate_media(color_scheme="dark")
+    await page.reload()
+    assert await page.evaluate(back) == dark
+    watched.assert_quiet()
+
+
+async def test_everything_is_reached_by_keyboard(stage: Stage, open_page: OpenPage) -> None:
+    """From the sign-in to a run's page without a mouse, and the focus can always be seen."""
+    watched = await open_page()
+    page = watched.page
+    await start(stage)
+    await page.goto(f"{stage.url}/login")
+    await page.keyboard.type(TOKEN)
+    await page.keyboard.press("Enter")
+    await page.wait_for_selector("#live")
+    await page.keyboard.press("Tab")
+    await expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
+    await page.keyboard.press("Enter")
+    assert await page.evaluate("document.activeElement.id") == "main"
+
+    async def tab_to(role: str, name: str | re.Pattern[str]) -> None:
+        wanted = page.get_by_role(role, name=name).first  # type: ignore[arg-type]
+        await wanted.wait_for()
+        for _ in range(40):
+            await page.keyboard.press("Tab")
+            if await wanted.evaluate("(each) => each === document.activeElement"):
+                seen = "getComputedStyle(document.activeElement).outlineStyle"
+                assert await page.evaluate(seen) == "solid"
+                return
+        raise AssertionError(f"{name} is not reached by Tab")
+
+    await page.goto(f"{stage.url}/")
+    await tab_to("link", "Runs")
+    await page.keyboard.press("Enter")
+    await page.wait_for_url("**/runs")
+    await tab_to("link", re.compile("^run_"))
+    await page.keyboard.press("Enter")
+    await page.wait_for_url("**/runs/run_*")
+    watched.assert_quiet()
+
+
+async def test_the_focus_survives_what_comes_live(stage: Stage, open_page: OpenPage) -> None:
+    """A list that changes under the keyboard leaves the focus where it was."""
+    watched = await open_page()
+    page = watched.page
+    first = await start(stage)
+    await sign_in(page, f"{stage.url}/runs")
+    link = page.get_by_role("link", name=first)
+    await link.focus()
+    second = await start(stage)
+    await expect(page.get_by_role("link", name=second)).to_be_visible()
+    await expect(link).to_be_focused()
+    watched.assert_quiet()

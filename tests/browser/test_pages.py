@@ -1,0 +1,159 @@
+"""Every page, light and dark, wide and narrow: readable by machines for people, and harmless."""
+
+import os
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from playwright.async_api import Page, expect
+
+from tests.browser.conftest import OpenPage, Stage, sign_in
+from tests.browser.test_flows import start
+from tests.web.dashboard.hostile import DELIVERY_ID, EVIL, RUN_ID, TECHNIQUE_ID
+from tracker.core.run import Tracking
+from tracker.store import read
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+AXE = Path(__file__).parent / "axe" / "node_modules" / "axe-core" / "axe.min.js"
+HOSTILE = [
+    "/",
+    "/runs",
+    f"/runs?text={quote(EVIL)}",
+    f"/runs/{quote(RUN_ID, safe='')}",
+    "/deliveries",
+    f"/deliveries/{quote(DELIVERY_ID + '0', safe='')}",
+    f"/deliveries/{quote(DELIVERY_ID + '1', safe='')}",
+    "/techniques",
+    f"/techniques/{quote(TECHNIQUE_ID, safe='')}",
+    "/batches",
+    "/sweeps",
+]
+SERIOUS = """
+async () => {
+  const found = await axe.run(document, {resultTypes: ["violations"]});
+  return found.violations
+    .filter((each) => ["serious", "critical"].includes(each.impact))
+    .map((each) => `${each.id}: ${each.nodes.slice(0, 3).map((node) => node.html).join(" | ")}`);
+}
+"""
+TOO_WIDE = """
+() => [...document.querySelectorAll("body *")]
+  .filter((each) => each.getBoundingClientRect().right > innerWidth + 1)
+  .filter((each) => !each.closest(".sr, .skip, pre, .small-scroll"))
+  .map((each) => each.outerHTML.slice(0, 120))
+"""
+
+
+async def _settled(stage: Stage) -> str:
+    """A run that has ended and whose details are known."""
+    run_id = await start(stage)
+    while True:
+        record = await read.get_run(stage.services.database, run_id)
+        if record is not None and record.tracking is Tracking.SETTLED:
+            return run_id
+        await stage.services.signals.wait_due(0.1)
+
+
+async def _pages(stage: Stage) -> list[str]:
+    run_id = await _settled(stage)
+    deliveries, _ = await read.list_deliveries(stage.services.database, run_id=run_id)
+    return [
+        "/",
+        "/runs",
+        f"/runs/{run_id}",
+        "/deliveries",
+        f"/deliveries/{deliveries[0].delivery_id}",
+        "/techniques",
+        "/techniques/tech_icon-pack",
+        "/batches",
+        "/sweeps",
+        "/runs?state=lost",
+        "/nothing/here",
+    ]
+
+
+async def test_every_page_is_fit_for_all(stage: Stage, open_page: OpenPage) -> None:
+    """Labels, contrast, structure: axe finds nothing serious on any page, in either theme, and on a
+    phone nothing is wider than the screen."""
+    if not AXE.is_file():
+        if os.environ.get("TRACKER_REQUIRE_BROWSER"):
+            pytest.fail("axe-core is not installed: `make install` does it where npm is")
+        pytest.skip("axe-core is not installed: `make install` does it where npm is")
+    watched = await open_page(color_scheme="light", reduced_motion="reduce")
+    page = watched.page
+    await page.goto(f"{stage.url}/login")
+    await _assert_fit(page, "/login")
+    await sign_in(page, stage.url)
+    for path in await _pages(stage):
+        await page.goto(f"{stage.url}{path}")
+        await page.wait_for_load_state("load")
+        await _assert_fit(page, path)
+    assert (watched.dialogs, watched.refused) == ([], [])
+
+
+async def _assert_fit(page: Page, path: str) -> None:
+    await page.evaluate(AXE.read_text())
+    for scheme in ("light", "dark"):
+        await page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        assert await page.evaluate(SERIOUS) == [], (path, scheme)
+    await _assert_narrow(page, path)
+
+
+async def _assert_narrow(page: Page, path: str) -> None:
+    for width in (360, 800, 1000):
+        await page.set_viewport_size({"width": width, "height": 740})
+        taken = await page.evaluate("document.documentElement.scrollWidth")
+        assert taken <= width, (path, await page.evaluate(TOO_WIDE))
+    await page.set_viewport_size({"width": 1280, "height": 800})
+
+
+async def test_hostile_text_runs_nothing(hostile_url: str, open_page: OpenPage) -> None:
+    """No script, no dialog, no error, nothing that the content policy had to refuse; it fits."""
+    watched = await open_page()
+    page = watched.page
+    for path in HOSTILE:
+        await page.goto(f"{hostile_url}{path}")
+        await page.wait_for_load_state("load")
+        await expect(page.locator("main")).to_be_visible()
+        assert await page.locator("main script, main iframe, main [onerror]").count() == 0
+        links = await page.evaluate(
+            "[...document.querySelectorAll('main a[href]')].map((each) => each.protocol)"
+        )
+        assert set(links) <= {"http:", "https:"}, path
+        await _assert_narrow(page, path)
+    # What is copied into the page later is text as well.
+    await page.goto(f"{hostile_url}/runs")
+    await page.get_by_label("Text").fill(EVIL)
+    await page.wait_for_url("**/runs?text=*")
+    await page.goto(f"{hostile_url}/runs/{quote(RUN_ID, safe='')}")
+    for summary in await page.locator(".timeline summary").all():
+        await summary.click()
+    watched.assert_quiet()
+
+
+async def test_a_link_that_does_not_load_says_so(hostile_url: str, open_page: OpenPage) -> None:
+    """An image whose link has expired is told in words, with the link still there."""
+    watched = await open_page()
+    page = watched.page
+    await page.goto(f"{hostile_url}/runs/{quote(RUN_ID, safe='')}")
+    broken = page.locator("figure.image").first
+    await broken.scroll_into_view_if_needed()
+    await expect(broken.locator(".gone")).to_contain_text("does not load")
+    await expect(broken.locator("figcaption a")).to_be_visible()
+
+
+async def test_the_chart_is_drawn_and_told(stage: Stage, open_page: OpenPage) -> None:
+    """Bars for who sees, the same numbers as a table for who does not."""
+    await _settled(stage)
+    watched = await open_page()
+    page = watched.page
+    await sign_in(page, stage.url)
+    await expect(page.locator(".chart canvas")).to_be_visible()
+    await page.get_by_text("The same as a table").click()
+    hours = page.get_by_role("group", name="Ends per hour as a table")
+    await expect(hours.locator("tbody tr").first).to_be_visible()
+    second = await _settled(stage)
+    await expect(hours).to_be_visible()  # it stays open when the page is kept up to date
+    assert second
+    watched.assert_quiet()

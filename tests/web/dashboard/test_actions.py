@@ -1,0 +1,189 @@
+"""What changes something comes from a page of ours, and says what came of it."""
+
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+
+from tests.web.callbacks import event
+from tests.web.conftest import Serve, Site
+from tests.web.dashboard.conftest import HTML, TOKEN, csrf_of, sign_in
+from tracker.core.clock import utc_now
+from tracker.core.entry import Delivered, Delivery, DeliveryOutcome, Seen
+from tracker.core.observation import Observation, Source
+from tracker.core.run import RunStatus
+from tracker.simulator import Options, Simulator, running
+from tracker.store import read
+
+REPLAY = "/deliveries/whd_run_1/replay"
+
+
+async def quarantine(site: Site, body: bytes, delivery_id: str = "whd_run_1") -> None:
+    """Keep a callback as one that was not understood."""
+    await site.services.door.put(
+        Delivered(
+            delivery=Delivery(
+                delivery_id=delivery_id,
+                received_at=utc_now(),
+                body=body,
+                outcome=DeliveryOutcome.QUARANTINED,
+                reason="an older version did not understand it",
+            )
+        )
+    )
+
+
+async def outcome(site: Site, delivery_id: str = "whd_run_1") -> str:
+    row = await read.get_delivery(site.services.database, delivery_id)
+    assert row is not None
+    return row.outcome.value
+
+
+async def test_a_quarantined_delivery_is_replayed(browser: httpx.AsyncClient, closed: Site) -> None:
+    """The page's form does it, and the answer says which run it is about."""
+    await quarantine(closed, event())
+    csrf = csrf_of((await browser.get("/deliveries/whd_run_1")).text)
+    answer = await browser.post(REPLAY, data={"csrf_token": csrf})
+    assert answer.status_code == 200
+    assert "applied to run run_1" in answer.text
+    assert await outcome(closed) == "applied"
+    assert "Replay</button>" not in answer.text
+
+
+async def test_one_that_is_still_not_understood_says_why(
+    browser: httpx.AsyncClient, closed: Site
+) -> None:
+    """It stays in quarantine, and can be tried again."""
+    await quarantine(closed, b'{"type": "run.paused"}')
+    csrf = csrf_of((await browser.get("/deliveries/whd_run_1")).text)
+    answer = await browser.post(REPLAY, headers={"X-CSRF-Token": csrf, "HX-Request": "true"})
+    assert "still not understood: the type is neither" in answer.text
+    assert await outcome(closed) == "quarantined"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"X-CSRF-Token": ""},
+        {"X-CSRF-Token": "wrong"},
+        {"X-CSRF-Token": "é"},
+    ],
+    ids=str,
+)
+async def test_a_page_of_another_site_changes_nothing(
+    browser: httpx.AsyncClient, closed: Site, headers: dict[str, str]
+) -> None:
+    """The cookie alone, which any page can make a browser send, is not enough."""
+    await quarantine(closed, event())
+    encoded = {name: value.encode() for name, value in headers.items()}
+    assert (await browser.post(REPLAY, headers=encoded)).status_code == 403
+    assert await outcome(closed) == "quarantined"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+    ],
+    ids=str,
+)
+async def test_the_right_token_from_another_origin_is_not_enough(
+    browser: httpx.AsyncClient, closed: Site, headers: dict[str, str]
+) -> None:
+    """Where the browser says that another page sent it, that counts."""
+    await quarantine(closed, event())
+    csrf = csrf_of((await browser.get("/")).text)
+    answer = await browser.post(REPLAY, headers={**headers, "X-CSRF-Token": csrf})
+    assert answer.status_code in (303, 403)
+    assert await outcome(closed) == "quarantined"
+
+
+async def test_another_sessions_token_is_not_ours(browser: httpx.AsyncClient, closed: Site) -> None:
+    """Each sign-in has its own, so that one who left cannot use theirs on somebody else."""
+    await quarantine(closed, event())
+    async with httpx.AsyncClient(base_url=closed.base_url) as other:
+        await sign_in(other)
+        theirs = csrf_of((await other.get("/", headers=HTML)).text)
+    assert (await browser.post(REPLAY, data={"csrf_token": theirs})).status_code == 403
+
+
+async def test_under_api_the_cookie_needs_the_token_too(browser: httpx.AsyncClient) -> None:
+    """What would start a run, and cost money, is refused with the cookie alone."""
+    start = {"technique": "icon-pack", "inputs": [{"id": "a", "type": "text", "value": "b"}]}
+    assert (await browser.post("/api/runs", json=start)).status_code == 401
+    csrf = csrf_of((await browser.get("/")).text)
+    shown = await browser.post("/api/runs", json=start, headers={"X-CSRF-Token": csrf})
+    assert shown.status_code == 503  # it is let in: there is only no key to start it with
+
+
+async def test_the_bearer_token_needs_nothing_besides(closed: Site) -> None:
+    """No browser sends it by itself."""
+    await quarantine(closed, event())
+    headers = {**HTML, "Authorization": f"Bearer {TOKEN}"}
+    assert (await closed.client.post(REPLAY, headers=headers)).status_code == 200
+    assert await outcome(closed) == "applied"
+
+
+async def test_an_action_loaded_again_leads_to_its_page(browser: httpx.AsyncClient) -> None:
+    """Who reloads after an action sees the page, and nothing is done twice."""
+    answer = await browser.get("/deliveries/whd%2F1%3Fx/replay")
+    assert (answer.status_code, answer.headers["Location"]) == (303, "/deliveries/whd%2F1%3Fx")
+    answer = await browser.get("/runs/run_1/check")
+    assert (answer.status_code, answer.headers["Location"]) == (303, "/runs/run_1")
+
+
+@pytest.fixture
+async def flora() -> AsyncIterator[Simulator]:
+    """A FLORA whose runs end at once."""
+    async with running(Options(speed=1000, failures=0)) as simulator:
+        yield simulator
+
+
+async def test_check_now_reads_the_run_from_flora(
+    serve: Serve, sqlite_url: str, flora: Simulator
+) -> None:
+    """What FLORA says is on the page that comes back, and then nothing is left to check."""
+    options = flora.world.options
+    settings = {"flora_base_url": flora.base_url, "flora_api_key": options.api_key}
+    async with (
+        serve(sqlite_url, **settings) as site,
+        httpx.AsyncClient(base_url=flora.base_url) as api,
+    ):
+        started = await api.post(
+            "/techniques/icon-pack/runs",
+            headers={"Authorization": f"Bearer {options.api_key}"},
+            json={"mode": "async", "inputs": [{"id": "prompt", "type": "text", "value": "x"}]},
+        )
+        run_id = started.json()["run_id"]
+        await flora.quiet()
+        await site.services.tracker.track(
+            run_id, technique="tech_icon-pack", workspace_id=None, poll_url=None
+        )
+        site.client.headers.update(HTML)
+        before = await site.client.get(f"/runs/{run_id}")
+        assert 'id="check">' in before.text
+        answer = await site.client.post(f"/runs/{run_id}/check")
+        assert "it has completed; its details are read" in answer.text
+        record = await read.get_run(site.services.database, run_id)
+        assert record is not None
+        assert record.run.settled
+        assert "disabled aria-describedby" in answer.text
+
+
+async def test_check_now_says_why_it_cannot(small_site: Site) -> None:
+    """Without a key nobody can ask FLORA; the button says so before it is tried."""
+    await small_site.services.door.put(
+        Seen(
+            observation=Observation(
+                run_id="run_1", source=Source.HISTORY, at=utc_now(), status=RunStatus.RUNNING
+            )
+        )
+    )
+    page = await small_site.client.get("/runs/run_1", headers=HTML)
+    assert "No FLORA key is set for its workspace" in page.text
+    answer = await small_site.client.post("/runs/run_1/check", headers=HTML)
+    assert answer.status_code == 200

@@ -1,0 +1,125 @@
+"""Other people's text stays text, wherever it is shown."""
+
+from html.parser import HTMLParser
+from urllib.parse import quote
+
+import pytest
+
+from tests.web.conftest import Site
+from tests.web.dashboard.conftest import HTML
+from tests.web.dashboard.hostile import (
+    DELIVERY_ID,
+    EVIL,
+    LINKS,
+    MARK,
+    RUN_ID,
+    TECHNIQUE_ID,
+    attack,
+)
+from tracker.core.run import Output
+from tracker.web.dashboard.outputs import Gallery, web_link
+
+PAGES = {
+    "/": False,
+    "/runs": True,
+    f"/runs?text={quote(EVIL)}": True,
+    f"/runs/{quote(RUN_ID, safe='')}": True,
+    "/deliveries": True,
+    f"/deliveries?run={quote(EVIL)}": True,
+    f"/deliveries/{quote(DELIVERY_ID + '0', safe='')}": True,
+    f"/deliveries/{quote(DELIVERY_ID + '1', safe='')}": True,
+    "/techniques": True,
+    f"/techniques?text={quote(EVIL)}": True,
+    f"/techniques/{quote(TECHNIQUE_ID, safe='')}": True,
+    "/sweeps": True,
+    f"/runs/{quote('none' + EVIL, safe='')}": True,
+    f"/techniques/{quote('none' + EVIL, safe='')}": True,
+    f"/runs?state={quote(EVIL)}": False,
+    f"/runs?cursor={quote(EVIL)}": False,
+}
+"""Each page, and whether it has to show the text."""
+
+
+class _Reader(HTMLParser):
+    """What a browser would make of a page, as far as it could run something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scripts = 0
+        self.dangers: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag == "script":
+            self.scripts += 1
+            if not (values.get("src") or "").startswith("/static/"):
+                self.dangers.append(f"<script> {values}")
+        if tag in ("style", "iframe", "object", "embed", "base", "textarea"):
+            self.dangers.append(f"<{tag}>")
+        for name, value in attrs:
+            if name.startswith("on") or name in ("style", "srcdoc", "hx-on"):
+                self.dangers.append(f"{name}={value}")
+            if name in ("href", "src", "action", "formaction", "hx-get", "hx-post"):
+                own = (value or "").startswith(("/", "#"))
+                outside = (value or "").startswith(("https://", "http://"))
+                if not own and not outside:
+                    self.dangers.append(f"{name}={value}")
+                if (value or "").startswith("//"):
+                    self.dangers.append(f"{name}={value}")
+                if outside and tag == "a":
+                    assert values["rel"] == "noopener noreferrer nofollow"
+                    assert values["referrerpolicy"] == "no-referrer"
+        if tag == "script" and attrs == []:
+            self.dangers.append("an inline script")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+async def test_no_text_becomes_anything_else(small_site: Site) -> None:
+    """On every page no element, attribute or address comes from what FLORA said."""
+    await attack(small_site.services)
+    for path, shows in PAGES.items():
+        answer = await small_site.client.get(path, headers=HTML)
+        assert answer.headers["Content-Type"] == "text/html; charset=utf-8", path
+        reader = _Reader()
+        reader.feed(answer.text)
+        assert reader.dangers == [], path
+        assert "alert(&#39;" in answer.text or not shows, path
+        assert f"<script>alert('{MARK}')" not in answer.text, path
+        assert "49" not in reader.text or "{{ 7*7 }}" in reader.text or not shows, path
+
+
+@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("kind", ["imageUrl", "videoUrl", "audioUrl", "documentUrl", "new"])
+def test_what_is_no_plain_web_address_is_shown_as_text(kind: str, link: str) -> None:
+    """Neither a link nor a source comes of it; only a quotation mark in a path may stay one."""
+    shown = Gallery("https://app.flora.ai/api/v1").shown([Output("o", kind, link)])[0]
+    assert (shown.kind == "unsafe") is (web_link(link) is None)
+    if '"' not in link:
+        assert shown.kind == "unsafe"
+
+
+@pytest.mark.parametrize(
+    ("flora", "url", "kind"),
+    [
+        ("https://app.flora.ai/api/v1", "https://cdn.example/x.png", "image"),
+        ("https://app.flora.ai/api/v1", "http://cdn.example/x.png", "link"),
+        ("http://127.0.0.1:8090/api/v1", "http://127.0.0.1:8090/media/x.png", "image"),
+        ("http://127.0.0.1:8090/api/v1", "http://127.0.0.1:8091/media/x.png", "link"),
+        ("http://127.0.0.1:8090/api/v1", "http://cdn.example/x.png", "link"),
+        ("http://127.0.0.1:8090/api/v1", "https://cdn.example/x.png", "image"),
+    ],
+)
+def test_plain_http_is_loaded_from_a_local_flora_alone(flora: str, url: str, kind: str) -> None:
+    """Everything else that is not https is a link, which somebody has to follow."""
+    assert Gallery(flora).shown([Output("o", "imageUrl", url)])[0].kind == kind
+
+
+def test_types_are_shown_as_what_they_are() -> None:
+    """A type that nobody knows yet is a link."""
+    kinds = ("imageUrl", "videoUrl", "audioUrl", "documentUrl", "text", "model3dUrl")
+    outputs = [Output("o", kind, "https://cdn.example/x") for kind in kinds]
+    shown = [one.kind for one in Gallery("https://app.flora.ai/api/v1").shown(outputs)]
+    assert shown == ["image", "video", "audio", "document", "text", "link"]

@@ -1,0 +1,310 @@
+"""The pages: what they show, what they say where there is nothing, and how they are sent."""
+
+import json
+import re
+from datetime import timedelta
+from decimal import Decimal
+
+import pytest
+
+from tests.web.conftest import Serve, Site
+from tests.web.dashboard.conftest import HTML, TOKEN
+from tracker.core.clock import utc_now
+from tracker.core.entry import Delivered, Delivery, DeliveryOutcome, Seen, Unseen
+from tracker.core.errors import KeyRefused
+from tracker.core.observation import Observation, Source
+from tracker.core.run import Output, RunError, RunStatus
+from tracker.store import sweeps
+
+PATHS = ["/", "/runs", "/deliveries", "/techniques", "/sweeps"]
+
+
+async def _text(site: Site, path: str, status: int = 200) -> str:
+    answer = await site.client.get(path, headers=HTML)
+    assert answer.status_code == status, answer.text
+    return answer.text
+
+
+def _seen(run_id: str, status: RunStatus = RunStatus.RUNNING, **facts: object) -> Seen:
+    values = {"source": Source.POLL, "at": utc_now(), "created_at": utc_now(), **facts}
+    return Seen(observation=Observation(run_id=run_id, status=status, **values))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("path", "advice"),
+    [
+        ("/", "tracker simulate"),
+        ("/runs", "tracker simulate"),
+        ("/deliveries", "TRACKER_PUBLIC_URL"),
+        ("/techniques", "FLORA_API_KEY"),
+        ("/sweeps", "FLORA_API_KEY"),
+    ],
+)
+async def test_an_empty_tracker_says_what_to_do_next(
+    small_site: Site, path: str, advice: str
+) -> None:
+    """Each page names the setting or the command that is missing."""
+    assert advice in await _text(small_site, path)
+
+
+@pytest.mark.parametrize(
+    ("path", "command"),
+    [
+        ("/", "tracker runs start"),
+        ("/techniques", "tracker techniques sync"),
+        ("/sweeps", "tracker reconcile"),
+        ("/deliveries", "http://127.0.0.1:9/callbacks/flora"),
+    ],
+)
+async def test_with_a_key_it_names_the_commands(
+    serve: Serve, sqlite_url: str, path: str, command: str
+) -> None:
+    """What is there to be done then."""
+    set_up = {"flora_api_key": "sk_test", "tracker_public_url": "http://127.0.0.1:9"}
+    async with serve(sqlite_url, **set_up) as site:
+        assert command in await _text(site, path)
+
+
+async def test_what_is_not_known_is_not_zero(small_site: Site) -> None:
+    """Without a single end there is no rate, no lag and no cost, and the page says so."""
+    await small_site.services.door.put(_seen("run_1"))
+    text = await _text(small_site, "/")
+    for title in ("Callback miss rate", "FLORA's end to ours", "Cost today"):
+        shown = text.split(title)[1][:400]
+        assert "not known yet" in shown, title
+        assert "$0" not in shown
+        assert "0 %" not in shown
+    run = await _text(small_site, "/runs/run_1")
+    assert "$0" not in run
+    assert re.search(r"Cost</dt><dd><span class=\"unknown\">not known yet", run)
+
+
+async def test_a_refused_key_is_told_first(serve: Serve, sqlite_url: str) -> None:
+    """Since when, and what to do; nothing else matters as much."""
+    async with serve(sqlite_url, flora_api_key="sk_test", flora_workspace_id="ws_1") as site:
+        refusal = KeyRefused(status=401, code="invalid_api_key", message="no such key")
+        workspace = next(iter(site.services.workspaces))
+        workspace.require_client().breaker.refused(refusal)
+        text = await _text(site, "/")
+        needs = text.split("What needs somebody")[1]
+        assert needs.index("FLORA refuses the key") < 600
+        assert "no such key" in text
+        assert "Nothing needs you" not in text
+
+
+async def test_the_overview_tells_the_day(site: Site) -> None:
+    """States, ends by hour, missed callbacks, lag, cost and what needs somebody, on each engine."""
+    now = utc_now()
+    ended = now - timedelta(seconds=3)
+    for number, via in enumerate((Source.CALLBACK, Source.CALLBACK, Source.POLL)):
+        run_id = f"run_{number}"
+        begin = Observation(
+            run_id=run_id, source=Source.START, at=now - timedelta(minutes=1), technique_id="tech_a"
+        )
+        await site.services.door.put(Seen(observation=begin, callback_expected=True))
+        if via is Source.CALLBACK:
+            told = Observation(
+                run_id=run_id, source=Source.CALLBACK, at=now, status=RunStatus.COMPLETED
+            )
+            await site.services.door.put(
+                Delivered(
+                    delivery=Delivery(
+                        delivery_id=f"whd_{number}",
+                        received_at=now,
+                        body=b"{}",
+                        outcome=DeliveryOutcome.APPLIED,
+                        run_id=run_id,
+                    ),
+                    observation=told,
+                )
+            )
+        await site.services.door.put(
+            _seen(run_id, RunStatus.COMPLETED, completed_at=ended, charged_cost=Decimal("0.25"))
+        )
+    await site.services.door.put(_seen("run_late", at=now - timedelta(hours=2)))
+    await site.services.door.put(
+        Unseen(run_id="run_late", at=now - timedelta(hours=1), error="FLORA answered 503")
+    )
+    text = await _text(site, "/")
+    tiles = dict(re.findall(r"state=(\w+)\"><span.*?class=\"count\">(\d+)<", text, re.DOTALL))
+    assert tiles["running"] == "1"
+    assert tiles["completed"] == "3"
+    assert "33.3 %" in text
+    assert "$0.75" in text
+    assert "Runs are overdue" in text
+    assert "FLORA answered 503" in text
+    assert "Nothing needs you" not in text
+    chart = json.loads(re.search(r'data-chart="([^"]+)"', text)[1].replace("&#34;", '"'))  # type: ignore[index]
+    assert [each["name"] for each in chart["series"]] == ["callback", "poll", "history"]
+    assert [sum(column) for column in chart["columns"][1:]] == [2, 1, 0]
+    assert len(chart["columns"][0]) == 24
+    assert "7 days" in await _text(site, "/?span=7d")
+
+
+async def test_a_sweep_that_failed_needs_somebody(serve: Serve, sqlite_url: str) -> None:
+    """Its error is shown, on the overview and in the ledger."""
+    key = {"flora_api_key": "sk_test", "flora_workspace_id": "ws_1"}
+    async with serve(sqlite_url, **key) as site:
+        now = utc_now()
+        number = await sweeps.begin(site.services.database, "ws_1", now)
+        await sweeps.finish(
+            site.services.database,
+            number,
+            at=now,
+            pages=1,
+            items=2,
+            discovered=0,
+            repaired=0,
+            error="FLORA was away",
+        )
+        assert "The last sweep failed" in await _text(site, "/")
+        ledger = await _text(site, "/sweeps")
+        assert "FLORA was away" in ledger
+        assert "not moved" in ledger
+
+
+async def test_a_run_shows_everything(site: Site) -> None:
+    """State, error, outputs as what they are, timeline, callbacks, and why the next look is
+    when."""
+    await site.services.door.put(
+        Seen(
+            observation=Observation(
+                run_id="run_1", source=Source.START, at=utc_now(), technique_id="tech_a"
+            ),
+            inputs=[{"id": "face", "type": "imageUrl", "value": "https://example.com/face.png"}],
+            callback_expected=True,
+        )
+    )
+    outputs = (
+        Output("o1", "imageUrl", "https://cdn.example/1.png"),
+        Output("o2", "videoUrl", "https://cdn.example/2.mp4"),
+        Output("o3", "audioUrl", "https://cdn.example/3.wav"),
+        Output("o4", "documentUrl", "https://cdn.example/4.pdf"),
+        Output("o5", "text", "A poem.\nTwo lines."),
+        Output("o6", "imageUrl", "ftp://cdn.example/6.png"),
+    )
+    await site.services.door.put(
+        _seen(
+            "run_1",
+            RunStatus.FAILED,
+            error=RunError("model_timeout", "It took too long"),
+            outputs=outputs,
+        )
+    )
+    text = await _text(site, "/runs/run_1")
+    assert '<img src="https://cdn.example/1.png"' in text
+    assert '<video src="https://cdn.example/2.mp4" controls' in text
+    assert '<audio src="https://cdn.example/3.wav" controls' in text
+    assert "Open the document" in text
+    assert "A poem.\nTwo lines." in text
+    assert "not a web address, shown as text" in text
+    assert "<strong>model_timeout</strong> It took too long" in text
+    assert text.count('class="source poll"') >= 2
+    assert "never came" in text
+    assert 'href="https://example.com/face.png"' in text
+    assert "nothing is left to read" in text
+
+
+async def test_an_id_may_hold_any_character(small_site: Site) -> None:
+    """The list's link leads to the run, whatever its id is."""
+    for run_id in ("run/with/slashes", "run ? # & %", "rün…"):
+        await small_site.services.door.put(_seen(run_id))
+    page = await _text(small_site, "/runs")
+    for href in re.findall(r'class="id" href="(/runs/[^"]+)"', page):
+        assert "<h1" in await _text(small_site, href.replace("&amp;", "&"))
+
+
+async def test_runs_are_filtered_and_paged(small_site: Site) -> None:
+    """Filters stay in the links between pages; a wrong one is a readable 400."""
+    now = utc_now()
+    await small_site.services.door.put_all(
+        [_seen(f"run_{n:03}", created_at=now - timedelta(minutes=n)) for n in range(60)]
+    )
+    first = await _text(small_site, "/runs?state=running&text=run_")
+    assert len(re.findall(r'<tr role="row" id="row-', first)) == 50
+    older = re.search(r'href="([^"]+)" rel="next"', first)
+    assert older is not None
+    link = older[1].replace("&amp;", "&")
+    assert "state=running" in link
+    second = await _text(small_site, link)
+    assert len(re.findall(r'<tr role="row" id="row-', second)) == 10
+    assert "Newest" in second
+    assert "No run fits" in await _text(small_site, "/runs?state=failed")
+    for wrong in ("state=asleep", "within=ever", "from=tomorrow", "cursor=nonsense"):
+        assert "That cannot be read" in await _text(small_site, f"/runs?{wrong}", 400)
+    recent = await _text(
+        small_site, f"/runs?from={(now - timedelta(minutes=5)):%Y-%m-%dT%H:%M:%SZ}"
+    )
+    assert len(re.findall(r'<tr role="row" id="row-', recent)) == 6
+
+
+async def test_sweeps_are_paged(small_site: Site) -> None:
+    """By their number; anything else is refused."""
+    for _ in range(52):
+        await sweeps.begin(small_site.services.database, "ws_1", utc_now())
+    first = await _text(small_site, "/sweeps")
+    older = re.search(r'href="(/sweeps\?before=\d+)"', first)
+    assert older is not None
+    assert len(re.findall(r'<tr role="row" id="row-', await _text(small_site, older[1]))) == 2
+    await _text(small_site, "/sweeps?before=x", 400)
+
+
+@pytest.mark.parametrize("path", ["/runs/none", "/deliveries/none", "/techniques/none", "/nothing"])
+async def test_what_is_not_here_is_a_page_for_people(small_site: Site, path: str) -> None:
+    """And JSON for a program."""
+    assert "There is nothing here" in await _text(small_site, path, 404)
+    program = await small_site.client.get(path)
+    assert program.status_code == 404
+    assert program.json()["error"]["code"] == "not_found"
+
+
+async def test_pages_keep_to_themselves(small_site: Site) -> None:
+    """A strict content policy without exceptions, nothing stored, nothing framed."""
+    answer = await small_site.client.get("/", headers=HTML)
+    policy = dict(
+        part.split(" ", 1) for part in answer.headers["Content-Security-Policy"].split("; ")
+    )
+    assert policy == {
+        "default-src": "'self'",
+        "img-src": "'self' https: data:",
+        "media-src": "https:",
+        "object-src": "'none'",
+        "base-uri": "'none'",
+        "form-action": "'self'",
+        "frame-ancestors": "'none'",
+    }
+    assert answer.headers["Cache-Control"] == "no-store"
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert answer.headers["Referrer-Policy"] == "same-origin"
+
+
+async def test_assets_are_kept_for_good_under_their_hash(serve: Serve, sqlite_url: str) -> None:
+    """All that a page names is there, without signing in; under an old address it is not kept."""
+    async with serve(sqlite_url, tracker_api_token=TOKEN) as site:
+        page = (await site.client.get("/login", headers=HTML)).text
+        names = set(re.findall(r'(?:href|src)="(/static/[^"#]+)', page))
+        names |= {f"{next(iter(names)).rsplit('/static/')[0]}"} - {""}
+        assert len(names) >= 4
+        for name in names:
+            answer = await site.client.get(name)
+            assert answer.status_code == 200, name
+            assert "immutable" in answer.headers["Cache-Control"]
+        old = re.sub(r"/static/[0-9a-f]+/", "/static/0000/", next(iter(names)))
+        assert (await site.client.get(old)).headers["Cache-Control"] == "no-cache"
+        for wrong in ("/static/x/none.css", "/static/x/../site.py", "/static/x/vendor/README.md"):
+            assert (await site.client.get(wrong)).status_code == 404
+
+
+async def test_the_modules_import_only_what_is_there(small_site: Site) -> None:
+    """Each import of a script leads to another one, under the same hash."""
+    page = await _text(small_site, "/")
+    main = re.search(r'type="module" src="([^"]+)"', page)
+    assert main is not None
+    folder = main[1].rsplit("/", 1)[0]
+    code = (await small_site.client.get(main[1])).text
+    imported = re.findall(r'import "\./([\w.]+)"', code)
+    assert len(imported) >= 5
+    for name in imported:
+        answer = await small_site.client.get(f"{folder}/{name}")
+        assert answer.status_code == 200
+        assert answer.headers["Content-Type"].startswith("text/javascript")

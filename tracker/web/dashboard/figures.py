@@ -1,0 +1,150 @@
+"""The numbers of the overview, gathered from the store and put as the page shows them."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+from typing import Any, Final
+
+from tracker.core.histogram import Lag
+from tracker.core.record import Record
+from tracker.core.run import RunStatus, Tracking
+from tracker.store import attention, overview, read
+from tracker.store.attention import SweepHealth
+from tracker.store.engine import Database
+from tracker.store.overview import CallbackHealth, HourOfEnds, StateCount, TechniqueCost
+from tracker.store.read import Counts, DeliveryRow
+
+SOURCES: Final = ("callback", "poll", "history")
+"""How ends become known; the answer to a start (`start`) is shown where it ever was."""
+DEAREST: Final = 7
+"""So many techniques are named in today's costs."""
+OVERDUE: Final = 8
+"""So many overdue runs are named."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class States:
+    """How many runs are in each state that a person asks for."""
+
+    pending: int
+    running: int
+    details: int
+    lost: int
+    completed: int
+    failed: int
+
+    @classmethod
+    def of(cls, counts: list[StateCount]) -> "States":
+        """From how many have which status and tracking."""
+
+        def count(tracking: Tracking | None = None, *statuses: RunStatus) -> int:
+            return sum(
+                each.runs
+                for each in counts
+                if tracking in (None, each.tracking) and each.status in (statuses or RunStatus)
+            )
+
+        return cls(
+            pending=count(Tracking.ACTIVE, RunStatus.PENDING),
+            running=count(Tracking.ACTIVE, RunStatus.RUNNING),
+            details=count(Tracking.ACTIVE, RunStatus.COMPLETED, RunStatus.FAILED),
+            lost=count(Tracking.LOST),
+            completed=count(None, RunStatus.COMPLETED),
+            failed=count(None, RunStatus.FAILED),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """What the runs that ended today cost: in all, the dearest techniques, and the rest of them."""
+
+    total: Decimal | None
+    dearest: list[TechniqueCost]
+    others: TechniqueCost | None
+    other_techniques: int
+    unpriced: int
+
+    @classmethod
+    def of(cls, rows: list[TechniqueCost]) -> "Costs":
+        """From each technique's, the dearest first."""
+        rest = rows[DEAREST:]
+        priced = any(row.runs > row.unpriced for row in rows)
+        return cls(
+            total=sum((row.cost for row in rows), Decimal(0)) if priced else None,
+            dearest=rows[:DEAREST],
+            others=TechniqueCost(
+                None,
+                runs=sum(row.runs for row in rest),
+                cost=sum((row.cost for row in rest), Decimal(0)),
+            )
+            if rest
+            else None,
+            other_techniques=len(rest),
+            unpriced=sum(row.unpriced for row in rows),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """All of them."""
+
+    states: States
+    hours: list[HourOfEnds]
+    callbacks: CallbackHealth
+    lag: Lag
+    costs: Costs
+    counts: Counts
+    overdue: list[Record]
+    sweeps: dict[str | None, SweepHealth]
+    last_delivery: DeliveryRow | None
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing has ever been seen."""
+        states = self.states
+        return not (
+            states.pending + states.running + states.details + states.lost
+            or states.completed + states.failed
+        )
+
+    @property
+    def by_source(self) -> list[tuple[str, int]]:
+        """The ends of all shown hours, by how they became known."""
+        counted = dict.fromkeys(SOURCES, 0)
+        for hour in self.hours:
+            for name, count in hour.by_source.items():
+                counted[name] = counted.get(name, 0) + count
+        return list(counted.items())
+
+    @property
+    def adopted(self) -> int:
+        """Runs that had ended before the tracker heard of them."""
+        return sum(hour.adopted for hour in self.hours)
+
+    def chart(self) -> dict[str, Any]:
+        """The bars, as the page's script takes them: columns of Unix seconds and of counts."""
+        names = [name for name, _ in self.by_source]
+        return {
+            "step": 3600,
+            "series": [{"name": name, "colour": name} for name in names],
+            "columns": [
+                [int(hour.hour.timestamp()) for hour in self.hours],
+                *([hour.by_source.get(name, 0) for hour in self.hours] for name in names),
+            ],
+        }
+
+
+async def gather(db: Database, *, now: datetime, hours: int) -> Figures:
+    """Read them all; `hours` is how far back the chart and the rates go."""
+    deliveries, _ = await read.list_deliveries(db, limit=1)
+    return Figures(
+        states=States.of(await overview.states(db)),
+        hours=await overview.ends_by_hour(db, now=now, hours=hours),
+        callbacks=await overview.callback_health(db, now=now, hours=hours),
+        lag=(await overview.lags(db, now=now, hours=hours)).seen,
+        costs=Costs.of(await overview.costs(db, now=now)),
+        counts=await read.counts(db, now=now),
+        overdue=await attention.overdue(db, now=now, limit=OVERDUE),
+        sweeps={each.workspace_id: each for each in await attention.sweep_health(db)},
+        last_delivery=deliveries[0] if deliveries else None,
+    )

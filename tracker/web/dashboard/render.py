@@ -1,0 +1,104 @@
+"""Templates become answers here, each with the headers that keep a page to what it is.
+
+Every value is escaped as it is put in, whichever file the template is. No page has a script or a
+style in itself, so the content policy needs no exception.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final
+from urllib.parse import quote
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from starlette.requests import Request
+from starlette.responses import Response
+
+from tracker import __version__
+from tracker.core.clock import Clock
+from tracker.web.dashboard.assets import Assets
+from tracker.web.dashboard.outputs import Gallery
+from tracker.web.dashboard.words import FILTERS
+from tracker.web.sessions import session_of
+
+PLACES: Final = (
+    ("/", "Overview"),
+    ("/runs", "Runs"),
+    ("/deliveries", "Deliveries"),
+    ("/techniques", "Techniques"),
+    ("/batches", "Batches"),
+    ("/sweeps", "Sweeps"),
+)
+"""What the navigation leads to."""
+
+
+class Renderer:
+    """Makes pages. `signs_in` says whether there is a token, and so a sign-in to be ended."""
+
+    def __init__(self, assets: Assets, gallery: Gallery, *, signs_in: bool, clock: Clock) -> None:
+        self._clock = clock
+        self._signs_in = signs_in
+        self._headers = {
+            "Content-Security-Policy": _policy(gallery.plain_origin),
+            "Cache-Control": "no-store",
+            "Cross-Origin-Opener-Policy": "same-origin",
+            # Nothing to other hosts. (With no-referrer a form of ours would come from "null".)
+            "Referrer-Policy": "same-origin",
+            "X-Frame-Options": "DENY",
+        }
+        self._environment = Environment(
+            loader=PackageLoader("tracker.web.dashboard", "templates"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        self._environment.globals.update(
+            asset=assets.url, version=__version__, places=PLACES, query=query
+        )
+        self._environment.filters.update(FILTERS, segment=lambda text: quote(text, safe=""))
+
+    def page(
+        self,
+        request: Request,
+        template: str,
+        *,
+        status: int = 200,
+        headers: Mapping[str, str] | None = None,
+        **values: Any,
+    ) -> Response:
+        """A page as the answer to a request."""
+        session = session_of(request.scope)
+        content = self._environment.get_template(template).render(
+            now=self._clock(),
+            path=request.url.path,
+            csrf=session.csrf if session else "",
+            signed_in=self._signs_in and session is not None,
+            **values,
+        )
+        return Response(
+            content,
+            status_code=status,
+            media_type="text/html",
+            headers={**self._headers, **(headers or {})},
+        )
+
+
+def query(path: str, **values: str | None) -> str:
+    """`path` with those of the values that are given as its query."""
+    pairs = [f"{name}={quote(value, safe='')}" for name, value in values.items() if value]
+    return f"{path}?{'&'.join(pairs)}" if pairs else path
+
+
+def _policy(plain_origin: str | None) -> str:
+    """Everything comes from here; media from any https address, or from a local FLORA."""
+    plain = f" {plain_origin}" if plain_origin else ""
+    return "; ".join(
+        (
+            "default-src 'self'",
+            f"img-src 'self' https: data:{plain}",
+            f"media-src https:{plain}",
+            "object-src 'none'",
+            "base-uri 'none'",
+            "form-action 'self'",
+            "frame-ancestors 'none'",
+        )
+    )

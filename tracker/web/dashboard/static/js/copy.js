@@ -1,0 +1,15 @@
+// Buttons that copy. They show only where the browser lets them work.
+if (navigator.clipboard) {
+  document.documentElement.classList.add("copies");
+  document.addEventListener("click", async (event) => {
+    const button = event.target.closest?.("button[data-copy]");
+    if (!button) return;
+    try {
+      await navigator.clipboard.writeText(button.dataset.copy);
+      button.classList.add("done");
+    } catch {
+      button.classList.add("failed");
+    }
+    setTimeout(() => button.classList.remove("done", "failed"), 1500);
+  });
+}
