@@ -12,20 +12,21 @@ from tracker.store.engine import Database
 HOUR = timedelta(hours=1)
 
 
-async def test_only_a_complete_sweep_counts(db: Database) -> None:
-    """A sweep that failed, or never came back, is not the last complete one."""
-    numbers = {}
-    for hours, workspace in ((0, "ws_1"), (1, "ws_1"), (2, "ws_1"), (3, "ws_2"), (4, None)):
-        numbers[hours] = await sweeps.begin(db, workspace, NOW + hours * HOUR)
-    assert await sweeps.last_complete(db, "ws_1") is None
+async def test_a_sweep_is_kept_as_it_ended(db: Database) -> None:
+    """The ledger holds what each sweep did, what stopped it, or that it never came back."""
     done = {"pages": 3, "items": 250, "discovered": 2, "repaired": 1}
-    await sweeps.finish(db, numbers[0], at=NOW + HOUR / 2, **done)
-    await sweeps.finish(db, numbers[1], at=NOW + 2 * HOUR, **done, error="FLORA answered 503")
-    await sweeps.finish(db, numbers[3], at=NOW + 4 * HOUR, **done)
-    last = await sweeps.last_complete(db, "ws_1")
-    assert last is not None
-    assert last == sweeps.SweepRow(
-        id=numbers[0],
+    whole = await sweeps.begin(db, "ws_1", NOW)
+    broken = await sweeps.begin(db, None, NOW + HOUR)
+    gone = await sweeps.begin(db, "ws_1", NOW + 2 * HOUR)
+    await sweeps.finish(db, whole, at=NOW + HOUR / 2, **done)
+    await sweeps.finish(db, broken, at=NOW + 2 * HOUR, **done, error="FLORA answered 503")
+    listed = await sweeps.list_sweeps(db, limit=3)
+    assert [row.id for row in listed] == [gone, broken, whole]
+    assert [row.id for row in await sweeps.list_sweeps(db, limit=2)] == [gone, broken]
+    assert listed[0].finished_at is None
+    assert (listed[1].workspace_id, listed[1].error) == (None, "FLORA answered 503")
+    assert listed[2] == sweeps.SweepRow(
+        id=whole,
         workspace_id="ws_1",
         started_at=NOW,
         finished_at=NOW + HOUR / 2,
@@ -38,12 +39,6 @@ async def test_only_a_complete_sweep_counts(db: Database) -> None:
         generations_through=None,
         error=None,
     )
-    assert await sweeps.last_complete(db, None) is None
-    await sweeps.finish(db, numbers[4], at=NOW + 5 * HOUR, **done)
-    unnamed = await sweeps.last_complete(db, None)
-    assert unnamed is not None
-    assert unnamed.id == numbers[4]
-    assert [row.id for row in await sweeps.list_sweeps(db, limit=2)] == [numbers[4], numbers[3]]
 
 
 async def test_the_oldest_run_that_has_not_ended_is_found(door: Door, db: Database) -> None:

@@ -94,23 +94,6 @@ async def finish(
     await db.write(lambda connection: connection.execute(statement).rowcount)
 
 
-async def last_complete(db: Database, workspace_id: str | None) -> SweepRow | None:
-    """The last complete sweep of a workspace, by its beginning."""
-    statement = (
-        select(sweeps)
-        .where(
-            _is(sweeps.c.workspace_id, workspace_id),
-            sweeps.c.finished_at.is_not(None),
-            sweeps.c.error.is_(None),
-        )
-        .order_by(sweeps.c.started_at.desc(), sweeps.c.id.desc())
-        .limit(1)
-    )
-    async with db.read() as connection:
-        found = (await connection.execute(statement)).first()
-    return None if found is None else _row(found)
-
-
 async def last_through(
     db: Database, workspace_id: str | None, kind: Literal["technique", "generation"]
 ) -> datetime | None:
