@@ -1,0 +1,321 @@
+"""The dashboard of the runs: what the SQL views say, over any span of time.
+
+Only views are asked, so the read-only role of docs/views.md is enough. An unknown workspace is
+called so, because a variable cannot stand for NULL.
+"""
+
+from typing import Final
+
+from panels import Row, Show
+
+WORKSPACES: Final = """SELECT coalesce(workspace_id, 'unknown') FROM v_run_states
+UNION SELECT coalesce(workspace_id, 'unknown') FROM v_sweeps
+UNION SELECT 'unknown' ORDER BY 1"""
+
+_W: Final = "coalesce(workspace_id, 'unknown') IN (${workspace:sqlstring})"
+_DAYS: Final = "day >= date_trunc('day', $__timeFrom()::timestamptz) AND day <= $__timeTo()"
+
+
+def _lags(lag: str) -> tuple[tuple[str, str], ...]:
+    """Quantiles over all workspaces and sources of an hour: the upper edge of their bucket."""
+    query = f"""SELECT hour AS time,
+    min(CASE WHEN upto >= 0.5 * total THEN le END) AS p50,
+    min(CASE WHEN upto >= 0.95 * total THEN le END) AS p95
+FROM (
+    SELECT hour, le, sum(runs) OVER (PARTITION BY hour ORDER BY le) AS upto,
+        sum(runs) OVER (PARTITION BY hour) AS total
+    FROM (
+        SELECT hour, coalesce(le_seconds, 86400) AS le, sum(runs) AS runs
+        FROM v_lags_hourly
+        WHERE lag = '{lag}' AND $__timeFilter(hour) AND {_W}
+        GROUP BY 1, 2
+    ) AS counted
+) AS ranked
+GROUP BY hour ORDER BY hour"""
+    return ((query, ""),)
+
+
+GLANCE: Final = Row(
+    "At a glance",
+    (
+        Show(
+            title="Open runs",
+            kind="stat",
+            width=4,
+            queries=(
+                (
+                    "SELECT coalesce(sum(runs), 0) AS open FROM v_run_states\n"
+                    f"WHERE tracking = 'active' AND {_W}",
+                    "",
+                ),
+            ),
+            about="Runs whose end or details are not known yet, now.",
+        ),
+        Show(
+            title="Overdue",
+            kind="stat",
+            width=4,
+            queries=(
+                (
+                    "SELECT count(*) AS overdue FROM v_overdue_runs\n"
+                    f"WHERE overdue_seconds > 60 AND {_W}",
+                    "",
+                ),
+            ),
+            about="Runs that nobody has read for over a minute since they were due.",
+            limits=(1, 100),
+        ),
+        Show(
+            title="Callbacks missed",
+            kind="stat",
+            width=4,
+            unit="percentunit",
+            queries=(
+                (
+                    "SELECT sum(missed)::float8 / nullif(sum(expected), 0) AS miss_rate\n"
+                    f"FROM v_callback_health WHERE {_DAYS} AND {_W}",
+                    "",
+                ),
+            ),
+            about="Of the runs whose end became known on the days shown.",
+            limits=(0.05, 0.2),
+        ),
+        Show(
+            title="Cost",
+            kind="stat",
+            width=4,
+            unit="currencyUSD",
+            queries=(
+                (
+                    "SELECT coalesce(sum(cost), 0)::float8 AS cost FROM v_cost_daily\n"
+                    f"WHERE {_DAYS} AND {_W}",
+                    "",
+                ),
+            ),
+            about="Of the settled runs that FLORA ended on the days shown (UTC).",
+            decimals=2,
+        ),
+        Show(
+            title="Quarantined",
+            kind="stat",
+            width=4,
+            queries=((f"SELECT count(*) AS quarantined FROM v_quarantine WHERE {_W}", ""),),
+            about="Callbacks that are authentic and were not understood, now.",
+            limits=(1, None),
+        ),
+        Show(
+            title="Unresolved starts",
+            kind="stat",
+            width=4,
+            queries=(
+                (
+                    "SELECT count(*) AS unresolved FROM v_open_starts\nWHERE state = 'unresolved'",
+                    "",
+                ),
+            ),
+            about="Starts of which nobody knows whether FLORA acted, in all workspaces, now.",
+            limits=(None, 1),
+        ),
+    ),
+)
+
+ENDS: Final = Row(
+    "Ends",
+    (
+        Show(
+            title="Ends an hour, by who told first",
+            kind="bars",
+            width=12,
+            queries=(
+                (
+                    "SELECT hour AS time, ended_via AS metric, sum(ends - adopted) AS ends\n"
+                    f"FROM v_ends_hourly WHERE $__timeFilter(hour) AND {_W}\n"
+                    "GROUP BY 1, 2 ORDER BY 1, 2",
+                    "",
+                ),
+            ),
+            about="In the hour in which they became known. Runs that had ended before the tracker "
+            "heard of them do not count.",
+        ),
+        Show(
+            title="Completed and failed",
+            kind="bars",
+            width=12,
+            queries=(
+                (
+                    "SELECT hour AS time, sum(completed) AS completed, sum(failed) AS failed\n"
+                    f"FROM v_ends_hourly WHERE $__timeFilter(hour) AND {_W}\n"
+                    "GROUP BY 1 ORDER BY 1",
+                    "",
+                ),
+            ),
+            about="All ends, those that were found later included.",
+        ),
+        Show(
+            title="From FLORA's end until known",
+            unit="s",
+            width=12,
+            queries=_lags("seen"),
+            about="By hour, over all sources.",
+        ),
+        Show(
+            title="From FLORA's end until settled",
+            unit="s",
+            width=12,
+            queries=_lags("settled"),
+            about="By hour: until the details (outputs, cost, times) had been read, too.",
+        ),
+    ),
+)
+
+CALLBACKS: Final = Row(
+    "Callbacks",
+    (
+        Show(
+            title="Callbacks a day",
+            kind="bars",
+            width=12,
+            queries=(
+                (
+                    "SELECT day AS time, sum(came) AS came, sum(late) AS late,\n"
+                    "    sum(missed) AS missed, sum(unexpected) AS unexpected\n"
+                    f"FROM v_callback_health WHERE {_DAYS} AND {_W}\n"
+                    "GROUP BY 1 ORDER BY 1",
+                    "",
+                ),
+            ),
+            about="came: told first. late: after another way. missed: not yet. unexpected: of runs "
+            "that were started elsewhere.",
+        ),
+        Show(
+            title="Miss rate a day",
+            unit="percentunit",
+            width=12,
+            most=1,
+            queries=(
+                (
+                    "SELECT day AS time, coalesce(workspace_id, 'unknown') AS metric, miss_rate\n"
+                    f"FROM v_callback_health WHERE {_DAYS} AND {_W}\n"
+                    "ORDER BY 1, 2",
+                    "",
+                ),
+            ),
+            about="By workspace.",
+        ),
+    ),
+)
+
+COSTS: Final = Row(
+    "Cost",
+    (
+        Show(
+            title="Cost a day",
+            kind="bars",
+            unit="currencyUSD",
+            width=12,
+            queries=(
+                (
+                    "SELECT day AS time, coalesce(technique_name, technique_id, 'other') AS metric,"
+                    f"\n    sum(cost)::float8 AS cost\nFROM v_cost_daily WHERE {_DAYS} AND {_W}\n"
+                    "GROUP BY 1, 2 ORDER BY 1, 2",
+                    "",
+                ),
+            ),
+            about="By technique, on the day (UTC) on which FLORA ended the run.",
+        ),
+        Show(
+            title="Cost by technique",
+            kind="table",
+            width=12,
+            queries=(
+                (
+                    "SELECT coalesce(technique_name, technique_id, 'other') AS technique,\n"
+                    "    sum(runs) AS runs, sum(completed) AS completed, sum(failed) AS failed,\n"
+                    "    sum(unpriced) AS unpriced, sum(cost)::float8 AS usd,\n"
+                    "    (sum(cost) / nullif(sum(completed), 0))::float8 AS usd_a_completed_run\n"
+                    f"FROM v_cost_daily WHERE {_DAYS} AND {_W}\nGROUP BY 1 ORDER BY usd DESC",
+                    "",
+                ),
+            ),
+            about="On the days shown.",
+        ),
+    ),
+)
+
+NOW: Final = Row(
+    "Now",
+    (
+        Show(
+            title="Runs by state",
+            kind="table",
+            width=12,
+            queries=(
+                (
+                    "SELECT coalesce(technique_name, technique_id, 'not known') AS technique,\n"
+                    "    status, tracking, sum(runs) AS runs\n"
+                    f"FROM v_run_states WHERE tracking <> 'settled' AND {_W}\n"
+                    "GROUP BY 1, 2, 3 ORDER BY runs DESC LIMIT 200",
+                    "",
+                ),
+            ),
+            about="All but the settled ones.",
+        ),
+        Show(
+            title="Sweeps",
+            kind="table",
+            width=12,
+            queries=(
+                (
+                    "SELECT workspace_id, last_started_at, last_error, complete_finished_at,\n"
+                    "    complete_pages, complete_discovered, complete_repaired, through\n"
+                    f"FROM v_sweeps WHERE {_W} ORDER BY complete_finished_at NULLS FIRST",
+                    "",
+                ),
+            ),
+            about="Through: up to which moment, by FLORA's clock, the history is verified.",
+        ),
+        Show(
+            title="Overdue runs",
+            kind="table",
+            width=24,
+            queries=(
+                (
+                    "SELECT run_id, workspace_id, technique_name, status, overdue_seconds,\n"
+                    "    checks, callback_expected, last_error\n"
+                    f"FROM v_overdue_runs WHERE {_W} ORDER BY next_check_at LIMIT 100",
+                    "",
+                ),
+            ),
+            about="The longest due first. There are none where a worker keeps up.",
+        ),
+        Show(
+            title="Quarantined callbacks",
+            kind="table",
+            width=12,
+            queries=(
+                (
+                    "SELECT received_at, delivery_id, run_id, event_type, reason, receipts\n"
+                    f"FROM v_quarantine WHERE {_W} ORDER BY received_at DESC LIMIT 100",
+                    "",
+                ),
+            ),
+            about="tracker deliveries show has the bytes; tracker deliveries replay tries again.",
+        ),
+        Show(
+            title="Starts that are not decided",
+            kind="table",
+            width=12,
+            queries=(
+                (
+                    "SELECT created_at, state, workspace_slot, technique_id, idempotency_key,\n"
+                    "    error_code, error_message\n"
+                    "FROM v_open_starts ORDER BY created_at LIMIT 100",
+                    "",
+                ),
+            ),
+            about="In all workspaces. Unresolved ones are for somebody to look at.",
+        ),
+    ),
+)
+
+RUNS: Final = (GLANCE, ENDS, CALLBACKS, COSTS, NOW)

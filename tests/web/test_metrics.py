@@ -1,0 +1,308 @@
+"""`GET /metrics`: what a process did, and how things stand, in the words of Prometheus."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import Engine, event
+from structlog.contextvars import merge_contextvars
+from structlog.testing import capture_logs
+
+from tests.store.making import NOW, quarantined, seen, started
+from tests.support.postgres import PostgresServer
+from tests.support.scraping import read_scrape, scrape
+from tests.support.waiting import eventually
+from tests.web import callbacks
+from tests.web.callbacks import PATH, SECRET, signature, signed
+from tests.web.conftest import Serve, Site
+from tests.web.serving import serving
+from tracker.core.run import RunStatus
+from tracker.metrics import Metrics
+from tracker.metrics.state import State
+from tracker.settings import Settings
+from tracker.simulator import Options, running
+from tracker.store.engine import Database
+from tracker.web.app import build_health_app
+from tracker.wiring import Services, open_services
+
+STATE = (
+    *("tracker_runs", "tracker_oldest_due", "tracker_starts", "tracker_cost_today"),
+    *("tracker_recent", "tracker_deliveries", "tracker_callback_last", "tracker_history"),
+    *("tracker_sweep_last", "tracker_sweep_failed"),
+)
+
+
+async def post(site: Site, body: bytes, secret: str = SECRET, **headers: str) -> int:
+    """Posts a signed callback; the status of the answer."""
+    answer = await site.client.post(PATH, content=body, headers=signed(body, secret) | headers)
+    return answer.status_code
+
+
+@asynccontextmanager
+async def opened(database_url: str, **more: Any) -> AsyncIterator[Services]:
+    """Services as another process would have them."""
+    async with open_services(Settings(tracker_database_url=database_url, **more)) as services:
+        yield services
+
+
+async def test_a_scrape_is_prometheus_text(small_site: Site) -> None:
+    """Version 0.0.4 unless something newer is asked for, and each metric says what it means."""
+    answer = await small_site.client.get("/metrics")
+    assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert "# HELP tracker_runs_due Runs that wait to be read." in answer.text
+    accept = "application/openmetrics-text;version=1.0.0"
+    answer = await small_site.client.get("/metrics", headers={"Accept": accept})
+    assert answer.headers["Content-Type"].startswith("application/openmetrics-text")
+    assert answer.text.endswith("# EOF\n")
+    answer = await small_site.client.get("/metrics", headers={"Accept": "text/plain;version=x"})
+    assert answer.status_code == 200
+
+
+async def test_callbacks_are_counted_by_outcome_and_secret(serve: Serve, sqlite_url: str) -> None:
+    """By the position of the secret, and the secrets themselves are nowhere."""
+    secrets = ("whsec_of_the_new_kind", "whsec_of_the_old_kind")
+    async with serve(
+        sqlite_url, flora_webhook_secret=" ".join(secrets), flora_workspace_id="ws_1"
+    ) as site:
+        assert (await scrape(site.client)).value("tracker_callbacks_total", secret=2) == 0
+        for secret in (secrets[0], secrets[0], secrets[1]):
+            assert await post(site, callbacks.event(), secret) == 200
+        assert await post(site, b"?", secrets[1]) == 200
+        found = await scrape(site.client)
+        text = (await site.client.get("/metrics")).text
+    for secret, outcome, count in (
+        *((1, "applied", 1), (1, "repeated", 1), (1, "quarantined", 0)),
+        *((2, "applied", 0), (2, "repeated", 1), (2, "quarantined", 1)),
+    ):
+        labels = {"workspace_id": "ws_1", "secret": secret, "outcome": outcome}
+        assert found.value("tracker_callbacks_total", **labels) == count, labels
+    assert found.value("tracker_callback_seconds_count") == 4
+    assert not any(secret in text for secret in secrets)
+
+
+async def test_refused_callbacks_are_counted_by_reason(small_site: Site) -> None:
+    """Each reason is there from the beginning, at zero."""
+    body = callbacks.event()
+    assert await post(small_site, body, "whsec_of_somebody_else") == 401
+    assert (await small_site.client.post(PATH, content=body)).status_code == 401
+    old = signature(body, at=NOW - timedelta(days=400))
+    refused = await small_site.client.post(PATH, content=body, headers={"Flora-Signature": old})
+    assert refused.status_code == 401
+    assert await post(small_site, b"x" * (256 * 1024 + 1)) == 413
+    found = (await scrape(small_site.client)).of("tracker_callbacks_refused_total")
+    counts = {dict(labels)["reason"]: value for (_, labels), value in found.items()}
+    assert {reason for reason, count in counts.items() if count} == {
+        *("mismatch", "missing", "expired", "too_large")
+    }
+    assert set(counts.values()) == {0, 1}
+
+
+async def test_a_receiver_without_secrets_is_counted_as_not_set_up(
+    serve: Serve, sqlite_url: str
+) -> None:
+    """So that an alert can tell it from a wrong signature."""
+    async with serve(sqlite_url, flora_webhook_secret="") as site:
+        assert await post(site, callbacks.event()) == 503
+        found = await scrape(site.client)
+    assert found.value("tracker_callbacks_refused_total", reason="not_set_up") == 1
+
+
+async def test_commits_and_ends_are_counted(site: Site) -> None:
+    """How many entries share a commit, how long it takes, and who told the end first, how late."""
+    at = NOW + timedelta(seconds=40)
+    ended = {"completed_at": NOW, "created_at": NOW - timedelta(minutes=1)}
+    details = {"outputs": (), "charged_cost": 1, **ended}
+    await site.services.door.put_all([started("run_1"), started("run_2")])
+    await post(site, callbacks.event("run_1"))
+    await site.services.door.put_all(
+        [
+            seen("run_1", RunStatus.COMPLETED, at=at, facts=details, reads=1),
+            seen("run_2", RunStatus.FAILED, at=at, facts=ended, reads=1),
+        ]
+    )
+    found = await scrape(site.client)
+    assert found.value("tracker_commit_entries_sum") == 5
+    assert found.value("tracker_commit_seconds_count") == 3
+    ends = {"source": "poll", "status": "failed"}
+    assert found.value("tracker_run_ends_total") == 2
+    assert found.value("tracker_run_ends_total", source="callback", status="completed") == 1
+    assert found.value("tracker_run_ends_total", **ends) == 1
+    assert found.value("tracker_end_lag_seconds_sum", source="poll") == 40
+    assert found.value("tracker_settle_lag_seconds_sum", source="callback") == 40
+    assert found.value("tracker_settle_lag_seconds_bucket", source="poll", le="30.0") == 0
+    assert found.value("tracker_settle_lag_seconds_bucket", source="poll", le="60.0") == 1
+
+
+async def test_a_run_that_had_ended_before_it_was_heard_of_has_no_lag(small_site: Site) -> None:
+    """What a first sweep finds says nothing about how soon ends are known."""
+    old = {"completed_at": NOW - timedelta(days=3), "created_at": NOW - timedelta(days=3)}
+    await small_site.services.door.put(seen("run_old", RunStatus.FAILED, facts=old, reads=1))
+    found = await scrape(small_site.client)
+    assert found.value("tracker_adopted_runs_total") == 1
+    assert found.value("tracker_run_ends_total") == 0
+    assert found.value("tracker_end_lag_seconds_count") is None
+
+
+async def test_failed_writes_are_counted(serve: Serve, own_postgres: PostgresServer) -> None:
+    """While the database is down nothing is said of its state but that, and the answer is 200."""
+    async with serve(own_postgres.url("tracker")) as site:
+        await post(site, callbacks.event())
+        assert (await scrape(site.client)).value("tracker_database_up") == 1
+        site.services.metrics._state._keep_seconds = 0  # type: ignore[union-attr]
+        await asyncio.to_thread(own_postgres.stop)
+        posting = asyncio.create_task(post(site, callbacks.event("run_2")))
+
+        async def noticed() -> bool:
+            found = await scrape(site.client)
+            failures = found.value("tracker_database_write_failures_total", reason="unavailable")
+            return found.value("tracker_database_up") == 0 and bool(failures)
+
+        await eventually(noticed)
+        found = await scrape(site.client)
+        assert not found.of(*STATE)
+        assert found.value("tracker_queue_entries") == 1
+        await asyncio.to_thread(own_postgres.start)
+        assert await posting in (200, 503)
+        await eventually(lambda: _is_up(site))
+
+
+async def _is_up(site: Site) -> bool:
+    return (await scrape(site.client)).value("tracker_database_up") == 1
+
+
+async def test_a_database_that_hangs_delays_a_scrape_for_a_bounded_time(
+    postgres_url: str,
+) -> None:
+    """Prometheus gets an answer before it gives up."""
+    async with opened(postgres_url) as services, await Database.open(postgres_url) as other:
+        state = State(
+            database=services.database,
+            workspaces=services.workspaces,
+            clock=services.clock,
+            patience=0.2,
+        )
+        async with other.engine.connect() as blocker:
+            await blocker.exec_driver_sql("SET TRANSACTION READ WRITE")
+            await blocker.exec_driver_sql("LOCK TABLE deliveries IN ACCESS EXCLUSIVE MODE")
+            await state.refresh()
+        told = {family.name: family.samples for family in state.collect()}
+    assert told.keys() == {"tracker_database_up", "tracker_state_read_seconds"}
+    assert told["tracker_database_up"][0].value == 0
+
+
+async def test_every_process_tells_the_same_state(database_url: str, serve: Serve) -> None:
+    """State comes from the database; what a process did itself is told by that process alone."""
+    async with serve(database_url) as site, opened(database_url) as other:
+        await site.services.door.put_all(
+            [started("run_1"), quarantined("whd_x"), seen("run_2", at=NOW)]
+        )
+        here = await scrape(site.client)
+        there = read_scrape((await other.metrics.exposition())[0].decode())
+    assert here.of(*STATE).names >= {"tracker_runs", "tracker_deliveries_quarantined"}
+    differing = {"tracker_oldest_due_seconds"}  # it is an age, and time went on
+    assert {k: v for k, v in here.of(*STATE).items() if k[0] not in differing} == {
+        k: v for k, v in there.of(*STATE).items() if k[0] not in differing
+    }
+    assert here.value("tracker_deliveries_quarantined") == 1
+    assert (
+        here.value("tracker_commit_entries_sum"),
+        there.value("tracker_commit_entries_sum"),
+    ) == (
+        3,
+        0,
+    )
+
+
+async def test_scrapes_ask_the_database_once_in_a_while(small_site: Site) -> None:
+    """However many scrape at the same moment, and however often."""
+    sent: list[str] = []
+
+    def hear(_c: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        sent.append(statement)
+
+    event.listen(Engine, "before_cursor_execute", hear)
+    try:
+        await asyncio.gather(*(scrape(small_site.client) for _ in range(8)))
+        once = len([one for one in sent if "quarantined" in one])
+        await scrape(small_site.client)
+        again = len([one for one in sent if "quarantined" in one])
+    finally:
+        event.remove(Engine, "before_cursor_execute", hear)
+    assert (once, again) == (1, 1)
+
+
+async def test_calls_to_flora_are_counted_by_endpoint_and_status(
+    serve: Serve, sqlite_url: str
+) -> None:
+    """With the state of the budget and of the breaker, by workspace."""
+    async with (
+        running(Options()) as flora,
+        serve(
+            sqlite_url,
+            flora_base_url=flora.base_url,
+            flora_api_key="sk_test_revoked",
+            flora_workspace_id="ws_1",
+        ) as site,
+    ):
+        before = await scrape(site.client)
+        start = {"technique": "tech_1", "inputs": [{"id": "a", "type": "text", "value": "v"}]}
+        assert (await site.client.post("/api/runs", json=start)).status_code == 502
+        found = await scrape(site.client)
+    assert before.value("tracker_flora_breaker_open", workspace_id="ws_1") == 0
+    assert found.value("tracker_flora_breaker_open", workspace_id="ws_1") == 1
+    refused = found.of("tracker_flora_requests_total")
+    assert {dict(labels)["status"] for _, labels in refused} == {"401"}
+    assert {dict(labels)["workspace_id"] for _, labels in refused} == {"ws_1"}
+    assert found.value("tracker_flora_request_seconds_count") == sum(refused.values())
+    assert found.value("tracker_flora_requests_in_flight", workspace_id="ws_1") == 0
+    assert "tracker_flora_budget_rate" not in found.names  # no limit was met
+
+
+async def test_metrics_need_the_token_where_one_is_set(serve: Serve, sqlite_url: str) -> None:
+    """They tell strangers nothing, on the worker's port neither."""
+    async with serve(sqlite_url, tracker_api_token="of_the_tests") as site:
+        bearer = {"Authorization": "Bearer of_the_tests"}
+        assert (await site.client.get("/metrics")).status_code == 401
+        assert (await site.client.get("/metrics", headers=bearer)).status_code == 200
+        async with (
+            serving(build_health_app(site.services)) as base_url,
+            httpx.AsyncClient(base_url=base_url) as client,
+        ):
+            assert (await client.get("/metrics")).status_code == 401
+            assert (await client.get("/metrics", headers=bearer)).status_code == 200
+
+
+def test_two_sets_of_metrics_share_nothing() -> None:
+    """A test, or a program that opens the services twice, counts each apart."""
+    one, other = Metrics(clock=lambda: NOW), Metrics(clock=lambda: NOW)
+    one.job_failed("poll")
+    name, labels = "tracker_worker_job_failures_total", {"task": "poll"}
+    assert one.registry.get_sample_value(name, labels) == 1
+    assert other.registry.get_sample_value(name, labels) is None
+
+
+async def test_the_log_names_the_request_and_the_delivery(small_site: Site) -> None:
+    """Each line has those that it is about, and nothing of the requests before."""
+    strange, unsigned = callbacks.event("run_1", type="run.sung"), callbacks.event("run_2")
+    with capture_logs(processors=[merge_contextvars]) as lines:
+        for body, headers in ((strange, signed(strange)), (unsigned, {})):
+            number = {"X-Request-Id": f"number-{len(headers)}"}
+            await small_site.client.post(PATH, content=body, headers=headers | number)
+    quarantined, refused = [line for line in lines if line["event"].startswith("callback.")]
+    assert quarantined["event"] == "callback.quarantined"
+    assert (quarantined["request_id"], quarantined["delivery_id"]) == ("number-2", "whd_run_1")
+    assert (refused["event"], refused["request_id"]) == ("callback.refused", "number-0")
+    assert "delivery_id" not in refused
+
+
+@pytest.mark.parametrize("given", [b"req-7.of_a_proxy", b"bad id", b"", b"x" * 65])
+async def test_each_answer_has_the_number_of_its_request(small_site: Site, given: bytes) -> None:
+    """The proxy's own where it is fit for a log, else a new one."""
+    answer = await small_site.client.get("/healthz", headers=[(b"X-Request-Id", given)])
+    number = answer.headers["X-Request-Id"]
+    assert (number == given.decode()) == (given == b"req-7.of_a_proxy")
+    assert 8 <= len(number) <= 64

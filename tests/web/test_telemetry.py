@@ -1,0 +1,104 @@
+"""Traces: only for who asks for them, and without anything that is nobody's business."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+
+import httpx
+import pytest
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from structlog.testing import capture_logs
+
+from tests.web import callbacks
+from tests.web.callbacks import PATH, SECRET, signed
+from tests.web.conftest import Site
+from tests.web.serving import serving
+from tracker.simulator import Options, running
+from tracker.store.engine import Database
+from tracker.telemetry import ENDPOINT, tracing, untraced
+from tracker.web.app import build_app
+
+ON = {ENDPOINT: "http://127.0.0.1:4318", "OTEL_SERVICE_NAME": "of the tests"}
+
+
+@pytest.fixture
+def spans() -> Iterator[InMemorySpanExporter]:
+    """Where the spans go in place of a collector."""
+    exporter = InMemorySpanExporter()
+    yield exporter
+    exporter.shutdown()
+
+
+async def test_a_callback_is_traced_to_the_statements(
+    site: Site, spans: InMemorySpanExporter
+) -> None:
+    """On both engines: the request by its route, the SQL without its parameters, no secrets."""
+    processor = SimpleSpanProcessor(spans)
+    body = callbacks.event("run_traced")
+    async with (
+        tracing(site.services.database.engines, environ=ON, processor=processor) as traced,
+        serving(build_app(replace(site.services, traced=traced))) as base_url,
+        httpx.AsyncClient(base_url=base_url) as client,
+    ):
+        spans.clear()
+        assert (await client.post(PATH, content=body, headers=signed(body))).status_code == 200
+        assert (await client.get("/api/runs/run_traced/events")).status_code == 200
+        for path in ("/healthz", "/readyz", "/metrics"):
+            assert (await client.get(path)).status_code == 200
+    found = spans.get_finished_spans()
+    served = [span.name for span in found if span.kind.name == "SERVER"]
+    assert served == ["POST /callbacks/flora", "GET /api/runs/*"]
+    told = " ".join(f"{span.name} {dict(span.attributes or {})}" for span in found)
+    assert "INSERT INTO deliveries" in told
+    assert "whd_run_traced" not in told
+    assert SECRET not in told
+    assert {span.resource.attributes["service.name"] for span in found} == {"of the tests"}
+
+
+async def test_a_call_to_flora_is_traced(small_site: Site, spans: InMemorySpanExporter) -> None:
+    """With its status, and without the key."""
+    async with (
+        tracing((), environ=ON, processor=SimpleSpanProcessor(spans)),
+        running(Options()) as flora,
+        httpx.AsyncClient() as client,
+    ):
+        spans.clear()
+        key = {"Authorization": "Bearer sk_test_simulator"}
+        await client.get(f"{flora.base_url}/techniques", headers=key)
+    (span,) = [span for span in spans.get_finished_spans() if span.kind.name == "CLIENT"]
+    assert (span.attributes or {})["http.status_code"] == 200
+    assert "sk_test" not in str(dict(span.attributes or {}))
+
+
+async def test_nothing_is_traced_unless_asked_for() -> None:
+    """Without the variable nothing changes, and OpenTelemetry is not even looked for."""
+    async with tracing((), environ={}) as traced:
+        assert traced is untraced
+    assert untraced(build_app) is build_app  # type: ignore[arg-type, comparison-overlap]
+
+
+async def test_asking_without_the_extra_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log says what to install, and the service starts all the same."""
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    with capture_logs() as lines:
+        async with tracing((), environ=ON) as traced:
+            assert traced is untraced
+    (line,) = lines
+    assert line["event"] == "telemetry.not_installed"
+    assert "flora-run-tracker[otel]" in line["advice"]
+
+
+async def test_tracing_ends_with_its_block(sqlite_url: str, spans: InMemorySpanExporter) -> None:
+    """What comes afterwards is not recorded, and it can be opened again."""
+    for _ in range(2):
+        async with (
+            await Database.open(sqlite_url) as database,
+            tracing(database.engines, environ=ON, processor=SimpleSpanProcessor(spans)),
+        ):
+            await database.ping()
+    assert spans.get_finished_spans()
+    spans.clear()
+    async with await Database.open(sqlite_url) as database:
+        await database.ping()
+    assert spans.get_finished_spans() == ()

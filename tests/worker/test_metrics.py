@@ -1,0 +1,118 @@
+"""What a worker does is counted, and what it says in the log names what it is about."""
+
+from structlog.contextvars import merge_contextvars
+from structlog.testing import capture_logs
+
+from tests.support.scraping import Scrape, read_scrape
+from tests.support.waiting import eventually
+from tests.worker.conftest import HandClock, MakeFlora, OpenServices
+from tests.worker.test_scheduler import simulator, swept, working
+from tracker.simulator import Simulator
+from tracker.wiring import Services
+
+__all__ = ["simulator"]
+
+
+async def scrape(services: Services) -> Scrape:
+    """What `/metrics` of this process says now."""
+    return read_scrape((await services.metrics.exposition())[0].decode())
+
+
+async def test_a_worker_is_seen_at_work(database_url: str, simulator: Simulator) -> None:
+    """Its sweeps, pages and rounds are counted; that it runs is told while it does."""
+    simulator.start()
+    async with working(database_url, simulator) as (_, services):
+        await eventually(lambda: swept(services))
+
+        async def counted() -> Scrape | None:
+            found = await scrape(services)
+            done = found.value("tracker_sweeps_total", result="complete")
+            return found if done and found.value("tracker_poll_settled_total") else None
+
+        found = await eventually(counted)
+        assert found is not None
+        assert found.value("tracker_worker_running") == 1
+        assert (found.value("tracker_worker_last_round_timestamp_seconds") or 0) > 1e9
+        assert found.value("tracker_sweep_discovered_total") == 1
+        assert found.value("tracker_sweep_pages_total") == 2  # of techniques and of generations
+        assert found.value("tracker_sweep_interval_seconds") == 300
+        reads = [found.value(f"tracker_poll_{what}_total") or 0 for what in ("reads", "pages")]
+        assert sum(reads) >= 1
+        asked = "GET /technique-runs"
+        pages = found.value("tracker_flora_requests_total", endpoint=asked, status=200)
+        assert (pages or 0) >= 1
+        assert found.value("tracker_run_ends_total") == 1
+    assert (await scrape_again(services)).value("tracker_worker_running") == 0
+
+
+async def scrape_again(services: Services) -> Scrape:
+    """What is told of a worker that has stopped, its database closed."""
+    services.metrics._state = None
+    return await scrape(services)
+
+
+async def test_a_sweep_that_fails_is_counted_and_shown(
+    open_on: OpenServices, make_flora: MakeFlora, clock: HandClock
+) -> None:
+    """By the process that tried, and in the state that every process tells."""
+    async with make_flora(api_key="sk_test_of_another") as flora:
+        services: Services = await open_on(
+            flora, flora_api_key="sk_test_wrong", flora_workspace_id="ws_1"
+        )
+        (workspace,) = services.workspaces
+        never = await scrape(services)
+        report = await services.sweeper.sweep(workspace)
+        assert report.error
+        services.metrics.swept(report)
+        services.metrics._state._keep_seconds = 0  # type: ignore[union-attr]
+        services.metrics._state._fresh_until = 0  # type: ignore[union-attr]
+        found = await scrape(services)
+    last_complete = "tracker_sweep_last_complete_timestamp_seconds"
+    assert never.value(last_complete, workspace_id="ws_1") == 0
+    assert never.value("tracker_sweep_failed") is None
+    assert found.value("tracker_sweeps_total", workspace_id="ws_1", result="failed") == 1
+    assert found.value("tracker_sweep_failed", workspace_id="ws_1") == 1
+    assert found.value(last_complete, workspace_id="ws_1") == 0
+    assert found.value("tracker_flora_breaker_open", workspace_id="ws_1") == 1
+
+
+async def test_a_complete_sweep_says_through_when(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """When it ended, and through which moment the history is here."""
+    flora.start()
+    (workspace,) = services.workspaces
+    clock.move(60)
+    assert (await services.sweeper.sweep(workspace)).error is None
+    found = await scrape(services)
+    ended = found.value("tracker_sweep_last_complete_timestamp_seconds")
+    assert ended == clock().timestamp()
+    assert found.value("tracker_history_verified_timestamp_seconds") == ended - 60
+    assert found.value("tracker_sweep_failed") == 0
+
+
+async def test_what_is_said_while_a_run_is_read_names_the_run(
+    services: Services, flora: Simulator
+) -> None:
+    """Each request to FLORA stands in the log with the run and the workspace that it is for."""
+    run = flora.start()
+    await services.tracker.track(run.run_id)
+    with capture_logs(processors=[merge_contextvars]) as lines:
+        await services.poller.poll_due()
+    requests = [line for line in lines if line["event"] == "flora.request"]
+    assert requests
+    for line in requests:
+        assert line["run_id"] == run.run_id
+        assert line["workspace_id"]
+        assert line["flora_request_id"].startswith("req_")
+
+
+async def test_a_refused_key_is_said_once(open_on: OpenServices, flora: Simulator) -> None:
+    """When the breaker opens; not at each trial."""
+    services: Services = await open_on(flora, flora_api_key="sk_test_wrong")
+    (workspace,) = services.workspaces
+    with capture_logs() as lines:
+        for _ in range(3):
+            assert (await services.sweeper.sweep(workspace)).error
+    said = [line for line in lines if line["event"] == "flora.key_refused"]
+    assert [line["status"] for line in said] == [401]

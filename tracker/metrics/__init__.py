@@ -1,0 +1,5 @@
+"""What Prometheus is told: what this process does, and how things stand in the database."""
+
+from tracker.metrics.exposition import Metrics
+
+__all__ = ["Metrics"]

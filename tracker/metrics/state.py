@@ -1,0 +1,206 @@
+"""How things stand in the database, which every process tells alike: take the maximum, not the sum.
+
+It is read when somebody looks, and at most every few seconds, so that a curious scraper is no load.
+Where the database does not answer in time nothing is told but that: a number that may be old would
+hide the failure.
+"""
+
+import asyncio
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from typing import Final
+
+import structlog
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from tracker.core.clock import Clock
+from tracker.core.errors import StoreError
+from tracker.store.attention import SweepHealth, sweep_health
+from tracker.store.engine import Database
+from tracker.store.gauges import Gauges, read_gauges
+from tracker.tracking.workspaces import Workspaces
+
+KEEP_SECONDS: Final = 5.0
+"""For so long what was read, or that nothing could be read, is told again."""
+PATIENCE: Final = 4.0
+"""Prometheus gives up after ten seconds; so long the database has."""
+UNKNOWN: Final = "unknown"
+"""The workspace of a run that nobody has named the workspace of."""
+EXPECTED: Final = ("came", "late", "missed")
+
+log = structlog.get_logger(__name__)
+
+
+class State(Collector):
+    """Reads the database when `refresh` is called, and tells what it read."""
+
+    def __init__(
+        self,
+        *,
+        database: Database,
+        workspaces: Workspaces,
+        clock: Clock,
+        keep_seconds: float = KEEP_SECONDS,
+        patience: float = PATIENCE,
+    ) -> None:
+        self._database = database
+        self._workspaces = workspaces
+        self._clock = clock
+        self._keep_seconds = keep_seconds
+        self._patience = patience
+        self._reading: asyncio.Task[None] | None = None
+        self._fresh_until = 0.0
+        self._took = 0.0
+        self._gauges: Gauges | None = None
+        self._sweeps: list[SweepHealth] = []
+        self._now = clock()
+
+    async def refresh(self) -> None:
+        """Read again what was read too long ago. However many ask, the database is asked once."""
+        loop = asyncio.get_running_loop()
+        if self._reading is None or (self._reading.done() and loop.time() >= self._fresh_until):
+            self._reading = asyncio.create_task(self._read(), name="metrics-state")
+        await asyncio.shield(self._reading)
+
+    async def aclose(self) -> None:
+        """Let go of the database."""
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.wait([self._reading])
+
+    async def _read(self) -> None:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        self._gauges = None
+        try:
+            async with asyncio.timeout(self._patience):
+                now = self._clock()
+                gauges = await read_gauges(self._database, now=now)
+                self._sweeps = await sweep_health(self._database)
+        except (StoreError, TimeoutError) as error:
+            log.warning("metrics.database_unread", error=str(error) or "it does not answer in time")
+        else:
+            self._gauges, self._now = gauges, now
+        self._took = loop.time() - began
+        self._fresh_until = loop.time() + self._keep_seconds
+
+    def describe(self) -> Iterable[Metric]:
+        """The names, for the registry, which wants them before anything was read."""
+        return self._tell(_NOTHING)
+
+    def collect(self) -> Iterator[Metric]:
+        """What was last read."""
+        return self._tell(self._gauges)
+
+    def _tell(self, gauges: Gauges | None) -> Iterator[Metric]:
+        yield _plain(
+            "database_up",
+            "1 where the database answered this process in time.",
+            int(gauges is not None),
+        )
+        yield _plain("state_read_seconds", "How long the state metrics took to read.", self._took)
+        if gauges is None:
+            return
+        yield from _runs(gauges, self._now)
+        yield from _callbacks(gauges)
+        yield from self._histories()
+
+    def _histories(self) -> Iterator[Metric]:
+        complete = _by_workspace(
+            "sweep_last_complete_timestamp_seconds",
+            "When the last complete sweep ended; 0 if there was none.",
+        )
+        failed = _by_workspace("sweep_failed", "1 where the newest sweep failed.")
+        verified = _by_workspace(
+            "history_verified_timestamp_seconds",
+            "Through which moment, by FLORA's clock, the history is known to be here.",
+        )
+        swept = {one.workspace_id or UNKNOWN: one for one in self._sweeps}
+        for name, one in swept.items():
+            complete.add_metric([name], one.complete_at.timestamp() if one.complete_at else 0)
+            failed.add_metric([name], int(one.last_error is not None))
+            if one.through is not None:
+                verified.add_metric([name], one.through.timestamp())
+        for workspace in self._workspaces:
+            keyed = workspace.client is not None and workspace.workspace_id is not None
+            if keyed and workspace.name not in swept:
+                complete.add_metric([workspace.name], 0)
+        yield from (complete, failed, verified)
+
+
+_NOTHING: Final = Gauges(
+    runs={},
+    callbacks={},
+    cost_today={},
+    due=0,
+    overdue=0,
+    awaiting_callback=0,
+    oldest_due_at=None,
+    quarantined=0,
+    last_callback_at=None,
+    open_starts=0,
+    unresolved_starts=0,
+)
+
+
+def _runs(gauges: Gauges, now: datetime) -> Iterator[Metric]:
+    runs = GaugeMetricFamily(
+        "tracker_runs", "Runs by state.", labels=["workspace_id", "status", "tracking"]
+    )
+    for (workspace, status, tracking), count in sorted(gauges.runs.items()):
+        runs.add_metric([workspace or UNKNOWN, status, tracking], count)
+    yield runs
+    yield _plain("runs_due", "Runs that wait to be read.", gauges.due)
+    yield _plain("runs_overdue", "Runs that have waited for over a minute.", gauges.overdue)
+    oldest = gauges.oldest_due_at
+    waited = max((now - oldest).total_seconds(), 0) if oldest else 0
+    yield _plain("oldest_due_seconds", "How long the first of them has waited.", waited)
+    yield _plain(
+        "runs_awaiting_callback", "Open runs whose callback has not come.", gauges.awaiting_callback
+    )
+    yield _plain("starts_open", "Starts that are under way or undecided.", gauges.open_starts)
+    yield _plain(
+        "starts_unresolved",
+        "Starts of which nobody knows whether FLORA acted.",
+        gauges.unresolved_starts,
+    )
+    cost = _by_workspace("cost_today_usd", "What the runs that ended today (UTC) cost.")
+    for workspace, amount in sorted(gauges.cost_today.items()):
+        cost.add_metric([workspace or UNKNOWN], float(amount))
+    yield cost
+
+
+def _callbacks(gauges: Gauges) -> Iterator[Metric]:
+    last = gauges.last_callback_at
+    yield _plain(
+        "callback_last_received_timestamp_seconds",
+        "When the newest callback came; 0 if none ever did.",
+        last.timestamp() if last else 0,
+    )
+    yield _plain(
+        "deliveries_quarantined", "Callbacks that were not understood.", gauges.quarantined
+    )
+    recent = GaugeMetricFamily(
+        "tracker_recent_callbacks",
+        "What became of the callbacks of runs that ended in this hour and the one before.",
+        labels=["workspace_id", "outcome"],
+    )
+    ratio = _by_workspace(
+        "recent_callback_miss_ratio", "The share of the expected ones that did not come."
+    )
+    for (workspace, outcome), count in sorted(gauges.callbacks.items()):
+        recent.add_metric([workspace or UNKNOWN, outcome], count)
+    for workspace in sorted({workspace for workspace, _ in gauges.callbacks}):
+        counts = [gauges.callbacks.get((workspace, outcome), 0) for outcome in EXPECTED]
+        if sum(counts):
+            ratio.add_metric([workspace or UNKNOWN], counts[-1] / sum(counts))
+    yield from (recent, ratio)
+
+
+def _plain(name: str, meaning: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"tracker_{name}", meaning, value=value)
+
+
+def _by_workspace(name: str, meaning: str) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"tracker_{name}", meaning, labels=["workspace_id"])

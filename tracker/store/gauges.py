@@ -1,0 +1,124 @@
+"""What a metric wants to know of the database: a few numbers, the same whichever process asks.
+
+Each comes from the tallies or from a short index, of which `BOUND` rows at most are looked at: a
+scrape costs the same with a million runs as with ten, and however much has piled up.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from decimal import Decimal
+from typing import Any, Final
+
+from sqlalchemy import BigInteger, ScalarSelect, Select, Table, and_, cast, func, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from tracker.core.run import RunStatus
+from tracker.core.tally import CALLBACK, COST, STATE, dollars
+from tracker.store.attention import LATE_AFTER
+from tracker.store.engine import Database
+from tracker.store.overview import TALLIES
+from tracker.store.tables import deliveries, runs, starts, word
+
+BOUND: Final = 10_000
+"""No count goes beyond this: of so many, more would tell nobody more."""
+RECENT_HOURS: Final = 2
+"""The present hour and the one before: the callbacks of the runs that ended in them are recent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gauges:
+    """How things stand in the database; costs in USD, times UTC. An unknown workspace is "".
+
+    `runs` counts by workspace, status and tracking, `callbacks` by workspace and what became of
+    them (of the runs that ended in the last `RECENT_HOURS`), `cost_today` is by workspace. `due`
+    runs wait to be read, `overdue` ones for longer than `LATE_AFTER`; `awaiting_callback` are open
+    runs whose callback has not come. `last_callback_at` is when the newest delivery first came.
+    """
+
+    runs: dict[tuple[str, str, str], int]
+    callbacks: dict[tuple[str, str], int]
+    cost_today: dict[str, Decimal]
+    due: int
+    overdue: int
+    awaiting_callback: int
+    oldest_due_at: datetime | None
+    quarantined: int
+    last_callback_at: datetime | None
+    open_starts: int
+    unresolved_starts: int
+
+
+async def read_gauges(db: Database, *, now: datetime) -> Gauges:
+    """Read all of them, as of one moment. Raises `StoreUnavailable`."""
+    hour = now.replace(minute=0, second=0, microsecond=0)
+    day = hour.replace(hour=0)
+    async with db.read() as connection:
+        states = await _tallied(connection, STATE, "workspace_id", "status", "word")
+        came = await _tallied(
+            connection,
+            CALLBACK,
+            *("workspace_id", "word"),
+            since=hour - timedelta(hours=RECENT_HOURS - 1),
+        )
+        costs = await _tallied(connection, COST, "workspace_id", since=day)
+        backlog = (await connection.execute(_backlog(now))).one()
+        rest = (await connection.execute(_REST)).one()
+    return Gauges(
+        runs={(key[0], key[1], key[2]): count for key, (count, _) in states.items() if count},
+        callbacks={(key[0], key[1]): count for key, (count, _) in came.items() if count},
+        cost_today={key[0]: dollars(amount) for key, (count, amount) in costs.items() if count},
+        due=backlog.due,
+        overdue=backlog.overdue,
+        awaiting_callback=backlog.awaiting_callback,
+        oldest_due_at=backlog.oldest_due_at,
+        **rest._asdict(),
+    )
+
+
+async def _tallied(
+    connection: AsyncConnection, measure: str, *names: str, since: datetime | None = None
+) -> dict[tuple[str, ...], tuple[int, int]]:
+    """How many runs, and their amount, by the columns of those names."""
+    by = [TALLIES.c[name] for name in names]
+    sums = (cast(func.sum(TALLIES.c[name]), BigInteger) for name in ("runs", "amount"))
+    statement = select(*by, *sums).where(TALLIES.c.measure == word(measure)).group_by(*by)
+    if since is not None:
+        statement = statement.where(TALLIES.c.since >= since)
+    rows = await connection.execute(statement)
+    return {tuple(row[:-2]): (row[-2], row[-1]) for row in rows}
+
+
+def _backlog(now: datetime) -> Select[*tuple[Any, ...]]:
+    """The runs that are to be read, the longest due first."""
+    waits = and_(
+        runs.c.callback_expected,
+        runs.c.callback_at.is_(None),
+        runs.c.status.in_([word(RunStatus.PENDING), word(RunStatus.RUNNING)]),
+    )
+    first = (
+        select(runs.c.next_check_at, waits.label("waits"))
+        .where(runs.c.next_check_at.is_not(None))
+        .order_by(runs.c.next_check_at)
+        .limit(BOUND)
+        .subquery()
+    )
+    is_due = first.c.next_check_at <= now
+    return select(
+        func.count().filter(is_due).label("due"),
+        func.count().filter(first.c.next_check_at <= now - LATE_AFTER).label("overdue"),
+        func.count().filter(first.c.waits).label("awaiting_callback"),
+        func.min(first.c.next_check_at).filter(is_due).label("oldest_due_at"),
+    )
+
+
+def _count(table: Table, *condition: Any) -> ScalarSelect[int]:
+    rows = select(table.c[table.primary_key.columns.keys()[0]]).where(*condition).limit(BOUND)
+    return select(func.count()).select_from(rows.subquery()).scalar_subquery()
+
+
+_REST: Final = select(
+    _count(deliveries, deliveries.c.outcome == word("quarantined")).label("quarantined"),
+    select(func.max(deliveries.c.received_at)).scalar_subquery().label("last_callback_at"),
+    _count(starts, starts.c.state.in_([word("stored"), word("sent")])).label("open_starts"),
+    _count(starts, starts.c.state == word("unresolved")).label("unresolved_starts"),
+)
