@@ -6,9 +6,10 @@ VENV   := .venv
 TOOLS  := .tools
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-# FLORA's own SDK, which one test runs with node; left out where npm is not installed.
-SDK    := tests/simulator/sdk
-SDK_STAMP := $(if $(shell command -v npm),$(SDK)/node_modules/.installed)
+# FLORA's own SDK, which one test runs with node, and axe-core, which one runs in the dashboard's
+# pages; left out where npm is not installed.
+NPM    := tests/simulator/sdk tests/browser/axe
+NPM_STAMPS := $(if $(shell command -v npm),$(NPM:=/node_modules/.installed))
 # The Python that is here is used, and a machine's own settings add nothing to the lock files.
 PIP    := PIP_CONSTRAINT=/dev/null PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore \
           $(PYTHON) -m pip
@@ -20,12 +21,12 @@ UV     := UV_PYTHON_DOWNLOADS=never UV_FIND_LINKS= UV_CONSTRAINT= UV_OVERRIDE= \
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format lock clean
+.PHONY: help install demo test check format lock screenshots clean
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-install: $(STAMP) $(SDK_STAMP)  ## make .venv with everything the project needs (does nothing where it is current)
+install: $(STAMP) $(NPM_STAMPS)  ## make .venv with everything the project needs (does nothing where it is current)
 
 $(TOOLS)/.installed: requirements/uv.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make install PYTHON=...")'
@@ -41,17 +42,20 @@ $(STAMP): $(TOOLS)/.installed requirements/dev.txt pyproject.toml
 		--editable .
 	@touch $@
 
-# Without the SDK everything else still works, so only CI insists on it.
-$(SDK)/node_modules/.installed: $(SDK)/package.json $(SDK)/package-lock.json
-	@if npm ci --prefix $(SDK) --ignore-scripts --no-audit --no-fund --loglevel=error \
+# Without them everything else still works, so only CI insists on them.
+%/node_modules/.installed: %/package.json %/package-lock.json
+	@if npm ci --prefix $* --ignore-scripts --no-audit --no-fund --loglevel=error \
 		--fetch-retries=1 --fetch-timeout=30000; then touch $@; \
-	else test -z "$$CI" && echo "the test with FLORA's SDK is left out: npm could not install it"; fi
+	else test -z "$$CI" && echo "the tests with $* are left out: npm could not install it"; fi
 
 demo: install  ## watch the tracker work against a local FLORA, without a key
 	$(BIN)/tracker demo
 
 test: install  ## run the test suite, on SQLite and on a PostgreSQL that it starts itself
 	$(BIN)/pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+screenshots: install  ## take pictures of the dashboard, into docs/screenshots (needs Chromium)
+	$(BIN)/python -m tools.screenshots
 
 check: install  ## lint, formatting, types and the house's import rules
 	$(BIN)/ruff check .
@@ -66,12 +70,12 @@ format: install  ## put the code into the house's format
 lock: $(TOOLS)/.installed  ## resolve the requirement files anew (UPGRADE=--upgrade takes newer releases)
 	$(LOCK) --output-file requirements/runtime.txt pyproject.toml
 	$(LOCK) --output-file requirements/dev.txt --constraint requirements/runtime.txt --group dev \
-		pyproject.toml
+		--extra otel pyproject.toml
 	$(LOCK) --output-file requirements/uv.txt --group pyproject.toml:bootstrap
 
 LOCK = UV_NO_CONFIG=1 $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
        --no-annotate --custom-compile-command "make lock" $(UPGRADE)
 
 clean:  ## remove the virtual environment and what the tools left behind
-	rm -rf $(VENV) $(TOOLS) $(SDK)/node_modules .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist
+	rm -rf $(VENV) $(TOOLS) $(NPM:=/node_modules) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

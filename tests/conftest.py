@@ -22,8 +22,10 @@ from tests.support.databases import (
 from tests.support.postgres import PostgresServer
 
 # A developer's own key, deployment and proxy are nobody's business here, nor a child process's.
+_FOR_TESTS = ("TRACKER_TEST_", "TRACKER_REQUIRE_")
 for _name in list(os.environ):
-    _is_ours = _name.startswith(("FLORA_", "TRACKER_")) and not _name.startswith("TRACKER_TEST_")
+    _is_ours = _name.startswith(("FLORA_", "TRACKER_", "OTEL_"))
+    _is_ours = _is_ours and not _name.startswith(_FOR_TESTS)
     if _is_ours or _name.lower().endswith("_proxy"):
         del os.environ[_name]
 

@@ -83,9 +83,12 @@ def test_the_locks_agree_and_hold_what_is_asked_for() -> None:
     assert locked["runtime"].items() <= locked["dev"].items()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     groups = project["dependency-groups"]
+    extras = [
+        one for extra in project["project"]["optional-dependencies"].values() for one in extra
+    ]
     for lock, asked in (
         ("runtime", project["project"]["dependencies"]),
-        ("dev", groups["dev"] + project["build-system"]["requires"]),
+        ("dev", groups["dev"] + project["build-system"]["requires"] + extras),
         ("uv", groups["bootstrap"]),
     ):
         names = {re.split(r"[^a-z0-9-]", one.lower())[0] for one in asked}

@@ -4,13 +4,19 @@ The API and the command line show the same. Times are ISO 8601 in UTC with `Z`, 
 microsecond, so that they sort as text; cost is a JSON number, in USD.
 """
 
+import base64
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, Protocol
 
+from tracker.core.inputs import obstacle
 from tracker.core.record import Record
 from tracker.core.run import Output
+from tracker.flora.technique import ports
+from tracker.store.read import DeliveryRow
+from tracker.store.techniques import TechniqueRow
+from tracker.tracking.explain import Explanation
 
 
 class EventLike(Protocol):
@@ -89,6 +95,78 @@ def event_json(event: EventLike) -> dict[str, Any]:
         "status": str(event.status),
         "progress": number_json(event.progress),
         "detail": dict(event.detail),
+    }
+
+
+def delivery_json(row: DeliveryRow) -> dict[str, Any]:
+    """A callback as it is kept: the columns of the table `deliveries`.
+
+    `body` is there where it was read: as text, or in base64 as `body_base64` where it is none.
+    """
+    shown: dict[str, Any] = {
+        "delivery_id": row.delivery_id,
+        "run_id": row.run_id,
+        "event_type": row.event_type,
+        "api_version": row.api_version,
+        "workspace_id": row.workspace_id,
+        "created_at": _time(row.created_at),
+        "received_at": time_json(row.received_at),
+        "last_received_at": time_json(row.last_received_at),
+        "receipts": row.receipts,
+        "outcome": row.outcome.value,
+        "reason": row.reason,
+    }
+    if row.body is not None:
+        try:
+            shown["body"] = row.body.decode()
+        except UnicodeDecodeError:
+            shown["body_base64"] = base64.b64encode(row.body).decode()
+    return shown
+
+
+def explanation_json(explanation: Explanation) -> dict[str, Any]:
+    """A run's story: its sentences, and the next look for a program. Waits are seconds."""
+    look = explanation.next
+    known = look.durations
+    return {
+        "run_id": explanation.run_id,
+        "story": [
+            {
+                "at": _time(sentence.at),
+                "kind": sentence.kind.value,
+                "source": sentence.source and sentence.source.value,
+                "text": sentence.text,
+            }
+            for sentence in explanation.sentences
+        ],
+        "next_look": {
+            "at": _time(look.at),
+            "why": look.why.value,
+            "since": _time(look.since),
+            "wait": None if look.wait is None else look.wait.total_seconds(),
+            "looks": look.number,
+            "jitter": None if look.jitter is None else look.jitter.total_seconds(),
+            "learned": None
+            if known is None
+            else {"runs": known.count, "p50": known.p50, "p95": known.p95},
+        },
+    }
+
+
+def technique_json(row: TechniqueRow) -> dict[str, Any]:
+    """A technique: the columns of the table `techniques`, and why it cannot be started, if so."""
+    return {
+        "technique_id": row.technique_id,
+        "slug": row.slug,
+        "name": row.name,
+        "description": row.description,
+        "run_cost": number_json(row.run_cost),
+        "inputs": list(row.inputs),
+        "outputs": list(row.outputs),
+        "obstacle": obstacle(ports(row.inputs)),
+        "synced_at": _time(row.synced_at),
+        "defined_at": _time(row.defined_at),
+        "gone_at": _time(row.gone_at),
     }
 
 

@@ -6,24 +6,37 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Final
 from uuid import uuid4
 
 from tracker.core.clock import Clock, utc_now
 from tracker.flora.client import FloraClient
+from tracker.metrics import Metrics
 from tracker.settings import Settings, WorkspaceSettings
 from tracker.store import migrate
 from tracker.store.door import Door
 from tracker.store.engine import Database
 from tracker.store.signals import Signals
+from tracker.store.tally_keeper import TallyKeeper
+from tracker.telemetry import Wrap, tracing, untraced
+from tracker.tracking.batch import Batches
 from tracker.tracking.catalogue import Catalogue
+from tracker.tracking.download import Downloader
 from tracker.tracking.durations import DurationBook
+from tracker.tracking.explain import Explainer
+from tracker.tracking.follow import Follower
+from tracker.tracking.originals import Originals
 from tracker.tracking.poll import Poller
 from tracker.tracking.receive import Receiver
+from tracker.tracking.recover import Recovery
+from tracker.tracking.replay import Replayer
 from tracker.tracking.start import Starter
 from tracker.tracking.sweep import Sweeper
+from tracker.tracking.sync import CatalogueSync
 from tracker.tracking.track import Tracker
 from tracker.tracking.workspaces import Workspace, Workspaces
+from tracker.worker.cron import longest_wait
 
 CALLER_SECONDS: Final = 25.0
 """How long FLORA is tried while somebody waits: a one-shot gives up within 30 s in all."""
@@ -37,16 +50,25 @@ class Services:
 
     settings: Settings
     clock: Clock
+    metrics: Metrics
+    traced: Wrap
     database: Database
     door: Door
     signals: Signals
     workspaces: Workspaces
     catalogue: Catalogue
+    catalogue_sync: CatalogueSync
     receiver: Receiver
+    replayer: Replayer
     starter: Starter
+    batches: Batches
+    recovery: Recovery
     tracker: Tracker
     poller: Poller
     sweeper: Sweeper
+    follower: Follower
+    explainer: Explainer
+    downloader: Downloader
 
     @property
     def reconcile_cron(self) -> str:
@@ -71,9 +93,14 @@ async def open_services(
             await Database.open(settings.tracker_database_url)
         )
         await migrate.check(database)
+        traced: Wrap = untraced
+        if background:
+            traced = await stack.enter_async_context(tracing(database.engines))
+        metrics = Metrics(clock=clock)
+        stack.push_async_callback(metrics.aclose)
         workspaces = Workspaces(
             [
-                await _workspace(one, settings, stack, background=background, clock=clock)
+                await _workspace(one, settings, metrics, stack, background=background, clock=clock)
                 for one in settings.all_workspaces
             ]
         )
@@ -81,58 +108,109 @@ async def open_services(
         signals = Signals(database)
         if background:
             await stack.enter_async_context(signals)
+        # Before the door, so that it is closed after it and folds what was committed last.
+        tallies = await stack.enter_async_context(TallyKeeper(database, background=background))
         door = await stack.enter_async_context(
             Door(
                 database,
                 policy=settings.policy,
                 durations_of=durations.of,
-                on_commit=[signals.committed],
+                on_commit=[signals.committed, tallies.committed, metrics.committed],
+                on_write=[metrics.written],
             )
         )
-        catalogue = Catalogue(database, clock=clock)
-        holder = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
+        metrics.watch(
+            database=database,
+            waiting=lambda: door.waiting,
+            workspaces=workspaces,
+            sweep_seconds=cache(partial(longest_wait, settings.tracker_reconcile_cron, clock())),
+        )
+        catalogue = Catalogue(database, workspaces=workspaces, clock=clock)
+        originals = Originals(database=database, door=door, clock=clock)
+        process = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
+        poller = Poller(
+            database=database,
+            door=door,
+            workspaces=workspaces,
+            durations=durations,
+            holder=process,
+            clock=clock,
+        )
+        starter = Starter(
+            database=database,
+            workspaces=workspaces,
+            catalogue=catalogue,
+            durations=durations,
+            originals=originals,
+            callback_url=settings.callback_url,
+            process=process,
+            clock=clock,
+            deadline=CALLER_SECONDS,
+        )
+        follower = Follower(
+            database=database,
+            signals=signals,
+            poller=poller,
+            workspaces=workspaces,
+            clock=clock,
+        )
         yield Services(
             settings=settings,
             clock=clock,
+            metrics=metrics,
+            traced=traced,
             database=database,
             door=door,
             signals=signals,
             workspaces=workspaces,
             catalogue=catalogue,
+            catalogue_sync=CatalogueSync(
+                database=database, workspaces=workspaces, process=process, clock=clock
+            ),
             receiver=Receiver(
                 door=door,
                 workspaces=workspaces,
                 tolerance=settings.tracker_signature_tolerance,
                 clock=clock,
             ),
-            starter=Starter(
+            replayer=Replayer(database=database, door=door, workspaces=workspaces, clock=clock),
+            starter=starter,
+            batches=Batches(
                 database=database,
-                door=door,
                 workspaces=workspaces,
                 catalogue=catalogue,
-                durations=durations,
-                callback_url=settings.callback_url,
-                holder=holder,
+                starter=starter,
+                poller=poller,
                 clock=clock,
-                deadline=CALLER_SECONDS,
+            ),
+            recovery=Recovery(
+                database=database,
+                workspaces=workspaces,
+                originals=originals,
+                process=process,
+                clock=clock,
             ),
             tracker=Tracker(door=door, workspaces=workspaces, catalogue=catalogue, clock=clock),
-            poller=Poller(
-                database=database,
-                door=door,
-                workspaces=workspaces,
-                durations=durations,
-                holder=holder,
-                clock=clock,
-            ),
+            poller=poller,
             sweeper=Sweeper(
                 database=database,
                 door=door,
                 workspaces=workspaces,
                 durations=durations,
-                holder=holder,
+                holder=process,
                 first_since=settings.tracker_history_since,
                 clock=clock,
+            ),
+            follower=follower,
+            explainer=Explainer(
+                database=database,
+                workspaces=workspaces,
+                durations=durations,
+                policy=settings.policy,
+                clock=clock,
+            ),
+            downloader=Downloader(
+                database=database, signals=signals, follower=follower, clock=clock
             ),
         )
 
@@ -140,26 +218,27 @@ async def open_services(
 async def _workspace(
     given: WorkspaceSettings,
     settings: Settings,
+    metrics: Metrics,
     stack: AsyncExitStack,
     *,
     background: bool,
     clock: Clock,
 ) -> Workspace:
-    client: FloraClient | None = None
+    workspace = Workspace(
+        # The one of the top-level names keeps its slot when its id is set later on: the ledger of
+        # starts goes by it.
+        slot="default" if given.id == settings.flora_workspace_id else given.id or "default",
+        workspace_id=given.id,
+        secrets=tuple(secret.get_secret_value() for secret in given.webhook_secrets),
+    )
     if given.api_key is not None:
-        client = FloraClient(
+        workspace.client = FloraClient(
             base_url=settings.flora_base_url,
             api_key=given.api_key.get_secret_value(),
             concurrency=settings.tracker_api_concurrency,
             clock=clock,
             deadline=JOB_SECONDS if background else CALLER_SECONDS,
+            on_request=metrics.requests_of(workspace),
         )
-        stack.push_async_callback(client.aclose)
-    return Workspace(
-        # The one of the top-level names keeps its slot when its id is set later on: the ledger of
-        # starts goes by it.
-        slot="default" if given.id == settings.flora_workspace_id else given.id or "default",
-        workspace_id=given.id,
-        client=client,
-        secrets=tuple(secret.get_secret_value() for secret in given.webhook_secrets),
-    )
+        stack.push_async_callback(workspace.client.aclose)
+    return workspace

@@ -203,6 +203,8 @@ def upgrade() -> None:
         sa.Column("inputs", Json, nullable=False),
         sa.Column("state", sa.Text(), nullable=False),
         sa.Column("created_at", Moment, nullable=False),
+        sa.Column("in_use_since", Moment),
+        sa.Column("callback_url", sa.Text()),
         sa.Column("sent_at", Moment),
         sa.Column("run_id", sa.Text()),
         sa.Column("error", Json),

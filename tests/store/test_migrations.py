@@ -53,8 +53,9 @@ _SQLITE = {
 }
 _POSTGRES = {
     "columns": "SELECT table_name, column_name, data_type, is_nullable, column_default, "
-    "is_identity, identity_generation FROM information_schema.columns "
-    "WHERE table_schema = 'public' AND table_name <> 'alembic_version'",
+    "is_identity, identity_generation FROM information_schema.columns JOIN "
+    "information_schema.tables USING (table_schema, table_name) WHERE table_type = 'BASE TABLE' "
+    "AND table_schema = 'public' AND table_name <> 'alembic_version'",
     "indexes": "SELECT indexdef FROM pg_indexes WHERE schemaname = 'public' "
     "AND tablename <> 'alembic_version'",
     "constraints": "SELECT conrelid::regclass, conname, pg_get_constraintdef(oid) "

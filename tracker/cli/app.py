@@ -5,13 +5,24 @@ expected to go wrong is one line on stderr; only a fault of the tracker's own sh
 """
 
 import sys
+from collections.abc import Sequence
 from typing import Annotated, NoReturn
 
 import typer
 
 from tracker import __version__
-from tracker.cli import database, local, looking, runs, serving
-from tracker.core.errors import SettingsError, TrackerError
+from tracker.cli import (
+    batch,
+    batches,
+    database,
+    deliveries,
+    local,
+    looking,
+    runs,
+    serving,
+    techniques,
+)
+from tracker.core.errors import FieldFault, InvalidRequest, SettingsError, TrackerError
 
 app = typer.Typer(
     name="tracker",
@@ -26,6 +37,10 @@ app = typer.Typer(
 serving.add_to(app)
 looking.add_to(app)
 app.add_typer(runs.app)
+batch.add_to(app)
+app.add_typer(batches.app)
+app.add_typer(techniques.app)
+app.add_typer(deliveries.app)
 app.add_typer(database.app)
 local.add_to(app)
 
@@ -52,11 +67,11 @@ def main() -> NoReturn:
     except typer.TyperException as error:
         _explain(error)
         sys.exit(error.exit_code)
-    except SettingsError as error:
-        _say(str(error))
+    except (SettingsError, InvalidRequest) as error:
+        _say(_with_fields(error))
         sys.exit(2)
     except TrackerError as error:
-        _say(str(error))
+        _say(_with_fields(error))
         sys.exit(1)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
@@ -73,6 +88,14 @@ def _explain(error: typer.TyperException) -> None:
         typer.echo(message, err=True)
     else:
         _say(f"{message.rstrip('.')} (see {context.command_path} --help)")
+
+
+def _with_fields(error: TrackerError) -> str:
+    """What the error says, and each field that it names, unless its message tells that already."""
+    message = str(error)
+    fields: Sequence[FieldFault] = getattr(error, "fields", ())
+    told = [f"{one.field}: {one.message}" for one in fields if one.message not in message]
+    return f"{message}: {'; '.join(told)}" if told else message
 
 
 def _say(message: str) -> None:

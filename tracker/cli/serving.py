@@ -50,7 +50,7 @@ def serve(
 def worker(
     host: Annotated[str, typer.Option(help="Address for --port.")] = "127.0.0.1",
     port: Annotated[
-        int | None, typer.Option(help="Serve /healthz on this port.", min=0, max=65535)
+        int | None, typer.Option(help="Serve /healthz and /metrics on this port.", min=0, max=65535)
     ] = None,
 ) -> int:
     """Poll what is due and sweep the history, without receiving.

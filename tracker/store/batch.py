@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final, Protocol
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, bindparam, null, update
 
-from tracker.core.entry import Delivered, Delivery, Entry, Seen, Unseen
+from tracker.core.entry import Delivered, Delivery, Entry, Replayed, Seen, Unseen
 from tracker.core.observation import Observation
 from tracker.core.record import DurationsOf, Record, apply
 from tracker.core.schedule import Policy
-from tracker.store.tables import deliveries
+from tracker.core.tally import Key, facts, same
+from tracker.store.tables import deliveries, word
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,8 @@ class Passed:
     """What an entry did: the run's record before and after it.
 
     `after` is `None` where the entry is about no run that is known. `repeated` says that the
-    delivery had come before, so that only its count changed; its run is then not looked at.
+    delivery had come before, so that only its count changed, or that it had been replayed before;
+    its run is then not looked at.
     """
 
     before: Record | None
@@ -41,6 +43,7 @@ class Passed:
 DELIVERY_COLUMNS: Final = tuple(deliveries.columns)
 EVENT_COLUMNS: Final = ("run_id", "at", "source", "status", "progress", "detail")
 OUTPUT_COLUMNS: Final = ("run_id", "position", "output_id", "type", "url")
+TALLY_COLUMNS: Final = (*Key._fields, "runs", "amount")
 Rows = list[tuple[Any, ...]]
 
 
@@ -48,7 +51,7 @@ Rows = list[tuple[Any, ...]]
 class Outcome:
     """What a whole batch did: of each entry in order, and in sum.
 
-    `due` says that a run is to be read at once, `news` names the runs that show otherwise than
+    `due` says that a look was brought forward, `news` names the runs that show otherwise than
     before.
     """
 
@@ -69,10 +72,12 @@ class Changes:
     """Runs whose stored outputs are replaced."""
     outputs: Rows = field(default_factory=list)
     events: Rows = field(default_factory=list)
+    tallies: Rows = field(default_factory=list)
+    """How many runs more or fewer now count under a key, by how much: see tracker.core.tally."""
     started: Rows = field(default_factory=list)
     """Workspace slots and idempotency keys of starts, and the runs that they became."""
     due: bool = False
-    """Whether a run is to be read at once."""
+    """Whether a look at some run was brought forward."""
     news: list[str] = field(default_factory=list)
     """Runs that show otherwise than before."""
 
@@ -109,6 +114,7 @@ def pass_batch(
     Several entries may be about one run. Nothing is committed here.
     """
     repeated = _count_deliveries(connection, entries, statements)
+    repeated |= _apply_replays(connection, entries)
     run_ids = {
         run_id
         for position, entry in enumerate(entries)
@@ -145,6 +151,40 @@ def _count_deliveries(
     for key, positions in at.items():
         first_is_new = receipts[key] == len(positions)
         repeated.update(positions[1:] if first_is_new else positions)
+    return repeated
+
+
+_READ_AGAIN: Final = ("run_id", "event_type", "api_version", "workspace_id", "created_at")
+"""What a replay may read otherwise than it was read when the callback came."""
+_APPLY_REPLAY: Final = (
+    update(deliveries)
+    .where(
+        deliveries.c.delivery_id == bindparam("replayed"),
+        deliveries.c.outcome == word("quarantined"),
+    )
+    .values(
+        outcome="applied",
+        reason=null(),
+        **{name: bindparam(f"as_{name}", type_=deliveries.c[name].type) for name in _READ_AGAIN},
+    )
+)
+
+
+def _apply_replays(connection: Connection, entries: Sequence[Entry]) -> set[int]:
+    """Take the replayed deliveries out of quarantine; the positions of those that were not in it.
+
+    The door brings each replay in a batch of its own, so that deliveries are locked in one order
+    here too.
+    """
+    repeated = set()
+    for position, entry in enumerate(entries):
+        if isinstance(entry, Replayed):
+            read = {f"as_{name}": getattr(entry.delivery, name) for name in _READ_AGAIN}
+            found = connection.execute(
+                _APPLY_REPLAY, {"replayed": entry.delivery.delivery_id, **read}
+            )
+            if found.rowcount == 0:
+                repeated.add(position)
     return repeated
 
 
@@ -187,20 +227,27 @@ def _pass(entry: Entry, now: dict[str, Record], changes: Changes, rules: Rules) 
         changes.events.append(_event_row(seen))
     if isinstance(entry, Seen) and entry.slot is not None and entry.idempotency_key is not None:
         changes.started.append((entry.slot, entry.idempotency_key, run_id))
-    moved = before is None or before.next_check_at != after.next_check_at
-    at = seen.at if seen is not None else None
-    if moved and at is not None and after.next_check_at is not None and after.next_check_at <= at:
+    if _brought_forward(before, after):
         changes.due = True
     return passed
 
 
+def _brought_forward(before: Record | None, after: Record) -> bool:
+    """Whether the next look at the run is sooner than anybody who waits for it knows."""
+    due = after.next_check_at
+    known = None if before is None else before.next_check_at
+    return due is not None and (known is None or due < known)
+
+
 def _gather(before: dict[str, Record], now: dict[str, Record], changes: Changes) -> None:
     """Compare what was with what is, and note what is to be written."""
+    tallied: dict[Key, list[int]] = {}
     for run_id in sorted(now):
         old, new = before.get(run_id), now[run_id]
         if new is old or new == old:
             continue
         changes.records.append(new)
+        _tally(tallied, old, new)
         if old is not None:
             changes.known.append(run_id)
         if old is None or new.run is not old.run or new.tracking is not old.tracking:
@@ -215,6 +262,22 @@ def _gather(before: dict[str, Record], now: dict[str, Record], changes: Changes)
             (run_id, position, output.output_id, output.type, output.url)
             for position, output in enumerate(outputs or ())
         )
+    changes.tallies = [(*key, *counts) for key, counts in tallied.items() if any(counts)]
+
+
+def _tally(tallied: dict[Key, list[int]], old: Record | None, new: Record) -> None:
+    """Take off what the run counted for, and add what it counts for now."""
+    if old is not None:
+        if same(old, new):
+            return
+        for key, amount in facts(old):
+            counts = tallied.setdefault(key, [0, 0])
+            counts[0] -= 1
+            counts[1] -= amount
+    for key, amount in facts(new):
+        counts = tallied.setdefault(key, [0, 0])
+        counts[0] += 1
+        counts[1] += amount
 
 
 def _run_id(entry: Entry) -> str | None:
@@ -225,7 +288,7 @@ def _run_id(entry: Entry) -> str | None:
 
 
 def _observation(entry: Entry) -> Observation | None:
-    return entry.observation if isinstance(entry, (Delivered, Seen)) else None
+    return None if isinstance(entry, Unseen) else entry.observation
 
 
 def _event_row(seen: Observation) -> tuple[str, datetime, str, str, float | None, dict[str, Any]]:

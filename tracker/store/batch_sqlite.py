@@ -1,17 +1,27 @@
 """A batch's statements for SQLite, whose single writer has the whole file locked while it runs.
 
-Each statement takes all rows of its kind at once; lists of keys travel as one JSON text, so that
-the statements' text does not depend on how many there are.
+Each statement takes all rows of its kind at once, in the driver's own loop and in SQLite's own
+form: SQLAlchemy makes the text once and is then out of the way. Lists of keys travel as one JSON
+text, so that the statements' text does not depend on how many there are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Any, Final
 
-from sqlalchemy import Connection, Text, bindparam, delete, func, null, select, update
-from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy import Connection, Text, bindparam, delete, func, select
+from sqlalchemy.dialects.sqlite import dialect, insert
 
 from tracker.core.record import Record
-from tracker.store.batch import DELIVERY_COLUMNS, EVENT_COLUMNS, OUTPUT_COLUMNS, Changes, Rows
+from tracker.store.batch import (
+    DELIVERY_COLUMNS,
+    EVENT_COLUMNS,
+    OUTPUT_COLUMNS,
+    TALLY_COLUMNS,
+    Changes,
+    Rows,
+)
 from tracker.store.rows import (
     RUN_COLUMNS,
     ids_with_outputs,
@@ -19,11 +29,18 @@ from tracker.store.rows import (
     run_row,
     with_outputs,
 )
-from tracker.store.tables import deliveries, run_events, run_outputs, runs, starts
+from tracker.store.tables import (
+    deliveries,
+    run_events,
+    run_outputs,
+    run_tally_changes,
+    runs,
+    starts,
+)
 from tracker.store.text import dump_json
 
-_DELIVERIES: Final = tuple(column.name for column in DELIVERY_COLUMNS)
 _RUNS: Final = tuple(column.name for column in RUN_COLUMNS)
+_DELIVERIES: Final = tuple(column.name for column in DELIVERY_COLUMNS)
 
 
 def _is_any_of(of: Any, parameter: str) -> Any:
@@ -31,27 +48,36 @@ def _is_any_of(of: Any, parameter: str) -> Any:
     return of.in_(select(listed.c.value))
 
 
-def _count_deliveries() -> Any:
+def _text(statement: Any, columns: Sequence[str]) -> str:
+    """The statement with a `?` for each of the columns, in their order."""
+    return str(statement.compile(dialect=dialect(paramstyle="qmark"), column_keys=columns))
+
+
+def _count_deliveries() -> str:
     upsert = insert(deliveries)
-    return upsert.on_conflict_do_update(
-        index_elements=[deliveries.c.delivery_id],
-        set_={
-            "receipts": deliveries.c.receipts + upsert.excluded.receipts,
-            "last_received_at": func.max(
-                deliveries.c.last_received_at, upsert.excluded.last_received_at
-            ),
-        },
-    ).returning(deliveries.c.delivery_id, deliveries.c.receipts)
-
-
-def _write_runs() -> Any:
-    upsert = insert(runs)
-    return upsert.on_conflict_do_update(
-        index_elements=[runs.c.run_id],
-        set_={name: upsert.excluded[name] for name in _RUNS if name != "run_id"},
+    return _text(
+        upsert.on_conflict_do_update(
+            index_elements=[deliveries.c.delivery_id],
+            set_={
+                "receipts": deliveries.c.receipts + upsert.excluded.receipts,
+                "last_received_at": func.max(
+                    deliveries.c.last_received_at, upsert.excluded.last_received_at
+                ),
+            },
+        ),
+        _DELIVERIES,
     )
 
 
+def _write_runs() -> str:
+    upsert = insert(runs)
+    changed = {name: upsert.excluded[name] for name in _RUNS if name != "run_id"}
+    return _text(upsert.on_conflict_do_update(index_elements=[runs.c.run_id], set_=changed), _RUNS)
+
+
+RECEIPTS: Final = select(deliveries.c.delivery_id, deliveries.c.receipts).where(
+    _is_any_of(deliveries.c.delivery_id, "delivery_ids")
+)
 COUNT_DELIVERIES: Final = _count_deliveries()
 RUNS: Final = select(*RUN_COLUMNS).where(_is_any_of(runs.c.run_id, "run_ids"))
 OUTPUTS: Final = (
@@ -60,11 +86,12 @@ OUTPUTS: Final = (
     .order_by(run_outputs.c.run_id, run_outputs.c.position)
 )
 WRITE_RUNS: Final = _write_runs()
-KEEP_EVENTS: Final = insert(run_events)
+KEEP_EVENTS: Final = _text(insert(run_events), EVENT_COLUMNS)
+KEEP_TALLIES: Final = _text(insert(run_tally_changes), TALLY_COLUMNS)
 DROP_OUTPUTS: Final = delete(run_outputs).where(_is_any_of(run_outputs.c.run_id, "run_ids"))
-KEEP_OUTPUTS: Final = insert(run_outputs)
+KEEP_OUTPUTS: Final = _text(insert(run_outputs), OUTPUT_COLUMNS)
 CLOSE_STARTS: Final = (
-    update(starts)
+    starts.update()
     .where(
         starts.c.workspace_slot == bindparam("slot"),
         starts.c.idempotency_key == bindparam("key"),
@@ -73,9 +100,9 @@ CLOSE_STARTS: Final = (
     .values(
         state="started",
         run_id=bindparam("run"),
-        error=null(),
-        lease_until=null(),
-        lease_holder=null(),
+        error=None,
+        lease_until=None,
+        lease_holder=None,
     )
 )
 
@@ -84,9 +111,12 @@ class SqliteStatements:
     """See `tracker.store.batch.Statements`."""
 
     def count_deliveries(self, connection: Connection, rows: Rows) -> dict[str, int]:
-        """Rows of several values each, as many as SQLite takes in one statement."""
-        answer = connection.execute(COUNT_DELIVERIES, _named(_DELIVERIES, rows))
-        return dict(answer.all())
+        """One read and one upsert: nobody can come in between."""
+        keys = dump_json([row[0] for row in rows])
+        before = dict(connection.execute(RECEIPTS, {"delivery_ids": keys}).all())
+        connection.exec_driver_sql(COUNT_DELIVERIES, _plain(rows))
+        came = _DELIVERIES.index("receipts")
+        return {row[0]: before.get(row[0], 0) + row[came] for row in rows}
 
     def lock_runs(self, connection: Connection, run_ids: list[str]) -> dict[str, Record]:
         """Plain reads: the transaction has the file to itself."""
@@ -101,18 +131,45 @@ class SqliteStatements:
 
     def write(self, connection: Connection, changes: Changes) -> None:
         """One prepared statement for each table. Nobody can have come in between."""
-        records = [run_row(record) for record in changes.records]
-        if records:
-            connection.execute(WRITE_RUNS, _named(_RUNS, records))
+        if changes.records:
+            rows = [run_row(record) for record in changes.records]
+            connection.exec_driver_sql(WRITE_RUNS, _plain(rows))
         if changes.events:
-            connection.execute(KEEP_EVENTS, _named(EVENT_COLUMNS, changes.events))
+            connection.exec_driver_sql(KEEP_EVENTS, _plain(changes.events))
+        if changes.tallies:
+            connection.exec_driver_sql(KEEP_TALLIES, _plain(changes.tallies))
         if changes.outputs_gone:
             connection.execute(DROP_OUTPUTS, {"run_ids": dump_json(changes.outputs_gone)})
         if changes.outputs:
-            connection.execute(KEEP_OUTPUTS, _named(OUTPUT_COLUMNS, changes.outputs))
+            connection.exec_driver_sql(KEEP_OUTPUTS, _plain(changes.outputs))
         if changes.started:
-            connection.execute(CLOSE_STARTS, _named(("slot", "key", "run"), changes.started))
+            names = ("slot", "key", "run")
+            connection.execute(
+                CLOSE_STARTS, [dict(zip(names, row, strict=True)) for row in changes.started]
+            )
 
 
-def _named(names: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> list[dict[str, Any]]:
-    return [dict(zip(names, row, strict=True)) for row in rows]
+def _moment(value: datetime) -> str:
+    """As `UtcDateTime` has it on SQLite."""
+    if value.tzinfo is not UTC:
+        value = value.astimezone(UTC)
+    return value.isoformat(" ", "microseconds")[:-6]  # without its +00:00
+
+
+_FORMS: Final[dict[type, Callable[[Any], Any]]] = {
+    datetime: _moment,
+    Decimal: float,
+    list: dump_json,
+    dict: dump_json,
+}
+"""How SQLite holds what it has no type for: the same as `tracker.store.types` says."""
+
+
+def _plain(rows: Rows) -> Rows:
+    """Rows as the driver takes them."""
+    return [
+        tuple(
+            form(value) if (form := _FORMS.get(type(value))) is not None else value for value in row
+        )
+        for row in rows
+    ]

@@ -19,6 +19,7 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     MetaData,
+    PrimaryKeyConstraint,
     SmallInteger,
     Table,
     literal_column,
@@ -108,6 +109,7 @@ runs: Final = Table(
     Column("callback_at", UtcDateTime),
     Column("callback_expected", Boolean, nullable=False),
     Column("ended_via", CleanText),
+    Column("end_seen_at", UtcDateTime),
     Column("tracking", CleanText, nullable=False),
     Column("settled_at", UtcDateTime),
     Column("inputs", Json),
@@ -218,6 +220,9 @@ starts: Final = Table(
     Column("inputs", Json, nullable=False),
     Column("state", CleanText, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
+    # Since when the key may be known to FLORA, and what the request asked it to call.
+    Column("in_use_since", UtcDateTime),
+    Column("callback_url", CleanText),
     Column("sent_at", UtcDateTime),
     Column("run_id", CleanText),
     Column("error", Json),
@@ -252,6 +257,12 @@ sweeps: Final = Table(
     Column("generations_through", UtcDateTime),
     Column("error", CleanText),
     Index("ix_sweeps_newest", "workspace_id", "started_at"),
+    # Few workspaces show generation runs, so the last sweep that saw some may be long ago.
+    _partial(
+        "ix_sweeps_generations",
+        *("workspace_id", "started_at"),
+        where="generations_through IS NOT NULL",
+    ),
 )
 
 techniques: Final = Table(
@@ -266,9 +277,44 @@ techniques: Final = Table(
     Column("inputs", Json, nullable=False),
     Column("outputs", Json, nullable=False),
     Column("synced_at", UtcDateTime, nullable=False),
+    # When its definition was last read by itself, and when a list last showed it.
+    Column("defined_at", UtcDateTime),
+    Column("listed_at", UtcDateTime),
     # Since when the catalogue has lacked it.
     Column("gone_at", UtcDateTime),
     Index("ix_techniques_slug", "slug"),
+)
+
+batches: Final = Table(
+    "batches",
+    metadata,
+    Column("batch_id", CleanText, primary_key=True),
+    Column("workspace_slot", CleanText, nullable=False),
+    Column("technique_id", CleanText, nullable=False),
+    # What the sheet was called when it was last given.
+    Column("name", CleanText, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    # When a command saw it to its end; a batch that is not finished is gone on with.
+    Column("finished_at", UtcDateTime),
+    Index("ix_batches_newest", "created_at", "batch_id"),
+)
+
+batch_rows: Final = Table(
+    "batch_rows",
+    metadata,
+    Column("batch_id", ForeignKey("batches.batch_id", ondelete="CASCADE"), primary_key=True),
+    # From 1, as they stand in the sheet; `line` is where the row begins in the file.
+    Column("position", Integer, primary_key=True, autoincrement=False),
+    Column("line", Integer, nullable=False),
+    # What the row is told by, and for which time it is run: see tracker.core.rowkey.
+    Column("row_digest", CleanText, nullable=False),
+    Column("generation", Integer, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    # Its start in the ledger, once there is one: what became of the row is told there.
+    Column("idempotency_key", CleanText, nullable=False),
+    Index("ix_batch_rows_digest", "row_digest"),
+    Index("ix_batch_rows_key", "idempotency_key"),
+    postgresql_with=_storage(),
 )
 
 leases: Final = Table(
@@ -277,4 +323,39 @@ leases: Final = Table(
     Column("name", CleanText, primary_key=True),
     Column("holder", CleanText, nullable=False),
     Column("until", UtcDateTime, nullable=False),
+)
+
+
+def _tally_columns() -> list[Column[Any]]:
+    """What is counted together, how many runs, and the sum of their amounts: tracker.core.tally."""
+    texts = ("workspace_id", "technique_id", "status", "word")
+    return [
+        Column("measure", CleanText, nullable=False),
+        Column("since", UtcDateTime, nullable=False),
+        *(Column(name, CleanText, nullable=False) for name in texts),
+        Column("bucket", Integer, nullable=False),
+        Column("runs", BigInteger, nullable=False),
+        Column("amount", BigInteger, nullable=False),
+    ]
+
+
+# Rows of the first are written by one process at a time, of the second by everybody: see
+# tracker.store.tallies.
+run_tallies: Final = Table(
+    "run_tallies",
+    metadata,
+    *_tally_columns(),
+    PrimaryKeyConstraint(
+        *("measure", "since", "workspace_id", "technique_id", "status", "word", "bucket")
+    ),
+    sqlite_with_rowid=False,
+)
+
+run_tally_changes: Final = Table(
+    "run_tally_changes",
+    metadata,
+    Column("id", SerialId, Identity(), primary_key=True),
+    *_tally_columns(),
+    # Emptied every few seconds: what is dead in it must not be read again and again.
+    postgresql_with={"autovacuum_vacuum_scale_factor": "0", "autovacuum_vacuum_threshold": "1000"},
 )

@@ -7,13 +7,15 @@ are replaced by U+FFFD before anything is merged, so that what was merged is wha
 import math
 import re
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import orjson
 
-from tracker.core.entry import Delivered, Delivery, Entry, Seen
+from tracker.core.entry import Delivered, Delivery, Entry, Replayed, Seen
 from tracker.core.observation import Observation
 from tracker.core.run import Output, RunError
+
+T = TypeVar("T")
 
 _UNFIT: Final = re.compile("[\0\ud800-\udfff]")
 _REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
@@ -48,6 +50,12 @@ def load_json(text: str | bytes) -> Any:
     return orjson.loads(text)
 
 
+def clean_json(value: T) -> T:
+    """`value` as it comes back from a database; `value` itself where that is the same."""
+    fit: T = load_json(dump_json(value))
+    return value if fit == value else fit
+
+
 def clean_entry(entry: Entry) -> Entry:
     """`entry` with all its text fit to be stored; `entry` itself where it already was."""
     match entry:
@@ -57,9 +65,14 @@ def clean_entry(entry: Entry) -> Entry:
             if fit is delivery and fit_seen is seen:
                 return entry
             return Delivered(delivery=fit, observation=fit_seen)
+        case Replayed(delivery=delivery, observation=seen):
+            return Replayed(delivery=_clean_delivery(delivery), observation=clean_observation(seen))
         case Seen(observation=seen):
             fit_seen = clean_observation(seen)
-            return entry if fit_seen is seen else replace(entry, observation=fit_seen)
+            inputs = None if entry.inputs is None else clean_json(entry.inputs)
+            if fit_seen is seen and inputs is entry.inputs:
+                return entry
+            return replace(entry, observation=fit_seen, inputs=inputs)
         case _:
             run_id, error = clean(entry.run_id), clean(entry.error)
             if (run_id, error) == (entry.run_id, entry.error):

@@ -2,9 +2,11 @@
 
     app.py        the routes; server.py, the process around them
     callbacks.py  what FLORA posts
-    runs.py       /api/runs; schemas.py, what may be asked of it
+    runs.py       /api/runs; techniques.py, /api/techniques; schemas.py, what may be asked of them
+    openapi.py    /openapi.json; operations.py, what there is; shapes.py, what is answered
     health.py     /healthz and /readyz
-    auth.py       who may see what
+    dashboard/    the pages for people
+    auth.py       who may see what; sessions.py, signed-in browsers; throttle.py, how often to try
     edge.py       what every answer has in common, errors included; faults.py, which error is which
     body.py       reading what a client sends, within bounds (limits.py)
     services.py   what the rest of the tracker gives to all this

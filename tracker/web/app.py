@@ -1,5 +1,7 @@
 """The application: the routes, and the layers around them."""
 
+from collections.abc import Sequence
+
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -7,43 +9,77 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tracker.web.auth import Gate
+from tracker.web.auth import Gate, Pass
 from tracker.web.callbacks import Callbacks
-from tracker.web.edge import Edge
+from tracker.web.dashboard.site import Dashboard
+from tracker.web.edge import Edge, Page
 from tracker.web.health import Health
 from tracker.web.limits import Limits
+from tracker.web.metrics import MetricsText
+from tracker.web.openapi import Description
 from tracker.web.runs import Runs
 from tracker.web.services import Services
+from tracker.web.stream.endpoint import Stream
+from tracker.web.techniques import Techniques
 
 
 def build_app(services: Services, *, limits: Limits | None = None) -> Starlette:
     """The HTTP side over `services`, which whoever calls opens before and closes after it."""
     limits = limits or Limits()
-    return _within_the_edge(
+    dashboard = Dashboard(services, token=_token(services))
+    stream = Stream(services, limits=limits)
+    app = _within_the_edge(
         services,
         limits,
         [
             # First, because the routes are tried in order and this one takes the load.
-            Route("/callbacks/flora", Callbacks(services.receiver, limits=limits)),
+            Route(
+                "/callbacks/flora", Callbacks(services.receiver, services.metrics, limits=limits)
+            ),
             *Health(services, limits=limits).routes(),
+            *MetricsText(services.metrics).routes(),
             *Runs(services, limits=limits).routes(),
+            *Techniques(services).routes(),
+            *Description(services).routes(),
+            *stream.routes(),
+            *dashboard.routes(),
         ],
+        passes=dashboard.passes,
+        page=dashboard.show_fault,
     )
+    app.state.on_stop = stream.stop
+    return app
 
 
 def build_health_app(services: Services, *, limits: Limits | None = None) -> Starlette:
-    """What a process that only works shows of itself: its health."""
+    """What a process that only works shows of itself: its health and its metrics."""
     limits = limits or Limits()
-    return _within_the_edge(services, limits, Health(services, limits=limits).routes())
+    return _within_the_edge(
+        services,
+        limits,
+        [*Health(services, limits=limits).routes(), *MetricsText(services.metrics).routes()],
+    )
 
 
-def _within_the_edge(services: Services, limits: Limits, routes: list[Route]) -> Starlette:
+def _token(services: Services) -> str | None:
     token = services.settings.tracker_api_token
+    return token.get_secret_value() if token else None
+
+
+def _within_the_edge(
+    services: Services,
+    limits: Limits,
+    routes: list[Route],
+    *,
+    passes: Sequence[Pass] = (),
+    page: Page = lambda *_: None,
+) -> Starlette:
     app = Starlette(
         routes=routes,
         middleware=[
-            Middleware(Edge, limits=limits),
-            Middleware(Gate, token=token.get_secret_value() if token else None),
+            Middleware(services.traced),
+            Middleware(Edge, limits=limits, page=page),
+            Middleware(Gate, token=_token(services), passes=passes),
         ],
         exception_handlers={HTTPException: _to_the_edge},
     )

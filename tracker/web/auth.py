@@ -19,9 +19,13 @@ from tracker.web.faults import Fault
 Pass = Callable[[Scope], bool]
 """One way of being let in: whether this request shows what it takes."""
 
+SAFE: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+"""The methods that change nothing."""
+
 _OPEN: Final = frozenset({"/healthz", "/readyz"})
 _OPEN_BELOW: Final = "/callbacks/"  # FLORA has no token; its callbacks are signed
-_SAFE: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+_SIGN_IN: Final = "/login"
+_SIGN_IN_BELOW: Final = "/static/"  # the style of the sign-in's page: nothing of the database
 
 
 class Gate:
@@ -40,7 +44,7 @@ class Gate:
         if scope["type"] == "http" and not _is_open(scope["path"]):
             if self._passes is None:
                 _only_this_machine(scope)
-            elif not any(shows(scope) for shows in self._passes):
+            elif not _is_sign_in(scope["path"]) and not any(shows(scope) for shows in self._passes):
                 raise Fault(
                     401,
                     "unauthorized",
@@ -56,7 +60,7 @@ def bearer(token: str) -> Pass:
     expected = token.encode()
 
     def shows(scope: Scope) -> bool:
-        given = _header(scope, b"authorization")
+        given = header_of(scope, b"authorization")
         if given is None:
             return False
         scheme, _, shown = given.partition(b" ")
@@ -69,8 +73,33 @@ def _is_open(path: str) -> bool:
     return path in _OPEN or path.startswith(_OPEN_BELOW)
 
 
+def _is_sign_in(path: str) -> bool:
+    """Whether the path is needed to sign in; there is something to sign in with only where a token
+    is set."""
+    return path == _SIGN_IN or path.startswith(_SIGN_IN_BELOW)
+
+
+def from_own_page(scope: Scope, *, also: str | None = None) -> bool:
+    """Whether a request comes from a page of our own, or from no page at all.
+
+    Only browsers send `Origin` and `Sec-Fetch-Site`. Ours is the `Host` that was asked, and `also`
+    where a proxy in front asks us by another name.
+    """
+    site = _headers(scope, b"sec-fetch-site")
+    if any(value not in (b"same-origin", b"none") for value in site):
+        return False
+    host = header_of(scope, b"host")
+    own = {host.lower()} if host else set()
+    if also:
+        own.add(also.encode("latin-1"))
+    origins = _headers(scope, b"origin")
+    return len(origins) <= 1 and all(
+        origin.partition(b"://")[2].lower() in own for origin in origins
+    )
+
+
 def _only_this_machine(scope: Scope) -> None:
-    host = _header(scope, b"host")
+    host = header_of(scope, b"host")
     name = None if host is None else _name_of(host)
     if name is None or not is_loopback(name):
         raise Fault(
@@ -79,22 +108,13 @@ def _only_this_machine(scope: Scope) -> None:
             "Without TRACKER_API_TOKEN only this machine is served, under localhost or a loopback "
             "address. Set TRACKER_API_TOKEN to serve other hosts.",
         )
-    if scope["method"] not in _SAFE and not _is_own(_headers(scope, b"origin"), host):
+    if scope["method"] not in SAFE and not from_own_page(scope):
         raise Fault(
             403,
             "forbidden",
             "This request comes from a page of another origin. Set TRACKER_API_TOKEN and send it "
             "to let other pages in.",
         )
-
-
-def _is_own(origins: list[bytes], host: bytes | None) -> bool:
-    """Whether a request is not a page's (only browsers send `Origin`), or our own page's."""
-    if not origins:
-        return True
-    if len(origins) > 1 or host is None:
-        return False
-    return origins[0].partition(b"://")[2].lower() == host.lower()
 
 
 def _name_of(host: bytes) -> str | None:
@@ -109,7 +129,7 @@ def _name_of(host: bytes) -> str | None:
     return parts.hostname.decode("latin-1")
 
 
-def _header(scope: Scope, name: bytes) -> bytes | None:
+def header_of(scope: Scope, name: bytes) -> bytes | None:
     """The value of a header that may stand once; `None` where it is missing or stands twice."""
     values = _headers(scope, name)
     return values[0] if len(values) == 1 else None

@@ -6,20 +6,24 @@ how much to read, which answer means what to FLORA, which tries again after anyt
 """
 
 import asyncio
+import logging
 from typing import Final
 
 import structlog
 from starlette.types import Receive, Scope, Send
 
-from tracker.core.errors import SettingsError, StoreUnavailable
+from tracker.core.entry import DeliveryOutcome
+from tracker.core.errors import SettingsError, StoreError, StoreUnavailable
 from tracker.flora.signature import SignatureError
+from tracker.tracking.receive import Received
 from tracker.web.answers import Json
-from tracker.web.body import read_body
+from tracker.web.body import ClientGone, read_body
 from tracker.web.faults import Fault, unavailable
 from tracker.web.limits import Limits
-from tracker.web.services import Receives
+from tracker.web.services import Receives, Tells
 
 log = structlog.get_logger(__name__)
+_level = logging.getLogger(__name__)
 
 _SAY_AGAIN_AFTER: Final = 10.0
 """Seconds between two lines about refused callbacks: anybody can send one."""
@@ -28,17 +32,20 @@ _SAY_AGAIN_AFTER: Final = 10.0
 class Callbacks:
     """The endpoint."""
 
-    def __init__(self, receiver: Receives, *, limits: Limits) -> None:
+    def __init__(self, receiver: Receives, metrics: Tells, *, limits: Limits) -> None:
         self._receiver = receiver
+        self._metrics = metrics
         self._limits = limits
-        self._refusals = _Refusals()
+        self._refusals = _Refusals(metrics)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Takes one delivery; raises `Fault`."""
         if scope["method"] != "POST":
             raise Fault(405, "method_not_allowed", "FLORA posts here.", headers={"Allow": "POST"})
-        deadline = asyncio.get_running_loop().time() + self._limits.callback_seconds
-        body = await read_body(scope, receive, limit=self._limits.callback_bytes, deadline=deadline)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        deadline = began + self._limits.callback_seconds
+        body = await self._read(scope, receive, deadline)
         signature, webhook_id = _headers(scope)
         try:
             async with asyncio.timeout_at(deadline):
@@ -51,6 +58,9 @@ class Callbacks:
         except StoreUnavailable as error:
             self._refusals.count("database unavailable", error=str(error))
             raise unavailable("The delivery could not be committed.") from error
+        except StoreError as error:
+            self._refusals.count("not storable", error=str(error))
+            raise
         except SignatureError as error:
             self._refusals.count(error.reason)
             raise Fault(401, "unauthorized", "The signature is missing or wrong.") from error
@@ -58,8 +68,21 @@ class Callbacks:
             self._refusals.count("not set up", error=str(error))
             # Not the message itself: whoever asks is a stranger, and the log has it.
             raise unavailable("This receiver is not set up to take callbacks.") from error
+        self._metrics.callback_taken(received, loop.time() - began)
+        _say_taken(received)
         answer = Json({"outcome": received.outcome, "repeated": received.repeated})
         await answer(scope, receive, send)
+
+    async def _read(self, scope: Scope, receive: Receive, deadline: float) -> bytes:
+        limit = self._limits.callback_bytes
+        try:
+            return await read_body(scope, receive, limit=limit, deadline=deadline)
+        except Fault as fault:
+            self._refusals.count("too large" if fault.status == 413 else "too slow")
+            raise
+        except ClientGone:
+            self._refusals.count("cut off")
+            raise
 
 
 def _headers(scope: Scope) -> tuple[str | None, str | None]:
@@ -74,15 +97,25 @@ def _headers(scope: Scope) -> tuple[str | None, str | None]:
     return signature, webhook_id
 
 
+def _say_taken(received: Received) -> None:
+    """The log's line about one delivery: only one that nobody could read is worth a warning."""
+    if received.outcome is DeliveryOutcome.QUARANTINED and not received.repeated:
+        log.warning("callback.quarantined", reason=received.reason)
+    elif _level.isEnabledFor(logging.DEBUG):  # to ask costs less than to be passed over
+        log.debug("callback.taken", repeated=received.repeated)
+
+
 class _Refusals:
     """Says in the log that callbacks are refused, without letting strangers fill it."""
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: Tells) -> None:
+        self._metrics = metrics
         self._counts: dict[str, int] = {}
         self._said_at: dict[str, float] = {}
 
     def count(self, reason: str, **more: str) -> None:
         """Counts one, and says so unless it was said just now. Reasons are few, and fixed."""
+        self._metrics.callback_refused(reason.replace(" ", "_"))
         now = asyncio.get_running_loop().time()
         self._counts[reason] = self._counts.get(reason, 0) + 1
         if now - self._said_at.get(reason, -_SAY_AGAIN_AFTER) < _SAY_AGAIN_AFTER:

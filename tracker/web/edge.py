@@ -1,15 +1,22 @@
-"""What every answer has in common: the security headers, and errors in one shape.
+"""What every answer has in common: its number, the security headers, and errors in one shape.
 
 This is the outermost layer that is ours, so an error is turned into an answer here and nowhere
 else, wherever in the HTTP side it was raised. One that nobody foresaw is logged under a number, and
 the number is all that the client is told.
+
+Each request has a number too, the `X-Request-Id` of the proxy in front where it gives one. It goes
+out with the answer, and every line of the log that the request causes has it as `request_id`.
 """
 
+import re
 import secrets
+from collections.abc import Callable
 from typing import Final
 
 import structlog
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from structlog.contextvars import bind_contextvars, unbind_contextvars
 
 from tracker.core.errors import FloraRefusal
 from tracker.web.answers import Json
@@ -19,26 +26,34 @@ from tracker.web.limits import Limits
 
 log = structlog.get_logger(__name__)
 
+Page = Callable[[Scope, Fault], Response | None]
+"""An error as a page for people; `None` where it is not a person who asked."""
+
 _EVERYWHERE: Final = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
 ]
+_BOUND: Final = ("request_id", "delivery_id", "run_id")
+"""What a request makes known of itself to the log, for as long as it lasts."""
+_REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _NO_STORE: Final = (b"cache-control", b"no-store")
 
 
 class Edge:
-    """The layer around the application."""
+    """The layer around the application. `page` shows errors to people."""
 
-    def __init__(self, app: ASGIApp, *, limits: Limits) -> None:
+    def __init__(self, app: ASGIApp, *, limits: Limits, page: Page = lambda *_: None) -> None:
         self._app = app
         self._limits = limits
+        self._page = page
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request; what is not HTTP passes through."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        extra = list(_EVERYWHERE)
+        request_id = _request_id(scope)
+        extra = [*_EVERYWHERE, (b"x-request-id", request_id.encode("ascii"))]
         if scope["path"].startswith("/api"):
             extra.append(_NO_STORE)
         started = False
@@ -53,6 +68,7 @@ class Edge:
                 message = {**message, "headers": headers}
             await send(message)
 
+        bind_contextvars(request_id=request_id)
         try:
             await self._app(scope, receive, send_with_headers)
         except ClientGone:
@@ -62,9 +78,13 @@ class Edge:
             if started:
                 raise  # half an answer is out: all that is left is to cut the connection
             await self._answer(fault, scope, receive, send_with_headers)
+        finally:
+            unbind_contextvars(*_BOUND)
 
     async def _answer(self, fault: Fault, scope: Scope, receive: Receive, send: Send) -> None:
-        response = Json(fault.body(), status_code=fault.status, headers=fault.headers)
+        response = self._page(scope, fault) or Json(
+            fault.body(), status_code=fault.status, headers=fault.headers
+        )
         if not has_unread_body(scope):
             await response(scope, receive, send)
             return
@@ -82,6 +102,14 @@ class Edge:
                 receive, limit=self._limits.linger_bytes, seconds=self._limits.linger_seconds
             )
         await send({"type": "http.response.body", "body": b""})
+
+
+def _request_id(scope: Scope) -> str:
+    """The number that the request came with, if it is fit for a log, or a new one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+            return str(value, "ascii")
+    return secrets.token_hex(8)
 
 
 def _explain(error: Exception, scope: Scope) -> Fault:

@@ -20,3 +20,10 @@ class Limits:
     linger_seconds: float = 2.0
     """What is still read, and thrown away, of a body that is refused: a connection that is closed
     on a client which is still sending loses the answer."""
+    stream_readers: int = 100
+    """So many may follow `/api/stream` of one process."""
+    stream_room: int = 1000
+    """So many changes may wait for one of them; then it is dropped."""
+    stream_heartbeat: float = 15.0
+    stream_seconds: float = 3600.0
+    """After so long a reader has to connect again, and to show again that it may."""

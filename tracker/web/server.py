@@ -29,6 +29,8 @@ log = structlog.get_logger(__name__)
 
 KEEP_ALIVE: Final = 75
 """Seconds an idle connection stays open: longer than a proxy in front keeps one for reuse."""
+UNREAD: Final = 15
+"""Seconds that a client may take nothing of what it is sent, before its connection is closed."""
 GRACE: Final = 20
 """Seconds that what is in flight has, once the process was told to stop."""
 
@@ -151,6 +153,10 @@ class Server(uvicorn.Server):
     def __init__(self, app: ASGIApp, *, on_ready: Callable[[], None]) -> None:
         super().__init__(_config(app))
         self._on_ready = on_ready
+        # What an application has that would not end by itself, as a stream of events.
+        self._on_stop: Callable[[], None] | None = getattr(
+            getattr(app, "state", None), "on_stop", None
+        )
         self._told = asyncio.Event()
 
     def stop(self, *, force: bool = False) -> None:
@@ -158,6 +164,8 @@ class Server(uvicorn.Server):
         self.force_exit = force
         self.should_exit = True
         self._told.set()
+        if self._on_stop is not None:
+            self._on_stop()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begins to accept."""
@@ -246,6 +254,8 @@ def _bind(family: socket.AddressFamily, address: str, port: int) -> socket.socke
         return None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # the connections inherit it
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNREAD)
         if family is socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         listener.bind((address, port))

@@ -3,17 +3,23 @@
 `tracker.wiring` makes the real ones; a test hands over a real database and receiver of its own.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Protocol
 
 from pydantic import SecretStr
+from starlette.types import ASGIApp
 
 from tracker.core.clock import Clock
+from tracker.core.record import Record
 from tracker.store.engine import Database
+from tracker.store.signals import Signals
+from tracker.store.techniques import TechniqueRow
+from tracker.tracking.explain import Explanation
 from tracker.tracking.receive import Received
+from tracker.tracking.replay import Replay
 from tracker.tracking.start import Started, StartRequest
 from tracker.tracking.track import Tracked
-from tracker.tracking.workspaces import Workspace
+from tracker.tracking.workspaces import Workspaces
 
 
 class WebSettings(Protocol):
@@ -22,6 +28,14 @@ class WebSettings(Protocol):
     @property
     def tracker_api_token(self) -> SecretStr | None:
         """What `/api` and the pages are opened with; without one only loopback is served."""
+
+    @property
+    def tracker_public_url(self) -> str | None:
+        """Where we are reached from outside."""
+
+    @property
+    def flora_base_url(self) -> str:
+        """Where FLORA is."""
 
     @property
     def callback_url(self) -> str | None:
@@ -64,6 +78,47 @@ class Tracks(Protocol):
         """Tracks a run started elsewhere; raises `InvalidRequest` and `StoreUnavailable`."""
 
 
+class Finds(Protocol):
+    """The use case behind `GET /api/techniques/{technique}`."""
+
+    async def find(self, technique: str) -> TechniqueRow | None:
+        """A technique by id or slug; raises `FloraError` and `StoreUnavailable`."""
+
+
+class Reads(Protocol):
+    """The use case behind "check now"."""
+
+    async def read_now(self, record: Record) -> Record:
+        """Reads one run at once; raises `StoreUnavailable`."""
+
+
+class Replays(Protocol):
+    """The use case behind "replay"."""
+
+    async def replay(self, delivery_id: str) -> Replay:
+        """Reads a quarantined delivery again; raises `UnknownDelivery` and `StoreUnavailable`."""
+
+
+class Explains(Protocol):
+    """The use case behind "what happened"."""
+
+    async def explain(self, run_id: str) -> Explanation | None:
+        """How a run came to be known; `None` for one that is not."""
+
+
+class Tells(Protocol):
+    """What is counted, and how that is told."""
+
+    def callback_taken(self, received: Received, seconds: float) -> None:
+        """Counts a callback that was committed, `seconds` after its headers came."""
+
+    def callback_refused(self, reason: str) -> None:
+        """Counts one that was not kept. Reasons are few, and fixed."""
+
+    async def exposition(self, accept: str) -> tuple[bytes, str]:
+        """The text for Prometheus, and its content type."""
+
+
 class Services(Protocol):
     """All that `build_app` is given."""
 
@@ -74,6 +129,14 @@ class Services(Protocol):
     @property
     def database(self) -> Database:
         """The database, for reading."""
+
+    @property
+    def signals(self) -> Signals:
+        """Says when runs change."""
+
+    @property
+    def catalogue(self) -> Finds:
+        """Knows the techniques."""
 
     @property
     def receiver(self) -> Receives:
@@ -88,8 +151,28 @@ class Services(Protocol):
         """Takes runs that were started elsewhere."""
 
     @property
-    def workspaces(self) -> Iterable[Workspace]:
+    def poller(self) -> Reads:
+        """Reads a run now."""
+
+    @property
+    def replayer(self) -> Replays:
+        """Reads a stored callback again."""
+
+    @property
+    def explainer(self) -> Explains:
+        """Tells how a run came to be known."""
+
+    @property
+    def workspaces(self) -> Workspaces:
         """The configured workspaces."""
+
+    @property
+    def traced(self) -> Callable[[ASGIApp], ASGIApp]:
+        """Puts the layer of OpenTelemetry around an application, if there is one."""
+
+    @property
+    def metrics(self) -> Tells:
+        """Counts, and tells."""
 
     @property
     def clock(self) -> Clock:

@@ -60,7 +60,7 @@ class Watches(Protocol):
     def swept(self, report: SweepReport) -> None:
         """A sweep is over, be it that another process was at it."""
 
-    def job_failed(self, job: str) -> None:
+    def job_failed(self, task: str) -> None:
         """A job ended with an error."""
 
 
