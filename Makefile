@@ -1,7 +1,14 @@
 # Everything is done by the tools in .venv, which `make install` builds from the locked
 # requirement files; nothing is installed outside this directory.
 
-PYTHON ?= python3
+# The newest Python here that has pip: a newer one is a faster one. PYTHON=… takes another.
+ifndef PYTHON
+PYTHON := $(shell for p in python3.14 python3.13 python3.12 python3; do \
+            $$p -m pip --version >/dev/null 2>&1 && echo $$p && break; done)
+endif
+ifeq ($(PYTHON),)
+$(error Python 3.11 or newer with pip is needed, and none was found: make PYTHON=...)
+endif
 VENV   := .venv
 TOOLS  := .tools
 BIN    := $(VENV)/bin
@@ -52,7 +59,8 @@ demo: install  ## watch the tracker work against a local FLORA, without a key
 	$(BIN)/tracker demo
 
 test: install  ## run the test suite, on SQLite and on a PostgreSQL that it starts itself
-	$(BIN)/pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+	@# Three on two cores: many tests wait for processes rather than compute.
+	$(BIN)/pytest -n 3 --dist worksteal $(PYTEST_ARGS)
 
 screenshots: install  ## take pictures of the dashboard, into docs/screenshots (needs Chromium)
 	$(BIN)/python -m tools.screenshots

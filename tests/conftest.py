@@ -5,6 +5,7 @@ to use in place of the one that the suite starts.
 """
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,11 @@ for _name in list(os.environ):
     _is_ours = _is_ours and not _name.startswith(_FOR_TESTS)
     if _is_ours or _name.lower().endswith("_proxy"):
         del os.environ[_name]
+
+# What starts the tests in the background may have SIGINT ignored, and processes inherit that: the
+# tests that interrupt one want it as a terminal has it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Slow machines are not failures; on CI every run tries the same examples.
 hypothesis.settings.register_profile(
