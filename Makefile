@@ -59,8 +59,8 @@ demo: install  ## watch the tracker work against a local FLORA, without a key
 	$(BIN)/tracker demo
 
 test: install  ## run the test suite, on SQLite and on a PostgreSQL that it starts itself
-	@# Three on two cores: many tests wait for processes rather than compute.
-	$(BIN)/pytest -n 3 --dist worksteal $(PYTEST_ARGS)
+	@# Four on two cores: many tests wait for processes rather than compute.
+	$(BIN)/pytest -n 4 --dist worksteal $(PYTEST_ARGS)
 
 screenshots: install  ## take pictures of the dashboard, into docs/screenshots (needs Chromium)
 	$(BIN)/python -m tools.screenshots

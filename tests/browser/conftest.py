@@ -175,8 +175,9 @@ async def _only_this_machine(route: Route) -> None:
 
 
 async def sign_in(page: Page, url: str) -> None:
-    """Sign in by the form, and wait for the page behind it."""
+    """Sign in by the form, and wait for the page behind it and its scripts."""
     await page.goto(url)
     await page.fill("#token", TOKEN)
     await page.keyboard.press("Enter")
     await page.wait_for_selector("#live")
+    await page.wait_for_load_state("load")  # its scripts are there: what is done now is answered
