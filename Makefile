@@ -28,7 +28,7 @@ UV     := UV_PYTHON_DOWNLOADS=never UV_FIND_LINKS= UV_CONSTRAINT= UV_OVERRIDE= \
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format lock screenshots clean
+.PHONY: help install demo test check format lock dist screenshots clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -80,9 +80,13 @@ lock: $(TOOLS)/.installed  ## resolve the requirement files anew (UPGRADE=--upgr
 	$(LOCK) --output-file requirements/dev.txt --constraint requirements/runtime.txt --group dev \
 		--extra otel pyproject.toml
 	$(LOCK) --output-file requirements/uv.txt --group pyproject.toml:bootstrap
+	$(LOCK) --output-file requirements/build.txt --group pyproject.toml:build
 
 LOCK = UV_NO_CONFIG=1 $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
        --no-annotate --custom-compile-command "make lock" $(UPGRADE)
+
+dist: install  ## build the wheel and the source archive, into dist
+	$(BIN)/python -m hatchling build
 
 clean:  ## remove the virtual environment and what the tools left behind
 	rm -rf $(VENV) $(TOOLS) $(NPM:=/node_modules) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist

@@ -1,0 +1,13 @@
+#!/bin/sh
+# Runs once, when the database is made: the role of docs/views.md that Grafana reads with. Tables and
+# views that migrations make later are readable to it as well.
+set -eu
+psql --set ON_ERROR_STOP=1 --set password="$(cat /run/secrets/dashboards_password)" \
+    --username "$POSTGRES_USER" --dbname "$POSTGRES_DB" <<'SQL'
+CREATE ROLE dashboards LOGIN PASSWORD :'password';
+ALTER ROLE dashboards CONNECTION LIMIT 10;
+ALTER ROLE dashboards SET default_transaction_read_only = on;
+ALTER ROLE dashboards SET statement_timeout = '15s';
+GRANT USAGE ON SCHEMA public TO dashboards;
+ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT SELECT ON TABLES TO dashboards;
+SQL

@@ -1,0 +1,172 @@
+"""The image and compose.yaml: what can be known of them without a container engine."""
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from tests.deploy.commands import assert_taken
+from tests.deploy.conftest import ROOT, Promtool
+from tracker.settings import load_settings
+
+COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+OURS = ("migrate", "receiver", "worker")
+DIRECTORY = ROOT / "deploy/compose"
+
+
+def test_the_dockerfile_is_sound() -> None:
+    """hadolint finds nothing to say about the Dockerfile."""
+    linter = Path(sys.executable).with_name("hadolint")
+    command = [linter, ROOT / "Dockerfile"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_image_is_given_what_it_copies() -> None:
+    """Everything that the Dockerfile copies is there, and .dockerignore lets it through."""
+    let_through = {
+        line[1:]
+        for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+        if line.startswith("!")
+    }
+    copied = set()
+    for line in (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines():
+        if line.startswith("COPY ") and "--from" not in line:
+            copied.update(line.split()[1:-1])
+    assert copied == let_through
+    assert all((ROOT / name).exists() for name in copied)
+
+
+def test_compose_is_well_formed() -> None:
+    """compose.yaml is what the Compose Specification's schema describes."""
+    schema = files("check_jsonschema") / "builtin_schemas/vendor/compose-spec.json"
+    jsonschema.validate(COMPOSE, json.loads(schema.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_services_refer_to_what_there_is(name: str) -> None:
+    """Secrets and configs of a service are defined, its files exist, it waits for services."""
+    service = SERVICES[name]
+    assert set(service.get("secrets", ())) <= set(COMPOSE["secrets"])
+    assert {each["source"] for each in service.get("configs", ())} <= set(COMPOSE["configs"])
+    assert set(service.get("depends_on", ())) <= set(SERVICES)
+    for volume in service.get("volumes", ()):
+        source = volume.split(":")[0]
+        if source.startswith("."):
+            assert (ROOT / source).exists(), source
+        else:
+            assert source in COMPOSE["volumes"]
+    for config in COMPOSE["configs"].values():
+        assert (ROOT / config["file"]).exists()
+
+
+def test_who_is_waited_for_can_be_healthy() -> None:
+    """Where a service waits for another's health, that one has a check; ours have the image's."""
+    for service in SERVICES.values():
+        for other, wait in service.get("depends_on", {}).items():
+            if wait["condition"] == "service_healthy":
+                has_check = "healthcheck" in SERVICES[other] or other in OURS
+                assert has_check, other
+                assert not SERVICES[other].get("healthcheck", {}).get("disable")
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_containers_run_real_commands(name: str) -> None:
+    """The command line takes what each tracker container is started with."""
+    assert_taken(SERVICES[name]["command"])
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_containers_may_do_little(name: str) -> None:
+    """A tracker container cannot write but to /tmp, and has no privileges to lose."""
+    service = SERVICES[name]
+    assert service["read_only"]
+    assert service["tmpfs"] == ["/tmp"]  # noqa: S108
+    assert service["cap_drop"] == ["ALL"]
+    assert "no-new-privileges:true" in service["security_opt"]
+
+
+@pytest.fixture
+def secrets(tmp_path: Path) -> Path:
+    """The directory that `make-secrets` fills."""
+    shutil.copy(DIRECTORY / "make-secrets", tmp_path)
+    run_make_secrets(tmp_path)
+    return tmp_path / "secrets"
+
+
+def run_make_secrets(directory: Path, **environment: str) -> str:
+    """Run the copied script, without a terminal; what it says."""
+    given = {"FLORA_API_KEY": "sk_live_1", "FLORA_WEBHOOK_SECRET": "whsec_1", **environment}
+    done = subprocess.run(
+        [directory / "make-secrets"],
+        env={"PATH": os.environ["PATH"], **given},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == (0 if all(given.values()) else 2), done.stderr
+    return done.stdout + done.stderr
+
+
+def test_secrets_are_made_once(secrets: Path) -> None:
+    """`make-secrets` writes each secret that compose.yaml names, and leaves what is there alone."""
+    names = {Path(secret["file"]).name for secret in COMPOSE["secrets"].values()}
+    first = {path.name: path.read_text() for path in secrets.iterdir()}
+    assert set(first) == names
+    assert len(set(first.values())) == len(first)
+    assert stat.S_IMODE(secrets.stat().st_mode) == 0o700
+    run_make_secrets(secrets.parent, FLORA_API_KEY="sk_live_other")
+    assert {path.name: path.read_text() for path in secrets.iterdir()} == first
+
+
+def test_a_missing_secret_is_asked_for(tmp_path: Path) -> None:
+    """Without a terminal to ask at, `make-secrets` says which variable is missing."""
+    shutil.copy(DIRECTORY / "make-secrets", tmp_path)
+    assert "FLORA_API_KEY is needed" in run_make_secrets(tmp_path, FLORA_API_KEY="")
+
+
+def test_the_containers_settings_load(secrets: Path) -> None:
+    """tracker.toml with the made secrets, and the containers' environment, are valid settings."""
+    environment = {
+        name: value.replace("${TRACKER_HOST:?the name under which FLORA reaches this machine}", "h")
+        for name, value in SERVICES["receiver"]["environment"].items()
+    }
+    text = (DIRECTORY / "tracker.toml").read_text(encoding="utf-8")
+    config = secrets.parent / "tracker.toml"
+    config.write_text(text.replace("/run/secrets", str(secrets)), encoding="utf-8")
+    settings = load_settings(environment | {"TRACKER_CONFIG": str(config)})
+    assert settings.tracker_database_url.startswith("postgresql://tracker:")
+    assert settings.callback_url == "https://h/callbacks/flora"
+    for secret in ("database_url", "flora_api_key", "flora_webhook_secret", "tracker_api_token"):
+        assert secret in SERVICES["receiver"]["secrets"]
+
+
+def test_prometheus_takes_its_configuration(promtool: Promtool) -> None:
+    """promtool finds the compose network's configuration sound."""
+    promtool("check", "config", "--syntax-only", DIRECTORY / "prometheus.yml")
+    (job,) = yaml.safe_load((DIRECTORY / "prometheus.yml").read_text())["scrape_configs"]
+    (found,) = job["dns_sd_configs"]
+    assert set(found["names"]) <= set(SERVICES)
+    for name in found["names"]:
+        assert str(found["port"]) in SERVICES[name]["command"]
+
+
+def test_grafana_has_the_sources_that_the_dashboards_ask() -> None:
+    """The compose network's data sources are those of the plain provisioning, by id and kind."""
+    plain = ROOT / "deploy/grafana/provisioning/datasources/tracker.yml"
+    sources = [
+        {(each["uid"], each["type"], each["name"]) for each in yaml.safe_load(text)["datasources"]}
+        for text in (plain.read_text(), (DIRECTORY / "grafana-datasources.yml").read_text())
+    ]
+    assert sources[0] == sources[1]
