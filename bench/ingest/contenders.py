@@ -1,0 +1,111 @@
+"""The servers that are compared: each a process of its own on this machine."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from bench.ingest.load import SECRET, WORKSPACE
+from tests.support.waiting import free_port
+
+START_SECONDS: Final = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A server that takes callbacks: how it is started, and which of its tables has a row each."""
+
+    name: str
+    module: str
+    arguments: tuple[str, ...]
+    table: str | None
+
+
+TRACKER: Final = Contender("tracker", "tracker", ("serve", "--no-worker"), "deliveries")
+CEILING: Final = Contender("ceiling", "bench.ingest.ceiling", ("serve", "--no-worker"), None)
+PEER: Final = Contender("peer", "bench.ingest.peer", (), "peer_deliveries")
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A contender at work."""
+
+    contender: Contender
+    port: int
+    pid: int
+
+    def processor_seconds(self) -> float:
+        """Processor time that the process has used, in user and kernel mode."""
+        with open(f"/proc/{self.pid}/stat", encoding="ascii") as file:
+            fields = file.read().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextmanager
+def started(contender: Contender, database_url: str) -> Iterator[Running]:
+    """The contender, ready for callbacks, on that database."""
+    port = free_port()
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", contender.module, *_arguments(contender, port)],
+            env=_environment(database_url, port),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+        try:
+            _wait_until_ready(process, port)
+            yield Running(contender, port, process.pid)
+        except BaseException:
+            log.seek(0)
+            sys.stderr.write(log.read().decode(errors="replace")[-4000:])
+            raise
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _arguments(contender: Contender, port: int) -> tuple[str, ...]:
+    if not contender.arguments:
+        return ()
+    return (*contender.arguments, "--port", str(port))
+
+
+def _environment(database_url: str, port: int) -> Mapping[str, str]:
+    scheme, _, rest = database_url.partition("://")
+    driver = {"sqlite": "sqlite+aiosqlite"}.get(scheme, "postgresql+asyncpg")
+    return {
+        "PATH": os.environ["PATH"],
+        "HOME": os.environ.get("HOME", "/"),
+        "FLORA_WEBHOOK_SECRET": SECRET,
+        "FLORA_WORKSPACE_ID": WORKSPACE,
+        "TRACKER_DATABASE_URL": database_url,
+        "TRACKER_LOG_FORMAT": "json",
+        "PEER_DATABASE_URL": f"{driver}://{rest}",
+        "PEER_PORT": str(port),
+    }
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], port: int) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(f"it ended with status {process.returncode}")
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=2).close()
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.05)
+        else:
+            return
+    raise RuntimeError("it did not become ready")

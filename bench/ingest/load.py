@@ -1,0 +1,144 @@
+"""Unique signed callbacks over kept-alive connections.
+
+They are made and signed beforehand, so that while the clock runs the sender only sends. wrk costs
+least; a sender in Python takes its place where wrk is not installed.
+"""
+
+import asyncio
+import json
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from tracker.flora.signature import sign
+
+SECRET: Final = "whsec_bench"  # noqa: S105 - of no workspace
+WORKSPACE: Final = "ws_bench"
+PATH: Final = "/callbacks/flora"
+
+_WRK_SCRIPT: Final = """
+local requests = {}
+local next_one = 0
+function init(args)
+  for line in io.lines(args[1]) do
+    local signature, body = line:match("^(%S+) (.*)$")
+    requests[#requests + 1] = "POST /callbacks/flora HTTP/1.1\\r\\nHost: 127.0.0.1\\r\\n" ..
+      "Content-Type: application/json\\r\\nFlora-Signature: " .. signature ..
+      "\\r\\nContent-Length: " .. #body .. "\\r\\n\\r\\n" .. body
+  end
+end
+function request()
+  next_one = next_one + 1
+  if next_one > #requests then
+    wrk.thread:stop()
+    next_one = #requests
+  end
+  return requests[next_one]
+end
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a sender counted. `seconds` is how long it sent; latencies are in milliseconds."""
+
+    acknowledged: int
+    refused: int
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Acknowledged callbacks a second."""
+        return self.acknowledged / self.seconds
+
+
+def callbacks(count: int, *, prefix: str) -> Iterator[tuple[str, bytes]]:
+    """Signature header and body of that many callbacks, each of a run of its own."""
+    now = int(time.time())
+    for number in range(count):
+        data = {
+            "run_id": f"run_{prefix}{number:08x}",
+            "run_type": "technique",
+            "workspace_id": WORKSPACE,
+            "status": "completed",
+        }
+        event = {
+            "id": f"whd_{prefix}{number:08x}",
+            "type": "run.completed",
+            "api_version": "2026-06-11",
+            "created_at": now * 1000 + number % 1000,
+            "data": data,
+        }
+        body = json.dumps(event).encode()
+        yield sign(body, SECRET, at=now), body
+
+
+@contextmanager
+def prepared(count: int, *, prefix: str) -> Iterator[Path]:
+    """A file of that many callbacks, one a line: signature, blank, body."""
+    with tempfile.NamedTemporaryFile("wb", suffix=".requests") as file:
+        for signature, body in callbacks(count, prefix=prefix):
+            file.write(b"%b %b\n" % (signature.encode(), body))
+        file.flush()
+        yield Path(file.name)
+
+
+def send(requests: Path, port: int, *, connections: int, seconds: float) -> Load:
+    """Send them to a server on this machine until the time, or what was prepared, is up."""
+    if shutil.which("wrk"):
+        return _by_wrk(requests, port, connections, seconds)
+    lines = requests.read_bytes().splitlines()
+    return asyncio.run(_by_python(lines, port, connections, seconds))
+
+
+def _by_wrk(requests: Path, port: int, connections: int, seconds: float) -> Load:
+    with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
+        script.write(_WRK_SCRIPT)
+        script.flush()
+        command = [
+            *("wrk", "-t", "1", "-c", str(connections), "-d", f"{seconds:.0f}s"),
+            *("--timeout", "10s", "-s", script.name),
+            *(f"http://127.0.0.1:{port}{PATH}", "--", str(requests)),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    counted = re.search(r"(\d+) requests in ([\d.]+)(m?s)", done.stdout)
+    if counted is None:
+        raise RuntimeError(f"wrk said something else:\n{done.stdout}{done.stderr}")
+    took = float(counted[2]) / (1000 if counted[3] == "ms" else 1)
+    other = re.search(r"Non-2xx or 3xx responses: (\d+)", done.stdout)
+    refused = int(other[1]) if other else 0
+    return Load(int(counted[1]) - refused, refused, took)
+
+
+async def _by_python(requests: list[bytes], port: int, connections: int, seconds: float) -> Load:
+    lines = iter(requests)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    counts = {True: 0, False: 0}
+
+    async def one_connection() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            while loop.time() - began < seconds and (line := next(lines, None)):
+                signature, _, body = line.partition(b" ")
+                writer.write(
+                    b"POST %b HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+                    b"Flora-Signature: %b\r\nContent-Length: %d\r\n\r\n%b"
+                    % (PATH.encode(), signature, len(body), body)
+                )
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
+                await reader.readexactly(int(length[1]) if length else 0)
+                counts[head[9:10] == b"2"] += 1
+        finally:
+            writer.close()
+
+    await asyncio.gather(*(one_connection() for _ in range(connections)))
+    return Load(counts[True], counts[False], loop.time() - began)
