@@ -28,7 +28,7 @@ UV     := UV_PYTHON_DOWNLOADS=never UV_FIND_LINKS= UV_CONSTRAINT= UV_OVERRIDE= \
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format lock dist screenshots clean
+.PHONY: help install demo test check format lock audit dist screenshots clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -81,6 +81,9 @@ lock: $(TOOLS)/.installed  ## resolve the requirement files anew (UPGRADE=--upgr
 		--extra otel pyproject.toml
 	$(LOCK) --output-file requirements/uv.txt --group pyproject.toml:bootstrap
 	$(LOCK) --output-file requirements/build.txt --group pyproject.toml:build
+
+audit: $(TOOLS)/.installed  ## look up known vulnerabilities of all that is locked (needs the network)
+	PYTHONPATH=$(TOOLS) UV_SYSTEM_CERTS=$(UV_SYSTEM_CERTS) $(PYTHON) -m tools.audit
 
 LOCK = UV_NO_CONFIG=1 $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
        --no-annotate --custom-compile-command "make lock" $(UPGRADE)

@@ -18,6 +18,8 @@ from urllib.parse import quote
 import structlog
 from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
 
+from tracker.core.plain import plain, plain_lines
+
 REDACTED: Final = "[redacted]"
 _SHORTEST_SECRET: Final = 4
 """A shorter one is not looked for: it would be found in ordinary words, and so be given away."""
@@ -37,10 +39,6 @@ _QUIET: Final = {
     "alembic": logging.WARNING,  # several lines whenever the schema is looked at
     "asyncio": logging.WARNING,
     "aiosqlite": logging.WARNING,
-}
-_CONTROLS: Final = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
-_CONTROLS_IN_LINES: Final = {
-    code: text for code, text in _CONTROLS.items() if chr(code) not in "\t\n"
 }
 
 
@@ -141,12 +139,12 @@ def _traceback(stream: TextIO, exception: ExcInfo) -> None:
     """A traceback without colours and local variables; what its message quotes is escaped too."""
     text = io.StringIO()
     structlog.dev.plain_traceback(text, exception)
-    stream.write(text.getvalue().translate(_CONTROLS_IN_LINES))
+    stream.write(plain_lines(text.getvalue()))
 
 
 def _escape_controls(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
     """Other people's text must not move a terminal's cursor or begin a line of its own."""
     for key, value in event.items():
         if isinstance(value, str) and key not in ("exception", "stack"):
-            event[key] = value.translate(_CONTROLS)
+            event[key] = plain(value)
     return event

@@ -9,7 +9,7 @@ from playwright.async_api import Page, expect
 
 from tests.browser.conftest import OpenPage, Stage, sign_in
 from tests.browser.test_flows import start
-from tests.web.dashboard.hostile import DELIVERY_ID, EVIL, RUN_ID, TECHNIQUE_ID
+from tests.web.dashboard.hostile import BATCH_ID, DELIVERY_ID, EVIL, RUN_ID, TECHNIQUE_ID
 from tracker.core.run import Tracking
 from tracker.store import read
 
@@ -21,6 +21,8 @@ HOSTILE = [
     "/runs",
     f"/runs?text={quote(EVIL)}",
     f"/runs/{quote(RUN_ID, safe='')}",
+    "/batches",
+    f"/batches/{quote(BATCH_ID, safe='')}",
     "/deliveries",
     f"/deliveries/{quote(DELIVERY_ID + '0', safe='')}",
     f"/deliveries/{quote(DELIVERY_ID + '1', safe='')}",

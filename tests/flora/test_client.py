@@ -1,5 +1,6 @@
 """The calls of the client: what goes out, and what becomes of the answer."""
 
+import gzip
 import json
 import traceback
 from datetime import timedelta
@@ -209,6 +210,20 @@ async def test_garbled_compression() -> None:
     async with client(FarEnd(garbled), VirtualTime()) as flora:
         with pytest.raises(FloraUnreadable, match="garbled"):
             await flora.get_any_run("run_1")
+
+
+@pytest.mark.parametrize("encoding", ["gzip, gzip", "br", "zstd"])
+async def test_what_is_packed_twice_or_anew_is_not_unpacked(encoding: str) -> None:
+    """Its size could not be told before it is in memory."""
+
+    async def bomb(_: httpx.Request) -> httpx.Response:
+        stream = httpx.ByteStream(gzip.compress(gzip.compress(bytes(1_000_000))))
+        return httpx.Response(200, headers={"content-encoding": encoding}, stream=stream)
+
+    async with client(far := FarEnd(bomb), VirtualTime()) as flora:
+        with pytest.raises(FloraUnreadable, match="packed in a way"):
+            await flora.get_any_run("run_1")
+    assert far.requests[0].headers["accept-encoding"] == "gzip, deflate"
 
 
 async def test_bodies_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

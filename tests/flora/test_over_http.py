@@ -120,6 +120,23 @@ async def test_a_slow_answer() -> None:
     assert len(requests) == 2
 
 
+async def test_an_answer_that_drips() -> None:
+    """An answer whose bytes come one by one, always in time for the next read, ends all the same at
+    the call's deadline."""
+
+    async def serve(number: int, writer: asyncio.StreamWriter) -> None:
+        for byte in answer(RUN):
+            writer.write(bytes([byte]))
+            await writer.drain()
+            await asyncio.sleep(0.01)
+
+    async with server(serve) as (base, requests), flora_at(base) as flora:
+        with pytest.raises(FloraUnreachable) as caught:
+            await flora.get_any_run("run_1", deadline=0.3)
+    assert caught.value.timed_out
+    assert len(requests) == 1
+
+
 async def test_no_more_requests_at_a_time_than_allowed() -> None:
     """Thirty calls at once reach FLORA two at a time, over two connections."""
     going = most = 0

@@ -282,6 +282,52 @@ async def test_a_packed_file_is_measured_unpacked(fetch: Fetch, tmp_path: Path) 
             await fetch(end.url(), max_bytes=50_000)
 
 
+@pytest.mark.parametrize("encoding", ["gzip, gzip", "deflate,gzip", "br", "zstd", "made-up"])
+async def test_what_is_packed_twice_or_anew_is_not_unpacked(
+    fetch: Fetch, tmp_path: Path, encoding: str
+) -> None:
+    """A few kilobytes could stand for gigabytes, which would be in memory before they are counted;
+    and what nobody can unpack is not put down as the file."""
+    bomb = gzip.compress(gzip.compress(bytes(20_000_000)))
+    async with far_end(answer(bomb, content_encoding=encoding)) as end:
+        with pytest.raises(MediaError, match="packed the file in a way"):
+            await fetch(end.url())
+    assert len(end.asked) == 1
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"date": "Mon, 01 Jan 2024 00:00:00 +99999999999999999999"},
+        {"date": "Mon, 01 Jan 99999999999999999999 00:00:00 GMT"},
+        {"date": "", "last_modified": ","},
+        {
+            "etag": '"\xff',
+            "content_type": "\xff/\xfe",
+            "set_cookie": "\xff=; max-age=" + "9" * 5000,
+        },
+    ],
+)
+async def test_odd_headers_cost_no_file(fetch: Fetch, tmp_path: Path, odd: dict[str, str]) -> None:
+    """Times beyond all calendars and letters that are none are passed over."""
+    headers = {"last_modified": "Mon, 01 Jan 2024 00:00:00 GMT", **odd}
+    async with far_end(answer(BODY, **headers)) as end:
+        assert (await fetch(end.url())).sha256 == SHA
+    assert names(tmp_path) == ["file.png"]
+
+
+@pytest.mark.parametrize("shape", ["{n}-1/2", "100-{n}/*", "100-{n}/{n}", "100-1/*", "-1-2/3"])
+async def test_an_odd_range_is_not_gone_on_with(fetch: Fetch, shape: str) -> None:
+    """Numbers of thousands of digits are none, and the next attempt begins anew."""
+    part = shape.format(n="9" * 5000)
+    first = answer(BODY[:100], length=len(BODY), etag='"one"')
+    odd = answer(BODY[100:], "206 Partial Content", etag='"one"', content_range=f"bytes {part}")
+    async with far_end(first, odd, answer(BODY)) as end:
+        assert (await fetch(end.url())).sha256 == SHA
+    assert [("range" in one) for one in end.asked] == [False, True, False]
+
+
 @pytest.mark.parametrize("trickle", [b"", b"x"])
 async def test_standing_still_is_not_progress(fetch: Fetch, trickle: bytes) -> None:
     """A server that says nothing, or a byte now and then, does not hold a place for ever."""

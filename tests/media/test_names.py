@@ -49,6 +49,7 @@ def test_ordinary_names_stay_readable() -> None:
         ("image/../../../etc", "https://x/a", "imageUrl", ".png"),
         (None, "https://x/a.exe/../b.p/ng", "documentUrl", ".pdf"),
         (None, "https://x/.htaccess", "imageUrl", ".png"),
+        (None, "https://x/a.part", "imageUrl", ".png"),  # so a file is called that is not whole
         ("", "https://[broken", "something new", ".bin"),
     ],
 )

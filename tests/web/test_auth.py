@@ -132,10 +132,11 @@ async def test_without_a_token_only_this_machine_is_served(host: str, status: in
         ("POST", ["https://example.com"], 403),
         ("POST", ["null"], 403),
         ("POST", ["http://localhost:8000", "https://example.com"], 403),
-        ("GET", ["https://example.com"], 200),
+        ("GET", ["http://localhost:8000"], 200),
+        ("GET", ["https://example.com"], 403),  # its script would ask FLORA through us
     ],
 )
-async def test_without_a_token_another_page_changes_nothing(
+async def test_without_a_token_another_page_asks_for_nothing(
     method: str, origins: list[str], status: int
 ) -> None:
     """A browser sends a foreign page's form to loopback too: what it would start costs money."""

@@ -82,6 +82,9 @@ async def test_the_service_outlives_its_database(
             assert answer.status_code == 503, answer.text
             assert answer.json()["error"]["code"] == "service_unavailable"
             assert int(answer.headers["Retry-After"]) > 0
+        # Anybody may ask whether it is ready, and learns nothing of where the database is.
+        assert answers[0].json()["error"]["message"].startswith("the database ")
+        assert ":" not in answers[0].json()["error"]["message"]
         assert (await site.client.get("/healthz")).status_code == 200
         await asyncio.to_thread(own_postgres.start)
 

@@ -16,6 +16,7 @@ from tracker.cli import (
     batches,
     database,
     deliveries,
+    doctor,
     local,
     looking,
     runs,
@@ -23,6 +24,7 @@ from tracker.cli import (
     techniques,
 )
 from tracker.core.errors import FieldFault, InvalidRequest, SettingsError, TrackerError
+from tracker.core.plain import plain
 
 app = typer.Typer(
     name="tracker",
@@ -42,6 +44,7 @@ app.add_typer(batches.app)
 app.add_typer(techniques.app)
 app.add_typer(deliveries.app)
 app.add_typer(database.app)
+doctor.add_to(app)
 local.add_to(app)
 
 
@@ -99,4 +102,5 @@ def _with_fields(error: TrackerError) -> str:
 
 
 def _say(message: str) -> None:
-    typer.echo(f"tracker: {' '.join(message.split())}", err=True)
+    # An error quotes what FLORA, a header or a command's argument said.
+    typer.echo(f"tracker: {plain(' '.join(message.split()))}", err=True)

@@ -15,6 +15,7 @@ import typer
 
 from tracker.cli.output import print_table
 from tracker.core.errors import TrackerError
+from tracker.core.plain import plain_lines
 
 if TYPE_CHECKING:
     from tracker.store.batches import BatchRow, Tally
@@ -68,7 +69,7 @@ def show_rows(rows: "Sequence[RowState]", results: Results, output: Path | None)
         return
     text = _jsonl(rows) if results is Results.JSONL else _csv(rows)
     if output is None:
-        sys.stdout.write(text)
+        sys.stdout.write(plain_lines(text) if sys.stdout.isatty() else text)
         return
     unfinished = output.with_name(f".{output.name}.{os.getpid()}")
     try:

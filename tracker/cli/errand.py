@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import typer
 
 from tracker.core.errors import FloraUnreachable
+from tracker.core.plain import plain
 
 if TYPE_CHECKING:
     from tracker.settings import Settings
@@ -97,4 +98,4 @@ def _heard_from_flora(services: "Services") -> bool:
 
 def note(message: str) -> None:
     """A line for the person who looks on; stdout is for what was asked for."""
-    typer.echo(message, err=True)
+    typer.echo(plain(message), err=True)

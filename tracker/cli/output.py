@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from tracker.core.plain import plain as plain_text
+
 if TYPE_CHECKING:
     from rich.console import Console
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
 
-_CONTROLS: Final = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
 _WIDE: Final = 10_000
 """How wide a table may be where nobody looks at it: a file has no right margin."""
 
@@ -61,4 +62,4 @@ def plain(value: object) -> str:
         return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return str(value).translate(_CONTROLS)
+    return plain_text(str(value))

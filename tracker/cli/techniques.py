@@ -130,10 +130,22 @@ def show(
         [(one.id, one.type, one.hint, one.name, one.description) for one in makes],
     )
     if takes and not shown["obstacle"]:
-        given = " ".join(f'--input "{plain(one.id)}=…"' for one in takes if not one.optional)
-        typer.echo(f"\ntracker runs start {plain(row.slug or row.technique_id)} {given}".rstrip())
+        given = [f"--input {_argument(f'{one.id}=…')}" for one in takes if not one.optional]
+        name = _argument(row.slug or row.technique_id)
+        typer.echo("\n" + " ".join(["tracker runs start", name, *given]))
     if not takes:
         note("Its inputs are not known: FLORA has not shown them.")
+
+
+def _argument(text: str) -> str:
+    """FLORA's text as an argument of a command that people copy: a shell finds no command in it."""
+    import re
+    import shlex
+
+    text = plain(text)
+    if re.fullmatch(r"[\w.:-]+", text, re.ASCII):
+        return text
+    return f'"{text}"' if re.fullmatch(r"[\w.:-]+=…", text, re.ASCII) else shlex.quote(text)
 
 
 def _need(port: "Port") -> str:

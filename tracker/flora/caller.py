@@ -30,6 +30,7 @@ from tracker.core.errors import (
     RateLimited,
     ServerFault,
 )
+from tracker.core.packing import is_bounded
 from tracker.flora import parse
 from tracker.flora.breaker import Breaker
 from tracker.flora.budget import Budget
@@ -124,7 +125,8 @@ class Caller:
     """Makes calls with one key, all through one budget and one breaker.
 
     `deadline` is how many seconds a call may take, repetitions included. `clock_offset` is FLORA's
-    clock minus ours, as its last answer told; `None` before the first.
+    clock minus ours, as its last answer told; `request_id` is what FLORA's support asks for that
+    answer by. Both are `None` before the first.
     """
 
     def __init__(
@@ -141,6 +143,7 @@ class Caller:
         self.budget = Budget(concurrency, monotonic=monotonic, sleep=sleep)
         self.breaker = Breaker(clock=clock, monotonic=monotonic)
         self.clock_offset: timedelta | None = None
+        self.request_id: str | None = None
         self._http = http
         self._deadline = deadline
         self._clock = clock
@@ -202,7 +205,7 @@ class Caller:
             async with self._http.stream(
                 call.method, call.url, headers=call.headers, content=call.content
             ) as response:
-                body = await _bounded_body(response)
+                body = await _bounded_body(response, call.endpoint)
             status, request_id = response.status_code, response.headers.get("request-id")
         except httpx.DecodingError as exc:
             raise FloraUnreadable(f"FLORA's answer to {call.endpoint} is garbled") from exc
@@ -244,6 +247,7 @@ class Caller:
         self, call: Call, answer: Answer, refusal: FloraRefusal | None, started: float
     ) -> None:
         """Let budget, breaker and clock know what the answer tells."""
+        self.request_id = answer.request_id
         date = http_date(answer.headers.get("date", ""))
         if date is not None:
             self.clock_offset = date - self._clock()
@@ -299,7 +303,9 @@ def _got_nowhere(error: FloraError) -> bool:
     return isinstance(error, RateLimited | KeyRefused)
 
 
-async def _bounded_body(response: httpx.Response) -> bytes:
+async def _bounded_body(response: httpx.Response, endpoint: str) -> bytes:
+    if not is_bounded(response.headers.get("content-encoding")):
+        raise FloraUnreadable(f"FLORA's answer to {endpoint} is packed in a way that is not read")
     body = bytearray()
     async for chunk in response.aiter_bytes():
         body += chunk

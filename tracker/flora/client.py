@@ -86,6 +86,7 @@ class FloraClient:
         self._http = httpx.AsyncClient(
             headers={
                 "accept": "application/json",
+                "accept-encoding": "gzip, deflate",
                 "authorization": f"Bearer {api_key}",
                 "user-agent": f"flora-run-tracker/{__version__}",
             },
@@ -136,6 +137,11 @@ class FloraClient:
     def clock_offset(self) -> timedelta | None:
         """FLORA's clock minus ours, as its last answer told."""
         return self._caller.clock_offset
+
+    @property
+    def request_id(self) -> str | None:
+        """By which FLORA's support finds its last answer."""
+        return self._caller.request_id
 
     async def list_techniques(
         self,

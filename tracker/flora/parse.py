@@ -38,6 +38,8 @@ from tracker.flora.values import (
 T = TypeVar("T")
 
 LONGEST_MESSAGE: Final = 2000
+"""Characters: FLORA's words are shown, passed on and stored."""
+MOST_FIELDS: Final = 100
 _STATUSES: Final = {str(status): status for status in RunStatus}
 _EVENTS: Final = {"run.completed": RunStatus.COMPLETED, "run.failed": RunStatus.FAILED}
 _PHRASES: Final = {int(status): status.phrase for status in HTTPStatus}
@@ -162,7 +164,7 @@ def callback(body: bytes, *, at: datetime, webhook_id: str | None = None) -> Cal
         reason = str(exc)
     data = as_object(event.get("data"))
     return Callback(
-        delivery_id=as_id(event.get("id")) or as_id(webhook_id) or _digest_id(body),
+        delivery_id=as_id(event.get("id")) or as_id(webhook_id) or digest_id(body),
         event_type=as_id(event.get("type")),
         api_version=as_id(event.get("api_version")),
         created_at=as_time(event.get("created_at")),
@@ -189,8 +191,11 @@ def refusal(
         code=as_id(error.get("code")) or f"http_{status}",
         message=message[:LONGEST_MESSAGE],
         fields=[
-            FieldFault(as_text(fault.get("field")) or "", as_text(fault.get("message")) or "")
-            for fault in as_objects(error.get("fields"))
+            FieldFault(
+                (as_text(fault.get("field")) or "")[:LONGEST_MESSAGE],
+                (as_text(fault.get("message")) or "")[:LONGEST_MESSAGE],
+            )
+            for fault in as_objects(error.get("fields"))[:MOST_FIELDS]
         ],
         request_id=request_id,
         retry_after=retry_after,
@@ -251,5 +256,6 @@ def _outputs(value: object) -> tuple[Output, ...] | None:
     )
 
 
-def _digest_id(body: bytes) -> str:
+def digest_id(body: bytes) -> str:
+    """The id of a delivery that has none of its own."""
     return f"sha256:{sha256(body).hexdigest()}"

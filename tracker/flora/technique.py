@@ -11,8 +11,18 @@ from typing import Any, Final
 
 from tracker.core.errors import FloraUnreadable
 from tracker.core.inputs import Port
-from tracker.flora.values import as_dollars, as_id, as_number, as_object, as_objects, as_text
+from tracker.flora.values import (
+    as_dollars,
+    as_id,
+    as_number,
+    as_object,
+    as_objects,
+    as_text,
+    depth_within,
+)
 
+DEEPEST: Final = 32
+"""So deeply a field that is not known here may be nested, and is kept."""
 _SAYS_OPTIONAL: Final = re.compile(
     r"(?<!not )(?<!non-)\b(optional(ly)?\b|(leave|left) (\w+ )?(out|empty|blank)\b)"
     r"|\bnot (required|needed|mandatory)\b",
@@ -51,8 +61,16 @@ def technique(payload: object) -> Technique:
         name=as_text(fields.get("name")) or technique_id,
         description=as_text(fields.get("description")),
         run_cost=as_dollars(fields.get("run_cost")),
-        inputs=as_objects(fields.get("inputs")),
-        outputs=as_objects(fields.get("outputs")),
+        inputs=_kept(fields.get("inputs")),
+        outputs=_kept(fields.get("outputs")),
+    )
+
+
+def _kept(value: object) -> tuple[dict[str, Any], ...]:
+    """The objects of a list, without what no database takes: values nested beyond all sense."""
+    return tuple(
+        {name: inner for name, inner in fields.items() if depth_within(inner, DEEPEST)}
+        for fields in as_objects(value)
     )
 
 

@@ -58,6 +58,14 @@ def as_objects(value: object) -> tuple[dict[str, Any], ...]:
     return tuple(item for item in value if isinstance(item, dict))
 
 
+def depth_within(value: object, levels: int) -> bool:
+    """Whether lists and objects are nested no deeper than so."""
+    if not isinstance(value, dict | list):
+        return True
+    inner = value.values() if isinstance(value, dict) else value
+    return levels > 0 and all(depth_within(item, levels - 1) for item in inner)
+
+
 def as_text(value: object) -> str | None:
     """A text that is not empty.
 

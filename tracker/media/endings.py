@@ -38,6 +38,8 @@ _OF_OUTPUT: Final = {
 _UNTOLD: Final = ("application/octet-stream", "binary/octet-stream", "application/binary")
 """Types with which a server says that it does not know."""
 _IN_LINK: Final = re.compile(r"\.[A-Za-z0-9]{1,8}")
+_TAKEN: Final = (".part",)
+"""By this a file is known that is not whole."""
 # Only what Python itself knows: the same everywhere, whatever the machine's own tables say.
 _KNOWN: Final = MimeTypes(filenames=())
 
@@ -63,4 +65,5 @@ def _of_link(link: str) -> str | None:
         return None
     stem, dot, last = name.rpartition(".")
     found = f".{last}".lower()
-    return found if stem and dot and _IN_LINK.fullmatch(found) else None
+    usable = stem and dot and _IN_LINK.fullmatch(found) and found not in _TAKEN
+    return found if usable else None

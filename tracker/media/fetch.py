@@ -18,6 +18,7 @@ from typing import Final, Self
 import httpx
 
 from tracker import __version__
+from tracker.core.packing import is_bounded
 from tracker.media.endings import ending
 from tracker.media.errors import LinkRefused, MediaError, MediaUnavailable
 from tracker.media.guard import GuardedTransport, Resolver, resolve
@@ -33,7 +34,7 @@ STALL_BYTES: Final = 16 * 1024
 
 _GONE: Final = (401, 403, 404, 410)
 _PASSING: Final = (408, 425, 429)
-_RANGE: Final = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_RANGE: Final = re.compile(r"bytes (\d{1,15})-(\d{1,15})/(\d{1,15}|\*)", re.ASCII)
 _SURE_AFTER: Final = timedelta(seconds=60)
 """A Last-Modified names one state of a file for certain once it is so old."""
 
@@ -185,6 +186,8 @@ class Fetcher:
         """Make the part ready for the body: whether it is gone on with, and its whole size if it
         is known."""
         status = response.status_code
+        if status in (200, 206) and not is_bounded(response.headers.get("content-encoding")):
+            raise MediaError("the server packed the file in a way that it was not asked for")
         if status == 206 and left is not None and "range" in response.request.headers:
             mark, size = left
             given = _RANGE.fullmatch(response.headers.get("content-range", ""))
@@ -264,7 +267,7 @@ def _validator(response: httpx.Response) -> str | None:
         age = parsedate_to_datetime(response.headers["date"]) - parsedate_to_datetime(
             modified or ""
         )
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, OverflowError, IndexError):  # whatever it may hold
         return None
     return modified if age >= _SURE_AFTER else None
 

@@ -2,12 +2,13 @@
 
 With a token set, a request has to show it (or be let in by another `Pass`, such as a sign-in's
 cookie). With none, only this machine is served: the request's `Host` has to be loopback, which
-keeps out a web page whose own name was pointed here, and what changes something may not come from
-a page of another origin, which a browser would send to loopback as readily as anywhere.
+keeps out a web page whose own name was pointed here, and nothing but the following of a link may
+come from a page of another origin, which a browser would send to loopback as readily as anywhere.
 """
 
 import hmac
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -56,17 +57,31 @@ class Gate:
 
 
 def bearer(token: str) -> Pass:
-    """Being let in by `Authorization: Bearer <token>`, compared in constant time."""
-    expected = token.encode()
+    """Being let in by `Authorization: Bearer <token>`."""
+    is_token = matching(token)
 
     def shows(scope: Scope) -> bool:
         given = header_of(scope, b"authorization")
         if given is None:
             return False
         scheme, _, shown = given.partition(b" ")
-        return scheme.lower() == b"bearer" and hmac.compare_digest(shown.strip(b" "), expected)
+        return scheme.lower() == b"bearer" and is_token(shown.strip(b" "))
 
     return shows
+
+
+def matching(token: str) -> Callable[[bytes], bool]:
+    """Says of what is shown whether it is `token`; how long that takes tells nothing of it.
+
+    Digests are compared, because of two texts that differ in length even `compare_digest` may let
+    the length be measured.
+    """
+    expected = sha256(token.encode()).digest()
+
+    def is_token(shown: bytes) -> bool:
+        return hmac.compare_digest(sha256(shown).digest(), expected)
+
+    return is_token
 
 
 def _is_open(path: str) -> bool:
@@ -108,13 +123,26 @@ def _only_this_machine(scope: Scope) -> None:
             "Without TRACKER_API_TOKEN only this machine is served, under localhost or a loopback "
             "address. Set TRACKER_API_TOKEN to serve other hosts.",
         )
-    if scope["method"] not in SAFE and not from_own_page(scope):
+    if not from_own_page(scope) and not _is_visit(scope):
         raise Fault(
             403,
             "forbidden",
             "This request comes from a page of another origin. Set TRACKER_API_TOKEN and send it "
             "to let other pages in.",
         )
+
+
+def _is_visit(scope: Scope) -> bool:
+    """Whether somebody follows a link of another page to one of ours.
+
+    What a page of theirs loads into itself, as an image, a script or a frame, is no visit: they
+    would learn from it what there is here, and spend what FLORA lets us ask.
+    """
+    asked_by_script = bool(_headers(scope, b"origin"))
+    into = _headers(scope, b"sec-fetch-dest")  # an old browser does not say
+    return (
+        scope["method"] in SAFE and not asked_by_script and all(one == b"document" for one in into)
+    )
 
 
 def _name_of(host: bytes) -> str | None:

@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tracker.core.errors import StoreError
+from tracker.core.errors import SchemaOutdated, StoreError
 from tracker.store import migrate
 from tracker.tracking.workspaces import Workspace
 from tracker.views import time_json
@@ -33,7 +33,7 @@ class Health:
         return Json({"status": "ok"})
 
     async def readyz(self, request: Request) -> Response:
-        """200 where the database answers and its schema is new enough, else 503 and why.
+        """200 where the database answers and its schema is new enough, else 503 and why, in short.
 
         A refused API key does not make the service unready, because callbacks are still taken: it
         is told beside the status.
@@ -45,8 +45,11 @@ class Health:
             await asyncio.shield(self._checking)
         except TimeoutError:
             raise unavailable("The database does not answer.") from None
-        except StoreError as error:
+        except SchemaOutdated as error:
             raise unavailable(str(error)) from error
+        except StoreError as error:
+            # Not the driver's own words, which name the server and its user: anybody may ask.
+            raise unavailable(f"{str(error).partition(':')[0]}.") from error
         return Json({"status": "ready", "flora": _flora(list(self._services.workspaces))})
 
     async def _check(self) -> None:

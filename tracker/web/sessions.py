@@ -28,6 +28,8 @@ LASTS: Final = timedelta(hours=12)
 CSRF_HEADER: Final = "x-csrf-token"
 CSRF_FIELD: Final = "csrf_token"
 
+_NAME: Final = "tracker_session"
+_SECURE_NAME: Final = f"__Host-{_NAME}"
 _SKEW: Final = timedelta(minutes=1)
 """How far two processes' clocks may be apart."""
 _SESSION: Final = "tracker.session"
@@ -107,15 +109,22 @@ class Sessions:
         return base64.urlsafe_b64encode(digest).decode().rstrip("=")
 
     def _secure(self, scope: Scope) -> bool:
-        """Whether the browser came over https, be it that a proxy in front ends it."""
-        if scope.get("scheme") == "https":
+        """Whether the browser came over https, be it that a proxy in front ends it.
+
+        Some proxies ask by a name of their own. The browser tells all the same: a form that is sent
+        says where its page came from, and only over https it shows a `__Host-` cookie.
+        """
+        if scope.get("scheme") == "https" or _cookie(scope, _SECURE_NAME) is not None:
             return True
-        host = header_of(scope, b"host")
-        return host is not None and host.decode("latin-1").lower() == self._secure_host
+        if self._secure_host is None:
+            return False
+        host, origin = (header_of(scope, name) or b"" for name in (b"host", b"origin"))
+        public = self._secure_host.encode("latin-1")
+        return host.lower() == public or origin.lower() == b"https://" + public
 
     def _name(self, scope: Scope) -> str:
         """The cookie's name; over https one that no other host and no http page can set."""
-        return "__Host-tracker_session" if self._secure(scope) else "tracker_session"
+        return _SECURE_NAME if self._secure(scope) else _NAME
 
     def _set_cookie(self, scope: Scope, value: str, lasts: timedelta) -> str:
         parts = [

@@ -1,5 +1,6 @@
-"""A run, a technique, a sweep and callbacks whose every text is somebody's attack."""
+"""A run, a technique, a sweep, a batch and callbacks whose every text is somebody's attack."""
 
+from datetime import timedelta
 from decimal import Decimal
 from typing import Final
 
@@ -7,7 +8,9 @@ from tracker.core.clock import utc_now
 from tracker.core.entry import Delivered, Delivery, DeliveryOutcome, Seen, Unseen
 from tracker.core.observation import Observation, Source
 from tracker.core.run import Output, RunError, RunStatus
-from tracker.store import sweeps, techniques
+from tracker.store import batches, starts, sweeps, techniques
+from tracker.store.batches import BatchEntry, BatchRow
+from tracker.store.starts import StartState
 from tracker.store.techniques import TechniqueRow
 from tracker.wiring import Services
 
@@ -35,73 +38,113 @@ TYPES: Final = ("imageUrl", "videoUrl", "audioUrl", "documentUrl", "text", EVIL)
 RUN_ID: Final = f"run_{EVIL}"
 DELIVERY_ID: Final = f"whd_{EVIL}"
 TECHNIQUE_ID: Final = f"tech_{EVIL}"
+BATCH_ID: Final = f"batch_{EVIL}"
 
 
-async def attack(services: Services) -> None:
+async def attack(services: Services, evil: str = EVIL) -> None:
     """Store all of it, as if FLORA had said so."""
+    run_id, technique_id = f"run_{evil}", f"tech_{evil}"
     now = utc_now()
     outputs = tuple(
-        Output(f"{EVIL}{number}", kind, link)
+        Output(f"{evil}{number}", kind, link)
         for number, (kind, link) in enumerate((kind, link) for kind in TYPES for link in LINKS)
     )
     of = {
-        "run_id": RUN_ID,
+        "run_id": run_id,
         "at": now,
-        "run_type": EVIL,
-        "workspace_id": EVIL,
-        "project_id": EVIL,
-        "technique_id": TECHNIQUE_ID,
-        "technique_name": EVIL,
+        "run_type": evil,
+        "workspace_id": evil,
+        "project_id": evil,
+        "technique_id": technique_id,
+        "technique_name": evil,
         "poll_url": LINKS[0],
         "created_at": now,
     }
-    inputs = [{"id": EVIL, "type": EVIL, "value": link} for link in (EVIL, *LINKS)]
+    inputs = [{"id": evil, "type": evil, "value": link} for link in (evil, *LINKS)]
     await services.door.put(
         Seen(observation=Observation(**of, source=Source.START), inputs=inputs)  # type: ignore[arg-type]
     )
-    await services.door.put(Unseen(run_id=RUN_ID, at=now, error=EVIL))
+    await services.door.put(Unseen(run_id=run_id, at=now, error=evil))
     await services.door.put(
         Seen(
             observation=Observation(
                 **of,  # type: ignore[arg-type]
                 source=Source.POLL,
                 status=RunStatus.FAILED,
-                error=RunError(EVIL, EVIL),
+                error=RunError(evil, evil),
                 charged_cost=Decimal(1),
                 outputs=outputs,
             )
         )
     )
-    await services.door.put(Unseen(run_id=RUN_ID, at=now, error=EVIL))
+    await services.door.put(Unseen(run_id=run_id, at=now, error=evil))
     for number, outcome in enumerate(DeliveryOutcome):
         await services.door.put(
             Delivered(
                 delivery=Delivery(
-                    delivery_id=f"{DELIVERY_ID}{number}",
+                    delivery_id=f"whd_{evil}{number}",
                     received_at=now,
-                    body=f'{{"id": "{EVIL}"'.encode() + b"\xff\x00</pre>",
+                    body=f'{{"id": "{evil}"'.encode() + b"\xff\x00</pre>",
                     outcome=outcome,
-                    run_id=RUN_ID,
-                    event_type=EVIL,
-                    api_version=EVIL,
-                    workspace_id=EVIL,
-                    reason=EVIL,
+                    run_id=run_id,
+                    event_type=evil,
+                    api_version=evil,
+                    workspace_id=evil,
+                    reason=evil,
                 )
             )
         )
     ports = (
-        {"id": EVIL, "name": EVIL, "type": EVIL, "description": EVIL, "specified_duration": EVIL},
+        {"id": evil, "name": evil, "type": evil, "description": evil, "specified_duration": evil},
     )
     row = TechniqueRow(
-        technique_id=TECHNIQUE_ID,
-        name=EVIL,
-        description=EVIL,
-        slug=EVIL,
+        technique_id=technique_id,
+        name=evil,
+        description=evil,
+        slug=evil,
         inputs=ports,
         outputs=ports,
     )
     await techniques.define(services.database, row, now)
-    number = await sweeps.begin(services.database, EVIL, now)
+    number = await sweeps.begin(services.database, evil, now)
     await sweeps.finish(
-        services.database, number, at=now, pages=1, items=1, discovered=0, repaired=0, error=EVIL
+        services.database, number, at=now, pages=1, items=1, discovered=0, repaired=0, error=evil
+    )
+    await _attack_batch(services, evil)
+
+
+async def _attack_batch(services: Services, evil: str) -> None:
+    """A sheet with such a name, whose row FLORA refused in such words."""
+    now, row = utc_now(), BatchEntry(position=1, line=2, digest="0" * 64)
+    batch = BatchRow(
+        batch_id=f"batch_{evil}",
+        workspace_slot="default",
+        technique_id=f"tech_{evil}",
+        name=f"{evil}.csv",
+        created_at=now,
+    )
+    await batches.keep(services.database, batch, [row])
+    await starts.reserve(
+        services.database,
+        workspace_slot="default",
+        idempotency_key=row.key,
+        technique_id=f"tech_{evil}",
+        fingerprint="0",
+        inputs=[{"id": evil, "type": evil, "value": evil}],
+        at=now,
+    )
+    await starts.take(services.database, "default", row.key, "tests", now, timedelta(minutes=1))
+    refusal = {
+        "status": 400,
+        "code": evil,
+        "message": evil,
+        "fields": [{"field": evil, "message": evil}],
+    }
+    await starts.mark(
+        services.database,
+        "default",
+        row.key,
+        holder="tests",
+        state=StartState.REFUSED,
+        error=refusal,
     )

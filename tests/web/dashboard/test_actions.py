@@ -1,10 +1,12 @@
 """What changes something comes from a page of ours, and says what came of it."""
 
 from collections.abc import AsyncIterator
+from datetime import timedelta
 
 import httpx
 import pytest
 
+from tests.store.making import callback
 from tests.web.callbacks import event
 from tests.web.conftest import Serve, Site
 from tests.web.dashboard.conftest import HTML, TOKEN, csrf_of, sign_in
@@ -14,6 +16,7 @@ from tracker.core.observation import Observation, Source
 from tracker.core.run import RunStatus
 from tracker.simulator import Options, Simulator, running
 from tracker.store import read
+from tracker.tracking.prune import Ages
 
 REPLAY = "/deliveries/whd_run_1/replay"
 
@@ -57,8 +60,24 @@ async def test_one_that_is_still_not_understood_says_why(
     await quarantine(closed, b'{"type": "run.paused"}')
     csrf = csrf_of((await browser.get("/deliveries/whd_run_1")).text)
     answer = await browser.post(REPLAY, headers={"X-CSRF-Token": csrf, "HX-Request": "true"})
-    assert "still not understood: the type is neither" in answer.text
+    assert "stays in quarantine: the type is neither" in answer.text
     assert await outcome(closed) == "quarantined"
+
+
+async def test_a_body_that_retention_removed_is_told(
+    browser: httpx.AsyncClient, closed: Site
+) -> None:
+    """The page says so in its place, and a replay that there is nothing to do."""
+    at = utc_now() - timedelta(days=40)
+    await closed.services.door.put(callback("run_1", at=at))
+    ages = Ages(runs=timedelta(days=90), bodies=timedelta(days=30))
+    assert (await closed.services.pruner.prune(ages))["bodies"] == 1
+    page = (await browser.get("/deliveries/whd_run_1")).text
+    assert "Removed by retention" in page
+    assert "As it came" not in page
+    assert "whd_run_1" in (await browser.get("/deliveries")).text
+    answer = await browser.post(REPLAY, data={"csrf_token": csrf_of(page)})
+    assert "it had been applied before" in answer.text
 
 
 @pytest.mark.parametrize(

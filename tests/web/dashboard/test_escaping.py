@@ -8,6 +8,7 @@ import pytest
 from tests.web.conftest import Site
 from tests.web.dashboard.conftest import HTML
 from tests.web.dashboard.hostile import (
+    BATCH_ID,
     DELIVERY_ID,
     EVIL,
     LINKS,
@@ -32,6 +33,9 @@ PAGES = {
     f"/techniques?text={quote(EVIL)}": True,
     f"/techniques/{quote(TECHNIQUE_ID, safe='')}": True,
     "/sweeps": True,
+    "/batches": True,
+    f"/batches/{quote(BATCH_ID, safe='')}": True,
+    f"/batches/{quote('none' + EVIL, safe='')}": True,
     f"/runs/{quote('none' + EVIL, safe='')}": True,
     f"/techniques/{quote('none' + EVIL, safe='')}": True,
     f"/runs?state={quote(EVIL)}": False,

@@ -12,6 +12,7 @@ from tracker.store import batches
 from tracker.store.overview import technique_names
 from tracker.tracking.batch_rows import states_of
 from tracker.web.dashboard.forms import given
+from tracker.web.dashboard.paths import ANY
 from tracker.web.dashboard.render import Renderer, query
 from tracker.web.faults import invalid, not_found
 from tracker.web.services import Services
@@ -31,7 +32,7 @@ class BatchesPage:
         """Both routes."""
         return [
             Route("/batches", self.list, methods=["GET"]),
-            Route("/batches/{batch_id:path}", self.show, methods=["GET"]),
+            Route(f"/batches/{{batch_id:{ANY}}}", self.show, methods=["GET"]),
         ]
 
     async def list(self, request: Request) -> Response:

@@ -13,6 +13,7 @@ from tracker.store import read
 from tracker.store.read import DeliveryRow
 from tracker.tracking.replay import Replay
 from tracker.web.dashboard.forms import check_action, given
+from tracker.web.dashboard.paths import ANY
 from tracker.web.dashboard.render import Renderer, query
 from tracker.web.dashboard.said import Said
 from tracker.web.faults import Fault, invalid, not_found
@@ -32,8 +33,10 @@ class DeliveriesPage:
         """All three; an id may hold any character, slashes too."""
         return [
             Route("/deliveries", self.list, methods=["GET"]),
-            Route("/deliveries/{delivery_id:path}/replay", self.replay, methods=["GET", "POST"]),
-            Route("/deliveries/{delivery_id:path}", self.show, methods=["GET"]),
+            Route(
+                f"/deliveries/{{delivery_id:{ANY}}}/replay", self.replay, methods=["GET", "POST"]
+            ),
+            Route(f"/deliveries/{{delivery_id:{ANY}}}", self.show, methods=["GET"]),
         ]
 
     async def list(self, request: Request) -> Response:
@@ -91,10 +94,10 @@ class DeliveriesPage:
 
 def _told(replay: Replay) -> Said:
     if replay.already:
-        return Said("good", "It had been applied already; nothing was done.")
+        return Said("good", f"Nothing to do: {replay.reason}.")
     if replay.outcome is DeliveryOutcome.APPLIED:
         return Said("good", f"It is understood now, and applied to run {replay.run_id}.")
-    return Said("warn", f"It is still not understood: {replay.reason}.")
+    return Said("warn", f"It stays in quarantine: {replay.reason}.")
 
 
 def _unknown(delivery_id: str) -> Fault:

@@ -14,6 +14,7 @@ from tracker.store.overview import technique_names
 from tracker.store.read import DeliveryRow
 from tracker.web.dashboard.forms import check_action
 from tracker.web.dashboard.outputs import Gallery, web_link
+from tracker.web.dashboard.paths import ANY
 from tracker.web.dashboard.render import Renderer
 from tracker.web.dashboard.said import Said
 from tracker.web.faults import not_found
@@ -34,8 +35,8 @@ class RunPage:
     def routes(self) -> list[Route]:
         """Both routes; an id may hold any character, slashes too."""
         return [
-            Route("/runs/{run_id:path}/check", self.check, methods=["GET", "POST"]),
-            Route("/runs/{run_id:path}", self.show, methods=["GET"]),
+            Route(f"/runs/{{run_id:{ANY}}}/check", self.check, methods=["GET", "POST"]),
+            Route(f"/runs/{{run_id:{ANY}}}", self.show, methods=["GET"]),
         ]
 
     async def show(self, request: Request) -> Response:

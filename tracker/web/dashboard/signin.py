@@ -1,6 +1,5 @@
 """`/login` and `/logout`: a browser shows the token once and gets a session for it."""
 
-import hmac
 from ipaddress import IPv6Address, ip_address
 from math import ceil
 from typing import Final
@@ -9,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
+from tracker.web.auth import matching
 from tracker.web.dashboard.forms import check_action, read_form
 from tracker.web.dashboard.render import Renderer, query
 from tracker.web.faults import Fault
@@ -31,7 +31,7 @@ class SignIn:
 
     def __init__(self, render: Renderer, *, token: str | None, sessions: Sessions | None) -> None:
         self._render = render
-        self._token = token
+        self._is_token = None if token is None else matching(token)
         self._sessions = sessions
         self._each = Throttle(burst=EACH_BURST, refill=EACH_REFILL)
         self._all = Throttle(burst=ALL_BURST, refill=ALL_REFILL)
@@ -46,8 +46,8 @@ class SignIn:
     async def login(self, request: Request) -> Response:
         """`GET` shows the form, `POST` takes the token and leads to where one wanted to go."""
         wanted = local_path(request.query_params.get("next"))
-        sessions, token = self._sessions, self._token
-        if sessions is None or token is None:
+        sessions, is_token = self._sessions, self._is_token
+        if sessions is None or is_token is None:
             return RedirectResponse("/", status_code=303)
         if request.method != "POST":
             if sessions.of(request.scope) is not None:
@@ -59,7 +59,7 @@ class SignIn:
         if (wait := self._take(address)) > 0:
             return self._form(request, wanted, wait=wait)
         shown = (await read_form(request)).get("token", "").strip()
-        if not hmac.compare_digest(shown.encode(errors="replace"), token.encode()):
+        if not is_token(shown.encode()):
             return self._form(request, wanted, wrong=True)
         self._each.give_back(address)
         self._all.give_back("")

@@ -110,8 +110,7 @@ class Dashboard:
     def _to_sign_in(self, request: Request) -> Response:
         """The way to the sign-in and back to the page that was wanted, or where a script ran."""
         if request.headers.get("hx-request") == "true":
-            shown = urlsplit(request.headers.get("hx-current-url", ""))
-            wanted = local_path(shown._replace(scheme="", netloc="", fragment="").geturl())
+            wanted = _path_in(request.headers.get("hx-current-url", ""))
             # A redirect would put the sign-in's page into the middle of the one that is shown.
             return Response(status_code=401, headers={"HX-Redirect": _sign_in_for(wanted)})
         wanted = "/"
@@ -120,6 +119,15 @@ class Dashboard:
         return RedirectResponse(
             _sign_in_for(wanted), status_code=303, headers={"Cache-Control": "no-store"}
         )
+
+
+def _path_in(url: str) -> str:
+    """Path and query of an address, whatever a client sends for one."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "/"
+    return local_path(parts._replace(scheme="", netloc="", fragment="").geturl())
 
 
 def _sign_in_for(wanted: str) -> str:

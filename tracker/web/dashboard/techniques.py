@@ -10,6 +10,7 @@ from starlette.routing import Route
 from tracker.store import read, techniques
 from tracker.store.techniques import TechniqueRow
 from tracker.web.dashboard.forms import given
+from tracker.web.dashboard.paths import ANY
 from tracker.web.dashboard.render import Renderer, query
 from tracker.web.faults import not_found
 from tracker.web.services import Services
@@ -30,7 +31,7 @@ class TechniquesPage:
         """Both routes; an id may hold any character, slashes too."""
         return [
             Route("/techniques", self.list, methods=["GET"]),
-            Route("/techniques/{technique_id:path}", self.show, methods=["GET"]),
+            Route(f"/techniques/{{technique_id:{ANY}}}", self.show, methods=["GET"]),
         ]
 
     async def list(self, request: Request) -> Response:

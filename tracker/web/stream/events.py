@@ -5,6 +5,7 @@
 reset` says that a reader cannot go on from where it was and has to load anew what it shows.
 """
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
@@ -14,6 +15,8 @@ from tracker.store.feed import Line
 from tracker.views import number_json, run_json, time_json
 from tracker.web.answers import to_json
 
+_LINE_ENDS: Final = re.compile(b"\xc2\x85|\xe2\x80[\xa8\xa9]")
+"""NEXT LINE, LINE SEPARATOR and PARAGRAPH SEPARATOR, in UTF-8."""
 RETRY_MILLISECONDS: Final = 2000
 """How long a browser waits before it connects again."""
 
@@ -51,7 +54,7 @@ class Change:
         line = self.line
         number = b"" if line is None else b"id: %d\n" % line.id
         shown = {"event": None if line is None else _line(line), "run": run_json(self.record)}
-        return b"%bevent: run\ndata: %b\n\n" % (number, to_json(shown))
+        return b"%bevent: run\ndata: %b\n\n" % (number, _in_one_line(to_json(shown)))
 
 
 def greeting(number: int) -> bytes:
@@ -67,6 +70,11 @@ def heartbeat(number: int) -> bytes:
 def reset(number: int) -> bytes:
     """Load anew; the stream goes on from that number."""
     return b"id: %d\nevent: reset\ndata: {}\n\n" % number
+
+
+def _in_one_line(data: bytes) -> bytes:
+    """JSON without the line ends that some clients know beside CR and LF: their escapes instead."""
+    return _LINE_ENDS.sub(lambda found: b"\\u%04x" % ord(found[0].decode()), data)
 
 
 def _line(line: Line) -> dict[str, Any]:

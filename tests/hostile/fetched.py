@@ -1,0 +1,82 @@
+"""The target that is fetched: what a file's server answers, as raw as it comes."""
+
+import asyncio
+import hashlib
+import re
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+
+from tests.media.far_end import far_end
+from tracker.media.errors import MediaError
+from tracker.media.fetch import Fetcher
+
+LARGEST = 100_000
+"""Bytes of a file that is taken."""
+MOST = 4
+"""Answers, one for each request; the last one is for all that follow."""
+
+
+class _Here(httpx.AsyncBaseTransport):
+    """Sends every request to the one server: where a link may lead is another test's."""
+
+    def __init__(self) -> None:
+        self.port = 0
+        self._inner = httpx.AsyncHTTPTransport(limits=httpx.Limits(max_keepalive_connections=0))
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        url = request.url.copy_with(scheme="http", host="127.0.0.1", port=self.port)
+        here = httpx.Request(request.method, url, headers=request.headers, stream=request.stream)
+        return await self._inner.handle_async_request(here)
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+@asynccontextmanager
+async def files() -> AsyncIterator[Callable[[bytes], Awaitable[None]]]:
+    """A file is there whole under its name, or one named error says why not.
+
+    An input is one answer or several, divided by `====`; their line ends are HTTP's.
+    """
+    here = _Here()
+    fetcher = Fetcher(max_bytes=LARGEST, stall=2.0, connect=2.0, sleep=_no_wait)
+    fetcher._http._transport = here
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+
+        async def check(data: bytes) -> None:
+            replies = [_on_the_wire(one) for one in data.split(b"\n====\n")[:MOST]]
+            async with far_end(*replies) as end:
+                here.port = end.port
+                await _is_whole_or_told(fetcher, end.url("/file.part"), folder)
+            for path in folder.iterdir():
+                path.unlink()
+
+        async with fetcher:
+            yield check
+
+
+def _on_the_wire(answer: bytes) -> bytes:
+    head, line, body = answer.partition(b"\n\n")
+    return re.sub(rb"\r?\n", b"\r\n", head) + (b"\r\n\r\n" if line else b"") + body
+
+
+async def _is_whole_or_told(fetcher: Fetcher, link: str, folder: Path) -> None:
+    try:
+        fetched = await fetcher.fetch(link, folder, "file", output_type="imageUrl")
+    except MediaError:
+        assert {path.name for path in folder.iterdir()} <= {"file.part", "file.part.json"}
+        return
+    assert [path.name for path in folder.iterdir()] == [fetched.path.name]
+    assert re.fullmatch(r"file\.(?!part$)[a-z0-9+-]+", fetched.path.name), fetched.path.name
+    content = fetched.path.read_bytes()
+    assert len(content) == fetched.size <= LARGEST
+    assert hashlib.sha256(content).hexdigest() == fetched.sha256
+
+
+async def _no_wait(seconds: float) -> None:
+    await asyncio.sleep(0)

@@ -1,0 +1,119 @@
+"""The targets that are asked over HTTP, with a database behind them: callbacks, and the rest."""
+
+import json
+import re
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from tests.hostile import reference
+from tests.hostile.asgi import Answer, ask, headers_of, split
+from tests.hostile.parsers import NOW, SECRETS, TOLERANCE
+from tracker.core.entry import TRIAL, DeliveryOutcome
+from tracker.flora.signature import sign
+from tracker.store import read
+from tracker.web.app import build_app
+from tracker.web.limits import Limits
+from tracker.wiring import Services
+
+WORKSPACE = "ws_1"
+TOKEN = "a-token-of-the-tests"
+Asks = Callable[[bytes], Awaitable[None]]
+
+
+# --- callback: headers, an empty line, the body; signed unless the headers have a signature
+
+
+def callback(services: Services) -> Asks:
+    """Whatever is authentic is on disk when it is answered, byte for byte, and nothing else is."""
+    app, limit = build_app(services), Limits().callback_bytes
+
+    async def check(data: bytes) -> None:
+        lines, body = split(data)
+        headers = headers_of(lines)
+        given = [value for name, value in headers if name == b"flora-signature"]
+        if not given:
+            headers.append((b"flora-signature", sign(body, SECRETS[1], at=NOW).encode()))
+        signed = not given or isinstance(
+            reference.verdict(
+                b",".join(given), body, SECRETS, now=int(NOW.timestamp()), tolerance=TOLERANCE
+            ),
+            int,
+        )
+        if len(body) > limit or not signed:
+            kept = await read.counts(services.database, now=NOW)
+            answer = await ask(app, "POST", b"/callbacks/flora", headers, body)
+            assert answer.status == (413 if len(body) > limit else 401), answer
+            assert await read.counts(services.database, now=NOW) == kept
+            return
+        answer = await ask(app, "POST", b"/callbacks/flora", headers, body)
+        assert answer.status == 200, answer
+        ids = [value.decode("latin-1") for name, value in headers if name == b"flora-webhook-id"]
+        await _is_kept(services, body, ids[-1] if ids else None, json.loads(answer.body))
+
+    return check
+
+
+async def _is_kept(
+    services: Services, body: bytes, webhook_id: str | None, told: dict[str, Any]
+) -> None:
+    expected = reference.reading(body, webhook_id, workspace_id=WORKSPACE)
+    if reference.nesting(body) > 500:  # where a reader gives up is its own affair
+        return
+    row = await read.get_delivery(services.database, expected.delivery_id)
+    if row is not None and row.body != body:
+        row = await read.get_delivery(services.database, expected.digest)
+    assert row is not None, expected
+    assert (row.body, row.run_id, row.outcome.value) == (body, expected.run_id, told["outcome"])
+    assert told["repeated"] is (row.receipts > 1), row
+    if expected.ends_run:
+        assert expected.run_id is not None
+        record = await read.get_run(services.database, expected.run_id)
+        assert record is not None
+        assert record.run.status.ended, record
+    trial = row.event_type == TRIAL
+    assert (row.outcome is DeliveryOutcome.APPLIED) is (expected.ends_run or trial), row
+
+
+# --- api: `METHOD target`, headers, an empty line, the body; with the token unless they have one
+
+
+def api(services: Services) -> Asks:
+    """No request whatever is answered 500, leads elsewhere or signs somebody in."""
+    app = build_app(services)
+
+    async def check(data: bytes) -> None:
+        lines, body = split(data)
+        method, _, target = (lines or [b"POST /api/runs"])[0].partition(b" ")
+        target = re.sub(
+            rb"[^!-~]", lambda found: b"%%%02X" % found[0][0], target.partition(b" ")[0]
+        )
+        headers = headers_of(lines[1:])
+        names = {name for name, _ in headers}
+        if not names & {b"authorization", b"cookie"}:
+            headers.append((b"authorization", b"Bearer " + TOKEN.encode()))
+        verb = method.decode("latin-1").upper()
+        verb = verb if re.fullmatch(r"[A-Z]{1,20}", verb) else "GET"
+        target = target if target.startswith(b"/") else b"/" + target
+        answer = await ask(app, verb, target, headers, body)
+        _is_proper(answer, target, body)
+
+    return check
+
+
+def _is_proper(answer: Answer, target: bytes, body: bytes) -> None:
+    assert answer.status < 500 or answer.status == 503, answer
+    assert answer.header("x-content-type-options") == "nosniff"
+    assert "frame-ancestors 'none'" in (answer.header("content-security-policy") or "")
+    for name, value in answer.headers:
+        assert not re.search(r"[\0\r\n]", name + value), (name, value)
+    for name in ("location", "hx-redirect"):
+        where = answer.header(name)
+        assert where is None or re.match(r"/(?![/\\])", where), where
+    if answer.header("set-cookie") is not None:
+        assert target.startswith((b"/login", b"/logout")), target
+        assert answer.status == 303
+    if answer.status >= 400 and target.startswith(b"/api/"):
+        error = json.loads(answer.body)["error"]
+        assert error["code"]
+        assert error["message"]
+    assert TOKEN.encode() not in answer.body or TOKEN.encode() in target + body
