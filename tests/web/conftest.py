@@ -37,7 +37,7 @@ async def _serve(
     )
     async with (
         open_services(settings, background=False) as services,
-        serving(build_app(services, limits=limits), port) as base_url,
+        serving(build_app(services, limits=limits), port, limits=limits) as base_url,
         httpx.AsyncClient(base_url=base_url, timeout=20) as client,
     ):
         yield Site(base_url, services, client)

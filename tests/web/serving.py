@@ -9,15 +9,18 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp
 
+from tracker.web.limits import Limits
 from tracker.web.server import Server, listen
 
 
 @asynccontextmanager
-async def serving(app: ASGIApp, port: int = 0) -> AsyncIterator[str]:
+async def serving(
+    app: ASGIApp, port: int = 0, *, limits: Limits | None = None
+) -> AsyncIterator[str]:
     """Serves `app` on a port of 127.0.0.1 (0: a free one) in this loop, and says where."""
     ready = asyncio.Event()
     with listen("127.0.0.1", port, local_only=True) as sockets:
-        server = Server(app, on_ready=ready.set)
+        server = Server(app, on_ready=ready.set, limits=limits)
         task = asyncio.create_task(server.serve(sockets=sockets))
         try:
             await ready.wait()
@@ -62,6 +65,10 @@ class Wire:
     async def hung_up(self) -> bool:
         """Waits until the server closes the connection; false where it sends something instead."""
         return await self._reader.read(1) == b""
+
+    def send_no_more(self) -> None:
+        """Closes this side alone."""
+        self._writer.write_eof()
 
     def close(self) -> None:
         """Hangs up."""

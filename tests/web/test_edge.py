@@ -2,10 +2,14 @@
 
 import httpx
 import pytest
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+from structlog.testing import capture_logs
 
 from tests.web.conftest import Site
+from tracker.core.errors import FloraRefusal, StoreUnavailable, TrackerError
 from tracker.web.edge import Edge
+from tracker.web.faults import Fault
 from tracker.web.limits import Limits
 
 SECRET_WORD = "swordfish"
@@ -57,6 +61,8 @@ async def test_every_answer_has_the_security_headers(small_site: Site) -> None:
         answer = await small_site.client.get(path)
         assert answer.headers["X-Content-Type-Options"] == "nosniff"
         assert answer.headers["Referrer-Policy"] == "no-referrer"
+        policy = answer.headers["Content-Security-Policy"]
+        assert policy == "default-src 'none'; frame-ancestors 'none'"
         assert (answer.headers.get("Cache-Control") == "no-store") == path.startswith("/api")
         assert "server" not in answer.headers
 
@@ -85,3 +91,38 @@ async def test_an_answer_to_head_has_no_body(small_site: Site) -> None:
     """A load balancer may ask so."""
     answer = await small_site.client.head("/healthz")
     assert (answer.status_code, answer.content) == (200, b"")
+
+
+async def test_a_database_that_is_down_is_said_seldom() -> None:
+    """Each request would say the same; what FLORA refuses is said of each."""
+    errors: list[TrackerError] = [StoreUnavailable("the disk is full")] * 5
+    errors += [FloraRefusal(status=500, code="internal_error", message="oops")] * 2
+    waiting = iter(errors)
+
+    async def fails(scope: Scope, receive: Receive, send: Send) -> None:
+        raise next(waiting)
+
+    async with _client(fails) as client:
+        with capture_logs() as lines:
+            statuses = [(await client.get("/api/runs")).status_code for _ in errors]
+    assert statuses == [503] * 5 + [502] * 2
+    assert [line["status"] for line in lines] == [503, 502, 502]
+    assert {line["event"] for line in lines} == {"request.failed"}
+    assert [line["count"] for line in lines] == [1, 1, 1]
+
+
+async def test_an_error_page_that_fails_does_not_hide_the_error() -> None:
+    """The client gets the answer in the shape for programs."""
+
+    async def fails(scope: Scope, receive: Receive, send: Send) -> None:
+        raise StoreUnavailable("the disk is full")
+
+    def no_page(scope: Scope, fault: Fault) -> Response | None:
+        raise LookupError(SECRET_WORD)
+
+    edge = Edge(fails, limits=Limits(), page=no_page)
+    transport = httpx.ASGITransport(edge)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        answer = await client.get("/")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "service_unavailable")
+    assert SECRET_WORD not in answer.text

@@ -52,13 +52,13 @@ async def read_run(client: FloraClient, run: Run) -> Reading:
     `KeyRefused` and `RateLimited` are raised: they say nothing about the run.
     """
     reading = Reading()
-    denied = 0
+    denied = doubtful = False
     async for way in _ways(client, run, reading):
         reading.reads += 1
         try:
             reading.observation = await way()
         except NotFound as refusal:
-            denied += 1
+            denied = True
             reading.error = str(refusal)
         except PollUrlRefused as refusal:
             reading.reads -= 1  # nothing was sent
@@ -68,15 +68,17 @@ async def read_run(client: FloraClient, run: Run) -> Reading:
         except KeyRefused as refusal:
             if client.breaker.open:
                 raise
-            reading.error = str(refusal)  # a 403 for this run, with a key that is good otherwise
-            return reading
+            doubtful = True  # a 403 for this run, with a key that is good otherwise
+            reading.error = str(refusal)
         except FloraError as error:
             reading.error = str(error)
-            reading.far_end_down = isinstance(error, FloraUnreachable | ServerFault)
-            return reading
+            if isinstance(error, FloraUnreachable | ServerFault):
+                reading.far_end_down = True
+                return reading
+            doubtful = True  # such as another run, to which a wrong `poll_url` leads
         if reading.observation is not None:
             return reading
-    reading.missing = denied > 0
+    reading.missing = denied and not doubtful
     return reading
 
 

@@ -1,6 +1,7 @@
 """The application: the routes, and the layers around them."""
 
 from collections.abc import Sequence
+from typing import Final
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -12,6 +13,7 @@ from starlette.routing import Route
 from tracker.web.auth import Gate, Pass
 from tracker.web.callbacks import Callbacks
 from tracker.web.dashboard.site import Dashboard
+from tracker.web.deadline import Deadline
 from tracker.web.edge import Edge, Page
 from tracker.web.health import Health
 from tracker.web.limits import Limits
@@ -19,23 +21,24 @@ from tracker.web.metrics import MetricsText
 from tracker.web.openapi import Description
 from tracker.web.runs import Runs
 from tracker.web.services import Services
+from tracker.web.shortcut import Shortcut
 from tracker.web.stream.endpoint import Stream
 from tracker.web.techniques import Techniques
+
+_CALLBACKS: Final = "/callbacks/flora"
 
 
 def build_app(services: Services, *, limits: Limits | None = None) -> Starlette:
     """The HTTP side over `services`, which whoever calls opens before and closes after it."""
     limits = limits or Limits()
+    callbacks = Callbacks(services.receiver, services.metrics, limits=limits)
     dashboard = Dashboard(services, token=_token(services))
     stream = Stream(services, limits=limits)
     app = _within_the_edge(
         services,
         limits,
         [
-            # First, because the routes are tried in order and this one takes the load.
-            Route(
-                "/callbacks/flora", Callbacks(services.receiver, services.metrics, limits=limits)
-            ),
+            Route(_CALLBACKS, callbacks),
             *Health(services, limits=limits).routes(),
             *MetricsText(services.metrics).routes(),
             *Runs(services, limits=limits).routes(),
@@ -44,6 +47,7 @@ def build_app(services: Services, *, limits: Limits | None = None) -> Starlette:
             *stream.routes(),
             *dashboard.routes(),
         ],
+        shortcuts=[Middleware(Shortcut, path=_CALLBACKS, endpoint=callbacks)],
         passes=dashboard.passes,
         page=dashboard.show_fault,
     )
@@ -71,6 +75,7 @@ def _within_the_edge(
     limits: Limits,
     routes: list[Route],
     *,
+    shortcuts: Sequence[Middleware] = (),
     passes: Sequence[Pass] = (),
     page: Page = lambda *_: None,
 ) -> Starlette:
@@ -79,7 +84,9 @@ def _within_the_edge(
         middleware=[
             Middleware(services.traced),
             Middleware(Edge, limits=limits, page=page),
+            *shortcuts,
             Middleware(Gate, token=_token(services), passes=passes),
+            Middleware(Deadline, seconds=limits.answer_seconds),
         ],
         exception_handlers={HTTPException: _to_the_edge},
     )

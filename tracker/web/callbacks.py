@@ -12,12 +12,13 @@ from typing import Final
 import structlog
 from starlette.types import Receive, Scope, Send
 
-from tracker.core.entry import DeliveryOutcome
+from tracker.core.entry import TRIAL, DeliveryOutcome
 from tracker.core.errors import SettingsError, StoreError, StoreUnavailable
+from tracker.core.seldom import Seldom
 from tracker.flora.signature import SignatureError
 from tracker.tracking.receive import Received
 from tracker.web.answers import Json
-from tracker.web.body import ClientGone, read_body
+from tracker.web.body import ClientGone, Room, read_body, too_slow
 from tracker.web.faults import Fault, unavailable
 from tracker.web.limits import Limits
 from tracker.web.services import Receives, Tells
@@ -28,6 +29,14 @@ _level = logging.getLogger(__name__)
 _SAY_AGAIN_AFTER: Final = 10.0
 """Seconds between two lines about refused callbacks: anybody can send one."""
 
+_UNREAD: Final = {413: "too large", 503: "no room"}
+"""Why a body was not read to its end, by what is answered."""
+_ANSWERS: Final = {
+    (outcome, repeated): Json({"outcome": outcome, "repeated": repeated})
+    for outcome in DeliveryOutcome
+    for repeated in (False, True)
+}
+
 
 class Callbacks:
     """The endpoint."""
@@ -36,6 +45,7 @@ class Callbacks:
         self._receiver = receiver
         self._metrics = metrics
         self._limits = limits
+        self._room = Room(limits.large_callbacks_bytes)
         self._refusals = _Refusals(metrics)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -45,14 +55,18 @@ class Callbacks:
         loop = asyncio.get_running_loop()
         began = loop.time()
         deadline = began + self._limits.callback_seconds
-        body = await self._read(scope, receive, deadline)
-        signature, webhook_id = _headers(scope)
+        signature, webhook_id, event = _headers(scope)
+        body = None
         try:
             async with asyncio.timeout_at(deadline):
+                body = await self._read(scope, receive)
                 received = await self._receiver.receive(
                     body, signature=signature, webhook_id=webhook_id
                 )
         except TimeoutError:
+            if body is None:
+                self._refusals.count("too slow")
+                raise too_slow() from None
             self._refusals.count("not committed in time")
             raise unavailable("The delivery could not be committed in time.") from None
         except StoreUnavailable as error:
@@ -62,45 +76,52 @@ class Callbacks:
             self._refusals.count("not storable", error=str(error))
             raise
         except SignatureError as error:
-            self._refusals.count(error.reason)
-            raise Fault(401, "unauthorized", "The signature is missing or wrong.") from error
+            self._refusals.count("trial" if event == TRIAL else error.reason)
+            # Which of the two tells the sender nothing new, and whoever looks for what strips a
+            # header on the way all there is to know.
+            words = "missing" if error.reason == "missing" else "wrong"
+            raise Fault(401, "unauthorized", f"The signature is {words}.") from error
         except SettingsError as error:
             self._refusals.count("not set up", error=str(error))
             # Not the message itself: whoever asks is a stranger, and the log has it.
             raise unavailable("This receiver is not set up to take callbacks.") from error
-        self._metrics.callback_taken(received, loop.time() - began)
+        if not received.trial:
+            self._metrics.callback_taken(received, loop.time() - began)
         _say_taken(received)
-        answer = Json({"outcome": received.outcome, "repeated": received.repeated})
-        await answer(scope, receive, send)
+        await _ANSWERS[received.outcome, received.repeated](scope, receive, send)
 
-    async def _read(self, scope: Scope, receive: Receive, deadline: float) -> bytes:
+    async def _read(self, scope: Scope, receive: Receive) -> bytes:
         limit = self._limits.callback_bytes
         try:
-            return await read_body(scope, receive, limit=limit, deadline=deadline)
+            return await read_body(scope, receive, limit=limit, deadline=None, room=self._room)
         except Fault as fault:
-            self._refusals.count("too large" if fault.status == 413 else "too slow")
+            self._refusals.count(_UNREAD[fault.status])
             raise
         except ClientGone:
             self._refusals.count("cut off")
             raise
 
 
-def _headers(scope: Scope) -> tuple[str | None, str | None]:
-    """`Flora-Signature` (several are one, as HTTP has it) and `Flora-Webhook-Id`."""
-    signature = webhook_id = None
+def _headers(scope: Scope) -> tuple[str | None, str | None, str | None]:
+    """`Flora-Signature` (several are one, as HTTP has it), `Flora-Webhook-Id`, `Flora-Event`."""
+    signature = webhook_id = event = None
     for name, value in scope["headers"]:
         if name == b"flora-signature":
             text = value.decode("latin-1")
             signature = text if signature is None else f"{signature},{text}"
         elif name == b"flora-webhook-id":
             webhook_id = value.decode("latin-1")
-    return signature, webhook_id
+        elif name == b"flora-event":
+            event = value.decode("latin-1")
+    return signature, webhook_id, event
 
 
 def _say_taken(received: Received) -> None:
     """The log's line about one delivery: only one that nobody could read is worth a warning."""
     if received.outcome is DeliveryOutcome.QUARANTINED and not received.repeated:
         log.warning("callback.quarantined", reason=received.reason)
+    elif received.trial:
+        log.info("callback.trial")
     elif _level.isEnabledFor(logging.DEBUG):  # to ask costs less than to be passed over
         log.debug("callback.taken", repeated=received.repeated)
 
@@ -110,15 +131,10 @@ class _Refusals:
 
     def __init__(self, metrics: Tells) -> None:
         self._metrics = metrics
-        self._counts: dict[str, int] = {}
-        self._said_at: dict[str, float] = {}
+        self._seldom = Seldom(_SAY_AGAIN_AFTER)
 
     def count(self, reason: str, **more: str) -> None:
         """Counts one, and says so unless it was said just now. Reasons are few, and fixed."""
         self._metrics.callback_refused(reason.replace(" ", "_"))
-        now = asyncio.get_running_loop().time()
-        self._counts[reason] = self._counts.get(reason, 0) + 1
-        if now - self._said_at.get(reason, -_SAY_AGAIN_AFTER) < _SAY_AGAIN_AFTER:
-            return
-        self._said_at[reason] = now
-        log.warning("callback.refused", reason=reason, count=self._counts.pop(reason), **more)
+        if count := self._seldom.count(reason, now=asyncio.get_running_loop().time()):
+            log.warning("callback.refused", reason=reason, count=count, **more)

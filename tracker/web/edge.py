@@ -8,6 +8,7 @@ Each request has a number too, the `X-Request-Id` of the proxy in front where it
 out with the answer, and every line of the log that the request causes has it as `request_id`.
 """
 
+import asyncio
 import re
 import secrets
 from collections.abc import Callable
@@ -18,10 +19,11 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bind_contextvars, unbind_contextvars
 
-from tracker.core.errors import FloraRefusal
+from tracker.core.errors import FloraRefusal, StoreError
+from tracker.core.seldom import Seldom
 from tracker.web.answers import Json
 from tracker.web.body import ClientGone, discard, has_unread_body
-from tracker.web.faults import Fault, fault_of
+from tracker.web.faults import Fault, fault_of, unavailable
 from tracker.web.limits import Limits
 
 log = structlog.get_logger(__name__)
@@ -32,6 +34,8 @@ Page = Callable[[Scope, Fault], Response | None]
 _EVERYWHERE: Final = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
+    # What is no page: a browser that is led to it runs nothing of it, and frames nothing.
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
 ]
 _BOUND: Final = ("request_id", "delivery_id", "run_id")
 """What a request makes known of itself to the log, for as long as it lasts."""
@@ -46,6 +50,7 @@ class Edge:
         self._app = app
         self._limits = limits
         self._page = page
+        self._down = Seldom()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request; what is not HTTP passes through."""
@@ -73,16 +78,25 @@ class Edge:
             await self._app(scope, receive, send_with_headers)
         except ClientGone:
             return
+        except asyncio.CancelledError:
+            # The process ends, and has waited for as long as it may.
+            if started:
+                raise
+            fault = unavailable(
+                "The tracker is stopping: ask again, it may be another that answers."
+            )
+            await self._answer(fault, scope, receive, send_with_headers)
         except Exception as error:
-            fault = _explain(error, scope)
+            fault = self._explain(error, scope)
             if started:
                 raise  # half an answer is out: all that is left is to cut the connection
-            await self._answer(fault, scope, receive, send_with_headers)
+            # The traceback holds what was read of a body, and the client may take its time.
+            await self._answer(fault.with_traceback(None), scope, receive, send_with_headers)
         finally:
             unbind_contextvars(*_BOUND)
 
     async def _answer(self, fault: Fault, scope: Scope, receive: Receive, send: Send) -> None:
-        response = self._page(scope, fault) or Json(
+        response = self._as_page(scope, fault) or Json(
             fault.body(), status_code=fault.status, headers=fault.headers
         )
         if not has_unread_body(scope):
@@ -103,6 +117,45 @@ class Edge:
             )
         await send({"type": "http.response.body", "body": b""})
 
+    def _as_page(self, scope: Scope, fault: Fault) -> Response | None:
+        """The error as a page; one that cannot be made does not hide the error itself."""
+        try:
+            return self._page(scope, fault)
+        except Exception as error:
+            self._explain(error, scope)
+            return None
+
+    def _explain(self, error: Exception, scope: Scope) -> Fault:
+        """The answer for an error, which is logged where somebody should know of it."""
+        fault = fault_of(error)
+        if fault is None:
+            number = secrets.token_hex(6)
+            log.error(
+                "request.broken",
+                error_id=number,
+                method=scope["method"],
+                path=scope["path"],
+                exc_info=error,
+            )
+            message = f"Something went wrong; the log has it as {number}."
+            return Fault(500, "internal_error", message)
+        if fault.status >= 500 and fault is not error:  # a Fault is told by who raised it
+            count = 1
+            if isinstance(error, StoreError):  # each request would say the same
+                count = self._down.count(fault.code, now=asyncio.get_running_loop().time())
+            if count:
+                log.warning(
+                    "request.failed",
+                    status=fault.status,
+                    code=fault.code,
+                    reason=str(error),
+                    count=count,
+                    method=scope["method"],
+                    path=scope["path"],
+                    flora_request_id=error.request_id if isinstance(error, FloraRefusal) else None,
+                )
+        return fault
+
 
 def _request_id(scope: Scope) -> str:
     """The number that the request came with, if it is fit for a log, or a new one."""
@@ -110,29 +163,3 @@ def _request_id(scope: Scope) -> str:
         if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
             return str(value, "ascii")
     return secrets.token_hex(8)
-
-
-def _explain(error: Exception, scope: Scope) -> Fault:
-    """The answer for an error, which is logged where somebody should know of it."""
-    fault = fault_of(error)
-    if fault is None:
-        number = secrets.token_hex(6)
-        log.error(
-            "request.broken",
-            error_id=number,
-            method=scope["method"],
-            path=scope["path"],
-            exc_info=error,
-        )
-        return Fault(500, "internal_error", f"Something went wrong; the log has it as {number}.")
-    if fault.status >= 500 and fault is not error:  # a Fault is told by who raised it
-        log.warning(
-            "request.failed",
-            status=fault.status,
-            code=fault.code,
-            reason=str(error),
-            method=scope["method"],
-            path=scope["path"],
-            flora_request_id=error.request_id if isinstance(error, FloraRefusal) else None,
-        )
-    return fault

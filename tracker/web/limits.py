@@ -11,8 +11,21 @@ class Limits:
     by then is a 408, a commit a 503.
     """
 
+    connections: int = 4000
+    """So many may be open; fewer where the process may not open as many files."""
+    idle_seconds: float = 75.0
+    """How long an idle connection stays: longer than a proxy in front keeps one for reuse."""
+    head_seconds: float = 10.0
+    head_bytes: int = 64 * 1024
+    requests_ahead: int = 100
+    """So many may be sent without waiting for an answer."""
     callback_bytes: int = 256 * 1024
+    large_callbacks_bytes: int = 64 * 1024 * 1024
+    """For all at once that have more than some kilobytes; FLORA's own hardly ever do."""
     callback_seconds: float = 8.0
+    answer_seconds: float = 6.5
+    """For what is only looked at, until the answer begins. Where the database has fallen silent it
+    takes two more to let go of the connection."""
     api_bytes: int = 1024 * 1024
     api_read_seconds: float = 10.0
     ready_seconds: float = 5.0

@@ -23,16 +23,19 @@ from starlette.types import ASGIApp
 from tracker.core.errors import SettingsError, TrackerError
 from tracker.core.loopback import is_loopback
 from tracker.web.app import build_app
+from tracker.web.crowd import Crowd
+from tracker.web.limits import Limits
 from tracker.web.services import Services, WebSettings
 
 log = structlog.get_logger(__name__)
 
-KEEP_ALIVE: Final = 75
-"""Seconds an idle connection stays open: longer than a proxy in front keeps one for reuse."""
 UNREAD: Final = 15
 """Seconds that a client may take nothing of what it is sent, before its connection is closed."""
-GRACE: Final = 20
-"""Seconds that what is in flight has, once the process was told to stop."""
+GRACE: Final = 10
+"""Seconds that what is in flight has, once the process was told to stop: no callback takes longer,
+and with the worker's end a container's usual 30 s suffice."""
+LAST_WORDS: Final = 2
+"""Seconds in which it then says that it was broken off, and gives back what it holds."""
 
 
 class Background(Protocol):
@@ -150,8 +153,12 @@ async def _run(
 class Server(uvicorn.Server):
     """A uvicorn server that says when it is ready, stops when told, and leaves signals alone."""
 
-    def __init__(self, app: ASGIApp, *, on_ready: Callable[[], None]) -> None:
-        super().__init__(_config(app))
+    def __init__(
+        self, app: ASGIApp, *, on_ready: Callable[[], None], limits: Limits | None = None
+    ) -> None:
+        limits = limits or Limits()
+        self._crowd = Crowd(limits)
+        super().__init__(_config(app, self._crowd, limits))
         self._on_ready = on_ready
         # What an application has that would not end by itself, as a stream of events.
         self._on_stop: Callable[[], None] | None = getattr(
@@ -172,9 +179,22 @@ class Server(uvicorn.Server):
         await super().startup(sockets=sockets)
         self._on_ready()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stops accepting and waits for what is in flight, which is broken off after `GRACE`."""
+        await super().shutdown(sockets=sockets)
+        # Uvicorn cancels and does not wait; what is behind the application is closed next.
+        left = set(self.server_state.tasks)
+        if self.force_exit:
+            for task in left:
+                task.cancel()
+        if left:
+            await asyncio.wait(left, timeout=LAST_WORDS)
+
     async def main_loop(self) -> None:
-        """Waits to be told; once a second the `Date` header is made anew."""
+        """Waits to be told; once a second the `Date` is made anew, and clients are looked after."""
+        loop = asyncio.get_running_loop()
         while not await self.on_tick(0):
+            self._crowd.look_round(self.server_state.connections, loop.time())
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._told.wait(), 1)
 
@@ -212,9 +232,10 @@ class _Signals:
             self._task.cancel()
 
 
-def _config(app: ASGIApp) -> uvicorn.Config:
+def _config(app: ASGIApp, crowd: Crowd, limits: Limits) -> uvicorn.Config:
     return uvicorn.Config(
         app,
+        http=crowd.connection,  # type: ignore[arg-type]  # it is only called
         ws="none",
         lifespan="off",
         log_config=None,
@@ -222,7 +243,7 @@ def _config(app: ASGIApp) -> uvicorn.Config:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        timeout_keep_alive=KEEP_ALIVE,
+        timeout_keep_alive=int(limits.idle_seconds),
         timeout_graceful_shutdown=GRACE,
     )
 
@@ -254,6 +275,9 @@ def _bind(family: socket.AddressFamily, address: str, port: int) -> socket.socke
         return None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections inherit it. asyncio itself does this only for sockets that it makes: an answer
+        # that leaves as head and body would wait 40 ms for the client's acknowledgement.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # the connections inherit it
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNREAD)
         if family is socket.AF_INET6:

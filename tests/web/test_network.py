@@ -1,0 +1,361 @@
+"""What a network and its clients do to connections: slow, silent, many, without a length, ahead."""
+
+import asyncio
+import contextlib
+import resource
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from starlette.types import Receive, Scope, Send
+
+from tests.e2e.processes import staged
+from tests.support.waiting import eventually
+from tests.web.callbacks import PATH, event, signature, signed
+from tests.web.conftest import Serve, Site
+from tests.web.serving import Answer, Wire, chunk, post, serving, wire
+from tracker.web.limits import Limits
+
+SECRET = "whsec_simulator"  # of the processes of `tests.e2e`
+GET = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
+HASTY = Limits(head_seconds=0.3, idle_seconds=1.5, callback_seconds=1)
+CROWD = 2000
+
+
+async def trickle(connection: Wire, begin: bytes, rest: bytes) -> Answer | None:
+    """Sends `begin`, then a byte of `rest` ten times a second, until an answer or the end comes."""
+    await connection.send(begin)
+
+    async def drip() -> None:
+        for byte in rest:
+            await connection.send(bytes([byte]))
+            await asyncio.sleep(0.1)
+
+    dripping = asyncio.create_task(drip())
+    try:
+        return await connection.answer()
+    except (asyncio.IncompleteReadError, ConnectionError):
+        return None
+    finally:
+        dripping.cancel()
+
+
+async def test_who_sends_byte_by_byte_is_cut_off(serve: Serve, sqlite_url: str) -> None:
+    """Whatever a client leaves unfinished ends by itself, and is told so where it has asked."""
+    body = event()
+    headers = f"Flora-Signature: {signature(body)}"
+    unfinished = {
+        "head": (GET, b"X-Slow: " + 100 * b"a"),
+        "body": (post(PATH, b"", headers, length=len(body)), body),
+        "chunk": (post(PATH, b"", headers, "Transfer-Encoding: chunked") + b"ff\r\n", body),
+        "size": (post(PATH, b"", headers, "Transfer-Encoding: chunked"), 100 * b"0"),
+    }
+    async with serve(sqlite_url, limits=HASTY) as site, contextlib.AsyncExitStack() as stack:
+        slow = [await stack.enter_async_context(wire(site.base_url)) for _ in unfinished]
+        ends = await asyncio.gather(*map(trickle, slow, *zip(*unfinished.values(), strict=True)))
+        assert {name: end and end.status for name, end in zip(unfinished, ends, strict=True)} == {
+            "head": 408,
+            "body": 408,
+            "chunk": 408,
+            "size": 408,
+        }
+        assert {end.headers["connection"] for end in ends if end} == {"close"}
+        assert (await site.client.get("/api/runs")).json()["runs"] == []
+
+
+async def test_who_says_nothing_is_let_go(serve: Serve, sqlite_url: str) -> None:
+    """Silence from the first or after an answer, and what trickles in of a body that nobody reads,
+    end after the idle time; who goes on asking stays."""
+    async with (
+        serve(sqlite_url, limits=HASTY) as site,
+        wire(site.base_url) as silent,
+        wire(site.base_url) as answered,
+        wire(site.base_url) as unread,
+        wire(site.base_url) as asking,
+    ):
+        await answered.send(GET, b"\r\n")
+        await unread.send(GET, b"Content-Length: 1000\r\n\r\n")
+        for connection in (answered, unread):
+            assert (await connection.answer()).status == 200
+
+        async def ask() -> None:
+            while True:
+                await asking.send(GET, b"\r\n")
+                assert (await asking.answer()).status == 200
+                await asyncio.sleep(0.2)
+
+        going = asyncio.create_task(ask())
+        trickled = trickle(unread, b"", 100 * b"x")
+        assert await asyncio.gather(silent.hung_up(), answered.hung_up(), trickled) == [
+            True,
+            True,
+            None,
+        ]
+        assert not going.done()
+        going.cancel()
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["at once", "in parts"])
+async def test_a_head_has_a_bound(small_site: Site, at_once: bool) -> None:
+    """A head of 64 KiB is taken, a longer one is a 431, however it is cut into packets."""
+    line = b"X-Long: " + 8000 * b"a" + b"\r\n"
+    for lines, status in ((8, 200), (9, 431)):
+        async with wire(small_site.base_url) as connection:
+            if at_once:
+                await connection.send(GET, lines * line, b"\r\n")
+            else:
+                for part in (GET, *(lines * [line])):
+                    await connection.send(part)
+                    await asyncio.sleep(0)
+                await connection.send(b"\r\n")
+            assert (await connection.answer()).status == status
+
+
+async def test_a_body_counts_for_no_head(small_site: Site) -> None:
+    """A callback of just the size that is allowed comes through with its head in one packet."""
+    padding = 256 * 1024 - len(event(padding=""))
+    body = event(padding=padding * "x")
+    async with wire(small_site.base_url) as connection:
+        await connection.send(post(PATH, body, f"Flora-Signature: {signature(body)}"))
+        assert (await connection.answer()).status == 200
+
+
+async def test_what_frames_a_body_has_a_bound(small_site: Site) -> None:
+    """Chunk extensions and trailers without an end are cut off, not kept."""
+    for endless in (b"1;" + 500_000 * b"x", b"0\r\n" + 60 * (b"X-Long: " + 8000 * b"a" + b"\r\n")):
+        async with wire(small_site.base_url) as connection, asyncio.timeout(4):
+            await connection.send(post(PATH, b"", "Transfer-Encoding: chunked"), endless)
+            # The connection may be cut with the rest unread, and then takes the answer with it.
+            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+                assert (await connection.answer()).status == 431
+                assert await connection.hung_up()
+
+
+async def test_a_body_without_length_in_the_smallest_parts(small_site: Site) -> None:
+    """A callback of one-byte chunks, each in a packet of its own, is taken."""
+    body = event("run_chunks")
+    head = post(PATH, b"", f"Flora-Signature: {signature(body)}", "Transfer-Encoding: chunked")
+    async with wire(small_site.base_url) as connection:
+        for part in (head, *(chunk(bytes([byte])) for byte in body), chunk(b"")):
+            await connection.send(part)
+            await asyncio.sleep(0)
+        assert (await connection.answer()).status == 200
+    assert (await small_site.client.get("/api/runs/run_chunks")).json()["status"] == "completed"
+
+
+async def test_large_bodies_share_their_room(serve: Serve, sqlite_url: str) -> None:
+    """Where large bodies come at once, one that finds no room is told to come again; small ones
+    always find some, and the room comes back."""
+    large, small = event("run_large", padding=60_000 * "x"), event("run_small")
+    head = post(PATH, b"", f"Flora-Signature: {signature(large)}", length=len(large))
+    async with (
+        serve(sqlite_url, limits=Limits(large_callbacks_bytes=100_000)) as site,
+        wire(site.base_url) as slow,
+    ):
+        await slow.send(head, large[:-1])
+
+        async def no_room() -> bool:
+            answer = await site.client.post(PATH, content=large, headers=signed(large))
+            return answer.status_code == 503 and "retry-after" in answer.headers
+
+        await eventually(no_room)
+        answer = await site.client.post(PATH, content=small, headers=signed(small))
+        assert answer.status_code == 200
+        await slow.send(large[-1:])
+        assert (await slow.answer()).status == 200
+        answer = await site.client.post(PATH, content=large, headers=signed(large))
+        assert answer.status_code == 200
+
+
+async def test_a_half_closed_connection_loses_nothing(small_site: Site) -> None:
+    """A callback is kept whose sender closes its side as soon as all of it is sent."""
+    body = event("run_half")
+    async with wire(small_site.base_url) as connection:
+        await connection.send(post(PATH, body, f"Flora-Signature: {signature(body)}"))
+        connection.send_no_more()
+
+        async def kept() -> bool:
+            return (await small_site.client.get("/api/runs/run_half")).status_code == 200
+
+        await eventually(kept)
+
+
+async def test_pipelined_answers_come_in_order_whatever_follows(small_site: Site) -> None:
+    """What was asked before a mistake is answered first, and then the connection ends."""
+    bodies = [event(f"run_{number}") for number in range(3)]
+    asked = [post(PATH, body, f"Flora-Signature: {signature(body)}") for body in bodies]
+    async with wire(small_site.base_url) as connection:
+        await connection.send(*asked, b"this is not HTTP\r\n\r\n")
+        assert [(await connection.answer()).status for _ in bodies] == [200] * 3
+        assert await connection.hung_up()
+    async with wire(small_site.base_url) as connection:
+        await connection.send(b"this is not HTTP\r\n\r\n")
+        assert (await connection.answer()).status == 400
+        assert await connection.hung_up()
+
+
+async def test_so_many_requests_may_be_sent_ahead() -> None:
+    """Those that are taken are answered, and the last of them says that it is the last."""
+    async with (
+        serving(_hello, limits=Limits(requests_ahead=4)) as base_url,
+        wire(base_url) as connection,
+    ):
+        await connection.send(10 * (GET + b"\r\n"))
+        answers = [await connection.answer() for _ in range(5)]
+        assert [answer.headers.get("connection") for answer in answers] == [None] * 4 + ["close"]
+        assert await connection.hung_up()
+
+
+async def test_who_leaves_is_missed_by_every_request_of_its() -> None:
+    """A request that is being answered hears that its client is gone, also where another one had
+    been sent after it."""
+    begun, told = asyncio.Event(), asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        begun.set()
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        told.set()
+
+    async with serving(app) as base_url, wire(base_url) as connection:
+        await connection.send(2 * (GET + b"\r\n"))
+        await begun.wait()
+        connection.cut()
+        await asyncio.wait_for(told.wait(), 5)
+
+
+async def test_the_offer_of_another_protocol_is_passed_over(small_site: Site) -> None:
+    """A callback that offers HTTP/2 in passing is taken with its body, and so is what follows."""
+    bodies = [event(f"run_{number}") for number in range(3)]
+    first, second, last = (
+        post(
+            PATH,
+            body,
+            "Connection: Upgrade, HTTP2-Settings",
+            "Upgrade: h2c",
+            f"Flora-Signature: {signature(body)}",
+        )
+        for body in bodies
+    )
+    async with wire(small_site.base_url) as connection:
+        await connection.send(first, second, last[:100])
+        await asyncio.sleep(0)
+        await connection.send(last[100:])
+        assert [(await connection.answer()).status for _ in bodies] == [200] * 3
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        b"CONNECT flora.test:443 HTTP/1.1\r\nHost: flora.test:443\r\n\r\n",
+        b"CONNECT /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    ],
+)
+async def test_what_is_no_request_to_a_server_is_refused(small_site: Site, asked: bytes) -> None:
+    """Neither a tunnel nor another protocol begins here."""
+    async with wire(small_site.base_url) as connection:
+        await connection.send(asked)
+        assert (await connection.answer()).status == 400
+        assert await connection.hung_up()
+
+
+async def test_who_waits_longest_gives_way() -> None:
+    """Where all places are taken the next client gets one: of those who have nothing to say."""
+    limits = Limits(connections=3)
+    async with serving(_hello, limits=limits) as base_url, contextlib.AsyncExitStack() as stack:
+        idle, slow, last = [await stack.enter_async_context(wire(base_url)) for _ in range(3)]
+        await idle.send(GET, b"\r\n")
+        assert (await idle.answer()).status == 200
+        await slow.send(GET)
+        newcomer = await stack.enter_async_context(wire(base_url))
+        await newcomer.send(GET, b"\r\n")
+        assert (await newcomer.answer()).status == 200
+        assert await idle.hung_up()
+        assert await last.hung_up()
+        answer = await slow.answer()
+        assert (answer.status, answer.headers["retry-after"]) == (503, "5")
+
+
+async def test_who_is_served_does_not_give_way() -> None:
+    """Where everybody is being served, a newcomer is told so, and they get their answers."""
+    go_on = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await go_on.wait()
+        await _hello(scope, receive, send)
+
+    limits = Limits(connections=2)
+    async with serving(app, limits=limits) as base_url, contextlib.AsyncExitStack() as stack:
+        served = [await stack.enter_async_context(wire(base_url)) for _ in range(2)]
+        for connection in served:
+            await connection.send(GET, b"\r\n")
+
+        async def refused() -> bool:
+            async with wire(base_url) as newcomer:
+                answer = await newcomer.answer()
+                return (answer.status, answer.headers["connection"]) == (503, "close")
+
+        assert await refused()
+        go_on.set()
+        assert [(await connection.answer()).status for connection in served] == [200] * 2
+
+
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    """So many files that a crowd can be let loose; the tracker begins with the usual 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < CROWD + 512:
+        pytest.skip(f"this user may open {hard} files, and {CROWD + 512} are needed")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (CROWD + 512, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@contextlib.asynccontextmanager
+async def _crowd(base_url: str) -> AsyncIterator[None]:
+    """Clients that say nothing, a part of a head, or a part of a body without a length."""
+    head = post(PATH, b"", "Flora-Signature: t=1,v1=00", "Transfer-Encoding: chunked")
+    host, _, port = base_url.removeprefix("http://").partition(":")
+    writers = []
+    try:
+        for number in range(CROWD):
+            _, writer = await asyncio.open_connection(host, int(port))
+            writers.append(writer)
+            writer.write((b"", GET, head + chunk(b"{"))[number % 3])
+        yield
+    finally:
+        for writer in writers:
+            writer.transport.abort()
+
+
+async def test_two_thousand_connections_keep_no_callback_out(
+    tmp_path: Path, sqlite_url: str, many_files: None
+) -> None:
+    """`tracker serve`, whose files would not suffice, takes callbacks as ever in such a crowd."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    async with staged(tmp_path, sqlite_url) as stage:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+        server = await stage.serve("--no-worker")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (CROWD + 512, hard))
+        bodies = [event(f"run_{number}") for number in range(50)]
+        async with (
+            _crowd(stage.tracker),
+            httpx.AsyncClient(base_url=stage.tracker, trust_env=False) as client,
+        ):
+            async with asyncio.timeout(8):  # FLORA waits for ten
+                answers = await asyncio.gather(
+                    *(client.post(PATH, content=b, headers=signed(b, SECRET)) for b in bodies)
+                )
+            assert {answer.status_code for answer in answers} == {200}
+            runs = (await client.get("/api/runs?limit=100")).json()["runs"]
+            assert len(runs) == len(bodies)
+        assert await server.stop() == 0
+        assert "Traceback" not in server.log
+
+
+async def _hello(scope: Scope, receive: Receive, send: Send) -> None:
+    headers = [(b"content-length", b"5")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": b"hello"})
