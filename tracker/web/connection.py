@@ -25,6 +25,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from tracker.web.answers import to_json
 from tracker.web.faults import Fault, unavailable
+from tracker.web.joined import Joined
 from tracker.web.limits import Limits
 
 _NO_HTTP: Final = Fault(400, "bad_request", "This is no request as HTTP has it.")
@@ -86,6 +87,7 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         """Takes its place, for which another one may have to go."""
         super().connection_made(transport)
+        self._answers = Joined(transport, self.loop)
         if not self._admit(self):
             self._refuse(_NO_ROOM)
 
@@ -128,9 +130,15 @@ class Connection(HttpToolsProtocol):
             raise ValueError(len(self.pipeline))
         before = self.cycle
         super().on_headers_complete()
+        self.cycle.transport = self._answers  # type: ignore[assignment]  # as far as it is used
         if self.pipeline:
             self._before = [cycle for cycle in self._before if not cycle.response_complete]
             self._before.append(before)
+
+    def on_response_complete(self) -> None:
+        """Goes on to the next request, or to the connection's end."""
+        self._answers.flush()  # of an answer to HEAD there is no body
+        super().on_response_complete()
 
     def on_body(self, body: bytes) -> None:
         """Hands a part of the body on."""
