@@ -102,6 +102,7 @@ def delivery_json(row: DeliveryRow) -> dict[str, Any]:
     """A callback as it is kept: the columns of the table `deliveries`.
 
     `body` is there where it was read: as text, or in base64 as `body_base64` where it is none.
+    `body_removed_at` tells that retention has removed it.
     """
     shown: dict[str, Any] = {
         "delivery_id": row.delivery_id,
@@ -115,6 +116,7 @@ def delivery_json(row: DeliveryRow) -> dict[str, Any]:
         "receipts": row.receipts,
         "outcome": row.outcome.value,
         "reason": row.reason,
+        "body_removed_at": _time(row.body_removed_at),
     }
     if row.body is not None:
         try:

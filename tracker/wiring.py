@@ -6,15 +6,17 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cache, partial
 from typing import Final
 from uuid import uuid4
 
-from tracker.core.clock import Clock, utc_now
+from tracker.core.clock import Clock
 from tracker.flora.client import FloraClient
 from tracker.metrics import Metrics
 from tracker.settings import Settings, WorkspaceSettings
 from tracker.store import migrate
+from tracker.store.clock import shared_clock
 from tracker.store.door import Door
 from tracker.store.engine import Database
 from tracker.store.signals import Signals
@@ -28,6 +30,7 @@ from tracker.tracking.explain import Explainer
 from tracker.tracking.follow import Follower
 from tracker.tracking.originals import Originals
 from tracker.tracking.poll import Poller
+from tracker.tracking.prune import Pruner
 from tracker.tracking.receive import Receiver
 from tracker.tracking.recover import Recovery
 from tracker.tracking.replay import Replayer
@@ -36,7 +39,6 @@ from tracker.tracking.sweep import Sweeper
 from tracker.tracking.sync import CatalogueSync
 from tracker.tracking.track import Tracker
 from tracker.tracking.workspaces import Workspace, Workspaces
-from tracker.worker.cron import longest_wait
 
 CALLER_SECONDS: Final = 25.0
 """How long FLORA is tried while somebody waits: a one-shot gives up within 30 s in all."""
@@ -60,6 +62,7 @@ class Services:
     catalogue_sync: CatalogueSync
     receiver: Receiver
     replayer: Replayer
+    pruner: Pruner
     starter: Starter
     batches: Batches
     recovery: Recovery
@@ -78,13 +81,14 @@ class Services:
 
 @asynccontextmanager
 async def open_services(
-    settings: Settings, *, background: bool = False, clock: Clock = utc_now
+    settings: Settings, *, background: bool = False, clock: Clock | None = None
 ) -> AsyncIterator[Services]:
     """Open what the settings name, and close it in order.
 
     `background` is true for a long-running process: it waits longer for FLORA and hears of work
     that other processes bring. A SQLite database is migrated here; a PostgreSQL one that is too old
-    raises `SchemaOutdated`. Raises `StoreUnavailable` where the database does not answer.
+    raises `SchemaOutdated`. Raises `StoreUnavailable` where the database does not answer. Without a
+    `clock` it is the one that all processes on the database share.
     """
     async with AsyncExitStack() as stack:
         if settings.tracker_database_url.startswith("sqlite"):
@@ -93,6 +97,8 @@ async def open_services(
             await Database.open(settings.tracker_database_url)
         )
         await migrate.check(database)
+        if clock is None:
+            clock = await stack.enter_async_context(shared_clock(database))
         traced: Wrap = untraced
         if background:
             traced = await stack.enter_async_context(tracing(database.engines))
@@ -123,7 +129,7 @@ async def open_services(
             database=database,
             waiting=lambda: door.waiting,
             workspaces=workspaces,
-            sweep_seconds=cache(partial(longest_wait, settings.tracker_reconcile_cron, clock())),
+            sweep_seconds=cache(partial(_longest_wait, settings.tracker_reconcile_cron, clock())),
         )
         catalogue = Catalogue(database, workspaces=workspaces, clock=clock)
         originals = Originals(database=database, door=door, clock=clock)
@@ -168,11 +174,13 @@ async def open_services(
                 database=database, workspaces=workspaces, process=process, clock=clock
             ),
             receiver=Receiver(
+                database=database,
                 door=door,
                 workspaces=workspaces,
                 tolerance=settings.tracker_signature_tolerance,
                 clock=clock,
             ),
+            pruner=Pruner(database=database, clock=clock),
             replayer=Replayer(database=database, door=door, workspaces=workspaces, clock=clock),
             starter=starter,
             batches=Batches(
@@ -213,6 +221,13 @@ async def open_services(
                 database=database, signals=signals, follower=follower, clock=clock
             ),
         )
+
+
+def _longest_wait(expression: str, after: datetime) -> float:
+    # Metrics alone ask for it: short commands do without APScheduler.
+    from tracker.worker.cron import longest_wait  # noqa: PLC0415
+
+    return longest_wait(expression, after)
 
 
 async def _workspace(

@@ -3,10 +3,12 @@
 import asyncio
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 
 import pytest
 import sqlalchemy as sa
 
+from tests.support.waiting import eventually
 from tests.worker.conftest import (
     HandClock,
     Hurry,
@@ -21,9 +23,10 @@ from tracker.core.run import Tracking
 from tracker.settings import WorkspaceSettings
 from tracker.simulator import Simulator, Workspace
 from tracker.sources import history as source
-from tracker.store import read
-from tracker.store.tables import sweeps
-from tracker.tracking.sweep import SweepReport
+from tracker.store import claims, read
+from tracker.store.tables import leases, sweeps
+from tracker.tracking import sweep as sweep_module
+from tracker.tracking.sweep import LEASE, SweepReport
 from tracker.wiring import Services
 
 A_LOOK = 1
@@ -253,3 +256,59 @@ async def test_faults_of_flora_end_a_sweep_as_failed_or_whole(
         for run_id in flora.world.runs:
             await the_run(services, run_id)
         assert len(known) <= 100
+
+
+async def test_a_sweep_that_was_taken_over_ends(
+    services: Services, flora: Simulator, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that stood still until its lease ran out leaves the sweep to who has it now."""
+    for _ in range(150):
+        flora.start()
+        clock.move(1)
+    pages = source.pages
+    [workspace] = services.workspaces
+    lease = f"sweep:{workspace.slot}"
+
+    async def halted(*args: object, **options: object):  # type: ignore[no-untyped-def]
+        async for page in pages(*args, **options):  # type: ignore[arg-type]
+            yield page
+            clock.move(LEASE.total_seconds() + 1)
+            assert await claims.take_lease(services.database, lease, "another", clock(), LEASE)
+
+    monkeypatch.setattr(source, "pages", halted)
+    report = await sweep(services)
+    assert (report.pages, report.error is None) == (2, False)
+    [row] = await ledger(services)
+    assert (row.error, row.through) == (report.error, None)
+    assert not await claims.take_lease(services.database, lease, "third", clock(), LEASE)
+
+
+async def test_a_sweep_that_waits_for_flora_stays_alone(
+    services: Services, flora: Simulator, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long a page takes, nobody else begins a sweep; what a dead one held is free within
+    two minutes."""
+    flora.start()
+    [workspace] = services.workspaces
+    lease = f"sweep:{workspace.slot}"
+    take = partial(claims.take_lease, services.database, lease, "another")
+    until = sa.select(leases.c.until).where(leases.c.name == lease)
+    pages = source.pages
+
+    async def renewed() -> bool:
+        async with services.database.read() as connection:
+            return (await connection.execute(until)).scalar_one() == clock() + LEASE
+
+    async def slow(*args: object, **options: object):  # type: ignore[no-untyped-def]
+        async for page in pages(*args, **options):  # type: ignore[arg-type]
+            for _ in range(3):
+                clock.move(LEASE.total_seconds() * 0.9)
+                await eventually(renewed)
+            assert not await take(clock(), LEASE)
+            yield page
+
+    monkeypatch.setattr(source, "pages", slow)
+    monkeypatch.setattr(sweep_module, "RENEW_AFTER", 0.01)
+    assert (await sweep(services)).error is None
+    assert await take(clock(), LEASE)
+    assert timedelta(minutes=2) > LEASE

@@ -1,5 +1,6 @@
 """Arguments that several commands share."""
 
+from datetime import timedelta
 from typing import Annotated
 
 import typer
@@ -15,6 +16,16 @@ def check_run_id(text: str) -> str:
 def check_run_ids(texts: list[str] | None) -> list[str]:
     """Each of `texts` once, where all can be a run's id. Raises `BadParameter`."""
     return list(dict.fromkeys(map(check_run_id, texts or ())))
+
+
+def parse_age(text: str, option: str) -> timedelta:
+    """How long ago. Raises `BadParameter`, naming the option, for what is no duration."""
+    from tracker.settings.values import parse_duration
+
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error
 
 
 RunId = Annotated[

@@ -1,11 +1,16 @@
 """`tracker db`: the schema, and the counts that follow from the runs."""
 
 import asyncio
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tracker.cli.errand import prepare, run_once
-from tracker.cli.output import JsonFlag, print_fields, print_json
+from tracker.cli.arguments import parse_age
+from tracker.cli.errand import note, prepare, run_once
+from tracker.cli.output import JsonFlag, print_fields, print_json, print_table
+
+if TYPE_CHECKING:
+    from tracker.wiring import Services
 
 app = typer.Typer(name="db", help="The database.", no_args_is_help=True)
 
@@ -54,3 +59,58 @@ def recount(as_json: JsonFlag = False) -> None:
         print_json({"tallies": counted})
     else:
         typer.echo(f"All runs are counted anew, in {counted} tallies.")
+
+
+@app.command("prune")
+def prune_(
+    older_than: Annotated[
+        str, typer.Option(metavar="AGE", help="Settled runs older than this go, as in 90d.")
+    ],
+    bodies_older_than: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AGE", help="Callbacks lose their raw body after this; 30d, or with their run."
+        ),
+    ] = None,
+    quarantined_older_than: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AGE", help="Quarantined callbacks go after this; without it they stay."
+        ),
+    ] = None,
+    keys_older_than: Annotated[
+        str | None,
+        typer.Option(metavar="AGE", help="Idempotency keys go after this; without it they stay."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count what would go.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Remove what is old, a few rows at a time, while everything else goes on."""
+    runs = parse_age(older_than, "--older-than")
+    bodies = quarantined = keys = None
+    if bodies_older_than is not None:
+        bodies = parse_age(bodies_older_than, "--bodies-older-than")
+    if quarantined_older_than is not None:
+        quarantined = parse_age(quarantined_older_than, "--quarantined-older-than")
+    if keys_older_than is not None:
+        keys = parse_age(keys_older_than, "--keys-older-than")
+
+    async def work(services: "Services") -> dict[str, int]:
+        from tracker.tracking.prune import ages
+
+        chosen = ages(
+            runs,
+            bodies=bodies,
+            quarantined=quarantined,
+            keys=keys,
+            first_sweep=services.settings.tracker_history_since,
+        )
+        return await services.pruner.prune(chosen, dry=dry_run)
+
+    counts = run_once(work)
+    if as_json:
+        print_json({"dry_run": dry_run, "removed": counts})
+        return
+    print_table(("table", "rows"), counts.items())
+    if dry_run:
+        note("Nothing was removed: this is what would be.")

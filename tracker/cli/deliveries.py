@@ -73,10 +73,13 @@ def show(delivery_id: DeliveryId, as_json: JsonFlag = False) -> None:
     row = run_once(work)
     if row is None:
         raise TrackerError(f"no delivery {delivery_id} is kept here")
+    shown = _json(row)
     if as_json:
-        print_json(_json(row))
-    else:
-        print_fields(_json(row))
+        print_json(shown)
+        return
+    print_fields(shown)
+    if row.body_removed_at is not None:
+        note("Its body was removed by retention.")
 
 
 @app.command()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tracker.cli.arguments import parse_age
 from tracker.cli.errand import note, patience, run_once
 from tracker.cli.output import JsonFlag, print_json, print_table
 
@@ -32,12 +33,7 @@ def reconcile(
     as_json: JsonFlag = False,
 ) -> int:
     """Sweep the run history once and show what it found."""
-    from tracker.settings.values import parse_duration
-
-    try:
-        back = None if since is None else parse_duration(since)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--since") from error
+    back = None if since is None else parse_age(since, "--since")
 
     async def work(services: "Services") -> "list[SweepReport]":
         sweeps = [

@@ -6,7 +6,7 @@ all of it and nothing of the process's environment leaks in; that is why it is a
 by `load_settings`.
 """
 
-from tracker.settings.load import load_settings
+from tracker.settings.load import load_settings, read_settings
 from tracker.settings.model import CALLBACK_PATH, Settings, WorkspaceSettings
 
-__all__ = ["CALLBACK_PATH", "Settings", "WorkspaceSettings", "load_settings"]
+__all__ = ["CALLBACK_PATH", "Settings", "WorkspaceSettings", "load_settings", "read_settings"]

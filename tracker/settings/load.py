@@ -25,6 +25,11 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
     What is set to nothing counts as not set. Raises `SettingsError`, which names each variable or
     key that is wrong, says what it must be, and never holds a secret's value.
     """
+    return read_settings(environ)[0]
+
+
+def read_settings(environ: Mapping[str, str] | None = None) -> tuple[Settings, dict[str, str]]:
+    """As `load_settings`, and for each variable that is set where: "the environment", or the file."""
     environ = os.environ if environ is None else environ
     names = [name for name in Settings.model_fields if name != "workspaces"]
     values: dict[str, Any] = {
@@ -37,8 +42,12 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
             if key not in values and (found := file.resolve(value, key)) is not None:
                 values[key] = found
                 file.keys.add(key)
+    sources = {
+        name.upper(): str(file.path) if file and name in file.keys else "the environment"
+        for name in values
+    }
     try:
-        return Settings.model_validate(values)
+        return Settings.model_validate(values), sources
     except ValidationError as fault:
         faults = "; ".join(_in_words(error, file) for error in fault.errors())
     # Raised out here, because a validation error that hung on would carry the values themselves.

@@ -15,6 +15,8 @@ from tracker.core.loopback import is_loopback
 
 _UNITS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _LONGEST: Final = timedelta(days=36500)
+_HOST: Final = re.compile(r"[\w.-]+|[0-9a-f:.]+(%\w+)?", re.ASCII)
+"""A name, or an IPv6 address without its brackets."""
 
 
 def parse_duration(value: object) -> timedelta:
@@ -59,7 +61,7 @@ def check_root_url(url: str) -> str:
         host, port = parts.hostname, parts.port
     except ValueError:
         host = port = None
-    if not host or port == 0 or re.search(r"[^!-~]", url):
+    if not host or port == 0 or not _HOST.fullmatch(host) or re.search(r"[^!-~]", url):
         raise ValueError("must be an address such as https://example.org")
     if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(host)):
         raise ValueError("must begin with https:// (http:// only for a loopback host)")

@@ -52,7 +52,8 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeliveryRow:
-    """A callback as it is kept. `body` is there only where one delivery was asked for."""
+    """A callback as it is kept. `body` is there only where one delivery was asked for, and as long
+    as retention has not removed it."""
 
     delivery_id: str
     run_id: str | None
@@ -65,6 +66,7 @@ class DeliveryRow:
     receipts: int
     outcome: DeliveryOutcome
     reason: str | None
+    body_removed_at: datetime | None = None
     body: bytes | None = None
 
 
@@ -262,6 +264,8 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
 
 def _delivery(row: Row[Any]) -> DeliveryRow:
     values = row._asdict()
+    if row.body_removed_at is not None:
+        values["body"] = None  # what is there is not what came
     return DeliveryRow(**values | {"outcome": DeliveryOutcome(values["outcome"])})
 
 

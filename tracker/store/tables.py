@@ -42,6 +42,7 @@ metadata: Final = MetaData(
 )
 
 START_STATES: Final = ("stored", "sent", "started", "refused", "unresolved")
+RETENTION_MARKS: Final = ("runs", "bodies")
 
 
 def _one_of(column: str, values: Any) -> CheckConstraint:
@@ -199,7 +200,9 @@ deliveries: Final = Table(
     Column("receipts", Integer, nullable=False),
     Column("outcome", CleanText, nullable=False),
     Column("reason", CleanText),
+    # Emptied by retention, which then says when.
     Column("body", LargeBinary, nullable=False),
+    Column("body_removed_at", UtcDateTime),
     _one_of("outcome", DeliveryOutcome),
     CheckConstraint("receipts >= 1", name="receipts"),
     Index("ix_deliveries_run", "run_id"),
@@ -237,6 +240,7 @@ starts: Final = Table(
     _partial("ix_starts_unresolved", "created_at", where="state = 'unresolved'"),
     Index("ix_starts_run", "run_id"),
     Index("ix_starts_technique", "technique_id", "created_at"),
+    postgresql_with=_storage(),
 )
 
 sweeps: Final = Table(
@@ -323,6 +327,18 @@ leases: Final = Table(
     Column("name", CleanText, primary_key=True),
     Column("holder", CleanText, nullable=False),
     Column("until", UtcDateTime, nullable=False),
+)
+
+
+# How far retention has come: up to which of FLORA's moments of creation runs of a workspace (empty:
+# not known) may have been removed, up to which moment of receipt bodies have been.
+retention: Final = Table(
+    "retention",
+    metadata,
+    Column("what", CleanText, primary_key=True),
+    Column("workspace_id", CleanText, primary_key=True),
+    Column("through", UtcDateTime, nullable=False),
+    _one_of("what", RETENTION_MARKS),
 )
 
 

@@ -7,6 +7,9 @@ from datetime import datetime
 from tracker.core.observation import Observation
 from tracker.core.record import Record
 from tracker.core.run import RunStatus
+from tracker.store import retention
+from tracker.store.engine import Database
+from tracker.store.retention import Sighting
 from tracker.tracking.workspaces import Workspace
 
 
@@ -27,6 +30,23 @@ def taken_over(workspace: Workspace, items: Iterable[Observation]) -> list[Obser
     if completed:
         workspace.lists_carry_details = 2 * with_details >= completed
     return taken
+
+
+async def without_removed(db: Database, items: Sequence[Observation]) -> list[Observation]:
+    """A page's items without those that retention has removed: they ended long ago, and are known
+    no more because they need not be."""
+    ended = [
+        Sighting(
+            item.run_id,
+            item.workspace_id,
+            item.created_at,
+            "generation" if item.run_type == "generation" else "technique",
+        )
+        for item in items
+        if item.created_at is not None and item.status.ended
+    ]
+    removed = await retention.removed(db, ended)
+    return [item for item in items if item.run_id not in removed]
 
 
 def owned(workspace: Workspace, seen: Observation) -> Observation:

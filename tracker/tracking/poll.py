@@ -26,7 +26,7 @@ from tracker.store import claims
 from tracker.store.door import Door
 from tracker.store.engine import Database
 from tracker.tracking.durations import DurationBook
-from tracker.tracking.pages import listable, owned, pays, taken_over
+from tracker.tracking.pages import listable, owned, pays, taken_over, without_removed
 from tracker.tracking.rounds import LONGEST_REST, NO_REST, REST, PollReport, Rest, Round
 from tracker.tracking.workspaces import Workspace, Workspaces
 
@@ -114,7 +114,7 @@ class Poller:
                 reading = await read_run(workspace.client, record.run)
         except (KeyRefused, RateLimited) as refusal:
             return replace(record, last_error=str(refusal))
-        passed = await self._door.put_all(self._entries(workspace, record, reading))
+        passed = await self._door.put_all(await self._entries(workspace, record, reading))
         return passed[-1].after or record
 
     async def release(self) -> None:
@@ -209,7 +209,7 @@ class Poller:
         report: PollReport,
     ) -> None:
         """Take a page through the door; what it shows ended without details stays claimed."""
-        taken = taken_over(workspace, items)
+        taken = await without_removed(self._database, taken_over(workspace, items))
         lean = {item.run_id for item in taken if item.status.ended and not item.details}
         answered = course.open_runs.keys() - lean
         passed = await self._door.put_all(
@@ -247,7 +247,8 @@ class Poller:
                 else:
                     course.answered = True
             report.reads += reading.reads
-            for passed in await self._door.put_all(self._entries(workspace, record, reading)):
+            entries = await self._entries(workspace, record, reading)
+            for passed in await self._door.put_all(entries):
                 report.count(passed)
             if reading.observation is None and not reading.missing:
                 report.failed += 1
@@ -256,11 +257,10 @@ class Poller:
         alone = list(course.open_runs.values())[:SINGLE_READS]
         await _all_of([read(record) for record in alone])
 
-    def _entries(self, workspace: Workspace, record: Record, reading: Reading) -> list[Entry]:
+    async def _entries(self, workspace: Workspace, record: Record, reading: Reading) -> list[Entry]:
         """What a reading says of its run, and of the runs that it showed on the way."""
-        entries: list[Entry] = [
-            Seen(observation=item) for item in taken_over(workspace, reading.beside)
-        ]
+        beside = await without_removed(self._database, taken_over(workspace, reading.beside))
+        entries: list[Entry] = [Seen(observation=item) for item in beside]
         if reading.observation is None:
             return [
                 *entries,

@@ -2,20 +2,27 @@
 
 Its bytes were authentic when they came, so the signature is not asked for again (its time would be
 long over). What is asked again is whether the body is understood, and whether it speaks of the
-workspace whose secret signed it. One that still fails stays as it is, and says why.
+workspace whose secret signed it, and of a run of that. One that still fails stays as it is, and
+says why. So does one whose run has been removed by retention: it would bring that back.
 """
 
 from dataclasses import dataclass, replace
+from typing import Final
 
 from tracker.core.clock import Clock
 from tracker.core.entry import DeliveryOutcome, Replayed
 from tracker.core.errors import TrackerError
 from tracker.sources import callback
-from tracker.store import read
+from tracker.store import read, retention
 from tracker.store.door import Door
 from tracker.store.engine import Database
+from tracker.store.prune import AROUND
 from tracker.store.read import DeliveryRow
+from tracker.store.retention import Sighting
+from tracker.tracking.belonging import not_theirs
 from tracker.tracking.workspaces import Workspaces
+
+APPLIED_BEFORE: Final = "it had been applied before"
 
 
 class UnknownDelivery(TrackerError):
@@ -24,8 +31,8 @@ class UnknownDelivery(TrackerError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
-    """What a replay did. `reason` tells why the delivery is still quarantined; `already` that it
-    had been applied before, so that nothing was done."""
+    """What a replay did. `already` tells that it had been applied before, so that nothing was done;
+    `reason` why that is so, or why the delivery is still quarantined."""
 
     delivery_id: str
     run_id: str | None
@@ -51,13 +58,27 @@ class Replayer:
         Raises `UnknownDelivery` and `StoreUnavailable`.
         """
         row = await read.get_delivery(self._database, delivery_id)
-        if row is None or row.body is None:
+        if row is None:
             raise UnknownDelivery(f"no delivery {delivery_id} is kept here")
         if row.outcome is DeliveryOutcome.APPLIED:
             return Replay(
-                delivery_id=delivery_id, run_id=row.run_id, outcome=row.outcome, already=True
+                delivery_id=delivery_id,
+                run_id=row.run_id,
+                outcome=row.outcome,
+                reason=await self._applied_before(row),
+                already=True,
             )
-        entry, reason = self._read(row, row.body)
+        entry, reason = self._read(row)
+        if entry is not None and len(self._workspaces) > 1:
+            seen = entry.observation
+            reason = await not_theirs(self._database, seen, {seen.workspace_id})
+            entry = None if reason else entry
+        if entry is not None and await self._is_removed(entry):
+            reason = (
+                f"it is as old as runs that retention has removed, and run "
+                f"{entry.observation.run_id} is not kept here; `tracker runs track` reads it anew"
+            )
+            entry = None
         if entry is None:
             return Replay(
                 delivery_id=delivery_id, run_id=row.run_id, outcome=row.outcome, reason=reason
@@ -67,13 +88,27 @@ class Replayer:
             delivery_id=delivery_id,
             run_id=entry.observation.run_id,
             outcome=DeliveryOutcome.APPLIED,
+            reason=APPLIED_BEFORE if passed.repeated else None,
             already=passed.repeated,
         )
 
-    def _read(self, row: DeliveryRow, body: bytes) -> tuple[Replayed | None, str | None]:
+    async def _applied_before(self, row: DeliveryRow) -> str:
+        kept = row.run_id is None or await read.get_run(self._database, row.run_id)
+        return APPLIED_BEFORE if kept else f"{APPLIED_BEFORE}; its run is not kept here any more"
+
+    async def _is_removed(self, entry: Replayed) -> bool:
+        """Whether the run may have been removed; a callback comes when it ends, or soon after."""
+        seen = entry.observation
+        began = entry.delivery.received_at - AROUND
+        sighting = Sighting(seen.run_id, seen.workspace_id, began)
+        return bool(await retention.removed(self._database, [sighting]))
+
+    def _read(self, row: DeliveryRow) -> tuple[Replayed | None, str | None]:
         """The entry that the delivery makes now; or `None`, and why there is none."""
+        if row.body is None:
+            return None, "its body was removed by retention"
         signer = self._signer(row)
-        again = callback.read(body, at=self._clock(), webhook_id=None, workspace_id=signer)
+        again = callback.read(row.body, at=self._clock(), webhook_id=None, workspace_id=signer)
         seen = again.observation
         if seen is None:
             return None, again.delivery.reason

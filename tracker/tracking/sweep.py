@@ -9,6 +9,7 @@ side hides no run: each complete sweep keeps the newest creation time that it sa
 the next one goes safely past it, and past what was started shortly before and has not ended.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from tracker.store.batch import Passed
 from tracker.store.door import Door
 from tracker.store.engine import Database
 from tracker.tracking.durations import DurationBook
-from tracker.tracking.pages import taken_over
+from tracker.tracking.pages import taken_over, without_removed
 from tracker.tracking.workspaces import Workspace, Workspaces
 
 OVERLAP: Final = timedelta(minutes=2)
@@ -44,8 +45,10 @@ AHEAD: Final = timedelta(minutes=5)
 """How far a run's creation may lie ahead of FLORA's clock and still be believed."""
 GENERATIONS_EVERY: Final = timedelta(days=1)
 """How often a workspace that has shown no generation run is looked at for one."""
-LEASE: Final = timedelta(minutes=10)
-"""How long a sweep holds its workspace, renewed with each page."""
+LEASE: Final = timedelta(minutes=1)
+"""How long a sweep holds its workspace: one whose process died keeps others away for no longer."""
+RENEW_AFTER: Final = 15.0
+"""Seconds after which a sweep that still goes on (FLORA may be slow for minutes) holds it anew."""
 
 log = structlog.get_logger(__name__)
 
@@ -114,9 +117,12 @@ class Sweeper:
         if not await self._hold(lease):
             report.skipped = True
             return report
+        renewing = asyncio.create_task(self._renew(lease))
         try:
             await self._sweep(workspace, since, lease, report)
         finally:
+            renewing.cancel()
+            await asyncio.wait([renewing])  # else it might take what is given back
             with suppress(StoreError):  # then it runs out by itself
                 await claims.drop_lease(self._database, lease, self._holder)
         return report
@@ -164,7 +170,8 @@ class Sweeper:
                     horizon = await self._horizon(workspace, kind, since, row.started_at)
                 await self._take_page(items, page.unreadable, report)
                 newest = _latest(newest, history.newest(items))
-                await self._hold(lease)
+                if not await self._hold(lease):
+                    raise StoreError("it took so long that another process has begun one")
                 if _reaches(items, horizon.until):
                     break
         if horizon is not None and horizon.joins_the_last:
@@ -215,8 +222,9 @@ class Sweeper:
     async def _take_page(
         self, items: Sequence[Observation], unreadable: Sequence[str], report: SweepReport
     ) -> None:
-        await self._durations.learn(item.technique_id for item in items)
-        for passed in await self._door.put_all([Seen(observation=item) for item in items]):
+        kept = await without_removed(self._database, items)
+        await self._durations.learn(item.technique_id for item in kept)
+        for passed in await self._door.put_all([Seen(observation=item) for item in kept]):
             report.count(passed)
         report.pages += 1
         report.items += len(items)
@@ -227,6 +235,13 @@ class Sweeper:
     async def _hold(self, lease: str) -> bool:
         """Take the sweep's lease, or keep it for longer."""
         return await claims.take_lease(self._database, lease, self._holder, self._clock(), LEASE)
+
+    async def _renew(self, lease: str) -> None:
+        """Keep the lease for as long as the sweep takes; whoever takes a page notices its loss."""
+        while True:
+            await asyncio.sleep(RENEW_AFTER)
+            with suppress(StoreError):  # the next time, or the page, tells
+                await self._hold(lease)
 
     async def _close(self, workspace: Workspace, row: "_LedgerRow", report: SweepReport) -> None:
         """Write the end of the sweep into the ledger, if the database still answers."""

@@ -1,0 +1,480 @@
+"""Retention: what is old goes with all that hangs on it, what is still needed stays."""
+
+import asyncio
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+import asyncpg
+import pytest
+from sqlalchemy import case, insert, select, update
+
+from tests.store.making import NOW, callback, ids, open_door, quarantined, receipts, seen, started
+from tests.store.test_tallies import counted, tallied
+from tracker.core.entry import Entry, Seen, Unseen
+from tracker.core.errors import InvalidRequest
+from tracker.core.observation import Observation, Source
+from tracker.core.run import Output, RunStatus
+from tracker.core.tally import STATE
+from tracker.store import read, retention, starts, sweeps, tallies
+from tracker.store.door import Door
+from tracker.store.engine import Database
+from tracker.store.retention import Sighting
+from tracker.store.starts import StartState
+from tracker.store.tables import (
+    batch_rows,
+    batches,
+    deliveries,
+    metadata,
+    run_events,
+    run_outputs,
+    run_tallies,
+    runs,
+)
+from tracker.store.tables import starts as start_table
+from tracker.tracking.prune import TABLES, Ages, Pruner, ages
+
+DAY = timedelta(days=1)
+AGES = Ages(runs=90 * DAY, bodies=30 * DAY)
+NOTHING = dict.fromkeys(TABLES, 0)
+
+
+async def no_pause(_: float) -> None:
+    """Others may go on all the same."""
+    await asyncio.sleep(0)
+
+
+def pruner(db: Database, **options: Any) -> Pruner:
+    """One that does not rest, by a clock that stands still."""
+    return Pruner(database=db, **{"clock": lambda: NOW, "sleep": no_pause, **options})
+
+
+def settled(run_id: str, days: float, **facts: Any) -> list[Entry]:
+    """A run that was started, called back and read so many days ago."""
+    at = NOW - days * DAY
+    whole = {
+        "created_at": at,
+        "completed_at": at,
+        "charged_cost": Decimal("0.5"),
+        "outputs": (Output("a", "text", "one"), Output("b", "text", "two")),
+    }
+    return [
+        started(run_id, at=at, facts={"workspace_id": "ws_1"}),
+        callback(run_id, at=at, body=b"as it came"),
+        seen(run_id, RunStatus.COMPLETED, at=at, facts=whole | facts),
+    ]
+
+
+async def put(door: Door, *entries: Sequence[Entry]) -> None:
+    """One after the other."""
+    for some in entries:
+        for entry in some:
+            await door.put(entry)
+
+
+async def kept(db: Database, table: Any = runs, column: str = "run_id") -> set[Any]:
+    """The ids that a table has."""
+    async with db.read() as connection:
+        return set((await connection.execute(select(table.c[column]))).scalars())
+
+
+async def assert_no_orphans(db: Database) -> None:
+    """Nothing is left of a run that is gone, and none is half."""
+    here = await kept(db)
+    for table in (run_outputs, run_events, deliveries):
+        assert await kept(db, table) <= here
+    assert await kept(db, run_outputs) == here
+
+
+async def test_an_old_run_goes_with_all_that_hangs_on_it(door: Door, db: Database) -> None:
+    """Outputs, timeline and callback go with the run, a younger one keeps its own; counting says
+    the same without removing anything, and a second time there is nothing to do."""
+    await put(door, settled("old", 91), settled("young", 89))
+    expected = {
+        "runs": 1,
+        "run_outputs": 2,
+        "run_events": 3,
+        "deliveries": 1,
+        "bodies": 2,
+        "starts": 0,
+        "sweeps": 0,
+    }
+    assert await pruner(db).prune(AGES, dry=True) == expected
+    assert await kept(db) == {"old", "young"}
+    assert await pruner(db).prune(AGES) == expected
+    assert await kept(db) == {"young"}
+    await assert_no_orphans(db)
+    assert await pruner(db).prune(AGES) == NOTHING
+
+
+async def test_what_is_not_settled_stays(door: Door, db: Database) -> None:
+    """A run that is still to be read, one that FLORA denies, and one that settled only lately are
+    kept, however long ago they began."""
+    then = NOW - 400 * DAY
+    await door.put(started("active", at=then))
+    await door.put(started("lost", at=then))
+    for hour in range(5):
+        at = then + timedelta(hours=hour)
+        await door.put(Unseen(run_id="lost", at=at, error="no such run", missing=True))
+    await door.put(callback("ended", at=then))  # nobody has read how it ended
+    late = {"created_at": then, "charged_cost": Decimal(1)}
+    await door.put(seen("late", RunStatus.COMPLETED, at=NOW - DAY, facts=late))
+    for dry in (True, False):
+        assert (await pruner(db).prune(AGES, dry=dry))["runs"] == 0
+    assert await kept(db) == {"active", "lost", "ended", "late"}
+
+
+async def test_tallies_stay_true(door: Door, db: Database) -> None:
+    """States no longer count what is gone, as a recount finds too; the hours and days keep it."""
+    await put(door, *(settled(run, 100) for run in ids("old", 5)), settled("young", 1))
+    history = {key: n for key, n in (await tallied(db)).items() if key.measure != STATE}
+    await pruner(db).prune(AGES)
+
+    def states(found: dict[Any, Any]) -> dict[Any, Any]:
+        return {key: n for key, n in found.items() if key.measure == STATE}
+
+    assert states(await tallied(db)) == states(await counted(db))
+    assert [n for n, _ in states(await tallied(db)).values()] == [1]
+    for _ in range(2):
+        assert {k: n for k, n in (await tallied(db)).items() if k.measure != STATE} == history
+        await tallies.recount(db)
+
+
+async def test_the_tallies_of_what_is_gone_do_not_pile_up(door: Door, db: Database) -> None:
+    """However many transactions it takes, they leave one note for each hour of what they removed:
+    who counts anew has to know that, and no more."""
+    of_one_hour = [settled(f"old_{n}", 100 + n / 1440) for n in range(1, 46)]
+    await door.put_all([entry for entries in of_one_hour for entry in entries])
+    pauses: list[float] = []
+
+    async def count(seconds: float) -> None:
+        pauses.append(seconds)
+
+    assert (await pruner(db, sleep=count).prune(AGES))["runs"] == 45
+    assert len(pauses) >= 2
+    since = run_tallies.c.since
+    async with db.read() as connection:
+        notes = select(since).where(run_tallies.c.measure == tallies.PRUNED)
+        assert len((await connection.execute(notes)).all()) == 1
+
+
+async def test_a_callback_without_its_body_is_still_recognised(door: Door, db: Database) -> None:
+    """The body goes first; a repetition then only counts, and says nothing new of its run."""
+    await put(door, settled("run_1", 31), settled("run_2", 29))
+    assert await pruner(db).prune(AGES) == NOTHING | {"bodies": 1}
+    row = await read.get_delivery(db, "whd_run_1")
+    assert row is not None
+    assert (row.body, row.body_removed_at) == (None, NOW)
+    other = await read.get_delivery(db, "whd_run_2")
+    assert other is not None
+    assert (other.body, other.body_removed_at) == (b"as it came", None)
+    passed = await door.put(callback("run_1", at=NOW, body=b"as it came"))
+    assert passed.repeated
+    assert (await receipts(db))["whd_run_1"] == 2
+    assert len(await read.events(db, "run_1")) == 3
+
+
+async def test_quarantined_callbacks_go_only_where_that_is_asked_for(
+    door: Door, db: Database
+) -> None:
+    """Nobody has understood them yet, so they keep their bodies until somebody says otherwise."""
+    await door.put(quarantined("whd_old", at=NOW - 400 * DAY))
+    await door.put(quarantined("whd_young", at=NOW - 100 * DAY))
+    assert await pruner(db).prune(AGES) == NOTHING
+    asked = Ages(runs=AGES.runs, bodies=AGES.bodies, quarantined=365 * DAY)
+    expected = NOTHING | {"deliveries": 1, "bodies": 1}
+    assert await pruner(db).prune(asked, dry=True) == expected
+    assert await pruner(db).prune(asked) == expected
+    assert await kept(db, deliveries, "delivery_id") == {"whd_young"}
+
+
+async def test_a_callback_that_came_again_lately_outlives_its_run(door: Door, db: Database) -> None:
+    """As long as FLORA may repeat it, it is known; later it goes too."""
+    await put(door, settled("run_1", 100), [callback("run_1", at=NOW - DAY)])
+    assert (await pruner(db).prune(AGES))["deliveries"] == 0
+    assert await kept(db) == set()
+    assert (await door.put(callback("run_1", at=NOW))).repeated
+    much_later = pruner(db, clock=lambda: NOW + 91 * DAY)
+    expected = NOTHING | {"deliveries": 1}
+    assert await much_later.prune(AGES, dry=True) == expected
+    assert await much_later.prune(AGES) == expected
+
+
+async def test_broken_off_anywhere_it_is_gone_on_with(door: Door, db: Database) -> None:
+    """After whichever transaction it ends, no run is half, and the next one does the rest."""
+
+    class Interrupted(Exception):
+        pass
+
+    async def once(_: float) -> None:
+        raise Interrupted
+
+    await put(door, *(settled(run, 100 + n) for n, run in enumerate(ids("old", 40))))
+    await put(door, *(settled(run, 40) for run in ids("younger", 3)))
+    times = 0
+    while True:
+        try:
+            await pruner(db, sleep=once).prune(AGES)
+        except Interrupted:
+            times += 1
+            await assert_no_orphans(db)
+        else:
+            break
+    assert times >= 3
+    assert await kept(db) == set(ids("younger", 3))
+    assert await tallied(db) != {}
+    assert [n for k, (n, _) in (await tallied(db)).items() if k.measure == STATE] == [3]
+
+
+async def test_several_at_once_and_a_receiver_meanwhile(db: Database, other_db: Database) -> None:
+    """Each row is removed once, whoever comes first; callbacks are taken all the while."""
+    old = ids("old", 80)
+    async with open_door(other_db) as door:
+        await door.put_all([entry for run in old for entry in settled(run, 100)])
+        done = asyncio.Event()
+        slowest = 0.0
+
+        async def receive() -> int:
+            nonlocal slowest
+            number = 0
+            loop = asyncio.get_running_loop()
+            while not done.is_set():
+                began = loop.time()
+                await door.put(callback(f"new_{number}", at=NOW))
+                slowest = max(slowest, loop.time() - began)
+                number += 1
+            return number
+
+        receiving = asyncio.create_task(receive())
+        counts = await asyncio.gather(
+            pruner(db, sleep=asyncio.sleep).prune(AGES),
+            pruner(other_db, sleep=asyncio.sleep).prune(AGES),
+        )
+        done.set()
+        received = await receiving
+    assert sum(one["runs"] for one in counts) == len(old)
+    assert sum(one["run_events"] for one in counts) == 3 * len(old)
+    assert sum(one["bodies"] for one in counts) == len(old)
+    assert await kept(db) == {f"new_{number}" for number in range(received)}
+    assert received >= 5
+    assert slowest < 2
+
+
+async def test_what_somebody_holds_is_left_for_the_next_time(postgres_url: str) -> None:
+    """A run or a callback that is locked is not waited for, and goes later."""
+    async with await Database.open(postgres_url) as db, open_door(db) as door:
+        await put(door, settled("held", 100), settled("free", 100), settled("known", 100))
+        owner: Any = await asyncpg.connect(postgres_url)
+        async with owner.transaction():
+            await owner.execute("SELECT FROM runs WHERE run_id = 'held' FOR UPDATE")
+            await owner.execute("SELECT FROM deliveries WHERE delivery_id = 'whd_known' FOR UPDATE")
+            counts = await pruner(db).prune(AGES)
+            assert (counts["runs"], counts["deliveries"]) == (2, 1)
+        await owner.close()
+        counts = await pruner(db).prune(AGES)
+        assert (counts["runs"], counts["deliveries"]) == (1, 2)
+
+
+async def _start(db: Database, door: Door, key: str, run_id: str | None, at: datetime) -> None:
+    await starts.reserve(
+        db,
+        workspace_slot="default",
+        idempotency_key=key,
+        technique_id="tech_1",
+        fingerprint="print",
+        inputs=[{"id": "prompt", "type": "text", "value": "secret"}],
+        at=at,
+    )
+    if run_id is not None:
+        first = Observation(run_id=run_id, source=Source.START, at=at)
+        await door.put(Seen(observation=first, slot="default", idempotency_key=key))
+
+
+async def test_what_was_asked_for_goes_but_not_that_it_was(door: Door, db: Database) -> None:
+    """A key is known for good, so that nothing is paid twice; its inputs go with its run."""
+    await _start(db, door, "row-1", "run_1", NOW - 100 * DAY)
+    await put(door, settled("run_1", 100))
+    await pruner(db).prune(AGES)
+    row = await starts.get(db, "default", "row-1")
+    assert row is not None
+    assert (row.state, row.run_id, row.fingerprint, row.inputs) == (
+        StartState.STARTED,
+        "run_1",
+        "print",
+        [],
+    )
+
+
+async def test_keys_go_only_where_that_is_asked_for(door: Door, db: Database) -> None:
+    """Then those go that are old enough and came to an end of which nothing is here: not that of a
+    run that stays, of a start in doubt, or of a batch's row, which would be started again."""
+    asked = Ages(runs=AGES.runs, bodies=AGES.bodies, keys=365 * DAY)
+    assert await pruner(db).prune(asked) == NOTHING
+    for key, run_id, days in (
+        ("gone-1", "run_1", 400),
+        ("gone-2", "run_2", 400),
+        ("young", "run_3", 100),
+        ("row", "run_4", 400),
+        ("active", "run_5", 400),
+        ("refused", None, 400),
+        ("open", None, 800),
+    ):
+        await _start(db, door, key, run_id, NOW - days * DAY)
+        if run_id is not None and key != "active":
+            await put(door, settled(run_id, days))
+    refused = update(start_table).where(start_table.c.idempotency_key == "refused")
+    batch = {"batch_id": "b", "workspace_slot": "default", "technique_id": "tech_1", "name": "b"}
+    row = {"batch_id": "b", "position": 1, "line": 2, "row_digest": "d", "generation": 0}
+
+    def prepare(connection: Any) -> None:
+        connection.execute(refused.values(state="refused", technique_id="tech_0"))
+        connection.execute(insert(batches).values(**batch, created_at=NOW))
+        connection.execute(insert(batch_rows).values(**row, attempt=1, idempotency_key="row"))
+
+    await db.write(prepare)
+    assert (await pruner(db).prune(AGES))["starts"] == 0
+    for dry in (True, False):
+        assert await pruner(db).prune(asked, dry=dry) == NOTHING | {"starts": 3}
+    left = await kept(db, start_table, "idempotency_key")
+    assert left == {"young", "row", "active", "open"}
+
+
+@pytest.mark.parametrize("page", [1, 2, 100])
+async def test_keys_are_walked_through_to_the_end(
+    door: Door, db: Database, page: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many techniques there are, and however many starts of one moment lie on a page."""
+    monkeypatch.setattr("tracker.tracking.prune.PAGE", page)
+    for number in range(7):
+        await _start(db, door, f"key-{number}", None, NOW - (400 + number // 3) * DAY)
+    technique = case((start_table.c.idempotency_key < "key-3", "tech_0"), else_="tech_2")
+    refused = update(start_table).values(state="refused", technique_id=technique)
+    await db.write(lambda connection: connection.execute(refused).rowcount)
+    asked = Ages(runs=AGES.runs, bodies=AGES.bodies, keys=365 * DAY)
+    for dry in (True, False):
+        assert (await pruner(db).prune(asked, dry=dry))["starts"] == 7
+    assert await kept(db, start_table, "idempotency_key") == set()
+
+
+async def test_a_run_that_an_unresolved_start_may_be_stays(door: Door, db: Database) -> None:
+    """While nobody knows which run a start became, those of its technique and time are kept."""
+    await _start(db, door, "unclear", None, NOW - 100 * DAY)
+    unresolved = update(start_table).values(state="unresolved", sent_at=NOW - 100 * DAY)
+    await db.write(lambda connection: connection.execute(unresolved).rowcount)
+    await put(
+        door,
+        settled("perhaps", 100, technique_id="tech_1"),
+        settled("unknown", 100),
+        settled("another", 100, technique_id="tech_2"),
+        settled("earlier", 110, technique_id="tech_1"),
+    )
+    assert (await pruner(db).prune(AGES, dry=True))["runs"] == 2
+    assert (await pruner(db).prune(AGES))["runs"] == 2
+    assert await kept(db) == {"perhaps", "unknown"}
+
+
+async def swept(db: Database, days: float, workspace_id: str | None = "ws_1", **how: Any) -> int:
+    """A sweep of so many days ago."""
+    at = NOW - days * DAY
+    number = await sweeps.begin(db, workspace_id, at)
+    figures = dict.fromkeys(("pages", "items", "discovered", "repaired"), 0)
+    await sweeps.finish(db, number, at=at, **figures, **how)
+    return number
+
+
+async def test_the_sweeps_on_which_something_rests_stay(db: Database) -> None:
+    """Old ones go; of each workspace the last, the last complete, and those that say how far the
+    history is here do not."""
+    failed = {"error": "FLORA answered 503"}
+    gone = [await swept(db, 199, through=NOW - 200 * DAY), await swept(db, 198, **failed)]
+    generations = await swept(db, 197, generations_through=NOW - 197 * DAY)
+    through = await swept(db, 196, through=NOW - 196 * DAY)
+    complete = await swept(db, 195)
+    gone.append(await swept(db, 194, **failed))
+    last = await swept(db, 193, **failed)
+    unknown = await swept(db, 192, None, through=NOW)
+    young = await swept(db, 1, "ws_2"), await swept(db, 0.5, "ws_2")
+    assert (await pruner(db).prune(AGES, dry=True))["sweeps"] == len(gone)
+    assert (await pruner(db).prune(AGES))["sweeps"] == len(gone)
+    assert {row.id for row in await sweeps.list_sweeps(db)} == {
+        generations,
+        through,
+        complete,
+        last,
+        unknown,
+        *young,
+    }
+    assert await sweeps.last_through(db, "ws_1", "technique") == NOW - 196 * DAY
+    assert await sweeps.last_through(db, "ws_1", "generation") == NOW - 197 * DAY
+
+
+async def test_how_far_it_has_been_is_known(door: Door, db: Database) -> None:
+    """What is older than a removed run of its workspace, lies where that was swept, and is not
+    here, has been removed."""
+    then = NOW - 100 * DAY
+    assert await retention.removed(db, [Sighting("run_1", "ws_1", then)]) == set()
+    await put(door, settled("run_1", 100), [started("here", at=then)])
+    await pruner(db).prune(AGES)
+    said = [
+        Sighting("run_1", "ws_1", then),
+        Sighting("unswept", "ws_1", then, "generation"),
+        Sighting("older", "ws_1", then - DAY),
+        Sighting("younger", "ws_1", then + timedelta(seconds=1)),
+        Sighting("elsewhere", "ws_2", then),
+        Sighting("here", "ws_1", then),
+    ]
+    assert await retention.removed(db, said) == set()
+    await swept(db, 99, through=then - DAY)
+    assert await retention.removed(db, said) == {"older"}
+    await swept(db, 98, through=NOW)
+    assert await retention.removed(db, said) == {"run_1", "older"}
+
+
+async def test_the_mark_never_goes_back(door: Door, db: Database) -> None:
+    """Who prunes less far later changes nothing of what was removed."""
+    await put(door, settled("run_1", 100), settled("run_2", 200))
+    await pruner(db).prune(AGES)
+    await put(door, settled("run_3", 300))
+    await pruner(db).prune(AGES)
+    assert await retention.marks(db, "runs") == {"ws_1": NOW - 100 * DAY}
+
+
+def test_every_table_is_considered() -> None:
+    """A new table has to say what retention makes of it, here and in docs/retention.md."""
+    removed = {name for name in TABLES if name != "bodies"}
+    kept_for_good = {
+        "batches",
+        "batch_rows",
+        "techniques",
+        "leases",
+        "retention",
+        "run_tallies",
+        "run_tally_changes",
+    }
+    assert set(metadata.tables) == removed | kept_for_good
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"older_than": timedelta(hours=23)}, "--older-than must be at least 1d"),
+        ({"older_than": 6 * DAY}, r"TRACKER_HISTORY_SINCE \(7d\)"),
+        ({"bodies": timedelta(hours=1)}, "--bodies-older-than must be at least 1d"),
+        ({"bodies": 91 * DAY}, "must not be longer than --older-than"),
+        ({"quarantined": timedelta(0)}, "--quarantined-older-than must be at least 1d"),
+        ({"keys": 89 * DAY}, "--keys-older-than must not be shorter than --older-than"),
+    ],
+)
+def test_unsound_ages_are_refused(given: dict[str, timedelta], said: str) -> None:
+    """What could still be asked for, or would be looked for again, is not removed."""
+    asked = {"older_than": 90 * DAY, "bodies": None, "quarantined": None, "keys": None} | given
+    with pytest.raises(InvalidRequest, match=said):
+        ages(**asked, first_sweep=7 * DAY)  # type: ignore[arg-type]
+
+
+def test_bodies_go_after_a_month_by_themselves() -> None:
+    """Or with their runs, where those go sooner."""
+    for days, bodies in ((90, 30), (10, 10)):
+        chosen = ages(days * DAY, bodies=None, quarantined=None, keys=None, first_sweep=7 * DAY)
+        assert chosen == Ages(runs=days * DAY, bodies=bodies * DAY)

@@ -1,0 +1,173 @@
+"""What retention removed does not come back by itself, and nothing is paid for again."""
+
+import asyncio
+from datetime import timedelta
+
+import pytest
+
+from tests.web.callbacks import event
+from tests.worker.conftest import HandClock, MakeFlora, OpenServices, the_run
+from tests.worker.test_batch import batch, begun, statuses
+from tests.worker.test_poll import poll_to_the_end, start
+from tests.worker.test_replay import body, keep
+from tests.worker.test_sweep import sweep
+from tracker.core.entry import DeliveryOutcome
+from tracker.core.errors import StartUnresolved
+from tracker.core.run import Tracking
+from tracker.flora.signature import sign
+from tracker.simulator import Simulator
+from tracker.store import read
+from tracker.tracking.prune import Ages
+from tracker.tracking.replay import APPLIED_BEFORE
+from tracker.tracking.start import StartRequest
+from tracker.wiring import Services
+
+AGES = Ages(runs=timedelta(days=90), bodies=timedelta(days=30))
+AGES_OF_BODIES = Ages(runs=timedelta(days=900), bodies=timedelta(days=30))
+LATER = 100 * 86_400
+
+
+async def no_pause(_: float) -> None:
+    await asyncio.sleep(0)
+
+
+async def prune(services: Services, clock: HandClock) -> dict[str, int]:
+    """The history is swept, and a quarter later what has settled until now goes."""
+    await sweep(services)
+    clock.move(LATER)
+    services.pruner._sleep = no_pause
+    return await services.pruner.prune(AGES)
+
+
+async def known(services: Services) -> set[str]:
+    records, _ = await read.list_runs(services.database)
+    return {record.run.run_id for record in records}
+
+
+async def test_a_sweep_does_not_bring_it_back(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """The history lists a removed run as before: no sweep discovers it, not even one that was asked
+    to go back so far, and what is new is found."""
+    await start(services, 3)
+    await poll_to_the_end(services, clock, within=120)
+    assert (await prune(services, clock))["runs"] == 3
+    new = flora.start()
+    for since in (None, timedelta(days=365)):
+        report = await sweep(services, since)
+        assert report.error is None
+        assert await known(services) == {new.run_id}
+    assert (report.items, report.discovered) == (4, 0)
+
+
+async def test_a_page_read_for_others_does_not_either(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """Runs that are due are read by pages, which show the removed ones beside them."""
+    await start(services, 2)
+    await poll_to_the_end(services, clock, within=120)
+    await prune(services, clock)
+    new = await start(services, 3)
+    await poll_to_the_end(services, clock, within=120)
+    assert await known(services) == set(new)
+
+
+async def test_somebody_may_ask_for_it_again(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """A removed run that is tracked on purpose is read once more, and settles."""
+    [run_id] = await start(services)
+    await poll_to_the_end(services, clock, within=120)
+    await prune(services, clock)
+    await services.tracker.track(run_id, technique="icon-pack")
+    await poll_to_the_end(services, clock, within=120)
+    assert (await the_run(services, run_id)).tracking is Tracking.SETTLED
+
+
+async def test_a_callback_of_long_ago_leaves_nothing_that_never_ends(
+    open_on: OpenServices, make_flora: MakeFlora, clock: HandClock
+) -> None:
+    """Where the signed time is not checked an old callback counts as new; its run is read to its
+    end, or lost where FLORA does not know it any more."""
+    async with make_flora() as flora:
+        services = await open_on(flora, tracker_signature_tolerance=0)
+        [run_id] = await start(services)
+        await poll_to_the_end(services, clock, within=120)
+        secret = flora.world.options.webhook_secret
+        bodies = [event(one) for one in (run_id, "run_of_nobody")]
+        signed = [sign(one, secret, at=clock()) for one in bodies]
+        await prune(services, clock)
+        for one, signature in zip(bodies, signed, strict=True):
+            await services.receiver.receive(one, signature=signature, webhook_id=None)
+        await poll_to_the_end(services, clock, within=86_400)
+        assert (await the_run(services, run_id)).tracking is Tracking.SETTLED
+        assert (await the_run(services, "run_of_nobody")).tracking is Tracking.LOST
+
+
+async def test_a_repeated_batch_pays_nothing_again(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """The rows of a sheet whose runs were removed are known to have been started; to run them again
+    is still a decision."""
+    await batch(services, "a", "b")
+    await poll_to_the_end(services, clock, within=120)
+    assert (await prune(services, clock))["runs"] == 2
+    repeated = await batch(services, "a", "b", "c", retry_failed=True)
+    assert statuses(repeated)[:2] == ["forgotten", "forgotten"]
+    assert sorted(begun(flora)) == ["a", "b", "c"]
+    await batch(services, "a", "b", again=True)
+    assert sorted(begun(flora)) == ["a", "a", "b", "b", "c"]
+
+
+async def test_a_repeated_start_pays_nothing_again(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """The same key says that its run is no longer kept, and FLORA is not asked."""
+    inputs = [{"id": "prompt", "type": "text", "value": "tools"}]
+    request = StartRequest(technique="icon-pack", inputs=inputs, idempotency_key="key-1")
+    await services.starter.start(request)
+    await poll_to_the_end(services, clock, within=120)
+    await prune(services, clock)
+    with pytest.raises(StartUnresolved, match="no longer kept"):
+        await services.starter.start(request)
+    assert len(flora.world.runs) == 1
+
+
+async def test_a_replay_does_not_bring_it_back(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """A quarantined callback of a removed run stays where it is, and says why."""
+    [run_id] = await start(services)
+    await keep(services, body(run_id, workspace_id=flora.world.options.workspace_id))
+    await poll_to_the_end(services, clock, within=120)
+    await prune(services, clock)
+    done = await services.replayer.replay("whd_1")
+    assert done.outcome is DeliveryOutcome.QUARANTINED
+    assert "retention" in (done.reason or "")
+    assert await known(services) == set()
+
+
+async def test_a_replay_of_what_retention_went_over_says_so(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """An applied callback had been applied, with its body or without; where it outlived its run,
+    that is told too."""
+    [run_id] = await start(services)
+    content = event(run_id)
+    secret = flora.world.options.webhook_secret
+
+    async def comes() -> None:
+        signature = sign(content, secret, at=clock())
+        await services.receiver.receive(content, signature=signature, webhook_id=None)
+
+    await comes()
+    await poll_to_the_end(services, clock, within=120)
+    clock.move(LATER - 86_400)
+    await comes()
+    services.pruner._sleep = no_pause
+    told = []
+    for ages in (AGES_OF_BODIES, AGES):
+        await services.pruner.prune(ages)
+        told.append((await services.replayer.replay(f"whd_{run_id}")).reason)
+    assert told[0] == APPLIED_BEFORE
+    assert told[1] == f"{APPLIED_BEFORE}; its run is not kept here any more"

@@ -1,0 +1,84 @@
+"""How far retention has come, so that what it removed is not taken for news.
+
+FLORA's lists show a removed run for as long as FLORA keeps it, and nothing here tells it from one
+that was never heard of but its age. So in the transaction that removes runs the newest of them, by
+FLORA's time of creation, is noted for their workspace.
+"""
+
+from collections.abc import Iterable
+from datetime import datetime
+from typing import Any, Literal, NamedTuple
+
+from sqlalchemy import Connection, func, select
+from sqlalchemy.dialects import postgresql, sqlite
+
+from tracker.store import sweeps
+from tracker.store.engine import Database
+from tracker.store.tables import retention, runs
+
+
+class Sighting(NamedTuple):
+    """A run that somebody speaks of, and a moment of FLORA's at which it was there already."""
+
+    run_id: str
+    workspace_id: str | None
+    at: datetime
+    kind: Literal["technique", "generation"] = "technique"
+
+
+async def removed(db: Database, sightings: Iterable[Sighting]) -> set[str]:
+    """Those of the runs that are not here and that retention must have removed.
+
+    All that FLORA listed was here once up to the moment through which the workspace was swept:
+    what lies beyond was perhaps never heard of.
+    """
+    reached = await marks(db, "runs")
+    if not reached:
+        return set()
+    old: dict[tuple[str | None, Any], list[Sighting]] = {}
+    for seen in sightings:
+        # A run whose workspace was not known may be anybody's.
+        through = (reached.get(seen.workspace_id or ""), reached.get(""))
+        if any(one is not None and seen.at <= one for one in through):
+            old.setdefault((seen.workspace_id, seen.kind), []).append(seen)
+    swept: set[str] = set()
+    for (workspace_id, kind), some in old.items():
+        last = await sweeps.last_through(db, workspace_id, kind)
+        swept |= {seen.run_id for seen in some if last is not None and seen.at <= last}
+    if not swept:
+        return set()
+    async with db.read() as connection:
+        here = await connection.execute(select(runs.c.run_id).where(runs.c.run_id.in_(swept)))
+        return swept - set(here.scalars())
+
+
+async def marks(db: Database, what: Literal["runs", "bodies"]) -> dict[str, datetime]:
+    """How far it has come, by workspace; bodies are no workspace's."""
+    statement = select(retention.c.workspace_id, retention.c.through)
+    async with db.read() as connection:
+        rows = await connection.execute(statement.where(retention.c.what == what))
+        return dict(rows.all())
+
+
+def reach(
+    connection: Connection, what: Literal["runs", "bodies"], moments: Iterable[tuple[str, datetime]]
+) -> None:
+    """Note how far it has come, in one order, so that no two wait for each other crosswise."""
+    reached: dict[str, datetime] = {}
+    for workspace_id, at in moments:
+        reached[workspace_id] = max(at, reached.get(workspace_id, at))
+    postgres = connection.dialect.name == "postgresql"
+    insert: Any = postgresql.insert if postgres else sqlite.insert
+    later: Any = func.greatest if postgres else func.max
+    kept = insert(retention).values(
+        [
+            {"what": what, "workspace_id": workspace_id, "through": through}
+            for workspace_id, through in sorted(reached.items())
+        ]
+    )
+    connection.execute(
+        kept.on_conflict_do_update(
+            index_elements=[retention.c.what, retention.c.workspace_id],
+            set_={"through": later(retention.c.through, kept.excluded.through)},
+        )
+    )
