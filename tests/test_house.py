@@ -131,7 +131,8 @@ DOOR = {"door.py", "batch.py", "batch_postgres.py", "batch_sqlite.py"}
 
 
 def test_run_state_is_written_by_the_door_alone() -> None:
-    """Beside the door, claims move when a run is looked at, and retention deletes."""
+    """Beside the door, claims move when a run is looked at, and retention deletes and empties; the
+    doctor's look at whether a row is taken rolls it back."""
     found: dict[str, set[tuple[str, str]]] = {}
     for path in SOURCES:
         if writes := set(_writes(ast.parse(path.read_text()))):
@@ -140,23 +141,36 @@ def test_run_state_is_written_by_the_door_alone() -> None:
     assert {("insert", table) for table in STATE} <= written
     beside = {name: what for name, what in found.items() if name.removeprefix("store/") not in DOOR}
     assert beside.pop("store/claims.py") == {("update", "runs")}
+    assert beside.pop("store/condition_sqlite.py") == {("insert", "deliveries")}
+    empties = {what for what in beside["store/prune.py"] if what[0] != "delete"}
+    assert empties == {("update", "deliveries")}
+    beside["store/prune.py"] -= empties
     assert {verb for writes in beside.values() for verb, _ in writes} <= {"delete"}, beside
 
 
 def test_claims_move_only_the_time_and_the_lease() -> None:
     """A claim says who looks at a run and until when, never what the run is."""
-    tree = ast.parse((ROOT / "tracker/store/claims.py").read_text())
-    moved = {
+    moved = _set_by("tracker/store/claims.py")
+    assert moved
+    assert moved <= {"next_check_at", "lease_until", "lease_holder"}
+
+
+def test_retention_empties_only_what_need_not_be_kept() -> None:
+    """A delivery loses its body, a start what it asked for; that they were there stays."""
+    assert _set_by("tracker/store/prune.py") == {"body", "body_removed_at", "inputs"}
+
+
+def _set_by(file: str) -> set[str | None]:
+    """The columns that the updates in a file set."""
+    return {
         keyword.arg
-        for node in ast.walk(tree)
+        for node in ast.walk(ast.parse((ROOT / file).read_text()))
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
         and node.func.attr == "values"
-        and ("update", "runs") in _writes(node)
+        and any(isinstance(one, ast.Call) and _called(one)[0] == "update" for one in ast.walk(node))
         for keyword in node.keywords
     }
-    assert moved
-    assert moved <= {"next_check_at", "lease_until", "lease_holder"}
 
 
 def _writes(tree: ast.AST) -> Iterator[tuple[str, str]]:

@@ -13,6 +13,8 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -49,6 +51,8 @@ _SETTINGS = {
     "log_min_error_statement": "panic",
 }
 
+_TOO_EARLY = "the database system is"
+
 START_SECONDS = 30.0
 STOP_SECONDS = 15.0
 
@@ -58,10 +62,10 @@ class PostgresServer:
 
     `start` and `stop` may alternate: the data stays, and so does the port. `close`, or leaving a
     `with` block, ends it for good. `fsync=True` makes commits reach the disk, where a test is
-    about that.
+    about that; `settings` go before all others.
     """
 
-    def __init__(self, *, fsync: bool = False) -> None:
+    def __init__(self, *, fsync: bool = False, settings: Mapping[str, str] | None = None) -> None:
         self._identity = _unprivileged_identity()
         self._home = Path(tempfile.mkdtemp(prefix="tracker-pg-", dir=_shared_temp()))
         self._home.chmod(0o755)
@@ -71,6 +75,7 @@ class PostgresServer:
         self._settings = _SETTINGS | {"unix_socket_directories": str(self._home)}
         if fsync:
             self._settings |= {"fsync": "on", "full_page_writes": "on"}
+        self._settings |= settings or {}
         self._keeper: subprocess.Popen[bytes] | None = None
         self.port = 0
 
@@ -78,6 +83,11 @@ class PostgresServer:
     def socket_directory(self) -> Path:
         """Where the unix socket stands."""
         return self._home
+
+    @property
+    def data(self) -> Path:
+        """The data directory."""
+        return self._home / "data"
 
     def url(self, database: str = "postgres") -> str:
         """The `postgresql://` URL of one database of this server."""
@@ -88,9 +98,8 @@ class PostgresServer:
 
         Raises RuntimeError with the server's log where it does not come up.
         """
-        data = self._home / "data"
-        if not data.exists():
-            self._initialise(data)
+        data = self.data
+        self.initialise()
         for _ in range(5):
             # Between the choice of a first port and its use, somebody else may take it.
             chosen = self.port or free_port()
@@ -109,6 +118,20 @@ class PostgresServer:
     def crash(self) -> None:
         """End the server without a shutdown; the next `start` recovers what was committed."""
         self._end(b"crash\n")
+
+    def freeze(self) -> None:
+        """Let every process of the server stand still: it is there, and does not answer."""
+        self._tell(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let them go on."""
+        self._tell(signal.SIGCONT)
+
+    def hand_over(self, directory: Path) -> None:
+        """Make a directory the server's own, for a tablespace or its log."""
+        directory.chmod(0o700)
+        if self._identity:
+            _give(directory, self._identity["user"], self._identity["group"])
 
     def close(self) -> None:
         """End the server and remove everything of it."""
@@ -131,9 +154,12 @@ class PostgresServer:
     ) -> None:
         self.close()
 
-    def _initialise(self, data: Path) -> None:
+    def initialise(self) -> None:
+        """Make the data directory, if it is not there."""
+        if self.data.exists():
+            return
         command = [
-            self._binaries / "initdb", "--pgdata", data, "--username", "postgres",
+            self._binaries / "initdb", "--pgdata", self.data, "--username", "postgres",
             "--auth", "trust", "--encoding", "UTF8", "--locale", "C", "--no-sync",
             "--no-instructions",
         ]  # fmt: skip
@@ -165,7 +191,8 @@ class PostgresServer:
                 return None
             if log.exists():
                 text = log.read_bytes()[already:].decode(errors="replace")
-            if "FATAL" in text:
+            # What it says to clients that come too early is no failure of its own.
+            if any("FATAL" in line and _TOO_EARLY not in line for line in text.splitlines()):
                 break
             time.sleep(0.01)
         self._end(b"stop\n")
@@ -184,18 +211,42 @@ class PostgresServer:
             os.killpg(keeper.pid, signal.SIGKILL)
             keeper.wait()
 
+    def _tell(self, what: signal.Signals) -> None:
+        """Send a signal to the postmaster, then to its children, of which it begins no more."""
+        postmaster = int((self.data / "postmaster.pid").read_text().split()[0])
+        os.kill(postmaster, what)
+        children = Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text()
+        for child in map(int, children.split()):
+            with suppress(ProcessLookupError):
+                os.kill(child, what)
+
     def _surroundings(self) -> dict[str, Any]:
         # Nothing of the caller's PG* variables or locale reaches the server.
         return {"cwd": "/", "env": {"PATH": os.defpath, "LC_ALL": "C"}, **self._identity}
 
 
 def _is_ready(pid_file: Path, port: int) -> bool:
-    """Whether the server's own status file says that it takes connections on `port`."""
+    """Whether the server's own status file says that it takes connections on `port`.
+
+    A server that crashed has left its file behind.
+    """
     try:
         lines = pid_file.read_text().splitlines()
     except FileNotFoundError:
         return False
-    return len(lines) >= 8 and lines[3] == str(port) and lines[7].strip() == "ready"
+    return len(lines) >= 8 and (
+        lines[3] == str(port) and lines[7].strip() in ("ready", "standby") and _lives(int(lines[0]))
+    )
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _unprivileged_identity() -> dict[str, Any]:

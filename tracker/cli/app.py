@@ -10,7 +10,6 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from tracker import __version__
 from tracker.cli import (
     batch,
     batches,
@@ -50,6 +49,8 @@ local.add_to(app)
 
 def _show_version(asked: bool) -> None:
     if asked:
+        from tracker import __version__
+
         typer.echo(f"tracker {__version__}")
         raise typer.Exit
 

@@ -7,9 +7,15 @@ callback's delivery, a read made for this run alone, an item of a list, the answ
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
 from tracker.core.observation import Observation
+
+TRIAL: Final = "tracker.doctor"
+"""The type of the deliveries with which `tracker doctor` tries the way that callbacks take. They
+are signed, stored and answered like any other, speak of no run, and count in no statistics."""
+TRIAL_IDS: Final = "whd_doctor_"
+"""How their ids begin; hexadecimal digits follow."""
 
 
 class DeliveryOutcome(StrEnum):
@@ -38,7 +44,7 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delivered:
-    """A callback came. `observation` is `None` where it is quarantined.
+    """A callback came. `observation` is `None` where it is quarantined, and for a trial.
 
     The delivery and its effect on the run are committed together. A repeated one only counts.
     """

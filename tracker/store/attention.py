@@ -12,7 +12,7 @@ from tracker.core.record import Record
 from tracker.store.engine import Database
 from tracker.store.records import read_records
 from tracker.store.rows import RUN_COLUMNS
-from tracker.store.tables import runs
+from tracker.store.tables import leases, runs
 from tracker.store.types import CleanText, UtcDateTime
 
 LATE_AFTER: Final = timedelta(seconds=60)
@@ -68,6 +68,21 @@ async def overdue(
         return await read_records(connection, rows)
 
 
+async def conflicts(db: Database, *, among: int = 10_000, limit: int = 100) -> list[str]:
+    """Of the newest `among` runs those about whose end two sources disagreed, newest first."""
+    newest = (
+        select(runs.c.run_id, runs.c.conflict)
+        .order_by(runs.c.created_at.desc(), runs.c.run_id.desc())
+        .limit(among)
+        .subquery()
+    )
+    async with db.read() as connection:
+        found = await connection.scalars(
+            select(newest.c.run_id).where(newest.c.conflict).limit(limit)
+        )
+        return list(found)
+
+
 async def sweep_health(db: Database) -> list[SweepHealth]:
     """Where the sweeps of each workspace stand; one that was never swept is left out."""
     names = (
@@ -78,3 +93,10 @@ async def sweep_health(db: Database) -> list[SweepHealth]:
     async with db.read() as connection:
         found = [SweepHealth(*row) for row in await connection.execute(statement)]
     return sorted(found, key=lambda each: each.workspace_id or "")
+
+
+async def sweeping(db: Database, *, now: datetime) -> bool:
+    """Whether some process is sweeping a history at this moment."""
+    held = leases.c.name.startswith("sweep:") & (leases.c.until > now)
+    async with db.read() as connection:
+        return (await connection.execute(select(leases.c.name).where(held))).first() is not None

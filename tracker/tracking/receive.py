@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from structlog.contextvars import bind_contextvars
 
 from tracker.core.clock import Clock
-from tracker.core.entry import DeliveryOutcome
+from tracker.core.entry import TRIAL, Delivery, DeliveryOutcome
 from tracker.core.errors import SettingsError
 from tracker.sources import callback
+from tracker.store import read
 from tracker.store.door import Door
+from tracker.store.engine import Database
+from tracker.tracking.belonging import not_theirs
 from tracker.tracking.workspaces import Workspaces
 
 
@@ -21,7 +24,7 @@ class Received:
     """What became of a callback that is now on disk.
 
     `workspace` and `secret` tell who signed it: the secret's position, from 1, among those of the
-    workspace.
+    workspace. `trial` is true for one that `tracker doctor` sent.
     """
 
     delivery_id: str
@@ -30,6 +33,7 @@ class Received:
     repeated: bool
     workspace: str
     secret: int
+    trial: bool = False
     reason: str | None = None
 
 
@@ -37,8 +41,15 @@ class Receiver:
     """Takes callbacks. `tolerance` is how many seconds a signed time may be off; 0 is unchecked."""
 
     def __init__(
-        self, *, door: Door, workspaces: Workspaces, tolerance: float, clock: Clock
+        self,
+        *,
+        database: Database,
+        door: Door,
+        workspaces: Workspaces,
+        tolerance: float,
+        clock: Clock,
     ) -> None:
+        self._database = database
         self._door = door
         self._workspaces = workspaces
         self._secrets = workspaces.secrets
@@ -62,15 +73,26 @@ class Receiver:
         secret = callback.authenticate(
             body, signature, self._secrets, now=now, tolerance=self._tolerance
         )
-        for workspace in self._workspaces.signed_by(secret):
+        signers = self._workspaces.signed_by(secret)
+        for workspace in signers:
             delivered = callback.read(
                 body, at=now, webhook_id=webhook_id, workspace_id=workspace.workspace_id
             )
             if delivered.observation is not None:
                 break  # of several with one secret, it is the one that the callback speaks of
+        if delivered.observation is not None and len(self._workspaces) > 1:
+            theirs = {one.workspace_id for one in signers}
+            reason = await not_theirs(self._database, delivered.observation, theirs)
+            delivered = callback.quarantined(delivered, reason) if reason else delivered
         delivery = delivered.delivery
         bind_contextvars(delivery_id=delivery.delivery_id, run_id=delivery.run_id)
         passed = await self._door.put(delivered)
+        if passed.repeated and await self._is_another(delivery):
+            # The id is taken, and yet this was signed: what is answered 2xx is kept as it came.
+            delivered = callback.by_digest(delivered)
+            delivery = delivered.delivery
+            bind_contextvars(delivery_id=delivery.delivery_id)
+            passed = await self._door.put(delivered)
         if delivered.observation is not None:
             workspace.learn(delivered.observation.workspace_id)
         return Received(
@@ -80,5 +102,11 @@ class Receiver:
             repeated=passed.repeated,
             workspace=workspace.name,
             secret=workspace.secrets.index(secret) + 1,
+            trial=delivery.event_type == TRIAL,
             reason=delivery.reason,
         )
+
+    async def _is_another(self, delivery: Delivery) -> bool:
+        """Whether what is kept under its id, as far as it is, came with another body."""
+        kept = await read.get_delivery(self._database, delivery.delivery_id)
+        return kept is not None and bool(kept.body) and kept.body != delivery.body

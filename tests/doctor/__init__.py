@@ -1,0 +1,1 @@
+"""`tracker doctor`: what it finds in a sound deployment and in broken ones."""

@@ -1,0 +1,264 @@
+"""The database, in every state that a deployment may find it in."""
+
+import re
+import secrets
+import sqlite3
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, closing
+from dataclasses import replace
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from tests.doctor.conftest import Report, look
+from tests.doctor.pooler import losing_notices, taking_no_settings
+from tests.support.disk import CannotMount, SmallDisk
+from tests.support.postgres import PostgresServer
+from tests.support.waiting import free_port
+from tracker.core.clock import utc_now
+from tracker.doctor import Level, database
+from tracker.store.condition_postgres import look_at_postgres
+from tracker.store.url import DatabaseUrl
+
+
+async def _look(url: str) -> Report:
+    return await look(TRACKER_DATABASE_URL=url, FLORA_BASE_URL="http://127.0.0.1:9/api/v1")
+
+
+async def _at(url: str, revision: str) -> None:
+    """Let the database say that it is at that revision."""
+    statement = f"UPDATE alembic_version SET version_num = '{revision}'"
+    if url.startswith("sqlite"):
+        with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection:
+            connection.execute(statement)
+            connection.commit()
+        return
+    await _execute(url, statement)
+
+
+async def _execute(url: str, *statements: str) -> None:
+    connection = await asyncpg.connect(url)
+    try:
+        for statement in statements:
+            await connection.execute(statement)
+    finally:
+        await connection.close()
+
+
+async def test_a_sound_database_takes_rows_and_none_is_left(database_url: str) -> None:
+    """A look tells that rows are taken, and leaves none."""
+    report = await _look(database_url)
+    assert report.level("database") is Level.OK
+    assert "takes rows" in report["database"].seen
+    assert report.level("migrations") is Level.OK
+    assert report.level("disk") is Level.OK
+
+
+async def test_a_database_of_a_later_version_is_looked_at_all_the_same(database_url: str) -> None:
+    """A schema that this version does not know is a warning, and the rest is looked at too."""
+    await _at(database_url, "9999")
+    report = await _look(database_url)
+    assert report.level("migrations") is Level.WARNING
+    assert "later than this version" in report["migrations"].seen
+    assert "Install the new version" in report["migrations"].advice
+    assert report.level("conflicts") is Level.OK
+
+
+async def test_a_database_that_lacks_migrations_fails_and_nothing_is_migrated(
+    database_url: str,
+) -> None:
+    """An older schema, and one without tables, are told apart by what they say; they stay."""
+    await _at(database_url, "0002")
+    for _ in range(2):
+        report = await _look(database_url)
+        assert report.level("migrations") is Level.FAILED
+        assert "is at 0002" in report["migrations"].seen
+        assert "`tracker db upgrade`" in report["migrations"].advice
+        assert report.level("worker") is Level.WARNING
+
+
+async def test_an_empty_database_is_told_what_makes_its_tables(empty_postgres_url: str) -> None:
+    """No tables at all: the command that makes them is named."""
+    report = await _look(empty_postgres_url)
+    assert report.level("database") is Level.OK
+    assert report.level("migrations") is Level.FAILED
+    assert report["migrations"].advice == "Run `tracker db upgrade`."
+
+
+def _missing(path: Path) -> None:
+    path.unlink()
+
+
+def _no_folder(path: Path) -> None:
+    path.unlink()
+    path.parent.rename(path.parent.with_name("elsewhere"))
+
+
+def _other_file(path: Path) -> None:
+    path.write_text("a file of another kind, long enough to be read as a header of one\n" * 20)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "seen", "advice"),
+    [
+        (_missing, "There is no ", "run the doctor in the same folder"),
+        (_no_folder, "its folder is missing", "Make the folder"),
+        (_other_file, "not a database", "PRAGMA quick_check"),
+    ],
+)
+async def test_a_file_that_is_no_database_is_not_made_one(
+    sqlite_url: str, spoil: Callable[[Path], None], seen: str, advice: str
+) -> None:
+    """What is wrong with the file is told, and looking creates nothing."""
+    path = Path(sqlite_url.removeprefix("sqlite:///"))
+    spoil(path)
+    before = path.exists() and path.read_bytes()
+    report = await _look(sqlite_url)
+    assert report.level("database") is Level.FAILED
+    assert seen in report["database"].seen
+    assert advice in report["database"].advice
+    assert (path.exists() and path.read_bytes()) == before
+
+
+async def test_a_locked_file_is_told_of(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody who holds the file for long is looked for by the command that names him."""
+    monkeypatch.setattr("tracker.store.condition_sqlite.LOCK_SECONDS", 0.1)
+    path = sqlite_url.removeprefix("sqlite:///")
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("BEGIN IMMEDIATE")
+        report = await _look(sqlite_url)
+    assert report.level("database") is Level.FAILED
+    assert "takes no rows: database is locked" in report["database"].seen
+    assert f"fuser {path}" in report["database"].advice
+
+
+async def test_a_file_that_lost_its_write_ahead_log_is_warned_of(sqlite_url: str) -> None:
+    """Another journal mode than ours works worse, which is a warning."""
+    with closing(sqlite3.connect(sqlite_url.removeprefix("sqlite:///"))) as connection:
+        connection.execute("PRAGMA journal_mode=DELETE")
+    report = await _look(sqlite_url)
+    assert report.level("database") is Level.WARNING
+    assert "journal mode delete" in report["database"].seen
+
+
+async def test_a_disk_that_is_nearly_full_fails_and_one_that_is_read_only_is_told(
+    sqlite_url: str,
+) -> None:
+    """What is left on the disk is told before it is full; a file that nobody may write, as such."""
+    try:
+        with SmallDisk(8) as disk:
+            path = disk.path / "tracker.db"
+            path.write_bytes(Path(sqlite_url.removeprefix("sqlite:///")).read_bytes())
+            report = await _look(f"sqlite:///{path}")
+            assert report.level("database") is Level.OK
+            assert report.level("disk") is Level.FAILED
+            assert re.search(r"\d MiB are free", report["disk"].seen)
+            assert "tracker db prune" in report["disk"].advice
+            disk.read_only(True)
+            report = await _look(f"sqlite:///{path}")
+            assert report.level("database") is Level.FAILED
+            assert "mounted read-only" in report["database"].advice
+    except CannotMount as error:
+        pytest.skip(str(error))
+
+
+async def test_a_server_that_cannot_be_used_is_told_why(postgres_url: str) -> None:
+    """Not there, no such database, no such user, a pooler that takes no settings: each has its own
+    advice, and all else is looked at nevertheless."""
+    name = postgres_url.rpartition("/")[2]
+    cases = [
+        (
+            f"postgresql://u:hidden@127.0.0.1:{free_port()}/x",
+            "cannot be reached",
+            "the server is up",
+        ),
+        (postgres_url.replace(name, "nowhere"), "does not exist", "the database's name"),
+        (postgres_url.replace("postgres@", "nobody:hidden@"), "nobody", "user or the password"),
+    ]
+    async with taking_no_settings(postgres_url) as pooler:
+        cases.append((pooler, "unsupported startup", "ignore_startup_parameters"))
+        for url, seen, advice in cases:
+            report = await _look(url)
+            assert report.level("database") is Level.FAILED
+            assert seen in report["database"].seen
+            assert advice in report["database"].advice
+            assert "hidden" not in str(report)
+            assert report.level("worker") is Level.WARNING
+            assert "migrations" not in report
+
+
+async def test_a_pooler_that_loses_notifications_is_found_out(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where what is notified is not heard, it is a warning that says how late work is noticed."""
+    monkeypatch.setattr("tracker.store.condition_postgres.HEARD_WITHIN", 0.3)
+    async with losing_notices(postgres_url) as url:
+        report = await _look(url)
+    assert report.level("database") is Level.OK
+    assert report.level("notifications") is Level.WARNING
+    assert "pool_mode = session" in report["notifications"].advice
+
+
+async def test_a_server_that_takes_no_rows_fails(postgres_url: str) -> None:
+    """A database that is read-only for new sessions answers, and is told of."""
+    name = postgres_url.rpartition("/")[2]
+    await _execute(postgres_url, f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
+    report = await _look(postgres_url)
+    assert report.level("database") is Level.FAILED
+    assert "takes no rows: cannot execute INSERT in a read-only" in report["database"].seen
+    assert "default_transaction_read_only" in report["database"].advice
+
+
+@asynccontextmanager
+async def _role(url: str, *grants: str) -> AsyncIterator[str]:
+    """A role of its own with these rights alone; the URL with which it connects."""
+    role = f"doctor_{secrets.token_hex(4)}"
+    await _execute(url, f"CREATE ROLE {role} LOGIN", *(f"{grant} TO {role}" for grant in grants))
+    try:
+        yield url.replace("postgres@", f"{role}@")
+    finally:
+        await _execute(url, f"DROP OWNED BY {role}", f"DROP ROLE {role}")
+
+
+async def test_a_role_without_rights_is_told_which_tables_and_what_to_grant(
+    postgres_url: str,
+) -> None:
+    """A role that may read alone, and one that may not even read, fail with what to grant."""
+    async with _role(postgres_url, "GRANT SELECT ON ALL TABLES IN SCHEMA public") as url:
+        report = await _look(url)
+    assert report.level("database") is Level.FAILED
+    assert "does not let this role use batch_rows, batches, deliveries" in report["database"].seen
+    assert "GRANT SELECT, INSERT" in report["database"].advice
+    async with _role(postgres_url) as url:
+        report = await _look(url)
+    assert report.level("database") is Level.FAILED
+    assert "permission denied" in report["database"].seen
+    assert "GRANT" in report["database"].advice
+
+
+async def test_a_standby_is_told_from_its_primary(own_postgres: PostgresServer) -> None:
+    """A server that only follows another takes no rows, and how to name both is told."""
+    own_postgres.stop()
+    (own_postgres.data / "standby.signal").touch()
+    own_postgres.hand_over(own_postgres.data)
+    own_postgres.start()
+    report = await _look(own_postgres.url("tracker"))
+    assert report.level("database") is Level.FAILED
+    assert "is a standby" in report["database"].seen
+    assert "target_session_attrs=read-write" in report["database"].advice
+    assert "notifications" not in report
+    assert report.level("conflicts") is Level.OK, "what can be read is looked at"
+
+
+async def test_a_crowded_server_and_an_old_one_are_told_of(postgres_url: str) -> None:
+    """A server with few connections left is a warning, one that is too old fails."""
+    url = DatabaseUrl.parse(postgres_url)
+    seen = await look_at_postgres(url, clock=utc_now)
+    crowded = database.judge_postgres(url, replace(seen, connections=seen.most_connections - 1))
+    assert crowded.findings[0].level is Level.WARNING
+    assert "Raise max_connections" in crowded.findings[0].advice
+    old = database.judge_postgres(url, replace(seen, major=12, version="12.3"))
+    assert old.findings[0].level is Level.FAILED
+    assert "PostgreSQL 13 or newer" in old.findings[0].advice

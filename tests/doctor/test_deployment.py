@@ -1,0 +1,224 @@
+"""The whole of it: real processes, real HTTP, and what may stand between."""
+
+import asyncio
+import json
+import sys
+
+import pytest
+from sqlalchemy import func, select
+from starlette.responses import HTMLResponse
+
+from tests.doctor.conftest import Report
+from tests.doctor.proxies import Proxy, in_front, moved
+from tests.e2e.processes import Stage
+from tests.support.waiting import eventually, free_port
+from tracker.core.clock import utc_now
+from tracker.doctor import Level, database, delivery, public
+from tracker.settings import read_settings
+from tracker.simulator import Simulator
+from tracker.store import migrate
+from tracker.store.attention import sweep_health
+from tracker.store.engine import Database
+from tracker.store.tables import deliveries
+from tracker.store.url import DatabaseUrl
+
+
+async def kept(url: str) -> int:
+    """How many deliveries are in the database."""
+    async with await Database.open(url) as opened, opened.read() as connection:
+        return (await connection.execute(select(func.count()).select_from(deliveries))).scalar_one()
+
+
+async def _way(environ: dict[str, str]) -> Report:
+    """What is found of the way that callbacks take."""
+    settings, _ = read_settings(environ)
+    url = DatabaseUrl.parse(settings.tracker_database_url)
+    looking = asyncio.create_task(database.look(url, clock=utc_now))
+    findings = await public.look(settings, looking, clock=utc_now)
+    await looking
+    return Report({one.name: one for one in findings})
+
+
+async def _swept(url: str) -> bool:
+    async with await Database.open(url) as opened:
+        return any(one.complete_at for one in await sweep_health(opened))
+
+
+async def doctor(stage: Stage, *arguments: str, **env: str) -> tuple[int, str, str]:
+    """The command itself: its exit status, and what it prints."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tracker", "doctor", *arguments),
+        env={"PATH": "/usr/bin:/bin", **stage.environment, **env},
+        cwd=stage.directory,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    async with asyncio.timeout(30):
+        out, err = await process.communicate()
+    return process.returncode or 0, out.decode(), err.decode()
+
+
+async def test_a_sound_deployment_is_all_ok(stage: Stage, flora: Simulator) -> None:
+    """Every line is ok, exit status 0, the log stays silent, and nothing is left behind."""
+    await stage.serve()
+    await eventually(lambda: _swept(stage.database_url))
+    status, out, err = await doctor(stage, "--json")
+    report = json.loads(out)
+    assert [one for one in report["findings"] if one["level"] != "ok"] == []
+    assert (status, report["level"], err) == (0, "ok", "")
+    names = [one["name"] for one in report["findings"]]
+    assert ("notifications" in names) == stage.database_url.startswith("postgres")
+    assert await kept(stage.database_url) == 0
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_what_stands_in_front_is_told_from_the_tracker(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each thing that keeps callbacks from coming is named, with what to do about that one."""
+    await stage.serve("--no-worker")
+    up = stage.tracker
+    html = "<title>Sign in</title>"
+    cases: dict[str, tuple[Proxy, str, str, str]] = {
+        "redirect": (
+            Proxy(upstream=up, answers=moved("https://tracker.example.com")),
+            "callbacks",
+            "308, a redirect to https://tracker.example.com/callbacks/flora/, and FLORA follows",
+            "Set TRACKER_PUBLIC_URL to the address",
+        ),
+        "wrong path": (
+            Proxy(upstream=up, path="/flora"),
+            "callbacks",
+            "comes to the tracker, but not as POST /callbacks/flora (404)",
+            "method and path on as they are",
+        ),
+        "other site": (
+            Proxy(upstream=up, answers=HTMLResponse(html)),
+            "callbacks",
+            "200 by something in front of the tracker, and does not come to it",
+            "pass POST /callbacks/flora on",
+        ),
+        "no route": (
+            Proxy(upstream=up, answers=HTMLResponse(html, 404)),
+            "callbacks",
+            "404 by something in front",
+            "mend the name, port or path in TRACKER_PUBLIC_URL",
+        ),
+        "sign-in": (
+            Proxy(upstream=up, answers=HTMLResponse(html, 401)),
+            "callbacks",
+            "401 by something in front",
+            "pass without a sign-in",
+        ),
+        "nobody behind": (
+            Proxy(upstream=f"http://127.0.0.1:{free_port()}"),
+            "callbacks",
+            "502 by something in front of the tracker, which does not reach it",
+            "Start `tracker serve`",
+        ),
+        "slow": (
+            Proxy(upstream=up, wait=20),
+            "callbacks",
+            "gets no answer within 1 s",
+            "whether `tracker serve` runs and answers",
+        ),
+        "drops the signature": (
+            Proxy(upstream=up, drops="flora-signature"),
+            "callbacks",
+            "comes without its Flora-Signature header",
+            "pass on all request headers",
+        ),
+        "changes the body": (
+            Proxy(upstream=up, changes=True),
+            "callbacks",
+            "401 by the tracker: The signature is wrong",
+            "restart it with the same settings",
+        ),
+        "takes no body": (
+            Proxy(upstream=up, limit=10),
+            "callbacks",
+            "413 by something in front",
+            "client_max_body_size",
+        ),
+        "takes small bodies": (
+            Proxy(upstream=up, limit=4096),
+            "body limit",
+            "A delivery of 16 KiB is answered 413",
+            "client_max_body_size",
+        ),
+        "takes larger bodies": (
+            Proxy(upstream=up, limit=100_000),
+            "body limit",
+            "A delivery of 256 KiB is answered 413",
+            "client_max_body_size",
+        ),
+    }
+
+    async def one(case: str) -> str | None:
+        proxy, name, seen, advice = cases[case]
+        monkeypatch.setattr(delivery, "FLORA_WAITS", 1.0 if proxy.wait else 10.0)
+        async with in_front(proxy) as root:
+            found = (await _way(stage.environment | {"TRACKER_PUBLIC_URL": root}))[name]
+        level = Level.WARNING if case == "takes larger bodies" else Level.FAILED
+        right = found.level is level and seen in found.seen and advice in found.advice
+        assert "hidden" not in found.seen + found.advice
+        return None if right else f"{case}: {found}"
+
+    wrong = [await one(case) for case in cases]
+    assert [each for each in wrong if each] == []
+    assert await kept(stage.database_url) == 0
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_a_doctor_that_is_interrupted_takes_its_deliveries_out(stage: Stage) -> None:
+    """What is stored and not answered yet is taken out as well when somebody hits Ctrl-C."""
+    await stage.serve("--no-worker")
+    proxy = Proxy(upstream=stage.tracker, holds=True)
+    async with in_front(proxy) as root:
+        environ = stage.environment | {"TRACKER_PUBLIC_URL": root}
+        looking = asyncio.create_task(_way(environ))
+        await eventually(lambda: kept(stage.database_url))
+        looking.cancel()
+        await asyncio.wait([looking])
+        assert looking.cancelled()
+        assert await kept(stage.database_url) == 0
+
+
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+async def test_a_tracker_that_is_set_otherwise_is_found_out(
+    stage: Stage, flora: Simulator, empty_sqlite_url: str
+) -> None:
+    """A process that keeps another database, knows another secret or none, or closes the path for
+    want of a token, is told from one that has the doctor's own settings."""
+    await migrate.upgrade(empty_sqlite_url)
+    secret = {"FLORA_WEBHOOK_SECRET": "whsec_of_another"}
+    cases: list[tuple[dict[str, str], dict[str, str], str, str]] = [
+        ({}, {"TRACKER_DATABASE_URL": empty_sqlite_url}, "in another database", "DATABASE_URL"),
+        ({}, secret, "401 by the tracker: The signature is wrong", "restart it"),
+        (
+            {},
+            {"FLORA_WEBHOOK_SECRET": "whsec_simulator whsec_of_another"},
+            "that secret 2 signs is answered 401",
+            "restart it",
+        ),
+        ({"FLORA_WEBHOOK_SECRET": ""}, {}, "has no signing secret", "Set FLORA_WEBHOOK_SECRET"),
+        (
+            {"TRACKER_API_TOKEN": "a" * 32},
+            {"TRACKER_PUBLIC_URL": f"{stage.tracker}/taken/off"},
+            "not as POST /callbacks/flora (303)",
+            "without a prefix",
+        ),
+    ]
+    serving: dict[str, str] | None = None
+    process = None
+    for served, looked, seen, advice in cases:
+        if served != serving:
+            if process is not None:
+                await process.end()
+            process = await stage.serve("--no-worker", **served)
+            serving = served
+        found = (await _way(stage.environment | looked))["callbacks"]
+        assert found.level is Level.FAILED
+        assert seen in found.seen, found
+        assert advice in found.advice, found
+    assert await kept(stage.database_url) == 1, "the one of the tracker with another database"

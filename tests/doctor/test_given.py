@@ -1,0 +1,79 @@
+"""The settings: what they tell by themselves."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.doctor.conftest import Report
+from tracker.doctor import Level, given
+from tracker.settings import read_settings
+
+SECRET = "whsec_0123456789"
+PUBLIC = "https://tracker.example.com"
+
+
+def _given(**environ: str) -> Report:
+    return Report({one.name: one for one in given.look(*read_settings(environ))})
+
+
+def test_where_each_setting_comes_from_is_told(tmp_path: Path) -> None:
+    """The environment, the file, or nowhere: the last as where sudo passed none on."""
+    file = tmp_path / "tracker.toml"
+    file.write_text('flora_webhook_secret = "whsec_1"\n')
+    found = _given(TRACKER_CONFIG=str(file), FLORA_API_KEY="sk_1")["settings"]
+    assert found.level is Level.OK
+    assert "From the environment: FLORA_API_KEY" in found.seen
+    assert f"From {file}: FLORA_WEBHOOK_SECRET" in found.seen
+    nothing = _given()["settings"]
+    assert nothing.level is Level.WARNING
+    assert "sudo" in nothing.advice
+
+
+@pytest.mark.parametrize(
+    ("environ", "level", "seen"),
+    [
+        ({}, Level.WARNING, "would be refused"),
+        ({"TRACKER_PUBLIC_URL": PUBLIC}, Level.FAILED, "every callback is refused"),
+        ({"FLORA_WEBHOOK_SECRET": SECRET}, Level.OK, "One signing secret"),
+        ({"FLORA_WEBHOOK_SECRET": f"{SECRET} {SECRET}1"}, Level.OK, "2 signing secrets"),
+        (
+            {"FLORA_WEBHOOK_SECRET": f"{SECRET} sk_live_1"},
+            Level.WARNING,
+            "Secret 2 begins with sk_",
+        ),
+        ({"FLORA_WEBHOOK_SECRET": "0123456789"}, Level.WARNING, "does not begin with whsec_"),
+    ],
+)
+def test_secrets_are_told_by_their_number_and_their_shape(
+    environ: dict[str, str], level: Level, seen: str
+) -> None:
+    """None, one, several, and those that cannot be FLORA's; none is shown."""
+    found = _given(**environ)["secrets"]
+    assert found.level is level
+    assert seen in found.seen
+    assert "0123456789" not in found.seen + found.advice
+
+
+@pytest.mark.parametrize(
+    ("seconds", "level"), [("900", "ok"), ("300", "warning"), ("0", "warning")]
+)
+def test_a_tolerance_that_refuses_the_last_attempt_is_a_warning(seconds: str, level: str) -> None:
+    """FLORA's SDK has 300 s, which is too short; 0 looks at no time at all."""
+    assert _given(TRACKER_SIGNATURE_TOLERANCE=seconds)["tolerance"].level == level
+
+
+@pytest.mark.parametrize(
+    ("environ", "level"),
+    [
+        ({}, "ok"),
+        ({"TRACKER_PUBLIC_URL": "http://localhost:8080"}, "ok"),
+        ({"TRACKER_PUBLIC_URL": PUBLIC}, "warning"),
+        ({"TRACKER_API_TOKEN": "secret", "TRACKER_PUBLIC_URL": PUBLIC}, "warning"),
+        ({"TRACKER_API_TOKEN": "a" * 32, "TRACKER_PUBLIC_URL": PUBLIC}, "ok"),
+    ],
+)
+def test_a_service_that_is_public_wants_a_token_that_is_long(
+    environ: dict[str, str], level: str
+) -> None:
+    """Where only this machine is served none is needed."""
+    assert _given(**environ)["token"].level == level

@@ -1,0 +1,154 @@
+"""Whether somebody polls and sweeps, and what waits for a person."""
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from tests.doctor.conftest import look, with_flora
+from tracker.core.clock import utc_now
+from tracker.core.entry import TRIAL, TRIAL_IDS, Delivered, Delivery, DeliveryOutcome
+from tracker.doctor import Level, upkeep, work
+from tracker.settings import read_settings
+from tracker.simulator import Simulator
+from tracker.store import attention, claims, sweeps, trials
+from tracker.store.attention import SweepHealth
+from tracker.store.engine import Database
+from tracker.store.gauges import read_gauges
+from tracker.wiring import open_services
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+SWEEP = SweepHealth(
+    workspace_id="ws_1",
+    last_started_at=NOW - timedelta(minutes=4),
+    last_finished_at=NOW - timedelta(minutes=3),
+    last_error=None,
+    complete_started_at=NOW - timedelta(minutes=4),
+    complete_at=NOW - timedelta(minutes=3),
+    through=None,
+    generations_through=None,
+)
+
+
+@pytest.fixture
+async def seen(sqlite_url: str) -> work.Ledger:
+    """A ledger in which all is well."""
+    async with await Database.open(sqlite_url) as database:
+        gauges = await read_gauges(database, now=NOW)
+    return work.Ledger(
+        now=NOW, interval=timedelta(minutes=5), sweeps=[SWEEP], gauges=gauges, sweeping=False
+    )
+
+
+def test_a_worker_is_told_by_what_it_does(seen: work.Ledger) -> None:
+    """Runs that are read in time and sweeps that begin in time are a worker; their want is none."""
+    assert work.worker(seen).level is Level.OK
+    never = work.worker(replace(seen, sweeps=[]))
+    assert (never.level, "ever" in never.seen) == (Level.FAILED, True)
+    later = replace(seen, now=NOW + timedelta(minutes=20))
+    assert work.worker(later).level is Level.FAILED
+    assert "No sweep has begun for 24 min" in work.worker(later).seen
+    assert work.worker(replace(later, sweeping=True)).level is Level.OK, "a sweep takes its time"
+    for minutes, level in ((2, Level.WARNING), (9, Level.FAILED)):
+        oldest = NOW - timedelta(minutes=minutes)
+        waiting = replace(seen, gauges=replace(seen.gauges, overdue=7, oldest_due_at=oldest))
+        assert work.worker(waiting).level is level
+        assert f"7 runs wait to be read, the oldest for {minutes} min" in work.worker(waiting).seen
+
+
+def test_sweeps_are_late_where_none_was_complete_for_long(seen: work.Ledger) -> None:
+    """A failed one is a warning while the last complete one is recent, and fails after that."""
+
+    def level(ledger: work.Ledger) -> Level:
+        return work.sweeps(ledger, workspace=None).level
+
+    assert level(seen) is Level.OK
+    assert level(replace(seen, sweeps=[])) is Level.FAILED
+    assert level(replace(seen, sweeps=[], sweeping=True)) is Level.WARNING
+    later = replace(seen, now=NOW + timedelta(minutes=30))
+    assert level(later) is Level.FAILED
+    broken = replace(seen, sweeps=[SWEEP._replace(last_error="FLORA answered 503")])
+    assert level(broken) is Level.WARNING
+    found = work.sweeps(replace(broken, now=later.now), workspace="ws_1")
+    assert found.level is Level.FAILED
+    assert "FLORA answered 503" in found.seen
+    assert "see to the key" in found.advice
+
+
+async def test_no_worker_is_found_out_and_a_sweep_mends_it(
+    flora: Simulator, database_url: str
+) -> None:
+    """A deployment in which nobody works fails; after one sweep from the command line it is ok."""
+    environ = with_flora(flora, TRACKER_DATABASE_URL=database_url)
+    report = await look(**environ)
+    assert report.level("worker") is Level.FAILED
+    assert report.level("sweeps") is Level.FAILED
+    async with open_services(read_settings(environ)[0]) as services:
+        (workspace,) = services.workspaces
+        await services.sweeper.sweep(workspace)
+    report = await look(**environ)
+    assert report.level("worker") is Level.OK
+    assert report.level("sweeps") is Level.OK
+
+
+async def test_a_sweep_that_is_under_way_is_seen(database_url: str) -> None:
+    """The lease of a sweep tells that one is under way, and nothing else does."""
+    async with await Database.open(database_url) as database:
+        now = utc_now()
+        assert not await attention.sweeping(database, now=now)
+        for name, away in (("other", False), ("sweep:default", True)):
+            assert await claims.take_lease(database, name, "me", now, timedelta(minutes=1))
+            assert await attention.sweeping(database, now=now) is away
+        assert not await attention.sweeping(database, now=now + timedelta(minutes=2))
+        await sweeps.begin(database, "ws_1", now)
+
+
+async def test_what_waits_for_a_person_is_named(seen: work.Ledger) -> None:
+    """Missed callbacks, quarantine, open starts and contradictions, each with its command."""
+    assert {one.level for one in upkeep.look(seen.gauges, [])} == {Level.OK}
+    gauges = replace(
+        seen.gauges,
+        callbacks={("ws_1", "came"): 15, ("ws_1", "missed"): 5},
+        quarantined=10_000,
+        unresolved_starts=2,
+    )
+    found = {one.name: one for one in upkeep.look(gauges, ["run_1", "run_2", "run_3", "run_4"])}
+    assert {one.level for one in found.values()} == {Level.WARNING}
+    assert "5 of 20 callbacks" in found["missed callbacks"].seen
+    assert "25.0 %" in found["missed callbacks"].seen
+    assert "10000 or more" in found["quarantine"].seen
+    assert "tracker runs track" in found["starts"].advice
+    assert "4 runs ended (run_1, run_2, run_3, …)" in found["conflicts"].seen
+    few = replace(seen.gauges, callbacks={("ws_1", "missed"): 9})
+    assert upkeep.look(few, [])[0].level is Level.OK, "too few to say anything"
+
+
+async def test_test_deliveries_that_were_left_are_taken_out_and_nothing_else_is(
+    database_url: str,
+) -> None:
+    """Old ones of the doctor's alone go, whatever else has such an id or such an age."""
+    now = utc_now()
+
+    def put(delivery_id: str, event_type: str, hours: int) -> Delivered:
+        return Delivered(
+            delivery=Delivery(
+                delivery_id=delivery_id,
+                received_at=now - timedelta(hours=hours),
+                body=b"{}",
+                outcome=DeliveryOutcome.APPLIED,
+                event_type=event_type,
+            )
+        )
+
+    old, new = f"{TRIAL_IDS}{'f' * 24}", f"{TRIAL_IDS}{'0' * 24}"
+    others = [f"{TRIAL_IDS}a", "whd_a", "whd_z"]
+    settings, _ = read_settings({"TRACKER_DATABASE_URL": database_url})
+    async with open_services(settings) as services:
+        await services.door.put(put(old, TRIAL, 2))
+        await services.door.put(put(new, TRIAL, 0))
+        for one in others:
+            await services.door.put(put(one, "run.completed", 2))
+        await trials.take_out(services.database, others)
+        await trials.take_out_left(services.database, before=now - timedelta(hours=1))
+        left = await trials.arrived(services.database, [old, new, *others])
+    assert left == {new, *others}

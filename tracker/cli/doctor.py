@@ -1,0 +1,107 @@
+"""`tracker doctor`: a deployment looked at from end to end."""
+
+from typing import TYPE_CHECKING, Final
+
+import typer
+
+from tracker.cli.output import JsonFlag, console, plain, print_json
+from tracker.core.errors import SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tracker.doctor import Finding
+
+_COLOURS: Final = {"ok": "green", "warning": "yellow", "failed": "bold red"}
+_WIDE: Final = 110
+"""Longer lines are hard to read, and what is mailed by cron has no width at all."""
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(doctor)
+
+
+def doctor(as_json: JsonFlag = False) -> int:
+    """Look at a deployment from end to end, and say what to mend.
+
+    Run it with the settings of the service. Nothing is changed: its test deliveries are taken out
+    again. Exit status 1 where something failed, 2 where the settings cannot be read;
+    docs/doctor.md explains each line.
+    """
+    from tracker.doctor import worst
+
+    status = 0
+    try:
+        findings = _examine()
+    except SettingsError as error:
+        findings, status = [_unreadable(error)], 2
+    level = worst(findings)
+    if as_json:
+        print_json({"level": level.value, "findings": [_json(one) for one in findings]})
+    else:
+        _show(findings)
+    return status or int(level.value == "failed")
+
+
+def _examine() -> "Sequence[Finding]":
+    from tracker.doctor import examine
+    from tracker.doctor.threads import run
+    from tracker.logs import configure_logs
+    from tracker.settings import read_settings
+
+    settings, sources = read_settings()
+    configure_logs(
+        format=settings.tracker_log_format,
+        # What is worth telling stands in the findings; whoever debugs still gets all.
+        level="debug" if settings.tracker_log_level == "debug" else "critical",
+        secrets=settings.secret_values,
+    )
+    return run(examine(settings, sources))
+
+
+def _unreadable(error: SettingsError) -> "Finding":
+    from tracker.doctor.finding import failed
+
+    return failed(
+        "settings",
+        f"They cannot be read: {error}.",
+        "Mend that setting; nothing else was looked at.",
+    )
+
+
+def _json(finding: "Finding") -> dict[str, str | None]:
+    return {
+        "name": finding.name,
+        "level": finding.level.value,
+        "workspace_id": finding.workspace,
+        "seen": finding.seen,
+        "advice": finding.advice or None,
+    }
+
+
+def _show(findings: "Sequence[Finding]") -> None:
+    """A line for each, and below it what to do."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for one in findings:
+        said = Text(plain(one.seen))
+        if one.advice:
+            said.append(f"\n→ {plain(one.advice)}", style="bold")
+        name = one.name if one.workspace is None else f"{one.name}\n{one.workspace}"
+        table.add_row(Text(one.level.value, style=_COLOURS[one.level.value]), Text(name), said)
+    out = console()
+    out.width = min(out.width, _WIDE)
+    out.print(table)
+    out.print(f"\n{_summary(findings)}")
+
+
+def _summary(findings: "Sequence[Finding]") -> str:
+    counts = {level: sum(one.level.value == level for one in findings) for level in _COLOURS}
+    warnings = "1 warning" if counts["warning"] == 1 else f"{counts['warning']} warnings"
+    return f"{counts['failed']} failed, {warnings}, {counts['ok']} ok."
