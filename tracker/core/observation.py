@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from decimal import Decimal
 from enum import StrEnum
+from operator import attrgetter
 from typing import Any, Final
 
 from tracker.core.run import Details, Output, RunError, RunStatus, Standing
@@ -75,9 +76,9 @@ class Observation:
     def to_json(self) -> dict[str, Any]:
         """The observation as JSON values, without what was not seen; `from_json` reads it back."""
         return {
-            field.name: _TO_JSON[field.name](value) if field.name in _TO_JSON else value
-            for field in fields(self)
-            if (value := getattr(self, field.name)) is not None
+            name: value if form is None else form(value)
+            for (name, form), value in zip(_FORMS, _VALUES(self), strict=True)
+            if value is not None
         }
 
     @classmethod
@@ -120,6 +121,8 @@ _TO_JSON: Final[dict[str, Callable[[Any], Any]]] = {
     "error": lambda error: {"code": error.code, "message": error.message},
     "outputs": lambda outputs: [[o.output_id, o.type, o.url] for o in outputs],
 }
+_FORMS: Final = tuple((field.name, _TO_JSON.get(field.name)) for field in fields(Observation))
+_VALUES: Final = attrgetter(*(name for name, _ in _FORMS))
 _FROM_JSON: Final[dict[str, Callable[[Any], Any]]] = {
     "source": Source,
     "status": RunStatus,

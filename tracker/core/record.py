@@ -21,6 +21,8 @@ LOST_AFTER: Final = timedelta(hours=1)
 
 _API: Final = (Source.POLL, Source.HISTORY)
 """Sources that show how a run stands at this moment."""
+_WANTS_READ: Final = (Source.CALLBACK, Source.TRACK)
+"""Sources after which the API is asked at once."""
 
 DurationsOf = Callable[[str | None], Durations | None]
 """What is known of the durations of a technique, by its id."""
@@ -98,53 +100,55 @@ def _replayed(
 
 
 def _sighted(
-    record: Record | None, entry: Seen, policy: Policy, durations_of: DurationsOf
+    before: Record | None, entry: Seen, policy: Policy, durations_of: DurationsOf
 ) -> Record:
     seen = entry.observation
-    before = record
-    if record is None:
-        record = Record(run=Run(run_id=seen.run_id), source=seen.source, first_seen_at=seen.at)
-    run = merge(None if before is None else record.run, seen)
-    wants_read = seen.source in (Source.CALLBACK, Source.TRACK)
-    just_ended = run.standing.ended and run.standing > record.run.standing
+    old = before or Record(run=Run(run_id=seen.run_id), source=seen.source, first_seen_at=seen.at)
+    run = merge(None if before is None else old.run, seen)
+    wants_read = seen.source in _WANTS_READ
+    just_ended = run.standing.ended and run.standing > old.run.standing
     looked = _is_a_look(before, entry, run)
-    looks = 0 if wants_read or just_ended else record.looks + looked
-    after = replace(
-        record,
-        run=run,
-        # Our own start came before whatever was heard of it first: a callback may overtake its
-        # answer.
-        source=Source.START if seen.source is Source.START else record.source,
-        callback_at=record.callback_at or (seen.at if seen.source is Source.CALLBACK else None),
-        callback_expected=record.callback_expected or entry.callback_expected,
-        ended_via=record.ended_via or (seen.source if run.standing.ended else None),
-        end_seen_at=record.end_seen_at or (seen.at if run.standing.ended else None),
-        settled_at=(record.settled_at or seen.at) if run.settled else None,
-        inputs=record.inputs if entry.inputs is None else entry.inputs,
-        looks=looks,
-        checks=record.checks + entry.reads,
-        missing=0,
-        missing_since=None,
-        lost=False,
-        last_error=None if seen.source in _API else record.last_error,
-    )
-    after = _given_back(after, entry.claim)
+    looks = 0 if wants_read or just_ended else old.looks + looked
+    callback_expected = old.callback_expected or entry.callback_expected
     moves = looked or wants_read or just_ended or before is None or before.lost
-    if not moves and not run.settled:
-        return after if after != record else record
-    return replace(
-        after,
-        next_check_at=next_check(
+    next_check_at = old.next_check_at
+    if moves or run.settled:
+        next_check_at = next_check(
             run,
             policy=policy,
             now=seen.at,
-            first_seen=after.first_seen_at,
+            first_seen=old.first_seen_at,
             looks=looks,
-            callback_expected=after.callback_expected,
+            callback_expected=callback_expected,
             durations=durations_of(run.technique_id),
             at_once=wants_read,
-        ),
+        )
+    keeps_lease = entry.claim is None or entry.claim != old.lease_holder
+    # Each field by its name, not `replace`, which takes four times as long: this is done for each
+    # callback, and hardly anything stays as it was.
+    after = Record(
+        run=run,
+        # Our own start came before whatever was heard of it first: a callback may overtake its
+        # answer.
+        source=Source.START if seen.source is Source.START else old.source,
+        first_seen_at=old.first_seen_at,
+        callback_at=old.callback_at or (seen.at if seen.source is Source.CALLBACK else None),
+        callback_expected=callback_expected,
+        ended_via=old.ended_via or (seen.source if run.standing.ended else None),
+        end_seen_at=old.end_seen_at or (seen.at if run.standing.ended else None),
+        settled_at=(old.settled_at or seen.at) if run.settled else None,
+        inputs=old.inputs if entry.inputs is None else entry.inputs,
+        next_check_at=next_check_at,
+        looks=looks,
+        checks=old.checks + entry.reads,
+        missing=0,
+        missing_since=None,
+        lost=False,
+        last_error=None if seen.source in _API else old.last_error,
+        lease_until=old.lease_until if keeps_lease else None,
+        lease_holder=old.lease_holder if keeps_lease else None,
     )
+    return before if before is not None and after == before else after
 
 
 def _is_a_look(before: Record | None, entry: Seen, run: Run) -> bool:

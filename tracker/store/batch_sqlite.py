@@ -5,12 +5,11 @@ form: SQLAlchemy makes the text once and is then out of the way. Lists of keys t
 text, so that the statements' text does not depend on how many there are.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
-from decimal import Decimal
 from typing import Any, Final
 
-from sqlalchemy import Connection, Text, bindparam, delete, func, select
+from sqlalchemy import JSON, Column, Connection, Text, bindparam, delete, func, select
 from sqlalchemy.dialects.sqlite import dialect, insert
 
 from tracker.core.record import Record
@@ -38,6 +37,7 @@ from tracker.store.tables import (
     starts,
 )
 from tracker.store.text import dump_json
+from tracker.store.types import Money, UtcDateTime
 
 _RUNS: Final = tuple(column.name for column in RUN_COLUMNS)
 _DELIVERIES: Final = tuple(column.name for column in DELIVERY_COLUMNS)
@@ -107,6 +107,56 @@ CLOSE_STARTS: Final = (
 )
 
 
+def _moment(value: datetime) -> str:
+    """As `UtcDateTime` has it on SQLite."""
+    if value.tzinfo is not UTC:
+        value = value.astimezone(UTC)
+    return value.isoformat(" ", "microseconds")[:-6]  # without its +00:00
+
+
+_FORMS: Final[dict[type, Callable[[Any], Any]]] = {
+    UtcDateTime: _moment,
+    Money: float,
+    JSON: dump_json,
+}
+"""How SQLite holds what it has no type for: the same as `tracker.store.types` says."""
+
+
+def _plain(columns: Iterable[Column[Any]]) -> Callable[[Rows], Rows]:
+    """What makes rows of these columns such as the driver takes them."""
+    forms = [
+        (position, form)
+        for position, column in enumerate(columns)
+        if (form := _FORMS.get(type(column.type))) is not None
+    ]
+
+    def plain(rows: Rows) -> Rows:
+        made: Rows = []
+        moments: dict[datetime, str] = {}  # most of a run's are one and the same
+        for row in rows:
+            values = list(row)
+            for position, form in forms:
+                value = values[position]
+                if value is None:
+                    continue
+                if form is not _moment:
+                    values[position] = form(value)
+                elif (text := moments.get(value)) is not None:
+                    values[position] = text
+                else:
+                    values[position] = moments[value] = _moment(value)
+            made.append(tuple(values))
+        return made
+
+    return plain
+
+
+_plain_runs: Final = _plain(RUN_COLUMNS)
+_plain_deliveries: Final = _plain(DELIVERY_COLUMNS)
+_plain_events: Final = _plain(run_events.c[name] for name in EVENT_COLUMNS)
+_plain_tallies: Final = _plain(run_tally_changes.c[name] for name in TALLY_COLUMNS)
+
+
 class SqliteStatements:
     """See `tracker.store.batch.Statements`."""
 
@@ -114,7 +164,7 @@ class SqliteStatements:
         """One read and one upsert: nobody can come in between."""
         keys = dump_json([row[0] for row in rows])
         before = dict(connection.execute(RECEIPTS, {"delivery_ids": keys}).all())
-        connection.exec_driver_sql(COUNT_DELIVERIES, _plain(rows))
+        connection.exec_driver_sql(COUNT_DELIVERIES, _plain_deliveries(rows))
         came = _DELIVERIES.index("receipts")
         return {row[0]: before.get(row[0], 0) + row[came] for row in rows}
 
@@ -133,43 +183,17 @@ class SqliteStatements:
         """One prepared statement for each table. Nobody can have come in between."""
         if changes.records:
             rows = [run_row(record) for record in changes.records]
-            connection.exec_driver_sql(WRITE_RUNS, _plain(rows))
+            connection.exec_driver_sql(WRITE_RUNS, _plain_runs(rows))
         if changes.events:
-            connection.exec_driver_sql(KEEP_EVENTS, _plain(changes.events))
+            connection.exec_driver_sql(KEEP_EVENTS, _plain_events(changes.events))
         if changes.tallies:
-            connection.exec_driver_sql(KEEP_TALLIES, _plain(changes.tallies))
+            connection.exec_driver_sql(KEEP_TALLIES, _plain_tallies(changes.tallies))
         if changes.outputs_gone:
             connection.execute(DROP_OUTPUTS, {"run_ids": dump_json(changes.outputs_gone)})
         if changes.outputs:
-            connection.exec_driver_sql(KEEP_OUTPUTS, _plain(changes.outputs))
+            connection.exec_driver_sql(KEEP_OUTPUTS, changes.outputs)
         if changes.started:
             names = ("slot", "key", "run")
             connection.execute(
                 CLOSE_STARTS, [dict(zip(names, row, strict=True)) for row in changes.started]
             )
-
-
-def _moment(value: datetime) -> str:
-    """As `UtcDateTime` has it on SQLite."""
-    if value.tzinfo is not UTC:
-        value = value.astimezone(UTC)
-    return value.isoformat(" ", "microseconds")[:-6]  # without its +00:00
-
-
-_FORMS: Final[dict[type, Callable[[Any], Any]]] = {
-    datetime: _moment,
-    Decimal: float,
-    list: dump_json,
-    dict: dump_json,
-}
-"""How SQLite holds what it has no type for: the same as `tracker.store.types` says."""
-
-
-def _plain(rows: Rows) -> Rows:
-    """Rows as the driver takes them."""
-    return [
-        tuple(
-            form(value) if (form := _FORMS.get(type(value))) is not None else value for value in row
-        )
-        for row in rows
-    ]
