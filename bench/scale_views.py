@@ -9,20 +9,16 @@ question is asked five times; the median is printed, in milliseconds, the first 
 
 import argparse
 import asyncio
-import contextlib
 import statistics
-import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy import text
 
 from bench.filling import fill
-from tests.support.databases import Background, PostgresDatabases, sqlite_url_of
-from tests.support.postgres import PostgresServer
+from bench.throw_away import throw_away
 from tracker.core.clock import utc_now
 from tracker.store import attention, feed, migrate, overview, read, tallies
 from tracker.store.engine import Database
@@ -82,22 +78,6 @@ async def measure(url: str, runs: int) -> None:
         began = time.perf_counter()
         await tallies.recount(db)
         print(f"  {time.perf_counter() - began:9.1f} s   tracker db recount")
-
-
-@contextlib.contextmanager
-def throw_away(kind: str) -> Iterator[str]:
-    """The URL of an empty database that is gone afterwards."""
-    if kind == "sqlite":
-        with tempfile.TemporaryDirectory() as directory:
-            yield sqlite_url_of(Path(directory) / "tracker.db")
-        return
-    with PostgresServer(fsync=True) as server:
-        background = Background()
-        databases = PostgresDatabases(server.url(), background)
-        databases.create("tracker")
-        databases.close()
-        background.close()
-        yield server.url("tracker")
 
 
 def main() -> None:

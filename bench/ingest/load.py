@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from bench.ingest.sender import Sender
 from tracker.flora.signature import sign
 
 SECRET: Final = "whsec_bench"  # noqa: S105 - of no workspace
@@ -94,8 +95,7 @@ def send(requests: Path, port: int, *, connections: int, seconds: float) -> Load
     """Send them to a server on this machine until the time, or what was prepared, is up."""
     if shutil.which("wrk"):
         return _by_wrk(requests, port, connections, seconds)
-    lines = requests.read_bytes().splitlines()
-    return asyncio.run(_by_python(lines, port, connections, seconds))
+    return asyncio.run(_by_python(requests, port, connections, seconds))
 
 
 def _by_wrk(requests: Path, port: int, connections: int, seconds: float) -> Load:
@@ -117,28 +117,7 @@ def _by_wrk(requests: Path, port: int, connections: int, seconds: float) -> Load
     return Load(int(counted[1]) - refused, refused, took)
 
 
-async def _by_python(requests: list[bytes], port: int, connections: int, seconds: float) -> Load:
-    lines = iter(requests)
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    counts = {True: 0, False: 0}
-
-    async def one_connection() -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        try:
-            while loop.time() - began < seconds and (line := next(lines, None)):
-                signature, _, body = line.partition(b" ")
-                writer.write(
-                    b"POST %b HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-                    b"Flora-Signature: %b\r\nContent-Length: %d\r\n\r\n%b"
-                    % (PATH.encode(), signature, len(body), body)
-                )
-                head = await reader.readuntil(b"\r\n\r\n")
-                length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
-                await reader.readexactly(int(length[1]) if length else 0)
-                counts[head[9:10] == b"2"] += 1
-        finally:
-            writer.close()
-
-    await asyncio.gather(*(one_connection() for _ in range(connections)))
-    return Load(counts[True], counts[False], loop.time() - began)
+async def _by_python(requests: Path, port: int, connections: int, seconds: float) -> Load:
+    async with Sender(requests, port, connections=connections) as sender:
+        await sender.flat_out(seconds)
+    return Load(sender.answers.acknowledged, sender.answers.refused, seconds)
