@@ -1,17 +1,22 @@
-"""`tracker`, with the waits that FLORA asks for made short: its commands run as they are.
+"""`tracker`, with its waits made short: its commands run as they are.
 
-What a client and a start wait for passes at fifty times the speed, and what a killed process held
-is free after two seconds in place of ninety. Run as `python -m tests.e2e.hurried COMMAND…`.
+Run as `python -m tests.e2e.hurried COMMAND…`.
 """
 
 import asyncio
 import time
 from datetime import timedelta
 from functools import partial
+from typing import Any
+
+from apscheduler.triggers.interval import IntervalTrigger
 
 from tracker import wiring
 from tracker.cli import main
-from tracker.tracking import ledger
+from tracker.store import tally_keeper
+from tracker.tracking import ledger, poll, recover, sweep, sync
+from tracker.web import server
+from tracker.worker import scheduler
 
 SPEED = 50.0
 
@@ -21,15 +26,57 @@ async def nap(seconds: float) -> None:
     await asyncio.sleep(seconds / SPEED)
 
 
+async def doze(seconds: float) -> None:
+    """A nap, but not so short that who waits for another's start asks without a pause."""
+    await asyncio.sleep(seconds and max(seconds / SPEED, 0.05))
+
+
 def clock() -> float:
     """A monotonic clock that goes as fast."""
     return time.monotonic() * SPEED
 
 
-if __name__ == "__main__":
-    assert timedelta(seconds=2) < ledger.HELD_FOR
-    ledger.HELD_FOR = timedelta(seconds=2)  # type: ignore[misc]
+def hurry() -> None:
+    """What a client and a start wait for passes at fifty times the speed, and a start that a killed
+    process held is free after two seconds in place of thirty."""
+    shorten(ledger, HELD_FOR=timedelta(seconds=2))
     wiring.FloraClient = partial(wiring.FloraClient, monotonic=clock, sleep=nap)  # type: ignore
     wiring.Starter = partial(wiring.Starter, sleep=nap)  # type: ignore
     wiring.Batches = partial(wiring.Batches, sleep=nap)  # type: ignore
+
+
+def hurry_much() -> None:
+    """Besides, whatever a killed process held is free soon after, and what it left is looked for as
+    often; and who is told to stop is not patient."""
+    hurry()
+    soon = timedelta(seconds=0.4)
+    for module in (ledger, recover):
+        shorten(module, HELD_FOR=soon)
+    for module in (poll, sweep, sync):
+        shorten(module, LEASE=soon)
+    for module in (ledger, poll, sweep):
+        shorten(module, RENEW_AFTER=0.1)
+    shorten(recover, IN_DOUBT_FOR=timedelta(seconds=1.5))
+    shorten(scheduler, GATHER=0.2, RECOVER_EVERY=soon, STOP_WITHIN=1.0, GIVE_BACK_WITHIN=0.5)
+    scheduler.cron_trigger = every_second  # type: ignore[assignment]
+    shorten(server, GRACE=1)
+    shorten(tally_keeper, LAST_FOLD_WITHIN=0.5)
+    wiring.Starter = partial(wiring.Starter, sleep=doze)  # type: ignore
+    wiring.TallyKeeper = partial(wiring.TallyKeeper, gather=0.2)  # type: ignore
+
+
+def every_second(_: str) -> IntervalTrigger:
+    """A trigger in place of one that a cron expression says."""
+    return IntervalTrigger(seconds=1)
+
+
+def shorten(module: Any, **times: Any) -> None:
+    """Give times of a module shorter values."""
+    for name, value in times.items():
+        assert getattr(module, name) > value, f"{module.__name__}.{name} is not longer"
+        setattr(module, name, value)
+
+
+if __name__ == "__main__":
+    hurry()
     main()

@@ -23,8 +23,10 @@ class Process:
         self._log = log
 
     @classmethod
-    async def start(cls, *arguments: str, env: Mapping[str, str], log: Path) -> "Process":
-        """Start `tracker ARGUMENTS…` with the given variables alone."""
+    async def start(
+        cls, *arguments: str, env: Mapping[str, str], log: Path, cwd: Path | None = None
+    ) -> "Process":
+        """Start `tracker ARGUMENTS…` with the given variables alone, of the code in `cwd`."""
         environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **env}
         with log.open("ab") as output:
             process = await asyncio.create_subprocess_exec(
@@ -33,6 +35,7 @@ class Process:
                 "tracker",
                 *arguments,
                 env=environment,
+                cwd=cwd,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -68,6 +71,18 @@ class Process:
         """Make sure that it is gone."""
         if self._process.returncode is None:
             await self.kill()
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        return self._process.pid
+
+    @property
+    def peak_memory(self) -> int:
+        """The most memory that it has held so far, in bytes."""
+        status = Path(f"/proc/{self._process.pid}/status").read_text()
+        (peak,) = (line for line in status.splitlines() if line.startswith("VmHWM"))
+        return 1024 * int(peak.split()[1])
 
     @property
     def log(self) -> str:

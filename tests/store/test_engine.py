@@ -76,10 +76,12 @@ def test_other_addresses_are_refused_unrepeated(url: str) -> None:
 
 async def test_a_file_with_an_odd_name_is_opened(tmp_path: Path) -> None:
     """A path is a path: nothing in it is read as part of an address."""
-    path = tmp_path / "100% odd name, ü.db"
+    path = tmp_path / "100% odd name, #ü.db"
+    path.touch()
     async with await Database.open(f"sqlite:///{path}") as db:
         await db.ping()
-    assert path.exists()
+        await db.write(lambda connection: connection.execute(text("CREATE TABLE t (i int)")) and 1)
+    assert path.stat().st_size
 
 
 async def test_a_write_is_whole_or_not_at_all(db: Database) -> None:
@@ -162,3 +164,13 @@ async def test_one_moment_is_read(db: Database) -> None:
         await db.write(lambda c: keep(c, "meanwhile"))
         second = (await connection.execute(select(leases.c.name))).scalars().all()
     assert first == second == []
+
+
+async def test_a_closed_database_makes_no_connection(database_url: str) -> None:
+    """Whoever comes late is told, and nothing is left open behind."""
+    async with await Database.open(database_url) as db:
+        await db.ping()
+    with pytest.raises(StoreUnavailable, match="closed"):
+        await db.ping()
+    with pytest.raises(StoreUnavailable, match="closed"):
+        await db.write(lambda connection: connection.execute(text("SELECT 1")).scalar())

@@ -6,10 +6,12 @@ import sqlite3
 import time
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
 from sqlalchemy import text
+from structlog.testing import capture_logs
 
 from tests.store.making import callback, ids, open_door, receipts
 from tests.support.postgres import PostgresServer
@@ -167,6 +169,39 @@ async def test_a_lock_that_is_not_given_ends_the_wait(postgres_url: str) -> None
         await eventually(lambda: door.waiting == 0)
         await door.put(callback("run_2"))
         assert "whd_run_2" in await receipts(db)
+
+
+async def test_a_standby_is_left_for_the_server_that_takes_its_place(postgres_url: str) -> None:
+    """A connection that takes no writes is given up: the same address leads elsewhere by then."""
+    name = urlsplit(postgres_url).path[1:]
+    able = {"default_transaction_read_only": "off"}
+    administrator = await asyncpg.connect(postgres_url, server_settings=able)
+    setting = f'ALTER DATABASE "{name}" SET default_transaction_read_only ='
+    await administrator.execute(f"{setting} on")
+    async with await Database.open(postgres_url) as db, open_door(db, deadline=0.3) as door:
+        with pytest.raises(StoreUnavailable, match="read-only"):
+            await door.put(callback("run_meanwhile"))
+        await administrator.execute(f"{setting} off")
+        await eventually(lambda: door.waiting == 0)
+        await door.put(callback("run_after"))
+        assert "whd_run_after" in await receipts(db)
+    await administrator.close()
+
+
+async def test_a_database_that_comes_and_goes_is_said_once(sqlite_url: str, tmp_path: Path) -> None:
+    """Not at every turn: the log says that it is away, and that it is back."""
+    path, away = tmp_path / "tracker.db", tmp_path / "away.db"
+    async with await Database.open(sqlite_url) as db, open_door(db, deadline=0.1) as door:
+        with capture_logs() as lines:
+            for number in range(3):
+                path.rename(away)
+                with pytest.raises(StoreUnavailable):
+                    await door.put(callback(f"run_meanwhile_{number}"))
+                away.rename(path)
+                await eventually(lambda: door.waiting == 0)
+                await door.put(callback(f"run_after_{number}"))
+    said = [line["event"] for line in lines]
+    assert said == ["door.unavailable", "door.recovered"]
 
 
 async def test_reads_cannot_write(db: Database) -> None:

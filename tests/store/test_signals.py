@@ -6,10 +6,12 @@ from datetime import timedelta
 import asyncpg
 import pytest
 from sqlalchemy import text
+from structlog.testing import capture_logs
 
 from tests.store.making import NOW, callback, ids, open_door, seen, started
 from tests.support.waiting import eventually
 from tracker.core.run import RunStatus
+from tracker.store import signals as signals_module
 from tracker.store.engine import Database
 from tracker.store.notices import PAYLOAD_BYTES, read_runs, run_notices
 from tracker.store.signals import Signals
@@ -84,6 +86,25 @@ async def test_a_lost_connection_is_made_anew(postgres_url: str) -> None:
             assert await signals.wait_due(10)
             assert resets == [0]
             assert signals.listening
+
+
+async def test_a_server_that_stays_away_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often the connection is tried again."""
+    monkeypatch.setattr(signals_module, "RETRY_SECONDS", (0.01, 0.02))
+    tried = 0
+
+    def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal tried
+        tried += 1
+        writer.close()
+
+    server = await asyncio.start_server(hang_up, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server, await Database.open(f"postgresql://t@127.0.0.1:{port}/t") as db:
+        with capture_logs() as lines:
+            async with Signals(db):
+                await eventually(lambda: tried >= 5)
+    assert [line["event"] for line in lines] == ["signals.lost"]
 
 
 async def test_nonsense_on_the_channel_is_ignored(postgres_url: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import delete, func, select, update
+from structlog.testing import capture_logs
 
 from tests.store.making import (
     NOW,
@@ -270,6 +271,24 @@ async def test_who_writes_folds(db: Database) -> None:
         assert await rows_in(db, run_tally_changes) > 0
     assert await rows_in(db, run_tally_changes) == 0
     await assert_exact(db)
+
+
+async def test_the_last_fold_makes_up_for_one_that_failed(sqlite_url: str, tmp_path: Path) -> None:
+    """Said once; and where a commit has shown since that the database is back, it is done."""
+    path, away = tmp_path / "tracker.db", tmp_path / "away.db"
+    async with await Database.open(sqlite_url) as db:
+        with capture_logs() as lines:
+            async with (
+                TallyKeeper(db, background=True, gather=0.01) as keeper,
+                open_door(db, on_commit=[keeper.committed]) as door,
+            ):
+                path.rename(away)
+                await eventually(lambda: lines)
+                away.rename(path)
+                await door.put(seen("run_1"))
+                assert await rows_in(db, run_tally_changes) > 0
+        assert [line["event"] for line in lines] == ["tallies.not_folded"]
+        assert await rows_in(db, run_tally_changes) == 0
 
 
 async def test_what_sources_say_tells_adopted_runs(door: Door, db: Database) -> None:

@@ -3,20 +3,27 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from logging import INFO
+from urllib.parse import urlsplit
 
+import asyncpg
 import pytest
+from apscheduler.jobstores.base import JobLookupError
 from starlette.responses import Response
+from structlog.testing import capture_logs
 
 from tests.support.waiting import eventually
 from tests.worker.conftest import assert_true_to, reads_of, the_run
+from tracker.core.clock import utc_now
 from tracker.settings import Settings
 from tracker.simulator import Options, Simulator, running
 from tracker.simulator.api import Api
 from tracker.store import sweeps
 from tracker.tracking.start import StartRequest
 from tracker.wiring import Services, open_services
-from tracker.worker import Worker
+from tracker.worker import Worker, scheduler
 
 PROMPT = [{"id": "prompt", "type": "text", "value": "tools"}]
 
@@ -109,6 +116,70 @@ async def test_a_worker_that_stops_gives_its_claims_back(
         record = await the_run(after, "run_slow")
     assert record.lease_holder is None
     assert record.next_check_at is not None
+
+
+async def test_to_stop_is_no_error(
+    database_url: str,
+    simulator: Simulator,
+    hang: Callable[[], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Told to stop in the middle of a sweep, a worker breaks it off and logs nothing of it."""
+    hang()
+    async with working(database_url, simulator):
+        await eventually(lambda: simulator.world.requests > 0)
+    assert [record.getMessage() for record in caplog.records if record.levelno > INFO] == []
+
+
+@pytest.mark.parametrize("turns", range(6))
+async def test_to_stop_before_a_job_has_begun_is_no_error(
+    sqlite_url: str, simulator: Simulator, caplog: pytest.LogCaptureFixture, turns: int
+) -> None:
+    """A job whose time comes while the worker stops, at whichever turn of the loop, is no fault."""
+
+    async def come_due() -> None:
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        with suppress(JobLookupError):
+            worker._scheduler.modify_job("recover", next_run_time=utc_now())
+
+    async with working(sqlite_url, simulator) as (worker, services):
+        await eventually(lambda: swept(services))
+        coming = asyncio.create_task(come_due())
+    await coming
+    assert [record.getMessage() for record in caplog.records if record.levelno > INFO] == []
+
+
+async def test_a_job_that_the_database_stops_is_said_seldom(
+    postgres_url: str, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it takes no writes the jobs fail again and again, and go on when it does."""
+    monkeypatch.setattr(scheduler, "GATHER", 0.05)
+    administrator = await asyncpg.connect(
+        postgres_url, server_settings={"default_transaction_read_only": "off"}
+    )
+    name = urlsplit(postgres_url).path[1:]
+    setting = f'ALTER DATABASE "{name}" SET default_transaction_read_only ='
+    async with open_services(Settings(tracker_database_url=postgres_url)) as services:
+        await services.tracker.track("run_1")
+    await administrator.execute(f"{setting} on")
+    with capture_logs() as lines:
+        async with working(postgres_url, simulator) as (_, services):
+            failures = partial(
+                services.metrics.registry.get_sample_value,
+                "tracker_worker_job_failures_total",
+                {"task": "poll"},
+            )
+            await eventually(lambda: (failures() or 0) >= 3)
+            await administrator.execute(f"{setting} off")
+
+            async def checked() -> bool:
+                return (await the_run(services, "run_1")).checks > 0
+
+            await eventually(checked)
+    said = [line for line in lines if line["event"] == "worker.job_failed"]
+    assert [line["count"] for line in said if line["job"] == "poll"] == [1]
+    await administrator.close()
 
 
 @pytest.fixture

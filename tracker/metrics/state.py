@@ -55,6 +55,7 @@ class State(Collector):
         self._gauges: Gauges | None = None
         self._sweeps: list[SweepHealth] = []
         self._now = clock()
+        self._failing = False
 
     async def refresh(self) -> None:
         """Read again what was read too long ago. However many ask, the database is asked once."""
@@ -79,9 +80,13 @@ class State(Collector):
                 gauges = await read_gauges(self._database, now=now)
                 self._sweeps = await sweep_health(self._database)
         except (StoreError, TimeoutError) as error:
-            log.warning("metrics.database_unread", error=str(error) or "it does not answer in time")
+            if not self._failing:
+                said = str(error) or "it does not answer in time"
+                log.warning("metrics.database_unread", error=said)
+            self._failing = True
         else:
             self._gauges, self._now = gauges, now
+            self._failing = False
         self._took = loop.time() - began
         self._fresh_until = loop.time() + self._keep_seconds
 

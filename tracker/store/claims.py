@@ -6,7 +6,7 @@ Of a run, nothing but its claim is written here.
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import (
     ColumnElement,
@@ -23,10 +23,13 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 
 from tracker.core.record import Record
+from tracker.core.run import RunStatus
 from tracker.store.engine import Database
 from tracker.store.records import records
 from tracker.store.rows import RUN_COLUMNS
 from tracker.store.tables import leases, runs
+
+_ENDED: Final = runs.c.status.in_([RunStatus.COMPLETED, RunStatus.FAILED])
 
 Workspaces = Sequence[str | None] | None
 """Whose runs are meant: everybody's where it is `None`; a `None` within stands for "not known"."""
@@ -40,13 +43,16 @@ async def claim_due(
     lease: timedelta,
     limit: int,
     workspaces: Workspaces = None,
+    ended: bool = False,
+    newest: bool = False,
 ) -> list[Record]:
     """Claim up to `limit` runs that are due, longest due first, for `holder` until `now + lease`.
 
-    Concurrent callers get different runs and do not wait for each other. A sight that names the
-    claim gives it back.
+    `ended` claims only those that are known to have ended, and lack their details; `newest` begins
+    with those that have become due last. Concurrent callers get different runs and do not wait for
+    each other. A sight that names the claim gives it back.
     """
-    due = due_runs(now, workspaces).limit(limit)
+    due = due_runs(now, workspaces, ended=ended, newest=newest).limit(limit)
     if db.dialect == "postgresql":
         due = due.with_for_update(skip_locked=True)
     statement = (
@@ -109,13 +115,17 @@ async def next_due_at(
     return min((at for at in found if at is not None), default=None)
 
 
-def due_runs(now: datetime, workspaces: Workspaces = None) -> Select[Any]:
-    """The ids of the runs that can be claimed, longest due first."""
-    return (
+def due_runs(
+    now: datetime, workspaces: Workspaces = None, *, ended: bool = False, newest: bool = False
+) -> Select[Any]:
+    """The ids of the runs that can be claimed, in the order in which `claim_due` takes them."""
+    due = runs.c.next_check_at
+    statement = (
         select(runs.c.run_id)
-        .where(runs.c.next_check_at <= now, _free(now), within(workspaces))
-        .order_by(runs.c.next_check_at)
+        .where(due <= now, _free(now), within(workspaces))
+        .order_by(due.desc() if newest else due)
     )
+    return statement.where(_ENDED) if ended else statement
 
 
 async def take_lease(
@@ -146,10 +156,12 @@ def _free(now: datetime) -> ColumnElement[bool]:
     return or_(runs.c.lease_until.is_(None), runs.c.lease_until <= now)
 
 
-def within(workspaces: Workspaces) -> ColumnElement[bool]:
-    """The condition on `runs` that those workspaces mean."""
+def within(
+    workspaces: Workspaces, column: ColumnElement[Any] = runs.c.workspace_id
+) -> ColumnElement[bool]:
+    """The condition on `runs`, or on a part of it with that `column`, that those workspaces mean."""
     if workspaces is None:
         return true()
     # An expression, so that no index by workspace tempts the planner: what is due comes first, and
     # there are few workspaces and many runs.
-    return func.coalesce(runs.c.workspace_id, "").in_([each or "" for each in workspaces])
+    return func.coalesce(column, "").in_([each or "" for each in workspaces])

@@ -8,24 +8,23 @@ of a commit is shared exactly where there is load.
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Final, Self
 
 import structlog
 from sqlalchemy import Connection
 
-from tracker.core.entry import Delivered, Entry, Replayed
+from tracker.core.entry import Entry
 from tracker.core.errors import SchemaOutdated, StoreError, StoreUnavailable
 from tracker.core.record import DurationsOf
 from tracker.core.schedule import Policy
+from tracker.core.seldom import Seldom
 from tracker.store.batch import Outcome, Passed, Rules, Statements, pass_batch
 from tracker.store.engine import Database
 from tracker.store.faults import StoreBusy
 from tracker.store.text import clean_entry
+from tracker.store.waiting import MAX_WAITING_BYTES, Waiting, WaitingList
 
-MAX_BATCH_BYTES: Final = 8 * 1024 * 1024
-"""The most bytes of callback bodies in one transaction."""
 PAUSE_SECONDS: Final = (0.05, 1.0)
 """The first and the longest wait before a database that is down is tried again."""
 
@@ -38,19 +37,12 @@ if anything did."""
 log = structlog.get_logger(__name__)
 
 
-@dataclass(slots=True, eq=False)
-class _Waiting:
-    entry: Entry
-    answer: asyncio.Future[Passed]
-    expires: float
-    """By the event loop's clock."""
-
-
 class Door:
     """Takes entries and commits them in groups. Used as `async with Door(database, …) as door`.
 
     `deadline` is how long, in seconds, an entry waits for its commit before `put` gives up on it;
-    `max_batch` is the most entries in one transaction, and no more than `max_waiting` wait at all.
+    `max_batch` is the most entries in one transaction. No more than `max_waiting` wait at all, nor
+    more than `max_waiting_bytes` of callback bodies.
     """
 
     def __init__(
@@ -61,6 +53,7 @@ class Door:
         durations_of: DurationsOf,
         max_batch: int = 500,
         max_waiting: int = 20_000,
+        max_waiting_bytes: int = MAX_WAITING_BYTES,
         deadline: float = 7.0,
         on_commit: Sequence[OnCommit] = (),
         on_write: Sequence[OnWrite] = (),
@@ -69,17 +62,18 @@ class Door:
         self._rules = Rules(policy, durations_of)
         self._statements = _statements(db)
         self._max_batch = max_batch
-        self._max_waiting = max_waiting
         self._deadline = deadline
         self._on_commit = tuple(on_commit)
         self._on_write = tuple(on_write)
-        self._queue: deque[_Waiting] = deque()
-        self._flying: list[_Waiting] = []
+        self._queue = WaitingList(most=max_waiting, most_bytes=max_waiting_bytes)
+        self._flying: list[Waiting] = []
         self._arrived = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
         self._closing = False
         self._trouble: StoreError | None = None
+        self._seldom = Seldom()
+        self._said = False
 
     async def __aenter__(self) -> Self:
         self.start()
@@ -118,7 +112,7 @@ class Door:
         Raises `StoreUnavailable` where it was not committed in time (it still may be), and
         `StoreError` where the database refuses this very entry.
         """
-        self._refuse_if_full(1)
+        self._refuse_if_full([entry])
         return await self._enqueue(entry)
 
     async def put_all(self, entries: Sequence[Entry]) -> list[Passed]:
@@ -127,7 +121,7 @@ class Door:
         They share transactions as they fit. Raises as `put` does, after all have been answered:
         those that could be committed are.
         """
-        self._refuse_if_full(len(entries))
+        self._refuse_if_full(entries)
         answers = [self._enqueue(entry) for entry in entries]
         passed = await asyncio.gather(*answers, return_exceptions=True)
         done = []
@@ -137,18 +131,18 @@ class Door:
             done.append(each)
         return done
 
-    def _refuse_if_full(self, more: int) -> None:
+    def _refuse_if_full(self, more: Sequence[Entry]) -> None:
         if self._closing or self._task is None or self._task.done():
             raise StoreUnavailable("the tracker is not running, or is shutting down")
-        if len(self._queue) + more > self._max_waiting:
+        if not self._queue.has_room(more):
             raise StoreUnavailable(
                 "too much waits to be written to the database"
             ) from self._trouble
 
     def _enqueue(self, entry: Entry) -> asyncio.Future[Passed]:
         loop = asyncio.get_running_loop()
-        waiting = _Waiting(clean_entry(entry), loop.create_future(), loop.time() + self._deadline)
-        self._queue.append(waiting)
+        waiting = Waiting(clean_entry(entry), loop.create_future(), loop.time() + self._deadline)
+        self._queue.add(waiting)
         self._arrived.set()
         if self._timer is None:
             self._timer = loop.call_at(waiting.expires, self._expire)
@@ -158,16 +152,17 @@ class Door:
         """Give up on what has waited too long. One timer serves all: all wait equally long."""
         loop = asyncio.get_running_loop()
         now = loop.time()
-        while self._queue and self._queue[0].expires <= now:
-            self._give_up(self._queue.popleft())
+        for waiting in self._queue.take_expired(now):
+            self._give_up(waiting)
         for waiting in self._flying:
             if waiting.expires <= now:
                 self._give_up(waiting)
         left = [waiting.expires for waiting in self._flying if waiting.expires > now]
-        left += [waiting.expires for waiting in tuple(self._queue)[:1]]
+        if self._queue.first_expires is not None:
+            left.append(self._queue.first_expires)
         self._timer = loop.call_at(min(left), self._expire) if left else None
 
-    def _give_up(self, waiting: _Waiting) -> None:
+    def _give_up(self, waiting: Waiting) -> None:
         if not waiting.answer.done():
             why = f" ({self._trouble})" if self._trouble else ""
             error = StoreUnavailable(f"the database did not commit this in time{why}")
@@ -175,29 +170,31 @@ class Door:
             waiting.answer.set_exception(error)
 
     async def _run(self) -> None:
+        answered = 0
         while True:
             if self._queue:
-                await self._commit(self._take())
+                batch = self._queue.take(self._share(answered))
+                await self._commit(batch)
+                answered = len(batch)
             elif self._closing:
                 return
             else:
+                answered = 0
                 self._arrived.clear()
                 await self._arrived.wait()
 
-    def _take(self) -> list[_Waiting]:
-        taken: list[_Waiting] = []
-        size = 0
-        while self._queue and len(taken) < self._max_batch and size < MAX_BATCH_BYTES:
-            if isinstance(self._queue[0].entry, Replayed):
-                # Alone: among others it would lock deliveries out of their order.
-                return taken or [self._queue.popleft()]
-            waiting = self._queue.popleft()
-            if isinstance(waiting.entry, Delivered):
-                size += len(waiting.entry.delivery.body)
-            taken.append(waiting)
-        return taken
+    def _share(self, answered: int) -> int:
+        """How many to take at once, where `answered` ones were just told of their commit.
 
-    async def _commit(self, batch: list[_Waiting]) -> None:
+        Who was just answered soon brings the next. If this commit took all who wait now, these and
+        those would take turns for ever in the sizes that chance gave them, one and sixty-three say,
+        and the process would idle while the sixty-three are written. So they are made even.
+        """
+        if not answered:
+            return self._max_batch
+        return min(self._max_batch, (len(self._queue) + answered + 1) // 2)
+
+    async def _commit(self, batch: list[Waiting]) -> None:
         """Commit a batch, whole or, where one of its entries is refused, in ever smaller parts.
 
         A database that is down is tried again until all who wait for this batch have given up.
@@ -216,9 +213,7 @@ class Door:
                 # A row that somebody else has locked holds up its own entry, and no other.
                 self._refuse_or_split(part, exc, parts)
             except (StoreUnavailable, SchemaOutdated) as exc:
-                if self._trouble is None:
-                    log.warning("door.unavailable", error=str(exc))
-                self._trouble = exc
+                self._in_trouble(exc)
                 parts.appendleft(part)
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, PAUSE_SECONDS[1])
@@ -226,21 +221,32 @@ class Door:
                 # Whatever it is, only the entry that causes it may fail.
                 self._refuse_or_split(part, exc, parts)
             else:
-                if self._trouble is not None:
-                    log.info("door.recovered")
-                self._trouble = None
+                self._out_of_trouble()
                 pause = PAUSE_SECONDS[0]
                 self._settle(part, outcome)
         self._flying = []
 
-    def _still_waiting(self, part: list[_Waiting], now: float) -> list[_Waiting]:
+    def _in_trouble(self, error: StoreError) -> None:
+        if self._trouble is None:
+            now = asyncio.get_running_loop().time()
+            self._said = bool(self._seldom.count("unavailable", now=now))
+            if self._said:
+                log.warning("door.unavailable", error=str(error))
+        self._trouble = error
+
+    def _out_of_trouble(self) -> None:
+        if self._trouble is not None and self._said:
+            log.info("door.recovered")
+        self._trouble = None
+
+    def _still_waiting(self, part: list[Waiting], now: float) -> list[Waiting]:
         """Those whose time is not up; the others are answered here, as nothing else sees them."""
         for waiting in part:
             if waiting.expires <= now:
                 self._give_up(waiting)
         return [waiting for waiting in part if waiting.expires > now]
 
-    async def _write(self, part: list[_Waiting]) -> Outcome:
+    async def _write(self, part: list[Waiting]) -> Outcome:
         loop = asyncio.get_running_loop()
         began = loop.time()
         stopped_by: Exception | None = None
@@ -253,12 +259,12 @@ class Door:
             for hook in self._on_write:
                 _tell(hook, len(part), loop.time() - began, stopped_by)
 
-    def _pass(self, part: list[_Waiting], connection: Connection) -> Outcome:
+    def _pass(self, part: list[Waiting], connection: Connection) -> Outcome:
         entries = [waiting.entry for waiting in part]
         return pass_batch(connection, entries, self._rules, self._statements)
 
     def _refuse_or_split(
-        self, part: list[_Waiting], error: Exception, parts: deque[list[_Waiting]]
+        self, part: list[Waiting], error: Exception, parts: deque[list[Waiting]]
     ) -> None:
         if len(part) > 1:
             # Behind the parts that wait: theirs may be the good half.
@@ -275,7 +281,7 @@ class Door:
         if not waiting.answer.done():
             waiting.answer.set_exception(refused)
 
-    def _settle(self, part: list[_Waiting], outcome: Outcome) -> None:
+    def _settle(self, part: list[Waiting], outcome: Outcome) -> None:
         for hook in self._on_commit:
             _tell(hook, outcome)
         for waiting, passed in zip(part, outcome.passed, strict=True):

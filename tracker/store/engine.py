@@ -10,18 +10,19 @@ import asyncio
 import random
 import secrets
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
-from functools import partial
+from contextlib import asynccontextmanager, suppress
+from functools import cache, partial
 from typing import Any, Final, Self, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, select
-from sqlalchemy.exc import DisconnectionError
+from sqlalchemy import Connection, Engine, event, select
+from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from tracker.core.errors import StoreUnavailable
-from tracker.store.faults import FOREIGN, WriteConflict, is_conflict, translate
+from tracker.store.checkout import use_only
+from tracker.store.engine_sqlite import SqliteWriter, sqlite_migrations, sqlite_readers
+from tracker.store.faults import FOREIGN, WriteConflict, is_conflict, is_standby, translate
 from tracker.store.text import dump_json, load_json
 from tracker.store.url import DatabaseUrl
 
@@ -33,6 +34,11 @@ STATEMENT_SECONDS: Final = 5.0
 LOCK_SECONDS: Final = 2.0
 """How long one waits for a lock. The tracker's own transactions take milliseconds; a deadlock,
 which the server looks for after one second, has to show as what it is."""
+ANSWER_SECONDS: Final = 6.0
+"""How long a read or a write may take on PostgreSQL in all, the wait for a connection included. It
+takes two seconds more to let go of a connection on which the server says nothing."""
+FAREWELL_SECONDS: Final = 0.5
+"""How long a server may take to let a connection go; one that says nothing is just left."""
 PING_SECONDS: Final = 3.0
 ATTEMPTS: Final = 6
 """How often a transaction that lost a race is done before it counts as unavailable."""
@@ -46,13 +52,14 @@ class Database:
     """
 
     def __init__(
-        self, url: DatabaseUrl, engine: AsyncEngine, writer: "_PostgresWriter | _SqliteWriter"
+        self, url: DatabaseUrl, engine: AsyncEngine, writer: "_PostgresWriter | SqliteWriter"
     ) -> None:
         self.url = url
         self.dialect = url.dialect
         self.engine = engine
         self.origin = secrets.token_hex(6)
         self._writer = writer
+        self._closed = False
 
     @classmethod
     async def open(cls, url: str, *, application_name: str = "tracker") -> Self:
@@ -63,10 +70,10 @@ class Database:
         """
         parsed = DatabaseUrl.parse(url)
         if parsed.dialect == "sqlite":
-            engine = _sqlite_readers(parsed)
-            return cls(parsed, engine, _SqliteWriter(parsed))
+            return cls(parsed, sqlite_readers(parsed, **_COMMON), SqliteWriter(parsed, **_COMMON))
         # A pool each: however many read, the door finds a connection.
         writing = _postgres_engine(parsed, application_name, connections=4)
+        _leave_standbys(writing.sync_engine)
         reading = _postgres_engine(parsed, application_name, connections=8).execution_options(
             isolation_level="REPEATABLE READ", postgresql_readonly=True
         )
@@ -78,7 +85,8 @@ class Database:
         return [self.engine.sync_engine, self._writer.engine]
 
     async def close(self) -> None:
-        """Let what is being written finish, and close all connections."""
+        """Let what is being written finish, and close all connections; no other is made."""
+        self._closed = True
         await self._writer.close()
         await self.engine.dispose()
 
@@ -98,8 +106,9 @@ class Database:
         All that is read within the block is of one moment.
         Raises `StoreUnavailable` where the database does not answer, `StoreError` for the rest.
         """
+        self._refuse_closed()
         try:
-            async with self.engine.connect() as connection:
+            async with self._in_time(), self.engine.connect() as connection:
                 yield connection
         except FOREIGN as exc:
             raise translate(exc) from exc
@@ -111,17 +120,30 @@ class Database:
         came in between (`WriteConflict`, a deadlock), so it must not change anything but the
         database. Raises as `read` does.
         """
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                return await self._writer.run(work)
-            except (WriteConflict, *FOREIGN) as exc:
-                if not is_conflict(exc):
-                    raise translate(exc) from exc
-                conflict = exc
-            await asyncio.sleep(random.uniform(0, 0.01 * attempt))
+        self._refuse_closed()
+        try:
+            async with self._in_time():
+                for attempt in range(1, ATTEMPTS + 1):
+                    try:
+                        return await self._writer.run(work)
+                    except (WriteConflict, *FOREIGN) as exc:
+                        if not is_conflict(exc):
+                            raise
+                        conflict = exc
+                    await asyncio.sleep(random.uniform(0, 0.01 * attempt))
+        except FOREIGN as exc:
+            raise translate(exc) from exc
         raise StoreUnavailable(
             "the database is too busy: other writers were always quicker"
         ) from conflict
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise StoreUnavailable("the database is closed")
+
+    def _in_time(self) -> asyncio.Timeout:
+        # What is under way on SQLite is under way in a thread, and its waits end by themselves.
+        return asyncio.timeout(ANSWER_SECONDS if self.dialect == "postgresql" else None)
 
     async def ping(self) -> None:
         """Return where the database answers a query; raise `StoreUnavailable` where it does not."""
@@ -150,26 +172,6 @@ class _PostgresWriter:
         await self._engine.dispose()
 
 
-class _SqliteWriter:
-    """Writes in one thread over one connection: SQLite has one writer at a time anyhow."""
-
-    def __init__(self, url: DatabaseUrl) -> None:
-        self.engine = _sqlite_writer(url)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sqlite-writer")
-
-    async def run(self, work: Callable[[Connection], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, work)
-
-    def _run(self, work: Callable[[Connection], T]) -> T:
-        with self.engine.begin() as connection:
-            return work(connection)
-
-    async def close(self) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._thread, self.engine.dispose)
-        self._thread.shutdown()
-
-
-_DURABLE: Final = ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL")
 _COMMON: Final[dict[str, Any]] = {
     # Rows hold other people's prompts and links: they have no place in a log.
     "hide_parameters": True,
@@ -179,19 +181,13 @@ _COMMON: Final[dict[str, Any]] = {
 
 
 def migration_engine(url: DatabaseUrl) -> AsyncEngine:
-    """An engine for migrations alone: no time-out on our side, and on SQLite no foreign keys.
-
-    SQLite changes a table by making it anew, which must not touch the rows that refer to it.
-    """
+    """An engine for migrations alone: no time-out on our side, and on SQLite no foreign keys."""
     if url.dialect == "postgresql":
         connect = partial(connect_postgres, url, "tracker-migrations", command_timeout=None)
         return create_async_engine(
             "postgresql+asyncpg://", async_creator=connect, poolclass=NullPool, **_COMMON
         )
-    address = URL.create("sqlite+aiosqlite", database=url.path)
-    engine = create_async_engine(address, poolclass=NullPool, **_COMMON)
-    _prepare_sqlite(engine.sync_engine, "BEGIN IMMEDIATE", *_DURABLE)
-    return engine
+    return sqlite_migrations(url, **_COMMON)
 
 
 async def connect_postgres(
@@ -221,8 +217,21 @@ async def connect_postgres(
         url.dsn,
         timeout=CONNECT_SECONDS,
         command_timeout=command_timeout,
+        connection_class=_connection_class(),
         server_settings=settings,
     )
+
+
+@cache
+def _connection_class() -> Any:
+    import asyncpg  # noqa: PLC0415
+
+    class Connection(asyncpg.Connection):  # type: ignore[misc]
+        async def close(self, *, timeout: float | None = FAREWELL_SECONDS) -> None:
+            with suppress(TimeoutError):  # it is cut off then
+                await super().close(timeout=timeout)
+
+    return Connection
 
 
 def _postgres_engine(url: DatabaseUrl, application_name: str, *, connections: int) -> AsyncEngine:
@@ -236,50 +245,21 @@ def _postgres_engine(url: DatabaseUrl, application_name: str, *, connections: in
         **_COMMON,
     )
 
-    @event.listens_for(engine.sync_engine, "checkout")
-    def refuse_dead(adapter: Any, *_: object) -> None:
-        # asyncpg notices when the server hangs up. Asking it costs nothing, where SQLAlchemy's own
-        # pre-ping costs three round trips; the pool answers with another connection.
-        if adapter.driver_connection.is_closed():
-            raise DisconnectionError("the server closed this connection")
-
+    # asyncpg notices when the server hangs up. Asking it costs nothing, where SQLAlchemy's own
+    # pre-ping costs three round trips.
+    use_only(engine.sync_engine, _is_open, "the server closes its connections")
     return engine
 
 
-def _sqlite_readers(url: DatabaseUrl) -> AsyncEngine:
-    engine = create_async_engine(URL.create("sqlite+aiosqlite", database=url.path), **_COMMON)
-    _prepare_sqlite(engine.sync_engine, "BEGIN", "PRAGMA query_only=ON")
-    return engine
+def _is_open(adapter: Any, _: object) -> bool:
+    return not adapter.driver_connection.is_closed()
 
 
-def _sqlite_writer(url: DatabaseUrl) -> Engine:
-    engine = create_engine(
-        URL.create("sqlite", database=url.path), pool_size=1, max_overflow=0, **_COMMON
-    )
-    _prepare_sqlite(
-        engine,
-        # Take the lock at once: who reads first and writes later may have to give up.
-        "BEGIN IMMEDIATE",
-        *_DURABLE,
-        "PRAGMA foreign_keys=ON",
-        # Keys come in no order, so that each checkpoint writes pages all over the file: do it at
-        # every 32 MB of the log, not at every 4.
-        "PRAGMA wal_autocheckpoint=8000",
-    )
-    return engine
+def _leave_standbys(engine: Engine) -> None:
+    """Give connections up that take no writes: after a failover the same address, asked anew,
+    leads to another server, and the old one would be held for as long as it lives."""
 
-
-def _prepare_sqlite(engine: Engine, begin: str, *pragmas: str) -> None:
-    """Begin transactions ourselves, because Python's driver begins them late or not at all."""
-
-    @event.listens_for(engine, "connect")
-    def connected(connection: Any, _: object) -> None:
-        connection.isolation_level = None
-        cursor = connection.cursor()
-        for pragma in ("PRAGMA busy_timeout=5000", *pragmas):
-            cursor.execute(pragma)
-        cursor.close()
-
-    @event.listens_for(engine, "begin")
-    def began(connection: Connection) -> None:
-        connection.exec_driver_sql(begin)
+    @event.listens_for(engine, "handle_error")
+    def refused(context: ExceptionContext) -> None:
+        if is_standby(context.original_exception):
+            context.is_disconnect = True

@@ -30,9 +30,10 @@ _UNAVAILABLE_CLASSES: Final = (
     "57",  # shutdown, crash recovery, time-out
     "58",  # the server's own input and output
 )
+_STANDBY: Final = "25006"  # a transaction that cannot write
 _UNAVAILABLE: Final = frozenset(
     {
-        "25006",  # a standby, which takes no writes
+        _STANDBY,
         "25P03",  # idle in transaction for too long
         "25P04",  # transaction time-out
         "3D000",  # no such database
@@ -73,6 +74,11 @@ def is_conflict(error: BaseException) -> bool:
     return isinstance(error, WriteConflict) or _sqlstate(error) in _CONFLICTS
 
 
+def is_standby(error: BaseException) -> bool:
+    """Whether the server takes no writes over this connection, and will not."""
+    return _sqlstate(error) == _STANDBY
+
+
 def translate(error: BaseException) -> StoreError:
     """The tracker's own error for one of `FOREIGN`, to be raised `from` it."""
     what = _words(error)
@@ -107,8 +113,8 @@ def translate(error: BaseException) -> StoreError:
 def _driver_error(error: BaseException) -> BaseException | None:
     """What the driver itself raised, under SQLAlchemy's wrapping and asyncpg's adapter."""
     if isinstance(error, DBAPIError) and error.orig is not None:
-        return getattr(error.orig, "driver_exception", None) or error.orig
-    return error
+        error = error.orig
+    return getattr(error, "driver_exception", None) or error
 
 
 def _sqlstate(error: BaseException) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any, Final
 from sqlalchemy import BigInteger, ScalarSelect, Select, Table, and_, cast, func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from tracker.core.entry import TRIAL
 from tracker.core.run import RunStatus
 from tracker.core.tally import CALLBACK, COST, STATE, dollars
 from tracker.store.attention import LATE_AFTER
@@ -116,9 +117,16 @@ def _count(table: Table, *condition: Any) -> ScalarSelect[int]:
     return select(func.count()).select_from(rows.subquery()).scalar_subquery()
 
 
+_LAST_CALLBACK: Final = (
+    select(deliveries.c.received_at)
+    .where(deliveries.c.event_type.is_distinct_from(word(TRIAL)))
+    .order_by(deliveries.c.received_at.desc())
+    .limit(1)
+    .scalar_subquery()
+)
 _REST: Final = select(
     _count(deliveries, deliveries.c.outcome == word("quarantined")).label("quarantined"),
-    select(func.max(deliveries.c.received_at)).scalar_subquery().label("last_callback_at"),
+    _LAST_CALLBACK.label("last_callback_at"),
     _count(starts, starts.c.state.in_([word("stored"), word("sent")])).label("open_starts"),
     _count(starts, starts.c.state == word("unresolved")).label("unresolved_starts"),
 )

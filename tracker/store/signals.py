@@ -104,6 +104,7 @@ class Signals:
 
     async def _listen(self) -> None:
         wait, longest = RETRY_SECONDS
+        said = False
         while True:
             heard = False
             try:
@@ -116,7 +117,11 @@ class Signals:
                     connection.terminate()
             except Exception as exc:
                 # Whatever the driver raises in a handshake: without this task nobody is told.
-                log.warning("signals.lost", error=type(exc).__name__)
+                if heard or not said:
+                    log.warning("signals.lost", error=type(exc).__name__)
+                said = True
+            else:
+                said = False
             wait = RETRY_SECONDS[0] if heard else min(wait * 2, longest)
             await asyncio.sleep(wait)
 

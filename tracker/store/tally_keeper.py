@@ -5,6 +5,7 @@ processes of a deployment are running. Nobody waits for it: readers add up what 
 """
 
 import asyncio
+from contextlib import suppress
 from typing import Final, Self
 
 import structlog
@@ -16,8 +17,10 @@ from tracker.store.engine import Database
 
 GATHER: Final = 3.0
 """Seconds from a commit to the fold that takes it in, so that those of many commits share one."""
-RETRY: Final = 30.0
+RETRY: Final = 5.0
 """Seconds until a fold that failed is tried again."""
+LAST_FOLD_WITHIN: Final = 2.0
+"""Seconds that the end of a process waits for its last fold."""
 
 log = structlog.get_logger(__name__)
 
@@ -35,6 +38,8 @@ class TallyKeeper:
         self._gather = gather
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._failing = False
+        self._is_down = False
 
     async def __aenter__(self) -> Self:
         if self._background:
@@ -47,12 +52,15 @@ class TallyKeeper:
         if task is not None:
             task.cancel()
             await asyncio.wait([task])
-        if self._changed.is_set():
-            await self._fold()
+        if self._changed.is_set() and not self._is_down:
+            with suppress(TimeoutError):  # the next process does it
+                async with asyncio.timeout(LAST_FOLD_WITHIN):
+                    await self._fold()
 
     def committed(self, outcome: Outcome) -> None:
         """The door's hook: there may be something to fold."""
         self._changed.set()
+        self._is_down = False  # whatever the last fold met
 
     async def _run(self) -> None:
         while True:
@@ -66,7 +74,13 @@ class TallyKeeper:
         try:
             await tallies.fold(self._db)
         except StoreError as error:
-            log.warning("tallies.not_folded", error=str(error))
+            if not self._failing:
+                log.warning("tallies.not_folded", error=str(error))
+            self._failing = self._is_down = True
             self._changed.set()
             return False
+        except asyncio.CancelledError:
+            self._changed.set()
+            raise
+        self._failing = self._is_down = False
         return True

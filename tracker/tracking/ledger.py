@@ -20,6 +20,12 @@ HELD_FOR: Final = timedelta(seconds=30)
 """What a process that died held is free after this; one that lives renews it."""
 RENEW_AFTER: Final = 10.0
 """Seconds after which a hold is renewed."""
+GIVEN_BACK_WITHIN: Final = 0.5
+"""Seconds that a caller waits until its hold is given back; it is all the same, only later."""
+GIVE_BACK_AGAIN_AFTER: Final = 1.0
+"""Seconds until that is tried again, where the database did not take it."""
+
+_giving_back: set[asyncio.Task[None]] = set()
 
 log = structlog.get_logger(__name__)
 
@@ -90,10 +96,27 @@ async def holding(
         yield HeldStart(database, clock, fresh or row, holder)
     finally:
         renewing.cancel()
+        giving_back = asyncio.create_task(_give_back(database, row, holder))
+        _giving_back.add(giving_back)  # else nobody would hold it, and it might vanish
+        giving_back.add_done_callback(_giving_back.discard)
+        await asyncio.wait([giving_back], timeout=GIVEN_BACK_WITHIN)
+
+
+async def _give_back(database: Database, row: StartRow, holder: str) -> None:
+    """Until it is done or has run out: the caller's next try would wait for a hold of nobody's."""
+    loop = asyncio.get_running_loop()
+    runs_out = loop.time() + HELD_FOR.total_seconds()
+    said = False
+    while loop.time() < runs_out:
         try:
-            await starts.give_back(database, slot, key, holder)
+            await starts.give_back(database, row.workspace_slot, row.idempotency_key, holder)
         except StoreError as failure:
-            log.warning("start.hold_kept", key=key, error=str(failure))
+            if not said:
+                log.warning("start.hold_kept", key=row.idempotency_key, error=str(failure))
+            said = True
+            await asyncio.sleep(GIVE_BACK_AGAIN_AFTER)
+        else:
+            return
 
 
 async def _renew(database: Database, row: StartRow, holder: str, clock: Clock) -> None:

@@ -9,6 +9,7 @@ when something becomes due, be it that its time has come or that a callback has 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import Final, Protocol
@@ -18,8 +19,9 @@ from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from apscheduler.triggers.interval import IntervalTrigger
 from structlog.contextvars import bound_contextvars
 
-from tracker.core.clock import Clock
-from tracker.core.errors import StoreError, TrackerError
+from tracker.core.clock import Clock, utc_now
+from tracker.core.errors import StoreError, StoreUnavailable, TrackerError
+from tracker.core.seldom import Seldom
 from tracker.store.signals import Signals
 from tracker.tracking.poll import Poller
 from tracker.tracking.recover import Recovery
@@ -41,6 +43,8 @@ LOOK_AT_CATALOGUE_EVERY: Final = timedelta(minutes=20)
 """How often it is looked whether the catalogue is due to be read."""
 STOP_WITHIN: Final = 8.0
 """Seconds that running jobs have to end once they were told to."""
+GIVE_BACK_WITHIN: Final = 2.0
+"""Seconds in which what they leave is then given back."""
 
 log = structlog.get_logger(__name__)
 
@@ -117,11 +121,12 @@ class Worker:
         self._round_over = asyncio.Event()
         self._round_began = 0.0
         self._waker: asyncio.Task[None] | None = None
+        self._seldom = Seldom()
 
     async def start(self) -> None:
         """Begin: one sweep of each workspace now, then by the clock."""
         services = self._services
-        now = services.clock()
+        now = utc_now()  # APScheduler compares with the machine's own clock
         keyed = [one for one in services.workspaces if one.client is not None]
         for workspace in keyed:
             self._scheduler.add_job(
@@ -159,13 +164,18 @@ class Worker:
         if self._waker is not None:
             self._waker.cancel()
             await asyncio.wait([self._waker])
+        # A job that is cancelled before its first step never comes to say that this is no error.
+        self._scheduler.pause()
+        await asyncio.sleep(0)
         self._scheduler.shutdown(wait=False)  # cancels what runs
         if self._running:
             await asyncio.wait(self._running, timeout=STOP_WITHIN)
         try:
-            await self._services.poller.release()
-        except StoreError as error:
-            log.warning("worker.claims_kept", error=str(error), advice="they run out by themselves")
+            async with asyncio.timeout(GIVE_BACK_WITHIN):
+                await self._services.poller.release()
+        except (StoreError, TimeoutError) as error:
+            why = str(error) or "the database does not answer in time"
+            log.warning("worker.claims_kept", error=why, advice="they run out by themselves")
 
     def _job(self, name: str, work: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
         """A job that reports its failure and is waited for at the end."""
@@ -175,16 +185,27 @@ class Worker:
             if task is not None:
                 self._running.add(task)
                 task.add_done_callback(self._running.discard)
-            try:
-                await work()
-            except TrackerError as error:
-                self._services.metrics.job_failed(name)
-                log.error("worker.job_failed", job=name, error=str(error))
-            except Exception:
-                self._services.metrics.job_failed(name)
-                log.exception("worker.job_broken", job=name)
+            # Told to stop it ends, which APScheduler would log as an error; so it would if it had
+            # failed meanwhile, and only the next wait came to know that it was told.
+            with suppress(asyncio.CancelledError):
+                try:
+                    await work()
+                except TrackerError as error:
+                    self._services.metrics.job_failed(name)
+                    self._say_failed(name, error)
+                except Exception:
+                    self._services.metrics.job_failed(name)
+                    log.exception("worker.job_broken", job=name)
+                await asyncio.sleep(0)
 
         return run
+
+    def _say_failed(self, name: str, error: TrackerError) -> None:
+        count = 1
+        if isinstance(error, StoreUnavailable):  # it would say the same every second
+            count = self._seldom.count(name, now=time.monotonic())
+        if count:
+            log.error("worker.job_failed", job=name, error=str(error), count=count)
 
     async def _poll(self) -> None:
         try:
@@ -247,14 +268,18 @@ class Worker:
 
     async def _wake_when_due(self) -> None:
         """Run the poll job whenever a run is due, and wait for it before looking again."""
+        down = False
         while True:
             try:
                 await self._until_due()
+                down = False
                 self._round_over.clear()
-                self._scheduler.modify_job("poll", next_run_time=self._services.clock())
+                self._scheduler.modify_job("poll", next_run_time=utc_now())
                 await self._round_over.wait()
             except StoreError as error:
-                log.warning("worker.database_down", error=str(error))
+                if not down:
+                    log.warning("worker.database_down", error=str(error))
+                down = True
                 await asyncio.sleep(GATHER)
             except Exception:  # this task is what makes polling prompt: it goes on whatever happens
                 log.exception("worker.waker_failed")

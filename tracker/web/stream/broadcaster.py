@@ -142,6 +142,7 @@ class Broadcaster:
                         log.warning("stream.database_down", error=str(error))
                     down = True
                     await asyncio.sleep(LOOK_EVERY[0])
+                    continue  # what was committed meanwhile is said by nobody again
                 await asyncio.sleep(GATHER)
                 await self._wait()
 

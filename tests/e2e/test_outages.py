@@ -1,0 +1,169 @@
+"""A database that is down costs an answer, and never a fact: real processes, real outages.
+
+In each test a witness sends, starts, reads and follows, while the database goes away in one way
+after the other and comes back; the tracker is not restarted. What it acknowledged is there
+afterwards, every answer came in time, and none showed what is behind it. `bench.soak_outage` is
+the long form.
+"""
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.outages import (
+    Outage,
+    at_its_limit,
+    postgres_on,
+    postgres_outages,
+    sqlite_outages,
+)
+from tests.e2e.processes import staged
+from tests.e2e.witness import CALLBACKS, Witness, assert_folded, assert_nothing_lost
+from tests.support.databases import sqlite_url_of
+from tests.support.disk import CannotMount, SmallDisk
+from tests.support.postgres import PostgresServer
+from tests.support.waiting import eventually
+from tracker.store.engine import Database
+
+PASSWORD = "hunter2-of-the-outages"
+BACK_WITHIN = 10.0
+NOTICED_WITHIN = 15.0
+SETTLED_WITHIN = 30.0
+TAKEN_ALL_THE_SAME = 6
+"""So many deliveries during an outage show that it is weathered: nobody has to be refused."""
+
+
+class Trial:
+    """A tracker at work, the process `writer`, and a witness that watches it."""
+
+    def __init__(self, witness: Witness, writer: int) -> None:
+        self.witness = witness
+        self.writer = writer
+
+    async def survives(self, outage: Outage) -> None:
+        """An outage that lasts until somebody noticed it, or nobody has to; then all is well."""
+        refused, taken = self._refused, len(self.witness.acknowledged)
+
+        def noticed() -> bool:
+            more = len(self.witness.acknowledged) - taken
+            return self._refused > refused or more >= TAKEN_ALL_THE_SAME
+
+        async with outage():
+            await eventually(noticed, timeout=NOTICED_WITHIN)
+        await self.witness.back(within=BACK_WITHIN)
+
+    async def survives_long(self, outage: Outage) -> None:
+        """An outage that lasts until FLORA was told that a delivery could not be taken, which is
+        when every other wait is over; then all is well."""
+        told = self.witness.statuses[CALLBACKS, 503]
+        async with outage():
+            await eventually(
+                lambda: self.witness.statuses[CALLBACKS, 503] > told, timeout=NOTICED_WITHIN
+            )
+        await self.witness.back(within=BACK_WITHIN)
+
+    @property
+    def _refused(self) -> int:
+        return sum(n for (_, status), n in self.witness.statuses.items() if status == 503)
+
+
+@asynccontextmanager
+async def on_trial(directory: Path, database_url: str) -> AsyncIterator[Trial]:
+    """A trial, whose tracker has kept every promise when the block ends."""
+    url = database_url.replace("postgres@", f"postgres:{PASSWORD}@")
+    async with staged(directory, url) as stage:
+        await stage.simulate(
+            *("--seed", "3", "--speed", "20", "--run-seconds", "10"),
+            *("--drop", "20%", "--duplicate", "10%"),
+        )
+        server = await stage.serve(TRACKER_CALLBACK_GRACE="1")
+        witness = Witness(stage.tracker, secrets=(PASSWORD, "whsec_simulator", "sk_test"))
+        witness.begin(senders=3, readers=2, starters=1)
+        async with await Database.open(url) as database:
+            try:
+                await eventually(lambda: witness.acknowledged and witness.started)
+                yield Trial(witness, server.pid)
+                await witness.end()
+                await assert_nothing_lost(witness, database, stage.simulator, within=SETTLED_WITHIN)
+            finally:
+                await witness.close()
+            assert witness.broken == []
+            assert await server.stop() == 0, server.log
+            await assert_folded(database, within=1)
+        assert PASSWORD not in server.log
+        assert "Traceback" not in server.log, server.log
+
+
+@pytest.fixture
+def disks() -> Iterator[tuple[SmallDisk, SmallDisk]]:
+    """Two disks that can be full; without the right to mount them the test is left out."""
+    try:
+        with SmallDisk(megabytes=64) as one, SmallDisk(megabytes=64) as other:
+            yield one, other
+    except CannotMount as error:
+        pytest.skip(f"a disk that can be full cannot be mounted here: {error}")
+
+
+async def test_postgresql_comes_and_goes(own_postgres: PostgresServer, tmp_path: Path) -> None:
+    """Stopped, crashed, up for a moment at a time, its connections ended, a standby that takes no
+    writes, its tables locked: every answer is in time, and nothing is lost."""
+    outages = postgres_outages(own_postgres)
+    async with on_trial(tmp_path, own_postgres.url("tracker")) as trial:
+        for name in ("stopped", "crashed", "restarting", "killed", "read-only", "locked runs"):
+            await trial.survives(outages[name])
+
+
+async def test_postgresql_falls_silent(own_postgres: PostgresServer, tmp_path: Path) -> None:
+    """Whoever waits for a server that is there and says nothing is told in time."""
+    async with on_trial(tmp_path, own_postgres.url("tracker")) as trial:
+        await trial.survives_long(postgres_outages(own_postgres)["frozen"])
+
+
+async def test_the_disks_of_postgresql_are_full(
+    disks: tuple[SmallDisk, SmallDisk], tmp_path: Path
+) -> None:
+    """Where the tables have no room the server goes on, where its log has none it ends itself."""
+    async with (
+        postgres_on(*disks) as server,
+        on_trial(tmp_path, server.url("tracker")) as trial,
+    ):
+        outages = postgres_outages(server, *disks)
+        await trial.survives(outages["disk full"])
+        await trial.survives(outages["log full"])
+
+
+async def test_a_sqlite_file_comes_and_goes(tmp_path: Path) -> None:
+    """Moved away, at a limit of its size: every answer is in time, nothing is lost, and nothing is
+    written where nobody will read it."""
+    file = _new_file(tmp_path)
+    async with on_trial(tmp_path, sqlite_url_of(file)) as trial:
+        await trial.survives(sqlite_outages(file)["moved away"])
+        await trial.survives(partial(at_its_limit, trial.writer))
+
+
+async def test_a_sqlite_file_is_locked_for_long(tmp_path: Path) -> None:
+    """Whoever waits for another process to let go of the file is told in time."""
+    file = _new_file(tmp_path)
+    async with on_trial(tmp_path, sqlite_url_of(file)) as trial:
+        await trial.survives_long(sqlite_outages(file)["locked exclusively"])
+
+
+async def test_the_disk_of_a_sqlite_file_is_full(
+    disks: tuple[SmallDisk, SmallDisk], tmp_path: Path
+) -> None:
+    """Not a byte left, or nobody may write there: what was taken is kept, the rest is refused."""
+    file = _new_file(disks[0].path)
+    async with on_trial(tmp_path, sqlite_url_of(file)) as trial:
+        outages = sqlite_outages(file, *disks)
+        await trial.survives(outages["disk full"])
+        await trial.survives(outages["read-only"])
+
+
+def _new_file(place: Path) -> Path:
+    """Where a database may be, in a folder of its own; the tracker makes it."""
+    folder = place / "database"
+    folder.mkdir()
+    return folder / "tracker.db"

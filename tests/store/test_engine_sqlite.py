@@ -1,0 +1,149 @@
+"""SQLite under the database object: whose turn it is, and which file a path names."""
+
+import asyncio
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Connection, event, text
+
+from tests.store.making import callback, open_door, receipts
+from tests.support.databases import copy_sqlite
+from tests.support.waiting import eventually
+from tracker.core.errors import StoreUnavailable
+from tracker.store import engine_sqlite
+from tracker.store.engine import Database
+
+
+class LongWrite:
+    """A write that goes on until it is let go."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+        self.may_end = threading.Event()
+
+    def __call__(self, connection: Connection) -> str:
+        """Wait in the writer's thread."""
+        self.begun.set()
+        assert self.may_end.wait(10)
+        return "written"
+
+
+async def test_a_write_does_not_wait_for_ever_for_its_turn(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has not begun in time never does; what has begun is brought to its end."""
+    monkeypatch.setattr(engine_sqlite, "TURN_SECONDS", 0.1)
+    done: list[str] = []
+    async with await Database.open(sqlite_url) as db:
+        long = LongWrite()
+        first = asyncio.create_task(db.write(long))
+        await eventually(long.begun.is_set)
+        with pytest.raises(StoreUnavailable, match="too busy"):
+            await db.write(lambda _: done.append("second"))
+        long.may_end.set()
+        assert await first == "written"
+        await db.write(lambda _: done.append("third"))
+    assert done == ["third"]
+
+
+async def test_a_write_that_nobody_waits_for_any_more_is_not_begun(sqlite_url: str) -> None:
+    """Its caller went away while it waited for its turn."""
+    done: list[str] = []
+    async with await Database.open(sqlite_url) as db:
+        long = LongWrite()
+        first = asyncio.create_task(db.write(long))
+        await eventually(long.begun.is_set)
+        second = asyncio.create_task(db.write(lambda _: done.append("second")))
+        await asyncio.sleep(0)
+        second.cancel()
+        await asyncio.wait([second])
+        long.may_end.set()
+        await first
+        await db.write(lambda _: done.append("third"))
+    assert done == ["third"]
+
+
+async def test_a_file_that_was_moved_away_is_unavailable_until_it_is_back(
+    sqlite_url: str, tmp_path: Path
+) -> None:
+    """Nothing is written to it where nobody would read it, and no empty one takes its place."""
+    path, away = tmp_path / "tracker.db", tmp_path / "away.db"
+    async with await Database.open(sqlite_url) as db, open_door(db, deadline=0.2) as door:
+        await door.put(callback("run_before"))
+        path.rename(away)
+        with pytest.raises(StoreUnavailable):
+            await door.put(callback("run_meanwhile"))
+        with pytest.raises(StoreUnavailable):
+            await db.ping()
+        assert not path.exists()
+        away.rename(path)
+        await eventually(lambda: door.waiting == 0)
+        await door.put(callback("run_after"))
+        assert set(await receipts(db)) == {"whd_run_before", "whd_run_after"}
+
+
+async def test_another_file_in_its_place_is_the_database_from_then_on(
+    sqlite_url: str, tmp_path: Path
+) -> None:
+    """As when a backup is put back: both readers and writers go over to it."""
+    path, old = tmp_path / "tracker.db", tmp_path / "old.db"
+    async with await Database.open(sqlite_url) as db, open_door(db) as door:
+        await door.put(callback("run_before"))
+        copy_sqlite(path, tmp_path / "new.db")
+        await door.put(callback("run_lost"))
+        path.rename(old)
+        for log in ("tracker.db-wal", "tracker.db-shm"):
+            (tmp_path / log).unlink()
+        (tmp_path / "new.db").rename(path)
+        await door.put(callback("run_after"))
+        assert set(await receipts(db)) == {"whd_run_before", "whd_run_after"}
+
+
+async def test_a_file_that_is_exchanged_again_and_again_is_unavailable(
+    sqlite_url: str, tmp_path: Path
+) -> None:
+    """However unlucky the moments: that is no fault of the caller's."""
+    path, new = tmp_path / "tracker.db", tmp_path / "new.db"
+
+    def exchange(*_: object) -> None:
+        shutil.copy(path, new)
+        new.rename(path)
+
+    async with await Database.open(sqlite_url) as db:
+        for engine in db.engines:
+            event.listen(engine, "connect", exchange)
+        with pytest.raises(StoreUnavailable):
+            await db.ping()
+        with pytest.raises(StoreUnavailable):
+            await db.write(lambda connection: connection.execute(text("SELECT 1")).scalar())
+        for engine in db.engines:
+            event.remove(engine, "connect", exchange)
+        await db.ping()
+
+
+async def test_a_commit_into_a_file_that_is_gone_does_not_count(
+    sqlite_url: str, tmp_path: Path
+) -> None:
+    """It was taken away in the middle: whoever waits is not told that all is well."""
+
+    def work(connection: Connection) -> str:
+        connection.execute(text("DELETE FROM sweeps"))
+        (tmp_path / "tracker.db").rename(tmp_path / "away.db")
+        return "done"
+
+    async with await Database.open(sqlite_url) as db:
+        with pytest.raises(StoreUnavailable, match="not at"):
+            await db.write(work)
+
+
+async def test_a_file_that_never_was_is_not_made(tmp_path: Path) -> None:
+    """Only a migration makes one: an empty database would help nobody."""
+    path = tmp_path / "none.db"
+    async with await Database.open(f"sqlite:///{path}") as db:
+        with pytest.raises(StoreUnavailable):
+            await db.ping()
+        with pytest.raises(StoreUnavailable):
+            await db.write(lambda connection: connection.execute(text("SELECT 1")).scalar())
+    assert not path.exists()

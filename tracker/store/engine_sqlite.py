@@ -1,0 +1,151 @@
+"""SQLite under the database object: readers that cannot write, and one thread that does.
+
+A file can be taken away from under open connections: they would go on writing where nobody will
+ever read again. So a connection is used only while the path still names the file that it opened,
+and a commit counts only where it still does afterwards. Nothing here creates a file.
+"""
+
+import asyncio
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, TypeVar
+from urllib.parse import quote
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import NullPool
+
+from tracker.core.errors import StoreUnavailable
+from tracker.store.checkout import use_only
+from tracker.store.url import DatabaseUrl
+
+T = TypeVar("T")
+
+TURN_SECONDS: Final = 2.0
+"""How long a write waits for the writes of this process that came before it."""
+BUSY_SECONDS: Final = 2.0
+"""How long it then waits for another process to let go of the file."""
+_PATIENT_SECONDS: Final = 5.0
+"""The same for those whom nobody waits for at that moment: reads, which hardly ever wait, and
+migrations."""
+_DURABLE: Final = ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL")
+
+Identity = tuple[int, int] | None
+
+
+class SqliteWriter:
+    """Writes in one thread over one connection: SQLite has one writer at a time anyhow."""
+
+    def __init__(self, url: DatabaseUrl, **options: Any) -> None:
+        self._path = url.path
+        self.engine = _writer(url, **options)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sqlite-writer")
+
+    async def run(self, work: Callable[[Connection], T]) -> T:
+        """Run `work` in a transaction, and return when it is committed."""
+        writing = self._thread.submit(self._run, work)
+        done = asyncio.wrap_future(writing)
+        try:
+            await asyncio.wait([done], timeout=TURN_SECONDS)
+            if not done.done() and writing.cancel():
+                raise StoreUnavailable("the database is too busy: writes wait for those before")
+            return await done
+        finally:
+            done.cancel()  # where the caller was: then it is not begun, or nobody hears of its end
+
+    def _run(self, work: Callable[[Connection], T]) -> T:
+        with self.engine.begin() as connection:
+            opened = connection.info["file"]
+            result = work(connection)
+        if _identity(self._path) != opened:
+            raise StoreUnavailable(f"the database's file is not at {self._path} any more")
+        return result
+
+    async def close(self) -> None:
+        """Let what is being written finish, and close the connection."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self.engine.dispose)
+        self._thread.shutdown()
+
+
+def sqlite_readers(url: DatabaseUrl, **options: Any) -> AsyncEngine:
+    """An engine whose connections cannot write."""
+    engine = create_async_engine(
+        _existing("sqlite+aiosqlite", url), pool_timeout=_PATIENT_SECONDS, **options
+    )
+    _prepare(engine.sync_engine, "BEGIN", _PATIENT_SECONDS, "PRAGMA query_only=ON")
+    _keep_to_the_file(engine.sync_engine, url.path)
+    return engine
+
+
+def sqlite_migrations(url: DatabaseUrl, **options: Any) -> AsyncEngine:
+    """An engine that may create the file, and minds no foreign keys: SQLite changes a table by
+    making it anew, which must not touch the rows that refer to it."""
+    address = URL.create("sqlite+aiosqlite", database=url.path)
+    engine = create_async_engine(address, poolclass=NullPool, **options)
+    _prepare(engine.sync_engine, "BEGIN IMMEDIATE", _PATIENT_SECONDS, *_DURABLE)
+    return engine
+
+
+def _writer(url: DatabaseUrl, **options: Any) -> Engine:
+    engine = create_engine(_existing("sqlite", url), pool_size=1, max_overflow=0, **options)
+    _prepare(
+        engine,
+        # Take the lock at once: who reads first and writes later may have to give up.
+        "BEGIN IMMEDIATE",
+        BUSY_SECONDS,
+        *_DURABLE,
+        "PRAGMA foreign_keys=ON",
+        # Keys come in no order, so that each checkpoint writes pages all over the file: do it at
+        # every 32 MB of the log, not at every 4.
+        "PRAGMA wal_autocheckpoint=8000",
+    )
+    _keep_to_the_file(engine, url.path)
+    return engine
+
+
+def _existing(driver: str, url: DatabaseUrl) -> URL:
+    """The address of the file, where there is one: an empty one in its place would help nobody."""
+    return URL.create(
+        driver, database=f"file:{quote(url.path)}", query={"mode": "rw", "uri": "true"}
+    )
+
+
+def _prepare(engine: Engine, begin: str, busy_seconds: float, *pragmas: str) -> None:
+    """Begin transactions ourselves, because Python's driver begins them late or not at all."""
+    busy = f"PRAGMA busy_timeout={int(busy_seconds * 1000)}"
+
+    @event.listens_for(engine, "connect")
+    def connected(connection: Any, _: object) -> None:
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        for pragma in (busy, *pragmas):
+            cursor.execute(pragma)
+        cursor.close()
+
+    @event.listens_for(engine, "begin")
+    def began(connection: Connection) -> None:
+        connection.exec_driver_sql(begin)
+
+
+def _keep_to_the_file(engine: Engine, path: str) -> None:
+    """Use no connection to a file that is not at `path` any more."""
+
+    @event.listens_for(engine, "do_connect")
+    def connecting(_dialect: object, record: Any, *_: object) -> None:
+        # Before it is opened: should it be exchanged meanwhile, the connection is made anew.
+        record.info["file"] = _identity(path)
+
+    def is_the_file(_: object, record: Any) -> bool:
+        return bool(record.info["file"] == _identity(path))
+
+    use_only(engine, is_the_file, f"there is another file at {path} each time")
+
+
+def _identity(path: str) -> Identity:
+    """Which file a path names at this moment; `None` for none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
