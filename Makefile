@@ -28,7 +28,7 @@ UV     := UV_PYTHON_DOWNLOADS=never UV_FIND_LINKS= UV_CONSTRAINT= UV_OVERRIDE= \
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format lock audit dist screenshots clean
+.PHONY: help install demo test check format lock audit docs dist screenshots clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -87,6 +87,9 @@ audit: $(TOOLS)/.installed  ## look up known vulnerabilities of all that is lock
 
 LOCK = UV_NO_CONFIG=1 $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
        --no-annotate --custom-compile-command "make lock" $(UPGRADE)
+
+docs: install  ## build the documentation, into site, strictly
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 dist: install  ## build the wheel and the source archive, into dist
 	$(BIN)/python -m hatchling build

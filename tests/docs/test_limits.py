@@ -1,0 +1,59 @@
+"""The sizes and times of docs/proxy.md are those of the tracker, and the proxies shown fit them."""
+
+import re
+
+import pytest
+
+from tests.docs.pages import DOCS, ROOT, blocks
+from tracker.web.limits import Limits
+from tracker.web.server import GRACE
+
+PAGE = DOCS / "proxy.md"
+LIMITS = Limits()
+FLORA_WAITS = 10
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ("body of a callback", f"{LIMITS.callback_bytes // 1024} KiB"),
+        ("body of an API request", f"{LIMITS.api_bytes // 1024**2} MiB"),
+        ("answer to a callback", f"within {LIMITS.callback_seconds:g} s"),
+        ("other answers", f"{LIMITS.answer_seconds:g} s"),
+        ("`/api/stream`", f"each {LIMITS.stream_heartbeat:g} s"),
+        ("head of a request", f"{LIMITS.head_bytes // 1024} KiB, within {LIMITS.head_seconds:g} s"),
+        ("open connections", f"{LIMITS.connections} for each process"),
+        ("idle connection", f"{LIMITS.idle_seconds:g} s"),
+        ("stopping", f"{GRACE} s"),
+    ],
+)
+def test_the_table_tells_the_limits(row: str, says: str) -> None:
+    """Each limit in the table is the one that holds."""
+    (cells,) = re.findall(rf"^\| {re.escape(row)}[^|]*\|([^|]*)\|", PAGE.read_text(), re.MULTILINE)
+    assert says in cells
+
+
+def test_the_proxies_that_are_shown_fit() -> None:
+    """A proxy waits for as long as the tracker may take, gives up before FLORA does, and keeps no
+    connection that the tracker has closed."""
+    (nginx,) = (block.text for block in blocks(PAGE, "nginx"))
+    callbacks = nginx.partition("/callbacks/flora")[2].partition("}")[0]
+    caddy = (ROOT / "deploy/compose/Caddyfile").read_text(encoding="utf-8")
+    for waits in (
+        seconds(r"proxy_read_timeout (\d+)s", callbacks),
+        seconds(r"response_header_timeout (\d+)s", caddy),
+    ):
+        assert LIMITS.callback_seconds < waits < FLORA_WAITS
+    for kept in (
+        seconds(r"keepalive_timeout (\d+)s", nginx),
+        seconds(r"keepalive (\d+)s", caddy),
+        *(seconds(r"keepalive (\d+)s", block.text) for block in blocks(PAGE, "caddyfile")),
+    ):
+        assert kept < LIMITS.idle_seconds
+    assert seconds(r"client_max_body_size (\d+)m", nginx) * 1024**2 >= LIMITS.api_bytes
+
+
+def seconds(pattern: str, text: str) -> int:
+    """The one number that a pattern finds."""
+    (found,) = re.findall(pattern, text)
+    return int(found)

@@ -1,0 +1,99 @@
+"""The site is built without a warning, and a reader's browser fetches nothing from elsewhere."""
+
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from tests.docs.pages import PAGES, ROOT
+
+LOADS = {
+    "audio": "src",
+    "embed": "src",
+    "iframe": "src",
+    "img": "src",
+    "link": "href",
+    "object": "data",
+    "script": "src",
+    "source": "src",
+    "video": "src",
+}
+"""The elements that make a browser fetch something, and the attribute that says what."""
+
+
+class Fetched(HTMLParser):
+    """Collects what a page makes a browser fetch, and its headings' ids."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.ids: set[str] = set()
+        self.classes: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Look at one element."""
+        given = {name: value or "" for name, value in attrs}
+        self.addresses += [given[name] for name in [LOADS.get(tag)] if name and name in given]
+        self.ids.add(given.get("id", ""))
+        self.classes |= set(given.get("class", "").split())
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built as the configuration says: strictly."""
+    folder = tmp_path_factory.mktemp("docs") / "site"
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder],
+        cwd=ROOT,
+        # The theme's own news would look like a warning of the build.
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    return folder
+
+
+def test_the_site_is_built_strictly(site: Path) -> None:
+    """Every page is there, and every link within the documentation leads to something."""
+    made = {path.relative_to(site).as_posix() for path in site.rglob("*.html")}
+    assert {f"{page.stem}.html" for page in PAGES} <= made
+    assert {"readme.html", "contributing.html", "security.html", "changelog.html"} <= made
+    assert {"files/compose.yaml.html", "files/deploy/cron/tracker.html"} <= made
+
+
+def test_nothing_is_fetched_from_outside(site: Path) -> None:
+    """No page and no style names a script, style, font or picture of another host."""
+    for path in site.rglob("*.html"):
+        page = Fetched(path.read_text(encoding="utf-8"))
+        assert page.addresses
+        away = [one for one in page.addresses if re.match(r"(?:[a-z]+:)?//", one)]
+        assert away == [], path.name
+        # What the theme's own script would fetch if a page had one.
+        assert not {"mermaid", "md-source"} & page.classes, path.name
+    for path in site.rglob("*.css"):
+        assert not re.search(r"url\(\s*['\"]?(?:https?:)?//|@import", path.read_text()), path.name
+
+
+def test_each_alert_has_its_section_in_the_site(site: Path) -> None:
+    """The runbook's addresses that the alert rules name are headings of the built page."""
+    rules = (ROOT / "deploy/prometheus/alerts.yml").read_text(encoding="utf-8")
+    named = set(re.findall(r"runbook: docs/runbook.md#(\w+)", rules))
+    page = Fetched((site / "runbook.html").read_text(encoding="utf-8"))
+    assert len(named) > 10
+    assert named <= page.ids
+
+
+def test_the_command_page_shows_every_help(site: Path) -> None:
+    """The page ends with what each command's `--help` says."""
+    text = (site / "cli.html").read_text(encoding="utf-8")
+    page = Fetched(text)
+    assert {"tracker-serve", "tracker-runs-start", "tracker-db-prune"} <= page.ids
+    assert "Usage: tracker serve [OPTIONS]" in text
