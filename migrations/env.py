@@ -1,26 +1,38 @@
 """Where Alembic's commands meet a database, whether the tracker or a developer calls them.
 
 One process migrates at a time: on PostgreSQL behind an advisory lock, held over all revisions, each
-of which is a transaction of its own; on SQLite in one transaction that has the file to itself. A
-statement that would wait long for a lock, or run long, is ended by the server: a migration that
-fails can be tried again, one that blocks a table stops every callback.
+of which is a transaction of its own; on SQLite in one transaction that has the file to itself.
+
+A statement that waits for a lock has everybody who comes after it wait as well, every callback too.
+So the server ends it soon, and it is tried again a little later: what is in use is migrated in
+between, and nobody is kept for longer than they wait for a lock by themselves.
 """
 
+import asyncio
+import time
 from logging.config import fileConfig
 from typing import Any, Literal
 
+import structlog
 from alembic import context
 from alembic.autogenerate.api import AutogenContext
 from sqlalchemy import Connection, func, select
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.util import await_only
 
-from tracker.store.migrate import run_from_command_line
+from tracker.core.errors import StoreUnavailable
+from tracker.store.migrate import PATIENCE_SECONDS, run_from_command_line
 from tracker.store.tables import metadata
 from tracker.store.types import CleanText, Money, UtcDateTime
 
 ADVISORY_LOCK = 0x666C6F7261  # "flora"
-LOCK_WAIT = "5min"
-LOCK_TIMEOUT = "4s"
+TURN_SECONDS = 300.0
+LOCK_TIMEOUT = "800ms"  # well below the LOCK_SECONDS of tracker.store.engine: see above
 STATEMENT_TIMEOUT = "60s"
+PAUSE_SECONDS = 0.7
+IN_THE_WAY = ("55P03", "40P01")  # somebody holds a lock for longer than that; a deadlock
+
+log = structlog.get_logger(__name__)
 
 # A revision stays as it was written, whatever becomes of our types: it names what is under them.
 PLAIN = {
@@ -41,24 +53,53 @@ def migrate(connection: Connection) -> None:
 def migrate_postgres(connection: Connection) -> None:
     """One transaction for each revision, and the advisory lock around them all."""
     # The lock and the settings belong to the session, so they outlast each transaction.
-    set_timeouts(connection, statement_timeout=LOCK_WAIT, lock_timeout=LOCK_WAIT)
-    connection.execute(select(func.pg_advisory_lock(ADVISORY_LOCK)))
     set_timeouts(connection, statement_timeout=STATEMENT_TIMEOUT, lock_timeout=LOCK_TIMEOUT)
     connection.commit()
+    await_turn(connection)
+    give_up = time.monotonic() + context.config.attributes.get("patience", PATIENCE_SECONDS)
     try:
-        context.configure(
-            connection=connection,
-            target_metadata=metadata,
-            render_item=render_item,
-            transaction_per_migration=True,
-        )
-        with context.begin_transaction():
-            context.run_migrations()
-        connection.commit()
+        while not migrated(connection, last=time.monotonic() >= give_up):
+            await_only(asyncio.sleep(PAUSE_SECONDS))
     finally:
         connection.rollback()
         connection.execute(select(func.pg_advisory_unlock(ADVISORY_LOCK)))
         connection.commit()
+
+
+def await_turn(connection: Connection) -> None:
+    """Take the advisory lock. It is asked for again and again: who waited for it in a statement
+    would be waited for in turn, by an index that the one before makes CONCURRENTLY."""
+    give_up = time.monotonic() + TURN_SECONDS
+    while not connection.scalar(select(func.pg_try_advisory_lock(ADVISORY_LOCK))):
+        connection.commit()
+        if time.monotonic() >= give_up:
+            raise StoreUnavailable("another process has been migrating this database for long")
+        await_only(asyncio.sleep(PAUSE_SECONDS))
+    connection.commit()
+
+
+def migrated(connection: Connection, *, last: bool) -> bool:
+    """Go on from the revision that is there; false where a lock of others was in the way.
+
+    What was committed stays. At the `last` attempt the error is raised.
+    """
+    context.configure(
+        connection=connection,
+        target_metadata=metadata,
+        render_item=render_item,
+        transaction_per_migration=True,
+    )
+    try:
+        with context.begin_transaction():
+            context.run_migrations()
+        connection.commit()
+    except DBAPIError as error:
+        connection.rollback()
+        if last or getattr(error.orig, "sqlstate", None) not in IN_THE_WAY:
+            raise
+        log.warning("migration.waits", reason="another transaction holds a lock that it needs")
+        return False
+    return True
 
 
 def set_timeouts(connection: Connection, **settings: str) -> None:

@@ -40,7 +40,7 @@ class Passed:
         )
 
 
-DELIVERY_COLUMNS: Final = tuple(deliveries.columns)
+DELIVERY_COLUMNS: Final = tuple(each for each in deliveries.c if each.name != "body_removed_at")
 EVENT_COLUMNS: Final = ("run_id", "at", "source", "status", "progress", "detail")
 OUTPUT_COLUMNS: Final = ("run_id", "position", "output_id", "type", "url")
 TALLY_COLUMNS: Final = (*Key._fields, "runs", "amount")
@@ -281,7 +281,7 @@ def _tally(tallied: dict[Key, list[int]], old: Record | None, new: Record) -> No
 
 
 def _run_id(entry: Entry) -> str | None:
-    """Which run the entry is about; `None` for a quarantined delivery."""
+    """Which run the entry is about; `None` for a quarantined delivery and for a trial."""
     if isinstance(entry, Unseen):
         return entry.run_id
     return None if entry.observation is None else entry.observation.run_id

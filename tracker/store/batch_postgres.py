@@ -102,19 +102,26 @@ def _count_deliveries() -> Any:
 def _write() -> Any:
     """Runs, their events, what they count for and the notices in one statement.
 
-    It answers how many runs were written.
+    It answers how many runs were written. It waits for no row: those of `known` runs are locked,
+    and a run that was new to us and is there now, which was not merged with what it says, is left.
     """
-    new = _incoming("new", RUN_COLUMNS)
-    upsert = insert(runs).from_select(_RUNS, select(*(new.c[name] for name in _RUNS)))
-    written = (
-        upsert.on_conflict_do_update(
-            index_elements=[runs.c.run_id],
-            set_={name: upsert.excluded[name] for name in _RUNS if name != "run_id"},
-            # A run that was new to us and is there now was not merged with what it says.
-            where=_is_any_of(runs.c.run_id, "known"),
-        )
+    after = _incoming("after", RUN_COLUMNS)
+    changed = (
+        update(runs)
+        # The ids once more, because only an array is looked up in the index however small the
+        # table was when this was planned.
+        .where(runs.c.run_id == after.c.run_id, _is_any_of(runs.c.run_id, "known"))
+        .values({name: after.c[name] for name in _RUNS if name != "run_id"})
         .returning(runs.c.run_id)
-        .cte("written")
+        .cte("changed")
+    )
+    new = _incoming("new", RUN_COLUMNS)
+    added = (
+        insert(runs)
+        .from_select(_RUNS, select(*(new.c[name] for name in _RUNS)))
+        .on_conflict_do_nothing(index_elements=[runs.c.run_id])
+        .returning(runs.c.run_id)
+        .cte("added")
     )
     seen = _incoming("seen", [run_events.c[name] for name in EVENT_COLUMNS])
     kept = (
@@ -131,7 +138,9 @@ def _write() -> Any:
     notice = _incoming("notice", [Column(name, Text()) for name in _NOTICES])
     notified = select(func.count(func.pg_notify(notice.c.channel, notice.c.payload)))
     return select(
-        select(func.count()).select_from(written).scalar_subquery(), notified.scalar_subquery()
+        select(func.count()).select_from(changed).scalar_subquery()
+        + select(func.count()).select_from(added).scalar_subquery(),
+        notified.scalar_subquery(),
     ).add_cte(kept, counted)
 
 
@@ -204,11 +213,16 @@ class PostgresStatements:
         notices = run_notices(self._origin, changes.news)
         if changes.due:
             notices.append(due_notice(self._origin))
+        known = set(changes.known)
+        rows: dict[bool, Rows] = {True: [], False: []}
+        for record in changes.records:
+            rows[record.run.run_id in known].append(run_row(record))
         written = connection.execute(
             WRITE,
             {
                 "known": changes.known,
-                "new": _json(_RUNS, [run_row(record) for record in changes.records]),
+                "after": _json(_RUNS, rows[True]),
+                "new": _json(_RUNS, rows[False]),
                 "seen": _json(EVENT_COLUMNS, changes.events),
                 "tally": _json(TALLY_COLUMNS, changes.tallies),
                 "notice": _json(_NOTICES, notices),

@@ -1,47 +1,46 @@
 """Bring a database to this version's schema, and tell whether it is there.
 
-The revisions lie in `migrations/`: at the top of a checkout, inside the package in a wheel.
+Alembic is loaded only where there is something to migrate.
 """
 
 import asyncio
 import os
 import threading
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Final, TypeVar
 
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, column, select, table
+from sqlalchemy import Connection, Text, column, inspect, select, table
 
-from tracker.core.errors import SchemaOutdated, StoreError
+from tracker.core.errors import SchemaOutdated
 from tracker.store.engine import Database, migration_engine
 from tracker.store.faults import FOREIGN, translate
+from tracker.store.revisions import directory, head, is_known
 from tracker.store.url import DatabaseUrl
+
+__all__ = ["check", "current", "head", "is_known", "run_from_command_line", "upgrade"]
 
 T = TypeVar("T")
 
+PATIENCE_SECONDS: Final = 60.0
+"""How long a migration tries to get its locks from those who are at work."""
+
 _ALEMBIC: Final = threading.Lock()
-_VERSION: Final = table("alembic_version", column("version_num"))
+_VERSION: Final = table("alembic_version", column("version_num", Text))
 
 
-async def upgrade(url: str) -> None:
+async def upgrade(url: str, revision: str = "head", *, patience: float = PATIENCE_SECONDS) -> None:
     """Bring the database at `url` to the newest schema; one that is there, or later, stays.
 
-    A SQLite file is created where it is missing. Several processes may do this at the same time.
+    A SQLite file is created where it is missing. Several processes may do this at the same time,
+    and others may be at work: on PostgreSQL their locks are waited for, `patience` seconds in all.
     Raises `StoreUnavailable` where the database does not answer, `StoreError` for the rest.
     """
 
     def work(connection: Connection) -> None:
-        found = MigrationContext.configure(connection).get_current_revision()
+        found = _revision(connection)
         connection.rollback()
-        if found is None or found in _revisions():
-            config = _config()
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+        if found is None or (is_known(found) and found != head()):
+            _migrate(connection, revision, patience)
 
     # Alembic keeps what it works on in module globals: within a process, one after the other,
     # whichever event loop it is.
@@ -57,18 +56,7 @@ async def current(url: str) -> str | None:
     """The revision of the database at `url`; `None` for one without the tracker's tables."""
     if DatabaseUrl.parse(url).missing:
         return None  # to look must not create it
-    return await _connected(
-        url, lambda connection: MigrationContext.configure(connection).get_current_revision()
-    )
-
-
-@cache
-def head() -> str:
-    """The newest revision that this version knows."""
-    found = ScriptDirectory.from_config(_config()).get_current_head()
-    if found is None:
-        raise StoreError("the tracker's migrations are missing from this installation")
-    return found
+    return await _connected(url, _revision)
 
 
 async def check(db: Database) -> None:
@@ -83,7 +71,7 @@ async def check(db: Database) -> None:
         found = None
     if found is None:
         raise SchemaOutdated("the database has no tables yet: run `tracker db upgrade`")
-    if found != head() and found in _revisions():
+    if found != head() and is_known(found):
         raise SchemaOutdated(
             f"the database is at revision {found}, and this version needs {head()}: "
             "run `tracker db upgrade`"
@@ -107,22 +95,20 @@ async def _connected(url: str, work: Callable[[Connection], T]) -> T:
         await engine.dispose()
 
 
-@cache
-def _revisions() -> frozenset[str]:
-    script = ScriptDirectory.from_config(_config())
-    return frozenset(revision.revision for revision in script.walk_revisions())
+def _revision(connection: Connection) -> str | None:
+    """Where the database is; `None` where no migration has been."""
+    if not inspect(connection).has_table(_VERSION.name):
+        return None
+    return connection.execute(select(_VERSION.c.version_num)).scalar()
 
 
-def _config() -> Config:
+def _migrate(connection: Connection, revision: str, patience: float) -> None:
+    # A fifth of a short command's time, which most commands can do without.
+    from alembic import command  # noqa: PLC0415
+    from alembic.config import Config  # noqa: PLC0415
+
     config = Config()
     # Alembic reads its options with interpolation.
-    config.set_main_option("script_location", str(_directory()).replace("%", "%%"))
-    return config
-
-
-def _directory() -> Path:
-    package = Path(__file__).resolve().parent.parent
-    for candidate in (package / "migrations", package.parent / "migrations"):
-        if (candidate / "env.py").is_file():
-            return candidate
-    raise StoreError("the tracker's migrations are missing from this installation")
+    config.set_main_option("script_location", str(directory()).replace("%", "%%"))
+    config.attributes |= {"connection": connection, "patience": patience}
+    command.upgrade(config, revision)

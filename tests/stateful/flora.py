@@ -1,0 +1,287 @@
+"""FLORA as a model: its runs end when the test says so, and its requests fail where the test says.
+
+It stands at the HTTP transport, so that all of the tracker's client is the real one. The pages are
+small, cursors are offsets, and `seconds`, `lean` and `conflict` choose between the accounts that
+FLORA's sources give of itself.
+"""
+
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from email.utils import format_datetime
+from typing import Any, Final
+
+import httpx
+
+from tests.stateful.clocks import Clocks
+
+BASE: Final = "https://flora.test/api/v1"
+KEY: Final = "sk_test_of_the_model"
+WORKSPACE: Final = "ws_model"
+TECHNIQUES: Final = {"tech_icons": "icon-pack", "tech_cards": "tarot-pull"}
+"""Ids and slugs."""
+PAGE: Final = 3
+KEYS_KEPT: Final = {"replay": 24 * 3600, "conflict": 2 * 3600}
+"""For how many seconds an idempotency key is remembered, by each of the two accounts."""
+
+BEFORE: Final = ("429", "429 for long", "401", "500", "503", "no connection", "cut before")
+"""Faults of a request that does nothing."""
+AFTER: Final = ("cut after", "time-out", "504", "garbage")
+"""Faults of the answer to a request that did what was asked."""
+FAULTS: Final = (*BEFORE, *AFTER)
+
+Meanwhile = Callable[[], Awaitable[None]]
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class ModelRun:
+    """One run as it is. `key` is the idempotency key that started it, with these inputs; both are
+    `None` for a run that somebody else began. Times are milliseconds."""
+
+    run_id: str
+    technique_id: str | None
+    created_at: int
+    key: str | None = None
+    inputs: list[dict[str, str]] | None = None
+    status: str = "pending"
+    started_at: int | None = None
+    completed_at: int | None = None
+
+    @property
+    def run_type(self) -> str:
+        return "generation" if self.technique_id is None else "technique"
+
+    @property
+    def ended(self) -> bool:
+        return self.status in ("completed", "failed")
+
+    @property
+    def cost(self) -> float:
+        return 0.25 if self.status == "completed" else 0.0
+
+    @property
+    def error(self) -> dict[str, str]:
+        if self.status != "failed":
+            return {}
+        return {"error_code": "provider_error", "error_message": f"<b>{self.run_id}</b> broke"}
+
+    @property
+    def outputs(self) -> list[dict[str, str]]:
+        if self.status != "completed":
+            return []
+        picture = {"type": "imageUrl", "url": f"https://media.test/{self.run_id}.png"}
+        words = {"type": "text", "url": f"the words of {self.run_id}"}
+        return [{"output_id": f"out_{n}", **one} for n, one in enumerate((picture, words))]
+
+
+@dataclass(slots=True, eq=False)
+class _Strike:
+    what: str | Meanwhile
+    after: int
+    times: int
+
+
+class ModelFlora:
+    """All of FLORA. `armed` holds what strikes the requests to come."""
+
+    def __init__(self, clocks: Clocks) -> None:
+        self.runs: dict[str, ModelRun] = {}
+        self.requests = 0
+        self.struck = 0
+        self.armed: list[_Strike] = []
+        self.idempotency = "replay"
+        self.lean = False
+        self.seconds = False
+        self._clocks = clocks
+        self._keys: dict[str, tuple[float, str, bytes]] = {}
+
+    def begin(self, technique_id: str | None, **started: Any) -> ModelRun:
+        """A run begins; one without a technique is a generation."""
+        run_id = f"run_{len(self.runs)}"
+        run = ModelRun(run_id=run_id, technique_id=technique_id, created_at=self._now(), **started)
+        self.runs[run_id] = run
+        return run
+
+    def go_on(self, run: ModelRun, status: str) -> None:
+        """A run comes to be "running", "completed" or "failed"; an end is for ever."""
+        if run.ended:
+            return
+        if run.started_at is None:
+            run.started_at = self._now()
+        run.status = status
+        if run.ended:
+            run.completed_at = self._now()
+
+    async def handle(self, request: httpx.Request) -> httpx.Response:
+        """Answers a request, or fails it."""
+        assert str(request.url).startswith(BASE), "the key goes to FLORA alone"
+        assert request.headers["authorization"] == f"Bearer {KEY}"
+        self.requests += 1
+        self._clocks.elapsed += 0.1
+        strike = self._struck_by()
+        if strike in BEFORE:
+            return self._fail(request, strike)
+        answer = self._answer(request)
+        if callable(strike):
+            await strike()
+        elif strike is not None:
+            return self._fail(request, strike)
+        return answer
+
+    def arm(self, what: str | Meanwhile, *, after: int, times: int = 1) -> None:
+        """After so many requests, this strikes the next ones."""
+        self.armed.append(_Strike(what, after, times))
+
+    def _struck_by(self) -> str | Meanwhile | None:
+        """What strikes this request."""
+        found = next((strike for strike in self.armed if strike.after <= 0), None)
+        for strike in self.armed:
+            strike.after -= 1
+        if found is None:
+            return None
+        found.times -= 1
+        if found.times == 0:
+            self.armed.remove(found)
+        self.struck += 1
+        return found.what
+
+    def _fail(self, request: httpx.Request, fault: object) -> httpx.Response:
+        match fault:
+            case "no connection":
+                raise httpx.ConnectError("refused", request=request)
+            case "cut before" | "cut after":
+                raise httpx.ReadError("cut", request=request)
+            case "time-out":
+                self._clocks.elapsed += 20
+                raise httpx.ReadTimeout("", request=request)
+            case "429 for long":
+                return self._refuse(429, "rate_limited", {"retry-after": "50"})
+            case "garbage":
+                return self._respond(200, b'{"run_id": "ru')
+            case "504":
+                return self._respond(504, b"<html>Gateway Time-out</html>")
+            case _:
+                return self._refuse(int(str(fault)), "some_code")
+
+    def _answer(self, request: httpx.Request) -> httpx.Response:
+        query = request.url.params
+        match [request.method, *request.url.path.removeprefix("/api/v1/").split("/")]:
+            case ["GET", "techniques", named] if (technique_id := _technique(named)) is not None:
+                return self._show(_definition(technique_id))
+            case ["POST", "techniques", named, "runs"] if (found := _technique(named)) is not None:
+                return self._start(found, request)
+            case ["GET", "techniques", named, "runs", run_id]:
+                run = self.runs.get(run_id)
+                if run is not None and run.technique_id == _technique(named):
+                    return self._show(self._sight(run))
+            case ["GET", "runs", run_id] if run_id in self.runs:
+                return self._show(self._sight(self.runs[run_id]))
+            case ["GET", "technique-runs"]:
+                return self._list("technique", "technique_runs", query)
+            case ["GET", "generations"]:
+                return self._list("generation", "generations", query)
+        return self._refuse(404, "not_found")
+
+    def _start(self, technique_id: str, request: httpx.Request) -> httpx.Response:
+        body = json.loads(request.content)
+        key = body["idempotency_key"]
+        assert request.headers["idempotency-key"] == key
+        asked = json.dumps([technique_id, body], sort_keys=True)
+        used_at, original, answer = self._keys.get(key, (float("-inf"), "", b""))
+        if self._clocks.elapsed - used_at < KEYS_KEPT[self.idempotency]:
+            if self.idempotency == "conflict":
+                return self._refuse(409, "idempotency_duplicate")
+            if asked != original:
+                return self._refuse(422, "idempotency_conflict")
+            return self._respond(200, answer, {"idempotent-replayed": "true"})
+        run = self.begin(technique_id, key=key, inputs=body["inputs"])
+        answer = json.dumps(self._sight(run)).encode()
+        self._keys[key] = (self._clocks.elapsed, asked, answer)
+        return self._respond(201, answer)
+
+    def _list(self, run_type: str, name: str, query: httpx.QueryParams) -> httpx.Response:
+        technique_id = query.get("technique_id")
+        found = [
+            run
+            for run in reversed(self.runs.values())
+            if run.run_type == run_type and technique_id in (None, run.technique_id)
+        ]
+        begin = int(query.get("cursor", 0))
+        end = begin + min(int(query["limit"]), PAGE)
+        items = [self._item(run) for run in found[begin:end]]
+        meta = {"next_cursor": str(end) if end < len(found) else None}
+        return self._show({name: items, "meta": meta})
+
+    def _sight(self, run: ModelRun) -> dict[str, Any]:
+        """The run as a read shows it now; what is not known yet is a zero, as in the reference."""
+        path = f"techniques/{run.technique_id}/runs" if run.technique_id else "runs"
+        times = {
+            name: (at / 1000 if self.seconds else at) if at else 0
+            for name, at in (
+                ("created_at", run.created_at),
+                ("started_at", run.started_at),
+                ("completed_at", run.completed_at),
+            )
+        }
+        return {
+            "run_id": run.run_id,
+            "status": run.status,
+            "progress": {"pending": 0, "running": 40}.get(run.status, 100),
+            "poll_url": f"{BASE}/{path}/{run.run_id}",
+            "charged_cost": run.cost,
+            "outputs": run.outputs,
+            **times,
+            **run.error,
+        }
+
+    def _item(self, run: ModelRun) -> dict[str, Any]:
+        """The run as the history lists it."""
+        item = self._sight(run) | {"workspace_id": WORKSPACE, "project_id": "prj_model"}
+        if run.technique_id is None:
+            item["generation_id"] = item.pop("run_id")
+        else:
+            item["technique_run_id"] = run.run_id
+            item["technique"] = {"technique_id": run.technique_id, "name": "A technique"}
+        if self.lean and run.status == "completed":
+            del item["outputs"], item["charged_cost"]
+        return item
+
+    def _show(self, value: Any) -> httpx.Response:
+        return self._respond(200, json.dumps(value).encode())
+
+    def _refuse(
+        self, status: int, code: str, headers: dict[str, str] | None = None
+    ) -> httpx.Response:
+        body = {"error": {"code": code, "message": "in the model's words"}}
+        return self._respond(status, json.dumps(body).encode(), headers)
+
+    def _respond(
+        self, status: int, body: bytes, headers: dict[str, str] | None = None
+    ) -> httpx.Response:
+        date = format_datetime(self._clocks.flora(), usegmt=True)
+        always = {"date": date, "request-id": f"req_{self.requests}"}
+        return httpx.Response(status, content=body, headers=always | (headers or {}))
+
+    def _now(self) -> int:
+        return round(self._clocks.flora().timestamp() * 1000)
+
+
+def _technique(named: str) -> str | None:
+    """The id of a technique that is named by id or slug."""
+    return next((one for one, slug in TECHNIQUES.items() if named in (one, slug)), None)
+
+
+def asks_for(prompt: str) -> list[dict[str, str]]:
+    """The inputs of a start."""
+    return [{"id": "prompt", "type": "text", "value": prompt}]
+
+
+def _definition(technique_id: str) -> dict[str, Any]:
+    prompt = {"id": "prompt", "name": "Prompt", "type": "text"}
+    return {
+        "technique_id": technique_id,
+        "name": "A technique",
+        "run_cost": 0.25,
+        "inputs": [prompt],
+        "outputs": [],
+    }

@@ -1,0 +1,272 @@
+"""The state machine: whatever may happen to a tracker, in any order, against the model of FLORA.
+
+Rules that pick a run take `nth`, counted from the oldest and wrapped around. What strikes a later
+request or commit (`trouble`, `meanwhile`, `crash`) is armed by a rule of its own, so that each step
+says one thing and a failure shrinks to the few that matter. After a crash the next process begins
+at once. When the steps are over, all faults stop and everything has to settle.
+"""
+
+import functools
+import sys
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Final
+
+from hypothesis import stateful
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+)
+
+from tests.stateful.callbacks import FORGERIES, callback, forged
+from tests.stateful.flora import FAULTS, WORKSPACE, ModelRun, asks_for
+from tests.stateful.process import POINTS
+from tests.stateful.settling import settle
+from tests.stateful.world import World
+
+_NTH: Final = st.integers(0, 7)
+_END: Final = st.sampled_from(["completed", "failed"])
+_SOON: Final = st.integers(0, 3)
+
+_there_are_runs = precondition(lambda self: self.world.flora.runs)
+
+
+def rule(**given: Any) -> Callable[[Callable[..., Any]], Any]:
+    """A rule of the machine, which the figures count as "rule <its name>"."""
+
+    def decorate(step: Callable[..., Any]) -> Any:
+        @functools.wraps(step)
+        def counted(self: "TrackerMachine", **values: Any) -> Any:
+            self.world.figures[f"rule {step.__name__}"] += 1
+            return step(self, **values)
+
+        return stateful.rule(**given)(counted)
+
+    return decorate
+
+
+class TrackerMachine(RuleBasedStateMachine):
+    """A tracker on the database at `url`; `figures` counts what was done."""
+
+    keys = Bundle("keys")
+
+    def __init__(self, url: str, figures: Counter[str] | None = None) -> None:
+        super().__init__()
+        self.world = World(url, Counter() if figures is None else figures)
+        self.world.figures["examples"] += 1
+
+    @initialize(
+        conflict=st.booleans(),
+        lean=st.booleans(),
+        seconds=st.booleans(),
+        told=st.booleans(),
+        runs=st.integers(0, 5),
+    )
+    def begin(self, conflict: bool, lean: bool, seconds: bool, told: bool, runs: int) -> None:
+        """Which of FLORA's accounts are true, whether we were told our workspace's id, and how many
+        runs are there already."""
+        flora = self.world.flora
+        flora.idempotency = "conflict" if conflict else "replay"
+        flora.lean, flora.seconds = lean, seconds
+        for _ in range(runs):
+            flora.begin("tech_cards")
+        self.world.told = WORKSPACE if told else None
+        self.world.begin()
+
+    # FLORA
+
+    @rule(generation=st.booleans(), ours=st.booleans())
+    def begins_elsewhere(self, generation: bool, ours: bool) -> None:
+        """Somebody else begins a run, perhaps of the technique that we start."""
+        self.world.flora.begin(None if generation else "tech_icons" if ours else "tech_cards")
+
+    @_there_are_runs
+    @rule(nth=_NTH, status=st.sampled_from(["running", "completed", "failed"]))
+    def goes_on(self, nth: int, status: str) -> None:
+        """A run is worked on, or ends."""
+        self.world.flora.go_on(self._run(nth), status)
+
+    @rule(fault=st.sampled_from(FAULTS), after=_SOON, times=st.sampled_from([1, 2, 15]))
+    def trouble(self, fault: str, after: int, times: int) -> None:
+        """Requests to come fail: one that is repeated at once, or so many that a call gives up."""
+        self.world.flora.arm(fault, after=after, times=times)
+
+    @rule(status=_END, told=st.booleans(), after=_SOON)
+    def meanwhile(self, status: str, told: bool, after: int) -> None:
+        """During a request to come the newest run ends, and another one begins.
+
+        Where that request is a start and FLORA tells of the end, the callback overtakes the answer.
+        """
+        flora = self.world.flora
+
+        async def happens() -> None:
+            run = self._run(-1) if flora.runs else flora.begin("tech_cards")
+            flora.go_on(run, status)
+            flora.begin("tech_cards")
+            if told:
+                await self.world.deliver(self.world.callback(run))
+
+        flora.arm(happens, after=after)
+
+    # Callbacks
+
+    @_there_are_runs
+    @rule(nth=_NTH, contrary=st.booleans())
+    def calls_back(self, nth: int, contrary: bool) -> None:
+        """FLORA tells of a run's end, perhaps once more, before reads show it, or wrongly."""
+        sent = self.world.callback(self._run(nth), contrary=contrary)
+        self.world.do(self.world.deliver(sent))
+
+    @precondition(lambda self: self.world.memory.callbacks)
+    @rule(nth=_NTH)
+    def calls_back_again(self, nth: int) -> None:
+        """An attempt is repeated as it was: where it had been taken, it only counts."""
+        memory, flora = self.world.memory, self.world.flora
+        sent = list(memory.callbacks.values())[nth % len(memory.callbacks)]
+        known, before = sent.taken > 0, (flora.requests, memory.events.copy())
+        self.world.do(self.world.deliver(sent))
+        self.world.check()
+        assert not known or before == (flora.requests, memory.events)
+
+    @rule(kind=st.sampled_from(["unknown run", "another workspace", "not understood"]))
+    def calls_back_strangely(self, kind: str) -> None:
+        """An authentic callback, of which nobody knows what to do, or what it is about."""
+        world = self.world
+        if kind == "another workspace" and world.told is None:
+            return  # as long as we know of none, any is ours
+        more = {
+            "another workspace": {"workspace_id": "ws_other"},
+            "not understood": {"type": "run.paused"},
+        }
+        run_id = f"run_odd_{world.next()}"
+        odd = callback(world.clocks, f"whd_{run_id}", run_id, "completed", **more.get(kind, {}))
+        world.do(world.deliver(world.kept(odd)))
+
+    @_there_are_runs
+    @rule(nth=_NTH)
+    def calls_back_in_vain(self, nth: int) -> None:
+        """Under a wrong workspace id a callback is quarantined, and waits for its replay."""
+        sent = self.world.callback(self._run(nth))
+        if not sent.tries:
+            sent.outcomes = ("quarantined", "applied")
+        workspace = self.world.workspace
+        right, workspace.workspace_id = workspace.workspace_id, "ws_wrong"
+        self.world.do(self.world.deliver(sent))
+        workspace.workspace_id = right
+
+    @_there_are_runs
+    @rule(nth=_NTH, status=_END, how=st.sampled_from(FORGERIES))
+    def is_forged(self, nth: int, status: str, how: str) -> None:
+        """Somebody else posts a callback."""
+        world = self.world
+        fake = callback(world.clocks, f"whd_forged_{world.next()}", self._run(nth).run_id, status)
+        body, header = forged(how, fake.body, world.secrets[0], world.clocks)
+        assert world.do(world.post(body, header)) in (401, None)
+        world.figures["forged"] += 1
+
+    # The tracker
+
+    @rule(target=keys)
+    def start(self) -> str:
+        """A run is started under a new key."""
+        world, key = self.world, f"key-{self.world.next()}"
+        quiet = not world.flora.armed and world.process.doom is None and not world.flora_waits
+        status = world.do(world.start(key, "a cat"))
+        assert not quiet or status == 201, "nothing was in the way"
+        return key
+
+    @rule(key=keys, prompt=st.sampled_from(["a cat", "a dog"]))
+    def start_again(self, key: str, prompt: str) -> None:
+        """A caller who heard nothing, or forgot, sends a key again, perhaps for something else."""
+        before = self.world.memory.starts.get(key)
+        status = self.world.do(self.world.start(key, prompt))
+        if before is not None and before.inputs != asks_for(prompt):
+            assert status not in (200, 201), "one key, and two runs"
+
+    @rule(nth=_NTH, how=st.sampled_from(["known", "with a poll_url", "unknown"]))
+    def is_told(self, nth: int, how: str) -> None:
+        """Somebody names a run, of which FLORA may know nothing, or with a `poll_url` of theirs."""
+        run_id = f"run_named_{nth}"
+        if how != "unknown" and self.world.flora.runs:
+            run_id = self._run(nth).run_id
+        poll_url = f"https://elsewhere.test/{run_id}" if how == "with a poll_url" else None
+        self.world.do(self.world.track(run_id, poll_url))
+
+    @rule(after=st.sampled_from([0, 6, 40, 400]))
+    def polls(self, after: int) -> None:
+        """Some seconds later, what is due is read."""
+        self.world.clocks.elapsed += after
+        self.world.do(self.world.process.services.poller.poll_due())
+
+    @rule(minutes=st.none() | st.sampled_from([1, 60]))
+    def sweeps(self, minutes: int | None) -> None:
+        """A whole sweep, or one that somebody asked to go back only so far."""
+        self.world.do(self.world.sweep(minutes=minutes))
+
+    @rule(job=st.sampled_from(["recover", "look", "replay"]), nth=_NTH)
+    def does(self, job: str, nth: int) -> None:
+        """Lost starts are looked for, a run is read now, or what is quarantined is replayed."""
+        world, services = self.world, self.world.process.services
+        known = list(world.memory.records.values())
+        if job == "recover":
+            world.do(services.recovery.recover())
+        elif job == "replay":
+            world.do(world.replay())
+        elif known:
+            world.do(services.poller.read_now(known[nth % len(known)]))
+
+    @rule(point=st.sampled_from(POINTS), after=_SOON)
+    def crash(self, point: str, after: int) -> None:
+        """The process is going to die."""
+        self.world.process.doom = (point, after)
+
+    @rule(rotating=st.booleans())
+    def restarts(self, rotating: bool) -> None:
+        """Perhaps for the next step of a rotation: we know a new secret, FLORA signs with both, it
+        forgets the old one, and so do we."""
+        world = self.world
+        if rotating and len(world.secrets) == 1:
+            world.secrets = [f"whsec_{world.next()}", *world.secrets]
+        elif rotating and world.signing == world.secrets[1:]:
+            world.signing = world.secrets
+        elif rotating and world.signing == world.secrets:
+            world.signing = world.secrets[:1]
+        elif rotating:
+            world.secrets = world.secrets[:1]
+        world.restart()
+
+    # Time
+
+    @rule(seconds=st.sampled_from([35, 375, 1000, 4000, 8000, 3 * 86400]))
+    def time_passes(self, seconds: int) -> None:
+        self.world.clocks.elapsed += seconds
+
+    @rule(ahead=st.sampled_from([0, 1200, 3 * 3600, -300]))
+    def clock_jumps(self, ahead: int) -> None:
+        """Our clock is set: so many seconds ahead of FLORA's."""
+        self.world.clocks.ahead = ahead
+
+    # What must hold
+
+    @invariant()
+    def all_promises_hold(self) -> None:
+        """After every step."""
+        self.world.figures["steps"] += 1
+        self.world.check()
+
+    def teardown(self) -> None:
+        """At the end everything settles, unless something has failed already."""
+        try:
+            if sys.exception() is None:
+                self.world.run(settle(self.world))
+                self.world.check()
+        finally:
+            self.world.close()
+
+    def _run(self, nth: int) -> ModelRun:
+        runs = list(self.world.flora.runs.values())
+        return runs[nth % len(runs)]

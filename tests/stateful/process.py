@@ -1,0 +1,163 @@
+"""One process of the tracker: all of it real but the far end, and mortal at any commit or request.
+
+A crash is what SIGKILL is to a database and to FLORA: from one moment on, nothing of the process
+reaches either. So it freezes where it was struck; then its tasks are thrown away, and whatever
+their `finally` blocks still want to write is refused.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
+from typing import Any, Final, NoReturn, Self, TypeVar
+
+import httpx
+from sqlalchemy import Connection
+
+from tests.stateful.clocks import Clocks
+from tests.stateful.flora import BASE, KEY, ModelFlora
+from tracker.core.errors import StoreError
+from tracker.flora.client import FloraClient
+from tracker.settings import Settings
+from tracker.web.app import build_app
+from tracker.wiring import Services, open_services
+
+T = TypeVar("T")
+
+POINTS: Final = ("before a commit", "after a commit", "before a request", "after a request")
+"""Where a process dies: with a transaction not begun or committed, with a request not sent or
+answered, and nobody told."""
+PUBLIC_URL: Final = "https://tracker.test"
+
+
+class Crashed(StoreError):
+    """The process is dead."""
+
+
+class Process:
+    """A tracker over a database. `doom` says where it dies, and after how many times there."""
+
+    services: Services
+    http: httpx.AsyncClient
+    """Asks its web application."""
+
+    def __init__(self) -> None:
+        self.doom: tuple[str, int] | None = None
+        self._stack = AsyncExitStack()
+        self._dead = asyncio.get_running_loop().create_future()
+
+    @classmethod
+    async def start(
+        cls,
+        database_url: str,
+        clocks: Clocks,
+        flora: ModelFlora,
+        *,
+        secrets: Sequence[str],
+        workspace_id: str | None,
+    ) -> Self:
+        """A new process with these signing secrets; it may have to learn its workspace's id."""
+        process = cls()
+        settings = Settings(
+            flora_base_url=BASE,
+            flora_api_key=KEY,
+            flora_workspace_id=workspace_id,
+            flora_webhook_secret=" ".join(secrets),
+            tracker_database_url=database_url,
+            tracker_public_url=PUBLIC_URL,
+            tracker_api_concurrency=1,  # so that one order of events is one outcome
+            tracker_history_since="365d",
+        )
+        enter = process._stack.enter_async_context
+        services = await enter(open_services(settings, clock=clocks.ours))
+        services.database._writer = _MortalWriter(services.database._writer, process)  # type: ignore[assignment]
+        services.starter._sleep = clocks.sleep
+        (workspace,) = services.workspaces
+        workspace.client = await enter(
+            FloraClient(
+                base_url=BASE,
+                api_key=KEY,
+                concurrency=1,
+                deadline=25.0,
+                clock=clocks.ours,
+                monotonic=clocks.monotonic,
+                sleep=clocks.sleep,
+                transport=_MortalTransport(flora, process),
+            )
+        )
+        process.services = services
+        ours = httpx.ASGITransport(app=build_app(services))
+        process.http = await enter(
+            httpx.AsyncClient(transport=ours, base_url="http://127.0.0.1", trust_env=False)
+        )
+        return process
+
+    @property
+    def holder(self) -> str:
+        """Under which name it claims runs."""
+        return self.services.poller._holder
+
+    async def do(self, work: Awaitable[T]) -> T:
+        """Do something in the process. Raises `Crashed` where it died over that."""
+        task = asyncio.ensure_future(work)
+        await asyncio.wait([task, self._dead], return_when=asyncio.FIRST_COMPLETED)
+        if self._dead.done():
+            await self._bury()
+            raise Crashed
+        return await task
+
+    async def stop(self) -> None:
+        """End it in order."""
+        self.doom = None
+        await self._stack.aclose()
+
+    async def reach(self, point: str) -> None:
+        """The process gets to this point, and no further where it is to die there."""
+        if self._dead.done():
+            raise Crashed
+        if self.doom is not None and self.doom[0] == point:
+            self.doom = (point, self.doom[1] - 1)
+            if self.doom[1] < 0:
+                self._dead.set_result(None)
+                await _nothing_more()
+
+    async def _bury(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._stack.aclose()  # the connections; of what is written on the way nothing arrives
+
+
+class _MortalWriter:
+    """The database's writer."""
+
+    def __init__(self, writer: Any, process: Process) -> None:
+        self.engine = writer.engine
+        self.close = writer.close
+        self._writer = writer
+        self._process = process
+
+    async def run(self, work: Callable[[Connection], T]) -> T:
+        await self._process.reach("before a commit")
+        result: T = await self._writer.run(work)
+        await self._process.reach("after a commit")
+        return result
+
+
+class _MortalTransport(httpx.AsyncBaseTransport):
+    """The way to FLORA."""
+
+    def __init__(self, flora: ModelFlora, process: Process) -> None:
+        self._flora = flora
+        self._process = process
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        await self._process.reach("before a request")
+        response = await self._flora.handle(request)
+        await self._process.reach("after a request")
+        return response
+
+
+async def _nothing_more() -> NoReturn:
+    await asyncio.get_running_loop().create_future()
+    raise AssertionError("a dead process does nothing")

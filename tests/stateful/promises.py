@@ -1,0 +1,218 @@
+"""What must hold after every step, as asserts over one snapshot of the database."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import func, select
+
+from tests.stateful.callbacks import Callback
+from tests.stateful.flora import WORKSPACE, ModelFlora, ModelRun
+from tests.store.test_tallies import Counts, summed
+from tracker.core.merge import merge
+from tracker.core.observation import Observation, Source
+from tracker.core.record import Record
+from tracker.core.run import Run, Standing, Tracking
+from tracker.core.tally import Key
+from tracker.store.engine import Database
+from tracker.store.overview import TALLIES
+from tracker.store.records import read_records
+from tracker.store.rows import RUN_COLUMNS
+from tracker.store.tables import deliveries, run_events, runs, starts
+
+_STANDINGS = {
+    "pending": (Standing.PENDING,),
+    "running": (Standing.PENDING, Standing.RUNNING),
+    "completed": (Standing.PENDING, Standing.RUNNING, Standing.COMPLETED),
+    "failed": (Standing.PENDING, Standing.RUNNING, Standing.FAILED),
+}
+"""How high the API alone may have brought a run, by how it is at FLORA."""
+
+
+@dataclass(slots=True)
+class Memory:
+    """What was told to whom, and how things stood before.
+
+    `keys` are those that somebody sent, `started` the runs that were answered to a key, `tracked`
+    the runs that somebody named.
+    """
+
+    callbacks: dict[str, Callback] = field(default_factory=dict)
+    keys: set[str] = field(default_factory=set)
+    started: dict[str, str] = field(default_factory=dict)
+    tracked: set[str] = field(default_factory=set)
+    starts: dict[str, Any] = field(default_factory=dict)
+    records: dict[str, Record] = field(default_factory=dict)
+    events: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """The database at one moment."""
+
+    records: dict[str, Record]
+    events: dict[str, list[Observation]]
+    deliveries: dict[str, Any]
+    starts: dict[str, Any]
+    tallies: Counts
+
+
+async def snapshot(db: Database) -> Snapshot:
+    """All of it, in one transaction."""
+    key = [TALLIES.c[name] for name in Key._fields]
+    sums = [func.sum(TALLIES.c.runs), func.sum(TALLIES.c.amount)]
+    async with db.read() as connection:
+        records = await read_records(
+            connection,
+            (await connection.execute(select(*RUN_COLUMNS).order_by(runs.c.run_id))).all(),
+        )
+        timeline = select(run_events.c.run_id, run_events.c.detail).order_by(run_events.c.id)
+        seen: dict[str, list[Observation]] = {}
+        for run_id, detail in await connection.execute(timeline):
+            seen.setdefault(run_id, []).append(Observation.from_json(detail))
+        came = (await connection.execute(select(deliveries))).all()
+        ledger = (await connection.execute(select(starts))).all()
+        counts = (await connection.execute(select(*key, *sums).group_by(*key))).all()
+    return Snapshot(
+        records={record.run.run_id: record for record in records},
+        events=seen,
+        deliveries={row.delivery_id: row for row in came},
+        starts={row.idempotency_key: row for row in ledger},
+        tallies={Key(*row[:7]): (int(row[7]), int(row[8])) for row in counts if any(row[7:])},
+    )
+
+
+def check(now: Snapshot, flora: ModelFlora, memory: Memory, *, holder: str) -> None:
+    """All promises. `holder` is the process that lives, and is at nothing."""
+    _no_start_is_paid_twice(now, flora, memory)
+    _what_was_taken_is_kept_and_nothing_else(now, memory)
+    applied: dict[str, set[str]] = {}
+    for delivery in now.deliveries.values():
+        if delivery.outcome == "applied":
+            applied.setdefault(delivery.run_id, set()).add(
+                memory.callbacks[delivery.delivery_id].status
+            )
+    assert applied.keys() <= now.records.keys(), "a delivery is applied, and its run is not there"
+    for run_id, record in now.records.items():
+        truth = flora.runs.get(run_id)
+        said = applied.get(run_id, set())
+        assert truth is not None or said or run_id in memory.tracked, f"who told of {run_id}?"
+        _the_end_is_somebodys_word(record, truth, said)
+        _nothing_is_taken_back(record, memory.records.get(run_id))
+        assert record.lease_holder != holder, f"{run_id} is still claimed"
+        if truth is not None:
+            assert record.tracking is not Tracking.LOST, f"FLORA knows {run_id}"
+            if record.run.settled:
+                assert_true(record, truth)
+        seen = now.events[run_id]
+        assert fold(seen) == record.run, f"the timeline of {run_id} does not fold to its row"
+        assert len(seen) >= memory.events[run_id]
+        memory.events[run_id] = len(seen)
+    assert memory.records.keys() <= now.records.keys(), "a run is gone"
+    assert now.tallies == summed(now.records.values())
+    memory.records, memory.starts = now.records, now.starts
+
+
+def fold(seen: list[Observation]) -> Run | None:
+    """What these sights amount to."""
+    run = None
+    for observation in seen:
+        run = merge(run, observation)
+    return run
+
+
+def assert_true(record: Record, truth: ModelRun) -> None:
+    """A settled run has FLORA's own status, outputs, cost, error and times."""
+    run = record.run
+    assert (record.settled_at is not None) == run.settled == (record.next_check_at is None)
+    told = {
+        "status": run.status.value,
+        "outputs": [[o.output_id, o.type, o.url] for o in run.outputs or ()],
+        "cost": None if run.charged_cost is None else float(run.charged_cost),
+        "error": None if run.error is None else [run.error.code, run.error.message],
+        "times": [_ms(run.created_at), _ms(run.started_at), _ms(run.completed_at)],
+    }
+    assert told == {
+        "status": truth.status,
+        "outputs": [list(output.values()) for output in truth.outputs],
+        "cost": truth.cost,
+        "error": list(truth.error.values()) or None,
+        "times": [truth.created_at, truth.started_at, truth.completed_at],
+    }
+    assert run.workspace_id in (None, WORKSPACE)
+    assert run.technique_id in (None, truth.technique_id)
+
+
+def _ms(moment: datetime | None) -> int | None:
+    return None if moment is None else round(moment.timestamp() * 1000)
+
+
+def _no_start_is_paid_twice(now: Snapshot, flora: ModelFlora, memory: Memory) -> None:
+    """A key is one run, whoever sent it how often; what was answered to it stays true."""
+    paid = Counter(run.key for run in flora.runs.values() if run.key is not None)
+    assert all(count == 1 for count in paid.values()), f"paid twice: {paid}"
+    owned = Counter(row.run_id for row in now.starts.values() if row.run_id is not None)
+    assert all(count == 1 for count in owned.values()), f"one run for two keys: {owned}"
+    assert memory.starts.keys() <= now.starts.keys() <= memory.keys
+    for key, row in now.starts.items():
+        before = memory.starts.get(key, row)
+        assert row.inputs == before.inputs
+        assert before.run_id in (None, row.run_id)
+        if row.state == "refused":
+            assert key not in paid, f"{key} runs at FLORA, and is said to have been refused"
+        if row.state != "started":
+            continue
+        # A run that somebody else began may be taken for ours, never one of another key.
+        run, record = flora.runs[row.run_id], now.records[row.run_id]
+        assert run.key in (key, None)
+        assert run.inputs in (row.inputs, None)
+        assert record.source is Source.START
+        assert record.inputs == row.inputs
+    for key, run_id in memory.started.items():
+        assert now.starts[key].run_id == run_id, f"{key} was answered with {run_id}"
+
+
+def _what_was_taken_is_kept_and_nothing_else(now: Snapshot, memory: Memory) -> None:
+    """What was answered with 2xx is there, and nothing is that no believable signature brought."""
+    for delivery_id, row in now.deliveries.items():
+        sent = memory.callbacks.get(delivery_id)
+        assert sent is not None, f"{delivery_id} is a forgery, and was kept"
+        assert row.body == sent.body
+        assert row.outcome in sent.outcomes
+        assert sent.taken <= row.receipts <= sent.tries
+    for sent in memory.callbacks.values():
+        assert sent.taken == 0 or sent.delivery_id in now.deliveries, "acknowledged, and not there"
+
+
+def _the_end_is_somebodys_word(record: Record, truth: ModelRun | None, said: set[str]) -> None:
+    """The API's where it has spoken, else an authentic callback's; and a contradiction shows."""
+    run = record.run
+    allowed = () if truth is None else _STANDINGS[truth.status]
+    if run.standing.ended and not run.standing.ended_at_api:
+        assert run.status.value == ("completed" if "completed" in said else "failed")
+        assert run.status.value in said
+    else:
+        assert run.standing in (*allowed, Standing.PENDING), f"nobody said that: {run}"
+    assert run.standing.ended or not said, "a callback had no effect"
+    assert (record.callback_at is not None) == bool(said)
+    assert (record.ended_via is not None) == (record.end_seen_at is not None) == run.standing.ended
+    ends = said | ({truth.status} if truth is not None and run.standing.ended_at_api else set())
+    assert run.conflict == (len(ends) > 1)
+
+
+def _nothing_is_taken_back(record: Record, before: Record | None) -> None:
+    """A run only climbs, and what was noted of its receipt stays."""
+    if before is None:
+        return
+    assert record.run.standing >= before.run.standing
+    assert record.run.progress >= before.run.progress
+    assert not before.run.settled or record.run.settled
+    assert record.checks >= before.checks
+    assert record.first_seen_at == before.first_seen_at
+    assert record.source in (before.source, Source.START)
+    # A replay may show that a callback had come even earlier.
+    assert before.callback_at is None or record.callback_at <= before.callback_at
+    for name in ("ended_via", "end_seen_at", "settled_at"):
+        known = getattr(before, name)
+        assert known is None or getattr(record, name) == known, f"{name} changed"

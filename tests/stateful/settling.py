@@ -1,0 +1,77 @@
+"""Once faults stop, everything settles: with FLORA's own truth, in few rounds and few requests."""
+
+from typing import Final
+
+from tests.stateful.flora import WORKSPACE
+from tests.stateful.promises import assert_true, snapshot
+from tests.stateful.world import World
+
+CALM: Final = 4 * 3600
+"""Seconds, past every lease, hold, pause and doubt, by whatever clock: ours was at most three hours
+ahead."""
+DAY: Final = 86400
+ROUNDS: Final = 6
+"""So many rounds of polling, each when the next run is due, settle all runs that are known."""
+READS: Final = 3
+"""So many requests for each run, and for each round."""
+
+
+async def settle(world: World) -> None:
+    """Let all faults stop and all runs end, do the worker's jobs as time passes, and compare."""
+    clocks, flora, services = world.clocks, world.flora, world.process.services
+    flora.armed.clear()
+    world.process.doom = None
+    clocks.ahead = 0
+    clocks.elapsed += CALM
+    for number, run in enumerate(flora.runs.values()):
+        flora.go_on(run, ("completed", "failed")[number % 2])
+    before = flora.requests
+    await services.recovery.recover()
+    rounds = 0
+    while await _open_runs(world):
+        rounds += 1
+        assert rounds <= ROUNDS, "what is known does not settle"
+        await _poll(world)
+        due = await services.poller.next_due_at()
+        if due is not None:
+            clocks.elapsed += max((due - clocks.ours()).total_seconds(), 1)
+    # What nobody told of is found by the next sweep; generations are looked for once a day.
+    clocks.elapsed += DAY
+    await world.sweep()
+    await _poll(world)
+    world.figures["most rounds"] = max(world.figures["most rounds"], rounds)
+    await _compare(world)
+    unknown = len(world.memory.records.keys() - flora.runs.keys())
+    bound = READS * (len(flora.runs) + unknown + 1) * (rounds + 2)
+    assert flora.requests - before <= bound, f"{flora.requests - before} requests: {bound} do"
+
+
+async def _open_runs(world: World) -> bool:
+    now = await snapshot(world.process.services.database)
+    return any(
+        not record.run.settled
+        for run_id, record in now.records.items()
+        if run_id in world.flora.runs
+    )
+
+
+async def _poll(world: World) -> None:
+    while (await world.process.services.poller.poll_due()).more:
+        pass
+
+
+async def _compare(world: World) -> None:
+    """Every run of FLORA's is settled and true, and of every start it is known what it became."""
+    now = await snapshot(world.process.services.database)
+    for run_id, truth in world.flora.runs.items():
+        assert run_id in now.records, f"{run_id} is lost"
+        record = now.records[run_id]
+        assert record.run.settled, f"{run_id} does not settle"
+        assert_true(record, truth)
+        assert (record.run.workspace_id, record.run.run_type) == (WORKSPACE, truth.run_type)
+        assert record.run.technique_id == truth.technique_id
+    for key, row in now.starts.items():
+        paid = any(run.key == key for run in world.flora.runs.values())
+        assert (
+            row.state in ("started", "unresolved") if paid else ("refused", "unresolved", "started")
+        )

@@ -1,0 +1,74 @@
+"""Receivers and workers that write the same runs at the same moment never wait in a circle."""
+
+import asyncio
+from typing import Any
+
+from sqlalchemy import Connection, event, text
+from sqlalchemy.util import await_only
+
+from tests.store.making import POLICY, callback, open_door, seen
+from tests.support.waiting import eventually
+from tracker.core.run import RunStatus
+from tracker.store.batch import Changes, Rules, pass_batch
+from tracker.store.batch_postgres import PostgresStatements
+from tracker.store.engine import Database
+from tracker.store.read import get_run
+
+WAITING = text("SELECT count(*) FROM pg_locks WHERE NOT granted")
+
+
+class Halting(PostgresStatements):
+    """Stands still between locking what is known and writing what is new."""
+
+    def __init__(self) -> None:
+        super().__init__("origin")
+        self.locked = asyncio.Event()
+        self.go_on = asyncio.Event()
+
+    def write(self, connection: Connection, changes: Changes) -> None:
+        """As ever, but when it is told to."""
+        self.locked.set()
+        await_only(self.go_on.wait())
+        super().write(connection, changes)
+
+
+async def test_a_run_that_becomes_known_meanwhile_is_not_waited_for(postgres_url: str) -> None:
+    """One has locked a run and wants to add another, which somebody else has added and a third one
+    has locked, who waits for the first: the first begins anew at once, and no deadlock arises."""
+    errors: list[str] = []
+
+    def note(context: Any) -> None:
+        errors.append(context.original_exception.sqlstate)
+
+    async with (
+        await Database.open(postgres_url) as one,
+        await Database.open(postgres_url) as other,
+        open_door(other) as door,
+        await Database.open(postgres_url) as third,
+        open_door(third) as third_door,
+    ):
+        for engine in (*one.engines, *other.engines, *third.engines):
+            event.listen(engine, "handle_error", note)
+        await door.put(seen("run_2"))
+        halting = Halting()
+        entries = [seen("run_1", RunStatus.COMPLETED), seen("run_2", RunStatus.COMPLETED)]
+        rules = Rules(POLICY, lambda _: None)
+        first = asyncio.create_task(
+            one.write(lambda connection: pass_batch(connection, entries, rules, halting))
+        )
+        await halting.locked.wait()
+        await door.put(callback("run_1"))
+        last = asyncio.create_task(third_door.put_all([seen("run_1"), callback("run_2")]))
+
+        async def waits() -> bool:
+            async with other.read() as connection:
+                return bool((await connection.execute(WAITING)).scalar())
+
+        await eventually(waits)
+        halting.go_on.set()
+        await asyncio.gather(first, last)
+        for run_id in ("run_1", "run_2"):
+            record = await get_run(other, run_id)
+            assert record is not None
+            assert (record.run.status, record.callback_at is not None) == ("completed", True)
+    assert errors == []

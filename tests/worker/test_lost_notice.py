@@ -1,0 +1,50 @@
+"""A notification that nobody hears costs a tick, and no run."""
+
+import time
+
+import pytest
+
+from tests.store.making import callback, open_door
+from tests.support.waiting import eventually
+from tests.worker.test_scheduler import swept, working
+from tracker.core.clock import utc_now
+from tracker.simulator import Options, running
+from tracker.store.engine import Database
+from tracker.store.read import get_run
+from tracker.store.signals import Signals
+from tracker.worker import scheduler
+
+TICK = 1.5
+
+
+async def test_a_swallowed_notification_costs_a_tick(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a callback that another process took, and of which no word came through, a worker knows
+    when it looks by itself."""
+    assert TICK < scheduler.TICK
+    monkeypatch.setattr(scheduler, "TICK", TICK)
+    async with (
+        running(Options(run_seconds=0.1, failures=0)) as flora,
+        working(postgres_url, flora) as (_, services),
+        await Database.open(postgres_url) as receiver,
+        Signals(receiver) as deaf,
+    ):
+        # Nobody listens to what seems to be his own word.
+        receiver.origin = services.database.origin
+        await deaf.wait_listening()
+        await deaf.wait_due(0)
+        await eventually(lambda: swept(services))
+        run = flora.start()
+        async with open_door(receiver) as door:
+            await door.put(callback(run.run_id, at=utc_now()))
+        began = time.monotonic()
+
+        async def settled() -> bool:
+            record = await get_run(receiver, run.run_id)
+            return record is not None and record.run.settled
+
+        assert not await deaf.wait_due(0.1)
+        await eventually(settled, timeout=8)
+        # It was the tick, and not the job that comes every fourth.
+        assert time.monotonic() - began < 4 * TICK
