@@ -12,7 +12,7 @@ from sqlalchemy import case, insert, select, update
 
 from tests.store.making import NOW, callback, ids, open_door, quarantined, receipts, seen, started
 from tests.store.test_tallies import counted, tallied
-from tracker.core.entry import Entry, Seen, Unseen
+from tracker.core.entry import Entry, Replayed, Seen, Unseen
 from tracker.core.errors import InvalidRequest
 from tracker.core.observation import Observation, Source
 from tracker.core.run import Output, RunStatus
@@ -274,6 +274,48 @@ async def test_what_somebody_holds_is_left_for_the_next_time(postgres_url: str) 
         await owner.close()
         counts = await pruner(db).prune(AGES)
         assert (counts["runs"], counts["deliveries"]) == (1, 2)
+
+
+async def test_a_recount_meanwhile_does_not_end_it(postgres_url: str) -> None:
+    """While all runs are counted anew nobody folds what changed, and all that is old goes."""
+    async with await Database.open(postgres_url) as db, open_door(db) as door:
+        await put(door, settled("run_1", 100), settled("run_2", 40))
+        counting: Any = await asyncpg.connect(postgres_url)
+        async with counting.transaction():
+            await counting.execute("LOCK TABLE run_tallies IN SHARE ROW EXCLUSIVE MODE")
+            counts = await pruner(db).prune(AGES)
+        await counting.close()
+        assert (counts["runs"], counts["bodies"]) == (1, 2)
+        assert [n for k, (n, _) in (await tallied(db)).items() if k.measure == STATE] == [1]
+
+
+async def test_a_body_that_somebody_holds_goes_the_next_time(postgres_url: str) -> None:
+    """Those that came after it go at once, and yet it is looked for again."""
+    async with await Database.open(postgres_url) as db, open_door(db) as door:
+        await put(door, settled("held", 40), *(settled(run, 35) for run in ids("free", 30)))
+        owner: Any = await asyncpg.connect(postgres_url)
+        async with owner.transaction():
+            await owner.execute("SELECT FROM deliveries WHERE delivery_id = 'whd_held' FOR UPDATE")
+            assert await pruner(db).prune(AGES) == NOTHING | {"bodies": 30}
+        await owner.close()
+        assert await pruner(db).prune(AGES) == NOTHING | {"bodies": 1}
+
+
+async def test_the_body_of_a_late_replay_goes_too(door: Door, db: Database) -> None:
+    """A callback that was in quarantine when the bodies of its time went loses its own the next
+    time, however old it is."""
+    held_back = quarantined("whd_late", at=NOW - 60 * DAY)
+    await door.put(held_back)
+    await put(door, settled("run_1", 35))
+    assert await pruner(db).prune(AGES) == NOTHING | {"bodies": 1}
+    read_now = callback("run_2", "whd_late", at=NOW).observation
+    assert read_now is not None
+    await door.put(Replayed(delivery=held_back.delivery, observation=read_now))
+    assert await pruner(db).prune(AGES) == NOTHING | {"bodies": 1}
+    row = await read.get_delivery(db, "whd_late")
+    assert row is not None
+    assert (row.body, row.body_removed_at) == (None, NOW)
+    assert await pruner(db).prune(AGES) == NOTHING
 
 
 async def _start(db: Database, door: Door, key: str, run_id: str | None, at: datetime) -> None:

@@ -1,10 +1,14 @@
 """How an answer leaves: in as few packets as it can, and in order."""
 
 import asyncio
+import socket
+from typing import Any
 from urllib.parse import urlsplit
 
 from tests.web.conftest import Serve
 from tests.web.serving import wire
+from tracker.web.joined import Joined
+from tracker.web.server import _loop_factory
 
 ASK = b"%b /healthz HTTP/1.1\r\nHost: localhost\r\n%b\r\n"
 
@@ -33,3 +37,24 @@ async def test_an_answer_without_a_body_is_sent_all_the_same(serve: Serve, sqlit
                 assert head.startswith(b"HTTP/1.1 200")
                 if not more:
                     assert (await asking.answer()).status == 200
+
+
+def test_what_a_reader_who_is_gone_was_to_get_is_dropped() -> None:
+    """A head that is kept back when the connection is cut is no error, on the loop that serves."""
+    broken: list[dict[str, Any]] = []
+
+    async def answer_too_late() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: broken.append(context))
+        ours, theirs = socket.socketpair()
+        with theirs:
+            transport, _ = await loop.create_connection(asyncio.Protocol, sock=ours)
+            joined = Joined(transport, loop)
+            transport.abort()
+            joined.write(b"HTTP/1.1 200 OK\r\n\r\n")
+            for _ in range(3):
+                await asyncio.sleep(0)
+
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(answer_too_late())
+    assert not broken

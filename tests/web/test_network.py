@@ -15,6 +15,7 @@ from tests.support.waiting import eventually
 from tests.web.callbacks import PATH, event, signature, signed
 from tests.web.conftest import Serve, Site
 from tests.web.serving import Answer, Wire, chunk, post, serving, wire
+from tracker.web import crowd
 from tracker.web.limits import Limits
 
 SECRET = "whsec_simulator"  # of the processes of `tests.e2e`
@@ -300,6 +301,45 @@ async def test_who_is_served_does_not_give_way() -> None:
         assert await refused()
         go_on.set()
         assert [(await connection.answer()).status for connection in served] == [200] * 2
+
+
+@pytest.mark.parametrize("more", ["", "Connection: close\r\n"], ids=["stays", "ends"])
+async def test_who_does_not_take_its_answers_gives_way(more: str) -> None:
+    """Clients that ask for much and read next to nothing of it keep nobody else out."""
+    large = 16 * 1024 * 1024
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] != "/large":
+            await _hello(scope, receive, send)
+            return
+        length = [(b"content-length", str(large).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": length})
+        await send({"type": "http.response.body", "body": bytes(large)})
+
+    ask = f"GET /large HTTP/1.1\r\nHost: localhost\r\n{more}\r\n".encode()
+    limits = Limits(connections=2)
+    async with serving(app, limits=limits) as base_url, contextlib.AsyncExitStack() as stack:
+        unread = [await stack.enter_async_context(wire(base_url)) for _ in range(2)]
+        for connection in unread:
+            await connection.send(ask, ask)
+
+        async def served() -> bool:
+            async with wire(base_url) as newcomer:
+                await newcomer.send(GET, b"\r\n")
+                return (await newcomer.answer()).status == 200
+
+        await eventually(served)
+        for connection in unread:
+            with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+                await connection.answer()
+
+
+async def test_with_few_files_some_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that may open no more than 256 files serves as many as it can."""
+    monkeypatch.setattr(crowd, "_files", lambda _: 256)
+    async with serving(_hello) as base_url, wire(base_url) as connection:
+        await connection.send(GET, b"\r\n")
+        assert (await connection.answer()).status == 200
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ REPEATED: Final = "repeated"
 OUTCOMES: Final = (*(outcome.value for outcome in DeliveryOutcome), REPEATED)
 REFUSALS: Final = (
     *get_args(Reason),
-    *("too_large", "too_slow", "cut_off", "trial", "not_set_up"),
+    *("too_large", "no_room", "too_slow", "cut_off", "trial", "not_set_up"),
     *("not_committed_in_time", "database_unavailable", "not_storable"),
 )
 """Why a callback is not kept: as `tracker.web.callbacks` says it."""

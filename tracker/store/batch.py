@@ -16,6 +16,7 @@ from tracker.core.observation import Observation
 from tracker.core.record import DurationsOf, Record, apply
 from tracker.core.schedule import Policy
 from tracker.core.tally import Key, facts, same
+from tracker.store import retention
 from tracker.store.tables import deliveries, word
 
 
@@ -185,6 +186,9 @@ def _apply_replays(connection: Connection, entries: Sequence[Entry]) -> set[int]
             )
             if found.rowcount == 0:
                 repeated.add(position)
+            else:
+                # Its body is now one of those that go, maybe before where the last ones went.
+                retention.step_back(connection, "bodies", entry.delivery.received_at)
     return repeated
 
 

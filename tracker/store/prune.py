@@ -43,6 +43,8 @@ from tracker.store.tables import (
     sweeps,
     word,
 )
+from tracker.store.tables import retention as marks
+from tracker.store.types import UtcDateTime
 
 AROUND: Final = timedelta(days=1)
 """A start of which nobody knows what came of it may be any run of its technique that was created
@@ -50,6 +52,11 @@ within this of its sending; no clock is further off."""
 
 BEGINNING: Final = datetime(1, 1, 2, tzinfo=UTC)
 """Before everything."""
+
+_HAS_BODY: Final = and_(
+    deliveries.c.outcome == word("applied"), deliveries.c.body_removed_at.is_(None)
+)
+"""An applied delivery whose body is still there."""
 
 Counts = Counter[str]
 """Rows by table; and as `bodies` the bodies that are gone, with their delivery or without it."""
@@ -157,22 +164,36 @@ async def old_bodies(db: Database, before: datetime, *, after: Key | None, limit
     It goes on where the last one came to, whoever that was.
     """
     reached = (await retention.marks(db, "bodies")).get("")
-    doomed = and_(deliveries.c.outcome == word("applied"), deliveries.c.body_removed_at.is_(None))
-    return await _old_deliveries(db, before, doomed, after=after, since=reached, limit=limit)
+    return await _old_deliveries(db, before, _HAS_BODY, after=after, since=reached, limit=limit)
 
 
 def empty_bodies(connection: Connection, keys: Sequence[Key], at: datetime) -> Counts:
     """Empty the bodies of those that nobody holds; a repetition is still recognised."""
-    still = and_(deliveries.c.outcome == word("applied"), deliveries.c.body_removed_at.is_(None))
-    ids = [row.delivery_id for row in _lock(connection, and_(_among(keys), still))]
+    ids = [row.delivery_id for row in _lock(connection, and_(_among(keys), _HAS_BODY))]
     emptied = (
         update(deliveries)
         .where(deliveries.c.delivery_id.in_(ids))
         .values(body=b"", body_removed_at=at)
     )
     connection.execute(emptied)
-    retention.reach(connection, "bodies", [("", keys[-1].at)])
+    retention.reach(connection, "bodies", [("", _bodies_gone_until(connection, keys[-1].at))])
     return Counts(bodies=len(ids))
+
+
+def _bodies_gone_until(connection: Connection, at: datetime) -> datetime:
+    """That moment, or when the first of those came that somebody held and that are still to go."""
+    mark = select(marks.c.through).where(marks.c.what == word("bodies")).scalar_subquery()
+    first_left = (
+        select(deliveries.c.received_at)
+        .where(
+            _HAS_BODY,
+            deliveries.c.received_at >= func.coalesce(mark, literal(BEGINNING, UtcDateTime)),
+            deliveries.c.received_at <= at,
+        )
+        .order_by(deliveries.c.received_at)
+        .limit(1)
+    )
+    return connection.scalar(first_left) or at
 
 
 async def left_deliveries(db: Database, before: datetime, *, after: Key | None, limit: int) -> Page:

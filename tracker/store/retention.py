@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from tracker.store import sweeps
@@ -82,3 +82,9 @@ def reach(
             set_={"through": later(retention.c.through, kept.excluded.through)},
         )
     )
+
+
+def step_back(connection: Connection, what: Literal["bodies"], at: datetime) -> None:
+    """Note that something as old as that is there to be removed again: it is looked for anew."""
+    beyond = (retention.c.what == what, retention.c.through > at)
+    connection.execute(update(retention).where(*beyond).values(through=at))

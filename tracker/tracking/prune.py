@@ -8,6 +8,7 @@ SQLite, where one writes at a time, a receiver in another process gets in betwee
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -19,6 +20,7 @@ from tracker.core.clock import Clock
 from tracker.core.errors import FieldFault, InvalidRequest
 from tracker.store import prune, tallies
 from tracker.store.engine import Database
+from tracker.store.faults import StoreBusy
 from tracker.store.prune import Counts, Key, Page
 
 SHORTEST: Final = timedelta(days=1)
@@ -182,7 +184,8 @@ class Pruner:
             some, left = left[: self._size], left[self._size :]
             removed += await self._write(partial(stage.remove, keys=some))
         if removed["runs"]:
-            await tallies.fold(self._database)
+            with suppress(StoreBusy):  # all is being counted anew; what is not folded counts too
+                await tallies.fold(self._database)
         return removed
 
     async def _write(self, work: Callable[[Connection], Counts]) -> Counts:

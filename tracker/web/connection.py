@@ -11,6 +11,8 @@ has brought a part of a head     after `head_seconds`, with 408; at more than `h
 has brought a part of a body     as the application says, which reads it
 has brought whole requests       when they are answered, each in its turn; with the last of
                                  `requests_ahead`, if there are more
+takes its answers slowly         when somebody else needs its place; where it takes nothing at all,
+                                 after `UNREAD` of `tracker.web.server`
 ===============================  ================================================================
 
 `tracker.web.crowd` looks at each of them once a second, so that a request costs no timer.
@@ -59,8 +61,10 @@ class Connection(HttpToolsProtocol):
 
     @property
     def is_waiting(self) -> bool:
-        """Whether it is the client's turn: to ask, or to bring the rest of what it asks."""
-        return not self.transport.is_closing() and (not self._is_busy or self._is_receiving)
+        """Whether it is the client's turn: to ask, to bring the rest of what it asks, or to take
+        what it was answered, be it the last."""
+        is_unread = self.flow.write_paused or self.transport.is_closing()
+        return is_unread or not self._is_busy or self._is_receiving
 
     def look(self, now: float) -> None:
         """Ends it, if its client has left it where it stands for too long."""
@@ -79,7 +83,9 @@ class Connection(HttpToolsProtocol):
     def give_way(self) -> None:
         """Ends it, because somebody else needs its place."""
         self.connections.discard(self)  # it is no longer counted, though it takes a moment to go
-        if self._begun_head is None and not self._is_busy:
+        if self.transport.is_closing() or self.transport.get_write_buffer_size():
+            self.transport.abort()  # else it would stay until its client has taken the rest
+        elif self._begun_head is None and not self._is_busy:
             self.transport.close()
         else:
             self._refuse(_NO_ROOM)

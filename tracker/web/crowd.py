@@ -19,7 +19,8 @@ from tracker.web.limits import Limits
 log = structlog.get_logger(__name__)
 
 _OTHER_FILES: Final = 256
-"""For the database, FLORA, and those who are let in before others have gone."""
+"""For the database, FLORA, and those who are let in before others have gone; half of all files,
+where a process may not open twice as many."""
 _AT_ONCE: Final = 32
 """So many go together: to look for them costs more than to let them go."""
 _SAY_AGAIN_AFTER: Final = 10.0
@@ -30,7 +31,8 @@ class Crowd:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._most = min(limits.connections, _files(limits.connections) - _OTHER_FILES)
+        files = _files(limits.connections)
+        self._most = min(limits.connections, max(files - _OTHER_FILES, files // 2))
         self._full = Seldom(_SAY_AGAIN_AFTER)
 
     def connection(self, **given: Any) -> Connection:

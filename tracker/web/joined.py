@@ -28,10 +28,11 @@ class Joined:
             self._transport.write(whole)
 
     def flush(self) -> None:
-        """Write what is kept back."""
+        """Write what is kept back, if its reader has not gone since: uvloop minds that."""
         if self._kept is not None:
             alone, self._kept = self._kept, None
-            self._transport.write(alone)
+            if not self._transport.is_closing():
+                self._transport.write(alone)
 
     def close(self) -> None:
         """Close the connection behind what was written."""
