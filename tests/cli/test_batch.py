@@ -17,7 +17,6 @@ import pytest
 import typer
 
 from tests.cli.conftest import TRACKER, Commands, simulate
-from tests.settings.test_readme import section
 from tests.support.waiting import eventually
 from tracker.cli.app import app
 
@@ -197,10 +196,12 @@ def test_an_unknown_batch_is_status_1(tracker: Commands) -> None:
     assert "`tracker batches list`" in done.stderr
 
 
-def test_what_the_readme_shows_works(flora: Commands) -> None:
-    """The commands of its section on batches, as they stand there, one after the other."""
+def test_what_the_page_shows_works(flora: Commands) -> None:
+    """The commands of docs/work.md on batches, as they stand there, one after the other."""
     shutil.copytree(ROOT / "examples", flora.folder / "examples")
-    (block,) = re.findall(r"```sh\n(.*?)```", section("Batches"), re.S)
+    page = (ROOT / "docs" / "work.md").read_text(encoding="utf-8")
+    section = page.split("\n## Batches\n")[1].split("\n## ")[0]
+    (block,) = re.findall(r"```sh\n(.*?)```", section, re.S)
     commands = [shlex.split(line) for line in block.splitlines()]
     assert len(commands) == 3
     said = []

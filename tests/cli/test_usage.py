@@ -38,6 +38,7 @@ COMMANDS = {
     "doctor": ["--json"],
     "db upgrade": ["--json"],
     "db current": ["--json"],
+    "db copy": ["--to", "--json"],
     "db recount": ["--json"],
     "simulate": [
         *("--port", "--seed", "--speed", "--run-seconds", "--drop", "--duplicate", "--early"),

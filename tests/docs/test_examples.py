@@ -46,11 +46,16 @@ def with_blocks(*languages: str) -> list[Path]:
 
 @pytest.fixture
 def postgres(postgres_databases: PostgresDatabases) -> Iterator[dict[str, str]]:
-    """The databases that the pages name: `tracker`, with its schema, and an empty `restored`."""
-    with postgres_databases.migrated() as tracker, postgres_databases.empty() as restored:
+    """The databases that the pages name: `tracker`, with its schema, and two empty ones."""
+    with (
+        postgres_databases.migrated() as tracker,
+        postgres_databases.empty() as restored,
+        postgres_databases.empty() as dumped,
+    ):
         yield {
             "postgresql://tracker@db.example.com/tracker": tracker,
             "postgresql://tracker@db.example.com/restored": restored,
+            "postgresql://tracker@db.example.com/dumped": dumped,
         }
 
 

@@ -67,6 +67,10 @@ class Process:
         async with asyncio.timeout(30):
             return await self._process.wait()
 
+    async def wait(self) -> int:
+        """The exit status of one that ends by itself."""
+        return await self._process.wait()
+
     async def end(self) -> None:
         """Make sure that it is gone."""
         if self._process.returncode is None:

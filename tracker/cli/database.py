@@ -1,11 +1,14 @@
 """`tracker db`: the schema, and the counts that follow from the runs."""
 
 import asyncio
+import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tracker.cli.arguments import parse_age
+from tracker.cli.copy_progress import CopyLines
 from tracker.cli.errand import note, prepare, run_once
 from tracker.cli.output import JsonFlag, print_fields, print_json, print_table
 
@@ -47,6 +50,42 @@ def current(as_json: JsonFlag = False) -> None:
         print_json(shown)
     else:
         print_fields({**shown, "current": at or "empty"})
+
+
+@app.command("copy")
+def copy_(
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="URL",
+            envvar="TRACKER_COPY_TO",
+            help="An empty database, which is given its tables where it has none.",
+        ),
+    ],
+    as_json: JsonFlag = False,
+) -> None:
+    """Copy everything from TRACKER_DATABASE_URL to another database: all of it or nothing."""
+    settings = prepare()
+    from tracker.store.copy import copy
+    from tracker.store.url import DatabaseUrl
+
+    source = settings.tracker_database_url
+    shown = {
+        "from": str(DatabaseUrl.parse(source)),
+        "to": str(DatabaseUrl.parse(to, "--to")),
+    }
+    began = time.monotonic()
+    copied = asyncio.run(copy(source, to, progress=CopyLines().show))
+    seconds = round(time.monotonic() - began, 1)
+    if as_json:
+        print_json(shown | asdict(copied) | {"seconds": seconds})
+        return
+    print_table(("table", "rows"), copied.tables.items())
+    note(
+        f"{sum(copied.tables.values())} rows went from {shown['from']} to {shown['to']} in "
+        f"{seconds} s; counted there, and {copied.compared} of them compared. A tracker that is "
+        "started on it goes on from there; `tracker reconcile` brings what happened meanwhile."
+    )
 
 
 @app.command()

@@ -20,9 +20,7 @@ _DIALECTS: Final = {
     "postgresql+psycopg": "postgresql",
     "postgresql+psycopg2": "postgresql",
 }
-_ADVICE: Final = (
-    "TRACKER_DATABASE_URL must be sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE"
-)
+_ADVICE: Final = "must be sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE"
 _UNKNOWN_TO_ASYNCPG: Final = ("channel_binding",)
 
 
@@ -36,17 +34,19 @@ class DatabaseUrl:
     path: str = ""
 
     @classmethod
-    def parse(cls, url: str) -> Self:
-        """Read a URL. Raises `SettingsError`, which does not repeat it, for any other kind."""
+    def parse(cls, url: str, name: str = "TRACKER_DATABASE_URL") -> Self:
+        """Read a URL. Raises `SettingsError` for any other kind, which does not repeat it but says
+        what it was given as, its `name`."""
+        advice = f"{name} {_ADVICE}"
         scheme, separator, rest = url.strip().partition("://")
         dialect = _DIALECTS.get(scheme.lower())
         if not separator or dialect is None:
-            raise SettingsError(f"{_ADVICE}; other databases are not supported")
+            raise SettingsError(f"{advice}; other databases are not supported")
         if dialect == "sqlite":
             path = rest.removeprefix("/").partition("?")[0]
             if not path or path == ":memory:" or not rest.startswith("/"):
                 raise SettingsError(
-                    f"{_ADVICE}; a SQLite database is a file (three slashes, four for an absolute "
+                    f"{advice}; a SQLite database is a file (three slashes, four for an absolute "
                     "path), because readers and the writer have connections of their own"
                 )
             return cls("sqlite", f"sqlite:///{path}", f"sqlite:///{path}", path)
@@ -61,7 +61,7 @@ class DatabaseUrl:
             shown = make_url(dsn).set(query={}).render_as_string(hide_password=True)
         except (ValueError, ArgumentError):
             # Not `from` the cause: its words may hold the password.
-            raise SettingsError(_ADVICE) from None
+            raise SettingsError(advice) from None
         return cls("postgresql", parts._replace(query=urlencode(query)).geturl(), shown)
 
     @property
