@@ -28,7 +28,7 @@ UV     := UV_PYTHON_DOWNLOADS=never UV_FIND_LINKS= UV_CONSTRAINT= UV_OVERRIDE= \
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format lock audit docs dist screenshots clean
+.PHONY: help install demo test bench soak check format lock audit docs dist screenshots clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,12 @@ demo: install  ## watch the tracker work against a local FLORA, without a key
 test: install  ## run the test suite, on SQLite and on a PostgreSQL that it starts itself
 	@# Four on two cores: many tests wait for processes rather than compute.
 	$(BIN)/pytest -n 4 --dist worksteal $(PYTEST_ARGS)
+
+bench: install  ## measure speed, API calls, memory and scale, for twenty minutes (BENCH=ingest takes some)
+	$(BIN)/python -m bench $(BENCH)
+
+soak: install  ## break it for half an hour, in every way we know (SOAKS="crash outage" takes some)
+	$(BIN)/python -m bench.soaks $(SOAKS)
 
 screenshots: install  ## take pictures of the dashboard, into docs/screenshots (needs Chromium)
 	$(BIN)/python -m tools.screenshots

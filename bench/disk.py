@@ -24,7 +24,7 @@ from typing import Any, Final
 import asyncpg
 
 from bench.churn import vacuum_often
-from bench.scale_views import throw_away
+from bench.throw_away import throw_away
 from tests.store.making import callback, open_door, seen
 from tests.web.callbacks import event
 from tracker.core.clock import utc_now

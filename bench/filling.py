@@ -1,8 +1,10 @@
 """A database as it looks after a busy quarter, made in SQL: any number of runs within a minute.
 
-They spread over the last ninety days, three workspaces and twenty techniques. One of a thousand is
-still active, and of those half are overdue; most ends came by callback. Each run has two lines of
-timeline and a delivery; the sweeps are those of a quarter.
+They spread over the last ninety days, three workspaces and twenty techniques. One of a thousand, or
+as many as are asked for, is still active, and of those half are overdue; most ends came by
+callback. Each run has two lines of timeline and a delivery; the sweeps are those of a quarter. Runs
+and deliveries are numbered, or have scattered ids, each of which comes to lie somewhere else in an
+index.
 """
 
 from typing import Final
@@ -21,29 +23,41 @@ _NUMBERS: Final = {
     "sqlite": "(WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {count})"
     " SELECT i FROM n) AS n",
 }
+# Odd, and the golden ratio of 2**32: each number has one of its own, far from those before it.
+SCATTER: Final = 2_654_435_761
 _WORDS: Final[dict[str, dict[str, str]]] = {
     "postgresql": {
         "ago": "now() - ({0}) * interval '1 second'",
         "true": "true",
         "bytes": "'\\x7b7d'::bytea",
         "json": "'{}'::jsonb",
+        "scattered": f"lpad(to_hex(i::bigint * {SCATTER} % 4294967296), 8, '0')"
+        " || lpad(to_hex(i), 8, '0')",
     },
     "sqlite": {
         "ago": "strftime('%Y-%m-%d %H:%M:%f000', 'now', printf('%+.3f seconds', -({0})))",
         "true": "1",
         "bytes": "x'7b7d'",
         "json": "'{}'",
+        "scattered": f"printf('%08x%08x', i * {SCATTER} % 4294967296, i)",
     },
 }
 
 
-async def fill(db: Database, count: int, *, sweeps: int = SWEEPS) -> None:
+async def fill(
+    db: Database,
+    count: int,
+    *,
+    sweeps: int = SWEEPS,
+    active: int | None = None,
+    scattered: bool = False,
+) -> None:
     """Put that many runs, and what goes with them, into an empty database, and count them."""
     engine = migration_engine(db.url)
     async with engine.begin() as connection:
         if db.dialect == "postgresql":
             await connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
-        await connection.run_sync(_insert, count, sweeps)
+        await connection.run_sync(_insert, count, active or count // 1000, sweeps, scattered)
     await engine.dispose()
     await tallies.recount(db)
     await analyze(db)
@@ -63,9 +77,10 @@ async def analyze(db: Database) -> None:
     await engine.dispose()
 
 
-def _insert(connection: Connection, count: int, sweeps: int) -> None:
+def _insert(connection: Connection, count: int, few: int, sweeps: int, scattered: bool) -> None:
     dialect = connection.dialect.name
     words = _WORDS[dialect]
+    key = words["scattered"] if scattered else "i"
 
     def numbers(upto: int) -> str:
         return _NUMBERS[dialect].format(count=upto)
@@ -76,7 +91,8 @@ def _insert(connection: Connection, count: int, sweeps: int) -> None:
     # Seconds since its creation: the newest runs are the last ones.
     age = f"({count} - i) * {DAYS * 86400.0 / count}"
     took = "(20 + i % 40)"
-    active = "(i % 1000 = 7)"
+    every = max(count // max(few, 1), 10)
+    active = f"(i % {every} = 7)"
     via = "CASE WHEN i % 25 = 1 THEN 'poll' WHEN i % 40 = 2 THEN 'history' ELSE 'callback' END"
     seen = f"{age} - {took} - CASE WHEN {via} = 'callback' THEN 0.3 + i % 3 ELSE 15 + i % 60 END"
     failed = "(i % 17 = 3)"
@@ -94,7 +110,8 @@ def _insert(connection: Connection, count: int, sweeps: int) -> None:
             output_count, standing, details, ranks, conflict, source, first_seen_at, callback_at,
             callback_expected, ended_via, end_seen_at, tracking, settled_at, next_check_at, looks,
             checks, missing)
-        SELECT 'run_' || i, 'technique', 'ws_' || (i % 3), 'tech_' || (1 + i * 7 % 20), 'Technique',
+        SELECT 'run_' || {key}, 'technique', 'ws_' || (i % 3), 'tech_' || (1 + i * 7 % 20),
+            'Technique',
             CASE WHEN {active} THEN 'running' WHEN {failed} THEN 'failed' ELSE 'completed' END,
             50, {ago(age)}, {yes}, {ago(age)}, {ended(ago(f"{age} - {took}"))},
             {ended("(i % 90) / 100.0")}, 0,
@@ -108,7 +125,7 @@ def _insert(connection: Connection, count: int, sweeps: int) -> None:
         FROM {numbers(count)}""",
         *(
             f"""INSERT INTO run_events (run_id, at, source, status, detail)
-            SELECT 'run_' || i, {at}, '{source}', '{status}', {words["json"]}
+            SELECT 'run_' || {key}, {at}, '{source}', '{status}', {words["json"]}
             FROM {numbers(count)}"""
             for source, status, at in (
                 ("start", "pending", ago(age)),
@@ -117,16 +134,16 @@ def _insert(connection: Connection, count: int, sweeps: int) -> None:
         ),
         f"""INSERT INTO deliveries (delivery_id, run_id, workspace_id, event_type, received_at,
             last_received_at, receipts, outcome, reason, body)
-        SELECT 'whd_' || i, 'run_' || i, 'ws_' || (i % 3), 'run.completed', {ago(seen)},
-            {ago(seen)}, 1, CASE WHEN i % 5000 = 9 THEN 'quarantined' ELSE 'applied' END,
-            CASE WHEN i % 5000 = 9 THEN 'not a JSON object' END, {words["bytes"]}
+        SELECT 'whd_' || {key}, 'run_' || {key}, 'ws_' || (i % 3), 'run.completed', {ago(seen)},
+            {ago(seen)}, 1, CASE WHEN i % {5 * every} = 9 THEN 'quarantined' ELSE 'applied' END,
+            CASE WHEN i % {5 * every} = 9 THEN 'not a JSON object' END, {words["bytes"]}
         FROM {numbers(count)}""",
         f"""INSERT INTO starts (workspace_slot, idempotency_key, technique_id, fingerprint, inputs,
             state, created_at, run_id)
-        SELECT 'default', 'key_' || i, 'tech_' || (1 + i * 7 % 20), '', {words["json"]},
-            CASE WHEN i % 10000 = 5 THEN 'unresolved' WHEN i % 10000 = 6 THEN 'sent'
+        SELECT 'default', 'key_' || {key}, 'tech_' || (1 + i * 7 % 20), '', {words["json"]},
+            CASE WHEN i % {10 * every} = 5 THEN 'unresolved' WHEN i % {10 * every} = 6 THEN 'sent'
                 ELSE 'started' END,
-            {ago(age)}, CASE WHEN i % 10000 NOT IN (5, 6) THEN 'run_' || i END
+            {ago(age)}, CASE WHEN i % {10 * every} NOT IN (5, 6) THEN 'run_' || {key} END
         FROM {numbers(count)}""",
         f"""INSERT INTO sweeps (workspace_id, started_at, finished_at, pages, items, discovered,
             repaired, unreadable, through, error)

@@ -23,7 +23,7 @@ from typing import Any, Final
 from sqlalchemy import func, select
 
 from bench.filling import fill
-from bench.scale_views import throw_away
+from bench.throw_away import throw_away
 from tests.store.making import callback, open_door
 from tests.store.test_tallies import counted, tallied
 from tracker.core.clock import utc_now

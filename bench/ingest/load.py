@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from bench.filling import SCATTER
 from bench.ingest.sender import Sender
 from tracker.flora.signature import sign
 
@@ -60,18 +61,22 @@ class Load:
         return self.acknowledged / self.seconds
 
 
-def callbacks(count: int, *, prefix: str) -> Iterator[tuple[str, bytes]]:
-    """Signature header and body of that many callbacks, each of a run of its own."""
+def callbacks(count: int, *, prefix: str, scattered: bool = False) -> Iterator[tuple[str, bytes]]:
+    """Signature header and body of that many callbacks, each of a run of its own.
+
+    `scattered` ones have ids each of which comes to lie somewhere else in an index.
+    """
     now = int(time.time())
     for number in range(count):
+        key = f"{number * SCATTER % 2**32:08x}{prefix}" if scattered else f"{prefix}{number:08x}"
         data = {
-            "run_id": f"run_{prefix}{number:08x}",
+            "run_id": f"run_{key}",
             "run_type": "technique",
             "workspace_id": WORKSPACE,
             "status": "completed",
         }
         event = {
-            "id": f"whd_{prefix}{number:08x}",
+            "id": f"whd_{key}",
             "type": "run.completed",
             "api_version": "2026-06-11",
             "created_at": now * 1000 + number % 1000,
@@ -82,10 +87,10 @@ def callbacks(count: int, *, prefix: str) -> Iterator[tuple[str, bytes]]:
 
 
 @contextmanager
-def prepared(count: int, *, prefix: str) -> Iterator[Path]:
+def prepared(count: int, *, prefix: str, scattered: bool = False) -> Iterator[Path]:
     """A file of that many callbacks, one a line: signature, blank, body."""
     with tempfile.NamedTemporaryFile("wb", suffix=".requests") as file:
-        for signature, body in callbacks(count, prefix=prefix):
+        for signature, body in callbacks(count, prefix=prefix, scattered=scattered):
             file.write(b"%b %b\n" % (signature.encode(), body))
         file.flush()
         yield Path(file.name)
@@ -96,6 +101,12 @@ def send(requests: Path, port: int, *, connections: int, seconds: float) -> Load
     if shutil.which("wrk"):
         return _by_wrk(requests, port, connections, seconds)
     return asyncio.run(_by_python(requests, port, connections, seconds))
+
+
+def send_all(requests: Path, port: int, *, connections: int) -> Load:
+    """Send all that was prepared, however long that takes; from Python, as wrk stops by the clock
+    alone."""
+    return asyncio.run(_all_by_python(requests, port, connections))
 
 
 def _by_wrk(requests: Path, port: int, connections: int, seconds: float) -> Load:
@@ -120,4 +131,10 @@ def _by_wrk(requests: Path, port: int, connections: int, seconds: float) -> Load
 async def _by_python(requests: Path, port: int, connections: int, seconds: float) -> Load:
     async with Sender(requests, port, connections=connections) as sender:
         await sender.flat_out(seconds)
+    return Load(sender.answers.acknowledged, sender.answers.refused, seconds)
+
+
+async def _all_by_python(requests: Path, port: int, connections: int) -> Load:
+    async with Sender(requests, port, connections=connections) as sender:
+        seconds = await sender.all_of_them()
     return Load(sender.answers.acknowledged, sender.answers.refused, seconds)

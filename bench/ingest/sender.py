@@ -6,6 +6,7 @@ from being sent.
 """
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -84,6 +85,16 @@ class Sender:
         self._send()
         await asyncio.sleep(seconds)
         await self._last_answers()
+
+    async def all_of_them(self) -> float:
+        """Send all that was prepared, each connection its next whenever its last was answered.
+        Returns the seconds that it took."""
+        began = time.perf_counter()
+        self._until = math.inf
+        self._due.extend([began] * self._connections)
+        self._send()
+        await self._all_idle.wait()
+        return time.perf_counter() - began
 
     def answered(self, connection: "_Connection", status: int, due: float) -> None:
         """A connection has its answer, and is free for the next."""

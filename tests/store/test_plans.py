@@ -7,13 +7,14 @@ statement that nobody uses.
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
 from sqlalchemy import Engine, event, text
 
 from tests.store.making import NOW, callback, open_door
-from tracker.store import claims, gauges, read, starts, sweeps
+from tracker.store import claims, gauges, listed, read, starts, sweeps
 from tracker.store.engine import Database, migration_engine
 from tracker.tracking.prune import Ages, Pruner
 
@@ -111,23 +112,41 @@ QUERIES: dict[str, tuple[Callable[[Database], Awaitable[Any]], str]] = {
         ),
         "ix_runs_due",
     ),
+    "claiming what has ended": (
+        lambda db: claims.claim_due(
+            db, holder="h", now=NOW, lease=timedelta(60), limit=10, ended=True, newest=True
+        ),
+        "ix_runs_due",
+    ),
+    "where runs stand in FLORA's list": (
+        lambda db: listed.places(db, ["run_1", "run_2"], ["ws_1", None], among=200),
+        "ix_runs_newest",
+    ),
     "the next moment that something is due": (
         lambda db: claims.next_due_at(db, now=NOW),
         "ix_runs_due",
     ),
     "giving claims back": (lambda db: claims.release(db, "h"), "ix_runs_due"),
     "runs": (read.list_runs, "ix_runs_newest"),
-    "runs by status": (
-        lambda db: read.list_runs(db, status="running"),
-        "ix_runs_newest_of_status",
-    ),
-    "runs by tracking": (
-        lambda db: read.list_runs(db, tracking="active"),
-        "ix_runs_newest_of_tracking",
-    ),
+    **{
+        f"runs that are {status}": (
+            partial(read.list_runs, status=status),
+            "ix_runs_newest_not_completed",
+        )
+        for status in ("pending", "running", "failed")
+    },
+    **{
+        f"runs that are {tracking}": (
+            partial(read.list_runs, tracking=tracking),
+            "ix_runs_newest_not_settled",
+        )
+        for tracking in ("active", "lost")
+    },
+    "runs that are completed": (partial(read.list_runs, status="completed"), "ix_runs_newest"),
+    "runs that are settled": (partial(read.list_runs, tracking="settled"), "ix_runs_newest"),
     "runs by technique": (
         lambda db: read.list_runs(db, technique_id="tech_1"),
-        "ix_runs_newest_of_technique",
+        "ix_runs_newest_of_a_technique",
     ),
     "runs by workspace": (
         lambda db: read.list_runs(db, workspace_id="ws_1"),
@@ -157,7 +176,7 @@ QUERIES: dict[str, tuple[Callable[[Database], Awaitable[Any]], str]] = {
     ),
     "the oldest open run": (
         lambda db: sweeps.oldest_unfinished_since(db, None, NOW - timedelta(days=9)),
-        "ix_runs_newest_of_tracking",
+        "ix_runs_newest_not_settled",
     ),
 }
 

@@ -135,14 +135,16 @@ async def test_a_foreign_cursor_is_refused(db: Database) -> None:
 
 ENTRANCES = [
     (Wanted(), "ix_runs_newest"),
-    (Wanted(state="failed"), "ix_runs_newest_of_status"),
-    (Wanted(state="lost"), "ix_runs_newest_of_tracking"),
-    (Wanted(state="details"), "ix_runs_newest_of_tracking"),
+    (Wanted(state="failed"), "ix_runs_newest_not_completed"),
+    (Wanted(state="completed"), "ix_runs_newest"),
+    (Wanted(state="completed", workspace_id="ws_1"), "ix_runs_newest_of_workspace"),
+    (Wanted(state="lost"), "ix_runs_newest_not_settled"),
+    (Wanted(state="details"), "ix_runs_newest_not_settled"),
     (Wanted(state="conflict"), "ix_runs_newest"),
-    (Wanted(technique_id="tech_1", state="failed"), "ix_runs_newest_of_technique"),
+    (Wanted(technique_id="tech_1", state="failed"), "ix_runs_newest_of_a_technique"),
     (Wanted(workspace_id="ws_1", text="cat"), "ix_runs_newest_of_workspace"),
     (Wanted(text="cat", since=NOW - timedelta(days=2)), "ix_runs_newest"),
-    (Wanted(technique_id="tech_1", workspace_id="ws_1", text="x"), "ix_runs_newest_of_technique"),
+    (Wanted(technique_id="tech_1", workspace_id="ws_1", text="x"), "ix_runs_newest_of_a_technique"),
 ]
 
 

@@ -34,6 +34,9 @@ def serve(
     date first; PostgreSQL has to be, by `tracker db upgrade`.
     """
     settings = prepare()
+    from tracker.cli.heap import share_the_heap
+
+    share_the_heap()
     from tracker.web import server
     from tracker.wiring import open_services
     from tracker.worker.scheduler import Worker
@@ -58,6 +61,9 @@ def worker(
     Any number may run against one PostgreSQL.
     """
     settings = prepare()
+    from tracker.cli.heap import share_the_heap
+
+    share_the_heap()
     from tracker.web import server
     from tracker.web.app import build_health_app
     from tracker.wiring import open_services

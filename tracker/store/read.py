@@ -25,13 +25,14 @@ from sqlalchemy import (
 from tracker.core.entry import DeliveryOutcome
 from tracker.core.observation import Source
 from tracker.core.record import Record
-from tracker.core.run import RunStatus
+from tracker.core.run import RunStatus, Tracking
 from tracker.core.schedule import Durations
 from tracker.store import cursors
 from tracker.store.claims import Workspaces, within
 from tracker.store.engine import Database
 from tracker.store.records import read_records
 from tracker.store.rows import RUN_COLUMNS
+from tracker.store.states import has_status, is_tracked_as
 from tracker.store.tables import deliveries, run_events, runs, starts, word
 
 DURATIONS_OVER: Final = 200
@@ -125,17 +126,16 @@ async def list_runs(
 
     Raises `InvalidRequest`, naming the field, for a cursor that was not given out here.
     """
-    wanted = {
-        "status": status,
-        "technique_id": technique_id,
-        "workspace_id": workspace_id,
-        "tracking": tracking,
-    }
-    statement = (
-        runs_newest_first(cursor)
-        .where(*(runs.c[name] == value for name, value in wanted.items() if value is not None))
-        .limit(limit + 1)
-    )
+    wanted: list[ColumnElement[bool]] = []
+    if status is not None:
+        wanted.append(has_status(RunStatus(status)))
+    if tracking is not None:
+        wanted.append(is_tracked_as(Tracking(tracking)))
+    if technique_id is not None:
+        wanted.append(runs.c.technique_id == technique_id)
+    if workspace_id is not None:
+        wanted.append(runs.c.workspace_id == workspace_id)
+    statement = runs_newest_first(cursor).where(*wanted).limit(limit + 1)
     async with db.read() as connection:
         rows = (await connection.execute(statement)).all()
         page = await read_records(connection, rows[:limit])
@@ -243,7 +243,7 @@ async def counts(db: Database, *, now: datetime) -> Counts:
     statement = select(
         _count(runs, waiting),
         _count(runs, runs.c.next_check_at <= now),
-        _count(runs, runs.c.tracking == word("lost")),
+        _count(runs, is_tracked_as(Tracking.LOST)),
         _count(deliveries, deliveries.c.outcome == word("quarantined")),
         _count(starts, starts.c.state.in_([word("stored"), word("sent")])),
         _count(starts, starts.c.state == word("unresolved")),

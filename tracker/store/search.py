@@ -14,22 +14,24 @@ from sqlalchemy import ColumnElement, Select, and_, or_, select
 from sqlalchemy.sql.util import ClauseAdapter
 
 from tracker.core.record import Record
+from tracker.core.run import RunStatus, Tracking
 from tracker.store import cursors, read
 from tracker.store.engine import Database
 from tracker.store.records import read_records
+from tracker.store.states import has_status, is_tracked_as
 from tracker.store.tables import runs
 
 WINDOW: Final = 10_000
 """So many runs are looked through for one page."""
 
 STATES: Final[Mapping[str, ColumnElement[bool]]] = {
-    "open": runs.c.tracking == "active",
-    "pending": runs.c.status == "pending",
-    "running": runs.c.status == "running",
-    "details": and_(runs.c.tracking == "active", runs.c.status.in_(["completed", "failed"])),
-    "completed": runs.c.status == "completed",
-    "failed": runs.c.status == "failed",
-    "lost": runs.c.tracking == "lost",
+    "open": is_tracked_as(Tracking.ACTIVE),
+    "pending": has_status(RunStatus.PENDING),
+    "running": has_status(RunStatus.RUNNING),
+    "details": and_(is_tracked_as(Tracking.ACTIVE), runs.c.status.in_(["completed", "failed"])),
+    "completed": has_status(RunStatus.COMPLETED),
+    "failed": has_status(RunStatus.FAILED),
+    "lost": is_tracked_as(Tracking.LOST),
     "conflict": runs.c.conflict,
 }
 """The states that a person asks for: open ones, ended ones whose details are not read yet, …"""
@@ -130,10 +132,12 @@ def _conditions(
         add(_FEW[state])
     if wanted.technique_id is not None:
         add(runs.c.technique_id == wanted.technique_id)
-    if state in ("completed", "failed"):
+    if state == "failed":
         add(STATES[state])
     if wanted.workspace_id is not None:
         add(runs.c.workspace_id == wanted.workspace_id)
+    if state == "completed":  # most are: the last one to begin with
+        add(STATES[state])
     if state in ("details", "conflict"):
         others.append(STATES[state])
     if wanted.text:

@@ -7,15 +7,18 @@ the others. One that was asked to look at less leaves both empty.
 """
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Final, Literal
 
-from sqlalchemy import ColumnElement, Connection, Row, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Row, Select, func, insert, select, update
 
 from tracker.core.run import RunStatus, Tracking
 from tracker.store.claims import Workspaces, within
 from tracker.store.engine import Database
+from tracker.store.states import is_tracked_as
 from tracker.store.tables import runs, sweeps
+
+Kind = Literal["technique", "generation"]
 
 _UNENDED: Final = (RunStatus.PENDING.value, RunStatus.RUNNING.value)
 
@@ -94,13 +97,37 @@ async def finish(
     await db.write(lambda connection: connection.execute(statement).rowcount)
 
 
-async def last_through(
-    db: Database, workspace_id: str | None, kind: Literal["technique", "generation"]
-) -> datetime | None:
+async def last_through(db: Database, workspace_id: str | None, kind: Kind) -> datetime | None:
     """Through which moment, by FLORA's clock, the workspace's history of that kind is here."""
-    column = sweeps.c.through if kind == "technique" else sweeps.c.generations_through
+    async with db.read() as connection:
+        last = (await connection.execute(_last_complete(workspace_id, kind))).first()
+    return None if last is None else last.through
+
+
+async def newest_known_for(
+    db: Database, workspace_id: str | None, kind: Kind, workspaces: Workspaces
+) -> timedelta | None:
+    """How long the newest run that the last complete sweep saw had been known when it began.
+
+    By our own clock. `None` where there was no such sweep, or the run is not here any more.
+    """
+    last = _last_complete(workspace_id, kind).subquery()
     statement = (
-        select(column)
+        select(last.c.started_at, func.min(runs.c.first_seen_at).label("first_seen_at"))
+        .join(runs, (runs.c.created_at == last.c.through) & runs.c.created_at_known)
+        .where(within(workspaces))
+        .group_by(last.c.started_at)
+    )
+    async with db.read() as connection:
+        found = (await connection.execute(statement)).first()
+    return None if found is None else found.started_at - found.first_seen_at
+
+
+def _last_complete(workspace_id: str | None, kind: Kind) -> Select[Any]:
+    """`through` and `started_at` of the last complete sweep that reached the one before."""
+    column = sweeps.c.through if kind == "technique" else sweeps.c.generations_through
+    return (
+        select(column.label("through"), sweeps.c.started_at)
         .where(
             _is(sweeps.c.workspace_id, workspace_id),
             sweeps.c.finished_at.is_not(None),
@@ -110,9 +137,6 @@ async def last_through(
         .order_by(sweeps.c.started_at.desc(), sweeps.c.id.desc())
         .limit(1)
     )
-    async with db.read() as connection:
-        found: datetime | None = (await connection.execute(statement)).scalar()
-    return found
 
 
 async def list_sweeps(
@@ -134,7 +158,7 @@ async def oldest_unfinished_since(
     statement = (
         select(runs.c.created_at)
         .where(
-            runs.c.tracking == Tracking.ACTIVE,
+            is_tracked_as(Tracking.ACTIVE),
             runs.c.created_at >= since,
             runs.c.status.in_(_UNENDED),
             within(workspaces),

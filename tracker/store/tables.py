@@ -145,11 +145,24 @@ runs: Final = Table(
     ),
     # Due runs: few of many, so the index holds only those that are to be read at all.
     _partial("ix_runs_due", "next_check_at", where="next_check_at IS NOT NULL"),
-    # Listings, newest first: read backwards.
+    # Listings, newest first: read backwards. What most runs are is found among the newest, and
+    # needs no index: see tracker.store.states.
     Index("ix_runs_newest", "created_at", "run_id"),
-    Index("ix_runs_newest_of_status", "status", "created_at", "run_id"),
-    Index("ix_runs_newest_of_tracking", "tracking", "created_at", "run_id"),
-    Index("ix_runs_newest_of_technique", "technique_id", "created_at", "run_id"),
+    _partial(
+        "ix_runs_newest_not_completed",
+        *("status", "created_at", "run_id"),
+        where="status <> 'completed'",
+    ),
+    _partial(
+        "ix_runs_newest_not_settled",
+        *("tracking", "created_at", "run_id"),
+        where="tracking <> 'settled'",
+    ),
+    _partial(
+        "ix_runs_newest_of_a_technique",
+        *("technique_id", "created_at", "run_id"),
+        where="technique_id IS NOT NULL",
+    ),
     Index("ix_runs_newest_of_workspace", "workspace_id", "created_at", "run_id"),
     # Whether a workspace has shown a generation run: few do.
     _partial("ix_runs_generations", "workspace_id", where="run_type = 'generation'"),

@@ -1,0 +1,141 @@
+"""A tracker as a process of its own, seen from outside."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from bench.footprint.counted import COUNTS
+from bench.ingest.load import SECRET, WORKSPACE
+from tests.support.waiting import free_port
+
+START_SECONDS: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a process has used so far: seconds of processor time, and how often one of its threads
+    was woken."""
+
+    processor: float
+    wakings: int
+
+    def __sub__(self, earlier: "Seen") -> "Seen":
+        return Seen(self.processor - earlier.processor, self.wakings - earlier.wakings)
+
+
+@dataclass(slots=True)
+class Serving:
+    """`tracker serve`, with its worker. `ready_after` is how long it took, in seconds, and
+    `ready_processor` what processor time."""
+
+    pid: int
+    port: int
+    counts: Path
+    ready_after: float = 0.0
+    ready_processor: float = 0.0
+
+    def memory(self) -> float:
+        """Resident memory, in MB."""
+        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
+
+    def seen(self) -> Seen:
+        """What all its threads have used."""
+        processor, wakings = 0, 0
+        for task in Path(f"/proc/{self.pid}/task").iterdir():
+            with suppress(OSError):  # it may have ended
+                processor += int((task / "schedstat").read_text().split()[0])
+                lines = (task / "status").read_text().splitlines()
+                counted = next(line for line in lines if line.startswith("voluntary_ctxt"))
+                wakings += int(counted.split()[1])
+        return Seen(processor / 1e9, wakings)
+
+    def statements(self) -> dict[str, int]:
+        """The statements that it has sent so far."""
+        self.counts.unlink(missing_ok=True)
+        os.kill(self.pid, signal.SIGUSR1)
+        deadline = time.monotonic() + 10
+        while not self.counts.exists():
+            if time.monotonic() > deadline:
+                raise RuntimeError("it did not say what it has sent")
+            time.sleep(0.05)
+        found: dict[str, int] = json.loads(self.counts.read_text(encoding="utf-8"))
+        return found
+
+
+@contextmanager
+def serving(
+    url: str,
+    *,
+    module: str = "tracker",
+    environ: Mapping[str, str] | None = None,
+    called_back: bool = False,
+) -> Iterator[Serving]:
+    """Start one on that database; it is ready, and ends with the block. `called_back`: the runs
+    that it starts have its address."""
+    port = free_port()
+    given = {"TRACKER_PUBLIC_URL": f"http://127.0.0.1:{port}"} if called_back else {}
+    with tempfile.TemporaryDirectory() as directory, tempfile.TemporaryFile() as log:
+        counts = Path(directory) / "counts.json"
+        began = time.monotonic()
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, "serve", "--port", str(port)],
+            env=essential(url) | given | {COUNTS: str(counts)} | dict(environ or {}),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+        found = Serving(process.pid, port, counts)
+        try:
+            _wait_until_ready(process, port)
+            found.ready_after = time.monotonic() - began
+            found.ready_processor = found.seen().processor
+            yield found
+        except BaseException:
+            log.seek(0)
+            sys.stderr.write(log.read().decode(errors="replace")[-4000:])
+            raise
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def essential(url: str) -> dict[str, str]:
+    """What a tracker that receives has to be told."""
+    return {
+        "PATH": os.environ["PATH"],
+        "HOME": os.environ.get("HOME", "/"),
+        "FLORA_WEBHOOK_SECRET": SECRET,
+        "FLORA_WORKSPACE_ID": WORKSPACE,
+        "TRACKER_DATABASE_URL": url,
+        "TRACKER_LOG_FORMAT": "json",
+    }
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], port: int) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(f"it ended with status {process.returncode}")
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=2).close()
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.02)
+        else:
+            return
+    raise RuntimeError("it did not become ready")

@@ -1,0 +1,34 @@
+"""A process that stays does not scatter its memory over a heap for each of its threads."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import ctypes, sys, threading
+from tracker.cli.heap import share_the_heap
+if sys.argv[1:]:
+    share_the_heap()
+kept = []
+threads = [threading.Thread(target=lambda: kept.append(bytearray(5000))) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+ctypes.CDLL(None).malloc_stats()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_threads_share_one_heap() -> None:
+    """After the call all threads use the main heap; without it they make others."""
+
+    def heaps(*arguments: str) -> int:
+        command = [sys.executable, "-c", PROGRAM, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return done.stderr.count("Arena ")
+
+    assert heaps() > 1
+    assert heaps("shared") == 1
