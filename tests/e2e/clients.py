@@ -32,6 +32,7 @@ class Clients:
         """The deliveries of their own that were answered 2xx."""
         self._root = root
         self._flora = flora
+        self._usual = flora.world.options  # several may let it fail at a time
         self._http = httpx.AsyncClient(base_url=root, timeout=40, trust_env=False)
         self._waiting: set[asyncio.Task[None]] = set()
         self._asked = 0
@@ -43,7 +44,7 @@ class Clients:
 
     def start_wrongly(self) -> None:
         """A client starts a run with inputs that FLORA refuses."""
-        self._begin(self._start_wrongly())
+        self._begin(self._start_wrongly(self._next_key()))
 
     def send(self) -> None:
         """A signed callback comes that nobody understands."""
@@ -103,8 +104,9 @@ class Clients:
         elif answer is not None:
             assert answer.json()["error"]["code"] == "start_unresolved", answer.text
 
-    async def _start_wrongly(self) -> None:
-        body = {"technique": "character-lock", "inputs": [_prompt("no image")]}
+    async def _start_wrongly(self, key: str) -> None:
+        inputs = [_prompt("no image")]
+        body = {"technique": "character-lock", "inputs": inputs, "idempotency_key": key}
         answer = await self._ask("/api/runs", True, json=body)
         assert answer is not None
         assert answer.status_code == 400, answer.text
@@ -119,12 +121,11 @@ class Clients:
 
     async def _flora_fails(self) -> None:
         world = self._flora.world
-        usual = world.options
         for _ in range(3):
             await asyncio.sleep(0.7)  # long enough that runs are started, and are not seen to end
-            world.options = usual.with_rates({"errors": 1.0})
+            world.options = self._usual.with_rates({"errors": 1.0})
             await asyncio.sleep(1.5)
-            world.options = usual
+            world.options = self._usual
 
     async def _ask(self, path: str, patient: bool, **request: Any) -> httpx.Response | None:
         """The first answer that is not "later"; `None` for who is not patient and got none."""

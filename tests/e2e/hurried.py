@@ -15,6 +15,7 @@ from tracker import wiring
 from tracker.cli import main
 from tracker.store import tally_keeper
 from tracker.tracking import ledger, poll, recover, sweep, sync
+from tracker.tracking.waits import DatabaseWaits
 from tracker.web import server
 from tracker.worker import scheduler
 
@@ -36,18 +37,29 @@ def clock() -> float:
     return time.monotonic() * SPEED
 
 
+class ShortWaits(DatabaseWaits):
+    """Waits that FLORA asked for and other processes are told of, as short as the client's own."""
+
+    async def left(self) -> float:
+        return await super().left() * SPEED
+
+    async def tell(self, seconds: float) -> None:
+        await super().tell(seconds / SPEED)
+
+
 def hurry() -> None:
     """What a client and a start wait for passes at fifty times the speed, and a start that a killed
     process held is free after two seconds in place of thirty."""
     shorten(ledger, HELD_FOR=timedelta(seconds=2))
     wiring.FloraClient = partial(wiring.FloraClient, monotonic=clock, sleep=nap)  # type: ignore
+    wiring.DatabaseWaits = ShortWaits  # type: ignore[misc]
     wiring.Starter = partial(wiring.Starter, sleep=nap)  # type: ignore
     wiring.Batches = partial(wiring.Batches, sleep=nap)  # type: ignore
 
 
 def hurry_much() -> None:
     """Besides, whatever a killed process held is free soon after, and what it left is looked for as
-    often; and who is told to stop is not patient."""
+    often; and requests in flight at the end are not waited for as long."""
     hurry()
     soon = timedelta(seconds=0.4)
     for module in (ledger, recover):
@@ -57,7 +69,7 @@ def hurry_much() -> None:
     for module in (ledger, poll, sweep):
         shorten(module, RENEW_AFTER=0.1)
     shorten(recover, IN_DOUBT_FOR=timedelta(seconds=1.5))
-    shorten(scheduler, GATHER=0.2, RECOVER_EVERY=soon, STOP_WITHIN=1.0, GIVE_BACK_WITHIN=0.5)
+    shorten(scheduler, GATHER=0.2, RECOVER_EVERY=soon)
     scheduler.cron_trigger = every_second  # type: ignore[assignment]
     shorten(server, GRACE=1)
     shorten(tally_keeper, LAST_FOLD_WITHIN=0.5)

@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import Connection, insert, select, text
@@ -9,6 +10,7 @@ from sqlalchemy.util.concurrency import await_
 
 from tests.store.making import NOW
 from tracker.core.errors import SettingsError, StoreError, StoreUnavailable
+from tracker.store import engine
 from tracker.store.engine import Database
 from tracker.store.faults import WriteConflict
 from tracker.store.tables import leases
@@ -174,3 +176,23 @@ async def test_a_closed_database_makes_no_connection(database_url: str) -> None:
         await db.ping()
     with pytest.raises(StoreUnavailable, match="closed"):
         await db.write(lambda connection: connection.execute(text("SELECT 1")).scalar())
+
+
+async def test_a_server_that_hangs_up_on_a_new_connection_is_unavailable(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the connection is lost between its handshake and its first use, as at a shutdown of the
+    server, that is told in the tracker's own words."""
+    connect = engine.connect_postgres
+
+    async def connect_in_vain(*args: Any, **options: Any) -> Any:
+        connection = await connect(*args, **options)
+        connection.terminate()
+        return connection
+
+    monkeypatch.setattr(engine, "connect_postgres", connect_in_vain)
+    async with await Database.open(postgres_url) as db:
+        with pytest.raises(StoreUnavailable, match="cannot be reached"):
+            await names(db)
+        with pytest.raises(StoreUnavailable, match="cannot be reached"):
+            await db.write(lambda connection: keep(connection, "one"))

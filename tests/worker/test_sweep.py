@@ -88,6 +88,46 @@ async def test_the_first_sweep_goes_far_back_and_the_next_does_not(
     assert sum(reads_of(flora).values()) == sum(asked.values()) + 1
 
 
+async def test_after_a_burst_sweeps_cost_one_page_again(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """Three hundred runs within seconds are read again while one of them may be listed late; once
+    that was looked for, a sweep that finds nothing new costs one page."""
+    for _ in range(300):
+        flora.start()
+        clock.move(0.02)
+    clock.move(60)
+    assert (await sweep(services)).pages == 3 + A_LOOK
+    clock.move(90)
+    assert (await sweep(services)).pages == 3
+    clock.move(60)
+    assert (await sweep(services)).pages == 3, "this one began two minutes after the first sight"
+    clock.move(300)
+    assert (await sweep(services)).pages == 1
+
+
+async def test_a_run_that_is_listed_late_is_found(
+    services: Services, flora: Simulator, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that the list shows two minutes after its start, below newer ones, is not missed."""
+    late = flora.start()
+    for _ in range(250):
+        clock.move(0.02)
+        flora.start()
+    listed = flora.world.history
+    monkeypatch.setattr(
+        flora.world, "history", lambda *which: [run for run in listed(*which) if run != late]
+    )
+    await sweep(services)
+    clock.move(110)
+    await sweep(services)
+    monkeypatch.undo()
+    clock.move(300)
+    assert (await sweep(services)).discovered == 1
+    assert_true_to(await the_run(services, late.run_id), flora)
+    assert (await sweep(services)).pages == 1
+
+
 async def test_history_older_than_asked_for_is_left_alone(
     open_on: OpenServices, flora: Simulator, clock: HandClock
 ) -> None:

@@ -7,6 +7,7 @@ text, so that the statements' text does not depend on how many there are.
 
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
+from itertools import chain
 from typing import Any, Final
 
 from sqlalchemy import JSON, Column, Connection, Text, bindparam, delete, func, select
@@ -48,14 +49,35 @@ def _is_any_of(of: Any, parameter: str) -> Any:
     return of.in_(select(listed.c.value))
 
 
-def _text(statement: Any, columns: Sequence[str]) -> str:
-    """The statement with a `?` for each of the columns, in their order."""
-    return str(statement.compile(dialect=dialect(paramstyle="qmark"), column_keys=columns))
+class _Insert:
+    """An insert of any number of rows, in few steps.
+
+    At the end of each step the driver asks for Python's lock again, for which it may wait as long
+    as others of this process compute. So rows go by the dozen, not one by one; as there are only
+    a few sizes, each is prepared once.
+    """
+
+    def __init__(self, statement: Any, columns: Sequence[str]) -> None:
+        one = str(statement.compile(dialect=dialect(paramstyle="qmark"), column_keys=columns))
+        row = f"({', '.join('?' * len(columns))})"
+        self._texts = {size: one.replace(row, ", ".join([row] * size)) for size in _SIZES}
+
+    def __call__(self, connection: Connection, rows: Rows) -> None:
+        done = 0
+        for size, text in self._texts.items():
+            while len(rows) - done >= size:
+                values = tuple(chain.from_iterable(rows[done : done + size]))
+                connection.exec_driver_sql(text, values)
+                done += size
 
 
-def _count_deliveries() -> str:
+_SIZES: Final = (64, 16, 4, 1)
+"""How many rows go together: as many as will, of these, down to each alone."""
+
+
+def _count_deliveries() -> _Insert:
     upsert = insert(deliveries)
-    return _text(
+    return _Insert(
         upsert.on_conflict_do_update(
             index_elements=[deliveries.c.delivery_id],
             set_={
@@ -69,10 +91,12 @@ def _count_deliveries() -> str:
     )
 
 
-def _write_runs() -> str:
+def _write_runs() -> _Insert:
     upsert = insert(runs)
     changed = {name: upsert.excluded[name] for name in _RUNS if name != "run_id"}
-    return _text(upsert.on_conflict_do_update(index_elements=[runs.c.run_id], set_=changed), _RUNS)
+    return _Insert(
+        upsert.on_conflict_do_update(index_elements=[runs.c.run_id], set_=changed), _RUNS
+    )
 
 
 RECEIPTS: Final = select(deliveries.c.delivery_id, deliveries.c.receipts).where(
@@ -86,10 +110,10 @@ OUTPUTS: Final = (
     .order_by(run_outputs.c.run_id, run_outputs.c.position)
 )
 WRITE_RUNS: Final = _write_runs()
-KEEP_EVENTS: Final = _text(insert(run_events), EVENT_COLUMNS)
-KEEP_TALLIES: Final = _text(insert(run_tally_changes), TALLY_COLUMNS)
+KEEP_EVENTS: Final = _Insert(insert(run_events), EVENT_COLUMNS)
+KEEP_TALLIES: Final = _Insert(insert(run_tally_changes), TALLY_COLUMNS)
 DROP_OUTPUTS: Final = delete(run_outputs).where(_is_any_of(run_outputs.c.run_id, "run_ids"))
-KEEP_OUTPUTS: Final = _text(insert(run_outputs), OUTPUT_COLUMNS)
+KEEP_OUTPUTS: Final = _Insert(insert(run_outputs), OUTPUT_COLUMNS)
 CLOSE_STARTS: Final = (
     starts.update()
     .where(
@@ -164,7 +188,7 @@ class SqliteStatements:
         """One read and one upsert: nobody can come in between."""
         keys = dump_json([row[0] for row in rows])
         before = dict(connection.execute(RECEIPTS, {"delivery_ids": keys}).all())
-        connection.exec_driver_sql(COUNT_DELIVERIES, _plain_deliveries(rows))
+        COUNT_DELIVERIES(connection, _plain_deliveries(rows))
         came = _DELIVERIES.index("receipts")
         return {row[0]: before.get(row[0], 0) + row[came] for row in rows}
 
@@ -183,15 +207,15 @@ class SqliteStatements:
         """One prepared statement for each table. Nobody can have come in between."""
         if changes.records:
             rows = [run_row(record) for record in changes.records]
-            connection.exec_driver_sql(WRITE_RUNS, _plain_runs(rows))
+            WRITE_RUNS(connection, _plain_runs(rows))
         if changes.events:
-            connection.exec_driver_sql(KEEP_EVENTS, _plain_events(changes.events))
+            KEEP_EVENTS(connection, _plain_events(changes.events))
         if changes.tallies:
-            connection.exec_driver_sql(KEEP_TALLIES, _plain_tallies(changes.tallies))
+            KEEP_TALLIES(connection, _plain_tallies(changes.tallies))
         if changes.outputs_gone:
             connection.execute(DROP_OUTPUTS, {"run_ids": dump_json(changes.outputs_gone)})
         if changes.outputs:
-            connection.exec_driver_sql(KEEP_OUTPUTS, changes.outputs)
+            KEEP_OUTPUTS(connection, changes.outputs)
         if changes.started:
             names = ("slot", "key", "run")
             connection.execute(

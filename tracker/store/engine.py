@@ -231,6 +231,17 @@ def _connection_class() -> Any:
             with suppress(TimeoutError):  # it is cut off then
                 await super().close(timeout=timeout)
 
+        async def set_type_codec(self, *args: Any, **options: Any) -> None:
+            # SQLAlchemy does this with a new connection, and does not wrap what comes of it.
+            try:
+                await super().set_type_codec(*args, **options)
+            except (
+                asyncpg.PostgresError,
+                asyncpg.InterfaceError,
+                asyncpg.InternalClientError,
+            ) as exc:
+                raise ConnectionError(str(exc)) from exc
+
     return Connection
 
 

@@ -96,6 +96,9 @@ def _writer(url: DatabaseUrl, **options: Any) -> Engine:
         BUSY_SECONDS,
         *_DURABLE,
         "PRAGMA foreign_keys=ON",
+        # What a statement of many rows may have to take back again is kept in memory, not in a file
+        # that each commit would create and remove.
+        "PRAGMA temp_store=MEMORY",
         # Keys come in no order, so that each checkpoint writes pages all over the file: do it at
         # every 32 MB of the log, not at every 4.
         "PRAGMA wal_autocheckpoint=8000",

@@ -6,7 +6,9 @@ next.
 
 The horizon is counted in FLORA's own creation times, never in ours, so that a wrong clock on either
 side hides no run: each complete sweep keeps the newest creation time that it saw (`through`), and
-the next one goes safely past it, and past what was started shortly before and has not ended.
+the next one goes safely past it, and past what was started shortly before and has not ended. Once a
+sweep has looked again, long enough after that newest run was first seen, nothing older can turn up,
+and sweeps that find nothing new stop there: they cost one page, also after a thousand runs at once.
 """
 
 import asyncio
@@ -31,6 +33,7 @@ from tracker.store.batch import Passed
 from tracker.store.door import Door
 from tracker.store.engine import Database
 from tracker.tracking.durations import DurationBook
+from tracker.tracking.gather import Gathering
 from tracker.tracking.pages import taken_over, without_removed
 from tracker.tracking.workspaces import Workspace, Workspaces
 
@@ -93,6 +96,7 @@ class Sweeper:
         door: Door,
         workspaces: Workspaces,
         durations: DurationBook,
+        gathering: Gathering,
         holder: str,
         first_since: timedelta,
         clock: Clock,
@@ -101,6 +105,7 @@ class Sweeper:
         self._door = door
         self._workspaces = workspaces
         self._durations = durations
+        self._gathering = gathering
         self._holder = holder
         self._first_since = first_since
         self._clock = clock
@@ -136,6 +141,8 @@ class Sweeper:
         report.error = "it was interrupted"
         try:
             await self._sweep_kind(workspace, "technique", since, lease, row, report)
+            # It has shown what a round of polling would have read the same pages for.
+            self._gathering.count(workspace.slot, report.pages, began=started_at, over=True)
             async with self._generations_due(workspace) as due:
                 if due:
                     await self._sweep_kind(workspace, "generation", since, lease, row, report)
@@ -207,7 +214,11 @@ class Sweeper:
         if last is None:
             due = now_at_flora - self._first_since
         else:
-            due = last - OVERLAP
+            known_for = await sweeps.newest_known_for(
+                self._database, workspace.name, kind, self._workspaces.claimable(workspace)
+            )
+            all_listed = known_for is not None and known_for >= OVERLAP
+            due = last if all_listed else last - OVERLAP
             unfinished = await sweeps.oldest_unfinished_since(
                 self._database,
                 self._workspaces.claimable(workspace),

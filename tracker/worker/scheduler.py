@@ -35,8 +35,8 @@ TICK: Final = 15.0
 """Seconds after which the database is asked what is due even if no word came: what a lost
 notification costs."""
 GATHER: Final = 1.0
-"""Seconds between two rounds of polling. A callback that comes alone is followed at once; of many,
-those that come within this time share their pages."""
+"""Seconds between two rounds of polling at least. A callback that comes alone is followed at once;
+`tracker.tracking.gather` says for how long many are left to share their pages."""
 RECOVER_EVERY: Final = timedelta(seconds=30)
 """How often starts whose caller is gone are looked for."""
 LOOK_AT_CATALOGUE_EVERY: Final = timedelta(minutes=20)
@@ -212,9 +212,9 @@ class Worker:
             more = True
             while more:
                 self._round_began = time.monotonic()
-                report = await self._services.poller.poll_due()
+                report = await self._services.poller.poll_due(gather=True)
                 self._services.metrics.polled(report)
-                more = report.more
+                more = report.at_once
                 if report.claimed:
                     log.info(
                         "poll.round",
@@ -288,7 +288,7 @@ class Worker:
     async def _until_due(self) -> None:
         """Return when a run is due, and the round before lies long enough back."""
         while True:
-            due = await self._services.poller.next_due_at()
+            due = await self._services.poller.next_due_at(gather=True)
             wait = TICK if due is None else (due - self._services.clock()).total_seconds()
             if wait <= 0:
                 break

@@ -1,0 +1,142 @@
+"""A `tracker` process that kills itself at one crash point, just before or just after.
+
+A crash point is a moment at which something becomes true for others: a transaction is committed, or
+a request reaches FLORA and is answered. SIGKILL comes before the commit is sent or after it has
+returned, before the request leaves or after its answer is there; nothing is flushed, and nobody is
+told. `tracker` itself knows nothing of this: the switch sits in the two functions through which
+every write and every request goes.
+"""
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, Literal, TypeVar
+
+import httpx
+from sqlalchemy import Connection
+
+from tests.e2e.hurried import hurry_much
+from tracker.core.entry import Delivered, Entry, Seen
+from tracker.store.engine import Database
+
+T = TypeVar("T")
+When = Literal["before", "after"]
+
+COMMITS: Final = (
+    # The door, by what a batch brings.
+    *("door: start", "door: callback", "door: poll", "door: history"),
+    *("door: nothing seen", "door: quarantined"),
+    # The ledger of starts.
+    *("starts.reserve", "starts.take", "starts.mark", "starts.give_back"),
+    # Who works at what, and until when nobody asks FLORA.
+    *("claims.claim_due", "claims.renew", "claims.release"),
+    *("claims.take_lease", "claims.drop_lease", "waits.keep"),
+    *("sweeps.begin", "sweeps.finish", "tallies.fold", "batches.keep", "batches.finish"),
+    *("techniques.define", "techniques.doubt", "techniques.add_listed", "techniques.mark_gone"),
+)
+REQUESTS: Final = (
+    *("POST /techniques/*/runs", "GET /techniques/*/runs/*", "GET /technique-runs"),
+    *("GET /generations", "GET /runs/*", "GET /techniques", "GET /techniques/*"),
+)
+_IDS = re.compile(r"(?<=/techniques/)[^/]+|(?<=/runs/)[^/]+")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """The `nth` time, from 1, that a process comes to a commit or a request of that `name`, or to
+    any where it is `None`."""
+
+    when: When
+    name: str | None = None
+    nth: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.when} {self.name or 'any'}"
+
+
+def prepare(at: Point | None) -> None:
+    """Make this process hasty, and let it die `at` that point."""
+    hurry_much()
+    if at is not None:
+        Switch(at).install()
+
+
+class Switch:
+    """Counts how often a process comes to the crash points that are meant, and ends it at one."""
+
+    def __init__(self, at: Point) -> None:
+        self._at = at
+        self._count = 0
+
+    def install(self) -> None:
+        """Watch every commit and every request of this process."""
+        write = Database.write
+        send = httpx.AsyncHTTPTransport.handle_async_request
+
+        async def watched_write(database: Database, work: Callable[[Connection], T]) -> T:
+            name = self._reached(names_of(work))
+            if name is None:
+                return await write(database, work)
+
+            def written(connection: Connection) -> T:
+                done = work(connection)
+                self._die("before", name)
+                return done
+
+            committed = await write(database, written)
+            self._die("after", name)
+            return committed
+
+        async def watched_send(
+            transport: httpx.AsyncHTTPTransport, request: httpx.Request
+        ) -> httpx.Response:
+            path = _IDS.sub("*", request.url.path.removeprefix("/api/v1"))
+            name = self._reached([f"{request.method} {path}"])
+            if name is None:
+                return await send(transport, request)
+            self._die("before", name)
+            response = await send(transport, request)
+            await response.aread()
+            self._die("after", name)
+            return response
+
+        Database.write = watched_write  # type: ignore[method-assign]
+        httpx.AsyncHTTPTransport.handle_async_request = watched_send  # type: ignore[method-assign]
+
+    def _reached(self, names: Collection[str]) -> str | None:
+        """Of these names of one commit or request, that of the point, if this is its moment."""
+        unknown = {*names} - {*COMMITS, *REQUESTS}
+        assert not unknown, f"crash points that are in no list: {unknown}"
+        if self._at.name is not None and self._at.name not in names:
+            return None
+        self._count += 1
+        return (self._at.name or next(iter(names))) if self._count == self._at.nth else None
+
+    def _die(self, when: When, name: str) -> None:
+        """End this process as a power cut would, leaving word of where it was."""
+        if when == self._at.when:
+            os.write(2, f"killed {when} {name}\n".encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(60)  # in no case does this thread go on
+
+
+def names_of(work: Callable[[Connection], Any]) -> set[str]:
+    """What a write is called: after the store's function that made it, or what the door takes."""
+    function = work.func if isinstance(work, partial) else work
+    if function.__qualname__ == "Door._pass":
+        return {f"door: {_kind(waiting.entry)}" for waiting in work.args[0]}
+    module = function.__module__.rpartition(".")[2]
+    name = function.__qualname__.partition(".")[0].lstrip("_")
+    return {f"{module}.{re.sub('_(sqlite|postgres)$', '', name)}"}
+
+
+def _kind(entry: Entry) -> str:
+    """What an entry tells of a run, or else what it is."""
+    if isinstance(entry, Seen | Delivered):
+        seen = entry.observation
+        return "quarantined" if seen is None else seen.source.value
+    return "nothing seen"

@@ -1,0 +1,94 @@
+"""What clients and FLORA were told, and FLORA's own records, against what the database says."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from tests.e2e.clients import OURS, Clients
+from tests.e2e.truth import assert_all_true
+from tests.store.making import fold
+from tracker.simulator import Simulator
+from tracker.store.engine import Database
+from tracker.store.read import get_run
+from tracker.store.tables import deliveries, runs, starts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What was acknowledged, and what of it was not held: `lost` and `paid_twice` name that.
+
+    `unresolved` starts are those that the tracker says it cannot tell the run of.
+    """
+
+    deliveries: int
+    starts: int
+    unresolved: int
+    runs: int
+    lost: list[str]
+    paid_twice: list[str]
+
+
+async def judge(database: Database, flora: Simulator, clients: Clients) -> Verdict:
+    """Every run is settled, true, and the fold of its timeline; and what else was promised.
+
+    Raises `AssertionError` where a run is not.
+    """
+    world = flora.world
+    await assert_all_true(database, flora.root)
+    for run_id in world.runs:
+        record = await get_run(database, run_id)
+        assert record is not None
+        assert record.run == await fold(database, run_id)
+    taken = Counter(sent.delivery_id for sent in world.deliveries if sent.taken)
+    # A generation was not started by anybody's key, and has no inputs.
+    prompts = {name: run.inputs[0]["value"] for name, run in world.runs.items() if run.inputs}
+    paid = Counter(prompt for prompt in prompts.values() if prompt.startswith(OURS))
+    return Verdict(
+        deliveries=taken.total() + len(clients.taken),
+        starts=len(clients.started),
+        unresolved=await starts_in(database, "unresolved"),
+        runs=len(world.runs),
+        lost=[
+            *await _lost_deliveries(database, taken, clients.taken),
+            *await _lost_starts(database, clients.started, prompts),
+        ],
+        paid_twice=[prompt for prompt, count in paid.items() if count > 1],
+    )
+
+
+async def starts_in(database: Database, *states: str) -> int:
+    """How many starts the ledger has in these states."""
+    query = sa.select(sa.func.count()).where(starts.c.state.in_(states))
+    async with database.read() as connection:
+        return (await connection.execute(query)).scalar_one()
+
+
+async def _lost_deliveries(
+    database: Database, taken: Counter[str], not_understood: set[str]
+) -> list[str]:
+    """FLORA's deliveries that were answered 2xx more often than they are counted, or are without
+    their effect, and others that are not there."""
+    received = sa.select(deliveries.c.delivery_id, deliveries.c.receipts)
+    applied = received.where(deliveries.c.run_id == runs.c.run_id, runs.c.callback_at.is_not(None))
+    async with database.read() as connection:
+        kept = Counter(dict((await connection.execute(received)).all()))
+        effective = Counter(dict((await connection.execute(applied)).all()))
+    return [*(taken - effective), *(not_understood - kept.keys())]
+
+
+async def _lost_starts(
+    database: Database, told: dict[str, str], prompts: dict[str, str]
+) -> list[str]:
+    """Starts that a client was told of and that the ledger does not have so, and starts whose run
+    in the ledger is another's."""
+    query = sa.select(starts.c.idempotency_key, starts.c.run_id, starts.c.inputs)
+    async with database.read() as connection:
+        rows = (await connection.execute(query)).all()
+    kept = {row.idempotency_key: row.run_id for row in rows}
+    lost = [key for key, run_id in told.items() if kept.get(key) != run_id]
+    return lost + [
+        row.idempotency_key
+        for row in rows
+        if row.run_id is not None and prompts[row.run_id] != row.inputs[0]["value"]
+    ]

@@ -1,0 +1,41 @@
+"""SIGKILL at chosen crash points: what was promised before is held afterwards.
+
+`python -m bench.soak_crash` goes through all of them.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.crashing import Point
+from tests.e2e.trial import Role, trial
+
+POINTS: tuple[tuple[Role, Point], ...] = (
+    # A start that is about to leave; one that FLORA has answered, and nobody else knows of.
+    ("serve", Point(when="after", name="starts.mark")),
+    ("serve", Point(when="after", name="POST /techniques/*/runs")),
+    # A callback that is not on disk, and one that is on disk and not answered.
+    ("serve", Point(when="before", name="door: callback")),
+    ("serve", Point(when="after", name="door: callback")),
+    # Runs that are claimed; a sweep that has begun.
+    ("serve", Point(when="after", name="claims.claim_due")),
+    ("worker", Point(when="after", name="sweeps.begin")),
+)
+
+
+@pytest.mark.timeout(180)
+async def test_what_was_promised_survives_a_kill_at_any_crash_point(
+    database_url: str, tmp_path: Path
+) -> None:
+    """After a kill at each of these points every run is true, what was acknowledged is on disk, and
+    nothing was paid twice."""
+    async with trial(database_url, tmp_path, seed=2) as one:
+        for role, at in POINTS:
+            life = await one.live(role, at)
+            assert life.killed, f"never came to {at}:\n{life.log}"
+        await one.settle()
+        verdict = await one.judge()
+    assert verdict.lost == []
+    assert verdict.paid_twice == []
+    assert verdict.starts > 0
+    assert verdict.deliveries > 0

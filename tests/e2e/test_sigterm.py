@@ -1,0 +1,167 @@
+"""SIGTERM, as a deploy sends it: what is in flight is answered, what is held is given back, and it
+ends with 0 within a container's 30 s."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import sqlalchemy as sa
+
+from tests.e2e.hurried import hurry_much
+from tests.e2e.lives import Life
+from tests.e2e.outages import frozen, stopped
+from tests.support.postgres import PostgresServer
+from tests.support.waiting import eventually, free_port
+from tracker.store.engine import Database
+from tracker.store.tables import leases, runs, starts, sweeps
+
+START = {
+    "technique": "icon-pack",
+    "inputs": [{"id": "prompt", "type": "text", "value": "garden tools"}],
+}
+
+
+class Deployment:
+    """A FLORA that can fall silent, and trackers beside it, one after the other."""
+
+    def __init__(self, directory: Path, database_url: str) -> None:
+        self._directory = directory
+        self._flora_port, self._port = free_port(), free_port()
+        self._root = f"http://127.0.0.1:{self._port}"
+        self._environment = {
+            "FLORA_API_KEY": "sk_test_simulator",
+            "FLORA_BASE_URL": f"http://127.0.0.1:{self._flora_port}/api/v1",
+            "FLORA_WEBHOOK_SECRET": "whsec_simulator",
+            "TRACKER_DATABASE_URL": database_url,
+            "TRACKER_POLL_INTERVAL": "0.1",
+            "TRACKER_POLL_INTERVAL_MAX": "0.1",
+            "TRACKER_LOG_FORMAT": "json",
+        }
+        self._lives: list[Life] = []
+
+    async def flora_falls_silent(self) -> None:
+        """After a run that lasts a minute was started, FLORA answers nothing any more."""
+        port = str(self._flora_port)
+        flora = self._begin("simulate", "--port", port, "--run-seconds", "60")
+        assert await flora.ready(f"http://127.0.0.1:{port}/simulator/runs"), flora.log
+        tracker = await self.tracker("serve")
+        assert (await self.start()).status_code == 201
+        await stop(tracker)
+        flora.freeze()
+
+    async def tracker(self, role: str) -> Life:
+        """`tracker serve` or `tracker worker`."""
+        life = self._begin(role, "--port", str(self._port))
+        assert await life.ready(f"{self._root}/healthz"), life.log
+        return life
+
+    async def start(self, sent: asyncio.Event | None = None) -> httpx.Response:
+        """Start a run through the tracker's API; `sent` is set when that was asked."""
+
+        async def trace(event: str, _: Any) -> None:
+            if event == "http11.send_request_body.complete" and sent is not None:
+                sent.set()
+
+        async with httpx.AsyncClient(timeout=40, trust_env=False) as client:
+            extensions = {"trace": trace}
+            return await client.post(f"{self._root}/api/runs", json=START, extensions=extensions)
+
+    async def start_under_way(self) -> asyncio.Task[httpx.Response]:
+        """A start that the tracker is at."""
+        sent = asyncio.Event()
+        starting = asyncio.create_task(self.start(sent))
+        await sent.wait()
+        async with httpx.AsyncClient(trust_env=False) as client:
+            await client.get(f"{self._root}/healthz")  # it has read what came before
+        return starting
+
+    def _begin(self, *arguments: str) -> Life:
+        log = self._directory / f"{len(self._lives)}-{arguments[0]}.log"
+        life = Life.begin(*arguments, env=self._environment, log=log, prepare=hurry_much)
+        self._lives.append(life)
+        return life
+
+    async def close(self) -> None:
+        """End whatever lives."""
+        for life in self._lives:
+            life.kill()
+            await life.end()
+
+
+@asynccontextmanager
+async def deployed(directory: Path, database_url: str) -> AsyncIterator[Deployment]:
+    """A deployment whose processes are gone afterwards."""
+    one = Deployment(directory, database_url)
+    try:
+        yield one
+    finally:
+        await one.close()
+
+
+async def held(database: Database) -> set[str]:
+    """What somebody holds: a run that is polled, a start that is sent, a sweep."""
+    queries = {
+        "run": sa.select(runs.c.run_id).where(runs.c.lease_holder.is_not(None)),
+        "start": sa.select(starts.c.idempotency_key).where(starts.c.lease_holder.is_not(None)),
+        "sweep": sa.select(leases.c.name).where(leases.c.name.like("sweep:%")),
+    }
+    async with database.read() as connection:
+        return {what for what, query in queries.items() if (await connection.execute(query)).all()}
+
+
+async def stop(life: Life) -> None:
+    """Tell it to stop: it ends well, and in time."""
+    life.tell()
+    assert await life.end(timeout=30) == 0, life.log
+    assert "Traceback" not in life.log, life.log
+
+
+@pytest.mark.parametrize("role", ["serve", "worker"])
+async def test_what_flora_does_not_answer_is_given_back(
+    tmp_path: Path, database_url: str, database: Database, role: str
+) -> None:
+    """Where FLORA says nothing any more, a start in flight is still answered, and the start, the
+    claimed run and the sweep are nobody's afterwards."""
+    async with deployed(tmp_path, database_url) as one:
+        await one.flora_falls_silent()
+        life = await one.tracker(role)
+        everything = {"run", "sweep"} | ({"start"} if role == "serve" else set())
+        starting = asyncio.create_task(one.start()) if role == "serve" else None
+
+        async def all_held() -> bool:
+            return await held(database) == everything
+
+        await eventually(all_held)
+        await stop(life)
+        assert await held(database) == set()
+        if starting is not None:
+            assert (await starting).status_code in (503, 504), life.log
+    async with database.read() as connection:
+        errors = (await connection.execute(sa.select(sweeps.c.error).order_by(sweeps.c.id))).all()
+    assert errors[-1].error == "it was interrupted"
+
+
+async def test_it_ends_well_where_the_database_is_gone(
+    own_postgres: PostgresServer, tmp_path: Path
+) -> None:
+    """Where the database has stopped, or says nothing any more, a start in flight is answered 503,
+    and the process ends well all the same, although it can give nothing back."""
+    url = own_postgres.url("tracker")
+    outages = (frozen(own_postgres), stopped(own_postgres, own_postgres.stop))
+    async with deployed(tmp_path, url) as one, await Database.open(url) as database:
+        await one.flora_falls_silent()
+        for outage in outages:
+            life = await one.tracker("serve")
+
+            async def claimed() -> bool:
+                return await held(database) == {"run", "sweep"}
+
+            await eventually(claimed)
+            async with outage:
+                starting = await one.start_under_way()
+                await stop(life)
+                assert (await starting).status_code == 503, life.log
