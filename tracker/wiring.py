@@ -3,7 +3,7 @@ cases."""
 
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,6 +12,7 @@ from typing import Final
 from uuid import uuid4
 
 from tracker.core.clock import Clock
+from tracker.flora.budget import SharedWaits
 from tracker.flora.client import FloraClient
 from tracker.metrics import Metrics
 from tracker.settings import Settings, WorkspaceSettings
@@ -28,6 +29,7 @@ from tracker.tracking.download import Downloader
 from tracker.tracking.durations import DurationBook
 from tracker.tracking.explain import Explainer
 from tracker.tracking.follow import Follower
+from tracker.tracking.gather import Gathering
 from tracker.tracking.originals import Originals
 from tracker.tracking.poll import Poller
 from tracker.tracking.prune import Pruner
@@ -38,6 +40,7 @@ from tracker.tracking.start import Starter
 from tracker.tracking.sweep import Sweeper
 from tracker.tracking.sync import CatalogueSync
 from tracker.tracking.track import Tracker
+from tracker.tracking.waits import DatabaseWaits
 from tracker.tracking.workspaces import Workspace, Workspaces
 
 CALLER_SECONDS: Final = 25.0
@@ -104,9 +107,19 @@ async def open_services(
             traced = await stack.enter_async_context(tracing(database.engines))
         metrics = Metrics(clock=clock)
         stack.push_async_callback(metrics.aclose)
+        process = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
+        shared_waits = partial(DatabaseWaits, database, process=process, clock=clock)
         workspaces = Workspaces(
             [
-                await _workspace(one, settings, metrics, stack, background=background, clock=clock)
+                await _workspace(
+                    one,
+                    settings,
+                    metrics,
+                    stack,
+                    background=background,
+                    clock=clock,
+                    shared_waits=shared_waits,
+                )
                 for one in settings.all_workspaces
             ]
         )
@@ -133,12 +146,13 @@ async def open_services(
         )
         catalogue = Catalogue(database, workspaces=workspaces, clock=clock)
         originals = Originals(database=database, door=door, clock=clock)
-        process = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
+        gathering = Gathering(clock)
         poller = Poller(
             database=database,
             door=door,
             workspaces=workspaces,
             durations=durations,
+            gathering=gathering,
             holder=process,
             clock=clock,
         )
@@ -205,6 +219,7 @@ async def open_services(
                 door=door,
                 workspaces=workspaces,
                 durations=durations,
+                gathering=gathering,
                 holder=process,
                 first_since=settings.tracker_history_since,
                 clock=clock,
@@ -238,6 +253,7 @@ async def _workspace(
     *,
     background: bool,
     clock: Clock,
+    shared_waits: Callable[[str], SharedWaits],
 ) -> Workspace:
     workspace = Workspace(
         # The one of the top-level names keeps its slot when its id is set later on: the ledger of
@@ -254,6 +270,7 @@ async def _workspace(
             clock=clock,
             deadline=JOB_SECONDS if background else CALLER_SECONDS,
             on_request=metrics.requests_of(workspace),
+            shared_waits=shared_waits(workspace.slot),
         )
         stack.push_async_callback(workspace.client.aclose)
     return workspace

@@ -80,6 +80,73 @@ def test_another_decision_is_told_as_such() -> None:
     assert (look.why, look.wait) == (Why.BEFORE, timedelta(seconds=300))
 
 
+@pytest.mark.parametrize(
+    ("expected", "known", "seconds", "wait", "bounded"),
+    [
+        (False, SLOW, 50, 300, True),
+        (False, SLOW, 301, 600, True),
+        (False, SLOW, 4900, 5000, False),
+        (False, KNOWN, 5, 8, False),
+        (True, SLOW, 300, 600, True),
+        (True, KNOWN, 12, 25, False),
+    ],
+)
+def test_looks_are_put_off_until_the_end_may_be_expected(
+    expected: bool, known: Durations, seconds: float, wait: float, bounded: bool
+) -> None:
+    """After a first look that came too early the next ones come when half of the runs have ended,
+    or nearly all where a callback is on its way, and never later than the longest wait; that is
+    told."""
+    # The wait that each look doubles is the shortest one here.
+    one = record(callback_expected=expected, looks=1)
+    now = START + timedelta(seconds=seconds)
+    policy = replace(POLICY, interval=timedelta(seconds=1))
+    at = next_check(
+        one.run,
+        policy=policy,
+        now=now,
+        first_seen=START,
+        looks=1,
+        callback_expected=expected,
+        durations=known,
+    )
+    assert at == START + timedelta(seconds=wait)
+    look = next_look(replace(one, next_check_at=at), policy=policy, durations=known)
+    assert (look.why, look.wait, look.bounded) == (
+        Why.LEARNED_WAIT,
+        timedelta(seconds=wait),
+        bounded,
+    )
+    assert look.durations == known
+
+
+@given(
+    looks=st.integers(1, 12),
+    age=st.floats(0, 20_000),
+    p50=st.floats(0, 10_000),
+    callback_expected=st.booleans(),
+)
+def test_what_was_learned_puts_off_by_the_longest_wait_at_most(
+    looks: int, age: float, p50: float, callback_expected: bool
+) -> None:
+    """It brings no look forward, and none is later than the longest wait from now."""
+    now = START + timedelta(seconds=age)
+    at: dict[bool, datetime] = {}
+    for learned in (False, True):
+        found = next_check(
+            Run(run_id="run_1"),
+            policy=POLICY,
+            now=now,
+            first_seen=START,
+            looks=looks,
+            callback_expected=callback_expected,
+            durations=Durations(count=200, p50=p50, p95=2 * p50) if learned else None,
+        )
+        assert found is not None
+        at[learned] = found
+    assert at[False] <= at[True] <= now + POLICY.interval_max
+
+
 @given(looks=st.integers(1, 40), run_id=st.text(min_size=1, max_size=8))
 def test_a_doubled_wait_is_taken_apart(looks: int, run_id: str) -> None:
     """Of the k-th wait it is told since when it runs, and what the jitter took off."""

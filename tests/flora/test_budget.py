@@ -1,6 +1,7 @@
 """The request budget: how many at a time, how often, and who waits."""
 
 import asyncio
+from itertools import pairwise
 
 import pytest
 
@@ -48,6 +49,64 @@ async def test_never_more_at_a_time() -> None:
             end.set()
     assert going == [0, 1, 2, 3, 4]
     assert (budget.state().in_flight, budget.state().waiting) == (0, 0)
+
+
+async def test_what_is_fresh_has_every_other_turn() -> None:
+    """However many wait for something else, every other request is about a run that has just
+    ended; and however many of those there are, the others go on too."""
+    budget = budget_in(VirtualTime(), concurrency=1)
+    going: list[str] = []
+
+    async def call(name: str, fresh: bool) -> None:
+        async with budget.slot(fresh=fresh):
+            going.append(name)
+            await settle()
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(6):
+            group.create_task(call(f"other {number}", False))
+        await settle()
+        for number in range(3):
+            group.create_task(call(f"fresh {number}", True))
+    fresh = [place for place, name in enumerate(going) if name.startswith("fresh")]
+    assert [later - earlier for earlier, later in pairwise(fresh)] == [2, 2]
+    assert [name for name in going if name.startswith("other")] == [f"other {n}" for n in range(6)]
+
+
+class Board:
+    """What processes tell each other, in memory and in virtual time."""
+
+    def __init__(self, time: VirtualTime) -> None:
+        self._time = time
+        self._until = 0.0
+
+    async def left(self) -> float:
+        return max(0.0, self._until - self._time.elapsed)
+
+    async def tell(self, seconds: float) -> None:
+        self._until = max(self._until, self._time.elapsed + seconds)
+
+
+async def test_a_wait_holds_in_other_processes() -> None:
+    """What one process was told to wait another waits too, also where it has begun to wait for
+    less; one that cannot wait so long hears at once."""
+    time = VirtualTime()
+    board = Board(time)
+    one, other = (
+        Budget(2, monotonic=time.monotonic, sleep=time.sleep, shared=board) for _ in range(2)
+    )
+    starts: list[float] = []
+    other.pause(5)
+    waiting = asyncio.ensure_future(request(other, starts))
+    await settle()
+    one.pause(30)
+    await one.tell_others(30)
+    await time.run(waiting)
+    assert starts == [30.0]
+    await one.tell_others(20)
+    with pytest.raises(RateLimited):
+        async with other.slot(until=time.elapsed + 10):
+            pass
 
 
 async def test_without_a_limit_nothing_waits() -> None:

@@ -45,6 +45,20 @@ async def test_the_longest_due_come_first_and_the_future_not_at_all(
     assert await claim_due(db, holder="i", now=NOW, lease=LEASE, limit=9) != claimed
 
 
+async def test_those_that_ended_last_can_be_claimed_first(door: Door, db: Database) -> None:
+    """Of what is due, the runs that a callback told of, the last of them first."""
+    await door.put(started("run_going", at=NOW - timedelta(hours=1)))
+    for minutes in (2, 3, 1):
+        await door.put(callback(f"run_{minutes}", at=NOW - timedelta(minutes=minutes)))
+    claimed = await claim_due(
+        db, holder="h", now=NOW, lease=LEASE, limit=2, ended=True, newest=True
+    )
+    assert [record.run.run_id for record in claimed] == ["run_1", "run_2"]
+    rest = await claim_due(db, holder="h", now=NOW, lease=LEASE, limit=9, ended=True)
+    assert {record.run.run_id for record in rest} == {"run_3"}
+    assert len(await claim_due(db, holder="h", now=NOW, lease=LEASE, limit=9)) == 1
+
+
 async def test_a_claim_runs_out(door: Door, db: Database) -> None:
     """What a claimer never came back with can be claimed again when its lease has ended."""
     await door.put(callback("run_1"))

@@ -17,6 +17,7 @@ from tests.worker.conftest import (
 from tracker.core.observation import Source
 from tracker.core.run import Tracking
 from tracker.simulator import Simulator
+from tracker.simulator.delivery import write_letter
 from tracker.store import claims
 from tracker.tracking.start import StartRequest
 from tracker.wiring import Services
@@ -27,6 +28,15 @@ PROMPT = [{"id": "prompt", "type": "text", "value": "tools"}]
 async def start(services: Services, count: int = 1) -> list[str]:
     request = StartRequest(technique="icon-pack", inputs=PROMPT)
     return [(await services.starter.start(request)).record.run.run_id for _ in range(count)]
+
+
+async def adopt(services: Services, flora: Simulator, count: int) -> list[str]:
+    """Runs that somebody else starts now and a sweep finds: they are due in four to five
+    seconds."""
+    run_ids = [flora.start().run_id for _ in range(count)]
+    [workspace] = services.workspaces
+    await services.sweeper.sweep(workspace)
+    return run_ids
 
 
 async def poll_to_the_end(services: Services, clock: HandClock, *, within: float) -> None:
@@ -70,6 +80,114 @@ async def test_a_page_reads_many(services: Services, flora: Simulator, clock: Ha
     assert sum(reads_of(flora).values()) == sum(before.values()) + 1
     for run_id in run_ids:
         assert_true_to(await the_run(services, run_id), flora)
+
+
+async def test_pages_are_read_through_those_that_show_nothing(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """Twenty due runs below two hundred that are not due cost three pages, not twenty reads."""
+    await adopt(services, flora, 20)
+    clock.move(2)
+    await adopt(services, flora, 200)
+    clock.move(3.1)
+    report = await services.poller.poll_due()
+    assert (report.claimed, report.pages, report.reads) == (20, 3, 0)
+
+
+async def test_where_pages_cost_more_runs_are_read_alone(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """Two due runs below two hundred others cost two reads, and no page is read for them."""
+    await adopt(services, flora, 2)
+    clock.move(2)
+    await adopt(services, flora, 200)
+    clock.move(3.1)
+    report = await services.poller.poll_due()
+    assert (report.claimed, report.pages, report.reads) == (2, 0, 2)
+
+
+async def test_runs_that_are_not_known_here_push_others_down(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """Where FLORA's list holds runs that are not known here, the page after is read as well."""
+    await adopt(services, flora, 20)
+    for _ in range(150):
+        flora.start()
+    clock.move(5.1)
+    report = await services.poller.poll_due()
+    assert (report.claimed, report.pages, report.reads) == (20, 2, 0)
+
+
+async def test_due_runs_gather_after_pages_were_read(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """Who polls again and again makes a read a second: after three pages what becomes due is left
+    for three seconds; after a single read, for one. Who polls once reads all."""
+    run_ids = await adopt(services, flora, 220)
+    clock.move(5.1)
+    assert (await services.poller.poll_due(gather=True)).pages == 3
+    await services.tracker.track(run_ids[0])
+    clock.move(2.9)
+    assert (await services.poller.poll_due(gather=True)).claimed == 0
+    due = await services.poller.next_due_at(gather=True)
+    assert due == clock() + timedelta(seconds=0.1)
+    clock.move(0.1)
+    assert (await services.poller.poll_due(gather=True)).reads == 1
+    await services.tracker.track(run_ids[1])
+    clock.move(0.9)
+    assert (await services.poller.poll_due(gather=True)).claimed == 0
+    assert (await services.poller.poll_due()).reads == 1
+
+
+async def test_a_sweep_counts_like_a_round(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """What becomes due right after a sweep of three pages is left to gather, too."""
+    run_ids = await adopt(services, flora, 220)
+    clock.move(1)
+    await services.tracker.track(run_ids[0])
+    assert (await services.poller.poll_due(gather=True)).claimed == 0
+    clock.move(2)
+    assert (await services.poller.poll_due(gather=True)).claimed == 1
+
+
+async def test_ends_without_details_in_the_list_are_read_all_the_time(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """Where lists leave outputs out, nothing is shared, and runs that ended do not wait for more
+    of their kind; those that have not ended do."""
+    async with make_flora(history_outputs=False, run_seconds=4) as flora:
+        services = await open_on(flora)
+        run_ids = await adopt(services, flora, 150)
+        clock.move(5.1)
+        report = await services.poller.poll_due(gather=True)
+        assert report.pages == 2
+        while (report := await services.poller.poll_due(gather=True)).claimed:
+            assert report.pages == 0
+        ended = [one for one in run_ids if (await the_run(services, one)).run.standing.ended]
+        assert ended
+        assert all([(await the_run(services, one)).run.settled for one in ended])
+
+
+async def test_a_backlog_does_not_keep_fresh_ends_waiting(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """While hundreds of runs are due that have to be read one by one, the run that ended last is
+    among the first that the next round reads."""
+    async with make_flora(history_outputs=False) as flora:
+        services = await open_on(flora)
+        run_ids = await adopt(services, flora, 180)
+        clock.move(60)
+        await services.poller.poll_due()
+        last = flora.world.runs[run_ids[-1]]
+        assert not (await the_run(services, last.run_id)).run.settled
+        clock.move(1)
+        letter = write_letter(last, flora.world.now_ms())
+        await services.receiver.receive(
+            letter.body, signature=letter.headers["Flora-Signature"], webhook_id=letter.delivery_id
+        )
+        assert (await services.poller.poll_due()).settled < 30
+        assert (await the_run(services, last.run_id)).run.settled
 
 
 async def test_lists_without_details_are_not_asked_twice(

@@ -12,11 +12,11 @@ from typing import Final
 from tracker.core.observation import Source
 from tracker.core.record import Record
 from tracker.core.schedule import (
-    CALLBACK_MARGIN,
     LEARNED_FROM,
     Durations,
     Policy,
     first_wait,
+    learned_wait,
     wait_after,
     whole_wait,
 )
@@ -40,6 +40,9 @@ class Why(StrEnum):
     """No callback was asked for: one poll interval after the run was first heard of."""
     LEARNED_INTERVAL = "learned_interval"
     """No callback was asked for: when half of the technique's runs have ended."""
+    LEARNED_WAIT = "learned_wait"
+    """It was looked at, and looks are put off until its end may be expected, or the longest wait
+    has passed."""
     WAIT = "wait"
     """So many looks have brought no end, and each doubles the wait."""
     ENDED = "ended"
@@ -56,7 +59,8 @@ class NextLook:
 
     `since` and `wait` say from when how long is waited. Of a doubled wait, `number` is how many
     looks in a row brought nothing, and `jitter` what was taken off the wait. `durations` is what
-    was learned, where that decided, and `bounded` that it went further than it may move a look.
+    was learned, where that decided, and `bounded` that it goes further than it may move a look;
+    `callback_expected` tells which of the quantiles counts.
     """
 
     why: Why
@@ -67,6 +71,7 @@ class NextLook:
     jitter: timedelta | None = None
     durations: Durations | None = None
     bounded: bool = False
+    callback_expected: bool = False
 
 
 def next_look(record: Record, *, policy: Policy, durations: Durations | None) -> NextLook:
@@ -80,7 +85,7 @@ def next_look(record: Record, *, policy: Policy, durations: Durations | None) ->
     if record.lost or at is None:
         return NextLook(why=Why.LOST)
     if record.looks > 0:
-        return _doubled(record, at, policy)
+        return _put_off(record, at, policy, durations) or _doubled(record, at, policy)
     if record.run.standing.ended:
         return NextLook(why=Why.ENDED, at=at)
     return _first(record, at, policy, durations)
@@ -98,6 +103,29 @@ def _doubled(record: Record, at: datetime, policy: Policy) -> NextLook:
     )
 
 
+def _put_off(
+    record: Record, at: datetime, policy: Policy, durations: Durations | None
+) -> NextLook | None:
+    """That the look was put off, if it was: then it stands at the very moment that this gives."""
+    since, expected = record.first_seen_at, record.callback_expected
+    learned = learned_wait(durations, callback_expected=expected)
+    wait = at - since
+    if learned is None or wait > learned + _SAME or record.run.standing.ended:
+        return None
+    off_a_lap = wait - round(wait / policy.interval_max) * policy.interval_max
+    if min(abs(learned - wait), abs(off_a_lap)) > _SAME:
+        return None
+    return NextLook(
+        why=Why.LEARNED_WAIT,
+        at=at,
+        since=since,
+        wait=wait,
+        durations=durations,
+        bounded=abs(learned - wait) > _SAME,
+        callback_expected=expected,
+    )
+
+
 def _first(record: Record, at: datetime, policy: Policy, durations: Durations | None) -> NextLook:
     since = record.first_seen_at
     expected = record.callback_expected
@@ -110,18 +138,14 @@ def _first(record: Record, at: datetime, policy: Policy, durations: Durations | 
         if known is None:
             why = Why.GRACE if expected else Why.INTERVAL
             return NextLook(why=why, at=at, since=since, wait=wait)
-        seconds = (
-            timedelta(seconds=known.p95) + CALLBACK_MARGIN
-            if expected
-            else timedelta(seconds=known.p50)
-        )
         return NextLook(
             why=Why.LEARNED_GRACE if expected else Why.LEARNED_INTERVAL,
             at=at,
             since=since,
             wait=wait,
             durations=known,
-            bounded=wait != seconds,
+            bounded=wait != learned_wait(known, callback_expected=expected),
+            callback_expected=expected,
         )
     # The answer to a start sets no time of its own where somebody has asked for the run before.
     if at <= since + _SAME or record.source is Source.TRACK:

@@ -3,7 +3,10 @@
 A run is looked at because nobody said that it ended. The first look waits for the callback (grace);
 where no callback was asked for, one poll interval. Each look that brings nothing doubles the wait,
 up to the longest. A callback makes the run due at once. What is known of a technique's durations
-moves the first look, by a factor of ten at most.
+moves the first look, by a factor of ten at most, and puts off the ones after it, by the longest
+wait at most, until the end may be expected.
+
+Why the defaults stand where they do is told, with the figures, in docs/performance.md.
 """
 
 from dataclasses import dataclass
@@ -49,13 +52,39 @@ def first_wait(
     median.
     """
     base = policy.grace if callback_expected else policy.interval
-    if durations is None or durations.count < LEARNED_FROM:
+    learned = learned_wait(durations, callback_expected=callback_expected)
+    if learned is None:
         return base
-    if callback_expected:
-        learned = timedelta(seconds=durations.p95) + CALLBACK_MARGIN
-    else:
-        learned = timedelta(seconds=durations.p50)
     return min(max(learned, base / LEARNED_FACTOR), base * LEARNED_FACTOR)
+
+
+def learned_wait(durations: Durations | None, *, callback_expected: bool) -> timedelta | None:
+    """How long after its creation a look is worth its cost; `None` where too little is known."""
+    if durations is None or durations.count < LEARNED_FROM:
+        return None
+    if callback_expected:
+        return timedelta(seconds=durations.p95) + CALLBACK_MARGIN
+    return timedelta(seconds=durations.p50)
+
+
+def put_off_until(
+    policy: Policy,
+    durations: Durations | None,
+    *,
+    now: datetime,
+    first_seen: datetime,
+    callback_expected: bool,
+) -> datetime | None:
+    """Until when looks after the first are put off, UTC; `None` where the end may be expected.
+
+    That is at most the longest wait away, counted from `first_seen`, so that the same runs are put
+    off until the same moment and share their pages.
+    """
+    learned = learned_wait(durations, callback_expected=callback_expected)
+    if learned is None or first_seen + learned <= now:
+        return None
+    passed = max((now - first_seen) // policy.interval_max, 0)
+    return first_seen + min(learned, (passed + 1) * policy.interval_max)
 
 
 def wait_after(policy: Policy, run_id: str, looks: int) -> timedelta:
@@ -94,7 +123,17 @@ def next_check(
     if run.settled:
         return None
     if looks > 0:
-        return now + wait_after(policy, run.run_id, looks)
+        later = now + wait_after(policy, run.run_id, looks)
+        if run.standing.ended:
+            return later
+        put_off = put_off_until(
+            policy,
+            durations,
+            now=now,
+            first_seen=first_seen,
+            callback_expected=callback_expected,
+        )
+        return max(later, put_off or later)
     if at_once or run.standing.ended:
         return now
     first = first_seen + first_wait(policy, durations, callback_expected=callback_expected)

@@ -4,7 +4,12 @@ FLORA's limits are for the whole workspace, are not published and are shared wit
 it, so they are felt for. At most `concurrency` requests are under way at a time. Until FLORA first
 refuses one as too many (429), nothing else holds them back. From then on they are spaced to a rate,
 which grows a little with every answer and is halved with every refusal (additive increase,
-multiplicative decrease). The wait that FLORA asks for holds for everybody.
+multiplicative decrease). However long others wait, every other request is one that brings home a
+run that has just ended, where there is such a one.
+
+The wait that FLORA asks for holds for everybody, other processes with the same key included: they
+tell each other. The rate does not. It is what each makes of its own refusals, so that several
+processes come to share FLORA's limit without counting each other.
 """
 
 import asyncio
@@ -14,9 +19,10 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from tracker.core.errors import RateLimited
+from tracker.flora.seats import Seats
 
 SLOWEST: Final = 0.2
 """Requests a second; halving stops here, at FLORA's own advice of one every five seconds."""
@@ -46,10 +52,21 @@ class BudgetState:
     waited: float
 
 
+class SharedWaits(Protocol):
+    """What the processes with one key tell each other. Neither method raises."""
+
+    async def left(self) -> float:
+        """How many seconds the longest wait still lasts that any of them was asked for."""
+
+    async def tell(self, seconds: float) -> None:
+        """FLORA has asked this process to wait for so long."""
+
+
 class Budget:
     """Lets requests start, in the order in which they asked.
 
-    Times are in seconds of `monotonic`; tests pass their own, and a `sleep` to go with it.
+    Times are in seconds of `monotonic`; tests pass their own, and a `sleep` to go with it. Without
+    `shared` nobody else is told of a wait, or heard.
     """
 
     def __init__(
@@ -58,11 +75,13 @@ class Budget:
         *,
         monotonic: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        shared: SharedWaits | None = None,
     ) -> None:
         self._concurrency = concurrency
         self._monotonic = monotonic
         self._sleep = sleep
-        self._seats = asyncio.Semaphore(concurrency)
+        self._shared = shared
+        self._seats = Seats(concurrency)
         self._turn = asyncio.Lock()
         self._asked = 0
         self._in_flight = 0
@@ -75,20 +94,20 @@ class Budget:
         self._starts: deque[float] = deque(maxlen=math.ceil(FASTEST * MEMORY))
 
     @asynccontextmanager
-    async def slot(self, *, until: float = math.inf) -> AsyncIterator[float]:
+    async def slot(self, *, until: float = math.inf, fresh: bool = False) -> AsyncIterator[float]:
         """Wait for leave to send one request, and hold its seat; gives the time of the start.
 
-        Raises `RateLimited` at once where the wait is known to go on beyond `until`.
+        `fresh` says that it is about a run that has just ended. Raises `RateLimited` at once where
+        the wait is known to go on beyond `until`.
         """
         self._refuse_beyond(until)
         self._asked += 1
         asked_at = self._monotonic()
         try:
-            async with self._seats:
+            await self._seats.take(fresh=fresh)
+            try:
                 async with self._turn:  # one caller watches the clock, the others stand behind it
-                    while (wait := self._wait()) > 0:
-                        self._refuse_beyond(until)
-                        await self._sleep(wait)
+                    await self._wait_for_leave(until)
                     started = self._start()
                 self._waited += started - asked_at
                 self._in_flight += 1
@@ -96,12 +115,19 @@ class Budget:
                     yield started
                 finally:
                     self._in_flight -= 1
+            finally:
+                self._seats.give_back()
         finally:
             self._asked -= 1
 
     def pause(self, seconds: float) -> None:
-        """Nobody starts anything for so long."""
+        """Nobody in this process starts anything for so long."""
         self._paused_until = max(self._paused_until, self._monotonic() + seconds)
+
+    async def tell_others(self, seconds: float) -> None:
+        """Nobody in any other process starts anything for so long."""
+        if self._shared is not None:
+            await self._shared.tell(seconds)
 
     def answered(self) -> None:
         """FLORA took a request: the next may come a little sooner."""
@@ -134,6 +160,17 @@ class Budget:
             limited=self._limited,
             waited=self._waited,
         )
+
+    async def _wait_for_leave(self, until: float) -> None:
+        while True:
+            while (wait := self._wait()) > 0:
+                self._refuse_beyond(until)
+                await self._sleep(wait)
+            # Asked last of all: another process may have been told to wait a moment ago.
+            left = 0.0 if self._shared is None else await self._shared.left()
+            if left <= 0:
+                return
+            self.pause(left)
 
     def _wait(self) -> float:
         return max(self._next_start, self._paused_until) - self._monotonic()

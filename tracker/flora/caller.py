@@ -33,7 +33,7 @@ from tracker.core.errors import (
 from tracker.core.packing import is_bounded
 from tracker.flora import parse
 from tracker.flora.breaker import Breaker
-from tracker.flora.budget import Budget
+from tracker.flora.budget import Budget, SharedWaits
 from tracker.flora.values import decode
 from tracker.flora.waits import UNTOLD_WAIT, asked_wait, backoff, http_date
 
@@ -63,7 +63,8 @@ class Call:
     """What is asked of FLORA.
 
     `endpoint` is the pattern of the URL, for people and metrics. `spends` marks what costs money;
-    `lists` a list, which a key that is any good may read, so that a 403 is about the key itself.
+    `lists` a list, which a key that is any good may read, so that a 403 is about the key itself;
+    `fresh` what brings home a run that has just ended.
     """
 
     endpoint: str
@@ -73,6 +74,7 @@ class Call:
     content: bytes | None = None
     spends: bool = False
     lists: bool = False
+    fresh: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,8 +141,9 @@ class Caller:
         on_request: OnRequest | None = None,
         monotonic: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        shared: SharedWaits | None = None,
     ) -> None:
-        self.budget = Budget(concurrency, monotonic=monotonic, sleep=sleep)
+        self.budget = Budget(concurrency, monotonic=monotonic, sleep=sleep, shared=shared)
         self.breaker = Breaker(clock=clock, monotonic=monotonic)
         self.clock_offset: timedelta | None = None
         self.request_id: str | None = None
@@ -176,6 +179,8 @@ class Caller:
             except FloraError as exc:
                 ending = course.failed(call, exc)
                 asked = exc.retry_after if isinstance(exc, FloraRefusal) else None
+                if asked is not None:
+                    await self.budget.tell_others(asked)
                 wait = asked or backoff(attempt)
                 if not _repeatable(call, exc) or self._monotonic() + wait > until:
                     raise ending  # noqa: B904  (most often it is `exc` itself)
@@ -183,7 +188,7 @@ class Caller:
 
     async def _attempt(self, call: Call, course: _Course, *, until: float) -> Answer:
         self.breaker.check()
-        async with self.budget.slot(until=until) as started:
+        async with self.budget.slot(until=until, fresh=call.fresh) as started:
             self.breaker.admit()
             course.under_way = True
             answer = await self._exchange(call)

@@ -16,6 +16,7 @@ import json
 import re
 import time
 from collections.abc import Awaitable, Callable
+from copy import copy
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -30,7 +31,7 @@ from tracker.core.observation import Observation, Source
 from tracker.flora import parse
 from tracker.flora.addresses import Addresses
 from tracker.flora.breaker import Breaker
-from tracker.flora.budget import Budget
+from tracker.flora.budget import Budget, SharedWaits
 from tracker.flora.caller import Call, Caller, OnRequest
 from tracker.flora.parse import Page
 from tracker.flora.technique import Technique, technique
@@ -62,7 +63,8 @@ class FloraClient:
     """The calls that the tracker makes. `deadline` is in seconds, for a call with all repetitions.
 
     `on_request(endpoint, status, seconds)` is told of every request. Tests pass a `transport`, a
-    `monotonic` clock and a `sleep`. Proxies of the environment are used, but never to this machine
+    `monotonic` clock and a `sleep`; `shared_waits` is how processes with one key tell each other
+    that FLORA asked them to wait. Proxies of the environment are used, but never to this machine
     itself. Raises `SettingsError` for a base URL or a key that cannot be right.
     """
 
@@ -78,7 +80,9 @@ class FloraClient:
         transport: httpx.AsyncBaseTransport | None = None,
         monotonic: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        shared_waits: SharedWaits | None = None,
     ) -> None:
+        self._fresh = False
         self._addresses = Addresses(base_url)
         self._clock = clock
         if not _KEY.fullmatch(api_key):
@@ -108,6 +112,7 @@ class FloraClient:
             on_request=on_request,
             monotonic=monotonic,
             sleep=sleep,
+            shared=shared_waits,
         )
 
     def __repr__(self) -> str:
@@ -122,6 +127,14 @@ class FloraClient:
     async def aclose(self) -> None:
         """Close the connections."""
         await self._http.aclose()
+
+    @property
+    def for_fresh(self) -> Self:
+        """This very client for reads of runs that have just ended: the budget keeps a share for
+        them."""
+        same = copy(self)
+        same._fresh = True
+        return same
 
     @property
     def budget(self) -> Budget:
@@ -259,6 +272,7 @@ class FloraClient:
             endpoint=f"GET /{path}",
             url=self._addresses.url(path, technique_id=technique_id, cursor=cursor, limit=limit),
             lists=True,
+            fresh=self._fresh,
         )
         answer = await self._caller.call(call, deadline=deadline)
         read = partial(parse.run, source=Source.HISTORY, at=self._clock(), run_type=kind)
@@ -273,7 +287,8 @@ class FloraClient:
         *,
         run_type: str | None = None,
     ) -> Observation:
-        answer = await self._caller.call(Call(endpoint=endpoint, url=url), deadline=deadline)
+        call = Call(endpoint=endpoint, url=url, fresh=self._fresh)
+        answer = await self._caller.call(call, deadline=deadline)
         return answer.read(
             partial(
                 parse.run,

@@ -23,7 +23,7 @@ from tracker.simulator.validation import (
     check_technique_start,
     parse_body,
 )
-from tracker.simulator.world import World
+from tracker.simulator.world import Asked, World
 
 STATUSES: Final = ("pending", "running", "completed", "failed")
 
@@ -217,10 +217,11 @@ class Api:
     def _route(self, name: str, method: str, path: str, handler: Handler) -> Route:
         async def endpoint(request: Request) -> Response:
             world = self._world
-            number = world.next_request()
+            number, at_ms = world.next_request(), world.now_ms()
             response = await self._answer(request, handler, Throw(world.options, number))
-            cut = isinstance(response, Cut)
-            world.counts[name, 0 if cut else response.status_code] += 1
+            status = 0 if isinstance(response, Cut) else response.status_code
+            world.counts[name, status] += 1
+            world.asked.append(Asked(name, request.path_params.get("run"), at_ms, status))
             response.headers["request-id"] = f"req_{digest(world.options.seed, 'request', number)}"
             # By this world's clock, not the server's: who compares the clocks compares with this.
             response.headers["date"] = formatdate(world.now_ms() / 1000, usegmt=True)

@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Mount
 
@@ -41,7 +41,7 @@ def assemble(world: World, courier: Courier, connections: Connections) -> Starle
 
     app = Starlette(
         routes=[Mount("/api/v1", routes=api.routes()), *control.routes()],
-        exception_handlers={HTTPException: _no_route},
+        exception_handlers={HTTPException: _no_route, ClientDisconnect: _nobody_there},
         lifespan=lifespan,
     )
     app.state.world = world
@@ -55,3 +55,7 @@ async def _no_route(request: Request, exc: Exception) -> Response:
     if status == 405:
         return Problem(405, "method_not_allowed", "This route has no such method.").response()
     return Problem(404, "not_found", "There is no such route.").response()
+
+
+async def _nobody_there(request: Request, exc: Exception) -> Response:
+    return Response(status_code=400)  # who asked has gone in the middle of the request

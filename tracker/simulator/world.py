@@ -3,9 +3,9 @@
 All of it is in memory. The world never waits and never talks to anybody; the clock is given.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from tracker.core.clock import Clock, utc_now
 from tracker.simulator.catalogue import Port, Technique, load_catalogue
@@ -26,13 +26,25 @@ _GENERATIONS: Final = {
 """Output type and cost in USD for each type of generation."""
 
 _UNREACHABLE: Final = next(error for error in FAILURES if error[0] == "input_unreachable")
+_REMEMBERED: Final = 100_000
+
+
+class Asked(NamedTuple):
+    """A request to the API: its route, the run that it is about, when it came (Unix milliseconds)
+    and what was answered (0: the connection was cut)."""
+
+    route: str
+    run_id: str | None
+    at_ms: int
+    status: int
 
 
 class World:
     """One simulated FLORA.
 
     `runs` holds every run by its identifier, oldest first; `deliveries` what became of each attempt
-    at a callback; `counts` how often each route gave each status (0: the connection was cut).
+    at a callback; `counts` how often each route gave each status (0: the connection was cut), and
+    `asked` the last requests one by one.
     `root` is where this FLORA is reached, without `/api/v1`.
     """
 
@@ -43,6 +55,7 @@ class World:
         self.root = root
         self.runs: dict[str, SimulatedRun] = {}
         self.counts: Counter[tuple[str, int]] = Counter()
+        self.asked: deque[Asked] = deque(maxlen=_REMEMBERED)
         self.deliveries: list[Attempt] = []
         self.keys = KeyStore(options.idempotency)
         self.requests = 0

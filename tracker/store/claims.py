@@ -66,7 +66,11 @@ async def claim_due(
         return records(connection, connection.execute(statement).all())
 
     claimed = await db.write(work)
-    return sorted(claimed, key=lambda record: (record.next_check_at or now, record.run.run_id))
+    return sorted(
+        claimed,
+        key=lambda record: (record.next_check_at or now, record.run.run_id),
+        reverse=newest,
+    )
 
 
 async def renew(db: Database, holder: str, run_ids: Sequence[str], until: datetime) -> int:
@@ -159,7 +163,7 @@ def _free(now: datetime) -> ColumnElement[bool]:
 def within(
     workspaces: Workspaces, column: ColumnElement[Any] = runs.c.workspace_id
 ) -> ColumnElement[bool]:
-    """The condition on `runs`, or on a part of it with that `column`, that those workspaces mean."""
+    """The condition on `runs`, or on a subquery's `column`, that those workspaces mean."""
     if workspaces is None:
         return true()
     # An expression, so that no index by workspace tempts the planner: what is due comes first, and

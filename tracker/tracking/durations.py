@@ -5,11 +5,13 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from tracker.core.clock import Clock
-from tracker.core.schedule import Durations
+from tracker.core.schedule import LEARNED_FROM, Durations
 from tracker.store import read
 from tracker.store.engine import Database
 
 KEPT_FOR: Final = timedelta(minutes=5)
+FEW_KEPT_FOR: Final = timedelta(seconds=5)
+"""Where too few runs are known to learn from, a sweep may bring the rest at any moment."""
 
 
 class DurationBook:
@@ -36,8 +38,12 @@ class DurationBook:
             if technique_id is None:
                 continue
             entry = self._known.get(technique_id)
-            if entry is None or now - entry[0] >= KEPT_FOR:
+            if entry is None or now - entry[0] >= _kept_for(entry[1]):
                 self._known[technique_id] = (
                     now,
                     await read.durations(self._database, technique_id),
                 )
+
+
+def _kept_for(known: Durations) -> timedelta:
+    return KEPT_FOR if known.count >= LEARNED_FROM else FEW_KEPT_FOR

@@ -1,8 +1,7 @@
 """What a history page tells of its workspace, and when reading one is cheaper than single reads."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
-from datetime import datetime
 
 from tracker.core.observation import Observation
 from tracker.core.record import Record
@@ -69,15 +68,9 @@ def listable(records: Iterable[Record], workspace: Workspace) -> list[Record]:
     ]
 
 
-def pays(wanted: Sequence[Record], *, newer: datetime | None, oldest: datetime) -> bool:
-    """Whether the next page is likely to show two due runs: then it is cheaper than reading them.
+def pays(pages_away: Collection[int]) -> bool:
+    """Whether to read on: some number of pages costs less than the due runs on them, read alone.
 
-    It is taken to reach as far back as the last one did, from `newer` (the end of the page before;
-    the newest due run for the first) to `oldest`. Runs known to be newer than `oldest` have been
-    passed.
+    `pages_away` tells of each run on which page from here it is expected, the next one being 1.
     """
-    ahead = [record.created_at for record in wanted if record.created_at <= oldest]
-    if newer is None:
-        return len(ahead) >= 2
-    reach = oldest - (newer - oldest)
-    return sum(created >= reach for created in ahead) >= 2
+    return any(due > pages for due, pages in enumerate(sorted(pages_away), start=1))

@@ -1,15 +1,23 @@
 """Polling what is due, with as few requests as possible.
 
-One page of the history reads up to a hundred runs, a single read one. So where at least two runs
-are due, pages are read from the newest on for as long as the next one is likely to show two due
-runs more; what is still open then, and what a list shows without its details, is read alone.
+One page of the history reads up to a hundred runs, a single read one. So pages are read from the
+newest on, for as long as some number of them shows more due runs than that; what is still open
+then, and what a list shows without its details, is read alone. Who polls again and again lets due
+runs gather first: `tracker.tracking.gather` says for how long.
+
+Where more is due than one round reads, a share of it goes to the runs that were told ended last: a
+backlog does not keep fresh callbacks waiting.
 """
 
 import asyncio
+import math
+import time
 from collections.abc import Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import partial
+from itertools import zip_longest
 from typing import Any, Final, TypeVar
 
 import structlog
@@ -22,19 +30,25 @@ from tracker.core.observation import Observation
 from tracker.core.record import Record
 from tracker.sources import history
 from tracker.sources.poll import Reading, read_run
-from tracker.store import claims
+from tracker.store import claims, listed
 from tracker.store.door import Door
 from tracker.store.engine import Database
 from tracker.tracking.durations import DurationBook
+from tracker.tracking.gather import Gathering
 from tracker.tracking.pages import listable, owned, pays, taken_over, without_removed
 from tracker.tracking.rounds import LONGEST_REST, NO_REST, REST, PollReport, Rest, Round
 from tracker.tracking.workspaces import Workspace, Workspaces
 
 CLAIM: Final = 100
 """So many due runs are claimed in one round: what one page of the history can show."""
+FRESH: Final = 25
+"""So many more are claimed where that was not all: those that a callback told of last."""
 SINGLE_READS: Final = 16
-"""So many runs are read alone in one round; the rest is given back and due in the next, so that no
-process sits on work that another could do."""
+"""So many runs are read alone in one round, half of them fresh; the rest is given back and due in
+the next, so that no process sits on work that another could do."""
+ROUND_SECONDS: Final = 10.0
+"""Seconds after which a round reads no further run alone (FLORA is slow, or has set a limit): the
+next one looks first whether a callback has come."""
 PAGE_SECONDS: Final = 30.0
 """How long one page may take, repetitions included."""
 LEASE: Final = timedelta(seconds=30)
@@ -57,6 +71,7 @@ class Poller:
         door: Door,
         workspaces: Workspaces,
         durations: DurationBook,
+        gathering: Gathering,
         holder: str,
         clock: Clock,
     ) -> None:
@@ -64,29 +79,39 @@ class Poller:
         self._door = door
         self._workspaces = workspaces
         self._durations = durations
+        self._gathering = gathering
         self._holder = holder
         self._clock = clock
         self._rests: dict[str, Rest] = {}
 
-    async def poll_due(self) -> PollReport:
+    async def poll_due(self, *, gather: bool = False) -> PollReport:
         """One round: claim what is due in each workspace and read it. Raises `StoreUnavailable`.
 
-        A workspace whose key is refused, or that has none, is left alone; so is one in which FLORA
+        With `gather`, for who polls again and again, due runs are left until they have gathered. A
+        workspace whose key is refused, or that has none, is left alone; so is one in which FLORA
         has just answered nothing, until it has rested.
         """
         report = PollReport()
-        rounds = [self._poll_workspace(workspace) for workspace in self._readable()]
+        rounds = [self._poll_workspace(workspace, gather) for workspace in self._readable()]
         for one in await _all_of(rounds):
             report.add(one)
         return report
 
-    async def next_due_at(self) -> datetime | None:
-        """When the next run that can be read is due, UTC; in the past where one waits already."""
+    async def next_due_at(self, *, gather: bool = False) -> datetime | None:
+        """When the next run that can be read is due, UTC; in the past where one waits already.
+
+        With `gather`, not before the due runs have gathered.
+        """
         now = self._clock()
-        times = [
-            await claims.next_due_at(self._database, self._workspaces.claimable(workspace), now=now)
-            for workspace in self._readable()
-        ]
+        times = []
+        for workspace in self._readable():
+            due = await claims.next_due_at(
+                self._database, self._workspaces.claimable(workspace), now=now
+            )
+            until = self._gathering.until(workspace.slot) if gather else None
+            # Where lists carry no details, ends that are known are read alone all the time.
+            waits = due and until and workspace.lists_carry_details
+            times.append(max(due, until) if due and until and waits else due)
         times += [rest.until for rest in self._rests.values() if rest.until > now]
         return min((moment for moment in times if moment), default=None)
 
@@ -121,15 +146,12 @@ class Poller:
         """Give back whatever this process still claims."""
         await claims.release(self._database, self._holder)
 
-    async def _poll_workspace(self, workspace: Workspace) -> PollReport:
-        due = await claims.claim_due(
-            self._database,
-            holder=self._holder,
-            now=self._clock(),
-            lease=LEASE,
-            limit=CLAIM,
-            workspaces=self._workspaces.claimable(workspace),
-        )
+    async def _poll_workspace(self, workspace: Workspace, gather: bool) -> PollReport:
+        began = self._clock()
+        gathering = gather and self._gathering.until(workspace.slot) is not None
+        if gathering and workspace.lists_carry_details:
+            return PollReport()
+        due, full = await self._claim(workspace, began, ended=gathering)
         report = PollReport(claimed=len(due))
         if not due:
             return report
@@ -145,9 +167,42 @@ class Poller:
             if course.open_runs:
                 await claims.release(self._database, self._holder, list(course.open_runs))
         self._rest_if_down(workspace, course)
+        if not gathering:
+            over = not course.open_runs or course.broken_off
+            self._gathering.count(workspace.slot, course.shared, began=began, over=over)
         report.trouble = course.trouble if course.broken_off else None
-        report.more = not course.broken_off and (len(due) == CLAIM or bool(course.open_runs))
+        report.more = not course.broken_off and (full or bool(course.open_runs))
+        # Pages that were read have most likely answered for what could not be claimed, too.
+        report.at_once = report.more and (bool(course.open_runs) or not report.pages)
         return report
+
+    async def _claim(
+        self, workspace: Workspace, now: datetime, *, ended: bool
+    ) -> tuple[list[Record], bool]:
+        """Claim due runs, or of those only the ended ones, and whether there are more than that.
+
+        Those that are read first come first: every other one is fresh, where there are many.
+        """
+        claim = partial(
+            claims.claim_due,
+            self._database,
+            holder=self._holder,
+            now=now,
+            lease=LEASE,
+            workspaces=self._workspaces.claimable(workspace),
+        )
+        due = await claim(limit=CLAIM, ended=ended)
+        full = len(due) == CLAIM
+        fresh = await claim(limit=FRESH, ended=True, newest=True) if full else []
+        fresh += [record for record in reversed(due) if record.run.standing.ended]
+        names = {record.run.run_id for record in fresh[:FRESH]}
+        others = [record for record in due if record.run.run_id not in names]
+        return [
+            record
+            for pair in zip_longest(fresh[:FRESH], others)
+            for record in pair
+            if record is not None
+        ], full
 
     def _rest_if_down(self, workspace: Workspace, course: Round) -> None:
         """Leave the workspace alone where FLORA answered nothing at all, longer each time."""
@@ -181,20 +236,35 @@ class Poller:
         wanted = listable(course.open_runs.values(), workspace)
         if len(wanted) < 2:
             return
-        newer: datetime | None = None
+        course.places = await listed.places(
+            self._database,
+            [record.run.run_id for record in wanted],
+            self._workspaces.claimable(workspace),
+            # Among more than that they are fewer than the pages.
+            among=len(wanted) * history.PAGE_SIZE * len(self._workspaces),
+        )
+        if not pays(_pages_away(wanted, course, report.pages)):
+            return
         try:
             client = workspace.require_client()
-            listed = history.pages(client, "technique", deadline=lambda: PAGE_SECONDS)
-            async with aclosing(listed) as pages:
+            newest_first = history.pages(
+                client.for_fresh, "technique", deadline=lambda: PAGE_SECONDS
+            )
+            async with aclosing(newest_first) as pages:
                 async for page in pages:
                     report.pages += 1
+                    course.shared += 1
                     course.answered = True
                     await self._take_page(workspace, page.items, course, report)
                     oldest = history.oldest(page.items)
-                    wanted = listable(course.open_runs.values(), workspace)
-                    if oldest is None or not pays(wanted, newer=newer, oldest=oldest):
+                    # What is newer than a page's oldest run, and was not shown, is in no list.
+                    wanted = [
+                        record
+                        for record in listable(course.open_runs.values(), workspace)
+                        if oldest is not None and record.created_at <= oldest
+                    ]
+                    if not pays(_pages_away(wanted, course, report.pages)):
                         return
-                    newer = oldest
         except (KeyRefused, RateLimited) as refusal:
             course.refuse(str(refusal))
         except FloraError as error:
@@ -231,14 +301,21 @@ class Poller:
         """Read runs one by one; each result goes through the door as soon as it is there."""
         client = workspace.require_client()
         turns = asyncio.Semaphore(client.budget.state().concurrency)
+        until = time.monotonic() + ROUND_SECONDS
+        shareable = {
+            record.run.run_id
+            for record in listable(course.open_runs.values(), workspace)
+            if course.places is None or record.run.run_id in course.places
+        }
 
         async def read(record: Record) -> None:
             async with turns:
-                if course.broken_off:
+                if course.broken_off or time.monotonic() > until:
                     return  # it stays open, and is given back
+                fresh = record.run.standing.ended
                 try:
                     with bound_contextvars(run_id=record.run.run_id, workspace_id=workspace.name):
-                        reading = await read_run(client, record.run)
+                        reading = await read_run(client.for_fresh if fresh else client, record.run)
                 except (KeyRefused, RateLimited) as refusal:
                     course.refuse(str(refusal))
                     return
@@ -247,6 +324,8 @@ class Poller:
                 else:
                     course.answered = True
             report.reads += reading.reads
+            if record.run.run_id in shareable:
+                course.shared += reading.reads
             entries = await self._entries(workspace, record, reading)
             for passed in await self._door.put_all(entries):
                 report.count(passed)
@@ -275,6 +354,20 @@ class Poller:
             ]
         seen = owned(workspace, reading.observation)
         return [*entries, Seen(observation=seen, reads=reading.reads, claim=self._holder)]
+
+
+def _pages_away(wanted: Sequence[Record], course: Round, read: int) -> list[int]:
+    """On which page after those that were read each wanted run is expected, where that is known.
+
+    FLORA's list may hold runs that are not known here, so that it may be a later one: then the next
+    is expected to show it.
+    """
+    places = course.places or {}
+    return [
+        max(1, math.ceil(places[one.run.run_id] / history.PAGE_SIZE) - read)
+        for one in wanted
+        if one.run.run_id in places
+    ]
 
 
 async def _all_of(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

@@ -1,5 +1,6 @@
 """One round of polling in one workspace: how far it is, how FLORA does, and when it rests."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final
@@ -20,7 +21,8 @@ class PollReport:
 
     Runs claimed, history pages and single reads made, runs settled, runs that could not be read
     (FLORA's word that there is no such run is an answer). `more` is true where due runs were left
-    for the next round; `trouble` says why the round was broken off, if it was.
+    for the next round, `at_once` where that should not wait for others to join them; `trouble` says
+    why the round was broken off, if it was.
     """
 
     claimed: int = 0
@@ -29,6 +31,7 @@ class PollReport:
     settled: int = 0
     failed: int = 0
     more: bool = False
+    at_once: bool = False
     trouble: str | None = None
 
     def count(self, passed: Passed) -> None:
@@ -45,14 +48,21 @@ class PollReport:
         self.settled += other.settled
         self.failed += other.failed
         self.more = self.more or other.more
+        self.at_once = self.at_once or other.at_once
         self.trouble = self.trouble or other.trouble
 
 
 @dataclass(slots=True)
 class Round:
-    """One round in one workspace: what is still to be read, and how FLORA does."""
+    """One round in one workspace: what is still to be read, and how FLORA does.
+
+    `places` tells where runs stand in FLORA's list, as far as that is known, once it was asked for;
+    `shared` counts the reads that other runs shared, or could have.
+    """
 
     open_runs: dict[str, Record]
+    places: Mapping[str, int] | None = None
+    shared: int = 0
     answered: bool = False
     failures: int = 0
     refused: bool = False

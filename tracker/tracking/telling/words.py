@@ -13,6 +13,7 @@ from typing import Final
 from tracker.core.next_look import NextLook, Why
 from tracker.core.observation import Observation, Source
 from tracker.core.run import Run, RunStatus
+from tracker.core.schedule import Durations
 
 _BY: Final = {
     Source.START: "FLORA's answer to our start",
@@ -175,16 +176,15 @@ def _reason(look: NextLook) -> str:
                 "known here, so it is polled"
             )
         case Why.LEARNED_GRACE if known is not None:
-            return (
-                f"{wait} after it was first heard of: 95 of 100 runs of its technique end within "
-                f"{span(timedelta(seconds=known.p95))} (learned from {counted(known.count, 'run')})"
-                f", and a callback takes a moment more{_bounded(look)}"
-            )
+            return f"{wait} after it was first heard of: {_nearly_all(known)}{_bounded(look)}"
         case Why.LEARNED_INTERVAL if known is not None:
+            return f"{wait} after it was first heard of: {_half(known)}{_bounded(look)}"
+        case Why.LEARNED_WAIT if known is not None:
+            learned = _nearly_all(known) if look.callback_expected else _half(known)
+            until = "the longest wait is over" if look.bounded else "then"
             return (
-                f"{wait} after it was first heard of: half of the runs of its technique end within "
-                f"{span(timedelta(seconds=known.p50))} (learned from {counted(known.count, 'run')})"
-                f"{_bounded(look)}"
+                f"{wait} after it was first heard of: {learned}, and after a look that brought no "
+                f"end none is worth its cost until {until}"
             )
         case Why.WAIT:
             looks = counted(look.number or 1, "look has", "looks in a row have")
@@ -200,6 +200,20 @@ def _reason(look: NextLook) -> str:
     return (
         f"{wait} after it was first heard of: that was decided under other settings, or by other "
         "durations than are known now"
+    )
+
+
+def _nearly_all(known: Durations) -> str:
+    return (
+        f"95 of 100 runs of its technique end within {span(timedelta(seconds=known.p95))} (learned "
+        f"from {counted(known.count, 'run')}), and a callback takes a moment more"
+    )
+
+
+def _half(known: Durations) -> str:
+    return (
+        f"half of the runs of its technique end within {span(timedelta(seconds=known.p50))} "
+        f"(learned from {counted(known.count, 'run')})"
     )
 
 

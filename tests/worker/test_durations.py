@@ -1,0 +1,33 @@
+"""How long a technique's runs take: known as soon as enough of them are."""
+
+from tests.worker.conftest import HandClock, OpenServices, the_run
+from tests.worker.test_poll import PROMPT
+from tracker.simulator import Simulator
+from tracker.tracking.start import StartRequest
+from tracker.wiring import Services
+
+
+async def first_wait(services: Services) -> float:
+    """How long after its start a run is first looked at, in seconds."""
+    request = StartRequest(technique="icon-pack", inputs=PROMPT)
+    record = (await services.starter.start(request)).record
+    record = await the_run(services, record.run.run_id)
+    assert record.next_check_at is not None
+    return (record.next_check_at - record.first_seen_at).total_seconds()
+
+
+async def test_what_a_first_sweep_brings_is_learned_from_at_once(
+    open_on: OpenServices, flora: Simulator, clock: HandClock
+) -> None:
+    """A tracker that has just been installed finds the durations in the history, and seconds later
+    no run is looked at before half of its technique's runs would have ended."""
+    for _ in range(40):
+        flora.start()
+        clock.move(10)
+    clock.move(60)
+    services = await open_on(flora)
+    assert await first_wait(services) == 5
+    [workspace] = services.workspaces
+    await services.sweeper.sweep(workspace)
+    clock.move(6)
+    assert 15 < await first_wait(services) < 25
