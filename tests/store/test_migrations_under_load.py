@@ -172,7 +172,8 @@ async def test_an_index_waits_for_who_is_older_and_nobody_for_it(empty_postgres_
 
 _WAITING_INDEX = "pg_stat_progress_create_index WHERE phase LIKE 'waiting%'"
 _UPGRADE = "pg_stat_activity WHERE application_name = 'tracker-migrations'"
-_WAITING_UPGRADE = f"{_UPGRADE} AND query LIKE '%advisory_lock%'"
+# It asks for its turn and pauses, in no transaction; the other one makes the index meanwhile.
+_WAITING_UPGRADE = f"{_UPGRADE} AND state = 'idle' AND query LIKE 'COMMIT%'"
 
 
 async def _are_there(db: Database, what: str) -> bool:

@@ -73,7 +73,8 @@ def poll(as_json: JsonFlag = False) -> int:
         return total
 
     report = run_once(work, needs_key=True)
-    figures = {name: value for name, value in asdict(report).items() if name != "more"}
+    inner = {"more", "at_once"}  # what the rounds tell each other
+    figures = {name: value for name, value in asdict(report).items() if name not in inner}
     if as_json:
         print_json(figures)
     else:

@@ -29,7 +29,7 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
 
 
 def read_settings(environ: Mapping[str, str] | None = None) -> tuple[Settings, dict[str, str]]:
-    """As `load_settings`, and for each variable that is set where: "the environment", or the file."""
+    """As `load_settings`, and where each variable is set: "the environment", or the file."""
     environ = os.environ if environ is None else environ
     names = [name for name in Settings.model_fields if name != "workspaces"]
     values: dict[str, Any] = {
