@@ -11,10 +11,12 @@ from functools import partial
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, event, text
+from sqlalchemy import Connection, Engine, event, text
+from sqlalchemy.dialects import postgresql
 
 from tests.store.making import NOW, callback, open_door
 from tracker.store import claims, gauges, listed, read, starts, sweeps
+from tracker.store.batch_postgres import LOCK_RUNS
 from tracker.store.engine import Database, migration_engine
 from tracker.tracking.prune import Ages, Pruner
 
@@ -250,3 +252,21 @@ def _reads_a_table(plan: str) -> bool:
         if line.startswith("SCAN ") and "USING" not in line and line.split()[1] in tables:
             return True
     return False
+
+
+async def test_what_is_planned_while_a_table_is_empty_goes_by_the_index(postgres_url: str) -> None:
+    """A statement is planned once: the door's would read whole tables, if it went by the size that
+    they had when the tracker began."""
+    text_ = str(LOCK_RUNS.compile(dialect=postgresql.asyncpg.dialect()))
+
+    def explained(connection: Connection) -> str:
+        connection.exec_driver_sql("SET LOCAL plan_cache_mode = force_generic_plan")
+        connection.exec_driver_sql(f"PREPARE locking(text[]) AS {text_}")
+        rows = connection.exec_driver_sql("EXPLAIN EXECUTE locking(ARRAY['run_1', 'run_2'])").all()
+        connection.exec_driver_sql("DEALLOCATE locking")
+        return "\n".join(str(row[0]) for row in rows)
+
+    async with await Database.open(postgres_url) as db:
+        plan = await db.write(explained)
+    assert "pk_runs" in plan
+    assert "Seq Scan" not in plan

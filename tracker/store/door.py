@@ -1,6 +1,6 @@
 """The one door: every write of run state goes through here, and is answered after its commit.
 
-One task takes whatever waits and commits it together. Nothing waits for company: an entry that
+A task takes whatever waits and commits it together. Nothing waits for company: an entry that
 comes alone is committed alone, and while that commit is under way the next ones gather. So the cost
 of a commit is shared exactly where there is load.
 """
@@ -9,6 +9,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Final, Self
 
 import structlog
@@ -25,6 +26,9 @@ from tracker.store.faults import StoreBusy
 from tracker.store.text import clean_entry
 from tracker.store.waiting import MAX_WAITING_BYTES, Waiting, WaitingList
 
+WRITERS: Final = {"sqlite": 1, "postgresql": 2}
+"""How many batches are under way at a time. While PostgreSQL writes one, this process makes the
+next; on SQLite there is one writer anyhow."""
 PAUSE_SECONDS: Final = (0.05, 1.0)
 """The first and the longest wait before a database that is down is tried again."""
 
@@ -66,10 +70,10 @@ class Door:
         self._on_commit = tuple(on_commit)
         self._on_write = tuple(on_write)
         self._queue = WaitingList(most=max_waiting, most_bytes=max_waiting_bytes)
-        self._flying: list[Waiting] = []
+        self._flying: list[list[Waiting]] = [[] for _ in range(WRITERS[db.dialect])]
         self._arrived = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._closing = False
         self._trouble: StoreError | None = None
         self._seldom = Seldom()
@@ -84,22 +88,25 @@ class Door:
 
     def start(self) -> None:
         """Begin to commit what comes, in the running event loop."""
-        if self._task is None:
-            self._task = asyncio.create_task(self._run(), name="door")
+        if not self._tasks:
+            self._tasks = [
+                asyncio.create_task(self._run(writer), name=f"door-{writer}")
+                for writer in range(len(self._flying))
+            ]
 
     async def aclose(self) -> None:
         """Commit what waits, then stop. What comes later is refused with `StoreUnavailable`."""
         self._closing = True
         self._arrived.set()
-        if self._task is not None:
-            await asyncio.wait([self._task])
+        if self._tasks:
+            await asyncio.wait(self._tasks)
         if self._timer is not None:
             self._timer.cancel()
 
     @property
     def waiting(self) -> int:
         """How many entries are not committed yet."""
-        return len(self._queue) + len(self._flying)
+        return len(self._queue) + sum(map(len, self._flying))
 
     @property
     def trouble(self) -> StoreError | None:
@@ -132,7 +139,7 @@ class Door:
         return done
 
     def _refuse_if_full(self, more: Sequence[Entry]) -> None:
-        if self._closing or self._task is None or self._task.done():
+        if self._closing or not self._tasks or any(task.done() for task in self._tasks):
             raise StoreUnavailable("the tracker is not running, or is shutting down")
         if not self._queue.has_room(more):
             raise StoreUnavailable(
@@ -154,10 +161,11 @@ class Door:
         now = loop.time()
         for waiting in self._queue.take_expired(now):
             self._give_up(waiting)
-        for waiting in self._flying:
+        flying = list(chain.from_iterable(self._flying))
+        for waiting in flying:
             if waiting.expires <= now:
                 self._give_up(waiting)
-        left = [waiting.expires for waiting in self._flying if waiting.expires > now]
+        left = [waiting.expires for waiting in flying if waiting.expires > now]
         if self._queue.first_expires is not None:
             left.append(self._queue.first_expires)
         self._timer = loop.call_at(min(left), self._expire) if left else None
@@ -169,12 +177,12 @@ class Door:
             error.__cause__ = self._trouble
             waiting.answer.set_exception(error)
 
-    async def _run(self) -> None:
+    async def _run(self, writer: int) -> None:
         answered = 0
         while True:
             if self._queue:
                 batch = self._queue.take(self._share(answered))
-                await self._commit(batch)
+                await self._commit(writer, batch)
                 answered = len(batch)
             elif self._closing:
                 return
@@ -188,13 +196,14 @@ class Door:
 
         Who was just answered soon brings the next. If this commit took all who wait now, these and
         those would take turns for ever in the sizes that chance gave them, one and sixty-three say,
-        and the process would idle while the sixty-three are written. So they are made even.
+        and this process would idle while the sixty-three are written. So they are made even. Not
+        where a thread of this process writes: it would only take turns with the event loop.
         """
-        if not answered:
+        if not answered or len(self._flying) == 1:
             return self._max_batch
         return min(self._max_batch, (len(self._queue) + answered + 1) // 2)
 
-    async def _commit(self, batch: list[Waiting]) -> None:
+    async def _commit(self, writer: int, batch: list[Waiting]) -> None:
         """Commit a batch, whole or, where one of its entries is refused, in ever smaller parts.
 
         A database that is down is tried again until all who wait for this batch have given up.
@@ -203,7 +212,7 @@ class Door:
         pause = PAUSE_SECONDS[0]
         while parts:
             loop = asyncio.get_running_loop()
-            self._flying = [waiting for part in parts for waiting in part]
+            self._flying[writer] = [waiting for part in parts for waiting in part]
             part = self._still_waiting(parts.popleft(), loop.time())
             if not part:
                 continue
@@ -224,7 +233,7 @@ class Door:
                 self._out_of_trouble()
                 pause = PAUSE_SECONDS[0]
                 self._settle(part, outcome)
-        self._flying = []
+        self._flying[writer] = []
 
     def _in_trouble(self, error: StoreError) -> None:
         if self._trouble is None:

@@ -72,7 +72,7 @@ class Database:
         if parsed.dialect == "sqlite":
             return cls(parsed, sqlite_readers(parsed, **_COMMON), SqliteWriter(parsed, **_COMMON))
         # A pool each: however many read, the door finds a connection.
-        writing = _postgres_engine(parsed, application_name, connections=4)
+        writing = _postgres_engine(parsed, application_name, connections=4, by_key=True)
         _leave_standbys(writing.sync_engine)
         reading = _postgres_engine(parsed, application_name, connections=8).execution_options(
             isolation_level="REPEATABLE READ", postgresql_readonly=True
@@ -195,8 +195,12 @@ async def connect_postgres(
     application_name: str,
     *,
     command_timeout: float | None = STATEMENT_SECONDS + 1,
+    by_key: bool = False,
 ) -> Any:
     """A connection of asyncpg's own, with the tracker's time-outs.
+
+    `by_key` is for those who look rows up by their keys: a statement is planned once, and what was
+    planned while a table was small would go on to read all of it when it is not.
 
     asyncpg reads the URL itself, so that sslmode, several hosts and the rest mean what they mean
     everywhere else.
@@ -213,6 +217,8 @@ async def connect_postgres(
         # Compiling costs more than any of our statements takes.
         "jit": "off",
     }
+    if by_key:
+        settings["enable_seqscan"] = "off"
     return await asyncpg.connect(
         url.dsn,
         timeout=CONNECT_SECONDS,
@@ -245,10 +251,12 @@ def _connection_class() -> Any:
     return Connection
 
 
-def _postgres_engine(url: DatabaseUrl, application_name: str, *, connections: int) -> AsyncEngine:
+def _postgres_engine(
+    url: DatabaseUrl, application_name: str, *, connections: int, by_key: bool = False
+) -> AsyncEngine:
     engine = create_async_engine(
         "postgresql+asyncpg://",
-        async_creator=partial(connect_postgres, url, application_name),
+        async_creator=partial(connect_postgres, url, application_name, by_key=by_key),
         pool_size=connections // 2,
         max_overflow=connections - connections // 2,
         pool_timeout=STATEMENT_SECONDS,
