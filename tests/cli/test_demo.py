@@ -1,12 +1,10 @@
-"""`tracker demo`: it plays to its end, and its verdict can be "no"."""
+"""The verdict of `tracker demo` can be "no"; tests/deploy/test_package.py plays it to its end."""
 
-import json
 from copy import deepcopy
 from typing import Any
 
 import pytest
 
-from tests.cli.conftest import Commands
 from tracker.demo.verdict import judge
 
 RECORD: dict[str, Any] = {
@@ -38,31 +36,6 @@ RUN: dict[str, Any] = {
     "error_message": None,
     "outputs": [{"position": 0, "output_id": "o1", "type": "text", "url": "words"}],
 }
-
-
-def test_the_demo_settles_everything_and_agrees(tracker: Commands) -> None:
-    """All runs end as the simulator says, those with lost callbacks and the unknown one too."""
-    # Somebody's own settings must neither be used nor be harmed.
-    tracker.environ = {
-        "FLORA_API_KEY": "sk_live_real",
-        "TRACKER_DATABASE_URL": "sqlite:///real.db",
-        "TRACKER_PUBLIC_URL": "https://real.example.org",
-    }
-    done = tracker("demo", "--json")
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["agree"] is True
-    runs = told["runs"]
-    assert len(runs) == 13
-    assert len({run["technique_id"] for run in runs}) > 3
-    assert {run["tracking"] for run in runs} == {"settled"}
-    assert {run["status"] for run in runs} == {"completed", "failed"}
-    lost = [run for run in runs if run["callback"] == "lost"]
-    assert len(lost) >= 3
-    assert all(run["ended_via"] in ("poll", "history") for run in lost)
-    assert any(run["ended_via"] == "callback" for run in runs)
-    assert "settled" in done.stderr
-    assert list(tracker.folder.iterdir()) == []
 
 
 def test_a_true_run_is_found_true() -> None:

@@ -1,11 +1,13 @@
 """The wheel, as somebody installs it who has never seen the repository."""
 
+import json
 import os
 import subprocess
 import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,7 +48,7 @@ def test_the_wheel_holds_what_runs_and_nothing_else(wheel: Path) -> None:
 
 @pytest.mark.timeout(120)
 def test_the_demo_runs_from_an_installed_wheel(wheel: Path, tmp_path: Path) -> None:
-    """In an environment with nothing but the wheel and its locked dependencies, the demo works."""
+    """With nothing but the wheel and its locked dependencies, the demo plays to its end."""
     python = tmp_path / "fresh/bin/python"
     uv = (sys.executable, "-m", "uv")
     environment = {"PYTHONPATH": str(ROOT / ".tools"), "UV_PYTHON_DOWNLOADS": "never"}
@@ -59,5 +61,26 @@ def test_the_demo_runs_from_an_installed_wheel(wheel: Path, tmp_path: Path) -> N
         **environment)  # fmt: skip
     tracker = python.with_name("tracker")
     assert run(tracker, "--version", cwd=tmp_path).strip() == f"tracker {VERSION}"
-    said = run(tracker, "demo", cwd=tmp_path)
-    assert "are those of the simulator's records" in said
+    folder = tmp_path / "somebody's"
+    folder.mkdir()
+    # Somebody's own settings must neither be used nor be harmed.
+    told = json.loads(
+        run(tracker, "demo", "--json", cwd=folder, FLORA_API_KEY="sk_live_real",
+            TRACKER_DATABASE_URL="sqlite:///real.db", TRACKER_PUBLIC_URL="https://real.example.org")
+    )  # fmt: skip
+    assert list(folder.iterdir()) == []
+    assert_all_ended_as_the_simulator_says(told)
+
+
+def assert_all_ended_as_the_simulator_says(told: dict[str, Any]) -> None:
+    """All runs of the demo, those with lost callbacks and the unknown one too."""
+    assert told["agree"] is True
+    runs = told["runs"]
+    assert len(runs) == 13
+    assert len({run["technique_id"] for run in runs}) > 3
+    assert {run["tracking"] for run in runs} == {"settled"}
+    assert {run["status"] for run in runs} == {"completed", "failed"}
+    lost = [run for run in runs if run["callback"] == "lost"]
+    assert len(lost) >= 3
+    assert all(run["ended_via"] in ("poll", "history") for run in lost)
+    assert any(run["ended_via"] == "callback" for run in runs)
