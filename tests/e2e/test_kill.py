@@ -16,7 +16,7 @@ from tracker.store.tables import deliveries, runs
 
 SENDERS = 16
 KILLS = 3
-ACKNOWLEDGED_BEFORE_A_KILL = 250
+ACKNOWLEDGED_BEFORE_A_KILL = 100
 
 
 def callback(number: int) -> bytes:

@@ -10,7 +10,7 @@ from tests.stateful.quiet import quiet
 # The same examples at each run. What fails is printed as it is: bench.soak_stateful looks for the
 # smallest program, which takes minutes.
 SETTINGS = settings(
-    max_examples=10,
+    max_examples=7,
     stateful_step_count=25,
     derandomize=True,
     database=None,
