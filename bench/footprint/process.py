@@ -7,19 +7,15 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from bench.footprint.counted import COUNTS
 from bench.ingest.load import SECRET, WORKSPACE
+from bench.ready import await_ready, end
 from tests.support.waiting import free_port
-
-START_SECONDS: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +94,7 @@ def serving(
         )
         found = Serving(process.pid, port, counts)
         try:
-            _wait_until_ready(process, port)
+            await_ready(process, port)
             found.ready_after = time.monotonic() - began
             found.ready_processor = found.seen().processor
             yield found
@@ -107,12 +103,7 @@ def serving(
             sys.stderr.write(log.read().decode(errors="replace")[-4000:])
             raise
         finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            end(process)
 
 
 def essential(url: str) -> dict[str, str]:
@@ -125,17 +116,3 @@ def essential(url: str) -> dict[str, str]:
         "TRACKER_DATABASE_URL": url,
         "TRACKER_LOG_FORMAT": "json",
     }
-
-
-def _wait_until_ready(process: subprocess.Popen[bytes], port: int) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise RuntimeError(f"it ended with status {process.returncode}")
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=2).close()
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.02)
-        else:
-            return
-    raise RuntimeError("it did not become ready")

@@ -4,18 +4,14 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
 from bench.ingest.load import SECRET, WORKSPACE
+from bench.ready import await_ready, end
 from tests.support.waiting import free_port
-
-START_SECONDS: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,19 +57,14 @@ def started(contender: Contender, database_url: str) -> Iterator[Running]:
             stderr=log,
         )
         try:
-            _wait_until_ready(process, port)
+            await_ready(process, port)
             yield Running(contender, port, process.pid)
         except BaseException:
             log.seek(0)
             sys.stderr.write(log.read().decode(errors="replace")[-4000:])
             raise
         finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            end(process)
 
 
 def _arguments(contender: Contender, port: int) -> tuple[str, ...]:
@@ -95,17 +86,3 @@ def _environment(database_url: str, port: int) -> Mapping[str, str]:
         "PEER_DATABASE_URL": f"{driver}://{rest}",
         "PEER_PORT": str(port),
     }
-
-
-def _wait_until_ready(process: subprocess.Popen[bytes], port: int) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise RuntimeError(f"it ended with status {process.returncode}")
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=2).close()
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.05)
-        else:
-            return
-    raise RuntimeError("it did not become ready")
