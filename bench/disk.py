@@ -24,6 +24,7 @@ from typing import Any, Final
 import asyncpg
 
 from bench.churn import vacuum_often
+from bench.sizes import SIZES
 from bench.throw_away import throw_away
 from tests.store.making import callback, open_door, seen
 from tests.web.callbacks import event
@@ -42,19 +43,6 @@ PROMPT: Final = (
 )
 TECHNIQUE: Final = "tech_8c1f0e6b2d7a4935"
 WORKSPACE: Final = "ws_5f2d9a7c31e84b06"
-
-_SIZES: Final = {
-    "postgresql": """
-        SELECT c.relname AS name, t.relname AS of, pg_relation_size(c.oid) AS size
-        FROM pg_class c LEFT JOIN pg_index i ON i.indexrelid = c.oid
-        JOIN pg_class t ON t.oid = coalesce(i.indrelid, c.oid)
-        JOIN pg_namespace n ON n.oid = t.relnamespace AND n.nspname = 'public'
-        WHERE c.relkind IN ('r', 'i')""",
-    "sqlite": """
-        SELECT s.name AS name, coalesce(m.tbl_name, s.name) AS of, s.pgsize AS size
-        FROM dbstat AS s LEFT JOIN sqlite_schema AS m ON m.name = s.name
-        WHERE s.aggregate = TRUE""",
-}
 
 
 def _entries(number: int) -> Iterator[Entry]:
@@ -128,10 +116,10 @@ async def sizes(url: str, *, packed: bool = False) -> Sizes:
         with closing(sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)) as file:
             if packed:
                 file.execute("VACUUM")
-            return _added_up(file.execute(_SIZES["sqlite"]))
+            return _added_up(file.execute(SIZES["sqlite"]))
     connection: Any = await asyncpg.connect(url)
     await connection.execute("VACUUM FULL" if packed else "VACUUM")
-    found = _added_up(await connection.fetch(_SIZES["postgresql"]))
+    found = _added_up(await connection.fetch(SIZES["postgresql"]))
     await connection.close()
     return found
 

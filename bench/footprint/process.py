@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from bench.footprint.counted import COUNTS
 from bench.ingest.load import SECRET, WORKSPACE
-from bench.ready import await_ready, end
+from bench.ready import served
 from tests.support.waiting import free_port
 
 
@@ -82,28 +81,16 @@ def serving(
     that it starts have its address."""
     port = free_port()
     given = {"TRACKER_PUBLIC_URL": f"http://127.0.0.1:{port}"} if called_back else {}
-    with tempfile.TemporaryDirectory() as directory, tempfile.TemporaryFile() as log:
+    command = [sys.executable, "-m", module, "serve", "--port", str(port)]
+    with tempfile.TemporaryDirectory() as directory:
         counts = Path(directory) / "counts.json"
+        env = essential(url) | given | {COUNTS: str(counts)} | dict(environ or {})
         began = time.monotonic()
-        process = subprocess.Popen(
-            [sys.executable, "-m", module, "serve", "--port", str(port)],
-            env=essential(url) | given | {COUNTS: str(counts)} | dict(environ or {}),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-        )
-        found = Serving(process.pid, port, counts)
-        try:
-            await_ready(process, port)
+        with served(command, port, env) as process:
+            found = Serving(process.pid, port, counts)
             found.ready_after = time.monotonic() - began
             found.ready_processor = found.seen().processor
             yield found
-        except BaseException:
-            log.seek(0)
-            sys.stderr.write(log.read().decode(errors="replace")[-4000:])
-            raise
-        finally:
-            end(process)
 
 
 def essential(url: str) -> dict[str, str]:

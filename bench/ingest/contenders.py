@@ -1,16 +1,14 @@
 """The servers that are compared: each a process of its own on this machine."""
 
 import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
 from bench.ingest.load import SECRET, WORKSPACE
-from bench.ready import await_ready, end
+from bench.ready import served
 from tests.support.waiting import free_port
 
 
@@ -48,23 +46,9 @@ class Running:
 def started(contender: Contender, database_url: str) -> Iterator[Running]:
     """The contender, ready for callbacks, on that database."""
     port = free_port()
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", contender.module, *_arguments(contender, port)],
-            env=_environment(database_url, port),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-        )
-        try:
-            await_ready(process, port)
-            yield Running(contender, port, process.pid)
-        except BaseException:
-            log.seek(0)
-            sys.stderr.write(log.read().decode(errors="replace")[-4000:])
-            raise
-        finally:
-            end(process)
+    command = [sys.executable, "-m", contender.module, *_arguments(contender, port)]
+    with served(command, port, _environment(database_url, port)) as process:
+        yield Running(contender, port, process.pid)
 
 
 def _arguments(contender: Contender, port: int) -> tuple[str, ...]:

@@ -9,25 +9,12 @@ from typing import Any, Final
 
 from bench.report import Report, Table
 from bench.scale.databases import Plot
+from bench.sizes import SIZES
 from tracker.store import tallies
 from tracker.store.engine import Database
 
 LEAST: Final = 0.5
 """Bytes for each run below which a table or an index is not shown."""
-
-_SIZES: Final = {
-    "postgresql": """
-        SELECT c.relname AS name, t.relname AS of, pg_relation_size(c.oid) AS size
-        FROM pg_class c LEFT JOIN pg_index i ON i.indexrelid = c.oid
-        JOIN pg_class t ON t.oid = coalesce(i.indrelid, c.oid)
-        JOIN pg_namespace n ON n.oid = t.relnamespace AND n.nspname = 'public'
-        WHERE c.relkind IN ('r', 'i')""",
-    "sqlite": """
-        SELECT s.name AS name, coalesce(m.tbl_name, s.name) AS of, s.pgsize AS size
-        FROM dbstat AS s LEFT JOIN sqlite_schema AS m ON m.name = s.name
-        WHERE s.aggregate = TRUE""",
-}
-"""The name of a table or an index, of which table it is, and its bytes."""
 
 Part = tuple[str, str, int]
 
@@ -66,9 +53,9 @@ def disk(report: Report, plot: Plot) -> None:
 async def _parts(plot: Plot) -> list[Part]:
     if plot.kind == "sqlite":
         with closing(sqlite3.connect(plot.url.removeprefix("sqlite:///"))) as file:
-            return [tuple(row) for row in file.execute(_SIZES["sqlite"])]
+            return [tuple(row) for row in file.execute(SIZES["sqlite"])]
     async with plot.connected() as connection:
-        rows: Sequence[Any] = await connection.fetch(_SIZES["postgresql"])
+        rows: Sequence[Any] = await connection.fetch(SIZES["postgresql"])
     return [(row["name"], row["of"], row["size"]) for row in rows]
 
 

@@ -222,3 +222,10 @@ def test_developers_use_alembic_itself(alembic: Any) -> None:
     """`alembic upgrade head` and `alembic check` work with the file at the top."""
     assert "0001" in alembic("upgrade", "head")
     assert "No new upgrade operations detected" in alembic("check")
+
+
+async def test_a_file_in_no_directory_is_told_so(tmp_path: Path) -> None:
+    """The error names the directory that is missing; none is made for a mistyped name."""
+    with pytest.raises(StoreUnavailable, match=f"there is no directory {tmp_path}/nowhere"):
+        await migrate.upgrade(f"sqlite:///{tmp_path}/nowhere/tracker.db")
+    assert list(tmp_path.iterdir()) == []

@@ -217,15 +217,21 @@ async def connect_postgres(
         # Compiling costs more than any of our statements takes.
         "jit": "off",
     }
-    if by_key:
-        settings["enable_seqscan"] = "off"
-    return await asyncpg.connect(
+    connection = await asyncpg.connect(
         url.dsn,
         timeout=CONNECT_SECONDS,
         command_timeout=command_timeout,
         connection_class=_connection_class(),
         server_settings=settings,
     )
+    if by_key:
+        # Not among the settings at the start: a pooler in between might not know it there.
+        try:
+            await connection.execute("SET enable_seqscan = off")
+        except BaseException:
+            connection.terminate()
+            raise
+    return connection
 
 
 @cache

@@ -9,6 +9,7 @@ import asyncio
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Final, TypeVar
 from urllib.parse import quote
 
@@ -81,6 +82,12 @@ def sqlite_readers(url: DatabaseUrl, **options: Any) -> AsyncEngine:
 def sqlite_migrations(url: DatabaseUrl, **options: Any) -> AsyncEngine:
     """An engine that may create the file, and minds no foreign keys: SQLite changes a table by
     making it anew, which must not touch the rows that refer to it."""
+    folder = Path(url.path).absolute().parent
+    if not folder.is_dir():
+        raise StoreUnavailable(
+            f"the database's file cannot be made: there is no directory {folder}; make it, or set "
+            "TRACKER_DATABASE_URL to another place"
+        )
     address = URL.create("sqlite+aiosqlite", database=url.path)
     engine = create_async_engine(address, poolclass=NullPool, **options)
     _prepare(engine.sync_engine, "BEGIN IMMEDIATE", _PATIENT_SECONDS, *_DURABLE)

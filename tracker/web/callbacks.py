@@ -26,9 +26,6 @@ from tracker.web.services import Receives, Tells
 log = structlog.get_logger(__name__)
 _level = logging.getLogger(__name__)
 
-_SAY_AGAIN_AFTER: Final = 10.0
-"""Seconds between two lines about refused callbacks: anybody can send one."""
-
 _UNREAD: Final = {413: "too large", 503: "no room"}
 """Why a body was not read to its end, by what is answered."""
 _ANSWERS: Final = {
@@ -131,7 +128,7 @@ class _Refusals:
 
     def __init__(self, metrics: Tells) -> None:
         self._metrics = metrics
-        self._seldom = Seldom(_SAY_AGAIN_AFTER)
+        self._seldom = Seldom()
 
     def count(self, reason: str, **more: str) -> None:
         """Counts one, and says so unless it was said just now. Reasons are few, and fixed."""

@@ -15,7 +15,7 @@ takes its answers slowly         when somebody else needs its place; where it ta
                                  after `UNREAD` of `tracker.web.server`
 ===============================  ================================================================
 
-`tracker.web.crowd` looks at each of them once a second, so that a request costs no timer.
+`tracker.web.crowd` looks at each of them once a second, so that this costs a request no timer.
 """
 
 from collections.abc import Callable

@@ -23,7 +23,6 @@ _OTHER_FILES: Final = 256
 where a process may not open twice as many."""
 _AT_ONCE: Final = 32
 """So many go together: to look for them costs more than to let them go."""
-_SAY_AGAIN_AFTER: Final = 10.0
 
 
 class Crowd:
@@ -33,7 +32,7 @@ class Crowd:
         self._limits = limits
         files = _files(limits.connections)
         self._most = min(limits.connections, max(files - _OTHER_FILES, files // 2))
-        self._full = Seldom(_SAY_AGAIN_AFTER)
+        self._full = Seldom()
 
     def connection(self, **given: Any) -> Connection:
         """A new connection, as uvicorn makes its own."""
