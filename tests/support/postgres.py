@@ -55,6 +55,7 @@ _TOO_EARLY = "the database system is"
 
 START_SECONDS = 30.0
 STOP_SECONDS = 15.0
+CRASH_SECONDS = 10.0
 
 
 class PostgresServer:
@@ -203,26 +204,46 @@ class PostgresServer:
         if keeper is None:
             return
         assert keeper.stdin is not None
-        try:
+        with suppress(BrokenPipeError):
             keeper.stdin.write(word)
             keeper.stdin.close()
-            keeper.wait(STOP_SECONDS)
-        except (BrokenPipeError, subprocess.TimeoutExpired):
-            os.killpg(keeper.pid, signal.SIGKILL)
+        if _ended(keeper, STOP_SECONDS):
+            return
+        # A server that found its disk full has been seen to come to no end of its own.
+        with suppress(FileNotFoundError, ProcessLookupError):
+            os.kill(self._postmaster(), signal.SIGQUIT)
+        if not _ended(keeper, CRASH_SECONDS):
+            # The keeper outlives the server and buries it: a dead one that nobody has buried still
+            # keeps the next one out.
+            with suppress(FileNotFoundError, ProcessLookupError):
+                self._tell(signal.SIGSTOP, signal.SIGKILL)
             keeper.wait()
 
-    def _tell(self, what: signal.Signals) -> None:
-        """Send a signal to the postmaster, then to its children, of which it begins no more."""
-        postmaster = int((self.data / "postmaster.pid").read_text().split()[0])
-        os.kill(postmaster, what)
+    def _postmaster(self) -> int:
+        return int((self.data / "postmaster.pid").read_text().split()[0])
+
+    def _tell(self, *signals: signal.Signals) -> None:
+        """Send signals to every process of the server; the first goes to the postmaster before all,
+        so that it begins no more children."""
+        postmaster = self._postmaster()
+        os.kill(postmaster, signals[0])
         children = Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text()
-        for child in map(int, children.split()):
-            with suppress(ProcessLookupError):
-                os.kill(child, what)
+        for what in signals:
+            for process in (*map(int, children.split()), postmaster):
+                with suppress(ProcessLookupError):
+                    os.kill(process, what)
 
     def _surroundings(self) -> dict[str, Any]:
         # Nothing of the caller's PG* variables or locale reaches the server.
         return {"cwd": "/", "env": {"PATH": os.defpath, "LC_ALL": "C"}, **self._identity}
+
+
+def _ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def _is_ready(pid_file: Path, port: int) -> bool:

@@ -162,10 +162,16 @@ async def flora() -> AsyncIterator[Simulator]:
         yield simulator
 
 
+def said_in(page: str) -> str:
+    """What an action has to say for itself on the page that it leaves behind."""
+    return page.partition('id="said"')[2].partition("</div>")[0]
+
+
 async def test_check_now_reads_the_run_from_flora(
     serve: Serve, sqlite_url: str, flora: Simulator
 ) -> None:
-    """What FLORA says is on the page that comes back, and then nothing is left to check."""
+    """What FLORA says is on the page that comes back, and then nothing is left to check, which is
+    said to whoever still has the page from before."""
     options = flora.world.options
     settings = {"flora_base_url": flora.base_url, "flora_api_key": options.api_key}
     async with (
@@ -191,6 +197,8 @@ async def test_check_now_reads_the_run_from_flora(
         assert record is not None
         assert record.run.settled
         assert "disabled aria-describedby" in answer.text
+        again = await site.client.post(f"/runs/{run_id}/check")
+        assert "Its end and its details have been read" in said_in(again.text)
 
 
 async def test_check_now_says_why_it_cannot(small_site: Site) -> None:
@@ -205,4 +213,4 @@ async def test_check_now_says_why_it_cannot(small_site: Site) -> None:
     page = await small_site.client.get("/runs/run_1", headers=HTML)
     assert "No FLORA key is set for its workspace" in page.text
     answer = await small_site.client.post("/runs/run_1/check", headers=HTML)
-    assert answer.status_code == 200
+    assert "No FLORA key is set for its workspace" in said_in(answer.text)

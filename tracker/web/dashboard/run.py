@@ -1,6 +1,6 @@
 """`/runs/{run_id}`: everything that is known of one run, and a look at FLORA's word for it now."""
 
-from typing import Any, Final
+from typing import Any, Final, Literal
 from urllib.parse import quote
 
 from starlette.requests import Request
@@ -50,8 +50,10 @@ class RunPage:
             return RedirectResponse(f"/runs/{run_id}", status_code=303)
         await check_action(request)
         before = await self._record(request)
-        if self._why_not(before) is not None:
-            return await self._page(request, before)
+        why_not = self._why_not(before)
+        if why_not is not None:  # the button of a page from before that
+            kind: Literal["good", "bad"] = "good" if before.run.settled else "bad"
+            return await self._page(request, before, said=Said(kind, why_not))
         after = await self._services.poller.read_now(before)
         return await self._page(request, after, said=_told(before, after))
 
