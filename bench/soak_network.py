@@ -243,7 +243,7 @@ async def _opened(database: str) -> AsyncIterator[Stage]:
             background.close()
             url = server.url("tracker")
             await migrate(url)
-        async with staged(Path(folder), url) as stage:
+        async with staged(Path(folder), url, forks=False) as stage:
             yield stage
 
 

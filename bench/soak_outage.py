@@ -107,12 +107,12 @@ async def _opened(database: str) -> AsyncIterator[tuple[Stage, dict[str, Outage]
             home = (disk.path if disk else Path(folder)) / "database"
             home.mkdir()
             file = home / "tracker.db"
-            async with staged(Path(folder), sqlite_url_of(file)) as stage:
+            async with staged(Path(folder), sqlite_url_of(file), forks=False) as stage:
                 yield stage, sqlite_outages(file, disk, other)
             return
         async with postgres_on(disk, other, fsync=True) as postgres:
             url = postgres.url("tracker").replace("postgres@", f"postgres:{PASSWORD}@")
-            async with staged(Path(folder), url) as stage:
+            async with staged(Path(folder), url, forks=False) as stage:
                 yield stage, postgres_outages(postgres, disk, other)
 
 

@@ -8,9 +8,12 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+
+from tests.support.forked import Forked
 
 TRACKER = (sys.executable, "-m", "tracker")
 
@@ -27,15 +30,19 @@ class Commands:
 
     def __call__(self, *arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
         """Run a command to its end."""
-        return subprocess.run(
-            [*TRACKER, *arguments],
-            cwd=self.folder,
-            env=self._environ(environ),
-            capture_output=True,
-            text=True,
-            timeout=50,
-            check=False,
-        )
+        with TemporaryDirectory() as place:
+            output, errors = Path(place, "stdout"), Path(place, "stderr")
+            process = Forked.begin(
+                *arguments,
+                env=self._environ(environ),
+                output=output,
+                errors=errors,
+                folder=self.folder,
+            )
+            status = process.join(timeout=50)
+            return subprocess.CompletedProcess(
+                arguments, status, output.read_text(), errors.read_text()
+            )
 
     def json(self, *arguments: str, **environ: str) -> Any:
         """What a command that has to succeed prints with `--json`; all of stdout has to be that."""

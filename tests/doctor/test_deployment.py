@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-import sys
+import secrets
 
 import pytest
 from sqlalchemy import func, select
@@ -11,6 +11,7 @@ from starlette.responses import HTMLResponse
 from tests.doctor.conftest import Report
 from tests.doctor.proxies import Proxy, in_front, moved
 from tests.e2e.processes import Stage
+from tests.support.forked import Forked
 from tests.support.waiting import eventually, free_port
 from tracker.core.clock import utc_now
 from tracker.doctor import Level, database, delivery, public
@@ -46,16 +47,16 @@ async def _swept(url: str) -> bool:
 
 async def doctor(stage: Stage, *arguments: str, **env: str) -> tuple[int, str, str]:
     """The command itself: its exit status, and what it prints."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tracker", "doctor", *arguments),
+    output, errors = (stage.directory / f"{secrets.token_hex(4)}.{name}" for name in ("out", "err"))
+    process = Forked.begin(
+        *("doctor", *arguments),
         env={"PATH": "/usr/bin:/bin", **stage.environment, **env},
-        cwd=stage.directory,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
+        output=output,
+        errors=errors,
+        folder=stage.directory,
     )
-    async with asyncio.timeout(30):
-        out, err = await process.communicate()
-    return process.returncode or 0, out.decode(), err.decode()
+    status = await process.wait()
+    return status, output.read_text(), errors.read_text()
 
 
 async def test_a_sound_deployment_is_all_ok(stage: Stage, flora: Simulator) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 
+from tests.support.forked import Forked
 from tests.support.waiting import eventually, free_port
 
 START_SECONDS = 20.0
@@ -18,7 +19,7 @@ START_SECONDS = 20.0
 class Process:
     """One `tracker` process of the test's own. What it logs goes to a file, shown if it fails."""
 
-    def __init__(self, process: asyncio.subprocess.Process, log: Path) -> None:
+    def __init__(self, process: asyncio.subprocess.Process | Forked, log: Path) -> None:
         self._process = process
         self._log = log
 
@@ -41,6 +42,12 @@ class Process:
                 stderr=output,
             )
         return cls(process, log)
+
+    @classmethod
+    def fork(cls, *arguments: str, env: Mapping[str, str], log: Path) -> "Process":
+        """The same, but with the code of this process, and there sooner."""
+        environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **env}
+        return cls(Forked.begin(*arguments, env=environment, output=log), log)
 
     async def answers(self, url: str) -> None:
         """Wait until the process answers 200 there."""
@@ -97,9 +104,10 @@ class Process:
 class Stage:
     """The processes of one test, on ports and in a directory of its own."""
 
-    def __init__(self, directory: Path, database_url: str) -> None:
+    def __init__(self, directory: Path, database_url: str, *, forks: bool = True) -> None:
         self.directory = directory
         self.database_url = database_url
+        self._forks = forks
         self.simulator_port = free_port()
         self.port = free_port()
         self._processes: list[Process] = []
@@ -151,7 +159,11 @@ class Stage:
 
     async def _start(self, *arguments: str, **env: str) -> Process:
         log = self.directory / f"{len(self._processes)}-{arguments[0]}.log"
-        process = await Process.start(*arguments, env=self.environment | env, log=log)
+        env = self.environment | env
+        if self._forks:
+            process = Process.fork(*arguments, env=env, log=log)
+        else:
+            process = await Process.start(*arguments, env=env, log=log)
         self._processes.append(process)
         return process
 
@@ -162,9 +174,9 @@ class Stage:
 
 
 @asynccontextmanager
-async def staged(directory: Path, database_url: str) -> AsyncIterator[Stage]:
-    """A stage whose processes are gone afterwards."""
-    stage = Stage(directory, database_url)
+async def staged(directory: Path, database_url: str, *, forks: bool = True) -> AsyncIterator[Stage]:
+    """A stage whose processes are gone afterwards. Forked ones hold memory that is not theirs."""
+    stage = Stage(directory, database_url, forks=forks)
     try:
         yield stage
     finally:

@@ -49,6 +49,8 @@ async def test_a_callback_is_traced_to_the_statements(
     found = spans.get_finished_spans()
     served = [span.name for span in found if span.kind.name == "SERVER"]
     assert served == ["POST /callbacks/flora", "GET /api/runs/*"]
+    statuses = [dict(span.attributes or {}) for span in found if span.kind.name == "SERVER"]
+    assert [one["http.status_code"] for one in statuses] == [200, 200]
     told = " ".join(f"{span.name} {dict(span.attributes or {})}" for span in found)
     assert "INSERT INTO deliveries" in told
     assert "whd_run_traced" not in told

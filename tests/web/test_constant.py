@@ -1,0 +1,67 @@
+"""A callback's answer is written past all layers, and is still the answer that they would give."""
+
+import pytest
+
+from tests.web.callbacks import PATH, event, signature
+from tests.web.conftest import Serve
+from tests.web.serving import Answer, post, wire
+from tracker.web import constant
+
+
+@pytest.mark.parametrize("number", ["", "X-Request-Id: of-the-proxy"], ids=["ours", "theirs"])
+async def test_it_is_the_same_either_way(serve: Serve, sqlite_url: str, number: str) -> None:
+    """Headers and body, on a connection that stays and on one that ends with it."""
+
+    async def ask(*more: str) -> Answer:
+        body = event("run_1")
+        headers = [f"Flora-Signature: {signature(body)}", *more, *([number] if number else [])]
+        async with wire(site.base_url) as asking:
+            await asking.send(post(PATH, body, *headers))
+            return await asking.answer()
+
+    async with serve(sqlite_url) as site:
+        await ask()
+        at_once = await ask()
+        through_all = await ask("Connection: close")
+    assert through_all.headers.pop("connection") == "close"
+    for answer in (at_once, through_all):
+        assert answer.headers.pop("date")
+        request_id = answer.headers.pop("x-request-id")
+        assert request_id == "of-the-proxy" if number else request_id
+    assert at_once == through_all
+    assert at_once.body == b'{"outcome":"applied","repeated":true}'
+
+
+async def test_it_keeps_its_turn(serve: Serve, sqlite_url: str) -> None:
+    """Requests that were sent ahead are answered in order, behind an invitation to go on too."""
+    body = event("run_1")
+    head = post(PATH, b"", f"Flora-Signature: {signature(body)}", "Expect: 100-continue",
+                length=len(body))  # fmt: skip
+    page = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    async with serve(sqlite_url) as site, wire(site.base_url) as asking:
+        await asking.send(page, head, body, page)
+        assert (await asking.answer()).body == b'{"status":"ok"}'
+        line = await asking._reader.readuntil(b"\r\n\r\n")
+        if line.startswith(b"HTTP/1.1 100"):
+            line = await asking._reader.readuntil(b"\r\n\r\n")
+        assert line.startswith(b"HTTP/1.1 200")
+        assert await asking._reader.readexactly(38) == b'{"outcome":"applied","repeated":false}'
+        assert (await asking.answer()).body == b'{"status":"ok"}'
+
+
+async def test_it_is_used(serve: Serve, sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is what answers a callback: what is measured is not the other way."""
+    written: list[bool] = []
+    write = constant.Constant.write
+
+    def watch(self: constant.Constant, scope: dict[str, object]) -> bool:
+        written.append(write(self, scope))
+        return written[-1]
+
+    monkeypatch.setattr(constant.Constant, "write", watch)
+    body = event("run_1")
+    async with serve(sqlite_url) as site, wire(site.base_url) as asking:
+        for _ in range(2):
+            await asking.send(post(PATH, body, f"Flora-Signature: {signature(body)}"))
+            assert (await asking.answer()).status == 200
+    assert written == [True, True]
