@@ -156,23 +156,58 @@ def callback(body: bytes, *, at: datetime, webhook_id: str | None = None) -> Cal
     `webhook_id` is the header `Flora-Webhook-Id`, for a body without an id.
     """
     event: dict[str, Any] = {}
-    observation = reason = None
+    reason = None
     try:
         event = _required(decode(body), "the body")
-        observation = _end(event, at)
     except FloraUnreadable as exc:
         reason = str(exc)
     data = as_object(event.get("data"))
+    event_type = as_id(event.get("type"))
+    run_id = as_id(data.get("run_id"))
+    workspace_id = as_id(data.get("workspace_id"))
+    observation = None
+    if reason is None:
+        status = _EVENTS.get(event_type or "")
+        reason = _not_understood(event, status, run_id, workspace_id)
+        if reason is None and status is not None and run_id is not None:
+            # Which run, and how it ended: there is nothing else in it.
+            observation = Observation(
+                run_id=run_id,
+                source=Source.CALLBACK,
+                at=at,
+                status=status,
+                run_type=as_id(data.get("run_type")),
+                workspace_id=workspace_id,
+                error=_error(data),
+            )
     return Callback(
         delivery_id=as_id(event.get("id")) or as_id(webhook_id) or digest_id(body),
-        event_type=as_id(event.get("type")),
+        event_type=event_type,
         api_version=as_id(event.get("api_version")),
         created_at=as_time(event.get("created_at")),
-        run_id=as_id(data.get("run_id")),
-        workspace_id=as_id(data.get("workspace_id")),
+        run_id=run_id,
+        workspace_id=workspace_id,
         observation=observation,
         reason=reason,
     )
+
+
+def _not_understood(
+    event: dict[str, Any], status: RunStatus | None, run_id: str | None, workspace_id: str | None
+) -> str | None:
+    """Why a callback says nothing of a run, whose `type` means `status`; `None` where it does."""
+    if status is None:
+        return "the type is neither run.completed nor run.failed"
+    data = event.get("data")
+    if not isinstance(data, dict):
+        return "data is not a JSON object"
+    if run_id is None:
+        return "data has no run_id that can be one"
+    if workspace_id is None and data.get("workspace_id") is not None:
+        return "data.workspace_id can be no workspace"
+    if _status(data) is not status:
+        return "data.status does not agree with the type"
+    return None
 
 
 def refusal(
@@ -199,30 +234,6 @@ def refusal(
         ],
         request_id=request_id,
         retry_after=retry_after,
-    )
-
-
-def _end(event: dict[str, Any], at: datetime) -> Observation:
-    """What a callback says of its run: which one, and how it ended. There is nothing else in it."""
-    status = _EVENTS.get(as_id(event.get("type")) or "")
-    if status is None:
-        raise FloraUnreadable("the type is neither run.completed nor run.failed")
-    data = _required(event.get("data"), "data")
-    run_id = as_id(data.get("run_id"))
-    if run_id is None:
-        raise FloraUnreadable("data has no run_id that can be one")
-    if data.get("workspace_id") is not None and as_id(data["workspace_id"]) is None:
-        raise FloraUnreadable("data.workspace_id can be no workspace")
-    if _status(data) is not status:
-        raise FloraUnreadable("data.status does not agree with the type")
-    return Observation(
-        run_id=run_id,
-        source=Source.CALLBACK,
-        at=at,
-        status=status,
-        run_type=as_id(data.get("run_type")),
-        workspace_id=as_id(data.get("workspace_id")),
-        error=_error(data),
     )
 
 

@@ -57,11 +57,7 @@ def verify(
         raise SignatureError("missing", "there is no Flora-Signature header")
     signed_at, signatures = _parts(header if isinstance(header, bytes) else _utf8(header))
     message = b"%d.%b" % (signed_at, body)
-    position = next(
-        (i for i, secret in enumerate(secrets) if _matches(secret, message, signatures)), None
-    )
-    if position is None:
-        raise SignatureError("mismatch", "no signing secret matches the signature")
+    position = _signed_with(secrets, message, signatures)
     if tolerance > 0 and abs(int(now.timestamp()) - signed_at) > tolerance:
         raise SignatureError("expired", f"the signed time is over {tolerance:g} s off")
     return position
@@ -94,11 +90,16 @@ def _parts(header: bytes) -> tuple[int, list[bytes]]:
     return signed_at, signatures
 
 
-def _matches(secret: str, message: bytes, signatures: list[bytes]) -> bool:
-    if not secret:
-        return False
-    expected = _hex_digest(secret, message)
-    return any(hmac.compare_digest(expected, given) for given in signatures)
+def _signed_with(secrets: Sequence[str], message: bytes, signatures: list[bytes]) -> int:
+    """Which of the secrets made one of the signatures: its position."""
+    for position, secret in enumerate(secrets):
+        if not secret:
+            continue
+        expected = _hex_digest(secret, message)
+        for given in signatures:
+            if hmac.compare_digest(expected, given):
+                return position
+    raise SignatureError("mismatch", "no signing secret matches the signature")
 
 
 def _hex_digest(secret: str, message: bytes) -> bytes:

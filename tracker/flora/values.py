@@ -79,6 +79,8 @@ def as_text(value: object) -> str | None:
 
 def as_id(value: object) -> str | None:
     """A text short enough to name something."""
+    if type(value) is str and 0 < len(value) <= LONGEST_ID and value.isprintable():
+        return value  # as nearly all are
     text = as_text(value)
     return text if text is not None and len(text) <= LONGEST_ID else None
 

@@ -9,6 +9,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from tracker.web.auth import Gate, Pass
 from tracker.web.callbacks import Callbacks
@@ -31,7 +32,12 @@ _CALLBACKS: Final = "/callbacks/flora"
 def build_app(services: Services, *, limits: Limits | None = None) -> Starlette:
     """The HTTP side over `services`, which whoever calls opens before and closes after it."""
     limits = limits or Limits()
-    callbacks = Callbacks(services.receiver, services.metrics, limits=limits)
+    callbacks = Callbacks(
+        services.receiver,
+        services.metrics,
+        limits=limits,
+        is_watched=services.traced(_nothing) is not _nothing,
+    )
     dashboard = Dashboard(services, token=_token(services))
     stream = Stream(services, limits=limits)
     app = _within_the_edge(
@@ -98,3 +104,7 @@ def _within_the_edge(
 async def _to_the_edge(request: Request, error: Exception) -> Response:
     """What the router raises (no such route or method) is answered where all errors are."""
     raise error
+
+
+async def _nothing(scope: Scope, receive: Receive, send: Send) -> None:
+    """An application that no layer has any business with."""

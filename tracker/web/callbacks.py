@@ -17,8 +17,9 @@ from tracker.core.errors import SettingsError, StoreError, StoreUnavailable
 from tracker.core.seldom import Seldom
 from tracker.flora.signature import SignatureError
 from tracker.tracking.receive import Received
-from tracker.web.answers import Json
 from tracker.web.body import ClientGone, Room, read_body, too_slow
+from tracker.web.bounds import Bounds
+from tracker.web.constant import Constant
 from tracker.web.faults import Fault, unavailable
 from tracker.web.limits import Limits
 from tracker.web.services import Receives, Tells
@@ -29,19 +30,23 @@ _level = logging.getLogger(__name__)
 _UNREAD: Final = {413: "too large", 503: "no room"}
 """Why a body was not read to its end, by what is answered."""
 _ANSWERS: Final = {
-    (outcome, repeated): Json({"outcome": outcome, "repeated": repeated})
+    (outcome, repeated): Constant({"outcome": outcome, "repeated": repeated})
     for outcome in DeliveryOutcome
     for repeated in (False, True)
 }
 
 
 class Callbacks:
-    """The endpoint."""
+    """The endpoint. `is_watched` says that a layer around it has to see what is answered."""
 
-    def __init__(self, receiver: Receives, metrics: Tells, *, limits: Limits) -> None:
+    def __init__(
+        self, receiver: Receives, metrics: Tells, *, limits: Limits, is_watched: bool = False
+    ) -> None:
         self._receiver = receiver
         self._metrics = metrics
+        self._is_watched = is_watched
         self._limits = limits
+        self._bounds = Bounds(limits.callback_seconds)
         self._room = Room(limits.large_callbacks_bytes)
         self._refusals = _Refusals(metrics)
 
@@ -51,11 +56,10 @@ class Callbacks:
             raise Fault(405, "method_not_allowed", "FLORA posts here.", headers={"Allow": "POST"})
         loop = asyncio.get_running_loop()
         began = loop.time()
-        deadline = began + self._limits.callback_seconds
         signature, webhook_id, event = _headers(scope)
         body = None
         try:
-            async with asyncio.timeout_at(deadline):
+            with self._bounds.begin(began):
                 body = await self._read(scope, receive)
                 received = await self._receiver.receive(
                     body, signature=signature, webhook_id=webhook_id
@@ -85,7 +89,9 @@ class Callbacks:
         if not received.trial:
             self._metrics.callback_taken(received, loop.time() - began)
         _say_taken(received)
-        await _ANSWERS[received.outcome, received.repeated](scope, receive, send)
+        answer = _ANSWERS[received.outcome, received.repeated]
+        if self._is_watched or not answer.write(scope):
+            await answer.send(scope, receive, send)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
         limit = self._limits.callback_bytes

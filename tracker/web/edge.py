@@ -9,9 +9,8 @@ out with the answer, and every line of the log that the request causes has it as
 """
 
 import asyncio
-import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import structlog
@@ -23,6 +22,7 @@ from tracker.core.errors import FloraRefusal, StoreError
 from tracker.core.seldom import Seldom
 from tracker.web.answers import Json
 from tracker.web.body import ClientGone, discard, has_unread_body
+from tracker.web.everywhere import EVERYWHERE, number, request_id_header
 from tracker.web.faults import Fault, fault_of, unavailable
 from tracker.web.limits import Limits
 
@@ -31,15 +31,8 @@ log = structlog.get_logger(__name__)
 Page = Callable[[Scope, Fault], Response | None]
 """An error as a page for people; `None` where it is not a person who asked."""
 
-_EVERYWHERE: Final = [
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-    # What is no page: a browser that is led to it runs nothing of it, and frames nothing.
-    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
-]
 _BOUND: Final = ("request_id", "delivery_id", "run_id")
 """What a request makes known of itself to the log, for as long as it lasts."""
-_REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _NO_STORE: Final = (b"cache-control", b"no-store")
 
 
@@ -57,20 +50,14 @@ class Edge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = _request_id(scope)
-        extra = [*_EVERYWHERE, (b"x-request-id", request_id.encode("ascii"))]
-        if scope["path"].startswith("/api"):
-            extra.append(_NO_STORE)
+        request_id = number(scope)
         started = False
 
         async def send_with_headers(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                headers = list(message.get("headers", ()))
-                given = {name for name, _ in headers}
-                headers += [header for header in extra if header[0] not in given]
-                message = {**message, "headers": headers}
+                message = {**message, "headers": _with_ours(message.get("headers", ()), scope)}
             await send(message)
 
         bind_contextvars(request_id=request_id)
@@ -129,15 +116,15 @@ class Edge:
         """The answer for an error, which is logged where somebody should know of it."""
         fault = fault_of(error)
         if fault is None:
-            number = secrets.token_hex(6)
+            error_id = secrets.token_hex(6)
             log.error(
                 "request.broken",
-                error_id=number,
+                error_id=error_id,
                 method=scope["method"],
                 path=scope["path"],
                 exc_info=error,
             )
-            message = f"Something went wrong; the log has it as {number}."
+            message = f"Something went wrong; the log has it as {error_id}."
             return Fault(500, "internal_error", message)
         if fault.status >= 500 and fault is not error:  # a Fault is told by who raised it
             count = 1
@@ -157,9 +144,11 @@ class Edge:
         return fault
 
 
-def _request_id(scope: Scope) -> str:
-    """The number that the request came with, if it is fit for a log, or a new one."""
-    for name, value in scope["headers"]:
-        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
-            return str(value, "ascii")
-    return secrets.token_hex(8)
+def _with_ours(headers: Iterable[tuple[bytes, bytes]], scope: Scope) -> list[tuple[bytes, bytes]]:
+    """An answer's headers, and those that every answer has, as far as they are not among them."""
+    every = list(headers)
+    given = {name for name, _ in every}
+    ours = [*EVERYWHERE, request_id_header(scope)]
+    if scope["path"].startswith("/api"):
+        ours.append(_NO_STORE)
+    return every + [header for header in ours if header[0] not in given]
