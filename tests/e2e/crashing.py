@@ -11,7 +11,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Literal, TypeVar
@@ -74,7 +74,7 @@ class Switch:
 
     def install(self) -> None:
         """Watch every commit and every request of this process."""
-        write = Database.write
+        write, at_once = Database.write, Database.at_once
         send = httpx.AsyncHTTPTransport.handle_async_request
 
         async def watched_write(database: Database, work: Callable[[Connection], T]) -> T:
@@ -88,6 +88,18 @@ class Switch:
                 return done
 
             committed = await write(database, written)
+            self._die("after", name)
+            return committed
+
+        async def watched_at_once(database: Database, work: Callable[[Any], Awaitable[T]]) -> T:
+            name = self._reached(names_of(work))
+            if name is None:
+                return await at_once(database, work)
+
+            async def written(connection: Any) -> T:
+                return await work(_Last(connection, lambda: self._die("before", name)))
+
+            committed = await at_once(database, written)
             self._die("after", name)
             return committed
 
@@ -105,6 +117,7 @@ class Switch:
             return response
 
         Database.write = watched_write  # type: ignore[method-assign]
+        Database.at_once = watched_at_once  # type: ignore[method-assign]
         httpx.AsyncHTTPTransport.handle_async_request = watched_send  # type: ignore[method-assign]
 
     def _reached(self, names: Collection[str]) -> str | None:
@@ -124,11 +137,26 @@ class Switch:
             time.sleep(60)  # in no case does this thread go on
 
 
-def names_of(work: Callable[[Connection], Any]) -> set[str]:
+class _Last:
+    """A connection on which a first statement reads, and something happens before the second."""
+
+    def __init__(self, connection: Any, before_second: Callable[[], None]) -> None:
+        self._connection = connection
+        self._before_second = before_second
+        self._count = 0
+
+    async def fetch(self, *statement: Any) -> Any:
+        self._count += 1
+        if self._count == 2:
+            self._before_second()
+        return await self._connection.fetch(*statement)
+
+
+def names_of(work: Callable[[Any], Any]) -> set[str]:
     """What a write is called: after the store's function that made it, or what the door takes."""
     function = work.func if isinstance(work, partial) else work
-    if function.__qualname__ == "Door._pass":
-        return {f"door: {_kind(waiting.entry)}" for waiting in work.args[0]}
+    if function.__qualname__ in ("Door._pass", "Door._pass_at_once"):
+        return {f"door: {_kind(entry)}" for entry in work.args[0]}
     module = function.__module__.rpartition(".")[2]
     name = function.__qualname__.partition(".")[0].lstrip("_")
     return {f"{module}.{re.sub('_(sqlite|postgres)$', '', name)}"}

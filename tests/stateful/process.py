@@ -134,12 +134,19 @@ class _MortalWriter:
     def __init__(self, writer: Any, process: Process) -> None:
         self.engine = writer.engine
         self.close = writer.close
+        self.takes_at_once = writer.takes_at_once
         self._writer = writer
         self._process = process
 
     async def run(self, work: Callable[[Connection], T]) -> T:
         await self._process.reach("before a commit")
         result: T = await self._writer.run(work)
+        await self._process.reach("after a commit")
+        return result
+
+    async def at_once(self, work: Callable[[Any], Awaitable[T]]) -> T:
+        await self._process.reach("before a commit")
+        result: T = await self._writer.at_once(work)
         await self._process.reach("after a commit")
         return result
 

@@ -11,11 +11,12 @@ from functools import partial
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Engine, event, text
+from sqlalchemy import Engine, event, text
 from sqlalchemy.dialects import postgresql
 
 from tests.store.making import NOW, callback, open_door
 from tracker.store import claims, gauges, listed, read, starts, sweeps
+from tracker.store.batch_at_once import LOOK, WRITE
 from tracker.store.batch_postgres import LOCK_RUNS
 from tracker.store.engine import Database, migration_engine
 from tracker.tracking.prune import Ages, Pruner
@@ -254,19 +255,46 @@ def _reads_a_table(plan: str) -> bool:
     return False
 
 
-async def test_what_is_planned_while_a_table_is_empty_goes_by_the_index(postgres_url: str) -> None:
+@pytest.mark.parametrize(
+    ("statement", "values", "indexes"),
+    [
+        (str(LOCK_RUNS.compile(dialect=postgresql.asyncpg.dialect())), "ARRAY['a', 'b']", ["runs"]),
+        (LOOK.text, "ARRAY['a', 'b'], ARRAY['a', 'b']", ["runs", "deliveries"]),
+    ],
+    ids=["lock", "look"],
+)
+async def test_what_is_planned_while_a_table_is_empty_goes_by_the_index(
+    postgres_url: str, statement: str, values: str, indexes: list[str]
+) -> None:
     """A statement is planned once: the door's would read whole tables, if it went by the size that
     they had when the tracker began."""
-    text_ = str(LOCK_RUNS.compile(dialect=postgresql.asyncpg.dialect()))
 
-    def explained(connection: Connection) -> str:
-        connection.exec_driver_sql("SET LOCAL plan_cache_mode = force_generic_plan")
-        connection.exec_driver_sql(f"PREPARE locking(text[]) AS {text_}")
-        rows = connection.exec_driver_sql("EXPLAIN EXECUTE locking(ARRAY['run_1', 'run_2'])").all()
-        connection.exec_driver_sql("DEALLOCATE locking")
+    async def explained(connection: Any) -> str:
+        await connection.execute("SET plan_cache_mode = force_generic_plan")
+        await connection.execute(f"PREPARE door AS {statement}")
+        rows = await connection.fetch(f"EXPLAIN EXECUTE door({values})")
+        await connection.execute("DEALLOCATE door")
         return "\n".join(str(row[0]) for row in rows)
 
     async with await Database.open(postgres_url) as db:
-        plan = await db.write(explained)
-    assert "pk_runs" in plan
+        plan = await db.at_once(explained)
+    assert all(f"pk_{table}" in plan for table in indexes)
+    assert "Seq Scan" not in plan
+
+
+async def test_the_statement_that_writes_callbacks_goes_by_the_index(postgres_url: str) -> None:
+    """As it does for all of them: known runs are locked and changed by their keys."""
+    values = ", ".join({"deliveries": "0", "runs": "0", "known": "ARRAY['a']"}.get(name, "'[]'")
+                       for name in WRITE.names)  # fmt: skip
+
+    async def explained(connection: Any) -> str:
+        await connection.execute("SET plan_cache_mode = force_generic_plan")
+        await connection.execute(f"PREPARE writing AS {WRITE.text}")
+        rows = await connection.fetch(f"EXPLAIN EXECUTE writing({values})")
+        return "\n".join(str(row[0]) for row in rows)
+
+    async with await Database.open(postgres_url) as db:
+        plan = await db.at_once(explained)
+    assert plan.count("Index Scan on pk_runs") == 2
+    assert plan.count("One-Time Filter") == 3  # each part begins when the one before is done
     assert "Seq Scan" not in plan

@@ -62,7 +62,10 @@ class State(Collector):
         loop = asyncio.get_running_loop()
         if self._reading is None or (self._reading.done() and loop.time() >= self._fresh_until):
             self._reading = asyncio.create_task(self._read(), name="metrics-state")
-        await asyncio.shield(self._reading)
+        # A read that came to no end in time may take its time to be broken off, too.
+        done, _ = await asyncio.wait([self._reading], timeout=self._patience)
+        for reading in done:
+            reading.result()
 
     async def aclose(self) -> None:
         """Let go of the database."""

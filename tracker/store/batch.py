@@ -4,7 +4,7 @@ Locks are always taken in one order, deliveries by id and then runs by id, so th
 processes can do this at the same time and none waits for another in a circle.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final, Protocol
@@ -114,45 +114,77 @@ def pass_batch(
 
     Several entries may be about one run. Nothing is committed here.
     """
-    repeated = _count_deliveries(connection, entries, statements)
-    repeated |= _apply_replays(connection, entries)
-    run_ids = {
-        run_id
-        for position, entry in enumerate(entries)
-        if position not in repeated and (run_id := _run_id(entry)) is not None
-    }
-    before = statements.lock_runs(connection, sorted(run_ids)) if run_ids else {}
-    now: dict[str, Record] = dict(before)
-    changes = Changes()
-    passed = []
-    for position, entry in enumerate(entries):
-        if position in repeated:
-            passed.append(Passed(None, None, repeated=True))
-            continue
-        passed.append(_pass(entry, now, changes, rules))
-    _gather(before, now, changes)
+    came = Came.among(entries)
+    receipts = statements.count_deliveries(connection, came.rows) if came.rows else {}
+    repeated = came.repeated(receipts) | _apply_replays(connection, entries)
+    run_ids = run_ids_of(entries, repeated)
+    before = statements.lock_runs(connection, run_ids) if run_ids else {}
+    passed, changes = merged(entries, before, rules, repeated=repeated)
     if changes.records or changes.started:
         statements.write(connection, changes)
     return Outcome(passed, changes.due, changes.news)
 
 
-def _count_deliveries(
-    connection: Connection, entries: Sequence[Entry], statements: Statements
-) -> set[int]:
-    """Store the deliveries among the entries; the positions of those that had come before."""
-    at: dict[str, list[int]] = {}
+def run_ids_of(entries: Sequence[Entry], repeated: Collection[int]) -> list[str]:
+    """The runs that the entries are about, sorted, but for those at the `repeated` positions."""
+    found = {
+        run_id
+        for position, entry in enumerate(entries)
+        if position not in repeated and (run_id := _run_id(entry)) is not None
+    }
+    return sorted(found)
+
+
+def merged(
+    entries: Sequence[Entry],
+    before: Mapping[str, Record],
+    rules: Rules,
+    *,
+    repeated: Collection[int],
+) -> tuple[list[Passed], Changes]:
+    """What the entries make of the runs as they were `before`: of each in order, and what is to be
+    written for all. Those at the `repeated` positions say nothing new."""
+    now = dict(before)
+    changes = Changes()
+    passed = []
     for position, entry in enumerate(entries):
-        if isinstance(entry, Delivered):
-            at.setdefault(entry.delivery.delivery_id, []).append(position)
-    if not at:
-        return set()
-    rows = [_delivery_row([_delivery(entries[p]) for p in at[key]]) for key in sorted(at)]
-    receipts = statements.count_deliveries(connection, rows)
-    repeated = set()
-    for key, positions in at.items():
-        first_is_new = receipts[key] == len(positions)
-        repeated.update(positions[1:] if first_is_new else positions)
-    return repeated
+        if position in repeated:
+            passed.append(Passed(None, None, repeated=True))
+        else:
+            passed.append(_pass(entry, now, changes, rules))
+    _gather(before, now, changes)
+    return passed, changes
+
+
+@dataclass(frozen=True, slots=True)
+class Came:
+    """The deliveries among entries: at which positions each stands, and a row for each, sorted."""
+
+    at: dict[str, list[int]]
+    rows: Rows
+
+    @classmethod
+    def among(cls, entries: Sequence[Entry]) -> "Came":
+        """Those of these entries."""
+        at: dict[str, list[int]] = {}
+        for position, entry in enumerate(entries):
+            if isinstance(entry, Delivered):
+                at.setdefault(entry.delivery.delivery_id, []).append(position)
+        rows = [_delivery_row([_delivery(entries[p]) for p in at[key]]) for key in sorted(at)]
+        return cls(at, rows)
+
+    def repeated(self, receipts: Mapping[str, int]) -> set[int]:
+        """The positions of those that had come before, where each has now come so often."""
+        repeated = set()
+        for key, positions in self.at.items():
+            first_is_new = receipts[key] == len(positions)
+            repeated.update(positions[1:] if first_is_new else positions)
+        return repeated
+
+    @property
+    def repeated_here(self) -> set[int]:
+        """The same where none of them had come before."""
+        return {position for positions in self.at.values() for position in positions[1:]}
 
 
 _READ_AGAIN: Final = ("run_id", "event_type", "api_version", "workspace_id", "created_at")
@@ -243,7 +275,7 @@ def _brought_forward(before: Record | None, after: Record) -> bool:
     return due is not None and (known is None or due < known)
 
 
-def _gather(before: dict[str, Record], now: dict[str, Record], changes: Changes) -> None:
+def _gather(before: Mapping[str, Record], now: dict[str, Record], changes: Changes) -> None:
     """Compare what was with what is, and note what is to be written."""
     tallied: dict[Key, list[int]] = {}
     for run_id in sorted(now):

@@ -6,7 +6,8 @@ a batch is a handful of round trips, and one text costs this process a third of 
 each column costs. Rows come sorted by key, so that no two processes deadlock.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ from sqlalchemy import (
     ARRAY,
     JSON,
     Column,
+    ColumnElement,
     Connection,
     Text,
     TypeDecorator,
@@ -26,6 +28,7 @@ from sqlalchemy import (
     func,
     null,
     select,
+    true,
     update,
 )
 from sqlalchemy.dialects.postgresql import insert
@@ -60,7 +63,7 @@ from tracker.store.tables import (
 )
 
 
-def _incoming(name: str, columns: Sequence[Column[Any]]) -> TableValuedAlias:
+def incoming(name: str, columns: Sequence[Column[Any]]) -> TableValuedAlias:
     """The rows that the parameter `name` holds as JSON, in order, with these columns' types."""
     return (
         func.json_to_recordset(cast(bindparam(name, type_=Text()), JSON))
@@ -74,20 +77,21 @@ def _plain(kind: TypeEngine[Any]) -> TypeEngine[Any]:
     return kind.impl_instance if isinstance(kind, TypeDecorator) else kind
 
 
-def _is_any_of(of: Any, parameter: str) -> Any:
+def is_any_of(of: Any, parameter: str) -> Any:
+    """Whether it is among the texts that this parameter lists."""
     return of == any_(bindparam(parameter, type_=ARRAY(Text(), dimensions=1)))
 
 
 # Plain strings: SQLAlchemy's names are of a class of their own, which no JSON key may be.
-_RUNS: Final = tuple(f"{each.name}" for each in RUN_COLUMNS)
-_DELIVERIES: Final = tuple(f"{each.name}" for each in DELIVERY_COLUMNS)
+RUNS: Final = tuple(f"{each.name}" for each in RUN_COLUMNS)
+DELIVERIES: Final = tuple(f"{each.name}" for each in DELIVERY_COLUMNS)
 _STARTED: Final = ("slot", "key", "run_id")
 _NOTICES: Final = ("channel", "payload")
 
 
 def _count_deliveries() -> Any:
-    came = _incoming("came", DELIVERY_COLUMNS)
-    upsert = insert(deliveries).from_select(_DELIVERIES, select(*(came.c[n] for n in _DELIVERIES)))
+    came = incoming("came", DELIVERY_COLUMNS)
+    upsert = insert(deliveries).from_select(DELIVERIES, select(*(came.c[n] for n in DELIVERIES)))
     return upsert.on_conflict_do_update(
         index_elements=[deliveries.c.delivery_id],
         set_={
@@ -99,60 +103,108 @@ def _count_deliveries() -> Any:
     ).returning(deliveries.c.delivery_id, deliveries.c.receipts)
 
 
-def _write() -> Any:
-    """Runs, their events, what they count for and the notices in one statement.
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """Runs, their events, what they count for and the notices, as parts of one statement: how many
+    runs are `written`, how many notices are `sent`, and what is done `besides`."""
 
-    It answers how many runs were written. It waits for no row: those of `known` runs are locked,
-    and a run that was new to us and is there now, which was not merged with what it says, is left.
-    """
-    after = _incoming("after", RUN_COLUMNS)
-    changed = (
-        update(runs)
-        # The ids once more, because only an array is looked up in the index however small the
-        # table was when this was planned.
-        .where(runs.c.run_id == after.c.run_id, _is_any_of(runs.c.run_id, "known"))
-        .values({name: after.c[name] for name in _RUNS if name != "run_id"})
-        .returning(runs.c.run_id)
-        .cte("changed")
-    )
-    new = _incoming("new", RUN_COLUMNS)
-    added = (
-        insert(runs)
-        .from_select(_RUNS, select(*(new.c[name] for name in _RUNS)))
-        .on_conflict_do_nothing(index_elements=[runs.c.run_id])
-        .returning(runs.c.run_id)
-        .cte("added")
-    )
-    seen = _incoming("seen", [run_events.c[name] for name in EVENT_COLUMNS])
-    kept = (
-        insert(run_events)
-        .from_select(EVENT_COLUMNS, select(*(seen.c[name] for name in EVENT_COLUMNS)))
-        .cte("kept")
-    )
-    tally = _incoming("tally", [run_tally_changes.c[name] for name in TALLY_COLUMNS])
-    counted = (
-        insert(run_tally_changes)
-        .from_select(TALLY_COLUMNS, select(*(tally.c[name] for name in TALLY_COLUMNS)))
-        .cte("counted")
-    )
-    notice = _incoming("notice", [Column(name, Text()) for name in _NOTICES])
-    notified = select(func.count(func.pg_notify(notice.c.channel, notice.c.payload)))
-    return select(
-        select(func.count()).select_from(changed).scalar_subquery()
-        + select(func.count()).select_from(added).scalar_subquery(),
-        notified.scalar_subquery(),
-    ).add_cte(kept, counted)
+    written: Any
+    sent: Any
+    besides: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, *conditions: Any, version: ColumnElement[Any] | None = None) -> "Writing":
+        """Of what the parameters `after` (for the runs that are `known`), `new`, `seen`, `tally`
+        and `notice` hold. A run that is new to us and is there all the same is left.
+
+        Where there is a `version`, each row of `after` has one too, and a run that has another by
+        now is left. No run is written before the `conditions` are known to hold.
+        """
+        columns = [*RUN_COLUMNS]
+        if version is not None:
+            columns.append(Column("version", version.type))
+        after = incoming("after", columns)
+        is_as_read = true() if version is None else version == after.c.version
+        changed = (
+            update(runs)
+            # The ids once more, because only an array is looked up in the index however small the
+            # table was when this was planned.
+            .where(runs.c.run_id == after.c.run_id, is_any_of(runs.c.run_id, "known"))
+            .where(is_as_read, *conditions)
+            .values({name: after.c[name] for name in RUNS if name != "run_id"})
+            .returning(runs.c.run_id)
+            .cte("changed")
+        )
+        new = incoming("new", RUN_COLUMNS)
+        added = (
+            insert(runs)
+            .from_select(RUNS, select(*(new.c[name] for name in RUNS)).where(*conditions))
+            .on_conflict_do_nothing(index_elements=[runs.c.run_id])
+            .returning(runs.c.run_id)
+            .cte("added")
+        )
+        seen = incoming("seen", [run_events.c[name] for name in EVENT_COLUMNS])
+        kept = (
+            insert(run_events)
+            .from_select(EVENT_COLUMNS, select(*(seen.c[name] for name in EVENT_COLUMNS)))
+            .cte("kept")
+        )
+        tally = incoming("tally", [run_tally_changes.c[name] for name in TALLY_COLUMNS])
+        counted = (
+            insert(run_tally_changes)
+            .from_select(TALLY_COLUMNS, select(*(tally.c[name] for name in TALLY_COLUMNS)))
+            .cte("counted")
+        )
+        notice = incoming("notice", [Column(name, Text()) for name in _NOTICES])
+        notified = select(func.count(func.pg_notify(notice.c.channel, notice.c.payload)))
+        return cls(how_many(changed) + how_many(added), notified.scalar_subquery(), (kept, counted))
+
+
+def how_many(part: Any) -> Any:
+    """How many rows a part of a statement has."""
+    return select(func.count()).select_from(part).scalar_subquery()
+
+
+def writing_values(
+    changes: Changes, origin: str, *, versions: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """The parameters of a `Writing`; `versions` are those of the known runs."""
+    notices = run_notices(origin, changes.news)
+    if changes.due:
+        notices.append(due_notice(origin))
+    known = set(changes.known)
+    rows: dict[bool, Rows] = {True: [], False: []}
+    for record in changes.records:
+        rows[record.run.run_id in known].append(run_row(record))
+    names = RUNS
+    if versions is not None:
+        names = (*RUNS, "version")
+        rows[True] = [(*row, versions[row[0]]) for row in rows[True]]
+    return {
+        "known": changes.known,
+        "after": to_json(names, rows[True]),
+        "new": to_json(RUNS, rows[False]),
+        "seen": to_json(EVENT_COLUMNS, changes.events),
+        "tally": to_json(TALLY_COLUMNS, changes.tallies),
+        "notice": to_json(_NOTICES, notices),
+    }
+
+
+def _write() -> Any:
+    """How many runs were written. It waits for no row: those of `known` runs are locked."""
+    writing = Writing.of()
+    return select(writing.written, writing.sent).add_cte(*writing.besides)
 
 
 def _keep_outputs() -> Any:
-    made = _incoming("made", [run_outputs.c[name] for name in OUTPUT_COLUMNS])
+    made = incoming("made", [run_outputs.c[name] for name in OUTPUT_COLUMNS])
     return insert(run_outputs).from_select(
         OUTPUT_COLUMNS, select(*(made.c[name] for name in OUTPUT_COLUMNS))
     )
 
 
 def _close_starts() -> Any:
-    started = _incoming("started", [Column(name, Text()) for name in _STARTED])
+    started = incoming("started", [Column(name, Text()) for name in _STARTED])
     return (
         update(starts)
         .where(
@@ -173,7 +225,7 @@ def _close_starts() -> Any:
 COUNT_DELIVERIES: Final = _count_deliveries()
 LOCK_RUNS: Final = (
     select(*RUN_COLUMNS)
-    .where(_is_any_of(runs.c.run_id, "run_ids"))
+    .where(is_any_of(runs.c.run_id, "run_ids"))
     .order_by(runs.c.run_id)
     .with_for_update(key_share=True)
 )
@@ -181,11 +233,11 @@ LOCK_RUNS: Final = (
 # were when it began to wait.
 OUTPUTS: Final = (
     select(*(run_outputs.c[name] for name in ("run_id", "output_id", "type", "url")))
-    .where(_is_any_of(run_outputs.c.run_id, "run_ids"))
+    .where(is_any_of(run_outputs.c.run_id, "run_ids"))
     .order_by(run_outputs.c.run_id, run_outputs.c.position)
 )
 WRITE: Final = _write()
-DROP_OUTPUTS: Final = delete(run_outputs).where(_is_any_of(run_outputs.c.run_id, "run_ids"))
+DROP_OUTPUTS: Final = delete(run_outputs).where(is_any_of(run_outputs.c.run_id, "run_ids"))
 KEEP_OUTPUTS: Final = _keep_outputs()
 CLOSE_STARTS: Final = _close_starts()
 
@@ -198,7 +250,7 @@ class PostgresStatements:
 
     def count_deliveries(self, connection: Connection, rows: Rows) -> dict[str, int]:
         """One upsert."""
-        answer = connection.execute(COUNT_DELIVERIES, {"came": _json(_DELIVERIES, rows)})
+        answer = connection.execute(COUNT_DELIVERIES, {"came": to_json(DELIVERIES, rows)})
         return dict(answer.all())
 
     def lock_runs(self, connection: Connection, run_ids: list[str]) -> dict[str, Record]:
@@ -210,36 +262,19 @@ class PostgresStatements:
 
     def write(self, connection: Connection, changes: Changes) -> None:
         """One statement, and up to three more where outputs or starts are among the changes."""
-        notices = run_notices(self._origin, changes.news)
-        if changes.due:
-            notices.append(due_notice(self._origin))
-        known = set(changes.known)
-        rows: dict[bool, Rows] = {True: [], False: []}
-        for record in changes.records:
-            rows[record.run.run_id in known].append(run_row(record))
-        written = connection.execute(
-            WRITE,
-            {
-                "known": changes.known,
-                "after": _json(_RUNS, rows[True]),
-                "new": _json(_RUNS, rows[False]),
-                "seen": _json(EVENT_COLUMNS, changes.events),
-                "tally": _json(TALLY_COLUMNS, changes.tallies),
-                "notice": _json(_NOTICES, notices),
-            },
-        ).scalar_one()
+        written = connection.execute(WRITE, writing_values(changes, self._origin)).scalar_one()
         if written < len(changes.records):
             raise WriteConflict
         if changes.outputs_gone:
             connection.execute(DROP_OUTPUTS, {"run_ids": changes.outputs_gone})
         if changes.outputs:
-            connection.execute(KEEP_OUTPUTS, {"made": _json(OUTPUT_COLUMNS, changes.outputs)})
+            connection.execute(KEEP_OUTPUTS, {"made": to_json(OUTPUT_COLUMNS, changes.outputs)})
         if changes.started:
-            connection.execute(CLOSE_STARTS, {"started": _json(_STARTED, changes.started)})
+            connection.execute(CLOSE_STARTS, {"started": to_json(_STARTED, changes.started)})
 
 
-def _json(names: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> str:
-    """Rows as one JSON text for `_incoming`; what is not there is null."""
+def to_json(names: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> str:
+    """Rows as one JSON text for `incoming`; what is not there is null."""
     named = [
         {name: value for name, value in zip(names, row, strict=True) if value is not None}
         for row in rows

@@ -10,25 +10,31 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import structlog
 from sqlalchemy import Connection
 
-from tracker.core.entry import Entry
+from tracker.core.entry import Delivered, Entry
 from tracker.core.errors import SchemaOutdated, StoreError, StoreUnavailable
 from tracker.core.record import DurationsOf
 from tracker.core.schedule import Policy
 from tracker.core.seldom import Seldom
 from tracker.store.batch import Outcome, Passed, Rules, Statements, pass_batch
 from tracker.store.engine import Database
-from tracker.store.faults import StoreBusy
+from tracker.store.faults import StoreBusy, WriteConflict
 from tracker.store.text import clean_entry
 from tracker.store.waiting import MAX_WAITING_BYTES, Waiting, WaitingList
 
 WRITERS: Final = {"sqlite": 1, "postgresql": 2}
 """How many batches are under way at a time. While PostgreSQL writes one, this process makes the
 next; on SQLite there is one writer anyhow."""
+ENOUGH: Final = 64
+"""So many have to wait before a batch is begun beside another, and no more are taken at once unless
+far more wait: to write a batch costs this process as much as five entries do, so that a small one
+wants company; and while a large one is on its way its senders bring nothing that could be done."""
+PATIENCE: Final = 0.05
+"""Seconds after which nobody waits for the other batch any more, be it that a lock holds it up."""
 PAUSE_SECONDS: Final = (0.05, 1.0)
 """The first and the longest wait before a database that is down is tried again."""
 
@@ -71,6 +77,8 @@ class Door:
         self._on_write = tuple(on_write)
         self._queue = WaitingList(most=max_waiting, most_bytes=max_waiting_bytes)
         self._flying: list[list[Waiting]] = [[] for _ in range(WRITERS[db.dialect])]
+        self._began: dict[int, float] = {}
+        """Which writers are writing, and since when, by the loop's clock."""
         self._arrived = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -150,7 +158,8 @@ class Door:
         loop = asyncio.get_running_loop()
         waiting = Waiting(clean_entry(entry), loop.create_future(), loop.time() + self._deadline)
         self._queue.add(waiting)
-        self._arrived.set()
+        if self._may_begin():
+            self._arrived.set()
         if self._timer is None:
             self._timer = loop.call_at(waiting.expires, self._expire)
         return waiting.answer
@@ -180,16 +189,22 @@ class Door:
     async def _run(self, writer: int) -> None:
         answered = 0
         while True:
-            if self._queue:
+            if self._queue and self._may_begin():
                 batch = self._queue.take(self._share(answered))
                 await self._commit(writer, batch)
                 answered = len(batch)
-            elif self._closing:
+            elif self._closing and not self._queue:
                 return
             else:
                 answered = 0
                 self._arrived.clear()
                 await self._arrived.wait()
+
+    def _may_begin(self) -> bool:
+        """Whether a writer that is free begins now, though others may be writing."""
+        if not self._began or self._closing or len(self._queue) >= ENOUGH:
+            return True
+        return asyncio.get_running_loop().time() - min(self._began.values()) >= PATIENCE
 
     def _share(self, answered: int) -> int:
         """How many to take at once, where `answered` ones were just told of their commit.
@@ -199,19 +214,31 @@ class Door:
         and this process would idle while the sixty-three are written. So they are made even. Not
         where a thread of this process writes: it would only take turns with the event loop.
         """
-        if not answered or len(self._flying) == 1:
+        if len(self._flying) == 1:
             return self._max_batch
-        return min(self._max_batch, (len(self._queue) + answered + 1) // 2)
+        waiting = len(self._queue)
+        even = (waiting + answered + 1) // 2 if answered else waiting
+        return min(self._max_batch, even, max(ENOUGH, waiting // 4))
 
     async def _commit(self, writer: int, batch: list[Waiting]) -> None:
         """Commit a batch, whole or, where one of its entries is refused, in ever smaller parts.
 
         A database that is down is tried again until all who wait for this batch have given up.
         """
-        parts = deque([batch])
+        loop = asyncio.get_running_loop()
+        self._began[writer] = loop.time()
+        long = loop.call_later(PATIENCE, self._arrived.set)
+        try:
+            await self._commit_parts(writer, deque([batch]))
+        finally:
+            long.cancel()
+            del self._began[writer]
+            self._flying[writer] = []
+
+    async def _commit_parts(self, writer: int, parts: deque[list[Waiting]]) -> None:
+        loop = asyncio.get_running_loop()
         pause = PAUSE_SECONDS[0]
         while parts:
-            loop = asyncio.get_running_loop()
             self._flying[writer] = [waiting for part in parts for waiting in part]
             part = self._still_waiting(parts.popleft(), loop.time())
             if not part:
@@ -233,7 +260,6 @@ class Door:
                 self._out_of_trouble()
                 pause = PAUSE_SECONDS[0]
                 self._settle(part, outcome)
-        self._flying[writer] = []
 
     def _in_trouble(self, error: StoreError) -> None:
         if self._trouble is None:
@@ -260,7 +286,7 @@ class Door:
         began = loop.time()
         stopped_by: Exception | None = None
         try:
-            return await self._db.write(partial(self._pass, part))
+            return await self._commit_together(part)
         except Exception as exc:
             stopped_by = exc
             raise
@@ -268,8 +294,23 @@ class Door:
             for hook in self._on_write:
                 _tell(hook, len(part), loop.time() - began, stopped_by)
 
-    def _pass(self, part: list[Waiting], connection: Connection) -> Outcome:
+    async def _commit_together(self, part: list[Waiting]) -> Outcome:
         entries = [waiting.entry for waiting in part]
+        if self._db.takes_at_once and all(isinstance(entry, Delivered) for entry in entries):
+            try:
+                return await self._db.at_once(partial(self._pass_at_once, entries))
+            except (StoreUnavailable, SchemaOutdated):
+                raise
+            except (StoreError, WriteConflict):
+                pass  # it can be done the other way, or that tells why not
+        return await self._db.write(partial(self._pass, entries))
+
+    async def _pass_at_once(self, entries: list[Entry], connection: Any) -> Outcome:
+        from tracker.store.batch_at_once import pass_at_once  # noqa: PLC0415 - as in `_statements`
+
+        return await pass_at_once(connection, entries, self._rules, self._db.origin)
+
+    def _pass(self, entries: list[Entry], connection: Connection) -> Outcome:
         return pass_batch(connection, entries, self._rules, self._statements)
 
     def _refuse_or_split(

@@ -9,7 +9,7 @@ process never wait for a lock.
 import asyncio
 import random
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import cache, partial
 from typing import Any, Final, Self, TypeVar
@@ -22,7 +22,14 @@ from sqlalchemy.pool import NullPool
 from tracker.core.errors import StoreUnavailable
 from tracker.store.checkout import use_only
 from tracker.store.engine_sqlite import SqliteWriter, sqlite_migrations, sqlite_readers
-from tracker.store.faults import FOREIGN, WriteConflict, is_conflict, is_standby, translate
+from tracker.store.faults import (
+    FOREIGN,
+    WriteConflict,
+    driver_errors,
+    is_conflict,
+    is_standby,
+    translate,
+)
 from tracker.store.text import dump_json, load_json
 from tracker.store.url import DatabaseUrl
 
@@ -137,6 +144,26 @@ class Database:
             "the database is too busy: other writers were always quicker"
         ) from conflict
 
+    @property
+    def takes_at_once(self) -> bool:
+        """Whether `at_once` may be used: not on SQLite, and not where somebody listens to what the
+        engines send, a tracer for one, who would miss it."""
+        return self._writer.takes_at_once
+
+    async def at_once(self, work: Callable[[Any], Awaitable[T]]) -> T:
+        """Run `work` over a connection of asyncpg's own, in no transaction; return what it returns.
+
+        Each statement is a transaction by itself, and nothing is done again: raises `WriteConflict`
+        where another transaction came in between, and else as `read` does.
+        """
+        self._refuse_closed()
+        foreign: tuple[type[BaseException], ...] = (*FOREIGN, *driver_errors())
+        try:
+            async with self._in_time():
+                return await self._writer.at_once(work)
+        except foreign as exc:
+            raise translate(exc) from exc
+
     def _refuse_closed(self) -> None:
         if self._closed:
             raise StoreUnavailable("the database is closed")
@@ -163,12 +190,48 @@ class _PostgresWriter:
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
         self.engine = engine.sync_engine
+        self._bare = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._kept: list[tuple[AsyncConnection, Any]] = []
+        """Connections for `at_once`, as SQLAlchemy and as asyncpg have them. To take one from the
+        pool, and to give it back, costs as much as what is sent over it."""
+
+    @property
+    def takes_at_once(self) -> bool:
+        return not self.engine.dispatch.before_cursor_execute
 
     async def run(self, work: Callable[[Connection], T]) -> T:
         async with self._engine.begin() as connection:
             return await connection.run_sync(work)
 
+    async def at_once(self, work: Callable[[Any], Awaitable[T]]) -> T:
+        connection, driver = await self._take()
+        try:
+            result = await work(driver)
+        except BaseException as error:
+            if is_conflict(error):
+                self._kept.append((connection, driver))
+                raise WriteConflict from error
+            # Nobody knows what is under way on it, nor whether its server takes any writes.
+            await connection.invalidate()
+            await connection.close()
+            raise
+        self._kept.append((connection, driver))
+        return result
+
+    async def _take(self) -> tuple[AsyncConnection, Any]:
+        while self._kept:
+            connection, driver = self._kept.pop()
+            if not driver.is_closed():
+                return connection, driver
+            await connection.invalidate()
+            await connection.close()
+        connection = await self._bare.connect()
+        return connection, (await connection.get_raw_connection()).driver_connection
+
     async def close(self) -> None:
+        while self._kept:
+            connection, _ = self._kept.pop()
+            await connection.close()
         await self._engine.dispose()
 
 
@@ -222,6 +285,7 @@ async def connect_postgres(
         timeout=CONNECT_SECONDS,
         command_timeout=command_timeout,
         connection_class=_connection_class(),
+        max_cacheable_statement_size=0,  # the door's are long, and come again and again
         server_settings=settings,
     )
     if by_key:

@@ -7,7 +7,7 @@ and a commit counts only where it still does afterwards. Nothing here creates a 
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -38,6 +38,8 @@ Identity = tuple[int, int] | None
 class SqliteWriter:
     """Writes in one thread over one connection: SQLite has one writer at a time anyhow."""
 
+    takes_at_once: Final = False
+
     def __init__(self, url: DatabaseUrl, **options: Any) -> None:
         self._path = url.path
         self.engine = _writer(url, **options)
@@ -62,6 +64,10 @@ class SqliteWriter:
         if _identity(self._path) != opened:
             raise StoreUnavailable(f"the database's file is not at {self._path} any more")
         return result
+
+    async def at_once(self, work: Callable[[Any], Awaitable[T]]) -> T:
+        """There is nothing to be won here."""
+        raise NotImplementedError
 
     async def close(self) -> None:
         """Let what is being written finish, and close the connection."""

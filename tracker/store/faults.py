@@ -5,6 +5,7 @@ the wording, except where SQLite has one code for several things.
 """
 
 import sqlite3
+from functools import cache
 from typing import Final
 
 from sqlalchemy.exc import DBAPIError, InterfaceError, SQLAlchemyError
@@ -64,6 +65,15 @@ _SQLITE_UNAVAILABLE: Final = frozenset(
 FOREIGN: Final = (SQLAlchemyError, sqlite3.Error, OSError, TimeoutError)
 """What may come out of a database call; all else is a fault in our own code."""
 
+
+@cache
+def driver_errors() -> tuple[type[BaseException], ...]:
+    """What comes out of asyncpg where SQLAlchemy is not in between."""
+    import asyncpg  # noqa: PLC0415 - not loaded where SQLite is used
+
+    return (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+
+
 OUTDATED_ADVICE: Final = (
     "the database's schema is older than this version: run `tracker db upgrade`"
 )
@@ -105,9 +115,15 @@ def translate(error: BaseException) -> StoreError:
             return SchemaOutdated(f"{OUTDATED_ADVICE} ({what})")
         return StoreError(f"the database refuses this: {what}")
     # No code: the driver itself gave up, on a connection that is gone.
-    if isinstance(error, InterfaceError) or getattr(error, "connection_invalidated", False):
+    gave_up = isinstance(error, InterfaceError) or _is_drivers(error)
+    if gave_up or getattr(error, "connection_invalidated", False):
         return StoreUnavailable(f"the connection to the database is lost: {what}")
     return StoreError(f"the database cannot do this: {what}")
+
+
+def _is_drivers(error: BaseException) -> bool:
+    """Whether it is asyncpg's own, with SQLAlchemy not in between."""
+    return type(error).__module__.startswith("asyncpg.")
 
 
 def _driver_error(error: BaseException) -> BaseException | None:
