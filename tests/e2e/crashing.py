@@ -21,7 +21,9 @@ from sqlalchemy import Connection
 
 from tests.e2e.hurried import hurry_much
 from tracker.core.entry import Delivered, Entry, Seen
+from tracker.core.errors import StoreError
 from tracker.store.engine import Database
+from tracker.store.faults import WriteConflict
 
 T = TypeVar("T")
 When = Literal["before", "after"]
@@ -99,7 +101,11 @@ class Switch:
             async def written(connection: Any) -> T:
                 return await work(_Last(connection, lambda: self._die("before", name)))
 
-            committed = await at_once(database, written)
+            try:
+                committed = await at_once(database, written)
+            except (StoreError, WriteConflict):
+                self._count -= 1  # it comes again, in a transaction
+                raise
             self._die("after", name)
             return committed
 

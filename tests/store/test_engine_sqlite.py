@@ -2,8 +2,10 @@
 
 import asyncio
 import shutil
+import sqlite3
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import Connection, event, text
@@ -147,3 +149,40 @@ async def test_a_file_that_never_was_is_not_made(tmp_path: Path) -> None:
         with pytest.raises(StoreUnavailable):
             await db.write(lambda connection: connection.execute(text("SELECT 1")).scalar())
     assert not path.exists()
+
+
+async def test_a_connection_that_nobody_waits_for_is_closed(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its reader was cancelled while it was opened, and did not wait for it."""
+    made: list[sqlite3.Connection] = []
+    begun, go_on = threading.Event(), threading.Event()
+    connect = sqlite3.connect
+
+    def slowly(*place: Any, **options: Any) -> sqlite3.Connection:
+        made.append(connect(*place, **options))
+        begun.set()
+        go_on.wait(5)
+        return made[-1]
+
+    async def read() -> None:
+        async with db.read() as connection:
+            await connection.execute(text("SELECT 1"))
+
+    def is_closed() -> bool:
+        try:
+            made[0].total_changes  # noqa: B018 - it is asked whether it may be
+        except sqlite3.ProgrammingError:
+            return True
+        return False
+
+    monkeypatch.setattr(sqlite3, "connect", slowly)
+    async with await Database.open(sqlite_url) as db:
+        reading = asyncio.create_task(read())
+        assert await asyncio.to_thread(begun.wait, 5)
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        assert not is_closed()
+        go_on.set()
+        await eventually(is_closed)

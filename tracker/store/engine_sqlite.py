@@ -7,6 +7,7 @@ and a commit counts only where it still does afterwards. Nothing here creates a 
 
 import asyncio
 import os
+import sqlite3
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -78,11 +79,40 @@ class SqliteWriter:
 def sqlite_readers(url: DatabaseUrl, **options: Any) -> AsyncEngine:
     """An engine whose connections cannot write."""
     engine = create_async_engine(
-        _existing("sqlite+aiosqlite", url), pool_timeout=_PATIENT_SECONDS, **options
+        _existing("sqlite+aiosqlite", url),
+        pool_timeout=_PATIENT_SECONDS,
+        connect_args={"async_creator_fn": _open},
+        **options,
     )
     _prepare(engine.sync_engine, "BEGIN", _PATIENT_SECONDS, "PRAGMA query_only=ON")
     _keep_to_the_file(engine.sync_engine, url.path)
     return engine
+
+
+async def _open(*place: Any, **options: Any) -> Any:
+    """A connection of aiosqlite's. Where nobody waits for it any more it is closed: aiosqlite
+    itself would leave it to the garbage collector."""
+    import aiosqlite  # noqa: PLC0415 - not needed, and not loaded, where PostgreSQL is used
+
+    made: list[sqlite3.Connection] = []
+    is_left = False
+
+    def connect() -> sqlite3.Connection:
+        connection: sqlite3.Connection = sqlite3.connect(*place, **options)
+        made.append(connection)
+        if is_left:
+            connection.close()
+        return connection
+
+    opening = aiosqlite.Connection(connect, iter_chunk_size=64)
+    opening._thread.daemon = True  # as SQLAlchemy would
+    try:
+        return await opening
+    except BaseException:
+        is_left = True
+        for connection in made:
+            connection.close()
+        raise
 
 
 def sqlite_migrations(url: DatabaseUrl, **options: Any) -> AsyncEngine:
