@@ -7,4 +7,6 @@ contenders.py  the servers that are compared, each a process of its own
 ceiling.py     the tracker's own server and route, which verifies, parses and stores nothing
 peer.py        what one would write by hand: FastAPI, a session and a commit for each callback
 rounds.py      alternating rounds, and what came out of them
+pair.py        two receivers on one PostgreSQL, beside one
+latency.py     how long a callback waits, at what share of the most
 """

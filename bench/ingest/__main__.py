@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from bench.ingest.latency import latency
+from bench.ingest.pair import pair
 from bench.ingest.rounds import compare
 from bench.report import RESULTS, Report
 from bench.throw_away import chosen
@@ -28,6 +29,11 @@ def main() -> int:
             report, kind, connections=connections, rounds=given.rounds, seconds=given.seconds
         )
     ]
+    if "postgresql" in chosen(given.database):
+        for connections in given.connections:
+            found += pair(
+                report, connections=connections, rounds=given.rounds, seconds=given.seconds
+            )
     for kind in chosen(given.database):
         latency(report, kind, seconds=2 * given.seconds)
     report.write(given.results)

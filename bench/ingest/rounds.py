@@ -56,7 +56,7 @@ def one_round(contender: Contender, kind: str, *, connections: int, seconds: flo
             used = running.processor_seconds()
             load = send(requests, running.port, connections=connections, seconds=seconds)
             used = running.processor_seconds() - used
-        kept = None if contender.table is None else _count(url, contender.table)
+        kept = None if contender.table is None else count(url, contender.table)
     return Round(
         contender.name,
         warm.acknowledged + load.acknowledged,
@@ -111,7 +111,8 @@ def _figures(found: Sequence[Round]) -> list[dict[str, Any]]:
     return [asdict(one) for one in found]
 
 
-def _count(url: str, table: str) -> int:
+def count(url: str, table: str) -> int:
+    """How many rows a table has."""
     scheme, _, rest = url.partition("://")
     if scheme == "sqlite":
         engine = create_engine(url)
