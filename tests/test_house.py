@@ -127,7 +127,7 @@ def _imported(path: Path) -> Iterator[str]:
 
 
 STATE = {"runs", "run_outputs", "run_events", "deliveries"}
-DOOR = {"door.py", "batch.py", "batch_postgres.py", "batch_sqlite.py"}
+DOOR = {"door.py", "batch.py", "batch_postgres.py", "batch_at_once.py", "batch_sqlite.py"}
 
 
 def test_run_state_is_written_by_the_door_alone() -> None:

@@ -11,19 +11,18 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from bench.filling import SCATTER
-from bench.ingest.sender import Sender
+from bench.ingest.sender import HEADER, PATH, Sender
 from tracker.flora.signature import sign
 
 SECRET: Final = "whsec_bench"  # noqa: S105 - of no workspace
 WORKSPACE: Final = "ws_bench"
-PATH: Final = "/callbacks/flora"
 
 _WRK_SCRIPT: Final = """
 local requests = {}
@@ -31,8 +30,8 @@ local next_one = 0
 function init(args)
   for line in io.lines(args[1]) do
     local signature, body = line:match("^(%S+) (.*)$")
-    requests[#requests + 1] = "POST /callbacks/flora HTTP/1.1\\r\\nHost: 127.0.0.1\\r\\n" ..
-      "Content-Type: application/json\\r\\nFlora-Signature: " .. signature ..
+    requests[#requests + 1] = "POST " .. args[2] .. " HTTP/1.1\\r\\nHost: 127.0.0.1\\r\\n" ..
+      "Content-Type: application/json\\r\\n" .. args[3] .. ": " .. signature ..
       "\\r\\nContent-Length: " .. #body .. "\\r\\n\\r\\n" .. body
   end
 end
@@ -88,19 +87,38 @@ def callbacks(count: int, *, prefix: str, scattered: bool = False) -> Iterator[t
 
 @contextmanager
 def prepared(count: int, *, prefix: str, scattered: bool = False) -> Iterator[Path]:
-    """A file of that many callbacks, one a line: signature, blank, body."""
+    """A file of that many callbacks."""
+    with written(callbacks(count, prefix=prefix, scattered=scattered)) as requests:
+        yield requests
+
+
+@contextmanager
+def written(signed: Iterable[tuple[str, bytes]]) -> Iterator[Path]:
+    """A file of signed bodies, one a line: signature, blank, body."""
     with tempfile.NamedTemporaryFile("wb", suffix=".requests") as file:
-        for signature, body in callbacks(count, prefix=prefix, scattered=scattered):
+        for signature, body in signed:
             file.write(b"%b %b\n" % (signature.encode(), body))
         file.flush()
         yield Path(file.name)
 
 
-def send(requests: Path, port: int, *, connections: int, seconds: float) -> Load:
-    """Send them to a server on this machine until the time, or what was prepared, is up."""
+def send(
+    requests: Path,
+    port: int,
+    *,
+    connections: int,
+    seconds: float,
+    path: str = PATH,
+    header: str = HEADER,
+) -> Load:
+    """Send them to a server on this machine until the time, or what was prepared, is up.
+
+    `path` is where it takes them, `header` the one that holds their signature.
+    """
     if shutil.which("wrk"):
-        return _by_wrk(requests, port, connections, seconds)
-    return asyncio.run(_by_python(requests, port, connections, seconds))
+        return _by_wrk(requests, port, connections, seconds, path, header)
+    sender = Sender(requests, port, connections=connections, path=path, header=header)
+    return asyncio.run(_by_python(sender, seconds))
 
 
 def send_all(requests: Path, port: int, *, connections: int) -> Load:
@@ -109,14 +127,16 @@ def send_all(requests: Path, port: int, *, connections: int) -> Load:
     return asyncio.run(_all_by_python(requests, port, connections))
 
 
-def _by_wrk(requests: Path, port: int, connections: int, seconds: float) -> Load:
+def _by_wrk(
+    requests: Path, port: int, connections: int, seconds: float, path: str, header: str
+) -> Load:
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
         script.write(_WRK_SCRIPT)
         script.flush()
         command = [
             *("wrk", "-t", "1", "-c", str(connections), "-d", f"{seconds:.0f}s"),
             *("--timeout", "10s", "-s", script.name),
-            *(f"http://127.0.0.1:{port}{PATH}", "--", str(requests)),
+            *(f"http://127.0.0.1:{port}{path}", "--", str(requests), path, header),
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     counted = re.search(r"(\d+) requests in ([\d.]+)(m?s)", done.stdout)
@@ -128,8 +148,8 @@ def _by_wrk(requests: Path, port: int, connections: int, seconds: float) -> Load
     return Load(int(counted[1]) - refused, refused, took)
 
 
-async def _by_python(requests: Path, port: int, connections: int, seconds: float) -> Load:
-    async with Sender(requests, port, connections=connections) as sender:
+async def _by_python(sender: Sender, seconds: float) -> Load:
+    async with sender:
         await sender.flat_out(seconds)
     return Load(sender.answers.acknowledged, sender.answers.refused, seconds)
 

@@ -16,11 +16,13 @@ from typing import Final, Self, cast
 
 import httptools
 
+PATH: Final = "/callbacks/flora"
+HEADER: Final = "Flora-Signature"
 LAST_ANSWERS: Final = 30.0
 """Seconds that the last answers may take."""
 _HEAD: Final = (
-    b"POST /callbacks/flora HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-    b"Flora-Signature: %b\r\nContent-Length: %d\r\n\r\n"
+    b"POST %b HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    b"%b: %b\r\nContent-Length: %d\r\n\r\n"
 )
 
 
@@ -43,10 +45,21 @@ class Answers:
 
 
 class Sender:
-    """Some connections to a server on this machine. Used as `async with Sender(…) as sender`."""
+    """Some connections to a server on this machine. Used as `async with Sender(…) as sender`.
 
-    def __init__(self, requests: Path, port: int, *, connections: int) -> None:
-        self._requests = _requests(requests)
+    `path` is where it takes requests, `header` the one that holds their signature.
+    """
+
+    def __init__(
+        self,
+        requests: Path,
+        port: int,
+        *,
+        connections: int,
+        path: str = PATH,
+        header: str = HEADER,
+    ) -> None:
+        self._requests = _requests(requests, path.encode(), header.encode())
         self._port = port
         self._connections = connections
         self._idle: deque[_Connection] = deque()
@@ -138,7 +151,7 @@ class _Connection(asyncio.Protocol):
         self._sender.answered(self, self._parser.get_status_code(), self._due)
 
 
-def _requests(prepared: Path) -> Iterator[bytes]:
+def _requests(prepared: Path, path: bytes, header: bytes) -> Iterator[bytes]:
     for line in prepared.read_bytes().splitlines():
         signature, _, body = line.partition(b" ")
-        yield _HEAD % (signature, len(body)) + body
+        yield _HEAD % (path, header, signature, len(body)) + body

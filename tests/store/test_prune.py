@@ -231,7 +231,8 @@ async def test_several_at_once_and_a_receiver_meanwhile(db: Database, other_db: 
     """Each row is removed once, whoever comes first; callbacks are taken all the while."""
     old = ids("old", 80)
     async with open_door(other_db) as door:
-        await door.put_all([entry for run in old for entry in settled(run, 100)])
+        for step in zip(*(settled(run, 100) for run in old), strict=True):
+            await door.put_all(step)
         done = asyncio.Event()
         slowest = 0.0
 

@@ -133,8 +133,8 @@ class Door:
     async def put_all(self, entries: Sequence[Entry]) -> list[Passed]:
         """Commit entries, and return what each did, in order.
 
-        They share transactions as they fit. Raises as `put` does, after all have been answered:
-        those that could be committed are.
+        They share transactions as they fit; what does not fit into one is committed in any order.
+        Raises as `put` does, after all have been answered: those that could be committed are.
         """
         self._refuse_if_full(entries)
         answers = [self._enqueue(entry) for entry in entries]
