@@ -12,6 +12,7 @@ from bench.series import Program, run
 
 BENCHMARKS: Final[dict[str, Program]] = {
     "ingest": ("bench.ingest", "--rounds", "3", "--seconds", "4"),
+    "others": ("bench.others", "--rounds", "2", "--seconds", "4"),
     "economy": ("bench.economy",),
     "footprint": ("bench.footprint", "--callbacks", "100000"),
     "scale": ("bench.scale", "--runs", "200000"),
