@@ -3,8 +3,10 @@ whoever comes in between."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
+import asyncpg
 import pytest
 from sqlalchemy import delete, event, func, select, text
 
@@ -19,12 +21,15 @@ from tests.store.making import (
     started,
 )
 from tests.support.databases import PostgresDatabases
+from tests.support.waiting import eventually
 from tracker.core.entry import Entry
+from tracker.core.errors import StoreError
 from tracker.core.record import Record
 from tracker.core.run import Output, RunStatus
 from tracker.store import tallies
 from tracker.store.door import Door
 from tracker.store.engine import Database
+from tracker.store.faults import WriteConflict
 from tracker.store.read import events, get_run
 from tracker.store.tables import deliveries, run_events, runs
 
@@ -219,6 +224,40 @@ async def test_who_comes_in_between_is_not_overwritten(
         assert len(ends) == 1
 
 
+async def test_who_is_just_writing_a_run_is_waited_for(
+    db: Database, ways: Ways, postgres_url: str
+) -> None:
+    """The statement began before the other transaction ended, and sees what came of it."""
+    somebody: Any = await asyncpg.connect(postgres_url)
+    watcher: Any = await asyncpg.connect(postgres_url)
+    transaction = somebody.transaction()
+
+    async def write() -> None:
+        await transaction.start()
+        await somebody.execute("UPDATE runs SET technique_name = 'theirs' WHERE run_id = 'run_1'")
+
+    async def waits() -> bool:
+        for_them = f"{somebody.get_server_pid()} = ANY(pg_blocking_pids(pid))"
+        found = await watcher.fetchval(f"SELECT count(*) FROM pg_stat_activity WHERE {for_them}")
+        return bool(found)
+
+    async with open_door(db) as door:
+        await door.put(seen("run_1"))
+        ways.at_once = ways.in_a_transaction = 0
+        ways.between = write
+        putting = asyncio.create_task(door.put_all([callback("run_1"), callback("run_2")]))
+        await eventually(waits)
+        await transaction.commit()
+        passed = await putting
+    await somebody.close()
+    await watcher.close()
+    assert (ways.at_once, ways.in_a_transaction) == (0, 1)
+    assert [each.repeated for each in passed] == [False, False]
+    record = await get_run(db, "run_1")
+    assert record is not None
+    assert (record.run.technique_name, record.run.status) == ("theirs", "completed")
+
+
 async def test_two_that_write_the_same_runs_do_not_wait_in_a_circle(
     db: Database, postgres_url: str
 ) -> None:
@@ -263,3 +302,45 @@ async def test_a_connection_that_was_cut_is_replaced(db: Database, other: Door, 
     records: list[Record | None] = [await get_run(db, f"run_{n}") for n in (1, 2, 3)]
     assert all(records)
     assert set((await receipts(db)).values()) == {1}
+
+
+async def backend(db: Database, statement: str = "SELECT 1") -> int:
+    """Send a statement at once; over which of the server's processes."""
+    pids: list[int] = []
+
+    async def work(connection: Any) -> None:
+        pids.append(connection.get_server_pid())
+        await connection.fetch(statement)
+
+    with suppress(StoreError, WriteConflict):
+        await db.at_once(work)
+    return pids[0]
+
+
+async def test_a_connection_is_kept_unless_something_is_wrong_with_it(db: Database) -> None:
+    """A statement that the server refuses says nothing against it; one that was cut off does."""
+    first = await backend(db)
+    assert await backend(db, "SELECT 1 / 0") == first
+    assert await backend(db, "SELECT 'x'::int") == first
+    async with asyncio.timeout(5):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await backend(db, "SELECT pg_sleep(20)")
+    assert await backend(db) != first
+
+
+async def test_nothing_is_left_open_behind_the_end(postgres_url: str) -> None:
+    """Not even where something was under way."""
+    async with await Database.open(postgres_url, application_name="ended") as db:
+        await backend(db)
+        sleeping = asyncio.create_task(backend(db, "SELECT pg_sleep(0.3)"))
+        await asyncio.sleep(0.1)
+    await sleeping
+    async with await Database.open(postgres_url) as other, other.read() as connection:
+        ended = text("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'ended'")
+
+        async def is_gone() -> bool:
+            await connection.rollback()  # what the server shows is of one moment else
+            return not (await connection.execute(ended)).scalar()
+
+        await eventually(is_gone)

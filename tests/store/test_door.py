@@ -1,11 +1,14 @@
 """The door: one transaction for whatever waits, and an answer only after it."""
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 
+import asyncpg
 import pytest
+import uvloop
 from sqlalchemy import func, select
 
 from tests.store.making import (
@@ -279,3 +282,31 @@ async def test_too_many_that_wait_are_refused_at_once(db: Database) -> None:
         stored = await receipts(db)
     assert "whd_run_after" in stored
     assert len(stored) < 51
+
+
+@pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_batch_that_is_held_up_holds_up_nobody_else(
+    postgres_url: str, loop_factory: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    """While a callback waits for its run, which somebody has locked, others are committed; on the
+    loop of the tests, and on the one that serves, whose clock goes by milliseconds."""
+
+    async def put_beside_a_locked_run() -> None:
+        holder = await asyncpg.connect(postgres_url)
+        async with await Database.open(postgres_url) as db, open_door(db) as door:
+            await door.put(seen("run_held"))
+            transaction = holder.transaction()
+            await transaction.start()
+            await holder.execute("SELECT FROM runs WHERE run_id = 'run_held' FOR UPDATE")
+            held = asyncio.create_task(door.put(callback("run_held")))
+            for number in range(3):
+                await asyncio.sleep(0.01)
+                async with asyncio.timeout(1):
+                    await door.put(callback(f"run_{number}"))
+            assert not held.done()
+            await transaction.rollback()
+            assert (await held).news
+        await holder.close()
+
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(put_beside_a_locked_run())

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -46,7 +47,9 @@ class Forked:
         before. What it prints is added to `output`, or where there is `errors`, in parts to both.
         """
         streams = (output, errors or output)
-        process = _FORKING.Process(target=_live, args=(arguments, env, streams, folder, prepare))
+        process = _FORKING.Process(
+            target=_live, args=(arguments, env, streams, folder, prepare), daemon=True
+        )
         process.start()
         return cls(process)
 
@@ -64,11 +67,12 @@ class Forked:
     def send_signal(self, what: signal.Signals) -> None:
         """Tell it something, if it is there to hear it."""
         if self.returncode is None:
-            os.kill(self.pid, what)
+            with suppress(ProcessLookupError):  # it may have ended just now
+                os.kill(self.pid, what)
 
-    async def wait(self) -> int:
-        """Wait for its end, however long that takes; the exit status."""
-        await eventually(lambda: self.returncode is not None, timeout=3600, interval=0.005)
+    async def wait(self, timeout: float = 60) -> int:
+        """Wait for its end; the exit status."""
+        await eventually(lambda: self.returncode is not None, timeout=timeout, interval=0.005)
         assert self.returncode is not None
         return self.returncode
 

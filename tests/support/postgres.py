@@ -53,6 +53,9 @@ _SETTINGS = {
 
 _TOO_EARLY = "the database system is"
 
+# Its file is not there, or not whole, as where the disk is full; or it has ended meanwhile.
+_NO_SERVER = (FileNotFoundError, ProcessLookupError, IndexError, ValueError)
+
 START_SECONDS = 30.0
 STOP_SECONDS = 15.0
 CRASH_SECONDS = 10.0
@@ -210,12 +213,12 @@ class PostgresServer:
         if _ended(keeper, STOP_SECONDS):
             return
         # A server that found its disk full has been seen to come to no end of its own.
-        with suppress(FileNotFoundError, ProcessLookupError):
+        with suppress(*_NO_SERVER):
             os.kill(self._postmaster(), signal.SIGQUIT)
         if not _ended(keeper, CRASH_SECONDS):
             # The keeper outlives the server and buries it: a dead one that nobody has buried still
             # keeps the next one out.
-            with suppress(FileNotFoundError, ProcessLookupError):
+            with suppress(*_NO_SERVER):
                 self._tell(signal.SIGSTOP, signal.SIGKILL)
             keeper.wait()
 

@@ -68,7 +68,7 @@ class Changes:
     records: list[Record] = field(default_factory=list)
     """New and changed ones."""
     known: list[str] = field(default_factory=list)
-    """Those of them that had a row, which the batch has locked."""
+    """Those of them that had a row."""
     outputs_gone: list[str] = field(default_factory=list)
     """Runs whose stored outputs are replaced."""
     outputs: Rows = field(default_factory=list)

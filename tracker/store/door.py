@@ -77,8 +77,8 @@ class Door:
         self._on_write = tuple(on_write)
         self._queue = WaitingList(most=max_waiting, most_bytes=max_waiting_bytes)
         self._flying: list[list[Waiting]] = [[] for _ in range(WRITERS[db.dialect])]
-        self._began: dict[int, float] = {}
-        """Which writers are writing, and since when, by the loop's clock."""
+        self._waited_for: set[int] = set()
+        """The writers that are writing, but for those that have been at it for too long."""
         self._arrived = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -202,9 +202,11 @@ class Door:
 
     def _may_begin(self) -> bool:
         """Whether a writer that is free begins now, though others may be writing."""
-        if not self._began or self._closing or len(self._queue) >= ENOUGH:
-            return True
-        return asyncio.get_running_loop().time() - min(self._began.values()) >= PATIENCE
+        return not self._waited_for or self._closing or len(self._queue) >= ENOUGH
+
+    def _stop_waiting_for(self, writer: int) -> None:
+        self._waited_for.discard(writer)
+        self._arrived.set()
 
     def _share(self, answered: int) -> int:
         """How many to take at once, where `answered` ones were just told of their commit.
@@ -225,14 +227,14 @@ class Door:
 
         A database that is down is tried again until all who wait for this batch have given up.
         """
+        self._waited_for.add(writer)
         loop = asyncio.get_running_loop()
-        self._began[writer] = loop.time()
-        long = loop.call_later(PATIENCE, self._arrived.set)
+        patience = loop.call_later(PATIENCE, self._stop_waiting_for, writer)
         try:
             await self._commit_parts(writer, deque([batch]))
         finally:
-            long.cancel()
-            del self._began[writer]
+            patience.cancel()
+            self._waited_for.discard(writer)
             self._flying[writer] = []
 
     async def _commit_parts(self, writer: int, parts: deque[list[Waiting]]) -> None:

@@ -27,6 +27,7 @@ from tracker.store.faults import (
     WriteConflict,
     driver_errors,
     is_conflict,
+    is_refusal,
     is_standby,
     translate,
 )
@@ -78,8 +79,8 @@ class Database:
         parsed = DatabaseUrl.parse(url)
         if parsed.dialect == "sqlite":
             return cls(parsed, sqlite_readers(parsed, **_COMMON), SqliteWriter(parsed, **_COMMON))
-        # A pool each: however many read, the door finds a connection.
-        writing = _postgres_engine(parsed, application_name, connections=4, by_key=True)
+        # A pool each: however many read, the door finds a connection. It keeps two for `at_once`.
+        writing = _postgres_engine(parsed, application_name, connections=6, by_key=True)
         _leave_standbys(writing.sync_engine)
         reading = _postgres_engine(parsed, application_name, connections=8).execution_options(
             isolation_level="REPEATABLE READ", postgresql_readonly=True
@@ -191,6 +192,7 @@ class _PostgresWriter:
         self._engine = engine
         self.engine = engine.sync_engine
         self._bare = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._closed = False
         self._kept: list[tuple[AsyncConnection, Any]] = []
         """Connections for `at_once`, as SQLAlchemy and as asyncpg have them. To take one from the
         pool, and to give it back, costs as much as what is sent over it."""
@@ -208,31 +210,43 @@ class _PostgresWriter:
         try:
             result = await work(driver)
         except BaseException as error:
+            if isinstance(error, WriteConflict) or is_refusal(error):
+                await self._keep(connection, driver)
+            else:  # nobody knows what is under way on it, nor whether its server takes any writes
+                await _end(connection)
             if is_conflict(error):
-                self._kept.append((connection, driver))
                 raise WriteConflict from error
-            # Nobody knows what is under way on it, nor whether its server takes any writes.
-            await connection.invalidate()
-            await connection.close()
             raise
-        self._kept.append((connection, driver))
+        await self._keep(connection, driver)
         return result
+
+    async def _keep(self, connection: AsyncConnection, driver: Any) -> None:
+        if self._closed:
+            await _end(connection)
+        else:
+            self._kept.append((connection, driver))
 
     async def _take(self) -> tuple[AsyncConnection, Any]:
         while self._kept:
             connection, driver = self._kept.pop()
             if not driver.is_closed():
                 return connection, driver
-            await connection.invalidate()
-            await connection.close()
+            await _end(connection)
         connection = await self._bare.connect()
         return connection, (await connection.get_raw_connection()).driver_connection
 
     async def close(self) -> None:
+        self._closed = True
         while self._kept:
             connection, _ = self._kept.pop()
             await connection.close()
         await self._engine.dispose()
+
+
+async def _end(connection: AsyncConnection) -> None:
+    """Close a connection, in place of giving it back to its pool."""
+    await connection.invalidate()
+    await connection.close()
 
 
 _COMMON: Final[dict[str, Any]] = {

@@ -11,8 +11,10 @@ import sqlite3
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Thread
 from typing import Any, Final, TypeVar
 from urllib.parse import quote
+from weakref import WeakSet
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -74,6 +76,8 @@ class SqliteWriter:
         """Let what is being written finish, and close the connection."""
         await asyncio.get_running_loop().run_in_executor(self._thread, self.engine.dispose)
         self._thread.shutdown()
+        for thread in tuple(_LEFT):
+            await asyncio.to_thread(thread.join, BUSY_SECONDS)
 
 
 def sqlite_readers(url: DatabaseUrl, **options: Any) -> AsyncEngine:
@@ -112,7 +116,12 @@ async def _open(*place: Any, **options: Any) -> Any:
         is_left = True
         for connection in made:
             connection.close()
+        _LEFT.add(opening._thread)
         raise
+
+
+_LEFT: Final[WeakSet[Thread]] = WeakSet()
+"""Threads of connections that nobody waited for. Each has a last word for the event loop."""
 
 
 def sqlite_migrations(url: DatabaseUrl, **options: Any) -> AsyncEngine:

@@ -89,6 +89,14 @@ def is_standby(error: BaseException) -> bool:
     return _sqlstate(error) == _STANDBY
 
 
+def is_refusal(error: BaseException) -> bool:
+    """Whether the server refused a statement, and is ready for the next one."""
+    state = _sqlstate(error)
+    if state is None or state in _UNAVAILABLE:
+        return False
+    return not state.startswith(_UNAVAILABLE_CLASSES)
+
+
 def translate(error: BaseException) -> StoreError:
     """The tracker's own error for one of `FOREIGN`, to be raised `from` it."""
     what = _words(error)

@@ -7,7 +7,7 @@ from typing import Self
 
 
 class Bounds:
-    """Gives everything the same `seconds`. Used as `with deadlines.begin(loop.time()):`.
+    """Gives everything the same `seconds`. Used as `with bounds.begin(loop.time()):`.
 
     It does what `asyncio.timeout` does, but for a timer each: whoever began first is late first, so
     that one timer will do for all.
@@ -55,8 +55,8 @@ class _Bound:
 
     __slots__ = ("_bounds", "_cancelling", "at", "is_late", "task")
 
-    def __init__(self, deadlines: Bounds, at: float) -> None:
-        self._bounds = deadlines
+    def __init__(self, bounds: Bounds, at: float) -> None:
+        self._bounds = bounds
         self.at = at
         self.is_late = False
         self.task: asyncio.Task[object] | None = None

@@ -110,7 +110,6 @@ class Connection(HttpToolsProtocol):
         """Reads on, as far as the client is listened to."""
         if self._is_deaf:
             return
-        self._unset_keepalive_if_required()
         self._framing += len(data)
         try:
             self.parser.feed_data(data)

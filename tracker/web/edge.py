@@ -22,6 +22,7 @@ from tracker.core.errors import FloraRefusal, StoreError
 from tracker.core.seldom import Seldom
 from tracker.web.answers import Json
 from tracker.web.body import ClientGone, discard, has_unread_body
+from tracker.web.constant import WRITE
 from tracker.web.everywhere import EVERYWHERE, number, request_id_header
 from tracker.web.faults import Fault, fault_of, unavailable
 from tracker.web.limits import Limits
@@ -81,6 +82,7 @@ class Edge:
             await self._answer(fault.with_traceback(None), scope, receive, send_with_headers)
         finally:
             unbind_contextvars(*_BOUND)
+            scope.pop(WRITE, None)  # it leads back to the scope, a circle that nothing else breaks
 
     async def _answer(self, fault: Fault, scope: Scope, receive: Receive, send: Send) -> None:
         response = self._as_page(scope, fault) or Json(

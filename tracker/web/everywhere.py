@@ -1,8 +1,8 @@
 """The headers that every answer has."""
 
-import itertools
 import re
-import secrets
+from functools import cache
+from random import Random
 from typing import Final
 
 from starlette.types import Scope
@@ -15,9 +15,12 @@ EVERYWHERE: Final = (
 )
 _KEY: Final = "tracker.request_id"
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-# Of this process and no other, and then counted: that asks nothing of the kernel.
-_PROCESS: Final = secrets.token_hex(5)
-_COUNT: Final = itertools.count(1)
+
+
+@cache
+def _chance() -> Random:
+    """Made when a process first needs it; unlike `secrets` it asks the kernel once."""
+    return Random()
 
 
 def number(scope: Scope) -> str:
@@ -29,7 +32,7 @@ def number(scope: Scope) -> str:
             request_id = str(value, "ascii")
             break
     if request_id is None:
-        request_id = f"{_PROCESS}-{next(_COUNT):x}"
+        request_id = f"{_chance().getrandbits(64):016x}"
     scope[_KEY] = request_id
     return request_id
 

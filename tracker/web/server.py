@@ -243,7 +243,6 @@ def _config(app: ASGIApp, crowd: Crowd, limits: Limits) -> uvicorn.Config:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        timeout_keep_alive=int(limits.idle_seconds),
         timeout_graceful_shutdown=GRACE,
     )
 
