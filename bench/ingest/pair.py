@@ -15,7 +15,7 @@ from typing import Final
 
 from bench.ingest.contenders import TRACKER, started
 from bench.ingest.load import prepared, send
-from bench.ingest.rounds import FASTEST, WARM_SECONDS, Round, count
+from bench.ingest.rounds import WARM_SECONDS, Round, count
 from bench.report import Report, Table, say
 from bench.throw_away import throw_away
 from tracker.store import migrate
@@ -56,7 +56,7 @@ def _round(receivers: int, *, connections: int, seconds: float) -> Round:
         ports = [running[sender % receivers].port for sender in range(SENDERS)]
         files = {
             (phase, sender): stack.enter_context(
-                prepared(int(length * FASTEST / SENDERS), prefix=f"{prefix}{phase}{sender}")
+                prepared(int(length * TRACKER.fastest / SENDERS), prefix=f"{prefix}{phase}{sender}")
             )
             for phase, length in enumerate((WARM_SECONDS, seconds))
             for sender in range(SENDERS)

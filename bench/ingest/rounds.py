@@ -20,8 +20,6 @@ from bench.throw_away import throw_away
 from tracker.store import migrate
 
 WARM_SECONDS: Final = 1.0
-FASTEST: Final = 30_000
-"""Callbacks a second for which enough are prepared; beyond that a round ends early."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +45,8 @@ def one_round(contender: Contender, kind: str, *, connections: int, seconds: flo
     name = secrets.token_hex(4)
     with (
         throw_away(kind) as url,
-        prepared(int(seconds * FASTEST), prefix=f"{name}0") as requests,
-        prepared(int(WARM_SECONDS * FASTEST), prefix=f"{name}1") as warm_up,
+        prepared(int(seconds * contender.fastest), prefix=f"{name}0") as requests,
+        prepared(int(WARM_SECONDS * contender.fastest), prefix=f"{name}1") as warm_up,
     ):
         asyncio.run(migrate.upgrade(url))
         with started(contender, url) as running:
