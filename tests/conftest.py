@@ -4,13 +4,16 @@
 to use in place of the one that the suite starts.
 """
 
+import logging
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
+import structlog
 
 from tests.support import wall
 from tests.support.databases import (
@@ -42,6 +45,26 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("house")
 
 wall.build()
+
+# A logger that kept what was configured when it was first used would not hear of a later test.
+_configure = structlog.configure
+
+
+def _configure_for_now(**given: Any) -> None:
+    _configure(**{**given, "cache_logger_on_first_use": False})
+
+
+structlog.configure = _configure_for_now  # type: ignore[assignment]
+
+
+@pytest.fixture(autouse=True)
+def _log_as_it_was() -> Iterator[None]:
+    """A test that configures the log leaves it as it was found."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = handlers, level
+    structlog.reset_defaults()
 
 
 @pytest.fixture(autouse=True)
