@@ -33,7 +33,8 @@ COMMITS: Final = (
     *("door: start", "door: callback", "door: poll", "door: history"),
     *("door: nothing seen", "door: quarantined"),
     # The ledger of starts.
-    *("starts.reserve", "starts.take", "starts.mark", "starts.give_back"),
+    *("starts.reserve", "starts.take", "starts.mark"),
+    *("starts.prolong", "starts.give_back"),
     # Who works at what, and until when nobody asks FLORA.
     *("claims.claim_due", "claims.renew", "claims.release"),
     *("claims.take_lease", "claims.drop_lease", "waits.keep"),

@@ -211,3 +211,23 @@ async def test_runs_of_known_origin_are_accounted_for(door: Door, db: Database) 
     asked = ["run_start", "run_answer", "run_track", "run_swept", "run_called", "run_unknown"]
     assert await starts.accounted(db, asked) == {"run_start", "run_answer", "run_track"}
     assert await starts.accounted(db, []) == set()
+
+
+async def test_a_hold_that_was_given_back_is_not_prolonged(db: Database) -> None:
+    """Who holds a key prolongs it, after its time too; where that comes late, nobody holds it."""
+
+    async def holder() -> tuple[str | None, datetime | None]:
+        row = await starts.get(db, "default", "key")
+        assert row is not None
+        return row.lease_holder, row.lease_until
+
+    await reserve(db, "key")
+    assert await starts.take(db, "default", "key", "h", NOW, LEASE)
+    later = NOW + 2 * LEASE
+    await starts.prolong(db, "default", "key", "x", later, LEASE)
+    assert await holder() == ("h", NOW + LEASE)
+    await starts.prolong(db, "default", "key", "h", later, LEASE)
+    assert await holder() == ("h", later + LEASE)
+    await starts.give_back(db, "default", "key", "h")
+    await starts.prolong(db, "default", "key", "h", later, LEASE)
+    assert await holder() == (None, None)

@@ -118,7 +118,7 @@ async def of_keys(db: Database, slot: str, keys: Sequence[str]) -> dict[str, Sta
 async def take(
     db: Database, slot: str, key: str, holder: str, now: datetime, lease: timedelta
 ) -> bool:
-    """Take or prolong the right to send this key, until `now + lease`; false where another has it.
+    """Take the right to send this key, until `now + lease`; false where another has it.
 
     A start that became a run is nobody's to send.
     """
@@ -136,6 +136,19 @@ async def take(
         .values(lease_until=now + lease, lease_holder=holder)
     )
     return await db.write(lambda connection: connection.execute(statement).rowcount == 1)
+
+
+async def prolong(
+    db: Database, slot: str, key: str, holder: str, now: datetime, lease: timedelta
+) -> None:
+    """Prolong the right that `take` gave to `holder`, where it still has it: one that comes late,
+    after it was given back, is not to take it again."""
+    statement = (
+        update(starts)
+        .where(_is(slot, key), starts.c.lease_holder == holder)
+        .values(lease_until=now + lease)
+    )
+    await db.write(lambda connection: connection.execute(statement).rowcount)
 
 
 async def give_back(db: Database, slot: str, key: str, holder: str) -> None:

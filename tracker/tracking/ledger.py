@@ -123,7 +123,7 @@ async def _renew(database: Database, row: StartRow, holder: str, clock: Clock) -
     while True:
         await asyncio.sleep(RENEW_AFTER)
         try:
-            await starts.take(
+            await starts.prolong(
                 database, row.workspace_slot, row.idempotency_key, holder, clock(), HELD_FOR
             )
         except StoreError as failure:
