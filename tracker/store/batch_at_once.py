@@ -58,6 +58,7 @@ class _TransactionId(UserDefinedType[int]):
 
 _VERSION: Final[ColumnElement[int]] = literal_column("runs.xmin", _TransactionId())
 """The transaction that wrote a row as it is: another, once anybody has changed it."""
+_DIVISION_BY_ZERO: Final = "22012"
 _ZERO, _ONE = (literal_column(digit, Integer()) for digit in "01")
 _OUTPUT_COUNT: Final = [each.name for each in RUN_COLUMNS].index("output_count")
 
@@ -90,8 +91,9 @@ def _look() -> Any:
 
 
 def _write() -> Any:
-    """All of it, or an error. Rows are locked in the door's order: deliveries, then known runs,
-    both by id, then those that are new."""
+    """All of it, or, where a row is missing among what was written, a division by zero, which takes
+    the rest back. Rows are locked in the door's order: deliveries, then known runs, both by id,
+    then those that are new."""
     came = incoming("came", DELIVERY_COLUMNS)
     stored = (
         insert(deliveries)
@@ -151,9 +153,6 @@ async def pass_at_once(
             raise WriteConflict from None
         raise
     return Outcome(passed, changes.due, changes.news)
-
-
-_DIVISION_BY_ZERO: Final = "22012"
 
 
 def _known(found: Sequence[Any]) -> tuple[dict[str, int], dict[str, Record]]:
