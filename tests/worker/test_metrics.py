@@ -27,7 +27,7 @@ async def test_a_worker_is_seen_at_work(database_url: str, simulator: Simulator)
         async def counted() -> Scrape | None:
             found = await scrape(services)
             done = found.value("tracker_sweeps_total", result="complete")
-            return found if done and found.value("tracker_poll_settled_total") else None
+            return found if done and found.value("tracker_run_ends_total") else None
 
         found = await eventually(counted)
         assert found is not None
@@ -36,8 +36,9 @@ async def test_a_worker_is_seen_at_work(database_url: str, simulator: Simulator)
         assert found.value("tracker_sweep_discovered_total") == 1
         assert found.value("tracker_sweep_pages_total") == 2  # of techniques and of generations
         assert found.value("tracker_sweep_interval_seconds") == 300
-        reads = [found.value(f"tracker_poll_{what}_total") or 0 for what in ("reads", "pages")]
-        assert sum(reads) >= 1
+        # Whether a look of its own or the sweep sees the run's end first is a matter of chance.
+        reads = [found.value(f"tracker_poll_{what}_total") for what in ("reads", "pages")]
+        assert None not in reads
         asked = "GET /technique-runs"
         pages = found.value("tracker_flora_requests_total", endpoint=asked, status=200)
         assert (pages or 0) >= 1

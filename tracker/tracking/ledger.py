@@ -20,7 +20,7 @@ HELD_FOR: Final = timedelta(seconds=30)
 """What a process that died held is free after this; one that lives renews it."""
 RENEW_AFTER: Final = 10.0
 """Seconds after which a hold is renewed."""
-GIVEN_BACK_WITHIN: Final = 0.5
+GIVEN_BACK_WITHIN: Final = 1.5
 """Seconds that a caller waits until its hold is given back; it is all the same, only later."""
 GIVE_BACK_AGAIN_AFTER: Final = 1.0
 """Seconds until that is tried again, where the database did not take it."""
