@@ -20,7 +20,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
-from tracker.core.errors import StoreUnavailable
+from tracker.core.errors import StoreError, StoreUnavailable
 from tracker.store.checkout import use_only
 from tracker.store.url import DatabaseUrl
 
@@ -69,8 +69,8 @@ class SqliteWriter:
         return result
 
     async def at_once(self, work: Callable[[Any], Awaitable[T]]) -> T:
-        """There is nothing to be won here."""
-        raise NotImplementedError
+        """Refuses: there is nothing to be won here, as `takes_at_once` says."""
+        raise StoreError("on SQLite everything is written in a transaction")
 
     async def close(self) -> None:
         """Let what is being written finish, and close the connection."""
