@@ -27,8 +27,8 @@ from tracker.store.text import clean_entry
 from tracker.store.waiting import MAX_WAITING_BYTES, Waiting, WaitingList
 
 WRITERS: Final = {"sqlite": 1, "postgresql": 2}
-"""How many batches are under way at a time. While PostgreSQL writes one, this process makes the
-next; on SQLite there is one writer anyhow."""
+"""How many batches are under way at a time, at most. While PostgreSQL writes one, this process may
+make the next; on SQLite there is one writer anyhow."""
 ENOUGH: Final = 64
 """So many have to wait before a batch is begun beside another, and no more are taken at once unless
 far more wait: to write a batch costs this process as much as five entries do, so that a small one
