@@ -4,7 +4,9 @@ import asyncio
 import json
 import signal
 import sqlite3
+import time
 from contextlib import ExitStack
+from datetime import UTC, datetime
 
 import httpx
 
@@ -14,10 +16,16 @@ from tests.support.waiting import eventually, free_port
 FACE = "face=https://example.com/a.png?x=1"
 
 
+def until_due(tracker: Commands, run_id: str) -> None:
+    """Wait until a run is to be looked at: a command may be quicker than that."""
+    due = datetime.fromisoformat(tracker.json("runs", "show", run_id)["next_check_at"])
+    time.sleep(max((due - datetime.now(UTC)).total_seconds(), 0))
+
+
 def test_one_shot_commands_do_the_whole_job(tracker: Commands, stack: ExitStack) -> None:
     """Without any server: started once, found, polled, settled, listed and shown."""
     simulate(tracker, stack, "--run-seconds", "0.2", "--failures", "0%")
-    tracker.environ["TRACKER_POLL_INTERVAL"] = "0.1"
+    tracker.environ["TRACKER_POLL_INTERVAL"] = "0.4"
 
     start = ("runs", "start", "cctv-cam", "--input", FACE, "--idempotency-key", "k1")
     run = tracker.json(*start)
@@ -28,14 +36,19 @@ def test_one_shot_commands_do_the_whole_job(tracker: Commands, stack: ExitStack)
     assert json.loads(again.stdout)["run_id"] == run["run_id"]
     assert "started the run before" in again.stderr
 
+    until_due(tracker, run["run_id"])
     polled = tracker("poll")
     assert polled.stdout.splitlines()[-1].split() == ["1", "0", "1", "1", "0"], polled.stdout
 
-    elsewhere = httpx.post(
+    key = {"Authorization": f"Bearer {tracker.environ['FLORA_API_KEY']}"}
+    begun = httpx.post(
         f"{tracker.environ['FLORA_BASE_URL']}/techniques/icon-pack/runs",
         json={"inputs": [{"id": "prompt", "type": "text", "value": "x"}], "mode": "async"},
-        headers={"Authorization": f"Bearer {tracker.environ['FLORA_API_KEY']}"},
-    ).json()["run_id"]
+        headers=key,
+    ).json()
+    elsewhere = begun["run_id"]
+    while httpx.get(begun["poll_url"], headers=key).json()["status"] != "completed":
+        time.sleep(0.05)
     (sweep,) = tracker.json("reconcile", "--since", "1h")["sweeps"]
     assert (sweep["items"], sweep["discovered"], sweep["error"]) == (2, 1, None)
 
@@ -80,7 +93,9 @@ def test_starts_tell_what_is_wrong_with_them(tracker: Commands, stack: ExitStack
 def test_a_refused_key_is_status_1(tracker: Commands, stack: ExitStack) -> None:
     """Whatever asks FLORA says that the key is refused, and the due run stays due."""
     simulate(tracker, stack)
-    tracker.json("runs", "start", "cctv-cam", "--input", FACE, TRACKER_POLL_INTERVAL="0.1")
+    tracker.environ["TRACKER_POLL_INTERVAL"] = "0.1"
+    run = tracker.json("runs", "start", "cctv-cam", "--input", FACE)
+    until_due(tracker, run["run_id"])
     tracker.environ["FLORA_API_KEY"] = "sk_test_revoked"
     for command in ("poll", "reconcile"):
         done = tracker(command, "--json")

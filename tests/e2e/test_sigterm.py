@@ -137,7 +137,7 @@ async def test_what_flora_does_not_answer_is_given_back(
 
         await eventually(all_held)
         await stop(life)
-        assert await held(database) == set()
+        assert await held(database) == set(), life.log
         if starting is not None:
             assert (await starting).status_code in (503, 504), life.log
     async with database.read() as connection:

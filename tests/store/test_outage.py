@@ -209,3 +209,27 @@ async def test_reads_cannot_write(db: Database) -> None:
     with pytest.raises(StoreError):
         async with db.read() as connection:
             await connection.execute(text("DELETE FROM runs"))
+
+
+async def test_who_is_told_to_end_ends_while_the_server_says_nothing(
+    own_postgres: PostgresServer,
+) -> None:
+    """To end a task in the middle of a transaction ends it, although its connection fails too."""
+    async with await Database.open(own_postgres.url("tracker")) as db:
+        is_within = asyncio.Event()
+
+        async def read() -> None:
+            async with db.read() as connection:
+                await connection.execute(text("SELECT 1"))
+                is_within.set()
+                await asyncio.sleep(30)
+
+        reading = asyncio.create_task(read())
+        await is_within.wait()
+        own_postgres.freeze()
+        try:
+            reading.cancel()
+            await asyncio.wait([reading])
+        finally:
+            own_postgres.thaw()
+        assert reading.cancelled()

@@ -9,8 +9,8 @@ process never wait for a lock.
 import asyncio
 import random
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import cache, partial
 from typing import Any, Final, Self, TypeVar
 
@@ -115,11 +115,9 @@ class Database:
         Raises `StoreUnavailable` where the database does not answer, `StoreError` for the rest.
         """
         self._refuse_closed()
-        try:
+        with _own_errors(FOREIGN):
             async with self._in_time(), self.engine.connect() as connection:
                 yield connection
-        except FOREIGN as exc:
-            raise translate(exc) from exc
 
     async def write(self, work: Callable[[Connection], T]) -> T:
         """Run `work` over a connection, in one transaction, and return what it returns.
@@ -129,7 +127,7 @@ class Database:
         database. Raises as `read` does.
         """
         self._refuse_closed()
-        try:
+        with _own_errors(FOREIGN):
             async with self._in_time():
                 for attempt in range(1, ATTEMPTS + 1):
                     try:
@@ -139,8 +137,6 @@ class Database:
                             raise
                         conflict = exc
                     await asyncio.sleep(random.uniform(0, 0.01 * attempt))
-        except FOREIGN as exc:
-            raise translate(exc) from exc
         raise StoreUnavailable(
             "the database is too busy: other writers were always quicker"
         ) from conflict
@@ -158,12 +154,9 @@ class Database:
         where another transaction came in between, and else as `read` does.
         """
         self._refuse_closed()
-        foreign: tuple[type[BaseException], ...] = (*FOREIGN, *driver_errors())
-        try:
+        with _own_errors((*FOREIGN, *driver_errors())):
             async with self._in_time():
                 return await self._writer.at_once(work)
-        except foreign as exc:
-            raise translate(exc) from exc
 
     def _refuse_closed(self) -> None:
         if self._closed:
@@ -183,6 +176,23 @@ class Database:
 
 
 _PING: Final = select(1)
+
+
+@contextmanager
+def _own_errors(foreign: tuple[type[BaseException], ...]) -> Iterator[None]:
+    """Raise the tracker's own error in place of a `foreign` one.
+
+    A task that was told to end meanwhile ends: on the way out a connection fails as well where its
+    server says nothing, and whoever goes on after an error would not come to know that it was told.
+    """
+    task = asyncio.current_task()
+    told = task.cancelling() if task else 0
+    try:
+        yield
+    except foreign as exc:
+        if task and task.cancelling() > told:
+            raise asyncio.CancelledError from exc
+        raise translate(exc) from exc
 
 
 class _PostgresWriter:

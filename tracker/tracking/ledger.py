@@ -87,19 +87,28 @@ async def holding(
     """
     slot, key = row.workspace_slot, row.idempotency_key
     holder = f"{process}:{uuid4()}"
-    if not await starts.take(database, slot, key, holder, clock(), HELD_FOR):
-        yield None
-        return
-    renewing = asyncio.create_task(_renew(database, row, holder, clock))
+    taken = True  # as far as anybody knows, where the next line is broken off
     try:
-        fresh = await starts.get(database, slot, key)  # it may have moved on before it was taken
-        yield HeldStart(database, clock, fresh or row, holder)
+        try:
+            taken = await starts.take(database, slot, key, holder, clock(), HELD_FOR)
+        except StoreError:
+            taken = False
+            raise
+        if not taken:
+            yield None
+            return
+        renewing = asyncio.create_task(_renew(database, row, holder, clock))
+        try:
+            fresh = await starts.get(database, slot, key)  # it may have moved on meanwhile
+            yield HeldStart(database, clock, fresh or row, holder)
+        finally:
+            renewing.cancel()
     finally:
-        renewing.cancel()
-        giving_back = asyncio.create_task(_give_back(database, row, holder))
-        _giving_back.add(giving_back)  # else nobody would hold it, and it might vanish
-        giving_back.add_done_callback(_giving_back.discard)
-        await asyncio.wait([giving_back], timeout=GIVEN_BACK_WITHIN)
+        if taken:
+            giving_back = asyncio.create_task(_give_back(database, row, holder))
+            _giving_back.add(giving_back)  # else nobody would hold it, and it might vanish
+            giving_back.add_done_callback(_giving_back.discard)
+            await asyncio.wait([giving_back], timeout=GIVEN_BACK_WITHIN)
 
 
 async def _give_back(database: Database, row: StartRow, holder: str) -> None:

@@ -170,6 +170,8 @@ class Worker:
         self._scheduler.shutdown(wait=False)  # cancels what runs
         if self._running:
             await asyncio.wait(self._running, timeout=STOP_WITHIN)
+        for task in self._running:
+            task.cancel()  # what it still wants to say takes too long
         try:
             async with asyncio.timeout(GIVE_BACK_WITHIN):
                 await self._services.poller.release()
