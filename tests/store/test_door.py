@@ -45,6 +45,27 @@ async def test_what_waits_is_committed_together(db: Database, other_db: Database
     assert len(await receipts(other_db)) == 200
 
 
+async def test_what_is_on_its_way_is_taken_along_on_sqlite(sqlite_url: str) -> None:
+    """Under load a commit takes in what this process has begun to read: senders that are told of
+    the commit at the same moment share the next one, though some are quicker."""
+    commits: list[Outcome] = []
+
+    async def send(sender: int) -> None:
+        for number in range(8):
+            for _ in range(sender % 4):
+                await asyncio.sleep(0)
+            await door.put(callback(f"run_{sender}_{number}"))
+
+    async with (
+        await Database.open(sqlite_url) as db,
+        open_door(db, on_commit=[commits.append]) as door,
+    ):
+        await asyncio.gather(*map(send, range(40)))
+    sizes = [len(commit.passed) for commit in commits]
+    assert sum(sizes) == 320
+    assert len(sizes) <= 12, sizes
+
+
 async def test_a_batch_is_bounded(db: Database) -> None:
     """No transaction takes more entries than allowed, nor much more than the bytes allowed."""
     commits: list[Outcome] = []

@@ -33,6 +33,9 @@ ENOUGH: Final = 64
 """So many have to wait before a batch is begun beside another, and no more are taken at once unless
 far more wait: to write a batch costs this process as much as five entries do, so that a small one
 wants company; and while a large one is on its way its senders bring nothing that could be done."""
+QUIET: Final = 4
+"""Rounds of the event loop in which nothing new came, after which nothing is on its way from a
+socket to here any more."""
 PATIENCE: Final = 0.05
 """Seconds after which nobody waits for the other batch any more, be it that a lock holds it up."""
 PAUSE_SECONDS: Final = (0.05, 1.0)
@@ -187,18 +190,38 @@ class Door:
             waiting.answer.set_exception(error)
 
     async def _run(self, writer: int) -> None:
-        answered = 0
+        answered = last = 0
         while True:
             if self._queue and self._may_begin():
+                if last > 1 and self._takes_turns:
+                    await self._let_arrive()
                 batch = self._queue.take(self._share(answered))
                 await self._commit(writer, batch)
-                answered = len(batch)
+                answered = last = len(batch)
             elif self._closing and not self._queue:
                 return
             else:
                 answered = 0
                 self._arrived.clear()
                 await self._arrived.wait()
+
+    @property
+    def _takes_turns(self) -> bool:
+        """Whether a thread of this process writes, so that Python does one at a time: write, or
+        take what comes."""
+        return len(self._flying) == 1
+
+    async def _let_arrive(self) -> None:
+        """Let in what has reached this process already, where there is load.
+
+        To begin without it would not save any time where both take turns, and make two batches of
+        one. Whoever comes alone never waits here, and nobody waits for what is not there.
+        """
+        there, quiet = len(self._queue), 0
+        while quiet < QUIET and there < self._max_batch:
+            await asyncio.sleep(0)
+            quiet = quiet + 1 if len(self._queue) == there else 0
+            there = len(self._queue)
 
     def _may_begin(self) -> bool:
         """Whether a writer that is free begins now, though others may be writing."""
@@ -214,9 +237,9 @@ class Door:
         Who was just answered soon brings the next. If this commit took all who wait now, these and
         those would take turns for ever in the sizes that chance gave them, one and sixty-three say,
         and this process would idle while the sixty-three are written. So they are made even. Not
-        where a thread of this process writes: it would only take turns with the event loop.
+        where both take turns anyhow.
         """
-        if len(self._flying) == 1:
+        if self._takes_turns:
             return self._max_batch
         waiting = len(self._queue)
         even = (waiting + answered + 1) // 2 if answered else waiting
