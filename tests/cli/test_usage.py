@@ -18,7 +18,7 @@ COMMANDS = {
         *("--retry-failed", "--skip-bad-rows", "--wait", "--format", "--delimiter"),
         *("--results", "--output", "--json"),
     ],
-    "batches list": ["--limit", "--json"],
+    "batches list": ["--limit", "--cursor", "--json"],
     "batches show": ["--results", "--output", "--json"],
     "runs track": ["--technique", "--json"],
     "runs list": ["--status", "--tracking", "--json"],

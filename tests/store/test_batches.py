@@ -5,8 +5,11 @@ from datetime import timedelta
 from decimal import Decimal
 from typing import Any
 
+import pytest
+
 from tests.store.making import NOW, seen, started
 from tests.store.test_starts import mark, reserve
+from tracker.core.errors import InvalidRequest
 from tracker.core.rowkey import Turn
 from tracker.core.run import Output, RunStatus
 from tracker.store import batches
@@ -96,12 +99,18 @@ async def test_large_sheets_are_kept_and_found(db: Database) -> None:
 
 
 async def test_batches_are_listed_newest_first(db: Database) -> None:
-    """The newest ones, as many as are asked for."""
-    for number in range(3):
-        moment = NOW + timedelta(seconds=number)
+    """Page by page, also those of one moment: none is shown twice, and none left out."""
+    for number in range(5):
+        moment = NOW + timedelta(seconds=number // 2)
         await batches.keep(db, replace(BATCH, batch_id=f"bat_{number}", created_at=moment), [])
-    listed = await batches.list_batches(db, limit=2)
-    assert [one.batch_id for one in listed] == ["bat_2", "bat_1"]
+    pages: list[list[str]] = []
+    cursor = None
+    while not pages or cursor:
+        page, cursor = await batches.list_batches(db, cursor=cursor, limit=2)
+        pages.append([one.batch_id for one in page])
+    assert pages == [["bat_4", "bat_3"], ["bat_2", "bat_1"], ["bat_0"]]
+    with pytest.raises(InvalidRequest, match="cursor"):
+        await batches.list_batches(db, cursor="nonsense", limit=2)
 
 
 async def test_rows_are_counted_by_what_became_of_them(db: Database, door: Door) -> None:

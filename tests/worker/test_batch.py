@@ -67,7 +67,7 @@ async def test_a_plan_costs_nothing(services: Services, flora: Simulator) -> Non
     planned = await plan(services, "a", "b", "a")
     assert (len(planned.missing), planned.cost) == (3, Decimal("0.75"))
     assert begun(flora) == []
-    assert await batches.list_batches(services.database, limit=10) == []
+    assert (await batches.list_batches(services.database, limit=10))[0] == []
 
 
 async def test_a_row_is_a_run_once(services: Services, flora: Simulator) -> None:
@@ -93,7 +93,7 @@ async def test_a_sheet_may_grow_and_be_sorted(services: Services, flora: Simulat
     assert sorted(begun(flora)) == ["a", "b", "b", "b", "c"]
     await batch(services, "a", "b", "b", "b", "c", name="sorted.csv")
     assert len(flora.world.runs) == 5
-    assert len(await batches.list_batches(services.database, limit=10)) == 3
+    assert len((await batches.list_batches(services.database, limit=10))[0]) == 3
 
 
 async def test_a_rerun_is_deliberate(services: Services, flora: Simulator) -> None:

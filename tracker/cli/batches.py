@@ -13,7 +13,7 @@ from tracker.cli.batch_output import (
     show_rows,
 )
 from tracker.cli.batch_report import outcome_json
-from tracker.cli.errand import run_once
+from tracker.cli.errand import note, run_once
 from tracker.cli.output import JsonFlag, plain, print_json, print_table
 from tracker.core.errors import TrackerError
 
@@ -28,26 +28,30 @@ app = typer.Typer(name="batches", help="The batches that were started.", no_args
 @app.command("list")
 def list_(
     limit: Annotated[int, typer.Option(help="So many at most.", min=1, max=1000)] = 50,
+    cursor: Annotated[str | None, typer.Option(help="Where the last page ended.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """List batches, newest first."""
 
-    async def work(services: "Services") -> "list[tuple[BatchRow, Tally]]":
+    async def work(services: "Services") -> "tuple[list[tuple[BatchRow, Tally]], str | None]":
         from tracker.store import batches
 
-        found = await batches.list_batches(services.database, limit=limit)
+        found, more = await batches.list_batches(services.database, cursor=cursor, limit=limit)
         tallies = await batches.tallies(services.database, [one.batch_id for one in found])
-        return [(one, tallies[one.batch_id]) for one in found]
+        return [(one, tallies[one.batch_id]) for one in found], more
 
-    shown = [batch_json(one, tally) for one, tally in run_once(work)]
+    page, next_cursor = run_once(work)
+    shown = [batch_json(one, tally) for one, tally in page]
     if as_json:
-        print_json({"batches": shown})
+        print_json({"batches": shown, "meta": {"next_cursor": next_cursor}})
         return
     columns = ("batch_id", "name", "technique_id", "rows", "completed", "failed", "active", "cost")
     print_table(
         ("batch", "sheet", "technique", "rows", "completed", "failed", "running", "cost", "begun"),
         [(*(one[name] for name in columns), one["created_at"][:19] + "Z") for one in shown],
     )
+    if next_cursor is not None:
+        note(f"There are more: --cursor {next_cursor}")
 
 
 @app.command()

@@ -16,6 +16,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from tracker.core.rowkey import Turn, row_key
 from tracker.core.run import RunStatus, Tracking
+from tracker.store import cursors
 from tracker.store.engine import Database
 from tracker.store.starts import StartState
 from tracker.store.tables import batch_rows, batches, runs, starts
@@ -142,15 +143,24 @@ async def get(db: Database, batch_id: str) -> BatchRow | None:
     return None if found is None else BatchRow(**found._asdict())
 
 
-async def list_batches(db: Database, *, limit: int) -> list[BatchRow]:
-    """The newest batches, newest first."""
+async def list_batches(
+    db: Database, *, cursor: str | None = None, limit: int
+) -> tuple[list[BatchRow], str | None]:
+    """A page of batches, newest first, and the cursor of the next page.
+
+    Raises `InvalidRequest`, naming the field, for a cursor that was not given out here.
+    """
+    key = (batches.c.created_at, batches.c.batch_id)
     statement = (
         select(batches)
-        .order_by(batches.c.created_at.desc(), batches.c.batch_id.desc())
-        .limit(limit)
+        .where(*cursors.after(key, cursor))
+        .order_by(*(each.desc() for each in key))
+        .limit(limit + 1)
     )
     async with db.read() as connection:
-        return [BatchRow(**row._asdict()) for row in await connection.execute(statement)]
+        found = [BatchRow(**row._asdict()) for row in await connection.execute(statement)]
+    page, more = found[:limit], len(found) > limit
+    return page, cursors.at(page[-1].created_at, page[-1].batch_id) if more else None
 
 
 async def entries(

@@ -1,6 +1,11 @@
 """The opaque cursors of lists that are read by key: where the page before ended, as two texts."""
 
 import base64
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import ColumnElement, literal, tuple_
 
 from tracker.core.errors import FieldFault, InvalidRequest
 from tracker.store.text import dump_json, load_json
@@ -22,6 +27,25 @@ def decode(cursor: str) -> tuple[str, str]:
     if not isinstance(first, str) or not isinstance(second, str):
         raise refusal()
     return first, second
+
+
+def at(moment: datetime, last: str) -> str:
+    """The cursor of a list that is sorted by a time and then by an id."""
+    return encode(moment.isoformat(), last)
+
+
+def after(key: Sequence[ColumnElement[Any]], cursor: str | None) -> list[ColumnElement[bool]]:
+    """The condition that rows of such a list, newest first, come after that cursor; `key` are its
+    two columns. Raises `InvalidRequest` for a cursor that `at` never made."""
+    if cursor is None:
+        return []
+    first, last = decode(cursor)
+    try:
+        moment = datetime.fromisoformat(first).astimezone(UTC)
+    except (ValueError, OverflowError) as exc:
+        raise refusal() from exc
+    # Each value as its own column's type: a bare datetime would be bound as the driver sees fit.
+    return [tuple_(*key) < tuple_(literal(moment, key[0].type), literal(last, key[1].type))]
 
 
 def refusal() -> InvalidRequest:

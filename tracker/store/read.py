@@ -7,7 +7,7 @@ rows which come in meanwhile neither hide nor repeat others.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
@@ -17,9 +17,7 @@ from sqlalchemy import (
     Select,
     Table,
     func,
-    literal,
     select,
-    tuple_,
 )
 
 from tracker.core.entry import DeliveryOutcome
@@ -140,13 +138,17 @@ async def list_runs(
         rows = (await connection.execute(statement)).all()
         page = await read_records(connection, rows[:limit])
     more = len(rows) > limit
-    return page, _cursor(page[-1].created_at, page[-1].run.run_id) if more else None
+    return page, cursors.at(page[-1].created_at, page[-1].run.run_id) if more else None
 
 
 def runs_newest_first(cursor: str | None) -> Select[Any]:
     """All runs after the cursor, newest first."""
     key = (runs.c.created_at, runs.c.run_id)
-    return select(*RUN_COLUMNS).where(*_after(key, cursor)).order_by(*(each.desc() for each in key))
+    return (
+        select(*RUN_COLUMNS)
+        .where(*cursors.after(key, cursor))
+        .order_by(*(each.desc() for each in key))
+    )
 
 
 async def events(db: Database, run_id: str) -> list[Event]:
@@ -214,7 +216,7 @@ async def list_deliveries(
     key = (deliveries.c.received_at, deliveries.c.delivery_id)
     statement = (
         select(*(column for column in deliveries.c if column.name != "body"))
-        .where(*_after(key, cursor))
+        .where(*cursors.after(key, cursor))
         .order_by(*(each.desc() for each in key))
         .limit(limit + 1)
     )
@@ -226,7 +228,7 @@ async def list_deliveries(
         rows = (await connection.execute(statement)).all()
     page = [_delivery(row) for row in rows[:limit]]
     more = len(rows) > limit
-    return page, _cursor(page[-1].received_at, page[-1].delivery_id) if more else None
+    return page, cursors.at(page[-1].received_at, page[-1].delivery_id) if more else None
 
 
 async def get_delivery(db: Database, delivery_id: str) -> DeliveryRow | None:
@@ -267,23 +269,3 @@ def _delivery(row: Row[Any]) -> DeliveryRow:
     if row.body_removed_at is not None:
         values["body"] = None  # what is there is not what came
     return DeliveryRow(**values | {"outcome": DeliveryOutcome(values["outcome"])})
-
-
-def _after(key: Sequence[ColumnElement[Any]], cursor: str | None) -> list[ColumnElement[bool]]:
-    if cursor is None:
-        return []
-    at, last = _read_cursor(cursor)
-    # Each value as its own column's type: a bare datetime would be bound as the driver sees fit.
-    return [tuple_(*key) < tuple_(literal(at, key[0].type), literal(last, key[1].type))]
-
-
-def _cursor(at: datetime, last: str) -> str:
-    return cursors.encode(at.isoformat(), last)
-
-
-def _read_cursor(cursor: str) -> tuple[datetime, str]:
-    at, last = cursors.decode(cursor)
-    try:
-        return datetime.fromisoformat(at).astimezone(UTC), last
-    except (ValueError, OverflowError) as exc:
-        raise cursors.refusal() from exc

@@ -14,7 +14,8 @@ from tracker.core.entry import Delivered, Delivery, DeliveryOutcome, Seen, Unsee
 from tracker.core.errors import KeyRefused
 from tracker.core.observation import Observation, Source
 from tracker.core.run import Output, RunError, RunStatus
-from tracker.store import sweeps
+from tracker.store import batches, sweeps
+from tracker.store.batches import BatchRow
 
 PATHS = ["/", "/runs", "/deliveries", "/techniques", "/sweeps"]
 
@@ -236,6 +237,29 @@ async def test_runs_are_filtered_and_paged(small_site: Site) -> None:
         small_site, f"/runs?from={(now - timedelta(minutes=5)):%Y-%m-%dT%H:%M:%SZ}"
     )
     assert len(re.findall(r'<tr role="row" id="row-', recent)) == 6
+
+
+async def test_batches_are_paged(small_site: Site) -> None:
+    """Fifty on a page, and a way to the rest and back; a wrong cursor is a readable 400."""
+    now = utc_now()
+    for number in range(52):
+        at = now - timedelta(minutes=number)
+        one = BatchRow(
+            batch_id=f"bat_{number}",
+            workspace_slot="default",
+            technique_id="tech_1",
+            name=f"sheet-{number}.csv",
+            created_at=at,
+        )
+        await batches.keep(small_site.services.database, one, [])
+    first = await _text(small_site, "/batches")
+    assert len(re.findall(r'<tr role="row" id="row-', first)) == 50
+    older = re.search(r'href="([^"]+)" rel="next"', first)
+    assert older is not None
+    second = await _text(small_site, older[1].replace("&amp;", "&"))
+    assert re.findall(r"sheet-\d+\.csv", second) == ["sheet-50.csv", "sheet-51.csv"]
+    assert 'href="/batches">Newest' in second
+    assert "That cannot be read" in await _text(small_site, "/batches?cursor=nonsense", 400)
 
 
 async def test_sweeps_are_paged(small_site: Site) -> None:

@@ -36,16 +36,17 @@ class BatchesPage:
         ]
 
     async def list(self, request: Request) -> Response:
-        """The newest batches."""
-        database = self._services.database
-        found = await batches.list_batches(database, limit=BATCHES)
+        """A page of batches."""
+        database, cursor = self._services.database, given(request, "cursor")
+        found, next_cursor = await batches.list_batches(database, cursor=cursor, limit=BATCHES)
         return self._render.page(
             request,
             "batches.html",
             batches=found,
             tallies=await batches.tallies(database, [one.batch_id for one in found]),
             names=await technique_names(database, sorted({one.technique_id for one in found})),
-            most=BATCHES,
+            older=query("/batches", cursor=next_cursor) if next_cursor else None,
+            newest="/batches" if cursor else None,
         )
 
     async def show(self, request: Request) -> Response:
