@@ -4,12 +4,12 @@ Sources make observations; the use cases wrap them into entries that also say wh
 callback's delivery, a read made for this run alone, an item of a list, the answer to a start.
 """
 
-from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Final
 
 from tracker.core.observation import Observation
+from tracker.core.quick import quick_dataclass
 
 TRIAL: Final = "tracker.doctor"
 """The type of the deliveries with which `tracker doctor` tries the way that callbacks take. They
@@ -25,7 +25,7 @@ class DeliveryOutcome(StrEnum):
     QUARANTINED = "quarantined"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@quick_dataclass(frozen=True, slots=True, kw_only=True)
 class Delivery:
     """An authentic callback as it came. `body` is the raw bytes; `created_at` is FLORA's time."""
 
@@ -42,7 +42,7 @@ class Delivery:
     """Why it was quarantined, for a person; `None` where it was applied."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@quick_dataclass(frozen=True, slots=True, kw_only=True)
 class Delivered:
     """A callback came. `observation` is `None` where it is quarantined, and for a trial.
 
@@ -53,7 +53,7 @@ class Delivered:
     observation: Observation | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@quick_dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
     """A run was seen.
 
@@ -72,7 +72,7 @@ class Seen:
     idempotency_key: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@quick_dataclass(frozen=True, slots=True, kw_only=True)
 class Unseen:
     """A read made for this run alone showed nothing.
 
@@ -88,7 +88,7 @@ class Unseen:
     claim: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@quick_dataclass(frozen=True, slots=True, kw_only=True)
 class Replayed:
     """A quarantined callback was read again, and this time it is understood.
 

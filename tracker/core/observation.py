@@ -6,13 +6,14 @@ run can be folded again from what was seen of it.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from datetime import UTC, datetime
 from decimal import Decimal
 from enum import StrEnum
 from operator import attrgetter
 from typing import Any, Final
 
+from tracker.core.quick import quick_dataclass
 from tracker.core.run import Details, Output, RunError, RunStatus, Standing
 
 
@@ -31,7 +32,7 @@ class Source(StrEnum):
     """An item of a history page."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@quick_dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
     """What was seen. `None` means "this sight did not show it", never "it is empty".
 

@@ -6,13 +6,14 @@ entry and writes what comes back.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, Final
 
 from tracker.core.entry import Delivered, Entry, Replayed, Seen, Unseen
 from tracker.core.merge import merge
 from tracker.core.observation import Source
+from tracker.core.quick import quick_dataclass
 from tracker.core.run import Run, Tracking
 from tracker.core.schedule import Durations, Policy, next_check
 
@@ -28,7 +29,7 @@ DurationsOf = Callable[[str | None], Durations | None]
 """What is known of the durations of a technique, by its id."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@quick_dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """A tracked run.
 
@@ -104,7 +105,7 @@ def _sighted(
 ) -> Record:
     seen = entry.observation
     old = before or Record(run=Run(run_id=seen.run_id), source=seen.source, first_seen_at=seen.at)
-    run = merge(None if before is None else old.run, seen)
+    run = merge(old.run, seen)
     wants_read = seen.source in _WANTS_READ
     just_ended = run.standing.ended and run.standing > old.run.standing
     looked = _is_a_look(before, entry, run)

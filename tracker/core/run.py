@@ -20,6 +20,8 @@ from decimal import Decimal
 from enum import IntEnum, StrEnum
 from typing import Final
 
+from tracker.core.quick import quick_dataclass
+
 
 class RunStatus(StrEnum):
     """FLORA's four states of a run."""
@@ -131,7 +133,7 @@ REGISTERS: Final = (
 only."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@quick_dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """The state of a run as all sights together tell it: the result of `merge`, nothing else.
 

@@ -13,6 +13,7 @@ from sqlalchemy import Connection, bindparam, null, update
 
 from tracker.core.entry import Delivered, Delivery, Entry, Replayed, Seen, Unseen
 from tracker.core.observation import Observation
+from tracker.core.quick import quick_dataclass
 from tracker.core.record import DurationsOf, Record, apply
 from tracker.core.schedule import Policy
 from tracker.core.tally import Key, facts, same
@@ -20,7 +21,7 @@ from tracker.store import retention
 from tracker.store.tables import deliveries, word
 
 
-@dataclass(frozen=True, slots=True)
+@quick_dataclass(frozen=True, slots=True)
 class Passed:
     """What an entry did: the run's record before and after it.
 
