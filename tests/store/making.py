@@ -8,7 +8,9 @@ from typing import Any
 from hypothesis import strategies as st
 from sqlalchemy import select
 
-from tracker.core.entry import Delivered, Delivery, DeliveryOutcome, Seen
+from tests.support.waiting import eventually
+from tracker.core.entry import Delivered, Delivery, DeliveryOutcome, Entry, Seen
+from tracker.core.errors import StoreUnavailable
 from tracker.core.merge import merge
 from tracker.core.observation import Observation, Source
 from tracker.core.run import Output, Run, RunError, RunStatus
@@ -25,6 +27,20 @@ POLICY = Policy()
 def open_door(db: Database, **options: Any) -> Door:
     """A door with the default policy that knows no durations."""
     return Door(db, **{"policy": POLICY, "durations_of": lambda _: None, **options})
+
+
+async def taken_again(door: Door, entry: Entry) -> None:
+    """Offer an entry until it is committed, as FLORA would: what was away may take a moment, and a
+    test's door has little patience."""
+
+    async def taken() -> bool:
+        try:
+            await door.put(entry)
+        except StoreUnavailable:
+            return False
+        return True
+
+    await eventually(taken)
 
 
 def callback(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, event, text
 
-from tests.store.making import callback, open_door, receipts
+from tests.store.making import callback, open_door, receipts, taken_again
 from tests.support.databases import copy_sqlite
 from tests.support.waiting import eventually
 from tracker.core.errors import StoreUnavailable
@@ -72,7 +72,7 @@ async def test_a_file_that_was_moved_away_is_unavailable_until_it_is_back(
 ) -> None:
     """Nothing is written to it where nobody would read it, and no empty one takes its place."""
     path, away = tmp_path / "tracker.db", tmp_path / "away.db"
-    async with await Database.open(sqlite_url) as db, open_door(db, deadline=0.2) as door:
+    async with await Database.open(sqlite_url) as db, open_door(db, deadline=0.5) as door:
         await door.put(callback("run_before"))
         path.rename(away)
         with pytest.raises(StoreUnavailable):
@@ -82,7 +82,7 @@ async def test_a_file_that_was_moved_away_is_unavailable_until_it_is_back(
         assert not path.exists()
         away.rename(path)
         await eventually(lambda: door.waiting == 0)
-        await door.put(callback("run_after"))
+        await taken_again(door, callback("run_after"))
         assert set(await receipts(db)) == {"whd_run_before", "whd_run_after"}
 
 

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import text
 from structlog.testing import capture_logs
 
-from tests.store.making import callback, ids, open_door, receipts
+from tests.store.making import callback, ids, open_door, receipts, taken_again
 from tests.support.postgres import PostgresServer
 from tests.support.waiting import eventually, free_port
 from tracker.core.errors import StoreError, StoreUnavailable
@@ -23,7 +23,7 @@ from tracker.store.read import get_run
 
 async def test_a_locked_file_is_unavailable_and_then_free(sqlite_url: str, tmp_path: Path) -> None:
     """While somebody holds SQLite's write lock, callers are told in time; then all goes on."""
-    async with await Database.open(sqlite_url) as db, open_door(db, deadline=0.3) as door:
+    async with await Database.open(sqlite_url) as db, open_door(db, deadline=0.5) as door:
         await door.put(callback("run_before"))
         with closing(sqlite3.connect(tmp_path / "tracker.db", isolation_level=None)) as blocker:
             blocker.execute("BEGIN IMMEDIATE")
@@ -34,7 +34,7 @@ async def test_a_locked_file_is_unavailable_and_then_free(sqlite_url: str, tmp_p
             assert await get_run(db, "run_before")  # readers do not care
             blocker.execute("ROLLBACK")
         await eventually(lambda: door.waiting == 0)
-        await door.put(callback("run_after"))
+        await taken_again(door, callback("run_after"))
         assert "whd_run_after" in await receipts(db)
 
 
@@ -118,13 +118,7 @@ async def test_a_restarted_server_is_found_again(own_postgres: PostgresServer) -
             await get_run(db, "run_before")
         await asyncio.to_thread(own_postgres.start)
 
-        async def works() -> bool:
-            try:
-                return bool((await door.put(callback("run_after"))).after)
-            except StoreUnavailable:
-                return False
-
-        assert await eventually(works)
+        await taken_again(door, callback("run_after"))
         assert door.trouble is None
         assert set(await receipts(db)) >= {"whd_run_before", "whd_run_after"}
 
@@ -167,7 +161,7 @@ async def test_a_lock_that_is_not_given_ends_the_wait(postgres_url: str) -> None
                 await door.put(callback("run_1"))
         await owner.close()
         await eventually(lambda: door.waiting == 0)
-        await door.put(callback("run_2"))
+        await taken_again(door, callback("run_2"))
         assert "whd_run_2" in await receipts(db)
 
 
@@ -183,7 +177,7 @@ async def test_a_standby_is_left_for_the_server_that_takes_its_place(postgres_ur
             await door.put(callback("run_meanwhile"))
         await administrator.execute(f"{setting} off")
         await eventually(lambda: door.waiting == 0)
-        await door.put(callback("run_after"))
+        await taken_again(door, callback("run_after"))
         assert "whd_run_after" in await receipts(db)
     await administrator.close()
 
@@ -191,7 +185,7 @@ async def test_a_standby_is_left_for_the_server_that_takes_its_place(postgres_ur
 async def test_a_database_that_comes_and_goes_is_said_once(sqlite_url: str, tmp_path: Path) -> None:
     """Not at every turn: the log says that it is away, and that it is back."""
     path, away = tmp_path / "tracker.db", tmp_path / "away.db"
-    async with await Database.open(sqlite_url) as db, open_door(db, deadline=0.1) as door:
+    async with await Database.open(sqlite_url) as db, open_door(db, deadline=0.5) as door:
         with capture_logs() as lines:
             for number in range(3):
                 path.rename(away)
@@ -199,7 +193,7 @@ async def test_a_database_that_comes_and_goes_is_said_once(sqlite_url: str, tmp_
                     await door.put(callback(f"run_meanwhile_{number}"))
                 away.rename(path)
                 await eventually(lambda: door.waiting == 0)
-                await door.put(callback(f"run_after_{number}"))
+                await taken_again(door, callback(f"run_after_{number}"))
     said = [line["event"] for line in lines]
     assert said == ["door.unavailable", "door.recovered"]
 
