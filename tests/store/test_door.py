@@ -66,6 +66,23 @@ async def test_what_is_on_its_way_is_taken_along_on_sqlite(sqlite_url: str) -> N
     assert len(sizes) <= 12, sizes
 
 
+async def test_what_never_pauses_is_not_waited_for(sqlite_url: str) -> None:
+    """A batch is held open for a moment only, though something new comes in each round of the
+    event loop."""
+    commits: list[Outcome] = []
+    puts: list[asyncio.Future[object]] = []
+    async with (
+        await Database.open(sqlite_url) as db,
+        open_door(db, max_batch=20_000, on_commit=[commits.append]) as door,
+    ):
+        await door.put_all([callback("run_a"), callback("run_b")])
+        while len(commits) < 2 and len(puts) < 8000:
+            puts.append(asyncio.ensure_future(door.put(callback(f"run_{len(puts)}"))))
+            await asyncio.sleep(0)
+        await asyncio.gather(*puts)
+    assert len(commits[1].passed) < 4000
+
+
 async def test_a_batch_is_bounded(db: Database) -> None:
     """No transaction takes more entries than allowed, nor much more than the bytes allowed."""
     commits: list[Outcome] = []

@@ -1,5 +1,6 @@
 """A start's hold, while the database comes and goes."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,44 @@ from tests.support.waiting import eventually
 from tracker.core.clock import utc_now
 from tracker.store import starts
 from tracker.store.engine import Database
+from tracker.store.starts import StartRow
 from tracker.tracking import ledger
 from tracker.tracking.ledger import holding
+
+
+async def reserved(db: Database, key: str) -> StartRow:
+    """A start that nobody holds."""
+    return await starts.reserve(
+        db,
+        workspace_slot="default",
+        idempotency_key=key,
+        technique_id="tech_1",
+        fingerprint="f00d",
+        inputs=[],
+        at=utc_now(),
+    )
+
+
+async def test_whenever_it_is_broken_off_nobody_holds_the_start(database_url: str) -> None:
+    """Also while the hold is being taken, and nobody knows yet whether it was."""
+    async with await Database.open(database_url) as db:
+        for moment in range(40):
+            row = await reserved(db, f"key-{moment}")
+
+            async def hold(row: StartRow = row) -> None:
+                async with holding(db, row, "process", utc_now):
+                    await asyncio.sleep(30)
+
+            holds = asyncio.create_task(hold())
+            await asyncio.sleep(moment * 0.0002)
+            holds.cancel()
+            await asyncio.wait([holds])
+
+            async def nobodys(key: str = row.idempotency_key) -> bool:
+                found = await starts.get(db, "default", key)
+                return found is not None and found.lease_holder is None
+
+            await eventually(nobodys)
 
 
 async def test_a_hold_that_could_not_be_given_back_is_as_soon_as_it_can_be(
@@ -20,15 +57,7 @@ async def test_a_hold_that_could_not_be_given_back_is_as_soon_as_it_can_be(
     monkeypatch.setattr(ledger, "GIVE_BACK_AGAIN_AFTER", 0.05)
     path, away = tmp_path / "tracker.db", tmp_path / "away.db"
     async with await Database.open(sqlite_url) as db:
-        row = await starts.reserve(
-            db,
-            workspace_slot="default",
-            idempotency_key="key",
-            technique_id="tech_1",
-            fingerprint="f00d",
-            inputs=[],
-            at=utc_now(),
-        )
+        row = await reserved(db, "key")
         with capture_logs() as lines:
             async with holding(db, row, "process", utc_now) as held:
                 assert held is not None

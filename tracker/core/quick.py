@@ -12,7 +12,7 @@ else:
     def quick_dataclass(*, frozen: bool, **options: Any) -> Any:
         """`dataclass`, whose `frozen` the type checker alone enforces.
 
-        At run time nothing looks: a frozen class sets each field through a function of its own,
-        which makes an object of twenty fields take three times as long.
+        A class that is frozen at run time as well sets each field through a function call, so that
+        an object of twenty fields takes more than twice as long. The hash is a frozen class's.
         """
         return dataclass(unsafe_hash=frozen, **options)

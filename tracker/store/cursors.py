@@ -35,8 +35,9 @@ def at(moment: datetime, last: str) -> str:
 
 
 def after(key: Sequence[ColumnElement[Any]], cursor: str | None) -> list[ColumnElement[bool]]:
-    """The condition that rows of such a list, newest first, come after that cursor; `key` are its
-    two columns. Raises `InvalidRequest` for a cursor that `at` never made."""
+    """What holds for the rows of such a list, newest first, that come after the cursor; nothing
+    where there is none. `key` are the list's two columns. Raises `InvalidRequest` for a cursor that
+    cannot be read."""
     if cursor is None:
         return []
     first, last = decode(cursor)

@@ -2,7 +2,8 @@
 
 A task takes whatever waits and commits it together. Nothing waits for company: an entry that
 comes alone is committed alone, and while that commit is under way the next ones gather. So the cost
-of a commit is shared exactly where there is load.
+of a commit is shared exactly where there is load. On SQLite a batch also takes in what this process
+has begun to read, for `GATHER_SECONDS` at most.
 """
 
 import asyncio
@@ -34,8 +35,11 @@ ENOUGH: Final = 64
 far more wait: to write a batch costs this process as much as five entries do, so that a small one
 wants company; and while a large one is on its way its senders bring nothing that could be done."""
 QUIET: Final = 4
-"""Rounds of the event loop in which nothing new came, after which nothing is on its way from a
-socket to here any more."""
+"""So many rounds of the event loop in a row without a new entry; by then what the sockets held is
+in the queue, but for large bodies."""
+GATHER_SECONDS: Final = 0.02
+"""How long a batch is held open for that at most, should the rounds be long or the arrivals never
+pause."""
 PATIENCE: Final = 0.05
 """Seconds after which nobody waits for the other batch any more, be it that a lock holds it up."""
 PAUSE_SECONDS: Final = (0.05, 1.0)
@@ -212,13 +216,15 @@ class Door:
         return len(self._flying) == 1
 
     async def _let_arrive(self) -> None:
-        """Let in what has reached this process already, where there is load.
+        """Let in what this process has begun to read, where the last batch was of several.
 
-        To begin without it would not save any time where both take turns, and make two batches of
-        one. Whoever comes alone never waits here, and nobody waits for what is not there.
+        The thread that writes and the event loop take turns anyhow, so that to begin at once would
+        only make two commits out of one. Nobody waits for what is not there.
         """
+        loop = asyncio.get_running_loop()
+        until = loop.time() + GATHER_SECONDS
         there, quiet = len(self._queue), 0
-        while quiet < QUIET and there < self._max_batch:
+        while quiet < QUIET and loop.time() < until and not self._queue.fills(self._max_batch):
             await asyncio.sleep(0)
             quiet = quiet + 1 if len(self._queue) == there else 0
             there = len(self._queue)
@@ -237,7 +243,7 @@ class Door:
         Who was just answered soon brings the next. If this commit took all who wait now, these and
         those would take turns for ever in the sizes that chance gave them, one and sixty-three say,
         and this process would idle while the sixty-three are written. So they are made even. Not
-        where both take turns anyhow.
+        where a thread of this process writes: there is nothing to be done beside it.
         """
         if self._takes_turns:
             return self._max_batch

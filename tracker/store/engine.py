@@ -182,8 +182,8 @@ _PING: Final = select(1)
 def _own_errors(foreign: tuple[type[BaseException], ...]) -> Iterator[None]:
     """Raise the tracker's own error in place of a `foreign` one.
 
-    A task that was told to end meanwhile ends: on the way out a connection fails as well where its
-    server says nothing, and whoever goes on after an error would not come to know that it was told.
+    A task that was told to end while it was inside ends. Where the server says nothing, letting go
+    of the connection fails too, and that error would hide that it was told.
     """
     task = asyncio.current_task()
     told = task.cancelling() if task else 0

@@ -52,6 +52,10 @@ class WaitingList:
         self._list.append(waiting)
         self._bytes += _size(waiting.entry)
 
+    def fills(self, most: int) -> bool:
+        """Whether those who wait fill a transaction, of `most` entries or of the most bytes."""
+        return len(self._list) >= most or self._bytes >= MAX_BATCH_BYTES
+
     def take(self, most: int) -> list[Waiting]:
         """Take the first ones off, as many as go into one transaction."""
         taken: list[Waiting] = []

@@ -87,11 +87,13 @@ async def holding(
     """
     slot, key = row.workspace_slot, row.idempotency_key
     holder = f"{process}:{uuid4()}"
-    taken = True  # as far as anybody knows, where the next line is broken off
+    taken = True  # as far as anybody knows, where the taking is broken off
     try:
         try:
             taken = await starts.take(database, slot, key, holder, clock(), HELD_FOR)
         except StoreError:
+            # Hardly ever was it taken all the same. During an outage every start would try for half
+            # a minute to give back what it does not have; so it runs out by itself.
             taken = False
             raise
         if not taken:

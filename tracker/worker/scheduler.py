@@ -171,7 +171,7 @@ class Worker:
         if self._running:
             await asyncio.wait(self._running, timeout=STOP_WITHIN)
         for task in self._running:
-            task.cancel()  # what it still wants to say takes too long
+            task.cancel()  # not even its giving back is waited for any longer
         try:
             async with asyncio.timeout(GIVE_BACK_WITHIN):
                 await self._services.poller.release()
