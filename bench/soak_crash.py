@@ -85,7 +85,7 @@ async def soak(database: str, seconds: float, chance: random.Random) -> dict[str
 
 async def _hit(one: Trial, point: Point) -> bool:
     """Whether some life came to its end at this point."""
-    for role, flora_fails in 2 * ATTEMPTS:
+    for role, flora_fails in 4 * ATTEMPTS:
         if (await one.live(role, point, flora_fails=flora_fails)).killed:
             return True
     return False
