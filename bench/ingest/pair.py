@@ -7,15 +7,13 @@ rather than what a second machine would give.
 
 import asyncio
 import secrets
-import statistics
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Final
 
 from bench.ingest.contenders import TRACKER, started
 from bench.ingest.load import prepared, send
-from bench.ingest.rounds import WARM_SECONDS, Round, count
+from bench.ingest.rounds import WARM_SECONDS, Round, count, median_of
 from bench.report import Report, Table, say
 from bench.throw_away import throw_away
 from tracker.store import migrate
@@ -32,13 +30,11 @@ def pair(report: Report, *, connections: int, rounds: int, seconds: float) -> li
             say(f"receivers, {connections} connections, round {number + 1}: {one}")
             found.append(one)
     names = list(dict.fromkeys(one.contender for one in found))
-    first = _median([one for one in found if one.contender == names[0]])
+    first = median_of(found, names[0])
     rows = []
     for name in names:
-        mine = [one for one in found if one.contender == name]
-        processors = statistics.median(one.processor for one in mine)
-        rate = _median(mine)
-        lost = sum(one.lost for one in mine)
+        rate, processors = median_of(found, name), median_of(found, name, "processor")
+        lost = sum(one.lost for one in found if one.contender == name)
         rows.append((name, f"{rate:,.0f}", f"{rate / first:.2f}", f"{processors:.2f}", lost))
     columns = ("", "callbacks/s", "times one", "processors of the receivers", "lost")
     report.add(Table(f"Receivers on one PostgreSQL, {connections} connections", columns, rows))
@@ -89,7 +85,3 @@ def _round(receivers: int, *, connections: int, seconds: float) -> Round:
         kept = count(url, "deliveries")
     name = "one receiver" if receivers == 1 else f"{receivers} receivers"
     return Round(name, warm + acknowledged, warm_refused + refused, rate, kept, used / seconds)
-
-
-def _median(found: Sequence[Round]) -> float:
-    return statistics.median(one.rate for one in found)

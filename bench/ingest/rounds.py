@@ -9,12 +9,12 @@ import secrets
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal, Self
 
 from sqlalchemy import create_engine, text
 
 from bench.ingest.contenders import CEILING, PEER, TRACKER, Contender, started
-from bench.ingest.load import prepared, send
+from bench.ingest.load import Load, prepared, send
 from bench.report import Report, Table, say
 from bench.throw_away import throw_away
 from tracker.store import migrate
@@ -33,6 +33,20 @@ class Round:
     kept: int | None
     processor: float
     """Seconds of one processor for each second."""
+
+    @classmethod
+    def of(
+        cls, name: str, warm: Load, load: Load, kept: int | None, processor_seconds: float
+    ) -> Self:
+        """What a server did that got warm and was then loaded; the time is that of the load."""
+        return cls(
+            name,
+            warm.acknowledged + load.acknowledged,
+            warm.refused + load.refused,
+            load.rate,
+            kept,
+            processor_seconds / load.seconds,
+        )
 
     @property
     def lost(self) -> int:
@@ -55,14 +69,7 @@ def one_round(contender: Contender, kind: str, *, connections: int, seconds: flo
             load = send(requests, running.port, connections=connections, seconds=seconds)
             used = running.processor_seconds() - used
         kept = None if contender.table is None else count(url, contender.table)
-    return Round(
-        contender.name,
-        warm.acknowledged + load.acknowledged,
-        warm.refused + load.refused,
-        load.rate,
-        kept,
-        used / load.seconds,
-    )
+    return Round.of(contender.name, warm, load, kept, used)
 
 
 def compare(
@@ -75,7 +82,7 @@ def compare(
             one = one_round(contender, kind, connections=connections, seconds=seconds)
             say(f"{kind}, {connections} connections, round {number + 1}: {one}")
             found.append(one)
-    rates = {name: _median(found, name) for name in (CEILING.name, TRACKER.name, PEER.name)}
+    rates = {name: median_of(found, name) for name in (CEILING.name, TRACKER.name, PEER.name)}
     report.add(
         Table(
             f"Durable ingest, {kind}, {connections} connections",
@@ -86,7 +93,7 @@ def compare(
                     f"{rate:,.0f}",
                     f"{rate / rates[CEILING.name]:.2f}",
                     f"{rate / rates[PEER.name]:.1f}",
-                    f"{_share(found, name):.2f}",
+                    f"{median_of(found, name, 'processor'):.2f}",
                     sum(one.lost for one in found if one.contender == name),
                 )
                 for name, rate in rates.items()
@@ -97,12 +104,11 @@ def compare(
     return found
 
 
-def _median(found: Sequence[Round], name: str) -> float:
-    return statistics.median(one.rate for one in found if one.contender == name)
-
-
-def _share(found: Sequence[Round], name: str) -> float:
-    return statistics.median(one.processor for one in found if one.contender == name)
+def median_of(
+    found: Sequence[Round], name: str, figure: Literal["rate", "processor"] = "rate"
+) -> float:
+    """The median of one contender's rounds."""
+    return statistics.median(getattr(one, figure) for one in found if one.contender == name)
 
 
 def _figures(found: Sequence[Round]) -> list[dict[str, Any]]:

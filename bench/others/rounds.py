@@ -1,7 +1,6 @@
 """Alternating rounds of the tracker and other receivers, on the same kind of database."""
 
 import secrets
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -10,7 +9,7 @@ from typing import Final
 
 from bench.ingest.contenders import TRACKER
 from bench.ingest.load import send, written
-from bench.ingest.rounds import WARM_SECONDS, Round, one_round
+from bench.ingest.rounds import WARM_SECONDS, Round, median_of, one_round
 from bench.others.receiver import Receiver
 from bench.report import Report, Table, say
 
@@ -66,18 +65,11 @@ def _other_round(receiver: Receiver, installed: Path, *, connections: int, secon
             load = loaded(requests, seconds=seconds)
             used = running.processor_seconds() - used
         kept = receiver.kept(storage)
-    return Round(
-        receiver.name,
-        warm.acknowledged + load.acknowledged,
-        warm.refused + load.refused,
-        load.rate,
-        kept,
-        used / load.seconds,
-    )
+    return Round.of(receiver.name, warm, load, kept, used)
 
 
 def _table(title: str, names: Sequence[str], found: Sequence[Round]) -> Table:
-    rates = {name: _median(found, name, "rate") for name in names}
+    rates = {name: median_of(found, name) for name in names}
     return Table(
         title,
         ("", "callbacks/s", "times", "processors", "lost"),
@@ -86,7 +78,7 @@ def _table(title: str, names: Sequence[str], found: Sequence[Round]) -> Table:
                 name,
                 f"{rate:,.0f}",
                 f"{rates[TRACKER.name] / rate:.1f}" if rate else "-",
-                f"{_median(found, name, 'processor'):.2f}",
+                f"{median_of(found, name, 'processor'):.2f}",
                 sum(one.lost for one in found if one.contender == name),
             )
             for name, rate in rates.items()
@@ -94,8 +86,3 @@ def _table(title: str, names: Sequence[str], found: Sequence[Round]) -> Table:
         "Times: how many callbacks the tracker takes for each one of its. Processors: of the "
         "receiver's process, without PostgreSQL's. They do different work: see bench/others.",
     )
-
-
-def _median(found: Sequence[Round], name: str, figure: str) -> float:
-    figures: list[float] = [getattr(one, figure) for one in found if one.contender == name]
-    return statistics.median(figures)
