@@ -131,6 +131,23 @@ def test_missing_and_wrong_settings_are_status_2(
     assert said in one_line(done)
 
 
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("postgresql://somebody:hidden@127.0.0.1:9/x", "cannot be reached"),
+        ("sqlite:////nowhere/at/all/tracker.db", "there is no directory /nowhere/at/all"),
+    ],
+)
+def test_a_database_that_is_not_there_is_status_1(tracker: Commands, place: str, said: str) -> None:
+    """The line says what is wrong and which variable names the database, once, and no password."""
+    done = tracker("runs", "list", TRACKER_DATABASE_URL=place)
+    assert done.returncode == 1
+    line = one_line(done)
+    assert said in line
+    assert line.count("TRACKER_DATABASE_URL") == 1
+    assert "hidden" not in line
+
+
 def test_a_taken_port_is_status_1(tracker: Commands) -> None:
     """A port that another process listens on is told, with what to do."""
     import socket

@@ -22,7 +22,13 @@ from tracker.cli import (
     serving,
     techniques,
 )
-from tracker.core.errors import FieldFault, InvalidRequest, SettingsError, TrackerError
+from tracker.core.errors import (
+    FieldFault,
+    InvalidRequest,
+    SettingsError,
+    StoreUnavailable,
+    TrackerError,
+)
 from tracker.core.plain import plain
 
 app = typer.Typer(
@@ -75,7 +81,7 @@ def main() -> NoReturn:
         _say(_with_fields(error))
         sys.exit(2)
     except TrackerError as error:
-        _say(_with_fields(error))
+        _say(_with_fields(error) + _advice(error))
         sys.exit(1)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
@@ -100,6 +106,13 @@ def _with_fields(error: TrackerError) -> str:
     fields: Sequence[FieldFault] = getattr(error, "fields", ())
     told = [f"{one.field}: {one.message}" for one in fields if one.message not in message]
     return f"{message}: {'; '.join(told)}" if told else message
+
+
+def _advice(error: TrackerError) -> str:
+    """What to do about a database that is away, where the message does not tell that already."""
+    if not isinstance(error, StoreUnavailable) or "TRACKER_DATABASE_URL" in str(error):
+        return ""
+    return "; TRACKER_DATABASE_URL names the database, and `tracker doctor` looks at what is wrong"
 
 
 def _say(message: str) -> None:
