@@ -111,11 +111,26 @@ def configure_logs(
         logger.setLevel(logging.NOTSET)
 
 
+def redact_also(secrets: Iterable[str]) -> None:
+    """Take these secrets out of every line from now on, too: they came while the process ran."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler.formatter, structlog.stdlib.ProcessorFormatter):
+            for step in handler.formatter.processors:
+                if isinstance(step, Redactor):
+                    step.add(secrets)
+
+
 class Redactor:
     """The last step of the log: takes secrets out of the finished line."""
 
     def __init__(self, secrets: Iterable[str]) -> None:
-        plain = [secret for secret in secrets if len(secret) >= _SHORTEST_SECRET]
+        self._secrets: set[str] = set()
+        self.add(secrets)
+
+    def add(self, secrets: Iterable[str]) -> None:
+        """Take these out as well."""
+        self._secrets.update(secret for secret in secrets if len(secret) >= _SHORTEST_SECRET)
+        plain = self._secrets
         written = [form for secret in plain for form in (secret, repr(secret)[1:-1])]
         forms = {
             *written,

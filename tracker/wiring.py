@@ -3,7 +3,7 @@ cases."""
 
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,11 +11,13 @@ from functools import cache, partial
 from typing import Final
 from uuid import uuid4
 
+from pydantic import SecretStr
+
 from tracker.core.clock import Clock
 from tracker.flora.budget import SharedWaits
 from tracker.flora.client import FloraClient
 from tracker.metrics import Metrics
-from tracker.settings import Settings, WorkspaceSettings
+from tracker.settings import Rotation, Settings, WorkspaceSettings
 from tracker.store import migrate
 from tracker.store.clock import shared_clock
 from tracker.store.door import Door
@@ -54,6 +56,7 @@ class Services:
     """Everything a command, the web or the worker calls, ready to use."""
 
     settings: Settings
+    rotation: Rotation
     clock: Clock
     metrics: Metrics
     traced: Wrap
@@ -84,15 +87,17 @@ class Services:
 
 @asynccontextmanager
 async def open_services(
-    settings: Settings, *, background: bool = False, clock: Clock | None = None
+    settings: Settings | Rotation, *, background: bool = False, clock: Clock | None = None
 ) -> AsyncIterator[Services]:
-    """Open what the settings name, and close it in order.
+    """Open what the settings name, and close it in order. With a `Rotation`, secrets may change.
 
     `background` is true for a long-running process: it waits longer for FLORA and hears of work
     that other processes bring. A SQLite database is migrated here; a PostgreSQL one that is too old
     raises `SchemaOutdated`. Raises `StoreUnavailable` where the database does not answer. Without a
     `clock` it is the one that all processes on the database share.
     """
+    rotation = settings if isinstance(settings, Rotation) else Rotation(settings)
+    settings = rotation.settings
     async with AsyncExitStack() as stack:
         if settings.tracker_database_url.startswith("sqlite"):
             await migrate.upgrade(settings.tracker_database_url)
@@ -113,7 +118,7 @@ async def open_services(
             [
                 await _workspace(
                     one,
-                    settings,
+                    rotation,
                     metrics,
                     stack,
                     background=background,
@@ -123,6 +128,7 @@ async def open_services(
                 for one in settings.all_workspaces
             ]
         )
+        rotation.follow(partial(_rotate, workspaces))
         durations = DurationBook(database, clock=clock)
         signals = Signals(database)
         if background:
@@ -176,6 +182,7 @@ async def open_services(
         )
         yield Services(
             settings=settings,
+            rotation=rotation,
             clock=clock,
             metrics=metrics,
             traced=traced,
@@ -193,6 +200,7 @@ async def open_services(
                 workspaces=workspaces,
                 tolerance=settings.tracker_signature_tolerance,
                 clock=clock,
+                find_new_secrets=rotation.check,
             ),
             pruner=Pruner(database=database, clock=clock),
             replayer=Replayer(database=database, door=door, workspaces=workspaces, clock=clock),
@@ -245,9 +253,29 @@ def _longest_wait(expression: str, after: datetime) -> float:
     return longest_wait(expression, after)
 
 
+def _rotate(workspaces: Workspaces, settings: Settings) -> None:
+    """Let the workspaces go on with the keys and signing secrets that are set now."""
+    for given in settings.all_workspaces:
+        workspaces.rotate(
+            _slot(given, settings),
+            api_key=given.api_key.get_secret_value() if given.api_key else None,
+            secrets=_clear(given.webhook_secrets),
+        )
+
+
+def _slot(given: WorkspaceSettings, settings: Settings) -> str:
+    # The one of the top-level names keeps its slot when its id is set later on: the ledger of
+    # starts goes by it.
+    return "default" if given.id == settings.flora_workspace_id else given.id or "default"
+
+
+def _clear(secrets: Iterable[SecretStr]) -> tuple[str, ...]:
+    return tuple(secret.get_secret_value() for secret in secrets)
+
+
 async def _workspace(
     given: WorkspaceSettings,
-    settings: Settings,
+    rotation: Rotation,
     metrics: Metrics,
     stack: AsyncExitStack,
     *,
@@ -255,12 +283,9 @@ async def _workspace(
     clock: Clock,
     shared_waits: Callable[[str], SharedWaits],
 ) -> Workspace:
+    settings = rotation.settings
     workspace = Workspace(
-        # The one of the top-level names keeps its slot when its id is set later on: the ledger of
-        # starts goes by it.
-        slot="default" if given.id == settings.flora_workspace_id else given.id or "default",
-        workspace_id=given.id,
-        secrets=tuple(secret.get_secret_value() for secret in given.webhook_secrets),
+        slot=_slot(given, settings), workspace_id=given.id, secrets=_clear(given.webhook_secrets)
     )
     if given.api_key is not None:
         workspace.client = FloraClient(
@@ -271,6 +296,7 @@ async def _workspace(
             deadline=JOB_SECONDS if background else CALLER_SECONDS,
             on_request=metrics.requests_of(workspace),
             shared_waits=shared_waits(workspace.slot),
+            find_new_key=rotation.check,
         )
         stack.push_async_callback(workspace.client.aclose)
     return workspace

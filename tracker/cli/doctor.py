@@ -50,7 +50,7 @@ def _examine() -> "Sequence[Finding]":
     from tracker.logs import configure_logs
     from tracker.settings import read_settings
 
-    settings, sources = read_settings()
+    settings, sources, _ = read_settings()
     configure_logs(
         format=settings.tracker_log_format,
         # What is worth telling stands in the findings; whoever debugs still gets all.

@@ -14,7 +14,7 @@ from tracker.core.errors import FloraUnreachable
 from tracker.core.plain import plain
 
 if TYPE_CHECKING:
-    from tracker.settings import Settings
+    from tracker.settings import Rotation, Settings
     from tracker.wiring import Services
 
 T = TypeVar("T")
@@ -25,16 +25,24 @@ PATIENCE: Final = 28.0
 
 def prepare() -> "Settings":
     """The settings, with the log set up as they say. Raises `SettingsError`."""
-    from tracker.logs import configure_logs
-    from tracker.settings import load_settings
+    return prepare_service().settings
 
-    settings = load_settings()
+
+def prepare_service() -> "Rotation":
+    """As `prepare`, for a process that stays: its secrets may be rotated while it runs."""
+    from tracker.logs import configure_logs, redact_also
+    from tracker.settings import Rotation, read_settings
+
+    loaded = read_settings()
+    settings = loaded.settings
     configure_logs(
         format=settings.tracker_log_format,
         level=settings.tracker_log_level,
         secrets=settings.secret_values,
     )
-    return settings
+    rotation = Rotation(settings, loaded, read_settings)
+    rotation.follow(lambda rotated: redact_also(rotated.secret_values))
+    return rotation
 
 
 def run_once(

@@ -1,6 +1,7 @@
 """Which hosts are this machine itself: there plain http is safe, and no token is asked for."""
 
 from ipaddress import ip_address
+from urllib.parse import urlsplit
 
 
 def is_loopback(host: str) -> bool:
@@ -18,3 +19,8 @@ def is_loopback(host: str) -> bool:
         return False
     mapped = getattr(address, "ipv4_mapped", None)
     return (mapped or address).is_loopback
+
+
+def is_loopback_url(url: str) -> bool:
+    """Whether the host of an address such as `http://127.0.0.1:8080` means this machine."""
+    return is_loopback(urlsplit(url).hostname or "")

@@ -61,7 +61,7 @@ async def examine(
     at_disk = asyncio.create_task(_disk(url, at_database))
     in_database, in_flora = await at_database, await at_flora
     findings = [
-        *given.look(settings, sources),
+        *given.look(settings, sources, now=clock()),
         *in_database.findings,
         *await at_disk,
         *in_flora.findings,

@@ -2,27 +2,27 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from datetime import datetime, timedelta
 from typing import Final
-from urllib.parse import urlsplit
 
-from tracker.core.loopback import is_loopback
 from tracker.doctor.finding import Finding, failed, ok, warning
 from tracker.settings import Settings, WorkspaceSettings
 
 LAST_ATTEMPT: Final = 375
 """Seconds: FLORA's last attempt at a delivery may be signed that long before it comes."""
-SHORTEST_TOKEN: Final = 16
+EXPIRES_SOON: Final = timedelta(days=14)
+"""A token that expires within this time is reported, so that its successor is made in time."""
 PREFIX: Final = "whsec_"
 
 
-def look(settings: Settings, sources: Mapping[str, str]) -> list[Finding]:
+def look(settings: Settings, sources: Mapping[str, str], *, now: datetime) -> list[Finding]:
     """All that the settings tell by themselves."""
     workspaces = settings.all_workspaces
     return [
         _sources(sources),
         *(_secrets(settings, one) for one in workspaces),
         _tolerance(settings.tracker_signature_tolerance),
-        _token(settings),
+        _token(settings, now),
     ]
 
 
@@ -116,24 +116,31 @@ def _tolerance(tolerance: float) -> Finding:
     return ok(name, f"Signed times may be {tolerance:g} s off.")
 
 
-def _token(settings: Settings) -> Finding:
+def _token(settings: Settings, now: datetime) -> Finding:
     name: Final = "token"
-    if settings.tracker_api_token is None:
-        host = urlsplit(settings.tracker_public_url or "").hostname
-        if host is None or is_loopback(host):
+    tokens = settings.access_tokens
+    if not len(tokens):
+        if not settings.is_public:
             return ok(name, "None is set: API and dashboard are for this machine alone.")
-        return warning(
+        return failed(
             name,
-            "None is set: API and dashboard are closed to all but this machine, and `tracker "
-            "serve` refuses any address but loopback.",
+            "TRACKER_PUBLIC_URL is set and no token is: API, dashboard and metrics refuse "
+            "everybody, this machine too.",
             "Set TRACKER_API_TOKEN, for instance to what `openssl rand -hex 32` prints, and "
-            "restart; leave it out where nobody is to look from elsewhere.",
-        )
-    if len(settings.tracker_api_token.get_secret_value()) < SHORTEST_TOKEN:
-        return warning(
-            name,
-            "TRACKER_API_TOKEN is short enough to be guessed.",
-            "Set it to something long, for instance what `openssl rand -hex 32` prints, and "
             "restart.",
         )
-    return ok(name, "API and dashboard ask for TRACKER_API_TOKEN.")
+    if expired := [token.name for token in tokens if token.expired(now)]:
+        return warning(
+            name,
+            f"Expired and refused: {', '.join(expired)}.",
+            "Give it a new value and a later day under [[tokens]], or take it out.",
+        )
+    if soon := [token.name for token in tokens if token.expired(now + EXPIRES_SOON)]:
+        return warning(
+            name,
+            f"Expires within {EXPIRES_SOON.days} days: {', '.join(soon)}.",
+            "Add its successor under another name in [[tokens]], hand that out, and then take the "
+            "old one out.",
+        )
+    listed = [f"{token.name} ({', '.join(sorted(token.scopes))})" for token in tokens]
+    return ok(name, f"API, dashboard and metrics ask for a token: {'; '.join(listed)}.")

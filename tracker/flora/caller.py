@@ -142,6 +142,7 @@ class Caller:
         monotonic: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         shared: SharedWaits | None = None,
+        find_new_key: Callable[[], object] = lambda: None,
     ) -> None:
         self.budget = Budget(concurrency, monotonic=monotonic, sleep=sleep, shared=shared)
         self.breaker = Breaker(clock=clock, monotonic=monotonic)
@@ -153,6 +154,7 @@ class Caller:
         self._on_request = on_request
         self._monotonic = monotonic
         self._sleep = sleep
+        self._find_new_key = find_new_key
 
     async def call(self, call: Call, *, deadline: float | None = None) -> Answer:
         """FLORA's answer, a 2xx. Raises the `FloraError` that says why there is none."""
@@ -191,7 +193,10 @@ class Caller:
         async with self.budget.slot(until=until, fresh=call.fresh) as started:
             self.breaker.admit()
             course.under_way = True
+            key = self._http.headers.get("authorization")
             answer = await self._exchange(call)
+            if answer.status == 401 and self._is_superseded(key):
+                answer = await self._exchange(call)
             refusal = None if 200 <= answer.status < 300 else self._refusal(answer)
             self._learn(call, answer, refusal, started)
         if refusal is None:
@@ -201,6 +206,11 @@ class Caller:
                 f"it is not known whether FLORA acted: {refusal}", may_have_acted=True
             ) from refusal
         raise refusal
+
+    def _is_superseded(self, key: str | None) -> bool:
+        """Whether another key is in force than the one that FLORA has just refused."""
+        self._find_new_key()
+        return bool(self._http.headers.get("authorization") != key)
 
     async def _exchange(self, call: Call) -> Answer:
         """Send the request once and read the answer, whatever its status."""

@@ -64,8 +64,10 @@ class FloraClient:
 
     `on_request(endpoint, status, seconds)` is told of every request. Tests pass a `transport`, a
     `monotonic` clock and a `sleep`; `shared_waits` is how processes with one key tell each other
-    that FLORA asked them to wait. Proxies of the environment are used, but never to this machine
-    itself. Raises `SettingsError` for a base URL or a key that cannot be right.
+    that FLORA asked them to wait. `find_new_key` is called where FLORA refuses the key, and may
+    call `rotate_key`: the request is then sent once more. Proxies of the environment are used, but
+    never to this machine itself. Raises `SettingsError` for a base URL or a key that cannot be
+    right.
     """
 
     def __init__(
@@ -81,17 +83,15 @@ class FloraClient:
         monotonic: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         shared_waits: SharedWaits | None = None,
+        find_new_key: Callable[[], object] = lambda: None,
     ) -> None:
         self._fresh = False
         self._addresses = Addresses(base_url)
         self._clock = clock
-        if not _KEY.fullmatch(api_key):
-            raise SettingsError("FLORA_API_KEY holds characters that no key has, such as spaces")
         self._http = httpx.AsyncClient(
             headers={
                 "accept": "application/json",
                 "accept-encoding": "gzip, deflate",
-                "authorization": f"Bearer {api_key}",
                 "user-agent": f"flora-run-tracker/{__version__}",
             },
             timeout=_TIMEOUT,
@@ -113,7 +113,21 @@ class FloraClient:
             monotonic=monotonic,
             sleep=sleep,
             shared=shared_waits,
+            find_new_key=find_new_key,
         )
+        self.rotate_key(api_key)
+
+    def rotate_key(self, api_key: str) -> None:
+        """Go on with another key of the same workspace, and forget that one was refused.
+
+        Raises `SettingsError` for a key that cannot be right.
+        """
+        if not _KEY.fullmatch(api_key):
+            raise SettingsError("FLORA_API_KEY holds characters that no key has, such as spaces")
+        authorization = f"Bearer {api_key}"
+        if self._http.headers.get("authorization") != authorization:
+            self._http.headers["authorization"] = authorization
+            self.breaker.accepted()
 
     def __repr__(self) -> str:
         return f"FloraClient({str(self._addresses.base)!r})"

@@ -32,6 +32,8 @@ REFUSALS: Final = (
     *("not_committed_in_time", "database_unavailable", "not_storable"),
 )
 """Why a callback is not kept: as `tracker.web.callbacks` says it."""
+AUTH_REFUSALS: Final = ("missing", "wrong", "expired", "scope", "cross_site", "not_local")
+"""Why a request is refused for who sent it: as `tracker.web.auth` says it."""
 WRITE_FAILURES: Final = ("busy", "unavailable", "outdated", "refused")
 SWEEP_RESULTS: Final = ("complete", "failed", "skipped")
 
@@ -78,6 +80,9 @@ class Work:
             *(by_workspace, "secret", "outcome"),
         )
         self._refused = count("callbacks_refused", "Callbacks that were not kept.", "reason")
+        self._auth_refused = count(
+            "auth_refused", "Requests to API, pages and metrics that were refused.", "reason"
+        )
         self._callback_seconds = measure(
             "callback_seconds", "From a callback's headers to its answer, if kept.", _QUICK
         )
@@ -124,6 +129,8 @@ class Work:
         self._taken: dict[tuple[str, int, str], Counter] = {}
         for reason in REFUSALS:
             self._refused.labels(reason)
+        for reason in AUTH_REFUSALS:
+            self._auth_refused.labels(reason)
         for reason in WRITE_FAILURES:
             self._write_failures.labels(reason)
         for source in ENDED_BY:
@@ -154,6 +161,10 @@ class Work:
     def callback_refused(self, reason: str) -> None:
         """A callback was not kept. Reasons are few, and fixed."""
         self._refused.labels(reason).inc()
+
+    def auth_refused(self, reason: str) -> None:
+        """A request was refused for who sent it. Reasons are few, and fixed."""
+        self._auth_refused.labels(reason).inc()
 
     def written(self, entries: int, seconds: float, stopped_by: Exception | None) -> None:
         """The door's hook after each attempt to commit."""

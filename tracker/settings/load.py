@@ -10,13 +10,44 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, NamedTuple
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from tracker.core.errors import SettingsError
-from tracker.settings.model import Settings, WorkspaceSettings
+from tracker.settings.model import Settings, TokenSettings, WorkspaceSettings
+
+_TABLES: Final[dict[str, type[BaseModel]]] = {
+    "workspaces": WorkspaceSettings,
+    "tokens": TokenSettings,
+}
+"""What can stand in the file alone, as `[[workspaces]]` and `[[tokens]]`."""
+
+
+FileState = tuple[int, ...] | None
+"""What tells whether a file is still the same; `None` for one that is not there."""
+
+
+class Loaded(NamedTuple):
+    """The settings, where each variable is set, and the files that they were read from.
+
+    `sources` holds "the environment" or the path of the file for each variable that is set; `files`
+    says how each file was just before it was read.
+    """
+
+    settings: Settings
+    sources: dict[str, str]
+    files: dict[Path, FileState]
+
+
+def file_state(path: Path) -> FileState:
+    """How a file is now."""
+    try:
+        stat = path.stat()
+    except (OSError, ValueError):
+        return None
+    return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
 def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
@@ -28,10 +59,10 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
     return read_settings(environ)[0]
 
 
-def read_settings(environ: Mapping[str, str] | None = None) -> tuple[Settings, dict[str, str]]:
-    """As `load_settings`, and where each variable is set: "the environment", or the file."""
+def read_settings(environ: Mapping[str, str] | None = None) -> Loaded:
+    """As `load_settings`, and where the values come from."""
     environ = os.environ if environ is None else environ
-    names = [name for name in Settings.model_fields if name != "workspaces"]
+    names = [name for name in Settings.model_fields if name not in _TABLES]
     values: dict[str, Any] = {
         name: text for name in names if (text := environ.get(name.upper(), "").strip())
     }
@@ -47,7 +78,7 @@ def read_settings(environ: Mapping[str, str] | None = None) -> tuple[Settings, d
         for name in values
     }
     try:
-        return Settings.model_validate(values), sources
+        return Loaded(Settings.model_validate(values), sources, file.states if file else {})
     except ValidationError as fault:
         faults = "; ".join(_in_words(error, file) for error in fault.errors())
     # Raised out here, because a validation error that hung on would carry the values themselves.
@@ -61,11 +92,13 @@ class _File:
         self.path = path
         self.keys: set[str] = set()
         """The keys whose values were taken from here."""
+        self.states: dict[Path, FileState] = {}
+        """How this file, and those that its values stand in, were before they were read."""
         self._environ = environ
 
     def read(self) -> dict[str, Any]:
         try:
-            return tomllib.loads(_read_text(self.path))
+            return tomllib.loads(self._read_text(self.path))
         except _UnreadableError as error:
             fault = f"which cannot be read: {error}"
         except tomllib.TOMLDecodeError as error:
@@ -95,13 +128,17 @@ class _File:
         if kind == "file":
             path = self.path.parent / Path(name).expanduser()  # an absolute path stays as it is
             try:
-                text = _read_text(path).strip()
+                text = self._read_text(path).strip()
             except _UnreadableError as error:
                 raise SettingsError(f"{where}: {path} cannot be read: {error}") from error
             if not text:
                 raise SettingsError(f"{where}: {path} is empty")
             return text
         return value
+
+    def _read_text(self, path: Path) -> str:
+        self.states[path] = file_state(path)
+        return _read_text(path)
 
 
 class _UnreadableError(Exception):
@@ -131,7 +168,8 @@ def _in_words(error: ErrorDetails, file: _File | None) -> str:
         where = str(key).upper()
     if error["type"] != "extra_forbidden":
         return f"{where} {said}"
-    known = list(WorkspaceSettings.model_fields if rest else Settings.model_fields)
+    model = _TABLES.get(str(key), Settings) if rest else Settings
+    known = list(model.model_fields)
     close = difflib.get_close_matches(str(error["loc"][-1]).lower(), known, n=1)
     hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
     return f"{where}: unknown key; {hint}"

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from datetime import timedelta
+from datetime import UTC, date, datetime, timedelta
 from typing import Annotated, Final, Literal, Self
 
 from pydantic import (
@@ -16,7 +16,9 @@ from pydantic import (
 )
 
 from tracker.core.errors import SettingsError
+from tracker.core.loopback import is_loopback_url
 from tracker.core.schedule import Policy
+from tracker.core.tokens import SHORTEST, Scope, Token, Tokens
 from tracker.settings.cron import check_cron
 from tracker.settings.values import (
     check_database_url,
@@ -50,7 +52,29 @@ def _public_root(url: str) -> str:
     return root
 
 
-Token = Annotated[SecretStr, AfterValidator(_header_safe)]
+def _long_enough(secret: SecretStr) -> SecretStr:
+    if len(secret.get_secret_value()) < SHORTEST:
+        raise ValueError(
+            f"is shorter than {SHORTEST} characters, so that it could be guessed: set it to what "
+            "`openssl rand -hex 32` prints"
+        )
+    return secret
+
+
+def _moment(value: object) -> object:
+    """A day means its first moment, UTC; TOML's dates come as dates, texts are left to pydantic."""
+    if isinstance(value, date) and not isinstance(value, datetime):
+        return datetime(value.year, value.month, value.day, tzinfo=UTC)
+    return value
+
+
+def _utc(moment: datetime) -> datetime:
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+
+
+Key = Annotated[SecretStr, AfterValidator(_header_safe)]
+AccessToken = Annotated[Key, AfterValidator(_long_enough)]
+AccessTokens = Annotated[tuple[AccessToken, ...], BeforeValidator(split_secrets)]
 Secrets = Annotated[tuple[SecretStr, ...], BeforeValidator(split_secrets)]
 Seconds = Annotated[float, BeforeValidator(_seconds)]
 Duration = Annotated[timedelta, BeforeValidator(parse_duration)]
@@ -64,8 +88,19 @@ class WorkspaceSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     id: str | None = None
-    api_key: Token | None = None
+    api_key: Key | None = None
     webhook_secrets: Secrets = ()
+
+
+class TokenSettings(BaseModel):
+    """One of `[[tokens]]`: what it is called in logs, what it may do, and until when."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    token: AccessToken
+    scopes: Annotated[frozenset[Scope], Field(min_length=1)]
+    expires: Annotated[datetime | None, BeforeValidator(_moment)] = None
 
 
 class Settings(BaseModel):
@@ -77,7 +112,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
-    flora_api_key: Token | None = None
+    flora_api_key: Key | None = None
     flora_workspace_id: str | None = None
     flora_base_url: Annotated[str, AfterValidator(check_root_url)] = "https://app.flora.ai/api/v1"
     flora_webhook_secret: Secrets = ()
@@ -85,7 +120,7 @@ class Settings(BaseModel):
         default="sqlite:///tracker.db", repr=False
     )
     tracker_public_url: Annotated[str, AfterValidator(_public_root)] | None = None
-    tracker_api_token: Token | None = None
+    tracker_api_token: AccessTokens = ()
     tracker_signature_tolerance: Annotated[Seconds, Field(ge=0)] = 900.0
     tracker_callback_grace: Annotated[Seconds, Field(ge=0)] = 30.0
     tracker_poll_interval: Annotated[Seconds, Field(gt=0)] = 5.0
@@ -96,6 +131,7 @@ class Settings(BaseModel):
     tracker_log_format: Format | None = None
     tracker_log_level: Level = "info"
     workspaces: tuple[WorkspaceSettings, ...] = ()
+    tokens: tuple[TokenSettings, ...] = ()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -115,7 +151,23 @@ class Settings(BaseModel):
                 f"workspace {twice[0]} is set more than once: leave all but one of them out "
                 "(FLORA_WORKSPACE_ID and each [[workspaces]] count)"
             )
+        names = Counter(token.name for token in self.access_tokens)
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise ValueError(f"two [[tokens]] are called {twice[0]}: names must differ")
+        if len({token.value for token in self.access_tokens}) < len(names):
+            raise ValueError(
+                "one token is set twice: each of TRACKER_API_TOKEN and [[tokens]] must be its own"
+            )
         return self
+
+    @property
+    def top_workspace(self) -> WorkspaceSettings:
+        """The workspace of the top-level names, whether or not anything is set for it."""
+        return WorkspaceSettings.model_construct(
+            id=self.flora_workspace_id,
+            api_key=self.flora_api_key,
+            webhook_secrets=self.flora_webhook_secret,
+        )
 
     @property
     def all_workspaces(self) -> tuple[WorkspaceSettings, ...]:
@@ -123,13 +175,37 @@ class Settings(BaseModel):
 
         The first is left out where nothing is set for it and there are others.
         """
-        named = WorkspaceSettings.model_construct(
-            id=self.flora_workspace_id,
-            api_key=self.flora_api_key,
-            webhook_secrets=self.flora_webhook_secret,
-        )
+        named = self.top_workspace
         given = named.id or named.api_key or named.webhook_secrets
         return (named, *self.workspaces) if given or not self.workspaces else self.workspaces
+
+    @property
+    def access_tokens(self) -> Tokens:
+        """Those of `TRACKER_API_TOKEN`, which may do everything, then those of `[[tokens]]`."""
+        everything = frozenset({Scope.ADMIN})
+        unrestricted = [
+            Token(
+                name="TRACKER_API_TOKEN" if number == 1 else f"TRACKER_API_TOKEN-{number}",
+                value=token.get_secret_value(),
+                scopes=everything,
+            )
+            for number, token in enumerate(self.tracker_api_token, start=1)
+        ]
+        restricted = [
+            Token(
+                name=one.name,
+                value=one.token.get_secret_value(),
+                scopes=one.scopes,
+                expires=one.expires and _utc(one.expires),
+            )
+            for one in self.tokens
+        ]
+        return Tokens([*unrestricted, *restricted])
+
+    @property
+    def is_public(self) -> bool:
+        """Whether `TRACKER_PUBLIC_URL` says that other machines reach this service."""
+        return self.tracker_public_url is not None and not is_loopback_url(self.tracker_public_url)
 
     @property
     def policy(self) -> Policy:
@@ -148,7 +224,10 @@ class Settings(BaseModel):
     @property
     def secret_values(self) -> frozenset[str]:
         """Every secret in clear, the database's password included, for the log to redact."""
-        secrets = [self.tracker_api_token]
+        secrets: list[SecretStr | None] = [
+            *self.tracker_api_token,
+            *(one.token for one in self.tokens),
+        ]
         for workspace in self.all_workspaces:
             secrets += [workspace.api_key, *workspace.webhook_secrets]
         clear = {secret.get_secret_value() for secret in secrets if secret is not None}

@@ -334,6 +334,19 @@ batch_rows: Final = Table(
     postgresql_with=_storage(),
 )
 
+# Signed-in browsers. Neither the cookie nor the token can be made from a row.
+sessions: Final = Table(
+    "sessions",
+    metadata,
+    Column("session_id", CleanText, primary_key=True),
+    Column("token_name", CleanText, nullable=False),
+    Column("token_digest", CleanText, nullable=False),
+    # Whether the browser came over https.
+    Column("secure", Boolean, nullable=False),
+    Column("started_at", UtcDateTime, nullable=False),
+    Column("last_used_at", UtcDateTime, nullable=False),
+)
+
 leases: Final = Table(
     "leases",
     metadata,

@@ -1,12 +1,16 @@
 """A callback arrives: authenticate, understand, commit, and only then say that it was taken."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
 
 from structlog.contextvars import bind_contextvars
 
 from tracker.core.clock import Clock
 from tracker.core.entry import TRIAL, Delivery, DeliveryOutcome
 from tracker.core.errors import SettingsError
+from tracker.flora.signature import SignatureError
 from tracker.sources import callback
 from tracker.store import read
 from tracker.store.door import Door
@@ -38,7 +42,11 @@ class Received:
 
 
 class Receiver:
-    """Takes callbacks. `tolerance` is how many seconds a signed time may be off; 0 is unchecked."""
+    """Takes callbacks. `tolerance` is how many seconds a signed time may be off; 0 is unchecked.
+
+    `find_new_secrets` is called where no secret fits, and tells whether the workspaces have others
+    by now.
+    """
 
     def __init__(
         self,
@@ -48,11 +56,12 @@ class Receiver:
         workspaces: Workspaces,
         tolerance: float,
         clock: Clock,
+        find_new_secrets: Callable[[], bool] = lambda: False,
     ) -> None:
         self._database = database
         self._door = door
         self._workspaces = workspaces
-        self._secrets = workspaces.secrets
+        self._find_new_secrets = find_new_secrets
         self._tolerance = tolerance
         self._clock = clock
 
@@ -65,14 +74,12 @@ class Receiver:
         `Flora-Webhook-Id` headers. Raises `SignatureError` (nothing is stored), `NoSecrets`, and
         `StoreUnavailable` where it could not be committed in time.
         """
-        if not self._secrets:
+        if not self._workspaces.secrets:
             raise NoSecrets(
                 "no signing secret is set, so no callback can be believed: set FLORA_WEBHOOK_SECRET"
             )
         now = self._clock()
-        secret = callback.authenticate(
-            body, signature, self._secrets, now=now, tolerance=self._tolerance
-        )
+        secret = self._authenticate(body, signature, now)
         signers = self._workspaces.signed_by(secret)
         for workspace in signers:
             delivered = callback.read(
@@ -105,6 +112,18 @@ class Receiver:
             trial=delivery.event_type == TRIAL,
             reason=delivery.reason,
         )
+
+    def _authenticate(self, body: bytes, signature: str | None, now: datetime) -> str:
+        """The secret that signed it. A rotation that has just begun must refuse nothing."""
+        authenticate = partial(
+            callback.authenticate, body, signature, now=now, tolerance=self._tolerance
+        )
+        try:
+            return authenticate(self._workspaces.secrets)
+        except SignatureError as error:
+            if error.reason != "mismatch" or not self._find_new_secrets():
+                raise
+        return authenticate(self._workspaces.secrets)
 
     async def _is_another(self, delivery: Delivery) -> bool:
         """Whether what is kept under its id, as far as it is, came with another body."""

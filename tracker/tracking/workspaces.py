@@ -49,6 +49,7 @@ class Workspaces:
 
     def __init__(self, workspaces: Sequence[Workspace]) -> None:
         self._all = tuple(workspaces)
+        self._secrets = self._all_secrets()
 
     def __iter__(self) -> Iterator[Workspace]:
         return iter(self._all)
@@ -59,6 +60,19 @@ class Workspaces:
     @property
     def secrets(self) -> list[str]:
         """Every signing secret, of all workspaces."""
+        return self._secrets
+
+    def rotate(self, slot: str, *, api_key: str | None, secrets: tuple[str, ...]) -> None:
+        """Let the workspace in that slot go on with another key and other signing secrets."""
+        workspace = self.at(slot)
+        if workspace is None:
+            return
+        workspace.secrets = secrets
+        self._secrets = self._all_secrets()
+        if workspace.client is not None and api_key is not None:
+            workspace.client.rotate_key(api_key)
+
+    def _all_secrets(self) -> list[str]:
         return [secret for workspace in self._all for secret in workspace.secrets]
 
     def signed_by(self, secret: str) -> list[Workspace]:

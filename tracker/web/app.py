@@ -11,7 +11,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from tracker.web.auth import Gate, Pass
+from tracker.core.tokens import Tokens
+from tracker.web.auth import Access, Gate
 from tracker.web.callbacks import Callbacks
 from tracker.web.dashboard.site import Dashboard
 from tracker.web.deadline import Deadline
@@ -21,7 +22,8 @@ from tracker.web.limits import Limits
 from tracker.web.metrics import MetricsText
 from tracker.web.openapi import Description
 from tracker.web.runs import Runs
-from tracker.web.services import Services
+from tracker.web.services import Rotates, Services, WebSettings
+from tracker.web.sessions import Sessions
 from tracker.web.shortcut import Shortcut
 from tracker.web.stream.endpoint import Stream
 from tracker.web.techniques import Techniques
@@ -30,22 +32,51 @@ _CALLBACKS: Final = "/callbacks/flora"
 
 
 def build_app(services: Services, *, limits: Limits | None = None) -> Starlette:
-    """The HTTP side over `services`, which whoever calls opens before and closes after it."""
+    """Everything on one port: callbacks, health, API, dashboard and metrics.
+
+    Whoever calls opens `services` before, and closes them afterwards.
+    """
     limits = limits or Limits()
-    callbacks = Callbacks(
-        services.receiver,
-        services.metrics,
-        limits=limits,
-        is_watched=services.traced(_nothing) is not _nothing,
+    access = _access(services)
+    return _private(services, access, limits, callbacks=_callbacks(services, limits))
+
+
+def build_private_app(services: Services, *, limits: Limits | None = None) -> Starlette:
+    """Everything but callbacks, which another port takes."""
+    limits = limits or Limits()
+    return _private(services, _access(services), limits)
+
+
+def build_callbacks_app(services: Services, *, limits: Limits | None = None) -> Starlette:
+    """Callbacks and health alone, which are for everybody."""
+    limits = limits or Limits()
+    return _within_the_edge(
+        services, limits, callbacks=_callbacks(services, limits), access=_access(services)
     )
-    dashboard = Dashboard(services, token=_token(services))
-    stream = Stream(services, limits=limits)
+
+
+def build_health_app(services: Services, *, limits: Limits | None = None) -> Starlette:
+    """What a process that only works shows of itself: its health and its metrics."""
+    limits = limits or Limits()
+    access = _access(services)
+    return _within_the_edge(
+        services,
+        limits,
+        MetricsText(services.metrics).routes(),
+        access=access,
+        middleware=[Middleware(Gate, access=access)],
+    )
+
+
+def _private(
+    services: Services, access: Access, limits: Limits, *, callbacks: Callbacks | None = None
+) -> Starlette:
+    dashboard = Dashboard(services, access)
+    stream = Stream(services, access, limits=limits)
     app = _within_the_edge(
         services,
         limits,
         [
-            Route(_CALLBACKS, callbacks),
-            *Health(services, limits=limits).routes(),
             *MetricsText(services.metrics).routes(),
             *Runs(services, limits=limits).routes(),
             *Techniques(services).routes(),
@@ -53,46 +84,81 @@ def build_app(services: Services, *, limits: Limits | None = None) -> Starlette:
             *stream.routes(),
             *dashboard.routes(),
         ],
-        shortcuts=[Middleware(Shortcut, path=_CALLBACKS, endpoint=callbacks)],
-        passes=dashboard.passes,
+        callbacks=callbacks,
+        access=access,
+        middleware=[
+            Middleware(Deadline, seconds=limits.answer_seconds),
+            Middleware(Gate, access=access),
+        ],
         page=dashboard.show_fault,
     )
     app.state.on_stop = stream.stop
     return app
 
 
-def build_health_app(services: Services, *, limits: Limits | None = None) -> Starlette:
-    """What a process that only works shows of itself: its health and its metrics."""
-    limits = limits or Limits()
-    return _within_the_edge(
-        services,
-        limits,
-        [*Health(services, limits=limits).routes(), *MetricsText(services.metrics).routes()],
+def _callbacks(services: Services, limits: Limits) -> Callbacks:
+    return Callbacks(
+        services.receiver,
+        services.metrics,
+        limits=limits,
+        is_watched=services.traced(_nothing) is not _nothing,
     )
 
 
-def _token(services: Services) -> str | None:
-    token = services.settings.tracker_api_token
-    return token.get_secret_value() if token else None
+def _access(services: Services) -> Access:
+    rotation = services.rotation
+    tokens = _TokensInForce(rotation)
+    return Access(
+        tokens=tokens,
+        refresh=rotation.check,
+        is_public=rotation.settings.is_public,
+        sessions=Sessions(
+            services.database,
+            tokens=tokens,
+            public_url=rotation.settings.tracker_public_url,
+            clock=services.clock,
+        ),
+        counts=services.metrics,
+        clock=services.clock,
+    )
+
+
+class _TokensInForce:
+    """Gives the tokens that are set now; they may be rotated while the process runs."""
+
+    def __init__(self, rotation: Rotates) -> None:
+        self._take(rotation.settings)
+        rotation.follow(self._take)
+
+    def _take(self, settings: WebSettings) -> None:
+        self._tokens = settings.access_tokens
+
+    def __call__(self) -> Tokens:
+        return self._tokens
 
 
 def _within_the_edge(
     services: Services,
     limits: Limits,
-    routes: list[Route],
+    routes: Sequence[Route] = (),
     *,
-    shortcuts: Sequence[Middleware] = (),
-    passes: Sequence[Pass] = (),
+    access: Access,
+    callbacks: Callbacks | None = None,
+    middleware: Sequence[Middleware] = (),
     page: Page = lambda *_: None,
 ) -> Starlette:
+    health = Health(services, access, limits=limits)
+    shortcut, receiving = [], []
+    if callbacks is not None:
+        shortcut = [Middleware(Shortcut, path=_CALLBACKS, endpoint=callbacks)]
+        receiving = [Route(_CALLBACKS, callbacks)]
     app = Starlette(
-        routes=routes,
+        routes=[*receiving, *health.routes(), *routes],
         middleware=[
             Middleware(services.traced),
             Middleware(Edge, limits=limits, page=page),
-            *shortcuts,
-            Middleware(Gate, token=_token(services), passes=passes),
-            Middleware(Deadline, seconds=limits.answer_seconds),
+            *shortcut,
+            *middleware,
         ],
         exception_handlers={HTTPException: _to_the_edge},
     )

@@ -1,87 +1,301 @@
-"""Who may see what: everything is closed but the few paths that are named open here.
+"""Who may do what: everything is closed but the few paths that are named open here.
 
-With a token set, a request has to show it (or be let in by another `Pass`, such as a sign-in's
-cookie). With none, only this machine is served: the request's `Host` has to be loopback, which
-keeps out a web page whose own name was pointed here, and nothing but the following of a link may
-come from a page of another origin, which a browser would send to loopback as readily as anywhere.
+With tokens set, a request has to show one of them, or the cookie of a browser that signed in with
+one, and the token needs the scope for what is asked. Without any, only this machine is served, and
+a request is refused where anything says that it may come from another machine:
+
+===============================  ===================================================================
+what is looked at                why
+===============================  ===================================================================
+the address that was connected   it is loopback, or other machines reach it
+`Host`                           a page whose own name was pointed at this machine sends that name
+`Forwarded`, `X-Forwarded-*`,    a proxy passes on what other machines ask
+`X-Real-IP`, `Via`
+`TRACKER_PUBLIC_URL`             other machines are meant to reach it, by whatever proxy
+`Origin`, `Sec-Fetch-*`          a browser lets any page send to loopback
+===============================  ===================================================================
+
+A proxy that adds no header, passes on a loopback `Host`, and is mentioned nowhere in the settings
+cannot be told from this machine itself.
 """
 
-import hmac
-from collections.abc import Callable, Sequence
-from hashlib import sha256
-from typing import Final
-from urllib.parse import urlsplit
+import asyncio
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
+from typing import Final, Literal, Protocol
 
+import structlog
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from tracker.core.clock import Clock
+from tracker.core.errors import StoreError
 from tracker.core.loopback import is_loopback
+from tracker.core.seldom import Seldom
+from tracker.core.tokens import Scope as TokenScope
+from tracker.core.tokens import Token, Tokens
 from tracker.web.faults import Fault
+from tracker.web.origin import (
+    SAFE,
+    from_own_page,
+    header_of,
+    host_of,
+    is_forwarded,
+    is_visit,
+    network_of,
+    peer_of,
+)
+from tracker.web.sessions import Session, Sessions
+from tracker.web.throttle import Throttle
 
-Pass = Callable[[Scope], bool]
-"""One way of being let in: whether this request shows what it takes."""
+Reason = Literal["missing", "wrong", "expired", "scope", "cross_site", "not_local"]
+"""Why a request was refused: no token, a wrong or expired one, one without the scope for it, sent
+by another site's page, or not known to come from this machine where no token is set."""
 
-SAFE: Final = frozenset({"GET", "HEAD", "OPTIONS"})
-"""The methods that change nothing."""
+EACH_BURST: Final = 10
+EACH_REFILL: Final = 6.0
+"""From one address ten wrong tokens at once, then one in six seconds; further ones are 429."""
+ALL_BURST: Final = 100
+ALL_REFILL: Final = 1.0
+"""From everywhere together a hundred, then one a second."""
 
 _OPEN: Final = frozenset({"/healthz", "/readyz"})
 _OPEN_BELOW: Final = "/callbacks/"  # FLORA has no token; its callbacks are signed
 _SIGN_IN: Final = "/login"
 _SIGN_IN_BELOW: Final = "/static/"  # the style of the sign-in's page: nothing of the database
+_STARTS: Final = re.compile(r"/api/runs(/track)?|/runs/.*/check", re.DOTALL)
+_ACTOR: Final = "tracker.actor"
+
+log = structlog.get_logger(__name__)
+
+
+class Counts(Protocol):
+    """Counts what was refused."""
+
+    def auth_refused(self, reason: Reason) -> None:
+        """A request was refused."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Actor:
+    """Who sends a request: by which token, and in which session if a browser signed in with it."""
+
+    token: Token
+    session: Session | None = None
+
+    @property
+    def name(self) -> str:
+        """The token's name; `local` where none is set."""
+        return self.token.name
+
+
+LOCAL: Final = Actor(
+    token=Token(name="local", value="", scopes=frozenset({TokenScope.ADMIN})),
+)
+"""Whoever is on this machine, where no token is set."""
+
+
+class Access:
+    """Tells who sends a request. `tokens` gives those in force, and `refresh` looks whether they
+    have just changed; `is_public` is whether `TRACKER_PUBLIC_URL` leads here from outside."""
+
+    def __init__(
+        self,
+        *,
+        tokens: Callable[[], Tokens],
+        refresh: Callable[[], bool],
+        is_public: bool,
+        sessions: Sessions,
+        counts: Counts,
+        clock: Clock,
+    ) -> None:
+        self._tokens = tokens
+        self._refresh = refresh
+        self._is_public = is_public
+        self._counts = counts
+        self._clock = clock
+        self._each = Throttle(burst=EACH_BURST, refill=EACH_REFILL)
+        self._all = Throttle(burst=ALL_BURST, refill=ALL_REFILL)
+        self._seldom = Seldom()
+        self.sessions = sessions
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether there is anything to show, and so to sign in with."""
+        return len(self._tokens()) > 0
+
+    async def actor(self, scope: Scope) -> Actor:
+        """Who sends this request.
+
+        Raises `Fault` (401, 403, 429) where it is nobody whom it is for, and `StoreUnavailable`
+        where a session cannot be looked up.
+        """
+        if not self.has_tokens:
+            if (why := self._not_local(scope)) is not None:
+                raise self._refused("not_local", scope, Fault(403, "forbidden", why))
+            return LOCAL
+        shown = _shown(scope)
+        if shown is not None:
+            return Actor(token=self.token(scope, shown))
+        session = await self.sessions.of(scope)
+        if session is None:
+            fault = Fault(
+                401,
+                "unauthorized",
+                "This needs the header Authorization: Bearer, with TRACKER_API_TOKEN or one of "
+                "the [[tokens]] that are set.",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+            raise self._refused("missing", scope, fault)
+        if not self.sessions.may_send(scope, session):
+            fault = Fault(403, "forbidden", "This was not sent by a page of this dashboard.")
+            raise self._refused("cross_site", scope, fault, token=session.token.name)
+        return Actor(token=session.token, session=session)
+
+    async def admit(self, scope: Scope, needs: TokenScope | None) -> Actor:
+        """As `actor`; raises `Fault` 403 as well where the token lacks the scope that it needs."""
+        actor = await self.actor(scope)
+        if needs is not None and not actor.token.allows(needs):
+            fault = Fault(
+                403,
+                "forbidden",
+                f"The token {actor.name} may not do this: it needs the scope {needs}.",
+            )
+            raise self._refused("scope", scope, fault, token=actor.name)
+        return actor
+
+    async def known(self, scope: Scope) -> Actor | None:
+        """As `actor`, for what is answered to everybody and in more detail to who may know."""
+        if self.has_tokens and _shown(scope) is None and not header_of(scope, b"cookie"):
+            return None
+        try:
+            return await self.actor(scope)
+        except (Fault, StoreError):
+            return None
+
+    async def holds(self, actor: Actor) -> bool:
+        """Whether what let somebody in still does, of an answer that goes on for long.
+
+        Raises `StoreUnavailable`.
+        """
+        if actor.session is not None:
+            return await self.sessions.holds(actor.session)
+        if actor is LOCAL:
+            return not self.has_tokens
+        token = self._tokens().find(actor.token.value.encode())
+        return token is not None and not token.expired(self._clock())
+
+    def token(self, scope: Scope, shown: bytes) -> Token:
+        """The token that is shown. Raises `Fault` 401, or 429 to who showed many wrong ones.
+
+        A right token is looked for first, so that other people's guesses never keep it out.
+        """
+        token = self._tokens().find(shown)
+        if token is None and self._refresh():
+            token = self._tokens().find(shown)
+        challenge = {"WWW-Authenticate": "Bearer"}
+        if token is None:
+            if (wait := self._take(network_of(scope))) > 0:
+                seconds = ceil(wait)
+                fault = Fault(
+                    429,
+                    "too_many_attempts",
+                    f"Too many wrong tokens were sent. Try again in {seconds} s; a right token is "
+                    "taken at any time.",
+                    headers={"Retry-After": str(seconds), "Connection": "close"},
+                )
+            else:
+                fault = Fault(401, "unauthorized", "The token is wrong.", headers=challenge)
+            raise self._refused("wrong", scope, fault)
+        if token.expired(self._clock()):
+            message = f"The token {token.name} has expired."
+            fault = Fault(401, "unauthorized", message, headers=challenge)
+            raise self._refused("expired", scope, fault, token=token.name)
+        return token
+
+    def _take(self, network: str) -> float:
+        """Take a wrong try; else the seconds until there is one. Who has none takes none from
+        others."""
+        wait = self._each.take(network)
+        if wait == 0 and (wait := self._all.take("")) > 0:
+            self._each.give_back(network)
+        return wait
+
+    def _refused(
+        self, reason: Reason, scope: Scope, fault: Fault, *, token: str | None = None
+    ) -> Fault:
+        """Count and log a refusal, the latter now and then."""
+        self._counts.auth_refused(reason)
+        if count := self._seldom.count(reason, now=asyncio.get_running_loop().time()):
+            log.warning(
+                "auth.refused",
+                reason=reason,
+                count=count,
+                token=token,
+                peer=peer_of(scope),
+                method=scope["method"],
+                path=scope["path"][:200],
+            )
+        return fault
+
+    def _not_local(self, scope: Scope) -> str | None:
+        """Why the request may come from elsewhere; `None` where it comes from this machine."""
+        server, host = scope.get("server"), host_of(scope)
+        if self._is_public:
+            why = "TRACKER_PUBLIC_URL is set, so that other machines reach this service."
+        elif server is None or not is_loopback(server[0]):
+            why = "It is reached by an address that other machines reach, too."
+        elif host is None or not is_loopback(host):
+            why = "This one asks for another host than localhost or a loopback address."
+        elif is_forwarded(scope):
+            why = "This one was passed on by a proxy."
+        elif not from_own_page(scope) and not is_visit(scope):
+            return (
+                "This request comes from a page of another origin. Set TRACKER_API_TOKEN and send "
+                "it to let other pages in."
+            )
+        else:
+            return None
+        return (
+            f"Without TRACKER_API_TOKEN only requests from this machine itself are served. {why} "
+            "Set TRACKER_API_TOKEN, and send it."
+        )
 
 
 class Gate:
-    """Lets a request through, or answers 401 or 403.
+    """Lets a request through as whoever sent it, or raises `Fault`: 401, 403 or 429."""
 
-    `token` is the bearer token, `None` where none is set; `passes` are the other ways in where one
-    is.
-    """
-
-    def __init__(self, app: ASGIApp, *, token: str | None, passes: Sequence[Pass] = ()) -> None:
+    def __init__(self, app: ASGIApp, *, access: Access) -> None:
         self._app = app
-        self._passes = None if token is None else (bearer(token), *passes)
+        self._access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serves one request; raises `Fault` for one that is not let in."""
+        """Serves one request."""
         if scope["type"] == "http" and not _is_open(scope["path"]):
-            if self._passes is None:
-                _only_this_machine(scope)
-            elif not _is_sign_in(scope["path"]) and not any(shows(scope) for shows in self._passes):
-                raise Fault(
-                    401,
-                    "unauthorized",
-                    "This needs the header Authorization: Bearer, with the token that "
-                    "TRACKER_API_TOKEN is set to.",
-                    headers={"WWW-Authenticate": "Bearer"},
-                )
+            for_sign_in = self._access.has_tokens and _is_sign_in(scope["path"])
+            if not for_sign_in:
+                needs = _needs(scope["method"], scope["path"])
+                scope[_ACTOR] = await self._access.admit(scope, needs)
         await self._app(scope, receive, send)
 
 
-def bearer(token: str) -> Pass:
-    """Being let in by `Authorization: Bearer <token>`."""
-    is_token = matching(token)
-
-    def shows(scope: Scope) -> bool:
-        given = header_of(scope, b"authorization")
-        if given is None:
-            return False
-        scheme, _, shown = given.partition(b" ")
-        return scheme.lower() == b"bearer" and is_token(shown.strip(b" "))
-
-    return shows
+def actor_of(scope: Scope) -> Actor:
+    """Who sent a request that was let through."""
+    actor: Actor = scope[_ACTOR]
+    return actor
 
 
-def matching(token: str) -> Callable[[bytes], bool]:
-    """Says of what is shown whether it is `token`; how long that takes tells nothing of it.
+def session_of(scope: Scope) -> Session | None:
+    """The session that let this request in; `None` where something else did."""
+    actor: Actor | None = scope.get(_ACTOR)
+    return actor.session if actor else None
 
-    Digests are compared, because of two texts that differ in length even `compare_digest` may let
-    the length be measured.
-    """
-    expected = sha256(token.encode()).digest()
 
-    def is_token(shown: bytes) -> bool:
-        return hmac.compare_digest(sha256(shown).digest(), expected)
-
-    return is_token
+def may(scope: Scope, what: TokenScope) -> bool:
+    """Whether who sent this request may do that, so that a page can offer it."""
+    actor: Actor | None = scope.get(_ACTOR)
+    return actor is not None and actor.token.allows(what)
 
 
 def _is_open(path: str) -> bool:
@@ -89,79 +303,21 @@ def _is_open(path: str) -> bool:
 
 
 def _is_sign_in(path: str) -> bool:
-    """Whether the path is needed to sign in; there is something to sign in with only where a token
-    is set."""
     return path == _SIGN_IN or path.startswith(_SIGN_IN_BELOW)
 
 
-def from_own_page(scope: Scope, *, also: str | None = None) -> bool:
-    """Whether a request comes from a page of our own, or from no page at all.
-
-    Only browsers send `Origin` and `Sec-Fetch-Site`. Ours is the `Host` that was asked, and `also`
-    where a proxy in front asks us by another name.
-    """
-    site = _headers(scope, b"sec-fetch-site")
-    if any(value not in (b"same-origin", b"none") for value in site):
-        return False
-    host = header_of(scope, b"host")
-    own = {host.lower()} if host else set()
-    if also:
-        own.add(also.encode("latin-1"))
-    origins = _headers(scope, b"origin")
-    return len(origins) <= 1 and all(
-        origin.partition(b"://")[2].lower() in own for origin in origins
-    )
-
-
-def _only_this_machine(scope: Scope) -> None:
-    host = header_of(scope, b"host")
-    name = None if host is None else _name_of(host)
-    if name is None or not is_loopback(name):
-        raise Fault(
-            403,
-            "forbidden",
-            "Without TRACKER_API_TOKEN only this machine is served, under localhost or a loopback "
-            "address. Set TRACKER_API_TOKEN to serve other hosts.",
-        )
-    if not from_own_page(scope) and not _is_visit(scope):
-        raise Fault(
-            403,
-            "forbidden",
-            "This request comes from a page of another origin. Set TRACKER_API_TOKEN and send it "
-            "to let other pages in.",
-        )
-
-
-def _is_visit(scope: Scope) -> bool:
-    """Whether somebody follows a link of another page to one of ours.
-
-    What a page of theirs loads into itself, as an image, a script or a frame, is no visit: they
-    would learn from it what there is here, and spend what FLORA lets us ask.
-    """
-    asked_by_script = bool(_headers(scope, b"origin"))
-    into = _headers(scope, b"sec-fetch-dest")  # an old browser does not say
-    return (
-        scope["method"] in SAFE and not asked_by_script and all(one == b"document" for one in into)
-    )
-
-
-def _name_of(host: bytes) -> str | None:
-    """The name in a `Host` header, without port and brackets; `None` where it is malformed."""
-    try:
-        parts = urlsplit(b"//" + host)
-        _ = parts.port  # raises where it is no port
-    except ValueError:
+def _needs(method: str, path: str) -> TokenScope | None:
+    """The scope for a request; `None` where any token will do. What nobody thought of needs all."""
+    if path == "/metrics":
+        return TokenScope.METRICS
+    if method in SAFE:
+        return TokenScope.READ
+    if path == "/logout":
         return None
-    if parts.netloc != host or parts.username is not None or parts.hostname is None:
-        return None
-    return parts.hostname.decode("latin-1")
+    return TokenScope.START if _STARTS.fullmatch(path) else TokenScope.ADMIN
 
 
-def header_of(scope: Scope, name: bytes) -> bytes | None:
-    """The value of a header that may stand once; `None` where it is missing or stands twice."""
-    values = _headers(scope, name)
-    return values[0] if len(values) == 1 else None
-
-
-def _headers(scope: Scope, name: bytes) -> list[bytes]:
-    return [value for key, value in scope["headers"] if key == name]
+def _shown(scope: Scope) -> bytes | None:
+    """The bearer token of a request; `None` where it shows none, or two."""
+    scheme, _, token = (header_of(scope, b"authorization") or b"").partition(b" ")
+    return token.strip(b" ") if scheme.lower() == b"bearer" else None

@@ -9,8 +9,8 @@ from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tracker.web.auth import SAFE
 from tracker.web.faults import unavailable
+from tracker.web.origin import SAFE
 
 _STREAM: Final = "/api/stream"
 

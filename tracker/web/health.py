@@ -11,6 +11,7 @@ from tracker.store import migrate
 from tracker.tracking.workspaces import Workspace
 from tracker.views import time_json
 from tracker.web.answers import Json
+from tracker.web.auth import Access
 from tracker.web.faults import unavailable
 from tracker.web.limits import Limits
 from tracker.web.services import Services
@@ -19,8 +20,9 @@ from tracker.web.services import Services
 class Health:
     """The two endpoints."""
 
-    def __init__(self, services: Services, *, limits: Limits) -> None:
+    def __init__(self, services: Services, access: Access, *, limits: Limits) -> None:
         self._services = services
+        self._access = access
         self._limits = limits
         self._checking: asyncio.Task[None] | None = None
 
@@ -35,8 +37,8 @@ class Health:
     async def readyz(self, request: Request) -> Response:
         """200 where the database answers and its schema is new enough, else 503 and why, in short.
 
-        A refused API key does not make the service unready, because callbacks are still taken: it
-        is told beside the status.
+        A refused API key does not make the service unready, because callbacks are still taken. Who
+        shows a token, or asks from this machine where none is set, is told it beside the status.
         """
         # Strangers may ask, and as many as like: one question to the database answers all who wait.
         if self._checking is None or self._checking.done():
@@ -50,6 +52,8 @@ class Health:
         except StoreError as error:
             # Not the driver's own words, which name the server and its user: anybody may ask.
             raise unavailable(f"{str(error).partition(':')[0]}.") from error
+        if await self._access.known(request.scope) is None:
+            return Json({"status": "ready"})
         return Json({"status": "ready", "flora": _flora(list(self._services.workspaces))})
 
     async def _check(self) -> None:

@@ -31,8 +31,7 @@ class Description:
     """The endpoint."""
 
     def __init__(self, services: Services) -> None:
-        token = services.settings.tracker_api_token
-        self._document = document(OPERATIONS, with_token=token is not None)
+        self._document = document(OPERATIONS, with_token=len(services.settings.access_tokens) > 0)
 
     def routes(self) -> list[Route]:
         """The one route."""
@@ -74,7 +73,8 @@ def document(operations: Iterable[Operation], *, with_token: bool) -> dict[str, 
             "token": {
                 "type": "http",
                 "scheme": "bearer",
-                "description": "What TRACKER_API_TOKEN is set to.",
+                "description": "TRACKER_API_TOKEN, or one of [[tokens]] with the scope read, for "
+                "what starts or tracks runs the scope start.",
             }
         }
         told["security"] = [{"token": []}]
@@ -106,7 +106,7 @@ class _Schemas:
 
 
 def _operation(operation: Operation, schemas: _Schemas, *, with_token: bool) -> dict[str, Any]:
-    refusals = {*operation.refusals, 401 if with_token else 403, 503}
+    refusals = {*operation.refusals, *((401, 403, 429) if with_token else (403,)), 503}
     told: dict[str, Any] = {
         "operationId": operation.name,
         "tags": [operation.tag],

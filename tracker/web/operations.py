@@ -68,12 +68,15 @@ REFUSALS: Final = {
     401: Refusal(
         name="Unauthorized",
         answer=_error(
-            "The token is missing or wrong.",
+            "The token is missing, wrong or expired.",
             WWW_Authenticate=("How to show it.", {"type": "string", "const": "Bearer"}),
         ),
     ),
     402: Refusal(name="NoCredits", answer=_error("FLORA: the workspace has no credits left.")),
-    403: Refusal(name="Forbidden", answer=_error("Without a token only this machine is served.")),
+    403: Refusal(
+        name="Forbidden",
+        answer=_error("The token lacks the scope; where none is set, only this machine is served."),
+    ),
     404: Refusal(name="NotFound", answer=_error("There is no such thing.")),
     408: Refusal(name="TooSlow", answer=_error("The body did not come in time.")),
     409: Refusal(
@@ -82,6 +85,13 @@ REFUSALS: Final = {
     ),
     413: Refusal(name="TooLarge", answer=_error("The body is longer than a mebibyte.")),
     422: Refusal(name="KeyConflict", answer=_error("The key was used for another body.")),
+    429: Refusal(
+        name="TooManyWrongTokens",
+        answer=_error(
+            "Too many wrong tokens came from this address; a right one is taken at any time.",
+            Retry_After=("Seconds to wait.", _SECONDS),
+        ),
+    ),
     502: Refusal(name="FloraFailed", answer=_error("FLORA cannot be used, or refuses the key.")),
     503: Refusal(name="Unavailable", answer=_error("Something is down or busy, or not set up.")),
     504: Refusal(name="FloraTimeout", answer=_error("FLORA gave no answer in time.")),

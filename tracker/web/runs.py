@@ -1,5 +1,6 @@
 """`/api/runs`: runs are started, taken over and shown."""
 
+import structlog
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -9,9 +10,11 @@ from tracker.store import read
 from tracker.tracking.start import StartRequest
 from tracker.views import event_json, run_json
 from tracker.web.answers import Json
+from tracker.web.auth import actor_of
 from tracker.web.body import read_json
 from tracker.web.faults import Fault, invalid, not_found
 from tracker.web.limits import Limits
+from tracker.web.origin import peer_of
 from tracker.web.schemas import (
     ListQuery,
     StartBody,
@@ -21,6 +24,8 @@ from tracker.web.schemas import (
     checked_query,
 )
 from tracker.web.services import Services
+
+log = structlog.get_logger(__name__)
 
 
 class Runs:
@@ -60,6 +65,13 @@ class Runs:
         run = run_json(started.record)
         if started.replayed:
             return Json(run, headers={"Idempotent-Replayed": "true"})
+        log.info(
+            "run.started",
+            run_id=started.record.run.run_id,
+            technique_id=started.record.run.technique_id,
+            token=actor_of(request.scope).name,
+            peer=peer_of(request.scope),
+        )
         return Json(run, status_code=201)
 
     async def track(self, request: Request) -> Response:

@@ -11,18 +11,24 @@ import gc
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import (
+    AbstractAsyncContextManager,
+    ExitStack,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)
+from dataclasses import dataclass
 from errno import EADDRINUSE, EADDRNOTAVAIL
 from typing import Final, Protocol, TypeVar
 
 import structlog
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tracker.core.errors import SettingsError, TrackerError
 from tracker.core.loopback import is_loopback
-from tracker.web.app import build_app
 from tracker.web.crowd import Crowd
 from tracker.web.limits import Limits
 from tracker.web.services import Services, WebSettings
@@ -51,26 +57,49 @@ class Background(Protocol):
 S = TypeVar("S", bound=Services)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where to listen, and what to serve there.
+
+    `is_open` is true where nothing of it needs a token, so that it may be reached from anywhere.
+    """
+
+    host: str
+    port: int
+    build: Callable[[Services], ASGIApp]
+    is_open: bool = False
+
+
 def serve(
     settings: WebSettings,
     open_services: Callable[[], AbstractAsyncContextManager[S]],
-    *,
-    host: str,
-    port: int,
+    *places: Place,
     worker: Callable[[S], Background] | None = None,
-    build: Callable[[S], ASGIApp] = build_app,
 ) -> int:
-    """Serves what `build` makes of the services until SIGTERM or SIGINT, then returns 0.
+    """Serves what each place builds of the services until SIGTERM or SIGINT, then returns 0.
 
-    Raises `SettingsError` where `host` may not be served without a token, `TrackerError` where the
-    address cannot be bound, and what `open_services` raises.
+    Raises `SettingsError` where an address may not be served without a token, `TrackerError` where
+    one cannot be bound, and what `open_services` raises.
     """
-    with listen(host, port, local_only=settings.tracker_api_token is None) as sockets:
+    without_token = len(settings.access_tokens) == 0
+    with ExitStack() as stack:
+        bound = [
+            stack.enter_context(
+                listen(place.host, place.port, local_only=without_token and not place.is_open)
+            )
+            for place in places
+        ]
+        sockets = [one for listeners in bound for one in listeners]
 
         @asynccontextmanager
         async def application() -> AsyncIterator[ASGIApp]:
             async with open_services() as services:
-                app = build(services)
+                app = _by_port(
+                    {
+                        listeners[0].getsockname()[1]: place.build(services)
+                        for place, listeners in zip(places, bound, strict=True)
+                    }
+                )
                 if worker is None:
                     yield app
                     return
@@ -88,9 +117,37 @@ def serve(
                 callback_url=settings.callback_url,
                 worker=worker is not None,
             )
+            if without_token and settings.is_public and not all(one.is_open for one in places):
+                log.warning(
+                    "serving.without_token",
+                    meaning="TRACKER_PUBLIC_URL is set and no token is, so only callbacks and "
+                    "health are served: set TRACKER_API_TOKEN to open dashboard, API and metrics",
+                )
 
         run(application, sockets, on_ready=say_ready)
     return 0
+
+
+class _ByPort:
+    """Hands each request to the application of the port that it came to."""
+
+    def __init__(self, apps: Mapping[int, ASGIApp]) -> None:
+        self._apps = apps
+        stops = [getattr(getattr(app, "state", None), "on_stop", None) for app in apps.values()]
+        self.state = _State(on_stop=lambda: [stop() for stop in stops if stop is not None])
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request."""
+        await self._apps[scope["server"][1]](scope, receive, send)
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    on_stop: Callable[[], object]
+
+
+def _by_port(apps: Mapping[int, ASGIApp]) -> ASGIApp:
+    return next(iter(apps.values())) if len(apps) == 1 else _ByPort(apps)
 
 
 def run(
@@ -118,7 +175,8 @@ def listen(host: str, port: int, *, local_only: bool) -> Iterator[list[socket.so
                 raise SettingsError(
                     f"TRACKER_API_TOKEN is not set, so only this machine may be served, and "
                     f"{host or 'every address'} is reached from others: set TRACKER_API_TOKEN, or "
-                    "serve on 127.0.0.1"
+                    "serve on 127.0.0.1 (callbacks alone may be served anywhere: see "
+                    "--callbacks-only and --callbacks-port)"
                 )
             chosen = sockets[0].getsockname()[1] if sockets else port
             if (listener := _bind(family, address, chosen)) is not None:
@@ -290,7 +348,7 @@ def _bind(family: socket.AddressFamily, address: str, port: int) -> socket.socke
         if number == EADDRINUSE:
             raise TrackerError(
                 f"port {port} on {address} is taken by another process: stop that one, or choose "
-                "another port with --port"
+                "another port"
             ) from error
         reason = os.strerror(number) if number else error
         raise TrackerError(f"cannot serve on {address}, port {port}: {reason}") from error

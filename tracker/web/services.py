@@ -6,11 +6,11 @@
 from collections.abc import Callable
 from typing import Protocol
 
-from pydantic import SecretStr
 from starlette.types import ASGIApp
 
 from tracker.core.clock import Clock
 from tracker.core.record import Record
+from tracker.core.tokens import Tokens
 from tracker.store.engine import Database
 from tracker.store.signals import Signals
 from tracker.store.techniques import TechniqueRow
@@ -26,8 +26,13 @@ class WebSettings(Protocol):
     """The settings that are about the HTTP side."""
 
     @property
-    def tracker_api_token(self) -> SecretStr | None:
-        """What `/api` and the pages are opened with; without one only loopback is served."""
+    def access_tokens(self) -> Tokens:
+        """What `/api`, the pages and the metrics are opened with; without any only this machine is
+        served."""
+
+    @property
+    def is_public(self) -> bool:
+        """Whether we are reached from outside."""
 
     @property
     def tracker_public_url(self) -> str | None:
@@ -40,6 +45,20 @@ class WebSettings(Protocol):
     @property
     def callback_url(self) -> str | None:
         """Where FLORA is told to post."""
+
+
+class Rotates(Protocol):
+    """The settings with the secrets that are in force."""
+
+    @property
+    def settings(self) -> WebSettings:
+        """As they are now."""
+
+    def follow(self, follower: Callable[[WebSettings], None]) -> None:
+        """Have `follower` called with them after each change."""
+
+    def check(self) -> bool:
+        """Look whether secrets have changed; whether any has."""
 
 
 class Receives(Protocol):
@@ -115,6 +134,9 @@ class Tells(Protocol):
     def callback_refused(self, reason: str) -> None:
         """Counts one that was not kept. Reasons are few, and fixed."""
 
+    def auth_refused(self, reason: str) -> None:
+        """Counts a request that was refused for who sent it. Reasons are few, and fixed."""
+
     async def exposition(self, accept: str) -> tuple[bytes, str]:
         """The text for Prometheus, and its content type."""
 
@@ -124,7 +146,11 @@ class Services(Protocol):
 
     @property
     def settings(self) -> WebSettings:
-        """The settings."""
+        """The settings that the process began with."""
+
+    @property
+    def rotation(self) -> Rotates:
+        """The secrets in force."""
 
     @property
     def database(self) -> Database:

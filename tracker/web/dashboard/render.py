@@ -14,10 +14,11 @@ from starlette.responses import Response
 
 from tracker import __version__
 from tracker.core.clock import Clock
+from tracker.core.tokens import Scope
+from tracker.web.auth import may, session_of
 from tracker.web.dashboard.assets import Assets
 from tracker.web.dashboard.outputs import Gallery
 from tracker.web.dashboard.words import FILTERS
-from tracker.web.sessions import session_of
 
 PLACES: Final = (
     ("/", "Overview"),
@@ -31,11 +32,10 @@ PLACES: Final = (
 
 
 class Renderer:
-    """Makes pages. `signs_in` says whether there is a token, and so a sign-in to be ended."""
+    """Makes pages."""
 
-    def __init__(self, assets: Assets, gallery: Gallery, *, signs_in: bool, clock: Clock) -> None:
+    def __init__(self, assets: Assets, gallery: Gallery, *, clock: Clock) -> None:
         self._clock = clock
-        self._signs_in = signs_in
         self._headers = {
             "Content-Security-Policy": _policy(gallery.plain_origin),
             "Cache-Control": "no-store",
@@ -71,7 +71,9 @@ class Renderer:
             now=self._clock(),
             path=request.url.path,
             csrf=session.csrf if session else "",
-            signed_in=self._signs_in and session is not None,
+            signed_in=session.token.name if session else None,
+            may_start=may(request.scope, Scope.START),
+            may_administer=may(request.scope, Scope.ADMIN),
             **values,
         )
         return Response(

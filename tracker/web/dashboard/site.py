@@ -8,7 +8,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import Scope
 
-from tracker.web.auth import Pass
+from tracker.web.auth import Access
 from tracker.web.dashboard.assets import Assets
 from tracker.web.dashboard.batches import BatchesPage
 from tracker.web.dashboard.deliveries import DeliveriesPage
@@ -22,7 +22,6 @@ from tracker.web.dashboard.sweeps import SweepsPage
 from tracker.web.dashboard.techniques import TechniquesPage
 from tracker.web.faults import Fault
 from tracker.web.services import Services
-from tracker.web.sessions import Sessions
 
 _FOR_PROGRAMS: Final = (
     "/api",
@@ -41,26 +40,20 @@ _TITLES: Final = {
     404: "There is nothing here",
     405: "That is not how this page is used",
     413: "That is too much",
+    429: "Too many wrong tokens",
     503: "Not available at the moment",
 }
 
 
 class Dashboard:
-    """Everything that people see. `token` is what a sign-in takes; `None` where none is set."""
+    """Everything that people see."""
 
-    def __init__(self, services: Services, *, token: str | None) -> None:
-        settings = services.settings
-        self._sessions = (
-            None
-            if token is None
-            else Sessions(token, public_url=settings.tracker_public_url, clock=services.clock)
-        )
-        gallery = Gallery(settings.flora_base_url)
+    def __init__(self, services: Services, access: Access) -> None:
+        gallery = Gallery(services.settings.flora_base_url)
+        self._access = access
         self._assets = Assets()
-        self._render = Renderer(
-            self._assets, gallery, signs_in=token is not None, clock=services.clock
-        )
-        self._sign_in = SignIn(self._render, token=token, sessions=self._sessions)
+        self._render = Renderer(self._assets, gallery, clock=services.clock)
+        self._sign_in = SignIn(self._render, access)
         self._pages = (
             OverviewPage(services, self._render),
             RunsPage(services, self._render),
@@ -79,11 +72,6 @@ class Dashboard:
             *(route for page in self._pages for route in page.routes()),
         ]
 
-    @property
-    def passes(self) -> tuple[Pass, ...]:
-        """How a signed-in browser is let in."""
-        return () if self._sessions is None else (self._sessions.lets_in,)
-
     def show_fault(self, scope: Scope, fault: Fault) -> Response | None:
         """An error as a page; `None` where it is not a browser that asks.
 
@@ -93,7 +81,7 @@ class Dashboard:
         if any(path == each or path.startswith(f"{each}/") for each in _FOR_PROGRAMS):
             return None
         request = Request(scope)
-        if fault.status == 401 and self._sessions is not None:
+        if fault.status == 401 and self._access.has_tokens:
             return self._to_sign_in(request)
         if "text/html" not in request.headers.get("accept", ""):
             return None

@@ -12,6 +12,7 @@ from starlette.routing import Route
 
 from tracker.core.errors import StoreError
 from tracker.core.run import RunStatus
+from tracker.web.auth import Access, Actor, actor_of
 from tracker.web.limits import Limits
 from tracker.web.schemas import Filter, checked, checked_query
 from tracker.web.services import Services
@@ -53,7 +54,8 @@ class StreamQuery(BaseModel):
 class Stream:
     """`GET /api/stream`."""
 
-    def __init__(self, services: Services, *, limits: Limits) -> None:
+    def __init__(self, services: Services, access: Access, *, limits: Limits) -> None:
+        self._access = access
         self._limits = limits
         self._stopping = asyncio.Event()
         self._broadcaster = Broadcaster(
@@ -88,14 +90,16 @@ class Stream:
         if last is None:
             reader.go_live(self._broadcaster.told_upto)
         return EventStream(
-            self._frames(reader, last),
+            self._frames(reader, last, actor_of(request.scope)),
             stopping=self._stopping,
             on_close=reader.close,
         )
 
-    async def _frames(self, reader: Reader, last: int | None) -> AsyncIterator[bytes]:
+    async def _frames(self, reader: Reader, last: int | None, actor: Actor) -> AsyncIterator[bytes]:
+        """Until the reader leaves, its time is over, or it has signed out or lost its token."""
         loop = asyncio.get_running_loop()
-        until = loop.time() + self._limits.stream_seconds
+        checked = loop.time()
+        until = checked + self._limits.stream_seconds
         try:
             if last is None:
                 yield greeting(reader.position)
@@ -106,6 +110,10 @@ class Stream:
                 piece = await reader.next(min(wait, self._limits.stream_heartbeat))
                 if piece is None:
                     return
+                if loop.time() - checked >= self._limits.stream_heartbeat:
+                    checked = loop.time()
+                    if not await self._access.holds(actor):
+                        return
                 yield piece or heartbeat(reader.position)
         except StoreError as error:
             # The reader comes back, and is told then that the database is down.
