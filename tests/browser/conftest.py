@@ -23,13 +23,15 @@ from pydantic import SecretStr
 from tests.support.databases import sqlite_url_of
 from tests.web.dashboard.hostile import attack
 from tests.web.serving import serving
-from tracker.settings import Settings
+from tracker.core.tokens import Scope
+from tracker.settings import Settings, TokenSettings
 from tracker.simulator import Options, Simulator, running
 from tracker.web.app import build_app
 from tracker.wiring import Services, open_services
 from tracker.worker.scheduler import Worker
 
 TOKEN: Final = "a-token-of-the-tests"
+READER: Final = "a-token-that-only-reads"
 CHROMIUM: Final = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS: Final = [
     "--no-sandbox",
@@ -114,6 +116,7 @@ async def _served(path: Path, flora: Simulator) -> AsyncIterator[Stage]:
         tracker_database_url=sqlite_url_of(path),
         tracker_public_url=f"http://127.0.0.1:{port}",
         tracker_api_token=SecretStr(TOKEN),
+        tokens=(TokenSettings(name="producer", token=SecretStr(READER), scopes={Scope.READ}),),
         flora_api_key=SecretStr(options.api_key),
         flora_webhook_secret=options.webhook_secret,
         flora_base_url=flora.base_url,
@@ -174,10 +177,10 @@ async def _only_this_machine(route: Route) -> None:
         await route.abort()
 
 
-async def sign_in(page: Page, url: str) -> None:
+async def sign_in(page: Page, url: str, token: str = TOKEN) -> None:
     """Sign in by the form, and wait for the page behind it and its scripts."""
     await page.goto(url)
-    await page.fill("#token", TOKEN)
+    await page.fill("#token", token)
     await page.keyboard.press("Enter")
     await page.wait_for_selector("#live")
     await page.wait_for_load_state("load")  # its scripts are there: what is done now is answered

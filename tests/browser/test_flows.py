@@ -6,7 +6,7 @@ import re
 import pytest
 from playwright.async_api import expect
 
-from tests.browser.conftest import TOKEN, OpenPage, Stage, sign_in
+from tests.browser.conftest import READER, TOKEN, OpenPage, Stage, sign_in
 from tracker.core.clock import utc_now
 from tracker.core.entry import Delivered, Delivery, DeliveryOutcome
 from tracker.store import read
@@ -35,7 +35,7 @@ async def test_signing_in_and_out(stage: Stage, open_page: OpenPage) -> None:
     await expect(page.get_by_label("Token")).to_be_focused()
     await page.keyboard.type("wrong")
     await page.keyboard.press("Enter")
-    await expect(page.get_by_role("alert")).to_contain_text("not the token")
+    await expect(page.get_by_role("alert")).to_contain_text("The token is wrong")
     await page.get_by_label("Token").fill(TOKEN)
     await page.get_by_role("button", name="Sign in").click()
     await expect(page).to_have_url(f"{stage.url}/runs?state=failed")
@@ -44,6 +44,36 @@ async def test_signing_in_and_out(stage: Stage, open_page: OpenPage) -> None:
     await page.goto(f"{stage.url}/runs")
     await expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
     assert (watched.dialogs, watched.refused) == ([], [])
+
+
+async def test_signing_out_ends_a_copied_cookie(stage: Stage, open_page: OpenPage) -> None:
+    """A copy of the cookie in another browser opens what the first one sees, until that signs
+    out."""
+    first, second = await open_page(), await open_page()
+    await sign_in(first.page, stage.url)
+    await second.page.context.add_cookies(await first.page.context.cookies())
+    await second.page.goto(f"{stage.url}/runs")
+    await expect(second.page.get_by_role("heading", name="Runs", exact=True)).to_be_visible()
+    await first.page.get_by_role("button", name="Sign out").click()
+    await expect(first.page).to_have_url(f"{stage.url}/login")
+    await second.page.reload()
+    await expect(second.page.get_by_role("heading", name="Sign in")).to_be_visible()
+    answer = await second.page.request.get(f"{stage.url}/api/runs")
+    assert answer.status == 401
+    first.assert_quiet()
+
+
+async def test_who_may_only_read_is_offered_nothing_else(stage: Stage, open_page: OpenPage) -> None:
+    """A token with the scope `read` signs in, sees runs and their outputs, and no button that it
+    may not press."""
+    run_id = await start(stage)
+    watched = await open_page()
+    page = watched.page
+    await sign_in(page, f"{stage.url}/runs/{run_id}", READER)
+    await expect(page.get_by_role("button", name="Sign out")).to_be_visible()
+    await expect(page.locator(".summary .pill")).to_have_text("completed")
+    await expect(page.get_by_role("button", name="Check now")).to_have_count(0)
+    watched.assert_quiet()
 
 
 async def test_a_run_is_followed_to_its_end_live(stage: Stage, open_page: OpenPage) -> None:

@@ -8,7 +8,10 @@ from tests.cli.conftest import Commands
 from tests.support.waiting import free_port
 
 COMMANDS = {
-    "serve": ["--host", "--port", "--no-worker"],
+    "serve": [
+        *("--host", "--port", "--no-worker"),
+        *("--callbacks-only", "--callbacks-port", "--callbacks-host"),
+    ],
     "worker": ["--port"],
     "reconcile": ["--since", "--json"],
     "poll": ["--json"],
@@ -98,6 +101,9 @@ def test_version_is_shown(tracker: Commands) -> None:
         ("simulate --drop 3", "--drop: 3 is not a share"),
         ("simulate --speed 0", "speed"),
         ("serve --port 70000", "--port"),
+        ("serve --callbacks-only --callbacks-port 8081", "exclude each other"),
+        ("serve --callbacks-host 0.0.0.0", "--callbacks-host needs --callbacks-port"),
+        ("serve --port 8081 --callbacks-port 8081", "must differ"),
         ("poll now", "unexpected extra argument"),
     ],
 )
@@ -120,6 +126,12 @@ def test_wrong_usage_is_status_2(tracker: Commands, arguments: str, said: str) -
         ("runs list", {"FLORA_BASE_URL": "http://example.org"}, "FLORA_BASE_URL must begin with"),
         ("db current", {"TRACKER_CONFIG": "gone.toml"}, "TRACKER_CONFIG names gone.toml"),
         ("serve --host 0.0.0.0 --port 0", {}, "TRACKER_API_TOKEN is not set"),
+        (
+            "serve --host 0.0.0.0 --port 0 --callbacks-port 0 --callbacks-host 127.0.0.1",
+            {},
+            "TRACKER_API_TOKEN is not set",
+        ),
+        ("serve --port 0", {"TRACKER_API_TOKEN": "a"}, "TRACKER_API_TOKEN is shorter than 16"),
     ],
 )
 def test_missing_and_wrong_settings_are_status_2(

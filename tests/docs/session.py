@@ -20,7 +20,7 @@ SIMULATOR: Final = {
 SECRETS: Final = {
     "flora_api_key": "sk_test_simulator",
     "flora_webhook_secret": "whsec_simulator",
-    "tracker_api_token": "a-token-for-tests",
+    "tracker_api_token": "a-token-of-the-tests",
 }
 """What stands in the files that an example's settings read."""
 SERVICES: Final = ("tracker simulate", "tracker serve", "tracker worker")

@@ -18,7 +18,7 @@ from tracker.doctor import Level, database, delivery, examination, flora, thread
 from tracker.doctor.finding import Name
 
 DOCS = Path(__file__).parents[2] / "docs" / "doctor.md"
-MARKED = "marked-secret"
+MARKED = "marked-secret-of-the-tests"
 
 
 def test_a_broken_deployment_is_status_1_and_shows_no_secret(tracker: Commands) -> None:

@@ -32,7 +32,7 @@ async def kept(url: str) -> int:
 
 async def _way(environ: dict[str, str]) -> Report:
     """What is found of the way that callbacks take."""
-    settings, _ = read_settings(environ)
+    settings = read_settings(environ).settings
     url = DatabaseUrl.parse(settings.tracker_database_url)
     looking = asyncio.create_task(database.look(url, clock=utc_now))
     findings = await public.look(settings, looking, clock=utc_now)

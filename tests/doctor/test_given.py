@@ -1,5 +1,6 @@
 """The settings: what they tell by themselves."""
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,12 @@ from tracker.doctor import Level, given
 from tracker.settings import read_settings
 
 SECRET = "whsec_0123456789"
+NOW = datetime(2027, 3, 1, 12, tzinfo=UTC)
 PUBLIC = "https://tracker.example.com"
 
 
 def _given(**environ: str) -> Report:
-    return Report({one.name: one for one in given.look(*read_settings(environ))})
+    return Report({one.name: one for one in given.look(*read_settings(environ)[:2], now=NOW)})
 
 
 def test_where_each_setting_comes_from_is_told(tmp_path: Path) -> None:
@@ -67,13 +69,33 @@ def test_a_tolerance_that_refuses_the_last_attempt_is_a_warning(seconds: str, le
     [
         ({}, "ok"),
         ({"TRACKER_PUBLIC_URL": "http://localhost:8080"}, "ok"),
-        ({"TRACKER_PUBLIC_URL": PUBLIC}, "warning"),
-        ({"TRACKER_API_TOKEN": "secret", "TRACKER_PUBLIC_URL": PUBLIC}, "warning"),
+        ({"TRACKER_PUBLIC_URL": PUBLIC}, "failed"),
         ({"TRACKER_API_TOKEN": "a" * 32, "TRACKER_PUBLIC_URL": PUBLIC}, "ok"),
     ],
 )
-def test_a_service_that_is_public_wants_a_token_that_is_long(
-    environ: dict[str, str], level: str
-) -> None:
-    """Where only this machine is served none is needed."""
+def test_a_service_that_is_public_needs_a_token(environ: dict[str, str], level: str) -> None:
+    """Without one it refuses everybody; where only this machine is served none is needed."""
     assert _given(**environ)["token"].level == level
+
+
+@pytest.mark.parametrize(
+    ("expires", "level", "seen"),
+    [
+        ("2027-06-01", "ok", "grafana (read)"),
+        ("2027-03-10", "warning", "Expires within 14 days: grafana"),
+        ("2027-03-01", "warning", "Expired and refused: grafana"),
+    ],
+)
+def test_a_token_is_renewed_before_it_expires(
+    tmp_path: Path, expires: str, level: str, seen: str
+) -> None:
+    """One that expires soon, or has, is named; its value is not shown."""
+    file = tmp_path / "tracker.toml"
+    file.write_text(
+        f'[[tokens]]\nname = "grafana"\ntoken = "{"g" * 20}"\nscopes = ["read"]\n'
+        f"expires = {expires}\n"
+    )
+    found = _given(TRACKER_CONFIG=str(file))["token"]
+    assert found.level == level
+    assert seen in found.seen
+    assert "g" * 20 not in found.seen + found.advice

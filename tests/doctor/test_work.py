@@ -142,7 +142,7 @@ async def test_test_deliveries_that_were_left_are_taken_out_and_nothing_else_is(
 
     old, new = f"{TRIAL_IDS}{'f' * 24}", f"{TRIAL_IDS}{'0' * 24}"
     others = [f"{TRIAL_IDS}a", "whd_a", "whd_z"]
-    settings, _ = read_settings({"TRACKER_DATABASE_URL": database_url})
+    settings = read_settings({"TRACKER_DATABASE_URL": database_url}).settings
     async with open_services(settings) as services:
         await services.door.put(put(old, TRIAL, 2))
         await services.door.put(put(new, TRIAL, 0))

@@ -68,7 +68,7 @@ def test_a_target_can_fail(target: str, data: bytes, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(parsers, "verify", lambda *_, **__: 1)
     monkeypatch.setattr(served.reference, "_name", lambda _: "another id")
     monkeypatch.setattr(parsers, "clean_observation", lambda seen: object())
-    monkeypatch.setattr(served, "TOKEN", "Token")  # a word of the page
+    monkeypatch.setattr(served, "TOKEN", "TRACKER_API_TOKEN")  # the page names it
     with opened(target) as check, pytest.raises(AssertionError):
         check(data)
 

@@ -13,10 +13,10 @@ from tests.web.streaming import following
 from tracker.core.clock import utc_now
 from tracker.core.entry import Seen
 from tracker.core.observation import Observation, Source
+from tracker.core.tokens import Scope, Token, Tokens
 from tracker.store import read
 from tracker.web.app import build_app
-from tracker.web.auth import matching
-from tracker.web.dashboard.signin import EACH_BURST
+from tracker.web.auth import EACH_BURST
 
 MARK = "run_that_only_we_may_see"
 CLOSED = ("api/runs", f"api/runs/{MARK}", f"runs/{MARK}", "runs", "metrics", "openapi.json")
@@ -115,7 +115,6 @@ async def test_forwarded_headers_are_not_believed(
     for target in ("/", "/api/runs", "/metrics", "http://localhost/api/runs"):
         answer = await _ask(small_site, _get(target, *headers, host="evil.example"))
         assert answer.status in (400, 403), target
-        assert (await _ask(small_site, _get("/api/runs", *headers))).status == 200
 
 
 async def test_a_forwarded_address_is_not_another_guesser(serve: Serve, sqlite_url: str) -> None:
@@ -231,7 +230,7 @@ async def test_no_other_page_loads_anything_into_itself(small_site: Site, path: 
 
 
 def test_how_long_a_comparison_takes_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is compared with the token's digest is a digest as well, whatever was shown."""
+    """What is compared with each token's digest is a digest as well, whatever was shown."""
     compared: list[tuple[bytes, bytes]] = []
     real = hmac.compare_digest
 
@@ -240,9 +239,10 @@ def test_how_long_a_comparison_takes_tells_nothing(monkeypatch: pytest.MonkeyPat
         return real(one, other)
 
     monkeypatch.setattr(hmac, "compare_digest", watched)
-    is_token = matching(TOKEN)
-    assert is_token(TOKEN.encode())
+    token = Token(name="only", value=TOKEN, scopes=frozenset({Scope.ADMIN}))
+    tokens = Tokens([token, Token(name="other", value="o" * 99, scopes=frozenset())])
+    assert tokens.find(TOKEN.encode()) is token
     for shown in (b"", b"a", TOKEN[:-1].encode(), TOKEN.encode() + b"x", b"x" * 100_000, b"\xff\0"):
-        assert not is_token(shown)
+        assert tokens.find(shown) is None
     assert {len(text) for pair in compared for text in pair} == {32}
     assert not any(TOKEN.encode() in pair for pair in compared)

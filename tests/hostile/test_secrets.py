@@ -32,9 +32,9 @@ from tracker.settings import load_settings
 from tracker.web.app import build_app
 from tracker.wiring import open_services
 
-KEY, TOKEN, PASSWORD = "marked-flora-key", "marked-api-token", "marked-p%40ssword"
+KEY, TOKEN, PASSWORD = "marked-flora-key", "marked-api-token-of-the-tests", "marked-p%40ssword"
 SECRETS = ("marked-webhook-one", "marked-webhook-two")
-MARKED = re.compile(rb"marked-(flora-key|api-token|p(%40|@)ssword|webhook-(one|two))")
+MARKED = re.compile(rb"marked-(flora-key|api-token-of-the-tests|p(%40|@)ssword|webhook-(one|two))")
 """None has the shape of a secret, so that nothing knows it by that."""
 NOT_FOUND = answer(b'{"error": {"code": "not_found", "message": "no"}}', "404 Not Found")
 PAGES = ("/", "/runs", "/runs/run_1", "/deliveries", "/deliveries/whd_run_1", "/techniques")

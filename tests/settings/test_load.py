@@ -1,12 +1,13 @@
 """Where settings come from: environment over file, references, and errors that say where."""
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
 
 from tracker.core.errors import SettingsError
+from tracker.core.tokens import Scope
 from tracker.settings import Settings, load_settings
 
 
@@ -105,7 +106,7 @@ def test_values_of_the_file_may_stand_elsewhere(config: Path) -> None:
     (config.parent / "secrets").mkdir()
     (config.parent / "secrets" / "hooks").write_text("whsec_1\nwhsec_2\n")
     absolute = config.parent / "token"
-    absolute.write_text("hunter2hunter2\n")
+    absolute.write_text("hunter2-hunter2-hunter2\n")
     config.write_text(
         f'flora_api_key = "env:KEY_A"\ntracker_api_token = "file:{absolute}"\n'
         'flora_workspace_id = "ws_a"\n'
@@ -120,7 +121,7 @@ def test_values_of_the_file_may_stand_elsewhere(config: Path) -> None:
     assert (first.id, first.api_key) == ("ws_a", SecretStr("sk_a"))
     assert (second.id, second.api_key) == ("ws_b", SecretStr("sk_b"))
     assert clear(second.webhook_secrets) == ["whsec_1", "whsec_2", "whsec_3"]
-    assert settings.tracker_api_token == SecretStr("hunter2hunter2")
+    assert settings.tracker_api_token == (SecretStr("hunter2-hunter2-hunter2"),)
 
 
 @pytest.mark.parametrize(
@@ -148,6 +149,33 @@ def test_values_of_the_file_may_stand_elsewhere(config: Path) -> None:
         ('[[workspaces]]\nid = "a"\n[[workspaces]]\n', "each needs its id"),
         ('flora_api_key = "sk"\n[[workspaces]]\nid = "a"', "FLORA_WORKSPACE_ID for the one"),
         ("flora_api_key = ", "TRACKER_CONFIG names {path}, which is not valid TOML"),
+        ("tracker_api_token = 'a'", "tracker_api_token[0] in {path} is shorter than 16 characters"),
+        (
+            '[[tokens]]\nname = "a"\ntoken = "0123456789abcdef"\nscope = ["read"]',
+            "tokens[0].scope in {path}: unknown key; did you mean scopes?",
+        ),
+        (
+            '[[tokens]]\nname = "a"\ntoken = "0123456789abcdef"\nscopes = ["write"]',
+            "must be 'read', 'metrics', 'start' or 'admin'",
+        ),
+        (
+            '[[tokens]]\nname = "a"\ntoken = "0123456789abcdef"\nscopes = []',
+            "tokens[0].scopes in {path}",
+        ),
+        (
+            '[[tokens]]\nname = "a b"\ntoken = "0123456789abcdef"\nscopes = ["read"]',
+            "tokens[0].name in {path} must be 1 to 64 of",
+        ),
+        (
+            'tracker_api_token = "0123456789abcdef"\n'
+            '[[tokens]]\nname = "a"\ntoken = "0123456789abcdef"\nscopes = ["read"]',
+            "one token is set twice",
+        ),
+        (
+            '[[tokens]]\nname = "a"\ntoken = "0123456789abcdef"\nscopes = ["read"]\n'
+            '[[tokens]]\nname = "a"\ntoken = "0123456789abcdeg"\nscopes = ["read"]',
+            "two [[tokens]] are called a",
+        ),
     ],
 )
 def test_a_fault_in_the_file_is_named_with_its_key_and_the_file(
@@ -202,7 +230,7 @@ def test_a_settings_value_shows_no_secret() -> None:
         {
             "FLORA_API_KEY": "sk_live_hunter2",
             "FLORA_WEBHOOK_SECRET": "whsec_hunter2",
-            "TRACKER_API_TOKEN": "hunter2",
+            "TRACKER_API_TOKEN": "hunter2-hunter2-hunter2",
             "TRACKER_DATABASE_URL": "postgresql://u:hun%74er2@h/d?password=third",
         }
     )
@@ -211,6 +239,7 @@ def test_a_settings_value_shows_no_secret() -> None:
     assert settings.secret_values == {
         "sk_live_hunter2",
         "whsec_hunter2",
+        "hunter2-hunter2-hunter2",
         "hunter2",
         "hun%74er2",
         "third",
@@ -232,3 +261,42 @@ def test_there_is_always_a_workspace() -> None:
     with pytest.raises(SettingsError, match="FLORA_API_KEY is not set"):
         settings.require_api_key()
     load_settings({"FLORA_API_KEY": "sk_1"}).require_api_key()
+
+
+def test_tokens_are_read(config: Path) -> None:
+    """Those of `TRACKER_API_TOKEN` may do everything; a day is its first moment, UTC."""
+    config.write_text(
+        '[[tokens]]\nname = "prometheus"\ntoken = "env:SCRAPER"\nscopes = ["metrics"]\n'
+        '[[tokens]]\nname = "producer"\ntoken = "the-producers-token"\n'
+        'scopes = ["read"]\nexpires = 2027-01-31\n'
+        '[[tokens]]\nname = "robot"\ntoken = "the-robots-token-1"\n'
+        'scopes = ["start", "metrics"]\nexpires = "2027-01-31T12:00:00+02:00"\n'
+    )
+    first, second, prometheus, producer, robot = load_settings(
+        {
+            "TRACKER_CONFIG": str(config),
+            "SCRAPER": "the-scrapers-token",
+            "TRACKER_API_TOKEN": "the-first-one-of-all, the-second-one-of-all",
+        }
+    ).access_tokens
+    assert (first.name, second.name) == ("TRACKER_API_TOKEN", "TRACKER_API_TOKEN-2")
+    assert all(first.allows(scope) and second.allows(scope) for scope in Scope)
+    assert [scope for scope in Scope if prometheus.allows(scope)] == [Scope.METRICS]
+    assert [scope for scope in Scope if producer.allows(scope)] == [Scope.READ]
+    assert [scope for scope in Scope if robot.allows(scope)] == [
+        Scope.READ,
+        Scope.METRICS,
+        Scope.START,
+    ]
+    assert prometheus.value == "the-scrapers-token"
+    assert (prometheus.expires, producer.expires) == (None, datetime(2027, 1, 31, tzinfo=UTC))
+    assert robot.expires == datetime(2027, 1, 31, 10, tzinfo=UTC)
+    assert "token" not in repr(robot).replace("Token(", "")
+
+
+@pytest.mark.parametrize("token", ["a", "0123456789abcde", "0123456789abcdef,a"])
+def test_a_short_token_is_refused(token: str) -> None:
+    """One that can be guessed is no token; the message says what to set it to."""
+    message = refusal({"TRACKER_API_TOKEN": token})
+    assert message.startswith("TRACKER_API_TOKEN is shorter than 16 characters")
+    assert "openssl rand -hex 32" in message

@@ -1,27 +1,76 @@
 """Who may see what: closed by default, open where FLORA and a load balancer have to come in."""
 
+import json
+from collections.abc import Iterable
+from datetime import timedelta
+
 import httpx
 import pytest
 from starlette.types import Receive, Scope, Send
 
+from tests.support.scraping import read_scrape
+from tests.web.callbacks import PATH, event, signed
 from tests.web.conftest import Serve
+from tests.web.flora import START, with_flora
+from tests.web.streaming import following
+from tracker.core.clock import utc_now
+from tracker.core.tokens import Scope as TokenScope
+from tracker.core.tokens import Token, Tokens
+from tracker.settings import TokenSettings
 from tracker.web.answers import Json
-from tracker.web.auth import Gate
+from tracker.web.auth import ALL_BURST, EACH_BURST, Access, Gate
 from tracker.web.edge import Edge
 from tracker.web.limits import Limits
+from tracker.web.sessions import Sessions
 
 TOKEN = "a-token-of-the-tests"
 CLOSED = ["/api/runs", "/api/anything", "/", "/metrics", "/openapi.json", "/healthz/", "//healthz"]
-OPEN = ["/healthz", "/readyz", "/callbacks/flora"]
+OPEN = ["/healthz", "/readyz", "/callbacks/flora", "/callbacks/flora/some-token"]
 
 
 async def _inside(scope: Scope, receive: Receive, send: Send) -> None:
     await Json({"inside": True})(scope, receive, send)
 
 
-def _client(token: str | None, **more: object) -> httpx.AsyncClient:
-    gate = Gate(_inside, token=token, **more)  # type: ignore[arg-type]
-    transport = httpx.ASGITransport(Edge(gate, limits=Limits()))
+class _NotCounted:
+    def auth_refused(self, reason: str) -> None:
+        """Does nothing."""
+
+
+def _token(name: str, *scopes: str, value: str = TOKEN, **more: object) -> Token:
+    return Token(
+        name=name,
+        value=value,
+        scopes=frozenset(map(TokenScope, scopes or ["admin"])),
+        **more,  # type: ignore[arg-type]
+    )
+
+
+def _client(
+    tokens: str | Iterable[Token] | None,
+    *,
+    is_public: bool = False,
+    client: tuple[str, int] = ("127.0.0.1", 123),
+) -> httpx.AsyncClient:
+    """A client of a gate with these tokens; of a session's database nothing is asked."""
+    given = [_token("only", value=tokens)] if isinstance(tokens, str) else tokens or ()
+    in_force = Tokens(given)
+    access = Access(
+        tokens=lambda: in_force,
+        refresh=lambda: False,
+        is_public=is_public,
+        sessions=Sessions(
+            None,  # type: ignore[arg-type]
+            tokens=lambda: in_force,
+            public_url=None,
+            clock=utc_now,
+        ),
+        counts=_NotCounted(),
+        clock=utc_now,
+    )
+    transport = httpx.ASGITransport(
+        Edge(Gate(_inside, access=access), limits=Limits()), client=client
+    )
     return httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
 
@@ -74,18 +123,6 @@ async def test_two_tokens_are_none() -> None:
     async with _client(TOKEN) as client:
         headers = [("Authorization", f"Bearer {TOKEN}"), ("Authorization", "Bearer other")]
         assert (await client.get("/api/runs", headers=headers)).status_code == 401
-
-
-async def test_another_pass_lets_in_as_well() -> None:
-    """A sign-in can be added beside the token; without a token there is nothing to sign in with."""
-
-    def by_cookie(scope: Scope) -> bool:
-        return (b"cookie", b"signed-in") in scope["headers"]
-
-    async with _client(TOKEN, passes=[by_cookie]) as client:
-        answer = await client.get("/api/runs", headers={"Cookie": "signed-in"})
-        assert answer.status_code == 200
-        assert (await client.get("/api/runs")).status_code == 401
 
 
 @pytest.mark.parametrize(
@@ -144,6 +181,251 @@ async def test_without_a_token_another_page_asks_for_nothing(
         headers = [("Host", "localhost:8000"), *(("Origin", origin) for origin in origins)]
         answer = await client.request(method, "/api/runs", headers=headers)
         assert answer.status_code == status
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        ("Forwarded", "for=198.51.100.7"),
+        ("X-Forwarded-For", "127.0.0.1"),
+        ("X-Forwarded-Proto", "https"),
+        ("X-Forwarded-Anything", ""),
+        ("X-Real-IP", "127.0.0.1"),
+        ("Via", "1.1 proxy"),
+    ],
+)
+async def test_without_a_token_what_a_proxy_passes_on_is_refused(header: tuple[str, str]) -> None:
+    """A proxy on this machine asks under a loopback name, for others: they need a token."""
+    async with _client(None) as client:
+        assert (await client.get("/api/runs")).status_code == 200
+        answer = await client.get("/api/runs", headers=[header])
+        assert answer.status_code == 403
+        assert "TRACKER_API_TOKEN" in answer.json()["error"]["message"]
+    async with _client(TOKEN) as client:
+        shown = [header, ("Authorization", f"Bearer {TOKEN}")]
+        assert (await client.get("/api/runs", headers=shown)).status_code == 200
+
+
+async def test_without_a_token_only_a_loopback_address_is_served() -> None:
+    """Whatever `Host` says: the address that was connected to may be reached from elsewhere."""
+    async with _client(None) as client:
+        answer = await client.get("http://192.0.2.1/api/runs", headers={"Host": "localhost"})
+        assert answer.status_code == 403
+
+
+@pytest.mark.parametrize("path", CLOSED)
+async def test_a_public_url_without_a_token_closes_everything(path: str) -> None:
+    """Other machines are meant to reach it, by a proxy that need not show itself."""
+    async with _client(None, is_public=True) as client:
+        answer = await client.get(path)
+        assert answer.status_code == 403
+        assert "TRACKER_API_TOKEN" in answer.json()["error"]["message"]
+        for path in OPEN:
+            assert (await client.get(path)).status_code == 200
+
+
+@pytest.mark.parametrize("public", ["https://tracker.example.com", None])
+async def test_a_bare_proxy_in_front_does_not_open_it(
+    serve: Serve, database_url: str, public: str | None
+) -> None:
+    """A proxy that sends a loopback `Host` and names whom it asks for lets nobody in, and nothing
+    is started; callbacks and health pass."""
+    headers = {} if public else {"X-Forwarded-For": "198.51.100.7"}
+    async with serve(database_url, tracker_public_url=public) as site:
+        for path in ("/", "/api/runs", "/metrics", "/openapi.json", "/login", "/static/style.css"):
+            answer = await site.client.get(path, headers=headers)
+            assert answer.status_code == 403, path
+        started = await site.client.post("/api/runs", json=START, headers=headers)
+        assert started.status_code == 403
+        assert "TRACKER_API_TOKEN" in started.json()["error"]["message"]
+        body = event()
+        taken = await site.client.post(PATH, content=body, headers=signed(body) | headers)
+        assert taken.status_code == 200
+        ready = await site.client.get("/readyz", headers=headers)
+        assert (ready.status_code, ready.json()) == (200, {"status": "ready"})
+
+
+GET, POST = "GET", "POST"
+
+
+@pytest.mark.parametrize(
+    ("scope", "allowed"),
+    [
+        ("read", {(GET, "/"), (GET, "/api/runs"), (GET, "/openapi.json"), (GET, "/api/stream")}),
+        ("metrics", {(GET, "/metrics")}),
+        (
+            "start",
+            {
+                *[(GET, "/"), (GET, "/api/runs"), (GET, "/openapi.json"), (GET, "/api/stream")],
+                *[(POST, "/api/runs"), (POST, "/api/runs/track"), (POST, "/runs/a/b/check")],
+            },
+        ),
+        (
+            "admin",
+            {
+                *[(GET, "/"), (GET, "/api/runs"), (GET, "/openapi.json"), (GET, "/api/stream")],
+                *[(POST, "/api/runs"), (POST, "/api/runs/track"), (POST, "/runs/a/b/check")],
+                *[(GET, "/metrics"), (POST, "/deliveries/a/replay"), (POST, "/api/new/thing")],
+            },
+        ),
+    ],
+)
+async def test_a_token_does_what_its_scopes_say(scope: str, allowed: set[tuple[str, str]]) -> None:
+    """`start` includes `read`, `admin` all; what changes something and is not named needs `admin`;
+    the answer says which scope is lacking."""
+    everything = {
+        *[(GET, "/"), (GET, "/api/runs"), (GET, "/openapi.json"), (GET, "/api/stream")],
+        *[(POST, "/api/runs"), (POST, "/api/runs/track"), (POST, "/runs/a/b/check")],
+        *[(GET, "/metrics"), (POST, "/deliveries/a/replay"), (POST, "/api/new/thing")],
+    }
+    async with _client([_token("one", scope)]) as client:
+        client.headers["Authorization"] = f"Bearer {TOKEN}"
+        answers = {ask: await client.request(*ask) for ask in everything}
+    assert {ask for ask, answer in answers.items() if answer.status_code == 200} == allowed
+    for ask, answer in answers.items():
+        if ask not in allowed:
+            assert answer.status_code == 403
+            assert "one may not do this: it needs the scope" in answer.json()["error"]["message"]
+
+
+async def test_a_token_expires() -> None:
+    """From its day on it is refused, and the answer says why; others go on."""
+    past, future = utc_now() - timedelta(seconds=1), utc_now() + timedelta(hours=1)
+    old = _token("old", value="o" * 16, expires=past)
+    new = _token("new", value="n" * 16, expires=future)
+    async with _client([old, new]) as client:
+        refused = await client.get("/api/runs", headers={"Authorization": f"Bearer {'o' * 16}"})
+        assert refused.status_code == 401
+        assert "old has expired" in refused.json()["error"]["message"]
+        taken = await client.get("/api/runs", headers={"Authorization": f"Bearer {'n' * 16}"})
+        assert taken.status_code == 200
+    async with _client([old]) as client:  # closed all the same
+        assert (await client.get("/api/runs")).status_code == 401
+
+
+async def test_guesses_are_slowed_down_and_the_right_token_is_not() -> None:
+    """After a burst of wrong tokens their sender is told to wait, and cut off; whoever shows the
+    right one is served in the middle of it, from the same address too."""
+    right = {"Authorization": f"Bearer {TOKEN}"}
+    async with _client(TOKEN) as client:
+        for number in range(EACH_BURST):
+            wrong = {"Authorization": f"Bearer guess-{number}"}
+            assert (await client.get("/api/runs", headers=wrong)).status_code == 401
+        for number in range(50):
+            wrong = {"Authorization": f"Bearer other-{number}"}
+            answer = await client.get("/readyz" if number % 2 else "/api/runs", headers=wrong)
+            if number % 2 == 0:
+                assert answer.status_code == 429
+                assert answer.json()["error"]["code"] == "too_many_attempts"
+                assert 1 <= int(answer.headers["Retry-After"]) <= 6
+                assert answer.headers["Connection"] == "close"
+            assert (await client.get("/api/runs", headers=right)).status_code == 200
+
+
+async def test_guesses_from_everywhere_are_slowed_down_together() -> None:
+    """Who has many addresses has no more than a hundred tries at once."""
+    in_force = Tokens([_token("only")])
+    counted: list[str] = []
+
+    class Counted:
+        def auth_refused(self, reason: str) -> None:
+            counted.append(reason)
+
+    access = Access(
+        tokens=lambda: in_force,
+        refresh=lambda: False,
+        is_public=True,
+        sessions=None,  # type: ignore[arg-type]
+        counts=Counted(),
+        clock=utc_now,
+    )
+    app = Edge(Gate(_inside, access=access), limits=Limits())
+    statuses = []
+    for number in range(ALL_BURST + 20):
+        transport = httpx.ASGITransport(app, client=(f"198.51.{number % 100}.{number // 100}", 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            answer = await client.get("/", headers={"Authorization": f"Bearer {number:020}"})
+            statuses.append(answer.status_code)
+    assert statuses == [401] * ALL_BURST + [429] * 20
+    assert counted == ["wrong"] * len(statuses)
+
+
+async def test_refusals_are_counted_and_logged_without_flooding(
+    serve: Serve, sqlite_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A metric counts each by its reason; the log has a line for many, and no token in it."""
+    from tracker.logs import configure_logs
+
+    configure_logs(format="json", level="info", secrets=())
+    narrow = TokenSettings(name="grafana", token="g" * 20, scopes={"read", "metrics"})
+    async with serve(sqlite_url, tracker_api_token=TOKEN, tokens=(narrow,)) as site:
+        reader = {"Authorization": f"Bearer {'g' * 20}"}
+        for number in range(60):
+            wrong = {"Authorization": f"Bearer guessed-{number}"}
+            await site.client.get("/api/runs", headers=wrong)
+        await site.client.get("/api/runs")
+        assert (await site.client.post("/api/runs", json=START, headers=reader)).status_code == 403
+        found = read_scrape((await site.client.get("/metrics", headers=reader)).text)
+    refused = "tracker_auth_refused_total"
+    assert found.value(refused, reason="wrong") == 60
+    assert found.value(refused, reason="missing") == 1
+    assert found.value(refused, reason="scope") == 1
+    assert found.value(refused, reason="expired") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    told = [line for line in lines if line["event"] == "auth.refused"]
+    assert [line["reason"] for line in told] == ["wrong", "missing", "scope"]
+    assert told[2]["token"] == "grafana"
+    assert {line["peer"] for line in told} == {"127.0.0.1"}
+    assert all(line["request_id"] for line in told)
+    assert "guessed-" not in json.dumps(lines)
+
+
+async def test_a_start_is_logged_with_who_asked_for_it(
+    serve: Serve, sqlite_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its token's name, its address, and the request that the other lines are about."""
+    from tracker.logs import configure_logs
+
+    async with with_flora(serve, sqlite_url, token=TOKEN) as (site, _):
+        configure_logs(format="json", level="info", secrets=())
+        shown = {"Authorization": f"Bearer {TOKEN}", "X-Request-Id": "order-17"}
+        started = await site.client.post("/api/runs", json=START, headers=shown)
+        assert started.status_code == 201
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    (told,) = [line for line in lines if line["event"] == "run.started"]
+    assert told["token"] == "TRACKER_API_TOKEN"
+    assert told["run_id"] == started.json()["run_id"]
+    assert (told["peer"], told["request_id"]) == ("127.0.0.1", "order-17")
+
+
+async def test_health_tells_details_only_to_who_may_know(serve: Serve, sqlite_url: str) -> None:
+    """A stranger learns that it is ready, whoever shows a token what FLORA says of the key too."""
+    async with serve(sqlite_url, tracker_api_token=TOKEN) as site:
+        assert (await site.client.get("/readyz")).json() == {"status": "ready"}
+        wrong = {"Authorization": f"Bearer {TOKEN}x"}
+        assert (await site.client.get("/readyz", headers=wrong)).json() == {"status": "ready"}
+        shown = {"Authorization": f"Bearer {TOKEN}"}
+        answer = await site.client.get("/readyz", headers=shown)
+        assert answer.json() == {"status": "ready", "flora": "no key is set"}
+
+
+async def test_a_stream_ends_when_its_token_is_taken_away(serve: Serve, sqlite_url: str) -> None:
+    """What goes on for long is looked at again with each heartbeat."""
+    limits = Limits(stream_heartbeat=0.1)
+    async with serve(sqlite_url, tracker_api_token=TOKEN, limits=limits) as site:
+        site.client.headers["Authorization"] = f"Bearer {TOKEN}"
+        async with following(site.client) as events:
+            settings = site.services.settings.model_copy(
+                update={"tracker_api_token": (), "tokens": (_settings("another"),)}
+            )
+            for follower in site.services.rotation._followers:
+                follower(settings)
+            assert await events.ended()
+        assert (await site.client.get("/api/runs")).status_code == 401
+
+
+def _settings(name: str) -> TokenSettings:
+    return TokenSettings(name=name, token=f"the-token-of-{name}", scopes={"admin"})
 
 
 async def test_the_whole_application_is_behind_the_gate(serve: Serve, sqlite_url: str) -> None:

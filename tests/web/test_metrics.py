@@ -264,8 +264,8 @@ async def test_calls_to_flora_are_counted_by_endpoint_and_status(
 
 async def test_metrics_need_the_token_where_one_is_set(serve: Serve, sqlite_url: str) -> None:
     """They tell strangers nothing, on the worker's port neither."""
-    async with serve(sqlite_url, tracker_api_token="of_the_tests") as site:
-        bearer = {"Authorization": "Bearer of_the_tests"}
+    async with serve(sqlite_url, tracker_api_token="a-token-of-the-tests") as site:
+        bearer = {"Authorization": "Bearer a-token-of-the-tests"}
         assert (await site.client.get("/metrics")).status_code == 401
         assert (await site.client.get("/metrics", headers=bearer)).status_code == 200
         async with (

@@ -25,14 +25,16 @@ import sys
 from functools import partial
 from tracker.logs import configure_logs
 from tracker.settings import load_settings
-from tracker.web.server import serve
+from tracker.web.app import build_app
+from tracker.web.server import Place, serve
 from tracker.wiring import open_services
 from tracker.worker.scheduler import Worker
 
 settings = load_settings()
 configure_logs(format="json")
 opened = partial(open_services, settings, background=True)
-sys.exit(serve(settings, opened, host="127.0.0.1", port=int(sys.argv[1]), worker=Worker))
+place = Place(host="127.0.0.1", port=int(sys.argv[1]), build=build_app)
+sys.exit(serve(settings, opened, place, worker=Worker))
 """
 
 

@@ -302,9 +302,9 @@ async def test_a_stream_ends_after_its_time(sqlite_url: str, serve: Serve) -> No
 
 async def test_it_needs_the_token(sqlite_url: str, serve: Serve) -> None:
     """The stream is behind the same gate as the rest of `/api`."""
-    async with serve(sqlite_url, tracker_api_token="s3cret-token") as site:
+    async with serve(sqlite_url, tracker_api_token="a-token-of-the-tests") as site:
         assert (await site.client.get("/api/stream")).status_code == 401
-        site.client.headers["Authorization"] = "Bearer s3cret-token"
+        site.client.headers["Authorization"] = "Bearer a-token-of-the-tests"
         async with following(site.client) as events:
             await site.services.door.put(seen("run_1"))
             assert len(await events.runs(1)) == 1

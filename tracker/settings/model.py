@@ -61,6 +61,12 @@ def _long_enough(secret: SecretStr) -> SecretStr:
     return secret
 
 
+def _token_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name):
+        raise ValueError("must be 1 to 64 of A-Z a-z 0-9 . _ -")
+    return name
+
+
 def _moment(value: object) -> object:
     """A day means its first moment, UTC; TOML's dates come as dates, texts are left to pydantic."""
     if isinstance(value, date) and not isinstance(value, datetime):
@@ -97,7 +103,7 @@ class TokenSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    name: Annotated[str, AfterValidator(_token_name)]
     token: AccessToken
     scopes: Annotated[frozenset[Scope], Field(min_length=1)]
     expires: Annotated[datetime | None, BeforeValidator(_moment)] = None

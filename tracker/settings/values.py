@@ -40,6 +40,8 @@ def parse_duration(value: object) -> timedelta:
 
 def split_secrets(value: object) -> tuple[str, ...]:
     """Secrets separated by commas or white space, in their order, each once; a list of such too."""
+    if value is None:
+        return ()
     parts = value if isinstance(value, list | tuple) else [value]
     found: list[str] = []
     for part in parts:

@@ -87,6 +87,7 @@ class Receiver:
             )
             if delivered.observation is not None:
                 break  # of several with one secret, it is the one that the callback speaks of
+        position = workspace.secrets.index(secret) + 1  # while it is there: secrets are rotated
         if delivered.observation is not None and len(self._workspaces) > 1:
             theirs = {one.workspace_id for one in signers}
             reason = await not_theirs(self._database, delivered.observation, theirs)
@@ -108,7 +109,7 @@ class Receiver:
             outcome=delivery.outcome,
             repeated=passed.repeated,
             workspace=workspace.name,
-            secret=workspace.secrets.index(secret) + 1,
+            secret=position,
             trial=delivery.event_type == TRIAL,
             reason=delivery.reason,
         )

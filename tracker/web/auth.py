@@ -139,19 +139,16 @@ class Access:
         if shown is not None:
             return Actor(token=self.token(scope, shown))
         session = await self.sessions.of(scope)
-        if session is None:
-            fault = Fault(
-                401,
-                "unauthorized",
-                "This needs the header Authorization: Bearer, with TRACKER_API_TOKEN or one of "
-                "the [[tokens]] that are set.",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-            raise self._refused("missing", scope, fault)
-        if not self.sessions.may_send(scope, session):
-            fault = Fault(403, "forbidden", "This was not sent by a page of this dashboard.")
-            raise self._refused("cross_site", scope, fault, token=session.token.name)
-        return Actor(token=session.token, session=session)
+        if session is not None and self.sessions.may_send(scope, session):
+            return Actor(token=session.token, session=session)
+        fault = Fault(
+            401,
+            "unauthorized",
+            "This needs the header Authorization: Bearer, with TRACKER_API_TOKEN or one of the "
+            "[[tokens]] that are set.",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+        raise self._refused("missing" if session is None else "cross_site", scope, fault)
 
     async def admit(self, scope: Scope, needs: TokenScope | None) -> Actor:
         """As `actor`; raises `Fault` 403 as well where the token lacks the scope that it needs."""

@@ -1,17 +1,30 @@
 """Signing in and out: what the cookie is, whom it lets in, and how often one may guess."""
 
-from datetime import timedelta
+import json
+from collections.abc import AsyncIterator
+from datetime import datetime, timedelta
 
 import httpx
 import pytest
+from sqlalchemy import text
 from starlette.types import Scope
 
 from tests.web.conftest import Serve, Site
 from tests.web.dashboard.conftest import HTML, TOKEN, csrf_of, sign_in
+from tests.web.flora import START
+from tests.web.streaming import following
 from tracker.core.clock import utc_now
-from tracker.web.dashboard.signin import EACH_BURST, local_path
-from tracker.web.sessions import LASTS, Sessions
+from tracker.core.tokens import Scope as TokenScope
+from tracker.core.tokens import Token, Tokens
+from tracker.logs import configure_logs
+from tracker.settings import Settings, TokenSettings
+from tracker.store.engine import Database
+from tracker.web.auth import EACH_BURST
+from tracker.web.dashboard.signin import local_path
+from tracker.web.limits import Limits
+from tracker.web.sessions import IDLE, LASTS, Sessions
 from tracker.web.throttle import MOST_KEYS, Throttle
+from tracker.wiring import open_services
 
 PAGES = ["/", "/runs", "/runs/run_1", "/deliveries", "/techniques", "/sweeps", "/no/such/page"]
 
@@ -88,27 +101,23 @@ async def test_a_wrong_token_opens_nothing(closed: Site) -> None:
     """The form says so, sets no cookie, and does not show what was typed."""
     answer = await sign_in(closed.client, "wrong <b>guess</b>")
     assert answer.status_code == 401
-    assert "not the token" in answer.text
+    assert "The token is wrong." in answer.text
     assert "guess" not in answer.text
     assert "Set-Cookie" not in answer.headers
     assert (await closed.client.get("/", headers=HTML)).status_code == 303
 
 
-async def test_guessing_is_slowed_down(closed: Site) -> None:
-    """After a burst of wrong tokens even the right one has to wait, and the answer says how
-    long."""
+async def test_guessing_is_slowed_down_and_keeps_nobody_out(closed: Site) -> None:
+    """After a burst of wrong tokens the next wrong one has to wait, and the form says how long; the
+    right one is taken all the same."""
     for _ in range(EACH_BURST):
         assert (await sign_in(closed.client, "wrong")).status_code == 401
-    refused = await sign_in(closed.client)
+    refused = await sign_in(closed.client, "wrong")
     assert refused.status_code == 429
     assert int(refused.headers["Retry-After"]) >= 1
     assert "Set-Cookie" not in refused.headers
-
-
-async def test_signing_in_often_is_not_guessing(closed: Site) -> None:
-    """A right token gives its try back."""
-    for _ in range(EACH_BURST + 5):
-        assert (await sign_in(closed.client)).status_code == 303
+    assert "Too many wrong tokens" in refused.text
+    assert (await sign_in(closed.client)).status_code == 303
 
 
 async def test_signing_out_ends_it(browser: httpx.AsyncClient) -> None:
@@ -157,41 +166,222 @@ def test_the_way_back_stays_here(text: str | None, path: str) -> None:
     assert local_path(text) == path
 
 
+def _token(name: str, value: str = TOKEN) -> Token:
+    return Token(name=name, value=value, scopes=frozenset({TokenScope.ADMIN}))
+
+
 def _request(cookie: str, **more: object) -> Scope:
     return {
         "type": "http",
         "method": "GET",
         "path": "/",
-        "headers": [(b"cookie", cookie.encode()), (b"host", b"localhost")],
+        "headers": [(b"cookie", cookie.encode("latin-1", "replace")), (b"host", b"localhost")],
         **more,
     }
 
 
-def test_a_session_ends_by_itself_and_with_its_token() -> None:
-    """After a working day, when the token changes, and when anything of the cookie does."""
-    now = utc_now()
-    sessions = Sessions(TOKEN, public_url=None, clock=lambda: now)
-    cookie = sessions.begin(_request("")).split(";")[0]
-    assert sessions.of(_request(cookie)) is not None
-    assert sessions.of(_request(f"{cookie}; {cookie}")) is None
-    assert sessions.of(_request(cookie[:-1] + ("A" if cookie[-1] != "A" else "B"))) is None
-    assert Sessions("another", public_url=None, clock=lambda: now).of(_request(cookie)) is None
-
-    for later, holds in ((LASTS - timedelta(seconds=1), True), (LASTS, False)):
-        then = now + later
-        at = Sessions(TOKEN, public_url=None, clock=lambda then=then: then)
-        assert (at.of(_request(cookie)) is not None) is holds
-    before = Sessions(TOKEN, public_url=None, clock=lambda: now - timedelta(hours=1))
-    assert before.of(_request(cookie)) is None
+@pytest.fixture
+async def database(database_url: str) -> AsyncIterator[Database]:
+    """A database with all tables, on each engine."""
+    async with open_services(Settings(tracker_database_url=database_url)) as services:
+        yield services.database
 
 
-@pytest.mark.parametrize("value", ["", "x", ".", "..", "1.2.3", "9" * 400, "é.ü.ß", "1..", "a.b."])
-def test_any_other_cookie_is_none(value: str) -> None:
-    """Whatever stands in it, nothing breaks."""
-    sessions = Sessions(TOKEN, public_url=None, clock=utc_now)
-    scope = _request("")
-    scope["headers"] = [(b"cookie", f"tracker_session={value}".encode("latin-1", "replace"))]
-    assert sessions.of(scope) is None
+class _Signed:
+    """The sessions of one token, at a time that a test sets."""
+
+    def __init__(self, database: Database, *tokens: Token) -> None:
+        self.now = utc_now()
+        self.tokens = Tokens(tokens)
+        self.sessions = Sessions(
+            database, tokens=lambda: self.tokens, public_url=None, clock=self._clock
+        )
+
+    def _clock(self) -> datetime:
+        return self.now
+
+    async def begin(self, token: Token) -> str:
+        """The cookie of a new session."""
+        return (await self.sessions.begin(_request(""), token)).split(";")[0]
+
+    async def holds(self, cookie: str) -> bool:
+        """Whether it lets in now."""
+        return await self.sessions.of(_request(cookie)) is not None
+
+
+async def test_a_session_ends_after_a_while_without_use(database: Database) -> None:
+    """What is used goes on, for a working day at most; each use is noted once a minute."""
+    token = _token("one")
+    signed = _Signed(database, token)
+    cookie, idle = await signed.begin(token), await signed.begin(token)
+    assert cookie != idle
+    began = signed.now
+    step = IDLE - timedelta(seconds=1)
+    signed.now += step
+    while signed.now - began < LASTS:
+        assert await signed.holds(cookie)
+        signed.now += step
+    assert not await signed.holds(idle)
+    assert not await signed.holds(cookie)
+
+
+async def test_a_session_ends_with_its_token(database: Database) -> None:
+    """A token that is taken away, changed or expired takes its sign-ins with it; a rotation in
+    which it only moves to another place does not."""
+    old, new = _token("TRACKER_API_TOKEN", "o" * 20), _token("TRACKER_API_TOKEN", "n" * 20)
+    signed = _Signed(database, old, _token("second", "n" * 20))
+    cookie = await signed.begin(old)
+    assert await signed.holds(cookie)
+    signed.tokens = Tokens([_token("second", "x" * 20), _token("renamed", "o" * 20)])
+    assert await signed.holds(cookie)
+    signed.tokens = Tokens([new])
+    assert not await signed.holds(cookie)
+    signed.tokens = Tokens([Token(name="o", value="o" * 20, scopes=old.scopes, expires=signed.now)])
+    assert not await signed.holds(cookie)
+
+
+@pytest.mark.parametrize(
+    "value", ["", "x", ".", "..", "1.2.3", "9" * 400, "é.ü.ß", "1..", "a.b.", "A" * 43, "-" * 43]
+)
+async def test_any_other_cookie_is_none(database: Database, value: str) -> None:
+    """Whatever stands in it, nothing breaks; one that stands twice is none either."""
+    token = _token("one")
+    signed = _Signed(database, token)
+    cookie = await signed.begin(token)
+    assert not await signed.holds(f"tracker_session={value}")
+    assert not await signed.holds(f"{cookie}; {cookie}")
+    assert not await signed.holds(f"__Host-{cookie}")
+
+
+async def test_the_table_tells_neither_cookie_nor_token(database: Database) -> None:
+    """Whoever reads the database cannot sign in by what is there, and old rows are removed."""
+    token = _token("one")
+    signed = _Signed(database, token)
+    cookie = (await signed.begin(token)).partition("=")[2]
+    async with database.read() as connection:
+        (row,) = (await connection.execute(text("SELECT * FROM sessions"))).all()
+    assert cookie not in str(row)
+    assert TOKEN not in str(row)
+    signed.now += LASTS
+    await signed.begin(token)
+    async with database.read() as connection:
+        assert (await connection.execute(text("SELECT count(*) FROM sessions"))).scalar_one() == 1
+
+
+async def test_a_copied_cookie_ends_with_the_sign_out(closed: Site) -> None:
+    """Signing out in one browser ends every copy of its cookie, on pages, under `/api` and in a
+    stream that was open; another sign-in goes on."""
+    assert (await sign_in(closed.client)).status_code == 303
+    copy = httpx.Cookies(closed.client.cookies)
+    csrf = csrf_of((await closed.client.get("/", headers=HTML)).text)
+    async with (
+        httpx.AsyncClient(base_url=closed.base_url, cookies=copy) as thief,
+        httpx.AsyncClient(base_url=closed.base_url) as other,
+    ):
+        assert (await sign_in(other)).status_code == 303
+        assert (await thief.get("/api/runs")).status_code == 200
+        out = await closed.client.post("/logout", data={"csrf_token": csrf})
+        assert out.status_code == 303
+        assert (await thief.get("/", headers=HTML)).status_code == 303
+        assert (await thief.get("/api/runs")).status_code == 401
+        started = await thief.post("/api/runs", json=START, headers={"X-CSRF-Token": csrf})
+        assert started.status_code == 401
+        assert (await other.get("/api/runs")).status_code == 200
+
+
+async def test_a_stream_ends_with_the_sign_out(serve: Serve, sqlite_url: str) -> None:
+    """What a signed-out browser left open is closed with the next heartbeat."""
+    limits = Limits(stream_heartbeat=0.1)
+    async with serve(sqlite_url, tracker_api_token=TOKEN, limits=limits) as site:
+        await sign_in(site.client)
+        csrf = csrf_of((await site.client.get("/", headers=HTML)).text)
+        async with (
+            httpx.AsyncClient(base_url=site.base_url, cookies=site.client.cookies) as copy,
+            following(copy) as events,
+        ):
+            await site.client.post("/logout", data={"csrf_token": csrf})
+            assert await events.ended()
+
+
+@pytest.mark.parametrize(
+    ("headers", "secure"),
+    [
+        ({}, False),
+        ({"Origin": "http://127.0.0.1"}, False),
+        ({"Origin": "https://tracker.example"}, True),
+        ({"X-Forwarded-Proto": "https"}, True),
+        ({"X-Forwarded-Proto": "https, http"}, True),
+        ({"X-Forwarded-Proto": "http"}, False),
+        ({"Forwarded": "for=198.51.100.7;proto=https;host=tracker.example"}, True),
+        ({"Forwarded": 'for="[::1]:1", proto="HTTPS"'}, True),
+        # What the browser says of itself goes before what a proxy says.
+        ({"Origin": "http://tracker.example", "X-Forwarded-Proto": "https"}, False),
+    ],
+)
+async def test_the_cookie_is_secure_whenever_the_browser_came_by_https(
+    serve: Serve, sqlite_url: str, headers: dict[str, str], secure: bool
+) -> None:
+    """Also where no public URL is set: by the origin of the form, or the proxy's word for it."""
+    host = headers.get("Origin", "http://tracker.example").partition("://")[2]
+    async with serve(sqlite_url, tracker_api_token=TOKEN) as site:
+        answer = await site.client.post(
+            "/login", data={"token": TOKEN}, headers={"Host": host, **headers}
+        )
+        assert answer.status_code == 303
+        cookie = answer.headers["Set-Cookie"]
+        assert cookie.endswith("; Secure") is secure
+        assert cookie.startswith("__Host-") is secure
+        shown = {"Cookie": cookie.split(";")[0]}
+        assert (await site.client.get("/", headers=shown)).status_code == 200
+        if secure:  # under the name that a plain page could set it is not the same
+            plain = {"Cookie": shown["Cookie"].removeprefix("__Host-")}
+            assert (await site.client.get("/", headers=plain)).status_code == 303
+
+
+async def test_a_token_that_only_reads_looks_and_changes_nothing(
+    serve: Serve, sqlite_url: str
+) -> None:
+    """Its pages offer nothing that it may not do, and what it sends all the same is refused."""
+    reader = TokenSettings(name="producer", token="r" * 20, scopes={"read"})
+    async with serve(sqlite_url, tracker_api_token=TOKEN, tokens=(reader,)) as site:
+        assert (await sign_in(site.client, "r" * 20)).status_code == 303
+        page = (await site.client.get("/", headers=HTML)).text
+        assert "Signed in with the token producer" in page
+        shown = {"X-CSRF-Token": csrf_of(page)}
+        assert (await site.client.get("/api/runs")).status_code == 200
+        assert (await site.client.get("/metrics")).status_code == 403
+        for path in ("/api/runs", "/api/runs/track", "/runs/run_1/check", "/deliveries/d/replay"):
+            answer = await site.client.post(path, json=START, headers=shown)
+            assert answer.status_code == 403, path
+        out = await site.client.post("/logout", data={"csrf_token": csrf_of(page)})
+        assert out.headers["Location"] == "/login"
+
+
+async def test_a_token_without_read_signs_nobody_in(serve: Serve, sqlite_url: str) -> None:
+    """The form says why."""
+    scraper = TokenSettings(name="prometheus", token="m" * 20, scopes={"metrics"})
+    async with serve(sqlite_url, tokens=(scraper,)) as site:
+        answer = await sign_in(site.client, "m" * 20)
+        assert answer.status_code == 403
+        assert "prometheus may not see pages" in answer.text
+        assert "Set-Cookie" not in answer.headers
+
+
+async def test_signing_in_and_out_is_logged(
+    closed: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the token's name, the address and the request; never the token."""
+    configure_logs(format="json", level="info", secrets=())
+    await sign_in(closed.client)
+    csrf = csrf_of((await closed.client.get("/", headers=HTML)).text)
+    await closed.client.post("/logout", data={"csrf_token": csrf})
+    said = capsys.readouterr().err
+    told = [json.loads(line) for line in said.splitlines() if '"auth.' in line]
+    assert [line["event"] for line in told] == ["auth.signed_in", "auth.signed_out"]
+    for line in told:
+        assert (line["token"], line["peer"]) == ("TRACKER_API_TOKEN", "127.0.0.1")
+        assert line["request_id"]
+    assert TOKEN not in said
 
 
 def test_a_throttle_gives_its_burst_and_then_one_after_the_other() -> None:

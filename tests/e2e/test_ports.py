@@ -1,0 +1,70 @@
+"""Callbacks on a port of their own: what is for everybody, and what is not."""
+
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.e2e.processes import Stage, staged
+from tests.support.waiting import free_port
+from tests.web.callbacks import PATH, event, signed
+
+TOKEN = "a-token-of-the-tests"
+SHOWN = {"Authorization": f"Bearer {TOKEN}"}
+PRIVATE = ("/", "/login", "/api/runs", "/metrics", "/openapi.json", "/static/style.css")
+
+
+async def _callback(client: httpx.AsyncClient, root: str, run_id: str) -> int:
+    body = event(run_id)
+    answer = await client.post(root + PATH, content=body, headers=signed(body, "whsec_simulator"))
+    return answer.status_code
+
+
+async def _only_callbacks(client: httpx.AsyncClient, root: str) -> None:
+    """Whatever is shown, there is nothing but callbacks and health."""
+    for path in PRIVATE:
+        for headers in ({}, SHOWN):
+            assert (await client.get(root + path, headers=headers)).status_code == 404, path
+    assert (await client.get(f"{root}/healthz")).status_code == 200
+    assert (await client.get(f"{root}/readyz")).json() == {"status": "ready"}
+
+
+async def test_one_process_serves_both_apart(stage: Stage) -> None:
+    """Callbacks and health on one port, everything else on the other, and no callback there."""
+    port = free_port()
+    serving = await stage.serve("--callbacks-port", str(port), TRACKER_API_TOKEN=TOKEN)
+    async with httpx.AsyncClient(trust_env=False) as client:
+        callbacks = f"http://127.0.0.1:{port}"
+        await _only_callbacks(client, callbacks)
+        assert await _callback(client, callbacks, "run_1") == 200
+        assert await _callback(client, stage.tracker, "run_2") == 404
+        assert (await client.get(f"{stage.tracker}/api/runs")).status_code == 401
+        for path in ("/", "/api/runs", "/metrics", "/openapi.json"):
+            answer = await client.get(stage.tracker + path, headers=SHOWN)
+            assert answer.status_code == 200, path
+    assert await serving.stop() == 0
+    assert "Traceback" not in serving.log
+
+
+async def test_callbacks_alone_are_served_anywhere_without_a_token(tmp_path: Path) -> None:
+    """There is nothing else behind that port, so that it may be reached from everywhere."""
+    url = f"sqlite:///{tmp_path}/tracker.db"
+    public = {"TRACKER_PUBLIC_URL": "https://tracker.example.com"}
+    async with staged(tmp_path, url) as stage, httpx.AsyncClient(trust_env=False) as client:
+        serving = await stage.serve("--callbacks-only", "--host", "0.0.0.0", **public)
+        await _only_callbacks(client, stage.tracker)
+        assert await _callback(client, stage.tracker, "run_1") == 200
+        assert "serving.without_token" not in serving.log
+
+
+@pytest.mark.parametrize("public", ["https://tracker.example.com", "http://127.0.0.1:8080"])
+async def test_who_serves_strangers_without_a_token_is_told_at_the_start(
+    tmp_path: Path, public: str
+) -> None:
+    """One clear line where `TRACKER_PUBLIC_URL` is set and no token is; none on one machine."""
+    async with staged(tmp_path, f"sqlite:///{tmp_path}/tracker.db") as stage:
+        serving = await stage.serve(TRACKER_PUBLIC_URL=public)
+        said = [line for line in serving.log.splitlines() if "serving.without_token" in line]
+        assert len(said) == public.startswith("https")
+        for line in said:
+            assert "only callbacks and health are served: set TRACKER_API_TOKEN" in line
