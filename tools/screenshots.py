@@ -43,7 +43,7 @@ FLAGS: Final = (
     "--disable-component-update",
     "--disable-sync",
 )
-TOKEN: Final = "screenshots"  # noqa: S105 - it opens a tracker that lives for a minute
+TOKEN: Final = "only-for-screenshots"  # noqa: S105 - it opens a tracker that lives for a minute
 ENDED: Final = ("icon-pack", "moodboard-maker", "location-scouter", "podcast-intro", "cctv-cam")
 """Techniques that are really run to their end, for their pictures."""
 OPEN: Final = ("fit-checks", "logo-stylist", "character-lock", "glam-shots", "earth-zoom-out")

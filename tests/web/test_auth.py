@@ -418,8 +418,7 @@ async def test_a_stream_ends_when_its_token_is_taken_away(serve: Serve, sqlite_u
             settings = site.services.settings.model_copy(
                 update={"tracker_api_token": (), "tokens": (_settings("another"),)}
             )
-            for follower in site.services.rotation._followers:
-                follower(settings)
+            site.services.rotation.tokens = settings.access_tokens
             assert await events.ended()
         assert (await site.client.get("/api/runs")).status_code == 401
 

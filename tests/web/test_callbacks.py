@@ -54,6 +54,19 @@ async def test_a_repeated_callback_only_counts(site: Site) -> None:
     assert len(events) == 1
 
 
+async def test_an_address_with_a_token_is_taken_as_the_plain_one(small_site: Site) -> None:
+    """A token that is not known changes nothing: what is signed is kept, what is not is refused."""
+    body = event("run_1")
+    path = f"{PATH}/a-token-nobody-knows"
+    assert (await small_site.client.post(path, content=body)).status_code == 401
+    assert (await small_site.client.post(path, content=body, headers=signed(body))).is_success
+    (delivery,) = await stored(small_site.services.database)
+    assert delivery["run_id"] == "run_1"
+    for other in (f"{PATH}/", f"{PATH}/a/b"):
+        answer = await small_site.client.post(other, content=body, headers=signed(body))
+        assert answer.status_code == 404
+
+
 async def test_many_callbacks_at_once_are_all_kept(site: Site) -> None:
     """Nothing that comes at the same moment is lost or answered for another."""
     bodies = [event(f"run_{number}") for number in range(50)]

@@ -53,7 +53,7 @@ def serve(
         raise typer.BadParameter("--callbacks-only and --callbacks-port exclude each other")
     if callbacks_host is not None and callbacks_port is None:
         raise typer.BadParameter("--callbacks-host needs --callbacks-port")
-    if callbacks_port == port != 0 and callbacks_host in (None, host):
+    if callbacks_port == port != 0:  # whatever the hosts are: the port tells what is asked for
         raise typer.BadParameter("--callbacks-port and --port must differ")
     rotation = prepare_service()
     from tracker.cli.heap import share_the_heap

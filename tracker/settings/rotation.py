@@ -26,10 +26,10 @@ log = structlog.get_logger(__name__)
 
 
 class Rotation:
-    """The settings with the secrets that are in force.
+    """The settings with the secrets that are in force, and `tokens`, the access tokens among them.
 
-    `settings` are those that the process began with. Where they were read from files, `loaded` says
-    so and `read` reads them anew; a check costs a `stat` for each file.
+    `settings` are at first those that the process begins with. Where they were read from files,
+    `loaded` says so and `read` reads them anew; a check costs a `stat` for each file.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class Rotation:
         read: Callable[[], Loaded] | None = None,
     ) -> None:
         self.settings = settings
+        self.tokens = settings.access_tokens
         self._read = read
         self._files: dict[Path, FileState] = loaded.files if loaded else {}
         self._followers: list[Callable[[Settings], None]] = []
@@ -73,6 +74,7 @@ class Rotation:
         if rotated == self.settings:
             return False
         self.settings = rotated
+        self.tokens = rotated.access_tokens
         for follower in self._followers:
             follower(rotated)
         log.info("settings.reloaded")

@@ -11,7 +11,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from tracker.core.tokens import Tokens
 from tracker.web.auth import Access, Gate
 from tracker.web.callbacks import Callbacks
 from tracker.web.dashboard.site import Dashboard
@@ -22,13 +21,14 @@ from tracker.web.limits import Limits
 from tracker.web.metrics import MetricsText
 from tracker.web.openapi import Description
 from tracker.web.runs import Runs
-from tracker.web.services import Rotates, Services, WebSettings
+from tracker.web.services import Services
 from tracker.web.sessions import Sessions
 from tracker.web.shortcut import Shortcut
 from tracker.web.stream.endpoint import Stream
 from tracker.web.techniques import Techniques
 
 _CALLBACKS: Final = "/callbacks/flora"
+"""Also with one more part, which a later version gives to the address of each start."""
 
 
 def build_app(services: Services, *, limits: Limits | None = None) -> Starlette:
@@ -106,35 +106,20 @@ def _callbacks(services: Services, limits: Limits) -> Callbacks:
 
 
 def _access(services: Services) -> Access:
-    rotation = services.rotation
-    tokens = _TokensInForce(rotation)
+    settings, rotation = services.settings, services.rotation
     return Access(
-        tokens=tokens,
+        tokens=lambda: rotation.tokens,
         refresh=rotation.check,
-        is_public=rotation.settings.is_public,
+        is_public=settings.is_public,
         sessions=Sessions(
             services.database,
-            tokens=tokens,
-            public_url=rotation.settings.tracker_public_url,
+            tokens=lambda: rotation.tokens,
+            public_url=settings.tracker_public_url,
             clock=services.clock,
         ),
         counts=services.metrics,
         clock=services.clock,
     )
-
-
-class _TokensInForce:
-    """Gives the tokens that are set now; they may be rotated while the process runs."""
-
-    def __init__(self, rotation: Rotates) -> None:
-        self._take(rotation.settings)
-        rotation.follow(self._take)
-
-    def _take(self, settings: WebSettings) -> None:
-        self._tokens = settings.access_tokens
-
-    def __call__(self) -> Tokens:
-        return self._tokens
 
 
 def _within_the_edge(
@@ -151,7 +136,7 @@ def _within_the_edge(
     shortcut, receiving = [], []
     if callbacks is not None:
         shortcut = [Middleware(Shortcut, path=_CALLBACKS, endpoint=callbacks)]
-        receiving = [Route(_CALLBACKS, callbacks)]
+        receiving = [Route(path, callbacks) for path in (_CALLBACKS, _CALLBACKS + "/{token}")]
     app = Starlette(
         routes=[*receiving, *health.routes(), *routes],
         middleware=[

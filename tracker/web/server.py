@@ -90,6 +90,8 @@ def serve(
             for place in places
         ]
         sockets = [one for listeners in bound for one in listeners]
+        if len({one.getsockname()[1] for one in sockets}) < len(places):
+            raise TrackerError("callbacks and everything else need ports that differ")
 
         @asynccontextmanager
         async def application() -> AsyncIterator[ASGIApp]:

@@ -48,14 +48,11 @@ class WebSettings(Protocol):
 
 
 class Rotates(Protocol):
-    """The settings with the secrets that are in force."""
+    """The secrets that are in force."""
 
     @property
-    def settings(self) -> WebSettings:
-        """As they are now."""
-
-    def follow(self, follower: Callable[[WebSettings], None]) -> None:
-        """Have `follower` called with them after each change."""
+    def tokens(self) -> Tokens:
+        """The access tokens."""
 
     def check(self) -> bool:
         """Look whether secrets have changed; whether any has."""
