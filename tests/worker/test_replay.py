@@ -8,9 +8,9 @@ import pytest
 from tracker.core.clock import utc_now
 from tracker.core.entry import Delivered, Delivery, DeliveryOutcome
 from tracker.flora.signature import sign
+from tracker.receiving.replay import UnknownDelivery
 from tracker.settings import Settings, WorkspaceSettings
 from tracker.store import read
-from tracker.tracking.replay import UnknownDelivery
 from tracker.wiring import Services, open_services
 
 SECRET = "whsec_replay"

@@ -1,0 +1,91 @@
+"""A callback arrives: it is verified, stored, and only then acknowledged. Nothing else is done."""
+
+from dataclasses import dataclass
+
+from structlog.contextvars import bind_contextvars
+
+from tracker.core.clock import Clock
+from tracker.core.entry import TRIAL, DeliveryOutcome
+from tracker.core.errors import SettingsError
+from tracker.sources import callback
+from tracker.store.inbox import Inbox
+from tracker.tracking.workspaces import Workspace, Workspaces
+
+
+class NoSecrets(SettingsError):
+    """No signing secret is configured, so no callback can be believed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Received:
+    """What became of a callback that is now on disk.
+
+    `outcome` is that of the stored delivery, which waits unless it had come before. `workspace` and
+    `secret` tell who signed it: the secret's position, from 1, among those of the workspace.
+    `trial` is true for a test delivery of `tracker doctor`.
+    """
+
+    delivery_id: str
+    run_id: str | None
+    outcome: DeliveryOutcome
+    repeated: bool
+    workspace: str
+    secret: int
+    trial: bool = False
+
+
+class Receiver:
+    """Takes callbacks. `tolerance` is how many seconds a signed time may be off; 0 is unchecked."""
+
+    def __init__(
+        self, *, inbox: Inbox, workspaces: Workspaces, tolerance: float, clock: Clock
+    ) -> None:
+        self._inbox = inbox
+        self._tolerance = tolerance
+        self._clock = clock
+        self._secrets = workspaces.secrets
+        self._signers = [workspaces.signed_by(secret) for secret in self._secrets]
+
+    async def receive(
+        self, body: bytes, *, signature: str | None, webhook_id: str | None
+    ) -> Received:
+        """Store one callback; returns after the commit. Its effect on its run follows.
+
+        `body` is the raw bytes, `signature` and `webhook_id` the `Flora-Signature` and
+        `Flora-Webhook-Id` headers. Raises `SignatureError` (nothing is stored), `NoSecrets`, and
+        `StoreUnavailable` where it could not be committed in time.
+        """
+        if not self._secrets:
+            raise NoSecrets(
+                "no signing secret is set, so no callback can be believed: set FLORA_WEBHOOK_SECRET"
+            )
+        now = self._clock()
+        position = callback.authenticate(
+            body, signature, self._secrets, now=now, tolerance=self._tolerance
+        )
+        signers = self._signers[position]
+        delivery = callback.delivery(
+            body,
+            at=now,
+            webhook_id=webhook_id,
+            signers=[workspace.workspace_id for workspace in signers],
+        )
+        bind_contextvars(delivery_id=delivery.delivery_id, run_id=delivery.run_id)
+        stored = await self._inbox.store(delivery)
+        if stored.delivery_id != delivery.delivery_id:
+            bind_contextvars(delivery_id=stored.delivery_id)
+        workspace = _signer(signers, delivery.workspace_id)
+        return Received(
+            delivery_id=stored.delivery_id,
+            run_id=delivery.run_id,
+            outcome=stored.outcome,
+            repeated=stored.repeated,
+            workspace=workspace.name,
+            secret=workspace.secrets.index(self._secrets[position]) + 1,
+            trial=delivery.event_type == TRIAL,
+        )
+
+
+def _signer(signers: list[Workspace], workspace_id: str | None) -> Workspace:
+    """Of several workspaces with one secret, the one that the callback speaks of."""
+    return next((one for one in signers if one.workspace_id == workspace_id), signers[0])
