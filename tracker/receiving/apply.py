@@ -47,7 +47,7 @@ NOTIFY_EVERY: Final = 0.1
 """Seconds between two notifications at least: each takes a lock that all commits share."""
 RETRY: Final = (0.05, 1.0)
 """The first and the longest wait before a database that is down is tried again."""
-HELD_UP_SECONDS: Final = 1.0
+HELD_UP_SECONDS: Final = 5.0
 """How long a delivery is left whose run someone else has locked."""
 LAST_WITHIN: Final = 2.0
 """Seconds that the end of a process waits for what it stored last."""
@@ -251,7 +251,7 @@ class Applier:
                 if len(taken) <= 1:
                     if not taken:
                         raise
-                    self._held_up[taken[0]] = now + HELD_UP_SECONDS
+                    self._held_up[taken[0]] = time.monotonic() + HELD_UP_SECONDS
                 self._limit = max(len(taken) // 2, 1)
                 return len(taken)
             except (StoreUnavailable, SchemaOutdated):

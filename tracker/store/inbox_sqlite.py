@@ -13,12 +13,12 @@ from tracker.store.inbox import Known, Receipt
 from tracker.store.tables import deliveries
 from tracker.store.text import dump_json
 
-_NAMES: Final = (
+_NAMES: Final = [
     *("delivery_id", "run_id", "event_type", "api_version", "workspace_id", "created_at"),
     *("received_at", "last_received_at", "receipts", "outcome", "body"),
-)
+]
 KNOWN: Final = select(
-    *(deliveries.c[name] for name in ("delivery_id", "receipts", "outcome", "body")),
+    *[deliveries.c[name] for name in ("delivery_id", "receipts", "outcome", "body")],
     deliveries.c.body_removed_at.is_not(None),
 ).where(is_any_of(deliveries.c.delivery_id, "delivery_ids"))
 STORE: Final = Insert(insert(deliveries), _NAMES)
@@ -53,7 +53,7 @@ def _store(receipts: Sequence[Receipt], connection: Connection) -> dict[str, Kno
             new.append(_row(receipt))
             known[one.delivery_id] = Known(receipt.count, "waiting")
             continue
-        count, outcome, body, body_is_gone = row[1:]
+        count, outcome, body, body_is_gone = tuple(row)[1:]
         # A body that retention has removed cannot be compared: see the statement for PostgreSQL.
         if body == one.body or body_is_gone:
             more = {"known": one.delivery_id, "more": receipt.count}
