@@ -17,11 +17,17 @@ from tracker.core.clock import Clock
 from tracker.flora.budget import SharedWaits
 from tracker.flora.client import FloraClient
 from tracker.metrics import Metrics
+from tracker.receiving.apply import Applier
+from tracker.receiving.receive import Receiver
+from tracker.receiving.replay import Replayer
 from tracker.settings import Rotation, Settings, WorkspaceSettings
+from tracker.sources import callback
 from tracker.store import migrate
+from tracker.store.batch import Rules
 from tracker.store.clock import shared_clock
 from tracker.store.door import Door
 from tracker.store.engine import Database
+from tracker.store.inbox import Inbox
 from tracker.store.signals import Signals
 from tracker.store.tally_keeper import TallyKeeper
 from tracker.telemetry import Wrap, tracing, untraced
@@ -35,9 +41,7 @@ from tracker.tracking.gather import Gathering
 from tracker.tracking.originals import Originals
 from tracker.tracking.poll import Poller
 from tracker.tracking.prune import Pruner
-from tracker.tracking.receive import Receiver
 from tracker.tracking.recover import Recovery
-from tracker.tracking.replay import Replayer
 from tracker.tracking.start import Starter
 from tracker.tracking.sweep import Sweeper
 from tracker.tracking.sync import CatalogueSync
@@ -67,6 +71,7 @@ class Services:
     catalogue: Catalogue
     catalogue_sync: CatalogueSync
     receiver: Receiver
+    applier: Applier
     replayer: Replayer
     pruner: Pruner
     starter: Starter
@@ -131,22 +136,38 @@ async def open_services(
         rotation.follow(partial(_rotate, workspaces))
         durations = DurationBook(database, clock=clock)
         signals = Signals(database)
+        # Before the writers, so that it is closed after them and folds what was committed last.
+        tallies = TallyKeeper(database, background=background)
+        rules = Rules(settings.policy, durations.of)
+        on_commit = [signals.committed, tallies.committed, metrics.committed]
+        applier = Applier(
+            database,
+            workspaces=workspaces,
+            rules=rules,
+            clock=clock,
+            background=background,
+            on_commit=on_commit,
+            on_applied=[metrics.applied],
+        )
+        signals.when_inbox_waits(applier.wake)
         if background:
             await stack.enter_async_context(signals)
-        # Before the door, so that it is closed after it and folds what was committed last.
-        tallies = await stack.enter_async_context(TallyKeeper(database, background=background))
+        await stack.enter_async_context(tallies)
         door = await stack.enter_async_context(
-            Door(
+            Door(database, rules=rules, on_commit=on_commit, on_write=[metrics.written])
+        )
+        await stack.enter_async_context(applier)
+        inbox = await stack.enter_async_context(
+            Inbox(
                 database,
-                policy=settings.policy,
-                durations_of=durations.of,
-                on_commit=[signals.committed, tallies.committed, metrics.committed],
+                digest_id=callback.digest_id,
+                on_stored=applier.stored,
                 on_write=[metrics.written],
             )
         )
         metrics.watch(
             database=database,
-            waiting=lambda: door.waiting,
+            waiting=lambda: door.waiting + inbox.waiting,
             workspaces=workspaces,
             sweep_seconds=cache(partial(_longest_wait, settings.tracker_reconcile_cron, clock())),
         )
@@ -194,16 +215,16 @@ async def open_services(
             catalogue_sync=CatalogueSync(
                 database=database, workspaces=workspaces, process=process, clock=clock
             ),
+            applier=applier,
             receiver=Receiver(
-                database=database,
-                door=door,
+                inbox=inbox,
                 workspaces=workspaces,
                 tolerance=settings.tracker_signature_tolerance,
                 clock=clock,
                 find_new_secrets=rotation.check,
             ),
             pruner=Pruner(database=database, clock=clock),
-            replayer=Replayer(database=database, door=door, workspaces=workspaces, clock=clock),
+            replayer=Replayer(database=database, applier=applier, workspaces=workspaces),
             starter=starter,
             batches=Batches(
                 database=database,

@@ -1,19 +1,18 @@
-"""`tracker serve` whose door answers at once and keeps nothing: what the server itself can do.
+"""`tracker serve` whose inbox answers at once and stores nothing: what the server itself can do.
 
 Everything else is as deployed: the same process, route, signature check, parsing, metrics and
-answers. What a callback costs beyond this is the price of keeping it.
+answers. What a callback costs beyond this is the price of storing and applying it.
 """
 
 from tracker.cli import main
-from tracker.core.entry import Entry
-from tracker.store.batch import Passed
-from tracker.store.door import Door
+from tracker.core.entry import Delivery, DeliveryOutcome
+from tracker.store.inbox import Inbox, Stored
 
 
-async def _keep_nothing(_door: Door, _entry: Entry) -> Passed:
-    return Passed(None, None)
+async def _store_nothing(_inbox: Inbox, delivery: Delivery) -> Stored:
+    return Stored(delivery.delivery_id, DeliveryOutcome.WAITING, repeated=False)
 
 
 if __name__ == "__main__":
-    Door.put = _keep_nothing  # type: ignore[method-assign]
+    Inbox.store = _store_nothing  # type: ignore[method-assign]
     main()

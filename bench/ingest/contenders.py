@@ -21,13 +21,14 @@ class Contender:
     module: str
     arguments: tuple[str, ...]
     table: str | None
-    fastest: int = 15_000
+    fastest: int = 25_000
 
 
 TRACKER: Final = Contender("tracker", "tracker", ("serve", "--no-worker"), "deliveries")
 CEILING: Final = Contender(
     "ceiling", "bench.ingest.ceiling", ("serve", "--no-worker"), None, fastest=25_000
 )
+BARE: Final = Contender("bare", "bench.ingest.bare", (), None, fastest=40_000)
 PEER: Final = Contender("peer", "bench.ingest.peer", (), "peer_deliveries", fastest=2_000)
 
 

@@ -7,8 +7,9 @@ import pytest
 from playwright.async_api import expect
 
 from tests.browser.conftest import READER, TOKEN, OpenPage, Stage, sign_in
+from tests.support.deliveries import Delivered, keep
 from tracker.core.clock import utc_now
-from tracker.core.entry import Delivered, Delivery, DeliveryOutcome
+from tracker.core.entry import Delivery, DeliveryOutcome
 from tracker.store import read
 from tracker.tracking.start import StartRequest
 
@@ -151,17 +152,18 @@ async def test_a_quarantined_delivery_is_replayed(stage: Stage, open_page: OpenP
         "type": "run.completed",
         "data": {"run_id": run_id, "status": "completed"},
     }
-    await stage.services.door.put(
+    await keep(
+        stage.services.database,
         Delivered(
             delivery=Delivery(
                 delivery_id="whd_kept",
                 received_at=utc_now(),
                 body=json.dumps(body).encode(),
-                outcome=DeliveryOutcome.QUARANTINED,
                 run_id=run_id,
-                reason="an older version did not understand it",
-            )
-        )
+            ),
+            outcome=DeliveryOutcome.QUARANTINED,
+            reason="an older version did not understand it",
+        ),
     )
     watched = await open_page()
     page = watched.page

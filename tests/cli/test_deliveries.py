@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Commands
+from tests.support.deliveries import Delivered, keep
 from tracker.core.clock import utc_now
-from tracker.core.entry import Delivered, Delivery, DeliveryOutcome
+from tracker.core.entry import Delivery, DeliveryOutcome
 from tracker.settings import Settings
 from tracker.wiring import open_services
 
@@ -21,16 +22,17 @@ async def _fill(folder: Path) -> None:
     settings = Settings(tracker_database_url=f"sqlite:///{folder / 'tracker.db'}")
     async with open_services(settings) as services:
         for name, body in (("whd_good", GOOD), ("whd_bad", b"\xff\x00 no text")):
-            await services.door.put(
+            await keep(
+                services.database,
                 Delivered(
                     delivery=Delivery(
                         delivery_id=name,
                         received_at=utc_now(),
                         body=body,
-                        outcome=DeliveryOutcome.QUARANTINED,
-                        reason="made up",
-                    )
-                )
+                    ),
+                    outcome=DeliveryOutcome.QUARANTINED,
+                    reason="made up",
+                ),
             )
 
 

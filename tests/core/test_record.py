@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.core.strategies import START, observations
-from tracker.core.entry import Delivered, Delivery, DeliveryOutcome, Entry, Seen, Unseen
+from tracker.core.entry import Entry, Seen, Unseen
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Record, apply
 from tracker.core.run import Output, RunStatus, Tracking
@@ -39,17 +39,8 @@ def seen(
     return Observation(run_id="run_1", source=source, status=status, at=moment, **shown)  # type: ignore[arg-type]
 
 
-def callback(status: RunStatus = RunStatus.COMPLETED, *, at: float) -> Delivered:
-    observation = seen(Source.CALLBACK, status, at=at)
-    return Delivered(
-        delivery=Delivery(
-            delivery_id="whd_1",
-            received_at=observation.at,
-            body=b"{}",
-            outcome=DeliveryOutcome.APPLIED,
-        ),
-        observation=observation,
-    )
+def callback(status: RunStatus = RunStatus.COMPLETED, *, at: float) -> Seen:
+    return Seen(observation=seen(Source.CALLBACK, status, at=at))
 
 
 def started(*, at: float = 0, callback_expected: bool = True) -> Seen:

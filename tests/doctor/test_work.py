@@ -6,8 +6,9 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from tests.doctor.conftest import look, with_flora
+from tests.support.deliveries import Delivered, keep
 from tracker.core.clock import utc_now
-from tracker.core.entry import TRIAL, TRIAL_IDS, Delivered, Delivery, DeliveryOutcome
+from tracker.core.entry import TRIAL, TRIAL_IDS, Delivery
 from tracker.doctor import Level, upkeep, work
 from tracker.settings import read_settings
 from tracker.simulator import Simulator
@@ -135,7 +136,6 @@ async def test_test_deliveries_that_were_left_are_taken_out_and_nothing_else_is(
                 delivery_id=delivery_id,
                 received_at=now - timedelta(hours=hours),
                 body=b"{}",
-                outcome=DeliveryOutcome.APPLIED,
                 event_type=event_type,
             )
         )
@@ -144,10 +144,10 @@ async def test_test_deliveries_that_were_left_are_taken_out_and_nothing_else_is(
     others = [f"{TRIAL_IDS}a", "whd_a", "whd_z"]
     settings = read_settings({"TRACKER_DATABASE_URL": database_url}).settings
     async with open_services(settings) as services:
-        await services.door.put(put(old, TRIAL, 2))
-        await services.door.put(put(new, TRIAL, 0))
+        await keep(services.database, put(old, TRIAL, 2))
+        await keep(services.database, put(new, TRIAL, 0))
         for one in others:
-            await services.door.put(put(one, "run.completed", 2))
+            await keep(services.database, put(one, "run.completed", 2))
         await trials.take_out(services.database, others)
         await trials.take_out_left(services.database, before=now - timedelta(hours=1))
         left = await trials.arrived(services.database, [old, new, *others])

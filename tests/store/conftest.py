@@ -4,8 +4,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.store.making import open_door
-from tracker.store.door import Door
+from tests.store.making import TestDoor, open_door
 from tracker.store.engine import Database
 
 
@@ -24,7 +23,7 @@ async def other_db(database_url: str) -> AsyncIterator[Database]:
 
 
 @pytest.fixture
-async def door(db: Database) -> AsyncIterator[Door]:
+async def door(db: Database) -> AsyncIterator[TestDoor]:
     """A door to the database."""
     async with open_door(db) as door:
         yield door

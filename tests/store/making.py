@@ -1,5 +1,6 @@
 """Entries, observations and doors for the store's tests."""
 
+import json
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -8,15 +9,19 @@ from typing import Any
 from hypothesis import strategies as st
 from sqlalchemy import select
 
+from tests.support.deliveries import Delivered, keep
 from tests.support.waiting import eventually
-from tracker.core.entry import Delivered, Delivery, DeliveryOutcome, Entry, Seen
+from tracker.core.entry import Delivery, DeliveryOutcome, Entry, Seen
 from tracker.core.errors import StoreUnavailable
 from tracker.core.merge import merge
 from tracker.core.observation import Observation, Source
 from tracker.core.run import Output, Run, RunError, RunStatus
 from tracker.core.schedule import Policy
+from tracker.sources.callback import digest_id, observe
+from tracker.store.batch import Passed, Rules, statements_for
 from tracker.store.door import Door
 from tracker.store.engine import Database
+from tracker.store.inbox import Group, Inbox, Read, apply_waiting
 from tracker.store.read import events
 from tracker.store.tables import deliveries
 
@@ -24,12 +29,41 @@ NOW = datetime(2026, 6, 1, 12, 0, 0, 123456, tzinfo=UTC)
 POLICY = Policy()
 
 
-def open_door(db: Database, **options: Any) -> Door:
+RULES = Rules(POLICY, lambda _: None)
+"""The default policy, and no durations."""
+
+
+class TestDoor(Door):
+    """A door that takes deliveries too: it stores each as it stands, and what it says of a run."""
+
+    __test__ = False
+
+    async def put(self, entry: Entry | Delivered) -> Passed:
+        if not isinstance(entry, Delivered):
+            return await super().put(entry)
+        await keep(self._db, entry)
+        if entry.observation is None:
+            return Passed(None, None)
+        return await super().put(Seen(observation=entry.observation))
+
+    async def put_all(self, entries: Sequence[Entry | Delivered]) -> list[Passed]:
+        seen: list[Entry] = []
+        for entry in entries:
+            if not isinstance(entry, Delivered):
+                seen.append(entry)
+                continue
+            await keep(self._db, entry)
+            if entry.observation is not None:
+                seen.append(Seen(observation=entry.observation))
+        return await super().put_all(seen)
+
+
+def open_door(db: Database, **options: Any) -> TestDoor:
     """A door with the default policy that knows no durations."""
-    return Door(db, **{"policy": POLICY, "durations_of": lambda _: None, **options})
+    return TestDoor(db, **{"rules": RULES, **options})
 
 
-async def taken_again(door: Door, entry: Entry) -> None:
+async def taken_again(door: TestDoor, entry: Entry | Delivered) -> None:
     """Offer an entry until it is committed, as FLORA would: what was away may take a moment, and a
     test's door has little patience."""
 
@@ -58,7 +92,6 @@ def callback(
             delivery_id=delivery_id or f"whd_{run_id}",
             received_at=at,
             body=body,
-            outcome=DeliveryOutcome.APPLIED,
             run_id=run_id,
             event_type=f"run.{status}",
         ),
@@ -71,13 +104,9 @@ def callback(
 def quarantined(delivery_id: str, *, at: datetime = NOW, body: bytes = b"?") -> Delivered:
     """A callback that nobody understands."""
     return Delivered(
-        delivery=Delivery(
-            delivery_id=delivery_id,
-            received_at=at,
-            body=body,
-            outcome=DeliveryOutcome.QUARANTINED,
-            reason="not a JSON object",
-        )
+        delivery=Delivery(delivery_id=delivery_id, received_at=at, body=body),
+        outcome=DeliveryOutcome.QUARANTINED,
+        reason="not a JSON object",
     )
 
 
@@ -123,6 +152,59 @@ async def receipts(db: Database) -> dict[str, int]:
         return dict(rows.all())
 
 
+def body_of(run_id: str, delivery_id: str | None = None, **data: Any) -> bytes:
+    """A callback's bytes, of which every version knows that the run was completed."""
+    return json.dumps(
+        {
+            "id": delivery_id or f"whd_{run_id}",
+            "type": "run.completed",
+            "data": {"run_id": run_id, "status": "completed"} | data,
+        }
+    ).encode()
+
+
+def delivery(run_id: str, *, at: datetime = NOW, body: bytes | None = None) -> Delivery:
+    """A callback as the receiver stores it."""
+    raw = body_of(run_id) if body is None else body
+    return Delivery(
+        delivery_id=f"whd_{run_id}",
+        received_at=at,
+        body=raw,
+        run_id=run_id,
+        event_type="run.completed",
+    )
+
+
+def says(one: Delivery) -> Read:
+    """What a delivery says, read by the callbacks' own reader."""
+    seen = observe(one.body, at=one.received_at, signer=None)
+    return Read(None, seen) if isinstance(seen, str) else Read(seen)
+
+
+def open_inbox(db: Database, **options: Any) -> Inbox:
+    """An inbox of the database."""
+    return Inbox(db, digest_id=digest_id, **options)
+
+
+async def apply_all(db: Database, *, limit: int = 500, at: datetime = NOW) -> int:
+    """Apply all deliveries that wait; how many that were."""
+    statements, count = statements_for(db), 0
+    while True:
+        done = await db.write(
+            lambda connection: apply_waiting(
+                connection,
+                Group(limit=limit, read=says),
+                [],
+                at=at,
+                rules=RULES,
+                statements=statements,
+            )
+        )
+        if not done.taken:
+            return count
+        count += len(done.taken)
+
+
 _texts = st.sampled_from(["a", "b", "Größe", "nul \0 in it", "half \ud83d of one"])
 _moments = st.integers(0, 10**6).map(lambda n: NOW + timedelta(microseconds=n * 997))
 _costs = st.integers(0, 10**7).map(lambda n: Decimal(n) / 10**6)
@@ -166,7 +248,6 @@ def as_entry(observation: Observation, number: int) -> Delivered | Seen:
             delivery_id=f"whd_{observation.run_id}_{number}",
             received_at=observation.at,
             body=b"{}",
-            outcome=DeliveryOutcome.APPLIED,
             run_id=observation.run_id,
         ),
         observation=observation,

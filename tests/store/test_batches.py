@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 
-from tests.store.making import NOW, seen, started
+from tests.store.making import NOW, TestDoor, seen, started
 from tests.store.test_starts import mark, reserve
 from tracker.core.errors import InvalidRequest
 from tracker.core.rowkey import Turn
 from tracker.core.run import Output, RunStatus
 from tracker.store import batches
 from tracker.store.batches import BatchEntry, BatchRow, Latest, Tally
-from tracker.store.door import Door
 from tracker.store.engine import Database
 from tracker.store.starts import StartState
 
@@ -113,7 +112,7 @@ async def test_batches_are_listed_newest_first(db: Database) -> None:
         await batches.list_batches(db, cursor="nonsense", limit=2)
 
 
-async def test_rows_are_counted_by_what_became_of_them(db: Database, door: Door) -> None:
+async def test_rows_are_counted_by_what_became_of_them(db: Database, door: TestDoor) -> None:
     """Every state of a start and of a run has its count; costs add up exactly."""
     keys = {name: f"row-{name}" for name in "abcdefgh"}
     await batches.keep(db, BATCH, entries(*keys))

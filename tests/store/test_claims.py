@@ -3,17 +3,16 @@
 import asyncio
 from datetime import timedelta
 
-from tests.store.making import NOW, callback, ids, seen, started
+from tests.store.making import NOW, TestDoor, callback, ids, seen, started
 from tracker.core.entry import Unseen
 from tracker.store.claims import claim_due, drop_lease, next_due_at, release, take_lease
-from tracker.store.door import Door
 from tracker.store.engine import Database
 from tracker.store.read import get_run
 
 LEASE = timedelta(seconds=60)
 
 
-async def test_claims_are_disjoint(door: Door, db: Database, other_db: Database) -> None:
+async def test_claims_are_disjoint(door: TestDoor, db: Database, other_db: Database) -> None:
     """Many claimers at the same moment get different runs, and together all of them."""
     await door.put_all([callback(run) for run in ids("run", 60)])
     claimers = [(each, number) for number in range(4) for each in (db, other_db)]
@@ -31,7 +30,7 @@ async def test_claims_are_disjoint(door: Door, db: Database, other_db: Database)
 
 
 async def test_the_longest_due_come_first_and_the_future_not_at_all(
-    door: Door, db: Database
+    door: TestDoor, db: Database
 ) -> None:
     """Runs are claimed by how long they have been due; one that is not due yet is left alone."""
     await door.put(started("run_later", at=NOW))
@@ -45,7 +44,7 @@ async def test_the_longest_due_come_first_and_the_future_not_at_all(
     assert await claim_due(db, holder="i", now=NOW, lease=LEASE, limit=9) != claimed
 
 
-async def test_those_that_ended_last_can_be_claimed_first(door: Door, db: Database) -> None:
+async def test_those_that_ended_last_can_be_claimed_first(door: TestDoor, db: Database) -> None:
     """Of what is due, the runs that a callback told of, the last of them first."""
     await door.put(started("run_going", at=NOW - timedelta(hours=1)))
     for minutes in (2, 3, 1):
@@ -59,7 +58,7 @@ async def test_those_that_ended_last_can_be_claimed_first(door: Door, db: Databa
     assert len(await claim_due(db, holder="h", now=NOW, lease=LEASE, limit=9)) == 1
 
 
-async def test_a_claim_runs_out(door: Door, db: Database) -> None:
+async def test_a_claim_runs_out(door: TestDoor, db: Database) -> None:
     """What a claimer never came back with can be claimed again when its lease has ended."""
     await door.put(callback("run_1"))
     assert await claim_due(db, holder="crashed", now=NOW, lease=LEASE, limit=1)
@@ -70,7 +69,7 @@ async def test_a_claim_runs_out(door: Door, db: Database) -> None:
     assert again.lease_holder == "h"
 
 
-async def test_the_answer_gives_its_claim_back(door: Door, db: Database) -> None:
+async def test_the_answer_gives_its_claim_back(door: TestDoor, db: Database) -> None:
     """A sight made under a claim ends it; one that names another claim does not."""
     await door.put_all([callback("run_1"), callback("run_2")])
     await claim_due(db, holder="h", now=NOW, lease=LEASE, limit=2)
@@ -86,7 +85,7 @@ async def test_the_answer_gives_its_claim_back(door: Door, db: Database) -> None
         assert (record.lease_holder, record.lease_until) == (None, None)
 
 
-async def test_released_runs_can_be_claimed_at_once(door: Door, db: Database) -> None:
+async def test_released_runs_can_be_claimed_at_once(door: TestDoor, db: Database) -> None:
     """A claimer that stops gives back what it holds, all of it or some, and nobody else's."""
     await door.put_all([callback(run) for run in ids("run", 4)])
     await claim_due(db, holder="other", now=NOW, lease=LEASE, limit=1)
@@ -97,7 +96,7 @@ async def test_released_runs_can_be_claimed_at_once(door: Door, db: Database) ->
     assert [each.run.run_id for each in again] == [each.run.run_id for each in mine]
 
 
-async def test_workspaces_are_told_apart(door: Door, db: Database) -> None:
+async def test_workspaces_are_told_apart(door: TestDoor, db: Database) -> None:
     """Only the named workspaces' runs are claimed; `None` stands for runs whose is not known."""
     for name in ("ws_1", "ws_2", None):
         await door.put(callback(f"run_{name}", workspace_id=name, at=NOW))
@@ -118,7 +117,7 @@ async def test_workspaces_are_told_apart(door: Door, db: Database) -> None:
     assert await next_due_at(db, ["ws_2"], now=NOW) == NOW
 
 
-async def test_the_next_due_moment_is_known(door: Door, db: Database) -> None:
+async def test_the_next_due_moment_is_known(door: TestDoor, db: Database) -> None:
     """What waits is announced by its own time; nothing that waits is no time at all."""
     assert await next_due_at(db, now=NOW) is None
     passed = await door.put(started("run_1"))

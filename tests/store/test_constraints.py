@@ -4,10 +4,9 @@ from typing import Any
 
 from sqlalchemy import insert
 
-from tests.store.making import NOW, callback, seen
+from tests.store.making import NOW, TestDoor, callback, seen
 from tracker.core.errors import StoreError, StoreUnavailable
 from tracker.core.run import RunStatus
-from tracker.store.door import Door
 from tracker.store.engine import Database
 from tracker.store.tables import deliveries, run_events, run_outputs, runs, starts
 
@@ -123,7 +122,7 @@ async def test_other_rows_that_cannot_be_are_refused(db: Database) -> None:
     assert taken == []
 
 
-async def test_what_belongs_to_a_run_goes_with_it(door: Door, db: Database) -> None:
+async def test_what_belongs_to_a_run_goes_with_it(door: TestDoor, db: Database) -> None:
     """Deleting a run deletes its outputs and its timeline; its callbacks stay."""
     await door.put(callback("run_1"))
     await door.put(seen("run_1", RunStatus.COMPLETED))

@@ -7,11 +7,10 @@ from uuid import uuid4
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.store.making import as_entry, fold, observations, open_door
+from tests.store.making import TestDoor, as_entry, fold, observations, open_door
 from tracker.core.merge import merge
 from tracker.core.observation import Observation
 from tracker.core.run import Run
-from tracker.store.door import Door
 from tracker.store.engine import Database
 from tracker.store.read import get_run
 from tracker.store.text import clean_observation
@@ -32,7 +31,7 @@ def by_hand(run_id: str, observed: list[Observation]) -> Run | None:
 @given(observed=sights, size=st.integers(1, 12))
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_the_row_is_the_fold_of_its_events(
-    door: Door, db: Database, observed: list[Observation], size: int
+    door: TestDoor, db: Database, observed: list[Observation], size: int
 ) -> None:
     """Row, stored timeline and merge agree, however the sights fall into batches."""
     example = uuid4()
@@ -62,7 +61,7 @@ async def test_two_doors_lose_nothing(
         for half in (0, 1)
     ]
     halves[1].reverse()
-    async with open_door(db, max_batch=5) as one, open_door(other_db, max_batch=4) as other:
+    async with open_door(db, max_group=5) as one, open_door(other_db, max_group=4) as other:
         await asyncio.gather(one.put_all(halves[0]), other.put_all(halves[1]))
     for run_id in {each.run_id for each in observed}:
         record = await get_run(db, run_id)

@@ -5,11 +5,10 @@ from decimal import Decimal
 
 import pytest
 
-from tests.store.making import NOW, callback, quarantined, seen, started
+from tests.store.making import NOW, TestDoor, callback, quarantined, seen, started
 from tests.store.test_starts import mark, reserve
 from tracker.core.run import RunStatus
 from tracker.store import gauges
-from tracker.store.door import Door
 from tracker.store.engine import Database
 from tracker.store.gauges import read_gauges
 from tracker.store.starts import StartState
@@ -27,7 +26,7 @@ async def test_an_empty_database_has_zeros(db: Database) -> None:
     assert (found.oldest_due_at, found.last_callback_at) == (None, None)
 
 
-async def test_runs_are_counted_by_where_they_stand(db: Database, door: Door) -> None:
+async def test_runs_are_counted_by_where_they_stand(db: Database, door: TestDoor) -> None:
     """By workspace, status and tracking, whether or not the tallies have been folded."""
     done = RunStatus.COMPLETED
     await door.put_all(
@@ -52,7 +51,7 @@ async def test_runs_are_counted_by_where_they_stand(db: Database, door: Door) ->
     assert found.last_callback_at == NOW
 
 
-async def test_due_and_overdue_go_by_the_time(db: Database, door: Door) -> None:
+async def test_due_and_overdue_go_by_the_time(db: Database, door: TestDoor) -> None:
     """Due is what may be read now, overdue what nobody has read for over a minute since."""
     await door.put_all([callback("run_1"), callback("run_2", at=NOW + timedelta(seconds=90))])
     for seconds, due, overdue in ((-1, 0, 0), (0, 1, 0), (59, 1, 0), (60, 1, 1), (90, 2, 1)):
@@ -61,7 +60,7 @@ async def test_due_and_overdue_go_by_the_time(db: Database, door: Door) -> None:
     assert found.oldest_due_at == NOW
 
 
-async def test_only_the_last_hours_are_recent(db: Database, door: Door) -> None:
+async def test_only_the_last_hours_are_recent(db: Database, door: TestDoor) -> None:
     """The hour that has begun and the one before; costs are of the day."""
     await door.put_all([started("run_1", facts=WS), seen("run_1", RunStatus.FAILED, facts=ENDED)])
     hours = {
@@ -72,7 +71,7 @@ async def test_only_the_last_hours_are_recent(db: Database, door: Door) -> None:
     assert (await read_gauges(db, now=NOW + timedelta(hours=12))).cost_today == {}
 
 
-async def test_what_waits_for_a_person_is_counted(db: Database, door: Door) -> None:
+async def test_what_waits_for_a_person_is_counted(db: Database, door: TestDoor) -> None:
     """Callbacks that nobody understood, and starts that nobody can tell about."""
     await door.put_all([quarantined("whd_1"), quarantined("whd_2")])
     for key in ("key_1", "key_2", "key_3"):
@@ -83,7 +82,7 @@ async def test_what_waits_for_a_person_is_counted(db: Database, door: Door) -> N
 
 
 async def test_no_count_goes_beyond_the_bound(
-    db: Database, door: Door, monkeypatch: pytest.MonkeyPatch
+    db: Database, door: TestDoor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However much has piled up, so many rows are looked at; the longest due are among them."""
     monkeypatch.setattr(gauges, "BOUND", 2)

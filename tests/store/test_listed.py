@@ -2,15 +2,14 @@
 
 from datetime import timedelta
 
-from tests.store.making import NOW, seen
-from tracker.store.door import Door
+from tests.store.making import NOW, TestDoor, seen
 from tracker.store.engine import Database
 from tracker.store.listed import places
 
 MINUTE = timedelta(minutes=1)
 
 
-async def test_a_place_counts_the_runs_above(door: Door, db: Database) -> None:
+async def test_a_place_counts_the_runs_above(door: TestDoor, db: Database) -> None:
     """Newer runs of the same list count; generation runs and other workspaces' do not."""
     for number in range(6):
         await door.put(
@@ -29,7 +28,7 @@ async def test_a_place_counts_the_runs_above(door: Door, db: Database) -> None:
     assert await places(db, wanted, None, among=100) == {"run_0": 1, "run_3": 3, "run_5": 5}
 
 
-async def test_what_is_far_below_has_no_place(door: Door, db: Database) -> None:
+async def test_what_is_far_below_has_no_place(door: TestDoor, db: Database) -> None:
     """Only so many of the newest runs are looked through."""
     for number in range(6):
         await door.put(seen(f"run_{number}", facts={"created_at": NOW - number * MINUTE}))

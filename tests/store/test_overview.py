@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 from sqlalchemy import insert, text
 
-from tests.store.making import NOW, callback, quarantined, seen, started
+from tests.store.making import NOW, TestDoor, callback, quarantined, seen, started
 from tracker.core.histogram import EDGES, lag_of, quantile
 from tracker.core.observation import Source
 from tracker.core.run import RunStatus
 from tracker.store import attention, overview, sweeps, tallies
-from tracker.store.door import Door
 from tracker.store.engine import Database
 from tracker.store.overview import StateCount
 from tracker.store.tables import starts, techniques
@@ -23,7 +22,7 @@ TECH = {"technique_id": "tech_1", "workspace_id": "ws_1"}
 
 
 @pytest.fixture
-async def told(door: Door, db: Database) -> Database:
+async def told(door: TestDoor, db: Database) -> Database:
     """Five runs: a callback that came, one that was missed, a late one, an adopted run, and one
     that goes on; the last tally changes are not folded."""
     cats = {"technique_id": "tech_1", "name": "Cats", "inputs": [], "outputs": []}
@@ -161,7 +160,7 @@ async def test_sweeps(db: Database) -> None:
     assert shown["ws_1"]["complete_items"] == 150
 
 
-async def test_what_is_open(door: Door, db: Database) -> None:
+async def test_what_is_open(door: TestDoor, db: Database) -> None:
     """Starts without a known end and callbacks that nobody understood are listed with their
     reasons."""
     await door.put(quarantined("whd_1", at=NOW))

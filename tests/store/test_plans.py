@@ -4,6 +4,7 @@ The real functions are called and what they send is explained, so that a plan ca
 statement that nobody uses.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,11 +15,12 @@ import pytest
 from sqlalchemy import Engine, event, text
 from sqlalchemy.dialects import postgresql
 
-from tests.store.making import NOW, callback, open_door
-from tracker.store import claims, gauges, listed, read, starts, sweeps
-from tracker.store.batch_at_once import LOOK, WRITE
-from tracker.store.batch_postgres import LOCK_RUNS
-from tracker.store.engine import Database, migration_engine
+from tests.store.making import NOW, apply_all, callback, delivery, open_door, open_inbox
+from tracker.store import batch_postgres, claims, gauges, listed, read, starts, sweeps
+from tracker.store.batch_postgres import APPLIED, LOCK_RUNS, TAKE_WAITING
+from tracker.store.engine import Database, connect_postgres, migration_engine
+from tracker.store.inbox_postgres import STORE
+from tracker.store.url import DatabaseUrl
 from tracker.tracking.prune import Ages, Pruner
 
 RUNS = 6_000
@@ -255,46 +257,47 @@ def _reads_a_table(plan: str) -> bool:
     return False
 
 
+async def test_applying_finds_what_waits(full: Database) -> None:
+    """Few deliveries wait among many, and their index holds these alone."""
+
+    async def apply(db: Database) -> None:
+        async with open_inbox(db) as inbox:
+            await asyncio.gather(*(inbox.store(delivery(run)) for run in ("run_5", "run_new")))
+        assert await apply_all(db) == 2
+
+    told = await plans(full, apply)
+    assert "ix_deliveries_waiting" in told
+    assert not _reads_a_table(told), told
+
+
+def _text(statement: Any) -> str:
+    return str(statement.compile(dialect=postgresql.asyncpg.dialect()))
+
+
+_EMPTY = ", ".join(["'{}'"] * 11)
+
+
 @pytest.mark.parametrize(
-    ("statement", "values", "indexes"),
+    ("statement", "values", "index"),
     [
-        (str(LOCK_RUNS.compile(dialect=postgresql.asyncpg.dialect())), "ARRAY['a', 'b']", ["runs"]),
-        (LOOK.text, "ARRAY['a', 'b'], ARRAY['a', 'b']", ["runs", "deliveries"]),
+        (_text(LOCK_RUNS), "ARRAY['a', 'b']", "pk_runs"),
+        (_text(TAKE_WAITING), "ARRAY['a'], 10", "ix_deliveries_waiting"),
+        (_text(APPLIED), "'applied', now(), ARRAY['a']", "pk_deliveries"),
+        (_text(batch_postgres.WRITE), "'[]', '[]', '[]', ARRAY['a'], '[]', '[]'", "pk_runs"),
+        (STORE, _EMPTY, "pk_deliveries"),
     ],
-    ids=["lock", "look"],
+    ids=["lock", "take", "applied", "write", "store"],
 )
 async def test_what_is_planned_while_a_table_is_empty_goes_by_the_index(
-    postgres_url: str, statement: str, values: str, indexes: list[str]
+    postgres_url: str, statement: str, values: str, index: str
 ) -> None:
-    """A statement is planned once: the door's would read whole tables, if it went by the size that
+    """A statement is planned once: a writer's would read whole tables, if it went by the size that
     they had when the tracker began."""
-
-    async def explained(connection: Any) -> str:
-        await connection.execute("SET plan_cache_mode = force_generic_plan")
-        await connection.execute(f"PREPARE door AS {statement}")
-        rows = await connection.fetch(f"EXPLAIN EXECUTE door({values})")
-        await connection.execute("DEALLOCATE door")
-        return "\n".join(str(row[0]) for row in rows)
-
-    async with await Database.open(postgres_url) as db:
-        plan = await db.at_once(explained)
-    assert all(f"pk_{table}" in plan for table in indexes)
-    assert "Seq Scan" not in plan
-
-
-async def test_the_statement_that_writes_callbacks_goes_by_the_index(postgres_url: str) -> None:
-    """As it does for all of them: known runs are locked and changed by their keys."""
-    values = ", ".join({"deliveries": "0", "runs": "0", "known": "ARRAY['a']"}.get(name, "'[]'")
-                       for name in WRITE.names)  # fmt: skip
-
-    async def explained(connection: Any) -> str:
-        await connection.execute("SET plan_cache_mode = force_generic_plan")
-        await connection.execute(f"PREPARE writing AS {WRITE.text}")
-        rows = await connection.fetch(f"EXPLAIN EXECUTE writing({values})")
-        return "\n".join(str(row[0]) for row in rows)
-
-    async with await Database.open(postgres_url) as db:
-        plan = await db.at_once(explained)
-    assert plan.count("Index Scan on pk_runs") == 2
-    assert plan.count("One-Time Filter") == 3  # each part begins when the one before is done
+    connection = await connect_postgres(DatabaseUrl.parse(postgres_url), "test", by_key=True)
+    await connection.execute("SET plan_cache_mode = force_generic_plan")
+    await connection.execute(f"PREPARE writer AS {statement}")
+    rows = await connection.fetch(f"EXPLAIN EXECUTE writer({values})")
+    await connection.close()
+    plan = "\n".join(str(row[0]) for row in rows)
+    assert index in plan
     assert "Seq Scan" not in plan

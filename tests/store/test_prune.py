@@ -10,15 +10,29 @@ import asyncpg
 import pytest
 from sqlalchemy import case, insert, select, update
 
-from tests.store.making import NOW, callback, ids, open_door, quarantined, receipts, seen, started
+from tests.store.making import (
+    NOW,
+    TestDoor,
+    apply_all,
+    body_of,
+    callback,
+    ids,
+    open_door,
+    open_inbox,
+    quarantined,
+    receipts,
+    seen,
+    started,
+)
 from tests.store.test_tallies import counted, tallied
-from tracker.core.entry import Entry, Replayed, Seen, Unseen
+from tests.support.deliveries import Delivered
+from tracker.core.entry import Delivery, DeliveryOutcome, Entry, Seen, Unseen
 from tracker.core.errors import InvalidRequest
 from tracker.core.observation import Observation, Source
 from tracker.core.run import Output, RunStatus
 from tracker.core.tally import STATE
 from tracker.store import read, retention, starts, sweeps, tallies
-from tracker.store.door import Door
+from tracker.store.delivery_rows import requeue
 from tracker.store.engine import Database
 from tracker.store.retention import Sighting
 from tracker.store.starts import StartState
@@ -50,7 +64,7 @@ def pruner(db: Database, **options: Any) -> Pruner:
     return Pruner(database=db, **{"clock": lambda: NOW, "sleep": no_pause, **options})
 
 
-def settled(run_id: str, days: float, **facts: Any) -> list[Entry]:
+def settled(run_id: str, days: float, **facts: Any) -> list[Entry | Delivered]:
     """A run that was started, called back and read so many days ago."""
     at = NOW - days * DAY
     whole = {
@@ -66,7 +80,7 @@ def settled(run_id: str, days: float, **facts: Any) -> list[Entry]:
     ]
 
 
-async def put(door: Door, *entries: Sequence[Entry]) -> None:
+async def put(door: TestDoor, *entries: Sequence[Entry | Delivered]) -> None:
     """One after the other."""
     for some in entries:
         for entry in some:
@@ -87,7 +101,7 @@ async def assert_no_orphans(db: Database) -> None:
     assert await kept(db, run_outputs) == here
 
 
-async def test_an_old_run_goes_with_all_that_hangs_on_it(door: Door, db: Database) -> None:
+async def test_an_old_run_goes_with_all_that_hangs_on_it(door: TestDoor, db: Database) -> None:
     """Outputs, timeline and callback go with the run, a younger one keeps its own; counting says
     the same without removing anything, and a second time there is nothing to do."""
     await put(door, settled("old", 91), settled("young", 89))
@@ -108,7 +122,7 @@ async def test_an_old_run_goes_with_all_that_hangs_on_it(door: Door, db: Databas
     assert await pruner(db).prune(AGES) == NOTHING
 
 
-async def test_what_is_not_settled_stays(door: Door, db: Database) -> None:
+async def test_what_is_not_settled_stays(door: TestDoor, db: Database) -> None:
     """A run that is still to be read, one that FLORA denies, and one that settled only lately are
     kept, however long ago they began."""
     then = NOW - 400 * DAY
@@ -125,7 +139,7 @@ async def test_what_is_not_settled_stays(door: Door, db: Database) -> None:
     assert await kept(db) == {"active", "lost", "ended", "late"}
 
 
-async def test_tallies_stay_true(door: Door, db: Database) -> None:
+async def test_tallies_stay_true(door: TestDoor, db: Database) -> None:
     """States no longer count what is gone, as a recount finds too; the hours and days keep it."""
     await put(door, *(settled(run, 100) for run in ids("old", 5)), settled("young", 1))
     history = {key: n for key, n in (await tallied(db)).items() if key.measure != STATE}
@@ -141,7 +155,7 @@ async def test_tallies_stay_true(door: Door, db: Database) -> None:
         await tallies.recount(db)
 
 
-async def test_the_tallies_of_what_is_gone_do_not_pile_up(door: Door, db: Database) -> None:
+async def test_the_tallies_of_what_is_gone_do_not_pile_up(door: TestDoor, db: Database) -> None:
     """However many transactions it takes, they leave one note for each hour of what they removed:
     who counts anew has to know that, and no more."""
     of_one_hour = [settled(f"old_{n}", 100 + n / 1440) for n in range(1, 46)]
@@ -159,7 +173,9 @@ async def test_the_tallies_of_what_is_gone_do_not_pile_up(door: Door, db: Databa
         assert len((await connection.execute(notes)).all()) == 1
 
 
-async def test_a_callback_without_its_body_is_still_recognised(door: Door, db: Database) -> None:
+async def test_a_callback_without_its_body_is_still_recognised(
+    door: TestDoor, db: Database
+) -> None:
     """The body goes first; a repetition then only counts, and says nothing new of its run."""
     await put(door, settled("run_1", 31), settled("run_2", 29))
     assert await pruner(db).prune(AGES) == NOTHING | {"bodies": 1}
@@ -169,14 +185,16 @@ async def test_a_callback_without_its_body_is_still_recognised(door: Door, db: D
     other = await read.get_delivery(db, "whd_run_2")
     assert other is not None
     assert (other.body, other.body_removed_at) == (b"as it came", None)
-    passed = await door.put(callback("run_1", at=NOW, body=b"as it came"))
-    assert passed.repeated
+    async with open_inbox(db) as inbox:
+        stored = await inbox.store(callback("run_1", at=NOW, body=b"as it came").delivery)
+    assert stored.repeated
+    assert await apply_all(db) == 0
     assert (await receipts(db))["whd_run_1"] == 2
     assert len(await read.events(db, "run_1")) == 3
 
 
 async def test_quarantined_callbacks_go_only_where_that_is_asked_for(
-    door: Door, db: Database
+    door: TestDoor, db: Database
 ) -> None:
     """Nobody has understood them yet, so they keep their bodies until somebody says otherwise."""
     await door.put(quarantined("whd_old", at=NOW - 400 * DAY))
@@ -189,19 +207,22 @@ async def test_quarantined_callbacks_go_only_where_that_is_asked_for(
     assert await kept(db, deliveries, "delivery_id") == {"whd_young"}
 
 
-async def test_a_callback_that_came_again_lately_outlives_its_run(door: Door, db: Database) -> None:
+async def test_a_callback_that_came_again_lately_outlives_its_run(
+    door: TestDoor, db: Database
+) -> None:
     """As long as FLORA may repeat it, it is known; later it goes too."""
     await put(door, settled("run_1", 100), [callback("run_1", at=NOW - DAY)])
     assert (await pruner(db).prune(AGES))["deliveries"] == 0
     assert await kept(db) == set()
-    assert (await door.put(callback("run_1", at=NOW))).repeated
+    async with open_inbox(db) as inbox:
+        assert (await inbox.store(callback("run_1", at=NOW).delivery)).repeated
     much_later = pruner(db, clock=lambda: NOW + 91 * DAY)
     expected = NOTHING | {"deliveries": 1}
     assert await much_later.prune(AGES, dry=True) == expected
     assert await much_later.prune(AGES) == expected
 
 
-async def test_broken_off_anywhere_it_is_gone_on_with(door: Door, db: Database) -> None:
+async def test_broken_off_anywhere_it_is_gone_on_with(door: TestDoor, db: Database) -> None:
     """After whichever transaction it ends, no run is half, and the next one does the rest."""
 
     class Interrupted(Exception):
@@ -302,16 +323,15 @@ async def test_a_body_that_somebody_holds_goes_the_next_time(postgres_url: str) 
         assert await pruner(db).prune(AGES) == NOTHING | {"bodies": 1}
 
 
-async def test_the_body_of_a_late_replay_goes_too(door: Door, db: Database) -> None:
+async def test_the_body_of_a_late_replay_goes_too(door: TestDoor, db: Database) -> None:
     """A callback that was in quarantine when the bodies of its time went loses its own the next
     time, however old it is."""
-    held_back = quarantined("whd_late", at=NOW - 60 * DAY)
+    held_back = quarantined("whd_late", at=NOW - 60 * DAY, body=body_of("run_2"))
     await door.put(held_back)
     await put(door, settled("run_1", 35))
     assert await pruner(db).prune(AGES) == NOTHING | {"bodies": 1}
-    read_now = callback("run_2", "whd_late", at=NOW).observation
-    assert read_now is not None
-    await door.put(Replayed(delivery=held_back.delivery, observation=read_now))
+    await db.write(lambda connection: requeue(connection, held_back.delivery))
+    assert await apply_all(db) == 1
     assert await pruner(db).prune(AGES) == NOTHING | {"bodies": 1}
     row = await read.get_delivery(db, "whd_late")
     assert row is not None
@@ -319,7 +339,29 @@ async def test_the_body_of_a_late_replay_goes_too(door: Door, db: Database) -> N
     assert await pruner(db).prune(AGES) == NOTHING
 
 
-async def _start(db: Database, door: Door, key: str, run_id: str | None, at: datetime) -> None:
+async def test_what_is_not_applied_yet_is_spared(door: TestDoor, db: Database) -> None:
+    """However old it is, a delivery that waits is kept whole, and so is what it will be needed for;
+    once it is applied its body goes the next time."""
+    waits = Delivered(
+        delivery=Delivery(
+            delivery_id="whd_waits",
+            received_at=NOW - 400 * DAY,
+            body=body_of("run_2"),
+            run_id="run_2",
+        ),
+        outcome=DeliveryOutcome.WAITING,
+    )
+    await door.put(waits)
+    await put(door, settled("run_1", 35))
+    assert await pruner(db).prune(AGES) == NOTHING | {"bodies": 1}
+    row = await read.get_delivery(db, "whd_waits")
+    assert row is not None
+    assert (row.outcome, row.body) == (DeliveryOutcome.WAITING, waits.delivery.body)
+    assert await apply_all(db) == 1
+    assert await pruner(db).prune(AGES) == NOTHING | {"bodies": 1}
+
+
+async def _start(db: Database, door: TestDoor, key: str, run_id: str | None, at: datetime) -> None:
     await starts.reserve(
         db,
         workspace_slot="default",
@@ -334,7 +376,7 @@ async def _start(db: Database, door: Door, key: str, run_id: str | None, at: dat
         await door.put(Seen(observation=first, slot="default", idempotency_key=key))
 
 
-async def test_what_was_asked_for_goes_but_not_that_it_was(door: Door, db: Database) -> None:
+async def test_what_was_asked_for_goes_but_not_that_it_was(door: TestDoor, db: Database) -> None:
     """A key is known for good, so that nothing is paid twice; its inputs go with its run."""
     await _start(db, door, "row-1", "run_1", NOW - 100 * DAY)
     await put(door, settled("run_1", 100))
@@ -349,7 +391,7 @@ async def test_what_was_asked_for_goes_but_not_that_it_was(door: Door, db: Datab
     )
 
 
-async def test_keys_go_only_where_that_is_asked_for(door: Door, db: Database) -> None:
+async def test_keys_go_only_where_that_is_asked_for(door: TestDoor, db: Database) -> None:
     """Then those go that are old enough and came to an end of which nothing is here: not that of a
     run that stays, of a start in doubt, or of a batch's row, which would be started again."""
     asked = Ages(runs=AGES.runs, bodies=AGES.bodies, keys=365 * DAY)
@@ -385,7 +427,7 @@ async def test_keys_go_only_where_that_is_asked_for(door: Door, db: Database) ->
 
 @pytest.mark.parametrize("page", [1, 2, 100])
 async def test_keys_are_walked_through_to_the_end(
-    door: Door, db: Database, page: int, monkeypatch: pytest.MonkeyPatch
+    door: TestDoor, db: Database, page: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many techniques there are, and however many starts of one moment lie on a page."""
     monkeypatch.setattr("tracker.tracking.prune.PAGE", page)
@@ -400,7 +442,7 @@ async def test_keys_are_walked_through_to_the_end(
     assert await kept(db, start_table, "idempotency_key") == set()
 
 
-async def test_a_run_that_an_unresolved_start_may_be_stays(door: Door, db: Database) -> None:
+async def test_a_run_that_an_unresolved_start_may_be_stays(door: TestDoor, db: Database) -> None:
     """While nobody knows which run a start became, those of its technique and time are kept."""
     await _start(db, door, "unclear", None, NOW - 100 * DAY)
     unresolved = update(start_table).values(state="unresolved", sent_at=NOW - 100 * DAY)
@@ -452,7 +494,7 @@ async def test_the_sweeps_on_which_something_rests_stay(db: Database) -> None:
     assert await sweeps.last_through(db, "ws_1", "generation") == NOW - 197 * DAY
 
 
-async def test_how_far_it_has_been_is_known(door: Door, db: Database) -> None:
+async def test_how_far_it_has_been_is_known(door: TestDoor, db: Database) -> None:
     """What is older than a removed run of its workspace, lies where that was swept, and is not
     here, has been removed."""
     then = NOW - 100 * DAY
@@ -474,7 +516,7 @@ async def test_how_far_it_has_been_is_known(door: Door, db: Database) -> None:
     assert await retention.removed(db, said) == {"run_1", "older"}
 
 
-async def test_the_mark_never_goes_back(door: Door, db: Database) -> None:
+async def test_the_mark_never_goes_back(door: TestDoor, db: Database) -> None:
     """Who prunes less far later changes nothing of what was removed."""
     await put(door, settled("run_1", 100), settled("run_2", 200))
     await pruner(db).prune(AGES)

@@ -7,14 +7,13 @@ from decimal import Decimal
 import pytest
 from sqlalchemy import func, select
 
-from tests.store.making import NOW, callback, ids, quarantined, seen, started
+from tests.store.making import NOW, TestDoor, callback, ids, quarantined, seen, started
 from tracker.core.entry import DeliveryOutcome, Seen
 from tracker.core.errors import InvalidRequest
 from tracker.core.observation import Source
 from tracker.core.run import Output, RunStatus, Tracking
 from tracker.core.schedule import Durations
 from tracker.store import starts
-from tracker.store.door import Door
 from tracker.store.engine import Database
 from tracker.store.read import (
     Counts,
@@ -49,7 +48,7 @@ async def all_pages(db: Database, limit: int, **wanted: str) -> list[str]:
             return found
 
 
-async def test_a_whole_record_comes_back(door: Door, db: Database) -> None:
+async def test_a_whole_record_comes_back(door: TestDoor, db: Database) -> None:
     """Every fact of a run, and every fact about its receipt, survives the database."""
     facts = {
         "run_type": "technique",
@@ -77,7 +76,7 @@ async def test_a_whole_record_comes_back(door: Door, db: Database) -> None:
     assert await get_run(db, "run_2") is None
 
 
-async def test_money_can_be_summed_by_anybody(door: Door, db: Database) -> None:
+async def test_money_can_be_summed_by_anybody(door: TestDoor, db: Database) -> None:
     """Ad-hoc SQL adds up costs, to the sixth decimal."""
     for run, cost in (("run_1", "0.1"), ("run_2", "0.200001"), ("run_3", "12.3")):
         facts = {"charged_cost": Decimal(cost)}
@@ -87,7 +86,7 @@ async def test_money_can_be_summed_by_anybody(door: Door, db: Database) -> None:
     assert round(total, 6) == Decimal("12.600001")
 
 
-async def test_pages_are_newest_first_and_whole(door: Door, db: Database) -> None:
+async def test_pages_are_newest_first_and_whole(door: TestDoor, db: Database) -> None:
     """Pages of any size hold every run once, by creation and then by id, also where times are
     equal."""
     moments = [NOW - timedelta(hours=number // 3) for number in range(25)]
@@ -98,7 +97,7 @@ async def test_pages_are_newest_first_and_whole(door: Door, db: Database) -> Non
         assert await all_pages(db, limit) == expected
 
 
-async def test_pages_are_stable_while_runs_come_in(door: Door, db: Database) -> None:
+async def test_pages_are_stable_while_runs_come_in(door: TestDoor, db: Database) -> None:
     """A reader who is half-way misses nothing and sees nothing twice when newer runs start."""
     await door.put_all([created(run, NOW) for run in ids("run", 9)])
     first, cursor = await list_runs(db, limit=4)
@@ -111,7 +110,7 @@ async def test_pages_are_stable_while_runs_come_in(door: Door, db: Database) -> 
     assert found == list(reversed(ids("run", 9)))
 
 
-async def test_listings_filter(door: Door, db: Database) -> None:
+async def test_listings_filter(door: TestDoor, db: Database) -> None:
     """Status, technique, workspace and tracking narrow a listing, alone and together."""
     await door.put_all(
         [
@@ -149,7 +148,7 @@ async def test_a_foreign_cursor_is_refused(db: Database) -> None:
         assert [fault.field for fault in caught.value.fields] == ["cursor"]
 
 
-async def test_a_timeline_is_in_order(door: Door, db: Database) -> None:
+async def test_a_timeline_is_in_order(door: TestDoor, db: Database) -> None:
     """Events come oldest first, each with what its source saw."""
     await door.put(started("run_1"))
     await door.put_all([started("run_2"), seen("run_1", facts={"progress": 40.0})])
@@ -165,7 +164,7 @@ async def test_a_timeline_is_in_order(door: Door, db: Database) -> None:
     assert await events(db, "run_3") == []
 
 
-async def test_durations_are_those_of_the_last_completed_runs(door: Door, db: Database) -> None:
+async def test_durations_are_those_of_the_last_completed_runs(door: TestDoor, db: Database) -> None:
     """Only completed runs whose creation is known count, and of them the last two hundred."""
     assert await durations(db, "tech_1") == Durations(count=0, p50=0, p95=0)
 
@@ -183,7 +182,7 @@ async def test_durations_are_those_of_the_last_completed_runs(door: Door, db: Da
     assert await durations(db, "tech_1") == Durations(count=200, p50=100.0, p95=190.0)
 
 
-async def test_deliveries_are_listed_without_bodies(door: Door, db: Database) -> None:
+async def test_deliveries_are_listed_without_bodies(door: TestDoor, db: Database) -> None:
     """Callbacks come newest first, by outcome or by run; one alone comes with its bytes."""
     moments = [NOW + timedelta(seconds=number) for number in range(4)]
     await door.put_all(
@@ -213,7 +212,7 @@ async def test_deliveries_are_listed_without_bodies(door: Door, db: Database) ->
         await list_deliveries(db, cursor="x")
 
 
-async def test_counts_say_what_waits(door: Door, db: Database) -> None:
+async def test_counts_say_what_waits(door: TestDoor, db: Database) -> None:
     """What is active, due, lost, quarantined, open and unresolved is counted."""
     assert await counts(db, now=NOW) == Counts(0, 0, 0, 0, 0, 0, None)
     at = NOW - timedelta(minutes=1)
@@ -245,7 +244,7 @@ async def test_counts_say_what_waits(door: Door, db: Database) -> None:
     )
 
 
-async def test_a_settled_run_seen_again_is_not_written(door: Door, db: Database) -> None:
+async def test_a_settled_run_seen_again_is_not_written(door: TestDoor, db: Database) -> None:
     """A history page full of known, settled runs changes no row."""
     entry = seen("run_1", RunStatus.FAILED, source=Source.HISTORY)
     passed = await door.put(entry)

@@ -5,12 +5,11 @@ from functools import partial
 
 import pytest
 
-from tests.store.making import NOW, callback, seen, started
+from tests.store.making import NOW, TestDoor, callback, seen, started
 from tests.store.test_plans import _reads_a_table, full, plans
 from tracker.core.errors import InvalidRequest
 from tracker.core.run import RunError, RunStatus
 from tracker.store import search
-from tracker.store.door import Door
 from tracker.store.engine import Database
 from tracker.store.search import STATES, Wanted, search_runs
 
@@ -23,7 +22,7 @@ async def _ids(db: Database, **wanted: object) -> list[str]:
 
 
 @pytest.fixture
-async def some(db: Database, door: Door) -> Database:
+async def some(db: Database, door: TestDoor) -> Database:
     """One run in each state, a minute apart."""
     at = [NOW + timedelta(minutes=minutes) for minutes in range(6)]
     of = {"technique_id": "tech_a", "technique_name": "Größe 50%", "workspace_id": "ws_1"}

@@ -5,10 +5,9 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from tests.store.making import NOW, callback, seen, started
+from tests.store.making import NOW, TestDoor, callback, seen, started
 from tracker.core.observation import Source
 from tracker.store import starts
-from tracker.store.door import Door
 from tracker.store.engine import Database
 from tracker.store.starts import StartRow, StartState
 
@@ -62,7 +61,7 @@ async def test_a_key_is_kept_once(db: Database, other_db: Database) -> None:
     assert (await reserve(db, "key", slot="other slot")).workspace_slot == "other slot"
 
 
-async def test_the_door_closes_a_start_with_its_run(door: Door, db: Database) -> None:
+async def test_the_door_closes_a_start_with_its_run(door: TestDoor, db: Database) -> None:
     """The answer to a start stores the run and closes the row of its slot in one transaction."""
     for slot in ("default", "other"):
         await reserve(db, "key", slot=slot)
@@ -76,7 +75,7 @@ async def test_the_door_closes_a_start_with_its_run(door: Door, db: Database) ->
     assert other.state is StartState.STORED
 
 
-async def test_a_replayed_answer_closes_it_too(door: Door, db: Database) -> None:
+async def test_a_replayed_answer_closes_it_too(door: TestDoor, db: Database) -> None:
     """A start whose run was heard of before, and says nothing new, is closed all the same."""
     await reserve(db, "key")
     await door.put(started("run_1"))
@@ -131,7 +130,7 @@ async def test_a_key_in_use_keeps_its_first_request(db: Database) -> None:
     assert (anew.in_use_since, anew.callback_url) == (later, "https://b.example")
 
 
-async def test_what_became_a_run_stays_so(door: Door, db: Database) -> None:
+async def test_what_became_a_run_stays_so(door: TestDoor, db: Database) -> None:
     """A late answer of another attempt cannot reopen a start, and nobody may send it again."""
     await reserve(db, "key")
     assert await starts.take(db, "default", "key", "h", NOW, LEASE)
@@ -166,7 +165,7 @@ async def test_one_process_sends_a_key(db: Database, other_db: Database) -> None
     assert not await starts.take(db, "default", "never kept", "h", NOW, LEASE)
 
 
-async def test_open_starts_are_found(door: Door, db: Database) -> None:
+async def test_open_starts_are_found(door: TestDoor, db: Database) -> None:
     """What was kept before a moment and is neither started, refused nor unresolved is open."""
     for number, key in enumerate(["b", "a", "c", "d", "e"]):
         await reserve(db, key, at=NOW + timedelta(seconds=number))
@@ -178,7 +177,7 @@ async def test_open_starts_are_found(door: Door, db: Database) -> None:
     assert [row.idempotency_key for row in await starts.open_starts(db, NOW)] == []
 
 
-async def test_rival_starts_are_found(door: Door, db: Database) -> None:
+async def test_rival_starts_are_found(door: TestDoor, db: Database) -> None:
     """Other starts of the technique in this workspace that may own a run are its rivals."""
     await reserve(db, "mine")
     await reserve(db, "open")
@@ -194,7 +193,7 @@ async def test_rival_starts_are_found(door: Door, db: Database) -> None:
     assert sorted(row.idempotency_key for row in found) == ["open", "unresolved"]
 
 
-async def test_runs_of_known_origin_are_accounted_for(door: Door, db: Database) -> None:
+async def test_runs_of_known_origin_are_accounted_for(door: TestDoor, db: Database) -> None:
     """A run that a start owns, or that was given to track, is nobody else's."""
     await reserve(db, "key")
     await door.put(

@@ -2,11 +2,10 @@
 
 from datetime import timedelta
 
-from tests.store.making import NOW, callback, seen, started
+from tests.store.making import NOW, TestDoor, callback, seen, started
 from tracker.core.observation import Source
 from tracker.core.run import RunStatus
 from tracker.store import sweeps
-from tracker.store.door import Door
 from tracker.store.engine import Database
 
 HOUR = timedelta(hours=1)
@@ -41,7 +40,7 @@ async def test_a_sweep_is_kept_as_it_ended(db: Database) -> None:
     )
 
 
-async def test_the_oldest_run_that_has_not_ended_is_found(door: Door, db: Database) -> None:
+async def test_the_oldest_run_that_has_not_ended_is_found(door: TestDoor, db: Database) -> None:
     """What a sweep must reach back to is the oldest open run of the workspace after a moment."""
     assert await sweeps.oldest_unfinished_since(db, ["ws_1"], NOW) is None
     ages = {"stuck": 50, "open": 5, "newer": 1}

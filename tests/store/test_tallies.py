@@ -19,6 +19,7 @@ from structlog.testing import capture_logs
 
 from tests.store.making import (
     NOW,
+    TestDoor,
     as_entry,
     callback,
     ids,
@@ -34,7 +35,6 @@ from tracker.core.record import Record
 from tracker.core.run import RunStatus, Tracking
 from tracker.core.tally import ALWAYS, Key, facts
 from tracker.store import migrate, tallies
-from tracker.store.door import Door
 from tracker.store.engine import Database, migration_engine
 from tracker.store.overview import TALLIES
 from tracker.store.records import read_records
@@ -131,7 +131,7 @@ async def test_any_history_is_counted_exactly(db: Database, history: list[Any]) 
     back: folded in between or not, the tallies are what the runs count for."""
     for table in (runs, deliveries, run_tallies, run_tally_changes):
         await db.write(lambda connection, table=table: connection.execute(delete(table)).rowcount)
-    async with open_door(db, max_batch=3) as door:
+    async with open_door(db, max_group=3) as door:
         for number, each in enumerate(history):
             if each == "fold":
                 await tallies.fold(db)
@@ -147,7 +147,7 @@ async def test_any_history_is_counted_exactly(db: Database, history: list[Any]) 
     assert await tallied(db) == expected
 
 
-async def test_a_lost_run_that_comes_back_counts_once(door: Door, db: Database) -> None:
+async def test_a_lost_run_that_comes_back_counts_once(door: TestDoor, db: Database) -> None:
     """A state is left when another is entered."""
     await door.put(started("run_1"))
     for hour in range(5):
@@ -161,7 +161,7 @@ async def test_a_lost_run_that_comes_back_counts_once(door: Door, db: Database) 
     await assert_exact(db)
 
 
-async def test_a_late_callback_is_no_missed_one(door: Door, db: Database) -> None:
+async def test_a_late_callback_is_no_missed_one(door: TestDoor, db: Database) -> None:
     """A run whose end was polled misses its callback until it comes; then it came late."""
     outcomes = []
     for entry in (started("run_1"), seen("run_1", RunStatus.COMPLETED), callback("run_1")):
@@ -171,7 +171,7 @@ async def test_a_late_callback_is_no_missed_one(door: Door, db: Database) -> Non
     await assert_exact(db)
 
 
-async def test_a_contradicted_end_moves(door: Door, db: Database) -> None:
+async def test_a_contradicted_end_moves(door: TestDoor, db: Database) -> None:
     """What a callback said to have completed and the API calls failed is counted as failed."""
     await door.put(started("run_1"))
     await door.put(callback("run_1", status=RunStatus.COMPLETED))
@@ -190,7 +190,7 @@ async def test_writers_and_folders_at_once_lose_nothing(db: Database, other_db: 
     """Two processes write and fold as they like: nothing is counted twice, nothing is left out."""
     names = ids("run", 60)
 
-    async def write(door: Door, order: list[str], status: RunStatus) -> None:
+    async def write(door: TestDoor, order: list[str], status: RunStatus) -> None:
         for run_id in order:
             await door.put(seen(run_id, status, facts={"technique_id": run_id[-1]}))
 
@@ -225,7 +225,7 @@ async def test_a_recount_mends_and_misses_nothing(db: Database, other_db: Databa
     await assert_exact(db)
 
 
-async def test_deleted_runs_leave_their_history(door: Door, db: Database) -> None:
+async def test_deleted_runs_leave_their_history(door: TestDoor, db: Database) -> None:
     """Runs that retention deletes are in no state any more, and their hours stay, recounted or
     not."""
     later = NOW + timedelta(days=2)
@@ -291,7 +291,7 @@ async def test_the_last_fold_makes_up_for_one_that_failed(sqlite_url: str, tmp_p
         assert await rows_in(db, run_tally_changes) == 0
 
 
-async def test_what_sources_say_tells_adopted_runs(door: Door, db: Database) -> None:
+async def test_what_sources_say_tells_adopted_runs(door: TestDoor, db: Database) -> None:
     """A run that a sweep finds ended long ago says nothing about how soon ends are known; one that
     a callback told of does."""
     long_ago = {"completed_at": NOW - timedelta(days=3), "charged_cost": Decimal(1)}

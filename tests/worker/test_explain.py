@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from tests.support.deliveries import Delivered, keep
 from tests.worker.conftest import HandClock, MakeFlora, OpenServices, the_run
-from tracker.core.entry import Delivered, Delivery, DeliveryOutcome, Seen
+from tracker.core.entry import Delivery, DeliveryOutcome, Seen
 from tracker.core.next_look import Why
 from tracker.core.observation import Observation, Source
 from tracker.core.run import Output, RunError, RunStatus
@@ -316,28 +317,30 @@ async def test_learned_durations_are_told(reached: Services, clock: HandClock) -
     assert "(learned from 20 runs)" in text_of(told, Kind.NEXT)
 
 
-async def test_a_replayed_callback_says_when_it_came(reached: Services, clock: HandClock) -> None:
+async def test_a_replayed_callback_says_when_it_was_applied(
+    reached: Services, clock: HandClock
+) -> None:
     """A callback that is understood only later is told with both of its times."""
-    came = clock()
-    clock.move(60)
-    seen = Observation(
-        run_id="run_1", source=Source.CALLBACK, at=clock(), status=RunStatus.COMPLETED
-    )
-    await reached.door.put(
+    body = {"type": "run.completed", "data": {"run_id": "run_1", "status": "completed"}}
+    await keep(
+        reached.database,
         Delivered(
             delivery=Delivery(
                 delivery_id="whd_9",
-                received_at=came,
-                body=b"{}",
-                outcome=DeliveryOutcome.APPLIED,
+                received_at=clock(),
+                body=json.dumps(body).encode(),
                 run_id="run_1",
             ),
-            observation=seen,
-        )
+            outcome=DeliveryOutcome.QUARANTINED,
+            reason="an older version did not understand it",
+        ),
     )
-    told = text_of(await story(reached, "run_1"), Kind.SIGHT)
-    assert "had come at 2026-07-01 12:00:00 UTC" in told
-    assert "was replayed" in told
+    clock.move(60)
+    await reached.replayer.replay("whd_9")
+    explained = await story(reached, "run_1")
+    (sentence,) = [one for one in explained.sentences if one.kind is Kind.SIGHT]
+    assert sentence.at == clock() - timedelta(seconds=60)
+    assert "was not applied until 2026-07-01 12:01:00 UTC" in sentence.text
 
 
 async def test_an_unknown_run_has_no_story(services: Services) -> None:

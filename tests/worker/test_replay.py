@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 
+from tests.support import deliveries
+from tests.support.deliveries import Delivered
 from tracker.core.clock import utc_now
-from tracker.core.entry import Delivered, Delivery, DeliveryOutcome
+from tracker.core.entry import Delivery, DeliveryOutcome
 from tracker.flora.signature import sign
+from tracker.receiving.replay import UnknownDelivery
 from tracker.settings import Settings, WorkspaceSettings
 from tracker.store import read
-from tracker.tracking.replay import UnknownDelivery
 from tracker.wiring import Services, open_services
 
 SECRET = "whsec_replay"
@@ -43,17 +45,18 @@ def settings(database_url: str, *workspaces: str) -> Settings:
 
 async def keep(services: Services, content: bytes, *, signer: str | None = None) -> None:
     """As if an older version had not understood it."""
-    await services.door.put(
+    await deliveries.keep(
+        services.database,
         Delivered(
             delivery=Delivery(
                 delivery_id="whd_1",
                 received_at=services.clock(),
                 body=content,
-                outcome=DeliveryOutcome.QUARANTINED,
                 workspace_id=signer,
-                reason="an older version did not understand it",
-            )
-        )
+            ),
+            outcome=DeliveryOutcome.QUARANTINED,
+            reason="an older version did not understand it",
+        ),
     )
 
 

@@ -15,10 +15,10 @@ from tracker.core.entry import DeliveryOutcome
 from tracker.core.errors import StartUnresolved
 from tracker.core.run import Tracking
 from tracker.flora.signature import sign
+from tracker.receiving.replay import APPLIED_BEFORE
 from tracker.simulator import Simulator
 from tracker.store import read
 from tracker.tracking.prune import Ages
-from tracker.tracking.replay import APPLIED_BEFORE
 from tracker.tracking.start import StartRequest
 from tracker.wiring import Services
 

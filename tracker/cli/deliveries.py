@@ -10,8 +10,8 @@ from tracker.core.entry import DeliveryOutcome
 from tracker.core.errors import TrackerError
 
 if TYPE_CHECKING:
+    from tracker.receiving.replay import Replay
     from tracker.store.read import DeliveryRow
-    from tracker.tracking.replay import Replay
     from tracker.wiring import Services
 
 app = typer.Typer(name="deliveries", help="List, show and replay callbacks.", no_args_is_help=True)

@@ -1,7 +1,7 @@
-"""What goes through the door: one entry for each thing that happened to a run.
+"""What is written of runs: one entry for each thing that happened to one, and deliveries.
 
 Sources make observations; the use cases wrap them into entries that also say what the sight was: a
-callback's delivery, a read made for this run alone, an item of a list, the answer to a start.
+callback, a read made for this run alone, an item of a list, the answer to a start.
 """
 
 from datetime import datetime
@@ -19,38 +19,33 @@ TRIAL_IDS: Final = "whd_doctor_"
 
 
 class DeliveryOutcome(StrEnum):
-    """What became of a callback whose signature was right."""
+    """What became of a callback whose signature was right.
 
+    It is stored as waiting, and answered. Whoever applies it makes it applied, together with its
+    effect on its run, or quarantined, with the reason; a replay makes a quarantined one wait again.
+    """
+
+    WAITING = "waiting"
     APPLIED = "applied"
     QUARANTINED = "quarantined"
 
 
 @quick_dataclass(frozen=True, slots=True, kw_only=True)
 class Delivery:
-    """An authentic callback as it came. `body` is the raw bytes; `created_at` is FLORA's time."""
+    """An authentic callback as it came. `body` is the raw bytes; `created_at` is FLORA's time.
+
+    `workspace_id` is the workspace whose secret signed it; the one that the body names where that
+    is not known.
+    """
 
     delivery_id: str
     received_at: datetime
     body: bytes
-    outcome: DeliveryOutcome
     run_id: str | None = None
     event_type: str | None = None
     api_version: str | None = None
     workspace_id: str | None = None
     created_at: datetime | None = None
-    reason: str | None = None
-    """Why it was quarantined, for a person; `None` where it was applied."""
-
-
-@quick_dataclass(frozen=True, slots=True, kw_only=True)
-class Delivered:
-    """A callback came. `observation` is `None` where it is quarantined, and for a trial.
-
-    The delivery and its effect on the run are committed together. A repeated one only counts.
-    """
-
-    delivery: Delivery
-    observation: Observation | None = None
 
 
 @quick_dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,18 +83,4 @@ class Unseen:
     claim: str | None = None
 
 
-@quick_dataclass(frozen=True, slots=True, kw_only=True)
-class Replayed:
-    """A quarantined callback was read again, and this time it is understood.
-
-    `delivery` is the stored one as it reads now, with the time at which it came; `observation` was
-    made at the time of the replay. The delivery becomes applied and its effect on the run is
-    committed with it. One that is not quarantined any more has been replayed already: nothing
-    happens.
-    """
-
-    delivery: Delivery
-    observation: Observation
-
-
-Entry = Delivered | Seen | Unseen | Replayed
+Entry = Seen | Unseen

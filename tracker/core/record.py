@@ -10,9 +10,9 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from tracker.core.entry import Delivered, Entry, Replayed, Seen, Unseen
+from tracker.core.entry import Entry, Seen, Unseen
 from tracker.core.merge import merge
-from tracker.core.observation import Source
+from tracker.core.observation import Observation, Source
 from tracker.core.quick import quick_dataclass
 from tracker.core.run import Run, Tracking
 from tracker.core.schedule import Durations, Policy, next_check
@@ -76,28 +76,11 @@ def apply(
     """The record after `entry`. `record` is `None` for a run never heard of.
 
     Returns `record` itself where nothing changes, and `None` where the entry is about no run that
-    is known (a quarantined delivery, an unseen run that was never tracked).
+    is known (an unseen run that was never tracked).
     """
     if isinstance(entry, Unseen):
         return None if record is None else _unseen(record, entry, policy)
-    if isinstance(entry, Replayed):
-        return _replayed(record, entry, policy, durations_of)
-    if isinstance(entry, Delivered):
-        if entry.observation is None:
-            return record
-        entry = Seen(observation=entry.observation)
     return _sighted(record, entry, policy, durations_of)
-
-
-def _replayed(
-    record: Record | None, entry: Replayed, policy: Policy, durations_of: DurationsOf
-) -> Record:
-    """As a callback that comes now, but for when it came: that is a fact of its receipt."""
-    after = _sighted(record, Seen(observation=entry.observation), policy, durations_of)
-    came = entry.delivery.received_at
-    if after.callback_at is not None and after.callback_at <= came:
-        return after
-    return replace(after, callback_at=came)
 
 
 def _sighted(
@@ -133,7 +116,7 @@ def _sighted(
         # answer.
         source=Source.START if seen.source is Source.START else old.source,
         first_seen_at=old.first_seen_at,
-        callback_at=old.callback_at or (seen.at if seen.source is Source.CALLBACK else None),
+        callback_at=_callback_at(old, seen),
         callback_expected=callback_expected,
         ended_via=old.ended_via or (seen.source if run.standing.ended else None),
         end_seen_at=old.end_seen_at or (seen.at if run.standing.ended else None),
@@ -150,6 +133,14 @@ def _sighted(
         lease_holder=old.lease_holder if keeps_lease else None,
     )
     return before if before is not None and after == before else after
+
+
+def _callback_at(old: Record, seen: Observation) -> datetime | None:
+    """When the first callback was received: they need not be applied in the order in which they
+    came."""
+    if seen.source is not Source.CALLBACK:
+        return old.callback_at
+    return seen.at if old.callback_at is None else min(old.callback_at, seen.at)
 
 
 def _is_a_look(before: Record | None, entry: Seen, run: Run) -> bool:

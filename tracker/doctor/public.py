@@ -166,7 +166,7 @@ def _judge_small(small: Sequence[Trial], replies: Sequence[Reply], kept: _Kept) 
             "by its absolute path (sqlite:////…), for a relative one depends on the folder. The "
             "test delivery stays there, applied to nothing.",
         )
-    if any(reply.outcome != DeliveryOutcome.APPLIED for reply in replies):
+    if any(reply.outcome == DeliveryOutcome.QUARANTINED for reply in replies):
         return warning(
             NAME,
             "A signed delivery is taken, but by a tracker of an older version.",

@@ -23,6 +23,7 @@ from tracker.core.errors import (
     ServerFault,
 )
 from tracker.core.observation import Observation, Source
+from tracker.core.quick import quick_dataclass
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.flora.values import (
     as_dollars,
@@ -63,9 +64,9 @@ class Page(Generic[T]):
     unreadable: list[str]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Callback:
-    """A callback's body. `observation` is `None` where it is not understood; `reason` says why.
+@quick_dataclass(frozen=True, slots=True, kw_only=True)
+class Envelope:
+    """What a callback says of itself: enough to store it, understood or not.
 
     `delivery_id` is always there: the body's, else the header's, else made of the body's digest.
     """
@@ -76,8 +77,6 @@ class Callback:
     created_at: datetime | None
     run_id: str | None
     workspace_id: str | None
-    observation: Observation | None
-    reason: str | None
 
 
 def run(
@@ -150,45 +149,50 @@ def page(payload: object, key: str, read: Callable[[object], T]) -> Page[T]:
     return Page(items=items, next_cursor=next_cursor if listed else None, unreadable=unreadable)
 
 
-def callback(body: bytes, *, at: datetime, webhook_id: str | None = None) -> Callback:
-    """An authentic callback's body, received at `at`. Raises nothing, whatever the bytes.
+def envelope(body: bytes, *, webhook_id: str | None = None) -> Envelope:
+    """What an authentic callback's body says of itself. Raises nothing, whatever the bytes.
 
     `webhook_id` is the header `Flora-Webhook-Id`, for a body without an id.
     """
-    event: dict[str, Any] = {}
-    reason = None
+    try:
+        event = as_object(decode(body))
+    except FloraUnreadable:
+        event = {}
+    data = as_object(event.get("data"))
+    return Envelope(
+        delivery_id=as_id(event.get("id")) or as_id(webhook_id) or digest_id(body),
+        event_type=as_id(event.get("type")),
+        api_version=as_id(event.get("api_version")),
+        created_at=as_time(event.get("created_at")),
+        run_id=as_id(data.get("run_id")),
+        workspace_id=as_id(data.get("workspace_id")),
+    )
+
+
+def callback(body: bytes, *, at: datetime) -> Observation | str:
+    """What an authentic callback, received at `at`, says of its run; or why it is not understood.
+
+    Raises nothing, whatever the bytes.
+    """
     try:
         event = _required(decode(body), "the body")
     except FloraUnreadable as exc:
-        reason = str(exc)
+        return str(exc)
     data = as_object(event.get("data"))
-    event_type = as_id(event.get("type"))
-    run_id = as_id(data.get("run_id"))
-    workspace_id = as_id(data.get("workspace_id"))
-    observation = None
-    if reason is None:
-        status = _EVENTS.get(event_type or "")
-        reason = _not_understood(event, status, run_id, workspace_id)
-        if reason is None and status is not None and run_id is not None:
-            # Which run, and how it ended: there is nothing else in it.
-            observation = Observation(
-                run_id=run_id,
-                source=Source.CALLBACK,
-                at=at,
-                status=status,
-                run_type=as_id(data.get("run_type")),
-                workspace_id=workspace_id,
-                error=_error(data),
-            )
-    return Callback(
-        delivery_id=as_id(event.get("id")) or as_id(webhook_id) or digest_id(body),
-        event_type=event_type,
-        api_version=as_id(event.get("api_version")),
-        created_at=as_time(event.get("created_at")),
+    status = _EVENTS.get(as_id(event.get("type")) or "")
+    run_id, workspace_id = as_id(data.get("run_id")), as_id(data.get("workspace_id"))
+    reason = _not_understood(event, status, run_id, workspace_id)
+    if reason is not None or status is None or run_id is None:
+        return reason or "it names no run"
+    # Which run, and how it ended: there is nothing else in it.
+    return Observation(
         run_id=run_id,
+        source=Source.CALLBACK,
+        at=at,
+        status=status,
+        run_type=as_id(data.get("run_type")),
         workspace_id=workspace_id,
-        observation=observation,
-        reason=reason,
+        error=_error(data),
     )
 
 

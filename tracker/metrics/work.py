@@ -16,8 +16,8 @@ from tracker.core.record import Record
 from tracker.core.run import RunStatus
 from tracker.core.tally import is_adopted, lag_ms
 from tracker.flora.signature import Reason
+from tracker.receiving.receive import Received
 from tracker.store.faults import StoreBusy
-from tracker.tracking.receive import Received
 from tracker.tracking.rounds import PollReport
 from tracker.tracking.sweep import SweepReport
 from tracker.tracking.workspaces import Workspace
@@ -25,7 +25,9 @@ from tracker.tracking.workspaces import Workspace
 ENDED_BY: Final = (Source.START, Source.CALLBACK, Source.POLL, Source.HISTORY)
 """Who may tell that a run ended."""
 REPEATED: Final = "repeated"
-OUTCOMES: Final = (*(outcome.value for outcome in DeliveryOutcome), REPEATED)
+STORED: Final = "stored"
+RECEIVED: Final = (STORED, REPEATED)
+APPLIED: Final = (DeliveryOutcome.APPLIED.value, DeliveryOutcome.QUARANTINED.value)
 REFUSALS: Final = (
     *get_args(Reason),
     *("too_large", "no_room", "too_slow", "cut_off", "trial", "not_set_up"),
@@ -79,6 +81,11 @@ class Work:
             "Authentic callbacks that were committed, by the secret that signed them.",
             *(by_workspace, "secret", "outcome"),
         )
+        self._applied = count(
+            "deliveries_applied",
+            "Stored callbacks that were applied, by what came of it.",
+            "outcome",
+        )
         self._refused = count("callbacks_refused", "Callbacks that were not kept.", "reason")
         self._auth_refused = count(
             "auth_refused", "Requests to API, pages and metrics that were refused.", "reason"
@@ -127,6 +134,8 @@ class Work:
         )
         self._job_failures = count("worker_job_failures", "Scheduled jobs that failed.", "task")
         self._taken: dict[tuple[str, int, str], Counter] = {}
+        for outcome in APPLIED:
+            self._applied.labels(outcome)
         for reason in REFUSALS:
             self._refused.labels(reason)
         for reason in AUTH_REFUSALS:
@@ -143,20 +152,25 @@ class Work:
             if workspace.workspace_id is None:
                 continue
             for position in range(1, len(workspace.secrets) + 1):
-                for outcome in OUTCOMES:
+                for outcome in RECEIVED:
                     self._callbacks.labels(workspace.workspace_id, position, outcome)
             for result in SWEEP_RESULTS if workspace.client else ():
                 self._sweeps.labels(workspace.workspace_id, result)
 
     def callback_taken(self, received: Received, seconds: float) -> None:
         """A callback was committed, `seconds` after its headers came."""
-        outcome = REPEATED if received.repeated else received.outcome.value
+        outcome = REPEATED if received.repeated else STORED
         key = (received.workspace, received.secret, outcome)
         counter = self._taken.get(key)
         if counter is None:
             counter = self._taken[key] = self._callbacks.labels(*key)
         counter.inc()
         self._callback_seconds.observe(seconds)
+
+    def applied(self, applied: int, quarantined: int) -> None:
+        """The applier's hook: so many stored callbacks were applied, and so many quarantined."""
+        for outcome, amount in zip(APPLIED, (applied, quarantined), strict=True):
+            self._applied.labels(outcome).inc(amount)
 
     def callback_refused(self, reason: str) -> None:
         """A callback was not kept. Reasons are few, and fixed."""

@@ -1,10 +1,11 @@
-"""A callback: authentic or refused, understood or not."""
+"""A callback: authentic or refused, and what an authentic one says."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 
-from tracker.core.entry import TRIAL, Delivered, Delivery, DeliveryOutcome
+from tracker.core.entry import Delivery
+from tracker.core.observation import Observation
 from tracker.flora import parse, signature
 
 
@@ -15,59 +16,51 @@ def authenticate(
     *,
     now: datetime,
     tolerance: float,
-) -> str:
-    """The secret that signed these raw bytes.
+) -> int:
+    """Which of `secrets` signed these raw bytes: its position.
 
-    `tolerance` is in seconds, 0 for unchecked. Raises `SignatureError` where none of `secrets` did.
+    `tolerance` is in seconds, 0 for unchecked. Raises `SignatureError` where none did.
     """
-    return secrets[signature.verify(header, body, secrets, now=now, tolerance=tolerance)]
+    return signature.verify(header, body, secrets, now=now, tolerance=tolerance)
 
 
-def read(
-    body: bytes, *, at: datetime, webhook_id: str | None, workspace_id: str | None
-) -> Delivered:
-    """The delivery and what it says, from the bytes of an authentic callback.
+def delivery(
+    body: bytes, *, at: datetime, webhook_id: str | None, signers: Sequence[str | None]
+) -> Delivery:
+    """An authentic callback as it is stored, understood or not. Never raises.
 
-    `workspace_id` is the workspace whose secret signed it, where that is known. A callback that is
-    not understood, or that speaks of another workspace, is quarantined: kept, and applied to
-    nothing. A trial is understood, and applied to nothing too. Never raises, whatever the bytes.
+    `signers` are the workspaces whose secret signed it: one, unless several share a secret; then it
+    is the one that the body names, else the first.
     """
-    callback = parse.callback(body, at=at, webhook_id=webhook_id)
-    seen, reason = callback.observation, callback.reason
-    named = callback.workspace_id
-    if seen is not None and named and workspace_id and named != workspace_id:
-        reason = f"it speaks of workspace {named}, but the secret of {workspace_id} signed it"
-        seen = None
-    if seen is not None and not named:
-        seen = replace(seen, workspace_id=workspace_id)
-    understood = seen is not None or callback.event_type == TRIAL
-    return Delivered(
-        delivery=Delivery(
-            delivery_id=callback.delivery_id,
-            received_at=at,
-            body=body,
-            outcome=DeliveryOutcome.APPLIED if understood else DeliveryOutcome.QUARANTINED,
-            run_id=callback.run_id,
-            event_type=callback.event_type,
-            api_version=callback.api_version,
-            # Whose secret signed it: a replay goes by that, not by what the body claims.
-            workspace_id=workspace_id or named,
-            created_at=callback.created_at,
-            reason=None if understood else reason,
-        ),
-        observation=seen,
+    told = parse.envelope(body, webhook_id=webhook_id)
+    signer = told.workspace_id if told.workspace_id in signers else signers[0]
+    return Delivery(
+        delivery_id=told.delivery_id,
+        received_at=at,
+        body=body,
+        run_id=told.run_id,
+        event_type=told.event_type,
+        api_version=told.api_version,
+        workspace_id=signer or told.workspace_id,
+        created_at=told.created_at,
     )
 
 
-def quarantined(delivered: Delivered, reason: str) -> Delivered:
-    """The same delivery, kept and applied to nothing."""
-    delivery = replace(delivered.delivery, outcome=DeliveryOutcome.QUARANTINED, reason=reason)
-    return replace(delivered, delivery=delivery, observation=None)
+def digest_id(body: bytes) -> str:
+    """The id of a delivery whose own id another body has already."""
+    return parse.digest_id(body)
 
 
-def by_digest(delivered: Delivered) -> Delivered:
-    """The same delivery, filed under the digest of its body."""
-    delivery = delivered.delivery
-    return replace(
-        delivered, delivery=replace(delivery, delivery_id=parse.digest_id(delivery.body))
-    )
+def observe(body: bytes, *, at: datetime, signer: str | None) -> Observation | str:
+    """What a stored callback, received at `at`, says of its run; or why it is not applied.
+
+    `signer` is the workspace whose secret signed it, where that is known. Never raises.
+    """
+    seen = parse.callback(body, at=at)
+    if isinstance(seen, str) or not signer:
+        return seen
+    if not seen.workspace_id:
+        return replace(seen, workspace_id=signer)
+    if seen.workspace_id == signer:
+        return seen
+    return f"it speaks of workspace {seen.workspace_id}, but the secret of {signer} signed it"

@@ -1,38 +1,36 @@
-"""One transaction of the door: what a batch of entries makes of the rows, whichever database it is.
+"""One transaction of a writer: what a group of entries makes of the rows, whichever database it is.
 
-Locks are always taken in one order, deliveries by id and then runs by id, so that any number of
-processes can do this at the same time and none waits for another in a circle.
+Runs are always locked in one order, by id, so that any number of processes can do this at the same
+time and none waits for another in a circle.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from sqlalchemy import Connection, bindparam, null, update
+from sqlalchemy import Connection
 
-from tracker.core.entry import Delivered, Delivery, Entry, Replayed, Seen, Unseen
+from tracker.core.entry import Delivery, Entry, Seen, Unseen
 from tracker.core.observation import Observation
 from tracker.core.quick import quick_dataclass
 from tracker.core.record import DurationsOf, Record, apply
 from tracker.core.schedule import Policy
 from tracker.core.tally import Key, facts, same
-from tracker.store import retention
-from tracker.store.tables import deliveries, word
+
+if TYPE_CHECKING:
+    from tracker.store.engine import Database
 
 
 @quick_dataclass(frozen=True, slots=True)
 class Passed:
     """What an entry did: the run's record before and after it.
 
-    `after` is `None` where the entry is about no run that is known. `repeated` says that the
-    delivery had come before, so that only its count changed, or that it had been replayed before;
-    its run is then not looked at.
+    `after` is `None` where the entry is about no run that is known.
     """
 
     before: Record | None
     after: Record | None
-    repeated: bool = False
 
     @property
     def news(self) -> bool:
@@ -42,7 +40,6 @@ class Passed:
         )
 
 
-DELIVERY_COLUMNS: Final = tuple(each for each in deliveries.c if each.name != "body_removed_at")
 EVENT_COLUMNS: Final = ("run_id", "at", "source", "status", "progress", "detail")
 OUTPUT_COLUMNS: Final = ("run_id", "position", "output_id", "type", "url")
 TALLY_COLUMNS: Final = (*Key._fields, "runs", "amount")
@@ -87,17 +84,37 @@ class Changes:
 class Statements(Protocol):
     """The statements of a batch; their number does not grow with it."""
 
-    def count_deliveries(self, connection: Connection, rows: Rows) -> dict[str, int]:
-        """Insert rows of `DELIVERY_COLUMNS`, or add to the receipts of those that are there.
-
-        Returns how often each delivery has now come.
-        """
-
     def lock_runs(self, connection: Connection, run_ids: list[str]) -> dict[str, Record]:
         """The records of those of the runs that exist, kept from others until the commit."""
 
     def write(self, connection: Connection, changes: Changes) -> None:
         """Write all of it. Raises `WriteConflict` where a new run has become known meanwhile."""
+
+    def take_waiting(
+        self, connection: Connection, limit: int, held_up: Sequence[str]
+    ) -> list[Delivery]:
+        """The deliveries that have waited longest, without those `held_up`, kept from others until
+        the commit. What others have taken is passed over."""
+
+    def finish(
+        self,
+        connection: Connection,
+        applied: Sequence[str],
+        quarantined: Sequence[tuple[str, str]],
+        at: datetime,
+    ) -> None:
+        """Mark deliveries as applied at that moment, and others as quarantined, with the reason."""
+
+
+def statements_for(db: "Database") -> Statements:
+    """The statements for this database, built when they are first needed."""
+    if db.dialect == "sqlite":
+        from tracker.store.batch_sqlite import SqliteStatements  # noqa: PLC0415
+
+        return SqliteStatements()
+    from tracker.store.batch_postgres import PostgresStatements  # noqa: PLC0415
+
+    return PostgresStatements(db.origin)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,158 +132,59 @@ def pass_batch(
 
     Several entries may be about one run. Nothing is committed here.
     """
-    came = Came.among(entries)
-    receipts = statements.count_deliveries(connection, came.rows) if came.rows else {}
-    repeated = came.repeated(receipts) | _apply_replays(connection, entries)
-    run_ids = run_ids_of(entries, repeated)
-    before = statements.lock_runs(connection, run_ids) if run_ids else {}
-    passed, changes = merged(entries, before, rules, repeated=repeated)
-    if changes.records or changes.started:
-        statements.write(connection, changes)
-    return Outcome(passed, changes.due, changes.news)
+    merging = Merging(connection, {run_id_of(entry) for entry in entries}, rules, statements)
+    for entry in entries:
+        merging.add(entry)
+    return merging.write()
 
 
-def run_ids_of(entries: Sequence[Entry], repeated: Collection[int]) -> list[str]:
-    """The runs that the entries are about, sorted, but for those at the `repeated` positions."""
-    found = {
-        run_id
-        for position, entry in enumerate(entries)
-        if position not in repeated and (run_id := _run_id(entry)) is not None
-    }
-    return sorted(found)
+class Merging:
+    """What a group of entries makes of these runs, which are locked from the beginning."""
 
+    def __init__(
+        self,
+        connection: Connection,
+        run_ids: set[str],
+        rules: Rules,
+        statements: Statements,
+    ) -> None:
+        self._connection = connection
+        self._rules = rules
+        self._statements = statements
+        self._before = statements.lock_runs(connection, sorted(run_ids)) if run_ids else {}
+        self._now = dict(self._before)
+        self._changes = Changes()
+        self._passed: list[Passed] = []
 
-def merged(
-    entries: Sequence[Entry],
-    before: Mapping[str, Record],
-    rules: Rules,
-    *,
-    repeated: Collection[int],
-) -> tuple[list[Passed], Changes]:
-    """What the entries make of the runs as they were `before`: of each in order, and what is to be
-    written for all. Those at the `repeated` positions say nothing new."""
-    now = dict(before)
-    changes = Changes()
-    passed = []
-    for position, entry in enumerate(entries):
-        if position in repeated:
-            passed.append(Passed(None, None, repeated=True))
-        else:
-            passed.append(_pass(entry, now, changes, rules))
-    _gather(before, now, changes)
-    return passed, changes
+    def record(self, run_id: str) -> Record | None:
+        """The run as the entries so far have left it; `None` for one that is not known."""
+        return self._now.get(run_id)
 
+    def add(self, entry: Entry) -> None:
+        """Take in one entry."""
+        run_id, rules = run_id_of(entry), self._rules
+        before = self._now.get(run_id)
+        after = apply(before, entry, policy=rules.policy, durations_of=rules.durations_of)
+        passed = Passed(before, after)
+        self._passed.append(passed)
+        if after is None:
+            return
+        self._now[run_id] = after
+        if isinstance(entry, Seen):
+            if passed.news:
+                self._changes.events.append(_event_row(entry.observation))
+            if entry.slot is not None and entry.idempotency_key is not None:
+                self._changes.started.append((entry.slot, entry.idempotency_key, run_id))
+        if _brought_forward(before, after):
+            self._changes.due = True
 
-@dataclass(frozen=True, slots=True)
-class Came:
-    """The deliveries among entries: at which positions each stands, and a row for each, sorted."""
-
-    at: dict[str, list[int]]
-    rows: Rows
-
-    @classmethod
-    def among(cls, entries: Sequence[Entry]) -> "Came":
-        """Those of these entries."""
-        at: dict[str, list[int]] = {}
-        for position, entry in enumerate(entries):
-            if isinstance(entry, Delivered):
-                at.setdefault(entry.delivery.delivery_id, []).append(position)
-        rows = [_delivery_row([_delivery(entries[p]) for p in at[key]]) for key in sorted(at)]
-        return cls(at, rows)
-
-    def repeated(self, receipts: Mapping[str, int]) -> set[int]:
-        """The positions of those that had come before, where each has now come so often."""
-        repeated = set()
-        for key, positions in self.at.items():
-            first_is_new = receipts[key] == len(positions)
-            repeated.update(positions[1:] if first_is_new else positions)
-        return repeated
-
-    @property
-    def repeated_here(self) -> set[int]:
-        """The same where none of them had come before."""
-        return {position for positions in self.at.values() for position in positions[1:]}
-
-
-_READ_AGAIN: Final = ("run_id", "event_type", "api_version", "workspace_id", "created_at")
-"""What a replay may read otherwise than it was read when the callback came."""
-_APPLY_REPLAY: Final = (
-    update(deliveries)
-    .where(
-        deliveries.c.delivery_id == bindparam("replayed"),
-        deliveries.c.outcome == word("quarantined"),
-    )
-    .values(
-        outcome="applied",
-        reason=null(),
-        **{name: bindparam(f"as_{name}", type_=deliveries.c[name].type) for name in _READ_AGAIN},
-    )
-)
-
-
-def _apply_replays(connection: Connection, entries: Sequence[Entry]) -> set[int]:
-    """Take the replayed deliveries out of quarantine; the positions of those that were not in it.
-
-    The door brings each replay in a batch of its own, so that deliveries are locked in one order
-    here too.
-    """
-    repeated = set()
-    for position, entry in enumerate(entries):
-        if isinstance(entry, Replayed):
-            read = {f"as_{name}": getattr(entry.delivery, name) for name in _READ_AGAIN}
-            found = connection.execute(
-                _APPLY_REPLAY, {"replayed": entry.delivery.delivery_id, **read}
-            )
-            if found.rowcount == 0:
-                repeated.add(position)
-            else:
-                # Its body is now one of those that go, maybe before where the last ones went.
-                retention.step_back(connection, "bodies", entry.delivery.received_at)
-    return repeated
-
-
-def _delivery(entry: Entry) -> Delivery:
-    assert isinstance(entry, Delivered)  # noqa: S101 - for the type checker
-    return entry.delivery
-
-
-def _delivery_row(receipts: list[Delivery]) -> tuple[Any, ...]:
-    """The row of one delivery that a batch holds once or more, in the order of the table."""
-    first = receipts[0]
-    return (
-        first.delivery_id,
-        first.run_id,
-        first.event_type,
-        first.api_version,
-        first.workspace_id,
-        first.created_at,
-        first.received_at,
-        max(delivery.received_at for delivery in receipts),
-        len(receipts),
-        first.outcome.value,
-        first.reason,
-        first.body,
-    )
-
-
-def _pass(entry: Entry, now: dict[str, Record], changes: Changes, rules: Rules) -> Passed:
-    run_id = _run_id(entry)
-    if run_id is None:
-        return Passed(None, None)
-    before = now.get(run_id)
-    after = apply(before, entry, policy=rules.policy, durations_of=rules.durations_of)
-    passed = Passed(before, after)
-    if after is None:
-        return passed
-    now[run_id] = after
-    seen = _observation(entry)
-    if seen is not None and passed.news:
-        changes.events.append(_event_row(seen))
-    if isinstance(entry, Seen) and entry.slot is not None and entry.idempotency_key is not None:
-        changes.started.append((entry.slot, entry.idempotency_key, run_id))
-    if _brought_forward(before, after):
-        changes.due = True
-    return passed
+    def write(self) -> Outcome:
+        """Write what has changed, and return what each entry did."""
+        changes = self._changes
+        _compare(self._before, self._now, changes)
+        if changes.records or changes.started:
+            self._statements.write(self._connection, changes)
+        return Outcome(self._passed, changes.due, changes.news)
 
 
 def _brought_forward(before: Record | None, after: Record) -> bool:
@@ -276,7 +194,7 @@ def _brought_forward(before: Record | None, after: Record) -> bool:
     return due is not None and (known is None or due < known)
 
 
-def _gather(before: Mapping[str, Record], now: dict[str, Record], changes: Changes) -> None:
+def _compare(before: Mapping[str, Record], now: dict[str, Record], changes: Changes) -> None:
     """Compare what was with what is, and note what is to be written."""
     tallied: dict[Key, list[int]] = {}
     for run_id in sorted(now):
@@ -317,15 +235,9 @@ def _tally(tallied: dict[Key, list[int]], old: Record | None, new: Record) -> No
         counts[1] += amount
 
 
-def _run_id(entry: Entry) -> str | None:
-    """Which run the entry is about; `None` for a quarantined delivery and for a trial."""
-    if isinstance(entry, Unseen):
-        return entry.run_id
-    return None if entry.observation is None else entry.observation.run_id
-
-
-def _observation(entry: Entry) -> Observation | None:
-    return None if isinstance(entry, Unseen) else entry.observation
+def run_id_of(entry: Entry) -> str:
+    """Which run the entry is about."""
+    return entry.run_id if isinstance(entry, Unseen) else entry.observation.run_id
 
 
 def _event_row(seen: Observation) -> tuple[str, datetime, str, str, float | None, dict[str, Any]]:

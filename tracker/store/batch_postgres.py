@@ -6,8 +6,8 @@ a batch is a handful of round trips, and one text costs this process a third of 
 each column costs. Rows come sorted by key, so that no two processes deadlock.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from datetime import datetime
 from decimal import Decimal
 from typing import Any, Final
 
@@ -16,7 +16,6 @@ from sqlalchemy import (
     ARRAY,
     JSON,
     Column,
-    ColumnElement,
     Connection,
     Text,
     TypeDecorator,
@@ -28,22 +27,22 @@ from sqlalchemy import (
     func,
     null,
     select,
-    true,
     update,
 )
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.sql.selectable import TableValuedAlias
 from sqlalchemy.types import TypeEngine
 
+from tracker.core.entry import Delivery
 from tracker.core.record import Record
 from tracker.store.batch import (
-    DELIVERY_COLUMNS,
     EVENT_COLUMNS,
     OUTPUT_COLUMNS,
     TALLY_COLUMNS,
     Changes,
     Rows,
 )
+from tracker.store.delivery_rows import delivery_of, quarantine, waiting_first
 from tracker.store.faults import WriteConflict
 from tracker.store.notices import due_notice, run_notices
 from tracker.store.rows import (
@@ -63,7 +62,7 @@ from tracker.store.tables import (
 )
 
 
-def incoming(name: str, columns: Sequence[Column[Any]]) -> TableValuedAlias:
+def _incoming(name: str, columns: Sequence[Column[Any]]) -> TableValuedAlias:
     """The rows that the parameter `name` holds as JSON, in order, with these columns' types."""
     return (
         func.json_to_recordset(cast(bindparam(name, type_=Text()), JSON))
@@ -77,98 +76,65 @@ def _plain(kind: TypeEngine[Any]) -> TypeEngine[Any]:
     return kind.impl_instance if isinstance(kind, TypeDecorator) else kind
 
 
-def is_any_of(of: Any, parameter: str) -> Any:
+def _is_any_of(of: Any, parameter: str) -> Any:
     """Whether it is among the texts that this parameter lists."""
     return of == any_(bindparam(parameter, type_=ARRAY(Text(), dimensions=1)))
 
 
 # Plain strings: SQLAlchemy's names are of a class of their own, which no JSON key may be.
-RUNS: Final = tuple(f"{each.name}" for each in RUN_COLUMNS)
-DELIVERIES: Final = tuple(f"{each.name}" for each in DELIVERY_COLUMNS)
+_RUNS: Final = tuple(f"{each.name}" for each in RUN_COLUMNS)
 _STARTED: Final = ("slot", "key", "run_id")
 _NOTICES: Final = ("channel", "payload")
 
 
-def _count_deliveries() -> Any:
-    came = incoming("came", DELIVERY_COLUMNS)
-    upsert = insert(deliveries).from_select(DELIVERIES, select(*(came.c[n] for n in DELIVERIES)))
-    return upsert.on_conflict_do_update(
-        index_elements=[deliveries.c.delivery_id],
-        set_={
-            "receipts": deliveries.c.receipts + upsert.excluded.receipts,
-            "last_received_at": func.greatest(
-                deliveries.c.last_received_at, upsert.excluded.last_received_at
-            ),
-        },
-    ).returning(deliveries.c.delivery_id, deliveries.c.receipts)
-
-
-@dataclass(frozen=True, slots=True)
-class Writing:
-    """Runs, their events, what they count for and the notices, as parts of one statement: how many
-    runs are `written`, how many notices are `sent`, and what is done `besides`."""
-
-    written: Any
-    sent: Any
-    besides: tuple[Any, ...]
-
-    @classmethod
-    def of(cls, *conditions: Any, version: ColumnElement[Any] | None = None) -> "Writing":
-        """Of what the parameters `after` (for the runs that are `known`), `new`, `seen`, `tally`
-        and `notice` hold. A run that is new to us and is there all the same is left.
-
-        Where there is a `version`, each row of `after` has one too, and a run that has another by
-        now is left. No run is written before the `conditions` are known to hold.
-        """
-        columns = [*RUN_COLUMNS]
-        if version is not None:
-            columns.append(Column("version", version.type))
-        after = incoming("after", columns)
-        is_as_read = true() if version is None else version == after.c.version
-        changed = (
-            update(runs)
-            # The ids once more, because only an array is looked up in the index however small the
-            # table was when this was planned.
-            .where(runs.c.run_id == after.c.run_id, is_any_of(runs.c.run_id, "known"))
-            .where(is_as_read, *conditions)
-            .values({name: after.c[name] for name in RUNS if name != "run_id"})
-            .returning(runs.c.run_id)
-            .cte("changed")
-        )
-        new = incoming("new", RUN_COLUMNS)
-        added = (
-            insert(runs)
-            .from_select(RUNS, select(*(new.c[name] for name in RUNS)).where(*conditions))
-            .on_conflict_do_nothing(index_elements=[runs.c.run_id])
-            .returning(runs.c.run_id)
-            .cte("added")
-        )
-        seen = incoming("seen", [run_events.c[name] for name in EVENT_COLUMNS])
-        kept = (
-            insert(run_events)
-            .from_select(EVENT_COLUMNS, select(*(seen.c[name] for name in EVENT_COLUMNS)))
-            .cte("kept")
-        )
-        tally = incoming("tally", [run_tally_changes.c[name] for name in TALLY_COLUMNS])
-        counted = (
-            insert(run_tally_changes)
-            .from_select(TALLY_COLUMNS, select(*(tally.c[name] for name in TALLY_COLUMNS)))
-            .cte("counted")
-        )
-        notice = incoming("notice", [Column(name, Text()) for name in _NOTICES])
-        notified = select(func.count(func.pg_notify(notice.c.channel, notice.c.payload)))
-        return cls(how_many(changed) + how_many(added), notified.scalar_subquery(), (kept, counted))
-
-
-def how_many(part: Any) -> Any:
-    """How many rows a part of a statement has."""
+def _how_many(part: Any) -> Any:
     return select(func.count()).select_from(part).scalar_subquery()
 
 
-def writing_values(
-    changes: Changes, origin: str, *, versions: Mapping[str, int] | None = None
-) -> dict[str, Any]:
-    """The parameters of a `Writing`; `versions` are those of the known runs."""
+def _write() -> Any:
+    """Runs, their events, what they count for and the notices: how many runs were written.
+
+    It waits for no row: those of `known` runs are locked. A run that is new to us and is there all
+    the same is left.
+    """
+    after = _incoming("after", RUN_COLUMNS)
+    changed = (
+        update(runs)
+        # The ids once more, because only an array is looked up in the index however small the
+        # table was when this was planned.
+        .where(runs.c.run_id == after.c.run_id, _is_any_of(runs.c.run_id, "known"))
+        .values({name: after.c[name] for name in _RUNS if name != "run_id"})
+        .returning(runs.c.run_id)
+        .cte("changed")
+    )
+    new = _incoming("new", RUN_COLUMNS)
+    added = (
+        insert(runs)
+        .from_select(_RUNS, select(*(new.c[name] for name in _RUNS)))
+        .on_conflict_do_nothing(index_elements=[runs.c.run_id])
+        .returning(runs.c.run_id)
+        .cte("added")
+    )
+    seen = _incoming("seen", [run_events.c[name] for name in EVENT_COLUMNS])
+    kept = (
+        insert(run_events)
+        .from_select(EVENT_COLUMNS, select(*(seen.c[name] for name in EVENT_COLUMNS)))
+        .cte("kept")
+    )
+    tally = _incoming("tally", [run_tally_changes.c[name] for name in TALLY_COLUMNS])
+    counted = (
+        insert(run_tally_changes)
+        .from_select(TALLY_COLUMNS, select(*(tally.c[name] for name in TALLY_COLUMNS)))
+        .cte("counted")
+    )
+    notice = _incoming("notice", [Column(name, Text()) for name in _NOTICES])
+    notified = select(func.count(func.pg_notify(notice.c.channel, notice.c.payload)))
+    written = _how_many(changed) + _how_many(added)
+    return select(written, notified.scalar_subquery()).add_cte(kept, counted)
+
+
+def _writing_values(changes: Changes, origin: str) -> dict[str, Any]:
+    """The parameters of `WRITE`."""
     notices = run_notices(origin, changes.news)
     if changes.due:
         notices.append(due_notice(origin))
@@ -176,35 +142,25 @@ def writing_values(
     rows: dict[bool, Rows] = {True: [], False: []}
     for record in changes.records:
         rows[record.run.run_id in known].append(run_row(record))
-    names = RUNS
-    if versions is not None:
-        names = (*RUNS, "version")
-        rows[True] = [(*row, versions[row[0]]) for row in rows[True]]
     return {
         "known": changes.known,
-        "after": to_json(names, rows[True]),
-        "new": to_json(RUNS, rows[False]),
-        "seen": to_json(EVENT_COLUMNS, changes.events),
-        "tally": to_json(TALLY_COLUMNS, changes.tallies),
-        "notice": to_json(_NOTICES, notices),
+        "after": _to_json(_RUNS, rows[True]),
+        "new": _to_json(_RUNS, rows[False]),
+        "seen": _to_json(EVENT_COLUMNS, changes.events),
+        "tally": _to_json(TALLY_COLUMNS, changes.tallies),
+        "notice": _to_json(_NOTICES, notices),
     }
 
 
-def _write() -> Any:
-    """How many runs were written. It waits for no row: those of `known` runs are locked."""
-    writing = Writing.of()
-    return select(writing.written, writing.sent).add_cte(*writing.besides)
-
-
 def _keep_outputs() -> Any:
-    made = incoming("made", [run_outputs.c[name] for name in OUTPUT_COLUMNS])
+    made = _incoming("made", [run_outputs.c[name] for name in OUTPUT_COLUMNS])
     return insert(run_outputs).from_select(
         OUTPUT_COLUMNS, select(*(made.c[name] for name in OUTPUT_COLUMNS))
     )
 
 
 def _close_starts() -> Any:
-    started = incoming("started", [Column(name, Text()) for name in _STARTED])
+    started = _incoming("started", [Column(name, Text()) for name in _STARTED])
     return (
         update(starts)
         .where(
@@ -222,10 +178,9 @@ def _close_starts() -> Any:
     )
 
 
-COUNT_DELIVERIES: Final = _count_deliveries()
 LOCK_RUNS: Final = (
     select(*RUN_COLUMNS)
-    .where(is_any_of(runs.c.run_id, "run_ids"))
+    .where(_is_any_of(runs.c.run_id, "run_ids"))
     .order_by(runs.c.run_id)
     .with_for_update(key_share=True)
 )
@@ -233,13 +188,21 @@ LOCK_RUNS: Final = (
 # were when it began to wait.
 OUTPUTS: Final = (
     select(*(run_outputs.c[name] for name in ("run_id", "output_id", "type", "url")))
-    .where(is_any_of(run_outputs.c.run_id, "run_ids"))
+    .where(_is_any_of(run_outputs.c.run_id, "run_ids"))
     .order_by(run_outputs.c.run_id, run_outputs.c.position)
 )
 WRITE: Final = _write()
-DROP_OUTPUTS: Final = delete(run_outputs).where(is_any_of(run_outputs.c.run_id, "run_ids"))
+DROP_OUTPUTS: Final = delete(run_outputs).where(_is_any_of(run_outputs.c.run_id, "run_ids"))
 KEEP_OUTPUTS: Final = _keep_outputs()
 CLOSE_STARTS: Final = _close_starts()
+TAKE_WAITING: Final = (
+    waiting_first().where(~_is_any_of(deliveries.c.delivery_id, "held_up"))
+).with_for_update(skip_locked=True)
+APPLIED: Final = (
+    update(deliveries)
+    .where(_is_any_of(deliveries.c.delivery_id, "delivery_ids"))
+    .values(outcome="applied", reason=null(), applied_at=bindparam("at"))
+)
 
 
 class PostgresStatements:
@@ -247,11 +210,6 @@ class PostgresStatements:
 
     def __init__(self, origin: str) -> None:
         self._origin = origin
-
-    def count_deliveries(self, connection: Connection, rows: Rows) -> dict[str, int]:
-        """One upsert."""
-        answer = connection.execute(COUNT_DELIVERIES, {"came": to_json(DELIVERIES, rows)})
-        return dict(answer.all())
 
     def lock_runs(self, connection: Connection, run_ids: list[str]) -> dict[str, Record]:
         """One select for update, and one for the outputs where there are any."""
@@ -262,19 +220,38 @@ class PostgresStatements:
 
     def write(self, connection: Connection, changes: Changes) -> None:
         """One statement, and up to three more where outputs or starts are among the changes."""
-        written = connection.execute(WRITE, writing_values(changes, self._origin)).scalar_one()
+        written = connection.execute(WRITE, _writing_values(changes, self._origin)).scalar_one()
         if written < len(changes.records):
             raise WriteConflict
         if changes.outputs_gone:
             connection.execute(DROP_OUTPUTS, {"run_ids": changes.outputs_gone})
         if changes.outputs:
-            connection.execute(KEEP_OUTPUTS, {"made": to_json(OUTPUT_COLUMNS, changes.outputs)})
+            connection.execute(KEEP_OUTPUTS, {"made": _to_json(OUTPUT_COLUMNS, changes.outputs)})
         if changes.started:
-            connection.execute(CLOSE_STARTS, {"started": to_json(_STARTED, changes.started)})
+            connection.execute(CLOSE_STARTS, {"started": _to_json(_STARTED, changes.started)})
+
+    def take_waiting(
+        self, connection: Connection, limit: int, held_up: Sequence[str]
+    ) -> list[Delivery]:
+        """One select for update."""
+        rows = connection.execute(TAKE_WAITING, {"most": limit, "held_up": held_up})
+        return [delivery_of(row) for row in rows]
+
+    def finish(
+        self,
+        connection: Connection,
+        applied: Sequence[str],
+        quarantined: Sequence[tuple[str, str]],
+        at: datetime,
+    ) -> None:
+        """One update of all that were applied, and one for each that was not."""
+        if applied:
+            connection.execute(APPLIED, {"delivery_ids": applied, "at": at})
+        quarantine(connection, quarantined)
 
 
-def to_json(names: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> str:
-    """Rows as one JSON text for `incoming`; what is not there is null."""
+def _to_json(names: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> str:
+    """Rows as one JSON text for `_incoming`; what is not there is null."""
     named = [
         {name: value for name, value in zip(names, row, strict=True) if value is not None}
         for row in rows

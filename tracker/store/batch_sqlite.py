@@ -10,18 +10,19 @@ from datetime import UTC, datetime
 from itertools import chain
 from typing import Any, Final
 
-from sqlalchemy import JSON, Column, Connection, Text, bindparam, delete, func, select
+from sqlalchemy import JSON, Column, Connection, Text, bindparam, delete, func, null, select, update
 from sqlalchemy.dialects.sqlite import dialect, insert
 
+from tracker.core.entry import Delivery
 from tracker.core.record import Record
 from tracker.store.batch import (
-    DELIVERY_COLUMNS,
     EVENT_COLUMNS,
     OUTPUT_COLUMNS,
     TALLY_COLUMNS,
     Changes,
     Rows,
 )
+from tracker.store.delivery_rows import delivery_of, quarantine, waiting_first
 from tracker.store.rows import (
     RUN_COLUMNS,
     ids_with_outputs,
@@ -41,15 +42,15 @@ from tracker.store.text import dump_json
 from tracker.store.types import Money, UtcDateTime
 
 _RUNS: Final = tuple(column.name for column in RUN_COLUMNS)
-_DELIVERIES: Final = tuple(column.name for column in DELIVERY_COLUMNS)
 
 
-def _is_any_of(of: Any, parameter: str) -> Any:
+def is_any_of(of: Any, parameter: str) -> Any:
+    """Whether it is among the texts that this parameter lists, as JSON."""
     listed = func.json_each(bindparam(parameter, type_=Text())).table_valued("value")
     return of.in_(select(listed.c.value))
 
 
-class _Insert:
+class Insert:
     """An insert of any number of rows, in few steps.
 
     At the end of each step the driver asks for Python's lock again, for which it may wait as long
@@ -75,45 +76,23 @@ _SIZES: Final = (64, 16, 4, 1)
 """How many rows go together: as many as will, of these, down to each alone."""
 
 
-def _count_deliveries() -> _Insert:
-    upsert = insert(deliveries)
-    return _Insert(
-        upsert.on_conflict_do_update(
-            index_elements=[deliveries.c.delivery_id],
-            set_={
-                "receipts": deliveries.c.receipts + upsert.excluded.receipts,
-                "last_received_at": func.max(
-                    deliveries.c.last_received_at, upsert.excluded.last_received_at
-                ),
-            },
-        ),
-        _DELIVERIES,
-    )
-
-
-def _write_runs() -> _Insert:
+def _write_runs() -> Insert:
     upsert = insert(runs)
     changed = {name: upsert.excluded[name] for name in _RUNS if name != "run_id"}
-    return _Insert(
-        upsert.on_conflict_do_update(index_elements=[runs.c.run_id], set_=changed), _RUNS
-    )
+    return Insert(upsert.on_conflict_do_update(index_elements=[runs.c.run_id], set_=changed), _RUNS)
 
 
-RECEIPTS: Final = select(deliveries.c.delivery_id, deliveries.c.receipts).where(
-    _is_any_of(deliveries.c.delivery_id, "delivery_ids")
-)
-COUNT_DELIVERIES: Final = _count_deliveries()
-RUNS: Final = select(*RUN_COLUMNS).where(_is_any_of(runs.c.run_id, "run_ids"))
+RUNS: Final = select(*RUN_COLUMNS).where(is_any_of(runs.c.run_id, "run_ids"))
 OUTPUTS: Final = (
     select(*(run_outputs.c[name] for name in ("run_id", "output_id", "type", "url")))
-    .where(_is_any_of(run_outputs.c.run_id, "run_ids"))
+    .where(is_any_of(run_outputs.c.run_id, "run_ids"))
     .order_by(run_outputs.c.run_id, run_outputs.c.position)
 )
 WRITE_RUNS: Final = _write_runs()
-KEEP_EVENTS: Final = _Insert(insert(run_events), EVENT_COLUMNS)
-KEEP_TALLIES: Final = _Insert(insert(run_tally_changes), TALLY_COLUMNS)
-DROP_OUTPUTS: Final = delete(run_outputs).where(_is_any_of(run_outputs.c.run_id, "run_ids"))
-KEEP_OUTPUTS: Final = _Insert(insert(run_outputs), OUTPUT_COLUMNS)
+KEEP_EVENTS: Final = Insert(insert(run_events), EVENT_COLUMNS)
+KEEP_TALLIES: Final = Insert(insert(run_tally_changes), TALLY_COLUMNS)
+DROP_OUTPUTS: Final = delete(run_outputs).where(is_any_of(run_outputs.c.run_id, "run_ids"))
+KEEP_OUTPUTS: Final = Insert(insert(run_outputs), OUTPUT_COLUMNS)
 CLOSE_STARTS: Final = (
     starts.update()
     .where(
@@ -128,6 +107,13 @@ CLOSE_STARTS: Final = (
         lease_until=None,
         lease_holder=None,
     )
+)
+
+TAKE_WAITING: Final = waiting_first().where(~is_any_of(deliveries.c.delivery_id, "held_up"))
+APPLIED: Final = (
+    update(deliveries)
+    .where(is_any_of(deliveries.c.delivery_id, "delivery_ids"))
+    .values(outcome="applied", reason=null(), applied_at=bindparam("at"))
 )
 
 
@@ -146,7 +132,7 @@ _FORMS: Final[dict[type, Callable[[Any], Any]]] = {
 """How SQLite holds what it has no type for: the same as `tracker.store.types` says."""
 
 
-def _plain(columns: Iterable[Column[Any]]) -> Callable[[Rows], Rows]:
+def plain_rows(columns: Iterable[Column[Any]]) -> Callable[[Rows], Rows]:
     """What makes rows of these columns such as the driver takes them."""
     forms = [
         (position, form)
@@ -175,22 +161,13 @@ def _plain(columns: Iterable[Column[Any]]) -> Callable[[Rows], Rows]:
     return plain
 
 
-_plain_runs: Final = _plain(RUN_COLUMNS)
-_plain_deliveries: Final = _plain(DELIVERY_COLUMNS)
-_plain_events: Final = _plain(run_events.c[name] for name in EVENT_COLUMNS)
-_plain_tallies: Final = _plain(run_tally_changes.c[name] for name in TALLY_COLUMNS)
+_plain_runs: Final = plain_rows(RUN_COLUMNS)
+_plain_events: Final = plain_rows(run_events.c[name] for name in EVENT_COLUMNS)
+_plain_tallies: Final = plain_rows(run_tally_changes.c[name] for name in TALLY_COLUMNS)
 
 
 class SqliteStatements:
     """See `tracker.store.batch.Statements`."""
-
-    def count_deliveries(self, connection: Connection, rows: Rows) -> dict[str, int]:
-        """One read and one upsert: nobody can come in between."""
-        keys = dump_json([row[0] for row in rows])
-        before = dict(connection.execute(RECEIPTS, {"delivery_ids": keys}).all())
-        COUNT_DELIVERIES(connection, _plain_deliveries(rows))
-        came = _DELIVERIES.index("receipts")
-        return {row[0]: before.get(row[0], 0) + row[came] for row in rows}
 
     def lock_runs(self, connection: Connection, run_ids: list[str]) -> dict[str, Record]:
         """Plain reads: the transaction has the file to itself."""
@@ -221,3 +198,22 @@ class SqliteStatements:
             connection.execute(
                 CLOSE_STARTS, [dict(zip(names, row, strict=True)) for row in changes.started]
             )
+
+    def take_waiting(
+        self, connection: Connection, limit: int, held_up: Sequence[str]
+    ) -> list[Delivery]:
+        """A plain read: the transaction has the file to itself."""
+        values = {"most": limit, "held_up": dump_json(held_up)}
+        return [delivery_of(row) for row in connection.execute(TAKE_WAITING, values)]
+
+    def finish(
+        self,
+        connection: Connection,
+        applied: Sequence[str],
+        quarantined: Sequence[tuple[str, str]],
+        at: datetime,
+    ) -> None:
+        """One update of all that were applied, and one for each that was not."""
+        if applied:
+            connection.execute(APPLIED, {"delivery_ids": dump_json(applied), "at": at})
+        quarantine(connection, quarantined)

@@ -9,7 +9,7 @@ process never wait for a lock.
 import asyncio
 import random
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import cache, partial
 from typing import Any, Final, Self, TypeVar
@@ -79,7 +79,7 @@ class Database:
         parsed = DatabaseUrl.parse(url)
         if parsed.dialect == "sqlite":
             return cls(parsed, sqlite_readers(parsed, **_COMMON), SqliteWriter(parsed, **_COMMON))
-        # A pool each: however many read, the door finds a connection. It keeps two for `at_once`.
+        # A pool each: however many read, who writes finds a connection. One is kept for `send`.
         writing = _postgres_engine(parsed, application_name, connections=6, by_key=True)
         _leave_standbys(writing.sync_engine)
         reading = _postgres_engine(parsed, application_name, connections=8).execution_options(
@@ -126,37 +126,35 @@ class Database:
         came in between (`WriteConflict`, a deadlock), so it must not change anything but the
         database. Raises as `read` does.
         """
+        return await self._until_done(FOREIGN, lambda: self._writer.run(work))
+
+    async def send(self, statement: str, values: tuple[Any, ...]) -> list[Sequence[Any]]:
+        """Send one statement, which is a transaction by itself, and return its rows.
+
+        PostgreSQL alone, in its driver's own form (`$1`): what SQLAlchemy does for a transaction
+        costs this process as much as storing fifty callbacks. Raises as `read` does.
+        """
+        foreign = (*FOREIGN, *driver_errors())
+        return await self._until_done(foreign, lambda: self._writer.send(statement, values))
+
+    async def _until_done(
+        self, foreign: tuple[type[BaseException], ...], attempt: Callable[[], Awaitable[T]]
+    ) -> T:
         self._refuse_closed()
-        with _own_errors(FOREIGN):
+        lost: tuple[type[BaseException], ...] = (WriteConflict, *foreign)
+        with _own_errors(foreign):
             async with self._in_time():
-                for attempt in range(1, ATTEMPTS + 1):
+                for number in range(1, ATTEMPTS + 1):
                     try:
-                        return await self._writer.run(work)
-                    except (WriteConflict, *FOREIGN) as exc:
+                        return await attempt()
+                    except lost as exc:
                         if not is_conflict(exc):
                             raise
                         conflict = exc
-                    await asyncio.sleep(random.uniform(0, 0.01 * attempt))
+                    await asyncio.sleep(random.uniform(0, 0.01 * number))
         raise StoreUnavailable(
             "the database is too busy: other writers were always quicker"
         ) from conflict
-
-    @property
-    def takes_at_once(self) -> bool:
-        """Whether `at_once` may be used: not on SQLite, and not where somebody listens to what the
-        engines send, a tracer for one, who would miss it."""
-        return self._writer.takes_at_once
-
-    async def at_once(self, work: Callable[[Any], Awaitable[T]]) -> T:
-        """Run `work` over a connection of asyncpg's own, in no transaction; return what it returns.
-
-        Each statement is a transaction by itself, and nothing is done again: raises `WriteConflict`
-        where another transaction came in between, and else as `read` does.
-        """
-        self._refuse_closed()
-        with _own_errors((*FOREIGN, *driver_errors())):
-            async with self._in_time():
-                return await self._writer.at_once(work)
 
     def _refuse_closed(self) -> None:
         if self._closed:
@@ -204,31 +202,28 @@ class _PostgresWriter:
         self._bare = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._closed = False
         self._kept: list[tuple[AsyncConnection, Any]] = []
-        """Connections for `at_once`, as SQLAlchemy and as asyncpg have them. To take one from the
+        """Connections for `send`, as SQLAlchemy and as asyncpg have them. To take one from the
         pool, and to give it back, costs as much as what is sent over it."""
-
-    @property
-    def takes_at_once(self) -> bool:
-        return not self.engine.dispatch.before_cursor_execute
 
     async def run(self, work: Callable[[Connection], T]) -> T:
         async with self._engine.begin() as connection:
             return await connection.run_sync(work)
 
-    async def at_once(self, work: Callable[[Any], Awaitable[T]]) -> T:
+    async def send(self, statement: str, values: tuple[Any, ...]) -> list[Sequence[Any]]:
+        if self.engine.dispatch.before_cursor_execute:  # a tracer, for one, who would miss it
+            async with self._engine.begin() as traced:
+                return list((await traced.exec_driver_sql(statement, values)).all())
         connection, driver = await self._take()
         try:
-            result = await work(driver)
+            rows: list[Sequence[Any]] = await driver.fetch(statement, *values)
         except BaseException as error:
-            if isinstance(error, WriteConflict) or is_refusal(error):
+            if is_refusal(error):
                 await self._keep(connection, driver)
             else:  # nobody knows what is under way on it, nor whether its server takes any writes
                 await _end(connection)
-            if is_conflict(error):
-                raise WriteConflict from error
             raise
         await self._keep(connection, driver)
-        return result
+        return rows
 
     async def _keep(self, connection: AsyncConnection, driver: Any) -> None:
         if self._closed:

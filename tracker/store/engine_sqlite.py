@@ -8,7 +8,7 @@ and a commit counts only where it still does afterwards. Nothing here creates a 
 import asyncio
 import os
 import sqlite3
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Thread
@@ -41,8 +41,6 @@ Identity = tuple[int, int] | None
 class SqliteWriter:
     """Writes in one thread over one connection: SQLite has one writer at a time anyhow."""
 
-    takes_at_once: Final = False
-
     def __init__(self, url: DatabaseUrl, **options: Any) -> None:
         self._path = url.path
         self.engine = _writer(url, **options)
@@ -68,8 +66,8 @@ class SqliteWriter:
             raise StoreUnavailable(f"the database's file is not at {self._path} any more")
         return result
 
-    async def at_once(self, work: Callable[[Any], Awaitable[T]]) -> T:
-        """Refuses: there is nothing to be won here, as `takes_at_once` says."""
+    async def send(self, statement: str, values: tuple[Any, ...]) -> list[Sequence[Any]]:
+        """Refuses: statements in the driver's form are for PostgreSQL."""
         raise StoreError("on SQLite everything is written in a transaction")
 
     async def close(self) -> None:

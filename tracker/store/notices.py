@@ -12,6 +12,8 @@ DUE: Final = "tracker_due"
 """A look at some run was brought forward. The payload is the origin."""
 RUNS: Final = "tracker_runs"
 """Runs changed. The payload is a JSON list: the origin, then the runs' ids."""
+INBOX: Final = "tracker_inbox"
+"""Deliveries wait that the origin has no time to apply. The payload is the origin."""
 PAYLOAD_BYTES: Final = 7500
 """PostgreSQL takes 7999 bytes in one notification; some are left for the origin."""
 
@@ -19,6 +21,11 @@ PAYLOAD_BYTES: Final = 7500
 def due_notice(origin: str) -> tuple[str, str]:
     """Channel and payload that say: look when the next run is due."""
     return DUE, origin
+
+
+def inbox_notice(origin: str) -> tuple[str, str]:
+    """Channel and payload that say: apply what waits, whoever has the time."""
+    return INBOX, origin
 
 
 def run_notices(origin: str, run_ids: Sequence[str]) -> list[tuple[str, str]]:
@@ -40,8 +47,8 @@ def run_notices(origin: str, run_ids: Sequence[str]) -> list[tuple[str, str]]:
     return [(RUNS, dump_json(each)) for each in made]
 
 
-def read_due(payload: str) -> str:
-    """The origin of a `DUE` notification."""
+def read_origin(payload: str) -> str:
+    """The origin of a `DUE` or `INBOX` notification."""
     return payload
 
 

@@ -25,6 +25,7 @@ from sqlalchemy import (
     delete,
     func,
     literal,
+    or_,
     select,
     true,
     tuple_,
@@ -181,12 +182,13 @@ def empty_bodies(connection: Connection, keys: Sequence[Key], at: datetime) -> C
 
 
 def _bodies_gone_until(connection: Connection, at: datetime) -> datetime:
-    """That moment, or when the first of those came that somebody held and that are still to go."""
+    """That moment, or when the first of those came that are still to go: what somebody held, or
+    what is not applied yet."""
     mark = select(marks.c.through).where(marks.c.what == word("bodies")).scalar_subquery()
     first_left = (
         select(deliveries.c.received_at)
         .where(
-            _HAS_BODY,
+            or_(_HAS_BODY, deliveries.c.outcome == word("waiting")),
             deliveries.c.received_at >= func.coalesce(mark, literal(BEGINNING, UtcDateTime)),
             deliveries.c.received_at <= at,
         )

@@ -65,6 +65,7 @@ class DeliveryRow:
     receipts: int
     outcome: DeliveryOutcome
     reason: str | None
+    applied_at: datetime | None = None
     body_removed_at: datetime | None = None
     body: bytes | None = None
 

@@ -14,7 +14,7 @@ import structlog
 
 from tracker.store.batch import Outcome
 from tracker.store.engine import Database, connect_postgres
-from tracker.store.notices import DUE, RUNS, read_due, read_runs
+from tracker.store.notices import DUE, INBOX, RUNS, read_origin, read_runs
 
 ALIVE_SECONDS: Final = 20.0
 """How often the listening connection is asked whether it still lives."""
@@ -37,6 +37,7 @@ class Signals:
         self._db = db
         self._due = asyncio.Event()
         self._listeners: set[Listener] = set()
+        self._on_inbox: Callable[[], None] = lambda: None
         self._task: asyncio.Task[None] | None = None
         self._listening = asyncio.Event()
 
@@ -51,6 +52,10 @@ class Signals:
         """Listen to other processes too, where the database can carry it."""
         if self._db.dialect == "postgresql" and self._task is None:
             self._task = asyncio.create_task(self._listen(), name="signals")
+
+    def when_inbox_waits(self, call: Callable[[], None]) -> None:
+        """Call `call` whenever another process has stored what it has no time to apply."""
+        self._on_inbox = call
 
     async def aclose(self) -> None:
         """Stop listening."""
@@ -130,6 +135,7 @@ class Signals:
         connection.add_termination_listener(lambda _: gone.set())
         await connection.add_listener(DUE, self._heard)
         await connection.add_listener(RUNS, self._heard)
+        await connection.add_listener(INBOX, self._heard)
         self._listening.set()
         # Whatever was said while nobody listened is made up for by looking.
         self._due.set()
@@ -142,9 +148,9 @@ class Signals:
                 await connection.execute("SELECT 1")
 
     def _heard(self, _connection: Any, _pid: int, channel: str, payload: str) -> None:
-        if channel == DUE:
-            if read_due(payload) != self._db.origin:
-                self._due.set()
+        if channel != RUNS:
+            if read_origin(payload) != self._db.origin:
+                self._due.set() if channel == DUE else self._on_inbox()
             return
         origin, run_ids = read_runs(payload)
         if origin != self._db.origin:

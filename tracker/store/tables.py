@@ -213,13 +213,19 @@ deliveries: Final = Table(
     Column("receipts", Integer, nullable=False),
     Column("outcome", CleanText, nullable=False),
     Column("reason", CleanText),
+    # When its effect was on its run. Null while it waits, and where a version before 0008 applied
+    # it: that did so in the moment of its receipt.
+    Column("applied_at", UtcDateTime),
     # Emptied by retention, which then says when.
     Column("body", LargeBinary, nullable=False),
     Column("body_removed_at", UtcDateTime),
     _one_of("outcome", DeliveryOutcome),
     CheckConstraint("receipts >= 1", name="receipts"),
+    CheckConstraint("applied_at IS NULL OR outcome = 'applied'", name="applied_has_its_time"),
     Index("ix_deliveries_run", "run_id"),
     Index("ix_deliveries_newest", "received_at", "delivery_id"),
+    # The inbox: what is stored and not applied yet, oldest first.
+    _partial("ix_deliveries_waiting", "received_at", "delivery_id", where="outcome = 'waiting'"),
     _partial(
         "ix_deliveries_quarantined", "received_at", "delivery_id", where="outcome = 'quarantined'"
     ),

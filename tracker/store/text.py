@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 
 import orjson
 
-from tracker.core.entry import Delivered, Delivery, Entry, Replayed, Seen
+from tracker.core.entry import Entry, Seen
 from tracker.core.observation import Observation
 from tracker.core.run import Output, RunError
 
@@ -59,14 +59,6 @@ def clean_json(value: T) -> T:
 def clean_entry(entry: Entry) -> Entry:
     """`entry` with all its text fit to be stored; `entry` itself where it already was."""
     match entry:
-        case Delivered(delivery=delivery, observation=seen):
-            fit = _clean_delivery(delivery)
-            fit_seen = None if seen is None else clean_observation(seen)
-            if fit is delivery and fit_seen is seen:
-                return entry
-            return Delivered(delivery=fit, observation=fit_seen)
-        case Replayed(delivery=delivery, observation=seen):
-            return Replayed(delivery=_clean_delivery(delivery), observation=clean_observation(seen))
         case Seen(observation=seen):
             fit_seen = clean_observation(seen)
             inputs = None if entry.inputs is None else clean_json(entry.inputs)
@@ -97,11 +89,6 @@ def clean_observation(seen: Observation) -> Observation:
     return replace(seen, **news) if news else seen
 
 
-def _clean_delivery(delivery: Delivery) -> Delivery:
-    news = _news(delivery, _DELIVERY_TEXTS)
-    return replace(delivery, **news) if news else delivery
-
-
 _OBSERVATION_TEXTS: Final = (
     "run_id",
     "run_type",
@@ -110,14 +97,6 @@ _OBSERVATION_TEXTS: Final = (
     "technique_id",
     "technique_name",
     "poll_url",
-)
-_DELIVERY_TEXTS: Final = (
-    "delivery_id",
-    "run_id",
-    "event_type",
-    "api_version",
-    "workspace_id",
-    "reason",
 )
 
 

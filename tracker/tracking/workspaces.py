@@ -101,6 +101,10 @@ class Workspaces:
             return self._all[0]
         return next((one for one in self._all if one.workspace_id == workspace_id), None)
 
+    def has(self, workspace_id: str | None) -> bool:
+        """Whether a workspace of that very id is configured."""
+        return any(one.workspace_id == workspace_id for one in self._all)
+
     def at(self, slot: str) -> Workspace | None:
         """The workspace in that slot; `None` where it is not configured any more."""
         return next((one for one in self._all if one.slot == slot), None)

@@ -1,4 +1,4 @@
-"""`POST /callbacks/flora`: FLORA says that a run ended; it is answered once that is committed.
+"""`POST /callbacks/flora`: FLORA says that a run ended; it is answered once that is stored.
 
 This is the path that takes the load, so it is plain ASGI. All it knows is HTTP: how long to wait,
 how much to read, which answer means what to FLORA, which tries again after anything but a 2xx. A
@@ -16,7 +16,7 @@ from tracker.core.entry import TRIAL, DeliveryOutcome
 from tracker.core.errors import SettingsError, StoreError, StoreUnavailable
 from tracker.core.seldom import Seldom
 from tracker.flora.signature import SignatureError
-from tracker.tracking.receive import Received
+from tracker.receiving.receive import Received
 from tracker.web.body import ClientGone, Room, read_body, too_slow
 from tracker.web.bounds import Bounds
 from tracker.web.constant import Constant
@@ -120,10 +120,8 @@ def _headers(scope: Scope) -> tuple[str | None, str | None, str | None]:
 
 
 def _say_taken(received: Received) -> None:
-    """The log's line about one delivery: only one that nobody could read is worth a warning."""
-    if received.outcome is DeliveryOutcome.QUARANTINED and not received.repeated:
-        log.warning("callback.quarantined", reason=received.reason)
-    elif received.trial:
+    """The log's line about one delivery."""
+    if received.trial:
         log.info("callback.trial")
     elif _level.isEnabledFor(logging.DEBUG):  # to ask costs less than to be passed over
         log.debug("callback.taken", repeated=received.repeated)

@@ -11,12 +11,12 @@ from starlette.types import ASGIApp
 from tracker.core.clock import Clock
 from tracker.core.record import Record
 from tracker.core.tokens import Tokens
+from tracker.receiving.receive import Received
+from tracker.receiving.replay import Replay
 from tracker.store.engine import Database
 from tracker.store.signals import Signals
 from tracker.store.techniques import TechniqueRow
 from tracker.tracking.explain import Explanation
-from tracker.tracking.receive import Received
-from tracker.tracking.replay import Replay
 from tracker.tracking.start import Started, StartRequest
 from tracker.tracking.track import Tracked
 from tracker.tracking.workspaces import Workspaces

@@ -4,8 +4,9 @@ from datetime import timedelta
 from decimal import Decimal
 from typing import Final
 
+from tests.support.deliveries import Delivered, keep
 from tracker.core.clock import utc_now
-from tracker.core.entry import Delivered, Delivery, DeliveryOutcome, Seen, Unseen
+from tracker.core.entry import Delivery, DeliveryOutcome, Seen, Unseen
 from tracker.core.observation import Observation, Source
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.store import batches, starts, sweeps, techniques
@@ -79,20 +80,21 @@ async def attack(services: Services, evil: str = EVIL) -> None:
     )
     await services.door.put(Unseen(run_id=run_id, at=now, error=evil))
     for number, outcome in enumerate(DeliveryOutcome):
-        await services.door.put(
+        await keep(
+            services.database,
             Delivered(
                 delivery=Delivery(
                     delivery_id=f"whd_{evil}{number}",
                     received_at=now,
                     body=f'{{"id": "{evil}"'.encode() + b"\xff\x00</pre>",
-                    outcome=outcome,
                     run_id=run_id,
                     event_type=evil,
                     api_version=evil,
                     workspace_id=evil,
-                    reason=evil,
-                )
-            )
+                ),
+                outcome=outcome,
+                reason=evil,
+            ),
         )
     ports = (
         {"id": evil, "name": evil, "type": evil, "description": evil, "specified_duration": evil},

@@ -7,11 +7,12 @@ import httpx
 import pytest
 
 from tests.store.making import callback
+from tests.support.deliveries import Delivered, keep
 from tests.web.callbacks import event
 from tests.web.conftest import Serve, Site
 from tests.web.dashboard.conftest import HTML, TOKEN, csrf_of, sign_in
 from tracker.core.clock import utc_now
-from tracker.core.entry import Delivered, Delivery, DeliveryOutcome, Seen
+from tracker.core.entry import Delivery, DeliveryOutcome, Seen
 from tracker.core.observation import Observation, Source
 from tracker.core.run import RunStatus
 from tracker.simulator import Options, Simulator, running
@@ -23,16 +24,17 @@ REPLAY = "/deliveries/whd_run_1/replay"
 
 async def quarantine(site: Site, body: bytes, delivery_id: str = "whd_run_1") -> None:
     """Keep a callback as one that was not understood."""
-    await site.services.door.put(
+    await keep(
+        site.services.database,
         Delivered(
             delivery=Delivery(
                 delivery_id=delivery_id,
                 received_at=utc_now(),
                 body=body,
-                outcome=DeliveryOutcome.QUARANTINED,
-                reason="an older version did not understand it",
-            )
-        )
+            ),
+            outcome=DeliveryOutcome.QUARANTINED,
+            reason="an older version did not understand it",
+        ),
     )
 
 

@@ -7,10 +7,11 @@ from decimal import Decimal
 
 import pytest
 
+from tests.support.deliveries import Delivered, keep
 from tests.web.conftest import Serve, Site
 from tests.web.dashboard.conftest import HTML, TOKEN
 from tracker.core.clock import utc_now
-from tracker.core.entry import Delivered, Delivery, DeliveryOutcome, Seen, Unseen
+from tracker.core.entry import Delivery, Seen, Unseen
 from tracker.core.errors import KeyRefused
 from tracker.core.observation import Observation, Source
 from tracker.core.run import Output, RunError, RunStatus
@@ -107,18 +108,9 @@ async def test_the_overview_tells_the_day(site: Site) -> None:
             told = Observation(
                 run_id=run_id, source=Source.CALLBACK, at=now, status=RunStatus.COMPLETED
             )
-            await site.services.door.put(
-                Delivered(
-                    delivery=Delivery(
-                        delivery_id=f"whd_{number}",
-                        received_at=now,
-                        body=b"{}",
-                        outcome=DeliveryOutcome.APPLIED,
-                        run_id=run_id,
-                    ),
-                    observation=told,
-                )
-            )
+            came = Delivery(delivery_id=f"whd_{number}", received_at=now, body=b"{}", run_id=run_id)
+            await keep(site.services.database, Delivered(delivery=came))
+            await site.services.door.put(Seen(observation=told))
         await site.services.door.put(
             _seen(run_id, RunStatus.COMPLETED, completed_at=ended, charged_cost=Decimal("0.25"))
         )

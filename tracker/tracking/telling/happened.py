@@ -1,7 +1,8 @@
 """What happened to a run: how it was heard of, each sight of it, and its callbacks."""
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
+from typing import Final
 
 from tracker.core.entry import DeliveryOutcome
 from tracker.core.merge import merge
@@ -12,6 +13,9 @@ from tracker.store.read import DeliveryRow, Event
 from tracker.store.starts import StartRow
 from tracker.tracking.telling import words
 from tracker.tracking.telling.words import Kind, Sentence
+
+LATE: Final = timedelta(seconds=10)
+"""A callback that was applied so long after it came was not applied as usual."""
 
 
 def happened(
@@ -106,18 +110,23 @@ def _sight(seen: Observation, before: Run | None, delivery: DeliveryRow | None) 
             return "Somebody asked for the run to be tracked, so a read was due at once."
         case Source.CALLBACK:
             name = "A callback" if delivery is None else f"The callback {delivery.delivery_id}"
-            again = (
-                f", which had come at {words.moment(delivery.received_at)} and was not understood "
-                "then, was replayed, and"
-                if delivery is not None and delivery.received_at < seen.at
-                else ""
-            )
+            again = _late(delivery)
             settled = before is not None and before.settled
             due = "" if settled else ", so a read was due at once"
             return f"{name}{again} said that the run {state}{due}."
         case Source.POLL:
             return f"A read of this run alone showed it {state}."
     return f"A page of FLORA's history showed it {state}."
+
+
+def _late(delivery: DeliveryRow | None) -> str:
+    """When a delivery was applied, where that was long after it came: it was quarantined and then
+    replayed, or nobody had the time."""
+    if delivery is None or delivery.applied_at is None:
+        return ""
+    if delivery.applied_at - delivery.received_at < LATE:
+        return ""
+    return f", which was not applied until {words.moment(delivery.applied_at)},"
 
 
 def _delivery_of(seen: Observation, deliveries: Sequence[DeliveryRow]) -> DeliveryRow | None:
@@ -149,6 +158,8 @@ def _deliveries(events: Sequence[Event], deliveries: Sequence[DeliveryRow]) -> l
                 f"{row.reason or 'it was not understood'}. It is kept (quarantined).",
                 row.received_at,
             )
+        elif row.outcome is DeliveryOutcome.WAITING:
+            tell(f"{name} came and waits to be applied.", row.received_at)
         elif row.delivery_id not in brought:
             tell(f"{name} ({row.event_type}) came and said nothing new.", row.received_at)
         if row.receipts > 1:

@@ -9,9 +9,9 @@ from starlette.routing import Route
 
 from tracker.core.entry import DeliveryOutcome
 from tracker.core.errors import FieldFault
+from tracker.receiving.replay import Replay
 from tracker.store import read
 from tracker.store.read import DeliveryRow
-from tracker.tracking.replay import Replay
 from tracker.web.dashboard.forms import check_action, given
 from tracker.web.dashboard.paths import ANY
 from tracker.web.dashboard.render import Renderer, query
@@ -43,7 +43,7 @@ class DeliveriesPage:
         """A page of deliveries."""
         outcome, run_id = given(request, "outcome"), given(request, "run")
         if outcome is not None and outcome not in list(DeliveryOutcome):
-            raise invalid(FieldFault("outcome", "must be applied or quarantined"))
+            raise invalid(FieldFault("outcome", "must be waiting, applied or quarantined"))
         cursor = given(request, "cursor")
         rows, next_cursor = await read.list_deliveries(
             self._services.database, outcome=outcome, run_id=run_id, cursor=cursor, limit=PAGE

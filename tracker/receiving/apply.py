@@ -1,0 +1,304 @@
+"""Stored callbacks are applied to their runs: promptly, in groups, by any process.
+
+The process that stored a callback is told directly and applies it within milliseconds. Every other
+one looks when it starts and then every second, so that a process that dies takes nothing along.
+
+Acknowledging goes first. While callbacks come in and this process has hardly any time to spare, it
+applies one group a second and lets the others wait; another process may have the time.
+"""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Final, Self
+
+import structlog
+from sqlalchemy import Connection
+
+from tracker.core.clock import Clock
+from tracker.core.entry import TRIAL, Delivery
+from tracker.core.errors import SchemaOutdated, StoreError, StoreUnavailable
+from tracker.core.seldom import Seldom
+from tracker.sources import callback
+from tracker.store import delivery_rows
+from tracker.store.batch import Outcome, Rules, statements_for
+from tracker.store.engine import Database
+from tracker.store.faults import StoreBusy
+from tracker.store.group_commit import call_hook
+from tracker.store.inbox import Applied, Group, Read, apply_waiting
+from tracker.store.notices import inbox_notice
+from tracker.tracking.workspaces import Workspaces
+
+MAX_GROUP: Final = 500
+"""The most deliveries in one transaction."""
+LOOK_EVERY: Final = 1.0
+"""Seconds after which a process looks for deliveries that another one left."""
+PAUSE: Final = 0.01
+"""Seconds between two groups while callbacks come in, in which it is seen how busy the process
+is."""
+BUSY: Final = 0.75
+"""The share of one processor that receiving may take before applying holds back."""
+LONGEST_PAUSE: Final = 0.9
+"""Seconds that applying holds back at most: with the group itself, at least one a second."""
+NOTIFY_EVERY: Final = 0.1
+"""Seconds between two notifications at least: each takes a lock that all commits share."""
+RETRY: Final = (0.05, 1.0)
+"""The first and the longest wait before a database that is down is tried again."""
+HELD_UP_SECONDS: Final = 5.0
+"""How long a delivery is left whose run someone else has locked."""
+LAST_WITHIN: Final = 2.0
+"""Seconds that the end of a process waits for what it stored last."""
+
+log = structlog.get_logger(__name__)
+
+
+class Reader:
+    """Says what a stored delivery says, as of the settings that this process has."""
+
+    def __init__(self, workspaces: Workspaces) -> None:
+        self._workspaces = workspaces
+
+    def read(self, delivery: Delivery) -> Read:
+        """An observation, or why it is quarantined. Never raises, whatever the body."""
+        if delivery.event_type == TRIAL:
+            return Read(None)
+        signer = self.signer(delivery.workspace_id)
+        seen = callback.observe(delivery.body, at=delivery.received_at, signer=signer)
+        if isinstance(seen, str):
+            return Read(None, seen)
+        workspace = self._workspaces.of(seen.workspace_id)
+        if workspace is None and seen.workspace_id is not None:
+            return Read(
+                None, f"it speaks of workspace {seen.workspace_id}, which is not configured here"
+            )
+        if len(self._workspaces) == 1:
+            if workspace is not None:
+                workspace.learn(seen.workspace_id)
+            return Read(seen)
+        return Read(seen, signers=self._signers(seen.workspace_id))
+
+    def signer(self, workspace_id: str | None) -> str | None:
+        """The workspace whose secret signed a delivery, as long as one of that id is configured.
+
+        Where none is, the id was a mistake in the settings, or nobody knew one when it came.
+        """
+        return workspace_id if self._workspaces.has(workspace_id) else None
+
+    def _signers(self, workspace_id: str | None) -> set[str | None]:
+        """That workspace, and those that share a secret with it."""
+        mine = self._workspaces.of(workspace_id)
+        secrets = set(mine.secrets) if mine is not None else set()
+        sharing = {
+            one.workspace_id for one in self._workspaces if not secrets.isdisjoint(one.secrets)
+        }
+        return sharing | {workspace_id}
+
+
+class Applier:
+    """Applies what waits. Used as `async with Applier(…) as applier`.
+
+    With `background` true it looks every second; else only when it is woken or told to `drain`.
+    `on_commit` is called after each commit with what it did to runs, `on_applied` with how many
+    deliveries were applied and how many quarantined.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        workspaces: Workspaces,
+        rules: Rules,
+        clock: Clock,
+        background: bool,
+        on_commit: Sequence[Callable[[Outcome], None]] = (),
+        on_applied: Sequence[Callable[[int, int], None]] = (),
+    ) -> None:
+        self._database = database
+        self._read = Reader(workspaces).read
+        self._rules = rules
+        self._statements = statements_for(database)
+        self._clock = clock
+        self._background = background
+        self._on_commit = tuple(on_commit)
+        self._on_applied = tuple(on_applied)
+        self._woken = asyncio.Event()
+        self._stored_at = self._notified_at = float("-inf")
+        self._limit = MAX_GROUP
+        self._held_up: dict[str, float] = {}
+        self._one_at_a_time = asyncio.Lock()
+        self._task: asyncio.Task[None] | None = None
+        self._closing = False
+        self._seldom = Seldom()
+
+    async def __aenter__(self) -> Self:
+        if self._background:
+            self.wake()  # someone may have died before it could apply what it had stored
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def stored(self) -> None:
+        """Deliveries were stored by this process just now."""
+        self._stored_at = time.monotonic()
+        self.wake()
+
+    def wake(self) -> None:
+        """Deliveries may be waiting: look soon."""
+        self._woken.set()
+        if self._task is None and not self._closing:
+            self._task = asyncio.create_task(self._run(), name="applier")
+
+    async def aclose(self) -> None:
+        """Stop; what was stored just now is still applied, if that is quick."""
+        self._closing = True
+        task, self._task = self._task, None
+        if task is None:
+            return
+        task.cancel()
+        await asyncio.wait([task])
+        if self._woken.is_set():
+            try:
+                async with asyncio.timeout(LAST_WITHIN):
+                    await self.drain()
+            except (StoreError, TimeoutError):
+                log.info("inbox.left", advice="another process applies it, or the next start")
+
+    async def drain(self) -> int:
+        """Apply all that waits now and that nobody else is at, and return how many deliveries that
+        were. Raises `StoreUnavailable`."""
+        count = 0
+        while taken := await self._apply_group():
+            count += taken
+        return count
+
+    async def _run(self) -> None:
+        wait = RETRY[0]
+        while True:
+            self._woken.clear()
+            began = time.monotonic()
+            try:
+                taken = await self._apply_group()
+            except StoreError as error:
+                self._woken.set()
+                self._report(error)
+                await asyncio.sleep(wait)
+                wait = min(wait * 2, RETRY[1])
+                continue
+            except asyncio.CancelledError:
+                self._woken.set()
+                raise
+            except Exception:
+                # Without this task nothing is applied: it goes on, whatever happens.
+                log.exception("inbox.failed")
+                await asyncio.sleep(RETRY[1])
+                continue
+            wait = RETRY[0]
+            if taken:
+                self._woken.set()  # there may be more
+                await self._hold_back(began + LONGEST_PAUSE)
+            else:
+                await self._until_woken()
+
+    async def _until_woken(self) -> None:
+        longest = LOOK_EVERY if self._background or self._held_up else None
+        try:
+            async with asyncio.timeout(longest):
+                await self._woken.wait()
+        except TimeoutError:
+            self._woken.set()
+
+    async def _hold_back(self, until: float) -> None:
+        """Return when this process has time to spare, or at that moment of the monotonic clock."""
+        while True:
+            now = time.monotonic()
+            if now >= until or now - self._stored_at > PAUSE:
+                return
+            used = time.process_time()
+            await asyncio.sleep(PAUSE)
+            used = time.process_time() - used
+            if used < BUSY * (time.monotonic() - now):
+                return
+            await self._notify(now)
+
+    async def _notify(self, now: float) -> None:
+        """Tell other processes that there is something to apply, which this one has no time for."""
+        if self._database.dialect == "sqlite" or now - self._notified_at < NOTIFY_EVERY:
+            return
+        self._notified_at = now
+        channel, payload = inbox_notice(self._database.origin)
+        with suppress(StoreError):  # they look every second anyhow
+            await self._database.send("SELECT pg_notify($1, $2)", (channel, payload))
+
+    async def _apply_group(self) -> int:
+        """Apply one group; how many deliveries it took, those that were quarantined among them.
+
+        Where one of them cannot be applied the next group is half as large, until that one is
+        alone. Raises `StoreUnavailable` and `SchemaOutdated`, for which no delivery is to blame.
+        """
+        async with self._one_at_a_time:
+            now = time.monotonic()
+            self._held_up = {key: until for key, until in self._held_up.items() if until > now}
+            group = Group(limit=self._limit, read=self._read, held_up=[*self._held_up])
+            taken: list[str] = []
+            try:
+                applied = await self._database.write(partial(self._apply, group, taken))
+            except StoreBusy:
+                # A run that someone else has locked holds up its own delivery, and no other.
+                if len(taken) <= 1:
+                    if not taken:
+                        raise
+                    self._held_up[taken[0]] = time.monotonic() + HELD_UP_SECONDS
+                self._limit = max(len(taken) // 2, 1)
+                return len(taken)
+            except (StoreUnavailable, SchemaOutdated):
+                raise
+            except Exception as error:
+                if not taken:
+                    raise
+                self._limit = max(len(taken) // 2, 1)
+                if len(taken) == 1:
+                    await self._quarantine(taken[0], error)
+                return len(taken)
+            self._limit = min(self._limit * 2, MAX_GROUP)
+            if applied.taken:
+                self._tell(applied)
+            return len(applied.taken)
+
+    def _apply(self, group: Group, taken: list[str], connection: Connection) -> Applied:
+        return apply_waiting(
+            connection,
+            group,
+            taken,
+            at=self._clock(),
+            rules=self._rules,
+            statements=self._statements,
+        )
+
+    async def _quarantine(self, delivery_id: str, error: Exception) -> None:
+        """Put aside the one delivery that cannot be applied, with the reason."""
+        reason = f"it cannot be applied: {error}"
+        if not isinstance(error, StoreError):
+            reason = f"it cannot be applied: {type(error).__name__}: {error}"
+        quarantined = [(delivery_id, reason)]
+        await self._database.write(
+            lambda connection: delivery_rows.quarantine(connection, quarantined)
+        )
+        self._tell(Applied([delivery_id], quarantined, Outcome([], due=False, news=[])))
+
+    def _tell(self, applied: Applied) -> None:
+        for on_commit in self._on_commit:
+            call_hook(on_commit, applied.outcome)
+        bad = len(applied.quarantined)
+        for on_applied in self._on_applied:
+            call_hook(on_applied, len(applied.taken) - bad, bad)
+        # Anyone's bodies may be behind them: each reason is reported, and none without end.
+        for reason, count in Counter(reason for _, reason in applied.quarantined).items():
+            log.warning("callback.quarantined", reason=reason, count=count)
+
+    def _report(self, error: StoreError) -> None:
+        if count := self._seldom.count("unavailable", now=time.monotonic()):
+            log.warning("inbox.not_applied", error=str(error), count=count)

@@ -1,0 +1,231 @@
+"""The inbox: callbacks are stored here when they come, and applied from here to their runs.
+
+To store is all that a sender waits for: one statement for a group, which reads no run and merges
+nothing. To apply takes deliveries that wait, merges what they say, and commits runs, timeline,
+rollups, notices and the deliveries' own outcome together. So it may be broken off anywhere, be done
+by several processes at once, and be done again, and has its effect once.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any, Final, NamedTuple, Protocol
+
+from sqlalchemy import Connection
+
+from tracker.core.entry import Delivery, DeliveryOutcome, Seen
+from tracker.core.observation import Observation
+from tracker.store.batch import Merging, Outcome, Rules, Statements
+from tracker.store.engine import Database
+from tracker.store.group_commit import GroupCommit
+
+NAME: Final = "inbox"
+
+
+class Stored(NamedTuple):
+    """What became of a delivery that is now on disk.
+
+    `delivery_id` is under which id: one of its own, where the id that it came with has another body
+    already. `repeated` says that it had come before, so that only its receipts changed.
+    """
+
+    delivery_id: str
+    outcome: DeliveryOutcome
+    repeated: bool
+
+
+class Known(NamedTuple):
+    """A stored delivery as a group left it: how often it has come, and what became of it."""
+
+    receipts: int
+    outcome: str
+
+
+@dataclass(slots=True)
+class Receipt:
+    """One row of a group: a delivery, and how often and until when the group received it."""
+
+    delivery: Delivery
+    last_received_at: datetime
+    count: int = 1
+
+
+class Stores(Protocol):
+    """The statement that stores a group."""
+
+    async def __call__(self, db: Database, receipts: Sequence[Receipt]) -> dict[str, Known]:
+        """Store these deliveries, or count them where they are known, with one commit.
+
+        They come sorted by id, each id once. Returns those that are now stored, by id: one that is
+        not among them has an id under which another body is stored.
+        """
+
+
+class Inbox(GroupCommit[Delivery, Stored]):
+    """Stores deliveries in groups. Used as `async with Inbox(database, …) as inbox`.
+
+    `digest_id` makes the id of a delivery whose own id another body has. `on_stored` is called
+    after each commit. `options` are those of `GroupCommit`.
+    """
+
+    def __init__(
+        self,
+        db: Database,
+        *,
+        digest_id: Callable[[bytes], str],
+        on_stored: Callable[[], None] = lambda: None,
+        **options: Any,
+    ) -> None:
+        super().__init__(self._store, name=NAME, size=lambda one: len(one.body), **options)
+        self._db = db
+        self._stores = _stores_of(db)
+        self._digest_id = digest_id
+        self._on_stored = on_stored
+
+    async def store(self, delivery: Delivery) -> Stored:
+        """Store a delivery; returns after the commit.
+
+        Raises `StoreUnavailable` where it was not committed in time (it still may be).
+        """
+        return await self.submit([delivery])[0]
+
+    async def _store(self, group: list[Delivery]) -> list[Stored]:
+        stored: dict[int, Stored] = {}
+        left = dict(enumerate(group))
+        while left:
+            receipts, places = _together(left)
+            known = await self._stores(self._db, [receipts[key] for key in sorted(receipts)])
+            for key, receipt in receipts.items():
+                now = known.get(key)
+                if now is None:
+                    # The id is taken, and yet this was signed: it is stored under one of its own.
+                    other = _renamed(receipt.delivery, self._digest_id)
+                    left.update(dict.fromkeys(places[key], other))
+                    continue
+                is_known = now.receipts > receipt.count
+                for place in places[key]:
+                    stored[place] = Stored(key, DeliveryOutcome(now.outcome), is_known)
+                    is_known = True
+                    del left[place]
+        self._on_stored()
+        return [stored[place] for place in range(len(group))]
+
+
+def _together(left: dict[int, Delivery]) -> tuple[dict[str, Receipt], dict[str, list[int]]]:
+    """One row for each id, and the places in the group that it stands for: repeats are counted
+    here, as no statement changes a row twice. What has another body under the same id is left for
+    the next statement."""
+    receipts: dict[str, Receipt] = {}
+    places: dict[str, list[int]] = {}
+    for place, one in left.items():
+        receipt = receipts.get(one.delivery_id)
+        if receipt is None:
+            receipts[one.delivery_id] = Receipt(one, one.received_at)
+            places[one.delivery_id] = [place]
+        elif receipt.delivery.body == one.body:
+            receipt.count += 1
+            receipt.last_received_at = max(receipt.last_received_at, one.received_at)
+            places[one.delivery_id].append(place)
+    return receipts, places
+
+
+def _renamed(delivery: Delivery, digest_id: Callable[[bytes], str]) -> Delivery:
+    key = digest_id(delivery.body)
+    if delivery.delivery_id.startswith(key):  # which someone else's body bears as its own id
+        key = f"{delivery.delivery_id}+"
+    return replace(delivery, delivery_id=key)
+
+
+def _stores_of(db: Database) -> Stores:
+    if db.dialect == "sqlite":
+        from tracker.store.inbox_sqlite import store  # noqa: PLC0415
+
+        return store
+    from tracker.store.inbox_postgres import store as store_postgres  # noqa: PLC0415
+
+    return store_postgres
+
+
+class Read(NamedTuple):
+    """What a delivery says, as of now: an observation of a run, or why it is quarantined, or
+    neither for a test delivery. `signers` are the workspaces that may have signed it; `None` where
+    only one is configured."""
+
+    observation: Observation | None
+    reason: str | None = None
+    signers: Collection[str | None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What applying a group did: how many deliveries it `taken`, which were quarantined and why,
+    and what it did to runs."""
+
+    taken: list[str]
+    quarantined: list[tuple[str, str]]
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Which deliveries to apply: at most `limit`, those that have waited longest, without those
+    `held_up`. `read` says what each says."""
+
+    limit: int
+    read: Callable[[Delivery], Read]
+    held_up: Sequence[str] = ()
+
+
+def apply_waiting(
+    connection: Connection,
+    group: Group,
+    taken: list[str],
+    *,
+    at: datetime,
+    rules: Rules,
+    statements: Statements,
+) -> Applied:
+    """Apply deliveries that wait, at that moment. Nothing is committed here.
+
+    Their ids stand in `taken` as soon as they are known, for whoever has to find out which of them
+    cannot be applied.
+    """
+    deliveries = statements.take_waiting(connection, group.limit, group.held_up)
+    taken[:] = [delivery.delivery_id for delivery in deliveries]
+    if not deliveries:
+        return Applied([], [], Outcome([], due=False, news=[]))
+    said = [group.read(delivery) for delivery in deliveries]
+    run_ids = {one.observation.run_id for one in said if one.observation is not None}
+    merging = Merging(connection, run_ids, rules, statements)
+    applied: list[str] = []
+    quarantined: list[tuple[str, str]] = []
+    for delivery, one in zip(deliveries, said, strict=True):
+        reason = one.reason
+        if one.observation is not None:
+            reason = _not_theirs(one, merging)
+            if reason is None:
+                merging.add(Seen(observation=one.observation))
+        if reason is None:
+            applied.append(delivery.delivery_id)
+        else:
+            quarantined.append((delivery.delivery_id, reason))
+    outcome = merging.write()
+    statements.finish(connection, applied, quarantined, at)
+    return Applied([*taken], quarantined, outcome)
+
+
+def _not_theirs(said: Read, merging: Merging) -> str | None:
+    """Why the workspaces that signed it cannot speak of the run; `None` where they can.
+
+    Only the workspace that a run is of may say, with its secret, that it ended: whoever knows one
+    workspace's secret could else write another's run into a callback, end that run and take it
+    over. A run that nobody has heard of may be anybody's.
+    """
+    seen, signers = said.observation, said.signers
+    if seen is None or signers is None:
+        return None
+    record = merging.record(seen.run_id)
+    owner = None if record is None else record.run.workspace_id
+    if owner is None or owner in signers:
+        return None
+    return f"its run is of workspace {owner}, but the secret of {seen.workspace_id} signed it"
