@@ -63,6 +63,13 @@ class Stack:
         """What was made up for this deployment, or given to it."""
         return (self.directory / "secrets" / name).read_text()
 
+    def rotate(self, name: str, value: str) -> None:
+        """Write another secret into its file, which running containers see."""
+        for service in SERVICES:
+            path = self.directory / service / "run/secrets" / name
+            if path.exists():
+                path.write_text(value)
+
     def mounted(self, name: str) -> Path:
         """A folder with the files that a service is given, and nothing else, as its root."""
         service, root = SERVICES[name], self.directory / name

@@ -77,6 +77,7 @@ async def test_the_stack_of_compose_yaml_works(
 
             if "prometheus" in services:
                 await prometheus_sees(deployed)
+            await token_is_rotated(deployed, client)
         await dashboards_read(deployed)
         await ends_in_time(deployed)
 
@@ -96,6 +97,19 @@ async def metrics_token_reads_metrics_alone(deployed: Stack, client: httpx.Async
     assert (await client.get("/metrics", headers=headers)).status_code == 200
     assert (await client.get("/api/runs", headers=headers)).status_code == 403
     assert (await client.post("/api/runs", headers=headers, json=START)).status_code == 403
+
+
+async def token_is_rotated(deployed: Stack, client: httpx.AsyncClient) -> None:
+    """A token that is written over another counts at once, without a restart; the old one soon
+    does not."""
+    old, new = deployed.secret("tracker_api_token"), "another-token-that-is-long-enough"
+    deployed.rotate("tracker_api_token", new)
+    for port in deployed.ports["receiver"]:
+        url = f"http://127.0.0.1:{port}/api/runs"
+        answer = await client.get(url, headers={"Authorization": f"Bearer {new}"})
+        assert answer.status_code == 200
+        answer = await client.get(url, headers={"Authorization": f"Bearer {old}"})
+        assert answer.status_code == 401
 
 
 async def prometheus_sees(deployed: Stack) -> None:
