@@ -32,8 +32,8 @@ SERVICES: Final = ("tracker simulate", "tracker serve", "tracker worker")
 class Session:
     """The directory, variables and processes of one page.
 
-    Addresses, folders and waits of the page are replaced by the test's own. The public address leads
-    to the port for callbacks, where the page has one (`callbacks_apart`).
+    Addresses, folders and waits of the page are replaced by the test's own. The public address
+    leads to the port for callbacks, where the page has one (`callbacks_apart`).
     """
 
     def __init__(
