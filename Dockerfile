@@ -34,10 +34,11 @@ ENV PATH=/opt/tracker/bin:$PATH \
 USER 10001:10001
 WORKDIR /data
 VOLUME /data
-EXPOSE 8080
+EXPOSE 8080 8081
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
     CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8080/healthz', timeout=4)"]
 ENTRYPOINT ["tracker"]
-# From outside the container it is reached only with a token: set TRACKER_API_TOKEN.
+# Everything on one port, which is reached from outside the container only with a token: set
+# TRACKER_API_TOKEN. With `--callbacks-port 8081` callbacks and health have a port of their own.
 CMD ["serve", "--host", "0.0.0.0", "--port", "8080"]

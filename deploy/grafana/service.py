@@ -406,6 +406,16 @@ PROCESSES: Final = Row(
             about="Of one core; each process uses one.",
         ),
         Show(
+            title="Refused requests a minute",
+            queries=(
+                (
+                    f"sum by (reason) (rate(tracker_auth_refused_total{_AT})) * 60 > 0",
+                    "{{reason}}",
+                ),
+            ),
+            about="At API, pages and metrics. wrong: tokens are guessed, or one is outdated.",
+        ),
+        Show(
             title="Failed jobs in an hour",
             kind="bars",
             queries=(

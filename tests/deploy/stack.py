@@ -23,7 +23,7 @@ import asyncpg
 import yaml
 
 from tests.deploy.conftest import ROOT
-from tests.deploy.tls import certificate_for_localhost, ending_tls
+from tests.deploy.tls import balancing, certificate_for_localhost
 from tests.e2e.processes import Process
 from tests.support.postgres import PostgresServer
 from tests.support.waiting import free_port
@@ -33,6 +33,7 @@ SERVICES: Final[dict[str, dict[str, Any]]] = COMPOSE["services"]
 OURS: Final = ("migrate", "receiver", "worker")
 LEFT_OUT: Final = {"grafana"}
 PORT: Final = "8080"
+CALLBACKS_PORT: Final = "8081"
 
 
 class Stack:
@@ -42,8 +43,10 @@ class Stack:
         self.directory = directory
         self.processes: dict[str, list[Process]] = {name: [] for name in OURS}
         self.ports: dict[str, list[int]] = {name: [] for name in OURS}
+        self.callback_ports: list[int] = []
         self.certificate, self._key = certificate_for_localhost(directory)
-        self._proxy_port, self.prometheus_port = free_port(), free_port()
+        self._public_port, self.private_port = free_port(), free_port()
+        self.prometheus_port = free_port()
         self.connections: list[int] = []
         self.postgres = PostgresServer()
         self._base_url = flora["FLORA_BASE_URL"]
@@ -54,11 +57,18 @@ class Stack:
     @property
     def host(self) -> str:
         """What TRACKER_HOST is."""
-        return f"localhost:{self._proxy_port}"
+        return f"localhost:{self._public_port}"
 
     def secret(self, name: str) -> str:
         """What was made up for this deployment, or given to it."""
         return (self.directory / "secrets" / name).read_text()
+
+    def rotate(self, name: str, value: str) -> None:
+        """Write another secret into its file, which running containers see."""
+        for service in SERVICES:
+            path = self.directory / service / "run/secrets" / name
+            if path.exists():
+                path.write_text(value)
 
     def mounted(self, name: str) -> Path:
         """A folder with the files that a service is given, and nothing else, as its root."""
@@ -126,8 +136,12 @@ class Stack:
         root = self.mounted(name)
         environment["TRACKER_CONFIG"] = f"{root}{environment['TRACKER_CONFIG']}"
         for number in range(service.get("deploy", {}).get("replicas", 1)):
-            port = free_port()
-            replaced = {"0.0.0.0": "127.0.0.1", PORT: str(port)}
+            port, callbacks_port = free_port(), free_port()
+            replaced = {
+                "0.0.0.0": "127.0.0.1",
+                PORT: str(port),
+                CALLBACKS_PORT: str(callbacks_port),
+            }
             process = await Process.start(
                 *(replaced.get(word, word) for word in service["command"]),
                 env={**environment, "FLORA_BASE_URL": self._base_url},
@@ -135,6 +149,8 @@ class Stack:
             )
             self.processes[name].append(process)
             self.ports[name].append(port)
+            if CALLBACKS_PORT in service["command"]:
+                self.callback_ports.append(callbacks_port)
             self._stack.push_async_callback(process.end)
 
     async def _postgres(self) -> None:
@@ -154,8 +170,13 @@ class Stack:
         self._replace_in_secret("database_url", "@postgres:5432/", f"@{self._server}/")
 
     async def _proxy(self) -> None:
-        serving = ending_tls(self._proxy_port, self.ports["receiver"], self.certificate, self._key)
-        self.connections = await self._stack.enter_async_context(serving)
+        """Both sites of the Caddyfile; that the public one passes callbacks alone is told by
+        test_proxy.py."""
+        certificate = (self.certificate, self._key)
+        public = balancing(self._public_port, self.callback_ports, certificate)
+        self.connections = await self._stack.enter_async_context(public)
+        private = balancing(self.private_port, self.ports["receiver"])
+        await self._stack.enter_async_context(private)
 
     async def _prometheus(self) -> None:
         """With the file's targets, whose names no resolver knows here, and no wait for the first

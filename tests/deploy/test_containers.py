@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -16,7 +17,8 @@ import yaml
 
 from tests.deploy.commands import assert_taken
 from tests.deploy.conftest import ROOT, Promtool
-from tracker.settings import load_settings
+from tracker.core.tokens import Scope
+from tracker.settings import Settings, load_settings
 
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
@@ -136,8 +138,8 @@ def test_a_missing_secret_is_asked_for(tmp_path: Path) -> None:
     assert "FLORA_API_KEY is needed" in run_make_secrets(tmp_path, FLORA_API_KEY="")
 
 
-def test_the_containers_settings_load(secrets: Path) -> None:
-    """tracker.toml with the made secrets, and the containers' environment, are valid settings."""
+def settings_with(secrets: Path) -> Settings:
+    """What a receiver reads: the containers' environment, and tracker.toml with these secrets."""
     environment = {
         name: value.replace("${TRACKER_HOST:?the name under which FLORA reaches this machine}", "h")
         for name, value in SERVICES["receiver"]["environment"].items()
@@ -145,11 +147,50 @@ def test_the_containers_settings_load(secrets: Path) -> None:
     text = (DIRECTORY / "tracker.toml").read_text(encoding="utf-8")
     config = secrets.parent / "tracker.toml"
     config.write_text(text.replace("/run/secrets", str(secrets)), encoding="utf-8")
-    settings = load_settings(environment | {"TRACKER_CONFIG": str(config)})
+    return load_settings(environment | {"TRACKER_CONFIG": str(config)})
+
+
+def test_the_containers_settings_load(secrets: Path) -> None:
+    """tracker.toml with the made secrets, and the containers' environment, are valid settings."""
+    settings = settings_with(secrets)
     assert settings.tracker_database_url.startswith("postgresql://tracker:")
     assert settings.callback_url == "https://h/callbacks/flora"
-    for secret in ("database_url", "flora_api_key", "flora_webhook_secret", "tracker_api_token"):
-        assert secret in SERVICES["receiver"]["secrets"]
+    text = (DIRECTORY / "tracker.toml").read_text(encoding="utf-8")
+    for name in OURS:
+        assert set(SERVICES[name]["secrets"]) == set(re.findall(r"file:/run/secrets/(\w+)", text))
+
+
+def option(service: str, name: str) -> str:
+    """The value of an option of a service's command."""
+    command = SERVICES[service]["command"]
+    value: str = command[command.index(name) + 1]
+    return value
+
+
+def test_only_callbacks_are_reached_from_outside() -> None:
+    """The proxy alone is published, its private site and Grafana on this machine only; its public
+    site leads to the callbacks' port, the private one to the other."""
+    published = {name: one["ports"] for name, one in SERVICES.items() if "ports" in one}
+    assert set(published) == {"proxy", "grafana"}
+    here = [one for ports in published.values() for one in ports if one.startswith("127.0.0.1:")]
+    assert here == ["127.0.0.1:8080:8080", "127.0.0.1:3000:3000"]
+    caddyfile = (DIRECTORY / "Caddyfile").read_text(encoding="utf-8")
+    public, private = caddyfile.split("http://:8080 {")
+    assert re.findall(r"^\t+port (\d+)$", public, re.MULTILINE) == [
+        option("receiver", "--callbacks-port")
+    ]
+    assert re.findall(r"^\t+port (\d+)$", private, re.MULTILINE) == [option("receiver", "--port")]
+
+
+def test_prometheus_has_a_token_for_metrics_alone(secrets: Path) -> None:
+    """It is given no other secret, and that one opens nothing but the metrics."""
+    config = yaml.safe_load((DIRECTORY / "prometheus.yml").read_text())
+    (job,) = config["scrape_configs"]
+    assert SERVICES["prometheus"]["secrets"] == ["metrics_token"]
+    assert job["authorization"]["credentials_file"] == "/run/secrets/metrics_token"
+    token = settings_with(secrets).access_tokens.find((secrets / "metrics_token").read_bytes())
+    assert token is not None
+    assert [scope for scope in Scope if token.allows(scope)] == [Scope.METRICS]
 
 
 def test_prometheus_takes_its_configuration(promtool: Promtool) -> None:

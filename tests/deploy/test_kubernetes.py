@@ -9,6 +9,7 @@ import yaml
 
 from tests.deploy.commands import assert_taken
 from tests.deploy.conftest import ROOT
+from tracker.core.tokens import Scope
 from tracker.settings import load_settings
 
 DIRECTORY = ROOT / "deploy/kubernetes"
@@ -89,12 +90,80 @@ def test_selectors_find_their_pods() -> None:
         assert any(wanted.items() <= pod.items() for pod in labels), named(manifest)
 
 
-def test_the_settings_load(tmp_path: Path) -> None:
-    """The config map and the example secret are valid settings together."""
-    environment: dict[str, str] = {}
-    for manifest in ALL:
-        if manifest["kind"] in ("ConfigMap", "Secret"):
-            environment |= manifest.get("data") or manifest["stringData"]
-    settings = load_settings(environment)
+def one(kind: str, name: str) -> dict[str, Any]:
+    """The manifest of that kind and name."""
+    (found,) = [each for each in ALL if each["kind"] == kind and each["metadata"]["name"] == name]
+    return found
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=named)
+def test_the_settings_load(workload: dict[str, Any], tmp_path: Path) -> None:
+    """What a pod is given of the config map and the example secret are valid settings."""
+    pod = pod_of(workload)
+    (container,) = pod["containers"]
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    texts = {}
+    for volume, (kind, key, field) in {
+        "config": ("ConfigMap", "name", "data"),
+        "secrets": ("Secret", "secretName", "stringData"),
+    }.items():
+        source = volumes[volume]["configMap" if kind == "ConfigMap" else "secret"]
+        for name, text in one(kind, source[key])[field].items():
+            texts[f"{mounts[volume]}/{name}"] = text
+    environment = {each["name"]: each["value"] for each in container["env"]}
+    for path, text in texts.items():
+        here = Path(f"{tmp_path}{path}")
+        here.parent.mkdir(parents=True, exist_ok=True)
+        here.write_text(text.replace("file:/", f"file:{tmp_path}/"), encoding="utf-8")
+    assert f"{environment['TRACKER_CONFIG']}" in texts
+    environment["TRACKER_CONFIG"] = f"{tmp_path}{environment['TRACKER_CONFIG']}"
+    # As the image has it: what a pod's environment sets to nothing counts as not set.
+    settings = load_settings({"TRACKER_DATABASE_URL": "sqlite:////data/tracker.db"} | environment)
     assert settings.tracker_database_url.startswith("postgresql://")
     assert settings.callback_url == "https://tracker.example.com/callbacks/flora"
+    tokens = {token.name: token for token in settings.access_tokens}
+    assert set(tokens) == {"TRACKER_API_TOKEN", "prometheus"}
+    assert [scope for scope in Scope if tokens["prometheus"].allows(scope)] == [Scope.METRICS]
+
+
+def test_only_callbacks_are_reached_through_the_ingress() -> None:
+    """The ingress has one path, by prefix, which leads to the receivers' port for callbacks."""
+    (rule,) = one("Ingress", "tracker")["spec"]["rules"]
+    (path,) = rule["http"]["paths"]
+    assert (path["path"], path["pathType"]) == ("/callbacks/flora", "Prefix")
+    backend = path["backend"]["service"]
+    (service_port,) = one("Service", backend["name"])["spec"]["ports"]
+    assert service_port["name"] == backend["port"]["name"]
+    (container,) = pod_of(one("Deployment", "receiver"))["containers"]
+    ports = {port["name"]: str(port["containerPort"]) for port in container["ports"]}
+    arguments = container["args"]
+    callbacks = ports[service_port["targetPort"]]
+    assert callbacks == arguments[arguments.index("--callbacks-port") + 1]
+    (private,) = one("Service", "receiver")["spec"]["ports"]
+    assert ports[private["targetPort"]] == arguments[arguments.index("--port") + 1] != callbacks
+
+
+def test_the_network_lets_in_what_has_business_there() -> None:
+    """Each port is open to one namespace: the callbacks' to the ingress controller's, the private
+    one to Prometheus'."""
+    let_in = {
+        rule_port["port"]: [
+            peer["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
+            for peer in rule["from"]
+        ]
+        for manifest in ALL
+        if manifest["kind"] == "NetworkPolicy"
+        for rule in manifest["spec"]["ingress"]
+        for rule_port in rule["ports"]
+    }
+    assert let_in == {8080: ["monitoring"], 8081: ["ingress-nginx"]}
+
+
+def test_a_rotated_secret_reaches_the_pods() -> None:
+    """Secrets are files of whole volumes: variables and single mounted files are never renewed."""
+    for workload in WORKLOADS:
+        (container,) = pod_of(workload)["containers"]
+        assert "envFrom" not in container
+        assert all("valueFrom" not in each for each in container["env"])
+        assert all("subPath" not in mount for mount in container["volumeMounts"])

@@ -32,19 +32,26 @@ def test_the_unit_starts_a_real_command() -> None:
     """The command line takes what the unit starts."""
     (command,) = re.findall(rf"^ExecStart={PROGRAM} (.*)$", UNIT.read_text(), re.MULTILINE)
     assert_taken(command.split())
+    assert "--callbacks-port 8081" in command  # docs/proxy.md leads proxies there
 
 
 def test_the_units_settings_load(tmp_path: Path) -> None:
     """tracker.toml is valid, and reads no secret but from files beside it."""
     text = (UNIT.parent / "tracker.toml").read_text()
-    read = re.findall(r'"file:/etc/tracker/(\w+)"', text)
-    assert len(read) == text.count("file:") == 3
+    uncommented = re.sub(r"^# (?=\[\[|\w+ = )", "", text, flags=re.MULTILINE)
+    read = re.findall(r'"file:/etc/tracker/(\w+)"', uncommented)
+    assert len(read) == uncommented.count("file:") == 4
     for name in read:
-        (tmp_path / name).write_text(f"{name}_value")
+        (tmp_path / name).write_text(f"{name}_value_long_enough")
     config = tmp_path / "tracker.toml"
-    config.write_text(text.replace("/etc/tracker", str(tmp_path)))
-    settings = load_settings({"TRACKER_CONFIG": str(config)})
-    assert settings.callback_url == "https://tracker.example.com/callbacks/flora"
+    for given, names in (
+        (text, ["TRACKER_API_TOKEN"]),
+        (uncommented, ["TRACKER_API_TOKEN", "prometheus"]),
+    ):
+        config.write_text(given.replace("/etc/tracker", str(tmp_path)))
+        settings = load_settings({"TRACKER_CONFIG": str(config)})
+        assert settings.callback_url == "https://tracker.example.com/callbacks/flora"
+        assert [token.name for token in settings.access_tokens] == names
 
 
 def test_cron_and_the_unit_are_one_user_with_one_configuration() -> None:

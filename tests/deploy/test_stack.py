@@ -26,9 +26,10 @@ START = {"technique": "icon-pack", "inputs": [{"id": "prompt", "type": "text", "
 async def test_the_stack_of_compose_yaml_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Migrated by its job, reached through TLS, started with the made secrets: runs that are
-    started at one receiver are told of at both, settled by the workers, seen by Prometheus and by
-    the role for dashboards; and everything ends in the time that it is given."""
+    """Migrated by its job, reached through TLS for callbacks and on this machine for the rest,
+    started with the made secrets: runs that are started at one receiver are shown by both, settled
+    by the workers, seen by Prometheus and by the role for dashboards; and everything ends in the
+    time that it is given."""
     services = set(SERVICES) - LEFT_OUT - (set() if shutil.which("prometheus") else {"prometheus"})
     options = Options(failures=0, run_seconds=0.2)
     async with running(options) as flora, AsyncExitStack() as stack:
@@ -39,15 +40,18 @@ async def test_the_stack_of_compose_yaml_works(
 
         token = deployed.secret("tracker_api_token")
         trusting = ssl.create_default_context(cafile=deployed.certificate)
+        headers = {"Authorization": f"Bearer {token}", "Connection": "close"}
         client = httpx.AsyncClient(
-            base_url=f"https://{deployed.host}",
-            headers={"Authorization": f"Bearer {token}", "Connection": "close"},
-            verify=trusting,
-            trust_env=False,
+            base_url=f"http://127.0.0.1:{deployed.private_port}", headers=headers, trust_env=False
         )
-        async with client:
+        public = httpx.AsyncClient(
+            base_url=f"https://{deployed.host}", headers=headers, verify=trusting, trust_env=False
+        )
+        async with client, public:
             assert (await client.get("/readyz")).status_code == 200
             assert (await client.get("/", headers={"Authorization": ""})).status_code in (303, 307)
+            for path in ("/", "/login", "/api/runs", "/metrics", "/openapi.json"):
+                assert (await public.get(path)).status_code == 404, path
             answers = await asyncio.gather(
                 *(client.post("/api/runs", json=START) for _ in range(RUNS))
             )
@@ -66,12 +70,14 @@ async def test_the_stack_of_compose_yaml_works(
             for body in await bodies(deployed):
                 signature = sign(body, deployed.secret("flora_webhook_secret"), at=utc_now())
                 headers = {"Flora-Signature": signature}
-                answer = await client.post("/callbacks/flora", content=body, headers=headers)
+                answer = await public.post("/callbacks/flora", content=body, headers=headers)
                 assert answer.is_success
-            assert set(deployed.connections) == set(deployed.ports["receiver"])
+            assert set(deployed.connections) == set(deployed.callback_ports)
+            await metrics_token_reads_metrics_alone(deployed, client)
 
             if "prometheus" in services:
                 await prometheus_sees(deployed)
+            await token_is_rotated(deployed, client)
         await dashboards_read(deployed)
         await ends_in_time(deployed)
 
@@ -85,8 +91,29 @@ async def bodies(deployed: Stack) -> list[bytes]:
     return [row["body"] for row in rows]
 
 
+async def metrics_token_reads_metrics_alone(deployed: Stack, client: httpx.AsyncClient) -> None:
+    """What Prometheus is given is neither for the API nor for pages."""
+    headers = {"Authorization": f"Bearer {deployed.secret('metrics_token')}"}
+    assert (await client.get("/metrics", headers=headers)).status_code == 200
+    assert (await client.get("/api/runs", headers=headers)).status_code == 403
+    assert (await client.post("/api/runs", headers=headers, json=START)).status_code == 403
+
+
+async def token_is_rotated(deployed: Stack, client: httpx.AsyncClient) -> None:
+    """A token that is written over another counts at once, without a restart; the old one soon
+    does not."""
+    old, new = deployed.secret("tracker_api_token"), "another-token-that-is-long-enough"
+    deployed.rotate("tracker_api_token", new)
+    for port in deployed.ports["receiver"]:
+        url = f"http://127.0.0.1:{port}/api/runs"
+        answer = await client.get(url, headers={"Authorization": f"Bearer {new}"})
+        assert answer.status_code == 200
+        answer = await client.get(url, headers={"Authorization": f"Bearer {old}"})
+        assert answer.status_code == 401
+
+
 async def prometheus_sees(deployed: Stack) -> None:
-    """Every process of ours is scraped, with the token, and the alerts are loaded."""
+    """Every process of ours is scraped, with its token, and the alerts are loaded."""
     expected = {
         f"127.0.0.1:{port}" for name in ("receiver", "worker") for port in deployed.ports[name]
     }

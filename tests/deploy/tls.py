@@ -1,5 +1,5 @@
-"""A proxy that ends TLS, in place of the one in compose.yaml: a new connection goes to the next
-receiver, or to another where that one takes none."""
+"""A proxy in place of the one in compose.yaml: a new connection goes to the next receiver, or to
+another where that one takes none. It ends TLS where it is given a certificate."""
 
 import asyncio
 import itertools
@@ -28,10 +28,11 @@ def certificate_for_localhost(directory: Path) -> tuple[Path, Path]:
 
 
 @asynccontextmanager
-async def ending_tls(
-    port: int, upstreams: Sequence[int], certificate: Path, key: Path
+async def balancing(
+    port: int, upstreams: Sequence[int], certificate: tuple[Path, Path] | None = None
 ) -> AsyncIterator[list[int]]:
-    """Serves on `port` of 127.0.0.1; gives the upstream port of each connection so far."""
+    """Serves on `port` of 127.0.0.1, by TLS with `certificate` and its key; gives the upstream port
+    of each connection so far."""
     taken: list[int] = []
     turns = itertools.count()
     open_ones: set[asyncio.Task[Any]] = set()
@@ -54,10 +55,12 @@ async def ending_tls(
             async with _closing(theirs[1]):
                 await asyncio.gather(_pass(reader, theirs[1]), _pass(theirs[0], writer))
 
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
+    context = None
+    if certificate is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*certificate)
     server = await asyncio.start_server(
-        connected, "127.0.0.1", port, ssl=context, ssl_shutdown_timeout=0.2
+        connected, "127.0.0.1", port, ssl=context, ssl_shutdown_timeout=0.2 if context else None
     )
     try:
         yield taken

@@ -20,7 +20,9 @@ SIMULATOR: Final = {
 SECRETS: Final = {
     "flora_api_key": "sk_test_simulator",
     "flora_webhook_secret": "whsec_simulator",
-    "tracker_api_token": "a-token-of-the-tests",
+    "tracker_api_token": "a-token-for-tests",
+    "metrics_token": "a-token-for-prometheus",
+    "shop_token": "a-token-for-the-shop",
 }
 """What stands in the files that an example's settings read."""
 SERVICES: Final = ("tracker simulate", "tracker serve", "tracker worker")
@@ -30,18 +32,23 @@ SERVICES: Final = ("tracker simulate", "tracker serve", "tracker worker")
 class Session:
     """The directory, variables and processes of one page.
 
-    Addresses, folders and waits of the page are replaced by the test's own.
+    Addresses, folders and waits of the page are replaced by the test's own. The public address
+    leads to the port for callbacks, where the page has one (`callbacks_apart`).
     """
 
-    def __init__(self, directory: Path, *, postgres: dict[str, str]) -> None:
+    def __init__(
+        self, directory: Path, *, postgres: dict[str, str], callbacks_apart: bool = False
+    ) -> None:
         self.directory = directory
-        self._port, self._simulator = free_port(), free_port()
+        self._port, self._simulator, callbacks_port = free_port(), free_port(), free_port()
+        public = callbacks_port if callbacks_apart else self._port
         self._processes: list[Process] = []
         self._replaced = {
-            "https://tracker.example.com": f"http://127.0.0.1:{self._port}",
+            "https://tracker.example.com": f"http://127.0.0.1:{public}",
             "127.0.0.1:8080": f"127.0.0.1:{self._port}",
             "127.0.0.1:8090": f"127.0.0.1:{self._simulator}",
             "--port 8080": f"--port {self._port}",
+            "--callbacks-port 8081": f"--callbacks-port {callbacks_port}",
             "--run-seconds 5": "--run-seconds 0.4",
             **{
                 f"{folder}/": f"{directory}{folder}/" for folder in ("/etc/tracker", "/var/backups")

@@ -65,9 +65,9 @@ async def session(
 ) -> AsyncIterator[Session]:
     """A session in a directory of its own, where `tracker.db` is a file with the schema."""
     page: Path = request.node.callspec.params["page"]
-    named_databases = "postgresql://" in "".join(block.text for block in blocks(page, "console"))
-    postgres = request.getfixturevalue("postgres") if named_databases else {}
-    session = Session(tmp_path, postgres=postgres)
+    text = "".join(block.text for block in blocks(page, "console"))
+    postgres = request.getfixturevalue("postgres") if "postgresql://" in text else {}
+    session = Session(tmp_path, postgres=postgres, callbacks_apart="--callbacks-port" in text)
     yield session
     await session.close()
 
@@ -200,7 +200,7 @@ def test_prometheus_takes_the_configuration_that_is_shown(
     shown_blocks = [block for page in PAGES for block in blocks(page, "yaml")]
     assert shown_blocks
     for block in shown_blocks:
-        config.write_text(block.text.replace("/run/secrets/tracker_api_token", str(token)))
+        config.write_text(block.text.replace("/run/secrets/metrics_token", str(token)))
         promtool("check", "config", config)
 
 

@@ -36,21 +36,24 @@ def test_the_table_tells_the_limits(row: str, says: str) -> None:
 def test_the_proxies_that_are_shown_fit() -> None:
     """A proxy waits for as long as the tracker may take, gives up before FLORA does, and keeps no
     connection that the tracker has closed."""
-    (nginx,) = (block.text for block in blocks(PAGE, "nginx"))
-    callbacks = nginx.partition("/callbacks/flora")[2].partition("}")[0]
-    caddy = (ROOT / "deploy/compose/Caddyfile").read_text(encoding="utf-8")
+    nginx = {block.title: block.text for block in blocks(PAGE, "nginx")}
+    callbacks = nginx["callbacks"].partition("/callbacks/flora")[2].partition("}")[0]
+    caddy = {block.title: block.text for block in blocks(PAGE, "caddyfile")}
+    compose = (ROOT / "deploy/compose/Caddyfile").read_text(encoding="utf-8")
+    public, private = compose.split("http://:8080 {")
     for waits in (
         seconds(r"proxy_read_timeout (\d+)s", callbacks),
-        seconds(r"response_header_timeout (\d+)s", caddy),
+        seconds(r"response_header_timeout (\d+)s", caddy["callbacks"]),
+        seconds(r"response_header_timeout (\d+)s", public),
     ):
         assert LIMITS.callback_seconds < waits < FLORA_WAITS
     for kept in (
-        seconds(r"keepalive_timeout (\d+)s", nginx),
-        seconds(r"keepalive (\d+)s", caddy),
-        *(seconds(r"keepalive (\d+)s", block.text) for block in blocks(PAGE, "caddyfile")),
+        *(seconds(r"keepalive_timeout (\d+)s", text) for text in nginx.values()),
+        *(seconds(r"keepalive (\d+)s", text) for text in (public, private, *caddy.values())),
     ):
         assert kept < LIMITS.idle_seconds
-    assert seconds(r"client_max_body_size (\d+)m", nginx) * 1024**2 >= LIMITS.api_bytes
+    for text in nginx.values():
+        assert seconds(r"client_max_body_size (\d+)m", text) * 1024**2 >= LIMITS.api_bytes
 
 
 def seconds(pattern: str, text: str) -> int:

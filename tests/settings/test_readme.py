@@ -58,7 +58,7 @@ def test_the_configuration_file_shown_works(tmp_path: Path) -> None:
     """The example in the README is read as it stands, once its secrets are there."""
     (example,) = re.findall(r"```toml\n(.*?)```", README, re.S)
     for path in re.findall(r'"file:(/run/secrets/\w+)"', example):
-        (tmp_path / Path(path).name).write_text("a-secret-of-the-tests\n")
+        (tmp_path / Path(path).name).write_text(f"{Path(path).name}-of-some-length\n")
     config = tmp_path / "tracker.toml"
     config.write_text(example.replace("/run/secrets/", f"{tmp_path}/"))
     settings = load_settings(
@@ -70,10 +70,9 @@ def test_the_configuration_file_shown_works(tmp_path: Path) -> None:
     )
     (workspace,) = settings.all_workspaces
     assert workspace.id == "ws_abc123"
-    assert [one.get_secret_value() for one in workspace.webhook_secrets] == [
-        "a-secret-of-the-tests",
-        "whsec_old",
-    ]
+    secrets = [one.get_secret_value() for one in workspace.webhook_secrets]
+    assert secrets == ["flora_webhook-of-some-length", "whsec_old"]
+    assert [one.name for one in settings.access_tokens] == ["TRACKER_API_TOKEN", "prometheus"]
 
 
 def test_the_first_steps_show_what_the_readme_says() -> None:

@@ -24,8 +24,8 @@ from sqlalchemy import (
     select,
 )
 
+from tracker.store.copy import TABLES
 from tracker.store.engine import migration_engine
-from tracker.store.tables import metadata
 from tracker.store.types import CleanText, Money, UtcDateTime
 from tracker.store.url import DatabaseUrl
 
@@ -74,7 +74,7 @@ _CHECKED: Final[dict[str, Sequence[Any]]] = {
 
 def every_value() -> Rows:
     """The rows of each table. The last has NULL wherever nothing forbids it."""
-    return {table.name: [_row(table, n) for n in range(ROWS)] for table in metadata.sorted_tables}
+    return {table.name: [_row(table, n) for n in range(ROWS)] for table in TABLES}
 
 
 def _row(table: Table, number: int) -> dict[str, Any]:
@@ -101,7 +101,7 @@ async def fill(url: str, rows: Rows) -> None:
     """Put the rows into a database that has its tables."""
     engine = migration_engine(DatabaseUrl.parse(url))
     async with engine.begin() as connection:
-        for table in metadata.sorted_tables:
+        for table in TABLES:
             await connection.execute(insert(table), rows[table.name])
             for column in table.c:
                 if column.identity is not None and connection.dialect.name == "postgresql":
@@ -115,7 +115,7 @@ async def everything(url: str) -> Rows:
     engine = migration_engine(DatabaseUrl.parse(url))
     found: Rows = {}
     async with engine.connect() as connection:
-        for table in metadata.sorted_tables:
+        for table in TABLES:
             result = await connection.execute(select(table))
             found[table.name] = in_order(table, [dict(row) for row in result.mappings()])
     await engine.dispose()

@@ -110,7 +110,10 @@ def worker(
 
 def _opened(rotation: "Rotation") -> "Callable[[], AbstractAsyncContextManager[Services]]":
     """Opens the services, and keeps their secrets up to date until they are closed."""
+    from tracker.settings import ignore_hangups
     from tracker.wiring import open_services
+
+    ignore_hangups()
 
     @asynccontextmanager
     async def opened() -> "AsyncIterator[Services]":
