@@ -1,5 +1,6 @@
 """`tracker serve` and `tracker worker`: the processes that stay."""
 
+import signal
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,6 +56,7 @@ def serve(
         raise typer.BadParameter("--callbacks-host needs --callbacks-port")
     if callbacks_port == port != 0:  # whatever the hosts are: the port tells what is asked for
         raise typer.BadParameter("--callbacks-port and --port must differ")
+    _ignore_hangups()
     rotation = prepare_service()
     from tracker.cli.heap import share_the_heap
 
@@ -93,6 +95,7 @@ def worker(
 
     Any number may run against one PostgreSQL.
     """
+    _ignore_hangups()
     rotation = prepare_service()
     from tracker.cli.heap import share_the_heap
 
@@ -108,12 +111,15 @@ def worker(
     return server.serve(rotation.settings, _opened(rotation), place, worker=Worker)
 
 
+def _ignore_hangups() -> None:
+    """Let SIGHUP, which asks for a reload, not end a service that still starts."""
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
 def _opened(rotation: "Rotation") -> "Callable[[], AbstractAsyncContextManager[Services]]":
     """Opens the services, and keeps their secrets up to date until they are closed."""
-    from tracker.settings import ignore_hangups
     from tracker.wiring import open_services
-
-    ignore_hangups()
 
     @asynccontextmanager
     async def opened() -> "AsyncIterator[Services]":

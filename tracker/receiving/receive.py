@@ -100,9 +100,7 @@ class Receiver:
 
     def _authenticate(self, body: bytes, signature: str | None, now: datetime) -> str:
         """The secret that signed it. A rotation that has just begun must refuse nothing."""
-        verify = partial(
-            callback.authenticate, body, signature, now=now, tolerance=self._tolerance
-        )
+        verify = partial(callback.authenticate, body, signature, now=now, tolerance=self._tolerance)
         secrets = self._workspaces.secrets
         try:
             return secrets[verify(secrets)]

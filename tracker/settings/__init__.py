@@ -10,7 +10,7 @@ by `load_settings`.
 
 from tracker.settings.load import Loaded, load_settings, read_settings
 from tracker.settings.model import CALLBACK_PATH, Settings, TokenSettings, WorkspaceSettings
-from tracker.settings.rotation import Rotation, ignore_hangups
+from tracker.settings.rotation import Rotation
 
 __all__ = [
     "CALLBACK_PATH",
@@ -19,7 +19,6 @@ __all__ = [
     "Settings",
     "TokenSettings",
     "WorkspaceSettings",
-    "ignore_hangups",
     "load_settings",
     "read_settings",
 ]

@@ -92,7 +92,7 @@ class Rotation:
         finally:
             if hasattr(signal, "SIGHUP"):
                 loop.remove_signal_handler(signal.SIGHUP)
-                ignore_hangups()
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it ends: nothing is to be reloaded
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
@@ -101,12 +101,6 @@ class Rotation:
         while True:
             await asyncio.sleep(CHECK_SECONDS)
             self.check()
-
-
-def ignore_hangups() -> None:
-    """Let SIGHUP end nothing: a service may be told to reload while it starts or stops."""
-    if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def _with_secrets_of(old: Settings, new: Settings) -> Settings:
