@@ -229,7 +229,7 @@ class Access:
                 "auth.refused",
                 reason=reason,
                 count=count,
-                token=token,
+                **({"token": token} if token else {}),
                 peer=peer_of(scope),
                 method=scope["method"],
                 path=scope["path"][:200],
@@ -240,9 +240,9 @@ class Access:
         """Why the request may come from elsewhere; `None` where it comes from this machine."""
         server, host = scope.get("server"), host_of(scope)
         if self._is_public:
-            why = "TRACKER_PUBLIC_URL is set, so that other machines reach this service."
+            why = "TRACKER_PUBLIC_URL is set, so that any request may come from elsewhere."
         elif server is None or not is_loopback(server[0]):
-            why = "It is reached by an address that other machines reach, too."
+            why = "This one came to an address that other machines reach, too."
         elif host is None or not is_loopback(host):
             why = "This one asks for another host than localhost or a loopback address."
         elif is_forwarded(scope):
