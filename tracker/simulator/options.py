@@ -254,7 +254,7 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, value in self.changeable.items():
-            _checked(name, value)
+            object.__setattr__(self, name, _checked(name, value))
         for name in ("speed", "run_seconds", "callback_timeout"):
             try:
                 positive(getattr(self, name))

@@ -74,6 +74,8 @@ class Starts:
             if wait and options.slow_run == "last":
                 await asyncio.sleep(wait)
             runs, answer = start.begin()
+        if start.key is not None:
+            world.started_with |= {run.run_id: start.key[1] for run in runs}
         if at_once:
             self._keep(start, answer)
         attempted = [self._courier.schedule(run) for run in runs]

@@ -44,7 +44,8 @@ class World:
     `runs` holds every run that was started, by its identifier, oldest first, with those that were
     `deleted`; `deliveries` what became of each attempt at a callback; `counts` how often each route
     gave each status (0: the connection was cut), and `asked` the last requests one by one.
-    `root` is where this FLORA is reached, without `/api/v1`.
+    `started_with` holds the idempotency key of each run that was started with one, by the run's
+    identifier. `root` is where this FLORA is reached, without `/api/v1`.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class World:
         self.root = root
         self.runs: dict[str, SimulatedRun] = {}
         self.deleted: set[str] = set()
+        self.started_with: dict[str, str] = {}
         self.counts: Counter[tuple[str, int]] = Counter()
         self.asked: deque[Asked] = deque(maxlen=_REMEMBERED)
         self.deliveries: list[Attempt] = []
@@ -230,12 +232,16 @@ class World:
         that is yet to come.
 
         The shape is a history item's, in milliseconds, with `run_type`, `callback_url`, `faults`,
-        `colleague` (whether another program started it), `deleted`,
-        and `end`, which is the run as a read of it will show it once nothing changes any more.
+        `colleague` (whether another program started it), `idempotency_key`, `deleted`, and `end`,
+        which is the run as a read of it will show it once nothing changes any more.
         """
         now_ms = self.now_ms()
         return [
-            run.record(now_ms) | {"deleted": run.run_id in self.deleted}
+            run.record(now_ms)
+            | {
+                "idempotency_key": self.started_with.get(run.run_id),
+                "deleted": run.run_id in self.deleted,
+            }
             for run in self.runs.values()
         ]
 
