@@ -160,7 +160,7 @@ async def test_failures_may_be_the_measured_ones(serve_flora: ServeFlora, clock:
 
 
 async def test_failures_may_be_chosen(serve_flora: ServeFlora, clock: HandClock) -> None:
-    """Any codes, also ones that nobody has heard of."""
+    """Any codes, also undocumented ones."""
     flora = await serve_flora(failures=1, failure_codes=["LLM_REFUSAL", "NEW_CODE"])
     runs = [await _run(flora) for _ in range(12)]
     clock.move(END)

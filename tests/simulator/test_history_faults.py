@@ -43,7 +43,7 @@ async def test_a_page_cannot_be_read(serve_flora: ServeFlora, of: str) -> None:
 
 
 async def test_a_page_is_too_long(serve_flora: ServeFlora) -> None:
-    """The page with the bad item is readable, but of more bytes than anybody wants."""
+    """The page with the bad item is readable, but longer than a client accepts."""
     flora = await serve_flora(history=30, bad_offset=12, bad_bytes=1_000_000)
     first, second = [
         await flora.get("/technique-runs", params={"cursor": _cursor(offset), "limit": 10})

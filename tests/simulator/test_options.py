@@ -79,7 +79,7 @@ async def _simulate(*arguments: str) -> asyncio.subprocess.Process:
 
 
 async def test_the_command_sets_options_now_and_later() -> None:
-    """`--set` holds from the start, `--at` from its moment on; a dash is as good as a line."""
+    """`--set` holds from the start, `--at` from its moment on; `-` stands for `_`."""
     process = await _simulate(
         *("--json", "--set", "late-bills=40%", "--set", "history=3"),
         *("--at", "0:prices=icon-pack:20", "--at", "900:gateway=1"),

@@ -189,9 +189,7 @@ class Api:
         world, query, now_ms = self._world, request.query_params, self._world.now_ms()
         options = world.options
         _check_workspace(query, workspace)
-        filters = {name: query.get(name) for name in FILTERS}
-        if any(filters.values()) and "filtered" in options.refuse:
-            raise _refusal(options.refuse["filtered"])
+        filters = {one: query.get(one) for one in FILTERS}
         statuses = (*STATUSES, options.queued_name, options.cancelled_name)
         if filters["status"] is not None and filters["status"] not in statuses:
             raise Problem.invalid(("status", f"must be one of {', '.join(STATUSES)}"))
@@ -207,9 +205,10 @@ class Api:
             for run in items
         ]
         self._spoil(shown, offset)
-        random = Random(f"{options.seed}/deletion/{request.state.number}")
-        if items and random.random() < options.deletions:
-            world.delete({random.choice(items).run_id})
+        if items and options.deletions:
+            random = Random(f"{options.seed}/deletion/{request.state.number}")
+            if random.random() < options.deletions:
+                world.delete({random.choice(items).run_id})
         meta = {"next_cursor": next_cursor, "total_estimate": len(found)}
         return JSONResponse({name: shown, "meta": meta})
 
@@ -233,7 +232,7 @@ class Api:
     def _show(self, request: Request, run: SimulatedRun) -> Response:
         world = self._world
         unit = world.options.time_unit
-        return JSONResponse(run.sight(world.now_ms(), unit, self._read_of(request)))
+        return JSONResponse(run.as_read(world.now_ms(), unit, self._read_of(request)))
 
     def _read_of(self, request: Request) -> int | None:
         """The number that signs the links of this read; None where links are not signed."""
@@ -280,8 +279,7 @@ class Api:
                 response.headers["request-id"] = (
                     f"req_{digest(world.options.seed, 'request', number)}"
                 )
-                # By this world's clock, not the server's: who compares the clocks compares with
-                # this.
+                # By FLORA's clock, not the server's: clients measure its difference from theirs.
                 date_ms = world.now_ms() + world.options.date_offset * 1000
                 response.headers["date"] = formatdate(date_ms / 1000, usegmt=True)
             status = 0 if isinstance(response, Cut) else response.status_code
@@ -314,9 +312,12 @@ class Api:
         """Refuses the requests of some routes, where that is wanted. Raises `Problem`."""
         options = self._world.options
         code = options.refuse.get(request.scope["route"].name)
-        random = Random(f"{options.seed}/refusal/{request.state.number}")
-        if code is not None and random.random() < options.refusals:
-            raise _refusal(code)
+        if code is None and any(map(request.query_params.get, FILTERS)):
+            code = options.refuse.get("filtered")
+        if code is None:
+            return
+        if Random(f"{options.seed}/refusal/{request.state.number}").random() < options.refusals:
+            raise Problem(CODES[code], code, f"Refused by the simulator: {code}.")
 
     def _authenticate(self, request: Request) -> Workspace:
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
@@ -326,10 +327,6 @@ class Api:
         if workspace is None:
             raise Problem(401, "invalid_api_key", "The API key is not valid.")
         return workspace
-
-
-def _refusal(code: str) -> Problem:
-    return Problem(CODES[code], code, f"Refused by the simulator: {code}.")
 
 
 def _check_workspace(query: Mapping[str, str], workspace: Workspace) -> None:

@@ -33,8 +33,11 @@ class GatewayFault:
     """What the gateway does with one request: it lets it pass, or answers itself."""
 
     def __init__(self, options: Options, route: str, number: int) -> None:
-        random = Random(f"{options.seed}/gateway/{number}")
         rate: float = max(options.gateway, getattr(options, f"gateway_{kind_of(route)}"))
+        self.strikes = False
+        if not rate:
+            return
+        random = Random(f"{options.seed}/gateway/{number}")
         self.strikes = random.random() < rate
         self._works = random.random() < options.gateway_works
         self._answer = random.choice(options.gateway_answers or ("502",))

@@ -132,7 +132,8 @@ class Options:
     )
     gateway_works: float = share("requests that reach FLORA behind the gateway all the same", 1.0)
     gateway_seconds: float | None = number(
-        "the gateway answers after so long while the work goes on; none: when it is done", None
+        "seconds after which the gateway answers while the work goes on; none: when it is done",
+        None,
     )
     refuse: Mapping[str, str] = table(
         "routes and the error code they answer, as `generations.list:not_found`; `filtered`: lists"
@@ -144,7 +145,7 @@ class Options:
 
     # Starts
     slow_starts: float = share("starts are answered late")
-    slow_seconds: float = number("how late", 25.0)
+    slow_seconds: float = number("how late, in seconds", 25.0)
     slow_run: str = choice(
         "the run of a slow start exists from the first moment or the last", "first", "last"
     )
@@ -178,7 +179,7 @@ class Options:
     colleague: float = share(
         "starts after which a colleague starts the technique too, without callback"
     )
-    colleague_seconds: float = number("how long after ours")
+    colleague_seconds: float = number("seconds between the start and the colleague's")
     run_per_value: bool = flag("an input with `allow_multiple` starts one run for each value")
 
     # Techniques
@@ -205,7 +206,7 @@ class Options:
     )
     cancelled_name: str = text("an end that is not documented", "cancelled")
     late_outputs: float = share("completed runs show no outputs at first")
-    outputs_seconds: float = number("how long after the end the outputs appear", 60.0)
+    outputs_seconds: float = number("seconds between the end and the outputs", 60.0)
     signed_links: bool = flag("output links are signed anew at each read")
     time_unit: Literal["ms", "s"] = choice("the unit of a run's times", "ms", "s")
 
@@ -219,13 +220,13 @@ class Options:
     bill_factor: float = number("the bill as a multiple of `run_cost`", 1.0)
     late_bills: float = share("completed runs show no cost at first")
     bill_seconds: tuple[float, ...] = listed(
-        "how long after the end a late bill or refund appears; of several, one by the seed",
+        "seconds between the end and a late bill or refund; of several, one by the seed",
         60.0,
         each=seconds,
     )
     missing_bills: float = share("completed runs never show a cost")
     corrections: float = share("the cost shown first is too high or too low and corrected later")
-    correction_seconds: float = number("how long after the first cost", 60.0)
+    correction_seconds: float = number("seconds between the first cost and the right one", 60.0)
     late_refunds: float = share("failed runs show their quote at first")
     refund: str = choice(
         "what a failed run shows once it is refunded: 0, or no cost", "zero", "absent"
@@ -235,15 +236,17 @@ class Options:
     history_outputs: bool = flag("completed items of lists have outputs and cost", True)
     history: int = whole("technique runs that ended before the beginning")
     history_generations: int = whole("generations that ended before the beginning")
-    history_seconds: float = number("the span of time over which these were created", 2_592_000.0)
-    retention: float | None = number("runs that were created longer ago are removed", None)
+    history_seconds: float = number("seconds over which these were created", 2_592_000.0)
+    retention: float | None = number("runs that were created more seconds ago are removed", None)
     deletions: float = share("pages of a history after which one of their runs is deleted")
     bad_offset: int | None = whole("a page with the item at this offset cannot be read: 400", None)
     bad_runs: tuple[str, ...] = listed("a page with one of these runs cannot be read: 400")
-    bad_bytes: int = whole("instead of 400, that item is so many bytes too long")
+    bad_bytes: int = whole("instead of the 400, that item has so many bytes more")
     max_offset: int | None = whole("pages from this offset on cannot be read: 400", None)
     opaque_cursors: bool = flag("cursors are no offsets that can be decoded")
-    cursor_seconds: float | None = number("opaque cursors that are older are refused", None)
+    cursor_seconds: float | None = number(
+        "opaque cursors that are more seconds old are refused", None
+    )
     cursor_epoch: int = whole("opaque cursors of another epoch are refused")
 
     # Clocks

@@ -113,7 +113,7 @@ class SimulatedRun:
         share = (now_ms - self.started_ms) / (self.completed_ms - self.started_ms)
         return max(1, min(last - 1, int(last * share)))
 
-    def sight(self, now_ms: int, unit: str = "ms", read: int | None = None) -> dict[str, Any]:
+    def as_read(self, now_ms: int, unit: str = "ms", read: int | None = None) -> dict[str, Any]:
         """The run as the API answers it at a moment; `read` signs its links for that read."""
         shown: dict[str, Any] = {
             "run_id": self.run_id,
@@ -144,13 +144,13 @@ class SimulatedRun:
         Where the run ends early, the answer may already be stale when it leaves.
         """
         stale = "early" in self.faults and not self.fate.answers_end
-        return self.sight(self.created_ms - 1 if stale else self.created_ms, unit)
+        return self.as_read(self.created_ms - 1 if stale else self.created_ms, unit)
 
     def history_item(
         self, now_ms: int, *, unit: str, with_outputs: bool, read: int | None = None
     ) -> dict[str, Any]:
         """The run as the history lists it at a moment."""
-        item = self.sight(now_ms, unit, read) | {
+        item = self.as_read(now_ms, unit, read) | {
             "workspace_id": self.workspace.workspace_id,
             "project_id": self.workspace.project_id,
         }
@@ -178,7 +178,7 @@ class SimulatedRun:
             "callback_url": self.callback_url,
             "faults": sorted(self.faults),
             "colleague": self.colleague,
-            "end": self.sight(max(now_ms, self.final_ms)),
+            "end": self.as_read(max(now_ms, self.final_ms)),
         }
 
     def billed(self, now_ms: int) -> dict[str, Any]:

@@ -115,7 +115,7 @@ class Starts:
 
         async def begin() -> None:
             await asyncio.sleep(wait)
-            with suppress(Problem):  # nobody hears that the credits are used up
+            with suppress(Problem):  # no caller to tell that the credits are used up
                 self._world.start_colleague(technique_id, workspace)
 
         if wait:
