@@ -3,13 +3,14 @@
 import ast
 import re
 from collections.abc import Iterator
+from typing import get_args
 
 import pytest
 
 from tests.deploy.conftest import ROOT, Promtool
 from tracker.metrics import work
 from tracker.settings import Settings
-from tracker.web import callbacks
+from tracker.web import auth, callbacks
 from tracker.wiring import Services, open_services
 
 PAGE = (ROOT / "docs/metrics.md").read_text()
@@ -72,6 +73,7 @@ def test_every_reason_and_outcome_is_described() -> None:
     for metric, words in (
         ("tracker_callbacks_total", work.OUTCOMES),
         ("tracker_callbacks_refused_total", work.REFUSALS),
+        ("tracker_auth_refused_total", work.AUTH_REFUSALS),
         ("tracker_database_write_failures_total", work.WRITE_FAILURES),
         ("tracker_run_ends_total", [source.value for source in work.ENDED_BY]),
         ("tracker_sweeps_total", work.SWEEP_RESULTS),
@@ -92,6 +94,7 @@ def test_every_refusal_is_one_of_those_counted_from_the_beginning() -> None:
     said |= {reason.replace(" ", "_") for reason in callbacks._UNREAD.values()}
     assert len(said) > 5
     assert said <= set(work.REFUSALS)
+    assert set(get_args(auth.Reason)) == set(work.AUTH_REFUSALS)
 
 
 def logged() -> Iterator[tuple[str, str]]:

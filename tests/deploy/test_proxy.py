@@ -130,9 +130,9 @@ async def test_without_a_token_a_proxy_lets_nobody_in(
     assert ("serving.without_token" in process.log) == bool(public_url)
 
 
-async def test_a_proxy_that_hides_itself_needs_a_token(tmp_path: Path) -> None:
-    """docs/proxy.md warns of it: without a public URL, requests through the plainest nginx are as
-    those of this machine. With a token they are refused all the same."""
+async def test_a_proxy_that_adds_no_header_needs_a_token(tmp_path: Path) -> None:
+    """docs/proxy.md warns of it: without a public URL, requests through the plainest nginx look
+    like those of this machine. With a token they are refused all the same."""
     require_nginx()
     assert "no program can detect" in (DOCS / "proxy.md").read_text(encoding="utf-8")
     port, own, closed_port, closed = (free_port() for _ in range(4))

@@ -112,7 +112,7 @@ async def test_a_rotation_under_load_refuses_nothing(tmp_path: Path, database_ur
             await asyncio.gather(*senders)
             assert taken[before:].count(401) <= len(senders)
             assert set(taken) <= {200, 401}
-            assert process.log.count('"settings.reloaded"') == ROUNDS + 1
+            assert process.log.count('"settings.reloaded"') >= ROUNDS + 1
             assert "flora.key_refused" not in process.log
             assert "-number-" not in process.log
             assert await process.stop() == 0

@@ -163,6 +163,22 @@ def test_values_of_the_file_may_stand_elsewhere(config: Path) -> None:
             "tokens[0].scopes in {path}",
         ),
         (
+            '[[tokens]]\nname = "a"\ntoken = "0123456789,abcdef"\nscopes = ["read"]',
+            "tokens[0].token in {path} must be one token",
+        ),
+        (
+            '[[tokens]]\nname = "a"\ntoken = "0123456789abcdef"\nscopes = ["read"]\n'
+            "expires = 20300101",
+            "tokens[0].expires in {path} must be a date such as 2027-01-31",
+        ),
+        (
+            '[[tokens]]\nname = "a"\ntoken = "0123456789abcdef"\nscopes = ["read"]\n'
+            "expires = 9999-12-31T23:00:00-12:00",
+            "must be a date such as 2027-01-31",
+        ),
+        ("tracker_api_token = ' , '", "tracker_api_token in {path} holds nothing but commas"),
+        ("flora_api_key = 'file:~nosuchuser/key'", "~nosuchuser/key cannot be read: No such file"),
+        (
             '[[tokens]]\nname = "a b"\ntoken = "0123456789abcdef"\nscopes = ["read"]',
             "tokens[0].name in {path} must be 1 to 64 of",
         ),

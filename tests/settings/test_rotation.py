@@ -66,7 +66,7 @@ def test_a_secret_that_changes_is_in_force(files: _Files) -> None:
     assert files.rotation.check()
     assert files.secrets == {"sk_2", "whsec_1", "whsec_2", "the-second-token-of-all"}
     assert not files.rotation.check()
-    assert len(files.seen) == 2
+    assert len(files.seen) == 3  # once at first
 
 
 def test_tokens_and_secrets_in_the_file_itself_count_too(files: _Files) -> None:
@@ -133,6 +133,48 @@ def test_a_file_that_is_away_for_a_moment_changes_nothing(files: _Files) -> None
     files.write(secret="whsec_3")
     assert files.rotation.check()
     assert "whsec_3" in files.secrets
+
+
+@pytest.mark.parametrize("left", ["", " , "])
+def test_the_last_signing_secret_is_not_taken_away(files: _Files, left: str) -> None:
+    """A file that is read while it is being written must not refuse callbacks."""
+    files.write(secret=left)
+    assert not files.rotation.check()
+    files.write(**{"tracker.toml": 'tracker_api_token = "file:token"\n'})
+    files.rotation.check()
+    assert "whsec_1" in files.secrets
+
+
+def test_what_can_be_read_only_once_is_not_read_again(tmp_path: Path) -> None:
+    """A pipe, as a shell makes it of a command's output, would be empty, or never end."""
+    text = 'flora_webhook_secret = "whsec_1"\n'
+    reading, writing = os.pipe()
+    os.write(writing, text.encode())
+    os.close(writing)
+    environ = {"TRACKER_CONFIG": f"/dev/fd/{reading}"}
+    loaded = read_settings(environ)
+    rotation = Rotation(loaded.settings, loaded, lambda: read_settings(environ))
+    assert not rotation.reload()
+    os.close(reading)
+    assert "whsec_1" in rotation.settings.secret_values
+
+
+def test_who_follows_late_misses_nothing(files: _Files) -> None:
+    """What changed while a service was being opened is in force when it is open."""
+    files.write(secret="whsec_2")
+    assert files.rotation.check()
+    late: list[Settings] = []
+    files.rotation.follow(late.append)
+    assert "whsec_2" in late[0].secret_values
+
+
+async def test_what_was_wrong_is_tried_again(files: _Files) -> None:
+    """A file that is named before it is there counts once it is, and one fault ends nothing."""
+    async with files.rotation.watched():
+        files.configure('[[tokens]]\nname = "new"\ntoken = "file:later"\nscopes = ["read"]')
+        await eventually(lambda: files.rotation._failure)
+        files.write(later="the-later-readers-token")
+        await eventually(lambda: "the-later-readers-token" in files.secrets)
 
 
 async def test_a_service_looks_by_itself_and_at_a_signal(files: _Files) -> None:

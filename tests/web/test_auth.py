@@ -9,6 +9,7 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from tests.support.scraping import read_scrape
+from tests.support.waiting import eventually
 from tests.web.callbacks import PATH, event, signed
 from tests.web.conftest import Serve
 from tests.web.flora import START, with_flora
@@ -392,10 +393,71 @@ async def test_a_start_is_logged_with_who_asked_for_it(
         started = await site.client.post("/api/runs", json=START, headers=shown)
         assert started.status_code == 201
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-    (told,) = [line for line in lines if line["event"] == "run.started"]
-    assert told["token"] == "TRACKER_API_TOKEN"
-    assert told["run_id"] == started.json()["run_id"]
-    assert (told["peer"], told["request_id"]) == ("127.0.0.1", "order-17")
+    asked, told = [line for line in lines if line["event"].startswith("run.start")]
+    assert (asked["event"], asked["technique"]) == ("run.start_requested", "icon-pack")
+    assert (told["event"], told["run_id"]) == ("run.started", started.json()["run_id"])
+    for line in (asked, told):
+        assert line["token"] == "TRACKER_API_TOKEN"
+        assert (line["peer"], line["request_id"]) == ("127.0.0.1", "order-17")
+
+
+async def test_a_path_is_taken_letter_by_letter(serve: Serve, sqlite_url: str) -> None:
+    """A line end after it makes it another one, which is not there, and which needs no other
+    scope."""
+    reader = TokenSettings(name="reader", token="r" * 20, scopes={"read"})
+    async with serve(sqlite_url, tokens=(reader,)) as site:
+        site.client.headers["Authorization"] = f"Bearer {'r' * 20}"
+        for path in ("/metrics%0a", "/api/runs%0a", "/callbacks/flora%0a", "/healthz%0a"):
+            assert (await site.client.get(path)).status_code == 404, path
+            assert (await site.client.post(path)).status_code in (403, 404), path
+
+
+async def test_what_another_page_sends_is_counted(serve: Serve, sqlite_url: str) -> None:
+    """A form without the session's CSRF token, and a sign-in from elsewhere."""
+    async with serve(sqlite_url, tracker_api_token=TOKEN) as site:
+        foreign = {"Origin": "https://evil.example"}
+        answer = await site.client.post("/login", data={"token": TOKEN}, headers=foreign)
+        assert answer.status_code == 403
+        assert (await site.client.post("/login", data={"token": TOKEN})).status_code == 303
+        assert (await site.client.post("/logout", data={"csrf_token": "no"})).status_code == 403
+        assert (await site.client.post("/api/runs", json=START)).status_code == 401
+        shown = {"Authorization": f"Bearer {TOKEN}"}
+        found = read_scrape((await site.client.get("/metrics", headers=shown)).text)
+    assert found.value("tracker_auth_refused_total", reason="cross_site") == 3
+
+
+async def test_the_log_counts_those_that_came_after_its_line(
+    serve: Serve, sqlite_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a burst that ends before the next line is due, the number is told all the same."""
+    from tracker.logs import configure_logs
+
+    configure_logs(format="json", level="info", secrets=())
+    in_force = Tokens([_token("only")])
+    access = Access(
+        tokens=lambda: in_force,
+        refresh=lambda: False,
+        is_public=True,
+        sessions=None,  # type: ignore[arg-type]
+        counts=_NotCounted(),
+        clock=utc_now,
+        say_again_after=0.1,
+    )
+    app = Edge(Gate(_inside, access=access), limits=Limits())
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(app), base_url="http://localhost"
+    ) as client:
+        for number in range(7):
+            await client.get("/", headers={"Authorization": f"Bearer {number:020}"})
+    said: list[int] = []
+
+    def all_told() -> bool:
+        lines = capsys.readouterr().err.splitlines()
+        said.extend(json.loads(line)["count"] for line in lines)
+        return sum(said) == 7
+
+    await eventually(all_told)
+    assert len(said) <= 3
 
 
 async def test_health_tells_details_only_to_who_may_know(serve: Serve, sqlite_url: str) -> None:

@@ -24,3 +24,9 @@ class Seldom:
             return 0
         self._said_at[kind] = now
         return self._counts.pop(kind)
+
+    def rest(self, kind: str, *, now: float) -> int:
+        """How many there were since it was last said, to be said now; 0 where there were none."""
+        if kind in self._counts:
+            self._said_at[kind] = now
+        return self._counts.pop(kind, 0)

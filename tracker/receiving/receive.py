@@ -69,7 +69,7 @@ class Receiver:
         `Flora-Webhook-Id` headers. Raises `SignatureError` (nothing is stored), `NoSecrets`, and
         `StoreUnavailable` where it could not be committed in time.
         """
-        if not self._workspaces.secrets:
+        if not self._workspaces.secrets and not self._find_new_secrets():
             raise NoSecrets(
                 "no signing secret is set, so no callback can be believed: set FLORA_WEBHOOK_SECRET"
             )

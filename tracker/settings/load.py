@@ -68,7 +68,7 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Loaded:
     }
     file: _File | None = None
     if config := environ.get("TRACKER_CONFIG", "").strip():
-        file = _File(Path(config).expanduser(), environ)
+        file = _File(Path(os.path.expanduser(config)), environ)
         for key, value in file.read().items():
             if key not in values and (found := file.resolve(value, key)) is not None:
                 values[key] = found
@@ -126,7 +126,8 @@ class _File:
                 raise SettingsError(f"{where}: the environment variable {name} is not set")
             return text
         if kind == "file":
-            path = self.path.parent / Path(name).expanduser()  # an absolute path stays as it is
+            # An absolute path stays as it is.
+            path = self.path.parent / os.path.expanduser(name)
             try:
                 text = self._read_text(path).strip()
             except _UnreadableError as error:

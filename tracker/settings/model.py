@@ -40,8 +40,11 @@ def _lower(value: object) -> object:
 
 
 def _header_safe(secret: SecretStr) -> SecretStr:
-    if not re.fullmatch(r"[!-~]+", secret.get_secret_value()):
-        raise ValueError("must be printable ASCII without spaces, because it travels in a header")
+    if not re.fullmatch(r"[!-~]{1,500}", secret.get_secret_value()):
+        raise ValueError(
+            "must be printable ASCII without spaces, and 500 characters at most, because it "
+            "travels in a header"
+        )
     return secret
 
 
@@ -67,15 +70,24 @@ def _token_name(name: str) -> str:
     return name
 
 
-def _moment(value: object) -> object:
-    """A day means its first moment, UTC; TOML's dates come as dates, texts are left to pydantic."""
-    if isinstance(value, date) and not isinstance(value, datetime):
-        return datetime(value.year, value.month, value.day, tzinfo=UTC)
-    return value
+def _one_token(token: SecretStr) -> SecretStr:
+    if "," in token.get_secret_value():
+        raise ValueError("must be one token: give each a table of [[tokens]] of its own")
+    return token
 
 
-def _utc(moment: datetime) -> datetime:
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+def _moment(value: object) -> datetime:
+    """A date, or a date and time, of TOML or as text; a date means its first moment, UTC."""
+    try:
+        if isinstance(value, str):
+            value = datetime.fromisoformat(value)
+        if isinstance(value, datetime):
+            return value.astimezone(UTC) if value.tzinfo else value.replace(tzinfo=UTC)
+        if isinstance(value, date):
+            return datetime(value.year, value.month, value.day, tzinfo=UTC)
+    except (ValueError, OverflowError):
+        pass
+    raise ValueError("must be a date such as 2027-01-31")
 
 
 Key = Annotated[SecretStr, AfterValidator(_header_safe)]
@@ -104,7 +116,7 @@ class TokenSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     name: Annotated[str, AfterValidator(_token_name)]
-    token: AccessToken
+    token: Annotated[AccessToken, AfterValidator(_one_token)]
     scopes: Annotated[frozenset[Scope], Field(min_length=1)]
     expires: Annotated[datetime | None, BeforeValidator(_moment)] = None
 
@@ -202,7 +214,7 @@ class Settings(BaseModel):
                 name=one.name,
                 value=one.token.get_secret_value(),
                 scopes=one.scopes,
-                expires=one.expires and _utc(one.expires),
+                expires=one.expires,
             )
             for one in self.tokens
         ]

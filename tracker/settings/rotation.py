@@ -7,7 +7,7 @@ with the new ones. Every other setting stays as it was when the process began.
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -42,11 +42,14 @@ class Rotation:
         self.tokens = settings.access_tokens
         self._read = read
         self._files: dict[Path, FileState] = loaded.files if loaded else {}
+        self._failure: str | None = None
+        """Why the files could not be taken over when they were last read."""
         self._followers: list[Callable[[Settings], None]] = []
 
     def follow(self, follower: Callable[[Settings], None]) -> None:
-        """Have `follower` called with the settings after each change."""
+        """Call `follower` with the settings now, and again after each change."""
         self._followers.append(follower)
+        follower(self.settings)
 
     def check(self) -> bool:
         """Take over what has changed in the files; whether anything of it is new."""
@@ -62,13 +65,16 @@ class Rotation:
             return False
         now = {path: file_state(path) for path in self._files}
         try:
+            _refuse_streams(self._files)
             loaded = self._read()
             rotated = _with_secrets_of(self.settings, loaded.settings)
         except SettingsError as error:
             self._files = now
-            log.error("settings.not_reloaded", reason=str(error))
+            if str(error) != self._failure:
+                self._failure = str(error)
+                log.error("settings.not_reloaded", reason=self._failure)
             return False
-        self._files = loaded.files
+        self._files, self._failure = loaded.files, None
         if left := _need_a_restart(rotated, loaded.settings):
             log.warning("settings.restart_needed", settings=left)
         if rotated == self.settings:
@@ -100,15 +106,27 @@ class Rotation:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(CHECK_SECONDS)
-            self.check()
+            try:
+                # What was wrong may be put right in a file that was never read.
+                self.check() if self._failure is None else self.reload()
+            except Exception:
+                log.exception("settings.not_reloaded")
+
+
+def _refuse_streams(files: Iterable[Path]) -> None:
+    """Raise `SettingsError` where one of the files can be read only once."""
+    for path in files:
+        if path.exists() and not path.is_file():
+            raise SettingsError(f"{path} is a pipe or a device, which cannot be read again")
 
 
 def _with_secrets_of(old: Settings, new: Settings) -> Settings:
     """`old` with the tokens, keys and signing secrets of `new`.
 
     Workspaces are matched by their ids. A workspace that is new, or had no key before, needs a
-    restart. Raises `SettingsError` where no token is left: the service would be open to whoever
-    reaches it, or closed to everybody.
+    restart; so does one that is to have no signing secret any more, as where a file is read while
+    it is being written. Raises `SettingsError` where no token is left: the service would be open to
+    whoever reaches it, or closed to everybody.
     """
     if len(old.access_tokens) and not len(new.access_tokens):
         raise SettingsError(
@@ -120,7 +138,7 @@ def _with_secrets_of(old: Settings, new: Settings) -> Settings:
         return before.model_copy(
             update={
                 "api_key": after.api_key if has_client else before.api_key,
-                "webhook_secrets": after.webhook_secrets,
+                "webhook_secrets": after.webhook_secrets or before.webhook_secrets,
             }
         )
 

@@ -50,6 +50,8 @@ def split_secrets(value: object) -> tuple[str, ...]:
         if not isinstance(part, str):
             raise ValueError("must be text: secrets separated by commas or spaces")
         found += [secret for secret in re.split(r"[\s,]+", part) if secret]
+        if part and not found:
+            raise ValueError("holds nothing but commas and spaces")
     return tuple(dict.fromkeys(found))
 
 

@@ -1,5 +1,6 @@
 """The application: the routes, and the layers around them."""
 
+import re
 from collections.abc import Sequence
 from typing import Final
 
@@ -48,11 +49,9 @@ def build_private_app(services: Services, *, limits: Limits | None = None) -> St
 
 
 def build_callbacks_app(services: Services, *, limits: Limits | None = None) -> Starlette:
-    """Callbacks and health alone, which are for everybody."""
+    """Callbacks and health alone, which are for everybody, and know no token."""
     limits = limits or Limits()
-    return _within_the_edge(
-        services, limits, callbacks=_callbacks(services, limits), access=_access(services)
-    )
+    return _within_the_edge(services, limits, callbacks=_callbacks(services, limits))
 
 
 def build_health_app(services: Services, *, limits: Limits | None = None) -> Starlette:
@@ -127,7 +126,7 @@ def _within_the_edge(
     limits: Limits,
     routes: Sequence[Route] = (),
     *,
-    access: Access,
+    access: Access | None = None,
     callbacks: Callbacks | None = None,
     middleware: Sequence[Middleware] = (),
     page: Page = lambda *_: None,
@@ -149,6 +148,10 @@ def _within_the_edge(
     )
     # A redirect would lose a callback, and FLORA follows none.
     app.router.redirect_slashes = False
+    for route in app.routes:
+        if isinstance(route, Route):  # Starlette's `$` matches before a line end, too
+            exact = route.path_regex.pattern.removesuffix("$") + r"\Z"
+            route.path_regex = re.compile(exact)
     return app
 
 

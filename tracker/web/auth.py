@@ -15,8 +15,8 @@ the address that was connected   it is loopback, or other machines reach it
 `Origin`, `Sec-Fetch-*`          a browser lets any page send to loopback
 ===============================  ===================================================================
 
-A proxy that adds no header, passes on a loopback `Host`, and is mentioned nowhere in the settings
-cannot be told from this machine itself.
+A proxy on this machine cannot be told from its other programs where it adds no such header, sends a
+loopback `Host` or the one that its client wrote, and no `TRACKER_PUBLIC_URL` is set.
 """
 
 import asyncio
@@ -30,9 +30,8 @@ import structlog
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tracker.core.clock import Clock
-from tracker.core.errors import StoreError
 from tracker.core.loopback import is_loopback
-from tracker.core.seldom import Seldom
+from tracker.core.seldom import SAY_AGAIN_AFTER, Seldom
 from tracker.core.tokens import Scope as TokenScope
 from tracker.core.tokens import Token, Tokens
 from tracker.web.faults import Fault
@@ -66,6 +65,7 @@ _SIGN_IN: Final = "/login"
 _SIGN_IN_BELOW: Final = "/static/"  # the style of the sign-in's page: nothing of the database
 _STARTS: Final = re.compile(r"/api/runs(/track)?|/runs/.*/check", re.DOTALL)
 _ACTOR: Final = "tracker.actor"
+_CHALLENGE: Final = {"WWW-Authenticate": "Bearer"}
 
 log = structlog.get_logger(__name__)
 
@@ -97,8 +97,12 @@ LOCAL: Final = Actor(
 
 
 class Access:
-    """Tells who sends a request. `tokens` gives those in force, and `refresh` looks whether they
-    have just changed; `is_public` is whether `TRACKER_PUBLIC_URL` leads here from outside."""
+    """Tells who sends a request.
+
+    `tokens` gives those in force, and `refresh` looks whether they have just changed; `is_public`
+    is whether `TRACKER_PUBLIC_URL` leads here from outside. The log has a line for refusals of one
+    kind every `say_again_after` seconds, with their number.
+    """
 
     def __init__(
         self,
@@ -109,6 +113,7 @@ class Access:
         sessions: Sessions,
         counts: Counts,
         clock: Clock,
+        say_again_after: float = SAY_AGAIN_AFTER,
     ) -> None:
         self._tokens = tokens
         self._refresh = refresh
@@ -117,7 +122,9 @@ class Access:
         self._clock = clock
         self._each = Throttle(burst=EACH_BURST, refill=EACH_REFILL)
         self._all = Throttle(burst=ALL_BURST, refill=ALL_REFILL)
-        self._seldom = Seldom()
+        self._say_again_after = say_again_after
+        self._seldom = Seldom(say_again_after)
+        self._unsaid: set[Reason] = set()
         self.sessions = sessions
 
     @property
@@ -133,7 +140,7 @@ class Access:
         """
         if not self.has_tokens:
             if (why := self._not_local(scope)) is not None:
-                raise self._refused("not_local", scope, Fault(403, "forbidden", why))
+                raise self.refused("not_local", scope, Fault(403, "forbidden", why))
             return LOCAL
         shown = _shown(scope)
         if shown is not None:
@@ -141,14 +148,15 @@ class Access:
         session = await self.sessions.of(scope)
         if session is not None and self.sessions.may_send(scope, session):
             return Actor(token=session.token, session=session)
-        fault = Fault(
-            401,
-            "unauthorized",
+        if session is not None:
+            why = "This was not sent by a page of this dashboard that is up to date: load it again."
+            fault = Fault(401, "unauthorized", why, headers=_CHALLENGE)
+            raise self.refused("cross_site", scope, fault, token=session.token.name)
+        why = (
             "This needs the header Authorization: Bearer, with TRACKER_API_TOKEN or one of the "
-            "[[tokens]] that are set.",
-            headers={"WWW-Authenticate": "Bearer"},
+            "[[tokens]] that are set."
         )
-        raise self._refused("missing" if session is None else "cross_site", scope, fault)
+        raise self.refused("missing", scope, Fault(401, "unauthorized", why, headers=_CHALLENGE))
 
     async def admit(self, scope: Scope, needs: TokenScope | None) -> Actor:
         """As `actor`; raises `Fault` 403 as well where the token lacks the scope that it needs."""
@@ -159,16 +167,17 @@ class Access:
                 "forbidden",
                 f"The token {actor.name} may not do this: it needs the scope {needs}.",
             )
-            raise self._refused("scope", scope, fault, token=actor.name)
+            raise self.refused("scope", scope, fault, token=actor.name)
         return actor
 
     async def known(self, scope: Scope) -> Actor | None:
-        """As `actor`, for what is answered to everybody and in more detail to who may know."""
-        if self.has_tokens and _shown(scope) is None and not header_of(scope, b"cookie"):
+        """Who asks for what is answered to everybody, in more detail to this machine where no token
+        is set, and to whoever shows one; `None` for anybody else."""
+        if self.has_tokens and _shown(scope) is None:
             return None
         try:
             return await self.actor(scope)
-        except (Fault, StoreError):
+        except Fault:
             return None
 
     async def holds(self, actor: Actor) -> bool:
@@ -191,7 +200,6 @@ class Access:
         token = self._tokens().find(shown)
         if token is None and self._refresh():
             token = self._tokens().find(shown)
-        challenge = {"WWW-Authenticate": "Bearer"}
         if token is None:
             if (wait := self._take(network_of(scope))) > 0:
                 seconds = ceil(wait)
@@ -203,12 +211,12 @@ class Access:
                     headers={"Retry-After": str(seconds), "Connection": "close"},
                 )
             else:
-                fault = Fault(401, "unauthorized", "The token is wrong.", headers=challenge)
-            raise self._refused("wrong", scope, fault)
+                fault = Fault(401, "unauthorized", "The token is wrong.", headers=_CHALLENGE)
+            raise self.refused("wrong", scope, fault)
         if token.expired(self._clock()):
             message = f"The token {token.name} has expired."
-            fault = Fault(401, "unauthorized", message, headers=challenge)
-            raise self._refused("expired", scope, fault, token=token.name)
+            fault = Fault(401, "unauthorized", message, headers=_CHALLENGE)
+            raise self.refused("expired", scope, fault, token=token.name)
         return token
 
     def _take(self, network: str) -> float:
@@ -219,22 +227,32 @@ class Access:
             self._each.give_back(network)
         return wait
 
-    def _refused(
+    def refused(
         self, reason: Reason, scope: Scope, fault: Fault, *, token: str | None = None
     ) -> Fault:
-        """Count and log a refusal, the latter now and then."""
+        """Count and log a refusal, and return it; of many the log has a line now and then."""
         self._counts.auth_refused(reason)
-        if count := self._seldom.count(reason, now=asyncio.get_running_loop().time()):
-            log.warning(
-                "auth.refused",
-                reason=reason,
-                count=count,
-                **({"token": token} if token else {}),
-                peer=peer_of(scope),
-                method=scope["method"],
-                path=scope["path"][:200],
-            )
+        loop = asyncio.get_running_loop()
+        fields = {
+            "reason": reason,
+            "message": fault.message,
+            "peer": peer_of(scope),
+            "method": scope["method"],
+            "path": scope["path"][:200],
+            **({"token": token} if token else {}),
+        }
+        if count := self._seldom.count(reason, now=loop.time()):
+            log.warning("auth.refused", count=count, **fields)
+        elif reason not in self._unsaid:
+            self._unsaid.add(reason)
+            loop.call_later(self._say_again_after, self._say_rest, reason, fields)
         return fault
+
+    def _say_rest(self, reason: Reason, fields: dict[str, str]) -> None:
+        """Log those that came since the last line."""
+        self._unsaid.discard(reason)
+        if count := self._seldom.rest(reason, now=asyncio.get_running_loop().time()):
+            log.warning("auth.refused", count=count, **fields)
 
     def _not_local(self, scope: Scope) -> str | None:
         """Why the request may come from elsewhere; `None` where it comes from this machine."""
@@ -274,7 +292,12 @@ class Gate:
             if not for_sign_in:
                 needs = _needs(scope["method"], scope["path"])
                 scope[_ACTOR] = await self._access.admit(scope, needs)
-        await self._app(scope, receive, send)
+        try:
+            await self._app(scope, receive, send)
+        except Fault as fault:
+            if fault.status == 403:  # a form that another page sent, or without the CSRF token
+                self._access.refused("cross_site", scope, fault)
+            raise
 
 
 def actor_of(scope: Scope) -> Actor:

@@ -18,9 +18,9 @@ from tracker.web.services import Services
 
 
 class Health:
-    """The two endpoints."""
+    """The two endpoints. Without `access` no details are told to anybody."""
 
-    def __init__(self, services: Services, access: Access, *, limits: Limits) -> None:
+    def __init__(self, services: Services, access: Access | None, *, limits: Limits) -> None:
         self._services = services
         self._access = access
         self._limits = limits
@@ -52,7 +52,7 @@ class Health:
         except StoreError as error:
             # Not the driver's own words, which name the server and its user: anybody may ask.
             raise unavailable(f"{str(error).partition(':')[0]}.") from error
-        if await self._access.known(request.scope) is None:
+        if self._access is None or await self._access.known(request.scope) is None:
             return Json({"status": "ready"})
         return Json({"status": "ready", "flora": _flora(list(self._services.workspaces))})
 

@@ -54,14 +54,16 @@ class Runs:
         key = checked_key(request.headers.getlist("idempotency-key"))
         if key is not None and body.idempotency_key not in (None, key):
             raise invalid(FieldFault("idempotency_key", "differs from the header Idempotency-Key"))
-        started = await self._services.starter.start(
-            StartRequest(
-                technique=body.technique,
-                inputs=[one.model_dump() for one in body.inputs],
-                workspace_id=body.workspace_id,
-                idempotency_key=key or body.idempotency_key,
-            )
+        asked = StartRequest(
+            technique=body.technique,
+            inputs=[one.model_dump() for one in body.inputs],
+            workspace_id=body.workspace_id,
+            idempotency_key=key or body.idempotency_key,
         )
+        who = {"token": actor_of(request.scope).name, "peer": peer_of(request.scope)}
+        # Before anything is sent: whatever becomes of it, the log has who asked for it.
+        log.info("run.start_requested", technique=asked.technique, key=asked.idempotency_key, **who)
+        started = await self._services.starter.start(asked)
         run = run_json(started.record)
         if started.replayed:
             return Json(run, headers={"Idempotent-Replayed": "true"})
@@ -69,8 +71,7 @@ class Runs:
             "run.started",
             run_id=started.record.run.run_id,
             technique_id=started.record.run.technique_id,
-            token=actor_of(request.scope).name,
-            peer=peer_of(request.scope),
+            **who,
         )
         return Json(run, status_code=201)
 

@@ -119,15 +119,26 @@ def serve(
                 callback_url=settings.callback_url,
                 worker=worker is not None,
             )
-            if without_token and settings.is_public and not all(one.is_open for one in places):
-                log.warning(
-                    "serving.without_token",
-                    meaning="TRACKER_PUBLIC_URL is set and no token is, so only callbacks and "
-                    "health are served: set TRACKER_API_TOKEN to open dashboard, API and metrics",
-                )
+            if without_token and not all(one.is_open for one in places):
+                _say_what_is_closed(is_public=settings.is_public)
 
         run(application, sockets, on_ready=say_ready)
     return 0
+
+
+def _say_what_is_closed(*, is_public: bool) -> None:
+    if is_public:
+        log.warning(
+            "serving.without_token",
+            meaning="TRACKER_PUBLIC_URL is set and no token is, so only callbacks and health are "
+            "served: set TRACKER_API_TOKEN to open dashboard, API and metrics",
+        )
+    else:
+        log.info(
+            "serving.without_token",
+            meaning="no token is set, so dashboard, API and metrics are for this machine alone: "
+            "behind a proxy set TRACKER_API_TOKEN",
+        )
 
 
 class _ByPort:

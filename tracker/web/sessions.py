@@ -17,7 +17,7 @@ import re
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Final
 from urllib.parse import urlsplit
@@ -55,7 +55,7 @@ class Session:
 
     session_id: str
     token: Token
-    csrf: str
+    csrf: str = field(repr=False)
 
     def shown(self, csrf: str | None) -> bool:
         """Whether `csrf` is this session's, compared in constant time."""

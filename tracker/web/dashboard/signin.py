@@ -48,7 +48,9 @@ class SignIn:
             return self._form(request, wanted, refusal=refusal)
         if not token.allows(Scope.READ):
             message = f"The token {token.name} may not see pages: it lacks the scope read."
-            return self._form(request, wanted, refusal=Fault(403, "forbidden", message))
+            fault = Fault(403, "forbidden", message)
+            self._access.refused("scope", request.scope, fault, token=token.name)
+            return self._form(request, wanted, refusal=fault)
         answer = RedirectResponse(wanted, status_code=303)
         answer.headers["Set-Cookie"] = await sessions.begin(request.scope, token)
         answer.headers["Cache-Control"] = "no-store"
