@@ -9,9 +9,9 @@ applies one group a second and lets the others wait; another process may have th
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from contextvars import Context
 from functools import partial
 from typing import Final, Self
 
@@ -27,7 +27,7 @@ from tracker.store import delivery_rows
 from tracker.store.batch import Outcome, Rules, statements_for
 from tracker.store.engine import Database
 from tracker.store.faults import StoreBusy
-from tracker.store.group_commit import call_hook
+from tracker.store.group_commit import OnWrite, call_hook
 from tracker.store.inbox import Applied, Group, Read, apply_waiting
 from tracker.store.notices import inbox_notice
 from tracker.tracking.workspaces import Workspaces
@@ -102,7 +102,7 @@ class Applier:
 
     With `background` true it looks every second; else only when it is woken or told to `drain`.
     `on_commit` is called after each commit with what it did to runs, `on_applied` with how many
-    deliveries were applied and how many quarantined.
+    deliveries were applied and how many quarantined, `on_write` after each attempt to commit.
     """
 
     def __init__(
@@ -115,6 +115,7 @@ class Applier:
         background: bool,
         on_commit: Sequence[Callable[[Outcome], None]] = (),
         on_applied: Sequence[Callable[[int, int], None]] = (),
+        on_write: Sequence[OnWrite] = (),
     ) -> None:
         self._database = database
         self._read = Reader(workspaces).read
@@ -124,6 +125,7 @@ class Applier:
         self._background = background
         self._on_commit = tuple(on_commit)
         self._on_applied = tuple(on_applied)
+        self._on_write = tuple(on_write)
         self._woken = asyncio.Event()
         self._stored_at = self._notified_at = float("-inf")
         self._limit = MAX_GROUP
@@ -150,7 +152,8 @@ class Applier:
         """Deliveries may be waiting: look soon."""
         self._woken.set()
         if self._task is None and not self._closing:
-            self._task = asyncio.create_task(self._run(), name="applier")
+            # In a context of its own: not what the request that came first is logged with.
+            self._task = asyncio.create_task(self._run(), name="applier", context=Context())
 
     async def aclose(self) -> None:
         """Stop; what was stored just now is still applied, if that is quick."""
@@ -245,7 +248,7 @@ class Applier:
             group = Group(limit=self._limit, read=self._read, held_up=[*self._held_up])
             taken: list[str] = []
             try:
-                applied = await self._database.write(partial(self._apply, group, taken))
+                applied = await self._write(group, taken)
             except StoreBusy:
                 # A run that someone else has locked holds up its own delivery, and no other.
                 if len(taken) <= 1:
@@ -268,6 +271,19 @@ class Applier:
                 self._tell(applied)
             return len(applied.taken)
 
+    async def _write(self, group: Group, taken: list[str]) -> Applied:
+        began = time.monotonic()
+        stopped_by: Exception | None = None
+        try:
+            return await self._database.write(partial(self._apply, group, taken))
+        except Exception as error:
+            stopped_by = error
+            raise
+        finally:
+            if taken or stopped_by is not None:  # to look and find nothing is no commit
+                for hook in self._on_write:
+                    call_hook(hook, len(taken), time.monotonic() - began, stopped_by)
+
     def _apply(self, group: Group, taken: list[str], connection: Connection) -> Applied:
         return apply_waiting(
             connection,
@@ -284,9 +300,7 @@ class Applier:
         if not isinstance(error, StoreError):
             reason = f"it cannot be applied: {type(error).__name__}: {error}"
         quarantined = [(delivery_id, reason)]
-        await self._database.write(
-            lambda connection: delivery_rows.quarantine(connection, quarantined)
-        )
+        await self._database.write(partial(delivery_rows.quarantine, which=quarantined))
         self._tell(Applied([delivery_id], quarantined, Outcome([], due=False, news=[])))
 
     def _tell(self, applied: Applied) -> None:
@@ -295,9 +309,11 @@ class Applier:
         bad = len(applied.quarantined)
         for on_applied in self._on_applied:
             call_hook(on_applied, len(applied.taken) - bad, bad)
-        # Anyone's bodies may be behind them: each reason is reported, and none without end.
-        for reason, count in Counter(reason for _, reason in applied.quarantined).items():
-            log.warning("callback.quarantined", reason=reason, count=count)
+        reasons: dict[str, list[str]] = {}
+        for delivery_id, reason in applied.quarantined:
+            reasons.setdefault(reason, []).append(delivery_id)
+        for reason, ids in reasons.items():
+            log.warning("callback.quarantined", reason=reason, delivery_id=ids[0], count=len(ids))
 
     def _report(self, error: StoreError) -> None:
         if count := self._seldom.count("unavailable", now=time.monotonic()):
