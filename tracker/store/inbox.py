@@ -65,7 +65,8 @@ class Inbox(GroupCommit[Delivery, Stored]):
     """Stores deliveries in groups. Used as `async with Inbox(database, …) as inbox`.
 
     `digest_id` makes the id of a delivery whose own id another body has. `on_stored` is called
-    after each commit. `options` are those of `GroupCommit`.
+    after each commit, with how many deliveries waited at that moment, those that were just stored
+    among them. `options` are those of `GroupCommit`.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Inbox(GroupCommit[Delivery, Stored]):
         db: Database,
         *,
         digest_id: Callable[[bytes], str],
-        on_stored: Callable[[], None] = lambda: None,
+        on_stored: Callable[[int], None] = lambda _: None,
         **options: Any,
     ) -> None:
         super().__init__(self._store, name=NAME, size=lambda one: len(one.body), **options)
@@ -107,7 +108,7 @@ class Inbox(GroupCommit[Delivery, Stored]):
                     stored[place] = Stored(key, DeliveryOutcome(now.outcome), is_known)
                     is_known = True
                     del left[place]
-        self._on_stored()
+        self._on_stored(self.waiting)
         return [stored[place] for place in range(len(group))]
 
 
