@@ -1,12 +1,11 @@
 """A callback arrives: it is verified, stored, and only then acknowledged. Nothing else is done."""
 
-from dataclasses import dataclass
-
 from structlog.contextvars import bind_contextvars
 
 from tracker.core.clock import Clock
 from tracker.core.entry import TRIAL, DeliveryOutcome
 from tracker.core.errors import SettingsError
+from tracker.core.quick import quick_dataclass
 from tracker.sources import callback
 from tracker.store.inbox import Inbox
 from tracker.tracking.workspaces import Workspace, Workspaces
@@ -16,7 +15,7 @@ class NoSecrets(SettingsError):
     """No signing secret is configured, so no callback can be believed."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@quick_dataclass(frozen=True, slots=True, kw_only=True)
 class Received:
     """What became of a callback that is now on disk.
 
@@ -64,16 +63,13 @@ class Receiver:
             body, signature, self._secrets, now=now, tolerance=self._tolerance
         )
         signers = self._signers[position]
-        delivery = callback.delivery(
-            body,
-            at=now,
-            webhook_id=webhook_id,
-            signers=[workspace.workspace_id for workspace in signers],
-        )
-        bind_contextvars(delivery_id=delivery.delivery_id, run_id=delivery.run_id)
-        stored = await self._inbox.store(delivery)
-        if stored.delivery_id != delivery.delivery_id:
-            bind_contextvars(delivery_id=stored.delivery_id)
+        names = [workspace.workspace_id for workspace in signers]
+        delivery = callback.delivery(body, at=now, webhook_id=webhook_id, signers=names)
+        try:
+            stored = await self._inbox.store(delivery)
+        except BaseException:
+            bind_contextvars(delivery_id=delivery.delivery_id, run_id=delivery.run_id)
+            raise
         workspace = _signer(signers, delivery.workspace_id)
         return Received(
             delivery_id=stored.delivery_id,

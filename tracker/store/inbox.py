@@ -88,7 +88,7 @@ class Inbox(GroupCommit[Delivery, Stored]):
 
         Raises `StoreUnavailable` where it was not committed in time (it still may be).
         """
-        return await self.submit([delivery])[0]
+        return await self.submit(delivery)
 
     async def _store(self, group: list[Delivery]) -> list[Stored]:
         stored: dict[int, Stored] = {}
