@@ -202,7 +202,7 @@ async def apply_all(db: Database, *, limit: int = 500, at: datetime = NOW) -> in
                 connection,
                 Group(limit=limit, read=says),
                 [],
-                at=at,
+                clock=lambda: at,
                 rules=RULES,
                 statements=statements,
             )

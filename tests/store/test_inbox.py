@@ -347,7 +347,7 @@ async def test_only_its_own_workspace_may_end_a_run(
                 connection,
                 Group(limit=10, read=read_for(signers)),
                 [],
-                at=NOW,
+                clock=lambda: NOW,
                 rules=RULES,
                 statements=statements,
             )

@@ -291,7 +291,7 @@ class Applier:
             connection,
             group,
             taken,
-            at=self._clock(),
+            clock=self._clock,
             rules=self._rules,
             statements=self._statements,
         )

@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from sqlalchemy import Connection
 
+from tracker.core.clock import Clock
 from tracker.core.entry import Delivery, DeliveryOutcome, Seen
 from tracker.core.observation import Observation
 from tracker.store.batch import Merging, Outcome, Rules, Statements
@@ -182,11 +183,11 @@ def apply_waiting(
     group: Group,
     taken: list[str],
     *,
-    at: datetime,
+    clock: Clock,
     rules: Rules,
     statements: Statements,
 ) -> Applied:
-    """Apply deliveries that wait, at that moment. Nothing is committed here.
+    """Apply deliveries that wait. Nothing is committed here.
 
     Their ids stand in `taken` as soon as they are known, for whoever has to find out which of them
     cannot be applied.
@@ -211,7 +212,7 @@ def apply_waiting(
         else:
             quarantined.append((delivery.delivery_id, reason))
     outcome = merging.write()
-    statements.finish(connection, applied, quarantined, at)
+    statements.finish(connection, applied, quarantined, clock())
     return Applied([*taken], quarantined, outcome)
 
 
