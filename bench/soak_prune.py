@@ -4,7 +4,7 @@
         [--json FILE]
 
 A database as after a busy quarter; two thirds of it are older than `--older-than 30d`. One receiver
-takes a callback after the other through its door, first alone, then while two prunes run in
+takes a callback after the other, first alone, then while two prunes run in
 processes of their own. Each callback's way into the database is timed. The exit status is 1 where a
 callback was not taken, took longer than FLORA waits, or where anything but the old runs is gone.
 """
@@ -24,14 +24,17 @@ from sqlalchemy import func, select
 
 from bench.filling import fill
 from bench.throw_away import throw_away
-from tests.store.making import callback, open_door
+from tests.store.making import RULES, delivery, open_inbox
 from tests.store.test_tallies import counted, tallied
+from tests.support.deliveries import applied
 from tracker.core.clock import utc_now
 from tracker.core.tally import STATE
+from tracker.receiving.apply import Applier
 from tracker.store import migrate, tallies
 from tracker.store.engine import Database
 from tracker.store.tables import runs
 from tracker.tracking.prune import Ages, Pruner
+from tracker.tracking.workspaces import Workspace, Workspaces
 
 DAYS: Final = 30
 FLORA_WAITS: Final = 10.0
@@ -40,10 +43,19 @@ FLORA_WAITS: Final = 10.0
 async def receive(db: Database, name: str, done: asyncio.Event) -> list[float]:
     """Callbacks one after the other until `done`: the seconds that each took."""
     took: list[float] = []
-    async with open_door(db) as door:
+    async with (
+        Applier(
+            db,
+            workspaces=Workspaces([Workspace(slot="default")]),
+            rules=RULES,
+            clock=utc_now,
+            background=True,
+        ) as applier,
+        open_inbox(db, on_stored=applier.stored) as inbox,
+    ):
         while not done.is_set():
             began = time.perf_counter()
-            await door.put(callback(f"{name}_{len(took)}", at=utc_now()))
+            await inbox.store(delivery(f"{name}_{len(took)}", at=utc_now()))
             took.append(time.perf_counter() - began)
             await asyncio.sleep(0.005)
     return took
@@ -78,6 +90,7 @@ async def measure(url: str, given: argparse.Namespace) -> dict[str, Any]:
         both = await asyncio.gather(prune(url), prune(url))
         done.set()
         beside = await receiving
+        await applied(db)
         await tallies.fold(db)
         states = [
             {key: n for key, n in found.items() if key.measure == STATE}

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Final
 
-from tracker.core.entry import Delivered, Delivery, DeliveryOutcome, Entry, Seen
+from tracker.core.entry import Delivery, Entry, Seen
 from tracker.core.observation import Observation, Source
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.simulator.catalogue import Technique, load_catalogue
@@ -52,8 +52,14 @@ async def live_a_day(services: Services, *, now: datetime, seed: int) -> int:
     lives = list(_lives(dice, now, workspace))
     for life in lives:
         for entry in _entries(life):
-            await services.door.put(entry)
-    await services.door.put_all(_strange(now, workspace))
+            if isinstance(entry, Delivery):
+                await services.inbox.store(entry)
+                await services.applier.drain()
+            else:
+                await services.door.put(entry)
+    for delivery in _strange(now):
+        await services.inbox.store(delivery)
+    await services.applier.drain()
     for minutes in range(240, 2, -5):
         at = now - timedelta(minutes=minutes)
         number = await sweeps.begin(services.database, workspace, at)
@@ -105,7 +111,7 @@ def _lives(dice: random.Random, now: datetime, workspace: str) -> Iterator[_Life
             )
 
 
-def _entries(life: _Life) -> Iterator[Entry]:
+def _entries(life: _Life) -> Iterator[Entry | Delivery]:
     technique = life.technique
     common = {
         "run_id": life.run_id,
@@ -151,7 +157,7 @@ def _outputs(technique: Technique) -> tuple[Output, ...]:
     )
 
 
-def _callback(life: _Life, status: RunStatus) -> Delivered:
+def _callback(life: _Life, status: RunStatus) -> Delivery:
     delivery_id = f"whd_{life.run_id[4:]}"
     body = {
         "id": delivery_id,
@@ -165,57 +171,35 @@ def _callback(life: _Life, status: RunStatus) -> Delivered:
             "status": status.value,
         },
     }
-    return Delivered(
-        delivery=Delivery(
-            delivery_id=delivery_id,
-            received_at=life.known,
-            body=json.dumps(body, separators=(",", ":")).encode(),
-            outcome=DeliveryOutcome.APPLIED,
-            run_id=life.run_id,
-            event_type=f"run.{status}",
-            api_version="2026-06-11",
-            workspace_id=life.workspace_id,
-            created_at=life.ended,
-        ),
-        observation=Observation(
-            run_id=life.run_id,
-            source=Source.CALLBACK,
-            at=life.known,
-            status=status,
-            workspace_id=life.workspace_id,
-        ),
+    return Delivery(
+        delivery_id=delivery_id,
+        received_at=life.known,
+        body=json.dumps(body, separators=(",", ":")).encode(),
+        run_id=life.run_id,
+        event_type=f"run.{status}",
+        api_version="2026-06-11",
+        workspace_id=life.workspace_id,
+        created_at=life.ended,
     )
 
 
-def _strange(now: datetime, workspace: str) -> list[Entry]:
-    """Two callbacks in quarantine: one of a kind nobody knows yet, one that a replay would take."""
+def _strange(now: datetime) -> list[Delivery]:
+    """Two callbacks in quarantine: one of a kind nobody knows yet, one of another workspace."""
     paused = {"id": "whd_5f0c", "type": "run.paused", "data": {"run_id": "run_77aa"}}
-    early = {
+    foreign = {
         "id": "whd_9b1e",
         "type": "run.completed",
         "api_version": "2026-06-11",
         "created_at": round((now - timedelta(minutes=40)).timestamp() * 1000),
-        "data": {"run_id": "run_c0ffee", "workspace_id": workspace, "status": "completed"},
+        "data": {"run_id": "run_c0ffee", "workspace_id": "ws_elsewhere", "status": "completed"},
     }
-    reasons = (
-        "the type is neither run.completed nor run.failed",
-        "it speaks of workspace ws_simulator, but the secret of ws_simulater signed it",
-    )
-    signers = (workspace, "ws_simulater")
     return [
-        Delivered(
-            delivery=Delivery(
-                delivery_id=str(body["id"]),
-                received_at=now - timedelta(minutes=minutes),
-                body=json.dumps(body).encode(),
-                outcome=DeliveryOutcome.QUARANTINED,
-                run_id=body["data"]["run_id"],  # type: ignore[index]
-                event_type=str(body["type"]),
-                workspace_id=signer,
-                reason=reason,
-            )
+        Delivery(
+            delivery_id=str(body["id"]),
+            received_at=now - timedelta(minutes=minutes),
+            body=json.dumps(body).encode(),
+            run_id=body["data"]["run_id"],  # type: ignore[index]
+            event_type=str(body["type"]),
         )
-        for body, reason, signer, minutes in zip(
-            (paused, early), reasons, signers, (25, 40), strict=True
-        )
+        for body, minutes in ((paused, 25), (foreign, 40))
     ]

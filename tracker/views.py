@@ -116,6 +116,7 @@ def delivery_json(row: DeliveryRow) -> dict[str, Any]:
         "receipts": row.receipts,
         "outcome": row.outcome.value,
         "reason": row.reason,
+        "applied_at": _time(row.applied_at),
         "body_removed_at": _time(row.body_removed_at),
     }
     if row.body is not None:

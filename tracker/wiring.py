@@ -66,6 +66,7 @@ class Services:
     traced: Wrap
     database: Database
     door: Door
+    inbox: Inbox
     signals: Signals
     workspaces: Workspaces
     catalogue: Catalogue
@@ -148,6 +149,7 @@ async def open_services(
             background=background,
             on_commit=on_commit,
             on_applied=[metrics.applied],
+            on_write=[metrics.written],
         )
         signals.when_inbox_waits(applier.wake)
         if background:
@@ -209,6 +211,7 @@ async def open_services(
             traced=traced,
             database=database,
             door=door,
+            inbox=inbox,
             signals=signals,
             workspaces=workspaces,
             catalogue=catalogue,

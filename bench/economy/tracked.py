@@ -25,6 +25,7 @@ from tracker.flora import parse
 from tracker.simulator import Simulator
 from tracker.simulator.runs import SimulatedRun
 from tracker.store import migrate
+from tracker.store.batch import Rules
 from tracker.store.door import Door
 from tracker.store.engine import Database
 from tracker.store.tables import runs
@@ -115,7 +116,7 @@ async def _start_at_once(
         for number in range(trial.runs)
         for run in [flora.start(TECHNIQUE, inputs(number), callback_url=callback_url)]
     ]
-    async with Door(database, policy=Policy(), durations_of=lambda _: None) as door:
+    async with Door(database, rules=Rules(Policy(), lambda _: None)) as door:
         await door.put_all(started)
 
 

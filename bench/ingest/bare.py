@@ -1,16 +1,18 @@
 """A bare ASGI application that verifies a callback's signature and answers: what uvicorn can do.
 
-It runs under the same uvicorn, with the same event loop and parser, as the tracker. There is no
-routing, no parsing of the body, no metric and no database.
+It runs under the same uvicorn, with the same event loop and parser, and verifies as the tracker
+does, with the same function. There is no routing, no bound on anything, no parsing of the body, no
+metric and no database.
 """
 
-import hashlib
-import hmac
 import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import uvicorn
+
+from tracker.core.clock import utc_now
+from tracker.flora.signature import verify
 
 _START = {
     "type": "http.response.start",
@@ -18,7 +20,7 @@ _START = {
     "headers": [(b"content-type", b"application/json"), (b"content-length", b"15")],
 }
 _BODY = {"type": "http.response.body", "body": b'{"status":"ok"}'}
-_SECRET = os.environ["FLORA_WEBHOOK_SECRET"].encode()
+_SECRETS = [os.environ["FLORA_WEBHOOK_SECRET"]]
 
 Message = dict[str, Any]
 
@@ -35,10 +37,8 @@ async def app(
         message = await receive()
         body += message["body"]
     if scope["method"] == "POST":
-        header = next(value for name, value in scope["headers"] if name == b"flora-signature")
-        signed_at, _, given = header.removeprefix(b"t=").partition(b",v1=")
-        expected = hmac.new(_SECRET, signed_at + b"." + body, hashlib.sha256).hexdigest()
-        assert hmac.compare_digest(expected.encode(), given)
+        headers = dict(scope["headers"])
+        verify(headers.get(b"flora-signature"), body, _SECRETS, now=utc_now(), tolerance=900)
     await send(_START)
     await send(_BODY)
 

@@ -1,7 +1,7 @@
-"""How long a callback waits for its answer, at a tenth, a half and nine tenths of the most.
+"""How long a callback waits for its answer, and its run for its effect, at shares of the most.
 
 The most is what 64 connections get through flat out, just before. A callback that comes alone is
-set beside a bare commit on the same disk: nothing but that should it wait for.
+set beside a bare commit on the same disk: nothing but that should its answer wait for.
 """
 
 import asyncio
@@ -9,22 +9,26 @@ import secrets
 import sqlite3
 import tempfile
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import uvloop
 
 from bench.ingest.contenders import TRACKER, started
+from bench.ingest.effects import delays, drained, quantile
 from bench.ingest.load import prepared, send
 from bench.ingest.sender import Answers, Sender
 from bench.report import Report, Table, say
 from bench.throw_away import throw_away
 from tracker.store import migrate
 
-SHARES: Final = (0.1, 0.5, 0.9)
+SHARES: Final = (0.1, 1 / 3, 0.5, 0.9)
 CONNECTIONS: Final = 64
 FLAT_OUT_SECONDS: Final = 4.0
-ALONE_SECONDS: Final = 3.0
+ALONE: Final = 100
+"""So many callbacks come alone, `ALONE_EVERY` seconds apart."""
+ALONE_EVERY: Final = 0.05
 COMMITS: Final = 300
 
 
@@ -34,28 +38,37 @@ def latency(report: Report, kind: str, *, seconds: float) -> None:
         asyncio.run(migrate.upgrade(url))
         with started(TRACKER, url) as running:
             most = _flat_out(running.port)
+            drained(url)
             say(f"{kind}: {most:.0f} a second flat out")
-            one = _answers(running.port, ALONE_SECONDS, 8_000, connections=1)
-            found = {
-                share: _answers(running.port, seconds, int(share * most), share * most)
-                for share in SHARES
-            }
+            found = [("alone", "-", *_alone(url, running.port))]
+            for share in SHARES:
+                rate = share * most
+                one = _at_rate(url, running.port, seconds, rate)
+                found.append((f"{share:.0%} of the most", f"{rate:,.0f}", *one))
         commit = _commit_milliseconds(kind, url)
-    rows = [("alone", "-", one)]
-    rows += [(f"{share:.0%} of the most", f"{share * most:,.0f}", found[share]) for share in SHARES]
     report.add(
         Table(
             f"Latency, {kind}, milliseconds",
-            ("load", "callbacks/s", "p50", "p99", "longest", "refused"),
-            [(name, rate, *_quantiles(answers), answers.refused) for name, rate, answers in rows],
+            (
+                *("load", "callbacks/s", "answered: p50", "p99", "longest"),
+                *("applied after: p50", "p99", "longest", "refused"),
+            ),
+            [
+                (
+                    *(name, rate),
+                    *(f"{answers.quantile(share):.2f}" for share in (0.5, 0.99, 1)),
+                    *(f"{quantile(applied, share):.1f}" for share in (0.5, 0.99, 1)),
+                    answers.refused,
+                )
+                for name, rate, answers, applied in found
+            ],
             f"A bare commit of one row on the same database takes {commit:.2f} ms (median).",
         )
     )
     report.figures[f"latency-{kind}"] = {
         "flat_out": most,
         "commit_ms": commit,
-        "alone": _figures(one),
-        **{str(share): _figures(answers) for share, answers in found.items()},
+        **{name: _figures(answers, applied) for name, _, answers, applied in found},
     }
 
 
@@ -65,18 +78,40 @@ def _flat_out(port: int) -> float:
     return load.rate
 
 
-def _answers(
-    port: int, seconds: float, count: int, rate: float = 0, *, connections: int = CONNECTIONS
+def _at_rate(url: str, port: int, seconds: float, rate: float) -> tuple[Answers, list[float]]:
+    prefix = secrets.token_hex(4)
+    with prepared(int(rate * seconds) + CONNECTIONS, prefix=prefix) as requests:
+
+        async def run(sender: Sender) -> None:
+            await sender.at_rate(rate, seconds)
+
+        answers = _sent(requests, port, CONNECTIONS, run)
+    drained(url)
+    return answers, delays(url, prefix)
+
+
+def _alone(url: str, port: int) -> tuple[Answers, list[float]]:
+    """Callbacks that come one by one, each after the one before has had its effect."""
+    prefix = secrets.token_hex(4)
+    with prepared(ALONE, prefix=prefix) as requests:
+
+        async def run(sender: Sender) -> None:
+            await sender.at_rate(1 / ALONE_EVERY, ALONE * ALONE_EVERY)
+
+        answers = _sent(requests, port, 1, run)
+    drained(url)
+    return answers, delays(url, prefix)
+
+
+def _sent(
+    requests: Path, port: int, connections: int, send_by: Callable[[Sender], Awaitable[Any]]
 ) -> Answers:
-    most = int(count * seconds) + connections
-    with prepared(most, prefix=secrets.token_hex(4)) as requests:
+    async def run() -> Answers:
+        async with Sender(requests, port, connections=connections) as sender:
+            await send_by(sender)
+            return sender.answers
 
-        async def run() -> Answers:
-            async with Sender(requests, port, connections=connections) as sender:
-                await (sender.at_rate(rate, seconds) if rate else sender.flat_out(seconds))
-                return sender.answers
-
-        answers: Answers = uvloop.run(run())
+    answers: Answers = uvloop.run(run())
     return answers
 
 
@@ -114,13 +149,11 @@ async def _commit_on_postgres(url: str) -> float:
     return sorted(took)[COMMITS // 2] * 1000
 
 
-def _quantiles(answers: Answers) -> list[str]:
-    return [f"{answers.quantile(share):.2f}" for share in (0.5, 0.99, 1)]
-
-
-def _figures(answers: Answers) -> dict[str, float]:
+def _figures(answers: Answers, applied: list[float]) -> dict[str, float]:
+    quantiles = (("p50", 0.5), ("p99", 0.99), ("max", 1.0))
     return {
         "count": len(answers.milliseconds),
         "refused": answers.refused,
-        **{name: answers.quantile(at) for name, at in (("p50", 0.5), ("p99", 0.99), ("max", 1))},
+        **{f"answered_{name}": answers.quantile(at) for name, at in quantiles},
+        **{f"applied_{name}": quantile(applied, at) for name, at in quantiles},
     }

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from typing import Final
 
 from bench.ingest.contenders import TRACKER, started
+from bench.ingest.effects import drained
 from bench.ingest.load import prepared, send
 from bench.ingest.rounds import WARM_SECONDS, Round, count, median_of
 from bench.report import Report, Table, say
@@ -81,6 +82,7 @@ def _round(receivers: int, *, connections: int, seconds: float) -> Round:
         used = sum(each.processor_seconds() for each in running)
         acknowledged, refused, rate = load(1, seconds)
         used = sum(each.processor_seconds() for each in running) - used
+        drained(url)
         stack.close()
         kept = count(url, "deliveries")
     name = "one receiver" if receivers == 1 else f"{receivers} receivers"

@@ -123,6 +123,24 @@ ENDS: Final = Row(
             about="Strangers may post too: what they send is refused as missing or mismatch.",
         ),
         Show(
+            title="Callbacks applied a minute",
+            queries=(
+                (
+                    f"sum by (outcome) (rate(tracker_callbacks_applied_total{_AT})) * 60",
+                    "{{outcome}}",
+                ),
+            ),
+            about="To their runs, after they were acknowledged. Quarantined: not understood.",
+        ),
+        Show(
+            title="Callbacks not applied yet",
+            queries=(
+                ("max(tracker_inbox_waiting)", "waiting"),
+                ("max(tracker_inbox_oldest_seconds)", "age of the first, seconds"),
+            ),
+            about="Acknowledged and stored. Under load acknowledging goes first.",
+        ),
+        Show(
             title="Callbacks by secret",
             queries=(
                 (

@@ -6,7 +6,7 @@ from decimal import Decimal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.store.making import NOW, POLICY, as_entry, callback, observations, seen, started
+from tests.store.making import NOW, POLICY, called, observations, seen, started
 from tracker.core.entry import Entry, Seen
 from tracker.core.histogram import BEYOND, EDGES, bucket_of
 from tracker.core.record import Record, apply
@@ -45,7 +45,7 @@ def test_a_settled_run_counts_once_in_each_measure() -> None:
     ended = {"completed_at": NOW - timedelta(seconds=3), "charged_cost": Decimal("0.5")}
     record = after(
         started("run_1"),
-        callback("run_1"),
+        called("run_1"),
         seen("run_1", RunStatus.COMPLETED, at=NOW + timedelta(seconds=2), facts=ended),
     )
     found = facts(record)
@@ -57,7 +57,7 @@ def test_the_hour_of_an_end_stays() -> None:
     """An end counts where it was first known, whatever is heard later."""
     later = NOW + timedelta(hours=5)
     record = after(
-        callback("run_1"), seen("run_1", RunStatus.FAILED, at=later), callback("run_1", at=later)
+        called("run_1"), seen("run_1", RunStatus.FAILED, at=later), called("run_1", at=later)
     )
     assert record.end_seen_at == NOW
     ((hour, status),) = [(key.since, key.status) for key, _ in facts(record) if key.measure == END]
@@ -71,10 +71,8 @@ def test_the_hour_of_an_end_stays() -> None:
 def test_what_is_the_same_counts_for_the_same(sights: list, expected: list[bool]) -> None:
     """The quick look never overlooks a change."""
     record = None
-    for number, (sight, with_callback) in enumerate(zip(sights, expected, strict=False)):
-        entry = as_entry(sight, number)
-        if isinstance(entry, Seen):
-            entry = Seen(observation=sight, callback_expected=with_callback)
+    for sight, with_callback in zip(sights, expected, strict=False):
+        entry = Seen(observation=sight, callback_expected=with_callback)
         new = apply(record, entry, policy=POLICY, durations_of=lambda _: None)
         assert new is not None
         if record is not None and same(record, new):

@@ -32,7 +32,7 @@ REFUSED = "tracker_callbacks_refused_total"
 TAKEN = "tracker_callbacks_total"
 FAILURES = "tracker_database_write_failures_total"
 COMMITS = "tracker_commit_seconds_bucket"
-TAKEN_LABELS = f'{WS}, secret="1", outcome="applied"'
+TAKEN_LABELS = f'{WS}, secret="1", outcome="stored"'
 
 # Two processes, "a" with a worker; what both tell of the database must not count twice.
 HEALTHY: Series = {
@@ -50,6 +50,7 @@ HEALTHY: Series = {
     **on(REFUSED, "0", labels='reason="not_set_up"'),
     **on(TAKEN, "0+5", labels=TAKEN_LABELS),
     **on("tracker_deliveries_quarantined", "0"),
+    **on("tracker_inbox_oldest_seconds", "0.2"),
     **on("tracker_flora_breaker_open", "0", labels=WS),
     **on(LAST_SWEEP, "0+60", labels=WS),
     **on("tracker_sweep_interval_seconds", "300"),
@@ -65,7 +66,7 @@ HEALTHY: Series = {
 }
 STATE = (
     *("tracker_recent", "tracker_callback_last", "tracker_runs", "tracker_deliveries"),
-    *("tracker_sweep_last", "tracker_sweep_failed", "tracker_starts"),
+    *("tracker_inbox", "tracker_sweep_last", "tracker_sweep_failed", "tracker_starts"),
 )
 
 
@@ -110,6 +111,14 @@ SCENARIOS: dict[str, tuple[Series, set[str]]] = {
     "a callback was not understood": (
         on("tracker_deliveries_quarantined", "1"),
         {"TrackerQuarantine"},
+    ),
+    "nobody applies what is stored": (
+        on("tracker_inbox_oldest_seconds", "60+60"),
+        {"TrackerInboxBehind"},
+    ),
+    "a burst is applied within minutes": (
+        {'tracker_inbox_oldest_seconds{instance="a"}': "0x100 60 120 180 0x30"},
+        set(),
     ),
     "the key is refused": (
         on("tracker_flora_breaker_open", "1", labels=WS, instances="a"),

@@ -71,7 +71,8 @@ def test_every_reason_and_outcome_is_described() -> None:
     """The values of a label that are few and fixed stand in the row of their metric."""
     rows = {name.strip("`"): meaning for name, _, _, meaning in table("Work")}
     for metric, words in (
-        ("tracker_callbacks_total", work.OUTCOMES),
+        ("tracker_callbacks_total", work.RECEIVED),
+        ("tracker_callbacks_applied_total", work.APPLIED),
         ("tracker_callbacks_refused_total", work.REFUSALS),
         ("tracker_auth_refused_total", work.AUTH_REFUSALS),
         ("tracker_database_write_failures_total", work.WRITE_FAILURES),

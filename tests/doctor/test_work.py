@@ -111,6 +111,8 @@ async def test_what_waits_for_a_person_is_named(seen: work.Ledger) -> None:
         seen.gauges,
         callbacks={("ws_1", "came"): 15, ("ws_1", "missed"): 5},
         quarantined=10_000,
+        waiting=0,
+        oldest_waiting_at=None,
         unresolved_starts=2,
     )
     found = {one.name: one for one in upkeep.look(gauges, ["run_1", "run_2", "run_3", "run_4"])}

@@ -11,7 +11,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Literal, TypeVar
@@ -20,18 +20,17 @@ import httpx
 from sqlalchemy import Connection
 
 from tests.e2e.hurried import hurry_much
-from tracker.core.entry import Delivered, Entry, Seen
-from tracker.core.errors import StoreError
+from tracker.core.entry import Entry, Seen
 from tracker.store.engine import Database
-from tracker.store.faults import WriteConflict
 
 T = TypeVar("T")
 When = Literal["before", "after"]
 
 COMMITS: Final = (
-    # The door, by what a batch brings.
-    *("door: start", "door: callback", "door: poll", "door: history"),
-    *("door: nothing seen", "door: quarantined"),
+    # Callbacks: acknowledged once they are stored, and applied after.
+    *("inbox: store", "inbox: apply"),
+    # The writer of observations, by what a group brings.
+    *("door: start", "door: poll", "door: history", "door: nothing seen"),
     # The ledger of starts.
     *("starts.reserve", "starts.take", "starts.mark"),
     *("starts.prolong", "starts.give_back"),
@@ -41,6 +40,8 @@ COMMITS: Final = (
     *("sweeps.begin", "sweeps.finish", "tallies.fold", "batches.keep", "batches.finish"),
     *("techniques.define", "techniques.doubt", "techniques.add_listed", "techniques.mark_gone"),
 )
+SELDOM: Final = ("delivery_rows.quarantine", "replay.requeue", "inbox: notify")
+"""Commits that come only where something is broken, or somebody asks."""
 REQUESTS: Final = (
     *("POST /techniques/*/runs", "GET /techniques/*/runs/*", "GET /technique-runs"),
     *("GET /generations", "GET /runs/*", "GET /techniques", "GET /techniques/*"),
@@ -77,10 +78,12 @@ class Switch:
 
     def install(self) -> None:
         """Watch every commit and every request of this process."""
-        write, at_once = Database.write, Database.at_once
+        write, statement = Database.write, Database.send
         send = httpx.AsyncHTTPTransport.handle_async_request
 
         async def watched_write(database: Database, work: Callable[[Connection], T]) -> T:
+            if _applies(work):
+                return await watched_apply(database, work)
             name = self._reached(names_of(work))
             if name is None:
                 return await write(database, work)
@@ -94,19 +97,31 @@ class Switch:
             self._die("after", name)
             return committed
 
-        async def watched_at_once(database: Database, work: Callable[[Any], Awaitable[T]]) -> T:
-            name = self._reached(names_of(work))
+        async def watched_apply(database: Database, work: Callable[[Connection], T]) -> T:
+            reached: list[str] = []
+
+            def written(connection: Connection) -> T:
+                done = work(connection)
+                # To find that nothing waits is no commit. One that is done again is one.
+                if done.taken and not reached:  # type: ignore[attr-defined]
+                    name = self._reached({"inbox: apply"})
+                    reached.extend([name] if name else [])
+                if reached:
+                    self._die("before", reached[0])
+                return done
+
+            committed = await write(database, written)
+            if reached:
+                self._die("after", reached[0])
+            return committed
+
+        async def watched_statement(database: Database, text: str, values: Any) -> Any:
+            stores = "INSERT INTO deliveries" in text
+            name = self._reached({"inbox: store" if stores else "inbox: notify"})
             if name is None:
-                return await at_once(database, work)
-
-            async def written(connection: Any) -> T:
-                return await work(_Last(connection, lambda: self._die("before", name)))
-
-            try:
-                committed = await at_once(database, written)
-            except (StoreError, WriteConflict):
-                self._count -= 1  # it comes again, in a transaction
-                raise
+                return await statement(database, text, values)
+            self._die("before", name)
+            committed = await statement(database, text, values)
             self._die("after", name)
             return committed
 
@@ -124,12 +139,12 @@ class Switch:
             return response
 
         Database.write = watched_write  # type: ignore[method-assign]
-        Database.at_once = watched_at_once  # type: ignore[method-assign]
+        Database.send = watched_statement  # type: ignore[method-assign]
         httpx.AsyncHTTPTransport.handle_async_request = watched_send  # type: ignore[method-assign]
 
     def _reached(self, names: Collection[str]) -> str | None:
         """Of these names of one commit or request, that of the point, if this is its moment."""
-        unknown = {*names} - {*COMMITS, *REQUESTS}
+        unknown = {*names} - {*COMMITS, *SELDOM, *REQUESTS}
         assert not unknown, f"crash points that are in no list: {unknown}"
         if self._at.name is not None and self._at.name not in names:
             return None
@@ -144,34 +159,23 @@ class Switch:
             time.sleep(60)  # in no case does this thread go on
 
 
-class _Last:
-    """A connection on which a first statement reads, and something happens before the second."""
-
-    def __init__(self, connection: Any, before_second: Callable[[], None]) -> None:
-        self._connection = connection
-        self._before_second = before_second
-        self._count = 0
-
-    async def fetch(self, *statement: Any) -> Any:
-        self._count += 1
-        if self._count == 2:
-            self._before_second()
-        return await self._connection.fetch(*statement)
+def _applies(work: Callable[[Any], Any]) -> bool:
+    function = work.func if isinstance(work, partial) else work
+    return function.__qualname__ == "Applier._apply"
 
 
 def names_of(work: Callable[[Any], Any]) -> set[str]:
     """What a write is called: after the store's function that made it, or what the door takes."""
     function = work.func if isinstance(work, partial) else work
-    if function.__qualname__ in ("Door._pass", "Door._pass_at_once"):
-        return {f"door: {_kind(entry)}" for entry in work.args[0]}
     module = function.__module__.rpartition(".")[2]
+    if module == "door":
+        return {f"door: {_kind(entry)}" for entry in work.args[0]}
+    if module == "inbox_sqlite":
+        return {"inbox: store"}
     name = function.__qualname__.partition(".")[0].lstrip("_")
     return {f"{module}.{re.sub('_(sqlite|postgres)$', '', name)}"}
 
 
 def _kind(entry: Entry) -> str:
     """What an entry tells of a run, or else what it is."""
-    if isinstance(entry, Seen | Delivered):
-        seen = entry.observation
-        return "quarantined" if seen is None else seen.source.value
-    return "nothing seen"
+    return entry.observation.source.value if isinstance(entry, Seen) else "nothing seen"

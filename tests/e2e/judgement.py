@@ -8,6 +8,7 @@ import sqlalchemy as sa
 from tests.e2e.clients import OURS, Clients
 from tests.e2e.truth import assert_all_true
 from tests.store.making import fold
+from tests.support.deliveries import applied
 from tracker.simulator import Simulator
 from tracker.store.engine import Database
 from tracker.store.read import get_run
@@ -35,6 +36,7 @@ async def judge(database: Database, flora: Simulator, clients: Clients) -> Verdi
     Raises `AssertionError` where a run is not.
     """
     world = flora.world
+    await applied(database)
     await assert_all_true(database, flora.root)
     for run_id in world.runs:
         record = await get_run(database, run_id)

@@ -15,8 +15,13 @@ POINTS: tuple[tuple[Role, Point], ...] = (
     ("serve", Point(when="after", name="starts.mark")),
     ("serve", Point(when="after", name="POST /techniques/*/runs")),
     # A callback that is not on disk, and one that is on disk and not answered.
-    ("serve", Point(when="before", name="door: callback")),
-    ("serve", Point(when="after", name="door: callback")),
+    ("serve", Point(when="before", name="inbox: store")),
+    ("serve", Point(when="after", name="inbox: store")),
+    # One that is acknowledged and not applied, and one that is applied and nobody was told.
+    ("serve", Point(when="before", name="inbox: apply")),
+    ("serve", Point(when="after", name="inbox: apply")),
+    # The same where another process goes on.
+    ("receiver", Point(when="before", name="inbox: apply")),
     # Runs that are claimed; a sweep that has begun.
     ("serve", Point(when="after", name="claims.claim_due")),
     ("worker", Point(when="after", name="sweeps.begin")),

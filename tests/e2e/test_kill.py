@@ -8,6 +8,7 @@ import pytest
 import sqlalchemy as sa
 
 from tests.e2e.processes import Stage
+from tests.support.deliveries import applied
 from tests.support.waiting import eventually
 from tracker.core.clock import utc_now
 from tracker.flora.signature import sign
@@ -98,6 +99,7 @@ async def test_nothing_acknowledged_is_lost_to_kill_9(stage: Stage, database: Da
         server = await stage.serve("--no-worker")
     load.stop()
     await sending
+    await applied(database)
     kept, ended = await stored(database)
     assert len(load.acknowledged) >= KILLS * ACKNOWLEDGED_BEFORE_A_KILL
     assert load.acknowledged <= kept

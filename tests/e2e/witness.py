@@ -18,6 +18,7 @@ import httpx
 import sqlalchemy as sa
 
 from tests.e2e.truth import assert_all_true, true_records
+from tests.support.deliveries import applied
 from tests.support.waiting import eventually
 from tests.web.serving import post, wire
 from tracker.core.clock import utc_now
@@ -248,6 +249,7 @@ async def assert_nothing_lost(
             return (await connection.execute(query)).scalar_one() == len(truth)
 
     await eventually(all_settled, timeout=within, interval=0.2)
+    await applied(database)
     await assert_all_true(database, simulator)
     async with database.read() as connection:
         kept = set((await connection.execute(sa.select(deliveries.c.delivery_id))).scalars())

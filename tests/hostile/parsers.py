@@ -82,9 +82,13 @@ def answers(data: bytes) -> None:
         wait = waits.asked_wait(head, now=NOW)
         assert wait is None or 0 <= wait <= waits.LONGEST_WAIT, wait
     elif kind == "callback":
-        read_body = parse.callback(body, at=NOW, webhook_id=more)
-        assert (read_body.observation is None) is (read_body.reason is not None)
-        _fits(read_body.delivery_id, read_body.run_id, read_body.workspace_id, read_body.event_type)
+        about = parse.envelope(body, webhook_id=more)
+        _fits(about.delivery_id, about.run_id, about.workspace_id, about.event_type)
+        seen = parse.callback(body, at=NOW)
+        if isinstance(seen, str):
+            assert seen
+        else:
+            _is_sound(seen)
     else:
         for one in runs_in(data):
             _is_sound(one)

@@ -106,6 +106,7 @@ async def _called(services: Services, run_id: str, poll_url: str) -> None:
     body["data"] |= {"poll_url": poll_url, "url": poll_url, "callback_url": poll_url}
     raw = json.dumps(body).encode()
     await services.receiver.receive(raw, signature=signature(raw), webhook_id=poll_url)
+    await services.applier.drain()
 
 
 async def test_a_poll_url_leads_the_key_nowhere_else(sqlite_url: str) -> None:

@@ -3,11 +3,10 @@
 import json
 from typing import Any
 
-import httpx
 import pytest
 
 from tests.web.callbacks import PATH, event, signed
-from tests.web.conftest import Serve
+from tests.web.conftest import Serve, Site
 from tests.web.dashboard.conftest import HTML
 from tracker.core.entry import Seen
 from tracker.core.observation import Observation, Source
@@ -28,10 +27,13 @@ def _of(run_id: str, workspace_id: str | None) -> bytes:
     return json.dumps(body).encode()
 
 
-async def _post(client: httpx.AsyncClient, body: bytes, secret: str) -> Any:
-    answer = await client.post(PATH, content=body, headers=signed(body, secret))
+async def _post(site: Site, body: bytes, secret: str) -> str:
+    answer = await site.client.post(PATH, content=body, headers=signed(body, secret))
     assert answer.status_code == 200
-    return answer.json()["outcome"]
+    await site.services.applier.drain()
+    row = await read.get_delivery(site.services.database, json.loads(body)["id"])
+    assert row is not None
+    return row.outcome.value
 
 
 async def _stands(services: Services, run_id: str) -> tuple[str, str | None]:
@@ -57,14 +59,14 @@ async def test_another_workspaces_run_is_neither_ended_nor_taken_over(
         )
         await site.services.door.put(Seen(observation=of_b))
         body = _of("run_1", named)
-        assert await _post(site.client, body, "whsec_of_a") == "quarantined"
+        assert await _post(site, body, "whsec_of_a") == "quarantined"
         row = await read.get_delivery(site.services.database, json.loads(body)["id"])
         assert row is not None
         page = await site.client.post(f"/deliveries/{row.delivery_id}/replay", headers=HTML)
         assert "stays in quarantine" in page.text
         assert await _stands(site.services, "run_1") == ("running", "ws_b")
         own = json.loads(_of("run_1", "ws_b")) | {"id": "whd_own"}
-        assert await _post(site.client, json.dumps(own).encode(), "whsec_of_b") == "applied"
+        assert await _post(site, json.dumps(own).encode(), "whsec_of_b") == "applied"
         assert await _stands(site.services, "run_1") == ("completed", "ws_b")
 
 
@@ -74,5 +76,5 @@ async def test_a_run_that_nobody_has_heard_of_is_whose_secret_tells_of_it(
     """A callback may come before anything else is known."""
     more = {"flora_webhook_secret": (), "workspaces": WORKSPACES}
     async with serve(sqlite_url, **more) as site:
-        assert await _post(site.client, _of("run_2", None), "whsec_of_a") == "applied"
+        assert await _post(site, _of("run_2", None), "whsec_of_a") == "applied"
         assert await _stands(site.services, "run_2") == ("completed", "ws_a")

@@ -115,11 +115,12 @@ class TrackerMachine(RuleBasedStateMachine):
     # Callbacks
 
     @_there_are_runs
-    @rule(nth=_NTH, contrary=st.booleans())
-    def calls_back(self, nth: int, contrary: bool) -> None:
-        """FLORA tells of a run's end, perhaps once more, before reads show it, or wrongly."""
+    @rule(nth=_NTH, contrary=st.booleans(), apply=st.booleans())
+    def calls_back(self, nth: int, contrary: bool, apply: bool) -> None:
+        """FLORA tells of a run's end, perhaps once more, before reads show it, or wrongly; what it
+        told may have to wait."""
         sent = self.world.callback(self._run(nth), contrary=contrary)
-        self.world.do(self.world.deliver(sent))
+        self.world.do(self.world.deliver(sent, apply=apply))
 
     @precondition(lambda self: self.world.memory.callbacks)
     @rule(nth=_NTH)
@@ -127,6 +128,7 @@ class TrackerMachine(RuleBasedStateMachine):
         """An attempt is repeated as it was: where it had been taken, it only counts."""
         memory, flora = self.world.memory, self.world.flora
         sent = list(memory.callbacks.values())[nth % len(memory.callbacks)]
+        self.world.do(self.world.process.services.applier.drain())
         known, before = sent.taken > 0, (flora.requests, memory.events.copy())
         self.world.do(self.world.deliver(sent))
         self.world.check()
@@ -153,6 +155,8 @@ class TrackerMachine(RuleBasedStateMachine):
         sent = self.world.callback(self._run(nth))
         if not sent.tries:
             sent.outcomes = ("quarantined", "applied")
+        workspace = self.world.workspace
+        self.world.do(self.world.process.services.applier.drain())  # what came before
         workspace = self.world.workspace
         right, workspace.workspace_id = workspace.workspace_id, "ws_wrong"
         self.world.do(self.world.deliver(sent))
@@ -207,13 +211,16 @@ class TrackerMachine(RuleBasedStateMachine):
         """A whole sweep, or one that somebody asked to go back only so far."""
         self.world.do(self.world.sweep(minutes=minutes))
 
-    @rule(job=st.sampled_from(["recover", "look", "replay"]), nth=_NTH)
+    @rule(job=st.sampled_from(["recover", "look", "replay", "apply"]), nth=_NTH)
     def does(self, job: str, nth: int) -> None:
-        """Lost starts are looked for, a run is read now, or what is quarantined is replayed."""
+        """Lost starts are looked for, a run is read now, what is quarantined is replayed, or what
+        waits is applied."""
         world, services = self.world, self.world.process.services
         known = list(world.memory.records.values())
         if job == "recover":
             world.do(services.recovery.recover())
+        elif job == "apply":
+            world.do(services.applier.drain())
         elif job == "replay":
             world.do(world.replay())
         elif known:

@@ -179,7 +179,8 @@ def _what_was_taken_is_kept_and_nothing_else(now: Snapshot, memory: Memory) -> N
         sent = memory.callbacks.get(delivery_id)
         assert sent is not None, f"{delivery_id} is a forgery, and was kept"
         assert row.body == sent.body
-        assert row.outcome in sent.outcomes
+        assert row.outcome in ("waiting", *sent.outcomes)
+        assert (row.applied_at is not None) == (row.outcome == "applied")
         assert sent.taken <= row.receipts <= sent.tries
     for sent in memory.callbacks.values():
         assert sent.taken == 0 or sent.delivery_id in now.deliveries, "acknowledged, and not there"

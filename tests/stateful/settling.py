@@ -25,6 +25,7 @@ async def settle(world: World) -> None:
     clocks.elapsed += CALM
     for number, run in enumerate(flora.runs.values()):
         flora.go_on(run, ("completed", "failed")[number % 2])
+    await services.applier.drain()
     before = flora.requests
     await services.recovery.recover()
     rounds = 0

@@ -69,6 +69,8 @@ class World:
                 self._url, self.clocks, self.flora, secrets=self.secrets, workspace_id=self.told
             )
         )
+        # Whoever begins looks what the one before left.
+        self.run(self.process.services.applier.drain())
 
     def restart(self) -> None:
         """The process ends in order, and another one begins."""
@@ -126,8 +128,8 @@ class World:
 
     # Work of the process
 
-    async def deliver(self, sent: Callback) -> None:
-        """One attempt at a callback, signed as all of its attempts are."""
+    async def deliver(self, sent: Callback, *, apply: bool = True) -> None:
+        """One attempt at a callback, signed as all of its attempts are; applied now, or later."""
         off = abs(int(self.clocks.ours().timestamp()) - sent.signed_at)
         believable = off <= TOLERANCE and any(secret in self.secrets for secret in self.signing)
         sent.tries += believable
@@ -135,6 +137,8 @@ class World:
         assert status == (200 if believable else 401)
         sent.taken += believable
         self.figures["acknowledged"] += believable
+        if apply:
+            await self.process.services.applier.drain()
 
     async def post(self, body: bytes, signature: str | None) -> int:
         """Post to the receiver."""

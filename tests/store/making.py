@@ -110,6 +110,13 @@ def quarantined(delivery_id: str, *, at: datetime = NOW, body: bytes = b"?") -> 
     )
 
 
+def called(run_id: str, **how: Any) -> Seen:
+    """What `callback` says of its run, and no delivery."""
+    observation = callback(run_id, **how).observation
+    assert observation is not None
+    return Seen(observation=observation)
+
+
 def seen(
     run_id: str,
     status: RunStatus = RunStatus.RUNNING,
@@ -195,7 +202,7 @@ async def apply_all(db: Database, *, limit: int = 500, at: datetime = NOW) -> in
                 connection,
                 Group(limit=limit, read=says),
                 [],
-                at=at,
+                clock=lambda: at,
                 rules=RULES,
                 statements=statements,
             )
@@ -239,19 +246,9 @@ def observations(run_id: str) -> st.SearchStrategy[Observation]:
     )
 
 
-def as_entry(observation: Observation, number: int) -> Delivered | Seen:
-    """The entry that brings an observation; a callback's delivery is called by the number."""
-    if observation.source is not Source.CALLBACK:
-        return Seen(observation=observation)
-    return Delivered(
-        delivery=Delivery(
-            delivery_id=f"whd_{observation.run_id}_{number}",
-            received_at=observation.at,
-            body=b"{}",
-            run_id=observation.run_id,
-        ),
-        observation=observation,
-    )
+def as_entry(observation: Observation) -> Seen:
+    """The entry that brings an observation."""
+    return Seen(observation=observation)
 
 
 def ids(prefix: str, count: int) -> Sequence[str]:

@@ -36,7 +36,7 @@ async def test_the_row_is_the_fold_of_its_events(
     """Row, stored timeline and merge agree, however the sights fall into batches."""
     example = uuid4()
     observed = [_renamed(each, f"{example}_{each.run_id}") for each in observed]
-    entries = [as_entry(each, place) for place, each in enumerate(observed)]
+    entries = [as_entry(each) for each in observed]
     for begin in range(0, len(entries), size):
         await door.put_all(entries[begin : begin + size])
     for run_id in {each.run_id for each in observed}:
@@ -56,10 +56,7 @@ async def test_two_doors_lose_nothing(
     chance = random.Random(seed)
     names = [f"{uuid4()}_{number}" for number in range(8)]
     observed = [_renamed(each, chance.choice(names)) for each in observed]
-    halves = [
-        [as_entry(each, place) for place, each in enumerate(observed) if place % 2 == half]
-        for half in (0, 1)
-    ]
+    halves = [[as_entry(each) for each in observed[half::2]] for half in (0, 1)]
     halves[1].reverse()
     async with open_door(db, max_group=5) as one, open_door(other_db, max_group=4) as other:
         await asyncio.gather(one.put_all(halves[0]), other.put_all(halves[1]))

@@ -5,16 +5,40 @@ from decimal import Decimal
 
 import pytest
 
-from tests.store.making import NOW, TestDoor, callback, quarantined, seen, started
+from tests.store.making import (
+    NOW,
+    TestDoor,
+    apply_all,
+    callback,
+    delivery,
+    open_inbox,
+    quarantined,
+    seen,
+    started,
+)
 from tests.store.test_starts import mark, reserve
 from tracker.core.run import RunStatus
-from tracker.store import gauges
+from tracker.store import gauges, read
 from tracker.store.engine import Database
 from tracker.store.gauges import read_gauges
 from tracker.store.starts import StartState
 
 WS = {"workspace_id": "ws_1"}
 ENDED = {**WS, "completed_at": NOW, "charged_cost": Decimal("0.25"), "outputs": ()}
+
+
+async def test_what_waits_to_be_applied_is_counted(db: Database) -> None:
+    """With the time of the first; nothing is left once it is applied."""
+    async with open_inbox(db) as inbox:
+        for seconds, run in ((5, "run_2"), (0, "run_1"), (9, "run_3")):
+            await inbox.store(delivery(run, at=NOW + timedelta(seconds=seconds)))
+    found = await read_gauges(db, now=NOW)
+    assert (found.waiting, found.oldest_waiting_at) == (3, NOW)
+    counted = await read.counts(db, now=NOW)
+    assert (counted.waiting, counted.oldest_waiting_at) == (3, NOW)
+    await apply_all(db)
+    found = await read_gauges(db, now=NOW)
+    assert (found.waiting, found.oldest_waiting_at) == (0, None)
 
 
 async def test_an_empty_database_has_zeros(db: Database) -> None:

@@ -347,7 +347,7 @@ async def test_only_its_own_workspace_may_end_a_run(
                 connection,
                 Group(limit=10, read=read_for(signers)),
                 [],
-                at=NOW,
+                clock=lambda: NOW,
                 rules=RULES,
                 statements=statements,
             )
@@ -499,20 +499,13 @@ async def _outcomes_at(url: str) -> dict[str, str]:
         return await outcomes(db)
 
 
-async def test_applying_is_told_off_while_the_process_has_no_time(
+async def test_applying_holds_back_while_many_wait_to_be_acknowledged(
     db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While receiving takes all of it, one group a second is applied; then the rest at once."""
+    """While a hundred wait at each commit one group a second is applied; then the rest at once."""
     loop = asyncio.get_running_loop()
     times: list[float] = []
-    clock = [0.0]
-
-    def busy() -> float:
-        clock[0] += 1000.0
-        return clock[0]
-
     monkeypatch.setattr("tracker.receiving.apply.MAX_GROUP", 10)
-    monkeypatch.setattr("tracker.receiving.apply.time.process_time", busy)
     async with open_inbox(db) as inbox:
         await asyncio.gather(*(inbox.store(delivery(run)) for run in ids("run", 40)))
     applier = open_applier(db, on_applied=[lambda *_: times.append(loop.time())])
@@ -520,7 +513,7 @@ async def test_applying_is_told_off_while_the_process_has_no_time(
     async with applier:
         began = loop.time()
         while loop.time() < began + 2.5:
-            applier.stored()
+            applier.stored(100)
             await asyncio.sleep(0.002)
         assert 2 <= len(times) <= 4
 
@@ -530,27 +523,18 @@ async def test_applying_is_told_off_while_the_process_has_no_time(
         await eventually(none, timeout=1)
 
 
-async def test_a_process_without_time_tells_others(
-    postgres_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_process_without_time_tells_others(postgres_url: str) -> None:
     """At most ten times a second, over the channel that every long-running process listens to."""
     heard: list[str] = []
     listener: Any = await asyncpg.connect(postgres_url)
     await listener.add_listener("tracker_inbox", lambda *notice: heard.append(notice[3]))
-    clock = [0.0]
-
-    def busy() -> float:
-        clock[0] += 1000.0
-        return clock[0]
-
-    monkeypatch.setattr("tracker.receiving.apply.time.process_time", busy)
     async with await Database.open(postgres_url) as db:
         async with open_inbox(db) as inbox:
             await inbox.store(delivery("run_1"))
         async with open_applier(db) as applier:
             began = asyncio.get_running_loop().time()
             while asyncio.get_running_loop().time() < began + 0.7:
-                applier.stored()
+                applier.stored(100)
                 await asyncio.sleep(0.002)
         await eventually(lambda: heard)
         assert set(heard) == {db.origin}

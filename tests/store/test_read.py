@@ -214,7 +214,7 @@ async def test_deliveries_are_listed_without_bodies(door: TestDoor, db: Database
 
 async def test_counts_say_what_waits(door: TestDoor, db: Database) -> None:
     """What is active, due, lost, quarantined, open and unresolved is counted."""
-    assert await counts(db, now=NOW) == Counts(0, 0, 0, 0, 0, 0, None)
+    assert await counts(db, now=NOW) == Counts(*[0] * 7, None, None)
     at = NOW - timedelta(minutes=1)
     await door.put_all([callback("run_due", at=at), started("run_waits"), quarantined("whd_odd")])
     await door.put(seen("run_settled", RunStatus.FAILED))
@@ -238,6 +238,8 @@ async def test_counts_say_what_waits(door: TestDoor, db: Database) -> None:
         due=1,
         lost=0,
         quarantined=1,
+        waiting=0,
+        oldest_waiting_at=None,
         open_starts=1,
         unresolved_starts=1,
         oldest_due_at=at,

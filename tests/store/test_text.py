@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.store.making import callback, observations, quarantined, seen
+from tests.store.making import called, observations, seen
 from tracker.core.entry import Unseen
 from tracker.store.text import clean, clean_entry, clean_observation, dump_json, load_json
 
@@ -73,10 +73,9 @@ def test_observations_are_cleaned_once(observation: Any) -> None:
 
 
 def test_entries_of_every_kind_are_cleaned() -> None:
-    """Callbacks understood or not, sights, and reads that showed nothing."""
+    """Callbacks, reads, and reads that showed nothing."""
     entries = [
-        callback("r\0", "whd\0"),
-        quarantined("whd\0"),
+        called("r\0"),
         seen("r\0"),
         Unseen(run_id="r\0", at=seen("r").observation.at, error="e\ud800"),
     ]

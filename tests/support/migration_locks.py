@@ -102,7 +102,7 @@ def _by_squawk(statements: list[str]) -> list[Fault]:
 _TABLE = r'(?:IF (?:NOT )?EXISTS )?(?:ONLY )?(?:public\.)?"?(\w+)'
 _MAKES = re.compile(rf"CREATE (?:UNLOGGED )?TABLE {_TABLE}", re.I)
 _LOCKS = re.compile(
-    rf"ALTER TABLE {_TABLE}(?! VALIDATE| SET \()|CREATE (?:UNIQUE )?INDEX \S+ ON {_TABLE}"
+    rf"ALTER TABLE {_TABLE}\b(?! VALIDATE| SET \()|CREATE (?:UNIQUE )?INDEX \S+ ON {_TABLE}"
     rf"|(?:CREATE|DROP) (?:\w+ )*?TRIGGER .*? ON {_TABLE}",
     re.I,
 )

@@ -10,6 +10,7 @@ import asyncpg
 import pytest
 import sqlalchemy
 
+from tests.support.deliveries import applied
 from tests.support.waiting import eventually
 from tests.web.callbacks import PATH, SECRET, event, signature, signed
 from tests.web.conftest import Serve, Site
@@ -31,13 +32,14 @@ async def stored(database: Database) -> list[dict[str, Any]]:
 
 
 async def test_a_signed_callback_is_kept_and_ends_its_run(site: Site) -> None:
-    """The delivery and its effect are there when the answer is."""
+    """The delivery is there when the answer is, and its effect soon after."""
     body = event("run_1")
     answer = await site.client.post(PATH, content=body, headers=signed(body))
     assert answer.status_code == 200
-    assert answer.json() == {"outcome": "applied", "repeated": False}
+    assert answer.json() == {"outcome": "waiting", "repeated": False}
     (delivery,) = await stored(site.services.database)
     assert (delivery["delivery_id"], delivery["body"]) == ("whd_run_1", body)
+    await applied(site.services.database)
     run = (await site.client.get("/api/runs/run_1")).json()
     assert (run["status"], run["ended_via"], run["tracking"]) == ("completed", "callback", "active")
 
@@ -50,6 +52,7 @@ async def test_a_repeated_callback_only_counts(site: Site) -> None:
     assert [answer.json()["repeated"] for answer in answers] == [False, True, True]
     (delivery,) = await stored(site.services.database)
     assert delivery["receipts"] == 3
+    await applied(site.services.database)
     events = (await site.client.get("/api/runs/run_1/events")).json()["events"]
     assert len(events) == 1
 
@@ -81,7 +84,8 @@ async def test_what_is_not_understood_is_kept_and_answered_2xx(site: Site) -> No
     """FLORA need not send again what it did sign, however strange."""
     for body in (b"", b"\xff\x00 no JSON", b"[" * 100_000, b'{"type":"run.sung"}'):
         answer = await site.client.post(PATH, content=body, headers=signed(body))
-        assert (answer.status_code, answer.json()["outcome"]) == (200, "quarantined")
+        assert (answer.status_code, answer.json()["outcome"]) == (200, "waiting")
+    await applied(site.services.database)
     rows = await stored(site.services.database)
     assert {row["outcome"] for row in rows} == {"quarantined"}
     assert len(rows) == 4

@@ -45,7 +45,7 @@ async def test_it_keeps_its_turn(serve: Serve, sqlite_url: str) -> None:
         if line.startswith(b"HTTP/1.1 100"):
             line = await asking._reader.readuntil(b"\r\n\r\n")
         assert line.startswith(b"HTTP/1.1 200")
-        assert await asking._reader.readexactly(38) == b'{"outcome":"applied","repeated":false}'
+        assert await asking._reader.readexactly(38) == b'{"outcome":"waiting","repeated":false}'
         assert (await asking.answer()).body == b'{"status":"ok"}'
 
 

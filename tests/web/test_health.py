@@ -71,6 +71,7 @@ async def test_the_service_outlives_its_database(
     body = event()
     async with serve(own_postgres.url("tracker"), limits=Limits(callback_seconds=0.5)) as site:
         assert (await site.client.post(PATH, content=body, headers=signed(body))).status_code == 200
+        await site.services.applier.drain()
         await asyncio.to_thread(own_postgres.stop)
         answers = await asyncio.gather(
             site.client.get("/readyz"),

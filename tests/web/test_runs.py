@@ -86,6 +86,7 @@ async def test_a_list_is_filtered(site: Site) -> None:
     await _track(site, "run_2", technique_id="tech_2", workspace_id="ws_1")
     body = event("run_3")
     await site.client.post(PATH, content=body, headers=signed(body))
+    await site.services.applier.drain()
     assert await _ids(site, "?status=completed") == ["run_3"]
     assert await _ids(site, "?technique_id=tech_1") == ["run_1"]
     assert await _ids(site, "?workspace_id=ws_1&status=pending") == ["run_2", "run_1"]
@@ -98,6 +99,7 @@ async def test_the_timeline_shows_what_was_seen(site: Site) -> None:
     await _track(site, "run_1")
     body = event("run_1", status="failed")
     await site.client.post(PATH, content=body, headers=signed(body))
+    await site.services.applier.drain()
     events = (await site.client.get("/api/runs/run_1/events")).json()["events"]
     assert [(one["source"], one["status"]) for one in events] == [
         ("track", "pending"),

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from sqlalchemy import delete, event
 
-from tests.store.making import NOW, callback, ids, seen, started
+from tests.store.making import NOW, called, ids, seen, started
 from tests.support.waiting import eventually
 from tests.web.conftest import Serve, Site
 from tests.web.serving import serving, wire
@@ -38,7 +38,7 @@ async def test_each_change_is_one_event(site: Site) -> None:
     """Every line of a timeline comes with its number and the run as it is."""
     async with following(site.client) as events:
         await site.services.door.put(started("run_1"))
-        await site.services.door.put(callback("run_1"))
+        await site.services.door.put(called("run_1"))
         first, second = await events.next(), await events.next()
     assert [each["event"] for each in (first, second)] == ["run", "run"]
     assert [each["data"]["event"]["source"] for each in (first, second)] == ["start", "callback"]

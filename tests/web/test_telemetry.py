@@ -43,6 +43,7 @@ async def test_a_callback_is_traced_to_the_statements(
     ):
         spans.clear()
         assert (await client.post(PATH, content=body, headers=signed(body))).status_code == 200
+        await site.services.applier.drain()
         assert (await client.get("/api/runs/run_traced/events")).status_code == 200
         for path in ("/healthz", "/readyz", "/metrics"):
             assert (await client.get(path)).status_code == 200

@@ -63,6 +63,7 @@ async def call_back(
     ).encode()
     header = sign(body, "whsec_simulator", at=services.clock())
     await services.receiver.receive(body, signature=header, webhook_id=None)
+    await services.applier.drain()
 
 
 async def see(services: Services, status: RunStatus, source: Source, **shown: Any) -> None:

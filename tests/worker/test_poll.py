@@ -186,6 +186,7 @@ async def test_a_backlog_does_not_keep_fresh_ends_waiting(
         await services.receiver.receive(
             letter.body, signature=letter.headers["Flora-Signature"], webhook_id=letter.delivery_id
         )
+        await services.applier.drain()
         assert (await services.poller.poll_due()).settled < 30
         assert (await the_run(services, last.run_id)).run.settled
 

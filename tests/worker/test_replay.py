@@ -60,6 +60,12 @@ async def keep(services: Services, content: bytes, *, signer: str | None = None)
     )
 
 
+async def outcome(services: Services) -> DeliveryOutcome:
+    row = await read.get_delivery(services.database, "whd_1")
+    assert row is not None
+    return row.outcome
+
+
 async def test_what_is_understood_now_is_applied(database_url: str) -> None:
     """After an upgrade the kept bytes are enough; a second replay finds nothing to do."""
     async with open_services(settings(database_url)) as services:
@@ -105,8 +111,9 @@ async def test_a_replay_does_not_let_one_workspace_speak_for_another(sqlite_url:
     async with open_services(settings(sqlite_url, "ws_a", "ws_b")) as services:
         forged = body(workspace_id="ws_b")
         header = sign(forged, f"{SECRET}_ws_a", at=utc_now())
-        received = await services.receiver.receive(forged, signature=header, webhook_id=None)
-        assert received.outcome is DeliveryOutcome.QUARANTINED
+        await services.receiver.receive(forged, signature=header, webhook_id=None)
+        await services.applier.drain()
+        assert await outcome(services) is DeliveryOutcome.QUARANTINED
         done = await services.replayer.replay("whd_1")
         assert done.outcome is DeliveryOutcome.QUARANTINED
         assert "ws_b" in (done.reason or "")
@@ -118,8 +125,9 @@ async def test_a_corrected_workspace_id_makes_a_replay_work(sqlite_url: str) -> 
     async with open_services(settings(sqlite_url, "ws_mistyped")) as services:
         content = body(workspace_id="ws_right")
         header = sign(content, SECRET, at=utc_now())
-        received = await services.receiver.receive(content, signature=header, webhook_id=None)
-        assert received.outcome is DeliveryOutcome.QUARANTINED
+        await services.receiver.receive(content, signature=header, webhook_id=None)
+        await services.applier.drain()
+        assert await outcome(services) is DeliveryOutcome.QUARANTINED
     async with open_services(settings(sqlite_url, "ws_right")) as services:
         done = await services.replayer.replay("whd_1")
         assert done.outcome is DeliveryOutcome.APPLIED

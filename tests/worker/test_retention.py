@@ -99,6 +99,7 @@ async def test_a_callback_of_long_ago_leaves_nothing_that_never_ends(
         await prune(services, clock)
         for one, signature in zip(bodies, signed, strict=True):
             await services.receiver.receive(one, signature=signature, webhook_id=None)
+        await services.applier.drain()
         await poll_to_the_end(services, clock, within=86_400)
         assert (await the_run(services, run_id)).tracking is Tracking.SETTLED
         assert (await the_run(services, "run_of_nobody")).tracking is Tracking.LOST

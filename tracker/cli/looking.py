@@ -42,6 +42,7 @@ def reconcile(
             if workspace.client is not None
         ]
         async with patience(services):
+            await services.applier.drain()
             return await asyncio.gather(*sweeps)
 
     reports = run_once(work, needs_key=True)
@@ -66,6 +67,7 @@ def poll(as_json: JsonFlag = False) -> int:
 
     async def work(services: "Services") -> "PollReport":
         async with patience(services):
+            await services.applier.drain()
             total = last = await services.poller.poll_due()
             while last.more and last.pages + last.reads > 0:
                 last = await services.poller.poll_due()

@@ -112,6 +112,7 @@ class State(Collector):
             return
         yield from _runs(gauges, self._now)
         yield from _callbacks(gauges)
+        yield from _inbox(gauges, self._now)
         yield from self._histories()
 
     def _histories(self) -> Iterator[Metric]:
@@ -146,6 +147,8 @@ _NOTHING: Final = Gauges(
     awaiting_callback=0,
     oldest_due_at=None,
     quarantined=0,
+    waiting=0,
+    oldest_waiting_at=None,
     last_callback_at=None,
     open_starts=0,
     unresolved_starts=0,
@@ -204,6 +207,15 @@ def _callbacks(gauges: Gauges) -> Iterator[Metric]:
         if sum(counts):
             ratio.add_metric([workspace or UNKNOWN], counts[-1] / sum(counts))
     yield from (recent, ratio)
+
+
+def _inbox(gauges: Gauges, now: datetime) -> Iterator[Metric]:
+    yield _plain(
+        "inbox_waiting", "Callbacks that are acknowledged and not applied yet.", gauges.waiting
+    )
+    oldest = gauges.oldest_waiting_at
+    waited = max((now - oldest).total_seconds(), 0) if oldest else 0
+    yield _plain("inbox_oldest_seconds", "How long the first of them has waited.", waited)
 
 
 def _plain(name: str, meaning: str, value: float) -> GaugeMetricFamily:

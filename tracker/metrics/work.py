@@ -82,7 +82,7 @@ class Work:
             *(by_workspace, "secret", "outcome"),
         )
         self._applied = count(
-            "deliveries_applied",
+            "callbacks_applied",
             "Stored callbacks that were applied, by what came of it.",
             "outcome",
         )

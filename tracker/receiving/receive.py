@@ -1,15 +1,14 @@
 """A callback arrives: it is verified, stored, and only then acknowledged. Nothing else is done."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 
 from structlog.contextvars import bind_contextvars
 
 from tracker.core.clock import Clock
 from tracker.core.entry import TRIAL, DeliveryOutcome
 from tracker.core.errors import SettingsError
+from tracker.core.quick import quick_dataclass
 from tracker.flora.signature import SignatureError
 from tracker.sources import callback
 from tracker.store.inbox import Inbox
@@ -20,7 +19,7 @@ class NoSecrets(SettingsError):
     """No signing secret is configured, so no callback can be believed."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@quick_dataclass(frozen=True, slots=True, kw_only=True)
 class Received:
     """What became of a callback that is now on disk.
 
@@ -76,18 +75,15 @@ class Receiver:
         now = self._clock()
         secret = self._authenticate(body, signature, now)
         signers = self._workspaces.signed_by(secret)
-        delivery = callback.delivery(
-            body,
-            at=now,
-            webhook_id=webhook_id,
-            signers=[workspace.workspace_id for workspace in signers],
-        )
-        bind_contextvars(delivery_id=delivery.delivery_id, run_id=delivery.run_id)
+        names = [workspace.workspace_id for workspace in signers]
+        delivery = callback.delivery(body, at=now, webhook_id=webhook_id, signers=names)
         workspace = _signer(signers, delivery.workspace_id)
         position = workspace.secrets.index(secret) + 1  # while it is there: secrets are rotated
-        stored = await self._inbox.store(delivery)
-        if stored.delivery_id != delivery.delivery_id:
-            bind_contextvars(delivery_id=stored.delivery_id)
+        try:
+            stored = await self._inbox.store(delivery)
+        except BaseException:
+            bind_contextvars(delivery_id=delivery.delivery_id, run_id=delivery.run_id)
+            raise
         return Received(
             delivery_id=stored.delivery_id,
             run_id=delivery.run_id,
@@ -100,15 +96,15 @@ class Receiver:
 
     def _authenticate(self, body: bytes, signature: str | None, now: datetime) -> str:
         """The secret that signed it. A rotation that has just begun must refuse nothing."""
-        verify = partial(callback.authenticate, body, signature, now=now, tolerance=self._tolerance)
-        secrets = self._workspaces.secrets
+        secrets, tolerance = self._workspaces.secrets, self._tolerance
         try:
-            return secrets[verify(secrets)]
+            position = callback.authenticate(body, signature, secrets, now=now, tolerance=tolerance)
         except SignatureError as error:
             if error.reason != "mismatch" or not self._find_new_secrets():
                 raise
-        secrets = self._workspaces.secrets
-        return secrets[verify(secrets)]
+            secrets = self._workspaces.secrets
+            position = callback.authenticate(body, signature, secrets, now=now, tolerance=tolerance)
+        return secrets[position]
 
 
 def _signer(signers: list[Workspace], workspace_id: str | None) -> Workspace:

@@ -44,7 +44,7 @@ class Door(GroupCommit[Entry, Passed]):
         Raises `StoreUnavailable` where it was not committed in time (it still may be), and
         `StoreError` where the database refuses this very entry.
         """
-        return await self.submit([clean_entry(entry)])[0]
+        return await self.submit(clean_entry(entry))
 
     async def put_all(self, entries: Sequence[Entry]) -> list[Passed]:
         """Commit entries, and return what each did, in order.
@@ -52,7 +52,7 @@ class Door(GroupCommit[Entry, Passed]):
         They share transactions as they fit; what does not fit into one is committed in any order.
         Raises as `put` does, after all have been answered: those that could be committed are.
         """
-        answers = self.submit([clean_entry(entry) for entry in entries])
+        answers = self.submit_all([clean_entry(entry) for entry in entries])
         done = []
         for each in await asyncio.gather(*answers, return_exceptions=True):
             if isinstance(each, BaseException):

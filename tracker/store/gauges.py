@@ -33,7 +33,8 @@ class Gauges:
     `runs` counts by workspace, status and tracking, `callbacks` by workspace and what became of
     them (of the runs that ended in the last `RECENT_HOURS`), `cost_today` is by workspace. `due`
     runs wait to be read, `overdue` ones for longer than `LATE_AFTER`; `awaiting_callback` are open
-    runs whose callback has not come. `last_callback_at` is when the newest delivery first came.
+    runs whose callback has not come. `waiting` deliveries are stored and not applied, the first of
+    them since `oldest_waiting_at`. `last_callback_at` is when the newest delivery first came.
     """
 
     runs: dict[tuple[str, str, str], int]
@@ -44,6 +45,8 @@ class Gauges:
     awaiting_callback: int
     oldest_due_at: datetime | None
     quarantined: int
+    waiting: int
+    oldest_waiting_at: datetime | None
     last_callback_at: datetime | None
     open_starts: int
     unresolved_starts: int
@@ -124,8 +127,17 @@ _LAST_CALLBACK: Final = (
     .limit(1)
     .scalar_subquery()
 )
+_OLDEST_WAITING: Final = (
+    select(deliveries.c.received_at)
+    .where(deliveries.c.outcome == word("waiting"))
+    .order_by(deliveries.c.received_at)
+    .limit(1)
+    .scalar_subquery()
+)
 _REST: Final = select(
     _count(deliveries, deliveries.c.outcome == word("quarantined")).label("quarantined"),
+    _count(deliveries, deliveries.c.outcome == word("waiting")).label("waiting"),
+    _OLDEST_WAITING.label("oldest_waiting_at"),
     _LAST_CALLBACK.label("last_callback_at"),
     _count(starts, starts.c.state.in_([word("stored"), word("sent")])).label("open_starts"),
     _count(starts, starts.c.state == word("unresolved")).label("unresolved_starts"),

@@ -118,32 +118,44 @@ class GroupCommit(Generic[T, R]):
         """Why the last attempt to commit failed; `None` where it did not."""
         return self._trouble
 
-    def submit(self, items: Sequence[T]) -> list[asyncio.Future[R]]:
-        """Queue items; each future holds what came of its item once that is committed.
+    def submit(self, item: T) -> asyncio.Future[R]:
+        """Queue an item; the future holds what came of it once it is committed.
 
-        A future raises `StoreUnavailable` where its item was not committed in time (it still may
-        be), and `StoreError` where the database refuses this very item. Raises `StoreUnavailable`,
-        and queues none, where there is no room for all or nothing is committed any more.
+        It raises `StoreUnavailable` where the item was not committed in time (it still may be), and
+        `StoreError` where the database refuses this very item. Raises `StoreUnavailable` where
+        there is no room for it, or nothing is committed any more.
         """
-        size = sum(map(self._size, items))
+        size = self._size(item)
+        self._refuse_if_full(1, size)
+        return self._queue_one(item, size)
+
+    def submit_all(self, items: Sequence[T]) -> list[asyncio.Future[R]]:
+        """Queue items, all of them or none; else as `submit`."""
+        sizes = [self._size(item) for item in items]
+        self._refuse_if_full(len(items), sum(sizes))
+        return [self._queue_one(item, size) for item, size in zip(items, sizes, strict=True)]
+
+    def _refuse_if_full(self, count: int, size: int) -> None:
         if self._closing or self._task is None or self._task.done():
             raise StoreUnavailable("the tracker is not running, or is shutting down")
         if (
-            len(self._queue) + len(items) > self._max_waiting
+            len(self._queue) + count > self._max_waiting
             or self._bytes + size > self._max_waiting_bytes
         ):
             raise StoreUnavailable(
                 "too much waits to be written to the database"
             ) from self._trouble
+
+    def _queue_one(self, item: T, size: int) -> asyncio.Future[R]:
         loop = asyncio.get_running_loop()
-        expires = loop.time() + self._deadline
-        made = [_Waiting(item, loop.create_future(), expires) for item in items]
-        self._queue.extend(made)
+        waiting = _Waiting(item, loop.create_future(), loop.time() + self._deadline)
+        self._queue.append(waiting)
         self._bytes += size
-        self._arrived.set()
+        if not self._arrived.is_set():
+            self._arrived.set()
         if self._timer is None:
-            self._timer = loop.call_at(expires, self._expire)
-        return [waiting.answer for waiting in made]
+            self._timer = loop.call_at(waiting.expires, self._expire)
+        return waiting.answer
 
     def _pop(self) -> _Waiting[T, R]:
         waiting = self._queue.popleft()

@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from sqlalchemy import Connection
 
+from tracker.core.clock import Clock
 from tracker.core.entry import Delivery, DeliveryOutcome, Seen
 from tracker.core.observation import Observation
 from tracker.store.batch import Merging, Outcome, Rules, Statements
@@ -65,7 +66,8 @@ class Inbox(GroupCommit[Delivery, Stored]):
     """Stores deliveries in groups. Used as `async with Inbox(database, …) as inbox`.
 
     `digest_id` makes the id of a delivery whose own id another body has. `on_stored` is called
-    after each commit. `options` are those of `GroupCommit`.
+    after each commit, with how many deliveries waited at that moment, those that were just stored
+    among them. `options` are those of `GroupCommit`.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class Inbox(GroupCommit[Delivery, Stored]):
         db: Database,
         *,
         digest_id: Callable[[bytes], str],
-        on_stored: Callable[[], None] = lambda: None,
+        on_stored: Callable[[int], None] = lambda _: None,
         **options: Any,
     ) -> None:
         super().__init__(self._store, name=NAME, size=lambda one: len(one.body), **options)
@@ -87,7 +89,7 @@ class Inbox(GroupCommit[Delivery, Stored]):
 
         Raises `StoreUnavailable` where it was not committed in time (it still may be).
         """
-        return await self.submit([delivery])[0]
+        return await self.submit(delivery)
 
     async def _store(self, group: list[Delivery]) -> list[Stored]:
         stored: dict[int, Stored] = {}
@@ -107,7 +109,7 @@ class Inbox(GroupCommit[Delivery, Stored]):
                     stored[place] = Stored(key, DeliveryOutcome(now.outcome), is_known)
                     is_known = True
                     del left[place]
-        self._on_stored()
+        self._on_stored(self.waiting)
         return [stored[place] for place in range(len(group))]
 
 
@@ -181,11 +183,11 @@ def apply_waiting(
     group: Group,
     taken: list[str],
     *,
-    at: datetime,
+    clock: Clock,
     rules: Rules,
     statements: Statements,
 ) -> Applied:
-    """Apply deliveries that wait, at that moment. Nothing is committed here.
+    """Apply deliveries that wait. Nothing is committed here.
 
     Their ids stand in `taken` as soon as they are known, for whoever has to find out which of them
     cannot be applied.
@@ -210,7 +212,7 @@ def apply_waiting(
         else:
             quarantined.append((delivery.delivery_id, reason))
     outcome = merging.write()
-    statements.finish(connection, applied, quarantined, at)
+    statements.finish(connection, applied, quarantined, clock())
     return Applied([*taken], quarantined, outcome)
 
 

@@ -71,7 +71,8 @@ class DeliveryRow:
 
 
 class Counts(NamedTuple):
-    """How much waits, or needs somebody's eye. `oldest_due_at` shows how far polling lags."""
+    """How much waits, or needs somebody's eye. `oldest_due_at` shows how far polling lags,
+    `oldest_waiting_at` how far applying of callbacks does (of which `waiting` are not applied)."""
 
     active: int
     due: int
@@ -79,7 +80,9 @@ class Counts(NamedTuple):
     quarantined: int
     open_starts: int
     unresolved_starts: int
+    waiting: int
     oldest_due_at: datetime | None
+    oldest_waiting_at: datetime | None
 
 
 async def get_run(db: Database, run_id: str) -> Record | None:
@@ -243,6 +246,7 @@ async def get_delivery(db: Database, delivery_id: str) -> DeliveryRow | None:
 async def counts(db: Database, *, now: datetime) -> Counts:
     """Count what a metric or a health check wants to know, without reading whole tables."""
     waiting = runs.c.next_check_at.is_not(None)
+    is_waiting = deliveries.c.outcome == word("waiting")
     statement = select(
         _count(runs, waiting),
         _count(runs, runs.c.next_check_at <= now),
@@ -250,7 +254,9 @@ async def counts(db: Database, *, now: datetime) -> Counts:
         _count(deliveries, deliveries.c.outcome == word("quarantined")),
         _count(starts, starts.c.state.in_([word("stored"), word("sent")])),
         _count(starts, starts.c.state == word("unresolved")),
+        _count(deliveries, is_waiting),
         select(func.min(runs.c.next_check_at)).where(runs.c.next_check_at <= now).scalar_subquery(),
+        select(func.min(deliveries.c.received_at)).where(is_waiting).scalar_subquery(),
     )
     async with db.read() as connection:
         return Counts(*(await connection.execute(statement)).one())

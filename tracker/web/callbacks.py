@@ -122,9 +122,14 @@ def _headers(scope: Scope) -> tuple[str | None, str | None, str | None]:
 def _say_taken(received: Received) -> None:
     """The log's line about one delivery."""
     if received.trial:
-        log.info("callback.trial")
+        log.info("callback.trial", delivery_id=received.delivery_id)
     elif _level.isEnabledFor(logging.DEBUG):  # to ask costs less than to be passed over
-        log.debug("callback.taken", repeated=received.repeated)
+        log.debug(
+            "callback.taken",
+            delivery_id=received.delivery_id,
+            run_id=received.run_id,
+            repeated=received.repeated,
+        )
 
 
 class _Refusals:

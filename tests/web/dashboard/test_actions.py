@@ -71,7 +71,7 @@ async def test_a_body_that_retention_removed_is_told(
 ) -> None:
     """The page says so in its place, and a replay that there is nothing to do."""
     at = utc_now() - timedelta(days=40)
-    await closed.services.door.put(callback("run_1", at=at))
+    await keep(closed.services.database, callback("run_1", at=at))
     ages = Ages(runs=timedelta(days=90), bodies=timedelta(days=30))
     assert (await closed.services.pruner.prune(ages))["bodies"] == 1
     page = (await browser.get("/deliveries/whd_run_1")).text
