@@ -220,13 +220,3 @@ def test_every_test_says_what_holds() -> None:
         and not ast.get_docstring(node)
     ]
     assert silent == []
-
-
-def test_modules_are_short() -> None:
-    """A module that needs more than 400 lines is two."""
-    long = {
-        str(path.relative_to(ROOT)): count
-        for path in SOURCES
-        if (count := len(path.read_text().splitlines())) > 400
-    }
-    assert long == {}

@@ -82,7 +82,10 @@ class Rotation:
         self.settings = rotated
         self.tokens = rotated.access_tokens
         for follower in self._followers:
-            follower(rotated)
+            try:
+                follower(rotated)
+            except SettingsError as error:  # one secret that cannot be used holds up no other
+                log.error("settings.not_reloaded", reason=str(error))
         log.info("settings.reloaded")
         return True
 
