@@ -106,24 +106,29 @@ async def test_a_sweep_that_is_under_way_is_seen(database_url: str) -> None:
 
 async def test_what_waits_for_a_person_is_named(seen: work.Ledger) -> None:
     """Missed callbacks, quarantine, open starts and contradictions, each with its command."""
-    assert {one.level for one in upkeep.look(seen.gauges, [])} == {Level.OK}
+    assert {one.level for one in upkeep.look(seen.gauges, [], now=NOW)} == {Level.OK}
     gauges = replace(
         seen.gauges,
         callbacks={("ws_1", "came"): 15, ("ws_1", "missed"): 5},
         quarantined=10_000,
-        waiting=0,
-        oldest_waiting_at=None,
+        waiting=7,
+        oldest_waiting_at=NOW - timedelta(seconds=90),
         unresolved_starts=2,
     )
-    found = {one.name: one for one in upkeep.look(gauges, ["run_1", "run_2", "run_3", "run_4"])}
+    found = {
+        one.name: one for one in upkeep.look(gauges, ["run_1", "run_2", "run_3", "run_4"], now=NOW)
+    }
     assert {one.level for one in found.values()} == {Level.WARNING}
     assert "5 of 20 callbacks" in found["missed callbacks"].seen
     assert "25.0 %" in found["missed callbacks"].seen
+    assert "7 acknowledged callbacks are not applied yet; the oldest came 90 s" in (
+        found["inbox"].seen
+    )
     assert "10000 or more" in found["quarantine"].seen
     assert "tracker runs track" in found["starts"].advice
     assert "4 runs ended (run_1, run_2, run_3, …)" in found["conflicts"].seen
     few = replace(seen.gauges, callbacks={("ws_1", "missed"): 9})
-    assert upkeep.look(few, [])[0].level is Level.OK, "too few to say anything"
+    assert upkeep.look(few, [], now=NOW)[0].level is Level.OK, "too few to say anything"
 
 
 async def test_test_deliveries_that_were_left_are_taken_out_and_nothing_else_is(

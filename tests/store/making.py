@@ -209,7 +209,7 @@ async def apply_all(db: Database, *, limit: int = 500, at: datetime = NOW) -> in
         )
         if not done.taken:
             return count
-        count += len(done.taken)
+        count += done.taken
 
 
 _texts = st.sampled_from(["a", "b", "Größe", "nul \0 in it", "half \ud83d of one"])

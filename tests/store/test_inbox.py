@@ -30,14 +30,14 @@ from tests.store.making import (
 from tests.support.deliveries import Delivered, keep, waiting
 from tests.support.waiting import eventually
 from tracker.core.entry import Delivery, DeliveryOutcome
-from tracker.core.errors import StoreUnavailable
+from tracker.core.errors import StoreError, StoreUnavailable
 from tracker.core.observation import Source
 from tracker.core.run import RunStatus, Tracking
 from tracker.flora.parse import digest_id
 from tracker.receiving.apply import Applier
 from tracker.store import read
 from tracker.store.batch import Outcome, statements_for
-from tracker.store.delivery_rows import requeue
+from tracker.store.delivery_rows import MOST_LARGE, SMALL, requeue
 from tracker.store.engine import Database
 from tracker.store.inbox import Group, Inbox, Read, apply_waiting
 from tracker.store.tables import deliveries, run_events, runs
@@ -426,7 +426,7 @@ async def test_what_cannot_be_applied_is_quarantined_alone(
         return said
 
     monkeypatch.setattr(applier, "_read", breaks)
-    assert await applier.drain() >= 40
+    assert await applier.drain() == 40
     found = await outcomes(db)
     assert {key for key, outcome in found.items() if outcome != "applied"} == {
         f"whd_{run}" for run in bad
@@ -557,3 +557,46 @@ async def test_no_run_is_read_to_store(db: Database, inbox: Inbox) -> None:
     told = [one for one in sent if not one.startswith(("BEGIN", "PRAGMA"))]
     assert 1 <= len(told) <= 2 + 2 * (db.dialect == "sqlite")
     assert all("deliveries" in one and " runs" not in one for one in told)
+
+
+async def test_large_bodies_are_applied_a_few_at_a_time(db: Database) -> None:
+    """However many wait, only so many large bodies are in memory at once; all are applied."""
+    large = b" " * SMALL
+    groups: list[int] = []
+    async with open_inbox(db) as inbox:
+        for run in ids("run", MOST_LARGE + 8):
+            await inbox.store(delivery(run, body=body_of(run) + large))
+        await inbox.store(delivery("small"))
+    applier = open_applier(db, on_applied=[lambda good, _: groups.append(good)])
+    assert await applier.drain() == MOST_LARGE + 9
+    assert groups == [MOST_LARGE + 1, 8]
+    assert set((await outcomes(db)).values()) == {"applied"}
+
+
+async def test_a_database_that_lets_nobody_write_blames_no_delivery(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it says to everyone, a missing privilege for one, is reported and tried again; what
+    it waits for stays whole."""
+    write, refuses = db.write, True
+
+    async def refused(work: Any) -> Any:
+        if refuses:
+            work.args[1][:] = ["whd_run_1"]  # it was taken, and then could not be written
+            raise StoreError("the database refuses this: permission denied for table run_events")
+        return await write(work)
+
+    async with open_inbox(db) as inbox:
+        await inbox.store(delivery("run_1"))
+    monkeypatch.setattr(db, "write", refused)
+    async with open_applier(db) as applier:
+        applier.wake()
+        await asyncio.sleep(0.2)
+        assert await outcomes(db) == {"whd_run_1": "waiting"}
+        refuses = False
+
+        async def none() -> bool:
+            return await waiting(db) == 0
+
+        await eventually(none)
+    assert await outcomes(db) == {"whd_run_1": "applied"}

@@ -281,7 +281,7 @@ _EMPTY = ", ".join(["'{}'"] * 11)
     ("statement", "values", "index"),
     [
         (_text(LOCK_RUNS), "ARRAY['a', 'b']", "pk_runs"),
-        (_text(TAKE_WAITING), "ARRAY['a'], 10", "ix_deliveries_waiting"),
+        (_text(TAKE_WAITING), "16384, ARRAY['a'], 10", "ix_deliveries_waiting"),
         (_text(APPLIED), "'applied', now(), ARRAY['a']", "pk_deliveries"),
         (_text(batch_postgres.WRITE), "'[]', '[]', '[]', ARRAY['a'], '[]', '[]'", "pk_runs"),
         (STORE, _EMPTY, "pk_deliveries"),

@@ -182,7 +182,7 @@ async def _read_work(
                 workspace=given.name_of(settings, workspace),
             )
         )
-    return [*findings, *upkeep.look(gauges, conflicts)]
+    return [*findings, *upkeep.look(gauges, conflicts, now=now)]
 
 
 def _sweeps_of(

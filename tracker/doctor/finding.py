@@ -26,6 +26,7 @@ Name = Literal[
     "worker",
     "sweeps",
     "missed callbacks",
+    "inbox",
     "quarantine",
     "starts",
     "conflicts",

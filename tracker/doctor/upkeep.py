@@ -1,7 +1,9 @@
-"""What waits for a person: callbacks that do not come, quarantine, open starts, contradictions."""
+"""What waits for a person: callbacks that do not come or are not applied, quarantine, open starts,
+contradictions."""
 
 from collections import Counter
 from collections.abc import Sequence
+from datetime import datetime, timedelta
 from typing import Final
 
 from tracker.doctor.finding import Finding, ok, warning
@@ -11,13 +13,16 @@ from tracker.web.dashboard.words import percent
 ENOUGH: Final = 10
 """So many callbacks have to be expected before their rate says anything."""
 MISSED: Final = 0.1
+BEHIND: Final = timedelta(seconds=60)
+"""A callback that is not applied after this long is behind."""
 SHOWN: Final = 3
 
 
-def look(gauges: Gauges, conflicts: Sequence[str]) -> list[Finding]:
-    """All of it, from figures that were read before."""
+def look(gauges: Gauges, conflicts: Sequence[str], *, now: datetime) -> list[Finding]:
+    """All of it, from figures that were read before, at that moment."""
     return [
         _missed(gauges),
+        _inbox(gauges, now),
         _quarantine(gauges.quarantined),
         _starts(gauges.unresolved_starts),
         _conflicts(conflicts),
@@ -42,6 +47,20 @@ def _missed(gauges: Gauges) -> Finding:
             "found by polling.",
         )
     return ok(name, f"{told}.")
+
+
+def _inbox(gauges: Gauges, now: datetime) -> Finding:
+    name: Final = "inbox"
+    oldest = gauges.oldest_waiting_at
+    if oldest is None or now - oldest < BEHIND:
+        return ok(name, "Acknowledged callbacks are applied.")
+    return warning(
+        name,
+        f"{_number(gauges.waiting)} acknowledged callbacks are not applied yet; the oldest came "
+        f"{round((now - oldest).total_seconds())} s ago.",
+        "They are stored, and none is lost. See that `tracker serve` or `tracker worker` of this "
+        "version runs, and what inbox.not_applied says in the log; `tracker poll` applies too.",
+    )
 
 
 def _quarantine(count: int) -> Finding:

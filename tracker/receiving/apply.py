@@ -20,15 +20,15 @@ from sqlalchemy import Connection
 
 from tracker.core.clock import Clock
 from tracker.core.entry import TRIAL, Delivery
-from tracker.core.errors import SchemaOutdated, StoreError, StoreUnavailable
+from tracker.core.errors import StoreError
 from tracker.core.seldom import Seldom
 from tracker.sources import callback
 from tracker.store import delivery_rows
 from tracker.store.batch import Outcome, Rules, statements_for
 from tracker.store.engine import Database
-from tracker.store.faults import StoreBusy
+from tracker.store.faults import StoreBusy, StoreRefused
 from tracker.store.group_commit import OnWrite, call_hook
-from tracker.store.inbox import Applied, Group, Read, apply_waiting
+from tracker.store.inbox import NOTHING, Applied, Group, Read, apply_waiting
 from tracker.store.notices import inbox_notice
 from tracker.tracking.workspaces import Workspaces
 
@@ -176,8 +176,9 @@ class Applier:
     async def drain(self) -> int:
         """Apply all that waits now and that nobody else is at, and return how many deliveries that
         were. Raises `StoreUnavailable`."""
-        count = 0
-        while taken := await self._apply_group():
+        count, more = 0, True
+        while more:
+            taken, more = await self._apply_group()
             count += taken
         return count
 
@@ -187,7 +188,7 @@ class Applier:
             self._woken.clear()
             began = time.monotonic()
             try:
-                taken = await self._apply_group()
+                taken, more = await self._apply_group()
             except StoreError as error:
                 self._woken.set()
                 self._report(error)
@@ -203,6 +204,8 @@ class Applier:
                 await asyncio.sleep(RETRY[1])
                 continue
             wait = RETRY[0]
+            if more:
+                self._woken.set()
             if taken:
                 await self._hold_back(began + LONGEST_PAUSE)
             await self._until_woken()
@@ -234,11 +237,12 @@ class Applier:
         with suppress(StoreError):  # they look every second anyhow
             await self._database.send("SELECT pg_notify($1, $2)", (channel, payload))
 
-    async def _apply_group(self) -> int:
-        """Apply one group; how many deliveries it took, those that were quarantined among them.
+    async def _apply_group(self) -> tuple[int, bool]:
+        """Apply one group: how many deliveries it brought to their end, the quarantined ones among
+        them, and whether more may be waiting.
 
         Where one of them cannot be applied the next group is half as large, until that one is
-        alone. Raises `StoreUnavailable` and `SchemaOutdated`, for which no delivery is to blame.
+        alone. Raises `StoreError` where no delivery is to blame.
         """
         async with self._one_at_a_time:
             now = time.monotonic()
@@ -247,31 +251,21 @@ class Applier:
             taken: list[str] = []
             try:
                 applied = await self._write(group, taken)
-            except StoreBusy:
-                # A run that someone else has locked holds up its own delivery, and no other.
-                if len(taken) <= 1:
-                    if not taken:
-                        raise
-                    self._held_up[taken[0]] = time.monotonic() + HELD_UP_SECONDS
-                self._limit = max(len(taken) // 2, 1)
-                self._woken.set()
-                return len(taken)
-            except (StoreUnavailable, SchemaOutdated):
-                raise
             except Exception as error:
-                if not taken:
+                if not taken or not _is_to_blame(error):
                     raise
                 self._limit = max(len(taken) // 2, 1)
-                if len(taken) == 1:
-                    await self._quarantine(taken[0], error)
-                self._woken.set()
-                return len(taken)
-            self._limit = min(self._limit * 2, MAX_GROUP)
-            if len(applied.taken) >= group.limit:
-                self._woken.set()  # there may be more
+                if len(taken) > 1:
+                    return 0, True
+                if isinstance(error, StoreBusy):
+                    self._held_up[taken[0]] = time.monotonic() + HELD_UP_SECONDS
+                    return 0, True
+                applied = await self._quarantine(taken[0], error)
+            else:
+                self._limit = min(self._limit * 2, MAX_GROUP)
             if applied.taken:
                 self._tell(applied)
-            return len(applied.taken)
+            return applied.taken, applied.more
 
     async def _write(self, group: Group, taken: list[str]) -> Applied:
         began = time.monotonic()
@@ -296,21 +290,21 @@ class Applier:
             statements=self._statements,
         )
 
-    async def _quarantine(self, delivery_id: str, error: Exception) -> None:
+    async def _quarantine(self, delivery_id: str, error: Exception) -> Applied:
         """Put aside the one delivery that cannot be applied, with the reason."""
         reason = f"it cannot be applied: {error}"
         if not isinstance(error, StoreError):
             reason = f"it cannot be applied: {type(error).__name__}: {error}"
         quarantined = [(delivery_id, reason)]
         await self._database.write(partial(delivery_rows.quarantine, which=quarantined))
-        self._tell(Applied([delivery_id], quarantined, Outcome([], due=False, news=[])))
+        return Applied(1, True, quarantined, NOTHING)
 
     def _tell(self, applied: Applied) -> None:
         for on_commit in self._on_commit:
             call_hook(on_commit, applied.outcome)
         bad = len(applied.quarantined)
         for on_applied in self._on_applied:
-            call_hook(on_applied, len(applied.taken) - bad, bad)
+            call_hook(on_applied, applied.taken - bad, bad)
         reasons: dict[str, list[str]] = {}
         for delivery_id, reason in applied.quarantined:
             reasons.setdefault(reason, []).append(delivery_id)
@@ -320,3 +314,11 @@ class Applier:
     def _report(self, error: StoreError) -> None:
         if count := self._seldom.count("unavailable", now=time.monotonic()):
             log.warning("inbox.not_applied", error=str(error), count=count)
+
+
+def _is_to_blame(error: Exception) -> bool:
+    """Whether some delivery of the group is: a run that someone else has locked holds up its own
+    delivery, and no other; the database refuses what one says; or the tracker has a fault that one
+    brings to light. A database that does not answer, or lets nobody write, is no fault of theirs.
+    """
+    return isinstance(error, StoreBusy | StoreRefused) or not isinstance(error, StoreError)

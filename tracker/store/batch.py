@@ -92,9 +92,10 @@ class Statements(Protocol):
 
     def take_waiting(
         self, connection: Connection, limit: int, held_up: Sequence[str]
-    ) -> list[Delivery]:
+    ) -> tuple[list[Delivery], int]:
         """The deliveries that have waited longest, without those `held_up`, kept from others until
-        the commit. What others have taken is passed over."""
+        the commit; and how many were found, some of which may be too large for this time. What
+        others have taken is passed over."""
 
     def finish(
         self,

@@ -42,7 +42,7 @@ from tracker.store.batch import (
     Changes,
     Rows,
 )
-from tracker.store.delivery_rows import delivery_of, quarantine, waiting_first
+from tracker.store.delivery_rows import deliveries_of, quarantine, waiting_first
 from tracker.store.faults import WriteConflict
 from tracker.store.notices import due_notice, run_notices
 from tracker.store.rows import (
@@ -232,10 +232,10 @@ class PostgresStatements:
 
     def take_waiting(
         self, connection: Connection, limit: int, held_up: Sequence[str]
-    ) -> list[Delivery]:
-        """One select for update."""
-        rows = connection.execute(TAKE_WAITING, {"most": limit, "held_up": held_up})
-        return [delivery_of(row) for row in rows]
+    ) -> tuple[list[Delivery], int]:
+        """One select for update, and one for large bodies."""
+        rows = connection.execute(TAKE_WAITING, {"most": limit, "held_up": held_up}).all()
+        return deliveries_of(connection, rows), len(rows)
 
     def finish(
         self,

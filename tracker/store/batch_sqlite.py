@@ -22,7 +22,7 @@ from tracker.store.batch import (
     Changes,
     Rows,
 )
-from tracker.store.delivery_rows import delivery_of, quarantine, waiting_first
+from tracker.store.delivery_rows import deliveries_of, quarantine, waiting_first
 from tracker.store.rows import (
     RUN_COLUMNS,
     ids_with_outputs,
@@ -201,10 +201,11 @@ class SqliteStatements:
 
     def take_waiting(
         self, connection: Connection, limit: int, held_up: Sequence[str]
-    ) -> list[Delivery]:
-        """A plain read: the transaction has the file to itself."""
+    ) -> tuple[list[Delivery], int]:
+        """Plain reads: the transaction has the file to itself."""
         values = {"most": limit, "held_up": dump_json(held_up)}
-        return [delivery_of(row) for row in connection.execute(TAKE_WAITING, values)]
+        rows = connection.execute(TAKE_WAITING, values).all()
+        return deliveries_of(connection, rows), len(rows)
 
     def finish(
         self,

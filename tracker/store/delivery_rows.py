@@ -3,29 +3,57 @@
 from collections.abc import Sequence
 from typing import Any, Final
 
-from sqlalchemy import Connection, Integer, Select, bindparam, null, select, update
+from sqlalchemy import (
+    Connection,
+    Integer,
+    Row,
+    Select,
+    bindparam,
+    case,
+    func,
+    null,
+    select,
+    update,
+)
 
 from tracker.core.entry import Delivery
 from tracker.store import retention
 from tracker.store.tables import deliveries, word
 
-_READ: Final = ("delivery_id", "received_at", "body", "run_id", "event_type", "workspace_id")
-"""What applying a delivery needs of its row."""
+_READ: Final = ("delivery_id", "received_at", "run_id", "event_type", "workspace_id")
+"""What applying a delivery needs of its row, beside the body."""
+SMALL: Final = 16 * 1024
+MOST_LARGE: Final = 32
+"""Bytes that nearly every body has at most, and how many larger ones are applied together: of these
+too, at 256 KiB each, no more than eight megabytes are in memory."""
 
 
 def waiting_first() -> Select[Any]:
-    """The first `most` deliveries that wait, oldest first."""
+    """The first `most` deliveries that wait, oldest first; of large ones without the body."""
+    body = case((func.length(deliveries.c.body) <= SMALL, deliveries.c.body))
     return (
-        select(*(deliveries.c[name] for name in _READ))
+        select(*(deliveries.c[name] for name in _READ), body.label("body"))
         .where(deliveries.c.outcome == word("waiting"))
         .order_by(deliveries.c.received_at, deliveries.c.delivery_id)
         .limit(bindparam("most", type_=Integer))
     )
 
 
-def delivery_of(row: Any) -> Delivery:
-    """The delivery of a row that `waiting_first` found."""
-    return Delivery(**dict(zip(_READ, row, strict=True)))
+def deliveries_of(connection: Connection, rows: Sequence[Row[Any]]) -> list[Delivery]:
+    """The deliveries of rows that `waiting_first` found; of large ones the first few."""
+    large = [row.delivery_id for row in rows if row.body is None][:MOST_LARGE]
+    bodies: dict[str, bytes] = {}
+    if large:
+        whole = select(deliveries.c.delivery_id, deliveries.c.body)
+        found = connection.execute(whole.where(deliveries.c.delivery_id.in_(large)))
+        bodies = dict(found.all())
+    return [
+        Delivery(
+            **row._asdict() | {"body": bodies[row.delivery_id] if row.body is None else row.body}
+        )
+        for row in rows
+        if row.body is not None or row.delivery_id in bodies
+    ]
 
 
 _QUARANTINE: Final = (

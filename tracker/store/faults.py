@@ -8,7 +8,7 @@ import sqlite3
 from functools import cache
 from typing import Final
 
-from sqlalchemy.exc import DBAPIError, InterfaceError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, InterfaceError, SQLAlchemyError, StatementError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from tracker.core.errors import SchemaOutdated, StoreError, StoreUnavailable
@@ -16,6 +16,10 @@ from tracker.core.errors import SchemaOutdated, StoreError, StoreUnavailable
 
 class StoreBusy(StoreUnavailable):
     """Somebody holds a lock for long, or a statement took too long: of several, one is to blame."""
+
+
+class StoreRefused(StoreError):
+    """The database refuses what it was given: the data is to blame, and nothing else."""
 
 
 class WriteConflict(Exception):
@@ -42,8 +46,12 @@ _UNAVAILABLE: Final = frozenset(
         "XX002",
     }
 )
+_DATA_CLASSES: Final = ("22", "23", "54")  # data exception, constraint, program limit exceeded
 _OUTDATED: Final = frozenset({"42P01", "42703", "3F000"})  # no such table, column, schema
 
+_SQLITE_DATA: Final = frozenset(
+    {sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_MISMATCH}
+)
 _SQLITE_UNAVAILABLE: Final = frozenset(
     {
         sqlite3.SQLITE_BUSY,
@@ -114,18 +122,22 @@ def translate(error: BaseException) -> StoreError:
             return StoreBusy(f"the database is too busy: {what}")
         if state in _UNAVAILABLE or state in _CONFLICTS or state.startswith(_UNAVAILABLE_CLASSES):
             return StoreUnavailable(f"the database is not available: {what}")
-        return StoreError(f"the database refuses this: {what}")
+        refused = StoreRefused if state.startswith(_DATA_CLASSES) else StoreError
+        return refused(f"the database refuses this: {what}")
     code = _sqlite_code(error)
     if code is not None:
         if code & 0xFF in _SQLITE_UNAVAILABLE:
             return StoreUnavailable(f"the database is not available: {what}")
         if what.startswith(("no such table", "no such column")) or "has no column named" in what:
             return SchemaOutdated(f"{OUTDATED_ADVICE} ({what})")
-        return StoreError(f"the database refuses this: {what}")
+        refused = StoreRefused if code & 0xFF in _SQLITE_DATA else StoreError
+        return refused(f"the database refuses this: {what}")
     # No code: the driver itself gave up, on a connection that is gone.
     gave_up = isinstance(error, InterfaceError) or _is_drivers(error)
     if gave_up or getattr(error, "connection_invalidated", False):
         return StoreUnavailable(f"the connection to the database is lost: {what}")
+    if isinstance(error, StatementError) and not isinstance(error, DBAPIError):
+        return StoreRefused(f"the database cannot take this: {what}")  # nor was it sent
     return StoreError(f"the database cannot do this: {what}")
 
 

@@ -148,6 +148,9 @@ def _stores_of(db: Database) -> Stores:
     return store_postgres
 
 
+NOTHING: Final = Outcome([], due=False, news=[])
+
+
 class Read(NamedTuple):
     """What a delivery says, as of now: an observation of a run, or why it is quarantined, or
     neither for a test delivery. `signers` are the workspaces that may have signed it; `None` where
@@ -160,10 +163,11 @@ class Read(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What applying a group did: how many deliveries it `taken`, which were quarantined and why,
-    and what it did to runs."""
+    """What applying a group did: how many deliveries it took, which were quarantined and why, and
+    what it did to runs. `more` says that others may be waiting."""
 
-    taken: list[str]
+    taken: int
+    more: bool
     quarantined: list[tuple[str, str]]
     outcome: Outcome
 
@@ -192,10 +196,11 @@ def apply_waiting(
     Their ids stand in `taken` as soon as they are known, for whoever has to find out which of them
     cannot be applied.
     """
-    deliveries = statements.take_waiting(connection, group.limit, group.held_up)
+    deliveries, found = statements.take_waiting(connection, group.limit, group.held_up)
     taken[:] = [delivery.delivery_id for delivery in deliveries]
+    more = found == group.limit or len(taken) < found
     if not deliveries:
-        return Applied([], [], Outcome([], due=False, news=[]))
+        return Applied(0, more, [], NOTHING)
     said = [group.read(delivery) for delivery in deliveries]
     run_ids = {one.observation.run_id for one in said if one.observation is not None}
     merging = Merging(connection, run_ids, rules, statements)
@@ -213,7 +218,7 @@ def apply_waiting(
             quarantined.append((delivery.delivery_id, reason))
     outcome = merging.write()
     statements.finish(connection, applied, quarantined, clock())
-    return Applied([*taken], quarantined, outcome)
+    return Applied(len(taken), more, quarantined, outcome)
 
 
 def _not_theirs(said: Read, merging: Merging) -> str | None:
