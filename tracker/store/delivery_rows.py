@@ -56,7 +56,7 @@ def deliveries_of(connection: Connection, rows: Sequence[Row[Any]]) -> list[Deli
             event_type=event_type,
             workspace_id=workspace_id,
         )
-        for delivery_id, received_at, run_id, event_type, workspace_id, body in rows
+        for delivery_id, received_at, run_id, event_type, workspace_id, body in map(tuple, rows)
         if body is not None or delivery_id in bodies
     ]
 
