@@ -142,6 +142,7 @@ async def test_a_body_without_length_in_the_smallest_parts(small_site: Site) -> 
             await connection.send(part)
             await asyncio.sleep(0)
         assert (await connection.answer()).status == 200
+    await small_site.services.applier.drain()
     assert (await small_site.client.get("/api/runs/run_chunks")).json()["status"] == "completed"
 
 
@@ -389,8 +390,12 @@ async def test_two_thousand_connections_keep_no_callback_out(
                     *(client.post(PATH, content=b, headers=signed(b, SECRET)) for b in bodies)
                 )
             assert {answer.status_code for answer in answers} == {200}
-            runs = (await client.get("/api/runs?limit=100")).json()["runs"]
-            assert len(runs) == len(bodies)
+
+            async def applied() -> bool:
+                runs = (await client.get("/api/runs?limit=100")).json()["runs"]
+                return len(runs) == len(bodies)
+
+            await eventually(applied)
         assert await server.stop() == 0
         assert "Traceback" not in server.log
 

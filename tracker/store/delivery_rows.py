@@ -49,10 +49,15 @@ def deliveries_of(connection: Connection, rows: Sequence[Row[Any]]) -> list[Deli
         bodies = dict(found.all())
     return [
         Delivery(
-            **row._asdict() | {"body": bodies[row.delivery_id] if row.body is None else row.body}
+            delivery_id=delivery_id,
+            received_at=received_at,
+            body=bodies[delivery_id] if body is None else body,
+            run_id=run_id,
+            event_type=event_type,
+            workspace_id=workspace_id,
         )
-        for row in rows
-        if row.body is not None or row.delivery_id in bodies
+        for delivery_id, received_at, run_id, event_type, workspace_id, body in map(tuple, rows)
+        if body is not None or delivery_id in bodies
     ]
 
 
