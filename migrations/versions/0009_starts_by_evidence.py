@@ -123,7 +123,9 @@ def make_anew() -> None:
         sa.Index(
             "ix_starts_open", "created_at", sqlite_where=sa.text("state IN ('stored', 'sent')")
         ),
-        sa.Index("ix_starts_unresolved", "created_at", sqlite_where=sa.text("state = 'unresolved'")),
+        sa.Index(
+            "ix_starts_unresolved", "created_at", sqlite_where=sa.text("state = 'unresolved'")
+        ),
         sa.Index("ix_starts_run", "run_id"),
         sa.Index("ix_starts_technique", "technique_id", "created_at"),
     )

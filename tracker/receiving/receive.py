@@ -61,13 +61,19 @@ class Receiver:
         self._find_new_secrets = find_new_secrets
 
     async def receive(
-        self, body: bytes, *, signature: str | None, webhook_id: str | None
+        self,
+        body: bytes,
+        *,
+        signature: str | None,
+        webhook_id: str | None,
+        token: str | None = None,
     ) -> Received:
         """Store one callback; returns after the commit. Its effect on its run follows.
 
         `body` is the raw bytes, `signature` and `webhook_id` the `Flora-Signature` and
-        `Flora-Webhook-Id` headers. Raises `SignatureError` (nothing is stored), `NoSecrets`, and
-        `StoreUnavailable` where it could not be committed in time.
+        `Flora-Webhook-Id` headers, `token` the last part of a start's own callback address. Raises
+        `SignatureError` (nothing is stored), `NoSecrets`, and `StoreUnavailable` where it could not
+        be committed in time.
         """
         if not self._workspaces.secrets:
             raise NoSecrets(
@@ -81,6 +87,7 @@ class Receiver:
             at=now,
             webhook_id=webhook_id,
             signers=[workspace.workspace_id for workspace in signers],
+            token=token,
         )
         bind_contextvars(delivery_id=delivery.delivery_id, run_id=delivery.run_id)
         workspace = _signer(signers, delivery.workspace_id)

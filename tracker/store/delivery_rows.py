@@ -9,7 +9,10 @@ from tracker.core.entry import Delivery
 from tracker.store import retention
 from tracker.store.tables import deliveries, word
 
-_READ: Final = ("delivery_id", "received_at", "body", "run_id", "event_type", "workspace_id")
+_READ: Final = (
+    *("delivery_id", "received_at", "body", "run_id", "event_type", "workspace_id"),
+    "callback_token",
+)
 """What applying a delivery needs of its row."""
 
 

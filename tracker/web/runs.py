@@ -60,6 +60,7 @@ class Runs:
                 inputs=[one.model_dump() for one in body.inputs],
                 workspace_id=body.workspace_id,
                 idempotency_key=key or body.idempotency_key,
+                started_by=actor_of(request.scope).name,
             )
         )
         run = run_json(started.record)
