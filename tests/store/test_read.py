@@ -221,7 +221,7 @@ async def test_counts_say_what_waits(door: TestDoor, db: Database) -> None:
     for key in ("open", "unresolved"):
         await starts.reserve(
             db,
-            workspace_slot="default",
+            workspace_id="default",
             idempotency_key=key,
             technique_id="tech_1",
             fingerprint="",

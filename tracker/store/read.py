@@ -267,6 +267,7 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
 
 def _delivery(row: Row[Any]) -> DeliveryRow:
     values = row._asdict()
+    del values["callback_token"]  # whoever knows it can speak of the start
     if row.body_removed_at is not None:
         values["body"] = None  # what is there is not what came
     return DeliveryRow(**values | {"outcome": DeliveryOutcome(values["outcome"])})

@@ -12,14 +12,22 @@ from typing import Final
 import structlog
 
 from tracker.core.clock import Clock
-from tracker.core.errors import FloraError, SettingsError
+from tracker.core.errors import (
+    FloraError,
+    FloraUnreachable,
+    RateLimited,
+    ServerFault,
+    SettingsError,
+)
 from tracker.flora.client import FloraClient
 from tracker.store import starts, workspace_keys
 from tracker.store.engine import Database
 from tracker.tracking.workspaces import Workspace
 
-ASK_SECONDS: Final = 10.0
+ASK_SECONDS: Final = 5.0
 """How long FLORA may take to tell whose key it is."""
+
+_CANNOT_BE_ASKED: Final = (FloraUnreachable, RateLimited, ServerFault)
 
 log = structlog.get_logger(__name__)
 
@@ -43,11 +51,12 @@ class WorkspaceIds:
         self._known: dict[str, _Known] = {}
         self._asking = asyncio.Lock()
 
-    async def of(self, workspace: Workspace) -> str:
-        """The id of the workspace that its key is of.
+    async def of(self, workspace: Workspace, *, deadline: float = ASK_SECONDS) -> str:
+        """The id of the workspace that its key is of. `deadline` is in seconds.
 
         Raises `SettingsError` where there is no key, where the settings name another workspace, and
-        where FLORA does not tell and FLORA_WORKSPACE_ID is not set; and `StoreUnavailable`.
+        where FLORA does not tell and FLORA_WORKSPACE_ID is not set; the `FloraError` of a FLORA
+        that cannot be asked now, where nothing else tells; and `StoreUnavailable`.
         """
         client = workspace.require_client()
         fingerprint = client.key_fingerprint
@@ -57,7 +66,9 @@ class WorkspaceIds:
         async with self._asking:
             workspace_id = await workspace_keys.workspace_of(self._database, fingerprint)
             if workspace_id is None:
-                workspace_id = await self._learn(workspace, client, fingerprint)
+                workspace_id = await self._learn(
+                    workspace, client, fingerprint, min(deadline, ASK_SECONDS)
+                )
             self._check(workspace, workspace_id)
             workspace.belongs_to(workspace_id)
             if workspace.is_top:
@@ -65,9 +76,11 @@ class WorkspaceIds:
             self._known[workspace.slot] = _Known(client, fingerprint, workspace_id)
         return workspace_id
 
-    async def _learn(self, workspace: Workspace, client: FloraClient, fingerprint: str) -> str:
+    async def _learn(
+        self, workspace: Workspace, client: FloraClient, fingerprint: str, deadline: float
+    ) -> str:
         """Ask FLORA, and keep what it tells. What the settings say does where it does not."""
-        told = await _asked(client, workspace.configured_id)
+        told = await _asked(client, workspace.configured_id, deadline)
         if told is None:
             if workspace.configured_id is None:
                 raise SettingsError(
@@ -93,22 +106,23 @@ class WorkspaceIds:
             )
 
 
-async def _asked(client: FloraClient, configured: str | None) -> str | None:
+async def _asked(client: FloraClient, configured: str | None, deadline: float) -> str | None:
     """What FLORA says; `None` where it does not, or names several."""
     try:
-        seen = await client.list_workspaces(deadline=ASK_SECONDS)
+        seen = await client.list_workspaces(deadline=deadline)
     except FloraError as error:
         log.info("workspace.not_told", error=str(error))
+        if configured is not None:
+            return None
+        if isinstance(error, _CANNOT_BE_ASKED):
+            raise
         seen = []
     if configured in seen:
         return configured
     if len(seen) == 1:
         return seen[0]
-    if seen:
+    if seen or configured is not None:
         return None
     # Any answer that names it will do: the list of runs does, where there is one.
-    try:
-        page = await client.history(limit=1, deadline=ASK_SECONDS)
-    except FloraError:
-        return None
+    page = await client.history(limit=1, deadline=deadline)
     return next((item.workspace_id for item in page.items if item.workspace_id), None)

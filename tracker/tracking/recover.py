@@ -101,7 +101,7 @@ class Recovery:
                 continue
             try:
                 found[await self._ids.of(workspace)] = workspace
-            except SettingsError as error:
+            except (FloraError, SettingsError) as error:
                 log.warning("start.recovery_failed", error=str(error))
         return found
 

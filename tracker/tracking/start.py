@@ -126,7 +126,7 @@ class Starter:
         workspace.require_client()
         key = f"trk-{uuid4()}" if request.idempotency_key is None else request.idempotency_key
         check_idempotency_key(key)
-        workspace_id = await self._ids.of(workspace)
+        workspace_id = await self._ids.of(workspace, deadline=self._deadline)
         technique_id = await self._technique_id(workspace, workspace_id, request, key)
         await self._durations.learn([technique_id])
         asked = fingerprint(technique_id, request.inputs)
