@@ -44,6 +44,7 @@ from tracker.tracking.originals import Originals
 from tracker.tracking.poll import Poller
 from tracker.tracking.prune import Pruner
 from tracker.tracking.recover import Recovery
+from tracker.tracking.resolve import Resolver
 from tracker.tracking.sending import Sender
 from tracker.tracking.start import Starter
 from tracker.tracking.sweep import Sweeper
@@ -82,6 +83,7 @@ class Services:
     starter: Starter
     batches: Batches
     recovery: Recovery
+    resolver: Resolver
     tracker: Tracker
     poller: Poller
     sweeper: Sweeper
@@ -261,6 +263,14 @@ async def open_services(
                 clock=clock,
             ),
             recovery=recovery,
+            resolver=Resolver(
+                database=database,
+                workspaces=workspaces,
+                ids=ids,
+                originals=originals,
+                process=process,
+                clock=clock,
+            ),
             tracker=Tracker(door=door, workspaces=workspaces, catalogue=catalogue, clock=clock),
             poller=poller,
             sweeper=Sweeper(

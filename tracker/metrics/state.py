@@ -167,10 +167,14 @@ def _runs(gauges: Gauges, now: datetime) -> Iterator[Metric]:
     yield _plain(
         "runs_awaiting_callback", "Open runs whose callback has not come.", gauges.awaiting_callback
     )
-    yield _plain("starts_open", "Starts that are under way or undecided.", gauges.open_starts)
+    yield _plain(
+        "starts_open",
+        "Starts that were sent and whose outcome is not known yet.",
+        gauges.open_starts,
+    )
     yield _plain(
         "starts_unresolved",
-        "Starts of which nobody knows whether FLORA acted.",
+        "Starts that are left to a person.",
         gauges.unresolved_starts,
     )
     cost = _by_workspace("cost_today_usd", "What the runs that ended today (UTC) cost.")

@@ -127,6 +127,9 @@ _LAST_CALLBACK: Final = (
 _REST: Final = select(
     _count(deliveries, deliveries.c.outcome == word("quarantined")).label("quarantined"),
     _LAST_CALLBACK.label("last_callback_at"),
-    _count(starts, starts.c.state.in_([word("stored"), word("sent")])).label("open_starts"),
+    (
+        _count(starts, starts.c.state == word("sent"))
+        + _count(starts, starts.c.state == word("in_doubt"))
+    ).label("open_starts"),
     _count(starts, starts.c.state == word("unresolved")).label("unresolved_starts"),
 )

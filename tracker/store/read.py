@@ -248,7 +248,8 @@ async def counts(db: Database, *, now: datetime) -> Counts:
         _count(runs, runs.c.next_check_at <= now),
         _count(runs, is_tracked_as(Tracking.LOST)),
         _count(deliveries, deliveries.c.outcome == word("quarantined")),
-        _count(starts, starts.c.state.in_([word("stored"), word("sent")])),
+        _count(starts, starts.c.state == word("sent"))
+        + _count(starts, starts.c.state == word("in_doubt")),
         _count(starts, starts.c.state == word("unresolved")),
         select(func.min(runs.c.next_check_at)).where(runs.c.next_check_at <= now).scalar_subquery(),
     )

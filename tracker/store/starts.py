@@ -66,6 +66,8 @@ class StartState(StrEnum):
 
 UNKNOWN: Final = (StartState.SENT, StartState.IN_DOUBT, StartState.UNRESOLVED)
 """States in which it is not known what came of a start."""
+LISTED: Final = (StartState.STORED, *UNKNOWN)
+"""States whose starts can be listed: few, and each with its own index."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

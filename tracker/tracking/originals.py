@@ -93,7 +93,11 @@ class Originals:
         """Track a run that the history shows, as the one that we started."""
         own = Observation(run_id=original.run_id, source=Source.START, at=self._clock())
         await self.track(workspace_id, row, own)
-        return await self._put(Seen(observation=original))
+        return await self.observe(original)
+
+    async def observe(self, observation: Observation) -> Record:
+        """Commit what FLORA shows of a run. Raises `StoreUnavailable`."""
+        return await self._put(Seen(observation=observation))
 
     async def aclose(self) -> None:
         """Wait a little for what is not stored yet, and log what is lost with this process."""
