@@ -23,7 +23,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
-from functools import partial
 from typing import Any, Final
 
 from sqlalchemy import (
@@ -32,11 +31,9 @@ from sqlalchemy import (
     Row,
     and_,
     case,
-    exists,
     null,
     or_,
     select,
-    tuple_,
     union_all,
     update,
 )
@@ -45,12 +42,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from tracker.core.observation import Source
 from tracker.store import cursors
 from tracker.store.engine import Database
-from tracker.store.tables import batches, runs, starts, word
-
-BEFORE_IDS: Final = "default"
-"""What a version before 0009 calls the workspace of the top-level settings."""
-_AT_ONCE: Final = 500
-"""Rows that one transaction moves."""
+from tracker.store.tables import runs, starts, word
 
 
 class StartState(StrEnum):
@@ -377,63 +369,6 @@ async def accounted(db: Database, run_ids: Sequence[str]) -> set[str]:
     )
     async with db.read() as connection:
         return set((await connection.execute(by_start.union(by_source))).scalars())
-
-
-async def give_ids(db: Database, workspace_id: str) -> int:
-    """Give the starts and batches of a version before 0009 the id of their workspace: how many.
-
-    A start that became a run is of that run's workspace. Others are of the workspace whose key
-    stands at the top of the settings, which is the one that asks. A key that was used in both
-    places stays as it was in the first.
-    """
-    old = starts.c.workspace_slot == BEFORE_IDS
-    other = starts.alias()
-    taken = exists().where(
-        other.c.workspace_slot == workspace_id,
-        other.c.idempotency_key == starts.c.idempotency_key,
-    )
-    elsewhere = exists().where(
-        runs.c.run_id == starts.c.run_id,
-        runs.c.workspace_id.is_not(None),
-        runs.c.workspace_id != workspace_id,
-    )
-    one = tuple_(starts.c.workspace_slot, starts.c.idempotency_key)
-    some = (
-        select(starts.c.workspace_slot, starts.c.idempotency_key)
-        .where(old, ~taken, ~elsewhere)
-        .limit(_AT_ONCE)
-    )
-    moved = (
-        update(starts)
-        .where(one.in_(some))
-        .values(workspace_slot=workspace_id, workspace_id=workspace_id)
-    )
-    named = (
-        update(starts)
-        .where(
-            one.in_(
-                select(starts.c.workspace_slot, starts.c.idempotency_key)
-                .where(starts.c.workspace_slot == workspace_id, starts.c.workspace_id.is_(None))
-                .limit(_AT_ONCE)
-            )
-        )
-        .values(workspace_id=workspace_id)
-    )
-    batched = (
-        update(batches)
-        .where(batches.c.workspace_slot == BEFORE_IDS)
-        .values(workspace_slot=workspace_id)
-    )
-    total = 0
-    for statement in (moved, named):
-        while count := await db.write(partial(_count, statement)):
-            total += count
-    await db.write(lambda connection: connection.execute(batched).rowcount)
-    return total
-
-
-def _count(statement: Any, connection: Connection) -> int:
-    return connection.execute(statement).rowcount
 
 
 def _is(workspace_id: str, key: str) -> ColumnElement[bool]:

@@ -1,13 +1,19 @@
-"""Which workspace an API key is of, as FLORA told: by the key's fingerprint."""
+"""Which workspace an API key is of, as FLORA told; and what was kept before that was known."""
 
 from datetime import datetime
-from typing import Any
+from functools import partial
+from typing import Any, Final
 
-from sqlalchemy import select
+from sqlalchemy import Connection, exists, select, tuple_, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from tracker.store.engine import Database
-from tracker.store.tables import workspace_keys
+from tracker.store.tables import batches, runs, starts, workspace_keys
+
+BEFORE_IDS: Final = "default"
+"""What a version before 0009 calls the workspace of the top-level settings."""
+_AT_ONCE: Final = 500
+"""Rows that one transaction moves."""
 
 
 async def workspace_of(db: Database, key_fingerprint: str) -> str | None:
@@ -44,3 +50,60 @@ async def keep(
         index_elements=[workspace_keys.c.key_fingerprint], set_=values
     )
     await db.write(lambda connection: connection.execute(statement).rowcount)
+
+
+async def give_ids(db: Database, workspace_id: str) -> int:
+    """Give the starts and batches of a version before 0009 the id of their workspace: how many.
+
+    A start that became a run is of that run's workspace. Others are of the workspace whose key
+    stands at the top of the settings, which is the one that asks. A key that was used in both
+    places stays as it was in the first.
+    """
+    old = starts.c.workspace_slot == BEFORE_IDS
+    other = starts.alias()
+    taken = exists().where(
+        other.c.workspace_slot == workspace_id,
+        other.c.idempotency_key == starts.c.idempotency_key,
+    )
+    elsewhere = exists().where(
+        runs.c.run_id == starts.c.run_id,
+        runs.c.workspace_id.is_not(None),
+        runs.c.workspace_id != workspace_id,
+    )
+    one = tuple_(starts.c.workspace_slot, starts.c.idempotency_key)
+    some = (
+        select(starts.c.workspace_slot, starts.c.idempotency_key)
+        .where(old, ~taken, ~elsewhere)
+        .limit(_AT_ONCE)
+    )
+    moved = (
+        update(starts)
+        .where(one.in_(some))
+        .values(workspace_slot=workspace_id, workspace_id=workspace_id)
+    )
+    named = (
+        update(starts)
+        .where(
+            one.in_(
+                select(starts.c.workspace_slot, starts.c.idempotency_key)
+                .where(starts.c.workspace_slot == workspace_id, starts.c.workspace_id.is_(None))
+                .limit(_AT_ONCE)
+            )
+        )
+        .values(workspace_id=workspace_id)
+    )
+    batched = (
+        update(batches)
+        .where(batches.c.workspace_slot == BEFORE_IDS)
+        .values(workspace_slot=workspace_id)
+    )
+    total = 0
+    for statement in (moved, named):
+        while count := await db.write(partial(_count, statement)):
+            total += count
+    await db.write(lambda connection: connection.execute(batched).rowcount)
+    return total
+
+
+def _count(statement: Any, connection: Connection) -> int:
+    return connection.execute(statement).rowcount

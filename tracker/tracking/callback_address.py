@@ -6,7 +6,6 @@ address is lost. After five that did not come new starts get the bare address ag
 
 import secrets
 import time
-from datetime import timedelta
 from typing import Final
 
 import structlog
@@ -15,13 +14,6 @@ from tracker.core.clock import Clock
 from tracker.store import callback_addresses
 from tracker.store.engine import Database
 
-MISSING: Final = 5
-"""So many missing callbacks in a row, and new starts use the bare address."""
-MISSING_AFTER: Final = timedelta(minutes=2)
-"""How long after the end of its run a callback counts as missing: by then FLORA has sent it three
-times."""
-TRY_AGAIN_AFTER: Final = timedelta(hours=1)
-"""How long after the last of them own addresses are tried again."""
 ASK_EVERY: Final = 15.0
 """Seconds for which what the database says is believed."""
 
@@ -48,19 +40,15 @@ class CallbackAddresses:
         if self._url is None or token is None:
             return self._url
         if time.monotonic() - self._asked_at >= ASK_EVERY:
-            now = self._clock()
             was_bare = self.is_bare
-            self.is_bare = await callback_addresses.are_missing(
-                self._database,
-                count=MISSING,
-                ended_before=now - MISSING_AFTER,
-                sent_after=now - TRY_AGAIN_AFTER,
+            self.is_bare = await callback_addresses.own_are_missing(
+                self._database, now=self._clock()
             )
             self._asked_at = time.monotonic()
             if self.is_bare and not was_bare:
                 log.error(
                     "callbacks.own_addresses_missing",
-                    count=MISSING,
+                    count=callback_addresses.MISSING,
                     advice=f"let {self._url}/ and everything below it through; `tracker doctor` "
                     "tries both",
                 )

@@ -20,7 +20,7 @@ from tracker.core.errors import (
     SettingsError,
 )
 from tracker.flora.client import FloraClient
-from tracker.store import starts, workspace_keys
+from tracker.store import workspace_keys
 from tracker.store.engine import Database
 from tracker.tracking.workspaces import Workspace
 
@@ -72,7 +72,7 @@ class WorkspaceIds:
             self._check(workspace, workspace_id)
             workspace.belongs_to(workspace_id)
             if workspace.is_top:
-                await starts.give_ids(self._database, workspace_id)
+                await workspace_keys.give_ids(self._database, workspace_id)
             self._known[workspace.slot] = _Known(client, fingerprint, workspace_id)
         return workspace_id
 
