@@ -71,6 +71,7 @@ class Process:
         services = await enter(open_services(settings, clock=clocks.ours))
         services.database._writer = _MortalWriter(services.database._writer, process)  # type: ignore[assignment]
         services.starter._sleep = clocks.sleep
+        services.starter._monotonic = clocks.monotonic
         (workspace,) = services.workspaces
         workspace.client = await enter(
             FloraClient(

@@ -86,6 +86,7 @@ class Starter:
         clock: Clock,
         deadline: float,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._database = database
         self._workspaces = workspaces
@@ -98,6 +99,7 @@ class Starter:
         self._clock = clock
         self._deadline = deadline
         self._sleep = sleep
+        self._monotonic = monotonic
         self._sending: set[asyncio.Task[Record | None]] = set()
 
     async def aclose(self) -> None:
@@ -121,7 +123,7 @@ class Starter:
         without an API key or a workspace's id, `StoreUnavailable`, and the `FloraError` tree for
         what FLORA answered.
         """
-        give_up = time.monotonic() + (self._deadline if wait is None else wait)
+        give_up = self._monotonic() + (self._deadline if wait is None else wait)
         workspace = self._workspaces.pick(request.workspace_id)
         workspace.require_client()
         key = f"trk-{uuid4()}" if request.idempotency_key is None else request.idempotency_key
@@ -166,7 +168,7 @@ class Starter:
                 await self._recovery.look(workspace, row)
                 if row.state is StartState.IN_DOUBT and not wait_in_doubt:
                     raise pending(key)
-            if time.monotonic() + pause >= give_up:
+            if self._monotonic() + pause >= give_up:
                 raise pending(key)
             await self._sleep(pause)
             pause = min(pause * 1.5, LONGEST_PAUSE)
@@ -180,7 +182,7 @@ class Starter:
         task = asyncio.create_task(sending, name="start")
         self._sending.add(task)
         task.add_done_callback(self._ended)
-        await asyncio.wait([task], timeout=max(give_up - time.monotonic(), 0.0))
+        await asyncio.wait([task], timeout=max(give_up - self._monotonic(), 0.0))
         if not task.done():
             raise pending(key)
         return task.result()
