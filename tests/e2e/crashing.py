@@ -35,6 +35,7 @@ COMMITS: Final = (
     # The ledger of starts.
     *("starts.reserve", "starts.take", "starts.mark"),
     *("starts.prolong", "starts.give_back"),
+    *("workspace_keys.keep", "workspace_keys.give_ids"),
     # Who works at what, and until when nobody asks FLORA.
     *("claims.claim_due", "claims.renew", "claims.release"),
     *("claims.take_lease", "claims.drop_lease", "waits.keep"),
@@ -44,6 +45,7 @@ COMMITS: Final = (
 REQUESTS: Final = (
     *("POST /techniques/*/runs", "GET /techniques/*/runs/*", "GET /technique-runs"),
     *("GET /generations", "GET /runs/*", "GET /techniques", "GET /techniques/*"),
+    "GET /workspaces",
 )
 _IDS = re.compile(r"(?<=/techniques/)[^/]+|(?<=/runs/)[^/]+")
 

@@ -299,7 +299,7 @@ async def mark_sent(
         )
         .returning(*starts.c)
     )
-    return await _first(db, statement)
+    return await _mark(db, statement)
 
 
 async def mark(
@@ -328,10 +328,10 @@ async def mark(
         .values(**values)
         .returning(*starts.c)
     )
-    return await _first(db, statement)
+    return await _mark(db, statement)
 
 
-async def _first(db: Database, statement: Any) -> StartRow | None:
+async def _mark(db: Database, statement: Any) -> StartRow | None:
     def work(connection: Connection) -> StartRow | None:
         found = connection.execute(statement).first()
         return None if found is None else _row(found)

@@ -1,10 +1,9 @@
 """Which workspace an API key is of, as FLORA told; and what was kept before that was known."""
 
 from datetime import datetime
-from functools import partial
 from typing import Any, Final
 
-from sqlalchemy import Connection, exists, select, tuple_, update
+from sqlalchemy import Connection, Update, exists, select, tuple_, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from tracker.store.engine import Database
@@ -98,12 +97,11 @@ async def give_ids(db: Database, workspace_id: str) -> int:
         .values(workspace_slot=workspace_id)
     )
     total = 0
-    for statement in (moved, named):
-        while count := await db.write(partial(_count, statement)):
+    for statement in (moved, named, batched):
+
+        def give(connection: Connection, statement: Update = statement) -> int:
+            return connection.execute(statement).rowcount
+
+        while (count := await db.write(give)) and statement is not batched:
             total += count
-    await db.write(lambda connection: connection.execute(batched).rowcount)
     return total
-
-
-def _count(statement: Any, connection: Connection) -> int:
-    return connection.execute(statement).rowcount
