@@ -533,6 +533,7 @@ def test_every_table_is_considered() -> None:
         "batch_rows",
         "techniques",
         "leases",
+        "workspace_keys",
         "retention",
         "run_tallies",
         "run_tally_changes",

@@ -18,6 +18,7 @@ from tracker.core.tally import CALLBACK, COST, STATE, dollars
 from tracker.store.attention import LATE_AFTER
 from tracker.store.engine import Database
 from tracker.store.overview import TALLIES
+from tracker.store.starts import StartState, is_in
 from tracker.store.tables import deliveries, runs, starts, word
 
 BOUND: Final = 10_000
@@ -127,9 +128,8 @@ _LAST_CALLBACK: Final = (
 _REST: Final = select(
     _count(deliveries, deliveries.c.outcome == word("quarantined")).label("quarantined"),
     _LAST_CALLBACK.label("last_callback_at"),
-    (
-        _count(starts, starts.c.state == word("sent"))
-        + _count(starts, starts.c.state == word("in_doubt"))
-    ).label("open_starts"),
+    (_count(starts, is_in(StartState.SENT)) + _count(starts, is_in(StartState.IN_DOUBT))).label(
+        "open_starts"
+    ),
     _count(starts, starts.c.state == word("unresolved")).label("unresolved_starts"),
 )

@@ -189,7 +189,7 @@ async def list_starts(
     # One part for each state, so that each is read by its own index.
     parts = [
         select(starts)
-        .where(starts.c.state == word(state), *cursors.after(key, cursor))
+        .where(is_in(StartState(state)), *cursors.after(key, cursor))
         .where(*([] if workspace_id is None else [starts.c.workspace_slot == workspace_id]))
         for state in wanted
     ]
@@ -341,7 +341,8 @@ async def _mark(db: Database, statement: Any) -> StartRow | None:
 
 async def open_starts(db: Database) -> list[StartRow]:
     """Starts that are sent or in doubt, oldest first."""
-    parts = [select(starts).where(starts.c.state == word(state)) for state in ("sent", "in_doubt")]
+    states = (StartState.SENT, StartState.IN_DOUBT)
+    parts = [select(starts).where(is_in(state)) for state in states]
     async with db.read() as connection:
         rows = [_row(row) for row in await connection.execute(union_all(*parts))]
     return sorted(rows, key=lambda row: (row.created_at, row.idempotency_key))
@@ -369,6 +370,14 @@ async def accounted(db: Database, run_ids: Sequence[str]) -> set[str]:
     )
     async with db.read() as connection:
         return set((await connection.execute(by_start.union(by_source))).scalars())
+
+
+def is_in(state: StartState) -> ColumnElement[bool]:
+    """Whether a start is in that state, said so that the partial index of the state fits."""
+    of = starts.c.state
+    if state in (StartState.STORED, StartState.SENT):
+        return and_(of.in_([word("stored"), word("sent")]), of == word(state))
+    return of == word(state)
 
 
 def _is(workspace_id: str, key: str) -> ColumnElement[bool]:
