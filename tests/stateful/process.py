@@ -26,7 +26,7 @@ T = TypeVar("T")
 POINTS: Final = ("before a commit", "after a commit", "before a request", "after a request")
 """Where a process dies: with a transaction not begun or committed, with a request not sent or
 answered, and nobody told."""
-PUBLIC_URL: Final = "https://tracker.test"
+PUBLIC_URL: Final = "http://127.0.0.1:9"
 
 
 class Crashed(StoreError):

@@ -209,7 +209,7 @@ def apply_waiting(
             if reason is None:
                 start = own.get(delivery.callback_token or "")
                 if start is not None and _names_its_run(one, start):
-                    merging.add(_started(start, one.observation, at))
+                    merging.add(_started(start, one.observation))
                 merging.add(Seen(observation=one.observation))
         if reason is None:
             applied.append(delivery.delivery_id)
@@ -239,13 +239,13 @@ def _names_its_run(said: Read, start: StartRow) -> bool:
     return start.workspace_slot in said.signers
 
 
-def _started(start: StartRow, seen: Observation, at: datetime) -> Seen:
+def _started(start: StartRow, seen: Observation) -> Seen:
     """What a callback to a start's own address says of the start: which run it became."""
     return Seen(
         observation=Observation(
             run_id=seen.run_id,
             source=Source.START,
-            at=at,
+            at=seen.at,
             workspace_id=start.workspace_slot,
             technique_id=start.technique_id,
         ),

@@ -5,6 +5,7 @@ second request says nothing about the first.
 """
 
 from functools import partial
+from typing import Final
 
 import structlog
 
@@ -20,7 +21,8 @@ from tracker.tracking.ledger import HeldStart, described
 from tracker.tracking.originals import Originals
 from tracker.tracking.workspaces import Workspace
 
-NO_ANSWER = "FLORA gave no answer that says what became of it"
+_ABOUT_THE_REQUEST: Final = (400, 404)
+NO_ANSWER: Final = "FLORA gave no answer that says what became of it"
 
 log = structlog.get_logger(__name__)
 
@@ -87,8 +89,13 @@ class Sender:
                     return conflict
         if verdict is Verdict.KEY_KNOWN or held.row.is_known_to_flora:
             told |= {"conflict": True}
-        await held.note(StartState.IN_DOUBT, told)
-        log.warning("start.in_doubt", key=held.key, error=str(error))
+        if verdict is Verdict.REFUSED and told.get("status") in _ABOUT_THE_REQUEST:
+            # It would be refused each time: a person has to say what came of the first request.
+            await held.note(StartState.UNRESOLVED, told)
+            log.error("start.unresolved", key=held.key, error=str(error))
+        else:
+            await held.note(StartState.IN_DOUBT, told)
+            log.warning("start.in_doubt", key=held.key, error=str(error))
         return pending(held.key)
 
 
