@@ -123,7 +123,7 @@ async def _start(db: Database, door: Door, key: str, now: datetime) -> None:
     """One start, as the starter takes it through the ledger, whose run then ends."""
     await starts.reserve(
         db,
-        workspace_slot="default",
+        workspace_id="default",
         idempotency_key=key,
         technique_id="tech_1",
         fingerprint="",
@@ -131,7 +131,9 @@ async def _start(db: Database, door: Door, key: str, now: datetime) -> None:
         at=now,
     )
     await starts.take(db, "default", key, "h", now, LEASE)
-    await starts.mark_sent(db, "default", key, holder="h", at=now, callback_url=None)
+    await starts.mark_sent(
+        db, "default", key, holder="h", at=now, callback_url=None, request_body="{}"
+    )
     run_id = f"run_of_{key}"
     first = Observation(run_id=run_id, source=Source.START, at=now, technique_id="tech_1")
     await door.put(Seen(observation=first, slot="default", idempotency_key=key))

@@ -94,7 +94,7 @@ async def load(db: Database, numbers: range) -> None:
             for number in some:
                 await starts.reserve(
                     db,
-                    workspace_slot="default",
+                    workspace_id="default",
                     idempotency_key=_key(number),
                     technique_id=TECHNIQUE,
                     fingerprint=f"{number:064x}",

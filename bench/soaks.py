@@ -13,6 +13,7 @@ SOAKS: Final[dict[str, Program]] = {
     "crash": ("bench.soak_crash",),
     "outage": ("bench.soak_outage", "--seconds", "4"),
     "network": ("bench.soak_network", "--seconds", "50"),
+    "starts": ("bench.soak_starts",),
     "stateful": ("bench.soak_stateful",),
     "many": ("bench.soak_many",),
     "migrations": ("bench.soak_migrations",),

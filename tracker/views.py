@@ -15,6 +15,7 @@ from tracker.core.record import Record
 from tracker.core.run import Output
 from tracker.flora.technique import ports
 from tracker.store.read import DeliveryRow
+from tracker.store.starts import StartRow
 from tracker.store.techniques import TechniqueRow
 from tracker.tracking.explain import Explanation
 
@@ -125,6 +126,26 @@ def delivery_json(row: DeliveryRow) -> dict[str, Any]:
         except UnicodeDecodeError:
             shown["body_base64"] = base64.b64encode(row.body).decode()
     return shown
+
+
+def start_json(row: StartRow) -> dict[str, Any]:
+    """A start as it is kept, without its callback address, which is a secret.
+
+    `error` is the last answer that was no run, where there was one.
+    """
+    return {
+        "idempotency_key": row.idempotency_key,
+        "workspace_id": row.workspace_slot,
+        "technique_id": row.technique_id,
+        "state": row.state.value,
+        "run_id": row.run_id,
+        "created_at": time_json(row.created_at),
+        "first_sent_at": _time(row.in_use_since),
+        "sent_at": _time(row.sent_at),
+        "started_by": row.started_by,
+        "inputs": row.inputs,
+        "error": None if row.error is None else {**row.error},
+    }
 
 
 def explanation_json(explanation: Explanation) -> dict[str, Any]:

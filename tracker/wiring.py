@@ -32,16 +32,20 @@ from tracker.store.signals import Signals
 from tracker.store.tally_keeper import TallyKeeper
 from tracker.telemetry import Wrap, tracing, untraced
 from tracker.tracking.batch import Batches
+from tracker.tracking.callback_address import CallbackAddresses
 from tracker.tracking.catalogue import Catalogue
 from tracker.tracking.download import Downloader
 from tracker.tracking.durations import DurationBook
 from tracker.tracking.explain import Explainer
 from tracker.tracking.follow import Follower
 from tracker.tracking.gather import Gathering
+from tracker.tracking.identity import WorkspaceIds
 from tracker.tracking.originals import Originals
 from tracker.tracking.poll import Poller
 from tracker.tracking.prune import Pruner
 from tracker.tracking.recover import Recovery
+from tracker.tracking.resolve import Resolver
+from tracker.tracking.sending import Sender
 from tracker.tracking.start import Starter
 from tracker.tracking.sweep import Sweeper
 from tracker.tracking.sync import CatalogueSync
@@ -51,6 +55,8 @@ from tracker.tracking.workspaces import Workspace, Workspaces
 
 CALLER_SECONDS: Final = 25.0
 """How long FLORA is tried while somebody waits: a one-shot gives up within 30 s in all."""
+START_SECONDS: Final = 24.0
+"""How long a caller waits until it is known what came of a start."""
 JOB_SECONDS: Final = 60.0
 """How long one call of a long-running process may take, repetitions included."""
 
@@ -78,6 +84,7 @@ class Services:
     starter: Starter
     batches: Batches
     recovery: Recovery
+    resolver: Resolver
     tracker: Tracker
     poller: Poller
     sweeper: Sweeper
@@ -175,6 +182,23 @@ async def open_services(
         )
         catalogue = Catalogue(database, workspaces=workspaces, clock=clock)
         originals = Originals(database=database, door=door, clock=clock)
+        stack.push_async_callback(originals.aclose)
+        ids = WorkspaceIds(database, clock=clock)
+        sender = Sender(
+            originals=originals,
+            addresses=CallbackAddresses(database, url=settings.callback_url, clock=clock),
+            clock=clock,
+        )
+        recovery = Recovery(
+            database=database,
+            workspaces=workspaces,
+            ids=ids,
+            originals=originals,
+            sender=sender,
+            process=process,
+            doubt=settings.tracker_start_doubt,
+            clock=clock,
+        )
         gathering = Gathering(clock)
         poller = Poller(
             database=database,
@@ -188,14 +212,16 @@ async def open_services(
         starter = Starter(
             database=database,
             workspaces=workspaces,
+            ids=ids,
             catalogue=catalogue,
             durations=durations,
-            originals=originals,
-            callback_url=settings.callback_url,
+            sender=sender,
+            recovery=recovery,
             process=process,
             clock=clock,
-            deadline=CALLER_SECONDS,
+            deadline=START_SECONDS,
         )
+        stack.push_async_callback(starter.aclose)
         follower = Follower(
             database=database,
             signals=signals,
@@ -232,14 +258,18 @@ async def open_services(
             batches=Batches(
                 database=database,
                 workspaces=workspaces,
+                ids=ids,
                 catalogue=catalogue,
                 starter=starter,
+                recovery=recovery,
                 poller=poller,
                 clock=clock,
             ),
-            recovery=Recovery(
+            recovery=recovery,
+            resolver=Resolver(
                 database=database,
                 workspaces=workspaces,
+                ids=ids,
                 originals=originals,
                 process=process,
                 clock=clock,
@@ -288,8 +318,7 @@ def _rotate(workspaces: Workspaces, settings: Settings) -> None:
 
 
 def _slot(given: WorkspaceSettings, settings: Settings) -> str:
-    # The one of the top-level names keeps its slot when its id is set later on: the ledger of
-    # starts goes by it.
+    # The one of the top-level names keeps its place when its id is set later on.
     return "default" if given.id == settings.flora_workspace_id else given.id or "default"
 
 
@@ -309,7 +338,10 @@ async def _workspace(
 ) -> Workspace:
     settings = rotation.settings
     workspace = Workspace(
-        slot=_slot(given, settings), workspace_id=given.id, secrets=_clear(given.webhook_secrets)
+        slot=_slot(given, settings),
+        workspace_id=given.id,
+        is_top=given.id == settings.flora_workspace_id,
+        secrets=_clear(given.webhook_secrets),
     )
     if given.api_key is not None:
         workspace.client = FloraClient(

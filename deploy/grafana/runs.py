@@ -307,7 +307,7 @@ NOW: Final = Row(
             width=12,
             queries=(
                 (
-                    "SELECT created_at, state, workspace_slot, technique_id, idempotency_key,\n"
+                    "SELECT created_at, state, workspace_id, technique_id, idempotency_key,\n"
                     "    error_code, error_message\n"
                     "FROM v_open_starts ORDER BY created_at LIMIT 100",
                     "",

@@ -145,9 +145,7 @@ def test_progress_is_told_in_words() -> None:
         "5 of 9 started, 2 running, 2 completed, 1 failed, 1 not started for an error, 0.50 USD, "
         "FLORA asks to wait 5 s"
     )
-    assert "waiting 80 s for what an interrupted command" in words(
-        BatchProgress(tally=tally, held=80.0)
-    )
+    assert "waiting to learn what became of 3" in words(BatchProgress(tally=tally, doubt=3))
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,12 @@ COMMANDS = {
     "reconcile": ["--since", "--json"],
     "poll": ["--json"],
     "runs start": ["--input", "--workspace", "--idempotency-key", "--wait", "--json"],
+    "starts list": ["--state", "--workspace", "--limit", "--cursor", "--json"],
+    "starts show": ["--workspace", "--json"],
+    "starts resolve": ["--run", "--none", "--workspace", "--json"],
     "batch": [
         *("--map", "--workspace", "--dry-run", "--max-cost", "--concurrency", "--again"),
+        "--accept-changes",
         *("--retry-failed", "--skip-bad-rows", "--wait", "--format", "--delimiter"),
         *("--results", "--output", "--json"),
     ],

@@ -58,6 +58,7 @@ HEALTHY: Series = {
     **on("tracker_runs_due", "2"),
     **on("tracker_runs_overdue", "0"),
     **on("tracker_starts_unresolved", "0"),
+    **on("tracker_callback_own_addresses_missing", "0"),
     **on("tracker_database_up", "1"),
     **on(FAILURES, "0", labels='reason="unavailable"'),
     **on(COMMITS, "0+10", labels='le="0.1"'),
@@ -65,8 +66,9 @@ HEALTHY: Series = {
     **on("tracker_state_read_seconds", "0.01"),
 }
 STATE = (
-    *("tracker_recent", "tracker_callback_last", "tracker_runs", "tracker_deliveries"),
-    *("tracker_inbox", "tracker_sweep_last", "tracker_sweep_failed", "tracker_starts"),
+    *("tracker_recent", "tracker_callback_last", "tracker_callback_own", "tracker_runs"),
+    *("tracker_deliveries", "tracker_inbox", "tracker_sweep_last", "tracker_sweep_failed"),
+    "tracker_starts",
 )
 
 
@@ -107,6 +109,10 @@ SCENARIOS: dict[str, tuple[Series, set[str]]] = {
     "no secret is set": (
         without(TAKEN) | on(REFUSED, "0+1", labels='reason="not_set_up"'),
         {"TrackerCallbacksRefused"},
+    ),
+    "a proxy passes on the exact path alone": (
+        on("tracker_callback_own_addresses_missing", "1"),
+        {"TrackerCallbackAddresses"},
     ),
     "a callback was not understood": (
         on("tracker_deliveries_quarantined", "1"),

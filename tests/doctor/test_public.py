@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.doctor.conftest import look, with_flora
-from tests.media.far_end import FarEnd, answer, far_end
+from tests.media.far_end import Asked, FarEnd, answer, far_end
 from tests.support.waiting import free_port
 from tracker.core.clock import utc_now
 from tracker.doctor import Finding, Level, address
@@ -78,7 +78,7 @@ async def test_a_loopback_address_is_for_a_flora_on_this_machine() -> None:
 async def test_nothing_signed_is_sent_where_it_could_not_be_taken_out_again(
     flora: Simulator, sqlite_url: str, empty_sqlite_url: str
 ) -> None:
-    """With no secret, or a database that cannot be written, only the forged one goes out."""
+    """With no secret, or a database that cannot be written, only forged ones go out."""
     async with far_end(REFUSED) as far:
         environ = with_flora(flora, TRACKER_PUBLIC_URL=far.url(""))
         for more in (
@@ -88,7 +88,7 @@ async def test_nothing_signed_is_sent_where_it_could_not_be_taken_out_again(
             report = await look(**environ | more)
             assert report.level("callbacks") is Level.WARNING
             assert "Mend that first" in report["callbacks"].advice
-        assert len(far.asked) == 2
+        assert len(far.asked) == 4  # each time to the bare address, and to one below it
 
 
 async def test_an_address_where_nobody_is_fails(flora: Simulator, sqlite_url: str) -> None:
@@ -147,3 +147,23 @@ def test_a_certificate_is_to_be_renewed_in_time() -> None:
     now = utc_now()
     assert address.certificate(now + timedelta(days=60), now=now).level is Level.OK
     assert address.certificate(now + timedelta(days=3), now=now).level is Level.WARNING
+
+
+async def test_a_proxy_that_passes_on_the_exact_path_alone_fails(
+    flora: Simulator, sqlite_url: str
+) -> None:
+    """Callbacks of new starts come to an address below it, and would all be lost."""
+
+    elsewhere = answer(b"<html>", "404 Not Found")
+
+    async def exact(asked: Asked, writer: asyncio.StreamWriter) -> None:
+        bare = asked[""].startswith("POST /callbacks/flora HTTP")
+        writer.write(REFUSED if bare else elsewhere)
+        await writer.drain()
+
+    async with far_end(exact) as far:
+        report = await look(
+            **with_flora(flora, TRACKER_PUBLIC_URL=far.url(""), TRACKER_DATABASE_URL=sqlite_url)
+        )
+    assert report.level("own addresses") is Level.FAILED
+    assert "as a prefix" in report["own addresses"].advice

@@ -109,7 +109,8 @@ class Clients:
         body = {"technique": "character-lock", "inputs": inputs, "idempotency_key": key}
         answer = await self._ask("/api/runs", True, json=body)
         assert answer is not None
-        assert answer.status_code == 400, answer.text
+        # Where a process died over it, nothing tells what came of its first request.
+        assert answer.status_code in (400, 409), answer.text
 
     async def _send(self, key: str) -> None:
         body = json.dumps({"id": key, "type": "?"}).encode()

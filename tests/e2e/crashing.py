@@ -34,6 +34,7 @@ COMMITS: Final = (
     # The ledger of starts.
     *("starts.reserve", "starts.take", "starts.mark"),
     *("starts.prolong", "starts.give_back"),
+    *("workspace_keys.keep", "workspace_keys.give_ids"),
     # Who works at what, and until when nobody asks FLORA.
     *("claims.claim_due", "claims.renew", "claims.release"),
     *("claims.take_lease", "claims.drop_lease", "waits.keep"),
@@ -45,6 +46,7 @@ SELDOM: Final = ("delivery_rows.quarantine", "replay.requeue", "inbox: notify")
 REQUESTS: Final = (
     *("POST /techniques/*/runs", "GET /techniques/*/runs/*", "GET /technique-runs"),
     *("GET /generations", "GET /runs/*", "GET /techniques", "GET /techniques/*"),
+    "GET /workspaces",
 )
 _IDS = re.compile(r"(?<=/techniques/)[^/]+|(?<=/runs/)[^/]+")
 

@@ -113,6 +113,7 @@ class Crowd:
             **self._flora.environment,
             "TRACKER_DATABASE_URL": self._database_url,
             "TRACKER_PUBLIC_URL": root,
+            "TRACKER_START_DOUBT": "2",
             "TRACKER_CALLBACK_GRACE": "1",
             "TRACKER_POLL_INTERVAL": f"{POLL_INTERVAL}",
             "TRACKER_POLL_INTERVAL_MAX": "1",

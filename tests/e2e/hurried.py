@@ -53,8 +53,8 @@ def hurry() -> None:
     shorten(ledger, HELD_FOR=timedelta(seconds=2))
     wiring.FloraClient = partial(wiring.FloraClient, monotonic=clock, sleep=nap)  # type: ignore
     wiring.DatabaseWaits = ShortWaits  # type: ignore[misc]
-    wiring.Starter = partial(wiring.Starter, sleep=nap)  # type: ignore
-    wiring.Batches = partial(wiring.Batches, sleep=nap)  # type: ignore
+    wiring.Starter = partial(wiring.Starter, sleep=doze)  # type: ignore
+    wiring.Batches = partial(wiring.Batches, sleep=doze)  # type: ignore
 
 
 def hurry_much() -> None:
@@ -62,18 +62,16 @@ def hurry_much() -> None:
     often; and requests in flight at the end are not waited for as long."""
     hurry()
     soon = timedelta(seconds=0.4)
-    for module in (ledger, recover):
-        shorten(module, HELD_FOR=soon)
+    shorten(ledger, HELD_FOR=soon)
+    shorten(recover, LISTED_WITHIN=timedelta(seconds=1))
     for module in (poll, sweep, sync):
         shorten(module, LEASE=soon)
     for module in (ledger, poll, sweep):
         shorten(module, RENEW_AFTER=0.1)
-    shorten(recover, IN_DOUBT_FOR=timedelta(seconds=1.5))
     shorten(scheduler, GATHER=0.2, RECOVER_EVERY=soon)
     scheduler.cron_trigger = every_second  # type: ignore[assignment]
     shorten(server, GRACE=1)
     shorten(tally_keeper, LAST_FOLD_WITHIN=0.5)
-    wiring.Starter = partial(wiring.Starter, sleep=doze)  # type: ignore
     wiring.TallyKeeper = partial(wiring.TallyKeeper, gather=0.2)  # type: ignore
 
 

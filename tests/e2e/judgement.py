@@ -66,6 +66,24 @@ async def starts_in(database: Database, *states: str) -> int:
         return (await connection.execute(query)).scalar_one()
 
 
+async def undecided_starts(database: Database, flora: Simulator) -> int:
+    """How many starts are sent or in doubt, and will be known by themselves.
+
+    One whose run's callback was dropped is not: it is left to a person when its key is forgotten.
+    """
+    query = sa.select(starts.c.inputs).where(starts.c.state.in_(("sent", "in_doubt")))
+    async with database.read() as connection:
+        rows = (await connection.execute(query)).scalars().all()
+    silent = [
+        run.inputs[0]["value"]
+        for run in flora.world.runs.values()
+        if run.inputs and (run.callback_url is None or "drop" in run.faults)
+    ]
+    known = [inputs[0]["value"] for inputs in rows]
+    # While such a run is there, no other start of its technique is sent again either.
+    return 0 if any(prompt in silent for prompt in known) else len(known)
+
+
 async def _lost_deliveries(
     database: Database, taken: Counter[str], not_understood: set[str]
 ) -> list[str]:

@@ -8,13 +8,17 @@ import os
 import signal
 import sys
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.e2e.truth import assert_all_true
-from tests.support.waiting import eventually
+from tests.support.waiting import eventually, free_port
 from tracker.simulator import Options, Simulator, running
 from tracker.store.engine import Database
 
@@ -26,8 +30,11 @@ FAULTS: dict[str, Any] = {
     "run_seconds": 0.5,
     "failures": 0.0,
     "rate_limit": 0.1,
-    "errors": 0.05,
+    "errors": 0.02,
     "cut": 0.05,
+    "gateway_starts": 0.1,
+    "gateway_works": 0.5,
+    "lost_starts": 0.03,
     "retry_after": 0,
 }
 
@@ -42,11 +49,15 @@ def sheet(path: Path) -> list[str]:
 
 
 class Command:
-    """`tracker batch icon-pack SHEET` as a process of its own, in haste."""
+    """`tracker batch icon-pack SHEET` as a process of its own, in haste, beside a `tracker serve`
+    that FLORA calls back."""
 
     def __init__(self, folder: Path, flora: Simulator, database_url: str) -> None:
         self._folder = folder
+        self._port = free_port()
         self._environ = {
+            "TRACKER_PUBLIC_URL": f"http://127.0.0.1:{self._port}",
+            "TRACKER_START_DOUBT": "2",
             "PATH": os.environ["PATH"],
             "HOME": os.environ.get("HOME", "/"),
             "PYTHONPATH": str(Path(__file__).parents[2]),
@@ -57,6 +68,30 @@ class Command:
             "TRACKER_POLL_INTERVAL_MAX": "1",
             "TRACKER_LOG_LEVEL": "error",
         }
+
+    @asynccontextmanager
+    async def served(self) -> AsyncIterator[None]:
+        """Serve while the block lasts."""
+        serving = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "tests.e2e.hurried", "serve", "--port", str(self._port)),
+            cwd=self._folder,
+            env=self._environ,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        try:
+            async with httpx.AsyncClient(trust_env=False) as client:
+                await eventually(partial(self._is_there, client), timeout=30)
+            yield
+        finally:
+            serving.terminate()
+            _, errors = await serving.communicate()
+            assert b"Traceback" not in errors, errors.decode()
+
+    async def _is_there(self, client: httpx.AsyncClient) -> bool:
+        try:
+            return (await client.get(f"http://127.0.0.1:{self._port}/healthz")).is_success
+        except httpx.TransportError:
+            return False
 
     async def begin(self) -> asyncio.subprocess.Process:
         """Start it."""
@@ -114,12 +149,13 @@ def assert_rows_are_their_runs(
 
 @pytest.mark.timeout(120)
 async def test_a_batch_is_paid_once_whatever_breaks(tmp_path: Path, database_url: str) -> None:
-    """With 429s, 500s, cut connections and a kill -9, repeating it ends with 200 settled rows of
-    exactly 200 runs."""
+    """With 429s, 500s, cuts, a gateway's errors and a kill -9, repeating it ends with 200 settled
+    rows of exactly 200 runs, without a person."""
     prompts = sheet(tmp_path / "icons.csv")
     async with running(Options(**FAULTS)) as flora:
         command = Command(tmp_path, flora, database_url)
-        status, told, said = await killed_and_repeated(command, flora)
+        async with command.served():
+            status, told, said = await killed_and_repeated(command, flora)
         assert status == 0, said
         assert len(flora.world.runs) == ROWS
         assert [row["status"] for row in told["rows"]] == ["completed"] * ROWS
@@ -137,7 +173,8 @@ async def test_a_batch_is_paid_once_where_keys_are_refused(tmp_path: Path, sqlit
     prompts = sheet(tmp_path / "icons.csv")
     async with running(Options(**FAULTS, idempotency="conflict")) as flora:
         command = Command(tmp_path, flora, sqlite_url)
-        status, told, said = await killed_and_repeated(command, flora)
+        async with command.served():
+            status, told, said = await killed_and_repeated(command, flora)
         unresolved = [row for row in told["rows"] if row["status"] == "unresolved"]
         done = [row for row in told["rows"] if row["status"] == "completed"]
         assert len(done) + len(unresolved) == ROWS, said

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 
 from tests.e2e.clients import OURS, Clients
 from tests.e2e.crashing import Point, prepare
-from tests.e2e.judgement import Verdict, judge, starts_in
+from tests.e2e.judgement import Verdict, judge, undecided_starts
 from tests.e2e.lives import Life
 from tests.e2e.truth import settled_runs
 from tests.support.waiting import eventually, free_port
@@ -66,6 +66,7 @@ class Trial:
             **flora.environment,
             "TRACKER_DATABASE_URL": database_url,
             "TRACKER_PUBLIC_URL": root,
+            "TRACKER_START_DOUBT": "2",
             "TRACKER_CALLBACK_GRACE": "0.4",
             "TRACKER_POLL_INTERVAL": "0.3",
             "TRACKER_POLL_INTERVAL_MAX": "1",
@@ -203,7 +204,7 @@ class Trial:
     async def _calm(self) -> bool:
         if await settled_runs(self._database) < len(self._flora.world.runs):
             return False
-        return not await starts_in(self._database, "stored", "sent")
+        return not await undecided_starts(self._database, self._flora)
 
     async def _let_the_catalogue_age(self) -> None:
         """What was read of the techniques is old by now, and what is known of one's inputs is wrong

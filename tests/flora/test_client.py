@@ -37,7 +37,7 @@ from tracker.core.observation import Source
 from tracker.core.run import RunStatus
 from tracker.flora import caller
 from tracker.flora.addresses import PollUrlRefused
-from tracker.flora.client import FloraClient
+from tracker.flora.client import FloraClient, start_body
 
 INPUTS = [{"id": "prompt", "type": "text", "value": "caf\N{LATIN SMALL LETTER E WITH ACUTE}"}]
 
@@ -47,9 +47,8 @@ async def test_start() -> None:
     time = VirtualTime()
     far_end = FarEnd(ok(run_payload(status="pending"), idempotent_replayed="true"))
     async with client(far_end, time) as flora:
-        answer = await flora.start_run(
-            "tech_1", inputs=INPUTS, idempotency_key="key 1", callback_url="https://t.test/c"
-        )
+        body = start_body(INPUTS, idempotency_key="key 1", callback_url="https://t.test/c")
+        answer = await flora.start_run("tech_1", body=body, idempotency_key="key 1")
     [request] = far_end.requests
     assert (request.method, str(request.url)) == ("POST", f"{BASE}/techniques/tech_1/runs")
     assert request.headers["idempotency-key"] == "key 1"
@@ -69,7 +68,9 @@ async def test_a_start_by_slug() -> None:
     """A slug is never taken for a technique's id; without an address no callback is asked for."""
     far_end = FarEnd(ok(run_payload()))
     async with client(far_end, VirtualTime()) as flora:
-        answer = await flora.start_run("cctv-cam", inputs=INPUTS, idempotency_key="k")
+        answer = await flora.start_run(
+            "cctv-cam", body=start_body(INPUTS, idempotency_key="k"), idempotency_key="k"
+        )
     assert answer.observation.technique_id is None
     assert not answer.replayed
     assert "callback_url" not in json.loads(far_end.requests[0].content)
@@ -83,7 +84,7 @@ async def test_a_key_that_no_header_carries(key: str) -> None:
     far_end = FarEnd(ok(run_payload()))
     async with client(far_end, VirtualTime()) as flora:
         with pytest.raises(InvalidRequest) as caught:
-            await flora.start_run("tech_1", inputs=INPUTS, idempotency_key=key)
+            await flora.start_run("tech_1", body="{}", idempotency_key=key)
     assert caught.value.fields[0].field == "idempotency_key"
     assert far_end.requests == []
 
@@ -263,7 +264,7 @@ async def test_refusals_are_not_repeated(status: int) -> None:
     far_end = FarEnd(refused(status, "a_code", request_id="req_9"))
     async with client(far_end, VirtualTime()) as flora:
         with pytest.raises(FloraRefusal) as caught:
-            await flora.start_run("tech_1", inputs=INPUTS, idempotency_key="k")
+            await flora.start_run("tech_1", body="{}", idempotency_key="k")
     assert (caught.value.status, caught.value.code) == (status, "a_code")
     assert caught.value.request_id == "req_9"
     assert len(far_end.requests) == 1
@@ -326,7 +327,7 @@ async def test_the_key_is_told_to_nobody() -> None:
     for reply in (refused(401), refused(404), httpx.Response(200), httpx.ReadError("cut")):
         flora = client(FarEnd(reply), VirtualTime())
         try:
-            await flora.start_run("tech_1", inputs=INPUTS, idempotency_key="k")
+            await flora.start_run("tech_1", body="{}", idempotency_key="k")
         except FloraError as exc:
             told += [repr(flora), repr(exc), str(exc), *traceback.format_exception(exc)]
     assert len(told) > 12

@@ -59,7 +59,7 @@ def flora_at(base: str, **settings: float) -> FloraClient:
 
 
 async def start(flora: FloraClient) -> None:
-    await flora.start_run("tech_1", inputs=[], idempotency_key="k")
+    await flora.start_run("tech_1", body="{}", idempotency_key="k")
 
 
 def cut_first(reply: bytes) -> Serve:

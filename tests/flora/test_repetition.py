@@ -25,8 +25,9 @@ from tracker.core.errors import (
     KeyRefused,
     RateLimited,
     ServerFault,
+    StartPending,
 )
-from tracker.flora.client import FloraClient, StartAnswer
+from tracker.flora.client import FloraClient, StartAnswer, start_body
 
 RUN = ok(run_payload())
 CONNECT_ERRORS = [
@@ -45,7 +46,8 @@ CUTS = [
 
 
 async def start(flora: FloraClient) -> StartAnswer:
-    return await flora.start_run("tech_1", inputs=[], idempotency_key="k")
+    body = start_body([], idempotency_key="k")
+    return await flora.start_run("tech_1", body=body, idempotency_key="k")
 
 
 @pytest.mark.parametrize("status", [408, 500, 502, 503, 504, 522])
@@ -84,15 +86,23 @@ async def test_a_start_that_was_cut_is_never_sent_again(error: Exception) -> Non
     assert len(far_end.requests) == 1
 
 
-@pytest.mark.parametrize("status", [501, 502, 504, 522])
-async def test_a_gateways_fault_leaves_a_start_in_doubt(status: int) -> None:
-    """A gateway that gave up does not know what FLORA did, so the start is not sent again."""
+@pytest.mark.parametrize(
+    "reply",
+    [
+        *(httpx.Response(status, content=b"<html>") for status in (404, 429, 500, 502, 503, 504)),
+        *(refused(status) for status in (500, 503)),
+    ],
+    ids=lambda reply: f"{reply.status_code}{'' if reply.content else '_html'}",
+)
+async def test_a_start_that_may_have_acted_is_sent_once(reply: httpx.Response) -> None:
+    """What a gateway says is told from what FLORA says, and after any 5xx nothing is repeated."""
     time = VirtualTime()
-    far_end = FarEnd(httpx.Response(status, content=b"<html>"), RUN)
+    far_end = FarEnd(reply, RUN)
     async with client(far_end, time) as flora:
-        with pytest.raises(FloraUnreachable, match=str(status)) as caught:
+        with pytest.raises(FloraRefusal) as caught:
             await time.run(start(flora))
-    assert caught.value.may_have_acted
+    assert caught.value.status == reply.status_code
+    assert caught.value.from_flora is (reply.content[:1] == b"{")
     assert len(far_end.requests) == 1
 
 
@@ -107,11 +117,11 @@ async def test_an_unreadable_answer_to_a_start_is_final() -> None:
 
 @pytest.mark.parametrize(
     "reply",
-    [*CONNECT_ERRORS, refused(429), refused(500), refused(503), httpx.Response(503)],
+    [*CONNECT_ERRORS, refused(429)],
     ids=lambda reply: getattr(reply, "status_code", type(reply).__name__),
 )
 async def test_a_start_is_repeated_where_that_is_safe(reply: Reply) -> None:
-    """Without a connection, and after a 429, a 500 or a 503, the same start goes out again."""
+    """Without a connection, and after FLORA's own 429, the same start goes out again."""
     time = VirtualTime()
     far_end = FarEnd(reply, RUN)
     async with client(far_end, time) as flora:
@@ -189,7 +199,7 @@ async def test_patience_ends_with_the_deadline(reply: Reply, error: type[Excepti
     far_end = FarEnd(reply)
     async with client(far_end, time, deadline=25) as flora:
         with pytest.raises(error):
-            await time.run(start(flora))
+            await time.run(flora.get_any_run("run_1"))
     assert time.elapsed <= 25
     assert 1 <= len(far_end.requests) < 20
 
@@ -219,15 +229,17 @@ async def test_a_pause_that_outlasts_the_deadline_is_not_waited_for() -> None:
 
 
 @pytest.mark.parametrize("acts", [True, False], ids=["start", "read"])
-async def test_no_answer_in_time(acts: bool) -> None:
-    """An answer that does not come within the deadline is given up, and may have acted."""
+async def test_no_answer_in_time(acts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that does not come in time is given up, and may have acted. A start's is waited for
+    longer than its deadline."""
+    monkeypatch.setattr("tracker.flora.client.START_SECONDS", 0.1)
 
     async def never(_: httpx.Request) -> httpx.Response:
         await asyncio.Event().wait()
         raise AssertionError
 
     async with client(FarEnd(never), VirtualTime(), deadline=0.05) as flora:
-        with pytest.raises(FloraUnreachable, match=r"within 0\.05 s") as caught:
+        with pytest.raises(FloraUnreachable, match=r"within 0\.\d+ s") as caught:
             await (start(flora) if acts else flora.get_any_run("run_1"))
         assert flora.budget.state().in_flight == 0
     assert caught.value.may_have_acted
@@ -245,7 +257,7 @@ async def test_no_turn_in_time() -> None:
         blocking = asyncio.ensure_future(flora.get_any_run("run_1"))
         await settle()
         with pytest.raises(FloraUnreachable) as caught:
-            await flora.start_run("tech_1", inputs=[], idempotency_key="k", deadline=0.05)
+            await flora.start_run("tech_1", body="{}", idempotency_key="k", deadline=0.05)
         assert not caught.value.may_have_acted
         blocking.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -270,7 +282,7 @@ async def test_time_up_between_two_attempts() -> None:
     )
     async with flora:
         with pytest.raises(ServerFault) as caught:
-            await start(flora)
+            await flora.get_any_run("run_1")
     assert caught.value.code == "service_unavailable"
 
 
@@ -305,23 +317,29 @@ async def test_a_limit_slows_everything_down() -> None:
         assert flora.budget.state().rate == pytest.approx(1.1)
 
 
-@pytest.mark.parametrize("second", [httpx.ConnectError("refused"), refused(429), refused(401)])
-async def test_a_doubt_is_not_cleared_by_what_got_nowhere(second: Reply) -> None:
-    """A start that FLORA met with a 500 stays in doubt where asking again does not get through."""
-    time = VirtualTime()
-    far_end = FarEnd(refused(500), second)
-    async with client(far_end, time, deadline=20) as flora:
-        with pytest.raises(ServerFault) as caught:
-            await time.run(start(flora))
-    assert caught.value.status == 500
-    assert len(far_end.requests) > 1
-
-
 async def test_a_refusal_of_another_kind_keeps_its_type() -> None:
     """After repetitions the error is the last one, not the first."""
     time = VirtualTime()
-    far_end = FarEnd(refused(500), refused(429, retry_after="1"), refused(402, "no_credits"))
+    far_end = FarEnd(refused(429, retry_after="1"), refused(402, "no_credits"))
     async with client(far_end, time) as flora:
         with pytest.raises(FloraRefusal) as caught:
             await time.run(start(flora))
     assert (caught.value.status, caught.value.code) == (402, "no_credits")
+
+
+async def test_a_fence_is_the_last_thing_before_a_request() -> None:
+    """It is asked before each attempt, and what it raises keeps the request from being sent."""
+    time = VirtualTime()
+    far_end = FarEnd(httpx.ConnectError("refused"), refused(429), RUN)
+    asked: list[int] = []
+
+    async def fence() -> None:
+        asked.append(len(far_end.requests))
+        if len(asked) == 3:
+            raise StartPending("taken over")
+
+    async with client(far_end, time) as flora:
+        with pytest.raises(StartPending):
+            await time.run(flora.start_run("tech_1", body="{}", idempotency_key="k", fence=fence))
+    assert asked == [0, 1, 2]
+    assert len(far_end.requests) == 2

@@ -176,6 +176,9 @@ class ModelFlora:
                     return self._show(self._sight(run))
             case ["GET", "runs", run_id] if run_id in self.runs:
                 return self._show(self._sight(self.runs[run_id]))
+            case ["GET", "workspaces"]:
+                found_here = [{"workspace_id": WORKSPACE, "name": "The model"}]
+                return self._show({"workspaces": found_here, "meta": {"next_cursor": None}})
             case ["GET", "technique-runs"]:
                 return self._list("technique", "technique_runs", query)
             case ["GET", "generations"]:

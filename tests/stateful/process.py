@@ -26,7 +26,7 @@ T = TypeVar("T")
 POINTS: Final = ("before a commit", "after a commit", "before a request", "after a request")
 """Where a process dies: with a transaction not begun or committed, with a request not sent or
 answered, and nobody told."""
-PUBLIC_URL: Final = "https://tracker.test"
+PUBLIC_URL: Final = "http://127.0.0.1:9"
 
 
 class Crashed(StoreError):
@@ -73,6 +73,7 @@ class Process:
         services.starter._sleep = clocks.sleep
         # What is stored is applied when the world says so, not whenever there is time.
         services.applier.wake = lambda: None  # type: ignore[method-assign]
+        services.starter._monotonic = clocks.monotonic
         (workspace,) = services.workspaces
         workspace.client = await enter(
             FloraClient(

@@ -159,14 +159,14 @@ def _no_start_is_paid_twice(now: Snapshot, flora: ModelFlora, memory: Memory) ->
         before = memory.starts.get(key, row)
         assert row.inputs == before.inputs
         assert before.run_id in (None, row.run_id)
-        if row.state == "refused":
-            assert key not in paid, f"{key} runs at FLORA, and is said to have been refused"
+        if row.state in ("stored", "refused"):
+            assert key not in paid, f"{key} runs at FLORA, and is said not to"
         if row.state != "started":
             continue
-        # A run that somebody else began may be taken for ours, never one of another key.
+        # Never one that somebody else began, however alike it is.
         run, record = flora.runs[row.run_id], now.records[row.run_id]
-        assert run.key in (key, None)
-        assert run.inputs in (row.inputs, None)
+        assert run.key == key, f"{key} is given {row.run_id}, which it did not start"
+        assert run.inputs == row.inputs
         assert record.source is Source.START
         assert record.inputs == row.inputs
     for key, run_id in memory.started.items():

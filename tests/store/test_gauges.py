@@ -101,6 +101,8 @@ async def test_what_waits_for_a_person_is_counted(db: Database, door: TestDoor) 
     for key in ("key_1", "key_2", "key_3"):
         await reserve(db, key)
     await mark(db, "key_1", StartState.UNRESOLVED)
+    await mark(db, "key_2", StartState.SENT)
+    await mark(db, "key_3", StartState.IN_DOUBT)
     found = await read_gauges(db, now=NOW)
     assert (found.quarantined, found.open_starts, found.unresolved_starts) == (2, 2, 1)
 

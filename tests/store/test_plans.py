@@ -169,7 +169,8 @@ QUERIES: dict[str, tuple[Callable[[Database], Awaitable[Any]], str]] = {
         lambda db: read.list_deliveries(db, run_id="run_1"),
         "ix_deliveries_run",
     ),
-    "open starts": (lambda db: starts.open_starts(db, NOW), "ix_starts_open"),
+    "open starts": (starts.open_starts, "ix_starts_open"),
+    "starts in doubt": (starts.open_starts, "ix_starts_in_doubt"),
     "known origins": (lambda db: starts.accounted(db, ["run_1", "run_2"]), "ix_starts_run"),
     "rival starts": (
         lambda db: starts.rivals(db, "default", "tech_1", "key_1"),
@@ -274,7 +275,7 @@ def _text(statement: Any) -> str:
     return str(statement.compile(dialect=postgresql.asyncpg.dialect()))
 
 
-_EMPTY = ", ".join(["'{}'"] * 11)
+_EMPTY = ", ".join(["'{}'"] * 12)
 
 
 @pytest.mark.parametrize(

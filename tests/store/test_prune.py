@@ -364,7 +364,7 @@ async def test_what_is_not_applied_yet_is_spared(door: TestDoor, db: Database) -
 async def _start(db: Database, door: TestDoor, key: str, run_id: str | None, at: datetime) -> None:
     await starts.reserve(
         db,
-        workspace_slot="default",
+        workspace_id="default",
         idempotency_key=key,
         technique_id="tech_1",
         fingerprint="print",
@@ -533,6 +533,7 @@ def test_every_table_is_considered() -> None:
         "batch_rows",
         "techniques",
         "leases",
+        "workspace_keys",
         "retention",
         "run_tallies",
         "run_tally_changes",

@@ -221,7 +221,7 @@ async def test_counts_say_what_waits(door: TestDoor, db: Database) -> None:
     for key in ("open", "unresolved"):
         await starts.reserve(
             db,
-            workspace_slot="default",
+            workspace_id="default",
             idempotency_key=key,
             technique_id="tech_1",
             fingerprint="",
@@ -232,6 +232,8 @@ async def test_counts_say_what_waits(door: TestDoor, db: Database) -> None:
     assert await starts.take(db, "default", "unresolved", "h", NOW, lease)
     state = StartState.UNRESOLVED
     await starts.mark(db, "default", "unresolved", holder="h", state=state, error={})
+    assert await starts.take(db, "default", "open", "h", NOW, lease)
+    await starts.mark(db, "default", "open", holder="h", state=StartState.IN_DOUBT, error={})
     found = await counts(db, now=NOW)
     assert found == Counts(
         active=2,

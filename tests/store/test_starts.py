@@ -26,7 +26,7 @@ async def reserve(
     """Keep a key."""
     return await starts.reserve(
         db,
-        workspace_slot=slot,
+        workspace_id=slot,
         idempotency_key=key,
         technique_id=technique,
         at=at,
@@ -37,7 +37,9 @@ async def reserve(
 async def mark(db: Database, key: str, state: StartState) -> StartRow:
     """Bring a kept key to a state, as its holder."""
     assert await starts.take(db, "default", key, "h", NOW, LEASE)
-    row = await starts.mark_sent(db, "default", key, holder="h", at=NOW, callback_url=None)
+    row = await starts.mark_sent(
+        db, "default", key, holder="h", at=NOW, callback_url=None, request_body="{}"
+    )
     if state is not StartState.SENT:
         row = await starts.mark(db, "default", key, holder="h", state=state, error={})
     await starts.give_back(db, "default", key, "h")
@@ -91,7 +93,9 @@ async def test_only_the_holder_writes_a_state(db: Database) -> None:
     await reserve(db, "key")
     assert await starts.take(db, "default", "key", "h", NOW, LEASE)
     later = NOW + timedelta(seconds=1)
-    sent = await starts.mark_sent(db, "default", "key", holder="h", at=later, callback_url=None)
+    sent = await starts.mark_sent(
+        db, "default", "key", holder="h", at=later, callback_url=None, request_body="{}"
+    )
     assert sent is not None
     assert (sent.state, sent.sent_at, sent.in_use_since) == (StartState.SENT, later, later)
     words = {"status": 402, "code": "insufficient_credits", "message": "top up", "fields": []}
@@ -102,7 +106,9 @@ async def test_only_the_holder_writes_a_state(db: Database) -> None:
     assert (row.state, row.error, row.lease_holder) == (refused, words, "h")
     assert row == await starts.get(db, "default", "key")
     assert (
-        await starts.mark_sent(db, "default", "never", holder="h", at=later, callback_url=None)
+        await starts.mark_sent(
+            db, "default", "never", holder="h", at=later, callback_url=None, request_body="{}"
+        )
         is None
     )
 
@@ -112,19 +118,38 @@ async def test_a_key_in_use_keeps_its_first_request(db: Database) -> None:
     await reserve(db, "key")
     assert await starts.take(db, "default", "key", "h", NOW, LEASE)
     first = await starts.mark_sent(
-        db, "default", "key", holder="h", at=NOW, callback_url="https://a.example"
+        db,
+        "default",
+        "key",
+        holder="h",
+        at=NOW,
+        callback_url="https://a.example",
+        request_body="{}",
     )
-    later = NOW + timedelta(minutes=1)
+    later = NOW + timedelta(seconds=50)
     again = await starts.mark_sent(
-        db, "default", "key", holder="h", at=later, callback_url="https://b.example"
+        db,
+        "default",
+        "key",
+        holder="h",
+        at=later,
+        callback_url="https://b.example",
+        request_body="{}",
     )
     assert first is not None
     assert again is not None
     assert (again.in_use_since, again.sent_at) == (NOW, later)
     assert again.callback_url == "https://a.example"
+    await starts.take(db, "default", "key", "h", later, LEASE)
     await starts.mark(db, "default", "key", holder="h", state=StartState.REFUSED, error={})
     anew = await starts.mark_sent(
-        db, "default", "key", holder="h", at=later, callback_url="https://b.example"
+        db,
+        "default",
+        "key",
+        holder="h",
+        at=later,
+        callback_url="https://b.example",
+        request_body="{}",
     )
     assert anew is not None
     assert (anew.in_use_since, anew.callback_url) == (later, "https://b.example")
@@ -166,21 +191,22 @@ async def test_one_process_sends_a_key(db: Database, other_db: Database) -> None
 
 
 async def test_open_starts_are_found(door: TestDoor, db: Database) -> None:
-    """What was kept before a moment and is neither started, refused nor unresolved is open."""
+    """What was sent, and is neither started, refused nor unresolved, is open."""
     for number, key in enumerate(["b", "a", "c", "d", "e"]):
         await reserve(db, key, at=NOW + timedelta(seconds=number))
     await mark(db, "a", StartState.SENT)
     await mark(db, "c", StartState.REFUSED)
     await door.put(replace(started("run_1"), slot="default", idempotency_key="d"))
-    found = await starts.open_starts(db, NOW + timedelta(seconds=4))
-    assert [row.idempotency_key for row in found] == ["b", "a"]
-    assert [row.idempotency_key for row in await starts.open_starts(db, NOW)] == []
+    await mark(db, "e", StartState.IN_DOUBT)
+    assert [row.idempotency_key for row in await starts.open_starts(db)] == ["a", "e"]
 
 
 async def test_rival_starts_are_found(door: TestDoor, db: Database) -> None:
     """Other starts of the technique in this workspace that may own a run are its rivals."""
     await reserve(db, "mine")
+    await reserve(db, "never sent")
     await reserve(db, "open")
+    await mark(db, "open", StartState.IN_DOUBT)
     await reserve(db, "refused")
     await mark(db, "refused", StartState.REFUSED)
     await reserve(db, "elsewhere", slot="other")

@@ -155,7 +155,10 @@ def reads_whole(plan: str) -> bool:
 
     SQLite scans an index of some rows alone, which is what such an index is for.
     """
-    partial = ("ix_starts_open", "ix_starts_unresolved", "ix_deliveries_quarantined", "ix_runs_due")
+    partial = (
+        *("ix_starts_open", "ix_starts_in_doubt", "ix_starts_unresolved"),
+        *("ix_deliveries_quarantined", "ix_runs_due"),
+    )
     for line in plan.splitlines():
         if any(f"Seq Scan on {table} " in line + " " for table in BIG):
             return True

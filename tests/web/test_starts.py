@@ -13,7 +13,7 @@ from tests.web.flora import START, with_flora
 from tests.web.serving import serving
 from tracker.simulator import Options, running
 from tracker.tracking.durations import DurationBook
-from tracker.tracking.originals import Originals
+from tracker.tracking.identity import WorkspaceIds
 from tracker.tracking.start import Starter
 from tracker.web.app import build_app
 
@@ -171,17 +171,21 @@ async def test_without_a_key_for_flora_a_start_says_so(small_site: Site) -> None
 async def test_a_flora_that_cannot_be_reached_is_a_502(serve: Serve, sqlite_url: str) -> None:
     """Nothing was started, and the caller may try again with the same key."""
     nobody = f"http://127.0.0.1:{free_port()}/api/v1"
-    async with serve(sqlite_url, flora_base_url=nobody, flora_api_key="sk_test_1") as site:
+    async with serve(
+        sqlite_url,
+        flora_base_url=nobody,
+        flora_api_key="sk_test_1",
+        flora_workspace_id="ws_1",
+    ) as site:
         services = site.services
         impatient = Starter(
             database=services.database,
             workspaces=services.workspaces,
             catalogue=services.catalogue,
             durations=DurationBook(services.database, clock=services.clock),
-            originals=Originals(
-                database=services.database, door=services.door, clock=services.clock
-            ),
-            callback_url=None,
+            ids=WorkspaceIds(services.database, clock=services.clock),
+            sender=services.starter._sender,
+            recovery=services.recovery,
             process="test",
             clock=services.clock,
             deadline=0.1,

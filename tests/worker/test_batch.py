@@ -13,14 +13,16 @@ import pytest
 from tests.support.waiting import eventually
 from tests.worker.conftest import HandClock, MakeFlora, OpenServices, reads_of
 from tests.worker.test_poll import poll_to_the_end
-from tracker.core.errors import FloraRefusal, InvalidRequest, KeyRefused
+from tracker.core.errors import FloraRefusal, InvalidRequest, KeyRefused, TrackerError
 from tracker.core.sheet import SheetRefused, read_csv
 from tracker.flora.client import FloraClient
 from tracker.simulator import Simulator
 from tracker.store import batches, starts
+from tracker.store.batches import BatchEntry, BatchRow
 from tracker.store.starts import StartState
-from tracker.tracking.batch import BatchProgress, Outcome
-from tracker.tracking.batch_rows import Plan
+from tracker.tracking.batch import BatchProgress, DefinitionChanged, Outcome
+from tracker.tracking.batch_launch import MaxCostReached
+from tracker.tracking.batch_rows import Plan, PlannedRow, RowState
 from tracker.tracking.start import fingerprint
 from tracker.wiring import Services
 
@@ -273,11 +275,11 @@ HELD = timedelta(seconds=90)
 async def test_a_row_that_another_process_is_sending_waits_its_turn(
     services: Services, flora: Simulator, clock: HandClock
 ) -> None:
-    """Its key is not touched before the other's hold is over; the other rows are started."""
+    """Its key is not touched before the other's lease is over; the other rows are started."""
     (row, _) = (await plan(services, "a", "b")).rows
     await starts.reserve(
         services.database,
-        workspace_slot="default",
+        workspace_id="ws_simulator",
         idempotency_key=row.entry.key,
         technique_id="tech_icon-pack",
         fingerprint=fingerprint("tech_icon-pack", row.inputs),
@@ -285,44 +287,158 @@ async def test_a_row_that_another_process_is_sending_waits_its_turn(
         at=clock(),
     )
     key = row.entry.key
-    assert await starts.take(services.database, "default", key, "other", clock(), HELD)
-    services.batches._sleep = nap
+    assert await starts.take(services.database, "ws_simulator", key, "other", clock(), HELD)
+    services.starter._deadline = 0.2
     seen: list[BatchProgress] = []
     planned = await plan(services, "a", "b")
-    working = asyncio.create_task(start(services, planned, tell=seen.append))
-    await eventually(lambda: seen and seen[-1].held > 0)
+    working = asyncio.create_task(
+        services.batches.run(planned, concurrency=2, wait=True, tell=seen.append)
+    )
+    await eventually(lambda: seen and seen[-1].doubt > 0 and begun(flora))
     assert begun(flora) == ["b"]
     clock.move(HELD.total_seconds() + 1)
-    await working
-    assert begun(flora) == ["b", "a"]
+    await eventually(lambda: begun(flora) == ["b", "a"])
+    working.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await working
 
 
 @pytest.mark.parametrize("idempotency", ["replay", "conflict"])
-async def test_a_start_in_doubt_stops_the_line(
-    make_flora: MakeFlora, open_on: OpenServices, idempotency: str
+async def test_a_start_in_doubt_holds_nothing_up(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, idempotency: str
 ) -> None:
-    """While nobody knows what a start did no other begins, so that the history can tell its run."""
-    async with make_flora(idempotency=idempotency, seed=3) as flora:
+    """The other rows are started at once. What reached nobody is started when that is safe; the
+    command waits for it and says so."""
+    async with make_flora(
+        idempotency=idempotency, seed=3, gateway_starts=0.3, gateway_works=0.0
+    ) as flora:
         services = await open_on(flora)
-        planned = await plan(services, *(f"icon {number}" for number in range(12)))
+        prompts = [f"icon {number}" for number in range(20)]
+        planned = await plan(services, *prompts)
         seen: list[BatchProgress] = []
-        begun_meanwhile: list[int] = []
-
-        async def pause(seconds: float) -> None:
-            flora.world.options = replace(flora.world.options, cut=0.0)
-            before, looks = len(flora.world.runs), len(seen)
-            await eventually(lambda: len(seen) > looks + 1)
-            begun_meanwhile.append(len(flora.world.runs) - before)
-
-        services.starter._sleep = pause
-        working = asyncio.create_task(start(services, planned, concurrency=3, tell=seen.append))
-        await eventually(lambda: len(flora.world.runs) >= 3)
-        flora.world.options = replace(flora.world.options, cut=1.0)
+        working = asyncio.create_task(
+            services.batches.run(planned, concurrency=3, wait=True, tell=seen.append)
+        )
+        await eventually(lambda: seen and seen[-1].left == 0)
+        doubt = seen[-1].doubt
+        assert 0 < doubt < 20
+        assert len(flora.world.runs) == 20 - doubt
+        flora.world.options = replace(flora.world.options, gateway_starts=0.0)
+        clock.move(200)
+        await eventually(lambda: len(flora.world.runs) == 20)
+        await poll_to_the_end(services, clock, within=600)
         outcome = await working
-        # The two others that were under way, at most.
-        assert begun_meanwhile
-        assert max(begun_meanwhile) <= 2
-        assert outcome.tally.started == len(flora.world.runs) == 12
+        assert outcome.stopped is None
+        assert outcome.tally.completed == len(flora.world.runs) == 20
+        assert sorted(begun(flora)) == sorted(prompts)
+
+
+async def test_the_price_is_read_freshly(services: Services, flora: Simulator) -> None:
+    """One that has risen since the definition was read counts."""
+    assert (await plan(services, "a", "b")).cost == Decimal("0.5")
+    flora.world.options = replace(flora.world.options, prices={"icon-pack": 10.0})
+    assert (await plan(services, "a", "b")).cost == Decimal("20.0")
+
+
+async def test_without_a_price_nothing_is_started(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """An old price is none: what is started costs what FLORA asks now."""
+    await plan(services, "a")
+    clock.move(30 * 24 * 3600)
+    services.catalogue._asking.clear()
+    flora.world.options = replace(flora.world.options, gateway_reads=1.0, gateway_works=0.0)
+    (workspace,) = services.workspaces
+    workspace.require_client()._caller._deadline = 1.0
+    planned = await plan(services, "a")
+    assert planned.price_error is not None
+    with pytest.raises(TrackerError, match="price could not be read"):
+        await start(services, planned)
+    assert begun(flora) == []
+
+
+@pytest.mark.parametrize("quote", [1.0, 4.0])
+async def test_a_batch_stops_where_quotes_reach_the_most_it_may_cost(
+    services: Services, flora: Simulator, quote: float
+) -> None:
+    """Prices that rise while it runs show in FLORA's quotes."""
+    planned = await plan(services, *(f"icon {number}" for number in range(10)))
+    flora.world.options = replace(flora.world.options, quotes=1.0, quote_factor=quote)
+    outcome = await services.batches.run(
+        planned, concurrency=1, wait=False, tell=silent, max_cost=Decimal("2.1")
+    )
+    assert isinstance(outcome.stopped, MaxCostReached)
+    assert len(begun(flora)) == (8 if quote == 1.0 else 2)
+
+
+async def test_an_input_of_several_values_is_several_runs(
+    make_flora: MakeFlora, open_on: OpenServices
+) -> None:
+    """The cost counts one run for each value."""
+    async with make_flora() as flora:
+        services = await open_on(flora)
+        techniques = {one.slug: one for one in flora.world.techniques()}
+        several = [
+            (one, port) for one in techniques.values() for port in one.inputs if port.several
+        ]
+        assert several
+        technique, port = several[0]
+        inputs = [{"id": port.id, "type": "text", "value": value} for value in "abc"]
+        definition = await services.catalogue.definition(
+            next(iter(services.workspaces)), technique.slug
+        )
+        entry = BatchEntry(position=1, line=2, digest="0" * 24)
+        batch_row = BatchRow(
+            batch_id="bat_1",
+            workspace_slot="ws_simulator",
+            technique_id=definition.technique_id,
+            name="sheet.csv",
+            created_at=services.clock(),
+        )
+        row = PlannedRow(entry=entry, inputs=inputs)
+        planned = Plan(
+            batch=batch_row,
+            technique=definition,
+            rows=[row],
+            states={entry.key: RowState(entry=entry)},
+        )
+        assert planned.cost == definition.run_cost * 3  # type: ignore[operator]
+
+
+async def columns(services: Services, text: str, **options: Any) -> Plan:
+    """The plan of a sheet of icons with several columns."""
+    sheet = read_csv(text.encode())
+    planned, _ = await services.batches.plan("icon-pack", sheet, name="icons.csv", **options)
+    return planned
+
+
+async def test_a_new_input_starts_no_finished_sheet_anew(
+    services: Services, flora: Simulator
+) -> None:
+    """It has the name of a column that was not used so far. What would start anew is shown, and
+    starts only where that is accepted."""
+    sheet = "prompt,style\na,flat\nb,flat\nc,bold\n"
+    await start(services, await columns(services, sheet))
+    assert len(begun(flora)) == 3
+    flora.world.options = replace(flora.world.options, new_inputs={"icon-pack": "style:text?"})
+    with pytest.raises(DefinitionChanged, match="column 'style'") as changed:
+        await columns(services, sheet)
+    assert changed.value.lines == (2, 3, 4)
+    assert len(begun(flora)) == 3
+    planned = await columns(services, sheet, accept_changes=True)
+    assert len(planned.missing) == 3
+    await start(services, planned)
+    assert len(begun(flora)) == 6
+    assert (await columns(services, sheet)).missing == []
+
+
+async def test_a_new_input_of_no_column_changes_nothing(
+    services: Services, flora: Simulator
+) -> None:
+    """A sheet that has nothing for it is read as before."""
+    await start(services, await columns(services, "prompt\na\n"))
+    flora.world.options = replace(flora.world.options, new_inputs={"icon-pack": "style:text?"})
+    assert (await columns(services, "prompt\na\n")).missing == []
 
 
 async def test_an_interrupted_batch_finishes_what_it_was_sending(

@@ -266,7 +266,7 @@ async def keep_batch(services: Services, rows: int) -> tuple[BatchRow, list[Batc
     """A batch of that many rows, none of which is started."""
     batch = BatchRow(
         batch_id="bat_1",
-        workspace_slot="default",
+        workspace_slot="ws_simulator",
         technique_id="tech_icon-pack",
         name="sheet.csv",
         created_at=services.clock(),
@@ -280,7 +280,7 @@ async def start_row(services: Services, entry: BatchEntry, run_id: str) -> None:
     """A row's start became that run, which has not ended."""
     await starts.reserve(
         services.database,
-        workspace_slot="default",
+        workspace_id="ws_simulator",
         idempotency_key=entry.key,
         technique_id="tech_icon-pack",
         fingerprint="f",
@@ -288,7 +288,7 @@ async def start_row(services: Services, entry: BatchEntry, run_id: str) -> None:
         at=services.clock(),
     )
     seen = Observation(run_id=run_id, source=Source.START, at=services.clock())
-    entered = Seen(observation=seen, slot="default", idempotency_key=entry.key)
+    entered = Seen(observation=seen, slot="ws_simulator", idempotency_key=entry.key)
     await services.door.put(entered)
 
 

@@ -19,7 +19,7 @@ async def reserved(db: Database, key: str) -> StartRow:
     """A start that nobody holds."""
     return await starts.reserve(
         db,
-        workspace_slot="default",
+        workspace_id="default",
         idempotency_key=key,
         technique_id="tech_1",
         fingerprint="f00d",

@@ -20,6 +20,7 @@ from tracker.cli import (
     looking,
     runs,
     serving,
+    starts,
     techniques,
 )
 from tracker.core.errors import (
@@ -46,6 +47,7 @@ looking.add_to(app)
 app.add_typer(runs.app)
 batch.add_to(app)
 app.add_typer(batches.app)
+app.add_typer(starts.app)
 app.add_typer(techniques.app)
 app.add_typer(deliveries.app)
 app.add_typer(database.app)

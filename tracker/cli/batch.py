@@ -71,6 +71,13 @@ def batch(
         int | None,
         typer.Option(help="Requests at a time; else TRACKER_API_CONCURRENCY.", min=1, max=20),
     ] = None,
+    accept_changes: Annotated[
+        bool,
+        typer.Option(
+            "--accept-changes",
+            help="Start rows anew whose columns are read otherwise since the technique changed.",
+        ),
+    ] = False,
     again: Annotated[
         bool, typer.Option("--again", help="Run every row once more, and pay once more.")
     ] = False,
@@ -118,6 +125,7 @@ def batch(
                 again=again,
                 retry_failed=retry_failed,
                 skip_bad_rows=skip_bad_rows,
+                accept_changes=accept_changes,
             )
         tell_problems(name, skipped)
         if plan.unmapped:
@@ -129,7 +137,9 @@ def batch(
         seats = concurrency or services.settings.tracker_api_concurrency
         try:
             with batch_progress.shown(name) as tell:
-                outcome = await services.batches.run(plan, concurrency=seats, wait=wait, tell=tell)
+                outcome = await services.batches.run(
+                    plan, concurrency=seats, wait=wait, tell=tell, max_cost=limit
+                )
         except asyncio.CancelledError:
             note("tracker: interrupted; what is started stays tracked. Repeat the command to go on")
             raise

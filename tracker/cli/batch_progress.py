@@ -78,6 +78,6 @@ def words(progress: "BatchProgress") -> str:
     parts.append(dollars(tally.cost))
     if progress.left and progress.paused:
         parts.append(f"FLORA asks to wait {progress.paused:.0f} s")
-    if progress.held:
-        parts.append(f"waiting {progress.held:.0f} s for what an interrupted command was sending")
+    if progress.doubt:
+        parts.append(f"waiting to learn what became of {progress.doubt} (no answer yet)")
     return ", ".join(parts)

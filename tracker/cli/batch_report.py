@@ -122,6 +122,11 @@ def exit_status(outcome: "Outcome", *, waited: bool) -> int:
         note(f"tracker: and {_rows(len(told) - _TOLD)} more; the results tell of all")
     tally = outcome.tally
     if outcome.stopped is not None:
+        from tracker.tracking.batch import spans
+
+        left = [row.entry.line for row in outcome.rows if not row.started]
+        if left:
+            note(f"tracker: not started: {spans(left)}")
         note(
             f"tracker: stopped: {plain(outcome.stopped).rstrip('.')}. {tally.unstarted} of "
             f"{_rows(tally.rows)} not started; repeat the command to go on"

@@ -43,7 +43,9 @@ def reconcile(
         ]
         async with patience(services):
             await services.applier.drain()
-            return await asyncio.gather(*sweeps)
+            reports = await asyncio.gather(*sweeps)
+        await services.recovery.recover()
+        return reports
 
     reports = run_once(work, needs_key=True)
     if as_json:
@@ -72,6 +74,7 @@ def poll(as_json: JsonFlag = False) -> int:
             while last.more and last.pages + last.reads > 0:
                 last = await services.poller.poll_due()
                 total.add(last)
+        await services.recovery.recover()
         return total
 
     report = run_once(work, needs_key=True)

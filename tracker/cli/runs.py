@@ -1,7 +1,9 @@
 """`tracker runs`: start, track, list and show runs."""
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
+from uuid import uuid4
 
 import typer
 
@@ -15,6 +17,7 @@ from tracker.core.run import RunStatus, Tracking
 
 if TYPE_CHECKING:
     from tracker.core.record import Record
+    from tracker.tracking.start import Started, StartRequest
     from tracker.tracking.track import Tracked
     from tracker.wiring import Services
 
@@ -59,9 +62,11 @@ def start(
                 technique=technique,
                 inputs=await inputs.typed(services, technique, workspace, parsed),
                 workspace_id=workspace,
-                idempotency_key=idempotency_key,
+                # The second attempt has to have the first one's.
+                idempotency_key=idempotency_key or f"trk-{uuid4()}",
+                started_by="cli",
             )
-            started = await services.starter.start(request)
+        started = await _started(services, request, wait=wait)
         if started.replayed:
             note("This key had started the run before; nothing new was started.")
         if not wait:
@@ -164,6 +169,19 @@ def show(run_id: RunId, as_json: JsonFlag = False) -> None:
             f"run {run_id} is not known here: `tracker runs track {run_id}` would track it"
         )
     _print_run(record, as_json=as_json)
+
+
+async def _started(services: "Services", request: "StartRequest", *, wait: bool) -> "Started":
+    """Start it. With `wait`, a start in doubt is waited for until it is known what it did."""
+    from tracker.core.errors import StartPending
+
+    try:
+        return await services.starter.start(request)
+    except StartPending as error:
+        if not wait:
+            raise
+        note(f"{error}. Waiting")
+    return await services.starter.start(request, wait=math.inf)
 
 
 watching.add_to(app)

@@ -35,8 +35,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """What a sheet asks for. `unmapped` are the columns that no input takes."""
+    """What a sheet asks for. `mapping` says which columns are which inputs, `unmapped` are those
+    that no input takes."""
 
+    mapping: tuple[Mapping, ...]
     rows: tuple[Row, ...]
     unmapped: tuple[str, ...]
     problems: tuple[Problem, ...]
@@ -68,7 +70,20 @@ def read_rows(sheet: Sheet, ports: Sequence[Port], given: Sequence[Mapping] = ()
             if (problem.line, problem.column) not in spoilt:
                 problems.append(problem)
         rows.append(Row(line=row.line, inputs=canonical(inputs)))
-    return Reading(rows=tuple(rows), unmapped=unmapped, problems=tuple(sorted(problems)))
+    return Reading(
+        mapping=tuple(mappings),
+        rows=tuple(rows),
+        unmapped=unmapped,
+        problems=tuple(sorted(problems)),
+    )
+
+
+def rows_by(sheet: Sheet, mapping: Sequence[Mapping]) -> list[list[Input]]:
+    """The inputs of each row by a mapping that is complete, with no check of any."""
+    return [
+        canonical(_input(one, value) for one in mapping for value in row.cells.get(one.column, ()))
+        for row in sheet.rows
+    ]
 
 
 def _assign(

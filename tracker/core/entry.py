@@ -35,7 +35,8 @@ class Delivery:
     """An authentic callback as it came. `body` is the raw bytes; `created_at` is FLORA's time.
 
     `workspace_id` is the workspace whose secret signed it; the one that the body names where that
-    is not known.
+    is not known. `callback_token` is the last part of the address that it came to, where that is
+    not the bare one.
     """
 
     delivery_id: str
@@ -46,6 +47,7 @@ class Delivery:
     api_version: str | None = None
     workspace_id: str | None = None
     created_at: datetime | None = None
+    callback_token: str | None = None
 
 
 @quick_dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,8 +24,9 @@
     └── StartError                  a run was not started
         ├── InvalidRequest          the caller's fault; `fields` says where
         ├── IdempotencyConflict     this key was used for another body; nothing was started
-        ├── StartUnderWay           another request is sending this key; ask again soon
-        └── StartUnresolved         it cannot be told whether FLORA started it; never sent again
+        ├── StartPending            it was sent, and its outcome is not known yet; ask again soon
+        ├── StartNotStored          FLORA started it, and the database could not keep it yet
+        └── StartUnresolved         it cannot be told whether FLORA started it; left to a person
 
 Errors of other libraries are translated once, at the edge that calls them, with `from exc`. A
 message says what was wrong, where, and what to do; it never holds a key, a secret or a signature.
@@ -90,10 +91,12 @@ class FloraUnreadable(FloraError):
 
 
 class FloraRefusal(FloraError):
-    """FLORA's own error answer.
+    """An error answer.
 
     `status` is the HTTP status, `code` and `message` FLORA's words, `fields` the faults it names,
     `request_id` what its support asks for, `retry_after` the seconds it asked to wait, if any.
+    `from_flora` is false where the body has not FLORA's shape, as a gateway's page; `run_id` is the
+    run that the answer names, if any.
     """
 
     def __init__(
@@ -105,6 +108,8 @@ class FloraRefusal(FloraError):
         fields: Sequence[FieldFault] = (),
         request_id: str | None = None,
         retry_after: float | None = None,
+        from_flora: bool = True,
+        run_id: str | None = None,
     ) -> None:
         where = f" ({request_id})" if request_id else ""
         super().__init__(f"FLORA answered {status} {code}: {message}{where}")
@@ -114,6 +119,8 @@ class FloraRefusal(FloraError):
         self.fields = tuple(fields)
         self.request_id = request_id
         self.retry_after = retry_after
+        self.from_flora = from_flora
+        self.run_id = run_id
 
 
 class KeyRefused(FloraRefusal):
@@ -148,8 +155,24 @@ class IdempotencyConflict(StartError):
     """The idempotency key was used before, for another body. Nothing was started."""
 
 
-class StartUnderWay(StartError):
-    """Another request is sending this idempotency key, or was when its process died. Ask again."""
+class StartPending(StartError):
+    """A start may have reached FLORA, and its outcome is not known yet.
+
+    The same key tells later what came of it. `retry_after` is in seconds.
+    """
+
+    def __init__(self, message: str, *, retry_after: float = 5.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class StartNotStored(StartError):
+    """FLORA started run `run_id`, and the database could not keep it yet: that is tried again for
+    as long as the process lives."""
+
+    def __init__(self, message: str, *, run_id: str) -> None:
+        super().__init__(message)
+        self.run_id = run_id
 
 
 class StartUnresolved(StartError):

@@ -20,6 +20,7 @@ Name = Literal[
     "public url",
     "certificate",
     "callbacks",
+    "own addresses",
     "answer time",
     "body limit",
     "test deliveries",

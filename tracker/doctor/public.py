@@ -1,6 +1,7 @@
 """The way that callbacks take, tried with test deliveries to the public URL.
 
-First a forged one, which has to be refused and leaves nothing. Only where that goes well, and the
+First forged ones, to the bare address and to one below it as each start has, which have to be
+refused and leave nothing. Only where that goes well, and the
 database can be looked into, signed ones follow: one for each secret, which are looked for in the
 database, and then two large ones. They are taken out again, whatever happens.
 """
@@ -26,6 +27,7 @@ from tracker.store import trials
 from tracker.store.engine import Database
 
 NAME: Final = "callbacks"
+OWN: Final = "own addresses"
 SIZES: Final = (16 * 1024, 256 * 1024)
 """Bytes of the large ones: what any proxy should take, and the largest that the tracker takes."""
 SLOW: Final = 3.0
@@ -47,6 +49,7 @@ async def look(
         findings = [where, *_certificate(forged, clock)]
         if refused := _judge_forged(forged):
             return [*findings, *refused]
+        findings += await _own_address(settings.callback_url, clock)
         secrets = [
             secret.get_secret_value()
             for workspace in settings.all_workspaces
@@ -66,6 +69,24 @@ async def look(
                 ),
             ]
         return findings + await _signed(settings, to, secrets, clock)
+
+
+async def _own_address(callback_url: str, clock: Clock) -> list[Finding]:
+    """Try the address that a start has of its own, below the bare one."""
+    async with sender(f"{callback_url}/{token_hex(16)}") as to:
+        forged = await to.send(Trial.make(f"whsec_{token_hex(16)}", now=clock()))
+    if not _judge_forged(forged):
+        return [ok(OWN, "Deliveries to the addresses of single starts come to the tracker.")]
+    seen, advice = verdict(forged)
+    return [
+        failed(
+            OWN,
+            f"Deliveries to {callback_url} come to the tracker, but one to an address below it "
+            f"{seen}.",
+            f"Pass on /callbacks/flora as a prefix: each start has an address of its own below it. "
+            f"{advice}",
+        )
+    ]
 
 
 async def _signed(

@@ -3,9 +3,9 @@
 What is repeated, as long as the call's time limit allows:
 
 * a read: after no answer, a 408, a 429 and any 5xx;
-* a start, which spends money: only where no connection was made, and after a 429 and FLORA's own
-  500 and 503, all with the same idempotency key. After a cut, a time-out or a gateway's error
-  nobody knows whether FLORA acted, and `FloraUnreachable.may_have_acted` says so.
+* a start, which spends money: only where nothing of it was written (no connection was made), and
+  after FLORA's own 429. Whatever else comes, or does not, is for the caller to judge;
+  `FloraUnreachable.may_have_acted` says that a request had left.
 
 Redirects are never followed: the key goes to one origin only.
 """
@@ -14,8 +14,9 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
-from typing import Final, TypeVar
+from datetime import datetime, timedelta
+from functools import partial
+from typing import Any, Final, TypeVar
 
 import httpx
 import structlog
@@ -28,7 +29,6 @@ from tracker.core.errors import (
     FloraUnreadable,
     KeyRefused,
     RateLimited,
-    ServerFault,
 )
 from tracker.core.packing import is_bounded
 from tracker.flora import parse
@@ -44,7 +44,6 @@ LARGEST_ANSWER: Final = 32 * 1024 * 1024
 OnRequest = Callable[[str, int | None, float], None]
 """Told of every request: its endpoint, its status (`None` without an answer), its seconds."""
 
-_STARTS_REPEATED_AFTER: Final = (500, 503)
 _PAST_THE_KEY: Final = (400, 402, 404, 409, 422)
 """Refusals that FLORA gives only to a key that it takes."""
 log = structlog.get_logger(__name__)
@@ -63,8 +62,10 @@ class Call:
     """What is asked of FLORA.
 
     `endpoint` is the pattern of the URL, for people and metrics. `spends` marks what costs money;
-    `lists` a list, which a key that is any good may read, so that a 403 is about the key itself;
-    `fresh` what brings home a run that has just ended.
+    `lists` a list without a filter, which a key that is any good may read, so that a 403 is about
+    the key itself; `fresh` what brings home a run that has just ended. `fence` is awaited after
+    every wait, directly before the request is written, and keeps it from being written by raising;
+    from then on the answer is waited for `answer_seconds`, whatever the call's deadline.
     """
 
     endpoint: str
@@ -75,6 +76,8 @@ class Call:
     spends: bool = False
     lists: bool = False
     fresh: bool = False
+    fence: Callable[[], Awaitable[None]] | None = None
+    answer_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,29 +109,20 @@ class Answer:
 
 @dataclass(slots=True)
 class _Course:
-    """How far a call has come, and the error that it ends with if no answer comes."""
+    """How far a call has come: whether a request is under way, and the last attempt's error."""
 
+    limit: asyncio.Timeout
     under_way: bool = False
     error: FloraError | None = None
-
-    def failed(self, call: Call, error: FloraError) -> FloraError:
-        """An attempt failed: the error that the call now ends with.
-
-        The doubt in which a 500 leaves a start is not cleared by an attempt that got nowhere.
-        """
-        self.under_way = False
-        in_doubt = call.spends and isinstance(self.error, ServerFault)
-        if self.error is None or not (in_doubt and _got_nowhere(error)):
-            self.error = error
-        return self.error
 
 
 class Caller:
     """Makes calls with one key, all through one budget and one breaker.
 
     `deadline` is how many seconds a call may take, repetitions included. `clock_offset` is FLORA's
-    clock minus ours, as its last answer told; `request_id` is what FLORA's support asks for that
-    answer by. Both are `None` before the first.
+    clock minus ours, as its last answer told; `clock_bounds` is the least and the most that it can
+    be, by all answers; `request_id` is what FLORA's support asks for the last answer by. They are
+    `None` before the first. `traced` tells that the transport reports when a request is written.
     """
 
     def __init__(
@@ -143,10 +137,12 @@ class Caller:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         shared: SharedWaits | None = None,
         find_new_key: Callable[[], object] = lambda: None,
+        traced: bool = True,
     ) -> None:
         self.budget = Budget(concurrency, monotonic=monotonic, sleep=sleep, shared=shared)
         self.breaker = Breaker(clock=clock, monotonic=monotonic)
         self.clock_offset: timedelta | None = None
+        self.clock_bounds: tuple[timedelta, timedelta] | None = None
         self.request_id: str | None = None
         self._http = http
         self._deadline = deadline
@@ -155,13 +151,15 @@ class Caller:
         self._monotonic = monotonic
         self._sleep = sleep
         self._find_new_key = find_new_key
+        self._traced = traced
 
     async def call(self, call: Call, *, deadline: float | None = None) -> Answer:
         """FLORA's answer, a 2xx. Raises the `FloraError` that says why there is none."""
         seconds = self._deadline if deadline is None else deadline
-        course = _Course()
+        limit = asyncio.timeout(seconds)
+        course = _Course(limit)
         try:
-            async with asyncio.timeout(seconds):
+            async with limit:
                 return await self._persist(call, course, until=self._monotonic() + seconds)
         except TimeoutError as exc:
             if course.error is not None and not course.under_way:
@@ -179,32 +177,28 @@ class Caller:
             try:
                 return await self._attempt(call, course, until=until)
             except FloraError as exc:
-                ending = course.failed(call, exc)
+                course.under_way = False
+                course.error = exc
                 asked = exc.retry_after if isinstance(exc, FloraRefusal) else None
                 if asked is not None:
                     await self.budget.tell_others(asked)
                 wait = asked or backoff(attempt)
                 if not _repeatable(call, exc) or self._monotonic() + wait > until:
-                    raise ending  # noqa: B904  (most often it is `exc` itself)
+                    raise
             await self._sleep(wait)
 
     async def _attempt(self, call: Call, course: _Course, *, until: float) -> Answer:
         self.breaker.check()
         async with self.budget.slot(until=until, fresh=call.fresh) as started:
             self.breaker.admit()
-            course.under_way = True
             key = self._http.headers.get("authorization")
-            answer = await self._exchange(call)
+            answer = await self._exchange(call, course)
             if answer.status == 401 and self._is_superseded(key):
-                answer = await self._exchange(call)
+                answer = await self._exchange(call, course)
             refusal = None if 200 <= answer.status < 300 else self._refusal(answer)
             self._learn(call, answer, refusal, started)
         if refusal is None:
             return answer
-        if call.spends and answer.status >= 500 and answer.status not in _STARTS_REPEATED_AFTER:
-            raise FloraUnreachable(
-                f"it is not known whether FLORA acted: {refusal}", may_have_acted=True
-            ) from refusal
         raise refusal
 
     def _is_superseded(self, key: str | None) -> bool:
@@ -212,13 +206,21 @@ class Caller:
         self._find_new_key()
         return bool(self._http.headers.get("authorization") != key)
 
-    async def _exchange(self, call: Call) -> Answer:
+    async def _exchange(self, call: Call, course: _Course) -> Answer:
         """Send the request once and read the answer, whatever its status."""
-        began = self._monotonic()
+        began, sent_at = self._monotonic(), self._clock()
         status = request_id = None
+        more: dict[str, Any] = {}
+        if call.fence is None or not self._traced:
+            await self._leaves(call, course)
+        else:
+            more["extensions"] = {"trace": partial(self._trace, call, course)}
+        if call.answer_seconds is not None:
+            timeout = self._http.timeout
+            more["timeout"] = httpx.Timeout(call.answer_seconds, connect=timeout.connect)
         try:
             async with self._http.stream(
-                call.method, call.url, headers=call.headers, content=call.content
+                call.method, call.url, headers=call.headers, content=call.content, **more
             ) as response:
                 body = await _bounded_body(response, call.endpoint)
             status, request_id = response.status_code, response.headers.get("request-id")
@@ -227,7 +229,7 @@ class Caller:
         except (httpx.RequestError, OSError) as exc:
             raise FloraUnreachable(
                 f"FLORA gave no answer to {call.endpoint}: {str(exc) or type(exc).__name__}",
-                may_have_acted=not isinstance(exc, _NO_CONNECTION),
+                may_have_acted=course.under_way and not isinstance(exc, _NO_CONNECTION),
                 timed_out=isinstance(exc, httpx.TimeoutException),
             ) from exc
         finally:
@@ -241,7 +243,38 @@ class Caller:
             )
             if self._on_request is not None:
                 self._on_request(call.endpoint, status, seconds)
+        self._learn_of_clock(response.headers, sent_at)
         return Answer(endpoint=call.endpoint, status=status, headers=response.headers, body=body)
+
+    async def _trace(self, call: Call, course: _Course, event: str, info: Any) -> None:
+        """Called by the transport as the request goes on its way."""
+        if event.endswith(".send_request_headers.started"):
+            request = info.get("request")
+            if getattr(request, "method", None) != b"CONNECT":  # that is for a proxy on the way
+                await self._leaves(call, course)
+
+    async def _leaves(self, call: Call, course: _Course) -> None:
+        """The request is written next. Raises what the fence raises."""
+        if call.fence is not None:
+            await call.fence()
+        course.under_way = True
+        if call.answer_seconds is not None:
+            course.limit.reschedule(asyncio.get_running_loop().time() + call.answer_seconds)
+
+    def _learn_of_clock(self, headers: httpx.Headers, sent_at: datetime) -> None:
+        """Narrow down how far FLORA's clock is from ours: its `Date` is cut to seconds, and lies
+        between the moments of the request and of the answer."""
+        date = http_date(headers.get("date", ""))
+        if date is None:
+            return
+        now = self._clock()
+        self.clock_offset = date - now
+        least, most = date - now, date + timedelta(seconds=1) - sent_at
+        if self.clock_bounds is not None:
+            lower, upper = max(least, self.clock_bounds[0]), min(most, self.clock_bounds[1])
+            if lower <= upper:  # else one of the clocks was set
+                least, most = lower, upper
+        self.clock_bounds = least, most
 
     def _refusal(self, answer: Answer) -> FloraRefusal:
         if 300 <= answer.status < 400:
@@ -261,11 +294,8 @@ class Caller:
     def _learn(
         self, call: Call, answer: Answer, refusal: FloraRefusal | None, started: float
     ) -> None:
-        """Let budget, breaker and clock know what the answer tells."""
+        """Let budget and breaker know what the answer tells."""
         self.request_id = answer.request_id
-        date = http_date(answer.headers.get("date", ""))
-        if date is not None:
-            self.clock_offset = date - self._clock()
         if isinstance(refusal, RateLimited):
             self.budget.limited(started)
             log.info(
@@ -302,20 +332,12 @@ class Caller:
 def _repeatable(call: Call, error: FloraError) -> bool:
     match error:
         case RateLimited():
-            return True
+            return error.from_flora or not call.spends
         case FloraUnreachable():
             return not (call.spends and error.may_have_acted)
         case FloraRefusal():
-            if call.spends:
-                return error.status in _STARTS_REPEATED_AFTER
-            return error.status >= 500 or error.status == 408
+            return not call.spends and (error.status >= 500 or error.status == 408)
     return False
-
-
-def _got_nowhere(error: FloraError) -> bool:
-    if isinstance(error, FloraUnreachable):
-        return not error.may_have_acted
-    return isinstance(error, RateLimited | KeyRefused)
 
 
 async def _bounded_body(response: httpx.Response, endpoint: str) -> bytes:

@@ -12,6 +12,7 @@ are shared by everything that calls. A call that does not end in a usable answer
 """
 
 import asyncio
+import hashlib
 import json
 import re
 import time
@@ -38,6 +39,9 @@ from tracker.flora.technique import Technique, technique
 from tracker.flora.values import as_text
 
 DEADLINE: Final = 60.0
+START_SECONDS: Final = 90.0
+"""How long the answer to a start is waited for, once it is written: longer than the gateways that
+are usual in front of an API do."""
 HistoryPage = Page[Observation]
 
 _TIMEOUT: Final = httpx.Timeout(20.0, connect=5.0)
@@ -86,6 +90,8 @@ class FloraClient:
         find_new_key: Callable[[], object] = lambda: None,
     ) -> None:
         self._fresh = False
+        self.key_fingerprint = ""
+        """Tells keys apart, and leads back to none."""
         self._addresses = Addresses(base_url)
         self._clock = clock
         self._http = httpx.AsyncClient(
@@ -114,6 +120,7 @@ class FloraClient:
             sleep=sleep,
             shared=shared_waits,
             find_new_key=find_new_key,
+            traced=transport is None,
         )
         self.rotate_key(api_key)
 
@@ -128,6 +135,7 @@ class FloraClient:
         if self._http.headers.get("authorization") != authorization:
             self._http.headers["authorization"] = authorization
             self.breaker.accepted()
+            self.key_fingerprint = hashlib.sha256(b"flora-api-key:" + api_key.encode()).hexdigest()
 
     def __repr__(self) -> str:
         return f"FloraClient({str(self._addresses.base)!r})"
@@ -166,6 +174,11 @@ class FloraClient:
         return self._caller.clock_offset
 
     @property
+    def clock_bounds(self) -> tuple[timedelta, timedelta] | None:
+        """The least and the most that FLORA's clock minus ours can be, by all its answers."""
+        return self._caller.clock_bounds
+
+    @property
     def request_id(self) -> str | None:
         """By which FLORA's support finds its last answer."""
         return self._caller.request_id
@@ -194,44 +207,43 @@ class FloraClient:
         answer = await self._caller.call(call, deadline=deadline)
         return answer.read(technique)
 
+    async def list_workspaces(self, *, deadline: float | None = None) -> list[str]:
+        """The ids of the workspaces that the key sees: its own, and no other."""
+        call = Call(endpoint="GET /workspaces", url=self._addresses.url("workspaces"))
+        answer = await self._caller.call(call, deadline=deadline)
+        return answer.read(partial(parse.page, key="workspaces", read=parse.workspace_id)).items
+
     async def start_run(
         self,
         technique_id: str,
         *,
-        inputs: list[dict[str, Any]],
+        body: str,
         idempotency_key: str,
-        callback_url: str | None = None,
         deadline: float | None = None,
+        fence: Callable[[], Awaitable[None]] | None = None,
     ) -> StartAnswer:
         """Start a run of a technique (its id or slug), which costs money.
 
-        `idempotency_key` goes out in both forms that FLORA documents. `FloraUnreachable` with
-        `may_have_acted`, and `FloraUnreadable`, leave it open whether the run was started: after
-        them nothing is sent again. Raises `InvalidRequest` for a key that no header can carry.
+        `body` is made by `start_body`. The key goes out in both forms that FLORA documents. `fence`
+        is awaited directly before the request is written, and keeps it back by raising; then the
+        answer is waited for `START_SECONDS`. Raises `InvalidRequest` for a key that no header can
+        carry.
         """
         check_idempotency_key(idempotency_key)
-        body = {"inputs": inputs, "mode": "async", "idempotency_key": idempotency_key}
-        if callback_url is not None:
-            body["callback_url"] = callback_url
         call = Call(
             endpoint="POST /techniques/{id}/runs",
             url=self._addresses.url("techniques", technique_id, "runs"),
             method="POST",
             headers={"content-type": "application/json", "idempotency-key": idempotency_key},
-            content=json.dumps(body).encode(),
+            content=body.encode(),
             spends=True,
+            fence=fence,
+            answer_seconds=START_SECONDS,
         )
         answer = await self._caller.call(call, deadline=deadline)
+        read = partial(parse.started, at=self._clock(), technique_id=_known_id(technique_id))
         return StartAnswer(
-            observation=answer.read(
-                partial(
-                    parse.run,
-                    source=Source.START,
-                    at=self._clock(),
-                    run_type="technique",
-                    technique_id=_known_id(technique_id),
-                )
-            ),
+            observation=answer.read(read),
             replayed=answer.headers.get("idempotent-replayed", "").lower() == "true",
         )
 
@@ -285,7 +297,7 @@ class FloraClient:
         call = Call(
             endpoint=f"GET /{path}",
             url=self._addresses.url(path, technique_id=technique_id, cursor=cursor, limit=limit),
-            lists=True,
+            lists=technique_id is None,  # a filter that is refused says nothing about the key
             fresh=self._fresh,
         )
         answer = await self._caller.call(call, deadline=deadline)
@@ -312,6 +324,16 @@ class FloraClient:
                 run_type=run_type,
             )
         )
+
+
+def start_body(
+    inputs: list[dict[str, Any]], *, idempotency_key: str, callback_url: str | None = None
+) -> str:
+    """The body of a start, as it is kept for repetitions: ASCII."""
+    body: dict[str, Any] = {"inputs": inputs, "mode": "async", "idempotency_key": idempotency_key}
+    if callback_url is not None:
+        body["callback_url"] = callback_url
+    return json.dumps(body)
 
 
 def check_idempotency_key(key: str) -> None:

@@ -238,7 +238,34 @@ def refusal(
         ],
         request_id=request_id,
         retry_after=retry_after,
+        from_flora=as_id(error.get("code")) is not None,
+        run_id=as_id(answer.get("run_id")) or as_id(error.get("run_id")),
     )
+
+
+def started(payload: object, *, at: datetime, technique_id: str | None) -> Observation:
+    """The run that an answer to a start names. All that it needs is the run's id.
+
+    A status that is not known counts as pending: the run is read anyhow. Raises `FloraUnreadable`.
+    """
+    fields = _required(payload, "the run")
+    if _status(fields) is None:
+        fields = fields | {"status": RunStatus.PENDING.value}
+    return run(
+        fields,
+        source=Source.START,
+        at=at,
+        run_type="technique",
+        technique_id=technique_id,
+    )
+
+
+def workspace_id(payload: object) -> str:
+    """The id of a workspace in a list. Raises `FloraUnreadable`."""
+    found = as_id(_required(payload, "the workspace").get("workspace_id"))
+    if found is None:
+        raise FloraUnreadable("the workspace has no workspace_id")
+    return found
 
 
 def _required(value: object, what: str) -> dict[str, Any]:

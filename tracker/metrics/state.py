@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 
 from tracker.core.clock import Clock
 from tracker.core.errors import StoreError
+from tracker.store import callback_addresses
 from tracker.store.attention import SweepHealth, sweep_health
 from tracker.store.engine import Database
 from tracker.store.gauges import Gauges, read_gauges
@@ -55,6 +56,7 @@ class State(Collector):
         self._gauges: Gauges | None = None
         self._sweeps: list[SweepHealth] = []
         self._now = clock()
+        self._bare = False
         self._failing = False
 
     async def refresh(self) -> None:
@@ -81,6 +83,7 @@ class State(Collector):
             async with asyncio.timeout(self._patience):
                 now = self._clock()
                 gauges = await read_gauges(self._database, now=now)
+                bare = await callback_addresses.own_are_missing(self._database, now=now)
                 self._sweeps = await sweep_health(self._database)
         except (StoreError, TimeoutError) as error:
             if not self._failing:
@@ -88,7 +91,7 @@ class State(Collector):
                 log.warning("metrics.database_unread", error=said)
             self._failing = True
         else:
-            self._gauges, self._now = gauges, now
+            self._gauges, self._now, self._bare = gauges, now, bare
             self._failing = False
         self._took = loop.time() - began
         self._fresh_until = loop.time() + self._keep_seconds
@@ -113,6 +116,12 @@ class State(Collector):
         yield from _runs(gauges, self._now)
         yield from _callbacks(gauges)
         yield from _inbox(gauges, self._now)
+        yield _plain(
+            "callback_own_addresses_missing",
+            "1 while callbacks to the addresses of single starts do not come, so that new starts "
+            "use the bare one.",
+            int(self._bare),
+        )
         yield from self._histories()
 
     def _histories(self) -> Iterator[Metric]:
@@ -170,10 +179,14 @@ def _runs(gauges: Gauges, now: datetime) -> Iterator[Metric]:
     yield _plain(
         "runs_awaiting_callback", "Open runs whose callback has not come.", gauges.awaiting_callback
     )
-    yield _plain("starts_open", "Starts that are under way or undecided.", gauges.open_starts)
+    yield _plain(
+        "starts_open",
+        "Starts that were sent and whose outcome is not known yet.",
+        gauges.open_starts,
+    )
     yield _plain(
         "starts_unresolved",
-        "Starts of which nobody knows whether FLORA acted.",
+        "Starts that are left to a person.",
         gauges.unresolved_starts,
     )
     cost = _by_workspace("cost_today_usd", "What the runs that ended today (UTC) cost.")

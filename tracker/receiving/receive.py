@@ -60,13 +60,19 @@ class Receiver:
         self._find_new_secrets = find_new_secrets
 
     async def receive(
-        self, body: bytes, *, signature: str | None, webhook_id: str | None
+        self,
+        body: bytes,
+        *,
+        signature: str | None,
+        webhook_id: str | None,
+        token: str | None = None,
     ) -> Received:
         """Store one callback; returns after the commit. Its effect on its run follows.
 
         `body` is the raw bytes, `signature` and `webhook_id` the `Flora-Signature` and
-        `Flora-Webhook-Id` headers. Raises `SignatureError` (nothing is stored), `NoSecrets`, and
-        `StoreUnavailable` where it could not be committed in time.
+        `Flora-Webhook-Id` headers, `token` the last part of a start's own callback address. Raises
+        `SignatureError` (nothing is stored), `NoSecrets`, and `StoreUnavailable` where it could not
+        be committed in time.
         """
         if not self._workspaces.secrets and not self._find_new_secrets():
             raise NoSecrets(
@@ -76,7 +82,9 @@ class Receiver:
         secret = self._authenticate(body, signature, now)
         signers = self._workspaces.signed_by(secret)
         names = [workspace.workspace_id for workspace in signers]
-        delivery = callback.delivery(body, at=now, webhook_id=webhook_id, signers=names)
+        delivery = callback.delivery(
+            body, at=now, webhook_id=webhook_id, signers=names, token=token
+        )
         workspace = _signer(signers, delivery.workspace_id)
         position = workspace.secrets.index(secret) + 1  # while it is there: secrets are rotated
         try:

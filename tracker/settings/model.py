@@ -142,6 +142,9 @@ class Settings(BaseModel):
     tracker_poll_interval_max: Annotated[Seconds, Field(gt=0)] = 300.0
     tracker_api_concurrency: Annotated[int, Field(ge=1, le=100)] = 2
     tracker_reconcile_cron: Annotated[str, AfterValidator(check_cron)] = "*/5 * * * *"
+    tracker_start_doubt: Annotated[
+        Duration, Field(ge=timedelta(seconds=1), le=timedelta(minutes=110))
+    ] = timedelta(seconds=180)
     tracker_history_since: Annotated[Duration, Field(gt=timedelta(0))] = timedelta(days=7)
     tracker_log_format: Format | None = None
     tracker_log_level: Level = "info"

@@ -25,12 +25,18 @@ def authenticate(
 
 
 def delivery(
-    body: bytes, *, at: datetime, webhook_id: str | None, signers: Sequence[str | None]
+    body: bytes,
+    *,
+    at: datetime,
+    webhook_id: str | None,
+    signers: Sequence[str | None],
+    token: str | None = None,
 ) -> Delivery:
     """An authentic callback as it is stored, understood or not. Never raises.
 
     `signers` are the workspaces whose secret signed it: one, unless several share a secret; then it
-    is the one that the body names, else the first.
+    is the one that the body names, else the first. `token` is the last part of the address that it
+    came to.
     """
     told = parse.envelope(body, webhook_id=webhook_id)
     signer = told.workspace_id if told.workspace_id in signers else signers[0]
@@ -43,6 +49,7 @@ def delivery(
         api_version=told.api_version,
         workspace_id=signer or told.workspace_id,
         created_at=told.created_at,
+        callback_token=token,
     )
 
 

@@ -1,34 +1,39 @@
-"""Starting a run: one request that spends money, and what its outcome means for the key it
+"""Starting a run: one request that spends money, and what its answer means for the key it
 carried."""
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from datetime import datetime
 from enum import Enum
-from typing import Any
+from typing import Final
 
-from tracker.core.errors import (
-    FloraError,
-    FloraRefusal,
-    FloraUnreachable,
-    FloraUnreadable,
-    ServerFault,
-)
-from tracker.core.observation import Observation
+from tracker.core.errors import FloraError, FloraRefusal, FloraUnreachable, RateLimited
+from tracker.core.observation import Observation, Source
 from tracker.flora.client import FloraClient
+
+_LISTED: Final = {
+    400: ("invalid_json", "input_validation_error"),
+    401: ("unauthorized", "invalid_api_key"),
+    402: ("insufficient_credits",),
+    403: ("forbidden", "paid_plan_required"),
+    404: ("not_found",),
+}
+"""The refusals after which nothing runs, as FLORA documents them."""
 
 
 class Verdict(Enum):
-    """What is known of a start after it was sent."""
+    """What an answer says of a start."""
 
     STARTED = "started"
-    """FLORA answered with the run."""
-    NOTHING = "nothing"
-    """FLORA refused it, or was not reached: nothing runs, nothing is paid."""
-    CONFLICT = "conflict"
-    """422 `idempotency_conflict` or 409 `conflict`: FLORA has something else under this key."""
-    DUPLICATE = "duplicate"
-    """409: the key was used before, and the answer does not say for which run."""
+    """FLORA named the run."""
+    REFUSED = "refused"
+    """FLORA refused it, with a listed status and code: this request did nothing."""
+    NOT_NOW = "not_now"
+    """FLORA takes no requests now (429), or was not reached: this request did nothing."""
+    KEY_KNOWN = "key_known"
+    """409 or 422: FLORA has a run, or a request, under this key, and does not say which."""
     DOUBT = "doubt"
-    """No answer, or one that cannot be read: it may run."""
+    """No answer, a 5xx, or one that has not FLORA's shape: it may run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,40 +50,45 @@ async def start(
     client: FloraClient,
     technique_id: str,
     *,
-    inputs: list[dict[str, Any]],
+    body: str,
     idempotency_key: str,
-    callback_url: str | None,
     deadline: float,
+    fence: Callable[[], Awaitable[None]],
+    clock: Callable[[], datetime],
 ) -> Answer:
-    """Send one start, in both documented idempotency forms. `deadline` is in seconds.
+    """Send one start. `deadline` is in seconds, until the request is written.
 
-    FLORA's errors are part of the answer, never raised.
+    FLORA's errors are part of the answer, never raised; what `fence` raises is.
     """
     try:
         started = await client.start_run(
             technique_id,
-            inputs=inputs,
+            body=body,
             idempotency_key=idempotency_key,
-            callback_url=callback_url,
             deadline=deadline,
+            fence=fence,
         )
     except FloraError as error:
-        return Answer(verdict=_verdict(error), error=error)
+        if isinstance(error, FloraRefusal) and error.from_flora and error.run_id is not None:
+            named = Observation(run_id=error.run_id, source=Source.START, at=clock())
+            return Answer(verdict=Verdict.STARTED, observation=named, replayed=True)
+        return Answer(verdict=verdict_of(error), error=error)
     return Answer(
         verdict=Verdict.STARTED, observation=started.observation, replayed=started.replayed
     )
 
 
-def _verdict(error: FloraError) -> Verdict:
+def verdict_of(error: FloraError) -> Verdict:
+    """What an error says of a start that it answered."""
     match error:
-        case FloraRefusal(status=409, code="conflict"):
-            return Verdict.CONFLICT
-        case FloraRefusal(status=409):
-            return Verdict.DUPLICATE
-        case FloraRefusal(status=422, code="idempotency_conflict"):
-            return Verdict.CONFLICT
-        case ServerFault() | FloraUnreadable():
+        case FloraUnreachable(may_have_acted=False):
+            return Verdict.NOT_NOW
+        case FloraRefusal(from_flora=False):
             return Verdict.DOUBT
-        case FloraUnreachable(may_have_acted=True):
-            return Verdict.DOUBT
-    return Verdict.NOTHING
+        case RateLimited():
+            return Verdict.NOT_NOW
+        case FloraRefusal(status=409) | FloraRefusal(status=422, code="idempotency_conflict"):
+            return Verdict.KEY_KNOWN
+        case FloraRefusal() if error.code in _LISTED.get(error.status, ()):
+            return Verdict.REFUSED
+    return Verdict.DOUBT

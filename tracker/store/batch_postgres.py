@@ -172,6 +172,7 @@ def _close_starts() -> Any:
             state="started",
             run_id=started.c.run_id,
             error=null(),
+            request_body=null(),
             lease_until=null(),
             lease_holder=null(),
         )

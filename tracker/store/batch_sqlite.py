@@ -104,6 +104,7 @@ CLOSE_STARTS: Final = (
         state="started",
         run_id=bindparam("run"),
         error=None,
+        request_body=None,
         lease_until=None,
         lease_holder=None,
     )

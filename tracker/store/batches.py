@@ -23,6 +23,9 @@ from tracker.store.tables import batch_rows, batches, runs, starts
 
 T = TypeVar("T")
 
+MAPPINGS: Final = 200
+"""Batches of a technique whose mapping of columns is compared with a sheet's."""
+
 AT_ONCE: Final = 500
 """So many keys are asked for in one statement; neither database takes any number of parameters."""
 
@@ -30,7 +33,7 @@ AT_ONCE: Final = 500
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchRow:
     """A batch. `finished_at` is when a command saw it to its end; `None` while it is to be gone on
-    with."""
+    with. `mapping` is which column is which input: `[input id, column, type]` each."""
 
     batch_id: str
     workspace_slot: str
@@ -38,6 +41,7 @@ class BatchRow:
     name: str
     created_at: datetime
     finished_at: datetime | None = None
+    mapping: list[list[str]] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +123,7 @@ async def keep(db: Database, batch: BatchRow, entries: Sequence[BatchEntry]) -> 
         "name": batch.name,
         "created_at": batch.created_at,
         "finished_at": None,
+        "mapping": batch.mapping,
     }
 
     def work(connection: Connection) -> None:
@@ -207,6 +212,26 @@ async def latest_turns(db: Database, slot: str, digests: Sequence[str]) -> dict[
     return found
 
 
+async def mappings(
+    db: Database, workspace_id: str, technique_id: str
+) -> list[tuple[tuple[str, str, str], ...]]:
+    """How the batches of a technique have mapped columns to inputs, the newest first, each once."""
+    statement = (
+        select(batches.c.mapping)
+        .where(
+            batches.c.workspace_slot == workspace_id,
+            batches.c.technique_id == technique_id,
+            batches.c.mapping.is_not(None),
+        )
+        .order_by(batches.c.created_at.desc(), batches.c.batch_id.desc())
+        .limit(MAPPINGS)
+    )
+    async with db.read() as connection:
+        rows = (await connection.execute(statement)).scalars()
+        found = [tuple((one[0], one[1], one[2]) for one in mapping) for mapping in rows]
+    return list(dict.fromkeys(found))
+
+
 async def tallies(db: Database, batch_ids: Sequence[str]) -> dict[str, Tally]:
     """How far each of the batches has come."""
     found = {batch_id: Tally() for batch_id in batch_ids}
@@ -278,7 +303,7 @@ def _count(tally: Tally, row: Any) -> None:
             tally.refused += row.count
         case StartState.UNRESOLVED:
             tally.unresolved += row.count
-        case StartState.SENT:
+        case StartState.SENT | StartState.IN_DOUBT:
             tally.doubt += row.count
     if row.tracking == Tracking.ACTIVE:
         tally.active += row.count

@@ -7,7 +7,6 @@ count of seconds that nobody sets, until it is asked again.
 """
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
@@ -16,7 +15,7 @@ from typing import Final
 import structlog
 from sqlalchemy import func, select
 
-from tracker.core.clock import Clock, utc_now
+from tracker.core.clock import Clock, boot_seconds, utc_now
 from tracker.core.errors import StoreError
 from tracker.store.engine import Database
 
@@ -33,15 +32,10 @@ _ASK: Final = select(func.clock_timestamp())
 log = structlog.get_logger(__name__)
 
 
-def seconds() -> float:
-    """Seconds that only count up, those in which the machine is suspended too, where it can."""
-    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
-
-
 class ServerClock:
     """A `Clock` that tells the server's time. It has to be asked once before it is read."""
 
-    def __init__(self, db: Database, *, seconds: Callable[[], float] = seconds) -> None:
+    def __init__(self, db: Database, *, seconds: Callable[[], float] = boot_seconds) -> None:
         self._db = db
         self._seconds = seconds
         self._start: datetime | None = None

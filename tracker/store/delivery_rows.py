@@ -20,7 +20,9 @@ from tracker.core.entry import Delivery
 from tracker.store import retention
 from tracker.store.tables import deliveries, word
 
-_READ: Final = ("delivery_id", "received_at", "run_id", "event_type", "workspace_id")
+_READ: Final = (
+    *("delivery_id", "received_at", "run_id", "event_type", "workspace_id", "callback_token"),
+)
 """What applying a delivery needs of its row, beside the body."""
 SMALL: Final = 16 * 1024
 MOST_LARGE: Final = 32
@@ -55,8 +57,11 @@ def deliveries_of(connection: Connection, rows: Sequence[Row[Any]]) -> list[Deli
             run_id=run_id,
             event_type=event_type,
             workspace_id=workspace_id,
+            callback_token=token,
         )
-        for delivery_id, received_at, run_id, event_type, workspace_id, body in map(tuple, rows)
+        for delivery_id, received_at, run_id, event_type, workspace_id, token, body in map(
+            tuple, rows
+        )
         if body is not None or delivery_id in bodies
     ]
 

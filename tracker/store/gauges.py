@@ -18,6 +18,7 @@ from tracker.core.tally import CALLBACK, COST, STATE, dollars
 from tracker.store.attention import LATE_AFTER
 from tracker.store.engine import Database
 from tracker.store.overview import TALLIES
+from tracker.store.starts import StartState, is_in
 from tracker.store.tables import deliveries, runs, starts, word
 
 BOUND: Final = 10_000
@@ -139,6 +140,8 @@ _REST: Final = select(
     _count(deliveries, deliveries.c.outcome == word("waiting")).label("waiting"),
     _OLDEST_WAITING.label("oldest_waiting_at"),
     _LAST_CALLBACK.label("last_callback_at"),
-    _count(starts, starts.c.state.in_([word("stored"), word("sent")])).label("open_starts"),
+    (_count(starts, is_in(StartState.SENT)) + _count(starts, is_in(StartState.IN_DOUBT))).label(
+        "open_starts"
+    ),
     _count(starts, starts.c.state == word("unresolved")).label("unresolved_starts"),
 )

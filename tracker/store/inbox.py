@@ -15,10 +15,12 @@ from sqlalchemy import Connection
 
 from tracker.core.clock import Clock
 from tracker.core.entry import Delivery, DeliveryOutcome, Seen
-from tracker.core.observation import Observation
+from tracker.core.observation import Observation, Source
+from tracker.store import starts
 from tracker.store.batch import Merging, Outcome, Rules, Statements
 from tracker.store.engine import Database
 from tracker.store.group_commit import GroupCommit
+from tracker.store.starts import StartRow, StartState
 
 NAME: Final = "inbox"
 
@@ -202,6 +204,7 @@ def apply_waiting(
     if not deliveries:
         return Applied(0, more, [], NOTHING)
     said = [group.read(delivery) for delivery in deliveries]
+    own = _starts_of(connection, deliveries)
     run_ids = {one.observation.run_id for one in said if one.observation is not None}
     merging = Merging(connection, run_ids, rules, statements)
     applied: list[str] = []
@@ -211,6 +214,9 @@ def apply_waiting(
         if one.observation is not None:
             reason = _not_theirs(one, merging)
             if reason is None:
+                start = own.get(delivery.callback_token or "")
+                if start is not None and _names_its_run(one, start):
+                    merging.add(_started(start, one.observation))
                 merging.add(Seen(observation=one.observation))
         if reason is None:
             applied.append(delivery.delivery_id)
@@ -219,6 +225,42 @@ def apply_waiting(
     outcome = merging.write()
     statements.finish(connection, applied, quarantined, clock())
     return Applied(len(taken), more, quarantined, outcome)
+
+
+def _starts_of(connection: Connection, deliveries: Sequence[Delivery]) -> dict[str, StartRow]:
+    """The starts to whose own addresses these came, by token."""
+    tokens = {one.callback_token for one in deliveries if one.callback_token is not None}
+    return starts.of_tokens(connection, sorted(tokens)) if tokens else {}
+
+
+def _names_its_run(said: Read, start: StartRow) -> bool:
+    """Whether the secret that signed a callback is of the start's workspace. One that is not is
+    taken as if it had come to the bare address."""
+    if said.observation is None or start.state is StartState.STORED:
+        return False
+    seen = said.observation.workspace_id
+    if (
+        said.signers is None
+    ):  # the only workspace's secret, which a body without an id leaves as it is
+        return seen in (None, start.workspace_slot)
+    return start.workspace_slot in said.signers
+
+
+def _started(start: StartRow, seen: Observation) -> Seen:
+    """What a callback to a start's own address says of the start: which run it became."""
+    return Seen(
+        observation=Observation(
+            run_id=seen.run_id,
+            source=Source.START,
+            at=seen.at,
+            workspace_id=start.workspace_slot,
+            technique_id=start.technique_id,
+        ),
+        inputs=start.inputs,
+        callback_expected=True,
+        slot=start.workspace_slot,
+        idempotency_key=start.idempotency_key,
+    )
 
 
 def _not_theirs(said: Read, merging: Merging) -> str | None:

@@ -15,12 +15,13 @@ from tracker.store.inbox import Known, Receipt
 STORE: Final = """
 INSERT INTO deliveries (
     delivery_id, run_id, event_type, api_version, workspace_id, created_at, received_at,
-    last_received_at, receipts, outcome, body
+    last_received_at, receipts, outcome, body, callback_token
 )
 SELECT *
 FROM unnest(
     $1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::timestamptz[],
-    $7::timestamptz[], $8::timestamptz[], $9::integer[], $10::text[], $11::bytea[]
+    $7::timestamptz[], $8::timestamptz[], $9::integer[], $10::text[], $11::bytea[],
+    $12::text[]
 )
 ON CONFLICT (delivery_id) DO UPDATE SET
     receipts = deliveries.receipts + excluded.receipts,
@@ -47,6 +48,7 @@ async def store(db: Database, receipts: Sequence[Receipt]) -> dict[str, Known]:
             [receipt.count for receipt in receipts],
             ["waiting"] * len(came),
             [one.body for one in came],
+            [one.callback_token for one in came],
         ),
     )
     return {delivery_id: Known(count, outcome) for delivery_id, count, outcome in rows}

@@ -16,6 +16,7 @@ from tracker.store.text import dump_json
 _NAMES: Final = [
     *("delivery_id", "run_id", "event_type", "api_version", "workspace_id", "created_at"),
     *("received_at", "last_received_at", "receipts", "outcome", "body"),
+    "callback_token",
 ]
 KNOWN: Final = select(
     *[deliveries.c[name] for name in ("delivery_id", "receipts", "outcome", "body")],
@@ -80,4 +81,5 @@ def _row(receipt: Receipt) -> tuple[Any, ...]:
         receipt.count,
         "waiting",
         one.body,
+        one.callback_token,
     )

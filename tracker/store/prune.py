@@ -89,7 +89,10 @@ async def spared(db: Database) -> Spared:
     unknown = (
         select(*columns)
         .where(starts.c.state.in_([word("stored"), word("sent")]))
-        .union_all(select(*columns).where(starts.c.state == word("unresolved")))
+        .union_all(
+            select(*columns).where(starts.c.state == word("in_doubt")),
+            select(*columns).where(starts.c.state == word("unresolved")),
+        )
     )
     found: Spared = {}
     async with db.read() as connection:

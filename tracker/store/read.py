@@ -30,6 +30,7 @@ from tracker.store.claims import Workspaces, within
 from tracker.store.engine import Database
 from tracker.store.records import read_records
 from tracker.store.rows import RUN_COLUMNS
+from tracker.store.starts import StartState, is_in
 from tracker.store.states import has_status, is_tracked_as
 from tracker.store.tables import deliveries, run_events, runs, starts, word
 
@@ -252,7 +253,7 @@ async def counts(db: Database, *, now: datetime) -> Counts:
         _count(runs, runs.c.next_check_at <= now),
         _count(runs, is_tracked_as(Tracking.LOST)),
         _count(deliveries, deliveries.c.outcome == word("quarantined")),
-        _count(starts, starts.c.state.in_([word("stored"), word("sent")])),
+        _count(starts, is_in(StartState.SENT)) + _count(starts, is_in(StartState.IN_DOUBT)),
         _count(starts, starts.c.state == word("unresolved")),
         _count(deliveries, is_waiting),
         select(func.min(runs.c.next_check_at)).where(runs.c.next_check_at <= now).scalar_subquery(),
@@ -273,6 +274,7 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
 
 def _delivery(row: Row[Any]) -> DeliveryRow:
     values = row._asdict()
+    del values["callback_token"]  # whoever knows it can speak of the start
     if row.body_removed_at is not None:
         values["body"] = None  # what is there is not what came
     return DeliveryRow(**values | {"outcome": DeliveryOutcome(values["outcome"])})

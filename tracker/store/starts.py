@@ -1,27 +1,46 @@
-"""The ledger of starts: what was asked for, under which key, and what came of it.
+"""The start log: what was asked for, under which key, and what came of it.
 
 A start's states::
 
-    stored       the key is kept, nothing has left; leaves by SENT, or by REFUSED if it never will
-    sent         a request has left, and nobody knows more; leaves by every other state but STORED
-    started      it became a run, which the row names; the door sets it, together with the run
-    refused      nothing was started, and FLORA does not hold the key; leaves by SENT, sent anew
-    unresolved   nobody can tell; leaves by STARTED where the run is found, by SENT where it is
-                 asked for again while FLORA surely knows the key
+    stored       the key is kept, nothing has left                → sent
+    sent         its first request is about to leave, or has left; the process that holds the lease
+                 waits for the answer                     → started, refused, in_doubt, stored
+    in_doubt     a request may have reached FLORA and no answer says what it did; only evidence, or
+                 a person, removes the doubt                      → started, unresolved
+    started      it became a run, which the row names. The writer sets it, together with the run
+    refused      FLORA refused it in its own words, with no doubt before, or a person says that
+                 nothing was started; the key may be used again   → sent
+    unresolved   left to a person                                 → started, refused
+
+A row that is `sent` while nobody holds its lease is in doubt: its process died. Evidence may start
+every row, whatever its state.
 
 One process at a time sends a key: it holds the row's lease, and only the holder writes the state.
+Keys belong to a workspace, by its id.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, case, func, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    and_,
+    case,
+    null,
+    or_,
+    select,
+    union_all,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 
 from tracker.core.observation import Source
+from tracker.store import cursors
 from tracker.store.engine import Database
 from tracker.store.tables import runs, starts, word
 
@@ -31,14 +50,26 @@ class StartState(StrEnum):
 
     STORED = "stored"
     SENT = "sent"
+    IN_DOUBT = "in_doubt"
     STARTED = "started"
     REFUSED = "refused"
     UNRESOLVED = "unresolved"
 
 
+UNKNOWN: Final = (StartState.SENT, StartState.IN_DOUBT, StartState.UNRESOLVED)
+"""States in which it is not known what came of a start."""
+LISTED: Final = (StartState.STORED, *UNKNOWN)
+"""States whose starts can be listed: few, and each with its own index."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartRow:
-    """One start. `error` is FLORA's refusal: status, code, message and fields."""
+    """One start.
+
+    `in_use_since` is when its key was first sent, `sent_at` when it last was. `request_body` is
+    what was sent, while it may have to be repeated. `error` is the last answer that was no run:
+    status, code, message and fields; `conflict` in it says that FLORA knows the key.
+    """
 
     workspace_slot: str
     idempotency_key: str
@@ -54,17 +85,37 @@ class StartRow:
     error: dict[str, Any] | None = None
     lease_until: datetime | None = None
     lease_holder: str | None = None
+    workspace_id: str | None = None
+    callback_token: str | None = None
+    request_body: str | None = None
+    started_by: str | None = None
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether no request of this key can have acted."""
+        return self.state in (StartState.STORED, StartState.REFUSED)
+
+    @property
+    def is_known_to_flora(self) -> bool:
+        """Whether FLORA answered 409 or 422: it has a run, or a request, under this key."""
+        return bool((self.error or {}).get("conflict"))
+
+    def is_held(self, now: datetime) -> bool:
+        """Whether a process is sending it."""
+        return self.lease_until is not None and self.lease_until > now
 
 
 async def reserve(
     db: Database,
     *,
-    workspace_slot: str,
+    workspace_id: str,
     idempotency_key: str,
     technique_id: str,
     fingerprint: str,
     inputs: list[dict[str, Any]],
     at: datetime,
+    callback_token: str | None = None,
+    started_by: str | None = None,
 ) -> StartRow:
     """Keep the key, once: the row as it now is.
 
@@ -72,16 +123,20 @@ async def reserve(
     """
     insert: Any = postgresql.insert if db.dialect == "postgresql" else sqlite.insert
     new = insert(starts).values(
-        workspace_slot=workspace_slot,
+        workspace_slot=workspace_id,
+        workspace_id=workspace_id,
         idempotency_key=idempotency_key,
         technique_id=technique_id,
         fingerprint=fingerprint,
         inputs=inputs,
         state=StartState.STORED.value,
         created_at=at,
+        callback_token=callback_token,
+        started_by=started_by,
     )
-    statement = new.on_conflict_do_nothing().returning(*starts.c)
-    existing = select(starts).where(_is(workspace_slot, idempotency_key))
+    on_key = [starts.c.workspace_slot, starts.c.idempotency_key]
+    statement = new.on_conflict_do_nothing(index_elements=on_key).returning(*starts.c)
+    existing = select(starts).where(_is(workspace_id, idempotency_key))
 
     def work(connection: Connection) -> StartRow:
         made = connection.execute(statement).first()
@@ -90,10 +145,10 @@ async def reserve(
     return await db.write(work)
 
 
-async def get(db: Database, slot: str, key: str) -> StartRow | None:
+async def get(db: Database, workspace_id: str, key: str) -> StartRow | None:
     """The start of that key, if there is one."""
     async with db.read() as connection:
-        found = (await connection.execute(select(starts).where(_is(slot, key)))).first()
+        found = (await connection.execute(select(starts).where(_is(workspace_id, key)))).first()
     return None if found is None else _row(found)
 
 
@@ -105,18 +160,67 @@ async def of_run(db: Database, run_id: str) -> StartRow | None:
     return None if found is None else _row(found)
 
 
-async def of_keys(db: Database, slot: str, keys: Sequence[str]) -> dict[str, StartRow]:
+async def of_keys(db: Database, workspace_id: str, keys: Sequence[str]) -> dict[str, StartRow]:
     """Those of the keys that have a start, by key; not more of them than one statement takes."""
     statement = select(starts).where(
-        starts.c.workspace_slot == slot, starts.c.idempotency_key.in_(keys)
+        starts.c.workspace_slot == workspace_id, starts.c.idempotency_key.in_(keys)
     )
     async with db.read() as connection:
         rows = [_row(row) for row in await connection.execute(statement)]
     return {row.idempotency_key: row for row in rows}
 
 
+async def list_starts(
+    db: Database,
+    *,
+    states: Sequence[str] | None = None,
+    workspace_id: str | None = None,
+    cursor: str | None = None,
+    limit: int,
+) -> tuple[list[StartRow], str | None]:
+    """A page of starts, newest first, and the cursor of the next page.
+
+    `states` are those meant; without them all whose outcome is not known. Raises `InvalidRequest`,
+    naming the field, for a cursor that was not given out here.
+    """
+    key = (starts.c.created_at, starts.c.idempotency_key)
+    wanted = states or [state.value for state in UNKNOWN]
+    order = [each.desc() for each in key]
+    # One part for each state, so that each is read by its own index.
+    parts = [
+        select(starts)
+        .where(is_in(StartState(state)), *cursors.after(key, cursor))
+        .where(*([] if workspace_id is None else [starts.c.workspace_slot == workspace_id]))
+        for state in wanted
+    ]
+    async with db.read() as connection:
+        found: list[StartRow] = []
+        for part in parts:
+            statement = part.order_by(*order).limit(limit + 1)
+            found += [_row(row) for row in await connection.execute(statement)]
+    found.sort(key=lambda row: (row.created_at, row.idempotency_key), reverse=True)
+    page, more = found[:limit], len(found) > limit
+    last = page[-1] if page else None
+    return page, cursors.at(last.created_at, last.idempotency_key) if more and last else None
+
+
+async def of_key(db: Database, key: str) -> list[StartRow]:
+    """The starts of that key, in whichever workspace."""
+    async with db.read() as connection:
+        statement = select(starts).where(starts.c.idempotency_key == key)
+        return [_row(row) for row in await connection.execute(statement)]
+
+
+def of_tokens(connection: Connection, tokens: Sequence[str]) -> dict[str, StartRow]:
+    """The starts with these callback tokens, by token."""
+    statement = select(starts).where(
+        starts.c.callback_token.is_not(None), starts.c.callback_token.in_(tokens)
+    )
+    return {row.callback_token: _row(row) for row in connection.execute(statement)}
+
+
 async def take(
-    db: Database, slot: str, key: str, holder: str, now: datetime, lease: timedelta
+    db: Database, workspace_id: str, key: str, holder: str, now: datetime, lease: timedelta
 ) -> bool:
     """Take the right to send this key, until `now + lease`; false where another has it.
 
@@ -125,7 +229,7 @@ async def take(
     statement = (
         update(starts)
         .where(
-            _is(slot, key),
+            _is(workspace_id, key),
             starts.c.state != StartState.STARTED,
             or_(
                 starts.c.lease_until.is_(None),
@@ -139,78 +243,95 @@ async def take(
 
 
 async def prolong(
-    db: Database, slot: str, key: str, holder: str, now: datetime, lease: timedelta
-) -> None:
-    """Prolong the right that `take` gave to `holder`, where it still has it: one that comes late,
-    after it was given back, is not to take it again."""
+    db: Database, workspace_id: str, key: str, holder: str, now: datetime, lease: timedelta
+) -> bool:
+    """Prolong the right that `take` gave to `holder`; false where it no longer has it."""
     statement = (
         update(starts)
-        .where(_is(slot, key), starts.c.lease_holder == holder)
+        .where(_is(workspace_id, key), starts.c.lease_holder == holder)
         .values(lease_until=now + lease)
     )
-    await db.write(lambda connection: connection.execute(statement).rowcount)
+    return await db.write(lambda connection: connection.execute(statement).rowcount == 1)
 
 
-async def give_back(db: Database, slot: str, key: str, holder: str) -> None:
+async def give_back(db: Database, workspace_id: str, key: str, holder: str) -> None:
     """End the right that `take` gave to `holder`, where it still has it."""
     statement = (
         update(starts)
-        .where(_is(slot, key), starts.c.lease_holder == holder)
+        .where(_is(workspace_id, key), starts.c.lease_holder == holder)
         .values(lease_until=None, lease_holder=None)
     )
     await db.write(lambda connection: connection.execute(statement).rowcount)
 
 
 async def mark_sent(
-    db: Database, slot: str, key: str, *, holder: str, at: datetime, callback_url: str | None
+    db: Database,
+    workspace_id: str,
+    key: str,
+    *,
+    holder: str,
+    at: datetime,
+    callback_url: str | None,
+    request_body: str,
 ) -> StartRow | None:
-    """Note that a request is about to leave; the row as it now is, `None` if `holder` lost it.
+    """Note that a request is about to leave; the row as it now is.
 
-    `callback_url` is kept with the first request of a key, and every later one asks for the same:
-    FLORA takes another body under one key for a conflict.
+    `None` where `holder` has lost the start: its lease has run out, another has it, or it became a
+    run. Address and body are kept with the first request of a key; a repetition changes neither,
+    and leaves a start in doubt.
     """
     fresh = starts.c.state.in_([word("stored"), word("refused")])
-    return await _mark(
-        db,
-        slot,
-        key,
-        holder,
-        state=StartState.SENT.value,
-        sent_at=at,
-        in_use_since=case((fresh, at), else_=starts.c.in_use_since),
-        callback_url=case((fresh, callback_url), else_=starts.c.callback_url),
-        error=None,
+    statement = (
+        update(starts)
+        .where(
+            _is(workspace_id, key),
+            starts.c.state.in_([word(one) for one in ("stored", "refused", "sent", "in_doubt")]),
+            starts.c.lease_holder == holder,
+            starts.c.lease_until > at,
+        )
+        .values(
+            state=case((fresh, word("sent")), else_=starts.c.state),
+            sent_at=at,
+            in_use_since=case((fresh, at), else_=starts.c.in_use_since),
+            callback_url=case((fresh, callback_url), else_=starts.c.callback_url),
+            request_body=case((fresh, request_body), else_=starts.c.request_body),
+            error=case((fresh, null()), else_=starts.c.error),
+        )
+        .returning(*starts.c)
     )
+    return await _mark(db, statement)
 
 
 async def mark(
     db: Database,
-    slot: str,
+    workspace_id: str,
     key: str,
     *,
     holder: str,
     state: StartState,
-    error: dict[str, Any],
+    error: dict[str, Any] | None,
 ) -> StartRow | None:
     """Note what is known of a start: the row as it now is, `None` if `holder` lost it.
 
-    `STARTED` is set by the door alone, with the run.
+    `STARTED` is set by the writer alone, with the run.
     """
-    return await _mark(db, slot, key, holder, state=state.value, error=error)
-
-
-async def _mark(db: Database, slot: str, key: str, holder: str, **values: Any) -> StartRow | None:
+    values: dict[str, Any] = {"state": state.value, "error": error}
+    if state in (StartState.STORED, StartState.REFUSED):
+        values["request_body"] = None
     statement = (
         update(starts)
         .where(
-            _is(slot, key),
+            _is(workspace_id, key),
             starts.c.state != StartState.STARTED,
             starts.c.lease_holder == holder,
         )
         .values(**values)
         .returning(*starts.c)
     )
+    return await _mark(db, statement)
 
+
+async def _mark(db: Database, statement: Any) -> StartRow | None:
     def work(connection: Connection) -> StartRow | None:
         found = connection.execute(statement).first()
         return None if found is None else _row(found)
@@ -218,24 +339,22 @@ async def _mark(db: Database, slot: str, key: str, holder: str, **values: Any) -
     return await db.write(work)
 
 
-async def open_starts(db: Database, before: datetime) -> list[StartRow]:
-    """Starts last touched before that moment of which nobody knows what came of them."""
-    statement = (
-        select(starts)
-        .where(_open(), func.coalesce(starts.c.sent_at, starts.c.created_at) < before)
-        .order_by(starts.c.created_at, starts.c.idempotency_key)
-    )
+async def open_starts(db: Database) -> list[StartRow]:
+    """Starts that are sent or in doubt, oldest first."""
+    states = (StartState.SENT, StartState.IN_DOUBT)
+    parts = [select(starts).where(is_in(state)) for state in states]
     async with db.read() as connection:
-        return [_row(row) for row in await connection.execute(statement)]
+        rows = [_row(row) for row in await connection.execute(union_all(*parts))]
+    return sorted(rows, key=lambda row: (row.created_at, row.idempotency_key))
 
 
-async def rivals(db: Database, slot: str, technique_id: str, key: str) -> list[StartRow]:
+async def rivals(db: Database, workspace_id: str, technique_id: str, key: str) -> list[StartRow]:
     """Other starts of the technique of which no run is known: a run may be theirs as well."""
     statement = select(starts).where(
-        starts.c.workspace_slot == slot,
+        starts.c.workspace_slot == workspace_id,
         starts.c.technique_id == technique_id,
         starts.c.idempotency_key != key,
-        starts.c.state.in_([word("stored"), word("sent"), word("unresolved")]),
+        starts.c.state.in_([word(state) for state in UNKNOWN]),
     )
     async with db.read() as connection:
         return [_row(row) for row in await connection.execute(statement)]
@@ -253,12 +372,16 @@ async def accounted(db: Database, run_ids: Sequence[str]) -> set[str]:
         return set((await connection.execute(by_start.union(by_source))).scalars())
 
 
-def _is(slot: str, key: str) -> ColumnElement[bool]:
-    return and_(starts.c.workspace_slot == slot, starts.c.idempotency_key == key)
+def is_in(state: StartState) -> ColumnElement[bool]:
+    """Whether a start is in that state, said so that the partial index of the state fits."""
+    of = starts.c.state
+    if state in (StartState.STORED, StartState.SENT):
+        return and_(of.in_([word("stored"), word("sent")]), of == word(state))
+    return of == word(state)
 
 
-def _open() -> ColumnElement[bool]:
-    return starts.c.state.in_([word("stored"), word("sent")])
+def _is(workspace_id: str, key: str) -> ColumnElement[bool]:
+    return and_(starts.c.workspace_slot == workspace_id, starts.c.idempotency_key == key)
 
 
 def _row(row: Row[Any]) -> StartRow:

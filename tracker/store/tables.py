@@ -41,7 +41,7 @@ metadata: Final = MetaData(
     }
 )
 
-START_STATES: Final = ("stored", "sent", "started", "refused", "unresolved")
+START_STATES: Final = ("stored", "sent", "in_doubt", "started", "refused", "unresolved")
 RETENTION_MARKS: Final = ("runs", "bodies")
 
 
@@ -219,6 +219,8 @@ deliveries: Final = Table(
     # Emptied by retention, which then says when.
     Column("body", LargeBinary, nullable=False),
     Column("body_removed_at", UtcDateTime),
+    # The last part of the address that it came to, where that was a start's own.
+    Column("callback_token", CleanText),
     _one_of("outcome", DeliveryOutcome),
     CheckConstraint("receipts >= 1", name="receipts"),
     CheckConstraint("applied_at IS NULL OR outcome = 'applied'", name="applied_has_its_time"),
@@ -235,6 +237,8 @@ deliveries: Final = Table(
 starts: Final = Table(
     "starts",
     metadata,
+    # The workspace's id. A version before 0009 calls its first workspace 'default' here; such rows
+    # get their id as soon as it is known.
     Column("workspace_slot", CleanText, primary_key=True),
     Column("idempotency_key", CleanText, primary_key=True),
     Column("technique_id", CleanText, nullable=False),
@@ -250,15 +254,30 @@ starts: Final = Table(
     Column("error", Json),
     Column("lease_until", UtcDateTime),
     Column("lease_holder", CleanText),
+    # The same id, once it is known to be one.
+    Column("workspace_id", CleanText),
+    # The last part of the start's own callback address; null where it has none.
+    Column("callback_token", CleanText),
+    # What was sent, for repetitions: kept while the start is open.
+    Column("request_body", CleanText),
+    Column("started_by", CleanText),
     _one_of("state", START_STATES),
     CheckConstraint("(state = 'started') = (run_id IS NOT NULL)", name="started_has_a_run"),
     CheckConstraint(
         "(lease_until IS NULL) = (lease_holder IS NULL)", name="lease_has_holder_and_end"
     ),
     _partial("ix_starts_open", "created_at", where="state IN ('stored', 'sent')"),
+    _partial("ix_starts_in_doubt", "created_at", where="state = 'in_doubt'"),
     _partial("ix_starts_unresolved", "created_at", where="state = 'unresolved'"),
     Index("ix_starts_run", "run_id"),
     Index("ix_starts_technique", "technique_id", "created_at"),
+    Index(
+        "ix_starts_callback_token",
+        "callback_token",
+        unique=True,
+        postgresql_where=text("callback_token IS NOT NULL"),
+        sqlite_where=text("callback_token IS NOT NULL"),
+    ),
     postgresql_with=_storage(),
 )
 
@@ -319,6 +338,8 @@ batches: Final = Table(
     Column("created_at", UtcDateTime, nullable=False),
     # When a command saw it to its end; a batch that is not finished is gone on with.
     Column("finished_at", UtcDateTime),
+    # Which column is which input: `[[input id, column, type]…]`, as it was when the batch began.
+    Column("mapping", Json),
     Index("ix_batches_newest", "created_at", "batch_id"),
 )
 
@@ -351,6 +372,17 @@ sessions: Final = Table(
     Column("secure", Boolean, nullable=False),
     Column("started_at", UtcDateTime, nullable=False),
     Column("last_used_at", UtcDateTime, nullable=False),
+)
+
+# Which workspace each API key is of, as FLORA told. A fingerprint leads back to no key. `place` is
+# where in the settings the key stood.
+workspace_keys: Final = Table(
+    "workspace_keys",
+    metadata,
+    Column("key_fingerprint", CleanText, primary_key=True),
+    Column("workspace_id", CleanText, nullable=False),
+    Column("place", CleanText, nullable=False),
+    Column("learnt_at", UtcDateTime, nullable=False),
 )
 
 leases: Final = Table(

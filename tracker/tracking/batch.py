@@ -8,12 +8,13 @@ all have ended. Whatever breaks off on the way, the next plan of the same sheet 
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Container, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Any, Final
 
 from tracker.core.clock import Clock
-from tracker.core.columns import Mapping, Row, read_rows
+from tracker.core.columns import Mapping, Reading, Row, read_rows, rows_by
 from tracker.core.errors import (
     FloraRefusal,
     InvalidRequest,
@@ -38,7 +39,9 @@ from tracker.tracking.batch_rows import (
 )
 from tracker.tracking.catalogue import Catalogue
 from tracker.tracking.follow import LOOK_EVERY, OVERDUE, POLL_EVERY
+from tracker.tracking.identity import WorkspaceIds
 from tracker.tracking.poll import Poller
+from tracker.tracking.recover import Recovery
 from tracker.tracking.start import Starter
 from tracker.tracking.workspaces import Workspace, Workspaces
 
@@ -51,14 +54,14 @@ LOOKS_SHARE: Final = 0.1
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchProgress:
     """How far a batch has come. `left` rows are still to be started by this command, `errors` could
-    not be; `paused` is for how many seconds FLORA wants no request, `held` those until a row that
-    another process was sending can be tried."""
+    not be; `paused` is for how many seconds FLORA wants no request, `doubt` how many
+    starts are in doubt."""
 
     tally: Tally
     left: int = 0
     errors: int = 0
     paused: float = 0.0
-    held: float = 0.0
+    doubt: int = 0
 
 
 Tell = Callable[[BatchProgress], None]
@@ -74,6 +77,46 @@ class Outcome:
     stopped: TrackerError | None = None
 
 
+class DefinitionChanged(TrackerError):
+    """The technique's inputs are others than when the batch began, so that rows that were started
+    would be started anew, on these `lines`. `new` and `gone` are columns: input, column, type."""
+
+    def __init__(
+        self,
+        *,
+        new: Sequence[tuple[str, str, str]],
+        gone: Sequence[tuple[str, str, str]],
+        lines: Sequence[int],
+    ) -> None:
+        parts = [
+            f"column {column!r} is now the input {name!r} ({kind})" for name, column, kind in new
+        ]
+        parts += [
+            f"column {column!r} was the input {name!r} ({kind})" for name, column, kind in gone
+        ]
+        count = (
+            "1 row that was started" if len(lines) == 1 else f"{len(lines)} rows that were started"
+        )
+        super().__init__(
+            "the columns are read otherwise than when the batch began: "
+            f"{'; '.join(parts)}. {count} would start anew ({spans(lines)}). "
+            "Nothing was started; --accept-changes starts them"
+        )
+        self.new, self.gone, self.lines = tuple(new), tuple(gone), tuple(lines)
+
+
+def spans(lines: Sequence[int]) -> str:
+    """Lines of a sheet in words: `line 2`, `lines 2, 5-9`."""
+    parts: list[list[int]] = []
+    for line in sorted(lines):
+        if parts and line == parts[-1][-1] + 1:
+            parts[-1][1:] = [line]
+        else:
+            parts.append([line])
+    shown = ", ".join("-".join(map(str, part)) for part in parts)
+    return f"line {shown}" if len(lines) == 1 else f"lines {shown}"
+
+
 class Batches:
     """Plans, runs and shows batches."""
 
@@ -82,16 +125,20 @@ class Batches:
         *,
         database: Database,
         workspaces: Workspaces,
+        ids: WorkspaceIds,
         catalogue: Catalogue,
         starter: Starter,
+        recovery: Recovery,
         poller: Poller,
         clock: Clock,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._database = database
         self._workspaces = workspaces
+        self._ids = ids
         self._catalogue = catalogue
         self._starter = starter
+        self._recovery = recovery
         self._poller = poller
         self._clock = clock
         self._sleep = sleep
@@ -107,22 +154,28 @@ class Batches:
         again: bool = False,
         retry_failed: bool = False,
         skip_bad_rows: bool = False,
+        accept_changes: bool = False,
     ) -> tuple[Plan, Sequence[Problem]]:
         """What a batch of this sheet would do now, and the problems of the rows that it skips.
 
         `name` is what the sheet is called, `given` which columns are which inputs. `again` runs
         every row once more, `retry_failed` those that failed for a reason that may pass. Nothing is
         started or kept. Raises `SheetRefused` with all that is wrong, `InvalidRequest` for the
-        workspace or a technique that cannot be started, and whatever asking FLORA raises.
+        workspace or a technique that cannot be started, `DefinitionChanged` where rows that were
+        started would start anew because the technique has changed (unless `accept_changes`), and
+        whatever asking FLORA raises.
         """
         workspace = self._workspaces.pick(workspace_id)
-        definition = await self._catalogue.definition(workspace, technique)
+        workspace_id = await self._ids.of(workspace)
+        definition, price_error = await self._catalogue.priced(workspace, technique)
         if (reason := obstacle(definition.ports)) is not None:
             raise InvalidRequest(f"{technique} cannot be started: {reason}")
         reading = read_rows(sheet, definition.ports, given)
         rows = _fit_rows(reading.rows, reading.problems, skip=skip_bad_rows, header=sheet.header)
         digests = row_digests(definition.technique_id, [row.inputs for _, row in rows])
-        latest = await batches.latest_turns(self._database, workspace.slot, digests)
+        latest = await batches.latest_turns(self._database, workspace_id, digests)
+        if not accept_changes:
+            await self._check_mapping(workspace_id, definition.technique_id, sheet, reading, latest)
         planned = [
             PlannedRow(
                 entry=BatchEntry(
@@ -135,20 +188,21 @@ class Batches:
             )
             for (position, row), digest in zip(rows, digests, strict=True)
         ]
-        states = await self._states(workspace, planned)
+        states = await self._states(workspace_id, planned)
         if retry_failed:
             planned = [_retried(row, states[row.entry.key]) for row in planned]
-            states = await self._states(workspace, planned)
+            states = await self._states(workspace_id, planned)
         batch = BatchRow(
             batch_id=batch_id(
-                workspace.slot,
+                workspace_id,
                 definition.technique_id,
                 [(one.position, one.digest, one.turn) for one in (row.entry for row in planned)],
             ),
-            workspace_slot=workspace.slot,
+            workspace_slot=workspace_id,
             technique_id=definition.technique_id,
             name=name,
             created_at=self._clock(),
+            mapping=[[one.input_id, one.column, one.type or ""] for one in reading.mapping],
         )
         plan = Plan(
             batch=batch,
@@ -156,23 +210,41 @@ class Batches:
             rows=planned,
             states=states,
             unmapped=reading.unmapped,
+            price_error=price_error,
         )
         return plan, reading.problems
 
-    async def run(self, plan: Plan, *, concurrency: int, wait: bool, tell: Tell) -> Outcome:
+    async def run(
+        self,
+        plan: Plan,
+        *,
+        concurrency: int,
+        wait: bool,
+        tell: Tell,
+        max_cost: Decimal | None = None,
+    ) -> Outcome:
         """Start what is missing, `concurrency` rows at a time, and follow all of it to its end.
 
-        Without `wait` it returns when the rows are started. `tell` hears how far it has come.
-        Interrupted, it lets the starts that are under way end. Raises `StoreUnavailable`.
+        Without `wait` it returns when the rows are started, or in doubt. `tell` hears how far it
+        has come. It stops where quotes and charges together would pass `max_cost`, in USD.
+        Interrupted, it lets the starts that are under way end. Raises `StoreUnavailable`, and
+        `TrackerError` where there is something to start and the price could not be read.
         """
-        workspace = self._workspace(plan.batch)
+        if plan.missing and plan.price_error is not None:
+            raise TrackerError(
+                f"the price could not be read, so nothing was started: {plan.price_error}"
+            ) from plan.price_error
+        workspace = await self._workspace(plan.batch)
         await batches.keep(self._database, plan.batch, [row.entry for row in plan.rows])
         launch = Launch(
             plan,
             database=self._database,
             workspace=workspace,
             starter=self._starter,
+            recovery=self._recovery,
             concurrency=concurrency,
+            wait=wait,
+            max_cost=max_cost,
             clock=self._clock,
             sleep=self._sleep,
         )
@@ -187,7 +259,7 @@ class Batches:
                 await asyncio.wait([launching])
         if stopped is None:
             await batches.finish(self._database, plan.batch.batch_id, self._clock())
-        states = await self._states(workspace, plan.rows)
+        states = await self._states(plan.batch.workspace_slot, plan.rows)
         rows = [
             replace(states[row.entry.key], error=launch.errors.get(row.entry.key), asked=row.inputs)
             for row in plan.rows
@@ -229,7 +301,7 @@ class Batches:
                         left=launch.left,
                         errors=len(launch.errors),
                         paused=launch.paused,
-                        held=launch.free_in,
+                        doubt=launch.in_doubt,
                     )
                 )
                 if launched:
@@ -263,13 +335,42 @@ class Batches:
         due = tally.next_check_at
         return due is not None and (self._clock() - due).total_seconds() > after
 
-    def _workspace(self, batch: BatchRow) -> Workspace:
-        return next(one for one in self._workspaces if one.slot == batch.workspace_slot)
+    async def _workspace(self, batch: BatchRow) -> Workspace:
+        for one in self._workspaces:
+            if one.client is not None and await self._ids.of(one) == batch.workspace_slot:
+                return one
+        raise TrackerError(f"workspace {batch.workspace_slot} is not configured here")
 
-    async def _states(
-        self, workspace: Workspace, rows: Sequence[PlannedRow]
-    ) -> dict[str, RowState]:
-        return await states_of(self._database, workspace.slot, [row.entry for row in rows])
+    async def _states(self, workspace_id: str, rows: Sequence[PlannedRow]) -> dict[str, RowState]:
+        return await states_of(self._database, workspace_id, [row.entry for row in rows])
+
+    async def _check_mapping(
+        self,
+        workspace_id: str,
+        technique_id: str,
+        sheet: Sheet,
+        reading: Reading,
+        latest: Container[str],
+    ) -> None:
+        """Raise `DefinitionChanged` where rows that were started by another mapping of the sheet's
+        columns would start anew by this one."""
+        now = {(one.input_id, one.column, one.type or "") for one in reading.mapping}
+        digests = row_digests(technique_id, [row.inputs for row in reading.rows])
+        for before in await batches.mappings(self._database, workspace_id, technique_id):
+            if set(before) == now or any(column not in sheet.columns for _, column, _ in before):
+                continue
+            rows = rows_by(sheet, [Mapping(*one) for one in before])
+            old = row_digests(technique_id, rows)
+            known = await batches.latest_turns(self._database, workspace_id, old)
+            anew = [
+                row.line
+                for row, was, is_now in zip(reading.rows, old, digests, strict=True)
+                if was in known and is_now not in latest
+            ]
+            if anew:
+                raise DefinitionChanged(
+                    new=sorted(now - set(before)), gone=sorted(set(before) - now), lines=anew
+                )
 
 
 def _fit_rows(

@@ -2,17 +2,18 @@
 
 What is about one row (FLORA refuses its inputs) is noted with it, and the others go on. What every
 further row would meet too (no credits, a refused key, no answer at all) ends the launch; the rows
-that are left are started when the command is repeated.
+that are left are started when the command is repeated. So does a price that would pass the most
+that the batch may cost.
 
-While FLORA asks for a pause, no row begins. Nor does one while another row's start is in doubt:
-where FLORA does not say which run a used key became, the history tells it only as long as few runs
-may be it.
+While FLORA asks for a pause, no row begins. A row whose start is in doubt holds nothing up: the
+others are started, and what came of it is waited for at the end.
 """
 
 import asyncio
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
+from decimal import Decimal
 from typing import Final
 
 import structlog
@@ -25,15 +26,18 @@ from tracker.core.errors import (
     IdempotencyConflict,
     InvalidRequest,
     RateLimited,
-    ServerFault,
+    StartNotStored,
+    StartPending,
     StartUnresolved,
     StoreError,
     TrackerError,
 )
-from tracker.store import starts
+from tracker.store import read, starts
+from tracker.store.batches import chunks
 from tracker.store.engine import Database
-from tracker.store.starts import StartState
+from tracker.store.starts import UNKNOWN, StartState
 from tracker.tracking.batch_rows import Plan, PlannedRow
+from tracker.tracking.recover import Recovery
 from tracker.tracking.start import Starter, StartRequest
 from tracker.tracking.workspaces import Workspace
 
@@ -45,16 +49,23 @@ SILENCE: Final = 20.0
 """Seconds without a start that worked, after which no connection to FLORA ends the launch."""
 FAILURES: Final = 3
 """So many rows in a row without a usable answer end it, too."""
-LOOK_EVERY: Final = 0.2
-"""Seconds between two looks whether a doubt is settled."""
+LOOK_EVERY: Final = 0.5
+"""Seconds between two looks at the starts in doubt."""
+CHARGES_EVERY: Final = 5.0
+"""Seconds between two looks at what the runs were charged."""
 
 log = structlog.get_logger(__name__)
+
+
+class MaxCostReached(TrackerError):
+    """Quotes and charges leave no room for another row."""
 
 
 class Launch:
     """One command's work on the rows that are missing.
 
     `errors` tells why rows could not be started, by key; `stopped` what ended the launch early.
+    `max_cost` is the most, in USD, that it may spend. With `wait` starts in doubt are waited for.
     """
 
     def __init__(
@@ -64,50 +75,56 @@ class Launch:
         database: Database,
         workspace: Workspace,
         starter: Starter,
+        recovery: Recovery,
         concurrency: int,
         clock: Clock,
+        wait: bool = True,
+        max_cost: Decimal | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._plan = plan
         self._database = database
         self._workspace = workspace
         self._starter = starter
+        self._recovery = recovery
         self._concurrency = concurrency
         self._clock = clock
+        self._wait = wait
+        self._max_cost = max_cost
         self._sleep = sleep
         self._queue: deque[PlannedRow] = deque()
-        self._later: list[PlannedRow] = []
+        self._doubt: dict[str, PlannedRow] = {}
         self._flying: dict[str, PlannedRow] = {}
         self._tries: Counter[str] = Counter()
         self._silent: set[str] = set()
+        self._spent: dict[str, Decimal] = {}
+        self._charges_read_at = time.monotonic()
         self._worked_at = time.monotonic()
         self._broken_off = False
         self.started = 0
         self.errors: dict[str, str] = {}
         self.stopped: TrackerError | None = None
         for row in plan.missing:
-            (self._queue if self._is_new(row) else self._later).append(row)
+            start = plan.states[row.entry.key].start
+            if start is not None and start.state in UNKNOWN:
+                self._doubt[row.entry.key] = row
+            else:
+                self._queue.append(row)
 
     @property
     def left(self) -> int:
         """Rows that are still to be started."""
-        return len(self._queue) + len(self._later) + len(self._flying)
+        return len(self._queue) + len(self._flying)
+
+    @property
+    def in_doubt(self) -> int:
+        """Rows of which it is not known whether they were started."""
+        return len(self._doubt)
 
     @property
     def paused(self) -> float:
-        """Seconds for which FLORA asked to wait."""
-        client = self._workspace.client
-        return 0.0 if client is None else client.budget.state().paused
-
-    @property
-    def free_in(self) -> float:
-        """Seconds until a row can be tried that some process, perhaps one that is gone, holds.
-
-        0 while there is anything else to do.
-        """
-        if self._queue or self._flying or not self._later:
-            return 0.0
-        return min(self._held_for(row) for row in self._later)
+        """Seconds for which FLORA wants no request."""
+        return self._workspace.require_client().budget.state().paused
 
     def break_off(self) -> None:
         """Begin no further row."""
@@ -115,59 +132,95 @@ class Launch:
 
     async def run(self) -> None:
         """Start what is missing; returns when nothing is left that can be started now."""
-        seats = self._concurrency
-        while True:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(seats, len(self._queue))):
-                    group.create_task(self._work())
-            if not self._later or self._over:
-                return
-            while (wait := self.free_in) > 0 and not self._over:
-                await self._sleep(min(wait, 1.0))
-            self._queue.extend(row for row in self._later if self._held_for(row) == 0)
-            self._later = [row for row in self._later if self._held_for(row) > 0]
-            # What is in doubt is tried alone: the history can tell most then.
-            seats = 1
+        try:
+            while True:
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(min(self._concurrency, len(self._queue))):
+                        group.create_task(self._work())
+                if not self._doubt or not self._wait or self._broken_off:
+                    return
+                await self._settle_doubts()
+                if not self._queue:
+                    await self._sleep(LOOK_EVERY)
+                elif self._over:
+                    return
+        except StoreError as error:
+            self._stop(error)
 
     @property
     def _over(self) -> bool:
         return self._broken_off or self.stopped is not None
 
+    async def _settle_doubts(self) -> None:
+        """See what became of the starts in doubt; one that may be sent is a row to start again."""
+        await self._recovery.recover()
+        for keys in chunks(list(self._doubt)):
+            rows = await starts.of_keys(self._database, self._plan.batch.workspace_slot, keys)
+            for key in keys:
+                found = rows.get(key)
+                if found is None or (found.is_fresh and not found.is_held(self._clock())):
+                    row = self._doubt.pop(key)
+                    if not self._over:
+                        self._queue.append(row)
+                elif found.state is StartState.STARTED:
+                    del self._doubt[key]
+                    self.started += 1
+                elif found.state is StartState.UNRESOLVED:
+                    del self._doubt[key]
+                    self.errors[key] = "it is not known whether it was started"
+
     async def _work(self) -> None:
         try:
-            while self._queue:
-                await self._turn()
-                if self._over or not self._queue:
-                    return
+            while self._queue and not self._over:
+                if (paused := self.paused) > 0:
+                    await self._sleep(min(paused, 1.0))
+                    continue
                 row = self._queue.popleft()
                 self._flying[row.entry.key] = row
                 try:
-                    await self._start(row)
+                    if await self._fits(row):
+                        await self._start(row)
+                    else:
+                        self._queue.appendleft(row)
                 finally:
                     del self._flying[row.entry.key]
         except StoreError as error:
             self._stop(error)
 
-    async def _turn(self) -> None:
-        """Wait while FLORA wants a pause, or a start is in doubt."""
-        while not self._over:
-            if (paused := self.paused) > 0:
-                await self._sleep(min(paused, 1.0))
-            elif await self._in_doubt():
-                await self._sleep(LOOK_EVERY)
-            else:
-                return
-
-    async def _in_doubt(self) -> bool:
-        """Whether one of the starts under way has had no answer that says what it did."""
-        if not self._flying:
+    async def _fits(self, row: PlannedRow) -> bool:
+        """Whether the row's price fits into what may be spent; else the launch stops."""
+        if self._max_cost is None:
+            return True
+        await self._read_charges()
+        cost = self._plan.cost_of(row)
+        if cost is None:
+            self._stop(MaxCostReached("FLORA names no price, so --max-cost cannot be kept to"))
             return False
-        slot = self._plan.batch.workspace_slot
-        rows = await starts.of_keys(self._database, slot, list(self._flying))
-        return any(
-            row.state is StartState.SENT and (row.error or row.sent_at != row.in_use_since)
-            for row in rows.values()
+        flying = [one for one in self._flying.values() if one is not row]
+        reserved = [
+            self._plan.cost_of(one) or Decimal(0) for one in (*flying, *self._doubt.values())
+        ]
+        committed = sum(self._spent.values(), Decimal(0)) + sum(reserved, Decimal(0))
+        if committed + cost <= self._max_cost:
+            return True
+        self._stop(
+            MaxCostReached(
+                f"quotes and charges have come to ${committed:f}, and another row could pass "
+                f"--max-cost ${self._max_cost:f}"
+            )
         )
+        return False
+
+    async def _read_charges(self) -> None:
+        """Take over what the runs of this command were charged, where that is known by now."""
+        if time.monotonic() - self._charges_read_at < CHARGES_EVERY:
+            return
+        for run_ids in chunks(list(self._spent)):
+            for run_id, record in (await read.get_runs(self._database, run_ids)).items():
+                charged = record.run.charged_cost
+                if record.run.settled and charged is not None:
+                    self._spent[run_id] = charged
+        self._charges_read_at = time.monotonic()
 
     async def _start(self, row: PlannedRow) -> None:
         key = row.entry.key
@@ -176,17 +229,16 @@ class Launch:
             inputs=row.inputs,
             workspace_id=self._workspace.workspace_id,
             idempotency_key=key,
+            started_by="batch",
         )
         try:
-            await self._starter.start(request)
+            started = await self._starter.start(request, wait_in_doubt=False)
         except RateLimited:
             self._queue.appendleft(row)
-        except StartUnresolved as error:
-            await self._unresolved(row, error)
-        except (IdempotencyConflict, InvalidRequest) as error:
+        except (StartPending, StartNotStored):
+            self._doubt[key] = row
+        except (StartUnresolved, IdempotencyConflict, InvalidRequest) as error:
             self.errors[key] = str(error)
-        except ServerFault as error:
-            self._no_answer(row, error)
         except FloraRefusal as error:
             if error.status in ABOUT_THE_ROW:
                 self.errors[key] = str(error)
@@ -198,47 +250,26 @@ class Launch:
             self.started += 1
             self._worked_at = time.monotonic()
             self._silent.clear()
-
-    async def _unresolved(self, row: PlannedRow, error: StartUnresolved) -> None:
-        """Nobody can tell what the key became, or somebody else is still at it."""
-        found = await starts.get(self._database, self._plan.batch.workspace_slot, row.entry.key)
-        if found is not None and found.state is not StartState.UNRESOLVED:
-            self._try_later(row, error)
-        else:
-            self.errors[row.entry.key] = str(error)
+            quoted = started.record.run.charged_cost or Decimal(0)
+            cost = self._plan.cost_of(row) or Decimal(0)
+            self._spent[started.record.run.run_id] = max(quoted, cost)
 
     def _no_answer(self, row: PlannedRow, error: FloraError) -> None:
-        """FLORA gave no usable answer for this row: perhaps it has none for any."""
-        self._silent.add(row.entry.key)
+        """FLORA could not be reached for this row: perhaps it cannot be for any."""
+        key = row.entry.key
+        self._silent.add(key)
         unconnected = isinstance(error, FloraUnreachable) and not error.may_have_acted
         if (unconnected and time.monotonic() - self._worked_at >= SILENCE) or len(
             self._silent
         ) >= max(FAILURES, self._concurrency):
             self._stop(error)
-        self._try_later(row, error)
-
-    def _try_later(self, row: PlannedRow, error: TrackerError) -> None:
-        self._tries[row.entry.key] += 1
-        if self._tries[row.entry.key] < TRIES:
-            self._later.append(row)
+        self._tries[key] += 1
+        if self._tries[key] < TRIES:
+            self._queue.append(row)
         else:
-            self.errors[row.entry.key] = str(error)
+            self.errors[key] = str(error)
 
     def _stop(self, error: TrackerError) -> None:
         if self.stopped is None:
             log.warning("batch.stopped", error=str(error), left=self.left)
             self.stopped = error
-
-    def _is_new(self, row: PlannedRow) -> bool:
-        """Whether it is certain that no request for this row has acted, and that nobody is at
-        it."""
-        start = self._plan.states[row.entry.key].start
-        tried = start is not None and start.state not in (StartState.STORED, StartState.REFUSED)
-        return not tried and self._held_for(row) == 0
-
-    def _held_for(self, row: PlannedRow) -> float:
-        """Seconds for which somebody held the row's key when the batch was planned."""
-        start = self._plan.states[row.entry.key].start
-        if start is None or start.lease_until is None:
-            return 0.0
-        return max((start.lease_until - self._clock()).total_seconds(), 0.0)

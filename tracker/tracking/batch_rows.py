@@ -1,10 +1,13 @@
 """What a batch's rows are planned to be, and what became of each."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from math import prod
 from typing import Any, Final
 
+from tracker.core.errors import FloraError
 from tracker.core.record import Record
 from tracker.core.rowkey import Turn
 from tracker.core.run import RunStatus, Tracking
@@ -46,8 +49,8 @@ class RowState:
 
     @property
     def status(self) -> str:
-        """FLORA's status of its run; before there is one `not_started`, `sending`, `refused` or
-        `unresolved`, and `lost` or `forgotten` where there is none any more."""
+        """FLORA's status of its run; before there is one `not_started`, `sending`, `in_doubt`,
+        `refused` or `unresolved`, and `lost` or `forgotten` where there is none any more."""
         if self.record is not None:
             return "lost" if self.record.tracking is Tracking.LOST else self.record.run.status
         match None if self.start is None else self.start.state:
@@ -55,6 +58,8 @@ class RowState:
                 return "forgotten"
             case StartState.SENT:
                 return "sending"
+            case StartState.IN_DOUBT:
+                return "in_doubt"
             case StartState.REFUSED:
                 return "refused"
             case StartState.UNRESOLVED:
@@ -105,7 +110,8 @@ def _told(error: dict[str, Any]) -> str:
 class Plan:
     """What a batch is to do. `rows` are all of it, `states` what is known of them by their keys.
 
-    `unmapped` are the columns of its sheet that no input takes.
+    `unmapped` are the columns of its sheet that no input takes. `price_error` is why the price
+    could not be read just now.
     """
 
     batch: BatchRow
@@ -113,6 +119,7 @@ class Plan:
     rows: Sequence[PlannedRow]
     states: dict[str, RowState]
     unmapped: Sequence[str] = ()
+    price_error: FloraError | None = None
 
     @property
     def missing(self) -> list[PlannedRow]:
@@ -121,9 +128,21 @@ class Plan:
 
     @property
     def cost(self) -> Decimal | None:
-        """What starting them costs at most, in USD; `None` where FLORA names no price."""
+        """What starting them costs, in USD; `None` where FLORA names no price."""
+        costs = [self.cost_of(row) for row in self.missing]
+        known = [cost for cost in costs if cost is not None]
+        return sum(known, Decimal(0)) if len(known) == len(costs) else None
+
+    def cost_of(self, row: PlannedRow) -> Decimal | None:
+        """What starting that row costs, in USD; `None` where FLORA names no price."""
         price = self.technique.run_cost
-        return None if price is None else price * len(self.missing)
+        return None if price is None else price * self.runs_of(row)
+
+    def runs_of(self, row: PlannedRow) -> int:
+        """How many runs the row is: an input that takes several values makes one for each."""
+        several = [port.id for port in self.technique.ports if port.several]
+        values = Counter(one["id"] for one in row.inputs)
+        return prod(max(values[input_id], 1) for input_id in several)
 
 
 def turn_of(latest: Latest | None, *, again: bool) -> Turn:

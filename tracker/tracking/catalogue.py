@@ -66,15 +66,24 @@ class Catalogue:
         `SettingsError` without a key, `StoreUnavailable`, and the rest of the `FloraError` tree
         where none is known.
         """
-        row = await self._renewed(workspace, technique, deadline)
-        return Technique(
-            technique_id=row.technique_id,
-            name=row.name,
-            description=row.description,
-            run_cost=row.run_cost,
-            inputs=row.inputs,
-            outputs=row.outputs,
-        )
+        return _definition(await self._renewed(workspace, technique, deadline))
+
+    async def priced(
+        self, workspace: Workspace, technique: str
+    ) -> tuple[Technique, FloraError | None]:
+        """The definition, with the price as it is now; or as it was, and why FLORA did not tell.
+
+        Raises as `definition`.
+        """
+        key = (workspace.slot, technique)
+        try:
+            async with self._asking.setdefault(key, asyncio.Lock()):
+                return _definition(await self._ask(workspace, technique, None)), None
+        except _SILENT as error:
+            known = await self._known(workspace, technique)
+            if known is None or not (known.defined_at or known.inputs):
+                raise
+            return _definition(known), error
 
     async def checked(
         self,
@@ -191,6 +200,17 @@ class Catalogue:
             return True
         in_vain = self._asked_in_vain.get(key)
         return in_vain is not None and now - in_vain < PAUSE
+
+
+def _definition(row: TechniqueRow) -> Technique:
+    return Technique(
+        technique_id=row.technique_id,
+        name=row.name,
+        description=row.description,
+        run_cost=row.run_cost,
+        inputs=row.inputs,
+        outputs=row.outputs,
+    )
 
 
 def could_name_one(technique: str) -> bool:

@@ -1,4 +1,4 @@
-"""A start held by one caller: while it lasts, nobody else sends or judges its key."""
+"""A start held by one caller: while its lease lasts, nobody else sends or judges its key."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -10,8 +10,8 @@ from uuid import uuid4
 
 import structlog
 
-from tracker.core.clock import Clock
-from tracker.core.errors import FloraRefusal, StartUnderWay, StoreError
+from tracker.core.clock import Clock, boot_seconds
+from tracker.core.errors import FloraRefusal, StartPending, StoreError
 from tracker.store import starts
 from tracker.store.engine import Database
 from tracker.store.starts import StartRow, StartState
@@ -32,47 +32,58 @@ log = structlog.get_logger(__name__)
 
 @dataclass(slots=True)
 class HeldStart:
-    """A row of the ledger of starts, as it stands now, in the hands of one caller."""
+    """A start in the hands of one caller, as it stands now.
+
+    `valid_until` is until when the lease surely holds, in seconds of a clock that goes on while the
+    machine is suspended; `has_left` tells that a request has been let through since it was taken.
+    """
 
     database: Database
     clock: Clock
     row: StartRow
     holder: str
+    valid_until: float
+    has_left: bool = False
 
     @property
     def key(self) -> str:
         """The idempotency key."""
         return self.row.idempotency_key
 
-    async def about_to_send(self, callback_url: str | None) -> None:
-        """Note that a request leaves now. Raises `StartUnderWay` where the hold was lost."""
+    @property
+    def _id(self) -> tuple[str, str]:
+        return self.row.workspace_slot, self.key
+
+    async def let_through(self, callback_url: str | None, request_body: str) -> None:
+        """The fence: called directly before a request is written, which it lets through only where
+        nobody else can be sending the key.
+
+        Raises `StartPending` where the lease has run out, however long this process, or the
+        machine, stood still; and `StoreError` where that cannot be told.
+        """
         row = await starts.mark_sent(
             self.database,
-            self.row.workspace_slot,
-            self.key,
+            *self._id,
             holder=self.holder,
             at=self.clock(),
             callback_url=callback_url,
+            request_body=request_body,
         )
-        if row is None:
-            raise StartUnderWay(
+        # Last of all: the database's answer may have come in before a long sleep.
+        if row is None or boot_seconds() >= self.valid_until:
+            raise StartPending(
                 f"idempotency key {self.key!r} was taken over by another request: ask again soon"
             )
-        self.row = row
+        self.row, self.has_left = row, True
 
-    async def note(self, state: StartState, error: dict[str, Any]) -> None:
-        """Write what is known into the ledger; where that fails the row stays as it is."""
+    async def note(self, state: StartState, error: dict[str, Any] | None) -> None:
+        """Write what is known; where that fails the row stays as it is."""
         try:
             row = await starts.mark(
-                self.database,
-                self.row.workspace_slot,
-                self.key,
-                holder=self.holder,
-                state=state,
-                error=error,
+                self.database, *self._id, holder=self.holder, state=state, error=error
             )
         except StoreError as failure:
-            log.error("start.ledger_failed", key=self.key, state=state, error=str(failure))
+            log.error("start.not_noted", key=self.key, state=state, error=str(failure))
         else:
             self.row = row or self.row
 
@@ -87,7 +98,8 @@ async def holding(
     """
     slot, key = row.workspace_slot, row.idempotency_key
     holder = f"{process}:{uuid4()}"
-    taken = True  # as far as anybody knows, where the taking is broken off
+    taken = True  # as far as is known, where the taking is broken off
+    valid_until = boot_seconds() + HELD_FOR.total_seconds()
     try:
         try:
             taken = await starts.take(database, slot, key, holder, clock(), HELD_FOR)
@@ -99,10 +111,11 @@ async def holding(
         if not taken:
             yield None
             return
-        renewing = asyncio.create_task(_renew(database, row, holder, clock))
+        fresh = await starts.get(database, slot, key)  # it may have moved on meanwhile
+        held = HeldStart(database, clock, fresh or row, holder, valid_until)
+        renewing = asyncio.create_task(_renew(held))
         try:
-            fresh = await starts.get(database, slot, key)  # it may have moved on meanwhile
-            yield HeldStart(database, clock, fresh or row, holder)
+            yield held
         finally:
             renewing.cancel()
     finally:
@@ -130,19 +143,26 @@ async def _give_back(database: Database, row: StartRow, holder: str) -> None:
             return
 
 
-async def _renew(database: Database, row: StartRow, holder: str, clock: Clock) -> None:
+async def _renew(held: HeldStart) -> None:
+    """Prolong the lease until told to stop, or until it is found to be lost."""
     while True:
         await asyncio.sleep(RENEW_AFTER)
+        valid_until = boot_seconds() + HELD_FOR.total_seconds()
         try:
-            await starts.prolong(
-                database, row.workspace_slot, row.idempotency_key, holder, clock(), HELD_FOR
+            mine = await starts.prolong(
+                held.database, *held._id, held.holder, held.clock(), HELD_FOR
             )
         except StoreError as failure:
-            log.warning("start.hold_not_renewed", key=row.idempotency_key, error=str(failure))
+            log.warning("start.hold_not_renewed", key=held.key, error=str(failure))
+            continue
+        if not mine:
+            held.valid_until = float("-inf")
+            return
+        held.valid_until = valid_until
 
 
 def described(error: Exception) -> dict[str, Any]:
-    """An error as the ledger keeps it."""
+    """An error as the start log keeps it."""
     if isinstance(error, FloraRefusal):
         return {
             "status": error.status,

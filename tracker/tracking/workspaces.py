@@ -1,8 +1,8 @@
 """The configured workspaces: one key and its secrets each.
 
 A workspace's id may be left out where there is only one: it is learnt from FLORA's first answer or
-from the first authentic callback, for as long as the process lives. It is not stored, because a key
-that is exchanged for another workspace's would then meet the wrong id.
+from the first authentic callback. Before a start it is made sure by its key: `tracker.tracking.
+identity`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,15 +14,24 @@ from tracker.flora.client import FloraClient
 
 @dataclass(slots=True, kw_only=True)
 class Workspace:
-    """One workspace. `slot` names it where its id is not known yet; it never changes."""
+    """One workspace.
+
+    `slot` is its place in the settings; it never changes. `is_top` marks the one of the top-level
+    names. `configured_id` is the id that the settings give it, `workspace_id` the one it goes by.
+    """
 
     slot: str
     workspace_id: str | None = None
+    is_top: bool = True
+    configured_id: str | None = field(init=False)
     client: FloraClient | None = None
     secrets: tuple[str, ...] = field(default=(), repr=False)
     lists_carry_details: bool = True
     """Whether completed items of its history pages carry outputs and cost; learnt from each
     page."""
+
+    def __post_init__(self) -> None:
+        self.configured_id = self.workspace_id
 
     @property
     def name(self) -> str:
@@ -32,6 +41,11 @@ class Workspace:
     def learn(self, workspace_id: str | None) -> None:
         """Take over the id that FLORA gave, where none is known yet."""
         if self.workspace_id is None and workspace_id:
+            self.workspace_id = workspace_id
+
+    def belongs_to(self, workspace_id: str) -> None:
+        """Go by the id that FLORA gave for the key, unless the settings give one."""
+        if self.configured_id is None:
             self.workspace_id = workspace_id
 
     def require_client(self) -> FloraClient:

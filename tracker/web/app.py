@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from typing import Final
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -13,6 +12,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from tracker.web.auth import Access, Gate
+from tracker.web.callback_path import CALLBACKS_PATH
 from tracker.web.callbacks import Callbacks
 from tracker.web.dashboard.site import Dashboard
 from tracker.web.deadline import Deadline
@@ -25,10 +25,10 @@ from tracker.web.runs import Runs
 from tracker.web.services import Services
 from tracker.web.sessions import Sessions
 from tracker.web.shortcut import Shortcut
+from tracker.web.starts import StartLog
 from tracker.web.stream.endpoint import Stream
 from tracker.web.techniques import Techniques
 
-_CALLBACKS: Final = "/callbacks/flora"
 """Also with one more part, which a later version gives to the address of each start."""
 
 
@@ -78,6 +78,7 @@ def _private(
         [
             *MetricsText(services.metrics).routes(),
             *Runs(services, limits=limits).routes(),
+            *StartLog(services).routes(),
             *Techniques(services).routes(),
             *Description(services).routes(),
             *stream.routes(),
@@ -134,8 +135,10 @@ def _within_the_edge(
     health = Health(services, access, limits=limits)
     shortcut, receiving = [], []
     if callbacks is not None:
-        shortcut = [Middleware(Shortcut, path=_CALLBACKS, endpoint=callbacks)]
-        receiving = [Route(path, callbacks) for path in (_CALLBACKS, _CALLBACKS + "/{token}")]
+        shortcut = [Middleware(Shortcut, path=CALLBACKS_PATH, endpoint=callbacks)]
+        receiving = [
+            Route(path, callbacks) for path in (CALLBACKS_PATH, CALLBACKS_PATH + "/{token}")
+        ]
     app = Starlette(
         routes=[*receiving, *health.routes(), *routes],
         middleware=[

@@ -19,6 +19,7 @@ from tracker.flora.signature import SignatureError
 from tracker.receiving.receive import Received
 from tracker.web.body import ClientGone, Room, read_body, too_slow
 from tracker.web.bounds import Bounds
+from tracker.web.callback_path import token_in
 from tracker.web.constant import Constant
 from tracker.web.faults import Fault, unavailable
 from tracker.web.limits import Limits
@@ -57,12 +58,13 @@ class Callbacks:
         loop = asyncio.get_running_loop()
         began = loop.time()
         signature, webhook_id, event = _headers(scope)
+        token = token_in(scope["path"])
         body = None
         try:
             with self._bounds.begin(began):
                 body = await self._read(scope, receive)
                 received = await self._receiver.receive(
-                    body, signature=signature, webhook_id=webhook_id
+                    body, signature=signature, webhook_id=webhook_id, token=token
                 )
         except TimeoutError:
             if body is None:

@@ -21,7 +21,8 @@ from tracker.core.errors import (
     RateLimited,
     SchemaOutdated,
     SettingsError,
-    StartUnderWay,
+    StartNotStored,
+    StartPending,
     StartUnresolved,
     StoreUnavailable,
 )
@@ -37,6 +38,7 @@ class Fault(Exception):
     """An error answer, raised where it is found and sent by `edge`.
 
     `linger` is false where the client is not worth waiting for: its connection is closed at once.
+    `more` is said besides the code and the message.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Fault(Exception):
         fields: Sequence[FieldFault] = (),
         headers: Mapping[str, str] | None = None,
         linger: bool = True,
+        more: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -56,10 +59,11 @@ class Fault(Exception):
         self.fields = tuple(fields)
         self.headers = dict(headers or {})
         self.linger = linger
+        self.more = dict(more or {})
 
     def body(self) -> dict[str, Any]:
         """The answer's body."""
-        error: dict[str, Any] = {"code": self.code, "message": self.message}
+        error: dict[str, Any] = {"code": self.code, "message": self.message, **self.more}
         if self.fields:
             error["fields"] = [
                 {"field": fault.field, "message": fault.message} for fault in self.fields
@@ -94,8 +98,17 @@ def fault_of(error: Exception) -> Fault | None:
             return invalid(*error.fields, message=str(error))
         case IdempotencyConflict():
             return Fault(422, "idempotency_conflict", str(error))
-        case StartUnderWay():
-            return unavailable(str(error))
+        case StartPending():
+            seconds = str(max(1, ceil(error.retry_after)))
+            return Fault(504, "start_pending", str(error), headers={"Retry-After": seconds})
+        case StartNotStored():
+            return Fault(
+                503,
+                "not_stored",
+                str(error),
+                headers={"Retry-After": str(RETRY_AFTER)},
+                more={"run_id": error.run_id},
+            )
         case StartUnresolved():
             return Fault(409, "start_unresolved", str(error))
         case StoreUnavailable() | SchemaOutdated():

@@ -10,7 +10,7 @@ from typing import Any, Final
 from pydantic import BaseModel
 
 from tracker.web import shapes
-from tracker.web.schemas import ListQuery, StartBody, TechniqueQuery, TrackBody
+from tracker.web.schemas import ListQuery, StartBody, StartsQuery, TechniqueQuery, TrackBody
 from tracker.web.stream.endpoint import StreamQuery
 
 ERROR: Final = shapes.Error
@@ -94,7 +94,13 @@ REFUSALS: Final = {
     ),
     502: Refusal(name="FloraFailed", answer=_error("FLORA cannot be used, or refuses the key.")),
     503: Refusal(name="Unavailable", answer=_error("Something is down or busy, or not set up.")),
-    504: Refusal(name="FloraTimeout", answer=_error("FLORA gave no answer in time.")),
+    504: Refusal(
+        name="FloraTimeout",
+        answer=_error(
+            "FLORA gave no answer in time; `start_pending`: a start was sent and its outcome is "
+            "not known yet, the same key tells later what came of it."
+        ),
+    ),
 }
 
 _RUN_ID: Final = {"run_id": ("FLORA's `run_…` identifier.", "run_abc123")}
@@ -171,6 +177,16 @@ OPERATIONS: Final = (
         in_path=_RUN_ID,
         answers={200: Answer(description="Its timeline.", shape=shapes.Timeline)},
         refusals=(404,),
+    ),
+    Operation(
+        method="GET",
+        path="/api/starts",
+        name="listStarts",
+        tag="starts",
+        summary="List starts, by default those whose outcome is not known",
+        query=StartsQuery,
+        answers={200: Answer(description="A page of starts.", shape=shapes.StartPage)},
+        refusals=(400,),
     ),
     Operation(
         method="GET",

@@ -59,6 +59,7 @@ class Runs:
             inputs=[one.model_dump() for one in body.inputs],
             workspace_id=body.workspace_id,
             idempotency_key=key or body.idempotency_key,
+            started_by=actor_of(request.scope).name,
         )
         who = {"token": actor_of(request.scope).name, "peer": peer_of(request.scope)}
         # Before anything is sent: whatever becomes of it, the log has who asked for it.

@@ -4,7 +4,7 @@ The same models describe the API in `/openapi.json`: see `openapi`.
 """
 
 from collections import Counter
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -21,6 +21,7 @@ from starlette.datastructures import QueryParams
 
 from tracker.core.errors import FieldFault
 from tracker.core.run import RunStatus, Tracking
+from tracker.store.starts import LISTED
 from tracker.web.faults import invalid
 
 M = TypeVar("M", bound=BaseModel)
@@ -158,6 +159,22 @@ class ListQuery(BaseModel):
     technique_id: Filter = None
     workspace_id: Filter = None
     tracking: Annotated[Tracking | None, BeforeValidator(_none_if_empty), _one_of(Tracking)] = None
+    cursor: Cursor = None
+    limit: Limit = 50
+
+
+class StartsQuery(BaseModel):
+    """The query of `GET /api/starts`."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    state: Annotated[
+        Literal["stored", "sent", "in_doubt", "unresolved"] | None,
+        BeforeValidator(_none_if_empty),
+        _one_of(LISTED),
+        Field(description="Without it those whose outcome is not known."),
+    ] = None
+    workspace_id: Filter = None
     cursor: Cursor = None
     limit: Limit = 50
 

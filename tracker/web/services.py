@@ -62,7 +62,12 @@ class Receives(Protocol):
     """The use case behind `POST /callbacks/flora`."""
 
     async def receive(
-        self, body: bytes, *, signature: str | None, webhook_id: str | None
+        self,
+        body: bytes,
+        *,
+        signature: str | None,
+        webhook_id: str | None,
+        token: str | None = None,
     ) -> Received:
         """Returns when the delivery is committed.
 

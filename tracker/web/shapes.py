@@ -204,6 +204,35 @@ class Timeline(Shape):
     events: list[Event]
 
 
+class Start(Shape):
+    """What was asked of FLORA under one idempotency key, and what came of it. Times are UTC."""
+
+    idempotency_key: str
+    workspace_id: str
+    technique_id: str
+    state: Annotated[
+        Literal["stored", "sent", "in_doubt", "unresolved"],
+        Field(
+            description="`in_doubt`: it may have been started, and is not sent again before that "
+            "is safe. `unresolved`: left to a person."
+        ),
+    ]
+    run_id: str | None
+    created_at: datetime
+    first_sent_at: datetime | None
+    sent_at: Annotated[datetime | None, Field(description="When it was last sent.")]
+    started_by: Annotated[str | None, Field(description="The token's name, or `cli` or `batch`.")]
+    inputs: list[dict[str, Any]]
+    error: Annotated[dict[str, Any] | None, Field(description="The last answer that was no run.")]
+
+
+class StartPage(Shape):
+    """A page of starts, newest first."""
+
+    starts: list[Start]
+    meta: Meta
+
+
 class TechniquePage(Shape):
     """A page of techniques, by name."""
 

@@ -1,10 +1,10 @@
-"""The way past the gate and the router, for the one path that takes the load."""
+"""The way past the gate and the router, for the paths that take the load."""
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 
 class Shortcut:
-    """Hands the requests for exactly `path` to `endpoint`, and all others on.
+    """Hands the requests for `path`, and for one part below it, to `endpoint`, and all others on.
 
     What lies between costs a callback half as much again as all that is done with it before it is
     written, and has no say in it: anybody may send one, and no route but its own fits.
@@ -17,5 +17,8 @@ class Shortcut:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request."""
-        straight = scope["type"] == "http" and scope["path"] == self._path
+        straight = False
+        if scope["type"] == "http":
+            path, _, last = scope["path"].rpartition("/")
+            straight = scope["path"] == self._path or (path == self._path and last != "")
         await (self._endpoint if straight else self._app)(scope, receive, send)

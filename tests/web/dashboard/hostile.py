@@ -128,7 +128,7 @@ async def _attack_batch(services: Services, evil: str) -> None:
     await batches.keep(services.database, batch, [row])
     await starts.reserve(
         services.database,
-        workspace_slot="default",
+        workspace_id="default",
         idempotency_key=row.key,
         technique_id=f"tech_{evil}",
         fingerprint="0",

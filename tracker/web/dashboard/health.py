@@ -98,7 +98,10 @@ def needs(
             Need(
                 kind="warn",
                 what=f"{_of(counts.unresolved_starts, 'start')} unresolved.",
-                advice="It cannot be told whether FLORA started a run; nothing is sent again.",
+                advice="It is not known whether FLORA started a run; nothing is sent again. "
+                "`tracker starts resolve` settles it.",
+                href="/starts?state=unresolved",
+                link="Show them",
             )
         )
     if counts.lost:

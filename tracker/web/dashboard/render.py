@@ -26,6 +26,7 @@ PLACES: Final = (
     ("/deliveries", "Deliveries"),
     ("/techniques", "Techniques"),
     ("/batches", "Batches"),
+    ("/starts", "Starts"),
     ("/sweeps", "Sweeps"),
 )
 """What the navigation leads to."""

@@ -18,6 +18,7 @@ from tracker.web.dashboard.render import Renderer, query
 from tracker.web.dashboard.run import RunPage
 from tracker.web.dashboard.runs import RunsPage
 from tracker.web.dashboard.signin import SignIn, local_path
+from tracker.web.dashboard.starts import StartsPage
 from tracker.web.dashboard.sweeps import SweepsPage
 from tracker.web.dashboard.techniques import TechniquesPage
 from tracker.web.faults import Fault
@@ -61,6 +62,7 @@ class Dashboard:
             DeliveriesPage(services, self._render),
             TechniquesPage(services, self._render),
             BatchesPage(services, self._render),
+            StartsPage(services, self._render),
             SweepsPage(services, self._render),
         )
 

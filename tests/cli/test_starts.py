@@ -1,0 +1,64 @@
+"""`tracker starts`, and starts that are resolved by cron alone, as processes."""
+
+import json
+import time
+from contextlib import ExitStack
+
+from tests.cli.conftest import Commands, simulate
+
+
+def started(tracker: Commands, key: str) -> tuple[str, ...]:
+    """A start of an icon under that key."""
+    return ("runs", "start", "icon-pack", "--input", f"prompt={key}", "--idempotency-key", key)
+
+
+def test_cron_alone_resolves_starts(tracker: Commands, stack: ExitStack) -> None:
+    """`tracker poll` and `tracker reconcile`, no worker: what reached nobody is started, once; what
+    is left to a person is listed, shown and resolved."""
+    for_a_while = ("--set", "gateway_starts=1", "--set", "gateway_works=0")
+    simulate(tracker, stack, *for_a_while, "--at", "32:gateway_starts=0", "--failures", "0%")
+    began = time.monotonic()
+    tracker.environ["TRACKER_START_DOUBT"] = "1"
+    starting = [stack.enter_context(tracker.running(*started(tracker, key))) for key in "ab"]
+    for process in starting:
+        output, errors = process.communicate(timeout=40)
+        assert (process.returncode, output) == (1, "")
+        assert "its outcome is not known yet" in errors
+    assert time.monotonic() - began < 31
+
+    listed = tracker.json("starts", "list")["starts"]
+    assert {(one["idempotency_key"], one["state"], one["started_by"]) for one in listed} == {
+        ("a", "in_doubt", "cli"),
+        ("b", "in_doubt", "cli"),
+    }
+    assert "in_doubt" in tracker("starts", "list").stdout
+    time.sleep(max(33 - (time.monotonic() - began), 0))
+    tracker("poll")
+    tracker("reconcile")
+    assert tracker.json("starts", "list")["starts"] == []
+    for key in "ab":
+        start = tracker.json("starts", "show", key)
+        assert start["state"] == "started"
+        again = tracker.json(*started(tracker, key))
+        assert again["run_id"] == start["run_id"]
+        assert again["inputs"] == [{"id": "prompt", "type": "text", "value": key}]
+    assert len({one["run_id"] for one in tracker.json("runs", "list")["runs"]}) == 2
+
+
+def test_what_can_be_said_of_a_start(tracker: Commands, stack: ExitStack) -> None:
+    """One of --run and --none, and of a start whose outcome is not known."""
+    simulate(tracker, stack, "--failures", "0%")
+    run = tracker.json(*started(tracker, "a"))
+    for status, arguments, said in (
+        (2, ("resolve", "a"), "give one of --run RUN_ID and --none"),
+        (2, ("resolve", "a", "--none", "--run", "run_1"), "give one of"),
+        (2, ("resolve", "a", "--none"), "is known: started"),
+        (1, ("show", "nobody"), "no start with idempotency key 'nobody'"),
+        (2, ("list", "--state", "lost"), "'lost' is no state"),
+    ):
+        done = tracker("starts", *arguments)
+        assert done.returncode == status, done.stderr
+        assert said in done.stderr
+    shown = tracker("starts", "show", "a").stdout
+    assert run["run_id"] in shown
+    assert json.loads(tracker("starts", "show", "a", "--json").stdout)["error"] is None

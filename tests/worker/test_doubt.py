@@ -1,0 +1,646 @@
+"""A start is known by evidence, never by a guess: whatever FLORA answers, nothing is paid twice."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+
+from tests.support.waiting import eventually, free_port
+from tests.web.serving import serving
+from tests.worker.conftest import HandClock, MakeFlora, OpenServices, reads_of, the_run
+from tracker.core.errors import FloraError, FloraRefusal, StartError, StoreUnavailable
+from tracker.core.observation import Source
+from tracker.settings import Settings
+from tracker.simulator import Options, Simulator, running
+from tracker.simulator.options import Workspace as FloraWorkspace
+from tracker.store import starts as start_log
+from tracker.store.engine import Database
+from tracker.store.tables import starts
+from tracker.tracking.start import StartRequest
+from tracker.web.app import build_app
+from tracker.wiring import Services, open_services
+
+PROMPT = [{"id": "prompt", "type": "text", "value": "tools"}]
+HOUR = 3600.0
+
+
+def request(key: str = "key-1", **changes: Any) -> StartRequest:
+    given: dict[str, Any] = {"technique": "icon-pack", "inputs": PROMPT, "idempotency_key": key}
+    return StartRequest(**(given | changes))
+
+
+async def attempt(services: Services, key: str = "key-1", **changes: Any) -> str | None:
+    """Start it; the run's id, or `None` where it was not started or is seen to be in doubt."""
+    starting = asyncio.create_task(services.starter.start(request(key, **changes)))
+    for _ in range(400):
+        await asyncio.wait([starting], timeout=0.05)
+        if starting.done() or await state_of(services.database, key) == "in_doubt":
+            break
+    await asyncio.wait([starting], timeout=0.1)
+    if not starting.done():
+        starting.cancel()
+        await asyncio.wait([starting])
+        return None
+    try:
+        return starting.result().record.run.run_id
+    except (FloraError, StartError):
+        return None
+
+
+async def state_of(database: Database, key: str = "key-1") -> str:
+    async with database.read() as connection:
+        query = select(starts.c.state).where(starts.c.idempotency_key == key)
+        return str(await connection.scalar(query))
+
+
+def posts(flora: Simulator) -> int:
+    return reads_of(flora).get("runs.start", 0)
+
+
+def change(flora: Simulator, **options: Any) -> None:
+    flora.world.options = replace(flora.world.options, **options)
+
+
+GATEWAY = {"gateway_starts": 1.0, "gateway_works": 0.0}
+
+
+@pytest.mark.parametrize("answer", ["502", "503", "504", "404", "empty", "page"])
+async def test_what_a_gateway_says_is_doubt_and_nothing_is_sent_again(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, answer: str
+) -> None:
+    """FLORA may be at work behind it and does not know the key yet: one POST, and one run."""
+    async with make_flora(
+        gateway_starts=1.0, gateway_answers=(answer,), gateway_works=1.0, keys_known="at_end"
+    ) as flora:
+        services = await open_on(flora)
+        assert await attempt(services) is None
+        assert await attempt(services) is None
+        clock.move(60)
+        await services.recovery.recover()
+        assert (posts(flora), len(flora.world.runs)) == (1, 1)
+        assert await state_of(services.database) == "in_doubt"
+
+
+async def test_a_slow_post_is_sent_once(make_flora: MakeFlora, open_on: OpenServices) -> None:
+    """Its answer is waited for after the caller has been told that the start is pending."""
+    async with make_flora(slow_starts=1.0, slow_seconds=2.0, slow_run="last") as flora:
+        services = await open_on(flora)
+        services.starter._deadline = 0.7
+        with pytest.raises((FloraError, StartError)):
+            await services.starter.start(request())
+
+        async def is_started() -> bool:
+            return await state_of(services.database) == "started"
+
+        await eventually(is_started)
+        assert (posts(flora), len(flora.world.runs)) == (1, 1)
+        assert await attempt(services) == next(iter(flora.world.runs))
+
+
+@pytest.mark.parametrize("second", ["400", "402", "404"])
+async def test_a_refusal_after_doubt_frees_no_key(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, second: str
+) -> None:
+    """The first POST made a run and was answered 500: the same key never pays again."""
+    async with make_flora(lost_starts=1.0, second_answer=second, keys_released=True) as flora:
+        services = await open_on(flora)
+        assert await attempt(services) is None
+        for hours in (0.1, 1.0, 2.5, 24.0):
+            clock.move(hours * HOUR)
+            change(flora, lost_starts=0.0)
+            await services.recovery.recover()
+            assert await attempt(services) is None
+        assert len(flora.world.runs) == 1
+        assert await state_of(services.database) == "unresolved"
+
+
+async def test_a_start_that_reached_nobody_is_sent_again_after_the_window(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """Where a complete read of the history, begun after it, shows no run that could be its own."""
+    async with make_flora(**GATEWAY) as flora:
+        services = await open_on(flora)
+        assert await attempt(services) is None
+        change(flora, gateway_starts=0.0)
+        clock.move(170)
+        assert await services.recovery.recover() == 0
+        clock.move(20)
+        assert await services.recovery.recover() == 1
+        assert list(flora.world.runs) == [await attempt(services)]
+
+
+async def test_doubt_outlives_the_refusal_of_what_is_sent_again(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """A 402 to the second request says nothing of the first, whose run is listed late."""
+    async with make_flora(**GATEWAY) as flora:
+        services = await open_on(flora)
+        assert await attempt(services) is None
+        change(flora, gateway_starts=0.0, credits=0.0)
+        clock.move(200)
+        await services.recovery.recover()
+        assert posts(flora) == 2
+        assert await state_of(services.database) == "in_doubt"
+
+
+async def test_a_forgotten_key_is_not_sent_again(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """Two hours after the first sending FLORA may take it for a new one: a person decides."""
+    async with make_flora(**GATEWAY) as flora:
+        services = await open_on(flora)
+        assert await attempt(services) is None
+        change(flora, gateway_starts=0.0)
+        clock.move(2 * HOUR)
+        assert await services.recovery.recover() == 0
+        assert await attempt(services) is None
+        assert (posts(flora), await state_of(services.database)) == (1, "unresolved")
+
+
+async def test_a_colleagues_run_is_not_taken(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """It is a run of the history, without inputs of ours; and what could be ours is not paid
+    again."""
+    async with make_flora(**GATEWAY) as flora:
+        services = await open_on(flora)
+        assert await attempt(services) is None
+        clock.move(150)
+        colleagues = flora.start("icon-pack")
+        change(flora, gateway_starts=0.0)
+        for _ in range(10):
+            clock.move(100)
+            await services.recovery.recover()
+        [workspace] = services.workspaces
+        await services.sweeper.sweep(workspace)
+        record = await the_run(services, colleagues.run_id)
+        assert (record.source, record.inputs) == (Source.HISTORY, None)
+        assert (posts(flora), len(flora.world.runs)) == (1, 1)
+        clock.move(2 * HOUR)
+        await services.recovery.recover()
+        assert await state_of(services.database) == "unresolved"
+
+
+@pytest.mark.parametrize("ahead", [-1.6, -0.7, 0.7, 1.6, 30.0])
+async def test_the_difference_of_the_clocks_is_allowed_for(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, ahead: float
+) -> None:
+    """A used key's run is found however the clocks differ, and none that began before is taken."""
+    async with make_flora(idempotency="conflict", clock_offset=ahead) as flora:
+        services = await open_on(flora)
+        [workspace] = services.workspaces
+        for tenth in range(40):  # `Date` has seconds: several answers tell the difference well
+            clock.move(0.1)
+            await workspace.require_client().history(limit=1)
+            if tenth == 10:
+                flora.start("icon-pack")  # a colleague's, which began before ours
+        change(flora, lost_starts=1.0)
+        assert await attempt(services) is None
+        change(flora, lost_starts=0.0)
+        ours = list(flora.world.runs)[-1]
+        # What a process that died had sent is sent again by this one, within the window.
+        await _send_again(services)
+        clock.move(30)
+        await services.recovery.recover()
+        assert await attempt(services) == ours
+
+
+async def _send_again(services: Services) -> None:
+    """Let FLORA say that it knows the key."""
+    [workspace] = services.workspaces
+    async with services.database.read() as connection:
+        body = await connection.scalar(select(starts.c.request_body))
+    with pytest.raises(FloraRefusal) as refused:
+        await workspace.require_client().start_run(
+            "tech_icon-pack", body=str(body), idempotency_key="key-1"
+        )
+    assert refused.value.status == 409
+    error = {"status": 409, "message": "known", "conflict": True}
+    await services.database.write(
+        lambda connection: connection.execute(starts.update().values(error=error)).rowcount
+    )
+
+
+async def test_two_starts_in_doubt_do_not_guess_between_runs(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """Each key is known to FLORA, two runs are there, and which is whose nobody can tell."""
+    async with make_flora(idempotency="conflict", lost_starts=1.0) as flora:
+        services = await open_on(flora)
+        assert await attempt(services, "key-1") is None
+        clock.move(1)
+        assert await attempt(services, "key-2") is None
+        change(flora, lost_starts=0.0)
+        error = {"status": 409, "message": "known", "conflict": True}
+        await services.database.write(
+            lambda connection: connection.execute(starts.update().values(error=error)).rowcount
+        )
+        for _ in range(5):
+            clock.move(100)
+            assert await services.recovery.recover() == 0
+        assert {await state_of(services.database, key) for key in ("key-1", "key-2")} == {
+            "unresolved"
+        }
+
+
+@pytest.mark.parametrize("status", ["queued", "on_hold"])
+async def test_a_run_id_is_all_that_an_answer_needs(
+    make_flora: MakeFlora, open_on: OpenServices, status: str
+) -> None:
+    """A status that nobody has heard of is no reason to send again."""
+    async with make_flora(queued=1.0, queued_name=status) as flora:
+        services = await open_on(flora)
+        assert await attempt(services) == next(iter(flora.world.runs))
+        assert posts(flora) == 1
+
+
+@pytest.mark.parametrize("code", ["not_found", "forbidden"])
+async def test_a_filter_that_is_refused_says_nothing_about_the_workspace(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, code: str
+) -> None:
+    """The history is read without it, the start comes to its end, and everything else goes on."""
+    async with make_flora(**GATEWAY, refuse={"filtered": code}) as flora:
+        services = await open_on(flora)
+        assert await attempt(services) is None
+        change(flora, gateway_starts=0.0)
+        clock.move(200)
+        assert await services.recovery.recover() == 1
+        [workspace] = services.workspaces
+        assert not workspace.require_client().breaker.open
+        asked = reads_of(flora)["runs.list"]
+        for _ in range(20):
+            clock.move(30)
+            await services.recovery.recover()
+        assert reads_of(flora)["runs.list"] == asked
+
+
+async def test_open_starts_cost_few_requests(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """One in doubt that cannot be settled is looked for less and less often."""
+    async with make_flora(**GATEWAY) as flora:
+        services = await open_on(flora)
+        assert await attempt(services) is None
+        clock.move(1)
+        flora.start("icon-pack")
+        change(flora, gateway_starts=0.0)
+        for _ in range(4 * 60 * 2):
+            clock.move(15)
+            await services.recovery.recover()
+        assert await state_of(services.database) == "unresolved"
+        assert reads_of(flora)["runs.list"] < 100
+
+
+# Whose key it is
+
+
+def moved(flora: Simulator, **more: Any) -> dict[str, Any]:
+    """The same workspace, under `[[workspaces]]`."""
+    options = flora.world.options
+    one = {
+        "id": options.workspace_id,
+        "api_key": options.api_key,
+        "webhook_secrets": [options.webhook_secret],
+    }
+    return {"flora_api_key": None, "flora_webhook_secret": (), "workspaces": (one,)} | more
+
+
+async def test_a_workspace_that_moves_in_the_settings_keeps_its_keys(
+    flora: Simulator, open_on: OpenServices, clock: HandClock
+) -> None:
+    """From FLORA_API_KEY to `[[workspaces]]`: the same key is the same run, also when FLORA has
+    forgotten it."""
+    first = await attempt(await open_on(flora))
+    assert first is not None
+    clock.move(25 * HOUR)
+    assert await attempt(await open_on(flora, **moved(flora))) == first
+    assert len(flora.world.runs) == 1
+
+
+OTHER = FloraWorkspace(
+    workspace_id="ws_other", api_key="sk_test_other", webhook_secret="whsec_other"
+)
+
+
+async def test_another_workspaces_key_in_the_same_place_has_keys_of_its_own(
+    make_flora: MakeFlora, open_on: OpenServices
+) -> None:
+    """It is not given the first one's runs."""
+    async with make_flora(more_workspaces=(OTHER,)) as flora:
+        first = await attempt(await open_on(flora))
+        second = await attempt(await open_on(flora, flora_api_key=OTHER.api_key))
+        assert None not in (first, second)
+        assert first != second
+        assert flora.world.runs[second or ""].workspace.workspace_id == "ws_other"
+
+
+async def test_a_key_of_another_workspace_than_the_settings_say_starts_nothing(
+    make_flora: MakeFlora, open_on: OpenServices
+) -> None:
+    """It is noticed before the first start, also where the id was known before."""
+    async with make_flora(more_workspaces=(OTHER,)) as flora:
+        services = await open_on(
+            flora, flora_api_key=OTHER.api_key, flora_workspace_id="ws_simulator"
+        )
+        with pytest.raises(Exception, match="ws_other"):
+            await services.starter.start(request())
+        assert not flora.world.runs
+
+
+async def test_without_an_id_nothing_is_started(
+    make_flora: MakeFlora, open_on: OpenServices
+) -> None:
+    """Where FLORA does not tell whose key it is, the settings have to."""
+    async with make_flora(refuse={"workspaces.list": "not_found"}) as flora:
+        services = await open_on(flora)
+        with pytest.raises(Exception, match="FLORA_WORKSPACE_ID"):
+            await services.starter.start(request())
+        assert not flora.world.runs
+        named = await open_on(flora, flora_workspace_id="ws_simulator")
+        assert await attempt(named) is not None
+
+
+async def test_a_restart_knows_whose_key_it_is(flora: Simulator, open_on: OpenServices) -> None:
+    """FLORA is asked once for each key."""
+    await attempt(await open_on(flora))
+    again = await open_on(flora)
+    change(flora, refuse={"workspaces.list": "not_found"})
+    assert await attempt(again, "key-2") is not None
+    asked = [count for (name, _), count in flora.world.counts.items() if name == "workspaces.list"]
+    assert asked == [1]
+
+
+async def test_starts_of_an_older_version_get_the_id(
+    flora: Simulator, open_on: OpenServices
+) -> None:
+    """Their keys are remembered, whatever the place was called."""
+    first = await attempt(await open_on(flora))
+    services = await open_on(flora)
+    old = starts.update().values(workspace_slot="default", workspace_id=None)
+    await services.database.write(lambda connection: connection.execute(old).rowcount)
+    again = await open_on(flora)
+    assert await attempt(again) == first
+    row = await start_log.get(again.database, "ws_simulator", "key-1")
+    assert row is not None
+    assert row.workspace_id == "ws_simulator"
+
+
+# The fence
+
+
+async def test_a_process_that_stood_still_sends_nothing(
+    flora: Simulator, open_on: OpenServices, clock: HandClock
+) -> None:
+    """While it waited for its permit another process took the key over and started it; hours later
+    FLORA has forgotten the key."""
+    one, two = await open_on(flora), await open_on(flora)
+    for services in (one, two):
+        await services.catalogue.technique_id(next(iter(services.workspaces)), "icon-pack")
+        await attempt(services, "warm-up")
+    [workspace] = one.workspaces
+    workspace.require_client().budget.pause(1.5)
+    one.starter._deadline = two.starter._deadline = 10
+    slow = asyncio.create_task(one.starter.start(request()))
+    await asyncio.sleep(0.5)
+    clock.move(HOUR)  # as far as leases go, for an hour
+    quick = await two.starter.start(request())
+    clock.move(25 * HOUR)
+    assert (await slow).record.run.run_id == quick.record.run.run_id
+    assert len(flora.world.runs) == 2
+
+
+async def test_a_sleep_between_the_database_and_the_socket_sends_nothing(
+    flora: Simulator, open_on: OpenServices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lease is looked at last of all, by a clock that goes on while the machine sleeps."""
+    from tracker.tracking import ledger
+
+    services = await open_on(flora)
+    slept = 0.0
+    real = ledger.boot_seconds
+    monkeypatch.setattr(ledger, "boot_seconds", lambda: real() + slept)
+    mark_sent = start_log.mark_sent
+
+    async def mark_and_sleep(*given: Any, **named: Any) -> Any:
+        nonlocal slept
+        row = await mark_sent(*given, **named)
+        slept = HOUR
+        return row
+
+    monkeypatch.setattr(start_log, "mark_sent", mark_and_sleep)
+    assert await attempt(services) is None
+    assert not flora.world.runs
+
+
+# Answers
+
+
+async def test_an_answer_outlives_the_database(
+    open_on: OpenServices, flora: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caller is told the run's id, and the run is kept as soon as the database is back."""
+    services = await open_on(flora)
+    put = services.door.put
+    is_down = True
+
+    async def put_or_not(entry: Any) -> Any:
+        if is_down:
+            raise StoreUnavailable("the database does not answer")
+        return await put(entry)
+
+    monkeypatch.setattr(services.door, "put", put_or_not)
+    services.starter._deadline = 5
+    with pytest.raises(StartError) as told:
+        await services.starter.start(request())
+    run_id = next(iter(flora.world.runs))
+    assert getattr(told.value, "run_id", None) == run_id
+    is_down = False
+
+    async def is_started() -> bool:
+        return await state_of(services.database) == "started"
+
+    await eventually(is_started)
+    assert await attempt(services) == run_id
+
+
+# Callbacks to the start's own address
+
+
+@asynccontextmanager
+async def receiving(
+    flora: Simulator, database_url: str, **settings: Any
+) -> AsyncIterator[Services]:
+    """Services that FLORA can call back, in real time, and no worker."""
+    port = free_port()
+    options = flora.world.options
+    given: dict[str, Any] = {
+        "flora_base_url": flora.base_url,
+        "flora_api_key": options.api_key,
+        "flora_webhook_secret": options.webhook_secret,
+        "tracker_database_url": database_url,
+        "tracker_public_url": f"http://127.0.0.1:{port}",
+    }
+    async with (
+        open_services(Settings(**(given | settings)), background=True) as services,
+        serving(build_app(services), port),
+    ):
+        yield services
+
+
+@pytest.mark.parametrize("trouble", [{"lost_starts": 1.0}, {"gateway_starts": 1.0}])
+async def test_a_callback_resolves_its_start_within_a_second(
+    database_url: str, trouble: dict[str, float]
+) -> None:
+    """Two starts in doubt of one technique: each run is the one of its own address."""
+    async with (
+        running(Options(failures=0.0, run_seconds=1.0, seed=5, **trouble)) as flora,
+        receiving(flora, database_url) as services,
+    ):
+        keys = [f"key-{number}" for number in range(6)]
+        inputs = {key: [{"id": "prompt", "type": "text", "value": key}] for key in keys}
+        for key in keys:
+            assert await attempt(services, key, inputs=inputs[key]) is None
+        await flora.quiet()
+        await asyncio.sleep(1)
+        for key in keys:
+            run_id = await attempt(services, key, inputs=inputs[key])
+            assert run_id is not None
+            assert list(flora.world.runs[run_id].inputs) == inputs[key]
+            record = await the_run(services, run_id)
+            assert (record.source, record.inputs) == (Source.START, inputs[key])
+        assert posts(flora) == len(flora.world.runs) == 6
+
+
+async def test_each_start_has_an_address_of_its_own(database_url: str) -> None:
+    """It is sent again as it was first sent, also under another public URL."""
+    async with running(Options(failures=0.0, **GATEWAY)) as flora:
+        async with receiving(flora, database_url) as services:
+            first = services.settings.callback_url
+            assert await attempt(services) is None
+        change(flora, gateway_starts=0.0)
+        async with receiving(flora, database_url, tracker_start_doubt=1) as services:
+            assert services.settings.callback_url != first
+            await asyncio.sleep(1.2)
+            assert await services.recovery.recover() == 1
+            assert await attempt(services, "key-2") is not None
+            one, two = (run.callback_url or "" for run in flora.world.runs.values())
+            assert one.startswith(f"{first}/")
+            assert two.startswith(f"{services.settings.callback_url}/")
+            assert one.rpartition("/")[2] != two.rpartition("/")[2]
+            assert all(len(url.rpartition("/")[2]) >= 32 for url in (one, two))
+
+
+async def test_an_unknown_address_counts_as_the_bare_one(database_url: str) -> None:
+    """The callback is taken, and is evidence of nothing."""
+    async with (
+        running(Options(failures=0.0, run_seconds=0.2, **GATEWAY)) as flora,
+        receiving(flora, database_url) as services,
+    ):
+        assert await attempt(services) is None
+        run = flora.start("icon-pack", callback_url=f"{services.settings.callback_url}/nobody")
+        await flora.quiet()
+
+        async def is_known() -> bool:
+            return run.run_id in [one.run.run_id for one in (await _listed(services.database))]
+
+        await eventually(is_known)
+        assert (await the_run(services, run.run_id)).source is Source.CALLBACK
+        assert await state_of(services.database) == "in_doubt"
+
+
+async def _listed(database: Database) -> Any:
+    from tracker.store import read
+
+    return (await read.list_runs(database, limit=100))[0]
+
+
+async def test_a_secret_of_another_workspace_names_no_run(database_url: str) -> None:
+    """Its callback to a start's address is a callback to the bare one."""
+    both = Options(failures=0.0, run_seconds=0.2, more_workspaces=(OTHER,), **GATEWAY)
+    async with running(both) as flora:
+        other = {
+            "id": "ws_other",
+            "api_key": OTHER.api_key,
+            "webhook_secrets": [OTHER.webhook_secret],
+        }
+        settings = {"flora_workspace_id": "ws_simulator", "workspaces": (other,)}
+        async with receiving(flora, database_url, **settings) as services:
+            assert await attempt(services, workspace_id="ws_simulator") is None
+            row = await start_log.get(services.database, "ws_simulator", "key-1")
+            assert row is not None
+            run = flora.start("icon-pack", callback_url=row.callback_url, workspace=OTHER)
+            await flora.quiet()
+
+            async def is_known() -> bool:
+                return any(one.run.run_id == run.run_id for one in await _listed(services.database))
+
+            await eventually(is_known)
+            assert (await the_run(services, run.run_id)).inputs is None
+            assert await state_of(services.database) == "in_doubt"
+
+
+async def test_five_missing_callbacks_bring_back_the_bare_address(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """A proxy may pass on the exact path alone. An hour later own addresses are tried again."""
+    async with make_flora(drop=1.0) as flora:
+        services = await open_on(flora, tracker_public_url="http://127.0.0.1:9")
+        bare = "http://127.0.0.1:9/callbacks/flora"
+        for number in range(5):
+            run_id = await attempt(services, f"key-{number}")
+            assert run_id is not None
+            assert (flora.world.runs[run_id].callback_url or "").startswith(f"{bare}/")
+        clock.move(600)
+        await services.poller.poll_due()
+        clock.move(600)
+        services.starter._sender._addresses._asked_at = float("-inf")
+        run_id = await attempt(services, "key-5")
+        assert flora.world.runs[run_id or ""].callback_url == bare
+        clock.move(HOUR)
+        services.starter._sender._addresses._asked_at = float("-inf")
+        run_id = await attempt(services, "key-6")
+        assert (flora.world.runs[run_id or ""].callback_url or "").startswith(f"{bare}/")
+
+
+async def test_a_dead_process_leaves_doubt(
+    flora: Simulator, open_on: OpenServices, clock: HandClock
+) -> None:
+    """What it was sending is in doubt as soon as its lease has run out."""
+    services = await open_on(flora)
+    [workspace] = services.workspaces
+    technique_id = await services.catalogue.technique_id(workspace, "icon-pack")
+    db = services.database
+    await services.starter._ids.of(workspace)
+    from tracker.tracking.start import fingerprint
+
+    await start_log.reserve(
+        db,
+        workspace_id="ws_simulator",
+        idempotency_key="key-1",
+        technique_id=technique_id,
+        fingerprint=fingerprint(technique_id, PROMPT),
+        inputs=PROMPT,
+        at=clock(),
+    )
+    lease = timedelta(seconds=30)
+    assert await start_log.take(db, "ws_simulator", "key-1", "gone", clock(), lease)
+    await start_log.mark_sent(
+        db,
+        "ws_simulator",
+        "key-1",
+        holder="gone",
+        at=clock(),
+        callback_url=None,
+        request_body="{}",
+    )
+    await services.recovery.recover()
+    assert await state_of(db) == "sent"
+    clock.move(31)
+    await services.recovery.recover()
+    assert await state_of(db) == "in_doubt"
+    assert not flora.world.runs
