@@ -14,7 +14,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Final, TypeVar
 
 import httpx
@@ -79,9 +79,10 @@ class Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """FLORA's answer, read whole."""
+    """FLORA's answer, read whole. `sent_at` is when the request that it answers was sent."""
 
     endpoint: str
+    sent_at: datetime
     status: int
     headers: httpx.Headers
     body: bytes
@@ -214,7 +215,7 @@ class Caller:
 
     async def _exchange(self, call: Call) -> Answer:
         """Send the request once and read the answer, whatever its status."""
-        began = self._monotonic()
+        began, sent_at = self._monotonic(), self._clock()
         status = request_id = None
         try:
             async with self._http.stream(
@@ -241,7 +242,13 @@ class Caller:
             )
             if self._on_request is not None:
                 self._on_request(call.endpoint, status, seconds)
-        return Answer(endpoint=call.endpoint, status=status, headers=response.headers, body=body)
+        return Answer(
+            endpoint=call.endpoint,
+            sent_at=sent_at,
+            status=status,
+            headers=response.headers,
+            body=body,
+        )
 
     def _refusal(self, answer: Answer) -> FloraRefusal:
         if 300 <= answer.status < 400:

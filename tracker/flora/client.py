@@ -228,6 +228,7 @@ class FloraClient:
                     parse.run,
                     source=Source.START,
                     at=self._clock(),
+                    sent_at=answer.sent_at,
                     run_type="technique",
                     technique_id=_known_id(technique_id),
                 )
@@ -289,7 +290,13 @@ class FloraClient:
             fresh=self._fresh,
         )
         answer = await self._caller.call(call, deadline=deadline)
-        read = partial(parse.run, source=Source.HISTORY, at=self._clock(), run_type=kind)
+        read = partial(
+            parse.run,
+            source=Source.HISTORY,
+            at=self._clock(),
+            sent_at=answer.sent_at,
+            run_type=kind,
+        )
         return answer.read(partial(parse.page, key=key, read=read))
 
     async def _read_run(
@@ -308,6 +315,7 @@ class FloraClient:
                 parse.run,
                 source=Source.POLL,
                 at=self._clock(),
+                sent_at=answer.sent_at,
                 expect_run_id=run_id,
                 run_type=run_type,
             )

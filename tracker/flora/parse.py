@@ -84,12 +84,14 @@ def run(
     *,
     source: Source,
     at: datetime,
+    sent_at: datetime | None = None,
     expect_run_id: str | None = None,
     run_type: str | None = None,
     technique_id: str | None = None,
     workspace_id: str | None = None,
 ) -> Observation:
-    """A run, as a start, a read or an item of the history shows it, seen at `at`.
+    """A run, as a start, a read or an item of the history shows it, asked for at `sent_at` and seen
+    at `at`.
 
     `run_type`, `technique_id` and `workspace_id` are what the caller knows, where FLORA is silent.
     Raises `FloraUnreadable` where it is no run, none of a known status, or not `expect_run_id`.
@@ -126,6 +128,7 @@ def run(
         charged_cost=as_dollars(fields.get("charged_cost")),
         error=_error(fields),
         outputs=_outputs(fields.get("outputs")),
+        sent_at=sent_at,
     )
 
 

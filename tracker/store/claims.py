@@ -45,14 +45,16 @@ async def claim_due(
     workspaces: Workspaces = None,
     ended: bool = False,
     newest: bool = False,
+    recheck: bool = False,
 ) -> list[Record]:
     """Claim up to `limit` runs that are due, longest due first, for `holder` until `now + lease`.
 
     `ended` claims only those that are known to have ended, and lack their details; `newest` begins
-    with those that have become due last. Concurrent callers get different runs and do not wait for
+    with those that have become due last; `recheck` claims settled runs whose cost or outputs are to
+    be read again. Concurrent callers get different runs and do not wait for
     each other. A sight that names the claim gives it back.
     """
-    due = due_runs(now, workspaces, ended=ended, newest=newest).limit(limit)
+    due = due_runs(now, workspaces, ended=ended, newest=newest, recheck=recheck).limit(limit)
     if db.dialect == "postgresql":
         due = due.with_for_update(skip_locked=True)
     statement = (
@@ -68,7 +70,10 @@ async def claim_due(
     claimed = await db.write(work)
     return sorted(
         claimed,
-        key=lambda record: (record.next_check_at or now, record.run.run_id),
+        key=lambda record: (
+            record.next_check_at or record.recheck_at or now,
+            record.run.run_id,
+        ),
         reverse=newest,
     )
 
@@ -87,7 +92,8 @@ async def release(db: Database, holder: str, run_ids: Sequence[str] | None = Non
 
 def _held(db: Database, holder: str, run_ids: Sequence[str] | None) -> Update:
     """An update of what `holder` has claimed, which locks the rows in the door's order."""
-    among = runs.c.next_check_at.is_not(None) if run_ids is None else runs.c.run_id.in_(run_ids)
+    claimed = or_(runs.c.next_check_at.is_not(None), runs.c.recheck_at.is_not(None))
+    among = claimed if run_ids is None else runs.c.run_id.in_(run_ids)
     rows = select(runs.c.run_id).where(among, runs.c.lease_holder == holder)
     if db.dialect == "postgresql":
         rows = rows.order_by(runs.c.run_id).with_for_update()
@@ -119,11 +125,23 @@ async def next_due_at(
     return min((at for at in found if at is not None), default=None)
 
 
+async def recheck_is_due(db: Database, workspaces: Workspaces = None, *, now: datetime) -> bool:
+    """Whether the cost or the outputs of any settled run are to be read again."""
+    async with db.read() as connection:
+        first = due_runs(now, workspaces, recheck=True).limit(1)
+        return (await connection.execute(first)).first() is not None
+
+
 def due_runs(
-    now: datetime, workspaces: Workspaces = None, *, ended: bool = False, newest: bool = False
+    now: datetime,
+    workspaces: Workspaces = None,
+    *,
+    ended: bool = False,
+    newest: bool = False,
+    recheck: bool = False,
 ) -> Select[Any]:
     """The ids of the runs that can be claimed, in the order in which `claim_due` takes them."""
-    due = runs.c.next_check_at
+    due = runs.c.recheck_at if recheck else runs.c.next_check_at
     statement = (
         select(runs.c.run_id)
         .where(due <= now, _free(now), within(workspaces))

@@ -2,6 +2,8 @@
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from datetime import timedelta
+from typing import Final
 
 from tracker.core.observation import Observation
 from tracker.core.record import Record
@@ -12,13 +14,17 @@ from tracker.store.retention import Sighting
 from tracker.tracking.workspaces import Workspace
 
 
+DETAILS_BY: Final = timedelta(minutes=1)
+"""How long after its end FLORA may still lack what a list will carry."""
+
+
 def taken_over(workspace: Workspace, items: Iterable[Observation]) -> list[Observation]:
     """A page's items as the workspace's, which learns from them in turn.
 
     It learns its id, and whether its lists carry details. An item that names no workspace is its
     own: a key belongs to one workspace, so what it reads does too.
     """
-    completed = with_details = 0
+    completed = with_details = old = with_outputs = 0
     taken = []
     for item in items:
         workspace.learn(item.workspace_id)
@@ -26,8 +32,14 @@ def taken_over(workspace: Workspace, items: Iterable[Observation]) -> list[Obser
         if item.status is RunStatus.COMPLETED:
             completed += 1
             with_details += bool(item.details)
+            workspace.lists_carry_costs |= item.charged_cost is not None
+            if item.completed_at is not None and item.read_at - item.completed_at > DETAILS_BY:
+                old += 1
+                with_outputs += bool(item.outputs) or item.charged_cost is not None
     if completed:
         workspace.lists_carry_details = 2 * with_details >= completed
+    if old:
+        workspace.lists_carry_outputs = 2 * with_outputs >= old
     return taken
 
 
@@ -60,12 +72,31 @@ def listable(records: Iterable[Record], workspace: Workspace) -> list[Record]:
 
     Where lists leave the details out, a page says nothing new about a run known to have ended.
     """
+
+    def says_something(record: Record) -> bool:
+        if record.run.settled:
+            costs = record.cost_final or workspace.lists_carry_costs
+            return costs and workspace.lists_carry_outputs
+        return workspace.lists_carry_details or not record.run.standing.ended
+
     return [
         record
         for record in records
-        if record.run.run_type != "generation"
-        and (workspace.lists_carry_details or not record.run.standing.ended)
+        if record.run.run_type != "generation" and says_something(record)
     ]
+
+
+def answers_recheck(record: Record, item: Observation, workspace: Workspace) -> bool:
+    """Whether a page's item tells as much of a settled run's cost and outputs as a single read.
+
+    A cost or outputs that are not there yet are told apart from those that lists leave out by
+    whether the list shows such things of other runs.
+    """
+    if item.status is not RunStatus.COMPLETED:
+        return item.status.ended
+    if record.run.lacks_outputs and not item.outputs:
+        return False
+    return item.charged_cost is not None or (bool(item.outputs) and workspace.lists_carry_costs)
 
 
 def pays(pages_away: Collection[int]) -> bool:

@@ -5,6 +5,10 @@ newest on, for as long as some number of them shows more due runs than that; wha
 then, and what a list shows without its details, is read alone. Who polls again and again lets due
 runs gather first: `tracker.tracking.gather` says for how long.
 
+What is settled is read again in the same way, in rounds of its own: FLORA's bill, and sometimes the
+outputs, come after the end. These rounds wait for as many runs as they can to share a page, and
+never take the place of a read that brings home a fresh end.
+
 Where more is due than one round reads, a share of it goes to the runs that were told ended last: a
 backlog does not keep fresh callbacks waiting.
 """
@@ -28,6 +32,7 @@ from tracker.core.entry import Entry, Seen, Unseen
 from tracker.core.errors import FloraError, KeyRefused, RateLimited, StoreError
 from tracker.core.observation import Observation
 from tracker.core.record import Record
+from tracker.core.run import RunStatus
 from tracker.sources import history
 from tracker.sources.poll import Reading, read_run
 from tracker.store import claims, listed
@@ -35,7 +40,14 @@ from tracker.store.door import Door
 from tracker.store.engine import Database
 from tracker.tracking.durations import DurationBook
 from tracker.tracking.gather import Gathering
-from tracker.tracking.pages import listable, owned, pays, taken_over, without_removed
+from tracker.tracking.pages import (
+    answers_recheck,
+    listable,
+    owned,
+    pays,
+    taken_over,
+    without_removed,
+)
 from tracker.tracking.rounds import LONGEST_REST, NO_REST, REST, PollReport, Rest, Round
 from tracker.tracking.workspaces import Workspace, Workspaces
 
@@ -49,6 +61,9 @@ the next, so that no process sits on work that another could do."""
 ROUND_SECONDS: Final = 10.0
 """Seconds after which a round reads no further run alone (FLORA is slow, or has set a limit): the
 next one looks first whether a callback has come."""
+RECHECK_CLAIM: Final = 1000
+"""So many settled runs are read again in one round: what the pages that are read for some of them
+show is taken for all."""
 PAGE_SECONDS: Final = 30.0
 """How long one page may take, repetitions included."""
 LEASE: Final = timedelta(seconds=30)
@@ -94,6 +109,17 @@ class Poller:
         report = PollReport()
         rounds = [self._poll_workspace(workspace, gather) for workspace in self._readable()]
         for one in await _all_of(rounds):
+            report.add(one)
+        return report
+
+    async def recheck_due(self, *, turn: timedelta | None = None) -> PollReport:
+        """One round: read again the settled runs whose cost or outputs are due for it.
+
+        With `turn`, for who does this again and again, one process at a time does it for each
+        workspace, and the others leave it alone for so long. Raises `StoreUnavailable`.
+        """
+        report = PollReport()
+        for one in await _all_of([self._recheck(each, turn) for each in self._readable()]):
             report.add(one)
         return report
 
@@ -156,17 +182,7 @@ class Poller:
         if not due:
             return report
         course = Round(open_runs={record.run.run_id: record for record in due})
-        renewing = asyncio.create_task(self._renew(course))
-        try:
-            await self._durations.learn(record.run.technique_id for record in due)
-            await self._read_pages(workspace, course, report)
-            await self._read_alone(workspace, course, report)
-        finally:
-            renewing.cancel()
-            # What was not read (too many for one round, FLORA down, a shutdown) is due as before.
-            if course.open_runs:
-                await claims.release(self._database, self._holder, list(course.open_runs))
-        self._rest_if_down(workspace, course)
+        await self._read(workspace, course, report)
         if not gathering:
             over = not course.open_runs or course.broken_off
             self._gathering.count(workspace.slot, course.shared, began=began, over=over)
@@ -175,6 +191,45 @@ class Poller:
         # Pages that were read have most likely answered for what could not be claimed, too.
         report.at_once = report.more and (bool(course.open_runs) or not report.pages)
         return report
+
+    async def _recheck(self, workspace: Workspace, turn: timedelta | None) -> PollReport:
+        now, among = self._clock(), self._workspaces.claimable(workspace)
+        if not await claims.recheck_is_due(self._database, among, now=now):
+            return PollReport()
+        name = f"recheck:{workspace.slot}"
+        if turn and not await claims.take_lease(self._database, name, self._holder, now, turn):
+            return PollReport()
+        due = await claims.claim_due(
+            self._database,
+            holder=self._holder,
+            now=now,
+            lease=LEASE,
+            limit=RECHECK_CLAIM,
+            workspaces=among,
+            recheck=True,
+        )
+        report = PollReport(claimed=len(due))
+        course = Round(open_runs={record.run.run_id: record for record in due}, recheck=True)
+        await self._read(workspace, course, report)
+        report.trouble = course.trouble if course.broken_off else None
+        full = len(due) == RECHECK_CLAIM
+        report.more = not course.broken_off and (full or bool(course.open_runs))
+        return report
+
+    async def _read(self, workspace: Workspace, course: Round, report: PollReport) -> None:
+        """Read what the round has claimed, together and alone, and give back what is left."""
+        renewing = asyncio.create_task(self._renew(course))
+        try:
+            claimed = course.open_runs.values()
+            await self._durations.learn(record.run.technique_id for record in claimed)
+            await self._read_pages(workspace, course, report)
+            await self._read_alone(workspace, course, report)
+        finally:
+            renewing.cancel()
+            # What was not read (too many for one round, FLORA down, a shutdown) is due as before.
+            if course.open_runs:
+                await claims.release(self._database, self._holder, list(course.open_runs))
+        self._rest_if_down(workspace, course)
 
     async def _claim(
         self, workspace: Workspace, now: datetime, *, ended: bool
@@ -248,7 +303,9 @@ class Poller:
         try:
             client = workspace.require_client()
             newest_first = history.pages(
-                client.for_fresh, "technique", deadline=lambda: PAGE_SECONDS
+                client if course.recheck else client.for_fresh,
+                "technique",
+                deadline=lambda: PAGE_SECONDS,
             )
             async with aclosing(newest_first) as pages:
                 async for page in pages:
@@ -280,7 +337,7 @@ class Poller:
     ) -> None:
         """Take a page through the door; what it shows ended without details stays claimed."""
         taken = await without_removed(self._database, taken_over(workspace, items))
-        lean = {item.run_id for item in taken if item.status.ended and not item.details}
+        lean = {item.run_id for item in taken if _leaves_open(item, workspace, course)}
         answered = course.open_runs.keys() - lean
         passed = await self._door.put_all(
             [
@@ -312,7 +369,7 @@ class Poller:
             async with turns:
                 if course.broken_off or time.monotonic() > until:
                     return  # it stays open, and is given back
-                fresh = record.run.standing.ended
+                fresh = record.run.standing.ended and not course.recheck
                 try:
                     with bound_contextvars(run_id=record.run.run_id, workspace_id=workspace.name):
                         reading = await read_run(client.for_fresh if fresh else client, record.run)
@@ -324,6 +381,9 @@ class Poller:
                 else:
                     course.answered = True
             report.reads += reading.reads
+            seen = reading.observation
+            if record.run.run_id == course.probe and seen and seen.charged_cost is not None:
+                workspace.lists_carry_costs = False
             if record.run.run_id in shareable:
                 course.shared += reading.reads
             entries = await self._entries(workspace, record, reading)
@@ -333,7 +393,9 @@ class Poller:
                 report.failed += 1
             course.open_runs.pop(record.run.run_id, None)
 
-        alone = list(course.open_runs.values())[:SINGLE_READS]
+        alone = list(course.open_runs.values())
+        if not course.recheck:
+            alone = alone[:SINGLE_READS]
         await _all_of([read(record) for record in alone])
 
     async def _entries(self, workspace: Workspace, record: Record, reading: Reading) -> list[Entry]:
@@ -354,6 +416,24 @@ class Poller:
             ]
         seen = owned(workspace, reading.observation)
         return [*entries, Seen(observation=seen, reads=reading.reads, claim=self._holder)]
+
+
+def _leaves_open(item: Observation, workspace: Workspace, course: Round) -> bool:
+    """Whether a page's item shows too little of a run that has ended, so that it is read alone.
+
+    Of the settled runs of which the page shows outputs and no cost, one in each round is read alone
+    all the same: does a single read show the cost, then lists leave costs out.
+    """
+    if not course.recheck:
+        return item.status.ended and not item.details
+    record = course.open_runs.get(item.run_id)
+    if record is None:
+        return False
+    if not answers_recheck(record, item, workspace):
+        return True
+    if item.status is RunStatus.COMPLETED and item.charged_cost is None:
+        course.probe = course.probe or item.run_id
+    return course.probe == item.run_id
 
 
 def _pages_away(wanted: Sequence[Record], course: Round, read: int) -> list[int]:

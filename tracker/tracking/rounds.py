@@ -57,10 +57,14 @@ class Round:
     """One round in one workspace: what is still to be read, and how FLORA does.
 
     `places` tells where runs stand in FLORA's list, as far as that is known, once it was asked for;
-    `shared` counts the reads that other runs shared, or could have.
+    `shared` counts the reads that other runs shared, or could have. `recheck` is true where settled
+    runs are read again for their cost and outputs; `probe` names the one whose cost a page lacked,
+    and which is read alone to see whether lists leave costs out.
     """
 
     open_runs: dict[str, Record]
+    recheck: bool = False
+    probe: str | None = None
     places: Mapping[str, int] | None = None
     shared: int = 0
     answered: bool = False
