@@ -1,14 +1,15 @@
 """Fixtures: a clock to turn, a simulator without a socket, and a receiver of callbacks."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import httpx
 import pytest
 
 from tests.simulator.receiver import Receiver
-from tracker.simulator import Options, build_app
+from tracker.simulator import Options, build_app, running
 from tracker.simulator.world import World
 
 
@@ -29,6 +30,8 @@ class Flora(httpx.AsyncClient):
     """A client of a simulator that answers without a socket, with its world beside it."""
 
     world: World
+    quiet: Callable[[], Awaitable[None]]
+    """Waits until no callback and no work behind the gateway is left."""
 
     async def start(self, technique: str = "icon-pack", **body: object) -> httpx.Response:
         """Starts a run; the inputs are the icon pack's where none are given."""
@@ -36,8 +39,20 @@ class Flora(httpx.AsyncClient):
         content = {"inputs": prompt, "mode": "async"} | body
         return await self.post(f"/techniques/{technique}/runs", json=content)
 
+    async def path(self, path: str, **query: str | int) -> Any:
+        """What a route answers, as JSON; one that begins with /simulator is the simulator's own."""
+        root = self.world.root if path.startswith("/simulator/") else ""
+        return (await self.get(root + path, params=query)).raise_for_status().json()
+
+    async def set(self, after: float = 0, seconds: float = 0, **options: object) -> None:
+        """Changes options over HTTP, after and for so many seconds."""
+        url = f"{self.world.root}/simulator/faults"
+        query = {"after": after, "seconds": seconds}
+        (await self.post(url, params=query, json=options)).raise_for_status()
+
 
 MakeFlora = Callable[..., Flora]
+ServeFlora = Callable[..., Awaitable[Flora]]
 
 
 @pytest.fixture
@@ -63,6 +78,25 @@ async def make_flora(clock: HandClock) -> AsyncIterator[MakeFlora]:
             return flora
 
         yield make
+
+
+@pytest.fixture
+async def serve_flora(clock: HandClock) -> AsyncIterator[ServeFlora]:
+    """Serves a simulator over HTTP, in which no run fails by itself, and gives its client.
+
+    Its clock is turned by hand; what it waits for in real time is divided by `speed`.
+    """
+    async with AsyncExitStack() as stack:
+
+        async def serve(**options: object) -> Flora:
+            given = Options(**({"failures": 0} | options))  # type: ignore[arg-type]
+            simulator = await stack.enter_async_context(running(given, clock=clock))
+            headers = {"Authorization": f"Bearer {given.api_key}"}
+            flora = Flora(base_url=simulator.base_url, headers=headers)
+            flora.world, flora.quiet = simulator.world, simulator.courier.idle
+            return await stack.enter_async_context(flora)
+
+        yield serve
 
 
 @pytest.fixture

@@ -21,6 +21,22 @@ def _share(help: str) -> Any:
     return typer.Option(metavar="SHARE", help=help)
 
 
+def _assignment(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"{text!r} is not NAME=VALUE")
+    return name.strip().replace("-", "_"), value
+
+
+def _timed(text: str) -> tuple[float, dict[str, str]]:
+    seconds, _, assignment = text.partition(":")
+    try:
+        after = float(seconds)
+    except ValueError:
+        raise ValueError(f"{text!r} is not SECONDS:NAME=VALUE") from None
+    return after, dict([_assignment(assignment)])
+
+
 def simulate(
     port: Annotated[int, typer.Option(help="Port of 127.0.0.1.", min=0, max=65535)] = 8090,
     seed: Annotated[int, typer.Option(help="The same seed gives the same runs again.")] = 0,
@@ -39,11 +55,19 @@ def simulate(
     no_history_outputs: Annotated[
         bool, typer.Option("--no-history-outputs", help="Lists leave outputs and cost out.")
     ] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any other fault or setting."),
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--at", metavar="SECONDS:NAME=VALUE", help="The same, some time later."),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Serve a local FLORA that needs no key and spends nothing.
 
-    A SHARE is 0.4 or 40%.
+    A SHARE is 0.4 or 40%. The documentation lists the names that --set and --at take.
     """
     from tracker.simulator import Options, parse_rate, serve
 
@@ -73,8 +97,9 @@ def simulate(
             speed=speed,
             run_seconds=run_seconds,
             history_outputs=not no_history_outputs,
+            later=tuple(_timed(change) for change in changes or ()),
             **shares,
-        )
+        ).with_changes(dict(map(_assignment, settings or ())))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 

@@ -1,23 +1,27 @@
 """FLORA's routes under `/api/v1`."""
 
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from email.utils import formatdate
-from typing import Any, Final, Literal
+from random import Random
+from typing import Any, Final
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from tracker.simulator.callbacks import Courier
-from tracker.simulator.catalogue import Technique, find_technique
+from tracker.simulator.catalogue import Technique
 from tracker.simulator.fate import digest
 from tracker.simulator.faults import Connections, Cut, Throw
+from tracker.simulator.gateway import GatewayFault
 from tracker.simulator.idempotency import Answer, fingerprint_of
-from tracker.simulator.options import Workspace
+from tracker.simulator.options import CODES, Workspace
 from tracker.simulator.pages import page
+from tracker.simulator.preset import RunType
 from tracker.simulator.problems import Problem
 from tracker.simulator.runs import SimulatedRun
+from tracker.simulator.starts import StartRequest, Starts
 from tracker.simulator.validation import (
     check_generation_start,
     check_technique_start,
@@ -26,6 +30,7 @@ from tracker.simulator.validation import (
 from tracker.simulator.world import Asked, World
 
 STATUSES: Final = ("pending", "running", "completed", "failed")
+FILTERS: Final = ("status", "technique_id", "project_id")
 
 Handler = Callable[[Request, Workspace], Awaitable[Response]]
 
@@ -37,11 +42,13 @@ class Api:
         self._world = world
         self._courier = courier
         self._connections = connections
+        self._starts = Starts(world, courier)
 
     def routes(self) -> list[Route]:
         """All routes, below `/api/v1`."""
         one = "/techniques/{technique}"
         return [
+            self._route("workspaces.list", "GET", "/workspaces", self.list_workspaces),
             self._route("techniques.list", "GET", "/techniques", self.list_techniques),
             self._route("techniques.get", "GET", one, self.get_technique),
             self._route("runs.start", "POST", f"{one}/runs", self.start_run),
@@ -51,6 +58,11 @@ class Api:
             self._route("generations.start", "POST", "/generate", self.start_generation),
             self._route("generations.list", "GET", "/generations", self.list_generations),
         ]
+
+    async def list_workspaces(self, request: Request, workspace: Workspace) -> Response:
+        """`GET /workspaces`: the one workspace that the key belongs to."""
+        shown = {"workspace_id": workspace.workspace_id, "name": workspace.workspace_id}
+        return JSONResponse({"workspaces": [shown], "meta": {"next_cursor": None}})
 
     # Techniques
 
@@ -64,95 +76,100 @@ class Api:
             for technique in self._world.techniques()
             if wanted in f"{technique.slug} {technique.name} {technique.description}".casefold()
         ]
-        items, next_cursor = page(found, query)
+        found_page = page(found, query, self._world.options, self._world.now_ms())
         return JSONResponse(
             {
-                "techniques": [technique.list_item() for technique in items],
-                "meta": {"next_cursor": next_cursor},
+                "techniques": [technique.list_item() for technique in found_page.items],
+                "meta": {"next_cursor": found_page.next_cursor},
             }
         )
 
     async def get_technique(self, request: Request, workspace: Workspace) -> Response:
         """`GET /techniques/{techniqueId}`."""
-        return JSONResponse(_technique(request).definition())
+        return JSONResponse(self._technique(request).definition())
 
     # Starts
 
     async def start_run(self, request: Request, workspace: Workspace) -> Response:
-        """`POST /techniques/{techniqueId}/runs`: 200 or 201 and the run, both occur."""
-        technique = _technique(request)
+        """`POST /techniques/{techniqueId}/runs`: 200 or 201 and the run, both occur.
+
+        Where an input has several values and each makes a run, the answer is the first of these
+        runs: no document of FLORA's knows another shape. All of them are in the history, and each
+        sends its callback.
+        """
+        world, technique = self._world, self._technique(request)
         body = parse_body(await request.body())
         start = await check_technique_start(body, technique)
-        key = start.idempotency_key
-        path = f"techniques/{technique.technique_id}/runs"
 
-        def begin() -> tuple[SimulatedRun, Answer]:
-            run = self._world.start_technique(
-                technique,
-                start.inputs,
-                callback_url=start.callback_url,
-                workspace=workspace,
-                unreachable=start.unreachable,
-            )
-            shown = run.answer_to_start(self._world.options.time_unit)
-            return run, _answer(run, shown)
+        def begin() -> tuple[list[SimulatedRun], Answer]:
+            runs = [
+                world.start_technique(
+                    technique,
+                    inputs,
+                    callback_url=start.callback_url,
+                    workspace=workspace,
+                    unreachable=start.unreachable,
+                )
+                for inputs in start.each(technique, apart=world.options.run_per_value)
+            ]
+            return runs, _answer(runs[0], runs[0].answer_to_start(world.options.time_unit))
 
-        return await self._start(request, workspace, path, body, key, begin)
+        return await self._start(request, workspace, technique, body, start.idempotency_key, begin)
 
     async def start_generation(self, request: Request, workspace: Workspace) -> Response:
         """`POST /generate`."""
         body = parse_body(await request.body())
         start = await check_generation_start(body, workspace.workspace_id)
 
-        def begin() -> tuple[SimulatedRun, Answer]:
+        def begin() -> tuple[list[SimulatedRun], Answer]:
             run = self._world.start_generation(
                 start.type, start.model, callback_url=start.callback_url, workspace=workspace
             )
-            return run, _answer(run, self._generation_receipt(run))
+            return [run], _answer(run, self._generation_receipt(run))
 
-        key = start.idempotency_key
-        return await self._start(request, workspace, "generate", body, key, begin)
+        return await self._start(request, workspace, None, body, start.idempotency_key, begin)
 
     async def _start(
         self,
         request: Request,
         workspace: Workspace,
-        path: str,
+        technique: Technique | None,
         body: dict[str, Any],
         body_key: str | None,
-        begin: Callable[[], tuple[SimulatedRun, Answer]],
+        begin: Callable[[], tuple[list[SimulatedRun], Answer]],
     ) -> Response:
-        world, owner = self._world, workspace.workspace_id
-        header_key = request.headers.get("idempotency-key")
-        # Each of the two accounts of idempotency has its own form of the key; both are understood.
-        keys = (body_key, header_key)
-        first, second = keys if world.options.idempotency == "replay" else reversed(keys)
-        key, fingerprint = first or second, fingerprint_of(path, body)
-        if key is not None:
-            known = world.keys.recall(owner, key, fingerprint, world.now_ms())
-            if known is not None:
-                return _respond(known, {"idempotent-replayed": "true"})
-        run, answer = begin()
-        if key is not None:
-            world.keys.keep(owner, key, fingerprint, answer, world.now_ms())
-        attempted = self._courier.schedule(run)
-        if "early" in run.faults:
-            await attempted.wait()
-        return _respond(answer)
+        options, header_key = self._world.options, request.headers.get("idempotency-key")
+        if options.key_source == "by_type":
+            key = body_key if technique is not None else header_key
+        else:
+            # Each of the two accounts of idempotency has its own form of the key.
+            keys = (body_key, header_key)
+            first, second = keys if options.idempotency == "replay" else reversed(keys)
+            key = first or second
+        technique_id = None if technique is None else technique.technique_id
+        path = f"techniques/{technique_id}/runs" if technique_id is not None else "generate"
+        start = StartRequest(
+            workspace=workspace,
+            technique_id=technique_id,
+            key=(workspace.workspace_id, key) if key is not None else None,
+            fingerprint=fingerprint_of(path, body),
+            begin=begin,
+        )
+        return await self._starts.answer(start, request.state.number)
 
     # Runs
 
     async def get_technique_run(self, request: Request, workspace: Workspace) -> Response:
         """`GET /techniques/{techniqueId}/runs/{runId}`."""
-        technique = _technique(request)
+        technique = self._technique(request)
         run = self._find(request, workspace)
-        if run.technique != technique:
+        if run.technique is None or run.technique.technique_id != technique.technique_id:
             raise _not_found("run")
-        return self._show(run)
+        return self._show(request, run)
 
     async def get_run(self, request: Request, workspace: Workspace) -> Response:
         """`GET /runs/{runId}`: a run of either type."""
-        return self._show(self._find(request, workspace))
+        return self._show(request, self._find(request, workspace))
 
     async def list_technique_runs(self, request: Request, workspace: Workspace) -> Response:
         """`GET /technique-runs`."""
@@ -166,38 +183,67 @@ class Api:
         self,
         request: Request,
         workspace: Workspace,
-        run_type: Literal["technique", "generation"],
+        run_type: RunType,
         name: str,
     ) -> Response:
         world, query, now_ms = self._world, request.query_params, self._world.now_ms()
+        options = world.options
         _check_workspace(query, workspace)
-        status, technique_id = query.get("status"), query.get("technique_id")
-        if status is not None and status not in STATUSES:
+        filters = {one: query.get(one) for one in FILTERS}
+        statuses = (*STATUSES, options.queued_name, options.cancelled_name)
+        if filters["status"] is not None and filters["status"] not in statuses:
             raise Problem.invalid(("status", f"must be one of {', '.join(STATUSES)}"))
-        found: Sequence[SimulatedRun] = [
-            run
-            for run in world.history(run_type, workspace)
-            if query.get("project_id") in (None, run.workspace.project_id)
-            and (status is None or run.status(now_ms) == status)
-            and (
-                technique_id is None
-                or (run.technique is not None and run.technique.technique_id == technique_id)
+        found = world.history(run_type, workspace, **filters)
+        items, offset, next_cursor = page(found, query, options, now_ms)
+        shown = [
+            run.history_item(
+                now_ms,
+                unit=options.time_unit,
+                with_outputs=options.history_outputs,
+                read=self._read_of(request),
             )
+            for run in items
         ]
-        items, next_cursor = page(found, query)
-        unit, with_outputs = world.options.time_unit, world.options.history_outputs
-        shown = [run.history_item(now_ms, unit=unit, with_outputs=with_outputs) for run in items]
+        self._spoil(shown, offset)
+        if items and options.deletions:
+            random = Random(f"{options.seed}/deletion/{request.state.number}")
+            if random.random() < options.deletions:
+                world.delete({random.choice(items).run_id})
         meta = {"next_cursor": next_cursor, "total_estimate": len(found)}
         return JSONResponse({name: shown, "meta": meta})
 
+    def _spoil(self, shown: list[dict[str, Any]], offset: int) -> None:
+        """Refuses a page that cannot be read, or makes it too long. Raises `Problem`."""
+        options = self._world.options
+        if options.max_offset is not None and offset >= options.max_offset:
+            raise Problem.invalid(("cursor", f"must not lead beyond {options.max_offset}"))
+        for position, item in enumerate(shown, offset):
+            if position == options.bad_offset or item["run_id"] in options.bad_runs:
+                if not options.bad_bytes:
+                    raise Problem(400, "input_validation_error", "The list cannot be read.")
+                item["notes"] = "x" * options.bad_bytes
+
     def _find(self, request: Request, workspace: Workspace) -> SimulatedRun:
-        run = self._world.runs.get(request.path_params["run"])
-        if run is None or run.workspace != workspace:
+        run = self._world.find(request.path_params["run"], workspace)
+        if run is None:
             raise _not_found("run")
         return run
 
-    def _show(self, run: SimulatedRun) -> Response:
-        return JSONResponse(run.sight(self._world.now_ms(), self._world.options.time_unit))
+    def _show(self, request: Request, run: SimulatedRun) -> Response:
+        world = self._world
+        unit = world.options.time_unit
+        return JSONResponse(run.as_read(world.now_ms(), unit, self._read_of(request)))
+
+    def _read_of(self, request: Request) -> int | None:
+        """The number that signs the links of this read; None where links are not signed."""
+        number: int = request.state.number
+        return number if self._world.options.signed_links else None
+
+    def _technique(self, request: Request) -> Technique:
+        technique = self._world.technique(request.path_params["technique"])
+        if technique is None:
+            raise _not_found("technique")
+        return technique
 
     def _generation_receipt(self, run: SimulatedRun) -> dict[str, Any]:
         """What FLORA answers to `POST /generate`, which is not the shape of a run."""
@@ -205,7 +251,7 @@ class Api:
         return {
             "run_id": run.run_id,
             "type": "generation",
-            "charged_cost": run.cost,
+            "charged_cost": run.cost if run.bill.quote is None else run.bill.quote,
             "estimated_seconds": options.run_seconds / options.speed,
             "model": {"model_id": run.model},
             "poll_url": run.poll_url,
@@ -218,13 +264,27 @@ class Api:
         async def endpoint(request: Request) -> Response:
             world = self._world
             number, at_ms = world.next_request(), world.now_ms()
-            response = await self._answer(request, handler, Throw(world.options, number))
+            request.state.number = number
+            throw = Throw(world.options, number)
+            gateway = GatewayFault(world.options, name, number)
+            if gateway.strikes:
+                await request.body()  # read in full: the peer may be gone while the work goes on
+                response = await gateway.answer(
+                    lambda: self._answer(request, handler, throw),
+                    self._courier.background,
+                    world.true_ms(),
+                )
+            else:
+                response = await self._answer(request, handler, throw)
+                response.headers["request-id"] = (
+                    f"req_{digest(world.options.seed, 'request', number)}"
+                )
+                # By FLORA's clock, not the server's: clients measure its difference from theirs.
+                date_ms = world.now_ms() + world.options.date_offset * 1000
+                response.headers["date"] = formatdate(date_ms / 1000, usegmt=True)
             status = 0 if isinstance(response, Cut) else response.status_code
             world.counts[name, status] += 1
             world.asked.append(Asked(name, request.path_params.get("run"), at_ms, status))
-            response.headers["request-id"] = f"req_{digest(world.options.seed, 'request', number)}"
-            # By this world's clock, not the server's: who compares the clocks compares with this.
-            response.headers["date"] = formatdate(world.now_ms() / 1000, usegmt=True)
             return response
 
         return Route(path, endpoint, methods=[method], name=name)
@@ -238,14 +298,26 @@ class Api:
                 return throw.too_many(self._world.now_ms())
             if throw.fault == "error":
                 return throw.server_error()
+            self._check_refusal(request)
             response = await handler(request, workspace)
         except Problem as problem:
-            response = problem.response()
+            response = problem.response(details=self._world.options.field_details)
         if throw.fault == "cut_after":
             return Cut(self._connections)
         if throw.fault == "cut_within":
             return Cut(self._connections, response)
         return response
+
+    def _check_refusal(self, request: Request) -> None:
+        """Refuses the requests of some routes, where that is wanted. Raises `Problem`."""
+        options = self._world.options
+        code = options.refuse.get(request.scope["route"].name)
+        if code is None and any(map(request.query_params.get, FILTERS)):
+            code = options.refuse.get("filtered")
+        if code is None:
+            return
+        if Random(f"{options.seed}/refusal/{request.state.number}").random() < options.refusals:
+            raise Problem(CODES[code], code, f"Refused by the simulator: {code}.")
 
     def _authenticate(self, request: Request) -> Workspace:
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
@@ -257,13 +329,6 @@ class Api:
         return workspace
 
 
-def _technique(request: Request) -> Technique:
-    technique = find_technique(request.path_params["technique"])
-    if technique is None:
-        raise _not_found("technique")
-    return technique
-
-
 def _check_workspace(query: Mapping[str, str], workspace: Workspace) -> None:
     if query.get("workspace_id", workspace.workspace_id) != workspace.workspace_id:
         raise Problem(403, "forbidden", "This key does not belong to that workspace.")
@@ -272,10 +337,6 @@ def _check_workspace(query: Mapping[str, str], workspace: Workspace) -> None:
 def _answer(run: SimulatedRun, shown: dict[str, Any]) -> Answer:
     body = json.dumps(shown, separators=(",", ":"), ensure_ascii=False).encode()
     return Answer(201 if run.fate.created else 200, body)
-
-
-def _respond(answer: Answer, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(answer.body, answer.status, headers, media_type="application/json")
 
 
 def _not_found(what: str) -> Problem:

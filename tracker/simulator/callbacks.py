@@ -8,6 +8,7 @@ from typing import Final
 
 import httpx
 
+from tracker.simulator.background import Background
 from tracker.simulator.delivery import Attempt, Kind, Letter, forge_letter, write_letter
 from tracker.simulator.runs import SimulatedRun
 from tracker.simulator.world import World
@@ -22,39 +23,35 @@ _CONNECTIONS: Final = 100
 
 
 class Courier:
-    """Sends the callbacks of a world's runs, each in its own task."""
+    """Sends the callbacks of a world's runs, each in its own task of the `background`."""
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.background = Background()
         self._slots = asyncio.Semaphore(_CONNECTIONS)
         self._client: httpx.AsyncClient | None = None
 
     def schedule(self, run: SimulatedRun) -> asyncio.Event:
         """Sends the run's callback when it is due. The event is set after the first attempt.
 
-        Where no callback is to be sent, the event is set from the beginning.
+        Where no callback is to be sent, the event is set from the beginning. Of an end that is not
+        documented no callback tells.
         """
         attempted = asyncio.Event()
-        if run.callback_url is None or run.faults == {"drop"}:
+        if run.callback_url is None or run.faults == {"drop"} or run.end_name is not None:
             attempted.set()
             return attempted
-        task = asyncio.create_task(self._carry(run, run.callback_url, attempted))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self.background.run(self._carry(run, run.callback_url, attempted))
         return attempted
 
     async def idle(self) -> None:
-        """Waits until every callback that is scheduled has been taken or given up."""
-        while self._tasks:
-            await asyncio.wait(set(self._tasks))
+        """Waits until every callback that is scheduled has been taken or given up, and all work
+        behind the gateway is done."""
+        await self.background.idle()
 
     async def close(self) -> None:
         """Drops what has not been sent."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.background.close()
         if self._client is not None:
             await self._client.aclose()
             self._client = None

@@ -131,8 +131,8 @@ def load_catalogue() -> Mapping[str, Technique]:
             name=row["name"],
             description=row["description"],
             run_cost=float(row["run_cost"]),
-            inputs=tuple(_parse_port(text) for text in row["inputs"].split()),
-            outputs=tuple(_parse_port(text) for text in row["outputs"].split()),
+            inputs=tuple(parse_port(text) for text in row["inputs"].split()),
+            outputs=tuple(parse_port(text) for text in row["outputs"].split()),
         )
         for row in rows
     ]
@@ -145,7 +145,8 @@ def find_technique(reference: str) -> Technique | None:
     return catalogue.get(reference) or catalogue.get(f"tech_{reference}")
 
 
-def _parse_port(text: str) -> Port:
+def parse_port(text: str) -> Port:
+    """The input or output that `text` describes. Raises `ValueError` where it describes none."""
     parts = _PORT.fullmatch(text)
     if parts is None or parts["type"] not in _DESCRIPTIONS:
         raise ValueError(f"the catalogue holds an input or output that cannot be read: {text}")

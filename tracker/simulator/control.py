@@ -11,7 +11,9 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from tracker.simulator.kinds import seconds
 from tracker.simulator.media import CONTENT_TYPES, media_bytes
+from tracker.simulator.options import SECRETS
 from tracker.simulator.problems import Problem
 from tracker.simulator.validation import parse_body
 from tracker.simulator.world import World
@@ -33,6 +35,9 @@ class Control:
             Route("/simulator/deliveries", self.deliveries, methods=["GET"]),
             Route("/simulator/faults", self.faults, methods=["GET"]),
             Route("/simulator/faults", self.change_faults, methods=["POST"]),
+            Route("/simulator/bills", self.bills, methods=["GET"]),
+            Route("/simulator/colleague", self.colleague, methods=["POST"]),
+            Route("/simulator/deletions", self.delete, methods=["POST"]),
             Route("/media/{name}", self.media, methods=["GET"]),
         ]
 
@@ -57,16 +62,49 @@ class Control:
         """Every attempt at a callback, oldest first."""
         return JSONResponse({"deliveries": [asdict(sent) for sent in self._world.deliveries]})
 
+    async def bills(self, request: Request) -> Response:
+        """What every run really costs, and what reads show of it now, oldest first."""
+        return JSONResponse({"bills": self._world.bills()})
+
+    async def colleague(self, request: Request) -> Response:
+        """Starts `{"technique": …, "count"?: 1}` as another program would, without callback."""
+        try:
+            body = parse_body(await request.body())
+            count = range(int(body.get("count", 1)))
+            runs = [self._world.start_colleague(str(body.get("technique"))) for _ in count]
+        except Problem as problem:
+            return problem.response()
+        except (LookupError, TypeError, ValueError) as exc:
+            return Problem.invalid(("technique", str(exc))).response()
+        return JSONResponse({"run_ids": [run.run_id for run in runs]})
+
+    async def delete(self, request: Request) -> Response:
+        """Deletes runs at FLORA: `{"run_ids": [...]}`."""
+        try:
+            run_ids = parse_body(await request.body()).get("run_ids")
+        except Problem as problem:
+            return problem.response()
+        if not isinstance(run_ids, list) or not all(isinstance(one, str) for one in run_ids):
+            return Problem.invalid(("run_ids", "must be a list of identifiers")).response()
+        self._world.delete(run_ids)
+        return JSONResponse({"deleted": sorted(self._world.deleted)})
+
     async def faults(self, request: Request) -> Response:
-        """The rates that hold now."""
-        options = self._world.options
-        return JSONResponse(options.rates | {"history_outputs": options.history_outputs})
+        """The options that hold now and may be changed, without secrets."""
+        shown = self._world.options.changeable
+        return JSONResponse({name: shown[name] for name in shown if name not in SECRETS})
 
     async def change_faults(self, request: Request) -> Response:
-        """Takes new rates, `{"drop": 0.4, "errors": "10%"}`, and answers with all of them."""
+        """Takes new values, `{"drop": 0.4, "errors": "10%"}`, and answers with all that hold now.
+
+        `?after=60` changes them 60 seconds later, `?seconds=30` for 30 seconds, both by the
+        simulator's clock.
+        """
+        query = request.query_params
         try:
             changes = parse_body(await request.body())
-            self._world.options = self._world.options.with_rates(changes)
+            after, lasting = (seconds(query.get(name, "0")) for name in ("after", "seconds"))
+            self._world.change(changes, after=after, seconds=lasting or None)
         except Problem as problem:
             return problem.response()
         except ValueError as exc:

@@ -1,7 +1,7 @@
 """What becomes of the n-th run: a pure function of the seed and n, whatever the clock says.
 
-All dice are thrown at once and always in the same order, so that a changed rate changes which
-throws count and nothing else.
+All random numbers are drawn at once and always in the same order, so that a changed rate changes
+which of them count and nothing else. New ones are drawn last: a seed keeps its runs.
 """
 
 import hashlib
@@ -17,6 +17,52 @@ FAILURES: Final = (
     ("provider_error", "The provider failed to complete the generation."),
 )
 """Why runs fail: codes and messages. One code comes without a message, one message has markup."""
+
+_REJECTED: Final = (
+    "Your request was rejected by the safety system. safety_violations=[sexual]. (req_0)"
+)
+MEASURED_FAILURES: Final = (
+    *((code, _REJECTED) for code in ("GPU_PROVIDER_ERROR", "GENERATION_NO_RESULT")),
+    *(
+        (code, f"The run failed: {code.lower().replace('_', ' ')}.")
+        for code in [
+            "GENERATION_PROVIDER_TIMEOUT",
+            "GENERATION_FAILED_TO_START",
+            "GPU_PROVIDER_ERROR",
+            "GENERATION_FAILED_TO_UPLOAD",
+            "GENERATION_GENERIC_ERROR",
+            "GENERATION_FAILED_TO_UPDATE",
+            "SERVER_ERROR",
+            "GENERATION_FAILED_TO_GET",
+            "GENERATION_PREGENERATION_FAILED",
+            "GENERATION_POSTGENERATION_FAILED",
+            "GENERATION_MAP_AFTER_REQUEST_FAILED",
+            "GENERATION_DOWNSTREAM_SERVICE_ERROR",
+            "GENERATION_QUEUE_TOO_LARGE",
+            "GENERATION_INVALID_PROVIDER_RESPONSE",
+            "GENERATION_QUEUE_NOT_MOVING",
+            "GENERATION_NO_RESULT",
+            "GENERATION_CIRCUIT_BREAKER_OPEN",
+            "GENERATION_MODAL_POLL_ERROR",
+            "AUDIO_GENERATION_ERROR",
+            "GENERATION_PROVIDER_FAILED_TO_GET_STATUS",
+            "GENERATION_PROMPT_MODERATED",
+            "LLM_REFUSAL",
+            "GENERATION_INPUT_VALIDATION",
+            "GENERATION_INVALID_PARAMS",
+            "GENERATION_INVALID_URL",
+            "GENERATION_ENDPOINT_NOT_FOUND",
+            "GENERATION_MAP_BEFORE_REQUEST_FAILED",
+            "GENERATION_PROVIDER_NOT_SUPPORTED",
+            "BILLING_INSUFFICIENT_CREDITS",
+            "GENERATION_NOT_PAID",
+            "GENERATION_CANCELLED",
+            "ACCESS_DENIED",
+            "MODEL_ENTITLEMENT_REQUIRED",
+        ]
+    ),
+)
+"""The codes that FLORA measured in production; two messages hide that moderation refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +95,22 @@ class Fate:
     late: float
     reorder: float
     bad_signature: float
+    cancelled: float
+    queued: float
+    quotes: float
+    quote_size: float
+    """Which quote is shown, 0 to 1."""
+    late_bills: float
+    bill_wait: float
+    """Which of the waits for a late bill applies, 0 to 1."""
+    missing_bills: float
+    corrections: float
+    corrected_down: bool
+    """Whether a corrected bill was too high at first."""
+    late_refunds: float
+    late_outputs: float
+    failure: float
+    """Which of the chosen error codes applies, 0 to 1."""
 
 
 def fate_of(seed: int, ordinal: int) -> Fate:
@@ -75,6 +137,18 @@ def fate_of(seed: int, ordinal: int) -> Fate:
         late=dice.random(),
         reorder=dice.random(),
         bad_signature=dice.random(),
+        cancelled=dice.random(),
+        queued=dice.random(),
+        quotes=dice.random(),
+        quote_size=dice.random(),
+        late_bills=dice.random(),
+        bill_wait=dice.random(),
+        missing_bills=dice.random(),
+        corrections=dice.random(),
+        corrected_down=dice.random() < 0.5,
+        late_refunds=dice.random(),
+        late_outputs=dice.random(),
+        failure=dice.random(),
     )
 
 

@@ -2,13 +2,19 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final
 
+from tracker.simulator.options import Options
 from tracker.simulator.problems import Problem
 
 REPLAY_MS: Final = 24 * 3600 * 1000
 CONFLICT_MS: Final = 2 * 3600 * 1000
+
+UsedKey = tuple[str, str]
+"""A workspace's identifier and the key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,28 +26,36 @@ class Answer:
 
 
 class KeyStore:
-    """The keys that were used, for each workspace.
+    """The keys that were used, each with its workspace.
 
     In the mode "replay" a key gives its original answer again for 24 hours; in "conflict" a second
     use is refused for two.
     """
 
-    def __init__(self, mode: Literal["replay", "conflict"]) -> None:
-        self._mode = mode
-        self._used: dict[tuple[str, str], tuple[int, str, Answer]] = {}
+    def __init__(self) -> None:
+        self._used: dict[UsedKey, tuple[int, str, Answer]] = {}
+        self._busy: set[UsedKey] = set()
 
-    def recall(self, workspace_id: str, key: str, fingerprint: str, now_ms: int) -> Answer | None:
+    def recall(
+        self, key: UsedKey, fingerprint: str, options: Options, now_ms: int
+    ) -> Answer | None:
         """The answer to give again, or None where the key is new or forgotten.
 
-        Raises `Problem`: 422 where the key came with another request, 409 in the mode "conflict".
+        Raises `Problem`: 422 where the key came with another request, 409 in the mode "conflict"
+        and where the first request with the key has not finished.
         """
-        used = self._used.get((workspace_id, key))
+        if key in self._busy:
+            raise Problem(409, "conflict", "A request with this idempotency key is in progress.")
+        used = self._used.get(key)
         if used is None:
             return None
         used_ms, original, answer = used
-        if now_ms - used_ms >= (REPLAY_MS if self._mode == "replay" else CONFLICT_MS):
+        lifetime_ms = REPLAY_MS if options.idempotency == "replay" else CONFLICT_MS
+        if options.key_hours is not None:
+            lifetime_ms = int(options.key_hours * 3600 * 1000)
+        if now_ms - used_ms >= lifetime_ms:
             return None
-        if self._mode == "conflict":
+        if options.idempotency == "conflict":
             raise Problem(
                 409, "idempotency_duplicate", "This idempotency key has been used already."
             )
@@ -51,11 +65,22 @@ class KeyStore:
             )
         return answer
 
-    def keep(
-        self, workspace_id: str, key: str, fingerprint: str, answer: Answer, now_ms: int
-    ) -> None:
-        """Remembers what was answered to the first use of a key."""
-        self._used[workspace_id, key] = (now_ms, fingerprint, answer)
+    @contextmanager
+    def in_progress(self, key: UsedKey) -> Iterator[None]:
+        """While this lasts, another request with the key is refused."""
+        self._busy.add(key)
+        try:
+            yield
+        finally:
+            self._busy.discard(key)
+
+    def keep(self, key: UsedKey, fingerprint: str, answer: Answer, now_ms: int) -> None:
+        """Remembers what was answered to a use of a key."""
+        self._used[key] = (now_ms, fingerprint, answer)
+
+    def release(self, key: UsedKey) -> None:
+        """Lets a key be used as if it were new."""
+        self._used.pop(key, None)
 
 
 def fingerprint_of(path: str, body: dict[str, Any]) -> str:

@@ -1,37 +1,54 @@
 """What a simulated FLORA is like, and how often each of its faults strikes."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Final, Literal
+from typing import Any, Final, Literal
+
+from tracker.simulator.kinds import (
+    Parse,
+    choice,
+    flag,
+    listed,
+    number,
+    positive,
+    seconds,
+    share,
+    table,
+    text,
+    whole,
+)
 
 CALLBACK_FAULTS: Final = ("drop", "duplicate", "early", "late", "reorder", "bad_signature")
 """What can happen to a run's callback. Decided when the run starts."""
 
-REQUEST_FAULTS: Final = ("rate_limit", "errors", "cut")
-"""What can happen to a request to the API. Decided when it comes in."""
+GATEWAY_ANSWERS: Final = ("502", "503", "504", "404", "empty", "page")
+"""What the gateway answers: an HTML error, an empty 200, or a 200 with an HTML page."""
 
-RATES: Final = (*CALLBACK_FAULTS, *REQUEST_FAULTS, "failures")
-"""The options that are shares, 0 to 1, and may be changed while the simulator runs."""
+CODES: Final[Mapping[str, int]] = {
+    "invalid_json": 400,
+    "input_validation_error": 400,
+    "unauthorized": 401,
+    "invalid_api_key": 401,
+    "insufficient_credits": 402,
+    "forbidden": 403,
+    "paid_plan_required": 403,
+    "not_found": 404,
+    "conflict": 409,
+    "rate_limited": 429,
+    "internal_error": 500,
+    "unknown_error": 500,
+    "service_unavailable": 503,
+}
+"""FLORA's error codes, each with its status."""
 
 
-def parse_rate(text: str) -> float:
-    """A share from `0.4` or `40%`.
+def _one_of(names: tuple[str, ...]) -> Parse:
+    def parse(value: object) -> str:
+        if str(value) not in names:
+            raise ValueError(f"{value} is none of {', '.join(names)}")
+        return str(value)
 
-    Raises `ValueError` for what is no number or lies outside 0 to 1 (0 % to 100 %).
-    """
-    number = text.strip()
-    try:
-        rate = float(number.removesuffix("%")) / (100 if number.endswith("%") else 1)
-    except ValueError:
-        raise ValueError(f"{text!r} is not a share: give 0 to 1, or 0% to 100%") from None
-    return _checked_rate(rate)
-
-
-def _checked_rate(rate: float) -> float:
-    if not 0 <= rate <= 1:
-        raise ValueError(f"{rate:g} is not a share: give 0 to 1, or 0% to 100%")
-    return rate
+    return parse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,26 +72,17 @@ class Workspace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """One simulated FLORA.
+    """One simulated FLORA; what each option does stands beside it.
 
     `run_seconds` is the middle of the runs' durations, which spread from half of it to one and a
-    half; `speed` divides them and the waits between a callback's attempts. The rates named in
-    `RATES` are shares from 0 to 1:
+    half. `speed` divides the durations, the waits between a callback's attempts, and every wait in
+    seconds below, except `retry_after`, `callback_timeout`, `cursor_seconds`, the offsets of
+    clocks, and the times of creation (`retention`, `history_seconds`). Money is in USD. What
+    happens to a run is decided when it starts, what happens to a request when it comes.
 
-    * `failures`: runs that fail;
-    * `drop`: callbacks that never come;
-    * `duplicate`: callbacks that come a second time, although they were taken;
-    * `early`: runs that end at once and whose callback comes before the answer to their start;
-    * `late`: callbacks that come three `run_seconds` after the end;
-    * `reorder`: callbacks held back by up to one `run_seconds`, so that others overtake them;
-    * `bad_signature`: callbacks before which a forged one comes, telling the opposite;
-    * `rate_limit`: requests answered 429, `errors`: 500 or 503, `cut`: with a cut connection.
-
-    `history_outputs=False` leaves outputs and cost out of the history's completed items.
-    `idempotency` is which of FLORA's two accounts holds: "replay" gives the original answer for 24
-    hours, "conflict" answers 409 for two. `time_unit` is that of a run's times. `credits` is what
-    may be spent in USD before starts are refused with 402. `retry_after` is what a 429 asks for,
-    in whole seconds, not divided by `speed`. `more_workspaces` are served beside the first.
+    The options that have a `help` may be changed while the simulator runs (`with_changes`);
+    `later` changes them by itself: pairs of seconds after the beginning, by the world's clock, and
+    of the changes that hold from then on.
 
     Raises `ValueError` where a value is out of its range.
     """
@@ -82,49 +90,187 @@ class Options:
     seed: int = 0
     speed: float = 1.0
     run_seconds: float = 20.0
-    failures: float = 0.15
-    drop: float = 0.0
-    duplicate: float = 0.0
-    early: float = 0.0
-    late: float = 0.0
-    reorder: float = 0.0
-    bad_signature: float = 0.0
-    rate_limit: float = 0.0
-    errors: float = 0.0
-    cut: float = 0.0
-    history_outputs: bool = True
-    idempotency: Literal["replay", "conflict"] = "replay"
-    time_unit: Literal["ms", "s"] = "ms"
-    credits: float | None = None
-    retry_after: int = 1
     callback_timeout: float = 10.0
-    api_key: str = field(default="sk_test_simulator", repr=False)
-    webhook_secret: str = field(default="whsec_simulator", repr=False)
-    workspace_id: str = "ws_simulator"
     project_id: str = "prj_simulator"
     more_workspaces: tuple[Workspace, ...] = ()
+    later: tuple[tuple[float, Mapping[str, object]], ...] = field(default=(), repr=False)
+
+    # The workspace
+    api_key: str = text(
+        "the workspace's key; the old one is refused", "sk_test_simulator", secret=True
+    )
+    webhook_secret: str = text("signs the callbacks of new runs", "whsec_simulator", secret=True)
+    workspace_id: str = text("the workspace that the key belongs to", "ws_simulator")
+    credits: float | None = number("USD that may be spent before starts are refused with 402", None)
+
+    # Callbacks
+    drop: float = share("callbacks never come")
+    duplicate: float = share("callbacks come a second time, although they were taken")
+    early: float = share(
+        "runs end at once, and their callback comes before the answer to the start"
+    )
+    late: float = share("callbacks come three `run_seconds` after the end")
+    reorder: float = share("callbacks are held back up to one `run_seconds`: others overtake them")
+    bad_signature: float = share("a forged callback comes first and tells the opposite")
+
+    # Requests
+    rate_limit: float = share("requests are answered 429")
+    retry_after: int = whole("seconds that a 429 asks for", 1)
+    errors: float = share("requests are answered 500 or 503; nothing is started")
+    cut: float = share("the connection is cut, before or after the work")
+    gateway: float = share("a gateway in front answers in FLORA's place, whatever is asked")
+    gateway_starts: float = share("a gateway answers, for starts")
+    gateway_reads: float = share("a gateway answers, for reads of one run, technique or workspace")
+    gateway_pages: float = share("a gateway answers, for lists")
+    gateway_answers: tuple[str, ...] = listed(
+        "what the gateway answers: `502`, `503`, `504`, `404` (HTML), `empty` (200 without body),"
+        " `page` (200, HTML)",
+        "502",
+        "503",
+        "504",
+        each=_one_of(GATEWAY_ANSWERS),
+    )
+    gateway_works: float = share("requests that reach FLORA behind the gateway all the same", 1.0)
+    gateway_seconds: float | None = number(
+        "seconds after which the gateway answers while the work goes on; none: when it is done",
+        None,
+    )
+    refuse: Mapping[str, str] = table(
+        "routes and the error code they answer, as `generations.list:not_found`; `filtered`: lists"
+        " with a filter",
+        _one_of(tuple(CODES)),
+    )
+    refusals: float = share("requests of these routes that are refused", 1.0)
+    field_details: bool = flag("errors name `code` and `valid_values` of each field")
+
+    # Starts
+    slow_starts: float = share("starts are answered late")
+    slow_seconds: float = number("how late, in seconds", 25.0)
+    slow_run: str = choice(
+        "the run of a slow start exists from the first moment or the last", "first", "last"
+    )
+    failed_starts: float = share("starts are answered 500, in FLORA's shape, and nothing runs")
+    lost_starts: float = share("starts are answered 500, in FLORA's shape, and the run exists")
+    second_answer: str = choice(
+        "how the next start with the key of one that was answered 500 is refused",
+        "none",
+        "400",
+        "402",
+        "404",
+    )
+    idempotency: Literal["replay", "conflict"] = choice(
+        "a used key gives the original answer again for 24 hours, or is refused with 409 for two",
+        "replay",
+        "conflict",
+    )
+    key_hours: float | None = number("after how many hours a key is forgotten", None)
+    key_source: str = choice(
+        "where a key is read: body or header; or technique runs in the body, generations in the"
+        " header",
+        "either",
+        "by_type",
+    )
+    keys_known: str = choice(
+        "when a key is known: at once, or at the end of its request, so that two at once both run",
+        "at_once",
+        "at_end",
+    )
+    keys_released: bool = flag("a start that was answered 500 leaves its key free")
+    colleague: float = share(
+        "starts after which a colleague starts the technique too, without callback"
+    )
+    colleague_seconds: float = number("seconds between the start and the colleague's")
+    run_per_value: bool = flag("an input with `allow_multiple` starts one run for each value")
+
+    # Techniques
+    price_factor: float = number("multiplies every technique's `run_cost`", 1.0)
+    prices: Mapping[str, float] = table(
+        "techniques and their `run_cost`, as `icon-pack:20`", seconds
+    )
+    new_inputs: Mapping[str, str] = table(
+        "techniques and an input each gains, as `icon-pack:style:text?`"
+    )
+
+    # Runs
+    failures: float = share("runs fail", 0.15)
+    failure_codes: tuple[str, ...] = listed(
+        "their error codes; none: those documented; `measured`: those that FLORA measured"
+    )
+    full_progress: bool = flag("failed runs report progress 100")
+    queued: float = share(
+        "unfinished runs show `queued_name` as their status, from the start's answer on"
+    )
+    queued_name: str = text("a status that is not documented", "queued")
+    cancelled: float = share(
+        "runs end with `cancelled_name` as their status, without callback and cost"
+    )
+    cancelled_name: str = text("an end that is not documented", "cancelled")
+    late_outputs: float = share("completed runs show no outputs at first")
+    outputs_seconds: float = number("seconds between the end and the outputs", 60.0)
+    signed_links: bool = flag("output links are signed anew at each read")
+    time_unit: Literal["ms", "s"] = choice("the unit of a run's times", "ms", "s")
+
+    # The bill
+    quotes: float = share(
+        "unfinished runs show a quote as `charged_cost`, from the start's answer on"
+    )
+    quote_factor: float = number(
+        "the quote as a multiple of `run_cost`; 0: from 0.25 to 1.5, by the seed"
+    )
+    bill_factor: float = number("the bill as a multiple of `run_cost`", 1.0)
+    late_bills: float = share("completed runs show no cost at first")
+    bill_seconds: tuple[float, ...] = listed(
+        "seconds between the end and a late bill or refund; of several, one by the seed",
+        60.0,
+        each=seconds,
+    )
+    missing_bills: float = share("completed runs never show a cost")
+    corrections: float = share("the cost shown first is too high or too low and corrected later")
+    correction_seconds: float = number("seconds between the first cost and the right one", 60.0)
+    late_refunds: float = share("failed runs show their quote at first")
+    refund: str = choice(
+        "what a failed run shows once it is refunded: 0, or no cost", "zero", "absent"
+    )
+
+    # The history
+    history_outputs: bool = flag("completed items of lists have outputs and cost", True)
+    history: int = whole("technique runs that ended before the beginning")
+    history_generations: int = whole("generations that ended before the beginning")
+    history_seconds: float = number("seconds over which these were created", 2_592_000.0)
+    retention: float | None = number("runs that were created more seconds ago are removed", None)
+    deletions: float = share("pages of a history after which one of their runs is deleted")
+    bad_offset: int | None = whole("a page with the item at this offset cannot be read: 400", None)
+    bad_runs: tuple[str, ...] = listed("a page with one of these runs cannot be read: 400")
+    bad_bytes: int = whole("instead of the 400, that item has so many bytes more")
+    max_offset: int | None = whole("pages from this offset on cannot be read: 400", None)
+    opaque_cursors: bool = flag("cursors are no offsets that can be decoded")
+    cursor_seconds: float | None = number(
+        "opaque cursors that are more seconds old are refused", None
+    )
+    cursor_epoch: int = whole("opaque cursors of another epoch are refused")
+
+    # Clocks
+    clock_offset: float = number("seconds that FLORA's clock is ahead", 0.0, low=-1e9)
+    date_offset: float = number(
+        "seconds that the header `Date` is ahead of FLORA's clock", 0.0, low=-1e9
+    )
 
     def __post_init__(self) -> None:
-        for name in RATES:
+        for name, value in self.changeable.items():
+            object.__setattr__(self, name, _checked(name, value))
+        for name in ("speed", "run_seconds", "callback_timeout"):
             try:
-                _checked_rate(getattr(self, name))
+                positive(getattr(self, name))
             except ValueError as exc:
                 raise ValueError(f"{name}: {exc}") from None
-        for name in ("speed", "run_seconds", "callback_timeout"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name}: has to be above 0")
-        if self.retry_after < 0:
-            raise ValueError("retry_after: has to be 0 or more")
-        if self.idempotency not in ("replay", "conflict"):
-            raise ValueError("idempotency: has to be replay or conflict")
-        if self.time_unit not in ("ms", "s"):
-            raise ValueError("time_unit: has to be ms or s")
         keys = [workspace.api_key for workspace in self.workspaces]
         if len(set(keys)) < len(keys):
             raise ValueError("more_workspaces: one key belongs to one workspace")
         if not all(workspace.webhook_secrets for workspace in self.workspaces):
             raise ValueError("webhook_secret: is missing")
+        for _, changes in self.later:
+            for name, value in changes.items():
+                _checked(name, value)
 
     @property
     def workspaces(self) -> tuple[Workspace, ...]:
@@ -142,24 +288,39 @@ class Options:
         """The rates by name."""
         return {name: getattr(self, name) for name in RATES}
 
-    def with_rates(self, changes: Mapping[str, object]) -> "Options":
-        """A copy with other rates (numbers, or text as `parse_rate` takes it) or `history_outputs`.
+    @property
+    def changeable(self) -> dict[str, Any]:
+        """The options that may be changed while the simulator runs, by name."""
+        return {name: getattr(self, name) for name in HELP}
 
-        Raises `ValueError` for any other name, and for values that are out of range.
+    def with_changes(self, changes: Mapping[str, object]) -> "Options":
+        """A copy with other values, of Python, JSON or text (`40%`, `true`, `a,b`, `a:1,b:2`).
+
+        Raises `ValueError` for options that cannot be changed, and for values out of range.
         """
-        known = {f.name for f in fields(self)} & {*RATES, "history_outputs"}
-        values: dict[str, float | bool] = {}
-        for name, value in changes.items():
-            if name not in known:
-                raise ValueError(f"{name}: cannot be changed while the simulator runs")
-            if name == "history_outputs":
-                if not isinstance(value, bool):
-                    raise ValueError("history_outputs: has to be true or false")
-                values[name] = value
-            elif isinstance(value, str):
-                values[name] = parse_rate(value)
-            elif isinstance(value, int | float) and not isinstance(value, bool):
-                values[name] = float(value)
-            else:
-                raise ValueError(f"{name}: has to be a number from 0 to 1")
-        return replace(self, **values)  # type: ignore[arg-type]
+        return replace(self, **{name: _checked(name, value) for name, value in changes.items()})
+
+    with_rates = with_changes
+
+
+def _checked(name: str, value: object) -> Any:
+    if name not in _PARSE:
+        raise ValueError(f"{name}: is no option that can be changed")
+    try:
+        return _PARSE[name](value)
+    except ValueError as exc:
+        raise ValueError(f"{name}: {exc}") from None
+
+
+_PARSE: Final[Mapping[str, Parse]] = {
+    f.name: f.metadata["parse"] for f in fields(Options) if f.metadata
+}
+
+HELP: Final[Mapping[str, str]] = {f.name: f.metadata["help"] for f in fields(Options) if f.metadata}
+"""What each option does that may be changed while the simulator runs."""
+
+SECRETS: Final = frozenset(f.name for f in fields(Options) if f.metadata.get("secret"))
+"""The options that are not shown."""
+
+RATES: Final = tuple(f.name for f in fields(Options) if f.metadata.get("share"))
+"""The options that are shares, 0 to 1."""

@@ -26,9 +26,20 @@ class Problem(Exception):
         """A 400 for input that cannot be used, with the fields at fault."""
         return cls(400, "input_validation_error", "The input is not valid.", fields)
 
-    def response(self) -> JSONResponse:
-        """The answer in FLORA's shape."""
+    def response(self, *, details: bool = False) -> JSONResponse:
+        """The answer in FLORA's shape; with `details` each field has a code and valid values."""
         error: dict[str, Any] = {"code": self.code, "message": self.message}
         if self.fields:
-            error["fields"] = [{"field": name, "message": text} for name, text in self.fields]
+            error["fields"] = [
+                {"field": name, "message": text} | (_details(text) if details else {})
+                for name, text in self.fields
+            ]
         return JSONResponse({"error": error}, self.status)
+
+
+def _details(message: str) -> dict[str, Any]:
+    """`code` and `valid_values` of a field, which follow from what is wrong with it."""
+    start, _, values = message.partition("must be one of ")
+    if not start and values:
+        return {"code": "invalid_value", "valid_values": values.split(", ")}
+    return {"code": "required" if message == "is required" else "invalid"}

@@ -13,7 +13,6 @@ import uvicorn
 from tracker.core.clock import Clock, utc_now
 from tracker.simulator.app import assemble
 from tracker.simulator.callbacks import Courier
-from tracker.simulator.catalogue import find_technique
 from tracker.simulator.faults import Connections
 from tracker.simulator.options import Options, Workspace
 from tracker.simulator.runs import SimulatedRun
@@ -60,7 +59,7 @@ class Simulator:
 
         Raises `LookupError` for a technique that is not in the catalogue.
         """
-        found = find_technique(technique)
+        found = self.world.technique(technique)
         if found is None:
             raise LookupError(f"there is no technique {technique}")
         run = self.world.start_technique(

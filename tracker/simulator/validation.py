@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -31,6 +32,16 @@ class TechniqueStart:
             item["type"] != "text" and (urlsplit(item["value"]).hostname or "").endswith(".invalid")
             for item in self.inputs
         )
+
+    def each(self, technique: Technique, *, apart: bool) -> list[tuple[dict[str, Any], ...]]:
+        """The inputs of each run: of one, or with `apart` of one for each value of an input."""
+        if not apart:
+            return [self.inputs]
+        several = {port.id for port in technique.inputs if port.several}
+        values: dict[object, list[dict[str, Any]]] = {}
+        for number, item in enumerate(self.inputs):
+            values.setdefault(item["id"] if item["id"] in several else number, []).append(item)
+        return list(product(*values.values()))
 
 
 @dataclass(frozen=True, slots=True)

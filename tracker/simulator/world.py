@@ -3,30 +3,29 @@
 All of it is in memory. The world never waits and never talks to anybody; the clock is given.
 """
 
+import heapq
+from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Literal, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final, NamedTuple
 
 from tracker.core.clock import Clock, utc_now
-from tracker.simulator.catalogue import Port, Technique, load_catalogue
+from tracker.simulator.catalogue import Technique, find_technique, load_catalogue, parse_port
 from tracker.simulator.delivery import Attempt
-from tracker.simulator.fate import FAILURES, Fate, digest, fate_of
+from tracker.simulator.fate import fate_of
 from tracker.simulator.idempotency import KeyStore
+from tracker.simulator.making import Order, generation_order, make_run, technique_order
 from tracker.simulator.media import EXTENSIONS
-from tracker.simulator.options import CALLBACK_FAULTS, Options, Workspace
+from tracker.simulator.options import Options, Workspace
+from tracker.simulator.preset import RUN_TYPES, Listing, PresetHistory, RunType
 from tracker.simulator.problems import Problem
-from tracker.simulator.runs import Output, SimulatedRun
+from tracker.simulator.runs import SimulatedRun
 
-_GENERATIONS: Final = {
-    "image": ("imageUrl", 0.04),
-    "video": ("videoUrl", 0.5),
-    "audio": ("audioUrl", 0.06),
-    "text": ("text", 0.01),
-}
-"""Output type and cost in USD for each type of generation."""
-
-_UNREACHABLE: Final = next(error for error in FAILURES if error[0] == "input_unreachable")
 _REMEMBERED: Final = 100_000
+
+Change = tuple[float, int, Mapping[str, object], float | None]
+"""When it is due (Unix milliseconds), its number, the new values, and for how many seconds."""
 
 
 class Asked(NamedTuple):
@@ -42,30 +41,68 @@ class Asked(NamedTuple):
 class World:
     """One simulated FLORA.
 
-    `runs` holds every run by its identifier, oldest first; `deliveries` what became of each attempt
-    at a callback; `counts` how often each route gave each status (0: the connection was cut), and
-    `asked` the last requests one by one.
-    `root` is where this FLORA is reached, without `/api/v1`.
+    `runs` holds every run that was started, by its identifier, oldest first, with those that were
+    `deleted`; `deliveries` what became of each attempt at a callback; `counts` how often each route
+    gave each status (0: the connection was cut), and `asked` the last requests one by one.
+    `started_with` holds the idempotency key of each run that was started with one, by the run's
+    identifier. `root` is where this FLORA is reached, without `/api/v1`.
     """
 
     def __init__(
         self, options: Options, *, clock: Clock = utc_now, root: str = "http://127.0.0.1:8750"
     ) -> None:
-        self.options = options
         self.root = root
         self.runs: dict[str, SimulatedRun] = {}
+        self.deleted: set[str] = set()
+        self.started_with: dict[str, str] = {}
         self.counts: Counter[tuple[str, int]] = Counter()
         self.asked: deque[Asked] = deque(maxlen=_REMEMBERED)
         self.deliveries: list[Attempt] = []
-        self.keys = KeyStore(options.idempotency)
+        self.keys = KeyStore()
         self.requests = 0
         self._clock = clock
+        self._options = options
+        self._changes: list[Change] = []
+        self._changed = 0
         self._media: dict[str, str] = {}
         self._spent = 0.0
+        self._presets: dict[RunType, PresetHistory] = {}
+        self._begun_ms = self.now_ms()
+        for after, changes in options.later:
+            self.change(changes, after=after)
+
+    @property
+    def options(self) -> Options:
+        """The options that hold now, with every change that is due by the world's clock."""
+        while self._changes and self._changes[0][0] <= self.true_ms():
+            due_ms, _, changes, seconds = heapq.heappop(self._changes)
+            before = {name: getattr(self._options, name) for name in changes}
+            self._options = self._options.with_changes(changes)
+            if seconds is not None:
+                self._schedule(due_ms + seconds * 1000, before, None)
+        return self._options
+
+    @options.setter
+    def options(self, options: Options) -> None:
+        self._options = options
+
+    def change(
+        self, changes: Mapping[str, object], *, after: float = 0, seconds: float | None = None
+    ) -> None:
+        """Changes options `after` so many seconds, for `seconds` or for good, by the world's clock.
+
+        Raises `ValueError` as `Options.with_changes` does.
+        """
+        self.options.with_changes(changes)
+        self._schedule(self.true_ms() + after * 1000, changes, seconds)
+
+    def true_ms(self) -> int:
+        """The present moment in Unix milliseconds by the clock that is given."""
+        return int(self._clock().timestamp() * 1000)
 
     def now_ms(self) -> int:
-        """The present moment in Unix milliseconds."""
-        return int(self._clock().timestamp() * 1000)
+        """The present moment in Unix milliseconds by FLORA's clock."""
+        return self.true_ms() + int(self.options.clock_offset * 1000)
 
     def next_request(self) -> int:
         """The number of a request that comes in now, from 1."""
@@ -77,8 +114,13 @@ class World:
         return next((w for w in self.options.workspaces if w.api_key == api_key), None)
 
     def techniques(self) -> Sequence[Technique]:
-        """The whole catalogue."""
-        return tuple(load_catalogue().values())
+        """The whole catalogue, at the prices and with the inputs of this moment."""
+        return tuple(map(self._present, load_catalogue().values()))
+
+    def technique(self, reference: str) -> Technique | None:
+        """The technique with that identifier or slug as it is at this moment, if there is one."""
+        found = find_technique(reference)
+        return found and self._present(found)
 
     def start_technique(
         self,
@@ -88,19 +130,11 @@ class World:
         callback_url: str | None = None,
         workspace: Workspace | None = None,
         unreachable: bool = False,
+        colleague: bool = False,
     ) -> SimulatedRun:
         """Starts a run. Raises `Problem` (402) where the credits do not suffice."""
-        return self._start(
-            "technique",
-            ports=technique.outputs,
-            cost=technique.run_cost,
-            text=lambda port: f"{technique.name}: {port.id}\n“Made by the simulator” ✓",
-            technique=technique,
-            inputs=tuple(inputs),
-            callback_url=callback_url,
-            workspace=workspace,
-            unreachable=unreachable,
-        )
+        order = technique_order(technique, tuple(inputs), unreachable=unreachable)
+        return self._start(order, callback_url, workspace, colleague=colleague)
 
     def start_generation(
         self,
@@ -111,120 +145,167 @@ class World:
         workspace: Workspace | None = None,
     ) -> SimulatedRun:
         """Starts a generation. Raises `Problem` (402) where the credits do not suffice."""
-        output_type, cost = _GENERATIONS[kind]
-        return self._start(
-            "generation",
-            ports=(Port(kind, output_type),),
-            cost=cost,
-            text=lambda _: f"{model}\n“Made by the simulator” ✓",
-            model=model,
-            callback_url=callback_url,
-            workspace=workspace,
-        )
+        return self._start(generation_order(kind, model), callback_url, workspace)
+
+    def start_colleague(self, technique: str, workspace: Workspace | None = None) -> SimulatedRun:
+        """Starts a technique as another program with the workspace's key would, without callback.
+
+        Raises `LookupError` for a technique that is not in the catalogue, `Problem` (402) where the
+        credits do not suffice.
+        """
+        found = self.technique(technique)
+        if found is None:
+            raise LookupError(f"there is no technique {technique}")
+        inputs = found.sample_inputs()
+        return self.start_technique(found, inputs, workspace=workspace, colleague=True)
+
+    def find(self, run_id: str, workspace: Workspace) -> SimulatedRun | None:
+        """A workspace's run, started or preset; None where FLORA does not know it (any more)."""
+        run = self.runs.get(run_id)
+        for run_type in () if run is not None else RUN_TYPES:
+            preset = self.preset(run_type)
+            index = preset.index_of(run_id)
+            if index is not None:
+                run = preset.run(index)
+        if run is None or run.workspace.workspace_id != workspace.workspace_id:
+            return None
+        gone = run_id in self.deleted or run.created_ms < self._oldest_ms()
+        return None if gone else run
 
     def history(
-        self, run_type: Literal["technique", "generation"], workspace: Workspace
-    ) -> list[SimulatedRun]:
-        """A workspace's runs of one type, newest first."""
-        return [
+        self,
+        run_type: RunType,
+        workspace: Workspace,
+        *,
+        status: str | None = None,
+        technique_id: str | None = None,
+        project_id: str | None = None,
+    ) -> Sequence[SimulatedRun]:
+        """A workspace's runs of one type, newest first; those with the given values where given."""
+        now_ms, oldest_ms = self.now_ms(), self._oldest_ms()
+
+        def wanted(run: SimulatedRun) -> bool:
+            return (
+                project_id in (None, run.workspace.project_id)
+                and status in (None, run.status(now_ms))
+                and technique_id in (None, run.technique and run.technique.technique_id)
+            )
+
+        live = [
             run
             for run in reversed(self.runs.values())
-            if run.run_type == run_type and run.workspace == workspace
+            if run.run_type == run_type
+            and run.workspace.workspace_id == workspace.workspace_id
+            and run.run_id not in self.deleted
+            and run.created_ms >= oldest_ms
+            and wanted(run)
         ]
+        preset = self.preset(run_type)
+        if not preset.count or preset.workspace.workspace_id != workspace.workspace_id:
+            return live
+        first = bisect_left(range(preset.count), oldest_ms, key=preset.created_ms)
+        indexes: Sequence[int] = range(preset.count - 1, first - 1, -1)
+        gone = {preset.index_of(run_id) for run_id in self.deleted - self.runs.keys()}
+        if gone:
+            indexes = [i for i in indexes if i not in gone]
+        if technique_id is not None and run_type == "technique":
+            indexes = [i for i in indexes if preset.technique(i).technique_id == technique_id]
+        if (status, project_id) != (None, None) or (technique_id and run_type == "generation"):
+            indexes = [i for i in indexes if wanted(preset.run(i))]
+        return Listing(live, indexes, preset.run)
+
+    def preset(self, run_type: RunType) -> PresetHistory:
+        """The runs of a type that ended before the beginning, as the options then made them."""
+        preset, options = self._presets.get(run_type), self.options
+        count = options.history if run_type == "technique" else options.history_generations
+        if preset is None or preset.count != count:
+            preset = PresetHistory(options, run_type, begun_ms=self._begun_ms, root=self.root)
+            self._presets[run_type] = preset
+        return preset
+
+    def delete(self, run_ids: Iterable[str]) -> None:
+        """Lets FLORA forget runs: reads answer 404, lists leave them out; records keep them."""
+        self.deleted.update(run_ids)
 
     def records(self) -> list[dict[str, Any]]:
-        """The true record of every run, oldest first, with its end even where that is yet to come.
+        """The true record of every run that was started, oldest first, with its end even where
+        that is yet to come.
 
-        The shape is a history item's, in milliseconds, with `run_type`, `callback_url`, `faults`
-        and `end`, which is the run as a read of it will show it once it has ended.
+        The shape is a history item's, in milliseconds, with `run_type`, `callback_url`, `faults`,
+        `colleague` (whether another program started it), `idempotency_key`, `deleted`, and `end`,
+        which is the run as a read of it will show it once nothing changes any more.
         """
         now_ms = self.now_ms()
-        return [run.record(now_ms) for run in self.runs.values()]
+        return [
+            run.record(now_ms)
+            | {
+                "idempotency_key": self.started_with.get(run.run_id),
+                "deleted": run.run_id in self.deleted,
+            }
+            for run in self.runs.values()
+        ]
+
+    def bills(self) -> list[dict[str, Any]]:
+        """The truth about the cost of every run that was started, oldest first; in USD."""
+        now_ms = self.now_ms()
+        return [run.billed(now_ms) for run in self.runs.values()]
 
     def media_extension(self, output_id: str) -> str | None:
-        """The file name extension of an output that is a link; None where there is none."""
+        """The file name extension of an output that is a link; None where there is none.
+
+        Preset runs have no files.
+        """
         return self._media.get(output_id)
 
     def _start(
         self,
-        run_type: Literal["technique", "generation"],
+        order: Order,
+        callback_url: str | None,
+        workspace: Workspace | None,
         *,
-        ports: Sequence[Port],
-        cost: float,
-        text: Callable[[Port], str],
-        technique: Technique | None = None,
-        model: str | None = None,
-        inputs: tuple[Mapping[str, Any], ...] = (),
-        callback_url: str | None = None,
-        workspace: Workspace | None = None,
-        unreachable: bool = False,
+        colleague: bool = False,
     ) -> SimulatedRun:
         options = self.options
-        if options.credits is not None and self._spent + cost > options.credits:
+        if options.credits is not None and self._spent + order.price > options.credits:
             raise Problem(402, "insufficient_credits", "The workspace has no credits left.")
         ordinal = len(self.runs) + 1
-        fate = fate_of(options.seed, ordinal)
-        error_code: str | None = None
-        error_message: str | None = None
-        if unreachable:
-            error_code, error_message = _UNREACHABLE
-        elif fate.fails < options.failures:
-            error_code, error_message = fate.error_code, fate.error_message
-        faults = self._callback_faults(fate) if callback_url is not None else frozenset[str]()
-        created_ms, started_ms, completed_ms = self._times(fate, early="early" in faults)
-        path = f"techniques/{technique.technique_id}/runs" if technique is not None else "runs"
-        run = SimulatedRun(
-            fate=fate,
+        run = make_run(
+            order,
+            options,
+            fate_of(options.seed, ordinal),
             ordinal=ordinal,
-            run_type=run_type,
+            created_ms=self.now_ms(),
+            root=self.root,
             workspace=workspace or options.workspaces[0],
-            technique=technique,
-            model=model,
-            inputs=inputs,
             callback_url=callback_url,
-            faults=faults,
-            created_ms=created_ms,
-            # What cannot be fetched fails the run before it is started.
-            started_ms=None if error_code == _UNREACHABLE[0] else started_ms,
-            completed_ms=completed_ms,
-            error_code=error_code,
-            error_message=error_message,
-            cost=cost if error_code is None else 0,
-            outputs=tuple(
-                self._output(fate.run_id, position, port, text)
-                for position, port in enumerate(ports)
-                if error_code is None
-            ),
-            poll_url=f"{self.root}/api/v1/{path}/{fate.run_id}",
+            colleague=colleague,
         )
         self.runs[run.run_id] = run
+        self._media |= {
+            output.output_id: EXTENSIONS[output.type]
+            for output in run.outputs
+            if output.type != "text"
+        }
         self._spent += run.cost
         return run
 
-    def _times(self, fate: Fate, *, early: bool) -> tuple[int, int, int]:
-        created_ms = self.now_ms()
-        if early:
-            return created_ms, created_ms, created_ms
-        duration = self.options.run_seconds * fate.spread / self.options.speed * 1000
-        started_ms = created_ms + int(duration * fate.pending_share)
-        return created_ms, started_ms, created_ms + int(duration)
+    def _present(self, technique: Technique) -> Technique:
+        options, slug = self.options, technique.slug
+        price = options.prices.get(slug, options.prices.get(technique.technique_id))
+        if price is None:
+            price = round(technique.run_cost * options.price_factor, 6)
+        port = options.new_inputs.get(slug, options.new_inputs.get(technique.technique_id))
+        inputs = technique.inputs if port is None else (*technique.inputs, parse_port(port))
+        if (price, inputs) == (technique.run_cost, technique.inputs):
+            return technique
+        return replace(technique, run_cost=price, inputs=inputs)
 
-    def _callback_faults(self, fate: Fate) -> frozenset[str]:
-        rates = self.options.rates
-        struck = {name for name in CALLBACK_FAULTS if getattr(fate, name) < rates[name]}
-        if "drop" in struck:
-            # What never comes is neither early, late nor doubled; a forgery comes all the same.
-            struck &= {"drop", "bad_signature"}
-        elif "early" in struck:
-            struck -= {"late", "reorder"}
-        return frozenset(struck)
+    def _oldest_ms(self) -> float:
+        retention = self.options.retention
+        return 0 if retention is None else self.now_ms() - retention * 1000
 
-    def _output(
-        self, run_id: str, position: int, port: Port, text: Callable[[Port], str]
-    ) -> Output:
-        output_id = digest(run_id, "output", position)
-        if port.type == "text":
-            return Output(output_id, port.type, text(port))
-        extension = EXTENSIONS[port.type]
-        self._media[output_id] = extension
-        return Output(output_id, port.type, f"{self.root}/media/{output_id}.{extension}")
+    def _schedule(
+        self, due_ms: float, changes: Mapping[str, object], seconds: float | None
+    ) -> None:
+        self._changed += 1
+        heapq.heappush(self._changes, (due_ms, self._changed, changes, seconds))
