@@ -10,8 +10,8 @@ from tests.store.making import NOW, POLICY, as_entry, callback, observations, se
 from tests.support.deliveries import Delivered
 from tracker.core.entry import Entry, Seen
 from tracker.core.histogram import BEYOND, EDGES, bucket_of
-from tracker.core.record import Record, apply
 from tracker.core.observation import Source
+from tracker.core.record import Record, apply
 from tracker.core.run import RunError, RunStatus
 from tracker.core.tally import (
     ALWAYS,

@@ -76,7 +76,7 @@ class Record:
     @property
     def billed_whole(self) -> bool:
         """Whether nothing of cost and outputs is to be read again."""
-        return self.cost_final and not self.run.lacks_outputs
+        return _billed_whole(self.run, self.cost_final)
 
 
 def apply(
@@ -136,7 +136,7 @@ def _sighted(
         settled_at=(old.settled_at or seen.at) if run.settled else None,
         cost_final=cost_final,
         recheck_at=None
-        if end_seen_at is None or not run.settled or (cost_final and not run.lacks_outputs)
+        if end_seen_at is None or not run.settled or _billed_whole(run, cost_final)
         else _recheck_at(old, entry, ended_at(run, end_seen_at), policy),
         inputs=old.inputs if entry.inputs is None else entry.inputs,
         next_check_at=next_check_at,
@@ -164,6 +164,15 @@ def _is_final(run: Run, end_seen_at: datetime, policy: Policy) -> bool:
         return False
     shown = run.charged_cost is not None or run.status is RunStatus.FAILED
     return shown and run.cost_read_at >= ended_at(run, end_seen_at) + policy.cost_recheck
+
+
+def _billed_whole(run: Run, cost_final: bool) -> bool:
+    """Whether nothing is left to read of a settled run.
+
+    A failed run that shows a cost is read on: FLORA refunds it, if late (flora-api.md, 8).
+    """
+    refund_due = run.status is RunStatus.FAILED and bool(run.charged_cost)
+    return cost_final and not run.lacks_outputs and not refund_due
 
 
 def _recheck_at(old: Record, entry: Seen, ended: datetime, policy: Policy) -> datetime | None:

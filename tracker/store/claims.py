@@ -29,6 +29,8 @@ from tracker.store.records import records
 from tracker.store.rows import RUN_COLUMNS
 from tracker.store.tables import leases, runs
 
+_CLAIMED: Final = (runs.c.next_check_at.is_not(None), runs.c.recheck_at.is_not(None))
+"""What can be claimed, each by its index."""
 _ENDED: Final = runs.c.status.in_([RunStatus.COMPLETED, RunStatus.FAILED])
 
 Workspaces = Sequence[str | None] | None
@@ -80,20 +82,23 @@ async def claim_due(
 
 async def renew(db: Database, holder: str, run_ids: Sequence[str], until: datetime) -> int:
     """Hold those of the runs that `holder` has claimed until then; returns how many."""
-    statement = _held(db, holder, run_ids).values(lease_until=until)
+    statement = _held(db, holder, runs.c.run_id.in_(run_ids)).values(lease_until=until)
     return await db.write(lambda connection: connection.execute(statement).rowcount)
 
 
 async def release(db: Database, holder: str, run_ids: Sequence[str] | None = None) -> int:
     """Give back what `holder` has claimed, or of that only `run_ids`; returns how many runs."""
-    statement = _held(db, holder, run_ids).values(lease_until=None, lease_holder=None)
-    return await db.write(lambda connection: connection.execute(statement).rowcount)
+    which = _CLAIMED if run_ids is None else [runs.c.run_id.in_(run_ids)]
+    statements = [
+        _held(db, holder, among).values(lease_until=None, lease_holder=None) for among in which
+    ]
+    return await db.write(
+        lambda connection: sum(connection.execute(each).rowcount for each in statements)
+    )
 
 
-def _held(db: Database, holder: str, run_ids: Sequence[str] | None) -> Update:
-    """An update of what `holder` has claimed, which locks the rows in the door's order."""
-    claimed = or_(runs.c.next_check_at.is_not(None), runs.c.recheck_at.is_not(None))
-    among = claimed if run_ids is None else runs.c.run_id.in_(run_ids)
+def _held(db: Database, holder: str, among: ColumnElement[bool]) -> Update:
+    """An update of what `holder` has claimed among these, which locks rows in the door's order."""
     rows = select(runs.c.run_id).where(among, runs.c.lease_holder == holder)
     if db.dialect == "postgresql":
         rows = rows.order_by(runs.c.run_id).with_for_update()

@@ -13,7 +13,6 @@ from tracker.store.engine import Database
 from tracker.store.retention import Sighting
 from tracker.tracking.workspaces import Workspace
 
-
 DETAILS_BY: Final = timedelta(minutes=1)
 """How long after its end FLORA may still lack what a list will carry."""
 
