@@ -35,7 +35,13 @@ branch_labels = None
 depends_on = None
 
 Moment = sa.DateTime(timezone=True)
-INDEX = "ix_runs_recheck"
+INDEXES = {
+    "ix_runs_recheck": (["recheck_at"], "recheck_at IS NOT NULL"),
+    "ix_runs_newest_of_advice": (
+        ["retry_advice", "created_at", "run_id"],
+        "retry_advice IS NOT NULL",
+    ),
+}
 TIMEOUTS = ("statement_timeout", "lock_timeout")
 AT_ONCE = 1000
 SINCE = timedelta(days=7)
@@ -103,13 +109,14 @@ def upgrade() -> None:
     if connection.dialect.name == "postgresql":
         add_columns()
         with op.get_context().autocommit_block(), patience():
-            op.drop_index(INDEX, "runs", if_exists=True, postgresql_concurrently=True)
-            create_index(concurrently=True)
+            for name in INDEXES:
+                op.drop_index(name, "runs", if_exists=True, postgresql_concurrently=True)
+            create_indexes(concurrently=True)
             convert(op.get_bind())
     else:
         for column in columns():
             op.add_column("runs", column)
-        create_index(concurrently=False)
+        create_indexes(concurrently=False)
         for name in ("v_cost_daily", "run_facts"):
             op.execute(f"DROP VIEW {name}")
         make_views()
@@ -135,16 +142,16 @@ def add_columns() -> None:
     make_views()
 
 
-def create_index(*, concurrently: bool) -> None:
-    condition = sa.text("recheck_at IS NOT NULL")
-    op.create_index(
-        INDEX,
-        "runs",
-        ["recheck_at"],
-        postgresql_concurrently=concurrently,
-        postgresql_where=condition,
-        sqlite_where=condition,
-    )
+def create_indexes(*, concurrently: bool) -> None:
+    for name, (names, where) in INDEXES.items():
+        op.create_index(
+            name,
+            "runs",
+            names,
+            postgresql_concurrently=concurrently,
+            postgresql_where=sa.text(where),
+            sqlite_where=sa.text(where),
+        )
 
 
 def make_views() -> None:

@@ -112,6 +112,7 @@ async def test_what_waits_for_a_person_is_named(seen: work.Ledger) -> None:
         callbacks={("ws_1", "came"): 15, ("ws_1", "missed"): 5},
         quarantined=10_000,
         unresolved_starts=2,
+        unpriced={"ws_1": 2, "ws_2": 1},
     )
     found = {one.name: one for one in upkeep.look(gauges, ["run_1", "run_2", "run_3", "run_4"])}
     assert {one.level for one in found.values()} == {Level.WARNING}
@@ -120,6 +121,7 @@ async def test_what_waits_for_a_person_is_named(seen: work.Ledger) -> None:
     assert "10000 or more" in found["quarantine"].seen
     assert "tracker runs track" in found["starts"].advice
     assert "4 runs ended (run_1, run_2, run_3, …)" in found["conflicts"].seen
+    assert "never billed 3 runs" in found["bills"].seen
     few = replace(seen.gauges, callbacks={("ws_1", "missed"): 9})
     assert upkeep.look(few, [])[0].level is Level.OK, "too few to say anything"
 

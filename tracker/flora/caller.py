@@ -27,6 +27,7 @@ from tracker.core.errors import (
     FloraUnreachable,
     FloraUnreadable,
     KeyRefused,
+    PlanRequired,
     RateLimited,
     ServerFault,
 )
@@ -291,7 +292,8 @@ class Caller:
     def _learn_of_key(self, call: Call, refusal: FloraRefusal | None) -> None:
         """Let the breaker know, and the log where that opens or closes it."""
         was_open = self.breaker.open
-        if refusal is None or refusal.status in _PAST_THE_KEY:
+        past_the_key = isinstance(refusal, PlanRequired)
+        if refusal is None or past_the_key or refusal.status in _PAST_THE_KEY:
             self.breaker.accepted()
             if was_open:
                 log.info("flora.key_accepted")

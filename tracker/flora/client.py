@@ -27,6 +27,7 @@ import httpx
 from tracker import __version__
 from tracker.core.clock import Clock, utc_now
 from tracker.core.errors import FieldFault, InvalidRequest, SettingsError
+from tracker.core.inputs import is_left_out
 from tracker.core.observation import Observation, Source
 from tracker.flora import parse
 from tracker.flora.addresses import Addresses
@@ -205,12 +206,14 @@ class FloraClient:
     ) -> StartAnswer:
         """Start a run of a technique (its id or slug), which costs money.
 
-        `idempotency_key` goes out in both forms that FLORA documents. `FloraUnreachable` with
-        `may_have_acted`, and `FloraUnreadable`, leave it open whether the run was started: after
-        them nothing is sent again. Raises `InvalidRequest` for a key that no header can carry.
+        An empty text is left out. `idempotency_key` goes out in both forms that FLORA documents.
+        `FloraUnreachable` with `may_have_acted`, and `FloraUnreadable`, leave it open whether the
+        run was started: after them nothing is sent again. Raises `InvalidRequest` for a key that no
+        header can carry.
         """
         check_idempotency_key(idempotency_key)
-        body = {"inputs": inputs, "mode": "async", "idempotency_key": idempotency_key}
+        said = [one for one in inputs if not is_left_out(one)]
+        body: dict[str, Any] = {"inputs": said, "mode": "async", "idempotency_key": idempotency_key}
         if callback_url is not None:
             body["callback_url"] = callback_url
         call = Call(

@@ -19,6 +19,7 @@ from tracker.core.errors import (
     FloraUnreadable,
     KeyRefused,
     NotFound,
+    PlanRequired,
     RateLimited,
     ServerFault,
 )
@@ -41,6 +42,8 @@ T = TypeVar("T")
 LONGEST_MESSAGE: Final = 2000
 """Characters: FLORA's words are shown, passed on and stored."""
 MOST_FIELDS: Final = 100
+LONGEST_VALUE: Final = 100
+PLAN_REQUIRED: Final = "paid_plan_required"
 _STATUSES: Final = {str(status): status for status in RunStatus}
 _EVENTS: Final = {"run.completed": RunStatus.COMPLETED, "run.failed": RunStatus.FAILED}
 _PHRASES: Final = {int(status): status.phrase for status in HTTPStatus}
@@ -226,22 +229,37 @@ def refusal(
     except FloraUnreadable:
         answer = {}
     error = as_object(answer.get("error"))
+    code = as_id(error.get("code")) or f"http_{status}"
     kind = _REFUSALS.get(status, ServerFault if status >= 500 else FloraRefusal)
+    if status == 403 and code == PLAN_REQUIRED:
+        kind = PlanRequired
     message = as_text(error.get("message")) or _PHRASES.get(status, "no message")
     return kind(
         status=status,
-        code=as_id(error.get("code")) or f"http_{status}",
+        code=code,
         message=message[:LONGEST_MESSAGE],
         fields=[
             FieldFault(
                 (as_text(fault.get("field")) or "")[:LONGEST_MESSAGE],
                 (as_text(fault.get("message")) or "")[:LONGEST_MESSAGE],
+                _valid_values(fault.get("valid_values")),
             )
             for fault in as_objects(error.get("fields"))[:MOST_FIELDS]
         ],
         request_id=request_id,
         retry_after=retry_after,
     )
+
+
+def _valid_values(value: object) -> tuple[str, ...]:
+    """What a field takes, as texts; other things than texts and numbers are left out."""
+    listed = value if isinstance(value, list) else []
+    texts = (as_text(one if isinstance(one, str) else str(one)) for one in listed if _is_plain(one))
+    return tuple(text[:LONGEST_VALUE] for text in texts if text)[:MOST_FIELDS]
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, str | int | float)
 
 
 def _required(value: object, what: str) -> dict[str, Any]:

@@ -175,6 +175,11 @@ runs: Final = Table(
         *("technique_id", "created_at", "run_id"),
         where="technique_id IS NOT NULL",
     ),
+    _partial(
+        "ix_runs_newest_of_advice",
+        *("retry_advice", "created_at", "run_id"),
+        where="retry_advice IS NOT NULL",
+    ),
     Index("ix_runs_newest_of_workspace", "workspace_id", "created_at", "run_id"),
     # Whether a workspace has shown a generation run: few do.
     _partial("ix_runs_generations", "workspace_id", where="run_type = 'generation'"),

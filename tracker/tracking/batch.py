@@ -31,6 +31,7 @@ from tracker.tracking.batch_launch import Launch
 from tracker.tracking.batch_rows import (
     Plan,
     PlannedRow,
+    Retry,
     RowState,
     kept_rows,
     states_of,
@@ -52,7 +53,7 @@ LOOKS_SHARE: Final = 0.1
 class BatchProgress:
     """How far a batch has come. `left` rows are still to be started by this command, `errors` could
     not be; `paused` is for how many seconds FLORA wants no request, `held` those until a row that
-    another process was sending can be tried."""
+    another process was sending, or whose turn is later, can be tried."""
 
     tally: Tally
     left: int = 0
@@ -105,15 +106,15 @@ class Batches:
         given: Sequence[Mapping] = (),
         workspace_id: str | None = None,
         again: bool = False,
-        retry_failed: bool = False,
+        retry: Retry | None = None,
         skip_bad_rows: bool = False,
     ) -> tuple[Plan, Sequence[Problem]]:
         """What a batch of this sheet would do now, and the problems of the rows that it skips.
 
         `name` is what the sheet is called, `given` which columns are which inputs. `again` runs
-        every row once more, `retry_failed` those that failed for a reason that may pass. Nothing is
-        started or kept. Raises `SheetRefused` with all that is wrong, `InvalidRequest` for the
-        workspace or a technique that cannot be started, and whatever asking FLORA raises.
+        every row once more, `retry` those that failed. Nothing is started or kept. Raises
+        `SheetRefused` with all that is wrong, `InvalidRequest` for the workspace or a technique
+        that cannot be started, and whatever asking FLORA raises.
         """
         workspace = self._workspaces.pick(workspace_id)
         definition = await self._catalogue.definition(workspace, technique)
@@ -136,8 +137,8 @@ class Batches:
             for (position, row), digest in zip(rows, digests, strict=True)
         ]
         states = await self._states(workspace, planned)
-        if retry_failed:
-            planned = [_retried(row, states[row.entry.key]) for row in planned]
+        if retry is not None:
+            planned = [states[row.entry.key].retried(row, retry) for row in planned]
             states = await self._states(workspace, planned)
         batch = BatchRow(
             batch_id=batch_id(
@@ -289,10 +290,3 @@ def _cannot_go_on(stopped: TrackerError | None) -> bool:
     if isinstance(stopped, FloraRefusal):
         return isinstance(stopped, KeyRefused | ServerFault)
     return stopped is not None
-
-
-def _retried(row: PlannedRow, state: RowState) -> PlannedRow:
-    """The row, for another attempt where its run failed for a reason that may pass."""
-    if not state.worth_retrying:
-        return row
-    return replace(row, entry=replace(row.entry, turn=row.entry.turn.retried()))

@@ -237,8 +237,9 @@ class Launch:
         return not tried and self._held_for(row) == 0
 
     def _held_for(self, row: PlannedRow) -> float:
-        """Seconds for which somebody held the row's key when the batch was planned."""
+        """Seconds until the row can be tried: another process held its key when the batch was
+        planned, or a retry was advised for later."""
         start = self._plan.states[row.entry.key].start
-        if start is None or start.lease_until is None:
-            return 0.0
-        return max((start.lease_until - self._clock()).total_seconds(), 0.0)
+        until = (row.not_before, None if start is None else start.lease_until)
+        now = self._clock()
+        return max([0.0, *((at - now).total_seconds() for at in until if at is not None)])
