@@ -54,8 +54,8 @@ def costs(
             rows,
             "Starts and the catalogue are not counted, sweeps are. The recipe reads each run every "
             f"{EVERY:g} s until it has ended; of many it follows the first {FOLLOWED}. Fresh: from "
-            "the end at FLORA to the settled row, half of the runs / 95 % of them. For the bill: reads/run "
-            "after all are settled, until every cost is final.",
+            "the end at FLORA to the settled row, half of the runs / 95 % of them. For the bill: "
+            "reads/run after all are settled, until every cost is final.",
         )
     )
     report.figures["costs"] = {name: one.figures() for name, one in found.items()}

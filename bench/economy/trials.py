@@ -22,13 +22,14 @@ which no client here keeps up with; what a run costs does not depend on how many
 
 def promises(runs: int) -> list[Trial]:
     """What must not cost more than so many reads for each run."""
-    many = Trial(name="ending within a minute", runs=runs, seconds=MANY_SECONDS)
+    many = Trial(
+        name="ending within a minute", runs=runs, seconds=MANY_SECONDS, most_for_bills=0.05
+    )
     return [
         replace(
             many,
             name=f"{many.name}, callbacks, outputs in the history",
             most=0.1,
-            most_for_bills=0.05,
         ),
         replace(
             many,
@@ -37,9 +38,7 @@ def promises(runs: int) -> list[Trial]:
             most=1.1,
             most_for_bills=1.1,
         ),
-        replace(
-            many, name=f"{many.name}, all callbacks lost", lost=True, most=0.2, most_for_bills=0.05
-        ),
+        replace(many, name=f"{many.name}, all callbacks lost", lost=True, most=0.2),
         one_by_one(),
     ]
 
