@@ -115,8 +115,8 @@ def _bill(record: Record) -> str:
     wanted = [] if record.cost_final else ["cost"]
     wanted += ["outputs"] if record.run.lacks_outputs else []
     if record.recheck_at is not None:
-        what = " and ".join(wanted) or "refund"
-        return f" Its {what} is read again at {words.moment(record.recheck_at)}."
+        what = f"{' and '.join(wanted) or 'refund'} {'are' if 'outputs' in wanted else 'is'}"
+        return f" Its {what} read again at {words.moment(record.recheck_at)}."
     if record.run.charged_cost is None and not record.cost_final:
         return " FLORA has not told what it cost, and is not asked again."
     return ""
