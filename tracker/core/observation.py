@@ -39,6 +39,7 @@ class Observation:
     `at` is when the tracker saw it, `sent_at` when the request for it was sent, both in the
     database's time; the second decides which cost and which outputs are the latest. Times are aware
     UTC, `charged_cost` is USD: what FLORA's field of that name showed, a quote or the bill.
+    `clock_skew` is how many seconds FLORA's clock was ahead, where the two did not agree.
     """
 
     run_id: str
@@ -59,6 +60,7 @@ class Observation:
     error: RunError | None = None
     outputs: tuple[Output, ...] | None = None
     sent_at: datetime | None = None
+    clock_skew: float | None = None
 
     @property
     def read_at(self) -> datetime:

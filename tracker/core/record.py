@@ -119,7 +119,14 @@ def _sighted(
             at_once=wants_read,
         )
     end_seen_at = old.end_seen_at or (seen.at if run.standing.ended else None)
-    cost_final = end_seen_at is not None and _is_final(run, end_seen_at, policy)
+    cost_final, recheck_at = False, None
+    if end_seen_at is not None and run.standing.ended_at_api:
+        since = since_end(run, end_seen_at, seen.read_at, seen.clock_skew or 0.0)
+        late_enough = seen.shows_bill and since >= policy.cost_recheck
+        shown = run.charged_cost is not None or run.status is RunStatus.FAILED
+        cost_final = shown and (old.cost_final or late_enough)
+        if run.settled and not _billed_whole(run, cost_final):
+            recheck_at = _recheck_at(old, entry, since, policy)
     keeps_lease = entry.claim is None or entry.claim != old.lease_holder
     # Each field by its name, not `replace`, which takes four times as long: this is done for each
     # callback, and hardly anything stays as it was.
@@ -135,9 +142,7 @@ def _sighted(
         end_seen_at=end_seen_at,
         settled_at=(old.settled_at or seen.at) if run.settled else None,
         cost_final=cost_final,
-        recheck_at=None
-        if end_seen_at is None or not run.settled or _billed_whole(run, cost_final)
-        else _recheck_at(old, entry, ended_at(run, end_seen_at), policy),
+        recheck_at=recheck_at,
         inputs=old.inputs if entry.inputs is None else entry.inputs,
         next_check_at=next_check_at,
         looks=looks,
@@ -152,18 +157,13 @@ def _sighted(
     return before if before is not None and after == before else after
 
 
-def ended_at(run: Run, end_seen_at: datetime) -> datetime:
-    """When the run ended: as FLORA says, at the latest when that was seen here. UTC."""
-    return min(run.completed_at or end_seen_at, end_seen_at)
-
-
-def _is_final(run: Run, end_seen_at: datetime, policy: Policy) -> bool:
-    """Whether the bill was read long enough after the end. What is shown of a failed run, a cost
-    or none, is its bill."""
-    if run.cost_read_at is None or not run.standing.ended_at_api:
-        return False
-    shown = run.charged_cost is not None or run.status is RunStatus.FAILED
-    return shown and run.cost_read_at >= ended_at(run, end_seen_at) + policy.cost_recheck
+def since_end(run: Run, end_seen_at: datetime, at: datetime, skew: float = 0.0) -> timedelta:
+    """How long the run had ended at that moment: by FLORA's time of the end, on whose clock `skew`
+    seconds more have passed, and at least since the end was seen here."""
+    seen = at - end_seen_at
+    if run.completed_at is None:
+        return max(seen, timedelta(0))
+    return max(seen, at + timedelta(seconds=skew) - run.completed_at, timedelta(0))
 
 
 def _billed_whole(run: Run, cost_final: bool) -> bool:
@@ -175,7 +175,7 @@ def _billed_whole(run: Run, cost_final: bool) -> bool:
     return cost_final and not run.lacks_outputs and not refund_due
 
 
-def _recheck_at(old: Record, entry: Seen, ended: datetime, policy: Policy) -> datetime | None:
+def _recheck_at(old: Record, entry: Seen, since: timedelta, policy: Policy) -> datetime | None:
     """When to read cost and outputs of a settled run again, which lacks something of them.
 
     Only a read made for it puts that off: a page that was read for others may leave costs out.
@@ -183,7 +183,7 @@ def _recheck_at(old: Record, entry: Seen, ended: datetime, policy: Policy) -> da
     open_before = old.run.settled and not old.billed_whole
     if open_before and (old.recheck_at is None or not (entry.reads or entry.claim)):
         return old.recheck_at
-    return next_recheck(policy, ended_at=ended, now=entry.observation.read_at)
+    return next_recheck(policy, since_end=since, now=entry.observation.read_at)
 
 
 def _callback_at(old: Record, seen: Observation) -> datetime | None:
@@ -218,8 +218,8 @@ def _unseen(record: Record, entry: Unseen, policy: Policy) -> Record:
     if record.run.settled:  # meanwhile, by another way; or its cost was to be read again
         recheck_at = record.recheck_at
         if recheck_at is not None and record.end_seen_at is not None:
-            ended = ended_at(record.run, record.end_seen_at)
-            recheck_at = next_recheck(policy, ended_at=ended, now=entry.at)
+            passed = since_end(record.run, record.end_seen_at, entry.at)
+            recheck_at = next_recheck(policy, since_end=passed, now=entry.at)
         after = replace(record, checks=record.checks + entry.reads, recheck_at=recheck_at)
         return _given_back(after, entry.claim)
     after = replace(

@@ -142,17 +142,17 @@ def next_check(
     return max(first, now)
 
 
-def next_recheck(policy: Policy, *, ended_at: datetime, now: datetime) -> datetime | None:
+def next_recheck(policy: Policy, *, since_end: timedelta, now: datetime) -> datetime | None:
     """When to read cost and outputs again, UTC, after a read at `now` that left them open.
 
     FLORA's bill comes after the end (flora-api.md, 8): `cost_recheck` after it the first time, then
     after waits twice as long each, and a last time at `cost_give_up`. `None` once that has passed.
     """
-    since = now - ended_at
-    if since >= policy.cost_give_up:
+    if since_end >= policy.cost_give_up:
         return None
-    wait = policy.cost_recheck if since < policy.cost_recheck else 2 * since + policy.cost_recheck
-    return ended_at + min(wait, policy.cost_give_up)
+    first = since_end < policy.cost_recheck
+    due = policy.cost_recheck if first else 2 * since_end + policy.cost_recheck
+    return now + min(due, policy.cost_give_up) - since_end
 
 
 def _share(run_id: str, looks: int) -> float:

@@ -232,6 +232,7 @@ class FloraClient:
                     source=Source.START,
                     at=self._clock(),
                     sent_at=answer.sent_at,
+                    clock_offset=self.clock_offset,
                     run_type="technique",
                     technique_id=_known_id(technique_id),
                 )
@@ -298,6 +299,7 @@ class FloraClient:
             source=Source.HISTORY,
             at=self._clock(),
             sent_at=answer.sent_at,
+            clock_offset=self.clock_offset,
             run_type=kind,
         )
         return answer.read(partial(parse.page, key=key, read=read))
@@ -319,6 +321,7 @@ class FloraClient:
                 source=Source.POLL,
                 at=self._clock(),
                 sent_at=answer.sent_at,
+                clock_offset=self.clock_offset,
                 expect_run_id=run_id,
                 run_type=run_type,
             )

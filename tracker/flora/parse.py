@@ -8,7 +8,7 @@ other error is ever raised.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from hashlib import sha256
 from http import HTTPStatus
 from typing import Any, Final, Generic, TypeVar
@@ -43,6 +43,8 @@ LONGEST_MESSAGE: Final = 2000
 """Characters: FLORA's words are shown, passed on and stored."""
 MOST_FIELDS: Final = 100
 LONGEST_VALUE: Final = 100
+CLOCKS_AGREE: Final = timedelta(seconds=5)
+"""Nearer than this FLORA's clock and ours are one: a header `Date` is exact to the second."""
 PLAN_REQUIRED: Final = "paid_plan_required"
 _STATUSES: Final = {str(status): status for status in RunStatus}
 _EVENTS: Final = {"run.completed": RunStatus.COMPLETED, "run.failed": RunStatus.FAILED}
@@ -88,13 +90,14 @@ def run(
     source: Source,
     at: datetime,
     sent_at: datetime | None = None,
+    clock_offset: timedelta | None = None,
     expect_run_id: str | None = None,
     run_type: str | None = None,
     technique_id: str | None = None,
     workspace_id: str | None = None,
 ) -> Observation:
     """A run, as a start, a read or an item of the history shows it, asked for at `sent_at` and seen
-    at `at`.
+    at `at`. `clock_offset` is FLORA's clock minus ours, to a second or so.
 
     `run_type`, `technique_id` and `workspace_id` are what the caller knows, where FLORA is silent.
     Raises `FloraUnreadable` where it is no run, none of a known status, or not `expect_run_id`.
@@ -132,7 +135,13 @@ def run(
         error=_error(fields),
         outputs=_outputs(fields.get("outputs")),
         sent_at=sent_at,
+        clock_skew=None if clock_offset is None else _skew(clock_offset),
     )
+
+
+def _skew(offset: timedelta) -> float | None:
+    """Seconds by which the clocks differ; `None` where they agree, as far as a date can tell."""
+    return offset.total_seconds() if abs(offset) > CLOCKS_AGREE else None
 
 
 def page(payload: object, key: str, read: Callable[[object], T]) -> Page[T]:
