@@ -235,7 +235,8 @@ COSTS: Final = Row(
                     "    sum(cost)::float8 AS usd_at_least, sum(not_final) AS not_final,\n"
                     "    sum(quoted)::float8 AS usd_quoted, sum(unpriced) AS never_billed,\n"
                     "    (sum(cost) / nullif(sum(completed), 0))::float8 AS usd_a_completed_run\n"
-                    f"FROM v_cost_daily WHERE {_DAYS} AND {_W}\nGROUP BY 1 ORDER BY usd_at_least DESC",
+                    f"FROM v_cost_daily WHERE {_DAYS} AND {_W}\n"
+                    "GROUP BY 1 ORDER BY usd_at_least DESC",
                     "",
                 ),
             ),
