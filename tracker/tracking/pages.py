@@ -1,5 +1,6 @@
 """What a history page tells of its workspace, and when reading one is cheaper than single reads."""
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -8,9 +9,11 @@ from typing import Final
 from tracker.core.observation import Observation
 from tracker.core.record import Record
 from tracker.core.run import RunStatus
+from tracker.sources import history
 from tracker.store import retention
 from tracker.store.engine import Database
 from tracker.store.retention import Sighting
+from tracker.tracking.rounds import Round
 from tracker.tracking.workspaces import Workspace
 
 DETAILS_BY: Final = timedelta(minutes=1)
@@ -104,3 +107,35 @@ def pays(pages_away: Collection[int]) -> bool:
     `pages_away` tells of each run on which page from here it is expected, the next one being 1.
     """
     return any(due > pages for due, pages in enumerate(sorted(pages_away), start=1))
+
+
+def leaves_open(item: Observation, workspace: Workspace, course: Round) -> bool:
+    """Whether a page's item shows too little of a run that has ended, so that it is read alone.
+
+    Of the settled runs of which the page shows outputs and no cost, one in each round is read alone
+    all the same: does a single read show the cost, then lists leave costs out.
+    """
+    if not course.recheck:
+        return item.status.ended and not item.details
+    record = course.open_runs.get(item.run_id)
+    if record is None:
+        return False
+    if not answers_recheck(record, item, workspace):
+        return True
+    if item.status is RunStatus.COMPLETED and item.charged_cost is None:
+        course.probe = course.probe or item.run_id
+    return course.probe == item.run_id
+
+
+def pages_away(wanted: Sequence[Record], course: Round, read: int) -> list[int]:
+    """On which page after those that were read each wanted run is expected, where that is known.
+
+    FLORA's list may hold runs that are not known here, so that it may be a later one: then the next
+    is expected to show it.
+    """
+    places = course.places or {}
+    return [
+        max(1, math.ceil(places[one.run.run_id] / history.PAGE_SIZE) - read)
+        for one in wanted
+        if one.run.run_id in places
+    ]

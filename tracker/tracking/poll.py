@@ -14,15 +14,14 @@ backlog does not keep fresh callbacks waiting.
 """
 
 import asyncio
-import math
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
 from itertools import zip_longest
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 import structlog
 from structlog.contextvars import bound_contextvars
@@ -32,7 +31,6 @@ from tracker.core.entry import Entry, Seen, Unseen
 from tracker.core.errors import FloraError, KeyRefused, RateLimited, StoreError
 from tracker.core.observation import Observation
 from tracker.core.record import Record
-from tracker.core.run import RunStatus
 from tracker.sources import history
 from tracker.sources.poll import Reading, read_run
 from tracker.store import claims, listed
@@ -41,14 +39,15 @@ from tracker.store.engine import Database
 from tracker.tracking.durations import DurationBook
 from tracker.tracking.gather import Gathering
 from tracker.tracking.pages import (
-    answers_recheck,
+    leaves_open,
     listable,
     owned,
+    pages_away,
     pays,
     taken_over,
     without_removed,
 )
-from tracker.tracking.rounds import LONGEST_REST, NO_REST, REST, PollReport, Rest, Round
+from tracker.tracking.rounds import PollReport, Rests, Round, all_of
 from tracker.tracking.workspaces import Workspace, Workspaces
 
 CLAIM: Final = 100
@@ -97,7 +96,7 @@ class Poller:
         self._gathering = gathering
         self._holder = holder
         self._clock = clock
-        self._rests: dict[str, Rest] = {}
+        self._rests = Rests(clock)
 
     async def poll_due(self, *, gather: bool = False) -> PollReport:
         """One round: claim what is due in each workspace and read it. Raises `StoreUnavailable`.
@@ -108,7 +107,7 @@ class Poller:
         """
         report = PollReport()
         rounds = [self._poll_workspace(workspace, gather) for workspace in self._readable()]
-        for one in await _all_of(rounds):
+        for one in await all_of(rounds):
             report.add(one)
         return report
 
@@ -119,7 +118,7 @@ class Poller:
         workspace, and the others leave it alone for so long. Raises `StoreUnavailable`.
         """
         report = PollReport()
-        for one in await _all_of([self._recheck(each, turn) for each in self._readable()]):
+        for one in await all_of([self._recheck(each, turn) for each in self._readable()]):
             report.add(one)
         return report
 
@@ -138,18 +137,17 @@ class Poller:
             # Where lists carry no details, ends that are known are read alone all the time.
             waits = due and until and workspace.lists_carry_details
             times.append(max(due, until) if due and until and waits else due)
-        times += [rest.until for rest in self._rests.values() if rest.until > now]
+        times += self._rests.ends()
         return min((moment for moment in times if moment), default=None)
 
     def _readable(self) -> list[Workspace]:
         """The workspaces with a key that FLORA does not refuse, and that do not rest."""
-        now = self._clock()
         return [
             workspace
             for workspace in self._workspaces
             if workspace.client is not None
             and not workspace.client.breaker.blocked
-            and self._rests.get(workspace.slot, NO_REST).until <= now
+            and not self._rests.rests(workspace)
         ]
 
     async def read_now(self, record: Record) -> Record:
@@ -229,7 +227,7 @@ class Poller:
             # What was not read (too many for one round, FLORA down, a shutdown) is due as before.
             if course.open_runs:
                 await claims.release(self._database, self._holder, list(course.open_runs))
-        self._rest_if_down(workspace, course)
+        self._rests.count(workspace, course)
 
     async def _claim(
         self, workspace: Workspace, now: datetime, *, ended: bool
@@ -259,22 +257,6 @@ class Poller:
             if record is not None
         ], full
 
-    def _rest_if_down(self, workspace: Workspace, course: Round) -> None:
-        """Leave the workspace alone where FLORA answered nothing at all, longer each time."""
-        if not course.broken_off:
-            self._rests.pop(workspace.slot, None)
-            return
-        failures = self._rests.get(workspace.slot, NO_REST).failures + 1
-        rest = min(REST * 2 ** min(failures - 1, 10), LONGEST_REST)
-        rest = max(rest, timedelta(seconds=workspace.require_client().budget.state().paused))
-        self._rests[workspace.slot] = Rest(failures, self._clock() + rest)
-        log.warning(
-            "poll.flora_down",
-            workspace_id=workspace.name,
-            error=course.trouble,
-            rest_seconds=rest.total_seconds(),
-        )
-
     async def _renew(self, course: Round) -> None:
         """Hold what is still to be read for as long as the round takes."""
         while True:
@@ -298,7 +280,7 @@ class Poller:
             # Among more than that they are fewer than the pages.
             among=len(wanted) * history.PAGE_SIZE * len(self._workspaces),
         )
-        if not pays(_pages_away(wanted, course, report.pages)):
+        if not pays(pages_away(wanted, course, report.pages)):
             return
         try:
             client = workspace.require_client()
@@ -320,7 +302,7 @@ class Poller:
                         for record in listable(course.open_runs.values(), workspace)
                         if oldest is not None and record.created_at <= oldest
                     ]
-                    if not pays(_pages_away(wanted, course, report.pages)):
+                    if not pays(pages_away(wanted, course, report.pages)):
                         return
         except (KeyRefused, RateLimited) as refusal:
             course.refuse(str(refusal))
@@ -337,7 +319,7 @@ class Poller:
     ) -> None:
         """Take a page through the door; what it shows ended without details stays claimed."""
         taken = await without_removed(self._database, taken_over(workspace, items))
-        lean = {item.run_id for item in taken if _leaves_open(item, workspace, course)}
+        lean = {item.run_id for item in taken if leaves_open(item, workspace, course)}
         answered = course.open_runs.keys() - lean
         passed = await self._door.put_all(
             [
@@ -396,7 +378,7 @@ class Poller:
         alone = list(course.open_runs.values())
         if not course.recheck:
             alone = alone[:SINGLE_READS]
-        await _all_of([read(record) for record in alone])
+        await all_of([read(record) for record in alone])
 
     async def _entries(self, workspace: Workspace, record: Record, reading: Reading) -> list[Entry]:
         """What a reading says of its run, and of the runs that it showed on the way."""
@@ -416,45 +398,3 @@ class Poller:
             ]
         seen = owned(workspace, reading.observation)
         return [*entries, Seen(observation=seen, reads=reading.reads, claim=self._holder)]
-
-
-def _leaves_open(item: Observation, workspace: Workspace, course: Round) -> bool:
-    """Whether a page's item shows too little of a run that has ended, so that it is read alone.
-
-    Of the settled runs of which the page shows outputs and no cost, one in each round is read alone
-    all the same: does a single read show the cost, then lists leave costs out.
-    """
-    if not course.recheck:
-        return item.status.ended and not item.details
-    record = course.open_runs.get(item.run_id)
-    if record is None:
-        return False
-    if not answers_recheck(record, item, workspace):
-        return True
-    if item.status is RunStatus.COMPLETED and item.charged_cost is None:
-        course.probe = course.probe or item.run_id
-    return course.probe == item.run_id
-
-
-def _pages_away(wanted: Sequence[Record], course: Round, read: int) -> list[int]:
-    """On which page after those that were read each wanted run is expected, where that is known.
-
-    FLORA's list may hold runs that are not known here, so that it may be a later one: then the next
-    is expected to show it.
-    """
-    places = course.places or {}
-    return [
-        max(1, math.ceil(places[one.run.run_id] / history.PAGE_SIZE) - read)
-        for one in wanted
-        if one.run.run_id in places
-    ]
-
-
-async def _all_of(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Do all of it at the same time. Where one fails the others are ended, and its error raised."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one) for one in work]
-    except BaseExceptionGroup as failed:
-        raise failed.exceptions[0] from failed
-    return [task.result() for task in tasks]
