@@ -6,7 +6,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import cache, partial
 from typing import Final
 from uuid import uuid4
@@ -57,6 +57,8 @@ CALLER_SECONDS: Final = 25.0
 """How long FLORA is tried while somebody waits: a one-shot gives up within 30 s in all."""
 START_SECONDS: Final = 24.0
 """How long a caller waits until it is known what came of a start."""
+LONGEST_RECHECK: Final = timedelta(seconds=60)
+"""Bills are not waited for: what becomes due within this time shares its pages."""
 JOB_SECONDS: Final = 60.0
 """How long one call of a long-running process may take, repetitions included."""
 
@@ -97,6 +99,11 @@ class Services:
         """When the history is swept."""
         return self.settings.tracker_reconcile_cron
 
+    @property
+    def recheck_every(self) -> timedelta:
+        """How often settled runs whose bill is due are read again, in pages that they share."""
+        return min(self.settings.policy.cost_recheck, LONGEST_RECHECK)
+
 
 @asynccontextmanager
 async def open_services(
@@ -113,7 +120,9 @@ async def open_services(
     settings = rotation.settings
     async with AsyncExitStack() as stack:
         if settings.tracker_database_url.startswith("sqlite"):
-            await migrate.upgrade(settings.tracker_database_url)
+            await migrate.upgrade(
+                settings.tracker_database_url, history_since=settings.tracker_history_since
+            )
         database = await stack.enter_async_context(
             await Database.open(settings.tracker_database_url)
         )

@@ -30,6 +30,7 @@ def costs(
                 f"{sum(one.reads.values()) - single} + {single}",
                 f"{one.per_run:.3f}",
                 f"≤ {trial.most}",
+                f"{one.per_bill:.3f} (≤ {trial.most_for_bills})",
                 f"{other.per_run:.2f}",
                 f"{other.per_run / one.per_run:.0f}",
                 _fresh(one),
@@ -40,13 +41,21 @@ def costs(
         Table(
             "Reads of FLORA for each settled run",
             (
-                *("runs", "number", "pages + single reads", "reads/run", "promised"),
+                *(
+                    "runs",
+                    "number",
+                    "pages + single reads",
+                    "reads/run",
+                    "promised",
+                    "for the bill",
+                ),
                 *("the recipe", "times fewer", "fresh, s", "the recipe's, s"),
             ),
             rows,
             "Starts and the catalogue are not counted, sweeps are. The recipe reads each run every "
             f"{EVERY:g} s until it has ended; of many it follows the first {FOLLOWED}. Fresh: from "
-            "the end at FLORA to the settled row, half of the runs / 95 % of them.",
+            "the end at FLORA to the settled row, half of the runs / 95 % of them. For the bill: "
+            "reads/run after all are settled, until every cost is final.",
         )
     )
     report.figures["costs"] = {name: one.figures() for name, one in found.items()}
@@ -140,6 +149,11 @@ def broken(trials: Sequence[Trial], found: Mapping[str, Found]) -> list[str]:
             said.append(f"{trial.name}: {one.ended - one.settled} runs are not as FLORA has them")
         if trial.most is not None and one.per_run > trial.most:
             said.append(f"{trial.name}: {one.per_run:.3f} reads/run, promised ≤ {trial.most}")
+        if trial.most_for_bills is not None and one.per_bill > trial.most_for_bills:
+            said.append(
+                f"{trial.name}: {one.per_bill:.3f} reads/run for bills, promised ≤ "
+                f"{trial.most_for_bills}"
+            )
     return said
 
 

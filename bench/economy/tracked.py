@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import httpx
-from sqlalchemy import select
+from sqlalchemy import func, select
 
 from bench.economy.flora import EARLIER_RUNS, flora_of, reads
 from bench.economy.trial import Found, Trial
@@ -57,11 +57,14 @@ async def _run(trial: Trial, url: str) -> Found:
             await _start_all(trial, flora, database, port)
             wanted = len(flora.world.runs)
             await _all_settled(database, wanted)
+            asked_until_settled = reads(flora)
+            await _all_final(database, wanted)
+            for_bills = sum(reads(flora).values()) - sum(asked_until_settled.values())
         ours = [run for name, run in flora.world.runs.items() if name not in earlier]
         rows = await _rows(database)
         asked = {
             route: count - asked_before.get(route, 0)
-            for route, count in sorted(reads(flora).items())
+            for route, count in sorted(asked_until_settled.items())
             if count > asked_before.get(route, 0)
         }
     ends = [run.completed_ms / 1000 for run in ours]
@@ -74,6 +77,7 @@ async def _run(trial: Trial, url: str) -> Found:
         fresh=sorted(
             rows[run.run_id].settled_at.timestamp() - run.completed_ms / 1000 for run in ours
         ),
+        reads_for_bills=for_bills,
     )
 
 
@@ -208,6 +212,16 @@ async def _all_settled(database: Database, count: int) -> None:
         return await settled_runs(database) >= count
 
     await eventually(settled, timeout=LATEST, interval=0.5)
+
+
+async def _all_final(database: Database, count: int) -> None:
+    statement = select(func.count()).select_from(runs).where(runs.c.cost_final)
+
+    async def final() -> bool:
+        async with database.read() as connection:
+            return (await connection.execute(statement)).scalar_one() >= count
+
+    await eventually(final, timeout=LATEST, interval=0.5)
 
 
 async def _rows(database: Database) -> dict[str, Any]:

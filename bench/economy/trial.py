@@ -19,7 +19,8 @@ class Trial:
     half. `every` is how many seconds lie between two starts: 0 for all at once,
     `None` for each as soon as the one before has ended. `known` tells whether FLORA's history holds
     enough earlier runs of the technique. `most` is the number of reads for each run that must not
-    be exceeded; `longest_gather` goes to the tracker in place of its own.
+    be exceeded, `most_for_bills` that of the reads after all runs are settled, until every bill is
+    final; `longest_gather` goes to the tracker in place of its own.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Trial:
     settings: Mapping[str, str] = field(default_factory=dict)
     longest_gather: float | None = None
     most: float | None = None
+    most_for_bills: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +42,8 @@ class Found:
     """What a trial came to.
 
     `settled` is how many runs ended up in the database as they ended at FLORA, of `ended` there;
-    `reads` is how often each of FLORA's endpoints was read; `window` is how many seconds lie
+    `reads` is how often each of FLORA's endpoints was read until then, `reads_for_bills` how often
+    after that, until every bill was final (sweeps included); `window` is how many seconds lie
     between the first end and the last. `fresh` is, for each run, the seconds from its end at FLORA
     until it was settled here, ascending.
     """
@@ -51,11 +54,17 @@ class Found:
     reads: Mapping[str, int]
     window: float
     fresh: list[float]
+    reads_for_bills: int = 0
 
     @property
     def per_run(self) -> float:
         """Reads of FLORA for each run that ended."""
         return sum(self.reads.values()) / self.ended
+
+    @property
+    def per_bill(self) -> float:
+        """Reads of FLORA for each run's bill."""
+        return self.reads_for_bills / self.ended
 
     def quantile(self, share: float) -> float:
         """How stale at most this share of the runs was when it settled, in seconds."""
@@ -68,6 +77,7 @@ class Found:
             "settled_true": self.settled,
             "reads": dict(self.reads),
             "reads_per_run": round(self.per_run, 4),
+            "reads_per_bill": round(self.per_bill, 4),
             "seconds_from_first_to_last_end": round(self.window, 1),
             "fresh_seconds": {
                 name: round(self.quantile(share), 2)

@@ -22,14 +22,21 @@ which no client here keeps up with; what a run costs does not depend on how many
 
 def promises(runs: int) -> list[Trial]:
     """What must not cost more than so many reads for each run."""
-    many = Trial(name="ending within a minute", runs=runs, seconds=MANY_SECONDS)
+    many = Trial(
+        name="ending within a minute", runs=runs, seconds=MANY_SECONDS, most_for_bills=0.05
+    )
     return [
-        replace(many, name=f"{many.name}, callbacks, outputs in the history", most=0.1),
+        replace(
+            many,
+            name=f"{many.name}, callbacks, outputs in the history",
+            most=0.1,
+        ),
         replace(
             many,
             name=f"{many.name}, callbacks, none in the history",
             history_outputs=False,
             most=1.1,
+            most_for_bills=1.1,
         ),
         replace(many, name=f"{many.name}, all callbacks lost", lost=True, most=0.2),
         one_by_one(),
@@ -38,7 +45,14 @@ def promises(runs: int) -> list[Trial]:
 
 def one_by_one() -> Trial:
     """Each run starts when the one before has ended."""
-    return Trial(name="ending one by one, callbacks", runs=ALONE, seconds=3.0, every=None, most=1.2)
+    return Trial(
+        name="ending one by one, callbacks",
+        runs=ALONE,
+        seconds=3.0,
+        every=None,
+        most=1.2,
+        most_for_bills=1.0,
+    )
 
 
 def recipes(runs: int) -> tuple[Trial, Trial]:

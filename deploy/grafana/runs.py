@@ -92,7 +92,8 @@ GLANCE: Final = Row(
                     "",
                 ),
             ),
-            about="Of the settled runs that FLORA ended on the days shown (UTC).",
+            about="Of the settled runs that FLORA ended on the days shown (UTC): at least so much "
+            "while bills may still come, see “not final” below.",
             decimals=2,
         ),
         Show(
@@ -231,13 +232,31 @@ COSTS: Final = Row(
                 (
                     "SELECT coalesce(technique_name, technique_id, 'other') AS technique,\n"
                     "    sum(runs) AS runs, sum(completed) AS completed, sum(failed) AS failed,\n"
-                    "    sum(unpriced) AS unpriced, sum(cost)::float8 AS usd,\n"
+                    "    sum(cost)::float8 AS usd_at_least, sum(not_final) AS not_final,\n"
+                    "    sum(quoted)::float8 AS usd_quoted, sum(unpriced) AS never_billed,\n"
                     "    (sum(cost) / nullif(sum(completed), 0))::float8 AS usd_a_completed_run\n"
-                    f"FROM v_cost_daily WHERE {_DAYS} AND {_W}\nGROUP BY 1 ORDER BY usd DESC",
+                    f"FROM v_cost_daily WHERE {_DAYS} AND {_W}\n"
+                    "GROUP BY 1 ORDER BY usd_at_least DESC",
                     "",
                 ),
             ),
-            about="On the days shown.",
+            about="On the days shown. The cost is at least this much while some bills are not "
+            "final; what those without one were quoted stands beside it.",
+        ),
+        Show(
+            title="Failed runs by what to do",
+            kind="table",
+            width=24,
+            queries=(
+                (
+                    "SELECT coalesce(technique_name, technique_id, 'other') AS technique,\n"
+                    "    retry_advice, sum(runs) AS runs\n"
+                    f"FROM v_failures_daily WHERE {_DAYS} AND {_W}\n"
+                    "GROUP BY 1, 2 ORDER BY runs DESC LIMIT 200",
+                    "",
+                ),
+            ),
+            about="On the days shown, by FLORA's error codes.",
         ),
     ),
 )

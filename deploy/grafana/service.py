@@ -326,6 +326,16 @@ LOOKING: Final = Row(
             about="A page reads up to a hundred runs.",
         ),
         Show(
+            title="Bills read again",
+            queries=(
+                (f"sum(rate(tracker_recheck_pages_total{_AT})) * 60", "history pages a minute"),
+                (f"sum(rate(tracker_recheck_reads_total{_AT})) * 60", "single reads a minute"),
+                (f"sum(max by (workspace_id) (tracker_runs_cost_not_final{{{_W}}}))", "not final"),
+                (f"sum(max by (workspace_id) (tracker_runs_unpriced{{{_W}}}))", "never billed"),
+            ),
+            about="FLORA bills after the end. Not final, never billed: runs of the last 7 days.",
+        ),
+        Show(
             title="Since the worker's last round",
             unit="s",
             queries=(
@@ -396,10 +406,29 @@ PROCESSES: Final = Row(
             queries=(
                 (
                     f"max by (workspace_id) (tracker_cost_today_usd{{{_W}}})",
-                    "{{workspace_id}}",
+                    "{{workspace_id}}, at least",
+                ),
+                (
+                    f"max by (workspace_id) (tracker_quoted_today_usd{{{_W}}})",
+                    "{{workspace_id}}, quoted and not billed yet",
                 ),
             ),
-            about="What the settled runs that ended today cost.",
+            about="What the settled runs that ended today cost: at least, while bills may come.",
+        ),
+        Show(
+            title="Failed today (UTC), by what to do",
+            queries=(
+                (
+                    "sum by (retry_advice) (max by (workspace_id, retry_advice) "
+                    f"(tracker_failed_today{{{_W}}}))",
+                    "{{retry_advice}}",
+                ),
+                (
+                    f"sum(increase(tracker_unknown_error_codes_total{_AT}))",
+                    "unknown codes",
+                ),
+            ),
+            about="By FLORA's error codes. Unknown codes count as not retryable.",
         ),
         Show(
             title="Memory",

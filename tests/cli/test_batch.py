@@ -75,7 +75,7 @@ def test_a_sheet_becomes_runs_and_results(flora: Commands) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert "Columns that are no input: note" in done.stderr
-    assert "3 of 3 started, 3 completed, 0.75 USD" in done.stderr
+    assert "3 of 3 started, 3 completed, at least 0.75 USD" in done.stderr
     rows = read(flora.folder / "results.csv")
     assert [row["input.prompt"] for row in rows] == PROMPTS
     assert {(row["status"], row["cost"]) for row in rows} == {("completed", "0.25")}
@@ -170,7 +170,8 @@ async def test_an_interrupt_is_status_130_and_loses_nothing(flora: Commands) -> 
         ("icons.csv --max-cost cheap", "'cheap' is not an amount of USD"),
         ("icons.csv --max-cost nan", "is not an amount of USD"),
         ("icons.csv --delimiter ab", "must be one character, or tab"),
-        ("icons.csv --again --retry-failed", "cannot be combined with --again"),
+        ("icons.csv --again --retry-failed", "cannot be combined with one another"),
+        ("icons.csv --retry-all --retry-failed", "cannot be combined with one another"),
         ("icons.csv --output no/where.csv", "cannot be written"),
         ("icons.csv --output a.csv --results table", "takes csv or jsonl"),
         ("icons.csv --concurrency 0", "greater than or equal to 1"),

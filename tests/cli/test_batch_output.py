@@ -84,7 +84,8 @@ def test_csv_has_a_column_for_everything(capsys: pytest.CaptureFixture[str]) -> 
     show_rows(rows(), Results.CSV, None)
     shown = list(csv.DictReader(io.StringIO(capsys.readouterr().out, newline="")))
     assert list(shown[0]) == [
-        *("row", "line", "key", "run_id", "status", "cost", "error"),
+        *("row", "line", "key", "run_id", "status", "cost", "cost_final", "quoted_cost"),
+        *("retry_advice", "error"),
         *("input.prompt", "output.1", "output.2"),
     ]
     names = ("row", "run_id", "status", "cost", "error")
@@ -146,6 +147,7 @@ def test_progress_is_told_in_words() -> None:
         "FLORA asks to wait 5 s"
     )
     assert "waiting to learn what became of 3" in words(BatchProgress(tally=tally, doubt=3))
+    assert "next start in 80 s" in words(BatchProgress(tally=tally, held=80.0))
 
 
 @pytest.mark.parametrize(

@@ -51,4 +51,5 @@ def observations(run_id: str = "run_1") -> st.SearchStrategy[Observation]:
         charged_cost=optional(st.sampled_from([Decimal(0), Decimal("0.25"), Decimal("0.50")])),
         error=optional(st.builds(RunError, code=texts, message=texts)),
         outputs=optional(st.lists(outputs, max_size=2).map(tuple)),
+        sent_at=optional(times),
     )

@@ -130,6 +130,19 @@ def test_links_are_https(value: object, fits: bool) -> None:
     assert (fields([text], an_input("face", "text", value)) == []) is says_something
 
 
+def test_an_optional_text_may_be_empty() -> None:
+    """It is left out of the start; one that is needed, and a link, may not be. Something has to be
+    said all the same."""
+    style = Port(id="style", type="text", optional=True)
+    empty = {"id": "style", "type": "text", "value": ""}
+    assert fields([FACE, style], an_input(), empty) == []
+    assert fields([style], empty) == ["inputs"]
+    needed = Port(id="style", type="text")
+    assert fields([FACE, needed], an_input(), empty) == ["inputs.1.value"]
+    logo = Port(id="logo", type="imageUrl", optional=True)
+    assert fields([FACE, logo], an_input(), an_input("logo", value="")) == ["inputs.1.value"]
+
+
 def test_an_element_is_no_link() -> None:
     """Where FLORA takes the id of an element, that is fine, and a link is still looked at."""
     element = Port(id="face", type="imageUrl", element=True)

@@ -68,7 +68,7 @@ def test_a_run_never_falls_back(seen: list[Observation], late: Observation) -> N
     assert after.standing >= before.standing
     assert after.progress >= before.progress
     assert after.conflict >= before.conflict
-    for register in ("outputs", "charged_cost", "started_at", "completed_at", "created_at"):
+    for register in ("outputs", "quoted_cost", "started_at", "completed_at", "created_at"):
         assert getattr(before, register) is None or getattr(after, register) is not None
 
 
@@ -105,18 +105,109 @@ def test_a_completed_run_has_no_error() -> None:
 def test_completed_beats_failed_between_equals() -> None:
     """Two reads that disagree about the end: completed stands, in either order, as a conflict."""
     failed = sight(Source.POLL, RunStatus.FAILED)
-    completed = sight(Source.HISTORY, RunStatus.COMPLETED, charged_cost=Decimal("0.5"))
+    completed = sight(Source.HISTORY, RunStatus.COMPLETED, charged_cost=LATER_BILL, sent_at=SOON)
     for order in ([failed, completed], [completed, failed]):
         run = fold(order)
         assert (run.status, run.charged_cost) == (RunStatus.COMPLETED, Decimal("0.5"))
         assert run.conflict
 
 
-def test_a_pending_cost_of_zero_is_replaced() -> None:
-    """The cost of the end replaces the zero that a pending run carries."""
-    pending = sight(Source.START, RunStatus.PENDING, charged_cost=Decimal(0))
-    end = sight(Source.POLL, RunStatus.COMPLETED, charged_cost=Decimal("0.25"))
-    assert fold([end, pending]).charged_cost == fold([pending, end]).charged_cost == Decimal("0.25")
+QUOTE, BILL, LATER_BILL = Decimal("0.253"), Decimal("0.873"), Decimal("0.5")
+SOON, LATE = START + timedelta(seconds=1), START + timedelta(seconds=61)
+
+
+@given(
+    st.lists(
+        st.builds(
+            lambda source, status, cost, sent_at, outputs: sight(
+                source, status, charged_cost=cost, sent_at=sent_at, outputs=outputs
+            ),
+            st.sampled_from([Source.START, Source.POLL, Source.HISTORY]),
+            st.sampled_from([RunStatus.RUNNING, RunStatus.COMPLETED, RunStatus.FAILED]),
+            st.sampled_from([None, Decimal(0), QUOTE, BILL, LATER_BILL]),
+            st.sampled_from([None, START, SOON, LATE]),
+            st.sampled_from([None, (), (PICTURE,)]),
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    st.randoms(use_true_random=False),
+)
+def test_the_latest_bill_counts_in_any_order(seen: list[Observation], random: Random) -> None:
+    """With quotes, lists, reads and refunds mixed: the bill is what the latest read of the ended
+    run showed, of two at once the single read, then the greater; the quote is the greatest."""
+    shuffled = list(seen)
+    random.shuffle(shuffled)
+    run = fold(shuffled)
+    assert run == fold(seen)
+    reads = [one for one in seen if one.source is not Source.START and one.status.ended]
+    bills = [one for one in reads if one.charged_cost is not None or one.status is RunStatus.FAILED]
+    bill = max(bills, key=_lateness, default=None)
+    assert run.charged_cost == (bill and bill.charged_cost)
+    assert run.cost_read_at == (bill and (bill.sent_at or bill.at))
+    quotes = [one.charged_cost for one in seen if one not in reads and one.charged_cost is not None]
+    assert run.quoted_cost == max(quotes, default=None)
+
+
+def _lateness(one: Observation) -> tuple[object, ...]:
+    shown = one.charged_cost is not None
+    return (one.sent_at or one.at, one.source is Source.POLL, shown, one.charged_cost or 0)
+
+
+def test_a_quote_is_never_a_bill() -> None:
+    """What a start or a running run shows is a quote, and a bill that differs is no conflict."""
+    start = sight(Source.START, RunStatus.PENDING, charged_cost=QUOTE)
+    running = sight(Source.HISTORY, RunStatus.RUNNING, charged_cost=Decimal(0))
+    end = sight(Source.POLL, RunStatus.COMPLETED)
+    billed = sight(Source.HISTORY, RunStatus.COMPLETED, charged_cost=BILL, sent_at=LATE)
+    for order in ([start, running, end], [end, running, start]):
+        run = fold(order)
+        assert (run.quoted_cost, run.charged_cost) == (QUOTE, None)
+        run = merge(run, billed)
+        assert (run.quoted_cost, run.charged_cost, run.conflict) == (QUOTE, BILL, False)
+    assert run.cost_read_at == LATE
+
+
+def test_a_replayed_start_shows_a_quote() -> None:
+    """A start that FLORA answers again shows an old cost, even where it says that the run ended."""
+    run = fold([sight(Source.START, RunStatus.COMPLETED, charged_cost=QUOTE, outputs=(PICTURE,))])
+    assert (run.quoted_cost, run.charged_cost, run.outputs) == (QUOTE, None, (PICTURE,))
+
+
+@pytest.mark.parametrize("source", [Source.POLL, Source.HISTORY])
+def test_a_later_read_lowers_a_cost(source: Source) -> None:
+    """A bill that FLORA corrects downwards is seen, single or listed, in whatever order."""
+    first = sight(Source.POLL, RunStatus.COMPLETED, charged_cost=BILL, sent_at=SOON)
+    later = sight(source, RunStatus.COMPLETED, charged_cost=LATER_BILL, sent_at=LATE)
+    assert fold([first, later]).charged_cost == fold([later, first]).charged_cost == LATER_BILL
+    assert not fold([first, later]).conflict
+
+
+def test_a_refund_clears_the_cost_of_a_failed_run() -> None:
+    """A failed run that a later read shows without a cost was billed nothing."""
+    failed = sight(Source.POLL, RunStatus.FAILED, charged_cost=QUOTE, sent_at=SOON)
+    refunded = sight(Source.HISTORY, RunStatus.FAILED, sent_at=LATE)
+    for order in ([failed, refunded], [refunded, failed]):
+        run = fold(order)
+        assert (run.charged_cost, run.cost_read_at, run.quoted_cost) == (None, LATE, None)
+
+
+def test_a_completed_read_without_a_cost_takes_none_away() -> None:
+    """Of a completed run a cost that is absent says nothing: it may not be billed yet."""
+    billed = sight(Source.POLL, RunStatus.COMPLETED, charged_cost=BILL, sent_at=SOON)
+    run = fold([billed, sight(Source.POLL, RunStatus.COMPLETED, sent_at=LATE)])
+    assert (run.charged_cost, run.cost_read_at) == (BILL, SOON)
+
+
+def test_links_signed_anew_replace_older_ones() -> None:
+    """The links of the latest read are kept, however they compare, and in any order."""
+    older = Output("output_1", "imageUrl", PICTURE.url + "?sig=9")
+    newer = Output("output_1", "imageUrl", PICTURE.url + "?sig=1")
+    one = sight(Source.POLL, RunStatus.COMPLETED, outputs=(older,), sent_at=SOON)
+    two = sight(Source.HISTORY, RunStatus.COMPLETED, outputs=(newer,), sent_at=LATE)
+    for order in ([one, two], [two, one]):
+        run = fold(order)
+        assert (run.outputs, run.outputs_read_at, run.conflict) == ((newer,), LATE, False)
 
 
 def test_a_stale_page_empties_nothing() -> None:

@@ -261,3 +261,84 @@ def test_flora_s_clock_does_not_move_the_first_look() -> None:
     tomorrow = replace(started().observation, created_at=START + timedelta(days=1))
     record = after([Seen(observation=tomorrow, callback_expected=True)])
     assert seconds(record.next_check_at) == 30
+
+
+def billed(source: Source, at: float, *, reads: int = 0, **shown: object) -> Seen:
+    """A read of the completed run, with its outputs."""
+    facts = {"outputs": (PICTURE,), "completed_at": START} | shown
+    return Seen(observation=seen(source, RunStatus.COMPLETED, at=at, **facts), reads=reads)
+
+
+def test_a_cost_is_final_once_it_was_read_long_enough_after_the_end() -> None:
+    """A minute, as the settings say: what was read before may still change, listed or single."""
+    record = after([started(), billed(Source.POLL, 59, reads=1, charged_cost=Decimal(1))])
+    assert (record.cost_final, record.tracking) == (False, Tracking.SETTLED)
+    assert seconds(record.recheck_at) == 60
+    listed = billed(Source.HISTORY, 60, charged_cost=Decimal(2))
+    record = after([listed], record)
+    assert (record.cost_final, record.recheck_at) == (True, None)
+    assert record.run.charged_cost == Decimal(2)
+
+
+def test_rechecks_wait_twice_as_long_each_time_until_they_are_given_up() -> None:
+    """A cost that never comes: 60 s after the end, then 120 s later, 240 s, … for a day."""
+    record = after([started(), billed(Source.POLL, 10, reads=1)])
+    times = []
+    while record.recheck_at is not None:
+        times.append(seconds(record.recheck_at))
+        record = after([billed(Source.POLL, times[-1], reads=1)], record)
+    assert times[:5] == [60, 180, 420, 900, 1860]
+    assert times[-1] == 86_400
+    assert (record.cost_final, record.run.charged_cost, record.tracking) == (
+        *(False, None, Tracking.SETTLED),
+    )
+
+
+def test_a_page_read_for_others_puts_no_recheck_off() -> None:
+    """It may leave costs out, so that it says nothing about when to look again."""
+    record = after([started(), billed(Source.POLL, 10, reads=1)])
+    assert seconds(after([billed(Source.HISTORY, 70)], record).recheck_at) == 60
+
+
+def test_a_recheck_that_fails_is_tried_again_later() -> None:
+    """FLORA gave no answer: the next wait is as long as after an answer without a cost."""
+    record = after([started(), billed(Source.POLL, 10, reads=1)])
+    failed = Unseen(run_id="run_1", at=START + timedelta(seconds=60), error="FLORA answered 503")
+    record = after([failed], record)
+    assert seconds(record.recheck_at) == 180
+    assert (record.tracking, record.last_error) == (Tracking.SETTLED, None)
+
+
+def test_a_final_bill_that_is_shown_again_changes_nothing() -> None:
+    """Not even the object, so that a sweep writes nothing; another cost is taken all the same."""
+    record = after([started(), billed(Source.POLL, 61, reads=1, charged_cost=Decimal(1))])
+    again = billed(Source.HISTORY, 3600, charged_cost=Decimal(1))
+    assert after([again], record) is record
+    lower = after([billed(Source.HISTORY, 3600, charged_cost=Decimal("0.5"))], record)
+    assert lower.run.charged_cost == Decimal("0.5")
+
+
+@given(st.lists(observations(), min_size=1, max_size=6))
+def test_only_what_is_settled_is_read_again(sights: list[Observation]) -> None:
+    """Whatever is seen, a recheck is due only of a settled run that lacks something."""
+    record = after([Seen(observation=sight) for sight in sights])
+    if record.recheck_at is not None:
+        assert record.run.settled
+        assert not record.billed_whole
+    if record.cost_final:
+        assert record.run.charged_cost is not None or record.run.status is RunStatus.FAILED
+
+
+@pytest.mark.parametrize("skew", [-1200.0, 1200.0])
+def test_clocks_that_disagree_make_no_bill_final_too_early(skew: float) -> None:
+    """How long ago the run ended is told by FLORA's clock: ours may be hours off."""
+    end = START + timedelta(seconds=skew)  # as FLORA's clock has it
+
+    def read(at: float, cost: int) -> Seen:
+        facts = {"completed_at": end, "clock_skew": skew, "charged_cost": Decimal(cost)}
+        return billed(Source.POLL, at, reads=1, **facts)
+
+    record = after([started(), read(1, 1)])
+    assert (record.cost_final, seconds(record.recheck_at)) == (False, 60)
+    record = after([read(60, 2)], record)
+    assert (record.cost_final, record.run.charged_cost) == (True, Decimal(2))

@@ -6,16 +6,24 @@ from decimal import Decimal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.store.making import NOW, POLICY, called, observations, seen, started
+from tests.store.making import NOW, POLICY, as_entry, callback, observations, seen, started
+from tests.support.deliveries import Delivered
 from tracker.core.entry import Entry, Seen
 from tracker.core.histogram import BEYOND, EDGES, bucket_of
+from tracker.core.observation import Source
 from tracker.core.record import Record, apply
-from tracker.core.run import RunStatus
+from tracker.core.run import RunError, RunStatus
 from tracker.core.tally import (
     ALWAYS,
+    COST,
     END,
+    FAILURE,
+    FINAL,
     MEASURES,
+    OPEN,
+    QUOTE,
     STATE,
+    UNPRICED,
     billionths,
     dollars,
     facts,
@@ -24,13 +32,21 @@ from tracker.core.tally import (
 )
 
 
-def after(*entries: Entry) -> Record:
+def after(*entries: Entry | Delivered) -> Record:
     """The record that the entries make."""
     record = None
     for entry in entries:
-        record = apply(record, entry, policy=POLICY, durations_of=lambda _: None)
+        record = apply(record, as_seen(entry), policy=POLICY, durations_of=lambda _: None)
     assert record is not None
     return record
+
+
+def as_seen(entry: Entry | Delivered) -> Entry:
+    """What a delivery says of its run."""
+    if not isinstance(entry, Delivered):
+        return entry
+    assert entry.observation is not None
+    return Seen(observation=entry.observation)
 
 
 def test_a_run_that_goes_on_counts_for_its_state_alone() -> None:
@@ -45,19 +61,47 @@ def test_a_settled_run_counts_once_in_each_measure() -> None:
     ended = {"completed_at": NOW - timedelta(seconds=3), "charged_cost": Decimal("0.5")}
     record = after(
         started("run_1"),
-        called("run_1"),
+        callback("run_1"),
         seen("run_1", RunStatus.COMPLETED, at=NOW + timedelta(seconds=2), facts=ended),
     )
     found = facts(record)
-    assert sorted(key.measure for key, _ in found) == sorted(MEASURES)
+    assert sorted(key.measure for key, _ in found) == sorted(set(MEASURES) - {QUOTE, FAILURE})
     assert {amount for _, amount in found} == {0, 3000, 5000, 500_000_000}
+
+
+def test_a_bill_is_open_until_it_is_final_or_given_up() -> None:
+    """A settled run without a final bill counts as open, its quote beside it; one whose cost never
+    came as unpriced; a failed one counts for its retry advice."""
+    quoted = started("run_1", facts={"charged_cost": Decimal("0.25")})
+
+    def costs(*entries: Entry | Delivered) -> list[tuple[str, str, int]]:
+        found = facts(after(quoted, *entries))
+        return [
+            (key.measure, key.word, amount)
+            for key, amount in found
+            if key.measure in (COST, QUOTE, FAILURE)
+        ]
+
+    day = timedelta(days=1)
+    ended = seen("run_1", RunStatus.COMPLETED)
+    billed = {"charged_cost": Decimal("0.5")}
+    again = seen("run_1", RunStatus.COMPLETED, at=NOW + day, facts=billed, reads=1)
+    quote = 250_000_000
+    assert costs(ended) == [(COST, OPEN, 0), (QUOTE, OPEN, quote)]
+    assert costs(ended, again) == [(COST, FINAL, 500_000_000)]
+    given_up = seen("run_1", RunStatus.COMPLETED, at=NOW + day, reads=1)
+    assert costs(ended, given_up) == [(COST, UNPRICED, 0), (QUOTE, UNPRICED, quote)]
+    failed = {"error": RunError("model_timeout")}
+    assert costs(seen("run_1", RunStatus.FAILED, at=NOW + day, facts=failed)) == [
+        *((COST, OPEN, 0), (QUOTE, OPEN, quote), (FAILURE, "retry_now", 0)),
+    ]
 
 
 def test_the_hour_of_an_end_stays() -> None:
     """An end counts where it was first known, whatever is heard later."""
     later = NOW + timedelta(hours=5)
     record = after(
-        called("run_1"), seen("run_1", RunStatus.FAILED, at=later), called("run_1", at=later)
+        callback("run_1"), seen("run_1", RunStatus.FAILED, at=later), callback("run_1", at=later)
     )
     assert record.end_seen_at == NOW
     ((hour, status),) = [(key.since, key.status) for key, _ in facts(record) if key.measure == END]
@@ -71,8 +115,10 @@ def test_the_hour_of_an_end_stays() -> None:
 def test_what_is_the_same_counts_for_the_same(sights: list, expected: list[bool]) -> None:
     """The quick look never overlooks a change."""
     record = None
-    for sight, with_callback in zip(sights, expected, strict=False):
-        entry = Seen(observation=sight, callback_expected=with_callback)
+    for number, (sight, with_callback) in enumerate(zip(sights, expected, strict=False)):
+        entry = as_seen(as_entry(sight, number))
+        if sight.source is not Source.CALLBACK:
+            entry = Seen(observation=sight, callback_expected=with_callback)
         new = apply(record, entry, policy=POLICY, durations_of=lambda _: None)
         assert new is not None
         if record is not None and same(record, new):

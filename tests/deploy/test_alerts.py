@@ -59,6 +59,7 @@ HEALTHY: Series = {
     **on("tracker_runs_overdue", "0"),
     **on("tracker_starts_unresolved", "0"),
     **on("tracker_callback_own_addresses_missing", "0"),
+    **on("tracker_runs_unpriced", "0", labels=WS),
     **on("tracker_database_up", "1"),
     **on(FAILURES, "0", labels='reason="unavailable"'),
     **on(COMMITS, "0+10", labels='le="0.1"'),
@@ -147,6 +148,10 @@ SCENARIOS: dict[str, tuple[Series, set[str]]] = {
         {"TrackerStartsUnresolved"},
     ),
     "starts have been unresolved for days": (on("tracker_starts_unresolved", "2"), set()),
+    "runs are never billed": (
+        on("tracker_runs_unpriced", "2", labels=WS),
+        {"TrackerRunsUnpriced"},
+    ),
     "one process has lost the database": (
         on("tracker_database_up", "0", instances="b"),
         {"TrackerDatabaseDown"},

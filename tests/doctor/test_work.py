@@ -114,6 +114,7 @@ async def test_what_waits_for_a_person_is_named(seen: work.Ledger) -> None:
         waiting=7,
         oldest_waiting_at=NOW - timedelta(seconds=90),
         unresolved_starts=2,
+        unpriced={"ws_1": 2, "ws_2": 1},
     )
     found = {
         one.name: one for one in upkeep.look(gauges, ["run_1", "run_2", "run_3", "run_4"], now=NOW)
@@ -127,6 +128,7 @@ async def test_what_waits_for_a_person_is_named(seen: work.Ledger) -> None:
     assert "10000 or more" in found["quarantine"].seen
     assert "tracker runs track" in found["starts"].advice
     assert "4 runs ended (run_1, run_2, run_3, …)" in found["conflicts"].seen
+    assert "never billed 3 runs" in found["bills"].seen
     few = replace(seen.gauges, callbacks={("ws_1", "missed"): 9})
     assert upkeep.look(few, [], now=NOW)[0].level is Level.OK, "too few to say anything"
 

@@ -30,6 +30,7 @@ from tracker.core.errors import (
     InvalidRequest,
     KeyRefused,
     NotFound,
+    PlanRequired,
     SettingsError,
     TrackerError,
 )
@@ -319,6 +320,59 @@ async def test_a_forbidden_list_means_the_key() -> None:
         with pytest.raises(KeyRefused):
             await flora.history()
         assert flora.breaker.open
+
+
+async def test_a_plan_that_lacks_something_is_no_refused_key() -> None:
+    """403 `paid_plan_required` is about the workspace's plan: it is told as that, the breaker stays
+    closed, and a key that was refused before counts as taken."""
+    plan = refused(403, "paid_plan_required")
+    async with client(FarEnd(refused(401), plan), VirtualTime()) as flora:
+        with pytest.raises(KeyRefused):
+            await flora.history()
+        flora.breaker._next_trial = 0
+        for call in (flora.history(), flora.get_any_run("run_1")):
+            with pytest.raises(PlanRequired, match="403 paid_plan_required: some words"):
+                await call
+            assert not flora.breaker.open
+    async with client(FarEnd(refused(402, "insufficient_credits")), VirtualTime()) as flora:
+        with pytest.raises(FloraRefusal, match="402 insufficient_credits"):
+            await flora.start_run("tech_1", inputs=INPUTS, idempotency_key="k")
+        assert not flora.breaker.open
+
+
+async def test_a_field_s_valid_values_are_told() -> None:
+    """What FLORA says that a field takes stands in the error, as values and in words."""
+    fault = {"field": "inputs.0.value", "message": "is not a style", "code": "invalid_value"}
+    values = {"valid_values": ["photo", "sketch", 3, None, {"a": 1}]}
+    body = {"error": {"code": "input_validation_error", "message": "wrong", "fields": []}}
+    body["error"]["fields"] = [fault | values, fault | {"valid_values": "photo"}]  # type: ignore[index]
+    async with client(FarEnd(httpx.Response(400, json=body)), VirtualTime()) as flora:
+        with pytest.raises(FloraRefusal) as caught:
+            await flora.start_run("tech_1", inputs=INPUTS, idempotency_key="k")
+    assert [one.valid_values for one in caught.value.fields] == [("photo", "sketch", "3"), ()]
+    assert "inputs.0.value: is not a style (one of photo, sketch, 3)" in str(caught.value)
+
+
+async def test_an_empty_text_is_left_out_of_a_start() -> None:
+    """FLORA refuses an empty string; an optional text that says nothing is not sent."""
+    far_end = FarEnd(ok(run_payload()))
+    inputs = [*INPUTS, {"id": "style", "type": "text", "value": ""}]
+    async with client(far_end, VirtualTime()) as flora:
+        await flora.start_run("tech_1", inputs=inputs, idempotency_key="k")
+    assert json.loads(far_end.requests[0].content)["inputs"] == INPUTS
+
+
+async def test_each_observation_tells_when_its_request_was_sent() -> None:
+    """Not when the answer came: of two reads that overlap the one sent later is the later one."""
+    time = VirtualTime()
+
+    async def slow(request: httpx.Request) -> httpx.Response:
+        await time.sleep(3)
+        return ok(run_payload())
+
+    async with client(FarEnd(slow), time) as flora:
+        seen = await time.run(flora.get_any_run("run_1"))
+    assert (seen.sent_at, seen.at) == (NOON, NOON + timedelta(seconds=3))
 
 
 async def test_the_key_is_told_to_nobody() -> None:

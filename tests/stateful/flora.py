@@ -1,8 +1,8 @@
 """FLORA as a model: its runs end when the test says so, and its requests fail where the test says.
 
 It stands at the HTTP transport, so that all of the tracker's client is the real one. The pages are
-small, cursors are offsets, and `seconds`, `lean` and `conflict` choose between the accounts that
-FLORA's sources give of itself.
+small, cursors are offsets, and `seconds`, `lean`, `late_bills` and `conflict` choose between the
+accounts that FLORA's sources give of itself.
 """
 
 import json
@@ -23,6 +23,10 @@ TECHNIQUES: Final = {"tech_icons": "icon-pack", "tech_cards": "tarot-pull"}
 PAGE: Final = 3
 KEYS_KEPT: Final = {"replay": 24 * 3600, "conflict": 2 * 3600}
 """For how many seconds an idempotency key is remembered, by each of the two accounts."""
+
+BILLED_AFTER: Final = 50
+"""Seconds after a run's end, where bills are late."""
+QUOTE: Final = 0.5
 
 BEFORE: Final = ("429", "429 for long", "401", "500", "503", "no connection", "cut before")
 """Faults of a request that does nothing."""
@@ -92,6 +96,7 @@ class ModelFlora:
         self.idempotency = "replay"
         self.lean = False
         self.seconds = False
+        self.late_bills = False
         self._clocks = clocks
         self._keys: dict[str, tuple[float, str, bytes]] = {}
 
@@ -231,11 +236,18 @@ class ModelFlora:
             "status": run.status,
             "progress": {"pending": 0, "running": 40}.get(run.status, 100),
             "poll_url": f"{BASE}/{path}/{run.run_id}",
-            "charged_cost": run.cost,
             "outputs": run.outputs,
+            **self._cost(run),
             **times,
             **run.error,
         }
+
+    def _cost(self, run: ModelRun) -> dict[str, float]:
+        """What is shown of the cost now: the bill or, where bills are late, a quote or nothing."""
+        billed = run.ended and self._now() - (run.completed_at or 0) >= BILLED_AFTER * 1000
+        if billed or not self.late_bills:
+            return {"charged_cost": run.cost}
+        return {} if run.status == "completed" else {"charged_cost": QUOTE}
 
     def _item(self, run: ModelRun) -> dict[str, Any]:
         """The run as the history lists it."""
@@ -246,7 +258,8 @@ class ModelFlora:
             item["technique_run_id"] = run.run_id
             item["technique"] = {"technique_id": run.technique_id, "name": "A technique"}
         if self.lean and run.status == "completed":
-            del item["outputs"], item["charged_cost"]
+            del item["outputs"]
+            item.pop("charged_cost", None)
         return item
 
     def _show(self, value: Any) -> httpx.Response:

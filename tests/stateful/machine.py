@@ -63,15 +63,18 @@ class TrackerMachine(RuleBasedStateMachine):
         conflict=st.booleans(),
         lean=st.booleans(),
         seconds=st.booleans(),
+        late_bills=st.booleans(),
         told=st.booleans(),
         runs=st.integers(0, 5),
     )
-    def begin(self, conflict: bool, lean: bool, seconds: bool, told: bool, runs: int) -> None:
+    def begin(
+        self, conflict: bool, lean: bool, seconds: bool, late_bills: bool, told: bool, runs: int
+    ) -> None:
         """Which of FLORA's accounts are true, whether we were told our workspace's id, and how many
         runs are there already."""
         flora = self.world.flora
         flora.idempotency = "conflict" if conflict else "replay"
-        flora.lean, flora.seconds = lean, seconds
+        flora.lean, flora.seconds, flora.late_bills = lean, seconds, late_bills
         for _ in range(runs):
             flora.begin("tech_cards")
         self.world.told = WORKSPACE if told else None
@@ -205,6 +208,12 @@ class TrackerMachine(RuleBasedStateMachine):
         """Some seconds later, what is due is read."""
         self.world.clocks.elapsed += after
         self.world.do(self.world.process.services.poller.poll_due())
+
+    @rule(after=st.sampled_from([0, 70, 400]))
+    def reads_bills_again(self, after: int) -> None:
+        """Some seconds later, bills that are due are read again."""
+        self.world.clocks.elapsed += after
+        self.world.do(self.world.process.services.poller.recheck_due())
 
     @rule(minutes=st.none() | st.sampled_from([1, 60]))
     def sweeps(self, minutes: int | None) -> None:

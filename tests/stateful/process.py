@@ -64,6 +64,7 @@ class Process:
             flora_webhook_secret=" ".join(secrets),
             tracker_database_url=database_url,
             tracker_public_url=PUBLIC_URL,
+            tracker_api_token="a-token-of-the-tests",
             tracker_api_concurrency=1,  # so that one order of events is one outcome
             tracker_history_since="365d",
         )
@@ -90,7 +91,12 @@ class Process:
         process.services = services
         ours = httpx.ASGITransport(app=build_app(services))
         process.http = await enter(
-            httpx.AsyncClient(transport=ours, base_url="http://127.0.0.1", trust_env=False)
+            httpx.AsyncClient(
+                transport=ours,
+                base_url="http://127.0.0.1",
+                trust_env=False,
+                headers={"authorization": "Bearer a-token-of-the-tests"},
+            )
         )
         return process
 

@@ -129,7 +129,8 @@ def assert_true(record: Record, truth: ModelRun) -> None:
     told = {
         "status": run.status.value,
         "outputs": [[o.output_id, o.type, o.url] for o in run.outputs or ()],
-        "cost": None if run.charged_cost is None else float(run.charged_cost),
+        # Until it is final FLORA may show no bill yet, and of a failed run the quote.
+        "cost": float(run.charged_cost or 0) if record.cost_final else truth.cost,
         "error": None if run.error is None else [run.error.code, run.error.message],
         "times": [_ms(run.created_at), _ms(run.started_at), _ms(run.completed_at)],
     }

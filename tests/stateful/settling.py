@@ -40,6 +40,7 @@ async def settle(world: World) -> None:
     clocks.elapsed += DAY
     await world.sweep()
     await _poll(world)
+    await _recheck(world)
     world.figures["most rounds"] = max(world.figures["most rounds"], rounds)
     await _compare(world)
     unknown = len(world.memory.records.keys() - flora.runs.keys())
@@ -61,6 +62,15 @@ async def _poll(world: World) -> None:
         pass
 
 
+async def _recheck(world: World) -> None:
+    """Read bills again as a worker does, until none is left to come."""
+    clocks, poller = world.clocks, world.process.services.poller
+    for _ in range(ROUNDS):
+        while (await poller.recheck_due()).more:
+            pass
+        clocks.elapsed += 120
+
+
 async def _compare(world: World) -> None:
     """Every run of FLORA's is settled and true, and of every start it is known what it became."""
     now = await snapshot(world.process.services.database)
@@ -68,6 +78,8 @@ async def _compare(world: World) -> None:
         assert run_id in now.records, f"{run_id} is lost"
         record = now.records[run_id]
         assert record.run.settled, f"{run_id} does not settle"
+        assert record.cost_final, f"the bill of {run_id} is not final"
+        assert record.recheck_at is None
         assert_true(record, truth)
         assert (record.run.workspace_id, record.run.run_type) == (WORKSPACE, truth.run_type)
         assert record.run.technique_id == truth.technique_id

@@ -122,11 +122,17 @@ async def test_costs(told: Database) -> None:
     """Costs stand on the day of FLORA's end, by technique, in the catalogue's or the run's name."""
     (cats,) = await overview.costs(told, now=NOW)
     assert (cats.technique_name, cats.cost) == ("Cats", Decimal("0.25"))
-    assert (cats.runs, cats.completed, cats.failed, cats.unpriced) == (3, 2, 1, 1)
+    assert (cats.runs, cats.completed, cats.failed, cats.unpriced) == (3, 2, 1, 0)
+    assert (cats.not_final, cats.quoted) == (3, Decimal(0))
     dogs, _ = await overview.costs(told, now=NOW, days=3)
     assert (dogs.technique_id, dogs.technique_name, dogs.cost) == ("tech_2", "Dogs", Decimal(3))
     shown = await rows(told, "v_cost_daily")
     assert [float(row["cost"]) for row in shown] == [3, 0.25]
+    assert [(row["not_final"], float(row["quoted"])) for row in shown] == [(0, 0), (3, 0)]
+    (failures,) = await rows(told, "v_failures_daily")
+    assert (failures["technique_name"], failures["retry_advice"], failures["runs"]) == (
+        *("Cats", "not_retryable", 1),
+    )
 
 
 async def test_overdue(told: Database) -> None:

@@ -249,12 +249,17 @@ async def test_counts_say_what_waits(door: TestDoor, db: Database) -> None:
 
 
 async def test_a_settled_run_seen_again_is_not_written(door: TestDoor, db: Database) -> None:
-    """A history page full of known, settled runs changes no row."""
+    """A history page full of known, settled runs with final bills changes no row."""
     entry = seen("run_1", RunStatus.FAILED, source=Source.HISTORY)
     passed = await door.put(entry)
     assert passed.after is not None
     assert passed.after.tracking is Tracking.SETTLED
+    final = await door.put(
+        replace(entry, observation=replace(entry.observation, at=NOW + timedelta(minutes=1)))
+    )
+    assert final.after is not None
+    assert final.after.cost_final
     again = await door.put(
         replace(entry, observation=replace(entry.observation, at=NOW + timedelta(hours=1)))
     )
-    assert again.before == again.after == passed.after
+    assert again.before == again.after == final.after

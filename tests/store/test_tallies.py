@@ -181,6 +181,7 @@ async def test_a_contradicted_end_moves(door: TestDoor, db: Database) -> None:
         ("state", "failed"),
         ("end", "failed"),
         ("cost", "failed"),
+        ("failure", "failed"),
     }
     assert [amount for key, (_, amount) in found.items() if key.measure == "cost"] == [250_000_000]
     await assert_exact(db)

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from decimal import Decimal
 from typing import Any
 
 import httpx
@@ -21,7 +22,7 @@ from tests.web import callbacks
 from tests.web.callbacks import PATH, SECRET, signature, signed
 from tests.web.conftest import Serve, Site
 from tests.web.serving import serving
-from tracker.core.run import RunStatus
+from tracker.core.run import RunError, RunStatus
 from tracker.metrics import Metrics
 from tracker.metrics.state import State
 from tracker.settings import Settings
@@ -312,3 +313,31 @@ async def test_each_answer_has_the_number_of_its_request(small_site: Site, given
     number = answer.headers["X-Request-Id"]
     assert (number == given.decode()) == (given == b"req-7.of_a_proxy")
     assert 8 <= len(number) <= 64
+
+
+async def test_bills_and_failures_are_told(site: Site) -> None:
+    """What today's runs cost at least, what the others were quoted, how many may still be billed
+    and how many never were; failed ones by what to do, unknown codes counted."""
+    now = site.services.clock()
+    ended = {"completed_at": now, "workspace_id": "ws_1"}
+    quote = {"workspace_id": "ws_1", "charged_cost": Decimal("0.25")}
+    old = now - timedelta(days=2)
+    for run_id in ("run_1", "run_2"):
+        await site.services.door.put(started(run_id, at=now, facts=quote))
+    await site.services.door.put_all(
+        [
+            seen("run_1", RunStatus.COMPLETED, at=now, facts=ended),
+            seen("run_2", RunStatus.COMPLETED, at=now, facts=ended | {"charged_cost": Decimal(1)}),
+            seen("run_3", RunStatus.COMPLETED, at=now, facts=ended | {"completed_at": old}),
+            seen("run_4", RunStatus.FAILED, at=now, facts=ended | {"error": RunError("new_code")}),
+            seen("run_5", RunStatus.FAILED, at=now, facts=ended | {"error": RunError("BILLING_X")}),
+        ]
+    )
+    found = await scrape(site.client)
+    assert found.value("tracker_cost_today_usd", workspace_id="ws_1") == 1
+    assert found.value("tracker_quoted_today_usd", workspace_id="ws_1") == 0.25
+    assert found.value("tracker_runs_cost_not_final", workspace_id="ws_1") == 4
+    assert found.value("tracker_runs_unpriced", workspace_id="ws_1") == 1
+    labels = {"workspace_id": "ws_1", "retry_advice": "not_retryable"}
+    assert found.value("tracker_failed_today", **labels) == 2
+    assert found.value("tracker_unknown_error_codes_total") == 1

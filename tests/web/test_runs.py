@@ -5,9 +5,11 @@ from typing import Any
 
 import httpx
 
+from tests.store.making import seen
 from tests.web.callbacks import PATH, event, signed
 from tests.web.conftest import Serve, Site
 from tests.web.serving import chunk, post, wire
+from tracker.core.run import RunError, RunStatus
 from tracker.web.limits import Limits
 
 WORKSPACES = [
@@ -226,3 +228,24 @@ async def test_runs_taken_over_at_the_same_moment_are_one(site: Site) -> None:
     answers = await asyncio.gather(*(_track(site, "run_1") for _ in range(10)))
     assert sorted(answer.status_code for answer in answers) == [200] * 9 + [201]
     assert await _ids(site) == ["run_1"]
+
+
+async def test_failed_runs_are_filtered_by_what_to_do(site: Site) -> None:
+    """`retry_advice` stands in each run, and narrows the list; an unknown one is refused."""
+    for number, code in enumerate(("model_timeout", "GENERATION_NO_RESULT", "MODEL_TIMEOUT")):
+        await site.services.door.put(
+            seen(f"run_{number}", RunStatus.FAILED, facts={"error": RunError(code, "words")})
+        )
+    await site.services.door.put(seen("run_9", RunStatus.COMPLETED))
+    listed = await site.client.get("/api/runs", params={"retry_advice": "retry_now"})
+    assert {run["run_id"] for run in listed.json()["runs"]} == {"run_0", "run_2"}
+    assert {run["retry_advice"] for run in listed.json()["runs"]} == {"retry_now"}
+    done = await site.client.get("/api/runs/run_9")
+    assert done.json()["retry_advice"] is None
+    wrong = await site.client.get("/api/runs", params={"retry_advice": "perhaps"})
+    assert (wrong.status_code, wrong.json()["error"]["fields"][0]["field"]) == (400, "retry_advice")
+    shown = await site.client.get("/runs", params={"advice": "retry_later"})
+    assert "run_1" in shown.text
+    assert "run_0" not in shown.text
+    page = await site.client.get("/runs/run_0")
+    assert "A temporary fault at FLORA: start the run again." in page.text

@@ -219,3 +219,17 @@ async def test_a_started_run_asks_for_a_callback_where_there_is_an_address(
             return bool(shown["ended_via"] == "callback" and shown["status"] == "completed")
 
         await eventually(ended)
+
+
+@pytest.mark.parametrize("code", ["insufficient_credits", "paid_plan_required"])
+async def test_no_credits_and_no_plan_are_told_as_what_they_are(
+    serve: Serve, database_url: str, code: str
+) -> None:
+    """402 with FLORA's code and words, whichever status FLORA chose; the key stays in use."""
+    refuse = {"refuse": {"runs.start": code}}
+    async with with_flora(serve, database_url, **refuse) as (site, flora):
+        answer = await _start(site)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (402, code)
+        assert flora.world.runs == {}
+        [workspace] = site.services.workspaces
+        assert not workspace.require_client().breaker.open

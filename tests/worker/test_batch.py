@@ -22,7 +22,7 @@ from tracker.store.batches import BatchEntry, BatchRow
 from tracker.store.starts import StartState
 from tracker.tracking.batch import BatchProgress, DefinitionChanged, Outcome
 from tracker.tracking.batch_launch import MaxCostReached
-from tracker.tracking.batch_rows import Plan, PlannedRow, RowState
+from tracker.tracking.batch_rows import Plan, PlannedRow, Retry, RowState
 from tracker.tracking.start import fingerprint
 from tracker.wiring import Services
 
@@ -128,7 +128,7 @@ async def test_a_rerun_that_was_interrupted_is_gone_on_with(
 async def test_what_failed_by_bad_luck_is_tried_again(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
 ) -> None:
-    """`retry_failed` starts rows anew whose runs failed for a reason that may pass, and no others;
+    """`Retry.FAILED` starts rows anew whose runs failed for a reason that may pass, and no others;
     once each time it is asked for."""
     async with make_flora(failures=1.0) as flora:
         services = await open_on(flora)
@@ -142,13 +142,13 @@ async def test_what_failed_by_bad_luck_is_tried_again(
         assert (await plan(services, *prompts)).missing == []
 
         flora.world.options = replace(flora.world.options, failures=0.0)
-        planned = await plan(services, *prompts, retry_failed=True)
+        planned = await plan(services, *prompts, retry=Retry.FAILED)
         lucky = {row.inputs[0]["value"] for row in planned.missing}
         assert lucky == {prompt for prompt, code in codes.items() if code in worth}
         outcome = await start(services, planned)
         await poll_to_the_end(services, clock, within=600)
         assert len(flora.world.runs) == 12 + len(lucky)
-        assert (await plan(services, *prompts, retry_failed=True)).missing == []
+        assert (await plan(services, *prompts, retry=Retry.FAILED)).missing == []
         rows = await services.batches.rows(outcome.batch)
         done = {row.inputs[0]["value"] for row in rows if row.done and row.inputs}
         assert done == lucky
@@ -459,3 +459,97 @@ async def test_an_interrupted_batch_finishes_what_it_was_sending(
     )
     outcome = await start(services, planned, concurrency=8)
     assert outcome.tally.started == len(flora.world.runs) == 60
+
+
+async def failed_batch(
+    services: Services, flora: Simulator, clock: HandClock, *codes: str
+) -> list[str]:
+    """A batch of which each row fails with one of the codes; its prompts."""
+    prompts = []
+    for number, code in enumerate(codes):
+        flora.world.options = replace(flora.world.options, failures=1.0, failure_codes=(code,))
+        prompts.append(f"icon {number}")
+        await batch(services, *prompts)
+    await poll_to_the_end(services, clock, within=600)
+    flora.world.options = replace(flora.world.options, failures=0.0)
+    return prompts
+
+
+async def test_retries_follow_flora_s_codes(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """A temporary fault is retried once and at once, an overload after a wait; where the input has
+    to change or nothing helps, only `ALL` starts a run."""
+    async with make_flora() as flora:
+        services = await open_on(flora)
+        prompts = await failed_batch(
+            *(services, flora, clock),
+            *("GENERATION_PROVIDER_TIMEOUT", "GENERATION_QUEUE_TOO_LARGE"),
+            *("GENERATION_PROMPT_MODERATED", "BILLING_LIMIT", "something_new"),
+        )
+        planned = await plan(services, *prompts, retry=Retry.FAILED)
+        assert [row.inputs[0]["value"] for row in planned.missing] == prompts[:2]
+        now, later = planned.missing
+        assert now.not_before is None
+        assert later.not_before is not None
+        assert later.not_before > clock()
+        (changed,) = planned.to_change
+        assert changed.why is not None
+        assert changed.why.startswith("GENERATION_PROMPT_MODERATED")
+        everything = await plan(services, *prompts, retry=Retry.ALL)
+        assert [row.inputs[0]["value"] for row in everything.missing] == prompts
+        assert all(row.not_before is None for row in everything.missing)
+
+
+async def test_a_temporary_fault_is_retried_once(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """A retry that fails in the same way is left to a person."""
+    async with make_flora() as flora:
+        services = await open_on(flora)
+        prompts = await failed_batch(services, flora, clock, "model_timeout")
+        flora.world.options = replace(
+            flora.world.options, failures=1.0, failure_codes=("model_timeout",)
+        )
+        await batch(services, *prompts, retry=Retry.FAILED)
+        await poll_to_the_end(services, clock, within=600)
+        assert len(flora.world.runs) == 2
+        assert (await plan(services, *prompts, retry=Retry.FAILED)).missing == []
+
+
+async def test_a_retry_for_later_waits(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """A row whose provider is overloaded is started when its wait is over, not before."""
+    async with make_flora() as flora:
+        services = await open_on(flora)
+
+        async def pass_on(seconds: float) -> None:
+            clock.move(seconds)
+            await asyncio.sleep(0)
+
+        services.batches._sleep = pass_on
+        prompts = await failed_batch(services, flora, clock, "GENERATION_QUEUE_TOO_LARGE")
+        planned = await plan(services, *prompts, retry=Retry.FAILED)
+        (row,) = planned.missing
+        outcome = await start(services, planned)
+        assert outcome.tally.started == 1
+        assert row.not_before is not None
+        retried_ms = list(flora.world.runs.values())[-1].created_ms
+        assert retried_ms >= int(row.not_before.timestamp() * 1000)
+
+
+async def test_a_total_is_at_least_until_every_bill_is_final(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """While bills may still come a batch's cost is a floor, with the open quotes beside it."""
+    async with make_flora(quotes=1.0, quote_factor=1.0, late_bills=1.0) as flora:
+        services = await open_on(flora)
+        outcome = await batch(services, "a", "b")
+        await poll_to_the_end(services, clock, within=600)
+        tally = await services.batches.tally(outcome.batch)
+        assert (tally.cost, tally.quoted, tally.cost_final) == (0, Decimal("0.5"), False)
+        clock.move(200)
+        await services.poller.recheck_due()
+        tally = await services.batches.tally(outcome.batch)
+        assert (tally.cost, tally.quoted, tally.cost_final) == (Decimal("0.5"), 0, True)

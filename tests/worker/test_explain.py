@@ -237,13 +237,31 @@ async def test_both_sights_of_a_contradiction_are_shown(
 async def test_equal_sights_that_differ_are_a_contradiction_too(
     services: Services, flora: Simulator, clock: HandClock
 ) -> None:
-    """Two reads of one end with different costs are told with both costs."""
-    error = RunError("internal_error", "")
-    await see(services, RunStatus.FAILED, Source.POLL, charged_cost=Decimal("0.1"), error=error)
-    clock.move(5)
-    await see(services, RunStatus.FAILED, Source.HISTORY, charged_cost=Decimal("0.3"), error=error)
+    """Two reads of one end with different errors are told with both codes; two costs are no
+    contradiction, because FLORA corrects its bills."""
+    for number, code in enumerate(("internal_error", "model_timeout")):
+        cost = Decimal(number)
+        error = RunError(code, "")
+        await see(services, RunStatus.FAILED, Source.POLL, charged_cost=cost, error=error)
+        clock.move(5)
     conflict = text_of(await story(services, "run_1"), Kind.CONFLICT)
-    assert "disagree on the cost (0.1 and 0.3 USD)" in conflict
+    assert "disagree on the error (internal_error and model_timeout)" in conflict
+    assert "the cost" not in conflict
+
+
+async def test_a_bill_that_is_to_come_is_told(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """When the cost and missing outputs of a settled run are read again; and that it was given
+    up."""
+    await see(services, RunStatus.COMPLETED, Source.POLL)
+    state = text_of(await story(services, "run_1"), Kind.STATE)
+    assert "Its cost and outputs is read again at" not in state
+    assert "Its cost and outputs are read again at" in state
+    outputs = (Output("o", "text", "words"),)
+    clock.move(60)
+    await see(services, RunStatus.COMPLETED, Source.POLL, outputs=outputs)
+    assert "Its cost is read again at" in text_of(await story(services, "run_1"), Kind.STATE)
 
 
 async def test_a_run_that_flora_denies(

@@ -116,7 +116,9 @@ async def test_a_run_that_is_listed_late_is_found(
         flora.start()
     listed = flora.world.history
     monkeypatch.setattr(
-        flora.world, "history", lambda *which: [run for run in listed(*which) if run != late]
+        flora.world,
+        "history",
+        lambda *which, **more: [run for run in listed(*which, **more) if run != late],
     )
     await sweep(services)
     clock.move(110)

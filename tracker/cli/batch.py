@@ -18,6 +18,7 @@ from tracker.cli.batch_report import (
     outcome_json,
     problem_json,
     show_plan,
+    tell_changes,
     tell_problems,
 )
 from tracker.cli.errand import note, patience, run_once
@@ -83,7 +84,13 @@ def batch(
     ] = False,
     retry_failed: Annotated[
         bool,
-        typer.Option("--retry-failed", help="Start rows anew whose runs failed by bad luck."),
+        typer.Option(
+            "--retry-failed",
+            help="Start rows again that failed temporarily: once, or after a wait.",
+        ),
+    ] = False,
+    retry_all: Annotated[
+        bool, typer.Option("--retry-all", help="Start every row again whose run failed.")
     ] = False,
     skip_bad_rows: Annotated[
         bool, typer.Option("--skip-bad-rows", help="Report wrong rows and start the others.")
@@ -106,8 +113,10 @@ def batch(
     The columns are the technique's inputs. A sheet that is wrong is refused whole, before anything
     is paid. Exit status 1 where a row did not complete.
     """
-    if again and retry_failed:
-        raise typer.BadParameter("cannot be combined with --again", param_hint="--retry-failed")
+    if again + retry_failed + retry_all > 1:
+        raise typer.BadParameter(
+            "cannot be combined with one another", param_hint="--again, --retry-failed, --retry-all"
+        )
     mappings = [_mapping(text) for text in given or []]
     limit = None if max_cost is None else _amount(max_cost)
     check_output(results, output)
@@ -115,6 +124,9 @@ def batch(
     name = "stdin" if file == "-" else Path(file).name
 
     async def work(services: "Services") -> "tuple[Plan, bool, Outcome | None]":
+        from tracker.tracking.batch_rows import Retry
+
+        retry = Retry.FAILED if retry_failed else Retry.ALL if retry_all else None
         async with patience(services):
             plan, skipped = await services.batches.plan(
                 technique,
@@ -123,13 +135,15 @@ def batch(
                 given=mappings,
                 workspace_id=workspace,
                 again=again,
-                retry_failed=retry_failed,
+                retry=retry,
                 skip_bad_rows=skip_bad_rows,
                 accept_changes=accept_changes,
             )
         tell_problems(name, skipped)
         if plan.unmapped:
             note(f"Columns that are no input: {plain(', '.join(filter(None, plan.unmapped)))}")
+        if retry is not None:
+            tell_changes(plan)
         keep_to(limit, plan)
         if dry_run:
             return plan, bool(skipped), None

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from tracker.store.batches import BatchRow, Tally
     from tracker.tracking.batch_rows import RowState
 
-_COLUMNS: Final = ("row", "line", "key", "run_id", "status", "cost", "error")
+_COLUMNS: Final = (
+    *("row", "line", "key", "run_id", "status", "cost", "cost_final", "quoted_cost"),
+    *("retry_advice", "error"),
+)
 _CENT: Final = Decimal("0.01")
 
 
@@ -92,6 +95,9 @@ def row_json(row: "RowState") -> dict[str, Any]:
         "run_id": None if row.start is None else row.start.run_id,
         "status": row.status,
         "cost": None if run is None else number_json(run.charged_cost),
+        "cost_final": row.record is not None and row.record.cost_final,
+        "quoted_cost": None if run is None else number_json(run.quoted_cost),
+        "retry_advice": row.advice,
         "error": row.why,
         "inputs": row.inputs,
         "outputs": [
@@ -120,6 +126,8 @@ def batch_json(batch: "BatchRow", tally: "Tally") -> dict[str, Any]:
         "refused": tally.refused,
         "unresolved": tally.unresolved,
         "cost": number_json(tally.cost),
+        "cost_final": tally.cost_final,
+        "quoted": number_json(tally.quoted),
     }
 
 
@@ -127,6 +135,14 @@ def dollars(cost: Decimal) -> str:
     """An amount of USD, with its cents and whatever is smaller."""
     cents = cost.quantize(_CENT)
     return f"{cents if cents == cost else cost.normalize():f} USD"
+
+
+def cost_words(tally: "Tally") -> str:
+    """What a batch's runs cost: at least so much while bills may still change, and the quotes."""
+    if tally.cost_final:
+        return dollars(tally.cost)
+    quotes = f" ({dollars(tally.quoted)} quoted, not billed yet)" if tally.quoted else ""
+    return f"at least {dollars(tally.cost)}{quotes}"
 
 
 def _print_table(rows: "Sequence[RowState]") -> None:

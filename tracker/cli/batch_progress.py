@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
-from tracker.cli.batch_output import dollars
+from tracker.cli.batch_output import cost_words
 from tracker.cli.errand import note
 from tracker.cli.output import plain
 
@@ -75,9 +75,11 @@ def words(progress: "BatchProgress") -> str:
         "not started for an error": progress.errors,
     }
     parts += [f"{count} {name}" for name, count in counts.items() if count]
-    parts.append(dollars(tally.cost))
+    parts.append(cost_words(tally))
     if progress.left and progress.paused:
         parts.append(f"FLORA asks to wait {progress.paused:.0f} s")
     if progress.doubt:
         parts.append(f"waiting to learn what became of {progress.doubt} (no answer yet)")
+    if progress.held:
+        parts.append(f"next start in {progress.held:.0f} s")
     return ", ".join(parts)

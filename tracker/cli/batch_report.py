@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import typer
 
-from tracker.cli.batch_output import batch_json, dollars, row_json
+from tracker.cli.batch_output import batch_json, cost_words, dollars, row_json
 from tracker.cli.errand import note
 from tracker.cli.output import plain, print_json, print_table
 from tracker.core.errors import TrackerError
@@ -108,6 +108,12 @@ def tell_problems(name: str, problems: Sequence[Problem]) -> None:
         note(f"{plain(name)}: {plain(str(problem))}")
 
 
+def tell_changes(plan: "Plan") -> None:
+    """The rows that are not started again because their input has to change, with FLORA's words."""
+    for row in plan.to_change:
+        note(f"line {row.entry.line}: change the input: {plain(row.why or '')}")
+
+
 def exit_status(outcome: "Outcome", *, waited: bool) -> int:
     """0 where all rows completed (or, not waited for, were started); else 1, and what went
     wrong."""
@@ -133,7 +139,7 @@ def exit_status(outcome: "Outcome", *, waited: bool) -> int:
         )
     note(
         f"Batch {outcome.batch.batch_id}: {tally.completed} of {_rows(tally.rows)} completed, "
-        f"{dollars(tally.cost)}."
+        f"{cost_words(tally)}."
     )
     return 1 if bad or outcome.stopped is not None else 0
 

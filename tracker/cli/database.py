@@ -26,7 +26,9 @@ def upgrade(as_json: JsonFlag = False) -> None:
 
     async def work() -> tuple[str | None, str | None]:
         before = await migrate.current(settings.tracker_database_url)
-        await migrate.upgrade(settings.tracker_database_url)
+        await migrate.upgrade(
+            settings.tracker_database_url, history_since=settings.tracker_history_since
+        )
         return before, await migrate.current(settings.tracker_database_url)
 
     before, after = asyncio.run(work())

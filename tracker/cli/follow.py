@@ -113,5 +113,8 @@ def _print_lines(sights: "Sequence[Sight]") -> None:
 
 
 def _dollars(record: Record) -> str | None:
-    cost = record.run.charged_cost
-    return None if cost is None else f"{cost:f} USD"
+    run = record.run
+    if run.charged_cost is None:
+        quote = run.quoted_cost
+        return None if quote is None or record.cost_final else f"not billed yet ({quote:f} quoted)"
+    return f"{run.charged_cost:f} USD"

@@ -65,7 +65,7 @@ def reconcile(
 
 
 def poll(as_json: JsonFlag = False) -> int:
-    """Poll once everything that is due."""
+    """Poll once everything that is due, and read the bills that are."""
 
     async def work(services: "Services") -> "PollReport":
         async with patience(services):
@@ -73,6 +73,11 @@ def poll(as_json: JsonFlag = False) -> int:
             total = last = await services.poller.poll_due()
             while last.more and last.pages + last.reads > 0:
                 last = await services.poller.poll_due()
+                total.add(last)
+            last = await services.poller.recheck_due()
+            total.add(last)
+            while last.more and last.pages + last.reads > 0:
+                last = await services.poller.recheck_due()
                 total.add(last)
         await services.recovery.recover()
         return total

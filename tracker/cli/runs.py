@@ -13,6 +13,7 @@ from tracker.cli.errand import note, patience, run_once
 from tracker.cli.follow import exit_status, follow
 from tracker.cli.output import JsonFlag, print_fields, print_json, print_table
 from tracker.core.errors import TrackerError
+from tracker.core.retry import RetryAdvice
 from tracker.core.run import RunStatus, Tracking
 
 if TYPE_CHECKING:
@@ -117,6 +118,9 @@ def list_(
     tracking: Annotated[
         Tracking | None, typer.Option(help="Only runs that the tracker stands to so.")
     ] = None,
+    retry_advice: Annotated[
+        RetryAdvice | None, typer.Option(help="Only failed runs with this advice.")
+    ] = None,
     limit: Annotated[int, typer.Option(help="So many at most.", min=1, max=100)] = 50,
     cursor: Annotated[str | None, typer.Option(help="Where the last page ended.")] = None,
     as_json: JsonFlag = False,
@@ -132,6 +136,7 @@ def list_(
             technique_id=technique,
             workspace_id=workspace,
             tracking=tracking,
+            retry_advice=retry_advice,
             cursor=cursor,
             limit=limit,
         )
@@ -200,6 +205,8 @@ def _print_run(record: "Record", *, as_json: bool) -> None:
         print_json(run)
         return
     outputs = run.pop("outputs")
+    if (advice := record.run.retry_advice) is not None:
+        run["retry_advice"] = f"{advice}: {advice.sentence}"
     given = run.pop("inputs") or []
     print_fields(run)
     for one in given:

@@ -13,6 +13,7 @@
     │   ├── PollUrlRefused          a poll_url on another origin: not followed   (tracker.flora)
     │   └── FloraRefusal            FLORA's own error, with status, code, fields and request id
     │       ├── KeyRefused          401, 403: every further call with this key fails too
+    │       ├── PlanRequired        403 paid_plan_required: the workspace's plan, not the key
     │       ├── NotFound            404: no such thing in this workspace
     │       ├── RateLimited         429 after all retries
     │       └── ServerFault         5xx after all retries
@@ -34,6 +35,7 @@ message says what was wrong, where, and what to do; it never holds a key, a secr
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 
 class TrackerError(Exception):
@@ -57,12 +59,22 @@ class SchemaOutdated(StoreError):
     """The database lacks migrations that this version needs."""
 
 
+FIELDS_NAMED: Final = 5
+"""So many of the fields that FLORA names stand in an error's text."""
+
+
 @dataclass(frozen=True, slots=True)
 class FieldFault:
-    """One field that FLORA or the tracker refuses, in FLORA's shape."""
+    """One field that FLORA or the tracker refuses, in FLORA's shape; `valid_values` where it names
+    what it takes."""
 
     field: str
     message: str
+    valid_values: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        values = f" (one of {', '.join(self.valid_values)})" if self.valid_values else ""
+        return f"{self.field}: {self.message}{values}"
 
 
 class FloraError(TrackerError):
@@ -112,7 +124,8 @@ class FloraRefusal(FloraError):
         run_id: str | None = None,
     ) -> None:
         where = f" ({request_id})" if request_id else ""
-        super().__init__(f"FLORA answered {status} {code}: {message}{where}")
+        named = "".join(f"; {fault}" for fault in fields[:FIELDS_NAMED])
+        super().__init__(f"FLORA answered {status} {code}: {message}{named}{where}")
         self.status = status
         self.code = code
         self.message = message
@@ -125,6 +138,10 @@ class FloraRefusal(FloraError):
 
 class KeyRefused(FloraRefusal):
     """FLORA refuses the API key (401, or 403): no further call with it can work."""
+
+
+class PlanRequired(FloraRefusal):
+    """403 `paid_plan_required`: the workspace's plan does not include it; the key is good."""
 
 
 class NotFound(FloraRefusal):

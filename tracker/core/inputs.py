@@ -69,6 +69,7 @@ def check(ports: Sequence[Port], inputs: Sequence[Mapping[str, Any]]) -> list[Fi
     known = {port.id: port for port in ports}
     faults: list[FieldFault] = []
     given: set[str] = set()
+    sent = 0
     for position, one in enumerate(inputs):
         at = f"inputs.{position}"
         input_id = one.get("id")
@@ -78,12 +79,23 @@ def check(ports: Sequence[Port], inputs: Sequence[Mapping[str, Any]]) -> list[Fi
             continue
         if port.id in given and not port.several:
             faults.append(FieldFault(f"{at}.id", f"{port.id} takes one value only"))
+        if port.optional and is_left_out(one):
+            continue
+        sent += 1
         given.add(port.id)
         faults += _wrong(at, one, port)
     faults += [_missing(port) for port in known.values() if _needed(port, given)]
-    if not inputs and not faults:
+    if not sent and not faults:
         faults.append(FieldFault("inputs", "at least one input is needed"))
     return faults
+
+
+def is_left_out(one: Mapping[str, Any]) -> bool:
+    """Whether an input is a text that says nothing.
+
+    FLORA refuses an empty text (flora-api.md, 8): an optional one is left out of the start.
+    """
+    return one.get("type") == "text" and one.get("value") == ""
 
 
 def obstacle(ports: Iterable[Port]) -> str | None:

@@ -1,8 +1,7 @@
 """The one rule by which sights become a run.
 
 `merge` is a join: for any set of observations, contradictory ones too, the result depends neither
-on their order nor on how often each was seen. So a late, repeated or stale observation is harmless,
-and nothing here needs a timestamp to decide who is right.
+on their order nor on how often each was seen. So a late, repeated or stale observation is harmless.
 
 How it comes about:
 
@@ -10,23 +9,43 @@ How it comes about:
   between two ends of equal rank completed beats failed.
 * Each register is a maximum too, of (standing of the sight, canonical order of the value). A sight
   that does not show a fact says nothing about it, so nothing known is ever emptied.
+* Cost and outputs of the ended run change after its end, down as well as up. They are maxima of
+  (when the read was sent, single reads above lists, value): the latest counts. When it was sent is
+  part of the observation, in the database's time, so that neither order nor hosts matter. A failed
+  run that is shown without a cost has a cost of its own: none.
+* `quoted_cost` is the greatest quote; a bill that differs from it contradicts nothing.
 * `progress` is a maximum, `conflict` an "or".
 * A run that the API calls completed has no error: a callback's or an earlier sight's is dropped.
   That keeps the join, because nothing stands above `Standing.COMPLETED`.
 """
 
-from collections.abc import Callable
 from dataclasses import fields
+from datetime import UTC, datetime
+from decimal import Decimal
 from operator import attrgetter
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from tracker.core.observation import Observation
-from tracker.core.run import REGISTERS, Details, Output, Run, RunError, RunStatus, Standing
+from tracker.core.observation import Observation, Source
+from tracker.core.run import (
+    LISTED,
+    READ,
+    REGISTERS,
+    Details,
+    Output,
+    Run,
+    RunError,
+    RunStatus,
+    Standing,
+)
 
 _DIGIT: Final = {name: 3 * position for position, name in enumerate(REGISTERS)}
-_PLACES: Final = tuple(_DIGIT.items())
-_SHOWN: Final = attrgetter(*REGISTERS)
+_LATEST: Final = ("charged_cost", "outputs")
+"""Registers that go by the time of the read."""
+_PLACES: Final = tuple(item for item in _DIGIT.items() if item[0] not in _LATEST)
+_SHOWN: Final = attrgetter(*(name for name, _ in _PLACES))
+_NEVER: Final = datetime.min.replace(tzinfo=UTC)
+_READ_TIMES: Final = ("cost_read_at", "outputs_read_at", "ranks")
 # `replace` would look the fields up each time, and take three times as long.
 _FIELDS: Final = tuple(field.name for field in fields(Run))
 _VALUES: Final = attrgetter(*_FIELDS)
@@ -60,13 +79,19 @@ def merge(run: Run | None, seen: Observation) -> Run:
         if ours is not None:
             our_rank = ranks >> digit & 0o7
             if our_rank == standing and ours != theirs and standing.ended_at_api:
-                conflict = conflict or _contradict(name, ours, theirs)
+                # Times may differ: seconds here, milliseconds there; the finer is the greater.
+                conflict = conflict or (name == "error" and ours.code != theirs.code)
             if (our_rank, ours) >= (standing, theirs):
                 continue
         if ours != theirs:
             news[name] = theirs
         ranks = ranks & ~(0o7 << digit) | standing << digit
 
+    if seen.charged_cost is not None or seen.status is RunStatus.FAILED:
+        ranks = _join_cost(run, seen, ranks, news)
+    if seen.outputs:
+        ranks, differ = _join_outputs(run, seen, seen.outputs, ranks, news)
+        conflict = conflict or differ
     details = _joined_details(run, seen)
     top = max(run.standing, standing)
     if top is Standing.COMPLETED:
@@ -91,10 +116,71 @@ def merge(run: Run | None, seen: Observation) -> Run:
     return Run(**dict(zip(_FIELDS, _VALUES(run), strict=True)) | news)
 
 
+def shown_before_the_end(ranks: int) -> bool:
+    """Whether the `charged_cost` that goes with these ranks was shown before the run's end."""
+    return ranks >> _DIGIT["charged_cost"] & 0o7 < Standing.FAILED
+
+
+def shows_the_same(run: Run, other: Run) -> bool:
+    """Whether two states of a run differ in nothing but when cost and outputs were last read."""
+    others = ~(0o7 << _DIGIT["charged_cost"] | 0o7 << _DIGIT["outputs"])
+    return run.ranks & others == other.ranks & others and all(
+        ours == theirs
+        for name, ours, theirs in zip(_FIELDS, _VALUES(run), _VALUES(other), strict=True)
+        if name not in _READ_TIMES
+    )
+
+
+def _join_cost(run: Run, seen: Observation, ranks: int, news: dict[str, Any]) -> int:
+    """Take the quote or the bill that is shown; returns the ranks."""
+    cost = seen.charged_cost
+    if not seen.shows_bill:
+        if cost is not None and (run.quoted_cost is None or cost > run.quoted_cost):
+            news["quoted_cost"] = cost
+        return ranks
+    place = _DIGIT["charged_cost"]
+    known = run.charged_cost
+    digit = READ if seen.source is Source.POLL else LISTED
+    ours = (run.cost_read_at or _NEVER, ranks >> place & 0o7, *_comparable(known))
+    if ours >= (seen.read_at, digit, *_comparable(cost)):
+        return ranks
+    news |= {"charged_cost": cost, "cost_read_at": seen.read_at}
+    return ranks & ~(0o7 << place) | digit << place
+
+
+def _comparable(cost: Decimal | None) -> tuple[bool, Decimal]:
+    return (cost is not None, cost or Decimal(0))
+
+
+def _join_outputs(
+    run: Run, seen: Observation, theirs: tuple[Output, ...], ranks: int, news: dict[str, Any]
+) -> tuple[int, bool]:
+    """Take the outputs that are shown; returns the ranks, and whether two reads of the ended run
+    disagree."""
+    place = _DIGIT["outputs"]
+    ours, our_digit = run.outputs, ranks >> place & 0o7
+    digit: int = seen.standing
+    read_at = _NEVER
+    differ = False
+    if seen.standing.ended_at_api:
+        read_at = seen.read_at
+        digit = READ if seen.source is Source.POLL else LISTED
+        differ = ours is not None and our_digit >= Standing.FAILED and not _same_links(ours, theirs)
+    if ours is not None and (run.outputs_read_at or _NEVER, our_digit, ours) >= (
+        read_at,
+        digit,
+        theirs,
+    ):
+        return ranks, differ
+    if ours != theirs:
+        news["outputs"] = theirs
+    if read_at is not _NEVER:
+        news["outputs_read_at"] = read_at
+    return ranks & ~(0o7 << place) | digit << place, differ
+
+
 def _says_nothing(seen: Observation, register: str, value: Any) -> bool:
     """Whether what this sight shows in a register means nothing."""
-    if register == "outputs":
-        return not value  # it may mean that the details were left out: never an end of outputs
     if register == "error":
         # The reference's examples carry error fields even on pending runs.
         return seen.status is not RunStatus.FAILED or value == RunError()
@@ -124,18 +210,3 @@ def _bare(output: Output) -> tuple[str, str, str]:
     except ValueError:  # foreign text: whatever it is, it is compared as it stands
         return (output.output_id, output.type, output.url)
     return (output.output_id, output.type, parts._replace(query="", fragment="").geturl())
-
-
-_DISAGREE: Final[dict[str, Callable[[Any, Any], bool]]] = {
-    "charged_cost": lambda ours, theirs: ours != theirs,
-    "error": lambda ours, theirs: ours.code != theirs.code,
-    "outputs": lambda ours, theirs: not _same_links(ours, theirs),
-}
-"""Which registers belong to the end, so that two equal ranks that differ are a conflict. Times do
-not: FLORA may give them in seconds here and in milliseconds there, and the finer one is the
-greater."""
-
-
-def _contradict(register: str, ours: Any, theirs: Any) -> bool:
-    disagree = _DISAGREE.get(register)
-    return disagree is not None and disagree(ours, theirs)

@@ -36,7 +36,10 @@ class Source(StrEnum):
 class Observation:
     """What was seen. `None` means "this sight did not show it", never "it is empty".
 
-    `at` is when the tracker saw it (UTC); it decides nothing. Times are aware UTC, cost is USD.
+    `at` is when the tracker saw it, `sent_at` when the request for it was sent, both in the
+    database's time; the second decides which cost and which outputs are the latest. Times are aware
+    UTC, `charged_cost` is USD: what FLORA's field of that name showed, a quote or the bill.
+    `clock_skew` is how many seconds FLORA's clock was ahead, where the two did not agree.
     """
 
     run_id: str
@@ -56,6 +59,26 @@ class Observation:
     charged_cost: Decimal | None = None
     error: RunError | None = None
     outputs: tuple[Output, ...] | None = None
+    sent_at: datetime | None = None
+    clock_skew: float | None = None
+
+    @property
+    def read_at(self) -> datetime:
+        """When the request was sent; where nothing tells, when the answer was seen."""
+        return self.sent_at or self.at
+
+    @property
+    def shows_bill(self) -> bool:
+        """Whether `charged_cost` is what FLORA billed: on an API read of the ended run.
+
+        What a start answers, or a run that has not ended shows, is a quote (flora-api.md, 8). A
+        failed run without a cost is billed nothing; of a completed one that says nothing.
+        """
+        return (
+            self.source in _READS
+            and self.status.ended
+            and (self.charged_cost is not None or self.status is RunStatus.FAILED)
+        )
 
     @property
     def standing(self) -> Standing:
@@ -93,6 +116,7 @@ class Observation:
         )
 
 
+_READS: Final = (Source.POLL, Source.HISTORY)
 _BY_CALLBACK: Final = {
     RunStatus.PENDING: Standing.PENDING,
     RunStatus.RUNNING: Standing.RUNNING,
@@ -121,6 +145,7 @@ _TO_JSON: Final[dict[str, Callable[[Any], Any]]] = {
     "charged_cost": str,
     "error": lambda error: {"code": error.code, "message": error.message},
     "outputs": lambda outputs: [[o.output_id, o.type, o.url] for o in outputs],
+    "sent_at": datetime.isoformat,
 }
 _FORMS: Final = tuple((field.name, _TO_JSON.get(field.name)) for field in fields(Observation))
 _VALUES: Final = attrgetter(*(name for name, _ in _FORMS))
@@ -134,4 +159,5 @@ _FROM_JSON: Final[dict[str, Callable[[Any], Any]]] = {
     "charged_cost": Decimal,
     "error": lambda error: RunError(**error),
     "outputs": lambda outputs: tuple(Output(*output) for output in outputs),
+    "sent_at": _time,
 }

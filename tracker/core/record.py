@@ -11,11 +11,11 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 
 from tracker.core.entry import Entry, Seen, Unseen
-from tracker.core.merge import merge
+from tracker.core.merge import merge, shows_the_same
 from tracker.core.observation import Observation, Source
 from tracker.core.quick import quick_dataclass
-from tracker.core.run import Run, Tracking
-from tracker.core.schedule import Durations, Policy, next_check
+from tracker.core.run import Run, RunStatus, Tracking
+from tracker.core.schedule import Durations, Policy, next_check, next_recheck
 
 LOST_AFTER_READS: Final = 5
 LOST_AFTER: Final = timedelta(hours=1)
@@ -35,7 +35,9 @@ class Record:
 
     `looks` counts the sights by the API since the last news of another kind, and so sets the wait;
     `checks` counts the API reads made for this run alone, for ever. `missing` counts the reads in a
-    row that answered "no such run", the first of them at `missing_since`.
+    row that answered "no such run", the first of them at `missing_since`. `cost_final` tells that a
+    read long enough after the end has shown the bill; until then, and while a completed run lacks
+    outputs, both are read again at `recheck_at`: `None` where that was given up.
     """
 
     run: Run
@@ -46,6 +48,8 @@ class Record:
     ended_via: Source | None = None
     end_seen_at: datetime | None = None
     settled_at: datetime | None = None
+    cost_final: bool = False
+    recheck_at: datetime | None = None
     inputs: list[dict[str, Any]] | None = None
     next_check_at: datetime | None = None
     looks: int = 0
@@ -69,6 +73,11 @@ class Record:
         """FLORA's time of creation; until it is known, when the run was first seen."""
         return self.run.created_at or self.first_seen_at
 
+    @property
+    def billed_whole(self) -> bool:
+        """Whether nothing of cost and outputs is to be read again."""
+        return _billed_whole(self.run, self.cost_final)
+
 
 def apply(
     record: Record | None, entry: Entry, *, policy: Policy, durations_of: DurationsOf
@@ -89,6 +98,8 @@ def _sighted(
     seen = entry.observation
     old = before or Record(run=Run(run_id=seen.run_id), source=seen.source, first_seen_at=seen.at)
     run = merge(old.run, seen)
+    if old.cost_final and shows_the_same(old.run, run):
+        run = old.run  # a bill that stands is not written anew with every page that shows it
     wants_read = seen.source in _WANTS_READ
     just_ended = run.standing.ended and run.standing > old.run.standing
     looked = _is_a_look(before, entry, run)
@@ -107,6 +118,15 @@ def _sighted(
             durations=durations_of(run.technique_id),
             at_once=wants_read,
         )
+    end_seen_at = old.end_seen_at or (seen.at if run.standing.ended else None)
+    cost_final, recheck_at = False, None
+    if end_seen_at is not None and run.standing.ended_at_api:
+        since = since_end(run, end_seen_at, seen.read_at, seen.clock_skew or 0.0)
+        late_enough = seen.shows_bill and since >= policy.cost_recheck
+        shown = run.charged_cost is not None or run.status is RunStatus.FAILED
+        cost_final = shown and (old.cost_final or late_enough)
+        if run.settled and not _billed_whole(run, cost_final):
+            recheck_at = _recheck_at(old, entry, since, policy)
     keeps_lease = entry.claim is None or entry.claim != old.lease_holder
     # Each field by its name, not `replace`, which takes four times as long: this is done for each
     # callback, and hardly anything stays as it was.
@@ -119,8 +139,10 @@ def _sighted(
         callback_at=_callback_at(old, seen),
         callback_expected=callback_expected,
         ended_via=old.ended_via or (seen.source if run.standing.ended else None),
-        end_seen_at=old.end_seen_at or (seen.at if run.standing.ended else None),
+        end_seen_at=end_seen_at,
         settled_at=(old.settled_at or seen.at) if run.settled else None,
+        cost_final=cost_final,
+        recheck_at=recheck_at,
         inputs=old.inputs if entry.inputs is None else entry.inputs,
         next_check_at=next_check_at,
         looks=looks,
@@ -133,6 +155,35 @@ def _sighted(
         lease_holder=old.lease_holder if keeps_lease else None,
     )
     return before if before is not None and after == before else after
+
+
+def since_end(run: Run, end_seen_at: datetime, at: datetime, skew: float = 0.0) -> timedelta:
+    """How long the run had ended at that moment: by FLORA's time of the end, on whose clock `skew`
+    seconds more have passed, and at least since the end was seen here."""
+    seen = at - end_seen_at
+    if run.completed_at is None:
+        return max(seen, timedelta(0))
+    return max(seen, at + timedelta(seconds=skew) - run.completed_at, timedelta(0))
+
+
+def _billed_whole(run: Run, cost_final: bool) -> bool:
+    """Whether nothing is left to read of a settled run.
+
+    A failed run that shows a cost is read on: FLORA refunds it, if late (flora-api.md, 8).
+    """
+    refund_due = run.status is RunStatus.FAILED and bool(run.charged_cost)
+    return cost_final and not run.lacks_outputs and not refund_due
+
+
+def _recheck_at(old: Record, entry: Seen, since: timedelta, policy: Policy) -> datetime | None:
+    """When to read cost and outputs of a settled run again, which lacks something of them.
+
+    Only a read made for it puts that off: a page that was read for others may leave costs out.
+    """
+    open_before = old.run.settled and not old.billed_whole
+    if open_before and (old.recheck_at is None or not (entry.reads or entry.claim)):
+        return old.recheck_at
+    return next_recheck(policy, since_end=since, now=entry.observation.read_at)
 
 
 def _callback_at(old: Record, seen: Observation) -> datetime | None:
@@ -164,8 +215,13 @@ def _is_a_look(before: Record | None, entry: Seen, run: Run) -> bool:
 
 
 def _unseen(record: Record, entry: Unseen, policy: Policy) -> Record:
-    if record.run.settled:  # meanwhile, by another way: the failure is nobody's any more
-        return _given_back(replace(record, checks=record.checks + entry.reads), entry.claim)
+    if record.run.settled:  # meanwhile, by another way; or its cost was to be read again
+        recheck_at = record.recheck_at
+        if recheck_at is not None and record.end_seen_at is not None:
+            passed = since_end(record.run, record.end_seen_at, entry.at)
+            recheck_at = next_recheck(policy, since_end=passed, now=entry.at)
+        after = replace(record, checks=record.checks + entry.reads, recheck_at=recheck_at)
+        return _given_back(after, entry.claim)
     after = replace(
         record,
         checks=record.checks + entry.reads,

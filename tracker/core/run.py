@@ -12,6 +12,10 @@ A run's status climbs and never falls. How high it stands is its *standing*::
 Every other fact about a run is a *register*: it keeps the value of the highest-standing sight that
 had one. `Run.ranks` remembers, for each register, the standing of the sight its value came from, as
 one octal digit each.
+
+The cost and the outputs of an ended run may change after its end: of these the latest read counts.
+The digit is then `LISTED` or `READ`, and `cost_read_at` and `outputs_read_at` say when that read
+was sent. A quote is not a cost: `quoted_cost` is the greatest that was shown before the end.
 """
 
 from dataclasses import dataclass
@@ -21,6 +25,7 @@ from enum import IntEnum, StrEnum
 from typing import Final
 
 from tracker.core.quick import quick_dataclass
+from tracker.core.retry import RetryAdvice, retry_advice
 
 
 class RunStatus(StrEnum):
@@ -115,6 +120,10 @@ class RunError:
     message: str = ""
 
 
+LISTED: Final = 6
+READ: Final = 7
+"""The digits of what a list, or a single read, showed of an ended run."""
+
 REGISTERS: Final = (
     "run_type",
     "workspace_id",
@@ -137,8 +146,10 @@ only."""
 class Run:
     """The state of a run as all sights together tell it: the result of `merge`, nothing else.
 
-    Times are aware UTC datetimes, `charged_cost` is USD, `progress` 0 to 100. `ranks` holds one
-    octal digit for each of `REGISTERS`: the `Standing` of the sight which its value came from.
+    Times are aware UTC datetimes, costs are USD, `progress` 0 to 100. `charged_cost` is the bill,
+    as the read sent at `cost_read_at` showed it: `None` with a `cost_read_at` means that a failed
+    run was shown without a cost. `ranks` holds one octal digit for each of `REGISTERS`: the
+    `Standing` of the sight which its value came from, or `LISTED` or `READ`.
     """
 
     run_id: str
@@ -155,9 +166,12 @@ class Run:
     created_at: datetime | None = None
     started_at: datetime | None = None
     completed_at: datetime | None = None
+    quoted_cost: Decimal | None = None
     charged_cost: Decimal | None = None
+    cost_read_at: datetime | None = None
     error: RunError | None = None
     outputs: tuple[Output, ...] | None = None
+    outputs_read_at: datetime | None = None
     ranks: int = 0
 
     @property
@@ -169,3 +183,16 @@ class Run:
     def settled(self) -> bool:
         """Whether the run's true end and its details have been read from the API."""
         return self.standing.ended_at_api and self.details is not Details.UNKNOWN
+
+    @property
+    def retry_advice(self) -> RetryAdvice | None:
+        """Of a failed run, whether to start it again; `None` of any other."""
+        if self.status is not RunStatus.FAILED:
+            return None
+        error = self.error or RunError()
+        return retry_advice(error.code, error.message)
+
+    @property
+    def lacks_outputs(self) -> bool:
+        """Whether the run completed and no read has shown an output yet."""
+        return self.status is RunStatus.COMPLETED and not self.outputs

@@ -31,6 +31,8 @@ class Policy:
     grace: timedelta = timedelta(seconds=30)
     interval: timedelta = timedelta(seconds=5)
     interval_max: timedelta = timedelta(seconds=300)
+    cost_recheck: timedelta = timedelta(seconds=60)
+    cost_give_up: timedelta = timedelta(hours=24)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +140,19 @@ def next_check(
         return now
     first = first_seen + first_wait(policy, durations, callback_expected=callback_expected)
     return max(first, now)
+
+
+def next_recheck(policy: Policy, *, since_end: timedelta, now: datetime) -> datetime | None:
+    """When to read cost and outputs again, UTC, after a read at `now` that left them open.
+
+    FLORA's bill comes after the end (flora-api.md, 8): `cost_recheck` after it the first time, then
+    after waits twice as long each, and a last time at `cost_give_up`. `None` once that has passed.
+    """
+    if since_end >= policy.cost_give_up:
+        return None
+    first = since_end < policy.cost_recheck
+    due = policy.cost_recheck if first else 2 * since_end + policy.cost_recheck
+    return now + min(due, policy.cost_give_up) - since_end
 
 
 def _share(run_id: str, looks: int) -> float:

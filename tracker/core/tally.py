@@ -14,8 +14,12 @@ measure               since   beside it                                   amount
 `SETTLED`             hour    word: the same, bucket: upper edge, ms      end → settled, ms
 `CALLBACK`            hour    word: `came`, `late`, `missed`,             -
                               `unexpected`
-`COST`                day     technique, status, word: `priced`,          its cost, billionths
-                              `unpriced`                                  of a dollar
+`COST`                day     technique, status, word: `final`, `open`    its cost, billionths
+                              (to be read again) or `unpriced` (given     of a dollar
+                              up without a cost)
+`QUOTE`               day     the same, where it has a quote and no       its quote, the same
+                              cost, and is not final
+`FAILURE`             day     technique, status, word: the retry advice   -
 ====================  ======  ==========================================  =====================
 
 Amounts are integers, because sums of floats would drift from what is recounted.
@@ -29,7 +33,7 @@ from typing import Final, NamedTuple
 from tracker.core.histogram import BEYOND, bucket_of
 from tracker.core.observation import Source
 from tracker.core.record import Record
-from tracker.core.run import Tracking
+from tracker.core.run import RunStatus, Tracking
 
 STATE: Final = "state"
 END: Final = "end"
@@ -37,9 +41,12 @@ SEEN: Final = "seen"
 SETTLED: Final = "settled"
 CALLBACK: Final = "callback"
 COST: Final = "cost"
-MEASURES: Final = (STATE, END, SEEN, SETTLED, CALLBACK, COST)
+QUOTE: Final = "quote"
+FAILURE: Final = "failure"
+MEASURES: Final = (STATE, END, SEEN, SETTLED, CALLBACK, COST, QUOTE, FAILURE)
 
-PRICED: Final = "priced"
+FINAL: Final = "final"
+OPEN: Final = "open"
 UNPRICED: Final = "unpriced"
 
 ALWAYS: Final = datetime(1970, 1, 1, tzinfo=UTC)
@@ -93,13 +100,25 @@ def facts(record: Record) -> list[Fact]:
         if settled_at is not None:
             lag = lag_ms(ended_at, settled_at)
             found.append((Key(SETTLED, hour, workspace, "", "", word, bucket_of(lag)), lag))
+    day = (ended_at or known_at).replace(hour=0, minute=0, second=0, microsecond=0)
     if tracking is Tracking.SETTLED:
-        cost = run.charged_cost
-        day = (ended_at or known_at).replace(hour=0, minute=0, second=0, microsecond=0)
-        priced = UNPRICED if cost is None else PRICED
-        key = Key(COST, day, workspace, technique, status, priced, 0)
+        cost, quote, billed = run.charged_cost, run.quoted_cost, _billed(record)
+        key = Key(COST, day, workspace, technique, status, billed, 0)
         found.append((key, 0 if cost is None else billionths(cost)))
+        if billed != FINAL and cost is None and quote is not None:
+            found.append((key._replace(measure=QUOTE), billionths(quote)))
+    if (advice := run.retry_advice) is not None:
+        found.append((Key(FAILURE, day, workspace, technique, status, advice.value, 0), 0))
     return found
+
+
+def _billed(record: Record) -> str:
+    """How far the bill of a settled run is known."""
+    if record.cost_final:
+        return FINAL
+    run = record.run
+    given_up = record.recheck_at is None and run.charged_cost is None
+    return UNPRICED if given_up and run.status is RunStatus.COMPLETED else OPEN
 
 
 def is_adopted(record: Record) -> bool:
@@ -116,6 +135,8 @@ def same(before: Record, after: Record) -> bool:
     """Whether the two certainly count for the same; a quick look that may be wrong only in "no"."""
     return (
         before.run is after.run
+        and before.cost_final == after.cost_final
+        and (before.recheck_at is None) == (after.recheck_at is None)
         and before.lost == after.lost
         and before.callback_at == after.callback_at
         and before.callback_expected == after.callback_expected

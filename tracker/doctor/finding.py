@@ -31,6 +31,7 @@ Name = Literal[
     "quarantine",
     "starts",
     "conflicts",
+    "bills",
 ]
 """The lines of a report, in their order; docs/doctor.md has a section for each."""
 

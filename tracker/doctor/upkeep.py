@@ -26,6 +26,7 @@ def look(gauges: Gauges, conflicts: Sequence[str], *, now: datetime) -> list[Fin
         _quarantine(gauges.quarantined),
         _starts(gauges.unresolved_starts),
         _conflicts(conflicts),
+        _bills(sum(gauges.unpriced.values())),
     ]
 
 
@@ -97,6 +98,19 @@ def _conflicts(run_ids: Sequence[str]) -> Finding:
         f"Two sources disagreed about how {_number(len(run_ids))} runs ended ({shown}).",
         "`tracker runs explain RUN_ID` shows both; FLORA's API was believed. Where it may be "
         "wrong, ask FLORA's support.",
+    )
+
+
+def _bills(count: int) -> Finding:
+    name: Final = "bills"
+    if not count:
+        return ok(name, "FLORA has billed every run of the last 7 days, or may still do so.")
+    return warning(
+        name,
+        f"FLORA never billed {count} runs of the last 7 days: their cost is not known, and totals "
+        "are at least what they say.",
+        "Compare with FLORA's own billing page. `tracker reconcile --since 8d` reads their costs "
+        "once more; TRACKER_COST_GIVE_UP says how long they are looked for.",
     )
 
 

@@ -28,6 +28,7 @@ from tracker.core.errors import (
     FloraUnreachable,
     FloraUnreadable,
     KeyRefused,
+    PlanRequired,
     RateLimited,
 )
 from tracker.core.packing import is_bounded
@@ -82,9 +83,10 @@ class Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """FLORA's answer, read whole."""
+    """FLORA's answer, read whole. `sent_at` is when the request that it answers was sent."""
 
     endpoint: str
+    sent_at: datetime
     status: int
     headers: httpx.Headers
     body: bytes
@@ -244,7 +246,13 @@ class Caller:
             if self._on_request is not None:
                 self._on_request(call.endpoint, status, seconds)
         self._learn_of_clock(response.headers, sent_at)
-        return Answer(endpoint=call.endpoint, status=status, headers=response.headers, body=body)
+        return Answer(
+            endpoint=call.endpoint,
+            sent_at=sent_at,
+            status=status,
+            headers=response.headers,
+            body=body,
+        )
 
     async def _trace(self, call: Call, course: _Course, event: str, info: Any) -> None:
         """Called by the transport as the request goes on its way."""
@@ -314,7 +322,8 @@ class Caller:
     def _learn_of_key(self, call: Call, refusal: FloraRefusal | None) -> None:
         """Let the breaker know, and the log where that opens or closes it."""
         was_open = self.breaker.open
-        if refusal is None or refusal.status in _PAST_THE_KEY:
+        past_the_key = isinstance(refusal, PlanRequired)
+        if refusal is None or past_the_key or refusal.status in _PAST_THE_KEY:
             self.breaker.accepted()
             if was_open:
                 log.info("flora.key_accepted")

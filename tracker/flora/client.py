@@ -28,6 +28,7 @@ import httpx
 from tracker import __version__
 from tracker.core.clock import Clock, utc_now
 from tracker.core.errors import FieldFault, InvalidRequest, SettingsError
+from tracker.core.inputs import is_left_out
 from tracker.core.observation import Observation, Source
 from tracker.flora import parse
 from tracker.flora.addresses import Addresses
@@ -241,7 +242,13 @@ class FloraClient:
             answer_seconds=START_SECONDS,
         )
         answer = await self._caller.call(call, deadline=deadline)
-        read = partial(parse.started, at=self._clock(), technique_id=_known_id(technique_id))
+        read = partial(
+            parse.started,
+            at=self._clock(),
+            sent_at=answer.sent_at,
+            clock_offset=self.clock_offset,
+            technique_id=_known_id(technique_id),
+        )
         return StartAnswer(
             observation=answer.read(read),
             replayed=answer.headers.get("idempotent-replayed", "").lower() == "true",
@@ -301,7 +308,14 @@ class FloraClient:
             fresh=self._fresh,
         )
         answer = await self._caller.call(call, deadline=deadline)
-        read = partial(parse.run, source=Source.HISTORY, at=self._clock(), run_type=kind)
+        read = partial(
+            parse.run,
+            source=Source.HISTORY,
+            at=self._clock(),
+            sent_at=answer.sent_at,
+            clock_offset=self.clock_offset,
+            run_type=kind,
+        )
         return answer.read(partial(parse.page, key=key, read=read))
 
     async def _read_run(
@@ -320,6 +334,8 @@ class FloraClient:
                 parse.run,
                 source=Source.POLL,
                 at=self._clock(),
+                sent_at=answer.sent_at,
+                clock_offset=self.clock_offset,
                 expect_run_id=run_id,
                 run_type=run_type,
             )
@@ -329,8 +345,9 @@ class FloraClient:
 def start_body(
     inputs: list[dict[str, Any]], *, idempotency_key: str, callback_url: str | None = None
 ) -> str:
-    """The body of a start, as it is kept for repetitions: ASCII."""
-    body: dict[str, Any] = {"inputs": inputs, "mode": "async", "idempotency_key": idempotency_key}
+    """The body of a start, as it is kept for repetitions: ASCII. An empty text is left out."""
+    said = [one for one in inputs if not is_left_out(one)]
+    body: dict[str, Any] = {"inputs": said, "mode": "async", "idempotency_key": idempotency_key}
     if callback_url is not None:
         body["callback_url"] = callback_url
     return json.dumps(body)

@@ -8,7 +8,7 @@ other error is ever raised.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from hashlib import sha256
 from http import HTTPStatus
 from typing import Any, Final, Generic, TypeVar
@@ -19,6 +19,7 @@ from tracker.core.errors import (
     FloraUnreadable,
     KeyRefused,
     NotFound,
+    PlanRequired,
     RateLimited,
     ServerFault,
 )
@@ -41,6 +42,10 @@ T = TypeVar("T")
 LONGEST_MESSAGE: Final = 2000
 """Characters: FLORA's words are shown, passed on and stored."""
 MOST_FIELDS: Final = 100
+LONGEST_VALUE: Final = 100
+CLOCKS_AGREE: Final = timedelta(seconds=5)
+"""Nearer than this FLORA's clock and ours are one: a header `Date` is exact to the second."""
+PLAN_REQUIRED: Final = "paid_plan_required"
 _STATUSES: Final = {str(status): status for status in RunStatus}
 _EVENTS: Final = {"run.completed": RunStatus.COMPLETED, "run.failed": RunStatus.FAILED}
 _PHRASES: Final = {int(status): status.phrase for status in HTTPStatus}
@@ -84,12 +89,15 @@ def run(
     *,
     source: Source,
     at: datetime,
+    sent_at: datetime | None = None,
+    clock_offset: timedelta | None = None,
     expect_run_id: str | None = None,
     run_type: str | None = None,
     technique_id: str | None = None,
     workspace_id: str | None = None,
 ) -> Observation:
-    """A run, as a start, a read or an item of the history shows it, seen at `at`.
+    """A run, as a start, a read or an item of the history shows it, asked for at `sent_at` and seen
+    at `at`. `clock_offset` is FLORA's clock minus ours, to a second or so.
 
     `run_type`, `technique_id` and `workspace_id` are what the caller knows, where FLORA is silent.
     Raises `FloraUnreadable` where it is no run, none of a known status, or not `expect_run_id`.
@@ -126,7 +134,14 @@ def run(
         charged_cost=as_dollars(fields.get("charged_cost")),
         error=_error(fields),
         outputs=_outputs(fields.get("outputs")),
+        sent_at=sent_at,
+        clock_skew=None if clock_offset is None else _skew(clock_offset),
     )
+
+
+def _skew(offset: timedelta) -> float | None:
+    """Seconds by which the clocks differ; `None` where they agree, as far as a date can tell."""
+    return offset.total_seconds() if abs(offset) > CLOCKS_AGREE else None
 
 
 def page(payload: object, key: str, read: Callable[[object], T]) -> Page[T]:
@@ -223,16 +238,20 @@ def refusal(
     except FloraUnreadable:
         answer = {}
     error = as_object(answer.get("error"))
+    code = as_id(error.get("code")) or f"http_{status}"
     kind = _REFUSALS.get(status, ServerFault if status >= 500 else FloraRefusal)
+    if status == 403 and code == PLAN_REQUIRED:
+        kind = PlanRequired
     message = as_text(error.get("message")) or _PHRASES.get(status, "no message")
     return kind(
         status=status,
-        code=as_id(error.get("code")) or f"http_{status}",
+        code=code,
         message=message[:LONGEST_MESSAGE],
         fields=[
             FieldFault(
                 (as_text(fault.get("field")) or "")[:LONGEST_MESSAGE],
                 (as_text(fault.get("message")) or "")[:LONGEST_MESSAGE],
+                _valid_values(fault.get("valid_values")),
             )
             for fault in as_objects(error.get("fields"))[:MOST_FIELDS]
         ],
@@ -243,7 +262,14 @@ def refusal(
     )
 
 
-def started(payload: object, *, at: datetime, technique_id: str | None) -> Observation:
+def started(
+    payload: object,
+    *,
+    at: datetime,
+    sent_at: datetime,
+    clock_offset: timedelta | None,
+    technique_id: str | None,
+) -> Observation:
     """The run that an answer to a start names. All that it needs is the run's id.
 
     A status that is not known counts as pending: the run is read anyhow. Raises `FloraUnreadable`.
@@ -255,6 +281,8 @@ def started(payload: object, *, at: datetime, technique_id: str | None) -> Obser
         fields,
         source=Source.START,
         at=at,
+        sent_at=sent_at,
+        clock_offset=clock_offset,
         run_type="technique",
         technique_id=technique_id,
     )
@@ -266,6 +294,17 @@ def workspace_id(payload: object) -> str:
     if found is None:
         raise FloraUnreadable("the workspace has no workspace_id")
     return found
+
+
+def _valid_values(value: object) -> tuple[str, ...]:
+    """What a field takes, as texts; other things than texts and numbers are left out."""
+    listed = value if isinstance(value, list) else []
+    texts = (as_text(one if isinstance(one, str) else str(one)) for one in listed if _is_plain(one))
+    return tuple(text[:LONGEST_VALUE] for text in texts if text)[:MOST_FIELDS]
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, str | int | float)
 
 
 def _required(value: object, what: str) -> dict[str, Any]:

@@ -6,8 +6,9 @@ hide the failure.
 """
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
+from decimal import Decimal
 from typing import Final
 
 import structlog
@@ -151,6 +152,10 @@ _NOTHING: Final = Gauges(
     runs={},
     callbacks={},
     cost_today={},
+    quoted_today={},
+    not_final={},
+    unpriced={},
+    failed_today={},
     due=0,
     overdue=0,
     awaiting_callback=0,
@@ -189,10 +194,45 @@ def _runs(gauges: Gauges, now: datetime) -> Iterator[Metric]:
         "Starts that are left to a person.",
         gauges.unresolved_starts,
     )
-    cost = _by_workspace("cost_today_usd", "What the runs that ended today (UTC) cost.")
-    for workspace, amount in sorted(gauges.cost_today.items()):
-        cost.add_metric([workspace or UNKNOWN], float(amount))
-    yield cost
+    yield from _bills(gauges)
+
+
+def _bills(gauges: Gauges) -> Iterator[Metric]:
+    told: tuple[tuple[str, str, Mapping[str, Decimal | int]], ...] = (
+        (
+            "cost_today_usd",
+            "What the runs that ended today (UTC) cost: at least, while bills may still come.",
+            gauges.cost_today,
+        ),
+        (
+            "quoted_today_usd",
+            "What those of them that are not billed yet were quoted.",
+            gauges.quoted_today,
+        ),
+        (
+            "runs_cost_not_final",
+            "Runs that ended in the last 7 days whose bill may still come or change.",
+            gauges.not_final,
+        ),
+        (
+            "runs_unpriced",
+            "Runs that ended in the last 7 days and were never billed: their cost is not known.",
+            gauges.unpriced,
+        ),
+    )
+    for name, meaning, values in told:
+        metric = _by_workspace(name, meaning)
+        for workspace, value in sorted(values.items()):
+            metric.add_metric([workspace or UNKNOWN], float(value))
+        yield metric
+    failed = GaugeMetricFamily(
+        "tracker_failed_today",
+        "Runs that failed today (UTC), by what to do about them.",
+        labels=["workspace_id", "retry_advice"],
+    )
+    for (workspace, advice), count in sorted(gauges.failed_today.items()):
+        failed.add_metric([workspace or UNKNOWN, advice], count)
+    yield failed
 
 
 def _callbacks(gauges: Gauges) -> Iterator[Metric]:

@@ -7,12 +7,14 @@ clients, the worker. None of them waits, and those on the way of a callback cost
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol, get_args
 
+import structlog
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from tracker.core.entry import DeliveryOutcome
 from tracker.core.errors import SchemaOutdated, StoreUnavailable
 from tracker.core.observation import Source
 from tracker.core.record import Record
+from tracker.core.retry import is_known
 from tracker.core.run import RunStatus
 from tracker.core.tally import is_adopted, lag_ms
 from tracker.flora.signature import Reason
@@ -38,6 +40,8 @@ AUTH_REFUSALS: Final = ("missing", "wrong", "expired", "scope", "cross_site", "n
 """Why a request is refused for who sent it: as `tracker.web.auth` says it."""
 WRITE_FAILURES: Final = ("busy", "unavailable", "outdated", "refused")
 SWEEP_RESULTS: Final = ("complete", "failed", "skipped")
+
+log = structlog.get_logger(__name__)
 
 _QUICK: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _CALLS: Final = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20)
@@ -120,6 +124,11 @@ class Work:
         self._poll_reads = count("poll_reads", "Reads made for one run alone.")
         self._poll_failures = count("poll_failures", "Runs that could not be read.")
         self._poll_settled = count("poll_settled", "Runs that polling settled.")
+        self._recheck_pages = count("recheck_pages", "History pages read for bills.")
+        self._recheck_reads = count("recheck_reads", "Runs read alone for their bill.")
+        self._unknown_codes = count(
+            "unknown_error_codes", "Failed runs whose error code has no retry advice."
+        )
         self._sweeps = count("sweeps", "Sweeps of a history.", by_workspace, "result")
         self._sweep_pages = count("sweep_pages", "History pages swept.", by_workspace)
         self._sweep_items = count("sweep_items", "Runs shown by swept pages.", by_workspace)
@@ -198,6 +207,14 @@ class Work:
                 self._ended(after)
             if after.run.settled and not (before and before.run.settled):
                 self._settled(after)
+            error = after.run.error
+            if error is not None and (before is None or before.run.error != error):
+                self._failed(after.run.run_id, error.code)
+
+    def _failed(self, run_id: str, code: str) -> None:
+        if not is_known(code):
+            self._unknown_codes.inc()
+            log.warning("run.unknown_error_code", run_id=run_id, error_code=code)
 
     def _ended(self, record: Record) -> None:
         if is_adopted(record):
@@ -233,6 +250,11 @@ class Work:
         self._poll_reads.inc(report.reads)
         self._poll_failures.inc(report.failed)
         self._poll_settled.inc(report.settled)
+
+    def rechecked(self, report: PollReport) -> None:
+        """A round of reading bills again is over."""
+        self._recheck_pages.inc(report.pages)
+        self._recheck_reads.inc(report.reads)
 
     def swept(self, report: SweepReport) -> None:
         """A sweep is over, be it that another process was at it."""

@@ -146,6 +146,8 @@ class Settings(BaseModel):
         Duration, Field(ge=timedelta(seconds=1), le=timedelta(minutes=110))
     ] = timedelta(seconds=180)
     tracker_history_since: Annotated[Duration, Field(gt=timedelta(0))] = timedelta(days=7)
+    tracker_cost_recheck: Annotated[Seconds, Field(gt=0)] = 60.0
+    tracker_cost_give_up: Annotated[Duration, Field(gt=timedelta(0))] = timedelta(hours=24)
     tracker_log_format: Format | None = None
     tracker_log_level: Level = "info"
     workspaces: tuple[WorkspaceSettings, ...] = ()
@@ -157,6 +159,11 @@ class Settings(BaseModel):
             raise ValueError(
                 "TRACKER_POLL_INTERVAL_MAX must not be shorter than TRACKER_POLL_INTERVAL "
                 f"({self.tracker_poll_interval:g} s)"
+            )
+        if self.tracker_cost_give_up.total_seconds() < self.tracker_cost_recheck:
+            raise ValueError(
+                "TRACKER_COST_GIVE_UP must not be shorter than TRACKER_COST_RECHECK "
+                f"({self.tracker_cost_recheck:g} s)"
             )
         ids = Counter(workspace.id for workspace in self.all_workspaces)
         if len(self.all_workspaces) > 1 and None in ids:
@@ -232,6 +239,8 @@ class Settings(BaseModel):
             grace=timedelta(seconds=self.tracker_callback_grace),
             interval=timedelta(seconds=self.tracker_poll_interval),
             interval_max=timedelta(seconds=self.tracker_poll_interval_max),
+            cost_recheck=timedelta(seconds=self.tracker_cost_recheck),
+            cost_give_up=self.tracker_cost_give_up,
         )
 
     @property

@@ -71,6 +71,9 @@ class Latest:
 class Tally:
     """How far a batch has come, in rows; `cost` is what its runs were charged so far, in USD.
 
+    The bills of `not_final` of its runs may still come or change, so that the cost is at least so
+    much; `quoted` is what those of them without a cost were quoted.
+
     A row that was `started` is counted once more as `completed`, `failed`, `active` or `lost`; the
     others are `refused`, `unresolved`, in `doubt` (sent, and no answer) or not started.
     """
@@ -85,7 +88,14 @@ class Tally:
     unresolved: int = 0
     doubt: int = 0
     cost: Decimal = Decimal(0)
+    quoted: Decimal = Decimal(0)
+    not_final: int = 0
     next_check_at: datetime | None = None
+
+    @property
+    def cost_final(self) -> bool:
+        """Whether no bill of its runs is expected to change."""
+        return self.not_final == 0
 
     @property
     def ended(self) -> int:
@@ -249,6 +259,10 @@ def tally_of(batch_ids: Sequence[str]) -> Select[Any]:
             *told,
             func.count().label("count"),
             func.sum(runs.c.charged_cost).label("cost"),
+            func.count(runs.c.run_id).filter(~runs.c.cost_final).label("not_final"),
+            func.sum(runs.c.quoted_cost)
+            .filter(~runs.c.cost_final, runs.c.charged_cost.is_(None))
+            .label("quoted"),
             func.min(runs.c.next_check_at).label("next_check_at"),
         )
         .select_from(batch_rows)
@@ -317,3 +331,5 @@ def _count(tally: Tally, row: Any) -> None:
         tally.failed += row.count
     # A sum of doubles has digits that no price has.
     tally.cost += round(row.cost or Decimal(0), 6)
+    tally.quoted += round(row.quoted or Decimal(0), 6)
+    tally.not_final += row.not_final

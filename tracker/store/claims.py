@@ -29,6 +29,8 @@ from tracker.store.records import records
 from tracker.store.rows import RUN_COLUMNS
 from tracker.store.tables import leases, runs
 
+_CLAIMED: Final = (runs.c.next_check_at.is_not(None), runs.c.recheck_at.is_not(None))
+"""What can be claimed, each by its index."""
 _ENDED: Final = runs.c.status.in_([RunStatus.COMPLETED, RunStatus.FAILED])
 
 Workspaces = Sequence[str | None] | None
@@ -45,14 +47,16 @@ async def claim_due(
     workspaces: Workspaces = None,
     ended: bool = False,
     newest: bool = False,
+    recheck: bool = False,
 ) -> list[Record]:
     """Claim up to `limit` runs that are due, longest due first, for `holder` until `now + lease`.
 
     `ended` claims only those that are known to have ended, and lack their details; `newest` begins
-    with those that have become due last. Concurrent callers get different runs and do not wait for
+    with those that have become due last; `recheck` claims settled runs whose cost or outputs are to
+    be read again. Concurrent callers get different runs and do not wait for
     each other. A sight that names the claim gives it back.
     """
-    due = due_runs(now, workspaces, ended=ended, newest=newest).limit(limit)
+    due = due_runs(now, workspaces, ended=ended, newest=newest, recheck=recheck).limit(limit)
     if db.dialect == "postgresql":
         due = due.with_for_update(skip_locked=True)
     statement = (
@@ -68,26 +72,33 @@ async def claim_due(
     claimed = await db.write(work)
     return sorted(
         claimed,
-        key=lambda record: (record.next_check_at or now, record.run.run_id),
+        key=lambda record: (
+            record.next_check_at or record.recheck_at or now,
+            record.run.run_id,
+        ),
         reverse=newest,
     )
 
 
 async def renew(db: Database, holder: str, run_ids: Sequence[str], until: datetime) -> int:
     """Hold those of the runs that `holder` has claimed until then; returns how many."""
-    statement = _held(db, holder, run_ids).values(lease_until=until)
+    statement = _held(db, holder, runs.c.run_id.in_(run_ids)).values(lease_until=until)
     return await db.write(lambda connection: connection.execute(statement).rowcount)
 
 
 async def release(db: Database, holder: str, run_ids: Sequence[str] | None = None) -> int:
     """Give back what `holder` has claimed, or of that only `run_ids`; returns how many runs."""
-    statement = _held(db, holder, run_ids).values(lease_until=None, lease_holder=None)
-    return await db.write(lambda connection: connection.execute(statement).rowcount)
+    which = _CLAIMED if run_ids is None else [runs.c.run_id.in_(run_ids)]
+    statements = [
+        _held(db, holder, among).values(lease_until=None, lease_holder=None) for among in which
+    ]
+    return await db.write(
+        lambda connection: sum(connection.execute(each).rowcount for each in statements)
+    )
 
 
-def _held(db: Database, holder: str, run_ids: Sequence[str] | None) -> Update:
-    """An update of what `holder` has claimed, which locks the rows in the door's order."""
-    among = runs.c.next_check_at.is_not(None) if run_ids is None else runs.c.run_id.in_(run_ids)
+def _held(db: Database, holder: str, among: ColumnElement[bool]) -> Update:
+    """An update of what `holder` has claimed among these, which locks rows in the door's order."""
     rows = select(runs.c.run_id).where(among, runs.c.lease_holder == holder)
     if db.dialect == "postgresql":
         rows = rows.order_by(runs.c.run_id).with_for_update()
@@ -119,11 +130,23 @@ async def next_due_at(
     return min((at for at in found if at is not None), default=None)
 
 
+async def recheck_is_due(db: Database, workspaces: Workspaces = None, *, now: datetime) -> bool:
+    """Whether the cost or the outputs of any settled run are to be read again."""
+    async with db.read() as connection:
+        first = due_runs(now, workspaces, recheck=True).limit(1)
+        return (await connection.execute(first)).first() is not None
+
+
 def due_runs(
-    now: datetime, workspaces: Workspaces = None, *, ended: bool = False, newest: bool = False
+    now: datetime,
+    workspaces: Workspaces = None,
+    *,
+    ended: bool = False,
+    newest: bool = False,
+    recheck: bool = False,
 ) -> Select[Any]:
     """The ids of the runs that can be claimed, in the order in which `claim_due` takes them."""
-    due = runs.c.next_check_at
+    due = runs.c.recheck_at if recheck else runs.c.next_check_at
     statement = (
         select(runs.c.run_id)
         .where(due <= now, _free(now), within(workspaces))

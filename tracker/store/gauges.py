@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tracker.core.entry import TRIAL
 from tracker.core.run import RunStatus
-from tracker.core.tally import CALLBACK, COST, STATE, dollars
+from tracker.core.tally import CALLBACK, COST, FAILURE, OPEN, QUOTE, STATE, UNPRICED, dollars
 from tracker.store.attention import LATE_AFTER
 from tracker.store.engine import Database
 from tracker.store.overview import TALLIES
@@ -23,6 +23,8 @@ from tracker.store.tables import deliveries, runs, starts, word
 
 BOUND: Final = 10_000
 """No count goes beyond this: of so many, more would tell nobody more."""
+BILL_DAYS: Final = 7
+"""Bills of runs that ended in the last so many days, today included, are looked at."""
 RECENT_HOURS: Final = 2
 """The present hour and the one before: the callbacks of the runs that ended in them are recent."""
 
@@ -32,7 +34,10 @@ class Gauges:
     """How things stand in the database; costs in USD, times UTC. An unknown workspace is "".
 
     `runs` counts by workspace, status and tracking, `callbacks` by workspace and what became of
-    them (of the runs that ended in the last `RECENT_HOURS`), `cost_today` is by workspace. `due`
+    them (of the runs that ended in the last `RECENT_HOURS`). By workspace, of the runs that ended
+    today, `cost_today` is what they cost and `quoted_today` what those without a bill were quoted;
+    of those that ended in the last `BILL_DAYS`, `not_final` may still be billed, `unpriced` never
+    were. `failed_today` counts by workspace and retry advice. `due`
     runs wait to be read, `overdue` ones for longer than `LATE_AFTER`; `awaiting_callback` are open
     runs whose callback has not come. `waiting` deliveries are stored and not applied, the first of
     them since `oldest_waiting_at`. `last_callback_at` is when the newest delivery first came.
@@ -41,6 +46,10 @@ class Gauges:
     runs: dict[tuple[str, str, str], int]
     callbacks: dict[tuple[str, str], int]
     cost_today: dict[str, Decimal]
+    quoted_today: dict[str, Decimal]
+    not_final: dict[str, int]
+    unpriced: dict[str, int]
+    failed_today: dict[tuple[str, str], int]
     due: int
     overdue: int
     awaiting_callback: int
@@ -66,12 +75,20 @@ async def read_gauges(db: Database, *, now: datetime) -> Gauges:
             since=hour - timedelta(hours=RECENT_HOURS - 1),
         )
         costs = await _tallied(connection, COST, "workspace_id", since=day)
+        quotes = await _tallied(connection, QUOTE, "workspace_id", since=day)
+        failed = await _tallied(connection, FAILURE, "workspace_id", "word", since=day)
+        since = day - timedelta(days=BILL_DAYS - 1)
+        bills = await _tallied(connection, COST, "workspace_id", "word", since=since)
         backlog = (await connection.execute(_backlog(now))).one()
         rest = (await connection.execute(_REST)).one()
     return Gauges(
         runs={(key[0], key[1], key[2]): count for key, (count, _) in states.items() if count},
         callbacks={(key[0], key[1]): count for key, (count, _) in came.items() if count},
         cost_today={key[0]: dollars(amount) for key, (count, amount) in costs.items() if count},
+        quoted_today={key[0]: dollars(amount) for key, (count, amount) in quotes.items() if count},
+        not_final={key[0]: count for key, (count, _) in bills.items() if key[1] == OPEN},
+        unpriced={key[0]: count for key, (count, _) in bills.items() if key[1] == UNPRICED},
+        failed_today={(key[0], key[1]): count for key, (count, _) in failed.items() if count},
         due=backlog.due,
         overdue=backlog.overdue,
         awaiting_callback=backlog.awaiting_callback,

@@ -7,7 +7,8 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable
-from typing import Final, TypeVar
+from datetime import timedelta
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import Connection, Text, column, inspect, select, table
 
@@ -28,11 +29,18 @@ _ALEMBIC: Final = threading.Lock()
 _VERSION: Final = table("alembic_version", column("version_num", Text))
 
 
-async def upgrade(url: str, revision: str = "head", *, patience: float = PATIENCE_SECONDS) -> None:
+async def upgrade(
+    url: str,
+    revision: str = "head",
+    *,
+    patience: float = PATIENCE_SECONDS,
+    history_since: timedelta = timedelta(days=7),
+) -> None:
     """Bring the database at `url` to the newest schema; one that is there, or later, stays.
 
     A SQLite file is created where it is missing. Several processes may do this at the same time,
     and others may be at work: on PostgreSQL their locks are waited for, `patience` seconds in all.
+    What a migration has read again from FLORA goes back by `history_since`.
     Raises `StoreUnavailable` where the database does not answer, `StoreError` for the rest.
     """
 
@@ -40,7 +48,7 @@ async def upgrade(url: str, revision: str = "head", *, patience: float = PATIENC
         found = _revision(connection)
         connection.rollback()
         if found is None or (is_known(found) and found != head()):
-            _migrate(connection, revision, patience)
+            _migrate(connection, revision, patience=patience, history_since=history_since)
 
     # Alembic keeps what it works on in module globals: within a process, one after the other,
     # whichever event loop it is.
@@ -102,7 +110,7 @@ def _revision(connection: Connection) -> str | None:
     return connection.execute(select(_VERSION.c.version_num)).scalar()
 
 
-def _migrate(connection: Connection, revision: str, patience: float) -> None:
+def _migrate(connection: Connection, revision: str, **attributes: Any) -> None:
     # A fifth of a short command's time, which most commands can do without.
     from alembic import command  # noqa: PLC0415
     from alembic.config import Config  # noqa: PLC0415
@@ -110,5 +118,5 @@ def _migrate(connection: Connection, revision: str, patience: float) -> None:
     config = Config()
     # Alembic reads its options with interpolation.
     config.set_main_option("script_location", str(directory()).replace("%", "%%"))
-    config.attributes |= {"connection": connection, "patience": patience}
+    config.attributes |= {"connection": connection, **attributes}
     command.upgrade(config, revision)

@@ -29,6 +29,8 @@ from tracker.core.tally import (
     CALLBACK,
     COST,
     END,
+    OPEN,
+    QUOTE,
     SEEN,
     SETTLED,
     STATE,
@@ -107,7 +109,12 @@ class Lags:
 
 
 class TechniqueCost(NamedTuple):
-    """What the settled runs of one technique cost. `unpriced` of them have no cost."""
+    """What the settled runs of one technique cost, in USD.
+
+    `not_final` of them may still be billed more or less, so that `cost` is at least so much;
+    `quoted` is what those among them without a cost were quoted, and `unpriced` those whose cost
+    never came.
+    """
 
     technique_id: str | None
     technique_name: str | None = None
@@ -115,7 +122,9 @@ class TechniqueCost(NamedTuple):
     completed: int = 0
     failed: int = 0
     unpriced: int = 0
+    not_final: int = 0
     cost: Decimal = Decimal(0)
+    quoted: Decimal = Decimal(0)
 
 
 async def states(db: Database, *, workspace_id: str | None = None) -> list[StateCount]:
@@ -186,17 +195,21 @@ async def costs(
     db: Database, *, now: datetime, days: int = 1, workspace_id: str | None = None
 ) -> list[TechniqueCost]:
     """What the runs that ended today (UTC), or in the last `days` days, cost; the dearest first."""
-    by = (TALLIES.c.technique_id, TALLIES.c.status, TALLIES.c.word)
+    by = (TALLIES.c.measure, TALLIES.c.technique_id, TALLIES.c.status, TALLIES.c.word)
     since = now.replace(hour=0, minute=0, second=0, microsecond=0) - (days - 1) * DAY
-    rows = await _tallied(db, COST, by=by, since=since, workspace_id=workspace_id)
+    rows = await _tallied(db, COST, QUOTE, by=by, since=since, workspace_id=workspace_id)
     found: dict[str, TechniqueCost] = {}
-    for technique_id, status, priced, count, amount in rows:
+    for measure, technique_id, status, billed, count, amount in rows:
         so_far = found.get(technique_id) or TechniqueCost(technique_id or None)
+        if measure == QUOTE:
+            found[technique_id] = so_far._replace(quoted=so_far.quoted + dollars(amount))
+            continue
         found[technique_id] = so_far._replace(
             runs=so_far.runs + count,
             completed=so_far.completed + (count if status == RunStatus.COMPLETED else 0),
             failed=so_far.failed + (count if status == RunStatus.FAILED else 0),
-            unpriced=so_far.unpriced + (count if priced == UNPRICED else 0),
+            unpriced=so_far.unpriced + (count if billed == UNPRICED else 0),
+            not_final=so_far.not_final + (count if billed in (OPEN, UNPRICED) else 0),
             cost=so_far.cost + dollars(amount),
         )
     names = await technique_names(db, [each for each in found if each])

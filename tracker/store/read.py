@@ -23,6 +23,7 @@ from sqlalchemy import (
 from tracker.core.entry import DeliveryOutcome
 from tracker.core.observation import Source
 from tracker.core.record import Record
+from tracker.core.retry import RetryAdvice
 from tracker.core.run import RunStatus, Tracking
 from tracker.core.schedule import Durations
 from tracker.store import cursors
@@ -122,6 +123,7 @@ async def list_runs(
     technique_id: str | None = None,
     workspace_id: str | None = None,
     tracking: str | None = None,
+    retry_advice: str | None = None,
     cursor: str | None = None,
     limit: int = 50,
 ) -> tuple[list[Record], str | None]:
@@ -134,6 +136,8 @@ async def list_runs(
         wanted.append(has_status(RunStatus(status)))
     if tracking is not None:
         wanted.append(is_tracked_as(Tracking(tracking)))
+    if retry_advice is not None:
+        wanted.append(runs.c.retry_advice == word(RetryAdvice(retry_advice).value))
     if technique_id is not None:
         wanted.append(runs.c.technique_id == technique_id)
     if workspace_id is not None:

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from sqlalchemy import Row
 
+from tracker.core.merge import shown_before_the_end
 from tracker.core.observation import Source
 from tracker.core.record import Record
 from tracker.core.run import Details, Output, Run, RunError, Standing
@@ -37,10 +38,15 @@ def run_row(record: Record) -> tuple[Any, ...]:
         run.created_at is not None,
         run.started_at,
         run.completed_at,
+        run.quoted_cost,
         run.charged_cost,
+        run.cost_read_at,
+        record.cost_final,
         (error.code if error else "") or None,
         (error.message if error else "") or None,
+        run.retry_advice,
         0 if outputs is None else len(outputs),
+        run.outputs_read_at,
         run.poll_url,
         int(run.standing),
         int(run.details),
@@ -56,6 +62,7 @@ def run_row(record: Record) -> tuple[Any, ...]:
         record.settled_at,
         record.inputs,
         record.next_check_at,
+        record.recheck_at,
         record.looks,
         record.checks,
         record.missing,
@@ -81,10 +88,15 @@ def record_of(row: Sequence[Any], outputs: tuple[Output, ...] | None) -> Record:
         created_at_known,
         started_at,
         completed_at,
+        quoted_cost,
         charged_cost,
+        cost_read_at,
+        cost_final,
         error_code,
         error_message,
+        _retry_advice,
         _output_count,
+        outputs_read_at,
         poll_url,
         standing,
         details,
@@ -100,6 +112,7 @@ def record_of(row: Sequence[Any], outputs: tuple[Output, ...] | None) -> Record:
         settled_at,
         inputs,
         next_check_at,
+        recheck_at,
         looks,
         checks,
         missing,
@@ -108,6 +121,9 @@ def record_of(row: Sequence[Any], outputs: tuple[Output, ...] | None) -> Record:
         lease_until,
         lease_holder,
     ) = row
+    if charged_cost is not None and shown_before_the_end(ranks):
+        # A version before 0010 wrote it: what was shown before the end is a quote.
+        quoted_cost, charged_cost = charged_cost, None
     return Record(
         run=Run(
             run_id=run_id,
@@ -124,11 +140,14 @@ def record_of(row: Sequence[Any], outputs: tuple[Output, ...] | None) -> Record:
             created_at=created_at if created_at_known else None,
             started_at=started_at,
             completed_at=completed_at,
+            quoted_cost=quoted_cost,
             charged_cost=charged_cost,
+            cost_read_at=cost_read_at,
             error=RunError(error_code or "", error_message or "")
             if error_code or error_message
             else None,
             outputs=outputs,
+            outputs_read_at=outputs_read_at,
             ranks=ranks,
         ),
         source=Source(source),
@@ -138,6 +157,8 @@ def record_of(row: Sequence[Any], outputs: tuple[Output, ...] | None) -> Record:
         ended_via=None if ended_via is None else Source(ended_via),
         end_seen_at=end_seen_at,
         settled_at=settled_at,
+        cost_final=cost_final,
+        recheck_at=recheck_at,
         inputs=inputs,
         next_check_at=next_check_at,
         looks=looks,

@@ -14,12 +14,13 @@ from sqlalchemy import ColumnElement, Select, and_, or_, select
 from sqlalchemy.sql.util import ClauseAdapter
 
 from tracker.core.record import Record
+from tracker.core.retry import RetryAdvice
 from tracker.core.run import RunStatus, Tracking
 from tracker.store import cursors, read
 from tracker.store.engine import Database
 from tracker.store.records import read_records
 from tracker.store.states import has_status, is_tracked_as
-from tracker.store.tables import runs
+from tracker.store.tables import runs, word
 
 WINDOW: Final = 10_000
 """So many runs are looked through for one page."""
@@ -58,13 +59,15 @@ _TEXTS: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What is looked for; what is `None` does not matter. `state` is one of `STATES`.
+    """What is looked for; what is `None` does not matter. `state` is one of `STATES`, `advice` a
+    `RetryAdvice`.
 
     `since` and `until` are about the time of creation; `text` is looked for in ids, the technique's
     name and errors, whatever its case.
     """
 
     state: str | None = None
+    advice: str | None = None
     technique_id: str | None = None
     workspace_id: str | None = None
     since: datetime | None = None
@@ -130,6 +133,8 @@ def _conditions(
     state = wanted.state or ""
     if state in _FEW:
         add(_FEW[state])
+    if wanted.advice is not None:
+        add(runs.c.retry_advice == word(RetryAdvice(wanted.advice).value))
     if wanted.technique_id is not None:
         add(runs.c.technique_id == wanted.technique_id)
     if state == "failed":

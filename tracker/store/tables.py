@@ -22,6 +22,7 @@ from sqlalchemy import (
     PrimaryKeyConstraint,
     SmallInteger,
     Table,
+    false,
     literal_column,
     text,
 )
@@ -93,11 +94,19 @@ runs: Final = Table(
     Column("created_at_known", Boolean, nullable=False),
     Column("started_at", UtcDateTime),
     Column("completed_at", UtcDateTime),
+    # What was shown before the end, and what FLORA billed, as a read sent at that moment showed it.
+    Column("quoted_cost", Money),
     Column("charged_cost", Money),
+    Column("cost_read_at", UtcDateTime),
+    # Whether that read came long enough after the end.
+    Column("cost_final", Boolean, nullable=False, server_default=false()),
     Column("error_code", CleanText),
     Column("error_message", CleanText),
-    # How many rows `run_outputs` has for the run.
+    # Of a failed run, by code and message: see tracker.core.retry.
+    Column("retry_advice", CleanText),
+    # How many rows `run_outputs` has for the run, and when the read was sent that showed them.
     Column("output_count", Integer, nullable=False),
+    Column("outputs_read_at", UtcDateTime),
     Column("poll_url", CleanText),
     # What `merge` remembers besides the values: see tracker.core.run.
     Column("standing", SmallInteger, nullable=False),
@@ -116,6 +125,8 @@ runs: Final = Table(
     Column("inputs", Json),
     # When to read it next, and how that came out so far.
     Column("next_check_at", UtcDateTime),
+    # When to read cost and outputs of a settled run again.
+    Column("recheck_at", UtcDateTime),
     Column("looks", Integer, nullable=False),
     Column("checks", Integer, nullable=False),
     Column("missing", Integer, nullable=False),
@@ -145,6 +156,7 @@ runs: Final = Table(
     ),
     # Due runs: few of many, so the index holds only those that are to be read at all.
     _partial("ix_runs_due", "next_check_at", where="next_check_at IS NOT NULL"),
+    _partial("ix_runs_recheck", "recheck_at", where="recheck_at IS NOT NULL"),
     # Listings, newest first: read backwards. What most runs are is found among the newest, and
     # needs no index: see tracker.store.states.
     Index("ix_runs_newest", "created_at", "run_id"),
@@ -162,6 +174,11 @@ runs: Final = Table(
         "ix_runs_newest_of_a_technique",
         *("technique_id", "created_at", "run_id"),
         where="technique_id IS NOT NULL",
+    ),
+    _partial(
+        "ix_runs_newest_of_advice",
+        *("retry_advice", "created_at", "run_id"),
+        where="retry_advice IS NOT NULL",
     ),
     Index("ix_runs_newest_of_workspace", "workspace_id", "created_at", "run_id"),
     # Whether a workspace has shown a generation run: few do.

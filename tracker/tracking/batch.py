@@ -32,6 +32,7 @@ from tracker.tracking.batch_launch import Launch
 from tracker.tracking.batch_rows import (
     Plan,
     PlannedRow,
+    Retry,
     RowState,
     kept_rows,
     states_of,
@@ -54,14 +55,15 @@ LOOKS_SHARE: Final = 0.1
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchProgress:
     """How far a batch has come. `left` rows are still to be started by this command, `errors` could
-    not be; `paused` is for how many seconds FLORA wants no request, `doubt` how many
-    starts are in doubt."""
+    not be; `paused` is for how many seconds FLORA wants no request, `doubt` how many starts are in
+    doubt, and `held` the seconds until a row whose retry was advised for later can be tried."""
 
     tally: Tally
     left: int = 0
     errors: int = 0
     paused: float = 0.0
     doubt: int = 0
+    held: float = 0.0
 
 
 Tell = Callable[[BatchProgress], None]
@@ -152,14 +154,14 @@ class Batches:
         given: Sequence[Mapping] = (),
         workspace_id: str | None = None,
         again: bool = False,
-        retry_failed: bool = False,
+        retry: Retry | None = None,
         skip_bad_rows: bool = False,
         accept_changes: bool = False,
     ) -> tuple[Plan, Sequence[Problem]]:
         """What a batch of this sheet would do now, and the problems of the rows that it skips.
 
         `name` is what the sheet is called, `given` which columns are which inputs. `again` runs
-        every row once more, `retry_failed` those that failed for a reason that may pass. Nothing is
+        every row once more, `retry` those that failed. Nothing is
         started or kept. Raises `SheetRefused` with all that is wrong, `InvalidRequest` for the
         workspace or a technique that cannot be started, `DefinitionChanged` where rows that were
         started would start anew because the technique has changed (unless `accept_changes`), and
@@ -189,8 +191,8 @@ class Batches:
             for (position, row), digest in zip(rows, digests, strict=True)
         ]
         states = await self._states(workspace_id, planned)
-        if retry_failed:
-            planned = [_retried(row, states[row.entry.key]) for row in planned]
+        if retry is not None:
+            planned = [states[row.entry.key].retried(row, retry) for row in planned]
             states = await self._states(workspace_id, planned)
         batch = BatchRow(
             batch_id=batch_id(
@@ -302,6 +304,7 @@ class Batches:
                         errors=len(launch.errors),
                         paused=launch.paused,
                         doubt=launch.in_doubt,
+                        held=launch.free_in,
                     )
                 )
                 if launched:
@@ -390,10 +393,3 @@ def _cannot_go_on(stopped: TrackerError | None) -> bool:
     if isinstance(stopped, FloraRefusal):
         return isinstance(stopped, KeyRefused | ServerFault)
     return stopped is not None
-
-
-def _retried(row: PlannedRow, state: RowState) -> PlannedRow:
-    """The row, for another attempt where its run failed for a reason that may pass."""
-    if not state.worth_retrying:
-        return row
-    return replace(row, entry=replace(row.entry, turn=row.entry.turn.retried()))

@@ -93,6 +93,7 @@ class Launch:
         self._max_cost = max_cost
         self._sleep = sleep
         self._queue: deque[PlannedRow] = deque()
+        self._later: list[PlannedRow] = []
         self._doubt: dict[str, PlannedRow] = {}
         self._flying: dict[str, PlannedRow] = {}
         self._tries: Counter[str] = Counter()
@@ -109,12 +110,23 @@ class Launch:
             if start is not None and start.state in UNKNOWN:
                 self._doubt[row.entry.key] = row
             else:
-                self._queue.append(row)
+                self._later.append(row)
+        self._let_in()
 
     @property
     def left(self) -> int:
         """Rows that are still to be started."""
-        return len(self._queue) + len(self._flying)
+        return len(self._queue) + len(self._later) + len(self._flying)
+
+    @property
+    def free_in(self) -> float:
+        """Seconds until a row can be tried whose retry was advised for later.
+
+        0 while there is anything else to do.
+        """
+        if self._queue or self._flying or self._doubt or not self._later:
+            return 0.0
+        return min(self._held_for(row) for row in self._later)
 
     @property
     def in_doubt(self) -> int:
@@ -137,9 +149,13 @@ class Launch:
                 async with asyncio.TaskGroup() as group:
                     for _ in range(min(self._concurrency, len(self._queue))):
                         group.create_task(self._work())
-                if not self._doubt or not self._wait or self._broken_off:
+                waits = self._wait and len(self._doubt) > 0
+                if self._broken_off or not (waits or (self._later and not self._over)):
                     return
-                await self._settle_doubts()
+                if waits:
+                    await self._settle_doubts()
+                if not self._over:
+                    self._let_in()
                 if not self._queue:
                     await self._sleep(LOOK_EVERY)
                 elif self._over:
@@ -150,6 +166,17 @@ class Launch:
     @property
     def _over(self) -> bool:
         return self._broken_off or self.stopped is not None
+
+    def _held_for(self, row: PlannedRow) -> float:
+        """Seconds until the row may be tried again, as was advised when it failed."""
+        if row.not_before is None:
+            return 0.0
+        return max(0.0, (row.not_before - self._clock()).total_seconds())
+
+    def _let_in(self) -> None:
+        """Queue the rows whose time has come."""
+        self._queue.extend(row for row in self._later if self._held_for(row) == 0)
+        self._later = [row for row in self._later if self._held_for(row) > 0]
 
     async def _settle_doubts(self) -> None:
         """See what became of the starts in doubt; one that may be sent is a row to start again."""
@@ -217,9 +244,8 @@ class Launch:
             return
         for run_ids in chunks(list(self._spent)):
             for run_id, record in (await read.get_runs(self._database, run_ids)).items():
-                charged = record.run.charged_cost
-                if record.run.settled and charged is not None:
-                    self._spent[run_id] = charged
+                if record.cost_final or record.run.charged_cost is not None:
+                    self._spent[run_id] = record.run.charged_cost or Decimal(0)
         self._charges_read_at = time.monotonic()
 
     async def _start(self, row: PlannedRow) -> None:
@@ -250,7 +276,7 @@ class Launch:
             self.started += 1
             self._worked_at = time.monotonic()
             self._silent.clear()
-            quoted = started.record.run.charged_cost or Decimal(0)
+            quoted = started.record.run.quoted_cost or Decimal(0)
             cost = self._plan.cost_of(row) or Decimal(0)
             self._spent[started.record.run.run_id] = max(quoted, cost)
 

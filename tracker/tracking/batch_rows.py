@@ -2,13 +2,16 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from decimal import Decimal
+from enum import StrEnum
 from math import prod
 from typing import Any, Final
 
-from tracker.core.errors import FloraError
+from tracker.core.errors import FieldFault, FloraError
 from tracker.core.record import Record
+from tracker.core.retry import RetryAdvice
 from tracker.core.rowkey import Turn
 from tracker.core.run import RunStatus, Tracking
 from tracker.flora.technique import Technique
@@ -17,16 +20,31 @@ from tracker.store.batches import BatchEntry, BatchRow, Latest, chunks
 from tracker.store.engine import Database
 from tracker.store.starts import StartRow, StartState
 
-WORTH_RETRYING: Final = ("model_timeout", "internal_error", "provider_error")
-"""Why a run failed, where another start of the same inputs may do better."""
+RETRY_LATER_AFTER: Final = timedelta(minutes=1)
+LONGEST_RETRY_LATER: Final = timedelta(minutes=10)
+"""How long after its end a run that failed by an overloaded provider is started again: doubling
+with each attempt, from the first to the second."""
+
+
+class Retry(StrEnum):
+    """Which rows whose runs failed are started again. A retry is a new run, and is charged."""
+
+    FAILED = "failed"
+    """Those that FLORA's codes advise to: a temporary fault once, an overload after a wait."""
+    ALL = "all"
+    """All of them, at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedRow:
-    """A row that is to be one run; `inputs` are `{"id", "type", "value"}` each."""
+    """A row that is to be one run; `inputs` are `{"id", "type", "value"}` each.
+
+    It is not started before `not_before`, UTC, where a wait was advised.
+    """
 
     entry: BatchEntry
     inputs: list[dict[str, Any]]
+    not_before: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,12 +96,26 @@ class RowState:
         return record is not None and record.run.settled and self.status == RunStatus.COMPLETED
 
     @property
-    def worth_retrying(self) -> bool:
-        """Whether its run failed for a reason that another start may not meet again."""
+    def advice(self) -> RetryAdvice | None:
+        """Of a row whose run failed, whether to start it again; `None` of any other."""
         run = None if self.record is None else self.record.run
-        if run is None or not run.settled or run.status is not RunStatus.FAILED:
-            return False
-        return run.error is not None and run.error.code in WORTH_RETRYING
+        return run.retry_advice if run is not None and run.settled else None
+
+    def retried(self, row: PlannedRow, retry: Retry) -> PlannedRow:
+        """The row, for another attempt where its run failed and that is to be tried again."""
+        advice, turn = self.advice, row.entry.turn
+        if advice is None or self.record is None:
+            return row
+        not_before = None
+        if retry is Retry.FAILED:
+            if advice is RetryAdvice.RETRY_LATER:
+                wait = RETRY_LATER_AFTER * 2 ** min(turn.attempt, 10)
+                ended = self.record.end_seen_at
+                not_before = ended and ended + min(wait, LONGEST_RETRY_LATER)
+            elif advice is not RetryAdvice.RETRY_NOW or turn.attempt:
+                return row
+        entry = replace(row.entry, turn=turn.retried())
+        return replace(row, entry=entry, not_before=not_before)
 
     @property
     def why(self) -> str | None:
@@ -102,7 +134,9 @@ class RowState:
 def _told(error: dict[str, Any]) -> str:
     """An error of the ledger, with the fields that FLORA names."""
     words = [": ".join(str(error[name]) for name in ("code", "message") if error.get(name))]
-    words += [f"{one.get('field')}: {one.get('message')}" for one in error.get("fields") or ()]
+    for one in error.get("fields") or ():
+        values = tuple(one.get("valid_values") or ())
+        words.append(str(FieldFault(str(one.get("field")), str(one.get("message")), values)))
     return "; ".join(filter(None, words))
 
 
@@ -120,6 +154,11 @@ class Plan:
     states: dict[str, RowState]
     unmapped: Sequence[str] = ()
     price_error: FloraError | None = None
+
+    @property
+    def to_change(self) -> list[RowState]:
+        """The rows that failed for their input, which has to be changed before another start."""
+        return [one for one in self.states.values() if one.advice is RetryAdvice.CHANGE_INPUT]
 
     @property
     def missing(self) -> list[PlannedRow]:

@@ -168,7 +168,11 @@ def described(error: Exception) -> dict[str, Any]:
             "status": error.status,
             "code": error.code,
             "message": error.message,
-            "fields": [{"field": one.field, "message": one.message} for one in error.fields],
+            "fields": [
+                {"field": one.field, "message": one.message}
+                | ({"valid_values": list(one.valid_values)} if one.valid_values else {})
+                for one in error.fields
+            ],
             "request_id": error.request_id,
         }
     return {"message": str(error)}

@@ -5,20 +5,23 @@ newest on, for as long as some number of them shows more due runs than that; wha
 then, and what a list shows without its details, is read alone. Who polls again and again lets due
 runs gather first: `tracker.tracking.gather` says for how long.
 
+What is settled is read again in the same way, in rounds of its own: FLORA's bill, and sometimes the
+outputs, come after the end. These rounds wait for as many runs as they can to share a page, and
+never take the place of a read that brings home a fresh end.
+
 Where more is due than one round reads, a share of it goes to the runs that were told ended last: a
 backlog does not keep fresh callbacks waiting.
 """
 
 import asyncio
-import math
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
 from itertools import zip_longest
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 import structlog
 from structlog.contextvars import bound_contextvars
@@ -35,8 +38,16 @@ from tracker.store.door import Door
 from tracker.store.engine import Database
 from tracker.tracking.durations import DurationBook
 from tracker.tracking.gather import Gathering
-from tracker.tracking.pages import listable, owned, pays, taken_over, without_removed
-from tracker.tracking.rounds import LONGEST_REST, NO_REST, REST, PollReport, Rest, Round
+from tracker.tracking.pages import (
+    leaves_open,
+    listable,
+    owned,
+    pages_away,
+    pays,
+    taken_over,
+    without_removed,
+)
+from tracker.tracking.rounds import PollReport, Rests, Round, all_of
 from tracker.tracking.workspaces import Workspace, Workspaces
 
 CLAIM: Final = 100
@@ -49,6 +60,9 @@ the next, so that no process sits on work that another could do."""
 ROUND_SECONDS: Final = 10.0
 """Seconds after which a round reads no further run alone (FLORA is slow, or has set a limit): the
 next one looks first whether a callback has come."""
+RECHECK_CLAIM: Final = 1000
+"""So many settled runs are read again in one round: what the pages that are read for some of them
+show is taken for all."""
 PAGE_SECONDS: Final = 30.0
 """How long one page may take, repetitions included."""
 LEASE: Final = timedelta(seconds=30)
@@ -82,7 +96,7 @@ class Poller:
         self._gathering = gathering
         self._holder = holder
         self._clock = clock
-        self._rests: dict[str, Rest] = {}
+        self._rests = Rests(clock)
 
     async def poll_due(self, *, gather: bool = False) -> PollReport:
         """One round: claim what is due in each workspace and read it. Raises `StoreUnavailable`.
@@ -93,7 +107,18 @@ class Poller:
         """
         report = PollReport()
         rounds = [self._poll_workspace(workspace, gather) for workspace in self._readable()]
-        for one in await _all_of(rounds):
+        for one in await all_of(rounds):
+            report.add(one)
+        return report
+
+    async def recheck_due(self, *, turn: timedelta | None = None) -> PollReport:
+        """One round: read again the settled runs whose cost or outputs are due for it.
+
+        With `turn`, for who does this again and again, one process at a time does it for each
+        workspace, and the others leave it alone for so long. Raises `StoreUnavailable`.
+        """
+        report = PollReport()
+        for one in await all_of([self._recheck(each, turn) for each in self._readable()]):
             report.add(one)
         return report
 
@@ -112,18 +137,17 @@ class Poller:
             # Where lists carry no details, ends that are known are read alone all the time.
             waits = due and until and workspace.lists_carry_details
             times.append(max(due, until) if due and until and waits else due)
-        times += [rest.until for rest in self._rests.values() if rest.until > now]
+        times += self._rests.ends()
         return min((moment for moment in times if moment), default=None)
 
     def _readable(self) -> list[Workspace]:
         """The workspaces with a key that FLORA does not refuse, and that do not rest."""
-        now = self._clock()
         return [
             workspace
             for workspace in self._workspaces
             if workspace.client is not None
             and not workspace.client.breaker.blocked
-            and self._rests.get(workspace.slot, NO_REST).until <= now
+            and not self._rests.rests(workspace)
         ]
 
     async def read_now(self, record: Record) -> Record:
@@ -156,17 +180,7 @@ class Poller:
         if not due:
             return report
         course = Round(open_runs={record.run.run_id: record for record in due})
-        renewing = asyncio.create_task(self._renew(course))
-        try:
-            await self._durations.learn(record.run.technique_id for record in due)
-            await self._read_pages(workspace, course, report)
-            await self._read_alone(workspace, course, report)
-        finally:
-            renewing.cancel()
-            # What was not read (too many for one round, FLORA down, a shutdown) is due as before.
-            if course.open_runs:
-                await claims.release(self._database, self._holder, list(course.open_runs))
-        self._rest_if_down(workspace, course)
+        await self._read(workspace, course, report)
         if not gathering:
             over = not course.open_runs or course.broken_off
             self._gathering.count(workspace.slot, course.shared, began=began, over=over)
@@ -175,6 +189,45 @@ class Poller:
         # Pages that were read have most likely answered for what could not be claimed, too.
         report.at_once = report.more and (bool(course.open_runs) or not report.pages)
         return report
+
+    async def _recheck(self, workspace: Workspace, turn: timedelta | None) -> PollReport:
+        now, among = self._clock(), self._workspaces.claimable(workspace)
+        if not await claims.recheck_is_due(self._database, among, now=now):
+            return PollReport()
+        name = f"recheck:{workspace.slot}"
+        if turn and not await claims.take_lease(self._database, name, self._holder, now, turn):
+            return PollReport()
+        due = await claims.claim_due(
+            self._database,
+            holder=self._holder,
+            now=now,
+            lease=LEASE,
+            limit=RECHECK_CLAIM,
+            workspaces=among,
+            recheck=True,
+        )
+        report = PollReport(claimed=len(due))
+        course = Round(open_runs={record.run.run_id: record for record in due}, recheck=True)
+        await self._read(workspace, course, report)
+        report.trouble = course.trouble if course.broken_off else None
+        full = len(due) == RECHECK_CLAIM
+        report.more = not course.broken_off and (full or bool(course.open_runs))
+        return report
+
+    async def _read(self, workspace: Workspace, course: Round, report: PollReport) -> None:
+        """Read what the round has claimed, together and alone, and give back what is left."""
+        renewing = asyncio.create_task(self._renew(course))
+        try:
+            claimed = course.open_runs.values()
+            await self._durations.learn(record.run.technique_id for record in claimed)
+            await self._read_pages(workspace, course, report)
+            await self._read_alone(workspace, course, report)
+        finally:
+            renewing.cancel()
+            # What was not read (too many for one round, FLORA down, a shutdown) is due as before.
+            if course.open_runs:
+                await claims.release(self._database, self._holder, list(course.open_runs))
+        self._rests.count(workspace, course)
 
     async def _claim(
         self, workspace: Workspace, now: datetime, *, ended: bool
@@ -204,22 +257,6 @@ class Poller:
             if record is not None
         ], full
 
-    def _rest_if_down(self, workspace: Workspace, course: Round) -> None:
-        """Leave the workspace alone where FLORA answered nothing at all, longer each time."""
-        if not course.broken_off:
-            self._rests.pop(workspace.slot, None)
-            return
-        failures = self._rests.get(workspace.slot, NO_REST).failures + 1
-        rest = min(REST * 2 ** min(failures - 1, 10), LONGEST_REST)
-        rest = max(rest, timedelta(seconds=workspace.require_client().budget.state().paused))
-        self._rests[workspace.slot] = Rest(failures, self._clock() + rest)
-        log.warning(
-            "poll.flora_down",
-            workspace_id=workspace.name,
-            error=course.trouble,
-            rest_seconds=rest.total_seconds(),
-        )
-
     async def _renew(self, course: Round) -> None:
         """Hold what is still to be read for as long as the round takes."""
         while True:
@@ -243,12 +280,14 @@ class Poller:
             # Among more than that they are fewer than the pages.
             among=len(wanted) * history.PAGE_SIZE * len(self._workspaces),
         )
-        if not pays(_pages_away(wanted, course, report.pages)):
+        if not pays(pages_away(wanted, course, report.pages)):
             return
         try:
             client = workspace.require_client()
             newest_first = history.pages(
-                client.for_fresh, "technique", deadline=lambda: PAGE_SECONDS
+                client if course.recheck else client.for_fresh,
+                "technique",
+                deadline=lambda: PAGE_SECONDS,
             )
             async with aclosing(newest_first) as pages:
                 async for page in pages:
@@ -263,7 +302,7 @@ class Poller:
                         for record in listable(course.open_runs.values(), workspace)
                         if oldest is not None and record.created_at <= oldest
                     ]
-                    if not pays(_pages_away(wanted, course, report.pages)):
+                    if not pays(pages_away(wanted, course, report.pages)):
                         return
         except (KeyRefused, RateLimited) as refusal:
             course.refuse(str(refusal))
@@ -280,7 +319,7 @@ class Poller:
     ) -> None:
         """Take a page through the door; what it shows ended without details stays claimed."""
         taken = await without_removed(self._database, taken_over(workspace, items))
-        lean = {item.run_id for item in taken if item.status.ended and not item.details}
+        lean = {item.run_id for item in taken if leaves_open(item, workspace, course)}
         answered = course.open_runs.keys() - lean
         passed = await self._door.put_all(
             [
@@ -312,7 +351,7 @@ class Poller:
             async with turns:
                 if course.broken_off or time.monotonic() > until:
                     return  # it stays open, and is given back
-                fresh = record.run.standing.ended
+                fresh = record.run.standing.ended and not course.recheck
                 try:
                     with bound_contextvars(run_id=record.run.run_id, workspace_id=workspace.name):
                         reading = await read_run(client.for_fresh if fresh else client, record.run)
@@ -324,6 +363,9 @@ class Poller:
                 else:
                     course.answered = True
             report.reads += reading.reads
+            seen = reading.observation
+            if record.run.run_id == course.probe and seen and seen.charged_cost is not None:
+                workspace.lists_carry_costs = False
             if record.run.run_id in shareable:
                 course.shared += reading.reads
             entries = await self._entries(workspace, record, reading)
@@ -333,8 +375,10 @@ class Poller:
                 report.failed += 1
             course.open_runs.pop(record.run.run_id, None)
 
-        alone = list(course.open_runs.values())[:SINGLE_READS]
-        await _all_of([read(record) for record in alone])
+        alone = list(course.open_runs.values())
+        if not course.recheck:
+            alone = alone[:SINGLE_READS]
+        await all_of([read(record) for record in alone])
 
     async def _entries(self, workspace: Workspace, record: Record, reading: Reading) -> list[Entry]:
         """What a reading says of its run, and of the runs that it showed on the way."""
@@ -354,27 +398,3 @@ class Poller:
             ]
         seen = owned(workspace, reading.observation)
         return [*entries, Seen(observation=seen, reads=reading.reads, claim=self._holder)]
-
-
-def _pages_away(wanted: Sequence[Record], course: Round, read: int) -> list[int]:
-    """On which page after those that were read each wanted run is expected, where that is known.
-
-    FLORA's list may hold runs that are not known here, so that it may be a later one: then the next
-    is expected to show it.
-    """
-    places = course.places or {}
-    return [
-        max(1, math.ceil(places[one.run.run_id] / history.PAGE_SIZE) - read)
-        for one in wanted
-        if one.run.run_id in places
-    ]
-
-
-async def _all_of(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Do all of it at the same time. Where one fails the others are ended, and its error raised."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one) for one in work]
-    except BaseExceptionGroup as failed:
-        raise failed.exceptions[0] from failed
-    return [task.result() for task in tasks]

@@ -1,18 +1,28 @@
 """One round of polling in one workspace: how far it is, how FLORA does, and when it rests."""
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from typing import Final
+from datetime import datetime, timedelta
+from typing import Any, Final, TypeVar
 
+import structlog
+
+from tracker.core.clock import Clock
 from tracker.core.record import Record
 from tracker.store.batch import Passed
+from tracker.tracking.workspaces import Workspace
+
+T = TypeVar("T")
 
 FAILURES: Final = 2
 """So many failures without one answer end a round: FLORA is down, and no run is to blame."""
 REST: Final = timedelta(seconds=1)
 LONGEST_REST: Final = timedelta(seconds=30)
 """How long a workspace then rests: doubling from the first to the second."""
+
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,10 +67,14 @@ class Round:
     """One round in one workspace: what is still to be read, and how FLORA does.
 
     `places` tells where runs stand in FLORA's list, as far as that is known, once it was asked for;
-    `shared` counts the reads that other runs shared, or could have.
+    `shared` counts the reads that other runs shared, or could have. `recheck` is true where settled
+    runs are read again for their cost and outputs; `probe` names the one whose cost a page lacked,
+    and which is read alone to see whether lists leave costs out.
     """
 
     open_runs: dict[str, Record]
+    recheck: bool = False
+    probe: str | None = None
     places: Mapping[str, int] | None = None
     shared: int = 0
     answered: bool = False
@@ -92,4 +106,46 @@ class Rest:
     until: datetime
 
 
-NO_REST: Final = Rest(0, datetime.min.replace(tzinfo=UTC))
+class Rests:
+    """Which workspaces are left alone because FLORA answered nothing at all, longer each time."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._rests: dict[str, Rest] = {}
+
+    def rests(self, workspace: Workspace) -> bool:
+        """Whether this one is left alone now."""
+        rest = self._rests.get(workspace.slot)
+        return rest is not None and rest.until > self._clock()
+
+    def ends(self) -> list[datetime]:
+        """When the rests end that last, UTC."""
+        now = self._clock()
+        return [rest.until for rest in self._rests.values() if rest.until > now]
+
+    def count(self, workspace: Workspace, course: Round) -> None:
+        """A round in this workspace is over."""
+        if not course.broken_off:
+            self._rests.pop(workspace.slot, None)
+            return
+        before = self._rests.get(workspace.slot)
+        failures = 1 if before is None else before.failures + 1
+        seconds = min(REST * 2 ** min(failures - 1, 10), LONGEST_REST)
+        seconds = max(seconds, timedelta(seconds=workspace.require_client().budget.state().paused))
+        self._rests[workspace.slot] = Rest(failures, self._clock() + seconds)
+        log.warning(
+            "poll.flora_down",
+            workspace_id=workspace.name,
+            error=course.trouble,
+            rest_seconds=seconds.total_seconds(),
+        )
+
+
+async def all_of(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Do all of it at the same time. Where one fails the others are ended, and its error raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one) for one in work]
+    except BaseExceptionGroup as failed:
+        raise failed.exceptions[0] from failed
+    return [task.result() for task in tasks]

@@ -29,6 +29,10 @@ class Workspace:
     lists_carry_details: bool = True
     """Whether completed items of its history pages carry outputs and cost; learnt from each
     page."""
+    lists_carry_outputs: bool = True
+    """Whether those that ended a while ago carry either of the two; learnt in the same way."""
+    lists_carry_costs: bool = True
+    """Whether a cost that a single read shows stands in the list too; false once one did not."""
 
     def __post_init__(self) -> None:
         self.configured_id = self.workspace_id

@@ -18,6 +18,7 @@ from tracker.core.errors import (
     IdempotencyConflict,
     InvalidRequest,
     KeyRefused,
+    PlanRequired,
     RateLimited,
     SchemaOutdated,
     SettingsError,
@@ -65,10 +66,13 @@ class Fault(Exception):
         """The answer's body."""
         error: dict[str, Any] = {"code": self.code, "message": self.message, **self.more}
         if self.fields:
-            error["fields"] = [
-                {"field": fault.field, "message": fault.message} for fault in self.fields
-            ]
+            error["fields"] = [_field(fault) for fault in self.fields]
         return {"error": error}
+
+
+def _field(fault: FieldFault) -> dict[str, Any]:
+    shown: dict[str, Any] = {"field": fault.field, "message": fault.message}
+    return shown | {"valid_values": list(fault.valid_values)} if fault.valid_values else shown
 
 
 def invalid(*fields: FieldFault, message: str = "The request is not valid.") -> Fault:
@@ -124,6 +128,8 @@ def _of_flora(error: FloraError) -> Fault:
     match error:
         case KeyRefused():
             return Fault(502, "flora_key_refused", str(error))
+        case PlanRequired():
+            return Fault(402, error.code, error.message, fields=error.fields)
         case RateLimited():
             return unavailable(str(error), retry_after=error.retry_after)
         case FloraRefusal(status=status) if status in _PASSED_ON:

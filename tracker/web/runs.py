@@ -96,6 +96,7 @@ class Runs:
             technique_id=query.technique_id,
             workspace_id=query.workspace_id,
             tracking=query.tracking,
+            retry_advice=query.retry_advice,
             cursor=query.cursor,
             limit=query.limit,
         )

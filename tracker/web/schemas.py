@@ -20,6 +20,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from starlette.datastructures import QueryParams
 
 from tracker.core.errors import FieldFault
+from tracker.core.retry import RetryAdvice
 from tracker.core.run import RunStatus, Tracking
 from tracker.store.starts import LISTED
 from tracker.web.faults import invalid
@@ -159,6 +160,9 @@ class ListQuery(BaseModel):
     technique_id: Filter = None
     workspace_id: Filter = None
     tracking: Annotated[Tracking | None, BeforeValidator(_none_if_empty), _one_of(Tracking)] = None
+    retry_advice: Annotated[
+        RetryAdvice | None, BeforeValidator(_none_if_empty), _one_of(RetryAdvice)
+    ] = None
     cursor: Cursor = None
     limit: Limit = 50
 

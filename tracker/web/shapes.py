@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from tracker.core.observation import Source
+from tracker.core.retry import RetryAdvice
 from tracker.core.run import RunStatus, Tracking
 
 _RUN: dict[str, Any] = {
@@ -23,9 +24,13 @@ _RUN: dict[str, Any] = {
     "created_at": "2026-06-11T12:00:00.123000Z",
     "started_at": "2026-06-11T12:00:02.000000Z",
     "completed_at": "2026-06-11T12:00:31.500000Z",
+    "quoted_cost": 0.21,
     "charged_cost": 0.25,
+    "cost_read_at": "2026-06-11T12:01:45.300000Z",
+    "cost_final": True,
     "error_code": None,
     "error_message": None,
+    "retry_advice": None,
     "poll_url": "https://app.flora.ai/api/v1/techniques/tech_icon-pack/runs/run_abc123",
     "source": "start",
     "first_seen_at": "2026-06-11T12:00:00.456000Z",
@@ -113,9 +118,23 @@ class Run(Shape):
     ]
     started_at: datetime | None
     completed_at: datetime | None
-    charged_cost: Annotated[float | None, Field(ge=0)]
+    quoted_cost: Annotated[
+        float | None, Field(ge=0, description="What was shown before the end; not a charge.")
+    ]
+    charged_cost: Annotated[
+        float | None,
+        Field(ge=0, description="What FLORA billed, as the latest read of the ended run shows."),
+    ]
+    cost_read_at: Annotated[datetime | None, Field(description="When that read was sent.")]
+    cost_final: Annotated[
+        bool,
+        Field(description="That read came long enough after the end for the bill to be there."),
+    ]
     error_code: str | None
     error_message: str | None
+    retry_advice: Annotated[
+        RetryAdvice | None, Field(description="Of a failed run, whether to start it again.")
+    ]
     poll_url: str | None
     source: Annotated[Source, Field(description="How it was first heard of.")]
     first_seen_at: datetime
@@ -245,6 +264,9 @@ class WrongField(Shape):
 
     field: str
     message: str
+    valid_values: Annotated[
+        list[str], Field(description="What the field takes, where FLORA names it.")
+    ] = []
 
 
 class ErrorDetail(Shape):

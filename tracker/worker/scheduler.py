@@ -1,5 +1,5 @@
-"""The scheduled jobs of one process: poll what is due, sweep each history, find lost starts, read
-the catalogue.
+"""The scheduled jobs of one process: poll what is due, read bills again, sweep each history, find
+lost starts, read the catalogue.
 
 APScheduler keeps the times and holds no state: everything lasting is in the database, so any number
 of workers may run, and one that dies leaves nothing but leases that run out. The poll job is run
@@ -61,6 +61,9 @@ class Watches(Protocol):
     def polled(self, report: PollReport) -> None:
         """A round of polling is over."""
 
+    def rechecked(self, report: PollReport) -> None:
+        """A round of reading bills again is over."""
+
     def swept(self, report: SweepReport) -> None:
         """A sweep is over, be it that another process was at it."""
 
@@ -74,6 +77,10 @@ class WorkerServices(Protocol):
     @property
     def reconcile_cron(self) -> str:
         """When to sweep."""
+
+    @property
+    def recheck_every(self) -> timedelta:
+        """How often to read settled runs again whose bill is due."""
 
     @property
     def poller(self) -> Poller:
@@ -138,6 +145,11 @@ class Worker:
         if keyed:
             self._scheduler.add_job(
                 self._job("poll", self._poll), IntervalTrigger(seconds=4 * TICK), id="poll"
+            )
+            self._scheduler.add_job(
+                self._job("recheck", self._recheck),
+                IntervalTrigger(seconds=services.recheck_every.total_seconds()),
+                id="recheck",
             )
             self._scheduler.add_job(
                 self._job("recover", self._recover),
@@ -228,6 +240,23 @@ class Worker:
                     )
         finally:
             self._round_over.set()
+
+    async def _recheck(self) -> None:
+        # A little less than the interval, so that this process may go on when its turn is over.
+        turn = self._services.recheck_every * 0.9
+        more = True
+        while more:
+            report = await self._services.poller.recheck_due(turn=turn)
+            self._services.metrics.rechecked(report)
+            more = report.more
+            if report.claimed:
+                log.info(
+                    "recheck.round",
+                    claimed=report.claimed,
+                    pages=report.pages,
+                    reads=report.reads,
+                    failed=report.failed,
+                )
 
     async def _sweep(self, workspace: Workspace) -> None:
         with bound_contextvars(workspace_id=workspace.name):

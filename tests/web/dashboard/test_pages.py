@@ -78,7 +78,7 @@ async def test_what_is_not_known_is_not_zero(small_site: Site) -> None:
         assert "0 %" not in shown
     run = await _text(small_site, "/runs/run_1")
     assert "$0" not in run
-    assert re.search(r"Cost</dt><dd><span class=\"unknown\">not known yet", run)
+    assert re.search(r"Cost</dt><dd><span class=\"muted\">not yet", run)
 
 
 async def test_a_refused_key_is_told_first(serve: Serve, sqlite_url: str) -> None:

@@ -88,7 +88,7 @@ def _state(record: Record) -> list[Sentence]:
             if record.ended_via is None
             else f" Its end was first told by {words.by(record.ended_via)}."
         )
-        text = f"It is settled: {run.status}, with all its details.{first}"
+        text = f"It is settled: {run.status}, with all its details.{first}{_bill(record)}"
         return [Sentence(kind=Kind.STATE, text=text)]
     told = []
     if record.missing and record.missing_since is not None:
@@ -108,6 +108,18 @@ def _state(record: Record) -> list[Sentence]:
         )
         told.append(Sentence(kind=Kind.STATE, text=text))
     return told
+
+
+def _bill(record: Record) -> str:
+    """What is still to come of cost and outputs."""
+    wanted = [] if record.cost_final else ["cost"]
+    wanted += ["outputs"] if record.run.lacks_outputs else []
+    if record.recheck_at is not None:
+        what = f"{' and '.join(wanted) or 'refund'} {'are' if 'outputs' in wanted else 'is'}"
+        return f" Its {what} read again at {words.moment(record.recheck_at)}."
+    if record.run.charged_cost is None and not record.cost_final:
+        return " FLORA has not told what it cost, and is not asked again."
+    return ""
 
 
 def _claim(record: Record, look: NextLook, now: datetime) -> list[Sentence]:

@@ -227,9 +227,10 @@ def _details(seen: Observation, before: Run | None, after: Run) -> list[str]:
     old = before or Run(run_id=after.run_id)
     if after.outputs and after.outputs != old.outputs:
         found.append(counted(len(after.outputs), "output"))
-    # A run that has not ended is often shown with a cost of 0.
-    if after.charged_cost and after.charged_cost != old.charged_cost:
+    if after.charged_cost is not None and after.charged_cost != old.charged_cost:
         found.append(f"a cost of {after.charged_cost:f} USD")
+    elif after.charged_cost is None and old.charged_cost is not None:
+        found.append("a refund: it costs nothing")
     if after.completed_at is not None and after.completed_at != old.completed_at:
         end = f"its end at {moment(after.completed_at)}"
         if after.created_at is not None:
@@ -242,10 +243,6 @@ def _details(seen: Observation, before: Run | None, after: Run) -> list[str]:
 
 def _differences(one: Observation, other: Observation) -> list[str]:
     found = []
-    if None not in (one.charged_cost, other.charged_cost) and (
-        one.charged_cost != other.charged_cost
-    ):
-        found.append(f"the cost ({one.charged_cost:f} and {other.charged_cost:f} USD)")
     if one.error and other.error and one.error.code != other.error.code:
         found.append(f"the error ({one.error.code} and {other.error.code})")
     if one.outputs and other.outputs and one.outputs != other.outputs:

@@ -11,6 +11,7 @@ from tracker.core.run import RunStatus, Tracking
 from tracker.store import attention, overview, read
 from tracker.store.attention import SweepHealth
 from tracker.store.engine import Database
+from tracker.store.gauges import BILL_DAYS
 from tracker.store.overview import CallbackHealth, HourOfEnds, StateCount, TechniqueCost
 from tracker.store.read import Counts, DeliveryRow
 
@@ -56,31 +57,39 @@ class States:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """What the runs that ended today cost: in all, the dearest techniques, and the rest of them."""
+    """What the runs that ended today cost: in all, the dearest techniques, and the rest of them.
+
+    The bills of `not_final` may still come or change; `quoted` is what those without one were.
+    """
 
     total: Decimal | None
     dearest: list[TechniqueCost]
     others: TechniqueCost | None
     other_techniques: int
     unpriced: int
+    not_final: int
+    quoted: Decimal
 
     @classmethod
     def of(cls, rows: list[TechniqueCost]) -> "Costs":
         """From each technique's, the dearest first."""
         rest = rows[DEAREST:]
-        priced = any(row.runs > row.unpriced for row in rows)
         return cls(
-            total=sum((row.cost for row in rows), Decimal(0)) if priced else None,
+            total=sum((row.cost for row in rows), Decimal(0)) if rows else None,
             dearest=rows[:DEAREST],
             others=TechniqueCost(
                 None,
                 runs=sum(row.runs for row in rest),
+                not_final=sum(row.not_final for row in rest),
                 cost=sum((row.cost for row in rest), Decimal(0)),
+                quoted=sum((row.quoted for row in rest), Decimal(0)),
             )
             if rest
             else None,
             other_techniques=len(rest),
             unpriced=sum(row.unpriced for row in rows),
+            not_final=sum(row.not_final for row in rows),
+            quoted=sum((row.quoted for row in rows), Decimal(0)),
         )
 
 
@@ -93,6 +102,7 @@ class Figures:
     callbacks: CallbackHealth
     lag: Lag
     costs: Costs
+    unpriced: int
     counts: Counts
     overdue: list[Record]
     sweeps: dict[str | None, SweepHealth]
@@ -143,6 +153,7 @@ async def gather(db: Database, *, now: datetime, hours: int) -> Figures:
         callbacks=await overview.callback_health(db, now=now, hours=hours),
         lag=(await overview.lags(db, now=now, hours=hours)).seen,
         costs=Costs.of(await overview.costs(db, now=now)),
+        unpriced=sum(one.unpriced for one in await overview.costs(db, now=now, days=BILL_DAYS)),
         counts=await read.counts(db, now=now),
         overdue=await attention.overdue(db, now=now, limit=OVERDUE),
         sweeps={each.workspace_id: each for each in await attention.sweep_health(db)},

@@ -104,6 +104,15 @@ def needs(
                 link="Show them",
             )
         )
+    if unpriced := figures.unpriced:
+        found.append(
+            Need(
+                kind="warn",
+                what=f"FLORA never billed {number(unpriced)} {'run' if unpriced == 1 else 'runs'}.",
+                advice="Their cost is not known, so totals of the last 7 days are at least what "
+                "they say. Compare with FLORA's billing page.",
+            )
+        )
     if counts.lost:
         found.append(
             Need(

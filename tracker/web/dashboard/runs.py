@@ -10,6 +10,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tracker.core.errors import FieldFault
+from tracker.core.retry import RetryAdvice
 from tracker.store import techniques
 from tracker.store.search import STATES, Wanted, search_runs
 from tracker.web.dashboard.forms import given
@@ -28,6 +29,12 @@ STATE_NAMES: Final = (
     ("lost", "lost: FLORA denies it"),
     ("conflict", "in conflict"),
 )
+ADVICE_NAMES: Final[Mapping[str, str]] = {
+    RetryAdvice.RETRY_NOW: "retry now",
+    RetryAdvice.RETRY_LATER: "retry later",
+    RetryAdvice.CHANGE_INPUT: "change the input",
+    RetryAdvice.NOT_RETRYABLE: "do not retry",
+}
 SPANS: Final = (
     ("", "any time"),
     ("1h", "in the last hour"),
@@ -51,6 +58,7 @@ class Filters:
     state: str | None
     technique: str | None
     workspace: str | None
+    advice: str | None
     within: str | None
     from_: str | None
     to: str | None
@@ -59,11 +67,14 @@ class Filters:
         """What they mean at this moment. Raises `Fault` 400 that names the field which is wrong."""
         if self.state is not None and self.state not in STATES:
             raise invalid(FieldFault("state", f"must be one of {', '.join(STATES)}"))
+        if self.advice is not None and self.advice not in ADVICE_NAMES:
+            raise invalid(FieldFault("advice", f"must be one of {', '.join(ADVICE_NAMES)}"))
         if self.within is not None and self.within not in _LENGTHS:
             raise invalid(FieldFault("within", f"must be one of {', '.join(_LENGTHS)}"))
         since = now - _LENGTHS[self.within] if self.within else None
         return Wanted(
             state=self.state,
+            advice=self.advice,
             technique_id=self.technique,
             workspace_id=self.workspace,
             since=_moment("from", self.from_) or since,
@@ -79,6 +90,7 @@ class Filters:
             state=self.state,
             technique=self.technique,
             workspace=self.workspace,
+            advice=self.advice,
             within=self.within,
             **{"from": self.from_, "to": self.to},
             cursor=cursor,
@@ -100,6 +112,7 @@ class RunsPage:
         """A page of runs."""
         filters = Filters(
             **{name: given(request, name) for name in ("text", "state", "technique", "workspace")},
+            advice=given(request, "advice"),
             within=given(request, "within"),
             from_=given(request, "from"),
             to=given(request, "to"),
@@ -120,6 +133,7 @@ class RunsPage:
             filtered=filters.url() != "/runs" or cursor is not None,
             found=found,
             states=STATE_NAMES,
+            advices=ADVICE_NAMES,
             spans=SPANS,
             names=names,
             techniques=_with(names, filters.technique),
