@@ -138,6 +138,7 @@ async def test_rows_are_counted_by_what_became_of_them(db: Database, door: TestD
         unresolved=1,
         doubt=1,
         cost=Decimal("0.3"),
+        not_final=3,
     )
     assert (found.ended, found.unstarted) == (2, 5)
     assert await batches.tallies(db, ["bat_2"]) == {"bat_2": Tally()}
