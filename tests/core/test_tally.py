@@ -6,11 +6,10 @@ from decimal import Decimal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.store.making import NOW, POLICY, as_entry, callback, observations, seen, started
+from tests.store.making import NOW, POLICY, callback, observations, seen, started
 from tests.support.deliveries import Delivered
 from tracker.core.entry import Entry, Seen
 from tracker.core.histogram import BEYOND, EDGES, bucket_of
-from tracker.core.observation import Source
 from tracker.core.record import Record, apply
 from tracker.core.run import RunError, RunStatus
 from tracker.core.tally import (
@@ -115,10 +114,8 @@ def test_the_hour_of_an_end_stays() -> None:
 def test_what_is_the_same_counts_for_the_same(sights: list, expected: list[bool]) -> None:
     """The quick look never overlooks a change."""
     record = None
-    for number, (sight, with_callback) in enumerate(zip(sights, expected, strict=False)):
-        entry = as_seen(as_entry(sight, number))
-        if sight.source is not Source.CALLBACK:
-            entry = Seen(observation=sight, callback_expected=with_callback)
+    for sight, with_callback in zip(sights, expected, strict=False):
+        entry = Seen(observation=sight, callback_expected=with_callback)
         new = apply(record, entry, policy=POLICY, durations_of=lambda _: None)
         assert new is not None
         if record is not None and same(record, new):

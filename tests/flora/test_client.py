@@ -336,7 +336,7 @@ async def test_a_plan_that_lacks_something_is_no_refused_key() -> None:
             assert not flora.breaker.open
     async with client(FarEnd(refused(402, "insufficient_credits")), VirtualTime()) as flora:
         with pytest.raises(FloraRefusal, match="402 insufficient_credits"):
-            await flora.start_run("tech_1", inputs=INPUTS, idempotency_key="k")
+            await flora.start_run("tech_1", body="{}", idempotency_key="k")
         assert not flora.breaker.open
 
 
@@ -348,7 +348,7 @@ async def test_a_field_s_valid_values_are_told() -> None:
     body["error"]["fields"] = [fault | values, fault | {"valid_values": "photo"}]  # type: ignore[index]
     async with client(FarEnd(httpx.Response(400, json=body)), VirtualTime()) as flora:
         with pytest.raises(FloraRefusal) as caught:
-            await flora.start_run("tech_1", inputs=INPUTS, idempotency_key="k")
+            await flora.start_run("tech_1", body="{}", idempotency_key="k")
     assert [one.valid_values for one in caught.value.fields] == [("photo", "sketch", "3"), ()]
     assert "inputs.0.value: is not a style (one of photo, sketch, 3)" in str(caught.value)
 
@@ -358,7 +358,8 @@ async def test_an_empty_text_is_left_out_of_a_start() -> None:
     far_end = FarEnd(ok(run_payload()))
     inputs = [*INPUTS, {"id": "style", "type": "text", "value": ""}]
     async with client(far_end, VirtualTime()) as flora:
-        await flora.start_run("tech_1", inputs=inputs, idempotency_key="k")
+        body = start_body(inputs, idempotency_key="k")
+        await flora.start_run("tech_1", body=body, idempotency_key="k")
     assert json.loads(far_end.requests[0].content)["inputs"] == INPUTS
 
 

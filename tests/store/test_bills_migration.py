@@ -15,7 +15,7 @@ from tracker.store import migrate, read
 from tracker.store.engine import Database
 from tracker.store.tables import run_events, runs, sweeps
 
-BEFORE = "0008"
+BEFORE = "0009"
 SEEN_AT_THE_END, SEEN_FAILED, SEEN_RUNNING = 5 << 27, 4 << 27, 1 << 27
 """Whose word the stored cost was: the digit of `ranks` that stands for `charged_cost`."""
 
