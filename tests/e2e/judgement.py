@@ -69,15 +69,17 @@ async def starts_in(database: Database, *states: str) -> int:
 async def undecided_starts(database: Database, flora: Simulator) -> int:
     """How many starts are sent or in doubt, and will be known by themselves.
 
-    One whose run's callback was dropped is not: it is left to a person when its key is forgotten.
+    One whose run has called back to nobody is not: it is left to a person when its key is
+    forgotten.
     """
     query = sa.select(starts.c.inputs).where(starts.c.state.in_(("sent", "in_doubt")))
     async with database.read() as connection:
         rows = (await connection.execute(query)).scalars().all()
+    heard = {one.run_id for one in flora.world.deliveries if one.taken}
     silent = [
         run.inputs[0]["value"]
         for run in flora.world.runs.values()
-        if run.inputs and (run.callback_url is None or "drop" in run.faults)
+        if run.inputs and run.run_id not in heard
     ]
     known = [inputs[0]["value"] for inputs in rows]
     # While such a run is there, no other start of its technique is sent again either.

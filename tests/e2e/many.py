@@ -39,12 +39,14 @@ WHERE application_name = 'tracker-signals' AND datname = current_database()
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
     """`asked` runs were asked for, `begun` is how many FLORA has, `settled` how many we know all
-    of; `killed` is how many processes were."""
+    of; `killed` is how many processes were, `undecided` how many starts their callers know nothing
+    of because of that."""
 
     asked: int
     begun: int
     settled: int
     killed: int
+    undecided: int
     slowest_start: float
     seconds: float
     listeners_cut: int
@@ -55,7 +57,9 @@ class Figures:
         """The promises that were not kept."""
         seen = self.seen
         kept = {
-            f"{self.begun} runs of {self.asked} at FLORA": self.begun == self.asked,
+            f"{self.begun} runs of {self.asked} at FLORA": (
+                0 <= self.asked - self.begun <= self.undecided
+            ),
             f"taken from who had it: {seen.stolen[:3]}": not seen.stolen,
             f"read twice without a cause: {seen.read_twice[:3]}": not seen.read_twice,
             f"{seen.sweeps_at_once} sweeps at once": not seen.sweeps_at_once,
@@ -104,7 +108,8 @@ async def endure(
         await eventually(lambda: settled_at_least(0.2), timeout=within, interval=0.1)
         await many.kill_worker(partial(holds_claims, database))
         await starting
-        await eventually(lambda: settled_at_least(1), timeout=within, interval=0.1)
+        everything = len(flora.world.runs) / runs
+        await eventually(lambda: settled_at_least(everything), timeout=within, interval=0.1)
         seconds = loop.time() - began
         await assert_all_true(database, flora.root)
         await many.stop()
@@ -113,6 +118,7 @@ async def endure(
             begun=len(flora.world.runs),
             settled=await settled_runs(database),
             killed=many.killed,
+            undecided=len(many.undecided),
             slowest_start=many.slowest_start,
             seconds=seconds,
             listeners_cut=len(cuts),

@@ -39,6 +39,12 @@ FAULTS: dict[str, Any] = {
     "retry_after": 0,
     "errors": 0.03,
     "cut": 0.03,
+    "gateway_starts": 0.05,
+    "gateway_works": 0.5,
+    "lost_starts": 0.03,
+    "failed_starts": 0.02,
+    "keys_known": "at_end",
+    "queued": 0.05,
 }
 Role = Literal["serve", "receiver", "worker", "batch"]
 COMMANDS: dict[Role, tuple[str, ...]] = {

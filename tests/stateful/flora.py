@@ -30,7 +30,7 @@ QUOTE: Final = 0.5
 
 BEFORE: Final = ("429", "429 for long", "401", "500", "503", "no connection", "cut before")
 """Faults of a request that does nothing."""
-AFTER: Final = ("cut after", "time-out", "504", "garbage")
+AFTER: Final = ("cut after", "time-out", "504", "garbage", "500 after", "404 page", "empty")
 """Faults of the answer to a request that did what was asked."""
 FAULTS: Final = (*BEFORE, *AFTER)
 
@@ -165,6 +165,12 @@ class ModelFlora:
                 return self._respond(200, b'{"run_id": "ru')
             case "504":
                 return self._respond(504, b"<html>Gateway Time-out</html>")
+            case "404 page":
+                return self._respond(404, b"<html>Not Found</html>")
+            case "empty":
+                return self._respond(200, b"")
+            case "500 after":
+                return self._refuse(500, "internal_error")
             case _:
                 return self._refuse(int(str(fault)), "some_code")
 
