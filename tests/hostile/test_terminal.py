@@ -132,6 +132,7 @@ async def test_no_request_forges_a_line_of_the_log(
     stream = io.StringIO()
     with _flora_that_steers() as flora:
         given = {"flora_api_key": "sk_test_key", "flora_base_url": flora}
+        given["flora_workspace_id"] = "ws_1"
         async with serve(sqlite_url, tracker_api_token=TOKEN, **given) as site:
             configure_logs(format=format, level="debug", stream=stream)
             site.client.headers["Authorization"] = f"Bearer {TOKEN}"

@@ -18,6 +18,7 @@ from tracker.flora.signature import sign
 from tracker.receiving.replay import APPLIED_BEFORE
 from tracker.simulator import Simulator
 from tracker.store import read
+from tracker.tracking.batch_rows import Retry
 from tracker.tracking.prune import Ages
 from tracker.tracking.start import StartRequest
 from tracker.wiring import Services
@@ -113,7 +114,7 @@ async def test_a_repeated_batch_pays_nothing_again(
     await batch(services, "a", "b")
     await poll_to_the_end(services, clock, within=120)
     assert (await prune(services, clock))["runs"] == 2
-    repeated = await batch(services, "a", "b", "c", retry_failed=True)
+    repeated = await batch(services, "a", "b", "c", retry=Retry.ALL)
     assert statuses(repeated)[:2] == ["forgotten", "forgotten"]
     assert sorted(begun(flora)) == ["a", "b", "c"]
     await batch(services, "a", "b", again=True)
