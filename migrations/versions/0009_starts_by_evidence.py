@@ -33,6 +33,7 @@ STATE = "state IN ('stored', 'sent', 'in_doubt', 'started', 'refused', 'unresolv
 TEXTS = ("workspace_id", "callback_token", "request_body", "started_by")
 INDEXES = {
     "ix_starts_in_doubt": ("created_at", "state = 'in_doubt'", False),
+    "ix_starts_without_workspace": ("workspace_slot", "workspace_id IS NULL", False),
     "ix_starts_callback_token": ("callback_token", "callback_token IS NOT NULL", True),
 }
 _MICROSECONDS = (

@@ -286,6 +286,7 @@ starts: Final = Table(
     _partial("ix_starts_open", "created_at", where="state IN ('stored', 'sent')"),
     _partial("ix_starts_in_doubt", "created_at", where="state = 'in_doubt'"),
     _partial("ix_starts_unresolved", "created_at", where="state = 'unresolved'"),
+    _partial("ix_starts_without_workspace", "workspace_slot", where="workspace_id IS NULL"),
     Index("ix_starts_run", "run_id"),
     Index("ix_starts_technique", "technique_id", "created_at"),
     Index(

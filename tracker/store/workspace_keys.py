@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import Connection, Update, exists, select, tuple_, update
+from sqlalchemy import Connection, Update, and_, exists, select, tuple_, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from tracker.store.engine import Database
@@ -11,7 +11,7 @@ from tracker.store.tables import batches, runs, starts, workspace_keys
 
 BEFORE_IDS: Final = "default"
 """What a version before 0009 calls the workspace of the top-level settings."""
-_AT_ONCE: Final = 500
+_AT_ONCE: Final = 5000
 """Rows that one transaction moves."""
 
 
@@ -58,7 +58,7 @@ async def give_ids(db: Database, workspace_id: str) -> int:
     stands at the top of the settings, which is the one that asks. A key that was used in both
     places stays as it was in the first.
     """
-    old = starts.c.workspace_slot == BEFORE_IDS
+    old = and_(starts.c.workspace_slot == BEFORE_IDS, starts.c.workspace_id.is_(None))
     other = starts.alias()
     taken = exists().where(
         other.c.workspace_slot == workspace_id,
