@@ -4,6 +4,9 @@ import json
 import time
 from contextlib import ExitStack
 
+import httpx
+import pytest
+
 from tests.cli.conftest import Commands, simulate
 
 
@@ -12,19 +15,22 @@ def started(tracker: Commands, key: str) -> tuple[str, ...]:
     return ("runs", "start", "icon-pack", "--input", f"prompt={key}", "--idempotency-key", key)
 
 
+@pytest.mark.timeout(120)
 def test_cron_alone_resolves_starts(tracker: Commands, stack: ExitStack) -> None:
     """`tracker poll` and `tracker reconcile`, no worker: what reached nobody is started, once; what
     is left to a person is listed, shown and resolved."""
     for_a_while = ("--set", "gateway_starts=1", "--set", "gateway_works=0")
-    simulate(tracker, stack, *for_a_while, "--at", "32:gateway_starts=0", "--failures", "0%")
+    simulate(tracker, stack, *for_a_while, "--failures", "0%")
     began = time.monotonic()
     tracker.environ["TRACKER_START_DOUBT"] = "1"
     starting = [stack.enter_context(tracker.running(*started(tracker, key))) for key in "ab"]
     for process in starting:
-        output, errors = process.communicate(timeout=40)
+        output, errors = process.communicate(timeout=50)
         assert (process.returncode, output) == (1, "")
         assert "its outcome is not known yet" in errors
-    assert time.monotonic() - began < 31
+    assert (
+        time.monotonic() - began < 45
+    )  # they give up within 30 s, on a machine with time to spare
 
     listed = tracker.json("starts", "list")["starts"]
     assert {(one["idempotency_key"], one["state"], one["started_by"]) for one in listed} == {
@@ -32,7 +38,8 @@ def test_cron_alone_resolves_starts(tracker: Commands, stack: ExitStack) -> None
         ("b", "in_doubt", "cli"),
     }
     assert "in_doubt" in tracker("starts", "list").stdout
-    time.sleep(max(33 - (time.monotonic() - began), 0))
+    root = tracker.environ["FLORA_BASE_URL"].removesuffix("/api/v1")
+    httpx.post(f"{root}/simulator/faults", json={"gateway_starts": "0"}).raise_for_status()
     tracker("poll")
     tracker("reconcile")
     assert tracker.json("starts", "list")["starts"] == []
