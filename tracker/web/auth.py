@@ -5,7 +5,7 @@ one, and the token needs the scope for what is asked. Without any, only this mac
 a request is refused where anything says that it may come from another machine:
 
 ===============================  ===================================================================
-what is looked at                why
+what is checked                  why
 ===============================  ===================================================================
 the address that was connected   it is loopback, or other machines reach it
 `Host`                           a page whose own name was pointed at this machine sends that name
@@ -181,7 +181,7 @@ class Access:
             return None
 
     async def holds(self, actor: Actor) -> bool:
-        """Whether what let somebody in still does, of an answer that goes on for long.
+        """Whether an actor who was let in may still read an answer that goes on for long.
 
         Raises `StoreUnavailable`.
         """

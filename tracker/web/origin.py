@@ -41,7 +41,7 @@ def host_of(scope: Scope) -> str | None:
 
 
 def is_forwarded(scope: Scope) -> bool:
-    """Whether a proxy says that it passed the request on for somebody else."""
+    """Whether a proxy says that it passed the request on for another client."""
     return any(
         name in _FORWARDING or name.startswith(_FORWARDING_TOO) for name, _ in scope["headers"]
     )
