@@ -83,11 +83,15 @@ def upgrade() -> None:
 
 
 def add_columns() -> None:
-    """The new columns and the check, in one transaction that reads no row."""
-    for name in TEXTS:
-        op.execute(f"ALTER TABLE starts ADD COLUMN IF NOT EXISTS {name} text")
+    """The new columns and the check, in one transaction that reads no row.
+
+    Tables are locked in the order in which processes write them, deliveries before starts: in any
+    other order this and they would wait for each other.
+    """
     op.execute("ALTER TABLE deliveries ADD COLUMN IF NOT EXISTS callback_token text")
     op.execute("ALTER TABLE batches ADD COLUMN IF NOT EXISTS mapping jsonb")
+    for name in TEXTS:
+        op.execute(f"ALTER TABLE starts ADD COLUMN IF NOT EXISTS {name} text")
     op.execute("ALTER TABLE starts DROP CONSTRAINT IF EXISTS ck_starts_state")
     op.execute(f"ALTER TABLE starts ADD CONSTRAINT ck_starts_state CHECK ({STATE}) NOT VALID")
 

@@ -77,7 +77,8 @@ class Callbacks:
             raise unavailable("The delivery could not be committed.") from error
         except StoreError as error:
             self._refusals.count("not storable", error=str(error))
-            raise
+            # Whatever stopped it, FLORA comes again, and the next attempt may be stored.
+            raise unavailable("The delivery could not be stored.") from error
         except SignatureError as error:
             self._refusals.count("trial" if event == TRIAL else error.reason)
             # Which of the two tells the sender nothing new, and whoever looks for what strips a
