@@ -149,7 +149,7 @@ class Run:
     Times are aware UTC datetimes, costs are USD, `progress` 0 to 100. `charged_cost` is the bill,
     as the read sent at `cost_read_at` showed it: `None` with a `cost_read_at` means that a failed
     run was shown without a cost. `ranks` holds one octal digit for each of `REGISTERS`: the
-    `Standing` of the sight which its value came from, or `LISTED` or `READ`.
+    `Standing` of the observation which its value came from, or `LISTED` or `READ`.
     """
 
     run_id: str

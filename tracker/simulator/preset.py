@@ -84,7 +84,7 @@ class PresetHistory:
 
 
 class Listing(Sequence[SimulatedRun]):
-    """Runs that exist, followed by preset ones that are made only where they are looked at."""
+    """Runs that exist, followed by preset ones that are made only where they are read."""
 
     def __init__(
         self,

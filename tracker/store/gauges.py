@@ -24,7 +24,7 @@ from tracker.store.tables import deliveries, runs, starts, word
 BOUND: Final = 10_000
 """No count goes beyond this: of so many, more would tell nobody more."""
 BILL_DAYS: Final = 7
-"""Bills of runs that ended in the last so many days, today included, are looked at."""
+"""Bills of runs that ended in the last so many days, today included, are counted."""
 RECENT_HOURS: Final = 2
 """The present hour and the one before: the callbacks of the runs that ended in them are recent."""
 

@@ -185,7 +185,7 @@ def empty_bodies(connection: Connection, keys: Sequence[Key], at: datetime) -> C
 
 
 def _bodies_gone_until(connection: Connection, at: datetime) -> datetime:
-    """That moment, or when the first of those came that are still to go: what somebody held, or
+    """That moment, or when the first of those came that are still to go: what was held, or
     what is not applied yet."""
     mark = select(marks.c.through).where(marks.c.what == word("bodies")).scalar_subquery()
     first_left = (

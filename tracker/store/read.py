@@ -73,7 +73,7 @@ class DeliveryRow:
 
 
 class Counts(NamedTuple):
-    """How much waits, or needs somebody's eye. `oldest_due_at` shows how far polling lags,
+    """How much waits, or needs a person. `oldest_due_at` shows how far polling lags,
     `oldest_waiting_at` how far applying of callbacks does (of which `waiting` are not applied)."""
 
     active: int
