@@ -98,7 +98,7 @@ async def release(db: Database, holder: str, run_ids: Sequence[str] | None = Non
 
 
 def _held(db: Database, holder: str, among: ColumnElement[bool]) -> Update:
-    """An update of what `holder` has claimed among these, which locks rows in the writers' order."""
+    """An update of what `holder` has claimed among these; locks rows in the writers' order."""
     rows = select(runs.c.run_id).where(among, runs.c.lease_holder == holder)
     if db.dialect == "postgresql":
         rows = rows.order_by(runs.c.run_id).with_for_update()
