@@ -38,7 +38,7 @@ LOOK_EVERY: Final = 1.0
 """Seconds after which a process looks for deliveries that another one left."""
 PAUSE: Final = 0.01
 """Seconds between two groups while callbacks come in, in which it is seen how many wait."""
-CROWD: Final = 32
+CROWD: Final = 20
 """So many callbacks that wait to be acknowledged at the same time, on average, are served first. At
 a third of the highest rate five to ten wait, as measured on both databases; as many as there are
 senders where they bring all that can be taken."""

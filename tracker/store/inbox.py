@@ -37,30 +37,29 @@ class Stored(NamedTuple):
     repeated: bool
 
 
-class Known(NamedTuple):
-    """A stored delivery as a group left it: how often it has come, and what became of it."""
-
-    receipts: int
-    outcome: str
-
-
 @dataclass(slots=True)
 class Receipt:
-    """One row of a group: a delivery, and how often and until when the group received it."""
+    """One row of a group: a delivery, at which places of the group it stands, and until when the
+    group received it."""
 
     delivery: Delivery
     last_received_at: datetime
-    count: int = 1
+    places: list[int]
+
+    @property
+    def count(self) -> int:
+        """How often the group received it."""
+        return len(self.places)
 
 
 class Stores(Protocol):
     """The statement that stores a group."""
 
-    async def __call__(self, db: Database, receipts: Sequence[Receipt]) -> dict[str, Known]:
+    async def __call__(self, db: Database, receipts: Sequence[Receipt]) -> dict[str, str | None]:
         """Store these deliveries, or count them where they are known, with one commit.
 
-        They come sorted by id, each id once. Returns those that are now stored, by id: one that is
-        not among them has an id under which another body is stored.
+        They come sorted by id, each id once. Returns those that were not new, by id: the outcome of
+        one that had come before, `None` for an id under which another body is stored.
         """
 
 
@@ -97,40 +96,37 @@ class Inbox(GroupCommit[Delivery, Stored]):
         stored: dict[int, Stored] = {}
         left = dict(enumerate(group))
         while left:
-            receipts, places = _together(left)
+            receipts = _together(left)
             known = await self._stores(self._db, [receipts[key] for key in sorted(receipts)])
             for key, receipt in receipts.items():
-                now = known.get(key)
-                if now is None:
-                    # The id is taken, and yet this was signed: it is stored under one of its own.
-                    other = _renamed(receipt.delivery, self._digest_id)
-                    left.update(dict.fromkeys(places[key], other))
-                    continue
-                is_known = now.receipts > receipt.count
-                for place in places[key]:
-                    stored[place] = Stored(key, DeliveryOutcome(now.outcome), is_known)
-                    is_known = True
+                outcome, repeated = DeliveryOutcome.WAITING, key in known
+                if repeated:
+                    if (before := known[key]) is None:
+                        # The id is taken, and yet this was signed: it is stored under its own.
+                        other = _renamed(receipt.delivery, self._digest_id)
+                        left.update(dict.fromkeys(receipt.places, other))
+                        continue
+                    outcome = DeliveryOutcome(before)
+                for place in receipt.places:
+                    stored[place] = Stored(key, outcome, repeated)
+                    repeated = True
                     del left[place]
         self._on_stored(self.waiting)
         return [stored[place] for place in range(len(group))]
 
 
-def _together(left: dict[int, Delivery]) -> tuple[dict[str, Receipt], dict[str, list[int]]]:
-    """One row for each id, and the places in the group that it stands for: repeats are counted
-    here, as no statement changes a row twice. What has another body under the same id is left for
-    the next statement."""
+def _together(left: dict[int, Delivery]) -> dict[str, Receipt]:
+    """One row for each id: repeats are counted here, as no statement changes a row twice. What has
+    another body under the same id is left for the next statement."""
     receipts: dict[str, Receipt] = {}
-    places: dict[str, list[int]] = {}
     for place, one in left.items():
         receipt = receipts.get(one.delivery_id)
         if receipt is None:
-            receipts[one.delivery_id] = Receipt(one, one.received_at)
-            places[one.delivery_id] = [place]
+            receipts[one.delivery_id] = Receipt(one, one.received_at, [place])
         elif receipt.delivery.body == one.body:
-            receipt.count += 1
+            receipt.places.append(place)
             receipt.last_received_at = max(receipt.last_received_at, one.received_at)
-            places[one.delivery_id].append(place)
-    return receipts, places
+    return receipts
 
 
 def _renamed(delivery: Delivery, digest_id: Callable[[bytes], str]) -> Delivery:

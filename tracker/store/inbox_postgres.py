@@ -8,30 +8,44 @@ from collections.abc import Sequence
 from typing import Final
 
 from tracker.store.engine import Database
-from tracker.store.inbox import Known, Receipt
+from tracker.store.inbox import Receipt
 
 # Rows come sorted by id, so that no two processes wait for each other in a circle. A body that
-# retention has removed cannot be compared: what comes under its id is taken for a repetition.
+# retention has removed cannot be compared: what comes under its id is taken for a repetition. Of
+# what is new, which is nearly all, nothing is sent back, so that nothing has to be read.
 STORE: Final = """
-INSERT INTO deliveries (
-    delivery_id, run_id, event_type, api_version, workspace_id, created_at, received_at,
-    last_received_at, receipts, outcome, body, callback_token
+WITH came AS (
+    SELECT *
+    FROM unnest(
+        $1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::timestamptz[],
+        $7::timestamptz[], $8::timestamptz[], $9::integer[], $10::bytea[], $11::text[]
+    ) AS came (
+        delivery_id, run_id, event_type, api_version, workspace_id, created_at,
+        received_at, last_received_at, receipts, body, callback_token
+    )
+), stored AS (
+    INSERT INTO deliveries (
+        delivery_id, run_id, event_type, api_version, workspace_id, created_at,
+        received_at, last_received_at, receipts, body, callback_token, outcome
+    )
+    SELECT
+        delivery_id, run_id, event_type, api_version, workspace_id, created_at,
+        received_at, coalesce(last_received_at, received_at), receipts, body, callback_token,
+        'waiting'
+    FROM came
+    ON CONFLICT (delivery_id) DO UPDATE SET
+        receipts = deliveries.receipts + excluded.receipts,
+        last_received_at = greatest(deliveries.last_received_at, excluded.last_received_at)
+    WHERE deliveries.body = excluded.body OR deliveries.body_removed_at IS NOT NULL
+    RETURNING delivery_id, receipts, outcome
 )
-SELECT *
-FROM unnest(
-    $1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::timestamptz[],
-    $7::timestamptz[], $8::timestamptz[], $9::integer[], $10::text[], $11::bytea[],
-    $12::text[]
-)
-ON CONFLICT (delivery_id) DO UPDATE SET
-    receipts = deliveries.receipts + excluded.receipts,
-    last_received_at = greatest(deliveries.last_received_at, excluded.last_received_at)
-WHERE deliveries.body = excluded.body OR deliveries.body_removed_at IS NOT NULL
-RETURNING delivery_id, receipts, outcome
+SELECT delivery_id, stored.outcome
+FROM came LEFT JOIN stored USING (delivery_id)
+WHERE stored.receipts IS DISTINCT FROM came.receipts
 """
 
 
-async def store(db: Database, receipts: Sequence[Receipt]) -> dict[str, Known]:
+async def store(db: Database, receipts: Sequence[Receipt]) -> dict[str, str | None]:
     """See `tracker.store.inbox.Stores`."""
     came = [receipt.delivery for receipt in receipts]
     rows = await db.send(
@@ -44,11 +58,10 @@ async def store(db: Database, receipts: Sequence[Receipt]) -> dict[str, Known]:
             [one.workspace_id for one in came],
             [one.created_at for one in came],
             [one.received_at for one in came],
-            [receipt.last_received_at for receipt in receipts],
+            [receipt.last_received_at if receipt.count > 1 else None for receipt in receipts],
             [receipt.count for receipt in receipts],
-            ["waiting"] * len(came),
             [one.body for one in came],
             [one.callback_token for one in came],
         ),
     )
-    return {delivery_id: Known(count, outcome) for delivery_id, count, outcome in rows}
+    return {row[0]: row[1] for row in rows}

@@ -9,7 +9,7 @@ from sqlalchemy.dialects.sqlite import insert
 
 from tracker.store.batch_sqlite import Insert, is_any_of, plain_rows
 from tracker.store.engine import Database
-from tracker.store.inbox import Known, Receipt
+from tracker.store.inbox import Receipt
 from tracker.store.tables import deliveries
 from tracker.store.text import dump_json
 
@@ -19,7 +19,7 @@ _NAMES: Final = [
     "callback_token",
 ]
 KNOWN: Final = select(
-    *[deliveries.c[name] for name in ("delivery_id", "receipts", "outcome", "body")],
+    *[deliveries.c[name] for name in ("delivery_id", "outcome", "body")],
     deliveries.c.body_removed_at.is_not(None),
 ).where(is_any_of(deliveries.c.delivery_id, "delivery_ids"))
 STORE: Final = Insert(insert(deliveries), _NAMES)
@@ -37,29 +37,29 @@ COUNT: Final = (
 _plain: Final = plain_rows(deliveries.c[name] for name in _NAMES)
 
 
-async def store(db: Database, receipts: Sequence[Receipt]) -> dict[str, Known]:
+async def store(db: Database, receipts: Sequence[Receipt]) -> dict[str, str | None]:
     """See `tracker.store.inbox.Stores`."""
     return await db.write(partial(_store, receipts))
 
 
-def _store(receipts: Sequence[Receipt], connection: Connection) -> dict[str, Known]:
+def _store(receipts: Sequence[Receipt], connection: Connection) -> dict[str, str | None]:
     keys = dump_json([receipt.delivery.delivery_id for receipt in receipts])
     before = {row[0]: row for row in connection.execute(KNOWN, {"delivery_ids": keys})}
-    known: dict[str, Known] = {}
+    known: dict[str, str | None] = {}
     new: list[tuple[Any, ...]] = []
     counted = []
     for receipt in receipts:
         one = receipt.delivery
         if (row := before.get(one.delivery_id)) is None:
             new.append(_row(receipt))
-            known[one.delivery_id] = Known(receipt.count, "waiting")
             continue
-        count, outcome, body, body_is_gone = tuple(row)[1:]
+        _, outcome, body, body_is_gone = tuple(row)
         # A body that retention has removed cannot be compared: see the statement for PostgreSQL.
-        if body == one.body or body_is_gone:
+        is_same = body == one.body or body_is_gone
+        known[one.delivery_id] = outcome if is_same else None
+        if is_same:
             more = {"known": one.delivery_id, "more": receipt.count}
             counted.append(more | {"last": receipt.last_received_at})
-            known[one.delivery_id] = Known(count + receipt.count, outcome)
     STORE(connection, _plain(new))
     if counted:
         connection.execute(COUNT, counted)
