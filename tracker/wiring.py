@@ -172,7 +172,12 @@ async def open_services(
             await stack.enter_async_context(signals)
         await stack.enter_async_context(tallies)
         door = await stack.enter_async_context(
-            Door(database, rules=rules, on_commit=on_commit, on_write=[metrics.written])
+            Door(
+                database,
+                rules=rules,
+                on_commit=[*on_commit, applier.committed],
+                on_write=[metrics.written],
+            )
         )
         await stack.enter_async_context(applier)
         inbox = await stack.enter_async_context(

@@ -1,16 +1,21 @@
 """Who knows the secret of one workspace has no say over the runs of another."""
 
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from tests.support.waiting import eventually
 from tests.web.callbacks import PATH, event, signed
 from tests.web.conftest import Serve, Site
 from tests.web.dashboard.conftest import HTML
 from tracker.core.entry import Seen
 from tracker.core.observation import Observation, Source
 from tracker.core.run import RunStatus
+from tracker.simulator import Options, Simulator, Workspace, running
 from tracker.store import read
 from tracker.wiring import Services
 
@@ -78,3 +83,69 @@ async def test_a_run_that_nobody_has_heard_of_is_whose_secret_tells_of_it(
     async with serve(sqlite_url, **more) as site:
         assert await _post(site, _of("run_2", None), "whsec_of_a") == "applied"
         assert await _stands(site.services, "run_2") == ("completed", "ws_a")
+
+
+OF_B = Workspace(workspace_id="ws_b", api_key="sk_of_b", webhook_secret="whsec_of_b")
+FLORA = Options(
+    workspace_id="ws_a",
+    api_key="sk_of_a",
+    webhook_secret="whsec_of_a",
+    more_workspaces=(OF_B,),
+    failures=0.0,
+)
+
+
+@asynccontextmanager
+async def _both(serve: Serve, database_url: str, *, run_seconds: float) -> AsyncIterator[Any]:
+    """A tracker of both workspaces, FLORA, and the id of a run of the second one."""
+    async with running(replace(FLORA, run_seconds=run_seconds)) as flora:
+        keys = [one | {"api_key": f"sk_of_{one['id'][-1]}"} for one in WORKSPACES]
+        more = {"flora_webhook_secret": (), "flora_base_url": flora.base_url, "workspaces": keys}
+        async with serve(database_url, **more) as site:
+            yield site, flora, flora.world.start_colleague("icon-pack", OF_B).run_id
+
+
+async def _claim_for_a(site: Site, run_id: str) -> None:
+    """Whoever knows the secret of A says first that the run has ended; then its owner does."""
+    assert await _post(site, _of(run_id, "ws_a"), "whsec_of_a") == "applied"
+    own = json.dumps(json.loads(_of(run_id, "ws_b")) | {"id": "whd_own"}).encode()
+    assert await _post(site, own, "whsec_of_b") == "quarantined"
+
+
+async def _is_with_its_owner(site: Site, run_id: str, status: str) -> None:
+    await site.services.applier.drain()
+    row = await read.get_delivery(site.services.database, "whd_own")
+    assert row is not None
+    assert (row.outcome.value, row.reason) == ("applied", None)
+    assert await _stands(site.services, run_id) == (status, "ws_b")
+
+
+async def test_a_claim_keeps_the_owner_of_a_run_out_only_until_the_run_is_polled(
+    serve: Serve, database_url: str
+) -> None:
+    """FLORA denies the run to the key of the workspace that claimed it, and shows it to the owner's
+    key: the owner's quarantined callback is applied, and the run is settled."""
+    async with _both(serve, database_url, run_seconds=0.01) as (site, flora, run_id):
+        await eventually(lambda: _has_ended(flora, run_id))
+        await _claim_for_a(site, run_id)
+        await site.services.poller.poll_due()
+        await _is_with_its_owner(site, run_id, "completed")
+        record = await read.get_run(site.services.database, run_id)
+        assert record is not None
+        assert record.run.settled
+
+
+async def test_a_claim_keeps_the_owner_of_a_run_out_only_until_a_sweep(
+    serve: Serve, database_url: str
+) -> None:
+    """The owner's history shows it as still running, and nothing that a callback says is above."""
+    async with _both(serve, database_url, run_seconds=3600) as (site, _, run_id):
+        await _claim_for_a(site, run_id)
+        owner = site.services.workspaces.of("ws_b")
+        assert owner is not None
+        assert (await site.services.sweeper.sweep(owner)).error is None
+        await _is_with_its_owner(site, run_id, "completed")
+
+
+def _has_ended(flora: Simulator, run_id: str) -> bool:
+    return flora.world.runs[run_id].status(flora.world.now_ms()) == "completed"

@@ -9,6 +9,8 @@ How it comes about:
   between two ends of equal rank completed beats failed.
 * Each register is a maximum too, of (standing of the sight, canonical order of the value). A sight
   that does not show a fact says nothing about it, so nothing known is ever emptied.
+* Whose run it is, FLORA shows to the workspace's own key, however the run stands then. What a
+  callback or `track` says of it is a claim, and stands below.
 * Cost and outputs of the ended run change after its end, down as well as up. They are maxima of
   (when the read was sent, single reads above lists, value): the latest counts. When it was sent is
   part of the observation, in the database's time, so that neither order nor hosts matter. A failed
@@ -31,6 +33,7 @@ from tracker.core.run import (
     LISTED,
     READ,
     REGISTERS,
+    WORKSPACE_KNOWN,
     Details,
     Output,
     Run,
@@ -43,6 +46,8 @@ _DIGIT: Final = {name: 3 * position for position, name in enumerate(REGISTERS)}
 _LATEST: Final = ("charged_cost", "outputs")
 """Registers that go by the time of the read."""
 _PLACES: Final = tuple(item for item in _DIGIT.items() if item[0] not in _LATEST)
+_CLAIMS: Final = (Source.CALLBACK, Source.TRACK)
+"""Sources that say whose run it is without the key of that workspace."""
 _SHOWN: Final = attrgetter(*(name for name, _ in _PLACES))
 _NEVER: Final = datetime.min.replace(tzinfo=UTC)
 _READ_TIMES: Final = ("cost_read_at", "outputs_read_at", "ranks")
@@ -75,17 +80,20 @@ def merge(run: Run | None, seen: Observation) -> Run:
     for (name, digit), theirs in zip(_PLACES, _SHOWN(seen), strict=True):
         if theirs is None or _says_nothing(seen, name, theirs):
             continue
+        weight: int = standing
+        if name == "workspace_id" and seen.source not in _CLAIMS:
+            weight = WORKSPACE_KNOWN
         ours = getattr(run, name)
         if ours is not None:
             our_rank = ranks >> digit & 0o7
             if our_rank == standing and ours != theirs and standing.ended_at_api:
                 # Times may differ: seconds here, milliseconds there; the finer is the greater.
                 conflict = conflict or (name == "error" and ours.code != theirs.code)
-            if (our_rank, ours) >= (standing, theirs):
+            if (our_rank, ours) >= (weight, theirs):
                 continue
         if ours != theirs:
             news[name] = theirs
-        ranks = ranks & ~(0o7 << digit) | standing << digit
+        ranks = ranks & ~(0o7 << digit) | weight << digit
 
     if seen.charged_cost is not None or seen.status is RunStatus.FAILED:
         ranks = _join_cost(run, seen, ranks, news)

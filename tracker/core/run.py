@@ -123,6 +123,9 @@ class RunError:
 LISTED: Final = 6
 READ: Final = 7
 """The digits of what a list, or a single read, showed of an ended run."""
+WORKSPACE_KNOWN: Final = 7
+"""The digit of a `workspace_id` that FLORA showed to that workspace's own key. Claims are below, and
+so is what versions before 0.2 read."""
 
 REGISTERS: Final = (
     "run_type",
@@ -191,6 +194,12 @@ class Run:
             return None
         error = self.error or RunError()
         return retry_advice(error.code, error.message)
+
+    @property
+    def workspace_is_claimed(self) -> bool:
+        """Whether only a callback, or who asked to track the run, has said whose it is."""
+        digit = self.ranks >> 3 * REGISTERS.index("workspace_id") & 0o7
+        return self.workspace_id is not None and digit != WORKSPACE_KNOWN
 
     @property
     def lacks_outputs(self) -> bool:

@@ -151,6 +151,11 @@ class Applier:
         self._crowds.append(crowd)
         self.wake()
 
+    def committed(self, outcome: Outcome) -> None:
+        """A write of runs was committed, which may have let quarantined deliveries wait again."""
+        if outcome.requeued:
+            self.wake()
+
     def wake(self) -> None:
         """Deliveries may be waiting: look soon."""
         self._woken.set()
@@ -265,7 +270,7 @@ class Applier:
                 self._limit = min(self._limit * 2, MAX_GROUP)
             if applied.taken:
                 self._tell(applied)
-            return applied.taken, applied.more
+            return applied.taken, applied.more or applied.outcome.requeued
 
     async def _write(self, group: Group, taken: list[str]) -> Applied:
         began = time.monotonic()

@@ -17,6 +17,7 @@ from tracker.core.quick import quick_dataclass
 from tracker.core.record import DurationsOf, Record, apply
 from tracker.core.schedule import Policy
 from tracker.core.tally import Key, facts, same
+from tracker.store.delivery_rows import requeue_runs
 
 if TYPE_CHECKING:
     from tracker.store.engine import Database
@@ -50,13 +51,14 @@ Rows = list[tuple[Any, ...]]
 class Outcome:
     """What a whole batch did: of each entry in order, and in sum.
 
-    `due` says that a look was brought forward, `news` names the runs that show otherwise than
-    before.
+    `due` says that a poll was brought forward, `news` names the runs that show otherwise than
+    before, `requeued` says that quarantined deliveries wait again.
     """
 
     passed: list[Passed]
     due: bool
     news: list[str]
+    requeued: bool = False
 
 
 @dataclass(slots=True)
@@ -79,6 +81,8 @@ class Changes:
     """Whether a look at some run was brought forward."""
     news: list[str] = field(default_factory=list)
     """Runs that show otherwise than before."""
+    moved: list[str] = field(default_factory=list)
+    """Runs that turned out to be another workspace's than was known."""
 
 
 class Statements(Protocol):
@@ -185,7 +189,8 @@ class Merging:
         _compare(self._before, self._now, changes)
         if changes.records or changes.started:
             self._statements.write(self._connection, changes)
-        return Outcome(self._passed, changes.due, changes.news)
+        requeued = bool(changes.moved) and requeue_runs(self._connection, changes.moved)
+        return Outcome(self._passed, changes.due, changes.news, requeued)
 
 
 def _brought_forward(before: Record | None, after: Record) -> bool:
@@ -206,6 +211,8 @@ def _compare(before: Mapping[str, Record], now: dict[str, Record], changes: Chan
         _tally(tallied, old, new)
         if old is not None:
             changes.known.append(run_id)
+            if new.run.workspace_id != old.run.workspace_id:
+                changes.moved.append(run_id)
         if old is None or new.run is not old.run or new.tracking is not old.tracking:
             changes.news.append(run_id)
         stored = None if old is None else old.run.outputs

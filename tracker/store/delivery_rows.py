@@ -103,3 +103,18 @@ def requeue(connection: Connection, delivery: Delivery) -> bool:
     # Applied, its body is one of those that go, maybe before where the last ones went.
     retention.step_back(connection, "bodies", delivery.received_at)
     return True
+
+
+def requeue_runs(connection: Connection, run_ids: Sequence[str]) -> bool:
+    """Let the quarantined deliveries of runs wait again, of which it is now known whose they are;
+    whether there were any."""
+    statement = (
+        update(deliveries)
+        .where(deliveries.c.run_id.in_(run_ids), deliveries.c.outcome == word("quarantined"))
+        .values(outcome="waiting", reason=null())
+        .returning(deliveries.c.received_at)
+    )
+    received = connection.execute(statement).scalars().all()
+    if received:
+        retention.step_back(connection, "bodies", min(received))
+    return bool(received)

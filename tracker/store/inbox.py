@@ -208,7 +208,12 @@ def apply_waiting(
     for delivery, one in zip(deliveries, said, strict=True):
         reason = one.reason
         if one.observation is not None:
-            reason = _not_theirs(one, merging)
+            reason, disputed = _not_theirs(one, merging)
+            if disputed:  # to be read at once: FLORA shows whose it is
+                told = Observation(
+                    run_id=one.observation.run_id, source=Source.TRACK, at=delivery.received_at
+                )
+                merging.add(Seen(observation=told))
             if reason is None:
                 start = own.get(delivery.callback_token or "")
                 if start is not None and _names_its_run(one, start):
@@ -259,18 +264,26 @@ def _started(start: StartRow, seen: Observation) -> Seen:
     )
 
 
-def _not_theirs(said: Read, merging: Merging) -> str | None:
-    """Why the workspaces that signed it cannot speak of the run; `None` where they can.
+def _not_theirs(said: Read, merging: Merging) -> tuple[str | None, bool]:
+    """Why the workspaces that signed it cannot speak of the run, `None` where they can; and whether
+    the run is only claimed for the workspace that it is held to be of.
 
     Only the workspace that a run is of may say, with its secret, that it ended: whoever knows one
     workspace's secret could else write another's run into a callback, end that run and take it
-    over. A run that nobody has heard of may be anybody's.
+    over. A run that nobody has heard of may be anybody's: who speaks of it first claims it, until
+    FLORA shows whose it is. A callback that waits in quarantine for that is applied then.
     """
     seen, signers = said.observation, said.signers
     if seen is None or signers is None:
-        return None
+        return None, False
     record = merging.record(seen.run_id)
     owner = None if record is None else record.run.workspace_id
-    if owner is None or owner in signers:
-        return None
-    return f"its run is of workspace {owner}, but the secret of {seen.workspace_id} signed it"
+    if record is None or owner is None or owner in signers:
+        return None, False
+    signed_by = f"the secret of {seen.workspace_id} signed it"
+    if record.run.workspace_is_claimed:
+        return (
+            f"its run was first claimed for workspace {owner}, but {signed_by}; it is applied when "
+            "FLORA shows the run to the key of the latter"
+        ), True
+    return f"its run is of workspace {owner}, but {signed_by}", False

@@ -31,6 +31,8 @@ from tracker.core.entry import Entry, Seen, Unseen
 from tracker.core.errors import FloraError, KeyRefused, RateLimited, StoreError
 from tracker.core.observation import Observation
 from tracker.core.record import Record
+from tracker.core.run import Run
+from tracker.flora.client import FloraClient
 from tracker.sources import history
 from tracker.sources.poll import Reading, read_run
 from tracker.store import claims, listed
@@ -160,7 +162,7 @@ class Poller:
             return record
         try:
             with bound_contextvars(run_id=record.run.run_id, workspace_id=workspace.name):
-                reading = await read_run(workspace.client, record.run)
+                workspace, reading = await self._read_run(workspace, workspace.client, record.run)
         except (KeyRefused, RateLimited) as refusal:
             return replace(record, last_error=str(refusal))
         passed = await self._door.put_all(await self._entries(workspace, record, reading))
@@ -354,7 +356,9 @@ class Poller:
                 fresh = record.run.standing.ended and not course.recheck
                 try:
                     with bound_contextvars(run_id=record.run.run_id, workspace_id=workspace.name):
-                        reading = await read_run(client.for_fresh if fresh else client, record.run)
+                        of, reading = await self._read_run(
+                            workspace, client.for_fresh if fresh else client, record.run
+                        )
                 except (KeyRefused, RateLimited) as refusal:
                     course.refuse(str(refusal))
                     return
@@ -368,7 +372,7 @@ class Poller:
                 workspace.lists_carry_costs = False
             if record.run.run_id in shareable:
                 course.shared += reading.reads
-            entries = await self._entries(workspace, record, reading)
+            entries = await self._entries(of, record, reading)
             for passed in await self._door.put_all(entries):
                 report.count(passed)
             if reading.observation is None and not reading.missing:
@@ -379,6 +383,32 @@ class Poller:
         if not course.recheck:
             alone = alone[:SINGLE_READS]
         await all_of([read(record) for record in alone])
+
+    async def _read_run(
+        self, workspace: Workspace, client: FloraClient, run: Run
+    ) -> tuple[Workspace, Reading]:
+        """Read a run, and tell with whose key.
+
+        One that is only claimed for the workspace, and that FLORA denies there, is looked for with
+        the other keys: whoever knows a workspace's signing secret can claim any run for it.
+        """
+        reading = await read_run(client, run)
+        if not (reading.missing and run.workspace_is_claimed):
+            return workspace, reading
+        for other in self._readable():
+            if other is workspace or other.client is None:
+                continue
+            try:
+                elsewhere = await read_run(other.client.for_fresh, run)
+            except (KeyRefused, RateLimited):
+                reading.missing = False  # it may be there
+                continue
+            reading.reads += elsewhere.reads
+            if elsewhere.observation is not None:
+                elsewhere.reads = reading.reads
+                return other, elsewhere
+            reading.missing = reading.missing and elsewhere.missing
+        return workspace, reading
 
     async def _entries(self, workspace: Workspace, record: Record, reading: Reading) -> list[Entry]:
         """What a reading says of its run, and of the runs that it showed on the way."""
