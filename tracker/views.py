@@ -14,6 +14,7 @@ from tracker.core.inputs import obstacle
 from tracker.core.record import Record
 from tracker.core.run import Output
 from tracker.flora.technique import ports
+from tracker.store.audit import AuditRow
 from tracker.store.read import DeliveryRow
 from tracker.store.starts import StartRow
 from tracker.store.techniques import TechniqueRow
@@ -150,6 +151,31 @@ def start_json(row: StartRow) -> dict[str, Any]:
         "inputs": row.inputs,
         "error": None if row.error is None else {**row.error},
     }
+
+
+def audit_json(row: AuditRow) -> dict[str, Any]:
+    """An entry of the audit log: the columns of the table `audit`."""
+    return {
+        "id": row.id,
+        "at": time_json(row.at),
+        "actor": row.actor,
+        "action": row.action,
+        "detail": row.detail,
+        "count": row.count,
+        "address": row.address,
+        "request_id": row.request_id,
+    }
+
+
+def audit_facts(detail: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What an entry's detail says, in words and values for a person."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return ", ".join(f"{name.replace('_', ' ')} {one}" for name, one in value.items())
+        return str(value)
+
+    return [(name.replace("_", " "), text(value)) for name, value in detail.items() if value]
 
 
 def explanation_json(explanation: Explanation) -> dict[str, Any]:

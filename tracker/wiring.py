@@ -23,6 +23,7 @@ from tracker.receiving.replay import Replayer
 from tracker.settings import Rotation, Settings, WorkspaceSettings
 from tracker.sources import callback
 from tracker.store import migrate
+from tracker.store.audit import Refusals
 from tracker.store.batch import Rules
 from tracker.store.clock import shared_clock
 from tracker.store.door import Door
@@ -83,6 +84,7 @@ class Services:
     applier: Applier
     replayer: Replayer
     pruner: Pruner
+    refusals: Refusals
     starter: Starter
     batches: Batches
     recovery: Recovery
@@ -267,7 +269,10 @@ async def open_services(
                 find_new_secrets=rotation.check,
             ),
             pruner=Pruner(database=database, clock=clock),
-            replayer=Replayer(database=database, applier=applier, workspaces=workspaces),
+            refusals=await stack.enter_async_context(Refusals(database, clock=clock)),
+            replayer=Replayer(
+                database=database, applier=applier, workspaces=workspaces, clock=clock
+            ),
             starter=starter,
             batches=Batches(
                 database=database,

@@ -46,6 +46,7 @@ def test_what_goes_is_told_by_table(filled: Commands) -> None:
         "bodies": 2,
         "starts": 0,
         "sweeps": 0,
+        "audit": 0,
     }
     counted = filled(*PRUNE, "--dry-run")
     assert [line.split() for line in counted.stdout.splitlines()][2:] == [

@@ -113,6 +113,7 @@ async def test_an_old_run_goes_with_all_that_hangs_on_it(door: TestDoor, db: Dat
         "bodies": 2,
         "starts": 0,
         "sweeps": 0,
+        "audit": 0,
     }
     assert await pruner(db).prune(AGES, dry=True) == expected
     assert await kept(db) == {"old", "young"}

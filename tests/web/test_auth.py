@@ -38,6 +38,11 @@ class _NotCounted:
         """Does nothing."""
 
 
+class _NotNoted:
+    def add(self, reason: str, **more: object) -> None:
+        """Does nothing."""
+
+
 def _token(name: str, *scopes: str, value: str = TOKEN, **more: object) -> Token:
     return Token(
         name=name,
@@ -66,6 +71,7 @@ def _client(
             public_url=None,
             clock=utc_now,
         ),
+        refusals=_NotNoted(),  # type: ignore[arg-type]
         counts=_NotCounted(),
         clock=utc_now,
     )
@@ -337,6 +343,7 @@ async def test_guesses_from_everywhere_are_slowed_down_together() -> None:
         refresh=lambda: False,
         is_public=True,
         sessions=None,  # type: ignore[arg-type]
+        refusals=_NotNoted(),  # type: ignore[arg-type]
         counts=Counted(),
         clock=utc_now,
     )
@@ -439,6 +446,7 @@ async def test_the_log_counts_those_that_came_after_its_line(
         refresh=lambda: False,
         is_public=True,
         sessions=None,  # type: ignore[arg-type]
+        refusals=_NotNoted(),  # type: ignore[arg-type]
         counts=_NotCounted(),
         clock=utc_now,
         say_again_after=0.1,

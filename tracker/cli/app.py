@@ -11,6 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from tracker.cli import (
+    audit,
     batch,
     batches,
     database,
@@ -50,6 +51,7 @@ app.add_typer(batches.app)
 app.add_typer(starts.app)
 app.add_typer(techniques.app)
 app.add_typer(deliveries.app)
+app.add_typer(audit.app)
 app.add_typer(database.app)
 doctor.add_to(app)
 local.add_to(app)

@@ -160,7 +160,9 @@ def batch(
         return plan, bool(skipped), outcome
 
     try:
-        plan, skipped, outcome = run_once(work, needs_key=True, concurrency=concurrency)
+        plan, skipped, outcome = run_once(
+            work, needs_key=True, concurrency=concurrency, actor="batch"
+        )
     except SheetRefused as refused:
         tell_problems(name, refused.problems)
         if as_json:

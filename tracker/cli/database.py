@@ -123,29 +123,30 @@ def prune_(
         str | None,
         typer.Option(metavar="AGE", help="Idempotency keys go after this; without it they stay."),
     ] = None,
+    audit_older_than: Annotated[
+        str | None,
+        typer.Option(metavar="AGE", help="Entries of the audit log go after this; 365d."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count what would go.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Remove what is old, a few rows at a time, while everything else goes on."""
     runs = parse_age(older_than, "--older-than")
-    bodies = quarantined = keys = None
-    if bodies_older_than is not None:
-        bodies = parse_age(bodies_older_than, "--bodies-older-than")
-    if quarantined_older_than is not None:
-        quarantined = parse_age(quarantined_older_than, "--quarantined-older-than")
-    if keys_older_than is not None:
-        keys = parse_age(keys_older_than, "--keys-older-than")
+    given = {
+        "bodies": bodies_older_than,
+        "quarantined": quarantined_older_than,
+        "keys": keys_older_than,
+        "audit": audit_older_than,
+    }
+    others = {
+        name: None if age is None else parse_age(age, f"--{name}-older-than")
+        for name, age in given.items()
+    }
 
     async def work(services: "Services") -> dict[str, int]:
         from tracker.tracking.prune import ages
 
-        chosen = ages(
-            runs,
-            bodies=bodies,
-            quarantined=quarantined,
-            keys=keys,
-            first_sweep=services.settings.tracker_history_since,
-        )
+        chosen = ages(runs, first_sweep=services.settings.tracker_history_since, **others)
         return await services.pruner.prune(chosen, dry=dry_run)
 
     counts = run_once(work)

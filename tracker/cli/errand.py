@@ -4,6 +4,8 @@ A one-shot command gives up where FLORA has not answered at all for `PATIENCE` s
 """
 
 import asyncio
+import os
+import pwd
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -50,11 +52,12 @@ def run_once(
     *,
     needs_key: bool = False,
     concurrency: int | None = None,
+    actor: str = "cli",
 ) -> T:
     """Open the services, do `work` with them, and close them again.
 
-    `needs_key`: raises `SettingsError` where FLORA cannot be asked. `concurrency` goes before
-    TRACKER_API_CONCURRENCY.
+    The audit log has what is done as done by `actor`, a colon, and the user. `needs_key`: raises
+    `SettingsError` where FLORA cannot be asked. `concurrency` goes before TRACKER_API_CONCURRENCY.
     """
     settings = prepare()
     if concurrency is not None:
@@ -63,12 +66,22 @@ def run_once(
         settings.require_api_key()
 
     async def errand() -> T:
+        from tracker.store.audit import Principal, acting
         from tracker.wiring import open_services
 
-        async with open_services(settings) as services:
-            return await work(services)
+        with acting(Principal(name=f"{actor}:{_user()}")):
+            async with open_services(settings) as services:
+                return await work(services)
 
     return asyncio.run(errand())
+
+
+def _user() -> str:
+    """Who runs the command: the person behind `sudo -u tracker`, where there is one."""
+    try:
+        return os.environ.get("SUDO_USER") or pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # in a container, a number without a name
+        return str(os.getuid())
 
 
 @asynccontextmanager

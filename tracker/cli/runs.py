@@ -56,6 +56,9 @@ def start(
     parsed = inputs.parse(given or [])
 
     async def work(services: "Services") -> "Record":
+        from structlog import get_logger
+
+        from tracker.store.audit import principal
         from tracker.tracking.start import StartRequest
 
         async with patience(services):
@@ -67,6 +70,12 @@ def start(
                 idempotency_key=idempotency_key or f"trk-{uuid4()}",
                 started_by="cli",
             )
+        get_logger(__name__).info(
+            "run.start_requested",
+            technique=technique,
+            key=request.idempotency_key,
+            actor=principal().name,
+        )
         started = await _started(services, request, wait=wait)
         if started.replayed:
             note("This key had started the run before; nothing new was started.")

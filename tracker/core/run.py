@@ -124,8 +124,8 @@ LISTED: Final = 6
 READ: Final = 7
 """The digits of what a list, or a single read, showed of an ended run."""
 WORKSPACE_KNOWN: Final = 7
-"""The digit of a `workspace_id` that FLORA showed to that workspace's own key. Claims are below, and
-so is what versions before 0.2 read."""
+"""The digit of a `workspace_id` that FLORA showed to the workspace's own key. Claims are below, and
+what versions before this rule read."""
 
 REGISTERS: Final = (
     "run_type",

@@ -7,17 +7,21 @@ says why. One whose run has been removed by retention stays as it is: it would b
 """
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
+import structlog
 from sqlalchemy import Connection
 
+from tracker.core.clock import Clock
 from tracker.core.entry import Delivery, DeliveryOutcome
 from tracker.core.errors import StoreUnavailable, TrackerError
 from tracker.receiving.apply import Applier, Reader
 from tracker.sources import callback
-from tracker.store import delivery_rows, read, retention
+from tracker.store import audit, delivery_rows, read, retention
+from tracker.store.audit import Action
 from tracker.store.engine import Database
 from tracker.store.prune import AROUND
 from tracker.store.read import DeliveryRow
@@ -28,6 +32,8 @@ APPLIED_BEFORE: Final = "it had been applied before"
 LOOKS: Final = 100
 LOOK_AGAIN: Final = 0.05
 """How often, and how many seconds apart, it is looked whether another process has applied it."""
+
+log = structlog.get_logger(__name__)
 
 
 class UnknownDelivery(TrackerError):
@@ -49,9 +55,12 @@ class Replay:
 class Replayer:
     """Applies stored callbacks again."""
 
-    def __init__(self, *, database: Database, applier: Applier, workspaces: Workspaces) -> None:
+    def __init__(
+        self, *, database: Database, applier: Applier, workspaces: Workspaces, clock: Clock
+    ) -> None:
         self._database = database
         self._applier = applier
+        self._clock = clock
         self._reader = Reader(workspaces)
 
     async def replay(self, delivery_id: str) -> Replay:
@@ -66,9 +75,14 @@ class Replayer:
             if row.body is None:
                 return _replay(row, reason="its body was removed by retention")
             again = self._read_again(row, row.body)
-            if (reason := await self._why_not(again)) is not None:
+            reason = await self._why_not(again)
+            detail = {"delivery_id": delivery_id, "run_id": again.run_id, "why_not": reason}
+            entry = audit.entry(Action.REPLAY, self._clock(), **detail)
+            log.info("delivery.replayed", actor=entry["actor"], **detail)
+            if reason is not None:
+                await audit.write(self._database, entry)
                 return _replay(row, reason=reason)
-            if not await self._database.write(partial(_requeue, again)):
+            if not await self._database.write(partial(_requeue, again, entry)):
                 row = await self._row(delivery_id)  # someone else was quicker
                 if row.outcome is DeliveryOutcome.APPLIED:
                     return _replay(row, reason=APPLIED_BEFORE, already=True)
@@ -114,8 +128,11 @@ class Replayer:
         return None
 
 
-def _requeue(delivery: Delivery, connection: Connection) -> bool:
-    return delivery_rows.requeue(connection, delivery)
+def _requeue(delivery: Delivery, entry: Mapping[str, Any], connection: Connection) -> bool:
+    if not delivery_rows.requeue(connection, delivery):
+        return False
+    audit.note(connection, entry)
+    return True
 
 
 def _replay(row: DeliveryRow, *, reason: str | None, already: bool = False) -> Replay:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, literal, tuple_
+from sqlalchemy import ColumnElement, Integer, literal, tuple_
 
 from tracker.core.errors import FieldFault, InvalidRequest
 from tracker.store.text import dump_json, load_json
@@ -40,11 +40,14 @@ def after(key: Sequence[ColumnElement[Any]], cursor: str | None) -> list[ColumnE
     cannot be read."""
     if cursor is None:
         return []
-    first, last = decode(cursor)
+    first, text = decode(cursor)
     try:
         moment = datetime.fromisoformat(first).astimezone(UTC)
+        last = int(text) if isinstance(key[1].type, Integer) else text
     except (ValueError, OverflowError) as exc:
         raise refusal() from exc
+    if isinstance(last, int) and abs(last) >= 2**63:
+        raise refusal()
     # Each value as its own column's type: a bare datetime would be bound as the driver sees fit.
     return [tuple_(*key) < tuple_(literal(moment, key[0].type), literal(last, key[1].type))]
 

@@ -35,6 +35,7 @@ from sqlalchemy import (
 from tracker.store import retention, tallies
 from tracker.store.engine import Database
 from tracker.store.tables import (
+    audit,
     batch_rows,
     deliveries,
     run_events,
@@ -310,6 +311,21 @@ def delete_sweeps(connection: Connection, keys: Sequence[Key]) -> Counts:
     """Remove these sweeps."""
     statement = delete(sweeps).where(sweeps.c.id.in_([key.id for key in keys]))
     return Counts(sweeps=connection.execute(statement).rowcount)
+
+
+async def old_audit(db: Database, before: datetime, *, after: Key | None, limit: int) -> Page:
+    """Entries of the audit log from before that moment."""
+    key = (audit.c.at, audit.c.id)
+    statement = select(*key).where(audit.c.at < before)
+    async with db.read() as connection:
+        rows = (await connection.execute(_walk(statement, key, after, limit))).all()
+    return Page([Key(*row) for row in rows], _end(rows, limit))
+
+
+def delete_audit(connection: Connection, keys: Sequence[Key]) -> Counts:
+    """Remove these entries."""
+    statement = delete(audit).where(audit.c.id.in_([key.id for key in keys]))
+    return Counts(audit=connection.execute(statement).rowcount)
 
 
 def _resting_on(connection: Connection) -> list[int]:

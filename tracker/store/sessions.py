@@ -5,6 +5,8 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import Connection, delete, insert, select, update
 
+from tracker.store import audit
+from tracker.store.audit import Action
 from tracker.store.engine import Database
 from tracker.store.tables import sessions
 
@@ -24,6 +26,7 @@ class SessionRow:
 async def begin(db: Database, row: SessionRow, *, idle: timedelta, lasts: timedelta) -> None:
     """Store a new session, and remove those that are over. Raises `StoreUnavailable`."""
     now = row.started_at
+    entry = audit.entry(Action.SIGN_IN, now)
     over = delete(sessions).where(
         (sessions.c.started_at <= now - lasts) | (sessions.c.last_used_at <= now - idle)
     )
@@ -32,6 +35,7 @@ async def begin(db: Database, row: SessionRow, *, idle: timedelta, lasts: timede
     def write(connection: Connection) -> None:
         connection.execute(over)
         connection.execute(insert(sessions).values(values))
+        audit.note(connection, entry)
 
     await db.write(write)
 
@@ -50,7 +54,13 @@ async def use(db: Database, session_id: str, *, now: datetime) -> None:
     await db.write(lambda connection: connection.execute(statement).rowcount)
 
 
-async def end(db: Database, session_id: str) -> None:
+async def end(db: Database, session_id: str, *, now: datetime) -> None:
     """Remove the session. Raises `StoreUnavailable`."""
     statement = delete(sessions).where(sessions.c.session_id == session_id)
-    await db.write(lambda connection: connection.execute(statement).rowcount)
+    entry = audit.entry(Action.SIGN_OUT, now)
+
+    def write(connection: Connection) -> None:
+        if connection.execute(statement).rowcount:
+            audit.note(connection, entry)
+
+    await db.write(write)

@@ -40,7 +40,8 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 
 from tracker.core.observation import Source
-from tracker.store import cursors
+from tracker.store import audit, cursors
+from tracker.store.audit import Action
 from tracker.store.engine import Database
 from tracker.store.tables import runs, starts, word
 
@@ -119,8 +120,16 @@ async def reserve(
 ) -> StartRow:
     """Keep the key, once: the row as it now is.
 
-    A row that was there stays as it is; whether it is the same request, the caller compares.
+    A row that was there stays as it is; whether it is the same request, the caller compares. What
+    is about to be sent is noted in the audit log with it.
     """
+    entry = audit.entry(
+        Action.START,
+        at,
+        technique_id=technique_id,
+        workspace_id=workspace_id,
+        idempotency_key=idempotency_key,
+    )
     insert: Any = postgresql.insert if db.dialect == "postgresql" else sqlite.insert
     new = insert(starts).values(
         workspace_slot=workspace_id,
@@ -140,7 +149,10 @@ async def reserve(
 
     def work(connection: Connection) -> StartRow:
         made = connection.execute(statement).first()
-        return _row(connection.execute(existing).one() if made is None else made)
+        row = _row(connection.execute(existing).one() if made is None else made)
+        if row.is_fresh and row.fingerprint == fingerprint:
+            audit.note(connection, entry)
+        return row
 
     return await db.write(work)
 

@@ -392,6 +392,30 @@ sessions: Final = Table(
     Column("last_used_at", UtcDateTime, nullable=False),
 )
 
+# Who did what: see tracker.store.audit. Of refused requests a row stands for those of one address,
+# token and minute.
+audit: Final = Table(
+    "audit",
+    metadata,
+    Column("id", SerialId, Identity(), primary_key=True),
+    Column("at", UtcDateTime, nullable=False),
+    Column("actor", CleanText, nullable=False),
+    Column("action", CleanText, nullable=False),
+    Column("detail", Json, nullable=False),
+    Column("request_id", CleanText),
+    Column("address", CleanText),
+    Column("count", Integer, nullable=False),
+    CheckConstraint("count >= 1", name="count"),
+    Index("ix_audit_newest", "at", "id"),
+    Index(
+        "ix_audit_refused",
+        *("address", "at", "actor"),
+        unique=True,
+        postgresql_where=text("action = 'refused'"),
+        sqlite_where=text("action = 'refused'"),
+    ),
+)
+
 # Which workspace each API key is of, as FLORA told. A fingerprint leads back to no key. `place` is
 # where in the settings the key stood.
 workspace_keys: Final = Table(

@@ -9,16 +9,18 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any, Final, Protocol
 
+import structlog
 from sqlalchemy import Connection
 
 from tracker.core.clock import Clock
 from tracker.core.errors import FieldFault, InvalidRequest
-from tracker.store import prune, tallies
+from tracker.store import audit, prune, tallies
+from tracker.store.audit import Action
 from tracker.store.engine import Database
 from tracker.store.faults import StoreBusy
 from tracker.store.prune import Counts, Key, Page
@@ -38,8 +40,15 @@ FEWEST, MOST = 5, 500
 PAUSE: Final = (0.01, 2.0)
 """Between two transactions: so many seconds at least, and so many times what the last one took."""
 
-TABLES: Final = ("runs", "run_outputs", "run_events", "deliveries", "bodies", "starts", "sweeps")
+AUDIT_AFTER: Final = timedelta(days=365)
+"""Entries of the audit log go after this."""
+TABLES: Final = (
+    *("runs", "run_outputs", "run_events", "deliveries", "bodies", "starts", "sweeps", "audit"),
+)
 """What is counted, in the order in which it is told; `bodies` with their delivery or without."""
+
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +58,7 @@ class Ages:
 
     runs: timedelta
     bodies: timedelta
+    audit: timedelta = AUDIT_AFTER
     quarantined: timedelta | None = None
     keys: timedelta | None = None
 
@@ -60,6 +70,7 @@ def ages(
     quarantined: timedelta | None,
     keys: timedelta | None,
     first_sweep: timedelta,
+    audit: timedelta | None = None,
 ) -> Ages:
     """The ages that were asked for, where they are sound. Raises `InvalidRequest`.
 
@@ -68,6 +79,7 @@ def ages(
     chosen = Ages(
         runs=older_than,
         bodies=min(BODIES_AFTER, older_than) if bodies is None else bodies,
+        audit=AUDIT_AFTER if audit is None else audit,
         quarantined=quarantined,
         keys=keys,
     )
@@ -75,6 +87,7 @@ def ages(
         ("--older-than", chosen.runs),
         ("--bodies-older-than", chosen.bodies),
         ("--quarantined-older-than", chosen.quarantined),
+        ("--audit-older-than", chosen.audit),
     )
     for name, age in given:
         if age is not None and age < SHORTEST:
@@ -122,6 +135,13 @@ class Pruner:
         `dry` only counts them. Raises `StoreUnavailable`; what was removed until then is.
         """
         total = Counts()
+        audit_id, detail = 0, {}
+        if not dry:
+            detail = {
+                name: f"{age / timedelta(days=1):g}d" for name, age in asdict(ages).items() if age
+            }
+            entry = audit.entry(Action.PRUNE, self._clock(), older_than=detail)
+            audit_id = await audit.write(self._database, entry)
         for stage in await self._stages(ages):
             end: Key | None = None
             while True:
@@ -129,7 +149,12 @@ class Pruner:
                 total += await (self._count if dry else self._remove)(stage, page.found)
                 if (end := page.end) is None:
                     break
-        return {name: total[name] for name in TABLES}
+        removed = {name: total[name] for name in TABLES}
+        if not dry:
+            outcome = {"older_than": detail, "removed": +total}
+            await audit.add_detail(self._database, audit_id, outcome)
+            log.info("db.pruned", actor=audit.principal().name, **removed)
+        return removed
 
     async def _stages(self, ages: Ages) -> "list[_Stage]":
         now = self._clock()
@@ -155,6 +180,11 @@ class Pruner:
                 find=partial(prune.old_sweeps, self._database, runs),
                 remove=prune.delete_sweeps,
                 count=lambda _, keys: Counts(sweeps=len(keys)),
+            ),
+            _Stage(
+                find=partial(prune.old_audit, self._database, now - ages.audit),
+                remove=prune.delete_audit,
+                count=lambda _, keys: Counts(audit=len(keys)),
             ),
         ]
         if ages.quarantined is not None:

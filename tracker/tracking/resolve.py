@@ -9,7 +9,8 @@ from tracker.core.clock import Clock
 from tracker.core.errors import FieldFault, InvalidRequest, NotFound, StartPending, TrackerError
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Record
-from tracker.store import starts
+from tracker.store import audit, starts
+from tracker.store.audit import Action
 from tracker.store.engine import Database
 from tracker.store.starts import UNKNOWN, StartRow, StartState
 from tracker.tracking.identity import WorkspaceIds
@@ -75,19 +76,34 @@ class Resolver:
         observed = await self._read(row, run_id)
         async with holding(self._database, row, self._process, self._clock) as held:
             _check(held, row)
+            await self._note(row, run_id)
             own = Observation(run_id=run_id, source=Source.START, at=self._clock())
             record = await self._originals.track(row.workspace_slot, row, own)
             if observed is not None:
                 record = await self._originals.observe(replace(observed, source=Source.POLL))
-        log.info("start.resolved", key=row.idempotency_key, run_id=run_id)
+        _log(row, run_id)
         return record
 
     async def is_nothing(self, row: StartRow) -> None:
         """Nothing was started: its key may be used again. Raises as `is_run`."""
         _check_state(row)
         async with holding(self._database, row, self._process, self._clock) as held:
-            await _check(held, row).note(StartState.REFUSED, {"message": NOTHING_STARTED})
-        log.info("start.resolved", key=row.idempotency_key, run_id=None)
+            mine = _check(held, row)
+            await self._note(row, None)
+            await mine.note(StartState.REFUSED, {"message": NOTHING_STARTED})
+        _log(row, None)
+
+    async def _note(self, row: StartRow, run_id: str | None) -> None:
+        """Note in the audit log what is about to be said, whatever comes of it."""
+        entry = audit.entry(
+            Action.RESOLVE,
+            self._clock(),
+            workspace_id=row.workspace_slot,
+            idempotency_key=row.idempotency_key,
+            outcome="nothing was started" if run_id is None else "it became a run",
+            run_id=run_id,
+        )
+        await audit.write(self._database, entry)
 
     async def _read(self, row: StartRow, run_id: str) -> Observation | None:
         """The run as FLORA shows it; `None` where there is no key to ask with."""
@@ -101,6 +117,11 @@ class Resolver:
             except NotFound:
                 raise _wrong(f"FLORA has no run {run_id} of {row.technique_id}") from None
         return None
+
+
+def _log(row: StartRow, run_id: str | None) -> None:
+    actor = audit.principal().name
+    log.info("start.resolved", key=row.idempotency_key, run_id=run_id, actor=actor)
 
 
 def _check(held: HeldStart | None, row: StartRow) -> HeldStart:

@@ -117,6 +117,7 @@ def _access(services: Services) -> Access:
             public_url=settings.tracker_public_url,
             clock=services.clock,
         ),
+        refusals=services.refusals,
         counts=services.metrics,
         clock=services.clock,
     )

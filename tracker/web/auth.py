@@ -22,6 +22,7 @@ loopback `Host` or the one that its client wrote, and no `TRACKER_PUBLIC_URL` is
 import asyncio
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import ceil
 from typing import Final, Literal, Protocol
@@ -34,6 +35,8 @@ from tracker.core.loopback import is_loopback
 from tracker.core.seldom import SAY_AGAIN_AFTER, Seldom
 from tracker.core.tokens import Scope as TokenScope
 from tracker.core.tokens import Token, Tokens
+from tracker.store.audit import Principal, Refusals, acting
+from tracker.web.everywhere import request_id_of
 from tracker.web.faults import Fault
 from tracker.web.origin import (
     SAFE,
@@ -111,6 +114,7 @@ class Access:
         refresh: Callable[[], bool],
         is_public: bool,
         sessions: Sessions,
+        refusals: Refusals,
         counts: Counts,
         clock: Clock,
         say_again_after: float = SAY_AGAIN_AFTER,
@@ -118,6 +122,7 @@ class Access:
         self._tokens = tokens
         self._refresh = refresh
         self._is_public = is_public
+        self._refusals = refusals
         self._counts = counts
         self._clock = clock
         self._each = Throttle(burst=EACH_BURST, refill=EACH_REFILL)
@@ -230,8 +235,17 @@ class Access:
     def refused(
         self, reason: Reason, scope: Scope, fault: Fault, *, token: str | None = None
     ) -> Fault:
-        """Count and log a refusal, and return it; of many the log has a line now and then."""
+        """Count, log and note a refusal, and return it; of many the log has a line now and then,
+        and the audit log a row for each address and minute."""
         self._counts.auth_refused(reason)
+        self._refusals.add(
+            reason,
+            address=network_of(scope),
+            actor=token,
+            request_id=request_id_of(scope),
+            method=scope["method"],
+            path=scope["path"][:200],
+        )
         loop = asyncio.get_running_loop()
         fields = {
             "reason": reason,
@@ -292,12 +306,19 @@ class Gate:
             if not for_sign_in:
                 needs = _needs(scope["method"], scope["path"])
                 scope[_ACTOR] = await self._access.admit(scope, needs)
+        actor: Actor | None = scope.get(_ACTOR)
         try:
-            await self._app(scope, receive, send)
+            with acting(principal_of(scope, actor.name)) if actor else nullcontext():
+                await self._app(scope, receive, send)
         except Fault as fault:
             if fault.status == 403:  # a form that another page sent, or without the CSRF token
                 self._access.refused("cross_site", scope, fault)
             raise
+
+
+def principal_of(scope: Scope, name: str) -> Principal:
+    """Who sends a request, for the audit log."""
+    return Principal(name=name, address=peer_of(scope), request_id=request_id_of(scope))
 
 
 def actor_of(scope: Scope) -> Actor:
@@ -330,6 +351,8 @@ def _needs(method: str, path: str) -> TokenScope | None:
     """The scope for a request; `None` where any token will do. What nobody thought of needs all."""
     if path == "/metrics":
         return TokenScope.METRICS
+    if path == "/audit":  # who works with it, and from where
+        return TokenScope.ADMIN
     if method in SAFE:
         return TokenScope.READ
     if path == "/logout":

@@ -37,6 +37,11 @@ def number(scope: Scope) -> str:
     return request_id
 
 
+def request_id_of(scope: Scope) -> str | None:
+    """A request's number, once it has one."""
+    return scope.get(_KEY)
+
+
 def request_id_header(scope: Scope) -> tuple[bytes, bytes]:
     """The header that tells a request's number, which it has to have."""
     return b"x-request-id", scope[_KEY].encode("ascii")

@@ -13,6 +13,7 @@ from tracker.core.record import Record
 from tracker.core.tokens import Tokens
 from tracker.receiving.receive import Received
 from tracker.receiving.replay import Replay
+from tracker.store.audit import Refusals
 from tracker.store.engine import Database
 from tracker.store.signals import Signals
 from tracker.store.techniques import TechniqueRow
@@ -201,6 +202,10 @@ class Services(Protocol):
     @property
     def metrics(self) -> Tells:
         """Counts, and tells."""
+
+    @property
+    def refusals(self) -> Refusals:
+        """Notes refused requests in the audit log."""
 
     @property
     def clock(self) -> Clock:

@@ -103,7 +103,7 @@ class Sessions:
         Raises `StoreUnavailable`.
         """
         if session is not None:
-            await store.end(self._database, session.session_id)
+            await store.end(self._database, session.session_id, now=self._clock())
         return _set_cookie("", timedelta(0), secure=self._is_secure(scope))
 
     async def of(self, scope: Scope) -> Session | None:

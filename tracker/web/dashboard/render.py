@@ -30,6 +30,8 @@ PLACES: Final = (
     ("/sweeps", "Sweeps"),
 )
 """What the navigation leads to."""
+FOR_ADMINS: Final = ("/audit", "Audit")
+"""What else it leads to, for who may administer."""
 
 
 class Renderer:
@@ -52,9 +54,7 @@ class Renderer:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self._environment.globals.update(
-            asset=assets.url, version=__version__, places=PLACES, query=query
-        )
+        self._environment.globals.update(asset=assets.url, version=__version__, query=query)
         self._environment.filters.update(FILTERS, segment=lambda text: quote(text, safe=""))
 
     def page(
@@ -68,13 +68,15 @@ class Renderer:
     ) -> Response:
         """A page as the answer to a request."""
         session = session_of(request.scope)
+        may_administer = may(request.scope, Scope.ADMIN)
         content = self._environment.get_template(template).render(
             now=self._clock(),
             path=request.url.path,
             csrf=session.csrf if session else "",
             signed_in=session.token.name if session else None,
             may_start=may(request.scope, Scope.START),
-            may_administer=may(request.scope, Scope.ADMIN),
+            may_administer=may_administer,
+            places=(*PLACES, FOR_ADMINS) if may_administer else PLACES,
             **values,
         )
         return Response(

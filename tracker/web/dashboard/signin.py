@@ -6,7 +6,8 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from tracker.core.tokens import Scope
-from tracker.web.auth import Access, session_of
+from tracker.store.audit import acting
+from tracker.web.auth import Access, principal_of, session_of
 from tracker.web.dashboard.forms import check_action, read_form
 from tracker.web.dashboard.render import Renderer, query
 from tracker.web.faults import Fault
@@ -52,7 +53,8 @@ class SignIn:
             self._access.refused("scope", request.scope, fault, token=token.name)
             return self._form(request, wanted, refusal=fault)
         answer = RedirectResponse(wanted, status_code=303)
-        answer.headers["Set-Cookie"] = await sessions.begin(request.scope, token)
+        with acting(principal_of(request.scope, token.name)):
+            answer.headers["Set-Cookie"] = await sessions.begin(request.scope, token)
         answer.headers["Cache-Control"] = "no-store"
         log.info("auth.signed_in", token=token.name, peer=peer_of(request.scope))
         return answer

@@ -10,6 +10,7 @@ from starlette.types import Scope
 
 from tracker.web.auth import Access
 from tracker.web.dashboard.assets import Assets
+from tracker.web.dashboard.audit import AuditPage
 from tracker.web.dashboard.batches import BatchesPage
 from tracker.web.dashboard.deliveries import DeliveriesPage
 from tracker.web.dashboard.outputs import Gallery
@@ -64,6 +65,7 @@ class Dashboard:
             BatchesPage(services, self._render),
             StartsPage(services, self._render),
             SweepsPage(services, self._render),
+            AuditPage(services, self._render),
         )
 
     def routes(self) -> list[Route]:
