@@ -30,6 +30,7 @@ HOSTILE = [
     f"/techniques/{quote(TECHNIQUE_ID, safe='')}",
     "/batches",
     "/sweeps",
+    "/audit",
 ]
 SERIOUS = """
 async () => {
@@ -70,6 +71,7 @@ async def _pages(stage: Stage) -> list[str]:
         "/techniques/tech_icon-pack",
         "/batches",
         "/sweeps",
+        "/audit",
         "/runs?state=lost",
         "/nothing/here",
     ]

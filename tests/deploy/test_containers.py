@@ -88,14 +88,32 @@ def test_containers_run_real_commands(name: str) -> None:
     assert_taken(SERVICES[name]["command"])
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", SERVICES)
 def test_containers_may_do_little(name: str) -> None:
-    """A tracker container cannot write but to /tmp, and has no privileges to lose."""
+    """No container writes but to its volumes and what is gone with it, none has privileges to lose,
+    and none runs as root but the proxy, whose one capability is to take the ports below 1024."""
     service = SERVICES[name]
     assert service["read_only"]
-    assert service["tmpfs"] == ["/tmp"]  # noqa: S108
+    assert "/tmp" in service["tmpfs"]  # noqa: S108
     assert service["cap_drop"] == ["ALL"]
     assert "no-new-privileges:true" in service["security_opt"]
+    uid, _ = map(int, service["user"].split(":"))
+    assert service.get("cap_add", []) == ([] if uid else ["NET_BIND_SERVICE"])
+    assert (uid == 0) is (name == "proxy")
+
+
+def test_the_proxy_reaches_no_database() -> None:
+    """Who is reached from the internet shares a network with the receivers alone; the database is
+    in networks without a way out, with those who need it; workers have a way to FLORA."""
+    networks = {name: set(one["networks"]) for name, one in SERVICES.items()}
+    reached = {name for name, theirs in networks.items() if theirs & networks["proxy"]}
+    assert reached == {"proxy", "receiver"}
+    inside = {name for name, one in COMPOSE["networks"].items() if one and one.get("internal")}
+    assert networks["postgres"] <= inside
+    near = {name for name, theirs in networks.items() if theirs & networks["postgres"]}
+    assert near == {"postgres", "migrate", "receiver", "worker", "grafana"}
+    for name in ("receiver", "worker"):
+        assert networks[name] - inside
 
 
 @pytest.fixture
@@ -155,9 +173,50 @@ def test_the_containers_settings_load(secrets: Path) -> None:
     settings = settings_with(secrets)
     assert settings.tracker_database_url.startswith("postgresql://tracker:")
     assert settings.callback_url == "https://h/callbacks/flora"
-    text = (DIRECTORY / "tracker.toml").read_text(encoding="utf-8")
-    for name in OURS:
-        assert set(SERVICES[name]["secrets"]) == set(re.findall(r"file:/run/secrets/(\w+)", text))
+
+
+def config_of(name: str) -> str:
+    """The settings file that a container is given."""
+    (config,) = SERVICES[name]["configs"]
+    path: str = COMPOSE["configs"][config["source"]]["file"]
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "needed"),
+    [
+        ("migrate", {"database_url"}),
+        ("worker", {"database_url", "flora_api_key", "metrics_token"}),
+        (
+            "receiver",
+            {"database_url", "flora_api_key", "flora_webhook_secret", "tracker_api_token"}
+            | {"metrics_token"},
+        ),
+    ],
+)
+def test_containers_have_the_secrets_that_they_need(name: str, needed: set[str]) -> None:
+    """The database for a migration, no signing secret and no password of people for a worker; and
+    the settings ask for these, and no other."""
+    assert set(SERVICES[name]["secrets"]) == needed
+    assert set(re.findall(r"file:/run/secrets/(\w+)", config_of(name))) == needed
+
+
+def test_browsers_keep_to_https() -> None:
+    """Every site of the examples that ends TLS says so to browsers."""
+    page = (ROOT / "docs/proxy.md").read_text(encoding="utf-8")
+    caddy = re.findall(r"^```caddyfile.*?\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    caddy.append((DIRECTORY / "Caddyfile").read_text(encoding="utf-8"))
+    nginx = re.findall(r"^server \{.*?^\}", page, re.DOTALL | re.MULTILINE)
+    # A site of Caddy begins with its name at the margin; one of http alone ends no TLS.
+    sites = [
+        site
+        for text in caddy
+        for site in re.findall(r"^[\w{][^\n]* \{\n.*?^\}", text, re.DOTALL | re.MULTILINE)
+    ]
+    sites = [site for site in sites if not site.startswith("http://")] + nginx
+    assert len(sites) == 5
+    for site in sites:
+        assert re.search(r'Strict-Transport-Security "max-age=31536000"', site), site
 
 
 def option(service: str, name: str) -> str:

@@ -109,7 +109,10 @@ def test_the_settings_load(workload: dict[str, Any], tmp_path: Path) -> None:
         "secrets": ("Secret", "secretName", "stringData"),
     }.items():
         source = volumes[volume]["configMap" if kind == "ConfigMap" else "secret"]
+        items = {item["key"] for item in source.get("items", ())}
         for name, text in one(kind, source[key])[field].items():
+            if items and name not in items:
+                continue
             texts[f"{mounts[volume]}/{name}"] = text
     environment = {each["name"]: each["value"] for each in container["env"]}
     for path, text in texts.items():
@@ -123,10 +126,33 @@ def test_the_settings_load(workload: dict[str, Any], tmp_path: Path) -> None:
     # As the image has it: what a pod's environment sets to nothing counts as not set.
     settings = load_settings({"TRACKER_DATABASE_URL": "sqlite:////data/tracker.db"} | environment)
     assert settings.tracker_database_url.startswith("postgresql://")
-    assert settings.callback_url == "https://tracker.example.com/callbacks/flora"
+    name = workload["metadata"]["name"]
+    if name not in ("migrate", "prune"):
+        assert settings.callback_url == "https://tracker.example.com/callbacks/flora"
     tokens = {token.name: token for token in settings.access_tokens}
-    assert set(tokens) == {"TRACKER_API_TOKEN", "prometheus"}
-    assert [scope for scope in Scope if tokens["prometheus"].allows(scope)] == [Scope.METRICS]
+    has = {"receiver": {"TRACKER_API_TOKEN", "prometheus"}, "worker": {"prometheus"}}
+    assert set(tokens) == has.get(name, set())
+    if "prometheus" in tokens:
+        assert [scope for scope in Scope if tokens["prometheus"].allows(scope)] == [Scope.METRICS]
+
+
+NEEDED = {
+    "migrate": {"TRACKER_DATABASE_URL"},
+    "prune": {"TRACKER_DATABASE_URL"},
+    "reconcile": {"TRACKER_DATABASE_URL", "FLORA_API_KEY"},
+    "worker": {"TRACKER_DATABASE_URL", "FLORA_API_KEY", "METRICS_TOKEN"},
+}
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=named)
+def test_pods_have_the_secrets_that_they_need(workload: dict[str, Any]) -> None:
+    """What works on the database has its address alone; only receivers have the signing secret and
+    the token of people."""
+    (volume,) = [one for one in pod_of(workload)["volumes"] if one["name"] == "secrets"]
+    every = set(one("Secret", "tracker")["stringData"])
+    items = volume["secret"].get("items")
+    given = every if items is None else {item["key"] for item in items}
+    assert given == NEEDED.get(workload["metadata"]["name"], every)
 
 
 def test_only_callbacks_are_reached_through_the_ingress() -> None:

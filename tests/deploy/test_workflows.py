@@ -26,6 +26,14 @@ def test_workflows_are_well_formed(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_actions_are_pinned(path: Path) -> None:
+    """Others' actions are named by commit, which nobody can move, with the version beside it."""
+    text = path.read_text(encoding="utf-8")
+    for action in re.findall(r"uses: (?!\./)(.*)", text):
+        assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v[\d.]+", action), action
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
 def test_workflows_make_what_there_is(path: Path) -> None:
     """Each `make` target that a workflow asks for is in the Makefile."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")

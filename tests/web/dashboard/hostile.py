@@ -10,6 +10,7 @@ from tracker.core.entry import Delivery, DeliveryOutcome, Seen, Unseen
 from tracker.core.observation import Observation, Source
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.store import batches, starts, sweeps, techniques
+from tracker.store.audit import Principal, acting
 from tracker.store.batches import BatchEntry, BatchRow
 from tracker.store.starts import StartState
 from tracker.store.techniques import TechniqueRow
@@ -126,15 +127,16 @@ async def _attack_batch(services: Services, evil: str) -> None:
         created_at=now,
     )
     await batches.keep(services.database, batch, [row])
-    await starts.reserve(
-        services.database,
-        workspace_id="default",
-        idempotency_key=row.key,
-        technique_id=f"tech_{evil}",
-        fingerprint="0",
-        inputs=[{"id": evil, "type": evil, "value": evil}],
-        at=now,
-    )
+    with acting(Principal(name=evil, address=evil, request_id=evil)):
+        await starts.reserve(
+            services.database,
+            workspace_id="default",
+            idempotency_key=row.key,
+            technique_id=f"tech_{evil}",
+            fingerprint="0",
+            inputs=[{"id": evil, "type": evil, "value": evil}],
+            at=now,
+        )
     await starts.take(services.database, "default", row.key, "tests", now, timedelta(minutes=1))
     refusal = {
         "status": 400,

@@ -33,6 +33,7 @@ PAGES = {
     f"/techniques?text={quote(EVIL)}": True,
     f"/techniques/{quote(TECHNIQUE_ID, safe='')}": True,
     "/sweeps": True,
+    "/audit": True,
     "/batches": True,
     f"/batches/{quote(BATCH_ID, safe='')}": True,
     f"/batches/{quote('none' + EVIL, safe='')}": True,
