@@ -79,7 +79,7 @@ async def test_what_people_do_is_noted(serve: Serve, database_url: str) -> None:
         assert {one.actor for one in entries} == {"TRACKER_API_TOKEN"}
         assert all(one.address == "127.0.0.1" and one.request_id for one in entries)
         assert entries[1].detail["delivery_id"] == "whd_run_1"
-        assert "neither run.completed nor" in entries[1].detail["why_not"]
+        assert "neither run.completed nor" in entries[1].detail["still_quarantined"]
 
 
 async def test_callbacks_leave_no_entry(site: Site) -> None:

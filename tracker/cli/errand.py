@@ -4,8 +4,8 @@ A one-shot command gives up where FLORA has not answered at all for `PATIENCE` s
 """
 
 import asyncio
+import getpass
 import os
-import pwd
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -79,8 +79,8 @@ def run_once(
 def _user() -> str:
     """Who runs the command: the person behind `sudo -u tracker`, where there is one."""
     try:
-        return os.environ.get("SUDO_USER") or pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:  # in a container, a number without a name
+        return os.environ.get("SUDO_USER") or getpass.getuser()
+    except (KeyError, OSError):  # in a container, a number without a name
         return str(os.getuid())
 
 

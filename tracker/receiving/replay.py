@@ -76,7 +76,11 @@ class Replayer:
                 return _replay(row, reason="its body was removed by retention")
             again = self._read_again(row, row.body)
             reason = await self._why_not(again)
-            detail = {"delivery_id": delivery_id, "run_id": again.run_id, "why_not": reason}
+            detail = {
+                "delivery_id": delivery_id,
+                "run_id": again.run_id,
+                "still_quarantined": reason,
+            }
             entry = audit.entry(Action.REPLAY, self._clock(), **detail)
             log.info("delivery.replayed", actor=entry["actor"], **detail)
             if reason is not None:

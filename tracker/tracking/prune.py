@@ -151,7 +151,7 @@ class Pruner:
                     break
         removed = {name: total[name] for name in TABLES}
         if not dry:
-            outcome = {"older_than": detail, "removed": +total}
+            outcome = {"older_than": detail, "removed": dict(+total) or "nothing"}
             await audit.add_detail(self._database, audit_id, outcome)
             log.info("db.pruned", actor=audit.principal().name, **removed)
         return removed
