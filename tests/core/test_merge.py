@@ -283,6 +283,18 @@ def test_each_value_remembers_its_rank() -> None:
     assert rank(run, "created_at") is Standing.PENDING
 
 
+@pytest.mark.parametrize("source", [Source.CALLBACK, Source.TRACK])
+def test_flora_shows_whose_a_run_is(source: Source) -> None:
+    """A run that still runs at FLORA is of the workspace whose key showed it, whatever a callback
+    or a person claimed, before or after."""
+    claim = sight(source, RunStatus.COMPLETED, workspace_id="ws_z")
+    shown = sight(Source.HISTORY, RunStatus.RUNNING, workspace_id="ws_a")
+    assert fold([claim]).workspace_is_claimed
+    for seen in ([claim, shown], [shown, claim]):
+        run = fold(seen)
+        assert (run.workspace_id, run.workspace_is_claimed) == ("ws_a", False)
+
+
 def test_two_runs_never_merge() -> None:
     """A sight of another run is refused, not joined."""
     with pytest.raises(ValueError, match="run_2"):
