@@ -87,6 +87,7 @@ def migrated(connection: Connection, *, last: bool) -> bool:
         connection=connection,
         target_metadata=metadata,
         render_item=render_item,
+        include_object=is_of_postgres,
         transaction_per_migration=True,
     )
     try:
@@ -115,11 +116,22 @@ def migrate_sqlite(connection: Connection) -> None:
             connection=connection,
             target_metadata=metadata,
             render_item=render_item,
+            include_object=is_of_sqlite,
             render_as_batch=True,
             transactional_ddl=True,
         )
         with context.begin_transaction():
             context.run_migrations()
+
+
+def is_of_sqlite(item: Any, *_: Any) -> bool:
+    """Whether SQLite has it: some indexes are of one database alone."""
+    return item.info.get("dialect", "sqlite") == "sqlite"
+
+
+def is_of_postgres(item: Any, *_: Any) -> bool:
+    """Whether PostgreSQL has it."""
+    return item.info.get("dialect", "postgresql") == "postgresql"
 
 
 def render_item(kind: str, item: Any, _: AutogenContext) -> str | Literal[False]:

@@ -22,6 +22,7 @@ from tracker.core.tally import (
     OPEN,
     QUOTE,
     STATE,
+    TAGGED,
     UNPRICED,
     billionths,
     dollars,
@@ -64,7 +65,9 @@ def test_a_settled_run_counts_once_in_each_measure() -> None:
         seen("run_1", RunStatus.COMPLETED, at=NOW + timedelta(seconds=2), facts=ended),
     )
     found = facts(record)
-    assert sorted(key.measure for key, _ in found) == sorted(set(MEASURES) - {QUOTE, FAILURE})
+    assert sorted(key.measure for key, _ in found) == sorted(
+        set(MEASURES) - {QUOTE, FAILURE, TAGGED}
+    )
     assert {amount for _, amount in found} == {0, 3000, 5000, 500_000_000}
 
 

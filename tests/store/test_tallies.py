@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -47,6 +48,13 @@ from tracker.store.url import DatabaseUrl
 ROOT = Path(__file__).parents[2]
 Counts = dict[Key, tuple[int, int]]
 RUNS = ids("run", 4)
+
+
+RESERVED: dict[str, Any] = {
+    "tags": {"team": "red", "order": '12=3 "x"'},
+    "reserved_at": NOW - timedelta(days=1),
+    "reserved_cost": Decimal("0.31"),
+}
 
 
 async def tallied(db: Database) -> Counts:
@@ -136,7 +144,8 @@ async def test_any_history_is_counted_exactly(db: Database, history: list[Any]) 
             if each == "fold":
                 await tallies.fold(db)
             elif isinstance(each, Observation):
-                await door.put(as_entry(each))
+                ours = each.source is Source.START
+                await door.put(replace(as_entry(each), **RESERVED) if ours else as_entry(each))
             else:
                 await door.put(each)
     await assert_exact(db)
@@ -182,6 +191,7 @@ async def test_a_contradicted_end_moves(door: TestDoor, db: Database) -> None:
         ("end", "failed"),
         ("cost", "failed"),
         ("failure", "failed"),
+        ("spent", "charged"),
     }
     assert [amount for key, (_, amount) in found.items() if key.measure == "cost"] == [250_000_000]
     await assert_exact(db)

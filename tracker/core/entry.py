@@ -5,11 +5,13 @@ callback, a read made for this run alone, an item of a list, the answer to a sta
 """
 
 from datetime import datetime
+from decimal import Decimal
 from enum import StrEnum
 from typing import Any, Final
 
 from tracker.core.observation import Observation
 from tracker.core.quick import quick_dataclass
+from tracker.core.tags import Tags
 
 TRIAL: Final = "tracker.doctor"
 """The type of the deliveries with which `tracker doctor` tries the way that callbacks take. They
@@ -55,15 +57,18 @@ class Seen:
     """A run was seen.
 
     `reads` counts the API reads made for this run alone (none for an item of a list that was read
-    for many). `claim` names the claim under which it was made, which is given back. `inputs`,
-    `callback_expected`, `slot` and `idempotency_key` come with the answer to our own start; its row
-    in the ledger of starts, (`slot`, `idempotency_key`), is closed in the same transaction.
+    for many). `claim` names the claim under which it was made, which is given back. The others
+    come with the answer to our own start, whose row in the start log, (`slot`, `idempotency_key`),
+    is closed in the same transaction; `reserved_cost` is the price of this run, in USD.
     """
 
     observation: Observation
     reads: int = 0
     claim: str | None = None
     inputs: list[dict[str, Any]] | None = None
+    tags: Tags | None = None
+    reserved_at: datetime | None = None
+    reserved_cost: Decimal | None = None
     callback_expected: bool = False
     slot: str | None = None
     idempotency_key: str | None = None

@@ -8,6 +8,7 @@ entry and writes what comes back.
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timedelta
+from decimal import Decimal
 from typing import Any, Final
 
 from tracker.core.entry import Entry, Seen, Unseen
@@ -16,6 +17,7 @@ from tracker.core.observation import Observation, Source
 from tracker.core.quick import quick_dataclass
 from tracker.core.run import Run, RunStatus, Tracking
 from tracker.core.schedule import Durations, Policy, next_check, next_recheck
+from tracker.core.tags import Tags
 
 LOST_AFTER_READS: Final = 5
 LOST_AFTER: Final = timedelta(hours=1)
@@ -37,7 +39,8 @@ class Record:
     `checks` counts the API reads made for this run alone, for ever. `missing` counts the reads in a
     row that answered "no such run", the first of them at `missing_since`. `cost_final` tells that a
     read long enough after the end has shown the bill; until then, and while a completed run lacks
-    outputs, both are read again at `recheck_at`: `None` where that was given up.
+    outputs, both are read again at `recheck_at`: `None` where that was given up. `tags`, and when
+    and at which price (USD) it was reserved in the budgets, are known of our own starts alone.
     """
 
     run: Run
@@ -51,6 +54,9 @@ class Record:
     cost_final: bool = False
     recheck_at: datetime | None = None
     inputs: list[dict[str, Any]] | None = None
+    tags: Tags | None = None
+    reserved_at: datetime | None = None
+    reserved_cost: Decimal | None = None
     next_check_at: datetime | None = None
     looks: int = 0
     checks: int = 0
@@ -72,6 +78,11 @@ class Record:
     def created_at(self) -> datetime:
         """FLORA's time of creation; until it is known, when the run was first seen."""
         return self.run.created_at or self.first_seen_at
+
+    @property
+    def spent_at(self) -> datetime:
+        """In which period what it costs counts."""
+        return self.reserved_at or self.created_at
 
     @property
     def billed_whole(self) -> bool:
@@ -144,6 +155,9 @@ def _sighted(
         cost_final=cost_final,
         recheck_at=recheck_at,
         inputs=old.inputs if entry.inputs is None else entry.inputs,
+        tags=old.tags if entry.tags is None else entry.tags,
+        reserved_at=entry.reserved_at or old.reserved_at,
+        reserved_cost=old.reserved_cost if entry.reserved_at is None else entry.reserved_cost,
         next_check_at=next_check_at,
         looks=looks,
         checks=old.checks + entry.reads,

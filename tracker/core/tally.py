@@ -20,7 +20,12 @@ measure               since   beside it                                   amount
 `QUOTE`               day     the same, where it has a quote and no       its quote, the same
                               cost, and is not final
 `FAILURE`             day     technique, status, word: the retry advice   -
+`SPENT`               day *   technique, status: `charged`, `quoted` or   its cost, else quote or
+                              `unpriced` (ended, and nothing is known)    price, the greater
+`TAGGED`              day *   the same, word: one of its tags, once each  the same
 ====================  ======  ==========================================  =====================
+
+Days marked * are those in which the runs were started, all others those of their ends.
 
 Amounts are integers, because sums of floats would drift from what is recounted.
 """
@@ -43,11 +48,15 @@ CALLBACK: Final = "callback"
 COST: Final = "cost"
 QUOTE: Final = "quote"
 FAILURE: Final = "failure"
-MEASURES: Final = (STATE, END, SEEN, SETTLED, CALLBACK, COST, QUOTE, FAILURE)
+SPENT: Final = "spent"
+TAGGED: Final = "tagged"
+MEASURES: Final = (STATE, END, SEEN, SETTLED, CALLBACK, COST, QUOTE, FAILURE, SPENT, TAGGED)
 
 FINAL: Final = "final"
 OPEN: Final = "open"
 UNPRICED: Final = "unpriced"
+CHARGED: Final = "charged"
+QUOTED: Final = "quoted"
 
 ALWAYS: Final = datetime(1970, 1, 1, tzinfo=UTC)
 """The `since` of what holds now and belongs to no hour."""
@@ -80,7 +89,10 @@ def facts(record: Record) -> list[Fact]:
     technique = run.technique_id or ""
     status = run.status.value
     tracking = record.tracking
-    found = [(Key(STATE, ALWAYS, workspace, technique, status, tracking.value, 0), 0)]
+    found = [
+        (Key(STATE, ALWAYS, workspace, technique, status, tracking.value, 0), 0),
+        *_spent(record, workspace, technique),
+    ]
     known_at, via = record.end_seen_at, record.ended_via
     if known_at is None or via is None:
         return found
@@ -112,6 +124,31 @@ def facts(record: Record) -> list[Fact]:
     return found
 
 
+def _spent(record: Record, workspace: str, technique: str) -> list[Fact]:
+    """What the run takes from the budgets now: once, and once more for each of its tags.
+
+    A quote below the price that was reserved makes no room: FLORA shows 0 to some starts, and bills
+    later. A failed run counts until its bill is final: FLORA refunds it, if late.
+    """
+    run = record.run
+    quotes = [one for one in (run.quoted_cost, record.reserved_cost) if one is not None]
+    quote = max(quotes, default=None)
+    if run.charged_cost is not None:
+        part, cost = CHARGED, run.charged_cost
+    elif record.cost_final:
+        part, cost = CHARGED, Decimal(0)
+    elif quote is not None:
+        part, cost = QUOTED, quote
+    elif run.settled:
+        part, cost = UNPRICED, Decimal(0)
+    else:
+        return []
+    day = record.spent_at.replace(hour=0, minute=0, second=0, microsecond=0)
+    key, amount = Key(SPENT, day, workspace, technique, part, "", 0), billionths(cost)
+    tags = (f"{name}={value}" for name, value in (record.tags or {}).items())
+    return [(key, amount), *((key._replace(measure=TAGGED, word=tag), amount) for tag in tags)]
+
+
 def _billed(record: Record) -> str:
     """How far the bill of a settled run is known."""
     if record.cost_final:
@@ -141,6 +178,8 @@ def same(before: Record, after: Record) -> bool:
         and before.callback_at == after.callback_at
         and before.callback_expected == after.callback_expected
         and before.source is after.source
+        and before.reserved_at == after.reserved_at
+        and before.tags == after.tags
     )
 
 

@@ -123,6 +123,10 @@ runs: Final = Table(
     Column("tracking", CleanText, nullable=False),
     Column("settled_at", UtcDateTime),
     Column("inputs", Json),
+    # What it is for, and when and at which price it was reserved: of a run that we started.
+    Column("tags", Json),
+    Column("reserved_at", UtcDateTime),
+    Column("reserved_cost", Money),
     # When to read it next, and how that came out so far.
     Column("next_check_at", UtcDateTime),
     # When to read cost and outputs of a settled run again.
@@ -181,6 +185,26 @@ runs: Final = Table(
         where="retry_advice IS NOT NULL",
     ),
     Index("ix_runs_newest_of_workspace", "workspace_id", "created_at", "run_id"),
+    _partial(
+        "ix_runs_newest_of_project",
+        *("project_id", "created_at", "run_id"),
+        where="project_id IS NOT NULL",
+    ),
+    # By tag: SQLite looks through the tags of the newest runs, without the runs themselves.
+    Index(
+        "ix_runs_tags",
+        "tags",
+        postgresql_using="gin",
+        postgresql_ops={"tags": "jsonb_path_ops"},
+        postgresql_where=text("tags IS NOT NULL"),
+        info={"dialect": "postgresql"},
+    ).ddl_if(dialect="postgresql"),
+    Index(
+        "ix_runs_newest_tagged",
+        *("created_at", "run_id", "tags"),
+        sqlite_where=text("tags IS NOT NULL"),
+        info={"dialect": "sqlite"},
+    ).ddl_if(dialect="sqlite"),
     # Whether a workspace has shown a generation run: few do.
     _partial("ix_runs_generations", "workspace_id", where="run_type = 'generation'"),
     # How long a technique's runs take.
@@ -278,6 +302,11 @@ starts: Final = Table(
     # What was sent, for repetitions: kept while the start is open.
     Column("request_body", CleanText),
     Column("started_by", CleanText),
+    Column("tags", Json),
+    # What it takes from the budgets, in USD and for how many runs, and in whose period.
+    Column("reserved_at", UtcDateTime),
+    Column("reserved_cost", Money),
+    Column("reserved_runs", Integer),
     _one_of("state", START_STATES),
     CheckConstraint("(state = 'started') = (run_id IS NOT NULL)", name="started_has_a_run"),
     CheckConstraint(
@@ -287,6 +316,8 @@ starts: Final = Table(
     _partial("ix_starts_in_doubt", "created_at", where="state = 'in_doubt'"),
     _partial("ix_starts_unresolved", "created_at", where="state = 'unresolved'"),
     _partial("ix_starts_without_workspace", "workspace_slot", where="workspace_id IS NULL"),
+    # Starts of several runs, whose others than the first are still to be seen: few.
+    _partial("ix_starts_several", "reserved_at", where="state = 'started' AND reserved_runs > 1"),
     Index("ix_starts_run", "run_id"),
     Index("ix_starts_technique", "technique_id", "created_at"),
     Index(
@@ -470,6 +501,8 @@ run_tallies: Final = Table(
     PrimaryKeyConstraint(
         *("measure", "since", "workspace_id", "technique_id", "status", "word", "bucket")
     ),
+    # What a tag has cost, among however many others.
+    _partial("ix_run_tallies_tagged", "word", "since", where="measure = 'tagged'"),
     sqlite_with_rowid=False,
 )
 
@@ -478,6 +511,10 @@ run_tally_changes: Final = Table(
     metadata,
     Column("id", SerialId, Identity(), primary_key=True),
     *_tally_columns(),
+    # What was spent, among however many others: a budget is checked with each start.
+    _partial(
+        "ix_run_tally_changes_spent", "measure", "word", where="measure IN ('spent', 'tagged')"
+    ),
     # Emptied every few seconds: what is dead in it must not be read again and again.
     postgresql_with={"autovacuum_vacuum_scale_factor": "0", "autovacuum_vacuum_threshold": "1000"},
 )

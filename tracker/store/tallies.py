@@ -6,7 +6,8 @@ they would for one row of totals. Whoever wrote also folds them into `run_tallie
 later and in one transaction. The view `run_tallies_now` is both together: exact at every moment,
 folded or not.
 
-The view `run_facts` says the same as `tracker.core.tally.facts` in SQL, for counting all runs anew.
+The views `run_facts` and `run_spending` say the same as `tracker.core.tally.facts` in SQL, for
+counting all runs anew.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,6 @@ from sqlalchemy import (
     Connection,
     Integer,
     Select,
-    TableClause,
     and_,
     cast,
     column,
@@ -32,6 +32,7 @@ from sqlalchemy import (
     select,
     table,
     text,
+    union_all,
 )
 from sqlalchemy.dialects import postgresql, sqlite
 
@@ -54,12 +55,19 @@ _KEY: Final = Key._fields
 _COLUMNS: Final = (*_KEY, "runs", "amount")
 _TYPES: Final[dict[str, Any]] = {"since": UtcDateTime, "bucket": Integer}
 
-FACTS: Final[TableClause] = table(
-    "run_facts",
-    column("run_id", CleanText),
-    *(column(name, _TYPES.get(name, CleanText)) for name in _KEY),
-    column("amount", BigInteger),
-)
+
+def _facts_in(view: str) -> Select[Any]:
+    return select(
+        table(
+            view,
+            column("run_id", CleanText),
+            *(column(name, _TYPES.get(name, CleanText)) for name in _KEY),
+            column("amount", BigInteger),
+        )
+    )
+
+
+FACTS: Final = union_all(_facts_in("run_facts"), _facts_in("run_spending")).subquery("facts")
 
 
 async def fold(db: Database) -> int:

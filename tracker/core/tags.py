@@ -1,0 +1,54 @@
+"""Tags: what a run is for, as `key=value` pairs of whoever started it.
+
+A key is 1 to 64 of `A-Z a-z 0-9 . _ -`, a value 1 to 255 printable characters.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+MOST: Final = 16
+"""A run has so many tags at most: each is counted by itself, day by day."""
+LONGEST_VALUE: Final = 255
+_KEY: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+Tags = dict[str, str]
+
+
+def check_key(key: str) -> str:
+    """`key`, where a tag can be called so; raises `ValueError`."""
+    if not _KEY.fullmatch(key):
+        raise ValueError(f"tag {key[:80]!r}: a key is 1 to 64 of A-Z a-z 0-9 . _ -")
+    return key
+
+
+def check_tags(tags: Mapping[Any, Any]) -> Tags:
+    """The tags in order of their keys; raises `ValueError`, which says what is wrong with which."""
+    for key, value in tags.items():
+        check_key(str(key))
+        if not isinstance(value, str) or not 1 <= len(value) <= LONGEST_VALUE:
+            raise ValueError(f"tag {key!r}: a value is a text of 1 to {LONGEST_VALUE} characters")
+        if not value.isprintable():
+            raise ValueError(f"tag {key!r}: a value has printable characters only")
+    if len(tags) > MOST:
+        raise ValueError(f"a run has at most {MOST} tags, and these are {len(tags)}")
+    return dict(sorted(tags.items()))
+
+
+def parse_tag(text: str) -> tuple[str, str]:
+    """The key and the value of `KEY=VALUE`; raises `ValueError`."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"{text[:80]!r} is not KEY=VALUE")
+    ((key, value),) = check_tags({key.strip(): value.strip()}).items()
+    return key, value
+
+
+def parse_tags(texts: Iterable[str]) -> Tags:
+    """As `parse_tag`, for several; raises `ValueError` also where two have the same key."""
+    pairs = [parse_tag(text) for text in texts]
+    tags = dict(pairs)
+    if len(tags) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"tag {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return check_tags(tags)
