@@ -33,6 +33,7 @@ from tracker.store.signals import Signals
 from tracker.store.tally_keeper import TallyKeeper
 from tracker.telemetry import Wrap, tracing, untraced
 from tracker.tracking.batch import Batches
+from tracker.tracking.budgets import BudgetReader
 from tracker.tracking.callback_address import CallbackAddresses
 from tracker.tracking.catalogue import Catalogue
 from tracker.tracking.download import Downloader
@@ -86,6 +87,7 @@ class Services:
     pruner: Pruner
     refusals: Refusals
     starter: Starter
+    budgets: BudgetReader
     batches: Batches
     recovery: Recovery
     resolver: Resolver
@@ -190,10 +192,17 @@ async def open_services(
                 on_write=[metrics.written],
             )
         )
+        budgets = BudgetReader(
+            database=database,
+            budgets=settings.all_budgets,
+            workspaces=workspaces,
+            clock=clock,
+        )
         metrics.watch(
             database=database,
             waiting=lambda: door.waiting + inbox.waiting,
             workspaces=workspaces,
+            budgets=budgets,
             sweep_seconds=cache(partial(_longest_wait, settings.tracker_reconcile_cron, clock())),
         )
         catalogue = Catalogue(database, workspaces=workspaces, clock=clock)
@@ -236,6 +245,8 @@ async def open_services(
             process=process,
             clock=clock,
             deadline=START_SECONDS,
+            budgets=settings.all_budgets,
+            on_over_budget=metrics.over_budget,
         )
         stack.push_async_callback(starter.aclose)
         follower = Follower(
@@ -274,6 +285,7 @@ async def open_services(
                 database=database, applier=applier, workspaces=workspaces, clock=clock
             ),
             starter=starter,
+            budgets=budgets,
             batches=Batches(
                 database=database,
                 workspaces=workspaces,

@@ -176,6 +176,29 @@ def test_values_of_the_file_may_stand_elsewhere(config: Path) -> None:
             "expires = 9999-12-31T23:00:00-12:00",
             "must be a date such as 2027-01-31",
         ),
+        ("tracker_budget_day = 0", "tracker_budget_day in {path} must be greater than 0"),
+        ('tracker_budget_day = "5 EUR"', "tracker_budget_day in {path} must be a valid decimal"),
+        (
+            '[[budgets]]\nusd = 5\nperiod = "week"',
+            "budgets[0].period in {path} must be 'day',",
+        ),
+        ("[[budgets]]\nusd = nan\nperiod = 'day'", "budgets[0].usd in {path} must be a finite"),
+        (
+            '[[budgets]]\nusd = 5\nperiod = "day"\ntag = "team"',
+            "budgets[0].tag in {path} 'team' is not KEY=VALUE",
+        ),
+        (
+            '[[budgets]]\nusd = 5\nperiod = "day"\ntechnique_id = "icon-pack"',
+            "budgets[0].technique_id in {path} must be a technique's id, tech_",
+        ),
+        (
+            '[[budgets]]\nusd = 5\nperiod = "day"\nteam = "a"',
+            "budgets[0].team in {path}: unknown key",
+        ),
+        (
+            2 * '[[budgets]]\nusd = 5\nperiod = "day"\ntag = "team=a"\n',
+            "there are two budgets day:tag=team=a",
+        ),
         ("tracker_api_token = ' , '", "tracker_api_token in {path} holds nothing but commas"),
         ("flora_api_key = 'file:~nosuchuser/key'", "~nosuchuser/key cannot be read: No such file"),
         (

@@ -5,6 +5,7 @@ explicitly comes first. Nothing is guessed where two columns would fit.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping as TagMapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -12,6 +13,7 @@ from tracker.core.errors import FieldFault
 from tracker.core.inputs import Port, check
 from tracker.core.rowkey import Input, canonical
 from tracker.core.sheet import Problem, Sheet, SheetRow
+from tracker.core.tags import Tags, check_tags
 
 _LINKS: Final = ("imageUrl", "videoUrl")
 
@@ -76,6 +78,28 @@ def read_rows(sheet: Sheet, ports: Sequence[Port], given: Sequence[Mapping] = ()
         unmapped=unmapped,
         problems=tuple(sorted(problems)),
     )
+
+
+def row_tags(
+    sheet: Sheet, columns: TagMapping[str, str], tags: Tags
+) -> tuple[dict[int, Tags], list[Problem]]:
+    """The tags of each row, by its line: `tags`, and what its cells in `columns` (the key of each
+    and its column) say; an empty cell says nothing. And what is wrong with them."""
+    named = ", ".join(filter(None, sheet.columns)) or "none"
+    problems = [
+        Problem(sheet.header, column, f"the sheet has no such column for tags; it has {named}")
+        for column in columns.values()
+        if column not in sheet.columns
+    ]
+    found: dict[int, Tags] = {}
+    for row in sheet.rows:
+        cells = {key: row.cells.get(column) or () for key, column in columns.items()}
+        own = {key: values[0].strip() for key, values in cells.items() if values}
+        try:
+            found[row.line] = check_tags(tags | own)
+        except ValueError as error:
+            problems.append(Problem(row.line, "", str(error)))
+    return found, problems
 
 
 def rows_by(sheet: Sheet, mapping: Sequence[Mapping]) -> list[list[Input]]:

@@ -25,6 +25,7 @@
     └── StartError                  a run was not started
         ├── InvalidRequest          the caller's fault; `fields` says where
         ├── IdempotencyConflict     this key was used for another body; nothing was started
+        ├── BudgetExceeded          its price does not fit a budget; nothing was sent
         ├── StartPending            it was sent, and its outcome is not known yet; ask again soon
         ├── StartNotStored          FLORA started it, and the database could not keep it yet
         └── StartUnresolved         it cannot be told whether FLORA started it; left to a person
@@ -35,6 +36,8 @@ message says what was wrong, where, and what to do; it never holds a key, a secr
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
 from typing import Final
 
 
@@ -170,6 +173,30 @@ class InvalidRequest(StartError):
 
 class IdempotencyConflict(StartError):
     """The idempotency key was used before, for another body. Nothing was started."""
+
+
+class BudgetExceeded(StartError):
+    """The price of a start does not fit into what is left of a budget. Nothing was sent.
+
+    `budget` is its name, `left` USD, at least 0, and `renews_at` when its next period begins:
+    `None` for a budget that never begins anew. `ever_fits` is false where the price is above the
+    whole budget, or is not known.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        budget: str,
+        left: Decimal,
+        renews_at: datetime | None,
+        ever_fits: bool,
+    ) -> None:
+        super().__init__(message)
+        self.budget = budget
+        self.left = left
+        self.renews_at = renews_at
+        self.ever_fits = ever_fits
 
 
 class StartPending(StartError):

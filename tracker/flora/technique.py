@@ -4,9 +4,11 @@ Reading is as tolerant as in `parse`, which knows all the others.
 """
 
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
+from math import prod
 from typing import Any, Final
 
 from tracker.core.errors import FloraUnreadable
@@ -48,6 +50,16 @@ class Technique:
     def ports(self) -> tuple[Port, ...]:
         """The inputs as a start is checked against them."""
         return ports(self.inputs)
+
+    def runs_of(self, inputs: Iterable[Mapping[str, Any]]) -> int:
+        """How many runs a start with these inputs makes: one for each value of an input that takes
+        several."""
+        values = Counter(one["id"] for one in inputs)
+        return prod(max(values[port.id], 1) for port in self.ports if port.several)
+
+    def cost_of(self, inputs: Iterable[Mapping[str, Any]]) -> Decimal | None:
+        """What such a start costs, in USD; `None` where FLORA names no price."""
+        return None if self.run_cost is None else self.run_cost * self.runs_of(inputs)
 
 
 def technique(payload: object) -> Technique:

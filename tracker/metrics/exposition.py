@@ -15,6 +15,7 @@ from tracker.metrics.now import Now, WorkerState
 from tracker.metrics.state import State
 from tracker.metrics.work import Work
 from tracker.store.engine import Database
+from tracker.tracking.budgets import BudgetReader
 from tracker.tracking.rounds import PollReport
 from tracker.tracking.workspaces import Workspaces
 
@@ -39,6 +40,7 @@ class Metrics(Work):
         database: Database,
         waiting: Callable[[], int],
         workspaces: Workspaces,
+        budgets: BudgetReader,
         sweep_seconds: Callable[[], float],
     ) -> None:
         """Ask these as well: see `Now` and `State`. `aclose` comes before the database's end."""
@@ -51,7 +53,9 @@ class Metrics(Work):
                 sweep_seconds=sweep_seconds,
             )
         )
-        self._state = State(database=database, workspaces=workspaces, clock=self._clock)
+        self._state = State(
+            database=database, workspaces=workspaces, budgets=budgets, clock=self._clock
+        )
         self.registry.register(self._state)
 
     async def aclose(self) -> None:

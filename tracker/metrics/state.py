@@ -21,6 +21,8 @@ from tracker.store import callback_addresses
 from tracker.store.attention import SweepHealth, sweep_health
 from tracker.store.engine import Database
 from tracker.store.gauges import Gauges, read_gauges
+from tracker.store.spending import Usage
+from tracker.tracking.budgets import BudgetReader
 from tracker.tracking.workspaces import Workspaces
 
 KEEP_SECONDS: Final = 5.0
@@ -42,12 +44,15 @@ class State(Collector):
         *,
         database: Database,
         workspaces: Workspaces,
+        budgets: BudgetReader,
         clock: Clock,
         keep_seconds: float = KEEP_SECONDS,
         patience: float = PATIENCE,
     ) -> None:
         self._database = database
         self._workspaces = workspaces
+        self._budgets = budgets
+        self._usages: list[Usage] = []
         self._clock = clock
         self._keep_seconds = keep_seconds
         self._patience = patience
@@ -86,6 +91,7 @@ class State(Collector):
                 gauges = await read_gauges(self._database, now=now)
                 bare = await callback_addresses.own_are_missing(self._database, now=now)
                 self._sweeps = await sweep_health(self._database)
+                self._usages = await self._budgets.usages()
         except (StoreError, TimeoutError) as error:
             if not self._failing:
                 said = str(error) or "it does not answer in time"
@@ -124,6 +130,7 @@ class State(Collector):
             int(self._bare),
         )
         yield from self._histories()
+        yield from _spent(self._usages)
 
     def _histories(self) -> Iterator[Metric]:
         complete = _by_workspace(
@@ -233,6 +240,23 @@ def _bills(gauges: Gauges) -> Iterator[Metric]:
     for (workspace, advice), count in sorted(gauges.failed_today.items()):
         failed.add_metric([workspace or UNKNOWN, advice], count)
     yield failed
+
+
+def _spent(usages: Iterable[Usage]) -> Iterator[Metric]:
+    limit = GaugeMetricFamily(
+        "tracker_budget_usd", "The most that may be spent in its period.", labels=["budget"]
+    )
+    used = GaugeMetricFamily(
+        "tracker_budget_used_usd",
+        "What is used of it: reserved by starts, quoted for runs without a bill, charged.",
+        labels=["budget", "part"],
+    )
+    for usage in usages:
+        name = usage.budget.name
+        limit.add_metric([name], float(usage.budget.usd))
+        for part in ("reserved", "quoted", "charged"):
+            used.add_metric([name, part], float(getattr(usage, part)))
+    yield from (limit, used)
 
 
 def _callbacks(gauges: Gauges) -> Iterator[Metric]:

@@ -141,6 +141,9 @@ class Work:
         self._sweep_unreadable = count(
             "sweep_unreadable", "Items of swept pages that were not understood.", by_workspace
         )
+        self._over_budget = count(
+            "starts_over_budget", "Starts that did not fit a budget: nothing was sent.", "budget"
+        )
         self._job_failures = count("worker_job_failures", "Scheduled jobs that failed.", "task")
         self._taken: dict[tuple[str, int, str], Counter] = {}
         for outcome in APPLIED:
@@ -269,6 +272,10 @@ class Work:
             (self._sweep_unreadable, report.unreadable),
         ):
             counter.labels(name).inc(amount)
+
+    def over_budget(self, budget: str) -> None:
+        """A start did not fit the budget of that name. Budgets are few, and set."""
+        self._over_budget.labels(budget).inc()
 
     def job_failed(self, task: str) -> None:
         """A scheduled job ended with an error."""

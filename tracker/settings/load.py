@@ -16,13 +16,19 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from tracker.core.errors import SettingsError
-from tracker.settings.model import Settings, TokenSettings, WorkspaceSettings
+from tracker.settings.model import (
+    BudgetSettings,
+    Settings,
+    TokenSettings,
+    WorkspaceSettings,
+)
 
 _TABLES: Final[dict[str, type[BaseModel]]] = {
     "workspaces": WorkspaceSettings,
     "tokens": TokenSettings,
+    "budgets": BudgetSettings,
 }
-"""What can stand in the file alone, as `[[workspaces]]` and `[[tokens]]`."""
+"""What can stand in the file alone, as `[[workspaces]]`, `[[tokens]]` and `[[budgets]]`."""
 
 
 FileState = tuple[int, ...] | None

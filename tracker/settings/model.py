@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
 from typing import Annotated, Final, Literal, Self
 
 from pydantic import (
@@ -15,9 +16,11 @@ from pydantic import (
     model_validator,
 )
 
+from tracker.core.budget import Budget, Budgets, Period
 from tracker.core.errors import SettingsError
 from tracker.core.loopback import is_loopback_url
 from tracker.core.schedule import Policy
+from tracker.core.tags import parse_tag
 from tracker.core.tokens import SHORTEST, Scope, Token, Tokens
 from tracker.settings.cron import check_cron
 from tracker.settings.values import (
@@ -87,12 +90,32 @@ def _moment(value: object) -> datetime:
     raise ValueError("must be a date such as 2027-01-31")
 
 
+def _dollars(value: object) -> object:
+    """An amount as people write it; a float of TOML is the decimal that it shows as."""
+    if isinstance(value, float):
+        return repr(value)
+    return value.strip().removeprefix("$") if isinstance(value, str) else value
+
+
+def _technique_id(technique_id: str) -> str:
+    if not technique_id.startswith("tech_"):
+        raise ValueError("must be a technique's id, tech_…: `tracker techniques list` shows them")
+    return technique_id
+
+
+def _tag(value: object) -> object:
+    return parse_tag(value) if isinstance(value, str) else value
+
+
 Key = Annotated[SecretStr, AfterValidator(_header_safe)]
 AccessToken = Annotated[Key, AfterValidator(_long_enough)]
 AccessTokens = Annotated[tuple[AccessToken, ...], BeforeValidator(split_secrets)]
 Secrets = Annotated[tuple[SecretStr, ...], BeforeValidator(split_secrets)]
 Seconds = Annotated[float, BeforeValidator(_seconds)]
 Duration = Annotated[timedelta, BeforeValidator(parse_duration)]
+Dollars = Annotated[
+    Decimal, BeforeValidator(_dollars), Field(gt=0, le=1_000_000_000, allow_inf_nan=False)
+]
 Format = Annotated[Literal["console", "json"], BeforeValidator(_lower)]
 Level = Annotated[Literal["debug", "info", "warning", "error", "critical"], BeforeValidator(_lower)]
 
@@ -116,6 +139,24 @@ class TokenSettings(BaseModel):
     token: Annotated[AccessToken, AfterValidator(_one_token)]
     scopes: Annotated[frozenset[Scope], Field(min_length=1)]
     expires: Annotated[datetime | None, BeforeValidator(_moment)] = None
+
+
+class BudgetSettings(BaseModel):
+    """One of `[[budgets]]`: so many USD in each period (UTC), for what it covers: the runs of a
+    workspace, of a technique, with a tag; of all that are named, or of everything."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    usd: Dollars
+    period: Period
+    workspace_id: Annotated[str, Field(min_length=1)] | None = None
+    technique_id: Annotated[str, AfterValidator(_technique_id)] | None = None
+    tag: Annotated[tuple[str, str], BeforeValidator(_tag)] | None = None
+
+    @property
+    def budget(self) -> Budget:
+        """The budget."""
+        return Budget(**dict(self))
 
 
 class Settings(BaseModel):
@@ -148,10 +189,13 @@ class Settings(BaseModel):
     tracker_history_since: Annotated[Duration, Field(gt=timedelta(0))] = timedelta(days=7)
     tracker_cost_recheck: Annotated[Seconds, Field(gt=0)] = 60.0
     tracker_cost_give_up: Annotated[Duration, Field(gt=timedelta(0))] = timedelta(hours=24)
+    tracker_budget_day: Dollars | None = None
+    tracker_budget_month: Dollars | None = None
     tracker_log_format: Format | None = None
     tracker_log_level: Level = "info"
     workspaces: tuple[WorkspaceSettings, ...] = ()
     tokens: tuple[TokenSettings, ...] = ()
+    budgets: tuple[BudgetSettings, ...] = ()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -175,6 +219,12 @@ class Settings(BaseModel):
             raise ValueError(
                 f"workspace {twice[0]} is set more than once: leave all but one of them out "
                 "(FLORA_WORKSPACE_ID and each [[workspaces]] count)"
+            )
+        called = Counter(one.name for one in self.all_budgets.known(filter(None, ids)))
+        if twice := [name for name, count in called.items() if count > 1]:
+            raise ValueError(
+                f"there are two budgets {twice[0]}: leave one of them out (TRACKER_BUDGET_DAY and "
+                "TRACKER_BUDGET_MONTH are of each workspace)"
             )
         names = Counter(token.name for token in self.access_tokens)
         if twice := [name for name, count in names.items() if count > 1]:
@@ -203,6 +253,17 @@ class Settings(BaseModel):
         named = self.top_workspace
         given = named.id or named.api_key or named.webhook_secrets
         return (named, *self.workspaces) if given or not self.workspaces else self.workspaces
+
+    @property
+    def all_budgets(self) -> Budgets:
+        """Those of each workspace, and those of `[[budgets]]`."""
+        periods = {Period.DAY: self.tracker_budget_day, Period.MONTH: self.tracker_budget_month}
+        return Budgets(
+            of_each_workspace=tuple(
+                Budget(usd=usd, period=period) for period, usd in periods.items() if usd is not None
+            ),
+            others=tuple(one.budget for one in self.budgets),
+        )
 
     @property
     def access_tokens(self) -> Tokens:

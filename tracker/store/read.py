@@ -16,9 +16,12 @@ from sqlalchemy import (
     ScalarSelect,
     Select,
     Table,
+    and_,
+    cast,
     func,
     select,
 )
+from sqlalchemy.dialects.postgresql import JSONB
 
 from tracker.core.entry import DeliveryOutcome
 from tracker.core.observation import Source
@@ -122,6 +125,8 @@ async def list_runs(
     status: str | None = None,
     technique_id: str | None = None,
     workspace_id: str | None = None,
+    project_id: str | None = None,
+    tag: str | None = None,
     tracking: str | None = None,
     retry_advice: str | None = None,
     cursor: str | None = None,
@@ -142,12 +147,24 @@ async def list_runs(
         wanted.append(runs.c.technique_id == technique_id)
     if workspace_id is not None:
         wanted.append(runs.c.workspace_id == workspace_id)
+    if project_id is not None:
+        wanted.append(runs.c.project_id == project_id)
+    if tag is not None:
+        wanted.append(is_tagged(db, tag))
     statement = runs_newest_first(cursor).where(*wanted).limit(limit + 1)
     async with db.read() as connection:
         rows = (await connection.execute(statement)).all()
         page = await read_records(connection, rows[:limit])
     more = len(rows) > limit
     return page, cursors.at(page[-1].created_at, page[-1].run.run_id) if more else None
+
+
+def is_tagged(db: Database, tag: str) -> ColumnElement[bool]:
+    """Whether a run has this tag, `key=value`."""
+    key, _, value = tag.partition("=")
+    if db.dialect == "postgresql":
+        return and_(runs.c.tags.is_not(None), cast(runs.c.tags, JSONB).contains({key: value}))
+    return and_(runs.c.tags.is_not(None), runs.c.tags[key].as_string() == value)
 
 
 def runs_newest_first(cursor: str | None) -> Select[Any]:

@@ -70,6 +70,8 @@ class Wanted:
     advice: str | None = None
     technique_id: str | None = None
     workspace_id: str | None = None
+    project_id: str | None = None
+    tag: str | None = None
     since: datetime | None = None
     until: datetime | None = None
     text: str | None = None
@@ -97,6 +99,8 @@ async def search_runs(
         if exact is not None:
             return Found(records=[exact])
     leading, others = _conditions(wanted)
+    if wanted.tag is not None:
+        (others if leading else leading).append(read.is_tagged(db, wanted.tag))
     through = _within_time(read.runs_newest_first(cursor).where(*leading), wanted)
     statement = through
     if others:
@@ -139,6 +143,8 @@ def _conditions(
         add(runs.c.technique_id == wanted.technique_id)
     if state == "failed":
         add(STATES[state])
+    if wanted.project_id is not None:
+        add(runs.c.project_id == wanted.project_id)
     if wanted.workspace_id is not None:
         add(runs.c.workspace_id == wanted.workspace_id)
     if state == "completed":  # most are: the last one to begin with

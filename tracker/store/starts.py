@@ -2,15 +2,19 @@
 
 A start's states::
 
-    stored       the key is kept, nothing has left                → sent
+    stored       the key is kept, nothing has left. While somebody holds its lease, who is about to
+                 send it, its price is reserved in the budgets    → sent
     sent         its first request is about to leave, or has left; the process that holds the lease
                  waits for the answer                     → started, refused, in_doubt, stored
     in_doubt     a request may have reached FLORA and no answer says what it did; only evidence, or
                  a person, removes the doubt                      → started, unresolved
     started      it became a run, which the row names. The writer sets it, together with the run
     refused      FLORA refused it in its own words, with no doubt before, or a person says that
-                 nothing was started; the key may be used again   → sent
+                 nothing was started; the key may be used again   → stored
     unresolved   left to a person                                 → started, refused
+
+The price of a start that is `sent`, `in_doubt` or `unresolved` is reserved too; of one that is
+`started`, what its run costs takes its place.
 
 A row that is `sent` while nobody holds its lease is in doubt: its process died. Evidence may start
 every row, whatever its state.
@@ -22,6 +26,7 @@ Keys belong to a workspace, by its id.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from decimal import Decimal
 from enum import StrEnum
 from typing import Any, Final
 
@@ -39,8 +44,10 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 
+from tracker.core.budget import Budget
 from tracker.core.observation import Source
-from tracker.store import audit, cursors
+from tracker.core.tags import Tags
+from tracker.store import audit, cursors, spending
 from tracker.store.audit import Action
 from tracker.store.engine import Database
 from tracker.store.tables import runs, starts, word
@@ -70,6 +77,8 @@ class StartRow:
     `in_use_since` is when its key was first sent, `sent_at` when it last was. `request_body` is
     what was sent, while it may have to be repeated. `error` is the last answer that was no run:
     status, code, message and fields; `conflict` in it says that FLORA knows the key.
+    `reserved_cost` is what it takes from the budgets of the period of `reserved_at`, in USD, for
+    `reserved_runs` runs.
     """
 
     workspace_slot: str
@@ -90,6 +99,15 @@ class StartRow:
     callback_token: str | None = None
     request_body: str | None = None
     started_by: str | None = None
+    tags: Tags | None = None
+    reserved_at: datetime | None = None
+    reserved_cost: Decimal | None = None
+    reserved_runs: int | None = None
+
+    @property
+    def cost_of_a_run(self) -> Decimal | None:
+        """What was reserved for each of its runs, in USD."""
+        return self.reserved_cost and self.reserved_cost / (self.reserved_runs or 1)
 
     @property
     def is_fresh(self) -> bool:
@@ -117,11 +135,22 @@ async def reserve(
     at: datetime,
     callback_token: str | None = None,
     started_by: str | None = None,
+    tags: Tags | None = None,
+    holder: str | None = None,
+    lease: timedelta = timedelta(0),
+    cost: Decimal | None = None,
+    runs: int = 1,
+    budgets: Sequence[Budget] = (),
 ) -> StartRow:
     """Keep the key, once: the row as it now is.
 
     A row that was there stays as it is; whether it is the same request, the caller compares. What
     is about to be sent is noted in the audit log with it.
+
+    With a `holder` a start of which no request can have acted is taken as well, as by `take`, and
+    its price reserved: `cost` USD, for all of its `runs`, has to fit into the `budgets`. It is
+    reserved for as long as the start is held, and then for as long as it may have been sent.
+    Raises `BudgetExceeded`, and then nothing is kept.
     """
     entry = audit.entry(
         Action.START,
@@ -130,6 +159,10 @@ async def reserve(
         workspace_id=workspace_id,
         idempotency_key=idempotency_key,
     )
+    held: dict[str, Any] = {"tags": tags or None}
+    if holder is not None:
+        held |= {"lease_holder": holder, "lease_until": at + lease, "reserved_at": at}
+        held |= {"reserved_cost": cost, "reserved_runs": runs}
     insert: Any = postgresql.insert if db.dialect == "postgresql" else sqlite.insert
     new = insert(starts).values(
         workspace_slot=workspace_id,
@@ -142,17 +175,36 @@ async def reserve(
         created_at=at,
         callback_token=callback_token,
         started_by=started_by,
+        **held,
     )
     on_key = [starts.c.workspace_slot, starts.c.idempotency_key]
     statement = new.on_conflict_do_nothing(index_elements=on_key).returning(*starts.c)
     existing = select(starts).where(_is(workspace_id, idempotency_key))
+    again = (
+        update(starts)
+        .where(
+            _is(workspace_id, idempotency_key),
+            starts.c.state.in_([word("stored"), word("refused")]),
+            _is_free(at),
+        )
+        .values(state="stored", **held)
+        .returning(*starts.c)
+    )
 
     def work(connection: Connection) -> StartRow:
-        made = connection.execute(statement).first()
-        row = _row(connection.execute(existing).one() if made is None else made)
-        if row.is_fresh and row.fingerprint == fingerprint:
-            audit.note(connection, entry)
-        return row
+        found = connection.execute(existing).first()
+        row = None if found is None else _row(found)
+        if row is not None:
+            is_free = row.is_fresh and row.fingerprint == fingerprint and not row.is_held(at)
+            if holder is None or not is_free:
+                return row
+        if budgets:
+            spending.take_room(connection, budgets, cost=cost, now=at)
+        made = connection.execute(statement if row is None else again).first()
+        if made is None:  # another was quicker
+            return _row(connection.execute(existing).one())
+        audit.note(connection, entry)
+        return _row(made)
 
     return await db.write(work)
 
@@ -243,11 +295,7 @@ async def take(
         .where(
             _is(workspace_id, key),
             starts.c.state != StartState.STARTED,
-            or_(
-                starts.c.lease_until.is_(None),
-                starts.c.lease_until <= now,
-                starts.c.lease_holder == holder,
-            ),
+            or_(_is_free(now), starts.c.lease_holder == holder),
         )
         .values(lease_until=now + lease, lease_holder=holder)
     )
@@ -394,6 +442,10 @@ def is_in(state: StartState) -> ColumnElement[bool]:
 
 def _is(workspace_id: str, key: str) -> ColumnElement[bool]:
     return and_(starts.c.workspace_slot == workspace_id, starts.c.idempotency_key == key)
+
+
+def _is_free(now: datetime) -> ColumnElement[bool]:
+    return or_(starts.c.lease_until.is_(None), starts.c.lease_until <= now)
 
 
 def _row(row: Row[Any]) -> StartRow:

@@ -38,6 +38,12 @@ async def last_at(db: Database, place: str) -> str | None:
     return found
 
 
+async def all_ids(db: Database) -> list[str]:
+    """The workspaces of all keys that were ever used."""
+    async with db.read() as connection:
+        return list(await connection.scalars(select(workspace_keys.c.workspace_id).distinct()))
+
+
 async def keep(
     db: Database, key_fingerprint: str, workspace_id: str, *, place: str, at: datetime
 ) -> None:

@@ -14,8 +14,9 @@ from decimal import Decimal
 from typing import Any, Final
 
 from tracker.core.clock import Clock
-from tracker.core.columns import Mapping, Reading, Row, read_rows, rows_by
+from tracker.core.columns import Mapping, Reading, Row, read_rows, row_tags, rows_by
 from tracker.core.errors import (
+    BudgetExceeded,
     FloraRefusal,
     InvalidRequest,
     KeyRefused,
@@ -25,6 +26,7 @@ from tracker.core.errors import (
 from tracker.core.inputs import obstacle
 from tracker.core.rowkey import batch_id, row_digests
 from tracker.core.sheet import Problem, Sheet, SheetRefused
+from tracker.core.tags import Tags
 from tracker.store import batches
 from tracker.store.batches import BatchEntry, BatchRow, Tally
 from tracker.store.engine import Database
@@ -56,7 +58,8 @@ LOOKS_SHARE: Final = 0.1
 class BatchProgress:
     """How far a batch has come. `left` rows are still to be started by this command, `errors` could
     not be; `paused` is for how many seconds FLORA wants no request, `doubt` how many starts are in
-    doubt, and `held` the seconds until a row whose retry was advised for later can be tried."""
+    doubt, and `held` the seconds until a row whose retry was advised for later can be tried.
+    `over_budget` is the budget that has no room for the next row, while that is waited for."""
 
     tally: Tally
     left: int = 0
@@ -64,8 +67,11 @@ class BatchProgress:
     paused: float = 0.0
     doubt: int = 0
     held: float = 0.0
+    over_budget: BudgetExceeded | None = None
 
 
+TagColumns = dict[str, str]
+"""The column of each tag, by its key."""
 Tell = Callable[[BatchProgress], None]
 
 
@@ -157,15 +163,18 @@ class Batches:
         retry: Retry | None = None,
         skip_bad_rows: bool = False,
         accept_changes: bool = False,
+        tags: Tags | None = None,
+        tag_columns: TagColumns | None = None,
     ) -> tuple[Plan, Sequence[Problem]]:
         """What a batch of this sheet would do now, and the problems of the rows that it skips.
 
         `name` is what the sheet is called, `given` which columns are which inputs. `again` runs
-        every row once more, `retry` those that failed. Nothing is
-        started or kept. Raises `SheetRefused` with all that is wrong, `InvalidRequest` for the
-        workspace or a technique that cannot be started, `DefinitionChanged` where rows that were
-        started would start anew because the technique has changed (unless `accept_changes`), and
-        whatever asking FLORA raises.
+        every row once more, `retry` those that failed. `tags` are those of all runs, `tag_columns`
+        the columns from which they have more, by key. Nothing is started or kept. Raises
+        `SheetRefused` with all that is wrong, `InvalidRequest` for the workspace or a technique
+        that cannot be started, `DefinitionChanged` where rows that were started would start anew
+        because the technique has changed (unless `accept_changes`), and whatever asking FLORA
+        raises.
         """
         workspace = self._workspaces.pick(workspace_id)
         workspace_id = await self._ids.of(workspace)
@@ -173,7 +182,9 @@ class Batches:
         if (reason := obstacle(definition.ports)) is not None:
             raise InvalidRequest(f"{technique} cannot be started: {reason}")
         reading = read_rows(sheet, definition.ports, given)
-        rows = _fit_rows(reading.rows, reading.problems, skip=skip_bad_rows, header=sheet.header)
+        tagged, wrong = row_tags(sheet, tag_columns or {}, tags or {})
+        problems = sorted([*reading.problems, *wrong])
+        rows = _fit_rows(reading.rows, problems, skip=skip_bad_rows, header=sheet.header)
         digests = row_digests(definition.technique_id, [row.inputs for _, row in rows])
         latest = await batches.latest_turns(self._database, workspace_id, digests)
         if not accept_changes:
@@ -187,6 +198,7 @@ class Batches:
                     turn=turn_of(latest.get(digest), again=again),
                 ),
                 inputs=row.inputs,
+                tags=tagged[row.line],
             )
             for (position, row), digest in zip(rows, digests, strict=True)
         ]
@@ -211,10 +223,10 @@ class Batches:
             technique=definition,
             rows=planned,
             states=states,
-            unmapped=reading.unmapped,
+            unmapped=[one for one in reading.unmapped if one not in (tag_columns or {}).values()],
             price_error=price_error,
         )
-        return plan, reading.problems
+        return plan, problems
 
     async def run(
         self,
@@ -224,11 +236,13 @@ class Batches:
         wait: bool,
         tell: Tell,
         max_cost: Decimal | None = None,
+        wait_for_budget: bool = False,
     ) -> Outcome:
         """Start what is missing, `concurrency` rows at a time, and follow all of it to its end.
 
         Without `wait` it returns when the rows are started, or in doubt. `tell` hears how far it
-        has come. It stops where quotes and charges together would pass `max_cost`, in USD.
+        has come. It stops where quotes and charges together would pass `max_cost`, in USD, and
+        where a budget has no room for the next row, unless it is to `wait_for_budget`.
         Interrupted, it lets the starts that are under way end. Raises `StoreUnavailable`, and
         `TrackerError` where there is something to start and the price could not be read.
         """
@@ -247,6 +261,7 @@ class Batches:
             concurrency=concurrency,
             wait=wait,
             max_cost=max_cost,
+            wait_for_budget=wait_for_budget,
             clock=self._clock,
             sleep=self._sleep,
         )
@@ -305,6 +320,7 @@ class Batches:
                         paused=launch.paused,
                         doubt=launch.in_doubt,
                         held=launch.free_in,
+                        over_budget=launch.over_budget,
                     )
                 )
                 if launched:
@@ -392,4 +408,5 @@ def _cannot_go_on(stopped: TrackerError | None) -> bool:
     """Whether what ended the launch keeps its runs from being followed, too."""
     if isinstance(stopped, FloraRefusal):
         return isinstance(stopped, KeyRefused | ServerFault)
-    return stopped is not None
+    # The runs that fitted a budget are followed to their ends.
+    return stopped is not None and not isinstance(stopped, BudgetExceeded)

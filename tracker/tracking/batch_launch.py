@@ -3,7 +3,8 @@
 What is about one row (FLORA refuses its inputs) is noted with it, and the others go on. What every
 further row would meet too (no credits, a refused key, no answer at all) ends the launch; the rows
 that are left are started when the command is repeated. So does a price that would pass the most
-that the batch may cost.
+that the batch may cost, or that does not fit a budget; for that it can wait until the budget begins
+anew, or has room again because runs failed or cost less.
 
 While FLORA asks for a pause, no row begins. A row whose start is in doubt holds nothing up: the
 others are started, and what came of it is waited for at the end.
@@ -13,6 +14,7 @@ import asyncio
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Final
 
@@ -20,6 +22,7 @@ import structlog
 
 from tracker.core.clock import Clock
 from tracker.core.errors import (
+    BudgetExceeded,
     FloraError,
     FloraRefusal,
     FloraUnreachable,
@@ -53,6 +56,8 @@ LOOK_EVERY: Final = 0.5
 """Seconds between two looks at the starts in doubt."""
 CHARGES_EVERY: Final = 5.0
 """Seconds between two looks at what the runs were charged."""
+ROOM_EVERY: Final = timedelta(seconds=30)
+"""How long a row waits for room in a budget before it is tried again: at the latest."""
 
 log = structlog.get_logger(__name__)
 
@@ -66,6 +71,7 @@ class Launch:
 
     `errors` tells why rows could not be started, by key; `stopped` what ended the launch early.
     `max_cost` is the most, in USD, that it may spend. With `wait` starts in doubt are waited for.
+    `over_budget` is why no row begins now, while it is to `wait_for_budget`.
     """
 
     def __init__(
@@ -80,6 +86,7 @@ class Launch:
         clock: Clock,
         wait: bool = True,
         max_cost: Decimal | None = None,
+        wait_for_budget: bool = False,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._plan = plan
@@ -91,6 +98,9 @@ class Launch:
         self._clock = clock
         self._wait = wait
         self._max_cost = max_cost
+        self._wait_for_budget = wait_for_budget
+        self._room_at: datetime | None = None
+        self.over_budget: BudgetExceeded | None = None
         self._sleep = sleep
         self._queue: deque[PlannedRow] = deque()
         self._later: list[PlannedRow] = []
@@ -173,6 +183,12 @@ class Launch:
             return 0.0
         return max(0.0, (row.not_before - self._clock()).total_seconds())
 
+    def _until_room(self) -> float:
+        """Seconds until it is tried again whether the budget has room."""
+        if self._room_at is None:
+            return 0.0
+        return (self._room_at - self._clock()).total_seconds()
+
     def _let_in(self) -> None:
         """Queue the rows whose time has come."""
         self._queue.extend(row for row in self._later if self._held_for(row) == 0)
@@ -199,7 +215,7 @@ class Launch:
     async def _work(self) -> None:
         try:
             while self._queue and not self._over:
-                if (paused := self.paused) > 0:
+                if (paused := max(self.paused, self._until_room())) > 0:
                     await self._sleep(min(paused, 1.0))
                     continue
                 row = self._queue.popleft()
@@ -256,11 +272,19 @@ class Launch:
             workspace_id=self._workspace.workspace_id,
             idempotency_key=key,
             started_by="batch",
+            tags=row.tags,
         )
         try:
             started = await self._starter.start(request, wait_in_doubt=False)
         except RateLimited:
             self._queue.appendleft(row)
+        except BudgetExceeded as error:
+            self._queue.appendleft(row)
+            if self._wait_for_budget and error.ever_fits and error.renews_at is not None:
+                self._room_at = min(error.renews_at, self._clock() + ROOM_EVERY)
+                self.over_budget = error
+            else:
+                self._stop(error)
         except (StartPending, StartNotStored):
             self._doubt[key] = row
         except (StartUnresolved, IdempotencyConflict, InvalidRequest) as error:
@@ -273,6 +297,7 @@ class Launch:
         except FloraError as error:
             self._no_answer(row, error)
         else:
+            self.over_budget = None
             self.started += 1
             self._worked_at = time.monotonic()
             self._silent.clear()

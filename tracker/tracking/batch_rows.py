@@ -1,12 +1,10 @@
 """What a batch's rows are planned to be, and what became of each."""
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
-from math import prod
 from typing import Any, Final
 
 from tracker.core.errors import FieldFault, FloraError
@@ -14,6 +12,7 @@ from tracker.core.record import Record
 from tracker.core.retry import RetryAdvice
 from tracker.core.rowkey import Turn
 from tracker.core.run import RunStatus, Tracking
+from tracker.core.tags import Tags
 from tracker.flora.technique import Technique
 from tracker.store import batches, read, starts
 from tracker.store.batches import BatchEntry, BatchRow, Latest, chunks
@@ -39,12 +38,13 @@ class Retry(StrEnum):
 class PlannedRow:
     """A row that is to be one run; `inputs` are `{"id", "type", "value"}` each.
 
-    It is not started before `not_before`, UTC, where a wait was advised.
+    It is not started before `not_before`, UTC, where a wait was advised. `tags` say what it is for.
     """
 
     entry: BatchEntry
     inputs: list[dict[str, Any]]
     not_before: datetime | None = None
+    tags: Tags = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,14 +174,7 @@ class Plan:
 
     def cost_of(self, row: PlannedRow) -> Decimal | None:
         """What starting that row costs, in USD; `None` where FLORA names no price."""
-        price = self.technique.run_cost
-        return None if price is None else price * self.runs_of(row)
-
-    def runs_of(self, row: PlannedRow) -> int:
-        """How many runs the row is: an input that takes several values makes one for each."""
-        several = [port.id for port in self.technique.ports if port.several]
-        values = Counter(one["id"] for one in row.inputs)
-        return prod(max(values[input_id], 1) for input_id in several)
+        return self.technique.cost_of(row.inputs)
 
 
 def turn_of(latest: Latest | None, *, again: bool) -> Turn:

@@ -92,8 +92,8 @@ class Catalogue:
         inputs: Sequence[Mapping[str, Any]],
         *,
         deadline: float | None = None,
-    ) -> str:
-        """The id of a technique to be started with these inputs, which fit its definition.
+    ) -> Technique:
+        """The definition of a technique to be started with these inputs, which fit it.
 
         Raises `InvalidRequest`, with every field that is wrong, where they do not, and else as
         `definition`.
@@ -102,7 +102,7 @@ class Catalogue:
         faults = check(definition.ports, inputs)
         if faults:
             raise InvalidRequest(f"the inputs do not fit the technique {technique}", faults)
-        return definition.technique_id
+        return definition
 
     async def technique_id(self, workspace: Workspace, technique: str) -> str:
         """The `tech_…` form of an id or slug; FLORA is asked only for a slug that is new.

@@ -1,7 +1,7 @@
 """A start held by one caller: while its lease lasts, nobody else sends or judges its key."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,7 +11,7 @@ from uuid import uuid4
 import structlog
 
 from tracker.core.clock import Clock, boot_seconds
-from tracker.core.errors import FloraRefusal, StartPending, StoreError
+from tracker.core.errors import FloraRefusal, StartPending, StoreError, TrackerError
 from tracker.store import starts
 from tracker.store.engine import Database
 from tracker.store.starts import StartRow, StartState
@@ -90,20 +90,31 @@ class HeldStart:
 
 @asynccontextmanager
 async def holding(
-    database: Database, row: StartRow, process: str, clock: Clock
+    database: Database,
+    row: StartRow | tuple[str, str],
+    process: str,
+    clock: Clock,
+    *,
+    reserve: Callable[[str, timedelta], Awaitable[StartRow]] | None = None,
 ) -> AsyncIterator[HeldStart | None]:
     """Hold a start for as long as the block lasts; `None` where another has it, or it has started.
 
-    `process` names the process in the lease. Raises `StoreUnavailable`.
+    `row` is the start, or workspace and key of one that is not kept yet: `reserve` then keeps and
+    takes it for the holder, and for as long, as it is told. `process` names the process in the
+    lease. Raises `StoreUnavailable`, and what `reserve` raises.
     """
-    slot, key = row.workspace_slot, row.idempotency_key
+    slot, key = (row.workspace_slot, row.idempotency_key) if isinstance(row, StartRow) else row
     holder = f"{process}:{uuid4()}"
     taken = True  # as far as is known, where the taking is broken off
     valid_until = boot_seconds() + HELD_FOR.total_seconds()
     try:
         try:
-            taken = await starts.take(database, slot, key, holder, clock(), HELD_FOR)
-        except StoreError:
+            if reserve is not None:
+                row = await reserve(holder, HELD_FOR)
+                taken = row.lease_holder == holder
+            else:
+                taken = await starts.take(database, slot, key, holder, clock(), HELD_FOR)
+        except TrackerError:
             # Hardly ever was it taken all the same. During an outage every start would try for half
             # a minute to give back what it does not have; so it runs out by itself.
             taken = False
@@ -111,8 +122,11 @@ async def holding(
         if not taken:
             yield None
             return
-        fresh = await starts.get(database, slot, key)  # it may have moved on meanwhile
-        held = HeldStart(database, clock, fresh or row, holder, valid_until)
+        if reserve is None:
+            row = await starts.get(database, slot, key) or row  # it may have moved on meanwhile
+        if not isinstance(row, StartRow):
+            raise AssertionError("what is not kept yet is reserved")
+        held = HeldStart(database, clock, row, holder, valid_until)
         renewing = asyncio.create_task(_renew(held))
         try:
             yield held
@@ -120,23 +134,23 @@ async def holding(
             renewing.cancel()
     finally:
         if taken:
-            giving_back = asyncio.create_task(_give_back(database, row, holder))
+            giving_back = asyncio.create_task(_give_back(database, slot, key, holder))
             _giving_back.add(giving_back)  # else nobody would hold it, and it might vanish
             giving_back.add_done_callback(_giving_back.discard)
             await asyncio.wait([giving_back], timeout=GIVEN_BACK_WITHIN)
 
 
-async def _give_back(database: Database, row: StartRow, holder: str) -> None:
+async def _give_back(database: Database, slot: str, key: str, holder: str) -> None:
     """Until it is done or has run out: the caller's next try would wait for a hold of nobody's."""
     loop = asyncio.get_running_loop()
     runs_out = loop.time() + HELD_FOR.total_seconds()
     said = False
     while loop.time() < runs_out:
         try:
-            await starts.give_back(database, row.workspace_slot, row.idempotency_key, holder)
+            await starts.give_back(database, slot, key, holder)
         except StoreError as failure:
             if not said:
-                log.warning("start.hold_kept", key=row.idempotency_key, error=str(failure))
+                log.warning("start.hold_kept", key=key, error=str(failure))
             said = True
             await asyncio.sleep(GIVE_BACK_AGAIN_AFTER)
         else:
@@ -155,7 +169,8 @@ async def _renew(held: HeldStart) -> None:
         except StoreError as failure:
             log.warning("start.hold_not_renewed", key=held.key, error=str(failure))
             continue
-        if not mine:
+        # What had surely run out by now may have been free in between, and its room another's.
+        if not mine or boot_seconds() >= held.valid_until:
             held.valid_until = float("-inf")
             return
         held.valid_until = valid_until

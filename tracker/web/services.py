@@ -16,6 +16,7 @@ from tracker.receiving.replay import Replay
 from tracker.store.audit import Refusals
 from tracker.store.engine import Database
 from tracker.store.signals import Signals
+from tracker.store.spending import Usage
 from tracker.store.techniques import TechniqueRow
 from tracker.tracking.explain import Explanation
 from tracker.tracking.start import Started, StartRequest
@@ -84,6 +85,13 @@ class Starts(Protocol):
 
         Raises `StartError`, `FloraError`, `StoreUnavailable` and `SettingsError`.
         """
+
+
+class Budgets(Protocol):
+    """What the budgets have left."""
+
+    async def usages(self) -> list[Usage]:
+        """How far each of them is used; raises `StoreUnavailable`."""
 
 
 class Tracks(Protocol):
@@ -174,6 +182,10 @@ class Services(Protocol):
     @property
     def starter(self) -> Starts:
         """Starts runs."""
+
+    @property
+    def budgets(self) -> Budgets:
+        """Tells how far the budgets are used."""
 
     @property
     def tracker(self) -> Tracks:

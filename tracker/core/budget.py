@@ -1,0 +1,91 @@
+"""Budgets: the most that may be spent, in a period of UTC, on what each of them covers.
+
+What is spent counts in the period in which the run was started; for a run that others started, in
+the period of its `created_at`.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from decimal import Decimal
+from enum import StrEnum
+
+from tracker.core.tags import Tags
+
+
+class Period(StrEnum):
+    """After what time a budget begins anew."""
+
+    DAY = "day"
+    MONTH = "month"
+    TOTAL = "total"
+    """Never."""
+
+    def bounds(self, now: datetime) -> tuple[datetime | None, datetime | None]:
+        """When the period of this moment (UTC) began, and when the next one begins."""
+        day = now.replace(hour=0, minute=0, second=0, microsecond=0)
+        match self:
+            case Period.DAY:
+                return day, day + timedelta(days=1)
+            case Period.MONTH:
+                first = day.replace(day=1)
+                return first, (first + timedelta(days=32)).replace(day=1)
+        return None, None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """At most `usd` in each `period`, for the runs of a workspace, a technique and a tag; what is
+    `None` does not matter."""
+
+    usd: Decimal
+    period: Period
+    workspace_id: str | None = None
+    technique_id: str | None = None
+    tag: tuple[str, str] | None = None
+
+    @property
+    def scope(self) -> dict[str, str]:
+        """What it covers, by the names of the settings; empty for everything."""
+        tag = self.tag and "=".join(self.tag)
+        given = {"workspace_id": self.workspace_id, "technique_id": self.technique_id, "tag": tag}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages, metrics and answers, such as `day:tag=team=red`."""
+        covers = ",".join(f"{name}={value}" for name, value in self.scope.items())
+        return f"{self.period}:{covers}" if covers else self.period.value
+
+    def covers(self, workspace_id: str, technique_id: str, tags: Mapping[str, str]) -> bool:
+        """Whether such a run counts."""
+        return (
+            self.workspace_id in (None, workspace_id)
+            and self.technique_id in (None, technique_id)
+            and (self.tag is None or tags.get(self.tag[0]) == self.tag[1])
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """All budgets that are set: those of every workspace by itself, and `[[budgets]]`."""
+
+    of_each_workspace: tuple[Budget, ...] = ()
+    others: tuple[Budget, ...] = ()
+
+    def covering(self, workspace_id: str, technique_id: str, tags: Tags) -> list[Budget]:
+        """Those that such a run counts in."""
+        return [
+            one
+            for one in self.known([workspace_id])
+            if one.covers(workspace_id, technique_id, tags)
+        ]
+
+    def known(self, workspace_ids: Iterable[str]) -> list[Budget]:
+        """All of them, for these workspaces."""
+        each = [
+            replace(one, workspace_id=workspace_id)
+            for workspace_id in workspace_ids
+            for one in self.of_each_workspace
+        ]
+        return [*each, *self.others]
