@@ -5,7 +5,7 @@ microsecond, so that they sort as text; cost is a JSON number, in USD.
 """
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from tracker.core.run import Output
 from tracker.flora.technique import ports
 from tracker.store.audit import AuditRow
 from tracker.store.read import DeliveryRow
+from tracker.store.spending import Spending, Usage
 from tracker.store.starts import StartRow
 from tracker.store.techniques import TechniqueRow
 from tracker.tracking.explain import Explanation
@@ -85,6 +86,9 @@ def run_json(record: Record) -> dict[str, Any]:
         "settled_at": _time(record.settled_at),
         "conflict": run.conflict,
         "inputs": record.inputs,
+        "tags": record.tags or {},
+        "reserved_at": _time(record.reserved_at),
+        "reserved_cost": number_json(record.reserved_cost),
         "next_check_at": _time(record.next_check_at),
         "checks": record.checks,
         "last_error": record.last_error,
@@ -133,6 +137,51 @@ def delivery_json(row: DeliveryRow) -> dict[str, Any]:
     return shown
 
 
+def usage_json(usage: Usage) -> dict[str, Any]:
+    """How far a budget is used; amounts are USD."""
+    budget = usage.budget
+    scope = {"workspace_id": None, "technique_id": None, "tag": None} | budget.scope
+    parts = ("charged", "quoted", "reserved", "used", "left")
+    return {
+        "budget": budget.name,
+        "usd": number_json(budget.usd),
+        "period": budget.period.value,
+        **scope,
+        "since": _time(usage.since),
+        "renews_at": _time(usage.renews_at),
+        **{part: number_json(getattr(usage, part)) for part in parts},
+        "used_share": usage.share,
+    }
+
+
+def spending_json(
+    by: str,
+    since: datetime,
+    rows: Iterable[Spending],
+    total: Spending,
+    usages: Iterable[Usage],
+) -> dict[str, Any]:
+    """What was spent, by day, technique or tag, and the budgets; amounts are USD."""
+
+    def row_json(row: Spending) -> dict[str, Any]:
+        return {
+            "of": f"{row.of:%Y-%m-%d}" if isinstance(row.of, datetime) else row.of,
+            "name": row.name,
+            "runs": row.runs,
+            "charged": number_json(row.charged),
+            "quoted": number_json(row.quoted),
+            "unpriced": row.unpriced,
+        }
+
+    return {
+        "by": by,
+        "since": f"{since.astimezone(UTC):%Y-%m-%d}",
+        "spending": [row_json(row) for row in rows],
+        "total": row_json(total),
+        "budgets": [usage_json(usage) for usage in usages],
+    }
+
+
 def start_json(row: StartRow) -> dict[str, Any]:
     """A start as it is kept, without its callback address, which is a secret.
 
@@ -148,6 +197,9 @@ def start_json(row: StartRow) -> dict[str, Any]:
         "first_sent_at": _time(row.in_use_since),
         "sent_at": _time(row.sent_at),
         "started_by": row.started_by,
+        "tags": row.tags or {},
+        "reserved_at": _time(row.reserved_at),
+        "reserved_cost": number_json(row.reserved_cost),
         "inputs": row.inputs,
         "error": None if row.error is None else {**row.error},
     }

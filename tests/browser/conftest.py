@@ -11,6 +11,7 @@ import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -121,6 +122,7 @@ async def _served(path: Path, flora: Simulator) -> AsyncIterator[Stage]:
         flora_webhook_secret=options.webhook_secret,
         flora_base_url=flora.base_url,
         flora_workspace_id=options.workspace_id,
+        tracker_budget_day=Decimal(5),
     )
     async with AsyncExitStack() as stack:
         services = await stack.enter_async_context(open_services(settings, background=True))

@@ -29,6 +29,7 @@ HOSTILE = [
     "/techniques",
     f"/techniques/{quote(TECHNIQUE_ID, safe='')}",
     "/batches",
+    "/spending",
     "/sweeps",
     "/audit",
 ]
@@ -70,6 +71,7 @@ async def _pages(stage: Stage) -> list[str]:
         "/techniques",
         "/techniques/tech_icon-pack",
         "/batches",
+        "/spending",
         "/sweeps",
         "/audit",
         "/runs?state=lost",

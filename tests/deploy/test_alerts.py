@@ -24,6 +24,7 @@ def on(metric: str, value: str, *, labels: str = "", instances: str = "ab") -> S
 
 
 WS = 'workspace_id="ws_1"'
+BUDGET = 'budget="day:workspace_id=ws_1"'
 RECENT = "tracker_recent_callbacks"
 LAST_CALLBACK = "tracker_callback_last_received_timestamp_seconds"
 LAST_SWEEP = "tracker_sweep_last_complete_timestamp_seconds"
@@ -60,6 +61,10 @@ HEALTHY: Series = {
     **on("tracker_starts_unresolved", "0"),
     **on("tracker_callback_own_addresses_missing", "0"),
     **on("tracker_runs_unpriced", "0", labels=WS),
+    **on("tracker_budget_usd", "10", labels=BUDGET),
+    **on("tracker_budget_used_usd", "4", labels=f'{BUDGET}, part="charged"'),
+    **on("tracker_budget_used_usd", "3", labels=f'{BUDGET}, part="quoted"'),
+    **on("tracker_starts_over_budget_total", "0", labels=BUDGET),
     **on("tracker_database_up", "1"),
     **on(FAILURES, "0", labels='reason="unavailable"'),
     **on(COMMITS, "0+10", labels='le="0.1"'),
@@ -146,6 +151,18 @@ SCENARIOS: dict[str, tuple[Series, set[str]]] = {
     "a start has become unresolved": (
         {'tracker_starts_unresolved{instance="a"}': "1x60 2x70"},
         {"TrackerStartsUnresolved"},
+    ),
+    "four fifths of a budget are used": (
+        on("tracker_budget_used_usd", "5", labels=f'{BUDGET}, part="charged"'),
+        {"TrackerBudgetNearlyUsed"},
+    ),
+    "a budget is passed by bills": (
+        on("tracker_budget_used_usd", "9", labels=f'{BUDGET}, part="charged"'),
+        {"TrackerBudgetNearlyUsed", "TrackerBudgetUsed"},
+    ),
+    "a start does not fit what is left": (
+        on("tracker_starts_over_budget_total", "0+1", labels=BUDGET, instances="a"),
+        {"TrackerBudgetUsed"},
     ),
     "starts have been unresolved for days": (on("tracker_starts_unresolved", "2"), set()),
     "runs are never billed": (

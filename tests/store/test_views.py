@@ -18,7 +18,7 @@ RUNS = 20_000
 
 VIEWS = (
     *("v_run_states", "v_ends_hourly", "v_lags_hourly", "v_callback_health", "v_cost_daily"),
-    "v_failures_daily",
+    *("v_failures_daily", "v_spending_daily", "v_spending_daily_by_tag"),
     *("v_overdue_runs", "v_sweeps", "v_open_starts", "v_quarantine"),
 )
 BIG = ("runs", "run_events", "run_outputs", "deliveries", "starts", "sweeps")

@@ -21,6 +21,7 @@ from tracker.cli import (
     looking,
     runs,
     serving,
+    spending,
     starts,
     techniques,
 )
@@ -49,6 +50,7 @@ app.add_typer(runs.app)
 batch.add_to(app)
 app.add_typer(batches.app)
 app.add_typer(starts.app)
+spending.add_to(app)
 app.add_typer(techniques.app)
 app.add_typer(deliveries.app)
 app.add_typer(audit.app)

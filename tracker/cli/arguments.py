@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from tracker.core.tags import parse_tags
+
 
 def check_run_id(text: str) -> str:
     """`text`, where it can be a run's id. Raises `BadParameter`."""
@@ -28,6 +30,22 @@ def parse_age(text: str, option: str) -> timedelta:
         raise typer.BadParameter(str(error), param_hint=option) from error
 
 
+def parsed_tags(texts: list[str] | None) -> dict[str, str]:
+    """The tags of `--tag`. Raises `BadParameter`."""
+    try:
+        return parse_tags(texts or ())
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--tag") from error
+
+
+TagOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tag",
+        metavar="KEY=VALUE",
+        help="What it is for: kept, filtered by, budgeted by. Repeatable.",
+    ),
+]
 RunId = Annotated[
     str, typer.Argument(metavar="RUN_ID", help="FLORA's run_… identifier.", callback=check_run_id)
 ]

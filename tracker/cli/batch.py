@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tracker.cli import batch_progress
+from tracker.cli.arguments import TagOption, parsed_tags
 from tracker.cli.batch_output import OutputOption, ResultsOption, check_output, form, show_rows
 from tracker.cli.batch_report import (
     exit_status,
@@ -25,6 +26,7 @@ from tracker.cli.errand import note, patience, run_once
 from tracker.cli.output import JsonFlag, plain, print_json
 from tracker.core.columns import Mapping
 from tracker.core.sheet import Sheet, SheetRefused, read_csv, read_jsonl
+from tracker.core.tags import check_key
 
 if TYPE_CHECKING:
     from tracker.tracking.batch import Outcome
@@ -67,6 +69,22 @@ def batch(
     max_cost: Annotated[
         str | None,
         typer.Option(metavar="USD", help="Start nothing where it could cost more than this."),
+    ] = None,
+    wait_for_budget: Annotated[
+        bool,
+        typer.Option(
+            "--wait-for-budget",
+            help="Where a budget is used up, wait until it begins anew, and go on.",
+        ),
+    ] = False,
+    tag: TagOption = None,
+    tag_column: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tag-column",
+            metavar="[KEY=]COLUMN",
+            help="A column whose cells are tags of their rows' runs. Repeatable.",
+        ),
     ] = None,
     concurrency: Annotated[
         int | None,
@@ -118,6 +136,7 @@ def batch(
             "cannot be combined with one another", param_hint="--again, --retry-failed, --retry-all"
         )
     mappings = [_mapping(text) for text in given or []]
+    tags, tag_columns = parsed_tags(tag), dict(_tag_column(text) for text in tag_column or [])
     limit = None if max_cost is None else _amount(max_cost)
     check_output(results, output)
     sheet = _read(file, format_, delimiter)
@@ -138,6 +157,8 @@ def batch(
                 retry=retry,
                 skip_bad_rows=skip_bad_rows,
                 accept_changes=accept_changes,
+                tags=tags,
+                tag_columns=tag_columns,
             )
         tell_problems(name, skipped)
         if plan.unmapped:
@@ -152,7 +173,12 @@ def batch(
         try:
             with batch_progress.shown(name) as tell:
                 outcome = await services.batches.run(
-                    plan, concurrency=seats, wait=wait, tell=tell, max_cost=limit
+                    plan,
+                    concurrency=seats,
+                    wait=wait,
+                    tell=tell,
+                    max_cost=limit,
+                    wait_for_budget=wait_for_budget,
                 )
         except asyncio.CancelledError:
             note("tracker: interrupted; what is started stays tracked. Repeat the command to go on")
@@ -186,6 +212,16 @@ def _mapping(text: str) -> Mapping:
             f"{text!r} is not INPUT=COLUMN or INPUT:TYPE=COLUMN", param_hint="--map"
         )
     return Mapping(input_id, column.strip(), type_ or None)
+
+
+def _tag_column(text: str) -> tuple[str, str]:
+    """The key of a tag and its column, from `KEY=COLUMN`, or `COLUMN` where that can be a key."""
+    key, equals, column = text.partition("=")
+    try:
+        return check_key(key), column if equals else key
+    except ValueError as error:
+        advice = "" if equals else f"; KEY={text} gives the tag another name"
+        raise typer.BadParameter(f"{error}{advice}", param_hint="--tag-column") from error
 
 
 def _amount(text: str) -> Decimal:

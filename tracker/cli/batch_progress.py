@@ -82,4 +82,7 @@ def words(progress: "BatchProgress") -> str:
         parts.append(f"waiting to learn what became of {progress.doubt} (no answer yet)")
     if progress.held:
         parts.append(f"next start in {progress.held:.0f} s")
+    if (over := progress.over_budget) is not None and over.renews_at is not None:
+        renews = f"{over.renews_at:%Y-%m-%d %H:%M}"
+        parts.append(f"waiting for the budget {over.budget}, which begins anew at {renews} UTC")
     return ", ".join(parts)

@@ -8,7 +8,7 @@ from uuid import uuid4
 import typer
 
 from tracker.cli import download, inputs, watching
-from tracker.cli.arguments import RunId
+from tracker.cli.arguments import RunId, TagOption, parsed_tags
 from tracker.cli.errand import note, patience, run_once
 from tracker.cli.follow import exit_status, follow
 from tracker.cli.output import JsonFlag, print_fields, print_json, print_table
@@ -43,6 +43,7 @@ def start(
         ),
     ] = None,
     workspace: Workspace = None,
+    tag: TagOption = None,
     idempotency_key: Annotated[
         str | None,
         typer.Option(metavar="K", help="The same key again gives the same run, not another one."),
@@ -54,6 +55,7 @@ def start(
 ) -> int:
     """Start a run and track it."""
     parsed = inputs.parse(given or [])
+    tags = parsed_tags(tag)
 
     async def work(services: "Services") -> "Record":
         from structlog import get_logger
@@ -69,6 +71,7 @@ def start(
                 # The second attempt has to have the first one's.
                 idempotency_key=idempotency_key or f"trk-{uuid4()}",
                 started_by="cli",
+                tags=tags,
             )
         get_logger(__name__).info(
             "run.start_requested",
@@ -124,6 +127,10 @@ def list_(
     workspace: Annotated[
         str | None, typer.Option(metavar="W", help="Only runs of this workspace.")
     ] = None,
+    project: Annotated[
+        str | None, typer.Option(metavar="P", help="Filter by project (prj_…).")
+    ] = None,
+    tag: Annotated[str | None, typer.Option(metavar="KEY=VALUE", help="Filter by tag.")] = None,
     tracking: Annotated[
         Tracking | None, typer.Option(help="Only runs that the tracker stands to so.")
     ] = None,
@@ -135,6 +142,7 @@ def list_(
     as_json: JsonFlag = False,
 ) -> None:
     """List runs, newest first."""
+    wanted = parsed_tags(None if tag is None else [tag])
 
     async def work(services: "Services") -> "tuple[list[Record], str | None]":
         from tracker.store import read
@@ -144,6 +152,8 @@ def list_(
             status=status,
             technique_id=technique,
             workspace_id=workspace,
+            project_id=project,
+            tag=next((f"{key}={value}" for key, value in wanted.items()), None),
             tracking=tracking,
             retry_advice=retry_advice,
             cursor=cursor,
@@ -217,6 +227,7 @@ def _print_run(record: "Record", *, as_json: bool) -> None:
     if (advice := record.run.retry_advice) is not None:
         run["retry_advice"] = f"{advice}: {advice.sentence}"
     given = run.pop("inputs") or []
+    run["tags"] = ", ".join(f"{key}={value}" for key, value in run["tags"].items())
     print_fields(run)
     for one in given:
         print_fields({f"input {one.get('id')}": f"{one.get('value')}"})

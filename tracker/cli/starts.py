@@ -117,6 +117,7 @@ def _print(start: dict[str, Any], *, as_json: bool) -> None:
         return
     error = start.pop("error") or {}
     given = start.pop("inputs")
+    start["tags"] = ", ".join(f"{key}={value}" for key, value in start["tags"].items())
     print_fields(start)
     for one in given:
         print_fields({f"input {one.get('id')}": f"{one.get('value')}"})

@@ -25,6 +25,7 @@ from tracker.web.runs import Runs
 from tracker.web.services import Services
 from tracker.web.sessions import Sessions
 from tracker.web.shortcut import Shortcut
+from tracker.web.spending import SpendingReport
 from tracker.web.starts import StartLog
 from tracker.web.stream.endpoint import Stream
 from tracker.web.techniques import Techniques
@@ -79,6 +80,7 @@ def _private(
             *MetricsText(services.metrics).routes(),
             *Runs(services, limits=limits).routes(),
             *StartLog(services).routes(),
+            *SpendingReport(services).routes(),
             *Techniques(services).routes(),
             *Description(services).routes(),
             *stream.routes(),

@@ -11,6 +11,7 @@ from typing import Any, Final
 from starlette.exceptions import HTTPException
 
 from tracker.core.errors import (
+    BudgetExceeded,
     FieldFault,
     FloraError,
     FloraRefusal,
@@ -51,7 +52,7 @@ class Fault(Exception):
         fields: Sequence[FieldFault] = (),
         headers: Mapping[str, str] | None = None,
         linger: bool = True,
-        more: Mapping[str, str] | None = None,
+        more: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -102,6 +103,11 @@ def fault_of(error: Exception) -> Fault | None:
             return invalid(*error.fields, message=str(error))
         case IdempotencyConflict():
             return Fault(422, "idempotency_conflict", str(error))
+        case BudgetExceeded():
+            more = {"budget": error.budget, "left": float(error.left), "renews_at": None}
+            if error.renews_at is not None:
+                more["renews_at"] = f"{error.renews_at:%Y-%m-%dT%H:%M:%S.%fZ}"
+            return Fault(402, "budget_exceeded", str(error), more=more)
         case StartPending():
             seconds = str(max(1, ceil(error.retry_after)))
             return Fault(504, "start_pending", str(error), headers={"Retry-After": seconds})

@@ -10,7 +10,14 @@ from typing import Any, Final
 from pydantic import BaseModel
 
 from tracker.web import shapes
-from tracker.web.schemas import ListQuery, StartBody, StartsQuery, TechniqueQuery, TrackBody
+from tracker.web.schemas import (
+    ListQuery,
+    SpendingQuery,
+    StartBody,
+    StartsQuery,
+    TechniqueQuery,
+    TrackBody,
+)
 from tracker.web.stream.endpoint import StreamQuery
 
 ERROR: Final = shapes.Error
@@ -72,7 +79,13 @@ REFUSALS: Final = {
             WWW_Authenticate=("How to show it.", {"type": "string", "const": "Bearer"}),
         ),
     ),
-    402: Refusal(name="NoCredits", answer=_error("FLORA: the workspace has no credits left.")),
+    402: Refusal(
+        name="NoCredits",
+        answer=_error(
+            "FLORA: the workspace has no credits left. `budget_exceeded`: the price does not fit "
+            "what a budget has left; nothing was sent."
+        ),
+    ),
     403: Refusal(
         name="Forbidden",
         answer=_error("The token lacks the scope; where none is set, only this machine is served."),
@@ -186,6 +199,16 @@ OPERATIONS: Final = (
         summary="List starts, by default those whose outcome is not known",
         query=StartsQuery,
         answers={200: Answer(description="A page of starts.", shape=shapes.StartPage)},
+        refusals=(400,),
+    ),
+    Operation(
+        method="GET",
+        path="/api/spending",
+        name="showSpending",
+        tag="spending",
+        summary="Show what was spent, and how far each budget is used",
+        query=SpendingQuery,
+        answers={200: Answer(description="What the runs cost.", shape=shapes.SpendingReport)},
         refusals=(400,),
     ),
     Operation(

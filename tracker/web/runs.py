@@ -60,6 +60,7 @@ class Runs:
             workspace_id=body.workspace_id,
             idempotency_key=key or body.idempotency_key,
             started_by=actor_of(request.scope).name,
+            tags=body.tags,
         )
         who = {"token": actor_of(request.scope).name, "peer": peer_of(request.scope)}
         # Before anything is sent: whatever becomes of it, the log has who asked for it.
@@ -95,6 +96,8 @@ class Runs:
             status=query.status,
             technique_id=query.technique_id,
             workspace_id=query.workspace_id,
+            project_id=query.project_id,
+            tag=query.tag,
             tracking=query.tracking,
             retry_advice=query.retry_advice,
             cursor=query.cursor,

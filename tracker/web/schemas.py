@@ -22,6 +22,8 @@ from starlette.datastructures import QueryParams
 from tracker.core.errors import FieldFault
 from tracker.core.retry import RetryAdvice
 from tracker.core.run import RunStatus, Tracking
+from tracker.core.tags import check_tags, parse_tag
+from tracker.store.spending import check_by
 from tracker.store.starts import LISTED
 from tracker.web.faults import invalid
 
@@ -44,6 +46,11 @@ def _key(text: str) -> str:
             "key", "must be printable ASCII characters without spaces at the ends"
         )
     return text
+
+
+def _tag(text: str | None) -> str | None:
+    """A tag as a filter: how it has to look, and blanks around it do not matter."""
+    return None if text is None else "=".join(parse_tag(text))
 
 
 def _none_if_empty(value: Any) -> Any:
@@ -83,6 +90,14 @@ Limit = Annotated[int, Field(ge=1, le=100, description="So many at most.")]
 
 def _one_of(values: Any) -> WithJsonSchema:
     return WithJsonSchema({"type": "string", "enum": [*map(str, values), ""]})
+
+
+Tag = Annotated[
+    str | None,
+    BeforeValidator(_none_if_empty),
+    AfterValidator(_tag),
+    Field(description="`key=value`.", json_schema_extra={"maxLength": 320}),
+]
 
 
 class InputBody(BaseModel):
@@ -125,6 +140,19 @@ class StartBody(BaseModel):
     idempotency_key: Annotated[
         Key | None, Field(description="The same key again gives the same run, not another one.")
     ] = None
+    tags: Annotated[
+        dict[str, str],
+        AfterValidator(check_tags),
+        Field(description="What the run is for: kept with it, filtered and budgeted by."),
+        WithJsonSchema(
+            {
+                "type": "object",
+                "maxProperties": 16,
+                "propertyNames": {"pattern": "^[A-Za-z0-9._-]{1,64}$"},
+                "additionalProperties": {"type": "string", "minLength": 1, "maxLength": 255},
+            }
+        ),
+    ] = {}
 
 
 class TrackBody(BaseModel):
@@ -159,6 +187,8 @@ class ListQuery(BaseModel):
     status: Annotated[RunStatus | None, BeforeValidator(_none_if_empty), _one_of(RunStatus)] = None
     technique_id: Filter = None
     workspace_id: Filter = None
+    project_id: Filter = None
+    tag: Tag = None
     tracking: Annotated[Tracking | None, BeforeValidator(_none_if_empty), _one_of(Tracking)] = None
     retry_advice: Annotated[
         RetryAdvice | None, BeforeValidator(_none_if_empty), _one_of(RetryAdvice)
@@ -181,6 +211,26 @@ class StartsQuery(BaseModel):
     workspace_id: Filter = None
     cursor: Cursor = None
     limit: Limit = 50
+
+
+class SpendingQuery(BaseModel):
+    """The query of `GET /api/spending`."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    by: Annotated[
+        str,
+        BeforeValidator(lambda value: value or "day"),
+        AfterValidator(check_by),
+        WithJsonSchema(
+            {"type": "string", "pattern": "^(|day|technique|tag:[A-Za-z0-9._-]{1,64})$"}
+        ),
+        Field(description="`day`, `technique` or `tag:KEY`."),
+    ] = "day"
+    days: Annotated[
+        int, Field(ge=0, le=36500, description="How many UTC days before today to begin with.")
+    ] = 30
+    workspace_id: Filter = None
 
 
 class TechniqueQuery(BaseModel):

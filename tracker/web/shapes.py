@@ -40,6 +40,9 @@ _RUN: dict[str, Any] = {
     "settled_at": "2026-06-11T12:00:32.100000Z",
     "conflict": False,
     "inputs": [{"id": "prompt", "type": "text", "value": "garden tools"}],
+    "tags": {"team": "red"},
+    "reserved_at": "2026-06-11T12:00:00.100000Z",
+    "reserved_cost": 0.25,
     "next_check_at": None,
     "checks": 1,
     "last_error": None,
@@ -155,6 +158,13 @@ class Run(Shape):
     inputs: Annotated[
         list[Given] | None, Field(description="What it was started with, where we started it.")
     ]
+    tags: Annotated[dict[str, str], Field(description="What it is for, where we started it.")]
+    reserved_at: Annotated[
+        datetime | None, Field(description="When it was reserved in the budgets: its period.")
+    ]
+    reserved_cost: Annotated[
+        float | None, Field(ge=0, description="The price that was reserved for it.")
+    ]
     next_check_at: datetime | None
     checks: Annotated[int, Field(ge=0, description="API reads made for this run alone.")]
     last_error: str | None
@@ -241,6 +251,9 @@ class Start(Shape):
     first_sent_at: datetime | None
     sent_at: Annotated[datetime | None, Field(description="When it was last sent.")]
     started_by: Annotated[str | None, Field(description="The token's name, or `cli` or `batch`.")]
+    tags: dict[str, str]
+    reserved_at: Annotated[datetime | None, Field(description="In which period it counts.")]
+    reserved_cost: Annotated[float | None, Field(description="What it takes from the budgets.")]
     inputs: list[dict[str, Any]]
     error: Annotated[dict[str, Any] | None, Field(description="The last answer that was no run.")]
 
@@ -250,6 +263,49 @@ class StartPage(Shape):
 
     starts: list[Start]
     meta: Meta
+
+
+class Spent(Shape):
+    """What runs cost together, in USD."""
+
+    of: Annotated[
+        str | None,
+        Field(description="The day, the technique or the tag's value; `null` for all other runs."),
+    ]
+    name: Annotated[str | None, Field(description="What the technique is called.")]
+    runs: int
+    charged: Annotated[float, Field(description="What FLORA billed.")]
+    quoted: Annotated[float, Field(description="What the runs without a bill may cost.")]
+    unpriced: Annotated[int, Field(description="Ended runs whose cost is not known.")]
+
+
+class BudgetUsage(Shape):
+    """How far a budget is used in its present period. Amounts are USD, times UTC."""
+
+    budget: Annotated[str, Field(description="Its name.")]
+    usd: Annotated[float, Field(description="The most that may be spent.")]
+    period: Literal["day", "month", "total"]
+    workspace_id: str | None
+    technique_id: str | None
+    tag: str | None
+    since: datetime | None
+    renews_at: Annotated[datetime | None, Field(description="When it begins anew.")]
+    charged: float
+    quoted: float
+    reserved: Annotated[float, Field(description="Of starts that are under way or in doubt.")]
+    used: float
+    left: float
+    used_share: Annotated[float, Field(description="1 for all of it; more is possible.")]
+
+
+class SpendingReport(Shape):
+    """What was spent since a day, by what was asked for, and the budgets."""
+
+    by: str
+    since: Annotated[str, Field(description="The first day, UTC.")]
+    spending: list[Spent]
+    total: Spent
+    budgets: list[BudgetUsage]
 
 
 class TechniquePage(Shape):
@@ -275,6 +331,9 @@ class ErrorDetail(Shape):
     code: str
     message: str
     fields: list[WrongField] = []
+    budget: Annotated[str | None, Field(description="Of `budget_exceeded`: which.")] = None
+    left: Annotated[float | None, Field(description="What it has left, in USD.")] = None
+    renews_at: Annotated[datetime | None, Field(description="When it begins anew.")] = None
 
 
 class Error(Shape):

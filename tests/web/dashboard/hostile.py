@@ -64,7 +64,11 @@ async def attack(services: Services, evil: str = EVIL) -> None:
     }
     inputs = [{"id": evil, "type": evil, "value": link} for link in (evil, *LINKS)]
     await services.door.put(
-        Seen(observation=Observation(**of, source=Source.START), inputs=inputs)  # type: ignore[arg-type]
+        Seen(
+            observation=Observation(**of, source=Source.START),  # type: ignore[arg-type]
+            inputs=inputs,
+            tags={evil: evil},
+        )
     )
     await services.door.put(Unseen(run_id=run_id, at=now, error=evil))
     await services.door.put(

@@ -11,6 +11,7 @@ from tracker.web.dashboard.figures import gather
 from tracker.web.dashboard.forms import given
 from tracker.web.dashboard.health import needs, verified_through, workspace_health
 from tracker.web.dashboard.render import Renderer
+from tracker.web.dashboard.spending import nearly_used
 from tracker.web.services import Services
 
 SPANS: Final = (("24h", "24 hours"), ("7d", "7 days"))
@@ -42,7 +43,10 @@ class OverviewPage:
             "overview.html",
             figures=figures,
             chart=json.dumps(figures.chart()),
-            needs=needs(figures, workspaces, now=now, callback_url=callback_url),
+            needs=[
+                *needs(figures, workspaces, now=now, callback_url=callback_url),
+                *nearly_used(await services.budgets.usages()),
+            ],
             verified=verified_through(workspaces),
             workspaces=workspaces,
             worker_seen_at=max(

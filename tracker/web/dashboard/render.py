@@ -27,6 +27,7 @@ PLACES: Final = (
     ("/techniques", "Techniques"),
     ("/batches", "Batches"),
     ("/starts", "Starts"),
+    ("/spending", "Spending"),
     ("/sweeps", "Sweeps"),
 )
 """What the navigation leads to."""

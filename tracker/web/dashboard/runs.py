@@ -11,6 +11,7 @@ from starlette.routing import Route
 
 from tracker.core.errors import FieldFault
 from tracker.core.retry import RetryAdvice
+from tracker.core.tags import parse_tag
 from tracker.store import techniques
 from tracker.store.search import STATES, Wanted, search_runs
 from tracker.web.dashboard.forms import given
@@ -58,6 +59,8 @@ class Filters:
     state: str | None
     technique: str | None
     workspace: str | None
+    project: str | None
+    tag: str | None
     advice: str | None
     within: str | None
     from_: str | None
@@ -77,6 +80,8 @@ class Filters:
             advice=self.advice,
             technique_id=self.technique,
             workspace_id=self.workspace,
+            project_id=self.project,
+            tag=_tag(self.tag),
             since=_moment("from", self.from_) or since,
             until=_moment("to", self.to),
             text=self.text,
@@ -90,6 +95,8 @@ class Filters:
             state=self.state,
             technique=self.technique,
             workspace=self.workspace,
+            project=self.project,
+            tag=self.tag,
             advice=self.advice,
             within=self.within,
             **{"from": self.from_, "to": self.to},
@@ -110,10 +117,9 @@ class RunsPage:
 
     async def show(self, request: Request) -> Response:
         """A page of runs."""
+        plain = ("text", "state", "technique", "workspace", "project", "tag", "advice", "within")
         filters = Filters(
-            **{name: given(request, name) for name in ("text", "state", "technique", "workspace")},
-            advice=given(request, "advice"),
-            within=given(request, "within"),
+            **{name: given(request, name) for name in plain},
             from_=given(request, "from"),
             to=given(request, "to"),
         )
@@ -158,6 +164,16 @@ def _with(known: Mapping[str, str], chosen: str | None) -> list[tuple[str, str]]
     if chosen is not None:
         choices.setdefault(chosen, chosen)
     return list(choices.items())
+
+
+def _tag(text: str | None) -> str | None:
+    """A tag as the form gives it. Raises `Fault` 400."""
+    if text is None:
+        return None
+    try:
+        return "=".join(parse_tag(text))
+    except ValueError as error:
+        raise invalid(FieldFault("tag", str(error))) from None
 
 
 def _field(moment: datetime | None) -> str:

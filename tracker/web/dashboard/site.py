@@ -19,6 +19,7 @@ from tracker.web.dashboard.render import Renderer, query
 from tracker.web.dashboard.run import RunPage
 from tracker.web.dashboard.runs import RunsPage
 from tracker.web.dashboard.signin import SignIn, local_path
+from tracker.web.dashboard.spending import SpendingPage
 from tracker.web.dashboard.starts import StartsPage
 from tracker.web.dashboard.sweeps import SweepsPage
 from tracker.web.dashboard.techniques import TechniquesPage
@@ -64,6 +65,7 @@ class Dashboard:
             TechniquesPage(services, self._render),
             BatchesPage(services, self._render),
             StartsPage(services, self._render),
+            SpendingPage(services, self._render),
             SweepsPage(services, self._render),
             AuditPage(services, self._render),
         )

@@ -21,6 +21,17 @@ function stacked(columns) {
   return [sums[0], ...sums.slice(1).reverse()];
 }
 
+const DAY = 86400;
+
+function dollars(value) {
+  return value.toLocaleString(undefined, { style: "currency", currency: "USD", maximumFractionDigits: value < 1 ? 4 : 2 });
+}
+
+// The day in UTC, as the bars are.
+function dayOf(seconds) {
+  return new Date(seconds * 1000).toLocaleDateString(undefined, { day: "numeric", month: "short", timeZone: "UTC" });
+}
+
 // The hour, and at midnight the day.
 function hourOf(seconds) {
   const at = new Date(seconds * 1000);
@@ -42,18 +53,22 @@ function options(figure, chart, width) {
     paths: uPlot.paths.bars({ size: [0.72, 42], radius: 0.12 }),
     points: { show: false },
   }));
+  const daily = chart.step === DAY;
+  const least = chart.money ? 0.01 : 4;
+  const top = (high) => (chart.money ? high * 1.08 : Math.ceil(high * 1.08));
   return {
     width,
+    ...(daily ? { tzDate: (seconds) => uPlot.tzDate(new Date(seconds * 1000), "UTC") } : {}),
     height: Number(figure.dataset.height || 190),
     legend: { show: false },
     cursor: { points: { show: false }, y: false, drag: { setScale: false } },
     scales: {
       x: { time: true, range: (_, low, high) => [low - chart.step * 0.6, high + chart.step * 0.6] },
-      y: { range: (_, low, high) => [0, Math.max(4, Math.ceil(high * 1.08))] },
+      y: { range: (_, low, high) => [0, Math.max(least, top(high))] },
     },
     axes: [
-      { ...axis, grid: { show: false }, size: 26, space: 46, values: (_, ticks) => ticks.map(hourOf) },
-      { ...axis, size: 40, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000] },
+      { ...axis, grid: { show: false }, size: 26, space: 46, values: (_, ticks) => ticks.map(daily ? dayOf : hourOf) },
+      chart.money ? { ...axis, size: 60, values: (_, ticks) => ticks.map(dollars) } : { ...axis, size: 40, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000] },
     ],
     series: [{}, ...series],
     hooks: { setCursor: [(plot) => tell(figure, chart, plot.cursor.idx)] },
@@ -69,9 +84,12 @@ function tell(figure, chart, at) {
     return;
   }
   const from = new Date(chart.columns[0][at] * 1000);
-  const hour = from.toLocaleString(undefined, { weekday: "short", hour: "2-digit", minute: "2-digit", hourCycle: "h23" });
-  const parts = chart.series.map((each, row) => `${each.name} ${chart.columns[row + 1][at] ?? 0}`);
-  place.textContent = `${hour}: ${parts.join(", ")}`;
+  const when = chart.step === DAY
+    ? `${dayOf(chart.columns[0][at])} (UTC)`
+    : from.toLocaleString(undefined, { weekday: "short", hour: "2-digit", minute: "2-digit", hourCycle: "h23" });
+  const shown = (value) => (chart.money ? dollars(value) : value);
+  const parts = chart.series.map((each, row) => `${each.name} ${shown(chart.columns[row + 1][at] ?? 0)}`);
+  place.textContent = `${when}: ${parts.join(", ")}`;
 }
 
 function draw(figure) {
