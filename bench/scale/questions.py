@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -22,9 +23,10 @@ from sqlalchemy import text
 from bench.report import Report, Table, say
 from bench.scale.databases import Plot
 from tests.store.making import open_door, started
+from tracker.core.budget import Budget, Period
 from tracker.core.clock import utc_now
 from tracker.core.errors import StoreUnavailable
-from tracker.store import attention, claims, feed, gauges, overview, read, search
+from tracker.store import attention, claims, feed, gauges, overview, read, search, spending
 from tracker.store.engine import Database
 from tracker.store.search import Wanted
 
@@ -40,8 +42,12 @@ SOON: Final = timedelta(hours=1)
 
 VIEWS: Final = (
     *("v_run_states", "v_ends_hourly", "v_lags_hourly", "v_callback_health", "v_cost_daily"),
-    *("v_overdue_runs", "v_sweeps", "v_open_starts", "v_quarantine"),
+    *("v_spending_daily", "v_overdue_runs", "v_sweeps", "v_open_starts", "v_quarantine"),
 )
+BUDGETS: Final = {
+    "a budget of a month": Budget(usd=Decimal(9), period=Period.MONTH, workspace_id="ws_1"),
+    "a budget in total": Budget(usd=Decimal(9), period=Period.TOTAL),
+}
 LAST_DAY: Final = {"v_ends_hourly": "hour", "v_lags_hourly": "hour", "v_cost_daily": "day"}
 GRAFANA: Final = Path(__file__).parents[2] / "deploy" / "grafana" / "dashboards" / "runs.json"
 GRAFANA_SPAN: Final = timedelta(days=7)
@@ -112,6 +118,12 @@ def of_pages(run_id: str, cursor: str | None) -> Questions:
         "overview: overdue": partial(attention.overdue, now=utc_now()),
         "overview: sweeps": attention.sweep_health,
         "overview: conflicts": attention.conflicts,
+        **{
+            name: partial(spending.usages, budgets=[one], now=utc_now())
+            for name, one in BUDGETS.items()
+        },
+        "spending by day": partial(spending.spending, by="day"),
+        "spending by technique": partial(spending.spending, by="technique"),
     }
 
 

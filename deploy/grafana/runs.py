@@ -244,6 +244,38 @@ COSTS: Final = Row(
             "final; what those without one were quoted stands beside it.",
         ),
         Show(
+            title="Spent a day, by technique",
+            kind="bars",
+            unit="currencyUSD",
+            width=12,
+            queries=(
+                (
+                    "SELECT day AS time, coalesce(technique_name, technique_id, 'other') AS metric,"
+                    "\n    sum(charged + quoted)::float8 AS usd\n"
+                    f"FROM v_spending_daily WHERE {_DAYS} AND {_W}\n"
+                    "GROUP BY 1, 2 ORDER BY 1, 2",
+                    "",
+                ),
+            ),
+            about="Charged and still quoted, on the day (UTC) on which the run was started: as the "
+            "budgets count.",
+        ),
+        Show(
+            title="Spent by tag",
+            kind="table",
+            width=12,
+            queries=(
+                (
+                    "SELECT tag, sum(runs) AS runs, sum(charged)::float8 AS usd_charged,\n"
+                    "    sum(quoted)::float8 AS usd_quoted\n"
+                    f"FROM v_spending_daily_by_tag WHERE {_DAYS} AND {_W}\n"
+                    "GROUP BY 1 ORDER BY sum(charged + quoted) DESC LIMIT 200",
+                    "",
+                ),
+            ),
+            about="On the days shown. A run with several tags is in several rows.",
+        ),
+        Show(
             title="Failed runs by what to do",
             kind="table",
             width=24,

@@ -416,6 +416,20 @@ PROCESSES: Final = Row(
             about="What the settled runs that ended today cost: at least, while bills may come.",
         ),
         Show(
+            title="Budgets used",
+            unit="percentunit",
+            queries=(
+                (
+                    "sum by (budget) (max by (budget, part) (tracker_budget_used_usd))"
+                    " / max by (budget) (tracker_budget_usd)",
+                    "{{budget}}",
+                ),
+            ),
+            about="Charged, quoted and reserved, of all of it. At 100 % nothing further is started "
+            "in what it covers; bills above quotes can bring it higher.",
+            limits=(0.8, 1),
+        ),
+        Show(
             title="Failed today (UTC), by what to do",
             queries=(
                 (
