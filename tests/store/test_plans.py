@@ -275,7 +275,7 @@ def _text(statement: Any) -> str:
     return str(statement.compile(dialect=postgresql.asyncpg.dialect()))
 
 
-_EMPTY = ", ".join(["'{}'"] * 12)
+_EMPTY = ", ".join(["'{}'"] * 11)
 
 
 @pytest.mark.parametrize(
