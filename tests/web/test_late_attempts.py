@@ -78,7 +78,7 @@ async def test_a_thousand_replays_have_one_effect(serve: Serve, database_url: st
 
         answers: list[bytes] = []
         for _ in range(5):
-            for some in await asyncio.gather(*(replay(10) for _ in range(20))):
+            for some in await asyncio.gather(*(replay(8) for _ in range(25))):
                 answers += some
         services = site.services
         await services.poller.poll_due()

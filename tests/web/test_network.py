@@ -15,7 +15,7 @@ from tests.support.waiting import eventually
 from tests.web.callbacks import PATH, event, signature, signed
 from tests.web.conftest import Serve, Site
 from tests.web.serving import Answer, Wire, chunk, post, serving, wire
-from tracker.web import crowd
+from tracker.web import connection_limit
 from tracker.web.limits import Limits
 
 SECRET = "whsec_simulator"  # of the processes of `tests.e2e`
@@ -99,9 +99,9 @@ async def test_who_says_nothing_is_let_go(serve: Serve, sqlite_url: str) -> None
 
 @pytest.mark.parametrize("at_once", [True, False], ids=["at once", "in parts"])
 async def test_a_head_has_a_bound(small_site: Site, at_once: bool) -> None:
-    """A head of 64 KiB is taken, a longer one is a 431, however it is cut into packets."""
+    """A head of 32 KiB is taken, a longer one is a 431, however it is cut into packets."""
     line = b"X-Long: " + 8000 * b"a" + b"\r\n"
-    for lines, status in ((8, 200), (9, 431)):
+    for lines, status in ((4, 200), (5, 431)):
         async with wire(small_site.base_url) as connection:
             if at_once:
                 await connection.send(GET, lines * line, b"\r\n")
@@ -146,28 +146,104 @@ async def test_a_body_without_length_in_the_smallest_parts(small_site: Site) -> 
     assert (await small_site.client.get("/api/runs/run_chunks")).json()["status"] == "completed"
 
 
-async def test_large_bodies_share_their_room(serve: Serve, sqlite_url: str) -> None:
-    """Where large bodies come at once, one that finds no room is told to come again; small ones
-    always find some, and the room comes back."""
-    large, small = event("run_large", padding=60_000 * "x"), event("run_small")
+@pytest.mark.parametrize(("headers", "status"), [(99, 200), (100, 431)])
+async def test_headers_are_counted(small_site: Site, headers: int, status: int) -> None:
+    """A request may have a hundred headers, Host among them, however small they are."""
+    async with wire(small_site.base_url) as connection:
+        await connection.send(GET, headers * b"a:b\r\n", b"\r\n")
+        assert (await connection.answer()).status == status
+
+
+@pytest.mark.parametrize("first", [GET + b"\r\n", post(PATH, b"{}")], ids=["head", "body"])
+async def test_a_head_that_begins_behind_a_request_has_its_bound(
+    small_site: Site, first: bytes
+) -> None:
+    """A long header in the packet of the request before is not kept either."""
+    async with wire(small_site.base_url) as connection:
+        await connection.send(first, GET, b"X-Long: " + 200_000 * b"a")
+        assert (await connection.answer()).headers["connection"] == "close"
+
+
+async def test_trailers_are_no_headers(serve: Serve, sqlite_url: str) -> None:
+    """A token that comes behind a chunked body lets nobody in."""
+    token = "a-token-of-the-tests"
+    head = "GET /api/runs HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
+    async with serve(sqlite_url, tracker_api_token=token) as site, wire(site.base_url) as sender:
+        trailer = f"0\r\nAuthorization: Bearer {token}\r\n\r\n"
+        await sender.send(head.encode(), b"\r\n", trailer.encode())
+        assert (await sender.answer()).status == 401
+        await sender.send(head.encode(), f"Authorization: Bearer {token}\r\n\r\n".encode())
+        await sender.send(b"0\r\nContent-Length: 5\r\n\r\n")
+
+
+async def test_who_is_slow_makes_room_for_who_is_not(serve: Serve, sqlite_url: str) -> None:
+    """Where the bytes for requests run out, one that waits for the rest of its body is told to come
+    again, and whoever brings a request is served."""
+    large = event("run_large", padding=60_000 * "x")
     head = post(PATH, b"", f"Flora-Signature: {signature(large)}", length=len(large))
     async with (
-        serve(sqlite_url, limits=Limits(large_callbacks_bytes=100_000)) as site,
+        serve(sqlite_url, limits=Limits(received_bytes=100_000)) as site,
         wire(site.base_url) as slow,
     ):
         await slow.send(head, large[:-1])
 
-        async def no_room() -> bool:
+        async def made_room() -> bool:
             answer = await site.client.post(PATH, content=large, headers=signed(large))
-            return answer.status_code == 503 and "retry-after" in answer.headers
+            assert answer.status_code == 200
+            return asyncio.create_task(slow.hung_up()) is not None
 
-        await eventually(no_room)
-        answer = await site.client.post(PATH, content=small, headers=signed(small))
-        assert answer.status_code == 200
-        await slow.send(large[-1:])
+        await eventually(made_room)
+        answer = await slow.answer()
+        assert (answer.status, answer.headers["retry-after"]) == (503, "5")
+
+
+async def test_when_the_room_for_requests_is_full_small_ones_are_still_taken() -> None:
+    """While large ones are being worked on, another large one is told to come again; the room comes
+    back with the answers."""
+    go_on = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        if scope["path"] == "/slow":
+            await go_on.wait()
+        await _hello(scope, receive, send)
+
+    large = 80_000 * b"x"
+    limits = Limits(received_bytes=100_000)
+    async with serving(app, limits=limits) as base_url, contextlib.AsyncExitStack() as stack:
+        slow, small = [await stack.enter_async_context(wire(base_url)) for _ in range(2)]
+        await slow.send(post("/slow", large))
+
+        async def refused() -> bool:
+            async with wire(base_url) as newcomer:
+                await newcomer.send(post("/", large))
+                answer = await newcomer.answer()
+                return (answer.status, answer.headers.get("retry-after")) == (503, "5")
+
+        await eventually(refused)
+        await small.send(post("/", 1000 * b"x"))
+        assert (await small.answer()).status == 200
+        go_on.set()
         assert (await slow.answer()).status == 200
-        answer = await site.client.post(PATH, content=large, headers=signed(large))
-        assert answer.status_code == 200
+        assert not await refused()
+
+
+async def test_a_refused_request_that_goes_on_gives_way(serve: Serve, sqlite_url: str) -> None:
+    """Clients that send on after their refusal keep nobody else out."""
+    limits = Limits(connections=3, linger_seconds=60)
+    async with (
+        serve(sqlite_url, limits=limits) as site,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        for _ in range(3):
+            sender = await stack.enter_async_context(wire(site.base_url))
+            await sender.send(post("/nothing", b"", "Transfer-Encoding: chunked"), chunk(b"x"))
+            head = await sender._reader.readuntil(b"\r\n\r\n")
+            assert b" 404 " in head
+        newcomer = await stack.enter_async_context(wire(site.base_url))
+        await newcomer.send(GET, b"\r\n")
+        assert (await newcomer.answer()).status == 200
 
 
 async def test_a_half_closed_connection_loses_nothing(small_site: Site) -> None:
@@ -337,7 +413,7 @@ async def test_who_does_not_take_its_answers_gives_way(more: str) -> None:
 
 async def test_with_few_files_some_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that may open no more than 256 files serves as many as it can."""
-    monkeypatch.setattr(crowd, "_files", lambda _: 256)
+    monkeypatch.setattr(connection_limit, "_files", lambda _: 256)
     async with serving(_hello) as base_url, wire(base_url) as connection:
         await connection.send(GET, b"\r\n")
         assert (await connection.answer()).status == 200

@@ -32,7 +32,7 @@ RECEIVED: Final = (STORED, REPEATED)
 APPLIED: Final = (DeliveryOutcome.APPLIED.value, DeliveryOutcome.QUARANTINED.value)
 REFUSALS: Final = (
     *get_args(Reason),
-    *("too_large", "no_room", "too_slow", "cut_off", "trial", "not_set_up"),
+    *("too_large", "too_slow", "cut_off", "trial", "not_set_up"),
     *("not_committed_in_time", "database_unavailable", "not_storable"),
 )
 """Why a callback is not kept: as `tracker.web.callbacks` says it."""

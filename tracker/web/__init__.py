@@ -10,7 +10,7 @@
     auth.py       who may see what; sessions.py, signed-in browsers; throttle.py, how often to try
     edge.py       what every answer has in common, errors included; everywhere.py, its headers;
                   faults.py, which error is which
-    connection.py what a client may make of one; crowd.py, of all; joined.py, how answers leave
+    connection.py what a client may make of one; connection_limit.py, of all together
     body.py       reading what a client sends, within bounds (limits.py)
     services.py   what the rest of the tracker gives to all this
 

@@ -1,38 +1,18 @@
 """Reading a request's body within bounds of size and time, and noticing that its sender is gone."""
 
 import asyncio
-from typing import Any, Final
+from typing import Any
 
 import orjson
 from starlette.types import Receive, Scope
 
-from tracker.web.faults import Fault, unavailable
+from tracker.web.faults import Fault
 
 _READ = "tracker.body_read"
-_SMALL: Final = 16 * 1024
-"""Bytes; what nearly every body has, and what each may have however many come at once."""
 
 
 class ClientGone(Exception):
     """The client went away before its request was whole: nobody is there to answer."""
-
-
-class Room:
-    """So many bytes for large bodies that come at the same time, so that strangers who send
-    thousands of them do not use up the memory. Small ones are taken all the same."""
-
-    def __init__(self, size: int) -> None:
-        self._left = size
-
-    def take(self, size: int) -> None:
-        """Raises `Fault` 503 where not so much is left."""
-        if size > self._left:
-            raise unavailable("Too many large bodies come at once.")
-        self._left -= size
-
-    def give_back(self, size: int) -> None:
-        """What was taken before."""
-        self._left += size
 
 
 async def read_body(
@@ -41,47 +21,37 @@ async def read_body(
     *,
     limit: int,
     deadline: float | None,
-    room: Room | None = None,
 ) -> bytes:
     """The whole body, of `limit` bytes at most, read before `deadline` (the running loop's time).
 
     Without a deadline it is whoever calls that watches the time, and raises `too_slow`.
 
     What counts is what comes, whatever `Content-Length` says; a length over the limit is refused
-    unread. Raises `Fault` 413, 408 and, where there is no `room`, 503, and `ClientGone`.
+    unread. Raises `Fault` 413 and 408, and `ClientGone`.
     """
     if _announced(scope) > limit:
         raise _too_large(limit)
     if deadline is None:
-        return await _read(scope, receive, limit, room)
+        return await _read(scope, receive, limit)
     try:
         async with asyncio.timeout_at(deadline):
-            return await _read(scope, receive, limit, room)
+            return await _read(scope, receive, limit)
     except TimeoutError:
         raise too_slow() from None
 
 
-async def _read(scope: Scope, receive: Receive, limit: int, room: Room | None) -> bytes:
+async def _read(scope: Scope, receive: Receive, limit: int) -> bytes:
     body = bytearray()
-    taken = 0
-    try:
-        while True:
-            message = await receive()
-            if message["type"] != "http.request":
-                raise ClientGone
-            part = message.get("body", b"")
-            body += part
-            if len(body) > limit:
-                raise _too_large(limit)
-            if len(body) > _SMALL and room is not None:
-                room.take(len(part))
-                taken += len(part)
-            if not message.get("more_body", False):
-                scope[_READ] = True
-                return bytes(body)
-    finally:
-        if room is not None:
-            room.give_back(taken)
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            raise ClientGone
+        body += message.get("body", b"")
+        if len(body) > limit:
+            raise _too_large(limit)
+        if not message.get("more_body", False):
+            scope[_READ] = True
+            return bytes(body)
 
 
 async def read_json(scope: Scope, receive: Receive, *, limit: int, seconds: float) -> Any:

@@ -17,7 +17,7 @@ from tracker.core.errors import SettingsError, StoreError, StoreUnavailable
 from tracker.core.seldom import Seldom
 from tracker.flora.signature import SignatureError
 from tracker.receiving.receive import Received
-from tracker.web.body import ClientGone, Room, read_body, too_slow
+from tracker.web.body import ClientGone, read_body, too_slow
 from tracker.web.bounds import Bounds
 from tracker.web.callback_path import token_in
 from tracker.web.constant import Constant
@@ -28,8 +28,6 @@ from tracker.web.services import Receives, Tells
 log = structlog.get_logger(__name__)
 _level = logging.getLogger(__name__)
 
-_UNREAD: Final = {413: "too large", 503: "no room"}
-"""Why a body was not read to its end, by what is answered."""
 _ANSWERS: Final = {
     (outcome, repeated): Constant({"outcome": outcome, "repeated": repeated})
     for outcome in DeliveryOutcome
@@ -48,7 +46,6 @@ class Callbacks:
         self._is_watched = is_watched
         self._limits = limits
         self._bounds = Bounds(limits.callback_seconds)
-        self._room = Room(limits.large_callbacks_bytes)
         self._refusals = _Refusals(metrics)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -99,9 +96,9 @@ class Callbacks:
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
         limit = self._limits.callback_bytes
         try:
-            return await read_body(scope, receive, limit=limit, deadline=None, room=self._room)
-        except Fault as fault:
-            self._refusals.count(_UNREAD[fault.status])
+            return await read_body(scope, receive, limit=limit, deadline=None)
+        except Fault:
+            self._refusals.count("too large")
             raise
         except ClientGone:
             self._refusals.count("cut off")

@@ -7,54 +7,123 @@ many requests ahead as are sent. Here whatever depends on the client ends by its
 the connection                   ends
 ===============================  ================================================================
 has nothing to do                after `idle_seconds`
-has brought a part of a head     after `head_seconds`, with 408; at more than `head_bytes`, with 431
+has brought a part of a head     after `head_seconds`, with 408; beyond `head_bytes` or `headers`,
+                                 with 431
 has brought a part of a body     as the application says, which reads it
 has brought whole requests       when they are answered, each in its turn; with the last of
                                  `requests_ahead`, if there are more
-takes its answers slowly         when somebody else needs its place; where it takes nothing at all,
-                                 after `UNREAD` of `tracker.web.server`
+takes its answers slowly         when another client needs its place or its memory; where it takes
+                                 nothing at all, after `UNREAD` of `tracker.web.server`
 ===============================  ================================================================
 
-`tracker.web.crowd` looks at each of them once a second, so that this costs a request no timer.
+Nothing more is read of a client that does not take its answers. Trailers are dropped: they come
+after the decisions that headers are for (RFC 9110, 6.5.1). `tracker.web.connection_limit` counts
+what all connections hold and looks at each of them once a second, so that this costs a request no
+timer.
+
+This builds on internals of uvicorn: `tests/web/test_uvicorn.py` says which.
 """
 
-from collections.abc import Callable
+import asyncio
 from functools import partial
 from http import HTTPStatus
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import httptools
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from tracker.web.answers import to_json
 from tracker.web.constant import WRITE
 from tracker.web.faults import Fault, unavailable
-from tracker.web.joined import Joined
-from tracker.web.limits import Limits
+
+if TYPE_CHECKING:
+    from tracker.web.connection_limit import ConnectionLimit
+
+PIECE: Final = 16 * 1024
+"""Bytes that are parsed at a time, so that what is too much is noticed before it is kept."""
+UNSENT: Final = 4 * 1024
+"""Bytes of answers that wait for a slow client before it is given no more."""
+_OBJECTS: Final = 2048
+"""What a request costs in memory besides its bytes, about."""
+_HEADER: Final = 128
+"""What each of its headers costs besides its bytes, about."""
 
 _NO_HTTP: Final = Fault(400, "bad_request", "This is no request as HTTP has it.")
 _TOO_SLOW: Final = Fault(408, "request_timeout", "The request did not come in time.")
 _LONG_HEAD: Final = Fault(431, "head_too_large", "The head of the request is too large.")
 _NO_ROOM: Final = unavailable("Too many connections are open.")
+_NO_MEMORY: Final = unavailable("Too many requests are being received.")
+
+
+class _Flow(FlowControl):
+    """Reads on only from a client that takes its answers and has not sent too far ahead."""
+
+    is_ahead = False
+
+    def resume_reading(self) -> None:
+        if not self.write_paused and not self.is_ahead:
+            super().resume_reading()
+
+
+class Joined:
+    """What an answer is written to, in front of `transport`: its head and body in one packet.
+
+    uvicorn writes them one after the other, and each write is a call of the kernel and a packet of
+    its own: for an answer as small as ours a third of what the server does with a request. A write
+    is kept back until the next one, and no longer than this turn of the event loop.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._kept: bytes | None = None
+
+    def write(self, data: bytes) -> None:
+        """Write it with what was kept back, or keep it back."""
+        if self._kept is None:
+            self._kept = data
+            self._loop.call_soon(self.flush)
+        else:
+            whole, self._kept = self._kept + data, None
+            self._transport.write(whole)
+
+    def flush(self) -> None:
+        """Write what is kept back, if its reader has not gone since: uvloop minds that."""
+        if self._kept is not None:
+            alone, self._kept = self._kept, None
+            if not self._transport.is_closing():
+                self._transport.write(alone)
+
+    def close(self) -> None:
+        """Close the connection behind what was written."""
+        self.flush()
+        self._transport.close()
+
+    def is_closing(self) -> bool:
+        """Whether the connection is closed, or will be."""
+        return self._transport.is_closing()
 
 
 class Connection(HttpToolsProtocol):
-    """A connection. `admit` says whether there is room for one more.
+    """A connection, one of those that `limit` keeps in order.
 
-    The methods that are no part of uvicorn's protocol are for whoever keeps all of them in order.
+    The methods that are no part of uvicorn's protocol are for the limit.
     """
 
-    def __init__(
-        self, *, limits: Limits, admit: Callable[["Connection"], bool], **given: Any
-    ) -> None:
+    def __init__(self, *, limit: "ConnectionLimit", **given: Any) -> None:
         super().__init__(**given)
-        self._limits = limits
-        self._admit = admit
+        self._limit = limit
+        self._limits = limit.limits
         self.since = self.loop.time()
         """When it was first seen to be where it stands, by the loop's clock."""
+        self.held = 0
+        """Bytes that its client has brought and that may still be in memory, about."""
         self._stand: object = None
+        self._piece = 0
         self._framing = 0
-        """How many bytes came in a row that are no part of a body: a head, the frame of chunks."""
+        """How many bytes came in a row that are no part of a body: a head, the frame of chunks. Of
+        a head that begins within a piece, all of the piece."""
         self._refusal = _NO_HTTP
         self._is_deaf = False
         """Whether what comes is thrown away: this connection only has yet to answer."""
@@ -63,10 +132,11 @@ class Connection(HttpToolsProtocol):
 
     @property
     def is_waiting(self) -> bool:
-        """Whether it is the client's turn: to ask, to bring the rest of what it asks, or to take
-        what it was answered, be it the last."""
-        is_unread = self.flow.write_paused or self.transport.is_closing()
-        return is_unread or not self._is_busy or self._is_receiving
+        """Whether it is the client's turn: to ask, to bring the rest of what it asks (though it may
+        be refused already), or to take what it was answered, be it the last."""
+        if self.flow.write_paused or self.transport.is_closing() or not self._is_busy:
+            return True
+        return self.cycle.more_body and not self.pipeline
 
     def look(self, now: float) -> None:
         """Ends it, if its client has left it where it stands for too long."""
@@ -83,25 +153,30 @@ class Connection(HttpToolsProtocol):
             self._refuse(_TOO_SLOW)
 
     def give_way(self) -> None:
-        """Ends it, because somebody else needs its place."""
+        """Ends it, because another client needs its place or its memory."""
         self.connections.discard(self)  # it is no longer counted, though it takes a moment to go
-        if self.transport.is_closing() or self.transport.get_write_buffer_size():
+        is_answered = self._is_busy and self.cycle.response_started
+        if is_answered or self.transport.is_closing() or self.transport.get_write_buffer_size():
             self.transport.abort()  # else it would stay until its client has taken the rest
         elif self._begun_head is None and not self._is_busy:
             self.transport.close()
         else:
             self._refuse(_NO_ROOM)
+        self._limit.hold(self, 0)
 
     def connection_made(self, transport: Any) -> None:
         """Takes its place, for which another one may have to go."""
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=UNSENT)
+        self.flow: _Flow = _Flow(transport)
         self._answers = Joined(transport, self.loop)
-        if not self._admit(self):
+        if not self._limit.admit(self):
             self._refuse(_NO_ROOM)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tells every request that is not answered yet, not the last alone."""
         super().connection_lost(exc)
+        self._limit.hold(self, 0)
         for cycle in self._before:
             cycle.disconnected = True
             cycle.message_event.set()
@@ -110,20 +185,67 @@ class Connection(HttpToolsProtocol):
         """Reads on, as far as the client is listened to."""
         if self._is_deaf:
             return
-        self._framing += len(data)
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as offer:
-            self._read_without_the_offer(data[offer.args[0] :])
-        except httptools.HttpParserError:
-            self._refuse(self._refusal)
-        else:
-            if self._framing > self._limits.head_bytes:
+        if not self._limit.hold(self, self.held + len(data)):
+            self._refuse(_NO_MEMORY)
+            return
+        for start in range(0, len(data), PIECE):
+            piece = data[start : start + PIECE]
+            self._piece = len(piece)
+            self._framing += self._piece
+            try:
+                self.parser.feed_data(piece)
+            except httptools.HttpParserUpgrade as offer:
+                self._read_without_the_offer(data[start + offer.args[0] :])
+                return
+            except httptools.HttpParserError:
+                self._refuse(self._refusal)
+                return
+            if self._framing > self._limits.head_bytes + PIECE:
                 self._refuse(_LONG_HEAD)
+                return
+        self._settle()
+        if self.pipeline and self.held > HIGH_WATER_LIMIT:
+            self.flow.is_ahead = True
+            self.flow.pause_reading()
+
+    def _settle(self) -> None:
+        """Counts anew what is held, where that is not known to be the same until an answer."""
+        if self._is_busy and not (self.cycle.response_started and self.cycle.more_body):
+            return
+        # What comes of a body that is answered already is thrown away.
+        head = 0 if self._begun_head is None else self._framing + _HEADER * len(self.headers)
+        if not self._limit.hold(self, head) and not self.transport.is_closing():
+            self._refuse(_NO_MEMORY)
+
+    def pause_writing(self) -> None:
+        """The client does not take what it is answered: nothing more is read of it."""
+        super().pause_writing()
+        if not self.transport.is_closing():
+            self.flow.pause_reading()
+
+    def resume_writing(self) -> None:
+        """It takes its answers again."""
+        super().resume_writing()
+        if not self.transport.is_closing():
+            self.flow.resume_reading()
+
+    def on_message_begin(self) -> None:
+        """Begins a head."""
+        super().on_message_begin()
+        self._framing = self._piece
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Takes a header, and drops a trailer. What is raised here ends the reading."""
+        if getattr(self.cycle, "scope", None) is self.scope:
+            return
+        super().on_header(name, value)
+        if len(self.headers) > self._limits.headers:
+            self._refusal = _LONG_HEAD
+            raise ValueError("too many headers")
 
     def on_headers_complete(self) -> None:
         """Hands the request on. What is raised here ends the reading."""
-        if self._framing > self._limits.head_bytes:  # a body may be part of that
+        if self._framing > self._limits.head_bytes:  # something else may be part of that
             size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
             if size > self._limits.head_bytes:
                 self._refusal = _LONG_HEAD
@@ -135,6 +257,7 @@ class Connection(HttpToolsProtocol):
             return
         if len(self.pipeline) >= self._limits.requests_ahead:
             raise ValueError(len(self.pipeline))
+        self._limit.hold(self, self.held + _OBJECTS + _HEADER * len(self.headers))
         before = self.cycle
         super().on_headers_complete()
         self.cycle.transport = self._answers  # type: ignore[assignment]  # as far as it is used
@@ -160,6 +283,8 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Goes on to the next request, or to the connection's end."""
         self._answers.flush()  # of an answer to HEAD there is no body
+        self._settle()
+        self.flow.is_ahead = len(self.pipeline) > 1 and self.held > HIGH_WATER_LIMIT
         if self.pipeline:
             super().on_response_complete()
             return

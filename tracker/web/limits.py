@@ -16,12 +16,15 @@ class Limits:
     idle_seconds: float = 75.0
     """How long an idle connection stays: longer than a proxy in front keeps one for reuse."""
     head_seconds: float = 10.0
-    head_bytes: int = 64 * 1024
-    requests_ahead: int = 100
+    head_bytes: int = 32 * 1024
+    headers: int = 100
+    """In one request."""
+    requests_ahead: int = 8
     """So many may be sent without waiting for an answer."""
+    received_bytes: int = 16 * 1024 * 1024
+    """For all that is being received or waits to be answered, heads and bodies of all connections
+    together. A few kilobytes are always taken, which is more than FLORA's own callbacks have."""
     callback_bytes: int = 256 * 1024
-    large_callbacks_bytes: int = 64 * 1024 * 1024
-    """For all at once that have more than some kilobytes; FLORA's own hardly ever do."""
     callback_seconds: float = 8.0
     answer_seconds: float = 6.5
     """For what is only looked at, until the answer begins. Where the database has fallen silent it

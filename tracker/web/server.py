@@ -29,7 +29,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tracker.core.errors import SettingsError, TrackerError
 from tracker.core.loopback import is_loopback
-from tracker.web.crowd import Crowd
+from tracker.web.connection_limit import ConnectionLimit
 from tracker.web.limits import Limits
 from tracker.web.services import Services, WebSettings
 
@@ -228,8 +228,8 @@ class Server(uvicorn.Server):
         self, app: ASGIApp, *, on_ready: Callable[[], None], limits: Limits | None = None
     ) -> None:
         limits = limits or Limits()
-        self._crowd = Crowd(limits)
-        super().__init__(_config(app, self._crowd, limits))
+        self._connections = ConnectionLimit(limits)
+        super().__init__(_config(app, self._connections))
         self._on_ready = on_ready
         # What an application has that would not end by itself, as a stream of events.
         self._on_stop: Callable[[], None] | None = getattr(
@@ -265,7 +265,7 @@ class Server(uvicorn.Server):
         """Waits to be told; once a second the `Date` is made anew, and clients are looked after."""
         loop = asyncio.get_running_loop()
         while not await self.on_tick(0):
-            self._crowd.look_round(self.server_state.connections, loop.time())
+            self._connections.look_round(self.server_state.connections, loop.time())
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._told.wait(), 1)
 
@@ -303,10 +303,10 @@ class _Signals:
             self._task.cancel()
 
 
-def _config(app: ASGIApp, crowd: Crowd, limits: Limits) -> uvicorn.Config:
+def _config(app: ASGIApp, connections: ConnectionLimit) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=crowd.connection,  # type: ignore[arg-type]  # it is only called
+        http=connections.connection,  # type: ignore[arg-type]  # it is only called
         ws="none",
         lifespan="off",
         log_config=None,

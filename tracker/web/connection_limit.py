@@ -1,7 +1,8 @@
-"""All connections of a server: how many there may be, and who has to go for somebody else.
+"""All connections of a server: how many there may be, what they may hold, and who has to go.
 
 Each costs a file, and a process has only so many: where they are used up, nobody is let in any
-more, nor is the database reached. So there is a bound below that, and above it those go that have
+more, nor is the database reached. Each may also bring bytes that have to be kept until its request
+is answered. Both are bounded for all connections together, and beyond that those go that have
 waited longest for their client. A callback comes, is answered, and hardly waits at all.
 """
 
@@ -23,38 +24,62 @@ _OTHER_FILES: Final = 256
 where a process may not open twice as many."""
 _AT_ONCE: Final = 32
 """So many go together: to look for them costs more than to let them go."""
+_SMALL: Final = 8 * 1024
+"""Bytes that a connection may always hold: an ordinary callback takes half of it."""
 
 
-class Crowd:
+class ConnectionLimit:
     """Keeps connections within `limits`, and within the files that this process may open."""
 
     def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+        self.limits = limits
         files = _files(limits.connections)
         self._most = min(limits.connections, max(files - _OTHER_FILES, files // 2))
-        self._full = Seldom()
+        self._held = 0
+        self._seldom = Seldom()
 
     def connection(self, **given: Any) -> Connection:
         """A new connection, as uvicorn makes its own."""
-        return Connection(limits=self._limits, admit=self._admit, **given)
+        return Connection(limit=self, **given)
 
     def look_round(self, connections: Iterable[Any], now: float) -> None:
         """Ends those whose clients take too long. `now` is the loop's time."""
         for connection in list(connections):
             connection.look(now)
 
-    def _admit(self, newcomer: Connection) -> bool:
+    def admit(self, newcomer: Connection) -> bool:
         """Makes room for it where there is none; false where everybody is being served."""
-        everybody = cast(set[Connection], newcomer.connections)
-        if len(everybody) <= self._most:
+        if len(newcomer.connections) <= self._most:
             return True
-        waiting = (one for one in everybody if one is not newcomer and one.is_waiting)
-        gone = nsmallest(_AT_ONCE, waiting, key=attrgetter("since"))
+        gone = nsmallest(_AT_ONCE, _waiting(newcomer), key=attrgetter("since"))
         for connection in gone:
             connection.give_way()
-        if count := self._full.count("full", now=newcomer.since):
+        if count := self._seldom.count("full", now=newcomer.loop.time()):
             log.warning("connections.full", most=self._most, count=count)
         return bool(gone)
+
+    def hold(self, connection: Connection, held: int) -> bool:
+        """Count `held` bytes for it, in place of what it held before; false where there is no room
+        for them, and nobody who could make some."""
+        self._held += held - connection.held
+        connection.held = held
+        most = self.limits.received_bytes
+        if self._held <= most or held <= _SMALL:
+            return True
+        for other in sorted(_waiting(connection), key=attrgetter("since")):
+            if self._held <= most * 3 // 4:
+                break
+            if other.held:
+                other.give_way()
+        if count := self._seldom.count("memory", now=connection.loop.time()):
+            log.warning("connections.no_memory", most=most, count=count)
+        return self._held <= most
+
+
+def _waiting(newcomer: Connection) -> list[Connection]:
+    """All others whose clients are waited for."""
+    everybody = cast(set[Connection], newcomer.connections)
+    return [one for one in everybody if one is not newcomer and one.is_waiting]
 
 
 def _files(wanted: int) -> int:
