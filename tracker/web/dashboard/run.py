@@ -22,6 +22,8 @@ from tracker.web.services import Services
 
 CALLBACKS: Final = 10
 """So many callbacks of a run are shown with their bodies, the newest ones."""
+MOST: Final = 300
+"""So many outputs, inputs, and events, the newest ones, are on the page."""
 
 
 class RunPage:
@@ -63,6 +65,7 @@ class RunPage:
         database, run = self._services.database, record.run
         explanation = await self._services.explainer.explain(run.run_id)
         why_not = self._why_not(record)
+        events = await read.events(database, run.run_id)
         names = await technique_names(database, [run.technique_id] if run.technique_id else [])
         return self._render.page(
             request,
@@ -72,11 +75,12 @@ class RunPage:
             said=said,
             checkable=why_not is None,
             why_not=why_not,
-            outputs=self._gallery.shown(run.outputs or ()),
-            inputs=[_input(one) for one in record.inputs or ()],
-            events=await read.events(database, run.run_id),
+            outputs=self._gallery.shown((run.outputs or ())[:MOST]),
+            inputs=[_input(one) for one in (record.inputs or ())[:MOST]],
+            events=events[-MOST:],
+            hidden=max(0, len(events) - MOST, len(run.outputs or ()) - MOST),
             deliveries=await self._callbacks(run.run_id),
-            story=explanation.sentences if explanation else (),
+            story=explanation.sentences[-MOST:] if explanation else (),
         )
 
     async def _record(self, request: Request) -> Record:

@@ -11,6 +11,10 @@ from markupsafe import Markup
 from tracker.store.text import clean
 
 UNKNOWN: Final = "not known yet"
+FORMATTED: Final = 16 * 1024
+"""JSON of more bytes is not formatted: indentation multiplies it."""
+DEEPEST: Final = 32
+"""Nor is JSON that is nested more deeply."""
 
 
 def time(at: datetime | None, style: str = "ago") -> Markup:
@@ -87,9 +91,13 @@ def size(count: int) -> str:
 
 
 def pretty(body: bytes) -> str | None:
-    """JSON, laid out to be read; `None` for what is none."""
+    """JSON, formatted; `None` for what is none, and for what is too large or too deep."""
+    if len(body) > FORMATTED:
+        return None
     try:
         value = json.loads(body)
+        if _is_deeper(value, DEEPEST):
+            return None
         return clean(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
     except (ValueError, RecursionError):
         return None
@@ -101,8 +109,19 @@ def raw(body: bytes) -> str:
 
 
 def compact(value: Any) -> str:
-    """A value of JSON, laid out to be read."""
+    """A value of JSON, formatted; in one line where it is too large or too deep for that."""
+    line = json.dumps(value, ensure_ascii=False, default=str)
+    if len(line) > FORMATTED or _is_deeper(value, DEEPEST):
+        return line
     return json.dumps(value, indent=2, ensure_ascii=False, default=str)
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    """Whether more than `depth` lists and objects contain each other."""
+    if not isinstance(value, dict | list):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return depth == 0 or any(_is_deeper(one, depth - 1) for one in inner)
 
 
 FILTERS: Final[Mapping[str, Any]] = {
