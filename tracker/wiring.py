@@ -11,6 +11,7 @@ from functools import cache, partial
 from typing import Final
 from uuid import uuid4
 
+import structlog
 from pydantic import SecretStr
 
 from tracker.core.clock import Clock
@@ -31,6 +32,7 @@ from tracker.store.engine import Database
 from tracker.store.inbox import Inbox
 from tracker.store.signals import Signals
 from tracker.store.tally_keeper import TallyKeeper
+from tracker.store.url import TLS_ADVICE
 from tracker.telemetry import Wrap, tracing, untraced
 from tracker.tracking.batch import Batches
 from tracker.tracking.budgets import BudgetReader
@@ -54,6 +56,8 @@ from tracker.tracking.sync import CatalogueSync
 from tracker.tracking.track import Tracker
 from tracker.tracking.waits import DatabaseWaits
 from tracker.tracking.workspaces import Workspace, Workspaces
+
+log = structlog.get_logger(__name__)
 
 CALLER_SECONDS: Final = 25.0
 """How long FLORA is tried while somebody waits: a one-shot gives up within 30 s in all."""
@@ -131,6 +135,8 @@ async def open_services(
             await Database.open(settings.tracker_database_url)
         )
         await migrate.check(database)
+        if background and (trouble := database.url.tls_trouble):
+            log.warning("database.not_verified", trouble=trouble, advice=TLS_ADVICE)
         if clock is None:
             clock = await stack.enter_async_context(shared_clock(database))
         traced: Wrap = untraced

@@ -19,7 +19,8 @@ from tests.store.upgrading import OldWriters, revisions
 from tests.support.databases import PostgresDatabases, sqlite_url_of
 from tests.support.waiting import eventually
 from tracker.store import migrate
-from tracker.store.engine import LOCK_SECONDS, Database
+from tracker.store.engine import Database
+from tracker.store.postgres_connection import LOCK_SECONDS
 from tracker.store.tables import runs
 
 DEATHS = 3

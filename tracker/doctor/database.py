@@ -12,7 +12,7 @@ from tracker.doctor.finding import Finding, failed, ok, warning
 from tracker.store import migrate
 from tracker.store.condition_postgres import PostgresCondition, look_at_postgres
 from tracker.store.condition_sqlite import SqliteCondition, look_at_sqlite
-from tracker.store.url import DatabaseUrl
+from tracker.store.url import TLS_ADVICE, DatabaseUrl
 
 OLDEST_POSTGRES: Final = 13
 """The first that knows all storage parameters of our tables."""
@@ -123,7 +123,7 @@ def _sqlite_advice(why: str, path: Path) -> str:
 def judge_postgres(url: DatabaseUrl, seen: PostgresCondition) -> DatabaseState:
     """What is to be said of a server."""
     schema, readable = _schema(seen.revision, by_itself=False)
-    findings = [_server(url, seen), schema]
+    findings = [_server(url, seen), *_tls(url), schema]
     if not seen.standby:
         findings.append(_notices(seen))
     return DatabaseState(
@@ -174,6 +174,16 @@ def _server(url: DatabaseUrl, seen: PostgresCondition) -> Finding:
             f"to {EACH_PROCESS}.",
         )
     return ok(name, f"{which} takes rows; {in_use}.")
+
+
+def _tls(url: DatabaseUrl) -> list[Finding]:
+    """What is to be said of the way to a server on another machine."""
+    if not url.is_remote:
+        return []
+    if url.tls_trouble is None:
+        return [ok("database TLS", f"The server is verified (sslmode={url.sslmode}).")]
+    bad = warning if url.sslmode == "disable" else failed  # disable is somebody's decision
+    return [bad("database TLS", f"{url.tls_trouble}.", TLS_ADVICE)]
 
 
 def _schema(revision: str | None, *, by_itself: bool) -> tuple[Finding, bool]:

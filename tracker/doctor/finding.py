@@ -11,6 +11,7 @@ Name = Literal[
     "tolerance",
     "token",
     "database",
+    "database TLS",
     "migrations",
     "notifications",
     "disk",

@@ -10,8 +10,8 @@ from typing import Any, Final
 
 from tracker.core.clock import Clock
 from tracker.store.condition_sqlite import ONE_ROW
-from tracker.store.engine import connect_postgres
 from tracker.store.faults import FOREIGN, translate
+from tracker.store.postgres_connection import connect_postgres
 from tracker.store.tables import metadata
 from tracker.store.url import DatabaseUrl
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
-from tracker.store.engine import LOCK_SECONDS
 from tracker.store.faults import translate
+from tracker.store.postgres_connection import LOCK_SECONDS
 from tracker.store.url import DatabaseUrl
 
 ONE_ROW: Final = (

@@ -10,8 +10,8 @@ import asyncio
 import random
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
-from functools import cache, partial
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import Any, Final, Self, TypeVar
 
 from sqlalchemy import Connection, Engine, event, select
@@ -31,22 +31,15 @@ from tracker.store.faults import (
     is_standby,
     translate,
 )
+from tracker.store.postgres_connection import STATEMENT_SECONDS, connect_postgres
 from tracker.store.text import dump_json, load_json
 from tracker.store.url import DatabaseUrl
 
 T = TypeVar("T")
 
-CONNECT_SECONDS: Final = 4.0
-STATEMENT_SECONDS: Final = 5.0
-"""The server ends a statement after this long; the client gives up a second later."""
-LOCK_SECONDS: Final = 2.0
-"""How long one waits for a lock. The tracker's own transactions take milliseconds; a deadlock,
-which the server looks for after one second, has to show as what it is."""
 ANSWER_SECONDS: Final = 6.0
 """How long a read or a write may take on PostgreSQL in all, the wait for a connection included. It
 takes two seconds more to let go of a connection on which the server says nothing."""
-FAREWELL_SECONDS: Final = 0.5
-"""How long a server may take to let a connection go; one that says nothing is just left."""
 PING_SECONDS: Final = 3.0
 ATTEMPTS: Final = 6
 """How often a transaction that lost a race is done before it counts as unavailable."""
@@ -270,74 +263,6 @@ def migration_engine(url: DatabaseUrl) -> AsyncEngine:
             "postgresql+asyncpg://", async_creator=connect, poolclass=NullPool, **_COMMON
         )
     return sqlite_migrations(url, **_COMMON)
-
-
-async def connect_postgres(
-    url: DatabaseUrl,
-    application_name: str,
-    *,
-    command_timeout: float | None = STATEMENT_SECONDS + 1,
-    by_key: bool = False,
-) -> Any:
-    """A connection of asyncpg's own, with the tracker's time-outs.
-
-    `by_key` is for those who look rows up by their keys: a statement is planned once, and what was
-    planned while a table was small would go on to read all of it when it is not.
-
-    asyncpg reads the URL itself, so that sslmode, several hosts and the rest mean what they mean
-    everywhere else.
-    """
-    import asyncpg  # noqa: PLC0415 - not needed, and not loaded, where SQLite is used
-
-    milliseconds = str(int(STATEMENT_SECONDS * 1000))
-    settings = {
-        "application_name": application_name,
-        "timezone": "UTC",
-        "statement_timeout": milliseconds,
-        "lock_timeout": str(int(LOCK_SECONDS * 1000)),
-        "idle_in_transaction_session_timeout": milliseconds,
-        # Compiling costs more than any of our statements takes.
-        "jit": "off",
-    }
-    connection = await asyncpg.connect(
-        url.dsn,
-        timeout=CONNECT_SECONDS,
-        command_timeout=command_timeout,
-        connection_class=_connection_class(),
-        max_cacheable_statement_size=0,  # the door's are long, and come again and again
-        server_settings=settings,
-    )
-    if by_key:
-        # Not among the settings at the start: a pooler in between might not know it there.
-        try:
-            await connection.execute("SET enable_seqscan = off")
-        except BaseException:
-            connection.terminate()
-            raise
-    return connection
-
-
-@cache
-def _connection_class() -> Any:
-    import asyncpg  # noqa: PLC0415
-
-    class Connection(asyncpg.Connection):  # type: ignore[misc]
-        async def close(self, *, timeout: float | None = FAREWELL_SECONDS) -> None:
-            with suppress(TimeoutError):  # it is cut off then
-                await super().close(timeout=timeout)
-
-        async def set_type_codec(self, *args: Any, **options: Any) -> None:
-            # SQLAlchemy does this with a new connection, and does not wrap what comes of it.
-            try:
-                await super().set_type_codec(*args, **options)
-            except (
-                asyncpg.PostgresError,
-                asyncpg.InterfaceError,
-                asyncpg.InternalClientError,
-            ) as exc:
-                raise ConnectionError(str(exc)) from exc
-
-    return Connection
 
 
 def _postgres_engine(

@@ -1,14 +1,17 @@
 """What `TRACKER_DATABASE_URL` may say, and how to say it without the password."""
 
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, Self
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from tracker.core.errors import SettingsError
+from tracker.core.loopback import is_loopback
 
 _DIALECTS: Final = {
     "sqlite": "sqlite",
@@ -21,6 +24,11 @@ _DIALECTS: Final = {
     "postgresql+psycopg2": "postgresql",
 }
 _ADVICE: Final = "must be sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE"
+TLS_ADVICE: Final = (
+    "Set sslmode=verify-full and sslrootcert=FILE in TRACKER_DATABASE_URL, FILE being the "
+    "certificate of the authority that signed the server's (for public ones "
+    "/etc/ssl/certs/ca-certificates.crt); sslmode=disable says that the network is trusted."
+)
 _UNKNOWN_TO_ASYNCPG: Final = ("channel_binding",)
 
 
@@ -68,6 +76,54 @@ class DatabaseUrl:
     def missing(self) -> bool:
         """Whether it is a SQLite file that is not there."""
         return self.dialect == "sqlite" and not Path(self.path).exists()
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether another machine is connected to over a network."""
+        if self.dialect == "sqlite":
+            return False
+        hosts = self._option("host", "PGHOST")
+        named = urlsplit(self.dsn).netloc.rpartition("@")[2]
+        if named:
+            # Of each of several `host:port`; an address of IPv6 has brackets.
+            hosts = ",".join(re.sub(r":\d*$", "", one) for one in named.split(","))
+        return any(
+            one and not unquote(one).startswith("/") and not is_loopback(one)
+            for one in hosts.split(",")
+        )
+
+    @property
+    def sslmode(self) -> str:
+        """libpq's word for how far the connection is encrypted and its server verified."""
+        return self._option("sslmode", "PGSSLMODE") or "prefer"
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether TLS makes sure that it is the right server, by whom its certificate is from."""
+        if self.sslmode == "require":  # with a root certificate it is as verify-ca
+            default = Path("~/.postgresql/root.crt").expanduser()
+            return bool(self._option("sslrootcert", "PGSSLROOTCERT")) or default.exists()
+        return self.sslmode in ("verify-ca", "verify-full")
+
+    @property
+    def tls_trouble(self) -> str | None:
+        """What is wrong with the encryption of the connection; `None` where nothing is."""
+        if not self.is_remote or self.is_verified:
+            return None
+        if self.sslmode == "disable":
+            return (
+                "sslmode=disable: whoever is between here and the database reads and changes all "
+                "that is sent"
+            )
+        return (
+            f"sslmode={self.sslmode} does not verify the server: whoever answers in its place gets "
+            "the password, and reads and changes all that is sent; the next release refuses this"
+        )
+
+    def _option(self, name: str, variable: str) -> str:
+        """What the URL says, else what libpq's environment variable says, else nothing."""
+        given = dict(parse_qsl(urlsplit(self.dsn).query)).get(name)
+        return given or os.environ.get(variable, "")
 
     def __str__(self) -> str:
         return self.shown

@@ -1,0 +1,131 @@
+"""What goes to a PostgreSQL on another machine (here 0.0.0.0, which is no loopback address by its
+name): never the password in clear, and a word about a server that is not verified."""
+
+import asyncio
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.support.postgres import PostgresServer
+from tests.support.waiting import eventually
+from tracker.core.errors import StoreUnavailable
+from tracker.store.engine import Database, migration_engine
+from tracker.store.url import DatabaseUrl
+
+PASSWORD = "of-the-tests-alone"
+ASKS_IN_CLEAR = b"R" + struct.pack("!ii", 8, 3)
+OK = b"R" + struct.pack("!ii", 8, 0)
+SSL_REQUEST = struct.pack("!ii", 8, 80877103)
+
+
+@asynccontextmanager
+async def impostor(*says: bytes) -> AsyncIterator[tuple[int, list[bytes]]]:
+    """A server without TLS that answers whatever it is told with the next of `says`: its port, and
+    what it was told."""
+    told: list[bytes] = []
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        left = list(says)
+        while data := await reader.read(4096):
+            told.append(data)
+            writer.write(b"N" if data == SSL_REQUEST else left.pop(0) if left else b"")
+        writer.close()
+
+    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    async with server:
+        yield server.sockets[0].getsockname()[1], told
+
+
+@pytest.mark.parametrize("mode", ["", "?sslmode=allow", "?sslmode=prefer", "?sslmode=disable"])
+@pytest.mark.parametrize("says", [ASKS_IN_CLEAR, OK + ASKS_IN_CLEAR], ids=["at once", "later"])
+async def test_a_password_is_not_sent_in_clear(mode: str, says: bytes) -> None:
+    """Whoever says "no TLS" and asks for it gets none, and the error says why and what to do."""
+    async with impostor(says) as (port, told):
+        url = f"postgresql://somebody:{PASSWORD}@0.0.0.0:{port}/tracker{mode}"
+        async with await Database.open(url) as db:
+            with pytest.raises(StoreUnavailable, match="in clear, so it was not sent") as refused:
+                await db.ping()
+        engine = migration_engine(DatabaseUrl.parse(url))
+        with pytest.raises(ConnectionError, match="in clear"):
+            async with engine.connect():
+                pass
+        await engine.dispose()
+    assert b"somebody" in b"".join(told)
+    assert PASSWORD.encode() not in b"".join(told)
+    assert PASSWORD not in str(refused.value)
+
+
+async def test_this_machine_may_ask_for_it() -> None:
+    """On loopback nobody listens in between."""
+    async with impostor(ASKS_IN_CLEAR) as (port, told):
+        url = f"postgresql://somebody:{PASSWORD}@127.0.0.1:{port}/tracker"
+        async with await Database.open(url) as db:
+            asking = asyncio.create_task(db.ping())
+            await eventually(lambda: PASSWORD.encode() in b"".join(told))
+            asking.cancel()
+            with suppress(asyncio.CancelledError, StoreUnavailable):
+                await asking
+    assert PASSWORD.encode() in b"".join(told)
+
+
+async def test_without_tls_a_password_is_proved_by_scram(own_postgres: PostgresServer) -> None:
+    """A server without TLS that asks for a proof, and not for the password, is connected to."""
+    trusted = own_postgres.url("tracker")
+    async with await Database.open(trusted) as db:
+        hba = await db.write(lambda c: c.exec_driver_sql("SHOW hba_file").scalar_one())
+        await db.write(
+            lambda c: c.exec_driver_sql(f"CREATE ROLE somebody LOGIN PASSWORD '{PASSWORD}'")
+        )
+        rules = Path(hba).read_text()
+        Path(hba).write_text(f"host all somebody all scram-sha-256\n{rules}")
+        await db.write(lambda c: c.exec_driver_sql("SELECT pg_reload_conf()"))
+    port = DatabaseUrl.parse(trusted).dsn.rpartition(":")[2].partition("/")[0]
+    url = f"postgresql://somebody:{PASSWORD}@0.0.0.0:{port}/tracker"
+    async with await Database.open(url) as db:
+        await db.ping()
+    async with await Database.open(url.replace(PASSWORD, "wrong")) as db:
+        with pytest.raises(StoreUnavailable, match="password authentication failed"):
+            await db.ping()
+
+
+@pytest.mark.parametrize(
+    ("url", "trouble"),
+    [
+        ("sqlite:///tracker.db", None),
+        ("postgresql://u:p@127.0.0.1/t", None),
+        ("postgresql://u:p@[::1]:5432/t", None),
+        ("postgresql://u:p@localhost:5432/t", None),
+        ("postgresql:///t?host=/run/postgresql", None),
+        ("postgresql://u:p@%2Frun%2Fpostgresql/t", None),
+        ("postgresql:///t", None),
+        ("postgresql://u:p@db/t?sslmode=verify-full", None),
+        ("postgresql://u:p@db/t?sslmode=verify-ca", None),
+        ("postgresql://u:p@db/t?sslmode=require&sslrootcert=ca.pem", None),
+        ("postgresql://u:p@db/t", "sslmode=prefer does not verify"),
+        ("postgresql://u:p@localhost,db:5433/t", "sslmode=prefer does not verify"),
+        ("postgresql:///t?host=db", "sslmode=prefer does not verify"),
+        ("postgresql://u:p@db/t?sslmode=require", "sslmode=require does not verify"),
+        ("postgresql://u:p@db/t?sslmode=disable", "sslmode=disable: whoever is between"),
+    ],
+)
+def test_a_server_that_is_not_verified_is_told_of(
+    url: str, trouble: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Only where it is on another machine, and nothing makes sure that it is the right one."""
+    for name in ("PGHOST", "PGSSLMODE", "PGSSLROOTCERT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    told = DatabaseUrl.parse(url).tls_trouble
+    assert (told or "").startswith(trouble or "")
+    assert (told is None) is (trouble is None)
+
+
+def test_what_libpq_reads_from_the_environment_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`PGHOST` and `PGSSLMODE` are for the tracker too."""
+    monkeypatch.setenv("PGHOST", "db.example.com")
+    assert DatabaseUrl.parse("postgresql:///tracker").tls_trouble
+    monkeypatch.setenv("PGSSLMODE", "verify-full")
+    assert DatabaseUrl.parse("postgresql:///tracker").tls_trouble is None
