@@ -222,7 +222,7 @@ async def test_a_hop_to_a_private_address_is_refused(
     is_public = guard.is_public
     monkeypatch.setattr(guard, "is_public", lambda one: str(one) == "127.0.0.1" or is_public(one))
     port = free_port()
-    for where in (f"http://10.0.0.1:{port}/", f"//[::1]:{port}/", "http://169.254.169.254/latest"):
+    for where in (f"http://10.0.0.1:{port}/", f"//[::1]:{port}/", "http://192.168.1.1/latest"):
         async with far_end(answer(b"", "302 Found", location=where)) as end:
             with pytest.raises(LinkRefused, match="not a public address"):
                 await fetch(end.url(), allow_private=False)

@@ -34,6 +34,21 @@ def test_public_addresses_are_not(address: str) -> None:
     assert is_public(ip_address(address))
 
 
+@pytest.mark.parametrize("allow_private", [False, True])
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("168.63.129.16", "169.254.169.254", "169.254.170.2", "100.100.100.200", "192.0.0.192"),
+        *("fd00:ec2::254", "fd20:ce::254", "::ffff:168.63.129.16", "64:ff9b::a83f:8110"),
+        *("161.26.0.10", "166.8.0.1", "199.36.153.8"),
+    ],
+)
+async def test_the_clouds_own_services_are_refused(address: str, allow_private: bool) -> None:
+    """They give out credentials of the machine, and no flag opens them."""
+    with pytest.raises(LinkRefused, match="a cloud's own services"):
+        await send("http://files.test/", resolver=fixed(address), allow_private=allow_private)
+
+
 async def send(url: str, *, allow_private: bool = False, resolver: Resolver = resolve) -> int:
     transport = GuardedTransport(allow_private=allow_private, resolver=resolver)
     async with httpx.AsyncClient(transport=transport) as client:

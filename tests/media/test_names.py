@@ -51,6 +51,11 @@ def test_ordinary_names_stay_readable() -> None:
         (None, "https://x/.htaccess", "imageUrl", ".png"),
         (None, "https://x/a.part", "imageUrl", ".png"),  # so a file is called that is not whole
         ("", "https://[broken", "something new", ".bin"),
+        # What a double click might run.
+        ("text/html; charset=utf-8", "https://x/a.png", "imageUrl", ".bin"),
+        ("application/x-sh", "https://x/a", "documentUrl", ".bin"),
+        *((None, f"https://x/a.{one}", "imageUrl", ".bin") for one in ("scr", "BAT", "sh", "html")),
+        *((None, f"https://x/a.{one}", "videoUrl", ".bin") for one in ("exe", "ps1", "lnk", "jar")),
     ],
 )
 def test_endings_tell_what_is_inside(

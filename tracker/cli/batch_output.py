@@ -16,6 +16,7 @@ import typer
 from tracker.cli.output import print_table
 from tracker.core.errors import TrackerError
 from tracker.core.plain import plain_lines
+from tracker.media import files
 
 if TYPE_CHECKING:
     from tracker.store.batches import BatchRow, Tally
@@ -61,12 +62,15 @@ def check_output(results: Results | None, output: Path | None) -> None:
         return
     if results is Results.TABLE:
         raise typer.BadParameter("a file takes csv or jsonl", param_hint="--results")
-    if output.is_dir() or not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
+    # A file is replaced, so that its folder has to be writable.
+    written = output if files.is_special(output) else output.resolve().parent
+    if output.is_dir() or not written.exists() or not os.access(written, os.W_OK):
         raise typer.BadParameter(f"{output} cannot be written", param_hint="--output")
 
 
 def show_rows(rows: "Sequence[RowState]", results: Results, output: Path | None) -> None:
-    """Show the rows on stdout, or write them to a file, which is whole or as it was before."""
+    """Show the rows on stdout, or write them to a file, which is whole or as it was before. A link
+    is followed; a device or a pipe is written to."""
     if results is Results.TABLE:
         _print_table(rows)
         return
@@ -74,12 +78,9 @@ def show_rows(rows: "Sequence[RowState]", results: Results, output: Path | None)
     if output is None:
         sys.stdout.write(plain_lines(text) if sys.stdout.isatty() else text)
         return
-    unfinished = output.with_name(f".{output.name}.{os.getpid()}")
     try:
-        unfinished.write_text(text, encoding="utf-8", newline="")
-        unfinished.replace(output)
+        files.write_whole(output, text)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise TrackerError(f"{output} cannot be written: {error.strerror}") from error
 
 

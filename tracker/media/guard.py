@@ -2,13 +2,14 @@
 
 A name is resolved here, once for each connection; every address it has must be public, and the
 connection goes to one of these addresses, so that a name which answers differently the next time
-gains nothing. Proxies of the environment are not used: a proxy would choose the address itself.
+gains nothing. The clouds' own services are refused even where private addresses are allowed.
+Proxies of the environment are not used: a proxy would choose the address itself.
 """
 
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Final
 
 import httpx
@@ -22,6 +23,19 @@ Resolver = Callable[[str, int], Awaitable[list[Address]]]
 RESOLVE_SECONDS: Final = 10.0
 _PORTS: Final = {"http": 80, "https": 443}
 _NAT64: Final = IPv6Network("64:ff9b::/96")
+_CLOUD_SERVICES: Final = tuple(
+    ip_network(network)
+    for network in (
+        "168.63.129.16",  # Azure: the host's own service
+        *("169.254.0.0/16", "fe80::/10"),  # instance metadata of nearly all clouds, credentials
+        *("fd00:ec2::/32", "fd20:ce::/32"),  # the same by IPv6: AWS, Google
+        "100.100.100.200",  # Alibaba
+        "192.0.0.192",  # Oracle
+        *("161.26.0.0/16", "166.8.0.0/14"),  # IBM: its service network
+        *("199.36.153.4/30", "199.36.153.8/30"),  # Google: its interfaces, from inside
+    )
+)
+"""What only machines of a cloud reach, in part by public addresses. Media is never there."""
 
 
 def is_public(address: Address) -> bool:
@@ -35,7 +49,15 @@ def is_public(address: Address) -> bool:
         return is_public(inner)
     if isinstance(address, IPv6Address) and address.is_site_local:
         return False
+    if is_cloud_service(address):
+        return False
     return address.is_global and not address.is_multicast and not address.is_reserved
+
+
+def is_cloud_service(address: Address) -> bool:
+    """Whether a cloud answers there to its own machines, some of it with their credentials."""
+    address = _embedded(address) or address
+    return any(address in network for network in _CLOUD_SERVICES)
 
 
 def _embedded(address: Address) -> IPv4Address | None:
@@ -98,6 +120,8 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         if url.scheme not in _PORTS or port is None or not host:
             raise LinkRefused("the link is not http(s)")
         addresses = await self._look_up(host, port)
+        if any(map(is_cloud_service, addresses)):
+            raise LinkRefused("the link leads to a cloud's own services, which is never fetched")
         inside = [address for address in addresses if not is_public(address)]
         if inside and not self._allow_private:
             raise LinkRefused(

@@ -2,7 +2,8 @@
 
 `NAME.part.json` keeps the link and the validator (a strong ETag, or a Last-Modified that is old
 enough) under which the bytes came, so that a later process knows what it may go on with. The file
-gets its own name by a rename, when it is whole and on disk.
+gets its own name by a rename, when it is whole and on disk. Both are for their owner alone, and a
+link in their place is removed or refused: others may write to the folder.
 """
 
 import hashlib
@@ -11,6 +12,8 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
+
+from tracker.media.files import create, extend, size_of
 
 _BLOCK: Final = 1024 * 1024
 
@@ -43,33 +46,34 @@ class Part:
         """What an earlier attempt left: what it is a part of, and how many bytes there are."""
         self.close()  # what an attempt of our own has written is counted too
         try:
-            kept = json.loads(self._mark_path.read_bytes())
-            size = self._path.stat().st_size
+            with os.fdopen(extend(self._mark_path), "rb") as file:
+                kept = json.loads(file.read())
             mark = Mark(link=str(kept["link"]), validator=str(kept["validator"]))
         except (OSError, ValueError, KeyError, TypeError):
             return None
+        size = size_of(self._path)
         return (mark, size) if size else None
 
     def begin(self, mark: Mark | None) -> None:
         """Write from the start, whatever was there; without a mark nobody goes on with it."""
         self.close()
         self._mark_path.unlink(missing_ok=True)
-        self._file = self._path.open("wb")
+        self._file = os.fdopen(create(self._path), "wb")
         self._digest = hashlib.sha256()
         self.size = 0
         if mark is not None:
-            self._mark_path.write_text(json.dumps(asdict(mark)))
+            with os.fdopen(create(self._mark_path), "w") as file:
+                json.dump(asdict(mark), file)
 
     def go_on(self) -> None:
-        """Write on after what is there."""
+        """Write on after what is there. Raises `OSError` where that is not a file of our own."""
         self.close()
         self._digest = hashlib.sha256()
         self.size = 0
-        with self._path.open("rb") as file:
-            while block := file.read(_BLOCK):
-                self._digest.update(block)
-                self.size += len(block)
-        self._file = self._path.open("ab")
+        self._file = os.fdopen(extend(self._path), "r+b")
+        while block := self._file.read(_BLOCK):
+            self._digest.update(block)
+            self.size += len(block)
 
     def write(self, data: bytes) -> None:
         """Add bytes."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any, Final, Self
 
 from tracker.core.errors import TrackerError
+from tracker.media.files import create, extend, make_folder, size_of
 
 MANIFEST: Final = "manifest.jsonl"
 _UNDONE: Final = (".part", ".part.json")
@@ -62,10 +63,12 @@ class Shelf:
 
     def __enter__(self) -> Self:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            manifest = (self.folder / MANIFEST).open("a+b")
+            make_folder(self.folder)
+            path = self.folder / MANIFEST
+            manifest = os.fdopen(extend(path) if os.path.lexists(path) else create(path), "a+b")
         except OSError as exc:
-            raise ShelfError(f"{self.folder} cannot be written to: {exc.strerror}") from exc
+            why = exc.strerror or exc
+            raise ShelfError(f"{self.folder} cannot be written to: {why}") from exc
         try:
             fcntl.flock(manifest.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as exc:
@@ -87,7 +90,7 @@ class Shelf:
     def find(self, key: Key) -> Entry | None:
         """The entry of a file that is there whole; `None` where it is not."""
         entry = self._entries.get(key)
-        if entry is not None and self._size(entry.file) == entry.size:
+        if entry is not None and size_of(self.folder / entry.file) == entry.size:
             return entry
         return None
 
@@ -117,14 +120,8 @@ class Shelf:
         listed = {entry.file for entry in self._entries.values()} | {MANIFEST}
         for found in os.scandir(self.folder):
             undone = found.name.endswith(_UNDONE) or found.name in listed
-            if not undone and found.is_file():
+            if not undone and found.is_file(follow_symlinks=False):
                 self._unlisted[found.name.rpartition(".")[0]] = found.name
-
-    def _size(self, name: str) -> int | None:
-        try:
-            return (self.folder / name).stat().st_size
-        except OSError:
-            return None
 
 
 def digest_of(path: Path) -> tuple[int, str]:

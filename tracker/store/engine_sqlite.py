@@ -10,6 +10,7 @@ import os
 import sqlite3
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any, Final, TypeVar
@@ -133,8 +134,21 @@ def sqlite_migrations(url: DatabaseUrl, **options: Any) -> AsyncEngine:
         )
     address = URL.create("sqlite+aiosqlite", database=url.path)
     engine = create_async_engine(address, poolclass=NullPool, **options)
+
+    @event.listens_for(engine.sync_engine, "do_connect")
+    def connecting(*_: object) -> None:
+        _make(Path(url.path).resolve())
+
     _prepare(engine.sync_engine, "BEGIN IMMEDIATE", _PATIENT_SECONDS, *_DURABLE)
     return engine
+
+
+def _make(file: Path) -> None:
+    """Make the file for its owner alone, where there is none; SQLite's log has the same mode."""
+    with suppress(FileExistsError):
+        descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        os.fchmod(descriptor, 0o600)  # whatever the umask
+        os.close(descriptor)
 
 
 def _writer(url: DatabaseUrl, **options: Any) -> Engine:
