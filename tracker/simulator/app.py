@@ -4,15 +4,19 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Mount
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tracker.core.clock import Clock, utc_now
 from tracker.simulator.api import Api
 from tracker.simulator.callbacks import Courier
 from tracker.simulator.control import Control
+from tracker.simulator.destination import may_ask
 from tracker.simulator.faults import Connections
 from tracker.simulator.options import Options
 from tracker.simulator.problems import Problem
@@ -42,12 +46,35 @@ def assemble(world: World, courier: Courier, connections: Connections) -> Starle
     app = Starlette(
         routes=[Mount("/api/v1", routes=api.routes()), *control.routes()],
         exception_handlers={HTTPException: _no_route, ClientDisconnect: _nobody_there},
+        middleware=[Middleware(_OwnHost)],
         lifespan=lifespan,
     )
     app.state.world = world
     app.state.courier = courier
     app.router.redirect_slashes = False
     return app
+
+
+class _OwnHost:
+    """Refuses what a page of another site asks, also one whose name now points here."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request."""
+        if scope["type"] == "http":
+            headers = Headers(scope=scope)
+            asked = [headers.get("host", ""), *headers.getlist("origin")]
+            if not all(map(may_ask, asked)):
+                problem = Problem(
+                    403,
+                    "forbidden",
+                    "Ask this simulator by its address, or by a name without dots.",
+                )
+                await problem.response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 async def _no_route(request: Request, exc: Exception) -> Response:

@@ -10,6 +10,7 @@ import httpx
 
 from tracker.simulator.background import Background
 from tracker.simulator.delivery import Attempt, Kind, Letter, forge_letter, write_letter
+from tracker.simulator.destination import target
 from tracker.simulator.runs import SimulatedRun
 from tracker.simulator.world import World
 
@@ -97,10 +98,7 @@ class Courier:
             at_ms = self._world.now_ms()
             try:
                 async with asyncio.timeout(self._world.options.callback_timeout):
-                    response = await self._http().post(
-                        url, content=letter.body, headers=letter.headers
-                    )
-                status = response.status_code
+                    status = await self._send(url, letter)
             except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as exc:
                 error = type(exc).__name__
         attempt = Attempt(
@@ -114,6 +112,19 @@ class Courier:
         )
         self._world.deliveries.append(attempt)
         return attempt
+
+    async def _send(self, url: str, letter: Letter) -> int:
+        """The receiver's answer. Raises `httpx.ConnectError` where no callback may go there."""
+        found = await target(url)
+        if found is None:
+            raise httpx.ConnectError("the host is not known, or not public any more")
+        headers = dict(letter.headers)
+        if found[1]:  # by its address: hosts that share one do not share a connection
+            headers |= {"Host": httpx.URL(url).netloc.decode("ascii"), "Connection": "close"}
+        response = await self._http().post(
+            found[0], content=letter.body, headers=headers, extensions=found[1]
+        )
+        return response.status_code
 
     def _http(self) -> httpx.AsyncClient:
         if self._client is None:

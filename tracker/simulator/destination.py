@@ -1,7 +1,9 @@
-"""Which callback addresses are refused: FLORA's rule, and loopback as the one exception.
+"""Where callbacks may go, and who may ask: FLORA's rule, and this machine as the one exception.
 
 FLORA calls back to public `https` addresses only. A simulator runs beside what it calls, so it
-also takes a loopback host, and there plain `http`.
+also takes a loopback host, and there plain `http`. A page in somebody's browser must not make it
+call this machine: neither by a name that means this machine later on (a name is looked up again for
+each callback, which goes to the address that was judged), nor by asking under a name of its own.
 """
 
 import asyncio
@@ -14,6 +16,7 @@ from urllib.parse import urlsplit
 Address = IPv4Address | IPv6Address
 Resolver = Callable[[str, int], Awaitable[list[Address]]]
 
+_RESERVED: Final = (".test", ".example", ".invalid")
 _INTERNAL_SUFFIXES: Final = (".internal", ".local", ".lan", ".home.arpa", ".localhost")
 _RESOLVE_SECONDS: Final = 2.0
 
@@ -44,6 +47,32 @@ async def refusal(url: str, resolve: Resolver | None = None) -> str | None:
     if not all(address.is_global for address in addresses):
         return "must not resolve to a private or internal host"
     return None
+
+
+async def target(url: str, resolve: Resolver | None = None) -> tuple[str, dict[str, str]] | None:
+    """Where a callback to `url` is sent now, with the name of its host for TLS; `None` where that
+    is not allowed, or not known."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if host == "localhost" or ((literal := _literal(host)) is not None and literal.is_loopback):
+        return url, {}
+    addresses = await (resolve or resolve_host)(host, parts.port or 443)
+    if not addresses or not all(address.is_global for address in addresses):
+        return None
+    shown = f"[{addresses[0]}]" if addresses[0].version == 6 else str(addresses[0])
+    port = f":{parts.port}" if parts.port else ""
+    return parts._replace(netloc=shown + port).geturl(), {"sni_hostname": host}
+
+
+def may_ask(host: str) -> bool:
+    """Whether a request with this `Host` or `Origin` was meant for a simulator: an address, or a
+    name that nobody can register and let point here."""
+    name = (urlsplit(host if "//" in host else f"//{host}").hostname or "").rstrip(".")
+    if _literal(name) is not None:
+        return True
+    return name not in ("", "null") and (
+        "." not in name or name.endswith((*_INTERNAL_SUFFIXES, *_RESERVED))
+    )
 
 
 def _literal(host: str) -> Address | None:
