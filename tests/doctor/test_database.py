@@ -252,6 +252,27 @@ async def test_a_standby_is_told_from_its_primary(own_postgres: PostgresServer) 
     assert report.level("conflicts") is Level.OK, "what can be read is looked at"
 
 
+@pytest.mark.parametrize(
+    ("mode", "level"),
+    [
+        ("", Level.FAILED),
+        ("?sslmode=require", Level.FAILED),
+        ("?sslmode=disable", Level.WARNING),
+        ("?sslmode=verify-full", Level.OK),
+    ],
+)
+async def test_a_server_that_is_not_verified_fails(
+    postgres_url: str, mode: str, level: Level
+) -> None:
+    """On another machine; where TLS is switched off on purpose it is a warning."""
+    seen = await look_at_postgres(DatabaseUrl.parse(postgres_url), clock=utc_now)
+    url = DatabaseUrl.parse(f"postgresql://tracker:secret@db.example.com/tracker{mode}")
+    findings = {one.name: one for one in database.judge_postgres(url, seen).findings}
+    assert findings["database TLS"].level is level
+    local = database.judge_postgres(DatabaseUrl.parse(postgres_url), seen)
+    assert "database TLS" not in {one.name for one in local.findings}
+
+
 async def test_a_crowded_server_and_an_old_one_are_told_of(postgres_url: str) -> None:
     """A server with few connections left is a warning, one that is too old fails."""
     url = DatabaseUrl.parse(postgres_url)

@@ -8,12 +8,15 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from tests.support.postgres import PostgresServer
 from tests.support.waiting import eventually
 from tracker.core.errors import StoreUnavailable
+from tracker.settings import Settings
 from tracker.store.engine import Database, migration_engine
 from tracker.store.url import DatabaseUrl
+from tracker.wiring import open_services
 
 PASSWORD = "of-the-tests-alone"
 ASKS_IN_CLEAR = b"R" + struct.pack("!ii", 8, 3)
@@ -121,6 +124,17 @@ def test_a_server_that_is_not_verified_is_told_of(
     told = DatabaseUrl.parse(url).tls_trouble
     assert (told or "").startswith(trouble or "")
     assert (told is None) is (trouble is None)
+
+
+async def test_a_long_running_process_warns_of_it(postgres_url: str) -> None:
+    """Once, when it opens the database, and goes on."""
+    there = postgres_url.replace("127.0.0.1", "0.0.0.0")
+    with capture_logs() as logs:
+        async with open_services(Settings(tracker_database_url=there), background=True) as services:
+            await services.database.ping()
+    (warned,) = [one for one in logs if one["event"] == "database.not_verified"]
+    assert warned["log_level"] == "warning"
+    assert "the next release refuses this" in warned["trouble"]
 
 
 def test_what_libpq_reads_from_the_environment_counts(monkeypatch: pytest.MonkeyPatch) -> None:
