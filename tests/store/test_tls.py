@@ -2,7 +2,10 @@
 name): never the password in clear, and a word about a server that is not verified."""
 
 import asyncio
+import shutil
+import ssl
 import struct
+import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -72,6 +75,54 @@ async def test_this_machine_may_ask_for_it() -> None:
             with suppress(asyncio.CancelledError, StoreUnavailable):
                 await asking
     assert PASSWORD.encode() in b"".join(told)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+@pytest.mark.parametrize("mode", ["prefer", "require", "verify-full", "verify-ca of others"])
+async def test_within_tls_it_is_sent(mode: str, tmp_path: Path) -> None:
+    """Where the server speaks TLS nothing goes past it; one that is verified and is another gets
+    nothing."""
+    ours, others = (certificate(tmp_path / name) for name in ("ours", "others"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*ours)
+    told: list[bytes] = []
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readexactly(len(SSL_REQUEST))
+        writer.write(b"S")
+        with suppress(ConnectionError, ssl.SSLError):
+            await writer.start_tls(context)
+            told.append(await reader.read(4096))
+            writer.write(ASKS_IN_CLEAR)
+            told.append(await reader.read(4096))
+        writer.close()
+
+    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    authority = (others if "others" in mode else ours)[0]
+    root = f"&sslrootcert={authority}" if "verify" in mode else ""
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        url = f"postgresql://somebody:{PASSWORD}@0.0.0.0:{port}/t?sslmode={mode.split(maxsplit=1)[0]}{root}"
+        async with await Database.open(url) as db:
+            with pytest.raises(StoreUnavailable):
+                await db.ping()
+    assert (PASSWORD.encode() in b"".join(told)) is ("others" not in mode)
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    """A certificate of 0.0.0.0, signed by itself, and its key."""
+    folder.mkdir()
+    made, key = folder / "certificate.pem", folder / "key.pem"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"),
+            *("-nodes", "-days", "2", "-subj", "/CN=postgres", "-addext"),
+            *("subjectAltName=IP:0.0.0.0", "-out", made, "-keyout", key),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    return made, key
 
 
 async def test_without_tls_a_password_is_proved_by_scram(own_postgres: PostgresServer) -> None:
