@@ -2,7 +2,8 @@
 
 They are on where OTEL_EXPORTER_OTLP_ENDPOINT says where they go and `flora-run-tracker[otel]` is
 installed; else nothing of OpenTelemetry is loaded. What else the OTEL_ variables say (service name,
-sampler, headers) is read by its SDK. No spans hold parameters of statements, bodies, or headers.
+sampler, headers) is read by its SDK. No span holds parameters of statements, bodies, headers, or
+the token of a callback address.
 """
 
 import asyncio
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 from sqlalchemy import Engine
-from starlette.types import ASGIApp, Scope
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tracker import __version__
+from tracker.web.callback_path import shown
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import SpanProcessor
@@ -25,6 +27,8 @@ ENDPOINT: Final = "OTEL_EXPORTER_OTLP_ENDPOINT"
 SERVICE: Final = "flora-run-tracker"
 Wrap = Callable[[ASGIApp], ASGIApp]
 """Puts the tracing layer around an application."""
+_PATH: Final = "tracker.path"
+"""Where a request keeps its path while the tracing layer looks at it."""
 
 log = structlog.get_logger(__name__)
 
@@ -76,6 +80,7 @@ async def tracing(
     log.info("telemetry.on", endpoint=environ[ENDPOINT])
     try:
         yield partial(
+            _without_tokens,
             OpenTelemetryMiddleware,
             tracer_provider=provider,
             default_span_details=_span_of,
@@ -86,6 +91,23 @@ async def tracing(
         http.uninstrument()
         sql.uninstrument()
         await asyncio.to_thread(provider.shutdown)  # it sends what is left
+
+
+def _without_tokens(traces: Callable[..., ASGIApp], app: ASGIApp, **options: Any) -> ASGIApp:
+    """The tracing layer, to which a start's callback address is shown without its token."""
+
+    async def outer(scope: Scope, receive: Receive, send: Send) -> None:
+        if "path" in scope:
+            scope[_PATH], scope["path"] = scope["path"], shown(scope["path"])
+        await traced(scope, receive, send)
+
+    async def inner(scope: Scope, receive: Receive, send: Send) -> None:
+        if _PATH in scope:
+            scope["path"] = scope.pop(_PATH)
+        await app(scope, receive, send)
+
+    traced = traces(inner, **options)
+    return outer
 
 
 def _names(environ: Mapping[str, str]) -> dict[str, str]:

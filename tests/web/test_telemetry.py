@@ -1,19 +1,22 @@
 """Traces: only for who asks for them, and without anything that is nobody's business."""
 
+import io
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
 import httpx
 import pytest
+from opentelemetry.instrumentation._semconv import _OpenTelemetrySemanticConventionStability
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from structlog.testing import capture_logs
 
 from tests.web import callbacks
 from tests.web.callbacks import PATH, SECRET, signed
-from tests.web.conftest import Site
+from tests.web.conftest import Serve, Site
 from tests.web.serving import serving
+from tracker import logs
 from tracker.simulator import Options, running
 from tracker.store.engine import Database
 from tracker.telemetry import ENDPOINT, tracing, untraced
@@ -57,6 +60,47 @@ async def test_a_callback_is_traced_to_the_statements(
     assert "whd_run_traced" not in told
     assert SECRET not in told
     assert {span.resource.attributes["service.name"] for span in found} == {"of the tests"}
+
+
+async def test_the_token_of_a_callback_address_shows_nowhere(
+    serve: Serve,
+    sqlite_url: str,
+    spans: InMemorySpanExporter,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not in a span by either of OpenTelemetry's conventions, a line of the log, a metric or an
+    answer, whether the callback is taken, refused, or came to an address that is almost right."""
+    monkeypatch.setenv("OTEL_SEMCONV_STABILITY_OPT_IN", "http/dup")
+    monkeypatch.setattr(_OpenTelemetrySemanticConventionStability, "_initialized", False)
+    told = io.StringIO()
+    logs.configure_logs(format="json", level="debug", secrets=(), stream=told)
+    body, address = callbacks.event(), f"{PATH}/a-token-of-one-start"
+    async with serve(sqlite_url, tracker_api_token="a-token-for-the-api") as site:
+        processor = SimpleSpanProcessor(spans)
+        async with (
+            tracing(site.services.database.engines, environ=ON, processor=processor) as traced,
+            serving(build_app(replace(site.services, traced=traced))) as base_url,
+            httpx.AsyncClient(base_url=base_url) as client,
+        ):
+            answers = [
+                await client.post(address, content=body, headers=signed(body)),
+                await client.post(address, content=body, headers=signed(body, "another")),
+                await client.get(address),
+                await client.post(f"{address}/", content=body, headers=signed(body)),
+            ]
+            assert [answer.status_code for answer in answers] == [200, 401, 405, 404]
+            await site.services.applier.drain()
+            token = {"Authorization": "Bearer a-token-for-the-api"}
+            answers.append(await client.get("/metrics", headers=token))
+            answers.append(await client.get("/api/deliveries", headers=token))
+    # What asks here is traced too; its own spans have the address that it asked for.
+    found = [span for span in spans.get_finished_spans() if span.kind.name != "CLIENT"]
+    served = [dict(span.attributes or {}) for span in found if span.kind.name == "SERVER"]
+    assert [one["url.path"] for one in served[:3]] == [f"{PATH}/*"] * 3
+    assert served[0]["http.target"] == f"{PATH}/*"
+    came_out = [span.to_json() for span in found]
+    came_out += [told.getvalue(), *(f"{one.headers} {one.text}" for one in answers)]
+    assert not [text for text in came_out if "a-token-of-one-start" in text]
 
 
 async def test_a_call_to_flora_is_traced(small_site: Site, spans: InMemorySpanExporter) -> None:

@@ -115,7 +115,7 @@ async def test_a_start_and_its_callback(reached: Services, clock: HandClock) -> 
     assert "it is settled" in sights[-1].text
     stored = text_of(told, Kind.START)
     assert "idempotency key key-1" in stored
-    assert f"a callback to {PUBLIC_URL}" in stored
+    assert f"a callback to {PUBLIC_URL}/callbacks/flora/*." in stored
     assert "first told by a callback" in text_of(told, Kind.STATE)
     assert "1 request was made for this run alone" in text_of(told, Kind.CHECKS)
     shown = explanation_json(told)

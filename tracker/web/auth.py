@@ -36,6 +36,7 @@ from tracker.core.seldom import SAY_AGAIN_AFTER, Seldom
 from tracker.core.tokens import Scope as TokenScope
 from tracker.core.tokens import Token, Tokens
 from tracker.store.audit import Principal, Refusals, acting
+from tracker.web.callback_path import shown
 from tracker.web.everywhere import request_id_of
 from tracker.web.faults import Fault
 from tracker.web.origin import (
@@ -244,7 +245,7 @@ class Access:
             actor=token,
             request_id=request_id_of(scope),
             method=scope["method"],
-            path=scope["path"][:200],
+            path=shown(scope["path"])[:200],
         )
         loop = asyncio.get_running_loop()
         fields = {
@@ -252,7 +253,7 @@ class Access:
             "message": fault.message,
             "peer": peer_of(scope),
             "method": scope["method"],
-            "path": scope["path"][:200],
+            "path": shown(scope["path"])[:200],
             **({"token": token} if token else {}),
         }
         if count := self._seldom.count(reason, now=loop.time()):

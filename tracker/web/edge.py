@@ -22,7 +22,7 @@ from tracker.core.errors import FloraRefusal, StoreError
 from tracker.core.seldom import Seldom
 from tracker.web.answers import Json
 from tracker.web.body import ClientGone, discard, has_unread_body
-from tracker.web.callback_path import CALLBACKS_PATH
+from tracker.web.callback_path import shown
 from tracker.web.constant import WRITE
 from tracker.web.everywhere import EVERYWHERE, number, request_id_header
 from tracker.web.faults import Fault, fault_of, unavailable
@@ -124,7 +124,7 @@ class Edge:
                 "request.broken",
                 error_id=error_id,
                 method=scope["method"],
-                path=_shown(scope),
+                path=shown(scope["path"]),
                 exc_info=error,
             )
             message = f"Something went wrong; the log has it as {error_id}."
@@ -141,16 +141,10 @@ class Edge:
                     reason=str(error),
                     count=count,
                     method=scope["method"],
-                    path=_shown(scope),
+                    path=shown(scope["path"]),
                     flora_request_id=error.request_id if isinstance(error, FloraRefusal) else None,
                 )
         return fault
-
-
-def _shown(scope: Scope) -> str:
-    """The path as the log shows it: a start's callback address is its secret."""
-    path: str = scope["path"]
-    return f"{CALLBACKS_PATH}/…" if path.startswith(f"{CALLBACKS_PATH}/") else path
 
 
 def _with_ours(headers: Iterable[tuple[bytes, bytes]], scope: Scope) -> list[tuple[bytes, bytes]]:

@@ -67,7 +67,9 @@ def _start(row: StartRow | None) -> list[Sentence]:
     ]
     if row.sent_at is None:
         return stored
-    calls = "no callback" if row.callback_url is None else f"a callback to {row.callback_url}"
+    calls = "no callback"
+    if row.callback_url is not None:  # the token stays between FLORA and us
+        calls = f"a callback to {row.callback_url.replace(row.callback_token or '*', '*')}"
     first = row.in_use_since or row.sent_at
     stored.append(told(first, f"The start was sent to FLORA, asking for {calls}."))
     if row.sent_at > first:
