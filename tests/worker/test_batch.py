@@ -1,6 +1,7 @@
 """Batches: a run for each row, once, whatever happens between one command and the next."""
 
 import asyncio
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,15 +10,17 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from tests.support.waiting import eventually
 from tests.worker.conftest import HandClock, MakeFlora, OpenServices, reads_of
 from tests.worker.test_poll import poll_to_the_end
 from tracker.core.errors import FloraRefusal, InvalidRequest, KeyRefused, TrackerError
+from tracker.core.rowkey import Input, Turn, batch_id, row_digests
 from tracker.core.sheet import SheetRefused, read_csv
 from tracker.flora.client import FloraClient
 from tracker.simulator import Simulator
-from tracker.store import batches, starts
+from tracker.store import batches, starts, tables
 from tracker.store.batches import BatchEntry, BatchRow
 from tracker.store.starts import StartState
 from tracker.tracking.batch import BatchProgress, DefinitionChanged, Outcome
@@ -432,6 +435,77 @@ async def test_a_new_input_starts_no_finished_sheet_anew(
     assert (await columns(services, sheet)).missing == []
 
 
+async def write_as_before_mappings(services: Services, rows: list[list[Input]]) -> None:
+    """A batch with these rows' inputs, started, as versions before migration 0009 kept it."""
+    technique_id, at = "tech_icon-pack", services.clock()
+    digests = row_digests(technique_id, rows)
+    named = [(position, digest, Turn()) for position, digest in enumerate(digests, 1)]
+    batch_name = batch_id("default", technique_id, named)
+    of_batch = {
+        "batch_id": batch_name,
+        "workspace_slot": "default",
+        "technique_id": technique_id,
+        "name": "icons.csv",
+        "created_at": at,
+        "finished_at": at,
+    }
+
+    def work(connection: sa.Connection) -> None:
+        connection.execute(sa.insert(tables.batches).values(**of_batch))
+        for (position, digest, _), inputs in zip(named, rows, strict=True):
+            row = {"batch_id": batch_name, "position": position, "line": position + 1}
+            row |= {"row_digest": digest, "generation": 0, "attempt": 0}
+            connection.execute(
+                sa.insert(tables.batch_rows).values(**row, idempotency_key=f"row-{digest}")
+            )
+            start = {"workspace_slot": "default", "idempotency_key": f"row-{digest}"}
+            start |= {"technique_id": technique_id, "inputs": inputs, "state": "started"}
+            start |= {"fingerprint": "", "run_id": f"run_old{position}"}
+            connection.execute(sa.insert(tables.starts).values(**start, created_at=at, sent_at=at))
+
+    await services.database.write(work)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (("prompt", "text"), "'style' is now the input 'style' (text)"),
+        (("words", "text"), "'prompt' was the input 'words' (text)"),
+        (("prompt", "imageUrl"), "'prompt' was the input 'prompt' (imageUrl)"),
+    ],
+)
+async def test_a_batch_kept_without_its_mapping_is_not_started_anew(
+    flora: Simulator, open_on: OpenServices, old: tuple[str, str], new: str
+) -> None:
+    """Older versions did not keep which column was which input; what they started tells it.
+
+    A sheet that shares no row with theirs is started as ever, and what was accepted is asked once.
+    """
+    services = await open_on(flora)
+    inputs = [[{"id": old[0], "type": old[1], "value": value}] for value in "abc"]
+    await write_as_before_mappings(services, inputs)
+    flora.world.options = replace(flora.world.options, new_inputs={"icon-pack": "style:text?"})
+    sheet = "style,prompt\nbold,d\nflat,c\nflat,a\nflat,b\n"  # edited since
+    with pytest.raises(DefinitionChanged, match=re.escape(new)) as changed:
+        await columns(services, sheet)
+    assert changed.value.lines == (3, 4, 5)
+    assert len((await columns(services, "prompt,style\nx,flat\n")).missing) == 1
+    await start(services, await columns(services, sheet, accept_changes=True))
+    assert len(begun(flora)) == 4
+    assert (await columns(services, sheet)).missing == []
+
+
+async def test_a_batch_kept_without_its_mapping_goes_on_where_nothing_changed(
+    flora: Simulator, open_on: OpenServices
+) -> None:
+    """Its rows are known; a new row of the same values is a new row, and no change."""
+    services = await open_on(flora)
+    inputs = [[{"id": "prompt", "type": "text", "value": value}] for value in "ab"]
+    await write_as_before_mappings(services, inputs)
+    planned = await columns(services, "prompt,style\na,flat\na,flat\nb,flat\nc,flat\n")
+    assert [row.entry.line for row in planned.missing] == [3, 5]
+
+
 async def test_a_new_input_of_no_column_changes_nothing(
     services: Services, flora: Simulator
 ) -> None:
@@ -537,6 +611,38 @@ async def test_a_retry_for_later_waits(
         assert row.not_before is not None
         retried_ms = list(flora.world.runs.values())[-1].created_ms
         assert retried_ms >= int(row.not_before.timestamp() * 1000)
+
+
+@pytest.mark.parametrize("repeated", [None, Retry.FAILED])
+async def test_a_retry_for_later_waits_its_rest_after_an_interruption(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, repeated: Retry | None
+) -> None:
+    """The command that is repeated, with the option or without, starts the row no earlier than the
+    first one would have; a retry of all rows never waits."""
+    async with make_flora() as flora:
+        services = await open_on(flora)
+        prompts = await failed_batch(services, flora, clock, "GENERATION_QUEUE_TOO_LARGE")
+        planned = await plan(services, *prompts, retry=Retry.FAILED)
+        working = asyncio.create_task(start(services, planned))
+        await eventually(lambda: batch_rows_of_attempt(services, 1))
+        working.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await working
+        clock.move(5)
+        (row,) = (await plan(services, *prompts, retry=repeated)).missing
+        assert row.not_before == planned.missing[0].not_before
+        assert row.not_before is not None
+        assert row.not_before > clock()
+        assert len(flora.world.runs) == 1
+        (row,) = (await plan(services, *prompts, retry=Retry.ALL)).missing
+        assert row.not_before is None
+
+
+async def batch_rows_of_attempt(services: Services, attempt: int) -> bool:
+    """Whether a batch has kept a row for that attempt."""
+    query = sa.select(sa.func.count()).where(tables.batch_rows.c.attempt == attempt)
+    async with services.database.read() as connection:
+        return bool(await connection.scalar(query))
 
 
 async def test_a_total_is_at_least_until_every_bill_is_final(

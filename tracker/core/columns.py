@@ -110,6 +110,32 @@ def rows_by(sheet: Sheet, mapping: Sequence[Mapping]) -> list[list[Input]]:
     ]
 
 
+def mapping_of(
+    sheet: Sheet, now: Sequence[Mapping], asked: Sequence[Sequence[Input]]
+) -> list[Mapping]:
+    """By which columns of the sheet earlier rows asked for these inputs, where nobody noted it.
+
+    An input's column is the one that has most of its values; of several, today's. One whose
+    values no column has is left out.
+    """
+    values: dict[tuple[str, str], set[str]] = {}
+    for one in (one for inputs in asked for one in inputs):
+        values.setdefault((one["id"], one["type"]), set()).add(one["value"])
+    found = []
+    for (input_id, kind), wanted in sorted(values.items()):
+        today = [one.column for one in now if one.input_id == input_id]
+        candidates = [Mapping(input_id, name, kind) for name in (*today, *sheet.columns)]
+        shares = [len(wanted.intersection(_values(sheet, one))) for one in candidates]
+        if max(shares) > 0:
+            found.append(candidates[shares.index(max(shares))])
+    return found
+
+
+def _values(sheet: Sheet, mapping: Mapping) -> set[str]:
+    cells = (value for row in sheet.rows for value in row.cells.get(mapping.column, ()))
+    return {_input(mapping, value)["value"] for value in cells}
+
+
 def _assign(
     sheet: Sheet, ports: Sequence[Port], given: Sequence[Mapping], problems: list[Problem]
 ) -> list[Mapping]:

@@ -35,6 +35,10 @@ class Turn:
         """The next attempt."""
         return replace(self, attempt=self.attempt + 1)
 
+    def before(self) -> "Turn":
+        """The attempt before."""
+        return replace(self, attempt=self.attempt - 1)
+
 
 def canonical(inputs: Iterable[Input]) -> list[Input]:
     """The inputs by id; several values of one input stay in their order."""

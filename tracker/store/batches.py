@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 from sqlalchemy import Connection, Select, and_, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from tracker.core.rowkey import Turn, row_key
+from tracker.core.rowkey import Input, Turn, row_key
 from tracker.core.run import RunStatus, Tracking
 from tracker.store import cursors
 from tracker.store.engine import Database
@@ -117,7 +117,11 @@ async def keep(db: Database, batch: BatchRow, entries: Sequence[BatchEntry]) -> 
     new = insert(batches)
     new = new.on_conflict_do_update(
         index_elements=[batches.c.batch_id],
-        set_={"name": new.excluded.name, "finished_at": None},
+        set_={
+            "name": new.excluded.name,
+            "finished_at": None,
+            "mapping": func.coalesce(batches.c.mapping, new.excluded.mapping),
+        },
     )
     rows = insert(batch_rows)
     rows = rows.on_conflict_do_update(
@@ -240,6 +244,39 @@ async def mappings(
         rows = (await connection.execute(statement)).scalars()
         found = [tuple((one[0], one[1], one[2]) for one in mapping) for mapping in rows]
     return list(dict.fromkeys(found))
+
+
+async def asked_without_mapping(
+    db: Database, workspace_id: str, technique_id: str
+) -> list[list[list[Input]]]:
+    """What rows asked for, which older versions started without keeping their batch's mapping:
+    the inputs of each, in one list for all batches that had the same inputs."""
+    statement = (
+        select(batches.c.batch_id, starts.c.inputs)
+        .join(batch_rows)
+        .join(
+            starts,
+            and_(
+                starts.c.workspace_slot == batches.c.workspace_slot,
+                starts.c.idempotency_key == batch_rows.c.idempotency_key,
+            ),
+        )
+        .where(
+            batches.c.workspace_slot == workspace_id,
+            batches.c.technique_id == technique_id,
+            batches.c.mapping.is_(None),
+            starts.c.state.not_in((StartState.STORED, StartState.REFUSED)),
+        )
+    )
+    of_batches: dict[str, list[list[Input]]] = {}
+    async with db.read() as connection:
+        for batch_id, inputs in await connection.execute(statement):
+            of_batches.setdefault(batch_id, []).append(inputs)
+    found: dict[frozenset[tuple[str, str]], list[list[Input]]] = {}
+    for rows in of_batches.values():
+        named = frozenset((one["id"], one["type"]) for inputs in rows for one in inputs)
+        found.setdefault(named, []).extend(rows)
+    return list(found.values())
 
 
 async def tallies(db: Database, batch_ids: Sequence[str]) -> dict[str, Tally]:

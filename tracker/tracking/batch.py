@@ -14,7 +14,15 @@ from decimal import Decimal
 from typing import Any, Final
 
 from tracker.core.clock import Clock
-from tracker.core.columns import Mapping, Reading, Row, read_rows, row_tags, rows_by
+from tracker.core.columns import (
+    Mapping,
+    Reading,
+    Row,
+    mapping_of,
+    read_rows,
+    row_tags,
+    rows_by,
+)
 from tracker.core.errors import (
     BudgetExceeded,
     FloraRefusal,
@@ -203,6 +211,8 @@ class Batches:
             for (position, row), digest in zip(rows, digests, strict=True)
         ]
         states = await self._states(workspace_id, planned)
+        if retry is not Retry.ALL:
+            planned = await self._with_waits(workspace_id, planned, states)
         if retry is not None:
             planned = [states[row.entry.key].retried(row, retry) for row in planned]
             states = await self._states(workspace_id, planned)
@@ -363,6 +373,23 @@ class Batches:
     async def _states(self, workspace_id: str, rows: Sequence[PlannedRow]) -> dict[str, RowState]:
         return await states_of(self._database, workspace_id, [row.entry for row in rows])
 
+    async def _with_waits(
+        self, workspace_id: str, rows: Sequence[PlannedRow], states: dict[str, RowState]
+    ) -> list[PlannedRow]:
+        """The rows; a retry that an earlier command planned and did not start waits its rest."""
+        failed = {
+            row.entry.key: replace(row.entry, turn=row.entry.turn.before())
+            for row in rows
+            if row.entry.turn.attempt and not states[row.entry.key].started
+        }
+        runs = await states_of(self._database, workspace_id, list(failed.values()))
+        return [
+            replace(row, not_before=runs[failed[row.entry.key].key].retry_not_before)
+            if row.entry.key in failed
+            else row
+            for row in rows
+        ]
+
     async def _check_mapping(
         self,
         workspace_id: str,
@@ -375,7 +402,15 @@ class Batches:
         columns would start anew by this one."""
         now = {(one.input_id, one.column, one.type or "") for one in reading.mapping}
         digests = row_digests(technique_id, [row.inputs for row in reading.rows])
-        for before in await batches.mappings(self._database, workspace_id, technique_id):
+        if all(digest in latest for digest in digests):
+            return
+        mappings = await batches.mappings(self._database, workspace_id, technique_id)
+        # Batches of before there were mappings: what their rows asked for tells it.
+        asked = await batches.asked_without_mapping(self._database, workspace_id, technique_id)
+        for inputs in asked:
+            derived = mapping_of(sheet, reading.mapping, inputs)
+            mappings.append(tuple((one.input_id, one.column, one.type or "") for one in derived))
+        for before in mappings:
             if set(before) == now or any(column not in sheet.columns for _, column, _ in before):
                 continue
             rows = rows_by(sheet, [Mapping(*one) for one in before])

@@ -104,18 +104,25 @@ class RowState:
     def retried(self, row: PlannedRow, retry: Retry) -> PlannedRow:
         """The row, for another attempt where its run failed and that is to be tried again."""
         advice, turn = self.advice, row.entry.turn
-        if advice is None or self.record is None:
+        if advice is None:
             return row
         not_before = None
         if retry is Retry.FAILED:
-            if advice is RetryAdvice.RETRY_LATER:
-                wait = RETRY_LATER_AFTER * 2 ** min(turn.attempt, 10)
-                ended = self.record.end_seen_at
-                not_before = ended and ended + min(wait, LONGEST_RETRY_LATER)
-            elif advice is not RetryAdvice.RETRY_NOW or turn.attempt:
+            not_before = self.retry_not_before
+            once = advice is RetryAdvice.RETRY_NOW and turn.attempt == 0
+            if not (once or advice is RetryAdvice.RETRY_LATER):
                 return row
         entry = replace(row.entry, turn=turn.retried())
         return replace(row, entry=entry, not_before=not_before)
+
+    @property
+    def retry_not_before(self) -> datetime | None:
+        """Of a row whose run failed by an overloaded provider: when it can be started again."""
+        if self.advice is not RetryAdvice.RETRY_LATER or self.record is None:
+            return None
+        wait = RETRY_LATER_AFTER * 2 ** min(self.entry.turn.attempt, 10)
+        ended = self.record.end_seen_at
+        return ended and ended + min(wait, LONGEST_RETRY_LATER)
 
     @property
     def why(self) -> str | None:
