@@ -32,7 +32,7 @@ class Clients:
         """The deliveries of their own that were answered 2xx."""
         self._root = root
         self._flora = flora
-        self._usual = flora.world.options  # several may let it fail at a time
+        self._errors = flora.world.options.errors
         self._http = httpx.AsyncClient(base_url=root, timeout=40, trust_env=False)
         self._waiting: set[asyncio.Task[None]] = set()
         self._asked = 0
@@ -122,12 +122,11 @@ class Clients:
         self.taken.add(key)
 
     async def _flora_fails(self) -> None:
-        world = self._flora.world
         for _ in range(3):
             await asyncio.sleep(0.7)  # long enough that runs are started, and are not seen to end
-            world.options = self._usual.with_rates({"errors": 1.0})
+            self._flora.world.change({"errors": 1.0})
             await asyncio.sleep(1.5)
-            world.options = self._usual
+            self._flora.world.change({"errors": self._errors})  # several may let it fail at a time
 
     async def _ask(self, path: str, patient: bool, **request: Any) -> httpx.Response | None:
         """The first answer that is not "later"; `None` for who is not patient and got none."""

@@ -19,7 +19,7 @@ from typing import Any, Final, Literal, TypeVar
 import httpx
 from sqlalchemy import Connection
 
-from tests.e2e.hurried import hurry_much
+from tests.e2e.hurried import forget_keys, hurry_much
 from tracker.core.entry import Entry, Seen
 from tracker.store.engine import Database
 
@@ -67,6 +67,7 @@ class Point:
 def prepare(at: Point | None) -> None:
     """Make this process hasty, and let it die `at` that point."""
     hurry_much()
+    forget_keys()
     if at is not None:
         Switch(at).install()
 

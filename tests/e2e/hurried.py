@@ -20,6 +20,8 @@ from tracker.web import server
 from tracker.worker import scheduler
 
 SPEED = 50.0
+KEYS_KEPT = 24.0
+"""Seconds for which FLORA remembers a key in place of two hours, where that is to be seen."""
 
 
 async def nap(seconds: float) -> None:
@@ -73,6 +75,11 @@ def hurry_much() -> None:
     shorten(server, GRACE=1)
     shorten(tally_keeper, LAST_FOLD_WITHIN=0.5)
     wiring.TallyKeeper = partial(wiring.TallyKeeper, gather=0.2)  # type: ignore
+
+
+def forget_keys() -> None:
+    """FLORA remembers a key for `KEYS_KEPT`: after a little less it is not sent again."""
+    shorten(recover, KEY_KEPT=timedelta(seconds=KEYS_KEPT / 2))
 
 
 def every_second(_: str) -> IntervalTrigger:

@@ -1,6 +1,8 @@
-"""Lives of `tracker` processes that are cut short: made to die, killed, frozen."""
+"""Lives of `tracker` processes that are cut short: made to die, killed, frozen; and their key."""
 
+import asyncio
 import os
+import secrets
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,6 +11,34 @@ import httpx
 
 from tests.support.forked import Forked
 from tests.support.waiting import eventually
+from tracker.simulator import Simulator
+
+
+class FloraKey:
+    """The workspace's API key, which processes read from a file, and which FLORA exchanges."""
+
+    def __init__(self, flora: Simulator, folder: Path) -> None:
+        self._flora = flora
+        self._file = folder / "flora.key"
+        self._config = folder / "tracker.toml"
+        self._config.write_text('flora_api_key = "file:flora.key"\n')
+        self._file.write_text(flora.world.options.api_key)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables with which a process uses FLORA."""
+        given = self._flora.environment
+        del given["FLORA_API_KEY"]
+        return given | {"TRACKER_CONFIG": str(self._config)}
+
+    async def exchange(self) -> None:
+        """FLORA refuses the old key, and a moment later the processes can know the new one."""
+        key = f"sk_test_{secrets.token_hex(8)}"
+        self._flora.world.change({"api_key": key})
+        await asyncio.sleep(0.2)
+        new = self._file.with_suffix(".new")
+        new.write_text(key)
+        new.rename(self._file)
 
 
 class Life:

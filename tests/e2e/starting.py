@@ -1,9 +1,10 @@
 """Starts against what real deployments meet, with processes that are killed and frozen.
 
 A gateway answers in FLORA's place while the work goes on behind it, starts are slow, answered 500
-although they run, cut or limited, FLORA knows a key only when its request is done, and statuses are
-new. Receivers are killed, and frozen for longer than their leases last. FLORA's own record tells
-whether anything was paid twice, or a run was given to a key that did not start it.
+although they run, cut or limited, FLORA knows a key only when its request is done and forgets it
+soon, statuses are new, colleagues start runs too, the API key is exchanged. Receivers are killed,
+and frozen for longer than their leases last. FLORA's own record tells whether anything was paid
+twice, or a run was given to a key that did not start it.
 """
 
 import asyncio
@@ -18,30 +19,43 @@ from typing import Any, Final
 import httpx
 import sqlalchemy as sa
 
-from tests.e2e.hurried import hurry
-from tests.e2e.lives import Life
+from tests.e2e.hurried import KEYS_KEPT, forget_keys, hurry
+from tests.e2e.lives import FloraKey, Life
 from tests.support.waiting import eventually, free_port
 from tracker.simulator import Options, Simulator, running
 from tracker.store.engine import Database
 from tracker.store.tables import starts
 
-FAULTS: Final[dict[str, Any]] = {
-    "run_seconds": 1.0,
-    "failures": 0.1,
+DEPLOYED: Final[dict[str, Any]] = {
     "keys_known": "at_end",
+    "keys_released": True,
     "slow_starts": 0.08,
-    "slow_seconds": 2.5,
     "slow_run": "last",
     "gateway_starts": 0.1,
     "gateway_works": 0.5,
-    "gateway_seconds": 0.2,
     "gateway_answers": ("502", "503", "504", "404", "empty", "page"),
     "lost_starts": 0.04,
     "failed_starts": 0.03,
+    "queued": 0.1,
+}
+"""What starts meet where FLORA and a gateway in front of it are those of real deployments."""
+FORGOTTEN: Final[dict[str, Any]] = {
+    "key_hours": KEYS_KEPT / 3600,
+    "colleague": 0.05,
+    "colleague_seconds": 0.5,
+}
+"""FLORA forgets keys soon, and a colleague starts the same technique: what is in doubt then may
+have to wait until its key is forgotten, and be left to a person."""
+FAULTS: Final[dict[str, Any]] = {
+    **DEPLOYED,
+    **FORGOTTEN,
+    "run_seconds": 1.0,
+    "failures": 0.1,
+    "slow_seconds": 2.5,
+    "gateway_seconds": 0.2,
     "cut": 0.03,
     "rate_limit": 0.03,
     "retry_after": 0,
-    "queued": 0.1,
     "second_answer": "402",
 }
 DOUBT: Final = 4
@@ -107,6 +121,7 @@ class _Endurance:
         self.figures = Figures()
         self.lives: dict[int, Life] = {}
         self._flora = flora
+        self._key = FloraKey(flora, folder)
         self._database = database
         self._database_url = database_url
         self._folder = folder
@@ -122,7 +137,7 @@ class _Endurance:
         root = f"http://127.0.0.1:{port}"
         self._count += 1
         environment = {
-            **self._flora.environment,
+            **self._key.environment,
             "TRACKER_DATABASE_URL": self._database_url,
             # Where FLORA calls back has to be there, whoever is killed: the first one's address.
             "TRACKER_PUBLIC_URL": f"http://127.0.0.1:{self._ports[0]}",
@@ -149,6 +164,8 @@ class _Endurance:
             calling = [asyncio.create_task(self._call(client)) for _ in range(AT_A_TIME)]
             while time.monotonic() < end:
                 await asyncio.sleep(self._chance.uniform(0.5, 2.0))
+                if self._chance.random() < 0.1:
+                    await self._key.exchange()
                 number = self._chance.choice(list(self.lives))
                 if self._chance.random() < 0.5:
                     self.lives[number].kill()
@@ -202,10 +219,8 @@ class _Endurance:
 
     async def settle(self, seconds: float) -> None:
         """Let callbacks come and doubts be resolved, until nothing is open or the time is up."""
-        self._flora.world.options = self._flora.world.options.with_changes(
-            dict.fromkeys(("gateway_starts", "slow_starts", "cut", "lost_starts"), 0)
-            | {"failed_starts": 0, "rate_limit": 0}
-        )
+        faults = ("gateway_starts", "slow_starts", "cut", "lost_starts", "failed_starts")
+        self._flora.world.change(dict.fromkeys((*faults, "rate_limit", "colleague"), 0))
         try:
             await eventually(self._nothing_is_open, timeout=seconds, interval=0.5)
         except AssertionError:
@@ -243,3 +258,4 @@ class _Endurance:
 def prepare() -> None:
     """Leases that last for two seconds, so that a process that is frozen loses them."""
     hurry()
+    forget_keys()

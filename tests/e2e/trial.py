@@ -19,7 +19,8 @@ import sqlalchemy as sa
 from tests.e2e.clients import OURS, Clients
 from tests.e2e.crashing import Point, prepare
 from tests.e2e.judgement import Verdict, judge, undecided_starts
-from tests.e2e.lives import Life
+from tests.e2e.lives import FloraKey, Life
+from tests.e2e.starting import DEPLOYED, FORGOTTEN
 from tests.e2e.truth import settled_runs
 from tests.support.waiting import eventually, free_port
 from tracker.core.clock import utc_now
@@ -39,12 +40,10 @@ FAULTS: dict[str, Any] = {
     "retry_after": 0,
     "errors": 0.03,
     "cut": 0.03,
-    "gateway_starts": 0.05,
-    "gateway_works": 0.5,
-    "lost_starts": 0.03,
-    "failed_starts": 0.02,
-    "keys_known": "at_end",
-    "queued": 0.05,
+    **DEPLOYED,
+    "slow_seconds": 5.0,
+    "gateway_reads": 0.02,
+    "gateway_pages": 0.02,
 }
 Role = Literal["serve", "receiver", "worker", "batch"]
 COMMANDS: dict[Role, tuple[str, ...]] = {
@@ -68,8 +67,9 @@ class Trial:
         self._port = free_port()
         root = f"http://127.0.0.1:{self._port}"
         self.clients = Clients(root, flora)
+        self._key = FloraKey(flora, directory)
         self._environment = {
-            **flora.environment,
+            **self._key.environment,
             "TRACKER_DATABASE_URL": database_url,
             "TRACKER_PUBLIC_URL": root,
             "TRACKER_START_DOUBT": "2",
@@ -118,7 +118,8 @@ class Trial:
         self, roles: Sequence[Role], seconds: float, chance: random.Random
     ) -> None:
         """Lives of each role for so long, under a stream of work, each killed at any moment of its
-        first second or two, or at the nth crash point that it comes to."""
+        first second or two, or at the nth crash point that it comes to; prices change, FLORA
+        exchanges its key, and what `FORGOTTEN` says comes to what happens always."""
         end = time.monotonic() + seconds
 
         async def die_again_and_again(role: Role) -> None:
@@ -131,8 +132,16 @@ class Trial:
                 life.kill()
                 await self._over(life)
 
+        async def change_again_and_again() -> None:
+            while time.monotonic() < end:
+                await asyncio.sleep(chance.uniform(2, 6))
+                self._flora.world.change({"price_factor": chance.choice((0.5, 1, 20))})
+                await self._key.exchange()
+
+        self._flora.world.change(FORGOTTEN)
         async with self.streaming(chance):
-            await asyncio.gather(*map(die_again_and_again, roles))
+            await asyncio.gather(change_again_and_again(), *map(die_again_and_again, roles))
+        self._flora.world.change(dict.fromkeys(FORGOTTEN, None) | {"colleague": 0})
 
     @asynccontextmanager
     async def streaming(self, chance: random.Random) -> AsyncIterator[None]:

@@ -1,8 +1,8 @@
 """FLORA as a model: its runs end when the test says so, and its requests fail where the test says.
 
 It stands at the HTTP transport, so that all of the tracker's client is the real one. The pages are
-small, cursors are offsets, and `seconds`, `lean`, `late_bills` and `conflict` choose between the
-accounts that FLORA's sources give of itself.
+small, cursors are offsets, and the attributes of `ModelFlora` choose between the accounts that
+FLORA's sources give of itself.
 """
 
 import json
@@ -16,13 +16,14 @@ import httpx
 from tests.stateful.clocks import Clocks
 
 BASE: Final = "https://flora.test/api/v1"
-KEY: Final = "sk_test_of_the_model"
 WORKSPACE: Final = "ws_model"
 TECHNIQUES: Final = {"tech_icons": "icon-pack", "tech_cards": "tarot-pull"}
 """Ids and slugs."""
 PAGE: Final = 3
 KEYS_KEPT: Final = {"replay": 24 * 3600, "conflict": 2 * 3600}
 """For how many seconds an idempotency key is remembered, by each of the two accounts."""
+WORKS_ON: Final = 100
+"""Seconds that FLORA may be at work on a start after a gateway has answered in its place."""
 
 BILLED_AFTER: Final = 50
 """Seconds after a run's end, where bills are late."""
@@ -30,9 +31,12 @@ QUOTE: Final = 0.5
 
 BEFORE: Final = ("429", "429 for long", "401", "500", "503", "no connection", "cut before")
 """Faults of a request that does nothing."""
-AFTER: Final = ("cut after", "time-out", "504", "garbage", "500 after", "404 page", "empty")
+PAGES: Final = ("502 page", "503 page", "504 page", "404 page")
+AFTER: Final = ("cut after", "time-out", "garbage", "500 after", "empty", *PAGES)
 """Faults of the answer to a request that did what was asked."""
-FAULTS: Final = (*BEFORE, *AFTER)
+LATER: Final = ("time-out, works on", "502 page, works on", "504 page, works on")
+"""The answer comes before a start is done: its run begins, and its key is known, at its end."""
+FAULTS: Final = (*BEFORE, *AFTER, *LATER)
 
 Meanwhile = Callable[[], Awaitable[None]]
 
@@ -50,6 +54,13 @@ class ModelRun:
     status: str = "pending"
     started_at: int | None = None
     completed_at: int | None = None
+    price: float = 0.25
+    queued: bool = False
+
+    @property
+    def shown(self) -> str:
+        """The status that reads show: before its end perhaps one that is not documented."""
+        return "queued" if self.queued and not self.ended else self.status
 
     @property
     def run_type(self) -> str:
@@ -61,7 +72,7 @@ class ModelRun:
 
     @property
     def cost(self) -> float:
-        return 0.25 if self.status == "completed" else 0.0
+        return self.price if self.status == "completed" else 0.0
 
     @property
     def error(self) -> dict[str, str]:
@@ -86,9 +97,18 @@ class _Strike:
 
 
 class ModelFlora:
-    """All of FLORA. `armed` holds what strikes the requests to come."""
+    """All of FLORA. `armed` holds what strikes the requests to come.
+
+    `forgets` keys after two hours whatever it answers to used ones, `releases` the key of a start
+    that was answered 500; `queues` shows runs of ours with a status that is not documented.
+    """
 
     def __init__(self, clocks: Clocks) -> None:
+        self.key = "sk_test_1"
+        self.price = 0.25
+        self.forgets = False
+        self.releases = False
+        self.queues = False
         self.runs: dict[str, ModelRun] = {}
         self.requests = 0
         self.struck = 0
@@ -99,13 +119,38 @@ class ModelFlora:
         self.late_bills = False
         self._clocks = clocks
         self._keys: dict[str, tuple[float, str, bytes]] = {}
+        self._at_work: list[tuple[float, str, dict[str, Any]]] = []
+        self._exchanges = 1
 
     def begin(self, technique_id: str | None, **started: Any) -> ModelRun:
         """A run begins; one without a technique is a generation."""
+        self.work()
+        return self._begin(technique_id, self._now(), **started)
+
+    def _begin(self, technique_id: str | None, created_at: int, **started: Any) -> ModelRun:
         run_id = f"run_{len(self.runs)}"
-        run = ModelRun(run_id=run_id, technique_id=technique_id, created_at=self._now(), **started)
+        run = ModelRun(
+            run_id=run_id,
+            technique_id=technique_id,
+            created_at=created_at,
+            price=self.price,
+            queued=self.queues and "key" in started,
+            **started,
+        )
         self.runs[run_id] = run
         return run
+
+    def work(self) -> None:
+        """Starts that were still worked on come to their end, as far as it is time."""
+        while self._at_work and self._at_work[0][0] <= self._clocks.elapsed:
+            at, technique_id, body = self._at_work.pop(0)
+            behind = round((self._clocks.elapsed - at) * 1000)
+            self._do_start(technique_id, body, at, self._now() - behind)
+
+    def exchange_key(self) -> None:
+        """The workspace's key is replaced: the old one is refused from now on."""
+        self._exchanges += 1
+        self.key = f"sk_test_{self._exchanges}"
 
     def go_on(self, run: ModelRun, status: str) -> None:
         """A run comes to be "running", "completed" or "failed"; an end is for ever."""
@@ -120,12 +165,19 @@ class ModelFlora:
     async def handle(self, request: httpx.Request) -> httpx.Response:
         """Answers a request, or fails it."""
         assert str(request.url).startswith(BASE), "the key goes to FLORA alone"
-        assert request.headers["authorization"] == f"Bearer {KEY}"
+        issued = [f"Bearer sk_test_{number + 1}" for number in range(self._exchanges)]
+        assert request.headers["authorization"] in issued
         self.requests += 1
         self._clocks.elapsed += 0.1
+        self.work()
         strike = self._struck_by()
         if strike in BEFORE:
             return self._fail(request, strike)
+        if strike not in PAGES and request.headers["authorization"] != f"Bearer {self.key}":
+            return self._refuse(401, "invalid_api_key")
+        if strike in LATER:
+            self._go_to_work(request)
+            return self._fail(request, str(strike).partition(",")[0])
         answer = self._answer(request)
         if callable(strike):
             await strike()
@@ -163,13 +215,13 @@ class ModelFlora:
                 return self._refuse(429, "rate_limited", {"retry-after": "50"})
             case "garbage":
                 return self._respond(200, b'{"run_id": "ru')
-            case "504":
-                return self._respond(504, b"<html>Gateway Time-out</html>")
-            case "404 page":
-                return self._respond(404, b"<html>Not Found</html>")
+            case "502 page" | "503 page" | "504 page" | "404 page":
+                return self._respond(int(str(fault)[:3]), b"<html>A gateway speaks</html>")
             case "empty":
                 return self._respond(200, b"")
             case "500 after":
+                if self.releases and request.method == "POST":
+                    self._keys.pop(json.loads(request.content)["idempotency_key"], None)
                 return self._refuse(500, "internal_error")
             case _:
                 return self._refuse(int(str(fault)), "some_code")
@@ -178,7 +230,7 @@ class ModelFlora:
         query = request.url.params
         match [request.method, *request.url.path.removeprefix("/api/v1/").split("/")]:
             case ["GET", "techniques", named] if (technique_id := _technique(named)) is not None:
-                return self._show(_definition(technique_id))
+                return self._show(_definition(technique_id, self.price))
             case ["POST", "techniques", named, "runs"] if (found := _technique(named)) is not None:
                 return self._start(found, request)
             case ["GET", "techniques", named, "runs", run_id]:
@@ -202,16 +254,31 @@ class ModelFlora:
         assert request.headers["idempotency-key"] == key
         asked = json.dumps([technique_id, body], sort_keys=True)
         used_at, original, answer = self._keys.get(key, (float("-inf"), "", b""))
-        if self._clocks.elapsed - used_at < KEYS_KEPT[self.idempotency]:
+        kept = KEYS_KEPT["conflict" if self.forgets else self.idempotency]
+        if self._clocks.elapsed - used_at < kept:
             if self.idempotency == "conflict":
                 return self._refuse(409, "idempotency_duplicate")
             if asked != original:
                 return self._refuse(422, "idempotency_conflict")
             return self._respond(200, answer, {"idempotent-replayed": "true"})
-        run = self.begin(technique_id, key=key, inputs=body["inputs"])
+        return self._respond(
+            201, self._do_start(technique_id, body, self._clocks.elapsed, self._now())
+        )
+
+    def _do_start(self, technique_id: str, body: dict[str, Any], at: float, now: int) -> bytes:
+        """A start's run begins, whoever else uses its key meanwhile; the answer."""
+        key = body["idempotency_key"]
+        run = self._begin(technique_id, now, key=key, inputs=body["inputs"])
         answer = json.dumps(self._sight(run)).encode()
-        self._keys[key] = (self._clocks.elapsed, asked, answer)
-        return self._respond(201, answer)
+        self._keys[key] = (at, json.dumps([technique_id, body], sort_keys=True), answer)
+        return answer
+
+    def _go_to_work(self, request: httpx.Request) -> None:
+        """A start is done when a gateway has long answered in FLORA's place."""
+        match [request.method, *request.url.path.removeprefix("/api/v1/").split("/")]:
+            case ["POST", "techniques", named, "runs"] if (found := _technique(named)) is not None:
+                ends_at = self._clocks.elapsed + WORKS_ON
+                self._at_work.append((ends_at, found, json.loads(request.content)))
 
     def _list(self, run_type: str, name: str, query: httpx.QueryParams) -> httpx.Response:
         technique_id = query.get("technique_id")
@@ -239,7 +306,7 @@ class ModelFlora:
         }
         return {
             "run_id": run.run_id,
-            "status": run.status,
+            "status": run.shown,
             "progress": {"pending": 0, "running": 40}.get(run.status, 100),
             "poll_url": f"{BASE}/{path}/{run.run_id}",
             "outputs": run.outputs,
@@ -298,12 +365,12 @@ def asks_for(prompt: str) -> list[dict[str, str]]:
     return [{"id": "prompt", "type": "text", "value": prompt}]
 
 
-def _definition(technique_id: str) -> dict[str, Any]:
+def _definition(technique_id: str, price: float) -> dict[str, Any]:
     prompt = {"id": "prompt", "name": "Prompt", "type": "text"}
     return {
         "technique_id": technique_id,
         "name": "A technique",
-        "run_cost": 0.25,
+        "run_cost": price,
         "inputs": [prompt],
         "outputs": [],
     }

@@ -32,6 +32,9 @@ _NTH: Final = st.integers(0, 7)
 _END: Final = st.sampled_from(["completed", "failed"])
 _SOON: Final = st.integers(0, 3)
 
+ACCOUNTS: Final = ("lean", "seconds", "late_bills", "forgets", "releases", "queues")
+"""What FLORA may do or not, by the attributes of the model."""
+
 _there_are_runs = precondition(lambda self: self.world.flora.runs)
 
 
@@ -60,21 +63,18 @@ class TrackerMachine(RuleBasedStateMachine):
         self.world.figures["examples"] += 1
 
     @initialize(
-        conflict=st.booleans(),
-        lean=st.booleans(),
-        seconds=st.booleans(),
-        late_bills=st.booleans(),
+        idempotency=st.sampled_from(["replay", "conflict"]),
+        true=st.sets(st.sampled_from(ACCOUNTS)),
         told=st.booleans(),
         runs=st.integers(0, 5),
     )
-    def begin(
-        self, conflict: bool, lean: bool, seconds: bool, late_bills: bool, told: bool, runs: int
-    ) -> None:
+    def begin(self, idempotency: str, true: set[str], told: bool, runs: int) -> None:
         """Which of FLORA's accounts are true, whether we were told our workspace's id, and how many
         runs are there already."""
         flora = self.world.flora
-        flora.idempotency = "conflict" if conflict else "replay"
-        flora.lean, flora.seconds, flora.late_bills = lean, seconds, late_bills
+        flora.idempotency = idempotency
+        for account in ACCOUNTS:
+            setattr(flora, account, account in true)
         for _ in range(runs):
             flora.begin("tech_cards")
         self.world.told = WORKSPACE if told else None
@@ -115,6 +115,16 @@ class TrackerMachine(RuleBasedStateMachine):
 
         flora.arm(happens, after=after)
 
+    @rule(price=st.sampled_from([0.25, 4.0]))
+    def price_changes(self, price: float) -> None:
+        """Runs that begin from now on cost that."""
+        self.world.flora.price = price
+
+    @rule()
+    def key_is_exchanged(self) -> None:
+        """FLORA refuses our key from now on; the next process has the new one."""
+        self.world.flora.exchange_key()
+
     # Callbacks
 
     @_there_are_runs
@@ -132,6 +142,7 @@ class TrackerMachine(RuleBasedStateMachine):
         memory, flora = self.world.memory, self.world.flora
         sent = list(memory.callbacks.values())[nth % len(memory.callbacks)]
         self.world.do(self.world.process.services.applier.drain())
+        self.world.check()
         known, before = sent.taken > 0, (flora.requests, memory.events.copy())
         self.world.do(self.world.deliver(sent))
         self.world.check()
@@ -182,6 +193,7 @@ class TrackerMachine(RuleBasedStateMachine):
         """A run is started under a new key."""
         world, key = self.world, f"key-{self.world.next()}"
         quiet = not world.flora.armed and world.process.doom is None and not world.flora_waits
+        quiet = quiet and world.process.key == world.flora.key
         status = world.do(world.start(key, "a cat"))
         assert not quiet or status == 201, "nothing was in the way"
         return key
@@ -278,6 +290,8 @@ class TrackerMachine(RuleBasedStateMachine):
         """At the end everything settles, unless something has failed already."""
         try:
             if sys.exception() is None:
+                if self.world.process.key != self.world.flora.key:
+                    self.world.restart()
                 self.world.run(settle(self.world))
                 self.world.check()
         finally:

@@ -14,7 +14,7 @@ import httpx
 from sqlalchemy import Connection
 
 from tests.stateful.clocks import Clocks
-from tests.stateful.flora import BASE, KEY, ModelFlora
+from tests.stateful.flora import BASE, ModelFlora
 from tracker.core.errors import StoreError
 from tracker.flora.client import FloraClient
 from tracker.settings import Settings
@@ -39,6 +39,8 @@ class Process:
     services: Services
     http: httpx.AsyncClient
     """Asks its web application."""
+    key: str
+    """Its key to FLORA: the one that counted when it began."""
 
     def __init__(self) -> None:
         self.doom: tuple[str, int] | None = None
@@ -57,9 +59,10 @@ class Process:
     ) -> Self:
         """A new process with these signing secrets; it may have to learn its workspace's id."""
         process = cls()
+        process.key = flora.key
         settings = Settings(
             flora_base_url=BASE,
-            flora_api_key=KEY,
+            flora_api_key=process.key,
             flora_workspace_id=workspace_id,
             flora_webhook_secret=" ".join(secrets),
             tracker_database_url=database_url,
@@ -79,7 +82,7 @@ class Process:
         workspace.client = await enter(
             FloraClient(
                 base_url=BASE,
-                api_key=KEY,
+                api_key=process.key,
                 concurrency=1,
                 deadline=25.0,
                 clock=clocks.ours,

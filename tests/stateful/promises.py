@@ -191,6 +191,8 @@ def _the_end_is_somebodys_word(record: Record, truth: ModelRun | None, said: set
     """The API's where it has spoken, else an authentic callback's; and a contradiction shows."""
     run = record.run
     allowed = () if truth is None else _STANDINGS[truth.status]
+    if truth is not None and truth.queued:
+        allowed = (*allowed, Standing.RUNNING)  # as which an unknown status counts
     if run.standing.ended and not run.standing.ended_at_api:
         assert run.status.value == ("completed" if "completed" in said else "failed")
         assert run.status.value in said

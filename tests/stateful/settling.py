@@ -23,6 +23,7 @@ async def settle(world: World) -> None:
     world.process.doom = None
     clocks.ahead = 0
     clocks.elapsed += CALM
+    flora.work()
     for number, run in enumerate(flora.runs.values()):
         flora.go_on(run, ("completed", "failed")[number % 2])
     await services.applier.drain()

@@ -79,6 +79,7 @@ class World:
 
     def check(self) -> None:
         """All promises."""
+        self.flora.work()
         now = self.run(snapshot(self.process.services.database))
         check(now, self.flora, self.memory, holder=self.process.holder)
 
