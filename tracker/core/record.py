@@ -171,13 +171,19 @@ def _sighted(
     return before if before is not None and after == before else after
 
 
-def since_end(run: Run, end_seen_at: datetime, at: datetime, skew: float = 0.0) -> timedelta:
-    """How long the run had ended at that moment: by FLORA's time of the end, on whose clock `skew`
-    seconds more have passed, and at least since the end was seen here."""
-    seen = at - end_seen_at
-    if run.completed_at is None:
-        return max(seen, timedelta(0))
-    return max(seen, at + timedelta(seconds=skew) - run.completed_at, timedelta(0))
+def since_end(
+    run: Run, end_seen_at: datetime, at: datetime, skew: float | None = None
+) -> timedelta:
+    """How long the run had ended at that moment.
+
+    By FLORA's time of the end, on whose clock `skew` seconds more have passed; where one of them is
+    not known, at least since the end was seen here. (A callback may tell of an end that comes.)
+    """
+    since = at - end_seen_at
+    if run.completed_at is not None:
+        by_flora = at + timedelta(seconds=skew or 0.0) - run.completed_at
+        since = by_flora if skew is not None else max(since, by_flora)
+    return max(since, timedelta(0))
 
 
 def _billed_whole(run: Run, cost_final: bool) -> bool:
