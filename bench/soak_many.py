@@ -4,8 +4,9 @@
         [--json FILE]
 
 Receivers and workers, some of them on machines whose clocks are minutes wrong, bring runs to their
-end while FLORA loses and doubles callbacks. One receiver and one worker are killed on the way, and
-the connections that carry notifications are cut again and again. Triggers in the database and
+end while FLORA loses and doubles callbacks, stands behind a gateway, forgets keys soon, has
+colleagues start runs too, and exchanges its key. One receiver and one worker are killed on the way,
+and the connections that carry notifications are cut again and again. Triggers in the database and
 FLORA's own record of what it was asked tell whether anything was done twice, or late.
 """
 
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.e2e.many import Figures, endure
+from tests.e2e.starting import FORGOTTEN
 from tests.support.databases import migrate
 from tests.support.postgres import PostgresServer
 from tracker.worker.scheduler import TICK
@@ -37,6 +39,8 @@ async def soak(runs: int, receivers: int, workers: int, cut_every: float) -> Fig
             runs=runs,
             cut_every=cut_every or None,
             within=SETTLED_WITHIN,
+            exchange_every=5.0,
+            **FORGOTTEN,
         )
 
 
@@ -48,6 +52,9 @@ def told(figures: Figures) -> dict[str, Any]:
         "runs": figures.asked,
         "runs_begun_at_flora": figures.begun,
         "runs_settled": figures.settled,
+        "starts": dict(figures.keys.states),
+        "paid_twice": len(figures.keys.paid_twice),
+        "runs_under_a_wrong_key": len(figures.keys.wrong) + len(figures.keys.told_wrong),
         "processes_killed": figures.killed,
         "seconds": round(figures.seconds, 1),
         "claims": len(seen.late),

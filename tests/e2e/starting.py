@@ -21,6 +21,7 @@ import sqlalchemy as sa
 
 from tests.e2e.hurried import KEYS_KEPT, forget_keys, hurry
 from tests.e2e.lives import FloraKey, Life
+from tests.e2e.truth import keys_of
 from tests.support.waiting import eventually, free_port
 from tracker.simulator import Options, Simulator, running
 from tracker.store.engine import Database
@@ -66,8 +67,7 @@ AT_A_TIME: Final = 12
 
 @dataclass(slots=True, kw_only=True)
 class Figures:
-    """What came of it. `paid_twice` and `wrong` are keys, `told_wrong` those whose callers were
-    told of another run."""
+    """What came of it; `states` and what follows are as in `Keys`."""
 
     keys: int = 0
     runs: int = 0
@@ -237,21 +237,11 @@ class _Endurance:
 
     async def judge(self) -> Figures:
         """Compare with FLORA's own record of which key started which run."""
-        figures, started_with = self.figures, self._flora.world.started_with
-        async with self._database.read() as connection:
-            rows = (await connection.execute(sa.select(starts))).all()
-        figures.keys, figures.runs = len(rows), len(started_with)
-        figures.states.update(row.state for row in rows)
-        paid = Counter(started_with.values())
-        figures.paid_twice = [key for key, count in paid.items() if count > 1]
-        figures.wrong = [
-            row.idempotency_key
-            for row in rows
-            if row.run_id is not None and started_with.get(row.run_id) != row.idempotency_key
-        ]
-        figures.told_wrong = [
-            key for key, run_id in self._told.items() if started_with.get(run_id) != key
-        ]
+        figures, keys = self.figures, await keys_of(self._database, self._flora, self._told)
+        figures.keys, figures.runs = keys.states.total(), len(self._flora.world.started_with)
+        figures.states = keys.states
+        figures.paid_twice, figures.wrong = keys.paid_twice, keys.wrong
+        figures.told_wrong = keys.told_wrong
         return figures
 
 

@@ -1,12 +1,16 @@
 """What the simulator knows against what the database says."""
 
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import sqlalchemy as sa
 
+from tracker.simulator import Simulator
 from tracker.store.engine import Database
-from tracker.store.tables import run_outputs, runs
+from tracker.store.tables import run_outputs, runs, starts
 
 
 async def settled_runs(database: Database) -> int:
@@ -14,6 +18,36 @@ async def settled_runs(database: Database) -> int:
     async with database.read() as connection:
         query = sa.select(sa.func.count()).where(runs.c.tracking == "settled")
         return (await connection.execute(query)).scalar_one()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keys:
+    """What FLORA's own record of keys and runs says against the start log. `paid_twice` and `wrong`
+    are keys, `told_wrong` those whose callers were told of another run."""
+
+    started: frozenset[str]
+    states: Counter[str]
+    paid_twice: list[str]
+    wrong: list[str]
+    told_wrong: list[str]
+
+
+async def keys_of(database: Database, flora: Simulator, told: Mapping[str, str]) -> Keys:
+    """Which run each key started; `told` are the runs that callers were answered with."""
+    started_with = flora.world.started_with
+    async with database.read() as connection:
+        rows = (await connection.execute(sa.select(starts))).all()
+    return Keys(
+        started=frozenset(started_with.values()),
+        states=Counter(row.state for row in rows),
+        paid_twice=[key for key, count in Counter(started_with.values()).items() if count > 1],
+        wrong=[
+            row.idempotency_key
+            for row in rows
+            if row.run_id is not None and started_with.get(row.run_id) != row.idempotency_key
+        ],
+        told_wrong=[key for key, run_id in told.items() if started_with.get(run_id) != key],
+    )
 
 
 async def true_records(simulator: str) -> dict[str, dict[str, Any]]:
