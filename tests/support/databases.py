@@ -83,7 +83,8 @@ class PostgresDatabases:
     @contextmanager
     def _database(self, template: str) -> Iterator[str]:
         name = f"{self._prefix}_{next(self._count)}"
-        self._execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+        # A copy of the files is ten times as fast as one that is written to the log.
+        self._execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}" STRATEGY FILE_COPY')
         try:
             yield self._url_of(name)
         finally:

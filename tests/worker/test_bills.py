@@ -21,11 +21,20 @@ async def start(services: Services, count: int) -> list[str]:
     return [(await services.starter.start(request)).record.run.run_id for _ in range(count)]
 
 
+async def find(services: Services, flora: Simulator, count: int) -> None:
+    """So many runs that somebody else started are found by a sweep."""
+    for _ in range(count):
+        flora.start("icon-pack")
+    [workspace] = services.workspaces
+    await services.sweeper.sweep(workspace)
+
+
 async def settle_all(services: Services, clock: HandClock) -> None:
-    """Poll until nothing is active."""
+    """Poll every few seconds until nothing is active."""
     while (due := await services.poller.next_due_at()) is not None:
-        clock.move(max((due - clock()).total_seconds(), 0))
-        await services.poller.poll_due()
+        clock.move(max((due - clock()).total_seconds(), 5))
+        while (await services.poller.poll_due()).more:
+            pass
 
 
 async def recheck(services: Services, clock: HandClock, *, until: float, every: float = 30) -> None:
@@ -178,7 +187,7 @@ async def test_many_bills_share_pages(
     """Two hundred runs whose bills are due are read again by two pages; a lone run by one read."""
     async with make_flora() as flora:
         services = await open_on(flora)
-        await start(services, 200)
+        await find(services, flora, 200)
         await settle_all(services, clock)
         clock.move(120)
         before = reads_of(flora)
@@ -199,7 +208,7 @@ async def test_bills_that_are_late_cost_no_single_reads(
     """Where the pages show that bills are not there yet, one run is read alone, not each."""
     async with make_flora(late_bills=1.0, bill_seconds=(600.0,)) as flora:
         services = await open_on(flora)
-        await start(services, 100)
+        await find(services, flora, 100)
         await settle_all(services, clock)
         clock.move(60)
         report = await services.poller.recheck_due()
