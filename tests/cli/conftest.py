@@ -5,7 +5,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,8 +29,10 @@ class Commands:
         self.folder = folder
         self.environ: dict[str, str] = {}
 
-    def __call__(self, *arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
-        """Run a command to its end."""
+    def __call__(
+        self, *arguments: str, prepare: Callable[[], None] | None = None, **environ: str
+    ) -> "subprocess.CompletedProcess[str]":
+        """Run a command to its end; its process calls `prepare` first."""
         with TemporaryDirectory() as place:
             output, errors = Path(place, "stdout"), Path(place, "stderr")
             process = Forked.begin(
@@ -38,6 +41,7 @@ class Commands:
                 output=output,
                 errors=errors,
                 folder=self.folder,
+                prepare=prepare,
             )
             status = process.join(timeout=50)
             return subprocess.CompletedProcess(
@@ -73,9 +77,14 @@ class Commands:
                 process.communicate()
                 raise
 
+    @property
+    def essential(self) -> dict[str, str]:
+        """What every process finds set."""
+        kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        return kept | {"COLUMNS": "100"}
+
     def _environ(self, more: Mapping[str, str]) -> dict[str, str]:
-        essential = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-        return {**essential, "COLUMNS": "100", **self.environ, **more}
+        return {**self.essential, **self.environ, **more}
 
 
 @pytest.fixture
@@ -93,13 +102,18 @@ def stack() -> Iterator[ExitStack]:
 
 def simulate(tracker: Commands, stack: ExitStack, *arguments: str) -> None:
     """Start `tracker simulate` on a free port, and let later commands use it."""
-    simulator = stack.enter_context(
-        tracker.running("simulate", "--port", "0", "--json", *arguments)
+    output, errors = (tracker.folder / f"simulate.{name}" for name in ("out", "err"))
+    output.write_text("")
+    simulator = Forked.begin(
+        *("simulate", "--port", "0", "--json", *arguments),
+        env=tracker.essential,
+        output=output,
+        errors=errors,
+        folder=tracker.folder,
     )
-    assert simulator.stdout is not None
-    text = ""
-    while not text.endswith("\n}\n"):
-        line = simulator.stdout.readline()
-        assert line, "the simulator ended before it was ready"
-        text += line
+    stack.callback(simulator.join, timeout=15)
+    stack.callback(simulator.send_signal, signal.SIGTERM)
+    while not (text := output.read_text()).endswith("\n}\n"):
+        assert simulator.returncode is None, errors.read_text()
+        time.sleep(0.01)
     tracker.environ |= json.loads(text)["environment"]

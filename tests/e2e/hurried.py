@@ -20,7 +20,7 @@ from tracker.web import server
 from tracker.worker import scheduler
 
 SPEED = 50.0
-KEYS_KEPT = 24.0
+KEYS_KEPT = 16.0
 """Seconds for which FLORA remembers a key in place of two hours, where that is to be seen."""
 
 

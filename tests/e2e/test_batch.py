@@ -1,23 +1,21 @@
 """A batch against everything that may go wrong: it is repeated until done, and pays once."""
 
-import asyncio
 import csv
 import io
 import json
-import os
 import signal
-import sys
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
+from tests.e2e.hurried import hurry
+from tests.e2e.lives import Life
 from tests.e2e.truth import assert_all_true
+from tests.support.forked import Forked
 from tests.support.waiting import eventually, free_port
 from tracker.simulator import Options, Simulator, running
 from tracker.store.engine import Database
@@ -55,12 +53,10 @@ class Command:
     def __init__(self, folder: Path, flora: Simulator, database_url: str) -> None:
         self._folder = folder
         self._port = free_port()
+        self._commands = 0
         self._environ = {
             "TRACKER_PUBLIC_URL": f"http://127.0.0.1:{self._port}",
             "TRACKER_START_DOUBT": "2",
-            "PATH": os.environ["PATH"],
-            "HOME": os.environ.get("HOME", "/"),
-            "PYTHONPATH": str(Path(__file__).parents[2]),
             **flora.environment,
             "TRACKER_DATABASE_URL": database_url,
             "TRACKER_API_CONCURRENCY": "8",
@@ -72,54 +68,50 @@ class Command:
     @asynccontextmanager
     async def served(self) -> AsyncIterator[None]:
         """Serve while the block lasts."""
-        serving = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "tests.e2e.hurried", "serve", "--port", str(self._port)),
-            cwd=self._folder,
+        serving = Life.begin(
+            *("serve", "--port", str(self._port)),
             env=self._environ,
-            stderr=asyncio.subprocess.PIPE,
+            log=self._folder / "serve.log",
+            prepare=hurry,
         )
         try:
-            async with httpx.AsyncClient(trust_env=False) as client:
-                await eventually(partial(self._is_there, client), timeout=30)
+            assert await serving.ready(f"http://127.0.0.1:{self._port}/healthz"), serving.log
             yield
         finally:
-            serving.terminate()
-            _, errors = await serving.communicate()
-            assert b"Traceback" not in errors, errors.decode()
+            serving.tell()
+            await serving.end()
+            assert "Traceback" not in serving.log, serving.log
 
-    async def _is_there(self, client: httpx.AsyncClient) -> bool:
-        try:
-            return (await client.get(f"http://127.0.0.1:{self._port}/healthz")).is_success
-        except httpx.TransportError:
-            return False
-
-    async def begin(self) -> asyncio.subprocess.Process:
-        """Start it."""
-        return await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "tests.e2e.hurried"),
+    def begin(self) -> Forked:
+        """Start it; what it prints and says is in the files `N.out` and `N.err`."""
+        self._commands += 1
+        return Forked.begin(
             *("batch", "icon-pack", "icons.csv", "--json"),
-            cwd=self._folder,
             env=self._environ,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
+            output=self._folder / f"{self._commands}.out",
+            errors=self._folder / f"{self._commands}.err",
+            folder=self._folder,
+            prepare=hurry,
         )
 
     async def run(self) -> tuple[int, dict[str, Any], str]:
         """Run it to its end: exit status, what it prints, what it says."""
-        process = await self.begin()
-        output, errors = await process.communicate()
-        assert b"Traceback" not in errors, errors.decode()
-        return process.returncode or 0, json.loads(output), errors.decode()
+        status = await self.begin().wait(timeout=100)
+        output, errors = (
+            (self._folder / f"{self._commands}.{name}").read_text() for name in ("out", "err")
+        )
+        assert "Traceback" not in errors, errors
+        return status, json.loads(output), errors
 
 
 async def killed_and_repeated(
     command: Command, flora: Simulator
 ) -> tuple[int, dict[str, Any], str]:
     """Kill the command in the middle, then repeat it until nothing changes any more."""
-    first = await command.begin()
+    first = command.begin()
     await eventually(lambda: len(flora.world.runs) >= KILLED_AFTER, timeout=30)
     first.send_signal(signal.SIGKILL)
-    await first.communicate()
+    await first.wait()
     assert len(flora.world.runs) < ROWS
     before = None
     while True:

@@ -17,7 +17,7 @@ async def test_nothing_is_paid_twice_and_no_run_is_another_keys(
     figures = await endure(
         database_url,
         tmp_path,
-        seconds=10,
+        seconds=5,
         receivers=receivers,
         seed=1,
         calm=30,
