@@ -280,6 +280,14 @@ def test_a_cost_is_final_once_it_was_read_long_enough_after_the_end() -> None:
     assert record.run.charged_cost == Decimal(2)
 
 
+def test_a_callback_that_came_before_the_end_makes_no_cost_final() -> None:
+    """The wait counts from FLORA's time of the end: a failed run still shows its quote then."""
+    failed = {"charged_cost": Decimal(1), "completed_at": START + timedelta(seconds=70)}
+    listed = Seen(observation=seen(Source.HISTORY, RunStatus.FAILED, at=71, **failed))
+    record = after([started(), callback(RunStatus.FAILED, at=5), listed])
+    assert (record.cost_final, seconds(record.recheck_at)) == (False, 130)
+
+
 def test_rechecks_wait_twice_as_long_each_time_until_they_are_given_up() -> None:
     """A cost that never comes: 60 s after the end, then 120 s later, 240 s, … for a day."""
     record = after([started(), billed(Source.POLL, 10, reads=1)])
