@@ -135,7 +135,8 @@ class Clients:
                 answer = await self._http.post(path, **request)
                 if answer.status_code == 504 and "start_pending" in answer.text:
                     return answer  # its run may call back to nobody
-                if answer.status_code not in (502, 503, 504):
+                # 404: a gateway's to the read of the technique, which is there.
+                if answer.status_code not in (404, 502, 503, 504):
                     return answer
             except httpx.TransportError:
                 pass  # the tracker is dead

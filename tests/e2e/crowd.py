@@ -189,7 +189,8 @@ class Crowd:
                     self.started[key] = answer.json()["run_id"]
                     self.slowest_start = max(self.slowest_start, time.monotonic() - began)
                     return
-                assert answer.status_code in (409, 502, 503, 504), answer.text
+                # 404: a gateway's to the read of the technique, which is there.
+                assert answer.status_code in (404, 409, 502, 503, 504), answer.text
                 if answer.json()["error"]["code"] in ("start_pending", "start_unresolved"):
                     # Its answer is lost, and its run, if there is one, may call back to nobody.
                     self.undecided.add(key)

@@ -14,7 +14,7 @@ async def test_many_processes_do_everything_once(tmp_path: Path, postgres_url: s
     killed on the way: every run is started once and ends up true, no claim and no lease is taken
     from who has it, no run is read twice, no two sweeps go on at once, and no look is late by a
     tick."""
-    figures = await endure(postgres_url, tmp_path, receivers=2, workers=2, runs=120)
+    figures = await endure(postgres_url, tmp_path, receivers=2, workers=2, runs=80)
     assert figures.broken == []
     assert len(figures.seen.claimed_by) == 2
     assert figures.seen.late[-1] < TICK

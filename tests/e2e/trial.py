@@ -41,6 +41,11 @@ FAULTS: dict[str, Any] = {
     "errors": 0.03,
     "cut": 0.03,
     **DEPLOYED,
+    # Each life waits for what is in doubt, and there are many lives.
+    "gateway_starts": 0.05,
+    "lost_starts": 0.02,
+    "failed_starts": 0.02,
+    "slow_starts": 0.02,
     "slow_seconds": 5.0,
     "gateway_reads": 0.02,
     "gateway_pages": 0.02,
@@ -213,8 +218,8 @@ class Trial:
 
         try:
             await eventually(calm_or_over, timeout=150, interval=0.03)
-        except AssertionError:
-            raise AssertionError(f"it did not settle:\n{life.log}") from None
+        except AssertionError as error:
+            raise AssertionError(f"it did not settle: {error}\n{life.log}") from None
 
     async def _calm(self) -> bool:
         if await settled_runs(self._database) < len(self._flora.world.runs):
