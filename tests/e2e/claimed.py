@@ -116,8 +116,9 @@ async def found(database_url: str, flora: Simulator) -> Found:
 def _read_twice(flora: Simulator, claims: list[Any]) -> list[str]:
     """Reads of one run alone that follow one another without a cause.
 
-    The causes: it has ended in between, the read before brought nothing, the poll interval has
-    passed and it had not ended, or a dead process's claim has run out.
+    The causes: it has ended in between, the read before brought nothing or a status that is not
+    documented, the poll interval has passed and it had not ended, or a dead process's claim has run
+    out.
     """
     taken_over: dict[str, list[float]] = defaultdict(list)
     for claim in claims:
@@ -130,11 +131,13 @@ def _read_twice(flora: Simulator, claims: list[Any]) -> list[str]:
     twice = []
     for run_id, asked_for in reads.items():
         ended = flora.world.runs[run_id].completed_ms
+        is_odd = flora.world.runs[run_id].unfinished_name is not None
         for one, other in pairwise(asked_for):
             over = taken_over[run_id]
             after_one = bisect_left(over, one.at_ms)
             has_cause = (
                 one.status != 200
+                or (is_odd and one.at_ms < ended)
                 or one.at_ms < ended <= other.at_ms
                 or (one.at_ms < ended and other.at_ms - one.at_ms >= JITTER * POLL_INTERVAL * 1000)
                 or (after_one < len(over) and over[after_one] <= other.at_ms)
