@@ -49,11 +49,11 @@ CREATE TRIGGER witness AFTER UPDATE ON starts FOR EACH ROW
 CREATE TRIGGER witness AFTER INSERT OR UPDATE ON leases FOR EACH ROW
     EXECUTE FUNCTION witness('name', 'holder', 'until');
 """
+# A wait that FLORA asked for is nobody's own: whoever is told of a longer one prolongs it.
 STOLEN = """
 SELECT what, key, was, holder, was_until - at AS left_to_run FROM witnessed
 WHERE was <> holder AND was_until > at + $1 AND key NOT LIKE 'wait:%'
 """
-# A wait that FLORA asked for is nobody's: whoever is told of a longer one prolongs it.
 # What was free is late from when it was due; what a dead process held, from when that ran out.
 CLAIMS = """
 SELECT key, at, holder, was IS NOT NULL AS taken_over,

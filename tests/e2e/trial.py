@@ -146,7 +146,7 @@ class Trial:
         self._flora.world.change(FORGOTTEN)
         async with self.streaming(chance):
             await asyncio.gather(change_again_and_again(), *map(die_again_and_again, roles))
-        self._flora.world.change(dict.fromkeys(FORGOTTEN, None) | {"colleague": 0})
+        self._flora.world.change({"key_hours": None, "colleague": 0})
 
     @asynccontextmanager
     async def streaming(self, chance: random.Random) -> AsyncIterator[None]:
