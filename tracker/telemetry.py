@@ -18,7 +18,6 @@ from sqlalchemy import Engine
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tracker import __version__
-from tracker.web.callback_path import shown
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import SpanProcessor
@@ -95,6 +94,7 @@ async def tracing(
 
 def _without_tokens(traces: Callable[..., ASGIApp], app: ASGIApp, **options: Any) -> ASGIApp:
     """The tracing layer, to which a start's callback address is shown without its token."""
+    from tracker.web.callback_path import shown  # noqa: PLC0415
 
     async def outer(scope: Scope, receive: Receive, send: Send) -> None:
         if "path" in scope:
