@@ -291,7 +291,7 @@ async def test_a_row_that_another_process_is_sending_waits_its_turn(
     )
     key = row.entry.key
     assert await starts.take(services.database, "ws_simulator", key, "other", clock(), HELD)
-    services.starter._deadline = 0.2
+    services.starter._deadline = 1.0
     seen: list[BatchProgress] = []
     planned = await plan(services, "a", "b")
     working = asyncio.create_task(
