@@ -317,6 +317,7 @@ async def open_services(
                 database=database,
                 door=door,
                 workspaces=workspaces,
+                ids=ids,
                 durations=durations,
                 gathering=gathering,
                 holder=process,

@@ -16,7 +16,7 @@ from sqlalchemy import Engine, event, text
 from sqlalchemy.dialects import postgresql
 
 from tests.store.making import NOW, apply_all, callback, delivery, open_door, open_inbox
-from tracker.store import batch_postgres, claims, gauges, listed, read, starts, sweeps
+from tracker.store import batch_postgres, claims, gauges, listed, read, starts
 from tracker.store.batch_postgres import APPLIED, LOCK_RUNS, TAKE_WAITING
 from tracker.store.engine import Database, migration_engine
 from tracker.store.inbox_postgres import STORE
@@ -180,10 +180,6 @@ QUERIES: dict[str, tuple[Callable[[Database], Awaitable[Any]], str]] = {
     "whether there are generation runs": (
         lambda db: read.has_generations(db, ["ws_1", None]),
         "ix_runs_generations",
-    ),
-    "the oldest open run": (
-        lambda db: sweeps.oldest_unfinished_since(db, None, NOW - timedelta(days=9)),
-        "ix_runs_newest_not_settled",
     ),
 }
 

@@ -34,6 +34,7 @@ async def no_pause(_: float) -> None:
 
 async def prune(services: Services, clock: HandClock) -> dict[str, int]:
     """The history is swept, and a quarter later what has settled until now goes."""
+    clock.move(300)
     await sweep(services)
     clock.move(LATER)
     services.pruner._sleep = no_pause

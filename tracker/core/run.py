@@ -22,10 +22,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from enum import IntEnum, StrEnum
-from typing import Final
+from typing import Final, Literal
 
 from tracker.core.quick import quick_dataclass
 from tracker.core.retry import RetryAdvice, retry_advice
+
+RunType = Literal["technique", "generation"]
+"""The kinds of runs, each with a list of its own at FLORA."""
 
 
 class RunStatus(StrEnum):

@@ -304,7 +304,8 @@ class FloraClient:
         call = Call(
             endpoint=f"GET /{path}",
             url=self._addresses.url(path, technique_id=technique_id, cursor=cursor, limit=limit),
-            lists=technique_id is None,  # a filter that is refused says nothing about the key
+            # A filter, or a kind that a workspace may not have, says nothing about the key.
+            lists=technique_id is None and kind == "technique",
             fresh=self._fresh,
         )
         answer = await self._caller.call(call, deadline=deadline)

@@ -1,5 +1,8 @@
-"""Reading a list page after page, to its end."""
+"""Reading a list page after page, to its end, and the one form of cursor that can be made here."""
 
+import base64
+import binascii
+import json
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import TypeVar
 
@@ -24,5 +27,32 @@ async def pages(read: Callable[[str | None], Awaitable[Page[T]]]) -> AsyncGenera
         if cursor is None:
             return
         if cursor in seen:
-            raise FloraUnreadable("the list has no end: FLORA gave the same cursor twice")
+            raise circular()
         seen.add(cursor)
+
+
+def circular() -> FloraUnreadable:
+    """The error for a list whose cursors lead back to a page that was read."""
+    return FloraUnreadable("the list has no end: FLORA gave the same cursor twice")
+
+
+def offset_of(cursor: str) -> int | None:
+    """The offset that a cursor stands for; `None` where it says anything else, or cannot be read.
+
+    FLORA's reference shows base64url of `{"offset":20}`, without padding (flora-api.md, 6).
+    """
+    try:
+        raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
+        match json.loads(raw):
+            case {"offset": int(offset), **more} if not more and offset >= 0:
+                return offset
+    except (ValueError, binascii.Error, RecursionError):
+        pass
+    return None
+
+
+def cursor_at(offset: int) -> str | None:
+    """The inverse of `offset_of`; the list's top needs no cursor."""
+    if offset == 0:
+        return None
+    return base64.urlsafe_b64encode(b'{"offset":%d}' % offset).rstrip(b"=").decode("ascii")

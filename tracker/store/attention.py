@@ -29,6 +29,7 @@ SWEEPS: Final = table(
         )
     ),
     column("last_error", CleanText),
+    column("last_generations_error", CleanText),
 )
 
 
@@ -37,7 +38,8 @@ class SweepHealth(NamedTuple):
 
     `complete_at` is the end of the last complete one, `through` and `generations_through` the
     moments, by FLORA's clock, through which its history is verified; `last_error` is why the last
-    one failed, `None` where it did not (or has not ended: then `last_finished_at` is `None`).
+    one failed, `None` where it did not (or has not ended: then `last_finished_at` is `None`), and
+    `generations_error` why it could not read generations.
     """
 
     workspace_id: str | None
@@ -48,6 +50,7 @@ class SweepHealth(NamedTuple):
     complete_at: datetime | None
     through: datetime | None
     generations_through: datetime | None
+    generations_error: str | None = None
 
 
 async def overdue(
@@ -88,6 +91,7 @@ async def sweep_health(db: Database) -> list[SweepHealth]:
     names = (
         *("workspace_id", "last_started_at", "last_finished_at", "last_error"),
         *("complete_started_at", "complete_finished_at", "through", "generations_through"),
+        "last_generations_error",
     )
     statement = select(*(SWEEPS.c[name] for name in names))
     async with db.read() as connection:

@@ -12,7 +12,8 @@ from typing import Any, Literal, NamedTuple
 from sqlalchemy import Connection, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from tracker.store import sweeps
+from tracker.core.run import RunType
+from tracker.store.coverage import covers, everything
 from tracker.store.engine import Database
 from tracker.store.tables import retention, runs
 
@@ -23,33 +24,44 @@ class Sighting(NamedTuple):
     run_id: str
     workspace_id: str | None
     at: datetime
-    kind: Literal["technique", "generation"] = "technique"
+    kind: RunType = "technique"
 
 
 async def removed(db: Database, sightings: Iterable[Sighting]) -> set[str]:
     """Those of the runs that are not here and that retention must have removed.
 
-    All that FLORA listed was here once up to the moment through which the workspace was swept:
-    what lies beyond was perhaps never heard of.
+    It has removed runs as new as these, and these were here once: FLORA's history has been read at
+    that time. What was never read is news, however old it is.
     """
     reached = await marks(db, "runs")
     if not reached:
         return set()
-    old: dict[tuple[str | None, Any], list[Sighting]] = {}
-    for seen in sightings:
-        # A run whose workspace was not known may be anybody's.
-        through = (reached.get(seen.workspace_id or ""), reached.get(""))
-        if any(one is not None and seen.at <= one for one in through):
-            old.setdefault((seen.workspace_id, seen.kind), []).append(seen)
-    swept: set[str] = set()
-    for (workspace_id, kind), some in old.items():
-        last = await sweeps.last_through(db, workspace_id, kind)
-        swept |= {seen.run_id for seen in some if last is not None and seen.at <= last}
-    if not swept:
+    # A run whose workspace was not known may be anybody's.
+    old = [
+        one
+        for one in sightings
+        if any(
+            mark is not None and one.at <= mark
+            for mark in (reached.get(one.workspace_id or ""), reached.get(""))
+        )
+    ]
+    if not old:
+        return set()
+    coverage = await everything(db)
+    read = {
+        one.run_id
+        for one in old
+        if any(
+            covers(intervals, one.at)
+            for (workspace_id, kind), intervals in coverage.items()
+            if kind == one.kind and one.workspace_id in (None, workspace_id)
+        )
+    }
+    if not read:
         return set()
     async with db.read() as connection:
-        here = await connection.execute(select(runs.c.run_id).where(runs.c.run_id.in_(swept)))
-        return swept - set(here.scalars())
+        here = await connection.execute(select(runs.c.run_id).where(runs.c.run_id.in_(read)))
+        return read - set(here.scalars())
 
 
 async def marks(db: Database, what: Literal["runs", "bodies"]) -> dict[str, datetime]:

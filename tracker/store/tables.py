@@ -343,10 +343,12 @@ sweeps: Final = Table(
     Column("repaired", Integer, nullable=False),
     # Items that could not be understood: FLORA shows a run that we cannot read.
     Column("unreadable", Integer, nullable=False),
-    # Through which of FLORA's moments the history is here, where the sweep reached the one before.
+    # Up to which of FLORA's moments each kind was verified when the sweep ended.
     Column("through", UtcDateTime),
     Column("generations_through", UtcDateTime),
+    # Why technique runs could not be swept, and generations.
     Column("error", CleanText),
+    Column("generations_error", CleanText),
     Index("ix_sweeps_newest", "workspace_id", "started_at"),
     # Few workspaces show generation runs, so the last sweep that saw some may be long ago.
     _partial(
@@ -354,6 +356,26 @@ sweeps: Final = Table(
         *("workspace_id", "started_at"),
         where="generations_through IS NOT NULL",
     ),
+)
+
+# What of the history has been read without a gap: see tracker.store.coverage.
+history_coverage: Final = Table(
+    "history_coverage",
+    metadata,
+    Column("id", SerialId, Identity(), primary_key=True),
+    Column("workspace_id", CleanText, nullable=False),
+    Column("run_type", CleanText, nullable=False),
+    # FLORA's times of creation: after the first, through the second.
+    Column("from_at", UtcDateTime, nullable=False),
+    Column("to_at", UtcDateTime, nullable=False),
+    Column("read_at", UtcDateTime, nullable=False),
+    # How to go on below it; why that failed, how often, and when it is tried again.
+    Column("cursor", CleanText),
+    Column("error", CleanText),
+    Column("failures", Integer, nullable=False),
+    Column("retry_at", UtcDateTime),
+    CheckConstraint("from_at <= to_at", name="in_order"),
+    Index("ix_history_coverage_newest", "workspace_id", "run_type", "to_at"),
 )
 
 techniques: Final = Table(

@@ -1,0 +1,162 @@
+"""Which of FLORA's history has been read without a gap: `history_coverage`, and what follows of it.
+
+An interval says that every run that FLORA created in it was read and is stored. It is written after
+what it claims. `from_at` itself is not part of it, `to_at` is: other runs of the very instant at
+which a page ends may stand on the next. Each interval also remembers how to go on below it: FLORA's
+cursor, and where that cannot be read, why, and when it is tried again.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from typing import Final, NamedTuple
+
+from sqlalchemy import Connection, Row, delete, insert, select
+
+from tracker.core.run import RunType
+from tracker.store.engine import Database
+from tracker.store.tables import history_coverage as table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """A stretch of FLORA's creation times, UTC. `read_at` is when it last grew, by our clock.
+
+    `cursor` leads to what lies below it. `error` says why that could not be read the last
+    `failures` times, and `retry_at` when it is read again.
+    """
+
+    from_at: datetime
+    to_at: datetime
+    read_at: datetime
+    cursor: str | None = None
+    error: str | None = None
+    failures: int = 0
+    retry_at: datetime | None = None
+
+
+class Gap(NamedTuple):
+    """What has not been read: after `bottom`, through `top`. `above` is the interval that ends it;
+    `None` where it reaches up to the present."""
+
+    bottom: datetime
+    top: datetime
+    above: Interval | None = None
+
+
+Coverage = dict[tuple[str, str], list[Interval]]
+"""By workspace and kind."""
+
+
+def merged(intervals: Iterable[Interval]) -> list[Interval]:
+    """The same coverage, newest first, with what touches in one."""
+    found: list[Interval] = []
+    for one in sorted(intervals, key=lambda each: (each.to_at, each.from_at), reverse=True):
+        if not found or one.to_at < found[-1].from_at:
+            found.append(one)
+            continue
+        upper = found[-1]
+        lower = min(upper, one, key=lambda each: (each.from_at, -each.read_at.timestamp()))
+        newest = max(upper.read_at, one.read_at)
+        found[-1] = replace(lower, to_at=upper.to_at, read_at=newest)
+    # An empty one only holds what is known of the gap at the very top.
+    return [one for n, one in enumerate(found) if n == 0 or one.from_at < one.to_at]
+
+
+def gaps(intervals: Sequence[Interval], *, since: datetime, until: datetime) -> list[Gap]:
+    """What is missing in merged intervals, newest first: down to `since`, or to the oldest of them
+    where that is older."""
+    found = []
+    top, above = until, None
+    for one in intervals:
+        if one.to_at < top:
+            found.append(Gap(one.to_at, top, above))
+        top, above = one.from_at, one
+    if since < top:
+        found.append(Gap(since, top, above))
+    return found
+
+
+def unread(intervals: Sequence[Interval], *, since: datetime) -> list[Gap]:
+    """Those of the gaps after `since` that FLORA did not let us read, newest first."""
+    return [
+        gap
+        for gap in gaps(intervals, since=since, until=since)
+        if gap.above and gap.above.error and gap.top > since
+    ]
+
+
+def verified(intervals: Sequence[Interval], *, since: datetime) -> datetime | None:
+    """Up to when everything since then is here: the end of the newest interval that reaches back
+    so far. `None` where none does."""
+    return max((one.to_at for one in intervals if one.from_at <= since), default=None)
+
+
+def covers(intervals: Sequence[Interval], at: datetime) -> bool:
+    """Whether a run that was created then has been read."""
+    return any(one.from_at < at <= one.to_at for one in intervals)
+
+
+async def of(db: Database, workspace_id: str, kind: RunType) -> list[Interval]:
+    """The intervals of one kind of runs, newest first."""
+    async with db.read() as connection:
+        return await connection.run_sync(_of, workspace_id, kind)
+
+
+async def everything(db: Database) -> Coverage:
+    """All intervals, newest first."""
+    found: Coverage = {}
+    statement = select(table).order_by(table.c.workspace_id, table.c.to_at.desc())
+    async with db.read() as connection:
+        for row in await connection.execute(statement):
+            found.setdefault((row.workspace_id, row.run_type), []).append(_interval(row))
+    return found
+
+
+async def add(
+    db: Database, workspace_id: str, kind: RunType, *intervals: Interval
+) -> list[Interval]:
+    """Add intervals to those of one kind; returns all of these, newest first.
+
+    One process at a time does so, under a lease. Were it two, the rows would say some things twice,
+    and none that is not true.
+    """
+
+    def work(connection: Connection) -> list[Interval]:
+        before = _of(connection, workspace_id, kind)
+        after = merged([*before, *intervals])
+        keep(connection, workspace_id, kind, after)
+        return after
+
+    return await db.write(work)
+
+
+async def forget_after(db: Database, workspace_id: str, kind: RunType, moment: datetime) -> None:
+    """Forget intervals that end after a moment that is still to come: a clock was wrong then."""
+    mine = (table.c.workspace_id == workspace_id, table.c.run_type == kind)
+    wrong = delete(table).where(*mine, table.c.to_at > moment)
+    await db.write(lambda connection: connection.execute(wrong).rowcount)
+
+
+def keep(
+    connection: Connection, workspace_id: str, kind: str, intervals: Sequence[Interval]
+) -> None:
+    """Let these be all intervals of one kind."""
+    mine = (table.c.workspace_id == workspace_id, table.c.run_type == kind)
+    connection.execute(delete(table).where(*mine))
+    if intervals:
+        key = {"workspace_id": workspace_id, "run_type": kind}
+        connection.execute(insert(table), [key | asdict(one) for one in intervals])
+
+
+def _of(connection: Connection, workspace_id: str, kind: str) -> list[Interval]:
+    mine = (table.c.workspace_id == workspace_id, table.c.run_type == kind)
+    rows = connection.execute(select(table).where(*mine))
+    return merged(_interval(row) for row in rows)
+
+
+_FIELDS: Final = ("from_at", "to_at", "read_at", "cursor", "error", "failures", "retry_at")
+
+
+def _interval(row: Row[tuple[object, ...]]) -> Interval:
+    return Interval(**{name: getattr(row, name) for name in _FIELDS})
