@@ -54,6 +54,7 @@ from tracker.tracking.start import Starter
 from tracker.tracking.sweep import Sweeper
 from tracker.tracking.sync import CatalogueSync
 from tracker.tracking.track import Tracker
+from tracker.tracking.verify import Verifier
 from tracker.tracking.waits import DatabaseWaits
 from tracker.tracking.workspaces import Workspace, Workspaces
 
@@ -98,6 +99,7 @@ class Services:
     tracker: Tracker
     poller: Poller
     sweeper: Sweeper
+    verifier: Verifier
     follower: Follower
     explainer: Explainer
     downloader: Downloader
@@ -324,6 +326,7 @@ async def open_services(
                 first_since=settings.tracker_history_since,
                 clock=clock,
             ),
+            verifier=Verifier(database=database, workspaces=workspaces, clock=clock),
             follower=follower,
             explainer=Explainer(
                 database=database,

@@ -56,6 +56,7 @@ HEALTHY: Series = {
     **on(LAST_SWEEP, "0+60", labels=WS),
     **on("tracker_sweep_interval_seconds", "300"),
     **on("tracker_sweep_failed", "0", labels=WS),
+    **on("tracker_history_gaps", "0", labels=f'{WS}, run_type="technique"'),
     **on("tracker_runs_due", "2"),
     **on("tracker_runs_overdue", "0"),
     **on("tracker_starts_unresolved", "0"),
@@ -74,6 +75,7 @@ HEALTHY: Series = {
 STATE = (
     *("tracker_recent", "tracker_callback_last", "tracker_callback_own", "tracker_runs"),
     *("tracker_deliveries", "tracker_inbox", "tracker_sweep_last", "tracker_sweep_failed"),
+    "tracker_history_gaps",
     "tracker_starts",
 )
 
@@ -141,6 +143,10 @@ SCENARIOS: dict[str, tuple[Series, set[str]]] = {
     "sweeps are made twice a day": (
         on(LAST_SWEEP, "4000", labels=WS) | on("tracker_sweep_interval_seconds", "43200"),
         set(),
+    ),
+    "part of the history cannot be read": (
+        on("tracker_history_gaps", "1", labels=f'{WS}, run_type="technique"'),
+        {"TrackerHistoryGap"},
     ),
     "sweeps fail": (on("tracker_sweep_failed", "1", labels=WS), {"TrackerSweepFailing"}),
     "sweeps fail, and now and then one is under way": (

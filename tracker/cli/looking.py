@@ -1,4 +1,4 @@
-"""`tracker reconcile` and `tracker poll`: look once, for cron."""
+"""`tracker reconcile`, `tracker poll` and `tracker verify`: once, for cron."""
 
 import asyncio
 from dataclasses import asdict
@@ -13,6 +13,7 @@ from tracker.cli.output import JsonFlag, print_json, print_table
 if TYPE_CHECKING:
     from tracker.tracking.rounds import PollReport
     from tracker.tracking.sweep import SweepReport
+    from tracker.tracking.verify import Verdict
     from tracker.wiring import Services
 
 
@@ -20,6 +21,7 @@ def add_to(app: typer.Typer) -> None:
     """Add the commands."""
     app.command()(reconcile)
     app.command()(poll)
+    app.command()(verify)
 
 
 def reconcile(
@@ -58,9 +60,17 @@ def reconcile(
                 for one in reports
             ],
         )
-    failed = [report for report in reports if report.error is not None]
-    for report in failed:
-        note(f"tracker: the sweep of {report.workspace_id} failed: {report.error}")
+    failed = False
+    for report in reports:
+        where = f"tracker: the sweep of {report.workspace_id}"
+        if report.error is not None:
+            note(f"{where} failed: {report.error}")
+        if report.generations_error is not None:
+            note(f"{where} could not read generations: {report.generations_error}")
+        for gap in report.gaps:
+            span = f"{gap.run_type} runs created from {gap.from_at} to {gap.to_at}"
+            note(f"{where} could not read {span}: {gap.error}")
+        failed |= bool(report.error or report.generations_error or report.gaps)
     return 1 if failed else 0
 
 
@@ -100,7 +110,58 @@ def poll(as_json: JsonFlag = False) -> int:
     return 1 if report.failed or report.trouble else 0
 
 
+def verify(
+    since: Annotated[
+        str, typer.Option(metavar="DURATION", help="How far back to compare, as in 24h or 30d.")
+    ] = "30d",
+    as_json: JsonFlag = False,
+) -> int:
+    """Compare the runs here with FLORA's history, and change nothing.
+
+    Lists runs that are missing here, whose status, cost or outputs differ, and that FLORA does not
+    list. The status is 1 where there are any, or where not all of the history could be read.
+    """
+    back = parse_age(since, "--since")
+
+    async def work(services: "Services") -> "list[Verdict]":
+        async with patience(services):
+            return [
+                await services.verifier.verify(workspace, since=back)
+                for workspace in services.workspaces
+                if workspace.client is not None
+            ]
+
+    verdicts = run_once(work, needs_key=True)
+    if as_json:
+        print_json({"workspaces": [verdict.as_json() for verdict in verdicts]})
+    else:
+        differences = [(one, each) for one in verdicts for each in one.differences]
+        if differences:
+            print_table(
+                ("workspace", "run", "created", "differs", "here", "FLORA"),
+                [
+                    (
+                        *(one.workspace_id, each.run_id, each.created_at),
+                        *(each.problem.replace("_", " "), each.here, each.flora),
+                    )
+                    for one, each in differences
+                ],
+            )
+        for one in verdicts:
+            note(
+                f"tracker: {one.workspace_id}: {one.compared} runs compared, "
+                f"{len(one.differences)} differences, {one.unsettled} may still change, "
+                f"{one.removed} removed here by retention"
+            )
+    for one in verdicts:
+        if one.error is not None:
+            note(f"tracker: the history of {one.workspace_id} could not be read: {one.error}")
+    return 0 if all(one.good for one in verdicts) else 1
+
+
 def _result(report: "SweepReport") -> str:
     if report.skipped:
         return "another process is sweeping"
-    return "failed" if report.error is not None else "complete"
+    if report.error is not None:
+        return "failed"
+    return "incomplete" if report.gaps or report.generations_error else "complete"

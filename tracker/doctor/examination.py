@@ -18,7 +18,7 @@ from tracker.doctor.finding import Finding, Name, failed, warning
 from tracker.doctor.flora import FloraState
 from tracker.logs import Redactor
 from tracker.settings import Settings
-from tracker.store import attention
+from tracker.store import attention, coverage
 from tracker.store.engine import Database
 from tracker.store.gauges import read_gauges
 from tracker.store.url import DatabaseUrl
@@ -153,6 +153,7 @@ async def _read_work(
             gauges = await read_gauges(opened, now=now)
             swept = await attention.sweep_health(opened)
             sweeping = await attention.sweeping(opened, now=now)
+            unread = coverage.unread(await coverage.everything(opened))
             conflicts = await attention.conflicts(opened)
     except StoreError as error:
         return [
@@ -168,6 +169,7 @@ async def _read_work(
         sweeps=swept,
         gauges=gauges,
         sweeping=sweeping,
+        unread=unread,
     )
     findings = []
     if any(one.api_key for one in settings.all_workspaces):
@@ -178,7 +180,11 @@ async def _read_work(
             continue  # there is nothing to sweep it with, and the key's own line says so
         findings.append(
             work.sweeps(
-                replace(seen, sweeps=_sweeps_of(workspace_id, swept, settings)),
+                replace(
+                    seen,
+                    sweeps=_sweeps_of(workspace_id, swept, settings),
+                    unread=[one for one in unread if workspace_id in (None, one.workspace_id)],
+                ),
                 workspace=given.name_of(settings, workspace),
             )
         )

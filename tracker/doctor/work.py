@@ -7,6 +7,7 @@ from typing import Final
 
 from tracker.doctor.finding import Finding, failed, ok, warning
 from tracker.store.attention import SweepHealth
+from tracker.store.coverage import Unread
 from tracker.store.gauges import Gauges
 from tracker.web.dashboard.words import span
 
@@ -22,7 +23,7 @@ class Ledger:
 
     `sweeps` are those of one workspace or, for `worker`, of all. `now` is by the clock that the
     tracker goes by; `interval` is the longest time between two sweeps. `sweeping` is true while a
-    sweep is under way.
+    sweep is under way. `unread` is what of the history FLORA did not let us read.
     """
 
     now: datetime
@@ -30,6 +31,7 @@ class Ledger:
     sweeps: Sequence[SweepHealth]
     gauges: Gauges
     sweeping: bool
+    unread: Sequence[Unread] = ()
 
 
 START: Final = (
@@ -104,6 +106,27 @@ def sweeps(seen: Ledger, *, workspace: str | None) -> Finding:
         return failed(
             name, as_sentence, f"See to the key and to the worker; {now}", workspace=workspace
         )
+    if seen.unread:
+        first = seen.unread[0]
+        return warning(
+            name,
+            f"{as_sentence} {len(seen.unread)} stretches of FLORA's history could not be read, the "
+            f"newest up to {first.to_at:%Y-%m-%d %H:%M:%S} UTC ({first.run_type} runs): "
+            f"{first.error}.",
+            "They are tried again by themselves, after growing waits. Runs that were started there "
+            "by others are missing until then: `tracker verify` names what is.",
+            workspace=workspace,
+        )
+    if one is not None and one.generations_error is not None:
+        return warning(
+            name,
+            f"{as_sentence} Generations could not be listed: {one.generations_error}.",
+            "Technique runs are not affected. See whether the key may list generations.",
+            workspace=workspace,
+        )
+    verified = max((each.through for each in seen.sweeps if each.through), default=None)
+    if verified is not None:
+        as_sentence += f" Checked against FLORA up to {verified:%Y-%m-%d %H:%M:%S} UTC."
     return ok(name, as_sentence, workspace=workspace)
 
 

@@ -6,6 +6,7 @@ hide the failure.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from decimal import Decimal
@@ -17,7 +18,7 @@ from prometheus_client.registry import Collector
 
 from tracker.core.clock import Clock
 from tracker.core.errors import StoreError
-from tracker.store import callback_addresses
+from tracker.store import callback_addresses, coverage
 from tracker.store.attention import SweepHealth, sweep_health
 from tracker.store.engine import Database
 from tracker.store.gauges import Gauges, read_gauges
@@ -61,6 +62,7 @@ class State(Collector):
         self._took = 0.0
         self._gauges: Gauges | None = None
         self._sweeps: list[SweepHealth] = []
+        self._unread: list[coverage.Unread] = []
         self._now = clock()
         self._bare = False
         self._failing = False
@@ -92,6 +94,7 @@ class State(Collector):
                 bare = await callback_addresses.own_are_missing(self._database, now=now)
                 self._sweeps = await sweep_health(self._database)
                 self._usages = await self._budgets.usages()
+                self._unread = coverage.unread(await coverage.everything(self._database))
         except (StoreError, TimeoutError) as error:
             if not self._failing:
                 said = str(error) or "it does not answer in time"
@@ -140,7 +143,7 @@ class State(Collector):
         failed = _by_workspace("sweep_failed", "1 where the newest sweep failed.")
         verified = _by_workspace(
             "history_verified_timestamp_seconds",
-            "Through which moment, by FLORA's clock, the history is known to be here.",
+            "Up to which moment, by FLORA's clock, all technique runs are here.",
         )
         swept = {one.workspace_id or UNKNOWN: one for one in self._sweeps}
         for name, one in swept.items():
@@ -152,7 +155,20 @@ class State(Collector):
             keyed = workspace.client is not None and workspace.workspace_id is not None
             if keyed and workspace.name not in swept:
                 complete.add_metric([workspace.name], 0)
-        yield from (complete, failed, verified)
+        yield from (complete, failed, verified, self._gaps(swept))
+
+    def _gaps(self, swept: Mapping[str, SweepHealth]) -> GaugeMetricFamily:
+        gaps = GaugeMetricFamily(
+            "tracker_history_gaps",
+            "Stretches of the history that FLORA did not let us read; 1 where it lists none.",
+            labels=["workspace_id", "run_type"],
+        )
+        counted = Counter((one.workspace_id, one.run_type) for one in self._unread)
+        for name, one in swept.items():
+            refused = int(one.generations_error is not None)
+            gaps.add_metric([name, "technique"], counted[name, "technique"])
+            gaps.add_metric([name, "generation"], counted[name, "generation"] + refused)
+        return gaps
 
 
 _NOTHING: Final = Gauges(

@@ -220,7 +220,8 @@ class Api:
         for position, item in enumerate(shown, offset):
             if position == options.bad_offset or item["run_id"] in options.bad_runs:
                 if not options.bad_bytes:
-                    raise Problem(400, "input_validation_error", "The list cannot be read.")
+                    code = options.bad_code
+                    raise Problem(CODES[code], code, "The list cannot be read.")
                 item["notes"] = "x" * options.bad_bytes
 
     def _find(self, request: Request, workspace: Workspace) -> SimulatedRun:

@@ -239,9 +239,10 @@ class Options:
     history_seconds: float = number("seconds over which these were created", 2_592_000.0)
     retention: float | None = number("runs that were created more seconds ago are removed", None)
     deletions: float = share("pages of a history after which one of their runs is deleted")
-    bad_offset: int | None = whole("a page with the item at this offset cannot be read: 400", None)
-    bad_runs: tuple[str, ...] = listed("a page with one of these runs cannot be read: 400")
-    bad_bytes: int = whole("instead of the 400, that item has so many bytes more")
+    bad_offset: int | None = whole("a page with the item at this offset cannot be read", None)
+    bad_runs: tuple[str, ...] = listed("a page with one of these runs cannot be read")
+    bad_code: str = choice("the error that answers such a page", "input_validation_error", *CODES)
+    bad_bytes: int = whole("instead of an error, that item has so many bytes more")
     max_offset: int | None = whole("pages from this offset on cannot be read: 400", None)
     opaque_cursors: bool = flag("cursors are no offsets that can be decoded")
     cursor_seconds: float | None = number(

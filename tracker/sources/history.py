@@ -55,9 +55,10 @@ class Hole:
 class PageUnreadable(FloraError):
     """A page of the history that cannot be read, nor what lies behind it: `hole`."""
 
-    def __init__(self, hole: Hole) -> None:
+    def __init__(self, hole: Hole, cause: FloraError) -> None:
         super().__init__(hole.error)
         self.hole = hole
+        self.cause = cause
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +153,7 @@ class Walk:
                 else:
                     hole = hole or Hole(error=str(error), cursor=self._cursor)
                     if self._offset is None or skips == (SKIPS if any_read else FIRST_SKIPS):
-                        raise PageUnreadable(hole) from error
+                        raise PageUnreadable(hole, error) from error
                     skips += 1
                     self._move_to(self._offset + (1 if skips <= 10 else 2 ** (skips - 10)))
                     from_top = False
@@ -166,7 +167,7 @@ class Walk:
                 continue
             ids = {item.run_id for item in page.items}
             fresh = [item for item in page.items if item.run_id not in shared]
-            if shared and ids and self._offset and shared.isdisjoint(ids):
+            if shared and self._offset and shared.isdisjoint(ids) and not page.unreadable:
                 slips += 1
                 if slips > SLIPS:
                     raise FloraUnreadable("the list changes faster than it can be read")

@@ -9,6 +9,7 @@ cursor, and where that cannot be read, why, and when it is tried again.
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from itertools import zip_longest
 from typing import Final, NamedTuple
 
 from sqlalchemy import Connection, Row, delete, insert, select
@@ -22,8 +23,8 @@ from tracker.store.tables import history_coverage as table
 class Interval:
     """A stretch of FLORA's creation times, UTC. `read_at` is when it last grew, by our clock.
 
-    `cursor` leads to what lies below it. `error` says why that could not be read the last
-    `failures` times, and `retry_at` when it is read again.
+    `cursor` leads to what lies below it, which could not be read `failures` times: `error` says
+    why, until the gap has become too old to matter, and `retry_at` when it is read again.
     """
 
     from_at: datetime
@@ -44,23 +45,39 @@ class Gap(NamedTuple):
     above: Interval | None = None
 
 
+class Unread(NamedTuple):
+    """A gap that could not be read: after `from_at` (`None`: from the beginning), through `to_at`.
+
+    `retry_at` is when the next sweep tries again, `None` where it does at once.
+    """
+
+    workspace_id: str
+    run_type: str
+    from_at: datetime | None
+    to_at: datetime
+    error: str
+    failures: int
+    retry_at: datetime | None
+
+
 Coverage = dict[tuple[str, str], list[Interval]]
 """By workspace and kind."""
 
 
 def merged(intervals: Iterable[Interval]) -> list[Interval]:
-    """The same coverage, newest first, with what touches in one."""
-    found: list[Interval] = []
-    for one in sorted(intervals, key=lambda each: (each.to_at, each.from_at), reverse=True):
-        if not found or one.to_at < found[-1].from_at:
-            found.append(one)
+    """The same coverage, newest first, with what touches in one. Of two that begin at the same
+    moment the later one given knows what lies below."""
+    found: list[tuple[int, Interval]] = []
+    for each in sorted(enumerate(intervals), key=lambda pair: pair[1].to_at, reverse=True):
+        if not found or each[1].to_at < found[-1][1].from_at:
+            found.append(each)
             continue
-        upper = found[-1]
-        lower = min(upper, one, key=lambda each: (each.from_at, -each.read_at.timestamp()))
-        newest = max(upper.read_at, one.read_at)
-        found[-1] = replace(lower, to_at=upper.to_at, read_at=newest)
+        upper = found[-1][1]
+        number, lower = min(found[-1], each, key=lambda pair: (pair[1].from_at, -pair[0]))
+        newest = max(upper.read_at, each[1].read_at)
+        found[-1] = number, replace(lower, to_at=upper.to_at, read_at=newest)
     # An empty one only holds what is known of the gap at the very top.
-    return [one for n, one in enumerate(found) if n == 0 or one.from_at < one.to_at]
+    return [one for n, (_, one) in enumerate(found) if n == 0 or one.from_at < one.to_at]
 
 
 def gaps(intervals: Sequence[Interval], *, since: datetime, until: datetime) -> list[Gap]:
@@ -77,12 +94,21 @@ def gaps(intervals: Sequence[Interval], *, since: datetime, until: datetime) -> 
     return found
 
 
-def unread(intervals: Sequence[Interval], *, since: datetime) -> list[Gap]:
-    """Those of the gaps after `since` that FLORA did not let us read, newest first."""
+def unread(coverage: Coverage) -> list[Unread]:
+    """Everything that FLORA did not let us read, newest first within each history."""
     return [
-        gap
-        for gap in gaps(intervals, since=since, until=since)
-        if gap.above and gap.above.error and gap.top > since
+        Unread(
+            workspace_id=workspace_id,
+            run_type=kind,
+            from_at=below.to_at if below else None,
+            to_at=one.from_at,
+            error=one.error,
+            failures=one.failures,
+            retry_at=one.retry_at,
+        )
+        for (workspace_id, kind), intervals in coverage.items()
+        for one, below in zip_longest(intervals, intervals[1:])
+        if one and one.error
     ]
 
 

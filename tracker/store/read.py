@@ -27,7 +27,7 @@ from tracker.core.entry import DeliveryOutcome
 from tracker.core.observation import Source
 from tracker.core.record import Record
 from tracker.core.retry import RetryAdvice
-from tracker.core.run import RunStatus, Tracking
+from tracker.core.run import RunStatus, RunType, Tracking
 from tracker.core.schedule import Durations
 from tracker.store import cursors
 from tracker.store.claims import Workspaces, within
@@ -117,6 +117,24 @@ async def has_generations(db: Database, workspaces: Workspaces) -> bool:
     )
     async with db.read() as connection:
         return (await connection.execute(statement)).first() is not None
+
+
+async def created_within(
+    db: Database, workspaces: Workspaces, kind: RunType, span: tuple[datetime, datetime]
+) -> list[tuple[str, datetime, str]]:
+    """`run_id`, `created_at` and `status` of the runs of one kind that FLORA created after the
+    first of two moments, through the second; without those that FLORA denies."""
+    statement = select(runs.c.run_id, runs.c.created_at, runs.c.status).where(
+        runs.c.created_at > span[0],
+        runs.c.created_at <= span[1],
+        runs.c.created_at_known,
+        runs.c.run_type == kind,
+        runs.c.tracking != word(Tracking.LOST.value),
+        within(workspaces),
+    )
+    async with db.read() as connection:
+        found = await connection.execute(statement.order_by(runs.c.created_at.desc()))
+        return [(row.run_id, row.created_at, row.status) for row in found]
 
 
 async def list_runs(

@@ -14,7 +14,7 @@ A sweep that finds nothing new costs one page.
 import asyncio
 from collections.abc import Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Final
@@ -28,7 +28,6 @@ from tracker.core.errors import (
     FloraError,
     FloraRefusal,
     FloraUnreachable,
-    FloraUnreadable,
     ServerFault,
     SettingsError,
     StoreError,
@@ -259,7 +258,7 @@ class Sweeper:
                         break
         except PageUnreadable as error:
             if plan is None:
-                raise FloraUnreadable(str(error)) from error
+                raise error.cause from error
             await self._note(plan, lowest or top, error.hole, gap, end=gap.bottom)
         except (ServerFault, FloraUnreachable) as error:
             if plan is not None and lowest is not None:
@@ -285,6 +284,7 @@ class Sweeper:
         believed = (one.created_at for one in items if one.created_at)
         newest = max((at for at in believed if at <= later + AHEAD), default=earlier)
         until = min(max(newest, earlier), later) - LISTED_WITHIN
+        first = at_flora - self._first_since
         named = await self._is_named(workspace, items)
         covered = []
         if named:
@@ -292,7 +292,11 @@ class Sweeper:
             if any(one.to_at > later + AHEAD for one in covered):
                 await coverage.forget_after(self._database, workspace.name, kind, later + AHEAD)
                 covered = await coverage.of(self._database, workspace.name, kind)
-        since = at_flora - (self._first_since if sweep.since is None else sweep.since)
+            stale = [one for one in covered if one.error and one.from_at <= first]
+            if stale:  # nothing new can come of it, so that nobody need hear of it any more
+                settled = [replace(one, error=None, retry_at=None) for one in stale]
+                covered = await coverage.add(self._database, workspace.name, kind, *settled)
+        since = first if sweep.since is None else at_flora - sweep.since
         return _Plan(
             workspace_id=workspace.name if named else None,
             kind=kind,
@@ -474,6 +478,6 @@ class _Plan:
             above = gap.above
             if above is None or gap.top in tried or (above.retry_at and above.retry_at > now):
                 continue
-            if above.error is None or gap.top > self.since:  # else it has become too old to matter
+            if not above.failures or gap.top > self.since:  # else it has become too old to matter
                 return gap
         return None

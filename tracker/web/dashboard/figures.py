@@ -8,8 +8,9 @@ from typing import Any, Final
 from tracker.core.histogram import Lag
 from tracker.core.record import Record
 from tracker.core.run import RunStatus, Tracking
-from tracker.store import attention, overview, read
+from tracker.store import attention, coverage, overview, read
 from tracker.store.attention import SweepHealth
+from tracker.store.coverage import Unread
 from tracker.store.engine import Database
 from tracker.store.gauges import BILL_DAYS
 from tracker.store.overview import CallbackHealth, HourOfEnds, StateCount, TechniqueCost
@@ -106,6 +107,7 @@ class Figures:
     counts: Counts
     overdue: list[Record]
     sweeps: dict[str | None, SweepHealth]
+    unread: list[Unread]
     last_delivery: DeliveryRow | None
 
     @property
@@ -157,5 +159,6 @@ async def gather(db: Database, *, now: datetime, hours: int) -> Figures:
         counts=await read.counts(db, now=now),
         overdue=await attention.overdue(db, now=now, limit=OVERDUE),
         sweeps={each.workspace_id: each for each in await attention.sweep_health(db)},
+        unread=coverage.unread(await coverage.everything(db)),
         last_delivery=deliveries[0] if deliveries else None,
     )

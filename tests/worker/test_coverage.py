@@ -1,0 +1,356 @@
+"""The history is covered: sweeps resume, read around what cannot be read, and miss nothing."""
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from tests.worker.conftest import (
+    HandClock,
+    Hurry,
+    MakeFlora,
+    OpenServices,
+    reads_of,
+)
+from tests.worker.test_sweep import sweep
+from tracker.core.run import RunType
+from tracker.flora import caller
+from tracker.flora.paging import cursor_at, offset_of
+from tracker.simulator import Simulator
+from tracker.sources.history import Walk
+from tracker.store import coverage, read
+from tracker.store.coverage import Interval
+from tracker.wiring import Services
+
+WEEK = 7 * 86_400
+SPAN = WEEK - 3600
+"""A preset history that a first sweep reads whole."""
+
+
+async def known(services: Services) -> set[str]:
+    """All runs that are here."""
+    found: set[str] = set()
+    cursor = None
+    while True:
+        records, cursor = await read.list_runs(services.database, limit=500, cursor=cursor)
+        found |= {record.run.run_id for record in records}
+        if cursor is None:
+            return found
+
+
+def at_flora(flora: Simulator, kind: RunType = "technique") -> set[str]:
+    """All runs that FLORA lists."""
+    workspace = flora.world.options.workspaces[0]
+    return {run.run_id for run in flora.world.history(kind, workspace)}
+
+
+async def covered(services: Services, kind: RunType = "technique") -> list[Interval]:
+    [workspace] = services.workspaces
+    return await coverage.of(services.database, workspace.name, kind)
+
+
+async def gaps(services: Services) -> list[coverage.Unread]:
+    """What FLORA did not let us read, newest first."""
+    return coverage.unread(await coverage.everything(services.database))
+
+
+def asked(flora: Simulator) -> int:
+    """How often FLORA's list of technique runs was asked for."""
+    return reads_of(flora).get("runs.list", 0)
+
+
+async def break_off_after(services: Services, monkeypatch: Any, pages: int) -> None:
+    """A sweep that ends without a word after so many pages, as a killed process does."""
+    whole = Walk.pages
+
+    async def broken(*args: object, **options: object):  # type: ignore[no-untyped-def]
+        left = pages
+        async for page in whole(*args, **options):  # type: ignore[arg-type]
+            if left == 0:
+                raise SystemExit
+            left -= 1
+            yield page
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Walk, "pages", broken)
+        with pytest.raises(SystemExit):
+            await sweep(services)
+
+
+async def test_a_sweep_that_breaks_off_is_resumed(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often a first sweep ends in its midst, and while runs are started and deleted, each
+    next one goes on where it was, and all together read hardly more pages than a single one."""
+    async with make_flora(history=2500, history_seconds=SPAN) as flora:
+        services = await open_on(flora)
+        for number in range(5):
+            await break_off_after(services, monkeypatch, 4)
+            clock.move(300)
+            for _ in range(20):
+                flora.start()
+            flora.world.delete(set(sorted(at_flora(flora))[number::500]))
+        assert (await sweep(services)).error is None
+        assert at_flora(flora) <= await known(services)
+        assert asked(flora) <= 27 + 5 * 6
+        [interval] = await covered(services)
+        assert interval.to_at == clock() - timedelta(minutes=2)
+
+
+@pytest.mark.parametrize("opaque", [False, True])
+async def test_a_stored_cursor_that_is_refused_costs_pages_and_no_runs(
+    make_flora: MakeFlora,
+    open_on: OpenServices,
+    clock: HandClock,
+    monkeypatch: pytest.MonkeyPatch,
+    opaque: bool,
+) -> None:
+    """Where FLORA's cursors cannot be read the stored one is used; is it refused, the sweep begins
+    at the top again."""
+    async with make_flora(history=900, history_seconds=SPAN, opaque_cursors=opaque) as flora:
+        services = await open_on(flora)
+        await break_off_after(services, monkeypatch, 4)
+        flora.world.change({"cursor_epoch": 1})
+        clock.move(300)
+        before = asked(flora)
+        assert (await sweep(services)).error is None
+        assert at_flora(flora) == await known(services)
+        assert asked(flora) - before <= (12 if opaque else 10)
+        clock.move(300)
+        assert (await sweep(services)).pages == 1
+
+
+async def test_a_page_that_cannot_be_read_hides_only_itself(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """Two runs spoil every page that holds one: all others are found, the gaps are reported, rest
+    for longer each time while the top is read as ever, and close once FLORA shows the runs."""
+    async with make_flora(history=700, history_seconds=SPAN) as flora:
+        services = await open_on(flora)
+        runs = flora.world.history("technique", flora.world.options.workspaces[0])
+        bad = [runs[n].run_id for n in (150, 430)]
+        flora.world.change({"bad_runs": bad})
+        first = await sweep(services)
+        assert (first.error, len(first.gaps)) == (None, 2)
+        assert await known(services) == at_flora(flora) - set(bad)
+        for gap, run in zip(await gaps(services), (runs[150], runs[430]), strict=True):
+            assert gap.from_at is not None
+            assert gap.from_at.timestamp() * 1000 < run.created_ms <= gap.to_at.timestamp() * 1000
+            assert gap.to_at - gap.from_at < timedelta(hours=3), "a few runs, no more"
+        waits = []
+        for _ in range(4):
+            before = asked(flora)
+            clock.move(301)
+            await sweep(services)
+            waits.append(asked(flora) - before)
+        assert waits[1] == 1 < waits[0], "tried again after five minutes, then after ten"
+        flora.world.change({"bad_runs": []})
+        clock.move(86_400)
+        assert (await sweep(services)).discovered == 2
+        assert await gaps(services) == []
+        assert len(await covered(services)) == 1
+
+
+async def test_an_answer_that_is_too_large_is_read_in_parts(
+    make_flora: MakeFlora,
+    open_on: OpenServices,
+    clock: HandClock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where a page is larger than an answer may be, smaller ones are asked for; a run that alone is
+    too large leaves a gap."""
+    monkeypatch.setattr(caller, "LARGEST_ANSWER", 60_000)
+    async with make_flora(history=300, history_seconds=SPAN, bad_bytes=80_000) as flora:
+        services = await open_on(flora)
+        runs = flora.world.history("technique", flora.world.options.workspaces[0])
+        bad = runs[120].run_id
+        flora.world.change({"bad_runs": [bad]})
+        report = await sweep(services)
+        assert (report.error, len(report.gaps)) == (None, 1)
+        assert await known(services) == at_flora(flora) - {bad}
+
+
+@pytest.mark.parametrize(
+    "fault", [{"max_offset": 400}, {"bad_offset": 400, "opaque_cursors": True}]
+)
+async def test_what_lies_behind_a_place_that_nothing_passes_stays_a_gap(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, fault: dict[str, Any]
+) -> None:
+    """Where every offset beyond one is refused, or cursors cannot be made, all before it is read,
+    the rest is a gap that is said to be one, and new runs are found at the price of one page."""
+    async with make_flora(history=700, history_seconds=SPAN, **fault) as flora:
+        services = await open_on(flora)
+        assert (await sweep(services)).error is None
+        assert 400 <= len(await known(services)) < 500
+        [gap] = await gaps(services)
+        assert (gap.from_at, gap.failures) == (None, 1)
+        clock.move(60)
+        flora.start()
+        report = await sweep(services)
+        assert (report.error, report.pages, report.discovered) == (None, 1, 1)
+        flora.world.change({"max_offset": None, "bad_offset": None})
+        clock.move(300)
+        await sweep(services)
+        assert await known(services) == at_flora(flora)
+        assert await gaps(services) == []
+
+
+async def test_a_place_where_flora_always_fails_is_stepped_over(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, hurry: Hurry
+) -> None:
+    """One page that is answered 500 again and again fails a few sweeps, and then no more."""
+    async with make_flora(history=400, history_seconds=SPAN) as flora:
+        services = await open_on(flora)
+        hurry(services, flora, deadline=0.5)
+        runs = flora.world.history("technique", flora.world.options.workspaces[0])
+        bad = runs[250].run_id
+        flora.world.change({"bad_runs": [bad], "bad_code": "internal_error"})
+        failed = 0
+        while (await sweep(services)).error is not None and failed < 9:
+            failed += 1
+            clock.move(300)
+        assert 1 <= failed <= 3
+        assert await known(services) == at_flora(flora) - {bad}
+        assert len(await gaps(services)) == 1
+
+
+@pytest.mark.parametrize("at_once", [1, 40])
+async def test_runs_that_slip_between_two_pages_are_found(
+    make_flora: MakeFlora,
+    open_on: OpenServices,
+    monkeypatch: pytest.MonkeyPatch,
+    at_once: int,
+) -> None:
+    """Runs that are deleted at FLORA while pages are read pull others up over the edge of a page:
+    the walk notices, goes back, and finds them all."""
+    async with make_flora(history=600, history_seconds=SPAN) as flora:
+        services = await open_on(flora)
+        pages = Walk.pages
+
+        async def shrinking(*args: object, **options: object):  # type: ignore[no-untyped-def]
+            async for page in pages(*args, **options):  # type: ignore[arg-type]
+                yield page
+                flora.world.delete({item.run_id for item in page.items[:at_once]})
+
+        monkeypatch.setattr(Walk, "pages", shrinking)
+        assert (await sweep(services)).error is None
+        monkeypatch.undo()
+        assert at_flora(flora) <= await known(services)
+
+
+REFUSALS = [
+    {"refuse": {"generations.list": "not_found"}},
+    {"refuse": {"generations.list": "forbidden"}},
+    {"refuse": {"generations.list": "input_validation_error"}},
+    {"refuse": {"generations.list": "internal_error"}},
+]
+
+
+@pytest.mark.parametrize("shown", [False, True])
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda each: each["refuse"]["generations.list"])
+async def test_generations_that_are_refused_stop_nothing_else(
+    make_flora: MakeFlora,
+    open_on: OpenServices,
+    clock: HandClock,
+    hurry: Hurry,
+    refusal: dict[str, Any],
+    shown: bool,
+) -> None:
+    """However FLORA refuses to list generations, technique runs are swept completely, at the price
+    of one page each time, and polled; only where there are generations is it told."""
+    async with make_flora() as flora:
+        services = await open_on(flora)
+        hurry(services, flora, deadline=0.5)
+        if shown:
+            flora.start_generation()
+            assert (await sweep(services)).error is None
+        flora.world.change(refusal)
+        looked = set()
+        for _ in range(3):
+            clock.move(300)
+            run, before = flora.start(), asked(flora)
+            report = await sweep(services)
+            assert (report.error, report.discovered) == (None, 1)
+            assert run.run_id in await known(services)
+            assert asked(flora) - before == 1
+            assert (report.generations_error is not None) is shown
+            looked.add(reads_of(flora)["generations.list"])
+        [workspace] = services.workspaces
+        assert workspace.client is not None
+        assert not workspace.client.breaker.open
+        assert (await services.poller.poll_due()).trouble is None
+        [interval] = await covered(services)
+        assert interval.to_at == clock() - timedelta(minutes=2)
+        if not shown and "internal_error" not in str(refusal):
+            assert len(looked) == 1, "it is looked at once a day"
+
+
+@pytest.mark.parametrize("fault", [{"clock_offset": 21_600}, {"date_offset": 21_600}])
+async def test_a_wrong_clock_hides_no_run(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, fault: dict[str, float]
+) -> None:
+    """FLORA's clock, or only the date of its answers, is hours ahead: coverage ends before runs
+    that are still to come, so that more of them than a page shows are all found."""
+    async with make_flora(**fault) as flora:
+        services = await open_on(flora)
+        flora.start()
+        await sweep(services)
+        for _ in range(250):
+            clock.move(1)
+            flora.start()
+        clock.move(300)
+        await sweep(services)
+        assert await known(services) == at_flora(flora)
+
+
+async def test_an_old_gap_is_closed_however_long_nobody_swept(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """After an outage of a month the whole month is read, though a first sweep goes back a week."""
+    async with make_flora() as flora:
+        services = await open_on(flora)
+        flora.start()
+        clock.move(300)
+        await sweep(services)
+        for _ in range(130):
+            clock.move(86_400 / 4)
+            flora.start()
+        assert (await sweep(services)).error is None
+        assert await known(services) == at_flora(flora)
+
+
+def test_intervals_that_touch_are_one() -> None:
+    """However pages overlap, coverage is the same; below an interval counts what was tried last."""
+    day = timedelta(days=1)
+    base = HandClock()()
+
+    def at(first: float, last: float, **more: Any) -> Interval:
+        given: dict[str, Any] = {"read_at": base} | more
+        return Interval(from_at=base + first * day, to_at=base + last * day, **given)
+
+    assert coverage.merged([at(0, 1), at(3, 4), at(1, 2), at(3.5, 5)]) == [at(3, 5), at(0, 2)]
+    [one] = coverage.merged([at(0, 5, cursor="x"), at(0, 0, error="bad", read_at=base + day)])
+    assert (one.to_at, one.error) == (base + 5 * day, "bad")
+    [one] = coverage.merged([at(0, 5, error="bad"), at(-1, 2, cursor="y")])
+    assert (one.error, one.cursor) == (None, "y")
+    two = [at(3, 5), at(0, 2)]
+    found = coverage.gaps(two, since=base - day, until=base + 6 * day)
+    assert [(gap.bottom, gap.top) for gap in found] == [
+        (base + 5 * day, base + 6 * day),
+        (base + 2 * day, base + 3 * day),
+        (base - day, base),
+    ]
+    assert coverage.verified(two, since=base) == base + 2 * day
+    assert coverage.verified(two, since=base + 4 * day) == base + 5 * day
+    assert coverage.verified(two, since=base - day) is None
+    covers = [coverage.covers(two, base + n * day) for n in (0, 1, 2, 2.5, 3, 5)]
+    assert covers == [False, True, True, False, False, True]
+
+
+def test_only_a_cursor_that_says_nothing_else_is_an_offset() -> None:
+    """FLORA's own example is read and made; what it cannot be read from is left as it is."""
+    assert offset_of("eyJvZmZzZXQiOjIwfQ") == 20
+    assert cursor_at(20) == "eyJvZmZzZXQiOjIwfQ"
+    assert cursor_at(0) is None
+    for cursor in ("", "x", "eyJvZmZzZXQiOi0xfQ", "eyJvZmZzZXQiOjIwLCJhIjoxfQ", "W10", "ÿ"):
+        assert offset_of(cursor) is None, cursor
