@@ -3,7 +3,7 @@
     python -m bench.soak_history [--runs 100000] [--kills 10] [--database sqlite|postgresql|both]
         [--json FILE]
 
-The sweep is `tracker reconcile`, in processes of its own, against the simulator over HTTP; it is done
+The sweep is `tracker reconcile`, in processes of its own, against the simulator over HTTP; it runs
 once without being killed and once with SIGKILL each time another share of the pages was read.
 The exit status is 1 where a run is missing or more than 10 % more pages were read.
 """

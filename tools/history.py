@@ -10,13 +10,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
+from functools import partial
 from typing import Final
 
 from tracker.core.entry import Delivery, Entry, Seen
 from tracker.core.observation import Observation, Source
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.simulator.catalogue import Technique, load_catalogue
-from tracker.store import sweeps
+from tracker.store import coverage, sweeps
+from tracker.store.coverage import Interval
 from tracker.wiring import Services
 
 BUSIEST: Final = 34
@@ -75,6 +77,20 @@ async def live_a_day(services: Services, *, now: datetime, seed: int) -> int:
             through=None if failed else at,
             error="FLORA answered 503 service_unavailable: try again later" if failed else None,
         )
+    first, gap = now - timedelta(days=7), now - timedelta(days=2, hours=5)
+    last = now - timedelta(minutes=5)
+    read = partial(coverage.add, services.database, workspace, "technique")
+    await read(
+        Interval(from_at=first, to_at=gap, read_at=now),
+        Interval(
+            from_at=gap + timedelta(hours=1),
+            to_at=last,
+            read_at=now,
+            error="FLORA answered 400 input_validation_error: The list cannot be read.",
+            failures=2,
+            retry_at=now + timedelta(minutes=8),
+        ),
+    )
     return len(lives)
 
 

@@ -4,6 +4,7 @@ import asyncio
 from datetime import timedelta
 
 import pytest
+import sqlalchemy as sa
 
 from tests.web.callbacks import event
 from tests.worker.conftest import HandClock, MakeFlora, OpenServices, the_run
@@ -46,6 +47,31 @@ async def known(services: Services) -> set[str]:
     return {record.run.run_id for record in records}
 
 
+async def tallied(services: Services) -> dict[str, int]:
+    """How many runs each measure counts."""
+    statement = sa.text(
+        "SELECT measure, CAST(sum(runs) AS bigint) AS runs FROM run_tallies_now"
+        " WHERE measure IN ('state', 'end', 'cost', 'seen') GROUP BY measure"
+    )
+    async with services.database.read() as connection:
+        return {row.measure: row.runs for row in await connection.execute(statement)}
+
+
+async def test_what_was_never_here_is_news(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """Where retention has removed runs of some age, others of that age that no sweep had ever read
+    are found by one that is asked to go back so far."""
+    never = flora.start()
+    clock.move(30 * 86_400)
+    await start(services, 3)
+    await poll_to_the_end(services, clock, within=120)
+    assert (await prune(services, clock))["runs"] == 3
+    report = await sweep(services, timedelta(days=365))
+    assert (report.items, report.discovered) == (4, 1)
+    assert await known(services) == {never.run_id}
+
+
 async def test_a_sweep_does_not_bring_it_back(
     services: Services, flora: Simulator, clock: HandClock
 ) -> None:
@@ -77,13 +103,18 @@ async def test_a_page_read_for_others_does_not_either(
 async def test_somebody_may_ask_for_it_again(
     services: Services, flora: Simulator, clock: HandClock
 ) -> None:
-    """A removed run that is tracked on purpose is read once more, and settles."""
+    """A removed run that is tracked on purpose is read once more, and settles; its end and its cost
+    count once."""
     [run_id] = await start(services)
     await poll_to_the_end(services, clock, within=120)
+    counted = await tallied(services)
     await prune(services, clock)
     await services.tracker.track(run_id, technique="icon-pack")
     await poll_to_the_end(services, clock, within=120)
-    assert (await the_run(services, run_id)).tracking is Tracking.SETTLED
+    again = await the_run(services, run_id)
+    assert again.tracking is Tracking.SETTLED
+    assert again.run.charged_cost is not None
+    assert await tallied(services) == counted
 
 
 async def test_a_callback_of_long_ago_leaves_nothing_that_never_ends(

@@ -60,6 +60,7 @@ class Seen:
     for many). `claim` names the claim under which it was made, which is given back. The others
     come with the answer to our own start, whose row in the start log, (`slot`, `idempotency_key`),
     is closed in the same transaction; `reserved_cost` is the price of this run, in USD.
+    `counted_before` says that the run's end was counted before retention removed it.
     """
 
     observation: Observation
@@ -72,6 +73,7 @@ class Seen:
     callback_expected: bool = False
     slot: str | None = None
     idempotency_key: str | None = None
+    counted_before: bool = False
 
 
 @quick_dataclass(frozen=True, slots=True, kw_only=True)

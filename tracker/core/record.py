@@ -149,7 +149,7 @@ def _sighted(
         first_seen_at=old.first_seen_at,
         callback_at=_callback_at(old, seen),
         callback_expected=callback_expected,
-        ended_via=old.ended_via or (seen.source if run.standing.ended else None),
+        ended_via=_ended_via(old, entry, run),
         end_seen_at=end_seen_at,
         settled_at=(old.settled_at or seen.at) if run.settled else None,
         cost_final=cost_final,
@@ -169,6 +169,14 @@ def _sighted(
         lease_holder=old.lease_holder if keeps_lease else None,
     )
     return before if before is not None and after == before else after
+
+
+def _ended_via(old: Record, entry: Seen, run: Run) -> Source | None:
+    """How the end became known first. Of a run that was removed and is tracked again that is not
+    known any more, and its end is not counted again."""
+    if old.run.standing.ended:
+        return old.ended_via
+    return entry.observation.source if run.standing.ended and not entry.counted_before else None
 
 
 def since_end(

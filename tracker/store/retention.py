@@ -28,7 +28,17 @@ class Sighting(NamedTuple):
 
 
 async def removed(db: Database, sightings: Iterable[Sighting]) -> set[str]:
-    """Those of the runs that are not here and that retention must have removed.
+    """Those of the runs that are not here and that retention must have removed."""
+    reached = await within_reach(db, sightings)
+    if not reached:
+        return set()
+    async with db.read() as connection:
+        here = await connection.execute(select(runs.c.run_id).where(runs.c.run_id.in_(reached)))
+        return reached - set(here.scalars())
+
+
+async def within_reach(db: Database, sightings: Iterable[Sighting]) -> set[str]:
+    """Those of the runs that retention has removed, unless they are here or came back.
 
     It has removed runs as new as these, and these were here once: FLORA's history has been read at
     that time. What was never read is news, however old it is.
@@ -48,7 +58,7 @@ async def removed(db: Database, sightings: Iterable[Sighting]) -> set[str]:
     if not old:
         return set()
     coverage = await everything(db)
-    read = {
+    return {
         one.run_id
         for one in old
         if any(
@@ -57,11 +67,6 @@ async def removed(db: Database, sightings: Iterable[Sighting]) -> set[str]:
             if kind == one.kind and one.workspace_id in (None, workspace_id)
         )
     }
-    if not read:
-        return set()
-    async with db.read() as connection:
-        here = await connection.execute(select(runs.c.run_id).where(runs.c.run_id.in_(read)))
-        return read - set(here.scalars())
 
 
 async def marks(db: Database, what: Literal["runs", "bodies"]) -> dict[str, datetime]:

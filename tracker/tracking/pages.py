@@ -1,12 +1,12 @@
 """What a history page tells of its workspace, and when reading one is cheaper than single reads."""
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import Final
 
-from tracker.core.observation import Observation
+from tracker.core.observation import Observation, Source
 from tracker.core.record import Record
 from tracker.core.run import RunStatus
 from tracker.sources import history
@@ -16,6 +16,8 @@ from tracker.store.retention import Sighting
 from tracker.tracking.rounds import Round
 from tracker.tracking.workspaces import Workspace
 
+SEEN_WITHIN: Final = timedelta(days=1)
+"""A run in a history that is swept is known sooner; retention removes nothing that is younger."""
 DETAILS_BY: Final = timedelta(minutes=1)
 """How long after its end FLORA may still lack what a list will carry."""
 
@@ -48,7 +50,30 @@ def taken_over(workspace: Workspace, items: Iterable[Observation]) -> list[Obser
 async def without_removed(db: Database, items: Sequence[Observation]) -> list[Observation]:
     """A page's items without those that retention has removed: they ended long ago, and are known
     no more because they need not be."""
-    ended = [
+    removed = await retention.removed(db, _ended(items))
+    return [item for item in items if item.run_id not in removed]
+
+
+async def counted_before(
+    db: Database, records: Mapping[str, Record], items: Iterable[Observation]
+) -> set[str]:
+    """Those of the items that show the end of a run which was tracked again after retention had
+    removed it: the hours and days of the tallies have it already."""
+
+    def may_be_again(record: Record | None, item: Sighting) -> bool:
+        return (
+            record is not None
+            and record.source is Source.TRACK
+            and not record.run.standing.ended
+            and record.first_seen_at - item.at > SEEN_WITHIN
+        )
+
+    ended = [one for one in _ended(items) if may_be_again(records.get(one.run_id), one)]
+    return await retention.within_reach(db, ended) if ended else set()
+
+
+def _ended(items: Iterable[Observation]) -> list[Sighting]:
+    return [
         Sighting(
             item.run_id,
             item.workspace_id,
@@ -58,8 +83,6 @@ async def without_removed(db: Database, items: Sequence[Observation]) -> list[Ob
         for item in items
         if item.created_at is not None and item.status.ended
     ]
-    removed = await retention.removed(db, ended)
-    return [item for item in items if item.run_id not in removed]
 
 
 def owned(workspace: Workspace, seen: Observation) -> Observation:

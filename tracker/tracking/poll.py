@@ -41,6 +41,7 @@ from tracker.store.engine import Database
 from tracker.tracking.durations import DurationBook
 from tracker.tracking.gather import Gathering
 from tracker.tracking.pages import (
+    counted_before,
     leaves_open,
     listable,
     owned,
@@ -323,9 +324,14 @@ class Poller:
         taken = await without_removed(self._database, taken_over(workspace, items))
         lean = {item.run_id for item in taken if leaves_open(item, workspace, course)}
         answered = course.open_runs.keys() - lean
+        again = await counted_before(self._database, course.open_runs, taken)
         passed = await self._door.put_all(
             [
-                Seen(observation=item, claim=self._holder if item.run_id in answered else None)
+                Seen(
+                    observation=item,
+                    claim=self._holder if item.run_id in answered else None,
+                    counted_before=item.run_id in again,
+                )
                 for item in taken
             ]
         )
@@ -427,4 +433,13 @@ class Poller:
                 ),
             ]
         seen = owned(workspace, reading.observation)
-        return [*entries, Seen(observation=seen, reads=reading.reads, claim=self._holder)]
+        again = await counted_before(self._database, {seen.run_id: record}, [seen])
+        return [
+            *entries,
+            Seen(
+                observation=seen,
+                reads=reading.reads,
+                claim=self._holder,
+                counted_before=bool(again),
+            ),
+        ]
