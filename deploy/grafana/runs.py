@@ -323,7 +323,7 @@ NOW: Final = Row(
                     "",
                 ),
             ),
-            about="Through: up to which moment, by FLORA's clock, the history is verified.",
+            about="Through: up to which moment, by FLORA's clock, all technique runs are here.",
         ),
         Show(
             title="Overdue runs",

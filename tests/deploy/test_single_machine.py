@@ -89,7 +89,7 @@ def test_cron_starts_real_commands() -> None:
         for line in CRON.read_text().splitlines()
         if line and not line.startswith("#") and "=" not in line.split()[0]
     ]
-    assert len(lines) == 3
+    assert len(lines) == 4
     for line in lines:
         assert line.split()[5] == "tracker"
         assert_taken(line.partition(f"{PROGRAM} ")[2].split())

@@ -1,5 +1,6 @@
 """Once faults stop, everything settles: with FLORA's own truth, in few rounds and few requests."""
 
+from datetime import timedelta
 from typing import Final
 
 from tests.stateful.flora import WORKSPACE
@@ -10,6 +11,7 @@ CALM: Final = 4 * 3600
 """Seconds, past every lease, hold, pause and doubt, by whatever clock: ours was at most three hours
 ahead."""
 DAY: Final = 86400
+ALL_OF_IT: Final = timedelta(days=365)
 ROUNDS: Final = 6
 """So many rounds of polling, each when the next run is due, settle all runs that are known."""
 READS: Final = 3
@@ -44,6 +46,9 @@ async def settle(world: World) -> None:
     await _recheck(world)
     world.figures["most rounds"] = max(world.figures["most rounds"], rounds)
     await _compare(world)
+    verdict = await services.verifier.verify(world.workspace, since=ALL_OF_IT)
+    assert verdict.good, verdict
+    assert verdict.compared == len(flora.runs)
     unknown = len(world.memory.records.keys() - flora.runs.keys())
     bound = READS * (len(flora.runs) + unknown + 1) * (rounds + 2)
     assert flora.requests - before <= bound, f"{flora.requests - before} requests: {bound} do"

@@ -158,6 +158,27 @@ async def test_a_page_that_cannot_be_read_hides_only_itself(
         assert len(await covered(services)) == 1
 
 
+async def test_the_oldest_run_leaves_a_gap_too(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """Behind the last run of the list nothing tells how far the gap reaches: it stays open."""
+    async with make_flora() as flora:
+        services = await open_on(flora)
+        oldest = flora.start()
+        clock.move(300)
+        flora.start()
+        clock.move(300)
+        flora.world.change({"bad_runs": [oldest.run_id]})
+        report = await sweep(services)
+        assert (report.error, len(report.gaps), report.discovered) == (None, 1, 1)
+        [gap] = await gaps(services)
+        assert gap.from_at is None
+        flora.world.change({"bad_runs": []})
+        clock.move(300)
+        assert (await sweep(services)).discovered == 1
+        assert await gaps(services) == []
+
+
 async def test_an_answer_that_is_too_large_is_read_in_parts(
     make_flora: MakeFlora,
     open_on: OpenServices,

@@ -1,7 +1,9 @@
 """What a worker does is counted, and what it says in the log names what it is about."""
 
 import contextlib
+from datetime import timedelta
 
+import sqlalchemy as sa
 from structlog.contextvars import merge_contextvars
 from structlog.testing import capture_logs
 
@@ -10,6 +12,7 @@ from tests.support.waiting import eventually
 from tests.worker.conftest import HandClock, MakeFlora, OpenServices
 from tests.worker.test_scheduler import simulator, swept, working
 from tracker.simulator import Options, Simulator, running
+from tracker.store.tables import history_coverage
 from tracker.wiring import Services
 
 __all__ = ["simulator"]
@@ -95,8 +98,35 @@ async def test_a_complete_sweep_says_through_when(
     found = await scrape(services)
     ended = found.value("tracker_sweep_last_complete_timestamp_seconds")
     assert ended == clock().timestamp()
-    assert found.value("tracker_history_verified_timestamp_seconds") == ended - 60
+    assert found.value("tracker_history_verified_timestamp_seconds") == ended - 120
     assert found.value("tracker_sweep_failed") == 0
+    for kind in ("technique", "generation"):
+        assert found.value("tracker_history_gaps", run_type=kind) == 0
+
+
+async def test_a_gap_in_the_history_is_told(
+    services: Services, flora: Simulator, clock: HandClock
+) -> None:
+    """A run that FLORA cannot list, and a list of generations that it refuses, are a gap each."""
+    spoilt, _ = flora.start(), flora.start_generation()
+    clock.move(300)
+    flora.start()
+    (workspace,) = services.workspaces
+    await services.sweeper.sweep(workspace)
+    clock.move(300)
+    flora.start()
+    flora.world.change({"bad_runs": [spoilt.run_id], "refuse": {"generations.list": "not_found"}})
+    await services.sweeper.sweep(workspace, since=timedelta(days=1))
+    found = await scrape(services)
+    assert found.value("tracker_history_gaps", run_type="technique") == 0, "it was read before"
+    assert found.value("tracker_history_gaps", run_type="generation") == 1
+    await services.database.write(
+        lambda connection: connection.execute(sa.delete(history_coverage)).rowcount
+    )
+    await services.sweeper.sweep(workspace)
+    services.metrics._state._fresh_until = 0  # type: ignore[union-attr]
+    found = await scrape(services)
+    assert found.value("tracker_history_gaps", run_type="technique") == 1
 
 
 async def test_what_is_said_while_a_run_is_read_names_the_run(

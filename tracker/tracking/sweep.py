@@ -246,8 +246,9 @@ class Sweeper:
                     if page.from_top:
                         top = plan.until
                     if page.hole is not None:
-                        await self._note(plan, lowest or top, page.hole, gap, end=page.ceiling)
-                        top, lowest = page.ceiling or top, None
+                        end = page.ceiling or plan.bottom  # where no time is shown, all of it
+                        await self._note(plan, lowest or top, page.hole, gap, end=end)
+                        top, lowest = end, None
                     floor = plan.bottom if page.is_last else page.floor
                     if floor is not None and floor < top:
                         lowest, cursor = floor, page.cursor

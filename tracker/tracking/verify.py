@@ -112,7 +112,7 @@ class Verifier:
                     await self._compare(kind, asked, settled_until, verdict)
                     if page.hole is not None:
                         verdict.error = f"{kind} runs: {page.hole.error}"
-                        top = page.ceiling or top
+                        top = page.ceiling or start
                     floor = start if page.is_last else max(page.floor or top, start)
                     now_listed = {item.run_id for item in items}
                     listed |= now_listed
