@@ -232,10 +232,10 @@ class Sweeper:
         plan, above = sweep.plans.get(kind), gap.above
         stubborn = above is not None and above.failures >= STUBBORN_AFTER
         walk = Walk(sweep.workspace.require_client(), kind, stubborn=stubborn)
-        place = (above.from_at, above.cursor) if above else (None, None)
-        top, lowest, cursor = gap.top, above.from_at if above else None, place[1]
+        below, cursor = (above.from_at, above.cursor) if above else (None, None)
+        top, lowest = gap.top, below
         try:
-            async with aclosing(walk.pages(below=place[0], cursor=place[1])) as pages:
+            async with aclosing(walk.pages(below=below, cursor=cursor)) as pages:
                 async for page in pages:
                     items = taken_over(sweep.workspace, page.items)
                     if plan is None:
@@ -252,7 +252,11 @@ class Sweeper:
                     floor = plan.bottom if page.is_last else page.floor
                     if floor is not None and floor < top:
                         lowest, cursor = floor, page.cursor
-                        await self._cover(plan, lowest, top, cursor)
+                        read_at = self._clock()
+                        await self._add(
+                            plan,
+                            Interval(from_at=floor, to_at=top, read_at=read_at, cursor=cursor),
+                        )
                     if not await self._hold(sweep.lease):
                         raise StoreError("it took so long that another process has begun one")
                     if floor is not None and floor <= gap.bottom:
@@ -329,22 +333,8 @@ class Sweeper:
             return True
         return False
 
-    async def _cover(
-        self, plan: "_Plan", from_at: datetime, to_at: datetime, cursor: str | None
-    ) -> None:
-        await self._add(
-            plan,
-            Interval(from_at=from_at, to_at=to_at, read_at=self._clock(), cursor=cursor),
-        )
-
     async def _note(
-        self,
-        plan: "_Plan",
-        at: datetime,
-        hole: Hole,
-        gap: Gap,
-        *,
-        end: datetime | None,
+        self, plan: "_Plan", at: datetime, hole: Hole, gap: Gap, *, end: datetime | None
     ) -> None:
         """Record that from `at` down to `end` nothing could be read, and when it is tried again;
         without an end the next sweep does so at once."""
