@@ -199,3 +199,30 @@ def test_a_worker_serves_its_health(tracker: Commands, stack: ExitStack) -> None
     worker.send_signal(signal.SIGTERM)
     worker.communicate(timeout=15)
     assert worker.returncode == 0
+
+
+def test_verify_tells_what_is_missing(tracker: Commands, stack: ExitStack) -> None:
+    """Before the first sweep every run of the history is missing: status 1, as a table and as JSON;
+    after it there is nothing to tell. A page that cannot be read is status 1 for both commands."""
+    preset = ("--set", "history=3", "--set", "history_seconds=86400")
+    simulate(tracker, stack, "--failures", "0%", *preset)
+    tracker("db", "upgrade")
+    shown, printed = tracker("verify", "--since", "7d"), tracker("verify", "--json")
+    assert (shown.returncode, printed.returncode) == (1, 1)
+    assert shown.stdout.count("missing") == 3
+    assert "3 runs compared, 3 differences" in shown.stderr
+    (found,) = json.loads(printed.stdout)["workspaces"]
+    assert (found["ok"], found["compared"], len(found["differences"])) == (False, 3, 3)
+    spoilt = found["differences"][0]["run_id"]
+
+    (swept,) = tracker.json("reconcile")["sweeps"]
+    assert (swept["discovered"], swept["gaps"], swept["generations_error"]) == (3, [], None)
+    (same,) = tracker.json("verify")["workspaces"]
+    assert (same["ok"], same["differences"], same["compared"]) == (True, [], 3)
+
+    root = tracker.environ["FLORA_BASE_URL"].partition("/api")[0]
+    httpx.post(f"{root}/simulator/faults", json={"bad_runs": [spoilt]}).raise_for_status()
+    again = tracker("reconcile", "--since", "7d")
+    assert (again.returncode, tracker("verify").returncode) == (1, 1)
+    assert "incomplete" in again.stdout
+    assert "could not read technique runs created from" in again.stderr
