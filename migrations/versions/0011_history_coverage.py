@@ -48,7 +48,10 @@ tallies = sa.table(
 
 
 def upgrade() -> None:
-    op.add_column("sweeps", sa.Column("generations_error", sa.Text()))
+    connection = op.get_bind()
+    postgres = connection.dialect.name == "postgresql"
+    error = sa.Column("generations_error", sa.Text())
+    op.add_column("sweeps", error, if_not_exists=True if postgres else None)
     coverage = op.create_table(
         "history_coverage",
         sa.Column("id", SerialId, sa.Identity(), nullable=False),
@@ -63,14 +66,17 @@ def upgrade() -> None:
         sa.Column("retry_at", Moment),
         sa.CheckConstraint("from_at <= to_at", name=op.f("ck_history_coverage_in_order")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_history_coverage")),
+        if_not_exists=True,
     )
     op.create_index(
-        "ix_history_coverage_newest", "history_coverage", ["workspace_id", "run_type", "to_at"]
+        "ix_history_coverage_newest",
+        "history_coverage",
+        ["workspace_id", "run_type", "to_at"],
+        if_not_exists=True,
     )
-    connection = op.get_bind()
     if found := _horizons(connection):
         connection.execute(coverage.insert(), found)
-    if connection.dialect.name == "postgresql":
+    if postgres:
         connection.exec_driver_sql(f"CREATE OR REPLACE VIEW v_sweeps AS {_sweeps()}")
     else:
         op.execute("DROP VIEW v_sweeps")

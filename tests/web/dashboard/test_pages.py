@@ -270,7 +270,7 @@ async def test_what_was_read_is_shown_as_a_picture(small_site: Site) -> None:
     assert "Checked against FLORA up to" in page
     assert "FLORA answered 400: &lt;b&gt;too deep" in page
     assert "2 attempts" in page
-    assert "1 stretch of FLORA" in await _text(small_site, "/")
+    assert "1 gap is left in FLORA" in await _text(small_site, "/")
 
 
 def _read(now: datetime, begin: float, end: float, **more: Any) -> coverage.Interval:

@@ -76,9 +76,9 @@ def needs(
         found.append(
             Need(
                 kind="warn",
-                what=f"{_of(len(figures.unread), 'stretch', 'stretches')} of FLORA's history "
-                "not readable.",
-                advice="Tried again by themselves. Runs that others started there may be missing.",
+                what=f"{_of(len(figures.unread), 'gap')} left in FLORA's history.",
+                advice="It could not be read, and is tried again. Runs that others started there "
+                "may be missing.",
                 href="/sweeps",
                 link="Sweeps",
             )
@@ -228,10 +228,8 @@ def _since(at: datetime | None, now: datetime) -> str:
     return "some time" if at is None else span(max(now - at, timedelta(0)))
 
 
-def _of(count: int, what: str, many: str = "") -> str:
-    return (
-        f"{number(count)} {what} is" if count == 1 else f"{number(count)} {many or what + 's'} are"
-    )
+def _of(count: int, what: str) -> str:
+    return f"{number(count)} {what} is" if count == 1 else f"{number(count)} {what}s are"
 
 
 def _times(count: int) -> str:
