@@ -38,10 +38,16 @@ COMMITS: Final = (
     # Who works at what, and until when nobody asks FLORA.
     *("claims.claim_due", "claims.renew", "claims.release"),
     *("claims.take_lease", "claims.drop_lease", "waits.keep"),
-    *("sweeps.begin", "sweeps.finish", "tallies.fold", "batches.keep", "batches.finish"),
+    *("sweeps.begin", "coverage.add", "sweeps.finish", "tallies.fold"),
+    *("batches.keep", "batches.finish"),
     *("techniques.define", "techniques.doubt", "techniques.add_listed", "techniques.mark_gone"),
 )
-SELDOM: Final = ("delivery_rows.quarantine", "replay.requeue", "inbox: notify")
+SELDOM: Final = (
+    "coverage.forget_after",
+    "delivery_rows.quarantine",
+    "replay.requeue",
+    "inbox: notify",
+)
 """Commits that come only where something is broken, or somebody asks."""
 REQUESTS: Final = (
     *("POST /techniques/*/runs", "GET /techniques/*/runs/*", "GET /technique-runs"),

@@ -22,9 +22,9 @@ POINTS: tuple[tuple[Role, Point], ...] = (
     ("serve", Point(when="after", name="inbox: apply")),
     # The same where another process goes on.
     ("receiver", Point(when="before", name="inbox: apply")),
-    # Runs that are claimed; a sweep that has begun.
+    # Runs that are claimed; a page that is stored and not covered.
     ("serve", Point(when="after", name="claims.claim_due")),
-    ("worker", Point(when="after", name="sweeps.begin")),
+    ("worker", Point(when="before", name="coverage.add")),
 )
 
 
