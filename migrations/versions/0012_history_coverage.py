@@ -50,8 +50,6 @@ tallies = sa.table(
 def upgrade() -> None:
     connection = op.get_bind()
     postgres = connection.dialect.name == "postgresql"
-    error = sa.Column("generations_error", sa.Text())
-    op.add_column("sweeps", error, if_not_exists=True if postgres else None)
     coverage = op.create_table(
         "history_coverage",
         sa.Column("id", SerialId, sa.Identity(), nullable=False),
@@ -76,6 +74,9 @@ def upgrade() -> None:
     )
     if found := _horizons(connection):
         connection.execute(coverage.insert(), found)
+    # Last, because it locks what is in use.
+    error = sa.Column("generations_error", sa.Text())
+    op.add_column("sweeps", error, if_not_exists=True if postgres else None)
     if postgres:
         connection.exec_driver_sql(f"CREATE OR REPLACE VIEW v_sweeps AS {_sweeps()}")
     else:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -31,7 +32,8 @@ from tracker.core.errors import InvalidRequest
 from tracker.core.observation import Observation, Source
 from tracker.core.run import Output, RunStatus
 from tracker.core.tally import STATE
-from tracker.store import read, retention, starts, sweeps, tallies
+from tracker.store import coverage, read, retention, starts, sweeps, tallies
+from tracker.store.coverage import Interval
 from tracker.store.delivery_rows import requeue
 from tracker.store.engine import Database
 from tracker.store.retention import Sighting
@@ -491,13 +493,11 @@ async def test_the_sweeps_on_which_something_rests_stay(db: Database) -> None:
         unknown,
         *young,
     }
-    assert await sweeps.last_through(db, "ws_1", "technique") == NOW - 196 * DAY
-    assert await sweeps.last_through(db, "ws_1", "generation") == NOW - 197 * DAY
 
 
 async def test_how_far_it_has_been_is_known(door: TestDoor, db: Database) -> None:
-    """What is older than a removed run of its workspace, lies where that was swept, and is not
-    here, has been removed."""
+    """What is older than a removed run of its workspace, lies where the history was read, and is
+    not here, has been removed."""
     then = NOW - 100 * DAY
     assert await retention.removed(db, [Sighting("run_1", "ws_1", then)]) == set()
     await put(door, settled("run_1", 100), [started("here", at=then)])
@@ -506,14 +506,16 @@ async def test_how_far_it_has_been_is_known(door: TestDoor, db: Database) -> Non
         Sighting("run_1", "ws_1", then),
         Sighting("unswept", "ws_1", then, "generation"),
         Sighting("older", "ws_1", then - DAY),
+        Sighting("never_read", "ws_1", then - 3 * DAY),
         Sighting("younger", "ws_1", then + timedelta(seconds=1)),
         Sighting("elsewhere", "ws_2", then),
         Sighting("here", "ws_1", then),
     ]
     assert await retention.removed(db, said) == set()
-    await swept(db, 99, through=then - DAY)
+    first = Interval(from_at=then - 2 * DAY, to_at=then - DAY, read_at=NOW)
+    await coverage.add(db, "ws_1", "technique", first)
     assert await retention.removed(db, said) == {"older"}
-    await swept(db, 98, through=NOW)
+    await coverage.add(db, "ws_1", "technique", replace(first, from_at=first.to_at, to_at=NOW))
     assert await retention.removed(db, said) == {"run_1", "older"}
 
 
@@ -536,6 +538,7 @@ def test_every_table_is_considered() -> None:
         "leases",
         "workspace_keys",
         "retention",
+        "history_coverage",
         "run_tallies",
         "run_tally_changes",
     }
