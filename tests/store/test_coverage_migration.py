@@ -1,4 +1,4 @@
-"""What the sweeps of the version before had read is covered: migration 0012."""
+"""What the sweeps of the version before had read is covered: migration 0013."""
 
 from datetime import timedelta
 from typing import Any
@@ -37,7 +37,7 @@ def swept(workspace_id: str | None, hours: float, **more: Any) -> dict[str, Any]
 async def test_what_old_sweeps_had_read_is_covered(empty_database_url: str) -> None:
     """From as far back as the first of them had gone until where the last had come, each kind
     apart; failed ones, and those of nobody, say nothing. Old writers notice nothing of it."""
-    await migrate.upgrade(empty_database_url, "0011")
+    await migrate.upgrade(empty_database_url, "0012")
     rows = [
         swept("ws_1", 48, generations_through=NOW - 49 * HOUR),
         swept("ws_1", 2),

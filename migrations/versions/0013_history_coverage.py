@@ -10,8 +10,8 @@ minutes before that moment, because a run may be listed late.
 
 There is no way back but a backup: a downgrade would throw away what has been seen.
 
-Revision: 0012
-Follows: 0011
+Revision: 0013
+Follows: 0012
 """
 
 from datetime import timedelta
@@ -20,8 +20,8 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import context, op
 
-revision = "0012"
-down_revision = "0011"
+revision = "0013"
+down_revision = "0012"
 branch_labels = None
 depends_on = None
 
