@@ -36,13 +36,15 @@ def upgrade() -> None:
         sa.Column("count", sa.Integer(), nullable=False),
         sa.CheckConstraint("count >= 1", name=op.f("ck_audit_count")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_audit")),
+        if_not_exists=True,
     )
-    op.create_index("ix_audit_newest", "audit", ["at", "id"])
+    op.create_index("ix_audit_newest", "audit", ["at", "id"], if_not_exists=True)
     op.create_index(
         "ix_audit_refused",
         "audit",
         ["address", "at", "actor"],
         unique=True,
+        if_not_exists=True,
         postgresql_where=REFUSED,
         sqlite_where=REFUSED,
     )

@@ -58,9 +58,6 @@ def start(
     tags = parsed_tags(tag)
 
     async def work(services: "Services") -> "Record":
-        from structlog import get_logger
-
-        from tracker.store.audit import principal
         from tracker.tracking.start import StartRequest
 
         async with patience(services):
@@ -73,12 +70,6 @@ def start(
                 started_by="cli",
                 tags=tags,
             )
-        get_logger(__name__).info(
-            "run.start_requested",
-            technique=technique,
-            key=request.idempotency_key,
-            actor=principal().name,
-        )
         started = await _started(services, request, wait=wait)
         if started.replayed:
             note("This key had started the run before; nothing new was started.")

@@ -5,6 +5,7 @@ in the same stretch of time; so memory does not grow with the history. What may 
 itself is left out: a run that began or ended minutes ago, a bill that is still to be read.
 """
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
@@ -16,7 +17,7 @@ from tracker.core.errors import FloraError
 from tracker.core.observation import Observation
 from tracker.core.record import Record
 from tracker.core.run import RunType
-from tracker.sources.history import PageUnreadable, Walk
+from tracker.sources.history import PAGE_SIZE, PageUnreadable, Walk
 from tracker.store import read
 from tracker.store.engine import Database
 from tracker.tracking.pages import taken_over, without_removed
@@ -103,7 +104,7 @@ class Verifier:
     ) -> None:
         top = datetime.max.replace(tzinfo=start.tzinfo)
         settled_until = self._clock() - SETTLES_WITHIN
-        listed: set[str] = set()  # by the last two pages, which may overlap
+        listed: deque[str] = deque(maxlen=3 * PAGE_SIZE)  # last; pages overlap, and may be small
         try:
             async with aclosing(walk.pages()) as pages:
                 async for page in pages:
@@ -114,12 +115,11 @@ class Verifier:
                         verdict.error = f"{kind} runs: {page.hole.error}"
                         top = page.ceiling or start
                     floor = start if page.is_last else max(page.floor or top, start)
-                    now_listed = {item.run_id for item in items}
-                    listed |= now_listed
+                    listed.extend(item.run_id for item in items)
                     if floor < top:
                         span = (floor, min(top, settled_until))
-                        await self._look_for(workspace, kind, span, listed, verdict)
-                        top, listed = floor, now_listed
+                        await self._look_for(workspace, kind, span, set(listed), verdict)
+                        top = floor
                     if floor <= start:
                         break
         except PageUnreadable as error:
