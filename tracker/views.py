@@ -65,7 +65,7 @@ def run_json(record: Record) -> dict[str, Any]:
         "project_id": run.project_id,
         "technique_id": run.technique_id,
         "technique_name": run.technique_name,
-        "status": run.status.value,
+        "status": str(run.status),
         "progress": number_json(run.progress),
         "created_at": time_json(record.created_at),
         "started_at": _time(run.started_at),

@@ -98,7 +98,7 @@ def test_version_is_shown(tracker: Commands) -> None:
         ("runs start", "Missing argument 'TECHNIQUE'"),
         ("runs start cctv-cam --input face", "'face' is not ID=VALUE"),
         ("runs start cctv-cam --input face:=x", "is not ID=VALUE"),
-        ("runs list --status done", "--status"),
+        ("runs list --tracking done", "--tracking"),
         ("runs list --limit 0", "--limit"),
         ("runs track ''", "RUN_ID"),
         ("reconcile --since yesterday", "--since: must be a duration"),

@@ -6,7 +6,7 @@ from decimal import Decimal
 from hypothesis import strategies as st
 
 from tracker.core.observation import Observation, Source
-from tracker.core.run import Output, RunError, RunStatus
+from tracker.core.run import Output, RunError, RunStatus, Status
 
 START = datetime(2026, 6, 11, 12, tzinfo=UTC)
 
@@ -22,6 +22,9 @@ outputs = st.builds(
 )
 
 
+_ENDS = (RunStatus.COMPLETED, RunStatus.FAILED)
+
+
 def optional(strategy: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
     return st.none() | strategy
 
@@ -29,15 +32,15 @@ def optional(strategy: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
 def observations(run_id: str = "run_1") -> st.SearchStrategy[Observation]:
     """Any sight: what a source shows of a run is independent of what is true."""
 
-    def build(source: Source, status: RunStatus, **seen: object) -> Observation:
-        if source is Source.CALLBACK and not status.ended:
+    def build(source: Source, status: Status, **seen: object) -> Observation:
+        if source is Source.CALLBACK and status not in _ENDS:
             status = RunStatus.COMPLETED
         return Observation(run_id=run_id, source=source, status=status, **seen)  # type: ignore[arg-type]
 
     return st.builds(
         build,
         source=st.sampled_from(Source),
-        status=st.sampled_from(RunStatus),
+        status=st.sampled_from([*RunStatus, "cancelled", "queued"]),
         at=times,
         progress=optional(st.sampled_from([0.0, 40.0, 100.0])),
         run_type=optional(st.sampled_from(["technique", "generation"])),

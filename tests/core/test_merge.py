@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.core.strategies import START, observations
 from tracker.core.merge import merge, rank
 from tracker.core.observation import Observation, Source
-from tracker.core.run import Details, Output, Run, RunError, RunStatus, Standing
+from tracker.core.run import Details, Output, Run, RunError, RunStatus, Standing, Status
 
 PICTURE = Output("output_1", "imageUrl", "https://media.example/1.png")
 
@@ -25,7 +25,7 @@ def fold(seen: Iterable[Observation]) -> Run:
     return run
 
 
-def sight(source: Source, status: RunStatus, **shown: object) -> Observation:
+def sight(source: Source, status: Status, **shown: object) -> Observation:
     return Observation(run_id="run_1", source=source, status=status, at=START, **shown)  # type: ignore[arg-type]
 
 
@@ -112,6 +112,23 @@ def test_completed_beats_failed_between_equals() -> None:
         assert run.conflict
 
 
+def test_a_status_that_is_not_known_is_kept_as_it_is() -> None:
+    """It counts as running, or with a time of its end as an end that one read settles, below
+    failed; what is documented stands above it."""
+    queued, running = (sight(Source.POLL, each) for each in ("queued", RunStatus.RUNNING))
+    error = RunError("GENERATION_CANCELLED", "by a person")
+    cancelled = sight(Source.POLL, "cancelled", completed_at=START, error=error)
+    listed = sight(Source.HISTORY, "cancelled", completed_at=START)
+    assert (fold([queued]).status, fold([queued]).standing) == ("queued", Standing.RUNNING)
+    assert fold([running, queued]).status is fold([queued, running]).status is RunStatus.RUNNING
+    run = fold([queued, cancelled])
+    assert (run.status, run.error, run.settled, run.conflict) == ("cancelled", error, True, False)
+    assert not fold([listed]).settled
+    failed = fold([cancelled, sight(Source.POLL, RunStatus.FAILED)])
+    assert (failed.status, failed.conflict) == (RunStatus.FAILED, True)
+    assert Observation.from_json(cancelled.to_json()) == cancelled
+
+
 QUOTE, BILL, LATER_BILL = Decimal("0.253"), Decimal("0.873"), Decimal("0.5")
 SOON, LATE = START + timedelta(seconds=1), START + timedelta(seconds=61)
 
@@ -140,7 +157,7 @@ def test_the_latest_bill_counts_in_any_order(seen: list[Observation], random: Ra
     random.shuffle(shuffled)
     run = fold(shuffled)
     assert run == fold(seen)
-    reads = [one for one in seen if one.source is not Source.START and one.status.ended]
+    reads = [one for one in seen if one.source is not Source.START and one.standing.ended]
     bills = [one for one in reads if one.charged_cost is not None or one.status is RunStatus.FAILED]
     bill = max(bills, key=_lateness, default=None)
     assert run.charged_cost == (bill and bill.charged_cost)

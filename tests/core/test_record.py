@@ -14,8 +14,8 @@ from tests.core.strategies import START, observations
 from tracker.core.entry import Entry, Seen, Unseen
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Record, apply
-from tracker.core.run import Output, RunStatus, Tracking
-from tracker.core.schedule import Durations, Policy, first_wait, wait_after
+from tracker.core.run import Output, Run, RunStatus, Tracking
+from tracker.core.schedule import Durations, Policy, first_wait, next_check, wait_after
 
 POLICY = Policy()
 PICTURE = Output("output_1", "imageUrl", "https://media.example/1.png")
@@ -170,7 +170,15 @@ def test_lost_needs_five_reads_and_an_hour() -> None:
     few_but_long = after([started(), *(denied(at=30 + 1800 * n) for n in range(4))])
     assert few_but_long.tracking is Tracking.ACTIVE
     lost = after([denied(at=7300)], few_but_long)
-    assert (lost.tracking, lost.next_check_at) == (Tracking.LOST, None)
+    assert (lost.tracking, lost.next_check_at) == (
+        Tracking.LOST,
+        START + timedelta(seconds=7300, days=1),
+    )
+    again = after([denied(at=7300 + 86_400)], lost)
+    assert (again.tracking, again.next_check_at) == (
+        Tracking.LOST,
+        START + timedelta(seconds=7300, days=2),
+    )
     found = after([Seen(observation=seen(Source.HISTORY, RunStatus.RUNNING, at=7400))], lost)
     assert found.tracking is Tracking.ACTIVE
     assert found.next_check_at is not None
@@ -350,3 +358,24 @@ def test_clocks_that_disagree_make_no_bill_final_too_early(skew: float) -> None:
     assert (record.cost_final, seconds(record.recheck_at)) == (False, 60)
     record = after([read(60, 2)], record)
     assert (record.cost_final, record.run.charged_cost) == (True, Decimal(2))
+
+
+@pytest.mark.parametrize("looks", [0, 1, 20])
+@pytest.mark.parametrize("known", [None, Durations(count=50, p50=3000, p95=9000)])
+def test_no_poll_lies_further_ahead_than_the_longest_wait(
+    looks: int, known: Durations | None
+) -> None:
+    """Also where the clock was set back, so that the run was first seen in what is the future."""
+    policy = Policy()
+    for ahead in (timedelta(), timedelta(hours=6)):
+        due = next_check(
+            Run(run_id="run_1"),
+            policy=policy,
+            now=START,
+            first_seen=START + ahead,
+            looks=looks,
+            callback_expected=True,
+            durations=known,
+        )
+        assert due is not None
+        assert START <= due <= START + policy.longest_wait

@@ -44,7 +44,7 @@ async def _post(site: Site, body: bytes, secret: str) -> str:
 async def _stands(services: Services, run_id: str) -> tuple[str, str | None]:
     record = await read.get_run(services.database, run_id)
     assert record is not None
-    return record.run.status.value, record.run.workspace_id
+    return str(record.run.status), record.run.workspace_id
 
 
 @pytest.mark.parametrize("named", [None, "ws_a", "ws_b"])

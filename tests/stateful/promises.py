@@ -127,7 +127,7 @@ def assert_true(record: Record, truth: ModelRun) -> None:
     run = record.run
     assert (record.settled_at is not None) == run.settled == (record.next_check_at is None)
     told = {
-        "status": run.status.value,
+        "status": run.status,
         "outputs": [[o.output_id, o.type, o.url] for o in run.outputs or ()],
         # Until it is final FLORA may show no bill yet, and of a failed run the quote.
         "cost": float(run.charged_cost or 0) if record.cost_final else truth.cost,
@@ -194,8 +194,8 @@ def _the_end_is_somebodys_word(record: Record, truth: ModelRun | None, said: set
     if truth is not None and truth.queued:
         allowed = (*allowed, Standing.RUNNING)  # as which an unknown status counts
     if run.standing.ended and not run.standing.ended_at_api:
-        assert run.status.value == ("completed" if "completed" in said else "failed")
-        assert run.status.value in said
+        assert run.status == ("completed" if "completed" in said else "failed")
+        assert run.status in said
     else:
         assert run.standing in (*allowed, Standing.PENDING), f"nobody said that: {run}"
     assert run.standing.ended or not said, "a callback had no effect"

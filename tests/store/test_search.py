@@ -51,6 +51,7 @@ async def test_states_are_what_people_ask_for(some: Database) -> None:
         "details": ["run_details"],
         "completed": ["run_done", "run_details"],
         "failed": ["run_failed"],
+        "other": [],
         "lost": [],
         "conflict": [],
     }

@@ -123,7 +123,7 @@ def _bars(clock: Clock) -> "Progress":
 
         def render(self, task: Task) -> Text:
             record: Record = task.fields["record"]
-            status = record.run.status.value
+            status = str(record.run.status)
             return Text(status, style=_STYLES.get(status, ""))
 
     class Elapsed(ProgressColumn):

@@ -111,7 +111,12 @@ def track(
 
 @app.command("list")
 def list_(
-    status: Annotated[RunStatus | None, typer.Option(help="Only runs in this state.")] = None,
+    status: Annotated[
+        str | None,
+        typer.Option(
+            metavar="S", help=f"Only runs of this status: {', '.join(RunStatus)}, or FLORA's word."
+        ),
+    ] = None,
     technique: Annotated[
         str | None, typer.Option(metavar="T", help="Only runs of this technique (tech_…).")
     ] = None,

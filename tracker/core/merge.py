@@ -5,8 +5,9 @@ on their order nor on how often each was seen. So a late, repeated or stale obse
 
 How it comes about:
 
-* `standing` is a maximum: pending < running < ended as a callback says < ended as the API says, and
-  between two ends of equal rank completed beats failed.
+* The status is a maximum: pending < running < ended as a callback says < ended as the API says, and
+  between two ends of equal rank completed beats failed. A status that is not known counts as
+  running, or with a `completed_at` as failed, and below these; of two such the greater text counts.
 * Each register is a maximum too, of (standing of the sight, canonical order of the value). A sight
   that does not show a fact says nothing about it, so nothing known is ever emptied.
 * Whose run it is, FLORA shows to the workspace's own key, however the run stands then. What a
@@ -73,9 +74,7 @@ def merge(run: Run | None, seen: Observation) -> Run:
         raise ValueError(f"cannot merge a sight of {seen.run_id} into {run.run_id}")
     news: dict[str, Any] = {}
     standing = seen.standing
-    conflict = run.conflict or (
-        run.standing.ended and standing.ended and run.status is not standing.status
-    )
+    conflict = run.conflict or (run.standing.ended and standing.ended and run.status != seen.status)
     ranks = run.ranks
     for (name, digit), theirs in zip(_PLACES, _SHOWN(seen), strict=True):
         if theirs is None or _says_nothing(seen, name, theirs):
@@ -101,7 +100,11 @@ def merge(run: Run | None, seen: Observation) -> Run:
         ranks, differ = _join_outputs(run, seen, seen.outputs, ranks, news)
         conflict = conflict or differ
     details = _joined_details(run, seen)
-    top = max(run.standing, standing)
+    top, unknown = max(run.standing, standing), None
+    if run.unknown_status is not None or seen.unknown_status is not None:
+        top, unknown = max(
+            (run.standing, run.unknown_status), (standing, seen.unknown_status), key=_by_height
+        )
     if top is Standing.COMPLETED:
         news.pop("error", None)
         if run.error is not None:
@@ -110,12 +113,14 @@ def merge(run: Run | None, seen: Observation) -> Run:
     progress = run.progress if seen.progress is None else max(run.progress, seen.progress)
     if (
         not news
-        and (top, details, progress) == (run.standing, run.details, run.progress)
+        and (top, unknown) == (run.standing, run.unknown_status)
+        and (details, progress) == (run.details, run.progress)
         and (conflict, ranks) == (run.conflict, run.ranks)
     ):
         return run
     news |= {
         "standing": top,
+        "unknown_status": unknown,
         "details": details,
         "progress": progress,
         "conflict": conflict,
@@ -191,8 +196,14 @@ def _says_nothing(seen: Observation, register: str, value: Any) -> bool:
     """Whether what this sight shows in a register means nothing."""
     if register == "error":
         # The reference's examples carry error fields even on pending runs.
-        return seen.status is not RunStatus.FAILED or value == RunError()
+        ended = seen.standing.ended and seen.status is not RunStatus.COMPLETED
+        return not ended or value == RunError()
     return False
+
+
+def _by_height(status: tuple[Standing, str | None]) -> tuple[Standing, bool, str]:
+    standing, unknown = status
+    return (standing, unknown is None, unknown or "")
 
 
 def _joined_details(run: Run, seen: Observation) -> Details:

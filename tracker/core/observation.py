@@ -14,7 +14,7 @@ from operator import attrgetter
 from typing import Any, Final
 
 from tracker.core.quick import quick_dataclass
-from tracker.core.run import Details, Output, RunError, RunStatus, Standing
+from tracker.core.run import Details, Output, RunError, RunStatus, Standing, Status, status_of
 
 
 class Source(StrEnum):
@@ -45,7 +45,7 @@ class Observation:
     run_id: str
     source: Source
     at: datetime
-    status: RunStatus = RunStatus.PENDING
+    status: Status = RunStatus.PENDING
     progress: float | None = None
     run_type: str | None = None
     workspace_id: str | None = None
@@ -76,16 +76,25 @@ class Observation:
         """
         return (
             self.source in _READS
-            and self.status.ended
+            and self.standing.ended
             and (self.charged_cost is not None or self.status is RunStatus.FAILED)
         )
 
     @property
     def standing(self) -> Standing:
-        """How much this sight weighs: what it says, and whether the API itself said it."""
+        """How much this observation weighs: what it says, and whether the API itself said it.
+
+        A status that is not known is an end where the run shows when it ended.
+        """
         if self.source is Source.CALLBACK:
             return _BY_CALLBACK[self.status]
-        return _BY_API[self.status]
+        unknown = Standing.RUNNING if self.completed_at is None else Standing.FAILED
+        return _BY_API.get(self.status, unknown)
+
+    @property
+    def unknown_status(self) -> str | None:
+        """The status where it is none of the four that are documented."""
+        return None if self.status in _BY_API else self.status
 
     @property
     def details(self) -> Details:
@@ -117,13 +126,13 @@ class Observation:
 
 
 _READS: Final = (Source.POLL, Source.HISTORY)
-_BY_CALLBACK: Final = {
+_BY_CALLBACK: Final[dict[Status, Standing]] = {
     RunStatus.PENDING: Standing.PENDING,
     RunStatus.RUNNING: Standing.RUNNING,
     RunStatus.FAILED: Standing.CALLBACK_FAILED,
     RunStatus.COMPLETED: Standing.CALLBACK_COMPLETED,
 }
-_BY_API: Final = {
+_BY_API: Final[dict[Status, Standing]] = {
     RunStatus.PENDING: Standing.PENDING,
     RunStatus.RUNNING: Standing.RUNNING,
     RunStatus.FAILED: Standing.FAILED,
@@ -151,7 +160,7 @@ _FORMS: Final = tuple((field.name, _TO_JSON.get(field.name)) for field in fields
 _VALUES: Final = attrgetter(*(name for name, _ in _FORMS))
 _FROM_JSON: Final[dict[str, Callable[[Any], Any]]] = {
     "source": Source,
-    "status": RunStatus,
+    "status": status_of,
     "at": _time,
     "created_at": _time,
     "started_at": _time,

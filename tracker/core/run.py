@@ -9,6 +9,9 @@ A run's status climbs and never falls. How high it stands is its *standing*::
     FAILED              the API said so
     COMPLETED           the API said so; nothing stands higher
 
+A status that this version does not know stands as RUNNING without a `completed_at`, and with one as
+FAILED, below `failed` itself: `Run.unknown_status` keeps its name.
+
 Every other fact about a run is a *register*: it keeps the value of the highest-standing sight that
 had one. `Run.ranks` remembers, for each register, the standing of the sight its value came from, as
 one octal digit each.
@@ -32,17 +35,24 @@ RunType = Literal["technique", "generation"]
 
 
 class RunStatus(StrEnum):
-    """FLORA's four states of a run."""
+    """The four states of a run that FLORA documents; a newer FLORA may show others."""
 
     PENDING = "pending"
     RUNNING = "running"
     COMPLETED = "completed"
     FAILED = "failed"
 
-    @property
-    def ended(self) -> bool:
-        """Whether FLORA is done with the run."""
-        return self in (RunStatus.COMPLETED, RunStatus.FAILED)
+
+Status = RunStatus | str
+"""A run's status as FLORA shows it: a `RunStatus` where it is one of the four, else its text."""
+
+
+def status_of(text: str) -> Status:
+    """The status of that name."""
+    return _KNOWN.get(text, text)
+
+
+_KNOWN: Final = {str(status): status for status in RunStatus}
 
 
 class Standing(IntEnum):
@@ -156,10 +166,12 @@ class Run:
     as the read sent at `cost_read_at` showed it: `None` with a `cost_read_at` means that a failed
     run was shown without a cost. `ranks` holds one octal digit for each of `REGISTERS`: the
     `Standing` of the observation which its value came from, or `LISTED` or `READ`.
+    `unknown_status` is the status of the highest observations where only a newer FLORA knows it.
     """
 
     run_id: str
     standing: Standing = Standing.PENDING
+    unknown_status: str | None = None
     details: Details = Details.UNKNOWN
     progress: float = 0
     conflict: bool = False
@@ -181,9 +193,9 @@ class Run:
     ranks: int = 0
 
     @property
-    def status(self) -> RunStatus:
+    def status(self) -> Status:
         """FLORA's state of the run, as far as anybody has said."""
-        return self.standing.status
+        return self.unknown_status or self.standing.status
 
     @property
     def settled(self) -> bool:

@@ -87,7 +87,7 @@ def facts(record: Record) -> list[Fact]:
     run = record.run
     workspace = run.workspace_id or ""
     technique = run.technique_id or ""
-    status = run.status.value
+    status = str(run.status)
     tracking = record.tracking
     found = [
         (Key(STATE, ALWAYS, workspace, technique, status, tracking.value, 0), 0),
@@ -155,7 +155,7 @@ def _billed(record: Record) -> str:
         return FINAL
     run = record.run
     given_up = record.recheck_at is None and run.charged_cost is None
-    return UNPRICED if given_up and run.status is RunStatus.COMPLETED else OPEN
+    return UNPRICED if given_up and run.status is not RunStatus.FAILED else OPEN
 
 
 def is_adopted(record: Record) -> bool:

@@ -223,7 +223,7 @@ class Work:
         if is_adopted(record):
             self._adopted.inc()
         elif record.ended_via is not None:
-            self._ends.labels(record.ended_via.value, record.run.status.value).inc()
+            self._ends.labels(record.ended_via.value, str(record.run.status)).inc()
 
     def _settled(self, record: Record) -> None:
         """FLORA's time of the end is known only now: a callback does not tell it."""

@@ -254,7 +254,7 @@ def _event_row(seen: Observation) -> tuple[str, datetime, str, str, float | None
         seen.run_id,
         seen.at,
         seen.source.value,
-        seen.status.value,
+        str(seen.status),
         seen.progress,
         seen.to_json(),
     )

@@ -364,7 +364,7 @@ def _count(tally: Tally, row: Any) -> None:
         tally.lost += row.count
     elif row.status == RunStatus.COMPLETED:
         tally.completed += row.count
-    elif row.status == RunStatus.FAILED:
+    elif row.tracking == Tracking.SETTLED:
         tally.failed += row.count
     # A sum of doubles has digits that no price has.
     tally.cost += round(row.cost or Decimal(0), 6)

@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 from sqlalchemy import BigInteger, Select, Text, cast, func, select
 
 from tracker.core.observation import Source
-from tracker.core.run import RunStatus
+from tracker.core.run import Status, status_of
 from tracker.store.engine import Database
 from tracker.store.tables import run_events
 
@@ -23,7 +23,7 @@ class Line(NamedTuple):
     run_id: str
     at: datetime
     source: Source
-    status: RunStatus
+    status: Status
     progress: float | None
 
 
@@ -81,4 +81,4 @@ def _with_moment(statement: Select[Any]) -> Select[Any]:
 
 def _line(values: tuple[Any, ...]) -> Line:
     number, run_id, at, source, status, progress = values
-    return Line(number, run_id, at, Source(source), RunStatus(status), progress)
+    return Line(number, run_id, at, Source(source), status_of(status), progress)

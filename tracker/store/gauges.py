@@ -13,7 +13,7 @@ from sqlalchemy import BigInteger, ScalarSelect, Select, Table, and_, cast, func
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tracker.core.entry import TRIAL
-from tracker.core.run import RunStatus
+from tracker.core.run import Standing, Tracking
 from tracker.core.tally import CALLBACK, COST, FAILURE, OPEN, QUOTE, STATE, UNPRICED, dollars
 from tracker.store.attention import LATE_AFTER
 from tracker.store.engine import Database
@@ -115,7 +115,8 @@ def _backlog(now: datetime) -> Select[*tuple[Any, ...]]:
     waits = and_(
         runs.c.callback_expected,
         runs.c.callback_at.is_(None),
-        runs.c.status.in_([word(RunStatus.PENDING), word(RunStatus.RUNNING)]),
+        runs.c.tracking == word(Tracking.ACTIVE),
+        runs.c.standing < Standing.CALLBACK_FAILED,
     )
     first = (
         select(runs.c.next_check_at, waits.label("waits"))

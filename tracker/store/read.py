@@ -24,10 +24,11 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 
 from tracker.core.entry import DeliveryOutcome
+from tracker.core.errors import FieldFault, InvalidRequest
 from tracker.core.observation import Source
 from tracker.core.record import Record
 from tracker.core.retry import RetryAdvice
-from tracker.core.run import RunStatus, RunType, Tracking
+from tracker.core.run import RunStatus, RunType, Status, Tracking, status_of
 from tracker.core.schedule import Durations
 from tracker.store import cursors
 from tracker.store.claims import Workspaces, within
@@ -49,7 +50,7 @@ class Event(NamedTuple):
     run_id: str
     at: datetime
     source: Source
-    status: RunStatus
+    status: Status
     progress: float | None
     detail: dict[str, Any]
 
@@ -152,11 +153,12 @@ async def list_runs(
 ) -> tuple[list[Record], str | None]:
     """A page of runs with their outputs, newest first, and the cursor of the next page, if any.
 
-    Raises `InvalidRequest`, naming the field, for a cursor that was not given out here.
+    Raises `InvalidRequest`, naming the field, for a cursor that was not given out here, and for a
+    status that FLORA does not document and no run has.
     """
     wanted: list[ColumnElement[bool]] = []
     if status is not None:
-        wanted.append(has_status(RunStatus(status)))
+        wanted.append(has_status(status))
     if tracking is not None:
         wanted.append(is_tracked_as(Tracking(tracking)))
     if retry_advice is not None:
@@ -171,6 +173,11 @@ async def list_runs(
         wanted.append(is_tagged(db, tag))
     statement = runs_newest_first(cursor).where(*wanted).limit(limit + 1)
     async with db.read() as connection:
+        if status is not None and not isinstance(status_of(status), RunStatus):
+            some = select(runs.c.run_id).where(has_status(status)).limit(1)
+            if (await connection.execute(some)).first() is None:
+                known = f"must be one of {', '.join(RunStatus)}, or another that a run has"
+                raise InvalidRequest("no run has this status", [FieldFault("status", known)])
         rows = (await connection.execute(statement)).all()
         page = await read_records(connection, rows[:limit])
     more = len(rows) > limit
@@ -213,7 +220,7 @@ async def events(db: Database, run_id: str) -> list[Event]:
     async with db.read() as connection:
         rows = (await connection.execute(statement)).all()
     return [
-        Event(*row[:3], Source(row.source), RunStatus(row.status), row.progress, row.detail)
+        Event(*row[:3], Source(row.source), status_of(row.status), row.progress, row.detail)
         for row in rows
     ]
 
@@ -285,10 +292,9 @@ async def get_delivery(db: Database, delivery_id: str) -> DeliveryRow | None:
 
 async def counts(db: Database, *, now: datetime) -> Counts:
     """Count what a metric or a health check wants to know, without reading whole tables."""
-    waiting = runs.c.next_check_at.is_not(None)
     is_waiting = deliveries.c.outcome == word("waiting")
     statement = select(
-        _count(runs, waiting),
+        _count(runs, is_tracked_as(Tracking.ACTIVE)),
         _count(runs, runs.c.next_check_at <= now),
         _count(runs, is_tracked_as(Tracking.LOST)),
         _count(deliveries, deliveries.c.outcome == word("quarantined")),

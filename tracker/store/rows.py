@@ -12,11 +12,12 @@ from sqlalchemy import Row
 from tracker.core.merge import shown_before_the_end
 from tracker.core.observation import Source
 from tracker.core.record import Record
-from tracker.core.run import Details, Output, Run, RunError, Standing
+from tracker.core.run import Details, Output, Run, RunError, RunStatus, Standing
 from tracker.store.tables import runs
 
 RUN_COLUMNS: Final = tuple(runs.columns)
 """The columns of `runs`, in the order of `run_row`."""
+_STATUSES: Final = frozenset(map(str, RunStatus))
 
 
 def run_row(record: Record) -> tuple[Any, ...]:
@@ -32,7 +33,7 @@ def run_row(record: Record) -> tuple[Any, ...]:
         run.project_id,
         run.technique_id,
         run.technique_name,
-        run.status.value,
+        str(run.status),
         run.progress,
         record.created_at,
         run.created_at is not None,
@@ -85,7 +86,7 @@ def record_of(row: Sequence[Any], outputs: tuple[Output, ...] | None) -> Record:
         project_id,
         technique_id,
         technique_name,
-        _status,
+        status,
         progress,
         created_at,
         created_at_known,
@@ -134,6 +135,7 @@ def record_of(row: Sequence[Any], outputs: tuple[Output, ...] | None) -> Record:
         run=Run(
             run_id=run_id,
             standing=Standing(standing),
+            unknown_status=None if status in _STATUSES else status,
             details=Details(details),
             progress=progress,
             conflict=conflict,

@@ -15,7 +15,7 @@ from sqlalchemy.sql.util import ClauseAdapter
 
 from tracker.core.record import Record
 from tracker.core.retry import RetryAdvice
-from tracker.core.run import RunStatus, Tracking
+from tracker.core.run import RunStatus, Standing, Tracking
 from tracker.store import cursors, read
 from tracker.store.engine import Database
 from tracker.store.records import read_records
@@ -29,13 +29,15 @@ STATES: Final[Mapping[str, ColumnElement[bool]]] = {
     "open": is_tracked_as(Tracking.ACTIVE),
     "pending": has_status(RunStatus.PENDING),
     "running": has_status(RunStatus.RUNNING),
-    "details": and_(is_tracked_as(Tracking.ACTIVE), runs.c.status.in_(["completed", "failed"])),
+    "details": and_(is_tracked_as(Tracking.ACTIVE), runs.c.standing >= Standing.CALLBACK_FAILED),
     "completed": has_status(RunStatus.COMPLETED),
     "failed": has_status(RunStatus.FAILED),
+    "other": runs.c.status.not_in([*RunStatus]),
     "lost": is_tracked_as(Tracking.LOST),
     "conflict": runs.c.conflict,
 }
-"""The states that a person asks for: open ones, ended ones whose details are not read yet, …"""
+"""The states that a person asks for: open ones, ended ones whose details are not read yet, those
+with a status that FLORA does not document, …"""
 
 _FEW: Final[Mapping[str, ColumnElement[bool]]] = {
     "open": STATES["open"],
@@ -149,7 +151,7 @@ def _conditions(
         add(runs.c.workspace_id == wanted.workspace_id)
     if state == "completed":  # most are: the last one to begin with
         add(STATES[state])
-    if state in ("details", "conflict"):
+    if state in ("details", "other", "conflict"):
         others.append(STATES[state])
     if wanted.text:
         others.append(

@@ -7,14 +7,15 @@ statement to know that such an index holds what is wanted, SQLite the very term 
 
 from sqlalchemy import ColumnElement, and_
 
-from tracker.core.run import RunStatus, Tracking
+from tracker.core.run import RunStatus, Status, Tracking, status_of
 from tracker.store.tables import runs, word
 
 
-def has_status(status: RunStatus) -> ColumnElement[bool]:
-    """That a run has this status."""
-    wanted = runs.c.status == word(status.value)
-    if status is RunStatus.COMPLETED:
+def has_status(status: Status) -> ColumnElement[bool]:
+    """That a run has this status, whoever knows it."""
+    known = status_of(status)
+    wanted = runs.c.status == (word(known.value) if isinstance(known, RunStatus) else known)
+    if known is RunStatus.COMPLETED:
         return wanted
     return and_(wanted, runs.c.status != word(RunStatus.COMPLETED.value))
 

@@ -29,7 +29,7 @@ from sqlalchemy import (
 
 from tracker.core.entry import DeliveryOutcome
 from tracker.core.observation import Source
-from tracker.core.run import RunStatus, Tracking
+from tracker.core.run import Tracking
 from tracker.store.types import CleanText, Json, Money, SerialId, UtcDateTime
 
 metadata: Final = MetaData(
@@ -138,22 +138,25 @@ runs: Final = Table(
     Column("last_error", CleanText),
     Column("lease_until", UtcDateTime),
     Column("lease_holder", CleanText),
-    _one_of("status", RunStatus),
     _one_of("tracking", Tracking),
     _one_of("source", Source),
     _one_of("ended_via", Source),
     CheckConstraint("progress BETWEEN 0 AND 100", name="progress"),
     CheckConstraint("standing BETWEEN 0 AND 5", name="standing"),
     CheckConstraint("details BETWEEN 0 AND 2", name="details"),
+    # A newer FLORA may show a status that is not known: it stands as running, or as ended.
     CheckConstraint(
-        "(status IN ('completed', 'failed')) = (standing >= 2)", name="status_as_it_stands"
+        "CASE WHEN status IN ('completed', 'failed') THEN standing >= 2"
+        " WHEN status IN ('pending', 'running') THEN standing < 2"
+        " ELSE status <> '' AND standing IN (1, 4) END",
+        name="status_as_it_stands",
     ),
     CheckConstraint("(tracking = 'settled') = (settled_at IS NOT NULL)", name="settled_has_a_time"),
+    CheckConstraint("tracking <> 'settled' OR standing >= 4", name="settled_has_ended"),
+    # A version before 0014 never read a lost run again.
     CheckConstraint(
-        "tracking <> 'settled' OR status IN ('completed', 'failed')", name="settled_has_ended"
-    ),
-    CheckConstraint(
-        "(tracking = 'active') = (next_check_at IS NOT NULL)", name="active_is_checked"
+        "tracking = 'lost' OR (tracking = 'active') = (next_check_at IS NOT NULL)",
+        name="active_is_checked",
     ),
     CheckConstraint(
         "(lease_until IS NULL) = (lease_holder IS NULL)", name="lease_has_holder_and_end"
@@ -235,7 +238,6 @@ run_events: Final = Table(
     # The whole observation, so that the run can be folded again.
     Column("detail", Json, nullable=False),
     _one_of("source", Source),
-    _one_of("status", RunStatus),
     Index("ix_run_events_timeline", "run_id", "id"),
     postgresql_with=_storage(),
 )

@@ -128,8 +128,9 @@ class RowState:
     def why(self) -> str | None:
         """What went wrong with it, for a person."""
         run = None if self.record is None else self.record.run
-        if run is not None and run.status is RunStatus.FAILED:
-            return f"{run.error.code}: {run.error.message}".strip(": ") if run.error else "failed"
+        if run is not None and run.standing.ended and run.status is not RunStatus.COMPLETED:
+            error = run.error
+            return f"{error.code}: {error.message}".strip(": ") if error else str(run.status)
         if self.record is not None:
             return self.record.last_error
         refused = self.start is not None and self.start.state is StartState.REFUSED

@@ -257,8 +257,8 @@ def _absent(wanted: Wanted) -> Absent | None:
         return Absent(run_id=None, row=wanted.row, status=wanted.status, harmless=refused)
     run = record.run
     if record.tracking is not Tracking.SETTLED:
-        status = "lost" if record.tracking is Tracking.LOST else run.status.value
+        status = "lost" if record.tracking is Tracking.LOST else str(run.status)
         return Absent(run_id=run.run_id, row=wanted.row, status=status, harmless=False)
     if not run.outputs:
-        return Absent(run_id=run.run_id, row=wanted.row, status=run.status.value, harmless=True)
+        return Absent(run_id=run.run_id, row=wanted.row, status=str(run.status), harmless=True)
     return None

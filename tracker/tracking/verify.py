@@ -176,9 +176,9 @@ def _differences(kind: RunType, item: Observation, record: Record) -> Iterable[D
     """What of a run is not the same; a cost or outputs that the list leaves out are not compared,
     nor are those that are still to be read again here."""
     run = record.run
-    if run.status != item.status and (run.standing.ended or item.status.ended):
+    if run.status != item.status and (run.standing.ended or item.standing.ended):
         yield _difference(kind, item, "status", here=run.status, flora=item.status)
-    if record.recheck_at is not None or not item.status.ended:
+    if record.recheck_at is not None or not item.standing.ended:
         return
     if item.charged_cost is not None and item.charged_cost != (run.charged_cost or 0):
         cost = None if run.charged_cost is None else str(run.charged_cost)

@@ -21,7 +21,7 @@ from starlette.datastructures import QueryParams
 
 from tracker.core.errors import FieldFault
 from tracker.core.retry import RetryAdvice
-from tracker.core.run import RunStatus, Tracking
+from tracker.core.run import Tracking
 from tracker.core.tags import check_tags, parse_tag
 from tracker.store.spending import check_by
 from tracker.store.starts import LISTED
@@ -184,7 +184,12 @@ class ListQuery(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    status: Annotated[RunStatus | None, BeforeValidator(_none_if_empty), _one_of(RunStatus)] = None
+    status: Annotated[
+        Filter,
+        Field(
+            description="`pending`, `running`, `completed`, `failed`, or another that a run has."
+        ),
+    ] = None
     technique_id: Filter = None
     workspace_id: Filter = None
     project_id: Filter = None

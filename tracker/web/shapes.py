@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tracker.core.observation import Source
 from tracker.core.retry import RetryAdvice
-from tracker.core.run import RunStatus, Tracking
+from tracker.core.run import Status, Tracking
 
 _RUN: dict[str, Any] = {
     "run_id": "run_abc123",
@@ -114,7 +114,7 @@ class Run(Shape):
     project_id: str | None
     technique_id: str | None
     technique_name: str | None
-    status: RunStatus
+    status: Status
     progress: Annotated[float, Field(ge=0, le=100)]
     created_at: Annotated[
         datetime, Field(description="FLORA's; until it is known, when the run was first seen.")
@@ -179,7 +179,7 @@ class Event(Shape):
     run_id: str
     at: datetime
     source: Source
-    status: RunStatus
+    status: Status
     progress: Annotated[float | None, Field(ge=0, le=100)]
     detail: Annotated[dict[str, Any], Field(description="All that it saw.")]
 

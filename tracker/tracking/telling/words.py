@@ -96,10 +96,10 @@ def counted(count: int, one: str, many: str | None = None) -> str:
 def state(seen: Observation) -> str:
     """The state that a sight showed: with its progress while it runs, with its error if it
     failed."""
-    words = seen.status.value
-    if not seen.status.ended and seen.progress:
+    words = str(seen.status)
+    if not seen.standing.ended and seen.progress:
         words += f" at {seen.progress:g} %"
-    if seen.status is RunStatus.FAILED and seen.error is not None:
+    if seen.standing.ended and seen.error is not None:
         parts = [part for part in (seen.error.code, seen.error.message) if part]
         words += f" ({': '.join(parts)})" if parts else ""
     return words
@@ -110,7 +110,7 @@ def news(seen: Observation, before: Run | None, after: Run) -> list[str]:
     said = []
     if before is not None and seen.standing < before.standing:
         known = f"the run was known to be {before.status} already, and stays so."
-        same = seen.status is before.status
+        same = seen.status == before.status
         said.append("Its end was known already." if same else f"That is older news: {known}")
     found = _details(seen, before, after)
     if found:
@@ -137,7 +137,7 @@ def contradiction(seen: Observation, earlier: Sequence[Observation], after: Run)
     `earlier` are the sights before it, oldest first.
     """
     ends = [one for one in earlier if one.standing.ended]
-    against = [one for one in ends if one.status is not seen.status]
+    against = [one for one in ends if one.status != seen.status]
     if against:
         other = against[-1]
         return (
@@ -159,7 +159,7 @@ def next_sentence(look: NextLook, now: datetime) -> str:
     if look.at is None:
         if look.why is Why.SETTLED:
             return "It is not looked at again: nothing is left to read."
-        return "It is not looked at again, unless something shows that it exists after all."
+        return "It is not polled again, unless something shows that it exists after all."
     when = f"at {moment(look.at)}" if look.at > now else f"now (since {moment(look.at)})"
     return f"The next look is due {when}, {_reason(look)}."
 
@@ -193,6 +193,8 @@ def _reason(look: NextLook) -> str:
                 f"{wait} after the last look: {looks} brought no end, and each doubles the wait up "
                 f"to the longest; {span(less)} were taken off, so that runs drift apart"
             )
+        case Why.LOST:
+            return "as FLORA does not know it: it is read once a day, should FLORA be wrong"
         case Why.ENDED:
             return "at once: it has ended, and its details have not been read"
         case Why.ASKED:

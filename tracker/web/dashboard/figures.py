@@ -34,6 +34,8 @@ class States:
     lost: int
     completed: int
     failed: int
+    other: int
+    """With a status that FLORA does not document."""
 
     @classmethod
     def of(cls, counts: list[StateCount]) -> "States":
@@ -43,7 +45,7 @@ class States:
             return sum(
                 each.runs
                 for each in counts
-                if tracking in (None, each.tracking) and each.status in (statuses or RunStatus)
+                if tracking in (None, each.tracking) and (not statuses or each.status in statuses)
             )
 
         return cls(
@@ -53,6 +55,7 @@ class States:
             lost=count(Tracking.LOST),
             completed=count(None, RunStatus.COMPLETED),
             failed=count(None, RunStatus.FAILED),
+            other=count() - count(None, *RunStatus),
         )
 
 
@@ -116,7 +119,7 @@ class Figures:
         states = self.states
         return not (
             states.pending + states.running + states.details + states.lost
-            or states.completed + states.failed
+            or states.completed + states.failed + states.other
         )
 
     @property

@@ -116,10 +116,10 @@ def _told(before: Record, after: Record) -> Said:
     if after.last_error is not None and after.checks >= before.checks and not run.settled:
         return Said("bad", f"FLORA could not tell: {after.last_error}")
     if run.settled:
-        return Said("good", f"FLORA says that it has {run.status.value}; its details are read.")
+        return Said("good", f"FLORA says that it has {run.status}; its details are read.")
     if run == before.run:
-        return Said("good", f"Nothing new: FLORA says that it is {run.status.value}.")
-    return Said("good", f"FLORA says that it is {run.status.value}, at {run.progress:g} %.")
+        return Said("good", f"Nothing new: FLORA says that it is {run.status}.")
+    return Said("good", f"FLORA says that it is {run.status}, at {run.progress:g} %.")
 
 
 def _input(given: dict[str, Any]) -> dict[str, Any]:

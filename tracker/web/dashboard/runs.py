@@ -27,7 +27,8 @@ STATE_NAMES: Final = (
     ("details", "ended, details to come"),
     ("completed", "completed"),
     ("failed", "failed"),
-    ("lost", "lost: FLORA denies it"),
+    ("other", "another status"),
+    ("lost", "lost: not found at FLORA"),
     ("conflict", "in conflict"),
 )
 ADVICE_NAMES: Final[Mapping[str, str]] = {

@@ -11,7 +11,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tracker.core.errors import StoreError
-from tracker.core.run import RunStatus
 from tracker.web.auth import Access, Actor, actor_of
 from tracker.web.limits import Limits
 from tracker.web.schemas import Filter, checked, checked_query
@@ -38,7 +37,7 @@ class StreamQuery(BaseModel):
     run_id: Filter = None
     technique_id: Filter = None
     workspace_id: Filter = None
-    status: Annotated[RunStatus | None, BeforeValidator(_none_if_empty)] = None
+    status: Filter = None
     last_event_id: Annotated[
         int | None,
         Field(

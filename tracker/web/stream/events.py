@@ -37,7 +37,7 @@ class Wanted:
             self.run_id in (None, run.run_id)
             and self.technique_id in (None, run.technique_id)
             and self.workspace_id in (None, run.workspace_id)
-            and self.status in (None, run.status.value)
+            and self.status in (None, str(run.status))
         )
 
 
@@ -83,6 +83,6 @@ def _line(line: Line) -> dict[str, Any]:
         "run_id": line.run_id,
         "at": time_json(line.at),
         "source": line.source.value,
-        "status": line.status.value,
+        "status": str(line.status),
         "progress": number_json(line.progress),
     }
