@@ -34,6 +34,11 @@ class Policy:
     cost_recheck: timedelta = timedelta(seconds=60)
     cost_give_up: timedelta = timedelta(hours=24)
 
+    @property
+    def longest_wait(self) -> timedelta:
+        """No poll of an open run lies further ahead than this."""
+        return max(self.interval_max, LEARNED_FACTOR * max(self.grace, self.interval))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Durations:
@@ -135,11 +140,12 @@ def next_check(
             first_seen=first_seen,
             callback_expected=callback_expected,
         )
-        return max(later, put_off or later)
+        return min(max(later, put_off or later), now + policy.longest_wait)
     if at_once or run.standing.ended:
         return now
     first = first_seen + first_wait(policy, durations, callback_expected=callback_expected)
-    return max(first, now)
+    # A run may have been seen first in what is the future since the clock was set back.
+    return min(max(first, now), now + policy.longest_wait)
 
 
 def next_recheck(policy: Policy, *, since_end: timedelta, now: datetime) -> datetime | None:

@@ -13,8 +13,10 @@ from sqlalchemy import (
     Connection,
     Select,
     Update,
+    and_,
     delete,
     func,
+    not_,
     or_,
     select,
     true,
@@ -22,16 +24,20 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 
-from tracker.core.record import Record
-from tracker.core.run import RunStatus
+from tracker.core.record import LOST_READ_EVERY, Record
+from tracker.core.run import Standing, Tracking
+from tracker.core.schedule import Policy
 from tracker.store.engine import Database
 from tracker.store.records import records
 from tracker.store.rows import RUN_COLUMNS
-from tracker.store.tables import leases, runs
+from tracker.store.tables import leases, runs, word
 
 _CLAIMED: Final = (runs.c.next_check_at.is_not(None), runs.c.recheck_at.is_not(None))
 """What can be claimed, each by its index."""
-_ENDED: Final = runs.c.status.in_([RunStatus.COMPLETED, RunStatus.FAILED])
+_ENDED: Final = runs.c.standing >= Standing.CALLBACK_FAILED
+
+LONGEST_CLAIM: Final = timedelta(minutes=5)
+"""A claim that lasts longer was made before the clock was set back: it has run out."""
 
 Workspaces = Sequence[str | None] | None
 """Whose runs are meant: everybody's where it is `None`; a `None` within stands for "not known"."""
@@ -98,11 +104,16 @@ async def release(db: Database, holder: str, run_ids: Sequence[str] | None = Non
 
 
 def _held(db: Database, holder: str, among: ColumnElement[bool]) -> Update:
-    """An update of what `holder` has claimed among these; locks rows in the writers' order."""
-    rows = select(runs.c.run_id).where(among, runs.c.lease_holder == holder)
+    """An update of what `holder` has claimed among these."""
+    return update(runs).where(_in_order(db, among, runs.c.lease_holder == holder))
+
+
+def _in_order(db: Database, *among: ColumnElement[bool]) -> ColumnElement[bool]:
+    """These runs, whose rows are locked in the writers' order."""
+    rows = select(runs.c.run_id).where(*among)
     if db.dialect == "postgresql":
         rows = rows.order_by(runs.c.run_id).with_for_update()
-    return update(runs).where(runs.c.run_id.in_(rows))
+    return runs.c.run_id.in_(rows)
 
 
 async def next_due_at(
@@ -120,7 +131,7 @@ async def next_due_at(
     )
     # Whatever is claimed was due, so that the claims stand at the front of the index.
     freed = select(func.min(runs.c.lease_until)).where(
-        runs.c.next_check_at <= now, runs.c.lease_until > now, within(workspaces)
+        runs.c.next_check_at <= now, not_(_free(now)), within(workspaces)
     )
     async with db.read() as connection:
         found = [
@@ -155,16 +166,47 @@ def due_runs(
     return statement.where(_ENDED) if ended else statement
 
 
+async def bring_near(db: Database, policy: Policy, now: datetime) -> int:
+    """Make due what is to be read later than any wait allows, as after the clock was set back;
+    returns how many runs."""
+    due = runs.c.next_check_at
+    lost = runs.c.tracking == word(Tracking.LOST)
+    far = and_(due > now + policy.longest_wait, or_(not_(lost), due > now + LOST_READ_EVERY))
+    again = runs.c.recheck_at > now + policy.cost_give_up
+    statements = [
+        update(runs).where(_in_order(db, far)).values(next_check_at=now),
+        update(runs).where(_in_order(db, again)).values(recheck_at=now),
+    ]
+    return await db.write(
+        lambda connection: sum(connection.execute(each).rowcount for each in statements)
+    )
+
+
 async def take_lease(
-    db: Database, name: str, holder: str, now: datetime, duration: timedelta
+    db: Database,
+    name: str,
+    holder: str,
+    now: datetime,
+    duration: timedelta,
+    *,
+    longest: timedelta | None = None,
 ) -> bool:
-    """Take or prolong the lease `name` until `now + duration`; false where somebody else has it."""
+    """Take or prolong the lease `name` until `now + duration`; false where somebody else has it.
+
+    `longest` is how long it is ever taken for, where that is more than `duration`: one that lasts
+    longer was taken before the clock was set back, and has run out.
+    """
+    beyond = now + (longest or duration) + timedelta(seconds=5)  # clocks of two processes differ
     insert: Any = postgresql.insert if db.dialect == "postgresql" else sqlite.insert
     wanted = insert(leases).values(name=name, holder=holder, until=now + duration)
     statement = wanted.on_conflict_do_update(
         index_elements=[leases.c.name],
         set_={"holder": wanted.excluded.holder, "until": wanted.excluded.until},
-        where=or_(leases.c.until <= now, leases.c.holder == wanted.excluded.holder),
+        where=or_(
+            leases.c.until <= now,
+            leases.c.until > beyond,
+            leases.c.holder == wanted.excluded.holder,
+        ),
     ).returning(leases.c.name)
 
     def work(connection: Connection) -> bool:
@@ -180,7 +222,8 @@ async def drop_lease(db: Database, name: str, holder: str) -> None:
 
 
 def _free(now: datetime) -> ColumnElement[bool]:
-    return or_(runs.c.lease_until.is_(None), runs.c.lease_until <= now)
+    until = runs.c.lease_until
+    return or_(until.is_(None), until <= now, until > now + LONGEST_CLAIM)
 
 
 def within(

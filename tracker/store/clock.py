@@ -57,7 +57,11 @@ class ServerClock:
         # The answer was made at some moment between the two.
         earliest, latest = told - timedelta(seconds=after), told - timedelta(seconds=before)
         if self._start is None or not earliest <= self._start <= latest:
-            self._start = earliest + (latest - earliest) / 2
+            start = earliest + (latest - earliest) / 2
+            if self._start is not None and abs(start - self._start) > WORTH_TELLING:
+                seconds = round((start - self._start).total_seconds(), 1)
+                log.warning("clock.server_jumped", seconds=seconds)
+            self._start = start
 
     async def keep(self) -> None:
         """Ask again and again. While the server does not answer, the last answer is carried on."""

@@ -64,6 +64,8 @@ class StartState(StrEnum):
     UNRESOLVED = "unresolved"
 
 
+LONGEST_HOLD: Final = timedelta(minutes=5)
+"""A right to send that lasts longer was taken before the clock was set back: it has run out."""
 UNKNOWN: Final = (StartState.SENT, StartState.IN_DOUBT, StartState.UNRESOLVED)
 """States in which it is not known what came of a start."""
 LISTED: Final = (StartState.STORED, *UNKNOWN)
@@ -121,7 +123,7 @@ class StartRow:
 
     def is_held(self, now: datetime) -> bool:
         """Whether a process is sending it."""
-        return self.lease_until is not None and self.lease_until > now
+        return self.lease_until is not None and now < self.lease_until <= now + LONGEST_HOLD
 
 
 async def reserve(
@@ -445,7 +447,8 @@ def _is(workspace_id: str, key: str) -> ColumnElement[bool]:
 
 
 def _is_free(now: datetime) -> ColumnElement[bool]:
-    return or_(starts.c.lease_until.is_(None), starts.c.lease_until <= now)
+    until = starts.c.lease_until
+    return or_(until.is_(None), until <= now, until > now + LONGEST_HOLD)
 
 
 def _row(row: Row[Any]) -> StartRow:

@@ -6,6 +6,7 @@ forgotten, nor while the history shows a run that may be its own. What FLORA say
 422) is never sent again: its run is looked for.
 """
 
+import math
 import time
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -13,13 +14,13 @@ from typing import Final
 
 import structlog
 
-from tracker.core.clock import Clock
+from tracker.core.clock import Clock, boot_seconds
 from tracker.core.errors import FloraError, SettingsError, StartError
 from tracker.store import starts
 from tracker.store.engine import Database
 from tracker.store.starts import StartRow, StartState
 from tracker.tracking.identity import WorkspaceIds
-from tracker.tracking.ledger import HeldStart, holding
+from tracker.tracking.ledger import HELD_FOR, HeldStart, holding
 from tracker.tracking.originals import HistoryRead, Originals
 from tracker.tracking.sending import NO_ANSWER, Sender
 from tracker.tracking.workspaces import Workspace, Workspaces
@@ -35,6 +36,10 @@ grows with the time since its last sending."""
 LISTED_WITHIN: Final = timedelta(minutes=1)
 """A run is in the history after this: where FLORA knows a key, its run is looked for so long at
 least."""
+
+AHEAD: Final = timedelta(minutes=5)
+"""A start that was sent further ahead than this was sent before the clock was set back. Less than
+that is within the margin of `KEY_KEPT`."""
 
 log = structlog.get_logger(__name__)
 
@@ -72,9 +77,20 @@ class Recovery:
         self._doubt = doubt
         self._clock = clock
         self._looked: dict[tuple[str, str], datetime] = {}
+        self._jumped_at = -math.inf
+
+    def clock_jumped(self) -> None:
+        """The clock was set: how long ago a start was sent is not known for a while."""
+        self._jumped_at = boot_seconds()
 
     async def recover(self) -> int:
-        """Do what is due for each open start; how many became a run. Raises `StoreUnavailable`."""
+        """Do what is due for each open start; how many became a run. Raises `StoreUnavailable`.
+
+        Nothing is done right after the clock was set: first those who are sending hold their starts
+        anew.
+        """
+        if boot_seconds() - self._jumped_at < HELD_FOR.total_seconds():
+            return 0
         rows = [row for row in await starts.open_starts(self._database) if not self._is_held(row)]
         keys = {(row.workspace_slot, row.idempotency_key) for row in rows}
         self._looked = {key: at for key, at in self._looked.items() if key in keys}
@@ -160,6 +176,8 @@ class Recovery:
             return False
         if await self._originals.unaccounted(workspace, row, read):
             return False
+        if boot_seconds() - self._jumped_at < self._doubt.total_seconds():
+            return False  # FLORA may be at work on it all the same
         log.info("start.sent_again", key=held.key, technique_id=row.technique_id)
         try:
             await self._sender.send(workspace, held, deadline=LOOK_SECONDS)
@@ -186,16 +204,24 @@ class Recovery:
         return (row.sent_at or row.created_at) + window
 
     def _is_forgotten(self, row: StartRow) -> bool:
-        """Whether FLORA may have forgotten the key."""
-        return self._clock() - (row.in_use_since or row.created_at) >= KEY_KEPT
+        """Whether FLORA may have forgotten the key: certainly where the clock was set back, so that
+        nobody knows how long ago it was sent."""
+        age = self._clock() - (row.in_use_since or row.created_at)
+        return age >= KEY_KEPT or self._is_ahead(row)
+
+    def _is_ahead(self, row: StartRow) -> bool:
+        """Whether it was sent in what is the future since the clock was set back."""
+        return (row.sent_at or row.created_at) > self._clock() + AHEAD
 
     def _is_due(self, row: StartRow) -> bool:
         """Whether the history can tell something now, and was not asked just before."""
         now = self._clock()
+        if self._is_ahead(row):
+            return True
         if not row.is_known_to_flora and now < self._window_ends(row):
             return False  # until then only a callback tells
         looked = self._looked.get((row.workspace_slot, row.idempotency_key))
-        if looked is None or looked < self._window_ends(row) <= now:
+        if looked is None or looked > now or looked < self._window_ends(row) <= now:
             return True
         least, most = LOOK_WAITS
         return now - looked >= min(max((now - (row.sent_at or now)) / 6, least), most)

@@ -140,4 +140,6 @@ class CatalogueSync:
 
     async def _schedule(self, holder: str, until: timedelta) -> bool:
         """Keep other scheduled syncs away for so long; false where one has done so itself."""
-        return await claims.take_lease(self._database, _SCHEDULED, holder, self._clock(), until)
+        return await claims.take_lease(
+            self._database, _SCHEDULED, holder, self._clock(), until, longest=EVERY
+        )

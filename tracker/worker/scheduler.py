@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Final, Protocol
 
@@ -19,7 +19,7 @@ from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from apscheduler.triggers.interval import IntervalTrigger
 from structlog.contextvars import bound_contextvars
 
-from tracker.core.clock import Clock, utc_now
+from tracker.core.clock import Clock, boot_seconds, utc_now
 from tracker.core.errors import StoreError, StoreUnavailable, TrackerError
 from tracker.core.seldom import Seldom
 from tracker.store.signals import Signals
@@ -37,6 +37,8 @@ notification costs."""
 GATHER: Final = 1.0
 """Seconds between two rounds of polling at least. A callback that comes alone is followed at once;
 `tracker.tracking.gather` says for how long many are left to share their pages."""
+PROBE_EVERY: Final = timedelta(seconds=15)
+"""How often FLORA is asked whether it answers again, while it does not."""
 RECOVER_EVERY: Final = timedelta(seconds=30)
 """How often starts whose caller is gone are looked for."""
 LOOK_AT_CATALOGUE_EVERY: Final = timedelta(minutes=20)
@@ -45,6 +47,11 @@ STOP_WITHIN: Final = 8.0
 """Seconds that running jobs have to end once they were told to."""
 GIVE_BACK_WITHIN: Final = 2.0
 """Seconds in which what they leave is then given back."""
+
+WATCH_CLOCK_EVERY: Final = 2.0
+"""Seconds between two comparisons of the wall clock with one that only runs forward."""
+JUMP: Final = timedelta(seconds=1)
+"""A difference of more than this between the two is a clock that was set."""
 
 log = structlog.get_logger(__name__)
 
@@ -127,7 +134,7 @@ class Worker:
         self._running: set[asyncio.Task[object]] = set()
         self._round_over = asyncio.Event()
         self._round_began = 0.0
-        self._waker: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._seldom = Seldom()
 
     async def start(self) -> None:
@@ -152,6 +159,11 @@ class Worker:
                 id="recheck",
             )
             self._scheduler.add_job(
+                self._job("probe", services.poller.probe),
+                IntervalTrigger(seconds=PROBE_EVERY.total_seconds()),
+                id="probe",
+            )
+            self._scheduler.add_job(
                 self._job("recover", self._recover),
                 IntervalTrigger(seconds=RECOVER_EVERY.total_seconds()),
                 id="recover",
@@ -168,14 +180,18 @@ class Worker:
         self._scheduler.start()
         services.metrics.worker_started()
         if keyed:
-            self._waker = asyncio.create_task(self._wake_when_due(), name="poll-waker")
+            self._tasks = [
+                asyncio.create_task(self._wake_when_due(), name="poll-waker"),
+                asyncio.create_task(self._watch_clock(), name="clock-watcher"),
+            ]
 
     async def stop(self) -> None:
         """End the jobs: what is under way is broken off where that is safe, and given back."""
         self._services.metrics.worker_stopped()
-        if self._waker is not None:
-            self._waker.cancel()
-            await asyncio.wait([self._waker])
+        for background in self._tasks:
+            background.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
         # A job that is cancelled before its first step never comes to say that this is no error.
         self._scheduler.pause()
         await asyncio.sleep(0)
@@ -315,6 +331,37 @@ class Worker:
             except Exception:  # this task is what makes polling prompt: it goes on whatever happens
                 log.exception("worker.waker_failed")
                 await asyncio.sleep(GATHER)
+
+    async def _watch_clock(self) -> None:
+        """Keep APScheduler, which goes by the wall clock, to the time that has really passed.
+
+        Its timer counts no seconds in which the machine was suspended, and a clock that was set
+        would put every job off, or bring it forward, by as much.
+        """
+        seconds, now = boot_seconds(), utc_now()
+        while True:
+            await asyncio.sleep(WATCH_CLOCK_EVERY)
+            passed, told = boot_seconds() - seconds, utc_now() - now
+            seconds, now = seconds + passed, now + told
+            jump = told - timedelta(seconds=passed)
+            if abs(jump) >= JUMP:
+                log.warning("clock.jumped", seconds=round(jump.total_seconds(), 1))
+                self._clock_jumped(jump, now)
+            self._scheduler.wakeup()
+
+    def _clock_jumped(self, jump: timedelta, now: datetime) -> None:
+        """Intervals go on as they were; a cron expression means the new time, and nothing that was
+        due is left out."""
+        self._services.poller.clock_jumped()
+        self._services.recovery.clock_jumped()
+        for job in self._scheduler.get_jobs():
+            if job.id == "poll":
+                due = now
+            elif isinstance(job.trigger, IntervalTrigger):
+                due = job.next_run_time + jump
+            else:
+                due = min(job.next_run_time, job.trigger.get_next_fire_time(None, now))
+            job.modify(next_run_time=due)
 
     async def _until_due(self) -> None:
         """Return when a run is due, and the round before lies long enough back."""
