@@ -239,6 +239,7 @@ async def open_services(
             workspaces=workspaces,
             durations=durations,
             gathering=gathering,
+            policy=settings.policy,
             holder=process,
             clock=clock,
         )

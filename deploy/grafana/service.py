@@ -82,6 +82,14 @@ GLANCE: Final = Row(
             words=YES_IS_BAD,
         ),
         Show(
+            title="FLORA answers",
+            kind="stat",
+            width=3,
+            queries=((f"min(tracker_flora_up{{{_W}}})", ""),),
+            about="Whether FLORA has answered each process that asked it, in the last 30 s.",
+            words=NO_IS_BAD,
+        ),
+        Show(
             title="Database answers",
             kind="stat",
             width=3,

@@ -53,6 +53,8 @@ HEALTHY: Series = {
     **on("tracker_deliveries_quarantined", "0"),
     **on("tracker_inbox_oldest_seconds", "0.2"),
     **on("tracker_flora_breaker_open", "0", labels=WS),
+    **on("tracker_flora_up", "1", labels=WS),
+    **on("tracker_flora_misconfigured", "0", labels=WS),
     **on(LAST_SWEEP, "0+60", labels=WS),
     **on("tracker_sweep_interval_seconds", "300"),
     **on("tracker_sweep_failed", "0", labels=WS),
@@ -137,6 +139,14 @@ SCENARIOS: dict[str, tuple[Series, set[str]]] = {
     "the key is refused": (
         on("tracker_flora_breaker_open", "1", labels=WS, instances="a"),
         {"TrackerKeyRefused"},
+    ),
+    "FLORA does not answer": (
+        on("tracker_flora_up", "0", labels=WS, instances="a"),
+        {"TrackerFloraUnreachable"},
+    ),
+    "the base URL leads elsewhere": (
+        on("tracker_flora_up", "0", labels=WS) | on("tracker_flora_misconfigured", "1", labels=WS),
+        {"TrackerFloraMisconfigured"},
     ),
     "sweeps have stopped": (on(LAST_SWEEP, "4000", labels=WS), {"TrackerSweepLate"}),
     "a workspace was never swept": (on(LAST_SWEEP, "0", labels=WS), {"TrackerSweepLate"}),

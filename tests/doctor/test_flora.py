@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 from datetime import timedelta
 
 import pytest
-from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 
 from tests.doctor.conftest import look, with_flora
 from tests.doctor.proxies import Proxy, in_front
@@ -17,7 +17,10 @@ from tracker.simulator import Options, Simulator, running
 
 async def test_a_key_is_tried_by_a_real_read(flora: Simulator, sqlite_url: str) -> None:
     """A key that FLORA takes is ok, and the line has the request id that support asks for."""
-    report = await look(**with_flora(flora, TRACKER_DATABASE_URL=sqlite_url))
+    given = with_flora(flora, TRACKER_DATABASE_URL=sqlite_url)
+    other = await look(**given | {"FLORA_WORKSPACE_ID": "ws_other"})  # it has no runs yet
+    assert "ws_other is set" in other["key"].seen
+    report = await look(**given)
     assert report.level("key") is Level.OK
     assert "takes the key" in report["key"].seen
     assert "(req_" in report["key"].seen
@@ -56,7 +59,13 @@ async def test_a_wrong_key_fails_and_the_rest_is_looked_at(
         (HTMLResponse("hello"), Level.FAILED, "not what its API promises", "FLORA_BASE_URL"),
         (RedirectResponse("/elsewhere"), Level.FAILED, "a redirect", "FLORA_BASE_URL"),
         (HTMLResponse("no", 404), Level.FAILED, "404", "FLORA_BASE_URL"),
-        (HTMLResponse("no", 403), Level.FAILED, "403", "may not read runs"),
+        (HTMLResponse("no", 403), Level.FAILED, "403", "FLORA_BASE_URL"),
+        (
+            JSONResponse({"error": {"code": "forbidden", "message": "no"}}, 403),
+            Level.FAILED,
+            "403",
+            "may not read runs",
+        ),
         (
             Response(status_code=429, headers={"Retry-After": "30"}),
             Level.WARNING,
@@ -70,7 +79,7 @@ async def test_a_wrong_key_fails_and_the_rest_is_looked_at(
             "The fault is FLORA's",
         ),
     ],
-    ids=["no api", "redirect", "wrong path", "forbidden", "limited", "down"],
+    ids=["no api", "redirect", "wrong path", "gateway", "forbidden", "limited", "down"],
 )
 async def test_what_flora_answers_is_told_apart(
     sqlite_url: str, answer: Response, level: Level, seen: str, advice: str

@@ -27,6 +27,7 @@ from tracker.core.errors import (
     FloraError,
     FloraRefusal,
     FloraUnreadable,
+    Forbidden,
     InvalidRequest,
     KeyRefused,
     NotFound,
@@ -39,6 +40,7 @@ from tracker.core.run import RunStatus
 from tracker.flora import caller
 from tracker.flora.addresses import PollUrlRefused
 from tracker.flora.client import FloraClient, start_body
+from tracker.flora.contact import Trouble
 
 INPUTS = [{"id": "prompt", "type": "text", "value": "caf\N{LATIN SMALL LETTER E WITH ACUTE}"}]
 
@@ -139,7 +141,7 @@ async def test_history(kind: Any, path: str, key: str) -> None:
         ("run_1", Source.HISTORY, kind)
     ]
     assert read.next_cursor == "next"
-    assert read.unreadable == ["item 1: run run_2 has no status that is known"]
+    assert read.unreadable == ["item 1: run run_2 has no status"]
 
 
 async def test_techniques() -> None:
@@ -185,7 +187,7 @@ async def test_ids_that_are_none(run_id: str) -> None:
         httpx.Response(200, content=b"[" * 10_000),
         ok([run_payload()]),
         ok(run_payload("run_2")),
-        ok(run_payload(status="exploded")),
+        ok(run_payload(status=None)),
     ],
     ids=["html", "empty", "none", "cut", "deep", "list", "another", "status"],
 )
@@ -311,15 +313,54 @@ async def test_a_refused_key_opens_the_breaker() -> None:
     assert len(far_end.requests) == 4
 
 
-async def test_a_forbidden_list_means_the_key() -> None:
-    """A 403 opens the breaker on a list, which every good key may read, and not on one run."""
-    async with client(FarEnd(refused(403)), VirtualTime()) as flora:
-        with pytest.raises(KeyRefused):
-            await flora.get_any_run("run_1")
+async def test_a_403_holds_for_what_was_asked() -> None:
+    """It stops nothing else; of a list that any key may read it is told after half a minute, until
+    something else can be read."""
+    time = VirtualTime()
+    far_end = FarEnd(*(refused(403) for _ in range(4)), ok(run_payload()))
+    async with client(far_end, time) as flora:
+        for call in (flora.get_any_run("run_1"), flora.history(kind="generation")):
+            with pytest.raises(Forbidden):
+                await call
+        assert not flora.contact.failing
+        for time.elapsed in (0, 31):
+            with pytest.raises(Forbidden):
+                await flora.history()
+        assert flora.contact.found is not None
+        assert (flora.contact.found.trouble, flora.contact.found.since) == (
+            Trouble.LISTS_REFUSED,
+            NOON,
+        )
         assert not flora.breaker.open
-        with pytest.raises(KeyRefused):
-            await flora.history()
-        assert flora.breaker.open
+        await flora.get_any_run("run_1")
+        assert flora.contact.found is None
+
+
+async def test_what_is_not_floras_is_no_answer() -> None:
+    """A gateway's 401, 403 and 404, its pages and a redirect say nothing of the key or the run; an
+    answer of FLORA's, a refusal too, ends what they began; and who stops asking knows nothing."""
+    time = VirtualTime()
+    pages = [httpx.Response(status, content=b"<html>") for status in (401, 403, 404, 302, 200)]
+    far_end = FarEnd(*pages, httpx.Response(200), refused(404), *pages[:1], *pages[:1])
+    async with client(far_end, time) as flora:
+        for time.elapsed in range(0, 36, 6):
+            with pytest.raises(FloraError) as caught:
+                await flora.get_any_run("run_1")
+            assert caught.value.silent
+            assert not isinstance(caught.value, KeyRefused | Forbidden | NotFound)
+        assert not flora.breaker.open
+        found = flora.contact.found
+        assert found is not None
+        assert (found.trouble, found.since) == (Trouble.NOT_FLORA, NOON)
+        with pytest.raises(NotFound):
+            await flora.get_any_run("run_1")
+        assert flora.contact.found is None
+        for time.elapsed in (40, 75):
+            with pytest.raises(FloraError):
+                await flora.get_any_run("run_1")
+        assert flora.contact.found is not None
+        time.elapsed = 300
+        assert flora.contact.found is None
 
 
 async def test_a_plan_that_lacks_something_is_no_refused_key() -> None:

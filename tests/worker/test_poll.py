@@ -18,7 +18,7 @@ from tracker.core.observation import Source
 from tracker.core.run import Tracking
 from tracker.simulator import Simulator
 from tracker.simulator.delivery import write_letter
-from tracker.store import claims
+from tracker.store import claims, read
 from tracker.tracking.start import StartRequest
 from tracker.wiring import Services
 
@@ -40,9 +40,12 @@ async def adopt(services: Services, flora: Simulator, count: int) -> list[str]:
 
 
 async def poll_to_the_end(services: Services, clock: HandClock, *, within: float) -> None:
-    """Poll as a worker does, turning the clock from one due time to the next."""
+    """Poll as a worker does, turning the clock from one due time to the next, until no run is
+    active any more."""
     give_up = clock().timestamp() + within
-    while (due := await services.poller.next_due_at()) is not None:
+    while (await read.counts(services.database, now=clock())).active:
+        due = await services.poller.next_due_at()
+        assert due is not None, "nobody looks at the run any more"
         clock.move(max((due - clock()).total_seconds(), 0))
         assert clock().timestamp() < give_up, "a run did not settle in time"
         await services.poller.poll_due()

@@ -80,8 +80,9 @@ class Seen:
 class Unseen:
     """A read made for this run alone showed nothing.
 
-    `missing` is true where FLORA answered that the run does not exist; else `error` says what went
-    wrong, in words fit for a person. `reads` counts the reads made.
+    `missing` is true where FLORA answered that the run does not exist, while it could be read in
+    that workspace; else `error` says what went wrong, in words fit for a person. `reads` counts the
+    reads made.
     """
 
     run_id: str

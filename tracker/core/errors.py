@@ -10,9 +10,11 @@
     ├── FloraError                  a call to FLORA did not end in a usable answer
     │   ├── FloraUnreachable        no answer: refused, timed out or cut
     │   ├── FloraUnreadable         an answer that is not what the API promises
+    │   ├── OtherWorkspace          the API key is of another workspace than the settings say
     │   ├── PollUrlRefused          a poll_url on another origin: not followed   (tracker.flora)
     │   └── FloraRefusal            FLORA's own error, with status, code, fields and request id
-    │       ├── KeyRefused          401, 403: every further call with this key fails too
+    │       ├── KeyRefused          401: every further call with this key fails too
+    │       ├── Forbidden           403: the key may not do this
     │       ├── PlanRequired        403 paid_plan_required: the workspace's plan, not the key
     │       ├── NotFound            404: no such thing in this workspace
     │       ├── RateLimited         429 after all retries
@@ -81,7 +83,13 @@ class FieldFault:
 
 
 class FloraError(TrackerError):
-    """A call to FLORA that did not end in a usable answer."""
+    """A call to FLORA that did not end in a usable answer.
+
+    `silent` tells that FLORA itself has said nothing of what was asked for: no answer came, it
+    could not answer (5xx), or something else answered in its place, such as a gateway's page.
+    """
+
+    silent = False
 
 
 class FloraUnreachable(FloraError):
@@ -91,6 +99,8 @@ class FloraUnreachable(FloraError):
     be in doubt: false only where no connection was made.
     """
 
+    silent = True
+
     def __init__(self, message: str, *, may_have_acted: bool, timed_out: bool = False) -> None:
         super().__init__(message)
         self.may_have_acted = may_have_acted
@@ -98,11 +108,19 @@ class FloraUnreachable(FloraError):
 
 
 class FloraUnreadable(FloraError):
-    """FLORA answered, but not with what the API promises (no JSON, no run id, another run)."""
+    """FLORA answered, but not with what the API promises (no run id, another run); or what
+    answered was not FLORA (`silent`: no JSON object, as an empty 200)."""
 
-    def __init__(self, message: str, *, request_id: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, request_id: str | None = None, silent: bool = False
+    ) -> None:
         super().__init__(message)
         self.request_id = request_id
+        self.silent = silent
+
+
+class OtherWorkspace(FloraError):
+    """The API key reads another workspace than the one that it is set for."""
 
 
 class FloraRefusal(FloraError):
@@ -128,7 +146,8 @@ class FloraRefusal(FloraError):
     ) -> None:
         where = f" ({request_id})" if request_id else ""
         named = "".join(f"; {fault}" for fault in fields[:FIELDS_NAMED])
-        super().__init__(f"FLORA answered {status} {code}: {message}{named}{where}")
+        who = "FLORA" if from_flora else "something that is not FLORA's API"
+        super().__init__(f"{who} answered {status} {code}: {message}{named}{where}")
         self.status = status
         self.code = code
         self.message = message
@@ -137,10 +156,15 @@ class FloraRefusal(FloraError):
         self.retry_after = retry_after
         self.from_flora = from_flora
         self.run_id = run_id
+        self.silent = status >= 500 or not (from_flora or status == 429)
 
 
 class KeyRefused(FloraRefusal):
-    """FLORA refuses the API key (401, or 403): no further call with it can work."""
+    """401: FLORA refuses the API key, and no further call with it can work."""
+
+
+class Forbidden(FloraRefusal):
+    """403: the key is good, and may not do this."""
 
 
 class PlanRequired(FloraRefusal):

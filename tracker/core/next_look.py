@@ -31,7 +31,7 @@ class Why(StrEnum):
     SETTLED = "settled"
     """Nothing is left to read."""
     LOST = "lost"
-    """FLORA has long denied the run; only a sight of it makes it active again."""
+    """FLORA has long answered that there is no such run: it is read once a day."""
     GRACE = "grace"
     """The callback is waited for, as long as the settings say."""
     LEARNED_GRACE = "learned_grace"
@@ -83,7 +83,7 @@ def next_look(record: Record, *, policy: Policy, durations: Durations | None) ->
     if record.run.settled:
         return NextLook(why=Why.SETTLED)
     if record.lost or at is None:
-        return NextLook(why=Why.LOST)
+        return NextLook(why=Why.LOST, at=at)
     if record.looks > 0:
         return _put_off(record, at, policy, durations) or _doubled(record, at, policy)
     if record.run.standing.ended:

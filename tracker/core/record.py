@@ -21,6 +21,8 @@ from tracker.core.tags import Tags
 
 LOST_AFTER_READS: Final = 5
 LOST_AFTER: Final = timedelta(hours=1)
+LOST_READ_EVERY: Final = timedelta(days=1)
+"""How often a lost run is read: FLORA may have been wrong."""
 
 _API: Final = (Source.POLL, Source.HISTORY)
 """Sources that show how a run stands at this moment."""
@@ -36,11 +38,12 @@ class Record:
     """A tracked run.
 
     `looks` counts the sights by the API since the last news of another kind, and so sets the wait;
-    `checks` counts the API reads made for this run alone, for ever. `missing` counts the reads in a
-    row that answered "no such run", the first of them at `missing_since`. `cost_final` tells that a
-    read long enough after the end has shown the bill; until then, and while a completed run lacks
-    outputs, both are read again at `recheck_at`: `None` where that was given up. `tags`, and when
-    and at which price (USD) it was reserved in the budgets, are known of our own starts alone.
+    `checks` counts the API reads made for this run alone, for ever. `missing` counts the reads that
+    answered "no such run" since the run was last shown, the first of them at `missing_since`.
+    `cost_final` tells that a read long enough after the end has shown the bill; until then, and
+    while a completed run lacks outputs, both are read again at `recheck_at`: `None` where that was
+    given up. `tags`, and when and at which price (USD) it was reserved in the budgets, are known of
+    our own starts alone.
     """
 
     run: Run
@@ -274,7 +277,7 @@ def _unseen(record: Record, entry: Unseen, policy: Policy) -> Record:
         looks=after.looks,
         callback_expected=after.callback_expected,
     )
-    return replace(after, next_check_at=None if after.lost else due)
+    return replace(after, next_check_at=entry.at + LOST_READ_EVERY if after.lost else due)
 
 
 def _given_back(record: Record, claim: str | None) -> Record:

@@ -2,6 +2,8 @@
 
 import asyncio
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
@@ -11,6 +13,7 @@ from tracker.core.errors import (
     FloraError,
     FloraRefusal,
     FloraUnreadable,
+    Forbidden,
     KeyRefused,
     NotFound,
     RateLimited,
@@ -90,7 +93,11 @@ async def _workspace(
             except FloraError as error:
                 finding = _trouble(error, settings.flora_base_url, where, name)
                 return finding, client.clock_offset, workspace.id
-            finding, workspace_id = _read(settings, workspace, page, client.request_id, name)
+            shown = [one.workspace_id for one in page.items]
+            if not any(shown):  # an empty history may be another workspace's
+                with suppress(FloraError):
+                    shown = [*await client.list_workspaces()]
+            finding, workspace_id = _read(settings, workspace, page, shown, client.request_id, name)
             return finding, client.clock_offset, workspace_id
     except SettingsError as error:
         advice = f"Copy the key again into {where}."
@@ -101,11 +108,12 @@ def _read(
     settings: Settings,
     workspace: WorkspaceSettings,
     page: HistoryPage,
+    ids: Sequence[str | None],
     request_id: str | None,
     name: str | None,
 ) -> tuple[Finding, str | None]:
-    """What a page of the history tells, and whose it is."""
-    shown = next((one.workspace_id for one in page.items if one.workspace_id), None)
+    """What a page of the history tells, and whose it is by the `ids` that FLORA gives."""
+    shown = workspace.id if workspace.id in ids else next((one for one in ids if one), None)
     if shown and workspace.id and shown != workspace.id:
         finding = failed(
             "key",
@@ -126,12 +134,12 @@ def _trouble(error: FloraError, base_url: str, where: str, name: str | None) -> 
     """What it means that a read did not go well, and what to do about it."""
     seen = f"{base_url}: {error}."
     match error:
-        case KeyRefused(status=401):
+        case KeyRefused():
             advice = (
                 f"Set {where} to a key that is valid at FLORA (developer settings of the "
                 "workspace), whole and without quotes, and restart."
             )
-        case KeyRefused():
+        case Forbidden():
             advice = (
                 "The key is known but may not read runs: give it that right at FLORA, or set "
                 f"{where} to another key, and restart."

@@ -28,13 +28,13 @@ from tracker.core.errors import (
     FloraUnreachable,
     FloraUnreadable,
     KeyRefused,
-    PlanRequired,
     RateLimited,
 )
 from tracker.core.packing import is_bounded
 from tracker.flora import parse
 from tracker.flora.breaker import Breaker
 from tracker.flora.budget import Budget, SharedWaits
+from tracker.flora.contact import Contact
 from tracker.flora.values import decode
 from tracker.flora.waits import UNTOLD_WAIT, asked_wait, backoff, http_date
 
@@ -45,7 +45,7 @@ LARGEST_ANSWER: Final = 32 * 1024 * 1024
 OnRequest = Callable[[str, int | None, float], None]
 """Told of every request: its endpoint, its status (`None` without an answer), its seconds."""
 
-_PAST_THE_KEY: Final = (400, 402, 404, 409, 422)
+_PAST_THE_KEY: Final = (400, 402, 403, 404, 409, 422)
 """Refusals that FLORA gives only to a key that it takes."""
 log = structlog.get_logger(__name__)
 
@@ -63,10 +63,10 @@ class Call:
     """What is asked of FLORA.
 
     `endpoint` is the pattern of the URL, for people and metrics. `spends` marks what costs money;
-    `lists` a list without a filter, which a key that is any good may read, so that a 403 is about
-    the key itself; `fresh` what brings home a run that has just ended. `fence` is awaited after
-    every wait, directly before the request is written, and keeps it from being written by raising;
-    from then on the answer is waited for `answer_seconds`, whatever the call's deadline.
+    `lists` a list without a filter, which any good key may read at the right base URL; `fresh` what
+    brings home a run that has just ended. `fence` is awaited after every wait, directly before the
+    request is written, and keeps it from being written by raising; from then on the answer is
+    waited for `answer_seconds`, whatever the call's deadline.
     """
 
     endpoint: str
@@ -83,13 +83,15 @@ class Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """FLORA's answer, read whole. `sent_at` is when the request that it answers was sent."""
+    """An answer, read whole. `sent_at` is when the request that it answers was sent, `contact` is
+    told whether it was FLORA's."""
 
     endpoint: str
     sent_at: datetime
     status: int
     headers: httpx.Headers
     body: bytes
+    contact: Contact
 
     @property
     def request_id(self) -> str | None:
@@ -99,14 +101,21 @@ class Answer:
 
     def read(self, reader: Callable[[object], T]) -> T:
         """What `reader` makes of the JSON value in it. Raises `FloraUnreadable`."""
+        value = None
         try:
-            return reader(decode(self.body))
+            value = decode(self.body)
+            found = reader(value)
         except FloraUnreadable as exc:
             where = f" ({self.request_id})" if self.request_id else ""
-            raise FloraUnreadable(
+            error = FloraUnreadable(
                 f"FLORA's answer to {self.endpoint} is not what its API promises: {exc}{where}",
                 request_id=self.request_id,
-            ) from exc
+                silent=not isinstance(value, dict),
+            )
+            self.contact.failed(error)
+            raise error from exc
+        self.contact.answered()
+        return found
 
 
 @dataclass(slots=True)
@@ -143,6 +152,7 @@ class Caller:
     ) -> None:
         self.budget = Budget(concurrency, monotonic=monotonic, sleep=sleep, shared=shared)
         self.breaker = Breaker(clock=clock, monotonic=monotonic)
+        self.contact = Contact(clock=clock, monotonic=monotonic)
         self.clock_offset: timedelta | None = None
         self.clock_bounds: tuple[timedelta, timedelta] | None = None
         self.request_id: str | None = None
@@ -166,11 +176,14 @@ class Caller:
         except TimeoutError as exc:
             if course.error is not None and not course.under_way:
                 raise course.error from exc
-            raise FloraUnreachable(
+            error = FloraUnreachable(
                 f"FLORA gave no answer to {call.endpoint} within {seconds:g} s",
                 may_have_acted=course.under_way,
                 timed_out=True,
-            ) from exc
+            )
+            if course.under_way:  # else it has waited for its turn all the time
+                self.contact.failed(error)
+            raise error from exc
 
     async def _persist(self, call: Call, course: _Course, *, until: float) -> Answer:
         attempt = 0
@@ -211,6 +224,7 @@ class Caller:
     async def _exchange(self, call: Call, course: _Course) -> Answer:
         """Send the request once and read the answer, whatever its status."""
         began, sent_at = self._monotonic(), self._clock()
+        self.contact.asked()
         status = request_id = None
         more: dict[str, Any] = {}
         if call.fence is None or not self._traced:
@@ -227,13 +241,17 @@ class Caller:
                 body = await _bounded_body(response, call.endpoint)
             status, request_id = response.status_code, response.headers.get("request-id")
         except httpx.DecodingError as exc:
-            raise FloraUnreadable(f"FLORA's answer to {call.endpoint} is garbled") from exc
+            garbled = FloraUnreadable(f"FLORA's answer to {call.endpoint} is garbled", silent=True)
+            self.contact.failed(garbled)
+            raise garbled from exc
         except (httpx.RequestError, OSError) as exc:
-            raise FloraUnreachable(
+            error = FloraUnreachable(
                 f"FLORA gave no answer to {call.endpoint}: {str(exc) or type(exc).__name__}",
                 may_have_acted=course.under_way and not isinstance(exc, _NO_CONNECTION),
                 timed_out=isinstance(exc, httpx.TimeoutException),
-            ) from exc
+            )
+            self.contact.failed(error)
+            raise error from exc
         finally:
             seconds = self._monotonic() - began
             log.debug(
@@ -252,6 +270,7 @@ class Caller:
             status=status,
             headers=response.headers,
             body=body,
+            contact=self.contact,
         )
 
     async def _trace(self, call: Call, course: _Course, event: str, info: Any) -> None:
@@ -291,6 +310,7 @@ class Caller:
                 code="redirect",
                 message="a redirect, which is never followed; check FLORA_BASE_URL",
                 request_id=answer.request_id,
+                from_flora=False,
             )
         asked = asked_wait(answer.headers, now=self._clock())
         if answer.status == 429:
@@ -302,7 +322,7 @@ class Caller:
     def _learn(
         self, call: Call, answer: Answer, refusal: FloraRefusal | None, started: float
     ) -> None:
-        """Let budget and breaker know what the answer tells."""
+        """Let budget, breaker and contact know what the answer tells."""
         self.request_id = answer.request_id
         if isinstance(refusal, RateLimited):
             self.budget.limited(started)
@@ -317,17 +337,19 @@ class Caller:
             self.budget.answered()
         if refusal is not None and refusal.retry_after is not None:
             self.budget.pause(refusal.retry_after)
-        self._learn_of_key(call, refusal)
+        if refusal is not None:
+            self.contact.failed(refusal, listing=call.lists)
+        if refusal is not None or answer.body.lstrip()[:1] == b"{":  # else a gateway's page
+            self._learn_of_key(refusal)
 
-    def _learn_of_key(self, call: Call, refusal: FloraRefusal | None) -> None:
+    def _learn_of_key(self, refusal: FloraRefusal | None) -> None:
         """Let the breaker know, and the log where that opens or closes it."""
         was_open = self.breaker.open
-        past_the_key = isinstance(refusal, PlanRequired)
-        if refusal is None or past_the_key or refusal.status in _PAST_THE_KEY:
+        if refusal is None or (refusal.from_flora and refusal.status in _PAST_THE_KEY):
             self.breaker.accepted()
             if was_open:
                 log.info("flora.key_accepted")
-        elif isinstance(refusal, KeyRefused) and (call.lists or refusal.status == 401):
+        elif isinstance(refusal, KeyRefused):
             self.breaker.refused(refusal)
             if not was_open:
                 log.error(

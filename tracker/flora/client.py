@@ -35,6 +35,7 @@ from tracker.flora.addresses import Addresses
 from tracker.flora.breaker import Breaker
 from tracker.flora.budget import Budget, SharedWaits
 from tracker.flora.caller import Call, Caller, OnRequest
+from tracker.flora.contact import Contact
 from tracker.flora.parse import Page
 from tracker.flora.technique import Technique, technique
 from tracker.flora.values import as_text
@@ -136,6 +137,7 @@ class FloraClient:
         if self._http.headers.get("authorization") != authorization:
             self._http.headers["authorization"] = authorization
             self.breaker.accepted()
+            self.contact.reads(None)
             self.key_fingerprint = hashlib.sha256(b"flora-api-key:" + api_key.encode()).hexdigest()
 
     def __repr__(self) -> str:
@@ -168,6 +170,11 @@ class FloraClient:
     def breaker(self) -> Breaker:
         """Open while FLORA refuses the key."""
         return self._caller.breaker
+
+    @property
+    def contact(self) -> Contact:
+        """Whether FLORA answers, and base URL and key fit."""
+        return self._caller.contact
 
     @property
     def clock_offset(self) -> timedelta | None:

@@ -17,6 +17,7 @@ from tracker.core.errors import (
     FieldFault,
     FloraRefusal,
     FloraUnreadable,
+    Forbidden,
     KeyRefused,
     NotFound,
     PlanRequired,
@@ -25,7 +26,7 @@ from tracker.core.errors import (
 )
 from tracker.core.observation import Observation, Source
 from tracker.core.quick import quick_dataclass
-from tracker.core.run import Output, RunError, RunStatus
+from tracker.core.run import Output, RunError, RunStatus, Status, status_of
 from tracker.flora.values import (
     as_dollars,
     as_id,
@@ -46,12 +47,11 @@ LONGEST_VALUE: Final = 100
 CLOCKS_AGREE: Final = timedelta(seconds=5)
 """Nearer than this FLORA's clock and ours are one: a header `Date` is exact to the second."""
 PLAN_REQUIRED: Final = "paid_plan_required"
-_STATUSES: Final = {str(status): status for status in RunStatus}
 _EVENTS: Final = {"run.completed": RunStatus.COMPLETED, "run.failed": RunStatus.FAILED}
 _PHRASES: Final = {int(status): status.phrase for status in HTTPStatus}
 _REFUSALS: Final[dict[int, type[FloraRefusal]]] = {
     401: KeyRefused,
-    403: KeyRefused,
+    403: Forbidden,
     404: NotFound,
     429: RateLimited,
 }
@@ -100,7 +100,7 @@ def run(
     at `at`. `clock_offset` is FLORA's clock minus ours, to a second or so.
 
     `run_type`, `technique_id` and `workspace_id` are what the caller knows, where FLORA is silent.
-    Raises `FloraUnreadable` where it is no run, none of a known status, or not `expect_run_id`.
+    Raises `FloraUnreadable` where it is no run, has no status, or is not `expect_run_id`.
     """
     fields = _required(payload, "the run")
     run_id = (
@@ -114,7 +114,7 @@ def run(
         raise FloraUnreadable(f"the answer is about another run ({run_id})")
     status = _status(fields)
     if status is None:
-        raise FloraUnreadable(f"run {run_id} has no status that is known")
+        raise FloraUnreadable(f"run {run_id} has no status")
     technique = as_object(fields.get("technique"))
     return Observation(
         run_id=run_id,
@@ -232,14 +232,18 @@ def _not_understood(
 def refusal(
     status: int, body: bytes, *, request_id: str | None = None, retry_after: float | None = None
 ) -> FloraRefusal:
-    """FLORA's error answer. What is not in its shape, a gateway's page, is told by its status."""
+    """FLORA's error answer. What is not in its shape, a gateway's page, is told by its status, and
+    is none of the refusals that only FLORA can give (of the key, or of what does not exist)."""
     try:
         answer = as_object(decode(body))
     except FloraUnreadable:
         answer = {}
     error = as_object(answer.get("error"))
-    code = as_id(error.get("code")) or f"http_{status}"
-    kind = _REFUSALS.get(status, ServerFault if status >= 500 else FloraRefusal)
+    told = as_id(error.get("code"))
+    code = told or f"http_{status}"
+    kind = ServerFault if status >= 500 else FloraRefusal
+    if told is not None or status == 429:
+        kind = _REFUSALS.get(status, kind)
     if status == 403 and code == PLAN_REQUIRED:
         kind = PlanRequired
     message = as_text(error.get("message")) or _PHRASES.get(status, "no message")
@@ -257,7 +261,7 @@ def refusal(
         ],
         request_id=request_id,
         retry_after=retry_after,
-        from_flora=as_id(error.get("code")) is not None,
+        from_flora=told is not None,
         run_id=as_id(answer.get("run_id")) or as_id(error.get("run_id")),
     )
 
@@ -272,7 +276,7 @@ def started(
 ) -> Observation:
     """The run that an answer to a start names. All that it needs is the run's id.
 
-    A status that is not known counts as pending: the run is read anyhow. Raises `FloraUnreadable`.
+    One without a status counts as pending: the run is read anyhow. Raises `FloraUnreadable`.
     """
     fields = _required(payload, "the run")
     if _status(fields) is None:
@@ -313,9 +317,10 @@ def _required(value: object, what: str) -> dict[str, Any]:
     return value
 
 
-def _status(fields: dict[str, Any]) -> RunStatus | None:
-    value = fields.get("status")
-    return _STATUSES.get(value) if isinstance(value, str) else None
+def _status(fields: dict[str, Any]) -> Status | None:
+    """Whatever FLORA calls it: a newer one may have more statuses than are known here."""
+    name = as_id(fields.get("status"))
+    return None if name is None else status_of(name)
 
 
 def _error(fields: dict[str, Any]) -> RunError | None:

@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 
 from tracker import __version__
 from tracker.flora.budget import BudgetState
+from tracker.flora.contact import SILENT, Trouble
 from tracker.tracking.workspaces import Workspaces
 
 _WORKSPACE: Final = ["workspace_id"]
@@ -106,6 +107,23 @@ class Now(Collector):
         for workspace, client in clients.items():
             breaker.add_metric([workspace], int(client.breaker.open))
         yield breaker
+        up = GaugeMetricFamily(
+            "tracker_flora_up",
+            "0 where FLORA, although it was asked, has not answered for 30 s.",
+            labels=_WORKSPACE,
+        )
+        misfit = GaugeMetricFamily(
+            "tracker_flora_misconfigured",
+            "1 where FLORA_BASE_URL does not lead to FLORA, or the key reads another workspace.",
+            labels=_WORKSPACE,
+        )
+        for workspace, client in clients.items():
+            found = client.contact.found
+            trouble = None if found is None else found.trouble
+            up.add_metric([workspace], int(trouble not in SILENT))
+            misfit.add_metric([workspace], int(trouble not in (None, Trouble.UNREACHABLE)))
+        yield up
+        yield misfit
 
 
 def _gauge(name: str, meaning: str, value: float) -> GaugeMetricFamily:

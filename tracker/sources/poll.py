@@ -11,14 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
-from tracker.core.errors import (
-    FloraError,
-    FloraUnreachable,
-    KeyRefused,
-    NotFound,
-    RateLimited,
-    ServerFault,
-)
+from tracker.core.errors import FloraError, KeyRefused, NotFound, RateLimited
 from tracker.core.observation import Observation
 from tracker.core.run import Run
 from tracker.flora.addresses import PollUrlRefused
@@ -32,10 +25,10 @@ CALL_SECONDS: Final = 20.0
 class Reading:
     """What reading one run brought.
 
-    `observation` is `None` where no way worked: then `missing` tells whether every way answered
-    that the run does not exist, and `error` says why, fit for a person. `reads` counts the
-    requests. `far_end_down` tells that FLORA gave no answer or a 5xx. `beside` holds other runs
-    that a history page showed on the way.
+    `observation` is `None` where no way worked: then `missing` tells whether FLORA answered every
+    way that the run does not exist, and `error` says why, fit for a person. `reads` counts the
+    requests. `far_end_down` tells that FLORA itself said nothing (`FloraError.silent`). `beside`
+    holds other runs that a history page showed on the way.
     """
 
     observation: Observation | None = None
@@ -63,19 +56,14 @@ async def read_run(client: FloraClient, run: Run) -> Reading:
         except PollUrlRefused as refusal:
             reading.reads -= 1  # nothing was sent
             reading.error = str(refusal)
-        except RateLimited:
+        except (KeyRefused, RateLimited):
             raise
-        except KeyRefused as refusal:
-            if client.breaker.open:
-                raise
-            doubtful = True  # a 403 for this run, with a key that is good otherwise
-            reading.error = str(refusal)
         except FloraError as error:
             reading.error = str(error)
-            if isinstance(error, FloraUnreachable | ServerFault):
+            if error.silent:
                 reading.far_end_down = True
                 return reading
-            doubtful = True  # such as another run, to which a wrong `poll_url` leads
+            doubtful = True  # such as a 403, or another run, to which a wrong `poll_url` leads
         if reading.observation is not None:
             return reading
     reading.missing = denied and not doubtful
@@ -108,7 +96,7 @@ async def _history_ways(
         page = await client.history(deadline=CALL_SECONDS)
         found.extend(item for item in page.items if item.run_id == run_id)
         reading.beside.extend(item for item in page.items if item.run_id != run_id)
-        whole = [item for item in found if item.details or not item.status.ended]
+        whole = [item for item in found if item.details or not item.standing.ended]
         return whole[0] if whole else None
 
     yield on_newest_page

@@ -18,12 +18,10 @@ from tracker.core.errors import (
     FieldFault,
     FloraError,
     FloraRefusal,
-    FloraUnreachable,
     FloraUnreadable,
     InvalidRequest,
     NotFound,
     RateLimited,
-    ServerFault,
 )
 from tracker.core.inputs import check
 from tracker.flora.technique import Technique
@@ -42,8 +40,6 @@ RENEWAL_SECONDS: Final = 5.0
 log = structlog.get_logger(__name__)
 
 _Key = tuple[str, str]
-_SILENT: Final = (FloraUnreachable, FloraUnreadable, RateLimited, ServerFault)
-"""FLORA told nothing about the technique."""
 
 
 class Catalogue:
@@ -79,7 +75,9 @@ class Catalogue:
         try:
             async with self._asking.setdefault(key, asyncio.Lock()):
                 return _definition(await self._ask(workspace, technique, None)), None
-        except _SILENT as error:
+        except FloraError as error:
+            if not _tells_nothing(error):
+                raise
             known = await self._known(workspace, technique)
             if known is None or not (known.defined_at or known.inputs):
                 raise
@@ -163,7 +161,9 @@ class Catalogue:
                 return await self._ask(
                     workspace, technique, min(deadline or RENEWAL_SECONDS, RENEWAL_SECONDS)
                 )
-            except _SILENT as error:
+            except FloraError as error:
+                if not _tells_nothing(error):
+                    raise
                 self._asked_in_vain[key] = self._clock()
                 log.warning(
                     "catalogue.not_renewed", technique_id=known.technique_id, error=str(error)
@@ -196,10 +196,10 @@ class Catalogue:
     def _will_do(self, known: TechniqueRow, key: _Key) -> bool:
         """Whether FLORA need not, or not yet, be asked again."""
         now = self._clock()
-        if known.defined_at is not None and now - known.defined_at < FRESH:
+        if known.defined_at is not None and abs(now - known.defined_at) < FRESH:
             return True
         in_vain = self._asked_in_vain.get(key)
-        return in_vain is not None and now - in_vain < PAUSE
+        return in_vain is not None and abs(now - in_vain) < PAUSE
 
 
 def _definition(row: TechniqueRow) -> Technique:
@@ -229,3 +229,8 @@ def row_of(found: Technique, *, slug: str | None = None) -> TechniqueRow:
         inputs=found.inputs,
         outputs=found.outputs,
     )
+
+
+def _tells_nothing(error: FloraError) -> bool:
+    """Whether FLORA has told nothing about the technique."""
+    return error.silent or isinstance(error, FloraUnreadable | RateLimited)

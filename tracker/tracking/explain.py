@@ -107,6 +107,9 @@ class Explainer:
             return ["No API key is set here, so that this process cannot read it."]
         if (reason := workspace.client.breaker.reason) is not None:
             return [f"FLORA refuses the key of its workspace: {reason}."]
+        if (found := workspace.client.contact.found) is not None:
+            since = words.moment(found.since)
+            return [f"FLORA cannot be read ({found.trouble}) since {since}: {found.reason}."]
         names = {workspace.name, workspace.slot, record.run.workspace_id}
         for sweep in await sweeps.list_sweeps(self._database):
             if sweep.workspace_id in names and sweep.finished_at is not None:

@@ -12,13 +12,7 @@ from typing import Final
 import structlog
 
 from tracker.core.clock import Clock
-from tracker.core.errors import (
-    FloraError,
-    FloraUnreachable,
-    RateLimited,
-    ServerFault,
-    SettingsError,
-)
+from tracker.core.errors import FloraError, RateLimited, SettingsError
 from tracker.flora.client import FloraClient
 from tracker.store import workspace_keys
 from tracker.store.engine import Database
@@ -26,8 +20,6 @@ from tracker.tracking.workspaces import Workspace
 
 ASK_SECONDS: Final = 5.0
 """How long FLORA may take to tell whose key it is."""
-
-_CANNOT_BE_ASKED: Final = (FloraUnreachable, RateLimited, ServerFault)
 
 log = structlog.get_logger(__name__)
 
@@ -114,7 +106,7 @@ async def _asked(client: FloraClient, configured: str | None, deadline: float) -
         log.info("workspace.not_told", error=str(error))
         if configured is not None:
             return None
-        if isinstance(error, _CANNOT_BE_ASKED):
+        if error.silent or isinstance(error, RateLimited):
             raise
         seen = []
     if configured in seen:

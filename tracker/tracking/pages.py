@@ -26,12 +26,14 @@ def taken_over(workspace: Workspace, items: Iterable[Observation]) -> list[Obser
     """A page's items as the workspace's, which learns from them in turn.
 
     It learns its id, and whether its lists carry details. An item that names no workspace is its
-    own: a key belongs to one workspace, so what it reads does too.
+    own: a key belongs to one workspace, so what it reads does too. Raises `OtherWorkspace` where
+    every item that names one names another.
     """
+    items = list(items)
+    workspace.reads(item.workspace_id for item in items)
     completed = with_details = old = with_outputs = 0
     taken = []
     for item in items:
-        workspace.learn(item.workspace_id)
         taken.append(owned(workspace, item))
         if item.status is RunStatus.COMPLETED:
             completed += 1
@@ -81,7 +83,7 @@ def _ended(items: Iterable[Observation]) -> list[Sighting]:
             "generation" if item.run_type == "generation" else "technique",
         )
         for item in items
-        if item.created_at is not None and item.status.ended
+        if item.created_at is not None and item.standing.ended
     ]
 
 
@@ -118,7 +120,7 @@ def answers_recheck(record: Record, item: Observation, workspace: Workspace) -> 
     whether the list shows such things of other runs.
     """
     if item.status is not RunStatus.COMPLETED:
-        return item.status.ended
+        return item.standing.ended
     if record.run.lacks_outputs and not item.outputs:
         return False
     return item.charged_cost is not None or (bool(item.outputs) and workspace.lists_carry_costs)
@@ -139,7 +141,7 @@ def leaves_open(item: Observation, workspace: Workspace, course: Round) -> bool:
     all the same: does a single read show the cost, then lists leave costs out.
     """
     if not course.recheck:
-        return item.status.ended and not item.details
+        return item.standing.ended and not item.details
     record = course.open_runs.get(item.run_id)
     if record is None:
         return False

@@ -14,9 +14,10 @@ backlog does not keep fresh callbacks waiting.
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -28,13 +29,20 @@ from structlog.contextvars import bound_contextvars
 
 from tracker.core.clock import Clock
 from tracker.core.entry import Entry, Seen, Unseen
-from tracker.core.errors import FloraError, KeyRefused, RateLimited, StoreError
+from tracker.core.errors import (
+    FloraError,
+    KeyRefused,
+    OtherWorkspace,
+    RateLimited,
+    StoreError,
+)
 from tracker.core.observation import Observation
 from tracker.core.record import Record
 from tracker.core.run import Run
+from tracker.core.schedule import Policy
 from tracker.flora.client import FloraClient
 from tracker.sources import history
-from tracker.sources.poll import Reading, read_run
+from tracker.sources.poll import CALL_SECONDS, Reading, read_run
 from tracker.store import claims, listed
 from tracker.store.door import Door
 from tracker.store.engine import Database
@@ -67,7 +75,11 @@ RECHECK_CLAIM: Final = 1000
 """So many settled runs are read again in one round: what the pages that are read for some of them
 show is taken for all."""
 PAGE_SECONDS: Final = 30.0
-"""How long one page may take, repetitions included."""
+PAGE_SECONDS_AGAIN: Final = 10.0
+"""How long one page may take, repetitions included; less where the last one failed, so that pages
+which cannot be read do not keep single reads waiting."""
+NEAR_EVERY: Final = 300.0
+"""Seconds between two looks for runs whose next poll lies further ahead than any wait."""
 LEASE: Final = timedelta(seconds=30)
 """A claim that was not given back, because its process died, runs out after this."""
 RENEW_AFTER: Final = 10.0
@@ -89,6 +101,7 @@ class Poller:
         workspaces: Workspaces,
         durations: DurationBook,
         gathering: Gathering,
+        policy: Policy,
         holder: str,
         clock: Clock,
     ) -> None:
@@ -99,7 +112,10 @@ class Poller:
         self._gathering = gathering
         self._holder = holder
         self._clock = clock
+        self._policy = policy
+        self._near_at = -math.inf
         self._rests = Rests(clock)
+        self._page_rests = Rests(clock)
 
     async def poll_due(self, *, gather: bool = False) -> PollReport:
         """One round: claim what is due in each workspace and read it. Raises `StoreUnavailable`.
@@ -109,6 +125,8 @@ class Poller:
         has just answered nothing, until it has rested.
         """
         report = PollReport()
+        if time.monotonic() - self._near_at >= NEAR_EVERY:
+            await self._bring_near()
         rounds = [self._poll_workspace(workspace, gather) for workspace in self._readable()]
         for one in await all_of(rounds):
             report.add(one)
@@ -125,14 +143,27 @@ class Poller:
             report.add(one)
         return report
 
+    def clock_jumped(self) -> None:
+        """The clock was set: the next round looks at once for what it put too far ahead."""
+        self._near_at = -math.inf
+
+    async def _bring_near(self) -> None:
+        brought = await claims.bring_near(self._database, self._policy, self._clock())
+        self._near_at = time.monotonic()
+        if brought:
+            log.warning("poll.brought_near", runs=brought, cause="the clock was set back")
+
     async def next_due_at(self, *, gather: bool = False) -> datetime | None:
         """When the next run that can be read is due, UTC; in the past where one waits already.
 
         With `gather`, not before the due runs have gathered.
         """
         now = self._clock()
-        times = []
-        for workspace in self._readable():
+        times: list[datetime | None] = []
+        for workspace in self._keyed():
+            if rest := self._rests.left(workspace.slot):
+                times.append(now + rest)
+                continue
             due = await claims.next_due_at(
                 self._database, self._workspaces.claimable(workspace), now=now
             )
@@ -140,18 +171,29 @@ class Poller:
             # Where lists carry no details, ends that are known are read alone all the time.
             waits = due and until and workspace.lists_carry_details
             times.append(max(due, until) if due and until and waits else due)
-        times += self._rests.ends()
         return min((moment for moment in times if moment), default=None)
 
-    def _readable(self) -> list[Workspace]:
-        """The workspaces with a key that FLORA does not refuse, and that do not rest."""
+    def _keyed(self) -> list[Workspace]:
+        """The workspaces with a key that FLORA does not refuse."""
         return [
             workspace
             for workspace in self._workspaces
-            if workspace.client is not None
-            and not workspace.client.breaker.blocked
-            and not self._rests.rests(workspace)
+            if workspace.client is not None and not workspace.client.breaker.blocked
         ]
+
+    def _readable(self) -> list[Workspace]:
+        """Those of them that do not rest."""
+        return [one for one in self._keyed() if not self._rests.left(one.slot)]
+
+    async def probe(self) -> None:
+        """Read the newest run of each workspace in which something was wrong with FLORA's last
+        answer: whether that is over is then known soon, also where nothing is due."""
+        for workspace in self._workspaces:
+            client = workspace.client
+            if client is not None and (client.contact.failing or client.breaker.open):
+                with suppress(FloraError):  # the client has taken note of it
+                    page = await client.history(limit=1, deadline=PAGE_SECONDS_AGAIN)
+                    taken_over(workspace, page.items)
 
     async def read_now(self, record: Record) -> Record:
         """Read one run at once, whoever else may be at it; what is known of it afterwards.
@@ -164,9 +206,10 @@ class Poller:
         try:
             with bound_contextvars(run_id=record.run.run_id, workspace_id=workspace.name):
                 workspace, reading = await self._read_run(workspace, workspace.client, record.run)
-        except (KeyRefused, RateLimited) as refusal:
+                entries = await self._entries(workspace, record, reading, Round(open_runs={}))
+        except (KeyRefused, RateLimited, OtherWorkspace) as refusal:
             return replace(record, last_error=str(refusal))
-        passed = await self._door.put_all(await self._entries(workspace, record, reading))
+        passed = await self._door.put_all(entries)
         return passed[-1].after or record
 
     async def release(self) -> None:
@@ -230,7 +273,16 @@ class Poller:
             # What was not read (too many for one round, FLORA down, a shutdown) is due as before.
             if course.open_runs:
                 await claims.release(self._database, self._holder, list(course.open_runs))
-        self._rests.count(workspace, course)
+        if not course.broken_off:
+            self._rests.over(workspace.slot)
+            return
+        paused = workspace.require_client().budget.state().paused
+        log.warning(
+            "poll.flora_down",
+            workspace_id=workspace.name,
+            error=course.trouble,
+            rest_seconds=self._rests.failed(workspace.slot, least=paused),
+        )
 
     async def _claim(
         self, workspace: Workspace, now: datetime, *, ended: bool
@@ -274,7 +326,7 @@ class Poller:
     async def _read_pages(self, workspace: Workspace, course: Round, report: PollReport) -> None:
         """Read history pages while they pay, and take from the round what they settle."""
         wanted = listable(course.open_runs.values(), workspace)
-        if len(wanted) < 2:
+        if len(wanted) < 2 or self._page_rests.left(workspace.slot):
             return
         course.places = await listed.places(
             self._database,
@@ -285,12 +337,13 @@ class Poller:
         )
         if not pays(pages_away(wanted, course, report.pages)):
             return
+        failed_before = self._page_rests.failures(workspace.slot)
         try:
             client = workspace.require_client()
             newest_first = history.pages(
                 client if course.recheck else client.for_fresh,
                 "technique",
-                deadline=lambda: PAGE_SECONDS,
+                deadline=lambda: PAGE_SECONDS_AGAIN if failed_before else PAGE_SECONDS,
             )
             async with aclosing(newest_first) as pages:
                 async for page in pages:
@@ -298,6 +351,7 @@ class Poller:
                     course.shared += 1
                     course.answered = True
                     await self._take_page(workspace, page.items, course, report)
+                    self._page_rests.over(workspace.slot)
                     oldest = history.oldest(page.items)
                     # What is newer than a page's oldest run, and was not shown, is in no list.
                     wanted = [
@@ -307,11 +361,18 @@ class Poller:
                     ]
                     if not pays(pages_away(wanted, course, report.pages)):
                         return
-        except (KeyRefused, RateLimited) as refusal:
+        except (KeyRefused, RateLimited, OtherWorkspace) as refusal:
             course.refuse(str(refusal))
         except FloraError as error:
             # The due runs are not to blame: each is still read alone, and tells of its own failure.
-            course.fail(str(error))
+            if error.silent:
+                course.fail(str(error))
+            log.warning(
+                "poll.page_failed",
+                workspace_id=workspace.name,
+                error=str(error),
+                rest_seconds=self._page_rests.failed(workspace.slot),
+            )
 
     async def _take_page(
         self,
@@ -322,6 +383,8 @@ class Poller:
     ) -> None:
         """Take a page through the door; what it shows ended without details stays claimed."""
         taken = await without_removed(self._database, taken_over(workspace, items))
+        if items:
+            course.confirmed = True
         lean = {item.run_id for item in taken if leaves_open(item, workspace, course)}
         answered = course.open_runs.keys() - lean
         again = await counted_before(self._database, course.open_runs, taken)
@@ -365,7 +428,10 @@ class Poller:
                         of, reading = await self._read_run(
                             workspace, client.for_fresh if fresh else client, record.run
                         )
-                except (KeyRefused, RateLimited) as refusal:
+                        if reading.observation is not None and of is workspace:
+                            course.confirmed = True
+                        entries = await self._entries(of, record, reading, course)
+                except (KeyRefused, RateLimited, OtherWorkspace) as refusal:
                     course.refuse(str(refusal))
                     return
                 if reading.far_end_down:
@@ -378,7 +444,6 @@ class Poller:
                 workspace.lists_carry_costs = False
             if record.run.run_id in shareable:
                 course.shared += reading.reads
-            entries = await self._entries(of, record, reading)
             for passed in await self._door.put_all(entries):
                 report.count(passed)
             if reading.observation is None and not reading.missing:
@@ -416,11 +481,19 @@ class Poller:
             reading.missing = reading.missing and elsewhere.missing
         return workspace, reading
 
-    async def _entries(self, workspace: Workspace, record: Record, reading: Reading) -> list[Entry]:
-        """What a reading says of its run, and of the runs that it showed on the way."""
+    async def _entries(
+        self, workspace: Workspace, record: Record, reading: Reading, course: Round
+    ) -> list[Entry]:
+        """What a reading says of its run, and of the runs that it showed on the way.
+
+        FLORA's denial of a run counts while FLORA can be read in its workspace. Raises
+        `OtherWorkspace`, `KeyRefused` and `RateLimited`.
+        """
         beside = await without_removed(self._database, taken_over(workspace, reading.beside))
         entries: list[Entry] = [Seen(observation=item) for item in beside]
         if reading.observation is None:
+            if reading.missing:
+                reading.missing = await self._confirm(workspace, course)
             return [
                 *entries,
                 Unseen(
@@ -443,3 +516,30 @@ class Poller:
                 counted_before=bool(again),
             ),
         ]
+
+    async def _confirm(self, workspace: Workspace, course: Round) -> bool:
+        """Whether FLORA can be read in this workspace, with this key: what the round has read
+        tells, else the newest run of the history, or FLORA's word on whose key it is.
+
+        Raises `OtherWorkspace`, `KeyRefused` and `RateLimited`.
+        """
+        async with course.confirming:
+            if course.confirmed is not None:
+                return course.confirmed
+            client = workspace.require_client()
+            course.confirmed = False
+            try:
+                page = await client.history(limit=1, deadline=CALL_SECONDS)
+                if taken_over(workspace, page.items):
+                    course.confirmed = True
+                else:  # an empty history might be another workspace's
+                    ids = await client.list_workspaces(deadline=CALL_SECONDS)
+                    workspace.reads(ids)
+                    course.confirmed = workspace.workspace_id in ids
+            except (KeyRefused, RateLimited, OtherWorkspace):
+                raise
+            except FloraError as error:
+                log.warning(
+                    "poll.denial_not_counted", workspace_id=workspace.name, error=str(error)
+                )
+            return course.confirmed

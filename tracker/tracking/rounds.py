@@ -1,17 +1,14 @@
-"""One round of polling in one workspace: how far it is, how FLORA does, and when it rests."""
+"""One round of polling in one workspace: how far it is, how FLORA does, and what rests."""
 
 import asyncio
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Final, TypeVar
-
-import structlog
 
 from tracker.core.clock import Clock
 from tracker.core.record import Record
 from tracker.store.batch import Passed
-from tracker.tracking.workspaces import Workspace
 
 T = TypeVar("T")
 
@@ -20,9 +17,6 @@ FAILURES: Final = 2
 REST: Final = timedelta(seconds=1)
 LONGEST_REST: Final = timedelta(seconds=30)
 """How long a workspace then rests: doubling from the first to the second."""
-
-
-log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -67,9 +61,10 @@ class Round:
     """One round in one workspace: what is still to be read, and how FLORA does.
 
     `places` tells where runs stand in FLORA's list, as far as that is known, once it was asked for;
-    `shared` counts the reads that other runs shared, or could have. `recheck` is true where settled
-    runs are read again for their cost and outputs; `probe` names the one whose cost a page lacked,
-    and which is read alone to see whether lists leave costs out.
+    `shared` counts the reads that other runs shared, or could have. `confirmed` tells, once that
+    was asked, that FLORA can be read in the workspace, so that its denial of a run counts.
+    `recheck` is true where settled runs are read again for their cost and outputs; `probe` names
+    the one whose cost a page lacked, and which is read alone to see whether lists leave costs out.
     """
 
     open_runs: dict[str, Record]
@@ -78,6 +73,8 @@ class Round:
     places: Mapping[str, int] | None = None
     shared: int = 0
     answered: bool = False
+    confirmed: bool | None = None
+    confirming: asyncio.Lock = field(default_factory=asyncio.Lock)
     failures: int = 0
     refused: bool = False
     trouble: str = ""
@@ -93,52 +90,41 @@ class Round:
         self.trouble = error
 
     def refuse(self, error: str) -> None:
-        """FLORA refuses the key, or any further request for now."""
+        """FLORA refuses the key, or any further request for now; or the key reads another
+        workspace."""
         self.refused = True
         self.trouble = error
 
 
-@dataclass(frozen=True, slots=True)
-class Rest:
-    """How often in a row FLORA answered nothing, and until when it is left alone."""
-
-    failures: int
-    until: datetime
-
-
 class Rests:
-    """Which workspaces are left alone because FLORA answered nothing at all, longer each time."""
+    """What is left alone for a while because it failed, by name: longer with each failure in a
+    row."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._rests: dict[str, Rest] = {}
+        self._rests: dict[str, tuple[int, datetime, timedelta]] = {}
 
-    def rests(self, workspace: Workspace) -> bool:
-        """Whether this one is left alone now."""
-        rest = self._rests.get(workspace.slot)
-        return rest is not None and rest.until > self._clock()
-
-    def ends(self) -> list[datetime]:
-        """When the rests end that last, UTC."""
+    def left(self, name: str) -> timedelta:
+        """How long it is still left alone: 0 where it is not, as after the clock was set back."""
         now = self._clock()
-        return [rest.until for rest in self._rests.values() if rest.until > now]
+        _, since, length = self._rests.get(name, (0, now, timedelta()))
+        return max(timedelta(), since + length - now) if since <= now else timedelta()
 
-    def count(self, workspace: Workspace, course: Round) -> None:
-        """A round in this workspace is over."""
-        if not course.broken_off:
-            self._rests.pop(workspace.slot, None)
-            return
-        before = self._rests.get(workspace.slot)
-        failures = 1 if before is None else before.failures + 1
-        seconds = min(REST * 2 ** min(failures - 1, 10), LONGEST_REST)
-        seconds = max(seconds, timedelta(seconds=workspace.require_client().budget.state().paused))
-        self._rests[workspace.slot] = Rest(failures, self._clock() + seconds)
-        log.warning(
-            "poll.flora_down",
-            workspace_id=workspace.name,
-            error=course.trouble,
-            rest_seconds=seconds.total_seconds(),
-        )
+    def failures(self, name: str) -> int:
+        """How often in a row it has failed."""
+        return self._rests[name][0] if name in self._rests else 0
+
+    def failed(self, name: str, *, least: float = 0.0) -> float:
+        """It has failed once more; for how many seconds it is left alone, `least` at least."""
+        failures = self.failures(name) + 1
+        length: timedelta = min(REST * 2 ** min(failures - 1, 10), LONGEST_REST)
+        length = max(length, timedelta(seconds=least))
+        self._rests[name] = (failures, self._clock(), length)
+        return length.total_seconds()
+
+    def over(self, name: str) -> None:
+        """It has gone well."""
+        self._rests.pop(name, None)
 
 
 async def all_of(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

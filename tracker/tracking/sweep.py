@@ -191,6 +191,7 @@ class Sweeper:
             self._database,
             f"generations:{workspace.slot}",
             f"{self._holder}:{uuid4()}",  # nobody else's, this process's next sweep included
+            longest=GENERATIONS_EVERY,
         )
         if not known and not await look(self._clock(), LEASE):
             return
@@ -203,7 +204,11 @@ class Sweeper:
             if not limit.expired():
                 raise
         except FloraError as error:
-            looked = isinstance(error, FloraRefusal) and error.status in (400, 403, 404, 410)
+            looked = (
+                isinstance(error, FloraRefusal)
+                and not error.silent
+                and error.status in (400, 403, 404, 410)
+            )
             if known:
                 sweep.report.generations_error = str(error)
             log.info("sweep.generations_failed", workspace_id=workspace.name, error=str(error))

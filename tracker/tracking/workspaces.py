@@ -5,10 +5,10 @@ from the first authentic callback. Before a start it is made sure by its key: `t
 identity`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from tracker.core.errors import FieldFault, InvalidRequest, SettingsError
+from tracker.core.errors import FieldFault, InvalidRequest, OtherWorkspace, SettingsError
 from tracker.flora.client import FloraClient
 
 
@@ -46,6 +46,24 @@ class Workspace:
         """Take over the id that FLORA gave, where none is known yet."""
         if self.workspace_id is None and workspace_id:
             self.workspace_id = workspace_id
+
+    def reads(self, shown: Iterable[str | None]) -> None:
+        """Its key has read a list that shows these workspace ids. Raises `OtherWorkspace` where its
+        own is not among them."""
+        ids = [one for one in shown if one]
+        if not ids:
+            return
+        self.learn(ids[0])
+        other = None
+        if self.workspace_id not in ids:
+            other = OtherWorkspace(
+                f"the API key that is set for workspace {self.workspace_id} reads workspace "
+                f"{ids[0]}: set the right key, or the right id"
+            )
+        if self.client is not None:
+            self.client.contact.reads(other)
+        if other is not None:
+            raise other
 
     def belongs_to(self, workspace_id: str) -> None:
         """Go by the id that FLORA gave for the key, unless the settings give one."""

@@ -16,6 +16,7 @@ from tracker.core.errors import (
     FloraError,
     FloraRefusal,
     FloraUnreachable,
+    Forbidden,
     IdempotencyConflict,
     InvalidRequest,
     KeyRefused,
@@ -132,7 +133,7 @@ def fault_of(error: Exception) -> Fault | None:
 
 def _of_flora(error: FloraError) -> Fault:
     match error:
-        case KeyRefused():
+        case KeyRefused() | Forbidden():
             return Fault(502, "flora_key_refused", str(error))
         case PlanRequired():
             return Fault(402, error.code, error.message, fields=error.fields)

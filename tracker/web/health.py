@@ -37,8 +37,9 @@ class Health:
     async def readyz(self, request: Request) -> Response:
         """200 where the database answers and its schema is new enough, else 503 and why, in short.
 
-        A refused API key does not make the service unready, because callbacks are still taken. Who
-        shows a token, or asks from this machine where none is set, is told it beside the status.
+        A refused API key or a FLORA that does not answer does not make the service unready, because
+        callbacks are still taken. Who shows a token, or asks from this machine where none is set,
+        is told it beside the status.
         """
         # Strangers may ask, and as many as like: one question to the database answers all who wait.
         if self._checking is None or self._checking.done():
@@ -62,18 +63,23 @@ class Health:
 
 
 def _flora(workspaces: list[Workspace]) -> str:
-    """What is known of the API keys, in words."""
+    """What is known of FLORA and the API keys, in words."""
     keyed = [workspace for workspace in workspaces if workspace.client is not None]
     if not keyed:
         return "no key is set"
-    refused = [words for workspace in keyed if (words := _refusal(workspace))]
-    return "; ".join(refused) or "ok"
+    troubles = [words for workspace in keyed if (words := _trouble(workspace))]
+    return "; ".join(troubles) or "ok"
 
 
-def _refusal(workspace: Workspace) -> str | None:
+def _trouble(workspace: Workspace) -> str | None:
     client = workspace.client
-    if client is None or not client.breaker.open:
+    if client is None:
         return None
-    since = client.breaker.since
-    words = "key refused" if since is None else f"key refused since {time_json(since)}"
-    return words if workspace.workspace_id is None else f"{words} ({workspace.workspace_id})"
+    whose = "" if workspace.workspace_id is None else f" ({workspace.workspace_id})"
+    if client.breaker.open:
+        since = client.breaker.since
+        return f"key refused{'' if since is None else f' since {time_json(since)}'}{whose}"
+    found = client.contact.found
+    if found is None:
+        return None
+    return f"{found.trouble} since {time_json(found.since)}{whose}: {found.reason}"

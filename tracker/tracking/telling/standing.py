@@ -92,9 +92,9 @@ def _state(record: Record) -> list[Sentence]:
         return [Sentence(kind=Kind.STATE, text=text)]
     told = []
     if record.missing and record.missing_since is not None:
-        looks = words.counted(record.missing, "look", "looks in a row")
+        reads = words.counted(record.missing, "time")
         since = words.moment(record.missing_since)
-        text = f"FLORA has denied that it exists, {looks}, since {since}."
+        text = f"FLORA has answered {reads} since {since} that there is no such run."
         if record.lost:
             text += " So it counts as lost, until anything shows it."
         else:

@@ -5,6 +5,7 @@ from datetime import datetime, timedelta
 from typing import Final, Literal
 
 from tracker.flora.client import FloraClient
+from tracker.flora.contact import Found, Trouble
 from tracker.store.attention import SweepHealth
 from tracker.tracking.workspaces import Workspace
 from tracker.web.dashboard.figures import Figures
@@ -18,6 +19,14 @@ MISSED: Final = 0.1
 """A callback miss rate from which somebody should look at the receiver's address."""
 ENOUGH: Final = 10
 """So many callbacks have to be expected before their rate says anything."""
+
+
+_PLAIN: Final = {
+    Trouble.UNREACHABLE: "FLORA is unreachable",
+    Trouble.NOT_FLORA: "What answers at FLORA_BASE_URL is not FLORA",
+    Trouble.LISTS_REFUSED: "FLORA refuses its lists",
+    Trouble.OTHER_WORKSPACE: "The key reads another workspace instead",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +48,7 @@ class WorkspaceHealth:
     key: str
     refused_since: datetime | None
     breaker: str | None
+    trouble: Found | None
     budget: str
     secret: bool
     sweep: SweepHealth | None
@@ -47,7 +57,8 @@ class WorkspaceHealth:
     def well(self) -> bool:
         """Whether nothing of it needs somebody."""
         swept = self.sweep is None or self.sweep.last_error is None
-        return self.key in ("accepted", "not tried yet") and swept and self.secret
+        key = self.key in ("accepted", "not tried yet") and self.trouble is None
+        return key and swept and self.secret
 
 
 def workspace_health(workspace: Workspace, figures: Figures) -> WorkspaceHealth:
@@ -59,6 +70,7 @@ def workspace_health(workspace: Workspace, figures: Figures) -> WorkspaceHealth:
         key=_key(client, sweep),
         refused_since=client.breaker.since if client else None,
         breaker=client.breaker.reason if client and client.breaker.open else None,
+        trouble=client.contact.found if client else None,
         budget=_budget(client),
         secret=bool(workspace.secrets),
         sweep=sweep,
@@ -173,6 +185,15 @@ def _of_workspace(one: WorkspaceHealth, now: datetime, *, alone: bool) -> list[N
                 kind="bad",
                 what=f"FLORA refuses the key{whose}, since {_since(one.refused_since, now)}.",
                 advice="Nothing can be read until FLORA_API_KEY is right again.",
+            )
+        ]
+    if one.trouble is not None:
+        return [
+            Need(
+                kind="bad",
+                what=f"{_PLAIN[one.trouble.trouble]}{whose}, since "
+                f"{_since(one.trouble.since, now)}.",
+                advice=f"{one.trouble.reason}. No run is given up for that: {one.trouble.advice}.",
             )
         ]
     if one.sweep and one.sweep.last_error:
