@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import random
 import resource
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -168,12 +169,15 @@ async def test_trailers_are_no_headers(serve: Serve, sqlite_url: str) -> None:
     """A token that comes behind a chunked body lets nobody in."""
     token = "a-token-of-the-tests"
     head = "GET /api/runs HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
-    async with serve(sqlite_url, tracker_api_token=token) as site, wire(site.base_url) as sender:
-        trailer = f"0\r\nAuthorization: Bearer {token}\r\n\r\n"
-        await sender.send(head.encode(), b"\r\n", trailer.encode())
-        assert (await sender.answer()).status == 401
-        await sender.send(head.encode(), f"Authorization: Bearer {token}\r\n\r\n".encode())
-        await sender.send(b"0\r\nContent-Length: 5\r\n\r\n")
+    shown = f"Authorization: Bearer {token}\r\n"
+    async with serve(sqlite_url, tracker_api_token=token) as site:
+        for asked, status in (
+            (f"{head}\r\n0\r\n{shown}\r\n", 401),
+            (f"{head}{shown}\r\n0\r\nX-Trailer: 5\r\n\r\n", 200),
+        ):
+            async with wire(site.base_url) as sender:
+                await sender.send(asked.encode())
+                assert (await sender.answer()).status == status
 
 
 async def test_who_is_slow_makes_room_for_who_is_not(serve: Serve, sqlite_url: str) -> None:
@@ -227,6 +231,78 @@ async def test_when_the_room_for_requests_is_full_small_ones_are_still_taken() -
         go_on.set()
         assert (await slow.answer()).status == 200
         assert not await refused()
+
+
+@pytest.mark.parametrize("short_of", ["places", "memory"])
+async def test_a_callback_in_two_packets_is_not_the_first_to_give_way(
+    serve: Serve, sqlite_url: str, short_of: str
+) -> None:
+    """A proxy's connection that was idle for longest, and on which a callback has just begun, stays
+    where others wait for their clients too."""
+    is_memory = short_of == "memory"
+    unfinished = post("/", 60_000 * b"x", length=70_000) if is_memory else b""
+    limits = Limits(received_bytes=100_000) if is_memory else Limits(connections=40)
+    begin, rest = _callback("run_proxied")[:-10], _callback("run_proxied")[-10:]
+    async with (
+        serve(sqlite_url, limits=limits) as site,
+        contextlib.AsyncExitStack() as stack,
+        wire(site.base_url) as proxy,
+    ):
+        await proxy.send(GET, b"\r\n")
+        assert (await proxy.answer()).status == 200
+        others = [
+            await stack.enter_async_context(wire(site.base_url))
+            for _ in range(1 if is_memory else 39)
+        ]
+        await others[0].send(unfinished)
+        await proxy.send(begin)
+        await asyncio.sleep(0.05)  # else it may come in one packet
+        newcomer = await stack.enter_async_context(wire(site.base_url))
+        await newcomer.send(unfinished)
+        await others[0].answer() if is_memory else await others[0].hung_up()
+        await proxy.send(rest)
+        assert (await proxy.answer()).status == 200
+
+
+async def test_whatever_clients_break_off_its_memory_comes_back(
+    serve: Serve, sqlite_url: str
+) -> None:
+    """After hundreds of requests that were cut, refused, pipelined or left unread there is as much
+    room as before."""
+    chance = random.Random(17)
+    large = _callback("run_large", padding=60_000)
+    chunked = post(PATH, b"", "Flora-Signature: t=1,v1=00", "Transfer-Encoding: chunked")
+    kinds = (
+        *(large, _callback("run_small"), GET + b"\r\n", b"no HTTP\r\n\r\n", post("/no", large)),
+        *(chunked + chunk(large), chunked + chunk(b"x") + b"0\r\nX-Trailer: 1\r\n\r\n"),
+        *(GET + b"Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n", GET + 150 * b"a:b\r\n" + b"\r\n"),
+        *(post(PATH, 300_000 * b"x"), GET + b"Content-Length: 70000\r\n\r\n" + large),
+    )
+
+    async def break_off() -> None:
+        asked = b"".join(chance.choices(kinds, k=chance.choice((1, 2, 12))))
+        async with wire(site.base_url) as client:
+            await client.send(asked[: chance.randrange(len(asked))])
+            if chance.random() < 0.5:
+                client.cut()
+            else:
+                await asyncio.sleep(0.05 * chance.random())
+
+    async def has_room() -> bool:
+        async with wire(site.base_url) as client:
+            await client.send(large)
+            return (await client.answer()).status == 200
+
+    limits = Limits(received_bytes=100_000, connections=30)
+    async with serve(sqlite_url, limits=limits) as site:
+        for _ in range(20):
+            await asyncio.gather(*(break_off() for _ in range(20)))
+        await eventually(has_room)
+
+
+def _callback(run_id: str, padding: int = 0) -> bytes:
+    body = event(run_id, padding=padding * "x")
+    return post(PATH, body, f"Flora-Signature: {signature(body)}")
 
 
 async def test_a_refused_request_that_goes_on_gives_way(serve: Serve, sqlite_url: str) -> None:

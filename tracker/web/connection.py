@@ -116,7 +116,7 @@ class Connection(HttpToolsProtocol):
         self._limit = limit
         self._limits = limit.limits
         self.since = self.loop.time()
-        """When it was first seen to be where it stands, by the loop's clock."""
+        """When it was first seen to be where it stands, or began a head, by the loop's clock."""
         self.held = 0
         """Bytes that its client has brought and that may still be in memory, about."""
         self._stand: object = None
@@ -230,8 +230,9 @@ class Connection(HttpToolsProtocol):
             self.flow.resume_reading()
 
     def on_message_begin(self) -> None:
-        """Begins a head."""
+        """Begins a head: the client is not the one that has been idle longest any more."""
         super().on_message_begin()
+        self.since = self.loop.time()
         self._framing = self._piece
 
     def on_header(self, name: bytes, value: bytes) -> None:

@@ -66,7 +66,8 @@ class ConnectionLimit:
         most = self.limits.received_bytes
         if self._held <= most or held <= _SMALL:
             return True
-        for other in sorted(_waiting(connection), key=attrgetter("since")):
+        # Small requests go last: callbacks are, and letting them go makes the least room.
+        for other in sorted(_waiting(connection), key=lambda one: (one.held <= _SMALL, one.since)):
             if self._held <= most * 3 // 4:
                 break
             if other.held:
