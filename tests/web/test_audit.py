@@ -91,6 +91,22 @@ async def test_callbacks_leave_no_entry(site: Site) -> None:
     assert await _log(site.services.database) == []
 
 
+async def test_a_starts_callback_address_is_not_noted(
+    serve: Serve, sqlite_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where a proxy should have taken a prefix off the path, its callbacks are refused; what makes
+    the address a secret is neither in the audit log nor in the log."""
+    async with serve(sqlite_url, tracker_api_token=TOKEN) as site:
+        answer = await site.client.post(f"/flora{PATH}/the-token-of-a-start", content=b"{}")
+        assert not answer.is_success
+        await site.services.refusals.store()
+        (entry,) = await _log(site.services.database)
+        assert entry.detail["path"] == f"/flora{PATH}/*"
+    log = "".join(capsys.readouterr())
+    assert "auth.refused" in log
+    assert "the-token-of-a-start" not in log
+
+
 async def test_a_flood_of_guesses_is_one_entry(serve: Serve, database_url: str) -> None:
     """With their number and reasons, and no guess; a token that lacks a scope is named."""
     reader = TokenSettings(name="reader", token="r" * 20, scopes={"read"})
