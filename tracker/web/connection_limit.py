@@ -3,7 +3,8 @@
 Each costs a file, and a process has only so many: where they are used up, nobody is let in any
 more, nor is the database reached. Each may also bring bytes that have to be kept until its request
 is answered. Both are bounded for all connections together, and beyond that those go that have
-waited longest for their client. A callback comes, is answered, and hardly waits at all.
+waited longest for their client; where it is about memory, the large ones first. A callback comes,
+is answered, and hardly waits at all.
 """
 
 from collections.abc import Iterable
