@@ -153,11 +153,11 @@ def test_run_state_is_written_by_the_writers_alone() -> None:
     assert {verb for writes in beside.values() for verb, _ in writes} <= {"delete"}, beside
 
 
-def test_claims_move_only_the_time_and_the_lease() -> None:
+def test_claims_move_only_the_times_and_the_lease() -> None:
     """A claim says who looks at a run and until when, never what the run is."""
     moved = _set_by("tracker/store/claims.py")
     assert moved
-    assert moved <= {"next_check_at", "lease_until", "lease_holder"}
+    assert moved <= {"next_check_at", "recheck_at", "lease_until", "lease_holder"}
 
 
 def test_retention_empties_only_what_need_not_be_kept() -> None:
