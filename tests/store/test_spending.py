@@ -61,7 +61,7 @@ def became(run_id: str, row: StartRow, quote: str | None = None) -> Any:
         idempotency_key=row.idempotency_key,
         tags=row.tags,
         reserved_at=row.reserved_at,
-        reserved_cost=row.cost_of_a_run,
+        reserved_cost=row.reserved_cost,
     )
 
 
@@ -169,13 +169,56 @@ async def test_each_budget_covers_its_own(db: Database, door: TestDoor) -> None:
 
 
 async def test_a_start_of_several_runs_reserves_all_of_them(db: Database, door: TestDoor) -> None:
-    """The answer names the first; the others keep their reservation until they had time to show."""
-    row = await reserve(db, "key", cost=3 * PRICE, runs=3)
+    """The answer names the first. Each other takes its share over when its callback shows it, once
+    however often it comes; what does not show keeps its reservation for a while."""
+    row = await reserve(db, "key", runs=3)
     assert await left(db) == Decimal("4.25")
     await door.put(became("run_1", row, quote="0.25"))
     assert (await usage(db)).reserved == Decimal("0.50")
+    for _ in range(2):
+        await door.put(became("run_2", row))
+        found = await usage(db)
+        assert (found.reserved, found.quoted) == (PRICE, 2 * PRICE)
     assert await left(db) == Decimal("4.25")
-    assert await left(db, now=NOW + timedelta(minutes=20)) == Decimal("4.75")
+    assert await left(db, now=NOW + timedelta(minutes=20)) == Decimal("4.50")
+    await door.put(became("run_3", row))
+    assert (await usage(db)).reserved == 0
+
+
+async def test_runs_of_one_start_that_show_at_once_take_their_shares(
+    db: Database, door: TestDoor
+) -> None:
+    """Also where their callbacks come before the answer, and are applied together."""
+    row = await reserve(db, "key", runs=3)
+    await asyncio.gather(*(door.put(became(f"run_{n}", row)) for n in range(3)))
+    found = await usage(db)
+    assert (found.reserved, found.quoted) == (0, 3 * PRICE)
+
+
+async def test_one_key_asked_for_at_once_takes_room_once(
+    db: Database, other_db: Database, door: TestDoor
+) -> None:
+    """Whoever asks with the key at the same moment is shown the start that holds the last room,
+    and not refused for it; also where the key was refused before."""
+    tight = replace(TODAY, usd=PRICE)
+
+    async def ask_at_once() -> None:
+        askers = [f"asker-{n}" for n in range(8)]
+        rows = await asyncio.gather(
+            *(
+                reserve((db, other_db)[n % 2], "key", budget=tight, holder=who)
+                for n, who in enumerate(askers)
+            )
+        )
+        (holder,) = {row.lease_holder for row in rows}
+        assert holder in askers
+        await starts.mark(
+            db, "ws_1", "key", holder=holder or "", state=StartState.REFUSED, error={}
+        )
+        await starts.give_back(db, "ws_1", "key", holder or "")
+
+    await ask_at_once()
+    await ask_at_once()
 
 
 async def test_a_replay_is_no_matter_of_budgets(db: Database) -> None:

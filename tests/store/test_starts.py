@@ -239,7 +239,8 @@ async def test_runs_of_known_origin_are_accounted_for(door: TestDoor, db: Databa
 
 
 async def test_a_hold_that_was_given_back_is_not_prolonged(db: Database) -> None:
-    """Who holds a key prolongs it, after its time too; where that comes late, nobody holds it."""
+    """Who holds a key prolongs it; where that comes late, nobody holds it. After its time that is
+    done only for what was sent: the room of another start may be somebody else's by then."""
 
     async def holder() -> tuple[str | None, datetime | None]:
         row = await starts.get(db, "default", "key")
@@ -251,7 +252,12 @@ async def test_a_hold_that_was_given_back_is_not_prolonged(db: Database) -> None
     later = NOW + 2 * LEASE
     await starts.prolong(db, "default", "key", "x", later, LEASE)
     assert await holder() == ("h", NOW + LEASE)
-    await starts.prolong(db, "default", "key", "h", later, LEASE)
+    assert not await starts.prolong(db, "default", "key", "h", later, LEASE)
+    assert await starts.prolong(db, "default", "key", "h", NOW, LEASE)
+    await starts.mark_sent(
+        db, "default", "key", holder="h", at=NOW, callback_url=None, request_body="{}"
+    )
+    assert await starts.prolong(db, "default", "key", "h", later, LEASE)
     assert await holder() == ("h", later + LEASE)
     await starts.give_back(db, "default", "key", "h")
     await starts.prolong(db, "default", "key", "h", later, LEASE)

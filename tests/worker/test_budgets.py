@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.waiting import eventually
 from tests.worker.conftest import HandClock, MakeFlora, OpenServices
 from tests.worker.test_batch import plan, silent
 from tests.worker.test_poll import poll_to_the_end
@@ -196,6 +197,33 @@ async def test_a_batch_stops_at_a_budget_and_goes_on_when_it_begins_anew(
     assert len(flora.world.runs) == 3
     assert clock().day == 2
     assert {one.record.tags["team"] for one in outcome.rows if one.record} == {"red"}  # type: ignore[index]
+
+
+async def test_a_batch_that_waits_for_a_budget_settles_its_doubts(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """A start in doubt holds room: what became of it is found out while another row waits for it,
+    and not the next day."""
+    async with make_flora(gateway_starts=1.0, gateway_works=0.0) as flora:
+        services = await open_on(flora, tracker_budget_day="0.25")
+        settled: list[bool] = []
+
+        async def moves(seconds: float) -> None:
+            flora.world.change({"gateway_starts": 0.0})
+            clock.move(600)
+            settled.append(clock().day == 1 and len(flora.world.runs) == 1)
+            await asyncio.sleep(0.01)
+
+        services.batches._sleep = moves
+        planned = await plan(services, "a", "b", tags=RED)
+        running = services.batches.run(
+            planned, concurrency=1, wait=True, tell=silent, wait_for_budget=True
+        )
+        batch = asyncio.create_task(running)
+        await eventually(lambda: len(flora.world.runs) == 2)
+        batch.cancel()
+        await asyncio.wait([batch])
+        assert any(settled)
 
 
 async def test_a_batch_does_not_wait_for_what_never_fits(

@@ -60,7 +60,7 @@ def spending(
         return
     columns = ("of", "name", "runs", "charged", "quoted", "unpriced")
     if as_csv:
-        writer = csv.writer(sys.stdout)
+        writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(columns)
         writer.writerows([row[name] for name in columns] for row in found["spending"])
         return

@@ -76,7 +76,8 @@ class Changes:
     tallies: Rows = field(default_factory=list)
     """How many runs more or fewer now count under a key, by how much: see tracker.core.tally."""
     started: Rows = field(default_factory=list)
-    """Workspace slots and idempotency keys of starts, and the runs that they became."""
+    """Workspace slots and idempotency keys of starts, the runs that they became (of several the
+    first), and how many runs show for the first time as theirs: all, and without one."""
     due: bool = False
     """Whether a look at some run was brought forward."""
     news: list[str] = field(default_factory=list)
@@ -159,6 +160,7 @@ class Merging:
         self._before = statements.lock_runs(connection, sorted(run_ids)) if run_ids else {}
         self._now = dict(self._before)
         self._changes = Changes()
+        self._started: dict[tuple[str, str], list[Any]] = {}
         self._passed: list[Passed] = []
 
     def record(self, run_id: str) -> Record | None:
@@ -179,7 +181,9 @@ class Merging:
             if passed.news:
                 self._changes.events.append(_event_row(entry.observation))
             if entry.slot is not None and entry.idempotency_key is not None:
-                self._changes.started.append((entry.slot, entry.idempotency_key, run_id))
+                key = (entry.slot, entry.idempotency_key)
+                known = before is not None and before.reserved_at is not None
+                self._started.setdefault(key, [run_id, 0])[1] += not known
         if _brought_forward(before, after):
             self._changes.due = True
 
@@ -187,6 +191,10 @@ class Merging:
         """Write what has changed, and return what each entry did."""
         changes = self._changes
         _compare(self._before, self._now, changes)
+        changes.started = [
+            (*key, run_id, shown, max(shown - 1, 0))
+            for key, (run_id, shown) in sorted(self._started.items())
+        ]
         if changes.records or changes.started:
             self._statements.write(self._connection, changes)
         requeued = bool(changes.moved) and requeue_runs(self._connection, changes.moved)

@@ -17,15 +17,18 @@ from sqlalchemy import (
     JSON,
     Column,
     Connection,
+    Integer,
     Text,
     TypeDecorator,
     any_,
     bindparam,
+    case,
     cast,
     column,
     delete,
     func,
     null,
+    or_,
     select,
     update,
 )
@@ -83,7 +86,7 @@ def _is_any_of(of: Any, parameter: str) -> Any:
 
 # Plain strings: SQLAlchemy's names are of a class of their own, which no JSON key may be.
 _RUNS: Final = tuple(f"{each.name}" for each in RUN_COLUMNS)
-_STARTED: Final = ("slot", "key", "run_id")
+_STARTED: Final = ("slot", "key", "run_id", "shown", "others")
 _NOTICES: Final = ("channel", "payload")
 
 
@@ -160,17 +163,21 @@ def _keep_outputs() -> Any:
 
 
 def _close_starts() -> Any:
-    started = _incoming("started", [Column(name, Text()) for name in _STARTED])
+    columns = [Column(name, Text()) for name in _STARTED[:3]]
+    columns += [Column(name, Integer()) for name in _STARTED[3:]]
+    started = _incoming("started", columns)
     return (
         update(starts)
         .where(
             starts.c.workspace_slot == started.c.slot,
             starts.c.idempotency_key == started.c.key,
-            starts.c.state != "started",
+            or_(starts.c.state != "started", started.c.shown > 0),
         )
         .values(
             state="started",
-            run_id=started.c.run_id,
+            run_id=func.coalesce(starts.c.run_id, started.c.run_id),
+            reserved_runs=starts.c.reserved_runs
+            - case((starts.c.state == "started", started.c.shown), else_=started.c.others),
             error=null(),
             request_body=null(),
             lease_until=null(),

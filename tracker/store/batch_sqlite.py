@@ -10,7 +10,20 @@ from datetime import UTC, datetime
 from itertools import chain
 from typing import Any, Final
 
-from sqlalchemy import JSON, Column, Connection, Text, bindparam, delete, func, null, select, update
+from sqlalchemy import (
+    JSON,
+    Column,
+    Connection,
+    Text,
+    bindparam,
+    case,
+    delete,
+    func,
+    null,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.dialects.sqlite import dialect, insert
 
 from tracker.core.entry import Delivery
@@ -98,11 +111,13 @@ CLOSE_STARTS: Final = (
     .where(
         starts.c.workspace_slot == bindparam("slot"),
         starts.c.idempotency_key == bindparam("key"),
-        starts.c.state != "started",
+        or_(starts.c.state != "started", bindparam("shown") > 0),
     )
     .values(
         state="started",
-        run_id=bindparam("run"),
+        run_id=func.coalesce(starts.c.run_id, bindparam("run")),
+        reserved_runs=starts.c.reserved_runs
+        - case((starts.c.state == "started", bindparam("shown")), else_=bindparam("others")),
         error=None,
         request_body=None,
         lease_until=None,
@@ -195,7 +210,7 @@ class SqliteStatements:
         if changes.outputs:
             KEEP_OUTPUTS(connection, changes.outputs)
         if changes.started:
-            names = ("slot", "key", "run")
+            names = ("slot", "key", "run", "shown", "others")
             connection.execute(
                 CLOSE_STARTS, [dict(zip(names, row, strict=True)) for row in changes.started]
             )

@@ -260,7 +260,7 @@ def _started(start: StartRow, seen: Observation) -> Seen:
         inputs=start.inputs,
         tags=start.tags,
         reserved_at=start.reserved_at,
-        reserved_cost=start.cost_of_a_run,
+        reserved_cost=start.reserved_cost,
         callback_expected=True,
         slot=start.workspace_slot,
         idempotency_key=start.idempotency_key,

@@ -44,7 +44,7 @@ from tracker.store.tables import starts, techniques, word
 RESERVED: Final = "reserved"
 SEVERAL_WITHIN: Final = timedelta(minutes=15)
 """Of a start of several runs the answer names the first. For so long it keeps the reservation of
-the others, which callbacks and the history show meanwhile."""
+those whose callback has not come: the history shows them meanwhile, but not whose they are."""
 MOST_ROWS: Final = 1000
 """So many techniques, or values of a tag, are named; the rest is one row."""
 
@@ -88,24 +88,24 @@ async def usages(db: Database, budgets: Sequence[Budget], *, now: datetime) -> l
         return await connection.run_sync(read)
 
 
-def take_room(
-    connection: Connection,
-    budgets: Sequence[Budget],
-    *,
-    cost: Decimal | None,
-    now: datetime,
+def lock(connection: Connection, budgets: Sequence[Budget]) -> None:
+    """Keep the budgets from all others until the commit."""
+    if budgets and connection.dialect.name == "postgresql":  # SQLite has one writer anyhow
+        keys = sorted(_lock_key(budget) for budget in budgets)
+        connection.execute(_LOCK, {"keys": keys})
+
+
+def check_room(
+    connection: Connection, budgets: Sequence[Budget], *, price: Decimal | None, now: datetime
 ) -> None:
-    """Keep the budgets from all others until the commit, and see that `cost` (USD) fits into each.
+    """See that `price` (USD) fits into each of the budgets, which are locked.
 
     Raises `BudgetExceeded`.
     """
-    if connection.dialect.name == "postgresql":  # SQLite has one writer anyhow
-        keys = sorted(_lock_key(budget) for budget in budgets)
-        connection.execute(_LOCK, {"keys": keys})
     for budget in budgets:
         usage = _usage(connection, budget, now)
-        if cost is None or usage.used + cost > budget.usd:
-            raise _exceeded(usage, cost)
+        if price is None or usage.used + price > budget.usd:
+            raise _exceeded(usage, price)
 
 
 # In the order of the list, so that no two wait for each other.
@@ -197,13 +197,13 @@ def _reservations(
         covered.append(of.tags[key].as_string() == value)
     several = and_(of.state == word("started"), of.reserved_runs > literal_column("1"))
     open_ones = of.state.in_([word("stored"), word("sent")])
-    rest = of.reserved_cost * (of.reserved_runs - 1) / of.reserved_runs
+    price = of.reserved_cost * of.reserved_runs
     states: list[tuple[ColumnElement[Any], list[ColumnElement[bool]]]] = [
         # One part for each index.
-        (of.reserved_cost, [open_ones, (of.state == word("sent")) | (of.lease_until > now)]),
-        (of.reserved_cost, [of.state == word("in_doubt")]),
-        (of.reserved_cost, [of.state == word("unresolved")]),
-        (rest, [several, of.reserved_at > now - SEVERAL_WITHIN]),
+        (price, [open_ones, (of.state == word("sent")) | (of.lease_until > now)]),
+        (price, [of.state == word("in_doubt")]),
+        (price, [of.state == word("unresolved")]),
+        (price - of.reserved_cost, [several, of.reserved_at > now - SEVERAL_WITHIN]),
     ]
     for usd, state in states:
         amount = func.coalesce(func.sum(usd), literal_column("0")) * literal_column("1000000000")

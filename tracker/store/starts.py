@@ -79,8 +79,9 @@ class StartRow:
     `in_use_since` is when its key was first sent, `sent_at` when it last was. `request_body` is
     what was sent, while it may have to be repeated. `error` is the last answer that was no run:
     status, code, message and fields; `conflict` in it says that FLORA knows the key.
-    `reserved_cost` is what it takes from the budgets of the period of `reserved_at`, in USD, for
-    `reserved_runs` runs.
+    `reserved_cost` is what each of `reserved_runs` runs takes from the budgets of the period of
+    `reserved_at`, in USD. Once it has started, these are its first run and those that have not
+    shown yet.
     """
 
     workspace_slot: str
@@ -105,11 +106,6 @@ class StartRow:
     reserved_at: datetime | None = None
     reserved_cost: Decimal | None = None
     reserved_runs: int | None = None
-
-    @property
-    def cost_of_a_run(self) -> Decimal | None:
-        """What was reserved for each of its runs, in USD."""
-        return self.reserved_cost and self.reserved_cost / (self.reserved_runs or 1)
 
     @property
     def is_fresh(self) -> bool:
@@ -150,7 +146,7 @@ async def reserve(
     is about to be sent is noted in the audit log with it.
 
     With a `holder` a start of which no request can have acted is taken as well, as by `take`, and
-    its price reserved: `cost` USD, for all of its `runs`, has to fit into the `budgets`. It is
+    its price reserved: `cost` USD for each of its `runs` have to fit into the `budgets`. It is
     reserved for as long as the start is held, and then for as long as it may have been sent.
     Raises `BudgetExceeded`, and then nothing is kept.
     """
@@ -194,14 +190,16 @@ async def reserve(
     )
 
     def work(connection: Connection) -> StartRow:
+        # Before the key is read: who asked with it at the same moment has kept it by then.
+        spending.lock(connection, budgets)
         found = connection.execute(existing).first()
         row = None if found is None else _row(found)
         if row is not None:
             is_free = row.is_fresh and row.fingerprint == fingerprint and not row.is_held(at)
             if holder is None or not is_free:
                 return row
-        if budgets:
-            spending.take_room(connection, budgets, cost=cost, now=at)
+        price = None if cost is None else cost * runs
+        spending.check_room(connection, budgets, price=price, now=at)
         made = connection.execute(statement if row is None else again).first()
         if made is None:  # another was quicker
             return _row(connection.execute(existing).one())
@@ -307,10 +305,17 @@ async def take(
 async def prolong(
     db: Database, workspace_id: str, key: str, holder: str, now: datetime, lease: timedelta
 ) -> bool:
-    """Prolong the right that `take` gave to `holder`; false where it no longer has it."""
+    """Prolong the right that `take` gave to `holder`; false where it no longer has it.
+
+    What had run out before anything was sent is lost: its room in the budgets may be another's.
+    """
     statement = (
         update(starts)
-        .where(_is(workspace_id, key), starts.c.lease_holder == holder)
+        .where(
+            _is(workspace_id, key),
+            starts.c.lease_holder == holder,
+            or_(starts.c.state != word("stored"), starts.c.lease_until > now),
+        )
         .values(lease_until=now + lease)
     )
     return await db.write(lambda connection: connection.execute(statement).rowcount == 1)

@@ -160,13 +160,14 @@ class Launch:
                     for _ in range(min(self._concurrency, len(self._queue))):
                         group.create_task(self._work())
                 waits = self._wait and len(self._doubt) > 0
-                if self._broken_off or not (waits or (self._later and not self._over)):
+                left = (self._later or self._queue) and not self._over
+                if self._broken_off or not (waits or left):
                     return
                 if waits:
                     await self._settle_doubts()
                 if not self._over:
                     self._let_in()
-                if not self._queue:
+                if not self._queue or self._waits_for_room:
                     await self._sleep(LOOK_EVERY)
                 elif self._over:
                     return
@@ -183,11 +184,10 @@ class Launch:
             return 0.0
         return max(0.0, (row.not_before - self._clock()).total_seconds())
 
-    def _until_room(self) -> float:
-        """Seconds until it is tried again whether the budget has room."""
-        if self._room_at is None:
-            return 0.0
-        return (self._room_at - self._clock()).total_seconds()
+    @property
+    def _waits_for_room(self) -> bool:
+        """Whether no row begins now because a budget had no room."""
+        return self._room_at is not None and self._clock() < self._room_at
 
     def _let_in(self) -> None:
         """Queue the rows whose time has come."""
@@ -214,8 +214,8 @@ class Launch:
 
     async def _work(self) -> None:
         try:
-            while self._queue and not self._over:
-                if (paused := max(self.paused, self._until_room())) > 0:
+            while self._queue and not (self._over or self._waits_for_room):
+                if (paused := self.paused) > 0:
                     await self._sleep(min(paused, 1.0))
                     continue
                 row = self._queue.popleft()

@@ -72,7 +72,7 @@ class Originals:
             inputs=row.inputs,
             tags=row.tags,
             reserved_at=row.reserved_at,
-            reserved_cost=row.cost_of_a_run,
+            reserved_cost=row.reserved_cost,
             callback_expected=row.callback_url is not None,
             slot=row.workspace_slot,
             idempotency_key=row.idempotency_key,

@@ -231,7 +231,7 @@ class Starter:
                 tags=tags,
                 holder=holder,
                 lease=lease,
-                cost=definition.cost_of(request.inputs),
+                cost=definition.run_cost,
                 runs=definition.runs_of(request.inputs),
                 budgets=self._budgets.covering(workspace_id, technique_id, tags),
             )
