@@ -192,6 +192,15 @@ async def test_queries_use_their_index(full: Database) -> None:
         assert not _reads_a_table(told), f"{name}:\n{told}"
 
 
+async def test_a_tag_is_found_by_its_index(full: Database) -> None:
+    """On SQLite whatever else is asked for: a technique or workspace mostly has more runs."""
+    index = "ix_runs_newest_tagged" if full.dialect == "sqlite" else "ix_runs_"
+    for more in ({}, {"technique_id": "tech_1"}, {"workspace_id": "ws_1"}):
+        told = await plans(full, partial(read.list_runs, tag="order=7", **more))
+        assert index in told, f"{more}:\n{told}"
+        assert not _reads_a_table(told), told
+
+
 async def test_the_next_pages_use_it_too(full: Database) -> None:
     """A page deep in a listing costs no more than the first."""
     _, cursor = await read.list_runs(full, limit=3000)

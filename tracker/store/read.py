@@ -163,12 +163,12 @@ async def list_runs(
         wanted.append(is_tracked_as(Tracking(tracking)))
     if retry_advice is not None:
         wanted.append(runs.c.retry_advice == word(RetryAdvice(retry_advice).value))
-    if technique_id is not None:
-        wanted.append(runs.c.technique_id == technique_id)
-    if workspace_id is not None:
-        wanted.append(runs.c.workspace_id == workspace_id)
-    if project_id is not None:
-        wanted.append(runs.c.project_id == project_id)
+    of = {"technique_id": technique_id, "workspace_id": workspace_id, "project_id": project_id}
+    # SQLite would go by the index of these: a tag, which it knows nothing of, is mostly rarer.
+    by_tag = tag is not None and db.dialect == "sqlite"
+    for name, value in of.items():
+        if value is not None:
+            wanted.append((runs.c[name] + "" if by_tag else runs.c[name]) == value)
     if tag is not None:
         wanted.append(is_tagged(db, tag))
     statement = runs_newest_first(cursor).where(*wanted).limit(limit + 1)

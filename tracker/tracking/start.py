@@ -244,7 +244,7 @@ class Starter:
                     return None
                 return await self._sender.send(workspace, held, deadline=self._deadline)
         except BudgetExceeded as error:
-            log.warning("start.over_budget", key=key, budget=error.budget, left=str(error.left))
+            log.warning("start.over_budget", key=key, budget=error.budget, left=float(error.left))
             self._on_over_budget(error.budget)
             raise
         except FloraRefusal as refusal:
