@@ -170,8 +170,10 @@ async def test_each_budget_covers_its_own(db: Database, door: TestDoor) -> None:
 
 async def test_a_start_of_several_runs_reserves_all_of_them(db: Database, door: TestDoor) -> None:
     """The answer names the first. Each other takes its share over when its callback shows it, once
-    however often it comes; what does not show keeps its reservation for a while."""
-    row = await reserve(db, "key", runs=3)
+    however often it comes. What does not show keeps its reservation until the history had time to
+    show it; for good in the budget of a tag, which the history does not tell."""
+    row = await reserve(db, "key", runs=3, tags={"team": "red"})
+    red = replace(TODAY, tag=("team", "red"))
     assert await left(db) == Decimal("4.25")
     await door.put(became("run_1", row, quote="0.25"))
     assert (await usage(db)).reserved == Decimal("0.50")
@@ -180,9 +182,11 @@ async def test_a_start_of_several_runs_reserves_all_of_them(db: Database, door: 
         found = await usage(db)
         assert (found.reserved, found.quoted) == (PRICE, 2 * PRICE)
     assert await left(db) == Decimal("4.25")
-    assert await left(db, now=NOW + timedelta(minutes=20)) == Decimal("4.50")
+    later = NOW + timedelta(minutes=20)
+    assert await left(db, now=later) == Decimal("4.50")
+    assert await left(db, red, now=later) == Decimal("4.25")
     await door.put(became("run_3", row))
-    assert (await usage(db)).reserved == 0
+    assert (await usage(db)).reserved == (await usage(db, red)).reserved == 0
 
 
 async def test_runs_of_one_start_that_show_at_once_take_their_shares(

@@ -44,7 +44,8 @@ from tracker.store.tables import starts, techniques, word
 RESERVED: Final = "reserved"
 SEVERAL_WITHIN: Final = timedelta(minutes=15)
 """Of a start of several runs the answer names the first. For so long it keeps the reservation of
-those whose callback has not come: the history shows them meanwhile, but not whose they are."""
+those whose callback has not come: the history shows them meanwhile. It does not show whose they
+are, so in the budget of a tag they keep it."""
 MOST_ROWS: Final = 1000
 """So many techniques, or values of a tag, are named; the rest is one row."""
 
@@ -197,13 +198,15 @@ def _reservations(
         covered.append(of.tags[key].as_string() == value)
     several = and_(of.state == word("started"), of.reserved_runs > literal_column("1"))
     open_ones = of.state.in_([word("stored"), word("sent")])
+    if budget.tag is None:
+        several = and_(several, of.reserved_at > now - SEVERAL_WITHIN)
     price = of.reserved_cost * of.reserved_runs
     states: list[tuple[ColumnElement[Any], list[ColumnElement[bool]]]] = [
         # One part for each index.
         (price, [open_ones, (of.state == word("sent")) | (of.lease_until > now)]),
         (price, [of.state == word("in_doubt")]),
         (price, [of.state == word("unresolved")]),
-        (price - of.reserved_cost, [several, of.reserved_at > now - SEVERAL_WITHIN]),
+        (price - of.reserved_cost, [several]),
     ]
     for usd, state in states:
         amount = func.coalesce(func.sum(usd), literal_column("0")) * literal_column("1000000000")

@@ -169,7 +169,8 @@ async def _renew(held: HeldStart) -> None:
         except StoreError as failure:
             log.warning("start.hold_not_renewed", key=held.key, error=str(failure))
             continue
-        if not mine:
+        # What had surely run out by now may have been free in between, and its room another's.
+        if not mine or boot_seconds() >= held.valid_until:
             held.valid_until = float("-inf")
             return
         held.valid_until = valid_until
