@@ -163,9 +163,9 @@ def _keep_outputs() -> Any:
 
 
 def _close_starts() -> Any:
-    columns = [Column(name, Text()) for name in _STARTED[:3]]
-    columns += [Column(name, Integer()) for name in _STARTED[3:]]
-    started = _incoming("started", columns)
+    texts, counts = _STARTED[:3], _STARTED[3:]
+    columns: list[Column[Any]] = [Column(name, Text()) for name in texts]
+    started = _incoming("started", [*columns, *(Column(name, Integer()) for name in counts)])
     return (
         update(starts)
         .where(
