@@ -37,7 +37,7 @@ COMMITS: Final = (
     *("workspace_keys.keep", "workspace_keys.give_ids"),
     # Who works at what, and until when nobody asks FLORA.
     *("claims.claim_due", "claims.renew", "claims.release"),
-    *("claims.take_lease", "claims.drop_lease", "waits.keep"),
+    *("claims.take_lease", "claims.drop_lease", "claims.bring_near", "waits.keep"),
     *("sweeps.begin", "coverage.add", "sweeps.finish", "tallies.fold"),
     *("batches.keep", "batches.finish"),
     *("techniques.define", "techniques.doubt", "techniques.add_listed", "techniques.mark_gone"),
