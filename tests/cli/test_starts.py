@@ -15,9 +15,9 @@ def started(tracker: Commands, key: str) -> tuple[str, ...]:
 
 
 def give_up_soon() -> None:
-    """A caller waits one second for what is in doubt, in place of `CALLER_SECONDS`."""
-    assert wiring.CALLER_SECONDS < 30
-    wiring.CALLER_SECONDS = 1.0  # type: ignore[misc]
+    """A caller waits one second for what is in doubt, in place of `START_SECONDS`."""
+    assert 1 < wiring.START_SECONDS < wiring.CALLER_SECONDS < 30
+    wiring.START_SECONDS = wiring.CALLER_SECONDS = 1.0  # type: ignore[misc]
 
 
 def test_cron_alone_resolves_starts(tracker: Commands, stack: ExitStack) -> None:
