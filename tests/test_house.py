@@ -134,7 +134,7 @@ WRITERS = {
 
 
 def test_run_state_is_written_by_the_writers_alone() -> None:
-    """Beside the writers, claims move when a run is looked at, and retention deletes and empties;
+    """Beside the writers, claims move when a run is polled, and retention deletes and empties;
     the doctor's look at whether a row is taken rolls it back."""
     found: dict[str, set[tuple[str, str]]] = {}
     for path in SOURCES:

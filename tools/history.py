@@ -200,7 +200,7 @@ def _callback(life: _Life, status: RunStatus) -> Delivery:
 
 
 def _strange(now: datetime) -> list[Delivery]:
-    """Two callbacks in quarantine: one of a kind nobody knows yet, one of another workspace."""
+    """Two callbacks in quarantine: one of an unknown kind, one of another workspace."""
     paused = {"id": "whd_5f0c", "type": "run.paused", "data": {"run_id": "run_77aa"}}
     foreign = {
         "id": "whd_9b1e",

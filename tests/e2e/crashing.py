@@ -48,7 +48,7 @@ SELDOM: Final = (
     "replay.requeue",
     "inbox: notify",
 )
-"""Commits that come only where something is broken, or somebody asks."""
+"""Commits that come only where something is broken, or someone asks."""
 REQUESTS: Final = (
     *("POST /techniques/*/runs", "GET /techniques/*/runs/*", "GET /technique-runs"),
     *("GET /generations", "GET /runs/*", "GET /techniques", "GET /techniques/*"),

@@ -31,7 +31,7 @@ tag = "team=red"
 
 
 def prepare() -> None:
-    """Doubts are looked at soon."""
+    """Doubts are resolved soon."""
     hurry()
     shorten(recover, LISTED_WITHIN=timedelta(seconds=1))
 

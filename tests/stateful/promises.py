@@ -164,7 +164,7 @@ def _no_start_is_paid_twice(now: Snapshot, flora: ModelFlora, memory: Memory) ->
             assert key not in paid, f"{key} runs at FLORA, and is said not to"
         if row.state != "started":
             continue
-        # Never one that somebody else began, however alike it is.
+        # Never one that someone else began, however alike it is.
         run, record = flora.runs[row.run_id], now.records[row.run_id]
         assert run.key == key, f"{key} is given {row.run_id}, which it did not start"
         assert run.inputs == row.inputs

@@ -240,7 +240,7 @@ async def test_runs_of_known_origin_are_accounted_for(door: TestDoor, db: Databa
 
 async def test_a_hold_that_was_given_back_is_not_prolonged(db: Database) -> None:
     """Who holds a key prolongs it; where that comes late, nobody holds it. After its time that is
-    done only for what was sent: the room of another start may be somebody else's by then."""
+    done only for what was sent: the room of another start may be someone else's by then."""
 
     async def holder() -> tuple[str | None, datetime | None]:
         row = await starts.get(db, "default", "key")

@@ -50,7 +50,7 @@ async def impostor(*says: bytes) -> AsyncIterator[tuple[int, list[bytes]]]:
 async def test_a_password_is_not_sent_in_clear(mode: str, says: bytes) -> None:
     """Whoever says "no TLS" and asks for it gets none, and the error says why and what to do."""
     async with impostor(says) as (port, told):
-        url = f"postgresql://somebody:{PASSWORD}@0.0.0.0:{port}/tracker{mode}"
+        url = f"postgresql://someone:{PASSWORD}@0.0.0.0:{port}/tracker{mode}"
         async with await Database.open(url) as db:
             with pytest.raises(StoreUnavailable, match="in clear, so it was not sent") as refused:
                 await db.ping()
@@ -59,7 +59,7 @@ async def test_a_password_is_not_sent_in_clear(mode: str, says: bytes) -> None:
             async with engine.connect():
                 pass
         await engine.dispose()
-    assert b"somebody" in b"".join(told)
+    assert b"someone" in b"".join(told)
     assert PASSWORD.encode() not in b"".join(told)
     assert PASSWORD not in str(refused.value)
 
@@ -67,7 +67,7 @@ async def test_a_password_is_not_sent_in_clear(mode: str, says: bytes) -> None:
 async def test_this_machine_may_ask_for_it() -> None:
     """On loopback nobody listens in between."""
     async with impostor(ASKS_IN_CLEAR) as (port, told):
-        url = f"postgresql://somebody:{PASSWORD}@127.0.0.1:{port}/tracker"
+        url = f"postgresql://someone:{PASSWORD}@127.0.0.1:{port}/tracker"
         async with await Database.open(url) as db:
             asking = asyncio.create_task(db.ping())
             await eventually(lambda: PASSWORD.encode() in b"".join(told))
@@ -102,7 +102,7 @@ async def test_within_tls_it_is_sent(mode: str, tmp_path: Path) -> None:
     root = f"&sslrootcert={authority}" if "verify" in mode else ""
     async with server:
         port = server.sockets[0].getsockname()[1]
-        url = f"postgresql://somebody:{PASSWORD}@0.0.0.0:{port}/t?sslmode={mode.split(maxsplit=1)[0]}{root}"
+        url = f"postgresql://someone:{PASSWORD}@0.0.0.0:{port}/t?sslmode={mode.split(maxsplit=1)[0]}{root}"
         async with await Database.open(url) as db:
             with pytest.raises(StoreUnavailable):
                 await db.ping()
@@ -131,13 +131,13 @@ async def test_without_tls_a_password_is_proved_by_scram(own_postgres: PostgresS
     async with await Database.open(trusted) as db:
         hba = await db.write(lambda c: c.exec_driver_sql("SHOW hba_file").scalar_one())
         await db.write(
-            lambda c: c.exec_driver_sql(f"CREATE ROLE somebody LOGIN PASSWORD '{PASSWORD}'")
+            lambda c: c.exec_driver_sql(f"CREATE ROLE someone LOGIN PASSWORD '{PASSWORD}'")
         )
         rules = Path(hba).read_text()
-        Path(hba).write_text(f"host all somebody all scram-sha-256\n{rules}")
+        Path(hba).write_text(f"host all someone all scram-sha-256\n{rules}")
         await db.write(lambda c: c.exec_driver_sql("SELECT pg_reload_conf()"))
     port = DatabaseUrl.parse(trusted).dsn.rpartition(":")[2].partition("/")[0]
-    url = f"postgresql://somebody:{PASSWORD}@0.0.0.0:{port}/tracker"
+    url = f"postgresql://someone:{PASSWORD}@0.0.0.0:{port}/tracker"
     async with await Database.open(url) as db:
         await db.ping()
     async with await Database.open(url.replace(PASSWORD, "wrong")) as db:

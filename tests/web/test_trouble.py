@@ -1,4 +1,4 @@
-"""That FLORA does not answer, or that its address does not fit, is told wherever somebody looks."""
+"""That FLORA does not answer, or that its address does not fit, is told wherever someone looks."""
 
 import time
 from datetime import UTC, datetime

@@ -22,7 +22,7 @@ async def start(services: Services, count: int) -> list[str]:
 
 
 async def find(services: Services, flora: Simulator, count: int) -> None:
-    """So many runs that somebody else started are found by a sweep."""
+    """So many runs that someone else started are found by a sweep."""
     for _ in range(count):
         flora.start("icon-pack")
     [workspace] = services.workspaces

@@ -123,7 +123,7 @@ async def test_failed_runs_make_room(
 async def test_doubt_keeps_its_share(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
 ) -> None:
-    """A start that may have reached FLORA takes room until somebody says that it did not."""
+    """A start that may have reached FLORA takes room until someone says that it did not."""
     async with make_flora(gateway_starts=1.0, gateway_works=0.0) as flora:
         services = await open_on(flora, budgets=of_red("0.25"))
         with pytest.raises(StartPending):

@@ -310,7 +310,7 @@ async def test_generations_that_are_refused_stop_nothing_else(
         [interval] = await covered(services)
         assert interval.to_at == clock() - timedelta(minutes=2)
         if not shown and "internal_error" not in str(refusal):
-            assert len(looked) == 1, "it is looked at once a day"
+            assert len(looked) == 1, "it is read once a day"
 
 
 @pytest.mark.parametrize("fault", [{"clock_offset": 21_600}, {"date_offset": 21_600}])

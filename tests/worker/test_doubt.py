@@ -417,7 +417,7 @@ async def test_a_process_that_stood_still_sends_nothing(
 async def test_a_sleep_between_the_database_and_the_socket_sends_nothing(
     flora: Simulator, open_on: OpenServices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The lease is looked at last of all, by a clock that goes on while the machine sleeps."""
+    """The lease is checked last of all, by a clock that goes on while the machine sleeps."""
     from tracker.tracking import ledger
 
     services = await open_on(flora)

@@ -61,7 +61,7 @@ async def _no_wait(_: float) -> None:
 
 
 def start_elsewhere(flora: Simulator) -> None:
-    """Somebody starts a run in the other workspace."""
+    """Someone starts a run in the other workspace."""
     technique = flora.world.technique("icon-pack")
     assert technique is not None
     flora.world.start_technique(technique, (), workspace=ANOTHER)
@@ -211,7 +211,7 @@ async def test_an_end_of_an_unknown_kind_is_settled_when_it_was_read(
 
 
 async def test_a_newer_floras_codes_and_types_are_kept(judged: Judged, clock: HandClock) -> None:
-    """An error code that nobody knows is stored as it is, and is for a person to decide about."""
+    """An error code that is not known is stored as it is, and is for a person to decide about."""
     services, flora, _ = judged
     flora.world.change({"failures": 1, "failure_codes": "GENERATION_OF_TOMORROW"})
     [run_id] = await start(services)

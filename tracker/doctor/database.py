@@ -182,7 +182,7 @@ def _tls(url: DatabaseUrl) -> list[Finding]:
         return []
     if url.tls_trouble is None:
         return [ok("database TLS", f"The server is verified (sslmode={url.sslmode}).")]
-    bad = warning if url.sslmode == "disable" else failed  # disable is somebody's decision
+    bad = warning if url.sslmode == "disable" else failed  # disable is someone's decision
     return [bad("database TLS", f"{url.tls_trouble}.", TLS_ADVICE)]
 
 

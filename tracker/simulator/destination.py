@@ -1,7 +1,7 @@
 """Where callbacks may go, and who may ask: FLORA's rule, and this machine as the one exception.
 
 FLORA calls back to public `https` addresses only. A simulator runs beside what it calls, so it
-also takes a loopback host, and there plain `http`. A page in somebody's browser must not make it
+also takes a loopback host, and there plain `http`. A page in someone's browser must not make it
 call this machine: neither by a name that means this machine later on (a name is looked up again for
 each callback, which goes to the address that was judged), nor by asking under a name of its own.
 """

@@ -191,7 +191,7 @@ async def take_lease(
     *,
     longest: timedelta | None = None,
 ) -> bool:
-    """Take or prolong the lease `name` until `now + duration`; false where somebody else has it.
+    """Take or prolong the lease `name` until `now + duration`; false where someone else has it.
 
     `longest` is how long it is ever taken for, where that is more than `duration`: one that lasts
     longer was taken before the clock was set back, and has run out.

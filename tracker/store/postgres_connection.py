@@ -99,7 +99,7 @@ async def _connect(
             timeout=CONNECT_SECONDS,
             command_timeout=command_timeout,
             connection_class=_connection_class(),
-            max_cacheable_statement_size=0,  # the door's are long, and come again and again
+            max_cacheable_statement_size=0,  # the writer's are long, and come again and again
             server_settings=settings,
             **how,
         )

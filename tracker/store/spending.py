@@ -186,7 +186,7 @@ def _reservations(
     budget: Budget, since: datetime | None, until: datetime | None, now: datetime
 ) -> Iterator[Select[Any, int]]:
     """What starts have reserved that are no run: those whose request may have acted, those that
-    somebody is about to send, and the further runs of those that become several."""
+    someone is about to send, and the further runs of those that become several."""
     of = starts.c
     covered = [*_within(of.reserved_at, since, until)]
     if budget.workspace_id is not None:

@@ -2,7 +2,7 @@
 
 A start's states::
 
-    stored       the key is kept, nothing has left. While somebody holds its lease, who is about to
+    stored       the key is kept, nothing has left. While someone holds its lease, who is about to
                  send it, its price is reserved in the budgets    → sent
     sent         its first request is about to leave, or has left; the process that holds the lease
                  waits for the answer                     → started, refused, in_doubt, stored

@@ -205,7 +205,7 @@ class Recovery:
 
     def _is_forgotten(self, row: StartRow) -> bool:
         """Whether FLORA may have forgotten the key: certainly where the clock was set back, so that
-        nobody knows how long ago it was sent."""
+        how long ago it was sent is not known."""
         age = self._clock() - (row.in_use_since or row.created_at)
         return age >= KEY_KEPT or self._is_ahead(row)
 

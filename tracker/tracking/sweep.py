@@ -1,7 +1,7 @@
 """Reconciling with the run history: nothing that FLORA lists is missing here afterwards.
 
 A sweep reads the newest page of each kind of runs, and then what `history_coverage` says is missing
-below it, newest first; every item goes through the door. What a page covers is recorded after what
+below it, newest first; the writer takes every item. What a page covers is recorded after what
 it brought is stored, so a sweep that is broken off is resumed by the next. A page that cannot be
 read leaves a gap: it is recorded with its error and tried again after growing waits, and everything
 else is read.
@@ -56,7 +56,7 @@ RETRY_WITHIN: Final = timedelta(days=1)
 STUBBORN_AFTER: Final = 2
 """After so many 5xx or time-outs at one place it is treated as a page that cannot be read."""
 GENERATIONS_EVERY: Final = timedelta(days=1)
-"""How often the list of generations is looked at in a workspace that has shown none."""
+"""How often the list of generations is read in a workspace that has shown none."""
 GENERATIONS_SECONDS: Final = 120.0
 """How long generations may hold up the next sweep of technique runs; the next one goes on."""
 LEASE: Final = timedelta(minutes=1)
@@ -182,7 +182,7 @@ class Sweeper:
             await self._close(sweep)
 
     async def _sweep_generations(self, sweep: "_Sweep") -> None:
-        """A workspace that has shown none is looked at once a day, by whichever process comes
+        """A workspace that has shown none is read once a day, by whichever process comes
         first. Whatever FLORA answers here is no failure of technique runs."""
         workspace = sweep.workspace
         known = await read.has_generations(self._database, self._workspaces.claimable(workspace))
