@@ -31,10 +31,10 @@ from tracker.core.clock import utc_now
 from tracker.core.entry import Seen
 from tracker.core.observation import Observation, Source
 from tracker.core.run import RunStatus
+from tracker.operations.retention import Ages, Pruner
 from tracker.store import claims, migrate, starts, tallies
 from tracker.store.door import Door
 from tracker.store.engine import Database
-from tracker.tracking.prune import Ages, Pruner
 
 UPDATED: Final = ("runs", "deliveries", "starts", "run_tallies")
 TABLES: Final = (*UPDATED, "run_events")

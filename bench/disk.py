@@ -32,9 +32,9 @@ from tracker.core.clock import utc_now
 from tracker.core.entry import Entry, Seen
 from tracker.core.observation import Observation, Source
 from tracker.core.run import Output, RunStatus
+from tracker.operations.retention import Ages, Pruner
 from tracker.store import migrate, starts, tallies
 from tracker.store.engine import Database
-from tracker.tracking.prune import Ages, Pruner
 
 AT_ONCE: Final = 250
 PARTS: Final = ("rows", "indexes")

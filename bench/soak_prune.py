@@ -29,11 +29,11 @@ from tests.store.test_tallies import counted, tallied
 from tests.support.deliveries import applied
 from tracker.core.clock import utc_now
 from tracker.core.tally import STATE
+from tracker.operations.retention import Ages, Pruner
 from tracker.receiving.apply import Applier
 from tracker.store import migrate, tallies
 from tracker.store.engine import Database
 from tracker.store.tables import runs
-from tracker.tracking.prune import Ages, Pruner
 from tracker.tracking.workspaces import Workspace, Workspaces
 
 DAYS: Final = 30

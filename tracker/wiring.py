@@ -15,9 +15,12 @@ import structlog
 from pydantic import SecretStr
 
 from tracker.core.clock import Clock
+from tracker.delivering.downloads import Downloader
 from tracker.flora.budget import SharedWaits
 from tracker.flora.client import FloraClient
-from tracker.metrics import Metrics
+from tracker.operations.metrics import Metrics
+from tracker.operations.retention import Pruner
+from tracker.operations.tracing import Wrap, tracing, untraced
 from tracker.receiving.apply import Applier
 from tracker.receiving.receive import Receiver
 from tracker.receiving.replay import Replayer
@@ -33,12 +36,10 @@ from tracker.store.inbox import Inbox
 from tracker.store.signals import Signals
 from tracker.store.tally_keeper import TallyKeeper
 from tracker.store.url import TLS_ADVICE
-from tracker.telemetry import Wrap, tracing, untraced
 from tracker.tracking.batch import Batches
 from tracker.tracking.budgets import BudgetReader
 from tracker.tracking.callback_address import CallbackAddresses
 from tracker.tracking.catalogue import Catalogue
-from tracker.tracking.download import Downloader
 from tracker.tracking.durations import DurationBook
 from tracker.tracking.explain import Explainer
 from tracker.tracking.follow import Follower
@@ -46,7 +47,6 @@ from tracker.tracking.gather import Gathering
 from tracker.tracking.identity import WorkspaceIds
 from tracker.tracking.originals import Originals
 from tracker.tracking.poll import Poller
-from tracker.tracking.prune import Pruner
 from tracker.tracking.recover import Recovery
 from tracker.tracking.resolve import Resolver
 from tracker.tracking.sending import Sender

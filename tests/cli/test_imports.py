@@ -16,7 +16,7 @@ FOR_HELP = """aiosqlite alembic apscheduler asyncpg httpx importlib.metadata jin
     opentelemetry orjson prometheus_client pydantic rich sqlalchemy starlette structlog uvicorn
     uvloop"""
 FOR_A_SHORT_COMMAND = """alembic apscheduler asyncpg jinja2 mako opentelemetry starlette.routing
-    tracker.demo tracker.doctor tracker.simulator tracker.web uvicorn uvloop"""
+    tracker.demo tracker.operations.doctor tracker.simulator tracker.web uvicorn uvloop"""
 
 
 def loaded(*arguments: str, folder: Path, **environ: str) -> set[str]:

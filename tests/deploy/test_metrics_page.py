@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 from tests.deploy.conftest import ROOT, Promtool
-from tracker.metrics import work
+from tracker.operations.metrics import work
 from tracker.settings import Settings
 from tracker.web import auth
 from tracker.wiring import Services, open_services

@@ -8,7 +8,7 @@ import pytest
 
 from tests.cli.conftest import Commands
 from tests.e2e.processes import Stage, staged
-from tracker.doctor import Finding, Level, examine
+from tracker.operations.doctor import Finding, Level, examine
 from tracker.settings import read_settings
 from tracker.simulator import Options, Simulator, running
 

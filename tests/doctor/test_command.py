@@ -14,8 +14,8 @@ from tests.cli.conftest import Commands
 from tests.doctor.conftest import look
 from tests.doctor.pooler import saying_nothing
 from tests.support.waiting import free_port
-from tracker.doctor import Level, database, delivery, examination, flora, threads
-from tracker.doctor.finding import Name
+from tracker.operations.doctor import Level, database, delivery, examination, flora, threads
+from tracker.operations.doctor.finding import Name
 
 DOCS = Path(__file__).parents[2] / "docs" / "doctor.md"
 MARKED = "marked-secret-of-the-tests"

@@ -17,7 +17,7 @@ from tests.support.disk import CannotMount, SmallDisk
 from tests.support.postgres import PostgresServer
 from tests.support.waiting import free_port
 from tracker.core.clock import utc_now
-from tracker.doctor import Level, database
+from tracker.operations.doctor import Level, database
 from tracker.store.condition_postgres import look_at_postgres
 from tracker.store.url import DatabaseUrl
 

@@ -14,7 +14,7 @@ from tests.e2e.processes import Stage
 from tests.support.forked import Forked
 from tests.support.waiting import eventually, free_port
 from tracker.core.clock import utc_now
-from tracker.doctor import Level, database, delivery, public
+from tracker.operations.doctor import Level, database, delivery, public
 from tracker.settings import read_settings
 from tracker.simulator import Simulator
 from tracker.store import migrate

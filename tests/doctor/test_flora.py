@@ -11,7 +11,7 @@ from tests.doctor.conftest import look, with_flora
 from tests.doctor.proxies import Proxy, in_front
 from tests.support.waiting import free_port
 from tracker.core.clock import utc_now
-from tracker.doctor import Level, clocks
+from tracker.operations.doctor import Level, clocks
 from tracker.simulator import Options, Simulator, running
 
 
@@ -98,7 +98,7 @@ async def test_a_flora_that_cannot_be_reached_is_told_of(
     sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody there: the address is named, and what to try."""
-    monkeypatch.setattr("tracker.doctor.flora.PATIENCE", 0.3)
+    monkeypatch.setattr("tracker.operations.doctor.flora.PATIENCE", 0.3)
     report = await look(
         TRACKER_DATABASE_URL=sqlite_url,
         FLORA_API_KEY="sk_test_1",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.doctor.conftest import Report
-from tracker.doctor import Level, given
+from tracker.operations.doctor import Level, given
 from tracker.settings import read_settings
 
 SECRET = "whsec_0123456789"

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.delivering.far_end import Asked, FarEnd, answer, far_end
 from tests.doctor.conftest import look, with_flora
-from tests.media.far_end import Asked, FarEnd, answer, far_end
 from tests.support.waiting import free_port
 from tracker.core.clock import utc_now
-from tracker.doctor import Finding, Level, address
-from tracker.media.guard import Address
+from tracker.delivering.guard import Address
+from tracker.operations.doctor import Finding, Level, address
 from tracker.settings import read_settings
 from tracker.simulator import Simulator
 

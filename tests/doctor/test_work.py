@@ -9,7 +9,7 @@ from tests.doctor.conftest import look, with_flora
 from tests.support.deliveries import Delivered, keep
 from tracker.core.clock import utc_now
 from tracker.core.entry import TRIAL, TRIAL_IDS, Delivery
-from tracker.doctor import Level, upkeep, work
+from tracker.operations.doctor import Level, upkeep, work
 from tracker.settings import read_settings
 from tracker.simulator import Simulator
 from tracker.store import attention, claims, sweeps, trials

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import httpx
 
-from tests.media.far_end import far_end
-from tracker.media.errors import MediaError
-from tracker.media.fetch import Fetcher
+from tests.delivering.far_end import far_end
+from tracker.delivering.errors import MediaError
+from tracker.delivering.fetch import Fetcher
 
 LARGEST = 100_000
 """Bytes of a file that is taken."""

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.media.far_end import FarEnd, answer, far_end
+from tests.delivering.far_end import FarEnd, answer, far_end
 from tests.web.callbacks import event, signature
 from tracker.core.entry import Seen
 from tracker.core.observation import Observation, Source
 from tracker.core.run import Output, RunStatus
+from tracker.delivering.downloads import Order
+from tracker.delivering.outputs import Outcome, Report
 from tracker.settings import Settings
 from tracker.store import read
-from tracker.tracking.download import Order
-from tracker.tracking.outputs import Outcome, Report
 from tracker.wiring import Services, open_services
 
 KEY = "sk_test_the_key_itself"
@@ -63,7 +63,7 @@ LEADS_AWAY = (
     "?next=http://127.0.0.1:{trap}/",
 )
 
-INSIDE = (  # names are another test's, tests/media/test_guard.py: here no one may be asked for one
+INSIDE = (  # host names: tests/delivering/test_guard.py; here no address but these may be asked
     *("127.0.0.1", "user@127.0.0.1", "[::1]", "[::ffff:127.0.0.1]", "[0:0:0:0:0:ffff:7f00:1]"),
     *("127。0。0。1", "１２７.0.0.1", "0.0.0.0", "[::]", "[64:ff9b::7f00:1]"),  # noqa: RUF001
 )

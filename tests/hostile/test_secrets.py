@@ -17,17 +17,17 @@ import asyncpg
 import httpx
 import pytest
 
-from tests.media.far_end import answer, far_end
+from tests.delivering.far_end import answer, far_end
 from tests.support.waiting import free_port
 from tests.web.callbacks import PATH, event, signed
 from tests.web.dashboard.conftest import csrf_of, sign_in
 from tests.web.flora import START
 from tests.web.serving import serving
-from tracker import logs
 from tracker.cli.app import main
 from tracker.core.errors import TrackerError
 from tracker.flora.client import FloraClient
 from tracker.flora.signature import sign
+from tracker.operations import logs
 from tracker.settings import load_settings
 from tracker.web.app import build_app
 from tracker.wiring import open_services

@@ -21,7 +21,7 @@ from tests.web.dashboard.conftest import TOKEN
 from tests.web.dashboard.hostile import attack
 from tracker.cli.app import main
 from tracker.core.plain import plain, plain_lines
-from tracker.logs import configure_logs
+from tracker.operations.logs import configure_logs
 from tracker.settings import Settings
 from tracker.wiring import open_services
 

@@ -7,7 +7,7 @@ import logging
 import pytest
 import structlog
 
-from tracker.logs import configure_logs
+from tracker.operations.logs import configure_logs
 
 SECRETS = ["hunter22", 'quo"te\\d ü', "p@ss/word"]
 

@@ -16,13 +16,13 @@ from sqlalchemy import Engine, event, text
 from sqlalchemy.dialects import postgresql
 
 from tests.store.making import NOW, apply_all, callback, delivery, open_door, open_inbox
+from tracker.operations.retention import Ages, Pruner
 from tracker.store import batch_postgres, claims, gauges, listed, read, starts
 from tracker.store.batch_postgres import APPLIED, LOCK_RUNS, TAKE_WAITING
 from tracker.store.engine import Database, migration_engine
 from tracker.store.inbox_postgres import STORE
 from tracker.store.postgres_connection import connect_postgres
 from tracker.store.url import DatabaseUrl
-from tracker.tracking.prune import Ages, Pruner
 
 RUNS = 6_000
 """Of these a hundred are active, half of them due; there are twenty techniques and workspaces."""

@@ -32,6 +32,7 @@ from tracker.core.errors import InvalidRequest
 from tracker.core.observation import Observation, Source
 from tracker.core.run import Output, RunStatus
 from tracker.core.tally import STATE
+from tracker.operations.retention import TABLES, Ages, Pruner, ages
 from tracker.store import coverage, read, retention, starts, sweeps, tallies
 from tracker.store.coverage import Interval
 from tracker.store.delivery_rows import requeue
@@ -49,7 +50,6 @@ from tracker.store.tables import (
     runs,
 )
 from tracker.store.tables import starts as start_table
-from tracker.tracking.prune import TABLES, Ages, Pruner, ages
 
 DAY = timedelta(days=1)
 AGES = Ages(runs=90 * DAY, bodies=30 * DAY)
@@ -433,7 +433,7 @@ async def test_keys_are_walked_through_to_the_end(
     door: TestDoor, db: Database, page: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many techniques there are, and however many starts of one moment lie on a page."""
-    monkeypatch.setattr("tracker.tracking.prune.PAGE", page)
+    monkeypatch.setattr("tracker.operations.retention.PAGE", page)
     for number in range(7):
         await _start(db, door, f"key-{number}", None, NOW - (400 + number // 3) * DAY)
     technique = case((start_table.c.idempotency_key < "key-3", "tech_0"), else_="tech_2")

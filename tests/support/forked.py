@@ -16,8 +16,9 @@ from pathlib import Path
 from tests.support.waiting import eventually
 
 # What the commands import when they run: loaded once, before any is forked.
-from tracker import demo, doctor  # noqa: F401
+from tracker import demo  # noqa: F401
 from tracker.cli import main, serving  # noqa: F401
+from tracker.operations import doctor, retention  # noqa: F401
 from tracker.simulator import serve  # noqa: F401
 from tracker.store import batch_postgres, batch_sqlite, copy, migrate, prune  # noqa: F401
 from tracker.web import app, server  # noqa: F401

@@ -14,12 +14,12 @@ from tests.web.conftest import Serve, Site
 from tests.web.dashboard.conftest import HTML, csrf_of, sign_in
 from tests.web.flora import START, with_flora
 from tracker.core.clock import utc_now
+from tracker.operations.retention import ages
 from tracker.settings import TokenSettings
 from tracker.store import audit
 from tracker.store.audit import MOST_ADDRESSES, OTHERS, Action, AuditRow, Principal, Refusals
 from tracker.store.engine import Database
 from tracker.store.tables import starts
-from tracker.tracking.prune import ages
 
 TOKEN = "a-token-of-the-tests"
 BEARER = {"Authorization": f"Bearer {TOKEN}", "X-Request-Id": "order-17"}

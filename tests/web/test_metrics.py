@@ -23,8 +23,8 @@ from tests.web.callbacks import PATH, SECRET, signature, signed
 from tests.web.conftest import Serve, Site
 from tests.web.serving import serving
 from tracker.core.run import RunError, RunStatus
-from tracker.metrics import Metrics
-from tracker.metrics.state import State
+from tracker.operations.metrics import Metrics
+from tracker.operations.metrics.state import State
 from tracker.settings import Settings
 from tracker.simulator import Options, running
 from tracker.store.engine import Database

@@ -23,7 +23,7 @@ from tracker.web.server import listen
 PROGRAM = """
 import sys
 from functools import partial
-from tracker.logs import configure_logs
+from tracker.operations.logs import configure_logs
 from tracker.settings import load_settings
 from tracker.web.app import build_app
 from tracker.web.server import Place, serve

@@ -16,10 +16,10 @@ from tests.web import callbacks
 from tests.web.callbacks import PATH, SECRET, signed
 from tests.web.conftest import Serve, Site
 from tests.web.serving import serving
-from tracker import logs
+from tracker.operations import logs
+from tracker.operations.tracing import ENDPOINT, tracing, untraced
 from tracker.simulator import Options, running
 from tracker.store.engine import Database
-from tracker.telemetry import ENDPOINT, tracing, untraced
 from tracker.web.app import build_app
 
 ON = {ENDPOINT: "http://127.0.0.1:4318", "OTEL_SERVICE_NAME": "of the tests"}

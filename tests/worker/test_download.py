@@ -10,19 +10,19 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.media.far_end import answer, far_end
+from tests.delivering.far_end import answer, far_end
 from tests.support.waiting import eventually
 from tests.worker.conftest import HandClock, the_run
 from tracker.core.entry import Seen
 from tracker.core.errors import TrackerError
 from tracker.core.observation import Observation, Source
 from tracker.core.run import Output, RunError, RunStatus
-from tracker.media.shelf import MANIFEST, ShelfError
+from tracker.delivering.downloads import Order
+from tracker.delivering.outputs import Outcome, Report, Wanted, jobs_of
+from tracker.delivering.shelf import MANIFEST, ShelfError
 from tracker.simulator import Simulator
 from tracker.store import batches, starts
 from tracker.store.batches import BatchEntry, BatchRow
-from tracker.tracking.download import Order
-from tracker.tracking.outputs import Outcome, Report, Wanted, jobs_of
 from tracker.tracking.start import StartRequest
 from tracker.wiring import Services
 

@@ -16,11 +16,11 @@ from tracker.core.entry import DeliveryOutcome
 from tracker.core.errors import StartUnresolved
 from tracker.core.run import Tracking
 from tracker.flora.signature import sign
+from tracker.operations.retention import Ages
 from tracker.receiving.replay import APPLIED_BEFORE
 from tracker.simulator import Simulator
 from tracker.store import read
 from tracker.tracking.batch_rows import Retry
-from tracker.tracking.prune import Ages
 from tracker.tracking.start import StartRequest
 from tracker.wiring import Services
 

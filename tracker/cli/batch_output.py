@@ -16,7 +16,7 @@ import typer
 from tracker.cli.output import print_table
 from tracker.core.errors import TrackerError
 from tracker.core.plain import plain_lines
-from tracker.media import files
+from tracker.delivering import files
 
 if TYPE_CHECKING:
     from tracker.store.batches import BatchRow, Tally

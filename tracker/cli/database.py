@@ -144,7 +144,7 @@ def prune_(
     }
 
     async def work(services: "Services") -> dict[str, int]:
-        from tracker.tracking.prune import ages
+        from tracker.operations.retention import ages
 
         chosen = ages(runs, first_sweep=services.settings.tracker_history_since, **others)
         return await services.pruner.prune(chosen, dry=dry_run)

@@ -10,7 +10,7 @@ from tracker.core.errors import SettingsError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tracker.doctor import Finding
+    from tracker.operations.doctor import Finding
 
 _COLOURS: Final = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 _WIDE: Final = 110
@@ -29,7 +29,7 @@ def doctor(as_json: JsonFlag = False) -> int:
     again. Exit status 1 where something failed, 2 where the settings cannot be read;
     docs/doctor.md explains each line.
     """
-    from tracker.doctor import worst
+    from tracker.operations.doctor import worst
 
     status = 0
     try:
@@ -45,9 +45,9 @@ def doctor(as_json: JsonFlag = False) -> int:
 
 
 def _examine() -> "Sequence[Finding]":
-    from tracker.doctor import examine
-    from tracker.doctor.threads import run
-    from tracker.logs import configure_logs
+    from tracker.operations.doctor import examine
+    from tracker.operations.doctor.threads import run
+    from tracker.operations.logs import configure_logs
     from tracker.settings import read_settings
 
     settings, sources, _ = read_settings()
@@ -61,7 +61,7 @@ def _examine() -> "Sequence[Finding]":
 
 
 def _unreadable(error: SettingsError) -> "Finding":
-    from tracker.doctor.finding import failed
+    from tracker.operations.doctor.finding import failed
 
     return failed(
         "settings",

@@ -19,8 +19,8 @@ from tracker.cli.watching import require_known
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from tracker.delivering.outputs import Absent, Report, Wanted
     from tracker.tracking.follow import Tell
-    from tracker.tracking.outputs import Absent, Report, Wanted
     from tracker.wiring import Services
 
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?) ?(?:([kmgt])(?:i?b)?|b|bytes)?", re.IGNORECASE)
@@ -97,8 +97,8 @@ def download(
         return downloader.named(run_ids or [], watch=watch, tell=tell)
 
     async def work(services: "Services") -> "Report":
-        from tracker.tracking.download import Order
-        from tracker.tracking.outputs import Report
+        from tracker.delivering.downloads import Order
+        from tracker.delivering.outputs import Report
 
         order = Order(to=to, allow_private=allow_private, max_bytes=size, concurrency=concurrency)
         report = Report()
@@ -140,7 +140,7 @@ async def _technique_id(services: "Services", technique: str) -> str:
 
 
 def _summary(report: "Report") -> str:
-    from tracker.tracking.outputs import Outcome
+    from tracker.delivering.outputs import Outcome
 
     fetched = report.of(Outcome.FETCHED)
     size = sum(one.entry.size for one in fetched if one.entry is not None)

@@ -11,7 +11,7 @@ from tracker.cli.output import plain
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from tracker.tracking.outputs import Job, Result
+    from tracker.delivering.outputs import Job, Result
 
 _UNITS: Final = ("bytes", "KiB", "MiB", "GiB", "TiB")
 

@@ -32,7 +32,7 @@ def prepare() -> "Settings":
 
 def prepare_service() -> "Rotation":
     """As `prepare`, for a process that stays: its secrets may be rotated while it runs."""
-    from tracker.logs import configure_logs, redact_also
+    from tracker.operations.logs import configure_logs, redact_also
     from tracker.settings import Rotation, read_settings
 
     loaded = read_settings()

@@ -10,7 +10,7 @@ from tracker.core.errors import TrackerError
 from tracker.demo.screen import Screen
 from tracker.demo.stage import Stage, open_stage
 from tracker.demo.verdict import Verdict, judge
-from tracker.logs import configure_logs
+from tracker.operations.logs import configure_logs
 from tracker.simulator.catalogue import find_technique
 
 TECHNIQUES: Final = (

@@ -15,9 +15,9 @@ from tracker.core.clock import utc_now
 from tracker.core.entry import Delivery, DeliveryOutcome, Seen
 from tracker.core.observation import Observation, Source
 from tracker.core.run import RunStatus
+from tracker.operations.retention import Ages
 from tracker.simulator import Options, Simulator, running
 from tracker.store import read
-from tracker.tracking.prune import Ages
 
 REPLAY = "/deliveries/whd_run_1/replay"
 

@@ -16,7 +16,7 @@ from tests.web.streaming import following
 from tracker.core.clock import utc_now
 from tracker.core.tokens import Scope as TokenScope
 from tracker.core.tokens import Token, Tokens
-from tracker.logs import configure_logs
+from tracker.operations.logs import configure_logs
 from tracker.settings import Settings, TokenSettings
 from tracker.store.engine import Database
 from tracker.web.auth import EACH_BURST

@@ -11,9 +11,9 @@ from prometheus_client import CollectorRegistry, ProcessCollector, disable_creat
 from prometheus_client.exposition import choose_encoder
 
 from tracker.core.clock import Clock
-from tracker.metrics.now import Now, WorkerState
-from tracker.metrics.state import State
-from tracker.metrics.work import Work
+from tracker.operations.metrics.now import Now, WorkerState
+from tracker.operations.metrics.state import State
+from tracker.operations.metrics.work import Work
 from tracker.store.engine import Database
 from tracker.tracking.budgets import BudgetReader
 from tracker.tracking.rounds import PollReport

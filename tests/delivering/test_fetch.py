@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from tests.media.far_end import Asked, Reply, answer, far_end, ranged
+from tests.delivering.far_end import Asked, Reply, answer, far_end, ranged
 from tests.support.waiting import free_port
-from tracker.media.errors import LinkRefused, MediaError, MediaUnavailable
-from tracker.media.fetch import ATTEMPTS, Fetcher
+from tracker.delivering.errors import LinkRefused, MediaError, MediaUnavailable
+from tracker.delivering.fetch import ATTEMPTS, Fetcher
 
 BODY = bytes(range(256)) * 400
 SHA = hashlib.sha256(BODY).hexdigest()
@@ -217,7 +217,7 @@ async def test_a_hop_to_a_private_address_is_refused(
     fetch: Fetch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first server is taken for a public one; where it leads is not."""
-    from tracker.media import guard
+    from tracker.delivering import guard
 
     is_public = guard.is_public
     monkeypatch.setattr(guard, "is_public", lambda one: str(one) == "127.0.0.1" or is_public(one))

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from tracker.media.files import create, extend, size_of
+from tracker.delivering.files import create, extend, size_of
 
 _BLOCK: Final = 1024 * 1024
 

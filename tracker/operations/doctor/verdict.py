@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
 from tracker.core.plain import plain
-from tracker.doctor.delivery import Reply
+from tracker.operations.doctor.delivery import Reply
 from tracker.settings import CALLBACK_PATH as _PATH
 
 _SERVER: Final = "`tracker serve`"

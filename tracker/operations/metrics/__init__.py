@@ -1,5 +1,5 @@
 """What Prometheus is told: what this process does, and how things stand in the database."""
 
-from tracker.metrics.exposition import Metrics
+from tracker.operations.metrics.exposition import Metrics
 
 __all__ = ["Metrics"]

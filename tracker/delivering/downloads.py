@@ -16,14 +16,14 @@ from typing import Final
 from tracker.core.clock import Clock
 from tracker.core.errors import TrackerError
 from tracker.core.run import Tracking
-from tracker.media.fetch import MAX_BYTES, Fetcher
-from tracker.media.shelf import Shelf
+from tracker.delivering.fetch import MAX_BYTES, Fetcher
+from tracker.delivering.outputs import OnBytes, OnResult, Report, Wanted, Work
+from tracker.delivering.shelf import Shelf
 from tracker.store import batches, news, read
 from tracker.store.engine import Database
 from tracker.store.signals import Signals
 from tracker.tracking.batch_rows import RowState, kept_rows
 from tracker.tracking.follow import LOOK_ANYWAY, LOOK_EVERY, Follower, Tell, patiently
-from tracker.tracking.outputs import OnBytes, OnResult, Report, Wanted, Work
 from tracker.tracking.telling.words import counted
 
 CONCURRENCY: Final = 4

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
 from typing import Final
 
-from tracker.doctor.finding import Finding, failed, ok, warning
+from tracker.operations.doctor.finding import Finding, failed, ok, warning
 from tracker.settings import Settings, WorkspaceSettings
 
 LAST_ATTEMPT: Final = 375

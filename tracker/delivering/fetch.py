@@ -19,10 +19,10 @@ import httpx
 
 from tracker import __version__
 from tracker.core.packing import is_bounded
-from tracker.media.endings import ending
-from tracker.media.errors import LinkRefused, MediaError, MediaUnavailable
-from tracker.media.guard import GuardedTransport, Resolver, resolve
-from tracker.media.part import Mark, Part
+from tracker.delivering.endings import ending
+from tracker.delivering.errors import LinkRefused, MediaError, MediaUnavailable
+from tracker.delivering.guard import GuardedTransport, Resolver, resolve
+from tracker.delivering.part import Mark, Part
 
 MAX_BYTES: Final = 2 * 1024**3
 HOPS: Final = 5

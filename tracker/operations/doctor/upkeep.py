@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Final
 
-from tracker.doctor.finding import Finding, ok, warning
+from tracker.operations.doctor.finding import Finding, ok, warning
 from tracker.store.gauges import BOUND, Gauges
 from tracker.web.dashboard.words import percent
 

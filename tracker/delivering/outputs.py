@@ -13,11 +13,11 @@ from typing import Final
 from tracker.core.clock import Clock
 from tracker.core.record import Record
 from tracker.core.run import Output, Tracking
-from tracker.media.errors import MediaError
-from tracker.media.fetch import Fetched, Fetcher
-from tracker.media.names import stem
-from tracker.media.part import Part
-from tracker.media.shelf import Entry, Key, Shelf, digest_of
+from tracker.delivering.errors import MediaError
+from tracker.delivering.fetch import Fetched, Fetcher
+from tracker.delivering.names import stem
+from tracker.delivering.part import Part
+from tracker.delivering.shelf import Entry, Key, Shelf, digest_of
 
 AHEAD: Final = 500
 """So many outputs are known of before they are fetched."""

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tracker.media.endings import ending
-from tracker.media.names import stem
+from tracker.delivering.endings import ending
+from tracker.delivering.names import stem
 
 HOSTILE = ("..", "../../etc/passwd", "/etc/passwd", "a\0b", "", ".", "-rf", "x" * 5000, "a b", "ü")
 

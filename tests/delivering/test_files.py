@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.media.far_end import answer, far_end
-from tests.media.test_shelf import entry
-from tracker.media.fetch import Fetcher
-from tracker.media.files import write_whole
-from tracker.media.part import Mark, Part
-from tracker.media.shelf import MANIFEST, Shelf, ShelfError
+from tests.delivering.far_end import answer, far_end
+from tests.delivering.test_shelf import entry
+from tracker.delivering.fetch import Fetcher
+from tracker.delivering.files import write_whole
+from tracker.delivering.part import Mark, Part
+from tracker.delivering.shelf import MANIFEST, Shelf, ShelfError
 from tracker.store.engine import migration_engine
 from tracker.store.url import DatabaseUrl
 

@@ -12,11 +12,11 @@ from typing import Any, Final, TypeVar
 
 from tracker.core.clock import Clock, utc_now
 from tracker.core.errors import StoreError
-from tracker.doctor import clocks, database, flora, given, public, room, upkeep, work
-from tracker.doctor.database import DatabaseState
-from tracker.doctor.finding import Finding, Name, failed, warning
-from tracker.doctor.flora import FloraState
-from tracker.logs import Redactor
+from tracker.operations.doctor import clocks, database, flora, given, public, room, upkeep, work
+from tracker.operations.doctor.database import DatabaseState
+from tracker.operations.doctor.finding import Finding, Name, failed, warning
+from tracker.operations.doctor.flora import FloraState
+from tracker.operations.logs import Redactor
 from tracker.settings import Settings
 from tracker.store import attention, coverage
 from tracker.store.engine import Database

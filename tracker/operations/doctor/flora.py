@@ -20,9 +20,9 @@ from tracker.core.errors import (
     ServerFault,
     SettingsError,
 )
-from tracker.doctor.finding import Finding, failed, ok, warning
-from tracker.doctor.given import name_of
 from tracker.flora.client import FloraClient, HistoryPage
+from tracker.operations.doctor.finding import Finding, failed, ok, warning
+from tracker.operations.doctor.given import name_of
 from tracker.settings import Settings, WorkspaceSettings
 
 PATIENCE: Final = 10.0

@@ -15,7 +15,7 @@ findings; nothing is changed but the doctor's own test deliveries, which are tak
     work.py        whether somebody polls and sweeps; upkeep.py, what waits for a person
 """
 
-from tracker.doctor.examination import examine
-from tracker.doctor.finding import Finding, Level, worst
+from tracker.operations.doctor.examination import examine
+from tracker.operations.doctor.finding import Finding, Level, worst
 
 __all__ = ["Finding", "Level", "examine", "worst"]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any, Final, Self
 
 from tracker.core.errors import TrackerError
-from tracker.media.files import create, extend, make_folder, size_of
+from tracker.delivering.files import create, extend, make_folder, size_of
 
 MANIFEST: Final = "manifest.jsonl"
 _UNDONE: Final = (".part", ".part.json")

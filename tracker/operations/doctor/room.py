@@ -5,7 +5,7 @@ from asyncio import to_thread
 from pathlib import Path
 from typing import Final
 
-from tracker.doctor.finding import Finding, failed, ok, warning
+from tracker.operations.doctor.finding import Finding, failed, ok, warning
 from tracker.store.url import DatabaseUrl
 
 MIB: Final = 1024 * 1024

@@ -5,9 +5,9 @@ from ipaddress import ip_address
 import httpx
 import pytest
 
-from tests.media.far_end import answer, far_end
-from tracker.media.errors import LinkRefused, MediaUnavailable
-from tracker.media.guard import Address, GuardedTransport, Resolver, is_public, resolve
+from tests.delivering.far_end import answer, far_end
+from tracker.delivering.errors import LinkRefused, MediaUnavailable
+from tracker.delivering.guard import Address, GuardedTransport, Resolver, is_public, resolve
 
 
 @pytest.mark.parametrize(

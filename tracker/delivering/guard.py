@@ -14,7 +14,7 @@ from typing import Final
 
 import httpx
 
-from tracker.media.errors import LinkRefused, MediaUnavailable
+from tracker.delivering.errors import LinkRefused, MediaUnavailable
 
 Address = IPv4Address | IPv6Address
 Resolver = Callable[[str, int], Awaitable[list[Address]]]

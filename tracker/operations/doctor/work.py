@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
-from tracker.doctor.finding import Finding, failed, ok, warning
+from tracker.operations.doctor.finding import Finding, failed, ok, warning
 from tracker.store.attention import SweepHealth
 from tracker.store.coverage import Unread
 from tracker.store.gauges import Gauges

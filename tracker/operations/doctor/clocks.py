@@ -3,8 +3,8 @@
 from datetime import timedelta
 from typing import Final
 
-from tracker.doctor.finding import Finding, failed, ok, warning
-from tracker.doctor.given import LAST_ATTEMPT
+from tracker.operations.doctor.finding import Finding, failed, ok, warning
+from tracker.operations.doctor.given import LAST_ATTEMPT
 from tracker.web.dashboard.words import span
 
 ROUGH: Final = timedelta(seconds=10)

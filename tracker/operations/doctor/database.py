@@ -8,7 +8,7 @@ from typing import Final
 
 from tracker.core.clock import Clock
 from tracker.core.errors import StoreError
-from tracker.doctor.finding import Finding, failed, ok, warning
+from tracker.operations.doctor.finding import Finding, failed, ok, warning
 from tracker.store import migrate
 from tracker.store.condition_postgres import PostgresCondition, look_at_postgres
 from tracker.store.condition_sqlite import SqliteCondition, look_at_sqlite

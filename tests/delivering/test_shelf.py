@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tracker.media.shelf import MANIFEST, Entry, Shelf, ShelfError, digest_of
+from tracker.delivering.shelf import MANIFEST, Entry, Shelf, ShelfError, digest_of
 
 
 def entry(file: str = "run_1.a.png", size: int = 3, **other: Any) -> Entry:

@@ -1,0 +1,1 @@
+"""What operators need: the doctor, metrics, logs, traces and retention."""
