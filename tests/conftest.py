@@ -5,6 +5,7 @@ to use in place of the one that the suite starts.
 """
 
 import asyncio
+import fcntl
 import logging
 import os
 import signal
@@ -102,7 +103,28 @@ def background() -> Iterator[Background]:
 
 
 @pytest.fixture(scope="session")
-def postgres_databases(background: Background) -> Iterator[PostgresDatabases]:
+def _postgres_data(background: Background, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data of a PostgreSQL server whose database `tracker` has the tracker's schema: made once
+    for all processes of the suite."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if os.environ.get("PYTEST_XDIST_WORKER") else folder
+    data = folder / "postgresql"
+    with (folder / "postgresql.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not data.exists():
+            with PostgresServer() as server:
+                databases = PostgresDatabases(server.url(), background)
+                databases.create("tracker")
+                databases.close()
+                background.run(migrate(server.url("tracker")))
+                server.keep(data)
+    return data
+
+
+@pytest.fixture(scope="session")
+def postgres_databases(
+    background: Background, request: pytest.FixtureRequest
+) -> Iterator[PostgresDatabases]:
     """Makes databases on the one PostgreSQL server of this process."""
     given = os.environ.get("TRACKER_TEST_DATABASE_URL")
     if given:
@@ -110,8 +132,8 @@ def postgres_databases(background: Background) -> Iterator[PostgresDatabases]:
         yield databases
         databases.close()
         return
-    with PostgresServer() as server:
-        databases = PostgresDatabases(server.url(), background)
+    with PostgresServer(data=request.getfixturevalue("_postgres_data")) as server:
+        databases = PostgresDatabases(server.url(), background, template="tracker")
         yield databases
         databases.close()
 
@@ -131,16 +153,12 @@ def empty_postgres_url(postgres_databases: PostgresDatabases) -> Iterator[str]:
 
 
 @pytest.fixture
-def own_postgres(background: Background) -> Iterator[PostgresServer]:
+def own_postgres(_postgres_data: Path) -> Iterator[PostgresServer]:
     """A PostgreSQL server for this test alone, to be stopped, started and crashed at will.
 
     Its database `tracker` (`own_postgres.url("tracker")`) has the tracker's schema.
     """
-    with PostgresServer() as server:
-        databases = PostgresDatabases(server.url(), background)
-        databases.create("tracker")
-        databases.close()
-        background.run(migrate(server.url("tracker")))
+    with PostgresServer(data=_postgres_data) as server:
         yield server
 
 

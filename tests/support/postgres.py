@@ -66,10 +66,17 @@ class PostgresServer:
 
     `start` and `stop` may alternate: the data stays, and so does the port. `close`, or leaving a
     `with` block, ends it for good. `fsync=True` makes commits reach the disk, where a test is
-    about that; `settings` go before all others.
+    about that; `settings` go before all others. It begins as a copy of `data`, what another server
+    has left with `keep`, where that is given.
     """
 
-    def __init__(self, *, fsync: bool = False, settings: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        fsync: bool = False,
+        settings: Mapping[str, str] | None = None,
+        data: Path | None = None,
+    ) -> None:
         self._identity = _unprivileged_identity()
         self._home = Path(tempfile.mkdtemp(prefix="tracker-pg-", dir=_shared_temp()))
         self._home.chmod(0o755)
@@ -80,6 +87,9 @@ class PostgresServer:
         if fsync:
             self._settings |= {"fsync": "on", "full_page_writes": "on"}
         self._settings |= settings or {}
+        if data is not None:
+            shutil.copytree(data, self.data)
+            self.hand_over(self.data)
         self._keeper: subprocess.Popen[bytes] | None = None
         self.port = 0
 
@@ -136,6 +146,11 @@ class PostgresServer:
         directory.chmod(0o700)
         if self._identity:
             _give(directory, self._identity["user"], self._identity["group"])
+
+    def keep(self, data: Path) -> None:
+        """Stop the server and leave a copy of its data for others to begin with."""
+        self.stop()
+        shutil.copytree(self.data, data)
 
     def close(self) -> None:
         """End the server and remove everything of it."""
