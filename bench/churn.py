@@ -28,13 +28,15 @@ from tests.store.making import callback, open_door, seen, started
 from tests.support.databases import Background, PostgresDatabases
 from tests.support.postgres import PostgresServer
 from tracker.core.clock import utc_now
-from tracker.core.entry import Seen
 from tracker.core.observation import Observation, Source
+from tracker.core.record import Seen
 from tracker.core.run import RunStatus
 from tracker.operations.retention import Ages, Pruner
-from tracker.store import claims, migrate, starts, tallies
-from tracker.store.door import Door
+from tracker.store import claims, migrate
 from tracker.store.engine import Database
+from tracker.store.queries import starts
+from tracker.store.writing import rollups as tallies
+from tracker.store.writing.writer import Door
 
 UPDATED: Final = ("runs", "deliveries", "starts", "run_tallies")
 TABLES: Final = (*UPDATED, "run_events")

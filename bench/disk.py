@@ -29,12 +29,14 @@ from bench.throw_away import throw_away
 from tests.store.making import callback, open_door, seen
 from tests.web.callbacks import event
 from tracker.core.clock import utc_now
-from tracker.core.entry import Entry, Seen
 from tracker.core.observation import Observation, Source
+from tracker.core.record import Entry, Seen
 from tracker.core.run import Output, RunStatus
 from tracker.operations.retention import Ages, Pruner
-from tracker.store import migrate, starts, tallies
+from tracker.store import migrate
 from tracker.store.engine import Database
+from tracker.store.queries import starts
+from tracker.store.writing import rollups as tallies
 
 AT_ONCE: Final = 250
 PARTS: Final = ("rows", "indexes")

@@ -11,8 +11,8 @@ from typing import Final
 
 from sqlalchemy import Connection
 
-from tracker.store import tallies
 from tracker.store.engine import Database, migration_engine
+from tracker.store.writing import rollups as tallies
 
 DAYS: Final = 90
 SWEEPS: Final = DAYS * 24 * 12 * 3

@@ -37,7 +37,7 @@ from tracker.flora.signature import sign
 from tracker.simulator import Options, Simulator, running
 from tracker.store import migrate
 from tracker.store.engine import Database
-from tracker.store.tables import deliveries
+from tracker.store.schema import deliveries
 
 ROOT = Path(__file__).parents[1]
 SENDERS = 8
@@ -105,7 +105,11 @@ def code_of(commits: list[str]) -> Iterator[Path | None]:
         with tempfile.TemporaryDirectory() as folder:
             with tarfile.open(fileobj=io.BytesIO(_git("archive", commit))) as archive:
                 archive.extractall(folder, filter="data")
-            runs = [sys.executable, "-c", "import tracker.cli, tracker.wiring, tracker.web.server"]
+            runs = [
+                sys.executable,
+                "-c",
+                "import tracker.cli, tracker.services, tracker.web.http.server",
+            ]
             if not subprocess.run(runs, cwd=folder, capture_output=True, check=False).returncode:
                 yield Path(folder)
                 return

@@ -33,7 +33,7 @@ from tests.support.postgres import PostgresServer
 from tests.web.callbacks import PATH, event, signed
 from tests.web.serving import chunk, post
 from tracker.store.engine import Database
-from tracker.store.tables import deliveries
+from tracker.store.schema import deliveries
 
 SECRET = "whsec_simulator"  # noqa: S105  (of the processes of `tests.e2e`)
 SENDERS = 8

@@ -28,13 +28,14 @@ from tests.store.making import RULES, delivery, open_inbox
 from tests.store.test_tallies import counted, tallied
 from tests.support.deliveries import applied
 from tracker.core.clock import utc_now
-from tracker.core.tally import STATE
+from tracker.core.rollup import STATE
 from tracker.operations.retention import Ages, Pruner
+from tracker.polling.workspaces import Workspace, Workspaces
 from tracker.receiving.apply import Applier
-from tracker.store import migrate, tallies
+from tracker.store import migrate
 from tracker.store.engine import Database
-from tracker.store.tables import runs
-from tracker.tracking.workspaces import Workspace, Workspaces
+from tracker.store.schema import runs
+from tracker.store.writing import rollups as tallies
 
 DAYS: Final = 30
 FLORA_WAITS: Final = 10.0

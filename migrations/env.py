@@ -22,8 +22,7 @@ from sqlalchemy.util import await_only
 
 from tracker.core.errors import StoreUnavailable
 from tracker.store.migrate import PATIENCE_SECONDS, run_from_command_line
-from tracker.store.tables import metadata
-from tracker.store.types import CleanText, Money, UtcDateTime
+from tracker.store.schema import CleanText, Money, UtcDateTime, metadata
 
 ADVISORY_LOCK = 0x666C6F7261  # "flora"
 TURN_SECONDS = 300.0

@@ -128,8 +128,8 @@ def _imported(path: Path) -> Iterator[str]:
 
 STATE = {"runs", "run_outputs", "run_events", "deliveries"}
 WRITERS = {
-    *("batch.py", "batch_postgres.py", "batch_sqlite.py"),
-    *("inbox.py", "inbox_postgres.py", "inbox_sqlite.py", "delivery_rows.py"),
+    *("writer.py", "statements_postgres.py", "statements_sqlite.py"),
+    *("inbox.py", "delivery_rows.py"),
 }
 
 
@@ -140,16 +140,18 @@ def test_run_state_is_written_by_the_writers_alone() -> None:
     for path in SOURCES:
         if writes := set(_writes(ast.parse(path.read_text()))):
             found[path.relative_to(ROOT / "tracker").as_posix()] = writes
-    written = set().union(*(found.get(f"store/{name}", set()) for name in WRITERS))
+    written = set().union(*(found.get(f"store/writing/{name}", set()) for name in WRITERS))
     assert {("insert", table) for table in STATE} <= written
     beside = {
-        name: what for name, what in found.items() if name.removeprefix("store/") not in WRITERS
+        name: what
+        for name, what in found.items()
+        if name.removeprefix("store/writing/") not in WRITERS
     }
     assert beside.pop("store/claims.py") == {("update", "runs")}
-    assert beside.pop("store/condition_sqlite.py") == {("insert", "deliveries")}
-    empties = {what for what in beside["store/prune.py"] if what[0] != "delete"}
+    assert beside.pop("store/condition.py") == {("insert", "deliveries")}
+    empties = {what for what in beside["store/writing/prune.py"] if what[0] != "delete"}
     assert empties == {("update", "deliveries")}
-    beside["store/prune.py"] -= empties
+    beside["store/writing/prune.py"] -= empties
     assert {verb for writes in beside.values() for verb, _ in writes} <= {"delete"}, beside
 
 
@@ -162,7 +164,7 @@ def test_claims_move_only_the_times_and_the_lease() -> None:
 
 def test_retention_empties_only_what_need_not_be_kept() -> None:
     """A delivery loses its body, a start what it asked for; that they were there stays."""
-    assert _set_by("tracker/store/prune.py") == {"body", "body_removed_at", "inputs"}
+    assert _set_by("tracker/store/writing/prune.py") == {"body", "body_removed_at", "inputs"}
 
 
 def _set_by(file: str) -> set[str | None]:

@@ -13,13 +13,14 @@ from decimal import Decimal
 from functools import partial
 from typing import Final
 
-from tracker.core.entry import Delivery, Entry, Seen
 from tracker.core.observation import Observation, Source
+from tracker.core.record import Delivery, Entry, Seen
 from tracker.core.run import Output, RunError, RunStatus
+from tracker.services import Services
 from tracker.simulator.catalogue import Technique, load_catalogue
-from tracker.store import coverage, sweeps
-from tracker.store.coverage import Interval
-from tracker.wiring import Services
+from tracker.store.queries import sweeps
+from tracker.store.queries import sweeps as coverage
+from tracker.store.queries.sweeps import Interval
 
 BUSIEST: Final = 34
 """Runs in the busiest hour."""

@@ -21,15 +21,15 @@ from pydantic import SecretStr
 from tools.history import live_a_day
 from tracker.core.clock import utc_now
 from tracker.core.run import Tracking
-from tracker.core.sheet import read_csv
+from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.simulator import Options, running
 from tracker.simulator.catalogue import load_catalogue
-from tracker.store import read
-from tracker.tracking.start import StartRequest
+from tracker.starting.sheet import read_csv
+from tracker.starting.start import StartRequest
+from tracker.store.queries import runs as read
 from tracker.web.app import build_app
-from tracker.web.server import Server, listen
-from tracker.wiring import Services, open_services
+from tracker.web.http.server import Server, listen
 from tracker.worker.scheduler import Worker
 
 TARGET: Final = Path(__file__).parents[1] / "docs" / "screenshots"

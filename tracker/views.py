@@ -14,11 +14,11 @@ from tracker.core.inputs import obstacle
 from tracker.core.record import Record
 from tracker.core.run import Output
 from tracker.flora.technique import ports
-from tracker.store.audit import AuditRow
-from tracker.store.read import DeliveryRow
-from tracker.store.spending import Spending, Usage
-from tracker.store.starts import StartRow
-from tracker.store.techniques import TechniqueRow
+from tracker.store.queries.audit import AuditRow
+from tracker.store.queries.runs import DeliveryRow
+from tracker.store.queries.spending import Spending, Usage
+from tracker.store.queries.starts import StartRow
+from tracker.store.queries.techniques import TechniqueRow
 from tracker.tracking.explain import Explanation
 
 

@@ -3,7 +3,7 @@
 import os
 
 from tracker.cli import main
-from tracker.tracking import gather
+from tracker.polling import poll_round as gather
 
 if __name__ == "__main__":
     if "BENCH_LONGEST_GATHER" in os.environ:

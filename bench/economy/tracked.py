@@ -18,18 +18,17 @@ from bench.throw_away import throw_away
 from tests.e2e.truth import settled_runs
 from tests.support.waiting import eventually, free_port
 from tracker.core.clock import utc_now
-from tracker.core.entry import Seen
 from tracker.core.observation import Source
+from tracker.core.record import Seen
 from tracker.core.schedule import Policy
 from tracker.flora import parse
+from tracker.polling.poll_round import FEW_KEPT_FOR
 from tracker.simulator import Simulator
 from tracker.simulator.runs import SimulatedRun
 from tracker.store import migrate
-from tracker.store.batch import Rules
-from tracker.store.door import Door
 from tracker.store.engine import Database
-from tracker.store.tables import runs
-from tracker.tracking.durations import FEW_KEPT_FOR
+from tracker.store.schema import runs
+from tracker.store.writing.writer import Door, Rules
 
 START_SECONDS: Final = 60.0
 LATEST: Final = 400.0

@@ -5,8 +5,8 @@ answers. What a callback costs beyond this is the price of storing and applying 
 """
 
 from tracker.cli import main
-from tracker.core.entry import Delivery, DeliveryOutcome
-from tracker.store.inbox import Inbox, Stored
+from tracker.core.record import Delivery, DeliveryOutcome
+from tracker.store.writing.inbox import Inbox, Stored
 
 
 async def _store_nothing(_inbox: Inbox, delivery: Delivery) -> Stored:

@@ -10,8 +10,8 @@ from typing import Any, Final
 from bench.report import Report, Table
 from bench.scale.databases import Plot
 from bench.sizes import SIZES
-from tracker.store import tallies
 from tracker.store.engine import Database
+from tracker.store.writing import rollups as tallies
 
 LEAST: Final = 0.5
 """Bytes for each run below which a table or an index is not shown."""

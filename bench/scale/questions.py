@@ -26,9 +26,13 @@ from tests.store.making import open_door, started
 from tracker.core.budget import Budget, Period
 from tracker.core.clock import utc_now
 from tracker.core.errors import StoreUnavailable
-from tracker.store import attention, claims, feed, gauges, overview, read, search, spending
+from tracker.store import claims
 from tracker.store.engine import Database
-from tracker.store.search import Wanted
+from tracker.store.queries import attention, overview, search, spending
+from tracker.store.queries import attention as gauges
+from tracker.store.queries import changes as feed
+from tracker.store.queries import runs as read
+from tracker.store.queries.search import Wanted
 
 ROUNDS: Final = 15
 WANTED: Final = 2.0

@@ -151,7 +151,7 @@ def views(words: dict[str, str]) -> dict[str, str]:
 
 
 def _facts(say: Any) -> str:
-    """What each run counts for: the same as `tracker.core.tally.facts`, for counting anew."""
+    """What each run counts for: the same as `tracker.core.rollup.facts`, for counting anew."""
     bucket = " ".join(f"WHEN amount <= {edge} THEN {edge}" for edge in EDGES)
     adopted = (
         "(completed_at IS NOT NULL AND completed_at < first_seen_at"

@@ -263,7 +263,7 @@ GROUP BY {", ".join(KEY)} HAVING sum(runs) <> 0 OR sum(amount) <> 0
 
 
 def _facts(say: Any) -> str:
-    """What each run counts for: the same as `tracker.core.tally.facts`, for counting anew."""
+    """What each run counts for: the same as `tracker.core.rollup.facts`, for counting anew."""
     billed = (
         "CASE WHEN cost_final THEN 'final'"
         " WHEN status = 'completed' AND charged_cost IS NULL AND recheck_at IS NULL"

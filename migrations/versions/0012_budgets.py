@@ -152,7 +152,7 @@ def make_views(connection: sa.Connection) -> None:
 
 
 def _spending(say: Any) -> str:
-    """What each run counts for as spent: the same as `tracker.core.tally` has it."""
+    """What each run counts for as spent: the same as `tracker.core.rollup` has it."""
     usd = say("greatest", say("least", "coalesce(cost, 0)", "1000000"), "0")
     amount = f"CAST(floor(CAST({usd} AS double precision) * 1000000000 + 0.5) AS bigint)"
     quote = say(

@@ -9,9 +9,9 @@ from playwright.async_api import expect
 from tests.browser.conftest import READER, TOKEN, OpenPage, Stage, sign_in
 from tests.support.deliveries import Delivered, keep
 from tracker.core.clock import utc_now
-from tracker.core.entry import Delivery, DeliveryOutcome
-from tracker.store import read
-from tracker.tracking.start import StartRequest
+from tracker.core.record import Delivery, DeliveryOutcome
+from tracker.starting.start import StartRequest
+from tracker.store.queries import runs as read
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

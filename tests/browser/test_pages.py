@@ -11,7 +11,7 @@ from tests.browser.conftest import OpenPage, Stage, sign_in
 from tests.browser.test_flows import start
 from tests.web.dashboard.hostile import BATCH_ID, DELIVERY_ID, EVIL, RUN_ID, TECHNIQUE_ID
 from tracker.core.run import Tracking
-from tracker.store import read
+from tracker.store.queries import runs as read
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

@@ -14,10 +14,10 @@ from tracker.cli.batch_progress import words
 from tracker.core.observation import Source
 from tracker.core.record import Record
 from tracker.core.run import Details, Output, Run, RunError, Standing
-from tracker.store.batches import BatchEntry, Tally
-from tracker.store.starts import StartRow, StartState
-from tracker.tracking.batch import BatchProgress
-from tracker.tracking.batch_rows import RowState
+from tracker.starting.batch import BatchProgress
+from tracker.starting.batch_rows import RowState
+from tracker.store.queries.batches import BatchEntry, Tally
+from tracker.store.queries.starts import StartRow, StartState
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 

@@ -9,9 +9,9 @@ import pytest
 from tests.cli.conftest import Commands
 from tests.support.deliveries import Delivered, keep
 from tracker.core.clock import utc_now
-from tracker.core.entry import Delivery, DeliveryOutcome
+from tracker.core.record import Delivery, DeliveryOutcome
+from tracker.services import open_services
 from tracker.settings import Settings
-from tracker.wiring import open_services
 
 GOOD = json.dumps(
     {"id": "whd_good", "type": "run.failed", "data": {"run_id": "run_1", "status": "failed"}}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.store.upgrading import revisions as of_alembic
-from tracker.store import revisions
+from tracker.store import migrate as revisions
 
 FOR_HELP = """aiosqlite alembic apscheduler asyncpg httpx importlib.metadata jinja2 mako
     opentelemetry orjson prometheus_client pydantic rich sqlalchemy starlette structlog uvicorn

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 import httpx
 
 from tests.cli.conftest import Commands, simulate
-from tracker import wiring
+from tracker import services as wiring
 
 
 def started(tracker: Commands, key: str) -> tuple[str, ...]:

@@ -2,9 +2,8 @@
 
 import pytest
 
-from tracker.core.columns import Mapping, Reading, read_rows
 from tracker.core.inputs import Port
-from tracker.core.sheet import read_csv, read_jsonl
+from tracker.starting.sheet import Mapping, Reading, read_csv, read_jsonl, read_rows
 
 FACE = Port(id="face", type="imageUrl", name="Face photo")
 PROMPT = Port(id="prompt", type="text")

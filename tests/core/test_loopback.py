@@ -2,7 +2,7 @@
 
 import pytest
 
-from tracker.core.loopback import is_loopback
+from tracker.core.net import is_loopback
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.core.strategies import START
-from tracker.core.next_look import NextLook, Why, next_look
+from tracker.core.next_poll import NextLook, Why, next_look
 from tracker.core.observation import Source
 from tracker.core.record import Record
 from tracker.core.run import Details, Run, Standing

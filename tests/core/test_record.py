@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.core.strategies import START, observations
-from tracker.core.entry import Entry, Seen, Unseen
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Record, apply
+from tracker.core.record import Entry, Record, Seen, Unseen, apply
 from tracker.core.run import Output, Run, RunStatus, Tracking
 from tracker.core.schedule import Durations, Policy, first_wait, next_check, wait_after
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tracker.core.sheet import Problem, Sheet, SheetRefused, read_csv, read_jsonl
+from tracker.starting.sheet import Problem, Sheet, SheetRefused, read_csv, read_jsonl
 
 
 def cells(sheet: Sheet) -> list[tuple[int, dict[str, tuple[str, ...]]]]:

@@ -8,13 +8,12 @@ from hypothesis import strategies as st
 
 from tests.store.making import NOW, POLICY, callback, observations, seen, started
 from tests.support.deliveries import Delivered
-from tracker.core.entry import Entry, Seen
-from tracker.core.histogram import BEYOND, EDGES, bucket_of
-from tracker.core.record import Record, apply
-from tracker.core.run import RunError, RunStatus
-from tracker.core.tally import (
+from tracker.core.record import Entry, Record, Seen, apply
+from tracker.core.rollup import (
     ALWAYS,
+    BEYOND,
     COST,
+    EDGES,
     END,
     FAILURE,
     FINAL,
@@ -25,11 +24,13 @@ from tracker.core.tally import (
     TAGGED,
     UNPRICED,
     billionths,
+    bucket_of,
     dollars,
     facts,
     lag_ms,
     same,
 )
+from tracker.core.run import RunError, RunStatus
 
 
 def after(*entries: Entry | Delivered) -> Record:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tracker.services import open_services
 from tracker.settings import Settings
-from tracker.wiring import open_services
 
 ROOT = Path(__file__).parents[2]
 SUFFIXES = {"histogram": ("_bucket", "_count", "_sum"), "counter": ("",), "gauge": ("",)}

@@ -9,9 +9,9 @@ import pytest
 
 from tests.deploy.conftest import ROOT, Promtool
 from tracker.operations.metrics import work
+from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.web import auth
-from tracker.wiring import Services, open_services
 
 PAGE = (ROOT / "docs/metrics.md").read_text()
 LEVELS = {"debug", "info", "warning", "error", "exception", "critical"}

@@ -5,8 +5,8 @@ import re
 import pytest
 
 from tests.docs.pages import DOCS, ROOT, blocks
-from tracker.web.limits import Limits
-from tracker.web.server import GRACE
+from tracker.web.http.limits import Limits
+from tracker.web.http.server import GRACE
 
 PAGE = DOCS / "proxy.md"
 LIMITS = Limits()

@@ -18,7 +18,7 @@ from tests.support.postgres import PostgresServer
 from tests.support.waiting import free_port
 from tracker.core.clock import utc_now
 from tracker.operations.doctor import Level, database
-from tracker.store.condition_postgres import look_at_postgres
+from tracker.store.condition import look_at_postgres
 from tracker.store.url import DatabaseUrl
 
 
@@ -123,7 +123,7 @@ async def test_a_file_that_is_no_database_is_not_made_one(
 
 async def test_a_locked_file_is_told_of(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody who holds the file for long is looked for by the command that names him."""
-    monkeypatch.setattr("tracker.store.condition_sqlite.LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("tracker.store.condition.LOCK_SECONDS", 0.1)
     path = sqlite_url.removeprefix("sqlite:///")
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("PRAGMA journal_mode=WAL")
@@ -193,7 +193,7 @@ async def test_a_pooler_that_loses_notifications_is_found_out(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where what is notified is not heard, it is a warning that says how late work is noticed."""
-    monkeypatch.setattr("tracker.store.condition_postgres.HEARD_WITHIN", 0.3)
+    monkeypatch.setattr("tracker.store.condition.HEARD_WITHIN", 0.3)
     async with losing_notices(postgres_url) as url:
         report = await _look(url)
     assert report.level("database") is Level.OK

@@ -18,9 +18,9 @@ from tracker.operations.doctor import Level, database, delivery, public
 from tracker.settings import read_settings
 from tracker.simulator import Simulator
 from tracker.store import migrate
-from tracker.store.attention import sweep_health
 from tracker.store.engine import Database
-from tracker.store.tables import deliveries
+from tracker.store.queries.attention import sweep_health
+from tracker.store.schema import deliveries
 from tracker.store.url import DatabaseUrl
 
 

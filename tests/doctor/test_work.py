@@ -8,15 +8,16 @@ import pytest
 from tests.doctor.conftest import look, with_flora
 from tests.support.deliveries import Delivered, keep
 from tracker.core.clock import utc_now
-from tracker.core.entry import TRIAL, TRIAL_IDS, Delivery
+from tracker.core.record import TRIAL, TRIAL_IDS, Delivery
 from tracker.operations.doctor import Level, upkeep, work
+from tracker.services import open_services
 from tracker.settings import read_settings
 from tracker.simulator import Simulator
-from tracker.store import attention, claims, sweeps, trials
-from tracker.store.attention import SweepHealth
+from tracker.store import claims
 from tracker.store.engine import Database
-from tracker.store.gauges import read_gauges
-from tracker.wiring import open_services
+from tracker.store.queries import attention, sweeps
+from tracker.store.queries.attention import SweepHealth, read_gauges
+from tracker.store.writing import delivery_rows as trials
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 SWEEP = SweepHealth(

@@ -20,7 +20,7 @@ import httpx
 from sqlalchemy import Connection
 
 from tests.e2e.hurried import forget_keys, hurry_much
-from tracker.core.entry import Entry, Seen
+from tracker.core.record import Entry, Seen
 from tracker.store.engine import Database
 
 T = TypeVar("T")

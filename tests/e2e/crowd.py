@@ -29,8 +29,10 @@ from tests.e2e import hurried
 from tests.e2e.lives import FloraKey, Life
 from tests.support.waiting import free_port
 from tracker.core.clock import utc_now
+from tracker.polling import poll, sweep
 from tracker.simulator import Simulator
-from tracker.tracking import ledger, poll, recover, sweep
+from tracker.starting import held_start as ledger
+from tracker.starting import recover
 from tracker.worker import scheduler
 
 LEASE = timedelta(seconds=3)

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from tests.e2e.processes import Process
 from tracker.simulator import Options, Simulator, running
 from tracker.store.engine import Database
-from tracker.store.tables import leases, runs
+from tracker.store.schema import leases, runs
 
 SPAN = 6 * 86_400
 """Seconds; a first sweep goes back for a week."""

@@ -11,12 +11,15 @@ from typing import Any
 
 from apscheduler.triggers.interval import IntervalTrigger
 
-from tracker import wiring
+from tracker import services as wiring
 from tracker.cli import main
-from tracker.store import tally_keeper
-from tracker.tracking import ledger, poll, recover, sweep, sync
-from tracker.tracking.waits import DatabaseWaits
-from tracker.web import server
+from tracker.polling import poll, sweep
+from tracker.polling.workspaces import DatabaseWaits
+from tracker.starting import catalogue as sync
+from tracker.starting import held_start as ledger
+from tracker.starting import recover
+from tracker.store.writing import rollups as tally_keeper
+from tracker.web.http import server
 from tracker.worker import scheduler
 
 SPEED = 50.0

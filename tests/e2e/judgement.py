@@ -11,8 +11,8 @@ from tests.store.making import fold
 from tests.support.deliveries import applied
 from tracker.simulator import Simulator
 from tracker.store.engine import Database
-from tracker.store.read import get_run
-from tracker.store.tables import deliveries, runs, starts
+from tracker.store.queries.runs import get_run
+from tracker.store.schema import deliveries, runs, starts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

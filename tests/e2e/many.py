@@ -18,7 +18,7 @@ from tests.e2e.starting import DEPLOYED
 from tests.e2e.truth import Keys, assert_all_true, keys_of, settled_runs
 from tests.support.waiting import eventually
 from tracker.simulator import Options, Simulator, running
-from tracker.store import tables
+from tracker.store import schema as tables
 from tracker.store.engine import Database
 
 FAULTS: dict[str, Any] = {

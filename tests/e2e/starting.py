@@ -25,7 +25,7 @@ from tests.e2e.truth import keys_of
 from tests.support.waiting import eventually, free_port
 from tracker.simulator import Options, Simulator, running
 from tracker.store.engine import Database
-from tracker.store.tables import starts
+from tracker.store.schema import starts
 
 DEPLOYED: Final[dict[str, Any]] = {
     "keys_known": "at_end",

@@ -15,9 +15,9 @@ from tracker.core.budget import Budget, Period
 from tracker.core.clock import utc_now
 from tracker.simulator import Simulator, running
 from tracker.simulator.options import Options
-from tracker.store import spending
+from tracker.starting import recover
 from tracker.store.engine import Database
-from tracker.tracking import recover
+from tracker.store.queries import spending
 
 FITS = 20
 STARTS = 100

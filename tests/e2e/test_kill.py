@@ -13,7 +13,7 @@ from tests.support.waiting import eventually
 from tracker.core.clock import utc_now
 from tracker.flora.signature import sign
 from tracker.store.engine import Database
-from tracker.store.tables import deliveries, runs
+from tracker.store.schema import deliveries, runs
 
 SENDERS = 16
 KILLS = 3

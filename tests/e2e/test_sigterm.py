@@ -17,7 +17,7 @@ from tests.e2e.outages import frozen, stopped
 from tests.support.postgres import PostgresServer
 from tests.support.waiting import eventually, free_port
 from tracker.store.engine import Database
-from tracker.store.tables import leases, runs, starts, sweeps
+from tracker.store.schema import leases, runs, starts, sweeps
 
 START = {
     "technique": "icon-pack",

@@ -26,7 +26,7 @@ from tests.support.waiting import eventually, free_port
 from tracker.core.clock import utc_now
 from tracker.simulator import Options, Simulator, running
 from tracker.store.engine import Database
-from tracker.store.tables import leases, techniques
+from tracker.store.schema import leases, techniques
 
 FAULTS: dict[str, Any] = {
     "run_seconds": 4.0,

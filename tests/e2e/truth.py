@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from tracker.simulator import Simulator
 from tracker.store.engine import Database
-from tracker.store.tables import run_outputs, runs, starts
+from tracker.store.schema import run_outputs, runs, starts
 
 
 async def settled_runs(database: Database) -> int:

@@ -24,7 +24,7 @@ from tests.web.serving import post, wire
 from tracker.core.clock import utc_now
 from tracker.flora.signature import sign
 from tracker.store.engine import Database
-from tracker.store.tables import deliveries, run_events, run_tally_changes, runs
+from tracker.store.schema import deliveries, run_events, run_tally_changes, runs
 
 LATEST = 9.0
 """Seconds within which every answer has to come."""

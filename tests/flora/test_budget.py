@@ -7,7 +7,7 @@ import pytest
 
 from tests.flora.far_end import VirtualTime, settle
 from tracker.core.errors import RateLimited
-from tracker.flora.budget import FASTEST, GROWTH, SLOWEST, Budget
+from tracker.flora.request_limit import FASTEST, GROWTH, SLOWEST, Budget
 
 
 def budget_in(time: VirtualTime, concurrency: int = 2) -> Budget:

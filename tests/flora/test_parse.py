@@ -27,8 +27,8 @@ from tracker.core.merge import merge
 from tracker.core.observation import Observation, Source
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.flora import parse
+from tracker.flora.parse import decode
 from tracker.flora.technique import ports, technique
-from tracker.flora.values import decode
 
 AT = datetime(2026, 6, 11, 12, tzinfo=UTC)
 read_run = partial(parse.run, source=Source.POLL, at=AT)

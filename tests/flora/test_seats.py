@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from tracker.flora.seats import Seats
+from tracker.flora.request_limit import Seats
 
 
 @pytest.mark.parametrize("leaving", [1, 3])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.flora.far_end import NOON
-from tracker.flora.waits import asked_wait, backoff, http_date
+from tracker.flora.caller import asked_wait, backoff, http_date
 
 
 def http(when: datetime) -> str:

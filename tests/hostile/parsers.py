@@ -14,15 +14,16 @@ from pathlib import Path
 
 from tests.hostile import reference
 from tests.hostile.asgi import headers_of, split
-from tracker.core import sheet
 from tracker.core.errors import FloraRefusal, FloraUnreadable, SettingsError
 from tracker.core.merge import merge
 from tracker.core.observation import Observation, Source
-from tracker.flora import parse, waits
+from tracker.flora import caller as waits
+from tracker.flora import parse
+from tracker.flora.parse import decode
 from tracker.flora.signature import SignatureError, sign, verify
 from tracker.flora.technique import technique
-from tracker.flora.values import decode
 from tracker.settings import load_settings
+from tracker.starting import sheet
 from tracker.store.text import clean, clean_observation, dump_json
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)

@@ -8,12 +8,12 @@ from typing import Any
 from tests.hostile import reference
 from tests.hostile.asgi import Answer, ask, headers_of, split
 from tests.hostile.parsers import NOW, SECRETS, TOLERANCE
-from tracker.core.entry import TRIAL, DeliveryOutcome
+from tracker.core.record import TRIAL, DeliveryOutcome
 from tracker.flora.signature import sign
-from tracker.store import read
+from tracker.services import Services
+from tracker.store.queries import runs as read
 from tracker.web.app import build_app
-from tracker.web.limits import Limits
-from tracker.wiring import Services
+from tracker.web.http.limits import Limits
 
 WORKSPACE = "ws_1"
 TOKEN = "a-token-of-the-tests"

@@ -16,8 +16,8 @@ from contextlib import (
 from functools import partial
 
 from tests.hostile import fetched, parsers, served
+from tracker.services import Services, open_services
 from tracker.settings import Settings
-from tracker.wiring import Services, open_services
 
 Asks = Callable[[bytes], Awaitable[None]]
 Check = Callable[[bytes], None]

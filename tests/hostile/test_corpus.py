@@ -12,11 +12,11 @@ import pytest
 from tests.hostile import parsers, served
 from tests.hostile.inputs import corpus
 from tests.hostile.targets import FETCHED, READING, SERVED, opened
-from tracker.core.entry import Seen
 from tracker.core.merge import merge
+from tracker.core.record import Seen
+from tracker.services import open_services
 from tracker.settings import Settings
-from tracker.store import read
-from tracker.wiring import open_services
+from tracker.store.queries import runs as read
 
 
 @pytest.mark.parametrize("name", READING)

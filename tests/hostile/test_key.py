@@ -9,14 +9,14 @@ import pytest
 
 from tests.delivering.far_end import FarEnd, answer, far_end
 from tests.web.callbacks import event, signature
-from tracker.core.entry import Seen
 from tracker.core.observation import Observation, Source
+from tracker.core.record import Seen
 from tracker.core.run import Output, RunStatus
 from tracker.delivering.downloads import Order
 from tracker.delivering.outputs import Outcome, Report
+from tracker.services import Services, open_services
 from tracker.settings import Settings
-from tracker.store import read
-from tracker.wiring import Services, open_services
+from tracker.store.queries import runs as read
 
 KEY = "sk_test_the_key_itself"
 SECRET = "whsec_of_the_tests"

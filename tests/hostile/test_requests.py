@@ -11,10 +11,10 @@ from tests.web.dashboard.conftest import TOKEN, sign_in
 from tests.web.serving import Answer, wire
 from tests.web.streaming import following
 from tracker.core.clock import utc_now
-from tracker.core.entry import Seen
 from tracker.core.observation import Observation, Source
+from tracker.core.record import Seen
 from tracker.core.tokens import Scope, Token, Tokens
-from tracker.store import read
+from tracker.store.queries import runs as read
 from tracker.web.app import build_app
 from tracker.web.auth import EACH_BURST
 

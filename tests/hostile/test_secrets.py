@@ -28,9 +28,9 @@ from tracker.core.errors import TrackerError
 from tracker.flora.client import FloraClient
 from tracker.flora.signature import sign
 from tracker.operations import logs
+from tracker.services import open_services
 from tracker.settings import load_settings
 from tracker.web.app import build_app
-from tracker.wiring import open_services
 
 KEY, TOKEN, PASSWORD = "marked-flora-key", "marked-api-token-of-the-tests", "marked-p%40ssword"
 SECRETS = ("marked-webhook-one", "marked-webhook-two")

@@ -22,8 +22,8 @@ from tests.web.dashboard.hostile import attack
 from tracker.cli.app import main
 from tracker.core.plain import plain, plain_lines
 from tracker.operations.logs import configure_logs
+from tracker.services import open_services
 from tracker.settings import Settings
-from tracker.wiring import open_services
 
 STEERS = (
     "\x1b[2J\x1b]0;owned\x07\r\n2026-01-01 [info     ] forged\x08\x7f\x9b31m\x85"

@@ -12,12 +12,12 @@ from tests.support.waiting import eventually
 from tests.web.callbacks import PATH, event, signed
 from tests.web.conftest import Serve, Site
 from tests.web.dashboard.conftest import HTML
-from tracker.core.entry import Seen
 from tracker.core.observation import Observation, Source
+from tracker.core.record import Seen
 from tracker.core.run import RunStatus
+from tracker.services import Services
 from tracker.simulator import Options, Simulator, Workspace, running
-from tracker.store import read
-from tracker.wiring import Services
+from tracker.store.queries import runs as read
 
 WORKSPACES = [
     {"id": "ws_a", "webhook_secrets": "whsec_of_a"},

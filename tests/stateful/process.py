@@ -17,9 +17,9 @@ from tests.stateful.clocks import Clocks
 from tests.stateful.flora import BASE, ModelFlora
 from tracker.core.errors import StoreError
 from tracker.flora.client import FloraClient
+from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.web.app import build_app
-from tracker.wiring import Services, open_services
 
 T = TypeVar("T")
 

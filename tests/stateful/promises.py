@@ -13,13 +13,12 @@ from tests.store.test_tallies import Counts, summed
 from tracker.core.merge import merge
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Record
+from tracker.core.rollup import Key
 from tracker.core.run import Run, Standing, Tracking
-from tracker.core.tally import Key
 from tracker.store.engine import Database
-from tracker.store.overview import TALLIES
-from tracker.store.records import read_records
-from tracker.store.rows import RUN_COLUMNS
-from tracker.store.tables import deliveries, run_events, runs, starts
+from tracker.store.queries.overview import TALLIES
+from tracker.store.rows import RUN_COLUMNS, read_records
+from tracker.store.schema import deliveries, run_events, runs, starts
 
 _STANDINGS = {
     "pending": (Standing.PENDING,),

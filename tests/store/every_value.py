@@ -26,7 +26,7 @@ from sqlalchemy import (
 
 from tracker.store.copy import TABLES
 from tracker.store.engine import migration_engine
-from tracker.store.types import CleanText, Money, UtcDateTime
+from tracker.store.schema import CleanText, Money, UtcDateTime
 from tracker.store.url import DatabaseUrl
 
 Rows = dict[str, list[dict[str, Any]]]

@@ -11,19 +11,18 @@ from sqlalchemy import select
 
 from tests.support.deliveries import Delivered, keep
 from tests.support.waiting import eventually
-from tracker.core.entry import Delivery, DeliveryOutcome, Entry, Seen
 from tracker.core.errors import StoreUnavailable
 from tracker.core.merge import merge
 from tracker.core.observation import Observation, Source
+from tracker.core.record import Delivery, DeliveryOutcome, Entry, Seen
 from tracker.core.run import Output, Run, RunError, RunStatus
 from tracker.core.schedule import Policy
-from tracker.sources.callback import digest_id, observe
-from tracker.store.batch import Passed, Rules, statements_for
-from tracker.store.door import Door
+from tracker.receiving.callback import digest_id, observe
 from tracker.store.engine import Database
-from tracker.store.inbox import Group, Inbox, Read, apply_waiting
-from tracker.store.read import events
-from tracker.store.tables import deliveries
+from tracker.store.queries.runs import events
+from tracker.store.schema import deliveries
+from tracker.store.writing.inbox import Group, Inbox, Read, apply_waiting
+from tracker.store.writing.writer import Door, Passed, Rules, statements_for
 
 NOW = datetime(2026, 6, 1, 12, 0, 0, 123456, tzinfo=UTC)
 POLICY = Policy()

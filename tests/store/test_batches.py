@@ -10,12 +10,12 @@ import pytest
 from tests.store.making import NOW, TestDoor, seen, started
 from tests.store.test_starts import mark, reserve
 from tracker.core.errors import InvalidRequest
-from tracker.core.rowkey import Turn
+from tracker.core.row_key import Turn
 from tracker.core.run import Output, RunStatus
-from tracker.store import batches
-from tracker.store.batches import BatchEntry, BatchRow, Latest, Tally
 from tracker.store.engine import Database
-from tracker.store.starts import StartState
+from tracker.store.queries import batches
+from tracker.store.queries.batches import BatchEntry, BatchRow, Latest, Tally
+from tracker.store.queries.starts import StartState
 
 BATCH = BatchRow(
     batch_id="bat_1",

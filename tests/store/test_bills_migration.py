@@ -11,9 +11,10 @@ from tests.store.test_tallies import assert_exact
 from tests.store.upgrading import OldWriters
 from tracker.core.clock import utc_now
 from tracker.core.run import RunStatus
-from tracker.store import migrate, read
+from tracker.store import migrate
 from tracker.store.engine import Database
-from tracker.store.tables import run_events, runs, sweeps
+from tracker.store.queries import runs as read
+from tracker.store.schema import run_events, runs, sweeps
 
 BEFORE = "0009"
 SEEN_AT_THE_END, SEEN_FAILED, SEEN_RUNNING = 5 << 27, 4 << 27, 1 << 27

@@ -4,10 +4,10 @@ import asyncio
 from datetime import timedelta
 
 from tests.store.making import NOW, TestDoor, callback, ids, seen, started
-from tracker.core.entry import Unseen
+from tracker.core.record import Unseen
 from tracker.store.claims import claim_due, drop_lease, next_due_at, release, take_lease
 from tracker.store.engine import Database
-from tracker.store.read import get_run
+from tracker.store.queries.runs import get_run
 
 LEASE = timedelta(seconds=60)
 

@@ -8,7 +8,7 @@ from tests.store.making import NOW, TestDoor, callback, seen
 from tracker.core.errors import StoreError, StoreUnavailable
 from tracker.core.run import RunStatus
 from tracker.store.engine import Database
-from tracker.store.tables import deliveries, run_events, run_outputs, runs, starts
+from tracker.store.schema import deliveries, run_events, run_outputs, runs, starts
 
 RUN = {
     "run_id": "run_1",

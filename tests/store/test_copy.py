@@ -18,12 +18,13 @@ from tests.store.making import callback, open_door
 from tests.support.databases import Background, copy_sqlite, sqlite_url_of
 from tests.support.waiting import eventually
 from tracker.core.errors import SchemaOutdated, SettingsError, StoreError, StoreUnavailable
+from tracker.store import copy as copy_target
 from tracker.store import copy as copying
-from tracker.store import copy_target, migrate
+from tracker.store import migrate
 from tracker.store.copy import TABLES, Step, copy
 from tracker.store.engine import Database, migration_engine
-from tracker.store.faults import StoreBusy
-from tracker.store.tables import sessions
+from tracker.store.errors import StoreBusy
+from tracker.store.schema import sessions
 from tracker.store.url import DatabaseUrl
 
 ROOT = Path(__file__).parents[2]

@@ -4,9 +4,9 @@ from datetime import timedelta
 from typing import Any
 
 from tests.store.making import NOW
-from tracker.store import coverage
-from tracker.store.coverage import Interval
 from tracker.store.engine import Database
+from tracker.store.queries import sweeps as coverage
+from tracker.store.queries.sweeps import Interval
 
 DAY = timedelta(days=1)
 

@@ -8,9 +8,10 @@ from sqlalchemy import insert, table, text
 
 from tests.store.making import NOW
 from tests.store.upgrading import OldWriters
-from tracker.store import coverage, migrate
+from tracker.store import migrate
 from tracker.store.engine import Database
-from tracker.store.types import CleanText, UtcDateTime
+from tracker.store.queries import sweeps as coverage
+from tracker.store.schema import CleanText, UtcDateTime
 
 HOUR = timedelta(hours=1)
 DAY = timedelta(days=1)

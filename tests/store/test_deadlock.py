@@ -9,10 +9,10 @@ from sqlalchemy.util import await_only
 from tests.store.making import POLICY, callback, open_door, seen
 from tests.support.waiting import eventually
 from tracker.core.run import RunStatus
-from tracker.store.batch import Changes, Rules, pass_batch
-from tracker.store.batch_postgres import PostgresStatements
 from tracker.store.engine import Database
-from tracker.store.read import get_run
+from tracker.store.queries.runs import get_run
+from tracker.store.writing.statements_postgres import PostgresStatements
+from tracker.store.writing.writer import Changes, Rules, pass_batch
 
 WAITING = text("SELECT count(*) FROM pg_locks WHERE NOT granted")
 

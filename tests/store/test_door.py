@@ -15,14 +15,14 @@ from tests.store.making import (
     seen,
     started,
 )
-from tracker.core.entry import Unseen
 from tracker.core.errors import StoreError, StoreUnavailable
 from tracker.core.observation import Source
+from tracker.core.record import Unseen
 from tracker.core.run import Output, RunStatus, Tracking
-from tracker.store.batch import Outcome
 from tracker.store.engine import Database
-from tracker.store.read import events, get_run, get_runs
-from tracker.store.tables import runs
+from tracker.store.queries.runs import events, get_run, get_runs
+from tracker.store.schema import runs
+from tracker.store.writing.writer import Outcome
 
 
 async def test_what_waits_is_committed_together(db: Database, other_db: Database) -> None:

@@ -12,8 +12,8 @@ from tests.store.making import NOW
 from tracker.core.errors import SettingsError, StoreError, StoreUnavailable
 from tracker.store import engine
 from tracker.store.engine import Database
-from tracker.store.faults import WriteConflict
-from tracker.store.tables import leases
+from tracker.store.errors import WriteConflict
+from tracker.store.schema import leases
 from tracker.store.url import DatabaseUrl
 
 

@@ -14,7 +14,7 @@ from tests.store.making import callback, open_door, receipts, taken_again
 from tests.support.databases import copy_sqlite
 from tests.support.waiting import eventually
 from tracker.core.errors import StoreUnavailable
-from tracker.store import engine_sqlite
+from tracker.store import sqlite as engine_sqlite
 from tracker.store.engine import Database
 
 

@@ -12,7 +12,7 @@ from tracker.core.merge import merge
 from tracker.core.observation import Observation
 from tracker.core.run import Run
 from tracker.store.engine import Database
-from tracker.store.read import get_run
+from tracker.store.queries.runs import get_run
 from tracker.store.text import clean_observation
 
 RUNS = ("run_1", "run_2", "run_3")

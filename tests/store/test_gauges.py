@@ -18,10 +18,11 @@ from tests.store.making import (
 )
 from tests.store.test_starts import mark, reserve
 from tracker.core.run import RunStatus
-from tracker.store import gauges, read
 from tracker.store.engine import Database
-from tracker.store.gauges import read_gauges
-from tracker.store.starts import StartState
+from tracker.store.queries import attention as gauges
+from tracker.store.queries import runs as read
+from tracker.store.queries.attention import read_gauges
+from tracker.store.queries.starts import StartState
 
 WS = {"workspace_id": "ws_1"}
 ENDED = {**WS, "completed_at": NOW, "charged_cost": Decimal("0.25"), "outputs": ()}

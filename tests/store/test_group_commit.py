@@ -7,8 +7,8 @@ import pytest
 
 from tests.support.waiting import eventually
 from tracker.core.errors import StoreError, StoreUnavailable
-from tracker.store.faults import StoreBusy
-from tracker.store.group_commit import MAX_GROUP_BYTES, GroupCommit
+from tracker.store.errors import StoreBusy
+from tracker.store.writing.group_commit import MAX_GROUP_BYTES, GroupCommit
 
 
 class Committed:

@@ -29,19 +29,19 @@ from tests.store.making import (
 )
 from tests.support.deliveries import Delivered, keep, waiting
 from tests.support.waiting import eventually
-from tracker.core.entry import Delivery, DeliveryOutcome
 from tracker.core.errors import StoreError, StoreUnavailable
 from tracker.core.observation import Source
+from tracker.core.record import Delivery, DeliveryOutcome
 from tracker.core.run import RunStatus, Tracking
 from tracker.flora.parse import digest_id
+from tracker.polling.workspaces import Workspace, Workspaces
 from tracker.receiving.apply import Applier
-from tracker.store import read
-from tracker.store.batch import Outcome, statements_for
-from tracker.store.delivery_rows import MOST_LARGE, SMALL, requeue
 from tracker.store.engine import Database
-from tracker.store.inbox import Group, Inbox, Read, apply_waiting
-from tracker.store.tables import deliveries, run_events, runs
-from tracker.tracking.workspaces import Workspace, Workspaces
+from tracker.store.queries import runs as read
+from tracker.store.schema import deliveries, run_events, runs
+from tracker.store.writing.delivery_rows import MOST_LARGE, SMALL, requeue
+from tracker.store.writing.inbox import Group, Inbox, Read, apply_waiting
+from tracker.store.writing.writer import Outcome, statements_for
 
 LATER = NOW + timedelta(hours=2)
 

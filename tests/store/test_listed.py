@@ -3,8 +3,8 @@
 from datetime import timedelta
 
 from tests.store.making import NOW, TestDoor, seen
+from tracker.store.claims import places
 from tracker.store.engine import Database
-from tracker.store.listed import places
 
 MINUTE = timedelta(minutes=1)
 

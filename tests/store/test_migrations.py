@@ -18,7 +18,7 @@ from sqlalchemy import Connection, text
 from tracker.core.errors import SchemaOutdated, StoreUnavailable
 from tracker.store import migrate
 from tracker.store.engine import Database, migration_engine
-from tracker.store.tables import metadata
+from tracker.store.schema import metadata
 from tracker.store.url import DatabaseUrl
 
 ROOT = Path(__file__).parents[2]

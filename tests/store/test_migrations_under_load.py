@@ -20,8 +20,8 @@ from tests.support.databases import PostgresDatabases, sqlite_url_of
 from tests.support.waiting import eventually
 from tracker.store import migrate
 from tracker.store.engine import Database
-from tracker.store.postgres_connection import LOCK_SECONDS
-from tracker.store.tables import runs
+from tracker.store.postgres import LOCK_SECONDS
+from tracker.store.schema import runs
 
 DEATHS = 3
 # These do some of it beside the work, which no transaction can hold together.

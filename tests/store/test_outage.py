@@ -27,7 +27,7 @@ from tests.support.postgres import PostgresServer
 from tests.support.waiting import eventually, free_port
 from tracker.core.errors import StoreError, StoreUnavailable
 from tracker.store.engine import Database
-from tracker.store.read import get_run
+from tracker.store.queries.runs import get_run
 
 
 async def test_a_locked_file_is_unavailable_and_then_free(sqlite_url: str, tmp_path: Path) -> None:

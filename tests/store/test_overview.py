@@ -8,13 +8,14 @@ import pytest
 from sqlalchemy import insert, text
 
 from tests.store.making import NOW, TestDoor, callback, quarantined, seen, started
-from tracker.core.histogram import EDGES, lag_of, quantile
 from tracker.core.observation import Source
+from tracker.core.rollup import EDGES, lag_of, quantile
 from tracker.core.run import RunStatus
-from tracker.store import attention, overview, sweeps, tallies
 from tracker.store.engine import Database
-from tracker.store.overview import StateCount
-from tracker.store.tables import starts, techniques
+from tracker.store.queries import attention, overview, sweeps
+from tracker.store.queries.overview import StateCount
+from tracker.store.schema import starts, techniques
+from tracker.store.writing import rollups as tallies
 
 SECOND, HOUR = timedelta(seconds=1), timedelta(hours=1)
 DONE = RunStatus.COMPLETED

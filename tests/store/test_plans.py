@@ -17,12 +17,16 @@ from sqlalchemy.dialects import postgresql
 
 from tests.store.making import NOW, apply_all, callback, delivery, open_door, open_inbox
 from tracker.operations.retention import Ages, Pruner
-from tracker.store import batch_postgres, claims, gauges, listed, read, starts
-from tracker.store.batch_postgres import APPLIED, LOCK_RUNS, TAKE_WAITING
+from tracker.store import claims
+from tracker.store import claims as listed
 from tracker.store.engine import Database, migration_engine
-from tracker.store.inbox_postgres import STORE
-from tracker.store.postgres_connection import connect_postgres
+from tracker.store.postgres import connect_postgres
+from tracker.store.queries import attention as gauges
+from tracker.store.queries import runs as read
+from tracker.store.queries import starts
 from tracker.store.url import DatabaseUrl
+from tracker.store.writing import statements_postgres as batch_postgres
+from tracker.store.writing.statements_postgres import APPLIED, LOCK_RUNS, STORE, TAKE_WAITING
 
 RUNS = 6_000
 """Of these a hundred are active, half of them due; there are twenty techniques and workspaces."""

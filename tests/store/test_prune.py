@@ -27,19 +27,19 @@ from tests.store.making import (
 )
 from tests.store.test_tallies import counted, tallied
 from tests.support.deliveries import Delivered
-from tracker.core.entry import Delivery, DeliveryOutcome, Entry, Seen, Unseen
 from tracker.core.errors import InvalidRequest
 from tracker.core.observation import Observation, Source
+from tracker.core.record import Delivery, DeliveryOutcome, Entry, Seen, Unseen
+from tracker.core.rollup import STATE
 from tracker.core.run import Output, RunStatus
-from tracker.core.tally import STATE
 from tracker.operations.retention import TABLES, Ages, Pruner, ages
-from tracker.store import coverage, read, retention, starts, sweeps, tallies
-from tracker.store.coverage import Interval
-from tracker.store.delivery_rows import requeue
 from tracker.store.engine import Database
-from tracker.store.retention import Sighting
-from tracker.store.starts import StartState
-from tracker.store.tables import (
+from tracker.store.queries import runs as read
+from tracker.store.queries import starts, sweeps
+from tracker.store.queries import sweeps as coverage
+from tracker.store.queries.starts import StartState
+from tracker.store.queries.sweeps import Interval
+from tracker.store.schema import (
     batch_rows,
     batches,
     deliveries,
@@ -49,7 +49,11 @@ from tracker.store.tables import (
     run_tallies,
     runs,
 )
-from tracker.store.tables import starts as start_table
+from tracker.store.schema import starts as start_table
+from tracker.store.writing import retention
+from tracker.store.writing import rollups as tallies
+from tracker.store.writing.delivery_rows import requeue
+from tracker.store.writing.retention import Sighting
 
 DAY = timedelta(days=1)
 AGES = Ages(runs=90 * DAY, bodies=30 * DAY)

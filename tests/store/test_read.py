@@ -8,14 +8,14 @@ import pytest
 from sqlalchemy import func, select
 
 from tests.store.making import NOW, TestDoor, callback, ids, quarantined, seen, started
-from tracker.core.entry import DeliveryOutcome, Seen
 from tracker.core.errors import InvalidRequest
 from tracker.core.observation import Source
+from tracker.core.record import DeliveryOutcome, Seen
 from tracker.core.run import Output, RunStatus, Tracking
 from tracker.core.schedule import Durations
-from tracker.store import starts
 from tracker.store.engine import Database
-from tracker.store.read import (
+from tracker.store.queries import starts
+from tracker.store.queries.runs import (
     Counts,
     counts,
     durations,
@@ -26,8 +26,8 @@ from tracker.store.read import (
     list_deliveries,
     list_runs,
 )
-from tracker.store.starts import StartState
-from tracker.store.tables import runs
+from tracker.store.queries.starts import StartState
+from tracker.store.schema import runs
 
 
 def created(

@@ -9,9 +9,9 @@ from tests.store.making import NOW, TestDoor, callback, seen, started
 from tests.store.test_plans import _reads_a_table, full, plans
 from tracker.core.errors import InvalidRequest
 from tracker.core.run import RunError, RunStatus
-from tracker.store import search
 from tracker.store.engine import Database
-from tracker.store.search import STATES, Wanted, search_runs
+from tracker.store.queries import search
+from tracker.store.queries.search import STATES, Wanted, search_runs
 
 __all__ = ["full"]
 

@@ -13,9 +13,9 @@ from tracker.core.budget import Budget, Period
 from tracker.core.errors import BudgetExceeded
 from tracker.core.observation import Source
 from tracker.core.run import RunError, RunStatus
-from tracker.store import spending, starts
 from tracker.store.engine import Database
-from tracker.store.starts import StartRow, StartState
+from tracker.store.queries import spending, starts
+from tracker.store.queries.starts import StartRow, StartState
 
 LEASE = timedelta(seconds=30)
 DAY = timedelta(days=1)

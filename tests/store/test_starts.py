@@ -7,9 +7,9 @@ from typing import Any
 
 from tests.store.making import NOW, TestDoor, callback, seen, started
 from tracker.core.observation import Source
-from tracker.store import starts
 from tracker.store.engine import Database
-from tracker.store.starts import StartRow, StartState
+from tracker.store.queries import starts
+from tracker.store.queries.starts import StartRow, StartState
 
 LEASE = timedelta(seconds=60)
 

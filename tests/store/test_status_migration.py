@@ -8,11 +8,12 @@ from tests.store.making import open_door, seen
 from tests.store.test_bills_migration import a_run
 from tests.store.upgrading import OldWriters
 from tracker.core.clock import utc_now
-from tracker.core.entry import Seen
 from tracker.core.observation import Observation, Source
-from tracker.store import migrate, read
+from tracker.core.record import Seen
+from tracker.store import migrate
 from tracker.store.engine import Database
-from tracker.store.tables import runs
+from tracker.store.queries import runs as read
+from tracker.store.schema import runs
 
 BEFORE = "0013"
 

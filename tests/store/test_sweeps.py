@@ -3,8 +3,8 @@
 from datetime import timedelta
 
 from tests.store.making import NOW
-from tracker.store import sweeps
 from tracker.store.engine import Database
+from tracker.store.queries import sweeps
 
 HOUR = timedelta(hours=1)
 

@@ -30,20 +30,18 @@ from tests.store.making import (
     started,
 )
 from tests.support.waiting import eventually
-from tracker.core.entry import Entry, Unseen
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Record
+from tracker.core.record import Entry, Record, Unseen
+from tracker.core.rollup import ALWAYS, Key, facts
 from tracker.core.run import RunStatus, Tracking
-from tracker.core.tally import ALWAYS, Key, facts
-from tracker.store import migrate, tallies
+from tracker.store import migrate
 from tracker.store.engine import Database, migration_engine
-from tracker.store.overview import TALLIES
-from tracker.store.records import read_records
-from tracker.store.rows import RUN_COLUMNS
-from tracker.store.tables import deliveries, run_tallies, run_tally_changes, runs
-from tracker.store.tallies import FACTS, PRUNED
-from tracker.store.tally_keeper import TallyKeeper
+from tracker.store.queries.overview import TALLIES
+from tracker.store.rows import RUN_COLUMNS, read_records
+from tracker.store.schema import deliveries, run_tallies, run_tally_changes, runs
 from tracker.store.url import DatabaseUrl
+from tracker.store.writing import rollups as tallies
+from tracker.store.writing.rollups import FACTS, PRUNED, TallyKeeper
 
 ROOT = Path(__file__).parents[2]
 Counts = dict[Key, tuple[int, int]]

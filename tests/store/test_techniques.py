@@ -8,9 +8,9 @@ import pytest
 
 from tests.store.making import NOW
 from tracker.core.errors import InvalidRequest
-from tracker.store import cursors, techniques
 from tracker.store.engine import Database
-from tracker.store.techniques import TechniqueRow
+from tracker.store.queries import cursors, techniques
+from tracker.store.queries.techniques import TechniqueRow
 
 LATER = NOW + timedelta(hours=1)
 CAM = TechniqueRow(

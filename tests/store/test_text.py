@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.store.making import called, observations, seen
-from tracker.core.entry import Unseen
+from tracker.core.record import Unseen
 from tracker.store.text import clean, clean_entry, clean_observation, dump_json, load_json
 
 anything = st.text(st.characters(exclude_categories=())) | st.sampled_from(["\0", "\ud800", "é\0"])

@@ -16,10 +16,10 @@ from structlog.testing import capture_logs
 from tests.support.postgres import PostgresServer
 from tests.support.waiting import eventually
 from tracker.core.errors import StoreUnavailable
+from tracker.services import open_services
 from tracker.settings import Settings
 from tracker.store.engine import Database, migration_engine
 from tracker.store.url import DatabaseUrl
-from tracker.wiring import open_services
 
 PASSWORD = "of-the-tests-alone"
 ASKS_IN_CLEAR = b"R" + struct.pack("!ii", 8, 3)

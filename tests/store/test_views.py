@@ -10,8 +10,8 @@ from sqlalchemy import Connection, inspect, text
 from bench.filling import fill
 from tests.store.test_plans import plans
 from tracker.core.clock import utc_now
-from tracker.store import attention, overview
 from tracker.store.engine import Database
+from tracker.store.queries import attention, overview
 
 PAGE = Path(__file__).parents[2] / "docs" / "views.md"
 RUNS = 20_000

@@ -3,8 +3,8 @@
 from datetime import timedelta
 
 from tests.store.making import NOW
-from tracker.store import waits
 from tracker.store.engine import Database
+from tracker.store.queries import waits
 
 SECOND = timedelta(seconds=1)
 

@@ -18,7 +18,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from tests.support.waiting import eventually
 from tracker.core.errors import TrackerError
 from tracker.store.engine import Database
-from tracker.store.tables import metadata
+from tracker.store.schema import metadata
 
 _NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 _RUN = {

@@ -7,10 +7,10 @@ from sqlalchemy import func, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from tests.support.waiting import eventually
-from tracker.core.entry import Delivery, DeliveryOutcome
 from tracker.core.observation import Observation
+from tracker.core.record import Delivery, DeliveryOutcome
 from tracker.store.engine import Database
-from tracker.store.tables import deliveries
+from tracker.store.schema import deliveries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,8 +20,8 @@ from tracker import demo  # noqa: F401
 from tracker.cli import main, serving  # noqa: F401
 from tracker.operations import doctor, retention  # noqa: F401
 from tracker.simulator import serve  # noqa: F401
-from tracker.store import batch_postgres, batch_sqlite, copy, migrate, prune  # noqa: F401
-from tracker.web import app, server  # noqa: F401
+from tracker.store.writing import statements_postgres as batch_postgres  # noqa: F401
+from tracker.web import app  # noqa: F401
 from tracker.worker import scheduler  # noqa: F401
 
 _FORKING = multiprocessing.get_context("forkserver")

@@ -10,10 +10,10 @@ import pytest
 
 from tests.web.callbacks import SECRET
 from tests.web.serving import serving
+from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.web.app import build_app
-from tracker.web.limits import Limits
-from tracker.wiring import Services, open_services
+from tracker.web.http.limits import Limits
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp
 
-from tracker.web.limits import Limits
-from tracker.web.server import Server, listen
+from tracker.web.http.limits import Limits
+from tracker.web.http.server import Server, listen
 
 
 @asynccontextmanager

@@ -16,10 +16,17 @@ from tests.web.flora import START, with_flora
 from tracker.core.clock import utc_now
 from tracker.operations.retention import ages
 from tracker.settings import TokenSettings
-from tracker.store import audit
-from tracker.store.audit import MOST_ADDRESSES, OTHERS, Action, AuditRow, Principal, Refusals
 from tracker.store.engine import Database
-from tracker.store.tables import starts
+from tracker.store.queries import audit
+from tracker.store.queries.audit import (
+    MOST_ADDRESSES,
+    OTHERS,
+    Action,
+    AuditRow,
+    Principal,
+    Refusals,
+)
+from tracker.store.schema import starts
 
 TOKEN = "a-token-of-the-tests"
 BEARER = {"Authorization": f"Bearer {TOKEN}", "X-Request-Id": "order-17"}
@@ -197,7 +204,7 @@ async def test_a_prune_is_noted_and_takes_old_entries(site: Site) -> None:
 
 async def test_a_resolution_is_noted_with_its_outcome(serve: Serve, database_url: str) -> None:
     """Who said that nothing was started."""
-    from tracker.store import starts as start_log
+    from tracker.store.queries import starts as start_log
 
     async with serve(database_url) as site:
         services, now = site.services, site.services.clock()
@@ -225,7 +232,7 @@ async def test_a_resolution_is_noted_with_its_outcome(serve: Serve, database_url
 async def test_the_log_is_read_page_by_page(database_url: str) -> None:
     """Newest first, each entry once; a cursor from elsewhere is refused."""
     from tracker.core.errors import InvalidRequest
-    from tracker.store import cursors
+    from tracker.store.queries import cursors
 
     now = utc_now()
     async with await Database.open(database_url) as db:

@@ -18,10 +18,10 @@ from tracker.core.clock import utc_now
 from tracker.core.tokens import Scope as TokenScope
 from tracker.core.tokens import Token, Tokens
 from tracker.settings import TokenSettings
-from tracker.web.answers import Json
 from tracker.web.auth import ALL_BURST, EACH_BURST, Access, Gate
-from tracker.web.edge import Edge
-from tracker.web.limits import Limits
+from tracker.web.http.answers import Json
+from tracker.web.http.edge import Edge
+from tracker.web.http.limits import Limits
 from tracker.web.sessions import Sessions
 
 TOKEN = "a-token-of-the-tests"

@@ -5,7 +5,7 @@ import asyncio
 
 import pytest
 
-from tracker.web.bounds import Bounds
+from tracker.web.http.limits import Bounds
 
 SECONDS = 0.05
 LONG = 30.0

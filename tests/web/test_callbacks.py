@@ -16,8 +16,8 @@ from tests.web.callbacks import PATH, SECRET, event, signature, signed
 from tests.web.conftest import Serve, Site
 from tests.web.serving import Wire, chunk, post, wire
 from tracker.store.engine import Database
-from tracker.store.tables import deliveries
-from tracker.web.limits import Limits
+from tracker.store.schema import deliveries
+from tracker.web.http.limits import Limits
 
 LIMIT = 256 * 1024
 

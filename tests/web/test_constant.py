@@ -5,7 +5,7 @@ import pytest
 from tests.web.callbacks import PATH, event, signature
 from tests.web.conftest import Serve
 from tests.web.serving import Answer, post, wire
-from tracker.web import constant
+from tracker.web.http import answers as constant
 
 
 @pytest.mark.parametrize("number", ["", "X-Request-Id: of-the-proxy"], ids=["ours", "theirs"])

@@ -6,9 +6,8 @@ import httpx
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from tracker.web.deadline import Deadline
-from tracker.web.edge import Edge
-from tracker.web.limits import Limits
+from tracker.web.http.edge import Edge
+from tracker.web.http.limits import Deadline, Limits
 
 
 async def _after_a_while(scope: Scope, receive: Receive, send: Send) -> None:

@@ -8,9 +8,9 @@ from structlog.testing import capture_logs
 
 from tests.web.conftest import Site
 from tracker.core.errors import FloraRefusal, StoreUnavailable, TrackerError
-from tracker.web.edge import Edge
-from tracker.web.faults import Fault
-from tracker.web.limits import Limits
+from tracker.web.http.edge import Edge
+from tracker.web.http.errors import Fault
+from tracker.web.http.limits import Limits
 
 SECRET_WORD = "swordfish"
 

@@ -19,7 +19,7 @@ from tracker.core.errors import (
     StoreError,
     StoreUnavailable,
 )
-from tracker.web.faults import fault_of
+from tracker.web.http.errors import fault_of
 
 
 def _refusal(

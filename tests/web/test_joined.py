@@ -7,8 +7,8 @@ from urllib.parse import urlsplit
 
 from tests.web.conftest import Serve
 from tests.web.serving import wire
-from tracker.web.connection import Joined
-from tracker.web.server import _loop_factory
+from tracker.web.http.connection import Joined
+from tracker.web.http.server import _loop_factory
 
 ASK = b"%b /healthz HTTP/1.1\r\nHost: localhost\r\n%b\r\n"
 

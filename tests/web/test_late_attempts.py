@@ -12,7 +12,7 @@ from tests.web.conftest import Serve, Site
 from tests.web.flora import with_flora
 from tests.web.serving import post, wire
 from tracker.core.clock import utc_now
-from tracker.store.tables import deliveries, run_events, runs
+from tracker.store.schema import deliveries, run_events, runs
 
 ATTEMPTS = (0, 10, 70, 370)
 """Seconds from FLORA's first attempt at a callback to each of its four."""

@@ -25,11 +25,11 @@ from tests.web.serving import serving
 from tracker.core.run import RunError, RunStatus
 from tracker.operations.metrics import Metrics
 from tracker.operations.metrics.state import State
+from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.simulator import Options, running
 from tracker.store.engine import Database
 from tracker.web.app import build_health_app
-from tracker.wiring import Services, open_services
 
 STATE = (
     *("tracker_runs", "tracker_oldest_due", "tracker_starts", "tracker_cost_today"),

@@ -16,8 +16,8 @@ from tests.support.waiting import eventually
 from tests.web.callbacks import PATH, event, signature, signed
 from tests.web.conftest import Serve, Site
 from tests.web.serving import Answer, Wire, chunk, post, serving, wire
-from tracker.web import connection_limit
-from tracker.web.limits import Limits
+from tracker.web.http import connection as connection_limit
+from tracker.web.http.limits import Limits
 
 SECRET = "whsec_simulator"  # of the processes of `tests.e2e`
 GET = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"

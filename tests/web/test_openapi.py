@@ -12,11 +12,10 @@ from tests.web.callbacks import PATH, event, signed
 from tests.web.conftest import Serve, Site
 from tests.web.flora import START, with_flora
 from tracker.core.errors import FieldFault
-from tracker.web import shapes
+from tracker.web.api import responses as shapes
+from tracker.web.api.openapi import OPERATIONS, Operation, document
 from tracker.web.app import build_app
-from tracker.web.faults import invalid
-from tracker.web.openapi import document
-from tracker.web.operations import OPERATIONS, Operation
+from tracker.web.http.errors import invalid
 
 CONFIG = Path(__file__).with_name("schemathesis.toml")
 TOKEN = "a-token-for-tests"

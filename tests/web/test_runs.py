@@ -10,7 +10,7 @@ from tests.web.callbacks import PATH, event, signed
 from tests.web.conftest import Serve, Site
 from tests.web.serving import chunk, post, wire
 from tracker.core.run import RunError, RunStatus
-from tracker.web.limits import Limits
+from tracker.web.http.limits import Limits
 
 WORKSPACES = [
     {"id": "ws_a", "api_key": "sk_test_a", "webhook_secrets": "whsec_a"},

@@ -17,7 +17,7 @@ from tests.support.waiting import eventually, free_port
 from tests.web.callbacks import PATH, SECRET, event, signature, signed
 from tests.web.serving import post, wire
 from tracker.core.errors import SettingsError, TrackerError
-from tracker.web.server import listen
+from tracker.web.http.server import listen
 
 # What `tracker serve` does, without the command line.
 PROGRAM = """
@@ -26,8 +26,8 @@ from functools import partial
 from tracker.operations.logs import configure_logs
 from tracker.settings import load_settings
 from tracker.web.app import build_app
-from tracker.web.server import Place, serve
-from tracker.wiring import open_services
+from tracker.web.http.server import Place, serve
+from tracker.services import open_services
 from tracker.worker.scheduler import Worker
 
 settings = load_settings()

@@ -11,10 +11,10 @@ from tests.support.waiting import eventually, free_port
 from tests.web.conftest import Serve, Site
 from tests.web.flora import START, with_flora
 from tests.web.serving import serving
+from tracker.polling.poll_round import DurationBook
+from tracker.polling.workspaces import WorkspaceIds
 from tracker.simulator import Options, running
-from tracker.tracking.durations import DurationBook
-from tracker.tracking.identity import WorkspaceIds
-from tracker.tracking.start import Starter
+from tracker.starting.start import Starter
 from tracker.web.app import build_app
 
 

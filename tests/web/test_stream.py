@@ -18,15 +18,15 @@ from tests.support.waiting import eventually
 from tests.web.conftest import Serve, Site
 from tests.web.serving import serving, wire
 from tests.web.streaming import following
-from tracker.core.entry import Unseen
 from tracker.core.errors import StoreUnavailable
+from tracker.core.record import Unseen
 from tracker.core.run import RunStatus
+from tracker.services import open_services
 from tracker.settings import Settings
-from tracker.store import feed
-from tracker.store.tables import runs
+from tracker.store.queries import changes as feed
+from tracker.store.schema import runs
 from tracker.web.app import build_app
-from tracker.web.limits import Limits
-from tracker.wiring import open_services
+from tracker.web.http.limits import Limits
 
 
 async def is_full(site: Site) -> bool:
@@ -313,7 +313,7 @@ async def test_the_service_stops_without_waiting_for_readers(
 ) -> None:
     """Streams end as soon as the process is told to stop, each as a whole answer; one that is not
     read at all is cut off."""
-    monkeypatch.setattr("tracker.web.server.UNREAD", 1)
+    monkeypatch.setattr("tracker.web.http.server.UNREAD", 1)
     settings = Settings(tracker_database_url=sqlite_url)
     async with (
         open_services(settings) as services,

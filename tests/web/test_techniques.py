@@ -3,8 +3,8 @@
 from tests.support.waiting import free_port
 from tests.web.conftest import Serve, Site
 from tests.web.flora import with_flora
-from tracker.store import techniques
-from tracker.store.techniques import TechniqueRow
+from tracker.store.queries import techniques
+from tracker.store.queries.techniques import TechniqueRow
 
 
 async def test_techniques_are_listed_page_by_page(serve: Serve, database_url: str) -> None:

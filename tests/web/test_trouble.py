@@ -8,9 +8,9 @@ import pytest
 from tests.web.conftest import Serve, Site
 from tests.web.flora import START, with_flora
 from tests.web.test_metrics import scrape
-from tracker.core.entry import Seen
 from tracker.core.errors import FloraError
 from tracker.core.observation import Observation, Source
+from tracker.core.record import Seen
 
 NOW = datetime(2026, 11, 28, 12, tzinfo=UTC)
 

@@ -1,4 +1,4 @@
-"""`tracker.web.connection` and `tracker.web.server` build on internals of uvicorn."""
+"""`tracker.web.http.connection` and `tracker.web.http.server` build on internals of uvicorn."""
 
 import hashlib
 import inspect

@@ -6,7 +6,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tracker.store.feed import Moment
+from tracker.store.queries.changes import Moment
 from tracker.web.stream.whole import HOLD, Whole
 
 

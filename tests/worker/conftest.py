@@ -10,10 +10,10 @@ import pytest
 
 from tracker.core.record import Record
 from tracker.flora.client import FloraClient
+from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.simulator import Options, Simulator, running
-from tracker.store import read
-from tracker.wiring import Services, open_services
+from tracker.store.queries import runs as read
 
 PUBLIC_URL = "https://tracker.example"
 

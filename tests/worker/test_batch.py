@@ -16,18 +16,19 @@ from tests.support.waiting import eventually
 from tests.worker.conftest import HandClock, MakeFlora, OpenServices, reads_of
 from tests.worker.test_poll import poll_to_the_end
 from tracker.core.errors import FloraRefusal, InvalidRequest, KeyRefused, TrackerError
-from tracker.core.rowkey import Input, Turn, batch_id, row_digests
-from tracker.core.sheet import SheetRefused, read_csv
+from tracker.core.row_key import Input, Turn, batch_id, row_digests
 from tracker.flora.client import FloraClient
+from tracker.services import Services
 from tracker.simulator import Simulator
-from tracker.store import batches, starts, tables
-from tracker.store.batches import BatchEntry, BatchRow
-from tracker.store.starts import StartState
-from tracker.tracking.batch import BatchProgress, DefinitionChanged, Outcome
-from tracker.tracking.batch_launch import MaxCostReached
-from tracker.tracking.batch_rows import Plan, PlannedRow, Retry, RowState
-from tracker.tracking.start import fingerprint
-from tracker.wiring import Services
+from tracker.starting.batch import BatchProgress, DefinitionChanged, Outcome
+from tracker.starting.batch_launch import MaxCostReached
+from tracker.starting.batch_rows import Plan, PlannedRow, Retry, RowState
+from tracker.starting.sheet import SheetRefused, read_csv
+from tracker.starting.start import fingerprint
+from tracker.store import schema as tables
+from tracker.store.queries import batches, starts
+from tracker.store.queries.batches import BatchEntry, BatchRow
+from tracker.store.queries.starts import StartState
 
 
 async def plan(services: Services, *prompts: str, **options: Any) -> Plan:

@@ -8,9 +8,9 @@ import pytest
 from tests.worker.conftest import HandClock, MakeFlora, OpenServices, reads_of, the_run
 from tracker.core.record import Record
 from tracker.core.run import Tracking
+from tracker.services import Services
 from tracker.simulator import Simulator
-from tracker.tracking.start import StartRequest
-from tracker.wiring import Services
+from tracker.starting.start import StartRequest
 
 PROMPT = [{"id": "prompt", "type": "text", "value": "tools"}]
 WRONG_QUOTES = {"quotes": 1.0, "quote_factor": 0.29, "bill_factor": 3.5}

@@ -13,12 +13,13 @@ from tests.worker.test_poll import poll_to_the_end
 from tests.worker.test_start import request
 from tracker.core.budget import Period
 from tracker.core.errors import BudgetExceeded, IdempotencyConflict, StartPending
+from tracker.services import Services
 from tracker.settings.model import BudgetSettings
 from tracker.simulator import Simulator
-from tracker.store import read, spending, starts
-from tracker.store.spending import Usage
-from tracker.tracking.batch import BatchProgress
-from tracker.wiring import Services
+from tracker.starting.batch import BatchProgress
+from tracker.store.queries import runs as read
+from tracker.store.queries import spending, starts
+from tracker.store.queries.spending import Usage
 
 RED = {"team": "red"}
 

@@ -16,13 +16,13 @@ from tracker.core.errors import (
     NotFound,
     SettingsError,
 )
+from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.simulator.catalogue import Technique, load_catalogue
 from tracker.simulator.options import Workspace as SimulatedWorkspace
-from tracker.store import starts, techniques
-from tracker.store.techniques import TechniqueRow
-from tracker.tracking.start import StartRequest
-from tracker.wiring import Services
+from tracker.starting.start import StartRequest
+from tracker.store.queries import starts, techniques
+from tracker.store.queries.techniques import TechniqueRow
 from tracker.worker import Worker
 
 HOUR = 3600

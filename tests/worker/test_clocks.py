@@ -15,10 +15,11 @@ from tests.worker.conftest import HandClock, MakeFlora, OpenServices, reads_of, 
 from tests.worker.test_poll import poll_to_the_end, start
 from tests.worker.test_scheduler import swept
 from tracker.core.clock import utc_now
+from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.simulator import Options, Simulator, running
-from tracker.store import claims, sweeps
-from tracker.wiring import Services, open_services
+from tracker.store import claims
+from tracker.store.queries import sweeps
 from tracker.worker import Worker, scheduler
 
 SIX_HOURS = 6 * 3600

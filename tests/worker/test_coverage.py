@@ -16,11 +16,12 @@ from tests.worker.test_sweep import sweep
 from tracker.core.run import RunType
 from tracker.flora import caller
 from tracker.flora.paging import cursor_at, offset_of
+from tracker.polling.history import Walk
+from tracker.services import Services
 from tracker.simulator import Simulator
-from tracker.sources.history import Walk
-from tracker.store import coverage, read
-from tracker.store.coverage import Interval
-from tracker.wiring import Services
+from tracker.store.queries import runs as read
+from tracker.store.queries import sweeps as coverage
+from tracker.store.queries.sweeps import Interval
 
 
 @pytest.fixture

@@ -15,15 +15,15 @@ from tests.web.serving import serving
 from tests.worker.conftest import HandClock, MakeFlora, OpenServices, reads_of, the_run
 from tracker.core.errors import FloraError, FloraRefusal, StartError, StoreUnavailable
 from tracker.core.observation import Source
+from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.simulator import Options, Simulator, running
 from tracker.simulator.options import Workspace as FloraWorkspace
-from tracker.store import starts as start_log
+from tracker.starting.start import StartRequest
 from tracker.store.engine import Database
-from tracker.store.tables import starts
-from tracker.tracking.start import StartRequest
+from tracker.store.queries import starts as start_log
+from tracker.store.schema import starts
 from tracker.web.app import build_app
-from tracker.wiring import Services, open_services
 
 PROMPT = [{"id": "prompt", "type": "text", "value": "tools"}]
 HOUR = 3600.0
@@ -418,7 +418,7 @@ async def test_a_sleep_between_the_database_and_the_socket_sends_nothing(
     flora: Simulator, open_on: OpenServices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The lease is checked last of all, by a clock that goes on while the machine sleeps."""
-    from tracker.tracking import ledger
+    from tracker.starting import held_start as ledger
 
     services = await open_on(flora)
     slept = 0.0
@@ -554,7 +554,7 @@ async def test_an_unknown_address_counts_as_the_bare_one(database_url: str) -> N
 
 
 async def _listed(database: Database) -> Any:
-    from tracker.store import read
+    from tracker.store.queries import runs as read
 
     return (await read.list_runs(database, limit=100))[0]
 
@@ -616,7 +616,7 @@ async def test_a_dead_process_leaves_doubt(
     technique_id = await services.catalogue.technique_id(workspace, "icon-pack")
     db = services.database
     await services.starter._ids.of(workspace)
-    from tracker.tracking.start import fingerprint
+    from tracker.starting.start import fingerprint
 
     await start_log.reserve(
         db,

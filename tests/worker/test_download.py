@@ -13,18 +13,18 @@ import pytest
 from tests.delivering.far_end import answer, far_end
 from tests.support.waiting import eventually
 from tests.worker.conftest import HandClock, the_run
-from tracker.core.entry import Seen
 from tracker.core.errors import TrackerError
 from tracker.core.observation import Observation, Source
+from tracker.core.record import Seen
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.delivering.downloads import Order
 from tracker.delivering.outputs import Outcome, Report, Wanted, jobs_of
 from tracker.delivering.shelf import MANIFEST, ShelfError
+from tracker.services import Services
 from tracker.simulator import Simulator
-from tracker.store import batches, starts
-from tracker.store.batches import BatchEntry, BatchRow
-from tracker.tracking.start import StartRequest
-from tracker.wiring import Services
+from tracker.starting.start import StartRequest
+from tracker.store.queries import batches, starts
+from tracker.store.queries.batches import BatchEntry, BatchRow
 
 PROMPT = [{"id": "prompt", "type": "text", "value": "tools"}]
 

@@ -2,9 +2,9 @@
 
 from tests.worker.conftest import HandClock, OpenServices, the_run
 from tests.worker.test_poll import PROMPT
+from tracker.services import Services
 from tracker.simulator import Simulator
-from tracker.tracking.start import StartRequest
-from tracker.wiring import Services
+from tracker.starting.start import StartRequest
 
 
 async def first_wait(services: Services) -> float:

@@ -10,18 +10,18 @@ import pytest
 
 from tests.support.deliveries import Delivered, keep
 from tests.worker.conftest import HandClock, MakeFlora, OpenServices, the_run
-from tracker.core.entry import Delivery, DeliveryOutcome, Seen
-from tracker.core.next_look import Why
+from tracker.core.next_poll import Why
 from tracker.core.observation import Observation, Source
+from tracker.core.record import Delivery, DeliveryOutcome, Seen
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.flora.signature import sign
+from tracker.services import Services
 from tracker.simulator import Simulator
+from tracker.starting.start import StartRequest
 from tracker.store import claims
 from tracker.tracking.explain import Explanation
-from tracker.tracking.start import StartRequest
 from tracker.tracking.telling.words import Kind
 from tracker.views import explanation_json
-from tracker.wiring import Services
 
 PUBLIC_URL = "http://127.0.0.1:9"
 PROMPT = [{"id": "prompt", "type": "text", "value": "tools"}]

@@ -8,15 +8,15 @@ import pytest
 
 from tests.support.waiting import eventually
 from tests.worker.conftest import HandClock, MakeFlora, OpenServices, reads_of, the_run
-from tracker.core.entry import Seen
 from tracker.core.errors import StoreUnavailable
 from tracker.core.observation import Observation, Source
+from tracker.core.record import Seen
 from tracker.core.run import RunStatus, Tracking
+from tracker.polling import follow
+from tracker.polling.follow import Sight
+from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.store import claims
-from tracker.tracking import follow
-from tracker.tracking.follow import Sight
-from tracker.wiring import Services
 
 
 async def collect(source: AsyncIterator[list[Sight]], into: list[Sight]) -> None:

@@ -15,10 +15,10 @@ from tests.worker.conftest import HandClock, MakeFlora, OpenServices, reads_of, 
 from tests.worker.test_poll import poll_to_the_end, start
 from tracker.core.run import Tracking
 from tracker.flora.client import FloraClient
+from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.simulator.options import Workspace
-from tracker.store import read
-from tracker.wiring import Services
+from tracker.store.queries import runs as read
 
 ANOTHER = Workspace(workspace_id="ws_other", api_key="sk_test_other", webhook_secret="whsec_other")
 

@@ -8,11 +8,11 @@ from structlog.testing import capture_logs
 
 from tests.support.waiting import eventually
 from tracker.core.clock import utc_now
-from tracker.store import starts
+from tracker.starting import held_start as ledger
+from tracker.starting.held_start import holding
 from tracker.store.engine import Database
-from tracker.store.starts import StartRow
-from tracker.tracking import ledger
-from tracker.tracking.ledger import holding
+from tracker.store.queries import starts
+from tracker.store.queries.starts import StartRow
 
 
 async def reserved(db: Database, key: str) -> StartRow:

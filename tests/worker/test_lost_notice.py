@@ -10,7 +10,7 @@ from tests.worker.test_scheduler import swept, working
 from tracker.core.clock import utc_now
 from tracker.simulator import Options, running
 from tracker.store.engine import Database
-from tracker.store.read import get_run
+from tracker.store.queries.runs import get_run
 from tracker.store.signals import Signals
 from tracker.worker import scheduler
 

@@ -16,9 +16,9 @@ from tests.worker.test_poll import poll_to_the_end, start
 from tracker.core.record import Record
 from tracker.core.run import RunStatus, Tracking
 from tracker.flora.client import FloraClient
+from tracker.services import Services, open_services
 from tracker.settings import Settings
-from tracker.store import read
-from tracker.wiring import Services, open_services
+from tracker.store.queries import runs as read
 
 RUNNING: dict[str, Any] = {
     "run_id": "run_1",

@@ -9,8 +9,8 @@ from tests.support.scraping import Scrape, read_scrape
 from tests.support.waiting import eventually
 from tests.worker.conftest import HandClock, MakeFlora, OpenServices
 from tests.worker.test_scheduler import simulator, swept, working
+from tracker.services import Services
 from tracker.simulator import Options, Simulator, running
-from tracker.wiring import Services
 
 __all__ = ["simulator"]
 

@@ -16,11 +16,12 @@ from tests.worker.conftest import (
 )
 from tracker.core.observation import Source
 from tracker.core.run import Tracking
+from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.simulator.delivery import write_letter
-from tracker.store import claims, read
-from tracker.tracking.start import StartRequest
-from tracker.wiring import Services
+from tracker.starting.start import StartRequest
+from tracker.store import claims
+from tracker.store.queries import runs as read
 
 PROMPT = [{"id": "prompt", "type": "text", "value": "tools"}]
 

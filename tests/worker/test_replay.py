@@ -8,12 +8,12 @@ import pytest
 from tests.support import deliveries
 from tests.support.deliveries import Delivered
 from tracker.core.clock import utc_now
-from tracker.core.entry import Delivery, DeliveryOutcome
+from tracker.core.record import Delivery, DeliveryOutcome
 from tracker.flora.signature import sign
 from tracker.receiving.replay import UnknownDelivery
+from tracker.services import Services, open_services
 from tracker.settings import Settings, WorkspaceSettings
-from tracker.store import read
-from tracker.wiring import Services, open_services
+from tracker.store.queries import runs as read
 
 SECRET = "whsec_replay"
 

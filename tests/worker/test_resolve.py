@@ -6,8 +6,8 @@ from tests.worker.conftest import HandClock, MakeFlora, OpenServices, the_run
 from tests.worker.test_doubt import GATEWAY, PROMPT, attempt, change, state_of
 from tracker.core.errors import InvalidRequest
 from tracker.core.observation import Source
-from tracker.tracking.resolve import UnknownStart
-from tracker.wiring import Services
+from tracker.services import Services
+from tracker.starting.resolve import UnknownStart
 
 
 async def leave_to_a_person(services: Services, clock: HandClock) -> None:

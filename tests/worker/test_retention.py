@@ -12,17 +12,17 @@ from tests.worker.test_batch import batch, begun, statuses
 from tests.worker.test_poll import poll_to_the_end, start
 from tests.worker.test_replay import body, keep
 from tests.worker.test_sweep import sweep
-from tracker.core.entry import DeliveryOutcome
 from tracker.core.errors import StartUnresolved
+from tracker.core.record import DeliveryOutcome
 from tracker.core.run import Tracking
 from tracker.flora.signature import sign
 from tracker.operations.retention import Ages
 from tracker.receiving.replay import APPLIED_BEFORE
+from tracker.services import Services
 from tracker.simulator import Simulator
-from tracker.store import read
-from tracker.tracking.batch_rows import Retry
-from tracker.tracking.start import StartRequest
-from tracker.wiring import Services
+from tracker.starting.batch_rows import Retry
+from tracker.starting.start import StartRequest
+from tracker.store.queries import runs as read
 
 AGES = Ages(runs=timedelta(days=90), bodies=timedelta(days=30))
 AGES_OF_BODIES = Ages(runs=timedelta(days=900), bodies=timedelta(days=30))

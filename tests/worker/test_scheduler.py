@@ -17,12 +17,12 @@ from structlog.testing import capture_logs
 from tests.support.waiting import eventually
 from tests.worker.conftest import assert_true_to, reads_of, the_run
 from tracker.core.clock import utc_now
+from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.simulator import Options, Simulator, running
 from tracker.simulator.api import Api
-from tracker.store import sweeps
-from tracker.tracking.start import StartRequest
-from tracker.wiring import Services, open_services
+from tracker.starting.start import StartRequest
+from tracker.store.queries import sweeps
 from tracker.worker import Worker, scheduler
 
 PROMPT = [{"id": "prompt", "type": "text", "value": "tools"}]

@@ -17,11 +17,11 @@ from tracker.core.errors import (
 )
 from tracker.core.observation import Source
 from tracker.flora.client import start_body
+from tracker.services import Services
 from tracker.simulator import Simulator
-from tracker.store import starts
-from tracker.tracking.originals import HistoryRead
-from tracker.tracking.start import StartRequest, fingerprint
-from tracker.wiring import Services
+from tracker.starting.matching import HistoryRead
+from tracker.starting.start import StartRequest, fingerprint
+from tracker.store.queries import starts
 
 PROMPT = [{"id": "prompt", "type": "text", "value": "tools"}]
 

@@ -20,14 +20,15 @@ from tests.worker.conftest import (
 )
 from tracker.core.observation import Source
 from tracker.core.run import Tracking
+from tracker.polling import sweep as sweep_module
+from tracker.polling.history import Walk
+from tracker.polling.sweep import LEASE, SweepReport
+from tracker.services import Services
 from tracker.settings import WorkspaceSettings
 from tracker.simulator import Simulator, Workspace
-from tracker.sources.history import Walk
-from tracker.store import claims, read
-from tracker.store.tables import leases, sweeps
-from tracker.tracking import sweep as sweep_module
-from tracker.tracking.sweep import LEASE, SweepReport
-from tracker.wiring import Services
+from tracker.store import claims
+from tracker.store.queries import runs as read
+from tracker.store.schema import leases, sweeps
 
 A_LOOK = 1
 """The page on which a first sweep looks whether there are generation runs."""

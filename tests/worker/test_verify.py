@@ -9,10 +9,10 @@ import sqlalchemy as sa
 from tests.worker.conftest import HandClock, MakeFlora, OpenServices
 from tests.worker.test_coverage import SPAN
 from tests.worker.test_sweep import sweep
+from tracker.polling.verify import Verdict
+from tracker.services import Services
 from tracker.simulator import Simulator
-from tracker.store.tables import run_outputs, runs, sweeps
-from tracker.tracking.verify import Verdict
-from tracker.wiring import Services
+from tracker.store.schema import run_outputs, runs, sweeps
 
 DAYS = timedelta(days=30)
 

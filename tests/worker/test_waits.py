@@ -5,9 +5,9 @@ import pytest
 from tests.worker.conftest import HandClock, OpenServices
 from tracker.core.errors import RateLimited
 from tracker.flora.client import FloraClient
+from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.simulator import Options, Simulator, running
-from tracker.wiring import Services, open_services
 
 
 def client_of(services: Services) -> FloraClient:

@@ -10,8 +10,8 @@ from tracker.cli.errand import note, run_once
 from tracker.cli.output import JsonFlag, print_json, print_table
 
 if TYPE_CHECKING:
-    from tracker.store.audit import AuditRow
-    from tracker.wiring import Services
+    from tracker.services import Services
+    from tracker.store.queries.audit import AuditRow
 
 app = typer.Typer(
     name="audit",
@@ -37,7 +37,7 @@ def list_(
     age: timedelta | None = None if since is None else parse_age(since, "--since")
 
     async def work(services: "Services") -> "tuple[list[AuditRow], str | None]":
-        from tracker.store import audit
+        from tracker.store.queries import audit
 
         if action is not None and action not in list(audit.Action):
             raise typer.BadParameter(f"{action!r} is no action", param_hint="--action")

@@ -24,14 +24,13 @@ from tracker.cli.batch_report import (
 )
 from tracker.cli.errand import note, patience, run_once
 from tracker.cli.output import JsonFlag, plain, print_json
-from tracker.core.columns import Mapping
-from tracker.core.sheet import Sheet, SheetRefused, read_csv, read_jsonl
 from tracker.core.tags import check_key
+from tracker.starting.sheet import Mapping, Sheet, SheetRefused, read_csv, read_jsonl
 
 if TYPE_CHECKING:
-    from tracker.tracking.batch import Outcome
-    from tracker.tracking.batch_rows import Plan
-    from tracker.wiring import Services
+    from tracker.services import Services
+    from tracker.starting.batch import Outcome
+    from tracker.starting.batch_rows import Plan
 
 
 class Format(StrEnum):
@@ -143,7 +142,7 @@ def batch(
     name = "stdin" if file == "-" else Path(file).name
 
     async def work(services: "Services") -> "tuple[Plan, bool, Outcome | None]":
-        from tracker.tracking.batch_rows import Retry
+        from tracker.starting.batch_rows import Retry
 
         retry = Retry.FAILED if retry_failed else Retry.ALL if retry_all else None
         async with patience(services):

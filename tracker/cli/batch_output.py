@@ -19,8 +19,8 @@ from tracker.core.plain import plain_lines
 from tracker.delivering import files
 
 if TYPE_CHECKING:
-    from tracker.store.batches import BatchRow, Tally
-    from tracker.tracking.batch_rows import RowState
+    from tracker.starting.batch_rows import RowState
+    from tracker.store.queries.batches import BatchRow, Tally
 
 _COLUMNS: Final = (
     *("row", "line", "key", "run_id", "status", "cost", "cost_final", "quoted_cost"),

@@ -11,7 +11,7 @@ from tracker.cli.errand import note
 from tracker.cli.output import plain
 
 if TYPE_CHECKING:
-    from tracker.tracking.batch import BatchProgress
+    from tracker.starting.batch import BatchProgress
 
 LINE_EVERY: Final = 5.0
 """Seconds between two lines at least."""

@@ -10,12 +10,12 @@ from tracker.cli.batch_output import batch_json, cost_words, dollars, row_json
 from tracker.cli.errand import note
 from tracker.cli.output import plain, print_json, print_table
 from tracker.core.errors import TrackerError
-from tracker.core.sheet import Problem
+from tracker.starting.sheet import Problem
 
 if TYPE_CHECKING:
-    from tracker.store.batches import BatchRow, Tally
-    from tracker.tracking.batch import Outcome
-    from tracker.tracking.batch_rows import Plan, RowState
+    from tracker.starting.batch import Outcome
+    from tracker.starting.batch_rows import Plan, RowState
+    from tracker.store.queries.batches import BatchRow, Tally
 
 _TOLD: Final = 20
 """So many rows that came to nothing are named; the results tell of all."""
@@ -128,7 +128,7 @@ def exit_status(outcome: "Outcome", *, waited: bool) -> int:
         note(f"tracker: and {_rows(len(told) - _TOLD)} more; the results tell of all")
     tally = outcome.tally
     if outcome.stopped is not None:
-        from tracker.tracking.batch import spans
+        from tracker.starting.batch import spans
 
         left = [row.entry.line for row in outcome.rows if not row.started]
         if left:

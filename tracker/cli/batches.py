@@ -18,9 +18,9 @@ from tracker.cli.output import JsonFlag, plain, print_json, print_table
 from tracker.core.errors import TrackerError
 
 if TYPE_CHECKING:
-    from tracker.store.batches import BatchRow, Tally
-    from tracker.tracking.batch_rows import RowState
-    from tracker.wiring import Services
+    from tracker.services import Services
+    from tracker.starting.batch_rows import RowState
+    from tracker.store.queries.batches import BatchRow, Tally
 
 app = typer.Typer(name="batches", help="The batches that were started.", no_args_is_help=True)
 
@@ -34,7 +34,7 @@ def list_(
     """List batches, newest first."""
 
     async def work(services: "Services") -> "tuple[list[tuple[BatchRow, Tally]], str | None]":
-        from tracker.store import batches
+        from tracker.store.queries import batches
 
         found, more = await batches.list_batches(services.database, cursor=cursor, limit=limit)
         tallies = await batches.tallies(services.database, [one.batch_id for one in found])
@@ -65,7 +65,7 @@ def show(
     check_output(results, output)
 
     async def work(services: "Services") -> "tuple[BatchRow, Tally, list[RowState]] | None":
-        from tracker.store import batches
+        from tracker.store.queries import batches
 
         found = await batches.get(services.database, batch_id)
         if found is None:

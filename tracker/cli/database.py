@@ -13,7 +13,7 @@ from tracker.cli.errand import note, prepare, run_once
 from tracker.cli.output import JsonFlag, print_fields, print_json, print_table
 
 if TYPE_CHECKING:
-    from tracker.wiring import Services
+    from tracker.services import Services
 
 app = typer.Typer(name="db", help="The database.", no_args_is_help=True)
 
@@ -93,7 +93,7 @@ def copy_(
 @app.command()
 def recount(as_json: JsonFlag = False) -> None:
     """Count all runs anew for the dashboards, whatever their tallies say."""
-    from tracker.store import tallies
+    from tracker.store.writing import rollups as tallies
 
     counted = run_once(lambda services: tallies.recount(services.database))
     if as_json:

@@ -6,13 +6,13 @@ import typer
 
 from tracker.cli.errand import note, run_once
 from tracker.cli.output import JsonFlag, print_fields, print_json, print_table
-from tracker.core.entry import DeliveryOutcome
 from tracker.core.errors import TrackerError
+from tracker.core.record import DeliveryOutcome
 
 if TYPE_CHECKING:
     from tracker.receiving.replay import Replay
-    from tracker.store.read import DeliveryRow
-    from tracker.wiring import Services
+    from tracker.services import Services
+    from tracker.store.queries.runs import DeliveryRow
 
 app = typer.Typer(name="deliveries", help="List, show and replay callbacks.", no_args_is_help=True)
 
@@ -34,7 +34,7 @@ def list_(
     """List callbacks, newest first."""
 
     async def work(services: "Services") -> "tuple[list[DeliveryRow], str | None]":
-        from tracker.store import read
+        from tracker.store.queries import runs as read
 
         return await read.list_deliveries(
             services.database, outcome=outcome, run_id=run, cursor=cursor, limit=limit
@@ -66,7 +66,7 @@ def show(delivery_id: DeliveryId, as_json: JsonFlag = False) -> None:
     """Show a callback with its raw body."""
 
     async def work(services: "Services") -> "DeliveryRow | None":
-        from tracker.store import read
+        from tracker.store.queries import runs as read
 
         return await read.get_delivery(services.database, delivery_id)
 
@@ -124,7 +124,7 @@ def replay(
 
 
 async def _quarantined(services: "Services") -> list[str]:
-    from tracker.store import read
+    from tracker.store.queries import runs as read
 
     found: list[str] = []
     cursor = None

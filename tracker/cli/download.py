@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from tracker.delivering.outputs import Absent, Report, Wanted
-    from tracker.tracking.follow import Tell
-    from tracker.wiring import Services
+    from tracker.polling.follow import Tell
+    from tracker.services import Services
 
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?) ?(?:([kmgt])(?:i?b)?|b|bytes)?", re.IGNORECASE)
 _NAMED: Final = 20
@@ -131,7 +131,7 @@ def download(
 
 async def _technique_id(services: "Services", technique: str) -> str:
     """The id of a technique that is given by its id or its slug; FLORA is not asked."""
-    from tracker.store import techniques
+    from tracker.store.queries import techniques
 
     if technique.startswith("tech_"):
         return technique

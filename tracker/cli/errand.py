@@ -16,8 +16,8 @@ from tracker.core.errors import FloraUnreachable
 from tracker.core.plain import plain
 
 if TYPE_CHECKING:
+    from tracker.services import Services
     from tracker.settings import Rotation, Settings
-    from tracker.wiring import Services
 
 T = TypeVar("T")
 
@@ -66,8 +66,8 @@ def run_once(
         settings.require_api_key()
 
     async def errand() -> T:
-        from tracker.store.audit import Principal, acting
-        from tracker.wiring import open_services
+        from tracker.services import open_services
+        from tracker.store.queries.audit import Principal, acting
 
         with acting(Principal(name=f"{actor}:{_user()}")):
             async with open_services(settings) as services:

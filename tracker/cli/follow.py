@@ -1,6 +1,6 @@
 """`--wait` and `runs watch`: shows runs until nothing is left to learn of them, and how they ended.
 
-What is shown comes from the database; `tracker.tracking.follow` says who brings it there.
+What is shown comes from the database; `tracker.polling.follow` says who brings it there.
 """
 
 import asyncio
@@ -17,8 +17,8 @@ from tracker.core.record import Record
 from tracker.core.run import RunStatus, Tracking
 
 if TYPE_CHECKING:
-    from tracker.tracking.follow import Sight
-    from tracker.wiring import Services
+    from tracker.polling.follow import Sight
+    from tracker.services import Services
 
 
 async def follow(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from tracker.wiring import Services
+    from tracker.services import Services
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,10 @@ from tracker.cli.errand import note, patience, run_once
 from tracker.cli.output import JsonFlag, print_json, print_table
 
 if TYPE_CHECKING:
-    from tracker.tracking.rounds import PollReport
-    from tracker.tracking.sweep import SweepReport
-    from tracker.tracking.verify import Verdict
-    from tracker.wiring import Services
+    from tracker.polling.poll_round import PollReport
+    from tracker.polling.sweep import SweepReport
+    from tracker.polling.verify import Verdict
+    from tracker.services import Services
 
 
 def add_to(app: typer.Typer) -> None:

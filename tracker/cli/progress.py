@@ -18,7 +18,7 @@ from tracker.core.run import Tracking
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from tracker.tracking.follow import Sight
+    from tracker.polling.follow import Sight
 
 _STYLES: Final = {"completed": "green", "failed": "red", "running": "yellow", "pending": "dim"}
 

@@ -18,9 +18,9 @@ from tracker.core.run import RunStatus, Tracking
 
 if TYPE_CHECKING:
     from tracker.core.record import Record
-    from tracker.tracking.start import Started, StartRequest
-    from tracker.tracking.track import Tracked
-    from tracker.wiring import Services
+    from tracker.services import Services
+    from tracker.starting.start import Started, StartRequest
+    from tracker.starting.track import Tracked
 
 app = typer.Typer(name="runs", help="Start, track, list and show runs.", no_args_is_help=True)
 
@@ -58,7 +58,7 @@ def start(
     tags = parsed_tags(tag)
 
     async def work(services: "Services") -> "Record":
-        from tracker.tracking.start import StartRequest
+        from tracker.starting.start import StartRequest
 
         async with patience(services):
             request = StartRequest(
@@ -141,7 +141,7 @@ def list_(
     wanted = parsed_tags(None if tag is None else [tag])
 
     async def work(services: "Services") -> "tuple[list[Record], str | None]":
-        from tracker.store import read
+        from tracker.store.queries import runs as read
 
         return await read.list_runs(
             services.database,
@@ -179,7 +179,7 @@ def show(run_id: RunId, as_json: JsonFlag = False) -> None:
     """Show all that is known of a run."""
 
     async def work(services: "Services") -> "Record | None":
-        from tracker.store import read
+        from tracker.store.queries import runs as read
 
         return await read.get_run(services.database, run_id)
 

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from contextlib import AbstractAsyncContextManager
 
+    from tracker.services import Services
     from tracker.settings import Rotation
-    from tracker.wiring import Services
 
 
 def add_to(app: typer.Typer) -> None:
@@ -61,7 +61,8 @@ def serve(
     from tracker.cli.heap import share_the_heap
 
     share_the_heap()
-    from tracker.web import app, server
+    from tracker.web import app
+    from tracker.web.http import server
     from tracker.worker.scheduler import Worker
 
     if callbacks_only:
@@ -100,9 +101,9 @@ def worker(
     from tracker.cli.heap import share_the_heap
 
     share_the_heap()
-    from tracker.web import server
     from tracker.web.app import build_health_app
-    from tracker.worker import process
+    from tracker.web.http import server
+    from tracker.worker import scheduler as process
     from tracker.worker.scheduler import Worker
 
     if port is None:
@@ -119,7 +120,7 @@ def _ignore_hangups() -> None:
 
 def _opened(rotation: "Rotation") -> "Callable[[], AbstractAsyncContextManager[Services]]":
     """Opens the services, and keeps their secrets up to date until they are closed."""
-    from tracker.wiring import open_services
+    from tracker.services import open_services
 
     @asynccontextmanager
     async def opened() -> "AsyncIterator[Services]":

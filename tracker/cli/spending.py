@@ -11,7 +11,7 @@ from tracker.cli.errand import run_once
 from tracker.cli.output import JsonFlag, print_json, print_table
 
 if TYPE_CHECKING:
-    from tracker.wiring import Services
+    from tracker.services import Services
 
 
 def add_to(app: typer.Typer) -> None:
@@ -36,7 +36,7 @@ def spending(
 
     In whole UTC days: a run counts on the day on which it was started.
     """
-    from tracker.store.spending import check_by
+    from tracker.store.queries.spending import check_by
 
     if as_csv and as_json:
         raise typer.BadParameter("cannot be combined", param_hint="--csv, --json")
@@ -47,7 +47,7 @@ def spending(
     back = parse_age(since, "--since")
 
     async def work(services: "Services") -> dict[str, Any]:
-        from tracker.store.spending import spending
+        from tracker.store.queries.spending import spending
         from tracker.views import spending_json
 
         begin = services.clock() - back

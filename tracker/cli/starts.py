@@ -9,8 +9,8 @@ from tracker.cli.output import JsonFlag, print_fields, print_json, print_table
 
 if TYPE_CHECKING:
     from tracker.core.record import Record
-    from tracker.store.starts import StartRow
-    from tracker.wiring import Services
+    from tracker.services import Services
+    from tracker.store.queries.starts import StartRow
 
 app = typer.Typer(
     name="starts", help="Starts whose outcome is not known yet.", no_args_is_help=True
@@ -37,13 +37,13 @@ def list_(
     as_json: JsonFlag = False,
 ) -> None:
     """List starts, newest first."""
-    from tracker.store.starts import LISTED
+    from tracker.store.queries.starts import LISTED
 
     if wrong := [one for one in state or () if one not in LISTED]:
         raise typer.BadParameter(f"{wrong[0]!r} is no state", param_hint="--state")
 
     async def work(services: "Services") -> "tuple[list[StartRow], str | None]":
-        from tracker.store import starts
+        from tracker.store.queries import starts
 
         return await starts.list_starts(
             services.database, states=state, workspace_id=workspace, cursor=cursor, limit=limit

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from decimal import Decimal
 
     from tracker.core.inputs import Port
-    from tracker.store.techniques import TechniqueRow
-    from tracker.tracking.sync import ListReport, SyncReport
-    from tracker.wiring import Services
+    from tracker.services import Services
+    from tracker.starting.catalogue import ListReport, SyncReport
+    from tracker.store.queries.techniques import TechniqueRow
 
 app = typer.Typer(name="techniques", help="FLORA's catalogue.", no_args_is_help=True)
 
@@ -62,7 +62,7 @@ def list_(
     """List the techniques that are known, by name."""
 
     async def work(services: "Services") -> "tuple[list[TechniqueRow], str | None]":
-        from tracker.store import techniques
+        from tracker.store.queries import techniques
 
         return await techniques.page(
             services.database, query=" ".join(words or ()), gone=gone, cursor=cursor, limit=limit

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tracker.core.record import Record
+    from tracker.services import Services
     from tracker.tracking.explain import Explanation
-    from tracker.wiring import Services
 
 
 def add_to(app: typer.Typer) -> None:
@@ -73,7 +73,7 @@ def explain(run_id: RunId, as_json: JsonFlag = False) -> None:
 
 async def require_known(services: "Services", run_ids: "Sequence[str]") -> None:
     """Raise `TrackerError`, naming them, where runs are not known here."""
-    from tracker.store import read
+    from tracker.store.queries import runs as read
 
     found = await read.get_runs(services.database, run_ids)
     if missing := [run_id for run_id in run_ids if run_id not in found]:

@@ -17,7 +17,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from tracker.core.errors import FieldFault, InvalidRequest
-from tracker.core.loopback import is_loopback
+from tracker.core.net import is_loopback
 
 STARTABLE: Final = ("text", "imageUrl", "videoUrl")
 """The types that FLORA's starts take."""

@@ -19,11 +19,13 @@ from tracker.core.run import Tracking
 from tracker.delivering.fetch import MAX_BYTES, Fetcher
 from tracker.delivering.outputs import OnBytes, OnResult, Report, Wanted, Work
 from tracker.delivering.shelf import Shelf
-from tracker.store import batches, news, read
+from tracker.polling.follow import LOOK_ANYWAY, LOOK_EVERY, Follower, Tell, patiently
+from tracker.starting.batch_rows import RowState, kept_rows
 from tracker.store.engine import Database
+from tracker.store.queries import batches
+from tracker.store.queries import changes as news
+from tracker.store.queries import runs as read
 from tracker.store.signals import Signals
-from tracker.tracking.batch_rows import RowState, kept_rows
-from tracker.tracking.follow import LOOK_ANYWAY, LOOK_EVERY, Follower, Tell, patiently
 from tracker.tracking.telling.words import counted
 
 CONCURRENCY: Final = 4

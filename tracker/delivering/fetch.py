@@ -18,7 +18,7 @@ from typing import Final, Self
 import httpx
 
 from tracker import __version__
-from tracker.core.packing import is_bounded
+from tracker.core.net import is_bounded
 from tracker.delivering.endings import ending
 from tracker.delivering.errors import LinkRefused, MediaError, MediaUnavailable
 from tracker.delivering.guard import GuardedTransport, Resolver, resolve

@@ -12,11 +12,11 @@ from typing import Final
 import httpx
 from pydantic import SecretStr
 
+from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.simulator import Options, Simulator, running
 from tracker.web.app import build_app
-from tracker.web.server import Server, listen
-from tracker.wiring import Services, open_services
+from tracker.web.http.server import Server, listen
 from tracker.worker.scheduler import Worker
 
 FLORA: Final = Options(

@@ -6,8 +6,8 @@ from urllib.parse import quote
 import httpx
 
 from tracker.core.errors import FloraError, FloraUnreadable, NotFound, SettingsError
-from tracker.core.loopback import is_loopback
-from tracker.flora.values import LONGEST_ID
+from tracker.core.net import is_loopback
+from tracker.flora.parse import LONGEST_ID
 
 _NO_SEGMENTS: Final = ("", ".", "..")
 

@@ -11,17 +11,20 @@ Redirects are never followed: the key goes to one origin only.
 """
 
 import asyncio
+import random
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import Any, Final, TypeVar
 
 import httpx
 import structlog
 
-from tracker.core.clock import Clock
+from tracker.core.clock import Clock, utc_now
 from tracker.core.errors import (
     FloraError,
     FloraRefusal,
@@ -30,13 +33,128 @@ from tracker.core.errors import (
     KeyRefused,
     RateLimited,
 )
-from tracker.core.packing import is_bounded
+from tracker.core.net import is_bounded
 from tracker.flora import parse
-from tracker.flora.breaker import Breaker
-from tracker.flora.budget import Budget, SharedWaits
 from tracker.flora.contact import Contact
-from tracker.flora.values import decode
-from tracker.flora.waits import UNTOLD_WAIT, asked_wait, backoff, http_date
+from tracker.flora.parse import decode
+from tracker.flora.request_limit import Budget, SharedWaits
+
+# How long to wait before a request is repeated: what FLORA asks for, else growing waits.
+
+
+LONGEST_WAIT: Final = 60.0
+"""No wait that FLORA asks for is kept longer than this, in seconds."""
+UNTOLD_WAIT: Final = 5.0
+"""FLORA's advice for a 429 that names no wait."""
+_FIRST_BACKOFF: Final = 0.5
+_LONGEST_BACKOFF: Final = 30.0
+_NUMBER: Final = re.compile(r"[0-9]{1,12}(\.[0-9]{1,12})?")
+
+
+def backoff(attempt: int) -> float:
+    """Seconds before the attempt after the `attempt`-th (from 1): doubling to 30, jitter off it."""
+    wait = min(_FIRST_BACKOFF * 2.0 ** min(attempt - 1, 10), _LONGEST_BACKOFF)
+    return wait * random.uniform(0.5, 1.0)
+
+
+def asked_wait(headers: Mapping[str, str], *, now: datetime) -> float | None:
+    """The seconds that an answer asks to wait, at most `LONGEST_WAIT`; `None` where it does not.
+
+    `retry-after-ms` goes before `retry-after`, which is in seconds or a date. A date is measured
+    from the answer's own `date`, so that it does not matter how our clock (`now`, UTC) is set.
+    """
+    milliseconds = headers.get("retry-after-ms", "")
+    if _NUMBER.fullmatch(milliseconds):
+        return min(float(milliseconds) / 1000, LONGEST_WAIT)
+    asked = headers.get("retry-after", "")
+    if _NUMBER.fullmatch(asked):
+        return min(float(asked), LONGEST_WAIT)
+    when = http_date(asked)
+    if when is None:
+        return None
+    seconds = (when - (http_date(headers.get("date", "")) or now)).total_seconds()
+    return min(max(seconds, 0.0), LONGEST_WAIT)
+
+
+def http_date(text: str) -> datetime | None:
+    """The moment that an HTTP date names, aware, in UTC; `None` for what is not one."""
+    try:
+        parsed = parsedate_to_datetime(text)
+        return parsed.replace(tzinfo=parsed.tzinfo or UTC).astimezone(UTC)
+    except (ValueError, OverflowError, TypeError, IndexError):
+        return None
+
+
+# A refused key is not tried again and again: calls fail at once, but for a trial now and then.
+#
+# FLORA answers a wrong or revoked key with 401, and every further call fails, too. The breaker
+# then opens, for everybody to see, until FLORA takes the key in a trial.
+
+
+TRIAL_EVERY: Final = 30.0
+"""Seconds between two calls that are let through while the breaker is open."""
+
+
+class Breaker:
+    """Closed until FLORA refuses the key; `since` and `reason` tell when it opened, and why."""
+
+    def __init__(
+        self, *, clock: Clock = utc_now, monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock = clock
+        self._monotonic = monotonic
+        self._refusal: KeyRefused | None = None
+        self._next_trial = 0.0
+        self.since: datetime | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether FLORA refuses the key."""
+        return self._refusal is not None
+
+    @property
+    def reason(self) -> str | None:
+        """FLORA's refusal in words, or `None`."""
+        return None if self._refusal is None else str(self._refusal)
+
+    @property
+    def blocked(self) -> bool:
+        """Whether a call would be refused here, unsent: the key is refused and no trial is due."""
+        return self._refusal is not None and self._next_trial > self._monotonic()
+
+    def check(self) -> None:
+        """Raise `KeyRefused` where a call would not be let through."""
+        wait = self._next_trial - self._monotonic()
+        if self._refusal is not None and wait > 0:
+            raise _copy(self._refusal, retry_after=wait)
+
+    def admit(self) -> None:
+        """As `check`, right before a call: while the breaker is open, this call is the trial."""
+        self.check()
+        if self._refusal is not None:
+            self._next_trial = self._monotonic() + TRIAL_EVERY
+
+    def refused(self, refusal: KeyRefused) -> None:
+        """FLORA refused the key."""
+        self.since = self.since or self._clock()
+        self._refusal = _copy(refusal)  # what is raised keeps the frames of its callers alive
+        self._next_trial = self._monotonic() + TRIAL_EVERY
+
+    def accepted(self) -> None:
+        """FLORA took the key."""
+        self._refusal = None
+        self.since = None
+
+
+def _copy(refusal: KeyRefused, *, retry_after: float | None = None) -> KeyRefused:
+    return KeyRefused(
+        status=refusal.status,
+        code=refusal.code,
+        message=refusal.message,
+        request_id=refusal.request_id,
+        retry_after=retry_after,
+    )
+
 
 T = TypeVar("T")
 

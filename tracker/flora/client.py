@@ -32,13 +32,11 @@ from tracker.core.inputs import is_left_out
 from tracker.core.observation import Observation, Source
 from tracker.flora import parse
 from tracker.flora.addresses import Addresses
-from tracker.flora.breaker import Breaker
-from tracker.flora.budget import Budget, SharedWaits
-from tracker.flora.caller import Call, Caller, OnRequest
+from tracker.flora.caller import Breaker, Call, Caller, OnRequest
 from tracker.flora.contact import Contact
-from tracker.flora.parse import Page
+from tracker.flora.parse import Page, as_text
+from tracker.flora.request_limit import Budget, SharedWaits
 from tracker.flora.technique import Technique, technique
-from tracker.flora.values import as_text
 
 DEADLINE: Final = 60.0
 START_SECONDS: Final = 90.0

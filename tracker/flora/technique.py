@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from tracker.core.errors import FloraUnreadable
 from tracker.core.inputs import Port
-from tracker.flora.values import (
+from tracker.flora.parse import (
     as_dollars,
     as_id,
     as_number,

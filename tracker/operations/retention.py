@@ -19,11 +19,13 @@ from sqlalchemy import Connection
 
 from tracker.core.clock import Clock
 from tracker.core.errors import FieldFault, InvalidRequest
-from tracker.store import audit, prune, tallies
-from tracker.store.audit import Action
 from tracker.store.engine import Database
-from tracker.store.faults import StoreBusy
-from tracker.store.prune import Counts, Key, Page
+from tracker.store.errors import StoreBusy
+from tracker.store.queries import audit
+from tracker.store.queries.audit import Action
+from tracker.store.writing import prune
+from tracker.store.writing import rollups as tallies
+from tracker.store.writing.prune import Counts, Key, Page
 
 SHORTEST: Final = timedelta(days=1)
 """Nothing younger is removed: FLORA may still repeat a callback, list a run late, or be asked for

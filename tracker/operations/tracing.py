@@ -94,7 +94,7 @@ async def tracing(
 
 def _without_tokens(traces: Callable[..., ASGIApp], app: ASGIApp, **options: Any) -> ASGIApp:
     """The tracing layer, to which a start's callback address is shown without its token."""
-    from tracker.web.callback_path import shown  # noqa: PLC0415
+    from tracker.web.http.callback_path import shown  # noqa: PLC0415
 
     async def outer(scope: Scope, receive: Receive, send: Send) -> None:
         if "path" in scope:

@@ -19,18 +19,18 @@ import structlog
 from sqlalchemy import Connection
 
 from tracker.core.clock import Clock
-from tracker.core.entry import TRIAL, Delivery
 from tracker.core.errors import StoreError
-from tracker.core.seldom import Seldom
-from tracker.sources import callback
-from tracker.store import delivery_rows
-from tracker.store.batch import Outcome, Rules, statements_for
+from tracker.core.rate_limited_log import Seldom
+from tracker.core.record import TRIAL, Delivery
+from tracker.polling.workspaces import Workspaces
+from tracker.receiving import callback
 from tracker.store.engine import Database
-from tracker.store.faults import StoreBusy, StoreRefused
-from tracker.store.group_commit import OnWrite, call_hook
-from tracker.store.inbox import NOTHING, Applied, Group, Read, apply_waiting
+from tracker.store.errors import StoreBusy, StoreRefused
 from tracker.store.notices import inbox_notice
-from tracker.tracking.workspaces import Workspaces
+from tracker.store.writing import delivery_rows
+from tracker.store.writing.group_commit import OnWrite, call_hook
+from tracker.store.writing.inbox import NOTHING, Applied, Group, Read, apply_waiting
+from tracker.store.writing.writer import Outcome, Rules, statements_for
 
 MAX_GROUP: Final = 500
 """The most deliveries in one transaction."""

@@ -6,13 +6,13 @@ from datetime import datetime
 from structlog.contextvars import bind_contextvars
 
 from tracker.core.clock import Clock
-from tracker.core.entry import TRIAL, DeliveryOutcome
 from tracker.core.errors import SettingsError
 from tracker.core.quick import quick_dataclass
+from tracker.core.record import TRIAL, DeliveryOutcome
 from tracker.flora.signature import SignatureError
-from tracker.sources import callback
-from tracker.store.inbox import Inbox
-from tracker.tracking.workspaces import Workspace, Workspaces
+from tracker.polling.workspaces import Workspace, Workspaces
+from tracker.receiving import callback
+from tracker.store.writing.inbox import Inbox
 
 
 class NoSecrets(SettingsError):

@@ -16,17 +16,19 @@ import structlog
 from sqlalchemy import Connection
 
 from tracker.core.clock import Clock
-from tracker.core.entry import Delivery, DeliveryOutcome
 from tracker.core.errors import StoreUnavailable, TrackerError
+from tracker.core.record import Delivery, DeliveryOutcome
+from tracker.polling.workspaces import Workspaces
+from tracker.receiving import callback
 from tracker.receiving.apply import Applier, Reader
-from tracker.sources import callback
-from tracker.store import audit, delivery_rows, read, retention
-from tracker.store.audit import Action
 from tracker.store.engine import Database
-from tracker.store.prune import AROUND
-from tracker.store.read import DeliveryRow
-from tracker.store.retention import Sighting
-from tracker.tracking.workspaces import Workspaces
+from tracker.store.queries import audit
+from tracker.store.queries import runs as read
+from tracker.store.queries.audit import Action
+from tracker.store.queries.runs import DeliveryRow
+from tracker.store.writing import delivery_rows, retention
+from tracker.store.writing.prune import AROUND
+from tracker.store.writing.retention import Sighting
 
 APPLIED_BEFORE: Final = "it had been applied before"
 LOOKS: Final = 100

@@ -18,7 +18,7 @@ from pydantic import (
 
 from tracker.core.budget import Budget, Budgets, Period
 from tracker.core.errors import SettingsError
-from tracker.core.loopback import is_loopback_url
+from tracker.core.net import is_loopback_url
 from tracker.core.schedule import Policy
 from tracker.core.tags import parse_tag
 from tracker.core.tokens import SHORTEST, Scope, Token, Tokens

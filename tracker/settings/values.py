@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Final
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tracker.core.loopback import is_loopback
+from tracker.core.net import is_loopback
 
 _UNITS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _LONGEST: Final = timedelta(days=36500)

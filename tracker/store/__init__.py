@@ -1,1 +1,1 @@
-"""The store: the database's tables, the one door that writes runs, the claims, and the readers."""
+"""The store: schema, engines, the writer of runs, queries and leases."""

@@ -4,7 +4,7 @@ A claim and a lease run out by themselves, so that what a crashed process held i
 Of a run, nothing but its claim is written here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ from sqlalchemy import (
     and_,
     delete,
     func,
+    literal,
     not_,
     or_,
     select,
@@ -28,9 +29,8 @@ from tracker.core.record import LOST_READ_EVERY, Record
 from tracker.core.run import Standing, Tracking
 from tracker.core.schedule import Policy
 from tracker.store.engine import Database
-from tracker.store.records import records
-from tracker.store.rows import RUN_COLUMNS
-from tracker.store.tables import leases, runs, word
+from tracker.store.rows import RUN_COLUMNS, records
+from tracker.store.schema import leases, runs, word
 
 _CLAIMED: Final = (runs.c.next_check_at.is_not(None), runs.c.recheck_at.is_not(None))
 """What can be claimed, each by its index."""
@@ -235,3 +235,42 @@ def within(
     # An expression, so that no index by workspace tempts the planner: what is due comes first, and
     # there are few workspaces and many runs.
     return func.coalesce(column, "").in_([each or "" for each in workspaces])
+
+
+# Where runs stand in FLORA's list of technique runs, as far as it is known here: newest first.
+#
+# FLORA's pages are read one after the other, so that a run's place tells how many it takes to see
+# it.
+
+
+FARTHEST: Final = 10_000
+"""So many of the newest runs are looked through at most, whatever was asked."""
+
+
+async def places(
+    db: Database, run_ids: Collection[str], workspaces: Workspaces, *, among: int
+) -> Mapping[str, int]:
+    """How many runs of these workspaces are as new as each of the runs or newer, itself included.
+
+    A run that is not `among` so many of the newest of all workspaces is left out.
+    """
+    newest = (
+        select(runs.c.run_id, runs.c.run_type, runs.c.workspace_id)
+        .add_columns(runs.c.created_at)
+        .order_by(runs.c.created_at.desc(), runs.c.run_id.desc())
+        .limit(min(among, FARTHEST))
+        .subquery()
+    )
+    place = func.row_number().over(order_by=(newest.c.created_at.desc(), newest.c.run_id.desc()))
+    listed = (
+        select(newest.c.run_id, place.label("place"))
+        .where(
+            or_(newest.c.run_type.is_(None), newest.c.run_type != literal("generation")),
+            within(workspaces, newest.c.workspace_id),
+        )
+        .subquery()
+    )
+    statement = select(listed.c.run_id, listed.c.place).where(listed.c.run_id.in_(run_ids))
+    async with db.read() as connection:
+        found = await connection.execute(statement)
+        return {row.run_id: row.place for row in found}

@@ -20,9 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.pool import NullPool
 
 from tracker.core.errors import StoreUnavailable
-from tracker.store.checkout import use_only
-from tracker.store.engine_sqlite import SqliteWriter, sqlite_migrations, sqlite_readers
-from tracker.store.faults import (
+from tracker.store.errors import (
     FOREIGN,
     WriteConflict,
     driver_errors,
@@ -31,7 +29,8 @@ from tracker.store.faults import (
     is_standby,
     translate,
 )
-from tracker.store.postgres_connection import STATEMENT_SECONDS, connect_postgres
+from tracker.store.postgres import STATEMENT_SECONDS, connect_postgres
+from tracker.store.sqlite import SqliteWriter, sqlite_migrations, sqlite_readers, use_only
 from tracker.store.text import dump_json, load_json
 from tracker.store.url import DatabaseUrl
 

@@ -7,13 +7,14 @@ can be read back from the row alone: that the row equals the fold of its events 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from sqlalchemy import Row
+from sqlalchemy import Connection, Row, bindparam, select
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tracker.core.merge import shown_before_the_end
 from tracker.core.observation import Source
 from tracker.core.record import Record
 from tracker.core.run import Details, Output, Run, RunError, RunStatus, Standing
-from tracker.store.tables import runs
+from tracker.store.schema import run_outputs, runs
 
 RUN_COLUMNS: Final = tuple(runs.columns)
 """The columns of `runs`, in the order of `run_row`."""
@@ -201,3 +202,25 @@ def with_outputs(
 def ids_with_outputs(rows: Iterable[Row[Any]]) -> list[str]:
     """The ids of those runs for which `run_outputs` has to be asked."""
     return [row.run_id for row in rows if row.output_count]
+
+
+# Records with their outputs, by any statement that selects whole rows of `runs`.
+
+
+_OUTPUTS: Final = (
+    select(*(run_outputs.c[name] for name in ("run_id", "output_id", "type", "url")))
+    .where(run_outputs.c.run_id.in_(bindparam("run_ids", expanding=True)))
+    .order_by(run_outputs.c.run_id, run_outputs.c.position)
+)
+
+
+def records(connection: Connection, rows: Sequence[Row[Any]]) -> list[Record]:
+    """The records of these rows, in order; one more query where any of them has outputs."""
+    made = ids_with_outputs(rows)
+    found = connection.execute(_OUTPUTS, {"run_ids": made}) if made else ()
+    return with_outputs(rows, outputs_by_run(found))
+
+
+async def read_records(connection: AsyncConnection, rows: Sequence[Row[Any]]) -> list[Record]:
+    """As `records`, over an asynchronous connection."""
+    return await connection.run_sync(records, rows)

@@ -12,10 +12,10 @@ from typing import Any, Final, Self
 
 import structlog
 
-from tracker.store.batch import Outcome
 from tracker.store.engine import Database
 from tracker.store.notices import DUE, INBOX, RUNS, read_origin, read_runs
-from tracker.store.postgres_connection import connect_postgres
+from tracker.store.postgres import connect_postgres
+from tracker.store.writing.writer import Outcome
 
 ALIVE_SECONDS: Final = 20.0
 """How often the listening connection is asked whether it still lives."""

@@ -11,8 +11,8 @@ from typing import Any, Final, TypeVar
 
 import orjson
 
-from tracker.core.entry import Entry, Seen
 from tracker.core.observation import Observation
+from tracker.core.record import Entry, Seen
 from tracker.core.run import Output, RunError
 
 T = TypeVar("T")

@@ -11,7 +11,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from tracker.core.errors import SettingsError
-from tracker.core.loopback import is_loopback
+from tracker.core.net import is_loopback
 
 _DIALECTS: Final = {
     "sqlite": "sqlite",

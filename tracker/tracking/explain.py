@@ -10,19 +10,20 @@ from datetime import datetime
 from typing import Final
 
 from tracker.core.clock import Clock
-from tracker.core.next_look import NextLook, next_look
+from tracker.core.next_poll import NextLook, next_look
 from tracker.core.record import Record
 from tracker.core.schedule import Durations, Policy
-from tracker.store import read, starts, sweeps
+from tracker.polling.poll_round import DurationBook
+from tracker.polling.workspaces import Workspaces
 from tracker.store.engine import Database
-from tracker.store.read import DeliveryRow, Event
-from tracker.store.starts import StartRow
-from tracker.tracking.durations import DurationBook
+from tracker.store.queries import runs as read
+from tracker.store.queries import starts, sweeps
+from tracker.store.queries.runs import DeliveryRow, Event
+from tracker.store.queries.starts import StartRow
 from tracker.tracking.telling import words
 from tracker.tracking.telling.happened import happened
 from tracker.tracking.telling.standing import standing
 from tracker.tracking.telling.words import Sentence
-from tracker.tracking.workspaces import Workspaces
 
 DELIVERIES: Final = 100
 """So many callbacks of one run are told of, the newest ones."""

@@ -11,24 +11,18 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from tracker.web.api.openapi import Description
+from tracker.web.api.routes import Runs, SpendingReport, StartLog, Techniques
 from tracker.web.auth import Access, Gate
-from tracker.web.callback_path import CALLBACKS_PATH
 from tracker.web.callbacks import Callbacks
 from tracker.web.dashboard.site import Dashboard
-from tracker.web.deadline import Deadline
-from tracker.web.edge import Edge, Page
-from tracker.web.health import Health
-from tracker.web.limits import Limits
-from tracker.web.metrics import MetricsText
-from tracker.web.openapi import Description
-from tracker.web.runs import Runs
+from tracker.web.health import Health, MetricsText
+from tracker.web.http.callback_path import CALLBACKS_PATH
+from tracker.web.http.edge import Edge, Page, Shortcut
+from tracker.web.http.limits import Deadline, Limits
 from tracker.web.services import Services
 from tracker.web.sessions import Sessions
-from tracker.web.shortcut import Shortcut
-from tracker.web.spending import SpendingReport
-from tracker.web.starts import StartLog
 from tracker.web.stream.endpoint import Stream
-from tracker.web.techniques import Techniques
 
 """Also with one more part, which a later version gives to the address of each start."""
 

@@ -31,15 +31,16 @@ import structlog
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tracker.core.clock import Clock
-from tracker.core.loopback import is_loopback
-from tracker.core.seldom import SAY_AGAIN_AFTER, Seldom
+from tracker.core.net import is_loopback
+from tracker.core.rate_limited_log import SAY_AGAIN_AFTER, Seldom
 from tracker.core.tokens import Scope as TokenScope
 from tracker.core.tokens import Token, Tokens
-from tracker.store.audit import Principal, Refusals, acting
-from tracker.web.callback_path import shown
-from tracker.web.everywhere import request_id_of
-from tracker.web.faults import Fault
-from tracker.web.origin import (
+from tracker.store.queries.audit import Principal, Refusals, acting
+from tracker.web.http.answers import request_id_of
+from tracker.web.http.callback_path import shown
+from tracker.web.http.errors import Fault
+from tracker.web.http.limits import Throttle
+from tracker.web.http.origin import (
     SAFE,
     from_own_page,
     header_of,
@@ -50,7 +51,6 @@ from tracker.web.origin import (
     peer_of,
 )
 from tracker.web.sessions import Session, Sessions
-from tracker.web.throttle import Throttle
 
 Reason = Literal["missing", "wrong", "expired", "scope", "cross_site", "not_local"]
 """Why a request was refused: no token, a wrong or expired one, one without the scope for it, sent

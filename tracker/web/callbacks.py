@@ -12,17 +12,16 @@ from typing import Final
 import structlog
 from starlette.types import Receive, Scope, Send
 
-from tracker.core.entry import TRIAL, DeliveryOutcome
 from tracker.core.errors import SettingsError, StoreError, StoreUnavailable
-from tracker.core.seldom import Seldom
+from tracker.core.rate_limited_log import Seldom
+from tracker.core.record import TRIAL, DeliveryOutcome
 from tracker.flora.signature import SignatureError
 from tracker.receiving.receive import Received
-from tracker.web.body import ClientGone, read_body, too_slow
-from tracker.web.bounds import Bounds
-from tracker.web.callback_path import token_in
-from tracker.web.constant import Constant
-from tracker.web.faults import Fault, unavailable
-from tracker.web.limits import Limits
+from tracker.web.http.answers import Constant
+from tracker.web.http.body import ClientGone, read_body, too_slow
+from tracker.web.http.callback_path import token_in
+from tracker.web.http.errors import Fault, unavailable
+from tracker.web.http.limits import Bounds, Limits
 from tracker.web.services import Receives, Tells
 
 log = structlog.get_logger(__name__)

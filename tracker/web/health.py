@@ -7,14 +7,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tracker.core.errors import SchemaOutdated, StoreError
+from tracker.polling.workspaces import Workspace
 from tracker.store import migrate
-from tracker.tracking.workspaces import Workspace
 from tracker.views import time_json
-from tracker.web.answers import Json
 from tracker.web.auth import Access
-from tracker.web.faults import unavailable
-from tracker.web.limits import Limits
-from tracker.web.services import Services
+from tracker.web.http.answers import Json
+from tracker.web.http.errors import unavailable
+from tracker.web.http.limits import Limits
+from tracker.web.services import Services, Tells
 
 
 class Health:
@@ -83,3 +83,22 @@ def _trouble(workspace: Workspace) -> str | None:
     if found is None:
         return None
     return f"{found.trouble} since {time_json(found.since)}{whose}: {found.reason}"
+
+
+# `GET /metrics`: what Prometheus scrapes, from every process that serves a port.
+
+
+class MetricsText:
+    """The endpoint."""
+
+    def __init__(self, metrics: Tells) -> None:
+        self._metrics = metrics
+
+    def routes(self) -> list[Route]:
+        """The one route."""
+        return [Route("/metrics", self.show)]
+
+    async def show(self, request: Request) -> Response:
+        """200 always: that the database does not answer is told by a metric of its own."""
+        text, content_type = await self._metrics.exposition(request.headers.get("accept", ""))
+        return Response(text, media_type=content_type)

@@ -1,6 +1,6 @@
 """What the HTTP side needs of the rest of the tracker, named so that a test can build it.
 
-`tracker.wiring` makes the real ones; a test hands over a real database and receiver of its own.
+`tracker.services` makes the real ones; a test hands over a real database and receiver of its own.
 """
 
 from collections.abc import Callable
@@ -11,17 +11,17 @@ from starlette.types import ASGIApp
 from tracker.core.clock import Clock
 from tracker.core.record import Record
 from tracker.core.tokens import Tokens
+from tracker.polling.workspaces import Workspaces
 from tracker.receiving.receive import Received
 from tracker.receiving.replay import Replay
-from tracker.store.audit import Refusals
+from tracker.starting.start import Started, StartRequest
+from tracker.starting.track import Tracked
 from tracker.store.engine import Database
+from tracker.store.queries.audit import Refusals
+from tracker.store.queries.spending import Usage
+from tracker.store.queries.techniques import TechniqueRow
 from tracker.store.signals import Signals
-from tracker.store.spending import Usage
-from tracker.store.techniques import TechniqueRow
 from tracker.tracking.explain import Explanation
-from tracker.tracking.start import Started, StartRequest
-from tracker.tracking.track import Tracked
-from tracker.tracking.workspaces import Workspaces
 
 
 class WebSettings(Protocol):

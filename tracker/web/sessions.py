@@ -27,10 +27,10 @@ from starlette.types import Scope
 from tracker.core.clock import Clock
 from tracker.core.errors import StoreError
 from tracker.core.tokens import Token, Tokens
-from tracker.store import sessions as store
 from tracker.store.engine import Database
-from tracker.store.sessions import SessionRow
-from tracker.web.origin import SAFE, came_by_https, from_own_page, header_of
+from tracker.store.queries import sessions as store
+from tracker.store.queries.sessions import SessionRow
+from tracker.web.http.origin import SAFE, came_by_https, from_own_page, header_of
 
 LASTS: Final = timedelta(hours=12)
 """How long a sign-in holds at most: a working day."""

@@ -7,12 +7,13 @@ when something becomes due, be it that its time has come or that a callback has 
 """
 
 import asyncio
+import signal
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, suppress
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 import structlog
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
@@ -21,14 +22,14 @@ from structlog.contextvars import bound_contextvars
 
 from tracker.core.clock import Clock, boot_seconds, utc_now
 from tracker.core.errors import StoreError, StoreUnavailable, TrackerError
-from tracker.core.seldom import Seldom
+from tracker.core.rate_limited_log import Seldom
+from tracker.polling.poll import Poller
+from tracker.polling.poll_round import PollReport
+from tracker.polling.sweep import Sweeper, SweepReport
+from tracker.polling.workspaces import Workspace, Workspaces
+from tracker.starting.catalogue import CatalogueSync
+from tracker.starting.recover import Recovery
 from tracker.store.signals import Signals
-from tracker.tracking.poll import Poller
-from tracker.tracking.recover import Recovery
-from tracker.tracking.rounds import PollReport
-from tracker.tracking.sweep import Sweeper, SweepReport
-from tracker.tracking.sync import CatalogueSync
-from tracker.tracking.workspaces import Workspace, Workspaces
 from tracker.worker.cron import cron_trigger
 
 TICK: Final = 15.0
@@ -36,7 +37,7 @@ TICK: Final = 15.0
 notification costs."""
 GATHER: Final = 1.0
 """Seconds between two rounds of polling at least. A callback that comes alone is followed at once;
-`tracker.tracking.gather` says for how long many are left to share their pages."""
+`tracker.polling.poll_round` says for how long many are left to share their pages."""
 PROBE_EVERY: Final = timedelta(seconds=15)
 """How often FLORA is asked whether it answers again, while it does not."""
 RECOVER_EVERY: Final = timedelta(seconds=30)
@@ -375,3 +376,33 @@ class Worker:
         # This also keeps a run that cannot be claimed, because another worker holds it, from
         # making the waker spin.
         await asyncio.sleep(self._round_began + GATHER - time.monotonic())
+
+
+# The worker as a process of its own, without an HTTP port: runs until SIGTERM or SIGINT.
+
+
+log = structlog.get_logger(__name__)
+
+S = TypeVar("S", bound=WorkerServices)
+
+
+def run(open_services: Callable[[], AbstractAsyncContextManager[S]]) -> int:
+    """Work until told to stop; returns 0. Raises what `open_services` raises."""
+    asyncio.run(_run(open_services))
+    return 0
+
+
+async def _run(open_services: Callable[[], AbstractAsyncContextManager[S]]) -> None:
+    told = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told.set)
+    async with open_services() as services:
+        worker = Worker(services)
+        await worker.start()
+        log.info("working", workspaces=len(services.workspaces))
+        try:
+            await told.wait()
+        finally:
+            log.info("stopping")
+            await worker.stop()

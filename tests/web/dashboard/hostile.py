@@ -6,15 +6,15 @@ from typing import Final
 
 from tests.support.deliveries import Delivered, keep
 from tracker.core.clock import utc_now
-from tracker.core.entry import Delivery, DeliveryOutcome, Seen, Unseen
 from tracker.core.observation import Observation, Source
+from tracker.core.record import Delivery, DeliveryOutcome, Seen, Unseen
 from tracker.core.run import Output, RunError, RunStatus
-from tracker.store import batches, starts, sweeps, techniques
-from tracker.store.audit import Principal, acting
-from tracker.store.batches import BatchEntry, BatchRow
-from tracker.store.starts import StartState
-from tracker.store.techniques import TechniqueRow
-from tracker.wiring import Services
+from tracker.services import Services
+from tracker.store.queries import batches, starts, sweeps, techniques
+from tracker.store.queries.audit import Principal, acting
+from tracker.store.queries.batches import BatchEntry, BatchRow
+from tracker.store.queries.starts import StartState
+from tracker.store.queries.techniques import TechniqueRow
 
 MARK: Final = "attacked"
 EVIL: Final = (

@@ -12,12 +12,12 @@ from tests.web.callbacks import event
 from tests.web.conftest import Serve, Site
 from tests.web.dashboard.conftest import HTML, TOKEN, csrf_of, sign_in
 from tracker.core.clock import utc_now
-from tracker.core.entry import Delivery, DeliveryOutcome, Seen
 from tracker.core.observation import Observation, Source
+from tracker.core.record import Delivery, DeliveryOutcome, Seen
 from tracker.core.run import RunStatus
 from tracker.operations.retention import Ages
 from tracker.simulator import Options, Simulator, running
-from tracker.store import read
+from tracker.store.queries import runs as read
 
 REPLAY = "/deliveries/whd_run_1/replay"
 

@@ -6,8 +6,8 @@ import pytest
 
 from tests.web.conftest import Serve
 from tests.web.dashboard.conftest import HTML
-from tracker.core.sheet import read_csv
 from tracker.simulator import Options, running
+from tracker.starting.sheet import read_csv
 from tracker.web.dashboard import batches as page
 
 

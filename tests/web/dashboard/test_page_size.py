@@ -8,8 +8,8 @@ from tests.web.callbacks import PATH, event, signed
 from tests.web.conftest import Site
 from tests.web.dashboard.conftest import HTML
 from tracker.core.clock import utc_now
-from tracker.core.entry import Seen
 from tracker.core.observation import Observation, Source
+from tracker.core.record import Seen
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.web.dashboard.render import PAGE_BYTES
 from tracker.web.dashboard.words import compact, pretty

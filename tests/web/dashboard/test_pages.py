@@ -12,12 +12,13 @@ from tests.support.deliveries import Delivered, keep
 from tests.web.conftest import Serve, Site
 from tests.web.dashboard.conftest import HTML, TOKEN
 from tracker.core.clock import utc_now
-from tracker.core.entry import Delivery, Seen, Unseen
 from tracker.core.errors import KeyRefused
 from tracker.core.observation import Observation, Source
+from tracker.core.record import Delivery, Seen, Unseen
 from tracker.core.run import Output, RunError, RunStatus
-from tracker.store import batches, coverage, sweeps
-from tracker.store.batches import BatchRow
+from tracker.store.queries import batches, sweeps
+from tracker.store.queries import sweeps as coverage
+from tracker.store.queries.batches import BatchRow
 
 PATHS = ["/", "/runs", "/deliveries", "/techniques", "/sweeps"]
 

@@ -17,14 +17,13 @@ from tracker.core.clock import utc_now
 from tracker.core.tokens import Scope as TokenScope
 from tracker.core.tokens import Token, Tokens
 from tracker.operations.logs import configure_logs
+from tracker.services import open_services
 from tracker.settings import Settings, TokenSettings
 from tracker.store.engine import Database
 from tracker.web.auth import EACH_BURST
 from tracker.web.dashboard.signin import local_path
-from tracker.web.limits import Limits
+from tracker.web.http.limits import MOST_KEYS, Limits, Throttle
 from tracker.web.sessions import IDLE, LASTS, Sessions
-from tracker.web.throttle import MOST_KEYS, Throttle
-from tracker.wiring import open_services
 
 PAGES = ["/", "/runs", "/runs/run_1", "/deliveries", "/techniques", "/sweeps", "/no/such/page"]
 

@@ -6,7 +6,7 @@ from ipaddress import ip_address
 from typing import Final
 from urllib.parse import urlsplit
 
-from tracker.core.loopback import is_loopback
+from tracker.core.net import is_loopback
 from tracker.delivering.guard import Address, is_public, resolve
 from tracker.operations.doctor.finding import Finding, failed, ok, warning
 from tracker.settings import Settings

@@ -10,8 +10,12 @@ from tracker.core.clock import Clock
 from tracker.core.errors import StoreError
 from tracker.operations.doctor.finding import Finding, failed, ok, warning
 from tracker.store import migrate
-from tracker.store.condition_postgres import PostgresCondition, look_at_postgres
-from tracker.store.condition_sqlite import SqliteCondition, look_at_sqlite
+from tracker.store.condition import (
+    PostgresCondition,
+    SqliteCondition,
+    look_at_postgres,
+    look_at_sqlite,
+)
 from tracker.store.url import TLS_ADVICE, DatabaseUrl
 
 OLDEST_POSTGRES: Final = 13

@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 import httpx
 
 from tracker import __version__
-from tracker.core.entry import TRIAL, TRIAL_IDS
-from tracker.core.loopback import is_loopback
+from tracker.core.net import is_loopback
+from tracker.core.record import TRIAL, TRIAL_IDS
 from tracker.flora.signature import sign
 
 FLORA_WAITS: Final = 10.0

@@ -18,9 +18,10 @@ from tracker.operations.doctor.finding import Finding, Name, failed, warning
 from tracker.operations.doctor.flora import FloraState
 from tracker.operations.logs import Redactor
 from tracker.settings import Settings
-from tracker.store import attention, coverage
 from tracker.store.engine import Database
-from tracker.store.gauges import read_gauges
+from tracker.store.queries import attention
+from tracker.store.queries import sweeps as coverage
+from tracker.store.queries.attention import read_gauges
 from tracker.store.url import DatabaseUrl
 from tracker.worker.cron import longest_wait
 

@@ -15,16 +15,16 @@ from secrets import token_hex
 from typing import Final
 
 from tracker.core.clock import Clock
-from tracker.core.entry import DeliveryOutcome
 from tracker.core.errors import StoreError
+from tracker.core.record import DeliveryOutcome
 from tracker.operations.doctor import address
 from tracker.operations.doctor.database import DatabaseState
 from tracker.operations.doctor.delivery import FLORA_WAITS, Reply, Sender, Trial, sender
 from tracker.operations.doctor.finding import Finding, Level, failed, ok, warning
 from tracker.operations.doctor.verdict import verdict
 from tracker.settings import Settings
-from tracker.store import trials
 from tracker.store.engine import Database
+from tracker.store.writing import delivery_rows as trials
 
 NAME: Final = "callbacks"
 OWN: Final = "own addresses"

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from tracker.operations.doctor.finding import Finding, ok, warning
-from tracker.store.gauges import BOUND, Gauges
+from tracker.store.queries.attention import BOUND, Gauges
 from tracker.web.dashboard.words import percent
 
 ENOUGH: Final = 10

@@ -6,9 +6,8 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from tracker.operations.doctor.finding import Finding, failed, ok, warning
-from tracker.store.attention import SweepHealth
-from tracker.store.coverage import Unread
-from tracker.store.gauges import Gauges
+from tracker.store.queries.attention import Gauges, SweepHealth
+from tracker.store.queries.sweeps import Unread
 from tracker.web.dashboard.words import span
 
 AFTER_A_MOMENT: Final = timedelta(minutes=5)

@@ -14,10 +14,10 @@ from tracker.core.clock import Clock
 from tracker.operations.metrics.now import Now, WorkerState
 from tracker.operations.metrics.state import State
 from tracker.operations.metrics.work import Work
+from tracker.polling.poll_round import PollReport
+from tracker.polling.workspaces import Workspaces
+from tracker.starting.budgets import BudgetReader
 from tracker.store.engine import Database
-from tracker.tracking.budgets import BudgetReader
-from tracker.tracking.rounds import PollReport
-from tracker.tracking.workspaces import Workspaces
 
 # A second series beside each counter, with the time of its first increase: nobody asks for it.
 disable_created_metrics()  # type: ignore[no-untyped-call]

@@ -11,9 +11,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from tracker import __version__
-from tracker.flora.budget import BudgetState
 from tracker.flora.contact import SILENT, Trouble
-from tracker.tracking.workspaces import Workspaces
+from tracker.flora.request_limit import BudgetState
+from tracker.polling.workspaces import Workspaces
 
 _WORKSPACE: Final = ["workspace_id"]
 _BUDGETS: Final[tuple[tuple[str, str, Callable[[BudgetState], float | None]], ...]] = (

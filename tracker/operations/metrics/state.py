@@ -18,13 +18,13 @@ from prometheus_client.registry import Collector
 
 from tracker.core.clock import Clock
 from tracker.core.errors import StoreError
-from tracker.store import callback_addresses, coverage
-from tracker.store.attention import SweepHealth, sweep_health
+from tracker.polling.workspaces import Workspaces
+from tracker.starting.budgets import BudgetReader
 from tracker.store.engine import Database
-from tracker.store.gauges import Gauges, read_gauges
-from tracker.store.spending import Usage
-from tracker.tracking.budgets import BudgetReader
-from tracker.tracking.workspaces import Workspaces
+from tracker.store.queries import starts as callback_addresses
+from tracker.store.queries import sweeps as coverage
+from tracker.store.queries.attention import Gauges, SweepHealth, read_gauges, sweep_health
+from tracker.store.queries.spending import Usage
 
 KEEP_SECONDS: Final = 5.0
 """For so long what was read, or that nothing could be read, is told again."""

@@ -10,19 +10,18 @@ from typing import Final, Protocol, get_args
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from tracker.core.entry import DeliveryOutcome
 from tracker.core.errors import SchemaOutdated, StoreUnavailable
 from tracker.core.observation import Source
-from tracker.core.record import Record
+from tracker.core.record import DeliveryOutcome, Record
 from tracker.core.retry import is_known
+from tracker.core.rollup import is_adopted, lag_ms
 from tracker.core.run import RunStatus
-from tracker.core.tally import is_adopted, lag_ms
 from tracker.flora.signature import Reason
+from tracker.polling.poll_round import PollReport
+from tracker.polling.sweep import SweepReport
+from tracker.polling.workspaces import Workspace
 from tracker.receiving.receive import Received
-from tracker.store.faults import StoreBusy
-from tracker.tracking.rounds import PollReport
-from tracker.tracking.sweep import SweepReport
-from tracker.tracking.workspaces import Workspace
+from tracker.store.errors import StoreBusy
 
 ENDED_BY: Final = (Source.START, Source.CALLBACK, Source.POLL, Source.HISTORY)
 """Who may tell that a run ended."""

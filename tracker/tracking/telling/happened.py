@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Final
 
-from tracker.core.entry import DeliveryOutcome
 from tracker.core.merge import merge
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Record
+from tracker.core.record import DeliveryOutcome, Record
 from tracker.core.run import Run
-from tracker.store.read import DeliveryRow, Event
-from tracker.store.starts import StartRow
+from tracker.store.queries.runs import DeliveryRow, Event
+from tracker.store.queries.starts import StartRow
 from tracker.tracking.telling import words
 from tracker.tracking.telling.words import Kind, Sentence
 

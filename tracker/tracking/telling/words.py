@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Final
 
-from tracker.core.next_look import NextLook, Why
+from tracker.core.next_poll import NextLook, Why
 from tracker.core.observation import Observation, Source
 from tracker.core.run import Run, RunStatus
 from tracker.core.schedule import Durations

@@ -8,13 +8,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tracker.core.errors import FieldFault
-from tracker.store import batches
-from tracker.store.overview import technique_names
-from tracker.tracking.batch_rows import states_of
+from tracker.starting.batch_rows import states_of
+from tracker.store.queries import batches
+from tracker.store.queries.overview import technique_names
 from tracker.web.dashboard.forms import given
 from tracker.web.dashboard.paths import ANY
 from tracker.web.dashboard.render import Renderer, query
-from tracker.web.faults import invalid, not_found
+from tracker.web.http.errors import invalid, not_found
 from tracker.web.services import Services
 
 BATCHES: Final = 50

@@ -7,16 +7,16 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from tracker.core.entry import DeliveryOutcome
 from tracker.core.errors import FieldFault
+from tracker.core.record import DeliveryOutcome
 from tracker.receiving.replay import Replay
-from tracker.store import read
-from tracker.store.read import DeliveryRow
+from tracker.store.queries import runs as read
+from tracker.store.queries.runs import DeliveryRow
 from tracker.web.dashboard.forms import check_action, given
 from tracker.web.dashboard.paths import ANY
 from tracker.web.dashboard.render import Renderer, query
 from tracker.web.dashboard.said import Said
-from tracker.web.faults import Fault, invalid, not_found
+from tracker.web.http.errors import Fault, invalid, not_found
 from tracker.web.services import Services
 
 PAGE: Final = 50

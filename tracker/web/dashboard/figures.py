@@ -5,16 +5,17 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any, Final
 
-from tracker.core.histogram import Lag
 from tracker.core.record import Record
+from tracker.core.rollup import Lag
 from tracker.core.run import RunStatus, Tracking
-from tracker.store import attention, coverage, overview, read
-from tracker.store.attention import SweepHealth
-from tracker.store.coverage import Unread
 from tracker.store.engine import Database
-from tracker.store.gauges import BILL_DAYS
-from tracker.store.overview import CallbackHealth, HourOfEnds, StateCount, TechniqueCost
-from tracker.store.read import Counts, DeliveryRow
+from tracker.store.queries import attention, overview
+from tracker.store.queries import runs as read
+from tracker.store.queries import sweeps as coverage
+from tracker.store.queries.attention import BILL_DAYS, SweepHealth
+from tracker.store.queries.overview import CallbackHealth, HourOfEnds, StateCount, TechniqueCost
+from tracker.store.queries.runs import Counts, DeliveryRow
+from tracker.store.queries.sweeps import Unread
 
 SOURCES: Final = ("callback", "poll", "history")
 """How ends become known; the answer to a start (`start`) is shown where it ever was."""

@@ -7,8 +7,8 @@ from urllib.parse import parse_qsl
 from starlette.requests import Request
 
 from tracker.web.auth import session_of
-from tracker.web.body import read_body
-from tracker.web.faults import Fault
+from tracker.web.http.body import read_body
+from tracker.web.http.errors import Fault
 from tracker.web.sessions import CSRF_FIELD, CSRF_HEADER
 
 LONGEST_FORM: Final = 16 * 1024

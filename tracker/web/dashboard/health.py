@@ -6,8 +6,8 @@ from typing import Final, Literal
 
 from tracker.flora.client import FloraClient
 from tracker.flora.contact import Found, Trouble
-from tracker.store.attention import SweepHealth
-from tracker.tracking.workspaces import Workspace
+from tracker.polling.workspaces import Workspace
+from tracker.store.queries.attention import SweepHealth
 from tracker.web.dashboard.figures import Figures
 from tracker.web.dashboard.words import number, percent, span
 

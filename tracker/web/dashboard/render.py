@@ -21,7 +21,7 @@ from tracker.web.auth import may, session_of
 from tracker.web.dashboard.assets import Assets
 from tracker.web.dashboard.outputs import Gallery
 from tracker.web.dashboard.words import FILTERS
-from tracker.web.faults import Fault
+from tracker.web.http.errors import Fault
 
 PLACES: Final = (
     ("/", "Overview"),

@@ -9,15 +9,15 @@ from starlette.routing import Route
 
 from tracker.core.record import Record
 from tracker.core.run import Tracking
-from tracker.store import read
-from tracker.store.overview import technique_names
-from tracker.store.read import DeliveryRow
+from tracker.store.queries import runs as read
+from tracker.store.queries.overview import technique_names
+from tracker.store.queries.runs import DeliveryRow
 from tracker.web.dashboard.forms import check_action
 from tracker.web.dashboard.outputs import Gallery, web_link
 from tracker.web.dashboard.paths import ANY
 from tracker.web.dashboard.render import Renderer
 from tracker.web.dashboard.said import Said
-from tracker.web.faults import not_found
+from tracker.web.http.errors import not_found
 from tracker.web.services import Services
 
 CALLBACKS: Final = 10

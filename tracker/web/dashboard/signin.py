@@ -6,12 +6,12 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from tracker.core.tokens import Scope
-from tracker.store.audit import acting
+from tracker.store.queries.audit import acting
 from tracker.web.auth import Access, principal_of, session_of
 from tracker.web.dashboard.forms import check_action, read_form
 from tracker.web.dashboard.render import Renderer, query
-from tracker.web.faults import Fault
-from tracker.web.origin import peer_of
+from tracker.web.http.errors import Fault
+from tracker.web.http.origin import peer_of
 
 log = structlog.get_logger(__name__)
 

@@ -23,7 +23,7 @@ from tracker.web.dashboard.spending import SpendingPage
 from tracker.web.dashboard.starts import StartsPage
 from tracker.web.dashboard.sweeps import SweepsPage
 from tracker.web.dashboard.techniques import TechniquesPage
-from tracker.web.faults import Fault
+from tracker.web.http.errors import Fault
 from tracker.web.services import Services
 
 _FOR_PROGRAMS: Final = (

@@ -7,12 +7,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tracker.store import read, techniques
-from tracker.store.techniques import TechniqueRow
+from tracker.store.queries import runs as read
+from tracker.store.queries import techniques
+from tracker.store.queries.techniques import TechniqueRow
 from tracker.web.dashboard.forms import given
 from tracker.web.dashboard.paths import ANY
 from tracker.web.dashboard.render import Renderer, query
-from tracker.web.faults import not_found
+from tracker.web.http.errors import not_found
 from tracker.web.services import Services
 
 PAGE: Final = 60

@@ -14,10 +14,11 @@ import structlog
 from tracker.core.errors import StoreError, StoreUnavailable
 from tracker.core.record import Record
 from tracker.core.run import Tracking
-from tracker.store import feed, read
 from tracker.store.engine import Database
+from tracker.store.queries import changes as feed
+from tracker.store.queries import runs as read
 from tracker.store.signals import Signals
-from tracker.web.faults import unavailable
+from tracker.web.http.errors import unavailable
 from tracker.web.stream.events import Change, Wanted
 from tracker.web.stream.reader import Reader
 from tracker.web.stream.whole import Whole

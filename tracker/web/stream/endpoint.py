@@ -11,9 +11,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tracker.core.errors import StoreError
+from tracker.web.api.requests import Filter, checked, checked_query
 from tracker.web.auth import Access, Actor, actor_of
-from tracker.web.limits import Limits
-from tracker.web.schemas import Filter, checked, checked_query
+from tracker.web.http.limits import Limits
 from tracker.web.services import Services
 from tracker.web.stream.broadcaster import Broadcaster
 from tracker.web.stream.events import Wanted, greeting, heartbeat, reset

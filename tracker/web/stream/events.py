@@ -11,9 +11,9 @@ from functools import cached_property
 from typing import Any, Final
 
 from tracker.core.record import Record
-from tracker.store.feed import Line
+from tracker.store.queries.changes import Line
 from tracker.views import number_json, run_json, time_json
-from tracker.web.answers import to_json
+from tracker.web.http.answers import to_json
 
 _LINE_ENDS: Final = re.compile(b"\xc2\x85|\xe2\x80[\xa8\xa9]")
 """NEXT LINE, LINE SEPARATOR and PARAGRAPH SEPARATOR, in UTF-8."""

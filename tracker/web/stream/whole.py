@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from tracker.store.feed import Moment
+from tracker.store.queries.changes import Moment
 
 HOLD: Final = 10.0
 """Seconds after which a gap is passed over whatever is under way: somebody else's transaction may

@@ -1,0 +1,271 @@
+"""How long things took, when only the counts of a histogram are kept: buckets and quantiles.
+
+A bucket is named by its upper edge in milliseconds, which belongs to it. The edges lie close enough
+that a quantile, taken as if what is in a bucket were spread evenly over it, is right to the eye.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from math import floor
+from typing import Final, NamedTuple
+
+from tracker.core.observation import Source
+from tracker.core.record import Record
+from tracker.core.run import RunStatus, Tracking
+
+BEYOND: Final = 2**31 - 1
+"""The upper edge of the last bucket, and the longest time that is counted, in milliseconds."""
+EDGES: Final = (
+    *(100, 200, 500, 1_000, 2_000, 3_000, 5_000, 10_000, 15_000, 20_000, 30_000, 45_000),
+    *(60_000, 90_000, 120_000, 180_000, 300_000, 600_000, 1_200_000, 1_800_000, 3_600_000),
+    *(10_800_000, 21_600_000, 43_200_000, 86_400_000),
+)
+"""The upper edges of all buckets but the last."""
+
+
+class Lag(NamedTuple):
+    """How long it took, in seconds, over so many runs; `None` where there were none."""
+
+    runs: int
+    mean: float | None
+    p50: float | None
+    p95: float | None
+
+
+def bucket_of(milliseconds: int) -> int:
+    """The bucket that so long a time falls into."""
+    at = bisect_left(EDGES, milliseconds)
+    return EDGES[at] if at < len(EDGES) else BEYOND
+
+
+def lag_of(rows: Iterable[tuple[int, int, int]]) -> Lag:
+    """What rows of (bucket, how many, how many milliseconds in all) amount to."""
+    counts: dict[int, int] = {}
+    milliseconds = 0
+    for bucket, count, amount in rows:
+        counts[bucket] = counts.get(bucket, 0) + count
+        milliseconds += amount
+    total = sum(counts.values())
+    if total <= 0:
+        return Lag(0, None, None, None)
+    mean = milliseconds / total / 1000
+    return Lag(total, mean, quantile(counts, 0.5), quantile(counts, 0.95))
+
+
+def quantile(counts: dict[int, int], share: float) -> float:
+    """The time in seconds that this `share` of those counted (one at least) did not exceed.
+
+    Of what lies beyond the last edge nothing more is known, so it counts as the last edge.
+    """
+    wanted = share * sum(counts.values())
+    lower = 0
+    for upper in EDGES:
+        count = counts.get(upper, 0)
+        if count > 0 and wanted <= count:
+            return (lower + (upper - lower) * wanted / count) / 1000
+        wanted -= count
+        lower = upper
+    return EDGES[-1] / 1000
+
+
+# What a run counts for in the tallies that dashboards read: a pure function of its record.
+#
+# Nothing is counted up as things happen. A run counts for the facts that hold of it now, so a
+# change takes the old ones off and adds the new ones, and the tallies are exact whatever a
+# correction turns over: an end that the API contradicts, a late callback, a lost run that comes
+# back.
+#
+# ====================  ======  ==========================================  =====================
+# measure               since   beside it                                   amount
+# ====================  ======  ==========================================  =====================
+# `STATE`               -       technique, status, word: its tracking       - `END`
+# hour    status, word: how the end became known,     -                               bucket:
+# `ADOPTED` or 0 `SEEN`                hour    word: the same, bucket: upper edge, ms      end →
+# known here, ms `SETTLED`             hour    word: the same, bucket: upper edge, ms      end →
+# settled, ms `CALLBACK`            hour    word: `came`, `late`, `missed`,             -
+# `unexpected` `COST`                day     technique, status, word: `final`, `open`    its cost,
+# billionths                               (to be read again) or `unpriced` (given     of a dollar
+# up without a cost) `QUOTE`               day     the same, where it has a quote and no       its
+# quote, the same                               cost, and is not final `FAILURE`             day
+# technique, status, word: the retry advice   - `SPENT`               day *   technique, status:
+# `charged`, `quoted` or   its cost, else quote or                               `unpriced`
+# (ended, and nothing is known)    price, the greater `TAGGED`              day *   the same,
+# word: one of its tags, once each  the same ====================  ======
+# ==========================================  =====================
+#
+# Days marked * are those in which the runs were started, all others those of their ends.
+#
+# Amounts are integers, because sums of floats would drift from what is recounted.
+
+
+STATE: Final = "state"
+END: Final = "end"
+SEEN: Final = "seen"
+SETTLED: Final = "settled"
+CALLBACK: Final = "callback"
+COST: Final = "cost"
+QUOTE: Final = "quote"
+FAILURE: Final = "failure"
+SPENT: Final = "spent"
+TAGGED: Final = "tagged"
+MEASURES: Final = (STATE, END, SEEN, SETTLED, CALLBACK, COST, QUOTE, FAILURE, SPENT, TAGGED)
+
+FINAL: Final = "final"
+OPEN: Final = "open"
+UNPRICED: Final = "unpriced"
+CHARGED: Final = "charged"
+QUOTED: Final = "quoted"
+
+ALWAYS: Final = datetime(1970, 1, 1, tzinfo=UTC)
+"""The `since` of what holds now and belongs to no hour."""
+ADOPTED: Final = 1
+"""The run had ended before the tracker heard of it, so that how soon it was known says nothing."""
+DEAREST: Final = Decimal(1_000_000)
+"""A single run's cost counts up to this many USD, so that no sum of them is too large."""
+
+
+class Key(NamedTuple):
+    """What is counted together; text is empty where it says nothing."""
+
+    measure: str
+    since: datetime
+    workspace_id: str
+    technique_id: str
+    status: str
+    word: str
+    bucket: int
+
+
+Fact = tuple[Key, int]
+"""One run counts under the key, with this amount."""
+
+
+def facts(record: Record) -> list[Fact]:
+    """All that the run counts for."""
+    run = record.run
+    workspace = run.workspace_id or ""
+    technique = run.technique_id or ""
+    status = str(run.status)
+    tracking = record.tracking
+    found = [
+        (Key(STATE, ALWAYS, workspace, technique, status, tracking.value, 0), 0),
+        *_spent(record, workspace, technique),
+    ]
+    known_at, via = record.end_seen_at, record.ended_via
+    if known_at is None or via is None:
+        return found
+    hour = known_at.replace(minute=0, second=0, microsecond=0)
+    word = via.value
+    ended_at = run.completed_at
+    adopted = is_adopted(record)
+    found.append(
+        (Key(END, hour, workspace, "", status, word, ADOPTED if adopted else 0), 0),
+    )
+    if (came := _callback(record)) is not None:
+        found.append((Key(CALLBACK, hour, workspace, "", "", came, 0), 0))
+    settled_at = record.settled_at
+    if ended_at is not None and not adopted:
+        lag = lag_ms(ended_at, known_at)
+        found.append((Key(SEEN, hour, workspace, "", "", word, bucket_of(lag)), lag))
+        if settled_at is not None:
+            lag = lag_ms(ended_at, settled_at)
+            found.append((Key(SETTLED, hour, workspace, "", "", word, bucket_of(lag)), lag))
+    day = (ended_at or known_at).replace(hour=0, minute=0, second=0, microsecond=0)
+    if tracking is Tracking.SETTLED:
+        cost, quote, billed = run.charged_cost, run.quoted_cost, _billed(record)
+        key = Key(COST, day, workspace, technique, status, billed, 0)
+        found.append((key, 0 if cost is None else billionths(cost)))
+        if billed != FINAL and cost is None and quote is not None:
+            found.append((key._replace(measure=QUOTE), billionths(quote)))
+    if (advice := run.retry_advice) is not None:
+        found.append((Key(FAILURE, day, workspace, technique, status, advice.value, 0), 0))
+    return found
+
+
+def _spent(record: Record, workspace: str, technique: str) -> list[Fact]:
+    """What the run takes from the budgets now: once, and once more for each of its tags.
+
+    A quote below the price that was reserved makes no room: FLORA shows 0 to some starts, and bills
+    later. A failed run counts until its bill is final: FLORA refunds it, if late.
+    """
+    run = record.run
+    quotes = [one for one in (run.quoted_cost, record.reserved_cost) if one is not None]
+    quote = max(quotes, default=None)
+    if run.charged_cost is not None:
+        part, cost = CHARGED, run.charged_cost
+    elif record.cost_final:
+        part, cost = CHARGED, Decimal(0)
+    elif quote is not None:
+        part, cost = QUOTED, quote
+    elif run.settled:
+        part, cost = UNPRICED, Decimal(0)
+    else:
+        return []
+    day = record.spent_at.replace(hour=0, minute=0, second=0, microsecond=0)
+    key, amount = Key(SPENT, day, workspace, technique, part, "", 0), billionths(cost)
+    tags = (f"{name}={value}" for name, value in (record.tags or {}).items())
+    return [(key, amount), *((key._replace(measure=TAGGED, word=tag), amount) for tag in tags)]
+
+
+def _billed(record: Record) -> str:
+    """How far the bill of a settled run is known."""
+    if record.cost_final:
+        return FINAL
+    run = record.run
+    given_up = record.recheck_at is None and run.charged_cost is None
+    return UNPRICED if given_up and run.status is not RunStatus.FAILED else OPEN
+
+
+def is_adopted(record: Record) -> bool:
+    """Whether the run had ended before the tracker heard of it, as far as FLORA's times tell."""
+    ended_at = record.run.completed_at
+    return (
+        ended_at is not None
+        and record.source not in _TOLD_AT_ONCE
+        and ended_at < record.first_seen_at
+    )
+
+
+def same(before: Record, after: Record) -> bool:
+    """Whether the two certainly count for the same; a quick look that may be wrong only in "no"."""
+    return (
+        before.run is after.run
+        and before.cost_final == after.cost_final
+        and (before.recheck_at is None) == (after.recheck_at is None)
+        and before.lost == after.lost
+        and before.callback_at == after.callback_at
+        and before.callback_expected == after.callback_expected
+        and before.source is after.source
+        and before.reserved_at == after.reserved_at
+        and before.tags == after.tags
+    )
+
+
+def lag_ms(earlier: datetime, later: datetime) -> int:
+    """Whole milliseconds from one moment to another: 0 where clocks disagree, `BEYOND` at most."""
+    return min(max((later - earlier) // _MILLISECOND, 0), BEYOND)
+
+
+def billionths(cost: Decimal) -> int:
+    """USD as whole billionths, rounded in the way that both databases can repeat."""
+    return floor(float(min(max(cost, Decimal(0)), DEAREST)) * 1e9 + 0.5)
+
+
+def dollars(amount: int) -> Decimal:
+    """The inverse of `billionths`."""
+    return Decimal(amount).scaleb(-9)
+
+
+_MILLISECOND: Final = timedelta(milliseconds=1)
+_TOLD_AT_ONCE: Final = (Source.START, Source.CALLBACK)
+
+
+def _callback(record: Record) -> str | None:
+    """What became of the callback of a run that has ended; `None` where none is spoken of."""
+    if record.callback_at is None:
+        return "missed" if record.callback_expected else None
+    if not record.callback_expected:
+        return "unexpected"
+    return "came" if record.ended_via is Source.CALLBACK else "late"

@@ -1,0 +1,1 @@
+"""Polling: single reads, history pages, sweeps, verification, and following runs to their end."""

@@ -1,0 +1,395 @@
+"""The only place where concrete things meet: settings become an open database, clients, use
+cases.
+"""
+
+import os
+import socket
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import cache, partial
+from typing import Final
+from uuid import uuid4
+
+import structlog
+from pydantic import SecretStr
+
+from tracker.core.clock import Clock
+from tracker.delivering.downloads import Downloader
+from tracker.flora.client import FloraClient
+from tracker.flora.request_limit import SharedWaits
+from tracker.operations.metrics import Metrics
+from tracker.operations.retention import Pruner
+from tracker.operations.tracing import Wrap, tracing, untraced
+from tracker.polling.follow import Follower
+from tracker.polling.poll import Poller
+from tracker.polling.poll_round import DurationBook, Gathering
+from tracker.polling.sweep import Sweeper
+from tracker.polling.verify import Verifier
+from tracker.polling.workspaces import DatabaseWaits, Workspace, WorkspaceIds, Workspaces
+from tracker.receiving import callback
+from tracker.receiving.apply import Applier
+from tracker.receiving.receive import Receiver
+from tracker.receiving.replay import Replayer
+from tracker.settings import Rotation, Settings, WorkspaceSettings
+from tracker.starting.batch import Batches
+from tracker.starting.budgets import BudgetReader
+from tracker.starting.catalogue import Catalogue, CatalogueSync
+from tracker.starting.matching import Originals
+from tracker.starting.recover import Recovery
+from tracker.starting.resolve import Resolver
+from tracker.starting.sending import CallbackAddresses, Sender
+from tracker.starting.start import Starter
+from tracker.starting.track import Tracker
+from tracker.store import migrate
+from tracker.store.clock import shared_clock
+from tracker.store.engine import Database
+from tracker.store.queries.audit import Refusals
+from tracker.store.signals import Signals
+from tracker.store.url import TLS_ADVICE
+from tracker.store.writing.inbox import Inbox
+from tracker.store.writing.rollups import TallyKeeper
+from tracker.store.writing.writer import Door, Rules
+from tracker.tracking.explain import Explainer
+
+log = structlog.get_logger(__name__)
+
+CALLER_SECONDS: Final = 25.0
+"""How long FLORA is tried while somebody waits: a one-shot gives up within 30 s in all."""
+START_SECONDS: Final = 24.0
+"""How long a caller waits until it is known what came of a start."""
+LONGEST_RECHECK: Final = timedelta(seconds=60)
+"""Bills are not waited for: what becomes due within this time shares its pages."""
+JOB_SECONDS: Final = 60.0
+"""How long one call of a long-running process may take, repetitions included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    """Everything a command, the web or the worker calls, ready to use."""
+
+    settings: Settings
+    rotation: Rotation
+    clock: Clock
+    metrics: Metrics
+    traced: Wrap
+    database: Database
+    door: Door
+    inbox: Inbox
+    signals: Signals
+    workspaces: Workspaces
+    catalogue: Catalogue
+    catalogue_sync: CatalogueSync
+    receiver: Receiver
+    applier: Applier
+    replayer: Replayer
+    pruner: Pruner
+    refusals: Refusals
+    starter: Starter
+    budgets: BudgetReader
+    batches: Batches
+    recovery: Recovery
+    resolver: Resolver
+    tracker: Tracker
+    poller: Poller
+    sweeper: Sweeper
+    verifier: Verifier
+    follower: Follower
+    explainer: Explainer
+    downloader: Downloader
+
+    @property
+    def reconcile_cron(self) -> str:
+        """When the history is swept."""
+        return self.settings.tracker_reconcile_cron
+
+    @property
+    def recheck_every(self) -> timedelta:
+        """How often settled runs whose bill is due are read again, in pages that they share."""
+        return min(self.settings.policy.cost_recheck, LONGEST_RECHECK)
+
+
+@asynccontextmanager
+async def open_services(
+    settings: Settings | Rotation, *, background: bool = False, clock: Clock | None = None
+) -> AsyncIterator[Services]:
+    """Open what the settings name, and close it in order. With a `Rotation`, secrets may change.
+
+    `background` is true for a long-running process: it waits longer for FLORA and hears of work
+    that other processes bring. A SQLite database is migrated here; a PostgreSQL one that is too old
+    raises `SchemaOutdated`. Raises `StoreUnavailable` where the database does not answer. Without a
+    `clock` it is the one that all processes on the database share.
+    """
+    rotation = settings if isinstance(settings, Rotation) else Rotation(settings)
+    settings = rotation.settings
+    async with AsyncExitStack() as stack:
+        if settings.tracker_database_url.startswith("sqlite"):
+            await migrate.upgrade(
+                settings.tracker_database_url, history_since=settings.tracker_history_since
+            )
+        database = await stack.enter_async_context(
+            await Database.open(settings.tracker_database_url)
+        )
+        await migrate.check(database)
+        if background and (trouble := database.url.tls_trouble):
+            log.warning("database.not_verified", trouble=trouble, advice=TLS_ADVICE)
+        if clock is None:
+            clock = await stack.enter_async_context(shared_clock(database))
+        traced: Wrap = untraced
+        if background:
+            traced = await stack.enter_async_context(tracing(database.engines))
+        metrics = Metrics(clock=clock)
+        stack.push_async_callback(metrics.aclose)
+        process = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
+        shared_waits = partial(DatabaseWaits, database, process=process, clock=clock)
+        workspaces = Workspaces(
+            [
+                await _workspace(
+                    one,
+                    rotation,
+                    metrics,
+                    stack,
+                    background=background,
+                    clock=clock,
+                    shared_waits=shared_waits,
+                )
+                for one in settings.all_workspaces
+            ]
+        )
+        rotation.follow(partial(_rotate, workspaces))
+        durations = DurationBook(database, clock=clock)
+        signals = Signals(database)
+        # Before the writers, so that it is closed after them and folds what was committed last.
+        tallies = TallyKeeper(database, background=background)
+        rules = Rules(settings.policy, durations.of)
+        on_commit = [signals.committed, tallies.committed, metrics.committed]
+        applier = Applier(
+            database,
+            workspaces=workspaces,
+            rules=rules,
+            clock=clock,
+            background=background,
+            on_commit=on_commit,
+            on_applied=[metrics.applied],
+            on_write=[metrics.written],
+        )
+        signals.when_inbox_waits(applier.wake)
+        if background:
+            await stack.enter_async_context(signals)
+        await stack.enter_async_context(tallies)
+        door = await stack.enter_async_context(
+            Door(
+                database,
+                rules=rules,
+                on_commit=[*on_commit, applier.committed],
+                on_write=[metrics.written],
+            )
+        )
+        await stack.enter_async_context(applier)
+        inbox = await stack.enter_async_context(
+            Inbox(
+                database,
+                digest_id=callback.digest_id,
+                on_stored=applier.stored,
+                on_write=[metrics.written],
+            )
+        )
+        budgets = BudgetReader(
+            database=database,
+            budgets=settings.all_budgets,
+            workspaces=workspaces,
+            clock=clock,
+        )
+        metrics.watch(
+            database=database,
+            waiting=lambda: door.waiting + inbox.waiting,
+            workspaces=workspaces,
+            budgets=budgets,
+            sweep_seconds=cache(partial(_longest_wait, settings.tracker_reconcile_cron, clock())),
+        )
+        catalogue = Catalogue(database, workspaces=workspaces, clock=clock)
+        originals = Originals(database=database, door=door, clock=clock)
+        stack.push_async_callback(originals.aclose)
+        ids = WorkspaceIds(database, clock=clock)
+        sender = Sender(
+            originals=originals,
+            addresses=CallbackAddresses(database, url=settings.callback_url, clock=clock),
+            clock=clock,
+        )
+        recovery = Recovery(
+            database=database,
+            workspaces=workspaces,
+            ids=ids,
+            originals=originals,
+            sender=sender,
+            process=process,
+            doubt=settings.tracker_start_doubt,
+            clock=clock,
+        )
+        gathering = Gathering(clock)
+        poller = Poller(
+            database=database,
+            door=door,
+            workspaces=workspaces,
+            durations=durations,
+            gathering=gathering,
+            policy=settings.policy,
+            holder=process,
+            clock=clock,
+        )
+        starter = Starter(
+            database=database,
+            workspaces=workspaces,
+            ids=ids,
+            catalogue=catalogue,
+            durations=durations,
+            sender=sender,
+            recovery=recovery,
+            process=process,
+            clock=clock,
+            deadline=START_SECONDS,
+            budgets=settings.all_budgets,
+            on_over_budget=metrics.over_budget,
+        )
+        stack.push_async_callback(starter.aclose)
+        follower = Follower(
+            database=database,
+            signals=signals,
+            poller=poller,
+            workspaces=workspaces,
+            clock=clock,
+        )
+        yield Services(
+            settings=settings,
+            rotation=rotation,
+            clock=clock,
+            metrics=metrics,
+            traced=traced,
+            database=database,
+            door=door,
+            inbox=inbox,
+            signals=signals,
+            workspaces=workspaces,
+            catalogue=catalogue,
+            catalogue_sync=CatalogueSync(
+                database=database, workspaces=workspaces, process=process, clock=clock
+            ),
+            applier=applier,
+            receiver=Receiver(
+                inbox=inbox,
+                workspaces=workspaces,
+                tolerance=settings.tracker_signature_tolerance,
+                clock=clock,
+                find_new_secrets=rotation.check,
+            ),
+            pruner=Pruner(database=database, clock=clock),
+            refusals=await stack.enter_async_context(Refusals(database, clock=clock)),
+            replayer=Replayer(
+                database=database, applier=applier, workspaces=workspaces, clock=clock
+            ),
+            starter=starter,
+            budgets=budgets,
+            batches=Batches(
+                database=database,
+                workspaces=workspaces,
+                ids=ids,
+                catalogue=catalogue,
+                starter=starter,
+                recovery=recovery,
+                poller=poller,
+                clock=clock,
+            ),
+            recovery=recovery,
+            resolver=Resolver(
+                database=database,
+                workspaces=workspaces,
+                ids=ids,
+                originals=originals,
+                process=process,
+                clock=clock,
+            ),
+            tracker=Tracker(door=door, workspaces=workspaces, catalogue=catalogue, clock=clock),
+            poller=poller,
+            sweeper=Sweeper(
+                database=database,
+                door=door,
+                workspaces=workspaces,
+                ids=ids,
+                durations=durations,
+                gathering=gathering,
+                holder=process,
+                first_since=settings.tracker_history_since,
+                clock=clock,
+            ),
+            verifier=Verifier(database=database, workspaces=workspaces, clock=clock),
+            follower=follower,
+            explainer=Explainer(
+                database=database,
+                workspaces=workspaces,
+                durations=durations,
+                policy=settings.policy,
+                clock=clock,
+            ),
+            downloader=Downloader(
+                database=database, signals=signals, follower=follower, clock=clock
+            ),
+        )
+
+
+def _longest_wait(expression: str, after: datetime) -> float:
+    # Metrics alone ask for it: short commands do without APScheduler.
+    from tracker.worker.cron import longest_wait  # noqa: PLC0415
+
+    return longest_wait(expression, after)
+
+
+def _rotate(workspaces: Workspaces, settings: Settings) -> None:
+    """Let the workspaces go on with the keys and signing secrets that are set now."""
+    for given in settings.all_workspaces:
+        workspaces.rotate(
+            _slot(given, settings),
+            api_key=given.api_key.get_secret_value() if given.api_key else None,
+            secrets=_clear(given.webhook_secrets),
+        )
+
+
+def _slot(given: WorkspaceSettings, settings: Settings) -> str:
+    # The one of the top-level names keeps its place when its id is set later on.
+    return "default" if given.id == settings.flora_workspace_id else given.id or "default"
+
+
+def _clear(secrets: Iterable[SecretStr]) -> tuple[str, ...]:
+    return tuple(secret.get_secret_value() for secret in secrets)
+
+
+async def _workspace(
+    given: WorkspaceSettings,
+    rotation: Rotation,
+    metrics: Metrics,
+    stack: AsyncExitStack,
+    *,
+    background: bool,
+    clock: Clock,
+    shared_waits: Callable[[str], SharedWaits],
+) -> Workspace:
+    settings = rotation.settings
+    workspace = Workspace(
+        slot=_slot(given, settings),
+        workspace_id=given.id,
+        is_top=given.id == settings.flora_workspace_id,
+        secrets=_clear(given.webhook_secrets),
+    )
+    if given.api_key is not None:
+        workspace.client = FloraClient(
+            base_url=settings.flora_base_url,
+            api_key=given.api_key.get_secret_value(),
+            concurrency=settings.tracker_api_concurrency,
+            clock=clock,
+            deadline=JOB_SECONDS if background else CALLER_SECONDS,
+            on_request=metrics.requests_of(workspace),
+            shared_waits=shared_waits(workspace.slot),
+            find_new_key=rotation.check,
+        )
+        stack.push_async_callback(workspace.client.aclose)
+    return workspace

@@ -1,0 +1,1 @@
+"""Starting runs: starts and their evidence, batches, budgets, the catalogue of techniques."""

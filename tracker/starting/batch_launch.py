@@ -1,0 +1,327 @@
+"""Starting a batch's rows: some at a time, each by its own key, as long as FLORA takes them.
+
+What is about one row (FLORA refuses its inputs) is noted with it, and the others go on. What every
+further row would meet too (no credits, a refused key, no answer at all) ends the launch; the rows
+that are left are started when the command is repeated. So does a price that would pass the most
+that the batch may cost, or that does not fit a budget; for that it can wait until the budget begins
+anew, or has room again because runs failed or cost less.
+
+While FLORA asks for a pause, no row begins. A row whose start is in doubt holds nothing up: the
+others are started, and what came of it is waited for at the end.
+"""
+
+import asyncio
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable
+from datetime import datetime, timedelta
+from decimal import Decimal
+from typing import Final
+
+import structlog
+
+from tracker.core.clock import Clock
+from tracker.core.errors import (
+    BudgetExceeded,
+    FloraError,
+    FloraRefusal,
+    FloraUnreachable,
+    IdempotencyConflict,
+    InvalidRequest,
+    RateLimited,
+    StartNotStored,
+    StartPending,
+    StartUnresolved,
+    StoreError,
+    TrackerError,
+)
+from tracker.polling.workspaces import Workspace
+from tracker.starting.batch_rows import Plan, PlannedRow
+from tracker.starting.recover import Recovery
+from tracker.starting.start import Starter, StartRequest
+from tracker.store.engine import Database
+from tracker.store.queries import runs as read
+from tracker.store.queries import starts
+from tracker.store.queries.batches import chunks
+from tracker.store.queries.starts import UNKNOWN, StartState
+
+ABOUT_THE_ROW: Final = (400, 409, 413, 415, 422)
+"""Refusals that the next row may not meet."""
+TRIES: Final = 3
+"""So often a row is tried of which FLORA gives no usable answer."""
+SILENCE: Final = 20.0
+"""Seconds without a start that worked, after which no connection to FLORA ends the launch."""
+FAILURES: Final = 3
+"""So many rows in a row without a usable answer end it, too."""
+LOOK_EVERY: Final = 0.5
+"""Seconds between two looks at the starts in doubt."""
+CHARGES_EVERY: Final = 5.0
+"""Seconds between two looks at what the runs were charged."""
+ROOM_EVERY: Final = timedelta(seconds=30)
+"""How long a row waits for room in a budget before it is tried again: at the latest."""
+
+log = structlog.get_logger(__name__)
+
+
+class MaxCostReached(TrackerError):
+    """Quotes and charges leave no room for another row."""
+
+
+class Launch:
+    """One command's work on the rows that are missing.
+
+    `errors` tells why rows could not be started, by key; `stopped` what ended the launch early.
+    `max_cost` is the most, in USD, that it may spend. With `wait` starts in doubt are waited for.
+    `over_budget` is why no row begins now, while it is to `wait_for_budget`.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        database: Database,
+        workspace: Workspace,
+        starter: Starter,
+        recovery: Recovery,
+        concurrency: int,
+        clock: Clock,
+        wait: bool = True,
+        max_cost: Decimal | None = None,
+        wait_for_budget: bool = False,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._plan = plan
+        self._database = database
+        self._workspace = workspace
+        self._starter = starter
+        self._recovery = recovery
+        self._concurrency = concurrency
+        self._clock = clock
+        self._wait = wait
+        self._max_cost = max_cost
+        self._wait_for_budget = wait_for_budget
+        self._room_at: datetime | None = None
+        self.over_budget: BudgetExceeded | None = None
+        self._sleep = sleep
+        self._queue: deque[PlannedRow] = deque()
+        self._later: list[PlannedRow] = []
+        self._doubt: dict[str, PlannedRow] = {}
+        self._flying: dict[str, PlannedRow] = {}
+        self._tries: Counter[str] = Counter()
+        self._silent: set[str] = set()
+        self._spent: dict[str, Decimal] = {}
+        self._charges_read_at = time.monotonic()
+        self._worked_at = time.monotonic()
+        self._broken_off = False
+        self.started = 0
+        self.errors: dict[str, str] = {}
+        self.stopped: TrackerError | None = None
+        for row in plan.missing:
+            start = plan.states[row.entry.key].start
+            if start is not None and start.state in UNKNOWN:
+                self._doubt[row.entry.key] = row
+            else:
+                self._later.append(row)
+        self._let_in()
+
+    @property
+    def left(self) -> int:
+        """Rows that are still to be started."""
+        return len(self._queue) + len(self._later) + len(self._flying)
+
+    @property
+    def free_in(self) -> float:
+        """Seconds until a row can be tried whose retry was advised for later.
+
+        0 while there is anything else to do.
+        """
+        if self._queue or self._flying or self._doubt or not self._later:
+            return 0.0
+        return min(self._held_for(row) for row in self._later)
+
+    @property
+    def in_doubt(self) -> int:
+        """Rows of which it is not known whether they were started."""
+        return len(self._doubt)
+
+    @property
+    def paused(self) -> float:
+        """Seconds for which FLORA wants no request."""
+        return self._workspace.require_client().budget.state().paused
+
+    def break_off(self) -> None:
+        """Begin no further row."""
+        self._broken_off = True
+
+    async def run(self) -> None:
+        """Start what is missing; returns when nothing is left that can be started now."""
+        try:
+            while True:
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(min(self._concurrency, len(self._queue))):
+                        group.create_task(self._work())
+                waits = self._wait and len(self._doubt) > 0
+                left = (self._later or self._queue) and not self._over
+                if self._broken_off or not (waits or left):
+                    return
+                if waits:
+                    await self._settle_doubts()
+                if not self._over:
+                    self._let_in()
+                if not self._queue or self._waits_for_room:
+                    await self._sleep(LOOK_EVERY)
+                elif self._over:
+                    return
+        except StoreError as error:
+            self._stop(error)
+
+    @property
+    def _over(self) -> bool:
+        return self._broken_off or self.stopped is not None
+
+    def _held_for(self, row: PlannedRow) -> float:
+        """Seconds until the row may be tried again, as was advised when it failed."""
+        if row.not_before is None:
+            return 0.0
+        return max(0.0, (row.not_before - self._clock()).total_seconds())
+
+    @property
+    def _waits_for_room(self) -> bool:
+        """Whether no row begins now because a budget had no room."""
+        return self._room_at is not None and self._clock() < self._room_at
+
+    def _let_in(self) -> None:
+        """Queue the rows whose time has come."""
+        self._queue.extend(row for row in self._later if self._held_for(row) == 0)
+        self._later = [row for row in self._later if self._held_for(row) > 0]
+
+    async def _settle_doubts(self) -> None:
+        """See what became of the starts in doubt; one that may be sent is a row to start again."""
+        await self._recovery.recover()
+        for keys in chunks(list(self._doubt)):
+            rows = await starts.of_keys(self._database, self._plan.batch.workspace_slot, keys)
+            for key in keys:
+                found = rows.get(key)
+                if found is None or (found.is_fresh and not found.is_held(self._clock())):
+                    row = self._doubt.pop(key)
+                    if not self._over:
+                        self._queue.append(row)
+                elif found.state is StartState.STARTED:
+                    del self._doubt[key]
+                    self.started += 1
+                elif found.state is StartState.UNRESOLVED:
+                    del self._doubt[key]
+                    self.errors[key] = "it is not known whether it was started"
+
+    async def _work(self) -> None:
+        try:
+            while self._queue and not (self._over or self._waits_for_room):
+                if (paused := self.paused) > 0:
+                    await self._sleep(min(paused, 1.0))
+                    continue
+                row = self._queue.popleft()
+                self._flying[row.entry.key] = row
+                try:
+                    if await self._fits(row):
+                        await self._start(row)
+                    else:
+                        self._queue.appendleft(row)
+                finally:
+                    del self._flying[row.entry.key]
+        except StoreError as error:
+            self._stop(error)
+
+    async def _fits(self, row: PlannedRow) -> bool:
+        """Whether the row's price fits into what may be spent; else the launch stops."""
+        if self._max_cost is None:
+            return True
+        await self._read_charges()
+        cost = self._plan.cost_of(row)
+        if cost is None:
+            self._stop(MaxCostReached("FLORA names no price, so --max-cost cannot be kept to"))
+            return False
+        flying = [one for one in self._flying.values() if one is not row]
+        reserved = [
+            self._plan.cost_of(one) or Decimal(0) for one in (*flying, *self._doubt.values())
+        ]
+        committed = sum(self._spent.values(), Decimal(0)) + sum(reserved, Decimal(0))
+        if committed + cost <= self._max_cost:
+            return True
+        self._stop(
+            MaxCostReached(
+                f"quotes and charges have come to ${committed:f}, and another row could pass "
+                f"--max-cost ${self._max_cost:f}"
+            )
+        )
+        return False
+
+    async def _read_charges(self) -> None:
+        """Take over what the runs of this command were charged, where that is known by now."""
+        if time.monotonic() - self._charges_read_at < CHARGES_EVERY:
+            return
+        for run_ids in chunks(list(self._spent)):
+            for run_id, record in (await read.get_runs(self._database, run_ids)).items():
+                if record.cost_final or record.run.charged_cost is not None:
+                    self._spent[run_id] = record.run.charged_cost or Decimal(0)
+        self._charges_read_at = time.monotonic()
+
+    async def _start(self, row: PlannedRow) -> None:
+        key = row.entry.key
+        request = StartRequest(
+            technique=self._plan.technique.technique_id,
+            inputs=row.inputs,
+            workspace_id=self._workspace.workspace_id,
+            idempotency_key=key,
+            started_by="batch",
+            tags=row.tags,
+        )
+        try:
+            started = await self._starter.start(request, wait_in_doubt=False)
+        except RateLimited:
+            self._queue.appendleft(row)
+        except BudgetExceeded as error:
+            self._queue.appendleft(row)
+            if self._wait_for_budget and error.ever_fits and error.renews_at is not None:
+                self._room_at = min(error.renews_at, self._clock() + ROOM_EVERY)
+                self.over_budget = error
+            else:
+                self._stop(error)
+        except (StartPending, StartNotStored):
+            self._doubt[key] = row
+        except (StartUnresolved, IdempotencyConflict, InvalidRequest) as error:
+            self.errors[key] = str(error)
+        except FloraRefusal as error:
+            if error.status in ABOUT_THE_ROW:
+                self.errors[key] = str(error)
+            else:
+                self._stop(error)
+        except FloraError as error:
+            self._no_answer(row, error)
+        else:
+            self.over_budget = None
+            self.started += 1
+            self._worked_at = time.monotonic()
+            self._silent.clear()
+            quoted = started.record.run.quoted_cost or Decimal(0)
+            cost = self._plan.cost_of(row) or Decimal(0)
+            self._spent[started.record.run.run_id] = max(quoted, cost)
+
+    def _no_answer(self, row: PlannedRow, error: FloraError) -> None:
+        """FLORA could not be reached for this row: perhaps it cannot be for any."""
+        key = row.entry.key
+        self._silent.add(key)
+        unconnected = isinstance(error, FloraUnreachable) and not error.may_have_acted
+        if (unconnected and time.monotonic() - self._worked_at >= SILENCE) or len(
+            self._silent
+        ) >= max(FAILURES, self._concurrency):
+            self._stop(error)
+        self._tries[key] += 1
+        if self._tries[key] < TRIES:
+            self._queue.append(row)
+        else:
+            self.errors[key] = str(error)
+
+    def _stop(self, error: TrackerError) -> None:
+        if self.stopped is None:
+            log.warning("batch.stopped", error=str(error), left=self.left)
+            self.stopped = error

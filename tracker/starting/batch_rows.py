@@ -1,0 +1,220 @@
+"""What a batch's rows are planned to be, and what became of each."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from decimal import Decimal
+from enum import StrEnum
+from typing import Any, Final
+
+from tracker.core.errors import FieldFault, FloraError
+from tracker.core.record import Record
+from tracker.core.retry import RetryAdvice
+from tracker.core.row_key import Turn
+from tracker.core.run import RunStatus, Tracking
+from tracker.core.tags import Tags
+from tracker.flora.technique import Technique
+from tracker.store.engine import Database
+from tracker.store.queries import batches, starts
+from tracker.store.queries import runs as read
+from tracker.store.queries.batches import BatchEntry, BatchRow, Latest, chunks
+from tracker.store.queries.starts import StartRow, StartState
+
+RETRY_LATER_AFTER: Final = timedelta(minutes=1)
+LONGEST_RETRY_LATER: Final = timedelta(minutes=10)
+"""How long after its end a run that failed by an overloaded provider is started again: doubling
+with each attempt, from the first to the second."""
+
+
+class Retry(StrEnum):
+    """Which rows whose runs failed are started again. A retry is a new run, and is charged."""
+
+    FAILED = "failed"
+    """Those that FLORA's codes advise to: a temporary fault once, an overload after a wait."""
+    ALL = "all"
+    """All of them, at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedRow:
+    """A row that is to be one run; `inputs` are `{"id", "type", "value"}` each.
+
+    It is not started before `not_before`, UTC, where a wait was advised. `tags` say what it is for.
+    """
+
+    entry: BatchEntry
+    inputs: list[dict[str, Any]]
+    not_before: datetime | None = None
+    tags: Tags = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowState:
+    """What became of a row: its start, where it was tried, and its run, where it started.
+
+    `error` is why this command could not start it, `asked` the inputs where its sheet is at hand.
+    """
+
+    entry: BatchEntry
+    start: StartRow | None = None
+    record: Record | None = None
+    error: str | None = None
+    asked: list[dict[str, Any]] | None = None
+
+    @property
+    def inputs(self) -> list[dict[str, Any]] | None:
+        """What it asks for; `None` for a row that was never tried and whose sheet is not here."""
+        return self.asked if self.start is None else self.start.inputs
+
+    @property
+    def status(self) -> str:
+        """FLORA's status of its run; before there is one `not_started`, `sending`, `in_doubt`,
+        `refused` or `unresolved`, and `lost` or `forgotten` where there is none any more."""
+        if self.record is not None:
+            return "lost" if self.record.tracking is Tracking.LOST else self.record.run.status
+        match None if self.start is None else self.start.state:
+            case StartState.STARTED:
+                return "forgotten"
+            case StartState.SENT:
+                return "sending"
+            case StartState.IN_DOUBT:
+                return "in_doubt"
+            case StartState.REFUSED:
+                return "refused"
+            case StartState.UNRESOLVED:
+                return "unresolved"
+        return "not_started"
+
+    @property
+    def started(self) -> bool:
+        """Whether it is known to be a run."""
+        return self.start is not None and self.start.state is StartState.STARTED
+
+    @property
+    def done(self) -> bool:
+        """Whether its run completed, and all of it is known."""
+        record = self.record
+        return record is not None and record.run.settled and self.status == RunStatus.COMPLETED
+
+    @property
+    def advice(self) -> RetryAdvice | None:
+        """Of a row whose run failed, whether to start it again; `None` of any other."""
+        run = None if self.record is None else self.record.run
+        return run.retry_advice if run is not None and run.settled else None
+
+    def retried(self, row: PlannedRow, retry: Retry) -> PlannedRow:
+        """The row, for another attempt where its run failed and that is to be tried again."""
+        advice, turn = self.advice, row.entry.turn
+        if advice is None:
+            return row
+        not_before = None
+        if retry is Retry.FAILED:
+            not_before = self.retry_not_before
+            once = advice is RetryAdvice.RETRY_NOW and turn.attempt == 0
+            if not (once or advice is RetryAdvice.RETRY_LATER):
+                return row
+        entry = replace(row.entry, turn=turn.retried())
+        return replace(row, entry=entry, not_before=not_before)
+
+    @property
+    def retry_not_before(self) -> datetime | None:
+        """Of a row whose run failed by an overloaded provider: when it can be started again."""
+        if self.advice is not RetryAdvice.RETRY_LATER or self.record is None:
+            return None
+        wait = RETRY_LATER_AFTER * 2 ** min(self.entry.turn.attempt, 10)
+        ended = self.record.end_seen_at
+        return ended and ended + min(wait, LONGEST_RETRY_LATER)
+
+    @property
+    def why(self) -> str | None:
+        """What went wrong with it, for a person."""
+        run = None if self.record is None else self.record.run
+        if run is not None and run.standing.ended and run.status is not RunStatus.COMPLETED:
+            error = run.error
+            return f"{error.code}: {error.message}".strip(": ") if error else str(run.status)
+        if self.record is not None:
+            return self.record.last_error
+        refused = self.start is not None and self.start.state is StartState.REFUSED
+        if self.start is None or (self.error is not None and not refused):
+            return self.error
+        return _told(self.start.error or {}) or self.error
+
+
+def _told(error: dict[str, Any]) -> str:
+    """An error of the ledger, with the fields that FLORA names."""
+    words = [": ".join(str(error[name]) for name in ("code", "message") if error.get(name))]
+    for one in error.get("fields") or ():
+        values = tuple(one.get("valid_values") or ())
+        words.append(str(FieldFault(str(one.get("field")), str(one.get("message")), values)))
+    return "; ".join(filter(None, words))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a batch is to do. `rows` are all of it, `states` what is known of them by their keys.
+
+    `unmapped` are the columns of its sheet that no input takes. `price_error` is why the price
+    could not be read just now.
+    """
+
+    batch: BatchRow
+    technique: Technique
+    rows: Sequence[PlannedRow]
+    states: dict[str, RowState]
+    unmapped: Sequence[str] = ()
+    price_error: FloraError | None = None
+
+    @property
+    def to_change(self) -> list[RowState]:
+        """The rows that failed for their input, which has to be changed before another start."""
+        return [one for one in self.states.values() if one.advice is RetryAdvice.CHANGE_INPUT]
+
+    @property
+    def missing(self) -> list[PlannedRow]:
+        """The rows that are to be started."""
+        return [row for row in self.rows if not self.states[row.entry.key].started]
+
+    @property
+    def cost(self) -> Decimal | None:
+        """What starting them costs, in USD; `None` where FLORA names no price."""
+        costs = [self.cost_of(row) for row in self.missing]
+        known = [cost for cost in costs if cost is not None]
+        return sum(known, Decimal(0)) if len(known) == len(costs) else None
+
+    def cost_of(self, row: PlannedRow) -> Decimal | None:
+        """What starting that row costs, in USD; `None` where FLORA names no price."""
+        return self.technique.cost_of(row.inputs)
+
+
+def turn_of(latest: Latest | None, *, again: bool) -> Turn:
+    """For which time a row is to be run now.
+
+    A rerun that no command has seen to its end is gone on with: repeating the command after an
+    interruption, with `again` or without, never begins another.
+    """
+    if latest is None:
+        return Turn()
+    return latest.turn.again() if again and latest.finished else latest.turn
+
+
+async def states_of(db: Database, slot: str, entries: Sequence[BatchEntry]) -> dict[str, RowState]:
+    """What became of these rows, by their keys."""
+    found: dict[str, StartRow] = {}
+    records: dict[str, Record] = {}
+    for some in chunks(entry.key for entry in entries):
+        found |= await starts.of_keys(db, slot, some)
+    for some in chunks(row.run_id for row in found.values() if row.run_id is not None):
+        records |= await read.get_runs(db, some)
+    states = {}
+    for entry in entries:
+        start = found.get(entry.key)
+        record = None if start is None or start.run_id is None else records.get(start.run_id)
+        states[entry.key] = RowState(entry=entry, start=start, record=record)
+    return states
+
+
+async def kept_rows(db: Database, batch: BatchRow) -> list[RowState]:
+    """What became of the rows of a batch that is kept, as they stand in its sheet."""
+    entries = await batches.entries(db, batch.batch_id)
+    states = await states_of(db, batch.workspace_slot, entries)
+    return [states[entry.key] for entry in entries]

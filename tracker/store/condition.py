@@ -1,0 +1,225 @@
+"""A SQLite file as it is: looked at without creating, migrating or changing it."""
+
+import asyncio
+import os
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from secrets import token_hex
+from typing import Any, Final
+from urllib.parse import quote
+
+from tracker.core.clock import Clock
+from tracker.store.errors import FOREIGN, translate
+from tracker.store.postgres import LOCK_SECONDS, connect_postgres
+from tracker.store.schema import metadata
+from tracker.store.url import DatabaseUrl
+
+ONE_ROW: Final = (
+    "INSERT INTO deliveries "
+    "(delivery_id, received_at, last_received_at, receipts, outcome, body) VALUES "
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SqliteCondition:
+    """What was seen of a file. `refuses_writes` says why no row can be written; `None`: one can."""
+
+    path: Path
+    directory_writable: bool
+    exists: bool
+    journal_mode: str | None = None
+    revision: str | None = None
+    refuses_writes: str | None = None
+
+
+async def look_at_sqlite(url: DatabaseUrl) -> SqliteCondition:
+    """Look at the file. Raises `StoreError` where it is there and cannot be read."""
+    return await asyncio.to_thread(_look, url.path)
+
+
+def _look(file: str) -> SqliteCondition:
+    path = Path(file).resolve()
+    directory_writable = os.access(path.parent, os.W_OK | os.X_OK)
+    if not path.exists():
+        return SqliteCondition(path=path, directory_writable=directory_writable, exists=False)
+    try:
+        # Not `rwc`, which creates. A file that is write-protected is opened for reading.
+        with closing(
+            sqlite3.connect(
+                f"file:{quote(str(path))}?mode=rw",
+                uri=True,
+                isolation_level=None,
+                timeout=LOCK_SECONDS,
+            )
+        ) as connection:
+            (journal_mode,) = connection.execute("PRAGMA journal_mode").fetchone()
+            revision = _revision(connection)
+            return SqliteCondition(
+                path=path,
+                directory_writable=directory_writable,
+                exists=True,
+                journal_mode=journal_mode,
+                revision=revision,
+                refuses_writes=_refuses_writes(connection, has_tables=revision is not None),
+            )
+    except sqlite3.Error as exc:
+        raise translate(exc) from exc
+
+
+def _revision(connection: sqlite3.Connection) -> str | None:
+    there = "SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'"
+    if connection.execute(there).fetchone() is None:
+        return None
+    found = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+    return None if found is None else str(found[0])
+
+
+def _refuses_writes(connection: sqlite3.Connection, *, has_tables: bool) -> str | None:
+    try:
+        connection.execute("BEGIN IMMEDIATE")
+        if has_tables:
+            connection.execute(f"{ONE_ROW} ('tracker.doctor', '', '', 1, 'applied', x'')")
+        else:
+            connection.execute("CREATE TABLE tracker_doctor (n)")
+    except sqlite3.Error as exc:
+        return str(exc)
+    finally:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+    return None
+
+
+# A PostgreSQL database as it is: looked at over connections of its own, and not changed.
+
+
+HEARD_WITHIN: Final = 2.0
+"""Seconds that a notification may take; it takes milliseconds."""
+NAME: Final = "tracker-doctor"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PostgresCondition:
+    """What was seen of a database.
+
+    `version` is as it is written, `major` its first number. `refuses_writes` says why no row can be
+    written; `lacking` names the tables that this role may not read and change. `connections` of
+    `most_connections` are in use, `own` of them by the tracker. `hears` tells whether a
+    notification arrives. `clock_ahead` is the server's clock minus ours, `size` what the database
+    takes on disk, in bytes.
+    """
+
+    version: str
+    major: int
+    standby: bool
+    revision: str | None
+    refuses_writes: str | None
+    lacking: tuple[str, ...]
+    connections: int
+    most_connections: int
+    own: int
+    hears: bool
+    clock_ahead: timedelta
+    size: int
+
+
+_FACTS: Final = """
+SELECT current_setting('server_version') AS version,
+       current_setting('server_version_num')::int / 10000 AS major,
+       pg_is_in_recovery() AS standby,
+       to_regclass('alembic_version') IS NOT NULL AS has_tables,
+       pg_database_size(current_database()) AS size,
+       (SELECT sum(numbackends)::int FROM pg_stat_database) AS connections,
+       (SELECT count(*)::int FROM pg_stat_activity
+        WHERE application_name LIKE 'tracker%' AND application_name <> $1) AS own,
+       current_setting('max_connections')::int
+           - current_setting('superuser_reserved_connections')::int
+           - coalesce(current_setting('reserved_connections', true)::int, 0) AS most_connections
+"""
+_LACKING: Final = """
+SELECT name FROM unnest($1::text[]) AS name
+WHERE NOT (has_table_privilege(to_regclass(name), 'SELECT')
+       AND has_table_privilege(to_regclass(name), 'INSERT')
+       AND has_table_privilege(to_regclass(name), 'UPDATE')
+       AND has_table_privilege(to_regclass(name), 'DELETE'))
+"""
+
+
+async def look_at_postgres(url: DatabaseUrl, *, clock: Clock) -> PostgresCondition:
+    """Look at the database. Raises `StoreError` where it cannot be read."""
+    async with _connected(url) as connection:
+        before = clock()
+        now = await connection.fetchval("SELECT clock_timestamp()")
+        clock_ahead = now - (before + (clock() - before) / 2)
+        facts = await connection.fetchrow(_FACTS, NAME)
+        revision, lacking, refuses_writes = None, (), None
+        if facts["has_tables"]:
+            revision = await connection.fetchval("SELECT version_num FROM alembic_version")
+            rows = await connection.fetch(_LACKING, sorted(metadata.tables))
+            lacking = tuple(row["name"] for row in rows)
+        if revision is not None:
+            refuses_writes = await _refuses_writes_condition_postgres(connection)
+        return PostgresCondition(
+            version=facts["version"],
+            major=facts["major"],
+            standby=facts["standby"],
+            revision=revision,
+            refuses_writes=refuses_writes,
+            lacking=lacking,
+            connections=facts["connections"],
+            most_connections=facts["most_connections"],
+            own=facts["own"],
+            # A standby takes no notifications, and says so itself.
+            hears=facts["standby"] or await _hears(url, connection),
+            clock_ahead=clock_ahead,
+            size=facts["size"],
+        )
+
+
+async def _refuses_writes_condition_postgres(connection: Any) -> str | None:
+    import asyncpg  # noqa: PLC0415 - as in `engine`
+
+    transaction = connection.transaction()
+    try:
+        await transaction.start()
+        await connection.execute(f"{ONE_ROW} ($1, now(), now(), 1, 'applied', '')", NAME)
+    except asyncpg.PostgresError as exc:
+        return str(exc).partition("\n")[0]
+    finally:
+        await transaction.rollback()
+    return None
+
+
+async def _hears(url: DatabaseUrl, connection: Any) -> bool:
+    """Whether what one connection says on a channel comes to another that listens there.
+
+    It does not where a pooler hands each transaction to another connection of the server.
+    """
+    channel = f"tracker_doctor_{token_hex(4)}"
+    heard = asyncio.Event()
+    async with _connected(url) as listener:
+        await listener.add_listener(channel, lambda *_: heard.set())
+        await connection.execute("SELECT pg_notify($1, '')", channel)
+        try:
+            async with asyncio.timeout(HEARD_WITHIN):
+                await heard.wait()
+        except TimeoutError:
+            return False
+    return True
+
+
+@asynccontextmanager
+async def _connected(url: DatabaseUrl) -> AsyncIterator[Any]:
+    import asyncpg  # noqa: PLC0415 - as in `engine`
+
+    try:
+        connection = await connect_postgres(url, NAME)
+        try:
+            yield connection
+        finally:
+            connection.terminate()
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, *FOREIGN) as exc:
+        raise translate(exc) from exc

@@ -1,0 +1,270 @@
+"""The audit log: who did what, and who was refused.
+
+What is done is noted in the transaction that does it, or in one before; who does it is known where
+a request or a command begins, and goes by the context from there (`acting`). Refused requests are
+counted in memory and noted every few seconds: one row for each address, minute and token, however
+many were sent.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import Context, ContextVar
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from functools import partial
+from typing import Any, Final
+
+import structlog
+from sqlalchemy import Connection, insert, select, text, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from tracker.core.clock import Clock
+from tracker.core.errors import StoreError
+from tracker.store.engine import Database
+from tracker.store.queries import cursors
+from tracker.store.schema import audit, word
+
+STORE_AFTER: Final = 2.0
+"""Seconds after which refused requests are stored: with one commit, however many they are."""
+MOST_ADDRESSES: Final = 100
+"""The most addresses that have rows of their own in a minute, for each process."""
+OTHERS: Final = "others"
+"""In place of the address of all further ones."""
+ANONYMOUS: Final = "anonymous"
+"""Who showed no token that is known."""
+
+log = structlog.get_logger(__name__)
+
+
+class Action(StrEnum):
+    """What was done."""
+
+    START = "start"
+    RESOLVE = "resolve"
+    REPLAY = "replay"
+    PRUNE = "prune"
+    SIGN_IN = "sign_in"
+    SIGN_OUT = "sign_out"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Principal:
+    """Who acts: a token's name, or `cli:` or `batch:` and the user of the machine.
+
+    `address` and `request_id` are those of an HTTP request.
+    """
+
+    name: str
+    address: str | None = None
+    request_id: str | None = None
+
+
+_TRACKER: Final = Principal(name="tracker")
+_principal: ContextVar[Principal] = ContextVar("principal", default=_TRACKER)
+
+
+@contextmanager
+def acting(principal: Principal) -> Iterator[None]:
+    """What is done inside, this one does; outside it is the tracker itself."""
+    token = _principal.set(principal)
+    try:
+        yield
+    finally:
+        _principal.reset(token)
+
+
+def principal() -> Principal:
+    """Who acts in this context."""
+    return _principal.get()
+
+
+def entry(action: Action, at: datetime, **detail: Any) -> dict[str, Any]:
+    """A row of the log, by who acts in this context; `None` is left out of the detail."""
+    who = principal()
+    return {
+        "at": at,
+        "actor": who.name,
+        "action": action.value,
+        "detail": {name: value for name, value in detail.items() if value is not None},
+        "request_id": who.request_id,
+        "address": who.address,
+        "count": 1,
+    }
+
+
+def note(connection: Connection, row: Mapping[str, Any]) -> None:
+    """Write an entry within a transaction."""
+    connection.execute(insert(audit).values(**row))
+
+
+async def write(db: Database, row: Mapping[str, Any]) -> int:
+    """Write an entry in a transaction of its own, and return its id. Raises `StoreUnavailable`."""
+    statement = insert(audit).values(**row).returning(audit.c.id)
+    return await db.write(lambda connection: int(connection.execute(statement).scalar_one()))
+
+
+async def add_detail(db: Database, audit_id: int, detail: Mapping[str, Any]) -> None:
+    """Complete an entry by what came of it. Raises `StoreUnavailable`."""
+    statement = update(audit).where(audit.c.id == audit_id).values(detail=detail)
+    await db.write(lambda connection: connection.execute(statement).rowcount)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditRow:
+    """One entry. Of refused requests `at` is the minute, and `count` how many there were."""
+
+    id: int
+    at: datetime
+    actor: str
+    action: str
+    detail: dict[str, Any]
+    request_id: str | None
+    address: str | None
+    count: int
+
+
+async def list_audit(
+    db: Database,
+    *,
+    since: datetime | None = None,
+    action: str | None = None,
+    cursor: str | None = None,
+    limit: int,
+) -> tuple[list[AuditRow], str | None]:
+    """A page of the log, newest first, and the cursor of the next page.
+
+    Raises `InvalidRequest`, naming the field, for a cursor that was not given out here.
+    """
+    statement = select(audit).order_by(audit.c.at.desc(), audit.c.id.desc()).limit(limit + 1)
+    statement = statement.where(*cursors.after((audit.c.at, audit.c.id), cursor))
+    if since is not None:
+        statement = statement.where(audit.c.at >= since)
+    if action is not None:
+        statement = statement.where(audit.c.action == action)
+    async with db.read() as connection:
+        rows = [AuditRow(**row._mapping) for row in await connection.execute(statement)]
+    page = rows[:limit]
+    more = len(rows) > limit
+    return page, cursors.at(page[-1].at, str(page[-1].id)) if more else None
+
+
+@dataclass(slots=True)
+class _Refused:
+    """The refused requests of one address, token and minute; the first of them in full."""
+
+    request_id: str | None
+    first: dict[str, Any]
+    reasons: Counter[str] = field(default_factory=Counter)
+
+
+_Key = tuple[datetime, str, str]
+"""Minute, address, actor."""
+
+
+class Refusals:
+    """Counts refused requests, and stores them soon. Used as `async with Refusals(…) as refusals`.
+
+    What an outage of the database keeps from being stored is stored after it.
+    """
+
+    def __init__(self, db: Database, *, clock: Clock) -> None:
+        self._db = db
+        self._clock = clock
+        self._pending: dict[_Key, _Refused] = {}
+        self._minute: datetime | None = None
+        self._addresses: set[str] = set()
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> "Refusals":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        await self._try_to_store()
+
+    def add(
+        self, reason: str, *, address: str, actor: str | None, request_id: str | None, **first: Any
+    ) -> None:
+        """Count a refused request; `first` is kept of the first one of its row."""
+        minute = self._clock().replace(second=0, microsecond=0)
+        if minute != self._minute:
+            self._minute, self._addresses = minute, set()
+        if address not in self._addresses:
+            if len(self._addresses) >= MOST_ADDRESSES or len(self._pending) >= 10 * MOST_ADDRESSES:
+                address = OTHERS
+            else:
+                self._addresses.add(address)
+        key = (minute, address, actor or ANONYMOUS)
+        refused = self._pending.setdefault(key, _Refused(request_id, first))
+        refused.reasons[reason] += 1
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._store_soon(), name="audit", context=Context())
+
+    async def store(self) -> None:
+        """Store what was counted. Raises `StoreUnavailable`; it is stored with the next then."""
+        pending, self._pending = self._pending, {}
+        if not pending:
+            return
+        try:
+            await self._db.write(partial(_store, sorted(pending.items(), key=lambda one: one[0])))
+        except BaseException:
+            for key, refused in pending.items():
+                newer = self._pending.pop(key, None)
+                if newer is not None:
+                    refused.reasons += newer.reasons
+                self._pending[key] = refused
+            raise
+
+    async def _store_soon(self) -> None:
+        while self._pending:
+            await asyncio.sleep(STORE_AFTER)
+            await self._try_to_store()
+
+    async def _try_to_store(self) -> None:
+        try:
+            await self.store()
+        except StoreError as error:
+            log.warning("audit.not_stored", error=str(error), rows=len(self._pending))
+
+
+_ONCE: Final[dict[str, Any]] = {
+    "index_elements": [audit.c.address, audit.c.at, audit.c.actor],
+    "index_where": text("action = 'refused'"),
+}
+
+
+def _store(pending: Sequence[tuple[_Key, _Refused]], connection: Connection) -> None:
+    """Make each row, or add to the one that this or another process has made; in one order, so that
+    no two processes wait for each other crosswise."""
+    postgres = connection.dialect.name == "postgresql"
+    make: Any = postgresql.insert if postgres else sqlite.insert
+    for (minute, address, actor), refused in pending:
+        row = {
+            "at": minute,
+            "actor": actor,
+            "action": Action.REFUSED.value,
+            "detail": refused.first | {"reasons": dict(refused.reasons)},
+            "request_id": refused.request_id,
+            "address": address,
+            "count": refused.reasons.total(),
+        }
+        made = make(audit).values(**row).on_conflict_do_nothing(**_ONCE).returning(audit.c.id)
+        if connection.execute(made).first() is not None:
+            continue
+        wanted = select(audit.c.id, audit.c.detail).where(
+            audit.c.action == word("refused"),
+            audit.c.address == address,
+            audit.c.at == minute,
+            audit.c.actor == actor,
+        )
+        wanted = wanted.with_for_update()
+        for audit_id, detail in connection.execute(wanted).all():
+            reasons = Counter(detail.get("reasons", {})) + refused.reasons
+            more = {"detail": detail | {"reasons": dict(reasons)}, "count": reasons.total()}
+            connection.execute(update(audit).where(audit.c.id == audit_id).values(**more))

@@ -1,0 +1,347 @@
+"""What is known, for those who only show it: runs, their timeline, the callbacks, and counts.
+
+Lists are read by key, not by offset: a page begins after the last row of the one before, so that
+rows which come in meanwhile neither hide nor repeat others.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final, NamedTuple
+
+from sqlalchemy import (
+    ColumnElement,
+    Row,
+    ScalarSelect,
+    Select,
+    Table,
+    and_,
+    cast,
+    func,
+    select,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+from tracker.core.errors import FieldFault, InvalidRequest
+from tracker.core.observation import Source
+from tracker.core.record import DeliveryOutcome, Record
+from tracker.core.retry import RetryAdvice
+from tracker.core.run import RunStatus, RunType, Status, Tracking, status_of
+from tracker.core.schedule import Durations
+from tracker.store.claims import Workspaces, within
+from tracker.store.engine import Database
+from tracker.store.queries import cursors
+from tracker.store.queries.starts import StartState, is_in
+from tracker.store.rows import RUN_COLUMNS, read_records
+from tracker.store.schema import deliveries, run_events, runs, starts, word
+
+# Conditions on the state of a run, in the words by which partial indexes are recognised.
+#
+# Most runs have completed and are settled. The indexes by status and by tracking leave these out:
+# who wants them finds them among all runs, newest first. PostgreSQL has to see the value in the
+# text of a statement to know that such an index holds what is wanted, SQLite the very term of the
+# index.
+
+
+def has_status(status: Status) -> ColumnElement[bool]:
+    """That a run has this status, whoever knows it."""
+    known = status_of(status)
+    wanted = runs.c.status == (word(known.value) if isinstance(known, RunStatus) else known)
+    if known is RunStatus.COMPLETED:
+        return wanted
+    return and_(wanted, runs.c.status != word(RunStatus.COMPLETED.value))
+
+
+def is_tracked_as(tracking: Tracking) -> ColumnElement[bool]:
+    """That this is how the tracker stands to a run."""
+    wanted = runs.c.tracking == word(tracking.value)
+    if tracking is Tracking.SETTLED:
+        return wanted
+    return and_(wanted, runs.c.tracking != word(Tracking.SETTLED.value))
+
+
+DURATIONS_OVER: Final = 200
+"""The durations of a technique are taken over so many of its last completed runs."""
+
+
+class Event(NamedTuple):
+    """A line of a run's timeline: what one source saw at one moment. `detail` is all it saw."""
+
+    id: int
+    run_id: str
+    at: datetime
+    source: Source
+    status: Status
+    progress: float | None
+    detail: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeliveryRow:
+    """A callback as it is kept. `body` is there only where one delivery was asked for, and as long
+    as retention has not removed it."""
+
+    delivery_id: str
+    run_id: str | None
+    event_type: str | None
+    api_version: str | None
+    workspace_id: str | None
+    created_at: datetime | None
+    received_at: datetime
+    last_received_at: datetime
+    receipts: int
+    outcome: DeliveryOutcome
+    reason: str | None
+    applied_at: datetime | None = None
+    body_removed_at: datetime | None = None
+    body: bytes | None = None
+
+
+class Counts(NamedTuple):
+    """How much waits, or needs a person. `oldest_due_at` shows how far polling lags,
+    `oldest_waiting_at` how far applying of callbacks does (of which `waiting` are not applied)."""
+
+    active: int
+    due: int
+    lost: int
+    quarantined: int
+    open_starts: int
+    unresolved_starts: int
+    waiting: int
+    oldest_due_at: datetime | None
+    oldest_waiting_at: datetime | None
+
+
+async def get_run(db: Database, run_id: str) -> Record | None:
+    """The run with its outputs; `None` for one that was never heard of."""
+    async with db.read() as connection:
+        statement = select(*RUN_COLUMNS).where(runs.c.run_id == run_id)
+        rows = (await connection.execute(statement)).all()
+        found = await read_records(connection, rows)
+    return found[0] if found else None
+
+
+async def get_runs(db: Database, run_ids: Sequence[str]) -> dict[str, Record]:
+    """Those of the runs that are known, by id."""
+    async with db.read() as connection:
+        statement = select(*RUN_COLUMNS).where(runs.c.run_id.in_(run_ids))
+        rows = (await connection.execute(statement)).all()
+        found = await read_records(connection, rows)
+    return {record.run.run_id: record for record in found}
+
+
+async def has_generations(db: Database, workspaces: Workspaces) -> bool:
+    """Whether those workspaces have shown a generation run."""
+    statement = (
+        select(runs.c.run_id)
+        .where(runs.c.run_type == word("generation"), within(workspaces))
+        .limit(1)
+    )
+    async with db.read() as connection:
+        return (await connection.execute(statement)).first() is not None
+
+
+async def created_within(
+    db: Database, workspaces: Workspaces, kind: RunType, span: tuple[datetime, datetime]
+) -> list[tuple[str, datetime, str]]:
+    """`run_id`, `created_at` and `status` of the runs of one kind that FLORA created after the
+    first of two moments, through the second; without those that FLORA denies."""
+    statement = select(runs.c.run_id, runs.c.created_at, runs.c.status).where(
+        runs.c.created_at > span[0],
+        runs.c.created_at <= span[1],
+        runs.c.created_at_known,
+        runs.c.run_type == kind,
+        runs.c.tracking != word(Tracking.LOST.value),
+        within(workspaces),
+    )
+    async with db.read() as connection:
+        found = await connection.execute(statement.order_by(runs.c.created_at.desc()))
+        return [(row.run_id, row.created_at, row.status) for row in found]
+
+
+async def list_runs(
+    db: Database,
+    *,
+    status: str | None = None,
+    technique_id: str | None = None,
+    workspace_id: str | None = None,
+    project_id: str | None = None,
+    tag: str | None = None,
+    tracking: str | None = None,
+    retry_advice: str | None = None,
+    cursor: str | None = None,
+    limit: int = 50,
+) -> tuple[list[Record], str | None]:
+    """A page of runs with their outputs, newest first, and the cursor of the next page, if any.
+
+    Raises `InvalidRequest`, naming the field, for a cursor that was not given out here, and for a
+    status that FLORA does not document and no run has.
+    """
+    wanted: list[ColumnElement[bool]] = []
+    if status is not None:
+        wanted.append(has_status(status))
+    if tracking is not None:
+        wanted.append(is_tracked_as(Tracking(tracking)))
+    if retry_advice is not None:
+        wanted.append(runs.c.retry_advice == word(RetryAdvice(retry_advice).value))
+    of = {"technique_id": technique_id, "workspace_id": workspace_id, "project_id": project_id}
+    # SQLite would go by the index of these: a tag, which it knows nothing of, is mostly rarer.
+    by_tag = tag is not None and db.dialect == "sqlite"
+    for name, value in of.items():
+        if value is not None:
+            wanted.append((runs.c[name] + "" if by_tag else runs.c[name]) == value)
+    if tag is not None:
+        wanted.append(is_tagged(db, tag))
+    statement = runs_newest_first(cursor).where(*wanted).limit(limit + 1)
+    async with db.read() as connection:
+        if status is not None and not isinstance(status_of(status), RunStatus):
+            some = select(runs.c.run_id).where(has_status(status)).limit(1)
+            if (await connection.execute(some)).first() is None:
+                known = f"must be one of {', '.join(RunStatus)}, or another that a run has"
+                raise InvalidRequest("no run has this status", [FieldFault("status", known)])
+        rows = (await connection.execute(statement)).all()
+        page = await read_records(connection, rows[:limit])
+    more = len(rows) > limit
+    return page, cursors.at(page[-1].created_at, page[-1].run.run_id) if more else None
+
+
+def is_tagged(db: Database, tag: str) -> ColumnElement[bool]:
+    """Whether a run has this tag, `key=value`."""
+    key, _, value = tag.partition("=")
+    if db.dialect == "postgresql":
+        return and_(runs.c.tags.is_not(None), cast(runs.c.tags, JSONB).contains({key: value}))
+    return and_(runs.c.tags.is_not(None), runs.c.tags[key].as_string() == value)
+
+
+def runs_newest_first(cursor: str | None) -> Select[Any]:
+    """All runs after the cursor, newest first."""
+    key = (runs.c.created_at, runs.c.run_id)
+    return (
+        select(*RUN_COLUMNS)
+        .where(*cursors.after(key, cursor))
+        .order_by(*(each.desc() for each in key))
+    )
+
+
+async def events(db: Database, run_id: str) -> list[Event]:
+    """The run's timeline, oldest first."""
+    statement = (
+        select(
+            run_events.c.id,
+            run_events.c.run_id,
+            run_events.c.at,
+            run_events.c.source,
+            run_events.c.status,
+            run_events.c.progress,
+            run_events.c.detail,
+        )
+        .where(run_events.c.run_id == run_id)
+        .order_by(run_events.c.id)
+    )
+    async with db.read() as connection:
+        rows = (await connection.execute(statement)).all()
+    return [
+        Event(*row[:3], Source(row.source), status_of(row.status), row.progress, row.detail)
+        for row in rows
+    ]
+
+
+async def durations(db: Database, technique_id: str) -> Durations:
+    """How long the technique's last completed runs took, from creation to end, in seconds."""
+    async with db.read() as connection:
+        rows = (await connection.execute(last_completed(technique_id))).all()
+    took = sorted(
+        max((completed_at - created_at).total_seconds(), 0.0) for created_at, completed_at in rows
+    )
+    if not took:
+        return Durations(count=0, p50=0.0, p95=0.0)
+    return Durations(count=len(took), p50=_quantile(took, 0.5), p95=_quantile(took, 0.95))
+
+
+def last_completed(technique_id: str) -> Select[Any]:
+    """Creation and end of the technique's last completed runs, as far as both are known."""
+    return (
+        select(runs.c.created_at, runs.c.completed_at)
+        .where(
+            runs.c.technique_id == technique_id,
+            runs.c.status == word("completed"),
+            runs.c.created_at_known,
+            runs.c.completed_at.is_not(None),
+        )
+        .order_by(runs.c.completed_at.desc())
+        .limit(DURATIONS_OVER)
+    )
+
+
+async def list_deliveries(
+    db: Database,
+    *,
+    outcome: str | None = None,
+    run_id: str | None = None,
+    cursor: str | None = None,
+    limit: int = 50,
+) -> tuple[list[DeliveryRow], str | None]:
+    """A page of callbacks without their bodies, newest first, and the cursor of the next page.
+
+    Raises `InvalidRequest`, naming the field, for a cursor that was not given out here.
+    """
+    key = (deliveries.c.received_at, deliveries.c.delivery_id)
+    statement = (
+        select(*(column for column in deliveries.c if column.name != "body"))
+        .where(*cursors.after(key, cursor))
+        .order_by(*(each.desc() for each in key))
+        .limit(limit + 1)
+    )
+    if run_id is not None:
+        statement = statement.where(deliveries.c.run_id == run_id)
+    if outcome is not None:  # as a word, so that the index of the few quarantined ones fits
+        statement = statement.where(deliveries.c.outcome == word(DeliveryOutcome(outcome).value))
+    async with db.read() as connection:
+        rows = (await connection.execute(statement)).all()
+    page = [_delivery(row) for row in rows[:limit]]
+    more = len(rows) > limit
+    return page, cursors.at(page[-1].received_at, page[-1].delivery_id) if more else None
+
+
+async def get_delivery(db: Database, delivery_id: str) -> DeliveryRow | None:
+    """The callback with its body; `None` for one that never came."""
+    statement = select(*deliveries.c).where(deliveries.c.delivery_id == delivery_id)
+    async with db.read() as connection:
+        found = (await connection.execute(statement)).first()
+    return None if found is None else _delivery(found)
+
+
+async def counts(db: Database, *, now: datetime) -> Counts:
+    """Count what a metric or a health check wants to know, without reading whole tables."""
+    is_waiting = deliveries.c.outcome == word("waiting")
+    statement = select(
+        _count(runs, is_tracked_as(Tracking.ACTIVE)),
+        _count(runs, runs.c.next_check_at <= now),
+        _count(runs, is_tracked_as(Tracking.LOST)),
+        _count(deliveries, deliveries.c.outcome == word("quarantined")),
+        _count(starts, is_in(StartState.SENT)) + _count(starts, is_in(StartState.IN_DOUBT)),
+        _count(starts, starts.c.state == word("unresolved")),
+        _count(deliveries, is_waiting),
+        select(func.min(runs.c.next_check_at)).where(runs.c.next_check_at <= now).scalar_subquery(),
+        select(func.min(deliveries.c.received_at)).where(is_waiting).scalar_subquery(),
+    )
+    async with db.read() as connection:
+        return Counts(*(await connection.execute(statement)).one())
+
+
+def _count(table: Table, condition: ColumnElement[bool]) -> ScalarSelect[int]:
+    return select(func.count()).select_from(table).where(condition).scalar_subquery()
+
+
+def _quantile(ordered: Sequence[float], share: float) -> float:
+    """The smallest value that at least `share` of the values do not exceed."""
+    return ordered[max(math.ceil(share * len(ordered)) - 1, 0)]
+
+
+def _delivery(row: Row[Any]) -> DeliveryRow:
+    values = row._asdict()
+    del values["callback_token"]  # whoever knows it can speak of the start
+    if row.body_removed_at is not None:
+        values["body"] = None  # what is there is not what came
+    return DeliveryRow(**values | {"outcome": DeliveryOutcome(values["outcome"])})

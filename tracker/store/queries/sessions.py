@@ -1,0 +1,66 @@
+"""Sessions of signed-in browsers, as the database keeps them."""
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from sqlalchemy import Connection, delete, insert, select, update
+
+from tracker.store.engine import Database
+from tracker.store.queries import audit
+from tracker.store.queries.audit import Action
+from tracker.store.schema import sessions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionRow:
+    """One session. `session_id` and `token_digest` are digests of the cookie and of the token."""
+
+    session_id: str
+    token_name: str
+    token_digest: str
+    secure: bool
+    started_at: datetime
+    last_used_at: datetime
+
+
+async def begin(db: Database, row: SessionRow, *, idle: timedelta, lasts: timedelta) -> None:
+    """Store a new session, and remove those that are over. Raises `StoreUnavailable`."""
+    now = row.started_at
+    entry = audit.entry(Action.SIGN_IN, now)
+    over = delete(sessions).where(
+        (sessions.c.started_at <= now - lasts) | (sessions.c.last_used_at <= now - idle)
+    )
+    values = {name: getattr(row, name) for name in SessionRow.__slots__}
+
+    def write(connection: Connection) -> None:
+        connection.execute(over)
+        connection.execute(insert(sessions).values(values))
+        audit.note(connection, entry)
+
+    await db.write(write)
+
+
+async def find(db: Database, session_id: str) -> SessionRow | None:
+    """The session of that id, over or not. Raises `StoreUnavailable`."""
+    statement = select(sessions).where(sessions.c.session_id == session_id)
+    async with db.read() as connection:
+        row = (await connection.execute(statement)).one_or_none()
+    return None if row is None else SessionRow(**row._mapping)
+
+
+async def use(db: Database, session_id: str, *, now: datetime) -> None:
+    """Note that the session is in use. Raises `StoreUnavailable`."""
+    statement = update(sessions).where(sessions.c.session_id == session_id).values(last_used_at=now)
+    await db.write(lambda connection: connection.execute(statement).rowcount)
+
+
+async def end(db: Database, session_id: str, *, now: datetime) -> None:
+    """Remove the session. Raises `StoreUnavailable`."""
+    statement = delete(sessions).where(sessions.c.session_id == session_id)
+    entry = audit.entry(Action.SIGN_OUT, now)
+
+    def write(connection: Connection) -> None:
+        if connection.execute(statement).rowcount:
+            audit.note(connection, entry)
+
+    await db.write(write)

@@ -1,0 +1,335 @@
+"""What was spent, and how far each budget is used.
+
+Nothing is counted up as money is spent. What a budget has used is computed whenever it is asked:
+what its runs cost now, by the tallies, and what the starts that have not become a run have
+reserved, by the start log. So whatever happens to a run or a start changes the budgets with it,
+and callbacks and polls write nothing for them.
+
+A start takes its room under a lock of each budget that covers it, in the transaction that stores
+its key: of any number of starts, in any number of processes, none sees room that another takes.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from decimal import Decimal
+from hashlib import sha256
+from typing import Any, Final
+
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    ColumnElement,
+    CompoundSelect,
+    Connection,
+    Select,
+    and_,
+    bindparam,
+    cast,
+    func,
+    literal_column,
+    select,
+    union_all,
+)
+
+from tracker.core.budget import Budget, Period
+from tracker.core.errors import BudgetExceeded
+from tracker.core.rollup import CHARGED, QUOTED, SPENT, TAGGED, UNPRICED, dollars
+from tracker.core.tags import check_key
+from tracker.store.engine import Database
+from tracker.store.queries.overview import TALLIES
+from tracker.store.schema import starts, techniques, word
+
+RESERVED: Final = "reserved"
+SEVERAL_WITHIN: Final = timedelta(minutes=15)
+"""Of a start of several runs the answer names the first. For so long it keeps the reservation of
+those whose callback has not come: the history shows them meanwhile. It does not show whose they
+are, so in the budget of a tag they keep it."""
+MOST_ROWS: Final = 1000
+"""So many techniques, or values of a tag, are named; the rest is one row."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """How far a budget is used in the period that began at `since` and ends at `renews_at`, both
+    `None` for ever. `reserved` is the price of starts that are under way or in doubt,
+    `quoted` the price or quote of runs without a bill, `charged` what FLORA billed; all in USD."""
+
+    budget: Budget
+    since: datetime | None
+    renews_at: datetime | None
+    reserved: Decimal
+    quoted: Decimal
+    charged: Decimal
+
+    @property
+    def used(self) -> Decimal:
+        """All of it together: above the budget where bills were, or where others spend."""
+        return self.reserved + self.quoted + self.charged
+
+    @property
+    def left(self) -> Decimal:
+        """What may still be spent."""
+        return max(self.budget.usd - self.used, Decimal(0))
+
+    @property
+    def share(self) -> float:
+        """How much of it is used: 1 for all."""
+        return float(self.used / self.budget.usd) if self.budget.usd else 1.0
+
+
+async def usages(db: Database, budgets: Sequence[Budget], *, now: datetime) -> list[Usage]:
+    """How far each of the budgets is used, all as of one moment."""
+
+    def read(connection: Connection) -> list[Usage]:
+        return [_usage(connection, budget, now) for budget in budgets]
+
+    async with db.read() as connection:
+        return await connection.run_sync(read)
+
+
+def lock(connection: Connection, budgets: Sequence[Budget]) -> None:
+    """Keep the budgets from all others until the commit."""
+    if budgets and connection.dialect.name == "postgresql":  # SQLite has one writer anyhow
+        keys = sorted(_lock_key(budget) for budget in budgets)
+        connection.execute(_LOCK, {"keys": keys})
+
+
+def check_room(
+    connection: Connection, budgets: Sequence[Budget], *, price: Decimal | None, now: datetime
+) -> None:
+    """See that `price` (USD) fits into each of the budgets, which are locked.
+
+    Raises `BudgetExceeded`.
+    """
+    for budget in budgets:
+        usage = _usage(connection, budget, now)
+        if price is None or usage.used + price > budget.usd:
+            raise _exceeded(usage, price)
+
+
+# In the order of the list, so that no two wait for each other.
+_LOCK: Final = select(
+    func.pg_advisory_xact_lock(func.unnest(bindparam("keys", type_=ARRAY(BigInteger))))
+)
+
+
+def _lock_key(budget: Budget) -> int:
+    digest = sha256(f"tracker budget {budget.name}".encode()).digest()
+    return int.from_bytes(digest[:8], signed=True)
+
+
+def _exceeded(usage: Usage, cost: Decimal | None) -> BudgetExceeded:
+    budget = usage.budget
+    message = f"the budget {budget.name} has {_usd(usage.left)} of {_usd(budget.usd)} left"
+    if cost is None:
+        message += ", and FLORA names no price for this technique, so it cannot be kept to"
+    else:
+        message += f", and this start costs {_usd(cost)}"
+    if usage.renews_at is not None:
+        message += f"; it begins anew at {usage.renews_at:%Y-%m-%dT%H:%M:%SZ}"
+    return BudgetExceeded(
+        f"{message}. Nothing was sent",
+        budget=budget.name,
+        left=usage.left,
+        renews_at=usage.renews_at,
+        ever_fits=cost is not None and cost <= budget.usd,
+    )
+
+
+def _usd(amount: Decimal) -> str:
+    """In cents, and with more digits only where there are any."""
+    cents = amount.quantize(Decimal("0.01"))
+    return f"${cents:f}" if cents == amount else f"${amount.normalize():f}"
+
+
+def _usage(connection: Connection, budget: Budget, now: datetime) -> Usage:
+    since, renews_at = budget.period.bounds(now)
+    parts = Counter[str]()
+    for part, amount in connection.execute(used(budget, since, renews_at, now)):
+        parts[part] += int(amount or 0)
+    return Usage(
+        budget=budget,
+        since=since,
+        renews_at=renews_at,
+        reserved=dollars(parts[RESERVED]),
+        quoted=dollars(parts[QUOTED]),
+        charged=dollars(parts[CHARGED]),
+    )
+
+
+def used(
+    budget: Budget, since: datetime | None, until: datetime | None, now: datetime
+) -> CompoundSelect[Any]:
+    """What a budget has used, by part, in billionths of a dollar.
+
+    One statement: a start that becomes a run leaves the one sum as it enters the other.
+    """
+    spent = [
+        *(TALLIES.c[name] == value for name, value in budget.scope.items() if name != "tag"),
+        *_within(TALLIES.c.since, since, until),
+    ]
+    if budget.tag is None:
+        spent.append(TALLIES.c.measure == word(SPENT))
+    else:
+        tagged = TALLIES.c.word == "=".join(budget.tag)
+        spent += [TALLIES.c.measure == word(TAGGED), tagged]
+    costs = select(TALLIES.c.status, cast(func.sum(TALLIES.c.amount), BigInteger))
+    return union_all(
+        costs.where(*spent).group_by(TALLIES.c.status),
+        *_reservations(budget, since, until, now),
+    )
+
+
+def _reservations(
+    budget: Budget, since: datetime | None, until: datetime | None, now: datetime
+) -> Iterator[Select[Any, int]]:
+    """What starts have reserved that are no run: those whose request may have acted, those that
+    someone is about to send, and the further runs of those that become several."""
+    of = starts.c
+    covered = [*_within(of.reserved_at, since, until)]
+    if budget.workspace_id is not None:
+        covered.append(of.workspace_slot == budget.workspace_id)
+    if budget.technique_id is not None:
+        covered.append(of.technique_id == budget.technique_id)
+    if budget.tag is not None:
+        key, value = budget.tag
+        covered.append(of.tags[key].as_string() == value)
+    several = and_(of.state == word("started"), of.reserved_runs > literal_column("1"))
+    open_ones = of.state.in_([word("stored"), word("sent")])
+    if budget.tag is None:
+        several = and_(several, of.reserved_at > now - SEVERAL_WITHIN)
+    price = of.reserved_cost * of.reserved_runs
+    states: list[tuple[ColumnElement[Any], list[ColumnElement[bool]]]] = [
+        # One part for each index.
+        (price, [open_ones, (of.state == word("sent")) | (of.lease_until > now)]),
+        (price, [of.state == word("in_doubt")]),
+        (price, [of.state == word("unresolved")]),
+        (price - of.reserved_cost, [several]),
+    ]
+    for usd, state in states:
+        amount = func.coalesce(func.sum(usd), literal_column("0")) * literal_column("1000000000")
+        yield select(literal_column(f"'{RESERVED}'"), cast(func.round(amount), BigInteger)).where(
+            *state, *covered
+        )
+
+
+def _within(
+    at: ColumnElement[Any], since: datetime | None, until: datetime | None
+) -> list[ColumnElement[bool]]:
+    bounds = [] if since is None else [at >= since]
+    return bounds if until is None else [*bounds, at < until]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spending:
+    """What runs cost together, in USD, of those that were started on a day, of a technique, or
+    with a value of a tag: `of` is which, `None` for all the other runs.
+
+    `charged` is what FLORA billed, `quoted` what those of them without a bill may cost; of
+    `unpriced` ones that have ended nothing is known.
+    """
+
+    of: datetime | str | None
+    name: str | None = None
+    runs: int = 0
+    charged: Decimal = Decimal(0)
+    quoted: Decimal = Decimal(0)
+    unpriced: int = 0
+
+    @property
+    def total(self) -> Decimal:
+        """What was charged and what may still be."""
+        return self.charged + self.quoted
+
+
+def check_by(by: str) -> str:
+    """`by`, where `spending` adds up by it; raises `ValueError`."""
+    if by in ("day", "technique"):
+        return by
+    kind, _, key = by.partition(":")
+    if kind != "tag":
+        raise ValueError("must be day, technique or tag:KEY")
+    return f"tag:{check_key(key)}"
+
+
+async def spending(
+    db: Database,
+    by: str,
+    *,
+    since: datetime | None = None,
+    workspace_id: str | None = None,
+) -> tuple[list[Spending], Spending]:
+    """What was spent by `day` (in order), `technique` or `tag:KEY` (the dearest first), of the
+    runs that were started from the day (UTC) of `since` on; and all of it together."""
+    measure, key = SPENT, ""
+    of: ColumnElement[Any] = TALLIES.c.since
+    where = _within(TALLIES.c.since, since and Period.DAY.bounds(since)[0], None)
+    if workspace_id is not None:
+        where.append(TALLIES.c.workspace_id == workspace_id)
+    columns = _sums()
+    whole = select(*columns).where(TALLIES.c.measure == word(SPENT), *where)
+    if by == "technique":
+        of = TALLIES.c.technique_id
+    elif by != "day":
+        measure, key = TAGGED, by.removeprefix("tag:") + "="
+        of = func.substr(TALLIES.c.word, literal_column(f"{len(key) + 1}"))
+        where.append(func.substr(TALLIES.c.word, 1, len(key)) == key)
+    grouped = select(of.label("of"), *columns).where(TALLIES.c.measure == word(measure), *where)
+    grouped = grouped.group_by(of).having(func.sum(TALLIES.c.runs) != 0)
+    order = [of] if by == "day" else [(columns[1] + columns[2]).desc(), of]
+    async with db.read() as connection:
+        total = _spending(None, *(await connection.execute(whole)).one())
+        found = (await connection.execute(grouped.order_by(*order).limit(MOST_ROWS))).all()
+        names: dict[str, str] = {}
+        if by == "technique":
+            ids = [row.of for row in found]
+            called = select(techniques.c.technique_id, techniques.c.name)
+            called = called.where(techniques.c.technique_id.in_(ids))
+            names = {row[0]: row[1] for row in await connection.execute(called)}
+    rows = [_spending(row.of or None, *row[1:], name=names.get(row.of)) for row in found]
+    rest = Spending(
+        of=None,
+        runs=total.runs - sum(row.runs for row in rows),
+        charged=total.charged - sum(row.charged for row in rows),
+        quoted=total.quoted - sum(row.quoted for row in rows),
+        unpriced=total.unpriced - sum(row.unpriced for row in rows),
+    )
+    return (rows, total) if by == "day" or not rest.runs else ([*rows, rest], total)
+
+
+async def tag_keys(db: Database, *, since: datetime) -> list[str]:
+    """The keys of the tags of runs that were started from that day on, in order."""
+    if db.dialect == "postgresql":
+        key: Any = func.split_part(TALLIES.c.word, "=", 1)
+    else:
+        key = func.substr(TALLIES.c.word, 1, func.instr(TALLIES.c.word, "=") - 1)
+    day, _ = Period.DAY.bounds(since)
+    found = select(key).distinct().where(TALLIES.c.measure == word(TAGGED), TALLIES.c.since >= day)
+    async with db.read() as connection:
+        return sorted(await connection.scalars(found))
+
+
+def _sums() -> list[ColumnElement[Any]]:
+    def of(column: ColumnElement[Any], *parts: str) -> ColumnElement[Any]:
+        counted: Any = func.sum(column)
+        if parts:
+            counted = counted.filter(TALLIES.c.status.in_([word(part) for part in parts]))
+        return func.coalesce(cast(counted, BigInteger), literal_column("0"))
+
+    runs, amount = TALLIES.c.runs, TALLIES.c.amount
+    return [of(runs), of(amount, CHARGED), of(amount, QUOTED), of(runs, UNPRICED)]
+
+
+def _spending(
+    of: Any, runs: int, charged: int, quoted: int, unpriced: int, *, name: str | None = None
+) -> Spending:
+    return Spending(
+        of=of,
+        name=name,
+        runs=runs,
+        charged=dollars(charged),
+        quoted=dollars(quoted),
+        unpriced=unpriced,
+    )

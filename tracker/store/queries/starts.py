@@ -1,0 +1,499 @@
+"""The start log: what was asked for, under which key, and what came of it.
+
+A start's states::
+
+    stored       the key is kept, nothing has left. While someone holds its lease, who is about to
+                 send it, its price is reserved in the budgets    → sent
+    sent         its first request is about to leave, or has left; the process that holds the lease
+                 waits for the answer                     → started, refused, in_doubt, stored
+    in_doubt     a request may have reached FLORA and no answer says what it did; only evidence, or
+                 a person, removes the doubt                      → started, unresolved
+    started      it became a run, which the row names. The writer sets it, together with the run
+    refused      FLORA refused it in its own words, with no doubt before, or a person says that
+                 nothing was started; the key may be used again   → stored
+    unresolved   left to a person                                 → started, refused
+
+The price of a start that is `sent`, `in_doubt` or `unresolved` is reserved too; of one that is
+`started`, what its run costs takes its place.
+
+A row that is `sent` while nobody holds its lease is in doubt: its process died. Evidence may start
+every row, whatever its state.
+
+One process at a time sends a key: it holds the row's lease, and only the holder writes the state.
+Keys belong to a workspace, by its id.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from decimal import Decimal
+from enum import StrEnum
+from typing import Any, Final
+
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    and_,
+    case,
+    null,
+    or_,
+    select,
+    union_all,
+    update,
+)
+from sqlalchemy.dialects import postgresql, sqlite
+
+from tracker.core.budget import Budget
+from tracker.core.observation import Source
+from tracker.core.tags import Tags
+from tracker.store.engine import Database
+from tracker.store.queries import audit, cursors, spending
+from tracker.store.queries.audit import Action
+from tracker.store.schema import runs, starts, word
+
+
+class StartState(StrEnum):
+    """See the module."""
+
+    STORED = "stored"
+    SENT = "sent"
+    IN_DOUBT = "in_doubt"
+    STARTED = "started"
+    REFUSED = "refused"
+    UNRESOLVED = "unresolved"
+
+
+LONGEST_HOLD: Final = timedelta(minutes=5)
+"""A right to send that lasts longer was taken before the clock was set back: it has run out."""
+UNKNOWN: Final = (StartState.SENT, StartState.IN_DOUBT, StartState.UNRESOLVED)
+"""States in which it is not known what came of a start."""
+LISTED: Final = (StartState.STORED, *UNKNOWN)
+"""States whose starts can be listed: few, and each with its own index."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartRow:
+    """One start.
+
+    `in_use_since` is when its key was first sent, `sent_at` when it last was. `request_body` is
+    what was sent, while it may have to be repeated. `error` is the last answer that was no run:
+    status, code, message and fields; `conflict` in it says that FLORA knows the key.
+    `reserved_cost` is what each of `reserved_runs` runs takes from the budgets of the period of
+    `reserved_at`, in USD. Once it has started, these are its first run and those that have not
+    shown yet.
+    """
+
+    workspace_slot: str
+    idempotency_key: str
+    technique_id: str
+    fingerprint: str
+    inputs: list[dict[str, Any]]
+    state: StartState
+    created_at: datetime
+    in_use_since: datetime | None = None
+    callback_url: str | None = None
+    sent_at: datetime | None = None
+    run_id: str | None = None
+    error: dict[str, Any] | None = None
+    lease_until: datetime | None = None
+    lease_holder: str | None = None
+    workspace_id: str | None = None
+    callback_token: str | None = None
+    request_body: str | None = None
+    started_by: str | None = None
+    tags: Tags | None = None
+    reserved_at: datetime | None = None
+    reserved_cost: Decimal | None = None
+    reserved_runs: int | None = None
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether no request of this key can have acted."""
+        return self.state in (StartState.STORED, StartState.REFUSED)
+
+    @property
+    def is_known_to_flora(self) -> bool:
+        """Whether FLORA answered 409 or 422: it has a run, or a request, under this key."""
+        return bool((self.error or {}).get("conflict"))
+
+    def is_held(self, now: datetime) -> bool:
+        """Whether a process is sending it."""
+        return self.lease_until is not None and now < self.lease_until <= now + LONGEST_HOLD
+
+
+async def reserve(
+    db: Database,
+    *,
+    workspace_id: str,
+    idempotency_key: str,
+    technique_id: str,
+    fingerprint: str,
+    inputs: list[dict[str, Any]],
+    at: datetime,
+    callback_token: str | None = None,
+    started_by: str | None = None,
+    tags: Tags | None = None,
+    holder: str | None = None,
+    lease: timedelta = timedelta(0),
+    cost: Decimal | None = None,
+    runs: int = 1,
+    budgets: Sequence[Budget] = (),
+) -> StartRow:
+    """Keep the key, once: the row as it now is.
+
+    A row that was there stays as it is; whether it is the same request, the caller compares. What
+    is about to be sent is noted in the audit log with it.
+
+    With a `holder` a start of which no request can have acted is taken as well, as by `take`, and
+    its price reserved: `cost` USD for each of its `runs` have to fit into the `budgets`. It is
+    reserved for as long as the start is held, and then for as long as it may have been sent.
+    Raises `BudgetExceeded`, and then nothing is kept.
+    """
+    entry = audit.entry(
+        Action.START,
+        at,
+        technique_id=technique_id,
+        workspace_id=workspace_id,
+        idempotency_key=idempotency_key,
+    )
+    held: dict[str, Any] = {"tags": tags or None}
+    if holder is not None:
+        held |= {"lease_holder": holder, "lease_until": at + lease, "reserved_at": at}
+        held |= {"reserved_cost": cost, "reserved_runs": runs}
+    insert: Any = postgresql.insert if db.dialect == "postgresql" else sqlite.insert
+    new = insert(starts).values(
+        workspace_slot=workspace_id,
+        workspace_id=workspace_id,
+        idempotency_key=idempotency_key,
+        technique_id=technique_id,
+        fingerprint=fingerprint,
+        inputs=inputs,
+        state=StartState.STORED.value,
+        created_at=at,
+        callback_token=callback_token,
+        started_by=started_by,
+        **held,
+    )
+    on_key = [starts.c.workspace_slot, starts.c.idempotency_key]
+    statement = new.on_conflict_do_nothing(index_elements=on_key).returning(*starts.c)
+    existing = select(starts).where(_is(workspace_id, idempotency_key))
+    again = (
+        update(starts)
+        .where(
+            _is(workspace_id, idempotency_key),
+            starts.c.state.in_([word("stored"), word("refused")]),
+            _is_free(at),
+        )
+        .values(state="stored", **held)
+        .returning(*starts.c)
+    )
+
+    def work(connection: Connection) -> StartRow:
+        # Before the key is read: who asked with it at the same moment has kept it by then.
+        spending.lock(connection, budgets)
+        found = connection.execute(existing).first()
+        row = None if found is None else _row(found)
+        if row is not None:
+            is_free = row.is_fresh and row.fingerprint == fingerprint and not row.is_held(at)
+            if holder is None or not is_free:
+                return row
+        price = None if cost is None else cost * runs
+        spending.check_room(connection, budgets, price=price, now=at)
+        made = connection.execute(statement if row is None else again).first()
+        if made is None:  # another was quicker
+            return _row(connection.execute(existing).one())
+        audit.note(connection, entry)
+        return _row(made)
+
+    return await db.write(work)
+
+
+async def get(db: Database, workspace_id: str, key: str) -> StartRow | None:
+    """The start of that key, if there is one."""
+    async with db.read() as connection:
+        found = (await connection.execute(select(starts).where(_is(workspace_id, key)))).first()
+    return None if found is None else _row(found)
+
+
+async def of_run(db: Database, run_id: str) -> StartRow | None:
+    """The start that became that run, the first where it answered several keys."""
+    statement = select(starts).where(starts.c.run_id == run_id).order_by(starts.c.created_at)
+    async with db.read() as connection:
+        found = (await connection.execute(statement.limit(1))).first()
+    return None if found is None else _row(found)
+
+
+async def of_keys(db: Database, workspace_id: str, keys: Sequence[str]) -> dict[str, StartRow]:
+    """Those of the keys that have a start, by key; not more of them than one statement takes."""
+    statement = select(starts).where(
+        starts.c.workspace_slot == workspace_id, starts.c.idempotency_key.in_(keys)
+    )
+    async with db.read() as connection:
+        rows = [_row(row) for row in await connection.execute(statement)]
+    return {row.idempotency_key: row for row in rows}
+
+
+async def list_starts(
+    db: Database,
+    *,
+    states: Sequence[str] | None = None,
+    workspace_id: str | None = None,
+    cursor: str | None = None,
+    limit: int,
+) -> tuple[list[StartRow], str | None]:
+    """A page of starts, newest first, and the cursor of the next page.
+
+    `states` are those meant; without them all whose outcome is not known. Raises `InvalidRequest`,
+    naming the field, for a cursor that was not given out here.
+    """
+    key = (starts.c.created_at, starts.c.idempotency_key)
+    wanted = states or [state.value for state in UNKNOWN]
+    order = [each.desc() for each in key]
+    # One part for each state, so that each is read by its own index.
+    parts = [
+        select(starts)
+        .where(is_in(StartState(state)), *cursors.after(key, cursor))
+        .where(*([] if workspace_id is None else [starts.c.workspace_slot == workspace_id]))
+        for state in wanted
+    ]
+    async with db.read() as connection:
+        found: list[StartRow] = []
+        for part in parts:
+            statement = part.order_by(*order).limit(limit + 1)
+            found += [_row(row) for row in await connection.execute(statement)]
+    found.sort(key=lambda row: (row.created_at, row.idempotency_key), reverse=True)
+    page, more = found[:limit], len(found) > limit
+    last = page[-1] if page else None
+    return page, cursors.at(last.created_at, last.idempotency_key) if more and last else None
+
+
+async def of_key(db: Database, key: str) -> list[StartRow]:
+    """The starts of that key, in whichever workspace."""
+    async with db.read() as connection:
+        statement = select(starts).where(starts.c.idempotency_key == key)
+        return [_row(row) for row in await connection.execute(statement)]
+
+
+def of_tokens(connection: Connection, tokens: Sequence[str]) -> dict[str, StartRow]:
+    """The starts with these callback tokens, by token."""
+    statement = select(starts).where(
+        starts.c.callback_token.is_not(None), starts.c.callback_token.in_(tokens)
+    )
+    return {row.callback_token: _row(row) for row in connection.execute(statement)}
+
+
+async def take(
+    db: Database, workspace_id: str, key: str, holder: str, now: datetime, lease: timedelta
+) -> bool:
+    """Take the right to send this key, until `now + lease`; false where another has it.
+
+    A start that became a run is nobody's to send.
+    """
+    statement = (
+        update(starts)
+        .where(
+            _is(workspace_id, key),
+            starts.c.state != StartState.STARTED,
+            or_(_is_free(now), starts.c.lease_holder == holder),
+        )
+        .values(lease_until=now + lease, lease_holder=holder)
+    )
+    return await db.write(lambda connection: connection.execute(statement).rowcount == 1)
+
+
+async def prolong(
+    db: Database, workspace_id: str, key: str, holder: str, now: datetime, lease: timedelta
+) -> bool:
+    """Prolong the right that `take` gave to `holder`; false where it no longer has it.
+
+    What had run out before anything was sent is lost: its room in the budgets may be another's.
+    """
+    statement = (
+        update(starts)
+        .where(
+            _is(workspace_id, key),
+            starts.c.lease_holder == holder,
+            or_(starts.c.state != word("stored"), starts.c.lease_until > now),
+        )
+        .values(lease_until=now + lease)
+    )
+    return await db.write(lambda connection: connection.execute(statement).rowcount == 1)
+
+
+async def give_back(db: Database, workspace_id: str, key: str, holder: str) -> None:
+    """End the right that `take` gave to `holder`, where it still has it."""
+    statement = (
+        update(starts)
+        .where(_is(workspace_id, key), starts.c.lease_holder == holder)
+        .values(lease_until=None, lease_holder=None)
+    )
+    await db.write(lambda connection: connection.execute(statement).rowcount)
+
+
+async def mark_sent(
+    db: Database,
+    workspace_id: str,
+    key: str,
+    *,
+    holder: str,
+    at: datetime,
+    callback_url: str | None,
+    request_body: str,
+) -> StartRow | None:
+    """Note that a request is about to leave; the row as it now is.
+
+    `None` where `holder` has lost the start: its lease has run out, another has it, or it became a
+    run. Address and body are kept with the first request of a key; a repetition changes neither,
+    and leaves a start in doubt.
+    """
+    fresh = starts.c.state.in_([word("stored"), word("refused")])
+    statement = (
+        update(starts)
+        .where(
+            _is(workspace_id, key),
+            starts.c.state.in_([word(one) for one in ("stored", "refused", "sent", "in_doubt")]),
+            starts.c.lease_holder == holder,
+            starts.c.lease_until > at,
+        )
+        .values(
+            state=case((fresh, word("sent")), else_=starts.c.state),
+            sent_at=at,
+            in_use_since=case((fresh, at), else_=starts.c.in_use_since),
+            callback_url=case((fresh, callback_url), else_=starts.c.callback_url),
+            request_body=case((fresh, request_body), else_=starts.c.request_body),
+            error=case((fresh, null()), else_=starts.c.error),
+        )
+        .returning(*starts.c)
+    )
+    return await _mark(db, statement)
+
+
+async def mark(
+    db: Database,
+    workspace_id: str,
+    key: str,
+    *,
+    holder: str,
+    state: StartState,
+    error: dict[str, Any] | None,
+) -> StartRow | None:
+    """Note what is known of a start: the row as it now is, `None` if `holder` lost it.
+
+    `STARTED` is set by the writer alone, with the run.
+    """
+    values: dict[str, Any] = {"state": state.value, "error": error}
+    if state in (StartState.STORED, StartState.REFUSED):
+        values["request_body"] = None
+    statement = (
+        update(starts)
+        .where(
+            _is(workspace_id, key),
+            starts.c.state != StartState.STARTED,
+            starts.c.lease_holder == holder,
+        )
+        .values(**values)
+        .returning(*starts.c)
+    )
+    return await _mark(db, statement)
+
+
+async def _mark(db: Database, statement: Any) -> StartRow | None:
+    def work(connection: Connection) -> StartRow | None:
+        found = connection.execute(statement).first()
+        return None if found is None else _row(found)
+
+    return await db.write(work)
+
+
+async def open_starts(db: Database) -> list[StartRow]:
+    """Starts that are sent or in doubt, oldest first."""
+    states = (StartState.SENT, StartState.IN_DOUBT)
+    parts = [select(starts).where(is_in(state)) for state in states]
+    async with db.read() as connection:
+        rows = [_row(row) for row in await connection.execute(union_all(*parts))]
+    return sorted(rows, key=lambda row: (row.created_at, row.idempotency_key))
+
+
+async def rivals(db: Database, workspace_id: str, technique_id: str, key: str) -> list[StartRow]:
+    """Other starts of the technique of which no run is known: a run may be theirs as well."""
+    statement = select(starts).where(
+        starts.c.workspace_slot == workspace_id,
+        starts.c.technique_id == technique_id,
+        starts.c.idempotency_key != key,
+        starts.c.state.in_([word(state) for state in UNKNOWN]),
+    )
+    async with db.read() as connection:
+        return [_row(row) for row in await connection.execute(statement)]
+
+
+async def accounted(db: Database, run_ids: Sequence[str]) -> set[str]:
+    """Those of the runs whose origin is known: a start owns them, or they were given to track."""
+    if not run_ids:
+        return set()
+    by_start = select(starts.c.run_id).where(starts.c.run_id.in_(run_ids))
+    by_source = select(runs.c.run_id).where(
+        runs.c.run_id.in_(run_ids), runs.c.source.in_([Source.START, Source.TRACK])
+    )
+    async with db.read() as connection:
+        return set((await connection.execute(by_start.union(by_source))).scalars())
+
+
+def is_in(state: StartState) -> ColumnElement[bool]:
+    """Whether a start is in that state, said so that the partial index of the state fits."""
+    of = starts.c.state
+    if state in (StartState.STORED, StartState.SENT):
+        return and_(of.in_([word("stored"), word("sent")]), of == word(state))
+    return of == word(state)
+
+
+def _is(workspace_id: str, key: str) -> ColumnElement[bool]:
+    return and_(starts.c.workspace_slot == workspace_id, starts.c.idempotency_key == key)
+
+
+def _is_free(now: datetime) -> ColumnElement[bool]:
+    until = starts.c.lease_until
+    return or_(until.is_(None), until <= now, until > now + LONGEST_HOLD)
+
+
+def _row(row: Row[Any]) -> StartRow:
+    values = row._asdict()
+    return StartRow(**values | {"state": StartState(values["state"])})
+
+
+# Whether callbacks come to the starts' own addresses.
+#
+# A proxy may pass on the exact path `/callbacks/flora` alone, so that all of them are lost.
+
+
+MISSING: Final = 5
+"""So many missing callbacks in a row, and new starts use the bare address."""
+MISSING_AFTER: Final = timedelta(minutes=2)
+"""How long after the end of its run a callback counts as missing: by then FLORA has sent it three
+times."""
+TRY_AGAIN_AFTER: Final = timedelta(hours=1)
+"""How long after the last of them own addresses are tried again."""
+
+
+async def own_are_missing(db: Database, *, now: datetime) -> bool:
+    """Whether the last five runs that were to call back to an address of their own did not, and one
+    of them was sent within the hour."""
+    statement = (
+        select(runs.c.callback_at, starts.c.sent_at)
+        .join(starts, and_(starts.c.run_id == runs.c.run_id, starts.c.callback_token.is_not(None)))
+        .where(
+            runs.c.source == Source.START,
+            runs.c.callback_expected,
+            runs.c.end_seen_at < now - MISSING_AFTER,
+            starts.c.callback_url.like("%/" + starts.c.callback_token),
+        )
+        .order_by(runs.c.created_at.desc(), runs.c.run_id.desc())
+        .limit(MISSING)
+    )
+    async with db.read() as connection:
+        found = (await connection.execute(statement)).all()
+    return (
+        len(found) == MISSING
+        and all(row.callback_at is None for row in found)
+        and any(row.sent_at is not None and row.sent_at > now - TRY_AGAIN_AFTER for row in found)
+    )

@@ -1,0 +1,620 @@
+"""The tables, and the invariants that the database itself holds.
+
+Names and meaning of the columns that dashboards read are public and stay. Rows of `runs` are
+written by the door alone; claims move only their lease.
+"""
+
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any, Final
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    ColumnElement,
+    DateTime,
+    Dialect,
+    Double,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Numeric,
+    PrimaryKeyConstraint,
+    SmallInteger,
+    Table,
+    Text,
+    false,
+    literal_column,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.types import TypeDecorator, TypeEngine
+
+from tracker.core.observation import Source
+from tracker.core.record import DeliveryOutcome
+from tracker.core.run import Tracking
+from tracker.store.text import clean
+
+# Column types that mean the same on both engines.
+#
+# What PostgreSQL has and SQLite lacks (times with a zone, exact decimals, JSON) is kept on SQLite
+# in the form that ad-hoc SQL reads best: times as text that sorts, money as a number that sums.
+
+
+class CleanText(TypeDecorator[str]):
+    """Text of any length; what a database cannot hold is replaced on the way in."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        """Replace NUL and lone surrogates by U+FFFD."""
+        return None if value is None else clean(value)
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An aware moment in UTC.
+
+    `timestamptz` on PostgreSQL; on SQLite text, `YYYY-MM-DD HH:MM:SS.ffffff`, which sorts by time.
+    """
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Bring a moment into UTC; refuse one that does not say where it is."""
+        if value is None or dialect.name == "postgresql":
+            return value
+        if value.tzinfo is None:
+            raise ValueError(f"a moment without a zone cannot be stored: {value}")
+        return value.astimezone(UTC).replace(tzinfo=None)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Say that it is UTC."""
+        if value is None or dialect.name == "postgresql":
+            return value
+        return value.replace(tzinfo=UTC)
+
+
+class Money(TypeDecorator[Decimal]):
+    """USD. Exact on PostgreSQL; on SQLite a double, which keeps 15 digits and can be summed."""
+
+    impl = Numeric
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        """A number that SQLite can add up."""
+        return dialect.type_descriptor(Double() if dialect.name == "sqlite" else Numeric())
+
+    def process_bind_param(self, value: Decimal | None, dialect: Dialect) -> Decimal | float | None:
+        """Hand SQLite the nearest double."""
+        return float(value) if value is not None and dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> Decimal | None:
+        """Read a double as the shortest decimal that it can stand for."""
+        return Decimal(repr(value)) if isinstance(value, float) else value
+
+
+Json = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+"""A JSON value; `None` is SQL's NULL. Text on SQLite, `jsonb` on PostgreSQL."""
+
+SerialId = BigInteger().with_variant(Integer(), "sqlite")
+"""A number that the database counts up. SQLite counts only what is called plain INTEGER."""
+
+
+metadata: Final = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+START_STATES: Final = ("stored", "sent", "in_doubt", "started", "refused", "unresolved")
+RETENTION_MARKS: Final = ("runs", "bodies")
+
+
+def _one_of(column: str, values: Any) -> CheckConstraint:
+    listed = ", ".join(f"'{value}'" for value in values)
+    return CheckConstraint(f"{column} IN ({listed})", name=column)
+
+
+def _partial(name: str, *columns: str, where: str) -> Index:
+    """An index of those rows alone for which `where` holds."""
+    return Index(name, *columns, postgresql_where=text(where), sqlite_where=text(where))
+
+
+def word(value: str) -> ColumnElement[str]:
+    """A constant that stands in the text of a statement.
+
+    Whether a partial index fits is decided before parameters are known.
+    """
+    return literal_column(f"'{value}'", CleanText)
+
+
+def _storage(*, fillfactor: int | None = None) -> dict[str, Any]:
+    """PostgreSQL's settings for a table that grows without end.
+
+    Its defaults vacuum when a fifth of the rows is dead, which on a big table is far too late. A
+    fillfactor leaves room in each page, so that an update can stay in it and touch no index.
+    """
+    room = {} if fillfactor is None else {"fillfactor": str(fillfactor)}
+    return room | {
+        "autovacuum_vacuum_scale_factor": "0.02",
+        "autovacuum_vacuum_insert_scale_factor": "0.05",
+        "autovacuum_analyze_scale_factor": "0.02",
+    }
+
+
+runs: Final = Table(
+    "runs",
+    metadata,
+    Column("run_id", CleanText, primary_key=True),
+    Column("run_type", CleanText),
+    Column("workspace_id", CleanText),
+    Column("project_id", CleanText),
+    Column("technique_id", CleanText),
+    Column("technique_name", CleanText),
+    Column("status", CleanText, nullable=False),
+    Column("progress", Double, nullable=False),
+    # FLORA's, else when the run was first seen; the next column says which.
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("created_at_known", Boolean, nullable=False),
+    Column("started_at", UtcDateTime),
+    Column("completed_at", UtcDateTime),
+    # What was shown before the end, and what FLORA billed, as a read sent at that moment showed it.
+    Column("quoted_cost", Money),
+    Column("charged_cost", Money),
+    Column("cost_read_at", UtcDateTime),
+    # Whether that read came long enough after the end.
+    Column("cost_final", Boolean, nullable=False, server_default=false()),
+    Column("error_code", CleanText),
+    Column("error_message", CleanText),
+    # Of a failed run, by code and message: see tracker.core.retry.
+    Column("retry_advice", CleanText),
+    # How many rows `run_outputs` has for the run, and when the read was sent that showed them.
+    Column("output_count", Integer, nullable=False),
+    Column("outputs_read_at", UtcDateTime),
+    Column("poll_url", CleanText),
+    # What `merge` remembers besides the values: see tracker.core.run.
+    Column("standing", SmallInteger, nullable=False),
+    Column("details", SmallInteger, nullable=False),
+    Column("ranks", BigInteger, nullable=False),
+    Column("conflict", Boolean, nullable=False),
+    # Facts about receipt, outside the merge.
+    Column("source", CleanText, nullable=False),
+    Column("first_seen_at", UtcDateTime, nullable=False),
+    Column("callback_at", UtcDateTime),
+    Column("callback_expected", Boolean, nullable=False),
+    Column("ended_via", CleanText),
+    Column("end_seen_at", UtcDateTime),
+    Column("tracking", CleanText, nullable=False),
+    Column("settled_at", UtcDateTime),
+    Column("inputs", Json),
+    # What it is for, and when and at which price it was reserved: of a run that we started.
+    Column("tags", Json),
+    Column("reserved_at", UtcDateTime),
+    Column("reserved_cost", Money),
+    # When to read it next, and how that came out so far.
+    Column("next_check_at", UtcDateTime),
+    # When to read cost and outputs of a settled run again.
+    Column("recheck_at", UtcDateTime),
+    Column("looks", Integer, nullable=False),
+    Column("checks", Integer, nullable=False),
+    Column("missing", Integer, nullable=False),
+    Column("missing_since", UtcDateTime),
+    Column("last_error", CleanText),
+    Column("lease_until", UtcDateTime),
+    Column("lease_holder", CleanText),
+    _one_of("tracking", Tracking),
+    _one_of("source", Source),
+    _one_of("ended_via", Source),
+    CheckConstraint("progress BETWEEN 0 AND 100", name="progress"),
+    CheckConstraint("standing BETWEEN 0 AND 5", name="standing"),
+    CheckConstraint("details BETWEEN 0 AND 2", name="details"),
+    # A newer FLORA may show a status that is not known: it stands as running, or as ended.
+    CheckConstraint(
+        "CASE WHEN status IN ('completed', 'failed') THEN standing >= 2"
+        " WHEN status IN ('pending', 'running') THEN standing < 2"
+        " ELSE status <> '' AND standing IN (1, 4) END",
+        name="status_as_it_stands",
+    ),
+    CheckConstraint("(tracking = 'settled') = (settled_at IS NOT NULL)", name="settled_has_a_time"),
+    CheckConstraint("tracking <> 'settled' OR standing >= 4", name="settled_has_ended"),
+    # A version before 0014 never read a lost run again.
+    CheckConstraint(
+        "tracking = 'lost' OR (tracking = 'active') = (next_check_at IS NOT NULL)",
+        name="active_is_checked",
+    ),
+    CheckConstraint(
+        "(lease_until IS NULL) = (lease_holder IS NULL)", name="lease_has_holder_and_end"
+    ),
+    # Due runs: few of many, so the index holds only those that are to be read at all.
+    _partial("ix_runs_due", "next_check_at", where="next_check_at IS NOT NULL"),
+    _partial("ix_runs_recheck", "recheck_at", where="recheck_at IS NOT NULL"),
+    # Listings, newest first: read backwards. What most runs are is found among the newest, and
+    # needs no index: see tracker.store.queries.runs.
+    Index("ix_runs_newest", "created_at", "run_id"),
+    _partial(
+        "ix_runs_newest_not_completed",
+        *("status", "created_at", "run_id"),
+        where="status <> 'completed'",
+    ),
+    _partial(
+        "ix_runs_newest_not_settled",
+        *("tracking", "created_at", "run_id"),
+        where="tracking <> 'settled'",
+    ),
+    _partial(
+        "ix_runs_newest_of_a_technique",
+        *("technique_id", "created_at", "run_id"),
+        where="technique_id IS NOT NULL",
+    ),
+    _partial(
+        "ix_runs_newest_of_advice",
+        *("retry_advice", "created_at", "run_id"),
+        where="retry_advice IS NOT NULL",
+    ),
+    Index("ix_runs_newest_of_workspace", "workspace_id", "created_at", "run_id"),
+    _partial(
+        "ix_runs_newest_of_project",
+        *("project_id", "created_at", "run_id"),
+        where="project_id IS NOT NULL",
+    ),
+    # By tag: SQLite looks through the tags of the newest runs, without the runs themselves.
+    Index(
+        "ix_runs_tags",
+        "tags",
+        postgresql_using="gin",
+        postgresql_ops={"tags": "jsonb_path_ops"},
+        postgresql_where=text("tags IS NOT NULL"),
+        info={"dialect": "postgresql"},
+    ).ddl_if(dialect="postgresql"),
+    Index(
+        "ix_runs_newest_tagged",
+        *("created_at", "run_id", "tags"),
+        sqlite_where=text("tags IS NOT NULL"),
+        info={"dialect": "sqlite"},
+    ).ddl_if(dialect="sqlite"),
+    # Whether a workspace has shown a generation run: few do.
+    _partial("ix_runs_generations", "workspace_id", where="run_type = 'generation'"),
+    # How long a technique's runs take.
+    _partial("ix_runs_durations", "technique_id", "completed_at", where="status = 'completed'"),
+    postgresql_with=_storage(fillfactor=85),
+)
+
+run_outputs: Final = Table(
+    "run_outputs",
+    metadata,
+    Column("run_id", ForeignKey("runs.run_id", ondelete="CASCADE"), primary_key=True),
+    Column("position", Integer, primary_key=True, autoincrement=False),
+    Column("output_id", CleanText, nullable=False),
+    Column("type", CleanText, nullable=False),
+    Column("url", CleanText, nullable=False),
+    postgresql_with=_storage(),
+)
+
+run_events: Final = Table(
+    "run_events",
+    metadata,
+    Column("id", SerialId, Identity(), primary_key=True),
+    Column("run_id", ForeignKey("runs.run_id", ondelete="CASCADE"), nullable=False),
+    Column("at", UtcDateTime, nullable=False),
+    Column("source", CleanText, nullable=False),
+    Column("status", CleanText, nullable=False),
+    Column("progress", Double),
+    # The whole observation, so that the run can be folded again.
+    Column("detail", Json, nullable=False),
+    _one_of("source", Source),
+    Index("ix_run_events_timeline", "run_id", "id"),
+    postgresql_with=_storage(),
+)
+
+deliveries: Final = Table(
+    "deliveries",
+    metadata,
+    Column("delivery_id", CleanText, primary_key=True),
+    Column("run_id", CleanText),
+    Column("event_type", CleanText),
+    Column("api_version", CleanText),
+    Column("workspace_id", CleanText),
+    Column("created_at", UtcDateTime),
+    Column("received_at", UtcDateTime, nullable=False),
+    Column("last_received_at", UtcDateTime, nullable=False),
+    Column("receipts", Integer, nullable=False),
+    Column("outcome", CleanText, nullable=False),
+    Column("reason", CleanText),
+    # When its effect was on its run. Null while it waits, and where a version before 0008 applied
+    # it: that did so in the moment of its receipt.
+    Column("applied_at", UtcDateTime),
+    # Emptied by retention, which then says when.
+    Column("body", LargeBinary, nullable=False),
+    Column("body_removed_at", UtcDateTime),
+    # The last part of the address that it came to, where that was a start's own.
+    Column("callback_token", CleanText),
+    _one_of("outcome", DeliveryOutcome),
+    CheckConstraint("receipts >= 1", name="receipts"),
+    CheckConstraint("applied_at IS NULL OR outcome = 'applied'", name="applied_has_its_time"),
+    Index("ix_deliveries_run", "run_id"),
+    Index("ix_deliveries_newest", "received_at", "delivery_id"),
+    # The inbox: what is stored and not applied yet, oldest first.
+    _partial("ix_deliveries_waiting", "received_at", "delivery_id", where="outcome = 'waiting'"),
+    _partial(
+        "ix_deliveries_quarantined", "received_at", "delivery_id", where="outcome = 'quarantined'"
+    ),
+    postgresql_with=_storage(fillfactor=85),
+)
+
+starts: Final = Table(
+    "starts",
+    metadata,
+    # The workspace's id. A version before 0009 calls its first workspace 'default' here; such rows
+    # get their id as soon as it is known.
+    Column("workspace_slot", CleanText, primary_key=True),
+    Column("idempotency_key", CleanText, primary_key=True),
+    Column("technique_id", CleanText, nullable=False),
+    Column("fingerprint", CleanText, nullable=False),
+    Column("inputs", Json, nullable=False),
+    Column("state", CleanText, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    # Since when the key may be known to FLORA, and what the request asked it to call.
+    Column("in_use_since", UtcDateTime),
+    Column("callback_url", CleanText),
+    Column("sent_at", UtcDateTime),
+    Column("run_id", CleanText),
+    Column("error", Json),
+    Column("lease_until", UtcDateTime),
+    Column("lease_holder", CleanText),
+    # The same id, once it is known to be one.
+    Column("workspace_id", CleanText),
+    # The last part of the start's own callback address; null where it has none.
+    Column("callback_token", CleanText),
+    # What was sent, for repetitions: kept while the start is open.
+    Column("request_body", CleanText),
+    Column("started_by", CleanText),
+    Column("tags", Json),
+    # What it takes from the budgets, in USD and for how many runs, and in whose period.
+    Column("reserved_at", UtcDateTime),
+    Column("reserved_cost", Money),
+    Column("reserved_runs", Integer),
+    _one_of("state", START_STATES),
+    CheckConstraint("(state = 'started') = (run_id IS NOT NULL)", name="started_has_a_run"),
+    CheckConstraint(
+        "(lease_until IS NULL) = (lease_holder IS NULL)", name="lease_has_holder_and_end"
+    ),
+    _partial("ix_starts_open", "created_at", where="state IN ('stored', 'sent')"),
+    _partial("ix_starts_in_doubt", "created_at", where="state = 'in_doubt'"),
+    _partial("ix_starts_unresolved", "created_at", where="state = 'unresolved'"),
+    _partial("ix_starts_without_workspace", "workspace_slot", where="workspace_id IS NULL"),
+    # Starts of several runs, whose others than the first are still to be seen: few.
+    _partial("ix_starts_several", "reserved_at", where="state = 'started' AND reserved_runs > 1"),
+    Index("ix_starts_run", "run_id"),
+    Index("ix_starts_technique", "technique_id", "created_at"),
+    Index(
+        "ix_starts_callback_token",
+        "callback_token",
+        unique=True,
+        postgresql_where=text("callback_token IS NOT NULL"),
+        sqlite_where=text("callback_token IS NOT NULL"),
+    ),
+    postgresql_with=_storage(),
+)
+
+sweeps: Final = Table(
+    "sweeps",
+    metadata,
+    Column("id", SerialId, Identity(), primary_key=True),
+    Column("workspace_id", CleanText),
+    Column("started_at", UtcDateTime, nullable=False),
+    Column("finished_at", UtcDateTime),
+    Column("pages", Integer, nullable=False),
+    Column("items", Integer, nullable=False),
+    Column("discovered", Integer, nullable=False),
+    Column("repaired", Integer, nullable=False),
+    # Items that could not be understood: FLORA shows a run that we cannot read.
+    Column("unreadable", Integer, nullable=False),
+    # Up to which of FLORA's moments each kind was verified when the sweep ended.
+    Column("through", UtcDateTime),
+    Column("generations_through", UtcDateTime),
+    # Why technique runs could not be swept, and generations.
+    Column("error", CleanText),
+    Column("generations_error", CleanText),
+    Index("ix_sweeps_newest", "workspace_id", "started_at"),
+    # Few workspaces show generation runs, so the last sweep that saw some may be long ago.
+    _partial(
+        "ix_sweeps_generations",
+        *("workspace_id", "started_at"),
+        where="generations_through IS NOT NULL",
+    ),
+)
+
+# What of the history has been read without a gap: see tracker.store.queries.sweeps.
+history_coverage: Final = Table(
+    "history_coverage",
+    metadata,
+    Column("id", SerialId, Identity(), primary_key=True),
+    Column("workspace_id", CleanText, nullable=False),
+    Column("run_type", CleanText, nullable=False),
+    # FLORA's times of creation: after the first, through the second.
+    Column("from_at", UtcDateTime, nullable=False),
+    Column("to_at", UtcDateTime, nullable=False),
+    Column("read_at", UtcDateTime, nullable=False),
+    # How to go on below it; why that failed, how often, and when it is tried again.
+    Column("cursor", CleanText),
+    Column("error", CleanText),
+    Column("failures", Integer, nullable=False),
+    Column("retry_at", UtcDateTime),
+    CheckConstraint("from_at <= to_at", name="in_order"),
+    Index("ix_history_coverage_newest", "workspace_id", "run_type", "to_at"),
+)
+
+techniques: Final = Table(
+    "techniques",
+    metadata,
+    Column("technique_id", CleanText, primary_key=True),
+    # Under which other name it was asked for, where it was.
+    Column("slug", CleanText),
+    Column("name", CleanText, nullable=False),
+    Column("description", CleanText),
+    Column("run_cost", Money),
+    Column("inputs", Json, nullable=False),
+    Column("outputs", Json, nullable=False),
+    Column("synced_at", UtcDateTime, nullable=False),
+    # When its definition was last read by itself, and when a list last showed it.
+    Column("defined_at", UtcDateTime),
+    Column("listed_at", UtcDateTime),
+    # Since when the catalogue has lacked it.
+    Column("gone_at", UtcDateTime),
+    Index("ix_techniques_slug", "slug"),
+)
+
+batches: Final = Table(
+    "batches",
+    metadata,
+    Column("batch_id", CleanText, primary_key=True),
+    Column("workspace_slot", CleanText, nullable=False),
+    Column("technique_id", CleanText, nullable=False),
+    # What the sheet was called when it was last given.
+    Column("name", CleanText, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    # When a command saw it to its end; a batch that is not finished is gone on with.
+    Column("finished_at", UtcDateTime),
+    # Which column is which input: `[[input id, column, type]…]`, as it was when the batch began.
+    Column("mapping", Json),
+    Index("ix_batches_newest", "created_at", "batch_id"),
+)
+
+batch_rows: Final = Table(
+    "batch_rows",
+    metadata,
+    Column("batch_id", ForeignKey("batches.batch_id", ondelete="CASCADE"), primary_key=True),
+    # From 1, as they stand in the sheet; `line` is where the row begins in the file.
+    Column("position", Integer, primary_key=True, autoincrement=False),
+    Column("line", Integer, nullable=False),
+    # What the row is told by, and for which time it is run: see tracker.core.row_key.
+    Column("row_digest", CleanText, nullable=False),
+    Column("generation", Integer, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    # Its start in the ledger, once there is one: what became of the row is told there.
+    Column("idempotency_key", CleanText, nullable=False),
+    Index("ix_batch_rows_digest", "row_digest"),
+    Index("ix_batch_rows_key", "idempotency_key"),
+    postgresql_with=_storage(),
+)
+
+# Signed-in browsers. Neither the cookie nor the token can be made from a row.
+sessions: Final = Table(
+    "sessions",
+    metadata,
+    Column("session_id", CleanText, primary_key=True),
+    Column("token_name", CleanText, nullable=False),
+    Column("token_digest", CleanText, nullable=False),
+    # Whether the browser came over https.
+    Column("secure", Boolean, nullable=False),
+    Column("started_at", UtcDateTime, nullable=False),
+    Column("last_used_at", UtcDateTime, nullable=False),
+)
+
+# Who did what: see tracker.store.queries.audit. A row stands for the refused requests of one
+# address, token and minute.
+audit: Final = Table(
+    "audit",
+    metadata,
+    Column("id", SerialId, Identity(), primary_key=True),
+    Column("at", UtcDateTime, nullable=False),
+    Column("actor", CleanText, nullable=False),
+    Column("action", CleanText, nullable=False),
+    Column("detail", Json, nullable=False),
+    Column("request_id", CleanText),
+    Column("address", CleanText),
+    Column("count", Integer, nullable=False),
+    CheckConstraint("count >= 1", name="count"),
+    Index("ix_audit_newest", "at", "id"),
+    Index(
+        "ix_audit_refused",
+        *("address", "at", "actor"),
+        unique=True,
+        postgresql_where=text("action = 'refused'"),
+        sqlite_where=text("action = 'refused'"),
+    ),
+)
+
+# Which workspace each API key is of, as FLORA told. A fingerprint leads back to no key. `place` is
+# where in the settings the key stood.
+workspace_keys: Final = Table(
+    "workspace_keys",
+    metadata,
+    Column("key_fingerprint", CleanText, primary_key=True),
+    Column("workspace_id", CleanText, nullable=False),
+    Column("place", CleanText, nullable=False),
+    Column("learnt_at", UtcDateTime, nullable=False),
+)
+
+leases: Final = Table(
+    "leases",
+    metadata,
+    Column("name", CleanText, primary_key=True),
+    Column("holder", CleanText, nullable=False),
+    Column("until", UtcDateTime, nullable=False),
+)
+
+
+# How far retention has come: up to which of FLORA's moments of creation runs of a workspace (empty:
+# not known) may have been removed, up to which moment of receipt bodies have been.
+retention: Final = Table(
+    "retention",
+    metadata,
+    Column("what", CleanText, primary_key=True),
+    Column("workspace_id", CleanText, primary_key=True),
+    Column("through", UtcDateTime, nullable=False),
+    _one_of("what", RETENTION_MARKS),
+)
+
+
+def _tally_columns() -> list[Column[Any]]:
+    """What is counted together, how many runs, and the sum of their amounts (core.rollup)."""
+    texts = ("workspace_id", "technique_id", "status", "word")
+    return [
+        Column("measure", CleanText, nullable=False),
+        Column("since", UtcDateTime, nullable=False),
+        *(Column(name, CleanText, nullable=False) for name in texts),
+        Column("bucket", Integer, nullable=False),
+        Column("runs", BigInteger, nullable=False),
+        Column("amount", BigInteger, nullable=False),
+    ]
+
+
+# Rows of the first are written by one process at a time, of the second by everybody: see
+# tracker.store.writing.rollups.
+run_tallies: Final = Table(
+    "run_tallies",
+    metadata,
+    *_tally_columns(),
+    PrimaryKeyConstraint(
+        *("measure", "since", "workspace_id", "technique_id", "status", "word", "bucket")
+    ),
+    # What a tag has cost, among however many others.
+    _partial("ix_run_tallies_tagged", "word", "since", where="measure = 'tagged'"),
+    sqlite_with_rowid=False,
+)
+
+run_tally_changes: Final = Table(
+    "run_tally_changes",
+    metadata,
+    Column("id", SerialId, Identity(), primary_key=True),
+    *_tally_columns(),
+    # What was spent, among however many others: a budget is checked with each start.
+    _partial(
+        "ix_run_tally_changes_spent", "measure", "word", where="measure IN ('spent', 'tagged')"
+    ),
+    # Emptied every few seconds: what is dead in it must not be read again and again.
+    postgresql_with={"autovacuum_vacuum_scale_factor": "0", "autovacuum_vacuum_threshold": "1000"},
+)
