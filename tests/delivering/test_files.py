@@ -8,11 +8,16 @@ from pathlib import Path
 import pytest
 
 from tests.delivering.far_end import answer, far_end
-from tests.delivering.test_shelf import entry
+from tests.delivering.test_directory import entry
 from tracker.delivering.fetch import Fetcher
-from tracker.delivering.files import write_whole
-from tracker.delivering.part import Mark, Part
-from tracker.delivering.shelf import MANIFEST, Shelf, ShelfError
+from tracker.delivering.files import (
+    MANIFEST,
+    DownloadDirectory,
+    DownloadDirectoryError,
+    PartialFile,
+    ResumeKey,
+    write_whole,
+)
 from tracker.store.engine import migration_engine
 from tracker.store.url import DatabaseUrl
 
@@ -43,12 +48,12 @@ def modes(folder: Path) -> dict[str, str]:
 async def test_what_is_written_is_for_its_owner_alone(umask: None, tmp_path: Path) -> None:
     """Downloads, parts of them, manifests, results and the database, with all that is beside it."""
     folder = tmp_path / "new" / "downloads"
-    with Shelf(folder) as shelf:
+    with DownloadDirectory(folder) as directory:
         async with far_end(answer(b"abc")) as end, Fetcher(allow_private=True) as fetcher:
             await fetcher.fetch(end.url(), folder, "run_1.a")
-        shelf.add(entry())
-        part = Part(folder, "run_1.b")
-        part.begin(Mark("https://a.test/b", '"1"'))
+        directory.add(entry())
+        part = PartialFile(folder, "run_1.b")
+        part.start(ResumeKey("https://a.test/b", '"1"'))
         part.write(b"ab")
         part.close()
     write_whole(tmp_path / "results.csv", "row\n")
@@ -67,7 +72,7 @@ async def test_what_is_written_is_for_its_owner_alone(umask: None, tmp_path: Pat
 async def test_what_others_put_in_place_of_a_part_is_not_written_to(
     planted: str, tmp_path: Path
 ) -> None:
-    """Neither a part that is begun nor one that is gone on with changes a file somewhere else."""
+    """Neither a part that is begun nor one that is resumed changes a file somewhere else."""
     victim = tmp_path / "victim"
     victim.write_text(VICTIM)
     folder = tmp_path / "downloads"
@@ -86,18 +91,21 @@ async def test_what_others_put_in_place_of_a_part_is_not_written_to(
     for stem in ("run_1.a", "run_1.b"):
         plant(f"{stem}.part")
     plant("run_1.a.part.json")
-    part = Part(folder, "run_1.a")
-    part.begin(Mark("https://a.test/a", '"1"'))
+    part = PartialFile(folder, "run_1.a")
+    part.start(ResumeKey("https://a.test/a", '"1"'))
     part.write(b"abc")
     part.finish(folder / "run_1.a.png")
     assert (folder / "run_1.a.png").read_bytes() == b"abc"
-    other = Part(folder, "run_1.b")
+    other = PartialFile(folder, "run_1.b")
     if planted == "link":
-        assert other.mark() is None
+        assert other.resumable() is None
     with pytest.raises(OSError, match=r"run_1\.b\.part"):
-        other.go_on()
+        other.resume()
     plant(MANIFEST)
-    with pytest.raises(ShelfError, match="cannot be written to"), Shelf(folder):
+    with (
+        pytest.raises(DownloadDirectoryError, match="cannot be written to"),
+        DownloadDirectory(folder),
+    ):
         pass
     assert victim.read_text() == VICTIM
 
@@ -106,13 +114,13 @@ def test_a_link_is_no_file_that_is_there(tmp_path: Path) -> None:
     """A name of ours that leads elsewhere counts as missing, so that the file is fetched."""
     (tmp_path / "victim").write_bytes(b"abc")
     folder = tmp_path / "downloads"
-    with Shelf(folder) as shelf:
-        shelf.add(entry(size=3))
+    with DownloadDirectory(folder) as directory:
+        directory.add(entry(size=3))
         (folder / "run_1.a.png").symlink_to(tmp_path / "victim")
-        assert shelf.find(entry().key) is None
+        assert directory.find(entry().key) is None
     (folder / MANIFEST).unlink()
-    with Shelf(folder) as shelf:
-        assert shelf.unlisted("run_1.a") is None
+    with DownloadDirectory(folder) as directory:
+        assert directory.unlisted("run_1.a") is None
 
 
 def test_results_go_where_the_user_says(tmp_path: Path) -> None:

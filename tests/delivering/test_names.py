@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tracker.delivering.endings import ending
-from tracker.delivering.names import stem
+from tracker.delivering.downloads import file_stem
+from tracker.delivering.fetch import file_ending
 
 HOSTILE = ("..", "../../etc/passwd", "/etc/passwd", "a\0b", "", ".", "-rf", "x" * 5000, "a b", "ü")
 
@@ -15,7 +15,7 @@ HOSTILE = ("..", "../../etc/passwd", "/etc/passwd", "a\0b", "", ".", "-rf", "x" 
 @given(st.lists(st.text(max_size=300) | st.sampled_from(HOSTILE), min_size=1, max_size=4))
 def test_no_name_leaves_its_folder(texts: list[str]) -> None:
     """Whatever the identifiers hold, the name is one harmless name of a bearable length."""
-    name = f"{stem(*texts)}.part.json"
+    name = f"{file_stem(*texts)}.part.json"
     assert Path("/folder", name).resolve().parent == Path("/folder")
     assert len(name.encode()) <= 255
     assert name.isascii()
@@ -29,12 +29,12 @@ def test_no_name_leaves_its_folder(texts: list[str]) -> None:
 )
 def test_two_identifiers_have_two_names(one: list[str], other: list[str]) -> None:
     """What is replaced or cut off does not make two files one."""
-    assert (stem(*one) == stem(*other)) == (one == other)
+    assert (file_stem(*one) == file_stem(*other)) == (one == other)
 
 
 def test_ordinary_names_stay_readable() -> None:
     """FLORA's own identifiers are in the name as they are."""
-    assert stem("007", "run_3bb7c905", "image_1") == "007.run_3bb7c905.image_1"
+    assert file_stem("007", "run_3bb7c905", "image_1") == "007.run_3bb7c905.image_1"
 
 
 @pytest.mark.parametrize(
@@ -62,4 +62,4 @@ def test_endings_tell_what_is_inside(
     content_type: str | None, link: str, output_type: str, expected: str
 ) -> None:
     """The header decides, else the link, else the type of the output."""
-    assert ending(content_type, link, output_type) == expected
+    assert file_ending(content_type, link, output_type) == expected

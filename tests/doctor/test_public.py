@@ -16,7 +16,7 @@ from tests.delivering.far_end import Asked, FarEnd, answer, far_end
 from tests.doctor.conftest import look, with_flora
 from tests.support.waiting import free_port
 from tracker.core.clock import utc_now
-from tracker.delivering.guard import Address
+from tracker.delivering.addresses import Address
 from tracker.operations.doctor import Finding, Level, address
 from tracker.settings import read_settings
 from tracker.simulator import Simulator

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 
 from tests.delivering.far_end import far_end
-from tracker.delivering.errors import MediaError
+from tracker.delivering.addresses import MediaError
 from tracker.delivering.fetch import Fetcher
 
 LARGEST = 100_000

@@ -12,8 +12,7 @@ from tests.web.callbacks import event, signature
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Seen
 from tracker.core.run import Output, RunStatus
-from tracker.delivering.downloads import Order
-from tracker.delivering.outputs import Outcome, Report
+from tracker.delivering.downloads import DownloadOptions, DownloadOutcome, DownloadReport
 from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.store.queries import runs as read
@@ -63,7 +62,7 @@ LEADS_AWAY = (
     "?next=http://127.0.0.1:{trap}/",
 )
 
-INSIDE = (  # host names: tests/delivering/test_guard.py; here no address but these may be asked
+INSIDE = (  # host names: tests/delivering/test_addresses.py; here no address but these may be asked
     *("127.0.0.1", "user@127.0.0.1", "[::1]", "[::ffff:127.0.0.1]", "[0:0:0:0:0:ffff:7f00:1]"),
     *("127。0。0。1", "１２７.0.0.1", "0.0.0.0", "[::]", "[64:ff9b::7f00:1]"),  # noqa: RUF001
 )
@@ -169,13 +168,13 @@ async def test_a_download_carries_no_key(sqlite_url: str, tmp_path: Path) -> Non
                 outputs=outputs,
             )
             await services.door.put(Seen(observation=ended))
-            report = Report()
+            report = DownloadReport()
             await services.downloader.download(
                 services.downloader.named(["run_1"], watch=False),
-                Order(to=tmp_path / "files", allow_private=True),
+                DownloadOptions(to=tmp_path / "files", allow_private=True),
                 report,
             )
-            assert len(report.of(Outcome.FETCHED)) == 2
+            assert len(report.of(DownloadOutcome.FETCHED)) == 2
             asked = [*flora.asked, *elsewhere.asked]
             assert len(asked) == 3
             for one in asked:
@@ -196,9 +195,11 @@ async def test_a_download_reaches_no_machine_inside(sqlite_url: str, tmp_path: P
             outputs=outputs,
         )
         await services.door.put(Seen(observation=seen))
-        report = Report()
+        report = DownloadReport()
         await services.downloader.download(
-            services.downloader.named(["run_1"], watch=False), Order(to=tmp_path / "f"), report
+            services.downloader.named(["run_1"], watch=False),
+            DownloadOptions(to=tmp_path / "f"),
+            report,
         )
         assert inside.asked == []
-        assert len(report.of(Outcome.FAILED)) == len(INSIDE)
+        assert len(report.of(DownloadOutcome.FAILED)) == len(INSIDE)

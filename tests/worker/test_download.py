@@ -17,9 +17,14 @@ from tracker.core.errors import TrackerError
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Seen
 from tracker.core.run import Output, RunError, RunStatus
-from tracker.delivering.downloads import Order
-from tracker.delivering.outputs import Outcome, Report, Wanted, jobs_of
-from tracker.delivering.shelf import MANIFEST, ShelfError
+from tracker.delivering.downloads import (
+    DownloadOptions,
+    DownloadOutcome,
+    DownloadReport,
+    WantedRun,
+    jobs_of,
+)
+from tracker.delivering.files import MANIFEST, DownloadDirectoryError
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.starting.start import StartRequest
@@ -44,11 +49,11 @@ async def settle(services: Services, run_id: str, outputs: Sequence[Output], **s
     await services.door.put(Seen(observation=observation))
 
 
-async def download(services: Services, folder: Path, *run_ids: str, **order: Any) -> Report:
-    report = Report()
+async def download(services: Services, folder: Path, *run_ids: str, **order: Any) -> DownloadReport:
+    report = DownloadReport()
     source = services.downloader.named(run_ids, watch=False)
     given: dict[str, Any] = {"to": folder, "allow_private": True}
-    await services.downloader.download(source, Order(**(given | order)), report)
+    await services.downloader.download(source, DownloadOptions(**(given | order)), report)
     return report
 
 
@@ -71,7 +76,7 @@ async def test_the_simulators_files_come_as_they_are(
     await services.poller.poll_due()
     report = await download(services, folder, run_id)
     outputs = (await the_run(services, run_id)).run.outputs or ()
-    assert len(report.of(Outcome.FETCHED)) == len(outputs) > 1
+    assert len(report.of(DownloadOutcome.FETCHED)) == len(outputs) > 1
     assert files(folder) == sorted(f"{run_id}.{one.output_id}.png" for one in outputs)
     for line in manifest(folder):
         content = (folder / line["file"]).read_bytes()
@@ -79,13 +84,13 @@ async def test_the_simulators_files_come_as_they_are(
         assert line["size"] == len(content)
     before = dict(flora.world.counts)
     again = await download(services, folder, run_id)
-    assert len(again.of(Outcome.PRESENT)) == len(outputs)
+    assert len(again.of(DownloadOutcome.PRESENT)) == len(outputs)
     assert again.complete
     assert dict(flora.world.counts) == before
     assert len(manifest(folder)) == len(outputs)
 
 
-async def test_a_part_is_gone_on_with_at_the_simulator(
+async def test_a_part_is_resumed_at_the_simulator(
     services: Services, flora: Simulator, clock: HandClock, folder: Path
 ) -> None:
     """The simulator's files know ranges: what a command left is completed by the next one."""
@@ -117,9 +122,9 @@ async def test_texts_are_text_files(services: Services, folder: Path) -> None:
     await settle(services, "run_1", [Output("poem", "text", "Größe\n\N{OWL}")])
     assert (await download(services, folder, "run_1")).complete
     assert (folder / "run_1.poem.txt").read_bytes() == "Größe\n\N{OWL}".encode()
-    assert (await download(services, folder, "run_1")).of(Outcome.PRESENT)
+    assert (await download(services, folder, "run_1")).of(DownloadOutcome.PRESENT)
     await settle(services, "run_1", [Output("poem", "text", "\N{OWL}\N{OWL}")])
-    assert (await download(services, folder, "run_1")).of(Outcome.FETCHED)
+    assert (await download(services, folder, "run_1")).of(DownloadOutcome.FETCHED)
     assert (folder / "run_1.poem.txt").read_text(encoding="utf-8") == "\N{OWL}\N{OWL}"
 
 
@@ -153,7 +158,7 @@ async def test_what_cannot_be_had_is_told_and_the_rest_is_fetched(
         report = await download(services, folder, "run_1", concurrency=1)
     assert files(folder) == ["run_1.good.png"]
     assert not report.complete
-    assert [(one.job.output.output_id, one.error) for one in report.of(Outcome.FAILED)] == [
+    assert [(one.job.output.output_id, one.error) for one in report.of(DownloadOutcome.FAILED)] == [
         ("gone", "the link has expired, or the file is gone (HTTP 404)"),
         ("odd", "the link is not http(s)"),
     ]
@@ -164,7 +169,7 @@ async def test_links_into_this_machine_are_refused(services: Services, folder: P
     async with far_end(answer(b"secret")) as end:
         await settle(services, "run_1", [Output("a", "imageUrl", end.url())])
         report = await download(services, folder, "run_1", allow_private=False)
-    [failed] = report.of(Outcome.FAILED)
+    [failed] = report.of(DownloadOutcome.FAILED)
     assert "not a public address" in (failed.error or "")
     assert end.asked == []
 
@@ -218,13 +223,13 @@ async def test_two_downloads_do_not_share_a_folder(services: Services, folder: P
         await settle(services, "run_1", [Output("a", "imageUrl", end.url())])
         first = asyncio.create_task(download(services, folder, "run_1"))
         await eventually(lambda: end.asked)
-        with pytest.raises(ShelfError, match="another process is downloading"):
+        with pytest.raises(DownloadDirectoryError, match="another process is downloading"):
             await download(services, folder, "run_1")
         hold.set()
         assert (await first).complete
 
 
-async def collect(source: Any, into: list[Wanted]) -> None:
+async def collect(source: Any, into: list[WantedRun]) -> None:
     async for wanted in source:
         into.append(wanted)
 
@@ -234,7 +239,7 @@ async def test_all_that_settles_is_found(services: Services) -> None:
     await settle(services, "run_1", [], technique_id="tech_a")
     await settle(services, "run_2", [], technique_id="tech_b")
     await settle(services, "run_3", [], status=RunStatus.RUNNING, technique_id="tech_a")
-    found: list[Wanted] = []
+    found: list[WantedRun] = []
     source = services.downloader.settled(technique_id="tech_a", watch=True)
     task = asyncio.create_task(collect(source, found))
     ids = lambda: {one.record.run.run_id for one in found if one.record}  # noqa: E731
@@ -251,7 +256,7 @@ async def test_named_runs_come_as_they_settle(services: Services) -> None:
     """Watched runs end the search once all have ended, also where one is lost."""
     await settle(services, "run_1", [])
     await settle(services, "run_2", [], status=RunStatus.RUNNING)
-    found: list[Wanted] = []
+    found: list[WantedRun] = []
     source = services.downloader.named(["run_1", "run_2"], watch=True)
     task = asyncio.create_task(collect(source, found))
     await eventually(lambda: len(found) == 1)
@@ -298,9 +303,9 @@ async def test_a_batch_names_its_files_by_row(services: Services, folder: Path) 
     for entry, run_id in zip(entries, ("run_b", "run_a"), strict=False):
         await start_row(services, entry, run_id)
     await settle(services, "run_b", [Output("poem", "text", "b")])
-    report = Report()
+    report = DownloadReport()
     source = services.downloader.batch("bat_1", watch=False)
-    await services.downloader.download(source, Order(to=folder), report)
+    await services.downloader.download(source, DownloadOptions(to=folder), report)
     assert files(folder) == ["01.run_b.poem.txt"]
     assert [line["row"] for line in manifest(folder)] == ["01"]
     told = {one.row: one.status for one in report.absent}
@@ -314,7 +319,7 @@ async def test_a_batch_is_watched_to_its_end(services: Services) -> None:
     batch, entries = await keep_batch(services, 2)
     await start_row(services, entries[0], "run_1")
     await settle(services, "run_1", [])
-    found: list[Wanted] = []
+    found: list[WantedRun] = []
     told: list[str] = []
     source = services.downloader.batch("bat_1", watch=True, tell=told.append)
     task = asyncio.create_task(collect(source, found))
@@ -362,8 +367,8 @@ async def test_an_interrupt_keeps_what_has_come(services: Services, folder: Path
         task = asyncio.create_task(
             services.downloader.download(
                 services.downloader.named(["run_1"], watch=False),
-                Order(to=folder, allow_private=True),
-                Report(),
+                DownloadOptions(to=folder, allow_private=True),
+                DownloadReport(),
                 on_bytes=lambda job, size, whole: progress.append(size),
             )
         )
@@ -381,7 +386,7 @@ async def test_an_interrupt_keeps_what_has_come(services: Services, folder: Path
 async def test_names_hold_the_position_where_ids_repeat(services: Services) -> None:
     """Two outputs of one name are two files."""
     await settle(services, "run_1", [Output("a", "text", "1"), Output("a", "text", "2")])
-    wanted = Wanted(record=await the_run(services, "run_1"), row="3")
+    wanted = WantedRun(record=await the_run(services, "run_1"), row="3")
     assert [job.name for job in jobs_of(wanted)] == ["3.run_1.a.0", "3.run_1.a.1"]
     one = replace(wanted, row=None)
     assert [job.name for job in jobs_of(one)] == ["run_1.a.0", "run_1.a.1"]

@@ -19,7 +19,7 @@ from tracker.cli.watching import require_known
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from tracker.delivering.outputs import Absent, Report, Wanted
+    from tracker.delivering.downloads import DownloadReport, RunWithoutOutputs, WantedRun
     from tracker.polling.follow import Tell
     from tracker.services import Services
 
@@ -86,7 +86,7 @@ def download(
         raise typer.BadParameter("goes with --all-settled only", param_hint="--technique")
     size = _size(max_bytes)
 
-    async def find(services: "Services", tell: "Tell") -> "AsyncIterator[Wanted]":
+    async def find(services: "Services", tell: "Tell") -> "AsyncIterator[WantedRun]":
         downloader = services.downloader
         if all_settled:
             technique_id = None if technique is None else await _technique_id(services, technique)
@@ -96,18 +96,19 @@ def download(
         await require_known(services, run_ids or [])
         return downloader.named(run_ids or [], watch=watch, tell=tell)
 
-    async def work(services: "Services") -> "Report":
-        from tracker.delivering.downloads import Order
-        from tracker.delivering.outputs import Report
+    async def work(services: "Services") -> "DownloadReport":
+        from tracker.delivering.downloads import DownloadOptions, DownloadReport
 
-        order = Order(to=to, allow_private=allow_private, max_bytes=size, concurrency=concurrency)
-        report = Report()
+        options = DownloadOptions(
+            to=to, allow_private=allow_private, max_bytes=size, concurrency=concurrency
+        )
+        report = DownloadReport()
         try:
             with download_progress.shown() as screen:
                 async with services.signals:
                     await services.downloader.download(
                         await find(services, screen.tell),
-                        order,
+                        options,
                         report,
                         on_bytes=screen.bytes,
                         on_result=screen.result,
@@ -139,21 +140,21 @@ async def _technique_id(services: "Services", technique: str) -> str:
     return f"tech_{technique}" if known is None else known.technique_id
 
 
-def _summary(report: "Report") -> str:
-    from tracker.delivering.outputs import Outcome
+def _summary(report: "DownloadReport") -> str:
+    from tracker.delivering.downloads import DownloadOutcome
 
-    fetched = report.of(Outcome.FETCHED)
+    fetched = report.of(DownloadOutcome.FETCHED)
     size = sum(one.entry.size for one in fetched if one.entry is not None)
     count = "1 file" if len(fetched) == 1 else f"{len(fetched)} files"
     parts = [f"{count} fetched ({size_text(size)})"]
-    if present := len(report.of(Outcome.PRESENT)):
+    if present := len(report.of(DownloadOutcome.PRESENT)):
         parts.append(f"{present} there already")
-    if failed := len(report.of(Outcome.FAILED)):
+    if failed := len(report.of(DownloadOutcome.FAILED)):
         parts.append(f"{failed} could not be had")
     return ", ".join(parts)
 
 
-def _tell_absent(report: "Report", *, named: bool) -> None:
+def _tell_absent(report: "DownloadReport", *, named: bool) -> None:
     """Say which runs had nothing to fetch; of all settled ones, those that failed are no news."""
     told = [one for one in report.absent if named or not one.harmless]
     for one in told[:_NAMED]:
@@ -163,7 +164,7 @@ def _tell_absent(report: "Report", *, named: bool) -> None:
         note(f"tracker: {count} more without outputs: {plain(status)}")
 
 
-def _why(one: "Absent") -> str:
+def _why(one: "RunWithoutOutputs") -> str:
     which = " ".join(
         part for part in (one.row and f"row {one.row}", one.run_id and f"run {one.run_id}") if part
     )
@@ -176,7 +177,7 @@ def _why(one: "Absent") -> str:
     return f"{which} has no run ({one.status})"
 
 
-def _json(report: "Report", to: Path) -> dict[str, Any]:
+def _json(report: "DownloadReport", to: Path) -> dict[str, Any]:
     results = sorted(
         report.results, key=lambda one: (one.job.row or "", one.job.run_id, one.job.position)
     )

@@ -11,7 +11,7 @@ from tracker.cli.output import plain
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from tracker.delivering.outputs import Job, Result
+    from tracker.delivering.downloads import DownloadJob, DownloadResult
 
 _UNITS: Final = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
@@ -19,10 +19,10 @@ _UNITS: Final = ("bytes", "KiB", "MiB", "GiB", "TiB")
 class Lines:
     """A line for each file."""
 
-    def bytes(self, job: "Job", size: int, whole: int | None) -> None:
+    def bytes(self, job: "DownloadJob", size: int, whole: int | None) -> None:
         """Bytes came; that is no line of its own."""
 
-    def result(self, result: "Result") -> None:
+    def result(self, result: "DownloadResult") -> None:
         """An output is there, or cannot be had. What was there already is only counted."""
         line = _line(result)
         if line is not None:
@@ -40,13 +40,13 @@ class Bars:
         self._progress = progress
         self._bars: dict[str, TaskID] = {}
 
-    def bytes(self, job: "Job", size: int, whole: int | None) -> None:
+    def bytes(self, job: "DownloadJob", size: int, whole: int | None) -> None:
         """Bytes came."""
         if job.name not in self._bars:
             self._bars[job.name] = self._progress.add_task(job.name, total=whole)
         self._progress.update(self._bars[job.name], completed=size, total=whole)
 
-    def result(self, result: "Result") -> None:
+    def result(self, result: "DownloadResult") -> None:
         """An output is there, or cannot be had: its bar gives way to a line."""
         bar = self._bars.pop(result.job.name, None)
         if bar is not None:
@@ -95,7 +95,7 @@ def size_text(size: float) -> str:
     return f"{size:.3g} {_UNITS[unit]}" if unit else f"{size:.0f} bytes"
 
 
-def _line(result: "Result") -> str | None:
+def _line(result: "DownloadResult") -> str | None:
     job = result.job
     if result.error is not None:
         which = f"{job.output.output_id or job.position} of run {job.run_id}"

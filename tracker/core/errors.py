@@ -20,10 +20,10 @@
     │       ├── RateLimited         429 after all retries
     │       └── ServerFault         5xx after all retries
     ├── SignatureError              a callback that is not known to be FLORA's   (tracker.flora)
-    ├── MediaError                  a file behind a link cannot be had    (tracker.delivering)
-    │   ├── LinkRefused             it leads where no request is sent
-    │   └── MediaUnavailable        not now: another attempt may go on with it
-    ├── ShelfError                  the folder for files cannot be used   (tracker.delivering)
+    ├── MediaError                  a file cannot be downloaded           (tracker.delivering)
+    │   ├── LinkRefused             the link leads where no request is sent
+    │   └── MediaUnavailable        not now: another attempt may resume it
+    ├── DownloadDirectoryError      the folder for downloads cannot be used   (tracker.delivering)
     └── StartError                  a run was not started
         ├── InvalidRequest          the caller's fault; `fields` says where
         ├── IdempotencyConflict     this key was used for another body; nothing was started

@@ -1,5 +1,7 @@
-"""Files behind links: fetched without a key, from public addresses, whole or not at all.
+"""Outputs of runs as files: fetched without a key, from public addresses, whole or not at all.
 
-Links come from outside. guard.py decides where a request may go, fetch.py reads one file into one
-place, endings.py says what a file is called by its content.
+downloads.py   which runs, and one file for each of their outputs
+fetch.py       one link becomes one file
+addresses.py   where a link may lead
+files.py       private files, partial files, the download directory and its manifest
 """

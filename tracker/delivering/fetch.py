@@ -1,7 +1,7 @@
-"""One link becomes one file: whole, of the size that was announced, under its name only then.
+"""One link becomes one file: complete, of the announced size, under its name only then.
 
-An attempt goes on where the one before broke off, if the server says under the same validator that
-it can; else it begins anew. There is no limit on the whole time, only on standing still.
+A retry resumes the previous attempt if the server confirms the same validator; otherwise it starts
+over. Only stalling is limited, not the total time.
 """
 
 import asyncio
@@ -12,40 +12,46 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from email.utils import parsedate_to_datetime
+from mimetypes import MimeTypes
 from pathlib import Path
 from typing import Final, Self
+from urllib.parse import unquote, urlsplit
 
 import httpx
 
 from tracker import __version__
 from tracker.core.net import is_bounded
-from tracker.delivering.endings import ending
-from tracker.delivering.errors import LinkRefused, MediaError, MediaUnavailable
-from tracker.delivering.guard import GuardedTransport, Resolver, resolve
-from tracker.delivering.part import Mark, Part
+from tracker.delivering.addresses import (
+    GuardedTransport,
+    LinkRefused,
+    MediaError,
+    MediaUnavailable,
+    Resolver,
+    resolve,
+)
+from tracker.delivering.files import PARTIAL_ENDING, PartialFile, ResumeKey
 
 MAX_BYTES: Final = 2 * 1024**3
-HOPS: Final = 5
 ATTEMPTS: Final = 5
-"""So many attempts in a row may bring nothing."""
-LONGEST_PAUSE: Final = 60.0
-STALL_BYTES: Final = 16 * 1024
-"""What has to come within the time for standing still; less is as good as nothing."""
-
+"""Consecutive attempts without progress before a file is given up."""
+_REDIRECTS: Final = 5
+_LONGEST_PAUSE: Final = 60.0
+_STALL_BYTES: Final = 16 * 1024
+"""Progress: an attempt that brings fewer bytes within the stall time counts as stalled."""
 _GONE: Final = (401, 403, 404, 410)
-_PASSING: Final = (408, 425, 429)
+_TEMPORARY: Final = (408, 425, 429)
 _RANGE: Final = re.compile(r"bytes (\d{1,15})-(\d{1,15})/(\d{1,15}|\*)", re.ASCII)
-_SURE_AFTER: Final = timedelta(seconds=60)
-"""A Last-Modified names one state of a file for certain once it is so old."""
+_VALIDATES_AFTER: Final = timedelta(seconds=60)
+"""Age from which a Last-Modified identifies one state of a file (it has whole seconds)."""
 
 Sleep = Callable[[float], Awaitable[None]]
 OnBytes = Callable[[int, int | None], None]
-"""Told how many bytes are there, and of how many, if that is known."""
+"""Called with the bytes received so far and the total, if known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fetched:
-    """A file that is there. `size` is in bytes, `sha256` in hex."""
+class FetchedFile:
+    """A complete file. `size` is in bytes, `sha256` in hex."""
 
     path: Path
     size: int
@@ -57,8 +63,8 @@ class Fetched:
 class Fetcher:
     """Fetches files. Used as `async with Fetcher() as fetcher`.
 
-    `allow_private` lets links lead into this network or machine. `stall` is for how many seconds a
-    connection may bring (next to) nothing, `connect` how long making one may take.
+    `allow_private` permits links into this network or machine. `stall` is how many seconds a
+    connection may make no progress, `connect` how many seconds connecting may take.
     """
 
     def __init__(
@@ -76,10 +82,9 @@ class Fetcher:
         self._sleep = sleep
         self._http = httpx.AsyncClient(
             transport=GuardedTransport(allow_private=allow_private, resolver=resolver),
-            # Bytes as they are, so that their number can be checked and a part be gone on with.
             headers={
                 "accept": "*/*",
-                "accept-encoding": "identity",
+                "accept-encoding": "identity",  # so that sizes can be checked and parts resumed
                 "user-agent": f"flora-run-tracker/{__version__}",
             },
             timeout=httpx.Timeout(stall, connect=connect, pool=None),
@@ -101,54 +106,32 @@ class Fetcher:
         *,
         output_type: str = "",
         on_bytes: OnBytes | None = None,
-    ) -> Fetched:
-        """Fetch `link` into `folder`, as a file whose name is `stem` and an ending.
+    ) -> FetchedFile:
+        """Fetch `link` into `folder`, as a file named `stem` plus an ending.
 
-        Raises `LinkRefused` and `MediaError` where it cannot be had, `MediaUnavailable` where it
-        could not be had in several attempts (then a part may be left), `OSError` where the file
-        cannot be written.
+        Raises `LinkRefused` or `MediaError` if that cannot succeed, `MediaUnavailable` if several
+        attempts failed (a partial file may remain), `OSError` if the file cannot be written.
         """
-        part = Part(folder, stem)
+        part = PartialFile(folder, stem)
         fruitless, furthest = 0, 0
         try:
             while True:
                 try:
-                    return await self._attempt(link, part, folder, stem, output_type, on_bytes)
+                    response, resumed = await self._attempt(link, part, on_bytes)
+                    break
                 except MediaUnavailable as trouble:
-                    came_on = part.size >= furthest + STALL_BYTES
-                    fruitless = 0 if came_on else fruitless + 1
+                    progress = part.size >= furthest + _STALL_BYTES
+                    fruitless = 0 if progress else fruitless + 1
                     furthest = max(furthest, part.size)
                     if fruitless >= ATTEMPTS:
                         raise
                     await self._sleep(_pause(fruitless, trouble.retry_after))
+            content_type = response.headers.get("content-type")
+            target = folder / f"{stem}{file_ending(content_type, str(response.url), output_type)}"
+            await asyncio.to_thread(part.finish, target)
         finally:
             part.close()
-
-    async def _attempt(
-        self,
-        link: str,
-        part: Part,
-        folder: Path,
-        stem: str,
-        output_type: str,
-        on_bytes: OnBytes | None,
-    ) -> Fetched:
-        left = await asyncio.to_thread(part.mark)
-        async with AsyncExitStack() as stack:
-            try:
-                response = await self._open(link, left, stack)
-                resumed, whole = await self._begin(link, response, part, left)
-                await self._receive(response, part, whole, on_bytes)
-            except httpx.TransportError as exc:
-                raise MediaUnavailable(_trouble(exc, part.size)) from exc
-            except (httpx.InvalidURL, UnicodeError) as exc:
-                raise LinkRefused("the link is not a URL") from exc
-            except httpx.DecodingError as exc:
-                raise MediaError("what the server gave is not encoded as it says") from exc
-            content_type = response.headers.get("content-type")
-            target = folder / f"{stem}{ending(content_type, str(response.url), output_type)}"
-            await asyncio.to_thread(part.finish, target)
-        return Fetched(
+        return FetchedFile(
             path=target,
             size=part.size,
             sha256=part.sha256,
@@ -156,109 +139,134 @@ class Fetcher:
             resumed=resumed,
         )
 
+    async def _attempt(
+        self, link: str, part: PartialFile, on_bytes: OnBytes | None
+    ) -> tuple[httpx.Response, bool]:
+        """Receive the whole file into `part`; the response, and whether it was resumed."""
+        left = await asyncio.to_thread(part.resumable)
+        async with AsyncExitStack() as stack:
+            try:
+                response = await self._open(link, left, stack)
+                resumed, total = await self._begin(link, response, part, left)
+                await self._receive(response, part, total, on_bytes)
+            except httpx.TransportError as exc:
+                raise MediaUnavailable(_connection_error(exc, part.size)) from exc
+            except (httpx.InvalidURL, UnicodeError) as exc:
+                raise LinkRefused("the link is not a URL") from exc
+            except httpx.DecodingError as exc:
+                raise MediaError("the server's answer is not encoded as it says") from exc
+        return response, resumed
+
     async def _open(
-        self, link: str, left: tuple[Mark, int] | None, stack: AsyncExitStack
+        self, link: str, left: tuple[ResumeKey, int] | None, stack: AsyncExitStack
     ) -> httpx.Response:
-        """The answer to `link`, at the end of its redirects; what is left of it is asked for."""
+        """The response after redirects; asks for the remaining bytes if the file is resumable."""
         request: httpx.Request | None = self._http.build_request("GET", link)
-        if request is not None and left is not None and left[0].link == _bare(request.url):
+        if request is not None and left is not None and left[0].link == _without_query(request.url):
             request.headers["range"] = f"bytes={left[1]}-"
             request.headers["if-range"] = left[0].validator
-        for _ in range(HOPS + 1):
+        for _ in range(_REDIRECTS + 1):
             if request is None:
                 break
             try:
                 async with asyncio.timeout(self._stall):
                     response = await self._http.send(request, stream=True)
             except TimeoutError as exc:
-                raise MediaUnavailable(f"no answer came within {self._stall:g} s") from exc
+                raise MediaUnavailable(f"no answer within {self._stall:g} s") from exc
             if not response.has_redirect_location:
                 stack.push_async_callback(response.aclose)
                 return response
             await response.aclose()
-            # Each hop goes through the guard again; what was asked for stays in its headers.
+            # Each redirect passes the address check again and keeps the range headers.
             request = response.next_request
-        raise LinkRefused(f"the link leads on more than {HOPS} times")
+        raise LinkRefused(f"more than {_REDIRECTS} redirects")
 
     async def _begin(
-        self, link: str, response: httpx.Response, part: Part, left: tuple[Mark, int] | None
+        self,
+        link: str,
+        response: httpx.Response,
+        part: PartialFile,
+        left: tuple[ResumeKey, int] | None,
     ) -> tuple[bool, int | None]:
-        """Make the part ready for the body: whether it is gone on with, and its whole size if it
-        is known."""
+        """Prepare `part` for the body: whether it is resumed, and the total size if known."""
         status = response.status_code
         if status in (200, 206) and not is_bounded(response.headers.get("content-encoding")):
-            raise MediaError("the server packed the file in a way that it was not asked for")
+            raise MediaError("the server packed the file in a way that was not asked for")
         if status == 206 and left is not None and "range" in response.request.headers:
-            mark, size = left
-            given = _RANGE.fullmatch(response.headers.get("content-range", ""))
+            wanted, size = left
+            content_range = _RANGE.fullmatch(response.headers.get("content-range", ""))
             tag = response.headers.get("etag")
-            same = tag is None or not mark.validator.startswith('"') or tag == mark.validator
-            if given is not None and int(given[1]) == size and same:
-                total = int(given[2]) + 1 if given[3] == "*" else int(given[3])
+            same = tag is None or not wanted.validator.startswith('"') or tag == wanted.validator
+            if content_range is not None and int(content_range[1]) == size and same:
+                _, last, whole = content_range.groups()
+                total = int(last) + 1 if whole == "*" else int(whole)
                 self._check_size(total)
-                await asyncio.to_thread(part.go_on)
+                await asyncio.to_thread(part.resume)
                 return True, total
         if status in (206, 416):
             await asyncio.to_thread(part.discard)
-            raise MediaUnavailable("the server gave another part than was asked for")
+            raise MediaUnavailable("the server sent another range than requested")
         if status in _GONE:
             raise MediaError(f"the link has expired, or the file is gone (HTTP {status})")
-        if status in _PASSING or status >= 500:
+        if status in _TEMPORARY or status >= 500:
             raise MediaUnavailable(
-                f"the server answered HTTP {status}", retry_after=_asked_wait(response)
+                f"the server answered HTTP {status}", retry_after=_retry_after(response)
             )
         if status != 200:
             raise MediaError(f"the server answered HTTP {status}")
-        encoded = response.headers.get("content-encoding", "identity").lower() != "identity"
+        packed = response.headers.get("content-encoding", "identity").lower() != "identity"
         length = response.headers.get("content-length")
-        whole = None if length is None or encoded else int(length)
-        if whole is not None:
-            self._check_size(whole)
-        validator = None if encoded else _validator(response)
-        bare = _bare(httpx.URL(link))
-        await asyncio.to_thread(part.begin, None if validator is None else Mark(bare, validator))
-        return False, whole
+        announced = None if length is None or packed else int(length)
+        if announced is not None:
+            self._check_size(announced)
+        validator = None if packed else _validator(response)
+        key = None if validator is None else ResumeKey(_without_query(httpx.URL(link)), validator)
+        await asyncio.to_thread(part.start, key)
+        return False, announced
 
     async def _receive(
-        self, response: httpx.Response, part: Part, whole: int | None, on_bytes: OnBytes | None
+        self,
+        response: httpx.Response,
+        part: PartialFile,
+        total: int | None,
+        on_bytes: OnBytes | None,
     ) -> None:
-        """Write the body, and check that it is whole."""
+        """Write the body, and check that it is complete."""
         loop = asyncio.get_running_loop()
-        encoded = "content-encoding" in response.headers
+        packed = "content-encoding" in response.headers
         moved = part.size
         try:
             async with asyncio.timeout(self._stall) as limit:
-                async for data in response.aiter_bytes() if encoded else response.aiter_raw():
+                async for data in response.aiter_bytes() if packed else response.aiter_raw():
                     part.write(data)
-                    self._check_size(part.size, part)
-                    if part.size - moved >= STALL_BYTES:
+                    if part.size > self._max_bytes:
+                        part.discard()
+                    self._check_size(part.size)
+                    if part.size - moved >= _STALL_BYTES:
                         moved = part.size
                         limit.reschedule(loop.time() + self._stall)
                     if on_bytes is not None:
-                        on_bytes(part.size, whole)
+                        on_bytes(part.size, total)
         except TimeoutError as exc:
             raise MediaUnavailable(
-                f"next to nothing came for {self._stall:g} s, after {part.size} bytes"
+                f"stalled for {self._stall:g} s after {part.size} bytes"
             ) from exc
-        if whole is not None and part.size != whole:
-            if part.size > whole:
+        if total is not None and part.size != total:
+            if part.size > total:
                 part.discard()
-            raise MediaUnavailable(f"{part.size} bytes came, and {whole} were announced")
+            raise MediaUnavailable(f"received {part.size} of {total} bytes")
 
-    def _check_size(self, size: int, part: Part | None = None) -> None:
-        if size <= self._max_bytes:
-            return
-        if part is not None:
-            part.discard()
-        raise MediaError(f"the file is larger than the {self._max_bytes} bytes that are allowed")
+    def _check_size(self, size: int) -> None:
+        if size > self._max_bytes:
+            raise MediaError(f"the file is larger than the {self._max_bytes} bytes allowed")
 
 
-def _bare(url: httpx.URL) -> str:
+def _without_query(url: httpx.URL) -> str:
     return str(url.copy_with(query=None, fragment=None))
 
 
 def _validator(response: httpx.Response) -> str | None:
-    """What names this very state of the file; `None` where nothing does for certain."""
+    """What identifies this state of the file for certain; `None` if nothing does."""
     tag: str | None = response.headers.get("etag")
     if tag is not None:
         return tag if tag.startswith('"') else None
@@ -267,35 +275,118 @@ def _validator(response: httpx.Response) -> str | None:
         age = parsedate_to_datetime(response.headers["date"]) - parsedate_to_datetime(
             modified or ""
         )
-    except (KeyError, ValueError, TypeError, OverflowError, IndexError):  # whatever it may hold
+    except (KeyError, ValueError, TypeError, OverflowError, IndexError):  # from any server
         return None
-    return modified if age >= _SURE_AFTER else None
+    return modified if age >= _VALIDATES_AFTER else None
 
 
-def _asked_wait(response: httpx.Response) -> float | None:
+def _retry_after(response: httpx.Response) -> float | None:
     asked = response.headers.get("retry-after", "").strip()
-    return min(float(asked), LONGEST_PAUSE) if asked.isdecimal() and asked.isascii() else None
+    return min(float(asked), _LONGEST_PAUSE) if asked.isdecimal() and asked.isascii() else None
 
 
-def _pause(fruitless: int, asked: float | None) -> float:
-    """Seconds before the next attempt: what the server asked for, else growing, with jitter."""
-    if asked is not None:
-        return asked
-    wait: float = min(0.5 * 2**fruitless, LONGEST_PAUSE)
+def _pause(fruitless: int, retry_after: float | None) -> float:
+    """Seconds before the next attempt: as the server asked, else exponential with jitter."""
+    if retry_after is not None:
+        return retry_after
+    wait: float = min(0.5 * 2**fruitless, _LONGEST_PAUSE)
     return wait * random.uniform(0.8, 1.0)
 
 
-def _trouble(error: httpx.TransportError, size: int) -> str:
+def _connection_error(error: httpx.TransportError, size: int) -> str:
     """What happened to the connection, without the link, which may be signed."""
     match error:
         case httpx.ConnectTimeout():
-            return "the server could not be reached in time"
+            return "connecting to the server timed out"
         case httpx.ConnectError() if "CERTIFICATE" in str(error):
-            return "the server's certificate is not valid for it, or not trusted here"
+            return "the server's certificate is not valid, or not trusted here"
         case httpx.ConnectError():
-            return "the server could not be reached"
+            return "the server cannot be reached"
         case httpx.TimeoutException():
-            return f"nothing came any more, after {size} bytes"
+            return f"timed out after {size} bytes"
         case httpx.UnsupportedProtocol():
-            return "the link leads on to something that is not http(s)"
+            return "the link redirects to something that is not http(s)"
     return f"the connection was cut after {size} bytes"
+
+
+_ENDINGS: Final = {
+    "image/jpeg": ".jpg",
+    "image/png": ".png",
+    "image/webp": ".webp",
+    "image/avif": ".avif",
+    "image/gif": ".gif",
+    "image/svg+xml": ".svg",
+    "video/mp4": ".mp4",
+    "video/webm": ".webm",
+    "video/quicktime": ".mov",
+    "audio/mpeg": ".mp3",
+    "audio/wav": ".wav",
+    "audio/x-wav": ".wav",
+    "audio/wave": ".wav",
+    "audio/vnd.wave": ".wav",
+    "audio/mp4": ".m4a",
+    "audio/ogg": ".ogg",
+    "audio/flac": ".flac",
+    "application/pdf": ".pdf",
+    "application/json": ".json",
+    "text/plain": ".txt",
+    "text/markdown": ".md",
+}
+_ENDINGS_OF_OUTPUTS: Final = {
+    "imageUrl": ".png",
+    "videoUrl": ".mp4",
+    "audioUrl": ".wav",
+    "documentUrl": ".pdf",
+    "text": ".txt",
+}
+_UNSPECIFIC: Final = ("application/octet-stream", "binary/octet-stream", "application/binary")
+_IN_LINK: Final = re.compile(r"\.[A-Za-z0-9]{1,8}")
+_RUN_BY_A_CLICK: Final = """
+exe com scr pif cpl msi msix msp mst appx msc dll ocx sys drv bat cmd ps1 psm1 psd1 ps1xml vbs
+vbe vb js jse ws wsf wsh wsc sct hta chm hlp reg inf ins isp lnk url scf appref-ms gadget job
+rgs xbap xll jnlp settingcontent library search
+
+app command tool workflow action pkg mpkg dmg scpt scptd terminal webloc inetloc fileloc
+sh bash zsh csh ksh fish run elf so out deb rpm apk appimage snap desktop service
+
+py pyc pyw pyz pl pm rb php phtml phar lua tcl jar class war swf mjs cjs ipynb
+html htm xhtml xht shtml mht mhtml xml xsl xslt svgz
+docm dotm xlsm xltm xlam pptm potm ppam ppsm sldm iso img vhd vhdx
+"""
+_EXECUTABLE: Final = frozenset(_RUN_BY_A_CLICK.split())
+"""What a double click might run: programs and scripts of Windows, macOS, Linux, interpreters and
+browsers, documents with macros, and disk images. Such a file is saved as `.bin`."""
+# Only Python's own table, not the machine's: the same everywhere.
+_KNOWN: Final = MimeTypes(filenames=())
+
+
+def file_ending(content_type: str | None, link: str, output_type: str) -> str:
+    """The ending of a file's name, with its dot: by Content-Type, else by link, else by output.
+
+    `content_type` is the header's value, `link` the URL after redirects, `output_type` FLORA's
+    word (`imageUrl`, …). What a double click could run ends in `.bin`.
+    """
+    found = (
+        _ending_of_type(content_type)
+        or _ending_of_link(link)
+        or _ENDINGS_OF_OUTPUTS.get(output_type, ".bin")
+    )
+    return ".bin" if found[1:] in _EXECUTABLE else found
+
+
+def _ending_of_type(content_type: str | None) -> str | None:
+    media_type = (content_type or "").partition(";")[0].strip().lower()
+    if not media_type or media_type in _UNSPECIFIC:
+        return None
+    return _ENDINGS.get(media_type) or _KNOWN.guess_extension(media_type, strict=False)
+
+
+def _ending_of_link(link: str) -> str | None:
+    try:
+        name = unquote(urlsplit(link).path).rpartition("/")[2]
+    except ValueError:
+        return None
+    stem, dot, last = name.rpartition(".")
+    ending = f".{last}".lower()
+    usable = stem and dot and _IN_LINK.fullmatch(ending) and ending != PARTIAL_ENDING
+    return ending if usable else None

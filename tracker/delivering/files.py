@@ -1,55 +1,271 @@
-"""Files for their owner alone, which no link that was put in their place can lead elsewhere."""
+"""Files for their owner alone: partial files, the download directory and its manifest.
 
+Others may write to the directory, so a link, pipe or second name in place of one of our files is
+replaced or refused, never followed.
+"""
+
+import fcntl
+import hashlib
+import json
 import os
 import stat
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import IO, Any, BinaryIO, Final, Self
 
-PRIVATE: Final = 0o600
-_NO_LINK: Final = os.O_NOFOLLOW
+from tracker.core.errors import TrackerError
+
+MANIFEST: Final = "manifest.jsonl"
+PARTIAL_ENDING: Final = ".part"
+_PARTIAL: Final = (PARTIAL_ENDING, f"{PARTIAL_ENDING}.json")
+_PRIVATE: Final = 0o600
+_BLOCK: Final = 1024 * 1024
+
+FileKey = tuple[str | None, str, int, str]
+"""What a file belongs to: batch row, run, position and output."""
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder, and those above it that are missing, for the owner alone (0700)."""
-    missing = [one for one in (folder, *folder.parents) if not one.exists()]
-    for one in reversed(missing):
-        one.mkdir(exist_ok=True)
-        one.chmod(0o700)
+class DownloadDirectoryError(TrackerError):
+    """The download directory cannot be used."""
 
 
-def create(path: Path, mode: int = PRIVATE) -> int:
-    """Create a file, in place of any file or link of that name, and return its descriptor.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ManifestEntry:
+    """One line of the manifest. `size` is in bytes, `sha256` in hex, `at` ISO 8601 in UTC."""
 
-    Its mode is `mode`, whatever the umask. Raises `OSError`.
+    file: str
+    row: str | None
+    run_id: str
+    position: int
+    output_id: str
+    type: str
+    size: int
+    sha256: str
+    content_type: str | None
+    at: str
+
+    @property
+    def key(self) -> FileKey:
+        """What the file belongs to."""
+        return (self.row, self.run_id, self.position, self.output_id)
+
+
+class DownloadDirectory:
+    """A directory of downloaded files. Used as `with DownloadDirectory(folder) as directory`.
+
+    The manifest has one line of JSON for each complete file. A file gets its name when it is
+    complete, so after a crash at most its line is missing.
+
+    Raises `DownloadDirectoryError` if the directory cannot be created or written, or if another
+    process is using it.
     """
-    path.unlink(missing_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_LINK, mode)
-    os.fchmod(descriptor, mode)
-    return descriptor
 
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._entries: dict[FileKey, ManifestEntry] = {}
+        self._unlisted: dict[str, str] = {}
+        self._manifest: IO[bytes] | None = None
 
-def extend(path: Path) -> int:
-    """Open an existing file for reading, and for writing at its end.
+    def __enter__(self) -> Self:
+        path = self.folder / MANIFEST
+        try:
+            _make_private_folder(self.folder)
+            manifest = os.fdopen(_open_own(path) if os.path.lexists(path) else _create(path), "a+b")
+        except OSError as exc:
+            why = exc.strerror or exc
+            raise DownloadDirectoryError(f"{self.folder} cannot be written to: {why}") from exc
+        try:
+            fcntl.flock(manifest.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            manifest.close()
+            raise DownloadDirectoryError(
+                f"another process is downloading to {self.folder}: wait for it, or give another "
+                "folder"
+            ) from exc
+        except OSError:
+            pass  # the file system has no locks
+        self._manifest = manifest
+        self._read(manifest)
+        return self
 
-    Raises `OSError` where there is none, and where it is a link, no regular file, or has a second
-    name: then what is written would change a file somewhere else.
-    """
-    # Not blocking: a pipe would wait for its other end.
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_NONBLOCK | _NO_LINK)
-    found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-        os.close(descriptor)
-        raise OSError(f"{path} is no regular file of its own")
-    return descriptor
+    def __exit__(self, *_: object) -> None:
+        if self._manifest is not None:
+            self._manifest.close()
 
-
-def size_of(path: Path) -> int | None:
-    """The size of a regular file in bytes; `None` for a link, and where there is no file."""
-    try:
-        found = path.lstat()
-    except OSError:
+    def find(self, key: FileKey) -> ManifestEntry | None:
+        """The entry of a complete file; `None` if the file is missing or has another size."""
+        entry = self._entries.get(key)
+        if entry is not None and _size_of(self.folder / entry.file) == entry.size:
+            return entry
         return None
-    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+    def unlisted(self, stem: str) -> Path | None:
+        """A complete file of that name that the manifest does not list."""
+        name = self._unlisted.get(stem)
+        return None if name is None else self.folder / name
+
+    def add(self, entry: ManifestEntry) -> None:
+        """Append the entry of a file that is now complete."""
+        if self._manifest is None:
+            raise DownloadDirectoryError("the folder is not open")
+        line = json.dumps(asdict(entry), separators=(",", ":"))
+        self._manifest.write(f"{line}\n".encode())
+        self._manifest.flush()
+        self._entries[entry.key] = entry
+
+    def _read(self, manifest: IO[bytes]) -> None:
+        manifest.seek(0)
+        text = manifest.read()
+        if text and not text.endswith(b"\n"):
+            manifest.write(b"\n")  # a crash tore the last line
+        for line in text.splitlines():
+            entry = _parse_entry(line)
+            if entry is not None:
+                self._entries[entry.key] = entry
+        listed = {entry.file for entry in self._entries.values()} | {MANIFEST}
+        for found in os.scandir(self.folder):
+            skipped = found.name.endswith(_PARTIAL) or found.name in listed
+            if not skipped and found.is_file(follow_symlinks=False):
+                self._unlisted[found.name.rpartition(".")[0]] = found.name
+
+
+def _parse_entry(line: bytes) -> ManifestEntry | None:
+    """The entry of a line, which others may have changed; `None` if it is not valid."""
+    try:
+        values: Any = json.loads(line)
+        if not isinstance(values, Mapping):
+            return None
+        entry = ManifestEntry(**{name: values[name] for name in ManifestEntry.__dataclass_fields__})
+        hash(entry.key)
+    except (ValueError, KeyError, TypeError):
+        return None
+    file: object = entry.file
+    in_folder = isinstance(file, str) and file not in ("", ".", "..")
+    return entry if in_folder and not {"/", "\0"} & set(entry.file) else None
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeKey:
+    """What a partial file is part of: the link without its query (which may be signed anew) and
+    the validator (a strong ETag, or a Last-Modified that is old enough)."""
+
+    link: str
+    validator: str
+
+
+class PartialFile:
+    """A file that is still being written: `NAME.part`, with its `ResumeKey` in `NAME.part.json`.
+
+    Gets its final name by a rename, when it is complete and on disk. Methods block.
+    """
+
+    def __init__(self, folder: Path, stem: str) -> None:
+        self._path = folder / f"{stem}{PARTIAL_ENDING}"
+        self._key_path = folder / f"{stem}{PARTIAL_ENDING}.json"
+        self._file: BinaryIO | None = None
+        self._digest = hashlib.sha256()
+        self.size = 0
+
+    @property
+    def sha256(self) -> str:
+        """The digest of what is written, in hex."""
+        return self._digest.hexdigest()
+
+    def resumable(self) -> tuple[ResumeKey, int] | None:
+        """What an earlier attempt left that can be resumed, and its size in bytes."""
+        self.close()  # flushes, so that an attempt of this process counts too
+        try:
+            with os.fdopen(_open_own(self._key_path), "rb") as file:
+                kept = json.loads(file.read())
+            key = ResumeKey(link=str(kept["link"]), validator=str(kept["validator"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        size = _size_of(self._path)
+        return (key, size) if size else None
+
+    def start(self, key: ResumeKey | None) -> None:
+        """Write from the start; without a key it cannot be resumed."""
+        self.close()
+        self._key_path.unlink(missing_ok=True)
+        self._file = os.fdopen(_create(self._path), "wb")
+        self._digest = hashlib.sha256()
+        self.size = 0
+        if key is not None:
+            with os.fdopen(_create(self._key_path), "w") as file:
+                json.dump(asdict(key), file)
+
+    def resume(self) -> None:
+        """Append to what is there. Raises `OSError` if that is not a file of our own."""
+        self.close()
+        self._digest = hashlib.sha256()
+        self.size = 0
+        self._file = os.fdopen(_open_own(self._path), "r+b")
+        while block := self._file.read(_BLOCK):
+            self._digest.update(block)
+            self.size += len(block)
+
+    def write(self, data: bytes) -> None:
+        """Append bytes."""
+        if self._file is None:
+            raise ValueError("the partial file is not open")
+        self._file.write(data)
+        self._digest.update(data)
+        self.size += len(data)
+
+    def finish(self, target: Path) -> None:
+        """Bring all of it to disk and rename it, replacing any file of that name."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self.close()
+        self._path.replace(target)
+        self._key_path.unlink(missing_ok=True)
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def discard(self) -> None:
+        """Delete it."""
+        self.close()
+        self._path.unlink(missing_ok=True)
+        self._key_path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Close the file; what is written stays."""
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+
+def digest_of(path: Path) -> tuple[int, str]:
+    """Size and SHA-256 (hex) of a file. Blocks while it is read."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return file.tell(), digest.hexdigest()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file that the user named, completely or not at all. Raises `OSError`.
+
+    A link is followed, a device or a pipe is written to, and an existing file keeps its mode.
+    """
+    if is_special(path):
+        with path.open("w", encoding="utf-8", newline="") as special:
+            special.write(text)
+        return
+    target = path.resolve()
+    mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else _PRIVATE
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        with os.fdopen(_create(unfinished, mode), "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+        unfinished.replace(target)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def is_special(path: Path) -> bool:
@@ -61,23 +277,40 @@ def is_special(path: Path) -> bool:
     return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write `text` where a user wants it: a file is whole, or as it was before.
+def _make_private_folder(folder: Path) -> None:
+    """Create a folder and its missing parents, for the owner alone, whatever the umask."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    for one in reversed(missing):
+        one.mkdir(exist_ok=True)
+        one.chmod(0o700)
 
-    A link is followed, for the user named it; a device or a pipe is written to. An existing file
-    keeps its mode. Raises `OSError`.
+
+def _create(path: Path, mode: int = _PRIVATE) -> int:
+    """Create a file in place of any file or link of that name; its mode ignores the umask."""
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+    os.fchmod(descriptor, mode)
+    return descriptor
+
+
+def _open_own(path: Path) -> int:
+    """Open an existing regular file that has no other name, for reading and appending.
+
+    Raises `OSError` for anything else: writing could change a file elsewhere.
     """
-    if is_special(path):
-        with path.open("w", encoding="utf-8", newline="") as special:
-            special.write(text)
-        return
-    target = path.resolve()
-    mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else PRIVATE
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
+    # Not blocking: a pipe would wait for its other end.
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_NONBLOCK | os.O_NOFOLLOW)
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(descriptor)
+        raise OSError(f"{path} is no regular file of its own")
+    return descriptor
+
+
+def _size_of(path: Path) -> int | None:
+    """The size of a regular file in bytes; `None` for a link or a missing file."""
     try:
-        with os.fdopen(create(unfinished, mode), "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-        unfinished.replace(target)
+        found = path.lstat()
     except OSError:
-        unfinished.unlink(missing_ok=True)
-        raise
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None

@@ -7,7 +7,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from tracker.core.net import is_loopback
-from tracker.delivering.guard import Address, is_public, resolve
+from tracker.delivering.addresses import Address, is_public, resolve
 from tracker.operations.doctor.finding import Finding, failed, ok, warning
 from tracker.settings import Settings
 from tracker.web.dashboard.words import span

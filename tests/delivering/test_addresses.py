@@ -6,8 +6,15 @@ import httpx
 import pytest
 
 from tests.delivering.far_end import answer, far_end
-from tracker.delivering.errors import LinkRefused, MediaUnavailable
-from tracker.delivering.guard import Address, GuardedTransport, Resolver, is_public, resolve
+from tracker.delivering.addresses import (
+    Address,
+    GuardedTransport,
+    LinkRefused,
+    MediaUnavailable,
+    Resolver,
+    is_public,
+    resolve,
+)
 
 
 @pytest.mark.parametrize(

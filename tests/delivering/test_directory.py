@@ -7,10 +7,16 @@ from typing import Any
 
 import pytest
 
-from tracker.delivering.shelf import MANIFEST, Entry, Shelf, ShelfError, digest_of
+from tracker.delivering.files import (
+    MANIFEST,
+    DownloadDirectory,
+    DownloadDirectoryError,
+    ManifestEntry,
+    digest_of,
+)
 
 
-def entry(file: str = "run_1.a.png", size: int = 3, **other: Any) -> Entry:
+def entry(file: str = "run_1.a.png", size: int = 3, **other: Any) -> ManifestEntry:
     given: dict[str, Any] = {
         "file": file,
         "row": None,
@@ -23,23 +29,23 @@ def entry(file: str = "run_1.a.png", size: int = 3, **other: Any) -> Entry:
         "content_type": "image/png",
         "at": "2026-07-01T12:00:00Z",
     }
-    return Entry(**(given | other))
+    return ManifestEntry(**(given | other))
 
 
 def test_what_is_there_whole_is_found_again(tmp_path: Path) -> None:
     """A line and a file of its size are a file; either alone is not."""
     one = entry()
-    with Shelf(tmp_path / "new" / "folder") as shelf:
-        assert shelf.find(one.key) is None
-        (shelf.folder / one.file).write_bytes(b"abc")
-        shelf.add(one)
-    with Shelf(tmp_path / "new" / "folder") as shelf:
-        assert shelf.find(one.key) == one
-        assert shelf.find(("7", *one.key[1:])) is None
-        (shelf.folder / one.file).write_bytes(b"ab")
-        assert shelf.find(one.key) is None
-        (shelf.folder / one.file).unlink()
-        assert shelf.find(one.key) is None
+    with DownloadDirectory(tmp_path / "new" / "folder") as directory:
+        assert directory.find(one.key) is None
+        (directory.folder / one.file).write_bytes(b"abc")
+        directory.add(one)
+    with DownloadDirectory(tmp_path / "new" / "folder") as directory:
+        assert directory.find(one.key) == one
+        assert directory.find(("7", *one.key[1:])) is None
+        (directory.folder / one.file).write_bytes(b"ab")
+        assert directory.find(one.key) is None
+        (directory.folder / one.file).unlink()
+        assert directory.find(one.key) is None
 
 
 def test_a_file_whose_line_is_missing_is_found_by_its_name(tmp_path: Path) -> None:
@@ -47,18 +53,18 @@ def test_a_file_whose_line_is_missing_is_found_by_its_name(tmp_path: Path) -> No
     (tmp_path / "run_1.a.png").write_bytes(b"abc")
     (tmp_path / "run_1.b.part").write_bytes(b"abc")
     (tmp_path / "run_1.b.part.json").write_bytes(b"{}")
-    with Shelf(tmp_path) as shelf:
-        assert shelf.unlisted("run_1.a") == tmp_path / "run_1.a.png"
-        assert shelf.unlisted("run_1.b") is None
-        assert shelf.unlisted("run_1.b.part") is None
-        assert shelf.unlisted("manifest") is None
+    with DownloadDirectory(tmp_path) as directory:
+        assert directory.unlisted("run_1.a") == tmp_path / "run_1.a.png"
+        assert directory.unlisted("run_1.b") is None
+        assert directory.unlisted("run_1.b.part") is None
+        assert directory.unlisted("manifest") is None
     assert digest_of(tmp_path / "run_1.a.png") == (3, hashlib.sha256(b"abc").hexdigest())
 
 
 def test_a_manifest_that_was_torn_or_changed_does_no_harm(tmp_path: Path) -> None:
     """What is no line of ours is passed over, a torn end is closed, and no line leads elsewhere."""
     (tmp_path / "run_1.a.png").write_bytes(b"abc")
-    elsewhere = {name: getattr(entry(), name) for name in Entry.__dataclass_fields__}
+    elsewhere = {name: getattr(entry(), name) for name in ManifestEntry.__dataclass_fields__}
     lines = [
         json.dumps(elsewhere | {"file": "../run_1.a.png"}),
         json.dumps(elsewhere | {"file": ".."}),
@@ -68,24 +74,31 @@ def test_a_manifest_that_was_torn_or_changed_does_no_harm(tmp_path: Path) -> Non
         '{"file": "torn',
     ]
     (tmp_path / MANIFEST).write_text("\n".join(lines))
-    with Shelf(tmp_path) as shelf:
-        assert shelf.find(entry().key) is None
-        shelf.add(entry())
+    with DownloadDirectory(tmp_path) as directory:
+        assert directory.find(entry().key) is None
+        directory.add(entry())
     assert json.loads((tmp_path / MANIFEST).read_text().splitlines()[-1])["file"] == "run_1.a.png"
-    with Shelf(tmp_path) as shelf:
-        assert shelf.find(entry().key) == entry()
+    with DownloadDirectory(tmp_path) as directory:
+        assert directory.find(entry().key) == entry()
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     """Two downloads into one folder would write the same parts."""
-    with Shelf(tmp_path), pytest.raises(ShelfError, match="another process"), Shelf(tmp_path):
+    with (
+        DownloadDirectory(tmp_path),
+        pytest.raises(DownloadDirectoryError, match="another process"),
+        DownloadDirectory(tmp_path),
+    ):
         pass
-    with Shelf(tmp_path):
+    with DownloadDirectory(tmp_path):
         pass
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     """The reason stands in one line."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(ShelfError, match="cannot be written to"), Shelf(tmp_path / "file"):
+    with (
+        pytest.raises(DownloadDirectoryError, match="cannot be written to"),
+        DownloadDirectory(tmp_path / "file"),
+    ):
         pass
