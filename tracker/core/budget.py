@@ -1,7 +1,6 @@
-"""Budgets: the most that may be spent, in a period of UTC, on what each of them covers.
+"""Budgets: the most USD that may be spent per UTC period on the runs that a budget covers.
 
-What is spent counts in the period in which the run was started; for a run that others started, in
-the period of its `created_at`.
+A run counts in the period of its start; a run started elsewhere in that of its `created_at`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,7 +13,7 @@ from tracker.core.tags import Tags
 
 
 class Period(StrEnum):
-    """After what time a budget begins anew."""
+    """After which period a budget starts again."""
 
     DAY = "day"
     MONTH = "month"
@@ -22,7 +21,7 @@ class Period(StrEnum):
     """Never."""
 
     def bounds(self, now: datetime) -> tuple[datetime | None, datetime | None]:
-        """When the period of this moment (UTC) began, and when the next one begins."""
+        """Start of the period that holds `now` (UTC), and start of the next one."""
         day = now.replace(hour=0, minute=0, second=0, microsecond=0)
         match self:
             case Period.DAY:
@@ -35,8 +34,8 @@ class Period(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """At most `usd` in each `period`, for the runs of a workspace, a technique and a tag; what is
-    `None` does not matter."""
+    """At most `usd` per `period` for the runs of a workspace, technique and tag; `None` matches
+    all."""
 
     usd: Decimal
     period: Period
@@ -46,19 +45,19 @@ class Budget:
 
     @property
     def scope(self) -> dict[str, str]:
-        """What it covers, by the names of the settings; empty for everything."""
+        """What it covers, by setting name; empty for everything."""
         tag = self.tag and "=".join(self.tag)
-        given = {"workspace_id": self.workspace_id, "technique_id": self.technique_id, "tag": tag}
-        return {name: value for name, value in given.items() if value is not None}
+        values = {"workspace_id": self.workspace_id, "technique_id": self.technique_id, "tag": tag}
+        return {name: value for name, value in values.items() if value is not None}
 
     @property
     def name(self) -> str:
-        """What it is called in messages, metrics and answers, such as `day:tag=team=red`."""
+        """Its name in messages, metrics and answers, such as `day:tag=team=red`."""
         covers = ",".join(f"{name}={value}" for name, value in self.scope.items())
         return f"{self.period}:{covers}" if covers else self.period.value
 
     def covers(self, workspace_id: str, technique_id: str, tags: Mapping[str, str]) -> bool:
-        """Whether such a run counts."""
+        """Whether a run like this counts."""
         return (
             self.workspace_id in (None, workspace_id)
             and self.technique_id in (None, technique_id)
@@ -68,13 +67,13 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Budgets:
-    """All budgets that are set: those of every workspace by itself, and `[[budgets]]`."""
+    """All configured budgets: one per workspace, and `[[budgets]]`."""
 
     of_each_workspace: tuple[Budget, ...] = ()
     others: tuple[Budget, ...] = ()
 
     def covering(self, workspace_id: str, technique_id: str, tags: Tags) -> list[Budget]:
-        """Those that such a run counts in."""
+        """The budgets in which a run like this counts."""
         return [
             one
             for one in self.known([workspace_id])
@@ -82,7 +81,7 @@ class Budgets:
         ]
 
     def known(self, workspace_ids: Iterable[str]) -> list[Budget]:
-        """All of them, for these workspaces."""
+        """All budgets of these workspaces."""
         each = [
             replace(one, workspace_id=workspace_id)
             for workspace_id in workspace_ids

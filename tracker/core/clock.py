@@ -1,11 +1,11 @@
-"""Time is an argument: the one place where the wall clock is read."""
+"""The only place that reads the clock; everywhere else time is an argument."""
 
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 
 Clock = Callable[[], datetime]
-"""Returns the present moment as an aware `datetime` in UTC. Tests pass their own."""
+"""Returns the current time as an aware `datetime` in UTC."""
 
 
 def utc_now() -> datetime:
@@ -14,5 +14,6 @@ def utc_now() -> datetime:
 
 
 def boot_seconds() -> float:
-    """Seconds that only count up, those in which the machine is suspended too, where it can."""
+    """Seconds of a clock that only runs forward, through a suspended machine too where the system
+    has such a clock."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))

@@ -1,4 +1,4 @@
-"""Every error the tracker raises on purpose.
+"""The errors that the tracker raises.
 
 ::
 
@@ -19,10 +19,10 @@
     │       ├── NotFound            404: no such thing in this workspace
     │       ├── RateLimited         429 after all retries
     │       └── ServerFault         5xx after all retries
-    ├── SignatureError              a callback that is not known to be FLORA's   (tracker.flora)
-    ├── MediaError                  a file cannot be downloaded           (tracker.delivering)
-    │   ├── LinkRefused             the link leads where no request is sent
-    │   └── MediaUnavailable        not now: another attempt may resume it
+    ├── SignatureError              the signature of a callback is wrong      (tracker.flora)
+    ├── MediaError                  a file cannot be downloaded          (tracker.delivering)
+    │   ├── LinkRefused             the link leads to an address that is not allowed
+    │   └── MediaUnavailable        temporarily unavailable; a retry continues it
     ├── DownloadDirectoryError      the folder for downloads cannot be used   (tracker.delivering)
     └── StartError                  a run was not started
         ├── InvalidRequest          the caller's fault; `fields` says where
@@ -30,10 +30,10 @@
         ├── BudgetExceeded          its price does not fit a budget; nothing was sent
         ├── StartPending            it was sent, and its outcome is not known yet; ask again soon
         ├── StartNotStored          FLORA started it, and the database could not keep it yet
-        └── StartUnresolved         it cannot be told whether FLORA started it; left to a person
+        └── StartUnresolved         whether FLORA started it is unknown; a person decides
 
-Errors of other libraries are translated once, at the edge that calls them, with `from exc`. A
-message says what was wrong, where, and what to do; it never holds a key, a secret or a signature.
+Errors of other libraries are translated once, where they are called, with `from exc`. A message
+says what was wrong, where, and what to do; it never holds a key, a secret or a signature.
 """
 
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ from typing import Final
 
 
 class TrackerError(Exception):
-    """Whatever the tracker itself reports; `str()` of it is fit for a person to read."""
+    """Base class; `str()` of it is a message for people."""
 
 
 class SettingsError(TrackerError):
@@ -52,12 +52,11 @@ class SettingsError(TrackerError):
 
 
 class StoreError(TrackerError):
-    """The database cannot do what was asked."""
+    """The database refused or failed an operation."""
 
 
 class StoreUnavailable(StoreError):
-    """The database does not answer, or did not commit in time. Nothing was acknowledged; try
-    again."""
+    """The database does not answer or did not commit in time. Nothing was acknowledged; retry."""
 
 
 class SchemaOutdated(StoreError):
@@ -65,13 +64,12 @@ class SchemaOutdated(StoreError):
 
 
 FIELDS_NAMED: Final = 5
-"""So many of the fields that FLORA names stand in an error's text."""
+"""Most fields named in the text of one error."""
 
 
 @dataclass(frozen=True, slots=True)
 class FieldFault:
-    """One field that FLORA or the tracker refuses, in FLORA's shape; `valid_values` where it names
-    what it takes."""
+    """One refused field, in FLORA's shape; `valid_values` are the accepted values, if known."""
 
     field: str
     message: str
@@ -85,8 +83,8 @@ class FieldFault:
 class FloraError(TrackerError):
     """A call to FLORA that did not end in a usable answer.
 
-    `silent` tells that FLORA itself has said nothing of what was asked for: no answer came, it
-    could not answer (5xx), or something else answered in its place, such as a gateway's page.
+    `silent` tells that FLORA itself gave no information: no answer, a 5xx, or an answer that is not
+    FLORA's, such as a gateway's page.
     """
 
     silent = False
@@ -95,8 +93,8 @@ class FloraError(TrackerError):
 class FloraUnreachable(FloraError):
     """FLORA gave no answer.
 
-    `may_have_acted` tells whether the request may have reached FLORA, so that a start is known to
-    be in doubt: false only where no connection was made.
+    `may_have_acted` tells whether the request may have reached FLORA, so that a start is in doubt:
+    false only if no connection was made.
     """
 
     silent = True
@@ -108,8 +106,8 @@ class FloraUnreachable(FloraError):
 
 
 class FloraUnreadable(FloraError):
-    """FLORA answered, but not with what the API promises (no run id, another run); or what
-    answered was not FLORA (`silent`: no JSON object, as an empty 200)."""
+    """An answer that the API does not promise (no run id, another run), or one that is not FLORA's
+    (`silent`: no JSON object, such as an empty 200)."""
 
     def __init__(
         self, message: str, *, request_id: str | None = None, silent: bool = False
@@ -120,16 +118,15 @@ class FloraUnreadable(FloraError):
 
 
 class OtherWorkspace(FloraError):
-    """The API key reads another workspace than the one that it is set for."""
+    """The API key belongs to another workspace than configured."""
 
 
 class FloraRefusal(FloraError):
     """An error answer.
 
-    `status` is the HTTP status, `code` and `message` FLORA's words, `fields` the faults it names,
-    `request_id` what its support asks for, `retry_after` the seconds it asked to wait, if any.
-    `from_flora` is false where the body has not FLORA's shape, as a gateway's page; `run_id` is the
-    run that the answer names, if any.
+    `status` is the HTTP status; `code`, `message` and `fields` are FLORA's; `request_id` is for its
+    support; `retry_after` is in seconds, if any. `from_flora` is false if the body has not FLORA's
+    shape, as a gateway's page; `run_id` is the run that the answer names, if any.
     """
 
     def __init__(
@@ -146,7 +143,7 @@ class FloraRefusal(FloraError):
     ) -> None:
         where = f" ({request_id})" if request_id else ""
         named = "".join(f"; {fault}" for fault in fields[:FIELDS_NAMED])
-        who = "FLORA" if from_flora else "something that is not FLORA's API"
+        who = "FLORA" if from_flora else "something other than FLORA's API"
         super().__init__(f"{who} answered {status} {code}: {message}{named}{where}")
         self.status = status
         self.code = code
@@ -164,11 +161,11 @@ class KeyRefused(FloraRefusal):
 
 
 class Forbidden(FloraRefusal):
-    """403: the key is good, and may not do this."""
+    """403: the key is valid but not allowed to do this."""
 
 
 class PlanRequired(FloraRefusal):
-    """403 `paid_plan_required`: the workspace's plan does not include it; the key is good."""
+    """403 `paid_plan_required`: the workspace's plan does not include it."""
 
 
 class NotFound(FloraRefusal):
@@ -176,19 +173,19 @@ class NotFound(FloraRefusal):
 
 
 class RateLimited(FloraRefusal):
-    """429, still, after all retries."""
+    """429 after all retries."""
 
 
 class ServerFault(FloraRefusal):
-    """A 5xx, still, after all retries."""
+    """A 5xx after all retries."""
 
 
 class StartError(TrackerError):
-    """A run was not started (or not known to be)."""
+    """A run was not started, or is not known to be."""
 
 
 class InvalidRequest(StartError):
-    """The request itself is wrong; `fields` names each fault."""
+    """The request is invalid; `fields` names each fault."""
 
     def __init__(self, message: str, fields: Sequence[FieldFault] = ()) -> None:
         super().__init__(message)
@@ -200,11 +197,10 @@ class IdempotencyConflict(StartError):
 
 
 class BudgetExceeded(StartError):
-    """The price of a start does not fit into what is left of a budget. Nothing was sent.
+    """The price of a start exceeds what is left of a budget. Nothing was sent.
 
-    `budget` is its name, `left` USD, at least 0, and `renews_at` when its next period begins:
-    `None` for a budget that never begins anew. `ever_fits` is false where the price is above the
-    whole budget, or is not known.
+    `budget` is its name, `left` is USD (at least 0), `renews_at` when its next period starts
+    (`None` for `total`). `ever_fits` is false if the price exceeds the whole budget or is unknown.
     """
 
     def __init__(
@@ -224,9 +220,9 @@ class BudgetExceeded(StartError):
 
 
 class StartPending(StartError):
-    """A start may have reached FLORA, and its outcome is not known yet.
+    """A start may have reached FLORA; its outcome is not known yet.
 
-    The same key tells later what came of it. `retry_after` is in seconds.
+    Ask again with the same key. `retry_after` is in seconds.
     """
 
     def __init__(self, message: str, *, retry_after: float = 5.0) -> None:
@@ -235,8 +231,8 @@ class StartPending(StartError):
 
 
 class StartNotStored(StartError):
-    """FLORA started run `run_id`, and the database could not keep it yet: that is tried again for
-    as long as the process lives."""
+    """FLORA started run `run_id`, and the database could not store it yet; the process keeps
+    trying."""
 
     def __init__(self, message: str, *, run_id: str) -> None:
         super().__init__(message)
@@ -244,4 +240,4 @@ class StartNotStored(StartError):
 
 
 class StartUnresolved(StartError):
-    """It cannot be told which run, if any, this start became. It is never sent again by itself."""
+    """Which run this start became, if any, is unknown. It is never sent again automatically."""

@@ -1,14 +1,10 @@
-"""Whether a technique can be started with these inputs: its definition, read as a rule.
+"""Validate inputs against the definition of a technique before a start is paid for.
 
-Every start costs money, so what FLORA would refuse, or would fail at once, is found before. `check`
-is a pure function of the definition and the inputs; it names every fault, not only the first one.
+`check` is a pure function of the definition and the inputs; it reports every fault. It accepts
+whatever FLORA may accept: a definition without inputs allows any, an unknown type takes any value.
 
-It refuses nothing that FLORA may take. What a definition leaves unsaid is not checked: one that
-names no inputs allows any, an input of a type that nobody has heard of takes any value.
-
-Which inputs are needed? FLORA's newest definitions mark what may be left out with `optional`; the
-reference knows no such mark, and the description may say it in words. An input that neither way
-says that it may be left out is needed.
+An input is required unless the definition marks it `optional` (FLORA's newest definitions do) or
+its description says so.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,20 +16,20 @@ from tracker.core.errors import FieldFault, InvalidRequest
 from tracker.core.net import is_loopback
 
 STARTABLE: Final = ("text", "imageUrl", "videoUrl")
-"""The types that FLORA's starts take."""
+"""The input types that a start accepts."""
 NOT_STARTABLE: Final = ("audioUrl", "documentUrl")
-"""The types that definitions have and starts lack."""
+"""Input types of definitions that a start does not accept."""
 
 _TAKEN: Final = f"FLORA's starts take only {', '.join(STARTABLE[:-1])} and {STARTABLE[-1]}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Port:
-    """One input or output of a technique. `type` is empty where the definition does not say it.
+    """One input or output of a technique; `type` is empty if the definition does not say it.
 
-    `several` allows more than one value, `element` takes the id of a FLORA element in place of a
-    link. `aspect_ratio` and `duration` (seconds) are what FLORA asks the media to have; whether
-    they do is not looked at.
+    `several` allows more than one value; `element` accepts the id of a FLORA element instead of a
+    link. `aspect_ratio` and `duration` (seconds) are what the media should have; they are not
+    checked.
     """
 
     id: str
@@ -48,27 +44,27 @@ class Port:
 
     @property
     def hint(self) -> str:
-        """What the media have to be like, in words: `16:9, 5 s`; empty where nothing is asked."""
+        """What the media should be like, such as `16:9, 5 s`; empty for anything."""
         length = None if self.duration is None else f"{self.duration:g} s"
         return ", ".join(part for part in (self.aspect_ratio, length) if part)
 
     @property
     def startable(self) -> bool:
-        """Whether a start can bring it."""
+        """Whether a start accepts this type."""
         return self.type not in NOT_STARTABLE
 
 
 def check(ports: Sequence[Port], inputs: Sequence[Mapping[str, Any]]) -> list[FieldFault]:
-    """Every fault of `inputs` (`{"id", "type", "value"}` each), by the inputs of a definition.
+    """All faults of `inputs` (`{"id", "type", "value"}` each) against a definition's inputs.
 
-    A fault of one input is named as the API names it (`inputs.0.value`), one that is missing by its
-    id (`inputs.face`). No value is repeated in a message.
+    A fault is named as in the API (`inputs.0.value`), a missing input by its id (`inputs.face`).
+    Messages repeat no value.
     """
     if not ports:
         return []
     known = {port.id: port for port in ports}
     faults: list[FieldFault] = []
-    given: set[str] = set()
+    values: set[str] = set()
     sent = 0
     for position, one in enumerate(inputs):
         at = f"inputs.{position}"
@@ -77,29 +73,29 @@ def check(ports: Sequence[Port], inputs: Sequence[Mapping[str, Any]]) -> list[Fi
         if port is None:
             faults.append(FieldFault(f"{at}.id", _unknown(input_id, known)))
             continue
-        if port.id in given and not port.several:
+        if port.id in values and not port.several:
             faults.append(FieldFault(f"{at}.id", f"{port.id} takes one value only"))
-        if port.optional and is_left_out(one):
+        if port.optional and is_empty_text(one):
             continue
         sent += 1
-        given.add(port.id)
+        values.add(port.id)
         faults += _wrong(at, one, port)
-    faults += [_missing(port) for port in known.values() if _needed(port, given)]
+    faults += [_missing(port) for port in known.values() if _needed(port, values)]
     if not sent and not faults:
         faults.append(FieldFault("inputs", "at least one input is needed"))
     return faults
 
 
-def is_left_out(one: Mapping[str, Any]) -> bool:
-    """Whether an input is a text that says nothing.
+def is_empty_text(one: Mapping[str, Any]) -> bool:
+    """Whether an input is an empty text.
 
-    FLORA refuses an empty text (flora-api.md, 8): an optional one is left out of the start.
+    FLORA refuses empty texts (flora-api.md, 8): an optional one is left out of the start.
     """
     return one.get("type") == "text" and one.get("value") == ""
 
 
 def obstacle(ports: Iterable[Port]) -> str | None:
-    """Why a technique with these inputs cannot be started at all; `None` where it can."""
+    """Why a technique with these inputs cannot be started at all; `None` if it can."""
     needed = [port for port in ports if not port.optional and not port.startable]
     if not needed:
         return None
@@ -107,27 +103,26 @@ def obstacle(ports: Iterable[Port]) -> str | None:
 
 
 def typed(
-    ports: Sequence[Port], given: Iterable[tuple[str, str | None, str]]
+    ports: Sequence[Port], values: Iterable[tuple[str, str | None, str]]
 ) -> list[dict[str, Any]]:
-    """Inputs as a start takes them, of (id, type or `None`, value) each.
+    """Inputs as a start takes them, from (id, type or `None`, value) each.
 
-    A type that was not given is the definition's; an id that it does not have gets none, and is
-    `check`'s to report. Raises `InvalidRequest` where a type is missing and the definition names no
-    inputs.
+    A missing type comes from the definition; an unknown id gets none, and `check` reports it.
+    Raises `InvalidRequest` if a type is missing and the definition names no inputs.
     """
     types = {port.id: port.type for port in ports}
-    given = list(given)
-    if not ports and (untyped := [n for n, (_, type_, _) in enumerate(given) if type_ is None]):
-        message = "the technique's definition names no inputs, so the type has to be given"
+    values = list(values)
+    if not ports and (untyped := [n for n, (_, type_, _) in enumerate(values) if type_ is None]):
+        message = "the technique's definition names no inputs, so the type has to be values"
         raise InvalidRequest(message, [FieldFault(f"inputs.{n}.type", message) for n in untyped])
     return [
         {"id": input_id, "type": type_ or types.get(input_id, ""), "value": value}
-        for input_id, type_, value in given
+        for input_id, type_, value in values
     ]
 
 
-def _needed(port: Port, given: set[str]) -> bool:
-    return not port.optional and port.id not in given
+def _needed(port: Port, values: set[str]) -> bool:
+    return not port.optional and port.id not in values
 
 
 def _missing(port: Port) -> FieldFault:
@@ -144,7 +139,7 @@ def _unknown(input_id: object, known: Mapping[str, Port]) -> str:
 
 
 def _wrong(at: str, one: Mapping[str, Any], port: Port) -> list[FieldFault]:
-    """What is wrong with one input whose id is known."""
+    """The faults of one input whose id is known."""
     type_, value = one.get("type"), one.get("value")
     if not port.startable:
         return [FieldFault(f"{at}.type", f"{port.id} is {port.type}: {_TAKEN}")]
@@ -154,22 +149,22 @@ def _wrong(at: str, one: Mapping[str, Any], port: Port) -> list[FieldFault]:
     elif port.type in STARTABLE and type_ != port.type:
         faults.append(FieldFault(f"{at}.type", f"{port.id} takes {port.type}, not {type_}"))
     if not isinstance(value, str) or not value:
-        faults.append(FieldFault(f"{at}.value", "must be a text that is not empty"))
+        faults.append(FieldFault(f"{at}.value", "must not be empty"))
     elif _takes_link(port, type_) and not (port.element and "://" not in value):
-        reason = _unfit_link(value)
+        reason = _link_fault(value)
         if reason is not None:
             faults.append(FieldFault(f"{at}.value", f"{port.id} {reason}"))
     return faults
 
 
 def _takes_link(port: Port, type_: object) -> bool:
-    """Whether the value is a link, by the definition or, where that does not say, by its type."""
+    """Whether the value is a link, by the definition or else by its own type."""
     decides = port.type if port.type in STARTABLE else type_
     return decides in ("imageUrl", "videoUrl")
 
 
-def _unfit_link(value: str) -> str | None:
-    """What is wrong with a link that FLORA is to read; `None` for nothing."""
+def _link_fault(value: str) -> str | None:
+    """The fault of a link that FLORA is to read, if any."""
     try:
         parts = urlsplit(value)
         scheme, host = parts.scheme, parts.hostname

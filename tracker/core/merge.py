@@ -1,25 +1,23 @@
-"""The one rule by which sights become a run.
+"""`merge`: how observations become a run.
 
 `merge` is a join: for any set of observations, contradictory ones too, the result depends neither
-on their order nor on how often each was seen. So a late, repeated or stale observation is harmless.
+on their order nor on repetition. So a late, repeated or stale observation is harmless.
 
-How it comes about:
-
-* The status is a maximum: pending < running < ended as a callback says < ended as the API says, and
-  between two ends of equal rank completed beats failed. A status that is not known counts as
-  running, or with a `completed_at` as failed, and below these; of two such the greater text counts.
-* Each register is a maximum too, of (standing of the sight, canonical order of the value). A sight
-  that does not show a fact says nothing about it, so nothing known is ever emptied.
-* Whose run it is, FLORA shows to the workspace's own key, however the run stands then. What a
-  callback or `track` says of it is a claim, and stands below.
-* Cost and outputs of the ended run change after its end, down as well as up. They are maxima of
-  (when the read was sent, single reads above lists, value): the latest counts. When it was sent is
-  part of the observation, in the database's time, so that neither order nor hosts matter. A failed
-  run that is shown without a cost has a cost of its own: none.
-* `quoted_cost` is the greatest quote; a bill that differs from it contradicts nothing.
+* Status is a maximum: pending < running < ended by callback < ended by the API. Between two ends of
+  one precedence completed beats failed. An unknown status ranks as running, or with `completed_at`
+  as failed, just below these; of two unknown ones the greater text counts.
+* Each field is a maximum of (precedence of the observation, value). An observation that does not
+  show a field leaves it alone, so no known value is removed.
+* `workspace_id` has the highest precedence when FLORA shows it to the workspace's own key. What a
+  callback or `track` says is a claim below it.
+* Cost and outputs of an ended run change afterwards, down as well as up. They are maxima of (when
+  the read was sent, single read above list, value): the latest counts. The time is part of the
+  observation, in the database's time, so that neither order nor hosts matter. A failed run without
+  a cost has the cost "none".
+* `quoted_cost` is the greatest quote; a different bill is no contradiction.
 * `progress` is a maximum, `conflict` an "or".
-* A run that the API calls completed has no error: a callback's or an earlier sight's is dropped.
-  That keeps the join, because nothing stands above `Standing.COMPLETED`.
+* A run that the API reports as completed has no error. That keeps the join, because nothing has a
+  higher precedence.
 """
 
 from dataclasses import fields
@@ -45,10 +43,10 @@ from tracker.core.run import (
 
 _DIGIT: Final = {name: 3 * position for position, name in enumerate(REGISTERS)}
 _LATEST: Final = ("charged_cost", "outputs")
-"""Registers that go by the time of the read."""
+"""Fields for which the latest read counts."""
 _PLACES: Final = tuple(item for item in _DIGIT.items() if item[0] not in _LATEST)
 _CLAIMS: Final = (Source.CALLBACK, Source.TRACK)
-"""Sources that say whose run it is without the key of that workspace."""
+"""Sources whose `workspace_id` is not confirmed by the workspace's key."""
 _SHOWN: Final = attrgetter(*(name for name, _ in _PLACES))
 _NEVER: Final = datetime.min.replace(tzinfo=UTC)
 _READ_TIMES: Final = ("cost_read_at", "outputs_read_at", "ranks")
@@ -58,20 +56,19 @@ _VALUES: Final = attrgetter(*_FIELDS)
 
 
 def rank(run: Run, register: str) -> Standing:
-    """The standing of the sight from which `run` has the value of `register`."""
+    """The precedence of the observation that `register` has its value from."""
     return Standing(run.ranks >> _DIGIT[register] & 0o7)
 
 
 def merge(run: Run | None, seen: Observation) -> Run:
-    """Join one observation into what is known. Returns `run` itself where it says nothing new.
+    """`run` with one more observation; `run` itself if that changes nothing.
 
-    `run` is `None` for a run never heard of. Raises `ValueError` where the two are not the same
-    run.
+    `run` is `None` for an unknown run. Raises `ValueError` if the ids differ.
     """
     if run is None:
         run = Run(run_id=seen.run_id)
     elif run.run_id != seen.run_id:
-        raise ValueError(f"cannot merge a sight of {seen.run_id} into {run.run_id}")
+        raise ValueError(f"cannot merge an observation of {seen.run_id} into {run.run_id}")
     news: dict[str, Any] = {}
     standing = seen.standing
     conflict = run.conflict or (run.standing.ended and standing.ended and run.status != seen.status)
@@ -86,7 +83,7 @@ def merge(run: Run | None, seen: Observation) -> Run:
         if ours is not None:
             our_rank = ranks >> digit & 0o7
             if our_rank == standing and ours != theirs and standing.ended_at_api:
-                # Times may differ: seconds here, milliseconds there; the finer is the greater.
+                # Times may differ in resolution (seconds, milliseconds): no conflict.
                 conflict = conflict or (name == "error" and ours.code != theirs.code)
             if (our_rank, ours) >= (weight, theirs):
                 continue
@@ -130,12 +127,12 @@ def merge(run: Run | None, seen: Observation) -> Run:
 
 
 def shown_before_the_end(ranks: int) -> bool:
-    """Whether the `charged_cost` that goes with these ranks was shown before the run's end."""
+    """Whether the `charged_cost` with these ranks was shown before the run ended."""
     return ranks >> _DIGIT["charged_cost"] & 0o7 < Standing.FAILED
 
 
 def shows_the_same(run: Run, other: Run) -> bool:
-    """Whether two states of a run differ in nothing but when cost and outputs were last read."""
+    """Whether two states of a run differ only in when cost and outputs were last read."""
     others = ~(0o7 << _DIGIT["charged_cost"] | 0o7 << _DIGIT["outputs"])
     return run.ranks & others == other.ranks & others and all(
         ours == theirs
@@ -145,7 +142,7 @@ def shows_the_same(run: Run, other: Run) -> bool:
 
 
 def _join_cost(run: Run, seen: Observation, ranks: int, news: dict[str, Any]) -> int:
-    """Take the quote or the bill that is shown; returns the ranks."""
+    """Merge the quote or the bill; returns the ranks."""
     cost = seen.charged_cost
     if not seen.shows_bill:
         if cost is not None and (run.quoted_cost is None or cost > run.quoted_cost):
@@ -168,8 +165,7 @@ def _comparable(cost: Decimal | None) -> tuple[bool, Decimal]:
 def _join_outputs(
     run: Run, seen: Observation, theirs: tuple[Output, ...], ranks: int, news: dict[str, Any]
 ) -> tuple[int, bool]:
-    """Take the outputs that are shown; returns the ranks, and whether two reads of the ended run
-    disagree."""
+    """Merge the outputs; returns the ranks, and whether two reads of the ended run disagree."""
     place = _DIGIT["outputs"]
     ours, our_digit = run.outputs, ranks >> place & 0o7
     digit: int = seen.standing
@@ -193,7 +189,7 @@ def _join_outputs(
 
 
 def _says_nothing(seen: Observation, register: str, value: Any) -> bool:
-    """Whether what this sight shows in a register means nothing."""
+    """Whether this value carries no information."""
     if register == "error":
         # The reference's examples carry error fields even on pending runs.
         ended = seen.standing.ended and seen.status is not RunStatus.COMPLETED
@@ -207,7 +203,7 @@ def _by_height(status: tuple[Standing, str | None]) -> tuple[Standing, bool, str
 
 
 def _joined_details(run: Run, seen: Observation) -> Details:
-    """A single read settles for good; a listing settles only the end that it shows."""
+    """A single read settles the run; a list item settles only the end that it shows."""
     ours, theirs = run.details, seen.details
     if Details.READ in (ours, theirs):
         return Details.READ
@@ -217,7 +213,7 @@ def _joined_details(run: Run, seen: Observation) -> Details:
 
 
 def _same_links(ours: tuple[Output, ...], theirs: tuple[Output, ...]) -> bool:
-    """Whether two sights show the same outputs, links signed anew (another query) apart."""
+    """Whether both are the same outputs; links may be signed anew (another query)."""
     return [_bare(output) for output in ours] == [_bare(output) for output in theirs]
 
 
@@ -226,6 +222,6 @@ def _bare(output: Output) -> tuple[str, str, str]:
         return (output.output_id, output.type, output.url)
     try:
         parts = urlsplit(output.url)
-    except ValueError:  # foreign text: whatever it is, it is compared as it stands
+    except ValueError:  # not a URL: compare it verbatim
         return (output.output_id, output.type, output.url)
     return (output.output_id, output.type, parts._replace(query="", fragment="").geturl())

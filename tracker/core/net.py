@@ -1,4 +1,4 @@
-"""Which hosts are this machine itself: there plain http is safe, and no token is asked for."""
+"""What HTTP code on both sides needs: loopback hosts, and safe content encodings."""
 
 from ipaddress import ip_address
 from typing import Final
@@ -6,10 +6,10 @@ from urllib.parse import urlsplit
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or an address (brackets or not) means this machine by definition.
+    """Whether a host name or address (with or without brackets) is this machine by definition.
 
-    `localhost` and what stands below it do (RFC 6761), and every address of 127.0.0.0/8 and ::1,
-    written as an IPv4-mapped one too. No name is resolved.
+    These are `localhost` and names below it (RFC 6761), 127.0.0.0/8, ::1, and their IPv4-mapped
+    forms. Names are not resolved. Plain http is safe there, and no token is required.
     """
     name = host.removeprefix("[").removesuffix("]").removesuffix(".").lower()
     if name == "localhost" or name.endswith(".localhost"):
@@ -23,20 +23,15 @@ def is_loopback(host: str) -> bool:
 
 
 def is_loopback_url(url: str) -> bool:
-    """Whether the host of an address such as `http://127.0.0.1:8080` means this machine."""
+    """Whether the host of a URL such as `http://127.0.0.1:8080` is this machine."""
     return is_loopback(urlsplit(url).hostname or "")
 
 
-# How an HTTP body may be packed: once, and by a way whose growth has a bound.
-#
-# A body that is packed twice, or by a newer way, can stand for gigabytes in a few kilobytes, and
-# is unpacked before anybody can count it. One layer of these grows a thousandfold at most, and
-# what is read of a connection at a time is small.
-
-
+# A body that is compressed twice, or with a newer method, can expand from kilobytes to gigabytes
+# before anything counts it. One layer of these expands a thousandfold at most.
 _BOUNDED: Final = frozenset({"", "identity", "gzip", "deflate"})
 
 
 def is_bounded(content_encoding: str | None) -> bool:
-    """Whether a body with this `Content-Encoding` (`None` for none) may be unpacked."""
+    """Whether a body with this `Content-Encoding` (`None` for none) may be decompressed."""
     return (content_encoding or "").strip().lower() in _BOUNDED

@@ -1,8 +1,7 @@
-"""An observation: what one source saw of one run at one moment.
+"""Observations: what one source showed of one run at one time.
 
-Everything that brings news (a start's answer, a callback, a poll, a history page) brings
-observations and nothing else; `merge` joins them. They are kept in `run_events` as JSON, so that a
-run can be folded again from what was seen of it.
+Start answers, callbacks, polls and history pages all produce observations; `merge` joins them. They
+are kept in `run_events` as JSON, so that a run can be merged again from its timeline.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,14 +17,14 @@ from tracker.core.run import Details, Output, RunError, RunStatus, Standing, Sta
 
 
 class Source(StrEnum):
-    """Who brought the news."""
+    """Where an observation comes from."""
 
     START = "start"
     """FLORA's answer to our own start."""
     TRACK = "track"
-    """Somebody told us of a run; only its ids are believed."""
+    """A request to track a run; only its ids are believed."""
     CALLBACK = "callback"
-    """An authentic callback: the end, without details."""
+    """A verified callback: the end, without details."""
     POLL = "poll"
     """A read of this one run."""
     HISTORY = "history"
@@ -34,12 +33,12 @@ class Source(StrEnum):
 
 @quick_dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
-    """What was seen. `None` means "this sight did not show it", never "it is empty".
+    """One observation. `None` means "not shown", never "empty".
 
-    `at` is when the tracker saw it, `sent_at` when the request for it was sent, both in the
-    database's time; the second decides which cost and which outputs are the latest. Times are aware
-    UTC, `charged_cost` is USD: what FLORA's field of that name showed, a quote or the bill.
-    `clock_skew` is how many seconds FLORA's clock was ahead, where the two did not agree.
+    `at` is when it was received, `sent_at` when its request was sent, both in the database's time;
+    `sent_at` decides which cost and outputs are the latest. Times are aware UTC. `charged_cost` is
+    FLORA's field in USD: a quote or the bill. `clock_skew` is how many seconds FLORA's clock was
+    ahead, if the clocks differed.
     """
 
     run_id: str
@@ -64,15 +63,15 @@ class Observation:
 
     @property
     def read_at(self) -> datetime:
-        """When the request was sent; where nothing tells, when the answer was seen."""
+        """When the request was sent; if unknown, when the answer was received."""
         return self.sent_at or self.at
 
     @property
     def shows_bill(self) -> bool:
-        """Whether `charged_cost` is what FLORA billed: on an API read of the ended run.
+        """Whether `charged_cost` is the bill: it is on an API read of the ended run.
 
-        What a start answers, or a run that has not ended shows, is a quote (flora-api.md, 8). A
-        failed run without a cost is billed nothing; of a completed one that says nothing.
+        Start answers and runs in progress show a quote (flora-api.md, 8). A failed run without a
+        cost is billed nothing; a completed run without a cost is not billed yet.
         """
         return (
             self.source in _READS
@@ -82,10 +81,7 @@ class Observation:
 
     @property
     def standing(self) -> Standing:
-        """How much this observation weighs: what it says, and whether the API itself said it.
-
-        A status that is not known is an end where the run shows when it ended.
-        """
+        """The precedence of this observation. An unknown status with `completed_at` is an end."""
         if self.source is Source.CALLBACK:
             return _BY_CALLBACK[self.status]
         unknown = Standing.RUNNING if self.completed_at is None else Standing.FAILED
@@ -93,12 +89,12 @@ class Observation:
 
     @property
     def unknown_status(self) -> str | None:
-        """The status where it is none of the four that are documented."""
+        """The status if it is not a documented one."""
         return None if self.status in _BY_API else self.status
 
     @property
     def details(self) -> Details:
-        """Whether this sight, taken alone, has the details of an ended run."""
+        """Whether this observation alone has the details of an ended run."""
         if not self.standing.ended_at_api:
             return Details.UNKNOWN
         if self.source is Source.POLL:
@@ -107,7 +103,7 @@ class Observation:
         return Details.LISTED if self.status is RunStatus.FAILED or whole else Details.UNKNOWN
 
     def to_json(self) -> dict[str, Any]:
-        """The observation as JSON values, without what was not seen; `from_json` reads it back."""
+        """As JSON values, without `None`; `from_json` reads it back."""
         return {
             name: value if form is None else form(value)
             for (name, form), value in zip(_FORMS, _VALUES(self), strict=True)
@@ -116,7 +112,7 @@ class Observation:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Observation":
-        """The inverse of `to_json`. Raises `KeyError` or `ValueError` for what it never wrote."""
+        """The inverse of `to_json`. Raises `KeyError` or `ValueError` for other input."""
         return cls(
             **{
                 name: _FROM_JSON[name](value) if name in _FROM_JSON else value

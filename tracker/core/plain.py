@@ -1,7 +1,7 @@
-"""Other people's text on a terminal: what would steer it is shown, not obeyed.
+"""Untrusted text on a terminal: control characters are escaped.
 
-A terminal moves its cursor, changes its title and clears itself at control characters, and turns
-the direction of a line at others. Names, messages, headers and links may hold all of them.
+Names, messages, headers and links may hold characters that move the cursor, change the title, clear
+the screen or reverse the direction of a line.
 """
 
 import re
@@ -18,12 +18,12 @@ _IN_LINES: Final = re.compile(f"(?![\t\n])[{_STEERS}]")
 
 
 def plain(text: str) -> str:
-    """`text` on one line, with escapes such as `\\x1b` in place of what would steer a terminal."""
+    """`text` on one line, with escapes such as `\\x1b` in place of control characters."""
     return text if text.isprintable() else _IN_A_LINE.sub(_escape, text)
 
 
 def plain_lines(text: str) -> str:
-    """As `plain`, but tabs and line ends stay."""
+    """Like `plain`, but keeps tabs and line ends."""
     return text if text.isprintable() else _IN_LINES.sub(_escape, text)
 
 

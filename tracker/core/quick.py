@@ -1,4 +1,4 @@
-"""Dataclasses that are made for each callback, several at a time."""
+"""Dataclasses whose construction is on the hot path of callbacks."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +10,9 @@ else:
     from dataclasses import dataclass
 
     def quick_dataclass(*, frozen: bool, **options: Any) -> Any:
-        """`dataclass`, whose `frozen` the type checker alone enforces.
+        """`dataclass` whose `frozen` only the type checker enforces.
 
-        A class that is frozen at run time as well sets each field through a function call, so that
-        an object of twenty fields takes more than twice as long. The hash is a frozen class's.
+        Freezing at run time sets each field through a function call, which more than doubles the
+        construction time of an object with twenty fields. The hash is that of a frozen class.
         """
         return dataclass(unsafe_hash=frozen, **options)

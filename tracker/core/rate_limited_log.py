@@ -1,32 +1,30 @@
-"""What may happen a thousand times a second is said every so many seconds, with its number."""
+"""Rate-limited logging: one line per interval, with a count."""
 
 from typing import Final
 
-SAY_AGAIN_AFTER: Final = 10.0
-"""Seconds between two lines that say the same, where nobody wants another number."""
+LOG_INTERVAL: Final = 10.0
+"""Default seconds between two lines of one kind."""
 
 
 class Seldom:
-    """Counts by kind; the kinds are few, and fixed. Times are seconds of any clock that only goes
-    forward."""
+    """Counts events by kind (few, fixed kinds). Times are seconds of any monotonic clock."""
 
-    def __init__(self, seconds: float = SAY_AGAIN_AFTER) -> None:
+    def __init__(self, seconds: float = LOG_INTERVAL) -> None:
         self._seconds = seconds
         self._counts: dict[str, int] = {}
-        self._said_at: dict[str, float] = {}
+        self._logged_at: dict[str, float] = {}
 
     def count(self, kind: str, *, now: float) -> int:
-        """Count one. How many there were since it was last said, where it is time to say so; else
-        0."""
+        """Count one event; the number since the last line if a line is due now, else 0."""
         self._counts[kind] = self._counts.get(kind, 0) + 1
-        said_at = self._said_at.get(kind)
-        if said_at is not None and now - said_at < self._seconds:
+        logged_at = self._logged_at.get(kind)
+        if logged_at is not None and now - logged_at < self._seconds:
             return 0
-        self._said_at[kind] = now
+        self._logged_at[kind] = now
         return self._counts.pop(kind)
 
     def rest(self, kind: str, *, now: float) -> int:
-        """How many there were since it was last said, to be said now; 0 where there were none."""
+        """The number since the last line, for a line now; 0 if there were none."""
         if kind in self._counts:
-            self._said_at[kind] = now
+            self._logged_at[kind] = now
         return self._counts.pop(kind, 0)

@@ -1,8 +1,8 @@
-"""A run as it stands in the database: what the merge decides, and the facts about its receipt.
+"""A tracked run as the database stores it, and the entries that change it.
 
-Who was first, when it was first seen, how often it was looked at: these lie outside the join,
-because they tell how the news reached *us*. `apply` is pure: the door gives it the row and the
-entry and writes what comes back.
+A `Record` is the merged run and what the tracker knows about receiving it: who reported it first,
+when, how often it was polled. `apply` is pure: the writer passes the row and an entry, and writes
+what it returns.
 """
 
 from collections.abc import Callable
@@ -19,24 +19,18 @@ from tracker.core.run import Run, RunStatus, Tracking
 from tracker.core.schedule import Durations, Policy, next_check, next_recheck
 from tracker.core.tags import Tags
 
-# What is written of runs: one entry for each thing that happened to one, and deliveries.
-#
-# Sources make observations; the use cases wrap them into entries that also say what the sight
-# was: a callback, a read made for this run alone, an item of a list, the answer to a start.
-
-
 TRIAL: Final = "tracker.doctor"
-"""The type of the deliveries with which `tracker doctor` tries the way that callbacks take. They
-are signed, stored and answered like any other, speak of no run, and count in no statistics."""
+"""The type of the test deliveries of `tracker doctor`. They are signed, stored and answered like
+any other, name no run, and are left out of statistics."""
 TRIAL_IDS: Final = "whd_doctor_"
-"""How their ids begin; hexadecimal digits follow."""
+"""The prefix of their ids; hexadecimal digits follow."""
 
 
 class DeliveryOutcome(StrEnum):
-    """What became of a callback whose signature was right.
+    """The state of a callback with a valid signature.
 
-    It is stored as waiting, and answered. Whoever applies it makes it applied, together with its
-    effect on its run, or quarantined, with the reason; a replay makes a quarantined one wait again.
+    It is stored as waiting and acknowledged. Applying it makes it applied, in one transaction with
+    its effect on the run, or quarantined, with a reason. A replay makes it wait again.
     """
 
     WAITING = "waiting"
@@ -46,11 +40,10 @@ class DeliveryOutcome(StrEnum):
 
 @quick_dataclass(frozen=True, slots=True, kw_only=True)
 class Delivery:
-    """An authentic callback as it came. `body` is the raw bytes; `created_at` is FLORA's time.
+    """A verified callback as received. `body` is the raw bytes; `created_at` is FLORA's time.
 
-    `workspace_id` is the workspace whose secret signed it; the one that the body names where that
-    is not known. `callback_token` is the last part of the address that it came to, where that is
-    not the bare one.
+    `workspace_id` is the workspace whose secret signed it, or the one that the body names if that
+    is unknown. `callback_token` is the last path segment below the callback address, if any.
     """
 
     delivery_id: str
@@ -66,13 +59,13 @@ class Delivery:
 
 @quick_dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """A run was seen.
+    """An observation to write.
 
-    `reads` counts the API reads made for this run alone (none for an item of a list that was read
-    for many). `claim` names the claim under which it was made, which is given back. The others
-    come with the answer to our own start, whose row in the start log, (`slot`, `idempotency_key`),
-    is closed in the same transaction; `reserved_cost` is the price of this run, in USD.
-    `counted_before` says that the run's end was counted before retention removed it.
+    `reads` counts the API reads made for this run alone (0 for a list item). `claim` is the lease
+    under which it was made, and which it releases. The other fields come with the answer to our own
+    start, whose row in the start log (`slot`, `idempotency_key`) is closed in the same transaction;
+    `reserved_cost` is the price of this run in USD. `counted_before` tells that the run's end was
+    counted before retention removed the run.
     """
 
     observation: Observation
@@ -90,11 +83,10 @@ class Seen:
 
 @quick_dataclass(frozen=True, slots=True, kw_only=True)
 class Unseen:
-    """A read made for this run alone showed nothing.
+    """A read made for this run alone that brought no observation.
 
-    `missing` is true where FLORA answered that the run does not exist, while it could be read in
-    that workspace; else `error` says what went wrong, in words fit for a person. `reads` counts the
-    reads made.
+    `missing` is true if FLORA answered that the run does not exist while other reads of the
+    workspace succeeded. `error` says what went wrong, for people. `reads` counts the reads made.
     """
 
     run_id: str
@@ -111,28 +103,27 @@ Entry = Seen | Unseen
 LOST_AFTER_READS: Final = 5
 LOST_AFTER: Final = timedelta(hours=1)
 LOST_READ_EVERY: Final = timedelta(days=1)
-"""How often a lost run is read: FLORA may have been wrong."""
+"""How often a lost run is read again."""
 
 _API: Final = (Source.POLL, Source.HISTORY)
-"""Sources that show how a run stands at this moment."""
+"""Sources that show the current state of a run."""
 _WANTS_READ: Final = (Source.CALLBACK, Source.TRACK)
-"""Sources after which the API is asked at once."""
+"""Sources after which the run is read at once."""
 
 DurationsOf = Callable[[str | None], Durations | None]
-"""What is known of the durations of a technique, by its id."""
+"""The known durations of a technique, by its id."""
 
 
 @quick_dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """A tracked run.
 
-    `looks` counts the sights by the API since the last news of another kind, and so sets the wait;
-    `checks` counts the API reads made for this run alone, for ever. `missing` counts the reads that
-    answered "no such run" since the run was last shown, the first of them at `missing_since`.
-    `cost_final` tells that a read long enough after the end has shown the bill; until then, and
-    while a completed run lacks outputs, both are read again at `recheck_at`: `None` where that was
-    given up. `tags`, and when and at which price (USD) it was reserved in the budgets, are known of
-    our own starts alone.
+    `looks` counts the polls since the last other news, and so sets the wait; `checks` counts all
+    API reads of this run. `missing` counts the reads that answered "no such run" since the
+    run was last shown, the first of them at `missing_since`. `cost_final` tells that a read long
+    enough after the end showed the bill; until then, and while a completed run lacks outputs, both
+    are read again at `recheck_at` (`None` after giving up). `tags` and the reservation in budgets
+    (time, price in USD) are known only for our own starts.
     """
 
     run: Run
@@ -168,47 +159,46 @@ class Record:
 
     @property
     def created_at(self) -> datetime:
-        """FLORA's time of creation; until it is known, when the run was first seen."""
+        """FLORA's creation time; until it is known, when the run was first observed."""
         return self.run.created_at or self.first_seen_at
 
     @property
     def spent_at(self) -> datetime:
-        """In which period what it costs counts."""
+        """The time that decides in which period its cost counts."""
         return self.reserved_at or self.created_at
 
     @property
     def billed_whole(self) -> bool:
-        """Whether nothing of cost and outputs is to be read again."""
+        """Whether cost and outputs need no further read."""
         return _billed_whole(self.run, self.cost_final)
 
 
 def apply(
     record: Record | None, entry: Entry, *, policy: Policy, durations_of: DurationsOf
 ) -> Record | None:
-    """The record after `entry`. `record` is `None` for a run never heard of.
+    """The record after `entry`; `record` is `None` for an unknown run.
 
-    Returns `record` itself where nothing changes, and `None` where the entry is about no run that
-    is known (an unseen run that was never tracked).
+    Returns `record` itself if nothing changes, and `None` for `Unseen` of an unknown run.
     """
     if isinstance(entry, Unseen):
         return None if record is None else _unseen(record, entry, policy)
-    return _sighted(record, entry, policy, durations_of)
+    return _observed(record, entry, policy, durations_of)
 
 
-def _sighted(
+def _observed(
     before: Record | None, entry: Seen, policy: Policy, durations_of: DurationsOf
 ) -> Record:
     seen = entry.observation
     old = before or Record(run=Run(run_id=seen.run_id), source=seen.source, first_seen_at=seen.at)
     run = merge(old.run, seen)
     if old.cost_final and shows_the_same(old.run, run):
-        run = old.run  # a bill that stands is not written anew with every page that shows it
+        run = old.run  # no write for each page that shows the same bill
     wants_read = seen.source in _WANTS_READ
     just_ended = run.standing.ended and run.standing > old.run.standing
-    looked = _is_a_look(before, entry, run)
-    looks = 0 if wants_read or just_ended else old.looks + looked
+    polled = _counts_as_poll(before, entry, run)
+    looks = 0 if wants_read or just_ended else old.looks + polled
     callback_expected = old.callback_expected or entry.callback_expected
-    moves = looked or wants_read or just_ended or before is None or before.lost
+    moves = polled or wants_read or just_ended or before is None or before.lost
     next_check_at = old.next_check_at
     if moves or run.settled:
         next_check_at = next_check(
@@ -231,12 +221,10 @@ def _sighted(
         if run.settled and not _billed_whole(run, cost_final):
             recheck_at = _recheck_at(old, entry, since, policy)
     keeps_lease = entry.claim is None or entry.claim != old.lease_holder
-    # Each field by its name, not `replace`, which takes four times as long: this is done for each
-    # callback, and hardly anything stays as it was.
+    # Not `replace`, which takes four times as long: this runs for each callback.
     after = Record(
         run=run,
-        # Our own start came before whatever was heard of it first: a callback may overtake its
-        # answer.
+        # Our own start came first, even if a callback overtook its answer.
         source=Source.START if seen.source is Source.START else old.source,
         first_seen_at=old.first_seen_at,
         callback_at=_callback_at(old, seen),
@@ -264,8 +252,8 @@ def _sighted(
 
 
 def _ended_via(old: Record, entry: Seen, run: Run) -> Source | None:
-    """How the end became known first. Of a run that was removed and is tracked again that is not
-    known any more, and its end is not counted again."""
+    """How the end became known first; unknown for a run that retention removed and that is tracked
+    again, so that its end is not counted twice."""
     if old.run.standing.ended:
         return old.ended_via
     return entry.observation.source if run.standing.ended and not entry.counted_before else None
@@ -274,10 +262,10 @@ def _ended_via(old: Record, entry: Seen, run: Run) -> Source | None:
 def since_end(
     run: Run, end_seen_at: datetime, at: datetime, skew: float | None = None
 ) -> timedelta:
-    """How long the run had ended at that moment.
+    """The time from the run's end to `at`.
 
-    By FLORA's time of the end, on whose clock `skew` seconds more have passed; where one of them is
-    not known, at least since the end was seen here. (A callback may tell of an end that comes.)
+    Uses FLORA's time of the end, whose clock is `skew` seconds ahead; if either is unknown, at
+    least the time since the end was observed here. A callback may report an end in the future.
     """
     since = at - end_seen_at
     if run.completed_at is not None:
@@ -289,16 +277,16 @@ def since_end(
 def _billed_whole(run: Run, cost_final: bool) -> bool:
     """Whether nothing is left to read of a settled run.
 
-    A failed run that shows a cost is read on: FLORA refunds it, if late (flora-api.md, 8).
+    A failed run with a cost is read again: FLORA refunds it, possibly late (flora-api.md, 8).
     """
     refund_due = run.status is RunStatus.FAILED and bool(run.charged_cost)
     return cost_final and not run.lacks_outputs and not refund_due
 
 
 def _recheck_at(old: Record, entry: Seen, since: timedelta, policy: Policy) -> datetime | None:
-    """When to read cost and outputs of a settled run again, which lacks something of them.
+    """When to read an incomplete settled run again.
 
-    Only a read made for it puts that off: a page that was read for others may leave costs out.
+    Only a read made for this run moves that time: a page read for others may leave costs out.
     """
     open_before = old.run.settled and not old.billed_whole
     if open_before and (old.recheck_at is None or not (entry.reads or entry.claim)):
@@ -307,19 +295,18 @@ def _recheck_at(old: Record, entry: Seen, since: timedelta, policy: Policy) -> d
 
 
 def _callback_at(old: Record, seen: Observation) -> datetime | None:
-    """When the first callback was received: they need not be applied in the order in which they
-    came."""
+    """When the first callback was received; they may be applied in another order."""
     if seen.source is not Source.CALLBACK:
         return old.callback_at
     return seen.at if old.callback_at is None else min(old.callback_at, seen.at)
 
 
-def _is_a_look(before: Record | None, entry: Seen, run: Run) -> bool:
-    """Whether this sight stands for a look at the run, so that the next one may wait.
+def _counts_as_poll(before: Record | None, entry: Seen, run: Run) -> bool:
+    """Whether this observation counts as a poll (for backoff).
 
-    A read made for it does, and a list read because it was due. A list read for others does so too
-    for a run that is new or due. Not for one that has ended, though: that waits for its details,
-    which the list does not have. And what was read before a callback came says nothing about after.
+    A read made for this run does, and a list item if the run is new or due. A list item of an ended
+    run does not: it lacks the details that the run waits for. Nor does a read that was sent before
+    the callback came.
     """
     seen = entry.observation
     if run.settled or seen.source not in _API:
@@ -335,13 +322,13 @@ def _is_a_look(before: Record | None, entry: Seen, run: Run) -> bool:
 
 
 def _unseen(record: Record, entry: Unseen, policy: Policy) -> Record:
-    if record.run.settled:  # meanwhile, by another way; or its cost was to be read again
+    if record.run.settled:  # settled by another source meanwhile, or read for its cost
         recheck_at = record.recheck_at
         if recheck_at is not None and record.end_seen_at is not None:
             passed = since_end(record.run, record.end_seen_at, entry.at)
             recheck_at = next_recheck(policy, since_end=passed, now=entry.at)
         after = replace(record, checks=record.checks + entry.reads, recheck_at=recheck_at)
-        return _given_back(after, entry.claim)
+        return _released(after, entry.claim)
     after = replace(
         record,
         checks=record.checks + entry.reads,
@@ -357,7 +344,7 @@ def _unseen(record: Record, entry: Unseen, policy: Policy) -> Record:
             missing_since=since,
             lost=missing >= LOST_AFTER_READS and entry.at - since >= LOST_AFTER,
         )
-    after = _given_back(after, entry.claim)
+    after = _released(after, entry.claim)
     due = next_check(
         after.run,
         policy=policy,
@@ -369,8 +356,8 @@ def _unseen(record: Record, entry: Unseen, policy: Policy) -> Record:
     return replace(after, next_check_at=entry.at + LOST_READ_EVERY if after.lost else due)
 
 
-def _given_back(record: Record, claim: str | None) -> Record:
-    """The record without its lease, where `claim` holds it."""
+def _released(record: Record, claim: str | None) -> Record:
+    """The record without its lease if `claim` holds it."""
     if claim is None or claim != record.lease_holder:
         return record
     return replace(record, lease_until=None, lease_holder=None)

@@ -1,8 +1,8 @@
-"""Whether a failed run is worth starting again: FLORA's own table of error codes, and its message.
+"""Whether a failed run is worth starting again, by FLORA's error code and message.
 
-The table is from what FLORA measured in production (flora-api.md, section 8). Codes are compared
-without case: FLORA writes them in capitals, its documentation's examples in small letters. A
-message that names moderation decides whatever the code, because `GPU_PROVIDER_ERROR` and
+The table is from FLORA's production figures (flora-api.md, section 8). Codes are compared without
+case: FLORA writes them in capitals, its documentation in small letters. A message that names
+moderation overrides the code, because `GPU_PROVIDER_ERROR` and
 `GENERATION_NO_RESULT` often hide such a refusal.
 """
 
@@ -15,13 +15,13 @@ class RetryAdvice(StrEnum):
     """What to do about a failed run. A retry is a new run, and is charged again."""
 
     RETRY_NOW = "retry_now"
-    """A passing fault: start it again, once."""
+    """A temporary fault: start it again, once."""
     RETRY_LATER = "retry_later"
     """A provider is overloaded or down: start it again after a while."""
     CHANGE_INPUT = "change_input"
     """The same input fails again: it has to be changed first."""
     NOT_RETRYABLE = "not_retryable"
-    """Starting it again does not help; codes that are not known are treated so."""
+    """Starting it again does not help; unknown codes are treated like this."""
 
     @property
     def sentence(self) -> str:
@@ -69,13 +69,13 @@ _MODERATION: Final = re.compile(
 
 
 def retry_advice(code: str, message: str) -> RetryAdvice:
-    """What to do about a run that failed with this code and this message."""
+    """The advice for a run that failed with this code and message."""
     if _MODERATION.search(message):
         return RetryAdvice.CHANGE_INPUT
     return _BY_CODE.get(code.strip().lower(), RetryAdvice.NOT_RETRYABLE)
 
 
 def is_known(code: str) -> bool:
-    """Whether the table says anything about this code."""
+    """Whether the table has this code."""
     code = code.strip().lower()
     return code in _BY_CODE or _NEVER_AGAIN.fullmatch(code) is not None

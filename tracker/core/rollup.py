@@ -1,7 +1,35 @@
-"""How long things took, when only the counts of a histogram are kept: buckets and quantiles.
+"""Rollups: the counts and sums that dashboards read instead of all runs.
 
-A bucket is named by its upper edge in milliseconds, which belongs to it. The edges lie close enough
-that a quantile, taken as if what is in a bucket were spread evenly over it, is right to the eye.
+`facts` says what one run counts for, as a pure function of its record. When a run changes, its old
+facts are subtracted and its new ones added, so that corrections (an end that the API contradicts, a
+late callback, a lost run that comes back) leave the sums exact.
+
+====================  ======  ==========================================  =====================
+measure               since   beside it                                   amount
+====================  ======  ==========================================  =====================
+`STATE`               -       technique, status, word: its tracking       -
+`END`                 hour    status, word: how the end became known,     -
+                              bucket: `ADOPTED` or 0
+`SEEN`                hour    word: the same, bucket: upper edge, ms      end → known here, ms
+`SETTLED`             hour    word: the same, bucket: upper edge, ms      end → settled, ms
+`CALLBACK`            hour    word: `came`, `late`, `missed`,             -
+                              `unexpected`
+`COST`                day     technique, status, word: `final`, `open`    its cost, billionths
+                              (to be read again) or `unpriced` (given     of a dollar
+                              up without a cost)
+`QUOTE`               day     the same, where it has a quote and no       its quote, the same
+                              cost, and is not final
+`FAILURE`             day     technique, status, word: the retry advice   -
+`SPENT`               day *   technique, status: `charged`, `quoted` or   its cost, else quote or
+                              `unpriced` (ended, and nothing is known)    price, the greater
+`TAGGED`              day *   the same, word: one of its tags, once each  the same
+====================  ======  ==========================================  =====================
+
+Days marked * are days of the run's start, all other times those of its end.
+
+Amounts are integers, because sums of floats would drift from a recount. Durations are kept as
+histograms: a bucket is named by its upper edge in milliseconds, inclusive, and the edges are close
+enough that interpolated quantiles are right to the eye.
 """
 
 from bisect import bisect_left
@@ -26,7 +54,7 @@ EDGES: Final = (
 
 
 class Lag(NamedTuple):
-    """How long it took, in seconds, over so many runs; `None` where there were none."""
+    """Durations of `runs` runs in seconds; `None` where there are no runs."""
 
     runs: int
     mean: float | None
@@ -35,13 +63,13 @@ class Lag(NamedTuple):
 
 
 def bucket_of(milliseconds: int) -> int:
-    """The bucket that so long a time falls into."""
+    """The bucket of a duration in milliseconds."""
     at = bisect_left(EDGES, milliseconds)
     return EDGES[at] if at < len(EDGES) else BEYOND
 
 
 def lag_of(rows: Iterable[tuple[int, int, int]]) -> Lag:
-    """What rows of (bucket, how many, how many milliseconds in all) amount to."""
+    """Summarise rows of (bucket, number of runs, sum of milliseconds)."""
     counts: dict[int, int] = {}
     milliseconds = 0
     for bucket, count, amount in rows:
@@ -55,9 +83,9 @@ def lag_of(rows: Iterable[tuple[int, int, int]]) -> Lag:
 
 
 def quantile(counts: dict[int, int], share: float) -> float:
-    """The time in seconds that this `share` of those counted (one at least) did not exceed.
+    """The `share` quantile in seconds; `counts` holds at least one run.
 
-    Of what lies beyond the last edge nothing more is known, so it counts as the last edge.
+    Values beyond the last edge count as the last edge.
     """
     wanted = share * sum(counts.values())
     lower = 0
@@ -68,36 +96,6 @@ def quantile(counts: dict[int, int], share: float) -> float:
         wanted -= count
         lower = upper
     return EDGES[-1] / 1000
-
-
-# What a run counts for in the tallies that dashboards read: a pure function of its record.
-#
-# Nothing is counted up as things happen. A run counts for the facts that hold of it now, so a
-# change takes the old ones off and adds the new ones, and the tallies are exact whatever a
-# correction turns over: an end that the API contradicts, a late callback, a lost run that comes
-# back.
-#
-# ====================  ======  ==========================================  =====================
-# measure               since   beside it                                   amount
-# ====================  ======  ==========================================  =====================
-# `STATE`               -       technique, status, word: its tracking       - `END`
-# hour    status, word: how the end became known,     -                               bucket:
-# `ADOPTED` or 0 `SEEN`                hour    word: the same, bucket: upper edge, ms      end →
-# known here, ms `SETTLED`             hour    word: the same, bucket: upper edge, ms      end →
-# settled, ms `CALLBACK`            hour    word: `came`, `late`, `missed`,             -
-# `unexpected` `COST`                day     technique, status, word: `final`, `open`    its cost,
-# billionths                               (to be read again) or `unpriced` (given     of a dollar
-# up without a cost) `QUOTE`               day     the same, where it has a quote and no       its
-# quote, the same                               cost, and is not final `FAILURE`             day
-# technique, status, word: the retry advice   - `SPENT`               day *   technique, status:
-# `charged`, `quoted` or   its cost, else quote or                               `unpriced`
-# (ended, and nothing is known)    price, the greater `TAGGED`              day *   the same,
-# word: one of its tags, once each  the same ====================  ======
-# ==========================================  =====================
-#
-# Days marked * are those in which the runs were started, all others those of their ends.
-#
-# Amounts are integers, because sums of floats would drift from what is recounted.
 
 
 STATE: Final = "state"
@@ -119,15 +117,15 @@ CHARGED: Final = "charged"
 QUOTED: Final = "quoted"
 
 ALWAYS: Final = datetime(1970, 1, 1, tzinfo=UTC)
-"""The `since` of what holds now and belongs to no hour."""
+"""The `since` of counts that describe the present and belong to no hour."""
 ADOPTED: Final = 1
-"""The run had ended before the tracker heard of it, so that how soon it was known says nothing."""
+"""Bucket of runs that had ended before the tracker learned of them: their delay says nothing."""
 DEAREST: Final = Decimal(1_000_000)
-"""A single run's cost counts up to this many USD, so that no sum of them is too large."""
+"""A single run's cost counts up to this many USD, so that no sum overflows."""
 
 
 class Key(NamedTuple):
-    """What is counted together; text is empty where it says nothing."""
+    """One row of the rollups; unused text fields are empty."""
 
     measure: str
     since: datetime
@@ -139,11 +137,11 @@ class Key(NamedTuple):
 
 
 Fact = tuple[Key, int]
-"""One run counts under the key, with this amount."""
+"""One run, counted under the key with this amount."""
 
 
 def facts(record: Record) -> list[Fact]:
-    """All that the run counts for."""
+    """Everything that the run counts for."""
     run = record.run
     workspace = run.workspace_id or ""
     technique = run.technique_id or ""
@@ -185,10 +183,10 @@ def facts(record: Record) -> list[Fact]:
 
 
 def _spent(record: Record, workspace: str, technique: str) -> list[Fact]:
-    """What the run takes from the budgets now: once, and once more for each of its tags.
+    """What the run takes from budgets now: one fact, and one for each of its tags.
 
-    A quote below the price that was reserved makes no room: FLORA shows 0 to some starts, and bills
-    later. A failed run counts until its bill is final: FLORA refunds it, if late.
+    A quote below the reserved price frees nothing: FLORA quotes 0 for some starts and bills later.
+    A failed run counts until its bill is final, because FLORA's refund may come late.
     """
     run = record.run
     quotes = [one for one in (run.quoted_cost, record.reserved_cost) if one is not None]
@@ -210,7 +208,7 @@ def _spent(record: Record, workspace: str, technique: str) -> list[Fact]:
 
 
 def _billed(record: Record) -> str:
-    """How far the bill of a settled run is known."""
+    """The state of a settled run's bill."""
     if record.cost_final:
         return FINAL
     run = record.run
@@ -219,17 +217,17 @@ def _billed(record: Record) -> str:
 
 
 def is_adopted(record: Record) -> bool:
-    """Whether the run had ended before the tracker heard of it, as far as FLORA's times tell."""
+    """Whether the run had ended, by FLORA's times, before the tracker learned of it."""
     ended_at = record.run.completed_at
     return (
         ended_at is not None
-        and record.source not in _TOLD_AT_ONCE
+        and record.source not in _LEARNED_AT_ONCE
         and ended_at < record.first_seen_at
     )
 
 
 def same(before: Record, after: Record) -> bool:
-    """Whether the two certainly count for the same; a quick look that may be wrong only in "no"."""
+    """Whether the facts of both are certainly equal: a fast check that may err only with "no"."""
     return (
         before.run is after.run
         and before.cost_final == after.cost_final
@@ -244,12 +242,12 @@ def same(before: Record, after: Record) -> bool:
 
 
 def lag_ms(earlier: datetime, later: datetime) -> int:
-    """Whole milliseconds from one moment to another: 0 where clocks disagree, `BEYOND` at most."""
+    """Whole milliseconds between two times: at least 0 (clocks disagree), at most `BEYOND`."""
     return min(max((later - earlier) // _MILLISECOND, 0), BEYOND)
 
 
 def billionths(cost: Decimal) -> int:
-    """USD as whole billionths, rounded in the way that both databases can repeat."""
+    """USD as whole billionths, rounded in a way that both databases can reproduce."""
     return floor(float(min(max(cost, Decimal(0)), DEAREST)) * 1e9 + 0.5)
 
 
@@ -259,11 +257,11 @@ def dollars(amount: int) -> Decimal:
 
 
 _MILLISECOND: Final = timedelta(milliseconds=1)
-_TOLD_AT_ONCE: Final = (Source.START, Source.CALLBACK)
+_LEARNED_AT_ONCE: Final = (Source.START, Source.CALLBACK)
 
 
 def _callback(record: Record) -> str | None:
-    """What became of the callback of a run that has ended; `None` where none is spoken of."""
+    """The fate of the callback of an ended run; `None` where none was expected or came."""
     if record.callback_at is None:
         return "missed" if record.callback_expected else None
     if not record.callback_expected:

@@ -1,7 +1,7 @@
-"""What tells the rows of a sheet apart, so that each is started once wherever it stands.
+"""Idempotency keys of the rows of a sheet, so that each row is started once.
 
-A row is told by what it asks for: the technique, its inputs, and how many equal rows stand before
-it. So its key stays the same when other rows are added, taken out or sorted, and in another file.
+A row is identified by its technique, its inputs and the number of equal rows before it. Its key
+stays the same when other rows are added, removed or sorted, and in another file.
 """
 
 import hashlib
@@ -15,14 +15,13 @@ Input = dict[str, str]
 """One input as FLORA takes it: `id`, `type` and `value`."""
 
 _HEX_DIGITS: Final = 24
-"""Enough that no two rows meet by chance; whose inputs differ is compared before anything is
-sent."""
+"""Enough to rule out accidental collisions; inputs are compared before anything is sent."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Turn:
-    """Which of the times that a row is run: `generation` counts its deliberate reruns, `attempt`
-    the fresh starts within one after a run that failed."""
+    """Which run of a row: `generation` counts deliberate reruns, `attempt` the retries after
+    failures within one generation."""
 
     generation: int = 0
     attempt: int = 0
@@ -41,12 +40,12 @@ class Turn:
 
 
 def canonical(inputs: Iterable[Input]) -> list[Input]:
-    """The inputs by id; several values of one input stay in their order."""
+    """The inputs sorted by id; several values of one input keep their order."""
     return sorted(inputs, key=lambda one: one["id"])
 
 
 def row_digests(technique_id: str, rows: Iterable[Sequence[Input]]) -> list[str]:
-    """One digest for each row, in order; `technique_id` is the `tech_…` form."""
+    """One digest per row, in order; `technique_id` is the `tech_…` form."""
     seen: Counter[str] = Counter()
     digests = []
     for inputs in rows:
@@ -57,7 +56,7 @@ def row_digests(technique_id: str, rows: Iterable[Sequence[Input]]) -> list[str]
 
 
 def row_key(digest: str, turn: Turn) -> str:
-    """The idempotency key under which a row is started in that turn."""
+    """The idempotency key of a row in that turn."""
     key = f"row-{digest}"
     if turn.generation:
         key += f"-again{turn.generation}"
@@ -67,9 +66,9 @@ def row_key(digest: str, turn: Turn) -> str:
 
 
 def batch_id(workspace_slot: str, technique_id: str, rows: Iterable[tuple[int, str, Turn]]) -> str:
-    """The name of a batch, the same for the same sheet: by its rows' positions and digests.
+    """The id of a batch: the same for the same positions and digests of rows.
 
-    A rerun is a batch of its own, another attempt at some rows is not.
+    A rerun is a batch of its own, a retry of some rows is not.
     """
     named = [(position, digest, turn.generation) for position, digest, turn in rows]
     return f"bat_{_digest([workspace_slot, technique_id, named])[:16]}"

@@ -1,24 +1,23 @@
-"""What a run is: FLORA's words about it, and how much each word weighs.
+"""A run: its status, its other fields, and their precedence.
 
-A run's status climbs and never falls. How high it stands is its *standing*::
+A run's status only rises in *precedence*::
 
-    PENDING             FLORA queued it; leaves when FLORA starts it
-    RUNNING             FLORA works on it; leaves when it ends
-    CALLBACK_FAILED     a callback said so; the API has the last word
-    CALLBACK_COMPLETED  a callback said so; the API has the last word
-    FAILED              the API said so
-    COMPLETED           the API said so; nothing stands higher
+    PENDING             queued; ends when FLORA starts the run
+    RUNNING             in progress; ends when the run ends
+    CALLBACK_FAILED     ended, reported by a callback; the API overrides it
+    CALLBACK_COMPLETED  ended, reported by a callback; the API overrides it
+    FAILED              ended, reported by the API; only COMPLETED overrides it
+    COMPLETED           ended, reported by the API; final
 
-A status that this version does not know stands as RUNNING without a `completed_at`, and with one as
-FAILED, below `failed` itself: `Run.unknown_status` keeps its name.
+An unknown status ranks as RUNNING without `completed_at`, else as an end just below FAILED;
+`Run.unknown_status` keeps its text.
 
-Every other fact about a run is a *register*: it keeps the value of the highest-standing sight that
-had one. `Run.ranks` remembers, for each register, the standing of the sight its value came from, as
-one octal digit each.
+Every other field keeps the value from the observation with the highest precedence that showed one.
+`Run.ranks` holds that precedence for each of `REGISTERS`, as one octal digit each.
 
-The cost and the outputs of an ended run may change after its end: of these the latest read counts.
-The digit is then `LISTED` or `READ`, and `cost_read_at` and `outputs_read_at` say when that read
-was sent. A quote is not a cost: `quoted_cost` is the greatest that was shown before the end.
+Cost and outputs may change after the end: there the latest read counts. Their digit is then
+`LISTED` or `READ`, and `cost_read_at` and `outputs_read_at` are when that read was sent. Quotes are
+not costs: `quoted_cost` is the greatest cost shown before the end.
 """
 
 from dataclasses import dataclass
@@ -31,11 +30,11 @@ from tracker.core.quick import quick_dataclass
 from tracker.core.retry import RetryAdvice, retry_advice
 
 RunType = Literal["technique", "generation"]
-"""The kinds of runs, each with a list of its own at FLORA."""
+"""The kinds of runs; FLORA lists each separately."""
 
 
 class RunStatus(StrEnum):
-    """The four states of a run that FLORA documents; a newer FLORA may show others."""
+    """The four statuses that FLORA documents; a newer FLORA may show others."""
 
     PENDING = "pending"
     RUNNING = "running"
@@ -44,7 +43,7 @@ class RunStatus(StrEnum):
 
 
 Status = RunStatus | str
-"""A run's status as FLORA shows it: a `RunStatus` where it is one of the four, else its text."""
+"""A run's status as FLORA shows it: a `RunStatus`, or the text of an unknown one."""
 
 
 def status_of(text: str) -> Status:
@@ -56,7 +55,7 @@ _KNOWN: Final = {str(status): status for status in RunStatus}
 
 
 class Standing(IntEnum):
-    """How far a run has come, and on whose word. Fits one octal digit."""
+    """A status together with who reported it, in ascending order. Fits one octal digit."""
 
     PENDING = 0
     RUNNING = 1
@@ -67,17 +66,17 @@ class Standing(IntEnum):
 
     @property
     def status(self) -> RunStatus:
-        """The FLORA state that this standing shows as."""
+        """The status that users see."""
         return _STATUS[self]
 
     @property
     def ended(self) -> bool:
-        """Whether anybody, a callback or the API, has said that the run ended."""
+        """Whether a callback or the API reported the end."""
         return self >= Standing.CALLBACK_FAILED
 
     @property
     def ended_at_api(self) -> bool:
-        """Whether the API itself has said that the run ended."""
+        """Whether the API reported the end."""
         return self >= Standing.FAILED
 
 
@@ -92,10 +91,10 @@ _STATUS: Final = {
 
 
 class Details(IntEnum):
-    """Whether the details of an ended run have been read from the API.
+    """Whether the details of an ended run were read from the API.
 
-    A single read always has them (and so settles for good); a history item or a start's answer has
-    them where the run failed, or where it carries both outputs and cost.
+    A single read always has them, and so settles the run. A history item or the answer to a start
+    has them if the run failed, or if it carries both outputs and cost.
     """
 
     UNKNOWN = 0
@@ -104,16 +103,16 @@ class Details(IntEnum):
 
 
 class Tracking(StrEnum):
-    """How the tracker stands to a run."""
+    """The tracker's own state of a run."""
 
     ACTIVE = "active"
-    """Not known to the end; leaves by `SETTLED` when the details are read, by `LOST` when FLORA
-    has long denied the run."""
+    """In progress. Becomes `SETTLED` when the details are read, `LOST` when FLORA has repeatedly
+    answered that the run does not exist."""
     SETTLED = "settled"
-    """True end and details are stored; leaves only if the API contradicts itself in a list."""
+    """End and details are stored. Left only if a list of the API contradicts them."""
     LOST = "lost"
-    """FLORA denied it at least five times over at least an hour; `ACTIVE` as soon as anything shows
-    it."""
+    """Not found at FLORA by at least five reads over at least an hour. Becomes `ACTIVE` as soon as
+    anything shows the run."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -135,10 +134,10 @@ class RunError:
 
 LISTED: Final = 6
 READ: Final = 7
-"""The digits of what a list, or a single read, showed of an ended run."""
+"""The digits of values of an ended run that a list or a single read showed."""
 WORKSPACE_KNOWN: Final = 7
-"""The digit of a `workspace_id` that FLORA showed to the workspace's own key. Claims are below, and
-what versions before this rule read."""
+"""The digit of a `workspace_id` that FLORA showed to the workspace's own key. Claims (callbacks,
+`track`) and values read by older versions are below it."""
 
 REGISTERS: Final = (
     "run_type",
@@ -154,19 +153,19 @@ REGISTERS: Final = (
     "error",
     "outputs",
 )
-"""The facts that `merge` keeps by rank. The order fixes each one's digit in `Run.ranks`: append
+"""The fields that `merge` keeps by precedence. The order fixes each digit in `Run.ranks`: append
 only."""
 
 
 @quick_dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """The state of a run as all sights together tell it: the result of `merge`, nothing else.
+    """The state of a run, merged from all its observations.
 
     Times are aware UTC datetimes, costs are USD, `progress` 0 to 100. `charged_cost` is the bill,
-    as the read sent at `cost_read_at` showed it: `None` with a `cost_read_at` means that a failed
-    run was shown without a cost. `ranks` holds one octal digit for each of `REGISTERS`: the
-    `Standing` of the observation which its value came from, or `LISTED` or `READ`.
-    `unknown_status` is the status of the highest observations where only a newer FLORA knows it.
+    as the read sent at `cost_read_at` showed it; `None` with a `cost_read_at` is a failed run that
+    was shown without a cost. `ranks` holds one octal digit for each of `REGISTERS`: the `Standing`
+    of the observation that its value came from, or `LISTED` or `READ`. `unknown_status` is the text
+    of a status that this version does not know.
     """
 
     run_id: str
@@ -194,17 +193,17 @@ class Run:
 
     @property
     def status(self) -> Status:
-        """FLORA's state of the run, as far as anybody has said."""
+        """FLORA's status of the run, as far as it is known."""
         return self.unknown_status or self.standing.status
 
     @property
     def settled(self) -> bool:
-        """Whether the run's true end and its details have been read from the API."""
+        """Whether the end and the details were read from the API."""
         return self.standing.ended_at_api and self.details is not Details.UNKNOWN
 
     @property
     def retry_advice(self) -> RetryAdvice | None:
-        """Of a failed run, whether to start it again; `None` of any other."""
+        """Whether to start a failed run again; `None` for other runs."""
         if self.status is not RunStatus.FAILED:
             return None
         error = self.error or RunError()
@@ -212,11 +211,11 @@ class Run:
 
     @property
     def workspace_is_claimed(self) -> bool:
-        """Whether only a callback, or who asked to track the run, has said whose it is."""
+        """Whether `workspace_id` comes only from a callback or a request to track the run."""
         digit = self.ranks >> 3 * REGISTERS.index("workspace_id") & 0o7
         return self.workspace_id is not None and digit != WORKSPACE_KNOWN
 
     @property
     def lacks_outputs(self) -> bool:
-        """Whether the run completed and no read has shown an output yet."""
+        """Whether the run completed and no read has shown outputs yet."""
         return self.status is RunStatus.COMPLETED and not self.outputs

@@ -1,12 +1,11 @@
-"""When to look at a run next: a pure function of the run, the clock and what its technique takes.
+"""When to poll a run next: a pure function of the run, the time and its technique's durations.
 
-A run is looked at because nobody said that it ended. The first look waits for the callback (grace);
-where no callback was asked for, one poll interval. Each look that brings nothing doubles the wait,
-up to the longest. A callback makes the run due at once. What is known of a technique's durations
-moves the first look, by a factor of ten at most, and puts off the ones after it, by the longest
-wait at most, until the end may be expected.
+The first poll waits for the callback (grace) or, without a callback, one poll interval. Each poll
+without an end doubles the wait, up to the maximum. A callback makes the run due at once. Known
+durations of the technique move the first poll by a factor of ten at most, and later polls until the
+end is expected, by the longest wait at most.
 
-Why the defaults stand where they do is told, with the figures, in docs/performance.md.
+docs/performance.md has the figures behind the defaults.
 """
 
 from dataclasses import dataclass
@@ -17,16 +16,16 @@ from typing import Final
 from tracker.core.run import Run
 
 LEARNED_FROM: Final = 20
-"""So many ended runs of a technique are needed before their durations count."""
+"""Ended runs of a technique that are needed before its durations are used."""
 LEARNED_FACTOR: Final = 10
-"""What is learned moves the first look by this factor at most."""
+"""Durations move the first poll by this factor at most."""
 CALLBACK_MARGIN: Final = timedelta(seconds=5)
-"""How long a callback may take after the end before its absence means something."""
+"""How long after the end a callback may take before it counts as missed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """The waits that the settings give."""
+    """The configured waits."""
 
     grace: timedelta = timedelta(seconds=30)
     interval: timedelta = timedelta(seconds=5)
@@ -36,13 +35,13 @@ class Policy:
 
     @property
     def longest_wait(self) -> timedelta:
-        """No poll of an open run lies further ahead than this."""
+        """The next poll of an open run is at most this far ahead."""
         return max(self.interval_max, LEARNED_FACTOR * max(self.grace, self.interval))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Durations:
-    """How long a technique's runs took from creation to end, in seconds, over the last `count`."""
+    """Seconds from creation to end of a technique's last `count` runs."""
 
     count: int
     p50: float
@@ -52,11 +51,10 @@ class Durations:
 def first_wait(
     policy: Policy, durations: Durations | None, *, callback_expected: bool
 ) -> timedelta:
-    """How long after its creation a run is first looked at, if nothing is heard of it.
+    """How long after its creation a run is first polled.
 
-    With a callback on its way the look is for the rare run whose callback is lost, so it waits
-    until nearly all runs have ended; without one it is how the end is found, so it waits for the
-    median.
+    With a callback expected the poll serves the rare lost callback, so it waits for the 95th
+    percentile; without one it finds the end, so it waits for the median.
     """
     base = policy.grace if callback_expected else policy.interval
     learned = learned_wait(durations, callback_expected=callback_expected)
@@ -66,7 +64,7 @@ def first_wait(
 
 
 def learned_wait(durations: Durations | None, *, callback_expected: bool) -> timedelta | None:
-    """How long after its creation a look is worth its cost; `None` where too little is known."""
+    """How long after creation a poll pays off; `None` with too few known durations."""
     if durations is None or durations.count < LEARNED_FROM:
         return None
     if callback_expected:
@@ -82,10 +80,10 @@ def put_off_until(
     first_seen: datetime,
     callback_expected: bool,
 ) -> datetime | None:
-    """Until when looks after the first are put off, UTC; `None` where the end may be expected.
+    """Until when (UTC) polls after the first are delayed; `None` once the end is expected.
 
-    That is at most the longest wait away, counted from `first_seen`, so that the same runs are put
-    off until the same moment and share their pages.
+    At most the longest wait ahead, in steps from `first_seen`, so that runs started together become
+    due together and share history pages.
     """
     learned = learned_wait(durations, callback_expected=callback_expected)
     if learned is None or first_seen + learned <= now:
@@ -95,16 +93,16 @@ def put_off_until(
 
 
 def wait_after(policy: Policy, run_id: str, looks: int) -> timedelta:
-    """How long to wait after the `looks`-th look (from 1) that brought no end: doubling, capped.
+    """The wait after the `looks`-th poll (from 1) without an end: doubling, capped, with jitter.
 
-    The jitter takes up to a fifth off, so that runs started together drift apart. It is drawn from
-    the run and the count, so that the same question has the same answer.
+    The jitter takes off up to a fifth, so that runs started together spread out. It is derived from
+    the run id and the count, so that the function stays pure.
     """
     return whole_wait(policy, looks) * (1 - 0.2 * _share(run_id, looks))
 
 
 def whole_wait(policy: Policy, looks: int) -> timedelta:
-    """The wait after the `looks`-th look (from 1), before the jitter takes its part."""
+    """The wait after the `looks`-th poll (from 1), without jitter."""
     doublings = min(looks - 1, 30)
     wait: timedelta = min(policy.interval * 2**doublings, policy.interval_max)
     return wait
@@ -121,11 +119,11 @@ def next_check(
     durations: Durations | None = None,
     at_once: bool = False,
 ) -> datetime | None:
-    """When to read the run next, in UTC; `None` where nothing is left to read.
+    """When to read the run next, in UTC; `None` if nothing is left to read.
 
-    `first_seen` is when we first heard of the run, by our clock: FLORA's time of creation is by
-    another. `looks` is how many times the API has shown it since the last news, `at_once` whether
-    news of another kind (a callback, somebody's request to track it) wants a read now.
+    `first_seen` is when the tracker first heard of the run, by its own clock. `looks` is the number
+    of polls since the last other news. `at_once` tells that a callback or a request to track the
+    run asks for a read now.
     """
     if run.settled:
         return None
@@ -144,15 +142,15 @@ def next_check(
     if at_once or run.standing.ended:
         return now
     first = first_seen + first_wait(policy, durations, callback_expected=callback_expected)
-    # A run may have been seen first in what is the future since the clock was set back.
+    # `first_seen` may lie in the future after the clock was set back.
     return min(max(first, now), now + policy.longest_wait)
 
 
 def next_recheck(policy: Policy, *, since_end: timedelta, now: datetime) -> datetime | None:
-    """When to read cost and outputs again, UTC, after a read at `now` that left them open.
+    """When to read cost and outputs again, UTC, after a read at `now` that left them incomplete.
 
-    FLORA's bill comes after the end (flora-api.md, 8): `cost_recheck` after it the first time, then
-    after waits twice as long each, and a last time at `cost_give_up`. `None` once that has passed.
+    FLORA bills after the end (flora-api.md, 8): the first recheck is `cost_recheck` after it, then
+    the wait doubles, and the last is at `cost_give_up`; `None` after that.
     """
     if since_end >= policy.cost_give_up:
         return None

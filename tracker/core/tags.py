@@ -1,4 +1,4 @@
-"""Tags: what a run is for, as `key=value` pairs of whoever started it.
+"""Tags: `key=value` pairs that say what a run is for.
 
 A key is 1 to 64 of `A-Z a-z 0-9 . _ -`, a value 1 to 255 printable characters.
 """
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 MOST: Final = 16
-"""A run has so many tags at most: each is counted by itself, day by day."""
+"""Most tags of one run: each has daily rollups of its own."""
 LONGEST_VALUE: Final = 255
 _KEY: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -16,14 +16,14 @@ Tags = dict[str, str]
 
 
 def check_key(key: str) -> str:
-    """`key`, where a tag can be called so; raises `ValueError`."""
+    """`key` if it is a valid tag key; raises `ValueError`."""
     if not _KEY.fullmatch(key):
         raise ValueError(f"tag {key[:80]!r}: a key is 1 to 64 of A-Z a-z 0-9 . _ -")
     return key
 
 
 def check_tags(tags: Mapping[Any, Any]) -> Tags:
-    """The tags in order of their keys; raises `ValueError`, which says what is wrong with which."""
+    """The tags sorted by key; raises `ValueError`, which names the tag and the fault."""
     for key, value in tags.items():
         check_key(str(key))
         if not isinstance(value, str) or not 1 <= len(value) <= LONGEST_VALUE:
@@ -45,7 +45,7 @@ def parse_tag(text: str) -> tuple[str, str]:
 
 
 def parse_tags(texts: Iterable[str]) -> Tags:
-    """As `parse_tag`, for several; raises `ValueError` also where two have the same key."""
+    """Like `parse_tag` for several; raises `ValueError` also if a key appears twice."""
     pairs = [parse_tag(text) for text in texts]
     tags = dict(pairs)
     if len(tags) < len(pairs):

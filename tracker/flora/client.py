@@ -28,7 +28,7 @@ import httpx
 from tracker import __version__
 from tracker.core.clock import Clock, utc_now
 from tracker.core.errors import FieldFault, InvalidRequest, SettingsError
-from tracker.core.inputs import is_left_out
+from tracker.core.inputs import is_empty_text
 from tracker.core.observation import Observation, Source
 from tracker.flora import parse
 from tracker.flora.addresses import Addresses
@@ -352,7 +352,7 @@ def start_body(
     inputs: list[dict[str, Any]], *, idempotency_key: str, callback_url: str | None = None
 ) -> str:
     """The body of a start, as it is kept for repetitions: ASCII. An empty text is left out."""
-    said = [one for one in inputs if not is_left_out(one)]
+    said = [one for one in inputs if not is_empty_text(one)]
     body: dict[str, Any] = {"inputs": said, "mode": "async", "idempotency_key": idempotency_key}
     if callback_url is not None:
         body["callback_url"] = callback_url

@@ -32,7 +32,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tracker.core.clock import Clock
 from tracker.core.net import is_loopback
-from tracker.core.rate_limited_log import SAY_AGAIN_AFTER, Seldom
+from tracker.core.rate_limited_log import LOG_INTERVAL, Seldom
 from tracker.core.tokens import Scope as TokenScope
 from tracker.core.tokens import Token, Tokens
 from tracker.store.queries.audit import Principal, Refusals, acting
@@ -118,7 +118,7 @@ class Access:
         refusals: Refusals,
         counts: Counts,
         clock: Clock,
-        say_again_after: float = SAY_AGAIN_AFTER,
+        say_again_after: float = LOG_INTERVAL,
     ) -> None:
         self._tokens = tokens
         self._refresh = refresh
