@@ -34,7 +34,7 @@ from tracker.starting.batch_rows import RowState, kept_rows
 from tracker.store.engine import Database
 from tracker.store.queries import batches, changes, runs
 from tracker.store.signals import Signals
-from tracker.tracking.telling.words import counted
+from tracker.core.formatting import counted
 
 QUEUED: Final = 500
 """Maximum number of outputs that wait to be fetched."""

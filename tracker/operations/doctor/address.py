@@ -6,11 +6,11 @@ from ipaddress import ip_address
 from typing import Final
 from urllib.parse import urlsplit
 
+from tracker.core.formatting import duration
 from tracker.core.net import is_loopback
 from tracker.delivering.addresses import Address, is_public, resolve
 from tracker.operations.doctor.finding import Finding, failed, ok, warning
 from tracker.settings import Settings
-from tracker.web.dashboard.words import span
 
 NAME: Final = "public url"
 RESOLVE_SECONDS: Final = 5.0
@@ -57,7 +57,7 @@ def certificate(expires: datetime, *, now: datetime) -> Finding:
     if left < RENEW_BEFORE:
         return warning(
             "certificate",
-            f"{until}, in {span(left)}.",
+            f"{until}, in {duration(left)}.",
             "Renew it, and see why that does not happen by itself: once it has expired FLORA "
             "delivers nothing.",
         )

@@ -3,9 +3,9 @@
 from datetime import timedelta
 from typing import Final
 
+from tracker.core.formatting import duration
 from tracker.operations.doctor.finding import Finding, failed, ok, warning
 from tracker.operations.doctor.given import LAST_ATTEMPT
-from tracker.web.dashboard.words import span
 
 ROUGH: Final = timedelta(seconds=10)
 """A `Date` has whole seconds, and the answer that carries it was on its way for some."""
@@ -73,4 +73,4 @@ def _with_server(server: timedelta) -> Finding:
 
 
 def _apart(ahead: timedelta) -> str:
-    return f"{span(abs(ahead))} {'ahead of' if ahead > timedelta(0) else 'behind'}"
+    return f"{duration(abs(ahead))} {'ahead of' if ahead > timedelta(0) else 'behind'}"

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Final
 
+from tracker.core.formatting import percent
 from tracker.operations.doctor.finding import Finding, ok, warning
 from tracker.store.queries.attention import BOUND, Gauges
-from tracker.web.dashboard.words import percent
 
 ENOUGH: Final = 10
 """So many callbacks have to be expected before their rate says anything."""

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
+from tracker.core.formatting import duration
 from tracker.operations.doctor.finding import Finding, failed, ok, warning
 from tracker.store.queries.attention import Gauges, SweepHealth
 from tracker.store.queries.sweeps import Unread
-from tracker.web.dashboard.words import span
 
 AFTER_A_MOMENT: Final = timedelta(minutes=5)
 """How late a sweep may begin, or an overdue run be read, before nobody seems to be at work."""
@@ -52,7 +52,7 @@ def worker(seen: Ledger) -> Finding:
     if waited > AFTER_A_MOMENT:
         return failed(
             name,
-            f"{seen.gauges.overdue} runs wait to be read, the oldest for {span(waited)}.",
+            f"{seen.gauges.overdue} runs wait to be read, the oldest for {duration(waited)}.",
             f"{START} {stuck}",
         )
     if begun is None:
@@ -61,16 +61,17 @@ def worker(seen: Ledger) -> Finding:
     if since > seen.interval + AFTER_A_MOMENT and not seen.sweeping:
         return failed(
             name,
-            f"No sweep has begun for {span(since)}, and one is due every {span(seen.interval)}.",
+            f"No sweep has begun for {duration(since)}, and one is due every "
+            f"{duration(seen.interval)}.",
             f"{START} {stuck}",
         )
     if seen.gauges.overdue:
         return warning(
             name,
-            f"{seen.gauges.overdue} runs wait to be read, the oldest for {span(waited)}.",
+            f"{seen.gauges.overdue} runs wait to be read, the oldest for {duration(waited)}.",
             f"Run the doctor again in some minutes; it should be none then. {stuck}",
         )
-    return ok(name, f"No run waits to be read, and a sweep began {span(since)} ago.")
+    return ok(name, f"No run waits to be read, and a sweep began {duration(since)} ago.")
 
 
 def sweeps(seen: Ledger, *, workspace: str | None) -> Finding:
@@ -83,7 +84,7 @@ def sweeps(seen: Ledger, *, workspace: str | None) -> Finding:
     error = None if one is None else one.last_error
     words = "none was ever complete"
     if since is not None:
-        words = f"the last complete one ended {span(since)} ago"
+        words = f"the last complete one ended {duration(since)} ago"
     as_sentence = f"{words[0].upper()}{words[1:]}."
     overdue = since is None or since > 3 * seen.interval + LATE
     if error is not None:

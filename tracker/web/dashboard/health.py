@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final, Literal
 
+from tracker.core.formatting import duration, number, percent
 from tracker.flora.client import FloraClient
 from tracker.flora.contact import Found, Trouble
 from tracker.polling.workspaces import Workspace
 from tracker.store.queries.attention import SweepHealth
 from tracker.web.dashboard.figures import Figures
-from tracker.web.dashboard.words import number, percent, span
 
 OVERDUE: Final = timedelta(seconds=60)
 """A run that is due for longer is nobody's: workers look at once."""
@@ -211,7 +211,7 @@ def _of_workspace(one: WorkspaceHealth, now: datetime, *, alone: bool) -> list[N
         return [
             Need(
                 kind="warn",
-                what=f"No complete sweep{whose} for {span(now - swept)}.",
+                what=f"No complete sweep{whose} for {duration(now - swept)}.",
                 advice="Is a worker running?",
                 href="/sweeps",
                 link="Sweeps",
@@ -238,7 +238,7 @@ def _budget(client: FloraClient | None) -> str:
     if state.waiting:
         words.append(f"{number(state.waiting)} waiting")
     if state.paused > 0:
-        words.append(f"paused for {span(state.paused)}")
+        words.append(f"paused for {duration(state.paused)}")
     words.append("no limit met" if state.rate is None else f"{state.rate:.1f} requests a second")
     if state.limited:
         words.append(f"refused {_times(state.limited)}")
@@ -246,7 +246,7 @@ def _budget(client: FloraClient | None) -> str:
 
 
 def _since(at: datetime | None, now: datetime) -> str:
-    return "some time" if at is None else span(max(now - at, timedelta(0)))
+    return "some time" if at is None else duration(max(now - at, timedelta(0)))
 
 
 def _of(count: int, what: str) -> str:

@@ -11,11 +11,11 @@ from starlette.routing import Route
 
 from tracker.core.budget import Period
 from tracker.core.errors import FieldFault
+from tracker.core.formatting import percent
 from tracker.store.queries.spending import Spending, Usage, spending, tag_keys
 from tracker.web.dashboard.forms import given
 from tracker.web.dashboard.health import Need
 from tracker.web.dashboard.render import Renderer
-from tracker.web.dashboard.words import percent
 from tracker.web.http.errors import invalid
 from tracker.web.services import Services
 

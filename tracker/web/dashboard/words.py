@@ -2,15 +2,14 @@
 
 import json
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
-from decimal import Decimal
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from markupsafe import Markup
 
+from tracker.core.formatting import UNKNOWN, duration, money, number, percent, size
 from tracker.store.text import clean
 
-UNKNOWN: Final = "not known yet"
 FORMATTED: Final = 16 * 1024
 """JSON of more bytes is not formatted: indentation multiplies it."""
 DEEPEST: Final = 32
@@ -32,62 +31,6 @@ def time(at: datetime | None, style: str = "ago") -> Markup:
         style,
         f"{at:%Y-%m-%d %H:%M:%S} UTC",
     )
-
-
-def money(value: Decimal | float | None) -> str:
-    """USD: cents, and more digits only where there are any."""
-    if value is None:
-        return UNKNOWN
-    exact = Decimal(str(value))
-    cents = exact.quantize(Decimal("0.01"))
-    if exact == cents:
-        return f"${cents:,}"
-    return f"${exact.quantize(Decimal('0.000001')).normalize():,f}"
-
-
-def number(value: int | float | None) -> str:
-    """A number with its thousands apart."""
-    if value is None:
-        return UNKNOWN
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
-
-
-def percent(value: float | None) -> str:
-    """A share as per cent: none and all only where it is exactly that."""
-    if value is None:
-        return UNKNOWN
-    if 0 < value < 0.001:
-        return "< 0.1 %"
-    if 0.999 < value < 1:
-        return "> 99.9 %"
-    return f"{100 * value:.1f} %" if value not in (0, 1) else f"{100 * value:.0f} %"
-
-
-def span(value: timedelta | float | None) -> str:
-    """A duration, to two parts: `3 h 12 min`, `1.4 s`."""
-    if value is None:
-        return UNKNOWN
-    seconds = value.total_seconds() if isinstance(value, timedelta) else float(value)
-    if seconds < 0:
-        return f"-{span(-seconds)}"
-    if seconds < 1:
-        return f"{round(1000 * seconds)} ms"
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    parts = []
-    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)):
-        count, whole = divmod(whole, size)
-        if count:
-            parts.append(f"{count} {unit}")
-        elif parts:
-            break
-    return " ".join(parts[:2])
-
-
-def size(count: int) -> str:
-    """A number of bytes."""
-    return f"{count:,} bytes" if count < 10_000 else f"{count / 1024:,.1f} KiB"
 
 
 def pretty(body: bytes) -> str | None:
@@ -129,7 +72,7 @@ FILTERS: Final[Mapping[str, Any]] = {
     "money": money,
     "number": number,
     "percent": percent,
-    "span": span,
+    "duration": duration,
     "size": size,
     "pretty": pretty,
     "raw": raw,

@@ -1,0 +1,68 @@
+"""Numbers, amounts, durations and sizes for people. An unknown value is never shown as 0."""
+
+from datetime import timedelta
+from decimal import Decimal
+from typing import Final
+
+UNKNOWN: Final = "unknown"
+
+
+def money(value: Decimal | float | None) -> str:
+    """USD to the cent, with more digits only where there are any: `$0.25`, `$0.0125`."""
+    if value is None:
+        return UNKNOWN
+    exact = Decimal(str(value))
+    cents = exact.quantize(Decimal("0.01"))
+    if exact == cents:
+        return f"${cents:,}"
+    return f"${exact.quantize(Decimal('0.000001')).normalize():,f}"
+
+
+def number(value: int | float | None) -> str:
+    """A number with thousands separators."""
+    if value is None:
+        return UNKNOWN
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
+
+
+def percent(value: float | None) -> str:
+    """A share of 1 as a percentage; 0 % and 100 % only where it is exactly that."""
+    if value is None:
+        return UNKNOWN
+    if 0 < value < 0.001:
+        return "< 0.1 %"
+    if 0.999 < value < 1:
+        return "> 99.9 %"
+    return f"{100 * value:.1f} %" if value not in (0, 1) else f"{100 * value:.0f} %"
+
+
+def duration(value: timedelta | float | None) -> str:
+    """A duration, in seconds or as a timedelta, in its two largest units: `3 h 12 min`, `1.4 s`."""
+    if value is None:
+        return UNKNOWN
+    seconds = value.total_seconds() if isinstance(value, timedelta) else float(value)
+    if seconds < 0:
+        return f"-{duration(-seconds)}"
+    if seconds < 1:
+        return f"{round(1000 * seconds)} ms"
+    if seconds < 10:
+        return f"{seconds:.1f}".removesuffix(".0") + " s"
+    rest = round(seconds)
+    parts = []
+    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, rest = divmod(rest, length)
+        if count:
+            parts.append(f"{count} {unit}")
+        elif parts:
+            break
+    return " ".join(parts[:2])
+
+
+def size(count: int) -> str:
+    """A number of bytes: `812 bytes`, `24.0 KiB`."""
+    return f"{count:,} bytes" if count < 10_000 else f"{count / 1024:,.1f} KiB"
+
+
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """A number with its noun: `1 run`, `2,000 runs`."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
