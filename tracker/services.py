@@ -17,6 +17,7 @@ from pydantic import SecretStr
 
 from tracker.core.clock import Clock
 from tracker.delivering.downloads import Downloader
+from tracker.explaining.explainer import Explainer
 from tracker.flora.client import FloraClient
 from tracker.flora.request_limit import SharedWaits
 from tracker.operations.metrics import Metrics
@@ -51,7 +52,6 @@ from tracker.store.url import TLS_ADVICE
 from tracker.store.writing.inbox import Inbox
 from tracker.store.writing.rollups import TallyKeeper
 from tracker.store.writing.writer import Door, Rules
-from tracker.tracking.explain import Explainer
 
 log = structlog.get_logger(__name__)
 

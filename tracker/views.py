@@ -13,13 +13,13 @@ from typing import Any, Protocol
 from tracker.core.inputs import obstacle
 from tracker.core.record import Record
 from tracker.core.run import Output
+from tracker.explaining.explainer import Explanation
 from tracker.flora.technique import ports
 from tracker.store.queries.audit import AuditRow
 from tracker.store.queries.runs import DeliveryRow
 from tracker.store.queries.spending import Spending, Usage
 from tracker.store.queries.starts import StartRow
 from tracker.store.queries.techniques import TechniqueRow
-from tracker.tracking.explain import Explanation
 
 
 class EventLike(Protocol):
@@ -231,9 +231,9 @@ def audit_facts(detail: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def explanation_json(explanation: Explanation) -> dict[str, Any]:
-    """A run's story: its sentences, and the next look for a program. Waits are seconds."""
-    look = explanation.next
-    known = look.durations
+    """An explained run: its sentences, and the next poll for a program. Waits are seconds."""
+    poll = explanation.next
+    known = poll.durations
     return {
         "run_id": explanation.run_id,
         "story": [
@@ -245,13 +245,13 @@ def explanation_json(explanation: Explanation) -> dict[str, Any]:
             }
             for sentence in explanation.sentences
         ],
-        "next_look": {
-            "at": _time(look.at),
-            "why": look.why.value,
-            "since": _time(look.since),
-            "wait": None if look.wait is None else look.wait.total_seconds(),
-            "looks": look.number,
-            "jitter": None if look.jitter is None else look.jitter.total_seconds(),
+        "next_poll": {
+            "at": _time(poll.at),
+            "why": poll.why.value,
+            "since": _time(poll.since),
+            "wait": None if poll.wait is None else poll.wait.total_seconds(),
+            "polls": poll.number,
+            "jitter": None if poll.jitter is None else poll.jitter.total_seconds(),
             "learned": None
             if known is None
             else {"runs": known.count, "p50": known.p50, "p95": known.p95},

@@ -36,7 +36,7 @@ def settled_run(tracker: Commands) -> str:
 
 def test_a_run_is_watched_and_explained(quick: Commands) -> None:
     """Nobody else polls, so the command does; it shows each change on stderr and ends with status,
-    cost and outputs. Then its story is told."""
+    cost and outputs. Then it is explained."""
     run = quick.json(*START, "--idempotency-key", "k-7")["run_id"]
     done = quick("runs", "watch", run, run)
     assert done.returncode == 0, done.stderr
@@ -51,12 +51,12 @@ def test_a_run_is_watched_and_explained(quick: Commands) -> None:
     assert lines.stderr == ""
 
     story = quick("runs", "explain", run).stdout
-    assert "stored here under the idempotency key k-7" in story
-    assert "A read of this run alone showed it completed" in story
-    assert story.rstrip().endswith("It is not looked at again: nothing is left to read.")
+    assert "stored with the idempotency key k-7" in story
+    assert "A poll showed completed" in story
+    assert story.rstrip().endswith("No further poll: nothing is left to fetch.")
     told = quick.json("runs", "explain", run)
-    assert told["next_look"]["why"] == "settled"
-    assert {line["kind"] for line in told["story"]} >= {"start", "sight", "state", "next"}
+    assert told["next_poll"]["why"] == "settled"
+    assert {line["kind"] for line in told["story"]} >= {"start", "observation", "state", "next"}
 
 
 def test_a_failed_run_is_status_1(tracker: Commands, stack: ExitStack) -> None:

@@ -227,7 +227,7 @@ async def test_a_reader_that_does_not_read_is_dropped_and_nobody_waits(
     notice."""
     facts = {"poll_url": "x" * 50_000}
     async with (
-        serve(sqlite_url, limits=Limits(stream_room=50, stream_readers=2)) as site,
+        serve(sqlite_url, limits=Limits(stream_queue=50, stream_readers=2)) as site,
         wire(site.base_url) as stuck,
         following(site.client) as events,
     ):
@@ -333,9 +333,12 @@ async def test_the_service_stops_without_waiting_for_readers(
         assert await events.ended()
 
 
-async def test_a_database_that_comes_back_loses_nothing(site: Site) -> None:
-    """A read that fails is made again: what changed meanwhile is told when it works."""
-    async with following(site.client) as events:
+async def test_a_database_that_comes_back_loses_nothing(database_url: str, serve: Serve) -> None:
+    """A read that fails is repeated: changes made meanwhile are sent once it succeeds."""
+    async with (
+        serve(database_url, limits=Limits(stream_poll_seconds=0.05)) as site,
+        following(site.client) as events,
+    ):
         real, failures = feed.after, 2
 
         async def failing(*arguments: Any, **named: Any) -> feed.Page:
@@ -346,7 +349,6 @@ async def test_a_database_that_comes_back_loses_nothing(site: Site) -> None:
             return await real(*arguments, **named)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("tracker.web.stream.broadcaster.LOOK_EVERY", (0.05, 0.05))
             patch.setattr(feed, "after", failing)
             await site.services.door.put(seen("run_1"))
             assert [run["run_id"] for run in await events.runs(1)] == ["run_1"]

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tracker.core.record import Record
+    from tracker.explaining.explainer import Explanation
     from tracker.services import Services
-    from tracker.tracking.explain import Explanation
 
 
 def add_to(app: typer.Typer) -> None:

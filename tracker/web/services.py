@@ -11,6 +11,7 @@ from starlette.types import ASGIApp
 from tracker.core.clock import Clock
 from tracker.core.record import Record
 from tracker.core.tokens import Tokens
+from tracker.explaining.explainer import Explanation
 from tracker.polling.workspaces import Workspaces
 from tracker.receiving.receive import Received
 from tracker.receiving.replay import Replay
@@ -21,7 +22,6 @@ from tracker.store.queries.audit import Refusals
 from tracker.store.queries.spending import Usage
 from tracker.store.queries.techniques import TechniqueRow
 from tracker.store.signals import Signals
-from tracker.tracking.explain import Explanation
 
 
 class WebSettings(Protocol):

@@ -1,8 +1,8 @@
 """The timeline of all runs as one row of numbered lines, for whoever follows it from a number on.
 
 Numbers are given out before a commit, so on PostgreSQL a smaller one may show after a greater one.
-Each page says which transactions were under way when it was read: `tracker.web.stream.whole` tells
-from that which missing numbers may still come.
+Each page says which transactions were under way when it was read; `GapTracker` (tracker.web.stream)
+derives from that which missing numbers may still come.
 """
 
 from collections.abc import Sequence

@@ -48,12 +48,14 @@ class Limits:
     """What is still read, and thrown away, of a body that is refused: a connection that is closed
     on a client which is still sending loses the answer."""
     stream_readers: int = 100
-    """So many may follow `/api/stream` of one process."""
-    stream_room: int = 1000
-    """So many changes may wait for one of them; then it is dropped."""
+    """Most readers of `/api/stream` in one process."""
+    stream_queue: int = 1000
+    """Changes queued for one reader; beyond that it is disconnected."""
+    stream_poll_seconds: float = 2.0
+    """Between two reads of new events, where other processes' signals are not heard."""
     stream_heartbeat: float = 15.0
     stream_seconds: float = 3600.0
-    """After so long a reader has to connect again, and to show again that it may."""
+    """After this long a reader has to reconnect, and to authenticate again."""
 
 
 # Bounds in time that cost next to nothing, for what comes by the thousand and is seldom late.

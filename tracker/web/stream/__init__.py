@@ -1,13 +1,13 @@
-"""`GET /api/stream`: every change of a run, from whichever process, as server-sent events.
+"""`GET /api/stream`: server-sent events, one for each change of a run, from any process.
 
 ::
 
-    signals ──► broadcaster ──► reader ──► response     one of each for a connection, but for
-                    │ reads the timeline on              the broadcaster: one for the process
-                    ▼
-                  whole      up to which number nothing can come any more
+    signals ──► Broadcaster ──► StreamReader ──► EventStream    one of each for a connection; one
+                    │                                           broadcaster for the process
+                    ▼ reads new events once for all readers
+                GapTracker      up to which number no event can still appear
 
-However many readers there are, a change is read once. The timeline's numbers are the events' ids,
-and an event goes out only when no smaller number can still come: so `Last-Event-ID` is all that a
-reader has to remember, and any process can go on from there.
+The numbers of `run_events` are the events' ids. An event is sent only when no smaller number can
+still appear, so `Last-Event-ID` is all that a reader has to remember, and any process can resume
+from it.
 """

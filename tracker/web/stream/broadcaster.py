@@ -1,13 +1,13 @@
-"""One for the process: reads each change once, and hands it to all who follow.
+"""Reads each change of a run once and hands it to all stream readers of the process.
 
-It reads only while somebody follows: when a signal says that a run changed, and now and then on its
-own, because a signal can be lost and because on SQLite other processes send none.
+It reads only while there are readers: when a signal says that a run changed, and at intervals,
+because a signal can be lost and on SQLite other processes send none.
 """
 
 import asyncio
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Sequence
-from typing import Final
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Final, NamedTuple
 
 import structlog
 
@@ -17,59 +17,124 @@ from tracker.core.run import Tracking
 from tracker.store.engine import Database
 from tracker.store.queries import changes as feed
 from tracker.store.queries import runs as read
+from tracker.store.queries.changes import Line, Moment
 from tracker.store.signals import Signals
 from tracker.web.http.errors import unavailable
-from tracker.web.stream.events import Change, Wanted
-from tracker.web.stream.reader import Reader
-from tracker.web.stream.whole import Whole
+from tracker.web.stream.reader import Change, RunFilter, StreamReader
 
-PAGE: Final = 250
-"""So many lines are read at once; a reader's queue holds several times as many."""
-GATHER: Final = 0.05
-"""Seconds between two reads, so that changes which come close together are read together."""
-LOOK_EVERY: Final = (2.0, 15.0)
-"""Seconds after which it looks without a signal: where other processes cannot be heard, and where
-they can."""
-BEFORE: Final = 1000
-"""So far before the newest number it begins: what is being committed just now may have less."""
-SETTLE_SECONDS: Final = 1.0
-"""So long what is being committed is waited for at the beginning."""
+PAGE_SIZE: Final = 250
+"""Events in one read. A reader's queue holds several times as many."""
+COALESCE_SECONDS: Final = 0.05
+"""Between two reads, so that changes which come together are read together."""
+LISTENING_POLL_SECONDS: Final = 15.0
+"""Between two reads without a signal, where other processes' signals are heard."""
+START_LOOKBACK: Final = 1000
+"""How far before the newest number reading starts: an open transaction may hold smaller ones."""
+START_SETTLE_SECONDS: Final = 1.0
+"""How long open transactions are waited for at the start."""
 START_SECONDS: Final = 8.0
-"""So long a reader waits for the beginning."""
-REMEMBERED: Final = 10_000
-"""Of so many runs it is remembered how their tracking was last told."""
+"""How long a reader waits for the start."""
+REMEMBERED_RUNS: Final = 10_000
+"""Runs whose last sent tracking state is remembered."""
+GAP_SECONDS: Final = 10.0
+"""After this long a gap is passed over: a foreign transaction may stay open for hours, and none of
+the tracker's own takes so long."""
 
 log = structlog.get_logger(__name__)
 
 
-class Broadcaster:
-    """Hands out readers, at most `readers` at a time, each with room for so many changes."""
+class _Gap(NamedTuple):
+    """What is missing below `upto` was written, if at all, by transactions before `begun`."""
 
-    def __init__(self, db: Database, signals: Signals, *, readers: int, room: int) -> None:
+    upto: int
+    begun: int
+    until: float
+
+
+class GapTracker:
+    """Up to which number no event can still appear (`position`).
+
+    PostgreSQL assigns an event's number when it is written and shows the event at the commit. A
+    missing number is thus an event still to come, or none, where a transaction was rolled back. An
+    event missing in one snapshot belongs to a transaction begun before that; once all of those have
+    ended and it is still missing, it never appears.
+    """
+
+    def __init__(self, start: int) -> None:
+        self.position = start
+        self._dead = start
+        self._gaps: deque[_Gap] = deque()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is a gap that may still be filled."""
+        return bool(self._gaps)
+
+    def advance(self, numbers: Sequence[int], moment: Moment | None, *, now: float) -> int:
+        """How many of these events may be sent.
+
+        They are the next ones after `position` in one snapshot; `moment` is `None` where numbers
+        appear in order. `now` is in seconds, by a monotonic clock.
+        """
+        if moment is None:
+            self.position = numbers[-1] if numbers else self.position
+            return len(numbers)
+        while self._gaps and (self._gaps[0].begun <= moment.ended or self._gaps[0].until <= now):
+            self._dead = self._gaps.popleft().upto
+        ready = 0
+        for number in numbers:
+            if number > self.position + 1 and number > self._dead + 1:
+                break
+            self.position = number
+            ready += 1
+        if ready == len(numbers):
+            self._gaps.clear()
+        elif not self._gaps or self._gaps[-1].upto < numbers[-1]:
+            self._gaps.append(_Gap(numbers[-1], moment.begun, now + GAP_SECONDS))
+        return ready
+
+
+class Broadcaster:
+    """Gives out readers, at most `readers` at a time, with a queue of `queue_size` changes each.
+
+    Without signals of other processes the database is read every `poll_seconds`.
+    """
+
+    def __init__(
+        self,
+        db: Database,
+        signals: Signals,
+        *,
+        readers: int,
+        queue_size: int,
+        poll_seconds: float,
+    ) -> None:
         self._db = db
         self._signals = signals
-        self._most = readers
-        self._room = room
-        self._readers: set[Reader] = set()
-        self._whole = Whole(0)
-        self._told_upto = 0
-        self._named: set[str] = set()
-        self._told: OrderedDict[str, Tracking] = OrderedDict()
+        self._most_readers = readers
+        self._queue_size = queue_size
+        self._poll_seconds = poll_seconds
+        self._readers: set[StreamReader] = set()
+        self._gaps = GapTracker(0)
+        self.sent_upto = 0
+        """All events up to this number have been sent."""
+        self._signalled: set[str] = set()
         self._woken = asyncio.Event()
+        self._sent_tracking: OrderedDict[str, Tracking] = OrderedDict()
         self._task: asyncio.Task[None] | None = None
         self._started: asyncio.Future[None] | None = None
         self._closed = False
 
-    async def follow(self, wanted: Wanted) -> Reader:
-        """A reader, which has to be closed; nothing is offered to it before it goes live.
+    async def subscribe(self, runs: RunFilter) -> StreamReader:
+        """A reader, which has to be closed. It is offered nothing before it goes live.
 
         Raises `Fault` 503 where there are too many already, and `StoreUnavailable`.
         """
         if self._closed:
             raise unavailable("The service is shutting down.")
-        if len(self._readers) >= self._most:
-            raise unavailable(f"{self._most} readers follow the stream already, which is the most.")
-        reader = Reader(wanted, room=self._room, on_close=self._leave)
+        if len(self._readers) >= self._most_readers:
+            raise unavailable(f"The maximum of {self._most_readers} stream readers is reached.")
+        reader = StreamReader(runs, queue_size=self._queue_size, on_close=self._leave)
         self._readers.add(reader)
         try:
             await self._start()
@@ -78,160 +143,149 @@ class Broadcaster:
             raise
         return reader
 
-    @property
-    def told_upto(self) -> int:
-        """All up to this number has been told."""
-        return self._told_upto
-
-    async def knows(self, number: int) -> bool:
-        """Whether the timeline has come to that number; else it is another's, or was begun anew."""
-        return number <= max(self._told_upto, await feed.newest(self._db))
+    async def has_reached(self, number: int) -> bool:
+        """Whether there was an event of that number; else it is of another database, or from before
+        numbering began anew."""
+        return number <= max(self.sent_upto, await feed.newest(self._db))
 
     async def missed(self, number: int) -> AsyncIterator[list[Change]]:
-        """What was told after that number and up to now, page by page.
+        """What was sent after `number`, in pages, up to `sent_upto`.
 
-        When it ends nothing lies between the last change and `told_upto`, until the caller waits
-        for something: that is the moment to go live.
+        At its end, until the caller waits for something, nothing lies between the last change and
+        `sent_upto`: that is the moment to go live.
         """
-        while number < self._told_upto:
-            upto = self._told_upto
-            page = await feed.after(self._db, number, limit=PAGE, upto=upto)
-            records = await self._records({line.run_id for line in page.lines})
+        while number < self.sent_upto:
+            upto = self.sent_upto
+            page = await feed.after(self._db, number, limit=PAGE_SIZE, upto=upto)
+            records = await self._records({event.run_id for event in page.lines})
             yield _changes(page.lines, records)
-            number = page.lines[-1].id if len(page.lines) == PAGE else upto
+            number = page.lines[-1].id if len(page.lines) == PAGE_SIZE else upto
 
     def close(self) -> None:
-        """End all readers at once, and take no more."""
+        """Disconnect all readers and accept no more."""
         self._closed = True
         for reader in tuple(self._readers):
             reader.end()
 
-    def _leave(self, reader: Reader) -> None:
+    def _leave(self, reader: StreamReader) -> None:
         self._readers.discard(reader)
         if not self._readers and self._task is not None:
             self._task.cancel()
             self._task = self._started = None
 
     async def _start(self) -> None:
-        if self._task is None:
-            self._started = asyncio.get_running_loop().create_future()
-            self._task = asyncio.create_task(self._run(self._started), name="broadcaster")
-        assert self._started is not None  # noqa: S101 - for the type checker
+        started = self._started
+        if started is None:
+            started = self._started = asyncio.get_running_loop().create_future()
+            self._task = asyncio.create_task(self._run(started), name="broadcaster")
         try:
             async with asyncio.timeout(START_SECONDS):
-                await asyncio.shield(self._started)
+                await asyncio.shield(started)
         except TimeoutError:
-            raise StoreUnavailable("the timeline could not be read in time") from None
+            raise StoreUnavailable("the run events could not be read in time") from None
 
     async def _run(self, started: "asyncio.Future[None]") -> None:
-        with self._signals.subscribed(self._heard):
+        with self._signals.subscribed(self._on_signal):
             try:
-                await self._begin()
+                await self._find_position()
             except StoreError as error:
                 self._task = self._started = None
                 started.set_exception(error)
-                started.exception()  # whoever waits for it may be gone
+                started.exception()  # its waiters may be gone
                 return
             started.set_result(None)
             down = False
             while True:
                 try:
-                    await self._read_on()
+                    await self._send_new()
                     down = False
                 except StoreError as error:
                     if not down:
                         log.warning("stream.database_down", error=str(error))
                     down = True
-                    await asyncio.sleep(LOOK_EVERY[0])
-                    continue  # what was committed meanwhile is said by nobody again
-                await asyncio.sleep(GATHER)
+                    await asyncio.sleep(self._poll_seconds)
+                    continue  # what was committed meanwhile is not signalled again
+                await asyncio.sleep(COALESCE_SECONDS)
                 await self._wait()
 
-    def _heard(self, run_ids: Sequence[str]) -> None:
-        self._named.update(run_ids)
+    def _on_signal(self, run_ids: Sequence[str]) -> None:
+        self._signalled.update(run_ids)
         self._woken.set()
 
     async def _wait(self) -> None:
-        if self._whole.waits:
+        if self._gaps.waiting:
             return
-        alone = self._db.dialect == "sqlite" or not self._signals.listening
+        listening = self._db.dialect != "sqlite" and self._signals.listening
         try:
-            async with asyncio.timeout(LOOK_EVERY[0] if alone else LOOK_EVERY[1]):
+            async with asyncio.timeout(LISTENING_POLL_SECONDS if listening else self._poll_seconds):
                 await self._woken.wait()
         except TimeoutError:
             pass
 
-    async def _begin(self) -> None:
-        """Find up to where the timeline is whole, so that "from now on" misses nothing.
+    async def _find_position(self) -> None:
+        """Find the number after which readers follow, so that "from now on" misses nothing.
 
-        Where somebody's transaction stays open, a few lines are rather told although they are old.
+        While someone's transaction stays open, a few events are sent although they are old.
         """
         newest = await feed.newest(self._db)
-        self._whole = Whole(max(newest - BEFORE, 0))
-        until = asyncio.get_running_loop().time() + SETTLE_SECONDS
-        while self._whole.upto < newest and asyncio.get_running_loop().time() < until:
-            page = await feed.after(self._db, self._whole.upto, limit=PAGE)
+        self._gaps = GapTracker(max(newest - START_LOOKBACK, 0))
+        until = asyncio.get_running_loop().time() + START_SETTLE_SECONDS
+        while self._gaps.position < newest and asyncio.get_running_loop().time() < until:
+            page = await feed.after(self._db, self._gaps.position, limit=PAGE_SIZE)
             if not page.lines:  # deleted meanwhile
                 break
-            self._pass(page)
-            if self._whole.waits:
-                await asyncio.sleep(GATHER)
-        self._told_upto = self._whole.upto
+            self._ready(page)
+            if self._gaps.waiting:
+                await asyncio.sleep(COALESCE_SECONDS)
+        self.sent_upto = self._gaps.position
 
-    async def _read_on(self) -> None:
-        """Tell all that is new."""
+    async def _send_new(self) -> None:
         more = True
         while more:
             self._woken.clear()
-            named = set(self._named)
-            page = await feed.after(self._db, self._whole.upto, limit=PAGE)
-            if not page.lines and await feed.newest(self._db) < self._whole.upto:
-                await self._begin_again()
+            signalled = set(self._signalled)
+            page = await feed.after(self._db, self._gaps.position, limit=PAGE_SIZE)
+            if not page.lines and await feed.newest(self._db) < self._gaps.position:
+                # Every event was deleted, and SQLite numbers them from 1 again.
+                await self._find_position()
+                for reader in tuple(self._readers):
+                    reader.restart(self.sent_upto)
                 return
-            seen = {line.run_id for line in page.lines}
-            records = await self._records(seen | named)
+            with_event = {event.run_id for event in page.lines}
+            records = await self._records(with_event | signalled)
             # Nothing can fail from here on.
-            self._named -= named
-            passed = self._pass(page)
-            self._tell(_changes(passed, records))
-            self._tell(self._unlined(records, named - seen))
-            self._told_upto = self._whole.upto
-            more = len(passed) == PAGE
+            self._signalled -= signalled
+            ready = self._ready(page)
+            self._send(_changes(ready, records))
+            self._send(
+                Change(record, None)
+                for run_id in signalled - with_event
+                if (record := records.get(run_id)) is not None
+                and self._sent_tracking.get(run_id) is not record.tracking
+            )
+            self.sent_upto = self._gaps.position
+            more = len(ready) == PAGE_SIZE
 
-    def _pass(self, page: feed.Page) -> list[feed.Line]:
-        """The lines that may be told; the others wait for some before them."""
+    def _ready(self, page: feed.Page) -> list[Line]:
+        """The events that may be sent; the others wait for smaller numbers."""
         now = asyncio.get_running_loop().time()
-        numbers = [line.id for line in page.lines]
-        return page.lines[: self._whole.take(numbers, page.moment, now=now)]
-
-    async def _begin_again(self) -> None:
-        """Every line was deleted, and SQLite counts from the beginning."""
-        await self._begin()
-        for reader in tuple(self._readers):
-            reader.begin_again(self._told_upto)
-
-    def _unlined(self, records: dict[str, Record], run_ids: set[str]) -> list[Change]:
-        """Changes that the timeline does not hold, because nobody saw anything."""
-        return [
-            Change(record, None)
-            for run_id, record in records.items()
-            if run_id in run_ids and self._told.get(run_id) is not record.tracking
-        ]
+        numbers = [event.id for event in page.lines]
+        return page.lines[: self._gaps.advance(numbers, page.moment, now=now)]
 
     async def _records(self, run_ids: set[str]) -> dict[str, Record]:
         return await read.get_runs(self._db, sorted(run_ids)) if run_ids else {}
 
-    def _tell(self, changes: list[Change]) -> None:
+    def _send(self, changes: Iterable[Change]) -> None:
         for change in changes:
             run_id = change.record.run.run_id
-            self._told[run_id] = change.record.tracking
-            self._told.move_to_end(run_id)
+            self._sent_tracking[run_id] = change.record.tracking
+            self._sent_tracking.move_to_end(run_id)
             for reader in tuple(self._readers):
                 reader.offer(change)
-        while len(self._told) > REMEMBERED:
-            self._told.popitem(last=False)
+        while len(self._sent_tracking) > REMEMBERED_RUNS:
+            self._sent_tracking.popitem(last=False)
 
 
-def _changes(lines: Sequence[feed.Line], records: dict[str, Record]) -> list[Change]:
-    """The lines with their runs, but for those that have been deleted meanwhile."""
-    return [Change(records[line.run_id], line) for line in lines if line.run_id in records]
+def _changes(events: Sequence[Line], records: dict[str, Record]) -> list[Change]:
+    """The events with their runs, except runs that have been deleted meanwhile."""
+    return [Change(records[event.run_id], event) for event in events if event.run_id in records]

@@ -1,14 +1,15 @@
-"""The endpoint: who wants to hear what, and from where on."""
+"""The endpoint: its query, and the response that lasts until the reader or the process leaves."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Annotated, Any, Final
 
 import structlog
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from tracker.core.errors import StoreError
 from tracker.web.api.requests import Filter, checked, checked_query
@@ -16,11 +17,12 @@ from tracker.web.auth import Access, Actor, actor_of
 from tracker.web.http.limits import Limits
 from tracker.web.services import Services
 from tracker.web.stream.broadcaster import Broadcaster
-from tracker.web.stream.events import Wanted, greeting, heartbeat, reset
-from tracker.web.stream.reader import Reader
-from tracker.web.stream.response import EventStream
+from tracker.web.stream.reader import RunFilter, StreamReader, reset_frame
 
-LARGEST: Final = 2**63 - 1
+RECONNECT_MILLISECONDS: Final = 2000
+"""How long a browser waits before it reconnects."""
+STOP_SECONDS: Final = 1.0
+"""How long a client that does not read is waited for when the process stops."""
 
 log = structlog.get_logger(__name__)
 
@@ -42,12 +44,54 @@ class StreamQuery(BaseModel):
         int | None,
         Field(
             ge=0,
-            le=LARGEST,
-            description="The id of the last event that was seen; as the header `Last-Event-ID`, "
-            "which a browser sends by itself.",
+            le=2**63 - 1,
+            description="The id of the last event received; also as the header `Last-Event-ID`, "
+            "which browsers send by themselves.",
         ),
         BeforeValidator(_none_if_empty),
     ] = None
+
+
+class EventStream(StreamingResponse):
+    """Streams frames until they end, the client leaves, or `stopping` is set.
+
+    Then `on_close` is called. A client that reads nothing blocks its own task alone, and is cut off
+    when the process stops.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        frames: AsyncIterator[bytes] | Iterable[bytes],
+        *,
+        stopping: asyncio.Event,
+        on_close: Callable[[], None],
+    ) -> None:
+        super().__init__(frames, headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+        self._stopping = stopping
+        self._on_close = on_close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = asyncio.create_task(self.stream_response(send))
+        tasks: list[asyncio.Task[None]] = [
+            sending,
+            asyncio.create_task(self.listen_for_disconnect(receive)),
+            asyncio.create_task(self._stopped()),
+        ]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._on_close()
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+        if not sending.cancelled():
+            sending.result()
+
+    async def _stopped(self) -> None:
+        await self._stopping.wait()
+        await asyncio.sleep(STOP_SECONDS)
 
 
 class Stream:
@@ -61,7 +105,8 @@ class Stream:
             services.database,
             services.signals,
             readers=limits.stream_readers,
-            room=limits.stream_room,
+            queue_size=limits.stream_queue,
+            poll_seconds=limits.stream_poll_seconds,
         )
 
     def routes(self) -> list[Route]:
@@ -69,67 +114,67 @@ class Stream:
         return [Route("/api/stream", self.follow, methods=["GET"])]
 
     def stop(self) -> None:
-        """End all streams now: the process stops, and they would not end by themselves."""
+        """End all streams: the process stops, and they would not end by themselves."""
         self._broadcaster.close()
         self._stopping.set()
 
     async def follow(self, request: Request) -> Response:
-        """Server-sent events, one for each change of a run that is wanted."""
+        """Server-sent events, one for each change of a matching run."""
         query = checked_query(StreamQuery, request.query_params)
         last = query.last_event_id
         if (header := request.headers.get("last-event-id")) is not None:
             last = checked(StreamQuery, {"last_event_id": header}).last_event_id
-        wanted = Wanted(
-            run_id=query.run_id,
-            technique_id=query.technique_id,
-            workspace_id=query.workspace_id,
-            status=query.status,
+        reader = await self._broadcaster.subscribe(
+            RunFilter(**query.model_dump(exclude={"last_event_id"}))
         )
-        reader = await self._broadcaster.follow(wanted)
         if last is None:
-            reader.go_live(self._broadcaster.told_upto)
+            reader.go_live(self._broadcaster.sent_upto)
+        frames = self._frames(reader, last, actor_of(request.scope))
         return EventStream(
-            self._frames(reader, last, actor_of(request.scope)),
+            frames if request.method == "GET" else (),
             stopping=self._stopping,
             on_close=reader.close,
         )
 
-    async def _frames(self, reader: Reader, last: int | None, actor: Actor) -> AsyncIterator[bytes]:
-        """Until the reader leaves, its time is over, or it has signed out or lost its token."""
-        loop = asyncio.get_running_loop()
-        checked = loop.time()
-        until = checked + self._limits.stream_seconds
+    async def _frames(
+        self, reader: StreamReader, last: int | None, actor: Actor
+    ) -> AsyncIterator[bytes]:
+        """Frames until the time is over, or the reader has signed out or lost its token."""
+        loop, heartbeat = asyncio.get_running_loop(), self._limits.stream_heartbeat
+        checked_at = loop.time()
+        until = checked_at + self._limits.stream_seconds
         try:
-            if last is None:
-                yield greeting(reader.position)
-            else:
-                async for missed in self._resumed(reader, last):
+            # A browser keeps this id although there is no event with it.
+            first = reader.position if last is None else last
+            yield b"retry: %d\nid: %d\n\n" % (RECONNECT_MILLISECONDS, first)
+            if last is not None:
+                async for missed in self._resume(reader, last):
                     yield missed
             while (wait := until - loop.time()) > 0:
-                piece = await reader.next(min(wait, self._limits.stream_heartbeat))
-                if piece is None:
+                frames = await reader.next(min(wait, heartbeat))
+                if frames is None:
                     return
-                if loop.time() - checked >= self._limits.stream_heartbeat:
-                    checked = loop.time()
+                if loop.time() - checked_at >= heartbeat:
+                    checked_at = loop.time()
                     if not await self._access.holds(actor):
                         return
-                yield piece or heartbeat(reader.position)
+                # A comment keeps the connection open.
+                yield frames or b": heartbeat\nid: %d\n\n" % reader.position
         except StoreError as error:
-            # The reader comes back, and is told then that the database is down.
+            # The client reconnects, and is told then that the database is down.
             log.warning("stream.broken_off", error=str(error))
 
-    async def _resumed(self, reader: Reader, last: int) -> AsyncIterator[bytes]:
-        """What a reader missed that has seen all up to `last`; it is live afterwards."""
+    async def _resume(self, reader: StreamReader, last: int) -> AsyncIterator[bytes]:
+        """What the reader missed after event `last`; then it is live."""
         broadcaster = self._broadcaster
-        if not await broadcaster.knows(last):
-            reader.go_live(broadcaster.told_upto)
-            yield greeting(reader.position) + reset(reader.position)
+        if not await broadcaster.has_reached(last):
+            reader.go_live(broadcaster.sent_upto)
+            yield reset_frame(reader.position)
             return
-        yield greeting(last)
         async for changes in broadcaster.missed(last):
             if reader.ended:
                 return
-            piece = b"".join(each.frame for each in changes if reader.wanted.takes(each.record))
-            if piece:
-                yield piece
-        reader.go_live(max(last, broadcaster.told_upto))
+            frames = b"".join(one.frame for one in changes if reader.runs.matches(one.record))
+            if frames:
+                yield frames
+        reader.go_live(max(last, broadcaster.sent_upto))

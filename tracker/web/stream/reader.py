@@ -1,91 +1,150 @@
-"""One who follows the stream: a bounded queue between the broadcaster and a connection.
-
-The broadcaster never waits for a reader. One whose queue is full has fallen too far behind and is
-dropped: its connection is closed, and the browser comes back with the last id that it has seen.
-"""
+"""One reader of the stream: which runs it follows, and its bounded queue of events."""
 
 import asyncio
+import re
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
 
 import structlog
 
-from tracker.web.stream.events import Change, Wanted, reset
+from tracker.core.record import Record
+from tracker.store.queries.changes import Line
+from tracker.views import number_json, run_json, time_json
+from tracker.web.http.answers import to_json
+
+_LINE_ENDS: Final = re.compile(b"\xc2\x85|\xe2\x80[\xa8\xa9]")
+"""NEXT LINE, LINE SEPARATOR and PARAGRAPH SEPARATOR in UTF-8: line ends to some clients."""
 
 log = structlog.get_logger(__name__)
 
 
-class Reader:
-    """Given out by the broadcaster, and given back with `close`."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFilter:
+    """Which runs a reader follows; `None` matches any value."""
 
-    def __init__(self, wanted: Wanted, *, room: int, on_close: Callable[["Reader"], None]) -> None:
-        self.wanted = wanted
+    run_id: str | None = None
+    technique_id: str | None = None
+    workspace_id: str | None = None
+    status: str | None = None
+
+    def matches(self, record: Record) -> bool:
+        """Whether the run, in its present state, is followed."""
+        run = record.run
+        return (
+            self.run_id in (None, run.run_id)
+            and self.technique_id in (None, run.technique_id)
+            and self.workspace_id in (None, run.workspace_id)
+            and self.status in (None, str(run.status))
+        )
+
+
+@dataclass(frozen=True)
+class Change:
+    """A changed run. `event` is its new event; `None` where it changed without one (it was lost,
+    or came back)."""
+
+    record: Record
+    event: Line | None
+
+    @cached_property
+    def frame(self) -> bytes:
+        """`event: run` with `{"event", "run"}`, built once for all readers."""
+        event, number, shown = self.event, b"", None
+        if event is not None:
+            number = b"id: %d\n" % event.id
+            shown = {
+                "id": event.id,
+                "run_id": event.run_id,
+                "at": time_json(event.at),
+                "source": event.source.value,
+                "status": str(event.status),
+                "progress": number_json(event.progress),
+            }
+        data = to_json({"event": shown, "run": run_json(self.record)})
+        data = _LINE_ENDS.sub(lambda end: b"\\u%04x" % ord(end[0].decode()), data)
+        return b"%bevent: run\ndata: %b\n\n" % (number, data)
+
+
+def reset_frame(number: int) -> bytes:
+    """Tells a reader to load anew what it shows; the stream goes on from `number`."""
+    return b"id: %d\nevent: reset\ndata: {}\n\n" % number
+
+
+class StreamReader:
+    """A bounded queue between the broadcaster and one connection.
+
+    The broadcaster never waits for a reader. One whose queue is full is disconnected; a browser
+    reconnects with the last id that it has received.
+    """
+
+    def __init__(
+        self, runs: RunFilter, *, queue_size: int, on_close: Callable[["StreamReader"], None]
+    ) -> None:
+        self.runs = runs
         self.position = 0
-        """All up to this number has been handed over."""
+        """All events up to this number have been queued or skipped."""
+        self.ended = False
         self._live = False
-        self._room = room
+        self._queue_size = queue_size
         self._on_close = on_close
         self._queue: deque[bytes] = deque()
         self._filled = asyncio.Event()
-        self._ended = False
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing more comes: it was dropped, or the process stops."""
-        return self._ended
 
     def go_live(self, number: int) -> None:
-        """From now on take what is offered beyond that number."""
+        """Accept what is offered after `number` from now on."""
         self.position = number
         self._live = True
 
     def offer(self, change: Change) -> None:
-        """Take a change, if it is wanted and was not handed over before."""
-        if not self._live or self._ended:
+        """Queue a change, if it is followed and new to this reader."""
+        if not self._live or self.ended:
             return
-        if change.line is not None:
-            if change.line.id <= self.position:
+        if change.event is not None:
+            if change.event.id <= self.position:
                 return
-            self.position = change.line.id
-        if self.wanted.takes(change.record):
+            self.position = change.event.id
+        if self.runs.matches(change.record):
             self._add(change.frame)
 
-    def begin_again(self, number: int) -> None:
-        """What was handed over counts no more: the numbers begin anew after this one."""
-        if self._live and not self._ended:
+    def restart(self, number: int) -> None:
+        """Events are numbered anew, and continue after `number`."""
+        if self._live and not self.ended:
             self.position = number
-            self._add(reset(number))
+            self._add(reset_frame(number))
 
     def _add(self, frame: bytes) -> None:
-        if len(self._queue) < self._room:
+        if len(self._queue) < self._queue_size:
             self._queue.append(frame)
             self._filled.set()
         else:
-            log.info("stream.reader_dropped", behind=self._room)
+            log.info("stream.reader_dropped", behind=self._queue_size)
             self.end()
 
     def end(self) -> None:
-        """Nothing more comes, and what has not been taken is thrown away."""
-        self._ended = True
+        """Disconnect; what is queued is dropped."""
+        self.ended = True
         self._queue.clear()
         self._filled.set()
         self.close()
 
     def close(self) -> None:
-        """Nobody reads any more."""
+        """Give the place back to the broadcaster."""
         self._on_close(self)
 
     async def next(self, timeout: float) -> bytes | None:
-        """All frames that wait, as one piece; empty after `timeout` seconds, `None` at the end."""
-        if not self._queue and not self._ended:
+        """All queued frames; empty after `timeout` seconds, `None` at the end."""
+        if not self._queue and not self.ended:
             self._filled.clear()
             try:
                 async with asyncio.timeout(timeout):
                     await self._filled.wait()
             except TimeoutError:
                 return b""
-        if self._ended:
+        if self.ended:
             return None
-        piece = b"".join(self._queue)
+        frames = b"".join(self._queue)
         self._queue.clear()
-        return piece
+        return frames

@@ -1,0 +1,245 @@
+"""Explains a run from the database: what happened, its state now, and when it is polled next."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Final
+
+from tracker.core.clock import Clock
+from tracker.core.formatting import counted, duration
+from tracker.core.next_poll import NextLook, Why, next_look
+from tracker.core.observation import Source
+from tracker.core.record import LOST_AFTER, LOST_AFTER_READS, Record
+from tracker.core.run import Tracking
+from tracker.core.schedule import Policy
+from tracker.explaining.timeline import SOURCE_NAMES, Kind, Sentence, moment, timeline
+from tracker.polling.poll_round import DurationBook
+from tracker.polling.workspaces import Workspaces
+from tracker.store.engine import Database
+from tracker.store.queries import runs as read
+from tracker.store.queries import starts, sweeps
+
+DELIVERIES: Final = 100
+"""Callbacks of one run that are explained, the newest ones."""
+OVERDUE: Final = timedelta(seconds=30)
+"""A run that is due for longer is polled by nobody: a running worker needs less than half of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """What happened to a run, oldest first, then its state now. The last sentence is about the next
+    poll, and `next` is the same for a program."""
+
+    run_id: str
+    sentences: tuple[Sentence, ...]
+    next: NextLook
+
+
+class Explainer:
+    """Explains runs from the database; FLORA is not asked. `policy` is the polling schedule."""
+
+    def __init__(
+        self,
+        *,
+        database: Database,
+        workspaces: Workspaces,
+        durations: DurationBook,
+        policy: Policy,
+        clock: Clock,
+    ) -> None:
+        self._database = database
+        self._workspaces = workspaces
+        self._durations = durations
+        self._policy = policy
+        self._clock = clock
+
+    async def explain(self, run_id: str) -> Explanation | None:
+        """Explain a run; `None` for an unknown one. Raises `StoreUnavailable`."""
+        database, policy, now = self._database, self._policy, self._clock()
+        record = await read.get_run(database, run_id)
+        if record is None:
+            return None
+        technique_id = record.run.technique_id
+        await self._durations.learn([technique_id])
+        poll = next_look(record, policy=policy, durations=self._durations.of(technique_id))
+        events = await read.events(database, run_id)
+        deliveries, _ = await read.list_deliveries(database, run_id=run_id, limit=DELIVERIES)
+        sentences = [
+            *timeline(record, events, deliveries, await starts.of_run(database, run_id)),
+            *_callback(record, policy, now),
+            *_polls(record),
+            *_state(record),
+        ]
+        if not record.run.settled and (obstacle := await self._obstacle(record)):
+            sentences.append(Sentence(Kind.TROUBLE, obstacle))
+        sentences += [*_worker(record, poll, now), Sentence(Kind.NEXT, _next_poll(poll, now))]
+        return Explanation(run_id=run_id, sentences=tuple(sentences), next=poll)
+
+    async def _obstacle(self, record: Record) -> str | None:
+        """What keeps a run from being polled, as far as this process and the sweeps show."""
+        workspace = self._workspaces.of(record.run.workspace_id)
+        if workspace is None:
+            return (
+                f"Its workspace, {record.run.workspace_id}, is not configured here: no API key can "
+                "read the run."
+            )
+        if workspace.client is None:
+            return "No API key is set here: this process cannot poll the run."
+        if (reason := workspace.client.breaker.reason) is not None:
+            return f"FLORA refuses the workspace's API key: {reason}."
+        if (found := workspace.client.contact.found) is not None:
+            since = moment(found.since)
+            return f"FLORA is not available ({found.trouble}) since {since}: {found.reason}."
+        names = {workspace.name, workspace.slot, record.run.workspace_id}
+        for sweep in await sweeps.list_sweeps(self._database):
+            if sweep.workspace_id in names and sweep.finished_at is not None:
+                if sweep.error is None:
+                    return None
+                at, error = moment(sweep.finished_at), sweep.error.rstrip(".")
+                return f"The workspace's last history sweep, at {at}, failed: {error}."
+        return None
+
+
+def _callback(record: Record, policy: Policy, now: datetime) -> Iterator[Sentence]:
+    """Whether the callback came, and how late."""
+    if record.callback_at is not None:
+        text = f"Callback received{_lag(record, record.callback_at, policy)}."
+        if record.ended_via is not Source.CALLBACK and record.end_seen_at is not None:
+            text += (
+                f" The end had been known for {duration(record.callback_at - record.end_seen_at)}."
+            )
+    elif not record.callback_expected:
+        if record.source is not Source.START:
+            return
+        text = "No callback was requested with the start."
+    elif record.run.standing.ended:
+        text = "The callback never came. Nothing is lost: the end was found without it."
+    elif now > record.first_seen_at + policy.grace:
+        text = f"No callback for {duration(now - record.first_seen_at)}: the run is polled instead."
+    else:
+        text = "Waiting for the callback."
+    yield Sentence(Kind.CALLBACK, text, source=Source.CALLBACK)
+
+
+def _lag(record: Record, received: datetime, policy: Policy) -> str:
+    """How long after the end the callback came, by the clocks of both sides."""
+    end = record.run.completed_at
+    if end is None:
+        return ""
+    if received < end:
+        return f" {duration(end - received)} before the end (FLORA's clock differs from ours)"
+    late = " (late)" if received - end > policy.grace else ""
+    return f" {duration(received - end)} after the end{late}"
+
+
+def _polls(record: Record) -> Iterator[Sentence]:
+    if record.checks:
+        requests = counted(record.checks, "API request")
+        text = f"{requests} for this run alone. Polls that showed nothing new are not listed."
+        yield Sentence(Kind.CHECKS, text, source=Source.POLL)
+    if record.last_error is not None and not record.run.settled:
+        text = f"The last poll failed: {record.last_error.rstrip('.')}."
+        yield Sentence(Kind.TROUBLE, text, source=Source.POLL)
+
+
+def _state(record: Record) -> Iterator[Sentence]:
+    """The tracking state: settled, not found, or finished with details to fetch."""
+    run, via = record.run, record.ended_via
+    first_known = f"first known from {SOURCE_NAMES[via]}" if via is not None else ""
+    if record.tracking is Tracking.SETTLED:
+        text = f"Settled: {run.status}, with all details."
+        text += f" The end was {first_known}." if first_known else ""
+        yield Sentence(Kind.STATE, text + _bill(record))
+        return
+    if record.missing and record.missing_since is not None:
+        times, since = counted(record.missing, "time"), moment(record.missing_since)
+        text = f"FLORA has answered {times} since {since} that the run does not exist."
+        if record.lost:
+            text += " The run counts as lost until something shows it."
+        else:
+            limit = f"{LOST_AFTER_READS} such answers over at least {duration(LOST_AFTER)}"
+            text += f" After {limit} it counts as lost."
+        yield Sentence(Kind.STATE, text, source=Source.POLL)
+    if run.standing.ended and first_known:
+        text = f"Finished: {run.status}, {first_known}. Outputs, cost and times are being fetched."
+        yield Sentence(Kind.STATE, text)
+
+
+def _bill(record: Record) -> str:
+    """What is still to come of cost and outputs."""
+    wanted = [] if record.cost_final else ["cost"]
+    wanted += ["outputs"] if record.run.lacks_outputs else []
+    if record.recheck_at is not None:
+        what = f"{' and '.join(wanted) or 'refund'} {'are' if 'outputs' in wanted else 'is'}"
+        return f" Its {what} checked again at {moment(record.recheck_at)}."
+    if record.run.charged_cost is None and not record.cost_final:
+        return " FLORA never reported its cost and is not asked again."
+    return ""
+
+
+def _worker(record: Record, poll: NextLook, now: datetime) -> Iterator[Sentence]:
+    """Which worker polls the run now, or that none does although it is due."""
+    if record.lease_until is not None and record.lease_until > now:
+        until = moment(record.lease_until)
+        text = f"Worker {record.lease_holder} is polling it now; its lease ends at {until}."
+        yield Sentence(Kind.CLAIM, text)
+    elif poll.at is not None and now - poll.at > OVERDUE:
+        text = (
+            f"Overdue for {duration(now - poll.at)}: no worker seems to be running. `tracker "
+            "serve` and `tracker worker` poll all the time, `tracker poll` polls once."
+        )
+        yield Sentence(Kind.TROUBLE, text)
+
+
+def _next_poll(poll: NextLook, now: datetime) -> str:
+    """When the run is polled next, and why then."""
+    if poll.at is None:
+        if poll.why is Why.SETTLED:
+            return "No further poll: nothing is left to fetch."
+        return "No further poll, unless something shows that the run exists."
+    when = f"at {moment(poll.at)}" if poll.at > now else f"due now (since {moment(poll.at)})"
+    return f"Next poll {when}: {_reason(poll)}."
+
+
+def _reason(poll: NextLook) -> str:
+    wait = duration(poll.wait or timedelta())
+    after_first = f"{wait} after the run was first seen"
+    match poll.why:
+        case Why.GRACE:
+            return f"{after_first}, the time its callback is given"
+        case Why.INTERVAL:
+            return f"{after_first}, since no callback is expected"
+        case Why.LEARNED_GRACE | Why.LEARNED_INTERVAL:
+            bound = "; experience moves a poll by a factor of ten at most" if poll.bounded else ""
+            return f"{after_first}, as {_learned(poll)}{bound}"
+        case Why.LEARNED_WAIT:
+            limit = " or the longest wait has passed" if poll.bounded else ""
+            return f"{after_first}, as {_learned(poll)}; polls wait until then{limit}"
+        case Why.WAIT:
+            polls = counted(poll.number or 1, "poll has", "polls in a row have")
+            jitter = duration(poll.jitter)
+            return (
+                f"{wait} after the last one. {polls} found the run unfinished; each doubles the "
+                f"wait, up to the longest, less {jitter} (random jitter)"
+            )
+        case Why.LOST:
+            return "a lost run is polled once a day, in case FLORA was wrong"
+        case Why.ENDED:
+            return "the run has finished, and its details are fetched at once"
+        case Why.ASKED:
+            return "a callback, or a request to track the run, asks for a poll at once"
+    return f"{after_first}, as decided with earlier settings or earlier typical durations"
+
+
+def _learned(poll: NextLook) -> str:
+    """What experience with the technique says of its runs."""
+    known = poll.durations
+    if known is None:
+        raise AssertionError("only learned durations give this reason")
+    runs = counted(known.count, "run")
+    if poll.callback_expected:
+        return (
+            f"95 % of its technique's runs end within {duration(known.p95)} (learned from {runs}), "
+            "and a callback takes a moment more"
+        )
+    return f"half of its technique's runs end within {duration(known.p50)} (learned from {runs})"

@@ -1,0 +1,280 @@
+"""What happened to a run, in sentences: how it was first seen, each observation, each callback.
+
+Sentences contain other people's text (error messages, ids) unescaped: whatever shows them escapes
+it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from typing import Final
+
+from tracker.core.formatting import counted, duration
+from tracker.core.merge import merge
+from tracker.core.observation import Observation, Source
+from tracker.core.record import DeliveryOutcome, Record
+from tracker.core.run import Run, RunStatus
+from tracker.store.queries.runs import DeliveryRow, Event
+from tracker.store.queries.starts import StartRow
+
+LATE: Final = timedelta(seconds=10)
+"""A callback that was applied this long after its receipt was quarantined first, or had to wait."""
+
+SOURCE_NAMES: Final = {
+    Source.START: "FLORA's answer to the start",
+    Source.TRACK: "the request to track it",
+    Source.CALLBACK: "a callback",
+    Source.POLL: "a poll",
+    Source.HISTORY: "FLORA's run history",
+}
+_FIRST_SEEN: Final = {
+    Source.START: "Started here.",
+    Source.TRACK: "Started elsewhere; someone asked to track it. The state given in that request "
+    "is not trusted: FLORA is asked.",
+    Source.CALLBACK: "First seen in a callback. The run was not started here.",
+    Source.HISTORY: "First seen in FLORA's run history. The run was not started here, and no "
+    "callback came before.",
+    Source.POLL: "First seen in a poll.",
+}
+_FACTS: Final = {
+    "run_type": "its type",
+    "workspace_id": "its workspace",
+    "project_id": "its project",
+    "technique_id": "its technique",
+    "technique_name": "its technique's name",
+    "poll_url": "its poll URL",
+    "created_at": "its time of creation",
+    "started_at": "its start time",
+}
+
+
+class Kind(StrEnum):
+    """What a sentence is about."""
+
+    START = "start"
+    OBSERVATION = "observation"
+    CONFLICT = "conflict"
+    DELIVERY = "delivery"
+    CALLBACK = "callback"
+    CHECKS = "checks"
+    STATE = "state"
+    CLAIM = "claim"
+    TROUBLE = "trouble"
+    NEXT = "next"
+
+
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """`at` is when it happened, UTC; `None` for the state now."""
+
+    kind: Kind
+    text: str
+    at: datetime | None = None
+    source: Source | None = None
+
+
+def timeline(
+    record: Record,
+    events: Sequence[Event],
+    deliveries: Sequence[DeliveryRow],
+    start: StartRow | None,
+) -> list[Sentence]:
+    """What happened, oldest first. `events` are the run's events, oldest first."""
+    first_seen = Sentence(
+        Kind.STATE, _FIRST_SEEN[record.source], record.first_seen_at, record.source
+    )
+    sentences = [
+        *(_start(start) if start else [first_seen]),
+        *_observations(events, deliveries),
+        *_deliveries(events, deliveries),
+    ]
+    return sorted(sentences, key=lambda sentence: sentence.at or record.first_seen_at)
+
+
+def moment(at: datetime) -> str:
+    """A time in UTC, to the second."""
+    return f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _start(row: StartRow) -> Iterator[Sentence]:
+    def sentence(at: datetime, text: str) -> Sentence:
+        return Sentence(Kind.START, text, at, Source.START)
+
+    key = row.idempotency_key
+    yield sentence(
+        row.created_at, f"Start of {row.technique_id} stored with the idempotency key {key}."
+    )
+    if row.sent_at is None:
+        return
+    address = "no callback address"
+    if row.callback_url is not None:  # the token stays between FLORA and us
+        masked = row.callback_url.replace(row.callback_token or "*", "*")
+        address = f"the callback address {masked}"
+    first = row.in_use_since or row.sent_at
+    yield sentence(first, f"Start sent to FLORA with {address}.")
+    if row.sent_at > first:
+        yield sentence(row.sent_at, "Start sent again with the same key.")
+
+
+def _observations(events: Sequence[Event], deliveries: Sequence[DeliveryRow]) -> Iterator[Sentence]:
+    """A sentence for each observation, and one more for a contradiction."""
+    run: Run | None = None
+    earlier: list[Observation] = []
+    for event in events:
+        seen = Observation.from_json(event.detail)
+        after = merge(run, seen)
+        observed = _observed(seen, run, _delivery_of(seen, deliveries))
+        text = " ".join([observed, *_news(seen, run, after)])
+        yield Sentence(Kind.OBSERVATION, text, event.at, seen.source)
+        if after.conflict and not (run is not None and run.conflict):
+            text = _contradiction(seen, earlier, after)
+            yield Sentence(Kind.CONFLICT, text, event.at, seen.source)
+        earlier.append(seen)
+        run = after
+
+
+def _observed(seen: Observation, before: Run | None, delivery: DeliveryRow | None) -> str:
+    state = _state(seen)
+    match seen.source:
+        case Source.START if before is None:
+            return f"FLORA answered the start with this run: {state}."
+        case Source.START:
+            return (
+                f"FLORA answered the start with this run: {state}. A callback or the run history "
+                "had shown the run before."
+            )
+        case Source.TRACK:
+            return "Tracking requested; the run is polled at once."
+        case Source.CALLBACK:
+            name = "A callback" if delivery is None else f"Callback {delivery.delivery_id}"
+            applied_at = None if delivery is None else delivery.applied_at
+            if delivery and applied_at and applied_at - delivery.received_at >= LATE:
+                name += f", applied only at {moment(applied_at)},"
+            settled = before is not None and before.settled
+            return f"{name} reported {state}{'' if settled else '; the run is polled at once'}."
+        case Source.POLL:
+            return f"A poll showed {state}."
+    return f"FLORA's run history showed {state}."
+
+
+def _state(seen: Observation) -> str:
+    """The observed status, with progress while the run is open and the error of a failed one."""
+    text = str(seen.status)
+    if not seen.standing.ended and seen.progress:
+        text += f" at {seen.progress:g} %"
+    if seen.standing.ended and seen.error is not None:
+        parts = [part for part in (seen.error.code, seen.error.message) if part]
+        text += f" ({': '.join(parts)})" if parts else ""
+    return text
+
+
+def _news(seen: Observation, before: Run | None, after: Run) -> Iterator[str]:
+    """What the observation added to what was known."""
+    if before is not None and seen.standing < before.standing:
+        older = f"This is older: the run stays {before.status}."
+        yield "The end was already known." if seen.status == before.status else older
+    new = list(_details(seen, before or Run(run_id=after.run_id), after))
+    if not new and before is not None and seen.standing == before.standing:
+        new = [
+            name
+            for field, name in _FACTS.items()
+            if getattr(before, field) != getattr(after, field)
+        ]
+    if new:
+        yield f"New: {_listed(new)}."
+    was_settled = before is not None and before.settled
+    if after.settled and not was_settled:
+        yield "The run is settled: its end and details are known."
+    elif was_settled and not after.settled:
+        yield "The run is no longer settled: its details are fetched again."
+    elif seen.standing.ended and not after.settled:
+        yield "Outputs, cost and times are still to be fetched."
+
+
+def _details(seen: Observation, before: Run, after: Run) -> Iterator[str]:
+    """The details of an end that the observation brought."""
+    if after.outputs and after.outputs != before.outputs:
+        yield counted(len(after.outputs), "output")
+    if after.charged_cost is not None and after.charged_cost != before.charged_cost:
+        yield f"a cost of {after.charged_cost:f} USD"
+    elif after.charged_cost is None and before.charged_cost is not None:
+        yield "a refund (the run costs nothing)"
+    if after.completed_at is not None and after.completed_at != before.completed_at:
+        took = ""
+        if after.created_at is not None:
+            took = f" (it took {duration(after.completed_at - after.created_at)})"
+        yield f"its end at {moment(after.completed_at)}{took}"
+    if after.error not in (None, before.error) and seen.status is not RunStatus.FAILED:
+        yield "its error"
+
+
+def _contradiction(seen: Observation, earlier: Sequence[Observation], after: Run) -> str:
+    """Both sides of a contradiction about the end, and which of them counts."""
+    ends = [one for one in earlier if one.standing.ended]
+    this = SOURCE_NAMES[seen.source]
+    for other in reversed(ends):
+        that = f"{SOURCE_NAMES[other.source]} at {moment(other.at)}"
+        if other.status != seen.status:
+            by_api = other.standing.ended_at_api != seen.standing.ended_at_api
+            rule = "the API overrides a callback" if by_api else "completed overrides failed"
+            return (
+                f"Sources disagree about the end: {that} reported {_state(other)}, {this} "
+                f"reported {_state(seen)}. The run counts as {after.status}: {rule}."
+            )
+    for other in reversed(ends):
+        if other.standing == seen.standing and (parts := _differences(other, seen)):
+            that = f"{SOURCE_NAMES[other.source]} at {moment(other.at)}"
+            return (
+                f"Sources agree about the end but not about {_listed(parts)}: {that}, and {this}."
+            )
+    return f"This observation ({_state(seen)}) contradicts an earlier one."
+
+
+def _differences(one: Observation, other: Observation) -> list[str]:
+    found = []
+    if one.error and other.error and one.error.code != other.error.code:
+        found.append(f"the error ({one.error.code} and {other.error.code})")
+    if one.outputs and other.outputs and one.outputs != other.outputs:
+        found.append("the outputs")
+    return found
+
+
+def _delivery_of(seen: Observation, deliveries: Sequence[DeliveryRow]) -> DeliveryRow | None:
+    """The delivery that brought an observation: the last applied one received by then."""
+    if seen.source is not Source.CALLBACK:
+        return None
+    received = [
+        one
+        for one in deliveries
+        if one.outcome is DeliveryOutcome.APPLIED and one.received_at <= seen.at
+    ]
+    return max(received, key=lambda one: one.received_at, default=None)
+
+
+def _deliveries(events: Sequence[Event], deliveries: Sequence[DeliveryRow]) -> Iterator[Sentence]:
+    """Callbacks that brought no observation: quarantined, waiting, repeated, or without news."""
+    observed = [Observation.from_json(one.detail) for one in events]
+    brought = {row.delivery_id for one in observed if (row := _delivery_of(one, deliveries))}
+    for row in deliveries:
+        name = f"Callback {row.delivery_id}"
+        text = None
+        if row.outcome is DeliveryOutcome.QUARANTINED:
+            reason = row.reason or "it was not understood"
+            text = f"{name} quarantined: signed by FLORA, but {reason}."
+        elif row.outcome is DeliveryOutcome.WAITING:
+            text = f"{name} received; it waits to be applied."
+        elif row.delivery_id not in brought:
+            text = f"{name} ({row.event_type}) brought nothing new."
+        if text:
+            yield Sentence(Kind.DELIVERY, text, row.received_at, Source.CALLBACK)
+        if row.receipts > 1:
+            text = (
+                f"{name} received {row.receipts} times, now for the last time. Repeats only count."
+            )
+            yield Sentence(Kind.DELIVERY, text, row.last_received_at, Source.CALLBACK)
+
+
+def _listed(parts: Sequence[str]) -> str:
+    *most, last = parts
+    return f"{', '.join(most)} and {last}" if most else last
