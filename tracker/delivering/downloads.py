@@ -18,6 +18,7 @@ from typing import Final
 
 from tracker.core.clock import Clock
 from tracker.core.errors import TrackerError
+from tracker.core.formatting import counted
 from tracker.core.record import Record
 from tracker.core.run import Output, Tracking
 from tracker.delivering.addresses import MediaError
@@ -34,7 +35,6 @@ from tracker.starting.batch_rows import RowState, kept_rows
 from tracker.store.engine import Database
 from tracker.store.queries import batches, changes, runs
 from tracker.store.signals import Signals
-from tracker.core.formatting import counted
 
 QUEUED: Final = 500
 """Maximum number of outputs that wait to be fetched."""
