@@ -17,7 +17,7 @@ from tracker.core.observation import Observation, Source
 from tracker.core.record import Delivery, Entry, Seen
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.services import Services
-from tracker.simulator.catalogue import Technique, load_catalogue
+from tracker.simulator.catalogue import SimulatedTechnique, load_catalogue
 from tracker.store.queries import sweeps
 from tracker.store.queries import sweeps as coverage
 from tracker.store.queries.sweeps import Interval
@@ -37,7 +37,7 @@ class _Life:
     """One run, from its start to the read of its details."""
 
     run_id: str
-    technique: Technique
+    technique: SimulatedTechnique
     workspace_id: str
     began: datetime
     ended: datetime
@@ -167,7 +167,7 @@ def _entries(life: _Life) -> Iterator[Entry | Delivery]:
     )
 
 
-def _outputs(technique: Technique) -> tuple[Output, ...]:
+def _outputs(technique: SimulatedTechnique) -> tuple[Output, ...]:
     return tuple(
         Output(port.id, port.type, f"https://media.example.com/{port.id}")
         for port in technique.outputs

@@ -1,11 +1,11 @@
-"""The verdict of `tracker demo` can be "no"; tests/deploy/test_package.py plays it to its end."""
+"""The comparison of `tracker demo` finds every difference; tests/deploy/test_package.py runs it."""
 
 from copy import deepcopy
 from typing import Any
 
 import pytest
 
-from tracker.demo.verdict import judge
+from tracker.demo.report import compare_runs
 
 RECORD: dict[str, Any] = {
     "run_id": "run_1",
@@ -38,11 +38,11 @@ RUN: dict[str, Any] = {
 }
 
 
-def test_a_true_run_is_found_true() -> None:
-    """A run that is as the simulator has it shows no difference."""
-    (verdict,) = judge([RUN], [RECORD])
-    assert verdict.differences == ()
-    assert verdict.callback == "lost"
+def test_an_equal_run_has_no_difference() -> None:
+    """A run that is as the simulator recorded it shows no difference."""
+    (comparison,) = compare_runs([RUN], [RECORD])
+    assert comparison.differences == ()
+    assert comparison.callback == "lost"
 
 
 @pytest.mark.parametrize(
@@ -60,15 +60,15 @@ def test_a_true_run_is_found_true() -> None:
     ],
 )
 def test_any_difference_is_found(field: str, value: object) -> None:
-    """The verdict looks at status, outputs, cost, times, errors and ids."""
+    """The comparison covers status, outputs, cost, times, errors and ids."""
     run = deepcopy(RUN) | {field: value}
-    (verdict,) = judge([run], [RECORD])
-    assert verdict.differences == (field,)
+    (comparison,) = compare_runs([run], [RECORD])
+    assert comparison.differences == (field,)
 
 
-def test_runs_that_only_one_side_knows_are_differences() -> None:
-    """Neither a run that was missed nor one that was made up passes."""
-    (missed,) = judge([], [RECORD])
+def test_a_run_known_to_one_side_only_is_a_difference() -> None:
+    """Both a missed run and an invented one are reported."""
+    (missed,) = compare_runs([], [RECORD])
     assert "status" in missed.differences
-    made_up = judge([RUN, deepcopy(RUN) | {"run_id": "run_2"}], [RECORD])[1]
+    made_up = compare_runs([RUN, deepcopy(RUN) | {"run_id": "run_2"}], [RECORD])[1]
     assert made_up.differences == ("unknown to FLORA",)

@@ -15,7 +15,7 @@ import asyncpg
 
 from tests.e2e.crowd import POLL_INTERVAL
 from tracker.simulator import Simulator
-from tracker.simulator.world import Asked
+from tracker.simulator.world import RequestRecord
 
 SLACK = timedelta(milliseconds=100)
 """How far a process's idea of the server's time may be off, and what a commit takes."""
@@ -124,8 +124,8 @@ def _read_twice(flora: Simulator, claims: list[Any]) -> list[str]:
     for claim in claims:
         if claim["taken_over"]:
             taken_over[claim["key"]].append(claim["at"].timestamp() * 1000)
-    reads: dict[str, list[Asked]] = defaultdict(list)
-    for asked in flora.world.asked:
+    reads: dict[str, list[RequestRecord]] = defaultdict(list)
+    for asked in flora.world.request_log:
         if asked.run_id is not None:
             reads[asked.run_id].append(asked)
     twice = []

@@ -42,7 +42,7 @@ async def judge(database: Database, flora: Simulator, clients: Clients) -> Verdi
         record = await get_run(database, run_id)
         assert record is not None
         assert record.run == await fold(database, run_id)
-    taken = Counter(sent.delivery_id for sent in world.deliveries if sent.taken)
+    taken = Counter(sent.delivery_id for sent in world.deliveries if sent.accepted)
     # A generation was not started by anybody's key, and has no inputs.
     prompts = {name: run.inputs[0]["value"] for name, run in world.runs.items() if run.inputs}
     paid = Counter(prompt for prompt in prompts.values() if prompt.startswith(OURS))
@@ -75,7 +75,7 @@ async def undecided_starts(database: Database, flora: Simulator) -> int:
     query = sa.select(starts.c.inputs).where(starts.c.state.in_(("sent", "in_doubt")))
     async with database.read() as connection:
         rows = (await connection.execute(query)).scalars().all()
-    heard = {one.run_id for one in flora.world.deliveries if one.taken}
+    heard = {one.run_id for one in flora.world.deliveries if one.accepted}
     silent = [
         run.inputs[0]["value"]
         for run in flora.world.runs.values()

@@ -16,7 +16,7 @@ from tracker.core.observation import Observation, Source
 from tracker.core.record import Seen
 from tracker.core.run import RunStatus
 from tracker.services import Services
-from tracker.simulator import Options, Simulator, Workspace, running
+from tracker.simulator import Options, SimulatedWorkspace, Simulator, running
 from tracker.store.queries import runs as read
 
 WORKSPACES = [
@@ -85,7 +85,7 @@ async def test_a_run_that_nobody_has_heard_of_is_whose_secret_tells_of_it(
         assert await _stands(site.services, "run_2") == ("completed", "ws_a")
 
 
-OF_B = Workspace(workspace_id="ws_b", api_key="sk_of_b", webhook_secret="whsec_of_b")
+OF_B = SimulatedWorkspace(workspace_id="ws_b", api_key="sk_of_b", webhook_secret="whsec_of_b")
 FLORA = Options(
     workspace_id="ws_a",
     api_key="sk_of_a",
@@ -102,7 +102,7 @@ async def _both(serve: Serve, database_url: str, *, run_seconds: float) -> Async
         keys = [one | {"api_key": f"sk_of_{one['id'][-1]}"} for one in WORKSPACES]
         more = {"flora_webhook_secret": (), "flora_base_url": flora.base_url, "workspaces": keys}
         async with serve(database_url, **more) as site:
-            yield site, flora, flora.world.start_colleague("icon-pack", OF_B).run_id
+            yield site, flora, flora.start(workspace=OF_B).run_id
 
 
 async def _claim_for_a(site: Site, run_id: str) -> None:

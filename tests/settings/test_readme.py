@@ -8,7 +8,7 @@ import typer.main
 from tracker.cli.app import app
 from tracker.settings import Settings, load_settings
 from tracker.simulator import Options
-from tracker.simulator.fate import fate_of
+from tracker.simulator.making import RandomDraws
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
@@ -80,8 +80,8 @@ def test_the_first_steps_show_what_the_readme_says() -> None:
     """With the seed that the README gives, the first callback comes and the second gets lost."""
     (options,) = re.findall(r"tracker simulate --drop (\d+)% --run-seconds \d --seed (\d+)", README)
     drop, seed = int(options[0]) / 100, int(options[1])
-    first, second = fate_of(seed, 1), fate_of(seed, 2)
-    assert first.drop >= drop > second.drop
-    assert min(first.fails, second.fails) >= Options().failures
+    first, second = RandomDraws(seed, 1).numbers, RandomDraws(seed, 2).numbers
+    assert first["drop"] >= drop > second["drop"]
+    assert min(first["failures"], second["failures"]) >= Options().failures
     for variable, value in re.findall(r"export (FLORA_\w+)=(\S+)", README):
         assert load_settings({variable: value}) != load_settings({})

@@ -73,7 +73,7 @@ async def make_flora(clock: HandClock) -> AsyncIterator[MakeFlora]:
                 headers={"Authorization": f"Bearer {app.state.world.options.api_key}"},
             )
             flora.world = app.state.world
-            stack.push_async_callback(app.state.courier.close)
+            stack.push_async_callback(app.state.sender.close)
             stack.push_async_callback(flora.aclose)
             return flora
 
@@ -89,11 +89,11 @@ async def serve_flora(clock: HandClock) -> AsyncIterator[ServeFlora]:
     async with AsyncExitStack() as stack:
 
         async def serve(**options: object) -> Flora:
-            given = Options(**({"failures": 0} | options))  # type: ignore[arg-type]
-            simulator = await stack.enter_async_context(running(given, clock=clock))
-            headers = {"Authorization": f"Bearer {given.api_key}"}
+            chosen = Options(**({"failures": 0} | options))  # type: ignore[arg-type]
+            simulator = await stack.enter_async_context(running(chosen, clock=clock))
+            headers = {"Authorization": f"Bearer {chosen.api_key}"}
             flora = Flora(base_url=simulator.base_url, headers=headers)
-            flora.world, flora.quiet = simulator.world, simulator.courier.idle
+            flora.world, flora.quiet = simulator.world, simulator.sender.idle
             return await stack.enter_async_context(flora)
 
         yield serve

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tests.simulator.conftest import Flora, HandClock, ServeFlora
-from tracker.simulator.fate import MEASURED_FAILURES
+from tracker.simulator.making import MEASURED_FAILURES
 
 END = 30
 """Seconds after which every run has ended."""

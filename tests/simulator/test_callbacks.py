@@ -7,8 +7,8 @@ import httpx
 import pytest
 
 from tests.simulator.receiver import Receiver
-from tracker.simulator import Options, Simulator, Workspace, running
-from tracker.simulator.delivery import sign
+from tracker.simulator import Options, SimulatedWorkspace, Simulator, running
+from tracker.simulator.callbacks import sign
 
 QUICK = {"speed": 200, "run_seconds": 20}
 
@@ -83,7 +83,7 @@ async def test_a_refused_callback_is_sent_four_times_alike(
     assert [sent.error is None for sent in attempts] == [bool(failure)] * 3 + [True]
     waits = [after.at_ms - before.at_ms for before, after in pairwise(attempts)]
     assert all(wait >= least for wait, least in zip(waits, (2, 12, 60), strict=True))
-    assert {sent.delivery_id for sent in attempts} == {run.fate.delivery_id}
+    assert {sent.delivery_id for sent in attempts} == {run.draws.delivery_id}
 
 
 async def test_after_four_attempts_it_gives_up(receiver: Receiver) -> None:
@@ -107,7 +107,9 @@ async def test_a_receiver_that_is_down_is_an_error_without_status() -> None:
 
 async def test_each_workspace_signs_with_its_own_secrets(receiver: Receiver) -> None:
     """A callback carries one signature for each secret of its run's workspace."""
-    other = Workspace(workspace_id="ws_2", api_key="sk_2", webhook_secret="whsec_a, whsec_b")
+    other = SimulatedWorkspace(
+        workspace_id="ws_2", api_key="sk_2", webhook_secret="whsec_a, whsec_b"
+    )
     async with running(Options(**QUICK, more_workspaces=(other,))) as simulator:
         simulator.start(callback_url=receiver.url, workspace=other)
         await simulator.quiet()

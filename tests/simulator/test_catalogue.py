@@ -3,9 +3,10 @@
 import pytest
 
 from tests.simulator.conftest import Flora
+from tracker.simulator import Options
 from tracker.simulator.catalogue import load_catalogue
-from tracker.simulator.pages import decode_cursor, encode_cursor
-from tracker.simulator.problems import Problem
+from tracker.simulator.errors import ErrorAnswer
+from tracker.simulator.history import decode_cursor, encode_cursor
 
 TYPES = {"imageUrl", "videoUrl", "audioUrl", "text", "documentUrl"}
 
@@ -73,15 +74,19 @@ def test_the_techniques_are_of_many_kinds() -> None:
 
 def test_a_cursor_stands_for_an_offset() -> None:
     """The cursor is the one in FLORA's reference, and gives its offset back."""
-    assert encode_cursor(20) == "eyJvZmZzZXQiOjIwfQ"
-    assert [decode_cursor(encode_cursor(offset)) for offset in (0, 7, 12345)] == [0, 7, 12345]
+    options = Options()
+    assert encode_cursor(20, options, 0) == "eyJvZmZzZXQiOjIwfQ"
+    assert all(
+        decode_cursor(encode_cursor(offset, options, 0), options, 0) == offset
+        for offset in (0, 7, 12345)
+    )
 
 
 @pytest.mark.parametrize("cursor", ["x", "€", "e30", "eyJvZmZzZXQiOi0xfQ", "bnVsbA", "W10"])
 def test_a_foreign_cursor_is_refused(cursor: str) -> None:
     """What is no cursor of ours is bad input, never an offset."""
-    with pytest.raises(Problem) as caught:
-        decode_cursor(cursor)
+    with pytest.raises(ErrorAnswer) as caught:
+        decode_cursor(cursor, Options(), 0)
     assert caught.value.status == 400
 
 

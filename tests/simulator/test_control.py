@@ -89,8 +89,7 @@ async def test_output_links_lead_to_files(
     flora: Flora, technique: str, position: int, content_type: str, magic: bytes
 ) -> None:
     """A link of each type serves a file of that type, whole or the range that is asked for."""
-    known = next(t for t in flora.world.techniques() if t.slug == technique)
-    run = flora.world.start_technique(known, known.sample_inputs())
+    run = flora.world.start(flora.world.sample_request(technique))
     url = run.outputs[position].url
     whole = await flora.get(url)
     assert whole.headers["content-type"] == content_type

@@ -7,8 +7,8 @@ import httpx
 import pytest
 
 from tests.simulator.conftest import HandClock, MakeFlora
-from tracker.simulator import RATES, Options, parse_rate, running
-from tracker.simulator.faults import Throw
+from tracker.simulator import Options, parse_rate, running
+from tracker.simulator.faults import RequestFault
 
 START = {"inputs": [{"id": "prompt", "type": "text", "value": "tools"}], "mode": "async"}
 
@@ -57,10 +57,10 @@ def test_secrets_are_not_part_of_the_options_text() -> None:
 def test_faults_strike_as_often_as_asked_and_repeatably(rate: str) -> None:
     """Of many requests the wanted share is struck, and always the same ones for a seed."""
     options = Options(**{rate: 0.3})  # type: ignore[arg-type]
-    struck = [Throw(options, number).fault for number in range(1000)]
+    struck = [RequestFault(options, number).name for number in range(1000)]
     assert 240 <= sum(fault is not None for fault in struck) <= 360
-    assert struck == [Throw(options, number).fault for number in range(1000)]
-    assert struck != [Throw(Options(seed=1, **{rate: 0.3}), n).fault for n in range(1000)]  # type: ignore[arg-type]
+    assert struck == [RequestFault(options, number).name for number in range(1000)]
+    assert struck != [RequestFault(Options(seed=1, **{rate: 0.3}), n).name for n in range(1000)]  # type: ignore[arg-type]
 
 
 async def test_a_429_says_when_to_come_back_in_three_ways(
@@ -138,8 +138,3 @@ async def test_after_a_cut_the_key_finds_the_run() -> None:
                 assert answer.json()["run_id"] == list(simulator.world.runs)[-1]
         assert len(simulator.world.runs) == 20
         assert simulator.world.counts["runs.start", 0] > 0
-
-
-def test_every_fault_has_its_rate() -> None:
-    """What the command line offers is what the options know."""
-    assert set(Options().rates) == set(RATES)

@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 
 from tests.simulator.conftest import HandClock, ServeFlora
-from tracker.simulator import Options, Workspace
-from tracker.simulator.gateway import GatewayFault
+from tracker.simulator import Options, SimulatedWorkspace
+from tracker.simulator.faults import GatewayFault
 
 KEY = {"idempotency_key": "k"}
 PATHS = {"starts": "/techniques", "reads": "/runs/run_1", "pages": "/technique-runs"}
@@ -49,7 +49,7 @@ async def test_a_gateway_may_keep_everything_from_flora(serve_flora: ServeFlora)
 async def test_a_gateway_strikes_one_kind_of_request(serve_flora: ServeFlora, kind: str) -> None:
     """Starts, single reads and lists each have a rate of their own."""
     flora = await serve_flora(gateway_answers=["404"], **{f"gateway_{kind}": 1})
-    run_id = flora.world.start_colleague("icon-pack").run_id
+    run_id = flora.world.start(flora.world.sample_request("icon-pack")).run_id
     answers = {
         "starts": await flora.start(),
         "reads": await flora.get(f"/techniques/icon-pack/runs/{run_id}"),
@@ -108,7 +108,7 @@ async def test_options_change_by_themselves(serve_flora: ServeFlora, clock: Hand
 
 async def test_a_key_tells_its_workspace(serve_flora: ServeFlora) -> None:
     """`GET /workspaces` names the one workspace of a key; a key may come to belong to another."""
-    other = Workspace(workspace_id="ws_2", api_key="sk_2", webhook_secret="whsec_2")
+    other = SimulatedWorkspace(workspace_id="ws_2", api_key="sk_2", webhook_secret="whsec_2")
     flora = await serve_flora(more_workspaces=(other,))
 
     async def shown(key: str) -> list[str]:
@@ -226,6 +226,19 @@ async def test_each_value_may_make_a_run(serve_flora: ServeFlora) -> None:
     again = await flora.start("texture-matchers", inputs=inputs, **KEY)
     assert again.json()["run_id"] == runs[0].run_id
     assert len(flora.world.runs) == 2
+
+
+async def test_an_unreachable_value_fails_its_own_run_only(serve_flora: ServeFlora) -> None:
+    """Where each value makes a run, one with a link under `.invalid` does not fail the others."""
+    flora = await serve_flora(run_per_value=True)
+    hosts = {"asset": ("photos.invalid", "example.com"), "texture": ("example.com",)}
+    inputs = [
+        {"id": name, "type": "imageUrl", "value": f"https://{host}/1.png"}
+        for name in hosts
+        for host in hosts[name]
+    ]
+    await flora.start("texture-matchers", inputs=inputs)
+    assert [run.error_code for run in flora.world.runs.values()] == ["input_unreachable", None]
 
 
 async def test_a_gateway_closes_with_the_simulator(serve_flora: ServeFlora) -> None:

@@ -5,7 +5,7 @@ from ipaddress import ip_address
 import pytest
 
 from tests.simulator.conftest import Flora, HandClock, MakeFlora
-from tracker.simulator import Workspace
+from tracker.simulator import SimulatedWorkspace
 from tracker.simulator.destination import Address, refusal
 
 PROMPT = {"id": "prompt", "type": "text", "value": "tools"}
@@ -89,7 +89,7 @@ async def test_a_key_is_required(flora: Flora, header: str | None, code: str) ->
 
 async def test_a_workspace_sees_its_own_runs_only(make_flora: MakeFlora) -> None:
     """With several workspaces, a key reads the runs that were started with it and no others."""
-    other = Workspace(workspace_id="ws_2", api_key="sk_2", webhook_secret="whsec_2")
+    other = SimulatedWorkspace(workspace_id="ws_2", api_key="sk_2", webhook_secret="whsec_2")
     flora = make_flora(more_workspaces=(other,))
     run_id = (await flora.start()).json()["run_id"]
     flora.headers["authorization"] = "Bearer sk_2"

@@ -92,7 +92,7 @@ async def test_sums_agree_with_floras_bill(
         services = await open_on(flora, tracker_budget_month="3.00")
         for number in range(10):
             await services.starter.start(request(f"key-{number}", tags={"n": str(number % 3)}))
-        flora.world.start_colleague("icon-pack")
+        flora.start()
         await services.sweeper.sweep(next(iter(services.workspaces)))
         await all_bills(services, clock)
         truth = round(Decimal(str(sum(run.cost for run in flora.world.runs.values()))), 6)

@@ -18,8 +18,8 @@ from tracker.core.errors import (
 )
 from tracker.services import Services
 from tracker.simulator import Simulator
-from tracker.simulator.catalogue import Technique, load_catalogue
-from tracker.simulator.options import Workspace as SimulatedWorkspace
+from tracker.simulator.catalogue import SimulatedTechnique, load_catalogue
+from tracker.simulator.options import SimulatedWorkspace
 from tracker.starting.start import StartRequest
 from tracker.store.queries import starts, techniques
 from tracker.store.queries.techniques import TechniqueRow
@@ -43,12 +43,12 @@ async def kept(services: Services, technique_id: str = "tech_cctv-cam") -> Techn
 def show(flora: Simulator, *, without: Sequence[str] = (), broken: Sequence[str] = ()) -> None:
     """Let FLORA's list lack some techniques, and show others without their ids."""
 
-    class Broken(Technique):
+    class Broken(SimulatedTechnique):
         def list_item(self) -> dict[str, Any]:
             return super().list_item() | {"technique_id": None}
 
     shown = [
-        Broken(**{name: getattr(one, name) for name in Technique.__dataclass_fields__})
+        Broken(**{name: getattr(one, name) for name in SimulatedTechnique.__dataclass_fields__})
         if key in broken
         else one
         for key, one in load_catalogue().items()

@@ -18,7 +18,7 @@ from tracker.core.observation import Source
 from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.simulator import Options, Simulator, running
-from tracker.simulator.options import Workspace as FloraWorkspace
+from tracker.simulator.options import SimulatedWorkspace
 from tracker.starting.start import StartRequest
 from tracker.store.engine import Database
 from tracker.store.queries import starts as start_log
@@ -322,7 +322,7 @@ async def test_a_workspace_that_moves_in_the_settings_keeps_its_keys(
     assert len(flora.world.runs) == 1
 
 
-OTHER = FloraWorkspace(
+OTHER = SimulatedWorkspace(
     workspace_id="ws_other", api_key="sk_test_other", webhook_secret="whsec_other"
 )
 

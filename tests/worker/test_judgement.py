@@ -17,10 +17,12 @@ from tracker.core.run import Tracking
 from tracker.flora.client import FloraClient
 from tracker.services import Services
 from tracker.simulator import Simulator
-from tracker.simulator.options import Workspace
+from tracker.simulator.options import SimulatedWorkspace
 from tracker.store.queries import runs as read
 
-ANOTHER = Workspace(workspace_id="ws_other", api_key="sk_test_other", webhook_secret="whsec_other")
+ANOTHER = SimulatedWorkspace(
+    workspace_id="ws_other", api_key="sk_test_other", webhook_secret="whsec_other"
+)
 
 READS = ("runs.list", "runs.get", "runs.get_any", "generations.list", "workspaces.list")
 
@@ -62,9 +64,7 @@ async def _no_wait(_: float) -> None:
 
 def start_elsewhere(flora: Simulator) -> None:
     """Someone starts a run in the other workspace."""
-    technique = flora.world.technique("icon-pack")
-    assert technique is not None
-    flora.world.start_technique(technique, (), workspace=ANOTHER)
+    flora.start(workspace=ANOTHER)
 
 
 FAULTS: dict[str, Callable[[Simulator, GoOnWith], None]] = {

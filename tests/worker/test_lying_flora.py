@@ -282,7 +282,7 @@ async def test_a_rate_limit_of_minutes_costs_nothing_but_the_minutes(
             monotonic=lambda: clock().timestamp(),
             sleep=_turning(clock),
         ) as workspace.client:
-            flora.world.options = flora.world.options.with_rates({"rate_limit": 1.0})
+            flora.world.options = flora.world.options.with_changes({"rate_limit": 1.0})
             asked = sum(reads_of(flora).values())
             until = clock().timestamp() + 300
             while clock().timestamp() < until:
@@ -293,7 +293,7 @@ async def test_a_rate_limit_of_minutes_costs_nothing_but_the_minutes(
                 record = await the_run(services, run_id)
                 assert (record.checks, record.last_error) == (0, None)
                 assert (record.tracking, record.lease_holder) == (Tracking.ACTIVE, None)
-            flora.world.options = flora.world.options.with_rates({"rate_limit": 0.0})
+            flora.world.options = flora.world.options.with_changes({"rate_limit": 0.0})
             await poll_to_the_end(services, clock, within=900)
         for run_id in run_ids:
             assert (await the_run(services, run_id)).tracking is Tracking.SETTLED

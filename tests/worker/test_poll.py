@@ -18,7 +18,7 @@ from tracker.core.observation import Source
 from tracker.core.run import Tracking
 from tracker.services import Services
 from tracker.simulator import Simulator
-from tracker.simulator.delivery import write_letter
+from tracker.simulator.callbacks import sign_callback
 from tracker.starting.start import StartRequest
 from tracker.store import claims
 from tracker.store.queries import runs as read
@@ -186,9 +186,11 @@ async def test_a_backlog_does_not_keep_fresh_ends_waiting(
         last = flora.world.runs[run_ids[-1]]
         assert not (await the_run(services, last.run_id)).run.settled
         clock.move(1)
-        letter = write_letter(last, flora.world.now_ms())
+        callback = sign_callback(last, flora.world.now_ms())
         await services.receiver.receive(
-            letter.body, signature=letter.headers["Flora-Signature"], webhook_id=letter.delivery_id
+            callback.body,
+            signature=callback.headers["Flora-Signature"],
+            webhook_id=callback.delivery_id,
         )
         await services.applier.drain()
         assert (await services.poller.poll_due()).settled < 30
@@ -293,7 +295,7 @@ async def test_an_outage_of_flora_harms_no_run(
     run_ids = await start(services, 40)
     hurry(services, flora, deadline=0.02)
     clock.move(60)
-    flora.world.options = flora.world.options.with_rates({"cut": 1.0})
+    flora.world.options = flora.world.options.with_changes({"cut": 1.0})
     rounds = 0
     for _ in range(40):
         clock.move(5)
@@ -302,7 +304,7 @@ async def test_an_outage_of_flora_harms_no_run(
     checked = [await the_run(services, run_id) for run_id in run_ids]
     assert sum(record.checks for record in checked) <= 2 * rounds
     assert all(record.lease_holder is None for record in checked)
-    flora.world.options = flora.world.options.with_rates({"cut": 0.0})
+    flora.world.options = flora.world.options.with_changes({"cut": 0.0})
     clock.move(31)
     assert (await services.poller.poll_due()).settled >= 40 - 2 * rounds
     await poll_to_the_end(services, clock, within=600)

@@ -20,7 +20,7 @@ from tracker.core.clock import utc_now
 from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.simulator import Options, Simulator, running
-from tracker.simulator.api import Api
+from tracker.simulator.api import SimulatedApi
 from tracker.starting.start import StartRequest
 from tracker.store.queries import sweeps
 from tracker.worker import Worker, scheduler
@@ -189,9 +189,9 @@ async def hang(
     """Makes FLORA take requests and not answer them until the test is over."""
     over = asyncio.Event()
 
-    async def late(self: Api, *_: object) -> Response:
+    async def late(self: SimulatedApi, *_: object) -> Response:
         await over.wait()
         return Response(status_code=503)
 
-    yield lambda: monkeypatch.setattr(Api, "_answer", late)
+    yield lambda: monkeypatch.setattr(SimulatedApi, "_answer", late)
     over.set()

@@ -25,7 +25,7 @@ from tracker.polling.history import Walk
 from tracker.polling.sweep import LEASE, SweepReport
 from tracker.services import Services
 from tracker.settings import WorkspaceSettings
-from tracker.simulator import Simulator, Workspace
+from tracker.simulator import SimulatedWorkspace, Simulator
 from tracker.store import claims
 from tracker.store.queries import runs as read
 from tracker.store.schema import leases, sweeps
@@ -152,9 +152,9 @@ async def test_a_failed_sweep_covers_nothing(
         flora.start()
         clock.move(30)
     hurry(services, flora, deadline=0.5)
-    flora.world.options = flora.world.options.with_rates({"cut": 1.0})
+    flora.world.options = flora.world.options.with_changes({"cut": 1.0})
     broken = await sweep(services)
-    flora.world.options = flora.world.options.with_rates({"cut": 0.0})
+    flora.world.options = flora.world.options.with_changes({"cut": 0.0})
     assert broken.error is not None
     whole = await sweep(services)
     assert (whole.error, whole.items) == (None, 150)
@@ -266,7 +266,9 @@ async def test_each_workspace_is_swept_with_its_own_key(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
 ) -> None:
     """Two workspaces, two keys: each run is found under its own workspace."""
-    second = Workspace(workspace_id="ws_two", api_key="sk_test_two", webhook_secret="whsec_two")
+    second = SimulatedWorkspace(
+        workspace_id="ws_two", api_key="sk_test_two", webhook_secret="whsec_two"
+    )
     async with make_flora(more_workspaces=(second,)) as flora:
         services = await open_on(
             flora,
@@ -295,7 +297,7 @@ async def test_faults_of_flora_end_a_sweep_as_failed_or_whole(
         report = await sweep(services)
         known, _ = await read.list_runs(services.database, limit=100)
         assert (report.error is None) == (report.items == 250)
-        flora.world.options = flora.world.options.with_rates({"errors": 0, "cut": 0})
+        flora.world.options = flora.world.options.with_changes({"errors": 0, "cut": 0})
         assert (await sweep(services)).error is None
         for run_id in flora.world.runs:
             await the_run(services, run_id)

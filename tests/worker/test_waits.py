@@ -31,12 +31,12 @@ async def test_one_process_that_was_told_to_wait_tells_the_others(database_url: 
             with pytest.raises(RateLimited) as refusal:
                 await client_of(server).history(deadline=0.3)
             assert refusal.value.retry_after == 1
-            flora.world.options = flora.world.options.with_rates({"rate_limit": 0})
+            flora.world.options = flora.world.options.with_changes({"rate_limit": 0})
             with pytest.raises(RateLimited):
                 await client_of(command).history(deadline=0.2)
-            assert len(flora.world.asked) == 1
+            assert len(flora.world.request_log) == 1
             await client_of(command).history()
-        told, asked = flora.world.asked
+        told, asked = flora.world.request_log
         assert asked.at_ms - told.at_ms >= 990
 
 

@@ -1,18 +1,23 @@
-"""Delivers callbacks: one for each run that asked for it, with FLORA's attempts and their faults.
+"""Sends callbacks: one for each run that asked for it, with FLORA's attempts and their faults.
 
 A callback's body and signature are made once, at its first attempt, and stay the same for all.
 """
 
 import asyncio
-from typing import Final
+import hashlib
+import hmac
+import json
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
 
 import httpx
 
-from tracker.simulator.background import Background
-from tracker.simulator.delivery import Attempt, Kind, Letter, forge_letter, write_letter
 from tracker.simulator.destination import target
 from tracker.simulator.runs import SimulatedRun
 from tracker.simulator.world import World
+
+API_VERSION: Final = "2026-06-11"
 
 WAITS: Final = (0.0, 10.0, 60.0, 300.0)
 """Seconds before each attempt, counted from the one before."""
@@ -21,66 +26,156 @@ LATE: Final = 3.0
 """How much later than the end a late callback comes, as a multiple of `run_seconds`."""
 
 _CONNECTIONS: Final = 100
+_FORGED_SECRET: Final = "whsec_forged"  # noqa: S105 - it is meant to be the wrong one
+
+Kind = Literal["callback", "duplicate", "forged"]
 
 
-class Courier:
-    """Sends the callbacks of a world's runs, each in its own task of the `background`."""
+@dataclass(frozen=True, slots=True)
+class SignedCallback:
+    """A callback ready to be sent, byte for byte."""
+
+    run_id: str
+    delivery_id: str
+    body: bytes
+    headers: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallbackAttempt:
+    """One POST of a callback and its outcome.
+
+    `number` counts the attempts from 1, `at_ms` is when it left (Unix milliseconds). `status` is
+    the receiver's answer; None where there was none, and then `error` names what happened.
+    """
+
+    run_id: str
+    delivery_id: str
+    kind: Kind
+    number: int
+    at_ms: int
+    status: int | None
+    error: str | None = None
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the receiver answered 2xx."""
+        return self.status is not None and 200 <= self.status < 300
+
+
+def sign(timestamp: int, body: bytes, secrets: Sequence[str]) -> str:
+    """The `Flora-Signature` header: HMAC-SHA256 over `<t>.<body>`, keyed by each whole secret."""
+    signed = b"%d.%s" % (timestamp, body)
+    digests = [hmac.new(key.encode(), signed, hashlib.sha256).hexdigest() for key in secrets]
+    return ",".join([f"t={timestamp}", *(f"v1={digest}" for digest in digests)])
+
+
+def sign_callback(run: SimulatedRun, now_ms: int, *, forged: bool = False) -> SignedCallback:
+    """The callback about a run's end, signed at this moment.
+
+    A forged one reports the opposite, signed with a secret that is not the workspace's.
+    """
+    status, error = run.end, run.error
+    delivery_id, secrets = run.draws.delivery_id, run.workspace.webhook_secrets
+    if forged:
+        status, error = "completed", {}
+        if run.succeeds:
+            status, error = "failed", {"error_code": "provider_error"}
+        delivery_id, secrets = run.draws.forged_delivery_id, (_FORGED_SECRET,)
+    event = f"run.{status}"
+    data = {
+        "run_id": run.run_id,
+        "run_type": run.request.run_type,
+        "workspace_id": run.workspace.workspace_id,
+        "status": status,
+    }
+    content: dict[str, Any] = {
+        "id": delivery_id,
+        "type": event,
+        "api_version": API_VERSION,
+        "created_at": run.completed_ms,
+        "data": data | error,
+    }
+    body = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    headers = {
+        "Content-Type": "application/json",
+        "Flora-Signature": sign(now_ms // 1000, body, secrets),
+        "Flora-Webhook-Id": delivery_id,
+        "Flora-Event": event,
+    }
+    return SignedCallback(run.run_id, delivery_id, body, headers)
+
+
+class CallbackSender:
+    """Sends the callbacks of a world's runs, each in its own task."""
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self.background = Background()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._slots = asyncio.Semaphore(_CONNECTIONS)
         self._client: httpx.AsyncClient | None = None
+
+    def run_in_background(self, work: Coroutine[Any, Any, object]) -> asyncio.Task[Any]:
+        """Starts work that goes on after its request was answered, at most until `close`."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     def schedule(self, run: SimulatedRun) -> asyncio.Event:
         """Sends the run's callback when it is due. The event is set after the first attempt.
 
-        Where no callback is to be sent, the event is set from the beginning. Of an end that is not
-        documented no callback tells.
+        Where no callback is to be sent, the event is set from the beginning. For an end that is not
+        documented FLORA sends none.
         """
         attempted = asyncio.Event()
         if run.callback_url is None or run.faults == {"drop"} or run.end_name is not None:
             attempted.set()
-            return attempted
-        self.background.run(self._carry(run, run.callback_url, attempted))
+        else:
+            self.run_in_background(self._send_all(run, run.callback_url, attempted))
         return attempted
 
     async def idle(self) -> None:
-        """Waits until every callback that is scheduled has been taken or given up, and all work
-        behind the gateway is done."""
-        await self.background.idle()
+        """Waits until every callback that is scheduled was accepted or given up, and all other
+        background work is done."""
+        while self._tasks:
+            await asyncio.wait(set(self._tasks))
 
     async def close(self) -> None:
         """Drops what has not been sent."""
-        await self.background.close()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._client is not None:
             await self._client.aclose()
             self._client = None
 
-    async def _carry(self, run: SimulatedRun, url: str, attempted: asyncio.Event) -> None:
-        """All that is sent for one run, in its order."""
+    async def _send_all(self, run: SimulatedRun, url: str, attempted: asyncio.Event) -> None:
+        """Sends everything about one run, in its order."""
         options = self._world.options
         pace = options.run_seconds / options.speed
         try:
             await asyncio.sleep(self._seconds_until_due(run, pace))
             if "bad_signature" in run.faults:
-                await self._post(url, forge_letter(run, self._world.now_ms()), "forged", 1)
+                forged = sign_callback(run, self._world.now_ms(), forged=True)
+                await self._attempt(url, forged, "forged", 1)
             if "drop" in run.faults:
                 return
-            letter = write_letter(run, self._world.now_ms())
+            callback = sign_callback(run, self._world.now_ms())
             for number, wait in enumerate(WAITS, 1):
                 await asyncio.sleep(wait / options.speed)
-                attempt = await self._post(url, letter, "callback", number)
+                attempt = await self._attempt(url, callback, "callback", number)
                 attempted.set()
-                if attempt.taken:
+                if attempt.accepted:
                     break
             else:
                 return
             if "duplicate" in run.faults:
-                await asyncio.sleep(run.fate.held * pace)
-                await self._post(url, letter, "duplicate", attempt.number + 1)
+                await asyncio.sleep(run.draws.held * pace)
+                await self._attempt(url, callback, "duplicate", attempt.number + 1)
         finally:
-            # Whoever waits for the first attempt must not wait for one that never comes.
+            # The answer to the start must not wait for a first attempt that never comes.
             attempted.set()
 
     def _seconds_until_due(self, run: SimulatedRun, pace: float) -> float:
@@ -88,22 +183,24 @@ class Courier:
         if "late" in run.faults:
             wait += LATE * pace
         if "reorder" in run.faults:
-            wait += run.fate.held * pace
+            wait += run.draws.held * pace
         return wait
 
-    async def _post(self, url: str, letter: Letter, kind: Kind, number: int) -> Attempt:
+    async def _attempt(
+        self, url: str, callback: SignedCallback, kind: Kind, number: int
+    ) -> CallbackAttempt:
         status: int | None = None
         error: str | None = None
         async with self._slots:
             at_ms = self._world.now_ms()
             try:
                 async with asyncio.timeout(self._world.options.callback_timeout):
-                    status = await self._send(url, letter)
+                    status = await self._post(url, callback)
             except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as exc:
                 error = type(exc).__name__
-        attempt = Attempt(
-            run_id=letter.run_id,
-            delivery_id=letter.delivery_id,
+        attempt = CallbackAttempt(
+            run_id=callback.run_id,
+            delivery_id=callback.delivery_id,
             kind=kind,
             number=number,
             at_ms=at_ms,
@@ -113,16 +210,16 @@ class Courier:
         self._world.deliveries.append(attempt)
         return attempt
 
-    async def _send(self, url: str, letter: Letter) -> int:
+    async def _post(self, url: str, callback: SignedCallback) -> int:
         """The receiver's answer. Raises `httpx.ConnectError` where no callback may go there."""
         found = await target(url)
         if found is None:
             raise httpx.ConnectError("the host is not known, or not public any more")
-        headers = dict(letter.headers)
+        headers = dict(callback.headers)
         if found[1]:  # by its address: hosts that share one do not share a connection
             headers |= {"Host": httpx.URL(url).netloc.decode("ascii"), "Connection": "close"}
         response = await self._http().post(
-            found[0], content=letter.body, headers=headers, extensions=found[1]
+            found[0], content=callback.body, headers=headers, extensions=found[1]
         )
         return response.status_code
 

@@ -14,6 +14,9 @@ from importlib import resources
 from types import MappingProxyType
 from typing import Any, Final
 
+EXTENSIONS: Final = {"imageUrl": "png", "videoUrl": "mp4", "audioUrl": "wav", "documentUrl": "pdf"}
+"""The file name extension for each type that is a link."""
+
 _PORT: Final = re.compile(
     r"(?P<id>\w+):(?P<type>\w+?)(?:@(?P<wide>\d+)x(?P<high>\d+))?(?:~(?P<seconds>\d+))?(?P<flags>[?*+]*)"
 )
@@ -24,17 +27,10 @@ _DESCRIPTIONS: Final = {
     "documentUrl": "Link to a document.",
     "text": "Plain text.",
 }
-_SAMPLES: Final = {
-    "imageUrl": "https://example.com/sample.png",
-    "videoUrl": "https://example.com/sample.mp4",
-    "audioUrl": "https://example.com/sample.wav",
-    "documentUrl": "https://example.com/sample.pdf",
-    "text": "A lighthouse at dusk",
-}
 
 
 @dataclass(frozen=True, slots=True)
-class Port:
+class SimulatedPort:
     """One input or output of a technique."""
 
     id: str
@@ -53,11 +49,6 @@ class Port:
         """
         return self.type if self.type in ("imageUrl", "videoUrl") else "text"
 
-    @property
-    def takes_link(self) -> bool:
-        """Whether the value is a link."""
-        return self.type != "text"
-
     def definition(self) -> dict[str, Any]:
         """The input or output as `GET /techniques/{id}` shows it."""
         shown: dict[str, Any] = {
@@ -75,19 +66,25 @@ class Port:
             "allow_multiple": self.several,
             "accepts_element": self.element,
         }
-        return shown | {name: True for name, set_ in flags.items() if set_}
+        return shown | {name: True for name, is_set in flags.items() if is_set}
+
+    def sample(self) -> dict[str, str]:
+        """A value that a start accepts for this input."""
+        link = f"https://example.com/sample.{EXTENSIONS.get(self.type)}"
+        value = "A lighthouse at dusk" if self.type == "text" else link
+        return {"id": self.id, "type": self.accepts, "value": value}
 
 
 @dataclass(frozen=True, slots=True)
-class Technique:
+class SimulatedTechnique:
     """A technique of the catalogue. `run_cost` is USD for each completed run."""
 
     technique_id: str
     name: str
     description: str
     run_cost: float
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
+    inputs: tuple[SimulatedPort, ...]
+    outputs: tuple[SimulatedPort, ...]
 
     @property
     def slug(self) -> str:
@@ -114,43 +111,50 @@ class Technique:
 
     def sample_inputs(self) -> list[dict[str, str]]:
         """Inputs that a start accepts: every required one, or the first where none is required."""
-        wanted = [port for port in self.inputs if not port.optional] or self.inputs[:1]
-        return [
-            {"id": port.id, "type": port.accepts, "value": _SAMPLES[port.type]} for port in wanted
-        ]
+        required = [port for port in self.inputs if not port.optional]
+        return [port.sample() for port in required or self.inputs[:1]]
+
+
+GENERATIONS: Final = {
+    "image": (SimulatedPort("image", "imageUrl"), 0.04),
+    "video": (SimulatedPort("video", "videoUrl"), 0.5),
+    "audio": (SimulatedPort("audio", "audioUrl"), 0.06),
+    "text": (SimulatedPort("text", "text"), 0.01),
+}
+"""The output and the price in USD of each type of generation."""
 
 
 @cache
-def load_catalogue() -> Mapping[str, Technique]:
+def load_catalogue() -> Mapping[str, SimulatedTechnique]:
     """All techniques by their `tech_…` identifier, in the catalogue's order."""
     with (resources.files("tracker.simulator") / "techniques.tsv").open(encoding="utf-8") as lines:
         rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
     techniques = [
-        Technique(
+        SimulatedTechnique(
             technique_id=f"tech_{row['slug']}",
             name=row["name"],
             description=row["description"],
             run_cost=float(row["run_cost"]),
-            inputs=tuple(parse_port(text) for text in row["inputs"].split()),
-            outputs=tuple(parse_port(text) for text in row["outputs"].split()),
+            inputs=tuple(map(parse_port, row["inputs"].split())),
+            outputs=tuple(map(parse_port, row["outputs"].split())),
         )
         for row in rows
     ]
     return MappingProxyType({technique.technique_id: technique for technique in techniques})
 
 
-def find_technique(reference: str) -> Technique | None:
+def find_technique(reference: str) -> SimulatedTechnique | None:
     """The technique with that identifier or slug, if there is one."""
     catalogue = load_catalogue()
     return catalogue.get(reference) or catalogue.get(f"tech_{reference}")
 
 
-def parse_port(text: str) -> Port:
+def parse_port(text: str) -> SimulatedPort:
     """The input or output that `text` describes. Raises `ValueError` where it describes none."""
     parts = _PORT.fullmatch(text)
     if parts is None or parts["type"] not in _DESCRIPTIONS:
         raise ValueError(f"the catalogue holds an input or output that cannot be read: {text}")
-    return Port(
+    return SimulatedPort(
         id=parts["id"],
         type=parts["type"],
         aspect_ratio=f"{parts['wide']}:{parts['high']}" if parts["wide"] else None,

@@ -1,31 +1,44 @@
-"""The simulator's own routes: true records, what was asked of it, its faults, the media files."""
+"""The simulator's own routes: true records, counted requests, faults, and the media files.
 
-from collections.abc import Callable
+A media file is made from its output's identifier, so that each is different.
+"""
+
+import hashlib
+import io
+import struct
+import wave
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from shutil import rmtree
 from tempfile import mkdtemp
+from typing import Final
 from weakref import finalize
 
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from tracker.simulator.kinds import seconds
-from tracker.simulator.media import CONTENT_TYPES, media_bytes
+from tracker.simulator.errors import ErrorAnswer
+from tracker.simulator.option_types import parse_number
 from tracker.simulator.options import SECRETS
-from tracker.simulator.problems import Problem
-from tracker.simulator.validation import parse_body
+from tracker.simulator.starts import parse_body
 from tracker.simulator.world import World
 
+_CONTENT_TYPES: Final = {
+    "png": "image/png",
+    "mp4": "video/mp4",
+    "wav": "audio/wav",
+    "pdf": "application/pdf",
+}
 
-class Control:
-    """What no FLORA has: a look behind the scenes, without a key."""
+
+class ControlRoutes:
+    """Routes that FLORA does not have, without a key."""
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._files = Path()
-        self._remove_files: Callable[[], object] | None = None
+        self._files: Path | None = None
 
     def routes(self) -> list[Route]:
         """All routes, from the root."""
@@ -68,24 +81,20 @@ class Control:
 
     async def colleague(self, request: Request) -> Response:
         """Starts `{"technique": …, "count"?: 1}` as another program would, without callback."""
+        body = parse_body(await request.body())
         try:
-            body = parse_body(await request.body())
-            count = range(int(body.get("count", 1)))
-            runs = [self._world.start_colleague(str(body.get("technique"))) for _ in count]
-        except Problem as problem:
-            return problem.response()
+            wanted = self._world.sample_request(str(body.get("technique")))
+            count = int(body.get("count", 1))
         except (LookupError, TypeError, ValueError) as exc:
-            return Problem.invalid(("technique", str(exc))).response()
+            raise ErrorAnswer.invalid(("technique", str(exc))) from None
+        runs = [self._world.start(wanted, colleague=True) for _ in range(count)]
         return JSONResponse({"run_ids": [run.run_id for run in runs]})
 
     async def delete(self, request: Request) -> Response:
         """Deletes runs at FLORA: `{"run_ids": [...]}`."""
-        try:
-            run_ids = parse_body(await request.body()).get("run_ids")
-        except Problem as problem:
-            return problem.response()
+        run_ids = parse_body(await request.body()).get("run_ids")
         if not isinstance(run_ids, list) or not all(isinstance(one, str) for one in run_ids):
-            return Problem.invalid(("run_ids", "must be a list of identifiers")).response()
+            raise ErrorAnswer.invalid(("run_ids", "must be a list of identifiers"))
         self._world.delete(run_ids)
         return JSONResponse({"deleted": sorted(self._world.deleted)})
 
@@ -101,36 +110,114 @@ class Control:
         simulator's clock.
         """
         query = request.query_params
+        changes = parse_body(await request.body())
         try:
-            changes = parse_body(await request.body())
-            after, lasting = (seconds(query.get(name, "0")) for name in ("after", "seconds"))
+            after, lasting = (parse_number(query.get(name, "0")) for name in ("after", "seconds"))
             self._world.change(changes, after=after, seconds=lasting or None)
-        except Problem as problem:
-            return problem.response()
         except ValueError as exc:
             name, _, reason = str(exc).partition(": ")
-            return Problem.invalid((name, reason or name)).response()
+            raise ErrorAnswer.invalid((name, reason or name)) from None
         return await self.faults(request)
 
     async def media(self, request: Request) -> Response:
         """The file behind an output's link, whole or the range that is asked for."""
-        output_id, _, extension = request.path_params["name"].partition(".")
-        if not extension or self._world.media_extension(output_id) != extension:
-            return Problem(404, "not_found", "There is no such output.").response()
-        file = self._directory() / f"{output_id}.{extension}"
+        name = request.path_params["name"]
+        if name not in self._world.media_files:
+            raise ErrorAnswer.not_found("output")
+        output_id, _, extension = name.partition(".")
+        file = self._directory() / name
         if not file.exists():
-            file.write_bytes(media_bytes(output_id, extension))
-        return FileResponse(file, media_type=CONTENT_TYPES[extension])
+            file.write_bytes(_media_bytes(output_id, extension))
+        return FileResponse(file, media_type=_CONTENT_TYPES[extension])
 
     def close(self) -> None:
         """Removes the media files."""
-        if self._remove_files is not None:
-            self._remove_files()
-            self._remove_files = None
+        if self._files is not None:
+            rmtree(self._files, ignore_errors=True)
 
     def _directory(self) -> Path:
-        if self._remove_files is None:
+        if self._files is None:
             self._files = Path(mkdtemp(prefix="flora-simulator-"))
-            # Also where nobody closes: when this object goes, or the process ends.
-            self._remove_files = finalize(self, rmtree, self._files, ignore_errors=True)
+            # Also without `close`: when this object is collected, or the process ends.
+            finalize(self, rmtree, self._files, ignore_errors=True)
         return self._files
+
+
+def _media_bytes(output_id: str, extension: str) -> bytes:
+    """The content of an output's file.
+
+    Images, sounds and documents are valid; a video is only a container without a track.
+    """
+    seed = hashlib.sha256(output_id.encode()).digest()
+    match extension:
+        case "png":
+            return _png(seed)
+        case "wav":
+            return _wav(seed)
+        case "pdf":
+            return _pdf(output_id)
+        case _:
+            return _mp4(seed)
+
+
+def _png(seed: bytes, size: int = 96) -> bytes:
+    """A square that runs from one colour to another."""
+    first, last = seed[:3], seed[3:6]
+    rows = bytearray()
+    for y in range(size):
+        rows.append(0)  # the row's filter: none
+        for x in range(size):
+            at = (x + y) / (2 * size - 2)
+            rows += bytes(round(a + (b - a) * at) for a, b in zip(first, last, strict=True))
+    header = struct.pack(">IIBBBBB", size, size, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(rows))), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+
+
+def _wav(seed: bytes) -> bytes:
+    """A quarter of a second of a square wave."""
+    half_period = 8 + seed[0] % 24
+    samples = bytes(160 if i // half_period % 2 else 96 for i in range(2000))
+    file = io.BytesIO()
+    with wave.open(file, "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(1)
+        sound.setframerate(8000)
+        sound.writeframes(samples)
+    return file.getvalue()
+
+
+def _pdf(output_id: str) -> bytes:
+    """One page that names its output."""
+    text = b"BT /F1 12 Tf 20 60 Td (%s) Tj ET" % output_id.encode("ascii", "replace")
+    objects = (
+        b"<</Type/Catalog/Pages 2 0 R>>",
+        b"<</Type/Pages/Kids[3 0 R]/Count 1>>",
+        b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 240 120]/Contents 4 0 R"
+        b"/Resources<</Font<</F1 5 0 R>>>>>>",
+        b"<</Length %d>>stream\n%s\nendstream" % (len(text), text),
+        b"<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
+    )
+    file = bytearray(b"%PDF-1.4\n")
+    offsets = []
+    for number, content in enumerate(objects, 1):
+        offsets.append(len(file))
+        file += b"%d 0 obj%s endobj\n" % (number, content)
+    table = b"".join(b"%010d 00000 n \n" % offset for offset in offsets)
+    size = len(objects) + 1
+    return bytes(file) + (
+        b"xref\n0 %d\n0000000000 65535 f \n%strailer<</Size %d/Root 1 0 R>>\n"
+        b"startxref\n%d\n%%%%EOF\n" % (size, table, size, len(file))
+    )
+
+
+def _mp4(seed: bytes) -> bytes:
+    """A file type box and a data box of a few bytes."""
+    kind = b"isom" + struct.pack(">I", 512) + b"isomiso2mp41"
+    return b"".join(
+        struct.pack(">I", 8 + len(data)) + name + data
+        for name, data in ((b"ftyp", kind), (b"mdat", seed))
+    )

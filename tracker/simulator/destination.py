@@ -1,4 +1,5 @@
-"""Where callbacks may go, and who may ask: FLORA's rule, and this machine as the one exception.
+"""Where callbacks may go, and which hosts requests may name: FLORA's rule, and this machine as the
+one exception.
 
 FLORA calls back to public `https` addresses only. A simulator runs beside what it calls, so it
 also takes a loopback host, and there plain `http`. A page in someone's browser must not make it
@@ -21,7 +22,19 @@ _INTERNAL_SUFFIXES: Final = (".internal", ".local", ".lan", ".home.arpa", ".loca
 _RESOLVE_SECONDS: Final = 2.0
 
 
-async def refusal(url: str, resolve: Resolver | None = None) -> str | None:
+async def _resolve(host: str, port: int) -> list[Address]:
+    """The addresses of a name; none where it cannot be resolved within two seconds."""
+    try:
+        async with asyncio.timeout(_RESOLVE_SECONDS):
+            found = await asyncio.get_running_loop().getaddrinfo(
+                host, port, type=socket.SOCK_STREAM
+            )
+    except (OSError, TimeoutError, UnicodeError):
+        return []
+    return [ip_address(str(info[4][0]).partition("%")[0]) for info in found]
+
+
+async def refusal(url: str, resolve: Resolver = _resolve) -> str | None:
     """Why `url` cannot be a callback address, or None where it can.
 
     A public name is resolved, and refused where any of its addresses is private; one that cannot
@@ -34,29 +47,28 @@ async def refusal(url: str, resolve: Resolver | None = None) -> str | None:
         return "is not a URL"
     if not url.isascii() or parts.scheme not in ("http", "https") or not host:
         return "is not an http or https URL"
-    address = _literal(host)
-    if host == "localhost" or (address is not None and address.is_loopback):
+    if _is_loopback(host):
         return None
     if parts.scheme != "https":
         return "must be https, or http on a loopback host"
-    if address is not None:
+    if (address := _literal(host)) is not None:
         return None if address.is_global else "must not be a private or internal host"
     if "." not in host or host.endswith(_INTERNAL_SUFFIXES):
         return "must not be a private or internal host"
-    addresses = await (resolve or resolve_host)(host, port or 443)
+    addresses = await resolve(host, port or 443)
     if not all(address.is_global for address in addresses):
         return "must not resolve to a private or internal host"
     return None
 
 
-async def target(url: str, resolve: Resolver | None = None) -> tuple[str, dict[str, str]] | None:
+async def target(url: str) -> tuple[str, dict[str, str]] | None:
     """Where a callback to `url` is sent now, with the name of its host for TLS; `None` where that
     is not allowed, or not known."""
     parts = urlsplit(url)
     host = parts.hostname or ""
-    if host == "localhost" or ((literal := _literal(host)) is not None and literal.is_loopback):
+    if _is_loopback(host):
         return url, {}
-    addresses = await (resolve or resolve_host)(host, parts.port or 443)
+    addresses = await _resolve(host, parts.port or 443)
     if not addresses or not all(address.is_global for address in addresses):
         return None
     shown = f"[{addresses[0]}]" if addresses[0].version == 6 else str(addresses[0])
@@ -65,8 +77,8 @@ async def target(url: str, resolve: Resolver | None = None) -> tuple[str, dict[s
 
 
 def may_ask(host: str) -> bool:
-    """Whether a request with this `Host` or `Origin` was meant for a simulator: an address, or a
-    name that nobody can register and let point here."""
+    """Whether a request with this `Host` or `Origin` is meant for a simulator: an address, or a
+    name that cannot be registered and made to point here."""
     name = (urlsplit(host if "//" in host else f"//{host}").hostname or "").rstrip(".")
     if _literal(name) is not None:
         return True
@@ -82,13 +94,6 @@ def _literal(host: str) -> Address | None:
         return None
 
 
-async def resolve_host(host: str, port: int) -> list[Address]:
-    """The addresses of a name; none where it cannot be resolved within two seconds."""
-    try:
-        async with asyncio.timeout(_RESOLVE_SECONDS):
-            found = await asyncio.get_running_loop().getaddrinfo(
-                host, port, type=socket.SOCK_STREAM
-            )
-    except (OSError, TimeoutError, UnicodeError):
-        return []
-    return [ip_address(str(info[4][0]).partition("%")[0]) for info in found]
+def _is_loopback(host: str) -> bool:
+    address = _literal(host)
+    return host == "localhost" or (address is not None and address.is_loopback)

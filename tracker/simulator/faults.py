@@ -1,7 +1,7 @@
-"""What goes wrong with a request: too many, server errors, and connections that are cut."""
+"""What goes wrong with a request: 429, 500 and 503, cut connections, and a gateway in front."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from email.utils import formatdate
 from random import Random
 from typing import Any, Final, Literal
@@ -10,44 +10,52 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from tracker.simulator.errors import ErrorAnswer
 from tracker.simulator.options import Options
-from tracker.simulator.problems import Problem
 
-RequestFault = Literal["cut_before", "cut_after", "cut_within", "rate_limited", "error"]
+FaultName = Literal["cut_before", "cut_after", "cut_within", "rate_limited", "error"]
+Work = Coroutine[Any, Any, Response]
 
-_CUTS: Final[Sequence[RequestFault]] = ("cut_before", "cut_after", "cut_within")
-_RATE_LIMITED: Final = Problem(429, "rate_limited", "Too many requests for this workspace.")
+_CUTS: Final[Sequence[FaultName]] = ("cut_before", "cut_after", "cut_within")
+_RATE_LIMITED: Final = ErrorAnswer(429, "rate_limited", "Too many requests for this workspace.")
 _SERVER_ERRORS: Final = (
-    Problem(500, "internal_error", "Something went wrong on our side."),
-    Problem(500, "unknown_error", "Something went wrong on our side."),
-    Problem(503, "service_unavailable", "The service is not available."),
+    ErrorAnswer(500, "internal_error", "Something went wrong on our side."),
+    ErrorAnswer(500, "unknown_error", "Something went wrong on our side."),
+    ErrorAnswer(503, "service_unavailable", "The service is not available."),
 )
 _NO_JSON: Final = (
     (500, "text/plain; charset=utf-8", "Internal Server Error"),
     (503, "text/html; charset=utf-8", "<html><body><h1>503 Service Unavailable</h1></body></html>"),
     (503, "application/json", '{"error":{"code":"service_un'),
 )
+_GATEWAY_TITLES: Final = {
+    "502": "Bad Gateway",
+    "503": "Service Temporarily Unavailable",
+    "504": "Gateway Time-out",
+    "404": "Not Found",
+    "page": "Welcome",
+}
 
 
-class Throw:
-    """The throws for one request: which fault strikes it, and how."""
+class RequestFault:
+    """The fault of one request, if it has any, and how it shows."""
 
     def __init__(self, options: Options, number: int) -> None:
-        self._options = options
-        self._dice = Random(f"{options.seed}/request/{number}")
-        cut, rate_limit, errors = (self._dice.random() for _ in range(3))
-        self.fault: RequestFault | None = None
+        self._retry_after = options.retry_after
+        self._random = Random(f"{options.seed}/request/{number}")
+        cut, rate_limit, errors = (self._random.random() for _ in range(3))
+        self.name: FaultName | None = None
         if cut < options.cut:
-            self.fault = self._dice.choice(_CUTS)
+            self.name = self._random.choice(_CUTS)
         elif rate_limit < options.rate_limit:
-            self.fault = "rate_limited"
+            self.name = "rate_limited"
         elif errors < options.errors:
-            self.fault = "error"
+            self.name = "error"
 
     def too_many(self, now_ms: int) -> Response:
         """A 429: half of them name seconds, a quarter a date, a quarter nothing."""
         response = _RATE_LIMITED.response()
-        style, wait = self._dice.random(), self._options.retry_after
+        style, wait = self._random.random(), self._retry_after
         if style < 0.5:
             response.headers["retry-after"] = str(wait)
         elif style < 0.75:
@@ -57,13 +65,51 @@ class Throw:
 
     def server_error(self) -> Response:
         """A 500 or 503; four in ten have a body that is no JSON."""
-        if self._dice.random() < 0.4:
-            status, media_type, text = self._dice.choice(_NO_JSON)
+        if self._random.random() < 0.4:
+            status, media_type, text = self._random.choice(_NO_JSON)
             return Response(text, status, media_type=media_type)
-        return self._dice.choice(_SERVER_ERRORS).response()
+        return self._random.choice(_SERVER_ERRORS).response()
 
 
-class Connections:
+class GatewayFault:
+    """What a gateway in front of FLORA does with one request: it forwards it, or answers itself,
+    while the work behind it may go on."""
+
+    def __init__(self, options: Options, route: str, number: int) -> None:
+        kind = "reads"
+        if route.endswith(".start"):
+            kind = "starts"
+        elif route.endswith(".list"):
+            kind = "pages"
+        rate: float = max(options.gateway, getattr(options, f"gateway_{kind}"))
+        random = Random(f"{options.seed}/gateway/{number}")
+        self.strikes = random.random() < rate
+        self._works = random.random() < options.gateway_works
+        self._answer = random.choice(options.gateway_answers or ("502",))
+        seconds = options.gateway_seconds
+        self._patience = None if seconds is None else seconds / options.speed
+
+    async def answer(
+        self,
+        work: Callable[[], Work],
+        run_in_background: Callable[[Work], asyncio.Task[Any]],
+        now_ms: int,
+    ) -> Response:
+        """The gateway's answer; the work goes on behind it where its request reaches FLORA."""
+        if self._works:
+            await asyncio.wait({run_in_background(work())}, timeout=self._patience)
+        headers = {"date": formatdate(now_ms / 1000, usegmt=True), "server": "nginx"}
+        if self._answer == "empty":
+            return Response(status_code=200, headers=headers)
+        status = 200 if self._answer == "page" else int(self._answer)
+        title = _GATEWAY_TITLES[self._answer]
+        if status != 200:
+            title = f"{status} {title}"
+        html = f"<html><head><title>{title}</title></head><body><h1>{title}</h1></body></html>"
+        return Response(html, status, headers, media_type="text/html")
+
+
+class OpenConnections:
     """The open connections of a server, so that one can be cut as a network would."""
 
     def __init__(self) -> None:
@@ -95,10 +141,10 @@ class Connections:
         return True
 
 
-class Cut(Response):
+class CutConnection(Response):
     """Instead of an answer, the end of the connection, perhaps in the middle of an answer."""
 
-    def __init__(self, connections: Connections, begun: Response | None = None) -> None:
+    def __init__(self, connections: OpenConnections, begun: Response | None = None) -> None:
         super().__init__(status_code=500)
         self._connections = connections
         self._begun = begun

@@ -4,55 +4,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, Literal
 
-from tracker.simulator.kinds import (
+from tracker.simulator.errors import CODES
+from tracker.simulator.option_types import (
     Parse,
     choice,
     flag,
     listed,
     number,
-    positive,
-    seconds,
+    one_of,
+    parse_number,
+    parse_positive,
     share,
     table,
     text,
     whole,
 )
 
-CALLBACK_FAULTS: Final = ("drop", "duplicate", "early", "late", "reorder", "bad_signature")
-"""What can happen to a run's callback. Decided when the run starts."""
-
-GATEWAY_ANSWERS: Final = ("502", "503", "504", "404", "empty", "page")
-"""What the gateway answers: an HTML error, an empty 200, or a 200 with an HTML page."""
-
-CODES: Final[Mapping[str, int]] = {
-    "invalid_json": 400,
-    "input_validation_error": 400,
-    "unauthorized": 401,
-    "invalid_api_key": 401,
-    "insufficient_credits": 402,
-    "forbidden": 403,
-    "paid_plan_required": 403,
-    "not_found": 404,
-    "conflict": 409,
-    "rate_limited": 429,
-    "internal_error": 500,
-    "unknown_error": 500,
-    "service_unavailable": 503,
-}
-"""FLORA's error codes, each with its status."""
-
-
-def _one_of(names: tuple[str, ...]) -> Parse:
-    def parse(value: object) -> str:
-        if str(value) not in names:
-            raise ValueError(f"{value} is none of {', '.join(names)}")
-        return str(value)
-
-    return parse
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Workspace:
+class SimulatedWorkspace:
     """A workspace and the one API key that belongs to it.
 
     `webhook_secret` may be several, separated by commas: a callback is then signed with each, as
@@ -92,7 +62,7 @@ class Options:
     run_seconds: float = 20.0
     callback_timeout: float = 10.0
     project_id: str = "prj_simulator"
-    more_workspaces: tuple[Workspace, ...] = ()
+    more_workspaces: tuple[SimulatedWorkspace, ...] = ()
     later: tuple[tuple[float, Mapping[str, object]], ...] = field(default=(), repr=False)
 
     # The workspace
@@ -128,7 +98,7 @@ class Options:
         "502",
         "503",
         "504",
-        each=_one_of(GATEWAY_ANSWERS),
+        each=one_of("502", "503", "504", "404", "empty", "page"),
     )
     gateway_works: float = share("requests that reach FLORA behind the gateway all the same", 1.0)
     gateway_seconds: float | None = number(
@@ -138,7 +108,7 @@ class Options:
     refuse: Mapping[str, str] = table(
         "routes and the error code they answer, as `generations.list:not_found`; `filtered`: lists"
         " with a filter",
-        _one_of(tuple(CODES)),
+        one_of(*CODES),
     )
     refusals: float = share("requests of these routes that are refused", 1.0)
     field_details: bool = flag("errors name `code` and `valid_values` of each field")
@@ -185,7 +155,7 @@ class Options:
     # Techniques
     price_factor: float = number("multiplies every technique's `run_cost`", 1.0)
     prices: Mapping[str, float] = table(
-        "techniques and their `run_cost`, as `icon-pack:20`", seconds
+        "techniques and their `run_cost`, as `icon-pack:20`", parse_number
     )
     new_inputs: Mapping[str, str] = table(
         "techniques and an input each gains, as `icon-pack:style:text?`"
@@ -222,7 +192,7 @@ class Options:
     bill_seconds: tuple[float, ...] = listed(
         "seconds between the end and a late bill or refund; of several, one by the seed",
         60.0,
-        each=seconds,
+        each=parse_number,
     )
     missing_bills: float = share("completed runs never show a cost")
     corrections: float = share("the cost shown first is too high or too low and corrected later")
@@ -260,10 +230,7 @@ class Options:
         for name, value in self.changeable.items():
             object.__setattr__(self, name, _checked(name, value))
         for name in ("speed", "run_seconds", "callback_timeout"):
-            try:
-                positive(getattr(self, name))
-            except ValueError as exc:
-                raise ValueError(f"{name}: {exc}") from None
+            _parsed(name, parse_positive, getattr(self, name))
         keys = [workspace.api_key for workspace in self.workspaces]
         if len(set(keys)) < len(keys):
             raise ValueError("more_workspaces: one key belongs to one workspace")
@@ -274,20 +241,15 @@ class Options:
                 _checked(name, value)
 
     @property
-    def workspaces(self) -> tuple[Workspace, ...]:
+    def workspaces(self) -> tuple[SimulatedWorkspace, ...]:
         """All workspaces, the first one first."""
-        first = Workspace(
+        first = SimulatedWorkspace(
             workspace_id=self.workspace_id,
             api_key=self.api_key,
             webhook_secret=self.webhook_secret,
             project_id=self.project_id,
         )
         return (first, *self.more_workspaces)
-
-    @property
-    def rates(self) -> dict[str, float]:
-        """The rates by name."""
-        return {name: getattr(self, name) for name in RATES}
 
     @property
     def changeable(self) -> dict[str, Any]:
@@ -301,14 +263,16 @@ class Options:
         """
         return replace(self, **{name: _checked(name, value) for name, value in changes.items()})
 
-    with_rates = with_changes
-
 
 def _checked(name: str, value: object) -> Any:
     if name not in _PARSE:
         raise ValueError(f"{name}: is no option that can be changed")
+    return _parsed(name, _PARSE[name], value)
+
+
+def _parsed(name: str, parse: Parse, value: object) -> Any:
     try:
-        return _PARSE[name](value)
+        return parse(value)
     except ValueError as exc:
         raise ValueError(f"{name}: {exc}") from None
 
@@ -322,6 +286,3 @@ HELP: Final[Mapping[str, str]] = {f.name: f.metadata["help"] for f in fields(Opt
 
 SECRETS: Final = frozenset(f.name for f in fields(Options) if f.metadata.get("secret"))
 """The options that are not shown."""
-
-RATES: Final = tuple(f.name for f in fields(Options) if f.metadata.get("share"))
-"""The options that are shares, 0 to 1."""

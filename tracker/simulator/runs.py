@@ -1,23 +1,63 @@
-"""A run as a function of the clock, and the shapes in which FLORA tells of it.
+"""A run as a function of the clock, and the forms in which FLORA shows it.
 
-Nothing ticks: a run knows from its start when it will end and how, and its status is computed when
-somebody asks. All times here are Unix milliseconds.
+Nothing ticks: a run knows from its start when it will end and how, and its status is computed for
+each read. All times here are Unix milliseconds.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
 
-from tracker.simulator.bill import Bill
-from tracker.simulator.catalogue import Technique
-from tracker.simulator.fate import Fate, digest
-from tracker.simulator.options import Workspace
+from tracker.simulator.catalogue import GENERATIONS, SimulatedPort, SimulatedTechnique
+from tracker.simulator.options import SimulatedWorkspace
 
-Shape = Mapping[str, Any]
+if TYPE_CHECKING:
+    from tracker.simulator.making import RandomDraws
+
+RunType = Literal["technique", "generation"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRequest:
+    """What is to run: a technique with its inputs, or a model for a type of generation."""
+
+    technique: SimulatedTechnique | None = None
+    inputs: tuple[Mapping[str, Any], ...] = ()
+    generation: str = ""
+    model: str | None = None
+
+    @property
+    def run_type(self) -> RunType:
+        """Which of the two it is."""
+        return "generation" if self.technique is None else "technique"
+
+    @property
+    def outputs(self) -> tuple[SimulatedPort, ...]:
+        """What it makes."""
+        if self.technique is None:
+            return (GENERATIONS[self.generation][0],)
+        return self.technique.outputs
+
+    @property
+    def price(self) -> float:
+        """What it costs, in USD."""
+        return (
+            GENERATIONS[self.generation][1] if self.technique is None else self.technique.run_cost
+        )
+
+    @property
+    def unreachable(self) -> bool:
+        """Whether an input links to a host under `.invalid`, which never answers."""
+        return any(
+            item["type"] != "text" and (urlsplit(item["value"]).hostname or "").endswith(".invalid")
+            for item in self.inputs
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
+class SimulatedOutput:
     """One output of a run. For type "text", `url` is the text itself."""
 
     output_id: str
@@ -32,20 +72,40 @@ class Output:
         return {"output_id": self.output_id, "type": self.type, "url": url}
 
 
+@dataclass(frozen=True, slots=True)
+class RunBill:
+    """A run's true cost in USD, and what reads of the run show in its place.
+
+    `steps` are pairs of a moment and the cost shown from then on, oldest first; None stands for no
+    cost. The last step shows `amount`, or never shows a cost.
+    """
+
+    amount: float
+    quote: float | None
+    steps: tuple[tuple[int, float | None], ...]
+
+    @property
+    def final_ms(self) -> int:
+        """The moment from which the shown cost does not change any more."""
+        return self.steps[-1][0]
+
+    def shown(self, now_ms: int) -> float | None:
+        """The cost that a read shows at a moment."""
+        return next((cost for since, cost in reversed(self.steps) if since <= now_ms), None)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedRun:
-    """One run: its past and its future. `technique` or `model` is set, by `run_type`.
+    """One run: its past and its future.
 
     `started_ms` is None for a run that fails before it is started.
     """
 
-    fate: Fate
+    run_id: str
     ordinal: int
-    run_type: Literal["technique", "generation"]
-    workspace: Workspace
-    technique: Technique | None
-    model: str | None
-    inputs: tuple[Shape, ...]
+    request: RunRequest
+    draws: "RandomDraws"
+    workspace: SimulatedWorkspace
     callback_url: str | None
     faults: frozenset[str]
     """What happens to its callback: names from `CALLBACK_FAULTS`."""
@@ -55,24 +115,29 @@ class SimulatedRun:
     error_code: str | None
     """Why it fails; None for a run that completes."""
     error_message: str | None
-    bill: Bill
-    outputs: tuple[Output, ...]
+    bill: RunBill
+    outputs: tuple[SimulatedOutput, ...]
     outputs_ms: int
     """When its outputs appear; at its end or later."""
     poll_url: str
-    unfinished_name: str | None = None
+    unfinished_name: str | None
     """The status that it shows in place of `pending` and `running`."""
-    end_name: str | None = None
+    end_name: str | None
     """The status that it ends with in place of the documented ones."""
-    full_progress: bool = False
+    full_progress: bool
     """Whether it reports progress 100 also where it fails."""
-    colleague: bool = False
+    colleague: bool
     """Whether another program started it."""
 
     @property
-    def run_id(self) -> str:
-        """FLORA's `run_…` identifier."""
-        return self.fate.run_id
+    def technique(self) -> SimulatedTechnique | None:
+        """What it runs; None for a generation."""
+        return self.request.technique
+
+    @property
+    def inputs(self) -> tuple[Mapping[str, Any], ...]:
+        """What it was started with."""
+        return self.request.inputs
 
     @property
     def cost(self) -> float:
@@ -90,9 +155,10 @@ class SimulatedRun:
         return self.end_name or ("completed" if self.succeeds else "failed")
 
     @property
-    def final_ms(self) -> int:
-        """The moment from which reads of the run do not change any more."""
-        return max(self.completed_ms, self.outputs_ms, self.bill.final_ms)
+    def error(self) -> dict[str, str]:
+        """Why the run fails, as FLORA shows it; empty for a run that completes."""
+        error = {"error_code": self.error_code, "error_message": self.error_message}
+        return {name: text for name, text in error.items() if text is not None}
 
     def status(self, now_ms: int) -> str:
         """The status at a moment."""
@@ -103,7 +169,7 @@ class SimulatedRun:
 
     def progress(self, now_ms: int) -> int:
         """Per cent done at a moment; a failed run stays where it stopped."""
-        last = 100 if self.succeeds else self.fate.failed_progress
+        last = 100 if self.succeeds else self.draws.failed_progress
         if now_ms >= self.completed_ms:
             if self.full_progress:
                 return 100
@@ -115,23 +181,27 @@ class SimulatedRun:
 
     def as_read(self, now_ms: int, unit: str = "ms", read: int | None = None) -> dict[str, Any]:
         """The run as the API answers it at a moment; `read` signs its links for that read."""
+
+        def time(moment_ms: int) -> float:
+            return moment_ms / 1000 if unit == "s" else moment_ms
+
         shown: dict[str, Any] = {
             "run_id": self.run_id,
             "status": self.status(now_ms),
             "progress": self.progress(now_ms),
-            "created_at": _in_unit(self.created_ms, unit),
+            "created_at": time(self.created_ms),
             "poll_url": self.poll_url,
         }
         if self.started_ms is not None and now_ms >= self.started_ms:
-            shown["started_at"] = _in_unit(self.started_ms, unit)
+            shown["started_at"] = time(self.started_ms)
         if now_ms >= self.completed_ms:
-            shown["completed_at"] = _in_unit(self.completed_ms, unit)
+            shown["completed_at"] = time(self.completed_ms)
             shown |= self.error
             # Before its outputs appear, a run shows an empty list of them or none.
-            if self.succeeds and (now_ms >= self.outputs_ms or self.fate.shows_zeros):
-                there = self.outputs if now_ms >= self.outputs_ms else ()
-                shown["outputs"] = [output.shown(read) for output in there]
-        elif self.fate.shows_zeros:
+            if self.succeeds and (now_ms >= self.outputs_ms or self.draws.shows_zeros):
+                outputs = self.outputs if now_ms >= self.outputs_ms else ()
+                shown["outputs"] = [output.shown(read) for output in outputs]
+        elif self.draws.shows_zeros:
             shown |= {"charged_cost": 0, "completed_at": 0}
         cost = self.bill.shown(now_ms)
         if cost is not None:
@@ -143,7 +213,7 @@ class SimulatedRun:
 
         Where the run ends early, the answer may already be stale when it leaves.
         """
-        stale = "early" in self.faults and not self.fate.answers_end
+        stale = "early" in self.faults and not self.draws.answers_end
         return self.as_read(self.created_ms - 1 if stale else self.created_ms, unit)
 
     def history_item(
@@ -162,7 +232,7 @@ class SimulatedRun:
             }
         else:
             item["generation_id"] = self.run_id
-            item["model"] = {"model_id": self.model}
+            item["model"] = {"model_id": self.request.model}
         if not with_outputs and item["status"] == "completed":
             item.pop("outputs", None)
             item.pop("charged_cost", None)
@@ -171,14 +241,14 @@ class SimulatedRun:
     def record(self, now_ms: int) -> dict[str, Any]:
         """The simulator's own record: the history item in full, and under `end` what reads of the
         run will show once nothing changes any more."""
-        item = self.history_item(now_ms, unit="ms", with_outputs=True)
-        return item | {
-            "run_type": self.run_type,
+        final_ms = max(self.completed_ms, self.outputs_ms, self.bill.final_ms)
+        return self.history_item(now_ms, unit="ms", with_outputs=True) | {
+            "run_type": self.request.run_type,
             "ordinal": self.ordinal,
             "callback_url": self.callback_url,
             "faults": sorted(self.faults),
             "colleague": self.colleague,
-            "end": self.as_read(max(now_ms, self.final_ms)),
+            "end": self.as_read(max(now_ms, final_ms)),
         }
 
     def billed(self, now_ms: int) -> dict[str, Any]:
@@ -196,12 +266,7 @@ class SimulatedRun:
             "priced": self.bill.shown(self.bill.final_ms) is not None,
         }
 
-    @property
-    def error(self) -> dict[str, str]:
-        """Why the run fails, as FLORA says it; empty for a run that completes."""
-        said = {"error_code": self.error_code, "error_message": self.error_message}
-        return {name: text for name, text in said.items() if text is not None}
 
-
-def _in_unit(moment_ms: int, unit: str) -> float:
-    return moment_ms / 1000 if unit == "s" else moment_ms
+def digest(*parts: object) -> str:
+    """A short identifier that the parts determine: 20 hexadecimal digits."""
+    return hashlib.sha256("/".join(map(str, parts)).encode()).hexdigest()[:20]

@@ -1,22 +1,92 @@
-"""The simulator over real HTTP: inside a test, or alone until it is told to stop."""
+"""The simulator as an ASGI application, and over HTTP: inside a test, or until it is stopped."""
 
 import asyncio
 import contextlib
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import uvicorn
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Mount
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tracker.core.clock import Clock, utc_now
-from tracker.simulator.app import assemble
-from tracker.simulator.callbacks import Courier
-from tracker.simulator.faults import Connections
-from tracker.simulator.options import Options, Workspace
-from tracker.simulator.runs import SimulatedRun
+from tracker.simulator.api import SimulatedApi
+from tracker.simulator.callbacks import CallbackSender
+from tracker.simulator.control import ControlRoutes
+from tracker.simulator.destination import may_ask
+from tracker.simulator.errors import ErrorAnswer
+from tracker.simulator.faults import OpenConnections
+from tracker.simulator.options import Options, SimulatedWorkspace
+from tracker.simulator.runs import RunRequest, SimulatedRun
 from tracker.simulator.world import World
+
+
+def build_app(options: Options | None = None, *, clock: Clock = utc_now) -> Starlette:
+    """A simulator as an application of its own, for any ASGI server or transport.
+
+    Its world is `app.state.world`, its callback sender `app.state.sender`. Behind a foreign server
+    a cut connection shows as an error of the application; `running` and `serve` cut for real.
+    """
+    return _build_app(World(options or Options(), clock=clock), OpenConnections())
+
+
+def _build_app(world: World, connections: OpenConnections) -> Starlette:
+    sender = CallbackSender(world)
+    api, control = SimulatedApi(world, sender, connections), ControlRoutes(world)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        await sender.close()
+        control.close()
+
+    app = Starlette(
+        routes=[Mount("/api/v1", routes=api.routes()), *control.routes()],
+        exception_handlers=dict.fromkeys(
+            (ErrorAnswer, HTTPException, ClientDisconnect), _answer_error
+        ),
+        middleware=[Middleware(_OwnHostOnly)],
+        lifespan=lifespan,
+    )
+    app.state.world = world
+    app.state.sender = sender
+    app.router.redirect_slashes = False
+    return app
+
+
+class _OwnHostOnly:
+    """Refuses requests from a page of another site, also from one whose name now points here."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers = Headers(scope=scope)
+            hosts = [headers.get("host", ""), *headers.getlist("origin")]
+            if not all(map(may_ask, hosts)):
+                text = "Ask this simulator by its address, or by a name without dots."
+                await ErrorAnswer(403, "forbidden", text).response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+async def _answer_error(request: Request, exc: Exception) -> Response:
+    if isinstance(exc, HTTPException):
+        if exc.status_code == 405:
+            exc = ErrorAnswer(405, "method_not_allowed", "This route has no such method.")
+        else:
+            exc = ErrorAnswer.not_found("route")
+    return exc.response() if isinstance(exc, ErrorAnswer) else Response(status_code=400)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +94,7 @@ class Simulator:
     """A simulator that is being served. All of it lives in the loop that serves it."""
 
     world: World
-    courier: Courier
+    sender: CallbackSender
 
     @property
     def root(self) -> str:
@@ -53,37 +123,38 @@ class Simulator:
         inputs: Sequence[Mapping[str, Any]] | None = None,
         *,
         callback_url: str | None = None,
-        workspace: Workspace | None = None,
+        workspace: SimulatedWorkspace | None = None,
     ) -> SimulatedRun:
-        """Starts a run as somebody else would, past the API and so untouched by its faults.
+        """Starts a run past the API and so untouched by its faults.
 
         Raises `LookupError` for a technique that is not in the catalogue.
         """
-        found = self.world.technique(technique)
-        if found is None:
-            raise LookupError(f"there is no technique {technique}")
-        run = self.world.start_technique(
-            found,
-            found.sample_inputs() if inputs is None else inputs,
-            callback_url=callback_url,
-            workspace=workspace,
-        )
-        self.courier.schedule(run)
-        return run
+        request = self.world.sample_request(technique)
+        if inputs is not None:
+            request = replace(request, inputs=tuple(inputs))
+        return self._start(request, callback_url, workspace)
 
     def start_generation(
         self, kind: str = "image", *, callback_url: str | None = None
     ) -> SimulatedRun:
-        """Starts a generation run as somebody else would."""
-        run = self.world.start_generation(kind, f"{kind}-standard", callback_url=callback_url)
-        self.courier.schedule(run)
-        return run
+        """Starts a generation in the same way."""
+        return self._start(RunRequest(generation=kind, model=f"{kind}-standard"), callback_url)
 
     async def quiet(self) -> None:
-        """Waits until all runs have ended and every callback was taken or given up."""
+        """Waits until all runs have ended and every callback was accepted or given up."""
         ends = [run.completed_ms for run in self.world.runs.values()]
         await asyncio.sleep(max(0, max(ends, default=0) - self.world.now_ms()) / 1000)
-        await self.courier.idle()
+        await self.sender.idle()
+
+    def _start(
+        self,
+        request: RunRequest,
+        callback_url: str | None,
+        workspace: SimulatedWorkspace | None = None,
+    ) -> SimulatedRun:
+        run = self.world.start(request, callback_url=callback_url, workspace=workspace)
+        self.sender.schedule(run)
+        return run
 
 
 @contextlib.asynccontextmanager
@@ -105,10 +176,11 @@ async def running(
     # as head and body, waits 40 ms for the client's acknowledgement. Connections inherit it.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     world = World(options or Options(), clock=clock, root=_root(host, listener.getsockname()[1]))
-    courier, connections = Courier(world), Connections()
+    connections = OpenConnections()
+    app = _build_app(world, connections)
     server = _Server(
         uvicorn.Config(
-            assemble(world, courier, connections),
+            app,
             http=connections.protocol(),
             ws="none",
             lifespan="on",
@@ -128,7 +200,7 @@ async def running(
         ready.cancel()
         if serving.done():
             await serving
-        yield Simulator(world, courier)
+        yield Simulator(world, app.state.sender)
     finally:
         server.stop()
         await serving
@@ -147,17 +219,16 @@ def serve(
     Raises `OSError` where the address cannot be bound.
     """
 
-    async def until_told() -> None:
-        told = asyncio.Event()
-        loop = asyncio.get_running_loop()
+    async def serve_until_signal() -> None:
+        stop = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, told.set)
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
         async with running(options, host=host, port=port) as simulator:
             if on_ready is not None:
                 on_ready(simulator)
-            await told.wait()
+            await stop.wait()
 
-    asyncio.run(until_told())
+    asyncio.run(serve_until_signal())
 
 
 def _root(host: str, port: int) -> str:
@@ -166,7 +237,7 @@ def _root(host: str, port: int) -> str:
 
 
 class _Server(uvicorn.Server):
-    """A server that says when it is ready, stops when told, and leaves signals to its owner."""
+    """A server that signals when it is ready, stops on `stop`, and leaves signals to its owner."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -182,7 +253,7 @@ class _Server(uvicorn.Server):
         self.ready.set()
 
     async def main_loop(self) -> None:
-        # Not ten times a second, as a server that has to look for signals does.
+        # Not ten times a second, as a server that has to check for signals does.
         while not await self.on_tick(0):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), 1)

@@ -1,6 +1,6 @@
 """Everything that exists in one simulated FLORA: techniques, runs and what was done with them.
 
-All of it is in memory. The world never waits and never talks to anybody; the clock is given.
+All of it is in memory. The world never waits and does no input or output; its clock is an argument.
 """
 
 import heapq
@@ -8,27 +8,31 @@ from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from tracker.core.clock import Clock, utc_now
-from tracker.simulator.catalogue import Technique, find_technique, load_catalogue, parse_port
-from tracker.simulator.delivery import Attempt
-from tracker.simulator.fate import fate_of
-from tracker.simulator.idempotency import KeyStore
-from tracker.simulator.making import Order, generation_order, make_run, technique_order
-from tracker.simulator.media import EXTENSIONS
-from tracker.simulator.options import Options, Workspace
-from tracker.simulator.preset import RUN_TYPES, Listing, PresetHistory, RunType
-from tracker.simulator.problems import Problem
-from tracker.simulator.runs import SimulatedRun
+from tracker.simulator.catalogue import (
+    SimulatedTechnique,
+    find_technique,
+    load_catalogue,
+    parse_port,
+)
+from tracker.simulator.errors import ErrorAnswer
+from tracker.simulator.history import RUN_TYPES, PresetHistory, RunListing
+from tracker.simulator.making import make_run
+from tracker.simulator.options import Options, SimulatedWorkspace
+from tracker.simulator.runs import RunRequest, RunType, SimulatedRun, digest
 
-_REMEMBERED: Final = 100_000
+if TYPE_CHECKING:
+    from tracker.simulator.callbacks import CallbackAttempt
 
-Change = tuple[float, int, Mapping[str, object], float | None]
+_LOGGED_REQUESTS: Final = 100_000
+
+_PlannedChange = tuple[float, int, Mapping[str, object], float | None]
 """When it is due (Unix milliseconds), its number, the new values, and for how many seconds."""
 
 
-class Asked(NamedTuple):
+class RequestRecord(NamedTuple):
     """A request to the API: its route, the run that it is about, when it came (Unix milliseconds)
     and what was answered (0: the connection was cut)."""
 
@@ -43,9 +47,10 @@ class World:
 
     `runs` holds every run that was started, by its identifier, oldest first, with those that were
     `deleted`; `deliveries` what became of each attempt at a callback; `counts` how often each route
-    gave each status (0: the connection was cut), and `asked` the last requests one by one.
+    gave each status (0: the connection was cut), and `request_log` the last requests one by one.
     `started_with` holds the idempotency key of each run that was started with one, by the run's
-    identifier. `root` is where this FLORA is reached, without `/api/v1`.
+    identifier, and `media_files` the names of the files behind output links (preset runs have
+    none). `root` is where this FLORA is reached, without `/api/v1`.
     """
 
     def __init__(
@@ -56,15 +61,14 @@ class World:
         self.deleted: set[str] = set()
         self.started_with: dict[str, str] = {}
         self.counts: Counter[tuple[str, int]] = Counter()
-        self.asked: deque[Asked] = deque(maxlen=_REMEMBERED)
-        self.deliveries: list[Attempt] = []
-        self.keys = KeyStore()
+        self.request_log: deque[RequestRecord] = deque(maxlen=_LOGGED_REQUESTS)
+        self.deliveries: list[CallbackAttempt] = []
+        self.media_files: set[str] = set()
         self.requests = 0
         self._clock = clock
         self._options = options
-        self._changes: list[Change] = []
-        self._changed = 0
-        self._media: dict[str, str] = {}
+        self._changes: list[_PlannedChange] = []
+        self._change_count = 0
         self._spent = 0.0
         self._presets: dict[RunType, PresetHistory] = {}
         self._begun_ms = self.now_ms()
@@ -79,7 +83,7 @@ class World:
             before = {name: getattr(self._options, name) for name in changes}
             self._options = self._options.with_changes(changes)
             if seconds is not None:
-                self._schedule(due_ms + seconds * 1000, before, None)
+                self._plan(due_ms + seconds * 1000, before, None)
         return self._options
 
     @options.setter
@@ -89,77 +93,77 @@ class World:
     def change(
         self, changes: Mapping[str, object], *, after: float = 0, seconds: float | None = None
     ) -> None:
-        """Changes options `after` so many seconds, for `seconds` or for good, by the world's clock.
-
-        Raises `ValueError` as `Options.with_changes` does.
-        """
+        """Changes options after a number of seconds, for `seconds` or for good, by the world's
+        clock. Raises `ValueError` as `Options.with_changes` does."""
         self.options.with_changes(changes)
-        self._schedule(self.true_ms() + after * 1000, changes, seconds)
+        self._plan(self.true_ms() + after * 1000, changes, seconds)
 
     def true_ms(self) -> int:
-        """The present moment in Unix milliseconds by the clock that is given."""
+        """The present moment in Unix milliseconds by the world's clock."""
         return int(self._clock().timestamp() * 1000)
 
     def now_ms(self) -> int:
         """The present moment in Unix milliseconds by FLORA's clock."""
         return self.true_ms() + int(self.options.clock_offset * 1000)
 
-    def next_request(self) -> int:
-        """The number of a request that comes in now, from 1."""
-        self.requests += 1
-        return self.requests
-
-    def workspace_of(self, api_key: str) -> Workspace | None:
+    def workspace_of(self, api_key: str) -> SimulatedWorkspace | None:
         """The workspace that a key belongs to."""
         return next((w for w in self.options.workspaces if w.api_key == api_key), None)
 
-    def techniques(self) -> Sequence[Technique]:
+    def techniques(self) -> Sequence[SimulatedTechnique]:
         """The whole catalogue, at the prices and with the inputs of this moment."""
         return tuple(map(self._present, load_catalogue().values()))
 
-    def technique(self, reference: str) -> Technique | None:
+    def technique(self, reference: str) -> SimulatedTechnique | None:
         """The technique with that identifier or slug as it is at this moment, if there is one."""
         found = find_technique(reference)
         return found and self._present(found)
 
-    def start_technique(
-        self,
-        technique: Technique,
-        inputs: Sequence[Mapping[str, Any]],
-        *,
-        callback_url: str | None = None,
-        workspace: Workspace | None = None,
-        unreachable: bool = False,
-        colleague: bool = False,
-    ) -> SimulatedRun:
-        """Starts a run. Raises `Problem` (402) where the credits do not suffice."""
-        order = technique_order(technique, tuple(inputs), unreachable=unreachable)
-        return self._start(order, callback_url, workspace, colleague=colleague)
+    def sample_request(self, technique: str) -> RunRequest:
+        """A technique with inputs that it accepts.
 
-    def start_generation(
-        self,
-        kind: str,
-        model: str,
-        *,
-        callback_url: str | None = None,
-        workspace: Workspace | None = None,
-    ) -> SimulatedRun:
-        """Starts a generation. Raises `Problem` (402) where the credits do not suffice."""
-        return self._start(generation_order(kind, model), callback_url, workspace)
-
-    def start_colleague(self, technique: str, workspace: Workspace | None = None) -> SimulatedRun:
-        """Starts a technique as another program with the workspace's key would, without callback.
-
-        Raises `LookupError` for a technique that is not in the catalogue, `Problem` (402) where the
-        credits do not suffice.
+        Raises `LookupError` for a technique that is not in the catalogue.
         """
         found = self.technique(technique)
         if found is None:
             raise LookupError(f"there is no technique {technique}")
-        inputs = found.sample_inputs()
-        return self.start_technique(found, inputs, workspace=workspace, colleague=True)
+        return RunRequest(technique=found, inputs=tuple(found.sample_inputs()))
 
-    def find(self, run_id: str, workspace: Workspace) -> SimulatedRun | None:
+    def start(
+        self,
+        request: RunRequest,
+        *,
+        callback_url: str | None = None,
+        workspace: SimulatedWorkspace | None = None,
+        colleague: bool = False,
+    ) -> SimulatedRun:
+        """Starts a run; `colleague` says that another program does.
+
+        Raises `ErrorAnswer` (402) where the credits do not suffice.
+        """
+        options = self.options
+        if options.credits is not None and self._spent + request.price > options.credits:
+            raise ErrorAnswer(402, "insufficient_credits", "The workspace has no credits left.")
+        ordinal = len(self.runs) + 1
+        run = make_run(
+            request,
+            options,
+            run_id=f"run_{digest(options.seed, 'run', ordinal)}",
+            ordinal=ordinal,
+            created_ms=self.now_ms(),
+            root=self.root,
+            workspace=workspace or options.workspaces[0],
+            callback_url=callback_url,
+            colleague=colleague,
+        )
+        self.runs[run.run_id] = run
+        self.media_files |= {
+            output.url.rpartition("/")[2] for output in run.outputs if output.type != "text"
+        }
+        self._spent += run.cost
+        return run
+
+    def find(self, run_id: str, workspace: SimulatedWorkspace) -> SimulatedRun | None:
         """A workspace's run, started or preset; None where FLORA does not know it (any more)."""
         run = self.runs.get(run_id)
         for run_type in () if run is not None else RUN_TYPES:
@@ -175,34 +179,35 @@ class World:
     def history(
         self,
         run_type: RunType,
-        workspace: Workspace,
+        workspace: SimulatedWorkspace,
         *,
         status: str | None = None,
         technique_id: str | None = None,
         project_id: str | None = None,
     ) -> Sequence[SimulatedRun]:
-        """A workspace's runs of one type, newest first; those with the given values where given."""
+        """A workspace's runs of one type, newest first, of these the ones with the filters' values;
+        a filter of None matches every run."""
         now_ms, oldest_ms = self.now_ms(), self._oldest_ms()
 
-        def wanted(run: SimulatedRun) -> bool:
+        def matches(run: SimulatedRun) -> bool:
             return (
                 project_id in (None, run.workspace.project_id)
                 and status in (None, run.status(now_ms))
                 and technique_id in (None, run.technique and run.technique.technique_id)
             )
 
-        live = [
+        started = [
             run
             for run in reversed(self.runs.values())
-            if run.run_type == run_type
+            if run.request.run_type == run_type
             and run.workspace.workspace_id == workspace.workspace_id
             and run.run_id not in self.deleted
             and run.created_ms >= oldest_ms
-            and wanted(run)
+            and matches(run)
         ]
         preset = self.preset(run_type)
         if not preset.count or preset.workspace.workspace_id != workspace.workspace_id:
-            return live
+            return started
         first = bisect_left(range(preset.count), oldest_ms, key=preset.created_ms)
         indexes: Sequence[int] = range(preset.count - 1, first - 1, -1)
         gone = {preset.index_of(run_id) for run_id in self.deleted - self.runs.keys()}
@@ -211,8 +216,8 @@ class World:
         if technique_id is not None and run_type == "technique":
             indexes = [i for i in indexes if preset.technique(i).technique_id == technique_id]
         if (status, project_id) != (None, None) or (technique_id and run_type == "generation"):
-            indexes = [i for i in indexes if wanted(preset.run(i))]
-        return Listing(live, indexes, preset.run)
+            indexes = [i for i in indexes if matches(preset.run(i))]
+        return RunListing(started, preset, indexes)
 
     def preset(self, run_type: RunType) -> PresetHistory:
         """The runs of a type that ended before the beginning, as the options then made them."""
@@ -250,46 +255,7 @@ class World:
         now_ms = self.now_ms()
         return [run.billed(now_ms) for run in self.runs.values()]
 
-    def media_extension(self, output_id: str) -> str | None:
-        """The file name extension of an output that is a link; None where there is none.
-
-        Preset runs have no files.
-        """
-        return self._media.get(output_id)
-
-    def _start(
-        self,
-        order: Order,
-        callback_url: str | None,
-        workspace: Workspace | None,
-        *,
-        colleague: bool = False,
-    ) -> SimulatedRun:
-        options = self.options
-        if options.credits is not None and self._spent + order.price > options.credits:
-            raise Problem(402, "insufficient_credits", "The workspace has no credits left.")
-        ordinal = len(self.runs) + 1
-        run = make_run(
-            order,
-            options,
-            fate_of(options.seed, ordinal),
-            ordinal=ordinal,
-            created_ms=self.now_ms(),
-            root=self.root,
-            workspace=workspace or options.workspaces[0],
-            callback_url=callback_url,
-            colleague=colleague,
-        )
-        self.runs[run.run_id] = run
-        self._media |= {
-            output.output_id: EXTENSIONS[output.type]
-            for output in run.outputs
-            if output.type != "text"
-        }
-        self._spent += run.cost
-        return run
-
-    def _present(self, technique: Technique) -> Technique:
+    def _present(self, technique: SimulatedTechnique) -> SimulatedTechnique:
         options, slug = self.options, technique.slug
         price = options.prices.get(slug, options.prices.get(technique.technique_id))
         if price is None:
@@ -304,8 +270,6 @@ class World:
         retention = self.options.retention
         return 0 if retention is None else self.now_ms() - retention * 1000
 
-    def _schedule(
-        self, due_ms: float, changes: Mapping[str, object], seconds: float | None
-    ) -> None:
-        self._changed += 1
-        heapq.heappush(self._changes, (due_ms, self._changed, changes, seconds))
+    def _plan(self, due_ms: float, changes: Mapping[str, object], seconds: float | None) -> None:
+        self._change_count += 1
+        heapq.heappush(self._changes, (due_ms, self._change_count, changes, seconds))
