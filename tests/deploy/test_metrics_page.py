@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 from tests.deploy.conftest import ROOT, Promtool
-from tracker.operations.metrics import work
+from tracker.operations.metrics import counters
 from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.web import auth
@@ -38,9 +38,10 @@ def labels_of(services: Services) -> dict[str, set[str]]:
     """The labels of every metric, by the name that the page has for it."""
     found: dict[str, set[str]] = {}
     for collector in services.metrics.registry._collector_to_names:
-        for metric in collector.describe() if hasattr(collector, "describe") else ():
+        named = hasattr(collector, "_labelnames")
+        for metric in collector.describe() if named else collector.collect():
             total = "_total" if metric.type == "counter" else ""
-            source = collector if hasattr(collector, "_labelnames") else metric
+            source = collector if named else metric
             found[metric.name + total] = set(source._labelnames)
     return found
 
@@ -51,6 +52,7 @@ async def test_every_metric_is_described(services: Services, exposed: dict[str, 
         name.strip("`"): (kind, set(re.findall(r"`(\w+)`", labels)))
         for name, kind, labels, _ in table("Work") + table("State")
     }
+    await services.metrics.exposition()
     labels = labels_of(services)
     assert described == {
         name: (kind, labels[name])
@@ -71,13 +73,13 @@ def test_every_reason_and_outcome_is_described() -> None:
     """The values of a label that are few and fixed stand in the row of their metric."""
     rows = {name.strip("`"): meaning for name, _, _, meaning in table("Work")}
     for metric, words in (
-        ("tracker_callbacks_total", work.RECEIVED),
-        ("tracker_callbacks_applied_total", work.APPLIED),
-        ("tracker_callbacks_refused_total", work.REFUSALS),
-        ("tracker_auth_refused_total", work.AUTH_REFUSALS),
-        ("tracker_database_write_failures_total", work.WRITE_FAILURES),
-        ("tracker_run_ends_total", [source.value for source in work.ENDED_BY]),
-        ("tracker_sweeps_total", work.SWEEP_RESULTS),
+        ("tracker_callbacks_total", counters.RECEIVED),
+        ("tracker_callbacks_applied_total", counters.APPLIED),
+        ("tracker_callbacks_refused_total", counters.REFUSALS),
+        ("tracker_auth_refused_total", counters.AUTH_REFUSALS),
+        ("tracker_database_write_failures_total", counters.WRITE_FAILURES),
+        ("tracker_run_ends_total", [source.value for source in counters.ENDED_BY]),
+        ("tracker_sweeps_total", counters.SWEEP_RESULTS),
     ):
         assert set(words) <= set(re.findall(r"`(\w+)`", rows[metric])), metric
 
@@ -93,8 +95,8 @@ def test_every_refusal_is_one_of_those_counted_from_the_beginning() -> None:
         if isinstance(leaf, ast.Constant) and isinstance(leaf.value, str)
     }
     assert len(said) > 5
-    assert said <= set(work.REFUSALS)
-    assert set(get_args(auth.Reason)) == set(work.AUTH_REFUSALS)
+    assert said <= set(counters.REFUSALS)
+    assert set(get_args(auth.Reason)) == set(counters.AUTH_REFUSALS)
 
 
 def logged() -> Iterator[tuple[str, str]]:

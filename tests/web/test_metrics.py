@@ -24,7 +24,7 @@ from tests.web.conftest import Serve, Site
 from tests.web.serving import serving
 from tracker.core.run import RunError, RunStatus
 from tracker.operations.metrics import Metrics
-from tracker.operations.metrics.state import State
+from tracker.operations.metrics.gauges import DatabaseGauges
 from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.simulator import Options, running
@@ -55,7 +55,7 @@ async def test_a_scrape_is_prometheus_text(small_site: Site) -> None:
     """Version 0.0.4 unless something newer is asked for, and each metric says what it means."""
     answer = await small_site.client.get("/metrics")
     assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
-    assert "# HELP tracker_runs_due Runs that wait to be read." in answer.text
+    assert "# HELP tracker_runs_due Runs due to be polled." in answer.text
     accept = "application/openmetrics-text;version=1.0.0"
     answer = await small_site.client.get("/metrics", headers={"Accept": accept})
     assert answer.headers["Content-Type"].startswith("application/openmetrics-text")
@@ -159,7 +159,7 @@ async def test_failed_writes_are_counted(serve: Serve, own_postgres: PostgresSer
         await post(site, callbacks.event())
         await site.services.applier.drain()
         assert (await scrape(site.client)).value("tracker_database_up") == 1
-        site.services.metrics._state._keep_seconds = 0  # type: ignore[union-attr]
+        site.services.metrics._database._keep_seconds = 0  # type: ignore[union-attr]
         await asyncio.to_thread(own_postgres.stop)
         posting = asyncio.create_task(post(site, callbacks.event("run_2")))
 
@@ -186,7 +186,7 @@ async def test_a_database_that_hangs_delays_a_scrape_for_a_bounded_time(
 ) -> None:
     """Prometheus gets an answer before it gives up."""
     async with opened(postgres_url) as services, await Database.open(postgres_url) as other:
-        state = State(
+        state = DatabaseGauges(
             database=services.database,
             workspaces=services.workspaces,
             budgets=services.budgets,

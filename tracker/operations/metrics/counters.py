@@ -1,0 +1,259 @@
+"""What this process does, counted; Prometheus adds the processes up.
+
+Every public method is a hook that others call: the receiver, the writer, the FLORA clients, the
+worker. No hook waits; those of a callback cost a few microseconds.
+"""
+
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Final, get_args
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Histogram
+
+from tracker.core.clock import Clock
+from tracker.core.errors import SchemaOutdated, StoreUnavailable
+from tracker.core.observation import Source
+from tracker.core.record import DeliveryOutcome, Record
+from tracker.core.retry import is_known
+from tracker.core.rollup import is_adopted, lag_ms
+from tracker.core.run import RunStatus
+from tracker.flora.signature import Reason
+from tracker.polling.poll_round import PollReport
+from tracker.polling.sweep import SweepReport
+from tracker.polling.workspaces import Workspace
+from tracker.receiving.receive import Received
+from tracker.store.errors import StoreBusy
+
+if TYPE_CHECKING:
+    from tracker.store.writing.writer import Outcome
+
+ENDED_BY: Final = (Source.START, Source.CALLBACK, Source.POLL, Source.HISTORY)
+"""Sources that can report the end of a run."""
+REPEATED: Final = "repeated"
+STORED: Final = "stored"
+RECEIVED: Final = (STORED, REPEATED)
+APPLIED: Final = (DeliveryOutcome.APPLIED.value, DeliveryOutcome.QUARANTINED.value)
+REFUSALS: Final = (
+    *get_args(Reason),
+    *("too_large", "too_slow", "cut_off", "trial", "not_set_up"),
+    *("not_committed_in_time", "database_unavailable", "not_storable"),
+)
+"""Why a callback is refused (`tracker.web.callbacks`)."""
+AUTH_REFUSALS: Final = ("missing", "wrong", "expired", "scope", "cross_site", "not_local")
+"""Why access is refused (`tracker.web.auth`)."""
+WRITE_FAILURES: Final = ("busy", "unavailable", "outdated", "refused")
+SWEEP_RESULTS: Final = ("complete", "failed", "skipped")
+
+log = structlog.get_logger(__name__)
+
+_QUICK: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_CALLS: Final = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20)
+_LAGS: Final = (0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 21600)
+_SIZES: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500)
+
+# Name, help and labels.
+_COUNTERS: Final = (
+    ("callbacks", "Authentic callbacks stored.", "workspace_id", "secret", "outcome"),
+    ("callbacks_applied", "Stored callbacks applied to their runs, by outcome.", "outcome"),
+    ("callbacks_refused", "Callbacks refused.", "reason"),
+    ("auth_refused", "Requests to API, dashboard and metrics without access.", "reason"),
+    ("database_write_failures", "Failed attempts to commit.", "reason"),
+    ("run_ends", "Finished runs, by the source that reported the end first.", "source", "status"),
+    ("adopted_runs", "Runs that had ended before the tracker learned of them."),
+    ("flora_requests", "Requests to FLORA.", "workspace_id", "endpoint", "status"),
+    ("poll_pages", "History pages read for due runs."),
+    ("poll_reads", "Reads of single runs."),
+    ("poll_failures", "Runs that could not be read."),
+    ("poll_settled", "Runs settled by polling."),
+    ("recheck_pages", "History pages read for bills."),
+    ("recheck_reads", "Settled runs read singly for their bill or outputs."),
+    ("unknown_error_codes", "Failed runs whose error code has no retry advice."),
+    ("sweeps", "Sweeps of the history.", "workspace_id", "result"),
+    ("sweep_pages", "History pages read by sweeps.", "workspace_id"),
+    ("sweep_items", "Runs on the pages that sweeps read.", "workspace_id"),
+    ("sweep_discovered", "Runs that only a sweep discovered.", "workspace_id"),
+    ("sweep_repaired", "Runs whose end or details only a sweep brought.", "workspace_id"),
+    ("sweep_unreadable", "History items that could not be parsed.", "workspace_id"),
+    ("starts_over_budget", "Starts refused because they exceed a budget.", "budget"),
+    ("worker_job_failures", "Scheduled jobs that failed.", "task"),
+)
+# Name, help, buckets and labels.
+_HISTOGRAMS: Final = (
+    ("callback_seconds", "Time from a callback's headers until it is stored.", _QUICK),
+    ("commit_entries", "Entries per commit.", _SIZES),
+    ("commit_seconds", "Duration of commits.", _QUICK),
+    ("end_lag_seconds", "Detection delay: from a run's end until it is known.", _LAGS, "source"),
+    ("settle_lag_seconds", "Time from a run's end until it is settled.", _LAGS, "source"),
+    ("flora_request_seconds", "Duration of requests to FLORA.", _CALLS, "endpoint"),
+)
+
+
+class Counters:
+    """Counters and histograms of one process."""
+
+    def __init__(self, registry: CollectorRegistry, *, clock: Clock) -> None:
+        self.worker_running = False
+        self.last_round_at: datetime | None = None
+        self._clock = clock
+        self._counters = {
+            name: Counter(f"tracker_{name}", meaning, labels, registry=registry)
+            for name, meaning, *labels in _COUNTERS
+        }
+        self._histograms = {
+            name: Histogram(f"tracker_{name}", meaning, labels, registry=registry, buckets=buckets)
+            for name, meaning, buckets, *labels in _HISTOGRAMS
+        }
+        self._stored: dict[tuple[str, int, str], Counter] = {}
+        for name, values in (
+            ("callbacks_applied", APPLIED),
+            ("callbacks_refused", REFUSALS),
+            ("auth_refused", AUTH_REFUSALS),
+            ("database_write_failures", WRITE_FAILURES),
+        ):
+            for value in values:
+                self._counters[name].labels(value)
+        for source in ENDED_BY:
+            for status in (RunStatus.COMPLETED, RunStatus.FAILED):
+                self._counters["run_ends"].labels(source.value, status.value)
+
+    def create_series(self, workspaces: Sequence[Workspace]) -> None:
+        """Create the series of known workspaces at zero, so that a first event is an increase."""
+        for workspace in workspaces:
+            if workspace.workspace_id is None:
+                continue
+            for position in range(1, len(workspace.secrets) + 1):
+                for outcome in RECEIVED:
+                    self._counters["callbacks"].labels(workspace.workspace_id, position, outcome)
+            for result in SWEEP_RESULTS if workspace.client else ():
+                self._counters["sweeps"].labels(workspace.workspace_id, result)
+
+    def _count(self, name: str, *labels: object, by: float = 1) -> None:
+        counter = self._counters[name]
+        (counter.labels(*labels) if labels else counter).inc(by)
+
+    def callback_taken(self, received: Received, seconds: float) -> None:
+        """A callback was stored, `seconds` after its headers arrived."""
+        outcome = REPEATED if received.repeated else STORED
+        key = (received.workspace, received.secret, outcome)
+        counter = self._stored.get(key)
+        if counter is None:
+            counter = self._stored[key] = self._counters["callbacks"].labels(*key)
+        counter.inc()
+        self._histograms["callback_seconds"].observe(seconds)
+
+    def applied(self, applied: int, quarantined: int) -> None:
+        """Stored callbacks were applied, or quarantined."""
+        for outcome, amount in zip(APPLIED, (applied, quarantined), strict=True):
+            self._count("callbacks_applied", outcome, by=amount)
+
+    def callback_refused(self, reason: str) -> None:
+        """A callback was refused, for one of `REFUSALS`."""
+        self._count("callbacks_refused", reason)
+
+    def auth_refused(self, reason: str) -> None:
+        """Access was refused, for one of `AUTH_REFUSALS`."""
+        self._count("auth_refused", reason)
+
+    def written(self, entries: int, seconds: float, stopped_by: Exception | None) -> None:
+        """An attempt to commit is over."""
+        if stopped_by is not None:
+            self._count("database_write_failures", _failure(stopped_by))
+            return
+        self._histograms["commit_entries"].observe(entries)
+        self._histograms["commit_seconds"].observe(seconds)
+
+    def committed(self, outcome: "Outcome") -> None:
+        """Runs changed in a commit."""
+        for change in outcome.passed:
+            before, after = change.before, change.after
+            if after is None or after is before or after.ended_via is None:
+                continue
+            if before is None or before.ended_via is None:
+                self._ended(after)
+            if after.run.settled and not (before and before.run.settled):
+                self._settled(after)
+            error = after.run.error
+            if error is None or is_known(error.code) or (before and before.run.error == error):
+                continue
+            self._count("unknown_error_codes")
+            log.warning("run.unknown_error_code", run_id=after.run.run_id, error_code=error.code)
+
+    def _ended(self, record: Record) -> None:
+        if is_adopted(record):
+            self._count("adopted_runs")
+        elif record.ended_via is not None:
+            self._count("run_ends", record.ended_via.value, str(record.run.status))
+
+    def _settled(self, record: Record) -> None:
+        """Observe both lags: FLORA's time of the end is only known once the run was read."""
+        ended_at, via = record.run.completed_at, record.ended_via
+        if ended_at is None or via is None or is_adopted(record):
+            return
+        for name, at in (
+            ("end_lag_seconds", record.end_seen_at),
+            ("settle_lag_seconds", record.settled_at),
+        ):
+            if at is not None:
+                self._histograms[name].labels(via.value).observe(lag_ms(ended_at, at) / 1000)
+
+    def requests_of(self, workspace: Workspace) -> Callable[[str, int | None, float], None]:
+        """The hook for requests of this workspace's FLORA client."""
+
+        def on_request(endpoint: str, status: int | None, seconds: float) -> None:
+            answered = "none" if status is None else str(status)
+            self._count("flora_requests", workspace.name, endpoint, answered)
+            self._histograms["flora_request_seconds"].labels(endpoint).observe(seconds)
+
+        return on_request
+
+    def worker_started(self) -> None:
+        """This process polls and sweeps from now on."""
+        self.worker_running = True
+
+    def worker_stopped(self) -> None:
+        """This process no longer polls and sweeps."""
+        self.worker_running = False
+
+    def polled(self, report: PollReport) -> None:
+        """A poll round is over."""
+        self.last_round_at = self._clock()
+        self._count("poll_pages", by=report.pages)
+        self._count("poll_reads", by=report.reads)
+        self._count("poll_failures", by=report.failed)
+        self._count("poll_settled", by=report.settled)
+
+    def rechecked(self, report: PollReport) -> None:
+        """A round of cost rechecks is over."""
+        self._count("recheck_pages", by=report.pages)
+        self._count("recheck_reads", by=report.reads)
+
+    def swept(self, report: SweepReport) -> None:
+        """A sweep is over, or was skipped because another process does it."""
+        name = report.workspace_id
+        result = "skipped" if report.skipped else "failed" if report.error else "complete"
+        self._count("sweeps", name, result)
+        self._count("sweep_pages", name, by=report.pages)
+        self._count("sweep_items", name, by=report.items)
+        self._count("sweep_discovered", name, by=report.discovered)
+        self._count("sweep_repaired", name, by=report.repaired)
+        self._count("sweep_unreadable", name, by=report.unreadable)
+
+    def over_budget(self, budget: str) -> None:
+        """A start exceeds the budget of that name."""
+        self._count("starts_over_budget", budget)
+
+    def job_failed(self, task: str) -> None:
+        """A scheduled job failed."""
+        self._count("worker_job_failures", task)
+
+
+def _failure(error: Exception) -> str:
+    match error:
+        case StoreBusy():
+            return "busy"
+        case StoreUnavailable():
+            return "unavailable"
+        case SchemaOutdated():
+            return "outdated"
+    return "refused"

@@ -1,0 +1,378 @@
+"""Values read at each scrape: of this process, and of the database.
+
+Database values are the same in every process: take the maximum, not the sum. They are read at most
+every few seconds. While the database does not answer they are left out, since old numbers would
+hide the failure.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+from typing import Any, Final
+
+import structlog
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from tracker import __version__
+from tracker.core.clock import Clock
+from tracker.core.errors import StoreError
+from tracker.flora.contact import SILENT, Trouble
+from tracker.flora.request_limit import BudgetState
+from tracker.operations.metrics.counters import Counters
+from tracker.polling.workspaces import Workspaces
+from tracker.starting.budgets import BudgetReader
+from tracker.store.engine import Database
+from tracker.store.queries import starts, sweeps
+from tracker.store.queries.attention import Gauges, SweepHealth, read_gauges, sweep_health
+from tracker.store.queries.spending import Usage
+
+KEEP_SECONDS: Final = 5.0
+"""How long a reading of the database, or its failure, is reused."""
+PATIENCE: Final = 4.0
+"""Seconds for reading the database; Prometheus gives up after ten."""
+UNKNOWN: Final = "unknown"
+"""The `workspace_id` of runs whose workspace is not known."""
+EXPECTED: Final = ("came", "late", "missed")
+_WORKSPACE: Final = ("workspace_id",)
+
+_GAUGE, _TOTAL = GaugeMetricFamily, CounterMetricFamily
+_Value = Callable[[BudgetState], float | None]
+_Family = type[GaugeMetricFamily | CounterMetricFamily]
+_REQUEST_LIMITS: Final[tuple[tuple[_Family, str, str, _Value], ...]] = (
+    (_GAUGE, "flora_requests_in_flight", "Requests to FLORA in flight.", lambda one: one.in_flight),
+    (_GAUGE, "flora_requests_waiting", "Queued requests to FLORA.", lambda one: one.waiting),
+    (_GAUGE, "flora_paused_seconds", "Rest of a wait set by FLORA.", lambda one: one.paused),
+    (_GAUGE, "flora_budget_rate", "Allowed requests per second, if limited.", lambda one: one.rate),
+    (_TOTAL, "flora_rate_limited", "Requests that FLORA answered 429.", lambda one: one.limited),
+    (_TOTAL, "flora_budget_wait_seconds", "Time in the request queue.", lambda one: one.waited),
+)
+
+log = structlog.get_logger(__name__)
+
+
+def _gauge(name: str, meaning: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"tracker_{name}", meaning, value=value)
+
+
+def _gauges(
+    name: str,
+    meaning: str,
+    labels: Sequence[str],
+    values: Mapping[Any, float | Decimal | None],
+    family: _Family = GaugeMetricFamily,
+) -> Metric:
+    """A metric with samples; the keys of `values` are one label value or a tuple of them."""
+    metric = family(f"tracker_{name}", meaning, labels=labels)
+    for key, value in values.items():
+        if value is not None:
+            words = (key,) if isinstance(key, str) else key
+            metric.add_metric([word or UNKNOWN for word in words], float(value))
+    return metric
+
+
+def _timestamp(at: datetime | None) -> float:
+    return at.timestamp() if at else 0
+
+
+class ProcessGauges(Collector):
+    """Current values of this process."""
+
+    def __init__(
+        self,
+        counters: Counters,
+        *,
+        waiting: Callable[[], int],
+        workspaces: Workspaces,
+        sweep_seconds: Callable[[], float],
+    ) -> None:
+        self._waiting = waiting
+        self._workspaces = workspaces
+        self._sweep_seconds = sweep_seconds
+        self._counters = counters
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics with their current values."""
+        yield _gauges("build_info", "1, with the version.", ["version"], {__version__: 1})
+        yield _gauge("queue_entries", "Entries not committed yet.", self._waiting())
+        yield _gauge(
+            "worker_running", "1 in a process with a worker.", self._counters.worker_running
+        )
+        yield _gauge(
+            "worker_last_round_timestamp_seconds",
+            "When the worker last checked for due runs; 0 if never.",
+            _timestamp(self._counters.last_round_at),
+        )
+        yield _gauge(
+            "sweep_interval_seconds",
+            "Longest time between two scheduled sweeps.",
+            self._sweep_seconds(),
+        )
+        yield from self._flora()
+
+    def _flora(self) -> Iterator[Metric]:
+        clients = {one.name: one.client for one in self._workspaces if one.client is not None}
+        limits = {name: client.budget.state() for name, client in clients.items()}
+        for family, name, meaning, value in _REQUEST_LIMITS:
+            values = {workspace: value(limit) for workspace, limit in limits.items()}
+            yield _gauges(name, meaning, _WORKSPACE, values, family)
+        yield _gauges(
+            "flora_breaker_open",
+            "1 while FLORA refuses the API key.",
+            _WORKSPACE,
+            {name: client.breaker.open for name, client in clients.items()},
+        )
+        troubles = {
+            name: None if client.contact.found is None else client.contact.found.trouble
+            for name, client in clients.items()
+        }
+        yield _gauges(
+            "flora_up",
+            "0 if FLORA was asked and has not answered for 30 s.",
+            _WORKSPACE,
+            {name: trouble not in SILENT for name, trouble in troubles.items()},
+        )
+        yield _gauges(
+            "flora_misconfigured",
+            "1 if FLORA_BASE_URL does not lead to FLORA, or the key belongs to another workspace.",
+            _WORKSPACE,
+            {name: each not in (None, Trouble.UNREACHABLE) for name, each in troubles.items()},
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Snapshot:
+    """One reading of the database. `swept` is by workspace, `never_swept` are workspaces."""
+
+    now: datetime
+    gauges: Gauges
+    own_addresses_missing: bool
+    swept: Mapping[str, SweepHealth]
+    never_swept: Sequence[str]
+    usages: Sequence[Usage]
+    unread: Sequence[sweeps.Unread]
+
+
+class DatabaseGauges(Collector):
+    """Current values of the database, read by `refresh`."""
+
+    def __init__(
+        self,
+        *,
+        database: Database,
+        workspaces: Workspaces,
+        budgets: BudgetReader,
+        clock: Clock,
+        keep_seconds: float = KEEP_SECONDS,
+        patience: float = PATIENCE,
+    ) -> None:
+        self._database = database
+        self._workspaces = workspaces
+        self._budgets = budgets
+        self._clock = clock
+        self._keep_seconds = keep_seconds
+        self._patience = patience
+        self._reading: asyncio.Task[None] | None = None
+        self._fresh_until = 0.0
+        self._took = 0.0
+        self._snapshot: _Snapshot | None = None
+        self._failing = False
+
+    async def refresh(self) -> None:
+        """Read again if the last reading is too old; concurrent callers share one reading."""
+        loop = asyncio.get_running_loop()
+        if self._reading is None or (self._reading.done() and loop.time() >= self._fresh_until):
+            self._reading = asyncio.create_task(self._read(), name="metrics-state")
+        # A reading that timed out may also take long to be cancelled.
+        done, _ = await asyncio.wait([self._reading], timeout=self._patience)
+        for reading in done:
+            reading.result()
+
+    async def aclose(self) -> None:
+        """Stop reading."""
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.wait([self._reading])
+
+    async def _read(self) -> None:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        self._snapshot = None
+        try:
+            async with asyncio.timeout(self._patience):
+                self._snapshot = await self._take_snapshot()
+            self._failing = False
+        except (StoreError, TimeoutError) as error:
+            if not self._failing:
+                message = str(error) or "the database does not answer in time"
+                log.warning("metrics.database_unread", error=message)
+            self._failing = True
+        self._took = loop.time() - began
+        self._fresh_until = loop.time() + self._keep_seconds
+
+    async def _take_snapshot(self) -> _Snapshot:
+        now = self._clock()
+        swept = {one.workspace_id or UNKNOWN: one for one in await sweep_health(self._database)}
+        keyed = [one.name for one in self._workspaces if one.client and one.workspace_id]
+        return _Snapshot(
+            now=now,
+            gauges=await read_gauges(self._database, now=now),
+            own_addresses_missing=await starts.own_are_missing(self._database, now=now),
+            swept=swept,
+            never_swept=[name for name in keyed if name not in swept],
+            usages=await self._budgets.usages(),
+            unread=sweeps.unread(await sweeps.everything(self._database)),
+        )
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics as last read."""
+        yield _gauge(
+            "database_up",
+            "1 if the database answered this process in time.",
+            self._snapshot is not None,
+        )
+        yield _gauge("state_read_seconds", "Time to read the database's metrics.", self._took)
+        if self._snapshot is not None:
+            yield from _runs(self._snapshot)
+            yield from _money(self._snapshot)
+            yield from _callbacks(self._snapshot)
+            yield from _history(self._snapshot)
+
+
+def _runs(snapshot: _Snapshot) -> Iterator[Metric]:
+    gauges, now = snapshot.gauges, snapshot.now
+    yield _gauges("runs", "Runs by state.", ("workspace_id", "status", "tracking"), gauges.runs)
+    yield _gauge("runs_due", "Runs due to be polled.", gauges.due)
+    yield _gauge("runs_overdue", "Runs due for over a minute.", gauges.overdue)
+    yield _gauge(
+        "oldest_due_seconds", "How long the oldest of them is due.", _age(now, gauges.oldest_due_at)
+    )
+    yield _gauge(
+        "runs_awaiting_callback",
+        "Open runs whose callback has not arrived.",
+        gauges.awaiting_callback,
+    )
+    yield _gauge("starts_open", "Starts with no known outcome yet.", gauges.open_starts)
+    yield _gauge(
+        "starts_unresolved",
+        "Starts whose outcome a person has to resolve.",
+        gauges.unresolved_starts,
+    )
+    yield _gauges(
+        "failed_today",
+        "Runs that failed today (UTC), by retry advice.",
+        ("workspace_id", "retry_advice"),
+        gauges.failed_today,
+    )
+
+
+def _age(now: datetime, since: datetime | None) -> float:
+    return max((now - since).total_seconds(), 0) if since else 0
+
+
+def _money(snapshot: _Snapshot) -> Iterator[Metric]:
+    gauges, usages = snapshot.gauges, snapshot.usages
+    for name, meaning, values in (
+        ("cost_today_usd", "Billed cost of runs that ended today (UTC).", gauges.cost_today),
+        ("quoted_today_usd", "Quotes of those without a bill yet.", gauges.quoted_today),
+        (
+            "runs_cost_not_final",
+            "Runs of the last 7 days whose bill may still arrive or change.",
+            gauges.not_final,
+        ),
+        ("runs_unpriced", "Runs of the last 7 days that were never billed.", gauges.unpriced),
+    ):
+        yield _gauges(name, meaning, _WORKSPACE, values)
+    yield _gauges(
+        "budget_usd",
+        "Limit of the budget.",
+        ["budget"],
+        {usage.budget.name: usage.budget.usd for usage in usages},
+    )
+    used = {}
+    for usage in usages:
+        for part in ("reserved", "quoted", "charged"):
+            used[usage.budget.name, part] = getattr(usage, part)
+    yield _gauges(
+        "budget_used_usd",
+        "Used: reserved by starts, quoted for runs without a bill, charged.",
+        ("budget", "part"),
+        used,
+    )
+
+
+def _callbacks(snapshot: _Snapshot) -> Iterator[Metric]:
+    gauges = snapshot.gauges
+    yield _gauge(
+        "callback_last_received_timestamp_seconds",
+        "When the newest callback arrived; 0 if none has.",
+        _timestamp(gauges.last_callback_at),
+    )
+    yield _gauge(
+        "deliveries_quarantined", "Authentic callbacks not understood.", gauges.quarantined
+    )
+    yield _gauges(
+        "recent_callbacks",
+        "Callbacks of runs that ended in this hour or the one before, by outcome.",
+        ("workspace_id", "outcome"),
+        gauges.callbacks,
+    )
+    ratios = {}
+    for workspace in {workspace for workspace, _ in gauges.callbacks}:
+        counts = [gauges.callbacks.get((workspace, outcome), 0) for outcome in EXPECTED]
+        if sum(counts):
+            ratios[workspace] = counts[-1] / sum(counts)
+    yield _gauges(
+        "recent_callback_miss_ratio",
+        "Share of the expected callbacks that did not arrive.",
+        _WORKSPACE,
+        ratios,
+    )
+    yield _gauge("inbox_waiting", "Acknowledged callbacks not applied yet.", gauges.waiting)
+    yield _gauge(
+        "inbox_oldest_seconds",
+        "How long the oldest of them has waited.",
+        _age(snapshot.now, gauges.oldest_waiting_at),
+    )
+    yield _gauge(
+        "callback_own_addresses_missing",
+        "1 if callbacks to addresses of single starts do not arrive; new starts use the bare one.",
+        snapshot.own_addresses_missing,
+    )
+
+
+def _history(snapshot: _Snapshot) -> Iterator[Metric]:
+    swept = snapshot.swept
+    complete = {name: _timestamp(one.complete_at) for name, one in swept.items()}
+    yield _gauges(
+        "sweep_last_complete_timestamp_seconds",
+        "When the last complete sweep ended; 0 if there was none.",
+        _WORKSPACE,
+        complete | dict.fromkeys(snapshot.never_swept, 0),
+    )
+    yield _gauges(
+        "sweep_failed",
+        "1 if the newest sweep failed.",
+        _WORKSPACE,
+        {name: one.last_error is not None for name, one in swept.items()},
+    )
+    yield _gauges(
+        "history_verified_timestamp_seconds",
+        "Time on FLORA's clock up to which the history was checked.",
+        _WORKSPACE,
+        {name: one.through.timestamp() for name, one in swept.items() if one.through},
+    )
+    unread = Counter((one.workspace_id, one.run_type) for one in snapshot.unread)
+    gaps = {(name, "technique"): unread[name, "technique"] for name in swept}
+    for name, one in swept.items():
+        not_listed = one.generations_error is not None
+        gaps[name, "generation"] = unread[name, "generation"] + not_listed
+    yield _gauges(
+        "history_gaps",
+        "Spans of the history that FLORA did not let the tracker read.",
+        ("workspace_id", "run_type"),
+        gaps,
+    )
