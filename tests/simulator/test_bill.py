@@ -78,7 +78,7 @@ async def test_late_bills_take_one_of_several_waits(
 ) -> None:
     """Which one follows from the seed, run by run."""
     flora = await serve_flora(late_bills=1, bill_seconds="5,60,600")
-    runs = [flora.world.runs[await _run(flora)] for _ in range(30)]
+    runs = [flora.world.start(flora.world.sample_request("icon-pack")) for _ in range(30)]
     assert {run.bill.final_ms - run.completed_ms for run in runs} == {5_000, 60_000, 600_000}
 
 
@@ -149,9 +149,10 @@ async def test_links_are_signed_anew(serve_flora: ServeFlora, clock: HandClock) 
 async def test_failures_may_be_the_measured_ones(serve_flora: ServeFlora, clock: HandClock) -> None:
     """In upper case; some messages name moderation where the code does not."""
     flora = await serve_flora(failures=1, failure_codes="measured", full_progress=True)
-    runs = [await _run(flora) for _ in range(100)]
+    for _ in range(100):
+        flora.world.start(flora.world.sample_request("icon-pack"))
     clock.move(END)
-    ends = [await flora.path(f"/runs/{run_id}") for run_id in runs]
+    ends = (await flora.path("/technique-runs", limit=100))["technique_runs"]
     assert {end["error_code"] for end in ends} <= {code for code, _ in MEASURED_FAILURES}
     assert len({end["error_code"] for end in ends}) > 20
     assert all(end["progress"] == 100 and end["completed_at"] for end in ends)

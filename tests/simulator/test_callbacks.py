@@ -71,7 +71,7 @@ async def test_a_refused_callback_is_sent_four_times_alike(
 ) -> None:
     """After anything but a 2xx there are three more attempts, with the same bytes and signature."""
     receiver.script = [failure] * 3
-    options = Options(speed=5000, run_seconds=20, callback_timeout=5 if failure else 0.5)
+    options = Options(speed=5000, run_seconds=20, callback_timeout=5 if failure else 0.3)
     async with running(options) as simulator:
         run = simulator.start(callback_url=receiver.url)
         await simulator.quiet()

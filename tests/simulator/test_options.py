@@ -1,15 +1,18 @@
 """Options as text, JSON and on the command line, and where they are documented."""
 
-import asyncio
 import json
 import re
 import signal
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
+from tests.support.forked import Forked
+from tests.support.waiting import eventually
 from tracker.simulator import HELP, Options
 
 CLI_PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
@@ -72,40 +75,57 @@ def test_values_out_of_range_are_refused(name: str, value: object) -> None:
         Options(later=((1, {name: value}),))
 
 
-async def _simulate(*arguments: str) -> asyncio.subprocess.Process:
-    command = (sys.executable, "-m", "tracker", "simulate", "--port", "0", *arguments)
-    pipe = asyncio.subprocess.PIPE
-    return await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe)
-
-
-async def test_the_command_sets_options_now_and_later() -> None:
-    """`--set` holds from the start, `--at` from its moment on; `-` stands for `_`."""
-    process = await _simulate(
-        *("--json", "--set", "late-bills=40%", "--set", "history=3"),
-        *("--at", "0:prices=icon-pack:20", "--at", "900:gateway=1"),
-    )
+@contextmanager
+def _simulate(folder: Path, *arguments: str) -> Iterator[Forked]:
+    """`tracker simulate` on a free port; stdout and stderr go to files of these names."""
+    output, errors = folder / "stdout", folder / "stderr"
+    command = ("simulate", "--port", "0", *arguments)
+    process = Forked.begin(*command, env={}, output=output, errors=errors)
     try:
-        assert process.stdout is not None
-        async with asyncio.timeout(30):
-            shown = b""
-            while not shown.rstrip().endswith(b"}\n}"):
-                shown += await process.stdout.readline()
-        async with httpx.AsyncClient() as client:
-            url = f"{json.loads(shown)['url']}/simulator/faults"
-            options = (await client.get(url)).json()
-        assert (options["late_bills"], options["history"]) == (0.4, 3)
-        assert (options["prices"], options["gateway"]) == ({"icon-pack": 20}, 0)
+        yield process
     finally:
         process.send_signal(signal.SIGTERM)
-        await process.wait()
+        process.join(timeout=30)
+
+
+async def _shown(folder: Path) -> dict[str, Any]:
+    """What `tracker simulate --json` prints once it answers."""
+    output = folder / "stdout"
+    await eventually(lambda: output.exists() and output.read_text().rstrip().endswith("}\n}"))
+    return json.loads(output.read_text())  # type: ignore[no-any-return]
+
+
+async def test_the_command_sets_options_now_and_later(tmp_path: Path) -> None:
+    """`--set` holds from the start, `--at` from its moment on; `-` stands for `_`."""
+    now = ("--set", "late-bills=40%", "--set", "history=3")
+    later = ("--at", "0:prices=icon-pack:20", "--at", "900:gateway=1")
+    with _simulate(tmp_path, "--json", *now, *later):
+        url = f"{(await _shown(tmp_path))['url']}/simulator/faults"
+        async with httpx.AsyncClient() as client:
+            options = (await client.get(url)).json()
+    assert (options["late_bills"], options["history"]) == (0.4, 3)
+    assert (options["prices"], options["gateway"]) == ({"icon-pack": 20}, 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_the_command_serves_until_a_signal(tmp_path: Path, number: signal.Signals) -> None:
+    """It prints its address, answers there, and ends with status 0 on either signal."""
+    with _simulate(tmp_path, "--json") as process:
+        environment = (await _shown(tmp_path))["environment"]
+        headers = {"Authorization": f"Bearer {environment['FLORA_API_KEY']}"}
+        async with httpx.AsyncClient(headers=headers) as client:
+            answer = await client.get(f"{environment['FLORA_BASE_URL']}/techniques")
+        assert answer.status_code == 200
+        assert "date" in answer.headers
+        process.send_signal(number)
+        assert await process.wait(timeout=20) == 0
 
 
 @pytest.mark.parametrize(
     "arguments", [("--set", "x=1"), ("--set", "gateway"), ("--at", "soon:gateway=1")]
 )
-async def test_the_command_refuses_what_it_does_not_know(arguments: tuple[str, ...]) -> None:
-    """Wrong usage is status 2 and one line."""
-    process = await _simulate(*arguments)
-    _, errors = await process.communicate()
-    assert process.returncode == 2
-    assert len(errors.decode().splitlines()) == 1
+async def test_the_command_refuses_wrong_usage(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    """The status is 2, and the error one line."""
+    with _simulate(tmp_path, *arguments) as process:
+        assert await process.wait() == 2
+    assert len((tmp_path / "stderr").read_text().splitlines()) == 1

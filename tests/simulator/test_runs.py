@@ -14,9 +14,9 @@ async def test_a_run_goes_from_pending_to_completed(flora: Flora, clock: HandClo
     for _ in range(31):
         seen.append((await flora.get(path)).json())
         clock.move(1)
-    statuses = [sight["status"] for sight in seen]
+    statuses = [shown["status"] for shown in seen]
     assert list(dict.fromkeys(statuses)) == ["pending", "running", "completed"]
-    progress = [sight["progress"] for sight in seen]
+    progress = [shown["progress"] for shown in seen]
     assert progress == sorted(progress)
     assert 0 < progress[statuses.index("running") + 1] < 100
     end = seen[-1]
@@ -57,7 +57,7 @@ async def test_about_the_wanted_share_fails(make_flora: MakeFlora) -> None:
     """Of many runs about as many fail as was asked for."""
     flora = make_flora()
     for _ in range(400):
-        await flora.start()
+        flora.world.start(flora.world.sample_request("icon-pack"))
     failed = sum(record["end"]["status"] == "failed" for record in flora.world.records())
     assert 35 <= failed <= 85
 
@@ -215,7 +215,7 @@ async def test_a_generation_is_a_run_of_its_own_kind(flora: Flora, clock: HandCl
 
 async def test_some_unfinished_runs_show_zeros(flora: Flora) -> None:
     """As in FLORA's examples an unfinished run may show a cost and an end of 0."""
-    sights = [(await flora.start()).json() for _ in range(40)]
-    zeros = [sight for sight in sights if sight.get("completed_at") == 0]
+    answers = [(await flora.start()).json() for _ in range(40)]
+    zeros = [answer for answer in answers if answer.get("completed_at") == 0]
     assert 0 < len(zeros) < 40
-    assert all(sight["charged_cost"] == 0 for sight in zeros)
+    assert all(answer["charged_cost"] == 0 for answer in zeros)

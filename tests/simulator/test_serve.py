@@ -1,48 +1,13 @@
-"""The simulator as a process of its own."""
+"""The simulator over HTTP: its address, its end, and how fast it answers."""
 
 import asyncio
-import json
-import signal
 import socket
-import sys
 from contextlib import closing
 
 import httpx
 import pytest
 
 from tracker.simulator import Options, running
-
-PROGRAM = """
-import json
-from tracker.simulator import Options, serve
-def say(simulator):
-    print(json.dumps(simulator.environment), flush=True)
-serve(Options(seed=3), port=0, on_ready=say)
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_it_serves_until_it_is_told_to_stop(number: int) -> None:
-    """It says where it is, answers there, and ends with status 0 on either signal."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", PROGRAM, stdout=asyncio.subprocess.PIPE
-    )
-    try:
-        assert process.stdout is not None
-        async with asyncio.timeout(20):
-            environment = json.loads(await process.stdout.readline())
-        headers = {"Authorization": f"Bearer {environment['FLORA_API_KEY']}"}
-        async with httpx.AsyncClient(headers=headers) as client:
-            answer = await client.get(f"{environment['FLORA_BASE_URL']}/techniques")
-        assert answer.status_code == 200
-        assert "date" in answer.headers
-        process.send_signal(number)
-        async with asyncio.timeout(20):
-            assert await process.wait() == 0
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
 
 
 async def test_an_address_in_use_is_an_error() -> None:
