@@ -6,13 +6,17 @@ to use in place of the one that the suite starts.
 
 import asyncio
 import fcntl
+import gc
 import logging
 import os
 import signal
+import ssl
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import hypothesis
 import pytest
 import structlog
@@ -49,6 +53,11 @@ hypothesis.settings.load_profile("house")
 
 wall.build()
 
+# Bytecode is kept, although the one who starts the tests may not want it: some hundred processes
+# would compile the same modules, and each process of the suite all tests.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 # A logger that kept what was configured when it was first used would not hear of a later test.
 _configure = structlog.configure
 
@@ -73,6 +82,46 @@ class _Hasty:
 
 
 uvicorn.server.asyncio = _Hasty()  # type: ignore[assignment]
+
+
+# Thousands of clients are opened, and reading the authorities that each of them trusts is half of
+# what that takes.
+_contexts: dict[Any, ssl.SSLContext] = {}
+_create_ssl_context = httpx._transports.default.create_ssl_context
+
+
+def _one_ssl_context(verify: Any = True, **options: Any) -> ssl.SSLContext:
+    if verify is not True or options.get("cert") or "SSL_CERT_FILE" in os.environ:
+        return _create_ssl_context(verify, **options)
+    key = options.get("trust_env", True)
+    if key not in _contexts:
+        _contexts[key] = _create_ssl_context(verify, **options)
+    return _contexts[key]
+
+
+httpx._transports.default.create_ssl_context = _one_ssl_context
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let every process of the suite begin with its part of the longest tests, so that none is left
+    with one when all the others are done; what is long says so with its `timeout`."""
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    long = [item for item in items if item.get_closest_marker("timeout")]
+    rest = [item for item in items if not item.get_closest_marker("timeout")]
+    share = len(items) / processes
+    items.clear()
+    for number in range(processes):
+        items += long[number::processes]
+        wanted = round(share * (number + 1)) - len(items)
+        items += rest[:wanted]
+        del rest[:wanted]
+    items += rest
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector the modules: it finds nothing in them, and looks for long."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ are those of `schemas`, the schemas of answers those of `shapes`.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Final
 
 from pydantic import BaseModel
@@ -277,7 +278,7 @@ class Description:
     """The endpoint."""
 
     def __init__(self, services: Services) -> None:
-        self._document = document(OPERATIONS, with_token=len(services.settings.access_tokens) > 0)
+        self._with_token = len(services.settings.access_tokens) > 0
 
     def routes(self) -> list[Route]:
         """The one route."""
@@ -286,6 +287,10 @@ class Description:
     async def show(self, request: Request) -> Response:
         """The document."""
         return Json(self._document)
+
+    @cached_property
+    def _document(self) -> dict[str, Any]:
+        return document(OPERATIONS, with_token=self._with_token)  # takes 25 ms, so not at the start
 
 
 def document(operations: Iterable[Operation], *, with_token: bool) -> dict[str, Any]:
