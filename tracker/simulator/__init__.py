@@ -3,11 +3,11 @@
 It is written from FLORA's documents alone and shares no code with the tracker's own client,
 signature or parser, so that what the two agree on is agreed by two witnesses.
 
-    options.py      what a simulated FLORA is like; option_types.py, which values options take
+    options.py      the options of a simulated FLORA; option_types.py, which values they take
     catalogue.py    the techniques
-    making.py       how a run is made, from the seed; runs.py, a run as a function of the clock
-    history.py      pages and cursors, and the runs from before the beginning
-    world.py        everything that exists, in memory
+    making.py       how the seed makes a run; runs.py, a run as a function of the clock
+    history.py      pages and cursors, and runs from before the simulator started
+    world.py        the state: techniques, runs, attempts, in memory
     api.py          the routes of FLORA; starts.py, its starts; errors.py, its errors
     callbacks.py    signed callbacks and their attempts; destination.py, where they may go
     faults.py       429, 500, 503, cut connections, and a gateway in front

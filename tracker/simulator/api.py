@@ -86,9 +86,8 @@ class SimulatedApi:
     async def start_run(self, request: Request, workspace: SimulatedWorkspace) -> Response:
         """`POST /techniques/{techniqueId}/runs`: 200 or 201 and the run, both occur.
 
-        Where an input has several values and each makes a run, the answer is the first of these
-        runs: no document of FLORA's knows another shape. All of them are in the history, and each
-        sends its callback.
+        Where each value of an input makes a run, the answer is the first of these runs, as FLORA
+        documents no other shape. All of them are in the history, and each sends its callback.
         """
         technique = self._technique(request)
         body = parse_body(await request.body())
@@ -207,7 +206,7 @@ class SimulatedApi:
                 response = await self._answer(request, handler, fault)
                 request_id = digest(world.options.seed, "request", number)
                 response.headers["request-id"] = f"req_{request_id}"
-                # By FLORA's clock, not the server's: clients measure its difference from theirs.
+                # By FLORA's clock, not the server's: clients measure their offset from it.
                 date_ms = world.now_ms() + world.options.date_offset * 1000
                 response.headers["date"] = formatdate(date_ms / 1000, usegmt=True)
             status = 0 if isinstance(response, CutConnection) else response.status_code

@@ -1,4 +1,4 @@
-"""Sends callbacks: one for each run that asked for it, with FLORA's attempts and their faults.
+"""Sends callbacks: one for each run with a callback address, in FLORA's attempts and with faults.
 
 A callback's body and signature are made once, at its first attempt, and stay the same for all.
 """
@@ -23,10 +23,10 @@ WAITS: Final = (0.0, 10.0, 60.0, 300.0)
 """Seconds before each attempt, counted from the one before."""
 
 LATE: Final = 3.0
-"""How much later than the end a late callback comes, as a multiple of `run_seconds`."""
+"""Delay of a late callback after the end, as a multiple of `run_seconds`."""
 
 _CONNECTIONS: Final = 100
-_FORGED_SECRET: Final = "whsec_forged"  # noqa: S105 - it is meant to be the wrong one
+_FORGED_SECRET: Final = "whsec_forged"  # noqa: S105 - a wrong secret on purpose
 
 Kind = Literal["callback", "duplicate", "forged"]
 
@@ -214,7 +214,7 @@ class CallbackSender:
         """The receiver's answer. Raises `httpx.ConnectError` where no callback may go there."""
         found = await target(url)
         if found is None:
-            raise httpx.ConnectError("the host is not known, or not public any more")
+            raise httpx.ConnectError("the host cannot be resolved, or is not public any more")
         headers = dict(callback.headers)
         if found[1]:  # by its address: hosts that share one do not share a connection
             headers |= {"Host": httpx.URL(url).netloc.decode("ascii"), "Connection": "close"}

@@ -45,7 +45,7 @@ class SimulatedPort:
     def accepts(self) -> str:
         """The type under which a start sends this input.
 
-        A start knows only text, images and videos; a link to a sound or a document goes as text.
+        A start has only text, images and videos; a link to a sound or a document is sent as text.
         """
         return self.type if self.type in ("imageUrl", "videoUrl") else "text"
 
@@ -144,7 +144,7 @@ def load_catalogue() -> Mapping[str, SimulatedTechnique]:
 
 
 def find_technique(reference: str) -> SimulatedTechnique | None:
-    """The technique with that identifier or slug, if there is one."""
+    """The technique with that identifier or slug; None where there is none."""
     catalogue = load_catalogue()
     return catalogue.get(reference) or catalogue.get(f"tech_{reference}")
 

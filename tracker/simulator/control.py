@@ -76,11 +76,11 @@ class ControlRoutes:
         return JSONResponse({"deliveries": [asdict(sent) for sent in self._world.deliveries]})
 
     async def bills(self, request: Request) -> Response:
-        """What every run really costs, and what reads show of it now, oldest first."""
+        """The true cost of every run, and the cost that reads show now, oldest first."""
         return JSONResponse({"bills": self._world.bills()})
 
     async def colleague(self, request: Request) -> Response:
-        """Starts `{"technique": …, "count"?: 1}` as another program would, without callback."""
+        """Starts `{"technique": …, "count"?: 1}` as another program, without callback."""
         body = parse_body(await request.body())
         try:
             wanted = self._world.sample_request(str(body.get("technique")))
@@ -99,12 +99,12 @@ class ControlRoutes:
         return JSONResponse({"deleted": sorted(self._world.deleted)})
 
     async def faults(self, request: Request) -> Response:
-        """The options that hold now and may be changed, without secrets."""
+        """The present options that may be changed, without secrets."""
         shown = self._world.options.changeable
         return JSONResponse({name: shown[name] for name in shown if name not in SECRETS})
 
     async def change_faults(self, request: Request) -> Response:
-        """Takes new values, `{"drop": 0.4, "errors": "10%"}`, and answers with all that hold now.
+        """Sets new values, `{"drop": 0.4, "errors": "10%"}`, and answers with the present options.
 
         `?after=60` changes them 60 seconds later, `?seconds=30` for 30 seconds, both by the
         simulator's clock.
@@ -120,7 +120,7 @@ class ControlRoutes:
         return await self.faults(request)
 
     async def media(self, request: Request) -> Response:
-        """The file behind an output's link, whole or the range that is asked for."""
+        """The file behind an output's link, whole or the requested range."""
         name = request.path_params["name"]
         if name not in self._world.media_files:
             raise ErrorAnswer.not_found("output")

@@ -1,10 +1,9 @@
-"""Where callbacks may go, and which hosts requests may name: FLORA's rule, and this machine as the
-one exception.
+"""Where callbacks may be sent, and which hosts requests may name.
 
-FLORA calls back to public `https` addresses only. A simulator runs beside what it calls, so it
-also takes a loopback host, and there plain `http`. A page in someone's browser must not make it
-call this machine: neither by a name that means this machine later on (a name is looked up again for
-each callback, which goes to the address that was judged), nor by asking under a name of its own.
+FLORA sends callbacks to public `https` addresses only. The simulator also accepts a loopback host,
+and there plain `http`. A page in a browser must not make it call this machine: neither by a name
+that resolves to this machine later (a name is resolved again for each callback, which is sent to
+the checked address), nor by a request under a name of its own.
 """
 
 import asyncio
@@ -38,7 +37,7 @@ async def refusal(url: str, resolve: Resolver = _resolve) -> str | None:
     """Why `url` cannot be a callback address, or None where it can.
 
     A public name is resolved, and refused where any of its addresses is private; one that cannot
-    be resolved now is accepted, as its deliveries fail anyway.
+    be resolved now is accepted: its deliveries fail.
     """
     try:
         parts = urlsplit(url)

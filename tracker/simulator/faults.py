@@ -1,4 +1,4 @@
-"""What goes wrong with a request: 429, 500 and 503, cut connections, and a gateway in front."""
+"""Faults of requests: 429, 500 and 503, cut connections, and answers of a gateway in front."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
@@ -38,7 +38,7 @@ _GATEWAY_TITLES: Final = {
 
 
 class RequestFault:
-    """The fault of one request, if it has any, and how it shows."""
+    """The fault of one request, if any, and its answers."""
 
     def __init__(self, options: Options, number: int) -> None:
         self._retry_after = options.retry_after
@@ -72,8 +72,10 @@ class RequestFault:
 
 
 class GatewayFault:
-    """What a gateway in front of FLORA does with one request: it forwards it, or answers itself,
-    while the work behind it may go on."""
+    """Whether a gateway in front of FLORA answers one request, and how.
+
+    FLORA may execute the request all the same.
+    """
 
     def __init__(self, options: Options, route: str, number: int) -> None:
         kind = "reads"
@@ -95,7 +97,7 @@ class GatewayFault:
         run_in_background: Callable[[Work], asyncio.Task[Any]],
         now_ms: int,
     ) -> Response:
-        """The gateway's answer; the work goes on behind it where its request reaches FLORA."""
+        """The gateway's answer; the work goes on where the request reaches FLORA."""
         if self._works:
             await asyncio.wait({run_in_background(work())}, timeout=self._patience)
         headers = {"date": formatdate(now_ms / 1000, usegmt=True), "server": "nginx"}
@@ -133,7 +135,7 @@ class OpenConnections:
         return RegisteredProtocol
 
     def abort(self, client: Any) -> bool:
-        """Cuts the connection of that peer; False where the peer is not known here."""
+        """Cuts the connection of that peer; False where it has none here."""
         transport = self._open.get(tuple(client or ()))
         if transport is None:
             return False
@@ -150,7 +152,7 @@ class CutConnection(Response):
         self._begun = begun
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Raises `ConnectionAbortedError` where the server's connections are not known."""
+        """Raises `ConnectionAbortedError` where the server is not the simulator's own."""
         if self._begun is not None:
             body = bytes(self._begun.body)
             headers = self._begun.raw_headers
@@ -160,6 +162,6 @@ class CutConnection(Response):
             await send({"type": "http.response.body", "body": half, "more_body": True})
         if not self._connections.abort(scope.get("client")):
             raise ConnectionAbortedError("the connection was cut")
-        # The server takes a return without an answer for a mistake, unless the peer is gone.
+        # The server logs a return without an answer as an error, unless the peer is gone.
         while (await receive())["type"] != "http.disconnect":
             pass

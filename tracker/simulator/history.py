@@ -1,4 +1,4 @@
-"""Lists of runs: their pages, and a history that was there before the beginning."""
+"""Lists of runs: their pages and cursors, and a history from before the simulator started."""
 
 import base64
 import hashlib
@@ -19,7 +19,7 @@ _DEFAULT_LIMIT: Final = 20
 _MAX_LIMIT: Final = 100
 
 _LONGEST_RUN: Final = 2
-"""The newest preset run began this many `run_seconds` before the beginning."""
+"""The newest preset run began this many `run_seconds` before the simulator started."""
 
 
 class PresetHistory:
@@ -85,7 +85,7 @@ class PresetHistory:
 
 
 class RunListing(Sequence[SimulatedRun]):
-    """Started runs, followed by preset ones that are made only where they are read."""
+    """Started runs, followed by preset runs, which are made when they are read."""
 
     def __init__(
         self, started: Sequence[SimulatedRun], preset: PresetHistory, indexes: Sequence[int]
@@ -126,7 +126,7 @@ def page_bounds(
 def encode_cursor(offset: int, options: Options, now_ms: int) -> str:
     """The cursor that stands for an offset: as at FLORA, base64url of `{"offset":N}`.
 
-    With `opaque_cursors` nobody else can read the offset, and the cursor knows its age.
+    With `opaque_cursors` the offset is hidden, and the cursor contains its age.
     """
     content = b'{"offset":%d}' % offset
     if options.opaque_cursors:

@@ -1,4 +1,4 @@
-"""How a run is made: from what was asked for, its random draws, and the options at its start."""
+"""How a run is made: from its request, its random draws, and the options at its start."""
 
 from random import Random
 from typing import Final
@@ -14,7 +14,7 @@ from tracker.simulator.runs import (
 )
 
 CALLBACK_FAULTS: Final = ("drop", "duplicate", "early", "late", "reorder", "bad_signature")
-"""What can happen to a run's callback. Decided when the run starts."""
+"""The faults of a callback. They are decided when the run starts."""
 
 Failure = tuple[str, str | None]
 """An error code and its message."""
@@ -52,7 +52,7 @@ MEASURED_FAILURES: Final[tuple[Failure, ...]] = (
         for code in _MEASURED_CODES.split()
     ),
 )
-"""The codes that FLORA measured in production; two messages hide that moderation refused."""
+"""The codes that FLORA measured in production; two messages contain a refusal by moderation."""
 
 _DRAWN_LAST: Final = (
     *("failures", "drop", "duplicate", "early", "late", "reorder", "bad_signature", "cancelled"),
@@ -64,8 +64,8 @@ _DRAWN_LAST: Final = (
 class RandomDraws:
     """The random numbers for the n-th run: a pure function of the seed and n.
 
-    All are drawn at once and always in the same order, so that a changed rate changes which of them
-    count and nothing else. New ones are drawn last: a seed keeps its runs.
+    All are drawn at once and always in the same order, so that a changed rate does not
+    change the others. New ones are drawn last: a seed keeps its runs.
     """
 
     def __init__(self, seed: int, ordinal: int) -> None:
@@ -91,7 +91,7 @@ class RandomDraws:
         """Numbers from 0 to 1, most of them named as the option that they are compared with."""
 
     def hit(self, options: Options, fault: str) -> bool:
-        """Whether the run is among the share of runs to which that happens."""
+        """Whether the run has that fault."""
         rate: float = getattr(options, fault)
         return self.numbers[fault] < rate
 
@@ -133,7 +133,7 @@ def make_run(
         callback_url=callback_url,
         faults=faults,
         created_ms=created_ms,
-        # What cannot be fetched fails the run before it is started.
+        # A run whose input cannot be fetched fails before it is started.
         started_ms=None if failure and failure[0] == _UNREACHABLE[0] else started_ms,
         completed_ms=completed_ms,
         error_code=failure and failure[0],
@@ -173,7 +173,7 @@ def _failure(request: RunRequest, options: Options, draws: RandomDraws) -> Failu
 def _callback_faults(options: Options, draws: RandomDraws) -> frozenset[str]:
     faults = {name for name in CALLBACK_FAULTS if draws.hit(options, name)}
     if "drop" in faults:
-        # What never comes is neither early, late nor doubled; a forgery comes all the same.
+        # A dropped callback is neither early, late nor repeated; a forged one is sent anyway.
         faults &= {"drop", "bad_signature"}
     elif "early" in faults:
         faults -= {"late", "reorder"}
@@ -183,7 +183,7 @@ def _callback_faults(options: Options, draws: RandomDraws) -> frozenset[str]:
 def _bill(
     options: Options, draws: RandomDraws, price: float, *, succeeds: bool, completed_ms: int
 ) -> RunBill:
-    """What the run costs and shows: a quote, nothing, the bill, its correction, a refund."""
+    """The run's cost, and what reads show: a quote, nothing, the bill, a correction, a refund."""
     quote = None
     if draws.hit(options, "quotes"):
         factor = options.quote_factor or 0.25 + 1.25 * draws.numbers["quote_size"]

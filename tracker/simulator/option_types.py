@@ -41,7 +41,7 @@ def choice(help: str, *names: str) -> Any:
 
 
 def text(help: str, default: str, *, secret: bool = False) -> Any:
-    """Text that is not empty. A secret is left out of what is printed of the options."""
+    """Text that is not empty. A secret does not appear in the `repr` of the options."""
     return _option(default, help, _text, secret=secret)
 
 

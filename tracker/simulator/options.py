@@ -1,4 +1,4 @@
-"""What a simulated FLORA is like, and how often each of its faults strikes."""
+"""The options of a simulated FLORA: its workspaces, and how often each of its faults occurs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -42,17 +42,17 @@ class SimulatedWorkspace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """One simulated FLORA; what each option does stands beside it.
+    """The options of one simulated FLORA, each with its help text.
 
-    `run_seconds` is the middle of the runs' durations, which spread from half of it to one and a
-    half. `speed` divides the durations, the waits between a callback's attempts, and every wait in
-    seconds below, except `retry_after`, `callback_timeout`, `cursor_seconds`, the offsets of
-    clocks, and the times of creation (`retention`, `history_seconds`). Money is in USD. What
-    happens to a run is decided when it starts, what happens to a request when it comes.
+    Runs take from half of `run_seconds` to one and a half. `speed` divides their durations, the
+    waits between a callback's attempts, and every wait in seconds below, except `retry_after`,
+    `callback_timeout`, `cursor_seconds`, the offsets of clocks, and the times of creation
+    (`retention`, `history_seconds`). Money is in USD. The faults of a run are decided when it
+    starts, those of a request when it is received.
 
-    The options that have a `help` may be changed while the simulator runs (`with_changes`);
-    `later` changes them by itself: pairs of seconds after the beginning, by the world's clock, and
-    of the changes that hold from then on.
+    The options that have a help text may be changed while the simulator runs (`with_changes`).
+    `later` plans such changes: pairs of seconds after the start of the simulator, by the world's
+    clock, and of the new values.
 
     Raises `ValueError` where a value is out of its range.
     """
@@ -67,156 +67,166 @@ class Options:
 
     # The workspace
     api_key: str = text(
-        "the workspace's key; the old one is refused", "sk_test_simulator", secret=True
+        "API key of the workspace; the previous one is refused", "sk_test_simulator", secret=True
     )
-    webhook_secret: str = text("signs the callbacks of new runs", "whsec_simulator", secret=True)
-    workspace_id: str = text("the workspace that the key belongs to", "ws_simulator")
-    credits: float | None = number("USD that may be spent before starts are refused with 402", None)
+    webhook_secret: str = text(
+        "secret that signs the callbacks of new runs", "whsec_simulator", secret=True
+    )
+    workspace_id: str = text("workspace that the key belongs to", "ws_simulator")
+    credits: float | None = number(
+        "USD that may be spent; starts beyond it are refused with 402", None
+    )
 
     # Callbacks
-    drop: float = share("callbacks never come")
-    duplicate: float = share("callbacks come a second time, although they were taken")
+    drop: float = share("share of callbacks that are never sent")
+    duplicate: float = share("share of callbacks that are sent again after they were accepted")
     early: float = share(
-        "runs end at once, and their callback comes before the answer to the start"
+        "share of runs that end at once and whose callback precedes the answer to the start"
     )
-    late: float = share("callbacks come three `run_seconds` after the end")
-    reorder: float = share("callbacks are held back up to one `run_seconds`: others overtake them")
-    bad_signature: float = share("a forged callback comes first and tells the opposite")
+    late: float = share("share of callbacks that are sent three `run_seconds` after the end")
+    reorder: float = share(
+        "share of callbacks delayed by up to one `run_seconds`, so that others overtake them"
+    )
+    bad_signature: float = share(
+        "share of callbacks preceded by a forged one with the opposite status"
+    )
 
     # Requests
-    rate_limit: float = share("requests are answered 429")
-    retry_after: int = whole("seconds that a 429 asks for", 1)
-    errors: float = share("requests are answered 500 or 503; nothing is started")
-    cut: float = share("the connection is cut, before or after the work")
-    gateway: float = share("a gateway in front answers in FLORA's place, whatever is asked")
-    gateway_starts: float = share("a gateway answers, for starts")
-    gateway_reads: float = share("a gateway answers, for reads of one run, technique or workspace")
-    gateway_pages: float = share("a gateway answers, for lists")
+    rate_limit: float = share("share of requests answered 429")
+    retry_after: int = whole("seconds in the `Retry-After` of a 429", 1)
+    errors: float = share("share of requests answered 500 or 503; nothing is started")
+    cut: float = share(
+        "share of requests whose connection is cut, before or after they are executed"
+    )
+    gateway: float = share("share of requests answered by a gateway in front of FLORA")
+    gateway_starts: float = share("the same for starts alone")
+    gateway_reads: float = share("the same for reads of one run, technique or workspace")
+    gateway_pages: float = share("the same for lists")
     gateway_answers: tuple[str, ...] = listed(
-        "what the gateway answers: `502`, `503`, `504`, `404` (HTML), `empty` (200 without body),"
-        " `page` (200, HTML)",
+        "answers of the gateway: `502`, `503`, `504`, `404` (HTML), `empty` (200 without "
+        "body), `page` (200, HTML)",
         "502",
         "503",
         "504",
         each=one_of("502", "503", "504", "404", "empty", "page"),
     )
-    gateway_works: float = share("requests that reach FLORA behind the gateway all the same", 1.0)
+    gateway_works: float = share("share of these requests that FLORA executes all the same", 1.0)
     gateway_seconds: float | None = number(
-        "seconds after which the gateway answers while the work goes on; none: when it is done",
+        "seconds after which the gateway answers; none: when FLORA has finished",
         None,
     )
     refuse: Mapping[str, str] = table(
-        "routes and the error code they answer, as `generations.list:not_found`; `filtered`: lists"
-        " with a filter",
+        "routes and the error code that they answer, as `generations.list:not_found`; "
+        "`filtered`: lists with a filter",
         one_of(*CODES),
     )
-    refusals: float = share("requests of these routes that are refused", 1.0)
-    field_details: bool = flag("errors name `code` and `valid_values` of each field")
+    refusals: float = share("share of the requests to these routes that are refused", 1.0)
+    field_details: bool = flag("errors include `code` and `valid_values` of each field")
 
     # Starts
-    slow_starts: float = share("starts are answered late")
-    slow_seconds: float = number("how late, in seconds", 25.0)
+    slow_starts: float = share("share of starts that are answered late")
+    slow_seconds: float = number("delay of such an answer, in seconds", 25.0)
     slow_run: str = choice(
-        "the run of a slow start exists from the first moment or the last", "first", "last"
+        "whether the run of a slow start exists from its first moment or its last", "first", "last"
     )
-    failed_starts: float = share("starts are answered 500, in FLORA's shape, and nothing runs")
-    lost_starts: float = share("starts are answered 500, in FLORA's shape, and the run exists")
+    failed_starts: float = share("share of starts answered 500, in FLORA's shape, without a run")
+    lost_starts: float = share(
+        "share of starts answered 500, in FLORA's shape, although the run exists"
+    )
     second_answer: str = choice(
-        "how the next start with the key of one that was answered 500 is refused",
+        "error that refuses the next start with the key of a start that was answered 500",
         "none",
         "400",
         "402",
         "404",
     )
     idempotency: Literal["replay", "conflict"] = choice(
-        "a used key gives the original answer again for 24 hours, or is refused with 409 for two",
+        "a used key returns the original answer for 24 hours, or is refused with 409 for two hours",
         "replay",
         "conflict",
     )
-    key_hours: float | None = number("after how many hours a key is forgotten", None)
+    key_hours: float | None = number("hours after which a key is forgotten", None)
     key_source: str = choice(
-        "where a key is read: body or header; or technique runs in the body, generations in the"
-        " header",
+        "where a key is read: in body or header; or, by type, in the body for technique runs "
+        "and in the header for generations",
         "either",
         "by_type",
     )
     keys_known: str = choice(
-        "when a key is known: at once, or at the end of its request, so that two at once both run",
+        "when a key counts as used: at once, or at the end of its request, so that two "
+        "simultaneous requests both start a run",
         "at_once",
         "at_end",
     )
-    keys_released: bool = flag("a start that was answered 500 leaves its key free")
+    keys_released: bool = flag("a start that was answered 500 leaves its key unused")
     colleague: float = share(
-        "starts after which a colleague starts the technique too, without callback"
+        "share of starts after which another program starts the same technique, without callback"
     )
-    colleague_seconds: float = number("seconds between the start and the colleague's")
+    colleague_seconds: float = number("seconds between the two starts")
     run_per_value: bool = flag("an input with `allow_multiple` starts one run for each value")
 
     # Techniques
-    price_factor: float = number("multiplies every technique's `run_cost`", 1.0)
+    price_factor: float = number("factor for the `run_cost` of every technique", 1.0)
     prices: Mapping[str, float] = table(
-        "techniques and their `run_cost`, as `icon-pack:20`", parse_number
+        "the `run_cost` of single techniques, as `icon-pack:20`", parse_number
     )
-    new_inputs: Mapping[str, str] = table(
-        "techniques and an input each gains, as `icon-pack:style:text?`"
-    )
+    new_inputs: Mapping[str, str] = table("inputs added to techniques, as `icon-pack:style:text?`")
 
     # Runs
-    failures: float = share("runs fail", 0.15)
+    failures: float = share("share of runs that fail", 0.15)
     failure_codes: tuple[str, ...] = listed(
-        "their error codes; none: those documented; `measured`: those that FLORA measured"
+        "error codes of failed runs; none: the documented ones; `measured`: those measured in "
+        "production"
     )
-    full_progress: bool = flag("failed runs report progress 100")
-    queued: float = share(
-        "unfinished runs show `queued_name` as their status, from the start's answer on"
-    )
-    queued_name: str = text("a status that is not documented", "queued")
+    full_progress: bool = flag("failed runs report a progress of 100")
+    queued: float = share("share of runs that show `queued_name` as their status until they end")
+    queued_name: str = text("an undocumented status", "queued")
     cancelled: float = share(
-        "runs end with `cancelled_name` as their status, without callback and cost"
+        "share of runs that end with `cancelled_name` as their status, without callback and cost"
     )
-    cancelled_name: str = text("an end that is not documented", "cancelled")
-    late_outputs: float = share("completed runs show no outputs at first")
+    cancelled_name: str = text("an undocumented final status", "cancelled")
+    late_outputs: float = share("share of completed runs that show no outputs at first")
     outputs_seconds: float = number("seconds between the end and the outputs", 60.0)
-    signed_links: bool = flag("output links are signed anew at each read")
-    time_unit: Literal["ms", "s"] = choice("the unit of a run's times", "ms", "s")
+    signed_links: bool = flag("each read returns output links with a new signature")
+    time_unit: Literal["ms", "s"] = choice("unit of a run's times", "ms", "s")
 
     # The bill
-    quotes: float = share(
-        "unfinished runs show a quote as `charged_cost`, from the start's answer on"
-    )
+    quotes: float = share("share of runs that show a quote as `charged_cost` until they end")
     quote_factor: float = number(
-        "the quote as a multiple of `run_cost`; 0: from 0.25 to 1.5, by the seed"
+        "quote as a multiple of `run_cost`; 0: from 0.25 to 1.5, depending on the seed"
     )
-    bill_factor: float = number("the bill as a multiple of `run_cost`", 1.0)
-    late_bills: float = share("completed runs show no cost at first")
+    bill_factor: float = number("final cost as a multiple of `run_cost`", 1.0)
+    late_bills: float = share("share of completed runs that show no cost at first")
     bill_seconds: tuple[float, ...] = listed(
-        "seconds between the end and a late bill or refund; of several, one by the seed",
+        "seconds between the end and a late cost or refund; of several, the seed selects one",
         60.0,
         each=parse_number,
     )
-    missing_bills: float = share("completed runs never show a cost")
-    corrections: float = share("the cost shown first is too high or too low and corrected later")
-    correction_seconds: float = number("seconds between the first cost and the right one", 60.0)
-    late_refunds: float = share("failed runs show their quote at first")
-    refund: str = choice(
-        "what a failed run shows once it is refunded: 0, or no cost", "zero", "absent"
+    missing_bills: float = share("share of completed runs that never show a cost")
+    corrections: float = share(
+        "share of completed runs whose first cost is too high or too low and corrected later"
     )
+    correction_seconds: float = number("seconds between the first cost and the final one", 60.0)
+    late_refunds: float = share("share of failed runs that show their quote at first")
+    refund: str = choice("cost of a failed run after its refund: 0, or none", "zero", "absent")
 
     # The history
-    history_outputs: bool = flag("completed items of lists have outputs and cost", True)
-    history: int = whole("technique runs that ended before the beginning")
-    history_generations: int = whole("generations that ended before the beginning")
-    history_seconds: float = number("seconds over which these were created", 2_592_000.0)
-    retention: float | None = number("runs that were created more seconds ago are removed", None)
-    deletions: float = share("pages of a history after which one of their runs is deleted")
-    bad_offset: int | None = whole("a page with the item at this offset cannot be read", None)
-    bad_runs: tuple[str, ...] = listed("a page with one of these runs cannot be read")
-    bad_code: str = choice("the error that answers such a page", "input_validation_error", *CODES)
-    bad_bytes: int = whole("instead of an error, that item has so many bytes more")
-    max_offset: int | None = whole("pages from this offset on cannot be read: 400", None)
-    opaque_cursors: bool = flag("cursors are no offsets that can be decoded")
+    history_outputs: bool = flag("completed items of lists include outputs and cost", True)
+    history: int = whole("number of technique runs that ended before the simulator started")
+    history_generations: int = whole(
+        "number of generations that ended before the simulator started"
+    )
+    history_seconds: float = number("seconds over which their creation is spread", 2_592_000.0)
+    retention: float | None = number("seconds after their creation at which runs are removed", None)
+    deletions: float = share("share of history pages after which one of their runs is deleted")
+    bad_offset: int | None = whole("offset of an item whose page cannot be read", None)
+    bad_runs: tuple[str, ...] = listed("runs whose page cannot be read")
+    bad_code: str = choice("error that answers such a page", "input_validation_error", *CODES)
+    bad_bytes: int = whole("bytes by which such an item is longer, instead of an error")
+    max_offset: int | None = whole("offset from which pages are answered 400", None)
+    opaque_cursors: bool = flag("cursors hide their offset")
     cursor_seconds: float | None = number(
-        "opaque cursors that are more seconds old are refused", None
+        "age in seconds from which opaque cursors are refused", None
     )
     cursor_epoch: int = whole("opaque cursors of another epoch are refused")
 

@@ -1,7 +1,7 @@
 """A run as a function of the clock, and the forms in which FLORA shows it.
 
-Nothing ticks: a run knows from its start when it will end and how, and its status is computed for
-each read. All times here are Unix milliseconds.
+The end of a run is decided at its start; its status is computed for each read. All times are Unix
+milliseconds.
 """
 
 import hashlib
@@ -30,19 +30,19 @@ class RunRequest:
 
     @property
     def run_type(self) -> RunType:
-        """Which of the two it is."""
+        """`technique` or `generation`."""
         return "generation" if self.technique is None else "technique"
 
     @property
     def outputs(self) -> tuple[SimulatedPort, ...]:
-        """What it makes."""
+        """Its outputs."""
         if self.technique is None:
             return (GENERATIONS[self.generation][0],)
         return self.technique.outputs
 
     @property
     def price(self) -> float:
-        """What it costs, in USD."""
+        """Its price in USD."""
         return (
             GENERATIONS[self.generation][1] if self.technique is None else self.technique.run_cost
         )
@@ -96,7 +96,7 @@ class RunBill:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedRun:
-    """One run: its past and its future.
+    """One run, from its start to its end.
 
     `started_ms` is None for a run that fails before it is started.
     """
@@ -108,7 +108,7 @@ class SimulatedRun:
     workspace: SimulatedWorkspace
     callback_url: str | None
     faults: frozenset[str]
-    """What happens to its callback: names from `CALLBACK_FAULTS`."""
+    """The faults of its callback: names from `CALLBACK_FAULTS`."""
     created_ms: int
     started_ms: int | None
     completed_ms: int
@@ -131,17 +131,17 @@ class SimulatedRun:
 
     @property
     def technique(self) -> SimulatedTechnique | None:
-        """What it runs; None for a generation."""
+        """Its technique; None for a generation."""
         return self.request.technique
 
     @property
     def inputs(self) -> tuple[Mapping[str, Any], ...]:
-        """What it was started with."""
+        """The inputs that it was started with."""
         return self.request.inputs
 
     @property
     def cost(self) -> float:
-        """What FLORA bills in the end, in USD, whether it shows it or not."""
+        """The final cost in USD, whether reads show it or not."""
         return self.bill.amount
 
     @property
@@ -239,8 +239,8 @@ class SimulatedRun:
         return item
 
     def record(self, now_ms: int) -> dict[str, Any]:
-        """The simulator's own record: the history item in full, and under `end` what reads of the
-        run will show once nothing changes any more."""
+        """The simulator's own record: the history item in full, and under `end` what reads show
+        once nothing changes any more."""
         final_ms = max(self.completed_ms, self.outputs_ms, self.bill.final_ms)
         return self.history_item(now_ms, unit="ms", with_outputs=True) | {
             "run_type": self.request.run_type,
@@ -252,8 +252,8 @@ class SimulatedRun:
         }
 
     def billed(self, now_ms: int) -> dict[str, Any]:
-        """The truth about the run's cost: `bill` is what it costs in the end, `shown` what reads
-        show now, `final` whether that changes no more, and `priced` whether a cost is ever shown.
+        """The run's true cost: `bill` is the final cost, `shown` what reads show now, `final`
+        whether that changes no more, and `priced` whether a cost is ever shown.
         """
         return {
             "run_id": self.run_id,

@@ -29,6 +29,7 @@ from tracker.simulator.options import Options, SimulatedWorkspace
 from tracker.simulator.runs import RunRequest, SimulatedRun
 from tracker.simulator.world import World
 
+_HOST: Final = "127.0.0.1"
 _SHUTDOWN_SECONDS: Final = 1.0
 """How long requests in progress may take when the simulator stops."""
 
@@ -162,23 +163,19 @@ class Simulator:
 
 @contextlib.asynccontextmanager
 async def running(
-    options: Options | None = None,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 0,
-    clock: Clock = utc_now,
+    options: Options | None = None, *, port: int = 0, clock: Clock = utc_now
 ) -> AsyncIterator[Simulator]:
-    """Serves a simulator over HTTP in this loop; port 0 takes a free one.
+    """Serves a simulator on 127.0.0.1 in this loop; port 0 takes a free one.
 
-    Raises `OSError` where the address cannot be bound.
+    Raises `OSError` where the port cannot be bound.
     """
-    listener = socket.create_server(
-        (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
-    )
+    listener = socket.create_server((_HOST, port), backlog=2048)
     # asyncio does this only for sockets that it makes itself; without it each answer, which leaves
     # as head and body, waits 40 ms for the client's acknowledgement. Connections inherit it.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    world = World(options or Options(), clock=clock, root=_root(host, listener.getsockname()[1]))
+    world = World(
+        options or Options(), clock=clock, root=f"http://{_HOST}:{listener.getsockname()[1]}"
+    )
     connections = OpenConnections()
     app = _build_app(world, connections)
     server = _Server(
@@ -210,32 +207,25 @@ async def running(
 
 
 def serve(
-    options: Options | None = None,
-    host: str = "127.0.0.1",
-    port: int = 8750,
+    options: Options,
+    port: int,
     *,
-    on_ready: Callable[[Simulator], None] | None = None,
+    on_ready: Callable[[Simulator], None],
 ) -> None:
     """Serves a simulator until SIGINT or SIGTERM. `on_ready` is called once it answers.
 
-    Raises `OSError` where the address cannot be bound.
+    Raises `OSError` where the port cannot be bound.
     """
 
     async def serve_until_signal() -> None:
         stop = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        async with running(options, host=host, port=port) as simulator:
-            if on_ready is not None:
-                on_ready(simulator)
+        async with running(options, port=port) as simulator:
+            on_ready(simulator)
             await stop.wait()
 
     asyncio.run(serve_until_signal())
-
-
-def _root(host: str, port: int) -> str:
-    reached = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
-    return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
 
 
 class _Server(uvicorn.Server):
@@ -261,7 +251,7 @@ class _Server(uvicorn.Server):
                 await asyncio.wait_for(self._stopping.wait(), 1)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        # As uvicorn does it, without its pause of 0.1 s, which tests feel.
+        # As uvicorn does it, without its pause of 0.1 s, which adds up in tests.
         for server in self.servers:
             server.close()
         for connection in list(self.server_state.connections):

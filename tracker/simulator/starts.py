@@ -46,7 +46,7 @@ class ValidStart:
 
     @property
     def technique(self) -> SimulatedTechnique | None:
-        """What is started; None for a generation."""
+        """The technique; None for a generation."""
         return self.requests[0].technique
 
     @property
@@ -62,7 +62,7 @@ class ValidStart:
         body: str | None = self.body.get("idempotency_key")
         if options.key_source == "by_type":
             return header if self.technique is None else body
-        # Each of FLORA's two accounts of idempotency has its own form of the key.
+        # FLORA's two descriptions of idempotency have different forms of the key.
         return body or header if options.idempotency == "replay" else header or body
 
 
@@ -174,19 +174,19 @@ def _is_link(value: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class StartAnswer:
-    """What is answered to a start: the status and the body's bytes."""
+    """The answer to a start: its status and the bytes of its body."""
 
     status: int
     body: bytes
 
     def response(self, *, replayed: bool = False) -> Response:
-        """The response that carries it."""
+        """The answer as a response."""
         headers = {"idempotent-replayed": "true"} if replayed else None
         return Response(self.body, self.status, headers, media_type="application/json")
 
 
 class IdempotencyKeys:
-    """The keys that were used, in either of the two ways that FLORA's sources describe.
+    """The keys that were used, by either of FLORA's two descriptions.
 
     In the mode "replay" a key gives its original answer again for 24 hours; in "conflict" a second
     use is refused for two.
@@ -237,7 +237,7 @@ class IdempotencyKeys:
             self._busy.discard(key)
 
     def keep(self, key: UsedKey, fingerprint: str, answer: StartAnswer, now_ms: int) -> None:
-        """Remembers what was answered to a use of a key."""
+        """Stores the answer to the use of a key."""
         self._used[key] = (now_ms, fingerprint, answer)
 
     def release(self, key: UsedKey) -> None:
@@ -318,7 +318,7 @@ class StartHandler:
 
         async def start() -> None:
             await asyncio.sleep(wait)
-            with suppress(ErrorAnswer):  # no caller to tell that the credits are used up
+            with suppress(ErrorAnswer):  # there is no caller to report used-up credits to
                 request = self._world.sample_request(technique.technique_id)
                 self._world.start(request, workspace=workspace, colleague=True)
 
@@ -335,7 +335,7 @@ def _draw_start_faults(options: Options, number: int) -> list[bool]:
 
 
 def _first_answer(run: SimulatedRun, options: Options) -> StartAnswer:
-    """What FLORA answers to the request that started a run."""
+    """FLORA's answer to the request that started a run."""
     shown = run.answer_to_start(options.time_unit)
     if run.technique is None:  # the answer to `POST /generate` is not in the shape of a run
         shown = {

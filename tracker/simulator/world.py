@@ -1,6 +1,6 @@
-"""Everything that exists in one simulated FLORA: techniques, runs and what was done with them.
+"""The state of one simulated FLORA: techniques, runs, requests and attempts, all in memory.
 
-All of it is in memory. The world never waits and does no input or output; its clock is an argument.
+The world never waits and does no input or output; its clock is an argument.
 """
 
 import heapq
@@ -46,7 +46,7 @@ class World:
     """One simulated FLORA.
 
     `runs` holds every run that was started, by its identifier, oldest first, with those that were
-    `deleted`; `deliveries` what became of each attempt at a callback; `counts` how often each route
+    `deleted`; `deliveries` every attempt at a callback; `counts` how often each route
     gave each status (0: the connection was cut), and `request_log` the last requests one by one.
     `started_with` holds the idempotency key of each run that was started with one, by the run's
     identifier, and `media_files` the names of the files behind output links (preset runs have
@@ -77,7 +77,7 @@ class World:
 
     @property
     def options(self) -> Options:
-        """The options that hold now, with every change that is due by the world's clock."""
+        """The present options, with every change that is due by the world's clock."""
         while self._changes and self._changes[0][0] <= self.true_ms():
             due_ms, _, changes, seconds = heapq.heappop(self._changes)
             before = {name: getattr(self._options, name) for name in changes}
@@ -137,7 +137,7 @@ class World:
         workspace: SimulatedWorkspace | None = None,
         colleague: bool = False,
     ) -> SimulatedRun:
-        """Starts a run; `colleague` says that another program does.
+        """Starts a run; `colleague` marks it as started by another program.
 
         Raises `ErrorAnswer` (402) where the credits do not suffice.
         """
@@ -164,7 +164,7 @@ class World:
         return run
 
     def find(self, run_id: str, workspace: SimulatedWorkspace) -> SimulatedRun | None:
-        """A workspace's run, started or preset; None where FLORA does not know it (any more)."""
+        """A workspace's run, started or preset; None where there is none, or it was removed."""
         run = self.runs.get(run_id)
         for run_type in () if run is not None else RUN_TYPES:
             preset = self.preset(run_type)
@@ -220,7 +220,7 @@ class World:
         return RunListing(started, preset, indexes)
 
     def preset(self, run_type: RunType) -> PresetHistory:
-        """The runs of a type that ended before the beginning, as the options then made them."""
+        """The runs of a type that ended before the simulator started, by its first options."""
         preset, options = self._presets.get(run_type), self.options
         count = options.history if run_type == "technique" else options.history_generations
         if preset is None or preset.count != count:
@@ -229,16 +229,16 @@ class World:
         return preset
 
     def delete(self, run_ids: Iterable[str]) -> None:
-        """Lets FLORA forget runs: reads answer 404, lists leave them out; records keep them."""
+        """Deletes runs: reads answer 404, lists leave them out; records keep them."""
         self.deleted.update(run_ids)
 
     def records(self) -> list[dict[str, Any]]:
-        """The true record of every run that was started, oldest first, with its end even where
-        that is yet to come.
+        """The true record of every run that was started, oldest first, with its end, also before
+        it is reached.
 
         The shape is a history item's, in milliseconds, with `run_type`, `callback_url`, `faults`,
         `colleague` (whether another program started it), `idempotency_key`, `deleted`, and `end`,
-        which is the run as a read of it will show it once nothing changes any more.
+        which is the run as reads show it once nothing changes any more.
         """
         now_ms = self.now_ms()
         return [
