@@ -35,3 +35,13 @@ _BOUNDED: Final = frozenset({"", "identity", "gzip", "deflate"})
 def is_bounded(content_encoding: str | None) -> bool:
     """Whether a body with this `Content-Encoding` (`None` for none) may be decompressed."""
     return (content_encoding or "").strip().lower() in _BOUNDED
+
+
+CALLBACK_PATH: Final = "/callbacks/flora"
+"""Receives callbacks; so does each start's own address, one part below it."""
+
+
+def hide_callback_token(path: str) -> str:
+    """`path` for logs and traces, which must not contain the secret token of a start."""
+    before, below, rest = path.partition(f"{CALLBACK_PATH}/")
+    return f"{before}{below}*" if rest else path

@@ -18,6 +18,7 @@ from sqlalchemy import Engine
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tracker import __version__
+from tracker.core.net import hide_callback_token
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import SpanProcessor
@@ -94,11 +95,9 @@ async def tracing(
 
 def _without_tokens(traces: Callable[..., ASGIApp], app: ASGIApp, **options: Any) -> ASGIApp:
     """The tracing layer, to which a start's callback address is shown without its token."""
-    from tracker.web.http.callback_path import shown  # noqa: PLC0415
-
     async def outer(scope: Scope, receive: Receive, send: Send) -> None:
         if "path" in scope:
-            scope[_PATH], scope["path"] = scope["path"], shown(scope["path"])
+            scope[_PATH], scope["path"] = scope["path"], hide_callback_token(scope["path"])
         await traced(scope, receive, send)
 
     async def inner(scope: Scope, receive: Receive, send: Send) -> None:

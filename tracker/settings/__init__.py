@@ -9,7 +9,8 @@ by `load_settings`.
 """
 
 from tracker.settings.load import Loaded, load_settings, read_settings
-from tracker.settings.model import CALLBACK_PATH, Settings, TokenSettings, WorkspaceSettings
+from tracker.core.net import CALLBACK_PATH
+from tracker.settings.model import Settings, TokenSettings, WorkspaceSettings
 from tracker.settings.rotation import Rotation
 
 __all__ = [

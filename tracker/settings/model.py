@@ -22,6 +22,7 @@ from tracker.core.net import is_loopback_url
 from tracker.core.schedule import Policy
 from tracker.core.tags import parse_tag
 from tracker.core.tokens import SHORTEST, Scope, Token, Tokens
+from tracker.core.net import CALLBACK_PATH
 from tracker.settings.cron import check_cron
 from tracker.settings.values import (
     check_database_url,
@@ -30,9 +31,6 @@ from tracker.settings.values import (
     passwords_in,
     split_secrets,
 )
-
-CALLBACK_PATH: Final = "/callbacks/flora"
-
 
 def _seconds(value: object) -> float:
     return parse_duration(value).total_seconds()

@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from tracker.services import Services
 from tracker.web.api.openapi import Description
 from tracker.web.api.routes import Runs, SpendingReport, StartLog, Techniques
 from tracker.web.auth import Access, Gate
@@ -20,7 +21,6 @@ from tracker.web.health import Health, MetricsText
 from tracker.web.http.callback_path import CALLBACKS_PATH
 from tracker.web.http.edge import Edge, Page, Shortcut
 from tracker.web.http.limits import Deadline, Limits
-from tracker.web.services import Services
 from tracker.web.sessions import Sessions
 from tracker.web.stream.endpoint import Stream
 

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import ceil
-from typing import Final, Literal, Protocol
+from typing import Final, Literal
 
 import structlog
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -35,6 +35,7 @@ from tracker.core.net import is_loopback
 from tracker.core.rate_limited_log import LOG_INTERVAL, Seldom
 from tracker.core.tokens import Scope as TokenScope
 from tracker.core.tokens import Token, Tokens
+from tracker.operations.metrics import Metrics
 from tracker.store.queries.audit import Principal, Refusals, acting
 from tracker.web.http.answers import request_id_of
 from tracker.web.http.callback_path import shown
@@ -74,13 +75,6 @@ _CHALLENGE: Final = {"WWW-Authenticate": "Bearer"}
 log = structlog.get_logger(__name__)
 
 
-class Counts(Protocol):
-    """Counts what was refused."""
-
-    def auth_refused(self, reason: Reason) -> None:
-        """A request was refused."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Actor:
     """Who sends a request: by which token, and in which session if a browser signed in with it."""
@@ -116,7 +110,7 @@ class Access:
         is_public: bool,
         sessions: Sessions,
         refusals: Refusals,
-        counts: Counts,
+        counts: Metrics,
         clock: Clock,
         say_again_after: float = LOG_INTERVAL,
     ) -> None:

@@ -16,13 +16,13 @@ from tracker.core.errors import SettingsError, StoreError, StoreUnavailable
 from tracker.core.rate_limited_log import Seldom
 from tracker.core.record import TRIAL, DeliveryOutcome
 from tracker.flora.signature import SignatureError
-from tracker.receiving.receive import Received
+from tracker.operations.metrics import Metrics
+from tracker.receiving.receive import Received, Receiver
 from tracker.web.http.answers import Constant
 from tracker.web.http.body import ClientGone, read_body, too_slow
 from tracker.web.http.callback_path import token_in
 from tracker.web.http.errors import Fault, unavailable
 from tracker.web.http.limits import Bounds, Limits
-from tracker.web.services import Receives, Tells
 
 log = structlog.get_logger(__name__)
 _level = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Callbacks:
     """The endpoint. `is_watched` says that a layer around it has to see what is answered."""
 
     def __init__(
-        self, receiver: Receives, metrics: Tells, *, limits: Limits, is_watched: bool = False
+        self, receiver: Receiver, metrics: Metrics, *, limits: Limits, is_watched: bool = False
     ) -> None:
         self._receiver = receiver
         self._metrics = metrics
@@ -134,7 +134,7 @@ def _say_taken(received: Received) -> None:
 class _Refusals:
     """Says in the log that callbacks are refused, without letting strangers fill it."""
 
-    def __init__(self, metrics: Tells) -> None:
+    def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._seldom = Seldom()
 

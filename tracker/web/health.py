@@ -7,14 +7,15 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tracker.core.errors import SchemaOutdated, StoreError
+from tracker.operations.metrics import Metrics
 from tracker.polling.workspaces import Workspace
+from tracker.services import Services
 from tracker.store import migrate
 from tracker.views import time_json
 from tracker.web.auth import Access
 from tracker.web.http.answers import Json
 from tracker.web.http.errors import unavailable
 from tracker.web.http.limits import Limits
-from tracker.web.services import Services, Tells
 
 
 class Health:
@@ -91,7 +92,7 @@ def _trouble(workspace: Workspace) -> str | None:
 class MetricsText:
     """The endpoint."""
 
-    def __init__(self, metrics: Tells) -> None:
+    def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
 
     def routes(self) -> list[Route]:

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tracker import __version__
+from tracker.services import Services
 from tracker.web.api import responses as shapes
 from tracker.web.api.requests import (
     KeyHeader,
@@ -27,7 +28,6 @@ from tracker.web.api.requests import (
     TrackBody,
 )
 from tracker.web.http.answers import Json
-from tracker.web.services import Services
 from tracker.web.stream.endpoint import StreamQuery
 
 # What can be done under `/api`: one entry for each method of each route.

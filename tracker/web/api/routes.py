@@ -8,6 +8,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tracker.core.errors import FieldFault
+from tracker.services import Services
 from tracker.starting.start import StartRequest
 from tracker.store.queries import runs as read
 from tracker.store.queries import starts, techniques
@@ -30,7 +31,6 @@ from tracker.web.http.body import read_json
 from tracker.web.http.errors import Fault, invalid, not_found
 from tracker.web.http.limits import Limits
 from tracker.web.http.origin import peer_of
-from tracker.web.services import Services
 
 log = structlog.get_logger(__name__)
 

@@ -7,13 +7,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tracker.core.errors import FieldFault
+from tracker.services import Services
 from tracker.store.queries import audit
 from tracker.store.queries.audit import Action
 from tracker.views import audit_facts
 from tracker.web.dashboard.forms import given
 from tracker.web.dashboard.render import Renderer, query
 from tracker.web.http.errors import invalid
-from tracker.web.services import Services
 
 PAGE: Final = 50
 

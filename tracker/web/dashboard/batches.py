@@ -8,6 +8,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tracker.core.errors import FieldFault
+from tracker.services import Services
 from tracker.starting.batch_rows import states_of
 from tracker.store.queries import batches
 from tracker.store.queries.overview import technique_names
@@ -15,7 +16,6 @@ from tracker.web.dashboard.forms import given
 from tracker.web.dashboard.paths import ANY
 from tracker.web.dashboard.render import Renderer, query
 from tracker.web.http.errors import invalid, not_found
-from tracker.web.services import Services
 
 BATCHES: Final = 50
 ROWS: Final = 100

@@ -10,6 +10,7 @@ from starlette.routing import Route
 from tracker.core.errors import FieldFault
 from tracker.core.record import DeliveryOutcome
 from tracker.receiving.replay import Replay
+from tracker.services import Services
 from tracker.store.queries import runs as read
 from tracker.store.queries.runs import DeliveryRow
 from tracker.web.dashboard.forms import check_action, given
@@ -17,7 +18,6 @@ from tracker.web.dashboard.paths import ANY
 from tracker.web.dashboard.render import Renderer, query
 from tracker.web.dashboard.said import Said
 from tracker.web.http.errors import Fault, invalid, not_found
-from tracker.web.services import Services
 
 PAGE: Final = 50
 

@@ -7,12 +7,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from tracker.services import Services
 from tracker.web.dashboard.figures import gather
 from tracker.web.dashboard.forms import given
 from tracker.web.dashboard.health import needs, verified_through, workspace_health
 from tracker.web.dashboard.render import Renderer
 from tracker.web.dashboard.spending import nearly_used
-from tracker.web.services import Services
 
 SPANS: Final = (("24h", "24 hours"), ("7d", "7 days"))
 _HOURS: Final = {"24h": 24, "7d": 7 * 24}

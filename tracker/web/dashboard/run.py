@@ -9,6 +9,7 @@ from starlette.routing import Route
 
 from tracker.core.record import Record
 from tracker.core.run import Tracking
+from tracker.services import Services
 from tracker.store.queries import runs as read
 from tracker.store.queries.overview import technique_names
 from tracker.store.queries.runs import DeliveryRow
@@ -18,7 +19,6 @@ from tracker.web.dashboard.paths import ANY
 from tracker.web.dashboard.render import Renderer
 from tracker.web.dashboard.said import Said
 from tracker.web.http.errors import not_found
-from tracker.web.services import Services
 
 CALLBACKS: Final = 10
 """So many callbacks of a run are shown with their bodies, the newest ones."""

@@ -12,12 +12,12 @@ from starlette.routing import Route
 from tracker.core.errors import FieldFault
 from tracker.core.retry import RetryAdvice
 from tracker.core.tags import parse_tag
+from tracker.services import Services
 from tracker.store.queries import techniques
 from tracker.store.queries.search import STATES, Wanted, search_runs
 from tracker.web.dashboard.forms import given
 from tracker.web.dashboard.render import Renderer, query
 from tracker.web.http.errors import invalid
-from tracker.web.services import Services
 
 PAGE: Final = 50
 STATE_NAMES: Final = (

@@ -8,6 +8,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import Scope
 
+from tracker.services import Services
 from tracker.web.auth import Access
 from tracker.web.dashboard.assets import Assets
 from tracker.web.dashboard.audit import AuditPage
@@ -24,7 +25,6 @@ from tracker.web.dashboard.starts import StartsPage
 from tracker.web.dashboard.sweeps import SweepsPage
 from tracker.web.dashboard.techniques import TechniquesPage
 from tracker.web.http.errors import Fault
-from tracker.web.services import Services
 
 _FOR_PROGRAMS: Final = (
     "/api",

@@ -12,12 +12,12 @@ from starlette.routing import Route
 from tracker.core.budget import Period
 from tracker.core.errors import FieldFault
 from tracker.core.formatting import percent
+from tracker.services import Services
 from tracker.store.queries.spending import Spending, Usage, spending, tag_keys
 from tracker.web.dashboard.forms import given
 from tracker.web.dashboard.health import Need
 from tracker.web.dashboard.render import Renderer
 from tracker.web.http.errors import invalid
-from tracker.web.services import Services
 
 SPANS: Final[Mapping[str, int]] = {"7d": 7, "30d": 30, "90d": 90}
 """Days, today included."""

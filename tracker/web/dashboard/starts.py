@@ -7,12 +7,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tracker.core.errors import FieldFault
+from tracker.services import Services
 from tracker.store.queries import starts
 from tracker.store.queries.starts import LISTED
 from tracker.web.dashboard.forms import given
 from tracker.web.dashboard.render import Renderer, query
 from tracker.web.http.errors import invalid
-from tracker.web.services import Services
 
 PAGE: Final = 50
 

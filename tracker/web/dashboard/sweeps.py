@@ -10,13 +10,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tracker.core.errors import FieldFault
+from tracker.services import Services
 from tracker.store.queries import sweeps
 from tracker.store.queries import sweeps as coverage
 from tracker.store.queries.sweeps import Interval, Unread
 from tracker.web.dashboard.forms import given
 from tracker.web.dashboard.render import Renderer, query
 from tracker.web.http.errors import invalid
-from tracker.web.services import Services
 
 PAGE: Final = 50
 SHORTEST: Final = timedelta(days=1)

@@ -7,6 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from tracker.services import Services
 from tracker.store.queries import runs as read
 from tracker.store.queries import techniques
 from tracker.store.queries.techniques import TechniqueRow
@@ -14,7 +15,6 @@ from tracker.web.dashboard.forms import given
 from tracker.web.dashboard.paths import ANY
 from tracker.web.dashboard.render import Renderer, query
 from tracker.web.http.errors import not_found
-from tracker.web.services import Services
 
 PAGE: Final = 60
 _STARTABLE: Final = ("text", "imageUrl", "videoUrl")

@@ -21,7 +21,7 @@ from contextlib import (
 )
 from dataclasses import dataclass
 from errno import EADDRINUSE, EADDRNOTAVAIL
-from typing import Final, Protocol, TypeVar
+from typing import Final
 
 import structlog
 import uvicorn
@@ -29,9 +29,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tracker.core.errors import SettingsError, TrackerError
 from tracker.core.net import is_loopback
+from tracker.services import Services
+from tracker.settings import Settings
 from tracker.web.http.connection import ConnectionLimit
 from tracker.web.http.limits import Limits
-from tracker.web.services import Services, WebSettings
+from tracker.worker.scheduler import Worker
 
 log = structlog.get_logger(__name__)
 
@@ -42,19 +44,6 @@ GRACE: Final = 10
 and with the worker's end a container's usual 30 s suffice."""
 LAST_WORDS: Final = 2
 """Seconds in which it then says that it was broken off, and gives back what it holds."""
-
-
-class Background(Protocol):
-    """What runs beside the server: the worker."""
-
-    async def start(self) -> None:
-        """Begins; returns at once."""
-
-    async def stop(self) -> None:
-        """Ends, after what it is doing."""
-
-
-S = TypeVar("S", bound=Services)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,10 +60,10 @@ class Place:
 
 
 def serve(
-    settings: WebSettings,
-    open_services: Callable[[], AbstractAsyncContextManager[S]],
+    settings: Settings,
+    open_services: Callable[[], AbstractAsyncContextManager[Services]],
     *places: Place,
-    worker: Callable[[S], Background] | None = None,
+    worker: Callable[[Services], Worker] | None = None,
 ) -> int:
     """Serves what each place builds of the services until SIGTERM or SIGINT, then returns 0.
 

@@ -12,10 +12,10 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from tracker.core.errors import StoreError
+from tracker.services import Services
 from tracker.web.api.requests import Filter, checked, checked_query
 from tracker.web.auth import Access, Actor, actor_of
 from tracker.web.http.limits import Limits
-from tracker.web.services import Services
 from tracker.web.stream.broadcaster import Broadcaster
 from tracker.web.stream.reader import RunFilter, StreamReader, reset_frame
 
