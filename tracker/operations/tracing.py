@@ -95,6 +95,7 @@ async def tracing(
 
 def _without_tokens(traces: Callable[..., ASGIApp], app: ASGIApp, **options: Any) -> ASGIApp:
     """The tracing layer, to which a start's callback address is shown without its token."""
+
     async def outer(scope: Scope, receive: Receive, send: Send) -> None:
         if "path" in scope:
             scope[_PATH], scope["path"] = scope["path"], hide_callback_token(scope["path"])

@@ -8,8 +8,8 @@ all of it and nothing of the process's environment leaks in; that is why it is a
 by `load_settings`.
 """
 
-from tracker.settings.load import Loaded, load_settings, read_settings
 from tracker.core.net import CALLBACK_PATH
+from tracker.settings.load import Loaded, load_settings, read_settings
 from tracker.settings.model import Settings, TokenSettings, WorkspaceSettings
 from tracker.settings.rotation import Rotation
 

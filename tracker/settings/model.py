@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -18,11 +18,10 @@ from pydantic import (
 
 from tracker.core.budget import Budget, Budgets, Period
 from tracker.core.errors import SettingsError
-from tracker.core.net import is_loopback_url
+from tracker.core.net import CALLBACK_PATH, is_loopback_url
 from tracker.core.schedule import Policy
 from tracker.core.tags import parse_tag
 from tracker.core.tokens import SHORTEST, Scope, Token, Tokens
-from tracker.core.net import CALLBACK_PATH
 from tracker.settings.cron import check_cron
 from tracker.settings.values import (
     check_database_url,
@@ -31,6 +30,7 @@ from tracker.settings.values import (
     passwords_in,
     split_secrets,
 )
+
 
 def _seconds(value: object) -> float:
     return parse_duration(value).total_seconds()

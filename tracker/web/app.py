@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from tracker.core.net import CALLBACK_PATH
 from tracker.services import Services
 from tracker.web.api.openapi import Description
 from tracker.web.api.routes import Runs, SpendingReport, StartLog, Techniques
@@ -18,13 +19,10 @@ from tracker.web.auth import Access, Gate
 from tracker.web.callbacks import Callbacks
 from tracker.web.dashboard.site import Dashboard
 from tracker.web.health import Health, MetricsText
-from tracker.web.http.callback_path import CALLBACKS_PATH
 from tracker.web.http.edge import Edge, Page, Shortcut
 from tracker.web.http.limits import Deadline, Limits
 from tracker.web.sessions import Sessions
 from tracker.web.stream.endpoint import Stream
-
-"""Also with one more part, which a later version gives to the address of each start."""
 
 
 def build_app(services: Services, *, limits: Limits | None = None) -> Starlette:
@@ -132,10 +130,8 @@ def _within_the_edge(
     health = Health(services, access, limits=limits)
     shortcut, receiving = [], []
     if callbacks is not None:
-        shortcut = [Middleware(Shortcut, path=CALLBACKS_PATH, endpoint=callbacks)]
-        receiving = [
-            Route(path, callbacks) for path in (CALLBACKS_PATH, CALLBACKS_PATH + "/{token}")
-        ]
+        shortcut = [Middleware(Shortcut, path=CALLBACK_PATH, endpoint=callbacks)]
+        receiving = [Route(path, callbacks) for path in (CALLBACK_PATH, CALLBACK_PATH + "/{token}")]
     app = Starlette(
         routes=[*receiving, *health.routes(), *routes],
         middleware=[

@@ -31,14 +31,13 @@ import structlog
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tracker.core.clock import Clock
-from tracker.core.net import is_loopback
+from tracker.core.net import hide_callback_token, is_loopback
 from tracker.core.rate_limited_log import LOG_INTERVAL, Seldom
 from tracker.core.tokens import Scope as TokenScope
 from tracker.core.tokens import Token, Tokens
 from tracker.operations.metrics import Metrics
 from tracker.store.queries.audit import Principal, Refusals, acting
 from tracker.web.http.answers import request_id_of
-from tracker.web.http.callback_path import shown
 from tracker.web.http.errors import Fault
 from tracker.web.http.limits import Throttle
 from tracker.web.http.origin import (
@@ -239,7 +238,7 @@ class Access:
             actor=token,
             request_id=request_id_of(scope),
             method=scope["method"],
-            path=shown(scope["path"])[:200],
+            path=hide_callback_token(scope["path"])[:200],
         )
         loop = asyncio.get_running_loop()
         fields = {
@@ -247,7 +246,7 @@ class Access:
             "message": fault.message,
             "peer": peer_of(scope),
             "method": scope["method"],
-            "path": shown(scope["path"])[:200],
+            "path": hide_callback_token(scope["path"])[:200],
             **({"token": token} if token else {}),
         }
         if count := self._seldom.count(reason, now=loop.time()):

@@ -13,6 +13,7 @@ import structlog
 from starlette.types import Receive, Scope, Send
 
 from tracker.core.errors import SettingsError, StoreError, StoreUnavailable
+from tracker.core.net import CALLBACK_PATH
 from tracker.core.rate_limited_log import Seldom
 from tracker.core.record import TRIAL, DeliveryOutcome
 from tracker.flora.signature import SignatureError
@@ -20,7 +21,6 @@ from tracker.operations.metrics import Metrics
 from tracker.receiving.receive import Received, Receiver
 from tracker.web.http.answers import Constant
 from tracker.web.http.body import ClientGone, read_body, too_slow
-from tracker.web.http.callback_path import token_in
 from tracker.web.http.errors import Fault, unavailable
 from tracker.web.http.limits import Bounds, Limits
 
@@ -32,6 +32,10 @@ _ANSWERS: Final = {
     for outcome in DeliveryOutcome
     for repeated in (False, True)
 }
+
+
+LONGEST_TOKEN: Final = 64
+"""Characters; a longer one is no token of ours, and counts as the bare address."""
 
 
 class Callbacks:
@@ -54,7 +58,7 @@ class Callbacks:
         loop = asyncio.get_running_loop()
         began = loop.time()
         signature, webhook_id, event = _headers(scope)
-        token = token_in(scope["path"])
+        token = _token(scope["path"])
         body = None
         try:
             with self._bounds.begin(began):
@@ -102,6 +106,12 @@ class Callbacks:
         except ClientGone:
             self._refusals.count("cut off")
             raise
+
+
+def _token(path: str) -> str | None:
+    """The last part of a start's own callback address; `None` for the bare one."""
+    _, below, token = path.rpartition(f"{CALLBACK_PATH}/")
+    return token if below and 0 < len(token) <= LONGEST_TOKEN else None
 
 
 def _headers(scope: Scope) -> tuple[str | None, str | None, str | None]:

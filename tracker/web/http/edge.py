@@ -19,10 +19,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bind_contextvars, unbind_contextvars
 
 from tracker.core.errors import FloraRefusal, StoreError
+from tracker.core.net import hide_callback_token
 from tracker.core.rate_limited_log import Seldom
 from tracker.web.http.answers import EVERYWHERE, WRITE, Json, number, request_id_header
 from tracker.web.http.body import ClientGone, discard, has_unread_body
-from tracker.web.http.callback_path import shown
 from tracker.web.http.errors import Fault, fault_of, unavailable
 from tracker.web.http.limits import Limits
 
@@ -122,7 +122,7 @@ class Edge:
                 "request.broken",
                 error_id=error_id,
                 method=scope["method"],
-                path=shown(scope["path"]),
+                path=hide_callback_token(scope["path"]),
                 exc_info=error,
             )
             message = f"Something went wrong; the log has it as {error_id}."
@@ -139,7 +139,7 @@ class Edge:
                     reason=str(error),
                     count=count,
                     method=scope["method"],
-                    path=shown(scope["path"]),
+                    path=hide_callback_token(scope["path"]),
                     flora_request_id=error.request_id if isinstance(error, FloraRefusal) else None,
                 )
         return fault
