@@ -4,7 +4,7 @@
 
 Each variant of the storage settings has a database of its own on a PostgreSQL that this starts,
 filled with the settled runs of a quarter. Then active runs are polled round after round through the
-real claims and door, callbacks are repeated, starts go through the ledger, and the tallies are
+real claims and writer, callbacks are repeated, starts go through the ledger, and the tallies are
 folded; and in each round retention removes the runs of the oldest day and the bodies of another,
 while as many new runs come and settle. An update that touches no index and finds room in its page
 is *HOT*: it costs no index entry, and what it leaves behind needs no vacuum. The server's
@@ -24,7 +24,7 @@ from typing import Any, Final
 import asyncpg
 
 from bench.filling import DAYS, fill
-from tests.store.making import callback, open_door, seen, started
+from tests.store.making import callback, open_writer, seen, started
 from tests.support.databases import Background, PostgresDatabases
 from tests.support.postgres import PostgresServer
 from tracker.core.clock import utc_now
@@ -36,7 +36,7 @@ from tracker.store import claims, migrate
 from tracker.store.engine import Database
 from tracker.store.queries import starts
 from tracker.store.writing import rollups as tallies
-from tracker.store.writing.writer import Door
+from tracker.store.writing.writer import Writer
 
 UPDATED: Final = ("runs", "deliveries", "starts", "run_tallies")
 TABLES: Final = (*UPDATED, "run_events")
@@ -83,8 +83,8 @@ async def churn(
 ) -> None:
     """The work; `half` is called in the middle of it. A day has `a_day` runs."""
     now = utc_now()
-    async with await Database.open(url) as db, open_door(db) as door:
-        await door.put_all([started(f"active_{n}", at=now) for n in range(active)])
+    async with await Database.open(url) as db, open_writer(db) as writer:
+        await writer.submit_all([started(f"active_{n}", at=now) for n in range(active)])
         for number in range(rounds):
             if number == rounds // 2:
                 await half()
@@ -92,27 +92,27 @@ async def churn(
             for _ in range(0, active, AT_ONCE):
                 due = await claims.claim_due(db, holder="h", now=now, lease=LEASE, limit=AT_ONCE)
                 facts = {"progress": min(99.0, number * 100 / rounds)}
-                await door.put_all(
+                await writer.submit_all(
                     [seen(one.run.run_id, at=now, reads=1, claim="h", facts=facts) for one in due]
                 )
             for n in range(STARTS):
-                await _start(db, door, f"key_{number}_{n}", now)
+                await _start(db, writer, f"key_{number}_{n}", now)
             again = [callback(f"run_{1 + n}", f"whd_{1 + n}", at=now) for n in range(STARTS)]
-            await door.put_all(again)
-            await _one_day(db, door, number, now, a_day)
+            await writer.submit_all(again)
+            await _one_day(db, writer, number, now, a_day)
             await tallies.fold(db)
 
 
-async def _one_day(db: Database, door: Door, number: int, now: datetime, runs: int) -> None:
+async def _one_day(db: Database, writer: Writer, number: int, now: datetime, runs: int) -> None:
     """The oldest day's runs go, with the bodies of a day in the middle, and as many runs come."""
     day = timedelta(days=1)
     ages = Ages(runs=(DAYS - 1 - number) * day, bodies=(DAYS // 2 - 1 - number) * day)
     await Pruner(database=db, clock=lambda: now, sleep=_no_rest).prune(ages)
     new = [f"run_of_day_{number}_{n}" for n in range(runs)]
     ended = {"charged_cost": 1, "completed_at": now}
-    await door.put_all([started(run_id, at=now) for run_id in new])
-    await door.put_all([callback(run_id, at=now) for run_id in new])
-    await door.put_all(
+    await writer.submit_all([started(run_id, at=now) for run_id in new])
+    await writer.submit_all([callback(run_id, at=now) for run_id in new])
+    await writer.submit_all(
         [seen(run_id, RunStatus.COMPLETED, at=now, reads=1, facts=ended) for run_id in new]
     )
 
@@ -121,7 +121,7 @@ async def _no_rest(_: float) -> None:
     await asyncio.sleep(0)
 
 
-async def _start(db: Database, door: Door, key: str, now: datetime) -> None:
+async def _start(db: Database, writer: Writer, key: str, now: datetime) -> None:
     """One start, as the starter takes it through the ledger, whose run then ends."""
     await starts.reserve(
         db,
@@ -138,11 +138,11 @@ async def _start(db: Database, door: Door, key: str, now: datetime) -> None:
     )
     run_id = f"run_of_{key}"
     first = Observation(run_id=run_id, source=Source.START, at=now, technique_id="tech_1")
-    await door.put(Seen(observation=first, slot="default", idempotency_key=key))
+    await writer.submit(Seen(observation=first, slot="default", idempotency_key=key))
     await starts.give_back(db, "default", key, "h")
-    await door.put(callback(run_id, at=now))
+    await writer.submit(callback(run_id, at=now))
     ended = {"charged_cost": 1, "completed_at": now, "outputs": ()}
-    await door.put(seen(run_id, RunStatus.COMPLETED, at=now, reads=1, facts=ended))
+    await writer.submit(seen(run_id, RunStatus.COMPLETED, at=now, reads=1, facts=ended))
 
 
 _STATS: Final = """

@@ -2,8 +2,8 @@
 
     python -m bench.disk [--runs 20000] [--database sqlite|postgres|both] [--json FILE]
 
-Runs go through the ledger of starts and the door as they do in production: asked for with a prompt
-of 120 characters and a key, called back with a body as FLORA sends it, read once with two outputs
+Runs go through the start log and the writer as they do in production: asked for with a prompt of
+120 characters and a key, called back with a body as FLORA sends it, read once with two outputs
 behind links. What the tables and their indexes then take is measured as it is, with the room that
 updates leave in them, and packed. Then all of it is pruned: what the packed tables still take is
 what retention keeps for good.
@@ -26,7 +26,7 @@ import asyncpg
 from bench.churn import vacuum_often
 from bench.sizes import SIZES
 from bench.throw_away import throw_away
-from tests.store.making import callback, open_door, seen
+from tests.store.making import callback, open_writer, seen
 from tests.web.callbacks import event
 from tracker.core.clock import utc_now
 from tracker.core.observation import Observation, Source
@@ -89,7 +89,7 @@ def _key(number: int) -> str:
 
 async def load(db: Database, numbers: range) -> None:
     """These runs, from the start to the end."""
-    async with open_door(db) as door:
+    async with open_writer(db) as writer:
         for first in range(numbers.start, numbers.stop, AT_ONCE):
             some = range(first, min(first + AT_ONCE, numbers.stop))
             entries = [list(_entries(number)) for number in some]
@@ -104,7 +104,7 @@ async def load(db: Database, numbers: range) -> None:
                     at=utc_now(),
                 )
             for step in zip(*entries, strict=True):
-                await door.put_all(step)
+                await writer.submit_all(step)
             await tallies.fold(db)
 
 

@@ -1,4 +1,4 @@
-"""A day of runs as they might have been, taken through the door: what the screenshots show.
+"""A day of runs as they might have been, taken through the writer: what the screenshots show.
 
 The same seed gives the same day, but for where it lies: it ends now.
 """
@@ -59,7 +59,7 @@ async def live_a_day(services: Services, *, now: datetime, seed: int) -> int:
                 await services.inbox.store(entry)
                 await services.applier.drain()
             else:
-                await services.door.put(entry)
+                await services.writer.submit(entry)
     for delivery in _strange(now):
         await services.inbox.store(delivery)
     await services.applier.drain()

@@ -50,8 +50,8 @@ from tracker.store.queries.audit import Refusals
 from tracker.store.signals import Signals
 from tracker.store.url import TLS_ADVICE
 from tracker.store.writing.inbox import Inbox
-from tracker.store.writing.rollups import TallyKeeper
-from tracker.store.writing.writer import Door, Rules
+from tracker.store.writing.rollups import RollupCompactor
+from tracker.store.writing.writer import MergeRules, Writer
 
 log = structlog.get_logger(__name__)
 
@@ -75,7 +75,7 @@ class Services:
     metrics: Metrics
     traced: Wrap
     database: Database
-    door: Door
+    writer: Writer
     inbox: Inbox
     signals: Signals
     workspaces: Workspaces
@@ -161,8 +161,8 @@ async def open_services(
         durations = DurationBook(database, clock=clock)
         signals = Signals(database)
         # Before the writers, so that it is closed after them and folds what was committed last.
-        tallies = TallyKeeper(database, background=background)
-        rules = Rules(settings.policy, durations.of)
+        tallies = RollupCompactor(database, background=background)
+        rules = MergeRules(settings.policy, durations.of)
         on_commit = [signals.committed, tallies.committed, metrics.committed]
         applier = Applier(
             database,
@@ -178,8 +178,8 @@ async def open_services(
         if background:
             await stack.enter_async_context(signals)
         await stack.enter_async_context(tallies)
-        door = await stack.enter_async_context(
-            Door(
+        writer = await stack.enter_async_context(
+            Writer(
                 database,
                 rules=rules,
                 on_commit=[*on_commit, applier.committed],
@@ -203,13 +203,13 @@ async def open_services(
         )
         metrics.watch(
             database=database,
-            waiting=lambda: door.waiting + inbox.waiting,
+            waiting=lambda: writer.waiting + inbox.waiting,
             workspaces=workspaces,
             budgets=budgets,
             sweep_seconds=cache(partial(_longest_wait, settings.tracker_reconcile_cron, clock())),
         )
         catalogue = Catalogue(database, workspaces=workspaces, clock=clock)
-        originals = Originals(database=database, door=door, clock=clock)
+        originals = Originals(database=database, writer=writer, clock=clock)
         stack.push_async_callback(originals.aclose)
         ids = WorkspaceIds(database, clock=clock)
         sender = Sender(
@@ -230,7 +230,7 @@ async def open_services(
         gathering = Gathering(clock)
         poller = Poller(
             database=database,
-            door=door,
+            writer=writer,
             workspaces=workspaces,
             durations=durations,
             gathering=gathering,
@@ -267,7 +267,7 @@ async def open_services(
             metrics=metrics,
             traced=traced,
             database=database,
-            door=door,
+            writer=writer,
             inbox=inbox,
             signals=signals,
             workspaces=workspaces,
@@ -309,11 +309,11 @@ async def open_services(
                 process=process,
                 clock=clock,
             ),
-            tracker=Tracker(door=door, workspaces=workspaces, catalogue=catalogue, clock=clock),
+            tracker=Tracker(writer=writer, workspaces=workspaces, catalogue=catalogue, clock=clock),
             poller=poller,
             sweeper=Sweeper(
                 database=database,
-                door=door,
+                writer=writer,
                 workspaces=workspaces,
                 ids=ids,
                 durations=durations,

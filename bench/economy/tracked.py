@@ -28,7 +28,7 @@ from tracker.simulator.runs import SimulatedRun
 from tracker.store import migrate
 from tracker.store.engine import Database
 from tracker.store.schema import runs
-from tracker.store.writing.writer import Door, Rules
+from tracker.store.writing.writer import MergeRules, Writer
 
 START_SECONDS: Final = 60.0
 LATEST: Final = 400.0
@@ -103,7 +103,7 @@ async def _start_at_once(
     trial: Trial, flora: Simulator, database: Database, callback_url: str | None
 ) -> None:
     """All runs within a second, which no machine starts through the API: FLORA begins them, and
-    its answers go through a door, as those to a start do."""
+    its answers go through a writer, as those to a start do."""
     started = [
         Seen(
             observation=parse.run(
@@ -119,8 +119,8 @@ async def _start_at_once(
         for number in range(trial.runs)
         for run in [flora.start(TECHNIQUE, inputs(number), callback_url=callback_url)]
     ]
-    async with Door(database, rules=Rules(Policy(), lambda _: None)) as door:
-        await door.put_all(started)
+    async with Writer(database, rules=MergeRules(Policy(), lambda _: None)) as writer:
+        await writer.submit_all(started)
 
 
 def inputs(number: int) -> list[dict[str, str]]:

@@ -22,7 +22,7 @@ from sqlalchemy import text
 
 from bench.report import Report, Table, say
 from bench.scale.databases import Plot
-from tests.store.making import open_door, started
+from tests.store.making import open_writer, started
 from tracker.core.budget import Budget, Period
 from tracker.core.clock import utc_now
 from tracker.core.errors import StoreUnavailable
@@ -182,8 +182,10 @@ async def _ask_all(report: Report, plots: Sequence[Plot]) -> int:
     slow = 0
     try:
         for db in (small, big):
-            async with open_door(db) as door:
-                await door.put_all([started(f"run_due_{n}", at=now) for n in range(2 * CLAIMED)])
+            async with open_writer(db) as writer:
+                await writer.submit_all(
+                    [started(f"run_due_{n}", at=now) for n in range(2 * CLAIMED)]
+                )
         middle = {db: await _middle(db) for db in (small, big)}
         groups: dict[str, Callable[[Database], Questions]] = {
             "Workers": lambda _: of_workers(),

@@ -219,7 +219,7 @@ TIMES: Final = Row(
             title="Commit",
             unit="s",
             queries=_quantiles("tracker_commit_seconds", 0.5, 0.95),
-            about="One transaction of the door, with all the entries that waited.",
+            about="One transaction of the writer, with all the entries that waited.",
         ),
         Show(
             title="Entries in a commit, and waiting",

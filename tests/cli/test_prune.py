@@ -7,7 +7,7 @@ import pytest
 
 from tests.cli.conftest import Commands
 from tests.cli.test_usage import one_line
-from tests.store.making import callback, open_door, quarantined, seen
+from tests.store.making import callback, open_writer, quarantined, seen
 from tracker.core.clock import utc_now
 from tracker.core.run import RunStatus
 from tracker.store import migrate
@@ -19,13 +19,13 @@ PRUNE = ("db", "prune", "--older-than", "90d")
 async def _fill(url: str) -> None:
     """A run of each of two ages, with their callbacks, and a callback that nobody understood."""
     await migrate.upgrade(url)
-    async with await Database.open(url) as db, open_door(db) as door:
+    async with await Database.open(url) as db, open_writer(db) as writer:
         for run_id, days in (("old", 100), ("younger", 40)):
             at = utc_now() - timedelta(days=days)
             facts = {"created_at": at, "charged_cost": 1}
-            await door.put(callback(run_id, at=at, body=b'{"as": "it came"}'))
-            await door.put(seen(run_id, RunStatus.COMPLETED, at=at, facts=facts))
-        await door.put(quarantined("whd_odd", at=utc_now() - timedelta(days=400)))
+            await writer.submit(callback(run_id, at=at, body=b'{"as": "it came"}'))
+            await writer.submit(seen(run_id, RunStatus.COMPLETED, at=at, facts=facts))
+        await writer.submit(quarantined("whd_odd", at=utc_now() - timedelta(days=400)))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from tests.deploy.conftest import ROOT, Promtool, names_in
-from tests.store.making import NOW, callback, open_door, quarantined, seen, started
+from tests.store.making import NOW, callback, open_writer, quarantined, seen, started
 from tracker.core.run import RunStatus
 from tracker.store.engine import Database
 
@@ -65,8 +65,8 @@ async def filled(postgres_url: str) -> AsyncIterator[asyncpg.Connection]:
     """A database in which each view has something to show, as the role that dashboards have."""
     ended = {"workspace_id": "ws_1", "technique_id": "tech_1", "created_at": NOW}
     done = {**ended, "completed_at": NOW, "charged_cost": 1, "outputs": ()}
-    async with await Database.open(postgres_url) as db, open_door(db) as door:
-        await door.put_all(
+    async with await Database.open(postgres_url) as db, open_writer(db) as writer:
+        await writer.submit_all(
             [
                 *(started(run, facts=ended) for run in ("run_1", "run_2", "run_3")),
                 callback("run_1"),
@@ -74,7 +74,7 @@ async def filled(postgres_url: str) -> AsyncIterator[asyncpg.Connection]:
             ]
         )
         later = NOW + timedelta(seconds=30)
-        await door.put_all(
+        await writer.submit_all(
             [
                 seen("run_1", RunStatus.COMPLETED, at=later, facts=done, reads=1),
                 seen("run_2", RunStatus.COMPLETED, at=later, facts=done, reads=1),

@@ -30,7 +30,7 @@ COMMITS: Final = (
     # Callbacks: acknowledged once they are stored, and applied after.
     *("inbox: store", "inbox: apply"),
     # The writer of observations, by what a group brings.
-    *("door: start", "door: poll", "door: history", "door: nothing seen"),
+    *("writer: start", "writer: poll", "writer: history", "writer: nothing seen"),
     # The ledger of starts.
     *("starts.reserve", "starts.take", "starts.mark"),
     *("starts.prolong", "starts.give_back"),
@@ -174,12 +174,12 @@ def _applies(work: Callable[[Any], Any]) -> bool:
 
 
 def names_of(work: Callable[[Any], Any]) -> set[str]:
-    """What a write is called: after the store's function that made it, or what the door takes."""
+    """What a write is called: after the store's function that made it, or what the writer takes."""
     function = work.func if isinstance(work, partial) else work
     module = function.__module__.rpartition(".")[2]
-    if module == "door":
-        return {f"door: {_kind(entry)}" for entry in work.args[0]}
-    if module == "inbox_sqlite":
+    if module == "writer":
+        return {f"writer: {_kind(entry)}" for entry in work.args[0]}
+    if module == "statements_sqlite":
         return {"inbox: store"}
     name = function.__qualname__.partition(".")[0].lstrip("_")
     return {f"{module}.{re.sub('_(sqlite|postgres)$', '', name)}"}

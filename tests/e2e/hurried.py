@@ -77,7 +77,7 @@ def hurry_much() -> None:
     scheduler.cron_trigger = every_second  # type: ignore[assignment]
     shorten(server, GRACE=1)
     shorten(tally_keeper, LAST_FOLD_WITHIN=0.5)
-    wiring.TallyKeeper = partial(wiring.TallyKeeper, gather=0.2)  # type: ignore
+    wiring.RollupCompactor = partial(wiring.RollupCompactor, gather=0.2)  # type: ignore
 
 
 def forget_keys() -> None:

@@ -46,7 +46,7 @@ async def test_whatever_flora_answers_is_stored(database_url: str) -> None:
     assert len(sights) > 20
     async with open_services(Settings(tracker_database_url=database_url)) as services:
         for seen in sights:
-            await services.door.put(Seen(observation=seen))
+            await services.writer.submit(Seen(observation=seen))
         for run_id in {seen.run_id for seen in sights}:
             record = await read.get_run(services.database, run_id)
             assert record is not None

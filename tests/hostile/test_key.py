@@ -97,7 +97,7 @@ async def _told(services: Services, run_id: str, poll_url: str) -> None:
 
 async def _listed(services: Services, run_id: str, poll_url: str) -> None:
     seen = Observation(run_id=run_id, source=Source.HISTORY, at=services.clock(), poll_url=poll_url)
-    await services.door.put(Seen(observation=seen))
+    await services.writer.submit(Seen(observation=seen))
 
 
 async def _called(services: Services, run_id: str, poll_url: str) -> None:
@@ -167,7 +167,7 @@ async def test_a_download_carries_no_key(sqlite_url: str, tmp_path: Path) -> Non
                 status=RunStatus.COMPLETED,
                 outputs=outputs,
             )
-            await services.door.put(Seen(observation=ended))
+            await services.writer.submit(Seen(observation=ended))
             report = DownloadReport()
             await services.downloader.download(
                 services.downloader.named(["run_1"], watch=False),
@@ -194,7 +194,7 @@ async def test_a_download_reaches_no_machine_inside(sqlite_url: str, tmp_path: P
             status=RunStatus.COMPLETED,
             outputs=outputs,
         )
-        await services.door.put(Seen(observation=seen))
+        await services.writer.submit(Seen(observation=seen))
         report = DownloadReport()
         await services.downloader.download(
             services.downloader.named(["run_1"], watch=False),

@@ -76,7 +76,7 @@ def _get(target: str, *headers: str, host: str = "localhost") -> bytes:
 
 async def _keep_marked(site: Site) -> None:
     seen = Observation(run_id=MARK, source=Source.HISTORY, at=utc_now())
-    await site.services.door.put(Seen(observation=seen))
+    await site.services.writer.submit(Seen(observation=seen))
 
 
 async def test_no_path_leads_round_the_token(serve: Serve, sqlite_url: str) -> None:
@@ -147,7 +147,7 @@ async def test_a_run_is_shown_under_whatever_id_it_has(site: Site) -> None:
     """A page leads to it and stays within its own addresses; no header is made of it."""
     for run_id in ODD_IDS:
         seen = Observation(run_id=run_id, source=Source.HISTORY, at=utc_now())
-        await site.services.door.put(Seen(observation=seen))
+        await site.services.writer.submit(Seen(observation=seen))
     assert {run["run_id"] for run in (await site.client.get("/api/runs")).json()["runs"]} == {
         *ODD_IDS
     }
@@ -170,7 +170,7 @@ async def test_no_text_ends_its_event(small_site: Site) -> None:
         seen = Observation(
             run_id=forged, source=Source.HISTORY, at=utc_now(), technique_name=forged
         )
-        await small_site.services.door.put(Seen(observation=seen))
+        await small_site.services.writer.submit(Seen(observation=seen))
         event = await events.next()
         assert (event["event"], event["data"]["run"]["run_id"]) == ("run", forged)
 

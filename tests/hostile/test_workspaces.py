@@ -62,7 +62,7 @@ async def test_another_workspaces_run_is_neither_ended_nor_taken_over(
             status=RunStatus.RUNNING,
             workspace_id="ws_b",
         )
-        await site.services.door.put(Seen(observation=of_b))
+        await site.services.writer.submit(Seen(observation=of_b))
         body = _of("run_1", named)
         assert await _post(site, body, "whsec_of_a") == "quarantined"
         row = await read.get_delivery(site.services.database, json.loads(body)["id"])

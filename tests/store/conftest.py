@@ -1,10 +1,10 @@
-"""A database and a door for each test, on both engines."""
+"""A database and a writer for each test, on both engines."""
 
 from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.store.making import TestDoor, open_door
+from tests.store.making import TestWriter, open_writer
 from tracker.store.engine import Database
 
 
@@ -23,7 +23,7 @@ async def other_db(database_url: str) -> AsyncIterator[Database]:
 
 
 @pytest.fixture
-async def door(db: Database) -> AsyncIterator[TestDoor]:
-    """A door to the database."""
-    async with open_door(db) as door:
-        yield door
+async def writer(db: Database) -> AsyncIterator[TestWriter]:
+    """A writer to the database."""
+    async with open_writer(db) as writer:
+        yield writer

@@ -1,4 +1,4 @@
-"""Entries, observations and doors for the store's tests."""
+"""Entries, observations and writers for the store's tests."""
 
 import json
 from collections.abc import Sequence
@@ -22,30 +22,30 @@ from tracker.store.engine import Database
 from tracker.store.queries.runs import events
 from tracker.store.schema import deliveries
 from tracker.store.writing.inbox import Group, Inbox, Read, apply_waiting
-from tracker.store.writing.writer import Door, Passed, Rules, statements_for
+from tracker.store.writing.writer import MergeRules, Writer, WriteResult, statements_for
 
 NOW = datetime(2026, 6, 1, 12, 0, 0, 123456, tzinfo=UTC)
 POLICY = Policy()
 
 
-RULES = Rules(POLICY, lambda _: None)
+RULES = MergeRules(POLICY, lambda _: None)
 """The default policy, and no durations."""
 
 
-class TestDoor(Door):
-    """A door that takes deliveries too: it stores each as it stands, and what it says of a run."""
+class TestWriter(Writer):
+    """A writer that also stores deliveries, with the observations that they hold."""
 
     __test__ = False
 
-    async def put(self, entry: Entry | Delivered) -> Passed:
+    async def submit(self, entry: Entry | Delivered) -> WriteResult:
         if not isinstance(entry, Delivered):
-            return await super().put(entry)
+            return await super().submit(entry)
         await keep(self._db, entry)
         if entry.observation is None:
-            return Passed(None, None)
-        return await super().put(Seen(observation=entry.observation))
+            return WriteResult(None, None)
+        return await super().submit(Seen(observation=entry.observation))
 
-    async def put_all(self, entries: Sequence[Entry | Delivered]) -> list[Passed]:
+    async def submit_all(self, entries: Sequence[Entry | Delivered]) -> list[WriteResult]:
         seen: list[Entry] = []
         for entry in entries:
             if not isinstance(entry, Delivered):
@@ -54,21 +54,21 @@ class TestDoor(Door):
             await keep(self._db, entry)
             if entry.observation is not None:
                 seen.append(Seen(observation=entry.observation))
-        return await super().put_all(seen)
+        return await super().submit_all(seen)
 
 
-def open_door(db: Database, **options: Any) -> TestDoor:
-    """A door with the default policy that knows no durations."""
-    return TestDoor(db, **{"rules": RULES, **options})
+def open_writer(db: Database, **options: Any) -> TestWriter:
+    """A writer with the default policy that knows no durations."""
+    return TestWriter(db, **{"rules": RULES, **options})
 
 
-async def taken_again(door: TestDoor, entry: Entry | Delivered) -> None:
+async def taken_again(writer: TestWriter, entry: Entry | Delivered) -> None:
     """Offer an entry until it is committed, as FLORA would: what was away may take a moment, and a
-    test's door has little patience."""
+    test's writer has little patience."""
 
     async def taken() -> bool:
         try:
-            await door.put(entry)
+            await writer.submit(entry)
         except StoreUnavailable:
             return False
         return True

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.store.making import NOW, TestDoor, seen, started
+from tests.store.making import NOW, TestWriter, seen, started
 from tests.store.test_starts import mark, reserve
 from tracker.core.errors import InvalidRequest
 from tracker.core.row_key import Turn
@@ -112,7 +112,7 @@ async def test_batches_are_listed_newest_first(db: Database) -> None:
         await batches.list_batches(db, cursor="nonsense", limit=2)
 
 
-async def test_rows_are_counted_by_what_became_of_them(db: Database, door: TestDoor) -> None:
+async def test_rows_are_counted_by_what_became_of_them(db: Database, writer: TestWriter) -> None:
     """Every state of a start and of a run has its count; costs add up exactly."""
     keys = {name: f"row-{name}" for name in "abcdefgh"}
     await batches.keep(db, BATCH, entries(*keys))
@@ -122,10 +122,10 @@ async def test_rows_are_counted_by_what_became_of_them(db: Database, door: TestD
         await mark(db, keys[name], StartState(state))
     for number, name in enumerate("fgh"):
         start = started(f"run_{name}", at=NOW + timedelta(seconds=number))
-        await door.put(replace(start, slot="default", idempotency_key=keys[name]))
+        await writer.submit(replace(start, slot="default", idempotency_key=keys[name]))
     cost: dict[str, Any] = {"charged_cost": Decimal("0.1"), "outputs": (Output("o", "text", "x"),)}
-    await door.put(seen("run_g", RunStatus.COMPLETED, facts=cost))
-    await door.put(seen("run_h", RunStatus.FAILED, facts={"charged_cost": Decimal("0.2")}))
+    await writer.submit(seen("run_g", RunStatus.COMPLETED, facts=cost))
+    await writer.submit(seen("run_h", RunStatus.FAILED, facts={"charged_cost": Decimal("0.2")}))
     found = await tally(db)
     assert found.next_check_at is not None
     assert replace(found, next_check_at=None) == Tally(

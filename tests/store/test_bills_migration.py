@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from sqlalchemy import insert, select, text, update
 
-from tests.store.making import open_door, seen
+from tests.store.making import open_writer, seen
 from tests.store.test_tallies import assert_exact
 from tests.store.upgrading import OldWriters
 from tracker.core.clock import utc_now
@@ -132,9 +132,9 @@ async def test_recent_costs_are_read_again(upgraded: Database) -> None:
         assert [at is None for at in through] == [False, True]
     assert times.keys() == {"failed", "billed", "quoted", "without"}
     assert all(timedelta(minutes=50) < at - now < timedelta(minutes=61) for at in times.values())
-    async with open_door(upgraded) as door:
+    async with open_writer(upgraded) as writer:
         read_again = seen("billed", RunStatus.COMPLETED, at=now, facts={"charged_cost": 1})
-        passed = await door.put(read_again)
+        passed = await writer.submit(read_again)
     assert passed.after is not None
     assert (passed.after.run.charged_cost, passed.after.cost_final) == (1, True)
 
@@ -172,8 +172,8 @@ async def test_it_may_be_done_again(upgraded: Database, empty_database_url: str)
 async def test_what_an_old_process_still_writes_is_a_quote(db: Database) -> None:
     """While it is being replaced, a process of the version before stores a start's cost as charged;
     new code takes it for what it is."""
-    async with open_door(db) as door:
-        await door.put(seen("run_1", RunStatus.RUNNING))
+    async with open_writer(db) as writer:
+        await writer.submit(seen("run_1", RunStatus.RUNNING))
 
         def old_write(connection: Any) -> None:
             connection.execute(update(runs).values(charged_cost=0.25, ranks=SEEN_RUNNING))
@@ -181,7 +181,7 @@ async def test_what_an_old_process_still_writes_is_a_quote(db: Database) -> None
         await db.write(old_write)
         (record,) = (await read.get_runs(db, ["run_1"])).values()
         assert (record.run.charged_cost, float(record.run.quoted_cost or 0)) == (None, 0.25)
-        passed = await door.put(seen("run_1", RunStatus.COMPLETED))
+        passed = await writer.submit(seen("run_1", RunStatus.COMPLETED))
         assert passed.after is not None
         assert passed.after.run.charged_cost is None
     async with db.read() as connection:

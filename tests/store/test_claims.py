@@ -3,7 +3,7 @@
 import asyncio
 from datetime import timedelta
 
-from tests.store.making import NOW, TestDoor, callback, ids, seen, started
+from tests.store.making import NOW, TestWriter, callback, ids, seen, started
 from tracker.core.record import Unseen
 from tracker.store.claims import claim_due, drop_lease, next_due_at, release, take_lease
 from tracker.store.engine import Database
@@ -12,9 +12,9 @@ from tracker.store.queries.runs import get_run
 LEASE = timedelta(seconds=60)
 
 
-async def test_claims_are_disjoint(door: TestDoor, db: Database, other_db: Database) -> None:
+async def test_claims_are_disjoint(writer: TestWriter, db: Database, other_db: Database) -> None:
     """Many claimers at the same moment get different runs, and together all of them."""
-    await door.put_all([callback(run) for run in ids("run", 60)])
+    await writer.submit_all([callback(run) for run in ids("run", 60)])
     claimers = [(each, number) for number in range(4) for each in (db, other_db)]
     claimed = await asyncio.gather(
         *(
@@ -30,13 +30,13 @@ async def test_claims_are_disjoint(door: TestDoor, db: Database, other_db: Datab
 
 
 async def test_the_longest_due_come_first_and_the_future_not_at_all(
-    door: TestDoor, db: Database
+    writer: TestWriter, db: Database
 ) -> None:
     """Runs are claimed by how long they have been due; one that is not due yet is left alone."""
-    await door.put(started("run_later", at=NOW))
+    await writer.submit(started("run_later", at=NOW))
     for minutes in (2, 3, 1):
         at = NOW - timedelta(minutes=minutes)
-        await door.put(callback(f"run_{minutes}", at=at))
+        await writer.submit(callback(f"run_{minutes}", at=at))
     claimed = await claim_due(db, holder="h", now=NOW, lease=LEASE, limit=2)
     assert [record.run.run_id for record in claimed] == ["run_3", "run_2"]
     assert {record.lease_holder for record in claimed} == {"h"}
@@ -44,11 +44,11 @@ async def test_the_longest_due_come_first_and_the_future_not_at_all(
     assert await claim_due(db, holder="i", now=NOW, lease=LEASE, limit=9) != claimed
 
 
-async def test_those_that_ended_last_can_be_claimed_first(door: TestDoor, db: Database) -> None:
+async def test_those_that_ended_last_can_be_claimed_first(writer: TestWriter, db: Database) -> None:
     """Of what is due, the runs that a callback told of, the last of them first."""
-    await door.put(started("run_going", at=NOW - timedelta(hours=1)))
+    await writer.submit(started("run_going", at=NOW - timedelta(hours=1)))
     for minutes in (2, 3, 1):
-        await door.put(callback(f"run_{minutes}", at=NOW - timedelta(minutes=minutes)))
+        await writer.submit(callback(f"run_{minutes}", at=NOW - timedelta(minutes=minutes)))
     claimed = await claim_due(
         db, holder="h", now=NOW, lease=LEASE, limit=2, ended=True, newest=True
     )
@@ -58,9 +58,9 @@ async def test_those_that_ended_last_can_be_claimed_first(door: TestDoor, db: Da
     assert len(await claim_due(db, holder="h", now=NOW, lease=LEASE, limit=9)) == 1
 
 
-async def test_a_claim_runs_out(door: TestDoor, db: Database) -> None:
+async def test_a_claim_runs_out(writer: TestWriter, db: Database) -> None:
     """What a claimer never came back with can be claimed again when its lease has ended."""
-    await door.put(callback("run_1"))
+    await writer.submit(callback("run_1"))
     assert await claim_due(db, holder="crashed", now=NOW, lease=LEASE, limit=1)
     soon = NOW + LEASE - timedelta(seconds=1)
     assert not await claim_due(db, holder="h", now=soon, lease=LEASE, limit=1)
@@ -69,25 +69,25 @@ async def test_a_claim_runs_out(door: TestDoor, db: Database) -> None:
     assert again.lease_holder == "h"
 
 
-async def test_the_answer_gives_its_claim_back(door: TestDoor, db: Database) -> None:
+async def test_the_answer_gives_its_claim_back(writer: TestWriter, db: Database) -> None:
     """A sight made under a claim ends it; one that names another claim does not."""
-    await door.put_all([callback("run_1"), callback("run_2")])
+    await writer.submit_all([callback("run_1"), callback("run_2")])
     await claim_due(db, holder="h", now=NOW, lease=LEASE, limit=2)
-    await door.put(seen("run_1", claim="someone", reads=1))
+    await writer.submit(seen("run_1", claim="someone", reads=1))
     record = await get_run(db, "run_1")
     assert record is not None
     assert record.lease_holder == "h"
-    await door.put(seen("run_1", claim="h", reads=1))
-    await door.put(Unseen(run_id="run_2", at=NOW, error="FLORA answered 503", claim="h"))
+    await writer.submit(seen("run_1", claim="h", reads=1))
+    await writer.submit(Unseen(run_id="run_2", at=NOW, error="FLORA answered 503", claim="h"))
     for run in ("run_1", "run_2"):
         record = await get_run(db, run)
         assert record is not None
         assert (record.lease_holder, record.lease_until) == (None, None)
 
 
-async def test_released_runs_can_be_claimed_at_once(door: TestDoor, db: Database) -> None:
+async def test_released_runs_can_be_claimed_at_once(writer: TestWriter, db: Database) -> None:
     """A claimer that stops gives back what it holds, all of it or some, and nobody else's."""
-    await door.put_all([callback(run) for run in ids("run", 4)])
+    await writer.submit_all([callback(run) for run in ids("run", 4)])
     await claim_due(db, holder="other", now=NOW, lease=LEASE, limit=1)
     mine = await claim_due(db, holder="h", now=NOW, lease=LEASE, limit=3)
     assert await release(db, "h", [mine[0].run.run_id]) == 1
@@ -96,10 +96,10 @@ async def test_released_runs_can_be_claimed_at_once(door: TestDoor, db: Database
     assert [each.run.run_id for each in again] == [each.run.run_id for each in mine]
 
 
-async def test_workspaces_are_told_apart(door: TestDoor, db: Database) -> None:
+async def test_workspaces_are_told_apart(writer: TestWriter, db: Database) -> None:
     """Only the named workspaces' runs are claimed; `None` stands for runs whose is not known."""
     for name in ("ws_1", "ws_2", None):
-        await door.put(callback(f"run_{name}", workspace_id=name, at=NOW))
+        await writer.submit(callback(f"run_{name}", workspace_id=name, at=NOW))
 
     async def due(workspaces: list[str | None]) -> list[str]:
         holder = f"{workspaces}"
@@ -117,10 +117,10 @@ async def test_workspaces_are_told_apart(door: TestDoor, db: Database) -> None:
     assert await next_due_at(db, ["ws_2"], now=NOW) == NOW
 
 
-async def test_the_next_due_moment_is_known(door: TestDoor, db: Database) -> None:
+async def test_the_next_due_moment_is_known(writer: TestWriter, db: Database) -> None:
     """What waits is announced by its own time; nothing that waits is no time at all."""
     assert await next_due_at(db, now=NOW) is None
-    passed = await door.put(started("run_1"))
+    passed = await writer.submit(started("run_1"))
     assert passed.after is not None
     assert await next_due_at(db, now=NOW) == passed.after.next_check_at
     assert passed.after.next_check_at == NOW + timedelta(seconds=30)

@@ -4,7 +4,7 @@ from typing import Any
 
 from sqlalchemy import insert
 
-from tests.store.making import NOW, TestDoor, callback, seen
+from tests.store.making import NOW, TestWriter, callback, seen
 from tracker.core.errors import StoreError, StoreUnavailable
 from tracker.core.run import RunStatus
 from tracker.store.engine import Database
@@ -53,7 +53,7 @@ OUTPUT = {"run_id": "run_1", "position": 0, "output_id": "o", "type": "text", "u
 
 
 async def add(db: Database, table: Any, row: dict[str, Any]) -> None:
-    """Insert a row past the door."""
+    """Insert a row past the writer."""
     await db.write(lambda connection: connection.execute(insert(table).values(**row)).rowcount)
 
 
@@ -135,10 +135,10 @@ async def test_other_rows_that_cannot_be_are_refused(db: Database) -> None:
     assert taken == []
 
 
-async def test_what_belongs_to_a_run_goes_with_it(door: TestDoor, db: Database) -> None:
+async def test_what_belongs_to_a_run_goes_with_it(writer: TestWriter, db: Database) -> None:
     """Deleting a run deletes its outputs and its timeline; its callbacks stay."""
-    await door.put(callback("run_1"))
-    await door.put(seen("run_1", RunStatus.COMPLETED))
+    await writer.submit(callback("run_1"))
+    await writer.submit(seen("run_1", RunStatus.COMPLETED))
     await add(db, run_outputs, OUTPUT)
     await db.write(lambda connection: connection.execute(runs.delete()).rowcount)
     async with db.read() as connection:

@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import Connection, inspect, text
 
 from tests.store.every_value import Rows, every_value, everything, fill, in_order
-from tests.store.making import callback, open_door
+from tests.store.making import callback, open_writer
 from tests.support.databases import Background, copy_sqlite, sqlite_url_of
 from tests.support.waiting import eventually
 from tracker.core.errors import SchemaOutdated, SettingsError, StoreError, StoreUnavailable
@@ -140,16 +140,16 @@ async def test_numbers_go_on_after_the_highest(full_sqlite_url: str, target_url:
     assert not (await copy(full_sqlite_url, target_url)).migrated
     async with await Database.open(target_url) as db:
         await migrate.check(db)
-        async with open_door(db) as door:
-            await door.put(callback("run_new"))
+        async with open_writer(db) as writer:
+            await writer.submit(callback("run_new"))
     events = (await everything(target_url))["run_events"]
     assert [event["id"] > 2**40 for event in events if event["run_id"] == "run_new"] == [True]
 
 
 async def test_a_target_with_rows_is_refused(full_sqlite_url: str, target_url: str) -> None:
     """What is there is neither mixed nor overwritten."""
-    async with await Database.open(target_url) as db, open_door(db) as door:
-        await door.put(callback("run_theirs"))
+    async with await Database.open(target_url) as db, open_writer(db) as writer:
+        await writer.submit(callback("run_theirs"))
     before = await everything(target_url)
     with pytest.raises(StoreError, match=r"is not empty \(deliveries has rows\)"):
         await copy(full_sqlite_url, target_url)
@@ -251,8 +251,8 @@ async def test_a_copy_is_of_one_moment(
     """What is written to the source while it is read is not in the copy, not even a part of it."""
 
     async def write() -> None:
-        async with await Database.open(full_url) as db, open_door(db) as door:
-            await door.put(callback("run_late"))
+        async with await Database.open(full_url) as db, open_writer(db) as writer:
+            await writer.submit(callback("run_late"))
 
     def meanwhile(step: Step) -> None:
         if step.table == "deliveries":

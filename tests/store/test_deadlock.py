@@ -6,13 +6,13 @@ from typing import Any
 from sqlalchemy import Connection, event, text
 from sqlalchemy.util import await_only
 
-from tests.store.making import POLICY, callback, open_door, seen
+from tests.store.making import POLICY, callback, open_writer, seen
 from tests.support.waiting import eventually
 from tracker.core.run import RunStatus
 from tracker.store.engine import Database
 from tracker.store.queries.runs import get_run
 from tracker.store.writing.statements_postgres import PostgresStatements
-from tracker.store.writing.writer import Changes, Rules, pass_batch
+from tracker.store.writing.writer import Changes, MergeRules, write_batch
 
 WAITING = text("SELECT count(*) FROM pg_locks WHERE NOT granted")
 
@@ -43,22 +43,22 @@ async def test_a_run_that_becomes_known_meanwhile_is_not_waited_for(postgres_url
     async with (
         await Database.open(postgres_url) as one,
         await Database.open(postgres_url) as other,
-        open_door(other) as door,
+        open_writer(other) as writer,
         await Database.open(postgres_url) as third,
-        open_door(third) as third_door,
+        open_writer(third) as third_writer,
     ):
         for engine in (*one.engines, *other.engines, *third.engines):
             event.listen(engine, "handle_error", note)
-        await door.put(seen("run_2"))
+        await writer.submit(seen("run_2"))
         halting = Halting()
         entries = [seen("run_1", RunStatus.COMPLETED), seen("run_2", RunStatus.COMPLETED)]
-        rules = Rules(POLICY, lambda _: None)
+        rules = MergeRules(POLICY, lambda _: None)
         first = asyncio.create_task(
-            one.write(lambda connection: pass_batch(connection, entries, rules, halting))
+            one.write(lambda connection: write_batch(connection, entries, rules, halting))
         )
         await halting.locked.wait()
-        await door.put(callback("run_1"))
-        last = asyncio.create_task(third_door.put_all([seen("run_1"), callback("run_2")]))
+        await writer.submit(callback("run_1"))
+        last = asyncio.create_task(third_writer.submit_all([seen("run_1"), callback("run_2")]))
 
         async def waits() -> bool:
             async with other.read() as connection:

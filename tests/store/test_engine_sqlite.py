@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, event, text
 
-from tests.store.making import callback, open_door, receipts, taken_again
+from tests.store.making import callback, open_writer, receipts, taken_again
 from tests.support.databases import copy_sqlite
 from tests.support.waiting import eventually
 from tracker.core.errors import StoreUnavailable
@@ -72,17 +72,17 @@ async def test_a_file_that_was_moved_away_is_unavailable_until_it_is_back(
 ) -> None:
     """Nothing is written to it where nobody would read it, and no empty one takes its place."""
     path, away = tmp_path / "tracker.db", tmp_path / "away.db"
-    async with await Database.open(sqlite_url) as db, open_door(db, deadline=0.5) as door:
-        await door.put(callback("run_before"))
+    async with await Database.open(sqlite_url) as db, open_writer(db, deadline=0.5) as writer:
+        await writer.submit(callback("run_before"))
         path.rename(away)
         with pytest.raises(StoreUnavailable):
-            await door.put(callback("run_meanwhile"))
+            await writer.submit(callback("run_meanwhile"))
         with pytest.raises(StoreUnavailable):
             await db.ping()
         assert not path.exists()
         away.rename(path)
-        await eventually(lambda: door.waiting == 0)
-        await taken_again(door, callback("run_after"))
+        await eventually(lambda: writer.waiting == 0)
+        await taken_again(writer, callback("run_after"))
         assert set(await receipts(db)) == {"whd_run_before", "whd_run_after"}
 
 
@@ -91,15 +91,15 @@ async def test_another_file_in_its_place_is_the_database_from_then_on(
 ) -> None:
     """As when a backup is put back: both readers and writers go over to it."""
     path, old = tmp_path / "tracker.db", tmp_path / "old.db"
-    async with await Database.open(sqlite_url) as db, open_door(db) as door:
-        await door.put(callback("run_before"))
+    async with await Database.open(sqlite_url) as db, open_writer(db) as writer:
+        await writer.submit(callback("run_before"))
         copy_sqlite(path, tmp_path / "new.db")
-        await door.put(callback("run_lost"))
+        await writer.submit(callback("run_lost"))
         path.rename(old)
         for log in ("tracker.db-wal", "tracker.db-shm"):
             (tmp_path / log).unlink()
         (tmp_path / "new.db").rename(path)
-        await door.put(callback("run_after"))
+        await writer.submit(callback("run_after"))
         assert set(await receipts(db)) == {"whd_run_before", "whd_run_after"}
 
 

@@ -7,7 +7,7 @@ from uuid import uuid4
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.store.making import TestDoor, as_entry, fold, observations, open_door
+from tests.store.making import TestWriter, as_entry, fold, observations, open_writer
 from tracker.core.merge import merge
 from tracker.core.observation import Observation
 from tracker.core.run import Run
@@ -31,14 +31,14 @@ def by_hand(run_id: str, observed: list[Observation]) -> Run | None:
 @given(observed=sights, size=st.integers(1, 12))
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_the_row_is_the_fold_of_its_events(
-    door: TestDoor, db: Database, observed: list[Observation], size: int
+    writer: TestWriter, db: Database, observed: list[Observation], size: int
 ) -> None:
     """Row, stored timeline and merge agree, however the sights fall into batches."""
     example = uuid4()
     observed = [_renamed(each, f"{example}_{each.run_id}") for each in observed]
     entries = [as_entry(each) for each in observed]
     for begin in range(0, len(entries), size):
-        await door.put_all(entries[begin : begin + size])
+        await writer.submit_all(entries[begin : begin + size])
     for run_id in {each.run_id for each in observed}:
         record = await get_run(db, run_id)
         assert record is not None
@@ -48,7 +48,7 @@ async def test_the_row_is_the_fold_of_its_events(
 
 @given(observed=st.lists(observations("run"), min_size=30, max_size=60), seed=st.integers(0, 999))
 @settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
-async def test_two_doors_lose_nothing(
+async def test_two_writers_lose_nothing(
     db: Database, other_db: Database, observed: list[Observation], seed: int
 ) -> None:
     """Two processes that see the same runs at the same time, in opposite orders, end up in one
@@ -58,7 +58,7 @@ async def test_two_doors_lose_nothing(
     observed = [_renamed(each, chance.choice(names)) for each in observed]
     halves = [[as_entry(each) for each in observed[half::2]] for half in (0, 1)]
     halves[1].reverse()
-    async with open_door(db, max_group=5) as one, open_door(other_db, max_group=4) as other:
+    async with open_writer(db, max_group=5) as one, open_writer(other_db, max_group=4) as other:
         await asyncio.gather(one.put_all(halves[0]), other.put_all(halves[1]))
     for run_id in {each.run_id for each in observed}:
         record = await get_run(db, run_id)

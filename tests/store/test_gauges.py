@@ -7,7 +7,7 @@ import pytest
 
 from tests.store.making import (
     NOW,
-    TestDoor,
+    TestWriter,
     apply_all,
     callback,
     delivery,
@@ -51,10 +51,10 @@ async def test_an_empty_database_has_zeros(db: Database) -> None:
     assert (found.oldest_due_at, found.last_callback_at) == (None, None)
 
 
-async def test_runs_are_counted_by_where_they_stand(db: Database, door: TestDoor) -> None:
+async def test_runs_are_counted_by_where_they_stand(db: Database, writer: TestWriter) -> None:
     """By workspace, status and tracking, whether or not the tallies have been folded."""
     done = RunStatus.COMPLETED
-    await door.put_all(
+    await writer.submit_all(
         [
             started("run_1", facts=WS),
             started("run_2", facts=WS),
@@ -62,7 +62,7 @@ async def test_runs_are_counted_by_where_they_stand(db: Database, door: TestDoor
             seen("run_4"),
         ]
     )
-    await door.put(callback("run_2", workspace_id="ws_1"))
+    await writer.submit(callback("run_2", workspace_id="ws_1"))
     found = await read_gauges(db, now=NOW)
     assert found.runs == {
         ("", "running", "active"): 1,
@@ -76,18 +76,20 @@ async def test_runs_are_counted_by_where_they_stand(db: Database, door: TestDoor
     assert found.last_callback_at == NOW
 
 
-async def test_due_and_overdue_go_by_the_time(db: Database, door: TestDoor) -> None:
+async def test_due_and_overdue_go_by_the_time(db: Database, writer: TestWriter) -> None:
     """Due is what may be read now, overdue what nobody has read for over a minute since."""
-    await door.put_all([callback("run_1"), callback("run_2", at=NOW + timedelta(seconds=90))])
+    await writer.submit_all([callback("run_1"), callback("run_2", at=NOW + timedelta(seconds=90))])
     for seconds, due, overdue in ((-1, 0, 0), (0, 1, 0), (59, 1, 0), (60, 1, 1), (90, 2, 1)):
         found = await read_gauges(db, now=NOW + timedelta(seconds=seconds))
         assert (found.due, found.overdue) == (due, overdue), seconds
     assert found.oldest_due_at == NOW
 
 
-async def test_only_the_last_hours_are_recent(db: Database, door: TestDoor) -> None:
+async def test_only_the_last_hours_are_recent(db: Database, writer: TestWriter) -> None:
     """The hour that has begun and the one before; costs are of the day."""
-    await door.put_all([started("run_1", facts=WS), seen("run_1", RunStatus.FAILED, facts=ENDED)])
+    await writer.submit_all(
+        [started("run_1", facts=WS), seen("run_1", RunStatus.FAILED, facts=ENDED)]
+    )
     hours = {
         hour: (await read_gauges(db, now=NOW + timedelta(hours=hour))).callbacks
         for hour in (0, 1, 2)
@@ -96,9 +98,9 @@ async def test_only_the_last_hours_are_recent(db: Database, door: TestDoor) -> N
     assert (await read_gauges(db, now=NOW + timedelta(hours=12))).cost_today == {}
 
 
-async def test_what_waits_for_a_person_is_counted(db: Database, door: TestDoor) -> None:
+async def test_what_waits_for_a_person_is_counted(db: Database, writer: TestWriter) -> None:
     """Callbacks that nobody understood, and starts that nobody can tell about."""
-    await door.put_all([quarantined("whd_1"), quarantined("whd_2")])
+    await writer.submit_all([quarantined("whd_1"), quarantined("whd_2")])
     for key in ("key_1", "key_2", "key_3"):
         await reserve(db, key)
     await mark(db, "key_1", StartState.UNRESOLVED)
@@ -109,12 +111,12 @@ async def test_what_waits_for_a_person_is_counted(db: Database, door: TestDoor) 
 
 
 async def test_no_count_goes_beyond_the_bound(
-    db: Database, door: TestDoor, monkeypatch: pytest.MonkeyPatch
+    db: Database, writer: TestWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However much has piled up, so many rows are looked at; the longest due are among them."""
     monkeypatch.setattr(gauges, "BOUND", 2)
     late = [callback(f"run_{n}", at=NOW + timedelta(seconds=n)) for n in range(5)]
-    await door.put_all(list(reversed(late)))
+    await writer.submit_all(list(reversed(late)))
     found = await read_gauges(db, now=NOW + timedelta(hours=1))
     assert (found.due, found.overdue) == (2, 2)
     assert found.oldest_due_at == NOW

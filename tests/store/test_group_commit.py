@@ -40,9 +40,9 @@ async def test_what_comes_during_a_commit_shares_the_next() -> None:
     committed = Committed()
     async with group_commit(committed) as group:
         committed.free.clear()
-        first = group.submit(b"a")
+        first = group.enqueue(b"a")
         await asyncio.sleep(0.01)
-        later = [group.submit(b"x" * number) for number in range(1, 6)]
+        later = [group.enqueue(b"x" * number) for number in range(1, 6)]
         assert group.waiting == 6
         committed.free.set()
         assert await asyncio.gather(first, *later) == [1, 1, 2, 3, 4, 5]
@@ -54,11 +54,11 @@ async def test_room_is_counted_in_bytes_and_in_items() -> None:
     committed = Committed()
     async with group_commit(committed, max_waiting=3, max_waiting_bytes=100) as group:
         with pytest.raises(StoreUnavailable):
-            group.submit_all([b"x" * 60, b"x" * 41])
+            group.enqueue_all([b"x" * 60, b"x" * 41])
         with pytest.raises(StoreUnavailable):
-            group.submit_all([b""] * 4)
+            group.enqueue_all([b""] * 4)
         for _ in range(3):
-            await asyncio.gather(*group.submit_all([b"x" * 60, b"x" * 40]))
+            await asyncio.gather(*group.enqueue_all([b"x" * 60, b"x" * 40]))
     assert len(committed.groups) == 3
 
 
@@ -67,8 +67,8 @@ async def test_a_group_has_at_most_so_many_items_and_bytes() -> None:
     committed = Committed()
     half = b"x" * (MAX_GROUP_BYTES // 2 - 1)
     async with group_commit(committed, max_group=7) as group:
-        await asyncio.gather(*group.submit_all([half] * 5))
-        await asyncio.gather(*group.submit_all([b"%d" % number for number in range(20)]))
+        await asyncio.gather(*group.enqueue_all([half] * 5))
+        await asyncio.gather(*group.enqueue_all([b"%d" % number for number in range(20)]))
     assert [len(one) for one in committed.groups] == [3, 2, 7, 7, 6]
     assert [item for one in committed.groups[2:] for item in one] == [
         b"%d" % number for number in range(20)
@@ -83,7 +83,7 @@ async def test_only_the_item_that_is_to_blame_fails() -> None:
     async with group_commit(committed) as group:
         items = [b"%d" % number for number in range(20)]
         items[13] = b"bad"
-        answers = await asyncio.gather(*group.submit_all(items), return_exceptions=True)
+        answers = await asyncio.gather(*group.enqueue_all(items), return_exceptions=True)
     failed = [number for number, each in enumerate(answers) if isinstance(each, Exception)]
     assert failed == [13]
     assert sum(len(one) for one in committed.groups) == 19
@@ -95,13 +95,13 @@ async def test_a_database_that_is_away_is_tried_again_until_the_deadline() -> No
     committed.raised = [StoreUnavailable("away")] * 1000
     async with group_commit(committed, deadline=0.2) as group:
         with pytest.raises(StoreUnavailable, match="away"):
-            await group.submit(b"a")
+            await group.enqueue(b"a")
         assert group.trouble is not None
         committed.raised.clear()
 
         async def is_committed() -> bool:
             try:
-                return await group.submit(b"b") == 1
+                return await group.enqueue(b"b") == 1
             except StoreUnavailable:
                 return False
 
@@ -114,8 +114,8 @@ async def test_closing_commits_what_waits() -> None:
     committed = Committed()
     group = group_commit(committed, max_group=10)
     group.start()
-    answers = group.submit_all([b"x"] * 45)
+    answers = group.enqueue_all([b"x"] * 45)
     await group.aclose()
     assert await asyncio.gather(*answers) == [1] * 45
     with pytest.raises(StoreUnavailable):
-        group.submit(b"late")
+        group.enqueue(b"late")

@@ -13,15 +13,15 @@ from sqlalchemy import event, func, select
 from tests.store.making import (
     NOW,
     RULES,
-    TestDoor,
+    TestWriter,
     apply_all,
     body_of,
     callback,
     delivery,
     fold,
     ids,
-    open_door,
     open_inbox,
+    open_writer,
     receipts,
     says,
     seen,
@@ -41,7 +41,7 @@ from tracker.store.queries import runs as read
 from tracker.store.schema import deliveries, run_events, runs
 from tracker.store.writing.delivery_rows import MOST_LARGE, SMALL, requeue
 from tracker.store.writing.inbox import Group, Inbox, Read, apply_waiting
-from tracker.store.writing.writer import Outcome, statements_for
+from tracker.store.writing.writer import WriteOutcome, statements_for
 
 LATER = NOW + timedelta(hours=2)
 
@@ -201,10 +201,10 @@ async def test_applying_ends_the_run_and_makes_it_due(inbox: Inbox, db: Database
 
 
 async def test_the_first_receipt_stays_the_first(
-    inbox: Inbox, door: TestDoor, db: Database
+    inbox: Inbox, writer: TestWriter, db: Database
 ) -> None:
     """`callback_at` is the earliest receipt, in whichever order deliveries are applied."""
-    await door.put(started("run_1"))
+    await writer.submit(started("run_1"))
     early, late = NOW + timedelta(seconds=5), NOW + timedelta(seconds=9)
     await inbox.store(replace(delivery("run_1", at=late), delivery_id="whd_late"))
     await apply_all(db)
@@ -215,10 +215,10 @@ async def test_the_first_receipt_stays_the_first(
     assert (record.source, record.callback_at) == (Source.START, early)
 
 
-async def test_a_settled_run_stays_as_it_is(inbox: Inbox, door: TestDoor, db: Database) -> None:
+async def test_a_settled_run_stays_as_it_is(inbox: Inbox, writer: TestWriter, db: Database) -> None:
     """What the API said stands; the callback is only noted."""
     await inbox.store(delivery("run_1"))
-    await door.put(seen("run_1", RunStatus.COMPLETED))
+    await writer.submit(seen("run_1", RunStatus.COMPLETED))
     await apply_all(db)
     record = await read.get_run(db, "run_1")
     assert record is not None
@@ -327,11 +327,11 @@ async def test_what_an_older_receiver_wrote_is_done(db: Database) -> None:
 
 
 async def test_only_its_own_workspace_may_end_a_run(
-    inbox: Inbox, door: TestDoor, db: Database
+    inbox: Inbox, writer: TestWriter, db: Database
 ) -> None:
     """A callback that another workspace signed is quarantined; where several signed it, it is not;
     and the first one of a new run makes it its own, within one group too."""
-    await door.put(seen("run_1", facts={"workspace_id": "ws_a"}))
+    await writer.submit(seen("run_1", facts={"workspace_id": "ws_a"}))
     for number, run in enumerate(("run_1", "run_2", "run_2")):
         one = delivery(run, body=body_of(run, workspace_id=f"ws_{'ab'[number % 2]}"))
         at = NOW + timedelta(seconds=number)
@@ -371,7 +371,7 @@ def delivery_of(delivery_id: str, run_id: str) -> Delivery:
 
 async def test_it_applies_what_its_process_stored_at_once(db: Database) -> None:
     """No look is waited for, and who waits for runs is told after the commit."""
-    told: list[Outcome] = []
+    told: list[WriteOutcome] = []
     counted: list[tuple[int, int]] = []
     async with (
         open_applier(
@@ -388,7 +388,7 @@ async def test_it_applies_what_its_process_stored_at_once(db: Database) -> None:
             return await waiting(db) == 0
 
         await eventually(both, timeout=0.9)
-    assert [outcome.news for outcome in told if outcome.news] == [["run_1"]]
+    assert [outcome.changed_runs for outcome in told if outcome.changed_runs] == [["run_1"]]
     assert (sum(good for good, _ in counted), sum(bad for _, bad in counted)) == (1, 1)
 
 
@@ -469,9 +469,9 @@ async def test_a_locked_run_holds_up_its_own_delivery_alone(postgres_url: str) -
     async with (
         await Database.open(postgres_url) as db,
         open_inbox(db) as inbox,
-        open_door(db) as door,
+        open_writer(db) as writer,
     ):
-        await door.put(seen("run_0002"))
+        await writer.submit(seen("run_0002"))
         await asyncio.gather(*(inbox.store(delivery(run)) for run in ids("run", 5)))
         holder: Any = await asyncpg.connect(postgres_url)
         transaction = holder.transaction()

@@ -2,17 +2,17 @@
 
 from datetime import timedelta
 
-from tests.store.making import NOW, TestDoor, seen
+from tests.store.making import NOW, TestWriter, seen
 from tracker.store.claims import places
 from tracker.store.engine import Database
 
 MINUTE = timedelta(minutes=1)
 
 
-async def test_a_place_counts_the_runs_above(door: TestDoor, db: Database) -> None:
+async def test_a_place_counts_the_runs_above(writer: TestWriter, db: Database) -> None:
     """Newer runs of the same list count; generation runs and other workspaces' do not."""
     for number in range(6):
-        await door.put(
+        await writer.submit(
             seen(
                 f"run_{number}",
                 facts={
@@ -28,8 +28,8 @@ async def test_a_place_counts_the_runs_above(door: TestDoor, db: Database) -> No
     assert await places(db, wanted, None, among=100) == {"run_0": 1, "run_3": 3, "run_5": 5}
 
 
-async def test_what_is_far_below_has_no_place(door: TestDoor, db: Database) -> None:
+async def test_what_is_far_below_has_no_place(writer: TestWriter, db: Database) -> None:
     """Only so many of the newest runs are looked through."""
     for number in range(6):
-        await door.put(seen(f"run_{number}", facts={"created_at": NOW - number * MINUTE}))
+        await writer.submit(seen(f"run_{number}", facts={"created_at": NOW - number * MINUTE}))
     assert await places(db, ["run_1", "run_5"], None, among=3) == {"run_1": 2}

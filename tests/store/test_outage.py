@@ -17,8 +17,8 @@ from tests.store.making import (
     apply_all,
     delivery,
     ids,
-    open_door,
     open_inbox,
+    open_writer,
     receipts,
     seen,
     taken_again,
@@ -32,18 +32,18 @@ from tracker.store.queries.runs import get_run
 
 async def test_a_locked_file_is_unavailable_and_then_free(sqlite_url: str, tmp_path: Path) -> None:
     """While somebody holds SQLite's write lock, callers are told in time; then all goes on."""
-    async with await Database.open(sqlite_url) as db, open_door(db, deadline=0.5) as door:
-        await door.put(seen("run_before"))
+    async with await Database.open(sqlite_url) as db, open_writer(db, deadline=0.5) as writer:
+        await writer.submit(seen("run_before"))
         with closing(sqlite3.connect(tmp_path / "tracker.db", isolation_level=None)) as blocker:
             blocker.execute("BEGIN IMMEDIATE")
             begun = time.monotonic()
             with pytest.raises(StoreUnavailable):
-                await door.put(seen("run_meanwhile"))
+                await writer.submit(seen("run_meanwhile"))
             assert time.monotonic() - begun < 3
             assert await get_run(db, "run_before")  # readers do not care
             blocker.execute("ROLLBACK")
-        await eventually(lambda: door.waiting == 0)
-        await taken_again(door, seen("run_after"))
+        await eventually(lambda: writer.waiting == 0)
+        await taken_again(writer, seen("run_after"))
         assert await get_run(db, "run_after")
 
 
@@ -53,18 +53,18 @@ async def test_a_file_that_cannot_be_written_is_unavailable(tmp_path: Path) -> N
     async with await Database.open(f"sqlite:///{tmp_path / 'folder'}") as db:
         with pytest.raises(StoreUnavailable):
             await db.ping()
-        async with open_door(db, deadline=0.3) as door:
+        async with open_writer(db, deadline=0.3) as writer:
             with pytest.raises(StoreUnavailable):
-                await door.put(seen("run_1"))
+                await writer.submit(seen("run_1"))
 
 
 async def test_nobody_behind_the_port_is_unavailable_in_time() -> None:
     """Where nothing listens, callers are told within the deadline, and closing does not hang."""
     url = f"postgresql://tracker:secret@127.0.0.1:{free_port()}/tracker"
-    async with await Database.open(url) as db, open_door(db, deadline=0.5) as door:
+    async with await Database.open(url) as db, open_writer(db, deadline=0.5) as writer:
         begun = time.monotonic()
         with pytest.raises(StoreUnavailable) as caught:
-            await door.put(seen("run_1"))
+            await writer.submit(seen("run_1"))
         assert time.monotonic() - begun < 3
         assert "secret" not in str(caught.value)
         with pytest.raises(StoreUnavailable):
@@ -77,10 +77,10 @@ async def test_a_server_that_accepts_and_says_nothing_is_unavailable() -> None:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         url = f"postgresql://t@127.0.0.1:{silent.getsockname()[1]}/t"
-        async with await Database.open(url) as db, open_door(db, deadline=0.3) as door:
+        async with await Database.open(url) as db, open_writer(db, deadline=0.3) as writer:
             begun = time.monotonic()
             with pytest.raises(StoreUnavailable):
-                await door.put(seen("run_1"))
+                await writer.submit(seen("run_1"))
             assert time.monotonic() - begun < 2
             with pytest.raises(StoreUnavailable):
                 await db.ping()
@@ -111,25 +111,25 @@ async def test_terminated_connections_cost_no_callback(postgres_url: str) -> Non
 
 
 async def test_a_restarted_server_is_found_again(own_postgres: PostgresServer) -> None:
-    """A stopped server means `StoreUnavailable`; once it is back, the same door goes on."""
+    """A stopped server means `StoreUnavailable`; once it is back, the same writer goes on."""
     async with (
         await Database.open(own_postgres.url("tracker")) as db,
-        open_door(db, deadline=0.5) as door,
+        open_writer(db, deadline=0.5) as writer,
     ):
-        await door.put(seen("run_before"))
+        await writer.submit(seen("run_before"))
         await asyncio.to_thread(own_postgres.stop)
         for run in ("run_1", "run_2"):
             begun = time.monotonic()
             with pytest.raises(StoreUnavailable):
-                await door.put(seen(run))
+                await writer.submit(seen(run))
             assert time.monotonic() - begun < 3
-        assert door.trouble is not None
+        assert writer.trouble is not None
         with pytest.raises(StoreUnavailable):
             await get_run(db, "run_before")
         await asyncio.to_thread(own_postgres.start)
 
-        await taken_again(door, seen("run_after"))
-        assert door.trouble is None
+        await taken_again(writer, seen("run_after"))
+        assert writer.trouble is None
         assert await get_run(db, "run_before")
         assert await get_run(db, "run_after")
 
@@ -163,16 +163,16 @@ async def test_a_lock_that_is_not_given_ends_the_wait(postgres_url: str) -> None
     """A table that somebody has locked means `StoreUnavailable`, and nothing stays broken."""
     async with (
         await Database.open(postgres_url) as db,
-        open_door(db, deadline=0.4) as door,
+        open_writer(db, deadline=0.4) as writer,
     ):
         owner = await asyncpg.connect(postgres_url)
         async with owner.transaction():
             await owner.execute("LOCK TABLE runs IN ACCESS EXCLUSIVE MODE")
             with pytest.raises(StoreUnavailable):
-                await door.put(seen("run_1"))
+                await writer.submit(seen("run_1"))
         await owner.close()
-        await eventually(lambda: door.waiting == 0)
-        await taken_again(door, seen("run_2"))
+        await eventually(lambda: writer.waiting == 0)
+        await taken_again(writer, seen("run_2"))
         assert await get_run(db, "run_2")
 
 
@@ -203,15 +203,15 @@ async def test_a_standby_is_left_for_the_server_that_takes_its_place(postgres_ur
 async def test_a_database_that_comes_and_goes_is_said_once(sqlite_url: str, tmp_path: Path) -> None:
     """Not at every turn: the log says that it is away, and that it is back."""
     path, away = tmp_path / "tracker.db", tmp_path / "away.db"
-    async with await Database.open(sqlite_url) as db, open_door(db, deadline=0.5) as door:
+    async with await Database.open(sqlite_url) as db, open_writer(db, deadline=0.5) as writer:
         with capture_logs() as lines:
             for number in range(3):
                 path.rename(away)
                 with pytest.raises(StoreUnavailable):
-                    await door.put(seen(f"run_meanwhile_{number}"))
+                    await writer.submit(seen(f"run_meanwhile_{number}"))
                 away.rename(path)
-                await eventually(lambda: door.waiting == 0)
-                await taken_again(door, seen(f"run_after_{number}"))
+                await eventually(lambda: writer.waiting == 0)
+                await taken_again(writer, seen(f"run_after_{number}"))
     said = [line["event"] for line in lines]
     assert said == ["writer.unavailable", "writer.recovered"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from sqlalchemy import insert, text
 
-from tests.store.making import NOW, TestDoor, callback, quarantined, seen, started
+from tests.store.making import NOW, TestWriter, callback, quarantined, seen, started
 from tracker.core.observation import Source
 from tracker.core.rollup import EDGES, lag_of, quantile
 from tracker.core.run import RunStatus
@@ -23,7 +23,7 @@ TECH = {"technique_id": "tech_1", "workspace_id": "ws_1"}
 
 
 @pytest.fixture
-async def told(door: TestDoor, db: Database) -> Database:
+async def told(writer: TestWriter, db: Database) -> Database:
     """Five runs: a callback that came, one that was missed, a late one, an adopted run, and one
     that goes on; the last tally changes are not folded."""
     cats = {"technique_id": "tech_1", "name": "Cats", "inputs": [], "outputs": []}
@@ -32,17 +32,17 @@ async def told(door: TestDoor, db: Database) -> Database:
     failed = {"completed_at": NOW - 45 * SECOND} | TECH
     old = {"completed_at": NOW - 50 * HOUR, "charged_cost": Decimal(3), "technique_id": "tech_2"}
     for number in range(1, 5):
-        await door.put(started(f"run_{number}", at=NOW - HOUR, facts=TECH))
-    await door.put(callback("run_1", at=NOW - SECOND))
-    await door.put(seen("run_1", DONE, at=NOW, facts=ended))
-    await door.put(seen("run_2", RunStatus.FAILED, at=NOW, facts=failed))
+        await writer.submit(started(f"run_{number}", at=NOW - HOUR, facts=TECH))
+    await writer.submit(callback("run_1", at=NOW - SECOND))
+    await writer.submit(seen("run_1", DONE, at=NOW, facts=ended))
+    await writer.submit(seen("run_2", RunStatus.FAILED, at=NOW, facts=failed))
     await tallies.fold(db)
-    await door.put(seen("run_3", DONE, at=NOW, facts=ended))
-    await door.put(callback("run_3", at=NOW + SECOND))
-    await door.put(
+    await writer.submit(seen("run_3", DONE, at=NOW, facts=ended))
+    await writer.submit(callback("run_3", at=NOW + SECOND))
+    await writer.submit(
         seen("run_5", DONE, source=Source.HISTORY, at=NOW, facts=old | {"technique_name": "Dogs"})
     )
-    await door.put(seen("run_5", DONE, at=NOW + SECOND, facts=old))
+    await writer.submit(seen("run_5", DONE, at=NOW + SECOND, facts=old))
     return db
 
 
@@ -167,10 +167,10 @@ async def test_sweeps(db: Database) -> None:
     assert shown["ws_1"]["complete_items"] == 150
 
 
-async def test_what_is_open(door: TestDoor, db: Database) -> None:
+async def test_what_is_open(writer: TestWriter, db: Database) -> None:
     """Starts without a known end and callbacks that nobody understood are listed with their
     reasons."""
-    await door.put(quarantined("whd_1", at=NOW))
+    await writer.submit(quarantined("whd_1", at=NOW))
     common = {"workspace_slot": "default", "technique_id": "t", "fingerprint": "", "inputs": []}
     for state in ("stored", "sent", "refused", "unresolved"):
         error = {"code": "time_out", "message": "no answer"} if state == "unresolved" else None

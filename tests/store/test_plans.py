@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import Engine, event, text
 from sqlalchemy.dialects import postgresql
 
-from tests.store.making import NOW, apply_all, callback, delivery, open_door, open_inbox
+from tests.store.making import NOW, apply_all, callback, delivery, open_inbox, open_writer
 from tracker.operations.retention import Ages, Pruner
 from tracker.store import claims
 from tracker.store import claims as listed
@@ -214,12 +214,12 @@ async def test_the_next_pages_use_it_too(full: Database) -> None:
     assert "Filter" not in told  # the index is entered at the cursor, not read up to it
 
 
-async def test_the_door_finds_its_rows(full: Database) -> None:
+async def test_the_writer_finds_its_rows(full: Database) -> None:
     """A batch touches only its own rows: nothing is scanned, on the way in or out."""
 
     async def pass_some(db: Database) -> None:
-        async with open_door(db) as door:
-            await door.put_all([callback("run_5"), callback("run_500"), callback("run_new")])
+        async with open_writer(db) as writer:
+            await writer.submit_all([callback("run_5"), callback("run_500"), callback("run_new")])
 
     told = await plans(full, pass_some)
     assert not _reads_a_table(told), told

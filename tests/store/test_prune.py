@@ -13,13 +13,13 @@ from sqlalchemy import case, insert, select, update
 
 from tests.store.making import (
     NOW,
-    TestDoor,
+    TestWriter,
     apply_all,
     body_of,
     callback,
     ids,
-    open_door,
     open_inbox,
+    open_writer,
     quarantined,
     receipts,
     seen,
@@ -86,11 +86,11 @@ def settled(run_id: str, days: float, **facts: Any) -> list[Entry | Delivered]:
     ]
 
 
-async def put(door: TestDoor, *entries: Sequence[Entry | Delivered]) -> None:
+async def put(writer: TestWriter, *entries: Sequence[Entry | Delivered]) -> None:
     """One after the other."""
     for some in entries:
         for entry in some:
-            await door.put(entry)
+            await writer.submit(entry)
 
 
 async def kept(db: Database, table: Any = runs, column: str = "run_id") -> set[Any]:
@@ -107,10 +107,10 @@ async def assert_no_orphans(db: Database) -> None:
     assert await kept(db, run_outputs) == here
 
 
-async def test_an_old_run_goes_with_all_that_hangs_on_it(door: TestDoor, db: Database) -> None:
+async def test_an_old_run_goes_with_all_that_hangs_on_it(writer: TestWriter, db: Database) -> None:
     """Outputs, timeline and callback go with the run, a younger one keeps its own; counting says
     the same without removing anything, and a second time there is nothing to do."""
-    await put(door, settled("old", 91), settled("young", 89))
+    await put(writer, settled("old", 91), settled("young", 89))
     expected = {
         "runs": 1,
         "run_outputs": 2,
@@ -129,26 +129,26 @@ async def test_an_old_run_goes_with_all_that_hangs_on_it(door: TestDoor, db: Dat
     assert await pruner(db).prune(AGES) == NOTHING
 
 
-async def test_what_is_not_settled_stays(door: TestDoor, db: Database) -> None:
+async def test_what_is_not_settled_stays(writer: TestWriter, db: Database) -> None:
     """A run that is still to be read, one that FLORA denies, and one that settled only lately are
     kept, however long ago they began."""
     then = NOW - 400 * DAY
-    await door.put(started("active", at=then))
-    await door.put(started("lost", at=then))
+    await writer.submit(started("active", at=then))
+    await writer.submit(started("lost", at=then))
     for hour in range(5):
         at = then + timedelta(hours=hour)
-        await door.put(Unseen(run_id="lost", at=at, error="no such run", missing=True))
-    await door.put(callback("ended", at=then))  # nobody has read how it ended
+        await writer.submit(Unseen(run_id="lost", at=at, error="no such run", missing=True))
+    await writer.submit(callback("ended", at=then))  # nobody has read how it ended
     late = {"created_at": then, "charged_cost": Decimal(1)}
-    await door.put(seen("late", RunStatus.COMPLETED, at=NOW - DAY, facts=late))
+    await writer.submit(seen("late", RunStatus.COMPLETED, at=NOW - DAY, facts=late))
     for dry in (True, False):
         assert (await pruner(db).prune(AGES, dry=dry))["runs"] == 0
     assert await kept(db) == {"active", "lost", "ended", "late"}
 
 
-async def test_tallies_stay_true(door: TestDoor, db: Database) -> None:
+async def test_tallies_stay_true(writer: TestWriter, db: Database) -> None:
     """States no longer count what is gone, as a recount finds too; the hours and days keep it."""
-    await put(door, *(settled(run, 100) for run in ids("old", 5)), settled("young", 1))
+    await put(writer, *(settled(run, 100) for run in ids("old", 5)), settled("young", 1))
     history = {key: n for key, n in (await tallied(db)).items() if key.measure != STATE}
     await pruner(db).prune(AGES)
 
@@ -162,11 +162,11 @@ async def test_tallies_stay_true(door: TestDoor, db: Database) -> None:
         await tallies.recount(db)
 
 
-async def test_the_tallies_of_what_is_gone_do_not_pile_up(door: TestDoor, db: Database) -> None:
+async def test_the_tallies_of_what_is_gone_do_not_pile_up(writer: TestWriter, db: Database) -> None:
     """However many transactions it takes, they leave one note for each hour of what they removed:
     who counts anew has to know that, and no more."""
     of_one_hour = [settled(f"old_{n}", 100 + n / 1440) for n in range(1, 46)]
-    await door.put_all([entry for entries in of_one_hour for entry in entries])
+    await writer.submit_all([entry for entries in of_one_hour for entry in entries])
     pauses: list[float] = []
 
     async def count(seconds: float) -> None:
@@ -181,10 +181,10 @@ async def test_the_tallies_of_what_is_gone_do_not_pile_up(door: TestDoor, db: Da
 
 
 async def test_a_callback_without_its_body_is_still_recognised(
-    door: TestDoor, db: Database
+    writer: TestWriter, db: Database
 ) -> None:
     """The body goes first; a repetition then only counts, and says nothing new of its run."""
-    await put(door, settled("run_1", 31), settled("run_2", 29))
+    await put(writer, settled("run_1", 31), settled("run_2", 29))
     assert await pruner(db).prune(AGES) == NOTHING | {"bodies": 1}
     row = await read.get_delivery(db, "whd_run_1")
     assert row is not None
@@ -201,11 +201,11 @@ async def test_a_callback_without_its_body_is_still_recognised(
 
 
 async def test_quarantined_callbacks_go_only_where_that_is_asked_for(
-    door: TestDoor, db: Database
+    writer: TestWriter, db: Database
 ) -> None:
     """Nobody has understood them yet, so they keep their bodies until somebody says otherwise."""
-    await door.put(quarantined("whd_old", at=NOW - 400 * DAY))
-    await door.put(quarantined("whd_young", at=NOW - 100 * DAY))
+    await writer.submit(quarantined("whd_old", at=NOW - 400 * DAY))
+    await writer.submit(quarantined("whd_young", at=NOW - 100 * DAY))
     assert await pruner(db).prune(AGES) == NOTHING
     asked = Ages(runs=AGES.runs, bodies=AGES.bodies, quarantined=365 * DAY)
     expected = NOTHING | {"deliveries": 1, "bodies": 1}
@@ -215,10 +215,10 @@ async def test_quarantined_callbacks_go_only_where_that_is_asked_for(
 
 
 async def test_a_callback_that_came_again_lately_outlives_its_run(
-    door: TestDoor, db: Database
+    writer: TestWriter, db: Database
 ) -> None:
     """As long as FLORA may repeat it, it is known; later it goes too."""
-    await put(door, settled("run_1", 100), [callback("run_1", at=NOW - DAY)])
+    await put(writer, settled("run_1", 100), [callback("run_1", at=NOW - DAY)])
     assert (await pruner(db).prune(AGES))["deliveries"] == 0
     assert await kept(db) == set()
     async with open_inbox(db) as inbox:
@@ -229,7 +229,7 @@ async def test_a_callback_that_came_again_lately_outlives_its_run(
     assert await much_later.prune(AGES) == expected
 
 
-async def test_broken_off_anywhere_it_is_gone_on_with(door: TestDoor, db: Database) -> None:
+async def test_broken_off_anywhere_it_is_gone_on_with(writer: TestWriter, db: Database) -> None:
     """After whichever transaction it ends, no run is half, and the next one does the rest."""
 
     class Interrupted(Exception):
@@ -238,8 +238,8 @@ async def test_broken_off_anywhere_it_is_gone_on_with(door: TestDoor, db: Databa
     async def once(_: float) -> None:
         raise Interrupted
 
-    await put(door, *(settled(run, 100 + n) for n, run in enumerate(ids("old", 40))))
-    await put(door, *(settled(run, 40) for run in ids("younger", 3)))
+    await put(writer, *(settled(run, 100 + n) for n, run in enumerate(ids("old", 40))))
+    await put(writer, *(settled(run, 40) for run in ids("younger", 3)))
     times = 0
     while True:
         try:
@@ -258,9 +258,9 @@ async def test_broken_off_anywhere_it_is_gone_on_with(door: TestDoor, db: Databa
 async def test_several_at_once_and_a_receiver_meanwhile(db: Database, other_db: Database) -> None:
     """Each row is removed once, whoever comes first; callbacks are taken all the while."""
     old = ids("old", 80)
-    async with open_door(other_db) as door:
+    async with open_writer(other_db) as writer:
         for step in zip(*(settled(run, 100) for run in old), strict=True):
-            await door.put_all(step)
+            await writer.submit_all(step)
         done = asyncio.Event()
         slowest = 0.0
 
@@ -270,7 +270,7 @@ async def test_several_at_once_and_a_receiver_meanwhile(db: Database, other_db: 
             loop = asyncio.get_running_loop()
             while not done.is_set():
                 began = loop.time()
-                await door.put(callback(f"new_{number}", at=NOW))
+                await writer.submit(callback(f"new_{number}", at=NOW))
                 slowest = max(slowest, loop.time() - began)
                 number += 1
             return number
@@ -292,8 +292,8 @@ async def test_several_at_once_and_a_receiver_meanwhile(db: Database, other_db: 
 
 async def test_what_somebody_holds_is_left_for_the_next_time(postgres_url: str) -> None:
     """A run or a callback that is locked is not waited for, and goes later."""
-    async with await Database.open(postgres_url) as db, open_door(db) as door:
-        await put(door, settled("held", 100), settled("free", 100), settled("known", 100))
+    async with await Database.open(postgres_url) as db, open_writer(db) as writer:
+        await put(writer, settled("held", 100), settled("free", 100), settled("known", 100))
         owner: Any = await asyncpg.connect(postgres_url)
         async with owner.transaction():
             await owner.execute("SELECT FROM runs WHERE run_id = 'held' FOR UPDATE")
@@ -307,8 +307,8 @@ async def test_what_somebody_holds_is_left_for_the_next_time(postgres_url: str) 
 
 async def test_a_recount_meanwhile_does_not_end_it(postgres_url: str) -> None:
     """While all runs are counted anew nobody folds what changed, and all that is old goes."""
-    async with await Database.open(postgres_url) as db, open_door(db) as door:
-        await put(door, settled("run_1", 100), settled("run_2", 40))
+    async with await Database.open(postgres_url) as db, open_writer(db) as writer:
+        await put(writer, settled("run_1", 100), settled("run_2", 40))
         counting: Any = await asyncpg.connect(postgres_url)
         async with counting.transaction():
             await counting.execute("LOCK TABLE run_tallies IN SHARE ROW EXCLUSIVE MODE")
@@ -320,8 +320,8 @@ async def test_a_recount_meanwhile_does_not_end_it(postgres_url: str) -> None:
 
 async def test_a_body_that_somebody_holds_goes_the_next_time(postgres_url: str) -> None:
     """Those that came after it go at once, and yet it is looked for again."""
-    async with await Database.open(postgres_url) as db, open_door(db) as door:
-        await put(door, settled("held", 40), *(settled(run, 35) for run in ids("free", 30)))
+    async with await Database.open(postgres_url) as db, open_writer(db) as writer:
+        await put(writer, settled("held", 40), *(settled(run, 35) for run in ids("free", 30)))
         owner: Any = await asyncpg.connect(postgres_url)
         async with owner.transaction():
             await owner.execute("SELECT FROM deliveries WHERE delivery_id = 'whd_held' FOR UPDATE")
@@ -330,12 +330,12 @@ async def test_a_body_that_somebody_holds_goes_the_next_time(postgres_url: str) 
         assert await pruner(db).prune(AGES) == NOTHING | {"bodies": 1}
 
 
-async def test_the_body_of_a_late_replay_goes_too(door: TestDoor, db: Database) -> None:
+async def test_the_body_of_a_late_replay_goes_too(writer: TestWriter, db: Database) -> None:
     """A callback that was in quarantine when the bodies of its time went loses its own the next
     time, however old it is."""
     held_back = quarantined("whd_late", at=NOW - 60 * DAY, body=body_of("run_2"))
-    await door.put(held_back)
-    await put(door, settled("run_1", 35))
+    await writer.submit(held_back)
+    await put(writer, settled("run_1", 35))
     assert await pruner(db).prune(AGES) == NOTHING | {"bodies": 1}
     await db.write(lambda connection: requeue(connection, held_back.delivery))
     assert await apply_all(db) == 1
@@ -346,7 +346,7 @@ async def test_the_body_of_a_late_replay_goes_too(door: TestDoor, db: Database) 
     assert await pruner(db).prune(AGES) == NOTHING
 
 
-async def test_what_is_not_applied_yet_is_spared(door: TestDoor, db: Database) -> None:
+async def test_what_is_not_applied_yet_is_spared(writer: TestWriter, db: Database) -> None:
     """However old it is, a delivery that waits is kept whole, and so is what it will be needed for;
     once it is applied its body goes the next time."""
     waits = Delivered(
@@ -358,8 +358,8 @@ async def test_what_is_not_applied_yet_is_spared(door: TestDoor, db: Database) -
         ),
         outcome=DeliveryOutcome.WAITING,
     )
-    await door.put(waits)
-    await put(door, settled("run_1", 35))
+    await writer.submit(waits)
+    await put(writer, settled("run_1", 35))
     assert await pruner(db).prune(AGES) == NOTHING | {"bodies": 1}
     row = await read.get_delivery(db, "whd_waits")
     assert row is not None
@@ -368,7 +368,9 @@ async def test_what_is_not_applied_yet_is_spared(door: TestDoor, db: Database) -
     assert await pruner(db).prune(AGES) == NOTHING | {"bodies": 1}
 
 
-async def _start(db: Database, door: TestDoor, key: str, run_id: str | None, at: datetime) -> None:
+async def _start(
+    db: Database, writer: TestWriter, key: str, run_id: str | None, at: datetime
+) -> None:
     await starts.reserve(
         db,
         workspace_id="default",
@@ -380,13 +382,15 @@ async def _start(db: Database, door: TestDoor, key: str, run_id: str | None, at:
     )
     if run_id is not None:
         first = Observation(run_id=run_id, source=Source.START, at=at)
-        await door.put(Seen(observation=first, slot="default", idempotency_key=key))
+        await writer.submit(Seen(observation=first, slot="default", idempotency_key=key))
 
 
-async def test_what_was_asked_for_goes_but_not_that_it_was(door: TestDoor, db: Database) -> None:
+async def test_what_was_asked_for_goes_but_not_that_it_was(
+    writer: TestWriter, db: Database
+) -> None:
     """A key is known for good, so that nothing is paid twice; its inputs go with its run."""
-    await _start(db, door, "row-1", "run_1", NOW - 100 * DAY)
-    await put(door, settled("run_1", 100))
+    await _start(db, writer, "row-1", "run_1", NOW - 100 * DAY)
+    await put(writer, settled("run_1", 100))
     await pruner(db).prune(AGES)
     row = await starts.get(db, "default", "row-1")
     assert row is not None
@@ -398,7 +402,7 @@ async def test_what_was_asked_for_goes_but_not_that_it_was(door: TestDoor, db: D
     )
 
 
-async def test_keys_go_only_where_that_is_asked_for(door: TestDoor, db: Database) -> None:
+async def test_keys_go_only_where_that_is_asked_for(writer: TestWriter, db: Database) -> None:
     """Then those go that are old enough and came to an end of which nothing is here: not that of a
     run that stays, of a start in doubt, or of a batch's row, which would be started again."""
     asked = Ages(runs=AGES.runs, bodies=AGES.bodies, keys=365 * DAY)
@@ -412,9 +416,9 @@ async def test_keys_go_only_where_that_is_asked_for(door: TestDoor, db: Database
         ("refused", None, 400),
         ("open", None, 800),
     ):
-        await _start(db, door, key, run_id, NOW - days * DAY)
+        await _start(db, writer, key, run_id, NOW - days * DAY)
         if run_id is not None and key != "active":
-            await put(door, settled(run_id, days))
+            await put(writer, settled(run_id, days))
     refused = update(start_table).where(start_table.c.idempotency_key == "refused")
     batch = {"batch_id": "b", "workspace_slot": "default", "technique_id": "tech_1", "name": "b"}
     row = {"batch_id": "b", "position": 1, "line": 2, "row_digest": "d", "generation": 0}
@@ -434,12 +438,12 @@ async def test_keys_go_only_where_that_is_asked_for(door: TestDoor, db: Database
 
 @pytest.mark.parametrize("page", [1, 2, 100])
 async def test_keys_are_walked_through_to_the_end(
-    door: TestDoor, db: Database, page: int, monkeypatch: pytest.MonkeyPatch
+    writer: TestWriter, db: Database, page: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many techniques there are, and however many starts of one moment lie on a page."""
     monkeypatch.setattr("tracker.operations.retention.PAGE", page)
     for number in range(7):
-        await _start(db, door, f"key-{number}", None, NOW - (400 + number // 3) * DAY)
+        await _start(db, writer, f"key-{number}", None, NOW - (400 + number // 3) * DAY)
     technique = case((start_table.c.idempotency_key < "key-3", "tech_0"), else_="tech_2")
     refused = update(start_table).values(state="refused", technique_id=technique)
     await db.write(lambda connection: connection.execute(refused).rowcount)
@@ -449,13 +453,15 @@ async def test_keys_are_walked_through_to_the_end(
     assert await kept(db, start_table, "idempotency_key") == set()
 
 
-async def test_a_run_that_an_unresolved_start_may_be_stays(door: TestDoor, db: Database) -> None:
+async def test_a_run_that_an_unresolved_start_may_be_stays(
+    writer: TestWriter, db: Database
+) -> None:
     """While nobody knows which run a start became, those of its technique and time are kept."""
-    await _start(db, door, "unclear", None, NOW - 100 * DAY)
+    await _start(db, writer, "unclear", None, NOW - 100 * DAY)
     unresolved = update(start_table).values(state="unresolved", sent_at=NOW - 100 * DAY)
     await db.write(lambda connection: connection.execute(unresolved).rowcount)
     await put(
-        door,
+        writer,
         settled("perhaps", 100, technique_id="tech_1"),
         settled("unknown", 100),
         settled("another", 100, technique_id="tech_2"),
@@ -499,12 +505,12 @@ async def test_the_sweeps_on_which_something_rests_stay(db: Database) -> None:
     }
 
 
-async def test_how_far_it_has_been_is_known(door: TestDoor, db: Database) -> None:
+async def test_how_far_it_has_been_is_known(writer: TestWriter, db: Database) -> None:
     """What is older than a removed run of its workspace, lies where the history was read, and is
     not here, has been removed."""
     then = NOW - 100 * DAY
     assert await retention.removed(db, [Sighting("run_1", "ws_1", then)]) == set()
-    await put(door, settled("run_1", 100), [started("here", at=then)])
+    await put(writer, settled("run_1", 100), [started("here", at=then)])
     await pruner(db).prune(AGES)
     said = [
         Sighting("run_1", "ws_1", then),
@@ -523,11 +529,11 @@ async def test_how_far_it_has_been_is_known(door: TestDoor, db: Database) -> Non
     assert await retention.removed(db, said) == {"run_1", "older"}
 
 
-async def test_the_mark_never_goes_back(door: TestDoor, db: Database) -> None:
+async def test_the_mark_never_goes_back(writer: TestWriter, db: Database) -> None:
     """Who prunes less far later changes nothing of what was removed."""
-    await put(door, settled("run_1", 100), settled("run_2", 200))
+    await put(writer, settled("run_1", 100), settled("run_2", 200))
     await pruner(db).prune(AGES)
-    await put(door, settled("run_3", 300))
+    await put(writer, settled("run_3", 300))
     await pruner(db).prune(AGES)
     assert await retention.marks(db, "runs") == {"ws_1": NOW - 100 * DAY}
 

@@ -7,7 +7,7 @@ from decimal import Decimal
 import pytest
 from sqlalchemy import func, select
 
-from tests.store.making import NOW, TestDoor, callback, ids, quarantined, seen, started
+from tests.store.making import NOW, TestWriter, callback, ids, quarantined, seen, started
 from tracker.core.errors import InvalidRequest
 from tracker.core.observation import Source
 from tracker.core.record import DeliveryOutcome, Seen
@@ -48,7 +48,7 @@ async def all_pages(db: Database, limit: int, **wanted: str) -> list[str]:
             return found
 
 
-async def test_a_whole_record_comes_back(door: TestDoor, db: Database) -> None:
+async def test_a_whole_record_comes_back(writer: TestWriter, db: Database) -> None:
     """Every fact of a run, and every fact about its receipt, survives the database."""
     facts = {
         "run_type": "technique",
@@ -64,9 +64,9 @@ async def test_a_whole_record_comes_back(door: TestDoor, db: Database) -> None:
         "charged_cost": Decimal("0.123456"),
         "outputs": (Output("o2", "text", "a\nb"), Output("o1", "imageUrl", "https://x/1")),
     }
-    await door.put(started("run_1"))
-    await door.put(callback("run_1", at=NOW + timedelta(seconds=10)))
-    passed = await door.put(seen("run_1", RunStatus.COMPLETED, facts=facts, reads=1))
+    await writer.submit(started("run_1"))
+    await writer.submit(callback("run_1", at=NOW + timedelta(seconds=10)))
+    passed = await writer.submit(seen("run_1", RunStatus.COMPLETED, facts=facts, reads=1))
     record = await get_run(db, "run_1")
     assert record == passed.after
     assert record is not None
@@ -76,32 +76,32 @@ async def test_a_whole_record_comes_back(door: TestDoor, db: Database) -> None:
     assert await get_run(db, "run_2") is None
 
 
-async def test_money_can_be_summed_by_anybody(door: TestDoor, db: Database) -> None:
+async def test_money_can_be_summed_by_anybody(writer: TestWriter, db: Database) -> None:
     """Ad-hoc SQL adds up costs, to the sixth decimal."""
     for run, cost in (("run_1", "0.1"), ("run_2", "0.200001"), ("run_3", "12.3")):
         facts = {"charged_cost": Decimal(cost)}
-        await door.put(seen(run, RunStatus.COMPLETED, facts=facts))
+        await writer.submit(seen(run, RunStatus.COMPLETED, facts=facts))
     async with db.read() as connection:
         total = (await connection.execute(select(func.sum(runs.c.charged_cost)))).scalar_one()
     assert round(total, 6) == Decimal("12.600001")
 
 
-async def test_pages_are_newest_first_and_whole(door: TestDoor, db: Database) -> None:
+async def test_pages_are_newest_first_and_whole(writer: TestWriter, db: Database) -> None:
     """Pages of any size hold every run once, by creation and then by id, also where times are
     equal."""
     moments = [NOW - timedelta(hours=number // 3) for number in range(25)]
     wanted = dict(zip(ids("run", 25), moments, strict=True))
-    await door.put_all([created(run, at) for run, at in wanted.items()])
+    await writer.submit_all([created(run, at) for run, at in wanted.items()])
     expected = sorted(wanted, key=lambda run: (wanted[run], run), reverse=True)
     for limit in (1, 4, 25, 100):
         assert await all_pages(db, limit) == expected
 
 
-async def test_pages_are_stable_while_runs_come_in(door: TestDoor, db: Database) -> None:
+async def test_pages_are_stable_while_runs_come_in(writer: TestWriter, db: Database) -> None:
     """A reader who is half-way misses nothing and sees nothing twice when newer runs start."""
-    await door.put_all([created(run, NOW) for run in ids("run", 9)])
+    await writer.submit_all([created(run, NOW) for run in ids("run", 9)])
     first, cursor = await list_runs(db, limit=4)
-    await door.put_all([created(run, NOW + timedelta(seconds=1)) for run in ids("new", 9)])
+    await writer.submit_all([created(run, NOW + timedelta(seconds=1)) for run in ids("new", 9)])
     rest = []
     while cursor:
         page, cursor = await list_runs(db, limit=4, cursor=cursor)
@@ -110,9 +110,9 @@ async def test_pages_are_stable_while_runs_come_in(door: TestDoor, db: Database)
     assert found == list(reversed(ids("run", 9)))
 
 
-async def test_listings_filter(door: TestDoor, db: Database) -> None:
+async def test_listings_filter(writer: TestWriter, db: Database) -> None:
     """Status, technique, workspace and tracking narrow a listing, alone and together."""
-    await door.put_all(
+    await writer.submit_all(
         [
             created("run_1", NOW, RunStatus.FAILED, technique_id="tech_1", workspace_id="ws_1"),
             created("run_2", NOW, technique_id="tech_1", workspace_id="ws_2"),
@@ -148,11 +148,11 @@ async def test_a_foreign_cursor_is_refused(db: Database) -> None:
         assert [fault.field for fault in caught.value.fields] == ["cursor"]
 
 
-async def test_a_timeline_is_in_order(door: TestDoor, db: Database) -> None:
+async def test_a_timeline_is_in_order(writer: TestWriter, db: Database) -> None:
     """Events come oldest first, each with what its source saw."""
-    await door.put(started("run_1"))
-    await door.put_all([started("run_2"), seen("run_1", facts={"progress": 40.0})])
-    await door.put(callback("run_1", status=RunStatus.FAILED))
+    await writer.submit(started("run_1"))
+    await writer.submit_all([started("run_2"), seen("run_1", facts={"progress": 40.0})])
+    await writer.submit(callback("run_1", status=RunStatus.FAILED))
     told = await events(db, "run_1")
     assert [(event.source, event.status, event.progress) for event in told] == [
         (Source.START, RunStatus.PENDING, None),
@@ -164,7 +164,9 @@ async def test_a_timeline_is_in_order(door: TestDoor, db: Database) -> None:
     assert await events(db, "run_3") == []
 
 
-async def test_durations_are_those_of_the_last_completed_runs(door: TestDoor, db: Database) -> None:
+async def test_durations_are_those_of_the_last_completed_runs(
+    writer: TestWriter, db: Database
+) -> None:
     """Only completed runs whose creation is known count, and of them the last two hundred."""
     assert await durations(db, "tech_1") == Durations(count=0, p50=0, p95=0)
 
@@ -178,14 +180,14 @@ async def test_durations_are_those_of_the_last_completed_runs(door: TestDoor, db
     failed = [run("failed", 5000, NOW, RunStatus.FAILED)]
     unknown = [run("unknown", 5000, NOW, done, created_at=None)]
     foreign = [run("foreign", 5000, NOW, done, technique_id="tech_2")]
-    await door.put_all(old + new + failed + unknown + foreign)
+    await writer.submit_all(old + new + failed + unknown + foreign)
     assert await durations(db, "tech_1") == Durations(count=200, p50=100.0, p95=190.0)
 
 
-async def test_deliveries_are_listed_without_bodies(door: TestDoor, db: Database) -> None:
+async def test_deliveries_are_listed_without_bodies(writer: TestWriter, db: Database) -> None:
     """Callbacks come newest first, by outcome or by run; one alone comes with its bytes."""
     moments = [NOW + timedelta(seconds=number) for number in range(4)]
-    await door.put_all(
+    await writer.submit_all(
         [
             callback("run_1", "whd_1", at=moments[0], body=b"one"),
             quarantined("whd_2", at=moments[1]),
@@ -212,12 +214,14 @@ async def test_deliveries_are_listed_without_bodies(door: TestDoor, db: Database
         await list_deliveries(db, cursor="x")
 
 
-async def test_counts_say_what_waits(door: TestDoor, db: Database) -> None:
+async def test_counts_say_what_waits(writer: TestWriter, db: Database) -> None:
     """What is active, due, lost, quarantined, open and unresolved is counted."""
     assert await counts(db, now=NOW) == Counts(*[0] * 7, None, None)
     at = NOW - timedelta(minutes=1)
-    await door.put_all([callback("run_due", at=at), started("run_waits"), quarantined("whd_odd")])
-    await door.put(seen("run_settled", RunStatus.FAILED))
+    await writer.submit_all(
+        [callback("run_due", at=at), started("run_waits"), quarantined("whd_odd")]
+    )
+    await writer.submit(seen("run_settled", RunStatus.FAILED))
     for key in ("open", "unresolved"):
         await starts.reserve(
             db,
@@ -248,18 +252,18 @@ async def test_counts_say_what_waits(door: TestDoor, db: Database) -> None:
     )
 
 
-async def test_a_settled_run_seen_again_is_not_written(door: TestDoor, db: Database) -> None:
+async def test_a_settled_run_seen_again_is_not_written(writer: TestWriter, db: Database) -> None:
     """A history page full of known, settled runs with final bills changes no row."""
     entry = seen("run_1", RunStatus.FAILED, source=Source.HISTORY)
-    passed = await door.put(entry)
+    passed = await writer.submit(entry)
     assert passed.after is not None
     assert passed.after.tracking is Tracking.SETTLED
-    final = await door.put(
+    final = await writer.submit(
         replace(entry, observation=replace(entry.observation, at=NOW + timedelta(minutes=1)))
     )
     assert final.after is not None
     assert final.after.cost_final
-    again = await door.put(
+    again = await writer.submit(
         replace(entry, observation=replace(entry.observation, at=NOW + timedelta(hours=1)))
     )
     assert again.before == again.after == final.after

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from tests.store.making import NOW, TestDoor, callback, seen, started
+from tests.store.making import NOW, TestWriter, callback, seen, started
 from tests.store.test_plans import _reads_a_table, full, plans
 from tracker.core.errors import InvalidRequest
 from tracker.core.run import RunError, RunStatus
@@ -22,7 +22,7 @@ async def _ids(db: Database, **wanted: object) -> list[str]:
 
 
 @pytest.fixture
-async def some(db: Database, door: TestDoor) -> Database:
+async def some(db: Database, writer: TestWriter) -> Database:
     """One run in each state, a minute apart."""
     at = [NOW + timedelta(minutes=minutes) for minutes in range(6)]
     of = {"technique_id": "tech_a", "technique_name": "Größe 50%", "workspace_id": "ws_1"}
@@ -32,12 +32,12 @@ async def some(db: Database, door: TestDoor) -> Database:
         ("run_failed", at[3], of | {"technique_id": "tech_b"}),
         ("run_done", at[4], {"workspace_id": "ws_2"}),
     ):
-        await door.put(started(run_id, at=moment, facts={**facts, "created_at": moment}))
-    await door.put(seen("run_running", at=at[1]))
+        await writer.submit(started(run_id, at=moment, facts={**facts, "created_at": moment}))
+    await writer.submit(seen("run_running", at=at[1]))
     error = {"error": RunError("model_timeout", "The model took too long")}
-    await door.put(seen("run_failed", RunStatus.FAILED, at=at[5], facts=error))
-    await door.put(seen("run_done", RunStatus.COMPLETED, at=at[5]))
-    await door.put(callback("run_details", at=at[2]))
+    await writer.submit(seen("run_failed", RunStatus.FAILED, at=at[5], facts=error))
+    await writer.submit(seen("run_done", RunStatus.COMPLETED, at=at[5]))
+    await writer.submit(callback("run_details", at=at[2]))
     return db
 
 

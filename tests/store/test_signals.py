@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import text
 from structlog.testing import capture_logs
 
-from tests.store.making import NOW, callback, ids, open_door, seen, started
+from tests.store.making import NOW, callback, ids, open_writer, seen, started
 from tests.support.waiting import eventually
 from tracker.core.run import RunStatus
 from tracker.store import signals as signals_module
@@ -21,19 +21,19 @@ async def test_a_due_run_wakes_who_waits(db: Database) -> None:
     """The worker of the same process is woken by a commit that brings a look forward."""
     async with (
         Signals(db) as signals,
-        open_door(db, on_commit=[signals.committed]) as door,
+        open_writer(db, on_commit=[signals.committed]) as writer,
     ):
         await signals.wait_listening()
         await signals.wait_due(0)  # beginning to listen counts as a signal
         assert not await signals.wait_due(0.01)
         waiting = asyncio.ensure_future(signals.wait_due(10))
-        await door.put(callback("run_1"))
+        await writer.submit(callback("run_1"))
         assert await waiting
-        await door.put(callback("run_2"))
+        await writer.submit(callback("run_2"))
         assert await signals.wait_due(0.01)  # said before anybody waited, and not forgotten
-        await door.put(started("run_3"))
+        await writer.submit(started("run_3"))
         assert await signals.wait_due(0.01)  # in half a minute, which nobody knew
-        await door.put(seen("run_3", at=NOW + timedelta(hours=1)))
+        await writer.submit(seen("run_3", at=NOW + timedelta(hours=1)))
         assert not await signals.wait_due(0.01)  # later than that: nothing to hurry for
 
 
@@ -42,15 +42,15 @@ async def test_changes_are_told_once(db: Database) -> None:
     heard: list[str] = []
     async with (
         Signals(db) as signals,
-        open_door(db, on_commit=[signals.committed]) as door,
+        open_writer(db, on_commit=[signals.committed]) as writer,
     ):
         await signals.wait_listening()
         with signals.subscribed(heard.extend):
-            await door.put_all([started("run_1"), started("run_2")])
-            await door.put(seen("run_1", RunStatus.RUNNING))
-            await door.put(seen("run_1", RunStatus.RUNNING, at=NOW))
+            await writer.submit_all([started("run_1"), started("run_2")])
+            await writer.submit(seen("run_1", RunStatus.RUNNING))
+            await writer.submit(seen("run_1", RunStatus.RUNNING, at=NOW))
             assert heard == ["run_1", "run_2", "run_1"]
-        await door.put(callback("run_1"))
+        await writer.submit(callback("run_1"))
         assert heard == ["run_1", "run_2", "run_1"]
 
 
@@ -61,12 +61,12 @@ async def test_other_processes_are_told(postgres_url: str) -> None:
         await Database.open(postgres_url) as receiver,
         await Database.open(postgres_url) as worker,
         Signals(worker) as signals,
-        open_door(receiver) as door,
+        open_writer(receiver) as writer,
     ):
         await signals.wait_listening()
         await signals.wait_due(0)
         with signals.subscribed(heard.extend):
-            await door.put_all([callback(run) for run in ids("run", 450)])
+            await writer.submit_all([callback(run) for run in ids("run", 450)])
             assert await signals.wait_due(10)
             await eventually(lambda: sorted(heard) == ids("run", 450))
 
@@ -114,7 +114,7 @@ async def test_nonsense_on_the_channel_is_ignored(postgres_url: str) -> None:
         await Database.open(postgres_url) as db,
         await Database.open(postgres_url) as other,
         Signals(db) as signals,
-        open_door(other) as door,
+        open_writer(other) as writer,
     ):
         await signals.wait_listening()
         with signals.subscribed(heard.extend):
@@ -122,7 +122,7 @@ async def test_nonsense_on_the_channel_is_ignored(postgres_url: str) -> None:
             for payload in ("", "no json", "{}", "[1, 2]", "[]", '"x"'):
                 await stranger.execute("SELECT pg_notify('tracker_runs', $1)", payload)
             await stranger.close()
-            await door.put(callback("run_1"))
+            await writer.submit(callback("run_1"))
             await eventually(lambda: heard == ["run_1"])
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.store.making import NOW, TestDoor, seen, started
+from tests.store.making import NOW, TestWriter, seen, started
 from tracker.core.budget import Budget, Period
 from tracker.core.errors import BudgetExceeded
 from tracker.core.observation import Source
@@ -105,18 +105,18 @@ async def test_what_may_have_been_sent_keeps_its_reservation(db: Database) -> No
 
 
 async def test_a_reservation_becomes_the_quote_and_then_the_bill(
-    db: Database, door: TestDoor
+    db: Database, writer: TestWriter
 ) -> None:
     """Bills above quotes count, and may pass the budget; a quote below the price makes no room."""
     small = replace(TODAY, usd=Decimal("0.50"))
     rows = [await reserve(db, key, budget=small) for key in "ab"]
     assert (await usage(db, small)).reserved == Decimal("0.50")
-    await door.put(became("run_a", rows[0], quote="0.4"))
-    await door.put(became("run_b", rows[1], quote="0"))
+    await writer.submit(became("run_a", rows[0], quote="0.4"))
+    await writer.submit(became("run_b", rows[1], quote="0"))
     found = await usage(db, small)
     assert (found.reserved, found.quoted, found.charged) == (0, Decimal("0.65"), 0)
     bill = {"charged_cost": Decimal("0.873"), "completed_at": NOW}
-    await door.put(seen("run_a", RunStatus.COMPLETED, at=NOW + DAY, facts=bill))
+    await writer.submit(seen("run_a", RunStatus.COMPLETED, at=NOW + DAY, facts=bill))
     found = await usage(db, small)
     assert (found.quoted, found.charged) == (PRICE, Decimal("0.873"))
     assert (found.left, found.share > 2) == (0, True)
@@ -125,32 +125,34 @@ async def test_a_reservation_becomes_the_quote_and_then_the_bill(
 
 
 async def test_a_failed_run_gives_its_share_back_when_its_bill_is_final(
-    db: Database, door: TestDoor
+    db: Database, writer: TestWriter
 ) -> None:
     """Not before: FLORA may show a charge that it refunds later."""
-    await door.put(became("run_1", await reserve(db, "key"), quote="0.25"))
+    await writer.submit(became("run_1", await reserve(db, "key"), quote="0.25"))
     error = {"error": RunError("model_timeout"), "completed_at": NOW}
-    await door.put(seen("run_1", RunStatus.FAILED, at=NOW, facts=error))
+    await writer.submit(seen("run_1", RunStatus.FAILED, at=NOW, facts=error))
     assert await left(db) == Decimal("4.75")
     charged = error | {"charged_cost": Decimal("0.3")}
-    await door.put(seen("run_1", RunStatus.FAILED, at=NOW + timedelta(seconds=9), facts=charged))
+    await writer.submit(
+        seen("run_1", RunStatus.FAILED, at=NOW + timedelta(seconds=9), facts=charged)
+    )
     assert await left(db) == Decimal("4.70")
     late = NOW + timedelta(minutes=5)
-    await door.put(seen("run_1", RunStatus.FAILED, at=late, facts=error, reads=1))
+    await writer.submit(seen("run_1", RunStatus.FAILED, at=late, facts=error, reads=1))
     assert await left(db) == Decimal("5.00")
 
 
-async def test_each_budget_covers_its_own(db: Database, door: TestDoor) -> None:
+async def test_each_budget_covers_its_own(db: Database, writer: TestWriter) -> None:
     """By workspace, technique and tag, in the UTC day of the start, or of `created_at` for runs of
     others; a budget in total never begins anew."""
     red = {"team": "red", "order": "7"}
-    await door.put(became("run_1", await reserve(db, "a", tags=red), quote="0.25"))
+    await writer.submit(became("run_1", await reserve(db, "a", tags=red), quote="0.25"))
     await reserve(db, "b", tags=red, technique_id="tech_2")
     await reserve(db, "c", tags={"team": "blue"}, workspace_id="ws_2")
     theirs = {"workspace_id": "ws_1", "technique_id": "tech_1", "charged_cost": Decimal(1)}
     theirs |= {"created_at": NOW - DAY}  # type: ignore[dict-item]
     found = seen("theirs", RunStatus.COMPLETED, source=Source.HISTORY, facts=theirs)
-    await door.put(found)
+    await writer.submit(found)
 
     async def used(period: Period, **scope: Any) -> Decimal:
         return (await usage(db, Budget(usd=Decimal(9), period=period, **scope))).used
@@ -168,39 +170,41 @@ async def test_each_budget_covers_its_own(db: Database, door: TestDoor) -> None:
     assert (await usage(db, month, now=NOW + 30 * DAY)).used == 0
 
 
-async def test_a_start_of_several_runs_reserves_all_of_them(db: Database, door: TestDoor) -> None:
+async def test_a_start_of_several_runs_reserves_all_of_them(
+    db: Database, writer: TestWriter
+) -> None:
     """The answer names the first. Each other takes its share over when its callback shows it, once
     however often it comes. What does not show keeps its reservation until the history had time to
     show it; for good in the budget of a tag, which the history does not tell."""
     row = await reserve(db, "key", runs=3, tags={"team": "red"})
     red = replace(TODAY, tag=("team", "red"))
     assert await left(db) == Decimal("4.25")
-    await door.put(became("run_1", row, quote="0.25"))
+    await writer.submit(became("run_1", row, quote="0.25"))
     assert (await usage(db)).reserved == Decimal("0.50")
     for _ in range(2):
-        await door.put(became("run_2", row))
+        await writer.submit(became("run_2", row))
         found = await usage(db)
         assert (found.reserved, found.quoted) == (PRICE, 2 * PRICE)
     assert await left(db) == Decimal("4.25")
     later = NOW + timedelta(minutes=20)
     assert await left(db, now=later) == Decimal("4.50")
     assert await left(db, red, now=later) == Decimal("4.25")
-    await door.put(became("run_3", row))
+    await writer.submit(became("run_3", row))
     assert (await usage(db)).reserved == (await usage(db, red)).reserved == 0
 
 
 async def test_runs_of_one_start_that_show_at_once_take_their_shares(
-    db: Database, door: TestDoor
+    db: Database, writer: TestWriter
 ) -> None:
     """Also where their callbacks come before the answer, and are applied together."""
     row = await reserve(db, "key", runs=3)
-    await asyncio.gather(*(door.put(became(f"run_{n}", row)) for n in range(3)))
+    await asyncio.gather(*(writer.submit(became(f"run_{n}", row)) for n in range(3)))
     found = await usage(db)
     assert (found.reserved, found.quoted) == (0, 3 * PRICE)
 
 
 async def test_one_key_asked_for_at_once_takes_room_once(
-    db: Database, other_db: Database, door: TestDoor
+    db: Database, other_db: Database, writer: TestWriter
 ) -> None:
     """Whoever asks with the key at the same moment is shown the start that holds the last room,
     and not refused for it; also where the key was refused before."""
@@ -242,15 +246,15 @@ async def test_without_a_price_no_budget_can_be_kept(db: Database) -> None:
     assert (await reserve(db, "key", cost=None, budgets=[])).lease_holder == "key"
 
 
-async def test_spending_adds_up_by_day_technique_and_tag(db: Database, door: TestDoor) -> None:
+async def test_spending_adds_up_by_day_technique_and_tag(db: Database, writer: TestWriter) -> None:
     """Each way of adding up comes to the same total, with all other runs as one row."""
     red = await reserve(db, "a", tags={"team": "red"})
-    await door.put(became("run_1", red, quote="0.25"))
+    await writer.submit(became("run_1", red, quote="0.25"))
     for number in range(3):
         facts = {"technique_id": f"tech_{number % 2}", "charged_cost": Decimal("0.1")}
         facts["created_at"] = NOW - number * DAY  # type: ignore[assignment]
-        await door.put(seen(f"run_of_{number}", RunStatus.COMPLETED, facts=facts))
-    await door.put(seen("unpriced", RunStatus.COMPLETED, facts={"created_at": NOW}))
+        await writer.submit(seen(f"run_of_{number}", RunStatus.COMPLETED, facts=facts))
+    await writer.submit(seen("unpriced", RunStatus.COMPLETED, facts={"created_at": NOW}))
 
     async def added(by: str) -> dict[Any, tuple[int, Decimal, Decimal]]:
         rows, total = await spending.spending(db, by, since=NOW - 30 * DAY)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from tests.store.making import NOW, TestDoor, callback, seen, started
+from tests.store.making import NOW, TestWriter, callback, seen, started
 from tracker.core.observation import Source
 from tracker.store.engine import Database
 from tracker.store.queries import starts
@@ -63,12 +63,12 @@ async def test_a_key_is_kept_once(db: Database, other_db: Database) -> None:
     assert (await reserve(db, "key", slot="other slot")).workspace_slot == "other slot"
 
 
-async def test_the_door_closes_a_start_with_its_run(door: TestDoor, db: Database) -> None:
+async def test_the_writer_closes_a_start_with_its_run(writer: TestWriter, db: Database) -> None:
     """The answer to a start stores the run and closes the row of its slot in one transaction."""
     for slot in ("default", "other"):
         await reserve(db, "key", slot=slot)
     await starts.take(db, "default", "key", "h", NOW, LEASE)
-    await door.put(replace(started("run_1"), slot="default", idempotency_key="key"))
+    await writer.submit(replace(started("run_1"), slot="default", idempotency_key="key"))
     row = await starts.get(db, "default", "key")
     assert row is not None
     assert (row.state, row.run_id, row.lease_holder) == (StartState.STARTED, "run_1", None)
@@ -77,11 +77,11 @@ async def test_the_door_closes_a_start_with_its_run(door: TestDoor, db: Database
     assert other.state is StartState.STORED
 
 
-async def test_a_replayed_answer_closes_it_too(door: TestDoor, db: Database) -> None:
+async def test_a_replayed_answer_closes_it_too(writer: TestWriter, db: Database) -> None:
     """A start whose run was heard of before, and says nothing new, is closed all the same."""
     await reserve(db, "key")
-    await door.put(started("run_1"))
-    passed = await door.put(replace(started("run_1"), slot="default", idempotency_key="key"))
+    await writer.submit(started("run_1"))
+    passed = await writer.submit(replace(started("run_1"), slot="default", idempotency_key="key"))
     assert not passed.news
     row = await starts.get(db, "default", "key")
     assert row is not None
@@ -155,15 +155,15 @@ async def test_a_key_in_use_keeps_its_first_request(db: Database) -> None:
     assert (anew.in_use_since, anew.callback_url) == (later, "https://b.example")
 
 
-async def test_what_became_a_run_stays_so(door: TestDoor, db: Database) -> None:
+async def test_what_became_a_run_stays_so(writer: TestWriter, db: Database) -> None:
     """A late answer of another attempt cannot reopen a start, and nobody may send it again."""
     await reserve(db, "key")
     assert await starts.take(db, "default", "key", "h", NOW, LEASE)
-    await door.put(replace(started("run_1"), slot="default", idempotency_key="key"))
+    await writer.submit(replace(started("run_1"), slot="default", idempotency_key="key"))
     unresolved = StartState.UNRESOLVED
     assert await starts.mark(db, "default", "key", holder="h", state=unresolved, error={}) is None
     assert not await starts.take(db, "default", "key", "h", NOW, LEASE)
-    await door.put(replace(started("run_2"), slot="default", idempotency_key="key"))
+    await writer.submit(replace(started("run_2"), slot="default", idempotency_key="key"))
     row = await starts.get(db, "default", "key")
     assert row is not None
     assert (row.state, row.run_id) == (StartState.STARTED, "run_1")
@@ -190,18 +190,18 @@ async def test_one_process_sends_a_key(db: Database, other_db: Database) -> None
     assert not await starts.take(db, "default", "never kept", "h", NOW, LEASE)
 
 
-async def test_open_starts_are_found(door: TestDoor, db: Database) -> None:
+async def test_open_starts_are_found(writer: TestWriter, db: Database) -> None:
     """What was sent, and is neither started, refused nor unresolved, is open."""
     for number, key in enumerate(["b", "a", "c", "d", "e"]):
         await reserve(db, key, at=NOW + timedelta(seconds=number))
     await mark(db, "a", StartState.SENT)
     await mark(db, "c", StartState.REFUSED)
-    await door.put(replace(started("run_1"), slot="default", idempotency_key="d"))
+    await writer.submit(replace(started("run_1"), slot="default", idempotency_key="d"))
     await mark(db, "e", StartState.IN_DOUBT)
     assert [row.idempotency_key for row in await starts.open_starts(db)] == ["a", "e"]
 
 
-async def test_rival_starts_are_found(door: TestDoor, db: Database) -> None:
+async def test_rival_starts_are_found(writer: TestWriter, db: Database) -> None:
     """Other starts of the technique in this workspace that may own a run are its rivals."""
     await reserve(db, "mine")
     await reserve(db, "never sent")
@@ -214,18 +214,18 @@ async def test_rival_starts_are_found(door: TestDoor, db: Database) -> None:
     await reserve(db, "unresolved")
     await mark(db, "unresolved", StartState.UNRESOLVED)
     await reserve(db, "started")
-    await door.put(replace(started("run_1"), slot="default", idempotency_key="started"))
+    await writer.submit(replace(started("run_1"), slot="default", idempotency_key="started"))
     found = await starts.rivals(db, "default", "tech_1", "mine")
     assert sorted(row.idempotency_key for row in found) == ["open", "unresolved"]
 
 
-async def test_runs_of_known_origin_are_accounted_for(door: TestDoor, db: Database) -> None:
+async def test_runs_of_known_origin_are_accounted_for(writer: TestWriter, db: Database) -> None:
     """A run that a start owns, or that was given to track, is nobody else's."""
     await reserve(db, "key")
-    await door.put(
+    await writer.submit(
         replace(seen("run_start", source=Source.HISTORY), slot="default", idempotency_key="key")
     )
-    await door.put_all(
+    await writer.submit_all(
         [
             started("run_answer"),
             seen("run_track", source=Source.TRACK),

@@ -4,7 +4,7 @@ from typing import Any
 
 from sqlalchemy import insert, select
 
-from tests.store.making import open_door, seen
+from tests.store.making import open_writer, seen
 from tests.store.test_bills_migration import a_run
 from tests.store.upgrading import OldWriters
 from tracker.core.clock import utc_now
@@ -42,12 +42,12 @@ async def test_lost_runs_become_due_and_new_statuses_are_taken(empty_database_ur
         assert found["lost"].next_check_at is not None
         assert found["lost"].tracking == "lost"
         assert (found["failed"].next_check_at, found["failed"].run.settled) == (None, True)
-        async with open_door(db) as door:
+        async with open_writer(db) as writer:
             cancelled = Observation(
                 run_id="cancelled", source=Source.POLL, at=now, status="cancelled", completed_at=now
             )
-            await door.put(Seen(observation=cancelled))
-            await door.put(seen("lost"))
+            await writer.submit(Seen(observation=cancelled))
+            await writer.submit(seen("lost"))
         async with db.read() as connection:
             statuses = await connection.execute(select(runs.c.run_id, runs.c.status))
             assert dict(map(tuple, statuses))["cancelled"] == "cancelled"

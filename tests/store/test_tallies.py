@@ -20,12 +20,12 @@ from structlog.testing import capture_logs
 
 from tests.store.making import (
     NOW,
-    TestDoor,
+    TestWriter,
     as_entry,
     callback,
     ids,
     observations,
-    open_door,
+    open_writer,
     seen,
     started,
 )
@@ -41,7 +41,7 @@ from tracker.store.rows import RUN_COLUMNS, read_records
 from tracker.store.schema import deliveries, run_tallies, run_tally_changes, runs
 from tracker.store.url import DatabaseUrl
 from tracker.store.writing import rollups as tallies
-from tracker.store.writing.rollups import FACTS, PRUNED, TallyKeeper
+from tracker.store.writing.rollups import FACTS, PRUNED, RollupCompactor
 
 ROOT = Path(__file__).parents[2]
 Counts = dict[Key, tuple[int, int]]
@@ -137,15 +137,15 @@ async def test_any_history_is_counted_exactly(db: Database, history: list[Any]) 
     back: folded in between or not, the tallies are what the runs count for."""
     for table in (runs, deliveries, run_tallies, run_tally_changes):
         await db.write(lambda connection, table=table: connection.execute(delete(table)).rowcount)
-    async with open_door(db, max_group=3) as door:
+    async with open_writer(db, max_group=3) as writer:
         for each in history:
             if each == "fold":
                 await tallies.fold(db)
             elif isinstance(each, Observation):
                 ours = each.source is Source.START
-                await door.put(replace(as_entry(each), **RESERVED) if ours else as_entry(each))
+                await writer.submit(replace(as_entry(each), **RESERVED) if ours else as_entry(each))
             else:
-                await door.put(each)
+                await writer.submit(each)
     await assert_exact(db)
     await tallies.fold(db)
     assert await rows_in(db, run_tally_changes) == 0
@@ -154,35 +154,35 @@ async def test_any_history_is_counted_exactly(db: Database, history: list[Any]) 
     assert await tallied(db) == expected
 
 
-async def test_a_lost_run_that_comes_back_counts_once(door: TestDoor, db: Database) -> None:
+async def test_a_lost_run_that_comes_back_counts_once(writer: TestWriter, db: Database) -> None:
     """A state is left when another is entered."""
-    await door.put(started("run_1"))
+    await writer.submit(started("run_1"))
     for hour in range(5):
         at = NOW + timedelta(hours=hour)
-        await door.put(Unseen(run_id="run_1", at=at, error="no such run", missing=True))
+        await writer.submit(Unseen(run_id="run_1", at=at, error="no such run", missing=True))
     assert [each.word for each in await tallied(db)] == [Tracking.LOST]
-    await door.put(seen("run_1", at=NOW + timedelta(hours=9)))
+    await writer.submit(seen("run_1", at=NOW + timedelta(hours=9)))
     assert [(key.status, key.word, runs) for key, (runs, _) in (await tallied(db)).items()] == [
         ("running", "active", 1)
     ]
     await assert_exact(db)
 
 
-async def test_a_late_callback_is_no_missed_one(door: TestDoor, db: Database) -> None:
+async def test_a_late_callback_is_no_missed_one(writer: TestWriter, db: Database) -> None:
     """A run whose end was polled misses its callback until it comes; then it came late."""
     outcomes = []
     for entry in (started("run_1"), seen("run_1", RunStatus.COMPLETED), callback("run_1")):
-        await door.put(entry)
+        await writer.submit(entry)
         outcomes.append([key.word for key in await tallied(db) if key.measure == "callback"])
     assert outcomes == [[], ["missed"], ["late"]]
     await assert_exact(db)
 
 
-async def test_a_contradicted_end_moves(door: TestDoor, db: Database) -> None:
+async def test_a_contradicted_end_moves(writer: TestWriter, db: Database) -> None:
     """What a callback said to have completed and the API calls failed is counted as failed."""
-    await door.put(started("run_1"))
-    await door.put(callback("run_1", status=RunStatus.COMPLETED))
-    await door.put(seen("run_1", RunStatus.FAILED, facts={"charged_cost": Decimal("0.25")}))
+    await writer.submit(started("run_1"))
+    await writer.submit(callback("run_1", status=RunStatus.COMPLETED))
+    await writer.submit(seen("run_1", RunStatus.FAILED, facts={"charged_cost": Decimal("0.25")}))
     found = await tallied(db)
     assert {(key.measure, key.status) for key in found if key.status} == {
         ("state", "failed"),
@@ -199,16 +199,16 @@ async def test_writers_and_folders_at_once_lose_nothing(db: Database, other_db: 
     """Two processes write and fold as they like: nothing is counted twice, nothing is left out."""
     names = ids("run", 60)
 
-    async def write(door: TestDoor, order: list[str], status: RunStatus) -> None:
+    async def write(writer: TestWriter, order: list[str], status: RunStatus) -> None:
         for run_id in order:
-            await door.put(seen(run_id, status, facts={"technique_id": run_id[-1]}))
+            await writer.submit(seen(run_id, status, facts={"technique_id": run_id[-1]}))
 
     async def fold(where: Database, done: asyncio.Event) -> None:
         while not done.is_set():
             await tallies.fold(where)
 
     done = asyncio.Event()
-    async with open_door(db) as one, open_door(other_db) as two:
+    async with open_writer(db) as one, open_writer(other_db) as two:
         folding = [asyncio.create_task(fold(where, done)) for where in (db, other_db)]
         await asyncio.gather(
             *(write(one, names[at::3], RunStatus.RUNNING) for at in range(3)),
@@ -223,23 +223,23 @@ async def test_writers_and_folders_at_once_lose_nothing(db: Database, other_db: 
 
 async def test_a_recount_mends_and_misses_nothing(db: Database, other_db: Database) -> None:
     """Whatever stood in the tallies, they are right afterwards, also for who wrote meanwhile."""
-    async with open_door(db) as door:
-        await door.put_all([seen(run, RunStatus.COMPLETED) for run in ids("run", 50)])
+    async with open_writer(db) as writer:
+        await writer.submit_all([seen(run, RunStatus.COMPLETED) for run in ids("run", 50)])
         await tallies.fold(db)
         await db.write(lambda c: c.execute(update(run_tallies).values(runs=7)).rowcount)
         with pytest.raises(AssertionError):
             await assert_exact(db)
         more = [seen(run, RunStatus.COMPLETED) for run in ids("more", 50)]
-        await asyncio.gather(tallies.recount(other_db), *(door.put(each) for each in more))
+        await asyncio.gather(tallies.recount(other_db), *(writer.submit(each) for each in more))
     await assert_exact(db)
 
 
-async def test_deleted_runs_leave_their_history(door: TestDoor, db: Database) -> None:
+async def test_deleted_runs_leave_their_history(writer: TestWriter, db: Database) -> None:
     """Runs that retention deletes are in no state any more, and their hours stay, recounted or
     not."""
     later = NOW + timedelta(days=2)
-    await door.put_all([seen(run, RunStatus.COMPLETED) for run in ids("old", 3)])
-    await door.put_all([seen(run, RunStatus.COMPLETED, at=later) for run in ids("new", 2)])
+    await writer.submit_all([seen(run, RunStatus.COMPLETED) for run in ids("old", 3)])
+    await writer.submit_all([seen(run, RunStatus.COMPLETED, at=later) for run in ids("new", 2)])
     gone = list(ids("old", 2))
 
     def prune(connection: Any) -> None:
@@ -266,17 +266,17 @@ async def test_who_writes_folds(db: Database) -> None:
 
     entries: list[Entry] = [seen("run_1"), seen("run_2")]
     async with (
-        TallyKeeper(db, background=True, gather=0.05) as keeper,
-        open_door(db, on_commit=[keeper.committed]) as door,
+        RollupCompactor(db, background=True, gather=0.05) as keeper,
+        open_writer(db, on_commit=[keeper.committed]) as writer,
     ):
         for entry in entries:
-            await door.put(entry)
+            await writer.submit(entry)
             await eventually(folded)
     async with (
-        TallyKeeper(db, background=False) as keeper,
-        open_door(db, on_commit=[keeper.committed]) as door,
+        RollupCompactor(db, background=False) as keeper,
+        open_writer(db, on_commit=[keeper.committed]) as writer,
     ):
-        await door.put(seen("run_3"))
+        await writer.submit(seen("run_3"))
         assert await rows_in(db, run_tally_changes) > 0
     assert await rows_in(db, run_tally_changes) == 0
     await assert_exact(db)
@@ -288,24 +288,24 @@ async def test_the_last_fold_makes_up_for_one_that_failed(sqlite_url: str, tmp_p
     async with await Database.open(sqlite_url) as db:
         with capture_logs() as lines:
             async with (
-                TallyKeeper(db, background=True, gather=0.01) as keeper,
-                open_door(db, on_commit=[keeper.committed]) as door,
+                RollupCompactor(db, background=True, gather=0.01) as keeper,
+                open_writer(db, on_commit=[keeper.committed]) as writer,
             ):
                 path.rename(away)
                 await eventually(lambda: lines)
                 away.rename(path)
-                await door.put(seen("run_1"))
+                await writer.submit(seen("run_1"))
                 assert await rows_in(db, run_tally_changes) > 0
         assert [line["event"] for line in lines] == ["tallies.not_folded"]
         assert await rows_in(db, run_tally_changes) == 0
 
 
-async def test_what_sources_say_tells_adopted_runs(door: TestDoor, db: Database) -> None:
+async def test_what_sources_say_tells_adopted_runs(writer: TestWriter, db: Database) -> None:
     """A run that a sweep finds ended long ago says nothing about how soon ends are known; one that
     a callback told of does."""
     long_ago = {"completed_at": NOW - timedelta(days=3), "charged_cost": Decimal(1)}
-    await door.put(seen("old", RunStatus.COMPLETED, source=Source.HISTORY, facts=long_ago))
-    await door.put(callback("new", completed_at=NOW - timedelta(seconds=4)))
+    await writer.submit(seen("old", RunStatus.COMPLETED, source=Source.HISTORY, facts=long_ago))
+    await writer.submit(callback("new", completed_at=NOW - timedelta(seconds=4)))
     found = await tallied(db)
     assert {(key.word, key.bucket) for key in found if key.measure == "end"} == {
         ("history", 1),

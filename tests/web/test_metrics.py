@@ -121,10 +121,10 @@ async def test_commits_and_ends_are_counted(site: Site) -> None:
     at = NOW + timedelta(seconds=40)
     ended = {"completed_at": NOW, "created_at": NOW - timedelta(minutes=1)}
     details = {"outputs": (), "charged_cost": 1, **ended}
-    await site.services.door.put_all([started("run_1"), started("run_2")])
+    await site.services.writer.submit_all([started("run_1"), started("run_2")])
     await post(site, callbacks.event("run_1"))
     await site.services.applier.drain()
-    await site.services.door.put_all(
+    await site.services.writer.submit_all(
         [
             seen("run_1", RunStatus.COMPLETED, at=at, facts=details, reads=1),
             seen("run_2", RunStatus.FAILED, at=at, facts=ended, reads=1),
@@ -146,7 +146,7 @@ async def test_commits_and_ends_are_counted(site: Site) -> None:
 async def test_a_run_that_had_ended_before_it_was_heard_of_has_no_lag(small_site: Site) -> None:
     """What a first sweep finds says nothing about how soon ends are known."""
     old = {"completed_at": NOW - timedelta(days=3), "created_at": NOW - timedelta(days=3)}
-    await small_site.services.door.put(seen("run_old", RunStatus.FAILED, facts=old, reads=1))
+    await small_site.services.writer.submit(seen("run_old", RunStatus.FAILED, facts=old, reads=1))
     found = await scrape(small_site.client)
     assert found.value("tracker_adopted_runs_total") == 1
     assert found.value("tracker_run_ends_total") == 0
@@ -206,7 +206,7 @@ async def test_every_process_tells_the_same_state(database_url: str, serve: Serv
     """State comes from the database; what a process did itself is told by that process alone."""
     async with serve(database_url) as site, opened(database_url) as other:
         await keep(site.services.database, quarantined("whd_x"))
-        await site.services.door.put_all([started("run_1"), seen("run_2", at=NOW)])
+        await site.services.writer.submit_all([started("run_1"), seen("run_2", at=NOW)])
         here = await scrape(site.client)
         there = read_scrape((await other.metrics.exposition())[0].decode())
     assert here.of(*STATE).names >= {"tracker_runs", "tracker_deliveries_quarantined"}
@@ -324,8 +324,8 @@ async def test_bills_and_failures_are_told(site: Site) -> None:
     quote = {"workspace_id": "ws_1", "charged_cost": Decimal("0.25")}
     old = now - timedelta(days=2)
     for run_id in ("run_1", "run_2"):
-        await site.services.door.put(started(run_id, at=now, facts=quote))
-    await site.services.door.put_all(
+        await site.services.writer.submit(started(run_id, at=now, facts=quote))
+    await site.services.writer.submit_all(
         [
             seen("run_1", RunStatus.COMPLETED, at=now, facts=ended),
             seen("run_2", RunStatus.COMPLETED, at=now, facts=ended | {"charged_cost": Decimal(1)}),

@@ -233,10 +233,10 @@ async def test_runs_taken_over_at_the_same_moment_are_one(site: Site) -> None:
 async def test_failed_runs_are_filtered_by_what_to_do(site: Site) -> None:
     """`retry_advice` stands in each run, and narrows the list; an unknown one is refused."""
     for number, code in enumerate(("model_timeout", "GENERATION_NO_RESULT", "MODEL_TIMEOUT")):
-        await site.services.door.put(
+        await site.services.writer.submit(
             seen(f"run_{number}", RunStatus.FAILED, facts={"error": RunError(code, "words")})
         )
-    await site.services.door.put(seen("run_9", RunStatus.COMPLETED))
+    await site.services.writer.submit(seen("run_9", RunStatus.COMPLETED))
     listed = await site.client.get("/api/runs", params={"retry_advice": "retry_now"})
     assert {run["run_id"] for run in listed.json()["runs"]} == {"run_0", "run_2"}
     assert {run["retry_advice"] for run in listed.json()["runs"]} == {"retry_now"}

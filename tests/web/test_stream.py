@@ -37,8 +37,8 @@ async def is_full(site: Site) -> bool:
 async def test_each_change_is_one_event(site: Site) -> None:
     """Every line of a timeline comes with its number and the run as it is."""
     async with following(site.client) as events:
-        await site.services.door.put(started("run_1"))
-        await site.services.door.put(called("run_1"))
+        await site.services.writer.submit(started("run_1"))
+        await site.services.writer.submit(called("run_1"))
         first, second = await events.next(), await events.next()
     assert [each["event"] for each in (first, second)] == ["run", "run"]
     assert [each["data"]["event"]["source"] for each in (first, second)] == ["start", "callback"]
@@ -52,28 +52,28 @@ async def test_each_change_is_one_event(site: Site) -> None:
 async def test_a_reader_goes_on_where_it_was(site: Site) -> None:
     """Whoever comes back with the last id it has seen gets what it missed, once, and then the
     rest."""
-    door = site.services.door
+    writer = site.services.writer
     async with following(site.client) as events:
-        await door.put(seen("run_0"))
+        await writer.submit(seen("run_0"))
         assert [run["run_id"] for run in await events.runs(1)] == ["run_0"]
     missed = list(ids("missed", 600))  # more than a page
-    await door.put_all([seen(run) for run in missed])
+    await writer.submit_all([seen(run) for run in missed])
     async with following(site.client, last=events.last_id) as events:
-        await door.put(seen("run_live"))
+        await writer.submit(seen("run_live"))
         got = [run["run_id"] for run in await events.runs(601)]
     assert sorted(got[:600]) == missed
     assert got[600:] == ["run_live"]
     async with following(site.client, last_event_id=events.last_id) as events:
-        await door.put(seen("run_last"))
+        await writer.submit(seen("run_last"))
         assert [run["run_id"] for run in await events.runs(1)] == ["run_last"]
 
 
 async def test_who_has_seen_nothing_yet_can_come_back_too(site: Site) -> None:
     """The very first frame says how far the stream is, so that nothing is lost before the first
     event."""
-    await site.services.door.put(seen("run_old"))
+    await site.services.writer.submit(seen("run_old"))
     async with following(site.client) as events:
-        await site.services.door.put(seen("run_1"))
+        await site.services.writer.submit(seen("run_1"))
         await events.next()
         greeted = events.last_id
     assert greeted is not None
@@ -102,7 +102,7 @@ async def test_only_what_is_wanted_comes(site: Site) -> None:
             for wanted, query in queries.items()
         }
         for entry in entries:
-            await site.services.door.put(entry)
+            await site.services.writer.submit(entry)
         for wanted, events in streams.items():
             assert tuple(run["run_id"] for run in await events.runs(len(wanted))) == wanted
 
@@ -117,16 +117,16 @@ async def test_a_wrong_question_is_refused(small_site: Site, query: dict[str, st
 
 async def test_a_lost_run_is_told_although_nobody_saw_anything(site: Site) -> None:
     """That FLORA denies a run is no line of its timeline, and a change of it all the same."""
-    await site.services.door.put(started("run_1"))
+    await site.services.writer.submit(started("run_1"))
     async with following(site.client) as events:
         for hour in range(5):
             at = NOW + timedelta(hours=hour)
             unseen = Unseen(run_id="run_1", at=at, error="no such run", missing=True)
-            await site.services.door.put(unseen)
+            await site.services.writer.submit(unseen)
         told = await events.next()
         assert (told["data"]["event"], told["data"]["run"]["tracking"]) == (None, "lost")
         assert told["id"] is None
-        await site.services.door.put(seen("run_1", at=NOW + timedelta(hours=9)))
+        await site.services.writer.submit(seen("run_1", at=NOW + timedelta(hours=9)))
         assert (await events.next())["data"]["run"]["tracking"] == "active"
 
 
@@ -135,11 +135,11 @@ async def test_changes_of_other_processes_come_too(database_url: str, serve: Ser
     PostgreSQL, by looking on SQLite."""
     program = (
         "import asyncio, sys\n"
-        "from tests.store.making import open_door, seen\n"
+        "from tests.store.making import open_writer, seen\n"
         "from tracker.store.engine import Database\n"
         "async def main():\n"
-        "    async with await Database.open(sys.argv[1]) as db, open_door(db) as door:\n"
-        "        await door.put(seen('run_elsewhere'))\n"
+        "    async with await Database.open(sys.argv[1]) as db, open_writer(db) as writer:\n"
+        "        await writer.submit(seen('run_elsewhere'))\n"
         "asyncio.run(main())\n"
     )
     async with serve(database_url) as site, site.services.signals:
@@ -159,11 +159,11 @@ async def test_two_processes_share_one_row_of_numbers(postgres_url: str, serve: 
     async with serve(postgres_url) as one, serve(postgres_url) as two, two.services.signals:
         await two.services.signals.wait_listening()
         async with following(one.client) as events:
-            await one.services.door.put(seen("run_1"))
+            await one.services.writer.submit(seen("run_1"))
             await events.next()
-        await two.services.door.put(seen("run_2"))
+        await two.services.writer.submit(seen("run_2"))
         async with following(two.client, last=events.last_id) as events:
-            await one.services.door.put(seen("run_3"))
+            await one.services.writer.submit(seen("run_3"))
             assert [run["run_id"] for run in await events.runs(2)] == ["run_2", "run_3"]
 
 
@@ -176,21 +176,21 @@ async def test_a_line_that_commits_late_is_not_passed_over(postgres_url: str, se
     )
     async with AsyncExitStack() as stack:
         site = await stack.enter_async_context(serve(postgres_url))
-        door = site.services.door
+        writer = site.services.writer
         late = await asyncpg.connect(postgres_url)
         stack.push_async_callback(late.close)
-        await door.put(seen("run_1"))
+        await writer.submit(seen("run_1"))
         async with following(site.client) as events:
             transaction = late.transaction()
             await transaction.start()
             await late.fetchval(add)
             await transaction.rollback()
-            await door.put(seen("run_2"))
+            await writer.submit(seen("run_2"))
             assert [run["run_id"] for run in await events.runs(1)] == ["run_2"]
             transaction = late.transaction()
             await transaction.start()
             number = await late.fetchval(add)
-            await door.put(seen("run_3"))
+            await writer.submit(seen("run_3"))
             with pytest.raises(TimeoutError):
                 await events.next(0.3)
         async with following(site.client, last=events.last_id) as events:
@@ -202,21 +202,21 @@ async def test_a_line_that_commits_late_is_not_passed_over(postgres_url: str, se
 
 async def test_an_id_of_another_database_means_load_anew(small_site: Site) -> None:
     """A reader that has seen more than there is, is told so and follows from now on."""
-    await small_site.services.door.put(seen("run_1"))
+    await small_site.services.writer.submit(seen("run_1"))
     async with following(small_site.client, last="999999") as events:
         assert (await events.next())["event"] == "reset"
-        await small_site.services.door.put(seen("run_2"))
+        await small_site.services.writer.submit(seen("run_2"))
         assert [run["run_id"] for run in await events.runs(1)] == ["run_2"]
 
 
 async def test_numbers_that_begin_anew_mean_load_anew(small_site: Site) -> None:
     """Where every run was deleted SQLite counts from 1 again: readers are told."""
     services = small_site.services
-    await services.door.put_all([seen(run) for run in ids("run", 5)])
+    await services.writer.submit_all([seen(run) for run in ids("run", 5)])
     async with following(small_site.client) as events:
         await services.database.write(lambda c: c.execute(delete(runs)).rowcount)
         assert (await events.next())["event"] == "reset"
-        await services.door.put(seen("run_new"))
+        await services.writer.submit(seen("run_new"))
         assert [run["run_id"] for run in await events.runs(1)] == ["run_new"]
 
 
@@ -238,7 +238,7 @@ async def test_a_reader_that_does_not_read_is_dropped_and_nobody_waits(
             number += 1
             assert number < 60
             names = ids(f"run_{number}", 40)
-            await site.services.door.put_all([seen(run, facts=facts) for run in names])
+            await site.services.writer.submit_all([seen(run, facts=facts) for run in names])
             assert sorted(run["run_id"] for run in await events.runs(40)) == names
 
 
@@ -269,7 +269,7 @@ async def test_a_change_is_read_once_for_all_readers(sqlite_url: str, serve: Ser
             asked.append(statement)
 
         event.listen(site.services.database.engine.sync_engine, "before_cursor_execute", ask)
-        await site.services.door.put_all([seen(run) for run in ids("run", 10)])
+        await site.services.writer.submit_all([seen(run) for run in ids("run", 10)])
         for reader in readers:
             assert len(await reader.runs(10)) == 10
     assert len([each for each in asked if "run_events" in each]) <= 4
@@ -282,10 +282,10 @@ async def test_a_quiet_stream_shows_that_it_lives(sqlite_url: str, serve: Serve)
         serve(sqlite_url, limits=Limits(stream_heartbeat=0.05)) as site,
         following(site.client, run_id="run_1") as events,
     ):
-        await site.services.door.put(seen("run_2"))
+        await site.services.writer.submit(seen("run_2"))
         reading = asyncio.create_task(events.next(30))
         await eventually(lambda: events.comments > 1 and events.last_id == "1")
-        await site.services.door.put(seen("run_1"))
+        await site.services.writer.submit(seen("run_1"))
         assert (await reading)["data"]["run"]["run_id"] == "run_1"
 
 
@@ -304,7 +304,7 @@ async def test_it_needs_the_token(sqlite_url: str, serve: Serve) -> None:
         assert (await site.client.get("/api/stream")).status_code == 401
         site.client.headers["Authorization"] = "Bearer a-token-of-the-tests"
         async with following(site.client) as events:
-            await site.services.door.put(seen("run_1"))
+            await site.services.writer.submit(seen("run_1"))
             assert len(await events.runs(1)) == 1
 
 
@@ -326,7 +326,7 @@ async def test_the_service_stops_without_waiting_for_readers(
             stuck = await stack.enter_async_context(wire(base_url))
             await stuck.send(b"GET /api/stream HTTP/1.1\r\nHost: localhost\r\n\r\n")
             large = [seen(run, facts={"poll_url": "x" * 50_000}) for run in ids("run", 200)]
-            await services.door.put_all(large)
+            await services.writer.submit_all(large)
             await events.runs(200)
             began = time.monotonic()
         assert time.monotonic() - began < 8
@@ -350,5 +350,5 @@ async def test_a_database_that_comes_back_loses_nothing(database_url: str, serve
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(feed, "after", failing)
-            await site.services.door.put(seen("run_1"))
+            await site.services.writer.submit(seen("run_1"))
             assert [run["run_id"] for run in await events.runs(1)] == ["run_1"]

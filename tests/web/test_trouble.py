@@ -67,7 +67,7 @@ async def test_a_status_of_a_newer_flora_is_shown_and_filtered_by(site: Site) ->
         seen = Observation(
             run_id=run_id, source=Source.POLL, at=NOW, status=status, completed_at=ended
         )
-        await site.services.door.put(Seen(observation=seen))
+        await site.services.writer.submit(Seen(observation=seen))
     run = (await site.client.get("/api/runs/run_c")).json()
     assert (run["status"], run["tracking"]) == ("<b>cancelled</b>", "settled")
     for status, run_id in (("queued", "run_q"), ("<b>cancelled</b>", "run_c")):

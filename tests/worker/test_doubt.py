@@ -445,15 +445,15 @@ async def test_an_answer_outlives_the_database(
 ) -> None:
     """The caller is told the run's id, and the run is kept as soon as the database is back."""
     services = await open_on(flora)
-    put = services.door.put
+    submit = services.writer.submit
     is_down = True
 
-    async def put_or_not(entry: Any) -> Any:
+    async def submit_or_not(entry: Any) -> Any:
         if is_down:
             raise StoreUnavailable("the database does not answer")
-        return await put(entry)
+        return await submit(entry)
 
-    monkeypatch.setattr(services.door, "put", put_or_not)
+    monkeypatch.setattr(services.writer, "submit", submit_or_not)
     services.starter._deadline = 5
     with pytest.raises(StartError) as told:
         await services.starter.start(request())

@@ -46,7 +46,7 @@ async def settle(services: Services, run_id: str, outputs: Sequence[Output], **s
     observation = Observation(
         run_id=run_id, at=services.clock(), outputs=tuple(outputs), **(given | shown)
     )
-    await services.door.put(Seen(observation=observation))
+    await services.writer.submit(Seen(observation=observation))
 
 
 async def download(services: Services, folder: Path, *run_ids: str, **order: Any) -> DownloadReport:
@@ -294,7 +294,7 @@ async def start_row(services: Services, entry: BatchEntry, run_id: str) -> None:
     )
     seen = Observation(run_id=run_id, source=Source.START, at=services.clock())
     entered = Seen(observation=seen, slot="ws_simulator", idempotency_key=entry.key)
-    await services.door.put(entered)
+    await services.writer.submit(entered)
 
 
 async def test_a_batch_names_its_files_by_row(services: Services, folder: Path) -> None:

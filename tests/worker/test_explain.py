@@ -68,7 +68,7 @@ async def call_back(
 
 async def see(services: Services, status: RunStatus, source: Source, **shown: Any) -> None:
     """The API shows run_1."""
-    await services.door.put(
+    await services.writer.submit(
         Seen(
             observation=Observation(
                 run_id="run_1", source=source, at=services.clock(), status=status, **shown

@@ -32,7 +32,7 @@ async def see(services: Services, run_id: str, status: RunStatus, progress: floa
         status=status,
         progress=progress,
     )
-    await services.door.put(Seen(observation=observation))
+    await services.writer.submit(Seen(observation=observation))
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from tests.store.making import callback, open_door
+from tests.store.making import callback, open_writer
 from tests.support.waiting import eventually
 from tests.worker.test_scheduler import swept, working
 from tracker.core.clock import utc_now
@@ -36,8 +36,8 @@ async def test_a_swallowed_notification_costs_a_tick(
         await deaf.wait_due(0)
         await eventually(lambda: swept(services))
         run = flora.start()
-        async with open_door(receiver) as door:
-            await door.put(callback(run.run_id, at=utc_now()))
+        async with open_writer(receiver) as writer:
+            await writer.submit(callback(run.run_id, at=utc_now()))
         began = time.monotonic()
 
         async def settled() -> bool:

@@ -57,7 +57,7 @@ from tracker.polling.workspaces import Workspace, Workspaces
 from tracker.store import claims
 from tracker.store import claims as listed
 from tracker.store.engine import Database
-from tracker.store.writing.writer import Door
+from tracker.store.writing.writer import Writer
 
 CLAIM: Final = 100
 """So many due runs are claimed in one round: what one page of the history can show."""
@@ -95,7 +95,7 @@ class Poller:
         self,
         *,
         database: Database,
-        door: Door,
+        writer: Writer,
         workspaces: Workspaces,
         durations: DurationBook,
         gathering: Gathering,
@@ -104,7 +104,7 @@ class Poller:
         clock: Clock,
     ) -> None:
         self._database = database
-        self._door = door
+        self._writer = writer
         self._workspaces = workspaces
         self._durations = durations
         self._gathering = gathering
@@ -207,7 +207,7 @@ class Poller:
                 entries = await self._entries(workspace, record, reading, Round(open_runs={}))
         except (KeyRefused, RateLimited, OtherWorkspace) as refusal:
             return replace(record, last_error=str(refusal))
-        passed = await self._door.put_all(entries)
+        passed = await self._writer.submit_all(entries)
         return passed[-1].after or record
 
     async def release(self) -> None:
@@ -379,14 +379,14 @@ class Poller:
         course: Round,
         report: PollReport,
     ) -> None:
-        """Take a page through the door; what it shows ended without details stays claimed."""
+        """Take a page through the writer; what it shows ended without details stays claimed."""
         taken = await without_removed(self._database, taken_over(workspace, items))
         if items:
             course.confirmed = True
         lean = {item.run_id for item in taken if leaves_open(item, workspace, course)}
         answered = course.open_runs.keys() - lean
         again = await counted_before(self._database, course.open_runs, taken)
-        passed = await self._door.put_all(
+        passed = await self._writer.submit_all(
             [
                 Seen(
                     observation=item,
@@ -406,7 +406,7 @@ class Poller:
                 course.open_runs[item.run_id] = one.after
 
     async def _read_alone(self, workspace: Workspace, course: Round, report: PollReport) -> None:
-        """Read runs one by one; each result goes through the door as soon as it is there."""
+        """Read runs one by one; each result goes through the writer as soon as it is there."""
         client = workspace.require_client()
         turns = asyncio.Semaphore(client.budget.state().concurrency)
         until = time.monotonic() + ROUND_SECONDS
@@ -442,7 +442,7 @@ class Poller:
                 workspace.lists_carry_costs = False
             if record.run.run_id in shareable:
                 course.shared += reading.reads
-            for passed in await self._door.put_all(entries):
+            for passed in await self._writer.submit_all(entries):
                 report.count(passed)
             if reading.observation is None and not reading.missing:
                 report.failed += 1

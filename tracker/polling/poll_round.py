@@ -11,7 +11,7 @@ from tracker.core.record import Record
 from tracker.core.schedule import LEARNED_FROM, Durations
 from tracker.store.engine import Database
 from tracker.store.queries import runs as read
-from tracker.store.writing.writer import Passed
+from tracker.store.writing.writer import WriteResult
 
 T = TypeVar("T")
 
@@ -41,8 +41,8 @@ class PollReport:
     at_once: bool = False
     trouble: str | None = None
 
-    def count(self, passed: Passed) -> None:
-        """Count one run that went through the door, if that settled it."""
+    def count(self, passed: WriteResult) -> None:
+        """Count one run that went through the writer, if that settled it."""
         before, after = passed.before, passed.after
         if after is not None and after.run.settled and not (before and before.run.settled):
             self.settled += 1
@@ -197,7 +197,7 @@ FEW_KEPT_FOR: Final = timedelta(seconds=5)
 class DurationBook:
     """The durations of techniques, read from the ended runs.
 
-    The door asks `of`, in the middle of a transaction, and never waits: whoever is about to send
+    The writer asks `of`, in the middle of a transaction, and never waits: whoever is about to send
     observations of a technique calls `learn` before.
     """
 

@@ -43,7 +43,7 @@ from tracker.store.queries import runs as read
 from tracker.store.queries import sweeps
 from tracker.store.queries import sweeps as coverage
 from tracker.store.queries.sweeps import Gap, Interval
-from tracker.store.writing.writer import Door, Passed
+from tracker.store.writing.writer import Writer, WriteResult
 
 LISTED_WITHIN: Final = timedelta(minutes=2)
 """How late a run may appear in FLORA's list, counted from its creation."""
@@ -97,8 +97,8 @@ class SweepReport:
     generations_error: str | None = None
     skipped: bool = False
 
-    def count(self, passed: Passed) -> None:
-        """Count one item that went through the door."""
+    def count(self, passed: WriteResult) -> None:
+        """Count one item that went through the writer."""
         before, after = passed.before, passed.after
         if before is None:
             self.discovered += 1
@@ -116,7 +116,7 @@ class Sweeper:
         self,
         *,
         database: Database,
-        door: Door,
+        writer: Writer,
         workspaces: Workspaces,
         ids: WorkspaceIds,
         durations: DurationBook,
@@ -126,7 +126,7 @@ class Sweeper:
         clock: Clock,
     ) -> None:
         self._database = database
-        self._door = door
+        self._writer = writer
         self._workspaces = workspaces
         self._ids = ids
         self._durations = durations
@@ -384,7 +384,7 @@ class Sweeper:
     ) -> None:
         kept = await without_removed(self._database, items)
         await self._durations.learn(item.technique_id for item in kept)
-        for passed in await self._door.put_all([Seen(observation=item) for item in kept]):
+        for passed in await self._writer.submit_all([Seen(observation=item) for item in kept]):
             report.count(passed)
         report.items += len(items)
         report.unreadable += len(page.unreadable)

@@ -30,7 +30,7 @@ from tracker.store.notices import inbox_notice
 from tracker.store.writing import delivery_rows
 from tracker.store.writing.group_commit import OnWrite, call_hook
 from tracker.store.writing.inbox import NOTHING, Applied, Group, Read, apply_waiting
-from tracker.store.writing.writer import Outcome, Rules, statements_for
+from tracker.store.writing.writer import MergeRules, WriteOutcome, statements_for
 
 MAX_GROUP: Final = 500
 """The most deliveries in one transaction."""
@@ -111,10 +111,10 @@ class Applier:
         database: Database,
         *,
         workspaces: Workspaces,
-        rules: Rules,
+        rules: MergeRules,
         clock: Clock,
         background: bool,
-        on_commit: Sequence[Callable[[Outcome], None]] = (),
+        on_commit: Sequence[Callable[[WriteOutcome], None]] = (),
         on_applied: Sequence[Callable[[int, int], None]] = (),
         on_write: Sequence[OnWrite] = (),
     ) -> None:
@@ -151,7 +151,7 @@ class Applier:
         self._crowds.append(crowd)
         self.wake()
 
-    def committed(self, outcome: Outcome) -> None:
+    def committed(self, outcome: WriteOutcome) -> None:
         """A write of runs was committed, which may have let quarantined deliveries wait again."""
         if outcome.requeued:
             self.wake()

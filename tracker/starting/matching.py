@@ -23,7 +23,7 @@ from tracker.polling.workspaces import Workspace
 from tracker.store.engine import Database
 from tracker.store.queries import starts
 from tracker.store.queries.starts import StartRow
-from tracker.store.writing.writer import Door
+from tracker.store.writing.writer import Writer
 
 STORE_AGAIN: Final = (0.2, 5.0)
 """The first and the longest wait before an answer is stored again, in seconds."""
@@ -49,9 +49,9 @@ class HistoryRead:
 class Originals:
     """Keeps the runs of starts, and finds them."""
 
-    def __init__(self, *, database: Database, door: Door, clock: Clock) -> None:
+    def __init__(self, *, database: Database, writer: Writer, clock: Clock) -> None:
         self._database = database
-        self._door = door
+        self._writer = writer
         self._clock = clock
         self._unfiltered: set[str] = set()
         self._keeping: dict[asyncio.Task[None], str] = {}
@@ -123,7 +123,7 @@ class Originals:
                 return
 
     async def _put(self, entry: Seen) -> Record:
-        submitted = await self._door.put(entry)
+        submitted = await self._writer.submit(entry)
         if submitted.after is None:
             raise AssertionError("an observation of a run always leaves a record")
         return submitted.after

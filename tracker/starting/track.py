@@ -8,7 +8,7 @@ from tracker.core.observation import Observation, Source
 from tracker.core.record import Record, Seen
 from tracker.polling.workspaces import Workspace, Workspaces
 from tracker.starting.catalogue import Catalogue
-from tracker.store.writing.writer import Door
+from tracker.store.writing.writer import Writer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,9 +23,9 @@ class Tracker:
     """Takes over runs that somebody names. What is said of their state is not believed."""
 
     def __init__(
-        self, *, door: Door, workspaces: Workspaces, catalogue: Catalogue, clock: Clock
+        self, *, writer: Writer, workspaces: Workspaces, catalogue: Catalogue, clock: Clock
     ) -> None:
-        self._door = door
+        self._writer = writer
         self._workspaces = workspaces
         self._catalogue = catalogue
         self._clock = clock
@@ -44,7 +44,7 @@ class Tracker:
         `StoreUnavailable`.
         """
         workspace = self._workspaces.pick(workspace_id)
-        passed = await self._door.put(
+        passed = await self._writer.submit(
             Seen(
                 observation=Observation(
                     run_id=run_id,

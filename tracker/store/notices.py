@@ -1,6 +1,6 @@
 """What one process tells the others through PostgreSQL: the channels and the form of the payloads.
 
-Every payload names its origin, because a process has been told by its own door already.
+Every payload names its origin, because a process has been told by its own writer already.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """The tables, and the invariants that the database itself holds.
 
 Names and meaning of the columns that dashboards read are public and stay. Rows of `runs` are
-written by the door alone; claims move only their lease.
+written by the writer alone; claims move only their lease.
 """
 
 from datetime import UTC, datetime

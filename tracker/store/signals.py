@@ -1,8 +1,8 @@
 """Who waits for a change in the database is told, within the process and across processes.
 
-Within a process the door says it after each commit. On PostgreSQL a batch also notifies, as part of
-its transaction, and every process listens on a connection of its own. A signal is a hint: it may
-come twice or, while that connection is down, not at all, so nobody waits without a time-out.
+Within a process the writer reports it after each commit. On PostgreSQL a write batch also notifies,
+as part of its transaction, and every process listens on a connection of its own. A signal is a
+hint: it may come twice or, while that connection is down, not at all, so every wait has a time-out.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ import structlog
 from tracker.store.engine import Database
 from tracker.store.notices import DUE, INBOX, RUNS, read_origin, read_runs
 from tracker.store.postgres import connect_postgres
-from tracker.store.writing.writer import Outcome
+from tracker.store.writing.writer import WriteOutcome
 
 ALIVE_SECONDS: Final = 20.0
 """How often the listening connection is asked whether it still lives."""
@@ -29,7 +29,7 @@ log = structlog.get_logger(__name__)
 
 
 class Signals:
-    """What the worker and the stream wait on. `committed` is a hook for the door.
+    """What the worker and the stream wait on. `committed` is a hook for the writer.
 
     Used as `async with Signals(database) as signals`, in the event loop that waits.
     """
@@ -97,12 +97,12 @@ class Signals:
         finally:
             self._listeners.discard(listener)
 
-    def committed(self, outcome: Outcome) -> None:
-        """The door's hook: pass on what a commit of this process did."""
+    def committed(self, outcome: WriteOutcome) -> None:
+        """The writer's hook: pass on what a commit of this process did."""
         if outcome.due:
             self._due.set()
-        if outcome.news:
-            self._tell(outcome.news)
+        if outcome.changed_runs:
+            self._tell(outcome.changed_runs)
 
     def _tell(self, run_ids: Sequence[str]) -> None:
         for listener in tuple(self._listeners):

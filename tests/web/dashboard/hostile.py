@@ -63,15 +63,15 @@ async def attack(services: Services, evil: str = EVIL) -> None:
         "created_at": now,
     }
     inputs = [{"id": evil, "type": evil, "value": link} for link in (evil, *LINKS)]
-    await services.door.put(
+    await services.writer.submit(
         Seen(
             observation=Observation(**of, source=Source.START),  # type: ignore[arg-type]
             inputs=inputs,
             tags={evil: evil},
         )
     )
-    await services.door.put(Unseen(run_id=run_id, at=now, error=evil))
-    await services.door.put(
+    await services.writer.submit(Unseen(run_id=run_id, at=now, error=evil))
+    await services.writer.submit(
         Seen(
             observation=Observation(
                 **of,  # type: ignore[arg-type]
@@ -83,7 +83,7 @@ async def attack(services: Services, evil: str = EVIL) -> None:
             )
         )
     )
-    await services.door.put(Unseen(run_id=run_id, at=now, error=evil))
+    await services.writer.submit(Unseen(run_id=run_id, at=now, error=evil))
     for number, outcome in enumerate(DeliveryOutcome):
         await keep(
             services.database,

@@ -205,7 +205,7 @@ async def test_check_now_reads_the_run_from_flora(
 
 async def test_check_now_says_why_it_cannot(small_site: Site) -> None:
     """Without a key nobody can ask FLORA; the button says so before it is tried."""
-    await small_site.services.door.put(
+    await small_site.services.writer.submit(
         Seen(
             observation=Observation(
                 run_id="run_1", source=Source.HISTORY, at=utc_now(), status=RunStatus.RUNNING

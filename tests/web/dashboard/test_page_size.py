@@ -22,7 +22,7 @@ async def test_a_run_full_of_long_texts_has_a_page(small_site: Site) -> None:
     of = {"run_id": "run_long", "workspace_id": "ws_1", "technique_id": "tech_1"}
     inputs = [{"id": f"i{n}", "type": "text", "value": QUOTES} for n in range(20)]
     seen = Observation(**of, at=utc_now(), source=Source.START)  # type: ignore[arg-type]
-    await small_site.services.door.put(Seen(observation=seen, inputs=inputs))
+    await small_site.services.writer.submit(Seen(observation=seen, inputs=inputs))
     outputs = tuple(Output(f"o{n}", "text", QUOTES) for n in range(40))
     for end in (RunStatus.FAILED, RunStatus.COMPLETED):
         seen = Observation(
@@ -34,7 +34,7 @@ async def test_a_run_full_of_long_texts_has_a_page(small_site: Site) -> None:
             technique_name=QUOTES,
             outputs=outputs,
         )
-        await small_site.services.door.put(Seen(observation=seen))
+        await small_site.services.writer.submit(Seen(observation=seen))
     for number in range(10):
         body = event("run_long", id=f"whd_{number}", padding=45_000 * "'\\<")
         answer = await small_site.client.post(PATH, content=body, headers=signed(body))

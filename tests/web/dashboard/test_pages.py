@@ -71,7 +71,7 @@ async def test_with_a_key_it_names_the_commands(
 
 async def test_what_is_not_known_is_not_zero(small_site: Site) -> None:
     """Without a single end there is no rate, no lag and no cost, and the page says so."""
-    await small_site.services.door.put(_seen("run_1"))
+    await small_site.services.writer.submit(_seen("run_1"))
     text = await _text(small_site, "/")
     for title in ("Callback miss rate", "FLORA's end to ours", "Cost today"):
         shown = text.split(title)[1][:400]
@@ -105,19 +105,19 @@ async def test_the_overview_tells_the_day(site: Site) -> None:
         begin = Observation(
             run_id=run_id, source=Source.START, at=now - timedelta(minutes=1), technique_id="tech_a"
         )
-        await site.services.door.put(Seen(observation=begin, callback_expected=True))
+        await site.services.writer.submit(Seen(observation=begin, callback_expected=True))
         if via is Source.CALLBACK:
             told = Observation(
                 run_id=run_id, source=Source.CALLBACK, at=now, status=RunStatus.COMPLETED
             )
             came = Delivery(delivery_id=f"whd_{number}", received_at=now, body=b"{}", run_id=run_id)
             await keep(site.services.database, Delivered(delivery=came))
-            await site.services.door.put(Seen(observation=told))
-        await site.services.door.put(
+            await site.services.writer.submit(Seen(observation=told))
+        await site.services.writer.submit(
             _seen(run_id, RunStatus.COMPLETED, completed_at=ended, charged_cost=Decimal("0.25"))
         )
-    await site.services.door.put(_seen("run_late", at=now - timedelta(hours=2)))
-    await site.services.door.put(
+    await site.services.writer.submit(_seen("run_late", at=now - timedelta(hours=2)))
+    await site.services.writer.submit(
         Unseen(run_id="run_late", at=now - timedelta(hours=1), error="FLORA answered 503")
     )
     text = await _text(site, "/")
@@ -160,7 +160,7 @@ async def test_a_sweep_that_failed_needs_somebody(serve: Serve, sqlite_url: str)
 async def test_a_run_shows_everything(site: Site) -> None:
     """State, error, outputs as what they are, timeline, callbacks, and why the next look is
     when."""
-    await site.services.door.put(
+    await site.services.writer.submit(
         Seen(
             observation=Observation(
                 run_id="run_1", source=Source.START, at=utc_now(), technique_id="tech_a"
@@ -177,7 +177,7 @@ async def test_a_run_shows_everything(site: Site) -> None:
         Output("o5", "text", "A poem.\nTwo lines."),
         Output("o6", "imageUrl", "ftp://cdn.example/6.png"),
     )
-    await site.services.door.put(
+    await site.services.writer.submit(
         _seen(
             "run_1",
             RunStatus.FAILED,
@@ -202,7 +202,7 @@ async def test_a_run_shows_everything(site: Site) -> None:
 async def test_an_id_may_hold_any_character(small_site: Site) -> None:
     """The list's link leads to the run, whatever its id is."""
     for run_id in ("run/with/slashes", "run ? # & %", "rün…"):
-        await small_site.services.door.put(_seen(run_id))
+        await small_site.services.writer.submit(_seen(run_id))
     page = await _text(small_site, "/runs")
     for href in re.findall(r'class="id" href="(/runs/[^"]+)"', page):
         assert "<h1" in await _text(small_site, href.replace("&amp;", "&"))
@@ -211,7 +211,7 @@ async def test_an_id_may_hold_any_character(small_site: Site) -> None:
 async def test_runs_are_filtered_and_paged(small_site: Site) -> None:
     """Filters stay in the links between pages; a wrong one is a readable 400."""
     now = utc_now()
-    await small_site.services.door.put_all(
+    await small_site.services.writer.submit_all(
         [_seen(f"run_{n:03}", created_at=now - timedelta(minutes=n)) for n in range(60)]
     )
     first = await _text(small_site, "/runs?state=running&text=run_")

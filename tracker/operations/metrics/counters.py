@@ -26,7 +26,7 @@ from tracker.receiving.receive import Received
 from tracker.store.errors import StoreBusy
 
 if TYPE_CHECKING:
-    from tracker.store.writing.writer import Outcome
+    from tracker.store.writing.writer import WriteOutcome
 
 ENDED_BY: Final = (Source.START, Source.CALLBACK, Source.POLL, Source.HISTORY)
 """Sources that can report the end of a run."""
@@ -163,9 +163,9 @@ class Counters:
         self._histograms["commit_entries"].observe(entries)
         self._histograms["commit_seconds"].observe(seconds)
 
-    def committed(self, outcome: "Outcome") -> None:
+    def committed(self, outcome: "WriteOutcome") -> None:
         """Runs changed in a commit."""
-        for change in outcome.passed:
+        for change in outcome.results:
             before, after = change.before, change.after
             if after is None or after is before or after.ended_via is None:
                 continue

@@ -118,7 +118,7 @@ class GroupCommit(Generic[T, R]):
         """Why the last attempt to commit failed; `None` where it did not."""
         return self._trouble
 
-    def submit(self, item: T) -> asyncio.Future[R]:
+    def enqueue(self, item: T) -> asyncio.Future[R]:
         """Queue an item; the future holds what came of it once it is committed.
 
         It raises `StoreUnavailable` where the item was not committed in time (it still may be), and
@@ -129,8 +129,8 @@ class GroupCommit(Generic[T, R]):
         self._refuse_if_full(1, size)
         return self._queue_one(item, size)
 
-    def submit_all(self, items: Sequence[T]) -> list[asyncio.Future[R]]:
-        """Queue items, all of them or none; else as `submit`."""
+    def enqueue_all(self, items: Sequence[T]) -> list[asyncio.Future[R]]:
+        """Queue items, all of them or none; else as `enqueue`."""
         sizes = [self._size(item) for item in items]
         self._refuse_if_full(len(items), sum(sizes))
         return [self._queue_one(item, size) for item, size in zip(items, sizes, strict=True)]

@@ -20,7 +20,7 @@ from tracker.store.engine import Database
 from tracker.store.queries import starts
 from tracker.store.queries.starts import StartRow, StartState
 from tracker.store.writing.group_commit import GroupCommit
-from tracker.store.writing.writer import Merging, Outcome, Rules, Statements
+from tracker.store.writing.writer import MergeRules, Statements, WriteBatch, WriteOutcome
 
 NAME: Final = "inbox"
 
@@ -90,7 +90,7 @@ class Inbox(GroupCommit[Delivery, Stored]):
 
         Raises `StoreUnavailable` where it was not committed in time (it still may be).
         """
-        return await self.submit(delivery)
+        return await self.enqueue(delivery)
 
     async def _store(self, group: list[Delivery]) -> list[Stored]:
         stored: dict[int, Stored] = {}
@@ -146,7 +146,7 @@ def _stores_of(db: Database) -> Stores:
     return store_postgres
 
 
-NOTHING: Final = Outcome([], due=False, news=[])
+NOTHING: Final = WriteOutcome([], due=False, changed_runs=[])
 
 
 class Read(NamedTuple):
@@ -167,7 +167,7 @@ class Applied:
     taken: int
     more: bool
     quarantined: list[tuple[str, str]]
-    outcome: Outcome
+    outcome: WriteOutcome
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,7 +186,7 @@ def apply_waiting(
     taken: list[str],
     *,
     clock: Clock,
-    rules: Rules,
+    rules: MergeRules,
     statements: Statements,
 ) -> Applied:
     """Apply deliveries that wait. Nothing is committed here.
@@ -202,7 +202,7 @@ def apply_waiting(
     said = [group.read(delivery) for delivery in deliveries]
     own = _starts_of(connection, deliveries)
     run_ids = {one.observation.run_id for one in said if one.observation is not None}
-    merging = Merging(connection, run_ids, rules, statements)
+    merging = WriteBatch(connection, run_ids, rules, statements)
     applied: list[str] = []
     quarantined: list[tuple[str, str]] = []
     for delivery, one in zip(deliveries, said, strict=True):
@@ -267,7 +267,7 @@ def _started(start: StartRow, seen: Observation) -> Seen:
     )
 
 
-def _not_theirs(said: Read, merging: Merging) -> tuple[str | None, bool]:
+def _not_theirs(said: Read, merging: WriteBatch) -> tuple[str | None, bool]:
     """Why the workspaces that signed it cannot speak of the run, `None` where they can; and whether
     the run is only claimed for the workspace that it is held to be of.
 

@@ -1,6 +1,6 @@
 """Keeping the tallies: many append what changed, one adds it up, and a reader sees the sum of both.
 
-The door writes, in the transaction that changes a run, what the run counts for no longer and what
+The writer writes, in the transaction that changes a run, what the run counts for no longer and what
 it counts for now: rows that are only ever appended, so that receivers never wait for each other as
 they would for one row of totals. Whoever wrote also folds them into `run_tallies`, a few seconds
 later and in one transaction. The view `run_tallies_now` is both together: exact at every moment,
@@ -44,7 +44,7 @@ from tracker.core.rollup import ALWAYS, MEASURES, STATE, Key
 from tracker.store.engine import Database, migration_engine
 from tracker.store.errors import FOREIGN, translate
 from tracker.store.schema import CleanText, UtcDateTime, run_tallies, run_tally_changes, runs, word
-from tracker.store.writing.writer import Outcome
+from tracker.store.writing.writer import WriteOutcome
 
 FOLD_LOCK: Final = 0x74616C6C79  # "tally"
 """PostgreSQL's advisory lock of whoever folds."""
@@ -229,9 +229,9 @@ LAST_FOLD_WITHIN: Final = 2.0
 log = structlog.get_logger(__name__)
 
 
-class TallyKeeper:
+class RollupCompactor:
     """Folds while the `async with` block lasts, and once more at its end. `committed` is a hook
-    for the door.
+    for the writer.
 
     With `background` false nothing happens before the end: a one-shot has no time to lose.
     """
@@ -261,8 +261,8 @@ class TallyKeeper:
                 async with asyncio.timeout(LAST_FOLD_WITHIN):
                     await self._fold()
 
-    def committed(self, outcome: Outcome) -> None:
-        """The door's hook: there may be something to fold."""
+    def committed(self, outcome: WriteOutcome) -> None:
+        """The writer's hook: there may be something to fold."""
         self._changed.set()
         self._is_down = False  # whatever the last fold met
 

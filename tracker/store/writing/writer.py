@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @quick_dataclass(frozen=True, slots=True)
-class Passed:
+class WriteResult:
     """What an entry did: the run's record before and after it.
 
     `after` is `None` where the entry is about no run that is known.
@@ -59,16 +59,15 @@ Rows = list[tuple[Any, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a whole batch did: of each entry in order, and in sum.
+class WriteOutcome:
+    """What a write batch did: the result of each entry, in order, and the sum.
 
-    `due` says that a poll was brought forward, `news` names the runs that show otherwise than
-    before, `requeued` says that quarantined deliveries wait again.
+    `due` tells that a poll was brought forward, `requeued` that quarantined deliveries wait again.
     """
 
-    passed: list[Passed]
+    results: list[WriteResult]
     due: bool
-    news: list[str]
+    changed_runs: list[str]
     requeued: bool = False
 
 
@@ -135,34 +134,34 @@ def statements_for(db: "Database") -> Statements:
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class MergeRules:
     """What the merge needs to know besides the entries."""
 
     policy: Policy
     durations_of: DurationsOf
 
 
-def pass_batch(
-    connection: Connection, entries: Sequence[Entry], rules: Rules, statements: Statements
-) -> Outcome:
+def write_batch(
+    connection: Connection, entries: Sequence[Entry], rules: MergeRules, statements: Statements
+) -> WriteOutcome:
     """Do what the entries say, in their order, and return what came of each.
 
     Several entries may be about one run. Nothing is committed here.
     """
-    merging = Merging(connection, {run_id_of(entry) for entry in entries}, rules, statements)
+    merging = WriteBatch(connection, {run_id_of(entry) for entry in entries}, rules, statements)
     for entry in entries:
         merging.add(entry)
     return merging.write()
 
 
-class Merging:
+class WriteBatch:
     """What a group of entries makes of these runs, which are locked from the beginning."""
 
     def __init__(
         self,
         connection: Connection,
         run_ids: set[str],
-        rules: Rules,
+        rules: MergeRules,
         statements: Statements,
     ) -> None:
         self._connection = connection
@@ -172,7 +171,7 @@ class Merging:
         self._now = dict(self._before)
         self._changes = Changes()
         self._started: dict[tuple[str, str], list[Any]] = {}
-        self._passed: list[Passed] = []
+        self._passed: list[WriteResult] = []
 
     def record(self, run_id: str) -> Record | None:
         """The run as the entries so far have left it; `None` for one that is not known."""
@@ -183,7 +182,7 @@ class Merging:
         run_id, rules = run_id_of(entry), self._rules
         before = self._now.get(run_id)
         after = apply(before, entry, policy=rules.policy, durations_of=rules.durations_of)
-        passed = Passed(before, after)
+        passed = WriteResult(before, after)
         self._passed.append(passed)
         if after is None:
             return
@@ -198,7 +197,7 @@ class Merging:
         if _brought_forward(before, after):
             self._changes.due = True
 
-    def write(self) -> Outcome:
+    def write(self) -> WriteOutcome:
         """Write what has changed, and return what each entry did."""
         changes = self._changes
         _compare(self._before, self._now, changes)
@@ -209,7 +208,7 @@ class Merging:
         if changes.records or changes.started:
             self._statements.write(self._connection, changes)
         requeued = bool(changes.moved) and requeue_runs(self._connection, changes.moved)
-        return Outcome(self._passed, changes.due, changes.news, requeued)
+        return WriteOutcome(self._passed, changes.due, changes.news, requeued)
 
 
 def _brought_forward(before: Record | None, after: Record) -> bool:
@@ -279,20 +278,20 @@ def _event_row(seen: Observation) -> tuple[str, datetime, str, str, float | None
     )
 
 
-NAME: Final = "door"
+NAME: Final = "writer"
 
-OnCommit = Callable[[Outcome], None]
+OnCommit = Callable[[WriteOutcome], None]
 """Called in the event loop after each commit, before the callers are answered."""
 
 
-class Door(GroupCommit[Entry, Passed]):
-    """Takes entries and commits them in groups. Used as `async with Door(database, …) as door`.
+class Writer(GroupCommit[Entry, WriteResult]):
+    """Takes entries and commits them in groups. Used as `async with Writer(database, …) as writer`.
 
     `options` are those of `GroupCommit`.
     """
 
     def __init__(
-        self, db: Database, *, rules: Rules, on_commit: Sequence[OnCommit] = (), **options: Any
+        self, db: Database, *, rules: MergeRules, on_commit: Sequence[OnCommit] = (), **options: Any
     ) -> None:
         super().__init__(self._commit_entries, name=NAME, **options)
         self._db = db
@@ -300,21 +299,21 @@ class Door(GroupCommit[Entry, Passed]):
         self._statements = statements_for(db)
         self._on_commit = tuple(on_commit)
 
-    async def put(self, entry: Entry) -> Passed:
+    async def submit(self, entry: Entry) -> WriteResult:
         """Commit an entry, and return what it did.
 
         Raises `StoreUnavailable` where it was not committed in time (it still may be), and
         `StoreError` where the database refuses this very entry.
         """
-        return await self.submit(clean_entry(entry))
+        return await self.enqueue(clean_entry(entry))
 
-    async def put_all(self, entries: Sequence[Entry]) -> list[Passed]:
+    async def submit_all(self, entries: Sequence[Entry]) -> list[WriteResult]:
         """Commit entries, and return what each did, in order.
 
         They share transactions as they fit; what does not fit into one is committed in any order.
-        Raises as `put` does, after all have been answered: those that could be committed are.
+        Raises as `submit` does, after all have been answered: those that could be committed are.
         """
-        answers = self.submit_all([clean_entry(entry) for entry in entries])
+        answers = self.enqueue_all([clean_entry(entry) for entry in entries])
         done = []
         for each in await asyncio.gather(*answers, return_exceptions=True):
             if isinstance(each, BaseException):
@@ -322,14 +321,14 @@ class Door(GroupCommit[Entry, Passed]):
             done.append(each)
         return done
 
-    async def _commit_entries(self, entries: list[Entry]) -> list[Passed]:
+    async def _commit_entries(self, entries: list[Entry]) -> list[WriteResult]:
         outcome = await self._db.write(partial(_pass, entries, self._rules, self._statements))
         for hook in self._on_commit:
             call_hook(hook, outcome)
-        return outcome.passed
+        return outcome.results
 
 
 def _pass(
-    entries: list[Entry], rules: Rules, statements: Statements, connection: Connection
-) -> Outcome:
-    return pass_batch(connection, entries, rules, statements)
+    entries: list[Entry], rules: MergeRules, statements: Statements, connection: Connection
+) -> WriteOutcome:
+    return write_batch(connection, entries, rules, statements)
