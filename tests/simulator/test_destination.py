@@ -11,7 +11,7 @@ import pytest
 from tests.simulator.conftest import Flora
 from tests.support.waiting import eventually
 from tracker.simulator import Options, running
-from tracker.simulator.destination import may_ask
+from tracker.simulator.serve import is_own_host
 
 PUBLIC = "93.184.215.14"
 NAME = "rebinding.test"
@@ -75,7 +75,7 @@ async def test_pages_of_other_sites_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("host", "may"),
+    ("host", "own"),
     [
         *((one, True) for one in ("127.0.0.1:8750", "[::1]:8750", "localhost", "10.0.0.7")),
         *((one, True) for one in ("simulator:8750", "simulator.flora.svc.cluster.local")),
@@ -83,6 +83,6 @@ async def test_pages_of_other_sites_are_refused(
         *((one, False) for one in ("evil.com", "127.0.0.1.evil.com", "evil.com.", "", "null://")),
     ],
 )
-def test_who_may_ask(host: str, may: bool) -> None:
+def test_hosts_that_are_its_own(host: str, own: bool) -> None:
     """Addresses, and names that nobody can register for others."""
-    assert may_ask(host) is may
+    assert is_own_host(host) is own

@@ -6,7 +6,7 @@ import pytest
 
 from tests.simulator.conftest import Flora, HandClock, MakeFlora
 from tracker.simulator import SimulatedWorkspace
-from tracker.simulator.destination import Address, refusal
+from tracker.simulator.callbacks import Address, refusal
 
 PROMPT = {"id": "prompt", "type": "text", "value": "tools"}
 PHOTO = {"id": "photo", "type": "imageUrl", "value": "https://example.com/1.png"}

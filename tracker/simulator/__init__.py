@@ -8,9 +8,9 @@ signature or parser, so that what the two agree on is agreed by two witnesses.
     making.py       how the seed makes a run; runs.py, a run as a function of the clock
     history.py      pages and cursors, and runs from before the simulator started
     world.py        the state: techniques, runs, attempts, in memory
-    api.py          the routes of FLORA; starts.py, its starts; errors.py, its errors
-    callbacks.py    signed callbacks and their attempts; destination.py, where they may go
-    faults.py       429, 500, 503, cut connections, and a gateway in front
+    api.py          the routes of FLORA; starts.py, how starts are checked and answered
+    callbacks.py    signed callbacks, their attempts, and where they may be sent
+    faults.py       FLORA's errors, cut connections, and a gateway in front
     control.py      the simulator's own routes, and the files behind output links
     serve.py        all of it over HTTP, for a test (`running`) or a terminal (`serve`)
 """

@@ -11,10 +11,15 @@ from starlette.routing import Route
 
 from tracker.simulator.callbacks import CallbackSender
 from tracker.simulator.catalogue import SimulatedTechnique
-from tracker.simulator.errors import CODES, ErrorAnswer
-from tracker.simulator.faults import CutConnection, GatewayFault, OpenConnections, RequestFault
+from tracker.simulator.faults import (
+    CutConnection,
+    ErrorAnswer,
+    GatewayFault,
+    OpenConnections,
+    RequestFault,
+)
 from tracker.simulator.history import page_bounds
-from tracker.simulator.options import SimulatedWorkspace
+from tracker.simulator.options import CODES, SimulatedWorkspace
 from tracker.simulator.runs import RunType, SimulatedRun, digest
 from tracker.simulator.starts import (
     StartHandler,

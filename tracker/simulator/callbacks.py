@@ -1,19 +1,26 @@
 """Sends callbacks: one for each run with a callback address, in FLORA's attempts and with faults.
 
 A callback's body and signature are made once, at its first attempt, and stay the same for all.
+
+FLORA sends callbacks to public `https` addresses only. The simulator also accepts a loopback host,
+and there plain `http`. A page in a browser must not make it call this machine by a name that
+resolves to this machine later: a name is resolved again for each callback, which is sent to the
+checked address.
 """
 
 import asyncio
 import hashlib
 import hmac
 import json
-from collections.abc import Coroutine, Mapping, Sequence
+import socket
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any, Final, Literal
+from urllib.parse import urlsplit
 
 import httpx
 
-from tracker.simulator.destination import target
 from tracker.simulator.runs import SimulatedRun
 from tracker.simulator.world import World
 
@@ -27,7 +34,11 @@ LATE: Final = 3.0
 
 _CONNECTIONS: Final = 100
 _FORGED_SECRET: Final = "whsec_forged"  # noqa: S105 - a wrong secret on purpose
+_RESOLVE_SECONDS: Final = 2.0
+INTERNAL_SUFFIXES: Final = (".internal", ".local", ".lan", ".home.arpa", ".localhost")
 
+Address = IPv4Address | IPv6Address
+Resolver = Callable[[str, int], Awaitable[list[Address]]]
 Kind = Literal["callback", "duplicate", "forged"]
 
 
@@ -212,7 +223,7 @@ class CallbackSender:
 
     async def _post(self, url: str, callback: SignedCallback) -> int:
         """The receiver's answer. Raises `httpx.ConnectError` where no callback may go there."""
-        found = await target(url)
+        found = await _target(url)
         if found is None:
             raise httpx.ConnectError("the host cannot be resolved, or is not public any more")
         headers = dict(callback.headers)
@@ -235,3 +246,70 @@ class CallbackSender:
                 limits=httpx.Limits(max_connections=_CONNECTIONS, max_keepalive_connections=20),
             )
         return self._client
+
+
+async def _resolve(host: str, port: int) -> list[Address]:
+    """The addresses of a name; none where it cannot be resolved within two seconds."""
+    try:
+        async with asyncio.timeout(_RESOLVE_SECONDS):
+            found = await asyncio.get_running_loop().getaddrinfo(
+                host, port, type=socket.SOCK_STREAM
+            )
+    except (OSError, TimeoutError, UnicodeError):
+        return []
+    return [ip_address(str(info[4][0]).partition("%")[0]) for info in found]
+
+
+async def refusal(url: str, resolve: Resolver = _resolve) -> str | None:
+    """Why `url` cannot be a callback address, or None where it can.
+
+    A public name is resolved, and refused where any of its addresses is private; one that cannot
+    be resolved now is accepted: its deliveries fail.
+    """
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        return "is not a URL"
+    if not url.isascii() or parts.scheme not in ("http", "https") or not host:
+        return "is not an http or https URL"
+    if _is_loopback(host):
+        return None
+    if parts.scheme != "https":
+        return "must be https, or http on a loopback host"
+    if (address := literal_address(host)) is not None:
+        return None if address.is_global else "must not be a private or internal host"
+    if "." not in host or host.endswith(INTERNAL_SUFFIXES):
+        return "must not be a private or internal host"
+    addresses = await resolve(host, port or 443)
+    if not all(address.is_global for address in addresses):
+        return "must not resolve to a private or internal host"
+    return None
+
+
+async def _target(url: str) -> tuple[str, dict[str, str]] | None:
+    """Where a callback to `url` is sent now, with the name of its host for TLS; `None` where that
+    is not allowed, or not known."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if _is_loopback(host):
+        return url, {}
+    addresses = await _resolve(host, parts.port or 443)
+    if not addresses or not all(address.is_global for address in addresses):
+        return None
+    shown = f"[{addresses[0]}]" if addresses[0].version == 6 else str(addresses[0])
+    port = f":{parts.port}" if parts.port else ""
+    return parts._replace(netloc=shown + port).geturl(), {"sni_hostname": host}
+
+
+def literal_address(host: str) -> Address | None:
+    """The address that a host is written as; None for a name."""
+    try:
+        return ip_address(host)
+    except ValueError:
+        return None
+
+
+def _is_loopback(host: str) -> bool:
+    address = literal_address(host)
+    return host == "localhost" or (address is not None and address.is_loopback)

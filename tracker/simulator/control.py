@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from tracker.simulator.errors import ErrorAnswer
+from tracker.simulator.faults import ErrorAnswer
 from tracker.simulator.option_types import parse_number
 from tracker.simulator.options import SECRETS
 from tracker.simulator.starts import parse_body

@@ -1,4 +1,4 @@
-"""Faults of requests: 429, 500 and 503, cut connections, and answers of a gateway in front."""
+"""FLORA's errors, and the faults of requests: errors, cut connections, a gateway in front."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
@@ -6,12 +6,55 @@ from email.utils import formatdate
 from random import Random
 from typing import Any, Final, Literal
 
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from tracker.simulator.errors import ErrorAnswer
 from tracker.simulator.options import Options
+
+
+class ErrorAnswer(Exception):
+    """A handler raises it to answer with one of FLORA's errors.
+
+    `fields` are pairs of a field's name and what is wrong with it.
+    """
+
+    def __init__(
+        self, status: int, code: str, message: str, fields: tuple[tuple[str, str], ...] = ()
+    ) -> None:
+        super().__init__(f"{status} {code}: {message}")
+        self.status = status
+        self.code = code
+        self.message = message
+        self.fields = fields
+
+    @classmethod
+    def invalid(cls, *fields: tuple[str, str]) -> "ErrorAnswer":
+        """A 400 for input that cannot be used, with the fields at fault."""
+        return cls(400, "input_validation_error", "The input is not valid.", fields)
+
+    @classmethod
+    def not_found(cls, what: str) -> "ErrorAnswer":
+        """A 404."""
+        return cls(404, "not_found", f"There is no such {what}.")
+
+    def response(self, *, details: bool = False) -> JSONResponse:
+        """The answer in FLORA's shape; with `details` each field has a code and valid values."""
+        error: dict[str, Any] = {"code": self.code, "message": self.message}
+        if self.fields:
+            error["fields"] = [
+                {"field": name, "message": text} | (_details(text) if details else {})
+                for name, text in self.fields
+            ]
+        return JSONResponse({"error": error}, self.status)
+
+
+def _details(message: str) -> dict[str, Any]:
+    start, _, values = message.partition("must be one of ")
+    if not start and values:
+        return {"code": "invalid_value", "valid_values": values.split(", ")}
+    return {"code": "required" if message == "is required" else "invalid"}
+
 
 FaultName = Literal["cut_before", "cut_after", "cut_within", "rate_limited", "error"]
 Work = Coroutine[Any, Any, Response]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from tracker.simulator.catalogue import SimulatedTechnique, load_catalogue
-from tracker.simulator.errors import ErrorAnswer
+from tracker.simulator.faults import ErrorAnswer
 from tracker.simulator.making import make_run
 from tracker.simulator.options import Options
 from tracker.simulator.runs import RunRequest, RunType, SimulatedRun, digest

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, Literal
 
-from tracker.simulator.errors import CODES
 from tracker.simulator.option_types import (
     Parse,
     choice,
@@ -19,6 +18,23 @@ from tracker.simulator.option_types import (
     text,
     whole,
 )
+
+CODES: Final[Mapping[str, int]] = {
+    "invalid_json": 400,
+    "input_validation_error": 400,
+    "unauthorized": 401,
+    "invalid_api_key": 401,
+    "insufficient_credits": 402,
+    "forbidden": 403,
+    "paid_plan_required": 403,
+    "not_found": 404,
+    "conflict": 409,
+    "rate_limited": 429,
+    "internal_error": 500,
+    "unknown_error": 500,
+    "service_unavailable": 503,
+}
+"""FLORA's error codes, each with its status."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

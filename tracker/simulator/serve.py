@@ -7,6 +7,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.applications import Starlette
@@ -20,15 +21,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tracker.core.clock import Clock, utc_now
 from tracker.simulator.api import SimulatedApi
-from tracker.simulator.callbacks import CallbackSender
+from tracker.simulator.callbacks import INTERNAL_SUFFIXES, CallbackSender, literal_address
 from tracker.simulator.control import ControlRoutes
-from tracker.simulator.destination import may_ask
-from tracker.simulator.errors import ErrorAnswer
-from tracker.simulator.faults import OpenConnections
+from tracker.simulator.faults import ErrorAnswer, OpenConnections
 from tracker.simulator.options import Options, SimulatedWorkspace
 from tracker.simulator.runs import RunRequest, SimulatedRun
 from tracker.simulator.world import World
 
+_RESERVED_SUFFIXES: Final = (".test", ".example", ".invalid")
 _HOST: Final = "127.0.0.1"
 _SHUTDOWN_SECONDS: Final = 1.0
 """How long requests in progress may take when the simulator stops."""
@@ -77,11 +77,22 @@ class _OwnHostOnly:
         if scope["type"] == "http":
             headers = Headers(scope=scope)
             hosts = [headers.get("host", ""), *headers.getlist("origin")]
-            if not all(map(may_ask, hosts)):
-                text = "Ask this simulator by its address, or by a name without dots."
+            if not all(map(is_own_host, hosts)):
+                text = "Use the address of this simulator, or a name without dots."
                 await ErrorAnswer(403, "forbidden", text).response()(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+
+def is_own_host(host: str) -> bool:
+    """Whether a request with this `Host` or `Origin` is meant for a simulator: an address, or a
+    name that cannot be registered and made to point here."""
+    name = (urlsplit(host if "//" in host else f"//{host}").hostname or "").rstrip(".")
+    if literal_address(name) is not None:
+        return True
+    return name not in ("", "null") and (
+        "." not in name or name.endswith((*INTERNAL_SUFFIXES, *_RESERVED_SUFFIXES))
+    )
 
 
 async def _answer_error(request: Request, exc: Exception) -> Response:

@@ -14,10 +14,9 @@ from urllib.parse import urlsplit
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tracker.simulator.callbacks import CallbackSender
+from tracker.simulator.callbacks import CallbackSender, refusal
 from tracker.simulator.catalogue import GENERATIONS, SimulatedPort, SimulatedTechnique
-from tracker.simulator.destination import refusal
-from tracker.simulator.errors import ErrorAnswer
+from tracker.simulator.faults import ErrorAnswer
 from tracker.simulator.options import Options, SimulatedWorkspace
 from tracker.simulator.runs import RunRequest, SimulatedRun
 from tracker.simulator.world import World

@@ -17,7 +17,7 @@ from tracker.simulator.catalogue import (
     load_catalogue,
     parse_port,
 )
-from tracker.simulator.errors import ErrorAnswer
+from tracker.simulator.faults import ErrorAnswer
 from tracker.simulator.history import RUN_TYPES, PresetHistory, RunListing
 from tracker.simulator.making import make_run
 from tracker.simulator.options import Options, SimulatedWorkspace
