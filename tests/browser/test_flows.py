@@ -108,7 +108,7 @@ async def test_the_list_is_filtered_and_stays_live(stage: Stage, open_page: Open
     await page.evaluate("window.untouched = true")
 
     await page.get_by_label("Text").fill("no such run")
-    await expect(page.get_by_role("heading", name="No run fits")).to_be_visible()
+    await expect(page.get_by_role("heading", name="No matching runs")).to_be_visible()
     assert page.url == f"{stage.url}/runs?text=no+such+run"
     await page.get_by_label("Text").fill("")
     await page.get_by_label("Technique").select_option(label="Icon Pack")
@@ -120,19 +120,19 @@ async def test_the_list_is_filtered_and_stays_live(stage: Stage, open_page: Open
     row = page.locator(f'tr[data-run="{second}"]')
     await expect(row.locator(".pill")).to_have_text("completed")
     await page.get_by_label("State").select_option("failed")
-    await expect(page.get_by_role("heading", name="No run fits")).to_be_visible()
+    await expect(page.get_by_role("heading", name="No matching runs")).to_be_visible()
     assert await page.evaluate("window.untouched") is True
     watched.assert_quiet()
 
 
-async def test_moments_are_given_in_the_viewers_zone(stage: Stage, open_page: OpenPage) -> None:
+async def test_times_are_in_the_viewers_zone(stage: Stage, open_page: OpenPage) -> None:
     """What is typed is local time, what is asked for is UTC, and times are shown locally with the
     exact UTC beside."""
     watched = await open_page(timezone_id="Asia/Kolkata")
     page = watched.page
     await start(stage)
     await sign_in(page, f"{stage.url}/runs")
-    await page.get_by_text("Between two moments").click()
+    await page.get_by_text("Custom range").click()
     await page.get_by_label("From").fill("2026-01-01T05:30")
     await page.get_by_label("From").blur()
     await page.wait_for_url("**/runs?from=2026-01-01T00%3A00%3A00Z")
@@ -145,7 +145,7 @@ async def test_moments_are_given_in_the_viewers_zone(stage: Stage, open_page: Op
 
 
 async def test_a_quarantined_delivery_is_replayed(stage: Stage, open_page: OpenPage) -> None:
-    """One click, and the page says what came of it."""
+    """One click, and the page shows the result."""
     run_id = await start(stage)
     body = {
         "id": "whd_kept",
@@ -168,10 +168,10 @@ async def test_a_quarantined_delivery_is_replayed(stage: Stage, open_page: OpenP
     watched = await open_page()
     page = watched.page
     await sign_in(page, stage.url)
-    await page.get_by_role("link", name="Look at them").click()
+    await page.get_by_role("link", name="Show callbacks").click()
     await page.get_by_role("link", name="whd_kept").click()
     await page.get_by_role("button", name="Replay").click()
-    await expect(page.get_by_role("status").filter(has_text="understood")).to_contain_text(
+    await expect(page.get_by_role("status").filter(has_text="Replayed")).to_contain_text(
         f"applied to run {run_id}"
     )
     await expect(page.get_by_role("button", name="Replay")).to_have_count(0)
@@ -182,18 +182,18 @@ async def test_a_quarantined_delivery_is_replayed(stage: Stage, open_page: OpenP
 
 
 async def test_check_now_asks_flora(stage: Stage, open_page: OpenPage) -> None:
-    """The button reads the run, says what FLORA says, and the message stays; where the run was
-    quicker than the hand, it says that nothing is left to read."""
-    told = re.compile("FLORA says that it|have been read")
+    """The button polls the run and shows the result, and the message stays; if the run is already
+    settled, it says so."""
+    result = re.compile("FLORA reports|All details are|all details are")
     watched = await open_page()
     page = watched.page
     await sign_in(page, stage.url)
     run_id = await start(stage)
     await page.goto(f"{stage.url}/runs/{run_id}")
     await page.get_by_role("button", name="Check now").click()
-    await expect(page.locator("#said")).to_contain_text(told)
+    await expect(page.locator("#flash")).to_contain_text(result)
     await expect(page.locator(".summary .pill")).to_have_text("completed")
-    await expect(page.locator("#said")).to_contain_text(told)
+    await expect(page.locator("#flash")).to_contain_text(result)
     watched.assert_quiet()
 
 
@@ -211,7 +211,7 @@ async def test_a_session_that_ends_leads_to_the_sign_in(stage: Stage, open_page:
 
 
 async def test_the_theme_is_chosen_and_kept(stage: Stage, open_page: OpenPage) -> None:
-    """The system's, until somebody chooses; then the choice, on the next page too."""
+    """The system's theme, until someone chooses another; then the choice, on the next page too."""
     watched = await open_page(color_scheme="light")
     page = watched.page
     await sign_in(page, stage.url)
@@ -240,7 +240,7 @@ async def test_everything_is_reached_by_keyboard(stage: Stage, open_page: OpenPa
     await page.keyboard.press("Enter")
     await page.wait_for_selector("#live")
     await page.keyboard.press("Tab")
-    await expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
+    await expect(page.get_by_role("link", name="Skip to content")).to_be_focused()
     await page.keyboard.press("Enter")
     assert await page.evaluate("document.activeElement.id") == "main"
 

@@ -139,7 +139,7 @@ async def test_hostile_text_runs_nothing(hostile_url: str, open_page: OpenPage) 
 
 
 async def test_a_link_that_does_not_load_says_so(hostile_url: str, open_page: OpenPage) -> None:
-    """An image whose link has expired is told in words, with the link still there."""
+    """An image whose link has expired is explained, with the link still there."""
     watched = await open_page()
     page = watched.page
     await page.goto(f"{hostile_url}/runs/{quote(RUN_ID, safe='')}")
@@ -149,15 +149,15 @@ async def test_a_link_that_does_not_load_says_so(hostile_url: str, open_page: Op
     await expect(broken.locator("figcaption a")).to_be_visible()
 
 
-async def test_the_chart_is_drawn_and_told(stage: Stage, open_page: OpenPage) -> None:
-    """Bars for who sees, the same numbers as a table for who does not."""
+async def test_the_chart_is_drawn_and_shown_as_a_table(stage: Stage, open_page: OpenPage) -> None:
+    """Bars, and the same numbers as a table."""
     await _settled(stage)
     watched = await open_page()
     page = watched.page
     await sign_in(page, stage.url)
     await expect(page.locator(".chart canvas")).to_be_visible()
-    await page.get_by_text("The same as a table").click()
-    hours = page.get_by_role("group", name="Ends per hour as a table")
+    await page.get_by_text("Show as table").click()
+    hours = page.get_by_role("group", name="Finished runs per hour as a table")
     await expect(hours.locator("tbody tr").first).to_be_visible()
     second = await _settled(stage)
     await expect(hours).to_be_visible()  # it stays open when the page is kept up to date

@@ -68,7 +68,7 @@ async def test_another_workspaces_run_is_neither_ended_nor_taken_over(
         row = await read.get_delivery(site.services.database, json.loads(body)["id"])
         assert row is not None
         page = await site.client.post(f"/deliveries/{row.delivery_id}/replay", headers=HTML)
-        assert "stays in quarantine" in page.text
+        assert "Still quarantined" in page.text
         assert await _stands(site.services, "run_1") == ("running", "ws_b")
         own = json.loads(_of("run_1", "ws_b")) | {"id": "whd_own"}
         assert await _post(site, json.dumps(own).encode(), "whsec_of_b") == "applied"

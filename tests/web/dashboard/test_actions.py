@@ -1,4 +1,4 @@
-"""What changes something comes from a page of ours, and says what came of it."""
+"""Actions: only from pages of the dashboard, and each shows its result."""
 
 from collections.abc import AsyncIterator
 from datetime import timedelta
@@ -62,7 +62,7 @@ async def test_one_that_is_still_not_understood_says_why(
     await quarantine(closed, b'{"type": "run.paused"}')
     csrf = csrf_of((await browser.get("/deliveries/whd_run_1")).text)
     answer = await browser.post(REPLAY, headers={"X-CSRF-Token": csrf, "HX-Request": "true"})
-    assert "stays in quarantine: the type is neither" in answer.text
+    assert "Still quarantined: the type is neither" in answer.text
     assert await outcome(closed) == "quarantined"
 
 
@@ -76,7 +76,7 @@ async def test_a_body_that_retention_removed_is_told(
     assert (await closed.services.pruner.prune(ages))["bodies"] == 1
     page = (await browser.get("/deliveries/whd_run_1")).text
     assert "Removed by retention" in page
-    assert "As it came" not in page
+    assert "Raw body" not in page
     assert "whd_run_1" in (await browser.get("/deliveries")).text
     answer = await browser.post(REPLAY, data={"csrf_token": csrf_of(page)})
     assert "it had been applied before" in answer.text
@@ -164,9 +164,9 @@ async def flora() -> AsyncIterator[Simulator]:
         yield simulator
 
 
-def said_in(page: str) -> str:
-    """What an action has to say for itself on the page that it leaves behind."""
-    return page.partition('id="said"')[2].partition("</div>")[0]
+def flash_of(page: str) -> str:
+    """The flash message of a page."""
+    return page.partition('id="flash"')[2].partition("</div>")[0]
 
 
 async def test_check_now_reads_the_run_from_flora(
@@ -194,13 +194,13 @@ async def test_check_now_reads_the_run_from_flora(
         before = await site.client.get(f"/runs/{run_id}")
         assert 'id="check">' in before.text
         answer = await site.client.post(f"/runs/{run_id}/check")
-        assert "it has completed; its details are read" in answer.text
+        assert "FLORA reports completed. All details are fetched." in answer.text
         record = await read.get_run(site.services.database, run_id)
         assert record is not None
         assert record.run.settled
         assert "disabled aria-describedby" in answer.text
         again = await site.client.post(f"/runs/{run_id}/check")
-        assert "Its end and its details have been read" in said_in(again.text)
+        assert "Final: all details are known" in flash_of(again.text)
 
 
 async def test_check_now_says_why_it_cannot(small_site: Site) -> None:
@@ -213,6 +213,6 @@ async def test_check_now_says_why_it_cannot(small_site: Site) -> None:
         )
     )
     page = await small_site.client.get("/runs/run_1", headers=HTML)
-    assert "No FLORA key is set for its workspace" in page.text
+    assert "No FLORA API key is set for this workspace" in page.text
     answer = await small_site.client.post("/runs/run_1/check", headers=HTML)
-    assert "No FLORA key is set for its workspace" in said_in(answer.text)
+    assert "No FLORA API key is set for this workspace" in flash_of(answer.text)

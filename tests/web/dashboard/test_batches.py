@@ -1,4 +1,4 @@
-"""The pages of batches: how far each has come, and what became of every row."""
+"""The pages of batches: the progress of each, and the result of every row."""
 
 import re
 
@@ -11,10 +11,10 @@ from tracker.starting.sheet import read_csv
 from tracker.web.dashboard import batches as page
 
 
-async def test_a_batch_shows_what_became_of_its_rows(
+async def test_a_batch_shows_the_result_of_each_row(
     serve: Serve, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each row with its run and cost, in pages; the list tells how far the whole has come."""
+    """Each row with its run and cost, in pages; the list shows the progress."""
     monkeypatch.setattr(page, "ROWS", 2)
     options = Options(speed=1000, failures=0)
     async with running(options) as flora:

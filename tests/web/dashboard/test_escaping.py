@@ -18,7 +18,7 @@ from tests.web.dashboard.hostile import (
     attack,
 )
 from tracker.core.run import Output
-from tracker.web.dashboard.outputs import Gallery, web_link
+from tracker.web.dashboard.outputs import plain_http_origin, view_output, web_link
 
 PAGES = {
     "/": False,
@@ -98,9 +98,9 @@ async def test_no_text_becomes_anything_else(small_site: Site) -> None:
 
 @pytest.mark.parametrize("link", LINKS)
 @pytest.mark.parametrize("kind", ["imageUrl", "videoUrl", "audioUrl", "documentUrl", "new"])
-def test_what_is_no_plain_web_address_is_shown_as_text(kind: str, link: str) -> None:
+def test_unsafe_addresses_are_shown_as_text(kind: str, link: str) -> None:
     """Neither a link nor a source comes of it; only a quotation mark in a path may stay one."""
-    shown = Gallery("https://app.flora.ai/api/v1").shown([Output("o", kind, link)])[0]
+    shown = view_output(Output("o", kind, link), media_origin=None)
     assert (shown.kind == "unsafe") is (web_link(link) is None)
     if '"' not in link:
         assert shown.kind == "unsafe"
@@ -118,13 +118,14 @@ def test_what_is_no_plain_web_address_is_shown_as_text(kind: str, link: str) -> 
     ],
 )
 def test_plain_http_is_loaded_from_a_local_flora_alone(flora: str, url: str, kind: str) -> None:
-    """Everything else that is not https is a link, which somebody has to follow."""
-    assert Gallery(flora).shown([Output("o", "imageUrl", url)])[0].kind == kind
+    """Every other address that is not https is only a link."""
+    origin = plain_http_origin(flora)
+    assert view_output(Output("o", "imageUrl", url), media_origin=origin).kind == kind
 
 
 def test_types_are_shown_as_what_they_are() -> None:
-    """A type that nobody knows yet is a link."""
+    """An unknown type is a link."""
     kinds = ("imageUrl", "videoUrl", "audioUrl", "documentUrl", "text", "model3dUrl")
     outputs = [Output("o", kind, "https://cdn.example/x") for kind in kinds]
-    shown = [one.kind for one in Gallery("https://app.flora.ai/api/v1").shown(outputs)]
+    shown = [view_output(one, media_origin=None).kind for one in outputs]
     assert shown == ["image", "video", "audio", "document", "text", "link"]

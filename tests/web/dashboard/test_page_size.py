@@ -11,8 +11,7 @@ from tracker.core.clock import utc_now
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Seen
 from tracker.core.run import Output, RunError, RunStatus
-from tracker.web.dashboard.render import PAGE_BYTES
-from tracker.web.dashboard.words import compact, pretty
+from tracker.web.dashboard.render import PAGE_BYTES, indented, indented_json
 
 QUOTES = 20_000 * "\"'<&>"  # each becomes five characters
 
@@ -62,11 +61,11 @@ async def test_a_run_full_of_long_texts_has_a_page(small_site: Site) -> None:
         (b"no JSON", False),
     ],
 )
-def test_what_is_small_and_flat_is_formatted(body: bytes, formatted: bool) -> None:
-    """Up to 16 KiB, and a depth of 32; what is not is shown in one line."""
-    assert (pretty(body) is not None) is formatted
+def test_small_and_flat_json_is_indented(body: bytes, formatted: bool) -> None:
+    """JSON up to 16 KiB and 32 levels is indented; any other body is not."""
+    assert (indented_json(body) is not None) is formatted
     if formatted:
-        assert json.loads(compact(json.loads(body))) == json.loads(body)
+        assert json.loads(indented(json.loads(body))) == json.loads(body)
 
 
 def test_a_deep_observation_is_one_line() -> None:
@@ -74,5 +73,5 @@ def test_a_deep_observation_is_one_line() -> None:
     deep: list[object] = [list(range(5))]
     for _ in range(40):
         deep = [deep]
-    assert "\n" not in compact(deep)
-    assert "\n" in compact(deep[0][0][0][0][0][0][0][0][0][0])  # type: ignore[index]
+    assert "\n" not in indented(deep)
+    assert "\n" in indented(deep[0][0][0][0][0][0][0][0][0][0])  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""The pages: what they show, what they say where there is nothing, and how they are sent."""
+"""The pages: what they show, also while there is nothing to show, and how they are sent."""
 
 import json
 import re
@@ -44,9 +44,7 @@ def _seen(run_id: str, status: RunStatus = RunStatus.RUNNING, **facts: object) -
         ("/sweeps", "FLORA_API_KEY"),
     ],
 )
-async def test_an_empty_tracker_says_what_to_do_next(
-    small_site: Site, path: str, advice: str
-) -> None:
+async def test_an_empty_page_names_the_next_step(small_site: Site, path: str, advice: str) -> None:
     """Each page names the setting or the command that is missing."""
     assert advice in await _text(small_site, path)
 
@@ -63,19 +61,19 @@ async def test_an_empty_tracker_says_what_to_do_next(
 async def test_with_a_key_it_names_the_commands(
     serve: Serve, sqlite_url: str, path: str, command: str
 ) -> None:
-    """What is there to be done then."""
+    """Each empty page names the command for the next step."""
     set_up = {"flora_api_key": "sk_test", "tracker_public_url": "http://127.0.0.1:9"}
     async with serve(sqlite_url, **set_up) as site:
         assert command in await _text(site, path)
 
 
-async def test_what_is_not_known_is_not_zero(small_site: Site) -> None:
-    """Without a single end there is no rate, no lag and no cost, and the page says so."""
+async def test_an_unknown_value_is_not_zero(small_site: Site) -> None:
+    """Without a finished run there is no rate, no delay and no cost, and the page says so."""
     await small_site.services.writer.submit(_seen("run_1"))
     text = await _text(small_site, "/")
-    for title in ("Callback miss rate", "FLORA's end to ours", "Cost today"):
+    for title in ("Callback miss rate", "Detection delay", "Cost today"):
         shown = text.split(title)[1][:400]
-        assert "not known yet" in shown, title
+        assert "no data yet" in shown, title
         assert "$0" not in shown
         assert "0 %" not in shown
     run = await _text(small_site, "/runs/run_1")
@@ -83,21 +81,21 @@ async def test_what_is_not_known_is_not_zero(small_site: Site) -> None:
     assert re.search(r"Cost</dt><dd><span class=\"muted\">not yet", run)
 
 
-async def test_a_refused_key_is_told_first(serve: Serve, sqlite_url: str) -> None:
-    """Since when, and what to do; nothing else matters as much."""
+async def test_a_refused_key_is_the_first_alert(serve: Serve, sqlite_url: str) -> None:
+    """With its duration and what to do."""
     async with serve(sqlite_url, flora_api_key="sk_test", flora_workspace_id="ws_1") as site:
         refusal = KeyRefused(status=401, code="invalid_api_key", message="no such key")
         workspace = next(iter(site.services.workspaces))
         workspace.require_client().breaker.refused(refusal)
         text = await _text(site, "/")
-        needs = text.split("What needs somebody")[1]
-        assert needs.index("FLORA refuses the key") < 600
+        alerts = text.split(">Alerts<")[1]
+        assert alerts.index("FLORA refuses the API key") < 600
         assert "no such key" in text
-        assert "Nothing needs you" not in text
+        assert "All clear" not in text
 
 
-async def test_the_overview_tells_the_day(site: Site) -> None:
-    """States, ends by hour, missed callbacks, lag, cost and what needs somebody, on each engine."""
+async def test_the_overview_shows_the_day(site: Site) -> None:
+    """States, ends by hour, missed callbacks, delay, cost and alerts, on each engine."""
     now = utc_now()
     ended = now - timedelta(seconds=3)
     for number, via in enumerate((Source.CALLBACK, Source.CALLBACK, Source.POLL)):
@@ -128,16 +126,16 @@ async def test_the_overview_tells_the_day(site: Site) -> None:
     assert "$0.75" in text
     assert "Runs are overdue" in text
     assert "FLORA answered 503" in text
-    assert "Nothing needs you" not in text
+    assert "All clear" not in text
     chart = json.loads(re.search(r'data-chart="([^"]+)"', text)[1].replace("&#34;", '"'))  # type: ignore[index]
-    assert [each["name"] for each in chart["series"]] == ["callback", "poll", "history"]
+    assert chart["series"] == ["callback", "poll", "history"]
     assert [sum(column) for column in chart["columns"][1:]] == [2, 1, 0]
     assert len(chart["columns"][0]) == 24
     assert "7 days" in await _text(site, "/?span=7d")
 
 
-async def test_a_sweep_that_failed_needs_somebody(serve: Serve, sqlite_url: str) -> None:
-    """Its error is shown, on the overview and in the ledger."""
+async def test_a_failed_sweep_is_an_alert(serve: Serve, sqlite_url: str) -> None:
+    """Its error is shown on the overview and in the list of sweeps."""
     key = {"flora_api_key": "sk_test", "flora_workspace_id": "ws_1"}
     async with serve(sqlite_url, **key) as site:
         now = utc_now()
@@ -153,13 +151,11 @@ async def test_a_sweep_that_failed_needs_somebody(serve: Serve, sqlite_url: str)
             error="FLORA was away",
         )
         assert "The last sweep failed" in await _text(site, "/")
-        ledger = await _text(site, "/sweeps")
-        assert "FLORA was away" in ledger
+        assert "FLORA was away" in await _text(site, "/sweeps")
 
 
 async def test_a_run_shows_everything(site: Site) -> None:
-    """State, error, outputs as what they are, timeline, callbacks, and why the next look is
-    when."""
+    """State, error, outputs by type, timeline, callbacks, and the reason of the next poll."""
     await site.services.writer.submit(
         Seen(
             observation=Observation(
@@ -196,7 +192,7 @@ async def test_a_run_shows_everything(site: Site) -> None:
     assert text.count('class="source poll"') >= 2
     assert "never came" in text
     assert 'href="https://example.com/face.png"' in text
-    assert "nothing is left to read" in text
+    assert "nothing is left to fetch" in text
 
 
 async def test_an_id_may_hold_any_character(small_site: Site) -> None:
@@ -223,9 +219,9 @@ async def test_runs_are_filtered_and_paged(small_site: Site) -> None:
     second = await _text(small_site, link)
     assert len(re.findall(r'<tr role="row" id="row-', second)) == 10
     assert "Newest" in second
-    assert "No run fits" in await _text(small_site, "/runs?state=failed")
+    assert "No matching runs" in await _text(small_site, "/runs?state=failed")
     for wrong in ("state=asleep", "within=ever", "from=tomorrow", "cursor=nonsense"):
-        assert "That cannot be read" in await _text(small_site, f"/runs?{wrong}", 400)
+        assert "Invalid request" in await _text(small_site, f"/runs?{wrong}", 400)
     recent = await _text(
         small_site, f"/runs?from={(now - timedelta(minutes=5)):%Y-%m-%dT%H:%M:%SZ}"
     )
@@ -252,12 +248,12 @@ async def test_batches_are_paged(small_site: Site) -> None:
     second = await _text(small_site, older[1].replace("&amp;", "&"))
     assert re.findall(r"sheet-\d+\.csv", second) == ["sheet-50.csv", "sheet-51.csv"]
     assert 'href="/batches">Newest' in second
-    assert "That cannot be read" in await _text(small_site, "/batches?cursor=nonsense", 400)
+    assert "Invalid request" in await _text(small_site, "/batches?cursor=nonsense", 400)
 
 
-async def test_what_was_read_is_shown_as_a_picture(small_site: Site) -> None:
-    """A bar of time for each kind with what was read of it, and each gap with its error, as text
-    and as a picture; the overview leads there."""
+async def test_coverage_is_shown_as_bars(small_site: Site) -> None:
+    """A bar for each kind of runs shows what was read and each gap, with its error as text; the
+    overview leads there."""
     database, now = small_site.services.database, utc_now()
     page = await _text(small_site, "/sweeps")
     assert "<svg viewBox" not in page
@@ -271,7 +267,7 @@ async def test_what_was_read_is_shown_as_a_picture(small_site: Site) -> None:
     assert "Checked against FLORA up to" in page
     assert "FLORA answered 400: &lt;b&gt;too deep" in page
     assert "2 attempts" in page
-    assert "1 gap is left in FLORA" in await _text(small_site, "/")
+    assert "1 gap in FLORA" in await _text(small_site, "/")
 
 
 def _read(now: datetime, begin: float, end: float, **more: Any) -> coverage.Interval:
@@ -292,9 +288,9 @@ async def test_sweeps_are_paged(small_site: Site) -> None:
 
 
 @pytest.mark.parametrize("path", ["/runs/none", "/deliveries/none", "/techniques/none", "/nothing"])
-async def test_what_is_not_here_is_a_page_for_people(small_site: Site, path: str) -> None:
-    """And JSON for a program."""
-    assert "There is nothing here" in await _text(small_site, path, 404)
+async def test_a_missing_page_is_an_error_page(small_site: Site, path: str) -> None:
+    """A page for a browser, JSON for a program."""
+    assert "Not found" in await _text(small_site, path, 404)
     program = await small_site.client.get(path)
     assert program.status_code == 404
     assert program.json()["error"]["code"] == "not_found"

@@ -21,7 +21,7 @@ from tracker.services import open_services
 from tracker.settings import Settings, TokenSettings
 from tracker.store.engine import Database
 from tracker.web.auth import EACH_BURST
-from tracker.web.dashboard.signin import local_path
+from tracker.web.dashboard.access import local_path
 from tracker.web.http.limits import MOST_KEYS, Limits, Throttle
 from tracker.web.sessions import IDLE, LASTS, Sessions
 
@@ -345,7 +345,7 @@ async def test_a_token_that_only_reads_looks_and_changes_nothing(
     async with serve(sqlite_url, tracker_api_token=TOKEN, tokens=(reader,)) as site:
         assert (await sign_in(site.client, "r" * 20)).status_code == 303
         page = (await site.client.get("/", headers=HTML)).text
-        assert "Signed in with the token producer" in page
+        assert "Signed in with token producer" in page
         shown = {"X-CSRF-Token": csrf_of(page)}
         assert (await site.client.get("/api/runs")).status_code == 200
         assert (await site.client.get("/metrics")).status_code == 403

@@ -1,15 +1,14 @@
-"""The pages for people: what runs do now, what needs somebody, and why.
+"""The pages for people: what runs do now, what needs attention, and why.
 
-    site.py         all routes together, and errors as pages
-    render.py       templates to answers, with their security headers; words.py, values to words
-    assets.py       the files below /static, cached for good under their content's hash
-    forms.py        what browsers send: queries, form fields, the CSRF token
-    signin.py       /login and /logout
-    outputs.py      which foreign text becomes a link, an image, a player
-    overview.py, runs.py, run.py, deliveries.py, techniques.py, batches.py, sweeps.py   the pages
-    figures.py      the overview's numbers; health.py, how the parts stand and what needs somebody
-    said.py         what an action has to say for itself
+    site.py       all routes, and errors as pages
+    render.py     templates to answers; the base of all pages
+    assets.py     the files below /static
+    forms.py      what browsers send: ids, fields, the CSRF token
+    access.py     sign-in, sign-out and the audit log
+    outputs.py    which outputs are shown as an image, a player, a link, or text
+    overview.py, runs.py, deliveries.py, techniques.py, batches.py, spending.py, sweeps.py   pages
+    alerts.py     what of the figures needs attention
 
-Pages read the database and render; what changes something calls a use case. A page works without
-its scripts; they keep it up to date, tell times in the viewer's zone and draw the charts.
+Pages read the database and render it; an action calls a use case. A page works without its scripts:
+they keep it up to date, show times in the viewer's time zone and draw the charts.
 """

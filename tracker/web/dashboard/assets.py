@@ -1,11 +1,11 @@
 """The files below /static: cached for good, under an address that changes with their content.
 
-One hash covers all of them, so that a module which imports another by a relative address gets the
-one that it was tested with.
+One hash covers all files, so that a module which imports another by a relative address gets the
+version that belongs to it.
 """
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterator
 from importlib import resources
 from importlib.resources.abc import Traversable
 from typing import Final
@@ -16,19 +16,13 @@ from starlette.routing import Route
 
 from tracker.web.http.errors import not_found
 
-FOR_GOOD: Final = "public, max-age=31536000, immutable"
+IMMUTABLE: Final = "public, max-age=31536000, immutable"
 _TYPES: Final = {
     "css": "text/css; charset=utf-8",
     "js": "text/javascript; charset=utf-8",
     "svg": "image/svg+xml",
 }
-"""What is served; other files (licences) only lie there."""
-
-
-@dataclass(frozen=True, slots=True)
-class _File:
-    content: bytes
-    media_type: str
+"""What is served; other files (licences) are not."""
 
 
 class Assets:
@@ -38,39 +32,38 @@ class Assets:
         root = resources.files("tracker.web.dashboard") / "static"
         self._files = dict(sorted(_read(root, "")))
         digest = hashlib.sha256()
-        for name, file in self._files.items():
-            digest.update(f"{name}\0{len(file.content)}\0".encode())
-            digest.update(file.content)
+        for name, content in self._files.items():
+            digest.update(f"{name}\0{len(content)}\0".encode())
+            digest.update(content)
         self._hash = digest.hexdigest()[:16]
 
     def url(self, name: str) -> str:
-        """The address of a file, for a template. Raises `KeyError` where there is none."""
+        """The address of a file, for a template. Raises `KeyError` for an unknown one."""
         _ = self._files[name]
         return f"/static/{self._hash}/{name}"
 
     def route(self) -> Route:
-        """The route of all of them."""
+        """The route of all files."""
         return Route("/static/{hash}/{name:path}", self._serve, methods=["GET"])
 
     async def _serve(self, request: Request) -> Response:
-        """A file. Under another hash, asked for by a page of another version, it is not kept."""
-        file = self._files.get(request.path_params["name"])
-        if file is None:
+        """A file. Under the hash of another version it is not cached."""
+        name = request.path_params["name"]
+        content = self._files.get(name)
+        if content is None:
             raise not_found("There is no such file.")
-        known = request.path_params["hash"] == self._hash
+        current = request.path_params["hash"] == self._hash
         return Response(
-            file.content,
-            media_type=file.media_type,
-            headers={"Cache-Control": FOR_GOOD if known else "no-cache"},
+            content,
+            media_type=_TYPES[name.rpartition(".")[2]],
+            headers={"Cache-Control": IMMUTABLE if current else "no-cache"},
         )
 
 
-def _read(folder: Traversable, below: str) -> list[tuple[str, _File]]:
-    found: list[tuple[str, _File]] = []
+def _read(folder: Traversable, prefix: str) -> Iterator[tuple[str, bytes]]:
     for entry in folder.iterdir():
-        name = f"{below}{entry.name}"
+        name = f"{prefix}{entry.name}"
         if entry.is_dir():
-            found += _read(entry, f"{name}/")
-        elif media_type := _TYPES.get(name.rpartition(".")[2]):
-            found.append((name, _File(entry.read_bytes(), media_type)))
-    return found
+            yield from _read(entry, f"{name}/")
+        elif name.rpartition(".")[2] in _TYPES:
+            yield name, entry.read_bytes()

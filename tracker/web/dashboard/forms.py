@@ -1,25 +1,72 @@
-"""What browsers send: form fields within bounds, and whether a page of ours sent them."""
+"""What browsers send: ids in paths, fields of queries and forms, and the CSRF token."""
 
 import asyncio
+from collections.abc import Iterable
 from typing import Final
 from urllib.parse import parse_qsl
 
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.requests import Request
 
+from tracker.core.errors import FieldFault
 from tracker.web.auth import session_of
 from tracker.web.http.body import read_body
-from tracker.web.http.errors import Fault
+from tracker.web.http.errors import Fault, invalid
 from tracker.web.sessions import CSRF_FIELD, CSRF_HEADER
 
-LONGEST_FORM: Final = 16 * 1024
-"""Bytes of a form: all of ours have a field or two."""
+MAX_FORM_BYTES: Final = 16 * 1024
 READ_SECONDS: Final = 10.0
+
+
+class _AnyId(Convertor[str]):
+    """`{run_id:any}`: an id may hold any character, slashes and line ends too, which Starlette's
+    own `path` does not match."""
+
+    regex = "(?s:.*)"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("any", _AnyId())
+
+
+def path_id(request: Request, name: str, *, longest: int = 255) -> tuple[str, bool]:
+    """The id in the path, cut for messages, and whether the database can hold it."""
+    value: str = request.path_params[name]
+    return value[:longest], "\0" not in value and len(value) <= longest
+
+
+def query_field(request: Request, name: str) -> str | None:
+    """A field of the query, stripped; `None` where it is empty or missing."""
+    return request.query_params.get(name, "").replace("\0", "").strip()[:512] or None
+
+
+def query_choice(request: Request, name: str, choices: Iterable[str]) -> str | None:
+    """As `query_field`. Raises `Fault` 400 for a value that is not one of `choices`."""
+    value, allowed = query_field(request, name), list(choices)
+    if value is not None and value not in allowed:
+        raise invalid(FieldFault(name, f"must be one of {', '.join(allowed)}"))
+    return value
+
+
+def query_position(request: Request, name: str) -> int | None:
+    """A field of the query that is a whole number. Raises `Fault` 400."""
+    value = query_field(request, name)
+    if value is None:
+        return None
+    if not (value.isascii() and value.isdigit() and len(value) < 10):
+        raise invalid(FieldFault(name, "must be a whole number"))
+    return int(value)
 
 
 async def read_form(request: Request) -> dict[str, str]:
     """The fields of a form, the last of each name. Raises `Fault` 400, 408 and 413."""
     deadline = asyncio.get_running_loop().time() + READ_SECONDS
-    body = await read_body(request.scope, request.receive, limit=LONGEST_FORM, deadline=deadline)
+    body = await read_body(request.scope, request.receive, limit=MAX_FORM_BYTES, deadline=deadline)
     try:
         return dict(
             parse_qsl(
@@ -30,12 +77,11 @@ async def read_form(request: Request) -> dict[str, str]:
         raise Fault(400, "invalid_form", "The form could not be read.") from None
 
 
-async def check_action(request: Request) -> None:
-    """Raise `Fault` 403 for what changes something and does not come from a page of ours.
+async def check_csrf(request: Request) -> None:
+    """Raise `Fault` 403 where a page of the dashboard did not send this request.
 
-    The gate has looked where it comes from. A session's token has to be shown besides, in a header
-    or in a field; a request that came in by the bearer token, or on this machine where there is no
-    token at all, has none to show.
+    The origin was checked at the gate. Within a session its token is required as well, in a header
+    or a form field; a bearer token, or a local request where no token is set, needs none.
     """
     session = session_of(request.scope)
     if session is None:
@@ -47,11 +93,6 @@ async def check_action(request: Request) -> None:
         raise Fault(
             403,
             "forbidden",
-            "This page was open for too long, or another page sent this. Go back, load the page "
-            "again, and try once more.",
+            "This page is outdated, or another site sent the request. Go back, reload the page and "
+            "try again.",
         )
-
-
-def given(request: Request, name: str) -> str | None:
-    """A field of the query without spaces around it; `None` where it is empty or not given."""
-    return request.query_params.get(name, "").replace("\0", "").strip()[:512] or None

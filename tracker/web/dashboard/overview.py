@@ -1,60 +1,156 @@
-"""`/`: what runs do now, what needs somebody, and how the parts stand."""
+"""`/`: what runs do now, what needs attention, and the state of each part."""
 
 import json
-from typing import Final
+from datetime import datetime
+from decimal import Decimal
+from typing import Any, Final
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tracker.services import Services
-from tracker.web.dashboard.figures import gather
-from tracker.web.dashboard.forms import given
-from tracker.web.dashboard.health import needs, verified_through, workspace_health
-from tracker.web.dashboard.render import Renderer
-from tracker.web.dashboard.spending import nearly_used
+from tracker.core.run import RunStatus, Tracking
+from tracker.store.queries import attention, overview, sweeps
+from tracker.store.queries import runs as read
+from tracker.store.queries.attention import BILL_DAYS
+from tracker.store.queries.overview import HourOfEnds, StateCount, TechniqueCost
+from tracker.web.dashboard.alerts import WorkspaceHealth, alerts
+from tracker.web.dashboard.forms import query_field
+from tracker.web.dashboard.render import PageGroup
 
-SPANS: Final = (("24h", "24 hours"), ("7d", "7 days"))
-_HOURS: Final = {"24h": 24, "7d": 7 * 24}
+PERIODS: Final = {"24h": ("24 hours", 24), "7d": ("7 days", 7 * 24)}
+"""How far back the chart and the rates go, in hours."""
+SOURCES: Final = ("callback", "poll", "history")
+"""How ends become known. The answer to a start (`start`) is shown only where it ever was."""
+TECHNIQUES: Final = 7
+"""Techniques that are named in today's costs."""
+OVERDUE: Final = 8
+"""Overdue runs that are named."""
 
 
-class OverviewPage:
+class OverviewPage(PageGroup):
     """The page."""
 
-    def __init__(self, services: Services, render: Renderer) -> None:
-        self._services = services
-        self._render = render
-
     def routes(self) -> list[Route]:
-        """Its route."""
         return [Route("/", self.show, methods=["GET"])]
 
     async def show(self, request: Request) -> Response:
-        """How things stand."""
-        services = self._services
-        now = services.clock()
-        chosen = given(request, "span")
-        span = chosen if chosen in _HOURS else SPANS[0][0]
-        figures = await gather(services.database, now=now, hours=_HOURS[span])
-        workspaces = [workspace_health(one, figures) for one in services.workspaces]
+        """The present state of everything."""
+        services, db, now = self._services, self._database, self._services.clock()
+        period = query_field(request, "span")
+        period = period if period in PERIODS else "24h"
+        period_name, hours = PERIODS[period]
+        sweep_health = {each.workspace_id: each for each in await attention.sweep_health(db)}
+        workspaces = [WorkspaceHealth(one, sweep_health) for one in services.workspaces]
+        counts = await read.counts(db, now=now)
+        callbacks = await overview.callback_health(db, now=now, hours=hours)
+        costs = await overview.costs(db, now=now)
+        billed = await overview.costs(db, now=now, days=BILL_DAYS)
+        deliveries, _ = await read.list_deliveries(db, limit=1)
+        overdue = await attention.overdue(db, now=now, limit=OVERDUE)
+        ends = await overview.ends_by_hour(db, now=now, hours=hours)
+        by_source = _by_source(ends)
+        states = _states(await overview.states(db))
         callback_url = services.settings.callback_url
-        return self._render.page(
+        return self._render(
             request,
             "overview.html",
-            figures=figures,
-            chart=json.dumps(figures.chart()),
-            needs=[
-                *needs(figures, workspaces, now=now, callback_url=callback_url),
-                *nearly_used(await services.budgets.usages()),
-            ],
-            verified=verified_through(workspaces),
+            alerts=alerts(
+                workspaces,
+                counts,
+                callbacks,
+                unread=len(sweeps.unread(await sweeps.everything(db))),
+                overdue=bool(overdue),
+                unpriced=sum(one.unpriced for one in billed),
+                budgets=await services.budgets.usages(),
+                callback_url=callback_url,
+                now=now,
+            ),
+            states=states,
+            empty=not any(states.values()),
+            ends=ends,
+            by_source=by_source,
+            adopted=sum(hour.adopted for hour in ends),
+            chart=json.dumps(_chart(ends, list(by_source))),
+            callbacks=callbacks,
+            lag=(await overview.lags(db, now=now, hours=hours)).seen,
+            cost=_sum(costs),
+            costs=costs[:TECHNIQUES],
+            other_costs=_sum(costs[TECHNIQUES:]),
+            other_techniques=len(costs[TECHNIQUES:]),
+            counts=counts,
+            overdue=overdue,
+            last_delivery=deliveries[0] if deliveries else None,
+            checked_through=_checked_through(workspaces),
             workspaces=workspaces,
             worker_seen_at=max(
                 (one.sweep.last_started_at for one in workspaces if one.sweep), default=None
             ),
             callback_url=callback_url,
-            has_key=any(one.key != "none" for one in workspaces),
-            span=span,
-            span_name=dict(SPANS)[span],
-            spans=SPANS,
+            has_key=self._has_key,
+            period=period,
+            period_name=period_name,
+            periods=PERIODS,
         )
+
+
+def _states(counts: list[StateCount]) -> dict[str, int]:
+    """The number of runs in each state. "other" is a status that FLORA does not document."""
+
+    def count(tracking: Tracking | None = None, *statuses: RunStatus) -> int:
+        return sum(
+            each.runs
+            for each in counts
+            if tracking in (None, each.tracking) and (not statuses or each.status in statuses)
+        )
+
+    return {
+        "pending": count(Tracking.ACTIVE, RunStatus.PENDING),
+        "running": count(Tracking.ACTIVE, RunStatus.RUNNING),
+        "details": count(Tracking.ACTIVE, RunStatus.COMPLETED, RunStatus.FAILED),
+        "lost": count(Tracking.LOST),
+        "completed": count(None, RunStatus.COMPLETED),
+        "failed": count(None, RunStatus.FAILED),
+        "other": count() - count(None, *RunStatus),
+    }
+
+
+def _by_source(hours: list[HourOfEnds]) -> dict[str, int]:
+    """The ends of all hours, by how they became known."""
+    counted = dict.fromkeys(SOURCES, 0)
+    for hour in hours:
+        for name, count in hour.by_source.items():
+            counted[name] = counted.get(name, 0) + count
+    return counted
+
+
+def _chart(hours: list[HourOfEnds], sources: list[str]) -> dict[str, Any]:
+    """The bars for the page's script: columns of Unix seconds and of counts."""
+    return {
+        "step": 3600,
+        "series": sources,
+        "columns": [
+            [int(hour.hour.timestamp()) for hour in hours],
+            *([hour.by_source.get(name, 0) for hour in hours] for name in sources),
+        ],
+    }
+
+
+def _sum(rows: list[TechniqueCost]) -> TechniqueCost | None:
+    if not rows:
+        return None
+    return TechniqueCost(
+        None,
+        runs=sum(row.runs for row in rows),
+        unpriced=sum(row.unpriced for row in rows),
+        not_final=sum(row.not_final for row in rows),
+        cost=sum((row.cost for row in rows), Decimal(0)),
+        quoted=sum((row.quoted for row in rows), Decimal(0)),
+    )
+
+
+def _checked_through(workspaces: list[WorkspaceHealth]) -> datetime | None:
+    """Up to when the history of every workspace was read; `None` where that is unknown of one."""
+    through = [one.sweep.through if one.sweep else None for one in workspaces]
+    known = [each for each in through if each is not None]
+    return min(known) if known and len(known) == len(through) else None

@@ -1,29 +1,33 @@
-"""Templates become answers here, each with the headers that keep a page to what it is.
+"""Renders templates to answers, with the security headers of a page.
 
-Every value is escaped as it is put in, whichever file the template is. No page has a script or a
-style in itself, so the content policy needs no exception. No page is larger than `PAGE_BYTES`,
-however much text other people put into a run: long values are cut, and then all that is longer than
-a word.
+Every value is escaped. No page contains an inline script or style, so the content security policy
+needs no exception. No page is larger than `PAGE_BYTES`, however long other people's texts are: long
+values are cut.
 """
 
+import json
 from collections.abc import Mapping
-from typing import Any, Final
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final, Literal
 from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from starlette.requests import Request
 from starlette.responses import Response
 
 from tracker import __version__
 from tracker.core.clock import Clock
+from tracker.core.formatting import UNKNOWN, duration, money, number, percent, size
 from tracker.core.tokens import Scope
+from tracker.services import Services
+from tracker.store.text import clean
 from tracker.web.auth import may, session_of
 from tracker.web.dashboard.assets import Assets
-from tracker.web.dashboard.outputs import Gallery
-from tracker.web.dashboard.words import FILTERS
 from tracker.web.http.errors import Fault
 
-PLACES: Final = (
+NAVIGATION: Final = (
     ("/", "Overview"),
     ("/runs", "Runs"),
     ("/deliveries", "Deliveries"),
@@ -33,29 +37,39 @@ PLACES: Final = (
     ("/spending", "Spending"),
     ("/sweeps", "Sweeps"),
 )
-"""What the navigation leads to."""
-FOR_ADMINS: Final = ("/audit", "Audit")
-"""What else it leads to, for who may administer."""
+ADMIN_NAVIGATION: Final = (*NAVIGATION, ("/audit", "Audit"))
 PAGE_BYTES: Final = 2_000_000
-LONGEST: Final = 32 * 1024
+MAX_VALUE: Final = 32 * 1024
 """Characters of one value. Escaping makes five of some."""
-_ALL_LONG: Final = 256 * 1024
-"""Characters of all values of a page that are longer than `_SHORT`."""
-_SHORT: Final = 100
+MAX_LONG_VALUES: Final = 256 * 1024
+"""Characters of all values of a page that are longer than `SHORT_VALUE`."""
+SHORT_VALUE: Final = 100
+MAX_FORMATTED: Final = 16 * 1024
+"""Bytes of JSON that is indented: indentation multiplies it."""
+MAX_DEPTH: Final = 32
+"""Nesting of JSON that is indented."""
+
+
+@dataclass(frozen=True, slots=True)
+class FlashMessage:
+    """The result of an action, shown above the page."""
+
+    kind: Literal["good", "warn", "bad"]
+    text: str
 
 
 class Renderer:
-    """Makes pages."""
+    """Renders pages. `media_origin` may serve images by plain http, besides every https origin."""
 
-    def __init__(self, assets: Assets, gallery: Gallery, *, clock: Clock) -> None:
+    def __init__(self, assets: Assets, *, media_origin: str | None, clock: Clock) -> None:
         self._clock = clock
         self._left = 0
-        """Characters of long values that the page being made may still show."""
+        """Characters of long values that the present page may still show."""
         self._headers = {
-            "Content-Security-Policy": _policy(gallery.plain_origin),
+            "Content-Security-Policy": _content_security_policy(media_origin),
             "Cache-Control": "no-store",
             "Cross-Origin-Opener-Policy": "same-origin",
-            # Nothing to other hosts. (With no-referrer a form of ours would come from "null".)
+            # Nothing to other hosts. (With no-referrer our own forms would come from "null".)
             "Referrer-Policy": "same-origin",
             "X-Frame-Options": "DENY",
         }
@@ -68,7 +82,18 @@ class Renderer:
             lstrip_blocks=True,
         )
         self._environment.globals.update(asset=assets.url, version=__version__, query=query)
-        self._environment.filters.update(FILTERS, segment=lambda text: quote(text, safe=""))
+        self._environment.filters.update(
+            time=time,
+            money=money,
+            number=number,
+            percent=percent,
+            duration=duration,
+            size=size,
+            indented_json=indented_json,
+            indented=indented,
+            raw=lambda body: body.decode(errors="replace"),
+            segment=lambda text: quote(text, safe=""),
+        )
 
     def page(
         self,
@@ -82,7 +107,7 @@ class Renderer:
         """A page as the answer to a request. Raises `Fault` where it would be too large."""
         session = session_of(request.scope)
         may_administer = may(request.scope, Scope.ADMIN)
-        self._left = _ALL_LONG
+        self._left = MAX_LONG_VALUES
         parts = self._environment.get_template(template).generate(
             now=self._clock(),
             path=request.url.path,
@@ -90,14 +115,14 @@ class Renderer:
             signed_in=session.token.name if session else None,
             may_start=may(request.scope, Scope.START),
             may_administer=may_administer,
-            places=(*PLACES, FOR_ADMINS) if may_administer else PLACES,
+            navigation=ADMIN_NAVIGATION if may_administer else NAVIGATION,
             **values,
         )
         content = bytearray()
         for part in parts:
             content += part.encode(errors="replace")
             if len(content) > PAGE_BYTES:
-                raise Fault(500, "page_too_large", "This page is too large to show: use the API.")
+                raise Fault(500, "page_too_large", "This page is too large: use the API instead.")
         return Response(
             bytes(content),
             status_code=status,
@@ -106,30 +131,98 @@ class Renderer:
         )
 
     def _cut(self, value: Any) -> Any:
-        """A value as it is put into a page."""
-        if type(value) is not str or len(value) <= _SHORT:
+        """A value as it is inserted into a page."""
+        if type(value) is not str or len(value) <= SHORT_VALUE:
             return value
-        room = min(LONGEST, max(_SHORT, self._left))
-        self._left -= min(len(value), room)
-        if len(value) <= room:
+        allowed = min(MAX_VALUE, max(SHORT_VALUE, self._left))
+        self._left -= min(len(value), allowed)
+        if len(value) <= allowed:
             return value
-        return f"{value[:room]}… ({len(value):,} characters, cut here)"
+        return f"{value[:allowed]}… ({len(value):,} characters, cut here)"
+
+
+class PageGroup:
+    """Base of the pages about one thing: what they read from, and how they are rendered."""
+
+    def __init__(self, services: Services, renderer: Renderer) -> None:
+        self._services = services
+        self._database = services.database
+        self._render = renderer.page
+
+    @property
+    def _has_key(self) -> bool:
+        return any(one.client is not None for one in self._services.workspaces)
 
 
 def query(path: str, **values: str | None) -> str:
-    """`path` with those of the values that are given as its query."""
+    """`path` with the values that are not empty as its query."""
     pairs = [f"{name}={quote(value, safe='')}" for name, value in values.items() if value]
     return f"{path}?{'&'.join(pairs)}" if pairs else path
 
 
-def _policy(plain_origin: str | None) -> str:
+def page_links(
+    path: str, *, cursor: str | None, next_cursor: str | None, **filters: str | None
+) -> dict[str, Any]:
+    """The links below a list: to the next page, and from any other page to the first."""
+    return {
+        "older": query(path, **filters, cursor=next_cursor) if next_cursor else None,
+        "newest": query(path, **filters) if cursor else None,
+    }
+
+
+def time(at: datetime | None, style: str = "ago") -> Markup:
+    """A `<time>` in UTC, which a script shows in the viewer's time zone.
+
+    `style` is "ago" (how long since, or until), "clock" or "full".
+    """
+    if at is None:
+        return Markup('<span class="unknown">{}</span>').format(UNKNOWN)
+    at = at.astimezone(UTC)
+    return Markup('<time datetime="{}" title="{}" data-style="{}">{}</time>').format(
+        at.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        f"{at:%Y-%m-%d %H:%M:%S}.{at.microsecond // 1000:03d} UTC",
+        style,
+        f"{at:%Y-%m-%d %H:%M:%S} UTC",
+    )
+
+
+def indented_json(body: bytes) -> str | None:
+    """A JSON body, indented; `None` where it is no JSON, too large or nested too deeply."""
+    if len(body) > MAX_FORMATTED:
+        return None
+    try:
+        value = json.loads(body)
+        if _is_deeper(value, MAX_DEPTH):
+            return None
+        return clean(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    except (ValueError, RecursionError):
+        return None
+
+
+def indented(value: Any) -> str:
+    """A value as JSON: indented, or on one line where it is too large or nested too deeply."""
+    line = json.dumps(value, ensure_ascii=False, default=str)
+    if len(line) > MAX_FORMATTED or _is_deeper(value, MAX_DEPTH):
+        return line
+    return json.dumps(value, indent=2, ensure_ascii=False, default=str)
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    """Whether more than `depth` lists and objects are nested."""
+    if not isinstance(value, dict | list):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return depth == 0 or any(_is_deeper(one, depth - 1) for one in inner)
+
+
+def _content_security_policy(media_origin: str | None) -> str:
     """Everything comes from here; media from any https address, or from a local FLORA."""
-    plain = f" {plain_origin}" if plain_origin else ""
+    media = f" {media_origin}" if media_origin else ""
     return "; ".join(
         (
             "default-src 'self'",
-            f"img-src 'self' https: data:{plain}",
-            f"media-src https:{plain}",
+            f"img-src 'self' https: data:{media}",
+            f"media-src https:{media}",
             "object-src 'none'",
             "base-uri 'none'",
             "form-action 'self'",

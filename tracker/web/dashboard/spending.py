@@ -1,7 +1,6 @@
 """`/spending`: how far each budget is used, and what was spent by day, technique and tag."""
 
 import json
-from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -9,50 +8,31 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tracker.core.budget import Period
-from tracker.core.errors import FieldFault
-from tracker.core.formatting import percent
-from tracker.services import Services
-from tracker.store.queries.spending import Spending, Usage, spending, tag_keys
-from tracker.web.dashboard.forms import given
-from tracker.web.dashboard.health import Need
-from tracker.web.dashboard.render import Renderer
-from tracker.web.http.errors import invalid
+from tracker.store.queries.spending import Spending, spending, tag_keys
+from tracker.web.dashboard.forms import query_choice, query_field
+from tracker.web.dashboard.render import PageGroup
 
-SPANS: Final[Mapping[str, int]] = {"7d": 7, "30d": 30, "90d": 90}
+PERIODS: Final = {"7d": 7, "30d": 30, "90d": 90}
 """Days, today included."""
-USUAL: Final = "30d"
+DEFAULT_PERIOD: Final = "30d"
 ROWS: Final = 12
-"""So many techniques, or values of a tag, are shown; the command and the API have all."""
-DAY: Final = timedelta(days=1)
-NEARLY: Final = 0.8
-"""The share of a budget from which its use is pointed out."""
+"""Techniques, or values of a tag, in a table; the command and the API have all."""
 
 
-class SpendingPage:
+class SpendingPage(PageGroup):
     """The page."""
 
-    def __init__(self, services: Services, render: Renderer) -> None:
-        self._services = services
-        self._render = render
-
     def routes(self) -> list[Route]:
-        """Its route."""
         return [Route("/spending", self.show, methods=["GET"])]
 
     async def show(self, request: Request) -> Response:
-        """Budgets, charts and tables."""
-        db = self._services.database
-        span = given(request, "span") or USUAL
-        workspace = given(request, "workspace")
-        if span not in SPANS:
-            raise invalid(FieldFault("span", f"must be one of {', '.join(SPANS)}"))
-        today, _ = Period.DAY.bounds(self._services.clock())
-        if today is None:
-            raise AssertionError("a day has a beginning")
-        since = today - (SPANS[span] - 1) * DAY
+        """Budgets, chart and tables."""
+        db, workspace = self._database, query_field(request, "workspace")
+        period = query_choice(request, "span", PERIODS) or DEFAULT_PERIOD
+        today = self._services.clock().replace(hour=0, minute=0, second=0, microsecond=0)
+        since = today - timedelta(days=PERIODS[period] - 1)
         keys = await tag_keys(db, since=since)
-        key = given(request, "tag")
+        key = query_field(request, "tag")
         if key not in keys:
             key = keys[0] if keys else None
         by_day, total = await spending(db, "day", since=since, workspace_id=workspace)
@@ -60,9 +40,9 @@ class SpendingPage:
         by_tag: list[Spending] = []
         if key is not None:
             by_tag, _ = await spending(db, f"tag:{key}", since=since, workspace_id=workspace)
-        ids = [one.workspace_id for one in self._services.workspaces if one.workspace_id]
-        days = _each_day(by_day, since, today)
-        return self._render.page(
+        ids = {one.workspace_id for one in self._services.workspaces} | {workspace}
+        days = _each_day(by_day, since, PERIODS[period])
+        return self._render(
             request,
             "spending.html",
             usages=await self._services.budgets.usages(),
@@ -75,42 +55,26 @@ class SpendingPage:
             more_tags=len(by_tag) - ROWS,
             key=key,
             keys=keys,
-            span=span,
-            spans=SPANS,
+            period=period,
+            periods=PERIODS,
             workspace=workspace,
-            workspaces=sorted({*ids, *([workspace] if workspace else [])}),
+            workspaces=sorted(one for one in ids if one),
         )
 
 
-def nearly_used(usages: list[Usage]) -> list[Need]:
-    """The budgets that may soon keep runs from being started."""
-    return [
-        Need(
-            kind="warn",
-            what=f"{percent(usage.share)} of the budget {usage.budget.name} are used.",
-            advice="Beyond it nothing is started until it begins anew or is raised.",
-            href="/spending",
-            link="Spending",
-        )
-        for usage in usages
-        if usage.share >= NEARLY
-    ]
-
-
-def _each_day(rows: list[Spending], since: datetime, today: datetime) -> list[Spending]:
-    """Those of the days, each of which is there."""
+def _each_day(rows: list[Spending], since: datetime, count: int) -> list[Spending]:
+    """A row for every day, with zeros where nothing was spent."""
     found = {row.of: row for row in rows}
-    count = (today - since).days + 1
-    days = [since + number * DAY for number in range(count)]
+    days = [since + timedelta(days=number) for number in range(count)]
     return [found.get(day, Spending(of=day)) for day in days]
 
 
 def _chart(days: list[Spending]) -> dict[str, Any]:
-    """The bars, as the page's script takes them: columns of Unix seconds and of USD."""
+    """The bars for the page's script: columns of Unix seconds and of USD."""
     return {
         "step": 86400,
         "money": True,
-        "series": [{"name": name, "colour": name} for name in ("charged", "quoted")],
+        "series": ["charged", "quoted"],
         "columns": [
             [int(row.of.timestamp()) for row in days if isinstance(row.of, datetime)],
             [float(row.charged) for row in days],

@@ -1,5 +1,5 @@
-// The charts: drawn from what the page carries in its data attributes, in the theme's colours.
-// Beside each stands the same as a table, for those who cannot see it.
+// Draws the charts from the page's data attributes, in the theme's colours.
+// The page also shows each as a table, for people who cannot see it.
 const figures = () => document.querySelectorAll("figure.chart[data-chart]");
 const drawn = new Map();
 
@@ -46,9 +46,9 @@ function options(figure, chart, width) {
   const font = `11px ${getComputedStyle(document.body).fontFamily}`;
   const axis = { stroke: ink, grid: { stroke: line, width: 1 }, ticks: { show: false }, font };
   const series = [...chart.series].reverse().map((each) => ({
-    label: each.name,
-    fill: colour(`--${each.colour}`),
-    stroke: colour(`--${each.colour}`),
+    label: each,
+    fill: colour(`--${each}`),
+    stroke: colour(`--${each}`),
     width: 0,
     paths: uPlot.paths.bars({ size: [0.72, 42], radius: 0.12 }),
     points: { show: false },
@@ -71,12 +71,12 @@ function options(figure, chart, width) {
       chart.money ? { ...axis, size: 60, values: (_, ticks) => ticks.map(dollars) } : { ...axis, size: 40, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000] },
     ],
     series: [{}, ...series],
-    hooks: { setCursor: [(plot) => tell(figure, chart, plot.cursor.idx)] },
+    hooks: { setCursor: [(plot) => describe(figure, chart, plot.cursor.idx)] },
   };
 }
 
-// What stands under the pointer, in words.
-function tell(figure, chart, at) {
+// Shows the values under the pointer as text.
+function describe(figure, chart, at) {
   const place = figure.querySelector(".reading");
   if (!place) return;
   if (at == null) {
@@ -88,7 +88,7 @@ function tell(figure, chart, at) {
     ? `${dayOf(chart.columns[0][at])} (UTC)`
     : from.toLocaleString(undefined, { weekday: "short", hour: "2-digit", minute: "2-digit", hourCycle: "h23" });
   const shown = (value) => (chart.money ? dollars(value) : value);
-  const parts = chart.series.map((each, row) => `${each.name} ${shown(chart.columns[row + 1][at] ?? 0)}`);
+  const parts = chart.series.map((each, row) => `${each} ${shown(chart.columns[row + 1][at] ?? 0)}`);
   place.textContent = `${when}: ${parts.join(", ")}`;
 }
 

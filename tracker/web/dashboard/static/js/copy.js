@@ -1,4 +1,4 @@
-// Buttons that copy. They show only where the browser lets them work.
+// Buttons that copy a value, shown only where the browser allows it.
 if (navigator.clipboard) {
   document.documentElement.classList.add("copies");
   document.addEventListener("click", async (event) => {

@@ -1,11 +1,11 @@
-// Keeps the page as things are: the stream says that something changed, and the part of the page
-// that shows it is asked for again. While nobody looks, nothing is asked.
+// Keeps the page up to date: when the stream reports a change, the live part of the page is loaded
+// again. A page in the background loads nothing.
 const live = () => document.getElementById("live");
-const sign = document.getElementById("live-state");
-const WORDS = { on: "live", waiting: "connecting", off: "not live" };
-const SOON = 400; // milliseconds: changes that come together are shown together
-const AT_MOST = { runs: 1500, run: 500, any: 3000, slow: 60000 }; // one refresh in so many milliseconds
-const ANYWAY = 20000; // a refresh even if the stream says nothing: not everything is a run's change
+const indicator = document.getElementById("live-state");
+const LABELS = { on: "live", waiting: "connecting", off: "offline" };
+const DEBOUNCE = 400; // milliseconds: changes that come together are shown together
+const MIN_INTERVAL = { runs: 1500, run: 500, any: 3000, slow: 60000 }; // milliseconds between refreshes
+const MAX_INTERVAL = 20000; // refresh without an event, too: the stream reports changes of runs only
 let stream = null;
 let timer = null;
 let refreshed = Date.now();
@@ -13,18 +13,18 @@ let retry = null;
 let wait = 1000;
 
 function show(state) {
-  if (!sign) return;
-  sign.hidden = false;
-  sign.dataset.state = state;
-  sign.querySelector(".word").textContent = WORDS[state];
+  if (!indicator) return;
+  indicator.hidden = false;
+  indicator.dataset.state = state;
+  indicator.querySelector(".word").textContent = LABELS[state];
 }
 
 function soon() {
   if (timer || document.hidden) return;
   const part = live();
   if (!part) return;
-  const earliest = refreshed + (AT_MOST[part.dataset.live] ?? 3000);
-  timer = setTimeout(refresh, Math.max(SOON, earliest - Date.now()));
+  const earliest = refreshed + (MIN_INTERVAL[part.dataset.live] ?? 3000);
+  timer = setTimeout(refresh, Math.max(DEBOUNCE, earliest - Date.now()));
 }
 
 async function refresh() {
@@ -37,7 +37,7 @@ async function refresh() {
   });
 }
 
-// One run's page hears of that run alone.
+// The page of a run follows that run alone.
 function source() {
   const { live: kind, run } = live().dataset;
   return kind === "run" ? `/api/stream?run_id=${encodeURIComponent(run)}` : "/api/stream";
@@ -51,7 +51,7 @@ function open() {
   stream.onopen = () => {
     wait = 1000;
     show("on");
-    soon(); // what happened before it was open
+    soon(); // changes before it was open
   };
   stream.onerror = () => {
     show("waiting");
@@ -62,7 +62,7 @@ function open() {
     wait = Math.min(2 * wait, 30000);
   };
   stream.addEventListener("run", soon);
-  stream.addEventListener("reset", soon); // something may have been missed
+  stream.addEventListener("reset", soon); // events may be missing
 }
 
 function close() {
@@ -80,5 +80,5 @@ document.addEventListener("visibilitychange", () => {
 });
 addEventListener("pagehide", close);
 addEventListener("pageshow", (event) => { if (event.persisted) { open(); soon(); } });
-setInterval(() => { if (Date.now() - refreshed > ANYWAY) soon(); }, 5000);
+setInterval(() => { if (Date.now() - refreshed > MAX_INTERVAL) soon(); }, 5000);
 open();

@@ -1,4 +1,4 @@
-// What every page has: each module is one idea.
+// The modules of every page.
 import "./toggle.js";
 import "./time.js";
 import "./media.js";

@@ -1,8 +1,8 @@
-// An image or a player whose link does not answer says so, instead of a broken icon.
-const WORDS = {
-  IMG: "The image does not load. FLORA's links do not live for ever.",
-  VIDEO: "The video does not play here: its link has expired, or the browser does not know its form.",
-  AUDIO: "The sound does not play here: its link has expired, or the browser does not know its form.",
+// Explains an image or a player that does not load, instead of a broken icon.
+const EXPLANATIONS = {
+  IMG: "The image does not load. FLORA's links expire.",
+  VIDEO: "The video does not play. Its link has expired, or the browser does not support its format.",
+  AUDIO: "The sound does not play. Its link has expired, or the browser does not support its format.",
 };
 
 function broken(media) {
@@ -10,7 +10,7 @@ function broken(media) {
   if (!frame || frame.nextElementSibling?.classList.contains("gone")) return;
   const note = document.createElement("p");
   note.className = "gone";
-  note.textContent = WORDS[media.tagName];
+  note.textContent = EXPLANATIONS[media.tagName];
   frame.classList.add("broken");
   frame.after(note);
 }
@@ -19,7 +19,7 @@ document.addEventListener("error", (event) => {
   if (event.target instanceof Element && event.target.matches("[data-media]")) broken(event.target);
 }, true);
 
-// What failed before this module was there.
+// Media that failed before this module was loaded.
 document.querySelectorAll("img[data-media]").forEach((image) => {
   if (image.complete && image.naturalWidth === 0 && image.currentSrc) broken(image);
 });

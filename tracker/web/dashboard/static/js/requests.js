@@ -1,19 +1,19 @@
-// What htmx sends and swaps: short addresses, and no error page in the middle of a page.
+// Requests of htmx: no empty query fields, and errors as a message instead of a page within a page.
 document.addEventListener("htmx:config:request", (event) => {
   const { request } = event.detail.ctx;
   if (request.method !== "GET" || !request.body?.entries) return;
   for (const [name, value] of [...request.body.entries()]) if (value === "") request.body.delete(name);
 });
 
-export function say(kind, text) {
-  const place = document.getElementById("said") ?? document.getElementById("main").appendChild(
-    Object.assign(document.createElement("div"), { id: "said" }),
+function flash(kind, text) {
+  const place = document.getElementById("flash") ?? document.getElementById("main").appendChild(
+    Object.assign(document.createElement("div"), { id: "flash" }),
   );
   place.setAttribute("role", "status");
-  const words = document.createElement("p");
-  words.className = `said ${kind}`;
-  words.textContent = text;
-  place.replaceChildren(words);
+  const message = document.createElement("p");
+  message.className = `message ${kind}`;
+  message.textContent = text;
+  place.replaceChildren(message);
 }
 
 const isRefresh = (ctx) => ctx.sourceElement?.id === "live";
@@ -22,12 +22,12 @@ document.addEventListener("htmx:before:swap", (event) => {
   const { ctx } = event.detail;
   if (!ctx.response || ctx.response.status < 400) return;
   event.preventDefault();
-  if (isRefresh(ctx)) return; // the sign at the top says that it is not live
+  if (isRefresh(ctx)) return; // the indicator at the top shows that the page is offline
   const page = new DOMParser().parseFromString(ctx.text, "text/html");
-  say("bad", page.querySelector("main p")?.textContent ?? "That did not work.");
+  flash("bad", page.querySelector("main p")?.textContent ?? "The action failed.");
 });
 
 document.addEventListener("htmx:error", (event) => {
   const ctx = event.detail?.ctx;
-  if (ctx && !isRefresh(ctx)) say("bad", "The tracker does not answer. Is it running?");
+  if (ctx && !isRefresh(ctx)) flash("bad", "The tracker does not answer. Is it running?");
 });

@@ -1,10 +1,10 @@
-// The chosen theme, before anything is painted. Without a choice the system's holds.
+// Sets the chosen theme before the page is painted. Without a choice the system's theme applies.
 (() => {
   let chosen = null;
   try {
     chosen = localStorage.getItem("theme");
   } catch {
-    // Storage may be switched off; then the system's theme holds.
+    // Storage may be disabled; then the system's theme applies.
   }
   if (chosen === "light" || chosen === "dark") document.documentElement.dataset.theme = chosen;
   document.documentElement.classList.add("scripted");

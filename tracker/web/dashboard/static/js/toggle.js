@@ -1,4 +1,4 @@
-// The button between light and dark. Choosing what the system has anyway follows the system again.
+// Switches between light and dark. Choosing the system's theme follows the system again.
 const root = document.documentElement;
 const button = document.getElementById("theme");
 const system = matchMedia("(prefers-color-scheme: dark)");
@@ -13,16 +13,16 @@ function choose(dark) {
     if (follow) localStorage.removeItem("theme");
     else localStorage.setItem("theme", root.dataset.theme);
   } catch {
-    // The choice then holds for this page alone.
+    // Then the choice applies to this page alone.
   }
-  tell();
+  update();
 }
 
-function tell() {
+function update() {
   if (button) {
-    const words = isDark() ? "Switch to light" : "Switch to dark";
-    button.querySelector(".sr").textContent = words;
-    button.title = words;
+    const label = isDark() ? "Switch to light" : "Switch to dark";
+    button.querySelector(".sr").textContent = label;
+    button.title = label;
   }
   document.dispatchEvent(new CustomEvent("theme"));
 }
@@ -31,5 +31,5 @@ if (button) {
   button.hidden = false;
   button.addEventListener("click", () => choose(!isDark()));
 }
-system.addEventListener("change", tell);
-tell();
+system.addEventListener("change", update);
+update();

@@ -1,4 +1,6 @@
-"""`/login` and `/logout`: a browser shows a token once and gets a session for it."""
+"""`/login`, `/logout` and `/audit`: a browser exchanges a token for a session, and who did what."""
+
+from typing import Final
 
 import structlog
 from starlette.requests import Request
@@ -6,32 +8,37 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from tracker.core.tokens import Scope
-from tracker.store.queries.audit import acting
+from tracker.services import Services
+from tracker.store.queries import audit
+from tracker.store.queries.audit import Action, acting
+from tracker.views import audit_facts
 from tracker.web.auth import Access, principal_of, session_of
-from tracker.web.dashboard.forms import check_action, read_form
-from tracker.web.dashboard.render import Renderer, query
+from tracker.web.dashboard.forms import check_csrf, query_choice, query_field, read_form
+from tracker.web.dashboard.render import PageGroup, Renderer, page_links, query
 from tracker.web.http.errors import Fault
 from tracker.web.http.origin import peer_of
+
+PAGE_SIZE: Final = 50
 
 log = structlog.get_logger(__name__)
 
 
-class SignIn:
-    """The two routes. Where no token is set there is nothing to sign in to."""
+class AccessPages(PageGroup):
+    """Sign-in, sign-out and the audit log. Where no token is set nobody needs to sign in."""
 
-    def __init__(self, render: Renderer, access: Access) -> None:
-        self._render = render
+    def __init__(self, services: Services, renderer: Renderer, access: Access) -> None:
+        super().__init__(services, renderer)
         self._access = access
 
     def routes(self) -> list[Route]:
-        """Both routes."""
         return [
             Route("/login", self.login, methods=["GET", "POST"]),
             Route("/logout", self.logout, methods=["POST"]),
+            Route("/audit", self.audit, methods=["GET"]),
         ]
 
     async def login(self, request: Request) -> Response:
-        """`GET` shows the form, `POST` takes the token and leads to where one wanted to go."""
+        """`GET` shows the form, `POST` takes the token and leads to the page that was wanted."""
         wanted = local_path(request.query_params.get("next"))
         sessions = self._access.sessions
         if not self._access.has_tokens:
@@ -41,7 +48,7 @@ class SignIn:
                 return RedirectResponse(wanted, status_code=303)
             return self._form(request, wanted)
         if not sessions.is_own(request.scope):
-            raise Fault(403, "forbidden", "The form was sent by a page of another origin.")
+            raise Fault(403, "forbidden", "A page of another site sent the form.")
         shown = (await read_form(request)).get("token", "").strip()
         try:
             token = self._access.token(request.scope, shown.encode())
@@ -60,8 +67,8 @@ class SignIn:
         return answer
 
     async def logout(self, request: Request) -> Response:
-        """Ends the session, here and for every copy of its cookie."""
-        await check_action(request)
+        """Ends the session, for every copy of its cookie."""
+        await check_csrf(request)
         session = session_of(request.scope)
         answer = RedirectResponse("/login", status_code=303)
         answer.headers["Set-Cookie"] = await self._access.sessions.end(request.scope, session)
@@ -69,19 +76,39 @@ class SignIn:
             log.info("auth.signed_out", token=session.token.name, peer=peer_of(request.scope))
         return answer
 
+    async def audit(self, request: Request) -> Response:
+        """A page of the audit log."""
+        action, cursor = query_choice(request, "action", Action), query_field(request, "cursor")
+        rows, next_cursor = await audit.list_audit(
+            self._database, action=action, cursor=cursor, limit=PAGE_SIZE
+        )
+        return self._render(
+            request,
+            "audit.html",
+            rows=[(row, audit_facts(row.detail)) for row in rows],
+            action=action,
+            actions=list(Action),
+            **page_links("/audit", cursor=cursor, next_cursor=next_cursor, action=action),
+        )
+
     def _form(self, request: Request, wanted: str, *, refusal: Fault | None = None) -> Response:
-        return self._render.page(
+        return self._render(
             request,
             "login.html",
             status=refusal.status if refusal else 200,
             headers=refusal.headers if refusal else None,
-            action=query("/login", next=wanted if wanted != "/" else None),
+            action=login_url(wanted),
             refusal=refusal.message if refusal else None,
         )
 
 
+def login_url(wanted: str) -> str:
+    """The sign-in that leads to `wanted` afterwards."""
+    return query("/login", next=wanted if wanted != "/" else None)
+
+
 def local_path(text: str | None) -> str:
-    """`text` where it is a path of ours to go to, else the overview.
+    """`text` where it is a path of this site, else the overview.
 
     `//host` and `/\\host` are other hosts to a browser, and it drops tabs and line ends first.
     """
