@@ -12,8 +12,9 @@ from tests.web.callbacks import PATH, event, signed
 from tests.web.conftest import Serve, Site
 from tests.web.flora import START, with_flora
 from tracker.core.errors import FieldFault
-from tracker.web.api import responses as shapes
-from tracker.web.api.openapi import OPERATIONS, Operation, document
+from tracker.web.api import responses
+from tracker.web.api.openapi import Operation, document
+from tracker.web.api.routes import OPERATIONS
 from tracker.web.app import build_app
 from tracker.web.http.errors import invalid
 
@@ -53,7 +54,7 @@ async def test_without_a_token_only_this_machine_is_told(small_site: Site) -> No
 
 def _examples(operation: Operation) -> list[tuple[Any, Any]]:
     """The models that the operation names, each with the examples that it gives."""
-    models = [operation.body, *(answer.shape for answer in operation.answers.values())]
+    models = [operation.body, *(answer.model for answer in operation.answers.values())]
     return [
         (model, example)
         for model in models
@@ -82,22 +83,22 @@ async def test_answers_have_the_described_shape(serve: Serve, sqlite_url: str) -
         run = (await site.client.post("/api/runs", json=START)).json()
         body = event(run["run_id"])
         await site.client.post(PATH, content=body, headers=signed(body))
-        for path, shape in (
-            (f"/api/runs/{run['run_id']}", shapes.Run),
-            (f"/api/runs/{run['run_id']}/events", shapes.Timeline),
-            ("/api/runs", shapes.RunPage),
-            ("/api/techniques/icon-pack", shapes.Technique),
-            ("/api/techniques", shapes.TechniquePage),
+        for path, model in (
+            (f"/api/runs/{run['run_id']}", responses.Run),
+            (f"/api/runs/{run['run_id']}/events", responses.Timeline),
+            ("/api/runs", responses.RunPage),
+            ("/api/techniques/icon-pack", responses.Technique),
+            ("/api/techniques", responses.TechniquePage),
         ):
             shown = await site.client.get(path)
-            assert set(shown.json()) == set(shape.model_fields), path
-            shape.model_validate_json(shown.content, strict=True)
+            assert set(shown.json()) == set(model.model_fields), path
+            model.model_validate_json(shown.content, strict=True)
 
 
 def test_errors_have_the_described_shape() -> None:
     """With fields and without."""
-    shapes.Error.model_validate(invalid(FieldFault("a", "b")).body())
-    assert shapes.Error.model_validate(invalid().body()).error.fields == []
+    responses.Error.model_validate(invalid(FieldFault("a", "b")).body())
+    assert responses.Error.model_validate(invalid().body()).error.fields == []
 
 
 async def _schemathesis(site: Site, folder: Path, *options: str) -> str:

@@ -13,8 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from tracker.core.net import CALLBACK_PATH
 from tracker.services import Services
-from tracker.web.api.openapi import Description
-from tracker.web.api.routes import Runs, SpendingReport, StartLog, Techniques
+from tracker.web.api.routes import Api
 from tracker.web.auth import Access, Gate
 from tracker.web.callbacks import Callbacks
 from tracker.web.dashboard.site import Dashboard
@@ -70,12 +69,7 @@ def _private(
         limits,
         [
             *MetricsText(services.metrics).routes(),
-            *Runs(services, limits=limits).routes(),
-            *StartLog(services).routes(),
-            *SpendingReport(services).routes(),
-            *Techniques(services).routes(),
-            *Description(services).routes(),
-            *stream.routes(),
+            *Api(services, stream, limits=limits).routes(),
             *dashboard.routes(),
         ],
         callbacks=callbacks,

@@ -1,10 +1,8 @@
-"""What `/api` answers, as pydantic models: they only describe, and tests hold the answers to them.
-
-The answers themselves are made by `tracker.views`.
-"""
+"""Models of the API's responses. They only describe: `tracker.views` makes the responses, and tests
+compare both."""
 
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -80,99 +78,98 @@ _TECHNIQUE: dict[str, Any] = {
 }
 
 
-class Shape(BaseModel):
-    """Exactly these fields, all of them there."""
+class ResponseModel(BaseModel):
+    """Exactly these fields, all of them present."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Output(Shape):
+class Meta(ResponseModel):
+    """Pagination."""
+
+    next_cursor: str | None = Field(description="`null` on the last page.")
+
+
+class Output(ResponseModel):
     """One output of a run."""
 
-    position: Annotated[int, Field(ge=0)]
+    position: int = Field(ge=0)
     output_id: str
-    type: Annotated[str, Field(description="`imageUrl`, `videoUrl`, `audioUrl`, `text`, …")]
-    url: Annotated[str, Field(description="The link; of a `text` the text itself.")]
+    type: str = Field(description="`imageUrl`, `videoUrl`, `audioUrl`, `text`, …")
+    url: str = Field(description="The link; for `text` the text itself.")
 
 
-class Given(BaseModel):
-    """One input, as the run was started with it."""
+class RunInput(BaseModel):
+    """One input with which the run was started."""
 
     id: str
     type: str
     value: str
 
 
-class Run(Shape):
+class Run(ResponseModel):
     """A tracked run. Times are UTC, costs USD."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [_RUN]})
 
     run_id: str
-    run_type: Annotated[str | None, Field(description="`technique` or `generation`.")]
+    run_type: str | None = Field(description="`technique` or `generation`.")
     workspace_id: str | None
     project_id: str | None
     technique_id: str | None
     technique_name: str | None
     status: Status
-    progress: Annotated[float, Field(ge=0, le=100)]
-    created_at: Annotated[
-        datetime, Field(description="FLORA's; until it is known, when the run was first seen.")
-    ]
+    progress: float = Field(ge=0, le=100)
+    created_at: datetime = Field(
+        description="FLORA's time; until it is known, when the run was first seen."
+    )
     started_at: datetime | None
     completed_at: datetime | None
-    quoted_cost: Annotated[
-        float | None, Field(ge=0, description="What was shown before the end; not a charge.")
-    ]
-    charged_cost: Annotated[
-        float | None,
-        Field(ge=0, description="What FLORA billed, as the latest read of the ended run shows."),
-    ]
-    cost_read_at: Annotated[datetime | None, Field(description="When that read was sent.")]
-    cost_final: Annotated[
-        bool,
-        Field(description="That read came long enough after the end for the bill to be there."),
-    ]
+    quoted_cost: float | None = Field(ge=0, description="Shown before the end; not a charge.")
+    charged_cost: float | None = Field(
+        ge=0, description="Billed by FLORA, according to the latest read of the ended run."
+    )
+    cost_read_at: datetime | None = Field(description="When that read was sent.")
+    cost_final: bool = Field(
+        description="That read came long enough after the end to include the bill."
+    )
     error_code: str | None
     error_message: str | None
-    retry_advice: Annotated[
-        RetryAdvice | None, Field(description="Of a failed run, whether to start it again.")
-    ]
+    retry_advice: RetryAdvice | None = Field(
+        description="For a failed run: whether to start it again."
+    )
     poll_url: str | None
-    source: Annotated[Source, Field(description="How it was first heard of.")]
+    source: Source = Field(description="How the tracker first learnt of it.")
     first_seen_at: datetime
-    callback_at: Annotated[datetime | None, Field(description="The first authentic callback.")]
-    ended_via: Annotated[
-        Literal["start", "callback", "poll", "history"] | None,
-        Field(description="How its end became known first."),
-    ]
-    tracking: Annotated[
-        Tracking,
-        Field(
-            description="`settled` once its end and its details have been read; `lost` where FLORA "
-            "has said for an hour that it does not exist; `active` until then."
-        ),
-    ]
+    callback_at: datetime | None = Field(description="Receipt of the first authentic callback.")
+    ended_via: Literal["start", "callback", "poll", "history"] | None = Field(
+        description="How the tracker first learnt of its end."
+    )
+    tracking: Tracking = Field(
+        description="`settled`: its end and its details have been read. `lost`: FLORA has answered "
+        "for an hour that it does not exist. `active`: everything else."
+    )
     settled_at: datetime | None
-    conflict: Annotated[bool, Field(description="Two sources disagreed about its end.")]
-    inputs: Annotated[
-        list[Given] | None, Field(description="What it was started with, where we started it.")
-    ]
-    tags: Annotated[dict[str, str], Field(description="What it is for, where we started it.")]
-    reserved_at: Annotated[
-        datetime | None, Field(description="When it was reserved in the budgets: its period.")
-    ]
-    reserved_cost: Annotated[
-        float | None, Field(ge=0, description="The price that was reserved for it.")
-    ]
+    conflict: bool = Field(description="Two sources disagree about its end.")
+    inputs: list[RunInput] | None = Field(description="Null unless the tracker started it.")
+    tags: dict[str, str] = Field(description="Empty unless the tracker started it.")
+    reserved_at: datetime | None = Field(description="Start of the reservation in the budgets.")
+    reserved_cost: float | None = Field(ge=0, description="The reserved price.")
     next_check_at: datetime | None
-    checks: Annotated[int, Field(ge=0, description="API reads made for this run alone.")]
+    checks: int = Field(ge=0, description="API reads made for this run alone.")
     last_error: str | None
     outputs: list[Output]
 
 
-class Event(Shape):
-    """What one source saw of a run at one moment."""
+class RunPage(ResponseModel):
+    """A page of runs, newest first."""
+
+    runs: list[Run]
+    meta: Meta
+
+
+class Event(ResponseModel):
+    """One observation of a run."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [_EVENT]})
 
@@ -180,164 +177,143 @@ class Event(Shape):
     at: datetime
     source: Source
     status: Status
-    progress: Annotated[float | None, Field(ge=0, le=100)]
-    detail: Annotated[dict[str, Any], Field(description="All that it saw.")]
+    progress: float | None = Field(ge=0, le=100)
+    detail: dict[str, Any] = Field(description="The whole observation.")
 
 
-class Port(BaseModel):
-    """An input or output of a technique: FLORA's own object, with whatever else is in it."""
-
-    id: Annotated[Any, Field(default=None, examples=["prompt"])]
-    name: Annotated[Any, Field(default=None, examples=["Prompt"])]
-    type: Annotated[Any, Field(default=None, examples=["text"])]
-
-
-class Technique(Shape):
-    """A technique of FLORA's catalogue. Times are UTC, costs USD."""
-
-    model_config = ConfigDict(json_schema_extra={"examples": [_TECHNIQUE]})
-
-    technique_id: str
-    slug: Annotated[str | None, Field(description="The other name under which it was asked for.")]
-    name: str
-    description: str | None
-    run_cost: Annotated[float | None, Field(ge=0, description="For each run.")]
-    inputs: Annotated[
-        list[Port], Field(description="Empty until its definition has been read, by itself.")
-    ]
-    outputs: list[Port]
-    obstacle: Annotated[
-        str | None, Field(description="Why it cannot be started: it needs a sound or a document.")
-    ]
-    synced_at: Annotated[datetime | None, Field(description="When anything was last read of it.")]
-    defined_at: Annotated[datetime | None, Field(description="When its definition was last read.")]
-    gone_at: Annotated[datetime | None, Field(description="Since when FLORA does not list it.")]
-
-
-class Meta(Shape):
-    """Where a list goes on."""
-
-    next_cursor: Annotated[str | None, Field(description="`null` on the last page.")]
-
-
-class RunPage(Shape):
-    """A page of runs, newest first."""
-
-    runs: list[Run]
-    meta: Meta
-
-
-class Timeline(Shape):
+class Timeline(ResponseModel):
     """A run's events, oldest first."""
 
     events: list[Event]
 
 
-class Start(Shape):
-    """What was asked of FLORA under one idempotency key, and what came of it. Times are UTC."""
+class Port(BaseModel):
+    """An input or output of a technique: FLORA's own object, with all of its fields."""
 
-    idempotency_key: str
-    workspace_id: str
+    id: Any = Field(default=None, examples=["prompt"])
+    name: Any = Field(default=None, examples=["Prompt"])
+    type: Any = Field(default=None, examples=["text"])
+
+
+class Technique(ResponseModel):
+    """A technique of FLORA's catalogue. Times are UTC, costs USD."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_TECHNIQUE]})
+
     technique_id: str
-    state: Annotated[
-        Literal["stored", "sent", "in_doubt", "unresolved"],
-        Field(
-            description="`in_doubt`: it may have been started, and is not sent again before that "
-            "is safe. `unresolved`: left to a person."
-        ),
-    ]
-    run_id: str | None
-    created_at: datetime
-    first_sent_at: datetime | None
-    sent_at: Annotated[datetime | None, Field(description="When it was last sent.")]
-    started_by: Annotated[str | None, Field(description="The token's name, or `cli` or `batch`.")]
-    tags: dict[str, str]
-    reserved_at: Annotated[datetime | None, Field(description="In which period it counts.")]
-    reserved_cost: Annotated[float | None, Field(description="What it takes from the budgets.")]
-    inputs: list[dict[str, Any]]
-    error: Annotated[dict[str, Any] | None, Field(description="The last answer that was no run.")]
+    slug: str | None = Field(description="Its other name, accepted in place of the id.")
+    name: str
+    description: str | None
+    run_cost: float | None = Field(ge=0, description="Per run.")
+    inputs: list[Port] = Field(description="Empty until its definition has been read.")
+    outputs: list[Port]
+    obstacle: str | None = Field(
+        description="Why the tracker cannot start it: an input is audio or a document."
+    )
+    synced_at: datetime | None = Field(description="When it was last read, in a list or alone.")
+    defined_at: datetime | None = Field(description="When its definition was last read.")
+    gone_at: datetime | None = Field(description="Since when FLORA does not list it.")
 
 
-class StartPage(Shape):
-    """A page of starts, newest first."""
-
-    starts: list[Start]
-    meta: Meta
-
-
-class Spent(Shape):
-    """What runs cost together, in USD."""
-
-    of: Annotated[
-        str | None,
-        Field(description="The day, the technique or the tag's value; `null` for all other runs."),
-    ]
-    name: Annotated[str | None, Field(description="What the technique is called.")]
-    runs: int
-    charged: Annotated[float, Field(description="What FLORA billed.")]
-    quoted: Annotated[float, Field(description="What the runs without a bill may cost.")]
-    unpriced: Annotated[int, Field(description="Ended runs whose cost is not known.")]
-
-
-class BudgetUsage(Shape):
-    """How far a budget is used in its present period. Amounts are USD, times UTC."""
-
-    budget: Annotated[str, Field(description="Its name.")]
-    usd: Annotated[float, Field(description="The most that may be spent.")]
-    period: Literal["day", "month", "total"]
-    workspace_id: str | None
-    technique_id: str | None
-    tag: str | None
-    since: datetime | None
-    renews_at: Annotated[datetime | None, Field(description="When it begins anew.")]
-    charged: float
-    quoted: float
-    reserved: Annotated[float, Field(description="Of starts that are under way or in doubt.")]
-    used: float
-    left: float
-    used_share: Annotated[float, Field(description="1 for all of it; more is possible.")]
-
-
-class SpendingReport(Shape):
-    """What was spent since a day, by what was asked for, and the budgets."""
-
-    by: str
-    since: Annotated[str, Field(description="The first day, UTC.")]
-    spending: list[Spent]
-    total: Spent
-    budgets: list[BudgetUsage]
-
-
-class TechniquePage(Shape):
+class TechniquePage(ResponseModel):
     """A page of techniques, by name."""
 
     techniques: list[Technique]
     meta: Meta
 
 
-class WrongField(Shape):
-    """One field that is wrong."""
+class Start(ResponseModel):
+    """A start under one idempotency key. Times are UTC."""
+
+    idempotency_key: str
+    workspace_id: str
+    technique_id: str
+    state: Literal["stored", "sent", "in_doubt", "unresolved"] = Field(
+        description="`in_doubt`: FLORA may have started it; it is not sent again before that is "
+        "safe. `unresolved`: a person has to decide."
+    )
+    run_id: str | None
+    created_at: datetime
+    first_sent_at: datetime | None
+    sent_at: datetime | None = Field(description="When it was last sent.")
+    started_by: str | None = Field(description="The token's name, `cli` or `batch`.")
+    tags: dict[str, str]
+    reserved_at: datetime | None = Field(description="Decides in which budget period it counts.")
+    reserved_cost: float | None = Field(description="The amount reserved in the budgets.")
+    inputs: list[dict[str, Any]]
+    error: dict[str, Any] | None = Field(description="The last error answer.")
+
+
+class StartPage(ResponseModel):
+    """A page of starts, newest first."""
+
+    starts: list[Start]
+    meta: Meta
+
+
+class Spent(ResponseModel):
+    """The cost of a group of runs, in USD."""
+
+    of: str | None = Field(
+        description="The day, the technique or the tag's value; `null` for all other runs."
+    )
+    name: str | None = Field(description="The technique's name.")
+    runs: int
+    charged: float = Field(description="Billed by FLORA.")
+    quoted: float = Field(description="Quoted for runs without a bill.")
+    unpriced: int = Field(description="Ended runs whose cost is not known.")
+
+
+class BudgetUsage(ResponseModel):
+    """Usage of a budget in its current period. Amounts are USD, times UTC."""
+
+    budget: str = Field(description="Its name.")
+    usd: float = Field(description="The maximum.")
+    period: Literal["day", "month", "total"]
+    workspace_id: str | None
+    technique_id: str | None
+    tag: str | None
+    since: datetime | None
+    renews_at: datetime | None = Field(description="Start of the next period.")
+    charged: float
+    quoted: float
+    reserved: float = Field(description="For starts under way or in doubt.")
+    used: float
+    left: float
+    used_share: float = Field(description="1 is all of it; bills can exceed it.")
+
+
+class SpendingReport(ResponseModel):
+    """Spending since a day, grouped as requested, and the budgets."""
+
+    by: str
+    since: str = Field(description="The first day, UTC.")
+    spending: list[Spent]
+    total: Spent
+    budgets: list[BudgetUsage]
+
+
+class WrongField(ResponseModel):
+    """One invalid field."""
 
     field: str
     message: str
-    valid_values: Annotated[
-        list[str], Field(description="What the field takes, where FLORA names it.")
-    ] = []
+    valid_values: list[str] = Field([], description="The accepted values, if known.")
 
 
-class ErrorDetail(Shape):
-    """What went wrong. `fields` is there where the fault lies in certain fields."""
+class ErrorDetail(ResponseModel):
+    """An error; `fields` lists the invalid fields."""
 
     code: str
     message: str
     fields: list[WrongField] = []
-    budget: Annotated[str | None, Field(description="Of `budget_exceeded`: which.")] = None
-    left: Annotated[float | None, Field(description="What it has left, in USD.")] = None
-    renews_at: Annotated[datetime | None, Field(description="When it begins anew.")] = None
+    budget: str | None = Field(None, description="For `budget_exceeded`: the budget.")
+    left: float | None = Field(None, description="What is left of it, in USD.")
+    renews_at: datetime | None = Field(None, description="When its next period starts.")
 
 
-class Error(Shape):
-    """An error, in FLORA's own shape."""
+class Error(ResponseModel):
+    """An error, in FLORA's shape."""
 
     model_config = ConfigDict(
         json_schema_extra={

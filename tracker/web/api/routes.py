@@ -1,6 +1,12 @@
-"""`/api/runs`: runs are started, taken over and shown."""
+"""The JSON API under `/api`: its operations, and `/openapi.json`, which describes them.
 
+Nothing is decided here: a request is validated, a service is called, and its result is returned.
+"""
+
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
+from functools import cached_property, partial
+from typing import Any, Final
 
 import structlog
 from starlette.requests import Request
@@ -10,20 +16,28 @@ from starlette.routing import Route
 from tracker.core.errors import FieldFault
 from tracker.services import Services
 from tracker.starting.start import StartRequest
-from tracker.store.queries import runs as read
-from tracker.store.queries import starts, techniques
-from tracker.store.queries.spending import spending
+from tracker.store.queries import runs, spending, starts, techniques
 from tracker.views import event_json, run_json, spending_json, start_json, technique_json
+from tracker.web.api.openapi import OPERATIONS, REPLAYED, Answer, Operation, document
 from tracker.web.api.requests import (
-    ListQuery,
+    RunsQuery,
     SpendingQuery,
     StartBody,
     StartsQuery,
-    TechniqueQuery,
+    TechniquesQuery,
     TrackBody,
-    checked,
-    checked_key,
-    checked_query,
+    validate,
+    validate_key,
+    validate_query,
+)
+from tracker.web.api.responses import (
+    Run,
+    RunPage,
+    SpendingReport,
+    StartPage,
+    Technique,
+    TechniquePage,
+    Timeline,
 )
 from tracker.web.auth import actor_of
 from tracker.web.http.answers import Json
@@ -31,62 +45,118 @@ from tracker.web.http.body import read_json
 from tracker.web.http.errors import Fault, invalid, not_found
 from tracker.web.http.limits import Limits
 from tracker.web.http.origin import peer_of
+from tracker.web.stream.endpoint import Stream, StreamQuery
+
+_BODY_ERRORS: Final = (400, 408, 413)
+_FLORA_ERRORS: Final = (502, 504)
 
 log = structlog.get_logger(__name__)
 
 
-class Runs:
-    """The endpoints."""
+class Api:
+    """The routes of the API."""
 
-    def __init__(self, services: Services, *, limits: Limits) -> None:
+    def __init__(self, services: Services, stream: Stream, *, limits: Limits) -> None:
         self._services = services
+        self._database = services.database
+        self._stream = stream
         self._limits = limits
 
     def routes(self) -> list[Route]:
-        """The routes, in the order in which they are to be tried."""
+        """One route for each path, so that a 405 names all of its methods."""
+        paths: dict[str, dict[str, Operation]] = {}
+        for one in OPERATIONS:
+            paths.setdefault(one.path, {})[one.method] = one
         return [
-            Route("/api/runs", self.collection, methods=["GET", "POST"]),
-            Route("/api/runs/track", self.track, methods=["POST"]),
-            Route("/api/runs/{run_id}", self.show, methods=["GET"]),
-            Route("/api/runs/{run_id}/events", self.events, methods=["GET"]),
+            *(
+                Route(path, partial(self._answer, methods), methods=list(methods))
+                for path, methods in paths.items()
+            ),
+            Route("/openapi.json", self._describe, methods=["GET"]),
         ]
 
-    async def collection(self, request: Request) -> Response:
-        """`GET` lists, `POST` starts: one route, so that a 405 names both."""
-        return await (self.start if request.method == "POST" else self.list)(request)
+    async def _answer(self, methods: Mapping[str, Operation], request: Request) -> Response:
+        one = methods["GET" if request.method == "HEAD" else request.method]
+        arguments: dict[str, Any] = {**request.path_params}
+        if one.query is not None:
+            arguments["query"] = validate_query(one.query, request.query_params)
+        if one.body is not None:
+            body = await read_json(
+                request.scope,
+                request.receive,
+                limit=self._limits.api_bytes,
+                seconds=self._limits.api_read_seconds,
+            )
+            arguments["body"] = validate(one.body, body)
+        return await one.handler(self, request, **arguments)
 
-    async def start(self, request: Request) -> Response:
-        """Starts a run: 201, or 200 where this key has started it already."""
-        body = checked(StartBody, await self._json(request))
-        key = checked_key(request.headers.getlist("idempotency-key"))
+    async def _describe(self, request: Request) -> Response:
+        return Json(self._document)
+
+    @cached_property
+    def _document(self) -> dict[str, Any]:  # takes 25 ms, so not at the start
+        return document(OPERATIONS, with_token=len(self._services.settings.access_tokens) > 0)
+
+    @Operation("GET", "/api/runs", "runs", {200: Answer("A page of runs.", RunPage)}, errors=(400,))
+    async def list_runs(self, request: Request, query: RunsQuery) -> Response:
+        """List runs, newest first."""
+        records, cursor = await runs.list_runs(self._database, **dict(query))
+        return _page("runs", map(run_json, records), cursor)
+
+    @Operation(
+        "POST",
+        "/api/runs",
+        "runs",
+        {
+            201: Answer("The run that was started.", Run),
+            200: Answer("The run that this key had started before.", Run, REPLAYED),
+        },
+        errors=(*_BODY_ERRORS, 402, 404, 409, 422, *_FLORA_ERRORS),
+        takes_key=True,
+    )
+    async def start_run(self, request: Request, body: StartBody) -> Response:
+        """Start a run, once per idempotency key.
+
+        The inputs are checked against the technique's definition before anything is paid for. If
+        FLORA refuses the start, its error is returned unchanged.
+        """
+        key = validate_key(request.headers.getlist("idempotency-key"))
         if key is not None and body.idempotency_key not in (None, key):
             raise invalid(FieldFault("idempotency_key", "differs from the header Idempotency-Key"))
-        asked = StartRequest(
+        token = actor_of(request.scope).name
+        start = StartRequest(
             technique=body.technique,
             inputs=[one.model_dump() for one in body.inputs],
             workspace_id=body.workspace_id,
             idempotency_key=key or body.idempotency_key,
-            started_by=actor_of(request.scope).name,
+            started_by=token,
             tags=body.tags,
         )
-        who = {"token": actor_of(request.scope).name, "peer": peer_of(request.scope)}
+        by = {"token": token, "peer": peer_of(request.scope)}
         # Before anything is sent: whatever becomes of it, the log has who asked for it.
-        log.info("run.start_requested", technique=asked.technique, key=asked.idempotency_key, **who)
-        started = await self._services.starter.start(asked)
+        log.info("run.start_requested", technique=start.technique, key=start.idempotency_key, **by)
+        started = await self._services.starter.start(start)
         run = run_json(started.record)
         if started.replayed:
             return Json(run, headers={"Idempotent-Replayed": "true"})
-        log.info(
-            "run.started",
-            run_id=started.record.run.run_id,
-            technique_id=started.record.run.technique_id,
-            **who,
-        )
+        log.info("run.started", run_id=run["run_id"], technique_id=run["technique_id"], **by)
         return Json(run, status_code=201)
 
-    async def track(self, request: Request) -> Response:
-        """Takes over a run that was started elsewhere: 201, or 200 where it was known."""
-        body = checked(TrackBody, await self._json(request))
+    @Operation(
+        "POST",
+        "/api/runs/track",
+        "runs",
+        {
+            201: Answer("The run, tracked from now on.", Run),
+            200: Answer("The run, which was tracked already.", Run),
+        },
+        errors=_BODY_ERRORS,
+    )
+    async def track_run(self, request: Request, body: TrackBody) -> Response:
+        """Track a run that was started elsewhere.
+
+        What the body says about the run's state is ignored: the run is polled at once.
+        """
         tracked = await self._services.tracker.track(
             body.run_id,
             technique=body.technique_id,
@@ -95,55 +165,113 @@ class Runs:
         )
         return Json(run_json(tracked.record), status_code=200 if tracked.known else 201)
 
-    async def list(self, request: Request) -> Response:
-        """One page of runs, newest first."""
-        query = checked_query(ListQuery, request.query_params)
-        records, next_cursor = await read.list_runs(
-            self._services.database,
-            status=query.status,
-            technique_id=query.technique_id,
-            workspace_id=query.workspace_id,
-            project_id=query.project_id,
-            tag=query.tag,
-            tracking=query.tracking,
-            retry_advice=query.retry_advice,
-            cursor=query.cursor,
-            limit=query.limit,
-        )
-        return Json(
-            {
-                "runs": [run_json(record) for record in records],
-                "meta": {"next_cursor": next_cursor},
-            }
-        )
-
-    async def show(self, request: Request) -> Response:
-        """One run with its outputs."""
-        run_id = request.path_params["run_id"]
-        record = await read.get_run(self._services.database, _possible(run_id))
+    @Operation("GET", "/api/runs/{run_id}", "runs", {200: Answer("The run.", Run)}, errors=(404,))
+    async def show_run(self, request: Request, run_id: str) -> Response:
+        """Show a run with its outputs."""
+        record = await runs.get_run(self._database, _possible(run_id))
         if record is None:
             raise _unknown(run_id)
         return Json(run_json(record))
 
-    async def events(self, request: Request) -> Response:
-        """A run's timeline, oldest first."""
-        run_id = request.path_params["run_id"]
-        events = await read.events(self._services.database, _possible(run_id))
-        if not events and await read.get_run(self._services.database, run_id) is None:
+    @Operation(
+        "GET",
+        "/api/runs/{run_id}/events",
+        "runs",
+        {200: Answer("Its timeline.", Timeline)},
+        errors=(404,),
+    )
+    async def show_events(self, request: Request, run_id: str) -> Response:
+        """Show the timeline of a run, oldest event first."""
+        events = await runs.events(self._database, _possible(run_id))
+        if not events and await runs.get_run(self._database, run_id) is None:
             raise _unknown(run_id)
         return Json({"events": [event_json(event) for event in events]})
 
-    async def _json(self, request: Request) -> object:
-        return await read_json(
-            request.scope,
-            request.receive,
-            limit=self._limits.api_bytes,
-            seconds=self._limits.api_read_seconds,
+    @Operation(
+        "GET", "/api/starts", "starts", {200: Answer("A page of starts.", StartPage)}, errors=(400,)
+    )
+    async def list_starts(self, request: Request, query: StartsQuery) -> Response:
+        """List starts, newest first; by default those whose outcome is not known."""
+        rows, cursor = await starts.list_starts(
+            self._database,
+            states=[query.state] if query.state else None,
+            workspace_id=query.workspace_id,
+            cursor=query.cursor,
+            limit=query.limit,
         )
+        return _page("starts", map(start_json, rows), cursor)
+
+    @Operation(
+        "GET",
+        "/api/spending",
+        "spending",
+        {200: Answer("What the runs cost.", SpendingReport)},
+        errors=(400,),
+    )
+    async def show_spending(self, request: Request, query: SpendingQuery) -> Response:
+        """Show what was spent, and how much of each budget is used."""
+        since = self._services.clock() - timedelta(days=query.days)
+        rows, total = await spending.spending(
+            self._database, query.by, since=since, workspace_id=query.workspace_id
+        )
+        usages = await self._services.budgets.usages()
+        return Json(spending_json(query.by, since, rows, total, usages))
+
+    @Operation(
+        "GET",
+        "/api/techniques",
+        "techniques",
+        {200: Answer("A page of techniques.", TechniquePage)},
+        errors=(400,),
+    )
+    async def list_techniques(self, request: Request, query: TechniquesQuery) -> Response:
+        """Search the catalogue of techniques, sorted by name."""
+        rows, cursor = await techniques.page(self._database, **dict(query))
+        return _page("techniques", map(technique_json, rows), cursor)
+
+    @Operation(
+        "GET",
+        "/api/techniques/{technique}",
+        "techniques",
+        {200: Answer("The technique.", Technique)},
+        errors=(404, *_FLORA_ERRORS),
+    )
+    async def show_technique(self, request: Request, technique: str) -> Response:
+        """Show a technique with its inputs and outputs.
+
+        The definition is fetched from FLORA if it is not known or older than an hour.
+        """
+        row = await self._services.catalogue.find(technique)
+        if row is None:
+            raise not_found(f"No technique {technique[:255]} is known here or to FLORA.")
+        return Json(technique_json(row))
+
+    @Operation(
+        "GET",
+        "/api/stream",
+        "runs",
+        {
+            200: Answer(
+                "Events, for as long as the connection lasts.", content_type="text/event-stream"
+            )
+        },
+        errors=(400,),
+    )
+    async def follow_runs(self, request: Request, query: StreamQuery) -> Response:
+        """Follow changes of runs as they happen.
+
+        Server-sent events, one for each change of a run. The header `Last-Event-ID` resumes a
+        stream after an interruption.
+        """
+        return await self._stream.follow(request, query)
+
+
+def _page(name: str, items: Iterable[dict[str, Any]], next_cursor: str | None) -> Response:
+    return Json({name: list(items), "meta": {"next_cursor": next_cursor}})
 
 
 def _possible(run_id: str) -> str:
-    """`run_id`, where a run could have it: no database is asked for one with a NUL in it."""
+    """`run_id`; PostgreSQL cannot be queried for a text with a NUL."""
     if "\0" in run_id or len(run_id) > 255:
         raise _unknown(run_id)
     return run_id
@@ -151,97 +279,3 @@ def _possible(run_id: str) -> str:
 
 def _unknown(run_id: str) -> Fault:
     return not_found(f"No run {run_id[:255]} is tracked here.")
-
-
-# `/api/starts`: what was asked of FLORA, and what came of it.
-
-
-class StartLog:
-    """The endpoint."""
-
-    def __init__(self, services: Services) -> None:
-        self._services = services
-
-    def routes(self) -> list[Route]:
-        """The one route."""
-        return [Route("/api/starts", self.list, methods=["GET"])]
-
-    async def list(self, request: Request) -> Response:
-        """One page of starts, newest first; without a state those whose outcome is not known."""
-        query = checked_query(StartsQuery, request.query_params)
-        rows, next_cursor = await starts.list_starts(
-            self._services.database,
-            states=[query.state] if query.state else None,
-            workspace_id=query.workspace_id,
-            cursor=query.cursor,
-            limit=query.limit,
-        )
-        return Json(
-            {"starts": [start_json(row) for row in rows], "meta": {"next_cursor": next_cursor}}
-        )
-
-
-# `/api/spending`: what was spent, and how far each budget is used.
-
-
-class SpendingReport:
-    """The endpoint."""
-
-    def __init__(self, services: Services) -> None:
-        self._services = services
-
-    def routes(self) -> list[Route]:
-        """The one route."""
-        return [Route("/api/spending", self.show, methods=["GET"])]
-
-    async def show(self, request: Request) -> Response:
-        """What the runs of the last days cost, the budgets beside it."""
-        query = checked_query(SpendingQuery, request.query_params)
-        since = self._services.clock() - timedelta(days=query.days)
-        rows, total = await spending(
-            self._services.database, query.by, since=since, workspace_id=query.workspace_id
-        )
-        usages = await self._services.budgets.usages()
-        return Json(spending_json(query.by, since, rows, total, usages))
-
-
-# `/api/techniques`: FLORA's catalogue, as it is known here.
-
-
-class Techniques:
-    """The endpoints."""
-
-    def __init__(self, services: Services) -> None:
-        self._services = services
-
-    def routes(self) -> list[Route]:
-        """The routes, in the order in which they are to be tried."""
-        return [
-            Route("/api/techniques", self.list, methods=["GET"]),
-            Route("/api/techniques/{technique}", self.show, methods=["GET"]),
-        ]
-
-    async def list(self, request: Request) -> Response:
-        """One page of the techniques that are known, by name."""
-        query = checked_query(TechniqueQuery, request.query_params)
-        rows, next_cursor = await techniques.page(
-            self._services.database,
-            query=query.query,
-            gone=query.gone,
-            cursor=query.cursor,
-            limit=query.limit,
-        )
-        return Json(
-            {
-                "techniques": [technique_json(row) for row in rows],
-                "meta": {"next_cursor": next_cursor},
-            }
-        )
-
-    async def show(self, request: Request) -> Response:
-        """One technique with its inputs and outputs; FLORA is asked where they are not known."""
-        technique = request.path_params["technique"]
-        row = await self._services.catalogue.find(technique)
-        if row is None:
-            raise not_found(f"No technique {technique[:255]} is known here or to FLORA.")
-        return Json(technique_json(row))

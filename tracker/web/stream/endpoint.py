@@ -2,18 +2,17 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import structlog
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
-from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from tracker.core.errors import StoreError
 from tracker.services import Services
-from tracker.web.api.requests import Filter, checked, checked_query
+from tracker.web.api.requests import Filter, none_if_empty, validate
 from tracker.web.auth import Access, Actor, actor_of
 from tracker.web.http.limits import Limits
 from tracker.web.stream.broadcaster import Broadcaster
@@ -25,10 +24,6 @@ STOP_SECONDS: Final = 1.0
 """How long a client that does not read is waited for when the process stops."""
 
 log = structlog.get_logger(__name__)
-
-
-def _none_if_empty(value: Any) -> Any:
-    return value or None
 
 
 class StreamQuery(BaseModel):
@@ -48,7 +43,7 @@ class StreamQuery(BaseModel):
             description="The id of the last event received; also as the header `Last-Event-ID`, "
             "which browsers send by themselves.",
         ),
-        BeforeValidator(_none_if_empty),
+        BeforeValidator(none_if_empty),
     ] = None
 
 
@@ -109,21 +104,16 @@ class Stream:
             poll_seconds=limits.stream_poll_seconds,
         )
 
-    def routes(self) -> list[Route]:
-        """The one route."""
-        return [Route("/api/stream", self.follow, methods=["GET"])]
-
     def stop(self) -> None:
         """End all streams: the process stops, and they would not end by themselves."""
         self._broadcaster.close()
         self._stopping.set()
 
-    async def follow(self, request: Request) -> Response:
+    async def follow(self, request: Request, query: StreamQuery) -> Response:
         """Server-sent events, one for each change of a matching run."""
-        query = checked_query(StreamQuery, request.query_params)
         last = query.last_event_id
         if (header := request.headers.get("last-event-id")) is not None:
-            last = checked(StreamQuery, {"last_event_id": header}).last_event_id
+            last = validate(StreamQuery, {"last_event_id": header}).last_event_id
         reader = await self._broadcaster.subscribe(
             RunFilter(**query.model_dump(exclude={"last_event_id"}))
         )
