@@ -1,7 +1,7 @@
-"""What a run looks like from outside: the public columns as flat JSON values.
+"""JSON views of rows, shared by the API and the command line.
 
-The API and the command line show the same. Times are ISO 8601 in UTC with `Z`, always to the
-microsecond, so that they sort as text; cost is a JSON number, in USD.
+Times are ISO 8601 in UTC with `Z`, to the microsecond, so that they sort as text. Costs are numbers
+in USD.
 """
 
 import base64
@@ -56,7 +56,7 @@ def time_json(at: datetime) -> str:
 
 
 def run_json(record: Record) -> dict[str, Any]:
-    """A tracked run: the columns of the table `runs`, and `outputs`."""
+    """A run: the columns of the table `runs`, and `outputs`."""
     run = record.run
     return {
         "run_id": run.run_id,
@@ -97,7 +97,7 @@ def run_json(record: Record) -> dict[str, Any]:
 
 
 def event_json(event: EventLike) -> dict[str, Any]:
-    """One line of a run's timeline: the columns of the table `run_events`."""
+    """An event: the columns of the table `run_events`."""
     return {
         "run_id": event.run_id,
         "at": time_json(event.at),
@@ -109,10 +109,9 @@ def event_json(event: EventLike) -> dict[str, Any]:
 
 
 def delivery_json(row: DeliveryRow) -> dict[str, Any]:
-    """A callback as it is kept: the columns of the table `deliveries`.
+    """A delivery: the columns of the table `deliveries`.
 
-    `body` is there where it was read: as text, or in base64 as `body_base64` where it is none.
-    `body_removed_at` tells that retention has removed it.
+    `body` is included if it was read, as text, or as `body_base64` if it is not UTF-8.
     """
     shown: dict[str, Any] = {
         "delivery_id": row.delivery_id,
@@ -138,7 +137,7 @@ def delivery_json(row: DeliveryRow) -> dict[str, Any]:
 
 
 def usage_json(usage: Usage) -> dict[str, Any]:
-    """How far a budget is used; amounts are USD."""
+    """The use of a budget, in USD."""
     budget = usage.budget
     scope = {"workspace_id": None, "technique_id": None, "tag": None} | budget.scope
     parts = ("charged", "quoted", "reserved", "used", "left")
@@ -161,7 +160,7 @@ def spending_json(
     total: Spending,
     usages: Iterable[Usage],
 ) -> dict[str, Any]:
-    """What was spent, by day, technique or tag, and the budgets; amounts are USD."""
+    """Spending by day, technique or tag, and the budgets, in USD."""
 
     def row_json(row: Spending) -> dict[str, Any]:
         return {
@@ -183,10 +182,7 @@ def spending_json(
 
 
 def start_json(row: StartRow) -> dict[str, Any]:
-    """A start as it is kept, without its callback address, which is a secret.
-
-    `error` is the last answer that was no run, where there was one.
-    """
+    """A start, without its callback address, which is a secret."""
     return {
         "idempotency_key": row.idempotency_key,
         "workspace_id": row.workspace_slot,
@@ -220,7 +216,7 @@ def audit_json(row: AuditRow) -> dict[str, Any]:
 
 
 def audit_facts(detail: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What an entry's detail says, in words and values for a person."""
+    """The detail of an entry as labels and values for people."""
 
     def text(value: Any) -> str:
         if isinstance(value, Mapping):
@@ -277,7 +273,7 @@ def technique_json(row: TechniqueRow) -> dict[str, Any]:
 
 
 def number_json(value: float | Decimal | None) -> float | int | None:
-    """A number as JSON shows it best: whole ones without a fraction."""
+    """A JSON number; whole numbers without a fraction."""
     if value is None:
         return None
     number = float(value)

@@ -34,16 +34,16 @@ COMMITS: Final = (
     # The ledger of starts.
     *("starts.reserve", "starts.take", "starts.mark"),
     *("starts.prolong", "starts.give_back"),
-    *("workspace_keys.keep", "workspace_keys.give_ids"),
+    *("workspaces.keep_id", "workspaces.give_ids"),
     # Who works at what, and until when nobody asks FLORA.
     *("claims.claim_due", "claims.renew", "claims.release"),
-    *("claims.take_lease", "claims.drop_lease", "claims.bring_near", "waits.keep"),
-    *("sweeps.begin", "coverage.add", "sweeps.finish", "tallies.fold"),
+    *("claims.take_lease", "claims.drop_lease", "claims.bring_near", "workspaces.keep_wait"),
+    *("sweeps.begin", "sweeps.add", "sweeps.finish", "rollups.fold"),
     *("batches.keep", "batches.finish"),
     *("techniques.define", "techniques.doubt", "techniques.add_listed", "techniques.mark_gone"),
 )
 SELDOM: Final = (
-    "coverage.forget_after",
+    "sweeps.forget_after",
     "delivery_rows.quarantine",
     "replay.requeue",
     "inbox: notify",

@@ -24,7 +24,7 @@ POINTS: tuple[tuple[Role, Point], ...] = (
     ("receiver", Point(when="before", name="inbox: apply")),
     # Runs that are claimed; a page that is stored and not covered.
     ("serve", Point(when="after", name="claims.claim_due")),
-    ("worker", Point(when="before", name="coverage.add")),
+    ("worker", Point(when="before", name="sweeps.add")),
 )
 
 

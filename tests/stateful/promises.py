@@ -16,7 +16,7 @@ from tracker.core.record import Record
 from tracker.core.rollup import Key
 from tracker.core.run import Run, Standing, Tracking
 from tracker.store.engine import Database
-from tracker.store.queries.overview import TALLIES
+from tracker.store.queries.overview import ROLLUPS
 from tracker.store.rows import RUN_COLUMNS, read_records
 from tracker.store.schema import deliveries, run_events, runs, starts
 
@@ -59,8 +59,8 @@ class Snapshot:
 
 async def snapshot(db: Database) -> Snapshot:
     """All of it, in one transaction."""
-    key = [TALLIES.c[name] for name in Key._fields]
-    sums = [func.sum(TALLIES.c.runs), func.sum(TALLIES.c.amount)]
+    key = [ROLLUPS.c[name] for name in Key._fields]
+    sums = [func.sum(ROLLUPS.c.runs), func.sum(ROLLUPS.c.amount)]
     async with db.read() as connection:
         records = await read_records(
             connection,

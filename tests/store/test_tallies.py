@@ -36,7 +36,7 @@ from tracker.core.rollup import ALWAYS, Key, facts
 from tracker.core.run import RunStatus, Tracking
 from tracker.store import migrate
 from tracker.store.engine import Database, migration_engine
-from tracker.store.queries.overview import TALLIES
+from tracker.store.queries.overview import ROLLUPS
 from tracker.store.rows import RUN_COLUMNS, read_records
 from tracker.store.schema import deliveries, run_tallies, run_tally_changes, runs
 from tracker.store.url import DatabaseUrl
@@ -57,10 +57,10 @@ RESERVED: dict[str, Any] = {
 
 async def tallied(db: Database) -> Counts:
     """What a reader sees."""
-    key = [TALLIES.c[name] for name in Key._fields]
+    key = [ROLLUPS.c[name] for name in Key._fields]
     statement = (
-        select(*key, func.sum(TALLIES.c.runs), func.sum(TALLIES.c.amount))
-        .where(TALLIES.c.measure != PRUNED)
+        select(*key, func.sum(ROLLUPS.c.runs), func.sum(ROLLUPS.c.amount))
+        .where(ROLLUPS.c.measure != PRUNED)
         .group_by(*key)
     )
     async with db.read() as connection:

@@ -9,7 +9,7 @@ import pytest
 from tests.store.making import NOW
 from tracker.core.errors import InvalidRequest
 from tracker.store.engine import Database
-from tracker.store.queries import cursors, techniques
+from tracker.store.queries import paging, techniques
 from tracker.store.queries.techniques import TechniqueRow
 
 LATER = NOW + timedelta(hours=1)
@@ -170,8 +170,8 @@ async def test_a_foreign_cursor_is_refused(db: Database) -> None:
 
 async def test_a_cursor_carries_any_name(db: Database) -> None:
     """Other people's names come through a cursor whole, and NUL in one is no error."""
-    assert cursors.decode(cursors.encode("a/b?\N{GRINNING FACE}", "x")) == (
+    assert paging.decode(paging.encode("a/b?\N{GRINNING FACE}", "x")) == (
         "a/b?\N{GRINNING FACE}",
         "x",
     )
-    assert await techniques.page(db, cursor=cursors.encode("\0", "\0")) == ([], None)
+    assert await techniques.page(db, cursor=paging.encode("\0", "\0")) == ([], None)

@@ -4,17 +4,17 @@ from datetime import timedelta
 
 from tests.store.making import NOW
 from tracker.store.engine import Database
-from tracker.store.queries import waits
+from tracker.store.queries import workspaces
 
 SECOND = timedelta(seconds=1)
 
 
 async def test_the_latest_wait_holds(db: Database, other_db: Database) -> None:
     """Of all waits of a workspace the one that ends last holds, for everybody, whoever was told."""
-    assert await waits.until(db, "default") is None
-    await waits.keep(db, "default", NOW + 20 * SECOND, told="one")
-    await waits.keep(other_db, "default", NOW + 5 * SECOND, told="other")
-    assert await waits.until(other_db, "default") == NOW + 20 * SECOND
-    await waits.keep(other_db, "default", NOW + 30 * SECOND, told="other")
-    assert await waits.until(db, "default") == NOW + 30 * SECOND
-    assert await waits.until(db, "ws_2") is None
+    assert await workspaces.waits_until(db, "default") is None
+    await workspaces.keep_wait(db, "default", NOW + 20 * SECOND, told="one")
+    await workspaces.keep_wait(other_db, "default", NOW + 5 * SECOND, told="other")
+    assert await workspaces.waits_until(other_db, "default") == NOW + 20 * SECOND
+    await workspaces.keep_wait(other_db, "default", NOW + 30 * SECOND, told="other")
+    assert await workspaces.waits_until(db, "default") == NOW + 30 * SECOND
+    assert await workspaces.waits_until(db, "ws_2") is None

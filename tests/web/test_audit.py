@@ -232,7 +232,7 @@ async def test_a_resolution_is_noted_with_its_outcome(serve: Serve, database_url
 async def test_the_log_is_read_page_by_page(database_url: str) -> None:
     """Newest first, each entry once; a cursor from elsewhere is refused."""
     from tracker.core.errors import InvalidRequest
-    from tracker.store.queries import cursors
+    from tracker.store.queries import paging
 
     now = utc_now()
     async with await Database.open(database_url) as db:
@@ -250,7 +250,7 @@ async def test_the_log_is_read_page_by_page(database_url: str) -> None:
         assert len((await audit.list_audit(db, since=now + timedelta(seconds=2), limit=9))[0]) == 3
         for last in ("x", str(2**70)):
             with pytest.raises(InvalidRequest):
-                await audit.list_audit(db, cursor=cursors.at(now, last), limit=3)
+                await audit.list_audit(db, cursor=paging.at(now, last), limit=3)
 
 
 async def test_the_page_is_for_administrators(serve: Serve, sqlite_url: str) -> None:

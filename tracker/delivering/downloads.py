@@ -223,7 +223,7 @@ class Downloader:
         """
         changed = asyncio.Event()
         with self._signals.subscribed(lambda _: changed.set()):
-            reached = await changes.last_number(self._database)
+            reached = await changes.newest(self._database)
             cursor: str | None = None
             while True:
                 page, cursor = await runs.list_runs(

@@ -20,7 +20,7 @@ from tracker.core.run import Run, Tracking
 from tracker.polling.poll import Poller
 from tracker.polling.workspaces import Workspaces
 from tracker.store.engine import Database
-from tracker.store.queries import changes as news
+from tracker.store.queries import changes
 from tracker.store.queries import runs as read
 from tracker.store.signals import Signals
 
@@ -121,7 +121,7 @@ class Follower:
         sources: dict[str, Source] = {}
         for start in range(0, len(records), AT_A_TIME):
             some = [one.run.run_id for one in records[start : start + AT_A_TIME]]
-            sources |= await news.last_sources(self._database, some)
+            sources |= await changes.last_sources(self._database, some)
         return [Sight(one, sources.get(one.run.run_id, one.source)) for one in records]
 
     def _overdue(self, watch: "_Watch") -> list[Record]:

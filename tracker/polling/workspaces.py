@@ -27,8 +27,7 @@ from tracker.core.errors import (
 from tracker.flora.caller import LONGEST_WAIT
 from tracker.flora.client import FloraClient
 from tracker.store.engine import Database
-from tracker.store.queries import waits
-from tracker.store.queries import workspaces as workspace_keys
+from tracker.store.queries import workspaces as stored
 
 
 @dataclass(slots=True, kw_only=True)
@@ -220,7 +219,7 @@ class WorkspaceIds:
         if known is not None and (known.client, known.fingerprint) == (client, fingerprint):
             return known.workspace_id
         async with self._asking:
-            workspace_id = await workspace_keys.workspace_of(self._database, fingerprint)
+            workspace_id = await stored.workspace_of(self._database, fingerprint)
             if workspace_id is None:
                 workspace_id = await self._learn(
                     workspace, client, fingerprint, min(deadline, ASK_SECONDS)
@@ -228,7 +227,7 @@ class WorkspaceIds:
             self._check(workspace, workspace_id)
             workspace.belongs_to(workspace_id)
             if workspace.is_top:
-                await workspace_keys.give_ids(self._database, workspace_id)
+                await stored.give_ids(self._database, workspace_id)
             self._known[workspace.slot] = _Known(client, fingerprint, workspace_id)
         return workspace_id
 
@@ -244,10 +243,10 @@ class WorkspaceIds:
                     "set FLORA_WORKSPACE_ID"
                 )
             return workspace.configured_id  # not kept: FLORA may tell next time
-        before = await workspace_keys.last_at(self._database, workspace.slot)
+        before = await stored.last_at(self._database, workspace.slot)
         if before not in (None, told):
             log.warning("workspace.changed", workspace_id=told, before=before)
-        await workspace_keys.keep(
+        await stored.keep_id(
             self._database, fingerprint, told, place=workspace.slot, at=self._clock()
         )
         return told
@@ -310,7 +309,7 @@ class DatabaseWaits:
         until = None
         with suppress(StoreError, TimeoutError):
             async with asyncio.timeout(WITHIN):
-                until = await waits.until(self._database, self._slot)
+                until = await stored.waits_until(self._database, self._slot)
         if until is None:
             return 0.0
         left = (until - self._clock()).total_seconds()
@@ -322,4 +321,4 @@ class DatabaseWaits:
         until = self._clock() + timedelta(seconds=seconds)
         with suppress(StoreError, TimeoutError):
             async with asyncio.timeout(WITHIN):
-                await waits.keep(self._database, self._slot, until, told=self._process)
+                await stored.keep_wait(self._database, self._slot, until, told=self._process)

@@ -5,7 +5,7 @@ from tracker.core.clock import Clock
 from tracker.polling.workspaces import Workspaces
 from tracker.store.engine import Database
 from tracker.store.queries import spending
-from tracker.store.queries import workspaces as workspace_keys
+from tracker.store.queries import workspaces as stored
 from tracker.store.queries.spending import Usage
 
 
@@ -25,6 +25,6 @@ class BudgetReader:
         ids = {one.workspace_id for one in self._workspaces}
         if None in ids and self._budgets.of_each_workspace:
             # An id that this process has not learnt yet may be known from another.
-            ids |= set(await workspace_keys.all_ids(self._database))
+            ids |= set(await stored.all_ids(self._database))
         known = self._budgets.known(sorted(each for each in ids if each is not None))
         return await spending.usages(self._database, known, now=self._clock())

@@ -23,7 +23,6 @@ from sqlalchemy import (
     true,
     update,
 )
-from sqlalchemy.dialects import postgresql, sqlite
 
 from tracker.core.record import LOST_READ_EVERY, Record
 from tracker.core.run import Standing, Tracking
@@ -197,8 +196,7 @@ async def take_lease(
     longer was taken before the clock was set back, and has run out.
     """
     beyond = now + (longest or duration) + timedelta(seconds=5)  # clocks of two processes differ
-    insert: Any = postgresql.insert if db.dialect == "postgresql" else sqlite.insert
-    wanted = insert(leases).values(name=name, holder=holder, until=now + duration)
+    wanted = db.insert(leases).values(name=name, holder=holder, until=now + duration)
     statement = wanted.on_conflict_do_update(
         index_elements=[leases.c.name],
         set_={"holder": wanted.excluded.holder, "until": wanted.excluded.until},

@@ -12,9 +12,10 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
+from importlib import import_module
 from typing import Any, Final, Self, TypeVar
 
-from sqlalchemy import Connection, Engine, event, select
+from sqlalchemy import Connection, Engine, Table, event, select
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
@@ -42,6 +43,11 @@ takes two seconds more to let go of a connection on which the server says nothin
 PING_SECONDS: Final = 3.0
 ATTEMPTS: Final = 6
 """How often a transaction that lost a race is done before it counts as unavailable."""
+
+
+def insert_on(dialect: str) -> Any:
+    """The `insert` of a dialect, which has `on_conflict_do_...`. Loads that dialect alone."""
+    return import_module(f"sqlalchemy.dialects.{dialect}").insert
 
 
 class Database:
@@ -83,6 +89,10 @@ class Database:
     def engines(self) -> list[Engine]:
         """All engines that send statements, for whoever watches them."""
         return [self.engine.sync_engine, self._writer.engine]
+
+    def insert(self, table: Table) -> Any:
+        """An `INSERT` into `table` of this dialect, which has `on_conflict_do_...`."""
+        return insert_on(self.dialect)(table)
 
     async def close(self) -> None:
         """Let what is being written finish, and close all connections; no other is made."""

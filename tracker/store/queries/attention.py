@@ -1,7 +1,7 @@
-"""What a metric wants to know of the database: a few numbers, the same whichever process asks.
+"""Database gauges for metrics and health checks, and what needs attention: overdue reads, sweeps.
 
-Each comes from the tallies or from a short index, of which `BOUND` rows at most are looked at: a
-scrape costs the same with a million runs as with ten, and however much has piled up.
+Each number comes from the rollups or from at most `BOUND` rows of a short index, so that a scrape
+costs the same with ten runs as with a million. Times are UTC.
 """
 
 from dataclasses import dataclass
@@ -10,12 +10,10 @@ from decimal import Decimal
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
-    BigInteger,
     ScalarSelect,
     Select,
     Table,
     and_,
-    cast,
     column,
     func,
     select,
@@ -27,18 +25,13 @@ from tracker.core.record import TRIAL, Record
 from tracker.core.rollup import CALLBACK, COST, FAILURE, OPEN, QUOTE, STATE, UNPRICED, dollars
 from tracker.core.run import Standing, Tracking
 from tracker.store.engine import Database
-from tracker.store.queries.overview import TALLIES
+from tracker.store.queries.overview import rollups
 from tracker.store.queries.starts import StartState, is_in
 from tracker.store.rows import RUN_COLUMNS, read_records
 from tracker.store.schema import CleanText, UtcDateTime, deliveries, leases, runs, starts, word
 
-# What wants somebody's eye: reads that are overdue, and where the sweeps of each workspace stand.
-#
-# Times are UTC.
-
-
 LATE_AFTER: Final = timedelta(seconds=60)
-"""How long a read may be due before somebody should know of it."""
+"""How long a read may be due before it counts as overdue."""
 
 SWEEPS: Final = table(
     "v_sweeps",
@@ -56,12 +49,12 @@ SWEEPS: Final = table(
 
 
 class SweepHealth(NamedTuple):
-    """Where the sweeps of one workspace stand.
+    """The state of one workspace's sweeps.
 
-    `complete_at` is the end of the last complete one, `through` and `generations_through` the
-    moments, by FLORA's clock, through which its history is verified; `last_error` is why the last
-    one failed, `None` where it did not (or has not ended: then `last_finished_at` is `None`), and
-    `generations_error` why it could not read generations.
+    `complete_at` is the end of the last complete sweep. History is checked up to `through` and
+    `generations_through`, by FLORA's clock. `last_error` is why the last sweep failed, if it did;
+    `last_finished_at` is `None` while it runs; `generations_error` is why generations could not be
+    read.
     """
 
     workspace_id: str | None
@@ -78,9 +71,9 @@ class SweepHealth(NamedTuple):
 async def overdue(
     db: Database, *, now: datetime, after: timedelta = LATE_AFTER, limit: int = 20
 ) -> list[Record]:
-    """The runs whose next read has been due for longer than `after`, the longest first.
+    """Runs whose next read has been due for longer than `after`, longest first, without outputs.
 
-    There are none where a worker keeps up. They come without their outputs.
+    There are none while a worker keeps up.
     """
     statement = (
         select(*RUN_COLUMNS)
@@ -94,7 +87,7 @@ async def overdue(
 
 
 async def conflicts(db: Database, *, among: int = 10_000, limit: int = 100) -> list[str]:
-    """Of the newest `among` runs those about whose end two sources disagreed, newest first."""
+    """The runs with a conflict among the newest `among`, newest first."""
     newest = (
         select(runs.c.run_id, runs.c.conflict)
         .order_by(runs.c.created_at.desc(), runs.c.run_id.desc())
@@ -109,7 +102,7 @@ async def conflicts(db: Database, *, among: int = 10_000, limit: int = 100) -> l
 
 
 async def sweep_health(db: Database) -> list[SweepHealth]:
-    """Where the sweeps of each workspace stand; one that was never swept is left out."""
+    """The state of sweeps by workspace; without workspaces that were never swept."""
     names = (
         *("workspace_id", "last_started_at", "last_finished_at", "last_error"),
         *("complete_started_at", "complete_finished_at", "through", "generations_through"),
@@ -122,32 +115,31 @@ async def sweep_health(db: Database) -> list[SweepHealth]:
 
 
 async def sweeping(db: Database, *, now: datetime) -> bool:
-    """Whether some process is sweeping a history at this moment."""
+    """Whether any process is sweeping a history now."""
     held = leases.c.name.startswith("sweep:") & (leases.c.until > now)
     async with db.read() as connection:
         return (await connection.execute(select(leases.c.name).where(held))).first() is not None
 
 
 BOUND: Final = 10_000
-"""No count goes beyond this: of so many, more would tell nobody more."""
+"""Counts stop here."""
 BILL_DAYS: Final = 7
-"""Bills of runs that ended in the last so many days, today included, are counted."""
+"""Days, today included, over which bills are counted, by the run's end."""
 RECENT_HOURS: Final = 2
-"""The present hour and the one before: the callbacks of the runs that ended in them are recent."""
+"""Hours, the current one included, over which callbacks are counted, by the run's end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gauges:
-    """How things stand in the database; costs in USD, times UTC. An unknown workspace is "".
+    """Gauges of the database; costs in USD, times UTC. An unknown workspace is "".
 
-    `runs` counts by workspace, status and tracking, `callbacks` by workspace and what became of
-    them (of the runs that ended in the last `RECENT_HOURS`). By workspace, of the runs that ended
-    today, `cost_today` is what they cost and `quoted_today` what those without a bill were quoted;
-    of those that ended in the last `BILL_DAYS`, `not_final` may still be billed, `unpriced` never
-    were. `failed_today` counts by workspace and retry advice. `due`
-    runs wait to be read, `overdue` ones for longer than `LATE_AFTER`; `awaiting_callback` are open
-    runs whose callback has not come. `waiting` deliveries are stored and not applied, the first of
-    them since `oldest_waiting_at`. `last_callback_at` is when the newest delivery first came.
+    `runs` counts by workspace, status and tracking. `callbacks` counts by workspace and outcome,
+    for runs that ended within `RECENT_HOURS`. By workspace, for runs that ended today: `cost_today`
+    is their cost, `quoted_today` the quotes of those without a bill, `failed_today` counts by retry
+    advice. For runs that ended within `BILL_DAYS`: `not_final` may still be billed, `unpriced` got
+    no bill. `due` runs wait to be read, `overdue` for longer than `LATE_AFTER`; `awaiting_callback`
+    are open runs without their callback. `waiting` deliveries are stored and not applied, the first
+    since `oldest_waiting_at`; the newest delivery came at `last_callback_at`.
     """
 
     runs: dict[tuple[str, str, str], int]
@@ -170,22 +162,22 @@ class Gauges:
 
 
 async def read_gauges(db: Database, *, now: datetime) -> Gauges:
-    """Read all of them, as of one moment. Raises `StoreUnavailable`."""
+    """Read all gauges in one snapshot. Raises `StoreUnavailable`."""
     hour = now.replace(minute=0, second=0, microsecond=0)
     day = hour.replace(hour=0)
     async with db.read() as connection:
-        states = await _tallied(connection, STATE, "workspace_id", "status", "word")
-        came = await _tallied(
+        states = await _rollups(connection, STATE, "workspace_id", "status", "word")
+        came = await _rollups(
             connection,
             CALLBACK,
             *("workspace_id", "word"),
             since=hour - timedelta(hours=RECENT_HOURS - 1),
         )
-        costs = await _tallied(connection, COST, "workspace_id", since=day)
-        quotes = await _tallied(connection, QUOTE, "workspace_id", since=day)
-        failed = await _tallied(connection, FAILURE, "workspace_id", "word", since=day)
+        costs = await _rollups(connection, COST, "workspace_id", since=day)
+        quotes = await _rollups(connection, QUOTE, "workspace_id", since=day)
+        failed = await _rollups(connection, FAILURE, "workspace_id", "word", since=day)
         since = day - timedelta(days=BILL_DAYS - 1)
-        bills = await _tallied(connection, COST, "workspace_id", "word", since=since)
+        bills = await _rollups(connection, COST, "workspace_id", "word", since=since)
         backlog = (await connection.execute(_backlog(now))).one()
         rest = (await connection.execute(_REST)).one()
     return Gauges(
@@ -204,21 +196,16 @@ async def read_gauges(db: Database, *, now: datetime) -> Gauges:
     )
 
 
-async def _tallied(
-    connection: AsyncConnection, measure: str, *names: str, since: datetime | None = None
+async def _rollups(
+    connection: AsyncConnection, measure: str, *by: str, since: datetime | None = None
 ) -> dict[tuple[str, ...], tuple[int, int]]:
-    """How many runs, and their amount, by the columns of those names."""
-    by = [TALLIES.c[name] for name in names]
-    sums = (cast(func.sum(TALLIES.c[name]), BigInteger) for name in ("runs", "amount"))
-    statement = select(*by, *sums).where(TALLIES.c.measure == word(measure)).group_by(*by)
-    if since is not None:
-        statement = statement.where(TALLIES.c.since >= since)
-    rows = await connection.execute(statement)
-    return {tuple(row[:-2]): (row[-2], row[-1]) for row in rows}
+    """Number of runs and amount, by the values of these columns."""
+    rows = await rollups(connection, measure, by=by, since=since)
+    return {row[:-2]: row[-2:] for row in rows}
 
 
 def _backlog(now: datetime) -> Select[*tuple[Any, ...]]:
-    """The runs that are to be read, the longest due first."""
+    """Counts of the runs that wait for a read, of the `BOUND` first due."""
     waits = and_(
         runs.c.callback_expected,
         runs.c.callback_at.is_(None),

@@ -1,9 +1,8 @@
 """The audit log: who did what, and who was refused.
 
-What is done is noted in the transaction that does it, or in one before; who does it is known where
-a request or a command begins, and goes by the context from there (`acting`). Refused requests are
-counted in memory and noted every few seconds: one row for each address, minute and token, however
-many were sent.
+An action is logged in the transaction that performs it, or in one before. The principal is set
+where a request or command begins (`acting`) and travels in a context variable. Refused requests are
+counted in memory and stored every few seconds, as one row per address, minute and token.
 """
 
 import asyncio
@@ -19,28 +18,27 @@ from typing import Any, Final
 
 import structlog
 from sqlalchemy import Connection, insert, select, text, update
-from sqlalchemy.dialects import postgresql, sqlite
 
 from tracker.core.clock import Clock
 from tracker.core.errors import StoreError
-from tracker.store.engine import Database
-from tracker.store.queries import cursors
+from tracker.store.engine import Database, insert_on
+from tracker.store.queries.paging import newest_first
 from tracker.store.schema import audit, word
 
 STORE_AFTER: Final = 2.0
-"""Seconds after which refused requests are stored: with one commit, however many they are."""
+"""Seconds between two commits of refused requests."""
 MOST_ADDRESSES: Final = 100
-"""The most addresses that have rows of their own in a minute, for each process."""
+"""Most addresses with rows of their own, per minute and process."""
 OTHERS: Final = "others"
-"""In place of the address of all further ones."""
+"""The address of all further ones."""
 ANONYMOUS: Final = "anonymous"
-"""Who showed no token that is known."""
+"""The actor of requests without a known token."""
 
 log = structlog.get_logger(__name__)
 
 
 class Action(StrEnum):
-    """What was done."""
+    """The kind of an entry."""
 
     START = "start"
     RESOLVE = "resolve"
@@ -69,7 +67,7 @@ _principal: ContextVar[Principal] = ContextVar("principal", default=_TRACKER)
 
 @contextmanager
 def acting(principal: Principal) -> Iterator[None]:
-    """What is done inside, this one does; outside it is the tracker itself."""
+    """Set the principal within the block; the default is the tracker itself."""
     token = _principal.set(principal)
     try:
         yield
@@ -78,12 +76,12 @@ def acting(principal: Principal) -> Iterator[None]:
 
 
 def principal() -> Principal:
-    """Who acts in this context."""
+    """The principal of this context."""
     return _principal.get()
 
 
 def entry(action: Action, at: datetime, **detail: Any) -> dict[str, Any]:
-    """A row of the log, by who acts in this context; `None` is left out of the detail."""
+    """A row of the log by the current principal; `None` is left out of the detail."""
     who = principal()
     return {
         "at": at,
@@ -108,14 +106,14 @@ async def write(db: Database, row: Mapping[str, Any]) -> int:
 
 
 async def add_detail(db: Database, audit_id: int, detail: Mapping[str, Any]) -> None:
-    """Complete an entry by what came of it. Raises `StoreUnavailable`."""
+    """Set the detail of an entry. Raises `StoreUnavailable`."""
     statement = update(audit).where(audit.c.id == audit_id).values(detail=detail)
     await db.write(lambda connection: connection.execute(statement).rowcount)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditRow:
-    """One entry. Of refused requests `at` is the minute, and `count` how many there were."""
+    """One entry. For refused requests `at` is the minute and `count` their number."""
 
     id: int
     at: datetime
@@ -137,19 +135,17 @@ async def list_audit(
 ) -> tuple[list[AuditRow], str | None]:
     """A page of the log, newest first, and the cursor of the next page.
 
-    Raises `InvalidRequest`, naming the field, for a cursor that was not given out here.
+    Raises `InvalidRequest` for an invalid cursor.
     """
-    statement = select(audit).order_by(audit.c.at.desc(), audit.c.id.desc()).limit(limit + 1)
-    statement = statement.where(*cursors.after((audit.c.at, audit.c.id), cursor))
+    statement = select(audit)
     if since is not None:
         statement = statement.where(audit.c.at >= since)
     if action is not None:
         statement = statement.where(audit.c.action == action)
+    key = (audit.c.at, audit.c.id)
     async with db.read() as connection:
-        rows = [AuditRow(**row._mapping) for row in await connection.execute(statement)]
-    page = rows[:limit]
-    more = len(rows) > limit
-    return page, cursors.at(page[-1].at, str(page[-1].id)) if more else None
+        rows, following = await newest_first(connection, statement, key, cursor=cursor, limit=limit)
+    return [AuditRow(**row._mapping) for row in rows], following
 
 
 @dataclass(slots=True)
@@ -166,9 +162,9 @@ _Key = tuple[datetime, str, str]
 
 
 class Refusals:
-    """Counts refused requests, and stores them soon. Used as `async with Refusals(…) as refusals`.
+    """Counts refused requests and stores them every few seconds; an asynchronous context manager.
 
-    What an outage of the database keeps from being stored is stored after it.
+    Counts are kept through an outage of the database.
     """
 
     def __init__(self, db: Database, *, clock: Clock) -> None:
@@ -191,7 +187,7 @@ class Refusals:
     def add(
         self, reason: str, *, address: str, actor: str | None, request_id: str | None, **first: Any
     ) -> None:
-        """Count a refused request; `first` is kept of the first one of its row."""
+        """Count a refused request; `first` is the detail of the first one of its row."""
         minute = self._clock().replace(second=0, microsecond=0)
         if minute != self._minute:
             self._minute, self._addresses = minute, set()
@@ -207,7 +203,7 @@ class Refusals:
             self._task = asyncio.create_task(self._store_soon(), name="audit", context=Context())
 
     async def store(self) -> None:
-        """Store what was counted. Raises `StoreUnavailable`; it is stored with the next then."""
+        """Store the counts. Raises `StoreUnavailable` and keeps them then."""
         pending, self._pending = self._pending, {}
         if not pending:
             return
@@ -240,10 +236,9 @@ _ONCE: Final[dict[str, Any]] = {
 
 
 def _store(pending: Sequence[tuple[_Key, _Refused]], connection: Connection) -> None:
-    """Make each row, or add to the one that this or another process has made; in one order, so that
-    no two processes wait for each other crosswise."""
-    postgres = connection.dialect.name == "postgresql"
-    make: Any = postgresql.insert if postgres else sqlite.insert
+    """Insert each row, or add to the existing one; in one order, so that processes cannot
+    deadlock."""
+    insert = insert_on(connection.dialect.name)
     for (minute, address, actor), refused in pending:
         row = {
             "at": minute,
@@ -254,7 +249,7 @@ def _store(pending: Sequence[tuple[_Key, _Refused]], connection: Connection) -> 
             "address": address,
             "count": refused.reasons.total(),
         }
-        made = make(audit).values(**row).on_conflict_do_nothing(**_ONCE).returning(audit.c.id)
+        made = insert(audit).values(**row).on_conflict_do_nothing(**_ONCE).returning(audit.c.id)
         if connection.execute(made).first() is not None:
             continue
         wanted = select(audit.c.id, audit.c.detail).where(

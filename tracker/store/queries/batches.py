@@ -1,7 +1,6 @@
-"""Batches: which rows a sheet had, and under which key each was or will be started.
+"""Batches: the rows of a sheet, and the idempotency key of each.
 
-What became of a row is not kept here: its key leads to its start in the ledger, and that to its
-run.
+The outcome of a row is not stored here: its key leads to its start, and that to its run.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,28 +11,27 @@ from itertools import islice
 from typing import Any, Final, TypeVar
 
 from sqlalchemy import Connection, Select, and_, func, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 
 from tracker.core.row_key import Input, Turn, row_key
 from tracker.core.run import RunStatus, Tracking
 from tracker.store.engine import Database
-from tracker.store.queries import cursors
+from tracker.store.queries.paging import newest_first
 from tracker.store.queries.starts import StartState
 from tracker.store.schema import batch_rows, batches, runs, starts
 
 T = TypeVar("T")
 
 MAPPINGS: Final = 200
-"""Batches of a technique whose mapping of columns is compared with a sheet's."""
+"""Batches of a technique whose column mapping is compared with a new sheet's."""
 
 AT_ONCE: Final = 500
-"""So many keys are asked for in one statement; neither database takes any number of parameters."""
+"""Most keys in one statement; databases limit the number of parameters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchRow:
-    """A batch. `finished_at` is when a command saw it to its end; `None` while it is to be gone on
-    with. `mapping` is which column is which input: `[input id, column, type]` each."""
+    """A batch. `finished_at` is when a command followed it to its end, `None` until then. `mapping`
+    is the column of each input: `[input id, column, type]`."""
 
     batch_id: str
     workspace_slot: str
@@ -46,7 +44,7 @@ class BatchRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchEntry:
-    """One row of a batch: `position` counts the rows from 1, `line` is where it begins."""
+    """One row of a batch: `position` counts from 1, `line` is its first line in the file."""
 
     position: int
     line: int
@@ -61,21 +59,19 @@ class BatchEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latest:
-    """The last time that a row was planned to run, and whether a batch with it was finished."""
+    """The last turn of a row, and whether a batch with it was finished."""
 
     turn: Turn
     finished: bool
 
 
 @dataclass(slots=True, kw_only=True)
-class Tally:
-    """How far a batch has come, in rows; `cost` is what its runs were charged so far, in USD.
+class BatchCounts:
+    """The progress of a batch, in rows; `cost` is what its runs were charged so far, in USD.
 
-    The bills of `not_final` of its runs may still come or change, so that the cost is at least so
-    much; `quoted` is what those of them without a cost were quoted.
-
-    A row that was `started` is counted once more as `completed`, `failed`, `active` or `lost`; the
-    others are `refused`, `unresolved`, in `doubt` (sent, and no answer) or not started.
+    The bills of `not_final` runs may still change; `quoted` is the sum of their quotes where they
+    have no cost. A `started` row is also counted as `completed`, `failed`, `active` or `lost`; the
+    others are `refused`, `unresolved`, in `doubt` (sent without an answer) or not started.
     """
 
     rows: int = 0
@@ -94,27 +90,23 @@ class Tally:
 
     @property
     def cost_final(self) -> bool:
-        """Whether no bill of its runs is expected to change."""
+        """Whether no bill may change any more."""
         return self.not_final == 0
 
     @property
     def ended(self) -> int:
-        """Rows whose run is not waited for any more."""
+        """Rows whose run has ended or is lost."""
         return self.started - self.active
 
     @property
     def unstarted(self) -> int:
-        """Rows of which no run is known."""
+        """Rows without a known run."""
         return self.rows - self.started
 
 
 async def keep(db: Database, batch: BatchRow, entries: Sequence[BatchEntry]) -> None:
-    """Keep a batch with its rows, or bring what is kept up to date, and open it again.
-
-    A row never goes back to an earlier turn.
-    """
-    insert: Any = postgresql.insert if db.dialect == "postgresql" else sqlite.insert
-    new = insert(batches)
+    """Insert or update a batch with its rows, and open it again. Turns never go back."""
+    new = db.insert(batches)
     new = new.on_conflict_do_update(
         index_elements=[batches.c.batch_id],
         set_={
@@ -123,7 +115,7 @@ async def keep(db: Database, batch: BatchRow, entries: Sequence[BatchEntry]) -> 
             "mapping": func.coalesce(batches.c.mapping, new.excluded.mapping),
         },
     )
-    rows = insert(batch_rows)
+    rows = db.insert(batch_rows)
     rows = rows.on_conflict_do_update(
         index_elements=[batch_rows.c.batch_id, batch_rows.c.position],
         set_={name: rows.excluded[name] for name in ("line", "attempt", "idempotency_key")},
@@ -149,13 +141,13 @@ async def keep(db: Database, batch: BatchRow, entries: Sequence[BatchEntry]) -> 
 
 
 async def finish(db: Database, batch_id: str, at: datetime) -> None:
-    """Note that a command has seen the batch to its end."""
+    """Store that a command followed the batch to its end."""
     statement = update(batches).where(batches.c.batch_id == batch_id).values(finished_at=at)
     await db.write(lambda connection: connection.execute(statement).rowcount)
 
 
 async def get(db: Database, batch_id: str) -> BatchRow | None:
-    """The batch of that id; `None` where there is none."""
+    """The batch with this id, if any."""
     async with db.read() as connection:
         statement = select(batches).where(batches.c.batch_id == batch_id)
         found = (await connection.execute(statement)).first()
@@ -167,25 +159,20 @@ async def list_batches(
 ) -> tuple[list[BatchRow], str | None]:
     """A page of batches, newest first, and the cursor of the next page.
 
-    Raises `InvalidRequest`, naming the field, for a cursor that was not given out here.
+    Raises `InvalidRequest` for an invalid cursor.
     """
     key = (batches.c.created_at, batches.c.batch_id)
-    statement = (
-        select(batches)
-        .where(*cursors.after(key, cursor))
-        .order_by(*(each.desc() for each in key))
-        .limit(limit + 1)
-    )
     async with db.read() as connection:
-        found = [BatchRow(**row._asdict()) for row in await connection.execute(statement)]
-    page, more = found[:limit], len(found) > limit
-    return page, cursors.at(page[-1].created_at, page[-1].batch_id) if more else None
+        rows, following = await newest_first(
+            connection, select(batches), key, cursor=cursor, limit=limit
+        )
+    return [BatchRow(**row._asdict()) for row in rows], following
 
 
 async def entries(
     db: Database, batch_id: str, *, after: int = 0, limit: int | None = None
 ) -> list[BatchEntry]:
-    """The rows of a batch, as they stand in its sheet: those after a position, so many at most."""
+    """The rows of a batch in order: those after a position, at most `limit`."""
     statement = (
         select(batch_rows)
         .where(batch_rows.c.batch_id == batch_id, batch_rows.c.position > after)
@@ -205,7 +192,7 @@ async def entries(
 
 
 async def latest_turns(db: Database, slot: str, digests: Sequence[str]) -> dict[str, Latest]:
-    """Of those rows that any batch of the workspace has had: the last turn of each."""
+    """The last turn of each of these rows that any batch of the workspace had."""
     found: dict[str, Latest] = {}
     async with db.read() as connection:
         for some in chunks(digests):
@@ -229,7 +216,7 @@ async def latest_turns(db: Database, slot: str, digests: Sequence[str]) -> dict[
 async def mappings(
     db: Database, workspace_id: str, technique_id: str
 ) -> list[tuple[tuple[str, str, str], ...]]:
-    """How the batches of a technique have mapped columns to inputs, the newest first, each once."""
+    """The distinct column mappings of a technique's batches, newest first."""
     statement = (
         select(batches.c.mapping)
         .where(
@@ -249,8 +236,8 @@ async def mappings(
 async def asked_without_mapping(
     db: Database, workspace_id: str, technique_id: str
 ) -> list[list[list[Input]]]:
-    """What rows asked for, which older versions started without keeping their batch's mapping:
-    the inputs of each, in one list for all batches that had the same inputs."""
+    """Inputs of rows that older versions started without storing the batch's mapping: one list for
+    all batches with the same inputs."""
     statement = (
         select(batches.c.batch_id, starts.c.inputs)
         .join(batch_rows)
@@ -279,9 +266,9 @@ async def asked_without_mapping(
     return list(found.values())
 
 
-async def tallies(db: Database, batch_ids: Sequence[str]) -> dict[str, Tally]:
-    """How far each of the batches has come."""
-    found = {batch_id: Tally() for batch_id in batch_ids}
+async def tallies(db: Database, batch_ids: Sequence[str]) -> dict[str, BatchCounts]:
+    """The progress of each batch."""
+    found = {batch_id: BatchCounts() for batch_id in batch_ids}
     async with db.read() as connection:
         for row in await connection.execute(tally_of(batch_ids)):
             _count(found[row.batch_id], row)
@@ -289,11 +276,11 @@ async def tallies(db: Database, batch_ids: Sequence[str]) -> dict[str, Tally]:
 
 
 def tally_of(batch_ids: Sequence[str]) -> Select[Any]:
-    """The rows of batches, counted by what became of them."""
-    told = (batch_rows.c.batch_id, starts.c.state, runs.c.status, runs.c.tracking)
+    """The rows of batches, counted by outcome."""
+    by = (batch_rows.c.batch_id, starts.c.state, runs.c.status, runs.c.tracking)
     return (
         select(
-            *told,
+            *by,
             func.count().label("count"),
             func.sum(runs.c.charged_cost).label("cost"),
             func.count(runs.c.run_id).filter(~runs.c.cost_final).label("not_final"),
@@ -313,12 +300,12 @@ def tally_of(batch_ids: Sequence[str]) -> Select[Any]:
         )
         .outerjoin(runs, runs.c.run_id == starts.c.run_id)
         .where(batch_rows.c.batch_id.in_(batch_ids))
-        .group_by(*told)
+        .group_by(*by)
     )
 
 
 def chunks(values: Iterable[T]) -> Iterator[list[T]]:
-    """The values in lists short enough for one statement."""
+    """The values in lists of at most `AT_ONCE`."""
     left = iter(values)
     while some := list(islice(left, AT_ONCE)):
         yield some
@@ -337,7 +324,7 @@ def _values(batch_id: str, entry: BatchEntry) -> dict[str, Any]:
 
 
 def _take_later(found: dict[str, Latest], digest: str, turn: Turn, *, finished: bool) -> None:
-    """Keep the later of two turns; a generation is finished where any batch with it is."""
+    """Keep the later turn; a generation is finished if any batch with it is."""
     known = found.get(digest)
     if known is not None and known.turn.generation == turn.generation:
         found[digest] = Latest(turn=max(known.turn, turn), finished=known.finished or finished)
@@ -345,28 +332,28 @@ def _take_later(found: dict[str, Latest], digest: str, turn: Turn, *, finished: 
         found[digest] = Latest(turn=turn, finished=finished)
 
 
-def _count(tally: Tally, row: Any) -> None:
-    tally.rows += row.count
+def _count(progress: BatchCounts, row: Any) -> None:
+    progress.rows += row.count
     match row.state:
         case StartState.STARTED:
-            tally.started += row.count
+            progress.started += row.count
         case StartState.REFUSED:
-            tally.refused += row.count
+            progress.refused += row.count
         case StartState.UNRESOLVED:
-            tally.unresolved += row.count
+            progress.unresolved += row.count
         case StartState.SENT | StartState.IN_DOUBT:
-            tally.doubt += row.count
+            progress.doubt += row.count
     if row.tracking == Tracking.ACTIVE:
-        tally.active += row.count
-        moments = (tally.next_check_at, row.next_check_at)
-        tally.next_check_at = min((one for one in moments if one is not None), default=None)
+        progress.active += row.count
+        moments = (progress.next_check_at, row.next_check_at)
+        progress.next_check_at = min((one for one in moments if one is not None), default=None)
     elif row.tracking == Tracking.LOST:
-        tally.lost += row.count
+        progress.lost += row.count
     elif row.status == RunStatus.COMPLETED:
-        tally.completed += row.count
+        progress.completed += row.count
     elif row.tracking == Tracking.SETTLED:
-        tally.failed += row.count
-    # A sum of doubles has digits that no price has.
-    tally.cost += round(row.cost or Decimal(0), 6)
-    tally.quoted += round(row.quoted or Decimal(0), 6)
-    tally.not_final += row.not_final
+        progress.failed += row.count
+    # Sums of doubles have spurious digits.
+    progress.cost += round(row.cost or Decimal(0), 6)
+    progress.quoted += round(row.quoted or Decimal(0), 6)
+    progress.not_final += row.not_final

@@ -1,8 +1,9 @@
-"""The timeline of all runs as one row of numbered lines, for whoever follows it from a number on.
+"""Following changes: the timeline of all runs as numbered events.
 
-Numbers are given out before a commit, so on PostgreSQL a smaller one may show after a greater one.
-Each page says which transactions were under way when it was read; `GapTracker` (tracker.web.stream)
-derives from that which missing numbers may still come.
+On PostgreSQL numbers are assigned before the commit, so a smaller one may appear after a greater
+one. Each page therefore carries the transaction snapshot that it was read in, from which
+`GapTracker` (tracker.web.stream) derives which missing numbers may still appear; other readers
+re-read `OVERLAP` numbers.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from tracker.store.schema import run_events, runs, word
 
 
 class Line(NamedTuple):
-    """One line: what one source saw of one run at one moment, without the details."""
+    """One event: what one source showed of one run at one time, without the details."""
 
     id: int
     run_id: str
@@ -31,15 +32,15 @@ class Line(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """Where PostgreSQL stood when a page was read: all transactions before `ended` had ended, and
-    none from `begun` on had begun."""
+    """A PostgreSQL snapshot: transactions before `ended` have ended, those from `begun` on have not
+    begun."""
 
     ended: int
     begun: int
 
 
 class Page(NamedTuple):
-    """Lines by their numbers. `moment` is `None` where they are committed in that order."""
+    """Events by number. `moment` is `None` if numbers are committed in order (SQLite)."""
 
     lines: list[Line]
     moment: Moment | None
@@ -49,7 +50,7 @@ _COLUMNS: Final = tuple(run_events.c[name] for name in Line._fields)
 
 
 async def after(db: Database, number: int, *, limit: int, upto: int | None = None) -> Page:
-    """The next lines after `number`, at most `limit`, and none beyond `upto` where it is given."""
+    """The next events after `number`, at most `limit`, up to `upto` if given."""
     statement = (
         select(*_COLUMNS).where(run_events.c.id > number).order_by(run_events.c.id).limit(limit)
     )
@@ -67,16 +68,16 @@ async def after(db: Database, number: int, *, limit: int, upto: int | None = Non
 
 
 async def newest(db: Database) -> int:
-    """The greatest number so far; 0 where there is none."""
+    """The greatest number so far, else 0."""
     async with db.read() as connection:
         return (await connection.execute(select(func.max(run_events.c.id)))).scalar() or 0
 
 
 def _with_moment(statement: Select[Any]) -> Select[Any]:
-    """The rows together with the snapshot that they were read in."""
+    """The rows, with the snapshot that they are read in."""
     snapshot = func.pg_current_snapshot()
     for bound in (func.pg_snapshot_xmin(snapshot), func.pg_snapshot_xmax(snapshot)):
-        # Once for the statement, not for each row; and no driver knows the type.
+        # A scalar subquery is evaluated once; the cast is for drivers, which lack the type.
         number = select(cast(cast(bound, Text), BigInteger)).scalar_subquery()
         statement = statement.add_columns(number)
     return statement
@@ -87,19 +88,12 @@ def _line(values: tuple[Any, ...]) -> Line:
     return Line(number, run_id, at, Source(source), status_of(status), progress)
 
 
-# What is new in the timeline: who brought the last news of a run, and which runs have settled.
-#
-# The timeline is read by its numbers. PostgreSQL gives them out before the commit, so that a
-# smaller one may show after a greater one: whoever reads on begins a little before where it
-# ended.
-
-
 OVERLAP: Final = 1000
-"""So many numbers before the last one are read again."""
+"""Numbers before the last one that are read again."""
 
 
 async def last_sources(db: Database, run_ids: Sequence[str]) -> dict[str, Source]:
-    """Who brought the last news of each of the runs."""
+    """The source of the latest event of each run."""
     last = select(func.max(run_events.c.id)).where(run_events.c.run_id.in_(run_ids))
     statement = select(run_events.c.run_id, run_events.c.source).where(
         run_events.c.id.in_(last.group_by(run_events.c.run_id))
@@ -109,20 +103,14 @@ async def last_sources(db: Database, run_ids: Sequence[str]) -> dict[str, Source
     return {run_id: Source(source) for run_id, source in rows}
 
 
-async def last_number(db: Database) -> int:
-    """The number of the newest line of the timeline; 0 where there is none."""
-    async with db.read() as connection:
-        return (await connection.execute(select(func.max(run_events.c.id)))).scalar() or 0
-
-
 async def settled_since(
     db: Database, number: int, *, technique_id: str | None = None
 ) -> tuple[list[Record], int]:
-    """Runs that have settled and have news since that line, and the number to go on from.
+    """Settled runs with events after `number`, and the number to continue from.
 
-    Some come again and again: lines shortly before `number` are looked at too.
+    Runs may repeat, because of `OVERLAP`.
     """
-    reached = await last_number(db)
+    reached = await newest(db)
     changed = select(run_events.c.run_id).where(
         run_events.c.id > number - OVERLAP, run_events.c.id <= reached
     )

@@ -1,7 +1,6 @@
-"""How things stand, for who looks at them every day: read from the tallies, never by counting runs.
+"""The figures of the overview, read from the rollups and never by counting runs.
 
-Everything here costs the same with a million runs as with ten. Times are UTC, durations seconds,
-costs USD; `now` is the moment that "the last hours" and "today" end with.
+Times are UTC, durations seconds, costs USD; "the last hours" and "today" end at `now`.
 """
 
 from collections.abc import Sequence
@@ -12,7 +11,6 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
     BigInteger,
-    ColumnElement,
     Integer,
     TableClause,
     cast,
@@ -21,6 +19,7 @@ from sqlalchemy import (
     select,
     table,
 )
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tracker.core.rollup import (
     ADOPTED,
@@ -44,7 +43,7 @@ from tracker.store.schema import CleanText, UtcDateTime, runs, techniques, word
 HOUR: Final = timedelta(hours=1)
 DAY: Final = timedelta(days=1)
 
-TALLIES: Final[TableClause] = table(
+ROLLUPS: Final[TableClause] = table(
     "run_tallies_now",
     column("measure", CleanText),
     column("since", UtcDateTime),
@@ -56,7 +55,7 @@ TALLIES: Final[TableClause] = table(
 
 
 class StateCount(NamedTuple):
-    """So many runs have this status and tracking now."""
+    """The number of runs with this status and tracking now."""
 
     status: str
     tracking: str
@@ -64,10 +63,10 @@ class StateCount(NamedTuple):
 
 
 class HourOfEnds(NamedTuple):
-    """The ends that became known within an hour, by how they did (`ended_via`).
+    """The runs whose end became known within an hour, by source (`ended_via`).
 
-    `adopted` are runs that had ended before the tracker heard of them, as a first sweep finds
-    them; they are not part of `by_source`.
+    `adopted` runs had ended before the tracker learned of them, for example in a first sweep; they
+    are not in `by_source`.
     """
 
     hour: datetime
@@ -77,10 +76,10 @@ class HourOfEnds(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CallbackHealth:
-    """What became of the callbacks of the runs that ended.
+    """The callbacks of ended runs.
 
-    `came` told the end first, `late` after it was known by other ways, `missed` have not come;
-    `unexpected` belong to runs that were started elsewhere.
+    `came` reported the end first, `late` after another source, `missed` did not come; `unexpected`
+    belong to runs that were started elsewhere.
     """
 
     came: int
@@ -90,18 +89,18 @@ class CallbackHealth:
 
     @property
     def expected(self) -> int:
-        """How many should have come."""
+        """The number of expected callbacks."""
         return self.came + self.late + self.missed
 
     @property
     def miss_rate(self) -> float | None:
-        """The share of the expected ones that has not come; `None` where none was expected."""
+        """The share of expected callbacks that did not come; `None` if none was expected."""
         return self.missed / self.expected if self.expected else None
 
 
 @dataclass(frozen=True, slots=True)
 class Lags:
-    """From FLORA's end of a run to ours: until it was known here, and until it was settled."""
+    """Detection delay: from FLORA's end of a run until it was known (`seen`) and settled here."""
 
     seen: Lag
     settled: Lag
@@ -109,11 +108,10 @@ class Lags:
 
 
 class TechniqueCost(NamedTuple):
-    """What the settled runs of one technique cost, in USD.
+    """The cost of the settled runs of one technique, in USD.
 
-    `not_final` of them may still be billed more or less, so that `cost` is at least so much;
-    `quoted` is what those among them without a cost were quoted, and `unpriced` those whose cost
-    never came.
+    The bills of `not_final` runs may still change; `quoted` is the sum of their quotes where they
+    have no cost; `unpriced` runs never got a bill.
     """
 
     technique_id: str | None
@@ -128,23 +126,23 @@ class TechniqueCost(NamedTuple):
 
 
 async def states(db: Database, *, workspace_id: str | None = None) -> list[StateCount]:
-    """How many runs are in which state now; a state that no run is in is left out."""
-    by = (TALLIES.c.status, TALLIES.c.word)
-    rows = await _tallied(db, STATE, by=by, workspace_id=workspace_id)
+    """The number of runs by status and tracking, without zeros."""
+    by = ("status", "word")
+    rows = await _rollups(db, STATE, by=by, workspace_id=workspace_id)
     return [StateCount(status, tracking, count) for status, tracking, count, _ in rows if count]
 
 
 async def ends_by_hour(
     db: Database, *, now: datetime, hours: int = 24, workspace_id: str | None = None
 ) -> list[HourOfEnds]:
-    """The ends of the last `hours` hours, the present one last; each hour is there."""
+    """Finished runs of the last `hours` hours, including empty hours, the current one last."""
     first = _first_of(hours, now)
     found = {at: HourOfEnds(at, {}, 0) for at in (first + n * HOUR for n in range(hours))}
-    by = (TALLIES.c.since, TALLIES.c.word, TALLIES.c.bucket)
-    rows = await _tallied(db, END, by=by, since=first, workspace_id=workspace_id)
+    by = ("since", "word", "bucket")
+    rows = await _rollups(db, END, by=by, since=first, workspace_id=workspace_id)
     for since, via, bucket, count, _ in rows:
         hour = found.get(since)
-        if hour is None:  # whoever saw it has a clock that is ahead
+        if hour is None:  # stored by a process whose clock is ahead
             continue
         if bucket == ADOPTED:
             found[since] = hour._replace(adopted=hour.adopted + count)
@@ -156,11 +154,9 @@ async def ends_by_hour(
 async def callback_health(
     db: Database, *, now: datetime, hours: int = 24, workspace_id: str | None = None
 ) -> CallbackHealth:
-    """The callbacks of the runs that ended in the last `hours` hours, the present one included."""
+    """Callbacks of runs that ended in the last `hours` hours, the current one included."""
     since = _first_of(hours, now)
-    rows = await _tallied(
-        db, CALLBACK, by=(TALLIES.c.word,), since=since, workspace_id=workspace_id
-    )
+    rows = await _rollups(db, CALLBACK, by=("word",), since=since, workspace_id=workspace_id)
     found = {outcome: count for outcome, count, _ in rows}
     return CallbackHealth(
         *(found.get(name, 0) for name in ("came", "late", "missed", "unexpected"))
@@ -170,13 +166,10 @@ async def callback_health(
 async def lags(
     db: Database, *, now: datetime, hours: int = 24, workspace_id: str | None = None
 ) -> Lags:
-    """How soon the ends of the last `hours` hours were known and settled here.
-
-    Runs that had ended before the tracker heard of them do not count.
-    """
-    by = (TALLIES.c.measure, TALLIES.c.word, TALLIES.c.bucket)
+    """Detection delays of the last `hours` hours, without adopted runs."""
+    by = ("measure", "word", "bucket")
     since = _first_of(hours, now)
-    rows = await _tallied(db, SEEN, SETTLED, by=by, since=since, workspace_id=workspace_id)
+    rows = await _rollups(db, SEEN, SETTLED, by=by, since=since, workspace_id=workspace_id)
 
     def of(wanted: str, source: str | None = None) -> Lag:
         return lag_of(
@@ -194,10 +187,10 @@ async def lags(
 async def costs(
     db: Database, *, now: datetime, days: int = 1, workspace_id: str | None = None
 ) -> list[TechniqueCost]:
-    """What the runs that ended today (UTC), or in the last `days` days, cost; the dearest first."""
-    by = (TALLIES.c.measure, TALLIES.c.technique_id, TALLIES.c.status, TALLIES.c.word)
+    """Costs of runs that ended in the last `days` UTC days, today included, highest first."""
+    by = ("measure", "technique_id", "status", "word")
     since = now.replace(hour=0, minute=0, second=0, microsecond=0) - (days - 1) * DAY
-    rows = await _tallied(db, COST, QUOTE, by=by, since=since, workspace_id=workspace_id)
+    rows = await _rollups(db, COST, QUOTE, by=by, since=since, workspace_id=workspace_id)
     found: dict[str, TechniqueCost] = {}
     for measure, technique_id, status, billed, count, amount in rows:
         so_far = found.get(technique_id) or TechniqueCost(technique_id or None)
@@ -222,7 +215,7 @@ async def costs(
 
 
 async def technique_names(db: Database, technique_ids: Sequence[str]) -> dict[str, str]:
-    """What techniques are called: by the catalogue, else as their newest run has it."""
+    """Names of techniques, from the catalogue or else from their newest run."""
     if not technique_ids:
         return {}
     known = select(techniques.c.technique_id, techniques.c.name).where(
@@ -244,29 +237,34 @@ async def technique_names(db: Database, technique_ids: Sequence[str]) -> dict[st
     return names
 
 
-async def _tallied(
-    db: Database,
+async def rollups(
+    connection: AsyncConnection,
     *measures: str,
-    by: Sequence[ColumnElement[Any]],
+    by: Sequence[str],
     since: datetime | None = None,
     workspace_id: str | None = None,
 ) -> list[tuple[Any, ...]]:
-    """Rows of what is asked `by`, how many runs, and their amount."""
-    sums = (cast(func.sum(TALLIES.c[name]), BigInteger) for name in ("runs", "amount"))
+    """Rollups, grouped by these columns: their values, the number of runs, the amount."""
+    columns = [ROLLUPS.c[name] for name in by]
+    sums = (cast(func.sum(ROLLUPS.c[name]), BigInteger) for name in ("runs", "amount"))
     statement = (
-        select(*by, *sums)
-        .where(TALLIES.c.measure.in_([word(each) for each in measures]))
-        .group_by(*by)
-        .order_by(*by)
+        select(*columns, *sums)
+        .where(ROLLUPS.c.measure.in_([word(each) for each in measures]))
+        .group_by(*columns)
+        .order_by(*columns)
     )
     if since is not None:
-        statement = statement.where(TALLIES.c.since >= since)
+        statement = statement.where(ROLLUPS.c.since >= since)
     if workspace_id is not None:
-        statement = statement.where(TALLIES.c.workspace_id == workspace_id)
+        statement = statement.where(ROLLUPS.c.workspace_id == workspace_id)
+    return [tuple(row) for row in await connection.execute(statement)]
+
+
+async def _rollups(db: Database, *measures: str, **options: Any) -> list[tuple[Any, ...]]:
     async with db.read() as connection:
-        return [tuple(row) for row in await connection.execute(statement)]
+        return await rollups(connection, *measures, **options)
 
 
 def _first_of(hours: int, now: datetime) -> datetime:
-    """The beginning of the first of the last `hours` hours."""
+    """The start of the first of the last `hours` hours."""
     return now.replace(minute=0, second=0, microsecond=0) - (hours - 1) * HOUR

@@ -1,8 +1,4 @@
-"""What is known, for those who only show it: runs, their timeline, the callbacks, and counts.
-
-Lists are read by key, not by offset: a page begins after the last row of the one before, so that
-rows which come in meanwhile neither hide nor repeat others.
-"""
+"""Queries of runs, their timeline, deliveries, and counts."""
 
 import math
 from collections.abc import Sequence
@@ -31,21 +27,20 @@ from tracker.core.run import RunStatus, RunType, Status, Tracking, status_of
 from tracker.core.schedule import Durations
 from tracker.store.claims import Workspaces, within
 from tracker.store.engine import Database
-from tracker.store.queries import cursors
+from tracker.store.queries.paging import newest_first
 from tracker.store.queries.starts import StartState, is_in
 from tracker.store.rows import RUN_COLUMNS, read_records
 from tracker.store.schema import deliveries, run_events, runs, starts, word
 
-# Conditions on the state of a run, in the words by which partial indexes are recognised.
+# Conditions on the state of a run that match partial indexes.
 #
-# Most runs have completed and are settled. The indexes by status and by tracking leave these out:
-# who wants them finds them among all runs, newest first. PostgreSQL has to see the value in the
-# text of a statement to know that such an index holds what is wanted, SQLite the very term of the
-# index.
+# Most runs are completed and settled; the indexes by status and by tracking leave these out.
+# PostgreSQL uses a partial index only if the statement's text has its value (hence `word`), SQLite
+# only if it has the very term of the index.
 
 
 def has_status(status: Status) -> ColumnElement[bool]:
-    """That a run has this status, whoever knows it."""
+    """The run has this status, documented or not."""
     known = status_of(status)
     wanted = runs.c.status == (word(known.value) if isinstance(known, RunStatus) else known)
     if known is RunStatus.COMPLETED:
@@ -54,19 +49,22 @@ def has_status(status: Status) -> ColumnElement[bool]:
 
 
 def is_tracked_as(tracking: Tracking) -> ColumnElement[bool]:
-    """That this is how the tracker stands to a run."""
+    """The run has this tracking state."""
     wanted = runs.c.tracking == word(tracking.value)
     if tracking is Tracking.SETTLED:
         return wanted
     return and_(wanted, runs.c.tracking != word(Tracking.SETTLED.value))
 
 
+NEWEST_FIRST: Final = (runs.c.created_at, runs.c.run_id)
+"""The key of lists of runs."""
+
 DURATIONS_OVER: Final = 200
-"""The durations of a technique are taken over so many of its last completed runs."""
+"""Last completed runs of a technique that its durations are taken from."""
 
 
 class Event(NamedTuple):
-    """A line of a run's timeline: what one source saw at one moment. `detail` is all it saw."""
+    """An event of a run's timeline. `detail` is the whole observation."""
 
     id: int
     run_id: str
@@ -79,8 +77,8 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeliveryRow:
-    """A callback as it is kept. `body` is there only where one delivery was asked for, and as long
-    as retention has not removed it."""
+    """A stored callback. `body` is read only for a single delivery; retention may have removed
+    it."""
 
     delivery_id: str
     run_id: str | None
@@ -99,8 +97,8 @@ class DeliveryRow:
 
 
 class Counts(NamedTuple):
-    """How much waits, or needs a person. `oldest_due_at` shows how far polling lags,
-    `oldest_waiting_at` how far applying of callbacks does (of which `waiting` are not applied)."""
+    """What waits or needs a person. `oldest_due_at` shows the lag of polling, `oldest_waiting_at`
+    that of applying callbacks (`waiting` are not applied)."""
 
     active: int
     due: int
@@ -114,7 +112,7 @@ class Counts(NamedTuple):
 
 
 async def get_run(db: Database, run_id: str) -> Record | None:
-    """The run with its outputs; `None` for one that was never heard of."""
+    """The run with its outputs, if known."""
     async with db.read() as connection:
         statement = select(*RUN_COLUMNS).where(runs.c.run_id == run_id)
         rows = (await connection.execute(statement)).all()
@@ -123,7 +121,7 @@ async def get_run(db: Database, run_id: str) -> Record | None:
 
 
 async def get_runs(db: Database, run_ids: Sequence[str]) -> dict[str, Record]:
-    """Those of the runs that are known, by id."""
+    """The known runs with their outputs, by id."""
     async with db.read() as connection:
         statement = select(*RUN_COLUMNS).where(runs.c.run_id.in_(run_ids))
         rows = (await connection.execute(statement)).all()
@@ -132,7 +130,7 @@ async def get_runs(db: Database, run_ids: Sequence[str]) -> dict[str, Record]:
 
 
 async def has_generations(db: Database, workspaces: Workspaces) -> bool:
-    """Whether those workspaces have shown a generation run."""
+    """Whether these workspaces have generation runs."""
     statement = (
         select(runs.c.run_id)
         .where(runs.c.run_type == word("generation"), within(workspaces))
@@ -145,8 +143,8 @@ async def has_generations(db: Database, workspaces: Workspaces) -> bool:
 async def created_within(
     db: Database, workspaces: Workspaces, kind: RunType, span: tuple[datetime, datetime]
 ) -> list[tuple[str, datetime, str]]:
-    """`run_id`, `created_at` and `status` of the runs of one kind that FLORA created after the
-    first of two moments, through the second; without those that FLORA denies."""
+    """`run_id`, `created_at` and `status` of the runs of one kind that FLORA created within `span`
+    (start excluded, end included), without lost ones."""
     statement = select(runs.c.run_id, runs.c.created_at, runs.c.status).where(
         runs.c.created_at > span[0],
         runs.c.created_at <= span[1],
@@ -175,8 +173,7 @@ async def list_runs(
 ) -> tuple[list[Record], str | None]:
     """A page of runs with their outputs, newest first, and the cursor of the next page, if any.
 
-    Raises `InvalidRequest`, naming the field, for a cursor that was not given out here, and for a
-    status that FLORA does not document and no run has.
+    Raises `InvalidRequest` for an invalid cursor, and for an undocumented status that no run has.
     """
     wanted: list[ColumnElement[bool]] = []
     if status is not None:
@@ -186,42 +183,32 @@ async def list_runs(
     if retry_advice is not None:
         wanted.append(runs.c.retry_advice == word(RetryAdvice(retry_advice).value))
     of = {"technique_id": technique_id, "workspace_id": workspace_id, "project_id": project_id}
-    # SQLite would go by the index of these: a tag, which it knows nothing of, is mostly rarer.
+    # Keep SQLite from using the index of these: a tag is usually rarer.
     by_tag = tag is not None and db.dialect == "sqlite"
     for name, value in of.items():
         if value is not None:
             wanted.append((runs.c[name] + "" if by_tag else runs.c[name]) == value)
     if tag is not None:
         wanted.append(is_tagged(db, tag))
-    statement = runs_newest_first(cursor).where(*wanted).limit(limit + 1)
     async with db.read() as connection:
         if status is not None and not isinstance(status_of(status), RunStatus):
             some = select(runs.c.run_id).where(has_status(status)).limit(1)
             if (await connection.execute(some)).first() is None:
                 known = f"must be one of {', '.join(RunStatus)}, or another that a run has"
                 raise InvalidRequest("no run has this status", [FieldFault("status", known)])
-        rows = (await connection.execute(statement)).all()
-        page = await read_records(connection, rows[:limit])
-    more = len(rows) > limit
-    return page, cursors.at(page[-1].created_at, page[-1].run.run_id) if more else None
+        statement = select(*RUN_COLUMNS).where(*wanted)
+        rows, following = await newest_first(
+            connection, statement, NEWEST_FIRST, cursor=cursor, limit=limit
+        )
+        return await read_records(connection, rows), following
 
 
 def is_tagged(db: Database, tag: str) -> ColumnElement[bool]:
-    """Whether a run has this tag, `key=value`."""
+    """The run has this tag, `key=value`."""
     key, _, value = tag.partition("=")
     if db.dialect == "postgresql":
         return and_(runs.c.tags.is_not(None), cast(runs.c.tags, JSONB).contains({key: value}))
     return and_(runs.c.tags.is_not(None), runs.c.tags[key].as_string() == value)
-
-
-def runs_newest_first(cursor: str | None) -> Select[Any]:
-    """All runs after the cursor, newest first."""
-    key = (runs.c.created_at, runs.c.run_id)
-    return (
-        select(*RUN_COLUMNS)
-        .where(*cursors.after(key, cursor))
-        .order_by(*(each.desc() for each in key))
-    )
 
 
 async def events(db: Database, run_id: str) -> list[Event]:
@@ -248,7 +235,7 @@ async def events(db: Database, run_id: str) -> list[Event]:
 
 
 async def durations(db: Database, technique_id: str) -> Durations:
-    """How long the technique's last completed runs took, from creation to end, in seconds."""
+    """Seconds from creation to end of the technique's last completed runs."""
     async with db.read() as connection:
         rows = (await connection.execute(last_completed(technique_id))).all()
     took = sorted(
@@ -260,7 +247,7 @@ async def durations(db: Database, technique_id: str) -> Durations:
 
 
 def last_completed(technique_id: str) -> Select[Any]:
-    """Creation and end of the technique's last completed runs, as far as both are known."""
+    """Creation and end of the technique's last completed runs that have both."""
     return (
         select(runs.c.created_at, runs.c.completed_at)
         .where(
@@ -284,28 +271,21 @@ async def list_deliveries(
 ) -> tuple[list[DeliveryRow], str | None]:
     """A page of callbacks without their bodies, newest first, and the cursor of the next page.
 
-    Raises `InvalidRequest`, naming the field, for a cursor that was not given out here.
+    Raises `InvalidRequest` for an invalid cursor.
     """
     key = (deliveries.c.received_at, deliveries.c.delivery_id)
-    statement = (
-        select(*(column for column in deliveries.c if column.name != "body"))
-        .where(*cursors.after(key, cursor))
-        .order_by(*(each.desc() for each in key))
-        .limit(limit + 1)
-    )
+    statement = select(*(column for column in deliveries.c if column.name != "body"))
     if run_id is not None:
         statement = statement.where(deliveries.c.run_id == run_id)
-    if outcome is not None:  # as a word, so that the index of the few quarantined ones fits
+    if outcome is not None:  # `word`: matches the partial index
         statement = statement.where(deliveries.c.outcome == word(DeliveryOutcome(outcome).value))
     async with db.read() as connection:
-        rows = (await connection.execute(statement)).all()
-    page = [_delivery(row) for row in rows[:limit]]
-    more = len(rows) > limit
-    return page, cursors.at(page[-1].received_at, page[-1].delivery_id) if more else None
+        rows, following = await newest_first(connection, statement, key, cursor=cursor, limit=limit)
+    return [_delivery(row) for row in rows], following
 
 
 async def get_delivery(db: Database, delivery_id: str) -> DeliveryRow | None:
-    """The callback with its body; `None` for one that never came."""
+    """The delivery with its body, if known."""
     statement = select(*deliveries.c).where(deliveries.c.delivery_id == delivery_id)
     async with db.read() as connection:
         found = (await connection.execute(statement)).first()
@@ -313,7 +293,7 @@ async def get_delivery(db: Database, delivery_id: str) -> DeliveryRow | None:
 
 
 async def counts(db: Database, *, now: datetime) -> Counts:
-    """Count what a metric or a health check wants to know, without reading whole tables."""
+    """Count what waits, by short indexes."""
     is_waiting = deliveries.c.outcome == word("waiting")
     statement = select(
         _count(runs, is_tracked_as(Tracking.ACTIVE)),
@@ -335,13 +315,13 @@ def _count(table: Table, condition: ColumnElement[bool]) -> ScalarSelect[int]:
 
 
 def _quantile(ordered: Sequence[float], share: float) -> float:
-    """The smallest value that at least `share` of the values do not exceed."""
+    """The nearest-rank quantile."""
     return ordered[max(math.ceil(share * len(ordered)) - 1, 0)]
 
 
 def _delivery(row: Row[Any]) -> DeliveryRow:
     values = row._asdict()
-    del values["callback_token"]  # whoever knows it can speak of the start
+    del values["callback_token"]  # a secret: it authenticates callbacks of the start
     if row.body_removed_at is not None:
-        values["body"] = None  # what is there is not what came
+        values["body"] = None  # emptied by retention
     return DeliveryRow(**values | {"outcome": DeliveryOutcome(values["outcome"])})

@@ -1,8 +1,8 @@
-"""Finding runs by several things at once, with work that is bounded however many runs there are.
+"""Search runs by several filters, with bounded work.
 
-One filter has an index that gives its runs newest first. Any further one, and any text, is looked
-for among so many of those runs (the window); where that was not enough, the answer says how far
-back it has looked, and the next page goes on from there.
+The most selective filter with an index yields runs newest first. All others, and text, are applied
+to a window of those runs; if the window ends before the page is full, the result says how far back
+it searched, and the next page continues there.
 """
 
 from collections.abc import Mapping
@@ -17,14 +17,14 @@ from tracker.core.record import Record
 from tracker.core.retry import RetryAdvice
 from tracker.core.run import RunStatus, Standing, Tracking
 from tracker.store.engine import Database
-from tracker.store.queries import cursors
+from tracker.store.queries import paging
 from tracker.store.queries import runs as read
 from tracker.store.queries.runs import has_status, is_tracked_as
-from tracker.store.rows import read_records
+from tracker.store.rows import RUN_COLUMNS, read_records
 from tracker.store.schema import runs, word
 
 WINDOW: Final = 10_000
-"""So many runs are looked through for one page."""
+"""Runs that are searched for one page."""
 
 STATES: Final[Mapping[str, ColumnElement[bool]]] = {
     "open": is_tracked_as(Tracking.ACTIVE),
@@ -37,8 +37,8 @@ STATES: Final[Mapping[str, ColumnElement[bool]]] = {
     "lost": is_tracked_as(Tracking.LOST),
     "conflict": runs.c.conflict,
 }
-"""The states that a person asks for: open ones, ended ones whose details are not read yet, those
-with a status that FLORA does not document, …"""
+"""Filters by state: `details` are ended runs whose details are not read yet, `other` those with an
+undocumented status."""
 
 _FEW: Final[Mapping[str, ColumnElement[bool]]] = {
     "open": STATES["open"],
@@ -47,7 +47,7 @@ _FEW: Final[Mapping[str, ColumnElement[bool]]] = {
     "details": STATES["open"],
     "lost": STATES["lost"],
 }
-"""States of few runs, by what their index is entered with: the best one to begin with."""
+"""Rare states and the condition of their index: the best leading filter."""
 
 _TEXTS: Final = (
     "run_id",
@@ -62,11 +62,10 @@ _TEXTS: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What is looked for; what is `None` does not matter. `state` is one of `STATES`, `advice` a
-    `RetryAdvice`.
+    """Filters; `None` matches all. `state` is one of `STATES`, `advice` a `RetryAdvice`.
 
-    `since` and `until` are about the time of creation; `text` is looked for in ids, the technique's
-    name and errors, whatever its case.
+    `since` and `until` bound the creation time; `text` matches ids, the technique's name and
+    errors, ignoring case.
     """
 
     state: str | None = None
@@ -82,8 +81,8 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """A page of runs, newest first. `searched_to` is set where the window ended before the page was
-    full: how far back was looked. The next page, if there is one, goes on after `next_cursor`."""
+    """A page of runs, newest first. `searched_to` is how far back the search went, if the window
+    ended before the page was full. The next page, if any, starts after `next_cursor`."""
 
     records: list[Record]
     next_cursor: str | None = None
@@ -93,9 +92,9 @@ class Found:
 async def search_runs(
     db: Database, wanted: Wanted, *, cursor: str | None = None, limit: int = 50
 ) -> Found:
-    """A page of the runs that are wanted. A text that is a run's id finds that run, at once.
+    """A page of matching runs. A text that is a run's id finds that run alone.
 
-    Raises `InvalidRequest`, naming the field, for a cursor that was not given out here.
+    Raises `InvalidRequest` for an invalid cursor.
     """
     if wanted.text and cursor is None:
         exact = await read.get_run(db, wanted.text)
@@ -104,10 +103,15 @@ async def search_runs(
     leading, others = _conditions(wanted)
     if wanted.tag is not None:
         (others if leading else leading).append(read.is_tagged(db, wanted.tag))
-    through = _within_time(read.runs_newest_first(cursor).where(*leading), wanted)
+    through = _within_time(
+        select(*RUN_COLUMNS)
+        .where(*paging.after(read.NEWEST_FIRST, cursor), *leading)
+        .order_by(*(each.desc() for each in read.NEWEST_FIRST)),
+        wanted,
+    )
     statement = through
     if others:
-        window = through.limit(WINDOW).subquery("looked_through")
+        window = through.limit(WINDOW).subquery("searched")
         adapt = ClauseAdapter(window).traverse
         matching = select(window).where(*(adapt(each) for each in others))
         statement = matching.order_by(window.c.created_at.desc(), window.c.run_id.desc())
@@ -119,18 +123,20 @@ async def search_runs(
             keys = through.with_only_columns(runs.c.created_at, runs.c.run_id)
             last = (await connection.execute(keys.offset(WINDOW - 1).limit(1))).first()
     if len(rows) > limit:
-        return Found(records=page, next_cursor=_cursor(page[-1].created_at, page[-1].run.run_id))
+        return Found(records=page, next_cursor=paging.at(page[-1].created_at, page[-1].run.run_id))
     if last is None:
         return Found(records=page)
     return Found(
-        records=page, next_cursor=_cursor(last.created_at, last.run_id), searched_to=last.created_at
+        records=page,
+        next_cursor=paging.at(last.created_at, last.run_id),
+        searched_to=last.created_at,
     )
 
 
 def _conditions(
     wanted: Wanted,
 ) -> tuple[list[ColumnElement[bool]], list[ColumnElement[bool]]]:
-    """The condition whose index is read, if any, and those that are looked for on the way."""
+    """The leading condition, by index, if any; and the conditions for the window."""
     leading: list[ColumnElement[bool]] = []
     others: list[ColumnElement[bool]] = []
 
@@ -150,7 +156,7 @@ def _conditions(
         add(runs.c.project_id == wanted.project_id)
     if wanted.workspace_id is not None:
         add(runs.c.workspace_id == wanted.workspace_id)
-    if state == "completed":  # most are: the last one to begin with
+    if state == "completed":  # the least selective
         add(STATES[state])
     if state in ("details", "other", "conflict"):
         others.append(STATES[state])
@@ -167,7 +173,3 @@ def _within_time(statement: Select[Any], wanted: Wanted) -> Select[Any]:
     if wanted.until is not None:
         statement = statement.where(runs.c.created_at <= wanted.until)
     return statement
-
-
-def _cursor(at: datetime, last: str) -> str:
-    return cursors.encode(at.isoformat(), last)

@@ -1,4 +1,4 @@
-"""Sessions of signed-in browsers, as the database keeps them."""
+"""Sessions of signed-in browsers."""
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -24,7 +24,7 @@ class SessionRow:
 
 
 async def begin(db: Database, row: SessionRow, *, idle: timedelta, lasts: timedelta) -> None:
-    """Store a new session, and remove those that are over. Raises `StoreUnavailable`."""
+    """Store a session and delete expired ones. Raises `StoreUnavailable`."""
     now = row.started_at
     entry = audit.entry(Action.SIGN_IN, now)
     over = delete(sessions).where(
@@ -41,7 +41,7 @@ async def begin(db: Database, row: SessionRow, *, idle: timedelta, lasts: timede
 
 
 async def find(db: Database, session_id: str) -> SessionRow | None:
-    """The session of that id, over or not. Raises `StoreUnavailable`."""
+    """The session with this id, expired or not. Raises `StoreUnavailable`."""
     statement = select(sessions).where(sessions.c.session_id == session_id)
     async with db.read() as connection:
         row = (await connection.execute(statement)).one_or_none()
@@ -49,13 +49,13 @@ async def find(db: Database, session_id: str) -> SessionRow | None:
 
 
 async def use(db: Database, session_id: str, *, now: datetime) -> None:
-    """Note that the session is in use. Raises `StoreUnavailable`."""
+    """Set the time of the last use. Raises `StoreUnavailable`."""
     statement = update(sessions).where(sessions.c.session_id == session_id).values(last_used_at=now)
     await db.write(lambda connection: connection.execute(statement).rowcount)
 
 
 async def end(db: Database, session_id: str, *, now: datetime) -> None:
-    """Remove the session. Raises `StoreUnavailable`."""
+    """Delete the session. Raises `StoreUnavailable`."""
     statement = delete(sessions).where(sessions.c.session_id == session_id)
     entry = audit.entry(Action.SIGN_OUT, now)
 

@@ -1,12 +1,11 @@
-"""What was spent, and how far each budget is used.
+"""Spending, and the use of each budget.
 
-Nothing is counted up as money is spent. What a budget has used is computed whenever it is asked:
-what its runs cost now, by the tallies, and what the starts that have not become a run have
-reserved, by the start log. So whatever happens to a run or a start changes the budgets with it,
-and callbacks and polls write nothing for them.
+There are no counters: the use of a budget is computed from the rollups (costs of runs) and the
+start log (reservations of starts without a run), so that it always follows from their state, and
+callbacks and polls write nothing for budgets.
 
-A start takes its room under a lock of each budget that covers it, in the transaction that stores
-its key: of any number of starts, in any number of processes, none sees room that another takes.
+A start reserves its price under a lock of each budget that covers it, in the transaction that
+stores its key, so that concurrent starts of any number of processes cannot exceed a budget.
 """
 
 from collections import Counter
@@ -38,23 +37,23 @@ from tracker.core.errors import BudgetExceeded
 from tracker.core.rollup import CHARGED, QUOTED, SPENT, TAGGED, UNPRICED, dollars
 from tracker.core.tags import check_key
 from tracker.store.engine import Database
-from tracker.store.queries.overview import TALLIES
+from tracker.store.queries.overview import ROLLUPS
 from tracker.store.schema import starts, techniques, word
 
 RESERVED: Final = "reserved"
 SEVERAL_WITHIN: Final = timedelta(minutes=15)
-"""Of a start of several runs the answer names the first. For so long it keeps the reservation of
-those whose callback has not come: the history shows them meanwhile. It does not show whose they
-are, so in the budget of a tag they keep it."""
+"""The answer to a start of several runs names only the first. The others stay reserved this long,
+until the history shows them. It does not show their tags, so in a tag's budget they stay
+reserved."""
 MOST_ROWS: Final = 1000
-"""So many techniques, or values of a tag, are named; the rest is one row."""
+"""Most techniques or tag values; the rest is one row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """How far a budget is used in the period that began at `since` and ends at `renews_at`, both
-    `None` for ever. `reserved` is the price of starts that are under way or in doubt,
-    `quoted` the price or quote of runs without a bill, `charged` what FLORA billed; all in USD."""
+    """The use of a budget in the period from `since` to `renews_at` (both `None` for `total`), in
+    USD: `reserved` for starts in progress or in doubt, `quoted` (price or quote) for runs without
+    a bill, `charged` by FLORA."""
 
     budget: Budget
     since: datetime | None
@@ -65,22 +64,22 @@ class Usage:
 
     @property
     def used(self) -> Decimal:
-        """All of it together: above the budget where bills were, or where others spend."""
+        """The sum; may exceed the budget, by bills above quotes or by others' spending."""
         return self.reserved + self.quoted + self.charged
 
     @property
     def left(self) -> Decimal:
-        """What may still be spent."""
+        """What may still be spent, at least 0."""
         return max(self.budget.usd - self.used, Decimal(0))
 
     @property
     def share(self) -> float:
-        """How much of it is used: 1 for all."""
+        """The used share; 1 is all of it."""
         return float(self.used / self.budget.usd) if self.budget.usd else 1.0
 
 
 async def usages(db: Database, budgets: Sequence[Budget], *, now: datetime) -> list[Usage]:
-    """How far each of the budgets is used, all as of one moment."""
+    """The use of each budget, in one snapshot."""
 
     def read(connection: Connection) -> list[Usage]:
         return [_usage(connection, budget, now) for budget in budgets]
@@ -90,8 +89,8 @@ async def usages(db: Database, budgets: Sequence[Budget], *, now: datetime) -> l
 
 
 def lock(connection: Connection, budgets: Sequence[Budget]) -> None:
-    """Keep the budgets from all others until the commit."""
-    if budgets and connection.dialect.name == "postgresql":  # SQLite has one writer anyhow
+    """Lock the budgets until the commit."""
+    if budgets and connection.dialect.name == "postgresql":  # SQLite has one writer
         keys = sorted(_lock_key(budget) for budget in budgets)
         connection.execute(_LOCK, {"keys": keys})
 
@@ -99,17 +98,14 @@ def lock(connection: Connection, budgets: Sequence[Budget]) -> None:
 def check_room(
     connection: Connection, budgets: Sequence[Budget], *, price: Decimal | None, now: datetime
 ) -> None:
-    """See that `price` (USD) fits into each of the budgets, which are locked.
-
-    Raises `BudgetExceeded`.
-    """
+    """Raise `BudgetExceeded` unless `price` (USD) fits into each of the locked budgets."""
     for budget in budgets:
         usage = _usage(connection, budget, now)
         if price is None or usage.used + price > budget.usd:
             raise _exceeded(usage, price)
 
 
-# In the order of the list, so that no two wait for each other.
+# In the order of the list, so that processes cannot deadlock.
 _LOCK: Final = select(
     func.pg_advisory_xact_lock(func.unnest(bindparam("keys", type_=ARRAY(BigInteger))))
 )
@@ -128,7 +124,7 @@ def _exceeded(usage: Usage, cost: Decimal | None) -> BudgetExceeded:
     else:
         message += f", and this start costs {_usd(cost)}"
     if usage.renews_at is not None:
-        message += f"; it begins anew at {usage.renews_at:%Y-%m-%dT%H:%M:%SZ}"
+        message += f"; it starts again at {usage.renews_at:%Y-%m-%dT%H:%M:%SZ}"
     return BudgetExceeded(
         f"{message}. Nothing was sent",
         budget=budget.name,
@@ -139,7 +135,7 @@ def _exceeded(usage: Usage, cost: Decimal | None) -> BudgetExceeded:
 
 
 def _usd(amount: Decimal) -> str:
-    """In cents, and with more digits only where there are any."""
+    """In cents, with more digits only if needed."""
     cents = amount.quantize(Decimal("0.01"))
     return f"${cents:f}" if cents == amount else f"${amount.normalize():f}"
 
@@ -162,22 +158,22 @@ def _usage(connection: Connection, budget: Budget, now: datetime) -> Usage:
 def used(
     budget: Budget, since: datetime | None, until: datetime | None, now: datetime
 ) -> CompoundSelect[Any]:
-    """What a budget has used, by part, in billionths of a dollar.
+    """The use of a budget by part, in billionths of a dollar.
 
-    One statement: a start that becomes a run leaves the one sum as it enters the other.
+    One statement, so that a start that becomes a run is counted exactly once.
     """
     spent = [
-        *(TALLIES.c[name] == value for name, value in budget.scope.items() if name != "tag"),
-        *_within(TALLIES.c.since, since, until),
+        *(ROLLUPS.c[name] == value for name, value in budget.scope.items() if name != "tag"),
+        *_within(ROLLUPS.c.since, since, until),
     ]
     if budget.tag is None:
-        spent.append(TALLIES.c.measure == word(SPENT))
+        spent.append(ROLLUPS.c.measure == word(SPENT))
     else:
-        tagged = TALLIES.c.word == "=".join(budget.tag)
-        spent += [TALLIES.c.measure == word(TAGGED), tagged]
-    costs = select(TALLIES.c.status, cast(func.sum(TALLIES.c.amount), BigInteger))
+        tagged = ROLLUPS.c.word == "=".join(budget.tag)
+        spent += [ROLLUPS.c.measure == word(TAGGED), tagged]
+    costs = select(ROLLUPS.c.status, cast(func.sum(ROLLUPS.c.amount), BigInteger))
     return union_all(
-        costs.where(*spent).group_by(TALLIES.c.status),
+        costs.where(*spent).group_by(ROLLUPS.c.status),
         *_reservations(budget, since, until, now),
     )
 
@@ -185,8 +181,8 @@ def used(
 def _reservations(
     budget: Budget, since: datetime | None, until: datetime | None, now: datetime
 ) -> Iterator[Select[Any, int]]:
-    """What starts have reserved that are no run: those whose request may have acted, those that
-    someone is about to send, and the further runs of those that become several."""
+    """Reservations: starts that may have taken effect, leased ones, and the further runs of starts
+    of several runs."""
     of = starts.c
     covered = [*_within(of.reserved_at, since, until)]
     if budget.workspace_id is not None:
@@ -202,7 +198,7 @@ def _reservations(
         several = and_(several, of.reserved_at > now - SEVERAL_WITHIN)
     price = of.reserved_cost * of.reserved_runs
     states: list[tuple[ColumnElement[Any], list[ColumnElement[bool]]]] = [
-        # One part for each index.
+        # One query for each index.
         (price, [open_ones, (of.state == word("sent")) | (of.lease_until > now)]),
         (price, [of.state == word("in_doubt")]),
         (price, [of.state == word("unresolved")]),
@@ -224,11 +220,10 @@ def _within(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spending:
-    """What runs cost together, in USD, of those that were started on a day, of a technique, or
-    with a value of a tag: `of` is which, `None` for all the other runs.
+    """The cost in USD of the runs of a day, a technique or a tag value (`of`; `None`: all others).
 
-    `charged` is what FLORA billed, `quoted` what those of them without a bill may cost; of
-    `unpriced` ones that have ended nothing is known.
+    `charged` was billed by FLORA, `quoted` is expected for runs without a bill, `unpriced` runs
+    ended without any price.
     """
 
     of: datetime | str | None
@@ -240,12 +235,12 @@ class Spending:
 
     @property
     def total(self) -> Decimal:
-        """What was charged and what may still be."""
+        """Charged and quoted together."""
         return self.charged + self.quoted
 
 
 def check_by(by: str) -> str:
-    """`by`, where `spending` adds up by it; raises `ValueError`."""
+    """`by` if `spending` can group by it; raises `ValueError`."""
     if by in ("day", "technique"):
         return by
     kind, _, key = by.partition(":")
@@ -261,23 +256,23 @@ async def spending(
     since: datetime | None = None,
     workspace_id: str | None = None,
 ) -> tuple[list[Spending], Spending]:
-    """What was spent by `day` (in order), `technique` or `tag:KEY` (the dearest first), of the
-    runs that were started from the day (UTC) of `since` on; and all of it together."""
+    """Spending by `day` (in order), `technique` or `tag:KEY` (highest first) of runs started since
+    the UTC day of `since`; and the total."""
     measure, key = SPENT, ""
-    of: ColumnElement[Any] = TALLIES.c.since
-    where = _within(TALLIES.c.since, since and Period.DAY.bounds(since)[0], None)
+    of: ColumnElement[Any] = ROLLUPS.c.since
+    where = _within(ROLLUPS.c.since, since and Period.DAY.bounds(since)[0], None)
     if workspace_id is not None:
-        where.append(TALLIES.c.workspace_id == workspace_id)
+        where.append(ROLLUPS.c.workspace_id == workspace_id)
     columns = _sums()
-    whole = select(*columns).where(TALLIES.c.measure == word(SPENT), *where)
+    whole = select(*columns).where(ROLLUPS.c.measure == word(SPENT), *where)
     if by == "technique":
-        of = TALLIES.c.technique_id
+        of = ROLLUPS.c.technique_id
     elif by != "day":
         measure, key = TAGGED, by.removeprefix("tag:") + "="
-        of = func.substr(TALLIES.c.word, literal_column(f"{len(key) + 1}"))
-        where.append(func.substr(TALLIES.c.word, 1, len(key)) == key)
-    grouped = select(of.label("of"), *columns).where(TALLIES.c.measure == word(measure), *where)
-    grouped = grouped.group_by(of).having(func.sum(TALLIES.c.runs) != 0)
+        of = func.substr(ROLLUPS.c.word, literal_column(f"{len(key) + 1}"))
+        where.append(func.substr(ROLLUPS.c.word, 1, len(key)) == key)
+    grouped = select(of.label("of"), *columns).where(ROLLUPS.c.measure == word(measure), *where)
+    grouped = grouped.group_by(of).having(func.sum(ROLLUPS.c.runs) != 0)
     order = [of] if by == "day" else [(columns[1] + columns[2]).desc(), of]
     async with db.read() as connection:
         total = _spending(None, *(await connection.execute(whole)).one())
@@ -300,13 +295,13 @@ async def spending(
 
 
 async def tag_keys(db: Database, *, since: datetime) -> list[str]:
-    """The keys of the tags of runs that were started from that day on, in order."""
+    """The tag keys of runs started since that day, sorted."""
     if db.dialect == "postgresql":
-        key: Any = func.split_part(TALLIES.c.word, "=", 1)
+        key: Any = func.split_part(ROLLUPS.c.word, "=", 1)
     else:
-        key = func.substr(TALLIES.c.word, 1, func.instr(TALLIES.c.word, "=") - 1)
+        key = func.substr(ROLLUPS.c.word, 1, func.instr(ROLLUPS.c.word, "=") - 1)
     day, _ = Period.DAY.bounds(since)
-    found = select(key).distinct().where(TALLIES.c.measure == word(TAGGED), TALLIES.c.since >= day)
+    found = select(key).distinct().where(ROLLUPS.c.measure == word(TAGGED), ROLLUPS.c.since >= day)
     async with db.read() as connection:
         return sorted(await connection.scalars(found))
 
@@ -315,10 +310,10 @@ def _sums() -> list[ColumnElement[Any]]:
     def of(column: ColumnElement[Any], *parts: str) -> ColumnElement[Any]:
         counted: Any = func.sum(column)
         if parts:
-            counted = counted.filter(TALLIES.c.status.in_([word(part) for part in parts]))
+            counted = counted.filter(ROLLUPS.c.status.in_([word(part) for part in parts]))
         return func.coalesce(cast(counted, BigInteger), literal_column("0"))
 
-    runs, amount = TALLIES.c.runs, TALLIES.c.amount
+    runs, amount = ROLLUPS.c.runs, ROLLUPS.c.amount
     return [of(runs), of(amount, CHARGED), of(amount, QUOTED), of(runs, UNPRICED)]
 
 

@@ -1,26 +1,22 @@
-"""The start log: what was asked for, under which key, and what came of it.
+"""The start log: every idempotency key, its request, and its outcome.
 
-A start's states::
+The states of a start::
 
-    stored       the key is kept, nothing has left. While someone holds its lease, who is about to
-                 send it, its price is reserved in the budgets    → sent
-    sent         its first request is about to leave, or has left; the process that holds the lease
-                 waits for the answer                     → started, refused, in_doubt, stored
-    in_doubt     a request may have reached FLORA and no answer says what it did; only evidence, or
-                 a person, removes the doubt                      → started, unresolved
-    started      it became a run, which the row names. The writer sets it, together with the run
-    refused      FLORA refused it in its own words, with no doubt before, or a person says that
-                 nothing was started; the key may be used again   → stored
-    unresolved   left to a person                                 → started, refused
+    stored       the key is stored, nothing was sent. While a lease is held, the price is reserved
+                 in the budgets                                   → sent
+    sent         the first request is about to be sent or was sent; the holder of the lease waits
+                 for the answer                           → started, refused, in_doubt, stored
+    in_doubt     a request may have reached FLORA without an answer; only evidence or a person
+                 removes the doubt                                → started, unresolved
+    started      it became the run that the row names; set by the writer, together with the run
+    refused      FLORA refused it without doubt, or a person decided that nothing was started; the
+                 key may be used again                            → stored
+    unresolved   a person has to decide                           → started, refused
 
-The price of a start that is `sent`, `in_doubt` or `unresolved` is reserved too; of one that is
-`started`, what its run costs takes its place.
-
-A row that is `sent` while nobody holds its lease is in doubt: its process died. Evidence may start
-every row, whatever its state.
-
-One process at a time sends a key: it holds the row's lease, and only the holder writes the state.
-Keys belong to a workspace, by its id.
+The price stays reserved while a start is `sent`, `in_doubt` or `unresolved`; once it is `started`,
+the cost of its run counts instead. A row that is `sent` without a lease is in doubt, because its
+process died. Evidence may set any state to `started`. Only the holder of the lease sends the key
+and writes the state. Keys belong to a workspace id.
 """
 
 from collections.abc import Sequence
@@ -42,19 +38,18 @@ from sqlalchemy import (
     union_all,
     update,
 )
-from sqlalchemy.dialects import postgresql, sqlite
 
 from tracker.core.budget import Budget
 from tracker.core.observation import Source
 from tracker.core.tags import Tags
 from tracker.store.engine import Database
-from tracker.store.queries import audit, cursors, spending
+from tracker.store.queries import audit, paging, spending
 from tracker.store.queries.audit import Action
 from tracker.store.schema import runs, starts, word
 
 
 class StartState(StrEnum):
-    """See the module."""
+    """See the docstring of this module."""
 
     STORED = "stored"
     SENT = "sent"
@@ -65,23 +60,22 @@ class StartState(StrEnum):
 
 
 LONGEST_HOLD: Final = timedelta(minutes=5)
-"""A right to send that lasts longer was taken before the clock was set back: it has run out."""
+"""A lease that ends later than this was taken before the clock was set back, and is void."""
 UNKNOWN: Final = (StartState.SENT, StartState.IN_DOUBT, StartState.UNRESOLVED)
-"""States in which it is not known what came of a start."""
+"""States whose outcome is not known."""
 LISTED: Final = (StartState.STORED, *UNKNOWN)
-"""States whose starts can be listed: few, and each with its own index."""
+"""States that can be listed: rare, each with its own index."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartRow:
     """One start.
 
-    `in_use_since` is when its key was first sent, `sent_at` when it last was. `request_body` is
-    what was sent, while it may have to be repeated. `error` is the last answer that was no run:
-    status, code, message and fields; `conflict` in it says that FLORA knows the key.
-    `reserved_cost` is what each of `reserved_runs` runs takes from the budgets of the period of
-    `reserved_at`, in USD. Once it has started, these are its first run and those that have not
-    shown yet.
+    The key was first sent at `in_use_since` and last at `sent_at`. `request_body` is kept while it
+    may have to be repeated. `error` is the last answer without a run: status, code, message,
+    fields; `conflict` in it tells that FLORA knows the key. Each of `reserved_runs` runs takes
+    `reserved_cost` USD from the budgets of the period of `reserved_at`; once started, these are the
+    first run and those not observed yet.
     """
 
     workspace_slot: str
@@ -109,16 +103,16 @@ class StartRow:
 
     @property
     def is_fresh(self) -> bool:
-        """Whether no request of this key can have acted."""
+        """Whether no request with this key can have taken effect."""
         return self.state in (StartState.STORED, StartState.REFUSED)
 
     @property
     def is_known_to_flora(self) -> bool:
-        """Whether FLORA answered 409 or 422: it has a run, or a request, under this key."""
+        """Whether FLORA answered 409 or 422: it has a request with this key."""
         return bool((self.error or {}).get("conflict"))
 
     def is_held(self, now: datetime) -> bool:
-        """Whether a process is sending it."""
+        """Whether a process holds its lease."""
         return self.lease_until is not None and now < self.lease_until <= now + LONGEST_HOLD
 
 
@@ -140,15 +134,15 @@ async def reserve(
     runs: int = 1,
     budgets: Sequence[Budget] = (),
 ) -> StartRow:
-    """Keep the key, once: the row as it now is.
+    """Store the key once, and return its row.
 
-    A row that was there stays as it is; whether it is the same request, the caller compares. What
-    is about to be sent is noted in the audit log with it.
+    An existing row is returned unchanged; the caller compares the request. A new one is written to
+    the audit log.
 
-    With a `holder` a start of which no request can have acted is taken as well, as by `take`, and
-    its price reserved: `cost` USD for each of its `runs` have to fit into the `budgets`. It is
-    reserved for as long as the start is held, and then for as long as it may have been sent.
-    Raises `BudgetExceeded`, and then nothing is kept.
+    With a `holder` a fresh start is also leased, as by `take`, and its price reserved: `cost` USD
+    for each of its `runs` must fit into the `budgets`. The reservation lasts while the lease is
+    held, and then for as long as the start may have been sent. Raises `BudgetExceeded`; then
+    nothing is stored.
     """
     entry = audit.entry(
         Action.START,
@@ -161,8 +155,7 @@ async def reserve(
     if holder is not None:
         held |= {"lease_holder": holder, "lease_until": at + lease, "reserved_at": at}
         held |= {"reserved_cost": cost, "reserved_runs": runs}
-    insert: Any = postgresql.insert if db.dialect == "postgresql" else sqlite.insert
-    new = insert(starts).values(
+    new = db.insert(starts).values(
         workspace_slot=workspace_id,
         workspace_id=workspace_id,
         idempotency_key=idempotency_key,
@@ -190,7 +183,7 @@ async def reserve(
     )
 
     def work(connection: Connection) -> StartRow:
-        # Before the key is read: who asked with it at the same moment has kept it by then.
+        # Before the key is read, so that a concurrent request has stored it by then.
         spending.lock(connection, budgets)
         found = connection.execute(existing).first()
         row = None if found is None else _row(found)
@@ -201,7 +194,7 @@ async def reserve(
         price = None if cost is None else cost * runs
         spending.check_room(connection, budgets, price=price, now=at)
         made = connection.execute(statement if row is None else again).first()
-        if made is None:  # another was quicker
+        if made is None:  # a concurrent request stored it first
             return _row(connection.execute(existing).one())
         audit.note(connection, entry)
         return _row(made)
@@ -210,14 +203,14 @@ async def reserve(
 
 
 async def get(db: Database, workspace_id: str, key: str) -> StartRow | None:
-    """The start of that key, if there is one."""
+    """The start with this key, if any."""
     async with db.read() as connection:
         found = (await connection.execute(select(starts).where(_is(workspace_id, key)))).first()
     return None if found is None else _row(found)
 
 
 async def of_run(db: Database, run_id: str) -> StartRow | None:
-    """The start that became that run, the first where it answered several keys."""
+    """The start that became this run; the first if FLORA answered several keys with it."""
     statement = select(starts).where(starts.c.run_id == run_id).order_by(starts.c.created_at)
     async with db.read() as connection:
         found = (await connection.execute(statement.limit(1))).first()
@@ -225,7 +218,7 @@ async def of_run(db: Database, run_id: str) -> StartRow | None:
 
 
 async def of_keys(db: Database, workspace_id: str, keys: Sequence[str]) -> dict[str, StartRow]:
-    """Those of the keys that have a start, by key; not more of them than one statement takes."""
+    """The starts of these keys, by key; at most as many as one statement takes."""
     statement = select(starts).where(
         starts.c.workspace_slot == workspace_id, starts.c.idempotency_key.in_(keys)
     )
@@ -244,16 +237,15 @@ async def list_starts(
 ) -> tuple[list[StartRow], str | None]:
     """A page of starts, newest first, and the cursor of the next page.
 
-    `states` are those meant; without them all whose outcome is not known. Raises `InvalidRequest`,
-    naming the field, for a cursor that was not given out here.
+    Without `states`, all whose outcome is not known. Raises `InvalidRequest` for an invalid cursor.
     """
     key = (starts.c.created_at, starts.c.idempotency_key)
     wanted = states or [state.value for state in UNKNOWN]
     order = [each.desc() for each in key]
-    # One part for each state, so that each is read by its own index.
+    # One query for each state, so that each uses its own index.
     parts = [
         select(starts)
-        .where(is_in(StartState(state)), *cursors.after(key, cursor))
+        .where(is_in(StartState(state)), *paging.after(key, cursor))
         .where(*([] if workspace_id is None else [starts.c.workspace_slot == workspace_id]))
         for state in wanted
     ]
@@ -265,11 +257,11 @@ async def list_starts(
     found.sort(key=lambda row: (row.created_at, row.idempotency_key), reverse=True)
     page, more = found[:limit], len(found) > limit
     last = page[-1] if page else None
-    return page, cursors.at(last.created_at, last.idempotency_key) if more and last else None
+    return page, paging.at(last.created_at, last.idempotency_key) if more and last else None
 
 
 async def of_key(db: Database, key: str) -> list[StartRow]:
-    """The starts of that key, in whichever workspace."""
+    """The starts with this key, in any workspace."""
     async with db.read() as connection:
         statement = select(starts).where(starts.c.idempotency_key == key)
         return [_row(row) for row in await connection.execute(statement)]
@@ -286,10 +278,7 @@ def of_tokens(connection: Connection, tokens: Sequence[str]) -> dict[str, StartR
 async def take(
     db: Database, workspace_id: str, key: str, holder: str, now: datetime, lease: timedelta
 ) -> bool:
-    """Take the right to send this key, until `now + lease`; false where another has it.
-
-    A start that became a run is nobody's to send.
-    """
+    """Take the lease until `now + lease`; false if another holds it or the start became a run."""
     statement = (
         update(starts)
         .where(
@@ -305,9 +294,9 @@ async def take(
 async def prolong(
     db: Database, workspace_id: str, key: str, holder: str, now: datetime, lease: timedelta
 ) -> bool:
-    """Prolong the right that `take` gave to `holder`; false where it no longer has it.
+    """Renew the lease of `holder`; false if it lost it.
 
-    What had run out before anything was sent is lost: its room in the budgets may be another's.
+    A lease that expired before anything was sent is lost: another start may use its reservation.
     """
     statement = (
         update(starts)
@@ -322,7 +311,7 @@ async def prolong(
 
 
 async def give_back(db: Database, workspace_id: str, key: str, holder: str) -> None:
-    """End the right that `take` gave to `holder`, where it still has it."""
+    """Release the lease if `holder` still has it."""
     statement = (
         update(starts)
         .where(_is(workspace_id, key), starts.c.lease_holder == holder)
@@ -341,11 +330,11 @@ async def mark_sent(
     callback_url: str | None,
     request_body: str,
 ) -> StartRow | None:
-    """Note that a request is about to leave; the row as it now is.
+    """Store that a request is about to be sent, and return the row.
 
-    `None` where `holder` has lost the start: its lease has run out, another has it, or it became a
-    run. Address and body are kept with the first request of a key; a repetition changes neither,
-    and leaves a start in doubt.
+    `None` if `holder` lost the start: its lease expired, another holds it, or it became a run. The
+    callback address and the body are stored with the first request of a key; a repetition changes
+    neither, and leaves a start in doubt.
     """
     fresh = starts.c.state.in_([word("stored"), word("refused")])
     statement = (
@@ -378,9 +367,9 @@ async def mark(
     state: StartState,
     error: dict[str, Any] | None,
 ) -> StartRow | None:
-    """Note what is known of a start: the row as it now is, `None` if `holder` lost it.
+    """Set the state of a start and return its row, `None` if `holder` lost it.
 
-    `STARTED` is set by the writer alone, with the run.
+    `STARTED` is set only by the writer, together with the run.
     """
     values: dict[str, Any] = {"state": state.value, "error": error}
     if state in (StartState.STORED, StartState.REFUSED):
@@ -407,7 +396,7 @@ async def _mark(db: Database, statement: Any) -> StartRow | None:
 
 
 async def open_starts(db: Database) -> list[StartRow]:
-    """Starts that are sent or in doubt, oldest first."""
+    """Starts that are `sent` or `in_doubt`, oldest first."""
     states = (StartState.SENT, StartState.IN_DOUBT)
     parts = [select(starts).where(is_in(state)) for state in states]
     async with db.read() as connection:
@@ -416,7 +405,7 @@ async def open_starts(db: Database) -> list[StartRow]:
 
 
 async def rivals(db: Database, workspace_id: str, technique_id: str, key: str) -> list[StartRow]:
-    """Other starts of the technique of which no run is known: a run may be theirs as well."""
+    """Other starts of the technique without a known outcome: a run may belong to them as well."""
     statement = select(starts).where(
         starts.c.workspace_slot == workspace_id,
         starts.c.technique_id == technique_id,
@@ -428,7 +417,7 @@ async def rivals(db: Database, workspace_id: str, technique_id: str, key: str) -
 
 
 async def accounted(db: Database, run_ids: Sequence[str]) -> set[str]:
-    """Those of the runs whose origin is known: a start owns them, or they were given to track."""
+    """The runs whose origin is known: they belong to a start or were tracked by request."""
     if not run_ids:
         return set()
     by_start = select(starts.c.run_id).where(starts.c.run_id.in_(run_ids))
@@ -440,7 +429,7 @@ async def accounted(db: Database, run_ids: Sequence[str]) -> set[str]:
 
 
 def is_in(state: StartState) -> ColumnElement[bool]:
-    """Whether a start is in that state, said so that the partial index of the state fits."""
+    """The start is in this state; matches the partial index of the state."""
     of = starts.c.state
     if state in (StartState.STORED, StartState.SENT):
         return and_(of.in_([word("stored"), word("sent")]), of == word(state))
@@ -461,23 +450,19 @@ def _row(row: Row[Any]) -> StartRow:
     return StartRow(**values | {"state": StartState(values["state"])})
 
 
-# Whether callbacks come to the starts' own addresses.
-#
-# A proxy may pass on the exact path `/callbacks/flora` alone, so that all of them are lost.
-
-
+# A proxy may forward only the exact path `/callbacks/flora`, so that callbacks to the addresses of
+# single starts are lost.
 MISSING: Final = 5
-"""So many missing callbacks in a row, and new starts use the bare address."""
+"""After this many missed callbacks in a row new starts use the bare address."""
 MISSING_AFTER: Final = timedelta(minutes=2)
-"""How long after the end of its run a callback counts as missing: by then FLORA has sent it three
-times."""
+"""How long after the end of its run a callback counts as missed: FLORA has tried three times."""
 TRY_AGAIN_AFTER: Final = timedelta(hours=1)
-"""How long after the last of them own addresses are tried again."""
+"""How long until addresses of single starts are tried again."""
 
 
 async def own_are_missing(db: Database, *, now: datetime) -> bool:
-    """Whether the last five runs that were to call back to an address of their own did not, and one
-    of them was sent within the hour."""
+    """Whether the last `MISSING` runs with a callback address of their own got no callback, and one
+    of them was started within `TRY_AGAIN_AFTER`."""
     statement = (
         select(runs.c.callback_at, starts.c.sent_at)
         .join(starts, and_(starts.c.run_id == runs.c.run_id, starts.c.callback_token.is_not(None)))

@@ -1,6 +1,9 @@
-"""The log of sweeps: what each read and found, and what stopped it.
+"""The log of sweeps, and coverage: which parts of FLORA's history were read without a gap.
 
-Nothing is decided by it: how far the history is here stands in `tracker.store.queries.sweeps`.
+An interval of coverage states that every run that FLORA created in it was read and stored. It is
+written after that is true. `from_at` is excluded and `to_at` included, because other runs of the
+instant at which a page ends may be on the next page. An interval also stores how to continue below
+it: FLORA's cursor and, if that part could not be read, why and when to retry.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,10 +22,10 @@ from tracker.store.schema import sweeps
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepRow:
-    """One sweep of a workspace's history. It is complete if it is finished and has no error.
+    """One sweep of a workspace's history; complete if it is finished and has no error.
 
-    `through` and `generations_through` say up to which moment, by FLORA's clock, each kind was
-    verified when it ended. `generations_error` is why generations could not be swept.
+    `through` and `generations_through` are the times, by FLORA's clock, up to which each kind was
+    checked. `generations_error` is why generations could not be swept.
     """
 
     id: int
@@ -41,7 +44,7 @@ class SweepRow:
 
 
 async def begin(db: Database, workspace_id: str | None, at: datetime) -> int:
-    """Note that a sweep begins; returns its number. Until `finish` it counts as not complete."""
+    """Log the start of a sweep and return its number; it is incomplete until `finish`."""
     statement = (
         insert(sweeps)
         .values(
@@ -78,7 +81,7 @@ async def finish(
     error: str | None = None,
     generations_error: str | None = None,
 ) -> None:
-    """Note how a sweep ended: whole, or with the error that stopped it."""
+    """Log the end of a sweep, with its error if any."""
     statement = (
         update(sweeps)
         .where(sweeps.c.id == number)
@@ -101,8 +104,7 @@ async def finish(
 async def list_sweeps(
     db: Database, *, limit: int = 20, before: int | None = None
 ) -> list[SweepRow]:
-    """The last sweeps of all workspaces, newest first; those `before` a number, where one is
-    given."""
+    """The last sweeps of all workspaces, newest first; those `before` a number, if given."""
     statement = select(sweeps).order_by(sweeps.c.id.desc()).limit(limit)
     if before is not None:
         statement = statement.where(sweeps.c.id < before)
@@ -114,21 +116,12 @@ def _row(row: Row[Any]) -> SweepRow:
     return SweepRow(**row._asdict())
 
 
-# Which of FLORA's history has been read without a gap: `history_coverage`, and what follows of
-# it.
-#
-# An interval says that every run that FLORA created in it was read and is stored. It is written
-# after what it claims. `from_at` itself is not part of it, `to_at` is: other runs of the very
-# instant at which a page ends may stand on the next. Each interval also remembers how to go on
-# below it: FLORA's cursor, and where that cannot be read, why, and when it is tried again.
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
-    """A stretch of FLORA's creation times, UTC. `read_at` is when it last grew, by our clock.
+    """An interval of FLORA's creation times, UTC. `read_at` is when it last grew, by our clock.
 
-    `cursor` leads to what lies below it, which could not be read `failures` times: `error` says
-    why, until the gap has become too old to matter, and `retry_at` when it is read again.
+    `cursor` continues below it. If that part could not be read, `failures` counts the attempts,
+    `error` is the reason (until the gap is too old to matter) and `retry_at` the next attempt.
     """
 
     from_at: datetime
@@ -141,8 +134,8 @@ class Interval:
 
 
 class Gap(NamedTuple):
-    """What has not been read: after `bottom`, through `top`. `above` is the interval that ends it;
-    `None` where it reaches up to the present."""
+    """A part that was not read: after `bottom`, through `top`. `above` is the interval above it;
+    `None` if the gap reaches the present."""
 
     bottom: datetime
     top: datetime
@@ -150,9 +143,9 @@ class Gap(NamedTuple):
 
 
 class Unread(NamedTuple):
-    """A gap that could not be read: after `from_at` (`None`: from the beginning), through `to_at`.
+    """A gap that could not be read: after `from_at` (`None`: the beginning), through `to_at`.
 
-    `retry_at` is when the next sweep tries again, `None` where it does at once.
+    Sweeps retry it from `retry_at` on, if set.
     """
 
     workspace_id: str
@@ -165,12 +158,12 @@ class Unread(NamedTuple):
 
 
 Coverage = dict[tuple[str, str], list[Interval]]
-"""By workspace and kind."""
+"""Intervals by workspace and kind."""
 
 
 def merged(intervals: Iterable[Interval]) -> list[Interval]:
-    """The same coverage, newest first, with what touches in one. Of two that begin at the same
-    moment the later one given knows what lies below."""
+    """The same coverage with adjacent intervals joined, newest first. Of two with the same start,
+    the later argument determines what is known below."""
     found: list[tuple[int, Interval]] = []
     for each in sorted(enumerate(intervals), key=lambda pair: pair[1].to_at, reverse=True):
         if not found or each[1].to_at < found[-1][1].from_at:
@@ -180,13 +173,13 @@ def merged(intervals: Iterable[Interval]) -> list[Interval]:
         number, lower = min(found[-1], each, key=lambda pair: (pair[1].from_at, -pair[0]))
         newest = max(upper.read_at, each[1].read_at)
         found[-1] = number, replace(lower, to_at=upper.to_at, read_at=newest)
-    # An empty one only holds what is known of the gap at the very top.
+    # An empty interval only carries what is known about the gap at the top.
     return [one for n, (_, one) in enumerate(found) if n == 0 or one.from_at < one.to_at]
 
 
 def gaps(intervals: Sequence[Interval], *, since: datetime, until: datetime) -> list[Gap]:
-    """What is missing in merged intervals, newest first: down to `since`, or to the oldest of them
-    where that is older."""
+    """The gaps in merged intervals, newest first, down to `since` or to the oldest interval if that
+    is older."""
     found = []
     top, above = until, None
     for one in intervals:
@@ -199,7 +192,7 @@ def gaps(intervals: Sequence[Interval], *, since: datetime, until: datetime) -> 
 
 
 def unread(coverage: Coverage) -> list[Unread]:
-    """Everything that FLORA did not let us read, newest first within each history."""
+    """All gaps that could not be read, newest first within each history."""
     return [
         Unread(
             workspace_id=workspace_id,
@@ -217,13 +210,13 @@ def unread(coverage: Coverage) -> list[Unread]:
 
 
 def verified(intervals: Sequence[Interval], *, since: datetime) -> datetime | None:
-    """Up to when everything since then is here: the end of the newest interval that reaches back
-    so far. `None` where none does."""
+    """Up to when everything since `since` was read: the end of the newest interval that reaches
+    back so far, if any."""
     return max((one.to_at for one in intervals if one.from_at <= since), default=None)
 
 
 def covers(intervals: Sequence[Interval], at: datetime) -> bool:
-    """Whether a run that was created then has been read."""
+    """Whether a run that FLORA created at this time was read."""
     return any(one.from_at < at <= one.to_at for one in intervals)
 
 
@@ -246,10 +239,9 @@ async def everything(db: Database) -> Coverage:
 async def add(
     db: Database, workspace_id: str, kind: RunType, *intervals: Interval
 ) -> list[Interval]:
-    """Add intervals to those of one kind; returns all of these, newest first.
+    """Add intervals of one kind; returns all of them, newest first.
 
-    One process at a time does so, under a lease. Were it two, the rows would say some things twice,
-    and none that is not true.
+    The caller holds a lease. Without it rows could repeat each other, but none would be false.
     """
 
     def work(connection: Connection) -> list[Interval]:
@@ -262,7 +254,7 @@ async def add(
 
 
 async def forget_after(db: Database, workspace_id: str, kind: RunType, moment: datetime) -> None:
-    """Forget intervals that end after a moment that is still to come: a clock was wrong then."""
+    """Delete intervals that end after `moment`, a future time: a clock was wrong."""
     mine = (table.c.workspace_id == workspace_id, table.c.run_type == kind)
     wrong = delete(table).where(*mine, table.c.to_at > moment)
     await db.write(lambda connection: connection.execute(wrong).rowcount)
@@ -271,7 +263,7 @@ async def forget_after(db: Database, workspace_id: str, kind: RunType, moment: d
 def keep(
     connection: Connection, workspace_id: str, kind: str, intervals: Sequence[Interval]
 ) -> None:
-    """Let these be all intervals of one kind."""
+    """Replace all intervals of one kind."""
     mine = (table.c.workspace_id == workspace_id, table.c.run_type == kind)
     connection.execute(delete(table).where(*mine))
     if intervals:

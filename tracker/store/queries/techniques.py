@@ -1,8 +1,8 @@
-"""The catalogue of techniques as it was last read from FLORA.
+"""The catalogue of techniques as last read from FLORA.
 
-A technique comes in by two ways. Read by itself, it shows its definition, and whatever was known is
-replaced. In a list its inputs and outputs may be left out, which says nothing about them. One that
-a complete list lacks is kept and marked (`gone_at`), until it is seen again.
+A single read has the definition and replaces what was stored. A list may leave out inputs and
+outputs, which then stay. A technique that a complete list lacks is kept and marked `gone_at` until
+it appears again.
 """
 
 from collections.abc import Sequence
@@ -25,10 +25,9 @@ from sqlalchemy import (
     tuple_,
     update,
 )
-from sqlalchemy.dialects import postgresql, sqlite
 
 from tracker.store.engine import Database
-from tracker.store.queries import cursors
+from tracker.store.queries import paging
 from tracker.store.schema import techniques
 
 
@@ -36,9 +35,9 @@ from tracker.store.schema import techniques
 class TechniqueRow:
     """A technique. `inputs` and `outputs` are FLORA's own objects; `run_cost` is USD.
 
-    `slug` is the other name under which it was asked for, where it was. `synced_at` is when
-    anything was last read of it, `defined_at` when its definition was (`None`: never by itself, or
-    it is in doubt), `listed_at` when a list last showed it, `gone_at` since when lists lack it.
+    `slug` is its alternative id, if it was requested by one. `synced_at` is the last read of any
+    kind, `defined_at` the last read of the definition (`None`: never, or outdated), `listed_at` the
+    last list that had it, `gone_at` the first complete list without it.
     """
 
     technique_id: str
@@ -54,20 +53,20 @@ class TechniqueRow:
     gone_at: datetime | None = None
 
 
-class Listed(NamedTuple):
-    """What a page of the list brought: techniques that were not known, and that had been gone."""
+class ListResult(NamedTuple):
+    """The effect of a page of the list: the number of new and of returned techniques."""
 
     new: int
     back: int
 
 
 async def define(db: Database, row: TechniqueRow, at: datetime) -> TechniqueRow:
-    """Keep a technique as it was read by itself at that moment; the row as it then is.
+    """Store a technique from a single read, and return its row.
 
-    A slug that is known stays where the row brings none; one that it brings is nobody else's.
+    Its slug is kept if `row` has none, and taken from other techniques otherwise.
     """
     values = _values(row, at) | {"defined_at": at}
-    insert = _inserter(db)(techniques).values(values)
+    insert = db.insert(techniques).values(values)
     replaced = {name: insert.excluded[name] for name in values if name != "technique_id"}
     replaced["slug"] = func.coalesce(insert.excluded.slug, techniques.c.slug)
     statement = insert.on_conflict_do_update(
@@ -83,14 +82,14 @@ async def define(db: Database, row: TechniqueRow, at: datetime) -> TechniqueRow:
     return await db.write(work)
 
 
-async def add_listed(db: Database, rows: Sequence[TechniqueRow], at: datetime) -> Listed:
-    """Keep these techniques as a list showed them at that moment; the last of equal ids counts.
+async def add_listed(db: Database, rows: Sequence[TechniqueRow], at: datetime) -> ListResult:
+    """Store techniques from a list; of equal ids the last counts.
 
-    Inputs and outputs that the list leaves out stay as they are known.
+    Inputs and outputs that the list leaves out stay unchanged.
     """
     latest = {row.technique_id: row for row in rows}
     if not latest:
-        return Listed(0, 0)
+        return ListResult(0, 0)
     in_order = sorted(latest.values(), key=lambda row: (*_shows(row), row.technique_id))
     groups = [
         (
@@ -103,18 +102,18 @@ async def add_listed(db: Database, rows: Sequence[TechniqueRow], at: datetime) -
         techniques.c.technique_id.in_(list(latest))
     )
 
-    def work(connection: Connection) -> Listed:
+    def work(connection: Connection) -> ListResult:
         before = connection.execute(known).all()
         for statement, values in groups:
             connection.execute(statement, values)
         back = sum(row.gone_at is not None for row in before)
-        return Listed(new=len(latest) - len(before), back=back)
+        return ListResult(new=len(latest) - len(before), back=back)
 
     return await db.write(work)
 
 
 async def mark_gone(db: Database, *, since: datetime, at: datetime) -> int:
-    """Mark what lists have shown before `since` and not from then on; returns how many."""
+    """Mark techniques that no list has shown since `since`; returns their number."""
     statement = (
         update(techniques)
         .where(techniques.c.gone_at.is_(None), techniques.c.listed_at < since)
@@ -124,7 +123,7 @@ async def mark_gone(db: Database, *, since: datetime, at: datetime) -> int:
 
 
 async def doubt(db: Database, technique_id: str, *, before: datetime) -> None:
-    """Forget that the definition was read, where that was before then: it has to be read again."""
+    """Mark a definition that was read before `before` as outdated."""
     statement = (
         update(techniques)
         .where(techniques.c.technique_id == technique_id, techniques.c.defined_at < before)
@@ -134,12 +133,12 @@ async def doubt(db: Database, technique_id: str, *, before: datetime) -> None:
 
 
 async def get(db: Database, technique_id: str) -> TechniqueRow | None:
-    """The technique with that id."""
+    """The technique with this id, if known."""
     return await _one(db, select(techniques).where(techniques.c.technique_id == technique_id))
 
 
 async def by_slug(db: Database, slug: str) -> TechniqueRow | None:
-    """The technique that was last read under that slug."""
+    """The technique last read with this slug, if any."""
     return await _one(
         db,
         select(techniques)
@@ -150,7 +149,7 @@ async def by_slug(db: Database, slug: str) -> TechniqueRow | None:
 
 
 async def list_all(db: Database) -> list[TechniqueRow]:
-    """All techniques that FLORA's catalogue still has, by name."""
+    """All techniques that are still in FLORA's catalogue, by name."""
     statement = select(techniques).where(techniques.c.gone_at.is_(None)).order_by(*_BY_NAME)
     async with db.read() as connection:
         return [_row(row) for row in await connection.execute(statement)]
@@ -166,15 +165,14 @@ async def page(
 ) -> tuple[list[TechniqueRow], str | None]:
     """A page of techniques by name, and the cursor of the next page, if any.
 
-    `query` is words that all have to stand in the id, the slug, the name or the description,
-    whatever their case. `gone` shows those too that FLORA no longer has. Raises `InvalidRequest`,
-    naming the field, for a cursor that was not given out here.
+    All words of `query` have to be in the id, slug, name or description, ignoring case. `gone`
+    includes retired techniques. Raises `InvalidRequest` for an invalid cursor.
     """
     statement = select(techniques).where(*(_holds(word) for word in query.split()))
     if not gone:
         statement = statement.where(techniques.c.gone_at.is_(None))
     if cursor is not None:
-        name, technique_id = cursors.decode(cursor)
+        name, technique_id = paging.decode(cursor)
         text = techniques.c.name.type
         last = (func.lower(literal(name, text)), literal(technique_id, text))
         statement = statement.where(tuple_(*_BY_NAME) > tuple_(*last))
@@ -182,7 +180,7 @@ async def page(
         rows = (await connection.execute(statement.order_by(*_BY_NAME).limit(limit + 1))).all()
     found = [_row(row) for row in rows[:limit]]
     more = len(rows) > limit
-    return found, cursors.encode(found[-1].name, found[-1].technique_id) if more else None
+    return found, paging.encode(found[-1].name, found[-1].technique_id) if more else None
 
 
 _BY_NAME: Final = (func.lower(techniques.c.name), techniques.c.technique_id)
@@ -199,18 +197,14 @@ async def _one(db: Database, statement: Select[Any]) -> TechniqueRow | None:
     return None if found is None else _row(found)
 
 
-def _inserter(db: Database) -> Any:
-    return postgresql.insert if db.dialect == "postgresql" else sqlite.insert
-
-
 def _shows(row: TechniqueRow) -> tuple[bool, bool]:
-    """Whether the list has shown its inputs, and its outputs."""
+    """Whether the list had its inputs, and its outputs."""
     return bool(row.inputs), bool(row.outputs)
 
 
 def _list_statement(db: Database, *, shows_inputs: bool, shows_outputs: bool) -> Any:
-    """One statement for all those of a page of which the list shows the same."""
-    insert = _inserter(db)(techniques)
+    """The statement for the techniques of a page that have the same fields."""
+    insert = db.insert(techniques)
     shown = ["name", "description", "run_cost", "synced_at", "listed_at", "gone_at"]
     shown += ["inputs"] * shows_inputs + ["outputs"] * shows_outputs
     return insert.on_conflict_do_update(

@@ -1,22 +1,24 @@
-"""Which workspace an API key is of, as FLORA told; and what was kept before that was known."""
+"""What is known about workspaces: the id of each API key, and the waits that FLORA asks for.
+
+A wait is a row of the leases, shared by all processes with the same key; the latest counts.
+"""
 
 from datetime import datetime
-from typing import Any, Final
+from typing import Final
 
 from sqlalchemy import Connection, Update, and_, exists, select, tuple_, update
-from sqlalchemy.dialects import postgresql, sqlite
 
 from tracker.store.engine import Database
-from tracker.store.schema import batches, runs, starts, workspace_keys
+from tracker.store.schema import batches, leases, runs, starts, workspace_keys
 
 BEFORE_IDS: Final = "default"
-"""What a version before 0009 calls the workspace of the top-level settings."""
+"""The name of the top-level workspace in rows of versions before migration 0009."""
 _AT_ONCE: Final = 5000
-"""Rows that one transaction moves."""
+"""Rows moved in one transaction."""
 
 
 async def workspace_of(db: Database, key_fingerprint: str) -> str | None:
-    """The id of the key's workspace; `None` where FLORA has not told it yet."""
+    """The id of the key's workspace, if known."""
     statement = select(workspace_keys.c.workspace_id).where(
         workspace_keys.c.key_fingerprint == key_fingerprint
     )
@@ -26,7 +28,7 @@ async def workspace_of(db: Database, key_fingerprint: str) -> str | None:
 
 
 async def last_at(db: Database, place: str) -> str | None:
-    """The workspace of the key that was last learnt at that place in the settings."""
+    """The workspace of the last key at this place in the settings, if known."""
     statement = (
         select(workspace_keys.c.workspace_id)
         .where(workspace_keys.c.place == place)
@@ -44,13 +46,12 @@ async def all_ids(db: Database) -> list[str]:
         return list(await connection.scalars(select(workspace_keys.c.workspace_id).distinct()))
 
 
-async def keep(
+async def keep_id(
     db: Database, key_fingerprint: str, workspace_id: str, *, place: str, at: datetime
 ) -> None:
-    """Keep what FLORA told of a key."""
-    insert: Any = postgresql.insert if db.dialect == "postgresql" else sqlite.insert
+    """Store the workspace of a key."""
     values = {"workspace_id": workspace_id, "place": place, "learnt_at": at}
-    new = insert(workspace_keys).values(key_fingerprint=key_fingerprint, **values)
+    new = db.insert(workspace_keys).values(key_fingerprint=key_fingerprint, **values)
     statement = new.on_conflict_do_update(
         index_elements=[workspace_keys.c.key_fingerprint], set_=values
     )
@@ -58,11 +59,10 @@ async def keep(
 
 
 async def give_ids(db: Database, workspace_id: str) -> int:
-    """Give the starts and batches of a version before 0009 the id of their workspace: how many.
+    """Set the workspace id of starts and batches from before migration 0009; returns their number.
 
-    A start that became a run is of that run's workspace. Others are of the workspace whose key
-    stands at the top of the settings, which is the one that asks. A key that was used in both
-    places stays as it was in the first.
+    A start belongs to the workspace of its run, or to the calling workspace, whose key is at the
+    top of the settings. An idempotency key that exists under both names is left alone.
     """
     old = and_(starts.c.workspace_slot == BEFORE_IDS, starts.c.workspace_id.is_(None))
     other = starts.alias()
@@ -111,3 +111,26 @@ async def give_ids(db: Database, workspace_id: str) -> int:
         while (count := await db.write(give)) and statement is not batched:
             total += count
     return total
+
+
+async def keep_wait(db: Database, slot: str, until: datetime, *, told: str) -> None:
+    """Store that FLORA asked the workspace in `slot`, in the process `told`, to wait until then."""
+    wanted = db.insert(leases).values(name=_wait_name(slot), holder=told, until=until)
+    statement = wanted.on_conflict_do_update(
+        index_elements=[leases.c.name],
+        set_={"holder": wanted.excluded.holder, "until": wanted.excluded.until},
+        where=leases.c.until < wanted.excluded.until,
+    )
+    await db.write(lambda connection: connection.execute(statement).rowcount)
+
+
+async def waits_until(db: Database, slot: str) -> datetime | None:
+    """Until when the workspace in `slot` was last asked to wait, if ever."""
+    statement = select(leases.c.until).where(leases.c.name == _wait_name(slot))
+    async with db.read() as connection:
+        found: datetime | None = (await connection.execute(statement)).scalar()
+    return found
+
+
+def _wait_name(slot: str) -> str:
+    return f"wait:{slot}"

@@ -10,10 +10,9 @@ from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import Connection, func, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 
 from tracker.core.run import RunType
-from tracker.store.engine import Database
+from tracker.store.engine import Database, insert_on
 from tracker.store.queries.sweeps import covers, everything
 from tracker.store.schema import retention, runs
 
@@ -84,10 +83,9 @@ def reach(
     reached: dict[str, datetime] = {}
     for workspace_id, at in moments:
         reached[workspace_id] = max(at, reached.get(workspace_id, at))
-    postgres = connection.dialect.name == "postgresql"
-    insert: Any = postgresql.insert if postgres else sqlite.insert
-    later: Any = func.greatest if postgres else func.max
-    kept = insert(retention).values(
+    dialect = connection.dialect.name
+    later: Any = func.greatest if dialect == "postgresql" else func.max
+    kept = insert_on(dialect)(retention).values(
         [
             {"what": what, "workspace_id": workspace_id, "through": through}
             for workspace_id, through in sorted(reached.items())

@@ -1,0 +1,81 @@
+"""Pages of lists, and their opaque cursors: the key of the last row of the page before.
+
+Pages are read by key, not by offset, so that rows which come in meanwhile hide or repeat none.
+"""
+
+import base64
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import ColumnElement, Integer, Row, Select, literal, tuple_
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from tracker.core.errors import FieldFault, InvalidRequest
+from tracker.store.text import dump_json, load_json
+
+
+def encode(first: str, second: str) -> str:
+    """The cursor of a key; URL-safe."""
+    text = dump_json([first, second])
+    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+
+def decode(cursor: str) -> tuple[str, str]:
+    """The key of a cursor. Raises `InvalidRequest` for anything that `encode` did not return."""
+    try:
+        padded = cursor + "=" * (-len(cursor) % 4)
+        first, second = load_json(base64.b64decode(padded, altchars=b"-_", validate=True))
+    except (ValueError, TypeError) as exc:
+        raise refusal() from exc
+    if not isinstance(first, str) or not isinstance(second, str):
+        raise refusal()
+    return first, second
+
+
+def at(moment: datetime, last: str) -> str:
+    """The cursor of a list sorted by a time and an id."""
+    return encode(moment.isoformat(), last)
+
+
+async def newest_first(
+    connection: AsyncConnection,
+    statement: Select[Any],
+    key: Sequence[ColumnElement[Any]],
+    *,
+    cursor: str | None,
+    limit: int,
+) -> tuple[Sequence[Row[Any]], str | None]:
+    """A page of rows, sorted by `key` (the columns of a time and an id) in descending order.
+
+    Returns the rows and the cursor of the next page, if any. Raises `InvalidRequest` for an invalid
+    cursor.
+    """
+    ordered = statement.where(*after(key, cursor)).order_by(*(each.desc() for each in key))
+    rows = (await connection.execute(ordered.limit(limit + 1))).all()
+    if len(rows) <= limit:
+        return rows, None
+    last = rows[limit - 1]._mapping
+    return rows[:limit], at(last[key[0].name], str(last[key[1].name]))
+
+
+def after(key: Sequence[ColumnElement[Any]], cursor: str | None) -> list[ColumnElement[bool]]:
+    """The condition for rows after the cursor, newest first; none without a cursor."""
+    if cursor is None:
+        return []
+    first, text = decode(cursor)
+    try:
+        moment = datetime.fromisoformat(first).astimezone(UTC)
+        last = int(text) if isinstance(key[1].type, Integer) else text
+    except (ValueError, OverflowError) as exc:
+        raise refusal() from exc
+    if isinstance(last, int) and abs(last) >= 2**63:
+        raise refusal()
+    # Typed literals: the driver would bind a bare datetime in a format of its own.
+    return [tuple_(*key) < tuple_(literal(moment, key[0].type), literal(last, key[1].type))]
+
+
+def refusal() -> InvalidRequest:
+    """The error for an invalid cursor."""
+    fault = FieldFault("cursor", "unknown cursor: start without one")
+    return InvalidRequest("the cursor is not valid", [fault])
