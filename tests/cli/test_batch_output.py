@@ -16,7 +16,7 @@ from tracker.core.record import Record
 from tracker.core.run import Details, Output, Run, RunError, Standing
 from tracker.starting.batch import BatchProgress
 from tracker.starting.batch_rows import RowState
-from tracker.store.queries.batches import BatchEntry, Tally
+from tracker.store.queries.batches import BatchCounts, BatchEntry
 from tracker.store.queries.starts import StartRow, StartState
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
@@ -140,7 +140,7 @@ def test_the_form_follows_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_progress_is_told_in_words() -> None:
     """Counts that are not zero, the cost, and what is waited for."""
-    tally = Tally(rows=9, started=5, active=2, completed=2, failed=1, unresolved=1)
+    tally = BatchCounts(rows=9, started=5, active=2, completed=2, failed=1, unresolved=1)
     tally.cost = Decimal("0.500000")
     assert words(BatchProgress(tally=tally, left=3, errors=1, paused=4.6)) == (
         "5 of 9 started, 2 running, 2 completed, 1 failed, 1 not started for an error, 0.50 USD, "

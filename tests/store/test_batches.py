@@ -14,7 +14,7 @@ from tracker.core.row_key import Turn
 from tracker.core.run import Output, RunStatus
 from tracker.store.engine import Database
 from tracker.store.queries import batches
-from tracker.store.queries.batches import BatchEntry, BatchRow, Latest, Tally
+from tracker.store.queries.batches import BatchCounts, BatchEntry, BatchRow, Latest
 from tracker.store.queries.starts import StartState
 
 BATCH = BatchRow(
@@ -33,7 +33,7 @@ def entries(*digests: str, turn: Turn | None = None) -> list[BatchEntry]:
     ]
 
 
-async def tally(db: Database, batch_id: str = "bat_1") -> Tally:
+async def tally(db: Database, batch_id: str = "bat_1") -> BatchCounts:
     return (await batches.tallies(db, [batch_id]))[batch_id]
 
 
@@ -94,7 +94,7 @@ async def test_large_sheets_are_kept_and_found(db: Database) -> None:
     await batches.keep(db, BATCH, rows)
     assert await batches.entries(db, "bat_1") == rows
     assert len(await batches.latest_turns(db, "default", digests)) == len(digests)
-    assert await tally(db) == Tally(rows=len(digests))
+    assert await tally(db) == BatchCounts(rows=len(digests))
 
 
 async def test_batches_are_listed_newest_first(db: Database) -> None:
@@ -128,7 +128,7 @@ async def test_rows_are_counted_by_what_became_of_them(db: Database, writer: Tes
     await writer.submit(seen("run_h", RunStatus.FAILED, facts={"charged_cost": Decimal("0.2")}))
     found = await tally(db)
     assert found.next_check_at is not None
-    assert replace(found, next_check_at=None) == Tally(
+    assert replace(found, next_check_at=None) == BatchCounts(
         rows=8,
         started=3,
         active=1,
@@ -141,4 +141,4 @@ async def test_rows_are_counted_by_what_became_of_them(db: Database, writer: Tes
         not_final=3,
     )
     assert (found.ended, found.unstarted) == (2, 5)
-    assert await batches.tallies(db, ["bat_2"]) == {"bat_2": Tally()}
+    assert await batches.tallies(db, ["bat_2"]) == {"bat_2": BatchCounts()}

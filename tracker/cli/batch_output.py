@@ -20,7 +20,7 @@ from tracker.delivering import files
 
 if TYPE_CHECKING:
     from tracker.starting.batch_rows import RowState
-    from tracker.store.queries.batches import BatchRow, Tally
+    from tracker.store.queries.batches import BatchCounts, BatchRow
 
 _COLUMNS: Final = (
     *("row", "line", "key", "run_id", "status", "cost", "cost_final", "quoted_cost"),
@@ -108,7 +108,7 @@ def row_json(row: "RowState") -> dict[str, Any]:
     }
 
 
-def batch_json(batch: "BatchRow", tally: "Tally") -> dict[str, Any]:
+def batch_json(batch: "BatchRow", tally: "BatchCounts") -> dict[str, Any]:
     """A batch as JSON values: which it is, and how many of its rows stand how."""
     from tracker.views import number_json, time_json
 
@@ -138,7 +138,7 @@ def dollars(cost: Decimal) -> str:
     return f"{cents if cents == cost else cost.normalize():f} USD"
 
 
-def cost_words(tally: "Tally") -> str:
+def cost_words(tally: "BatchCounts") -> str:
     """What a batch's runs cost: at least so much while bills may still change, and the quotes."""
     if tally.cost_final:
         return dollars(tally.cost)

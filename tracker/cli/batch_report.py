@@ -15,7 +15,7 @@ from tracker.starting.sheet import Problem
 if TYPE_CHECKING:
     from tracker.starting.batch import Outcome
     from tracker.starting.batch_rows import Plan, RowState
-    from tracker.store.queries.batches import BatchRow, Tally
+    from tracker.store.queries.batches import BatchCounts, BatchRow
 
 _TOLD: Final = 20
 """So many rows that came to nothing are named; the results tell of all."""
@@ -91,7 +91,7 @@ def show_plan(plan: "Plan", *, as_json: bool) -> None:
 
 
 def outcome_json(
-    batch: "BatchRow", tally: "Tally", rows: "Sequence[RowState]"
+    batch: "BatchRow", tally: "BatchCounts", rows: "Sequence[RowState]"
 ) -> dict[str, object]:
     """A batch and its rows as JSON values."""
     return {"batch": batch_json(batch, tally), "rows": [row_json(row) for row in rows]}

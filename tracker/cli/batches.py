@@ -20,7 +20,7 @@ from tracker.core.errors import TrackerError
 if TYPE_CHECKING:
     from tracker.services import Services
     from tracker.starting.batch_rows import RowState
-    from tracker.store.queries.batches import BatchRow, Tally
+    from tracker.store.queries.batches import BatchCounts, BatchRow
 
 app = typer.Typer(name="batches", help="The batches that were started.", no_args_is_help=True)
 
@@ -33,7 +33,7 @@ def list_(
 ) -> None:
     """List batches, newest first."""
 
-    async def work(services: "Services") -> "tuple[list[tuple[BatchRow, Tally]], str | None]":
+    async def work(services: "Services") -> "tuple[list[tuple[BatchRow, BatchCounts]], str | None]":
         from tracker.store.queries import batches
 
         found, more = await batches.list_batches(services.database, cursor=cursor, limit=limit)
@@ -64,7 +64,7 @@ def show(
     """Show what became of each row of a batch."""
     check_output(results, output)
 
-    async def work(services: "Services") -> "tuple[BatchRow, Tally, list[RowState]] | None":
+    async def work(services: "Services") -> "tuple[BatchRow, BatchCounts, list[RowState]] | None":
         from tracker.store.queries import batches
 
         found = await batches.get(services.database, batch_id)

@@ -55,7 +55,7 @@ from tracker.starting.sheet import (
 from tracker.starting.start import Starter
 from tracker.store.engine import Database
 from tracker.store.queries import batches
-from tracker.store.queries.batches import BatchEntry, BatchRow, Tally
+from tracker.store.queries.batches import BatchCounts, BatchEntry, BatchRow
 
 BREAK_OFF_WITHIN: Final = 10.0
 """Seconds that starts which are under way have to end when the command is interrupted."""
@@ -70,7 +70,7 @@ class BatchProgress:
     doubt, and `held` the seconds until a row whose retry was advised for later can be tried.
     `over_budget` is the budget that has no room for the next row, while that is waited for."""
 
-    tally: Tally
+    tally: BatchCounts
     left: int = 0
     errors: int = 0
     paused: float = 0.0
@@ -90,7 +90,7 @@ class Outcome:
 
     batch: BatchRow
     rows: Sequence[RowState]
-    tally: Tally
+    tally: BatchCounts
     stopped: TrackerError | None = None
 
 
@@ -300,7 +300,7 @@ class Batches:
         """What became of the rows of a batch, as they stand in its sheet."""
         return await kept_rows(self._database, batch)
 
-    async def tally(self, batch: BatchRow) -> Tally:
+    async def tally(self, batch: BatchRow) -> BatchCounts:
         """How far a batch has come."""
         return (await batches.tallies(self._database, [batch.batch_id]))[batch.batch_id]
 
@@ -361,7 +361,7 @@ class Batches:
                 with contextlib.suppress(asyncio.CancelledError):
                     await polling
 
-    def _due(self, tally: Tally, *, after: float = 0.0) -> bool:
+    def _due(self, tally: BatchCounts, *, after: float = 0.0) -> bool:
         due = tally.next_check_at
         return due is not None and (self._clock() - due).total_seconds() > after
 
