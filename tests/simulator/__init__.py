@@ -1,1 +1,1 @@
-"""The local FLORA: what it answers, what it sends, and how it goes wrong when told to."""
+"""The local FLORA: its answers, its callbacks and its faults."""

@@ -40,12 +40,12 @@ class Flora(httpx.AsyncClient):
         return await self.post(f"/techniques/{technique}/runs", json=content)
 
     async def path(self, path: str, **query: str | int) -> Any:
-        """What a route answers, as JSON; one that begins with /simulator is the simulator's own."""
+        """The JSON of a route; one that begins with /simulator is the simulator's own."""
         root = self.world.root if path.startswith("/simulator/") else ""
         return (await self.get(root + path, params=query)).raise_for_status().json()
 
     async def set(self, after: float = 0, seconds: float = 0, **options: object) -> None:
-        """Changes options over HTTP, after and for so many seconds."""
+        """Changes options over HTTP, `after` a number of seconds and for `seconds`."""
         url = f"{self.world.root}/simulator/faults"
         query = {"after": after, "seconds": seconds}
         (await self.post(url, params=query, json=options)).raise_for_status()

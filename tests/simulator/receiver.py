@@ -1,4 +1,4 @@
-"""A small HTTP server that keeps what it is sent, to the byte, and answers as it is told."""
+"""A small HTTP server that stores requests byte for byte, and answers by a script."""
 
 import asyncio
 import hashlib

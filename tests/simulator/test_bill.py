@@ -1,4 +1,4 @@
-"""What runs cost, and what reads show of it: quotes, late bills, corrections, refunds."""
+"""The cost of runs, and the cost that reads show: quotes, late bills, corrections, refunds."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ async def _bill(flora: Flora, run_id: str) -> dict[str, Any]:
 
 
 async def test_a_quote_is_not_the_bill(serve_flora: ServeFlora, clock: HandClock) -> None:
-    """The start and the running run show a quote, the ended run its bill, both off the price."""
+    """The start and the running run show a quote, the ended run its bill; neither is the price."""
     flora = await serve_flora(quotes=1, quote_factor=1.012, bill_factor=3.492)
     started = (await flora.start()).json()
     assert started["charged_cost"] == 0.253
@@ -46,7 +46,7 @@ async def test_a_quote_is_not_the_bill(serve_flora: ServeFlora, clock: HandClock
 
 
 async def test_quotes_follow_from_the_seed(serve_flora: ServeFlora) -> None:
-    """Without a factor they lie on either side of the price, the same ones for a seed."""
+    """Without a factor they lie on either side of the price, the same for the same seed."""
 
     async def quotes() -> list[float]:
         flora = await serve_flora(quotes=1)
@@ -83,7 +83,7 @@ async def test_late_bills_take_one_of_several_waits(
 
 
 async def test_a_bill_never_comes(serve_flora: ServeFlora, clock: HandClock) -> None:
-    """No read ever shows a cost, though the truth knows one."""
+    """No read ever shows a cost, although the run has one."""
     flora = await serve_flora(missing_bills=1)
     run_id = await _run(flora)
     clock.move(1_000_000)

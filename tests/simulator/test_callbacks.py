@@ -25,7 +25,7 @@ def test_a_signature_is_floras() -> None:
     )
 
 
-async def test_a_callback_tells_of_the_end(receiver: Receiver) -> None:
+async def test_a_callback_reports_the_end(receiver: Receiver) -> None:
     """Each run with a callback address sends one signed callback, after its end, as documented."""
     async with running(Options(**QUICK, failures=0.5)) as simulator:
         for _ in range(12):
@@ -66,7 +66,7 @@ async def test_a_callback_tells_of_the_end(receiver: Receiver) -> None:
 
 
 @pytest.mark.parametrize("failure", [500, 404, 302, 0, None])
-async def test_a_refused_callback_is_sent_four_times_alike(
+async def test_a_refused_callback_is_sent_four_times(
     receiver: Receiver, failure: int | None
 ) -> None:
     """After anything but a 2xx there are three more attempts, with the same bytes and signature."""
@@ -87,7 +87,7 @@ async def test_a_refused_callback_is_sent_four_times_alike(
 
 
 async def test_after_four_attempts_it_gives_up(receiver: Receiver) -> None:
-    """A receiver that never takes a callback is called four times, then no more."""
+    """A receiver that never accepts a callback is called four times, then no more."""
     receiver.script = [503] * 10
     async with running(Options(speed=5000, run_seconds=20)) as simulator:
         simulator.start(callback_url=receiver.url)
@@ -96,7 +96,7 @@ async def test_after_four_attempts_it_gives_up(receiver: Receiver) -> None:
 
 
 async def test_a_receiver_that_is_down_is_an_error_without_status() -> None:
-    """Where nothing listens, the attempt is kept with the error's name."""
+    """Where nothing listens, the attempt is listed with the error's name."""
     async with running(Options(speed=5000, run_seconds=20)) as simulator:
         simulator.start(callback_url="http://127.0.0.1:1/")
         await simulator.quiet()
@@ -120,20 +120,20 @@ async def test_each_workspace_signs_with_its_own_secrets(receiver: Receiver) -> 
     assert json.loads(received.body)["data"]["workspace_id"] == "ws_2"
 
 
-async def test_dropped_callbacks_never_come(receiver: Receiver) -> None:
-    """About the wanted share of callbacks is dropped, and no attempt of theirs is made."""
+async def test_dropped_callbacks_are_not_sent(receiver: Receiver) -> None:
+    """About the configured share of callbacks is dropped, without any attempt."""
     async with running(Options(**QUICK, drop=0.4, duplicate=1)) as simulator:
         runs = [simulator.start(callback_url=receiver.url) for _ in range(100)]
         await simulator.quiet()
     dropped = {run.run_id for run in runs if "drop" in run.faults}
     assert 25 <= len(dropped) <= 55
-    told = [json.loads(received.body)["data"]["run_id"] for received in receiver.received]
-    assert set(told) == {run.run_id for run in runs} - dropped
-    assert len(told) == 2 * (100 - len(dropped))
+    sent = [json.loads(received.body)["data"]["run_id"] for received in receiver.received]
+    assert set(sent) == {run.run_id for run in runs} - dropped
+    assert len(sent) == 2 * (100 - len(dropped))
 
 
-async def test_a_doubled_callback_comes_twice_alike(receiver: Receiver) -> None:
-    """A duplicate comes although the first was taken, with the same identifier and bytes."""
+async def test_a_duplicate_callback_is_identical(receiver: Receiver) -> None:
+    """A duplicate follows an accepted callback, with the same identifier and bytes."""
     async with running(Options(**QUICK, duplicate=1)) as simulator:
         simulator.start(callback_url=receiver.url)
         await simulator.quiet()
@@ -143,7 +143,7 @@ async def test_a_doubled_callback_comes_twice_alike(receiver: Receiver) -> None:
 
 
 async def test_an_early_callback_comes_before_the_answer_to_the_start(receiver: Receiver) -> None:
-    """The run has ended and told so when its start is answered, at times with a stale answer."""
+    """The run has ended before its start is answered, at times with a stale answer."""
     statuses = set()
     async with running(Options(early=1, failures=0)) as simulator, _client(simulator) as client:
         for number in range(1, 9):
@@ -185,12 +185,12 @@ async def test_callbacks_out_of_order_overtake_each_other(receiver: Receiver) ->
         runs = [simulator.start(callback_url=receiver.url) for _ in range(20)]
         await simulator.quiet()
     ended = [run.run_id for run in sorted(runs, key=lambda run: run.completed_ms)]
-    told = [json.loads(received.body)["data"]["run_id"] for received in receiver.received]
-    assert sorted(told) == sorted(ended)
-    assert told != ended
+    sent = [json.loads(received.body)["data"]["run_id"] for received in receiver.received]
+    assert sorted(sent) == sorted(ended)
+    assert sent != ended
 
 
-async def test_a_forged_callback_tells_the_opposite_and_comes_first(receiver: Receiver) -> None:
+async def test_a_forged_callback_comes_first_with_the_opposite_status(receiver: Receiver) -> None:
     """A forgery is not signed with the secret, and the true callback follows it."""
     async with running(Options(**QUICK, bad_signature=1)) as simulator:
         simulator.start(callback_url=receiver.url)
@@ -198,9 +198,9 @@ async def test_a_forged_callback_tells_the_opposite_and_comes_first(receiver: Re
     forged, true = receiver.received
     assert not forged.signed_with("whsec_simulator")
     assert true.signed_with("whsec_simulator")
-    said = [json.loads(sent.body)["data"] for sent in (forged, true)]
-    assert said[0]["run_id"] == said[1]["run_id"]
-    assert {data["status"] for data in said} == {"completed", "failed"}
+    data = [json.loads(sent.body)["data"] for sent in (forged, true)]
+    assert data[0]["run_id"] == data[1]["run_id"]
+    assert {one["status"] for one in data} == {"completed", "failed"}
 
 
 def _client(simulator: Simulator) -> httpx.AsyncClient:

@@ -58,7 +58,7 @@ async def test_an_unknown_technique_is_not_found(flora: Flora) -> None:
     assert answer.json()["error"]["code"] == "not_found"
 
 
-def test_the_techniques_are_of_many_kinds() -> None:
+def test_the_catalogue_covers_all_kinds_of_inputs() -> None:
     """There is one that needs only text, an optional input, a link sent as text, a text output."""
     techniques = load_catalogue().values()
     assert all(0.05 <= technique.run_cost <= 1.2 for technique in techniques)
@@ -84,7 +84,7 @@ def test_a_cursor_stands_for_an_offset() -> None:
 
 @pytest.mark.parametrize("cursor", ["x", "€", "e30", "eyJvZmZzZXQiOi0xfQ", "bnVsbA", "W10"])
 def test_a_foreign_cursor_is_refused(cursor: str) -> None:
-    """What is no cursor of ours is bad input, never an offset."""
+    """An unknown cursor is bad input, never an offset."""
     with pytest.raises(ErrorAnswer) as caught:
         decode_cursor(cursor, Options(), 0)
     assert caught.value.status == 400

@@ -1,4 +1,4 @@
-"""The look behind the scenes, and the files behind output links."""
+"""The simulator's own routes, and the files behind output links."""
 
 import httpx
 import pytest
@@ -10,7 +10,7 @@ from tracker.simulator import Options, running
 ROOT = "http://127.0.0.1:8750"
 
 
-async def test_the_records_tell_the_end_before_it_comes(flora: Flora, clock: HandClock) -> None:
+async def test_records_contain_the_end_in_advance(flora: Flora, clock: HandClock) -> None:
     """A record shows the run as it is now, and under `end` as a read will show it when it ended."""
     run_id = (await flora.start()).json()["run_id"]
     (before,) = (await flora.get(f"{ROOT}/simulator/runs")).json()["runs"]
@@ -23,7 +23,7 @@ async def test_the_records_tell_the_end_before_it_comes(flora: Flora, clock: Han
 
 
 async def test_requests_are_counted_by_route_and_status(flora: Flora) -> None:
-    """Every call of the API is counted; looking at the counts is not."""
+    """Every request to the API is counted, but not requests for the counts."""
     await flora.get("/techniques")
     await flora.get("/techniques")
     await flora.get("/runs/run_nobody")
@@ -38,8 +38,8 @@ async def test_requests_are_counted_by_route_and_status(flora: Flora) -> None:
     }
 
 
-async def test_deliveries_are_kept(receiver: Receiver) -> None:
-    """Each attempt at a callback can be looked up with the receiver's answer."""
+async def test_attempts_are_listed(receiver: Receiver) -> None:
+    """Each attempt at a callback is listed with the receiver's answer."""
     receiver.script = [500]
     async with running(Options(speed=5000)) as simulator, httpx.AsyncClient() as client:
         run = simulator.start(callback_url=receiver.url)
@@ -69,7 +69,7 @@ async def test_faults_change_at_run_time(flora: Flora) -> None:
     [{"drop": 2}, {"drop": "many"}, {"drop": True}, {"seed": 1}, {"history_outputs": 1}, {"x": 0}],
 )
 async def test_bad_rates_are_refused(flora: Flora, change: dict[str, object]) -> None:
-    """A rate that cannot hold is a 400 with its name, and changes nothing."""
+    """An invalid rate is a 400 with its name, and changes nothing."""
     before = flora.world.options
     answer = await flora.post(f"{ROOT}/simulator/faults", json=change)
     assert answer.status_code == 400
@@ -109,7 +109,7 @@ async def test_other_media_are_not_found(flora: Flora, name: str) -> None:
 
 
 async def test_each_output_has_its_own_file(flora: Flora) -> None:
-    """Two outputs are told apart by their bytes."""
+    """Two outputs differ in their bytes."""
     await flora.start()
     (run,) = flora.world.runs.values()
     files = {(await flora.get(output.url)).content for output in run.outputs}

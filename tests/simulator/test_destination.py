@@ -18,7 +18,7 @@ NAME = "rebinding.test"
 ANSWER = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (PUBLIC, 443))]
 
 
-async def test_a_name_that_comes_to_mean_this_machine_is_not_called(
+async def test_a_name_that_resolves_to_this_machine_later_is_not_called(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It is public when the run starts, and loopback when the callback is due: nothing connects."""
@@ -68,7 +68,7 @@ async def test_a_name_that_comes_to_mean_this_machine_is_not_called(
 async def test_pages_of_other_sites_are_refused(
     flora: Flora, path: str, headers: dict[str, str]
 ) -> None:
-    """By the name under which they ask, and by where they say that they are from."""
+    """By the `Host` of the request, and by its `Origin`."""
     answer = await flora.post(flora.world.root + path, json={"drop": 1}, headers=headers)
     assert answer.status_code == 403
     assert (await flora.path("/simulator/faults"))["drop"] == 0
@@ -83,6 +83,6 @@ async def test_pages_of_other_sites_are_refused(
         *((one, False) for one in ("evil.com", "127.0.0.1.evil.com", "evil.com.", "", "null://")),
     ],
 )
-def test_hosts_that_are_its_own(host: str, own: bool) -> None:
-    """Addresses, and names that nobody can register for others."""
+def test_own_hosts(host: str, own: bool) -> None:
+    """Addresses, and names that cannot be registered."""
     assert is_own_host(host) is own

@@ -17,14 +17,14 @@ START = {"inputs": [{"id": "prompt", "type": "text", "value": "tools"}], "mode":
     ("text", "rate"),
     [("0.4", 0.4), ("40%", 0.4), (" 1 ", 1), ("0", 0), ("100%", 1), ("2.5%", 0.025)],
 )
-def test_a_rate_is_a_share_or_a_percentage(text: str, rate: float) -> None:
+def test_a_share_is_a_number_or_a_percentage(text: str, rate: float) -> None:
     """Rates are written 0 to 1, or with a per cent sign."""
     assert parse_rate(text) == pytest.approx(rate)
 
 
 @pytest.mark.parametrize("text", ["", "x", "-0.1", "1.1", "101%", "nan", "40"])
-def test_what_is_no_share_is_refused(text: str) -> None:
-    """Everything outside 0 to 1 is an error that says what to give."""
+def test_an_invalid_share_is_refused(text: str) -> None:
+    """Everything outside 0 to 1 is an error that describes valid values."""
     with pytest.raises(ValueError, match="share"):
         parse_rate(text)
 
@@ -42,20 +42,20 @@ def test_what_is_no_share_is_refused(text: str) -> None:
     ],
 )
 def test_options_out_of_range_are_refused(values: dict[str, object]) -> None:
-    """A value that makes no sense is an error that names the option."""
+    """An invalid value is an error that names the option."""
     with pytest.raises(ValueError, match=next(iter(values))):
         Options(**values)  # type: ignore[arg-type]
 
 
 def test_secrets_are_not_part_of_the_options_text() -> None:
-    """Neither key nor signing secret shows in what is printed of the options."""
+    """The `repr` of the options contains neither key nor signing secret."""
     shown = repr(Options(api_key="sk_hidden", webhook_secret="whsec_hidden"))
     assert "hidden" not in shown
 
 
 @pytest.mark.parametrize("rate", ["rate_limit", "errors", "cut"])
-def test_faults_strike_as_often_as_asked_and_repeatably(rate: str) -> None:
-    """Of many requests the wanted share is struck, and always the same ones for a seed."""
+def test_faults_occur_at_their_rate_and_repeatably(rate: str) -> None:
+    """About the configured share of requests has a fault, the same ones for the same seed."""
     options = Options(**{rate: 0.3})  # type: ignore[arg-type]
     struck = [RequestFault(options, number).name for number in range(1000)]
     assert 240 <= sum(fault is not None for fault in struck) <= 360
@@ -63,7 +63,7 @@ def test_faults_strike_as_often_as_asked_and_repeatably(rate: str) -> None:
     assert struck != [RequestFault(Options(seed=1, **{rate: 0.3}), n).name for n in range(1000)]  # type: ignore[arg-type]
 
 
-async def test_a_429_says_when_to_come_back_in_three_ways(
+async def test_a_429_has_three_forms_of_retry_after(
     make_flora: MakeFlora, clock: HandClock
 ) -> None:
     """Half of the 429s name seconds, a quarter a date that is not too early, a quarter nothing."""
@@ -123,7 +123,7 @@ async def test_a_cut_connection_looks_cut_to_the_client() -> None:
 
 
 async def test_after_a_cut_the_key_finds_the_run() -> None:
-    """A start whose answer was lost is given again for its key, and runs once."""
+    """The answer of a lost start is repeated for its key, and it runs once."""
     async with running(Options(cut=0.5, failures=0)) as simulator:
         headers = {"Authorization": "Bearer sk_test_simulator"}
         async with httpx.AsyncClient(base_url=simulator.base_url, headers=headers) as client:

@@ -14,7 +14,7 @@ PATHS = {"starts": "/techniques", "reads": "/runs/run_1", "pages": "/technique-r
 
 
 async def test_a_gateway_answers_while_the_start_is_executed(serve_flora: ServeFlora) -> None:
-    """The answer is HTML without FLORA's headers, and the run exists: its key gives it."""
+    """The answer is HTML without FLORA's headers, and the run exists under its key."""
     flora = await serve_flora(gateway=1)
     answer = await flora.start(**KEY)
     assert answer.status_code in (502, 503, 504)
@@ -27,7 +27,7 @@ async def test_a_gateway_answers_while_the_start_is_executed(serve_flora: ServeF
 
 
 async def test_a_gateway_gives_up_before_a_slow_start_does(serve_flora: ServeFlora) -> None:
-    """The gateway answers after its patience, and the run begins behind it later."""
+    """The gateway answers after `gateway_seconds`, and the run starts later."""
     flora = await serve_flora(
         gateway_starts=1, gateway_seconds=2, slow_starts=1, slow_run="last", speed=100
     )
@@ -37,7 +37,7 @@ async def test_a_gateway_gives_up_before_a_slow_start_does(serve_flora: ServeFlo
     assert len(flora.world.runs) == 1
 
 
-async def test_a_gateway_may_keep_everything_from_flora(serve_flora: ServeFlora) -> None:
+async def test_a_gateway_may_forward_nothing(serve_flora: ServeFlora) -> None:
     """Nothing runs where no request reaches FLORA."""
     flora = await serve_flora(gateway=1, gateway_works=0)
     assert (await flora.start()).status_code >= 502
@@ -46,7 +46,7 @@ async def test_a_gateway_may_keep_everything_from_flora(serve_flora: ServeFlora)
 
 
 @pytest.mark.parametrize("kind", ["starts", "reads", "pages"])
-async def test_a_gateway_strikes_one_kind_of_request(serve_flora: ServeFlora, kind: str) -> None:
+async def test_a_gateway_answers_one_kind_of_request(serve_flora: ServeFlora, kind: str) -> None:
     """Starts, single reads and lists each have a rate of their own."""
     flora = await serve_flora(gateway_answers=["404"], **{f"gateway_{kind}": 1})
     run_id = flora.world.start(flora.world.sample_request("icon-pack")).run_id
@@ -67,14 +67,14 @@ async def test_a_gateway_may_answer_200(serve_flora: ServeFlora, answer: str, bo
     assert page.text[:6] == body
 
 
-async def test_a_gateway_asks_for_no_key(serve_flora: ServeFlora) -> None:
-    """It stands in front of FLORA, whoever asks."""
+async def test_a_gateway_requires_no_key(serve_flora: ServeFlora) -> None:
+    """It answers before FLORA checks the key."""
     flora = await serve_flora(gateway=1)
     assert (await flora.get("/workspaces", headers={"authorization": ""})).status_code >= 502
 
 
-def test_a_gateway_strikes_as_often_as_asked_and_repeatably() -> None:
-    """The same requests for a seed, and about the wanted share."""
+def test_a_gateway_answers_at_its_rate_and_repeatably() -> None:
+    """About the configured share of requests, the same ones for the same seed."""
     options = Options(gateway_starts=0.3)
     struck = [GatewayFault(options, "runs.start", number).strikes for number in range(1000)]
     assert 240 <= sum(struck) <= 360
@@ -83,7 +83,7 @@ def test_a_gateway_strikes_as_often_as_asked_and_repeatably() -> None:
 
 
 async def test_options_change_for_a_time(serve_flora: ServeFlora, clock: HandClock) -> None:
-    """A change may come later and last for a while, by the simulator's clock."""
+    """A change may start later and last for a time, by the simulator's clock."""
     flora = await serve_flora()
     await flora.set(after=60, seconds=30, gateway=1, gateway_answers="404")
     seen = []
@@ -94,8 +94,10 @@ async def test_options_change_for_a_time(serve_flora: ServeFlora, clock: HandClo
     assert flora.world.options.gateway_answers == ("502", "503", "504")
 
 
-async def test_options_change_by_themselves(serve_flora: ServeFlora, clock: HandClock) -> None:
-    """`later` holds what changes when: here the key is exchanged, and the old one refused."""
+async def test_planned_options_change_at_their_time(
+    serve_flora: ServeFlora, clock: HandClock
+) -> None:
+    """`later` plans changes: here the key is replaced, and the old one refused."""
     flora = await serve_flora(later=((60, {"api_key": "sk_new"}),))
     run_id = (await flora.start()).json()["run_id"]
     clock.move(60)
@@ -106,7 +108,7 @@ async def test_options_change_by_themselves(serve_flora: ServeFlora, clock: Hand
     assert "api_key" not in await flora.path("/simulator/faults")
 
 
-async def test_a_key_tells_its_workspace(serve_flora: ServeFlora) -> None:
+async def test_workspaces_of_a_key(serve_flora: ServeFlora) -> None:
     """`GET /workspaces` names the one workspace of a key; a key may come to belong to another."""
     other = SimulatedWorkspace(workspace_id="ws_2", api_key="sk_2", webhook_secret="whsec_2")
     flora = await serve_flora(more_workspaces=(other,))
@@ -150,7 +152,7 @@ async def test_a_route_is_refused(
     ("code", "status"), [("paid_plan_required", 403), ("insufficient_credits", 402)]
 )
 async def test_starts_are_refused(serve_flora: ServeFlora, code: str, status: int) -> None:
-    """About the wanted share of starts is refused, and these start nothing."""
+    """About the configured share of starts is refused, without a run."""
     flora = await serve_flora(refuse={"runs.start": code}, refusals=0.5)
     statuses = Counter([(await flora.start()).status_code for _ in range(40)])
     assert 8 <= statuses[status] <= 32
@@ -158,7 +160,7 @@ async def test_starts_are_refused(serve_flora: ServeFlora, code: str, status: in
 
 
 async def test_errors_may_have_details(serve_flora: ServeFlora) -> None:
-    """Each field then has a code, and the values that it takes where these are few."""
+    """Each field then has a code, and its valid values where these are few."""
     flora = await serve_flora(field_details=True)
     fields = (await flora.start(mode="later", inputs=[])).json()["error"]["fields"]
     assert [field["code"] for field in fields] == ["invalid", "invalid_value"]
@@ -187,7 +189,7 @@ async def test_a_status_may_be_new(serve_flora: ServeFlora, clock: HandClock) ->
 
 
 async def test_prices_rise(serve_flora: ServeFlora, clock: HandClock) -> None:
-    """From a moment on the catalogue shows new prices, and runs cost them."""
+    """After the change the catalogue shows new prices, and runs have these costs."""
     flora = await serve_flora()
     await flora.set(prices={"icon-pack": 20}, price_factor=2)
     listed = (await flora.path("/techniques", limit=100))["techniques"]
@@ -213,7 +215,7 @@ async def test_a_technique_gains_an_input(serve_flora: ServeFlora) -> None:
 
 
 async def test_each_value_may_make_a_run(serve_flora: ServeFlora) -> None:
-    """Of an input with several values each makes a run; the answer is the first of them."""
+    """Each value of an input starts a run; the answer is the first of them."""
     flora = await serve_flora(run_per_value=True)
     link = {"type": "imageUrl", "value": "https://example.com/1.png"}
     other = link | {"value": "https://example.com/2.png"}
@@ -242,7 +244,7 @@ async def test_an_unreachable_value_fails_its_own_run_only(serve_flora: ServeFlo
 
 
 async def test_a_gateway_closes_with_the_simulator(serve_flora: ServeFlora) -> None:
-    """Work behind it does not hold the simulator up when it ends."""
+    """Requests that it has forwarded do not delay the end of the simulator."""
     flora = await serve_flora(gateway=1, gateway_seconds=0.01, slow_starts=1)
     async with asyncio.timeout(5):
         assert (await flora.start()).status_code >= 502

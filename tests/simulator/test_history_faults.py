@@ -27,7 +27,7 @@ def _cursor(offset: int) -> str:
 
 @pytest.mark.parametrize("of", ["offset", "run"])
 async def test_a_page_cannot_be_read(serve_flora: ServeFlora, of: str) -> None:
-    """Every page with the bad item is 400; what stands around it can be read."""
+    """Every page with the bad item is 400; all others can be read."""
     flora = await serve_flora(history=30)
     runs = await _read_all(flora)
     await flora.set(**({"bad_offset": 12} if of == "offset" else {"bad_runs": [runs[12]]}))
@@ -62,7 +62,7 @@ async def test_deep_pages_cannot_be_read(serve_flora: ServeFlora) -> None:
 
 
 async def test_cursors_may_be_opaque(serve_flora: ServeFlora, clock: HandClock) -> None:
-    """They lead through the list, say nothing, and are refused when they are old."""
+    """They lead through the list, show no offset, and are refused when they are old."""
     flora = await serve_flora(history=30, opaque_cursors=True, cursor_seconds=600)
     listed = await _read_all(flora)
     assert len(listed) == len(set(listed)) == 30
@@ -112,7 +112,7 @@ async def test_runs_are_deleted_on_demand(serve_flora: ServeFlora) -> None:
 
 
 async def test_old_runs_are_removed(serve_flora: ServeFlora, clock: HandClock) -> None:
-    """What was created too long ago is neither listed nor read; time goes on removing runs."""
+    """Runs older than the retention are neither listed nor read."""
     flora = await serve_flora(history=10, history_seconds=1000, retention=540)
     oldest = flora.world.preset("technique").run_id(0)
     assert len(await _read_all(flora)) == 5
@@ -171,7 +171,7 @@ async def test_a_long_history_is_filtered(serve_flora: ServeFlora) -> None:
     assert await count(project_id="prj_other") == 0
 
 
-async def test_a_long_history_stays_as_it_was(serve_flora: ServeFlora) -> None:
+async def test_a_long_history_does_not_change_with_the_options(serve_flora: ServeFlora) -> None:
     """It belongs to the first workspace and does not change with the options."""
     flora = await serve_flora(history=20)
     before = await flora.path("/technique-runs")

@@ -23,7 +23,7 @@ OWN_FLAGS = {
 
 
 def test_every_option_is_documented() -> None:
-    """The table in docs/cli.md has what `--set` takes, in the options' words."""
+    """The table in docs/cli.md contains every option of `--set` with its help text."""
     rows = re.findall(r"^\| `(\w+)` \| (.+?) \| ", CLI_PAGE.read_text(encoding="utf-8"), re.M)
     documented = {name: text for name, text in rows if not text.startswith("`")}
     assert documented == {name: text for name, text in HELP.items() if name not in OWN_FLAGS}
@@ -45,8 +45,8 @@ def test_every_option_is_documented() -> None:
         ("clock_offset", "-3.5", -3.5),
     ],
 )
-def test_options_are_taken_as_text(name: str, text: str, value: object) -> None:
-    """Text becomes the value; the value is taken as it is."""
+def test_options_are_read_from_text(name: str, text: str, value: object) -> None:
+    """Text becomes the value; the value itself is accepted too."""
     assert getattr(Options().with_changes({name: text}), name) == value
     assert getattr(Options().with_changes({name: value}), name) == value
 

@@ -1,4 +1,4 @@
-"""Runs that progress with the clock and end, and the history that tells of them."""
+"""Runs that progress with the clock and end, and the history that lists them."""
 
 import pytest
 
@@ -53,8 +53,8 @@ async def test_a_failed_run_costs_nothing(make_flora: MakeFlora, clock: HandCloc
     assert all("started_at" not in end for end in unreachable)
 
 
-async def test_about_the_wanted_share_fails(make_flora: MakeFlora) -> None:
-    """Of many runs about as many fail as was asked for."""
+async def test_runs_fail_at_their_rate(make_flora: MakeFlora) -> None:
+    """About the configured share of runs fails."""
     flora = make_flora()
     for _ in range(400):
         flora.world.start(flora.world.sample_request("icon-pack"))
@@ -107,7 +107,7 @@ async def test_speed_divides_durations(make_flora: MakeFlora) -> None:
 
 
 async def test_times_may_be_seconds(make_flora: MakeFlora, clock: HandClock) -> None:
-    """With the unit `s` the API tells seconds; the records stay in milliseconds."""
+    """With the unit `s` the API shows seconds; the records stay in milliseconds."""
     flora = make_flora(time_unit="s", failures=0)
     run_id = (await flora.start()).json()["run_id"]
     clock.move(30)
@@ -147,7 +147,7 @@ async def test_the_history_is_newest_first_and_paged(flora: Flora, clock: HandCl
 
 
 async def test_a_history_item_is_a_run_and_more(flora: Flora, clock: HandClock) -> None:
-    """An item of the history has what a read has, and says whose run it is."""
+    """An item of the history has all that a read has, and the workspace and technique."""
     run_id = (await flora.start()).json()["run_id"]
     clock.move(30)
     (item,) = (await flora.get("/technique-runs")).json()["technique_runs"]
@@ -177,7 +177,7 @@ async def test_the_history_may_leave_details_out(make_flora: MakeFlora, clock: H
 
 
 async def test_the_history_is_filtered(make_flora: MakeFlora, clock: HandClock) -> None:
-    """Filters on status, technique, project and workspace leave what they say."""
+    """Filters on status, technique, project and workspace select runs."""
     flora = make_flora(failures=0)
     await flora.start()
     clock.move(30)

@@ -36,13 +36,13 @@ async def _tour(simulator: Simulator) -> dict[str, Any]:
     )
     try:
         async with asyncio.timeout(30):
-            told, complaints = await process.communicate()
+            output, errors = await process.communicate()
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
-    assert process.returncode == 0, complaints.decode()
-    seen: dict[str, Any] = json.loads(told)
+    assert process.returncode == 0, errors.decode()
+    seen: dict[str, Any] = json.loads(output)
     return seen
 
 
@@ -93,7 +93,7 @@ async def test_the_official_sdk_works_unchanged() -> None:
     assert all(error["requestId"].startswith("req_") for error in errors.values())
 
 
-async def test_the_sdk_gets_through_a_bad_day() -> None:
+async def test_the_official_sdk_copes_with_faults() -> None:
     """With rate limits, server errors and forged callbacks the SDK's own retries suffice."""
     options = Options(
         seed=7, speed=100, rate_limit=0.06, errors=0.06, retry_after=0, bad_signature=0.5

@@ -26,7 +26,7 @@ async def test_stopping_does_not_wait_for_runs_and_callbacks() -> None:
     assert simulator.world.deliveries == []
 
 
-async def test_two_simulators_stand_side_by_side() -> None:
+async def test_two_simulators_run_side_by_side() -> None:
     """Each has a port and a world of its own."""
     async with running() as first, running() as second:
         first.start()
@@ -34,7 +34,7 @@ async def test_two_simulators_stand_side_by_side() -> None:
         assert (len(first.world.runs), len(second.world.runs)) == (1, 0)
 
 
-async def test_answers_leave_at_once() -> None:
+async def test_answers_are_not_delayed() -> None:
     """No answer waits for the acknowledgement of its own head, which takes 40 ms each."""
     async with running() as simulator, httpx.AsyncClient(base_url=simulator.root) as client:
         await client.get("/simulator/requests")

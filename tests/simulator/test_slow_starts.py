@@ -1,4 +1,4 @@
-"""Starts whose answer is late, lost, or not the whole truth."""
+"""Starts whose answer is late, lost, or followed by other runs."""
 
 import asyncio
 
@@ -12,7 +12,7 @@ KEY = {"idempotency_key": "k"}
 
 
 async def test_a_slow_start_runs_before_its_answer(serve_flora: ServeFlora) -> None:
-    """A client that does not wait for the answer has started a run all the same."""
+    """A client that does not wait for the answer has started a run nevertheless."""
     flora = await serve_flora(slow_starts=1, speed=100)
     flora.timeout = 0.1
     with pytest.raises(httpx.ReadTimeout):
@@ -21,10 +21,10 @@ async def test_a_slow_start_runs_before_its_answer(serve_flora: ServeFlora) -> N
 
 
 async def test_a_slow_start_may_run_at_the_end_only(serve_flora: ServeFlora) -> None:
-    """The run may begin when nobody waits for its answer any more."""
+    """The run may start after the client has given up."""
     flora = await serve_flora(slow_starts=1, slow_run="last", speed=100)
     answer = asyncio.create_task(flora.start())
-    while not flora.world.requests:  # noqa: ASYNC110 - nothing tells of a request's arrival
+    while not flora.world.requests:  # noqa: ASYNC110 - no event reports a request's arrival
         await asyncio.sleep(0.001)
     assert not flora.world.runs
     assert (await answer).json()["run_id"] in flora.world.runs
@@ -136,7 +136,7 @@ async def test_a_colleague_starts_the_same_technique(
 
 
 async def test_a_colleague_starts_runs_on_demand(serve_flora: ServeFlora) -> None:
-    """The control route starts as many as are wanted, past every fault."""
+    """The control route starts the requested number, untouched by faults."""
     flora = await serve_flora(errors=1)
     url = f"{flora.world.root}/simulator/colleague"
     started = await flora.post(url, json={"technique": "cctv-cam", "count": 2})
@@ -144,10 +144,10 @@ async def test_a_colleague_starts_runs_on_demand(serve_flora: ServeFlora) -> Non
     assert (await flora.post(url, json={"technique": "nothing"})).status_code == 400
 
 
-async def test_a_callback_address_is_used_to_the_letter(
+async def test_a_callback_address_is_used_unchanged(
     serve_flora: ServeFlora, receiver: Receiver
 ) -> None:
-    """Whatever stands after the address of the callbacks comes back unchanged."""
+    """Path and query of the address are sent unchanged."""
     flora = await serve_flora(speed=1000, run_seconds=0.001)
     tail = "/aB3_-~.%2Fx/?q=1&r=%20"
     assert (await flora.start(callback_url=receiver.url + tail)).is_success

@@ -1,4 +1,4 @@
-"""What a start refuses, and what an idempotency key does."""
+"""Refused starts, and idempotency keys."""
 
 from ipaddress import ip_address
 
@@ -61,7 +61,7 @@ async def test_every_technique_starts_with_its_sample_inputs(flora: Flora) -> No
     assert statuses == {200, 201}
 
 
-async def test_an_input_of_several_values_takes_them(flora: Flora) -> None:
+async def test_an_input_may_have_several_values(flora: Flora) -> None:
     """Where a technique allows several values for an input, it may come more than once."""
     asset = PHOTO | {"id": "asset"}
     inputs = [asset, asset, PHOTO | {"id": "texture"}]
@@ -134,7 +134,7 @@ async def test_a_used_key_gives_the_original_answer(
 
 
 async def test_a_used_key_may_be_a_conflict(make_flora: MakeFlora, clock: HandClock) -> None:
-    """In the other account a second use is 409 for two hours and starts nothing."""
+    """In the mode `conflict` a second use is 409 for two hours and starts nothing."""
     flora = make_flora(idempotency="conflict", failures=0)
     assert (await flora.start(idempotency_key="k")).is_success
     clock.move(2 * 3600 - 1)
@@ -198,5 +198,5 @@ async def test_a_callback_may_go_to_public_https_or_loopback(url: str) -> None:
     ],
 )
 async def test_any_other_callback_address_is_refused(url: str) -> None:
-    """Plain http, private and internal hosts, names that lead to them, and what is no URL."""
+    """Plain http, private and internal hosts, names that resolve to them, and invalid URLs."""
     assert await refusal(url, _private)
