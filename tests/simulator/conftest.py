@@ -66,13 +66,14 @@ async def make_flora(clock: HandClock) -> AsyncIterator[MakeFlora]:
     async with AsyncExitStack() as stack:
 
         def make(**options: object) -> Flora:
-            app = build_app(Options(**options), clock=clock)  # type: ignore[arg-type]
+            world = World(Options(**options), clock=clock)  # type: ignore[arg-type]
+            app = build_app(world)
             flora = Flora(
                 transport=httpx.ASGITransport(app),
                 base_url="http://127.0.0.1:8750/api/v1",
-                headers={"Authorization": f"Bearer {app.state.world.options.api_key}"},
+                headers={"Authorization": f"Bearer {world.options.api_key}"},
             )
-            flora.world = app.state.world
+            flora.world = world
             stack.push_async_callback(app.state.sender.close)
             stack.push_async_callback(flora.aclose)
             return flora

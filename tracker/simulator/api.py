@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Mapping
 from email.utils import formatdate
+from functools import partial
 from random import Random
 from typing import Any, Final
 
@@ -15,7 +16,6 @@ from tracker.simulator.faults import (
     CutConnection,
     ErrorAnswer,
     GatewayFault,
-    OpenConnections,
     RequestFault,
 )
 from tracker.simulator.history import page_bounds
@@ -38,34 +38,33 @@ Handler = Callable[[Request, SimulatedWorkspace], Awaitable[Response]]
 class SimulatedApi:
     """The API of one world."""
 
-    def __init__(self, world: World, sender: CallbackSender, connections: OpenConnections) -> None:
+    def __init__(self, world: World, sender: CallbackSender) -> None:
         self._world = world
         self._sender = sender
-        self._connections = connections
         self._starts = StartHandler(world, sender)
 
     def routes(self) -> list[Route]:
         """All routes, below `/api/v1`."""
         one = "/techniques/{technique}"
+        runs = partial(self._list_runs, "technique", "technique_runs")
+        generations = partial(self._list_runs, "generation", "generations")
         return [
-            self._route("workspaces.list", "GET", "/workspaces", self.list_workspaces),
-            self._route("techniques.list", "GET", "/techniques", self.list_techniques),
-            self._route("techniques.get", "GET", one, self.get_technique),
-            self._route("runs.start", "POST", f"{one}/runs", self.start_run),
-            self._route("runs.get", "GET", f"{one}/runs/{{run}}", self.get_technique_run),
-            self._route("runs.list", "GET", "/technique-runs", self.list_technique_runs),
-            self._route("runs.get_any", "GET", "/runs/{run}", self.get_run),
-            self._route("generations.start", "POST", "/generate", self.start_generation),
-            self._route("generations.list", "GET", "/generations", self.list_generations),
+            self._route("workspaces.list", "GET", "/workspaces", self._list_workspaces),
+            self._route("techniques.list", "GET", "/techniques", self._list_techniques),
+            self._route("techniques.get", "GET", one, self._get_technique),
+            self._route("runs.start", "POST", f"{one}/runs", self._start_run),
+            self._route("runs.get", "GET", f"{one}/runs/{{run}}", self._get_technique_run),
+            self._route("runs.list", "GET", "/technique-runs", runs),
+            self._route("runs.get_any", "GET", "/runs/{run}", self._get_run),
+            self._route("generations.start", "POST", "/generate", self._start_generation),
+            self._route("generations.list", "GET", "/generations", generations),
         ]
 
-    async def list_workspaces(self, request: Request, workspace: SimulatedWorkspace) -> Response:
-        """`GET /workspaces`: the one workspace that the key belongs to."""
+    async def _list_workspaces(self, request: Request, workspace: SimulatedWorkspace) -> Response:
         shown = {"workspace_id": workspace.workspace_id, "name": workspace.workspace_id}
         return JSONResponse({"workspaces": [shown], "meta": {"next_cursor": None}})
 
-    async def list_techniques(self, request: Request, workspace: SimulatedWorkspace) -> Response:
-        """`GET /techniques`."""
+    async def _list_techniques(self, request: Request, workspace: SimulatedWorkspace) -> Response:
         query = request.query_params
         _check_workspace(query, workspace)
         text = query.get("query", "").casefold()
@@ -84,52 +83,35 @@ class SimulatedApi:
             }
         )
 
-    async def get_technique(self, request: Request, workspace: SimulatedWorkspace) -> Response:
-        """`GET /techniques/{techniqueId}`."""
+    async def _get_technique(self, request: Request, workspace: SimulatedWorkspace) -> Response:
         return JSONResponse(self._technique(request).definition())
 
-    async def start_run(self, request: Request, workspace: SimulatedWorkspace) -> Response:
-        """`POST /techniques/{techniqueId}/runs`: 200 or 201 and the run, both occur.
-
-        Where each value of an input makes a run, the answer is the first of these runs, as FLORA
-        documents no other shape. All of them are in the history, and each sends its callback.
-        """
+    async def _start_run(self, request: Request, workspace: SimulatedWorkspace) -> Response:
+        # Where each value of an input makes a run, the answer is the first of these runs, as FLORA
+        # documents no other shape. All of them are in the history, and each sends its callback.
         technique = self._technique(request)
         body = parse_body(await request.body())
         per_value = self._world.options.run_per_value
         start = await check_technique_start(body, technique, run_per_value=per_value)
         return await self._starts.answer(start, request, workspace)
 
-    async def start_generation(self, request: Request, workspace: SimulatedWorkspace) -> Response:
-        """`POST /generate`."""
+    async def _start_generation(self, request: Request, workspace: SimulatedWorkspace) -> Response:
         body = parse_body(await request.body())
         start = await check_generation_start(body, workspace.workspace_id)
         return await self._starts.answer(start, request, workspace)
 
-    async def get_technique_run(self, request: Request, workspace: SimulatedWorkspace) -> Response:
-        """`GET /techniques/{techniqueId}/runs/{runId}`."""
+    async def _get_technique_run(self, request: Request, workspace: SimulatedWorkspace) -> Response:
         technique = self._technique(request)
         run = self._find(request, workspace)
         if run.technique is None or run.technique.technique_id != technique.technique_id:
             raise ErrorAnswer.not_found("run")
         return self._show(request, run)
 
-    async def get_run(self, request: Request, workspace: SimulatedWorkspace) -> Response:
-        """`GET /runs/{runId}`: a run of either type."""
+    async def _get_run(self, request: Request, workspace: SimulatedWorkspace) -> Response:
         return self._show(request, self._find(request, workspace))
 
-    async def list_technique_runs(
-        self, request: Request, workspace: SimulatedWorkspace
-    ) -> Response:
-        """`GET /technique-runs`."""
-        return self._history(request, workspace, "technique", "technique_runs")
-
-    async def list_generations(self, request: Request, workspace: SimulatedWorkspace) -> Response:
-        """`GET /generations`."""
-        return self._history(request, workspace, "generation", "generations")
-
-    def _history(
-        self, request: Request, workspace: SimulatedWorkspace, run_type: RunType, name: str
+    async def _list_runs(
+        self, run_type: RunType, name: str, request: Request, workspace: SimulatedWorkspace
     ) -> Response:
         world, query, now_ms = self._world, request.query_params, self._world.now_ms()
         options = world.options
@@ -226,7 +208,7 @@ class SimulatedApi:
         try:
             workspace = self._authenticate(request)
             if fault.name == "cut_before":
-                return CutConnection(self._connections)
+                return CutConnection()
             if fault.name == "rate_limited":
                 return fault.too_many(self._world.now_ms())
             if fault.name == "error":
@@ -236,9 +218,9 @@ class SimulatedApi:
         except ErrorAnswer as error:
             response = error.response(details=self._world.options.field_details)
         if fault.name == "cut_after":
-            return CutConnection(self._connections)
+            return CutConnection()
         if fault.name == "cut_within":
-            return CutConnection(self._connections, response)
+            return CutConnection(response)
         return response
 
     def _check_refusal(self, request: Request) -> None:

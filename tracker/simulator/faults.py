@@ -154,48 +154,24 @@ class GatewayFault:
         return Response(html, status, headers, media_type="text/html")
 
 
-class OpenConnections:
-    """The open connections of a server, so that one can be cut as a network would."""
+class CuttableProtocol(H11Protocol):
+    """The server's protocol; requests find their connection in `scope["state"]`, to cut it."""
 
-    def __init__(self) -> None:
-        self._open: dict[tuple[str, int], asyncio.Transport] = {}
-
-    def protocol(self) -> type[H11Protocol]:
-        """The protocol class under which the server's connections register here."""
-        connections = self._open
-
-        class RegisteredProtocol(H11Protocol):
-            def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-                super().connection_made(transport)
-                if self.client is not None:
-                    connections[self.client] = transport
-
-            def connection_lost(self, exc: Exception | None) -> None:
-                if self.client is not None:
-                    connections.pop(self.client, None)
-                super().connection_lost(exc)
-
-        return RegisteredProtocol
-
-    def abort(self, client: Any) -> bool:
-        """Cuts the connection of that peer; False where it has none here."""
-        transport = self._open.get(tuple(client or ()))
-        if transport is None:
-            return False
-        transport.abort()
-        return True
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Registers the connection."""
+        super().connection_made(transport)
+        self.app_state = self.app_state | {"transport": transport}
 
 
 class CutConnection(Response):
     """Instead of an answer, the end of the connection, perhaps in the middle of an answer."""
 
-    def __init__(self, connections: OpenConnections, begun: Response | None = None) -> None:
+    def __init__(self, begun: Response | None = None) -> None:
         super().__init__(status_code=500)
-        self._connections = connections
         self._begun = begun
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Raises `ConnectionAbortedError` where the server is not the simulator's own."""
+        """Raises `ConnectionAbortedError` where the server's protocol is not `CuttableProtocol`."""
         if self._begun is not None:
             body = bytes(self._begun.body)
             headers = self._begun.raw_headers
@@ -203,8 +179,10 @@ class CutConnection(Response):
             await send({"type": "http.response.start", "status": status, "headers": headers})
             half = body[: len(body) // 2]
             await send({"type": "http.response.body", "body": half, "more_body": True})
-        if not self._connections.abort(scope.get("client")):
+        transport = scope["state"].get("transport")
+        if transport is None:
             raise ConnectionAbortedError("the connection was cut")
+        transport.abort()
         # The server logs a return without an answer as an error, unless the peer is gone.
         while (await receive())["type"] != "http.disconnect":
             pass

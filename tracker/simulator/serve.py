@@ -23,7 +23,7 @@ from tracker.core.clock import Clock, utc_now
 from tracker.simulator.api import SimulatedApi
 from tracker.simulator.callbacks import INTERNAL_SUFFIXES, CallbackSender, literal_address
 from tracker.simulator.control import ControlRoutes
-from tracker.simulator.faults import ErrorAnswer, OpenConnections
+from tracker.simulator.faults import CuttableProtocol, ErrorAnswer
 from tracker.simulator.options import Options, SimulatedWorkspace
 from tracker.simulator.runs import RunRequest, SimulatedRun
 from tracker.simulator.world import World
@@ -34,18 +34,14 @@ _SHUTDOWN_SECONDS: Final = 1.0
 """How long requests in progress may take when the simulator stops."""
 
 
-def build_app(options: Options | None = None, *, clock: Clock = utc_now) -> Starlette:
-    """A simulator as an application of its own, for any ASGI server or transport.
+def build_app(world: World) -> Starlette:
+    """The simulator of a world, for any ASGI server or transport.
 
-    Its world is `app.state.world`, its callback sender `app.state.sender`. Behind a foreign server
-    a cut connection shows as an error of the application; `running` and `serve` cut for real.
+    Its callback sender is `app.state.sender`. Behind a foreign server a cut connection shows as an
+    error of the application; `running` and `serve` cut for real.
     """
-    return _build_app(World(options or Options(), clock=clock), OpenConnections())
-
-
-def _build_app(world: World, connections: OpenConnections) -> Starlette:
     sender = CallbackSender(world)
-    api, control = SimulatedApi(world, sender, connections), ControlRoutes(world)
+    api, control = SimulatedApi(world, sender), ControlRoutes(world)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -61,7 +57,6 @@ def _build_app(world: World, connections: OpenConnections) -> Starlette:
         middleware=[Middleware(_OwnHostOnly)],
         lifespan=lifespan,
     )
-    app.state.world = world
     app.state.sender = sender
     app.router.redirect_slashes = False
     return app
@@ -187,12 +182,11 @@ async def running(
     world = World(
         options or Options(), clock=clock, root=f"http://{_HOST}:{listener.getsockname()[1]}"
     )
-    connections = OpenConnections()
-    app = _build_app(world, connections)
+    app = build_app(world)
     server = _Server(
         uvicorn.Config(
             app,
-            http=connections.protocol(),
+            http=CuttableProtocol,
             ws="none",
             lifespan="on",
             log_config=None,

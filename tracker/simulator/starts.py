@@ -184,24 +184,70 @@ class StartAnswer:
         return Response(self.body, self.status, headers, media_type="application/json")
 
 
-class IdempotencyKeys:
-    """The keys that were used, by either of FLORA's two descriptions.
+class StartHandler:
+    """Answers the starts of one world."""
 
-    In the mode "replay" a key gives its original answer again for 24 hours; in "conflict" a second
-    use is refused for two.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, world: World, sender: CallbackSender) -> None:
+        self._world = world
+        self._sender = sender
         self._used: dict[UsedKey, tuple[int, str, StartAnswer]] = {}
+        """When each key was used, for which fingerprint, and the answer."""
         self._busy: set[UsedKey | None] = set()
+        self._failed: set[UsedKey] = set()
+        """The keys whose last start was answered 500."""
 
-    def recall(
+    async def answer(
+        self, start: ValidStart, request: Request, workspace: SimulatedWorkspace
+    ) -> Response:
+        """The answer to a start. Raises `ErrorAnswer` where it is an error."""
+        world, options = self._world, self._world.options
+        slow, fails, lost, colleague = _draw_start_faults(options, request.state.number)
+        sent_key = start.key(request.headers.get("idempotency-key"), options)
+        key = None if sent_key is None else (workspace.workspace_id, sent_key)
+        if key is not None:
+            self._refuse_second(key)
+            known = self._recall(key, start.fingerprint, options, world.now_ms())
+            if known is not None:
+                return known.response(replayed=True)
+        if fails:
+            raise self._server_error(key)
+        at_once = options.keys_known == "at_once"
+        wait = options.slow_seconds / options.speed if slow else 0.0
+        with self._in_progress(key if at_once else None):
+            if wait and options.slow_run == "last":
+                await asyncio.sleep(wait)
+            runs = [
+                world.start(one, callback_url=start.body.get("callback_url"), workspace=workspace)
+                for one in start.requests
+            ]
+        answer = _first_answer(runs[0], world.options)
+        if key is not None:
+            world.started_with |= {run.run_id: key[1] for run in runs}
+            if at_once:
+                self._used[key] = (world.now_ms(), start.fingerprint, answer)
+        attempted = [self._sender.schedule(run) for run in runs]
+        if colleague and start.technique is not None:
+            await self._start_colleague(start.technique, workspace)
+        if wait and options.slow_run == "first":
+            await asyncio.sleep(wait)
+        if "early" in runs[0].faults:
+            await attempted[0].wait()
+        if lost:
+            if key is not None and options.keys_released:
+                self._used.pop(key, None)
+            raise self._server_error(key)
+        if key is not None and not at_once:
+            self._used[key] = (world.now_ms(), start.fingerprint, answer)
+        return answer.response()
+
+    def _recall(
         self, key: UsedKey, fingerprint: str, options: Options, now_ms: int
     ) -> StartAnswer | None:
-        """The answer to give again, or None where the key is new or forgotten.
+        """The answer to repeat, or None where the key is new or forgotten.
 
-        Raises `ErrorAnswer`: 422 where the key came with another request, 409 in the mode
-        "conflict" and where the first request with the key has not finished.
+        In the mode "replay" a key repeats its answer for 24 hours, and is refused with 422 for
+        another request; in "conflict" a second use is refused with 409 for two hours. While the
+        first request with the key has not finished, it is refused with 409 in both.
         """
         if key in self._busy:
             raise ErrorAnswer(
@@ -227,76 +273,13 @@ class IdempotencyKeys:
         return answer
 
     @contextmanager
-    def in_progress(self, key: UsedKey | None) -> Iterator[None]:
+    def _in_progress(self, key: UsedKey | None) -> Iterator[None]:
         """While this lasts, another request with the key is refused."""
         self._busy.add(key)
         try:
             yield
         finally:
             self._busy.discard(key)
-
-    def keep(self, key: UsedKey, fingerprint: str, answer: StartAnswer, now_ms: int) -> None:
-        """Stores the answer to the use of a key."""
-        self._used[key] = (now_ms, fingerprint, answer)
-
-    def release(self, key: UsedKey) -> None:
-        """Lets a key be used as if it were new."""
-        self._used.pop(key, None)
-
-
-class StartHandler:
-    """Answers the starts of one world."""
-
-    def __init__(self, world: World, sender: CallbackSender) -> None:
-        self._world = world
-        self._sender = sender
-        self._keys = IdempotencyKeys()
-        self._failed: set[UsedKey] = set()
-        """The keys whose last start was answered 500."""
-
-    async def answer(
-        self, start: ValidStart, request: Request, workspace: SimulatedWorkspace
-    ) -> Response:
-        """The answer to a start. Raises `ErrorAnswer` where it is an error."""
-        world, keys, options = self._world, self._keys, self._world.options
-        slow, fails, lost, colleague = _draw_start_faults(options, request.state.number)
-        sent_key = start.key(request.headers.get("idempotency-key"), options)
-        key = None if sent_key is None else (workspace.workspace_id, sent_key)
-        if key is not None:
-            self._refuse_second(key)
-            known = keys.recall(key, start.fingerprint, options, world.now_ms())
-            if known is not None:
-                return known.response(replayed=True)
-        if fails:
-            raise self._server_error(key)
-        at_once = options.keys_known == "at_once"
-        wait = options.slow_seconds / options.speed if slow else 0.0
-        with keys.in_progress(key if at_once else None):
-            if wait and options.slow_run == "last":
-                await asyncio.sleep(wait)
-            runs = [
-                world.start(one, callback_url=start.body.get("callback_url"), workspace=workspace)
-                for one in start.requests
-            ]
-        answer = _first_answer(runs[0], world.options)
-        if key is not None:
-            world.started_with |= {run.run_id: key[1] for run in runs}
-            if at_once:
-                keys.keep(key, start.fingerprint, answer, world.now_ms())
-        attempted = [self._sender.schedule(run) for run in runs]
-        if colleague and start.technique is not None:
-            await self._start_colleague(start.technique, workspace)
-        if wait and options.slow_run == "first":
-            await asyncio.sleep(wait)
-        if "early" in runs[0].faults:
-            await attempted[0].wait()
-        if lost:
-            if key is not None and options.keys_released:
-                keys.release(key)
-            raise self._server_error(key)
-        if key is not None and not at_once:
-            keys.keep(key, start.fingerprint, answer, world.now_ms())
-        return answer.response()
 
     def _refuse_second(self, key: UsedKey) -> None:
         """Refuses the next start after one that was answered 500, where that is wanted."""
