@@ -12,6 +12,7 @@ import os
 import signal
 import ssl
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,15 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("house")
 
 wall.build()
+
+# Files of tests stay in memory where there is room: thousands of commits wait for a disk elsewhere,
+# and no test asks what survives the machine.
+_MEMORY = "/dev/shm"  # noqa: S108
+if os.access(_MEMORY, os.W_OK | os.X_OK) and "TMPDIR" not in os.environ:
+    _volume = os.statvfs(_MEMORY)
+    if _volume.f_bavail * _volume.f_frsize > 4 << 30 and not _volume.f_flag & os.ST_NOEXEC:
+        os.environ["TMPDIR"] = _MEMORY
+        tempfile.tempdir = None
 
 # Bytecode is kept, although the one who starts the tests may not want it: some hundred processes
 # would compile the same modules, and each process of the suite all tests.

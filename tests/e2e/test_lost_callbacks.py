@@ -10,7 +10,7 @@ from tests.e2e.truth import assert_all_true, settled_runs
 from tests.support.waiting import eventually
 from tracker.store.engine import Database
 
-RUNS = 200
+RUNS = 100
 
 
 async def start_runs(stage: Stage, count: int) -> None:
@@ -34,7 +34,7 @@ async def start_runs(stage: Stage, count: int) -> None:
 async def test_lost_doubled_and_early_callbacks_change_nothing(
     stage: Stage, database: Database
 ) -> None:
-    """With 40 % of 200 callbacks dropped, 10 % doubled and 10 % early, every run ends up true."""
+    """With 40 % of 100 callbacks dropped, 10 % doubled and 10 % early, every run ends up true."""
     await stage.simulate(
         *("--seed", "11", "--run-seconds", "3"),
         *("--drop", "40%", "--duplicate", "10%", "--early", "10%"),

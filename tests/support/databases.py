@@ -198,6 +198,7 @@ async def _emptied(url: str, unchanged: str) -> bool:
         if await connection.fetchval(_SCHEMA_STATE) != unchanged:
             return False
         await connection.execute(_EMPTY)
+        await connection.execute("SELECT pg_stat_reset()")
     except asyncpg.PostgresError:
         return False
     finally:
