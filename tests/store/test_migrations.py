@@ -15,6 +15,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, text
 
+from tests.support.forked import Forked
 from tracker.core.errors import SchemaOutdated, StoreUnavailable
 from tracker.store import migrate
 from tracker.store.engine import Database, migration_engine
@@ -124,17 +125,14 @@ async def test_to_look_creates_nothing(empty_sqlite_url: str, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
-async def test_processes_that_upgrade_at_once_agree(empty_database_url: str) -> None:
+async def test_processes_that_upgrade_at_once_agree(
+    empty_database_url: str, tmp_path: Path
+) -> None:
     """Several processes may find an empty database together: one migrates, the others wait."""
-    program = "import asyncio, sys; from tracker.store.migrate import upgrade; asyncio.run("
-    program += "upgrade(sys.argv[1]))"
-    command = [sys.executable, "-c", program, empty_database_url]
-    processes = [
-        await asyncio.create_subprocess_exec(*command, stderr=subprocess.PIPE, cwd=ROOT)
-        for _ in range(3)
-    ]
-    told = [(await process.communicate())[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], told
+    output = tmp_path / "upgrades.log"
+    environment = {"TRACKER_DATABASE_URL": empty_database_url}
+    processes = [Forked.begin("db", "upgrade", env=environment, output=output) for _ in range(3)]
+    assert [await process.wait() for process in processes] == [0, 0, 0], output.read_text()
     assert await migrate.current(empty_database_url) == migrate.head()
 
 
@@ -205,14 +203,14 @@ async def test_sqlite_writes_ahead_and_to_the_disk(sqlite_url: str, tmp_path: Pa
 
 
 @pytest.fixture
-def alembic(empty_database_url: str) -> Any:
+def alembic(empty_sqlite_url: str) -> Any:
     """Runs Alembic's own command line as a developer does."""
 
     def run(*arguments: str) -> str:
         done = subprocess.run(
             [sys.executable, "-m", "alembic", *arguments],
             cwd=ROOT,
-            env={**os.environ, "TRACKER_DATABASE_URL": empty_database_url},
+            env={**os.environ, "TRACKER_DATABASE_URL": empty_sqlite_url},
             capture_output=True,
             text=True,
             check=False,

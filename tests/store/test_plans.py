@@ -5,8 +5,8 @@ statement that nobody uses.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from sqlalchemy import Engine, event, text
 from sqlalchemy.dialects import postgresql
 
 from tests.store.making import NOW, apply_all, callback, delivery, open_inbox, open_writer
+from tests.support.databases import Background, PostgresDatabases, migrate, sqlite_url_of
 from tracker.operations.retention import Ages, Pruner
 from tracker.store import claims
 from tracker.store import claims as listed
@@ -35,7 +36,7 @@ _TIMES = {
     "sqlite": "strftime('%Y-%m-%d %H:%M:%f000', julianday('2026-06-01 12:00:00') - {} / 1440.0)",
     "postgresql": "timestamptz '2026-06-01 12:00:00Z' - {} * interval '1 minute'",
 }
-_FILL = {
+_ROWS = {
     "runs": """INSERT INTO runs (run_id, status, progress, created_at, created_at_known,
         completed_at, output_count, standing, details, ranks, conflict, source, first_seen_at,
         callback_expected, tracking, settled_at, next_check_at, looks, checks, missing,
@@ -59,24 +60,45 @@ _FILL = {
 }
 
 
+@pytest.fixture(scope="module", params=["sqlite", "postgres"])
+def full_url(
+    request: pytest.FixtureRequest, background: Background, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """A database with so many rows that reading them all would be wrong: filled once, for tests
+    that look at plans."""
+    with ExitStack() as stack:
+        if request.param == "sqlite":
+            url = sqlite_url_of(tmp_path_factory.mktemp("full") / "tracker.db")
+            background.run(migrate(url))
+        else:
+            databases: PostgresDatabases = request.getfixturevalue("postgres_databases")
+            url = stack.enter_context(databases.migrated())
+        background.run(_fill(url))
+        yield url
+
+
 @pytest.fixture
-async def full(db: Database) -> Database:
-    """A database with so many rows that reading them all would be wrong."""
-    at = _TIMES[db.dialect]
+async def full(full_url: str) -> AsyncIterator[Database]:
+    """That database, open."""
+    async with await Database.open(full_url) as db:
+        yield db
+
+
+async def _fill(url: str) -> None:
+    engine = migration_engine(DatabaseUrl.parse(url))
+    at = _TIMES[engine.dialect.name]
     words = {"many": _MANY, "ago": at.format("i"), "soon": at.format("(50 - i)")}
-    if db.dialect == "sqlite":
+    if engine.dialect.name == "sqlite":
         words |= {"true": "1", "false": "0", "bytes": "x'00'"}
     else:
         words |= {"true": "true", "false": "false", "bytes": "'\\x00'::bytea"}
-    engine = migration_engine(db.url)
     async with engine.connect() as connection:
         await connection.execution_options(isolation_level="AUTOCOMMIT")
-        for statement in _FILL.values():
+        for statement in _ROWS.values():
             await connection.execute(text(statement.format(**words).replace(":", "\\:")))
         await connection.execute(text("ANALYZE"))
         await connection.commit()  # SQLite is in a transaction of ours all the same
     await engine.dispose()
-    return db
 
 
 @contextmanager

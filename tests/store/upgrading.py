@@ -106,7 +106,7 @@ class OldWriters:
 
     @asynccontextmanager
     async def at_work(self, prefix: str, *, count: int = 3) -> AsyncIterator[None]:
-        """So many write without a pause for as long as the block lasts; a few runs before it and
+        """So many write again and again for as long as the block lasts; a few runs before it and
         after it in any case."""
         self._going = True
         working = [asyncio.create_task(self._work(f"{prefix}_{each}")) for each in range(count)]
@@ -141,7 +141,7 @@ class OldWriters:
             except TrackerError as error:
                 self.errors.append(f"{run_id}: {error}")
             self.waits.append(time.monotonic() - began)
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.002)
 
     def _hear(self, connection: Connection, run_id: str) -> None:
         """A callback, the first that is heard of its run, and a start."""

@@ -31,6 +31,13 @@ from tracker.store.queries.batches import BatchEntry, BatchRow
 from tracker.store.queries.starts import StartState
 
 
+@pytest.fixture
+def database_url(sqlite_url: str) -> str:
+    """SQLite alone. The statements have tests on both engines (tests/store/test_batches.py), and so
+    has the whole command (tests/e2e/test_batch.py)."""
+    return sqlite_url
+
+
 async def plan(services: Services, *prompts: str, **options: Any) -> Plan:
     """The plan of a sheet with one column."""
     sheet = read_csv("\n".join(["prompt", *prompts]).encode())

@@ -37,11 +37,11 @@ def request(key: str = "key-1", **changes: Any) -> StartRequest:
 async def attempt(services: Services, key: str = "key-1", **changes: Any) -> str | None:
     """Start it; the run's id, or `None` where it was not started or is seen to be in doubt."""
     starting = asyncio.create_task(services.starter.start(request(key, **changes)))
-    for _ in range(400):
-        await asyncio.wait([starting], timeout=0.05)
+    for _ in range(1000):
+        await asyncio.wait([starting], timeout=0.02)
         if starting.done() or await state_of(services.database, key) == "in_doubt":
             break
-    await asyncio.wait([starting], timeout=0.1)
+    await asyncio.wait([starting], timeout=0.05)
     if not starting.done():
         starting.cancel()
         await asyncio.wait([starting])

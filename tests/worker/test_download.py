@@ -31,6 +31,13 @@ from tracker.starting.start import StartRequest
 from tracker.store.queries import batches, starts
 from tracker.store.queries.batches import BatchEntry, BatchRow
 
+
+@pytest.fixture
+def database_url(sqlite_url: str) -> str:
+    """SQLite alone. Files are fetched and named alike, wherever the outputs were read."""
+    return sqlite_url
+
+
 PROMPT = [{"id": "prompt", "type": "text", "value": "tools"}]
 
 

@@ -20,6 +20,13 @@ from tracker.simulator import Simulator
 from tracker.simulator.options import SimulatedWorkspace
 from tracker.store.queries import runs as read
 
+
+@pytest.fixture
+def database_url(sqlite_url: str) -> str:
+    """SQLite alone. What FLORA says is judged before anything is stored."""
+    return sqlite_url
+
+
 ANOTHER = SimulatedWorkspace(
     workspace_id="ws_other", api_key="sk_test_other", webhook_secret="whsec_other"
 )

@@ -20,6 +20,13 @@ from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.store.queries import runs as read
 
+
+@pytest.fixture
+def database_url(sqlite_url: str) -> str:
+    """SQLite alone. What FLORA says is believed or not before anything is stored."""
+    return sqlite_url
+
+
 RUNNING: dict[str, Any] = {
     "run_id": "run_1",
     "status": "running",

@@ -239,15 +239,14 @@ async def test_a_session_ends_with_its_token(database: Database) -> None:
     assert not await signed.holds(cookie)
 
 
-@pytest.mark.parametrize(
-    "value", ["", "x", ".", "..", "1.2.3", "9" * 400, "é.ü.ß", "1..", "a.b.", "A" * 43, "-" * 43]
-)
-async def test_any_other_cookie_is_none(database: Database, value: str) -> None:
+async def test_any_other_cookie_is_none(database: Database) -> None:
     """Whatever stands in it, nothing breaks; one that stands twice is none either."""
     token = _token("one")
     signed = _Signed(database, token)
     cookie = await signed.begin(token)
-    assert not await signed.holds(f"tracker_session={value}")
+    odd = ("", "x", ".", "..", "1.2.3", "9" * 400, "é.ü.ß", "1..", "a.b.", "A" * 43, "-" * 43)
+    for value in odd:
+        assert not await signed.holds(f"tracker_session={value}"), value
     assert not await signed.holds(f"{cookie}; {cookie}")
     assert not await signed.holds(f"__Host-{cookie}")
 
