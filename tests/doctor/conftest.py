@@ -1,4 +1,4 @@
-"""Fixtures: a FLORA, a deployment whose process is real, and the doctor's look at it."""
+"""Fixtures: a FLORA, a deployment whose process is real, and the doctor's report on it."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -8,7 +8,8 @@ import pytest
 
 from tests.cli.conftest import Commands
 from tests.e2e.processes import Stage, staged
-from tracker.operations.doctor import Finding, Level, examine
+from tracker.operations.doctor import Finding, Level
+from tracker.operations.doctor.examination import TimeLimits, examine
 from tracker.settings import read_settings
 from tracker.simulator import Options, Simulator, running
 
@@ -29,9 +30,9 @@ class Report(dict[str, Finding]):
 Look = Callable[..., Awaitable[Report]]
 
 
-async def look(**environ: str) -> Report:
+async def look(limits: TimeLimits | None = None, **environ: str) -> Report:
     """The doctor's report on settings that come from these variables alone."""
-    findings = await examine(*read_settings(environ)[:2])
+    findings = await examine(*read_settings(environ)[:2], limits=limits or TimeLimits())
     for one in findings:
         assert (one.level is Level.OK) == (one.advice == ""), one
         assert one.seen.endswith((".", "…")), one

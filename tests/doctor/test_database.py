@@ -50,7 +50,7 @@ async def test_a_sound_database_takes_rows_and_none_is_left(database_url: str) -
     """A look tells that rows are taken, and leaves none."""
     report = await _look(database_url)
     assert report.level("database") is Level.OK
-    assert "takes rows" in report["database"].seen
+    assert "accepts writes" in report["database"].seen
     assert report.level("migrations") is Level.OK
     assert report.level("disk") is Level.OK
 
@@ -103,7 +103,7 @@ def _other_file(path: Path) -> None:
     ("spoil", "seen", "advice"),
     [
         (_missing, "There is no ", "run the doctor in the same folder"),
-        (_no_folder, "its folder is missing", "Make the folder"),
+        (_no_folder, "its folder is missing", "Create the folder"),
         (_other_file, "not a database", "PRAGMA quick_check"),
     ],
 )
@@ -130,7 +130,7 @@ async def test_a_locked_file_is_told_of(sqlite_url: str, monkeypatch: pytest.Mon
         connection.execute("BEGIN IMMEDIATE")
         report = await _look(sqlite_url)
     assert report.level("database") is Level.FAILED
-    assert "takes no rows: database is locked" in report["database"].seen
+    assert "does not accept writes: database is locked" in report["database"].seen
     assert f"fuser {path}" in report["database"].advice
 
 
@@ -207,7 +207,7 @@ async def test_a_server_that_takes_no_rows_fails(postgres_url: str) -> None:
     await _execute(postgres_url, f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
     report = await _look(postgres_url)
     assert report.level("database") is Level.FAILED
-    assert "takes no rows: cannot execute INSERT in a read-only" in report["database"].seen
+    assert "does not accept writes: cannot execute INSERT in a read-only" in report["database"].seen
     assert "default_transaction_read_only" in report["database"].advice
 
 

@@ -14,7 +14,8 @@ from tests.e2e.processes import Stage
 from tests.support.forked import Forked
 from tests.support.waiting import eventually, free_port
 from tracker.core.clock import utc_now
-from tracker.operations.doctor import Level, database, delivery, public
+from tracker.operations.doctor import Level, callbacks, database
+from tracker.operations.doctor.delivery import FLORA_WAITS
 from tracker.settings import read_settings
 from tracker.simulator import Simulator
 from tracker.store import migrate
@@ -30,12 +31,12 @@ async def kept(url: str) -> int:
         return (await connection.execute(select(func.count()).select_from(deliveries))).scalar_one()
 
 
-async def _way(environ: dict[str, str]) -> Report:
-    """What is found of the way that callbacks take."""
+async def _check_callbacks(environ: dict[str, str], timeout: float = FLORA_WAITS) -> Report:
+    """What the checks of callbacks find."""
     settings = read_settings(environ).settings
     url = DatabaseUrl.parse(settings.tracker_database_url)
-    looking = asyncio.create_task(database.look(url, clock=utc_now))
-    findings = await public.look(settings, looking, clock=utc_now)
+    looking = asyncio.create_task(database.check(url, clock=utc_now))
+    findings = await callbacks.check(settings, looking, clock=utc_now, timeout=timeout)
     await looking
     return Report({one.name: one for one in findings})
 
@@ -73,9 +74,7 @@ async def test_a_sound_deployment_is_all_ok(stage: Stage, flora: Simulator) -> N
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-async def test_what_stands_in_front_is_told_from_the_tracker(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_what_stands_in_front_is_told_from_the_tracker(stage: Stage) -> None:
     """Each thing that keeps callbacks from coming is named, with what to do about that one."""
     await stage.serve("--no-worker")
     up = stage.tracker
@@ -90,26 +89,26 @@ async def test_what_stands_in_front_is_told_from_the_tracker(
         "wrong path": (
             Proxy(upstream=up, path="/flora"),
             "callbacks",
-            "comes to the tracker, but not as POST /callbacks/flora (404)",
-            "method and path on as they are",
+            "arrives at the tracker, but not as POST /callbacks/flora (404)",
+            "forward method and path unchanged",
         ),
         "other site": (
             Proxy(upstream=up, answers=HTMLResponse(html)),
             "callbacks",
-            "200 by something in front of the tracker, and does not come to it",
-            "pass POST /callbacks/flora on",
+            "200 by something in front of the tracker, and does not reach it",
+            "forward POST /callbacks/flora to",
         ),
         "no route": (
             Proxy(upstream=up, answers=HTMLResponse(html, 404)),
             "callbacks",
             "404 by something in front",
-            "mend the name, port or path in TRACKER_PUBLIC_URL",
+            "fix the name, port or path in TRACKER_PUBLIC_URL",
         ),
         "sign-in": (
             Proxy(upstream=up, answers=HTMLResponse(html, 401)),
             "callbacks",
             "401 by something in front",
-            "pass without a sign-in",
+            "without a sign-in",
         ),
         "nobody behind": (
             Proxy(upstream=f"http://127.0.0.1:{free_port()}"),
@@ -121,13 +120,13 @@ async def test_what_stands_in_front_is_told_from_the_tracker(
             Proxy(upstream=up, wait=20),
             "callbacks",
             "gets no answer within 1 s",
-            "whether `tracker serve` runs and answers",
+            "that `tracker serve` runs and answers",
         ),
         "drops the signature": (
             Proxy(upstream=up, drops="flora-signature"),
             "callbacks",
-            "comes without its Flora-Signature header",
-            "pass on all request headers",
+            "arrives without its Flora-Signature header",
+            "forward all request headers",
         ),
         "changes the body": (
             Proxy(upstream=up, changes=True),
@@ -157,9 +156,9 @@ async def test_what_stands_in_front_is_told_from_the_tracker(
 
     async def one(case: str) -> str | None:
         proxy, name, seen, advice = cases[case]
-        monkeypatch.setattr(delivery, "FLORA_WAITS", 1.0 if proxy.wait else 10.0)
         async with in_front(proxy) as root:
-            found = (await _way(stage.environment | {"TRACKER_PUBLIC_URL": root}))[name]
+            environ = stage.environment | {"TRACKER_PUBLIC_URL": root}
+            found = (await _check_callbacks(environ, 1.0 if proxy.wait else FLORA_WAITS))[name]
         level = Level.WARNING if case == "takes larger bodies" else Level.FAILED
         right = found.level is level and seen in found.seen and advice in found.advice
         assert "hidden" not in found.seen + found.advice
@@ -177,7 +176,7 @@ async def test_a_doctor_that_is_interrupted_takes_its_deliveries_out(stage: Stag
     proxy = Proxy(upstream=stage.tracker, holds=True)
     async with in_front(proxy) as root:
         environ = stage.environment | {"TRACKER_PUBLIC_URL": root}
-        looking = asyncio.create_task(_way(environ))
+        looking = asyncio.create_task(_check_callbacks(environ))
         await eventually(lambda: kept(stage.database_url))
         looking.cancel()
         await asyncio.wait([looking])
@@ -199,7 +198,7 @@ async def test_a_tracker_that_is_set_otherwise_is_found_out(
         (
             {},
             {"FLORA_WEBHOOK_SECRET": "whsec_simulator whsec_of_another"},
-            "that secret 2 signs is answered 401",
+            "signed with secret 2 is answered 401",
             "restart it",
         ),
         ({"FLORA_WEBHOOK_SECRET": ""}, {}, "has no signing secret", "Set FLORA_WEBHOOK_SECRET"),
@@ -207,7 +206,7 @@ async def test_a_tracker_that_is_set_otherwise_is_found_out(
             {"TRACKER_API_TOKEN": "a" * 32},
             {"TRACKER_PUBLIC_URL": f"{stage.tracker}/taken/off"},
             "not as POST /callbacks/flora (303)",
-            "without a prefix",
+            "adding or removing a prefix",
         ),
     ]
     serving: dict[str, str] | None = None
@@ -218,7 +217,7 @@ async def test_a_tracker_that_is_set_otherwise_is_found_out(
                 await process.end()
             process = await stage.serve("--no-worker", **served)
             serving = served
-        found = (await _way(stage.environment | looked))["callbacks"]
+        found = (await _check_callbacks(stage.environment | looked))["callbacks"]
         assert found.level is Level.FAILED
         assert seen in found.seen, found
         assert advice in found.advice, found

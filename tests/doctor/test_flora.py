@@ -11,7 +11,9 @@ from tests.doctor.conftest import look, with_flora
 from tests.doctor.proxies import Proxy, in_front
 from tests.support.waiting import free_port
 from tracker.core.clock import utc_now
-from tracker.operations.doctor import Level, clocks
+from tracker.operations.doctor import Level
+from tracker.operations.doctor.examination import TimeLimits
+from tracker.operations.doctor.flora import compare_clocks
 from tracker.simulator import Options, Simulator, running
 
 
@@ -22,7 +24,7 @@ async def test_a_key_is_tried_by_a_real_read(flora: Simulator, sqlite_url: str) 
     assert "ws_other is set" in other["key"].seen
     report = await look(**given)
     assert report.level("key") is Level.OK
-    assert "takes the key" in report["key"].seen
+    assert "accepts the key" in report["key"].seen
     assert "(req_" in report["key"].seen
     flora.start()
     report = await look(**with_flora(flora, TRACKER_DATABASE_URL=sqlite_url))
@@ -94,12 +96,10 @@ async def test_what_flora_answers_is_told_apart(
     assert advice in report["key"].advice
 
 
-async def test_a_flora_that_cannot_be_reached_is_told_of(
-    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nobody there: the address is named, and what to try."""
-    monkeypatch.setattr("tracker.operations.doctor.flora.PATIENCE", 0.3)
+async def test_a_flora_that_cannot_be_reached_is_reported(sqlite_url: str) -> None:
+    """Nothing listens: the address is named, and what to try."""
     report = await look(
+        TimeLimits(flora_read=0.3),
         TRACKER_DATABASE_URL=sqlite_url,
         FLORA_API_KEY="sk_test_1",
         FLORA_BASE_URL=f"http://127.0.0.1:{free_port()}",
@@ -124,7 +124,7 @@ async def test_a_clock_that_is_off_is_told_before_callbacks_are_refused(database
         (-10, Level.WARNING, "FLORA's last attempt"),
         (10, Level.WARNING, "behind FLORA's."),
         (20, Level.FAILED, "every callback is refused"),
-        (-20, Level.FAILED, "ahead of FLORA's, over the 900 s"),
+        (-20, Level.FAILED, "ahead of FLORA's, more than the 900 s"),
     ):
         async with _ahead(timedelta(minutes=minutes)) as flora:
             report = await look(**with_flora(flora, TRACKER_DATABASE_URL=database_url))
@@ -136,11 +136,11 @@ async def test_a_clock_that_is_off_is_told_before_callbacks_are_refused(database
 def test_clocks_are_compared_by_the_one_that_the_tracker_goes_by() -> None:
     """With PostgreSQL the server's clock counts; that this machine's is off is told beside it."""
     minute = timedelta(minutes=1)
-    flora, machine = clocks.compare(minute, minute, tolerance=900)
+    flora, machine = compare_clocks(minute, minute, tolerance=900)
     assert (flora.level, machine.level) == (Level.OK, Level.WARNING)
     assert "This machine's clock is 1 min behind" in machine.seen
-    flora, machine = clocks.compare(timedelta(0), minute, tolerance=900)
+    flora, machine = compare_clocks(timedelta(0), minute, tolerance=900)
     assert (flora.level, machine.level) == (Level.WARNING, Level.WARNING)
     assert "where PostgreSQL runs" in flora.advice
-    (unchecked,) = clocks.compare(timedelta(hours=2), None, tolerance=0)
+    (unchecked,) = compare_clocks(timedelta(hours=2), None, tolerance=0)
     assert unchecked.level is Level.WARNING

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from datetime import timedelta
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from tests.doctor.conftest import look, with_flora
 from tests.support.waiting import free_port
 from tracker.core.clock import utc_now
 from tracker.delivering.addresses import Address
-from tracker.operations.doctor import Finding, Level, address
+from tracker.operations.doctor import Finding, Level, callbacks
 from tracker.settings import read_settings
 from tracker.simulator import Simulator
 
@@ -28,20 +29,22 @@ REFUSED = answer(
 )
 
 
-async def _address(url: str) -> Finding:
-    return await address.look(read_settings({"TRACKER_PUBLIC_URL": url})[0])
+async def _public_url(url: str, **options: Any) -> Finding:
+    return await callbacks.check_public_url(
+        read_settings({"TRACKER_PUBLIC_URL": url}).settings, **options
+    )
 
 
 @pytest.mark.parametrize(
     ("found", "level", "seen"),
     [
         (["203.0.114.7"], Level.OK, "leads to 203.0.114.7"),
-        (["203.0.114.7", "10.0.0.7"], Level.WARNING, "leads to 10.0.0.7, which is no public"),
+        (["203.0.114.7", "10.0.0.7"], Level.WARNING, "resolves to 10.0.0.7, which is not a public"),
         (None, Level.FAILED, "cannot be resolved"),
     ],
 )
-async def test_where_the_name_leads_is_looked_up(
-    monkeypatch: pytest.MonkeyPatch, found: list[str] | None, level: Level, seen: str
+async def test_the_name_of_the_public_url_is_resolved(
+    found: list[str] | None, level: Level, seen: str
 ) -> None:
     """A public address is ok, a private one is warned of, and no address fails."""
 
@@ -50,29 +53,27 @@ async def test_where_the_name_leads_is_looked_up(
             raise OSError(-2, "Name or service not known")
         return [ip_address(each) for each in found]
 
-    monkeypatch.setattr(address, "resolve", resolve)
-    got = await _address("https://tracker.example.com")
+    got = await _public_url("https://tracker.example.com", resolver=resolve)
     assert got.level is level
     assert seen in got.seen
 
 
-async def test_a_look_up_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no DNS answers, that is what is told."""
+async def test_a_lookup_that_hangs_is_given_up() -> None:
+    """If DNS does not answer, the finding says so."""
 
     async def resolve(host: str, port: int) -> list[Address]:
         await asyncio.Event().wait()
         return []
 
-    monkeypatch.setattr(address, "resolve", resolve)
-    monkeypatch.setattr(address, "RESOLVE_SECONDS", 0.01)
-    assert "no answer within" in (await _address("https://tracker.example.com")).seen
+    got = await _public_url("https://tracker.example.com", resolver=resolve, timeout=0.01)
+    assert "no answer within" in got.seen
 
 
 async def test_a_loopback_address_is_for_a_flora_on_this_machine() -> None:
     """FLORA itself refuses one, so that it fails; beside a simulator it is ok."""
-    assert (await _address("http://localhost:8080")).level is Level.FAILED
-    assert (await _address("https://10.1.2.3")).level is Level.WARNING
-    assert (await address.look(read_settings({})[0])).level is Level.WARNING
+    assert (await _public_url("http://localhost:8080")).level is Level.FAILED
+    assert (await _public_url("https://10.1.2.3")).level is Level.WARNING
+    assert (await callbacks.check_public_url(read_settings({}).settings)).level is Level.WARNING
 
 
 async def test_nothing_signed_is_sent_where_it_could_not_be_taken_out_again(
@@ -87,7 +88,7 @@ async def test_nothing_signed_is_sent_where_it_could_not_be_taken_out_again(
         ):
             report = await look(**environ | more)
             assert report.level("callbacks") is Level.WARNING
-            assert "Mend that first" in report["callbacks"].advice
+            assert "Fix that first" in report["callbacks"].advice
         assert len(far.asked) == 4  # each time to the bare address, and to one below it
 
 
@@ -145,8 +146,8 @@ async def test_a_certificate_that_nobody_trusts_fails(
 def test_a_certificate_is_to_be_renewed_in_time() -> None:
     """One that ends within days is a warning."""
     now = utc_now()
-    assert address.certificate(now + timedelta(days=60), now=now).level is Level.OK
-    assert address.certificate(now + timedelta(days=3), now=now).level is Level.WARNING
+    assert callbacks.judge_certificate(now + timedelta(days=60), now=now).level is Level.OK
+    assert callbacks.judge_certificate(now + timedelta(days=3), now=now).level is Level.WARNING
 
 
 async def test_a_proxy_that_passes_on_the_exact_path_alone_fails(

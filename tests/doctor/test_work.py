@@ -9,7 +9,7 @@ from tests.doctor.conftest import look, with_flora
 from tests.support.deliveries import Delivered, keep
 from tracker.core.clock import utc_now
 from tracker.core.record import TRIAL, TRIAL_IDS, Delivery
-from tracker.operations.doctor import Level, upkeep, work
+from tracker.operations.doctor import Level, work
 from tracker.services import open_services
 from tracker.settings import read_settings
 from tracker.simulator import Simulator
@@ -33,48 +33,50 @@ SWEEP = SweepHealth(
 
 
 @pytest.fixture
-async def seen(sqlite_url: str) -> work.Ledger:
-    """A ledger in which all is well."""
+async def state(sqlite_url: str) -> work.WorkState:
+    """A state in which all is well."""
     async with await Database.open(sqlite_url) as database:
         gauges = await read_gauges(database, now=NOW)
-    return work.Ledger(
+    return work.WorkState(
         now=NOW, interval=timedelta(minutes=5), sweeps=[SWEEP], gauges=gauges, sweeping=False
     )
 
 
-def test_a_worker_is_told_by_what_it_does(seen: work.Ledger) -> None:
+def test_a_worker_is_told_by_what_it_does(state: work.WorkState) -> None:
     """Runs that are read in time and sweeps that begin in time are a worker; their want is none."""
-    assert work.worker(seen).level is Level.OK
-    never = work.worker(replace(seen, sweeps=[]))
+    assert work.check_worker(state).level is Level.OK
+    never = work.check_worker(replace(state, sweeps=[]))
     assert (never.level, "ever" in never.seen) == (Level.FAILED, True)
-    later = replace(seen, now=NOW + timedelta(minutes=20))
-    assert work.worker(later).level is Level.FAILED
-    assert "No sweep has begun for 24 min" in work.worker(later).seen
-    assert work.worker(replace(later, sweeping=True)).level is Level.OK, "a sweep takes its time"
+    later = replace(state, now=NOW + timedelta(minutes=20))
+    assert work.check_worker(later).level is Level.FAILED
+    assert "No sweep has started for 24 min" in work.check_worker(later).seen
+    assert work.check_worker(replace(later, sweeping=True)).level is Level.OK, (
+        "a sweep takes its time"
+    )
     for minutes, level in ((2, Level.WARNING), (9, Level.FAILED)):
         oldest = NOW - timedelta(minutes=minutes)
-        waiting = replace(seen, gauges=replace(seen.gauges, overdue=7, oldest_due_at=oldest))
-        assert work.worker(waiting).level is level
-        assert f"7 runs wait to be read, the oldest for {minutes} min" in work.worker(waiting).seen
+        waiting = replace(state, gauges=replace(state.gauges, overdue=7, oldest_due_at=oldest))
+        assert work.check_worker(waiting).level is level
+        assert f"7 runs are overdue, the oldest by {minutes} min" in work.check_worker(waiting).seen
 
 
-def test_sweeps_are_late_where_none_was_complete_for_long(seen: work.Ledger) -> None:
+def test_sweeps_are_late_where_none_was_complete_for_long(state: work.WorkState) -> None:
     """A failed one is a warning while the last complete one is recent, and fails after that."""
 
-    def level(ledger: work.Ledger) -> Level:
-        return work.sweeps(ledger, workspace=None).level
+    def level(state: work.WorkState) -> Level:
+        return work.check_sweeps(state).level
 
-    assert level(seen) is Level.OK
-    assert level(replace(seen, sweeps=[])) is Level.FAILED
-    assert level(replace(seen, sweeps=[], sweeping=True)) is Level.WARNING
-    later = replace(seen, now=NOW + timedelta(minutes=30))
+    assert level(state) is Level.OK
+    assert level(replace(state, sweeps=[])) is Level.FAILED
+    assert level(replace(state, sweeps=[], sweeping=True)) is Level.WARNING
+    later = replace(state, now=NOW + timedelta(minutes=30))
     assert level(later) is Level.FAILED
-    broken = replace(seen, sweeps=[SWEEP._replace(last_error="FLORA answered 503")])
+    broken = replace(state, sweeps=[SWEEP._replace(last_error="FLORA answered 503")])
     assert level(broken) is Level.WARNING
-    found = work.sweeps(replace(broken, now=later.now), workspace="ws_1")
+    found = work.check_sweeps(replace(broken, now=later.now))
     assert found.level is Level.FAILED
     assert "FLORA answered 503" in found.seen
-    assert "see to the key" in found.advice
+    assert "check the key" in found.advice
 
 
 async def test_no_worker_is_found_out_and_a_sweep_mends_it(
@@ -105,11 +107,11 @@ async def test_a_sweep_that_is_under_way_is_seen(database_url: str) -> None:
         await sweeps.begin(database, "ws_1", now)
 
 
-async def test_what_waits_for_a_person_is_named(seen: work.Ledger) -> None:
+async def test_what_waits_for_a_person_is_named(state: work.WorkState) -> None:
     """Missed callbacks, quarantine, open starts and contradictions, each with its command."""
-    assert {one.level for one in upkeep.look(seen.gauges, [], now=NOW)} == {Level.OK}
+    assert {one.level for one in work.check_backlog(state.gauges, [], now=NOW)} == {Level.OK}
     gauges = replace(
-        seen.gauges,
+        state.gauges,
         callbacks={("ws_1", "came"): 15, ("ws_1", "missed"): 5},
         quarantined=10_000,
         waiting=7,
@@ -118,20 +120,21 @@ async def test_what_waits_for_a_person_is_named(seen: work.Ledger) -> None:
         unpriced={"ws_1": 2, "ws_2": 1},
     )
     found = {
-        one.name: one for one in upkeep.look(gauges, ["run_1", "run_2", "run_3", "run_4"], now=NOW)
+        one.name: one
+        for one in work.check_backlog(gauges, ["run_1", "run_2", "run_3", "run_4"], now=NOW)
     }
     assert {one.level for one in found.values()} == {Level.WARNING}
     assert "5 of 20 callbacks" in found["missed callbacks"].seen
     assert "25.0 %" in found["missed callbacks"].seen
-    assert "7 acknowledged callbacks are not applied yet; the oldest came 90 s" in (
+    assert "7 acknowledged callbacks are not applied yet; the oldest arrived 90 s" in (
         found["inbox"].seen
     )
     assert "10000 or more" in found["quarantine"].seen
     assert "tracker runs track" in found["starts"].advice
     assert "4 runs ended (run_1, run_2, run_3, …)" in found["conflicts"].seen
     assert "never billed 3 runs" in found["bills"].seen
-    few = replace(seen.gauges, callbacks={("ws_1", "missed"): 9})
-    assert upkeep.look(few, [], now=NOW)[0].level is Level.OK, "too few to say anything"
+    few = replace(state.gauges, callbacks={("ws_1", "missed"): 9})
+    assert work.check_backlog(few, [], now=NOW)[0].level is Level.OK, "too few to say anything"
 
 
 async def test_test_deliveries_that_were_left_are_taken_out_and_nothing_else_is(

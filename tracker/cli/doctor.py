@@ -1,4 +1,4 @@
-"""`tracker doctor`: a deployment looked at from end to end."""
+"""`tracker doctor`: checks a deployment from end to end."""
 
 from typing import TYPE_CHECKING, Final
 
@@ -23,11 +23,11 @@ def add_to(app: typer.Typer) -> None:
 
 
 def doctor(as_json: JsonFlag = False) -> int:
-    """Look at a deployment from end to end, and say what to mend.
+    """Check a deployment from end to end, and say what to fix.
 
-    Run it with the settings of the service. Nothing is changed: its test deliveries are taken out
-    again. Exit status 1 where something failed, 2 where the settings cannot be read;
-    docs/doctor.md explains each line.
+    Run it with the settings of the service. Nothing is changed: its test deliveries are deleted
+    again. Exit status 1 if something failed, 2 if the settings cannot be read; docs/doctor.md
+    explains each line.
     """
     from tracker.operations.doctor import worst
 
@@ -45,15 +45,14 @@ def doctor(as_json: JsonFlag = False) -> int:
 
 
 def _examine() -> "Sequence[Finding]":
-    from tracker.operations.doctor import examine
-    from tracker.operations.doctor.threads import run
+    from tracker.operations.doctor.examination import examine, run
     from tracker.operations.logs import configure_logs
     from tracker.settings import read_settings
 
     settings, sources, _ = read_settings()
     configure_logs(
         format=settings.tracker_log_format,
-        # What is worth telling stands in the findings; whoever debugs still gets all.
+        # The findings say it all; at level debug the log is shown too.
         level="debug" if settings.tracker_log_level == "debug" else "critical",
         secrets=settings.secret_values,
     )
@@ -61,12 +60,12 @@ def _examine() -> "Sequence[Finding]":
 
 
 def _unreadable(error: SettingsError) -> "Finding":
-    from tracker.operations.doctor.finding import failed
+    from tracker.operations.doctor import failed
 
     return failed(
         "settings",
         f"They cannot be read: {error}.",
-        "Mend that setting; nothing else was looked at.",
+        "Fix that setting; nothing else was checked.",
     )
 
 
@@ -90,11 +89,11 @@ def _show(findings: "Sequence[Finding]") -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for one in findings:
-        said = Text(plain(one.seen))
+        text = Text(plain(one.seen))
         if one.advice:
-            said.append(f"\n→ {plain(one.advice)}", style="bold")
+            text.append(f"\n→ {plain(one.advice)}", style="bold")
         name = one.name if one.workspace is None else f"{one.name}\n{one.workspace}"
-        table.add_row(Text(one.level.value, style=_COLOURS[one.level.value]), Text(name), said)
+        table.add_row(Text(one.level.value, style=_COLOURS[one.level.value]), Text(name), text)
     out = console()
     out.width = min(out.width, _WIDE)
     out.print(table)

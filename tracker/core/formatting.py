@@ -59,8 +59,14 @@ def duration(value: timedelta | float | None) -> str:
 
 
 def size(count: int) -> str:
-    """A number of bytes: `812 bytes`, `24.0 KiB`."""
-    return f"{count:,} bytes" if count < 10_000 else f"{count / 1024:,.1f} KiB"
+    """A number of bytes: `812 bytes`, `24.0 KiB`, `1.5 GiB`."""
+    if count < 10_000:
+        return f"{count:,} bytes"
+    amount, units = count / 1024, ["KiB", "MiB", "GiB", "TiB"]
+    while amount >= 1024 and len(units) > 1:
+        amount /= 1024
+        units.pop(0)
+    return f"{amount:,.1f} {units[0]}"
 
 
 def counted(count: int, one: str, many: str | None = None) -> str:

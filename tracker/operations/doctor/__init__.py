@@ -1,21 +1,92 @@
-"""`tracker doctor`: a deployment looked at from end to end, and what to mend in it.
+"""`tracker doctor`: checks a deployment from end to end, and says what to fix.
 
-It is a room of its own, beside the demo, because it looks at all the parts without the wiring: what
-is broken must not keep it from looking at the rest. Each module knows one part and returns
-findings; nothing is changed but the doctor's own test deliveries, which are taken out again.
+It does not use `tracker.services`: what is broken must not hide the rest. Nothing is changed except
+for the doctor's own test deliveries, which are deleted again.
 
-    finding.py     what a look brings: a name, a level, what was seen, what to do
-    examination.py all looks at once, in bounded time, secrets taken out of what they say
-    threads.py     threads that hang hold nothing up
-    given.py       the settings: what is set, signing secrets, the token
-    database.py    the database and its schema; room.py, the disk under it
-    flora.py       the key, by a real read; clocks.py, FLORA's clock and ours
-    address.py     where the public URL leads; delivery.py, one delivery sent; verdict.py, what its
-                   answer means; public.py, the test deliveries together
-    work.py        whether somebody polls and sweeps; upkeep.py, what waits for a person
+    examination.py   all checks together, in bounded time
+    settings.py      settings, signing secrets, tokens
+    database.py      the database, its schema, its disk
+    flora.py         API key and clocks
+    callbacks.py     public URL, and test deliveries to it
+    delivery.py      one test delivery, and what its answer means
+    work.py          worker, sweeps, and what waits for a person
 """
 
-from tracker.operations.doctor.examination import examine
-from tracker.operations.doctor.finding import Finding, Level, worst
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
 
-__all__ = ["Finding", "Level", "examine", "worst"]
+Name = Literal[
+    "settings",
+    "secrets",
+    "tolerance",
+    "token",
+    "database",
+    "database TLS",
+    "migrations",
+    "notifications",
+    "disk",
+    "key",
+    "clock",
+    "machine clock",
+    "public url",
+    "certificate",
+    "callbacks",
+    "own addresses",
+    "answer time",
+    "body limit",
+    "test deliveries",
+    "worker",
+    "sweeps",
+    "missed callbacks",
+    "inbox",
+    "quarantine",
+    "starts",
+    "conflicts",
+    "bills",
+]
+"""The lines of a report, in their order; docs/doctor.md has a section for each."""
+
+
+class Level(StrEnum):
+    """`WARNING` can wait, or could not be decided; `FAILED` loses something, or soon will."""
+
+    OK = "ok"
+    WARNING = "warning"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One line of the doctor's report: what was `seen`, and what to do (empty if nothing).
+
+    `workspace` is set if several are configured. No text holds a secret.
+    """
+
+    name: Name
+    level: Level
+    seen: str
+    advice: str = ""
+    workspace: str | None = None
+
+
+def ok(name: Name, seen: str) -> Finding:
+    """Nothing to do."""
+    return Finding(name=name, level=Level.OK, seen=seen)
+
+
+def warning(name: Name, seen: str, advice: str) -> Finding:
+    """Someone should look at it when there is time."""
+    return Finding(name=name, level=Level.WARNING, seen=seen, advice=advice)
+
+
+def failed(name: Name, seen: str, advice: str) -> Finding:
+    """It does not work, or soon will not."""
+    return Finding(name=name, level=Level.FAILED, seen=seen, advice=advice)
+
+
+def worst(findings: Iterable[Finding]) -> Level:
+    """The worst level among them."""
+    levels = {finding.level for finding in findings}
+    return next((one for one in (Level.FAILED, Level.WARNING) if one in levels), Level.OK)

@@ -1,7 +1,8 @@
-"""A test delivery, sent as FLORA would send it, and what came back.
+"""One test delivery, sent to the public URL as FLORA would send it, and what its answer means.
 
-It goes to the public URL, signed as FLORA signs, with a type of its own (`TRIAL`), so that the
-tracker takes it as it takes any and applies it to nothing.
+It is signed like FLORA's and has a type of its own, so the tracker stores it like any other and
+applies it to nothing. Errors of the tracker itself are JSON of a known shape with a request id;
+everything else comes from what stands in front of it.
 """
 
 import asyncio
@@ -13,33 +14,37 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from secrets import token_hex
 from time import monotonic
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import httpx
 
 from tracker import __version__
 from tracker.core.net import is_loopback
+from tracker.core.plain import plain
 from tracker.core.record import TRIAL, TRIAL_IDS
 from tracker.flora.signature import sign
+from tracker.settings import CALLBACK_PATH as _PATH
 
 FLORA_WAITS: Final = 10.0
 """Seconds that FLORA waits for an answer."""
 LONGEST_ANSWER: Final = 64 * 1024
 """Bytes of an answer that are read; the tracker's own has fifty."""
+LONGEST_QUOTE: Final = 120
+_SERVER: Final = "`tracker serve`"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
-    """One test delivery. Its header holds a signature, which is not shown."""
+class DoctorDelivery:
+    """One test delivery. Body and signature are not shown."""
 
     delivery_id: str
     body: bytes = field(repr=False)
     signature: str = field(repr=False)
 
     @classmethod
-    def make(cls, secret: str, *, now: datetime, size: int = 0) -> "Trial":
-        """One that `secret` signs, of `size` bytes where that is more than it takes."""
+    def signed(cls, secret: str, now: datetime, *, size: int = 0) -> "DoctorDelivery":
+        """A delivery signed with `secret`, padded to `size` bytes."""
         delivery_id = f"{TRIAL_IDS}{token_hex(12)}"
         fields = {"id": delivery_id, "type": TRIAL, "created_at": int(now.timestamp() * 1000)}
         body = json.dumps(fields).encode()
@@ -48,17 +53,22 @@ class Trial:
             body = body[:-1] + b', "padding": "' + b"x" * missing + b'"}'
         return cls(delivery_id=delivery_id, body=body, signature=sign(body, secret, at=now))
 
+    @classmethod
+    def forged(cls, now: datetime) -> "DoctorDelivery":
+        """A delivery signed with an unknown secret."""
+        return cls.signed(f"whsec_{token_hex(16)}", now)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """What came back: an answer, or why there was none (`trouble`, with its `kind`).
+    """An answer, or why there was none (`kind` and `error`).
 
-    `seconds` is how long it took, `expires` the end of the certificate that was shown.
+    `seconds` is how long it took, `expires` the end of the server's certificate.
     """
 
     kind: Literal["answer", "timeout", "certificate", "unreachable"]
     seconds: float
-    trouble: str = ""
+    error: str = ""
     status: int = 0
     headers: httpx.Headers = field(default_factory=httpx.Headers)
     content: Any = None
@@ -66,61 +76,62 @@ class Reply:
 
     @property
     def error_code(self) -> str | None:
-        """The code of an error that the tracker itself answered; `None` for all else."""
+        """The code of an error of the tracker itself; `None` for any other answer."""
         error = self.content.get("error") if isinstance(self.content, dict) else None
         code = error.get("code") if isinstance(error, dict) else None
         return code if isinstance(code, str) and "x-request-id" in self.headers else None
 
     @property
     def error_message(self) -> str:
-        """What that error says."""
+        """The message of that error."""
         return str(self.content["error"].get("message", "")) if self.error_code else ""
 
     @property
     def to_sign_in(self) -> bool:
-        """Whether the tracker itself leads to its sign-in, as it does from all that is closed."""
+        """Whether the tracker redirects to its sign-in, as it does for protected paths."""
         path = self.headers.get("location", "").partition("?")[0]
         return self.status == 303 and path == "/login" and "x-request-id" in self.headers
 
     @property
     def signature(self) -> Literal["missing", "wrong"] | None:
-        """What the tracker says of the signature, where it refused the delivery for that."""
+        """Why the tracker refused the signature, if it did."""
         if self.status != 401 or "signature is" not in self.error_message:
             return None
         return "missing" if "missing" in self.error_message else "wrong"
 
     @property
     def outcome(self) -> str | None:
-        """What the tracker itself says it did with the delivery."""
+        """What the tracker did with the delivery, if it accepted it."""
         outcome = self.content.get("outcome") if isinstance(self.content, dict) else None
         return outcome if self.status == 200 and isinstance(outcome, str) else None
 
 
 class Sender:
-    """Sends to one URL. Redirects are not followed, as FLORA follows none."""
+    """Sends to one URL. Redirects are not followed; FLORA follows none."""
 
-    def __init__(self, http: httpx.AsyncClient, url: str) -> None:
+    def __init__(self, http: httpx.AsyncClient, url: str, timeout: float) -> None:
         self._http = http
         self._url = url
+        self._timeout = timeout
 
-    async def send(self, trial: Trial) -> Reply:
+    async def send(self, delivery: DoctorDelivery) -> Reply:
         """Send it; never raises for what the other end does."""
         began = monotonic()
         headers = {
             "Content-Type": "application/json",
-            "Flora-Signature": trial.signature,
-            "Flora-Webhook-Id": trial.delivery_id,
+            "Flora-Signature": delivery.signature,
+            "Flora-Webhook-Id": delivery.delivery_id,
             "Flora-Event": TRIAL,
         }
         try:
             async with (
-                asyncio.timeout(FLORA_WAITS),
+                asyncio.timeout(self._timeout),
                 self._http.stream(
-                    "POST", self._url, content=trial.body, headers=headers
+                    "POST", self._url, content=delivery.body, headers=headers
                 ) as response,
             ):
-                expires = _expires(response)
-                content = await _content(response)
+                expires = _certificate_end(response)
+                content = await _json(response)
             return Reply(
                 kind="answer",
                 seconds=monotonic() - began,
@@ -136,24 +147,24 @@ class Sender:
             return Reply(
                 kind="unreachable" if untrusted is None else "certificate",
                 seconds=monotonic() - began,
-                trouble=untrusted or str(error) or type(error).__name__,
+                error=untrusted or str(error) or type(error).__name__,
             )
 
 
 @asynccontextmanager
-async def sender(url: str) -> AsyncIterator[Sender]:
-    """A sender to `url`, for as long as the block lasts."""
+async def open_sender(url: str, timeout: float) -> AsyncIterator[Sender]:
+    """A sender to `url`; each answer may take `timeout` seconds."""
     async with httpx.AsyncClient(
         headers={"user-agent": f"flora-run-tracker/{__version__} (doctor)"},
-        timeout=httpx.Timeout(FLORA_WAITS, connect=FLORA_WAITS / 2),
+        timeout=httpx.Timeout(timeout, connect=timeout / 2),
         follow_redirects=False,
         trust_env=not is_loopback(urlsplit(url).hostname or ""),
     ) as http:
-        yield Sender(http, url)
+        yield Sender(http, url, timeout)
 
 
-async def _content(response: httpx.Response) -> Any:
-    """The JSON value that an answer holds; `None` where it holds none, or too much."""
+async def _json(response: httpx.Response) -> Any:
+    """The JSON value of an answer; `None` if it has none, or is too large."""
     body = bytearray()
     async for chunk in response.aiter_bytes():
         body += chunk
@@ -165,7 +176,7 @@ async def _content(response: httpx.Response) -> Any:
         return None
 
 
-def _expires(response: httpx.Response) -> datetime | None:
+def _certificate_end(response: httpx.Response) -> datetime | None:
     stream = response.extensions.get("network_stream")
     connection = stream.get_extra_info("ssl_object") if stream is not None else None
     shown = connection.getpeercert() if connection is not None else None
@@ -175,9 +186,143 @@ def _expires(response: httpx.Response) -> datetime | None:
 
 
 def _certificate_error(error: BaseException | None) -> str | None:
-    """What is wrong with a certificate, where that is the reason."""
+    """What is wrong with a certificate, if that is the cause."""
     while error is not None:
         if isinstance(error, ssl.SSLCertVerificationError):
             return error.verify_message or "it cannot be verified"
         error = error.__cause__ or error.__context__
     return None
+
+
+class Diagnosis(NamedTuple):
+    """What happened, as a clause that continues "a delivery", and what to do."""
+
+    seen: str
+    advice: str
+
+
+def diagnose(reply: Reply) -> Diagnosis:
+    """Why a delivery was not accepted as it should be."""
+    if reply.kind != "answer":
+        return _no_answer(reply)
+    if reply.error_code is not None or reply.to_sign_in:
+        return _by_the_tracker(reply)
+    return _in_front(reply)
+
+
+def _no_answer(reply: Reply) -> Diagnosis:
+    if reply.kind == "timeout":
+        return Diagnosis(
+            f"gets no answer within {reply.seconds:.0f} s, when FLORA gives up an attempt",
+            f"Check that {_SERVER} runs and answers on its own port (`curl http://127.0.0.1:8080"
+            "/healthz`), that the proxy in front forwards to that port, and that no firewall "
+            "drops requests.",
+        )
+    if reply.kind == "certificate":
+        return Diagnosis(
+            f"is not sent, because the certificate is not valid: {_quote(reply.error)}",
+            "Give the proxy in front a certificate for this name, from a public authority, with "
+            "its whole chain (for example with Caddy or certbot), and renew it in time.",
+        )
+    return Diagnosis(
+        f"cannot be sent: {_quote(reply.error)}",
+        f"Start {_SERVER} and the proxy in front, and open this address and port in the firewall. "
+        "If this machine cannot reach its own public address (a router without hairpin NAT), run "
+        "the doctor elsewhere, with the same settings.",
+    )
+
+
+def _by_the_tracker(reply: Reply) -> Diagnosis:
+    seen = f"is answered {reply.status} by the tracker: {_quote(reply.error_message)}"
+    match reply.status:
+        case 401 if reply.signature == "missing":
+            return Diagnosis(
+                "arrives without its Flora-Signature header",
+                "Let the proxy in front forward all request headers; it drops this one.",
+            )
+        case 401 if reply.signature == "wrong":
+            return Diagnosis(
+                seen,
+                f"{_SERVER} has another FLORA_WEBHOOK_SECRET than the doctor: restart it with the "
+                "same settings. If it has the same, the proxy in front changes the body (it must "
+                "forward the bytes unchanged), or that machine's clock is wrong.",
+            )
+        case 303 | 401 | 403 | 404 | 405:
+            # With a token, an unknown route looks like a protected one.
+            return Diagnosis(
+                f"arrives at the tracker, but not as POST {_PATH} ({reply.status})",
+                "Let the proxy in front forward method and path unchanged, without adding or "
+                "removing a prefix; TRACKER_PUBLIC_URL includes the path below which it forwards.",
+            )
+        case 503 if "not set up" in reply.error_message:
+            return Diagnosis(
+                "is answered 503 by the tracker, which has no signing secret",
+                f"Set FLORA_WEBHOOK_SECRET where {_SERVER} runs too, and restart it.",
+            )
+        case 503:
+            return Diagnosis(
+                seen,
+                f"The database does not accept writes from {_SERVER} in time: its log says why "
+                "(callback.refused).",
+            )
+    return Diagnosis(seen, f"The log of {_SERVER} says more, at the same time.")
+
+
+def _in_front(reply: Reply) -> Diagnosis:
+    seen = f"is answered {reply.status} by something in front of the tracker"
+    match reply.status:
+        case code if 200 <= code < 300:
+            return Diagnosis(
+                f"{seen}, and does not reach it: FLORA counts it as delivered",
+                f"Let the proxy in front forward POST {_PATH} to {_SERVER}; now another site, a "
+                "start page, or a sign-in answers.",
+            )
+        case code if 300 <= code < 400:
+            return Diagnosis(
+                f"is answered {code}, a redirect{_target(reply)}, and FLORA follows none",
+                "Set TRACKER_PUBLIC_URL to the address of the redirect, if that is this service; "
+                f"otherwise remove the redirect for POST {_PATH}.",
+            )
+        case 401 | 403 | 407:
+            advice = (
+                f"Allow {_PATH} without a sign-in, an address list or a bot filter: FLORA has "
+                "none of these, and its deliveries are signed."
+            )
+        case 404 | 405 | 410:
+            advice = (
+                f"Let the proxy in front forward POST {_PATH} to {_SERVER}, or fix the name, port "
+                "or path in TRACKER_PUBLIC_URL."
+            )
+        case 413:
+            advice = (
+                "Let the proxy in front accept bodies of 256 KiB (nginx: client_max_body_size 1m)."
+            )
+        case 429:
+            advice = f"Remove the rate limit for {_PATH}: callbacks of a batch come in bursts."
+        case 502 | 503 | 504:
+            return Diagnosis(
+                f"{seen}, which does not reach it",
+                f"Start {_SERVER}, and let the proxy in front forward to its address and port; "
+                "from another container or host it is only reachable with --host 0.0.0.0 and "
+                "TRACKER_API_TOKEN set.",
+            )
+        case _:
+            advice = "The log of what stands in front of the tracker says why."
+    return Diagnosis(seen, advice)
+
+
+def _target(reply: Reply) -> str:
+    """Where a redirect leads, without its query, which may be secret."""
+    try:
+        parts = urlsplit(reply.headers.get("location", ""))
+        host = parts.hostname or ""
+        shown = f"{parts.scheme}://{host}{f':{parts.port}' if parts.port else ''}{parts.path}"
+    except ValueError:
+        return ""
+    return f" to {_quote(shown if host else parts.path)}" if host or parts.path else ""
+
+
+def _quote(text: str) -> str:
+    """Others' text, on one line and shortened."""
+    line = plain(" ".join(text.split())).rstrip(".")
+    return line if len(line) <= LONGEST_QUOTE else f"{line[:LONGEST_QUOTE]}…"

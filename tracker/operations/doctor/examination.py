@@ -1,202 +1,178 @@
-"""All looks at once, in bounded time, each by itself: one that fails hides no other.
+"""All checks together, in bounded time; one that fails or hangs hides no other.
 
-Some build upon another: what is in the database can only be told once it is known to be readable,
-clocks only once both have answered. They wait for each other as tasks.
+Some need others' results (the work needs a readable database, clocks need answers); they wait for
+each other as tasks.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, Final, TypeVar
+from threading import Thread
+from typing import Any, ParamSpec, TypeVar
 
 from tracker.core.clock import Clock, utc_now
-from tracker.core.errors import StoreError
-from tracker.operations.doctor import clocks, database, flora, given, public, room, upkeep, work
+from tracker.operations.doctor import (
+    Finding,
+    Name,
+    callbacks,
+    database,
+    failed,
+    flora,
+    settings,
+    warning,
+    work,
+)
 from tracker.operations.doctor.database import DatabaseState
-from tracker.operations.doctor.finding import Finding, Name, failed, warning
+from tracker.operations.doctor.delivery import FLORA_WAITS
 from tracker.operations.doctor.flora import FloraState
 from tracker.operations.logs import Redactor
 from tracker.settings import Settings
-from tracker.store.engine import Database
-from tracker.store.queries import attention
-from tracker.store.queries import sweeps as coverage
-from tracker.store.queries.attention import read_gauges
 from tracker.store.url import DatabaseUrl
-from tracker.worker.cron import longest_wait
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
-DATABASE_SECONDS: Final = 8.0
-FLORA_SECONDS: Final = 12.0
-WORK_SECONDS: Final = 8.0
-DISK_SECONDS: Final = 4.0
-PUBLIC_SECONDS: Final = 22.0
-"""The longest of all, for it waits for several answers; when it has cleaned up, all is over."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimeLimits:
+    """Seconds for each check, `flora_read` and `delivery` for single requests."""
+
+    database: float = 8.0
+    disk: float = 4.0
+    flora: float = 12.0
+    flora_read: float = 10.0
+    delivery: float = FLORA_WAITS
+    callbacks: float = 22.0
+    """The longest: it waits for several answers, and then cleans up."""
+    work: float = 8.0
 
 
 async def examine(
-    settings: Settings, sources: Mapping[str, str], *, clock: Clock = utc_now
+    configured: Settings,
+    sources: Mapping[str, str],
+    *,
+    clock: Clock = utc_now,
+    limits: TimeLimits = TimeLimits(),
 ) -> list[Finding]:
-    """Look at everything. `sources` says of each setting where it is set.
+    """Run all checks within 30 s; raises nothing for what is broken.
 
-    Nothing is raised for what is broken, nothing is changed, and it is over within 30 s.
+    `sources` says where each setting is set.
     """
-    url = DatabaseUrl.parse(settings.tracker_database_url)
-    at_database = _task(
-        "database",
-        DATABASE_SECONDS,
-        database.look(url, clock=clock),
-        lambda trouble: DatabaseState(findings=(trouble,)),
+    url = DatabaseUrl.parse(configured.tracker_database_url)
+    at_database = _start(
+        "database", limits.database, database.check(url, clock=clock), DatabaseState
     )
-    at_flora = _task(
+    at_flora = _start(
         "key",
-        FLORA_SECONDS,
-        flora.look(settings, clock=clock),
-        lambda trouble: FloraState(findings=(trouble,)),
+        limits.flora,
+        flora.check(configured, clock=clock, deadline=limits.flora_read),
+        FloraState,
     )
-    at_public = _task(
-        "callbacks", PUBLIC_SECONDS, public.look(settings, at_database, clock=clock), lambda t: [t]
+    at_callbacks = _start(
+        "callbacks",
+        limits.callbacks,
+        callbacks.check(configured, at_database, clock=clock, timeout=limits.delivery),
+        list,
     )
-    at_work = asyncio.create_task(_work(settings, at_database, at_flora, clock))
-    at_disk = asyncio.create_task(_disk(url, at_database))
+
+    async def check_work() -> list[Finding]:
+        in_database, in_flora = await at_database, await at_flora
+        if not in_database.readable:
+            return [
+                warning(
+                    "worker",
+                    "Unknown whether a worker runs: the database cannot be read.",
+                    "Fix the database first, and run the doctor again.",
+                )
+            ]
+        ids = in_flora.ids or [one.id for one in configured.all_workspaces]
+        now = clock() + (in_database.clock_ahead or timedelta(0))
+        return await _within("worker", limits.work, work.check(configured, ids, now), list)
+
+    async def check_disk() -> list[Finding]:
+        size = (await at_database).size if url.dialect == "postgresql" else None
+        return await _within("disk", limits.disk, database.check_disk(url, size), list)
+
+    at_work, at_disk = asyncio.create_task(check_work()), asyncio.create_task(check_disk())
     in_database, in_flora = await at_database, await at_flora
     findings = [
-        *given.look(settings, sources, now=clock()),
+        *settings.check(configured, sources, now=clock()),
         *in_database.findings,
         *await at_disk,
         *in_flora.findings,
-        *clocks.compare(
+        *flora.compare_clocks(
             in_flora.clock_offset,
             in_database.clock_ahead,
-            tolerance=settings.tracker_signature_tolerance,
+            tolerance=configured.tracker_signature_tolerance,
         ),
-        *await at_public,
+        *await at_callbacks,
         *await at_work,
     ]
-    clean = Redactor(settings.secret_values)
+    redact = Redactor(configured.secret_values)
     return [
-        replace(one, seen=clean(None, "", one.seen), advice=clean(None, "", one.advice))
+        replace(one, seen=redact(None, "", one.seen), advice=redact(None, "", one.advice))
         for one in findings
     ]
 
 
-def _task(
-    name: Name,
-    seconds: float,
-    look: Coroutine[Any, Any, T],
-    otherwise: Callable[[Finding], T],
+def _start(
+    name: Name, seconds: float, check: Coroutine[Any, Any, T], result: Callable[[list[Finding]], T]
 ) -> "asyncio.Task[T]":
-    return asyncio.create_task(_in_time(name, seconds, look, otherwise))
+    return asyncio.create_task(_within(name, seconds, check, result))
 
 
-async def _in_time(
-    name: Name, seconds: float, look: Awaitable[T], otherwise: Callable[[Finding], T]
+async def _within(
+    name: Name, seconds: float, check: Awaitable[T], result: Callable[[list[Finding]], T]
 ) -> T:
-    """What a look brings; where it takes too long, or breaks, a finding that says so."""
+    """The result of a check; if it hangs or breaks, a `result` with one finding about that."""
     try:
         async with asyncio.timeout(seconds):
-            return await look
+            return await check
     except TimeoutError:
-        return otherwise(
-            failed(
-                name,
-                f"Nothing was found out within {seconds:g} s.",
-                "See whether that part hangs, and the way to it; then run the doctor again.",
-            )
+        finding = failed(
+            name,
+            f"No result within {seconds:g} s.",
+            "Check whether that part hangs, and the network; then run the doctor again.",
         )
-    except Exception as fault:
-        return otherwise(
-            failed(
-                name,
-                f"The doctor could not look: {type(fault).__name__}: {fault}.",
-                "That is a fault of the doctor's own: please report it, with this line.",
-            )
+    except Exception as error:
+        finding = failed(
+            name,
+            f"The check itself failed: {type(error).__name__}: {error}.",
+            "This is a bug in the doctor: please report it, with this line.",
         )
+    return result([finding])
 
 
-async def _disk(url: DatabaseUrl, at_database: Awaitable[DatabaseState]) -> list[Finding]:
-    size = (await at_database).size if url.dialect == "postgresql" else None
+class _AbandonedThreads(ThreadPoolExecutor):
+    """A thread per call; nothing waits for those that hang.
 
-    async def look() -> list[Finding]:
-        return [await room.look(url, size=size)]
+    Resolving a name, or a file on a failed disk, can hang for minutes in a call that cannot be
+    cancelled. An event loop and a process wait for such threads when they end.
+    """
 
-    return await _in_time("disk", DISK_SECONDS, look(), lambda trouble: [trouble])
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Call it in a thread of its own."""
+        future: Future[T] = Future()
 
+        def call() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(fn(*args, **kwargs))
+            except BaseException as error:
+                future.set_exception(error)
 
-async def _work(
-    settings: Settings,
-    at_database: Awaitable[DatabaseState],
-    at_flora: Awaitable[FloraState],
-    clock: Clock,
-) -> list[Finding]:
-    in_database, in_flora = await at_database, await at_flora
-    if not in_database.readable:
-        return [
-            warning(
-                "worker",
-                "Whether somebody polls and sweeps is in the database, which cannot be read.",
-                "Mend the database first, and run the doctor again.",
-            )
-        ]
-    look = _read_work(settings, in_database, in_flora, clock)
-    return await _in_time("worker", WORK_SECONDS, look, lambda trouble: [trouble])
+        Thread(target=call, daemon=True, name="doctor").start()
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Leave running threads behind."""
 
 
-async def _read_work(
-    settings: Settings, in_database: DatabaseState, in_flora: FloraState, clock: Clock
-) -> list[Finding]:
-    now = clock() + (in_database.clock_ahead or timedelta(0))
-    try:
-        async with await Database.open(
-            settings.tracker_database_url, application_name="tracker-doctor"
-        ) as opened:
-            gauges = await read_gauges(opened, now=now)
-            swept = await attention.sweep_health(opened)
-            sweeping = await attention.sweeping(opened, now=now)
-            unread = coverage.unread(await coverage.everything(opened))
-            conflicts = await attention.conflicts(opened)
-    except StoreError as error:
-        return [
-            failed(
-                "worker",
-                f"The database could not be read: {error}.",
-                "Mend the database first, and run the doctor again.",
-            )
-        ]
-    seen = work.Ledger(
-        now=now,
-        interval=timedelta(seconds=longest_wait(settings.tracker_reconcile_cron, clock())),
-        sweeps=swept,
-        gauges=gauges,
-        sweeping=sweeping,
-        unread=unread,
-    )
-    findings = []
-    if any(one.api_key for one in settings.all_workspaces):
-        findings.append(work.worker(seen))
-    ids = in_flora.ids or tuple(one.id for one in settings.all_workspaces)
-    for workspace, workspace_id in zip(settings.all_workspaces, ids, strict=True):
-        if workspace.api_key is None:
-            continue  # there is nothing to sweep it with, and the key's own line says so
-        findings.append(
-            work.sweeps(
-                replace(
-                    seen,
-                    sweeps=_sweeps_of(workspace_id, swept, settings),
-                    unread=[one for one in unread if workspace_id in (None, one.workspace_id)],
-                ),
-                workspace=given.name_of(settings, workspace),
-            )
-        )
-    return [*findings, *upkeep.look(gauges, conflicts, now=now)]
-
-
-def _sweeps_of(
-    workspace_id: str | None, swept: list[attention.SweepHealth], settings: Settings
-) -> list[attention.SweepHealth]:
-    """Those of a workspace; the only one's may stand under a name from before its id was known."""
-    if len(settings.all_workspaces) > 1:
-        return [one for one in swept if one.workspace_id == workspace_id]
-    names = {workspace_id, "default", None}
-    return [one for one in swept if workspace_id is None or one.workspace_id in names]
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """`asyncio.run` that does not wait for threads that hang."""
+    with asyncio.Runner() as runner:
+        runner.get_loop().set_default_executor(_AbandonedThreads())
+        return runner.run(work)

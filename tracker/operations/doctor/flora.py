@@ -1,10 +1,10 @@
-"""FLORA: whether it answers, and takes each workspace's key, found out by a real read."""
+"""FLORA: whether it accepts each workspace's key, and how far its clock and ours are apart."""
 
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Final
 
@@ -20,151 +20,215 @@ from tracker.core.errors import (
     ServerFault,
     SettingsError,
 )
-from tracker.flora.client import FloraClient, HistoryPage
-from tracker.operations.doctor.finding import Finding, failed, ok, warning
-from tracker.operations.doctor.given import name_of
+from tracker.core.formatting import duration
+from tracker.flora.client import FloraClient
+from tracker.operations.doctor import Finding, failed, ok, warning
+from tracker.operations.doctor.settings import LAST_ATTEMPT, label_of
 from tracker.settings import Settings, WorkspaceSettings
 
-PATIENCE: Final = 10.0
-"""Seconds for the read, repetitions included."""
+ROUNDING: Final = timedelta(seconds=10)
+"""Tolerated difference to FLORA's clock: `Date` has whole seconds, and answers take time."""
+SERVER_ROUNDING: Final = timedelta(seconds=5)
+_SET_CLOCK = "Set the machine's clock over the network (chrony, systemd-timesyncd)"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class FloraState:
-    """What was found.
+    """What was found, for the report and for other checks.
 
-    `clock_offset` is FLORA's clock minus this machine's, `None` where no answer told it. `ids` has
-    the id of each configured workspace, in their order, as far as it is set or was read.
+    `clock_offset` is FLORA's clock minus this machine's, `None` if no answer showed it. `ids` are
+    the ids of the configured workspaces, in their order, as far as they are known.
     """
 
-    findings: tuple[Finding, ...]
+    findings: Sequence[Finding]
     clock_offset: timedelta | None = None
-    ids: tuple[str | None, ...] = ()
+    ids: Sequence[str | None] = ()
 
 
-async def look(settings: Settings, *, clock: Clock) -> FloraState:
-    """Read the newest run of each workspace, with its key."""
+async def check(settings: Settings, *, clock: Clock, deadline: float) -> FloraState:
+    """Read the newest run of each workspace with its key, within `deadline` seconds."""
     workspaces = settings.all_workspaces
     keys = Counter(one.api_key.get_secret_value() for one in workspaces if one.api_key)
-    seen = await asyncio.gather(
-        *(_workspace(settings, one, keys=keys, clock=clock) for one in workspaces)
+    states = await asyncio.gather(
+        *(_check_key(settings, one, keys, clock, deadline) for one in workspaces)
     )
-    offsets = [offset for _, offset, _ in seen if offset is not None]
+    offsets = [state.clock_offset for state in states if state.clock_offset is not None]
     return FloraState(
-        findings=tuple(finding for finding, _, _ in seen),
+        [
+            replace(finding, workspace=label_of(settings, workspace))
+            for workspace, state in zip(workspaces, states, strict=True)
+            for finding in state.findings
+        ],
         clock_offset=offsets[0] if offsets else None,
-        ids=tuple(workspace_id for _, _, workspace_id in seen),
+        ids=[workspace_id for state in states for workspace_id in state.ids],
     )
 
 
-async def _workspace(
-    settings: Settings, workspace: WorkspaceSettings, *, keys: Counter[str], clock: Clock
-) -> tuple[Finding, timedelta | None, str | None]:
-    name = name_of(settings, workspace)
-    where = "api_key of this workspace" if name else "FLORA_API_KEY"
-    if workspace.api_key is None:
+async def _check_key(
+    settings: Settings,
+    workspace: WorkspaceSettings,
+    keys: Counter[str],
+    clock: Clock,
+    deadline: float,
+) -> FloraState:
+    """The state of one workspace."""
+    several = len(settings.all_workspaces) > 1
+    setting = "api_key of this workspace" if several else "FLORA_API_KEY"
+    key = "" if workspace.api_key is None else workspace.api_key.get_secret_value()
+    finding = None
+    if not key:
         finding = failed(
             "key",
             "None is set: callbacks are received, but no run can be started or read, so outputs "
-            "and cost stay unknown.",
-            f"Set {where} to a key of the workspace (sk_live_…), and restart.",
-            workspace=name,
+            "and costs stay unknown.",
+            f"Set {setting} to a key of the workspace (sk_live_…), and restart.",
         )
-        return finding, None, workspace.id
-    key = workspace.api_key.get_secret_value()
-    if keys[key] > 1:
+    elif keys[key] > 1:
         finding = failed(
             "key",
-            "The same key is set for several workspaces, and a key belongs to one.",
-            f"Set {where} to a key of its own.",
-            workspace=name,
+            "The same key is set for several workspaces; a key belongs to one.",
+            f"Set {setting} to a key of its own.",
         )
-        return finding, None, workspace.id
+    if finding is not None:
+        return FloraState([finding], ids=[workspace.id])
     try:
         async with FloraClient(
             base_url=settings.flora_base_url,
             api_key=key,
             concurrency=1,
-            deadline=PATIENCE,
+            deadline=deadline,
             clock=clock,
         ) as client:
-            try:
-                page = await client.history(limit=1)
-            except FloraError as error:
-                finding = _trouble(error, settings.flora_base_url, where, name)
-                return finding, client.clock_offset, workspace.id
-            shown = [one.workspace_id for one in page.items]
-            if not any(shown):  # an empty history may be another workspace's
-                with suppress(FloraError):
-                    shown = [*await client.list_workspaces()]
-            finding, workspace_id = _read(settings, workspace, page, shown, client.request_id, name)
-            return finding, client.clock_offset, workspace_id
+            finding, workspace_id = await _read(client, settings.flora_base_url, workspace, setting)
+            return FloraState([finding], client.clock_offset, [workspace_id])
     except SettingsError as error:
-        advice = f"Copy the key again into {where}."
-        return failed("key", f"{error}.", advice, workspace=name), None, workspace.id
+        finding = failed("key", f"{error}.", f"Copy the key again into {setting}.")
+        return FloraState([finding], ids=[workspace.id])
 
 
-def _read(
-    settings: Settings,
-    workspace: WorkspaceSettings,
-    page: HistoryPage,
-    ids: Sequence[str | None],
-    request_id: str | None,
-    name: str | None,
+async def _read(
+    client: FloraClient, base_url: str, workspace: WorkspaceSettings, setting: str
 ) -> tuple[Finding, str | None]:
-    """What a page of the history tells, and whose it is by the `ids` that FLORA gives."""
-    shown = workspace.id if workspace.id in ids else next((one for one in ids if one), None)
-    if shown and workspace.id and shown != workspace.id:
+    """The finding for a key, and the id of its workspace if known."""
+    try:
+        page = await client.history(limit=1)
+    except FloraError as error:
+        return _read_failed(error, base_url, setting), workspace.id
+    request_id = client.request_id
+    ids = [one.workspace_id for one in page.items]
+    if not any(ids):  # an empty history may be another workspace's
+        with suppress(FloraError):
+            ids = [*await client.list_workspaces()]
+    found = workspace.id if workspace.id in ids else next((one for one in ids if one), None)
+    if found and workspace.id and found != workspace.id:
         finding = failed(
             "key",
-            f"It is a key of workspace {shown}, and {workspace.id} is set.",
-            f"Set FLORA_WORKSPACE_ID (or id under [[workspaces]]) to {shown}, or the key to one of "
+            f"The key belongs to workspace {found}, but {workspace.id} is set.",
+            f"Set FLORA_WORKSPACE_ID (or id under [[workspaces]]) to {found}, or set a key of "
             f"{workspace.id}.",
-            workspace=name,
         )
         return finding, workspace.id
-    of = f" of workspace {shown}" if shown else ""
-    by = f" ({request_id})" if request_id else ""
+    of = f" of workspace {found}" if found else ""
     runs = "its newest run was read" if page.items or page.unreadable else "it has no runs yet"
-    said = f"{settings.flora_base_url} takes the key{of}: {runs}{by}."
-    return ok("key", said, workspace=name), workspace.id or shown
+    by = f" ({request_id})" if request_id else ""
+    return ok("key", f"{base_url} accepts the key{of}: {runs}{by}."), workspace.id or found
 
 
-def _trouble(error: FloraError, base_url: str, where: str, name: str | None) -> Finding:
-    """What it means that a read did not go well, and what to do about it."""
-    seen = f"{base_url}: {error}."
+def _read_failed(error: FloraError, base_url: str, setting: str) -> Finding:
+    """What a failed read means for the key, and what to do about it."""
+    say = failed
     match error:
         case KeyRefused():
             advice = (
-                f"Set {where} to a key that is valid at FLORA (developer settings of the "
+                f"Set {setting} to a key that is valid at FLORA (developer settings of the "
                 "workspace), whole and without quotes, and restart."
             )
         case Forbidden():
             advice = (
-                "The key is known but may not read runs: give it that right at FLORA, or set "
-                f"{where} to another key, and restart."
+                "The key is known but may not read runs: grant that at FLORA, or set "
+                f"{setting} to another key, and restart."
             )
         case RateLimited():
+            say = warning
             advice = (
-                "FLORA's limit is shared by all that use the workspace: use the key for less, or "
-                "raise TRACKER_POLL_INTERVAL. The key itself could not be tried; run the doctor "
+                "FLORA's rate limit is shared by all who use the workspace: use the key for less, "
+                "or raise TRACKER_POLL_INTERVAL. The key itself was not checked; run the doctor "
                 "again."
             )
-            return warning("key", seen, advice, workspace=name)
         case ServerFault():
+            say = warning
             advice = (
                 "The fault is FLORA's: wait, and run the doctor again. Its support asks for the "
-                "request id (req_…). The tracker goes on trying."
+                "request id (req_…). The tracker keeps trying."
             )
-            return warning("key", seen, advice, workspace=name)
         case NotFound() | FloraUnreadable() | FloraRefusal():
             advice = (
-                "Set FLORA_BASE_URL to the root of the API, https://app.flora.ai/api/v1 (or leave "
-                "it out), and see whether a proxy for outgoing requests answers in FLORA's place."
+                "Set FLORA_BASE_URL to the root of the API, https://app.flora.ai/api/v1 (or unset "
+                "it), and check whether a proxy for outgoing requests answers instead of FLORA."
             )
         case _:
             advice = (
                 "Let this machine reach that address: its name (DNS), outgoing port 443, and "
-                "HTTPS_PROXY where one is needed. `curl -I` with that address tells which it is."
+                "HTTPS_PROXY if one is needed. `curl -I` with that address shows which it is."
             )
-    return failed("key", seen, advice, workspace=name)
+    return say("key", f"{base_url}: {error}.", advice)
+
+
+def compare_clocks(
+    flora: timedelta | None, server: timedelta | None, *, tolerance: float
+) -> list[Finding]:
+    """Compare the clocks of FLORA, the database server and this machine.
+
+    `flora` and `server` are their clocks minus this machine's, if known; `tolerance` is how many
+    seconds a signature time may be off, 0 for unchecked. With PostgreSQL the tracker uses the
+    server's clock.
+    """
+    findings = [_compare_with_flora(flora, server, timedelta(seconds=tolerance))]
+    if server is not None and abs(server) <= SERVER_ROUNDING:
+        findings.append(
+            ok("machine clock", "This machine's clock agrees with the database server's.")
+        )
+    elif server is not None:
+        findings.append(
+            warning(
+                "machine clock",
+                f"This machine's clock is {_apart(-server)} the database server's. The tracker "
+                "uses the server's, except for log times and cron.",
+                f"{_SET_CLOCK} here.",
+            )
+        )
+    return findings
+
+
+def _compare_with_flora(
+    flora: timedelta | None, server: timedelta | None, tolerance: timedelta
+) -> Finding:
+    ours = "This machine's clock" if server is None else "The database server's clock"
+    if flora is None:
+        return warning(
+            "clock",
+            f"{ours} could not be compared with FLORA's, which did not answer.",
+            "Fix the key first, and run the doctor again.",
+        )
+    ahead = (server or timedelta(0)) - flora
+    if abs(ahead) <= ROUNDING:
+        return ok("clock", f"{ours} agrees with FLORA's within {ROUNDING.total_seconds():g} s.")
+    seen = f"{ours} is {_apart(ahead)} FLORA's"
+    advice = f"{_SET_CLOCK}{'' if server is None else ' where PostgreSQL runs'}."
+    if tolerance and abs(ahead) > tolerance:
+        return failed(
+            "clock",
+            f"{seen}, more than the {tolerance.total_seconds():g} s that a signature time may be "
+            "off: every callback is refused as too old or too new.",
+            advice,
+        )
+    if tolerance and ahead + timedelta(seconds=LAST_ATTEMPT) > tolerance:
+        seen += (
+            f". A callback of FLORA's last attempt is signed up to {LAST_ATTEMPT} s earlier, and "
+            "would be refused"
+        )
+    return warning("clock", f"{seen}.", advice)
+
+
+def _apart(ahead: timedelta) -> str:
+    return f"{duration(abs(ahead))} {'ahead of' if ahead > timedelta(0) else 'behind'}"

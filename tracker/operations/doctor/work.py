@@ -1,28 +1,52 @@
-"""Whether somebody polls and sweeps: told by what is done, for a process can be there and stuck."""
+"""The work: whether something polls and sweeps, and what waits for a person.
 
+Judged by what is done, not by which processes exist: one may be there and stuck.
+"""
+
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Final
 
-from tracker.core.formatting import duration
-from tracker.operations.doctor.finding import Finding, failed, ok, warning
-from tracker.store.queries.attention import Gauges, SweepHealth
+from tracker.core.errors import StoreError
+from tracker.core.formatting import duration, percent
+from tracker.operations.doctor import Finding, failed, ok, warning
+from tracker.operations.doctor.settings import label_of
+from tracker.settings import Settings
+from tracker.store.engine import Database
+from tracker.store.queries import attention, sweeps
+from tracker.store.queries.attention import BOUND, Gauges, SweepHealth
 from tracker.store.queries.sweeps import Unread
+from tracker.worker.cron import longest_wait
 
-AFTER_A_MOMENT: Final = timedelta(minutes=5)
-"""How late a sweep may begin, or an overdue run be read, before nobody seems to be at work."""
+STUCK_AFTER: Final = timedelta(minutes=5)
+"""How late a sweep may start, or a due run be read, before no worker seems to run."""
 LATE: Final = timedelta(minutes=10)
-"""How much later than it is due a sweep may be complete: a long one takes as long as it takes."""
+"""How much later than due a sweep may be complete: a long one takes its time."""
+MIN_CALLBACKS: Final = 10
+"""Expected callbacks from which on their rate is meaningful."""
+MISSED: Final = 0.1
+BEHIND: Final = timedelta(seconds=60)
+"""How long a stored callback may wait to be applied."""
+NAMED: Final = 3
+_START: Final = (
+    "Start `tracker serve` (without --no-worker) or `tracker worker` with the same settings; if "
+    "cron runs `tracker poll` and `tracker reconcile`, check its log."
+)
+_STUCK: Final = (
+    "If one is running, its log says what blocks it (poll.flora_down, flora.rate_limited, "
+    "worker.database_down)."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ledger:
-    """What the database tells of the work.
+class WorkState:
+    """What the database shows of the work.
 
-    `sweeps` are those of one workspace or, for `worker`, of all. `now` is by the clock that the
-    tracker goes by; `interval` is the longest time between two sweeps. `sweeping` is true while a
-    sweep is under way. `unread` is what of the history FLORA did not let us read.
+    `now` is on the tracker's clock, `interval` the longest time between two scheduled sweeps,
+    `sweeping` whether a sweep is running. `unread` are the spans of the history that FLORA did not
+    let the tracker read.
     """
 
     now: datetime
@@ -31,106 +55,206 @@ class Ledger:
     gauges: Gauges
     sweeping: bool
     unread: Sequence[Unread] = ()
+    conflicts: Sequence[str] = ()
 
 
-START: Final = (
-    "Start `tracker serve` (without --no-worker) or `tracker worker` with the same settings; where "
-    "cron runs `tracker poll` and `tracker reconcile`, see its log."
-)
+async def check(settings: Settings, ids: Sequence[str | None], now: datetime) -> list[Finding]:
+    """Judge worker, sweeps and backlog by the database.
+
+    `ids` are the workspaces' ids, as far as known; `now` is on the tracker's clock.
+    """
+    url = settings.tracker_database_url
+    try:
+        async with await Database.open(url, application_name="tracker-doctor") as database:
+            state = WorkState(
+                now=now,
+                interval=timedelta(seconds=longest_wait(settings.tracker_reconcile_cron, now)),
+                sweeps=await attention.sweep_health(database),
+                gauges=await attention.read_gauges(database, now=now),
+                sweeping=await attention.sweeping(database, now=now),
+                unread=sweeps.unread(await sweeps.everything(database)),
+                conflicts=await attention.conflicts(database),
+            )
+    except StoreError as error:
+        advice = "Fix the database first, and run the doctor again."
+        return [failed("worker", f"The database could not be read: {error}.", advice)]
+    workspaces = settings.all_workspaces
+    findings = [check_worker(state)] if any(one.api_key for one in workspaces) else []
+    for workspace, workspace_id in zip(workspaces, ids, strict=True):
+        if workspace.api_key is not None:  # without one there are no sweeps
+            own = _of_workspace(state, workspace_id, is_only=len(workspaces) == 1)
+            findings.append(replace(check_sweeps(own), workspace=label_of(settings, workspace)))
+    return [*findings, *check_backlog(state.gauges, state.conflicts, now=now)]
 
 
-def worker(seen: Ledger) -> Finding:
-    """Whether somebody is at work: runs are read when they are due, and sweeps begin in time."""
-    name: Final = "worker"
-    oldest = seen.gauges.oldest_due_at
-    waited = timedelta(0) if oldest is None else seen.now - oldest
-    begun = max((one.last_started_at for one in seen.sweeps), default=None)
-    stuck = (
-        "If one is running, its log says what holds it up (poll.flora_down, flora.rate_limited, "
-        "worker.database_down)."
+def _of_workspace(state: WorkState, workspace_id: str | None, *, is_only: bool) -> WorkState:
+    """The sweeps and unread spans of one workspace."""
+    names = {workspace_id}
+    if is_only:  # it may have been swept before its id was known
+        names |= {"default", None}
+    any_sweep = is_only and workspace_id is None
+    return replace(
+        state,
+        sweeps=[one for one in state.sweeps if any_sweep or one.workspace_id in names],
+        unread=[one for one in state.unread if workspace_id in (None, one.workspace_id)],
     )
-    if waited > AFTER_A_MOMENT:
-        return failed(
-            name,
-            f"{seen.gauges.overdue} runs wait to be read, the oldest for {duration(waited)}.",
-            f"{START} {stuck}",
-        )
-    if begun is None:
-        return failed(name, "No process has ever polled or swept here.", START)
-    since = seen.now - begun
-    if since > seen.interval + AFTER_A_MOMENT and not seen.sweeping:
-        return failed(
-            name,
-            f"No sweep has begun for {duration(since)}, and one is due every "
-            f"{duration(seen.interval)}.",
-            f"{START} {stuck}",
-        )
-    if seen.gauges.overdue:
-        return warning(
-            name,
-            f"{seen.gauges.overdue} runs wait to be read, the oldest for {duration(waited)}.",
-            f"Run the doctor again in some minutes; it should be none then. {stuck}",
-        )
-    return ok(name, f"No run waits to be read, and a sweep began {duration(since)} ago.")
 
 
-def sweeps(seen: Ledger, *, workspace: str | None) -> Finding:
-    """Whether a workspace's history was swept completely, and when."""
-    name: Final = "sweeps"
-    one = max(seen.sweeps, key=lambda each: each.last_started_at, default=None)
-    now = "`tracker reconcile` makes one now and says what it finds."
-    complete = max((each.complete_at for each in seen.sweeps if each.complete_at), default=None)
-    since = None if complete is None else seen.now - complete
-    error = None if one is None else one.last_error
-    words = "none was ever complete"
-    if since is not None:
-        words = f"the last complete one ended {duration(since)} ago"
-    as_sentence = f"{words[0].upper()}{words[1:]}."
-    overdue = since is None or since > 3 * seen.interval + LATE
-    if error is not None:
+def check_worker(state: WorkState) -> Finding:
+    """Whether due runs are read, and sweeps start in time."""
+    gauges = state.gauges
+    oldest = gauges.oldest_due_at
+    waited = timedelta(0) if oldest is None else state.now - oldest
+    overdue = f"{gauges.overdue} runs are overdue, the oldest by {duration(waited)}."
+    started = max((one.last_started_at for one in state.sweeps), default=None)
+    if waited > STUCK_AFTER:
+        return failed("worker", overdue, f"{_START} {_STUCK}")
+    if started is None:
+        return failed("worker", "No process has ever polled or swept here.", _START)
+    since = state.now - started
+    if since > state.interval + STUCK_AFTER and not state.sweeping:
+        return failed(
+            "worker",
+            f"No sweep has started for {duration(since)}; one is due every "
+            f"{duration(state.interval)}.",
+            f"{_START} {_STUCK}",
+        )
+    if gauges.overdue:
+        advice = f"Run the doctor again in a few minutes; none should be left. {_STUCK}"
+        return warning("worker", overdue, advice)
+    return ok("worker", f"No run is overdue, and a sweep started {duration(since)} ago.")
+
+
+def check_sweeps(state: WorkState) -> Finding:
+    """Whether one workspace's history was swept completely, and when."""
+    newest = max(state.sweeps, key=lambda one: one.last_started_at, default=None)
+    complete = max((one.complete_at for one in state.sweeps if one.complete_at), default=None)
+    since = None if complete is None else state.now - complete
+    overdue = since is None or since > 3 * state.interval + LATE
+    last = "None was ever complete" if since is None else f"Last complete {duration(since)} ago"
+    reconcile = "`tracker reconcile` runs one now and reports what it finds."
+    if newest is not None and (error := newest.last_error) is not None:
+        cause = "If it is a 5xx or a rate limit it passes; otherwise check the key."
+        advice = f"{cause if 'FLORA' in error else 'Check the database.'} {reconcile}"
         say = failed if overdue else warning
-        return say(
-            name,
-            f"The last sweep failed, and {words}: {error}.",
-            f"{_about(error)} {now}",
-            workspace=workspace,
-        )
-    if overdue and seen.sweeping:
+        return say("sweeps", f"The last sweep failed: {error}. {last}.", advice)
+    if overdue and state.sweeping:
         return warning(
-            name,
-            f"A sweep is under way; {words}.",
-            "Wait for its end: a first one goes back TRACKER_HISTORY_SINCE, a hundred runs a page.",
-            workspace=workspace,
+            "sweeps",
+            f"A sweep is running. {last}.",
+            "Wait for it: a first one goes back TRACKER_HISTORY_SINCE, a hundred runs a page.",
         )
     if overdue:
-        return failed(
-            name, as_sentence, f"See to the key and to the worker; {now}", workspace=workspace
-        )
-    if seen.unread:
-        first = seen.unread[0]
+        return failed("sweeps", f"{last}.", f"Check the key and the worker; {reconcile}")
+    if state.unread:
+        gap = state.unread[0]
         return warning(
-            name,
-            f"{as_sentence} {len(seen.unread)} stretches of FLORA's history could not be read, the "
-            f"newest up to {first.to_at:%Y-%m-%d %H:%M:%S} UTC ({first.run_type} runs): "
-            f"{first.error}.",
-            "They are tried again by themselves, after growing waits. Runs that were started there "
-            "by others are missing until then: `tracker verify` names what is.",
-            workspace=workspace,
+            "sweeps",
+            f"{last}. {len(state.unread)} spans of FLORA's history could not be read, the newest "
+            f"up to {gap.to_at:%Y-%m-%d %H:%M:%S} UTC ({gap.run_type} runs): {gap.error}.",
+            "They are retried automatically, with growing waits. Runs that others started there "
+            "are missing until then: `tracker verify` names them.",
         )
-    if one is not None and one.generations_error is not None:
+    if newest is not None and newest.generations_error is not None:
         return warning(
-            name,
-            f"{as_sentence} Generations could not be listed: {one.generations_error}.",
-            "Technique runs are not affected. See whether the key may list generations.",
-            workspace=workspace,
+            "sweeps",
+            f"{last}. Generations could not be listed: {newest.generations_error}.",
+            "Technique runs are not affected. Check whether the key may list generations.",
         )
-    verified = max((each.through for each in seen.sweeps if each.through), default=None)
-    if verified is not None:
-        as_sentence += f" Checked against FLORA up to {verified:%Y-%m-%d %H:%M:%S} UTC."
-    return ok(name, as_sentence, workspace=workspace)
+    through = max((one.through for one in state.sweeps if one.through), default=None)
+    checked = through and f" Checked against FLORA up to {through:%Y-%m-%d %H:%M:%S} UTC."
+    return ok("sweeps", f"{last}.{checked or ''}")
 
 
-def _about(error: str) -> str:
-    if "FLORA" in error:
-        return "If it is a 5xx or a limit it passes; else see to the key."
-    return "See to the database."
+def check_backlog(gauges: Gauges, conflicts: Sequence[str], *, now: datetime) -> list[Finding]:
+    """What waits for a person: missed and unapplied callbacks, quarantine, starts, conflicts."""
+    return [
+        _missed_callbacks(gauges),
+        _inbox(gauges, now),
+        _quarantine(gauges.quarantined),
+        _starts(gauges.unresolved_starts),
+        _conflicts(conflicts),
+        _bills(sum(gauges.unpriced.values())),
+    ]
+
+
+def _missed_callbacks(gauges: Gauges) -> Finding:
+    counts: Counter[str] = Counter()
+    for (_, outcome), count in gauges.callbacks.items():
+        counts[outcome] += count
+    missed = counts["missed"]
+    expected = counts["came"] + counts["late"] + missed
+    if not expected:
+        return ok("missed callbacks", "No run with a callback has ended recently.")
+    seen = f"{missed} of {expected} callbacks expected recently did not arrive"
+    if expected < MIN_CALLBACKS or missed < MISSED * expected:
+        return ok("missed callbacks", f"{seen}.")
+    return warning(
+        "missed callbacks",
+        f"{seen} ({percent(missed / expected)}).",
+        "If everything above is ok, check the log for callback.refused (they arrive and are "
+        "refused), and the firewall (FLORA is kept out). No results lost: polling found them.",
+    )
+
+
+def _inbox(gauges: Gauges, now: datetime) -> Finding:
+    oldest = gauges.oldest_waiting_at
+    if oldest is None or now - oldest < BEHIND:
+        return ok("inbox", "Acknowledged callbacks are applied.")
+    return warning(
+        "inbox",
+        f"{_number(gauges.waiting)} acknowledged callbacks are not applied yet; the oldest arrived "
+        f"{round((now - oldest).total_seconds())} s ago.",
+        "They are stored, and none is lost. Check that `tracker serve` or `tracker worker` of this "
+        "version runs, and its log for inbox.not_applied; `tracker poll` applies them too.",
+    )
+
+
+def _quarantine(count: int) -> Finding:
+    if not count:
+        return ok("quarantine", "Every callback was understood.")
+    return warning(
+        "quarantine",
+        f"{_number(count)} authentic callbacks were not understood.",
+        "`tracker deliveries list --outcome quarantined` shows why; after an update `tracker "
+        "deliveries replay --all` reads them again. No results lost: polling found them.",
+    )
+
+
+def _starts(count: int) -> Finding:
+    if not count:
+        return ok("starts", "The outcome of every start is known.")
+    return warning(
+        "starts",
+        f"{_number(count)} starts are unresolved: FLORA may have started a run, or not.",
+        "Look for each at FLORA around its time (SELECT * FROM v_open_starts): if the run is "
+        "there, `tracker runs track RUN_ID`; if not, start it again under another key.",
+    )
+
+
+def _conflicts(run_ids: Sequence[str]) -> Finding:
+    if not run_ids:
+        return ok("conflicts", "Callback and API agree about how every run ended.")
+    shown = ", ".join(run_ids[:NAMED]) + ("" if len(run_ids) <= NAMED else ", …")
+    return warning(
+        "conflicts",
+        f"Callback and API disagree about how {_number(len(run_ids))} runs ended ({shown}).",
+        "`tracker runs explain RUN_ID` shows both; the API's end is kept. If it may be wrong, ask "
+        "FLORA's support.",
+    )
+
+
+def _bills(count: int) -> Finding:
+    if not count:
+        return ok("bills", "FLORA billed every run of the last 7 days, or may still do so.")
+    return warning(
+        "bills",
+        f"FLORA never billed {count} runs of the last 7 days: their cost is not known, and totals "
+        "are minimums.",
+        "Compare with FLORA's own billing page. `tracker reconcile --since 8d` reads their costs "
+        "once more; TRACKER_COST_GIVE_UP sets how long that is retried.",
+    )
+
+
+def _number(count: int) -> str:
+    return f"{count} or more" if count >= BOUND else str(count)

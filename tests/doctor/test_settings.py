@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.doctor.conftest import Report
-from tracker.operations.doctor import Level, given
+from tracker.operations.doctor import Level
+from tracker.operations.doctor import settings as checks
 from tracker.settings import read_settings
 
 SECRET = "whsec_0123456789"
@@ -14,19 +15,19 @@ NOW = datetime(2027, 3, 1, 12, tzinfo=UTC)
 PUBLIC = "https://tracker.example.com"
 
 
-def _given(**environ: str) -> Report:
-    return Report({one.name: one for one in given.look(*read_settings(environ)[:2], now=NOW)})
+def _checked(**environ: str) -> Report:
+    return Report({one.name: one for one in checks.check(*read_settings(environ)[:2], now=NOW)})
 
 
 def test_where_each_setting_comes_from_is_told(tmp_path: Path) -> None:
     """The environment, the file, or nowhere: the last as where sudo passed none on."""
     file = tmp_path / "tracker.toml"
     file.write_text('flora_webhook_secret = "whsec_1"\n')
-    found = _given(TRACKER_CONFIG=str(file), FLORA_API_KEY="sk_1")["settings"]
+    found = _checked(TRACKER_CONFIG=str(file), FLORA_API_KEY="sk_1")["settings"]
     assert found.level is Level.OK
     assert "From the environment: FLORA_API_KEY" in found.seen
     assert f"From {file}: FLORA_WEBHOOK_SECRET" in found.seen
-    nothing = _given()["settings"]
+    nothing = _checked()["settings"]
     assert nothing.level is Level.WARNING
     assert "sudo" in nothing.advice
 
@@ -50,7 +51,7 @@ def test_secrets_are_told_by_their_number_and_their_shape(
     environ: dict[str, str], level: Level, seen: str
 ) -> None:
     """None, one, several, and those that cannot be FLORA's; none is shown."""
-    found = _given(**environ)["secrets"]
+    found = _checked(**environ)["secrets"]
     assert found.level is level
     assert seen in found.seen
     assert "0123456789" not in found.seen + found.advice
@@ -61,7 +62,7 @@ def test_secrets_are_told_by_their_number_and_their_shape(
 )
 def test_a_tolerance_that_refuses_the_last_attempt_is_a_warning(seconds: str, level: str) -> None:
     """FLORA's SDK has 300 s, which is too short; 0 looks at no time at all."""
-    assert _given(TRACKER_SIGNATURE_TOLERANCE=seconds)["tolerance"].level == level
+    assert _checked(TRACKER_SIGNATURE_TOLERANCE=seconds)["tolerance"].level == level
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_a_tolerance_that_refuses_the_last_attempt_is_a_warning(seconds: str, le
 )
 def test_a_service_that_is_public_needs_a_token(environ: dict[str, str], level: str) -> None:
     """Without one it refuses everybody; where only this machine is served none is needed."""
-    assert _given(**environ)["token"].level == level
+    assert _checked(**environ)["token"].level == level
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_a_token_is_renewed_before_it_expires(
         f'[[tokens]]\nname = "grafana"\ntoken = "{"g" * 20}"\nscopes = ["read"]\n'
         f"expires = {expires}\n"
     )
-    found = _given(TRACKER_CONFIG=str(file))["token"]
+    found = _checked(TRACKER_CONFIG=str(file))["token"]
     assert found.level == level
     assert seen in found.seen
     assert "g" * 20 not in found.seen + found.advice

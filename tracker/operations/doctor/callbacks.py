@@ -1,0 +1,289 @@
+"""Callbacks: the public URL, and test deliveries to it.
+
+Forged deliveries go first, to the bare address and to one below it as each start has; they must be
+refused. Only if that works, and the database is writable, signed ones follow: one per secret,
+looked up in the database, then two large ones. They are deleted again, whatever happens.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from ipaddress import ip_address
+from secrets import token_hex
+from typing import Final
+from urllib.parse import urlsplit
+
+from tracker.core.clock import Clock
+from tracker.core.errors import StoreError
+from tracker.core.formatting import duration
+from tracker.core.net import is_loopback
+from tracker.core.record import DeliveryOutcome
+from tracker.delivering.addresses import Resolver, is_public, resolve
+from tracker.operations.doctor import Finding, Level, failed, ok, warning
+from tracker.operations.doctor.database import DatabaseState
+from tracker.operations.doctor.delivery import (
+    FLORA_WAITS,
+    DoctorDelivery,
+    Reply,
+    Sender,
+    diagnose,
+    open_sender,
+)
+from tracker.settings import Settings
+from tracker.store.engine import Database
+from tracker.store.writing import delivery_rows
+
+RESOLVE_SECONDS: Final = 5.0
+RENEW_BEFORE: Final = timedelta(days=10)
+"""Certificates that renew themselves do so earlier."""
+SIZES: Final = (16 * 1024, 256 * 1024)
+"""Bytes of the large deliveries: what any proxy should pass, and the tracker's maximum."""
+SLOW: Final = 3.0
+"""Seconds for an answer from which it is worth a look: under load it takes longer."""
+DELETE_SECONDS: Final = 4.0
+LEFT_AFTER: Final = timedelta(hours=1)
+"""Age from which a test delivery was left behind by another run of the doctor."""
+
+
+async def check(
+    settings: Settings,
+    database: Awaitable[DatabaseState],
+    *,
+    clock: Clock,
+    timeout: float = FLORA_WAITS,
+) -> list[Finding]:
+    """Check the public URL, and send test deliveries to it.
+
+    `timeout` is how many seconds each answer may take. Nothing signed is sent before `database`
+    is there.
+    """
+    public_url = await check_public_url(settings)
+    if settings.callback_url is None or public_url.level is Level.FAILED:
+        return [public_url]
+    async with open_sender(settings.callback_url, timeout) as sender:
+        forged = await sender.send(DoctorDelivery.forged(clock()))
+        findings = [public_url]
+        if forged.expires is not None:
+            findings.append(judge_certificate(forged.expires, now=clock()))
+        if forged.signature != "wrong":
+            seen, advice = diagnose(forged)
+            name: Final = "certificate" if forged.kind == "certificate" else "callbacks"
+            return [*findings, failed(name, f"A delivery {seen}.", advice)]
+        findings.append(await _check_own_address(settings.callback_url, clock, timeout))
+        state = await database
+        secrets = dict.fromkeys(
+            secret.get_secret_value()
+            for workspace in settings.all_workspaces
+            for secret in workspace.webhook_secrets
+        )
+        if not secrets or not state.writable:
+            why = "the database is not writable" if secrets else "no signing secret is set"
+            return [
+                *findings,
+                warning(
+                    "callbacks",
+                    "A forged delivery reaches the tracker and is refused, as it should be. No "
+                    f"signed one was sent, because {why}.",
+                    "Fix that first, and run the doctor again.",
+                ),
+            ]
+        return findings + await _send_signed(settings, sender, [*secrets], clock())
+
+
+async def check_public_url(
+    settings: Settings, *, resolver: Resolver = resolve, timeout: float = RESOLVE_SECONDS
+) -> Finding:
+    """Whether FLORA accepts the public URL; nothing is sent there."""
+    url = settings.tracker_public_url
+    if url is None:
+        return warning(
+            "public url",
+            "None is set: runs are started without a callback, and only polling finds their ends.",
+            "Set TRACKER_PUBLIC_URL to the https:// address at which FLORA reaches `tracker "
+            "serve`, and restart. If there is none, leave it unset; polling makes more requests.",
+        )
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if is_loopback(host):
+        if is_loopback(urlsplit(settings.flora_base_url).hostname or ""):
+            return ok("public url", f"{url} is on this machine, like FLORA_BASE_URL.")
+        return failed(
+            "public url",
+            f"{url} is only reachable from this machine: FLORA refuses starts with it.",
+            "Set TRACKER_PUBLIC_URL to the https:// address at which FLORA reaches this service, "
+            "or unset it.",
+        )
+    try:
+        async with asyncio.timeout(timeout):
+            try:
+                addresses = [ip_address(host)]
+            except ValueError:
+                addresses = await resolver(host, parts.port or 443)
+    except (TimeoutError, OSError, UnicodeError) as error:
+        if isinstance(error, TimeoutError):
+            why = f"no answer within {timeout:g} s"
+        else:
+            why = getattr(error, "strerror", None) or "no such name"
+        return failed(
+            "public url",
+            f"The name {host} cannot be resolved: {why}.",
+            f"Create a DNS record for {host}, or fix TRACKER_PUBLIC_URL. If other names cannot be "
+            "resolved here either, fix this machine's DNS.",
+        )
+    private = [address for address in addresses if not is_public(address)]
+    if not private:
+        shown = ", ".join(dict.fromkeys(map(str, addresses)))
+        return ok("public url", f"{url} leads to {shown}.")
+    return warning(
+        "public url",
+        f"From here, {host} resolves to {private[0]}, which is not a public address. If FLORA sees "
+        "the same, it refuses every start.",
+        f"Resolve {host} from outside (`dig @1.1.1.1 {host}`). If it is private there too, give it "
+        "a public address, or unset TRACKER_PUBLIC_URL.",
+    )
+
+
+def judge_certificate(expires: datetime, *, now: datetime) -> Finding:
+    """The finding for a valid certificate."""
+    left = expires - now
+    until = f"It is valid until {expires:%Y-%m-%d}"
+    if left >= RENEW_BEFORE:
+        return ok("certificate", f"{until}.")
+    return warning(
+        "certificate",
+        f"{until}, for {duration(left)}.",
+        "Renew it, and find out why that does not happen automatically: once it has expired FLORA "
+        "delivers nothing.",
+    )
+
+
+async def _check_own_address(callback_url: str, clock: Clock, timeout: float) -> Finding:
+    """Try an address below the bare one, as each start has."""
+    async with open_sender(f"{callback_url}/{token_hex(16)}", timeout) as sender:
+        reply = await sender.send(DoctorDelivery.forged(clock()))
+    if reply.signature == "wrong":
+        return ok("own addresses", "Deliveries to the addresses of single starts arrive.")
+    seen, advice = diagnose(reply)
+    return failed(
+        "own addresses",
+        f"Deliveries to {callback_url} arrive, but one to an address below it {seen}.",
+        f"Pass on /callbacks/flora as a prefix: each start has its own address below it. {advice}",
+    )
+
+
+async def _send_signed(
+    settings: Settings, sender: Sender, secrets: Sequence[str], now: datetime
+) -> list[Finding]:
+    small = [DoctorDelivery.signed(secret, now) for secret in secrets]
+    large = [DoctorDelivery.signed(secrets[0], now, size=size) for size in SIZES]
+    ids = [delivery.delivery_id for delivery in (*small, *large)]
+    async with _deleted_at_the_end(settings, ids, now) as stored:
+        replies = await asyncio.gather(*map(sender.send, small))
+        await stored.find()
+        findings = [_judge_signed(small, replies, stored.found)]
+        if findings[0].level is not Level.FAILED:
+            seconds = max(reply.seconds for reply in replies)
+            findings.append(_judge_time(seconds))
+            if seconds < SLOW:  # else large ones would only time out
+                findings.append(_judge_sizes(await asyncio.gather(*map(sender.send, large))))
+    if stored.error:
+        findings.append(
+            warning(
+                "test deliveries",
+                f"They could not be looked up or deleted: {stored.error}.",
+                "They are applied to nothing and counted nowhere; the doctor deletes what is left "
+                "when it runs again an hour later.",
+            )
+        )
+    return findings
+
+
+@dataclass(slots=True)
+class _StoredDeliveries:
+    """The test deliveries in the database. `found` is `None` if they could not be looked up."""
+
+    database: Database
+    ids: Sequence[str]
+    found: set[str] | None = None
+    error: str = ""
+
+    async def find(self) -> None:
+        try:
+            self.found = await delivery_rows.arrived(self.database, self.ids)
+        except StoreError as error:
+            self.error = str(error)
+
+    async def delete(self, left_before: datetime) -> None:
+        """Delete them, and those that earlier doctors left."""
+        try:
+            async with asyncio.timeout(DELETE_SECONDS):
+                await delivery_rows.take_out(self.database, self.ids)
+                await delivery_rows.take_out_left(self.database, before=left_before)
+        except (StoreError, TimeoutError) as error:
+            self.error = str(error) or "the database did not answer in time"
+
+
+@asynccontextmanager
+async def _deleted_at_the_end(
+    settings: Settings, ids: Sequence[str], now: datetime
+) -> AsyncIterator[_StoredDeliveries]:
+    url = settings.tracker_database_url
+    async with await Database.open(url, application_name="tracker-doctor") as database:
+        stored = _StoredDeliveries(database, ids)
+        try:
+            yield stored
+        finally:
+            await stored.delete(now - LEFT_AFTER)
+
+
+def _judge_signed(
+    sent: Sequence[DoctorDelivery], replies: Sequence[Reply], found: set[str] | None
+) -> Finding:
+    """Whether the delivery of every secret was accepted, and is in this database."""
+    for number, reply in enumerate(replies, start=1):
+        if reply.outcome is None:
+            which = "" if len(sent) == 1 else f" signed with secret {number}"
+            seen, advice = diagnose(reply)
+            return failed("callbacks", f"A delivery{which} {seen}.", advice)
+    if found is not None and not found >= {delivery.delivery_id for delivery in sent}:
+        return failed(
+            "callbacks",
+            "A signed delivery is accepted, but by a tracker that stores it in another database.",
+            "Give `tracker serve` and the doctor the same TRACKER_DATABASE_URL; a SQLite file "
+            "preferably by its absolute path (sqlite:////…), since a relative one depends on the "
+            "folder. The test delivery stays there, applied to nothing.",
+        )
+    if any(reply.outcome == DeliveryOutcome.QUARANTINED for reply in replies):
+        return warning(
+            "callbacks",
+            "A signed delivery is accepted, but by a tracker of an older version.",
+            "Restart `tracker serve` with this version.",
+        )
+    signed = "A signed delivery is" if len(sent) == 1 else "Deliveries of every secret are"
+    return ok("callbacks", f"{signed} accepted and stored, and a forged one is refused.")
+
+
+def _judge_time(seconds: float) -> Finding:
+    seen = f"A delivery is answered within {seconds:.2f} s; FLORA waits {FLORA_WAITS:g} s."
+    if seconds < SLOW:
+        return ok("answer time", seen)
+    return warning(
+        "answer time",
+        seen,
+        "Find the slow part: the network (`curl -w '%{time_total}'` of /healthz, by the public URL "
+        "and on the machine itself), or the database (tracker_callback_seconds, its disk).",
+    )
+
+
+def _judge_sizes(replies: Sequence[Reply]) -> Finding:
+    for size, reply in zip(SIZES, replies, strict=True):
+        if reply.outcome is None:
+            seen, advice = diagnose(reply)
+            seen = f"A delivery of {size // 1024} KiB {seen}"
+            if size > SIZES[0]:
+                return warning("body limit", f"{seen}. FLORA's own are smaller so far.", advice)
+            long = "A callback with a long error message may be as large."
+            return failed("body limit", f"{seen}. {long}", advice)
+    return ok("body limit", f"Bodies of {SIZES[-1] // 1024} KiB pass, the maximum.")
