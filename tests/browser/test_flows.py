@@ -184,7 +184,7 @@ async def test_a_quarantined_delivery_is_replayed(stage: Stage, open_page: OpenP
 async def test_check_now_asks_flora(stage: Stage, open_page: OpenPage) -> None:
     """The button polls the run and shows the result, and the message stays; if the run is already
     settled, it says so."""
-    result = re.compile("FLORA reports|All details are|all details are")
+    result = re.compile("FLORA reports|Final|Settled")
     watched = await open_page()
     page = watched.page
     await sign_in(page, stage.url)

@@ -53,7 +53,7 @@ def test_a_run_is_watched_and_explained(quick: Commands) -> None:
     story = quick("runs", "explain", run).stdout
     assert "stored with the idempotency key k-7" in story
     assert "A poll showed completed" in story
-    assert story.rstrip().endswith("No further poll: nothing is left to fetch.")
+    assert story.rstrip().endswith("No further poll: the run is settled.")
     told = quick.json("runs", "explain", run)
     assert told["next_poll"]["why"] == "settled"
     assert {line["kind"] for line in told["story"]} >= {"start", "observation", "state", "next"}

@@ -195,7 +195,7 @@ def _next_poll(poll: NextLook, now: datetime) -> str:
     """When the run is polled next, and why then."""
     if poll.at is None:
         if poll.why is Why.SETTLED:
-            return "No further poll: nothing is left to fetch."
+            return "No further poll: the run is settled."
         return "No further poll, unless something shows that the run exists."
     when = f"at {moment(poll.at)}" if poll.at > now else f"due now (since {moment(poll.at)})"
     return f"Next poll {when}: {_reason(poll)}."

@@ -200,7 +200,7 @@ async def test_check_now_reads_the_run_from_flora(
         assert record.run.settled
         assert "disabled aria-describedby" in answer.text
         again = await site.client.post(f"/runs/{run_id}/check")
-        assert "Final: all details are known" in flash_of(again.text)
+        assert "the bill is checked again" in flash_of(again.text)
 
 
 async def test_check_now_says_why_it_cannot(small_site: Site) -> None:

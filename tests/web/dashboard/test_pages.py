@@ -192,7 +192,7 @@ async def test_a_run_shows_everything(site: Site) -> None:
     assert text.count('class="source poll"') >= 2
     assert "never came" in text
     assert 'href="https://example.com/face.png"' in text
-    assert "nothing is left to fetch" in text
+    assert "No further poll: the run is settled" in text
 
 
 async def test_an_id_may_hold_any_character(small_site: Site) -> None:

@@ -110,8 +110,8 @@ def alerts(
     if counts.quarantined:
         warn(
             f"{_are(counts.quarantined, 'callback')} quarantined.",
-            "FLORA signed them, but they were not understood. Read the reason, and replay them "
-            "once it is solved.",
+            "FLORA signed them, but they were not understood. See the reason, and replay them "
+            "when it is fixed.",
             "/deliveries?outcome=quarantined",
             "Show callbacks",
         )

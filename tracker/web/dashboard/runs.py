@@ -164,7 +164,7 @@ class RunPages(PageGroup):
     def _cannot_check(self, record: Record) -> str | None:
         """Why the run cannot be polled now; `None` where it can."""
         if record.tracking is Tracking.SETTLED:
-            return "Final: all details are known."
+            return "Final" if record.recheck_at is None else "Settled; the bill is checked again."
         workspace = self._services.workspaces.of(record.run.workspace_id)
         if workspace is None or workspace.client is None:
             return "No FLORA API key is set for this workspace."

@@ -24,7 +24,7 @@ function stacked(columns) {
 const DAY = 86400;
 
 function dollars(value) {
-  return value.toLocaleString(undefined, { style: "currency", currency: "USD", maximumFractionDigits: value < 1 ? 4 : 2 });
+  return value.toLocaleString(undefined, { style: "currency", currency: "USD", currencyDisplay: "narrowSymbol", maximumFractionDigits: value < 1 ? 4 : 2 });
 }
 
 // The day in UTC, as the bars are.
