@@ -1,4 +1,4 @@
-"""Callbacks as the model of FLORA posts them, and as somebody forges them."""
+"""Callbacks as the model of FLORA sends them, and forged ones."""
 
 import json
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ from tests.stateful.flora import WORKSPACE
 from tracker.flora.signature import sign
 
 TOLERANCE: Final = 900
-FORGERIES: Final = ("unsigned", "wrong secret", "altered body", "old time", "coming time")
+FORGERIES: Final = ("unsigned", "wrong secret", "altered body", "old time", "future time")
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Callback:
-    """An event as FLORA tells of it: the same bytes at each attempt.
+    """An event that FLORA reports, with the same bytes at each attempt.
 
-    `outcomes` are what the tracker may make of it. `tries` counts the attempts with a signature
-    that has to be believed, `taken` those that were answered with 2xx.
+    `outcomes` are its permitted outcomes in the inbox. `tries` counts the attempts with a valid
+    signature, `acknowledged` those that were answered with 2xx.
     """
 
     delivery_id: str
@@ -27,11 +27,11 @@ class Callback:
     signed_at: int
     outcomes: tuple[str, ...] = ("applied",)
     tries: int = 0
-    taken: int = 0
+    acknowledged: int = 0
 
 
 def callback(clocks: Clocks, delivery_id: str, run_id: str, status: str, **more: Any) -> Callback:
-    """A callback that is first sent now. `more` goes into its data, or in place of its type."""
+    """A callback that is first sent now. `more` is added to its data, or replaces its type."""
     kind = more.pop("type", f"run.{status}")
     understood = kind == f"run.{status}" and more.get("workspace_id", WORKSPACE) == WORKSPACE
     data = {"run_id": run_id, "run_type": "technique", "workspace_id": WORKSPACE, "status": status}
@@ -54,13 +54,13 @@ def callback(clocks: Clocks, delivery_id: str, run_id: str, status: str, **more:
 
 
 def signed(one: Callback, secrets: list[str]) -> str:
-    """The header of an attempt: the first one's time, and a signature with each secret in use."""
+    """The header of an attempt: the time of the first one, and a signature with each secret."""
     headers = [sign(one.body, secret, at=one.signed_at) for secret in secrets]
     return ",".join([headers[0], *(header.partition(",")[2] for header in headers[1:])])
 
 
 def forged(how: str, body: bytes, secret: str, clocks: Clocks) -> tuple[bytes, str | None]:
-    """A body and a header that must not be believed."""
+    """A body and a header that must be refused."""
     now = int(clocks.ours().timestamp())
     match how:
         case "unsigned":

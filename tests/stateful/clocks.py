@@ -1,4 +1,4 @@
-"""Two clocks by hand: FLORA's, which is right, and ours, which somebody may have set wrong."""
+"""Two clocks that are moved by hand: FLORA's, which is right, and ours, which may be wrong."""
 
 import asyncio
 from datetime import UTC, datetime, timedelta
@@ -8,7 +8,7 @@ BEGIN: Final = datetime(2026, 7, 1, 12, 0, tzinfo=UTC)
 
 
 class Clocks:
-    """They stand still until time passes. `ahead` is by how many seconds ours goes before."""
+    """They stand still until they are moved. `ahead` is the lead of ours in seconds."""
 
     def __init__(self) -> None:
         self.elapsed = 0.0
@@ -24,6 +24,6 @@ class Clocks:
         return self.elapsed
 
     async def sleep(self, seconds: float) -> None:
-        """Who waits lets the time pass, and need not wait."""
+        """Moves the clocks instead of waiting."""
         self.elapsed += seconds
         await asyncio.sleep(0)

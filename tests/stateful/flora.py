@@ -1,8 +1,8 @@
-"""FLORA as a model: its runs end when the test says so, and its requests fail where the test says.
+"""A model of FLORA: the test decides when its runs end, and which of its requests fail.
 
-It stands at the HTTP transport, so that all of the tracker's client is the real one. The pages are
-small, cursors are offsets, and the attributes of `ModelFlora` choose between the accounts that
-FLORA's sources give of itself.
+It replaces the HTTP transport, so that the whole client of the tracker is the real one. Pages are
+small, cursors are offsets, and the attributes of `ModelFlora` select between the descriptions that
+FLORA's sources give.
 """
 
 import json
@@ -21,21 +21,21 @@ TECHNIQUES: Final = {"tech_icons": "icon-pack", "tech_cards": "tarot-pull"}
 """Ids and slugs."""
 PAGE: Final = 3
 KEYS_KEPT: Final = {"replay": 24 * 3600, "conflict": 2 * 3600}
-"""For how many seconds an idempotency key is remembered, by each of the two accounts."""
+"""Seconds for which an idempotency key is remembered, by each of the two descriptions."""
 WORKS_ON: Final = 100
-"""Seconds that FLORA may be at work on a start after a gateway has answered in its place."""
+"""Seconds for which FLORA may still work on a start after a gateway has answered."""
 
 BILLED_AFTER: Final = 50
 """Seconds after a run's end, where bills are late."""
 QUOTE: Final = 0.5
 
 BEFORE: Final = ("429", "429 for long", "401", "500", "503", "no connection", "cut before")
-"""Faults of a request that does nothing."""
+"""Faults of a request that has no effect."""
 PAGES: Final = ("502 page", "503 page", "504 page", "404 page")
 AFTER: Final = ("cut after", "time-out", "garbage", "500 after", "empty", *PAGES)
-"""Faults of the answer to a request that did what was asked."""
+"""Faults of the answer to a request that was executed."""
 LATER: Final = ("time-out, works on", "502 page, works on", "504 page, works on")
-"""The answer comes before a start is done: its run begins, and its key is known, at its end."""
+"""The answer precedes the end of a start: only then its run exists, and its key is known."""
 FAULTS: Final = (*BEFORE, *AFTER, *LATER)
 
 Meanwhile = Callable[[], Awaitable[None]]
@@ -43,8 +43,8 @@ Meanwhile = Callable[[], Awaitable[None]]
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class ModelRun:
-    """One run as it is. `key` is the idempotency key that started it, with these inputs; both are
-    `None` for a run that somebody else began. Times are milliseconds."""
+    """One run and its true state. `key` is the idempotency key that started it, with these inputs;
+    both are `None` for a run of another program. Times are milliseconds."""
 
     run_id: str
     technique_id: str | None
@@ -59,7 +59,7 @@ class ModelRun:
 
     @property
     def shown(self) -> str:
-        """The status that reads show: before its end perhaps one that is not documented."""
+        """The status that reads show: before its end perhaps an undocumented one."""
         return "queued" if self.queued and not self.ended else self.status
 
     @property
@@ -90,17 +90,17 @@ class ModelRun:
 
 
 @dataclass(slots=True, eq=False)
-class _Strike:
+class _ArmedFault:
     what: str | Meanwhile
     after: int
     times: int
 
 
 class ModelFlora:
-    """All of FLORA. `armed` holds what strikes the requests to come.
+    """All of FLORA. `armed` holds the faults of the next requests.
 
-    `forgets` keys after two hours whatever it answers to used ones, `releases` the key of a start
-    that was answered 500; `queues` shows runs of ours with a status that is not documented.
+    `forgets` keys after two hours in both modes of idempotency, `releases` the key of a start that
+    was answered 500; `queues` shows our runs with an undocumented status.
     """
 
     def __init__(self, clocks: Clocks) -> None:
@@ -112,7 +112,7 @@ class ModelFlora:
         self.runs: dict[str, ModelRun] = {}
         self.requests = 0
         self.struck = 0
-        self.armed: list[_Strike] = []
+        self.armed: list[_ArmedFault] = []
         self.idempotency = "replay"
         self.lean = False
         self.seconds = False
@@ -141,19 +141,19 @@ class ModelFlora:
         return run
 
     def work(self) -> None:
-        """Starts that were still worked on come to their end, as far as it is time."""
+        """Finishes the starts that FLORA still works on, where they are due."""
         while self._at_work and self._at_work[0][0] <= self._clocks.elapsed:
             at, technique_id, body = self._at_work.pop(0)
             behind = round((self._clocks.elapsed - at) * 1000)
             self._do_start(technique_id, body, at, self._now() - behind)
 
     def exchange_key(self) -> None:
-        """The workspace's key is replaced: the old one is refused from now on."""
+        """Replaces the workspace's key: the old one is refused from now on."""
         self._exchanges += 1
         self.key = f"sk_test_{self._exchanges}"
 
     def go_on(self, run: ModelRun, status: str) -> None:
-        """A run comes to be "running", "completed" or "failed"; an end is for ever."""
+        """Sets a run to "running", "completed" or "failed"; an end is final."""
         if run.ended:
             return
         if run.started_at is None:
@@ -170,30 +170,30 @@ class ModelFlora:
         self.requests += 1
         self._clocks.elapsed += 0.1
         self.work()
-        strike = self._struck_by()
-        if strike in BEFORE:
-            return self._fail(request, strike)
-        if strike not in PAGES and request.headers["authorization"] != f"Bearer {self.key}":
+        fault = self._next_fault()
+        if fault in BEFORE:
+            return self._fail(request, fault)
+        if fault not in PAGES and request.headers["authorization"] != f"Bearer {self.key}":
             return self._refuse(401, "invalid_api_key")
-        if strike in LATER:
-            self._go_to_work(request)
-            return self._fail(request, str(strike).partition(",")[0])
+        if fault in LATER:
+            self._start_later(request)
+            return self._fail(request, str(fault).partition(",")[0])
         answer = self._answer(request)
-        if callable(strike):
-            await strike()
-        elif strike is not None:
-            return self._fail(request, strike)
+        if callable(fault):
+            await fault()
+        elif fault is not None:
+            return self._fail(request, fault)
         return answer
 
     def arm(self, what: str | Meanwhile, *, after: int, times: int = 1) -> None:
-        """After so many requests, this strikes the next ones."""
-        self.armed.append(_Strike(what, after, times))
+        """Makes later requests fail, or calls a function during one; the next `after` pass."""
+        self.armed.append(_ArmedFault(what, after, times))
 
-    def _struck_by(self) -> str | Meanwhile | None:
-        """What strikes this request."""
-        found = next((strike for strike in self.armed if strike.after <= 0), None)
-        for strike in self.armed:
-            strike.after -= 1
+    def _next_fault(self) -> str | Meanwhile | None:
+        """The fault of this request."""
+        found = next((fault for fault in self.armed if fault.after <= 0), None)
+        for fault in self.armed:
+            fault.after -= 1
         if found is None:
             return None
         found.times -= 1
@@ -216,7 +216,7 @@ class ModelFlora:
             case "garbage":
                 return self._respond(200, b'{"run_id": "ru')
             case "502 page" | "503 page" | "504 page" | "404 page":
-                return self._respond(int(str(fault)[:3]), b"<html>A gateway speaks</html>")
+                return self._respond(int(str(fault)[:3]), b"<html>A gateway answers</html>")
             case "empty":
                 return self._respond(200, b"")
             case "500 after":
@@ -236,9 +236,9 @@ class ModelFlora:
             case ["GET", "techniques", named, "runs", run_id]:
                 run = self.runs.get(run_id)
                 if run is not None and run.technique_id == _technique(named):
-                    return self._show(self._sight(run))
+                    return self._show(self._shown_run(run))
             case ["GET", "runs", run_id] if run_id in self.runs:
-                return self._show(self._sight(self.runs[run_id]))
+                return self._show(self._shown_run(self.runs[run_id]))
             case ["GET", "workspaces"]:
                 found_here = [{"workspace_id": WORKSPACE, "name": "The model"}]
                 return self._show({"workspaces": found_here, "meta": {"next_cursor": None}})
@@ -252,13 +252,13 @@ class ModelFlora:
         body = json.loads(request.content)
         key = body["idempotency_key"]
         assert request.headers["idempotency-key"] == key
-        asked = json.dumps([technique_id, body], sort_keys=True)
+        request_body = json.dumps([technique_id, body], sort_keys=True)
         used_at, original, answer = self._keys.get(key, (float("-inf"), "", b""))
         kept = KEYS_KEPT["conflict" if self.forgets else self.idempotency]
         if self._clocks.elapsed - used_at < kept:
             if self.idempotency == "conflict":
                 return self._refuse(409, "idempotency_duplicate")
-            if asked != original:
+            if request_body != original:
                 return self._refuse(422, "idempotency_conflict")
             return self._respond(200, answer, {"idempotent-replayed": "true"})
         return self._respond(
@@ -266,15 +266,15 @@ class ModelFlora:
         )
 
     def _do_start(self, technique_id: str, body: dict[str, Any], at: float, now: int) -> bytes:
-        """A start's run begins, whoever else uses its key meanwhile; the answer."""
+        """Starts a run, also where its key was used meanwhile; returns the answer."""
         key = body["idempotency_key"]
         run = self._begin(technique_id, now, key=key, inputs=body["inputs"])
-        answer = json.dumps(self._sight(run)).encode()
+        answer = json.dumps(self._shown_run(run)).encode()
         self._keys[key] = (at, json.dumps([technique_id, body], sort_keys=True), answer)
         return answer
 
-    def _go_to_work(self, request: httpx.Request) -> None:
-        """A start is done when a gateway has long answered in FLORA's place."""
+    def _start_later(self, request: httpx.Request) -> None:
+        """Executes a start later, after a gateway has answered."""
         match [request.method, *request.url.path.removeprefix("/api/v1/").split("/")]:
             case ["POST", "techniques", named, "runs"] if (found := _technique(named)) is not None:
                 ends_at = self._clocks.elapsed + WORKS_ON
@@ -293,8 +293,8 @@ class ModelFlora:
         meta = {"next_cursor": str(end) if end < len(found) else None}
         return self._show({name: items, "meta": meta})
 
-    def _sight(self, run: ModelRun) -> dict[str, Any]:
-        """The run as a read shows it now; what is not known yet is a zero, as in the reference."""
+    def _shown_run(self, run: ModelRun) -> dict[str, Any]:
+        """The run as a read shows it now; unknown values are zero, as in FLORA's reference."""
         path = f"techniques/{run.technique_id}/runs" if run.technique_id else "runs"
         times = {
             name: (at / 1000 if self.seconds else at) if at else 0
@@ -316,7 +316,7 @@ class ModelFlora:
         }
 
     def _cost(self, run: ModelRun) -> dict[str, float]:
-        """What is shown of the cost now: the bill or, where bills are late, a quote or nothing."""
+        """The cost that reads show now: the bill or, where bills are late, a quote or nothing."""
         billed = run.ended and self._now() - (run.completed_at or 0) >= BILLED_AFTER * 1000
         if billed or not self.late_bills:
             return {"charged_cost": run.cost}
@@ -324,7 +324,7 @@ class ModelFlora:
 
     def _item(self, run: ModelRun) -> dict[str, Any]:
         """The run as the history lists it."""
-        item = self._sight(run) | {"workspace_id": WORKSPACE, "project_id": "prj_model"}
+        item = self._shown_run(run) | {"workspace_id": WORKSPACE, "project_id": "prj_model"}
         if run.technique_id is None:
             item["generation_id"] = item.pop("run_id")
         else:
@@ -341,7 +341,7 @@ class ModelFlora:
     def _refuse(
         self, status: int, code: str, headers: dict[str, str] | None = None
     ) -> httpx.Response:
-        body = {"error": {"code": code, "message": "in the model's words"}}
+        body = {"error": {"code": code, "message": "An error of the model."}}
         return self._respond(status, json.dumps(body).encode(), headers)
 
     def _respond(
@@ -356,11 +356,11 @@ class ModelFlora:
 
 
 def _technique(named: str) -> str | None:
-    """The id of a technique that is named by id or slug."""
+    """The id of a technique, by its id or slug."""
     return next((one for one, slug in TECHNIQUES.items() if named in (one, slug)), None)
 
 
-def asks_for(prompt: str) -> list[dict[str, str]]:
+def inputs_for(prompt: str) -> list[dict[str, str]]:
     """The inputs of a start."""
     return [{"id": "prompt", "type": "text", "value": prompt}]
 

@@ -1,8 +1,8 @@
-"""One process of the tracker: all of it real but the far end, and mortal at any commit or request.
+"""One process of the tracker, real except for FLORA, which can crash at any commit or request.
 
-A crash is what SIGKILL is to a database and to FLORA: from one moment on, nothing of the process
-reaches either. So it freezes where it was struck; then its tasks are thrown away, and whatever
-their `finally` blocks still want to write is refused.
+A crash has the effect of SIGKILL: from one moment on, nothing of the process reaches the database
+or FLORA. The process freezes at that point; then its tasks are cancelled, and what their `finally`
+blocks write is refused.
 """
 
 import asyncio
@@ -24,8 +24,7 @@ from tracker.web.app import build_app
 T = TypeVar("T")
 
 POINTS: Final = ("before a commit", "after a commit", "before a request", "after a request")
-"""Where a process dies: with a transaction not begun or committed, with a request not sent or
-answered, and nobody told."""
+"""Where a process dies: before or after a transaction is committed, or a request is answered."""
 PUBLIC_URL: Final = "http://127.0.0.1:9"
 
 
@@ -34,13 +33,13 @@ class Crashed(StoreError):
 
 
 class Process:
-    """A tracker over a database. `doom` says where it dies, and after how many times there."""
+    """A tracker over a database. `doom` is the point where it dies, and how often it passes it."""
 
     services: Services
     http: httpx.AsyncClient
-    """Asks its web application."""
+    """A client of its web application."""
     key: str
-    """Its key to FLORA: the one that counted when it began."""
+    """Its key for FLORA: the valid one at its start."""
 
     def __init__(self) -> None:
         self.doom: tuple[str, int] | None = None
@@ -57,7 +56,7 @@ class Process:
         secrets: Sequence[str],
         workspace_id: str | None,
     ) -> Self:
-        """A new process with these signing secrets; it may have to learn its workspace's id."""
+        """Start a process; without `workspace_id` it has to learn the workspace's id."""
         process = cls()
         process.key = flora.key
         settings = Settings(
@@ -68,14 +67,14 @@ class Process:
             tracker_database_url=database_url,
             tracker_public_url=PUBLIC_URL,
             tracker_api_token="a-token-of-the-tests",
-            tracker_api_concurrency=1,  # so that one order of events is one outcome
+            tracker_api_concurrency=1,  # so that an order of events has one outcome
             tracker_history_since="365d",
         )
         enter = process._stack.enter_async_context
         services = await enter(open_services(settings, clock=clocks.ours))
-        services.database._writer = _MortalWriter(services.database._writer, process)  # type: ignore[assignment]
+        services.database._writer = _CrashingWriter(services.database._writer, process)  # type: ignore[assignment]
         services.starter._sleep = clocks.sleep
-        # What is stored is applied when the world says so, not whenever there is time.
+        # The world decides when the inbox is applied.
         services.applier.wake = lambda: None  # type: ignore[method-assign]
         services.starter._monotonic = clocks.monotonic
         (workspace,) = services.workspaces
@@ -88,7 +87,7 @@ class Process:
                 clock=clocks.ours,
                 monotonic=clocks.monotonic,
                 sleep=clocks.sleep,
-                transport=_MortalTransport(flora, process),
+                transport=_CrashingTransport(flora, process),
             )
         )
         process.services = services
@@ -105,42 +104,42 @@ class Process:
 
     @property
     def holder(self) -> str:
-        """Under which name it claims runs."""
+        """The name under which it claims runs."""
         return self.services.poller._holder
 
     async def do(self, work: Awaitable[T]) -> T:
-        """Do something in the process. Raises `Crashed` where it died over that."""
+        """Run a coroutine in the process. Raises `Crashed` where it dies meanwhile."""
         task = asyncio.ensure_future(work)
         await asyncio.wait([task, self._dead], return_when=asyncio.FIRST_COMPLETED)
         if self._dead.done():
-            await self._bury()
+            await self._discard()
             raise Crashed
         return await task
 
     async def stop(self) -> None:
-        """End it in order."""
+        """Stop it in order."""
         self.doom = None
         await self._stack.aclose()
 
     async def reach(self, point: str) -> None:
-        """The process gets to this point, and no further where it is to die there."""
+        """Mark that the process reaches a point; it freezes where it dies there."""
         if self._dead.done():
             raise Crashed
         if self.doom is not None and self.doom[0] == point:
             self.doom = (point, self.doom[1] - 1)
             if self.doom[1] < 0:
                 self._dead.set_result(None)
-                await _nothing_more()
+                await _freeze()
 
-    async def _bury(self) -> None:
+    async def _discard(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._stack.aclose()  # the connections; of what is written on the way nothing arrives
+        await self._stack.aclose()  # closes connections; writes are refused
 
 
-class _MortalWriter:
+class _CrashingWriter:
     """The database's writer."""
 
     def __init__(self, writer: Any, process: Process) -> None:
@@ -162,8 +161,8 @@ class _MortalWriter:
         return rows
 
 
-class _MortalTransport(httpx.AsyncBaseTransport):
-    """The way to FLORA."""
+class _CrashingTransport(httpx.AsyncBaseTransport):
+    """The transport to FLORA."""
 
     def __init__(self, flora: ModelFlora, process: Process) -> None:
         self._flora = flora
@@ -176,6 +175,6 @@ class _MortalTransport(httpx.AsyncBaseTransport):
         return response
 
 
-async def _nothing_more() -> NoReturn:
+async def _freeze() -> NoReturn:
     await asyncio.get_running_loop().create_future()
     raise AssertionError("a dead process does nothing")

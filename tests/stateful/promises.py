@@ -1,4 +1,4 @@
-"""What must hold after every step, as asserts over one snapshot of the database."""
+"""Promises that hold after every step, as assertions on one snapshot of the database."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -26,15 +26,15 @@ _STANDINGS = {
     "completed": (Standing.PENDING, Standing.RUNNING, Standing.COMPLETED),
     "failed": (Standing.PENDING, Standing.RUNNING, Standing.FAILED),
 }
-"""How high the API alone may have brought a run, by how it is at FLORA."""
+"""The states that the API alone may give a run, by its status at FLORA."""
 
 
 @dataclass(slots=True)
 class Memory:
-    """What was told to whom, and how things stood before.
+    """All requests and answers so far, and the state after the previous step.
 
-    `keys` are those that somebody sent, `started` the runs that were answered to a key, `tracked`
-    the runs that somebody named.
+    `keys` are the keys that were sent, `started` the runs that were answered to a key, `tracked`
+    the runs that a client tracked.
     """
 
     callbacks: dict[str, Callback] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class Snapshot:
 
 
 async def snapshot(db: Database) -> Snapshot:
-    """All of it, in one transaction."""
+    """Read everything in one transaction."""
     key = [ROLLUPS.c[name] for name in Key._fields]
     sums = [func.sum(ROLLUPS.c.runs), func.sum(ROLLUPS.c.amount)]
     async with db.read() as connection:
@@ -67,25 +67,25 @@ async def snapshot(db: Database) -> Snapshot:
             (await connection.execute(select(*RUN_COLUMNS).order_by(runs.c.run_id))).all(),
         )
         timeline = select(run_events.c.run_id, run_events.c.detail).order_by(run_events.c.id)
-        seen: dict[str, list[Observation]] = {}
+        observations: dict[str, list[Observation]] = {}
         for run_id, detail in await connection.execute(timeline):
-            seen.setdefault(run_id, []).append(Observation.from_json(detail))
-        came = (await connection.execute(select(deliveries))).all()
-        ledger = (await connection.execute(select(starts))).all()
+            observations.setdefault(run_id, []).append(Observation.from_json(detail))
+        delivery_rows = (await connection.execute(select(deliveries))).all()
+        start_rows = (await connection.execute(select(starts))).all()
         counts = (await connection.execute(select(*key, *sums).group_by(*key))).all()
     return Snapshot(
         records={record.run.run_id: record for record in records},
-        events=seen,
-        deliveries={row.delivery_id: row for row in came},
-        starts={row.idempotency_key: row for row in ledger},
+        events=observations,
+        deliveries={row.delivery_id: row for row in delivery_rows},
+        starts={row.idempotency_key: row for row in start_rows},
         tallies={Key(*row[:7]): (int(row[7]), int(row[8])) for row in counts if any(row[7:])},
     )
 
 
 def check(now: Snapshot, flora: ModelFlora, memory: Memory, *, holder: str) -> None:
-    """All promises. `holder` is the process that lives, and is at nothing."""
+    """Check all promises. `holder` is the live process, which is idle."""
     _no_start_is_paid_twice(now, flora, memory)
-    _what_was_taken_is_kept_and_nothing_else(now, memory)
+    _exactly_the_acknowledged_callbacks_are_stored(now, memory)
     applied: dict[str, set[str]] = {}
     for delivery in now.deliveries.values():
         if delivery.outcome == "applied":
@@ -95,28 +95,30 @@ def check(now: Snapshot, flora: ModelFlora, memory: Memory, *, holder: str) -> N
     assert applied.keys() <= now.records.keys(), "a delivery is applied, and its run is not there"
     for run_id, record in now.records.items():
         truth = flora.runs.get(run_id)
-        said = applied.get(run_id, set())
-        assert truth is not None or said or run_id in memory.tracked, f"who told of {run_id}?"
-        _the_end_is_somebodys_word(record, truth, said)
-        _nothing_is_taken_back(record, memory.records.get(run_id))
+        reported = applied.get(run_id, set())
+        assert truth is not None or reported or run_id in memory.tracked, f"no source for {run_id}"
+        _the_end_has_a_source(record, truth, reported)
+        _runs_only_progress(record, memory.records.get(run_id))
         assert record.lease_holder != holder, f"{run_id} is still claimed"
         if truth is not None:
             assert record.tracking is not Tracking.LOST, f"FLORA knows {run_id}"
             if record.run.settled:
                 assert_true(record, truth)
-        seen = now.events[run_id]
-        assert fold(seen) == record.run, f"the timeline of {run_id} does not fold to its row"
-        assert len(seen) >= memory.events[run_id]
-        memory.events[run_id] = len(seen)
+        observations = now.events[run_id]
+        assert merged(observations) == record.run, (
+            f"the timeline of {run_id} does not merge to its row"
+        )
+        assert len(observations) >= memory.events[run_id]
+        memory.events[run_id] = len(observations)
     assert memory.records.keys() <= now.records.keys(), "a run is gone"
     assert now.tallies == summed(now.records.values())
     memory.records, memory.starts = now.records, now.starts
 
 
-def fold(seen: list[Observation]) -> Run | None:
-    """What these sights amount to."""
+def merged(observations: list[Observation]) -> Run | None:
+    """The run that these observations merge to."""
     run = None
-    for observation in seen:
+    for observation in observations:
         run = merge(run, observation)
     return run
 
@@ -125,7 +127,7 @@ def assert_true(record: Record, truth: ModelRun) -> None:
     """A settled run has FLORA's own status, outputs, cost, error and times."""
     run = record.run
     assert (record.settled_at is not None) == run.settled == (record.next_check_at is None)
-    told = {
+    found = {
         "status": run.status,
         "outputs": [[o.output_id, o.type, o.url] for o in run.outputs or ()],
         # Until it is final FLORA may show no bill yet, and of a failed run the quote.
@@ -133,7 +135,7 @@ def assert_true(record: Record, truth: ModelRun) -> None:
         "error": None if run.error is None else [run.error.code, run.error.message],
         "times": [_ms(run.created_at), _ms(run.started_at), _ms(run.completed_at)],
     }
-    assert told == {
+    assert found == {
         "status": truth.status,
         "outputs": [list(output.values()) for output in truth.outputs],
         "cost": truth.cost,
@@ -149,7 +151,7 @@ def _ms(moment: datetime | None) -> int | None:
 
 
 def _no_start_is_paid_twice(now: Snapshot, flora: ModelFlora, memory: Memory) -> None:
-    """A key is one run, whoever sent it how often; what was answered to it stays true."""
+    """A key is one run, however often it was sent; its answer stays true."""
     paid = Counter(run.key for run in flora.runs.values() if run.key is not None)
     assert all(count == 1 for count in paid.values()), f"paid twice: {paid}"
     owned = Counter(row.run_id for row in now.starts.values() if row.run_id is not None)
@@ -160,12 +162,12 @@ def _no_start_is_paid_twice(now: Snapshot, flora: ModelFlora, memory: Memory) ->
         assert row.inputs == before.inputs
         assert before.run_id in (None, row.run_id)
         if row.state in ("stored", "refused"):
-            assert key not in paid, f"{key} runs at FLORA, and is said not to"
+            assert key not in paid, f"{key} runs at FLORA, but is not recorded as started"
         if row.state != "started":
             continue
-        # Never one that someone else began, however alike it is.
+        # Never a run of another program, however similar.
         run, record = flora.runs[row.run_id], now.records[row.run_id]
-        assert run.key == key, f"{key} is given {row.run_id}, which it did not start"
+        assert run.key == key, f"{key} has {row.run_id}, which it did not start"
         assert run.inputs == row.inputs
         assert record.source is Source.START
         assert record.inputs == row.inputs
@@ -173,39 +175,41 @@ def _no_start_is_paid_twice(now: Snapshot, flora: ModelFlora, memory: Memory) ->
         assert now.starts[key].run_id == run_id, f"{key} was answered with {run_id}"
 
 
-def _what_was_taken_is_kept_and_nothing_else(now: Snapshot, memory: Memory) -> None:
-    """What was answered with 2xx is there, and nothing is that no believable signature brought."""
+def _exactly_the_acknowledged_callbacks_are_stored(now: Snapshot, memory: Memory) -> None:
+    """Every callback that was answered 2xx is stored, and none without a valid signature."""
     for delivery_id, row in now.deliveries.items():
         sent = memory.callbacks.get(delivery_id)
-        assert sent is not None, f"{delivery_id} is a forgery, and was kept"
+        assert sent is not None, f"{delivery_id} is forged, and was stored"
         assert row.body == sent.body
         assert row.outcome in ("waiting", *sent.outcomes)
         assert (row.applied_at is not None) == (row.outcome == "applied")
-        assert sent.taken <= row.receipts <= sent.tries
+        assert sent.acknowledged <= row.receipts <= sent.tries
     for sent in memory.callbacks.values():
-        assert sent.taken == 0 or sent.delivery_id in now.deliveries, "acknowledged, and not there"
+        assert sent.acknowledged == 0 or sent.delivery_id in now.deliveries, (
+            "acknowledged, but not stored"
+        )
 
 
-def _the_end_is_somebodys_word(record: Record, truth: ModelRun | None, said: set[str]) -> None:
-    """The API's where it has spoken, else an authentic callback's; and a contradiction shows."""
+def _the_end_has_a_source(record: Record, truth: ModelRun | None, reported: set[str]) -> None:
+    """The end comes from the API where it was read, else from an authentic callback."""
     run = record.run
     allowed = () if truth is None else _STANDINGS[truth.status]
     if truth is not None and truth.queued:
         allowed = (*allowed, Standing.RUNNING)  # as which an unknown status counts
     if run.standing.ended and not run.standing.ended_at_api:
-        assert run.status == ("completed" if "completed" in said else "failed")
-        assert run.status in said
+        assert run.status == ("completed" if "completed" in reported else "failed")
+        assert run.status in reported
     else:
-        assert run.standing in (*allowed, Standing.PENDING), f"nobody said that: {run}"
-    assert run.standing.ended or not said, "a callback had no effect"
-    assert (record.callback_at is not None) == bool(said)
+        assert run.standing in (*allowed, Standing.PENDING), f"no source for {run}"
+    assert run.standing.ended or not reported, "a callback had no effect"
+    assert (record.callback_at is not None) == bool(reported)
     assert (record.ended_via is not None) == (record.end_seen_at is not None) == run.standing.ended
-    ends = said | ({truth.status} if truth is not None and run.standing.ended_at_api else set())
+    ends = reported | ({truth.status} if truth is not None and run.standing.ended_at_api else set())
     assert run.conflict == (len(ends) > 1)
 
 
-def _nothing_is_taken_back(record: Record, before: Record | None) -> None:
-    """A run only climbs, and what was noted of its receipt stays."""
+def _runs_only_progress(record: Record, before: Record | None) -> None:
+    """A run only progresses, and the facts about its receipt stay."""
     if before is None:
         return
     assert record.run.standing >= before.run.standing
@@ -214,7 +218,7 @@ def _nothing_is_taken_back(record: Record, before: Record | None) -> None:
     assert record.checks >= before.checks
     assert record.first_seen_at == before.first_seen_at
     assert record.source in (before.source, Source.START)
-    # A replay may show that a callback had come even earlier.
+    # A replay may reveal an earlier callback.
     assert before.callback_at is None or record.callback_at <= before.callback_at
     for name in ("ended_via", "end_seen_at", "settled_at"):
         known = getattr(before, name)

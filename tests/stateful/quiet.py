@@ -1,4 +1,4 @@
-"""The log kept quiet: so many lines would take longer than the work that they tell of."""
+"""Silence the log, which would take longer than the work itself."""
 
 import logging
 from collections.abc import Iterator

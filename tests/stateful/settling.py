@@ -1,4 +1,4 @@
-"""Once faults stop, everything settles: with FLORA's own truth, in few rounds and few requests."""
+"""Once faults stop, everything settles with FLORA's true values, in few rounds and requests."""
 
 from datetime import timedelta
 from typing import Final
@@ -8,18 +8,18 @@ from tests.stateful.promises import assert_true, snapshot
 from tests.stateful.world import World
 
 CALM: Final = 4 * 3600
-"""Seconds, past every lease, hold, pause and doubt, by whatever clock: ours was at most three hours
+"""Seconds, longer than every lease, pause and doubt, by either clock: ours is at most three hours
 ahead."""
 DAY: Final = 86400
 ALL_OF_IT: Final = timedelta(days=365)
 ROUNDS: Final = 6
-"""So many rounds of polling, each when the next run is due, settle all runs that are known."""
+"""Maximum number of polling rounds, each when the next run is due, until all known runs settle."""
 READS: Final = 3
-"""So many requests for each run, and for each round."""
+"""Maximum number of requests for each run and round."""
 
 
 async def settle(world: World) -> None:
-    """Let all faults stop and all runs end, do the worker's jobs as time passes, and compare."""
+    """Stop all faults, end all runs, do the worker's jobs as time passes, and compare."""
     clocks, flora, services = world.clocks, world.flora, world.process.services
     flora.armed.clear()
     world.process.doom = None
@@ -34,12 +34,12 @@ async def settle(world: World) -> None:
     rounds = 0
     while await _open_runs(world):
         rounds += 1
-        assert rounds <= ROUNDS, "what is known does not settle"
+        assert rounds <= ROUNDS, "known runs do not settle"
         await _poll(world)
         due = await services.poller.next_due_at()
         if due is not None:
             clocks.elapsed += max((due - clocks.ours()).total_seconds(), 1)
-    # What nobody told of is found by the next sweep; generations are looked for once a day.
+    # Unreported runs are found by the next sweep; generations are searched once a day.
     clocks.elapsed += DAY
     await world.sweep()
     await _poll(world)
@@ -69,7 +69,7 @@ async def _poll(world: World) -> None:
 
 
 async def _recheck(world: World) -> None:
-    """Read bills again as a worker does, until none is left to come."""
+    """Read bills again as a worker does, until all are final."""
     clocks, poller = world.clocks, world.process.services.poller
     for _ in range(ROUNDS):
         while (await poller.recheck_due()).more:
@@ -78,7 +78,7 @@ async def _recheck(world: World) -> None:
 
 
 async def _compare(world: World) -> None:
-    """Every run of FLORA's is settled and true, and of every start it is known what it became."""
+    """Every run of FLORA is settled with its true values, and every start has an outcome."""
     now = await snapshot(world.process.services.database)
     for run_id, truth in world.flora.runs.items():
         assert run_id in now.records, f"{run_id} is lost"

@@ -1,4 +1,4 @@
-"""The promise, under anything that may happen in any order."""
+"""The promises, under faults and events in any order."""
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -7,7 +7,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from tests.stateful.machine import TrackerMachine
 from tests.stateful.quiet import quiet
 
-# The same examples at each run. What fails is printed as it is: bench.soak_stateful looks for the
+# The same examples at each run. A failure is printed unshrunk: bench.soak_stateful searches the
 # smallest program, which takes minutes.
 SETTINGS = settings(
     max_examples=7,
@@ -23,7 +23,7 @@ SETTINGS = settings(
 
 @pytest.mark.timeout(180)
 def test_nothing_is_lost_whatever_happens(database_url: str) -> None:
-    """Faults, crashes, forgeries and clocks set wrong, in any order: after every step all promises
+    """Faults, crashes, forgeries and wrong clocks, in any order: after every step all promises
     hold, and once the faults stop everything settles."""
     with quiet():
         run_state_machine_as_test(lambda: TrackerMachine(database_url), settings=SETTINGS)

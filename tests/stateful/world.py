@@ -1,6 +1,6 @@
-"""A tracker, its FLORA, and what everybody was told: what the rules of the state machine play with.
+"""A tracker, its FLORA, and all requests and answers: what the rules of the state machine act on.
 
-One event loop carries everything, so that one order of events is one outcome.
+Everything runs in one event loop, so that an order of events has one outcome.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from sqlalchemy import Connection, delete
 
 from tests.stateful.callbacks import TOLERANCE, Callback, callback, signed
 from tests.stateful.clocks import Clocks
-from tests.stateful.flora import WORKSPACE, ModelFlora, ModelRun, asks_for
+from tests.stateful.flora import WORKSPACE, ModelFlora, ModelRun, inputs_for
 from tests.stateful.process import Crashed, Process
 from tests.stateful.promises import Memory, check, snapshot
 from tracker.polling.workspaces import Workspace
@@ -24,10 +24,10 @@ T = TypeVar("T")
 
 
 class World:
-    """All of it, over the database at `url`, which is emptied first.
+    """The tracker and FLORA, over the database at `url`, which is emptied first.
 
-    `told` is the workspace's id in the settings, `secrets` those of the tracker, `signing` those
-    with which FLORA signs. `figures` counts what was done.
+    `configured_id` is the workspace's id in the settings, `secrets` those of the tracker, `signing`
+    those with which FLORA signs. `figures` counts events.
     """
 
     process: Process
@@ -37,7 +37,7 @@ class World:
         self.clocks = Clocks()
         self.flora = ModelFlora(self.clocks)
         self.memory = Memory()
-        self.told: str | None = WORKSPACE
+        self.configured_id: str | None = WORKSPACE
         self.secrets = ["whsec_1"]
         self.signing = ["whsec_1"]
         self._url = url
@@ -46,7 +46,7 @@ class World:
         self.run(_empty(url))
 
     def run(self, work: Awaitable[T]) -> T:
-        """Do something beside the process."""
+        """Run a coroutine outside the process."""
 
         async def whole() -> T:
             return await work
@@ -54,7 +54,7 @@ class World:
         return self._runner.run(whole())
 
     def do(self, work: Awaitable[T]) -> T | None:
-        """Do something in the process; `None`, and a new process, where it died over that."""
+        """Run a coroutine in the process; `None`, and a new process, where it dies meanwhile."""
         try:
             return self.run(self.process.do(work))
         except Crashed:
@@ -63,28 +63,32 @@ class World:
             return None
 
     def begin(self) -> None:
-        """A new process."""
+        """Start a new process."""
         self.process = self.run(
             Process.start(
-                self._url, self.clocks, self.flora, secrets=self.secrets, workspace_id=self.told
+                self._url,
+                self.clocks,
+                self.flora,
+                secrets=self.secrets,
+                workspace_id=self.configured_id,
             )
         )
-        # Whoever begins looks what the one before left.
+        # A new process applies what the previous one left.
         self.run(self.process.services.applier.drain())
 
     def restart(self) -> None:
-        """The process ends in order, and another one begins."""
+        """Stop the process in order, and start another one."""
         self.run(self.process.stop())
         self.begin()
 
     def check(self) -> None:
-        """All promises."""
+        """Check all promises."""
         self.flora.work()
         now = self.run(snapshot(self.process.services.database))
         check(now, self.flora, self.memory, holder=self.process.holder)
 
     def close(self) -> None:
-        """End it all."""
+        """Stop the process."""
         self.run(self.process.stop())
         self._runner.close()
         self.figures["runs"] += len(self.flora.runs)
@@ -92,52 +96,52 @@ class World:
         self.figures["faults"] += self.flora.struck
 
     def next(self) -> int:
-        """A number that was not there before."""
+        """A new number."""
         self._count += 1
         return self._count
 
     @property
     def workspace(self) -> Workspace:
-        """The workspace, as the process knows it."""
+        """The workspace of the process."""
         (workspace,) = self.process.services.workspaces
         return workspace
 
     @property
     def flora_waits(self) -> bool:
-        """Whether the process leaves FLORA alone: it asked for a pause, or refused the key."""
+        """Whether the process sends no requests: FLORA asked for a pause, or refused the key."""
         client = self.workspace.require_client()
         return client.budget.state().paused > 0 or client.breaker.open
 
     def callback(self, run: ModelRun, *, contrary: bool = False) -> Callback:
-        """FLORA's callback for a run; there is one that is right and one that is wrong.
+        """FLORA's callback for a run: the right one, or the `contrary` one.
 
-        One that comes before the run has ended says that it completed.
+        Before the end of the run it reports that the run completed.
         """
         status = run.status if run.ended else "completed"
         if contrary:
             status = "failed" if status == "completed" else "completed"
         delivery_id = f"whd_{run.run_id}_{status}"
-        known = self.memory.callbacks.get(delivery_id)
-        return known or self.kept(
+        existing = self.memory.callbacks.get(delivery_id)
+        return existing or self.record_callback(
             callback(self.clocks, delivery_id, run.run_id, status, run_type=run.run_type)
         )
 
-    def kept(self, sent: Callback) -> Callback:
-        """Remember what FLORA sends."""
+    def record_callback(self, sent: Callback) -> Callback:
+        """Record what FLORA sends."""
         self.memory.callbacks[sent.delivery_id] = sent
         return sent
 
     # Work of the process
 
     async def deliver(self, sent: Callback, *, apply: bool = True) -> None:
-        """One attempt at a callback, signed as all of its attempts are; applied now, or later."""
-        off = abs(int(self.clocks.ours().timestamp()) - sent.signed_at)
-        believable = off <= TOLERANCE and any(secret in self.secrets for secret in self.signing)
-        sent.tries += believable
+        """Make one attempt at a callback; apply it now, or later."""
+        offset = abs(int(self.clocks.ours().timestamp()) - sent.signed_at)
+        valid = offset <= TOLERANCE and any(secret in self.secrets for secret in self.signing)
+        sent.tries += valid
         status = await self.post(sent.body, signed(sent, self.signing))
-        assert status == (200 if believable else 401)
-        sent.taken += believable
-        self.figures["acknowledged"] += believable
+        assert status == (200 if valid else 401)
+        sent.acknowledged += valid
+        self.figures["acknowledged"] += valid
         if apply:
             await self.process.services.applier.drain()
 
@@ -148,9 +152,9 @@ class World:
         return answer.status_code
 
     async def start(self, key: str, prompt: str) -> int:
-        """Ask for a run."""
+        """Start a run."""
         self.memory.keys.add(key)
-        body = {"technique": "icon-pack", "inputs": asks_for(prompt), "idempotency_key": key}
+        body = {"technique": "icon-pack", "inputs": inputs_for(prompt), "idempotency_key": key}
         answer = await self.process.http.post("/api/runs", json=body)
         assert answer.status_code in (200, 201, 409, 422, 502, 503, 504), answer.text
         if answer.is_success:
@@ -160,27 +164,27 @@ class World:
         return answer.status_code
 
     async def track(self, run_id: str, poll_url: str | None) -> None:
-        """Name a run."""
+        """Track a run."""
         self.memory.tracked.add(run_id)
         body = {"run_id": run_id} | ({} if poll_url is None else {"poll_url": poll_url})
         answer = await self.process.http.post("/api/runs/track", json=body)
         assert answer.status_code in (200, 201), answer.text
 
     async def sweep(self, *, minutes: int | None = None) -> None:
-        """Sweep the history, back to where it has to be read, or only so many minutes."""
+        """Sweep the history, as far as required, or only some minutes back."""
         since = None if minutes is None else timedelta(minutes=minutes)
         await self.process.services.sweeper.sweep(self.workspace, since=since)
 
     async def replay(self) -> None:
-        """Replay all that was quarantined."""
+        """Replay all quarantined callbacks."""
         for sent in self.memory.callbacks.values():
-            if sent.taken and "quarantined" in sent.outcomes:
+            if sent.acknowledged and "quarantined" in sent.outcomes:
                 replay = await self.process.services.replayer.replay(sent.delivery_id)
                 assert replay.outcome.value == sent.outcomes[-1]
 
 
 async def _empty(url: str) -> None:
-    """Take away what the example before left."""
+    """Delete the rows of the previous example."""
 
     def work(connection: Connection) -> None:
         for table in reversed(metadata.sorted_tables):
