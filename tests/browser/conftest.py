@@ -1,8 +1,7 @@
-"""Fixtures: Chromium, a tracker that follows a local FLORA, and one full of hostile text.
+"""Fixtures: Chromium, a tracker with a local FLORA, and a tracker full of hostile text.
 
-All of it is made once for each process and lives in one event loop; each test has a browser context
-of its own. Where Chromium is not installed the tests are left out, unless TRACKER_REQUIRE_BROWSER
-says that they must not be.
+All are made once for each process and share one event loop; each test has its own browser context.
+Without Chromium the tests are skipped, or fail where TRACKER_REQUIRE_BROWSER is set.
 """
 
 import asyncio
@@ -42,14 +41,14 @@ FLAGS: Final = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
-    # Nothing but this machine has a name.
+    # No other host name resolves.
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",
 ]
 
 
 @dataclass(slots=True)
 class Watched:
-    """A page, and what it did that no page may: dialogs, errors, and what its policy refused."""
+    """A page, and its forbidden actions: dialogs, errors, and violations of its policy."""
 
     page: Page
     dialogs: list[str] = field(default_factory=list)
@@ -57,7 +56,7 @@ class Watched:
     refused: list[str] = field(default_factory=list)
 
     def listen(self) -> None:
-        """Notes all of it from now on."""
+        """Record them from now on."""
 
         async def dismiss(dialog: Any) -> None:
             self.dialogs.append(dialog.message)
@@ -74,13 +73,13 @@ class Watched:
         self.page.on("console", console)
 
     def assert_quiet(self) -> None:
-        """Fails where the page did any of it."""
+        """Fail where there was any."""
         assert (self.dialogs, self.errors, self.refused) == ([], [], [])
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
-    """A tracker that is served, what is behind it, and the FLORA that it follows."""
+class LiveTracker:
+    """A served tracker, its services, and its local FLORA."""
 
     url: str
     services: Services
@@ -101,16 +100,16 @@ async def chromium() -> AsyncIterator[Browser]:
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def stage(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stage]:
+async def live(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LiveTracker]:
     """A tracker with a token and a worker, whose runs take a second and a half."""
-    path = tmp_path_factory.mktemp("stage") / "tracker.db"
+    path = tmp_path_factory.mktemp("live") / "tracker.db"
     options = Options(seed=4, run_seconds=1.5, failures=0)
-    async with running(options) as flora, _served(path, flora) as stage:
-        yield stage
+    async with running(options) as flora, _served(path, flora) as live:
+        yield live
 
 
 @asynccontextmanager
-async def _served(path: Path, flora: Simulator) -> AsyncIterator[Stage]:
+async def _served(path: Path, flora: Simulator) -> AsyncIterator[LiveTracker]:
     options = flora.world.options
     port = _free_port()
     settings = Settings(
@@ -130,7 +129,7 @@ async def _served(path: Path, flora: Simulator) -> AsyncIterator[Stage]:
         worker = Worker(services)
         await worker.start()
         stack.push_async_callback(worker.stop)
-        yield Stage(url, services, flora)
+        yield LiveTracker(url, services, flora)
 
 
 def _free_port() -> int:
@@ -155,7 +154,7 @@ OpenPage = Callable[..., Awaitable[Watched]]
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def open_page(chromium: Browser) -> AsyncIterator[OpenPage]:
-    """Opens a page in a context of its own; the page can reach this machine alone."""
+    """Opens a page in its own context; it can reach only this machine."""
     contexts: list[BrowserContext] = []
 
     async def open_page(**options: Any) -> Watched:
@@ -180,9 +179,9 @@ async def _only_this_machine(route: Route) -> None:
 
 
 async def sign_in(page: Page, url: str, token: str = TOKEN) -> None:
-    """Sign in by the form, and wait for the page behind it and its scripts."""
+    """Sign in through the form, and wait for the page behind it and its scripts."""
     await page.goto(url)
     await page.fill("#token", token)
     await page.keyboard.press("Enter")
     await page.wait_for_selector("#live")
-    await page.wait_for_load_state("load")  # its scripts are there: what is done now is answered
+    await page.wait_for_load_state("load")  # its scripts are loaded

@@ -1,4 +1,4 @@
-"""What people do here every day: sign in, filter, follow a run, replay a callback, look around."""
+"""Everyday use: sign in, filter, follow a run, replay a callback, move around."""
 
 import json
 import re
@@ -6,7 +6,7 @@ import re
 import pytest
 from playwright.async_api import expect
 
-from tests.browser.conftest import READER, TOKEN, OpenPage, Stage, sign_in
+from tests.browser.conftest import READER, TOKEN, LiveTracker, OpenPage, sign_in
 from tests.support.deliveries import Delivered, keep
 from tracker.core.clock import utc_now
 from tracker.core.record import Delivery, DeliveryOutcome
@@ -18,73 +18,71 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 INPUT = [{"id": "prompt", "type": "text", "value": "garden tools"}]
 
 
-async def start(stage: Stage, technique: str = "icon-pack") -> str:
-    """Start a run, and give its id."""
+async def start(live: LiveTracker, technique: str = "icon-pack") -> str:
+    """Start a run and return its id."""
     request = StartRequest(
         technique=technique, inputs=INPUT, workspace_id=None, idempotency_key=None
     )
-    started = await stage.services.starter.start(request)
+    started = await live.services.starter.start(request)
     return started.record.run.run_id
 
 
-async def test_signing_in_and_out(stage: Stage, open_page: OpenPage) -> None:
-    """The form refuses a wrong token, lets the right one in to where one was going, and out
-    again."""
+async def test_signing_in_and_out(live: LiveTracker, open_page: OpenPage) -> None:
+    """The form refuses a wrong token, and the right one leads to the wanted page."""
     watched = await open_page()
     page = watched.page
-    await page.goto(f"{stage.url}/runs?state=failed")
+    await page.goto(f"{live.url}/runs?state=failed")
     await expect(page.get_by_label("Token")).to_be_focused()
     await page.keyboard.type("wrong")
     await page.keyboard.press("Enter")
     await expect(page.get_by_role("alert")).to_contain_text("The token is wrong")
     await page.get_by_label("Token").fill(TOKEN)
     await page.get_by_role("button", name="Sign in").click()
-    await expect(page).to_have_url(f"{stage.url}/runs?state=failed")
+    await expect(page).to_have_url(f"{live.url}/runs?state=failed")
     await page.get_by_role("button", name="Sign out").click()
-    await expect(page).to_have_url(f"{stage.url}/login")
-    await page.goto(f"{stage.url}/runs")
+    await expect(page).to_have_url(f"{live.url}/login")
+    await page.goto(f"{live.url}/runs")
     await expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
     assert (watched.dialogs, watched.refused) == ([], [])
 
 
-async def test_signing_out_ends_a_copied_cookie(stage: Stage, open_page: OpenPage) -> None:
-    """A copy of the cookie in another browser opens what the first one sees, until that signs
-    out."""
+async def test_signing_out_ends_a_copied_cookie(live: LiveTracker, open_page: OpenPage) -> None:
+    """A copy of the cookie works in another browser until the first one signs out."""
     first, second = await open_page(), await open_page()
-    await sign_in(first.page, stage.url)
+    await sign_in(first.page, live.url)
     await second.page.context.add_cookies(await first.page.context.cookies())
-    await second.page.goto(f"{stage.url}/runs")
+    await second.page.goto(f"{live.url}/runs")
     await expect(second.page.get_by_role("heading", name="Runs", exact=True)).to_be_visible()
     await first.page.get_by_role("button", name="Sign out").click()
-    await expect(first.page).to_have_url(f"{stage.url}/login")
+    await expect(first.page).to_have_url(f"{live.url}/login")
     await second.page.reload()
     await expect(second.page.get_by_role("heading", name="Sign in")).to_be_visible()
-    answer = await second.page.request.get(f"{stage.url}/api/runs")
+    answer = await second.page.request.get(f"{live.url}/api/runs")
     assert answer.status == 401
     first.assert_quiet()
 
 
-async def test_who_may_only_read_is_offered_nothing_else(stage: Stage, open_page: OpenPage) -> None:
-    """A token with the scope `read` signs in, sees runs and their outputs, and no button that it
-    may not press."""
-    run_id = await start(stage)
+async def test_a_reading_token_is_offered_no_actions(
+    live: LiveTracker, open_page: OpenPage
+) -> None:
+    """A token with the scope `read` signs in and sees runs and outputs, but no action."""
+    run_id = await start(live)
     watched = await open_page()
     page = watched.page
-    await sign_in(page, f"{stage.url}/runs/{run_id}", READER)
+    await sign_in(page, f"{live.url}/runs/{run_id}", READER)
     await expect(page.get_by_role("button", name="Sign out")).to_be_visible()
     await expect(page.locator(".summary .pill")).to_have_text("completed")
     await expect(page.get_by_role("button", name="Check now")).to_have_count(0)
     watched.assert_quiet()
 
 
-async def test_a_run_is_followed_to_its_end_live(stage: Stage, open_page: OpenPage) -> None:
-    """The page shows the end, the outputs and the cost as they become known, without loading
-    again."""
+async def test_a_run_page_is_updated_live(live: LiveTracker, open_page: OpenPage) -> None:
+    """The page shows the end, the outputs and the cost without a reload."""
     watched = await open_page()
     page = watched.page
-    await sign_in(page, stage.url)
-    run_id = await start(stage)
-    await page.goto(f"{stage.url}/runs/{run_id}")
+    await sign_in(page, live.url)
+    run_id = await start(live)
+    await page.goto(f"{live.url}/runs/{run_id}")
     await page.evaluate("window.untouched = true")
     await expect(page.locator("#live-state")).to_contain_text("live")
     await expect(page.locator(".summary .pill")).to_have_text("completed")
@@ -98,24 +96,24 @@ async def test_a_run_is_followed_to_its_end_live(stage: Stage, open_page: OpenPa
     watched.assert_quiet()
 
 
-async def test_the_list_is_filtered_and_stays_live(stage: Stage, open_page: OpenPage) -> None:
-    """A filter changes the list and the address; runs that come meanwhile appear by themselves."""
+async def test_the_list_is_filtered_and_stays_live(live: LiveTracker, open_page: OpenPage) -> None:
+    """A filter changes the list and the address; new runs appear by themselves."""
     watched = await open_page()
     page = watched.page
-    first = await start(stage)
-    await sign_in(page, f"{stage.url}/runs")
+    first = await start(live)
+    await sign_in(page, f"{live.url}/runs")
     await expect(page.get_by_role("link", name=first)).to_be_visible()
     await page.evaluate("window.untouched = true")
 
     await page.get_by_label("Text").fill("no such run")
     await expect(page.get_by_role("heading", name="No matching runs")).to_be_visible()
-    assert page.url == f"{stage.url}/runs?text=no+such+run"
+    assert page.url == f"{live.url}/runs?text=no+such+run"
     await page.get_by_label("Text").fill("")
     await page.get_by_label("Technique").select_option(label="Icon Pack")
     await expect(page.get_by_role("link", name=first)).to_be_visible()
-    assert page.url == f"{stage.url}/runs?technique=tech_icon-pack"
+    assert page.url == f"{live.url}/runs?technique=tech_icon-pack"
 
-    second = await start(stage)
+    second = await start(live)
     await expect(page.get_by_role("link", name=second)).to_be_visible()
     row = page.locator(f'tr[data-run="{second}"]')
     await expect(row.locator(".pill")).to_have_text("completed")
@@ -125,13 +123,13 @@ async def test_the_list_is_filtered_and_stays_live(stage: Stage, open_page: Open
     watched.assert_quiet()
 
 
-async def test_times_are_in_the_viewers_zone(stage: Stage, open_page: OpenPage) -> None:
-    """What is typed is local time, what is asked for is UTC, and times are shown locally with the
-    exact UTC beside."""
+async def test_times_are_in_the_viewers_zone(live: LiveTracker, open_page: OpenPage) -> None:
+    """Date fields are in local time and sent in UTC; times are shown in local time, with UTC in the
+    title."""
     watched = await open_page(timezone_id="Asia/Kolkata")
     page = watched.page
-    await start(stage)
-    await sign_in(page, f"{stage.url}/runs")
+    await start(live)
+    await sign_in(page, f"{live.url}/runs")
     await page.get_by_text("Custom range").click()
     await page.get_by_label("From").fill("2026-01-01T05:30")
     await page.get_by_label("From").blur()
@@ -144,16 +142,16 @@ async def test_times_are_in_the_viewers_zone(stage: Stage, open_page: OpenPage) 
     watched.assert_quiet()
 
 
-async def test_a_quarantined_delivery_is_replayed(stage: Stage, open_page: OpenPage) -> None:
+async def test_a_quarantined_delivery_is_replayed(live: LiveTracker, open_page: OpenPage) -> None:
     """One click, and the page shows the result."""
-    run_id = await start(stage)
+    run_id = await start(live)
     body = {
         "id": "whd_kept",
         "type": "run.completed",
         "data": {"run_id": run_id, "status": "completed"},
     }
     await keep(
-        stage.services.database,
+        live.services.database,
         Delivered(
             delivery=Delivery(
                 delivery_id="whd_kept",
@@ -167,7 +165,7 @@ async def test_a_quarantined_delivery_is_replayed(stage: Stage, open_page: OpenP
     )
     watched = await open_page()
     page = watched.page
-    await sign_in(page, stage.url)
+    await sign_in(page, live.url)
     await page.get_by_role("link", name="Show callbacks").click()
     await page.get_by_role("link", name="whd_kept").click()
     await page.get_by_role("button", name="Replay").click()
@@ -175,21 +173,21 @@ async def test_a_quarantined_delivery_is_replayed(stage: Stage, open_page: OpenP
         f"applied to run {run_id}"
     )
     await expect(page.get_by_role("button", name="Replay")).to_have_count(0)
-    row = await read.get_delivery(stage.services.database, "whd_kept")
+    row = await read.get_delivery(live.services.database, "whd_kept")
     assert row is not None
     assert row.outcome is DeliveryOutcome.APPLIED
     watched.assert_quiet()
 
 
-async def test_check_now_asks_flora(stage: Stage, open_page: OpenPage) -> None:
+async def test_check_now_asks_flora(live: LiveTracker, open_page: OpenPage) -> None:
     """The button polls the run and shows the result, and the message stays; if the run is already
     settled, it says so."""
     result = re.compile("FLORA reports|Final|Settled")
     watched = await open_page()
     page = watched.page
-    await sign_in(page, stage.url)
-    run_id = await start(stage)
-    await page.goto(f"{stage.url}/runs/{run_id}")
+    await sign_in(page, live.url)
+    run_id = await start(live)
+    await page.goto(f"{live.url}/runs/{run_id}")
     await page.get_by_role("button", name="Check now").click()
     await expect(page.locator("#flash")).to_contain_text(result)
     await expect(page.locator(".summary .pill")).to_have_text("completed")
@@ -197,11 +195,13 @@ async def test_check_now_asks_flora(stage: Stage, open_page: OpenPage) -> None:
     watched.assert_quiet()
 
 
-async def test_a_session_that_ends_leads_to_the_sign_in(stage: Stage, open_page: OpenPage) -> None:
-    """What a script asks for after that leads there and back, not into the middle of the page."""
+async def test_a_session_that_ends_leads_to_the_sign_in(
+    live: LiveTracker, open_page: OpenPage
+) -> None:
+    """A script's request then leads to the sign-in and back, not into the middle of the page."""
     watched = await open_page()
     page = watched.page
-    await sign_in(page, f"{stage.url}/runs")
+    await sign_in(page, f"{live.url}/runs")
     await page.context.clear_cookies()
     await page.get_by_label("State").select_option("lost")
     await page.wait_for_url("**/login?next=*")
@@ -210,17 +210,17 @@ async def test_a_session_that_ends_leads_to_the_sign_in(stage: Stage, open_page:
     await page.wait_for_url("**/runs*")
 
 
-async def test_the_theme_is_chosen_and_kept(stage: Stage, open_page: OpenPage) -> None:
+async def test_the_theme_is_chosen_and_kept(live: LiveTracker, open_page: OpenPage) -> None:
     """The system's theme, until someone chooses another; then the choice, on the next page too."""
     watched = await open_page(color_scheme="light")
     page = watched.page
-    await sign_in(page, stage.url)
+    await sign_in(page, live.url)
     back = "getComputedStyle(document.body).backgroundColor"
     light = await page.evaluate(back)
     await page.get_by_role("button", name="Switch to dark").click()
     dark = await page.evaluate(back)
     assert dark != light
-    await page.goto(f"{stage.url}/runs")
+    await page.goto(f"{live.url}/runs")
     assert await page.evaluate(back) == dark
     await page.get_by_role("button", name="Switch to light").click()
     assert await page.evaluate(back) == light
@@ -230,12 +230,12 @@ async def test_the_theme_is_chosen_and_kept(stage: Stage, open_page: OpenPage) -
     watched.assert_quiet()
 
 
-async def test_everything_is_reached_by_keyboard(stage: Stage, open_page: OpenPage) -> None:
-    """From the sign-in to a run's page without a mouse, and the focus can always be seen."""
+async def test_everything_is_reached_by_keyboard(live: LiveTracker, open_page: OpenPage) -> None:
+    """From the sign-in to the page of a run without a mouse, with a visible focus."""
     watched = await open_page()
     page = watched.page
-    await start(stage)
-    await page.goto(f"{stage.url}/login")
+    await start(live)
+    await page.goto(f"{live.url}/login")
     await page.keyboard.type(TOKEN)
     await page.keyboard.press("Enter")
     await page.wait_for_selector("#live")
@@ -255,7 +255,7 @@ async def test_everything_is_reached_by_keyboard(stage: Stage, open_page: OpenPa
                 return
         raise AssertionError(f"{name} is not reached by Tab")
 
-    await page.goto(f"{stage.url}/")
+    await page.goto(f"{live.url}/")
     await tab_to("link", "Runs")
     await page.keyboard.press("Enter")
     await page.wait_for_url("**/runs")
@@ -265,15 +265,15 @@ async def test_everything_is_reached_by_keyboard(stage: Stage, open_page: OpenPa
     watched.assert_quiet()
 
 
-async def test_the_focus_survives_what_comes_live(stage: Stage, open_page: OpenPage) -> None:
-    """A list that changes under the keyboard leaves the focus where it was."""
+async def test_the_focus_survives_live_updates(live: LiveTracker, open_page: OpenPage) -> None:
+    """A list that is updated keeps the focus."""
     watched = await open_page()
     page = watched.page
-    first = await start(stage)
-    await sign_in(page, f"{stage.url}/runs")
+    first = await start(live)
+    await sign_in(page, f"{live.url}/runs")
     link = page.get_by_role("link", name=first)
     await link.focus()
-    second = await start(stage)
+    second = await start(live)
     await expect(page.get_by_role("link", name=second)).to_be_visible()
     await expect(link).to_be_focused()
     watched.assert_quiet()

@@ -1,4 +1,4 @@
-"""Every page, light and dark, wide and narrow: readable by machines for people, and harmless."""
+"""Every page, light and dark, wide and narrow: accessible, and safe against hostile text."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from urllib.parse import quote
 import pytest
 from playwright.async_api import Page, expect
 
-from tests.browser.conftest import OpenPage, Stage, sign_in
+from tests.browser.conftest import LiveTracker, OpenPage, sign_in
 from tests.browser.test_flows import start
 from tests.web.dashboard.hostile import BATCH_ID, DELIVERY_ID, EVIL, RUN_ID, TECHNIQUE_ID
 from tracker.core.run import Tracking
@@ -49,19 +49,19 @@ TOO_WIDE = """
 """
 
 
-async def _settled(stage: Stage) -> str:
-    """A run that has ended and whose details are known."""
-    run_id = await start(stage)
+async def _settled(live: LiveTracker) -> str:
+    """The id of a settled run."""
+    run_id = await start(live)
     while True:
-        record = await read.get_run(stage.services.database, run_id)
+        record = await read.get_run(live.services.database, run_id)
         if record is not None and record.tracking is Tracking.SETTLED:
             return run_id
-        await stage.services.signals.wait_due(0.1)
+        await live.services.signals.wait_due(0.1)
 
 
-async def _pages(stage: Stage) -> list[str]:
-    run_id = await _settled(stage)
-    deliveries, _ = await read.list_deliveries(stage.services.database, run_id=run_id)
+async def _pages(live: LiveTracker) -> list[str]:
+    run_id = await _settled(live)
+    deliveries, _ = await read.list_deliveries(live.services.database, run_id=run_id)
     return [
         "/",
         "/runs",
@@ -79,26 +79,25 @@ async def _pages(stage: Stage) -> list[str]:
     ]
 
 
-async def test_every_page_is_fit_for_all(stage: Stage, open_page: OpenPage) -> None:
-    """Labels, contrast, structure: axe finds nothing serious on any page, in either theme, and on a
-    phone nothing is wider than the screen."""
+async def test_every_page_is_accessible(live: LiveTracker, open_page: OpenPage) -> None:
+    """axe finds nothing serious on any page in either theme, and nothing is wider than a phone."""
     if not AXE.is_file():
         if os.environ.get("TRACKER_REQUIRE_BROWSER"):
             pytest.fail("axe-core is not installed: `make install` does it where npm is")
         pytest.skip("axe-core is not installed: `make install` does it where npm is")
     watched = await open_page(color_scheme="light", reduced_motion="reduce")
     page = watched.page
-    await page.goto(f"{stage.url}/login")
-    await _assert_fit(page, "/login")
-    await sign_in(page, stage.url)
-    for path in await _pages(stage):
-        await page.goto(f"{stage.url}{path}")
+    await page.goto(f"{live.url}/login")
+    await _assert_accessible(page, "/login")
+    await sign_in(page, live.url)
+    for path in await _pages(live):
+        await page.goto(f"{live.url}{path}")
         await page.wait_for_load_state("load")
-        await _assert_fit(page, path)
+        await _assert_accessible(page, path)
     assert (watched.dialogs, watched.refused) == ([], [])
 
 
-async def _assert_fit(page: Page, path: str) -> None:
+async def _assert_accessible(page: Page, path: str) -> None:
     await page.evaluate(AXE.read_text())
     for scheme in ("light", "dark"):
         await page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
@@ -115,7 +114,7 @@ async def _assert_narrow(page: Page, path: str) -> None:
 
 
 async def test_hostile_text_runs_nothing(hostile_url: str, open_page: OpenPage) -> None:
-    """No script, no dialog, no error, nothing that the content policy had to refuse; it fits."""
+    """No script, dialog, error or violation of the content policy, and the page fits the screen."""
     watched = await open_page()
     page = watched.page
     for path in HOSTILE:
@@ -128,7 +127,7 @@ async def test_hostile_text_runs_nothing(hostile_url: str, open_page: OpenPage) 
         )
         assert set(links) <= {"http:", "https:"}, path
         await _assert_narrow(page, path)
-    # What is copied into the page later is text as well.
+    # What is inserted later is text, too.
     await page.goto(f"{hostile_url}/runs")
     await page.get_by_label("Text").fill(EVIL)
     await page.wait_for_url("**/runs?text=*")
@@ -138,7 +137,9 @@ async def test_hostile_text_runs_nothing(hostile_url: str, open_page: OpenPage) 
     watched.assert_quiet()
 
 
-async def test_a_link_that_does_not_load_says_so(hostile_url: str, open_page: OpenPage) -> None:
+async def test_an_image_that_does_not_load_is_explained(
+    hostile_url: str, open_page: OpenPage
+) -> None:
     """An image whose link has expired is explained, with the link still there."""
     watched = await open_page()
     page = watched.page
@@ -149,17 +150,19 @@ async def test_a_link_that_does_not_load_says_so(hostile_url: str, open_page: Op
     await expect(broken.locator("figcaption a")).to_be_visible()
 
 
-async def test_the_chart_is_drawn_and_shown_as_a_table(stage: Stage, open_page: OpenPage) -> None:
+async def test_the_chart_is_drawn_and_shown_as_a_table(
+    live: LiveTracker, open_page: OpenPage
+) -> None:
     """Bars, and the same numbers as a table."""
-    await _settled(stage)
+    await _settled(live)
     watched = await open_page()
     page = watched.page
-    await sign_in(page, stage.url)
+    await sign_in(page, live.url)
     await expect(page.locator(".chart canvas")).to_be_visible()
     await page.get_by_text("Show as table").click()
     hours = page.get_by_role("group", name="Finished runs per hour as a table")
     await expect(hours.locator("tbody tr").first).to_be_visible()
-    second = await _settled(stage)
+    second = await _settled(live)
     await expect(hours).to_be_visible()  # it stays open when the page is kept up to date
     assert second
     watched.assert_quiet()

@@ -29,7 +29,7 @@ class Events:
         return {"event": frame["event"], "data": json.loads(frame["data"]), "id": frame.get("id")}
 
     async def runs(self, count: int) -> list[dict[str, Any]]:
-        """The runs of the next events, as they are shown with them."""
+        """The runs of the next events."""
         return [(await self.next())["data"]["run"] for _ in range(count)]
 
     async def ended(self, seconds: float = 10) -> bool:

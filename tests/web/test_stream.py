@@ -1,4 +1,4 @@
-"""`GET /api/stream`: every change of a run, once, in order, and from any process."""
+"""`GET /api/stream`: every change of a run once, in order, from any process."""
 
 import asyncio
 import subprocess
@@ -35,7 +35,7 @@ async def is_full(site: Site) -> bool:
 
 
 async def test_each_change_is_one_event(site: Site) -> None:
-    """Every line of a timeline comes with its number and the run as it is."""
+    """Every event comes with its number and the run in its present state."""
     async with following(site.client) as events:
         await site.services.writer.submit(started("run_1"))
         await site.services.writer.submit(called("run_1"))
@@ -49,9 +49,8 @@ async def test_each_change_is_one_event(site: Site) -> None:
     assert shown["status"] == "completed"
 
 
-async def test_a_reader_goes_on_where_it_was(site: Site) -> None:
-    """Whoever comes back with the last id it has seen gets what it missed, once, and then the
-    rest."""
+async def test_a_reader_resumes(site: Site) -> None:
+    """A reader that reconnects with its last id gets what it missed, once, and then the rest."""
     writer = site.services.writer
     async with following(site.client) as events:
         await writer.submit(seen("run_0"))
@@ -68,9 +67,8 @@ async def test_a_reader_goes_on_where_it_was(site: Site) -> None:
         assert [run["run_id"] for run in await events.runs(1)] == ["run_last"]
 
 
-async def test_who_has_seen_nothing_yet_can_come_back_too(site: Site) -> None:
-    """The very first frame says how far the stream is, so that nothing is lost before the first
-    event."""
+async def test_a_reader_can_resume_before_its_first_event(site: Site) -> None:
+    """The first frame has the stream's position, so nothing is lost before the first event."""
     await site.services.writer.submit(seen("run_old"))
     async with following(site.client) as events:
         await site.services.writer.submit(seen("run_1"))
@@ -81,8 +79,8 @@ async def test_who_has_seen_nothing_yet_can_come_back_too(site: Site) -> None:
         assert [run["run_id"] for run in await events.runs(1)] == ["run_1"]
 
 
-async def test_only_what_is_wanted_comes(site: Site) -> None:
-    """A run, a technique, a workspace and a status can be asked for, and all of them at once."""
+async def test_events_are_filtered(site: Site) -> None:
+    """By run, technique, workspace and status, and by all of them at once."""
     tech = {"technique_id": "tech_1"}
     entries = [
         seen("run_1", facts=tech),
@@ -108,15 +106,15 @@ async def test_only_what_is_wanted_comes(site: Site) -> None:
 
 
 @pytest.mark.parametrize("query", [{"last_event_id": "x"}, {"last_event_id": "-1"}], ids=str)
-async def test_a_wrong_question_is_refused(small_site: Site, query: dict[str, str]) -> None:
-    """What cannot be meant is a 400 that names the field."""
+async def test_an_invalid_query_is_refused(small_site: Site, query: dict[str, str]) -> None:
+    """The answer is a 400 that names the field."""
     answer = await small_site.client.get("/api/stream", params=query)
     assert answer.status_code == 400
     assert [each["field"] for each in answer.json()["error"]["fields"]] == list(query)
 
 
-async def test_a_lost_run_is_told_although_nobody_saw_anything(site: Site) -> None:
-    """That FLORA denies a run is no line of its timeline, and a change of it all the same."""
+async def test_a_lost_run_is_sent_without_an_event(site: Site) -> None:
+    """A run that is lost, or found again, has changed although it has no new event."""
     await site.services.writer.submit(started("run_1"))
     async with following(site.client) as events:
         for hour in range(5):
@@ -130,9 +128,9 @@ async def test_a_lost_run_is_told_although_nobody_saw_anything(site: Site) -> No
         assert (await events.next())["data"]["run"]["tracking"] == "active"
 
 
-async def test_changes_of_other_processes_come_too(database_url: str, serve: Serve) -> None:
-    """A change that another process commits is there within seconds: by notification on
-    PostgreSQL, by looking on SQLite."""
+async def test_changes_of_other_processes_are_sent(database_url: str, serve: Serve) -> None:
+    """A change committed by another process is sent within seconds: notified on PostgreSQL, polled
+    on SQLite."""
     program = (
         "import asyncio, sys\n"
         "from tests.store.making import open_writer, seen\n"
@@ -153,9 +151,8 @@ async def test_changes_of_other_processes_come_too(database_url: str, serve: Ser
             assert [run["run_id"] for run in await events.runs(1)] == ["run_elsewhere"]
 
 
-async def test_two_processes_share_one_row_of_numbers(postgres_url: str, serve: Serve) -> None:
-    """What one process has told a reader another need not tell again, and what came between it
-    does."""
+async def test_a_reader_resumes_at_another_process(postgres_url: str, serve: Serve) -> None:
+    """The other process sends what the first one has not sent, and nothing twice."""
     async with serve(postgres_url) as one, serve(postgres_url) as two, two.services.signals:
         await two.services.signals.wait_listening()
         async with following(one.client) as events:
@@ -167,9 +164,9 @@ async def test_two_processes_share_one_row_of_numbers(postgres_url: str, serve: 
             assert [run["run_id"] for run in await events.runs(2)] == ["run_2", "run_3"]
 
 
-async def test_a_line_that_commits_late_is_not_passed_over(postgres_url: str, serve: Serve) -> None:
-    """A smaller number that shows after a greater one still comes, and before it; a number that
-    was rolled back holds nothing up."""
+async def test_an_event_that_commits_late_is_sent(postgres_url: str, serve: Serve) -> None:
+    """A smaller number that appears after a greater one is sent, and before it; a number that was
+    rolled back delays nothing."""
     add = (
         "INSERT INTO run_events (run_id, at, source, status, detail) "
         "VALUES ('run_1', now(), 'poll', 'running', '{}') RETURNING id"
@@ -200,8 +197,8 @@ async def test_a_line_that_commits_late_is_not_passed_over(postgres_url: str, se
     assert told[0]["id"] == str(number)
 
 
-async def test_an_id_of_another_database_means_load_anew(small_site: Site) -> None:
-    """A reader that has seen more than there is, is told so and follows from now on."""
+async def test_an_unknown_id_resets_the_reader(small_site: Site) -> None:
+    """A reader with an id of another database is reset, and follows from now on."""
     await small_site.services.writer.submit(seen("run_1"))
     async with following(small_site.client, last="999999") as events:
         assert (await events.next())["event"] == "reset"
@@ -209,8 +206,8 @@ async def test_an_id_of_another_database_means_load_anew(small_site: Site) -> No
         assert [run["run_id"] for run in await events.runs(1)] == ["run_2"]
 
 
-async def test_numbers_that_begin_anew_mean_load_anew(small_site: Site) -> None:
-    """Where every run was deleted SQLite counts from 1 again: readers are told."""
+async def test_renumbering_resets_readers(small_site: Site) -> None:
+    """After every run is deleted SQLite counts from 1 again: readers are reset."""
     services = small_site.services
     await services.writer.submit_all([seen(run) for run in ids("run", 5)])
     async with following(small_site.client) as events:
@@ -220,11 +217,8 @@ async def test_numbers_that_begin_anew_mean_load_anew(small_site: Site) -> None:
         assert [run["run_id"] for run in await events.runs(1)] == ["run_new"]
 
 
-async def test_a_reader_that_does_not_read_is_dropped_and_nobody_waits(
-    sqlite_url: str, serve: Serve
-) -> None:
-    """One that takes nothing loses its place once too much waits for it; the other does not
-    notice."""
+async def test_a_slow_reader_is_disconnected(sqlite_url: str, serve: Serve) -> None:
+    """A client that reads nothing is disconnected once its queue is full; others do not wait."""
     facts = {"poll_url": "x" * 50_000}
     async with (
         serve(sqlite_url, limits=Limits(stream_queue=50, stream_readers=2)) as site,
@@ -242,8 +236,8 @@ async def test_a_reader_that_does_not_read_is_dropped_and_nobody_waits(
             assert sorted(run["run_id"] for run in await events.runs(40)) == names
 
 
-async def test_so_many_readers_and_no_more(sqlite_url: str, serve: Serve) -> None:
-    """One reader too many is a 503 with a time to try again, and there is room when one leaves."""
+async def test_the_number_of_readers_is_limited(sqlite_url: str, serve: Serve) -> None:
+    """One reader too many gets a 503 with `Retry-After`, until another one leaves."""
     async with (
         serve(sqlite_url, limits=Limits(stream_readers=2)) as site,
         following(site.client),
@@ -260,7 +254,7 @@ async def test_so_many_readers_and_no_more(sqlite_url: str, serve: Serve) -> Non
 
 
 async def test_a_change_is_read_once_for_all_readers(sqlite_url: str, serve: Serve) -> None:
-    """Twenty readers cost the database what one costs."""
+    """Twenty readers cost the database as much as one."""
     async with serve(sqlite_url) as site, AsyncExitStack() as stack:
         readers = [await stack.enter_async_context(following(site.client)) for _ in range(20)]
         asked: list[str] = []
@@ -276,8 +270,8 @@ async def test_a_change_is_read_once_for_all_readers(sqlite_url: str, serve: Ser
     assert len([each for each in asked if "FROM runs" in each]) <= 2
 
 
-async def test_a_quiet_stream_shows_that_it_lives(sqlite_url: str, serve: Serve) -> None:
-    """Now and then a comment comes, with the number so far, also where nothing is wanted."""
+async def test_a_quiet_stream_sends_heartbeats(sqlite_url: str, serve: Serve) -> None:
+    """Comments with the present position, also where no run matches."""
     async with (
         serve(sqlite_url, limits=Limits(stream_heartbeat=0.05)) as site,
         following(site.client, run_id="run_1") as events,
@@ -289,8 +283,8 @@ async def test_a_quiet_stream_shows_that_it_lives(sqlite_url: str, serve: Serve)
         assert (await reading)["data"]["run"]["run_id"] == "run_1"
 
 
-async def test_a_stream_ends_after_its_time(sqlite_url: str, serve: Serve) -> None:
-    """Nobody follows for ever on one permission: the stream ends as a whole answer does."""
+async def test_a_stream_ends_after_its_maximum_time(sqlite_url: str, serve: Serve) -> None:
+    """A reader has to authenticate again; the stream ends as a complete answer."""
     async with (
         serve(sqlite_url, limits=Limits(stream_seconds=0.1)) as site,
         following(site.client) as events,
@@ -299,7 +293,7 @@ async def test_a_stream_ends_after_its_time(sqlite_url: str, serve: Serve) -> No
 
 
 async def test_it_needs_the_token(sqlite_url: str, serve: Serve) -> None:
-    """The stream is behind the same gate as the rest of `/api`."""
+    """The stream needs a token like the rest of `/api`."""
     async with serve(sqlite_url, tracker_api_token="a-token-of-the-tests") as site:
         assert (await site.client.get("/api/stream")).status_code == 401
         site.client.headers["Authorization"] = "Bearer a-token-of-the-tests"
@@ -311,8 +305,8 @@ async def test_it_needs_the_token(sqlite_url: str, serve: Serve) -> None:
 async def test_the_service_stops_without_waiting_for_readers(
     sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Streams end as soon as the process is told to stop, each as a whole answer; one that is not
-    read at all is cut off."""
+    """When the process stops, each stream ends as a complete answer; a client that reads nothing is
+    cut off."""
     monkeypatch.setattr("tracker.web.http.server.UNREAD", 1)
     settings = Settings(tracker_database_url=sqlite_url)
     async with (

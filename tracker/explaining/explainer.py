@@ -22,7 +22,7 @@ from tracker.store.queries import starts, sweeps
 DELIVERIES: Final = 100
 """Callbacks of one run that are explained, the newest ones."""
 OVERDUE: Final = timedelta(seconds=30)
-"""A run that is due for longer is polled by nobody: a running worker needs less than half of it."""
+"""When a run has been due for longer, no worker runs: one needs less than half of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,7 +206,7 @@ def _reason(poll: NextLook) -> str:
     after_first = f"{wait} after the run was first seen"
     match poll.why:
         case Why.GRACE:
-            return f"{after_first}, the time its callback is given"
+            return f"{after_first}, the time allowed for its callback"
         case Why.INTERVAL:
             return f"{after_first}, since no callback is expected"
         case Why.LEARNED_GRACE | Why.LEARNED_INTERVAL:

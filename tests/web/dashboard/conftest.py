@@ -1,4 +1,4 @@
-"""Fixtures: a site with a token, and browsers that have signed in to it, without a browser."""
+"""Fixtures: a site with a token, and a client that has signed in."""
 
 import re
 from collections.abc import AsyncIterator
@@ -26,7 +26,7 @@ def csrf_of(page: str) -> str:
 
 @pytest.fixture
 async def closed(serve: Serve, sqlite_url: str) -> AsyncIterator[Site]:
-    """A site with a token, for who has not signed in."""
+    """A site with a token, before the sign-in."""
     async with serve(sqlite_url, tracker_api_token=TOKEN) as site:
         yield site
 

@@ -1,4 +1,4 @@
-"""A run, a technique, a sweep, a batch and callbacks whose every text is somebody's attack."""
+"""A run, a technique, a sweep, a batch and callbacks in which every text is an attack."""
 
 from datetime import timedelta
 from decimal import Decimal
@@ -44,7 +44,7 @@ BATCH_ID: Final = f"batch_{EVIL}"
 
 
 async def attack(services: Services, evil: str = EVIL) -> None:
-    """Store all of it, as if FLORA had said so."""
+    """Store all of it, as if it came from FLORA."""
     run_id, technique_id = f"run_{evil}", f"tech_{evil}"
     now = utc_now()
     outputs = tuple(

@@ -45,7 +45,7 @@ async def outcome(site: Site, delivery_id: str = "whd_run_1") -> str:
 
 
 async def test_a_quarantined_delivery_is_replayed(browser: httpx.AsyncClient, closed: Site) -> None:
-    """The page's form does it, and the answer says which run it is about."""
+    """The page's form does it, and the answer names the run."""
     await quarantine(closed, event())
     csrf = csrf_of((await browser.get("/deliveries/whd_run_1")).text)
     answer = await browser.post(REPLAY, data={"csrf_token": csrf})
@@ -55,10 +55,8 @@ async def test_a_quarantined_delivery_is_replayed(browser: httpx.AsyncClient, cl
     assert "Replay</button>" not in answer.text
 
 
-async def test_one_that_is_still_not_understood_says_why(
-    browser: httpx.AsyncClient, closed: Site
-) -> None:
-    """It stays in quarantine, and can be tried again."""
+async def test_a_failed_replay_shows_the_reason(browser: httpx.AsyncClient, closed: Site) -> None:
+    """The delivery stays quarantined, and can be replayed again."""
     await quarantine(closed, b'{"type": "run.paused"}')
     csrf = csrf_of((await browser.get("/deliveries/whd_run_1")).text)
     answer = await browser.post(REPLAY, headers={"X-CSRF-Token": csrf, "HX-Request": "true"})
@@ -66,10 +64,8 @@ async def test_one_that_is_still_not_understood_says_why(
     assert await outcome(closed) == "quarantined"
 
 
-async def test_a_body_that_retention_removed_is_told(
-    browser: httpx.AsyncClient, closed: Site
-) -> None:
-    """The page says so in its place, and a replay that there is nothing to do."""
+async def test_a_removed_body_is_shown_as_removed(browser: httpx.AsyncClient, closed: Site) -> None:
+    """The page shows that retention removed it, and a replay does nothing."""
     at = utc_now() - timedelta(days=40)
     await keep(closed.services.database, callback("run_1", at=at))
     ages = Ages(runs=timedelta(days=90), bodies=timedelta(days=30))
@@ -115,7 +111,7 @@ async def test_a_page_of_another_site_changes_nothing(
 async def test_the_right_token_from_another_origin_is_not_enough(
     browser: httpx.AsyncClient, closed: Site, headers: dict[str, str]
 ) -> None:
-    """Where the browser says that another page sent it, that counts."""
+    """A request that the browser marks as cross-site is refused."""
     await quarantine(closed, event())
     csrf = csrf_of((await browser.get("/")).text)
     answer = await browser.post(REPLAY, headers={**headers, "X-CSRF-Token": csrf})
@@ -124,7 +120,7 @@ async def test_the_right_token_from_another_origin_is_not_enough(
 
 
 async def test_another_sessions_token_is_not_ours(browser: httpx.AsyncClient, closed: Site) -> None:
-    """Each sign-in has its own, so that one who left cannot use theirs on somebody else."""
+    """Each session has its own token, and it works in no other session."""
     await quarantine(closed, event())
     async with httpx.AsyncClient(base_url=closed.base_url) as other:
         await sign_in(other)
@@ -133,7 +129,7 @@ async def test_another_sessions_token_is_not_ours(browser: httpx.AsyncClient, cl
 
 
 async def test_under_api_the_cookie_needs_the_token_too(browser: httpx.AsyncClient) -> None:
-    """What would start a run, and cost money, is refused with the cookie alone."""
+    """A start, which costs money, is refused with the cookie alone."""
     start = {"technique": "icon-pack", "inputs": [{"id": "a", "type": "text", "value": "b"}]}
     assert (await browser.post("/api/runs", json=start)).status_code == 401
     csrf = csrf_of((await browser.get("/")).text)
@@ -150,7 +146,7 @@ async def test_the_bearer_token_needs_nothing_besides(closed: Site) -> None:
 
 
 async def test_an_action_loaded_again_leads_to_its_page(browser: httpx.AsyncClient) -> None:
-    """Who reloads after an action sees the page, and nothing is done twice."""
+    """A reload after an action shows the page and repeats nothing."""
     answer = await browser.get("/deliveries/whd%2F1%3Fx/replay")
     assert (answer.status_code, answer.headers["Location"]) == (303, "/deliveries/whd%2F1%3Fx")
     answer = await browser.get("/runs/run_1/check")
@@ -172,8 +168,7 @@ def flash_of(page: str) -> str:
 async def test_check_now_reads_the_run_from_flora(
     serve: Serve, sqlite_url: str, flora: Simulator
 ) -> None:
-    """What FLORA says is on the page that comes back, and then nothing is left to check, which is
-    said to whoever still has the page from before."""
+    """The answer shows FLORA's state; then nothing is left to check, also for an older page."""
     options = flora.world.options
     settings = {"flora_base_url": flora.base_url, "flora_api_key": options.api_key}
     async with (
@@ -203,8 +198,8 @@ async def test_check_now_reads_the_run_from_flora(
         assert "the bill is checked again" in flash_of(again.text)
 
 
-async def test_check_now_says_why_it_cannot(small_site: Site) -> None:
-    """Without a key nobody can ask FLORA; the button says so before it is tried."""
+async def test_check_now_without_a_key(small_site: Site) -> None:
+    """The button is disabled and the page shows why; so does the answer of an older page."""
     await small_site.services.writer.submit(
         Seen(
             observation=Observation(

@@ -1,4 +1,4 @@
-"""Other people's text stays text, wherever it is shown."""
+"""Other people's text stays text on every page."""
 
 from html.parser import HTMLParser
 from urllib.parse import quote
@@ -18,7 +18,7 @@ from tests.web.dashboard.hostile import (
     attack,
 )
 from tracker.core.run import Output
-from tracker.web.dashboard.outputs import plain_http_origin, view_output, web_link
+from tracker.web.dashboard.outputs import plain_http_origin, presentation, web_link
 
 PAGES = {
     "/": False,
@@ -46,7 +46,7 @@ PAGES = {
 
 
 class _Reader(HTMLParser):
-    """What a browser would make of a page, as far as it could run something."""
+    """Collects everything in a page that could run or load something."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class _Reader(HTMLParser):
 
 
 async def test_no_text_becomes_anything_else(small_site: Site) -> None:
-    """On every page no element, attribute or address comes from what FLORA said."""
+    """On no page does an element, attribute or address come from FLORA's text."""
     await attack(small_site.services)
     for path, shows in PAGES.items():
         answer = await small_site.client.get(path, headers=HTML)
@@ -100,10 +100,10 @@ async def test_no_text_becomes_anything_else(small_site: Site) -> None:
 @pytest.mark.parametrize("kind", ["imageUrl", "videoUrl", "audioUrl", "documentUrl", "new"])
 def test_unsafe_addresses_are_shown_as_text(kind: str, link: str) -> None:
     """Neither a link nor a source comes of it; only a quotation mark in a path may stay one."""
-    shown = view_output(Output("o", kind, link), media_origin=None)
-    assert (shown.kind == "unsafe") is (web_link(link) is None)
+    shown, _ = presentation(Output("o", kind, link), media_origin=None)
+    assert (shown == "unsafe") is (web_link(link) is None)
     if '"' not in link:
-        assert shown.kind == "unsafe"
+        assert shown == "unsafe"
 
 
 @pytest.mark.parametrize(
@@ -120,12 +120,12 @@ def test_unsafe_addresses_are_shown_as_text(kind: str, link: str) -> None:
 def test_plain_http_is_loaded_from_a_local_flora_alone(flora: str, url: str, kind: str) -> None:
     """Every other address that is not https is only a link."""
     origin = plain_http_origin(flora)
-    assert view_output(Output("o", "imageUrl", url), media_origin=origin).kind == kind
+    assert presentation(Output("o", "imageUrl", url), media_origin=origin)[0] == kind
 
 
 def test_types_are_shown_as_what_they_are() -> None:
     """An unknown type is a link."""
     kinds = ("imageUrl", "videoUrl", "audioUrl", "documentUrl", "text", "model3dUrl")
     outputs = [Output("o", kind, "https://cdn.example/x") for kind in kinds]
-    shown = [view_output(one, media_origin=None).kind for one in outputs]
+    shown = [presentation(one, media_origin=None)[0] for one in outputs]
     assert shown == ["image", "video", "audio", "document", "text", "link"]

@@ -17,7 +17,7 @@ QUOTES = 20_000 * "\"'<&>"  # each becomes five characters
 
 
 async def test_a_run_full_of_long_texts_has_a_page(small_site: Site) -> None:
-    """Outputs, inputs, errors, events and callbacks are cut, and the page says so."""
+    """Outputs, inputs, errors, events and callbacks are cut, and marked as cut."""
     of = {"run_id": "run_long", "workspace_id": "ws_1", "technique_id": "tech_1"}
     inputs = [{"id": f"i{n}", "type": "text", "value": QUOTES} for n in range(20)]
     seen = Observation(**of, at=utc_now(), source=Source.START)  # type: ignore[arg-type]

@@ -105,12 +105,12 @@ async def test_the_overview_shows_the_day(site: Site) -> None:
         )
         await site.services.writer.submit(Seen(observation=begin, callback_expected=True))
         if via is Source.CALLBACK:
-            told = Observation(
+            reported = Observation(
                 run_id=run_id, source=Source.CALLBACK, at=now, status=RunStatus.COMPLETED
             )
             came = Delivery(delivery_id=f"whd_{number}", received_at=now, body=b"{}", run_id=run_id)
             await keep(site.services.database, Delivered(delivery=came))
-            await site.services.writer.submit(Seen(observation=told))
+            await site.services.writer.submit(Seen(observation=reported))
         await site.services.writer.submit(
             _seen(run_id, RunStatus.COMPLETED, completed_at=ended, charged_cost=Decimal("0.25"))
         )
@@ -271,7 +271,7 @@ async def test_coverage_is_shown_as_bars(small_site: Site) -> None:
 
 
 def _read(now: datetime, begin: float, end: float, **more: Any) -> coverage.Interval:
-    """What was read, from so many days ago to so many days ago."""
+    """An interval that was read, in days before now."""
     first, last = (now - timedelta(days=days) for days in (begin, end))
     return coverage.Interval(from_at=first, to_at=last, read_at=now, **more)
 

@@ -30,7 +30,7 @@ PAGES = ["/", "/runs", "/runs/run_1", "/deliveries", "/techniques", "/sweeps", "
 
 @pytest.mark.parametrize("path", PAGES)
 async def test_a_page_leads_to_the_sign_in_and_back(closed: Site, path: str) -> None:
-    """Whoever is not signed in is led to the form, and from there to where they were going."""
+    """Without a session a page leads to the sign-in, and that to the wanted page."""
     answer = await closed.client.get(path, params={"state": "failed"}, headers=HTML)
     assert answer.status_code == 303
     form = await closed.client.get(answer.headers["Location"])
@@ -41,7 +41,7 @@ async def test_a_page_leads_to_the_sign_in_and_back(closed: Site, path: str) -> 
 
 
 async def test_programs_get_401_and_no_form(closed: Site) -> None:
-    """`/api` answers in JSON, whoever asks; a script's request is told where the form is."""
+    """`/api` answers in JSON, also to browsers; a script's request gets the address of the form."""
     answer = await closed.client.get("/api/runs", headers=HTML)
     assert answer.status_code == 401
     assert answer.json()["error"]["code"] == "unauthorized"
@@ -88,7 +88,7 @@ async def test_over_https_the_cookie_is_secure(serve: Serve, sqlite_url: str) ->
         plain = {"Cookie": shown["Cookie"].removeprefix("__Host-")}
         refused = await site.client.get("/", headers={**plain, "Host": "tracker.example"})
         assert refused.status_code == 303
-        # A proxy that asks by a name of its own: the page's origin tells, and then the cookie.
+        # A proxy that uses another host name: the page's origin counts, and then the cookie.
         proxied = await site.client.post(
             "/login", data={"token": TOKEN}, headers={"Origin": "https://tracker.example"}
         )
@@ -97,7 +97,7 @@ async def test_over_https_the_cookie_is_secure(serve: Serve, sqlite_url: str) ->
 
 
 async def test_a_wrong_token_opens_nothing(closed: Site) -> None:
-    """The form says so, sets no cookie, and does not show what was typed."""
+    """The form shows an error, sets no cookie, and does not repeat the input."""
     answer = await sign_in(closed.client, "wrong <b>guess</b>")
     assert answer.status_code == 401
     assert "The token is wrong." in answer.text
@@ -161,7 +161,7 @@ async def test_a_foreign_page_cannot_sign_somebody_in(closed: Site) -> None:
     ],
 )
 def test_the_way_back_stays_here(text: str | None, path: str) -> None:
-    """The form leads to a page of ours and nowhere else."""
+    """The form leads to a page of the dashboard and nowhere else."""
     assert local_path(text) == path
 
 
@@ -209,7 +209,7 @@ class _Signed:
 
 
 async def test_a_session_ends_after_a_while_without_use(database: Database) -> None:
-    """What is used goes on, for a working day at most; each use is noted once a minute."""
+    """A session in use lasts a working day at most; its use is recorded once a minute."""
     token = _token("one")
     signed = _Signed(database, token)
     cookie, idle = await signed.begin(token), await signed.begin(token)
@@ -240,7 +240,7 @@ async def test_a_session_ends_with_its_token(database: Database) -> None:
 
 
 async def test_any_other_cookie_is_none(database: Database) -> None:
-    """Whatever stands in it, nothing breaks; one that stands twice is none either."""
+    """A broken cookie breaks nothing, and a repeated one is not accepted."""
     token = _token("one")
     signed = _Signed(database, token)
     cookie = await signed.begin(token)
@@ -252,7 +252,7 @@ async def test_any_other_cookie_is_none(database: Database) -> None:
 
 
 async def test_the_table_tells_neither_cookie_nor_token(database: Database) -> None:
-    """Whoever reads the database cannot sign in by what is there, and old rows are removed."""
+    """The stored digests are not enough to sign in, and old rows are removed."""
     token = _token("one")
     signed = _Signed(database, token)
     cookie = (await signed.begin(token)).partition("=")[2]
@@ -312,7 +312,7 @@ async def test_a_stream_ends_with_the_sign_out(serve: Serve, sqlite_url: str) ->
         ({"X-Forwarded-Proto": "http"}, False),
         ({"Forwarded": "for=198.51.100.7;proto=https;host=tracker.example"}, True),
         ({"Forwarded": 'for="[::1]:1", proto="HTTPS"'}, True),
-        # What the browser says of itself goes before what a proxy says.
+        # The browser's own headers go before a proxy's.
         ({"Origin": "http://tracker.example", "X-Forwarded-Proto": "https"}, False),
     ],
 )
@@ -356,7 +356,7 @@ async def test_a_token_that_only_reads_looks_and_changes_nothing(
 
 
 async def test_a_token_without_read_signs_nobody_in(serve: Serve, sqlite_url: str) -> None:
-    """The form says why."""
+    """The form shows the reason."""
     scraper = TokenSettings(name="prometheus", token="m" * 20, scopes={"metrics"})
     async with serve(sqlite_url, tokens=(scraper,)) as site:
         answer = await sign_in(site.client, "m" * 20)
@@ -373,13 +373,13 @@ async def test_signing_in_and_out_is_logged(
     await sign_in(closed.client)
     csrf = csrf_of((await closed.client.get("/", headers=HTML)).text)
     await closed.client.post("/logout", data={"csrf_token": csrf})
-    said = capsys.readouterr().err
-    told = [json.loads(line) for line in said.splitlines() if '"auth.' in line]
-    assert [line["event"] for line in told] == ["auth.signed_in", "auth.signed_out"]
-    for line in told:
+    log = capsys.readouterr().err
+    events = [json.loads(line) for line in log.splitlines() if '"auth.' in line]
+    assert [line["event"] for line in events] == ["auth.signed_in", "auth.signed_out"]
+    for line in events:
         assert (line["token"], line["peer"]) == ("TRACKER_API_TOKEN", "127.0.0.1")
         assert line["request_id"]
-    assert TOKEN not in said
+    assert TOKEN not in log
 
 
 def test_a_throttle_gives_its_burst_and_then_one_after_the_other() -> None:

@@ -1,4 +1,4 @@
-"""An installed tracker has its pages: what is not Python comes along in the wheel."""
+"""The wheel contains the files of the pages that are not Python."""
 
 import zipfile
 from pathlib import Path

@@ -24,7 +24,7 @@ log = structlog.get_logger(__name__)
 
 
 class AccessPages(PageGroup):
-    """Sign-in, sign-out and the audit log. Where no token is set nobody needs to sign in."""
+    """Sign-in, sign-out and the audit log. Where no token is set, no sign-in is needed."""
 
     def __init__(self, services: Services, renderer: Renderer, access: Access) -> None:
         super().__init__(services, renderer)

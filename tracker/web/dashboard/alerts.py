@@ -32,7 +32,7 @@ _TROUBLES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Alert:
-    """Something that needs attention: what it is, what to do, and where to look."""
+    """Something that needs attention, what to do about it, and a link to it."""
 
     kind: Literal["bad", "warn"]
     title: str

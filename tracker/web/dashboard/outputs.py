@@ -4,7 +4,6 @@ Links are other people's text. Only `http` and `https` addresses become links, a
 content security policy allows is loaded into the page; everything else stays text.
 """
 
-from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -17,21 +16,6 @@ _KINDS: Final = {
     "audioUrl": "audio",
     "documentUrl": "document",
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OutputView:
-    """One output on a page.
-
-    `kind` is "image", "video", "audio", "document", "text", "link" (of an unknown type, or not to
-    be loaded into the page) or "unsafe" (no web address). `value` is the link, or the text itself.
-    """
-
-    output_id: str
-    type: str
-    kind: str
-    value: str
-    host: str = ""
 
 
 def plain_http_origin(flora_base_url: str) -> str | None:
@@ -56,16 +40,17 @@ def web_link(text: str) -> str | None:
     return text
 
 
-def view_output(output: Output, *, media_origin: str | None) -> OutputView:
-    """How to show an output, where `media_origin` may be loaded by plain http."""
-    kind, host = "unsafe", ""
+def presentation(output: Output, *, media_origin: str | None) -> tuple[str, str]:
+    """How to show an output, and the host of its link, where there is one.
+
+    One of "image", "video", "audio", "document", "text", "link" (of an unknown type, or not to be
+    loaded into the page) and "unsafe" (no web address). Plain http is loaded from `media_origin`
+    alone.
+    """
     if output.type == "text":
-        kind = "text"
-    elif link := web_link(output.url):
-        parts = urlsplit(link)
-        host = parts.hostname or ""
-        loadable = parts.scheme == "https" or f"http://{parts.netloc}" == media_origin
-        kind = _KINDS.get(output.type, "link") if loadable else "link"
-    return OutputView(
-        output_id=output.output_id, type=output.type, kind=kind, value=output.url, host=host
-    )
+        return "text", ""
+    if web_link(output.url) is None:
+        return "unsafe", ""
+    parts = urlsplit(output.url)
+    loadable = parts.scheme == "https" or f"http://{parts.netloc}" == media_origin
+    return _KINDS.get(output.type, "link") if loadable else "link", parts.hostname or ""

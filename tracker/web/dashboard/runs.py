@@ -21,7 +21,7 @@ from tracker.store.queries.overview import technique_names
 from tracker.store.queries.runs import DeliveryRow
 from tracker.store.queries.search import STATES, Wanted, search_runs
 from tracker.web.dashboard.forms import check_csrf, path_id, query_choice, query_field
-from tracker.web.dashboard.outputs import plain_http_origin, view_output, web_link
+from tracker.web.dashboard.outputs import plain_http_origin, presentation, web_link
 from tracker.web.dashboard.render import FlashMessage, PageGroup, page_links
 from tracker.web.http.errors import invalid, not_found
 
@@ -143,7 +143,9 @@ class RunPages(PageGroup):
             names=await technique_names(database, [run.technique_id] if run.technique_id else []),
             flash=flash,
             cannot_check=self._cannot_check(record),
-            outputs=[view_output(one, media_origin=media_origin) for one in outputs[:MAX_SHOWN]],
+            outputs=[
+                (one, *presentation(one, media_origin=media_origin)) for one in outputs[:MAX_SHOWN]
+            ],
             inputs=[_input(one) for one in (record.inputs or ())[:MAX_SHOWN]],
             events=events[-MAX_SHOWN:],
             truncated=max(len(events), len(outputs)) > MAX_SHOWN,

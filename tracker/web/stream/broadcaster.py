@@ -20,6 +20,7 @@ from tracker.store.queries import runs as read
 from tracker.store.queries.changes import Line, Moment
 from tracker.store.signals import Signals
 from tracker.web.http.errors import unavailable
+from tracker.web.http.limits import Limits
 from tracker.web.stream.reader import Change, RunFilter, StreamReader
 
 PAGE_SIZE: Final = 250
@@ -95,25 +96,12 @@ class GapTracker:
 
 
 class Broadcaster:
-    """Gives out readers, at most `readers` at a time, with a queue of `queue_size` changes each.
+    """Gives out readers, and offers each change to all of them."""
 
-    Without signals of other processes the database is read every `poll_seconds`.
-    """
-
-    def __init__(
-        self,
-        db: Database,
-        signals: Signals,
-        *,
-        readers: int,
-        queue_size: int,
-        poll_seconds: float,
-    ) -> None:
+    def __init__(self, db: Database, signals: Signals, limits: Limits) -> None:
         self._db = db
         self._signals = signals
-        self._most_readers = readers
-        self._queue_size = queue_size
-        self._poll_seconds = poll_seconds
+        self._limits = limits
         self._readers: set[StreamReader] = set()
         self._gaps = GapTracker(0)
         self.sent_upto = 0
@@ -121,8 +109,8 @@ class Broadcaster:
         self._signalled: set[str] = set()
         self._woken = asyncio.Event()
         self._sent_tracking: OrderedDict[str, Tracking] = OrderedDict()
+        self._starting = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
-        self._started: asyncio.Future[None] | None = None
         self._closed = False
 
     async def subscribe(self, runs: RunFilter) -> StreamReader:
@@ -132,9 +120,10 @@ class Broadcaster:
         """
         if self._closed:
             raise unavailable("The service is shutting down.")
-        if len(self._readers) >= self._most_readers:
-            raise unavailable(f"The maximum of {self._most_readers} stream readers is reached.")
-        reader = StreamReader(runs, queue_size=self._queue_size, on_close=self._leave)
+        if len(self._readers) >= self._limits.stream_readers:
+            most = self._limits.stream_readers
+            raise unavailable(f"The maximum of {most} stream readers is reached.")
+        reader = StreamReader(runs, queue_size=self._limits.stream_queue, on_close=self._leave)
         self._readers.add(reader)
         try:
             await self._start()
@@ -171,30 +160,20 @@ class Broadcaster:
         self._readers.discard(reader)
         if not self._readers and self._task is not None:
             self._task.cancel()
-            self._task = self._started = None
+            self._task = None
 
     async def _start(self) -> None:
-        started = self._started
-        if started is None:
-            started = self._started = asyncio.get_running_loop().create_future()
-            self._task = asyncio.create_task(self._run(started), name="broadcaster")
         try:
-            async with asyncio.timeout(START_SECONDS):
-                await asyncio.shield(started)
+            async with asyncio.timeout(START_SECONDS), self._starting:
+                if self._task is None:
+                    await self._find_position()
+                    self._task = asyncio.create_task(self._run(), name="broadcaster")
         except TimeoutError:
             raise StoreUnavailable("the run events could not be read in time") from None
 
-    async def _run(self, started: "asyncio.Future[None]") -> None:
+    async def _run(self) -> None:
+        down = False
         with self._signals.subscribed(self._on_signal):
-            try:
-                await self._find_position()
-            except StoreError as error:
-                self._task = self._started = None
-                started.set_exception(error)
-                started.exception()  # its waiters may be gone
-                return
-            started.set_result(None)
-            down = False
             while True:
                 try:
                     await self._send_new()
@@ -203,7 +182,7 @@ class Broadcaster:
                     if not down:
                         log.warning("stream.database_down", error=str(error))
                     down = True
-                    await asyncio.sleep(self._poll_seconds)
+                    await asyncio.sleep(self._limits.stream_poll_seconds)
                     continue  # what was committed meanwhile is not signalled again
                 await asyncio.sleep(COALESCE_SECONDS)
                 await self._wait()
@@ -216,8 +195,9 @@ class Broadcaster:
         if self._gaps.waiting:
             return
         listening = self._db.dialect != "sqlite" and self._signals.listening
+        seconds = LISTENING_POLL_SECONDS if listening else self._limits.stream_poll_seconds
         try:
-            async with asyncio.timeout(LISTENING_POLL_SECONDS if listening else self._poll_seconds):
+            async with asyncio.timeout(seconds):
                 await self._woken.wait()
         except TimeoutError:
             pass

@@ -96,13 +96,7 @@ class Stream:
         self._access = access
         self._limits = limits
         self._stopping = asyncio.Event()
-        self._broadcaster = Broadcaster(
-            services.database,
-            services.signals,
-            readers=limits.stream_readers,
-            queue_size=limits.stream_queue,
-            poll_seconds=limits.stream_poll_seconds,
-        )
+        self._broadcaster = Broadcaster(services.database, services.signals, limits)
 
     def stop(self) -> None:
         """End all streams: the process stops, and they would not end by themselves."""
@@ -151,7 +145,7 @@ class Stream:
                 # A comment keeps the connection open.
                 yield frames or b": heartbeat\nid: %d\n\n" % reader.position
         except StoreError as error:
-            # The client reconnects, and is told then that the database is down.
+            # The client reconnects and gets a 503.
             log.warning("stream.broken_off", error=str(error))
 
     async def _resume(self, reader: StreamReader, last: int) -> AsyncIterator[bytes]:

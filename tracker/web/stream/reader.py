@@ -69,7 +69,7 @@ class Change:
 
 
 def reset_frame(number: int) -> bytes:
-    """Tells a reader to load anew what it shows; the stream goes on from `number`."""
+    """Asks the client to reload what it shows; the stream continues after `number`."""
     return b"id: %d\nevent: reset\ndata: {}\n\n" % number
 
 
