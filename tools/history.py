@@ -1,13 +1,13 @@
-"""A day of runs as they might have been, taken through the writer: what the screenshots show.
+"""A made-up day of runs for the screenshots, stored through the writer.
 
-The same seed gives the same day, but for where it lies: it ends now.
+The same seed gives the same day; it always ends now.
 """
 
 import json
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from functools import partial
@@ -25,6 +25,7 @@ from tracker.store.queries.sweeps import Interval
 BUSIEST: Final = 34
 """Runs in the busiest hour."""
 WAYS: Final = (("callback", 0.84), ("poll", 0.11), ("history", 0.05))
+BILL_CHECKED_AFTER: Final = timedelta(seconds=90)
 ERRORS: Final = (
     ("provider_error", "The model provider did not answer."),
     ("safety_blocked", "The prompt was refused by the safety filter."),
@@ -34,7 +35,7 @@ ERRORS: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Life:
-    """One run, from its start to the read of its details."""
+    """One run, from its start to the poll of its details."""
 
     run_id: str
     technique: SimulatedTechnique
@@ -48,8 +49,8 @@ class _Life:
     error: tuple[str, str]
 
 
-async def live_a_day(services: Services, *, now: datetime, seed: int) -> int:
-    """Fill an empty tracker with the last day; how many runs there were."""
+async def store_a_day(services: Services, *, now: datetime, seed: int) -> int:
+    """Fill an empty tracker with the last day; the number of runs."""
     dice = random.Random(seed)
     workspace = next(iter(services.workspaces)).workspace_id or "ws_simulator"
     lives = list(_lives(dice, now, workspace))
@@ -150,21 +151,20 @@ def _entries(life: _Life) -> Iterator[Entry | Delivery]:
         yield _callback(life, status)
     error = RunError(*life.error) if life.failed else None
     outputs = () if life.failed else _outputs(technique)
-    yield Seen(
-        observation=Observation(
-            **common,
-            source=Source.HISTORY if life.via == "history" else Source.POLL,
-            at=life.read,
-            status=status,
-            progress=100,
-            started_at=life.began + timedelta(seconds=1),
-            completed_at=life.ended,
-            charged_cost=Decimal(0 if life.failed else str(technique.run_cost)),
-            error=error,
-            outputs=outputs,
-        ),
-        reads=1,
+    end = Observation(
+        **common,
+        source=Source.HISTORY if life.via == "history" else Source.POLL,
+        at=life.read,
+        status=status,
+        progress=100,
+        started_at=life.began + timedelta(seconds=1),
+        completed_at=life.ended,
+        charged_cost=Decimal(0 if life.failed else str(technique.run_cost)),
+        error=error,
+        outputs=outputs,
     )
+    yield Seen(observation=end, reads=1)
+    yield Seen(observation=replace(end, at=life.read + BILL_CHECKED_AFTER), reads=1)
 
 
 def _outputs(technique: SimulatedTechnique) -> tuple[Output, ...]:

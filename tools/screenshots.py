@@ -1,8 +1,7 @@
-"""Pictures of every page, light and dark, into docs/screenshots: `make screenshots`.
+"""Takes screenshots of every page, light and dark, into docs/screenshots: `make screenshots`.
 
-A local FLORA and a tracker are served, a day of runs is told to the tracker, some more are really
-run, and Chromium looks at it. Needs Chromium (Debian's package `chromium`) and the development
-tools of `make install`.
+Serves a local FLORA and a tracker, stores a made-up day of runs, runs some more, and opens the
+pages in Chromium. Needs Chromium (Debian's package `chromium`) and the tools of `make install`.
 """
 
 import asyncio
@@ -18,7 +17,7 @@ from typing import Final
 from playwright.async_api import Browser, Page, async_playwright
 from pydantic import SecretStr
 
-from tools.history import live_a_day
+from tools.history import store_a_day
 from tracker.core.clock import utc_now
 from tracker.core.run import Tracking
 from tracker.services import Services, open_services
@@ -45,11 +44,11 @@ FLAGS: Final = (
 )
 TOKEN: Final = "only-for-screenshots"  # noqa: S105 - it opens a tracker that lives for a minute
 ENDED: Final = ("icon-pack", "moodboard-maker", "location-scouter", "podcast-intro", "cctv-cam")
-"""Techniques that are really run to their end, for their pictures."""
+"""Techniques that are run to their end, for their outputs."""
 OPEN: Final = ("fit-checks", "logo-stylist", "character-lock", "glam-shots", "earth-zoom-out")
-"""Techniques that are still running when the pictures are taken."""
+"""Techniques that are still running when the screenshots are taken."""
 
-KEPT_UP_TO_DATE: Final = """
+IS_LIVE: Final = """
 () => ["slow", undefined].includes(document.getElementById("live")?.dataset.live)
   || document.getElementById("live-state").dataset.state === "on"
 """
@@ -57,20 +56,20 @@ KEPT_UP_TO_DATE: Final = """
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shot:
-    """One picture: its name, the page, and how wide the screen is."""
+    """One screenshot: its name, the page, and the size of the screen."""
 
     name: str
     path: str
     width: int = 1280
     height: int = 860
     whole: bool = True
-    """Whether all of the page is taken, or the first screen of a long list."""
+    """Whether the whole page is shown, or only the first screen of a long list."""
 
 
 async def main() -> None:
     """Take them all."""
     TARGET.mkdir(parents=True, exist_ok=True)
-    async with _stage() as (address, services), async_playwright() as play:
+    async with _served() as (address, services), async_playwright() as play:
         browser = await play.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
         shots = await _shots(services)
         for scheme in ("light", "dark"):
@@ -91,6 +90,7 @@ async def _shots(services: Services) -> list[Shot]:
         Shot(name="technique", path="/techniques/tech_icon-pack"),
         Shot(name="batches", path="/batches"),
         Shot(name="batch", path=f"/batches/{batch}"),
+        Shot(name="spending", path="/spending"),
         Shot(name="sweeps", path="/sweeps", whole=False),
         Shot(name="phone-overview", path="/", width=390, height=844, whole=False),
         Shot(name="phone-runs", path="/runs", width=390, height=844, whole=False),
@@ -98,7 +98,7 @@ async def _shots(services: Services) -> list[Shot]:
 
 
 async def _run_some(services: Services) -> str:
-    """Start runs; wait for some; the id of one that shows what there is to show."""
+    """Start runs and wait for some; the id of one with typical outputs."""
     ended = [await _start(services, slug) for slug in ENDED if f"tech_{slug}" in load_catalogue()]
     for run_id in ended:
         while True:
@@ -112,7 +112,7 @@ async def _run_some(services: Services) -> str:
 
 
 async def _run_a_batch(services: Services) -> str:
-    """Run a sheet of icons to its end; the id of the batch."""
+    """Run a batch of icons to its end; its id."""
     rows = ("prompt", "garden tools", "kitchen", "camping", "music", "weather", "chess", "trains")
     plan, _ = await services.batches.plan(
         "icon-pack", read_csv("\n".join(rows).encode()), name="autumn-icons.csv"
@@ -147,7 +147,7 @@ async def _take(browser: Browser, address: str, shots: list[Shot], scheme: str) 
         await _sign_in(page, address, scheme if not phone else None)
         for shot in wanted:
             await page.goto(f"{address}{shot.path}")
-            await page.wait_for_function(KEPT_UP_TO_DATE)
+            await page.wait_for_function(IS_LIVE)
             await page.evaluate("Promise.all([...document.images].map((each) => each.decode()))")
             await page.wait_for_load_state("load")
             await page.screenshot(
@@ -158,18 +158,18 @@ async def _take(browser: Browser, address: str, shots: list[Shot], scheme: str) 
         await context.close()
 
 
-async def _sign_in(page: Page, address: str, picture: str | None) -> None:
+async def _sign_in(page: Page, address: str, scheme: str | None) -> None:
     await page.goto(f"{address}/login")
-    if picture:
-        await page.screenshot(path=TARGET / f"sign-in-{picture}.png")
+    if scheme:
+        await page.screenshot(path=TARGET / f"sign-in-{scheme}.png")
     await page.fill("#token", TOKEN)
     await page.click("button[type=submit]:has-text('Sign in')")
     await page.wait_for_selector("#live")
 
 
 @asynccontextmanager
-async def _stage() -> AsyncIterator[tuple[str, Services]]:
-    """A local FLORA and a tracker with a worker, on a throw-away file."""
+async def _served() -> AsyncIterator[tuple[str, Services]]:
+    """A local FLORA, and a tracker with a worker on a temporary file."""
     options = Options(seed=12, run_seconds=5, failures=0.0, drop=0.2)
     with TemporaryDirectory(prefix="tracker-screenshots-") as folder:
         async with running(options) as simulator:
@@ -187,7 +187,7 @@ async def _stage() -> AsyncIterator[tuple[str, Services]]:
                     tracker_poll_interval=2,
                 )
                 async with open_services(settings, background=True) as services:
-                    await live_a_day(services, now=utc_now(), seed=7)
+                    await store_a_day(services, now=utc_now(), seed=7)
                     ready = asyncio.Event()
                     server = Server(build_app(services), on_ready=ready.set)
                     serving = asyncio.create_task(server.serve(sockets=sockets))

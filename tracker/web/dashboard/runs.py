@@ -105,7 +105,7 @@ class RunPages(PageGroup):
             periods=PERIODS,
             names=names,
             techniques=_with_chosen(names, filters["technique"]),
-            workspaces=_with_chosen(dict(zip(ids, ids, strict=True)), filters["workspace"]),
+            workspaces=_with_chosen({one: one for one in ids}, filters["workspace"]),
             has_key=self._has_key,
             **page_links("/runs", cursor=cursor, next_cursor=found.next_cursor, **filters),
         )
