@@ -438,10 +438,9 @@ async def test_keys_go_only_where_that_is_asked_for(writer: TestWriter, db: Data
 
 @pytest.mark.parametrize("page", [1, 2, 100])
 async def test_keys_are_walked_through_to_the_end(
-    writer: TestWriter, db: Database, page: int, monkeypatch: pytest.MonkeyPatch
+    writer: TestWriter, db: Database, page: int
 ) -> None:
     """However many techniques there are, and however many starts of one moment lie on a page."""
-    monkeypatch.setattr("tracker.operations.retention.PAGE", page)
     for number in range(7):
         await _start(db, writer, f"key-{number}", None, NOW - (400 + number // 3) * DAY)
     technique = case((start_table.c.idempotency_key < "key-3", "tech_0"), else_="tech_2")
@@ -449,7 +448,7 @@ async def test_keys_are_walked_through_to_the_end(
     await db.write(lambda connection: connection.execute(refused).rowcount)
     asked = Ages(runs=AGES.runs, bodies=AGES.bodies, keys=365 * DAY)
     for dry in (True, False):
-        assert (await pruner(db).prune(asked, dry=dry))["starts"] == 7
+        assert (await pruner(db, page=page).prune(asked, dry=dry))["starts"] == 7
     assert await kept(db, start_table, "idempotency_key") == set()
 
 

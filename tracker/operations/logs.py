@@ -1,8 +1,8 @@
-"""The log: every line of every library goes to stderr, in one format, with secrets taken out.
+"""The log: every line of every library goes to stderr in one format, with secrets redacted.
 
-stdout belongs to what commands print. Lines are for people (`console`) or for machines (`json`, one
-object a line). The last step looks at the finished line, whoever wrote it and whatever it quotes
-(tracebacks too), and replaces each known secret and whatever has the shape of one.
+stdout is for the output of commands. Lines are for people (`console`) or machines (`json`, one
+object a line). The last step redacts known secrets, and whatever has the shape of one, in the
+finished line, including tracebacks.
 """
 
 import io
@@ -22,7 +22,7 @@ from tracker.core.plain import plain, plain_lines
 
 REDACTED: Final = "[redacted]"
 _SHORTEST_SECRET: Final = 4
-"""A shorter one is not looked for: it would be found in ordinary words, and so be given away."""
+"""Shorter ones are not redacted: they occur in ordinary words, and the gaps would reveal them."""
 
 _SHAPES: Final = (
     (re.compile(r"\b(sk_(?:live|test)_|whsec_)[A-Za-z0-9+/=_-]+"), rf"\1{REDACTED}"),
@@ -33,10 +33,10 @@ _SHAPES: Final = (
 """FLORA's keys and signing secrets, passwords in URLs, signatures, bearer tokens."""
 
 _QUIET: Final = {
-    "httpx": logging.WARNING,  # a line for each request, which the callers log in our own terms
+    "httpx": logging.WARNING,  # a line per request, which our callers log themselves
     "httpcore": logging.WARNING,
-    "apscheduler": logging.WARNING,  # a line for each time a job runs, every few seconds
-    "alembic": logging.WARNING,  # several lines whenever the schema is looked at
+    "apscheduler": logging.WARNING,  # a line per job run, every few seconds
+    "alembic": logging.WARNING,  # several lines per schema check
     "asyncio": logging.WARNING,
     "aiosqlite": logging.WARNING,
 }
@@ -49,10 +49,10 @@ def configure_logs(
     secrets: Iterable[str] = (),
     stream: TextIO | None = None,
 ) -> None:
-    """Send structlog's and the standard library's logs to `stream` (by default stderr).
+    """Send structlog's and the standard library's logs to `stream` (default: stderr).
 
-    Without a `format` it is `console` where the stream is a terminal, else `json`. `secrets` are
-    taken out of every line. Calling it again replaces what was configured before.
+    The default `format` is `console` on a terminal, else `json`. `secrets` are redacted in every
+    line. Another call replaces the configuration.
     """
     stream = sys.stderr if stream is None else stream
     terminal = stream.isatty()
@@ -112,7 +112,7 @@ def configure_logs(
 
 
 def redact_also(secrets: Iterable[str]) -> None:
-    """Take these secrets out of every line from now on, too: they came while the process ran."""
+    """Redact these secrets too, from now on: they came while the process ran."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler.formatter, structlog.stdlib.ProcessorFormatter):
             for step in handler.formatter.processors:
@@ -121,27 +121,26 @@ def redact_also(secrets: Iterable[str]) -> None:
 
 
 class Redactor:
-    """The last step of the log: takes secrets out of the finished line."""
+    """The last step of the log: redacts secrets in the finished line."""
 
     def __init__(self, secrets: Iterable[str]) -> None:
         self._secrets: set[str] = set()
         self.add(secrets)
 
     def add(self, secrets: Iterable[str]) -> None:
-        """Take these out as well."""
+        """Redact these too."""
         self._secrets.update(secret for secret in secrets if len(secret) >= _SHORTEST_SECRET)
-        plain = self._secrets
-        written = [form for secret in plain for form in (secret, repr(secret)[1:-1])]
+        written = [form for secret in self._secrets for form in (secret, repr(secret)[1:-1])]
         forms = {
             *written,
             *(json.dumps(form)[1:-1] for form in written),
-            *(quote(secret, safe="") for secret in plain),
+            *(quote(secret, safe="") for secret in self._secrets),
         }
         longest_first = sorted(forms, key=len, reverse=True)
         self._known = re.compile("|".join(map(re.escape, longest_first))) if forms else None
 
     def __call__(self, logger: WrappedLogger, method: str, line: Any) -> str:
-        """The rendered line, which is text by now, without the secrets in it."""
+        """The rendered line without secrets."""
         clean = str(line)
         if self._known is not None:
             clean = self._known.sub(REDACTED, clean)
@@ -151,14 +150,14 @@ class Redactor:
 
 
 def _traceback(stream: TextIO, exception: ExcInfo) -> None:
-    """A traceback without colours and local variables; what its message quotes is escaped too."""
+    """A traceback without colours and local variables, with control characters escaped."""
     text = io.StringIO()
     structlog.dev.plain_traceback(text, exception)
     stream.write(plain_lines(text.getvalue()))
 
 
 def _escape_controls(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
-    """Other people's text must not move a terminal's cursor or begin a line of its own."""
+    """Quoted text must not move a terminal's cursor or begin a new line."""
     for key, value in event.items():
         if isinstance(value, str) and key not in ("exception", "stack"):
             event[key] = plain(value)

@@ -1,8 +1,8 @@
-"""Retention: what is old goes, and nobody who works has to wait for it.
+"""Retention: deletes what is old, without anyone else having to wait.
 
-Each transaction is to take a few milliseconds, whatever the disk: the number of rows follows from
-how long the last one took. After each comes a pause, longer than the transaction was, so that on
-SQLite, where one writes at a time, a receiver in another process gets in between.
+Each transaction is to take a few milliseconds on any disk: its number of rows follows from how long
+the last one took. After each comes a pause longer than the transaction, so that on SQLite, with one
+writer at a time, a receiver in another process gets its turn.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import structlog
 from sqlalchemy import Connection
@@ -28,34 +28,32 @@ from tracker.store.writing import rollups as tallies
 from tracker.store.writing.prune import Counts, Key, Page
 
 SHORTEST: Final = timedelta(days=1)
-"""Nothing younger is removed: FLORA may still repeat a callback, list a run late, or be asked for
-the run of a start that is in doubt."""
+"""Nothing younger is deleted: FLORA may still repeat a callback, list a run late, or be asked for
+the run of a start in doubt."""
 BODIES_AFTER: Final = timedelta(days=30)
-"""Bodies go after this, or with their runs where those go sooner."""
-PAGE: Final = 1000
-"""So many rows are looked at in one read."""
-AIM: Final = {"sqlite": 0.01, "postgresql": 0.1}
-"""Seconds that a transaction is to take: on SQLite nobody else writes meanwhile, on PostgreSQL
-nobody else wants its rows."""
-FEWEST, MOST = 5, 500
-"""Rows in one transaction."""
-PAUSE: Final = (0.01, 2.0)
-"""Between two transactions: so many seconds at least, and so many times what the last one took."""
-
+"""Default age for deleting bodies, or with their runs if those go sooner."""
 AUDIT_AFTER: Final = timedelta(days=365)
-"""Entries of the audit log go after this."""
+PAGE: Final = 1000
+"""Rows found by one read."""
+AIM: Final = {"sqlite": 0.01, "postgresql": 0.1}
+"""Target seconds per transaction: on SQLite nothing else writes meanwhile, on PostgreSQL nothing
+else needs its rows."""
+FEWEST, MOST = 5, 500
+"""Rows per transaction."""
+SHORTEST_PAUSE: Final = 0.01
+PAUSE_FACTOR: Final = 2.0
+"""The pause between two transactions, in multiples of what the last one took."""
 TABLES: Final = (
     *("runs", "run_outputs", "run_events", "deliveries", "bodies", "starts", "sweeps", "audit"),
 )
-"""What is counted, in the order in which it is told; `bodies` with their delivery or without."""
-
+"""What is counted, in the order shown; `bodies` are counted with or without their delivery."""
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ages:
-    """How old what is removed has to be. Quarantined deliveries, and the keys of starts, stay where
+    """The ages from which data is deleted. Quarantined deliveries and keys of starts are kept if
     no age is given."""
 
     runs: timedelta
@@ -74,7 +72,7 @@ def ages(
     first_sweep: timedelta,
     audit: timedelta | None = None,
 ) -> Ages:
-    """The ages that were asked for, where they are sound. Raises `InvalidRequest`.
+    """Check the ages that were asked for. Raises `InvalidRequest`.
 
     `first_sweep` is how far back the first sweep of a workspace goes.
     """
@@ -85,21 +83,20 @@ def ages(
         quarantined=quarantined,
         keys=keys,
     )
-    given = (
+    options = (
         ("--older-than", chosen.runs),
         ("--bodies-older-than", chosen.bodies),
         ("--quarantined-older-than", chosen.quarantined),
         ("--audit-older-than", chosen.audit),
     )
-    for name, age in given:
+    for name, age in options:
         if age is not None and age < SHORTEST:
-            raise _refused(name, "must be at least 1d: what is younger may still be asked for")
+            raise _refused(name, "must be at least 1d: younger data may still be needed")
     if chosen.runs < first_sweep:
         days = first_sweep / timedelta(days=1)
         raise _refused(
             "--older-than",
-            f"must not be shorter than TRACKER_HISTORY_SINCE ({days:g}d), which is how far back "
-            "runs are looked for",
+            f"must not be shorter than TRACKER_HISTORY_SINCE ({days:g}d), the span of a sweep",
         )
     if chosen.bodies > chosen.runs:
         raise _refused(
@@ -117,7 +114,7 @@ def _refused(name: str, message: str) -> InvalidRequest:
 
 
 class Pruner:
-    """Removes what is old. `sleep` is what it pauses with."""
+    """Deletes old data. `page` is how many rows one read finds."""
 
     def __init__(
         self,
@@ -125,16 +122,18 @@ class Pruner:
         database: Database,
         clock: Clock,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        page: int = PAGE,
     ) -> None:
         self._database = database
         self._clock = clock
         self._sleep = sleep
-        self._size = 20
+        self._page = page
+        self._batch_size = 20
 
     async def prune(self, ages: Ages, *, dry: bool = False) -> dict[str, int]:
-        """Remove what is older; how many rows that was, by table.
+        """Delete data older than `ages`; the number of rows by table.
 
-        `dry` only counts them. Raises `StoreUnavailable`; what was removed until then is.
+        `dry` only counts them. Raises `StoreUnavailable`; deletions until then stay.
         """
         total = Counts()
         audit_id, detail = 0, {}
@@ -147,8 +146,8 @@ class Pruner:
         for stage in await self._stages(ages):
             end: Key | None = None
             while True:
-                page = await stage.find(after=end, limit=PAGE)
-                total += await (self._count if dry else self._remove)(stage, page.found)
+                page = await stage.find(after=end, limit=self._page)
+                total += await (self._count if dry else self._delete)(stage, page.found)
                 if (end := page.end) is None:
                     break
         removed = {name: total[name] for name in TABLES}
@@ -159,81 +158,67 @@ class Pruner:
         return removed
 
     async def _stages(self, ages: Ages) -> "list[_Stage]":
-        now = self._clock()
-        runs = now - ages.runs
-        spared = await prune.spared(self._database)
+        db, now = self._database, self._clock()
+        runs, bodies, audits = now - ages.runs, now - ages.bodies, now - ages.audit
         stages = [
             _Stage(
-                find=partial(prune.old_runs, self._database, runs, spared),
-                remove=partial(prune.delete_runs, before=runs),
-                count=partial(prune.count_runs, before=runs),
+                partial(prune.old_runs, db, runs, await prune.spared(db)),
+                partial(prune.delete_runs, before=runs),
+                partial(prune.count_runs, before=runs),
             ),
             _Stage(
-                find=partial(prune.left_deliveries, self._database, runs),
-                remove=partial(prune.delete_left, before=runs),
-                count=lambda _, keys: Counts(deliveries=len(keys)),
+                partial(prune.left_deliveries, db, runs),
+                partial(prune.delete_left, before=runs),
+                _count_as("deliveries"),
             ),
             _Stage(
-                find=partial(prune.old_bodies, self._database, now - ages.bodies),
-                remove=partial(prune.empty_bodies, at=now),
-                count=lambda _, keys: Counts(bodies=len(keys)),
+                partial(prune.old_bodies, db, bodies),
+                partial(prune.empty_bodies, at=now),
+                _count_as("bodies"),
             ),
-            _Stage(
-                find=partial(prune.old_sweeps, self._database, runs),
-                remove=prune.delete_sweeps,
-                count=lambda _, keys: Counts(sweeps=len(keys)),
-            ),
-            _Stage(
-                find=partial(prune.old_audit, self._database, now - ages.audit),
-                remove=prune.delete_audit,
-                count=lambda _, keys: Counts(audit=len(keys)),
-            ),
+            _Stage(partial(prune.old_sweeps, db, runs), prune.delete_sweeps, _count_as("sweeps")),
+            _Stage(partial(prune.old_audit, db, audits), prune.delete_audit, _count_as("audit")),
         ]
         if ages.quarantined is not None:
             before = now - ages.quarantined
             stages.append(
                 _Stage(
-                    find=partial(prune.quarantined, self._database, before),
-                    remove=partial(prune.delete_quarantined, before=before),
-                    count=lambda _, keys: Counts(deliveries=len(keys), bodies=len(keys)),
+                    partial(prune.quarantined, db, before),
+                    partial(prune.delete_quarantined, before=before),
+                    _count_as("deliveries", "bodies"),
                 )
             )
         if ages.keys is not None:
-            stages.append(
-                _Stage(
-                    find=partial(prune.old_keys, self._database, now - ages.keys),
-                    remove=prune.delete_keys,
-                    count=lambda _, keys: Counts(starts=len(keys)),
-                )
-            )
+            find = partial(prune.old_keys, db, now - ages.keys)
+            stages.append(_Stage(find, prune.delete_keys, _count_as("starts")))
         return stages
 
-    async def _remove(self, stage: "_Stage", keys: Sequence[Any]) -> Counts:
-        """Remove these rows, in as many transactions as it takes."""
+    async def _delete(self, stage: "_Stage", keys: Sequence[Any]) -> Counts:
+        """Delete these rows, in as many transactions as needed."""
         removed = Counts()
         left = list(keys)
         while left:
-            some, left = left[: self._size], left[self._size :]
-            removed += await self._write(partial(stage.remove, keys=some))
+            some, left = left[: self._batch_size], left[self._batch_size :]
+            removed += await self._write(partial(stage.delete, keys=some))
         if removed["runs"]:
-            with suppress(StoreBusy):  # all is being counted anew; what is not folded counts too
+            with suppress(StoreBusy):  # being recounted; changes not compacted count too
                 await tallies.fold(self._database)
         return removed
 
     async def _write(self, work: Callable[[Connection], Counts]) -> Counts:
-        """One transaction and the pause after it; how long it took sets the size of the next."""
+        """One transaction and its pause; its duration sets the size of the next."""
         began = 0.0
 
         def timed(connection: Connection) -> Counts:
             nonlocal began
-            began = time.monotonic()  # waiting for the others' transactions does not count
+            began = time.monotonic()  # without the wait for other transactions
             return work(connection)
 
         counts: Counts = await self._database.write(timed)
         took = time.monotonic() - began
-        fitting = int(self._size * min(AIM[self._database.dialect] / took, 2.0))
-        self._size = min(max(fitting, FEWEST), MOST)
-        await self._sleep(max(PAUSE[0], PAUSE[1] * took))
+        fitting = int(self._batch_size * min(AIM[self._database.dialect] / took, 2.0))
+        self._batch_size = min(max(fitting, FEWEST), MOST)
+        await self._sleep(max(SHORTEST_PAUSE, PAUSE_FACTOR * took))
         return counts
 
     async def _count(self, stage: "_Stage", keys: Sequence[Any]) -> Counts:
@@ -241,15 +226,14 @@ class Pruner:
             return await connection.run_sync(partial(stage.count, keys=keys))
 
 
-class _Find(Protocol):
-    async def __call__(self, *, after: Key | None, limit: int) -> Page:
-        """The next stretch."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Stage:
-    """One kind of rows: how they are found, removed, or only counted."""
+    """One kind of rows: how they are found (`after` a key, up to `limit`), deleted, or counted."""
 
-    find: _Find
-    remove: Callable[..., Counts]
+    find: Callable[..., Awaitable[Page]]
+    delete: Callable[..., Counts]
     count: Callable[..., Counts]
+
+
+def _count_as(*tables: str) -> Callable[..., Counts]:
+    return lambda _, keys: Counts(dict.fromkeys(tables, len(keys)))

@@ -1,9 +1,9 @@
-"""Traces for OpenTelemetry, for who asks for them: requests to us, calls to FLORA, SQL statements.
+"""OpenTelemetry traces: HTTP requests served, requests to FLORA, SQL statements.
 
-They are on where OTEL_EXPORTER_OTLP_ENDPOINT says where they go and `flora-run-tracker[otel]` is
-installed; else nothing of OpenTelemetry is loaded. What else the OTEL_ variables say (service name,
-sampler, headers) is read by its SDK. No span holds parameters of statements, bodies, headers, or
-the token of a callback address.
+Enabled by OTEL_EXPORTER_OTLP_ENDPOINT if `flora-run-tracker[otel]` is installed; otherwise nothing
+of OpenTelemetry is loaded. Its SDK reads the other OTEL_ variables (service name, sampler,
+headers). No span holds parameters of statements, bodies, headers, or the token of a callback
+address.
 """
 
 import asyncio
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 ENDPOINT: Final = "OTEL_EXPORTER_OTLP_ENDPOINT"
 SERVICE: Final = "flora-run-tracker"
 Wrap = Callable[[ASGIApp], ASGIApp]
-"""Puts the tracing layer around an application."""
+"""Wraps an application in the tracing layer."""
 _PATH: Final = "tracker.path"
-"""Where a request keeps its path while the tracing layer looks at it."""
+"""Key in the scope for the real path, while the tracing layer sees one without a token."""
 
 log = structlog.get_logger(__name__)
 
 
 def untraced(app: ASGIApp) -> ASGIApp:
-    """The application as it is."""
+    """The application without a tracing layer."""
     return app
 
 
@@ -45,10 +45,10 @@ async def tracing(
     environ: Mapping[str, str] = os.environ,
     processor: "SpanProcessor | None" = None,
 ) -> AsyncIterator[Wrap]:
-    """Trace what these engines send, and all of httpx, for as long as the block lasts.
+    """Trace these engines and all of httpx while the block lasts.
 
-    Gives the layer for the HTTP side. `processor` takes the spans in place of a sender to the
-    endpoint. Only one block of a process can be open at a time.
+    Yields the layer for the HTTP application. `processor` receives the spans instead of the
+    exporter. Only one block can be open per process.
     """
     if not environ.get(ENDPOINT):
         yield untraced
@@ -75,7 +75,7 @@ async def tracing(
     provider.add_span_processor(processor or BatchSpanProcessor(OTLPSpanExporter()))
     http, sql = HTTPXClientInstrumentor(), SQLAlchemyInstrumentor()
     http.instrument(tracer_provider=provider)
-    # The package names an older SQLAlchemy than ours as its newest, and would do nothing.
+    # The package declares an older SQLAlchemy than ours as its newest, and would do nothing.
     sql.instrument(engines=list(engines), tracer_provider=provider, skip_dep_check=True)
     log.info("telemetry.on", endpoint=environ[ENDPOINT])
     try:
@@ -90,11 +90,11 @@ async def tracing(
     finally:
         http.uninstrument()
         sql.uninstrument()
-        await asyncio.to_thread(provider.shutdown)  # it sends what is left
+        await asyncio.to_thread(provider.shutdown)  # sends the remaining spans
 
 
 def _without_tokens(traces: Callable[..., ASGIApp], app: ASGIApp, **options: Any) -> ASGIApp:
-    """The tracing layer, to which a start's callback address is shown without its token."""
+    """The tracing layer, which sees callback addresses without their token."""
 
     async def outer(scope: Scope, receive: Receive, send: Send) -> None:
         if "path" in scope:
@@ -111,7 +111,7 @@ def _without_tokens(traces: Callable[..., ASGIApp], app: ASGIApp, **options: Any
 
 
 def _names(environ: Mapping[str, str]) -> dict[str, str]:
-    """Who we are, unless the environment says otherwise."""
+    """Our name and version, unless the environment sets the name."""
     names = {"service.version": __version__}
     if name := environ.get("OTEL_SERVICE_NAME"):
         return names | {"service.name": name}
@@ -120,7 +120,7 @@ def _names(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _span_of(scope: Scope) -> tuple[str, dict[str, Any]]:
-    """A request's span, named by the beginning of its path: ids are many."""
+    """A request's span, named by the beginning of its path, without ids."""
     parts = str(scope["path"]).split("/")
     path = "/".join([*parts[:3], "*"] if len(parts) > 3 else parts)
     return f"{scope['method']} {path}", {}
