@@ -124,14 +124,11 @@ async def open_services(
     rotation = settings if isinstance(settings, Rotation) else Rotation(settings)
     settings = rotation.settings
     async with AsyncExitStack() as stack:
-        if settings.tracker_database_url.startswith("sqlite"):
-            await migrate.upgrade(
+        database = await stack.enter_async_context(
+            migrate.open_database(
                 settings.tracker_database_url, history_since=settings.tracker_history_since
             )
-        database = await stack.enter_async_context(
-            await Database.open(settings.tracker_database_url)
         )
-        await migrate.check(database)
         if background and (trouble := database.url.tls_trouble):
             log.warning("database.not_verified", trouble=trouble, advice=TLS_ADVICE)
         if clock is None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tracker.cli.batch_output import Results, dollars, form, show_rows
-from tracker.cli.batch_progress import words
+from tracker.cli.batch import progress_text
+from tracker.cli.batches import Results, results_format, show_rows
 from tracker.core.observation import Source
 from tracker.core.record import Record
 from tracker.core.run import Details, Output, Run, RunError, Standing
@@ -130,30 +130,21 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
 
 def test_the_form_follows_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is asked for, else by the ending, else a table on a terminal and CSV elsewhere."""
-    assert form(Results.JSONL, Path("a.csv")) is Results.JSONL
-    assert form(None, Path("a.ndjson")) is Results.JSONL
-    assert form(None, Path("a.txt")) is Results.CSV
-    assert form(None, None) is Results.CSV
+    assert results_format(Results.JSONL, Path("a.csv")) is Results.JSONL
+    assert results_format(None, Path("a.ndjson")) is Results.JSONL
+    assert results_format(None, Path("a.txt")) is Results.CSV
+    assert results_format(None, None) is Results.CSV
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    assert form(None, None) is Results.TABLE
+    assert results_format(None, None) is Results.TABLE
 
 
 def test_progress_is_told_in_words() -> None:
     """Counts that are not zero, the cost, and what is waited for."""
     tally = BatchCounts(rows=9, started=5, active=2, completed=2, failed=1, unresolved=1)
     tally.cost = Decimal("0.500000")
-    assert words(BatchProgress(tally=tally, left=3, errors=1, paused=4.6)) == (
-        "5 of 9 started, 2 running, 2 completed, 1 failed, 1 not started for an error, 0.50 USD, "
-        "FLORA asks to wait 5 s"
+    assert progress_text(BatchProgress(tally=tally, left=3, errors=1, paused=4.6)) == (
+        "5 of 9 started, 2 running, 2 completed, 1 failed, 1 could not be started, $0.50, "
+        "rate-limited by FLORA for 5 s"
     )
-    assert "waiting to learn what became of 3" in words(BatchProgress(tally=tally, doubt=3))
-    assert "next start in 80 s" in words(BatchProgress(tally=tally, held=80.0))
-
-
-@pytest.mark.parametrize(
-    ("cost", "shown"),
-    [("0", "0.00 USD"), ("1.5", "1.50 USD"), ("0.005", "0.005 USD"), ("1200", "1200.00 USD")],
-)
-def test_money_is_shown_to_the_last_digit(cost: str, shown: str) -> None:
-    """Cents always, and smaller parts where there are some."""
-    assert dollars(Decimal(cost)) == shown
+    assert "waiting for the outcome of 3" in progress_text(BatchProgress(tally=tally, doubt=3))
+    assert "next start in 80 s" in progress_text(BatchProgress(tally=tally, held=80.0))

@@ -8,9 +8,9 @@ import pytest
 
 PROGRAM = """
 import ctypes, sys, threading
-from tracker.cli.heap import share_the_heap
+from tracker.cli.serve import share_heap
 if sys.argv[1:]:
-    share_the_heap()
+    share_heap()
 kept = []
 threads = [threading.Thread(target=lambda: kept.append(bytearray(5000))) for _ in range(4)]
 for thread in threads:

@@ -17,7 +17,7 @@ from tests.support.waiting import eventually
 
 # What the commands import when they run: loaded once, before any is forked.
 from tracker import demo  # noqa: F401
-from tracker.cli import main, serving  # noqa: F401
+from tracker.cli import main
 from tracker.operations import doctor, retention  # noqa: F401
 from tracker.simulator import serve  # noqa: F401
 from tracker.store.writing import statements_postgres as batch_postgres  # noqa: F401

@@ -1,18 +1,18 @@
-"""The command line: one file for each group of commands, and no logic in them.
+"""The command line: one file for each group of commands, and no logic.
 
-    app.py       `tracker` itself: the groups, `--version`, errors and exit statuses
-    errand.py    what every command does first: settings, log, services, one event loop
-    output.py    what commands print: JSON for programs, tables for people
-    inputs.py    `--input ID=VALUE`; arguments.py, what several commands take
-    follow.py    `--wait` and what it shows; progress.py and download_progress.py, on stderr
-    serving.py   serve, worker                 looking.py   reconcile, poll
-    runs.py      runs start|track|list|show    database.py  db upgrade|current
-    watching.py  runs watch|explain            download.py  runs download
-    deliveries.py  deliveries list|show|replay  local.py     simulate, demo
-    techniques.py  techniques sync|list|show   batches.py  batches list|show
-    batch.py     batch; batch_report.py, batch_output.py and batch_progress.py, what it shows
+    app.py         `tracker` itself: the groups, `--version`, errors and exit statuses
+    setup.py       settings, log, services, and arguments that commands share
+    output.py      JSON, tables and notes       progress.py  bars and lines on stderr
+    serve.py       serve, worker                reconcile.py reconcile, poll, verify
+    runs.py        runs start|track|list|show   watch.py     runs watch|explain
+    download.py    runs download                starts.py    starts list|show|resolve
+    batch.py       batch                        batches.py   batches list|show, results
+    techniques.py  techniques sync|list|show    deliveries.py  deliveries list|show|replay
+    spending.py    spending                     audit.py     audit list
+    database.py    db upgrade|current|copy|recount|prune
+    doctor.py      doctor                       simulate.py  simulate, demo
 
-A command imports what it runs when it runs, so that `--help` is quick.
+A command imports what it needs when it runs: `--help` loads neither SQLAlchemy nor httpx.
 """
 
 from tracker.cli.app import main

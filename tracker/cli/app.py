@@ -1,12 +1,13 @@
-"""`tracker` itself: its commands, and how each of them ends.
+"""`tracker` itself: its commands, errors and exit statuses.
 
-Exit status 0 is done, 1 failed, 2 wrong usage or missing settings, 130 interrupted. What is
-expected to go wrong is one line on stderr; only a fault of the tracker's own shows a traceback.
+Exit status 0 is done, 1 failed, 2 wrong usage or missing settings, 130 interrupted. An expected
+error is one line on stderr; only a bug shows a traceback.
 """
 
+import re
 import sys
 from collections.abc import Sequence
-from typing import Annotated, NoReturn
+from typing import Annotated, Final, NoReturn
 
 import typer
 
@@ -17,14 +18,15 @@ from tracker.cli import (
     database,
     deliveries,
     doctor,
-    local,
-    looking,
+    reconcile,
     runs,
-    serving,
+    serve,
+    simulate,
     spending,
     starts,
     techniques,
 )
+from tracker.cli.output import note
 from tracker.core.errors import (
     FieldFault,
     InvalidRequest,
@@ -32,11 +34,11 @@ from tracker.core.errors import (
     StoreUnavailable,
     TrackerError,
 )
-from tracker.core.plain import plain
 
 app = typer.Typer(
     name="tracker",
-    help="Brings every FLORA run to its true end, outputs and cost in your database.",
+    help="Keeps the final status, outputs and cost of every FLORA run, even when its callback is "
+    "lost.",
     epilog="Settings come from the environment; README.md lists them.",
     no_args_is_help=True,
     add_completion=False,
@@ -44,19 +46,16 @@ app = typer.Typer(
     # Plain help: rich's takes longer to import than everything else here together.
     rich_markup_mode=None,
 )
-serving.add_to(app)
-looking.add_to(app)
-app.add_typer(runs.app)
-batch.add_to(app)
-app.add_typer(batches.app)
-app.add_typer(starts.app)
-spending.add_to(app)
-app.add_typer(techniques.app)
-app.add_typer(deliveries.app)
-app.add_typer(audit.app)
-app.add_typer(database.app)
-doctor.add_to(app)
-local.add_to(app)
+for command in (
+    *(serve.serve, serve.worker, reconcile.reconcile, reconcile.poll, reconcile.verify),
+    *(batch.batch, spending.spending, doctor.doctor, simulate.simulate, simulate.demo),
+):
+    app.command()(command)
+for group in (runs, batches, starts, techniques, deliveries, audit, database):
+    app.add_typer(group.app)
+
+_INPUT: Final = re.compile(r"inputs\.\d+\.(id|type|value)")
+"""The field of an input by its position, which means nothing on a command line."""
 
 
 def _show_version(asked: bool) -> None:
@@ -70,7 +69,8 @@ def _show_version(asked: bool) -> None:
 @app.callback()
 def _tracker(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
     pass
@@ -81,46 +81,43 @@ def main() -> NoReturn:
     try:
         status = app(prog_name="tracker", standalone_mode=False)
     except typer.TyperException as error:
-        _explain(error)
+        _print_usage_error(error)
         sys.exit(error.exit_code)
-    except (SettingsError, InvalidRequest) as error:
-        _say(_with_fields(error))
-        sys.exit(2)
     except TrackerError as error:
-        _say(_with_fields(error) + _advice(error))
-        sys.exit(1)
+        _print_error(_message(error))
+        sys.exit(2 if isinstance(error, SettingsError | InvalidRequest) else 1)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _explain(error: typer.TyperException) -> None:
-    """Say what is wrong with the command and where its usage is told; no command at all is help."""
+def _print_usage_error(error: typer.TyperException) -> None:
+    """Print what is wrong, and the command that shows the usage; without a command, the help."""
     message = error.format_message().replace("Value error, ", "").replace("Input should", "must")
     context = getattr(error, "ctx", None)
     if context is None:
-        _say(message)
+        _print_error(message)
     elif message == context.get_help():
         typer.echo(message, err=True)
     else:
-        _say(f"{message.rstrip('.')} (see {context.command_path} --help)")
+        _print_error(f"{message.rstrip('.')} (see {context.command_path} --help)")
 
 
-def _with_fields(error: TrackerError) -> str:
-    """What the error says, and each field that it names, unless its message tells that already."""
+def _message(error: TrackerError) -> str:
+    """The error's message, its fields where the message does not name them, and advice."""
     message = str(error)
-    fields: Sequence[FieldFault] = getattr(error, "fields", ())
-    told = [f"{one.field}: {one.message}" for one in fields if one.message not in message]
-    return f"{message}: {'; '.join(told)}" if told else message
+    faults: Sequence[FieldFault] = getattr(error, "fields", ())
+    fields = [
+        one.message if _INPUT.fullmatch(one.field) else f"{one.field}: {one.message}"
+        for one in faults
+        if one.message not in message
+    ]
+    if fields:
+        message = f"{message}: {'; '.join(fields)}"
+    if isinstance(error, StoreUnavailable) and "TRACKER_DATABASE_URL" not in message:
+        message += "; check TRACKER_DATABASE_URL, and run `tracker doctor`"
+    return message
 
 
-def _advice(error: TrackerError) -> str:
-    """What to do about a database that is away, where the message does not tell that already."""
-    if not isinstance(error, StoreUnavailable) or "TRACKER_DATABASE_URL" in str(error):
-        return ""
-    return "; TRACKER_DATABASE_URL names the database, and `tracker doctor` looks at what is wrong"
-
-
-def _say(message: str) -> None:
-    # An error quotes what FLORA, a header or a command's argument said.
-    typer.echo(f"tracker: {plain(' '.join(message.split()))}", err=True)
+def _print_error(message: str) -> None:
+    note(f"tracker: {' '.join(message.split())}")

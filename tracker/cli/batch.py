@@ -1,79 +1,82 @@
-"""`tracker batch`: a run for each row of a sheet, once each."""
+"""`tracker batch`: start a run for each row of a file, once each."""
 
 import asyncio
 import sys
+from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from tracker.cli import batch_progress
-from tracker.cli.arguments import TagOption, parsed_tags
-from tracker.cli.batch_output import OutputOption, ResultsOption, check_output, form, show_rows
-from tracker.cli.batch_report import (
-    exit_status,
-    intention,
-    keep_to,
-    outcome_json,
-    problem_json,
-    show_plan,
-    tell_changes,
-    tell_problems,
+from tracker.cli.batches import (
+    OutputOption,
+    ResultsOption,
+    check_output,
+    cost_text,
+    print_batch,
 )
-from tracker.cli.errand import note, patience, run_once
-from tracker.cli.output import JsonFlag, plain, print_json
+from tracker.cli.output import JsonFlag, note, plain, print_json, print_table
+from tracker.cli.progress import Screen, cell, screen
+from tracker.cli.setup import (
+    TagOption,
+    TechniqueArgument,
+    WorkspaceOption,
+    flora_deadline,
+    parsed_tags,
+    run_once,
+)
+from tracker.core.errors import TrackerError
+from tracker.core.formatting import counted, money
 from tracker.core.tags import check_key
-from tracker.starting.sheet import Mapping, Sheet, SheetRefused, read_csv, read_jsonl
+from tracker.starting.sheet import Mapping, Problem, Sheet, SheetRefused, read_csv, read_jsonl
 
 if TYPE_CHECKING:
+    from rich.progress import ProgressColumn
+
     from tracker.services import Services
-    from tracker.starting.batch import Outcome
+    from tracker.starting.batch import BatchProgress, Outcome
     from tracker.starting.batch_rows import Plan
+
+_NAMED: Final = 20
+"""How many rows that did not complete are named on stderr; the results hold all of them."""
+_STATUS_SECONDS: Final = 5.0
 
 
 class Format(StrEnum):
-    """How a sheet is written."""
+    """The format of a file of rows."""
 
     CSV = "csv"
     JSONL = "jsonl"
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command()(batch)
-
-
 def batch(
-    technique: Annotated[str, typer.Argument(metavar="TECHNIQUE", help="Its id or its slug.")],
+    technique: TechniqueArgument,
     file: Annotated[
-        str, typer.Argument(metavar="FILE", help="CSV or JSON lines in UTF-8; - is stdin.")
+        str, typer.Argument(metavar="FILE", help="CSV or JSON lines in UTF-8; - reads stdin.")
     ],
-    given: Annotated[
+    map_: Annotated[
         list[str] | None,
         typer.Option(
             "--map",
             metavar="INPUT=COLUMN",
-            help="Which column is which input, where the names do not say it. Repeatable.",
+            help="Column of an input, where their names differ. Repeatable.",
         ),
     ] = None,
-    workspace: Annotated[
-        str | None,
-        typer.Option(metavar="W", help="Workspace id, where several are configured."),
-    ] = None,
+    workspace: WorkspaceOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only show what would be started, and its cost.")
     ] = False,
     max_cost: Annotated[
         str | None,
-        typer.Option(metavar="USD", help="Start nothing where it could cost more than this."),
+        typer.Option(metavar="USD", help="Start nothing if the rows could cost more than this."),
     ] = None,
     wait_for_budget: Annotated[
         bool,
         typer.Option(
             "--wait-for-budget",
-            help="Where a budget is used up, wait until it begins anew, and go on.",
+            help="If a budget is used up, wait until it is renewed and continue.",
         ),
     ] = False,
     tag: TagOption = None,
@@ -82,59 +85,62 @@ def batch(
         typer.Option(
             "--tag-column",
             metavar="[KEY=]COLUMN",
-            help="A column whose cells are tags of their rows' runs. Repeatable.",
+            help="Column whose cells tag the runs of their rows. Repeatable.",
         ),
     ] = None,
     concurrency: Annotated[
         int | None,
-        typer.Option(help="Requests at a time; else TRACKER_API_CONCURRENCY.", min=1, max=20),
+        typer.Option(
+            help="Concurrent requests to FLORA. Default: TRACKER_API_CONCURRENCY.", min=1, max=20
+        ),
     ] = None,
     accept_changes: Annotated[
         bool,
         typer.Option(
             "--accept-changes",
-            help="Start rows anew whose columns are read otherwise since the technique changed.",
+            help="Start rows again whose columns map to other inputs since the technique changed.",
         ),
     ] = False,
     again: Annotated[
-        bool, typer.Option("--again", help="Run every row once more, and pay once more.")
+        bool, typer.Option("--again", help="Run every row once more, and pay for it once more.")
     ] = False,
     retry_failed: Annotated[
         bool,
         typer.Option(
             "--retry-failed",
-            help="Start rows again that failed temporarily: once, or after a wait.",
+            help="Start rows again that failed temporarily: once, after a wait where advised.",
         ),
     ] = False,
     retry_all: Annotated[
         bool, typer.Option("--retry-all", help="Start every row again whose run failed.")
     ] = False,
     skip_bad_rows: Annotated[
-        bool, typer.Option("--skip-bad-rows", help="Report wrong rows and start the others.")
+        bool, typer.Option("--skip-bad-rows", help="Report invalid rows and start the others.")
     ] = False,
     wait: Annotated[
         bool, typer.Option("--wait/--no-wait", help="Wait until all runs have ended.")
     ] = True,
     format_: Annotated[
-        Format | None, typer.Option("--format", help="How FILE is written; else by its ending.")
+        Format | None,
+        typer.Option("--format", help="Format of FILE. Default: by its ending, else csv."),
     ] = None,
     delimiter: Annotated[
-        str | None, typer.Option(metavar="C", help="What parts CSV cells: , or ; or tab.")
+        str | None, typer.Option(metavar="C", help="CSV delimiter: , or ; or tab.")
     ] = None,
     results: ResultsOption = None,
     output: OutputOption = None,
     as_json: JsonFlag = False,
 ) -> int:
-    """Start a run for each row of a sheet, once each however often the command is repeated.
+    """Start a run for each row of a file, once each however often the command is repeated.
 
-    The columns are the technique's inputs. A sheet that is wrong is refused whole, before anything
-    is paid. Exit status 1 where a row did not complete.
+    Columns are matched to the technique's inputs by name. An invalid row refuses the whole file
+    before anything is paid. Exit status 1 if a row did not complete.
     """
     if again + retry_failed + retry_all > 1:
         raise typer.BadParameter(
             "cannot be combined with one another", param_hint="--again, --retry-failed, --retry-all"
         )
-    mappings = [_mapping(text) for text in given or []]
+    mappings = [_mapping(text) for text in map_ or []]
     tags, tag_columns = parsed_tags(tag), dict(_tag_column(text) for text in tag_column or [])
     limit = None if max_cost is None else _amount(max_cost)
     check_output(results, output)
@@ -145,7 +151,7 @@ def batch(
         from tracker.starting.batch_rows import Retry
 
         retry = Retry.FAILED if retry_failed else Retry.ALL if retry_all else None
-        async with patience(services):
+        async with flora_deadline(services):
             plan, skipped = await services.batches.plan(
                 technique,
                 sheet,
@@ -159,28 +165,28 @@ def batch(
                 tags=tags,
                 tag_columns=tag_columns,
             )
-        tell_problems(name, skipped)
+        _report_problems(name, skipped)
         if plan.unmapped:
-            note(f"Columns that are no input: {plain(', '.join(filter(None, plan.unmapped)))}")
+            note(f"Columns that match no input: {', '.join(filter(None, plan.unmapped))}")
         if retry is not None:
-            tell_changes(plan)
-        keep_to(limit, plan)
+            for row in plan.to_change:
+                note(f"line {row.entry.line}: change the input: {row.why or ''}")
+        _check_cost(plan, limit)
         if dry_run:
             return plan, bool(skipped), None
-        note(intention(plan))
-        seats = concurrency or services.settings.tracker_api_concurrency
+        note(_intention(plan))
         try:
-            with batch_progress.shown(name) as tell:
+            with screen(_columns) as shown:
                 outcome = await services.batches.run(
                     plan,
-                    concurrency=seats,
+                    concurrency=concurrency or services.settings.tracker_api_concurrency,
                     wait=wait,
-                    tell=tell,
+                    tell=_BatchProgress(shown, name).show,
                     max_cost=limit,
                     wait_for_budget=wait_for_budget,
                 )
         except asyncio.CancelledError:
-            note("tracker: interrupted; what is started stays tracked. Repeat the command to go on")
+            note("tracker: interrupted; started runs stay tracked. Repeat the command to continue")
             raise
         return plan, bool(skipped), outcome
 
@@ -189,18 +195,27 @@ def batch(
             work, needs_key=True, concurrency=concurrency, actor="batch"
         )
     except SheetRefused as refused:
-        tell_problems(name, refused.problems)
+        _report_problems(name, refused.problems)
         if as_json:
-            print_json({"problems": [problem_json(one) for one in refused.problems]})
+            print_json(
+                {
+                    "problems": [
+                        {"line": one.line, "column": one.column, "message": one.message}
+                        for one in refused.problems
+                    ]
+                }
+            )
         raise
     if outcome is None:
-        show_plan(plan, as_json=as_json)
+        _print_plan(plan, as_json=as_json)
         return 0
-    if as_json:
-        print_json(outcome_json(outcome.batch, outcome.tally, outcome.rows))
-    if output is not None or not as_json:
-        show_rows(outcome.rows, form(results, output), output)
-    return max(exit_status(outcome, waited=wait), int(skipped))
+    print_batch(
+        *(outcome.batch, outcome.tally, outcome.rows),
+        results=results,
+        output=output,
+        as_json=as_json,
+    )
+    return max(_exit_status(outcome, waited=wait), int(skipped))
 
 
 def _mapping(text: str) -> Mapping:
@@ -214,7 +229,7 @@ def _mapping(text: str) -> Mapping:
 
 
 def _tag_column(text: str) -> tuple[str, str]:
-    """The key of a tag and its column, from `KEY=COLUMN`, or `COLUMN` where that can be a key."""
+    """A tag's key and column, from `KEY=COLUMN`, or `COLUMN` where that is a valid key."""
     key, equals, column = text.partition("=")
     try:
         return check_key(key), column if equals else key
@@ -234,7 +249,7 @@ def _amount(text: str) -> Decimal:
 
 
 def _read(file: str, format_: Format | None, delimiter: str | None) -> Sheet:
-    """The sheet, from stdin or a file. Raises `BadParameter` where it cannot be read at all."""
+    """Read a file or stdin. Raises `BadParameter` where it cannot be read at all."""
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     except OSError as error:
@@ -244,8 +259,161 @@ def _read(file: str, format_: Format | None, delimiter: str | None) -> Sheet:
     ending = "" if file == "-" else Path(file).suffix.lower()
     if format_ is Format.JSONL or (format_ is None and ending in (".jsonl", ".ndjson")):
         return read_jsonl(data)
-    parted = {None: "\t" if ending == ".tsv" else ",", "tab": "\t", "\\t": "\t"}
-    delimiter = parted.get(delimiter, delimiter or "")
+    names = {None: "\t" if ending == ".tsv" else ",", "tab": "\t", "\\t": "\t"}
+    delimiter = names.get(delimiter, delimiter or "")
     if len(delimiter) != 1 or delimiter in '"\r\n':
         raise typer.BadParameter("must be one character, or tab", param_hint="--delimiter")
     return read_csv(data, delimiter=delimiter)
+
+
+def _report_problems(name: str, problems: Sequence[Problem]) -> None:
+    for problem in problems:
+        note(f"{name}: {problem}")
+
+
+def _check_cost(plan: "Plan", limit: Decimal | None) -> None:
+    """Raise `TrackerError` where the plan could cost more than `limit`."""
+    if limit is None or not plan.missing:
+        return
+    if plan.cost is None:
+        raise TrackerError(
+            f"FLORA shows no price for {plan.technique.technique_id}, so --max-cost cannot be "
+            "checked; nothing was started"
+        )
+    if plan.cost > limit:
+        raise TrackerError(
+            f"starting {counted(len(plan.missing), 'row')} could cost {money(plan.cost)}, more than "
+            f"--max-cost {money(limit)}; nothing was started"
+        )
+
+
+def _intention(plan: "Plan") -> str:
+    """What starting the batch does, in a sentence."""
+    missing, rows = len(plan.missing), len(plan.rows)
+    if not missing:
+        return f"Nothing to start: {counted(rows, 'row')}, all started before."
+    price = "price unknown" if plan.cost is None else f"at most {money(plan.cost)}"
+    before = f"; {rows - missing} started before" if rows > missing else ""
+    return f"To start: {missing} of {counted(rows, 'row')}, {price}{before}."
+
+
+def _print_plan(plan: "Plan", *, as_json: bool) -> None:
+    """Print what a dry run found."""
+    from tracker.views import number_json
+
+    starts = [
+        {
+            "row": row.entry.position,
+            "line": row.entry.line,
+            "key": row.entry.key,
+            "inputs": row.inputs,
+        }
+        for row in plan.missing
+    ]
+    if as_json:
+        print_json(
+            {
+                "batch_id": plan.batch.batch_id,
+                "technique_id": plan.batch.technique_id,
+                "rows": len(plan.rows),
+                "to_start": len(starts),
+                "run_cost": number_json(plan.technique.run_cost),
+                "cost": number_json(plan.cost),
+                "starts": starts,
+            }
+        )
+        return
+    print_table(
+        ("row", "line", "key", "inputs"),
+        (
+            (
+                *(row.entry.position, row.entry.line, row.entry.key),
+                " ".join(f"{one['id']}={one['value']}" for one in row.inputs),
+            )
+            for row in plan.missing
+        ),
+    )
+    typer.echo(_intention(plan))
+
+
+class _BatchProgress:
+    """The progress of a batch: one bar on a terminal; elsewhere a line now and then."""
+
+    def __init__(self, screen: Screen, name: str) -> None:
+        self._screen = screen
+        self._name = name
+        self._stage: tuple[bool, bool] | None = None
+
+    def show(self, progress: "BatchProgress") -> None:
+        """Show how far the batch is."""
+        tally, text = progress.tally, progress_text(progress)
+        if self._screen.has_bars:
+            self._screen.bar(
+                self._name, done=tally.ended, total=tally.rows, text=lambda: (text, "")
+            )
+            return
+        stage = (progress.left == 0, tally.active == 0)
+        self._screen.status(text, seconds=_STATUS_SECONDS, now=stage != self._stage)
+        self._stage = stage
+
+
+def _columns() -> "Sequence[ProgressColumn]":
+    from rich.progress import BarColumn, MofNCompleteColumn
+
+    return BarColumn(), MofNCompleteColumn(), cell("text")
+
+
+def progress_text(progress: "BatchProgress") -> str:
+    """The progress of a batch in words: counts, cost, and what it waits for."""
+    tally = progress.tally
+    counts = {
+        "running": tally.active,
+        "completed": tally.completed,
+        "failed": tally.failed,
+        "lost": tally.lost,
+        "could not be started": progress.errors,
+    }
+    parts = [
+        f"{tally.started} of {tally.rows} started",
+        *(f"{count} {name}" for name, count in counts.items() if count),
+        cost_text(tally),
+    ]
+    if progress.left and progress.paused:
+        parts.append(f"rate-limited by FLORA for {progress.paused:.0f} s")
+    if progress.doubt:
+        parts.append(f"waiting for the outcome of {progress.doubt} unanswered starts")
+    if progress.held:
+        parts.append(f"next start in {progress.held:.0f} s")
+    if (over := progress.over_budget) is not None and over.renews_at is not None:
+        renews = f"{over.renews_at:%Y-%m-%d %H:%M}"
+        parts.append(f"waiting for the budget {over.budget}, which is renewed at {renews} UTC")
+    return ", ".join(parts)
+
+
+def _exit_status(outcome: "Outcome", *, waited: bool) -> int:
+    """0 where all rows completed (not `waited`: were started); else 1. Reports the others."""
+    bad = [row for row in outcome.rows if not (row.done if waited else row.started)]
+    # Rows that were never reached are covered by the reason why the command stopped.
+    named = [row for row in bad if row.why] if outcome.stopped else bad
+    for row in named[:_NAMED]:
+        run = "" if row.record is None else f"run {row.record.run.run_id} "
+        why = f": {row.why}" if row.why else ""
+        note(f"tracker: line {row.entry.line}: {run}{row.status}{why}")
+    if len(named) > _NAMED:
+        note(f"tracker: and {counted(len(named) - _NAMED, 'row')} more: see the results")
+    tally = outcome.tally
+    if outcome.stopped is not None:
+        from tracker.starting.batch import spans
+
+        left = [row.entry.line for row in outcome.rows if not row.started]
+        if left:
+            note(f"tracker: not started: {spans(left)}")
+        note(
+            f"tracker: stopped: {plain(outcome.stopped).rstrip('.')}. {tally.unstarted} of "
+            f"{counted(tally.rows, 'row')} not started; repeat the command to continue"
+        )
+    note(
+        f"Batch {outcome.batch.batch_id}: {tally.completed} of {counted(tally.rows, 'row')} completed, "
+        f"{cost_text(tally)}."
+    )
+    return 1 if bad or outcome.stopped is not None else 0

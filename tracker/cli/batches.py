@@ -1,70 +1,106 @@
-"""`tracker batches`: the batches that were started, and what became of their rows."""
+"""`tracker batches`, and the results of a batch: as a table, CSV or JSON lines."""
 
-from typing import TYPE_CHECKING, Annotated
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from tracker.cli.batch_output import (
-    OutputOption,
-    ResultsOption,
-    batch_json,
-    check_output,
-    form,
-    show_rows,
+from tracker.cli.output import (
+    JsonFlag,
+    plain,
+    print_json,
+    print_page,
+    print_table,
 )
-from tracker.cli.batch_report import outcome_json
-from tracker.cli.errand import note, run_once
-from tracker.cli.output import JsonFlag, plain, print_json, print_table
+from tracker.cli.setup import CursorOption, run_on_database, run_once
 from tracker.core.errors import TrackerError
+from tracker.core.formatting import money
+from tracker.core.plain import plain_lines
 
 if TYPE_CHECKING:
     from tracker.services import Services
     from tracker.starting.batch_rows import RowState
-    from tracker.store.queries.batches import BatchCounts, BatchRow
+    from tracker.store.engine import Database
+    from tracker.store.queries.batches import BatchRow, Tally
 
-app = typer.Typer(name="batches", help="The batches that were started.", no_args_is_help=True)
+app = typer.Typer(name="batches", help="List and show batches.", no_args_is_help=True)
+
+_COLUMNS: Final = (
+    *("row", "line", "key", "run_id", "status", "cost", "cost_final", "quoted_cost"),
+    *("retry_advice", "error"),
+)
+
+
+class Results(StrEnum):
+    """The format of results."""
+
+    CSV = "csv"
+    JSONL = "jsonl"
+    TABLE = "table"
+
+
+ResultsOption = Annotated[
+    Results | None,
+    typer.Option(help="Format of the results. Default: by the ending of --output; else a table."),
+]
+OutputOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write the results to a file.")
+]
 
 
 @app.command("list")
 def list_(
-    limit: Annotated[int, typer.Option(help="So many at most.", min=1, max=1000)] = 50,
-    cursor: Annotated[str | None, typer.Option(help="Where the last page ended.")] = None,
+    limit: Annotated[int, typer.Option(help="Maximum rows.", min=1, max=1000)] = 50,
+    cursor: CursorOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """List batches, newest first."""
 
-    async def work(services: "Services") -> "tuple[list[tuple[BatchRow, BatchCounts]], str | None]":
+    async def work(database: "Database") -> tuple[list[dict[str, Any]], str | None]:
         from tracker.store.queries import batches
 
-        found, more = await batches.list_batches(services.database, cursor=cursor, limit=limit)
-        tallies = await batches.tallies(services.database, [one.batch_id for one in found])
-        return [(one, tallies[one.batch_id]) for one in found], more
+        found, next_cursor = await batches.list_batches(database, cursor=cursor, limit=limit)
+        tallies = await batches.tallies(database, [one.batch_id for one in found])
+        return [_batch_json(one, tallies[one.batch_id]) for one in found], next_cursor
 
-    page, next_cursor = run_once(work)
-    shown = [batch_json(one, tally) for one, tally in page]
-    if as_json:
-        print_json({"batches": shown, "meta": {"next_cursor": next_cursor}})
-        return
-    columns = ("batch_id", "name", "technique_id", "rows", "completed", "failed", "active", "cost")
-    print_table(
-        ("batch", "sheet", "technique", "rows", "completed", "failed", "running", "cost", "begun"),
-        [(*(one[name] for name in columns), one["created_at"][:19] + "Z") for one in shown],
+    rows, next_cursor = run_on_database(work)
+    print_page(
+        "batches",
+        rows,
+        next_cursor,
+        {
+            "batch": "batch_id",
+            "file": "name",
+            "technique": "technique_id",
+            "rows": "rows",
+            "completed": "completed",
+            "failed": "failed",
+            "running": "active",
+            "cost": "cost",
+            "created": "created_at",
+        },
+        as_json=as_json,
     )
-    if next_cursor is not None:
-        note(f"There are more: --cursor {next_cursor}")
 
 
 @app.command()
 def show(
-    batch_id: Annotated[str, typer.Argument(metavar="BATCH", help="Its bat_… identifier.")],
+    batch_id: Annotated[str, typer.Argument(metavar="BATCH", help="Batch id (bat_…).")],
     results: ResultsOption = None,
     output: OutputOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Show what became of each row of a batch."""
+    """Show the result of each row of a batch."""
     check_output(results, output)
 
-    async def work(services: "Services") -> "tuple[BatchRow, BatchCounts, list[RowState]] | None":
+    async def work(services: "Services") -> "tuple[BatchRow, Tally, list[RowState]] | None":
         from tracker.store.queries import batches
 
         found = await batches.get(services.database, batch_id)
@@ -75,9 +111,163 @@ def show(
     found = run_once(work)
     if found is None:
         raise TrackerError(
-            f"batch {plain(batch_id)} is not known here: `tracker batches list` shows them"
+            f"batch {plain(batch_id)} is not known here: `tracker batches list` shows all batches"
         )
+    print_batch(*found, results=results, output=output, as_json=as_json)
+
+
+def check_output(results: Results | None, output: Path | None) -> None:
+    """Raise `BadParameter` where results cannot be written: before anything is paid."""
+    from tracker.delivering import files
+
+    if output is None:
+        return
+    if results is Results.TABLE:
+        raise typer.BadParameter("a file takes csv or jsonl", param_hint="--results")
+    # A file is replaced, so its directory has to be writable.
+    written = output if files.is_special(output) else output.resolve().parent
+    if output.is_dir() or not written.exists() or not os.access(written, os.W_OK):
+        raise typer.BadParameter(f"{output} cannot be written", param_hint="--output")
+
+
+def print_batch(
+    batch: "BatchRow",
+    tally: "Tally",
+    rows: "Sequence[RowState]",
+    *,
+    results: Results | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Print a batch as JSON, or its rows as results; write the results to `output` in any case."""
     if as_json:
-        print_json(outcome_json(*found))
+        print_json({"batch": _batch_json(batch, tally), "rows": [_row_json(row) for row in rows]})
     if output is not None or not as_json:
-        show_rows(found[2], form(results, output), output)
+        show_rows(rows, results_format(results, output), output)
+
+
+def results_format(results: Results | None, output: Path | None) -> Results:
+    """The format asked for, or that of the file's ending; else a table on a terminal, CSV
+    elsewhere."""
+    if results is not None:
+        return results
+    if output is not None:
+        return Results.JSONL if output.suffix in (".jsonl", ".ndjson") else Results.CSV
+    return Results.TABLE if sys.stdout.isatty() else Results.CSV
+
+
+def show_rows(rows: "Sequence[RowState]", results: Results, output: Path | None) -> None:
+    """Print the rows, or write them to a file.
+
+    A file is replaced as a whole. A link is followed; a device or pipe is written to.
+    """
+    from tracker.delivering import files
+
+    shown = [_row_json(row) for row in rows]
+    if results is Results.TABLE:
+        columns = ("row", "line", "key", "run_id", "status", "cost")
+        print_table(
+            ("row", "line", "key", "run", "status", "cost", "outputs", "error"),
+            (
+                (
+                    *(row[name] for name in columns),
+                    " ".join(output["url"] for output in row["outputs"]),
+                    row["error"],
+                )
+                for row in shown
+            ),
+        )
+        return
+    if results is Results.JSONL:
+        text = "".join(f"{json.dumps(row)}\n" for row in shown)
+    else:
+        text = _csv(shown)
+    if output is None:
+        sys.stdout.write(plain_lines(text) if sys.stdout.isatty() else text)
+        return
+    try:
+        files.write_whole(output, text)
+    except OSError as error:
+        raise TrackerError(f"{output} cannot be written: {error.strerror}") from error
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
+    """A column for each input, and as many for outputs as the longest row has."""
+    inputs = dict.fromkeys(one["id"] for row in rows for one in row["inputs"] or ())
+    most = max((len(row["outputs"]) for row in rows), default=0)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        [
+            *_COLUMNS,
+            *(f"input.{name}" for name in inputs),
+            *(f"output.{number}" for number in range(1, most + 1)),
+        ]
+    )
+    for row in rows:
+        values = row["inputs"] or ()
+        writer.writerow(
+            [
+                *(row[name] for name in _COLUMNS),
+                *("\n".join(v["value"] for v in values if v["id"] == name) for name in inputs),
+                *(output["url"] for output in row["outputs"]),
+                *[""] * (most - len(row["outputs"])),
+            ]
+        )
+    return text.getvalue()
+
+
+def _row_json(row: "RowState") -> dict[str, Any]:
+    """A row as JSON values; the cost in USD."""
+    from tracker.views import number_json
+
+    run = None if row.record is None else row.record.run
+    return {
+        "row": row.entry.position,
+        "line": row.entry.line,
+        "key": row.entry.key,
+        "run_id": None if row.start is None else row.start.run_id,
+        "status": row.status,
+        "cost": None if run is None else number_json(run.charged_cost),
+        "cost_final": row.record is not None and row.record.cost_final,
+        "quoted_cost": None if run is None else number_json(run.quoted_cost),
+        "retry_advice": row.advice,
+        "error": row.why,
+        "inputs": row.inputs,
+        "outputs": [
+            {"output_id": one.output_id, "type": one.type, "url": one.url}
+            for one in (run.outputs if run is not None else None) or ()
+        ],
+    }
+
+
+def _batch_json(batch: "BatchRow", tally: "Tally") -> dict[str, Any]:
+    """A batch as JSON values, with the number of its rows in each state."""
+    from tracker.views import number_json, time_json
+
+    return {
+        "batch_id": batch.batch_id,
+        "technique_id": batch.technique_id,
+        "name": batch.name,
+        "created_at": time_json(batch.created_at),
+        "finished_at": None if batch.finished_at is None else time_json(batch.finished_at),
+        "rows": tally.rows,
+        "started": tally.started,
+        "completed": tally.completed,
+        "failed": tally.failed,
+        "active": tally.active,
+        "lost": tally.lost,
+        "refused": tally.refused,
+        "unresolved": tally.unresolved,
+        "cost": number_json(tally.cost),
+        "cost_final": tally.cost_final,
+        "quoted": number_json(tally.quoted),
+    }
+
+
+def cost_text(tally: "Tally") -> str:
+    """The cost of a batch: a lower bound and the quotes while bills may still change."""
+    if tally.cost_final:
+        return money(tally.cost)
+    quotes = f" ({money(tally.quoted)} quoted, not billed yet)" if tally.quoted else ""
+    return f"at least {money(tally.cost)}{quotes}"

@@ -1,27 +1,29 @@
-"""`tracker db`: the schema, and the counts that follow from the runs."""
+"""`tracker db`: migrations, copies, retention, and the rollups of the dashboards."""
 
 import asyncio
 import time
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from tracker.cli.arguments import parse_age
-from tracker.cli.copy_progress import CopyLines
-from tracker.cli.errand import note, prepare, run_once
-from tracker.cli.output import JsonFlag, print_fields, print_json, print_table
+from tracker.cli.output import JsonFlag, note, print_fields, print_json, print_table
+from tracker.cli.progress import Screen
+from tracker.cli.setup import configure, parse_age, run_on_database, run_once
 
 if TYPE_CHECKING:
     from tracker.services import Services
+    from tracker.store.copy import Step
 
-app = typer.Typer(name="db", help="The database.", no_args_is_help=True)
+_STATUS_SECONDS: Final = 2.0
+
+app = typer.Typer(name="db", help="Migrate, copy and prune the database.", no_args_is_help=True)
 
 
 @app.command()
 def upgrade(as_json: JsonFlag = False) -> None:
-    """Bring the database to this version's newest migration."""
-    settings = prepare()
+    """Migrate the database to this version's schema."""
+    settings = configure()
     from tracker.store import migrate
 
     async def work() -> tuple[str | None, str | None]:
@@ -35,15 +37,15 @@ def upgrade(as_json: JsonFlag = False) -> None:
     if as_json:
         print_json({"before": before, "current": after})
     elif before == after:
-        typer.echo(f"The database is at {after}; nothing was to do.")
+        typer.echo(f"The database is at {after} already.")
     else:
-        typer.echo(f"The database went from {before or 'empty'} to {after}.")
+        typer.echo(f"The database was migrated from {before or 'empty'} to {after}.")
 
 
 @app.command()
 def current(as_json: JsonFlag = False) -> None:
-    """Show which migration the database is at, and which is the newest."""
-    settings = prepare()
+    """Show the database's revision, and the newest one."""
+    settings = configure()
     from tracker.store import migrate
 
     at = asyncio.run(migrate.current(settings.tracker_database_url))
@@ -61,13 +63,13 @@ def copy_(
         typer.Option(
             metavar="URL",
             envvar="TRACKER_COPY_TO",
-            help="An empty database, which is given its tables where it has none.",
+            help="Target: an empty database. Its tables are created if they are missing.",
         ),
     ],
     as_json: JsonFlag = False,
 ) -> None:
-    """Copy everything from TRACKER_DATABASE_URL to another database: all of it or nothing."""
-    settings = prepare()
+    """Copy everything from TRACKER_DATABASE_URL to another database, in one transaction."""
+    settings = configure()
     from tracker.store.copy import copy
     from tracker.store.url import DatabaseUrl
 
@@ -76,63 +78,71 @@ def copy_(
         "from": str(DatabaseUrl.parse(source)),
         "to": str(DatabaseUrl.parse(to, "--to")),
     }
+    screen = Screen()
+
+    def show(step: "Step") -> None:
+        screen.status(
+            f"{step.table}: {step.rows} of {step.total} rows",
+            seconds=_STATUS_SECONDS,
+            now=step.rows == step.total,
+        )
+
     began = time.monotonic()
-    copied = asyncio.run(copy(source, to, progress=CopyLines().show))
+    copied = asyncio.run(copy(source, to, progress=show))
     seconds = round(time.monotonic() - began, 1)
     if as_json:
         print_json(shown | asdict(copied) | {"seconds": seconds})
         return
     print_table(("table", "rows"), copied.tables.items())
     note(
-        f"{sum(copied.tables.values())} rows went from {shown['from']} to {shown['to']} in "
-        f"{seconds} s; counted there, and {copied.compared} of them compared. A tracker that is "
-        "started on it goes on from there; `tracker reconcile` brings what happened meanwhile."
+        f"Copied {sum(copied.tables.values())} rows from {shown['from']} to {shown['to']} in "
+        f"{seconds} s; verified their number, and {copied.compared} of them value by value. Start "
+        "the tracker on the copy; `tracker reconcile` adds what happened in the meantime."
     )
 
 
 @app.command()
 def recount(as_json: JsonFlag = False) -> None:
-    """Count all runs anew for the dashboards, whatever their tallies say."""
-    from tracker.store.writing import rollups as tallies
+    """Rebuild the rollups of the dashboards from the runs."""
+    from tracker.store.writing import rollups
 
-    counted = run_once(lambda services: tallies.recount(services.database))
+    counted = run_on_database(rollups.recount)
     if as_json:
         print_json({"tallies": counted})
     else:
-        typer.echo(f"All runs are counted anew, in {counted} tallies.")
+        typer.echo(f"All runs were counted again, in {counted} rollups.")
 
 
 @app.command("prune")
 def prune_(
     older_than: Annotated[
-        str, typer.Option(metavar="AGE", help="Settled runs older than this go, as in 90d.")
+        str, typer.Option(metavar="AGE", help="Remove settled runs older than this, as in 90d.")
     ],
     bodies_older_than: Annotated[
         str | None,
         typer.Option(
-            metavar="AGE", help="Callbacks lose their raw body after this; 30d, or with their run."
+            metavar="AGE",
+            help="Remove raw bodies of callbacks. Default: 30d, or with their run.",
         ),
     ] = None,
     quarantined_older_than: Annotated[
         str | None,
-        typer.Option(
-            metavar="AGE", help="Quarantined callbacks go after this; without it they stay."
-        ),
+        typer.Option(metavar="AGE", help="Remove quarantined callbacks. Default: never."),
     ] = None,
     keys_older_than: Annotated[
         str | None,
-        typer.Option(metavar="AGE", help="Idempotency keys go after this; without it they stay."),
+        typer.Option(metavar="AGE", help="Remove idempotency keys. Default: never."),
     ] = None,
     audit_older_than: Annotated[
         str | None,
-        typer.Option(metavar="AGE", help="Entries of the audit log go after this; 365d."),
+        typer.Option(metavar="AGE", help="Remove entries of the audit log. Default: 365d."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count what would go.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count the rows.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Remove what is old, a few rows at a time, while everything else goes on."""
+    """Remove old rows, a few at a time, without stopping the service."""
     runs = parse_age(older_than, "--older-than")
-    given = {
+    ages_given = {
         "bodies": bodies_older_than,
         "quarantined": quarantined_older_than,
         "keys": keys_older_than,
@@ -140,7 +150,7 @@ def prune_(
     }
     others = {
         name: None if age is None else parse_age(age, f"--{name}-older-than")
-        for name, age in given.items()
+        for name, age in ages_given.items()
     }
 
     async def work(services: "Services") -> dict[str, int]:
@@ -155,4 +165,4 @@ def prune_(
         return
     print_table(("table", "rows"), counts.items())
     if dry_run:
-        note("Nothing was removed: this is what would be.")
+        note("Nothing was removed: this was a dry run.")

@@ -1,98 +1,95 @@
-"""`tracker deliveries`: the callbacks as they came."""
+"""`tracker deliveries`: list, show and replay callbacks."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tracker.cli.errand import note, run_once
-from tracker.cli.output import JsonFlag, print_fields, print_json, print_table
+from tracker.cli.output import JsonFlag, note, print_fields, print_json, print_page, print_table
+from tracker.cli.setup import CursorOption, LimitOption, run_on_database, run_once
 from tracker.core.errors import TrackerError
 from tracker.core.record import DeliveryOutcome
 
 if TYPE_CHECKING:
     from tracker.receiving.replay import Replay
     from tracker.services import Services
+    from tracker.store.engine import Database
     from tracker.store.queries.runs import DeliveryRow
 
 app = typer.Typer(name="deliveries", help="List, show and replay callbacks.", no_args_is_help=True)
 
-DeliveryId = Annotated[
-    str, typer.Argument(metavar="DELIVERY_ID", help="FLORA's whd_… identifier, as listed.")
-]
-
 
 @app.command("list")
 def list_(
-    outcome: Annotated[
-        DeliveryOutcome | None, typer.Option(help="Only those of which this became.")
-    ] = None,
-    run: Annotated[str | None, typer.Option(metavar="RUN_ID", help="Only this run's.")] = None,
-    limit: Annotated[int, typer.Option(help="So many at most.", min=1, max=100)] = 50,
-    cursor: Annotated[str | None, typer.Option(help="Where the last page ended.")] = None,
+    outcome: Annotated[DeliveryOutcome | None, typer.Option(help="Filter by outcome.")] = None,
+    run: Annotated[str | None, typer.Option(metavar="RUN_ID", help="Filter by run.")] = None,
+    limit: LimitOption = 50,
+    cursor: CursorOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """List callbacks, newest first."""
 
-    async def work(services: "Services") -> "tuple[list[DeliveryRow], str | None]":
+    async def work(database: "Database") -> "tuple[list[DeliveryRow], str | None]":
         from tracker.store.queries import runs as read
 
         return await read.list_deliveries(
-            services.database, outcome=outcome, run_id=run, cursor=cursor, limit=limit
+            database, outcome=outcome, run_id=run, cursor=cursor, limit=limit
         )
 
-    rows, next_cursor = run_once(work)
-    shown = [_json(row) for row in rows]
-    if as_json:
-        print_json({"deliveries": shown, "meta": {"next_cursor": next_cursor}})
-        return
-    print_table(
-        ("delivery", "run", "event", "outcome", "receipts", "received", "reason"),
-        [
-            (
-                *(one[name] for name in ("delivery_id", "run_id", "event_type", "outcome")),
-                one["receipts"],
-                one["received_at"][:19] + "Z",
-                one["reason"],
-            )
-            for one in shown
-        ],
+    rows, next_cursor = run_on_database(work)
+    print_page(
+        "deliveries",
+        [_json(row) for row in rows],
+        next_cursor,
+        {
+            "delivery": "delivery_id",
+            "run": "run_id",
+            "event": "event_type",
+            "outcome": "outcome",
+            "receipts": "receipts",
+            "received": "received_at",
+            "reason": "reason",
+        },
+        as_json=as_json,
     )
-    if next_cursor is not None:
-        note(f"There are more: --cursor {next_cursor}")
 
 
 @app.command()
-def show(delivery_id: DeliveryId, as_json: JsonFlag = False) -> None:
+def show(
+    delivery_id: Annotated[
+        str, typer.Argument(metavar="DELIVERY_ID", help="FLORA's whd_… identifier, as listed.")
+    ],
+    as_json: JsonFlag = False,
+) -> None:
     """Show a callback with its raw body."""
 
-    async def work(services: "Services") -> "DeliveryRow | None":
+    async def work(database: "Database") -> "DeliveryRow | None":
         from tracker.store.queries import runs as read
 
-        return await read.get_delivery(services.database, delivery_id)
+        return await read.get_delivery(database, delivery_id)
 
-    row = run_once(work)
+    row = run_on_database(work)
     if row is None:
-        raise TrackerError(f"no delivery {delivery_id} is kept here")
+        raise TrackerError(f"delivery {delivery_id} is not known here")
     shown = _json(row)
     if as_json:
         print_json(shown)
         return
     print_fields(shown)
     if row.body_removed_at is not None:
-        note("Its body was removed by retention.")
+        note("Retention has removed its body.")
 
 
 @app.command()
 def replay(
     delivery_ids: Annotated[
-        list[str] | None, typer.Argument(metavar="[DELIVERY_ID]...", help="Those to replay.")
+        list[str] | None, typer.Argument(metavar="[DELIVERY_ID]...", help="Deliveries to replay.")
     ] = None,
     every: Annotated[
-        bool, typer.Option("--all", help="All that are quarantined, oldest first.")
+        bool, typer.Option("--all", help="Replay all quarantined deliveries, oldest first.")
     ] = False,
     as_json: JsonFlag = False,
 ) -> int:
-    """Read quarantined callbacks again; exit status 1 where one is still not understood."""
+    """Apply quarantined callbacks again. Exit status 1 if one is still quarantined."""
     if bool(delivery_ids) == every:
         raise typer.BadParameter("give DELIVERY_IDs, or --all", param_hint="DELIVERY_ID")
 

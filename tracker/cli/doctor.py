@@ -1,8 +1,6 @@
-"""`tracker doctor`: checks a deployment from end to end."""
+"""`tracker doctor`: check a deployment from end to end."""
 
 from typing import TYPE_CHECKING, Final
-
-import typer
 
 from tracker.cli.output import JsonFlag, console, plain, print_json
 from tracker.core.errors import SettingsError
@@ -13,21 +11,16 @@ if TYPE_CHECKING:
     from tracker.operations.doctor import Finding
 
 _COLOURS: Final = {"ok": "green", "warning": "yellow", "failed": "bold red"}
-_WIDE: Final = 110
-"""Longer lines are hard to read, and what is mailed by cron has no width at all."""
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command()(doctor)
+_WIDTH: Final = 110
+"""Maximum width: longer lines are hard to read, and cron's mail has no terminal."""
 
 
 def doctor(as_json: JsonFlag = False) -> int:
     """Check a deployment from end to end, and say what to fix.
 
-    Run it with the settings of the service. Nothing is changed: its test deliveries are deleted
-    again. Exit status 1 if something failed, 2 if the settings cannot be read; docs/doctor.md
-    explains each line.
+    Run it with the settings of the service. It changes nothing: test deliveries are removed again.
+    Exit status 1 if a check failed, 2 if the settings cannot be read. docs/doctor.md explains each
+    line.
     """
     from tracker.operations.doctor import worst
 
@@ -52,7 +45,7 @@ def _examine() -> "Sequence[Finding]":
     settings, sources, _ = read_settings()
     configure_logs(
         format=settings.tracker_log_format,
-        # The findings say it all; at level debug the log is shown too.
+        # The findings say what matters; level debug still logs everything.
         level="debug" if settings.tracker_log_level == "debug" else "critical",
         secrets=settings.secret_values,
     )
@@ -80,7 +73,7 @@ def _json(finding: "Finding") -> dict[str, str | None]:
 
 
 def _show(findings: "Sequence[Finding]") -> None:
-    """A line for each, and below it what to do."""
+    """Print a line for each finding, and below it what to do."""
     from rich.table import Table
     from rich.text import Text
 
@@ -95,7 +88,7 @@ def _show(findings: "Sequence[Finding]") -> None:
         name = one.name if one.workspace is None else f"{one.name}\n{one.workspace}"
         table.add_row(Text(one.level.value, style=_COLOURS[one.level.value]), Text(name), text)
     out = console()
-    out.width = min(out.width, _WIDE)
+    out.width = min(out.width, _WIDTH)
     out.print(table)
     out.print(f"\n{_summary(findings)}")
 

@@ -1,4 +1,4 @@
-"""`tracker runs download`: the outputs of runs as files."""
+"""`tracker runs download`: download the outputs of runs as files."""
 
 import asyncio
 import re
@@ -9,37 +9,30 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from tracker.cli import download_progress
-from tracker.cli.arguments import check_run_ids
-from tracker.cli.download_progress import size_text
-from tracker.cli.errand import note, run_once
-from tracker.cli.output import JsonFlag, plain, print_json
-from tracker.cli.watching import require_known
+from tracker.cli.output import JsonFlag, note, plain, print_json
+from tracker.cli.progress import screen
+from tracker.cli.setup import check_run_ids, run_once
+from tracker.cli.watch import require_known
+from tracker.core import formatting
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
-    from tracker.delivering.downloads import DownloadReport, RunWithoutOutputs, WantedRun
+    from rich.progress import ProgressColumn
+
+    from tracker.delivering.downloads import (
+        DownloadJob,
+        DownloadReport,
+        DownloadResult,
+        RunWithoutOutputs,
+        WantedRun,
+    )
     from tracker.polling.follow import Tell
     from tracker.services import Services
 
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?) ?(?:([kmgt])(?:i?b)?|b|bytes)?", re.IGNORECASE)
 _NAMED: Final = 20
-"""So many runs without outputs are named; the rest is counted."""
-
-
-def _size(text: str) -> int:
-    """A number of bytes, as in 500000, 500M or 2GiB; K, M, G and T are powers of 1024."""
-    found = _SIZE.fullmatch(text.strip())
-    size = 0 if found is None else float(found[1])
-    if found is None or size <= 0:
-        raise typer.BadParameter(f"{text!r} is no size: give bytes, or 500M, or 2G")
-    return int(size * 1024 ** (" kmgt".index((found[2] or " ").lower())))
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command()(download)
+"""How many runs without outputs are named; the rest is counted."""
 
 
 def download(
@@ -52,33 +45,31 @@ def download(
     batch: Annotated[
         str | None, typer.Option("--batch", metavar="ID", help="The runs of a batch.")
     ] = None,
-    all_settled: Annotated[
-        bool, typer.Option("--all-settled", help="Every run that has settled.")
-    ] = False,
+    all_settled: Annotated[bool, typer.Option("--all-settled", help="Every settled run.")] = False,
     technique: Annotated[
         str | None,
-        typer.Option(metavar="T", help="With --all-settled: only runs of this technique."),
+        typer.Option(metavar="T", help="With --all-settled: filter by technique (id or slug)."),
     ] = None,
     to: Annotated[
-        Path, typer.Option("--to", metavar="DIR", help="The folder for the files.")
+        Path, typer.Option("--to", metavar="DIR", help="Directory for the files.")
     ] = Path("downloads"),
     watch: Annotated[
         bool, typer.Option("--watch", help="Wait for runs, and download each as it settles.")
     ] = False,
     allow_private: Annotated[
         bool,
-        typer.Option("--allow-private", help="Follow links into this network or machine too."),
+        typer.Option("--allow-private", help="Allow links to this machine and private networks."),
     ] = False,
     max_bytes: Annotated[
-        str, typer.Option(metavar="SIZE", help="The most bytes of one file, as in 500M.")
+        str, typer.Option(metavar="SIZE", help="Maximum size of a file, as in 500M.")
     ] = "2GiB",
-    concurrency: Annotated[int, typer.Option(help="Files at a time.", min=1, max=32)] = 4,
+    concurrency: Annotated[int, typer.Option(help="Concurrent downloads.", min=1, max=32)] = 4,
     as_json: JsonFlag = False,
 ) -> int:
-    """Download the outputs of runs as files; what is there already is not fetched again.
+    """Download the outputs of runs as files. Files that exist already are not downloaded again.
 
-    Files are named by row (of a batch), run and output; manifest.jsonl in DIR has a line with size
-    and SHA-256 for each. Exit status 1 if an output could not be had.
+    Files are named by row (of a batch), run and output; manifest.jsonl in DIR lists each with its
+    size and SHA-256. Exit status 1 if a download failed.
     """
     if bool(run_ids) + (batch is not None) + all_settled != 1:
         raise typer.BadParameter("give run ids, or --batch, or --all-settled")
@@ -104,25 +95,32 @@ def download(
         )
         report = DownloadReport()
         try:
-            with download_progress.shown() as screen:
+            with screen(_columns) as shown:
+
+                def show_bytes(job: "DownloadJob", done: int, total: int | None) -> None:
+                    shown.bar(job.name, done=done, total=total)
+
+                def show_result(result: "DownloadResult") -> None:
+                    shown.remove(result.job.name)
+                    if (line := _line(result)) is not None:
+                        shown.line(line)
+
                 async with services.signals:
                     await services.downloader.download(
-                        await find(services, screen.tell),
+                        await find(services, shown.notice),
                         options,
                         report,
-                        on_bytes=screen.bytes,
-                        on_result=screen.result,
+                        on_bytes=show_bytes,
+                        on_result=show_result,
                     )
         except asyncio.CancelledError:
             note(f"{_summary(report)} in {to}")
-            note(
-                "tracker: interrupted; what is there of a file is kept, and gone on with next time"
-            )
+            note("tracker: interrupted; unfinished files are kept and continued next time")
             raise
         return report
 
     report = run_once(work)
-    _tell_absent(report, named=not all_settled)
+    _report_absent(report, named=not all_settled)
     if as_json:
         print_json(_json(report, to))
     else:
@@ -130,8 +128,17 @@ def download(
     return 0 if report.complete else 1
 
 
+def _size(text: str) -> int:
+    """A number of bytes, as in 500000, 500M or 2GiB; K, M, G and T are powers of 1024."""
+    found = _SIZE.fullmatch(text.strip())
+    size = 0 if found is None else float(found[1])
+    if found is None or size <= 0:
+        raise typer.BadParameter(f"{text!r} is not a size such as 500000, 500M or 2GiB")
+    return int(size * 1024 ** (" kmgt".index((found[2] or " ").lower())))
+
+
 async def _technique_id(services: "Services", technique: str) -> str:
-    """The id of a technique that is given by its id or its slug; FLORA is not asked."""
+    """The id of a technique, from its id or slug; FLORA is not asked."""
     from tracker.store.queries import techniques
 
     if technique.startswith("tech_"):
@@ -140,36 +147,54 @@ async def _technique_id(services: "Services", technique: str) -> str:
     return f"tech_{technique}" if known is None else known.technique_id
 
 
+def _columns() -> "Sequence[ProgressColumn]":
+    from rich.progress import BarColumn, DownloadColumn, TransferSpeedColumn
+
+    return BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn()
+
+
+def _line(result: "DownloadResult") -> str | None:
+    """A line for a file that was downloaded or failed; none for one that was there already."""
+    job = result.job
+    if result.error is not None:
+        output = f"{job.output.output_id or job.position} of run {job.run_id}"
+        row = "" if job.row is None else f" (row {job.row})"
+        return f"tracker: output {output}{row}: {result.error}"
+    if result.outcome == "present" or result.entry is None:
+        return None
+    return f"{result.entry.file}  {formatting.size(result.entry.size)}"
+
+
 def _summary(report: "DownloadReport") -> str:
     from tracker.delivering.downloads import DownloadOutcome
 
     fetched = report.of(DownloadOutcome.FETCHED)
     size = sum(one.entry.size for one in fetched if one.entry is not None)
     count = "1 file" if len(fetched) == 1 else f"{len(fetched)} files"
-    parts = [f"{count} fetched ({size_text(size)})"]
+    parts = [f"{count} downloaded ({formatting.size(size)})"]
     if present := len(report.of(DownloadOutcome.PRESENT)):
-        parts.append(f"{present} there already")
+        parts.append(f"{present} existed already")
     if failed := len(report.of(DownloadOutcome.FAILED)):
-        parts.append(f"{failed} could not be had")
+        parts.append(f"{failed} downloads failed")
     return ", ".join(parts)
 
 
-def _tell_absent(report: "DownloadReport", *, named: bool) -> None:
-    """Say which runs had nothing to fetch; of all settled ones, those that failed are no news."""
-    told = [one for one in report.absent if named or not one.harmless]
-    for one in told[:_NAMED]:
-        note(f"tracker: {plain(_why(one))}")
-    counts = Counter(one.status for one in told[_NAMED:])
+def _report_absent(report: "DownloadReport", *, named: bool) -> None:
+    """Report runs without files; failed runs only where they were `named`."""
+    shown = [one for one in report.absent if named or not one.harmless]
+    for one in shown[:_NAMED]:
+        note(f"tracker: {_reason(one)}")
+    counts = Counter(one.status for one in shown[_NAMED:])
     for status, count in counts.items():
-        note(f"tracker: {count} more without outputs: {plain(status)}")
+        note(f"tracker: {count} more without outputs: {status}")
 
 
-def _why(one: "RunWithoutOutputs") -> str:
+def _reason(one: "RunWithoutOutputs") -> str:
     which = " ".join(
         part for part in (one.row and f"row {one.row}", one.run_id and f"run {one.run_id}") if part
     )
     if one.status == "lost":
-        return f"{which} is lost: FLORA denies it"
+        return f"{which} was not found at FLORA"
     if one.harmless:
         return f"{which} has no outputs ({one.status})"
     if one.run_id is not None:

@@ -1,151 +1,96 @@
-"""Runs under way, shown on stderr: a bar for each on a terminal, a line for each change elsewhere.
-
-stdout is for what was asked for, so that it can be piped while the bars are looked at.
-"""
+"""Progress on stderr: bars on a terminal, lines elsewhere."""
 
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
-from tracker.cli.errand import note
-from tracker.cli.output import plain
-from tracker.core.clock import Clock
-from tracker.core.record import Record
-from tracker.core.run import Tracking
+from tracker.cli.output import note, plain
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress, ProgressColumn, TaskID
 
-    from tracker.polling.follow import Sight
-
-_STYLES: Final = {"completed": "green", "failed": "red", "running": "yellow", "pending": "dim"}
-
-
-class Lines:
-    """A line for each change."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._told: dict[str, str] = {}
-
-    def show(self, sights: "Sequence[Sight]") -> None:
-        """Show runs that changed."""
-        for record, source in sights:
-            run = record.run
-            shown = f"{plain(run.run_id)} {standing(record)}"
-            # Who said it and how long it takes are no news of their own.
-            if self._told.get(run.run_id) != shown:
-                self._told[run.run_id] = shown
-                note(f"{shown}  {elapsed(record, self._clock)}  {source}")
-
-    def tell(self, line: str) -> None:
-        """Show a line that is about no run alone."""
-        note(f"tracker: {plain(line)}")
+Cell = Callable[[], tuple[str, str]]
+"""A cell of a bar: its text and style at each refresh."""
 
 
-class Bars:
-    """A bar for each run, on a terminal."""
+class Screen:
+    """Shows bars by name, and lines above them. Without `bars`, only the lines."""
 
-    def __init__(self, progress: "Progress", clock: Clock) -> None:
-        self._progress = progress
-        self._clock = clock
-        self._bars: dict[str, TaskID] = {}
+    def __init__(self, bars: "Progress | None" = None) -> None:
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
+        self._status = ""
+        self._status_at = float("-inf")
 
-    def show(self, sights: "Sequence[Sight]") -> None:
-        """Show runs that changed."""
-        for record, source in sights:
-            run = record.run
-            done = 100 if record.tracking is Tracking.SETTLED else run.progress
-            fields: dict[str, Any] = {"record": record, "source": str(source)}
-            bar = self._bars.get(run.run_id)
-            if bar is None:
-                bar = self._progress.add_task(plain(run.run_id), total=100, **fields)
-                self._bars[run.run_id] = bar
-            self._progress.update(bar, completed=done, **fields)
+    @property
+    def has_bars(self) -> bool:
+        """Whether stderr is a terminal."""
+        return self._bars is not None
 
-    def tell(self, line: str) -> None:
-        """Show a line above the bars."""
-        self._progress.console.print(f"tracker: {plain(line)}", markup=False)
+    def bar(self, name: str, *, done: float, total: float | None, **cells: Cell) -> None:
+        """Show or update the bar `name`, with `cells` by the names of their columns."""
+        if self._bars is None:
+            return
+        fields: dict[str, Any] = dict(cells)
+        if name not in self._tasks:
+            self._tasks[name] = self._bars.add_task(plain(name), total=total, **fields)
+        self._bars.update(self._tasks[name], completed=done, total=total, **fields)
+
+    def remove(self, name: str) -> None:
+        """Remove a bar, if it is there."""
+        if self._bars is not None and name in self._tasks:
+            self._bars.remove_task(self._tasks.pop(name))
+
+    def line(self, text: str) -> None:
+        """Print a line."""
+        if self._bars is None:
+            note(text)
+        else:
+            self._bars.console.print(plain(text), markup=False)
+
+    def notice(self, text: str) -> None:
+        """Print a line that the tracker itself has to say."""
+        self.line(f"tracker: {text}")
+
+    def status(self, text: str, *, seconds: float, now: bool = False) -> None:
+        """Print a status line if it is new and the last one is `seconds` old, or with `now`."""
+        if text != self._status and (now or time.monotonic() - self._status_at >= seconds):
+            self._status, self._status_at = text, time.monotonic()
+            self.line(text)
 
 
 @contextmanager
-def shown(clock: Clock) -> "Iterator[Lines | Bars]":
-    """Where runs are shown for as long as the block lasts; `clock` tells how long they take."""
+def screen(
+    columns: "Callable[[], Sequence[ProgressColumn]]", *, transient: bool = True
+) -> Iterator[Screen]:
+    """A screen with bars of these `columns` where stderr is a terminal.
+
+    The bars stay when the block ends unless they are `transient`.
+    """
     if not sys.stderr.isatty():
-        yield Lines(clock)
+        yield Screen()
         return
-    with _bars(clock) as progress:
-        yield Bars(progress, clock)
-
-
-def standing(record: Record) -> str:
-    """Status and progress in a few words, with what is missing or went wrong."""
-    run = record.run
-    if record.tracking is Tracking.SETTLED:
-        return f"{run.status}, settled"
-    if record.tracking is Tracking.LOST:
-        return f"{run.status}, lost: FLORA denies it"
-    words = f"{run.status} {run.progress:g} %"
-    if run.standing.ended:
-        words += ", details to be read"
-    return words if record.last_error is None else f"{words} ({plain(record.last_error)})"
-
-
-def elapsed(record: Record, clock: Clock) -> str:
-    """How long the run took, or has taken so far."""
-    return took(record) or _length((record.settled_at or clock()) - record.created_at)
-
-
-def took(record: Record) -> str | None:
-    """How long the run took, by FLORA's clock; `None` where that is not known."""
-    end = record.run.completed_at
-    return None if end is None else _length(end - record.created_at)
-
-
-def _length(length: timedelta) -> str:
-    seconds = max(length.total_seconds(), 0.0)
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def _bars(clock: Clock) -> "Progress":
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+    from rich.progress import Progress, TextColumn
+
+    with Progress(
+        TextColumn("{task.description}", markup=False),
+        *columns(),
+        console=Console(stderr=True, highlight=False, soft_wrap=True),
+        transient=transient,
+    ) as bars:
+        yield Screen(bars)
+
+
+def cell(name: str) -> "ProgressColumn":
+    """A column for the cell `name` of each bar."""
+    from rich.progress import ProgressColumn, Task
     from rich.text import Text
 
-    class Standing(ProgressColumn):
-        """Status, in its colour."""
-
+    class CellColumn(ProgressColumn):
         def render(self, task: Task) -> Text:
-            record: Record = task.fields["record"]
-            status = str(record.run.status)
-            return Text(status, style=_STYLES.get(status, ""))
+            return Text(*task.fields[name](), no_wrap=True)
 
-    class Elapsed(ProgressColumn):
-        """How long it has taken."""
-
-        def render(self, task: Task) -> Text:
-            return Text(elapsed(task.fields["record"], clock), justify="right")
-
-    class Remark(ProgressColumn):
-        """Who brought the last news, and what went wrong."""
-
-        def render(self, task: Task) -> Text:
-            record: Record = task.fields["record"]
-            remark = "" if record.last_error is None else f"  {plain(record.last_error)}"
-            return Text(task.fields["source"] + remark, style="dim", no_wrap=True)
-
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        Standing(),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %", markup=False),
-        Elapsed(),
-        Remark(),
-        console=Console(stderr=True, highlight=False),
-    )
+    return CellColumn()

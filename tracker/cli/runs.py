@@ -1,101 +1,138 @@
 """`tracker runs`: start, track, list and show runs."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 from uuid import uuid4
 
 import typer
 
-from tracker.cli import download, inputs, watching
-from tracker.cli.arguments import RunId, TagOption, parsed_tags
-from tracker.cli.errand import note, patience, run_once
-from tracker.cli.follow import exit_status, follow
-from tracker.cli.output import JsonFlag, print_fields, print_json, print_table
-from tracker.core.errors import TrackerError
+from tracker.cli import download, watch
+from tracker.cli.output import (
+    JsonFlag,
+    note,
+    print_fields,
+    print_json,
+    print_page,
+    print_with_inputs,
+)
+from tracker.cli.setup import (
+    CursorOption,
+    LimitOption,
+    RunId,
+    TagOption,
+    TechniqueArgument,
+    WorkspaceFilter,
+    WorkspaceOption,
+    flora_deadline,
+    parsed_tags,
+    run_on_database,
+    run_once,
+)
 from tracker.core.retry import RetryAdvice
 from tracker.core.run import RunStatus, Tracking
 
 if TYPE_CHECKING:
     from tracker.core.record import Record
     from tracker.services import Services
-    from tracker.starting.start import Started, StartRequest
     from tracker.starting.track import Tracked
+    from tracker.store.engine import Database
 
 app = typer.Typer(name="runs", help="Start, track, list and show runs.", no_args_is_help=True)
 
 
-Workspace = Annotated[
-    str | None,
-    typer.Option("--workspace", metavar="W", help="Workspace id, where several are configured."),
-]
-
-
 @app.command()
 def start(
-    technique: Annotated[str, typer.Argument(metavar="TECHNIQUE", help="Its id or its slug.")],
-    given: Annotated[
+    technique: TechniqueArgument,
+    inputs: Annotated[
         list[str] | None,
         typer.Option(
             "--input",
             metavar="ID=VALUE",
-            help="An input, once for each. ID:TYPE=VALUE spares asking FLORA for its type.",
+            help="Value of an input. ID:TYPE=VALUE saves asking FLORA for its type. Repeatable.",
         ),
     ] = None,
-    workspace: Workspace = None,
+    workspace: WorkspaceOption = None,
     tag: TagOption = None,
     idempotency_key: Annotated[
         str | None,
-        typer.Option(metavar="K", help="The same key again gives the same run, not another one."),
+        typer.Option(metavar="K", help="Repeating the command with the same key starts no run."),
     ] = None,
     wait: Annotated[
-        bool, typer.Option("--wait", help="Wait for the run's end; exit status 1 if it fails.")
+        bool, typer.Option("--wait", help="Wait for the end; exit status 1 if the run fails.")
     ] = False,
     as_json: JsonFlag = False,
 ) -> int:
     """Start a run and track it."""
-    parsed = inputs.parse(given or [])
+    values = _parse_inputs(inputs or ())
     tags = parsed_tags(tag)
 
     async def work(services: "Services") -> "Record":
+        from tracker.core.errors import StartPending
+        from tracker.core.inputs import typed
         from tracker.starting.start import StartRequest
 
-        async with patience(services):
+        async with flora_deadline(services):
+            definition = None
+            if any(type_ is None for _, type_, _ in values):
+                used = services.workspaces.pick(workspace)
+                definition = await services.catalogue.definition(used, technique)
             request = StartRequest(
                 technique=technique,
-                inputs=await inputs.typed(services, technique, workspace, parsed),
+                inputs=typed(definition.ports if definition else (), values),
                 workspace_id=workspace,
-                # The second attempt has to have the first one's.
+                # Made once: a second attempt has to use the first one's.
                 idempotency_key=idempotency_key or f"trk-{uuid4()}",
                 started_by="cli",
                 tags=tags,
             )
-        started = await _started(services, request, wait=wait)
+        try:
+            started = await services.starter.start(request)
+        except StartPending as error:
+            if not wait:
+                raise
+            note(f"{error}. Waiting")
+            started = await services.starter.start(request, wait=math.inf)
         if started.replayed:
-            note("This key had started the run before; nothing new was started.")
+            note("A run was started with this key before; no new one was started.")
         if not wait:
             return started.record
-        (ended,) = await follow(services, [started.record.run.run_id])
+        (ended,) = await watch.follow(services, [started.record.run.run_id])
         return ended
 
     record = run_once(work, needs_key=True)
     _print_run(record, as_json=as_json)
-    return exit_status([record]) if wait else 0
+    return watch.exit_status([record]) if wait else 0
+
+
+def _parse_inputs(texts: Iterable[str]) -> list[tuple[str, str | None, str]]:
+    """Id, type if it is given, and value of each ID=VALUE or ID:TYPE=VALUE."""
+    inputs = []
+    for text in texts:
+        name, equals, value = text.partition("=")
+        input_id, colon, type_ = name.partition(":")
+        if not equals or not input_id or (colon and not type_):
+            raise typer.BadParameter(
+                f"{text!r} is not ID=VALUE or ID:TYPE=VALUE", param_hint="--input"
+            )
+        inputs.append((input_id, type_ or None, value))
+    return inputs
 
 
 @app.command()
 def track(
     run_id: RunId,
     technique: Annotated[
-        str | None, typer.Option(metavar="T", help="Its technique, if you know it.")
+        str | None, typer.Option(metavar="T", help="The run's technique, if you know it.")
     ] = None,
-    workspace: Workspace = None,
+    workspace: WorkspaceOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Track a run that was started elsewhere."""
 
     async def work(services: "Services") -> "Tracked":
-        async with patience(services):
+        async with flora_deadline(services):
             tracked = await services.tracker.track(
                 run_id, technique=technique, workspace_id=workspace
             )
@@ -105,7 +142,7 @@ def track(
     if tracked.known:
         note("The run was tracked already.")
     if tracked.record.last_error:
-        note(f"It could not be read yet: {tracked.record.last_error}")
+        note(f"FLORA could not be asked about it yet: {tracked.record.last_error}")
     _print_run(tracked.record, as_json=as_json)
 
 
@@ -114,118 +151,95 @@ def list_(
     status: Annotated[
         str | None,
         typer.Option(
-            metavar="S", help=f"Only runs of this status: {', '.join(RunStatus)}, or FLORA's word."
+            metavar="S", help=f"Filter by status: {', '.join(RunStatus)}, or another of FLORA's."
         ),
     ] = None,
     technique: Annotated[
-        str | None, typer.Option(metavar="T", help="Only runs of this technique (tech_…).")
+        str | None, typer.Option(metavar="T", help="Filter by technique (tech_…).")
     ] = None,
-    workspace: Annotated[
-        str | None, typer.Option(metavar="W", help="Only runs of this workspace.")
-    ] = None,
+    workspace: WorkspaceFilter = None,
     project: Annotated[
         str | None, typer.Option(metavar="P", help="Filter by project (prj_…).")
     ] = None,
     tag: Annotated[str | None, typer.Option(metavar="KEY=VALUE", help="Filter by tag.")] = None,
-    tracking: Annotated[
-        Tracking | None, typer.Option(help="Only runs that the tracker stands to so.")
-    ] = None,
+    tracking: Annotated[Tracking | None, typer.Option(help="Filter by tracking state.")] = None,
     retry_advice: Annotated[
-        RetryAdvice | None, typer.Option(help="Only failed runs with this advice.")
+        RetryAdvice | None, typer.Option(help="Filter failed runs by advice.")
     ] = None,
-    limit: Annotated[int, typer.Option(help="So many at most.", min=1, max=100)] = 50,
-    cursor: Annotated[str | None, typer.Option(help="Where the last page ended.")] = None,
+    limit: LimitOption = 50,
+    cursor: CursorOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """List runs, newest first."""
-    wanted = parsed_tags(None if tag is None else [tag])
+    tags = parsed_tags(None if tag is None else [tag])
 
-    async def work(services: "Services") -> "tuple[list[Record], str | None]":
+    async def work(database: "Database") -> "tuple[list[Record], str | None]":
         from tracker.store.queries import runs as read
 
         return await read.list_runs(
-            services.database,
+            database,
             status=status,
             technique_id=technique,
             workspace_id=workspace,
             project_id=project,
-            tag=next((f"{key}={value}" for key, value in wanted.items()), None),
+            tag=next((f"{key}={value}" for key, value in tags.items()), None),
             tracking=tracking,
             retry_advice=retry_advice,
             cursor=cursor,
             limit=limit,
         )
 
-    records, next_cursor = run_once(work)
-    shown = [_json(record) for record in records]
-    if as_json:
-        print_json({"runs": shown, "meta": {"next_cursor": next_cursor}})
-        return
-    columns = ("run_id", "technique_id", "status", "progress", "tracking", "charged_cost")
-    titles = ("run", "technique", "status", "progress", "tracking", "cost", "outputs", "created")
-    print_table(
-        titles,
-        [
-            (*(run[name] for name in columns), len(run["outputs"]), run["created_at"][:19] + "Z")
-            for run in shown
-        ],
+    records, next_cursor = run_on_database(work)
+    from tracker.views import run_json
+
+    print_page(
+        "runs",
+        [run_json(record) for record in records],
+        next_cursor,
+        {
+            "run": "run_id",
+            "technique": "technique_id",
+            "status": "status",
+            "progress": "progress",
+            "tracking": "tracking",
+            "cost": "charged_cost",
+            "outputs": lambda run: len(run["outputs"]),
+            "created": "created_at",
+        },
+        as_json=as_json,
     )
-    if next_cursor is not None:
-        note(f"There are more: --cursor {next_cursor}")
 
 
 @app.command()
 def show(run_id: RunId, as_json: JsonFlag = False) -> None:
-    """Show all that is known of a run."""
+    """Show a run with its inputs and outputs."""
 
-    async def work(services: "Services") -> "Record | None":
+    async def work(database: "Database") -> "Record | None":
         from tracker.store.queries import runs as read
 
-        return await read.get_run(services.database, run_id)
+        return await read.get_run(database, run_id)
 
-    record = run_once(work)
+    record = run_on_database(work)
     if record is None:
-        raise TrackerError(
-            f"run {run_id} is not known here: `tracker runs track {run_id}` would track it"
-        )
+        raise watch.unknown([run_id])
     _print_run(record, as_json=as_json)
 
 
-async def _started(services: "Services", request: "StartRequest", *, wait: bool) -> "Started":
-    """Start it. With `wait`, a start in doubt is waited for until it is known what it did."""
-    from tracker.core.errors import StartPending
-
-    try:
-        return await services.starter.start(request)
-    except StartPending as error:
-        if not wait:
-            raise
-        note(f"{error}. Waiting")
-    return await services.starter.start(request, wait=math.inf)
-
-
-watching.add_to(app)
-download.add_to(app)
-
-
-def _json(record: "Record") -> dict[str, Any]:
-    from tracker.views import run_json
-
-    return run_json(record)
+app.command()(watch.watch)
+app.command()(watch.explain)
+app.command()(download.download)
 
 
 def _print_run(record: "Record", *, as_json: bool) -> None:
-    run = _json(record)
+    from tracker.views import run_json
+
+    run = run_json(record)
     if as_json:
         print_json(run)
         return
     outputs = run.pop("outputs")
     if (advice := record.run.retry_advice) is not None:
         run["retry_advice"] = f"{advice}: {advice.sentence}"
-    given = run.pop("inputs") or []
-    run["tags"] = ", ".join(f"{key}={value}" for key, value in run["tags"].items())
-    print_fields(run)
-    for one in given:
-        print_fields({f"input {one.get('id')}": f"{one.get('value')}"})
+    print_with_inputs(run)
     for output in outputs:
         print_fields({f"output {output['output_id']}": f"{output['type']}  {output['url']}"})

@@ -1,4 +1,4 @@
-"""`tracker spending`: what was spent, and how far each budget is used."""
+"""`tracker spending`: charges, open quotes and budgets."""
 
 import csv
 import sys
@@ -6,35 +6,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tracker.cli.arguments import parse_age
-from tracker.cli.errand import run_once
 from tracker.cli.output import JsonFlag, print_json, print_table
+from tracker.cli.setup import WorkspaceFilter, parse_age, run_once
+from tracker.core.formatting import money
 
 if TYPE_CHECKING:
     from tracker.services import Services
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command()(spending)
-
-
 def spending(
-    by: Annotated[
-        str, typer.Option(metavar="day|technique|tag:KEY", help="What to add up by.")
-    ] = "day",
+    by: Annotated[str, typer.Option(metavar="day|technique|tag:KEY", help="Group by.")] = "day",
     since: Annotated[
         str, typer.Option(metavar="DURATION", help="Runs started in the last 24h, 30d, …")
     ] = "30d",
-    workspace: Annotated[str | None, typer.Option(metavar="W", help="Filter by workspace.")] = None,
+    workspace: WorkspaceFilter = None,
     as_csv: Annotated[
         bool, typer.Option("--csv", help="Print CSV and nothing else on stdout.")
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Show what was charged, what is still a quote, and how far each budget is used.
+    """Show what was charged, what is only quoted so far, and how much of each budget is used.
 
-    In whole UTC days: a run counts on the day on which it was started.
+    Days are in UTC; a run counts on the day on which it was started.
     """
     from tracker.store.queries.spending import check_by
 
@@ -66,13 +59,13 @@ def spending(
         return
     shown = [*found["spending"], {**found["total"], "of": "total"}]
     print_table(
-        (by.removeprefix("tag:"), "runs", "charged", "still quoted", "unpriced"),
+        (by.removeprefix("tag:"), "runs", "charged", "quoted", "unpriced"),
         [
             (
                 row["name"] or row["of"] or "(other runs)",
                 row["runs"],
-                _usd(row["charged"]),
-                _usd(row["quoted"]),
+                money(row["charged"]),
+                money(row["quoted"]),
                 row["unpriced"] or None,
             )
             for row in shown
@@ -81,18 +74,17 @@ def spending(
     if found["budgets"]:
         typer.echo()
         print_table(
-            ("budget", "limit", "charged", "quoted", "reserved", "left", "used", "begins anew"),
+            ("budget", "limit", "charged", "quoted", "reserved", "left", "used", "renewed"),
             [
                 (
                     one["budget"],
-                    *(_usd(one[name]) for name in ("usd", "charged", "quoted", "reserved", "left")),
+                    *(
+                        money(one[name])
+                        for name in ("usd", "charged", "quoted", "reserved", "left")
+                    ),
                     f"{100 * one['used_share']:.0f} %",
                     one["renews_at"] and one["renews_at"][:16] + "Z",
                 )
                 for one in found["budgets"]
             ],
         )
-
-
-def _usd(amount: float) -> str:
-    return f"${amount:,.2f}" if round(amount, 2) == amount else f"${amount:,.6f}".rstrip("0")

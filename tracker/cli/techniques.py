@@ -1,4 +1,4 @@
-"""`tracker techniques`: sync, list and show FLORA's catalogue."""
+"""`tracker techniques`: sync, list and show FLORA's catalogue of techniques."""
 
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -6,43 +6,66 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tracker.cli.errand import note, patience, run_once
-from tracker.cli.output import JsonFlag, plain, print_fields, print_json, print_table
+from tracker.cli.output import (
+    JsonFlag,
+    note,
+    plain,
+    print_fields,
+    print_json,
+    print_page,
+    print_table,
+)
+from tracker.cli.setup import (
+    CursorOption,
+    LimitOption,
+    TechniqueArgument,
+    flora_deadline,
+    run_on_database,
+    run_once,
+)
 from tracker.core.errors import TrackerError
+from tracker.core.formatting import money
 
 if TYPE_CHECKING:
-    from decimal import Decimal
-
     from tracker.core.inputs import Port
     from tracker.services import Services
-    from tracker.starting.catalogue import ListReport, SyncReport
+    from tracker.starting.catalogue import SyncReport
+    from tracker.store.engine import Database
     from tracker.store.queries.techniques import TechniqueRow
 
-app = typer.Typer(name="techniques", help="FLORA's catalogue.", no_args_is_help=True)
+app = typer.Typer(
+    name="techniques", help="Sync, list and show FLORA's techniques.", no_args_is_help=True
+)
 
 
 @app.command()
 def sync(as_json: JsonFlag = False) -> int:
-    """Read FLORA's list of techniques and show what has changed."""
+    """Update the catalogue from FLORA and show what has changed."""
 
     async def work(services: "Services") -> "SyncReport":
-        async with patience(services):
+        async with flora_deadline(services):
             return await services.catalogue_sync.sync()
 
     report = run_once(work, needs_key=True)
     if as_json:
         print_json(asdict(report) | {"complete": report.complete})
     elif report.skipped:
-        note("Another process is reading the catalogue.")
+        note("Another process is updating the catalogue.")
     else:
         print_table(
             ("workspace", "pages", "techniques", "result"),
-            [(one.workspace_id, one.pages, one.techniques, _result(one)) for one in report.lists],
+            [
+                (
+                    *(one.workspace_id, one.pages, one.techniques),
+                    "complete" if one.error is None else "failed",
+                )
+                for one in report.lists
+            ],
         )
-        typer.echo(f"{report.new} new, {report.gone} gone, {report.back} back again")
+        typer.echo(f"{report.new} new, {report.gone} retired, {report.back} restored")
     failed = [one for one in report.lists if one.error is not None]
     for one in failed:
-        note(f"tracker: the list of {one.workspace_id} was not read whole: {one.error}")
+        note(f"tracker: the techniques of {one.workspace_id} could not be read: {one.error}")
     return 1 if failed else 0
 
 
@@ -50,55 +73,46 @@ def sync(as_json: JsonFlag = False) -> int:
 def list_(
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[TEXT]...", help="Words in the id, the name or the description."),
+        typer.Argument(metavar="[TEXT]...", help="Words in the id, name or description."),
     ] = None,
-    gone: Annotated[
-        bool, typer.Option("--gone", help="Also those that FLORA no longer has.")
-    ] = False,
-    limit: Annotated[int, typer.Option(help="So many at most.", min=1, max=100)] = 100,
-    cursor: Annotated[str | None, typer.Option(help="Where the last page ended.")] = None,
+    gone: Annotated[bool, typer.Option("--gone", help="Include retired.")] = False,
+    limit: LimitOption = 100,
+    cursor: CursorOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """List the techniques that are known, by name."""
+    """List the techniques of the catalogue by name."""
 
-    async def work(services: "Services") -> "tuple[list[TechniqueRow], str | None]":
+    async def work(database: "Database") -> "tuple[list[TechniqueRow], str | None]":
         from tracker.store.queries import techniques
 
         return await techniques.page(
-            services.database, query=" ".join(words or ()), gone=gone, cursor=cursor, limit=limit
+            database, query=" ".join(words or ()), gone=gone, cursor=cursor, limit=limit
         )
 
-    rows, next_cursor = run_once(work)
-    shown = [_json(row) for row in rows]
-    if as_json:
-        print_json({"techniques": shown, "meta": {"next_cursor": next_cursor}})
-        return
-    print_table(
-        ("technique", "name", "USD", *(["gone since"] * gone), "description"),
-        [
-            (
-                *(row.technique_id, row.name, _dollars(row.run_cost)),
-                *([one["gone_at"]] * gone),
-                row.description,
-            )
-            for row, one in zip(rows, shown, strict=True)
-        ],
+    rows, next_cursor = run_on_database(work)
+    print_page(
+        "techniques",
+        [_json(row) for row in rows],
+        next_cursor,
+        {
+            "technique": "technique_id",
+            "name": "name",
+            "price": lambda row: _price(row["run_cost"]),
+            **({"retired": "gone_at"} if gone else {}),
+            "description": "description",
+        },
+        as_json=as_json,
     )
-    if next_cursor is not None:
-        note(f"There are more: --cursor {next_cursor}")
-    if not rows and not words:
-        note("None is known yet: `tracker techniques sync` reads FLORA's list.")
+    if not rows and not words and not as_json:
+        note("The catalogue is empty: `tracker techniques sync` reads FLORA's list.")
 
 
 @app.command()
-def show(
-    technique: Annotated[str, typer.Argument(metavar="TECHNIQUE", help="Its id or its slug.")],
-    as_json: JsonFlag = False,
-) -> None:
-    """Show a technique: its price, what it takes and what it makes."""
+def show(technique: TechniqueArgument, as_json: JsonFlag = False) -> None:
+    """Show a technique with its price, inputs and outputs."""
 
     async def work(services: "Services") -> "TechniqueRow | None":
-        async with patience(services):
+        async with flora_deadline(services):
             found = await services.catalogue.find(technique)
         if found is None and all(one.client is None for one in services.workspaces):
             note("FLORA was not asked: FLORA_API_KEY is not set.")
@@ -107,7 +121,7 @@ def show(
     row = run_once(work)
     if row is None:
         raise TrackerError(
-            f"there is no technique {technique}: `tracker techniques list` shows all"
+            f"there is no technique {technique}: `tracker techniques list` shows all techniques"
         )
     shown = _json(row)
     if as_json:
@@ -116,29 +130,29 @@ def show(
     from tracker.flora.technique import ports
 
     takes, makes = ports(row.inputs), ports(row.outputs)
-    price = None if row.run_cost is None else f"{_dollars(row.run_cost)} USD for each run"
+    price = None if row.run_cost is None else f"{money(row.run_cost)} for each run"
     fields = {name: value for name, value in shown.items() if name not in ("inputs", "outputs")}
     print_fields(fields | {"run_cost": price})
     typer.echo()
     print_table(
-        ("input", "type", "needed", "wants", "name", "description"),
+        ("input", "type", "required", "format", "name", "description"),
         [(one.id, one.type, _need(one), one.hint, one.name, one.description) for one in takes],
     )
     typer.echo()
     print_table(
-        ("output", "type", "is", "name", "description"),
+        ("output", "type", "format", "name", "description"),
         [(one.id, one.type, one.hint, one.name, one.description) for one in makes],
     )
     if takes and not shown["obstacle"]:
-        given = [f"--input {_argument(f'{one.id}=…')}" for one in takes if not one.optional]
+        inputs = [f"--input {_argument(f'{one.id}=…')}" for one in takes if not one.optional]
         name = _argument(row.slug or row.technique_id)
-        typer.echo("\n" + " ".join(["tracker runs start", name, *given]))
+        typer.echo("\n" + " ".join(["tracker runs start", name, *inputs]))
     if not takes:
-        note("Its inputs are not known: FLORA has not shown them.")
+        note("FLORA shows no inputs for it.")
 
 
 def _argument(text: str) -> str:
-    """FLORA's text as an argument of a command that people copy: a shell finds no command in it."""
+    """`text` as an argument of a command to copy, which a shell takes as it is."""
     import re
     import shlex
 
@@ -157,16 +171,8 @@ def _need(port: "Port") -> str:
     return ", ".join(words)
 
 
-def _dollars(amount: "Decimal | None") -> str | None:
-    """An amount with two digits after the point, or as many as it has."""
-    if amount is None:
-        return None
-    exponent = amount.normalize().as_tuple().exponent
-    return f"{amount:.{max(2, -exponent if isinstance(exponent, int) else 2)}f}"
-
-
-def _result(report: "ListReport") -> str:
-    return "failed" if report.error is not None else "complete"
+def _price(amount: float | None) -> str | None:
+    return None if amount is None else money(amount)
 
 
 def _json(row: "TechniqueRow") -> dict[str, Any]:

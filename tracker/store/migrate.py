@@ -7,7 +7,8 @@ import asyncio
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -63,8 +64,6 @@ def _missing() -> StoreError:
     return StoreError("the tracker's migrations are missing from this installation")
 
 
-__all__ = ["check", "current", "head", "is_known", "run_from_command_line", "upgrade"]
-
 T = TypeVar("T")
 
 PATIENCE_SECONDS: Final = 60.0
@@ -103,6 +102,20 @@ async def upgrade(
         await _connected(url, work)
     finally:
         _ALEMBIC.release()
+
+
+@asynccontextmanager
+async def open_database(url: str, *, history_since: timedelta) -> AsyncIterator[Database]:
+    """The database at `url`, at this version's schema, until the block ends.
+
+    A SQLite file is migrated first; a PostgreSQL database that is too old raises `SchemaOutdated`.
+    Raises `StoreUnavailable` where the database does not answer.
+    """
+    if DatabaseUrl.parse(url).dialect == "sqlite":
+        await upgrade(url, history_since=history_since)
+    async with await Database.open(url) as database:
+        await check(database)
+        yield database
 
 
 async def current(url: str) -> str | None:

@@ -1,4 +1,4 @@
-"""`tracker reconcile`, `tracker poll` and `tracker verify`: once, for cron."""
+"""`tracker reconcile`, `poll` and `verify`: the worker's jobs once, for cron."""
 
 import asyncio
 from dataclasses import asdict
@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tracker.cli.arguments import parse_age
-from tracker.cli.errand import note, patience, run_once
-from tracker.cli.output import JsonFlag, print_json, print_table
+from tracker.cli.output import JsonFlag, note, print_json, print_table
+from tracker.cli.setup import flora_deadline, parse_age, run_once
 
 if TYPE_CHECKING:
     from tracker.polling.poll_round import PollReport
@@ -17,24 +16,17 @@ if TYPE_CHECKING:
     from tracker.services import Services
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the commands."""
-    app.command()(reconcile)
-    app.command()(poll)
-    app.command()(verify)
-
-
 def reconcile(
     since: Annotated[
         str | None,
         typer.Option(
             metavar="DURATION",
-            help="How far back to read, as in 24h or 7d; else as far as a scheduled sweep would.",
+            help="How far back to read, as in 24h or 7d. Default: as the scheduled sweep.",
         ),
     ] = None,
     as_json: JsonFlag = False,
 ) -> int:
-    """Sweep the run history once and show what it found."""
+    """Sweep FLORA's run history once and show what was found."""
     back = None if since is None else parse_age(since, "--since")
 
     async def work(services: "Services") -> "list[SweepReport]":
@@ -43,7 +35,7 @@ def reconcile(
             for workspace in services.workspaces
             if workspace.client is not None
         ]
-        async with patience(services):
+        async with flora_deadline(services):
             await services.applier.drain()
             reports = await asyncio.gather(*sweeps)
         await services.recovery.recover()
@@ -75,25 +67,25 @@ def reconcile(
 
 
 def poll(as_json: JsonFlag = False) -> int:
-    """Poll once everything that is due, and read the bills that are."""
+    """Poll all due runs once, and read due bills."""
 
     async def work(services: "Services") -> "PollReport":
-        async with patience(services):
+        from tracker.polling.poll_round import PollReport
+
+        async with flora_deadline(services):
             await services.applier.drain()
-            total = last = await services.poller.poll_due()
-            while last.more and last.pages + last.reads > 0:
-                last = await services.poller.poll_due()
-                total.add(last)
-            last = await services.poller.recheck_due()
-            total.add(last)
-            while last.more and last.pages + last.reads > 0:
-                last = await services.poller.recheck_due()
-                total.add(last)
+            total = PollReport()
+            for poll_due in (services.poller.poll_due, services.poller.recheck_due):
+                while True:
+                    last = await poll_due()
+                    total.add(last)
+                    if not last.more or last.pages + last.reads == 0:
+                        break
         await services.recovery.recover()
         return total
 
     report = run_once(work, needs_key=True)
-    inner = {"more", "at_once"}  # what the rounds tell each other
+    inner = {"more", "at_once"}  # for the worker's schedule
     figures = {name: value for name, value in asdict(report).items() if name not in inner}
     if as_json:
         print_json(figures)
@@ -103,7 +95,7 @@ def poll(as_json: JsonFlag = False) -> int:
     if report.failed:
         note(
             f"tracker: {report.failed} of {report.claimed} due runs could not be read; "
-            "`tracker runs show` tells why"
+            "`tracker runs show` says why"
         )
     if report.trouble:
         note(f"tracker: {report.trouble}")
@@ -118,13 +110,13 @@ def verify(
 ) -> int:
     """Compare the runs here with FLORA's history, and change nothing.
 
-    Lists runs that are missing here, whose status, cost or outputs differ, and that FLORA does not
-    list. The status is 1 where there are any, or where not all of the history could be read.
+    Lists runs that are missing here, that FLORA does not list, or whose status, cost or outputs
+    differ. Exit status 1 if there are any, or if the history could not be read completely.
     """
     back = parse_age(since, "--since")
 
     async def work(services: "Services") -> "list[Verdict]":
-        async with patience(services):
+        async with flora_deadline(services):
             return [
                 await services.verifier.verify(workspace, since=back)
                 for workspace in services.workspaces
@@ -161,7 +153,7 @@ def verify(
 
 def _result(report: "SweepReport") -> str:
     if report.skipped:
-        return "another process is sweeping"
+        return "skipped: another process is sweeping"
     if report.error is not None:
         return "failed"
     return "incomplete" if report.gaps or report.generations_error else "complete"

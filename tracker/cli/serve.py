@@ -1,12 +1,13 @@
-"""`tracker serve` and `tracker worker`: the processes that stay."""
+"""`tracker serve` and `tracker worker`: the long-running processes."""
 
+import ctypes
 import signal
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Annotated
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from tracker.cli.errand import prepare_service
+from tracker.cli.setup import configure_service
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -15,21 +16,18 @@ if TYPE_CHECKING:
     from tracker.services import Services
     from tracker.settings import Rotation
 
-
-def add_to(app: typer.Typer) -> None:
-    """Add the commands."""
-    app.command()(serve)
-    app.command()(worker)
+_M_ARENA_MAX: Final = -8
+"""glibc's option for the number of heaps."""
 
 
 def serve(
-    host: Annotated[str, typer.Option(help="Address to serve.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to serve.", min=0, max=65535)] = 8080,
+    host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to bind.", min=0, max=65535)] = 8080,
     no_worker: Annotated[
         bool, typer.Option("--no-worker", help="Leave polling and sweeping to other processes.")
     ] = False,
     callbacks_only: Annotated[
-        bool, typer.Option("--callbacks-only", help="Serve callbacks and health, nothing else.")
+        bool, typer.Option("--callbacks-only", help="Serve callbacks and health alone.")
     ] = False,
     callbacks_port: Annotated[
         int | None,
@@ -41,26 +39,22 @@ def serve(
     ] = None,
     callbacks_host: Annotated[
         str | None,
-        typer.Option(help="Address for --callbacks-port.", show_default="the one of --host"),
+        typer.Option(help="Address to bind for --callbacks-port.", show_default="that of --host"),
     ] = None,
 ) -> int:
-    """Receive callbacks and serve the API, with the worker in the same process.
+    """Receive callbacks and serve API and dashboard, with the worker in the same process.
 
-    Any host that is not this machine alone needs TRACKER_API_TOKEN, but for callbacks and health,
-    which are for everybody: with --callbacks-port a proxy can be led to these alone. A SQLite file
-    is brought up to date first; PostgreSQL has to be, by `tracker db upgrade`.
+    An address that other machines reach needs TRACKER_API_TOKEN, except for callbacks and health,
+    which are public: with --callbacks-port a proxy can forward these alone. A SQLite file is
+    migrated first; migrate PostgreSQL with `tracker db upgrade`.
     """
     if callbacks_only and callbacks_port is not None:
         raise typer.BadParameter("--callbacks-only and --callbacks-port exclude each other")
     if callbacks_host is not None and callbacks_port is None:
         raise typer.BadParameter("--callbacks-host needs --callbacks-port")
-    if callbacks_port == port != 0:  # whatever the hosts are: the port tells what is asked for
+    if callbacks_port == port != 0:  # on different hosts too: one port must mean one thing
         raise typer.BadParameter("--callbacks-port and --port must differ")
-    _ignore_hangups()
-    rotation = prepare_service()
-    from tracker.cli.heap import share_the_heap
-
-    share_the_heap()
+    rotation = _configure()
     from tracker.web import app
     from tracker.web.http import server
     from tracker.worker.scheduler import Worker
@@ -82,44 +76,53 @@ def serve(
     else:
         places = [server.Place(host=host, port=port, build=app.build_app)]
     return server.serve(
-        rotation.settings, _opened(rotation), *places, worker=None if no_worker else Worker
+        rotation.settings, _services(rotation), *places, worker=None if no_worker else Worker
     )
 
 
 def worker(
-    host: Annotated[str, typer.Option(help="Address for --port.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to bind for --port.")] = "127.0.0.1",
     port: Annotated[
         int | None, typer.Option(help="Serve /healthz and /metrics on this port.", min=0, max=65535)
     ] = None,
 ) -> int:
-    """Poll what is due and sweep the history, without receiving.
+    """Poll due runs and sweep the history, without receiving callbacks.
 
-    Any number may run against one PostgreSQL.
+    Any number of workers may share one PostgreSQL database.
     """
-    _ignore_hangups()
-    rotation = prepare_service()
-    from tracker.cli.heap import share_the_heap
-
-    share_the_heap()
+    rotation = _configure()
     from tracker.web.app import build_health_app
     from tracker.web.http import server
-    from tracker.worker import scheduler as process
-    from tracker.worker.scheduler import Worker
+    from tracker.worker.scheduler import Worker, run
 
     if port is None:
-        return process.run(_opened(rotation))
+        return run(_services(rotation))
     place = server.Place(host=host, port=port, build=build_health_app)
-    return server.serve(rotation.settings, _opened(rotation), place, worker=Worker)
+    return server.serve(rotation.settings, _services(rotation), place, worker=Worker)
 
 
-def _ignore_hangups() -> None:
-    """Let SIGHUP, which asks for a reload, not end a service that still starts."""
+def _configure() -> "Rotation":
+    # SIGHUP asks for a reload: it must not end a service that is still starting.
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    rotation = configure_service()
+    share_heap()
+    return rotation
 
 
-def _opened(rotation: "Rotation") -> "Callable[[], AbstractAsyncContextManager[Services]]":
-    """Opens the services, and keeps their secrets up to date until they are closed."""
+def share_heap() -> None:
+    """Make all threads allocate from one heap. Call it before there are any threads.
+
+    By default glibc gives each thread a heap of its own, which SQLite's threads fragment: the
+    process grows by a tenth over hours. Sharing costs nothing, since the threads wait for Python's
+    lock anyway. Does nothing with another C library.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+
+
+def _services(rotation: "Rotation") -> "Callable[[], AbstractAsyncContextManager[Services]]":
+    """Opens the services, and reloads their secrets until they are closed."""
     from tracker.services import open_services
 
     @asynccontextmanager

@@ -1,4 +1,4 @@
-"""`tracker simulate` and `tracker demo`: what needs neither a key nor FLORA."""
+"""`tracker simulate` and `tracker demo`: a local FLORA that needs no key."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,14 +11,91 @@ if TYPE_CHECKING:
     from tracker.simulator import Simulator
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the commands."""
-    app.command()(simulate)
-    app.command()(demo)
-
-
 def _share(help: str) -> Any:
     return typer.Option(metavar="SHARE", help=help)
+
+
+def simulate(
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=0, max=65535)] = 8090,
+    seed: Annotated[int, typer.Option(help="The same seed repeats the same runs.")] = 0,
+    speed: Annotated[float, typer.Option(help="Factor by which time passes faster.")] = 1.0,
+    run_seconds: Annotated[float, typer.Option(help="Typical duration of a run.")] = 20.0,
+    failures: Annotated[str, _share("Runs that fail.")] = "15%",
+    drop: Annotated[str, _share("Callbacks that are lost.")] = "0%",
+    duplicate: Annotated[str, _share("Callbacks that are sent twice.")] = "0%",
+    early: Annotated[str, _share("Callbacks sent before the answer to the start.")] = "0%",
+    late: Annotated[str, _share("Callbacks sent long after the end.")] = "0%",
+    reorder: Annotated[str, _share("Callbacks sent after later ones.")] = "0%",
+    bad_signature: Annotated[str, _share("Callbacks preceded by a forged one.")] = "0%",
+    rate_limit: Annotated[str, _share("Requests answered 429.")] = "0%",
+    errors: Annotated[str, _share("Requests answered 500 or 503.")] = "0%",
+    cut: Annotated[str, _share("Requests whose connection is cut.")] = "0%",
+    no_history_outputs: Annotated[
+        bool, typer.Option("--no-history-outputs", help="Omit outputs and cost from lists.")
+    ] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any other fault or setting. Repeatable."),
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--at", metavar="SECONDS:NAME=VALUE", help="As --set, after some time."),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Serve a local FLORA that needs no key and costs nothing.
+
+    A SHARE is 0.4 or 40%. docs/cli.md lists the names for --set and --at.
+    """
+    from tracker.simulator import Options, parse_rate, serve
+
+    texts = {
+        "failures": failures,
+        "drop": drop,
+        "duplicate": duplicate,
+        "early": early,
+        "late": late,
+        "reorder": reorder,
+        "bad_signature": bad_signature,
+        "rate_limit": rate_limit,
+        "errors": errors,
+        "cut": cut,
+    }
+    shares: dict[str, Any] = {}
+    for name, text in texts.items():
+        try:
+            shares[name] = parse_rate(text)
+        except ValueError as error:
+            raise typer.BadParameter(
+                str(error), param_hint=f"--{name.replace('_', '-')}"
+            ) from error
+    try:
+        options = Options(
+            seed=seed,
+            speed=speed,
+            run_seconds=run_seconds,
+            history_outputs=not no_history_outputs,
+            later=tuple(map(_timed, changes or ())),
+            **shares,
+        ).with_changes(dict(map(_assignment, settings or ())))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+    def print_environment(simulator: "Simulator") -> None:
+        if as_json:
+            print_json({"url": simulator.root, "environment": simulator.environment})
+            return
+        typer.echo(f"A local FLORA is at {simulator.root}. To use it:\n")
+        for name, value in simulator.environment.items():
+            typer.echo(f"export {name}={value}")
+
+    try:
+        serve(options, port=port, on_ready=print_environment)
+    except OSError as error:
+        raise TrackerError(
+            f"cannot serve on 127.0.0.1 port {port}: {error.strerror}; "
+            "choose another one with --port"
+        ) from error
 
 
 def _assignment(text: str) -> tuple[str, str]:
@@ -37,91 +114,8 @@ def _timed(text: str) -> tuple[float, dict[str, str]]:
     return after, dict([_assignment(assignment)])
 
 
-def simulate(
-    port: Annotated[int, typer.Option(help="Port of 127.0.0.1.", min=0, max=65535)] = 8090,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same runs again.")] = 0,
-    speed: Annotated[float, typer.Option(help="How much faster than FLORA time goes.")] = 1.0,
-    run_seconds: Annotated[float, typer.Option(help="How long a run takes, in the middle.")] = 20.0,
-    failures: Annotated[str, _share("Runs that fail.")] = "15%",
-    drop: Annotated[str, _share("Callbacks that never come.")] = "0%",
-    duplicate: Annotated[str, _share("Callbacks that come twice.")] = "0%",
-    early: Annotated[str, _share("Callbacks that come before the answer to the start.")] = "0%",
-    late: Annotated[str, _share("Callbacks that come long after the end.")] = "0%",
-    reorder: Annotated[str, _share("Callbacks that others overtake.")] = "0%",
-    bad_signature: Annotated[str, _share("Callbacks before which a forged one comes.")] = "0%",
-    rate_limit: Annotated[str, _share("Requests answered 429.")] = "0%",
-    errors: Annotated[str, _share("Requests answered 500 or 503.")] = "0%",
-    cut: Annotated[str, _share("Requests whose connection is cut.")] = "0%",
-    no_history_outputs: Annotated[
-        bool, typer.Option("--no-history-outputs", help="Lists leave outputs and cost out.")
-    ] = False,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Any other fault or setting."),
-    ] = None,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--at", metavar="SECONDS:NAME=VALUE", help="The same, some time later."),
-    ] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Serve a local FLORA that needs no key and spends nothing.
-
-    A SHARE is 0.4 or 40%. The documentation lists the names that --set and --at take.
-    """
-    from tracker.simulator import Options, parse_rate, serve
-
-    given = {
-        "failures": failures,
-        "drop": drop,
-        "duplicate": duplicate,
-        "early": early,
-        "late": late,
-        "reorder": reorder,
-        "bad_signature": bad_signature,
-        "rate_limit": rate_limit,
-        "errors": errors,
-        "cut": cut,
-    }
-    shares: dict[str, Any] = {}
-    for name, text in given.items():
-        try:
-            shares[name] = parse_rate(text)
-        except ValueError as error:
-            raise typer.BadParameter(
-                str(error), param_hint=f"--{name.replace('_', '-')}"
-            ) from error
-    try:
-        options = Options(
-            seed=seed,
-            speed=speed,
-            run_seconds=run_seconds,
-            history_outputs=not no_history_outputs,
-            later=tuple(_timed(change) for change in changes or ()),
-            **shares,
-        ).with_changes(dict(map(_assignment, settings or ())))
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-
-    def say_ready(simulator: "Simulator") -> None:
-        if as_json:
-            print_json({"url": simulator.root, "environment": simulator.environment})
-            return
-        typer.echo(f"A local FLORA is at {simulator.root}. To use it:\n")
-        for name, value in simulator.environment.items():
-            typer.echo(f"export {name}={value}")
-
-    try:
-        serve(options, port=port, on_ready=say_ready)
-    except OSError as error:
-        raise TrackerError(
-            f"cannot serve on 127.0.0.1 port {port}: {error.strerror}; "
-            "choose another one with --port"
-        ) from error
-
-
 def demo(as_json: JsonFlag = False) -> int:
-    """Show the tracker at work against a local FLORA, on a throw-away SQLite file."""
+    """Show the tracker at work with a local FLORA and a temporary SQLite file."""
     from tracker.demo import run
 
     return run(as_json=as_json)

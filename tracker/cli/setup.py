@@ -1,0 +1,193 @@
+"""What commands share: settings and log, the event loop with its services, common arguments."""
+
+import asyncio
+import getpass
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Annotated, Final, TypeVar
+
+import typer
+
+from tracker.core.errors import FloraUnreachable
+from tracker.core.tags import parse_tags
+
+if TYPE_CHECKING:
+    from tracker.services import Services
+    from tracker.settings import Rotation, Settings
+    from tracker.store.engine import Database
+
+T = TypeVar("T")
+
+FLORA_SECONDS: Final = 28.0
+"""How long a one-shot command waits for FLORA's first answer. A single call gives up sooner; this
+limits several of them together."""
+
+
+def configure() -> "Settings":
+    """Read the settings and configure the log. Raises `SettingsError`."""
+    return configure_service().settings
+
+
+def configure_service() -> "Rotation":
+    """As `configure`, for a long-running process, whose secrets may be rotated."""
+    from tracker.operations.logs import configure_logs, redact_also
+    from tracker.settings import Rotation, read_settings
+
+    loaded = read_settings()
+    settings = loaded.settings
+    configure_logs(
+        format=settings.tracker_log_format,
+        level=settings.tracker_log_level,
+        secrets=settings.secret_values,
+    )
+    rotation = Rotation(settings, loaded, read_settings)
+    rotation.follow(lambda rotated: redact_also(rotated.secret_values))
+    return rotation
+
+
+def run_once(
+    work: Callable[["Services"], Awaitable[T]],
+    *,
+    needs_key: bool = False,
+    concurrency: int | None = None,
+    actor: str = "cli",
+) -> T:
+    """Open the services, run `work` with them, and close them.
+
+    The audit log shows `actor` and the user. With `needs_key`, raises `SettingsError` where no API
+    key is set. `concurrency` overrides TRACKER_API_CONCURRENCY.
+    """
+    settings = configure()
+    if concurrency is not None:
+        settings = settings.model_copy(update={"tracker_api_concurrency": concurrency})
+    if needs_key:
+        settings.require_api_key()
+
+    async def run() -> T:
+        from tracker.services import open_services
+        from tracker.store.queries.audit import Principal, acting
+
+        with acting(Principal(name=f"{actor}:{_user()}")):
+            async with open_services(settings) as services:
+                return await work(services)
+
+    return asyncio.run(run())
+
+
+def run_on_database(work: Callable[["Database"], Awaitable[T]]) -> T:
+    """As `run_once`, for commands that need the database alone: they start in half the time."""
+    settings = configure()
+
+    async def run() -> T:
+        from tracker.store.migrate import open_database
+
+        async with open_database(
+            settings.tracker_database_url, history_since=settings.tracker_history_since
+        ) as database:
+            return await work(database)
+
+    return asyncio.run(run())
+
+
+def _user() -> str:
+    """The person behind `sudo -u tracker` where there is one, else the process's user."""
+    try:
+        return os.environ.get("SUDO_USER") or getpass.getuser()
+    except (KeyError, OSError):  # in a container, a number without a name
+        return str(os.getuid())
+
+
+@asynccontextmanager
+async def flora_deadline(
+    services: "Services", seconds: float = FLORA_SECONDS
+) -> AsyncIterator[None]:
+    """Cancel the block where FLORA has not answered at all after `seconds`.
+
+    After a first answer the client's own time-outs are enough. Raises `FloraUnreachable`.
+    """
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(None) as limit:
+
+            def check() -> None:
+                # Each answer's `Date` sets the offset between the clocks.
+                if all(
+                    one.client is None or one.client.clock_offset is None
+                    for one in services.workspaces
+                ):
+                    limit.reschedule(loop.time())
+
+            timer = loop.call_later(seconds, check)
+            try:
+                yield
+            finally:
+                timer.cancel()
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise FloraUnreachable(
+            f"FLORA has not answered within {seconds:g} s", may_have_acted=True, timed_out=True
+        ) from error
+
+
+def _check_run_id(text: str) -> str:
+    if not 1 <= len(text) <= 255 or not text.isprintable():
+        raise typer.BadParameter("must be FLORA's run_… identifier")
+    return text
+
+
+def check_run_ids(texts: list[str] | None) -> list[str]:
+    """Each of `texts` once. Raises `BadParameter` where one cannot be a run's id."""
+    return list(dict.fromkeys(map(_check_run_id, texts or ())))
+
+
+def parse_age(text: str, option: str) -> timedelta:
+    """A duration. Raises `BadParameter`, naming the option."""
+    from tracker.settings.values import parse_duration
+
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error
+
+
+def parsed_tags(texts: list[str] | None) -> dict[str, str]:
+    """The tags of `--tag`. Raises `BadParameter`."""
+    try:
+        return parse_tags(texts or ())
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--tag") from error
+
+
+TagOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tag",
+        metavar="KEY=VALUE",
+        help="Label the runs, for filters and budgets. Repeatable.",
+    ),
+]
+WorkspaceOption = Annotated[
+    str | None,
+    typer.Option("--workspace", metavar="W", help="Workspace id, where several are configured."),
+]
+WorkspaceFilter = Annotated[
+    str | None, typer.Option("--workspace", metavar="W", help="Filter by workspace.")
+]
+LimitOption = Annotated[int, typer.Option("--limit", help="Maximum rows.", min=1, max=100)]
+CursorOption = Annotated[
+    str | None,
+    typer.Option("--cursor", help="Continue after a page: its next_cursor."),
+]
+TechniqueArgument = Annotated[
+    str, typer.Argument(metavar="TECHNIQUE", help="Technique id (tech_…) or slug.")
+]
+RunId = Annotated[
+    str, typer.Argument(metavar="RUN_ID", help="FLORA's run_… identifier.", callback=_check_run_id)
+]
+RunIds = Annotated[
+    list[str],
+    typer.Argument(metavar="RUN_ID…", help="FLORA's run_… identifiers.", callback=check_run_ids),
+]
