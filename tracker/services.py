@@ -7,7 +7,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from functools import cache, partial
 from typing import Final
 from uuid import uuid4
@@ -34,6 +34,7 @@ from tracker.receiving.apply import Applier
 from tracker.receiving.receive import Receiver
 from tracker.receiving.replay import Replayer
 from tracker.settings import Rotation, Settings, WorkspaceSettings
+from tracker.settings.values import longest_wait
 from tracker.starting.batch import Batches
 from tracker.starting.budgets import BudgetReader
 from tracker.starting.catalogue import Catalogue, CatalogueSync
@@ -203,7 +204,7 @@ async def open_services(
             waiting=lambda: writer.waiting + inbox.waiting,
             workspaces=workspaces,
             budgets=budgets,
-            sweep_seconds=cache(partial(_longest_wait, settings.tracker_reconcile_cron, clock())),
+            sweep_seconds=cache(partial(longest_wait, settings.tracker_reconcile_cron, clock())),
         )
         catalogue = Catalogue(database, workspaces=workspaces, clock=clock)
         originals = Originals(database=database, writer=writer, clock=clock)
@@ -332,13 +333,6 @@ async def open_services(
                 database=database, signals=signals, follower=follower, clock=clock
             ),
         )
-
-
-def _longest_wait(expression: str, after: datetime) -> float:
-    # Metrics alone ask for it: short commands do without APScheduler.
-    from tracker.worker.cron import longest_wait  # noqa: PLC0415
-
-    return longest_wait(expression, after)
 
 
 def _rotate(workspaces: Workspaces, settings: Settings) -> None:

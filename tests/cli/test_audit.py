@@ -32,4 +32,4 @@ def test_what_commands_do_is_listed(tracker: Commands, stack: ExitStack) -> None
     table = tracker("audit", "list").stdout
     assert "order-17" in table
     wrong = tracker("audit", "list", "--action", "dance")
-    assert (wrong.returncode, "'dance' is no action" in wrong.stderr) == (2, True)
+    assert (wrong.returncode, "'dance' is not an action" in wrong.stderr) == (2, True)

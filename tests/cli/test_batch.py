@@ -67,15 +67,15 @@ def test_a_sheet_becomes_runs_and_results(flora: Commands) -> None:
     assert [one["line"] for one in planned["starts"]] == [2, 3, 4]
     dear = flora("batch", "icon-pack", "icons.csv", "--max-cost", "0.74")
     assert dear.returncode == 1
-    assert "starting 3 rows could cost 0.75 USD, more than --max-cost 0.74 USD" in dear.stderr
+    assert "starting 3 rows could cost $0.75, more than --max-cost $0.74" in dear.stderr
     assert begun(flora) == []
 
     limit = ("--max-cost", "$0.75")
     done = flora("batch", "icon-pack", "icons.csv", *limit, "--output", "results.csv")
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
-    assert "Columns that are no input: note" in done.stderr
-    assert "3 of 3 started, 3 completed, at least 0.75 USD" in done.stderr
+    assert "Columns that match no input: note" in done.stderr
+    assert "3 of 3 started, 3 completed, at least $0.75" in done.stderr
     rows = read(flora.folder / "results.csv")
     assert [row["input.prompt"] for row in rows] == PROMPTS
     assert {(row["status"], row["cost"]) for row in rows} == {("completed", "0.25")}
@@ -154,7 +154,7 @@ async def test_an_interrupt_is_status_130_and_loses_nothing(flora: Commands) -> 
     assert process.returncode == 130
     assert output == ""
     assert "Traceback" not in errors
-    assert "Repeat the command to go on" in errors.splitlines()[-1]
+    assert "Repeat the command to continue" in errors.splitlines()[-1]
     assert len(begun(flora)) < 150
     done = flora(*arguments, "--concurrency", "8", "--no-wait")
     assert done.returncode == 0, done.stderr
@@ -211,7 +211,7 @@ def test_what_the_page_shows_works(flora: Commands) -> None:
         done = flora(*arguments)
         assert done.returncode == 0, done.stderr
         said.append(done.stdout)
-    assert "To start: 4 of 4 rows, 1.00 USD at most." in said[0]
+    assert "To start: 4 of 4 rows, at most $1.00." in said[0]
     rows, sheet = read(flora.folder / "results.csv"), read(ROOT / "examples" / "icons.csv")
     assert [row["input.prompt"] for row in rows] == [row["prompt"] for row in sheet]
     assert {row["status"] for row in rows} == {"completed"}

@@ -64,7 +64,7 @@ def test_a_removed_body_is_told(filled: Commands) -> None:
     finds that nothing is to be done."""
     filled.json(*PRUNE)
     shown = filled("deliveries", "show", "whd_younger")
-    assert (shown.returncode, shown.stderr) == (0, "Its body was removed by retention.\n")
+    assert (shown.returncode, shown.stderr) == (0, "Retention has removed its body.\n")
     fields = [line.split()[0] for line in shown.stdout.splitlines()]
     assert "body_removed_at" in fields
     assert "body" not in fields

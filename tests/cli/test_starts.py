@@ -60,7 +60,7 @@ def test_what_can_be_said_of_a_start(tracker: Commands, stack: ExitStack) -> Non
         (2, ("resolve", "a", "--none", "--run", "run_1"), "give one of"),
         (2, ("resolve", "a", "--none"), "is known: started"),
         (1, ("show", "nobody"), "no start with idempotency key 'nobody'"),
-        (2, ("list", "--state", "lost"), "'lost' is no state"),
+        (2, ("list", "--state", "lost"), "'lost' is not a state"),
     ):
         done = tracker("starts", *arguments)
         assert done.returncode == status, done.stderr

@@ -15,7 +15,7 @@ def test_the_catalogue_is_read_searched_and_shown(tracker: Commands, stack: Exit
     report = tracker.json("techniques", "sync")
     assert (report["new"], report["gone"], report["complete"]) == (38, 0, True)
     again = tracker("techniques", "sync")
-    assert "0 new, 0 gone, 0 back again" in again.stdout
+    assert "0 new, 0 retired, 0 restored" in again.stdout
 
     found = tracker.json("techniques", "list", "SHOT", "phone")
     assert [one["technique_id"] for one in found["techniques"]] == ["tech_ugc-creation"]
@@ -27,7 +27,7 @@ def test_the_catalogue_is_read_searched_and_shown(tracker: Commands, stack: Exit
     assert (len(rest), rest[0]["name"]) == (36, "Book Drop")
 
     shown = tracker("techniques", "show", "product-animator").stdout
-    assert "0.80 USD for each run" in shown
+    assert "$0.80 for each run" in shown
     assert "5 s" in shown
     assert shown.splitlines()[-1] == 'tracker runs start product-animator --input "product=…"'
     by_id = tracker.json("techniques", "show", "tech_product-animator")

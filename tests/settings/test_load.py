@@ -213,7 +213,7 @@ def test_values_of_the_file_may_stand_elsewhere(config: Path) -> None:
         (
             '[[tokens]]\nname = "a"\ntoken = "0123456789abcdef"\nscopes = ["read"]\n'
             '[[tokens]]\nname = "a"\ntoken = "0123456789abcdeg"\nscopes = ["read"]',
-            "two [[tokens]] are called a",
+            "two [[tokens]] have the name a",
         ),
     ],
 )

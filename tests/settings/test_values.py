@@ -6,8 +6,7 @@ import pytest
 
 from tracker.core.errors import SettingsError
 from tracker.settings import load_settings
-from tracker.settings.cron import check_cron
-from tracker.settings.values import parse_duration
+from tracker.settings.values import check_cron, parse_duration
 
 
 @pytest.mark.parametrize(
@@ -81,6 +80,8 @@ def test_what_cron_reads_is_taken(expression: str) -> None:
         ("-1 * * * *", "minute"),
         ("* * mon * *", "day of month"),
         ("٣ * * * *", "minute"),
+        ("0 0 30 2 *", "day of month"),
+        ("0 0 31 4,6 *", "day of month"),
     ],
 )
 def test_what_cron_does_not_read_is_refused_by_field(expression: str, said: str) -> None:

@@ -4,14 +4,15 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from tracker.worker.cron import cron_trigger, longest_wait
+from tracker.settings.values import longest_wait
+from tracker.worker.scheduler import CronTrigger
 
 SUNDAY = datetime(2026, 11, 22, tzinfo=UTC)
 
 
 def fires(expression: str, *, days: int) -> list[datetime]:
     """Every time at which it fires within some days from Sunday, 22 November 2026."""
-    trigger, found, after = cron_trigger(expression), [], SUNDAY
+    trigger, found, after = CronTrigger(expression), [], SUNDAY
     while True:
         moment = trigger.get_next_fire_time(None, after)
         if moment is None or moment >= SUNDAY + timedelta(days=days):
@@ -55,9 +56,9 @@ def test_day_and_weekday_are_either_or() -> None:
         ("0,10 * * * *", 3000),
         ("*/15 8-18 * * 1-5", 61.25 * 3600),
         ("0 0 1 * *", 31 * 86400),
-        ("0 0 30 2 *", 0),
+        ("0 0 29 2 */7", 28 * 365.25 * 86400),
     ],
 )
 def test_the_longest_wait_between_two_times(expression: str, seconds: float) -> None:
-    """Nights, weekends and long months included; what never fires has none."""
+    """Nights, weekends, long months and leap years included."""
     assert longest_wait(expression, SUNDAY) == seconds

@@ -282,8 +282,8 @@ def _check_cost(plan: "Plan", limit: Decimal | None) -> None:
         )
     if plan.cost > limit:
         raise TrackerError(
-            f"starting {counted(len(plan.missing), 'row')} could cost {money(plan.cost)}, more than "
-            f"--max-cost {money(limit)}; nothing was started"
+            f"starting {counted(len(plan.missing), 'row')} could cost {money(plan.cost)}, more "
+            f"than --max-cost {money(limit)}; nothing was started"
         )
 
 
@@ -413,7 +413,7 @@ def _exit_status(outcome: "Outcome", *, waited: bool) -> int:
             f"{counted(tally.rows, 'row')} not started; repeat the command to continue"
         )
     note(
-        f"Batch {outcome.batch.batch_id}: {tally.completed} of {counted(tally.rows, 'row')} completed, "
-        f"{cost_text(tally)}."
+        f"Batch {outcome.batch.batch_id}: {tally.completed} of {counted(tally.rows, 'row')} "
+        f"completed, {cost_text(tally)}."
     )
     return 1 if bad or outcome.stopped is not None else 0

@@ -63,9 +63,9 @@ def list_(
 ) -> None:
     """List batches, newest first."""
 
-    async def work(database: "Database") -> tuple[list[dict[str, Any]], str | None]:
-        from tracker.store.queries import batches
+    from tracker.store.queries import batches
 
+    async def work(database: "Database") -> tuple[list[dict[str, Any]], str | None]:
         found, next_cursor = await batches.list_batches(database, cursor=cursor, limit=limit)
         tallies = await batches.tallies(database, [one.batch_id for one in found])
         return [_batch_json(one, tallies[one.batch_id]) for one in found], next_cursor
@@ -98,11 +98,11 @@ def show(
     as_json: JsonFlag = False,
 ) -> None:
     """Show the result of each row of a batch."""
+    from tracker.store.queries import batches
+
     check_output(results, output)
 
     async def work(services: "Services") -> "tuple[BatchRow, Tally, list[RowState]] | None":
-        from tracker.store.queries import batches
-
         found = await batches.get(services.database, batch_id)
         if found is None:
             return None
@@ -111,7 +111,7 @@ def show(
     found = run_once(work)
     if found is None:
         raise TrackerError(
-            f"batch {plain(batch_id)} is not known here: `tracker batches list` shows all batches"
+            f"batch {plain(batch_id)} is not known: `tracker batches list` shows all batches"
         )
     print_batch(*found, results=results, output=output, as_json=as_json)
 

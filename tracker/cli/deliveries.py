@@ -1,6 +1,8 @@
 """`tracker deliveries`: list, show and replay callbacks."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,8 +14,6 @@ from tracker.core.record import DeliveryOutcome
 if TYPE_CHECKING:
     from tracker.receiving.replay import Replay
     from tracker.services import Services
-    from tracker.store.engine import Database
-    from tracker.store.queries.runs import DeliveryRow
 
 app = typer.Typer(name="deliveries", help="List, show and replay callbacks.", no_args_is_help=True)
 
@@ -27,18 +27,15 @@ def list_(
     as_json: JsonFlag = False,
 ) -> None:
     """List callbacks, newest first."""
+    from tracker.store.queries.runs import list_deliveries
+    from tracker.views import delivery_json
 
-    async def work(database: "Database") -> "tuple[list[DeliveryRow], str | None]":
-        from tracker.store.queries import runs as read
-
-        return await read.list_deliveries(
-            database, outcome=outcome, run_id=run, cursor=cursor, limit=limit
-        )
-
-    rows, next_cursor = run_on_database(work)
+    rows, next_cursor = run_on_database(
+        partial(list_deliveries, outcome=outcome, run_id=run, cursor=cursor, limit=limit)
+    )
     print_page(
         "deliveries",
-        [_json(row) for row in rows],
+        [delivery_json(row) for row in rows],
         next_cursor,
         {
             "delivery": "delivery_id",
@@ -61,16 +58,13 @@ def show(
     as_json: JsonFlag = False,
 ) -> None:
     """Show a callback with its raw body."""
+    from tracker.store.queries.runs import get_delivery
+    from tracker.views import delivery_json
 
-    async def work(database: "Database") -> "DeliveryRow | None":
-        from tracker.store.queries import runs as read
-
-        return await read.get_delivery(database, delivery_id)
-
-    row = run_on_database(work)
+    row = run_on_database(lambda database: get_delivery(database, delivery_id))
     if row is None:
-        raise TrackerError(f"delivery {delivery_id} is not known here")
-    shown = _json(row)
+        raise TrackerError(f"delivery {delivery_id} is not known")
+    shown = delivery_json(row)
     if as_json:
         print_json(shown)
         return
@@ -98,24 +92,14 @@ def replay(
         return [await services.replayer.replay(one) for one in chosen]
 
     done = run_once(work)
-    shown: list[dict[str, Any]] = [
-        {
-            "delivery_id": one.delivery_id,
-            "run_id": one.run_id,
-            "outcome": one.outcome.value,
-            "already": one.already,
-            "reason": one.reason,
-        }
-        for one in done
-    ]
     if as_json:
-        print_json({"deliveries": shown})
-    elif not shown:
+        print_json({"deliveries": [asdict(one) for one in done]})
+    elif not done:
         note("No delivery is quarantined.")
     else:
         print_table(
             ("delivery", "run", "outcome", "reason"),
-            [(one["delivery_id"], one["run_id"], one["outcome"], one["reason"]) for one in shown],
+            [(one.delivery_id, one.run_id, one.outcome, one.reason) for one in done],
         )
     return 1 if any(one.outcome is DeliveryOutcome.QUARANTINED for one in done) else 0
 
@@ -132,9 +116,3 @@ async def _quarantined(services: "Services") -> list[str]:
         found += [row.delivery_id for row in rows]
         if cursor is None:
             return found[::-1]
-
-
-def _json(row: "DeliveryRow") -> dict[str, Any]:
-    from tracker.views import delivery_json
-
-    return delivery_json(row)

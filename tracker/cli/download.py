@@ -13,7 +13,8 @@ from tracker.cli.output import JsonFlag, note, plain, print_json
 from tracker.cli.progress import screen
 from tracker.cli.setup import check_run_ids, run_once
 from tracker.cli.watch import require_known
-from tracker.core import formatting
+from tracker.core.formatting import counted
+from tracker.core.formatting import size as size_text
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -114,7 +115,7 @@ def download(
                         on_result=show_result,
                     )
         except asyncio.CancelledError:
-            note(f"{_summary(report)} in {to}")
+            note(_summary(report, to))
             note("tracker: interrupted; unfinished files are kept and continued next time")
             raise
         return report
@@ -124,7 +125,7 @@ def download(
     if as_json:
         print_json(_json(report, to))
     else:
-        typer.echo(f"{_summary(report)} in {plain(to)}")
+        typer.echo(plain(_summary(report, to)))
     return 0 if report.complete else 1
 
 
@@ -162,20 +163,19 @@ def _line(result: "DownloadResult") -> str | None:
         return f"tracker: output {output}{row}: {result.error}"
     if result.outcome == "present" or result.entry is None:
         return None
-    return f"{result.entry.file}  {formatting.size(result.entry.size)}"
+    return f"{result.entry.file}  {size_text(result.entry.size)}"
 
 
-def _summary(report: "DownloadReport") -> str:
+def _summary(report: "DownloadReport", to: Path) -> str:
     from tracker.delivering.downloads import DownloadOutcome
 
     fetched = report.of(DownloadOutcome.FETCHED)
     size = sum(one.entry.size for one in fetched if one.entry is not None)
-    count = "1 file" if len(fetched) == 1 else f"{len(fetched)} files"
-    parts = [f"{count} downloaded ({formatting.size(size)})"]
+    parts = [f"{counted(len(fetched), 'file')} downloaded to {to} ({size_text(size)})"]
     if present := len(report.of(DownloadOutcome.PRESENT)):
         parts.append(f"{present} existed already")
     if failed := len(report.of(DownloadOutcome.FAILED)):
-        parts.append(f"{failed} downloads failed")
+        parts.append(f"{counted(failed, 'download')} failed")
     return ", ".join(parts)
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 from uuid import uuid4
 
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from tracker.core.record import Record
     from tracker.services import Services
     from tracker.starting.track import Tracked
-    from tracker.store.engine import Database
 
 app = typer.Typer(name="runs", help="Start, track, list and show runs.", no_args_is_help=True)
 
@@ -171,13 +171,13 @@ def list_(
     as_json: JsonFlag = False,
 ) -> None:
     """List runs, newest first."""
+    from tracker.store.queries.runs import list_runs
+    from tracker.views import run_json
+
     tags = parsed_tags(None if tag is None else [tag])
-
-    async def work(database: "Database") -> "tuple[list[Record], str | None]":
-        from tracker.store.queries import runs as read
-
-        return await read.list_runs(
-            database,
+    records, next_cursor = run_on_database(
+        partial(
+            list_runs,
             status=status,
             technique_id=technique,
             workspace_id=workspace,
@@ -188,10 +188,7 @@ def list_(
             cursor=cursor,
             limit=limit,
         )
-
-    records, next_cursor = run_on_database(work)
-    from tracker.views import run_json
-
+    )
     print_page(
         "runs",
         [run_json(record) for record in records],
@@ -213,13 +210,9 @@ def list_(
 @app.command()
 def show(run_id: RunId, as_json: JsonFlag = False) -> None:
     """Show a run with its inputs and outputs."""
+    from tracker.store.queries.runs import get_run
 
-    async def work(database: "Database") -> "Record | None":
-        from tracker.store.queries import runs as read
-
-        return await read.get_run(database, run_id)
-
-    record = run_on_database(work)
+    record = run_on_database(lambda database: get_run(database, run_id))
     if record is None:
         raise watch.unknown([run_id])
     _print_run(record, as_json=as_json)

@@ -1,6 +1,7 @@
 """`tracker starts`: list starts whose outcome is not known, and resolve them by hand."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,7 +17,6 @@ from tracker.cli.setup import (
 
 if TYPE_CHECKING:
     from tracker.services import Services
-    from tracker.store.engine import Database
     from tracker.store.queries.starts import StartRow
 
 app = typer.Typer(
@@ -45,22 +45,17 @@ def list_(
     as_json: JsonFlag = False,
 ) -> None:
     """List starts whose outcome is not known, newest first."""
-    from tracker.store.queries.starts import LISTED
+    from tracker.store.queries.starts import LISTED, list_starts
+    from tracker.views import start_json
 
     if wrong := [one for one in state or () if one not in LISTED]:
         raise typer.BadParameter(f"{wrong[0]!r} is not a state", param_hint="--state")
-
-    async def work(database: "Database") -> "tuple[list[StartRow], str | None]":
-        from tracker.store.queries import starts
-
-        return await starts.list_starts(
-            database, states=state, workspace_id=workspace, cursor=cursor, limit=limit
-        )
-
-    rows, next_cursor = run_on_database(work)
+    rows, next_cursor = run_on_database(
+        partial(list_starts, states=state, workspace_id=workspace, cursor=cursor, limit=limit)
+    )
     print_page(
         "starts",
-        [_json(row) for row in rows],
+        [start_json(row) for row in rows],
         next_cursor,
         {
             "key": "idempotency_key",
@@ -78,11 +73,8 @@ def list_(
 @app.command()
 def show(key: Key, workspace: Workspace = None, as_json: JsonFlag = False) -> None:
     """Show a start."""
-
-    async def work(services: "Services") -> "StartRow":
-        return await services.resolver.find(key, workspace_id=workspace)
-
-    _print(run_once(work), as_json=as_json)
+    row = run_once(lambda services: services.resolver.find(key, workspace_id=workspace))
+    _print(row, as_json=as_json)
 
 
 @app.command()
@@ -115,16 +107,12 @@ def resolve(
 
 
 def _print(row: "StartRow", *, as_json: bool) -> None:
-    start = _json(row)
+    from tracker.views import start_json
+
+    start = start_json(row)
     if as_json:
         print_json(start)
         return
     error = start.pop("error") or {}
     print_with_inputs(start)
     print_fields({"last answer": error.get("message")})
-
-
-def _json(row: "StartRow") -> dict[str, Any]:
-    from tracker.views import start_json
-
-    return start_json(row)

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from tracker.core.inputs import Port
     from tracker.services import Services
     from tracker.starting.catalogue import SyncReport
-    from tracker.store.engine import Database
     from tracker.store.queries.techniques import TechniqueRow
 
 app = typer.Typer(
@@ -81,18 +81,16 @@ def list_(
     as_json: JsonFlag = False,
 ) -> None:
     """List the techniques of the catalogue by name."""
+    from tracker.store.queries import techniques
+    from tracker.views import technique_json
 
-    async def work(database: "Database") -> "tuple[list[TechniqueRow], str | None]":
-        from tracker.store.queries import techniques
-
-        return await techniques.page(
-            database, query=" ".join(words or ()), gone=gone, cursor=cursor, limit=limit
-        )
-
-    rows, next_cursor = run_on_database(work)
+    query = " ".join(words or ())
+    rows, next_cursor = run_on_database(
+        partial(techniques.page, query=query, gone=gone, cursor=cursor, limit=limit)
+    )
     print_page(
         "techniques",
-        [_json(row) for row in rows],
+        [technique_json(row) for row in rows],
         next_cursor,
         {
             "technique": "technique_id",
@@ -123,11 +121,13 @@ def show(technique: TechniqueArgument, as_json: JsonFlag = False) -> None:
         raise TrackerError(
             f"there is no technique {technique}: `tracker techniques list` shows all techniques"
         )
-    shown = _json(row)
+    from tracker.flora.technique import ports
+    from tracker.views import technique_json
+
+    shown = technique_json(row)
     if as_json:
         print_json(shown)
         return
-    from tracker.flora.technique import ports
 
     takes, makes = ports(row.inputs), ports(row.outputs)
     price = None if row.run_cost is None else f"{money(row.run_cost)} for each run"
@@ -173,9 +173,3 @@ def _need(port: "Port") -> str:
 
 def _price(amount: float | None) -> str | None:
     return None if amount is None else money(amount)
-
-
-def _json(row: "TechniqueRow") -> dict[str, Any]:
-    from tracker.views import technique_json
-
-    return technique_json(row)

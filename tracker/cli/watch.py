@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from rich.progress import ProgressColumn
 
     from tracker.core.observation import Source
-    from tracker.explaining.explainer import Explanation
     from tracker.polling.follow import Sight
     from tracker.services import Services
 
@@ -46,14 +45,14 @@ def watch(
     Interrupting the command does not stop the runs: they stay tracked.
     """
 
+    from tracker.views import run_json
+
     async def work(services: "Services") -> list[Record]:
         await require_known(services, run_ids)
         return await follow(services, run_ids, json_lines=json_lines)
 
     records = run_once(work)
     if as_json and not json_lines:
-        from tracker.views import run_json
-
         print_json({"runs": [run_json(record) for record in records]})
     elif not json_lines:
         _print_results(records)
@@ -62,16 +61,12 @@ def watch(
 
 def explain(run_id: RunId, as_json: JsonFlag = False) -> None:
     """Explain a run: how it became known, what was observed when, and when it is polled next."""
+    from tracker.views import explanation_json
 
-    async def work(services: "Services") -> "Explanation | None":
-        return await services.explainer.explain(run_id)
-
-    explanation = run_once(work)
+    explanation = run_once(lambda services: services.explainer.explain(run_id))
     if explanation is None:
         raise unknown([run_id])
     if as_json:
-        from tracker.views import explanation_json
-
         print_json(explanation_json(explanation))
         return
     typer.echo(f"Run {plain(run_id)} (times are UTC)\n")
@@ -96,8 +91,7 @@ def unknown(run_ids: Sequence[str]) -> TrackerError:
     """The error for runs that are not in the database."""
     verb = "is" if len(run_ids) == 1 else "are"
     return TrackerError(
-        f"run {', '.join(run_ids)} {verb} not known here: `tracker runs track {run_ids[0]}` "
-        "tracks it"
+        f"run {', '.join(run_ids)} {verb} not known: `tracker runs track {run_ids[0]}` tracks it"
     )
 
 

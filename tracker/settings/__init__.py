@@ -1,11 +1,10 @@
-"""Settings: the environment, over a TOML file, becomes one checked and frozen value.
+"""Settings: the environment, then a TOML file, as one checked and frozen value.
 
-`load` says where values come from, `model` what can be set, `values` and `cron` how one value
-reads, `rotation` which secrets are in force while a process runs.
+`load` reads the sources, `model` defines what can be set, `values` parses single values, `rotation`
+reloads secrets while a process runs.
 
-`Settings` is a plain value that gathers nothing by itself, so that a test or the demo says
-all of it and nothing of the process's environment leaks in; that is why it is a pydantic model, fed
-by `load_settings`.
+`Settings` reads nothing by itself, so that tests and the demo are independent of the process's
+environment: `load_settings` fills it.
 """
 
 from tracker.core.net import CALLBACK_PATH

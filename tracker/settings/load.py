@@ -1,8 +1,8 @@
-"""Where settings come from: the environment first, then the TOML file that `TRACKER_CONFIG` names.
+"""Read the settings from the environment, then from the TOML file that `TRACKER_CONFIG` names.
 
-In the file a text `"env:NAME"` or `"file:PATH"` stands for what is there, so that no secret has to
-stand in it. What the environment overrides is not looked up. Every error says which variable, or
-which key of which file, it is about.
+In the file, `"env:NAME"` and `"file:PATH"` are replaced by the value there, so that the file needs
+no secrets. Values that the environment overrides are not resolved. Each error names the variable,
+or the key and the file.
 """
 
 import difflib
@@ -28,18 +28,18 @@ _TABLES: Final[dict[str, type[BaseModel]]] = {
     "tokens": TokenSettings,
     "budgets": BudgetSettings,
 }
-"""What can stand in the file alone, as `[[workspaces]]`, `[[tokens]]` and `[[budgets]]`."""
+"""The tables `[[workspaces]]`, `[[tokens]]` and `[[budgets]]`, which only the file can hold."""
 
 
 FileState = tuple[int, ...] | None
-"""What tells whether a file is still the same; `None` for one that is not there."""
+"""The identity of a file's content, from `stat`; `None` for a missing file."""
 
 
 class Loaded(NamedTuple):
-    """The settings, where each variable is set, and the files that they were read from.
+    """The settings and their sources.
 
-    `sources` holds "the environment" or the path of the file for each variable that is set; `files`
-    says how each file was just before it was read.
+    `sources` has "the environment" or the file's path for each variable that is set; `files` the
+    state of each file just before it was read.
     """
 
     settings: Settings
@@ -48,7 +48,7 @@ class Loaded(NamedTuple):
 
 
 def file_state(path: Path) -> FileState:
-    """How a file is now."""
+    """The present state of a file."""
     try:
         stat = path.stat()
     except (OSError, ValueError):
@@ -59,14 +59,14 @@ def file_state(path: Path) -> FileState:
 def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
     """Read the settings from `environ` (by default the process's) and the file that it names.
 
-    What is set to nothing counts as not set. Raises `SettingsError`, which names each variable or
-    key that is wrong, says what it must be, and never holds a secret's value.
+    An empty value counts as not set. Raises `SettingsError`, which names each invalid variable or
+    key and what it must be, and never holds a secret.
     """
     return read_settings(environ)[0]
 
 
 def read_settings(environ: Mapping[str, str] | None = None) -> Loaded:
-    """As `load_settings`, and where the values come from."""
+    """As `load_settings`, with the sources of the values."""
     environ = os.environ if environ is None else environ
     names = [name for name in Settings.model_fields if name not in _TABLES]
     values: dict[str, Any] = {
@@ -86,8 +86,8 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Loaded:
     try:
         return Loaded(Settings.model_validate(values), sources, file.states if file else {})
     except ValidationError as fault:
-        faults = "; ".join(_in_words(error, file) for error in fault.errors())
-    # Raised out here, because a validation error that hung on would carry the values themselves.
+        faults = "; ".join(_message(error, file) for error in fault.errors())
+    # Raised outside of `except`: a chained validation error would carry the values.
     raise SettingsError(faults)
 
 
@@ -97,9 +97,9 @@ class _File:
     def __init__(self, path: Path, environ: Mapping[str, str]) -> None:
         self.path = path
         self.keys: set[str] = set()
-        """The keys whose values were taken from here."""
+        """The keys whose values come from this file."""
         self.states: dict[Path, FileState] = {}
-        """How this file, and those that its values stand in, were before they were read."""
+        """The state of this file, and of those with its values, before they were read."""
         self._environ = environ
 
     def read(self) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class _File:
         raise SettingsError(f"TRACKER_CONFIG names {self.path}, {fault}")
 
     def resolve(self, value: Any, key: str) -> Any:
-        """`value` with what its texts stand for. `None` for an empty text, which sets nothing."""
+        """`value` with references replaced; `None` for an empty text, which sets nothing."""
         match value:
             case dict():
                 inner = {name: self.resolve(v, f"{key}.{name}") for name, v in value.items()}
@@ -149,7 +149,7 @@ class _File:
 
 
 class _UnreadableError(Exception):
-    """A file that is not there, not ours to read, or not text."""
+    """A file that is missing, not readable, or not text."""
 
 
 def _read_text(path: Path) -> str:
@@ -157,16 +157,16 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise _UnreadableError(error.strerror or type(error).__name__) from error
-    except ValueError as error:  # not UTF-8, or a path with a NUL in it; both show the bytes
+    except ValueError as error:  # not UTF-8, or a NUL in the path: the error would show the bytes
         reason = "it is not UTF-8 text" if isinstance(error, UnicodeError) else "no such path"
     raise _UnreadableError(reason)
 
 
-def _in_words(error: ErrorDetails, file: _File | None) -> str:
-    """One fault in words: where the value stands, and what it must be."""
-    said = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+def _message(error: ErrorDetails, file: _File | None) -> str:
+    """A validation error as a sentence: the variable or key, and what it must be."""
+    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if not error["loc"]:
-        return said
+        return message
     key, *rest = error["loc"]
     if file is not None and key in file.keys:
         inner = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest)
@@ -174,7 +174,7 @@ def _in_words(error: ErrorDetails, file: _File | None) -> str:
     else:
         where = str(key).upper()
     if error["type"] != "extra_forbidden":
-        return f"{where} {said}"
+        return f"{where} {message}"
     model = _TABLES.get(str(key), Settings) if rest else Settings
     known = list(model.model_fields)
     close = difflib.get_close_matches(str(error["loc"][-1]).lower(), known, n=1)

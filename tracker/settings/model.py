@@ -1,4 +1,4 @@
-"""What can be set: one field for each variable, its default, and what a value must be."""
+"""The settings: a field for each variable, with its default and its constraints."""
 
 import re
 from collections import Counter
@@ -22,8 +22,8 @@ from tracker.core.net import CALLBACK_PATH, is_loopback_url
 from tracker.core.schedule import Policy
 from tracker.core.tags import parse_tag
 from tracker.core.tokens import SHORTEST, Scope, Token, Tokens
-from tracker.settings.cron import check_cron
 from tracker.settings.values import (
+    check_cron,
     check_database_url,
     check_root_url,
     parse_duration,
@@ -75,7 +75,7 @@ def _one_token(token: SecretStr) -> SecretStr:
 
 
 def _moment(value: object) -> datetime:
-    """A date, or a date and time, of TOML or as text; a date means its first moment, UTC."""
+    """A date or a time, of TOML or as text; a date means its first moment in UTC."""
     try:
         if isinstance(value, str):
             value = datetime.fromisoformat(value)
@@ -89,7 +89,7 @@ def _moment(value: object) -> datetime:
 
 
 def _dollars(value: object) -> object:
-    """An amount as people write it; a float of TOML is the decimal that it shows as."""
+    """An amount with or without `$`; a TOML float stands for the decimal that is written there."""
     if isinstance(value, float):
         return repr(value)
     return value.strip().removeprefix("$") if isinstance(value, str) else value
@@ -118,20 +118,20 @@ Format = Annotated[Literal["console", "json"], BeforeValidator(_lower)]
 Level = Annotated[Literal["debug", "info", "warning", "error", "critical"], BeforeValidator(_lower)]
 
 
-class WorkspaceSettings(BaseModel):
-    """One FLORA workspace: its id if given, its API key, the secrets that sign its callbacks."""
-
+class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+class WorkspaceSettings(_Model):
+    """A FLORA workspace: its id if it is set, its API key, and the secrets that sign callbacks."""
 
     id: str | None = None
     api_key: Key | None = None
     webhook_secrets: Secrets = ()
 
 
-class TokenSettings(BaseModel):
-    """One of `[[tokens]]`: what it is called in logs, what it may do, and until when."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+class TokenSettings(_Model):
+    """A table of `[[tokens]]`: an access token with its name in logs, scopes and expiry."""
 
     name: Annotated[str, AfterValidator(_token_name)]
     token: Annotated[AccessToken, AfterValidator(_one_token)]
@@ -139,11 +139,9 @@ class TokenSettings(BaseModel):
     expires: Annotated[datetime | None, BeforeValidator(_moment)] = None
 
 
-class BudgetSettings(BaseModel):
-    """One of `[[budgets]]`: so many USD in each period (UTC), for what it covers: the runs of a
-    workspace, of a technique, with a tag; of all that are named, or of everything."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+class BudgetSettings(_Model):
+    """A table of `[[budgets]]`: USD for each period (UTC), for the runs that match all of
+    `workspace_id`, `technique_id` and `tag`, as far as these are set."""
 
     usd: Dollars
     period: Period
@@ -157,14 +155,12 @@ class BudgetSettings(BaseModel):
         return Budget(**dict(self))
 
 
-class Settings(BaseModel):
-    """Everything that can be set, checked. Fields are named as the variables, in lower case.
+class Settings(_Model):
+    """All settings, checked. Fields are named as the variables, in lower case.
 
-    Waits are seconds. Secrets are masked where a `Settings` is shown, and the database's URL, which
-    may hold a password, is left out.
+    Plain numbers are seconds. `repr` masks secrets and omits the database's URL, which may hold a
+    password.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     flora_api_key: Key | None = None
     flora_workspace_id: str | None = None
@@ -196,7 +192,7 @@ class Settings(BaseModel):
     budgets: tuple[BudgetSettings, ...] = ()
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
+    def _check(self) -> Self:
         if self.tracker_poll_interval_max < self.tracker_poll_interval:
             raise ValueError(
                 "TRACKER_POLL_INTERVAL_MAX must not be shorter than TRACKER_POLL_INTERVAL "
@@ -210,32 +206,32 @@ class Settings(BaseModel):
         ids = Counter(workspace.id for workspace in self.all_workspaces)
         if len(self.all_workspaces) > 1 and None in ids:
             raise ValueError(
-                "several workspaces are set, so each needs its id: FLORA_WORKSPACE_ID for the one "
+                "several workspaces are set, so each needs an id: FLORA_WORKSPACE_ID for the one "
                 "of FLORA_API_KEY, id under each [[workspaces]]"
             )
         if twice := [name for name, count in ids.items() if count > 1]:
             raise ValueError(
-                f"workspace {twice[0]} is set more than once: leave all but one of them out "
+                f"workspace {twice[0]} is set more than once: keep one of them "
                 "(FLORA_WORKSPACE_ID and each [[workspaces]] count)"
             )
         called = Counter(one.name for one in self.all_budgets.known(filter(None, ids)))
         if twice := [name for name, count in called.items() if count > 1]:
             raise ValueError(
-                f"there are two budgets {twice[0]}: leave one of them out (TRACKER_BUDGET_DAY and "
-                "TRACKER_BUDGET_MONTH are of each workspace)"
+                f"there are two budgets {twice[0]}: remove one of them (TRACKER_BUDGET_DAY and "
+                "TRACKER_BUDGET_MONTH apply to each workspace)"
             )
         names = Counter(token.name for token in self.access_tokens)
         if twice := [name for name, count in names.items() if count > 1]:
-            raise ValueError(f"two [[tokens]] are called {twice[0]}: names must differ")
+            raise ValueError(f"two [[tokens]] have the name {twice[0]}: names must differ")
         if len({token.value for token in self.access_tokens}) < len(names):
             raise ValueError(
-                "one token is set twice: each of TRACKER_API_TOKEN and [[tokens]] must be its own"
+                "one token is set twice: those of TRACKER_API_TOKEN and [[tokens]] must all differ"
             )
         return self
 
     @property
     def top_workspace(self) -> WorkspaceSettings:
-        """The workspace of the top-level names, whether or not anything is set for it."""
+        """The workspace of the top-level names, even where nothing is set for it."""
         return WorkspaceSettings.model_construct(
             id=self.flora_workspace_id,
             api_key=self.flora_api_key,
@@ -244,17 +240,14 @@ class Settings(BaseModel):
 
     @property
     def all_workspaces(self) -> tuple[WorkspaceSettings, ...]:
-        """The workspace of the top-level names, then those of `[[workspaces]]`: at least one.
-
-        The first is left out where nothing is set for it and there are others.
-        """
-        named = self.top_workspace
-        given = named.id or named.api_key or named.webhook_secrets
-        return (named, *self.workspaces) if given or not self.workspaces else self.workspaces
+        """The top-level workspace if it is set or the only one, then those of `[[workspaces]]`."""
+        top = self.top_workspace
+        is_set = top.id or top.api_key or top.webhook_secrets
+        return (top, *self.workspaces) if is_set or not self.workspaces else self.workspaces
 
     @property
     def all_budgets(self) -> Budgets:
-        """Those of each workspace, and those of `[[budgets]]`."""
+        """The budgets of each workspace, and those of `[[budgets]]`."""
         periods = {Period.DAY: self.tracker_budget_day, Period.MONTH: self.tracker_budget_month}
         return Budgets(
             of_each_workspace=tuple(
@@ -265,7 +258,7 @@ class Settings(BaseModel):
 
     @property
     def access_tokens(self) -> Tokens:
-        """Those of `TRACKER_API_TOKEN`, which may do everything, then those of `[[tokens]]`."""
+        """The tokens of `TRACKER_API_TOKEN`, with all scopes, then those of `[[tokens]]`."""
         everything = frozenset({Scope.ADMIN})
         unrestricted = [
             Token(
@@ -288,12 +281,12 @@ class Settings(BaseModel):
 
     @property
     def is_public(self) -> bool:
-        """Whether `TRACKER_PUBLIC_URL` says that other machines reach this service."""
+        """Whether `TRACKER_PUBLIC_URL` is an address that other machines reach."""
         return self.tracker_public_url is not None and not is_loopback_url(self.tracker_public_url)
 
     @property
     def policy(self) -> Policy:
-        """The waits between looks at a run."""
+        """The intervals between polls of a run."""
         return Policy(
             grace=timedelta(seconds=self.tracker_callback_grace),
             interval=timedelta(seconds=self.tracker_poll_interval),
@@ -304,12 +297,12 @@ class Settings(BaseModel):
 
     @property
     def callback_url(self) -> str | None:
-        """Where FLORA is asked to send callbacks; `None` where it cannot reach this service."""
+        """The URL for callbacks; `None` where FLORA cannot reach this service."""
         return self.tracker_public_url and self.tracker_public_url + CALLBACK_PATH
 
     @property
     def secret_values(self) -> frozenset[str]:
-        """Every secret in clear, the database's password included, for the log to redact."""
+        """All secrets in clear, with the database's password, for the log to redact."""
         secrets: list[SecretStr | None] = [
             *self.tracker_api_token,
             *(one.token for one in self.tokens),
@@ -320,9 +313,9 @@ class Settings(BaseModel):
         return frozenset(clear) | passwords_in(self.tracker_database_url)
 
     def require_api_key(self) -> None:
-        """Raises `SettingsError` where no workspace has a key, so that FLORA cannot be asked."""
+        """Raise `SettingsError` where no workspace has an API key."""
         if not any(workspace.api_key for workspace in self.all_workspaces):
             raise SettingsError(
-                "FLORA_API_KEY is not set, so FLORA cannot be asked: set it to your workspace's "
-                "API key (or api_key under [[workspaces]] in the file that TRACKER_CONFIG names)"
+                "FLORA_API_KEY is not set: set it to your workspace's API key (or api_key under "
+                "[[workspaces]] in the file that TRACKER_CONFIG names)"
             )

@@ -1,8 +1,7 @@
-"""Secrets in force: read again when a file that they were read from changes, without a restart.
+"""Rotation of secrets without a restart.
 
-Tokens, API keys and signing secrets change while a service runs: they are rotated. Where they stand
-in files (`"file:PATH"`, or in the file of `TRACKER_CONFIG` itself) the service notices, and goes on
-with the new ones. Every other setting stays as it was when the process began.
+Access tokens, API keys and signing secrets that come from files (`"file:PATH"`, or the file of
+`TRACKER_CONFIG` itself) are reloaded when a file changes. All other settings need a restart.
 """
 
 import asyncio
@@ -19,17 +18,16 @@ from tracker.settings.load import FileState, Loaded, file_state
 from tracker.settings.model import Settings, WorkspaceSettings
 
 CHECK_SECONDS: Final = 1.0
-"""How often a service looks whether its files have changed. What fails for want of a new secret has
-it looked at once."""
+"""How often a service checks its files. A refused secret triggers a check at once."""
 
 log = structlog.get_logger(__name__)
 
 
 class Rotation:
-    """The settings with the secrets that are in force, and `tokens`, the access tokens among them.
+    """The `settings` with the current secrets; `tokens` are the access tokens among them.
 
-    `settings` are at first those that the process begins with. Where they were read from files,
-    `loaded` says so and `read` reads them anew; a check costs a `stat` for each file.
+    Where settings come from files, `loaded` has the files and `read` reads them again. A check
+    costs a `stat` for each file.
     """
 
     def __init__(
@@ -43,23 +41,23 @@ class Rotation:
         self._read = read
         self._files: dict[Path, FileState] = loaded.files if loaded else {}
         self._failure: str | None = None
-        """Why the files could not be taken over when they were last read."""
+        """Why the last reload failed."""
         self._followers: list[Callable[[Settings], None]] = []
 
     def follow(self, follower: Callable[[Settings], None]) -> None:
-        """Call `follower` with the settings now, and again after each change."""
+        """Call `follower` with the settings now and after each change."""
         self._followers.append(follower)
         follower(self.settings)
 
     def check(self) -> bool:
-        """Take over what has changed in the files; whether anything of it is new."""
+        """Reload if a file has changed; return whether a secret is new."""
         changed = any(file_state(path) != state for path, state in self._files.items())
         return changed and self.reload()
 
     def reload(self) -> bool:
-        """Read all files again, changed or not; whether anything of it is new.
+        """Read all files again; return whether a secret is new.
 
-        What cannot be read or is not valid leaves everything as it is, and is logged.
+        Unreadable files and invalid settings are logged and change nothing.
         """
         if self._read is None:
             return False
@@ -84,14 +82,14 @@ class Rotation:
         for follower in self._followers:
             try:
                 follower(rotated)
-            except SettingsError as error:  # one secret that cannot be used holds up no other
+            except SettingsError as error:  # one unusable secret must not block the others
                 log.error("settings.not_reloaded", reason=str(error))
         log.info("settings.reloaded")
         return True
 
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
-        """Check once a second, and read all anew on SIGHUP, for as long as the block lasts."""
+        """Check once a second, and reload on SIGHUP, until the block ends."""
         loop = asyncio.get_running_loop()
         task = asyncio.create_task(self._watch(), name="rotation")
         if hasattr(signal, "SIGHUP"):
@@ -101,7 +99,7 @@ class Rotation:
         finally:
             if hasattr(signal, "SIGHUP"):
                 loop.remove_signal_handler(signal.SIGHUP)
-                signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it ends: nothing is to be reloaded
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)  # no reload while the process ends
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
@@ -110,30 +108,29 @@ class Rotation:
         while True:
             await asyncio.sleep(CHECK_SECONDS)
             try:
-                # What was wrong may be put right in a file that was never read.
+                # The fix of a failure may be in a file that was never read.
                 self.check() if self._failure is None else self.reload()
             except Exception:
                 log.exception("settings.not_reloaded")
 
 
 def _refuse_streams(files: Iterable[Path]) -> None:
-    """Raise `SettingsError` where one of the files can be read only once."""
+    """Raise `SettingsError` where a file can be read only once."""
     for path in files:
         if path.exists() and not path.is_file():
             raise SettingsError(f"{path} is a pipe or a device, which cannot be read again")
 
 
 def _with_secrets_of(old: Settings, new: Settings) -> Settings:
-    """`old` with the tokens, keys and signing secrets of `new`.
+    """`old` with the tokens, keys and signing secrets of `new`; workspaces match by id.
 
-    Workspaces are matched by their ids. A workspace that is new, or had no key before, needs a
-    restart; so does one that is to have no signing secret any more, as where a file is read while
-    it is being written. Raises `SettingsError` where no token is left: the service would be open to
-    whoever reaches it, or closed to everybody.
+    A new workspace, a first key, and the removal of a workspace's last signing secret need a
+    restart: the latter also happens where a file is read while it is written. Raises
+    `SettingsError` where no token is left: the service would be open to everyone, or to no one.
     """
     if len(old.access_tokens) and not len(new.access_tokens):
         raise SettingsError(
-            "no token is set any more (TRACKER_API_TOKEN, [[tokens]]): those before stay in force"
+            "no token is set any more (TRACKER_API_TOKEN, [[tokens]]): the old ones stay valid"
         )
 
     def rotated(before: WorkspaceSettings, after: WorkspaceSettings) -> WorkspaceSettings:
@@ -161,5 +158,5 @@ def _with_secrets_of(old: Settings, new: Settings) -> Settings:
 
 
 def _need_a_restart(ours: Settings, new: Settings) -> list[str]:
-    """The names of what stands otherwise in the files now and does not count yet."""
+    """The names of changed settings that need a restart."""
     return [name for name in Settings.model_fields if getattr(ours, name) != getattr(new, name)]

@@ -1,15 +1,17 @@
-"""How one value reads: durations, addresses, lists of secrets.
+"""Parsers of single values: durations, URLs, cron expressions, lists of secrets.
 
-Each function takes what stands in the environment or in the file and returns what it means, or
-raises `ValueError` with words that follow the setting's name and never repeat a value that could be
-secret.
+Each takes the value from the environment or the file, or raises `ValueError` with a message that
+follows the setting's name and never repeats a value that could be secret.
 """
 
 import math
 import re
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from itertools import islice, pairwise, takewhile
 from typing import Final
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from cronsim import CronSim, CronSimError
 
 from tracker.core.net import is_loopback
 
@@ -17,6 +19,10 @@ _UNITS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _LONGEST: Final = timedelta(days=36500)
 _HOST: Final = re.compile(r"[\w.-]+|[0-9a-f:.]+(%\w+)?", re.ASCII)
 """A name, or an IPv6 address without its brackets."""
+_CRON_TIMES: Final = 1500
+"""How many times of a cron expression its longest wait is taken from: a week, unless it is every
+few minutes."""
+_CRON_AHEAD: Final = timedelta(days=40 * 365)
 
 
 def parse_duration(value: object) -> timedelta:
@@ -39,7 +45,7 @@ def parse_duration(value: object) -> timedelta:
 
 
 def split_secrets(value: object) -> tuple[str, ...]:
-    """Secrets separated by commas or white space, in their order, each once; a list of such too."""
+    """Secrets separated by commas or white space, or a list of such, each once."""
     if value is None:
         return ()
     parts = value if isinstance(value, list | tuple) else [value]
@@ -56,9 +62,9 @@ def split_secrets(value: object) -> tuple[str, ...]:
 
 
 def check_root_url(url: str) -> str:
-    """An address to which paths are added: without a slash at its end.
+    """A URL to which paths are added, without a slash at its end.
 
-    `https` everywhere, `http` for a loopback host only, since what goes there is secret.
+    `http` is for loopback hosts only, since secrets are sent there.
     """
     try:
         parts = urlsplit(url)
@@ -77,7 +83,7 @@ def check_root_url(url: str) -> str:
 
 
 def check_database_url(url: str) -> str:
-    """A database of a kind that the tracker keeps runs in, with or without the driver's name."""
+    """The URL of a SQLite or PostgreSQL database, with or without the driver's name."""
     scheme, separator, rest = url.partition("://")
     if not separator or scheme.split("+")[0] not in ("sqlite", "postgresql", "postgres"):
         raise ValueError("must begin with sqlite:///, postgresql:// or postgres://")
@@ -87,10 +93,38 @@ def check_database_url(url: str) -> str:
 
 
 def passwords_in(url: str) -> frozenset[str]:
-    """What in a database URL is secret, as it stands there and decoded."""
+    """The passwords in a database URL, as they are written there and decoded."""
     try:
         parts = urlsplit(url)
         raw = [parts.password, *parse_qs(parts.query).get("password", ())]
     except ValueError:
         return frozenset()
     return frozenset(form for text in raw if text for form in (text, unquote(text)))
+
+
+def check_cron(expression: str) -> str:
+    """A cron expression of five fields, in lower case; 0 and 7 are Sunday."""
+    fields = expression.lower().split()
+    if len(fields) != 5:
+        raise ValueError(
+            "must have five fields (minute, hour, day of month, month, day of week), "
+            f"as */5 * * * * has; this has {len(fields)}"
+        )
+    try:
+        next(CronSim(expression, datetime(2000, 1, 1, tzinfo=UTC)))
+    except CronSimError as error:
+        field = str(error).removeprefix("Bad ").replace("-", " ")
+        raise ValueError(
+            f"has a {field} that cron does not read: numbers, names, ranges, lists and steps"
+        ) from error
+    except StopIteration as error:
+        raise ValueError("never matches a date") from error
+    return " ".join(fields)
+
+
+def longest_wait(expression: str, after: datetime) -> float:
+    """The longest time between two of the next times of a cron expression, in seconds."""
+    end = after + _CRON_AHEAD
+    times = takewhile(lambda time: time < end, CronSim(expression, after.astimezone(UTC)))
+    waits = (later - time for time, later in pairwise(islice(times, _CRON_TIMES)))
+    return max((wait.total_seconds() for wait in waits), default=0.0)

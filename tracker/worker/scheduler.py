@@ -11,13 +11,15 @@ import signal
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, suppress
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Final, Protocol, TypeVar
 
 import structlog
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
+from apscheduler.triggers.base import BaseTrigger
 from apscheduler.triggers.interval import IntervalTrigger
+from cronsim import CronSim
 from structlog.contextvars import bound_contextvars
 
 from tracker.core.clock import Clock, boot_seconds, utc_now
@@ -30,7 +32,6 @@ from tracker.polling.workspaces import Workspace, Workspaces
 from tracker.starting.catalogue import CatalogueSync
 from tracker.starting.recover import Recovery
 from tracker.store.signals import Signals
-from tracker.worker.cron import cron_trigger
 
 TICK: Final = 15.0
 """Seconds after which the database is asked what is due even if no word came: what a lost
@@ -55,6 +56,23 @@ JUMP: Final = timedelta(seconds=1)
 """A difference of more than this between the two is a clock that was set."""
 
 log = structlog.get_logger(__name__)
+
+
+class CronTrigger(BaseTrigger):  # type: ignore[misc]
+    """A checked cron expression, in UTC.
+
+    APScheduler's own trigger counts weekdays from Monday, and combines a day of the month with a
+    weekday by "and", where cron counts from Sunday and takes either.
+    """
+
+    def __init__(self, expression: str) -> None:
+        self._expression = expression
+
+    def get_next_fire_time(self, previous: datetime | None, now: datetime) -> datetime:
+        """The first time after `previous`, or from `now` on."""
+        if previous is None or previous > now:
+            previous = now - timedelta(microseconds=1)
+        return next(CronSim(self._expression, previous.astimezone(UTC)))
 
 
 class Watches(Protocol):
@@ -146,7 +164,7 @@ class Worker:
         for workspace in keyed:
             self._scheduler.add_job(
                 self._job("sweep", partial(self._sweep, workspace)),
-                cron_trigger(services.reconcile_cron),
+                CronTrigger(services.reconcile_cron),
                 id=f"sweep:{workspace.slot}",
                 next_run_time=now,
             )
