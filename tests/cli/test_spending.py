@@ -24,7 +24,7 @@ def test_commands_keep_to_a_budget_and_show_it(tracker: Commands, stack: ExitSta
     start = tracker("runs", "start", "icon-pack", "--input", "prompt=d")
     assert (start.returncode, start.stdout) == (1, "")
     assert start.stderr.count("\n") == 1 or "Nothing was sent" in start.stderr
-    assert "begins anew at" in start.stderr
+    assert "starts again at" in start.stderr
 
     found = tracker.json("spending", "--by", "tag:team")
     assert {(one["of"], one["runs"], one["quoted"]) for one in found["spending"]} == {

@@ -146,7 +146,7 @@ def test_values_of_the_file_may_stand_elsewhere(config: Path) -> None:
         ),
         ('workspaces = "ws_1"', "workspaces in {path} must be a valid tuple"),
         ('[[workspaces]]\nid = "a"\n[[workspaces]]\nid = "a"', "workspace a is set more than once"),
-        ('[[workspaces]]\nid = "a"\n[[workspaces]]\n', "each needs its id"),
+        ('[[workspaces]]\nid = "a"\n[[workspaces]]\n', "each needs an id"),
         ('flora_api_key = "sk"\n[[workspaces]]\nid = "a"', "FLORA_WORKSPACE_ID for the one"),
         ("flora_api_key = ", "TRACKER_CONFIG names {path}, which is not valid TOML"),
         ("tracker_api_token = 'a'", "tracker_api_token[0] in {path} is shorter than 16 characters"),

@@ -76,7 +76,7 @@ def batch(
         bool,
         typer.Option(
             "--wait-for-budget",
-            help="If a budget is used up, wait until it is renewed and continue.",
+            help="If a budget is used up, wait until it starts again, then continue.",
         ),
     ] = False,
     tag: TagOption = None,
@@ -346,13 +346,13 @@ class _BatchProgress:
 
     def show(self, progress: "BatchProgress") -> None:
         """Show how far the batch is."""
-        tally, text = progress.tally, progress_text(progress)
+        counts, text = progress.tally, progress_text(progress)
         if self._screen.has_bars:
             self._screen.bar(
-                self._name, done=tally.ended, total=tally.rows, text=lambda: (text, "")
+                self._name, done=counts.ended, total=counts.rows, text=lambda: (text, "")
             )
             return
-        stage = (progress.left == 0, tally.active == 0)
+        stage = (progress.left == 0, counts.active == 0)
         self._screen.status(text, seconds=_STATUS_SECONDS, now=stage != self._stage)
         self._stage = stage
 
@@ -365,18 +365,18 @@ def _columns() -> "Sequence[ProgressColumn]":
 
 def progress_text(progress: "BatchProgress") -> str:
     """The progress of a batch in words: counts, cost, and what it waits for."""
-    tally = progress.tally
-    counts = {
-        "running": tally.active,
-        "completed": tally.completed,
-        "failed": tally.failed,
-        "lost": tally.lost,
+    counts = progress.tally
+    shown = {
+        "running": counts.active,
+        "completed": counts.completed,
+        "failed": counts.failed,
+        "lost": counts.lost,
         "could not be started": progress.errors,
     }
     parts = [
-        f"{tally.started} of {tally.rows} started",
-        *(f"{count} {name}" for name, count in counts.items() if count),
-        cost_text(tally),
+        f"{counts.started} of {counts.rows} started",
+        *(f"{count} {name}" for name, count in shown.items() if count),
+        cost_text(counts),
     ]
     if progress.left and progress.paused:
         parts.append(f"rate-limited by FLORA for {progress.paused:.0f} s")
@@ -386,7 +386,7 @@ def progress_text(progress: "BatchProgress") -> str:
         parts.append(f"next start in {progress.held:.0f} s")
     if (over := progress.over_budget) is not None and over.renews_at is not None:
         renews = f"{over.renews_at:%Y-%m-%d %H:%M}"
-        parts.append(f"waiting for the budget {over.budget}, which is renewed at {renews} UTC")
+        parts.append(f"waiting for the budget {over.budget}, which starts again at {renews} UTC")
     return ", ".join(parts)
 
 
@@ -401,7 +401,7 @@ def _exit_status(outcome: "Outcome", *, waited: bool) -> int:
         note(f"tracker: line {row.entry.line}: {run}{row.status}{why}")
     if len(named) > _NAMED:
         note(f"tracker: and {counted(len(named) - _NAMED, 'row')} more: see the results")
-    tally = outcome.tally
+    counts = outcome.tally
     if outcome.stopped is not None:
         from tracker.starting.batch import spans
 
@@ -409,11 +409,11 @@ def _exit_status(outcome: "Outcome", *, waited: bool) -> int:
         if left:
             note(f"tracker: not started: {spans(left)}")
         note(
-            f"tracker: stopped: {plain(outcome.stopped).rstrip('.')}. {tally.unstarted} of "
-            f"{counted(tally.rows, 'row')} not started; repeat the command to continue"
+            f"tracker: stopped: {plain(outcome.stopped).rstrip('.')}. {counts.unstarted} of "
+            f"{counted(counts.rows, 'row')} not started; repeat the command to continue"
         )
     note(
-        f"Batch {outcome.batch.batch_id}: {tally.completed} of {counted(tally.rows, 'row')} "
-        f"completed, {cost_text(tally)}."
+        f"Batch {outcome.batch.batch_id}: {counts.completed} of {counted(counts.rows, 'row')} "
+        f"completed, {cost_text(counts)}."
     )
     return 1 if bad or outcome.stopped is not None else 0

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tracker.services import Services
     from tracker.starting.batch_rows import RowState
     from tracker.store.engine import Database
-    from tracker.store.queries.batches import BatchRow, Tally
+    from tracker.store.queries.batches import BatchCounts, BatchRow
 
 app = typer.Typer(name="batches", help="List and show batches.", no_args_is_help=True)
 
@@ -67,8 +67,8 @@ def list_(
 
     async def work(database: "Database") -> tuple[list[dict[str, Any]], str | None]:
         found, next_cursor = await batches.list_batches(database, cursor=cursor, limit=limit)
-        tallies = await batches.tallies(database, [one.batch_id for one in found])
-        return [_batch_json(one, tallies[one.batch_id]) for one in found], next_cursor
+        counts = await batches.tallies(database, [one.batch_id for one in found])
+        return [_batch_json(one, counts[one.batch_id]) for one in found], next_cursor
 
     rows, next_cursor = run_on_database(work)
     print_page(
@@ -102,7 +102,7 @@ def show(
 
     check_output(results, output)
 
-    async def work(services: "Services") -> "tuple[BatchRow, Tally, list[RowState]] | None":
+    async def work(services: "Services") -> "tuple[BatchRow, BatchCounts, list[RowState]] | None":
         found = await batches.get(services.database, batch_id)
         if found is None:
             return None
@@ -132,7 +132,7 @@ def check_output(results: Results | None, output: Path | None) -> None:
 
 def print_batch(
     batch: "BatchRow",
-    tally: "Tally",
+    counts: "BatchCounts",
     rows: "Sequence[RowState]",
     *,
     results: Results | None,
@@ -141,7 +141,7 @@ def print_batch(
 ) -> None:
     """Print a batch as JSON, or its rows as results; write the results to `output` in any case."""
     if as_json:
-        print_json({"batch": _batch_json(batch, tally), "rows": [_row_json(row) for row in rows]})
+        print_json({"batch": _batch_json(batch, counts), "rows": [_row_json(row) for row in rows]})
     if output is not None or not as_json:
         show_rows(rows, results_format(results, output), output)
 
@@ -241,7 +241,7 @@ def _row_json(row: "RowState") -> dict[str, Any]:
     }
 
 
-def _batch_json(batch: "BatchRow", tally: "Tally") -> dict[str, Any]:
+def _batch_json(batch: "BatchRow", counts: "BatchCounts") -> dict[str, Any]:
     """A batch as JSON values, with the number of its rows in each state."""
     from tracker.views import number_json, time_json
 
@@ -251,23 +251,23 @@ def _batch_json(batch: "BatchRow", tally: "Tally") -> dict[str, Any]:
         "name": batch.name,
         "created_at": time_json(batch.created_at),
         "finished_at": None if batch.finished_at is None else time_json(batch.finished_at),
-        "rows": tally.rows,
-        "started": tally.started,
-        "completed": tally.completed,
-        "failed": tally.failed,
-        "active": tally.active,
-        "lost": tally.lost,
-        "refused": tally.refused,
-        "unresolved": tally.unresolved,
-        "cost": number_json(tally.cost),
-        "cost_final": tally.cost_final,
-        "quoted": number_json(tally.quoted),
+        "rows": counts.rows,
+        "started": counts.started,
+        "completed": counts.completed,
+        "failed": counts.failed,
+        "active": counts.active,
+        "lost": counts.lost,
+        "refused": counts.refused,
+        "unresolved": counts.unresolved,
+        "cost": number_json(counts.cost),
+        "cost_final": counts.cost_final,
+        "quoted": number_json(counts.quoted),
     }
 
 
-def cost_text(tally: "Tally") -> str:
+def cost_text(counts: "BatchCounts") -> str:
     """The cost of a batch: a lower bound and the quotes while bills may still change."""
-    if tally.cost_final:
-        return money(tally.cost)
-    quotes = f" ({money(tally.quoted)} quoted, not billed yet)" if tally.quoted else ""
-    return f"at least {money(tally.cost)}{quotes}"
+    if counts.cost_final:
+        return money(counts.cost)
+    quotes = f" ({money(counts.quoted)} quoted, not billed yet)" if counts.quoted else ""
+    return f"at least {money(counts.cost)}{quotes}"

@@ -74,7 +74,7 @@ def spending(
     if found["budgets"]:
         typer.echo()
         print_table(
-            ("budget", "limit", "charged", "quoted", "reserved", "left", "used", "renewed"),
+            ("budget", "limit", "charged", "quoted", "reserved", "left", "used", "starts again"),
             [
                 (
                     one["budget"],
