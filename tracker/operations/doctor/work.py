@@ -14,11 +14,11 @@ from tracker.core.formatting import duration, percent
 from tracker.operations.doctor import Finding, failed, ok, warning
 from tracker.operations.doctor.settings import label_of
 from tracker.settings import Settings
+from tracker.settings.values import longest_wait
 from tracker.store.engine import Database
 from tracker.store.queries import attention, sweeps
 from tracker.store.queries.attention import BOUND, Gauges, SweepHealth
 from tracker.store.queries.sweeps import Unread
-from tracker.worker.cron import longest_wait
 
 STUCK_AFTER: Final = timedelta(minutes=5)
 """How late a sweep may start, or a due run be read, before no worker seems to run."""
