@@ -1,4 +1,4 @@
-"""A request as a server hands it to the application: any bytes where a client chooses them."""
+"""A request as a server passes it to the application, with any bytes that a client can send."""
 
 import asyncio
 import re
@@ -12,12 +12,12 @@ from starlette.types import ASGIApp, Message
 Headers = Sequence[tuple[bytes, bytes]]
 
 _FRAMING = (b"content-length", b"transfer-encoding", b"connection", b"expect", b"upgrade")
-"""What the server itself reads: an application sees only what it let pass."""
+"""Headers that the server itself handles."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the application answered. Header names are in lower case."""
+    """The application's answer. Header names are in lower case."""
 
     status: int
     headers: list[tuple[str, str]]
@@ -31,14 +31,14 @@ class Answer:
 def split(data: bytes) -> tuple[list[bytes], bytes]:
     """The lines of a message's head, and its body, which an empty line divides.
 
-    Without an empty line all of it is body.
+    Without an empty line everything is body.
     """
     head, line, body = data.partition(b"\n\n")
     return (head.split(b"\n"), body) if line else ([], data)
 
 
 def headers_of(lines: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
-    """The headers of a message, as far as HTTP allows them."""
+    """The valid headers of a message."""
     found = []
     for line in lines:
         name, _, value = line.partition(b":")
@@ -51,7 +51,7 @@ def headers_of(lines: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
 async def ask(
     app: ASGIApp, method: str, target: bytes, headers: Headers = (), body: bytes = b""
 ) -> Answer:
-    """One request and its answer; the client leaves when it has seen the first of its body."""
+    """One request and its answer; the client disconnects after the first part of its body."""
     path, _, query = target.partition(b"?")
     scope: dict[str, Any] = {
         "type": "http",
@@ -69,18 +69,18 @@ async def ask(
     }
     incoming: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
     sent: list[Message] = []
-    seen = asyncio.Event()
+    received_body = asyncio.Event()
 
     async def receive() -> Message:
         if incoming:
             return incoming.pop(0)
-        await seen.wait()
+        await received_body.wait()
         return {"type": "http.disconnect"}
 
     async def send(message: Message) -> None:
         sent.append(message)
         if message["type"] == "http.response.body":
-            seen.set()
+            received_body.set()
 
     await app(scope, receive, send)
     start, *rest = sent

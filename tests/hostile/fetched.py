@@ -1,4 +1,4 @@
-"""The target that is fetched: what a file's server answers, as raw as it comes."""
+"""The target for downloads: raw answers of a file's server."""
 
 import asyncio
 import hashlib
@@ -15,13 +15,13 @@ from tracker.delivering.addresses import MediaError
 from tracker.delivering.fetch import Fetcher
 
 LARGEST = 100_000
-"""Bytes of a file that is taken."""
+"""Maximum size of a file in bytes."""
 MOST = 4
-"""Answers, one for each request; the last one is for all that follow."""
+"""Maximum number of answers, one for each request; the last one repeats."""
 
 
-class _Here(httpx.AsyncBaseTransport):
-    """Sends every request to the one server: where a link may lead is another test's."""
+class _ToTestServer(httpx.AsyncBaseTransport):
+    """Sends every request to the test's server; other tests cover the permitted addresses."""
 
     def __init__(self) -> None:
         self.port = 0
@@ -38,21 +38,21 @@ class _Here(httpx.AsyncBaseTransport):
 
 @asynccontextmanager
 async def files() -> AsyncIterator[Callable[[bytes], Awaitable[None]]]:
-    """A file is there whole under its name, or one named error says why not.
+    """A file is stored complete under its name, or one error describes why not.
 
     An input is one answer or several, divided by `====`; their line ends are HTTP's.
     """
-    here = _Here()
+    here = _ToTestServer()
     fetcher = Fetcher(max_bytes=LARGEST, stall=2.0, connect=2.0, sleep=_no_wait)
     fetcher._http._transport = here
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
 
         async def check(data: bytes) -> None:
-            replies = [_on_the_wire(one) for one in data.split(b"\n====\n")[:MOST]]
+            replies = [_raw_answer(one) for one in data.split(b"\n====\n")[:MOST]]
             async with far_end(*replies) as end:
                 here.port = end.port
-                await _is_whole_or_told(fetcher, end.url("/file.part"), folder)
+                await _is_complete_or_refused(fetcher, end.url("/file.part"), folder)
             for path in folder.iterdir():
                 path.unlink()
 
@@ -60,12 +60,12 @@ async def files() -> AsyncIterator[Callable[[bytes], Awaitable[None]]]:
             yield check
 
 
-def _on_the_wire(answer: bytes) -> bytes:
+def _raw_answer(answer: bytes) -> bytes:
     head, line, body = answer.partition(b"\n\n")
     return re.sub(rb"\r?\n", b"\r\n", head) + (b"\r\n\r\n" if line else b"") + body
 
 
-async def _is_whole_or_told(fetcher: Fetcher, link: str, folder: Path) -> None:
+async def _is_complete_or_refused(fetcher: Fetcher, link: str, folder: Path) -> None:
     try:
         fetched = await fetcher.fetch(link, folder, "file", output_type="imageUrl")
     except MediaError:

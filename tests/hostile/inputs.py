@@ -1,4 +1,4 @@
-"""The committed inputs: for each target a folder of files whose names say what they are."""
+"""The committed inputs: for each target a folder of files with descriptive names."""
 
 import re
 from pathlib import Path

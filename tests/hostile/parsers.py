@@ -1,6 +1,6 @@
-"""The targets that only read: a signature, FLORA's answers, a sheet, a file of settings.
+"""The targets that only parse: a signature, FLORA's answers, a sheet, a settings file.
 
-An input begins with a line or two that say what it is; behind an empty line is what is fed in.
+An input begins with a line or two that describe it; after an empty line follow the parsed bytes.
 """
 
 import re
@@ -35,8 +35,8 @@ SECRETS = ("whsec_first", "whsec_zweiter_Schlüssel")
 
 
 def signature(data: bytes) -> None:
-    """`verify` says what the reference says. `<0>` in a header is the signature that the first
-    secret makes now, `<1:1750000000>` what the second one makes then."""
+    """`verify` agrees with the reference. `<0>` in a header is the present signature of the first
+    secret, `<1:1750000000>` that of the second one at a time."""
     lines, body = split(data)
     header = re.sub(
         rb"<([01])(?::(\d{1,12}))?>",
@@ -49,12 +49,12 @@ def signature(data: bytes) -> None:
         )
         for form in (header, header.decode(errors="surrogateescape")):
             if isinstance(form, str) and not header.isascii():
-                continue  # a server hands over bytes; as text they are another header
+                continue  # a server passes bytes; as text they are another header
             try:
-                said: int | str = verify(form, body, secrets, now=NOW, tolerance=TOLERANCE)
+                result: int | str = verify(form, body, secrets, now=NOW, tolerance=TOLERANCE)
             except SignatureError as error:
-                said = error.reason
-            assert said == expected, (form, said, expected)
+                result = error.reason
+            assert result == expected, (form, result, expected)
 
 
 def _v1(body: bytes, secret: str, at: int) -> bytes:
@@ -65,7 +65,7 @@ def _v1(body: bytes, secret: str, at: int) -> bytes:
 
 
 def answers(data: bytes) -> None:
-    """FLORA's answer becomes what a database holds, or the one error for what cannot be read."""
+    """FLORA's answer becomes values that a database can hold, or one error."""
     lines, body = split(data)
     kind, _, more = b" ".join(lines).decode("latin-1").partition(" ")
     if kind == "refusal":
@@ -75,9 +75,9 @@ def answers(data: bytes) -> None:
         assert refused.code
         assert len(refused.message) <= parse.LONGEST_MESSAGE
         assert len(refused.fields) <= parse.MOST_FIELDS
-        told = [text for fault in refused.fields for text in (fault.field, fault.message)]
-        assert all(len(text) <= parse.LONGEST_MESSAGE for text in told)
-        _fits(refused.code, refused.message, *told)
+        texts = [text for fault in refused.fields for text in (fault.field, fault.message)]
+        assert all(len(text) <= parse.LONGEST_MESSAGE for text in texts)
+        _fits(refused.code, refused.message, *texts)
     elif kind == "wait":
         head = {name.decode(): value.decode("latin-1") for name, value in headers_of(lines[1:])}
         wait = waits.asked_wait(head, now=NOW)
@@ -85,18 +85,18 @@ def answers(data: bytes) -> None:
     elif kind == "callback":
         about = parse.envelope(body, webhook_id=more)
         _fits(about.delivery_id, about.run_id, about.workspace_id, about.event_type)
-        seen = parse.callback(body, at=NOW)
-        if isinstance(seen, str):
-            assert seen
+        observation = parse.callback(body, at=NOW)
+        if isinstance(observation, str):
+            assert observation
         else:
-            _is_sound(seen)
+            _is_sound(observation)
     else:
         for one in runs_in(data):
             _is_sound(one)
 
 
 def runs_in(data: bytes) -> list[Observation]:
-    """The runs that an answer shows, read as the client reads it; none where it is unreadable."""
+    """The runs in an answer, parsed as the client does; none where it is unreadable."""
     lines, body = split(data)
     reader = _READERS.get(b" ".join(lines).decode("latin-1"), _one)
     try:
@@ -140,14 +140,18 @@ _READERS: dict[str, Callable[[object], list[Observation]]] = {
 }
 
 
-def _is_sound(seen: Observation) -> None:
-    assert clean_observation(seen) is seen, "what is read again must equal what was stored"
-    assert seen.progress is None or 0 <= seen.progress <= 100
-    assert seen.charged_cost is None or (seen.charged_cost.is_finite() and seen.charged_cost >= 0)
-    for moment in (seen.created_at, seen.started_at, seen.completed_at):
+def _is_sound(observation: Observation) -> None:
+    assert clean_observation(observation) is observation, (
+        "a stored observation must be read unchanged"
+    )
+    assert observation.progress is None or 0 <= observation.progress <= 100
+    assert observation.charged_cost is None or (
+        observation.charged_cost.is_finite() and observation.charged_cost >= 0
+    )
+    for moment in (observation.created_at, observation.started_at, observation.completed_at):
         assert moment is None or moment.utcoffset() is not None
-    run = merge(None, seen)
-    assert merge(run, seen) is run, "the same sight again says nothing new"
+    run = merge(None, observation)
+    assert merge(run, observation) is run, "a repeated observation must change nothing"
 
 
 def _fits(*texts: str | None) -> None:
@@ -159,7 +163,7 @@ def _fits(*texts: str | None) -> None:
 
 
 def sheets(data: bytes) -> None:
-    """A sheet is read, or all that is wrong with it is told by line; never anything else."""
+    """A sheet is parsed, or all its problems are listed by line."""
     lines, body = split(data)
     kind = b"".join(lines)
     if kind == b"jsonl":
@@ -178,34 +182,37 @@ def sheets(data: bytes) -> None:
 
 @contextmanager
 def settings() -> Iterator[Callable[[bytes], None]]:
-    """A file is taken or refused in words, and no value in it that is a secret is repeated."""
+    """A file is accepted or refused with a message, which repeats no secret."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "tracker.toml")
 
         def check(data: bytes) -> None:
-            path.write_bytes(data.replace(b"file:", b"env:"))  # not whichever file a fuzzer names
+            path.write_bytes(data.replace(b"file:", b"env:"))  # no file that a fuzzer names
             try:
-                said = repr(load_settings({"TRACKER_CONFIG": str(path)}))
-                tellable = (*_TELLABLE, "tracker_public_url", "flora_base_url")
+                result = repr(load_settings({"TRACKER_CONFIG": str(path)}))
+                public = (*_PUBLIC, "tracker_public_url", "flora_base_url")
             except SettingsError as error:
-                said = str(error)
-                tellable = _TELLABLE
-            assert "hunter2" not in said or _in(data, tellable), said
+                result = str(error)
+                public = _PUBLIC
+            assert "hunter2" not in result or _in(data, public), result
 
         yield check
 
 
-_TELLABLE = ("id", "flora_workspace_id", "tracker_reconcile_cron")
-"""Where a value is no secret, and stands in an error or a `repr`."""
+_PUBLIC = ("id", "flora_workspace_id", "tracker_reconcile_cron")
+"""Fields without secrets, whose values may appear in an error or a `repr`."""
 
 
-def _in(data: bytes, tellable: tuple[str, ...]) -> bool:
-    """Whether the mark stands where it may be told: in such a field, a name or a reference."""
+def _in(data: bytes, public: tuple[str, ...]) -> bool:
+    """Whether the mark is in a public place: such a field, a name or a reference."""
     try:
-        given = tomllib.loads(data.decode())
+        settings_file = tomllib.loads(data.decode())
     except ValueError:
         return False
-    tables = [given, *(one for one in given.get("workspaces", ()) if isinstance(one, dict))]
+    tables = [
+        settings_file,
+        *(one for one in settings_file.get("workspaces", ()) if isinstance(one, dict)),
+    ]
     named = [name for table in tables for name in table]
-    told = [str(table.get(field)) for table in tables for field in tellable]
-    return any("hunter2" in text for text in named + told) or b"env:" in data or b"file:" in data
+    values = [str(table.get(field)) for table in tables for field in public]
+    return any("hunter2" in text for text in named + values) or b"env:" in data or b"file:" in data

@@ -1,7 +1,6 @@
-"""The rules of a callback once more, written from their description and not from the code.
+"""A second implementation of the rules of a callback, written from their description.
 
-What the tracker does with a callback is held against this. It may be slow and it may be naive; what
-it shares with the tracker is only what FLORA says.
+The tracker's results are compared with it. It shares no code with the tracker, and may be slow.
 """
 
 import hashlib
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 def verdict(
     header: bytes, body: bytes, secrets: Sequence[str], *, now: int, tolerance: int
 ) -> int | str:
-    """The position of the secret that signed, or why none did, in one word."""
+    """The position of the secret that signed, or in one word why none did."""
     if header == b"":
         return "missing"
     if len(header) > 4096 or len(header.split(b",")) > 64:
@@ -25,29 +24,29 @@ def verdict(
     times = [
         int(value) for key, value in known if key == b"t" and re.fullmatch(rb"\d{1,12}", value)
     ]
-    given = [value for key, value in known if key == b"v1" and value]
-    if not times or not given:
+    signatures = [value for key, value in known if key == b"v1" and value]
+    if not times or not signatures:
         return "malformed"
     for position, secret in enumerate(secrets):
         signed = str(times[-1]).encode() + b"." + body
         expected = hmac.new(secret.encode(), signed, hashlib.sha256).hexdigest().encode()
-        if secret and expected in given:
+        if secret and expected in signatures:
             return position if abs(now - times[-1]) <= tolerance else "expired"
     return "mismatch"
 
 
 class Reading(NamedTuple):
-    """What has to become of an authentic callback."""
+    """The expected state of an authentic callback."""
 
     delivery_id: str
     digest: str
-    """Its id where the other one is taken by another body."""
+    """Its id where `delivery_id` belongs to another body."""
     run_id: str | None
     ends_run: bool
 
 
 def reading(body: bytes, webhook_id: str | None, *, workspace_id: str) -> Reading:
-    """How `body` is filed, and whether it is understood; `workspace_id` is whose secret signed."""
+    """How `body` is stored, and whether it is understood; `workspace_id` owns the secret."""
     try:
         event: Any = json.loads(body.decode(), parse_int=float)
     except (ValueError, RecursionError):
@@ -68,7 +67,7 @@ def reading(body: bytes, webhook_id: str | None, *, workspace_id: str) -> Readin
 
 
 def nesting(body: bytes) -> int:
-    """At least how deeply the JSON values of `body` are nested, counted without reading them."""
+    """A lower bound of the nesting of the JSON values in `body`, counted without parsing."""
     depth = most = 0
     for byte in body:
         depth += (byte in b"[{") - (byte in b"]}")
@@ -77,7 +76,7 @@ def nesting(body: bytes) -> int:
 
 
 def _name(value: object) -> str | None:
-    """A text that can name something, as databases hold it."""
+    """A text that is valid as an identifier, as databases store it."""
     if not isinstance(value, str) or not 1 <= len(value) <= 255:
         return None
     return "".join("\ufffd" if c == "\0" or "\ud800" <= c <= "\udfff" else c for c in value)

@@ -1,4 +1,4 @@
-"""The targets that are asked over HTTP, with a database behind them: callbacks, and the rest."""
+"""The targets behind HTTP routes and a database: callbacks, and all other routes."""
 
 import json
 import re
@@ -24,18 +24,18 @@ Asks = Callable[[bytes], Awaitable[None]]
 
 
 def callback(services: Services) -> Asks:
-    """Whatever is authentic is on disk when it is answered, byte for byte, and nothing else is."""
+    """Every authentic callback is stored byte for byte when it is answered, and nothing else."""
     app, limit = build_app(services), Limits().callback_bytes
 
     async def check(data: bytes) -> None:
         lines, body = split(data)
         headers = headers_of(lines)
-        given = [value for name, value in headers if name == b"flora-signature"]
-        if not given:
+        signatures = [value for name, value in headers if name == b"flora-signature"]
+        if not signatures:
             headers.append((b"flora-signature", sign(body, SECRETS[1], at=NOW).encode()))
-        signed = not given or isinstance(
+        signed = not signatures or isinstance(
             reference.verdict(
-                b",".join(given), body, SECRETS, now=int(NOW.timestamp()), tolerance=TOLERANCE
+                b",".join(signatures), body, SECRETS, now=int(NOW.timestamp()), tolerance=TOLERANCE
             ),
             int,
         )
@@ -56,19 +56,19 @@ def callback(services: Services) -> Asks:
 
 
 async def _is_kept(
-    services: Services, body: bytes, webhook_id: str | None, told: dict[str, Any]
+    services: Services, body: bytes, webhook_id: str | None, answer: dict[str, Any]
 ) -> None:
     expected = reference.reading(body, webhook_id, workspace_id=WORKSPACE)
-    if reference.nesting(body) > 500:  # where a reader gives up is its own affair
+    if reference.nesting(body) > 500:  # the depth at which a parser gives up may differ
         return
     row = await read.get_delivery(services.database, expected.delivery_id)
     if row is not None and row.body != body:
         row = await read.get_delivery(services.database, expected.digest)
     assert row is not None, expected
     assert (row.body, row.run_id) == (body, expected.run_id)
-    # What was new waited; what came again was told what had become of it.
-    assert told["outcome"] == (row.outcome.value if told["repeated"] else "waiting"), row
-    assert told["repeated"] is (row.receipts > 1), row
+    # A new delivery waits; a repeated one is answered with its outcome.
+    assert answer["outcome"] == (row.outcome.value if answer["repeated"] else "waiting"), row
+    assert answer["repeated"] is (row.receipts > 1), row
     if expected.ends_run:
         assert expected.run_id is not None
         record = await read.get_run(services.database, expected.run_id)
@@ -82,7 +82,7 @@ async def _is_kept(
 
 
 def api(services: Services) -> Asks:
-    """No request whatever is answered 500, leads elsewhere or signs somebody in."""
+    """No request is answered 500, redirected to another site, or signed in."""
     app = build_app(services)
 
     async def check(data: bytes) -> None:

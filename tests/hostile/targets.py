@@ -1,4 +1,4 @@
-"""What is fuzzed: each target takes any bytes and fails where a promise is broken.
+"""The fuzzed targets: each takes any bytes and fails where a promise is broken.
 
 The same targets replay the committed corpus in the suite and run for hours under `bench.fuzz`.
 """
@@ -21,7 +21,7 @@ from tracker.settings import Settings
 
 Asks = Callable[[bytes], Awaitable[None]]
 Check = Callable[[bytes], None]
-"""Raises where the bytes brought something about that must not be."""
+"""Raises where the bytes break a promise."""
 
 READING: dict[str, Callable[[], AbstractContextManager[Check]]] = {
     "signature": partial(nullcontext, parsers.signature),
@@ -38,7 +38,7 @@ FETCHED: dict[str, Callable[[], AbstractAsyncContextManager[Asks]]] = {"file": f
 
 @contextmanager
 def opened(name: str, database_url: str | None = None) -> Iterator[Check]:
-    """A target, ready; with the database at `database_url`, or a SQLite file of its own."""
+    """An open target, with the database at `database_url`, or a SQLite file of its own."""
     if name in READING:
         with READING[name]() as check:
             yield check

@@ -1,4 +1,4 @@
-"""`make audit`: every locked release is looked up, and what could not be is no pass."""
+"""`make audit`: every locked release is checked, and an incomplete check does not pass."""
 
 import json
 import os
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not (TOOLS / "uv").exists(), reason="make instal
 
 
 class _Service(BaseHTTPRequestHandler):
-    """Knows of one vulnerability, in the release that it is told to."""
+    """Reports one vulnerability, in a given release."""
 
     vulnerable = ""
     asked: set[str] = set()  # noqa: RUF012 - set anew by each test
@@ -74,8 +74,8 @@ def _audit(service: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
-def test_what_is_locked_is_looked_up_and_told() -> None:
-    """All of it, and a vulnerable release is named with exit status 1."""
+def test_every_locked_release_is_checked() -> None:
+    """Every release, and a vulnerable one is named with exit status 1."""
     locked = "".join((ROOT / name).read_text(encoding="utf-8") for name in LOCKED)
     with _service("jinja2") as url:
         done = _audit(url)
@@ -86,8 +86,8 @@ def test_what_is_locked_is_looked_up_and_told() -> None:
         assert _audit(url).returncode == 0
 
 
-def test_what_was_not_looked_up_has_not_passed() -> None:
-    """Without an answer the exit status is 2, and it says so."""
+def test_an_incomplete_check_does_not_pass() -> None:
+    """Without an answer the exit status is 2, with a message."""
     done = _audit(f"http://127.0.0.1:{free_port()}")
     assert done.returncode == 2
     assert "NOT CHECKED" in done.stderr

@@ -1,7 +1,7 @@
-"""Every committed input keeps the promise of its target, and what is read is also stored.
+"""Every committed input keeps the promises of its target, and observations are stored unchanged.
 
-`python -m bench.fuzz` goes on from the same inputs for as long as one likes. One that it finds goes
-into the corpus, under a name that says what it is.
+`python -m bench.fuzz` fuzzes from the same inputs for any time. Inputs that it finds are added to
+the corpus under descriptive names.
 """
 
 import contextlib
@@ -20,37 +20,37 @@ from tracker.store.queries import runs as read
 
 
 @pytest.mark.parametrize("name", READING)
-def test_what_only_reads_keeps_its_promise(name: str) -> None:
-    """`verify` agrees with the reference of its rule; an answer, a sheet and a file of settings
-    become what they say, or the one error that says why not."""
+def test_parsers_keep_their_promises(name: str) -> None:
+    """`verify` agrees with the reference of its rule; an answer, a sheet and a settings file are
+    parsed, or refused with one error."""
     _replay(name, None)
 
 
 @pytest.mark.parametrize("name", SERVED)
-def test_what_is_asked_over_http_keeps_its_promise(name: str, database_url: str) -> None:
-    """Each callback that is authentic is on disk as it came, applied or quarantined as the
-    reference has it; no request is answered 500, leads elsewhere or signs somebody in."""
+def test_routes_keep_their_promises(name: str, database_url: str) -> None:
+    """Each authentic callback is stored unchanged, applied or quarantined as in the reference; no
+    request is answered 500, redirected to another site, or signed in."""
     _replay(name, database_url)
 
 
 @pytest.mark.parametrize("name", FETCHED)
-def test_what_is_fetched_keeps_its_promise(name: str) -> None:
-    """Whatever a file's server answers, the file is there whole, or one named error says why not
-    and nothing stands under its name."""
+def test_downloads_keep_their_promises(name: str) -> None:
+    """For every answer of a file's server the file is stored complete, or one error describes why
+    not and no file has its name."""
     _replay(name, None)
 
 
-async def test_whatever_flora_answers_is_stored(database_url: str) -> None:
-    """A run reads from either database as it was merged, with NUL and half characters in it."""
-    sights = [seen for data in corpus("answers").values() for seen in parsers.runs_in(data)]
-    assert len(sights) > 20
+async def test_every_answer_of_flora_is_stored(database_url: str) -> None:
+    """A run is read from either database as it was merged, with NUL and half characters."""
+    observations = [one for data in corpus("answers").values() for one in parsers.runs_in(data)]
+    assert len(observations) > 20
     async with open_services(Settings(tracker_database_url=database_url)) as services:
-        for seen in sights:
-            await services.writer.submit(Seen(observation=seen))
-        for run_id in {seen.run_id for seen in sights}:
+        for one in observations:
+            await services.writer.submit(Seen(observation=one))
+        for run_id in {one.run_id for one in observations}:
             record = await read.get_run(services.database, run_id)
             assert record is not None
-            of_run = [seen for seen in sights if seen.run_id == run_id]
+            of_run = [one for one in observations if one.run_id == run_id]
             assert record.run == reduce(merge, of_run, None)  # type: ignore[arg-type]
 
 
@@ -63,11 +63,11 @@ async def test_whatever_flora_answers_is_stored(database_url: str) -> None:
         ("api", b"GET /login\n\n"),
     ],
 )
-def test_a_target_can_fail(target: str, data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the tracker differs from what is promised, its target says so."""
+def test_targets_can_fail(target: str, data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the tracker breaks a promise, its target fails."""
     monkeypatch.setattr(parsers, "verify", lambda *_, **__: 1)
     monkeypatch.setattr(served.reference, "_name", lambda _: "another id")
-    monkeypatch.setattr(parsers, "clean_observation", lambda seen: object())
+    monkeypatch.setattr(parsers, "clean_observation", lambda one: object())
     monkeypatch.setattr(served, "TOKEN", "TRACKER_API_TOKEN")  # the page names it
     with opened(target) as check, pytest.raises(AssertionError):
         check(data)

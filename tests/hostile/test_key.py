@@ -108,7 +108,7 @@ async def _called(services: Services, run_id: str, poll_url: str) -> None:
     await services.applier.drain()
 
 
-async def test_a_poll_url_leads_the_key_nowhere_else(sqlite_url: str) -> None:
+async def test_a_poll_url_sends_the_key_to_no_other_origin(sqlite_url: str) -> None:
     """However another origin is spelt, and whoever names it (a caller, a history page, the body
     of a callback), what it names is never asked; FLORA is, and gets the key."""
     async with _between(sqlite_url) as (services, flora, trap):
@@ -124,7 +124,7 @@ async def test_a_poll_url_leads_the_key_nowhere_else(sqlite_url: str) -> None:
 
 
 @pytest.mark.parametrize("status", ["301 Moved", "302 Found", "303 See", "307 T", "308 P"])
-async def test_a_redirect_of_floras_is_not_followed(sqlite_url: str, status: str) -> None:
+async def test_redirects_of_flora_are_not_followed(sqlite_url: str, status: str) -> None:
     """Not on a read, not on a list and not on a start, wherever it points."""
     async with far_end(NOT_FOUND) as elsewhere:
         moved = answer(b"", status, location=elsewhere.url("/take"), refresh=elsewhere.url())
@@ -182,7 +182,7 @@ async def test_a_download_carries_no_key(sqlite_url: str, tmp_path: Path) -> Non
                 assert KEY not in str(one)
 
 
-async def test_a_download_reaches_no_machine_inside(sqlite_url: str, tmp_path: Path) -> None:
+async def test_a_download_reaches_no_internal_address(sqlite_url: str, tmp_path: Path) -> None:
     """A link into this network is refused before anything is sent, however it is spelt."""
     async with far_end(answer(b"inside")) as inside, _between(sqlite_url) as (services, _, _):
         links = [f"http://{host}:{inside.port}/" for host in INSIDE]

@@ -1,5 +1,5 @@
-"""What strangers, and a signed callback, can make `tracker serve` keep in memory: a real process is
-attacked, and grows by no more than 64 MB."""
+"""The memory of `tracker serve` under attack by anonymous clients and a signed callback: a real
+process grows by no more than 64 MB."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ DEEP = 900 * b"[" + b",".join(120_000 * [b"1"]) + 900 * b"]"
 
 
 class Attacked:
-    """A tracker of the test's own, and how much it has grown."""
+    """A tracker under attack, and how much it has grown."""
 
     def __init__(self, process: Process, base_url: str) -> None:
         self.base_url = base_url
@@ -32,11 +32,11 @@ class Attacked:
 
     @property
     def grown(self) -> int:
-        """Bytes that its memory has grown by at the most."""
+        """The growth of its peak memory in bytes."""
         return self._process.peak_memory - self._before
 
     def connect(self) -> socket.socket:
-        """A client that takes next to nothing of what it is sent."""
+        """A client that reads almost nothing of its answers."""
         address = urlsplit(self.base_url)
         client = socket.socket()
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -45,7 +45,7 @@ class Attacked:
         return client
 
     async def still_answers(self) -> None:
-        """It has got over the attack."""
+        """It still answers after the attack."""
         async with httpx.AsyncClient(base_url=self.base_url, timeout=20) as client:
 
             async def served() -> bool:
@@ -56,7 +56,7 @@ class Attacked:
 
 @pytest.fixture
 async def attacked(tmp_path: Path, sqlite_url: str) -> AsyncIterator[Attacked]:
-    """`tracker serve`, warm: it has taken a callback and shown a page."""
+    """`tracker serve` after a first callback and a first page."""
     async with staged(tmp_path, sqlite_url, forks=False) as stage:
         process = await stage.serve("--no-worker")
         async with httpx.AsyncClient(base_url=stage.tracker, timeout=20) as client:
@@ -86,7 +86,7 @@ async def test_unfinished_heads(attacked: Attacked) -> None:
         client.close()
 
 
-async def test_requests_ahead_of_answers_that_nobody_reads(attacked: Attacked) -> None:
+async def test_pipelined_requests_with_unread_answers(attacked: Attacked) -> None:
     """Requests with bodies, sent on and on by clients that read none of their answers."""
     large = post(PATH, 120_000 * b"x", "Flora-Signature: t=1,v1=00")
     clients = [attacked.connect() for _ in range(20)]

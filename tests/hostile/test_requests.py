@@ -79,7 +79,7 @@ async def _keep_marked(site: Site) -> None:
     await site.services.writer.submit(Seen(observation=seen))
 
 
-async def test_no_path_leads_round_the_token(serve: Serve, sqlite_url: str) -> None:
+async def test_no_path_bypasses_the_token(serve: Serve, sqlite_url: str) -> None:
     """Dots, slashes, NULs and their escapes open nothing: a path is what it says, letter by
     letter, and all that is not named open needs the token."""
     async with serve(sqlite_url, tracker_api_token=TOKEN) as site:
@@ -117,7 +117,7 @@ async def test_forwarded_headers_are_not_believed(
         assert answer.status in (400, 403), target
 
 
-async def test_a_forwarded_address_is_not_another_guesser(serve: Serve, sqlite_url: str) -> None:
+async def test_forwarded_addresses_do_not_add_attempts(serve: Serve, sqlite_url: str) -> None:
     """Who says that they come from elsewhere does not get more tries at the token."""
     async with serve(sqlite_url, tracker_api_token=TOKEN) as site:
         answers = [
@@ -132,7 +132,7 @@ async def test_a_forwarded_address_is_not_another_guesser(serve: Serve, sqlite_u
 
 
 @pytest.mark.parametrize("real", ["GET", "HEAD", "OPTIONS"])
-async def test_a_method_is_what_the_request_line_says(small_site: Site, real: str) -> None:
+async def test_no_header_overrides_the_method(small_site: Site, real: str) -> None:
     """No header and no parameter makes a read change something."""
     names = ("X-HTTP-Method-Override", "X-HTTP-Method", "X-Method-Override", "X-Original-Method")
     for target in ("/api/runs/track", "/api/runs/track?_method=POST"):
@@ -143,7 +143,7 @@ async def test_a_method_is_what_the_request_line_says(small_site: Site, real: st
     assert await read.get_run(small_site.services.database, "run_overridden") is None
 
 
-async def test_a_run_is_shown_under_whatever_id_it_has(site: Site) -> None:
+async def test_runs_with_hostile_ids_are_shown(site: Site) -> None:
     """A page leads to it and stays within its own addresses; no header is made of it."""
     for run_id in ODD_IDS:
         seen = Observation(run_id=run_id, source=Source.HISTORY, at=utc_now())
@@ -163,7 +163,7 @@ async def test_a_run_is_shown_under_whatever_id_it_has(site: Site) -> None:
             assert shown.status == 200, link
 
 
-async def test_no_text_ends_its_event(small_site: Site) -> None:
+async def test_no_text_ends_its_stream_event(small_site: Site) -> None:
     """In the stream a run's texts stay within its own data, whatever line ends they hold."""
     forged = "run_1\n\nevent: reset\nid: 9\ndata: {}\r\r\u2028\u2029\x85\x0b"
     async with following(small_site.client) as events:
@@ -185,7 +185,7 @@ def _changing(site: Site) -> list[tuple[str, str]]:
     ]
 
 
-async def test_no_other_page_changes_anything(serve: Serve, sqlite_url: str) -> None:
+async def test_other_sites_cannot_change_anything(serve: Serve, sqlite_url: str) -> None:
     """With the cookie alone, or from another origin with the CSRF token too, every route that
     changes something refuses; so does one of a tracker that has no token."""
     foreign = [{"Origin": "https://evil.example"}, {"Sec-Fetch-Site": "cross-site"}]
@@ -214,7 +214,7 @@ async def test_no_other_page_changes_anything(serve: Serve, sqlite_url: str) -> 
 
 
 @pytest.mark.parametrize("path", ["/api/runs", "/api/techniques/t", "/api/stream", "/", "/metrics"])
-async def test_no_other_page_loads_anything_into_itself(small_site: Site, path: str) -> None:
+async def test_other_sites_cannot_embed_anything(small_site: Site, path: str) -> None:
     """Without a token a link may lead here, and what a script, an image or a frame asks for is
     refused: it would tell its page what there is, and spend what FLORA lets be asked."""
     elsewhere = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}
@@ -229,7 +229,7 @@ async def test_no_other_page_loads_anything_into_itself(small_site: Site, path: 
         assert answer.status_code == 200, site
 
 
-def test_how_long_a_comparison_takes_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_of_a_comparison_reveals_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compared with each token's digest is a digest as well, whatever was shown."""
     compared: list[tuple[bytes, bytes]] = []
     real = hmac.compare_digest

@@ -68,7 +68,7 @@ def _log(format: Literal["console", "json"], monkeypatch: pytest.MonkeyPatch) ->
     return stream
 
 
-async def test_no_secret_comes_out(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_secret_leaks(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not in a log, an answer, a page, a metric, an error, a `repr` or the database, on the ways
     that go well and on those that do not."""
     log = _log("console" if database_url.startswith("sqlite") else "json", monkeypatch)
@@ -229,7 +229,7 @@ def test_no_command_prints_a_secret(
         assert not MARKED.search((shown.out + shown.err).encode()), command
 
 
-def test_a_secret_that_came_out_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_search_finds_leaked_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     """The search finds each of them in a log, so that finding none says something."""
     log = _log("json", monkeypatch)
     for secret in (KEY, TOKEN, PASSWORD, "marked-p@ssword", *SECRETS):

@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_what_security_md_points_at_is_there() -> None:
+def test_files_named_in_security_md_exist() -> None:
     """Every file and module that it names exists."""
     text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
     paths = re.findall(r"`((?:tests|tracker|docs)/[\w/.]+)`", text)

@@ -100,7 +100,7 @@ def _flora_that_steers() -> Iterator[str]:
             thread.join()
 
 
-def test_no_command_lets_other_peoples_text_steer_the_terminal(
+def test_foreign_text_does_not_control_the_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What FLORA, a sheet or an argument holds is shown with its escapes, on stdout and stderr,
@@ -125,7 +125,7 @@ def test_no_command_lets_other_peoples_text_steer_the_terminal(
 
 
 @pytest.mark.parametrize("format", ["console", "json"])
-async def test_no_request_forges_a_line_of_the_log(
+async def test_no_request_forges_a_log_line(
     serve: Serve, sqlite_url: str, format: Literal["console", "json"]
 ) -> None:
     """Paths, headers, ids and what FLORA answers stay within the line that tells of them."""
@@ -175,7 +175,7 @@ async def _steer(client: httpx.AsyncClient) -> None:
         await client.get(path, headers={"Accept": "text/html"})
 
 
-def test_what_steers_is_shown_with_its_escape() -> None:
+def test_control_characters_are_escaped() -> None:
     """Letters of every script stay as they are, spaces too; `plain_lines` keeps line ends."""
     assert plain("a\tb\nc\x1b[0m\x9b\u202e\ud800") == r"a\x09b\x0ac\x1b[0m\x9b\u202e\ud800"
     assert plain_lines("a\tb\nc\r") == "a\tb\nc\\x0d"

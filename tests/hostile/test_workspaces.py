@@ -48,7 +48,7 @@ async def _stands(services: Services, run_id: str) -> tuple[str, str | None]:
 
 
 @pytest.mark.parametrize("named", [None, "ws_a", "ws_b"])
-async def test_another_workspaces_run_is_neither_ended_nor_taken_over(
+async def test_a_run_of_another_workspace_is_neither_ended_nor_claimed(
     serve: Serve, database_url: str, named: str | None
 ) -> None:
     """Whatever workspace the body names, it is quarantined, and a replay does not apply it; what
@@ -75,7 +75,7 @@ async def test_another_workspaces_run_is_neither_ended_nor_taken_over(
         assert await _stands(site.services, "run_1") == ("completed", "ws_b")
 
 
-async def test_a_run_that_nobody_has_heard_of_is_whose_secret_tells_of_it(
+async def test_an_unknown_run_belongs_to_the_workspace_of_the_secret(
     serve: Serve, sqlite_url: str
 ) -> None:
     """A callback may come before anything else is known."""
@@ -120,9 +120,7 @@ async def _is_with_its_owner(site: Site, run_id: str, status: str) -> None:
     assert await _stands(site.services, run_id) == (status, "ws_b")
 
 
-async def test_a_claim_keeps_the_owner_of_a_run_out_only_until_the_run_is_polled(
-    serve: Serve, database_url: str
-) -> None:
+async def test_a_false_claim_ends_with_the_next_poll(serve: Serve, database_url: str) -> None:
     """FLORA denies the run to the key of the workspace that claimed it, and shows it to the owner's
     key: the owner's quarantined callback is applied, and the run is settled."""
     async with _both(serve, database_url, run_seconds=0.01) as (site, flora, run_id):
@@ -135,9 +133,7 @@ async def test_a_claim_keeps_the_owner_of_a_run_out_only_until_the_run_is_polled
         assert record.run.settled
 
 
-async def test_a_claim_keeps_the_owner_of_a_run_out_only_until_a_sweep(
-    serve: Serve, database_url: str
-) -> None:
+async def test_a_false_claim_ends_with_the_next_sweep(serve: Serve, database_url: str) -> None:
     """The owner's history shows it as still running, and nothing that a callback says is above."""
     async with _both(serve, database_url, run_seconds=3600) as (site, _, run_id):
         await _claim_for_a(site, run_id)

@@ -132,7 +132,7 @@ class SimulatedApi:
             )
             for run in runs
         ]
-        self._spoil(items, bounds.start)
+        self._apply_page_faults(items, bounds.start)
         if runs and options.deletions:
             random = Random(f"{options.seed}/deletion/{request.state.number}")
             if random.random() < options.deletions:
@@ -140,7 +140,7 @@ class SimulatedApi:
         meta = {"next_cursor": next_cursor, "total_estimate": len(found)}
         return JSONResponse({name: items, "meta": meta})
 
-    def _spoil(self, items: list[dict[str, Any]], offset: int) -> None:
+    def _apply_page_faults(self, items: list[dict[str, Any]], offset: int) -> None:
         """Refuses a page that cannot be read, or makes it too long. Raises `ErrorAnswer`."""
         options = self._world.options
         if options.max_offset is not None and offset >= options.max_offset:

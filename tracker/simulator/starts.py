@@ -3,8 +3,7 @@
 import asyncio
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from random import Random
@@ -193,6 +192,7 @@ class StartHandler:
         self._used: dict[UsedKey, tuple[int, str, StartAnswer]] = {}
         """When each key was used, for which fingerprint, and the answer."""
         self._busy: set[UsedKey | None] = set()
+        """The keys of requests in progress."""
         self._failed: set[UsedKey] = set()
         """The keys whose last start was answered 500."""
 
@@ -213,13 +213,17 @@ class StartHandler:
             raise self._server_error(key)
         at_once = options.keys_known == "at_once"
         wait = options.slow_seconds / options.speed if slow else 0.0
-        with self._in_progress(key if at_once else None):
+        if at_once and key is not None:
+            self._busy.add(key)
+        try:
             if wait and options.slow_run == "last":
                 await asyncio.sleep(wait)
             runs = [
                 world.start(one, callback_url=start.body.get("callback_url"), workspace=workspace)
                 for one in start.requests
             ]
+        finally:
+            self._busy.discard(key)
         answer = _first_answer(runs[0], world.options)
         if key is not None:
             world.started_with |= {run.run_id: key[1] for run in runs}
@@ -271,15 +275,6 @@ class StartHandler:
                 422, "idempotency_conflict", "This idempotency key was used with another body."
             )
         return answer
-
-    @contextmanager
-    def _in_progress(self, key: UsedKey | None) -> Iterator[None]:
-        """While this lasts, another request with the key is refused."""
-        self._busy.add(key)
-        try:
-            yield
-        finally:
-            self._busy.discard(key)
 
     def _refuse_second(self, key: UsedKey) -> None:
         """Refuses the next start after one that was answered 500, where that is wanted."""
