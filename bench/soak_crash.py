@@ -23,9 +23,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+from tests.e2e.crash_run import CrashRun, Role, crash_run
 from tests.e2e.crashing import COMMITS, REQUESTS, Point, When
 from tests.e2e.outages import Outage, frozen, locked_file, moved_away, stopped
-from tests.e2e.trial import Role, Trial, trial
 from tests.support.databases import Background, PostgresDatabases, migrate, sqlite_url_of
 from tests.support.postgres import PostgresServer
 
@@ -49,7 +49,7 @@ async def soak(database: str, seconds: float, chance: random.Random) -> dict[str
     ):
         await migrate(url)
         options = {"seed": chance.randrange(1000), "rate_limit": 0.05, "errors": 0.05}
-        async with trial(url, Path(folder), **options) as one:
+        async with crash_run(url, Path(folder), **options) as one:
             missed = [str(point) for point in POINTS if not await _hit(one, point)]
             print(f"  {len(POINTS) - len(missed)} of {len(POINTS)} crash points hit", flush=True)
             await one.kill_at_random(roles, seconds, chance)
@@ -83,7 +83,7 @@ async def soak(database: str, seconds: float, chance: random.Random) -> dict[str
     }
 
 
-async def _hit(one: Trial, point: Point) -> bool:
+async def _hit(one: CrashRun, point: Point) -> bool:
     """Whether some life came to its end at this point."""
     for role, flora_fails in 4 * ATTEMPTS:
         if (await one.live(role, point, flora_fails=flora_fails)).killed:
@@ -92,7 +92,7 @@ async def _hit(one: Trial, point: Point) -> bool:
 
 
 async def _stop_again_and_again(
-    one: Trial, outages: dict[str, Outage], chance: random.Random
+    one: CrashRun, outages: dict[str, Outage], chance: random.Random
 ) -> dict[str, float]:
     """Tell it to stop under load, first when all is well; in how many seconds it ended."""
     took: dict[str, float] = {}

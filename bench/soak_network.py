@@ -27,7 +27,7 @@ from typing import Any
 import httpx
 import sqlalchemy as sa
 
-from tests.e2e.processes import Stage, staged
+from tests.e2e.processes import Sandbox, open_sandbox
 from tests.support.databases import Background, PostgresDatabases, migrate, sqlite_url_of
 from tests.support.postgres import PostgresServer
 from tests.web.callbacks import PATH, event, signed
@@ -103,8 +103,8 @@ KINDS: dict[str, tuple[int, Callable[[], AsyncIterator[bytes]]]] = {
 class Crowd:
     """The clients; whoever is cut off comes back a step later."""
 
-    def __init__(self, stage: Stage, size: int) -> None:
-        self._port = stage.port
+    def __init__(self, sandbox: Sandbox, size: int) -> None:
+        self._port = sandbox.port
         self.open = self.most = 0
         self.cut: Counter[str] = Counter()
         hundred = [kind for kind, (share, _) in KINDS.items() for _ in range(share)]
@@ -157,8 +157,8 @@ class Crowd:
 class Callers:
     """What FLORA sends meanwhile, on connections of all ages."""
 
-    def __init__(self, stage: Stage) -> None:
-        self._url = stage.tracker
+    def __init__(self, sandbox: Sandbox) -> None:
+        self._url = sandbox.tracker
         self.acknowledged: list[str] = []
         self.refused: Counter[str] = Counter()
         self.longest = 0.0
@@ -196,15 +196,15 @@ class Callers:
 
 async def soak(database: str, seconds: float, connections: int) -> Figures:
     """One crowd on one database; the figures."""
-    async with _opened(database) as stage:
-        server = await stage.serve("--no-worker")
-        crowd, callers = Crowd(stage, connections), Callers(stage)
+    async with _opened(database) as sandbox:
+        server = await sandbox.serve("--no-worker")
+        crowd, callers = Crowd(sandbox, connections), Callers(sandbox)
         until = time.monotonic() + seconds
         await asyncio.gather(*(callers.send(until) for _ in range(SENDERS)))
         await crowd.end()
         peak = server.peak_memory
         status = await server.stop()
-        async with await Database.open(stage.database_url) as db, db.read() as connection:
+        async with await Database.open(sandbox.database_url) as db, db.read() as connection:
             stored = set(await connection.scalars(sa.select(deliveries.c.delivery_id)))
         lost = [one for one in callers.acknowledged if one not in stored]
         broken = [f"not acknowledged: {what} ({n} times)" for what, n in callers.refused.items()]
@@ -229,8 +229,8 @@ async def soak(database: str, seconds: float, connections: int) -> Figures:
 
 
 @asynccontextmanager
-async def _opened(database: str) -> AsyncIterator[Stage]:
-    """A stage on a new database."""
+async def _opened(database: str) -> AsyncIterator[Sandbox]:
+    """A sandbox on a new database."""
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         if database == "sqlite":
             url = sqlite_url_of(Path(folder) / "tracker.db")
@@ -243,8 +243,8 @@ async def _opened(database: str) -> AsyncIterator[Stage]:
             background.close()
             url = server.url("tracker")
             await migrate(url)
-        async with staged(Path(folder), url, forks=False) as stage:
-            yield stage
+        async with open_sandbox(Path(folder), url, forks=False) as sandbox:
+            yield sandbox
 
 
 def main() -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.e2e.outages import Outage, postgres_on, postgres_outages, sqlite_outages
-from tests.e2e.processes import Stage, staged
+from tests.e2e.processes import Sandbox, open_sandbox
 from tests.e2e.witness import Witness, assert_folded, assert_nothing_lost
 from tests.support.databases import sqlite_url_of
 from tests.support.disk import CannotMount, SmallDisk
@@ -41,14 +41,14 @@ FEW_LINES = 12
 async def soak(database: str, seconds: float, only: list[str] | None = None) -> dict[str, Any]:
     """All outages of one database, or those named; the figures."""
     figures: dict[str, Any] = {"outages": 0, "broken": []}
-    async with _opened(database) as (stage, outages):
+    async with _opened(database) as (sandbox, outages):
         # Without `--early`: such a start is answered after its callback, and lasts as long as both.
-        await stage.simulate(
+        await sandbox.simulate(
             *("--seed", "3", "--speed", "20", "--run-seconds", "20"),
             *("--drop", "20%", "--duplicate", "10%", "--late", "10%"),
         )
-        server = await stage.serve()
-        witness = Witness(stage.tracker, secrets=(PASSWORD, "whsec_simulator", "sk_test"))
+        server = await sandbox.serve()
+        witness = Witness(sandbox.tracker, secrets=(PASSWORD, "whsec_simulator", "sk_test"))
         witness.begin(senders=6, readers=4, starters=3)
         await asyncio.sleep(2)
         slowest_back = 0.0
@@ -74,9 +74,9 @@ async def soak(database: str, seconds: float, only: list[str] | None = None) -> 
             ]
         figures["peak_memory_mb"] = server.peak_memory // 1024**2
         await witness.end()
-        async with await Database.open(stage.database_url) as db:
+        async with await Database.open(sandbox.database_url) as db:
             acknowledged = await assert_nothing_lost(
-                witness, db, stage.simulator, within=SETTLED_WITHIN
+                witness, db, sandbox.simulator, within=SETTLED_WITHIN
             )
             await assert_folded(db, within=SETTLED_WITHIN)
         await witness.close()
@@ -95,8 +95,8 @@ async def soak(database: str, seconds: float, only: list[str] | None = None) -> 
 
 
 @asynccontextmanager
-async def _opened(database: str) -> AsyncIterator[tuple[Stage, dict[str, Outage]]]:
-    """A stage on a new database, and what can happen to that."""
+async def _opened(database: str) -> AsyncIterator[tuple[Sandbox, dict[str, Outage]]]:
+    """A sandbox on a new database, and what can happen to that."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         try:
             disk, other = (stack.enter_context(SmallDisk(megabytes)) for megabytes in (96, 64))
@@ -107,13 +107,13 @@ async def _opened(database: str) -> AsyncIterator[tuple[Stage, dict[str, Outage]
             home = (disk.path if disk else Path(folder)) / "database"
             home.mkdir()
             file = home / "tracker.db"
-            async with staged(Path(folder), sqlite_url_of(file), forks=False) as stage:
-                yield stage, sqlite_outages(file, disk, other)
+            async with open_sandbox(Path(folder), sqlite_url_of(file), forks=False) as sandbox:
+                yield sandbox, sqlite_outages(file, disk, other)
             return
         async with postgres_on(disk, other, fsync=True) as postgres:
             url = postgres.url("tracker").replace("postgres@", f"postgres:{PASSWORD}@")
-            async with staged(Path(folder), url, forks=False) as stage:
-                yield stage, postgres_outages(postgres, disk, other)
+            async with open_sandbox(Path(folder), url, forks=False) as sandbox:
+                yield sandbox, postgres_outages(postgres, disk, other)
 
 
 def _lines(log: str) -> Counter[str]:

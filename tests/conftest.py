@@ -1,4 +1,4 @@
-"""Fixtures for every test: databases of its own on both engines, and a wall around the suite.
+"""Fixtures for every test: databases of its own on both engines, and a network guard.
 
 `TRACKER_TEST_DATABASE_URL` (a `postgresql://` URL whose user may create databases) names a server
 to use in place of the one that the suite starts.
@@ -23,7 +23,7 @@ import pytest
 import structlog
 import uvicorn.server
 
-from tests.support import wall
+from tests.support import network_guard
 from tests.support.databases import (
     Background,
     PostgresDatabases,
@@ -48,11 +48,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # Slow machines are not failures; on CI every run tries the same examples.
 hypothesis.settings.register_profile(
-    "house", deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True
+    "suite", deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True
 )
-hypothesis.settings.load_profile("house")
+hypothesis.settings.load_profile("suite")
 
-wall.build()
+network_guard.install()
 
 # Files of tests stay in memory where there is room: thousands of commits wait for a disk elsewhere,
 # and no test asks what survives the machine.
@@ -145,11 +145,11 @@ def _log_as_it_was() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _behind_the_wall() -> Iterator[None]:
+def _network_guard() -> Iterator[None]:
     """A test that tried to leave 127.0.0.1 fails, even where its code swallowed the error."""
-    wall.refused.clear()
+    network_guard.refused.clear()
     yield
-    tried, wall.refused[:] = list(wall.refused), []
+    tried, network_guard.refused[:] = list(network_guard.refused), []
     assert not tried, f"tests reach only 127.0.0.1, and this one tried {tried}"
 
 

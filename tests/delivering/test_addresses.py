@@ -72,7 +72,7 @@ def fixed(*addresses: str) -> Resolver:
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "2130706433", "[::1]", "127.1"])
 async def test_nothing_is_sent_to_this_machine(host: str) -> None:
     """However its name is written, no connection is made."""
-    # What the system makes of a number; the suite's wall lets nobody ask it.
+    # What the system makes of a number; the network guard refuses to ask it.
     resolver = fixed("127.0.0.1") if host[0].isdigit() else resolve
     async with far_end(answer(b"secret")) as end:
         with pytest.raises(LinkRefused, match="is not a public address"):

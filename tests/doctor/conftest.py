@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import Commands
-from tests.e2e.processes import Stage, staged
+from tests.e2e.processes import Sandbox, open_sandbox
 from tracker.operations.doctor import Finding, Level
 from tracker.operations.doctor.examination import TimeLimits, examine
 from tracker.settings import read_settings
@@ -49,9 +49,9 @@ async def flora() -> AsyncIterator[Simulator]:
 
 
 @pytest.fixture
-async def stage(tmp_path: Path, database_url: str, flora: Simulator) -> AsyncIterator[Stage]:
+async def sandbox(tmp_path: Path, database_url: str, flora: Simulator) -> AsyncIterator[Sandbox]:
     """Where `tracker serve` is a real process, on each database."""
-    async with staged(tmp_path, database_url) as one:
+    async with open_sandbox(tmp_path, database_url) as one:
         one.simulator_port = int(flora.root.rpartition(":")[2])
         yield one
 

@@ -10,7 +10,7 @@ from starlette.responses import HTMLResponse
 
 from tests.doctor.conftest import Report
 from tests.doctor.proxies import Proxy, in_front, moved
-from tests.e2e.processes import Stage
+from tests.e2e.processes import Sandbox
 from tests.support.forked import Forked
 from tests.support.waiting import eventually, free_port
 from tracker.core.clock import utc_now
@@ -46,38 +46,40 @@ async def _swept(url: str) -> bool:
         return any(one.complete_at for one in await sweep_health(opened))
 
 
-async def doctor(stage: Stage, *arguments: str, **env: str) -> tuple[int, str, str]:
+async def doctor(sandbox: Sandbox, *arguments: str, **env: str) -> tuple[int, str, str]:
     """The command itself: its exit status, and what it prints."""
-    output, errors = (stage.directory / f"{secrets.token_hex(4)}.{name}" for name in ("out", "err"))
+    output, errors = (
+        sandbox.directory / f"{secrets.token_hex(4)}.{name}" for name in ("out", "err")
+    )
     process = Forked.begin(
         *("doctor", *arguments),
-        env={"PATH": "/usr/bin:/bin", **stage.environment, **env},
+        env={"PATH": "/usr/bin:/bin", **sandbox.environment, **env},
         output=output,
         errors=errors,
-        folder=stage.directory,
+        folder=sandbox.directory,
     )
     status = await process.wait()
     return status, output.read_text(), errors.read_text()
 
 
-async def test_a_sound_deployment_is_all_ok(stage: Stage, flora: Simulator) -> None:
+async def test_a_sound_deployment_is_all_ok(sandbox: Sandbox, flora: Simulator) -> None:
     """Every line is ok, exit status 0, the log stays silent, and nothing is left behind."""
-    await stage.serve()
-    await eventually(lambda: _swept(stage.database_url))
-    status, out, err = await doctor(stage, "--json")
+    await sandbox.serve()
+    await eventually(lambda: _swept(sandbox.database_url))
+    status, out, err = await doctor(sandbox, "--json")
     report = json.loads(out)
     assert [one for one in report["findings"] if one["level"] != "ok"] == []
     assert (status, report["level"], err) == (0, "ok", "")
     names = [one["name"] for one in report["findings"]]
-    assert ("notifications" in names) == stage.database_url.startswith("postgres")
-    assert await kept(stage.database_url) == 0
+    assert ("notifications" in names) == sandbox.database_url.startswith("postgres")
+    assert await kept(sandbox.database_url) == 0
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-async def test_what_stands_in_front_is_told_from_the_tracker(stage: Stage) -> None:
+async def test_what_stands_in_front_is_told_from_the_tracker(sandbox: Sandbox) -> None:
     """Each thing that keeps callbacks from coming is named, with what to do about that one."""
-    await stage.serve("--no-worker")
-    up = stage.tracker
+    await sandbox.serve("--no-worker")
+    up = sandbox.tracker
     html = "<title>Sign in</title>"
     cases: dict[str, tuple[Proxy, str, str, str]] = {
         "redirect": (
@@ -157,7 +159,7 @@ async def test_what_stands_in_front_is_told_from_the_tracker(stage: Stage) -> No
     async def one(case: str) -> str | None:
         proxy, name, seen, advice = cases[case]
         async with in_front(proxy) as root:
-            environ = stage.environment | {"TRACKER_PUBLIC_URL": root}
+            environ = sandbox.environment | {"TRACKER_PUBLIC_URL": root}
             found = (await _check_callbacks(environ, 1.0 if proxy.wait else FLORA_WAITS))[name]
         level = Level.WARNING if case == "takes larger bodies" else Level.FAILED
         right = found.level is level and seen in found.seen and advice in found.advice
@@ -166,27 +168,27 @@ async def test_what_stands_in_front_is_told_from_the_tracker(stage: Stage) -> No
 
     wrong = [await one(case) for case in cases]
     assert [each for each in wrong if each] == []
-    assert await kept(stage.database_url) == 0
+    assert await kept(sandbox.database_url) == 0
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-async def test_a_doctor_that_is_interrupted_takes_its_deliveries_out(stage: Stage) -> None:
+async def test_a_doctor_that_is_interrupted_takes_its_deliveries_out(sandbox: Sandbox) -> None:
     """What is stored and not answered yet is taken out as well when somebody hits Ctrl-C."""
-    await stage.serve("--no-worker")
-    proxy = Proxy(upstream=stage.tracker, holds=True)
+    await sandbox.serve("--no-worker")
+    proxy = Proxy(upstream=sandbox.tracker, holds=True)
     async with in_front(proxy) as root:
-        environ = stage.environment | {"TRACKER_PUBLIC_URL": root}
+        environ = sandbox.environment | {"TRACKER_PUBLIC_URL": root}
         looking = asyncio.create_task(_check_callbacks(environ))
-        await eventually(lambda: kept(stage.database_url))
+        await eventually(lambda: kept(sandbox.database_url))
         looking.cancel()
         await asyncio.wait([looking])
         assert looking.cancelled()
-        assert await kept(stage.database_url) == 0
+        assert await kept(sandbox.database_url) == 0
 
 
 @pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
 async def test_a_tracker_that_is_set_otherwise_is_found_out(
-    stage: Stage, flora: Simulator, empty_sqlite_url: str
+    sandbox: Sandbox, flora: Simulator, empty_sqlite_url: str
 ) -> None:
     """A process that keeps another database, knows another secret or none, or closes the path for
     want of a token, is told from one that has the doctor's own settings."""
@@ -204,7 +206,7 @@ async def test_a_tracker_that_is_set_otherwise_is_found_out(
         ({"FLORA_WEBHOOK_SECRET": ""}, {}, "has no signing secret", "Set FLORA_WEBHOOK_SECRET"),
         (
             {"TRACKER_API_TOKEN": "a" * 32},
-            {"TRACKER_PUBLIC_URL": f"{stage.tracker}/taken/off"},
+            {"TRACKER_PUBLIC_URL": f"{sandbox.tracker}/taken/off"},
             "not as POST /callbacks/flora (303)",
             "adding or removing a prefix",
         ),
@@ -215,10 +217,10 @@ async def test_a_tracker_that_is_set_otherwise_is_found_out(
         if served != serving:
             if process is not None:
                 await process.end()
-            process = await stage.serve("--no-worker", **served)
+            process = await sandbox.serve("--no-worker", **served)
             serving = served
-        found = (await _check_callbacks(stage.environment | looked))["callbacks"]
+        found = (await _check_callbacks(sandbox.environment | looked))["callbacks"]
         assert found.level is Level.FAILED
         assert seen in found.seen, found
         assert advice in found.advice, found
-    assert await kept(stage.database_url) == 1, "the one of the tracker with another database"
+    assert await kept(sandbox.database_url) == 1, "the one of the tracker with another database"

@@ -13,7 +13,7 @@ from typing import Any
 
 import asyncpg
 
-from tests.e2e.crowd import POLL_INTERVAL
+from tests.e2e.fleet import POLL_INTERVAL
 from tracker.simulator import Simulator
 from tracker.simulator.world import RequestRecord
 

@@ -1,27 +1,20 @@
-"""Fixtures: a stage for processes, and what they left in the database."""
+"""Fixtures: a sandbox for processes, and what they left in the database."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.processes import Stage, staged
+from tests.e2e.processes import Sandbox, open_sandbox
 from tracker.store.engine import Database
 
 pytest.register_assert_rewrite("tests.e2e.truth")
 
 
 @pytest.fixture
-async def stage(tmp_path: Path, database_url: str) -> AsyncIterator[Stage]:
-    """A stage on the test's own database, once on each engine."""
-    async with staged(tmp_path, database_url) as one:
-        yield one
-
-
-@pytest.fixture
-async def postgres_stage(tmp_path: Path, postgres_url: str) -> AsyncIterator[Stage]:
-    """A stage on PostgreSQL, for what needs several processes."""
-    async with staged(tmp_path, postgres_url) as one:
+async def sandbox(tmp_path: Path, database_url: str) -> AsyncIterator[Sandbox]:
+    """A sandbox on the test's own database, once on each engine."""
+    async with open_sandbox(tmp_path, database_url) as one:
         yield one
 
 

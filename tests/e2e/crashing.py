@@ -19,7 +19,7 @@ from typing import Any, Final, Literal, TypeVar
 import httpx
 from sqlalchemy import Connection
 
-from tests.e2e.hurried import forget_keys, hurry_much
+from tests.e2e.short_waits import shorten_all_waits, shorten_key_memory
 from tracker.core.record import Entry, Seen
 from tracker.store.engine import Database
 
@@ -72,8 +72,8 @@ class Point:
 
 def prepare(at: Point | None) -> None:
     """Make this process hasty, and let it die `at` that point."""
-    hurry_much()
-    forget_keys()
+    shorten_all_waits()
+    shorten_key_memory()
     if at is not None:
         Switch(at).install()
 

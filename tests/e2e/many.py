@@ -12,7 +12,7 @@ import asyncpg
 import sqlalchemy as sa
 
 from tests.e2e.claimed import Found, found, watch
-from tests.e2e.crowd import Crowd, crowd
+from tests.e2e.fleet import Fleet, fleet
 from tests.e2e.judgement import undecided_starts
 from tests.e2e.starting import DEPLOYED
 from tests.e2e.truth import Keys, assert_all_true, keys_of, settled_runs
@@ -105,7 +105,7 @@ async def endure(
     loop = asyncio.get_running_loop()
     async with (
         running(Options(**FAULTS | faults)) as flora,
-        crowd(flora, database_url, directory) as many,
+        fleet(flora, database_url, directory) as many,
         await Database.open(database_url) as database,
         _cutting(database_url, cut_every) as cuts,
     ):
@@ -152,7 +152,7 @@ async def endure(
         )
 
 
-async def _exchange(flora: Simulator, many: Crowd, every: float | None) -> None:
+async def _exchange(flora: Simulator, many: Fleet, every: float | None) -> None:
     """New prices and a new key at FLORA, again and again."""
     while every is not None:
         for factor in (20, 1):

@@ -1,4 +1,4 @@
-"""Real `tracker` processes: started, waited for, told to stop, killed."""
+"""Real `tracker` processes: started, awaited, stopped, killed."""
 
 import asyncio
 import os
@@ -101,7 +101,7 @@ class Process:
         return self._log.read_text(errors="replace") if self._log.exists() else ""
 
 
-class Stage:
+class Sandbox:
     """The processes of one test, on ports and in a directory of its own."""
 
     def __init__(self, directory: Path, database_url: str, *, forks: bool = True) -> None:
@@ -145,7 +145,7 @@ class Stage:
         return process
 
     async def serve(self, *options: str, **env: str) -> Process:
-        """Start `tracker serve` on this stage's port, and wait until it is ready."""
+        """Start `tracker serve` on this sandbox's port, and wait until it is ready."""
         process = await self._start("serve", "--port", str(self.port), *options, **env)
         await process.answers(f"{self.tracker}/readyz")
         return process
@@ -174,10 +174,12 @@ class Stage:
 
 
 @asynccontextmanager
-async def staged(directory: Path, database_url: str, *, forks: bool = True) -> AsyncIterator[Stage]:
-    """A stage whose processes are gone afterwards. Forked ones hold memory that is not theirs."""
-    stage = Stage(directory, database_url, forks=forks)
+async def open_sandbox(
+    directory: Path, database_url: str, *, forks: bool = True
+) -> AsyncIterator[Sandbox]:
+    """A sandbox whose processes are gone afterwards. Forked ones hold memory that is not theirs."""
+    sandbox = Sandbox(directory, database_url, forks=forks)
     try:
-        yield stage
+        yield sandbox
     finally:
-        await stage.close()
+        await sandbox.close()

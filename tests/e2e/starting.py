@@ -19,8 +19,8 @@ from typing import Any, Final
 import httpx
 import sqlalchemy as sa
 
-from tests.e2e.hurried import KEYS_KEPT, forget_keys, hurry
 from tests.e2e.lives import FloraKey, Life
+from tests.e2e.short_waits import KEYS_KEPT, shorten_key_memory, shorten_waits
 from tests.e2e.truth import keys_of
 from tests.support.waiting import eventually, free_port
 from tracker.simulator import Options, Simulator, running
@@ -247,5 +247,5 @@ class _Endurance:
 
 def prepare() -> None:
     """Leases that last for two seconds, so that a process that is frozen loses them."""
-    hurry()
-    forget_keys()
+    shorten_waits()
+    shorten_key_memory()

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.hurried import hurry
 from tests.e2e.lives import Life
+from tests.e2e.short_waits import shorten_waits
 from tests.e2e.truth import assert_all_true
 from tests.support.forked import Forked
 from tests.support.waiting import eventually, free_port
@@ -72,7 +72,7 @@ class Command:
             *("serve", "--port", str(self._port)),
             env=self._environ,
             log=self._folder / "serve.log",
-            prepare=hurry,
+            prepare=shorten_waits,
         )
         try:
             assert await serving.ready(f"http://127.0.0.1:{self._port}/healthz"), serving.log
@@ -91,7 +91,7 @@ class Command:
             output=self._folder / f"{self._commands}.out",
             errors=self._folder / f"{self._commands}.err",
             folder=self._folder,
-            prepare=hurry,
+            prepare=shorten_waits,
         )
 
     async def run(self) -> tuple[int, dict[str, Any], str]:

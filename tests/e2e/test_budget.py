@@ -8,8 +8,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.hurried import hurry, shorten
 from tests.e2e.lives import Life
+from tests.e2e.short_waits import shorten, shorten_waits
 from tests.support.waiting import eventually, free_port
 from tracker.core.budget import Budget, Period
 from tracker.core.clock import utc_now
@@ -32,7 +32,7 @@ tag = "team=red"
 
 def prepare() -> None:
     """Doubts are resolved soon."""
-    hurry()
+    shorten_waits()
     shorten(recover, LISTED_WITHIN=timedelta(seconds=1))
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.crash_run import Role, crash_run
 from tests.e2e.crashing import Point
-from tests.e2e.trial import Role, trial
 
 POINTS: tuple[tuple[Role, Point], ...] = (
     # A start that is about to leave; one that FLORA has answered, and nobody else knows of.
@@ -34,7 +34,7 @@ async def test_what_was_promised_survives_a_kill_at_any_crash_point(
 ) -> None:
     """After a kill at each of these points every run is true, what was acknowledged is on disk, and
     nothing was paid twice."""
-    async with trial(database_url, tmp_path, seed=2) as one:
+    async with crash_run(database_url, tmp_path, seed=2) as one:
         for role, at in POINTS:
             life = await one.live(role, at)
             assert life.killed, f"never came to {at}:\n{life.log}"

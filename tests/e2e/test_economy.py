@@ -3,7 +3,7 @@
 import httpx
 import pytest
 
-from tests.e2e.processes import Stage
+from tests.e2e.processes import Sandbox
 from tests.e2e.test_lost_callbacks import start_runs
 from tests.e2e.truth import assert_all_true, settled_runs
 from tests.support.waiting import eventually
@@ -21,16 +21,16 @@ async def reads_of_runs(simulator: str) -> int:
 
 
 @pytest.mark.timeout(120)
-async def test_a_hundred_callbacks_cost_a_few_pages(stage: Stage, database: Database) -> None:
+async def test_a_hundred_callbacks_cost_a_few_pages(sandbox: Sandbox, database: Database) -> None:
     """A hundred runs that end within seconds and call back are read in pages, not one by one."""
-    await stage.simulate("--seed", "7", "--run-seconds", "2")
+    await sandbox.simulate("--seed", "7", "--run-seconds", "2")
     # No poll before every callback has come, so that only what follows callbacks is counted.
-    await stage.serve(TRACKER_CALLBACK_GRACE="30")
-    await start_runs(stage, RUNS)
+    await sandbox.serve(TRACKER_CALLBACK_GRACE="30")
+    await start_runs(sandbox, RUNS)
 
     async def all_settled() -> bool:
         return await settled_runs(database) == RUNS
 
     await eventually(all_settled, timeout=90, interval=0.25)
-    await assert_all_true(database, stage.simulator)
-    assert await reads_of_runs(stage.simulator) <= RUNS / 4
+    await assert_all_true(database, sandbox.simulator)
+    assert await reads_of_runs(sandbox.simulator) <= RUNS / 4

@@ -7,7 +7,7 @@ import httpx
 import pytest
 import sqlalchemy as sa
 
-from tests.e2e.processes import Stage
+from tests.e2e.processes import Sandbox
 from tests.support.deliveries import applied
 from tests.support.waiting import eventually
 from tracker.core.clock import utc_now
@@ -84,10 +84,10 @@ async def stored(database: Database) -> tuple[set[str], set[str]]:
 
 
 @pytest.mark.timeout(120)
-async def test_nothing_acknowledged_is_lost_to_kill_9(stage: Stage, database: Database) -> None:
+async def test_nothing_acknowledged_is_lost_to_kill_9(sandbox: Sandbox, database: Database) -> None:
     """Every delivery that got a 2xx before or between three SIGKILLs is stored, with its effect."""
-    server = await stage.serve("--no-worker")
-    load = Load(f"{stage.tracker}/callbacks/flora")
+    server = await sandbox.serve("--no-worker")
+    load = Load(f"{sandbox.tracker}/callbacks/flora")
     sending = asyncio.create_task(load.run())
     for _ in range(KILLS):
         before = len(load.acknowledged)
@@ -96,7 +96,7 @@ async def test_nothing_acknowledged_is_lost_to_kill_9(stage: Stage, database: Da
             timeout=30,
         )
         await server.kill()
-        server = await stage.serve("--no-worker")
+        server = await sandbox.serve("--no-worker")
     load.stop()
     await sending
     await applied(database)
@@ -106,10 +106,10 @@ async def test_nothing_acknowledged_is_lost_to_kill_9(stage: Stage, database: Da
     assert {f"run_{delivery_id[4:]}" for delivery_id in load.acknowledged} <= ended
 
 
-async def test_a_deploy_loses_nothing(stage: Stage, database: Database) -> None:
+async def test_a_deploy_loses_nothing(sandbox: Sandbox, database: Database) -> None:
     """SIGTERM under load: what is in flight is answered, what was answered is stored, exit 0."""
-    server = await stage.serve("--no-worker")
-    load = Load(f"{stage.tracker}/callbacks/flora")
+    server = await sandbox.serve("--no-worker")
+    load = Load(f"{sandbox.tracker}/callbacks/flora")
     sending = asyncio.create_task(load.run())
     await eventually(lambda: len(load.acknowledged) >= 200, timeout=30)
     assert await server.stop() == 0, server.log

@@ -5,7 +5,7 @@ import asyncio
 import httpx
 import pytest
 
-from tests.e2e.processes import Stage
+from tests.e2e.processes import Sandbox
 from tests.e2e.truth import assert_all_true, settled_runs
 from tests.support.waiting import eventually
 from tracker.store.engine import Database
@@ -13,9 +13,9 @@ from tracker.store.engine import Database
 RUNS = 100
 
 
-async def start_runs(stage: Stage, count: int) -> None:
+async def start_runs(sandbox: Sandbox, count: int) -> None:
     """Start runs through the tracker's own API, of techniques that need nothing but a text."""
-    async with httpx.AsyncClient(base_url=stage.tracker, timeout=60, trust_env=False) as client:
+    async with httpx.AsyncClient(base_url=sandbox.tracker, timeout=60, trust_env=False) as client:
         turns = asyncio.Semaphore(16)
 
         async def start(number: int) -> None:
@@ -32,19 +32,19 @@ async def start_runs(stage: Stage, count: int) -> None:
 
 @pytest.mark.timeout(120)
 async def test_lost_doubled_and_early_callbacks_change_nothing(
-    stage: Stage, database: Database
+    sandbox: Sandbox, database: Database
 ) -> None:
     """With 40 % of 100 callbacks dropped, 10 % doubled and 10 % early, every run ends up true."""
-    await stage.simulate(
+    await sandbox.simulate(
         *("--seed", "11", "--run-seconds", "3"),
         *("--drop", "40%", "--duplicate", "10%", "--early", "10%"),
     )
-    server = await stage.serve()
-    await start_runs(stage, RUNS)
+    server = await sandbox.serve()
+    await start_runs(sandbox, RUNS)
 
     async def all_settled() -> bool:
         return await settled_runs(database) == RUNS
 
     await eventually(all_settled, timeout=90, interval=0.25)
-    await assert_all_true(database, stage.simulator)
+    await assert_all_true(database, sandbox.simulator)
     assert await server.stop() == 0, server.log

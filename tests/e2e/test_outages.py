@@ -1,9 +1,9 @@
 """A database that is down costs an answer, and never a fact: real processes, real outages.
 
 In each test a witness sends, starts, reads and follows, while the database goes away in one way
-after the other and comes back; the tracker is not restarted. What it acknowledged is there
-afterwards, every answer came in time, and none showed what is behind it. `bench.soak_outage` is
-the long form.
+after the other and comes back; the tracker is not restarted. Afterwards everything acknowledged is
+stored, every answer came in time, and none disclosed internals. `bench.soak_outage` is the long
+form.
 """
 
 from collections.abc import AsyncIterator, Iterator
@@ -20,7 +20,7 @@ from tests.e2e.outages import (
     postgres_outages,
     sqlite_outages,
 )
-from tests.e2e.processes import staged
+from tests.e2e.processes import open_sandbox
 from tests.e2e.witness import CALLBACKS, Witness, assert_folded, assert_nothing_lost
 from tests.support.databases import sqlite_url_of
 from tests.support.disk import CannotMount, SmallDisk
@@ -33,18 +33,18 @@ BACK_WITHIN = 10.0
 NOTICED_WITHIN = 15.0
 SETTLED_WITHIN = 30.0
 TAKEN_ALL_THE_SAME = 6
-"""So many deliveries during an outage show that it is weathered: nobody has to be refused."""
+"""Deliveries taken during an outage that show that no client needs to be refused."""
 
 
-class Trial:
-    """A tracker at work, the process `writer`, and a witness that watches it."""
+class OutageRun:
+    """A running tracker, whose process is `writer`, and a witness of its answers."""
 
     def __init__(self, witness: Witness, writer: int) -> None:
         self.witness = witness
         self.writer = writer
 
     async def survives(self, outage: Outage) -> None:
-        """An outage that lasts until somebody noticed it, or nobody has to; then all is well."""
+        """Sit out an outage until a client is refused or deliveries are taken all the same."""
         refused, taken = self._refused, len(self.witness.acknowledged)
 
         def noticed() -> bool:
@@ -56,8 +56,7 @@ class Trial:
         await self.witness.back(within=BACK_WITHIN)
 
     async def survives_long(self, outage: Outage) -> None:
-        """An outage that lasts until FLORA was told that a delivery could not be taken, which is
-        when every other wait is over; then all is well."""
+        """Sit out an outage until a callback is answered 503, after every other time-out."""
         told = self.witness.statuses[CALLBACKS, 503]
         async with outage():
             await eventually(
@@ -71,23 +70,25 @@ class Trial:
 
 
 @asynccontextmanager
-async def on_trial(directory: Path, database_url: str) -> AsyncIterator[Trial]:
-    """A trial, whose tracker has kept every promise when the block ends."""
+async def outage_run(directory: Path, database_url: str) -> AsyncIterator[OutageRun]:
+    """An outage run; checks every promise when the block ends."""
     url = database_url.replace("postgres@", f"postgres:{PASSWORD}@")
-    async with staged(directory, url) as stage:
-        await stage.simulate(
+    async with open_sandbox(directory, url) as sandbox:
+        await sandbox.simulate(
             *("--seed", "3", "--speed", "20", "--run-seconds", "10"),
             *("--drop", "20%", "--duplicate", "10%"),
         )
-        server = await stage.serve(TRACKER_CALLBACK_GRACE="1")
-        witness = Witness(stage.tracker, secrets=(PASSWORD, "whsec_simulator", "sk_test"))
+        server = await sandbox.serve(TRACKER_CALLBACK_GRACE="1")
+        witness = Witness(sandbox.tracker, secrets=(PASSWORD, "whsec_simulator", "sk_test"))
         witness.begin(senders=3, readers=2, starters=1)
         async with await Database.open(url) as database:
             try:
                 await eventually(lambda: witness.acknowledged and witness.started)
-                yield Trial(witness, server.pid)
+                yield OutageRun(witness, server.pid)
                 await witness.end()
-                await assert_nothing_lost(witness, database, stage.simulator, within=SETTLED_WITHIN)
+                await assert_nothing_lost(
+                    witness, database, sandbox.simulator, within=SETTLED_WITHIN
+                )
             finally:
                 await witness.close()
             assert witness.broken == []
@@ -111,15 +112,15 @@ async def test_postgresql_comes_and_goes(own_postgres: PostgresServer, tmp_path:
     """Stopped, crashed, up for a moment at a time, its connections ended, a standby that takes no
     writes, its tables locked: every answer is in time, and nothing is lost."""
     outages = postgres_outages(own_postgres)
-    async with on_trial(tmp_path, own_postgres.url("tracker")) as trial:
+    async with outage_run(tmp_path, own_postgres.url("tracker")) as run:
         for name in ("stopped", "crashed", "restarting", "killed", "read-only", "locked runs"):
-            await trial.survives(outages[name])
+            await run.survives(outages[name])
 
 
 async def test_postgresql_falls_silent(own_postgres: PostgresServer, tmp_path: Path) -> None:
-    """Whoever waits for a server that is there and says nothing is told in time."""
-    async with on_trial(tmp_path, own_postgres.url("tracker")) as trial:
-        await trial.survives_long(postgres_outages(own_postgres)["frozen"])
+    """A server that accepts connections and stays silent delays no answer past its limit."""
+    async with outage_run(tmp_path, own_postgres.url("tracker")) as run:
+        await run.survives_long(postgres_outages(own_postgres)["frozen"])
 
 
 async def test_the_disks_of_postgresql_are_full(
@@ -128,38 +129,38 @@ async def test_the_disks_of_postgresql_are_full(
     """Where the tables have no room the server goes on, where its log has none it ends itself."""
     async with (
         postgres_on(*disks) as server,
-        on_trial(tmp_path, server.url("tracker")) as trial,
+        outage_run(tmp_path, server.url("tracker")) as run,
     ):
         outages = postgres_outages(server, *disks)
-        await trial.survives(outages["disk full"])
-        await trial.survives(outages["log full"])
+        await run.survives(outages["disk full"])
+        await run.survives(outages["log full"])
 
 
 async def test_a_sqlite_file_comes_and_goes(tmp_path: Path) -> None:
     """Moved away, at a limit of its size: every answer is in time, nothing is lost, and nothing is
-    written where nobody will read it."""
+    written to an orphaned file."""
     file = _new_file(tmp_path)
-    async with on_trial(tmp_path, sqlite_url_of(file)) as trial:
-        await trial.survives(sqlite_outages(file)["moved away"])
-        await trial.survives(partial(at_its_limit, trial.writer))
+    async with outage_run(tmp_path, sqlite_url_of(file)) as run:
+        await run.survives(sqlite_outages(file)["moved away"])
+        await run.survives(partial(at_its_limit, run.writer))
 
 
 async def test_a_sqlite_file_is_locked_for_long(tmp_path: Path) -> None:
-    """Whoever waits for another process to let go of the file is told in time."""
+    """A file that another process locks delays no answer past its limit."""
     file = _new_file(tmp_path)
-    async with on_trial(tmp_path, sqlite_url_of(file)) as trial:
-        await trial.survives_long(sqlite_outages(file)["locked exclusively"])
+    async with outage_run(tmp_path, sqlite_url_of(file)) as run:
+        await run.survives_long(sqlite_outages(file)["locked exclusively"])
 
 
 async def test_the_disk_of_a_sqlite_file_is_full(
     disks: tuple[SmallDisk, SmallDisk], tmp_path: Path
 ) -> None:
-    """Not a byte left, or nobody may write there: what was taken is kept, the rest is refused."""
+    """No space left, or read-only: what was acknowledged is kept, the rest is refused."""
     file = _new_file(disks[0].path)
-    async with on_trial(tmp_path, sqlite_url_of(file)) as trial:
+    async with outage_run(tmp_path, sqlite_url_of(file)) as run:
         outages = sqlite_outages(file, *disks)
-        await trial.survives(outages["disk full"])
-        await trial.survives(outages["read-only"])
+        await run.survives(outages["disk full"])
+        await run.survives(outages["read-only"])
 
 
 def _new_file(place: Path) -> Path:

@@ -5,7 +5,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.processes import Stage, staged
+from tests.e2e.processes import Sandbox, open_sandbox
 from tests.support.waiting import free_port
 from tests.web.callbacks import PATH, event, signed
 
@@ -30,18 +30,18 @@ async def _only_callbacks(client: httpx.AsyncClient, root: str) -> None:
         assert (await client.get(f"{root}/readyz", headers=headers)).json() == {"status": "ready"}
 
 
-async def test_one_process_serves_both_apart(stage: Stage) -> None:
+async def test_one_process_serves_both_apart(sandbox: Sandbox) -> None:
     """Callbacks and health on one port, everything else on the other, and no callback there."""
     port = free_port()
-    serving = await stage.serve("--callbacks-port", str(port), TRACKER_API_TOKEN=TOKEN)
+    serving = await sandbox.serve("--callbacks-port", str(port), TRACKER_API_TOKEN=TOKEN)
     async with httpx.AsyncClient(trust_env=False) as client:
         callbacks = f"http://127.0.0.1:{port}"
         await _only_callbacks(client, callbacks)
         assert await _callback(client, callbacks, "run_1") == 200
-        assert await _callback(client, stage.tracker, "run_2") == 404
-        assert (await client.get(f"{stage.tracker}/api/runs")).status_code == 401
+        assert await _callback(client, sandbox.tracker, "run_2") == 404
+        assert (await client.get(f"{sandbox.tracker}/api/runs")).status_code == 401
         for path in ("/", "/api/runs", "/metrics", "/openapi.json"):
-            answer = await client.get(stage.tracker + path, headers=SHOWN)
+            answer = await client.get(sandbox.tracker + path, headers=SHOWN)
             assert answer.status_code == 200, path
     assert await serving.stop() == 0
     assert "Traceback" not in serving.log
@@ -51,10 +51,10 @@ async def test_callbacks_alone_are_served_anywhere_without_a_token(tmp_path: Pat
     """There is nothing else behind that port, so that it may be reached from everywhere."""
     url = f"sqlite:///{tmp_path}/tracker.db"
     public = {"TRACKER_PUBLIC_URL": "https://tracker.example.com"}
-    async with staged(tmp_path, url) as stage, httpx.AsyncClient(trust_env=False) as client:
-        serving = await stage.serve("--callbacks-only", "--host", "0.0.0.0", **public)
-        await _only_callbacks(client, stage.tracker)
-        assert await _callback(client, stage.tracker, "run_1") == 200
+    async with open_sandbox(tmp_path, url) as sandbox, httpx.AsyncClient(trust_env=False) as client:
+        serving = await sandbox.serve("--callbacks-only", "--host", "0.0.0.0", **public)
+        await _only_callbacks(client, sandbox.tracker)
+        assert await _callback(client, sandbox.tracker, "run_1") == 200
         assert "serving.without_token" not in serving.log
 
 
@@ -63,8 +63,8 @@ async def test_who_serves_strangers_without_a_token_is_told_at_the_start(
     tmp_path: Path, public: str
 ) -> None:
     """One clear line: a warning where `TRACKER_PUBLIC_URL` is set, which closes everything."""
-    async with staged(tmp_path, f"sqlite:///{tmp_path}/tracker.db") as stage:
-        serving = await stage.serve(TRACKER_PUBLIC_URL=public)
+    async with open_sandbox(tmp_path, f"sqlite:///{tmp_path}/tracker.db") as sandbox:
+        serving = await sandbox.serve(TRACKER_PUBLIC_URL=public)
         (said,) = [line for line in serving.log.splitlines() if "serving.without_token" in line]
         assert "set TRACKER_API_TOKEN" in said
         assert ('"warning"' in said) == public.startswith("https")

@@ -11,9 +11,9 @@ import httpx
 import pytest
 import sqlalchemy as sa
 
-from tests.e2e.hurried import hurry_much
 from tests.e2e.lives import Life
 from tests.e2e.outages import frozen, stopped
+from tests.e2e.short_waits import shorten_all_waits
 from tests.support.postgres import PostgresServer
 from tests.support.waiting import eventually, free_port
 from tracker.store.engine import Database
@@ -81,7 +81,7 @@ class Deployment:
 
     def _begin(self, *arguments: str) -> Life:
         log = self._directory / f"{len(self._lives)}-{arguments[0]}.log"
-        life = Life.begin(*arguments, env=self._environment, log=log, prepare=hurry_much)
+        life = Life.begin(*arguments, env=self._environment, log=log, prepare=shorten_all_waits)
         self._lives.append(life)
         return life
 

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from tests.e2e.processes import Process, staged
+from tests.e2e.processes import Process, open_sandbox
 from tests.support.waiting import eventually
 from tests.web.callbacks import PATH, event, signed
 from tests.web.serving import post
@@ -57,13 +57,13 @@ class Attacked:
 @pytest.fixture
 async def attacked(tmp_path: Path, sqlite_url: str) -> AsyncIterator[Attacked]:
     """`tracker serve` after a first callback and a first page."""
-    async with staged(tmp_path, sqlite_url, forks=False) as stage:
-        process = await stage.serve("--no-worker")
-        async with httpx.AsyncClient(base_url=stage.tracker, timeout=20) as client:
+    async with open_sandbox(tmp_path, sqlite_url, forks=False) as sandbox:
+        process = await sandbox.serve("--no-worker")
+        async with httpx.AsyncClient(base_url=sandbox.tracker, timeout=20) as client:
             body = event("run_first")
             assert (await client.post(PATH, content=body, headers=signed(body, SECRET))).is_success
             assert (await client.get("/deliveries/whd_run_first")).status_code == 200
-        yield Attacked(process, stage.tracker)
+        yield Attacked(process, sandbox.tracker)
 
 
 async def push(client: socket.socket, data: bytes, patience: float = 0.2) -> None:

@@ -1,10 +1,12 @@
 """A database and a writer for each test, on both engines."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
 
 import pytest
 
 from tests.store.making import TestWriter, open_writer
+from tests.support.databases import Background, PostgresDatabases, migrate, sqlite_url_of
 from tracker.store.engine import Database
 
 
@@ -27,3 +29,29 @@ async def writer(db: Database) -> AsyncIterator[TestWriter]:
     """A writer to the database."""
     async with open_writer(db) as writer:
         yield writer
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgres"])
+def full_url(
+    request: pytest.FixtureRequest, background: Background, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """A database with so many rows that reading them all would be wrong: filled once, for tests
+    that look at plans."""
+    from tests.store.test_plans import fill_tables
+
+    with ExitStack() as stack:
+        if request.param == "sqlite":
+            url = sqlite_url_of(tmp_path_factory.mktemp("full") / "tracker.db")
+            background.run(migrate(url))
+        else:
+            databases: PostgresDatabases = request.getfixturevalue("postgres_databases")
+            url = stack.enter_context(databases.migrated())
+        background.run(fill_tables(url))
+        yield url
+
+
+@pytest.fixture
+async def full(full_url: str) -> AsyncIterator[Database]:
+    """That database, open."""
+    async with await Database.open(full_url) as db:
+        yield db

@@ -219,9 +219,9 @@ async def test_a_copy_that_is_cancelled_leaves_nothing(
 
 DYING = """
 import asyncio, os, sys
-from tracker.store import copy_target
+from tracker.store import copy as copy_module
 from tracker.store.copy import copy
-copy_target.CACHE_KB = 20
+copy_module.CACHE_KB = 20
 asyncio.run(copy(*sys.argv[1:], progress=lambda step: step.table == "run_events" and os._exit(9)))
 """
 

@@ -59,7 +59,7 @@ async def test_two_writers_lose_nothing(
     halves = [[as_entry(each) for each in observed[half::2]] for half in (0, 1)]
     halves[1].reverse()
     async with open_writer(db, max_group=5) as one, open_writer(other_db, max_group=4) as other:
-        await asyncio.gather(one.put_all(halves[0]), other.put_all(halves[1]))
+        await asyncio.gather(one.submit_all(halves[0]), other.submit_all(halves[1]))
     for run_id in {each.run_id for each in observed}:
         record = await get_run(db, run_id)
         assert record is not None

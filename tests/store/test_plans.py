@@ -5,8 +5,8 @@ statement that nobody uses.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -16,7 +16,6 @@ from sqlalchemy import Engine, event, text
 from sqlalchemy.dialects import postgresql
 
 from tests.store.making import NOW, apply_all, callback, delivery, open_inbox, open_writer
-from tests.support.databases import Background, PostgresDatabases, migrate, sqlite_url_of
 from tracker.operations.retention import Ages, Pruner
 from tracker.store import claims
 from tracker.store import claims as listed
@@ -60,31 +59,7 @@ _ROWS = {
 }
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgres"])
-def full_url(
-    request: pytest.FixtureRequest, background: Background, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
-    """A database with so many rows that reading them all would be wrong: filled once, for tests
-    that look at plans."""
-    with ExitStack() as stack:
-        if request.param == "sqlite":
-            url = sqlite_url_of(tmp_path_factory.mktemp("full") / "tracker.db")
-            background.run(migrate(url))
-        else:
-            databases: PostgresDatabases = request.getfixturevalue("postgres_databases")
-            url = stack.enter_context(databases.migrated())
-        background.run(_fill(url))
-        yield url
-
-
-@pytest.fixture
-async def full(full_url: str) -> AsyncIterator[Database]:
-    """That database, open."""
-    async with await Database.open(full_url) as db:
-        yield db
-
-
-async def _fill(url: str) -> None:
+async def fill_tables(url: str) -> None:
     engine = migration_engine(DatabaseUrl.parse(url))
     at = _TIMES[engine.dialect.name]
     words = {"many": _MANY, "ago": at.format("i"), "soon": at.format("(50 - i)")}

@@ -6,14 +6,12 @@ from functools import partial
 import pytest
 
 from tests.store.making import NOW, TestWriter, callback, seen, started
-from tests.store.test_plans import _reads_a_table, full, plans
+from tests.store.test_plans import _reads_a_table, plans
 from tracker.core.errors import InvalidRequest
 from tracker.core.run import RunError, RunStatus
 from tracker.store.engine import Database
 from tracker.store.queries import search
 from tracker.store.queries.search import STATES, Wanted, search_runs
-
-__all__ = ["full"]
 
 
 async def _ids(db: Database, **wanted: object) -> list[str]:

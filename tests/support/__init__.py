@@ -1,1 +1,1 @@
-"""What tests share: a PostgreSQL server, databases, waiting, and the wall around them."""
+"""What tests share: a PostgreSQL server, databases, waiting, and the network guard."""

@@ -11,22 +11,22 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from tests.support import wall
+from tests.support import network_guard
 from tests.support.databases import PostgresDatabases
 from tests.support.postgres import PostgresServer
 from tests.support.waiting import eventually
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "flora.invalid"])
-async def test_the_wall_refuses_what_leads_away(host: str) -> None:
+async def test_the_network_guard_refuses_other_machines(host: str) -> None:
     """A connection to another machine, or the look-up of its name, fails and is remembered."""
-    with pytest.raises(wall.OutsideTrafficError, match=host):
+    with pytest.raises(network_guard.OutsideTrafficError, match=host):
         await asyncio.open_connection(host, 443)
-    assert wall.refused
-    wall.refused.clear()
+    assert network_guard.refused
+    network_guard.refused.clear()
 
 
-async def test_the_wall_lets_loopback_through() -> None:
+async def test_the_network_guard_lets_loopback_through() -> None:
     """A server on 127.0.0.1 is reached by address and by name."""
     server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
     async with server:
@@ -36,7 +36,7 @@ async def test_the_wall_lets_loopback_through() -> None:
             assert await reader.read() == b""
             writer.close()
             await writer.wait_closed()
-    assert not wall.refused
+    assert not network_guard.refused
 
 
 async def test_eventually_returns_the_answer_or_says_what_it_saw() -> None:

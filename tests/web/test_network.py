@@ -11,7 +11,7 @@ import httpx
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from tests.e2e.processes import staged
+from tests.e2e.processes import open_sandbox
 from tests.support.waiting import eventually
 from tests.web.callbacks import PATH, event, signature, signed
 from tests.web.conftest import Serve, Site
@@ -528,14 +528,14 @@ async def test_two_thousand_connections_keep_no_callback_out(
 ) -> None:
     """`tracker serve`, whose files would not suffice, takes callbacks as ever in such a crowd."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    async with staged(tmp_path, sqlite_url) as stage:
+    async with open_sandbox(tmp_path, sqlite_url) as sandbox:
         resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
-        server = await stage.serve("--no-worker")
+        server = await sandbox.serve("--no-worker")
         resource.setrlimit(resource.RLIMIT_NOFILE, (CROWD + 512, hard))
         bodies = [event(f"run_{number}") for number in range(50)]
         async with (
-            _crowd(stage.tracker),
-            httpx.AsyncClient(base_url=stage.tracker, trust_env=False) as client,
+            _crowd(sandbox.tracker),
+            httpx.AsyncClient(base_url=sandbox.tracker, trust_env=False) as client,
         ):
             async with asyncio.timeout(8):  # FLORA waits for ten
                 answers = await asyncio.gather(

@@ -51,7 +51,7 @@ async def test_a_flora_that_does_not_answer_is_told(
             found.value("tracker_flora_misconfigured", workspace_id=workspace.name),
         ) == metrics
         page = (await site.client.get("/")).text
-        assert "No run is given up for that" in page
+        assert "No run is lost by this" in page
         flora.world.change({"gateway": 0})
         assert (await site.client.post("/api/runs", json=START)).status_code == 201
         assert (await site.client.get("/readyz")).json()["flora"] == "ok"

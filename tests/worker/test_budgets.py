@@ -53,7 +53,7 @@ async def test_beyond_a_budget_nothing_is_sent(open_on: OpenServices, flora: Sim
         await services.starter.start(request("c"))
     told = str(refused.value)
     assert "day:workspace_id=ws_simulator has $0.10 of $0.60 left" in told
-    assert "costs $0.25; it begins anew at 2026-07-02T00:00:00Z" in told
+    assert "costs $0.25; it starts again at 2026-07-02T00:00:00Z" in told
     assert len(flora.world.runs) == 2
     assert await starts.get(services.database, "ws_simulator", "c") is None
     clock.move(12 * 3600)  # type: ignore[attr-defined]

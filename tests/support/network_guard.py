@@ -1,4 +1,4 @@
-"""The wall around the suite: this process reaches loopback addresses and nothing else.
+"""A network guard for the suite: this process reaches loopback addresses and nothing else.
 
 An audit hook sees every connection and every name look-up that Python makes, whichever library
 asks. It refuses those that lead away from this machine and remembers them, so that a test fails
@@ -17,8 +17,8 @@ class OutsideTrafficError(RuntimeError):
     """A test tried to reach something beyond 127.0.0.1."""
 
 
-def build() -> None:
-    """Put the wall up for the rest of this process."""
+def install() -> None:
+    """Guard the rest of this process's life."""
     sys.addaudithook(_hook)
 
 

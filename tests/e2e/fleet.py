@@ -55,14 +55,14 @@ Role = Literal["receiver", "worker"]
 
 def prepare(off: float) -> None:
     """Make this process hasty, on a machine whose clock is `off` so many seconds."""
-    hurry()
+    shorten_waits()
     set_machine_clock(off)
 
 
-def hurry() -> None:
+def shorten_waits() -> None:
     """Short leases, frequent sweeps, and a client that does not wait long."""
-    hurried.hurry()
-    hurried.forget_keys()
+    hurried.shorten_waits()
+    hurried.shorten_key_memory()
     held: tuple[tuple[ModuleType, str], ...] = (
         *((ledger, "HELD_FOR"), (recover, "HELD_FOR")),
         *((poll, "LEASE"), (sweep, "LEASE")),
@@ -97,8 +97,8 @@ def set_machine_clock(off: float) -> None:
         theirs.datetime = Wrong
 
 
-class Crowd:
-    """Made by `crowd`. `receivers` are the roots of those that are alive, with their lives."""
+class Fleet:
+    """Made by `fleet`. `receivers` are the roots of those that are alive, with their lives."""
 
     def __init__(self, flora: Simulator, database_url: str, directory: Path) -> None:
         self.receivers: dict[str, Life] = {}
@@ -178,7 +178,7 @@ class Crowd:
             await asyncio.gather(*(start(number) for number in range(count)))
 
     async def _start(self, client: httpx.AsyncClient, number: int) -> None:
-        key = f"crowd-{number}"
+        key = f"fleet-{number}"
         prompt = {"id": "prompt", "type": "text", "value": key}
         body = {"technique": "icon-pack", "inputs": [prompt], "idempotency_key": key}
         began = time.monotonic()
@@ -221,9 +221,9 @@ class Crowd:
 
 
 @asynccontextmanager
-async def crowd(flora: Simulator, database_url: str, directory: Path) -> AsyncIterator[Crowd]:
-    """A crowd whose processes are gone afterwards."""
-    one = Crowd(flora, database_url, directory)
+async def fleet(flora: Simulator, database_url: str, directory: Path) -> AsyncIterator[Fleet]:
+    """A fleet whose processes are gone afterwards."""
+    one = Fleet(flora, database_url, directory)
     try:
         yield one
     finally:

@@ -59,8 +59,8 @@ COMMANDS: dict[Role, tuple[str, ...]] = {
 }
 
 
-class Trial:
-    """Made by `trial`. `killed` counts the crash points at which a life has ended."""
+class CrashRun:
+    """Made by `crash_run`. `killed` counts the crash points at which a life has ended."""
 
     def __init__(
         self, flora: Simulator, database: Database, database_url: str, directory: Path
@@ -254,14 +254,14 @@ class Trial:
 
 
 @asynccontextmanager
-async def trial(database_url: str, directory: Path, **options: Any) -> AsyncIterator[Trial]:
-    """A trial on that database, which has the tracker's schema; `options` are FLORA's."""
+async def crash_run(database_url: str, directory: Path, **options: Any) -> AsyncIterator[CrashRun]:
+    """A crash run on that database, which has the tracker's schema; `options` are FLORA's."""
     async with (
         running(Options(**FAULTS | options)) as flora,
         await Database.open(database_url) as database,
     ):
         flora.start_generation()  # the first sweep sees it, and so all sweeps look for more
-        one = Trial(flora, database, database_url, directory)
+        one = CrashRun(flora, database, database_url, directory)
         try:
             yield one
         finally:

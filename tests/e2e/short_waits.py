@@ -1,0 +1,99 @@
+"""`tracker` with short waits; its commands are the real ones.
+
+Run as `python -m tests.e2e.short_waits COMMAND…`.
+"""
+
+import asyncio
+import time
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+from apscheduler.triggers.interval import IntervalTrigger
+
+from tracker import services
+from tracker.cli import main
+from tracker.polling import poll, sweep
+from tracker.polling.workspaces import DatabaseWaits
+from tracker.starting import catalogue, held_start, recover
+from tracker.store.writing import rollups
+from tracker.web.http import server
+from tracker.worker import scheduler
+
+SPEED = 50.0
+KEYS_KEPT = 16.0
+"""Seconds, not two hours, for which FLORA remembers a key in tests about that."""
+
+
+async def short_sleep(seconds: float) -> None:
+    """Sleep `SPEED` times shorter."""
+    await asyncio.sleep(seconds / SPEED)
+
+
+async def short_pause(seconds: float) -> None:
+    """A short sleep that is long enough for a process that waits for another one's start."""
+    await asyncio.sleep(seconds and max(seconds / SPEED, 0.05))
+
+
+def clock() -> float:
+    """A monotonic clock that runs `SPEED` times faster."""
+    return time.monotonic() * SPEED
+
+
+class ShortWaits(DatabaseWaits):
+    """Waits that FLORA asked for, shared between processes and as short as the client's own."""
+
+    async def left(self) -> float:
+        return await super().left() * SPEED
+
+    async def tell(self, seconds: float) -> None:
+        await super().tell(seconds / SPEED)
+
+
+def shorten_waits() -> None:
+    """Clients and starts wait a fiftieth, and a killed process holds a start for two seconds, not
+    thirty."""
+    shorten(held_start, HELD_FOR=timedelta(seconds=2))
+    services.FloraClient = partial(services.FloraClient, monotonic=clock, sleep=short_sleep)  # type: ignore
+    services.DatabaseWaits = ShortWaits  # type: ignore[misc]
+    services.Starter = partial(services.Starter, sleep=short_pause)  # type: ignore
+    services.Batches = partial(services.Batches, sleep=short_pause)  # type: ignore
+
+
+def shorten_all_waits() -> None:
+    """Also leases, the interval of recovery and compaction, and the grace period of the server."""
+    shorten_waits()
+    soon = timedelta(seconds=0.4)
+    shorten(held_start, HELD_FOR=soon)
+    shorten(recover, LISTED_WITHIN=timedelta(seconds=1))
+    for module in (poll, sweep, catalogue):
+        shorten(module, LEASE=soon)
+    for module in (held_start, poll, sweep):
+        shorten(module, RENEW_AFTER=0.1)
+    shorten(scheduler, GATHER=0.2, RECOVER_EVERY=soon)
+    scheduler.cron_trigger = every_second  # type: ignore[assignment]
+    shorten(server, GRACE=1)
+    shorten(rollups, LAST_FOLD_WITHIN=0.5)
+    services.RollupCompactor = partial(services.RollupCompactor, gather=0.2)  # type: ignore
+
+
+def shorten_key_memory() -> None:
+    """Stop repeating a key after half of `KEYS_KEPT`."""
+    shorten(recover, KEY_KEPT=timedelta(seconds=KEYS_KEPT / 2))
+
+
+def every_second(_: str) -> IntervalTrigger:
+    """A trigger that fires every second, whatever the cron expression."""
+    return IntervalTrigger(seconds=1)
+
+
+def shorten(module: Any, **times: Any) -> None:
+    """Replace times of a module by shorter ones."""
+    for name, value in times.items():
+        assert getattr(module, name) > value, f"{module.__name__}.{name} is not longer"
+        setattr(module, name, value)
+
+
+if __name__ == "__main__":
+    shorten_waits()
+    main()
