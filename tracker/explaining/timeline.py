@@ -164,7 +164,7 @@ def _state(seen: Observation) -> str:
     if not seen.standing.ended and seen.progress:
         text += f" at {seen.progress:g} %"
     if seen.standing.ended and seen.error is not None:
-        parts = [part for part in (seen.error.code, seen.error.message) if part]
+        parts = [part for part in (seen.error.code, seen.error.message.rstrip(".")) if part]
         text += f" ({': '.join(parts)})" if parts else ""
     return text
 

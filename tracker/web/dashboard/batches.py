@@ -49,7 +49,7 @@ class BatchPages(PageGroup):
         after = query_position(request, "after") or 0
         batch = await batches.get(database, batch_id) if usable else None
         if batch is None:
-            raise not_found(f"No batch {batch_id} is stored here.")
+            raise not_found(f"Batch {batch_id} is not stored here.")
         entries = await batches.entries(database, batch_id, after=after, limit=ROWS + 1)
         page, more = entries[:ROWS], len(entries) > ROWS
         states = await states_of(database, batch.workspace_slot, page)

@@ -72,7 +72,7 @@ class DeliveryPages(PageGroup):
         delivery_id, usable = path_id(request, "delivery_id", longest=512)
         row = await read.get_delivery(self._database, delivery_id) if usable else None
         if row is None:
-            raise not_found(f"No delivery {delivery_id[:255]} is stored here.")
+            raise not_found(f"Delivery {delivery_id[:255]} is not stored here.")
         return row
 
 

@@ -158,7 +158,7 @@ class RunPages(PageGroup):
         record = await read.get_run(self._database, run_id) if usable else None
         if record is None:
             raise not_found(
-                f"No run {run_id} is tracked here. If it was started elsewhere, track it with the "
+                f"Run {run_id} is not tracked here. If it was started elsewhere, track it with the "
                 "command tracker runs track."
             )
         return record

@@ -66,8 +66,8 @@ class TechniquePages(PageGroup):
                 row = TechniqueRow(technique_id=technique_id, name=technique_id)
         if row is None:
             raise not_found(
-                f"No technique {technique_id} is in the catalogue here. The command tracker "
-                "techniques sync updates it."
+                f"Technique {technique_id} is not in the catalogue. The command tracker techniques "
+                "sync updates it."
             )
         recent, _ = await read.list_runs(database, technique_id=row.technique_id, limit=RECENT_RUNS)
         return self._render(
