@@ -39,7 +39,7 @@ class SqlQuery(variants.Dataquery):
         self.over_time = over_time
 
     def to_json(self) -> dict[str, object]:
-        """As Grafana keeps it."""
+        """The JSON that Grafana stores."""
         return {
             "datasource": {"type": POSTGRES, "uid": SOURCE},
             "editorMode": "code",
@@ -51,7 +51,7 @@ class SqlQuery(variants.Dataquery):
 
 
 class Made(builder.Builder[variants.Dataquery]):
-    """A query that needs no more building."""
+    """A finished query, as a builder."""
 
     def __init__(self, query: variants.Dataquery) -> None:
         self._query = query
@@ -62,13 +62,13 @@ class Made(builder.Builder[variants.Dataquery]):
 
 
 def sql_queries(show: Show) -> Iterator[Query]:
-    """What a panel asks of PostgreSQL."""
+    """The queries of a panel to PostgreSQL."""
     for ref_id, (sql, _) in zip("ABCD", show.queries, strict=False):
         yield Made(SqlQuery(sql, ref_id, over_time=show.kind in ("lines", "bars")))
 
 
 def prometheus_queries(show: Show) -> Iterator[Query]:
-    """What a panel asks of Prometheus."""
+    """The queries of a panel to Prometheus."""
     for ref_id, (expression, legend) in zip("ABCD", show.queries, strict=False):
         query = (
             prometheus.Dataquery()
@@ -81,7 +81,7 @@ def prometheus_queries(show: Show) -> Iterator[Query]:
 
 
 def source(kind: str) -> model.DataSourceRef:
-    """The data source that the person who looks has chosen."""
+    """The data source chosen in the dashboard."""
     return model.DataSourceRef(type_val=kind, uid=SOURCE)
 
 
@@ -218,7 +218,7 @@ def dashboards() -> dict[str, str]:
     service = page(
         uid="flora-tracker-service",
         title="FLORA run tracker: service",
-        about="What the tracker's processes do, from Prometheus: docs/metrics.md.",
+        about="The tracker's processes, from Prometheus: docs/metrics.md.",
         kind=PROMETHEUS,
         rows=SERVICE,
         queries=prometheus_queries,
@@ -230,7 +230,7 @@ def dashboards() -> dict[str, str]:
     runs = page(
         uid="flora-tracker-runs",
         title="FLORA run tracker: runs",
-        about="Ends, callbacks and cost of runs, from the SQL views: docs/views.md.",
+        about="Finished runs, callbacks and cost, from the SQL views: docs/views.md.",
         kind=POSTGRES,
         rows=RUNS,
         queries=sql_queries,

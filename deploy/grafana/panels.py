@@ -1,4 +1,4 @@
-"""What a panel shows, in the few words that the two dashboards need."""
+"""Panels and rows, with the options that the two dashboards need."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -23,7 +23,7 @@ class Show:
     decimals: int | None = None
     most: float | None = None
     words: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """What a number of a stat is called, and in which colour."""
+    """Text and colour for values of a stat."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
-"""The dashboard of the runs: what the SQL views say, over any span of time.
+"""The dashboard of the runs, from the SQL views, for any time range.
 
-Only views are asked, so the read-only role of docs/views.md is enough. An unknown workspace is
-called so, because a variable cannot stand for NULL.
+It queries views only, so the read-only role of docs/views.md is enough. Unknown workspaces are
+named "unknown", since a variable cannot hold NULL.
 """
 
 from typing import Final
@@ -49,7 +49,7 @@ GLANCE: Final = Row(
                     "",
                 ),
             ),
-            about="Runs whose end or details are not known yet, now.",
+            about="Runs that are not settled now: in progress, or finished and fetching results.",
         ),
         Show(
             title="Overdue",
@@ -62,11 +62,11 @@ GLANCE: Final = Row(
                     "",
                 ),
             ),
-            about="Runs that nobody has read for over a minute since they were due.",
+            about="Runs due to be polled for over a minute.",
             limits=(1, 100),
         ),
         Show(
-            title="Callbacks missed",
+            title="Missed callbacks",
             kind="stat",
             width=4,
             unit="percentunit",
@@ -77,7 +77,7 @@ GLANCE: Final = Row(
                     "",
                 ),
             ),
-            about="Of the runs whose end became known on the days shown.",
+            about="Share of the runs whose end became known on these days.",
             limits=(0.05, 0.2),
         ),
         Show(
@@ -92,8 +92,8 @@ GLANCE: Final = Row(
                     "",
                 ),
             ),
-            about="Of the settled runs that FLORA ended on the days shown (UTC): at least so much "
-            "while bills may still come, see “not final” below.",
+            about="Of the settled runs that ended on these days (UTC); more bills may follow, see "
+            "“not final” below.",
             decimals=2,
         ),
         Show(
@@ -101,7 +101,7 @@ GLANCE: Final = Row(
             kind="stat",
             width=4,
             queries=((f"SELECT count(*) AS quarantined FROM v_quarantine WHERE {_W}", ""),),
-            about="Callbacks that are authentic and were not understood, now.",
+            about="Authentic callbacks that were not understood, now.",
             limits=(1, None),
         ),
         Show(
@@ -114,17 +114,17 @@ GLANCE: Final = Row(
                     "",
                 ),
             ),
-            about="Starts of which nobody knows whether FLORA acted, in all workspaces, now.",
+            about="Starts whose outcome is not known, in all workspaces, now.",
             limits=(None, 1),
         ),
     ),
 )
 
 ENDS: Final = Row(
-    "Ends",
+    "Finished runs",
     (
         Show(
-            title="Ends an hour, by who told first",
+            title="Finished runs per hour, by source",
             kind="bars",
             width=12,
             queries=(
@@ -135,8 +135,8 @@ ENDS: Final = Row(
                     "",
                 ),
             ),
-            about="In the hour in which they became known. Runs that had ended before the tracker "
-            "heard of them do not count.",
+            about="In the hour in which they became known, without runs that had ended before the "
+            "tracker learned of them.",
         ),
         Show(
             title="Completed and failed",
@@ -150,21 +150,21 @@ ENDS: Final = Row(
                     "",
                 ),
             ),
-            about="All ends, those that were found later included.",
+            about="All finished runs, including those found later.",
         ),
         Show(
-            title="From FLORA's end until known",
+            title="Detection delay",
             unit="s",
             width=12,
             queries=_lags("seen"),
-            about="By hour, over all sources.",
+            about="From a run's end at FLORA until the tracker knows it. By hour, all sources.",
         ),
         Show(
-            title="From FLORA's end until settled",
+            title="Time until settled",
             unit="s",
             width=12,
             queries=_lags("settled"),
-            about="By hour: until the details (outputs, cost, times) had been read, too.",
+            about="From a run's end at FLORA until outputs, cost and times are read. By hour.",
         ),
     ),
 )
@@ -173,7 +173,7 @@ CALLBACKS: Final = Row(
     "Callbacks",
     (
         Show(
-            title="Callbacks a day",
+            title="Callbacks per day",
             kind="bars",
             width=12,
             queries=(
@@ -185,11 +185,11 @@ CALLBACKS: Final = Row(
                     "",
                 ),
             ),
-            about="came: told first. late: after another way. missed: not yet. unexpected: of runs "
-            "that were started elsewhere.",
+            about="came: first source. late: not first. missed: not yet. unexpected: of "
+            "runs started elsewhere.",
         ),
         Show(
-            title="Miss rate a day",
+            title="Miss rate per day",
             unit="percentunit",
             width=12,
             most=1,
@@ -210,7 +210,7 @@ COSTS: Final = Row(
     "Cost",
     (
         Show(
-            title="Cost a day",
+            title="Cost per day",
             kind="bars",
             unit="currencyUSD",
             width=12,
@@ -222,7 +222,7 @@ COSTS: Final = Row(
                     "",
                 ),
             ),
-            about="By technique, on the day (UTC) on which FLORA ended the run.",
+            about="By technique, on the day (UTC) on which the run ended.",
         ),
         Show(
             title="Cost by technique",
@@ -240,11 +240,11 @@ COSTS: Final = Row(
                     "",
                 ),
             ),
-            about="On the days shown. The cost is at least this much while some bills are not "
-            "final; what those without one were quoted stands beside it.",
+            about="On these days. The cost is a minimum while some bills are not final; quotes of "
+            "runs without a bill are in their own column.",
         ),
         Show(
-            title="Spent a day, by technique",
+            title="Spending per day, by technique",
             kind="bars",
             unit="currencyUSD",
             width=12,
@@ -257,11 +257,11 @@ COSTS: Final = Row(
                     "",
                 ),
             ),
-            about="Charged and still quoted, on the day (UTC) on which the run was started: as the "
-            "budgets count.",
+            about="Charged and quoted, on the day (UTC) on which the run was started, as budgets "
+            "count.",
         ),
         Show(
-            title="Spent by tag",
+            title="Spending by tag",
             kind="table",
             width=12,
             queries=(
@@ -273,10 +273,10 @@ COSTS: Final = Row(
                     "",
                 ),
             ),
-            about="On the days shown. A run with several tags is in several rows.",
+            about="On these days. A run with several tags is in several rows.",
         ),
         Show(
-            title="Failed runs by what to do",
+            title="Failed runs by retry advice",
             kind="table",
             width=24,
             queries=(
@@ -288,7 +288,7 @@ COSTS: Final = Row(
                     "",
                 ),
             ),
-            about="On the days shown, by FLORA's error codes.",
+            about="On these days, by FLORA's error codes.",
         ),
     ),
 )
@@ -309,7 +309,7 @@ NOW: Final = Row(
                     "",
                 ),
             ),
-            about="All but the settled ones.",
+            about="Without settled runs.",
         ),
         Show(
             title="Sweeps",
@@ -323,7 +323,7 @@ NOW: Final = Row(
                     "",
                 ),
             ),
-            about="Through: up to which moment, by FLORA's clock, all technique runs are here.",
+            about="Through: checked against FLORA up to this time, on FLORA's clock.",
         ),
         Show(
             title="Overdue runs",
@@ -337,7 +337,7 @@ NOW: Final = Row(
                     "",
                 ),
             ),
-            about="The longest due first. There are none where a worker keeps up.",
+            about="Longest overdue first. Empty while workers keep up.",
         ),
         Show(
             title="Quarantined callbacks",
@@ -350,10 +350,10 @@ NOW: Final = Row(
                     "",
                 ),
             ),
-            about="tracker deliveries show has the bytes; tracker deliveries replay tries again.",
+            about="tracker deliveries show prints the body; tracker deliveries replay tries again.",
         ),
         Show(
-            title="Starts that are not decided",
+            title="Starts without a known outcome",
             kind="table",
             width=12,
             queries=(
@@ -364,7 +364,7 @@ NOW: Final = Row(
                     "",
                 ),
             ),
-            about="In all workspaces. Unresolved ones are for somebody to look at.",
+            about="In all workspaces. Unresolved ones need a person.",
         ),
     ),
 )

@@ -1,6 +1,7 @@
-"""The dashboard of the service: what Prometheus scrapes from every process.
+"""The dashboard of the service, from Prometheus.
 
-What every process tells alike (docs/metrics.md) is taken once, by `max`; the rest is added up.
+Values of the database are the same in every process (docs/metrics.md) and taken once, by `max`; the
+rest is added up.
 """
 
 from typing import Final
@@ -38,23 +39,23 @@ GLANCE: Final = Row(
                     "",
                 ),
             ),
-            about="Runs whose end or details are not known yet.",
+            about="Runs that are not settled: in progress, or finished and fetching results.",
         ),
         Show(
             title="Overdue",
             kind="stat",
             width=3,
             queries=(("max(tracker_runs_overdue)", ""),),
-            about="Runs that nobody has read for over a minute since they were due.",
+            about="Runs due to be polled for over a minute.",
             limits=(1, 100),
         ),
         Show(
-            title="Callbacks missed",
+            title="Missed callbacks",
             kind="stat",
             width=3,
             unit="percentunit",
             queries=((f"max(tracker_recent_callback_miss_ratio{{{_W}}})", ""),),
-            about="Of the runs that ended in this hour and the one before; the worst workspace.",
+            about="Of runs that ended in this hour or the one before; the worst workspace.",
             limits=(0.05, 0.2),
         ),
         Show(
@@ -62,7 +63,7 @@ GLANCE: Final = Row(
             kind="stat",
             width=3,
             queries=(("max(tracker_deliveries_quarantined)", ""),),
-            about="Callbacks that are authentic and were not understood.",
+            about="Authentic callbacks that were not understood.",
             limits=(1, None),
         ),
         Show(
@@ -70,7 +71,7 @@ GLANCE: Final = Row(
             kind="stat",
             width=3,
             queries=(("max(tracker_starts_unresolved)", ""),),
-            about="Starts of which nobody knows whether FLORA acted. They are not sent again.",
+            about="Starts whose outcome is not known. They are not sent again.",
             limits=(None, 1),
         ),
         Show(
@@ -94,7 +95,7 @@ GLANCE: Final = Row(
             kind="stat",
             width=3,
             queries=(("min(tracker_database_up)", ""),),
-            about="Whether it answered each process at its last scrape.",
+            about="Whether the database answered each process at its last scrape.",
             words=NO_IS_BAD,
         ),
         Show(
@@ -109,15 +110,15 @@ GLANCE: Final = Row(
 )
 
 ENDS: Final = Row(
-    "Ends and callbacks",
+    "Finished runs and callbacks",
     (
         Show(
-            title="Ends a minute, by who told first",
+            title="Finished runs per minute, by source",
             queries=((f"sum by (source) (rate(tracker_run_ends_total{_AT})) * 60", "{{source}}"),),
-            about="What is polled or found in the history had no callback in time.",
+            about="Runs found by poll or history had no callback in time.",
         ),
         Show(
-            title="Callbacks a minute",
+            title="Callbacks per minute",
             queries=(
                 (
                     f"sum by (outcome) (rate(tracker_callbacks_total{{{_W}}}{_AT})) * 60",
@@ -128,25 +129,25 @@ ENDS: Final = Row(
                     "refused: {{reason}}",
                 ),
             ),
-            about="Strangers may post too: what they send is refused as missing or mismatch.",
+            about="Anyone can post: unsigned and forged requests count as missing and mismatch.",
         ),
         Show(
-            title="Callbacks applied a minute",
+            title="Callbacks applied per minute",
             queries=(
                 (
                     f"sum by (outcome) (rate(tracker_callbacks_applied_total{_AT})) * 60",
                     "{{outcome}}",
                 ),
             ),
-            about="To their runs, after they were acknowledged. Quarantined: not understood.",
+            about="Acknowledged callbacks applied to their runs. Quarantined: not understood.",
         ),
         Show(
-            title="Callbacks not applied yet",
+            title="Inbox",
             queries=(
                 ("max(tracker_inbox_waiting)", "waiting"),
-                ("max(tracker_inbox_oldest_seconds)", "age of the first, seconds"),
+                ("max(tracker_inbox_oldest_seconds)", "age of the oldest, seconds"),
             ),
-            about="Acknowledged and stored. Under load acknowledging goes first.",
+            about="Acknowledged callbacks not applied yet. Under load, acknowledging has priority.",
         ),
         Show(
             title="Callbacks by secret",
@@ -157,7 +158,7 @@ ENDS: Final = Row(
                     "{{workspace_id}}, secret {{secret}}",
                 ),
             ),
-            about="By position in the configured list. A secret that is not used any more can go.",
+            about="By position in the configured list. A secret without callbacks can be removed.",
         ),
         Show(
             title="Miss rate",
@@ -168,11 +169,11 @@ ENDS: Final = Row(
                     "{{workspace_id}}",
                 ),
             ),
-            about="Of the callbacks of runs that ended in the present hour and the one before.",
+            about="Share of expected callbacks that did not arrive, this hour and the one before.",
             most=1,
         ),
         Show(
-            title="Callbacks of recent ends",
+            title="Callbacks of recently finished runs",
             kind="bars",
             queries=(
                 (
@@ -181,15 +182,15 @@ ENDS: Final = Row(
                     "{{outcome}}",
                 ),
             ),
-            about="came: told first. late: after another way. missed: not yet. Two hours at most.",
+            about="came: first source. late: not first. missed: not yet. Up to two hours.",
         ),
         Show(
-            title="Since the last callback",
+            title="Time since the last callback",
             unit="s",
             queries=(
                 ("time() - max(tracker_callback_last_received_timestamp_seconds > 0)", "age"),
             ),
-            about="Long silence while runs are open says that callbacks do not get here.",
+            about="A long time while runs are open means that callbacks do not arrive.",
         ),
     ),
 )
@@ -198,50 +199,50 @@ TIMES: Final = Row(
     "Times",
     (
         Show(
-            title="From FLORA's end until known",
+            title="Detection delay",
             unit="s",
             queries=_quantiles("tracker_end_lag_seconds", 0.5, 0.95),
-            about="Runs that had ended before the tracker heard of them do not count.",
+            about="From a run's end at FLORA until the tracker knows it. Without adopted runs.",
         ),
         Show(
-            title="From FLORA's end until settled",
+            title="Time until settled",
             unit="s",
             queries=_quantiles("tracker_settle_lag_seconds", 0.5, 0.95),
-            about="Settled: the details (outputs, cost, times) have been read, too.",
+            about="From a run's end at FLORA until outputs, cost and times are read.",
         ),
         Show(
-            title="Answering a callback",
+            title="Callback response time",
             unit="s",
             queries=_quantiles("tracker_callback_seconds", 0.5, 0.99),
-            about="The commit included. FLORA gives up after ten seconds.",
+            about="Including the commit. FLORA gives up after ten seconds.",
         ),
         Show(
-            title="Commit",
+            title="Commit duration",
             unit="s",
             queries=_quantiles("tracker_commit_seconds", 0.5, 0.95),
-            about="One transaction of the writer, with all the entries that waited.",
+            about="One transaction with a write batch.",
         ),
         Show(
-            title="Entries in a commit, and waiting",
+            title="Entries per commit, and queued",
             queries=(
                 (
                     f"sum(rate(tracker_commit_entries_sum{_AT})) "
                     f"/ sum(rate(tracker_commit_entries_count{_AT}))",
-                    "entries in a commit",
+                    "entries per commit",
                 ),
-                ("sum(tracker_queue_entries)", "waiting"),
+                ("sum(tracker_queue_entries)", "queued"),
             ),
-            about="Commits grow with the load; what waits is committed next.",
+            about="Commits grow with the load; queued entries are in the next one.",
         ),
         Show(
-            title="Failed writes a minute",
+            title="Failed writes per minute",
             queries=(
                 (
                     f"sum by (reason) (rate(tracker_database_write_failures_total{_AT})) * 60",
                     "{{reason}}",
                 ),
             ),
-            about="Attempts to commit. Those that fail as unavailable are made again.",
+            about="Attempts to commit. Those that fail as unavailable are repeated.",
         ),
     ),
 )
@@ -250,69 +251,69 @@ FLORA: Final = Row(
     "FLORA's API",
     (
         Show(
-            title="Requests a minute, by endpoint",
+            title="Requests per minute, by endpoint",
             queries=(
                 (
                     f"sum by (endpoint) (rate(tracker_flora_requests_total{{{_W}}}{_AT})) * 60",
                     "{{endpoint}}",
                 ),
             ),
-            about="What the tracker asks of FLORA.",
+            about="Requests of the tracker to FLORA.",
         ),
         Show(
-            title="Requests a minute, by status",
+            title="Requests per minute, by status",
             queries=(
                 (
                     f"sum by (status) (rate(tracker_flora_requests_total{{{_W}}}{_AT})) * 60",
                     "{{status}}",
                 ),
             ),
-            about="none: no answer came. 429: FLORA's limit, which is felt for.",
+            about="none: no answer. 429: rate-limited; the tracker adapts to the limit.",
         ),
         Show(
-            title="Time of a request",
+            title="Request duration",
             unit="s",
             queries=_quantiles("tracker_flora_request_seconds", 0.5, 0.95),
-            about="Of each attempt, from sending to the whole answer.",
+            about="Per attempt, until the whole answer has arrived.",
         ),
         Show(
-            title="Budget, requests a second",
+            title="Allowed requests per second",
             queries=(
                 (
                     f"sum by (workspace_id) (tracker_flora_budget_rate{{{_W}}})",
                     "{{workspace_id}}",
                 ),
             ),
-            about="What all processes allow themselves; nothing is shown while no limit is felt.",
+            about="Of all processes together; empty while FLORA's limit is not reached.",
         ),
         Show(
-            title="Waiting for leave",
+            title="Queued requests",
             queries=(
-                (f"sum(tracker_flora_requests_waiting{{{_W}}})", "calls waiting"),
-                (f"sum(tracker_flora_requests_in_flight{{{_W}}})", "under way"),
+                (f"sum(tracker_flora_requests_waiting{{{_W}}})", "queued"),
+                (f"sum(tracker_flora_requests_in_flight{{{_W}}})", "in flight"),
                 (
                     f"sum(rate(tracker_flora_budget_wait_seconds_total{{{_W}}}{_AT}))",
-                    "waited, seconds a second",
+                    "waiting time, seconds per second",
                 ),
             ),
-            about="Calls wait for a seat, for the rate, and for the pause that FLORA asked for.",
+            about="Requests wait for a free slot, the rate limit, or a pause set by FLORA.",
         ),
         Show(
-            title="Refused as too many",
+            title="Rate-limited requests",
             queries=(
                 (
                     "sum by (workspace_id) "
                     f"(rate(tracker_flora_rate_limited_total{{{_W}}}{_AT})) * 60",
-                    "{{workspace_id}}, a minute",
+                    "{{workspace_id}}, per minute",
                 ),
-                (f"max(tracker_flora_paused_seconds{{{_W}}})", "pause left, seconds"),
+                (f"max(tracker_flora_paused_seconds{{{_W}}})", "remaining pause, seconds"),
             ),
-            about="Each refusal halves the rate; each answer lets it grow a little.",
+            about="Each 429 halves the rate; each answer raises it a little.",
         ),
     ),
 )
 
-LOOKING: Final = Row(
+POLLING: Final = Row(
     "Polling and sweeps",
     (
         Show(
@@ -321,30 +322,30 @@ LOOKING: Final = Row(
                 ("max(tracker_runs_due)", "due"),
                 ("max(tracker_runs_overdue)", "overdue"),
             ),
-            about="Overdue: for over a minute. Where a worker keeps up there are none.",
+            about="Runs due to be polled. Overdue: for over a minute; zero while workers keep up.",
         ),
         Show(
-            title="Reads a minute",
+            title="Reads per minute",
             queries=(
                 (f"sum(rate(tracker_poll_pages_total{_AT})) * 60", "history pages"),
                 (f"sum(rate(tracker_poll_reads_total{_AT})) * 60", "single reads"),
                 (f"sum(rate(tracker_poll_settled_total{_AT})) * 60", "runs settled"),
-                (f"sum(rate(tracker_poll_failures_total{_AT})) * 60", "runs not readable"),
+                (f"sum(rate(tracker_poll_failures_total{_AT})) * 60", "failed reads"),
             ),
             about="A page reads up to a hundred runs.",
         ),
         Show(
-            title="Bills read again",
+            title="Late bills",
             queries=(
-                (f"sum(rate(tracker_recheck_pages_total{_AT})) * 60", "history pages a minute"),
-                (f"sum(rate(tracker_recheck_reads_total{_AT})) * 60", "single reads a minute"),
+                (f"sum(rate(tracker_recheck_pages_total{_AT})) * 60", "history pages per minute"),
+                (f"sum(rate(tracker_recheck_reads_total{_AT})) * 60", "single reads per minute"),
                 (f"sum(max by (workspace_id) (tracker_runs_cost_not_final{{{_W}}}))", "not final"),
                 (f"sum(max by (workspace_id) (tracker_runs_unpriced{{{_W}}}))", "never billed"),
             ),
             about="FLORA bills after the end. Not final, never billed: runs of the last 7 days.",
         ),
         Show(
-            title="Since the worker's last round",
+            title="Time since the last poll round",
             unit="s",
             queries=(
                 (
@@ -352,10 +353,10 @@ LOOKING: Final = Row(
                     "the latest worker",
                 ),
             ),
-            about="A worker looks for what is due at least once a minute.",
+            about="A worker checks for due runs at least once a minute.",
         ),
         Show(
-            title="Since the last complete sweep",
+            title="Time since the last complete sweep",
             unit="s",
             queries=(
                 (
@@ -364,10 +365,10 @@ LOOKING: Final = Row(
                     "{{workspace_id}}",
                 ),
             ),
-            about="It grows while sweeps fail or do not run.",
+            about="Grows while sweeps fail or do not run.",
         ),
         Show(
-            title="What sweeps found, in an hour",
+            title="Found by sweeps, per hour",
             kind="bars",
             queries=(
                 (
@@ -377,10 +378,10 @@ LOOKING: Final = Row(
                 (f"sum(increase(tracker_sweep_repaired_total{{{_W}}}[1h]))", "repaired"),
                 (f"sum(increase(tracker_sweep_unreadable_total{{{_W}}}[1h]))", "not understood"),
             ),
-            about="Discovered: runs nobody had told of. Repaired: news nobody had brought.",
+            about="Discovered: runs not known before. Repaired: ends or details not known before.",
         ),
         Show(
-            title="Sweeps in an hour",
+            title="Sweeps per hour",
             kind="bars",
             queries=(
                 (
@@ -389,7 +390,7 @@ LOOKING: Final = Row(
                 ),
                 (f"sum(increase(tracker_sweep_pages_total{{{_W}}}[1h]))", "pages"),
             ),
-            about="Skipped: another process was at it.",
+            about="Skipped: another process was sweeping.",
         ),
     ),
 )
@@ -406,7 +407,7 @@ PROCESSES: Final = Row(
                     "{{status}}, {{tracking}}",
                 ),
             ),
-            about="All but the settled ones.",
+            about="Without settled runs.",
         ),
         Show(
             title="Cost today (UTC)",
@@ -414,17 +415,17 @@ PROCESSES: Final = Row(
             queries=(
                 (
                     f"max by (workspace_id) (tracker_cost_today_usd{{{_W}}})",
-                    "{{workspace_id}}, at least",
+                    "{{workspace_id}}, billed",
                 ),
                 (
                     f"max by (workspace_id) (tracker_quoted_today_usd{{{_W}}})",
-                    "{{workspace_id}}, quoted and not billed yet",
+                    "{{workspace_id}}, quoted, not billed yet",
                 ),
             ),
-            about="What the settled runs that ended today cost: at least, while bills may come.",
+            about="Of the settled runs that ended today; more bills may follow.",
         ),
         Show(
-            title="Budgets used",
+            title="Used budgets",
             unit="percentunit",
             queries=(
                 (
@@ -433,12 +434,12 @@ PROCESSES: Final = Row(
                     "{{budget}}",
                 ),
             ),
-            about="Charged, quoted and reserved, of all of it. At 100 % nothing further is started "
-            "in what it covers; bills above quotes can bring it higher.",
+            about="Charged, quoted and reserved. At 100 % no further run is started; bills above "
+            "their quotes can exceed it.",
             limits=(0.8, 1),
         ),
         Show(
-            title="Failed today (UTC), by what to do",
+            title="Failed today (UTC), by retry advice",
             queries=(
                 (
                     "sum by (retry_advice) (max by (workspace_id, retry_advice) "
@@ -461,7 +462,7 @@ PROCESSES: Final = Row(
                     "{{instance}}",
                 ),
             ),
-            about="Of each process.",
+            about="Per process.",
         ),
         Show(
             title="Processor",
@@ -475,30 +476,30 @@ PROCESSES: Final = Row(
             about="Of one core; each process uses one.",
         ),
         Show(
-            title="Refused requests a minute",
+            title="Refused requests per minute",
             queries=(
                 (
                     f"sum by (reason) (rate(tracker_auth_refused_total{_AT})) * 60 > 0",
                     "{{reason}}",
                 ),
             ),
-            about="At API, pages and metrics. wrong: tokens are guessed, or one is outdated.",
+            about="API, dashboard and metrics. wrong: tokens are guessed, or one is outdated.",
         ),
         Show(
-            title="Failed jobs in an hour",
+            title="Failed jobs per hour",
             kind="bars",
             queries=(
                 ("sum by (task) (increase(tracker_worker_job_failures_total[1h]))", "{{task}}"),
             ),
-            about="Scheduled jobs that ended with an error; the log has it.",
+            about="Scheduled jobs that failed; see the log.",
         ),
         Show(
-            title="Reading the state",
+            title="Reading the database's metrics",
             unit="s",
             queries=(("max by (instance) (tracker_state_read_seconds)", "{{instance}}"),),
-            about="What a scrape costs the database, at most every five seconds for each process.",
+            about="Time per reading, at most every five seconds per process.",
         ),
     ),
 )
 
-SERVICE: Final = (GLANCE, ENDS, TIMES, FLORA, LOOKING, PROCESSES)
+SERVICE: Final = (GLANCE, ENDS, TIMES, FLORA, POLLING, PROCESSES)

@@ -117,14 +117,14 @@ async def test_the_figures_are_right(filled: asyncpg.Connection) -> None:
     assert await ask("Open runs") == [(1,)]
     assert await ask("Cost") == [(2.0,)]
     assert await ask("Cost", workspaces="'ws_of_others'") == [(0.0,)]
-    assert await ask("Callbacks missed") == [(0.5,)]
+    assert await ask("Missed callbacks") == [(0.5,)]
     assert await ask("Quarantined") == [(1,)]
     hour = NOW.replace(minute=0, second=0, microsecond=0)
-    assert await ask("Ends an hour, by who told first") == [
+    assert await ask("Finished runs per hour, by source") == [
         (hour, "callback", 1),
         (hour, "poll", 1),
     ]
-    ((_, p50, p95),) = await ask("From FLORA's end until known")
+    ((_, p50, p95),) = await ask("Detection delay")
     assert (p50, p95) == (0.1, 30)
 
 
