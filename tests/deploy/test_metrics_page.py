@@ -90,7 +90,7 @@ def test_every_refusal_is_one_of_those_counted_from_the_beginning() -> None:
     said = {
         leaf.value.replace(" ", "_")
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "self._refusals.count"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "self._refused"
         for leaf in ast.walk(node.args[0])
         if isinstance(leaf, ast.Constant) and isinstance(leaf.value, str)
     }

@@ -6,7 +6,7 @@ import pytest
 
 from tests.docs.pages import DOCS, ROOT, blocks
 from tracker.web.http.limits import Limits
-from tracker.web.http.server import GRACE
+from tracker.web.http.server import GRACE_SECONDS
 
 PAGE = DOCS / "proxy.md"
 LIMITS = Limits()
@@ -24,7 +24,7 @@ FLORA_WAITS = 10
         ("head of a request", f"{LIMITS.head_bytes // 1024} KiB, within {LIMITS.head_seconds:g} s"),
         ("open connections", f"{LIMITS.connections} per process"),
         ("idle connection", f"{LIMITS.idle_seconds:g} s"),
-        ("stopping", f"{GRACE} s"),
+        ("stopping", f"{GRACE_SECONDS} s"),
     ],
 )
 def test_the_table_tells_the_limits(row: str, says: str) -> None:

@@ -72,7 +72,7 @@ def shorten_all_waits() -> None:
         shorten(module, RENEW_AFTER=0.1)
     shorten(scheduler, GATHER=0.2, RECOVER_EVERY=soon)
     scheduler.cron_trigger = every_second  # type: ignore[assignment]
-    shorten(server, GRACE=1)
+    shorten(server, GRACE_SECONDS=1)
     shorten(rollups, LAST_FOLD_WITHIN=0.5)
     services.RollupCompactor = partial(services.RollupCompactor, gather=0.2)  # type: ignore
 

@@ -18,10 +18,10 @@ from tracker.core.clock import utc_now
 from tracker.core.tokens import Scope as TokenScope
 from tracker.core.tokens import Token, Tokens
 from tracker.settings import TokenSettings
-from tracker.web.auth import ALL_BURST, EACH_BURST, Access, Gate
-from tracker.web.http.answers import Json
-from tracker.web.http.edge import Edge
+from tracker.web.auth import ALL_BURST, EACH_BURST, AccessControl, AuthMiddleware
 from tracker.web.http.limits import Limits
+from tracker.web.http.middleware import ResponseMiddleware
+from tracker.web.http.responses import Json
 from tracker.web.sessions import Sessions
 
 TOKEN = "a-token-of-the-tests"
@@ -61,7 +61,7 @@ def _client(
     """A client of a gate with these tokens; of a session's database nothing is asked."""
     given = [_token("only", value=tokens)] if isinstance(tokens, str) else tokens or ()
     in_force = Tokens(given)
-    access = Access(
+    access = AccessControl(
         tokens=lambda: in_force,
         refresh=lambda: False,
         is_public=is_public,
@@ -72,11 +72,11 @@ def _client(
             clock=utc_now,
         ),
         refusals=_NotNoted(),  # type: ignore[arg-type]
-        counts=_NotCounted(),
+        metrics=_NotCounted(),
         clock=utc_now,
     )
     transport = httpx.ASGITransport(
-        Edge(Gate(_inside, access=access), limits=Limits()), client=client
+        ResponseMiddleware(AuthMiddleware(_inside, access=access), limits=Limits()), client=client
     )
     return httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
@@ -338,16 +338,16 @@ async def test_guesses_from_everywhere_are_slowed_down_together() -> None:
         def auth_refused(self, reason: str) -> None:
             counted.append(reason)
 
-    access = Access(
+    access = AccessControl(
         tokens=lambda: in_force,
         refresh=lambda: False,
         is_public=True,
         sessions=None,  # type: ignore[arg-type]
         refusals=_NotNoted(),  # type: ignore[arg-type]
-        counts=Counted(),
+        metrics=Counted(),
         clock=utc_now,
     )
-    app = Edge(Gate(_inside, access=access), limits=Limits())
+    app = ResponseMiddleware(AuthMiddleware(_inside, access=access), limits=Limits())
     statuses = []
     for number in range(ALL_BURST + 20):
         transport = httpx.ASGITransport(app, client=(f"198.51.{number % 100}.{number // 100}", 1))
@@ -441,17 +441,17 @@ async def test_the_log_counts_those_that_came_after_its_line(
 
     configure_logs(format="json", level="info", secrets=())
     in_force = Tokens([_token("only")])
-    access = Access(
+    access = AccessControl(
         tokens=lambda: in_force,
         refresh=lambda: False,
         is_public=True,
         sessions=None,  # type: ignore[arg-type]
         refusals=_NotNoted(),  # type: ignore[arg-type]
-        counts=_NotCounted(),
+        metrics=_NotCounted(),
         clock=utc_now,
-        say_again_after=0.1,
+        log_interval=0.1,
     )
-    app = Edge(Gate(_inside, access=access), limits=Limits())
+    app = ResponseMiddleware(AuthMiddleware(_inside, access=access), limits=Limits())
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(app), base_url="http://localhost"
     ) as client:

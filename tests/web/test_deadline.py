@@ -6,8 +6,8 @@ import httpx
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from tracker.web.http.edge import Edge
-from tracker.web.http.limits import Deadline, Limits
+from tracker.web.http.limits import Limits
+from tracker.web.http.middleware import DeadlineMiddleware, ResponseMiddleware
 
 
 async def _after_a_while(scope: Scope, receive: Receive, send: Send) -> None:
@@ -34,8 +34,8 @@ async def _times_out(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def _client(app: object) -> httpx.AsyncClient:
-    inner = Deadline(app, seconds=0.05)  # type: ignore[arg-type]
-    transport = httpx.ASGITransport(Edge(inner, limits=Limits()))
+    inner = DeadlineMiddleware(app, seconds=0.05)  # type: ignore[arg-type]
+    transport = httpx.ASGITransport(ResponseMiddleware(inner, limits=Limits()))
     return httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
 

@@ -8,15 +8,15 @@ from structlog.testing import capture_logs
 
 from tests.web.conftest import Site
 from tracker.core.errors import FloraRefusal, StoreUnavailable, TrackerError
-from tracker.web.http.edge import Edge
-from tracker.web.http.errors import Fault
 from tracker.web.http.limits import Limits
+from tracker.web.http.middleware import ResponseMiddleware
+from tracker.web.http.responses import Fault
 
 SECRET_WORD = "swordfish"
 
 
 def _client(app: object, **options: bool) -> httpx.AsyncClient:
-    edge = Edge(app, limits=Limits())  # type: ignore[arg-type]
+    edge = ResponseMiddleware(app, limits=Limits())  # type: ignore[arg-type]
     return httpx.AsyncClient(
         transport=httpx.ASGITransport(edge, **options), base_url="http://localhost"
     )
@@ -120,7 +120,7 @@ async def test_an_error_page_that_fails_does_not_hide_the_error() -> None:
     def no_page(scope: Scope, fault: Fault) -> Response | None:
         raise LookupError(SECRET_WORD)
 
-    edge = Edge(fails, limits=Limits(), page=no_page)
+    edge = ResponseMiddleware(fails, limits=Limits(), error_page=no_page)
     transport = httpx.ASGITransport(edge)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         answer = await client.get("/")

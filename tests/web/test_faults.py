@@ -19,7 +19,7 @@ from tracker.core.errors import (
     StoreError,
     StoreUnavailable,
 )
-from tracker.web.http.errors import fault_of
+from tracker.web.http.responses import to_fault
 
 
 def _refusal(
@@ -61,7 +61,7 @@ def test_each_error_has_its_answer(
     error: Exception, status: int, code: str, retry_after: str | None
 ) -> None:
     """The status, the code and, where another try makes sense, when."""
-    fault = fault_of(error)
+    fault = to_fault(error)
     assert fault is not None
     assert (fault.status, fault.code) == (status, code)
     assert fault.headers.get("Retry-After") == retry_after
@@ -73,7 +73,7 @@ def test_what_flora_says_of_a_request_comes_through_as_it_is() -> None:
     error = FloraRefusal(
         status=400, code="input_validation_error", message="Check the inputs", fields=fields
     )
-    fault = fault_of(error)
+    fault = to_fault(error)
     assert fault is not None
     assert fault.body() == {
         "error": {
@@ -87,4 +87,4 @@ def test_what_flora_says_of_a_request_comes_through_as_it_is() -> None:
 @pytest.mark.parametrize("error", [StoreError("a bad row"), KeyError("run"), ZeroDivisionError()])
 def test_what_nobody_foresaw_has_none(error: Exception) -> None:
     """It becomes a 500, whose words are not the error's."""
-    assert fault_of(error) is None
+    assert to_fault(error) is None

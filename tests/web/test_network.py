@@ -489,7 +489,7 @@ async def test_who_does_not_take_its_answers_gives_way(more: str) -> None:
 
 async def test_with_few_files_some_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that may open no more than 256 files serves as many as it can."""
-    monkeypatch.setattr(connection_limit, "_files", lambda _: 256)
+    monkeypatch.setattr(connection_limit, "_open_files", lambda _: 256)
     async with serving(_hello) as base_url, wire(base_url) as connection:
         await connection.send(GET, b"\r\n")
         assert (await connection.answer()).status == 200

@@ -16,7 +16,7 @@ from tracker.web.api import responses
 from tracker.web.api.openapi import Operation, document
 from tracker.web.api.routes import OPERATIONS
 from tracker.web.app import build_app
-from tracker.web.http.errors import invalid
+from tracker.web.http.responses import invalid
 
 CONFIG = Path(__file__).with_name("schemathesis.toml")
 TOKEN = "a-token-for-tests"

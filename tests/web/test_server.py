@@ -26,15 +26,15 @@ from functools import partial
 from tracker.operations.logs import configure_logs
 from tracker.settings import load_settings
 from tracker.web.app import build_app
-from tracker.web.http.server import Place, serve
+from tracker.web.http.server import Listener, serve
 from tracker.services import open_services
 from tracker.worker.scheduler import Worker
 
 settings = load_settings()
 configure_logs(format="json")
 opened = partial(open_services, settings, background=True)
-place = Place(host="127.0.0.1", port=int(sys.argv[1]), build=build_app)
-sys.exit(serve(settings, opened, place, worker=Worker))
+listener = Listener(host="127.0.0.1", port=int(sys.argv[1]), build=build_app)
+sys.exit(serve(settings, opened, listener, worker=Worker))
 """
 
 

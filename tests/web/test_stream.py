@@ -307,7 +307,7 @@ async def test_the_service_stops_without_waiting_for_readers(
 ) -> None:
     """When the process stops, each stream ends as a complete answer; a client that reads nothing is
     cut off."""
-    monkeypatch.setattr("tracker.web.http.server.UNREAD", 1)
+    monkeypatch.setattr("tracker.web.http.server.UNREAD_SECONDS", 1)
     settings = Settings(tracker_database_url=sqlite_url)
     async with (
         open_services(settings) as services,

@@ -15,13 +15,13 @@ ADVICE = """uvicorn has changed {what}. Before this digest (and the bound in pyp
   on_message_complete and on_response_complete, and uses scope, headers, url, cycle, pipeline,
   flow, parser, connections and server_state. See that each is still called when it was, that a
   request is queued in `pipeline` while another is answered, and that `scope` is new for each head.
-- RequestResponseCycle: `_write_constant` does by itself what `send` does for an answer of status
+- RequestResponseCycle: `_write_response` does by itself what `send` does for an answer of status
   200 with a length: response_started, response_complete, message_event, keep_alive, on_response;
   `more_body`, `disconnected` and `transport` are read or set.
-- FlowControl: `_Flow` refuses to resume; `write_paused` and both pauses mean the same.
+- FlowControl: `_ReadFlow` refuses to resume; `write_paused` and both pauses mean the same.
 - Server: `Server` overrides startup, shutdown, main_loop and capture_signals, and sets should_exit
   and force_exit.
-Then run tests/web/test_network.py, tests/web/test_joined.py and tests/hostile/test_memory.py, and
+Then run tests/web/test_network.py, test_write_coalescer.py and tests/hostile/test_memory.py, and
 measure bench.ingest before and after."""
 
 

@@ -12,7 +12,7 @@ from tracker.core.record import Record
 from tracker.core.run import Output, Run, RunError, Standing
 from tracker.store.schema import run_events, run_outputs, runs
 from tracker.views import event_json, number_json, run_json, time_json
-from tracker.web.http.answers import Json
+from tracker.web.http.responses import Json
 
 AT = datetime(2026, 7, 1, 12, 0, tzinfo=UTC)
 EMPTY = Record(run=Run(run_id="run_1"), source=Source.CALLBACK, first_seen_at=AT)

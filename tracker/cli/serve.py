@@ -60,13 +60,13 @@ def serve(
     from tracker.worker.scheduler import Worker
 
     if callbacks_only:
-        places = [
-            server.Place(host=host, port=port, build=app.build_callbacks_app, is_open=True),
+        listeners = [
+            server.Listener(host=host, port=port, build=app.build_callbacks_app, is_open=True),
         ]
     elif callbacks_port is not None:
-        places = [
-            server.Place(host=host, port=port, build=app.build_private_app),
-            server.Place(
+        listeners = [
+            server.Listener(host=host, port=port, build=app.build_private_app),
+            server.Listener(
                 host=callbacks_host or host,
                 port=callbacks_port,
                 build=app.build_callbacks_app,
@@ -74,9 +74,9 @@ def serve(
             ),
         ]
     else:
-        places = [server.Place(host=host, port=port, build=app.build_app)]
+        listeners = [server.Listener(host=host, port=port, build=app.build_app)]
     return server.serve(
-        rotation.settings, _services(rotation), *places, worker=None if no_worker else Worker
+        rotation.settings, _services(rotation), *listeners, worker=None if no_worker else Worker
     )
 
 
@@ -97,8 +97,8 @@ def worker(
 
     if port is None:
         return run(_services(rotation))
-    place = server.Place(host=host, port=port, build=build_health_app)
-    return server.serve(rotation.settings, _services(rotation), place, worker=Worker)
+    listener = server.Listener(host=host, port=port, build=build_health_app)
+    return server.serve(rotation.settings, _services(rotation), listener, worker=Worker)
 
 
 def _configure() -> "Rotation":

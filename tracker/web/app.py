@@ -1,101 +1,122 @@
-"""The application: the routes, and the layers around them."""
+"""The ASGI applications: routes, and the middleware around them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tracker.core.net import CALLBACK_PATH
 from tracker.services import Services
 from tracker.web.api.routes import Api
-from tracker.web.auth import Access, Gate
-from tracker.web.callbacks import Callbacks
+from tracker.web.auth import AccessControl, AuthMiddleware
+from tracker.web.callbacks import Callbacks, is_callback
 from tracker.web.dashboard.site import Dashboard
-from tracker.web.health import Health, MetricsText
-from tracker.web.http.edge import Edge, Page, Shortcut
-from tracker.web.http.limits import Deadline, Limits
+from tracker.web.health import Health, metrics_route
+from tracker.web.http.limits import Limits
+from tracker.web.http.middleware import DeadlineMiddleware, ErrorPage, ResponseMiddleware
 from tracker.web.sessions import Sessions
 from tracker.web.stream.endpoint import Stream
 
 
-def build_app(services: Services, *, limits: Limits | None = None) -> Starlette:
+class Application:
+    """An ASGI application. `stop` ends what does not end by itself: event streams."""
+
+    def __init__(
+        self,
+        services: Services,
+        limits: Limits,
+        routes: Sequence[Route],
+        *,
+        access: AccessControl | None = None,
+        deadline: float | None = None,
+        callbacks: bool = False,
+        error_page: ErrorPage = lambda *_: None,
+        stop: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.stop = stop
+        self.routes = routes
+        # A redirect would lose a callback, and FLORA follows none.
+        self._router = Router(routes, redirect_slashes=False)
+        for route in routes:  # Starlette's `$` matches before a trailing line end, too
+            route.path_regex = re.compile(route.path_regex.pattern.removesuffix("$") + r"\Z")
+        app: ASGIApp = self._router
+        if access is not None:
+            app = AuthMiddleware(app, access=access)
+        if deadline is not None:
+            app = DeadlineMiddleware(app, seconds=deadline)
+        self._app = app
+        self._callbacks = Callbacks(services, limits=limits) if callbacks else None
+        self._http = services.traced(
+            ResponseMiddleware(self._dispatch, limits=limits, error_page=error_page)
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request."""
+        await (self._http if scope["type"] == "http" else self._router)(scope, receive, send)
+
+    async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Authentication and routing would take half as long as all else before a callback is
+        # committed, and anyone may send one.
+        if self._callbacks is not None and is_callback(scope["path"]):
+            await self._callbacks(scope, receive, send)
+        else:
+            scope["app"] = self  # makes the router raise its errors
+            await self._app(scope, receive, send)
+
+
+def build_app(services: Services, *, limits: Limits | None = None) -> Application:
     """Everything on one port: callbacks, health, API, dashboard and metrics.
 
-    Whoever calls opens `services` before, and closes them afterwards.
+    The caller opens `services` before, and closes them afterwards.
     """
+    return _full_app(services, limits or Limits(), callbacks=True)
+
+
+def build_private_app(services: Services, *, limits: Limits | None = None) -> Application:
+    """Everything but callbacks, for which there is another port."""
+    return _full_app(services, limits or Limits(), callbacks=False)
+
+
+def build_callbacks_app(services: Services, *, limits: Limits | None = None) -> Application:
+    """Callbacks and health alone, which are open to everyone and know no token."""
+    limits = limits or Limits()
+    routes = Health(services, None, limits=limits).routes()
+    return Application(services, limits, routes, callbacks=True)
+
+
+def build_health_app(services: Services, *, limits: Limits | None = None) -> Application:
+    """Health and metrics, for a process with the worker alone."""
     limits = limits or Limits()
     access = _access(services)
-    return _private(services, access, limits, callbacks=_callbacks(services, limits))
+    routes = [*Health(services, access, limits=limits).routes(), metrics_route(services.metrics)]
+    return Application(services, limits, routes, access=access)
 
 
-def build_private_app(services: Services, *, limits: Limits | None = None) -> Starlette:
-    """Everything but callbacks, which another port takes."""
-    limits = limits or Limits()
-    return _private(services, _access(services), limits)
-
-
-def build_callbacks_app(services: Services, *, limits: Limits | None = None) -> Starlette:
-    """Callbacks and health alone, which are for everybody, and know no token."""
-    limits = limits or Limits()
-    return _within_the_edge(services, limits, callbacks=_callbacks(services, limits))
-
-
-def build_health_app(services: Services, *, limits: Limits | None = None) -> Starlette:
-    """What a process that only works shows of itself: its health and its metrics."""
-    limits = limits or Limits()
+def _full_app(services: Services, limits: Limits, *, callbacks: bool) -> Application:
     access = _access(services)
-    return _within_the_edge(
-        services,
-        limits,
-        MetricsText(services.metrics).routes(),
-        access=access,
-        middleware=[Middleware(Gate, access=access)],
-    )
-
-
-def _private(
-    services: Services, access: Access, limits: Limits, *, callbacks: Callbacks | None = None
-) -> Starlette:
     dashboard = Dashboard(services, access)
     stream = Stream(services, access, limits=limits)
-    app = _within_the_edge(
+    routes = [
+        *Health(services, access, limits=limits).routes(),
+        metrics_route(services.metrics),
+        *Api(services, stream, limits=limits).routes(),
+        *dashboard.routes(),
+    ]
+    return Application(
         services,
         limits,
-        [
-            *MetricsText(services.metrics).routes(),
-            *Api(services, stream, limits=limits).routes(),
-            *dashboard.routes(),
-        ],
-        callbacks=callbacks,
+        routes,
         access=access,
-        middleware=[
-            Middleware(Deadline, seconds=limits.answer_seconds),
-            Middleware(Gate, access=access),
-        ],
-        page=dashboard.show_fault,
-    )
-    app.state.on_stop = stream.stop
-    return app
-
-
-def _callbacks(services: Services, limits: Limits) -> Callbacks:
-    return Callbacks(
-        services.receiver,
-        services.metrics,
-        limits=limits,
-        is_watched=services.traced(_nothing) is not _nothing,
+        deadline=limits.answer_seconds,
+        callbacks=callbacks,
+        error_page=dashboard.show_fault,
+        stop=stream.stop,
     )
 
 
-def _access(services: Services) -> Access:
+def _access(services: Services) -> AccessControl:
     settings, rotation = services.settings, services.rotation
-    return Access(
+    return AccessControl(
         tokens=lambda: rotation.tokens,
         refresh=rotation.check,
         is_public=settings.is_public,
@@ -106,49 +127,6 @@ def _access(services: Services) -> Access:
             clock=services.clock,
         ),
         refusals=services.refusals,
-        counts=services.metrics,
+        metrics=services.metrics,
         clock=services.clock,
     )
-
-
-def _within_the_edge(
-    services: Services,
-    limits: Limits,
-    routes: Sequence[Route] = (),
-    *,
-    access: Access | None = None,
-    callbacks: Callbacks | None = None,
-    middleware: Sequence[Middleware] = (),
-    page: Page = lambda *_: None,
-) -> Starlette:
-    health = Health(services, access, limits=limits)
-    shortcut, receiving = [], []
-    if callbacks is not None:
-        shortcut = [Middleware(Shortcut, path=CALLBACK_PATH, endpoint=callbacks)]
-        receiving = [Route(path, callbacks) for path in (CALLBACK_PATH, CALLBACK_PATH + "/{token}")]
-    app = Starlette(
-        routes=[*receiving, *health.routes(), *routes],
-        middleware=[
-            Middleware(services.traced),
-            Middleware(Edge, limits=limits, page=page),
-            *shortcut,
-            *middleware,
-        ],
-        exception_handlers={HTTPException: _to_the_edge},
-    )
-    # A redirect would lose a callback, and FLORA follows none.
-    app.router.redirect_slashes = False
-    for route in app.routes:
-        if isinstance(route, Route):  # Starlette's `$` matches before a line end, too
-            exact = route.path_regex.pattern.removesuffix("$") + r"\Z"
-            route.path_regex = re.compile(exact)
-    return app
-
-
-async def _to_the_edge(request: Request, error: Exception) -> Response:
-    """What the router raises (no such route or method) is answered where all errors are."""
-    raise error
-
-
-async def _nothing(scope: Scope, receive: Receive, send: Send) -> None:
-    """An application that no layer has any business with."""

@@ -1,26 +1,28 @@
-"""Who may do what: everything is closed but the few paths that are named open here.
+"""Access control: everything is closed except the paths that are listed as open here.
 
-With tokens set, a request has to show one of them, or the cookie of a browser that signed in with
-one, and the token needs the scope for what is asked. Without any, only this machine is served, and
-a request is refused where anything says that it may come from another machine:
+With tokens set, a request has to present one of them, or the cookie of a browser that signed in
+with one, and the token needs the scope for the operation. Without tokens only this machine is
+served, and a request is refused if anything indicates that it may come from another one:
 
 ===============================  ===================================================================
-what is checked                  why
+check                            reason
 ===============================  ===================================================================
-the address that was connected   it is loopback, or other machines reach it
-`Host`                           a page whose own name was pointed at this machine sends that name
-`Forwarded`, `X-Forwarded-*`,    a proxy passes on what other machines ask
+the address connected to         if it is not loopback, other machines reach it
+`Host`                           a page whose own name points at this machine sends that name
+`Forwarded`, `X-Forwarded-*`,    a proxy forwards requests of other machines
 `X-Real-IP`, `Via`
 `TRACKER_PUBLIC_URL`             other machines are meant to reach it, by whatever proxy
-`Origin`, `Sec-Fetch-*`          a browser lets any page send to loopback
+`Origin`, `Sec-Fetch-*`          a browser lets any page send requests to loopback
 ===============================  ===================================================================
 
-A proxy on this machine cannot be told from its other programs where it adds no such header, sends a
-loopback `Host` or the one that its client wrote, and no `TRACKER_PUBLIC_URL` is set.
+A proxy on this machine is indistinguishable from other local programs if it adds no such header,
+sends a loopback `Host` or the client's own, and `TRACKER_PUBLIC_URL` is not set.
 """
 
 import asyncio
 import re
+import time
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -37,36 +39,37 @@ from tracker.core.tokens import Scope as TokenScope
 from tracker.core.tokens import Token, Tokens
 from tracker.operations.metrics import Metrics
 from tracker.store.queries.audit import Principal, Refusals, acting
-from tracker.web.http.answers import request_id_of
-from tracker.web.http.errors import Fault
-from tracker.web.http.limits import Throttle
-from tracker.web.http.origin import (
-    SAFE,
-    from_own_page,
-    header_of,
-    host_of,
+from tracker.web.http.request import (
+    SAFE_METHODS,
+    header,
     is_forwarded,
-    is_visit,
+    is_navigation,
+    is_same_origin,
     network_of,
     peer_of,
+    request_id_of,
+    requested_host,
 )
+from tracker.web.http.responses import Fault
 from tracker.web.sessions import Session, Sessions
 
 Reason = Literal["missing", "wrong", "expired", "scope", "cross_site", "not_local"]
-"""Why a request was refused: no token, a wrong or expired one, one without the scope for it, sent
-by another site's page, or not known to come from this machine where no token is set."""
+"""Why a request is refused: no token, a wrong or expired one, one without the scope, sent by
+another site's page, or, without tokens, not certain to come from this machine."""
 
 EACH_BURST: Final = 10
 EACH_REFILL: Final = 6.0
-"""From one address ten wrong tokens at once, then one in six seconds; further ones are 429."""
+"""Wrong tokens from one address: ten at once, then one every six seconds; more are a 429."""
 ALL_BURST: Final = 100
 ALL_REFILL: Final = 1.0
-"""From everywhere together a hundred, then one a second."""
+"""From all addresses together: a hundred, then one a second."""
+MOST_KEYS: Final = 10_000
+"""Addresses that a throttle remembers; more displace the oldest."""
 
 _OPEN: Final = frozenset({"/healthz", "/readyz"})
 _OPEN_BELOW: Final = "/callbacks/"  # FLORA has no token; its callbacks are signed
 _SIGN_IN: Final = "/login"
-_SIGN_IN_BELOW: Final = "/static/"  # the style of the sign-in's page: nothing of the database
+_SIGN_IN_BELOW: Final = "/static/"  # the style of the sign-in page: nothing from the database
 _STARTS: Final = re.compile(r"/api/runs(/track)?|/runs/.*/check", re.DOTALL)
 _ACTOR: Final = "tracker.actor"
 _CHALLENGE: Final = {"WWW-Authenticate": "Bearer"}
@@ -83,22 +86,22 @@ class Actor:
 
     @property
     def name(self) -> str:
-        """The token's name; `local` where none is set."""
+        """The token's name; `local` if no token is set."""
         return self.token.name
 
 
 LOCAL: Final = Actor(
     token=Token(name="local", value="", scopes=frozenset({TokenScope.ADMIN})),
 )
-"""Whoever is on this machine, where no token is set."""
+"""Any program on this machine, if no token is set."""
 
 
-class Access:
-    """Tells who sends a request.
+class AccessControl:
+    """Identifies who sends a request.
 
-    `tokens` gives those in force, and `refresh` looks whether they have just changed; `is_public`
-    is whether `TRACKER_PUBLIC_URL` leads here from outside. The log has a line for refusals of one
-    kind every `say_again_after` seconds, with their number.
+    `tokens` returns the current ones, and `refresh` checks whether they have just changed;
+    `is_public` is whether `TRACKER_PUBLIC_URL` leads here from outside. Refusals for one reason
+    have a log line every `log_interval` seconds, with their number.
     """
 
     def __init__(
@@ -109,136 +112,131 @@ class Access:
         is_public: bool,
         sessions: Sessions,
         refusals: Refusals,
-        counts: Metrics,
+        metrics: Metrics,
         clock: Clock,
-        say_again_after: float = LOG_INTERVAL,
+        log_interval: float = LOG_INTERVAL,
     ) -> None:
         self._tokens = tokens
         self._refresh = refresh
         self._is_public = is_public
         self._refusals = refusals
-        self._counts = counts
+        self._metrics = metrics
         self._clock = clock
         self._each = Throttle(burst=EACH_BURST, refill=EACH_REFILL)
         self._all = Throttle(burst=ALL_BURST, refill=ALL_REFILL)
-        self._say_again_after = say_again_after
-        self._seldom = Seldom(say_again_after)
-        self._unsaid: set[Reason] = set()
+        self._log_interval = log_interval
+        self._logged = Seldom(log_interval)
+        self._log_scheduled: set[Reason] = set()
         self.sessions = sessions
 
     @property
     def has_tokens(self) -> bool:
-        """Whether there is anything to show, and so to sign in with."""
+        """Whether any token is set, so that there is something to sign in with."""
         return len(self._tokens()) > 0
 
-    async def actor(self, scope: Scope) -> Actor:
+    async def authenticate(self, scope: Scope, needs: TokenScope | None = None) -> Actor:
         """Who sends this request.
 
-        Raises `Fault` (401, 403, 429) where it is nobody whom it is for, and `StoreUnavailable`
-        where a session cannot be looked up.
+        Raises `Fault` (401, 403, 429) if that is not known or not allowed, 403 also if the token
+        lacks the scope `needs`, and `StoreUnavailable` if a session cannot be looked up.
         """
-        if not self.has_tokens:
-            if (why := self._not_local(scope)) is not None:
-                raise self.refused("not_local", scope, Fault(403, "forbidden", why))
-            return LOCAL
-        shown = _shown(scope)
-        if shown is not None:
-            return Actor(token=self.token(scope, shown))
-        session = await self.sessions.of(scope)
-        if session is not None and self.sessions.may_send(scope, session):
-            return Actor(token=session.token, session=session)
-        if session is not None:
-            why = "This was not sent by a page of this dashboard that is up to date: load it again."
-            fault = Fault(401, "unauthorized", why, headers=_CHALLENGE)
-            raise self.refused("cross_site", scope, fault, token=session.token.name)
-        why = (
-            "This needs the header Authorization: Bearer, with TRACKER_API_TOKEN or one of the "
-            "[[tokens]] that are set."
-        )
-        raise self.refused("missing", scope, Fault(401, "unauthorized", why, headers=_CHALLENGE))
-
-    async def admit(self, scope: Scope, needs: TokenScope | None) -> Actor:
-        """As `actor`; raises `Fault` 403 as well where the token lacks the scope that it needs."""
-        actor = await self.actor(scope)
+        actor = await self._actor(scope)
         if needs is not None and not actor.token.allows(needs):
-            fault = Fault(
-                403,
-                "forbidden",
-                f"The token {actor.name} may not do this: it needs the scope {needs}.",
-            )
-            raise self.refused("scope", scope, fault, token=actor.name)
+            why = f"The token {actor.name} may not do this: it needs the scope {needs}."
+            raise self.refuse("scope", scope, Fault(403, "forbidden", why), token=actor.name)
         return actor
 
-    async def known(self, scope: Scope) -> Actor | None:
-        """Who asks for what is answered to everybody, in more detail to this machine where no token
-        is set, and to whoever shows one; `None` for anybody else."""
-        if self.has_tokens and _shown(scope) is None:
+    async def _actor(self, scope: Scope) -> Actor:
+        if not self.has_tokens:
+            if (why := self._not_local(scope)) is not None:
+                raise self.refuse("not_local", scope, Fault(403, "forbidden", why))
+            return LOCAL
+        presented = _bearer_token(scope)
+        if presented is not None:
+            return Actor(token=self.check_token(scope, presented))
+        session = await self.sessions.of(scope)
+        if session is None:
+            why = (
+                "This needs the header Authorization: Bearer, with TRACKER_API_TOKEN or one of the "
+                "[[tokens]] that are set."
+            )
+            raise self.refuse("missing", scope, Fault(401, "unauthorized", why, headers=_CHALLENGE))
+        if not self.sessions.may_send(scope, session):
+            why = "This was not sent by a current page of this dashboard: reload the page."
+            fault = Fault(401, "unauthorized", why, headers=_CHALLENGE)
+            raise self.refuse("cross_site", scope, fault, token=session.token.name)
+        return Actor(token=session.token, session=session)
+
+    async def identify(self, scope: Scope) -> Actor | None:
+        """Who asks for something open to everyone but with more detail for local requests, if no
+        token is set, and for valid tokens; `None` for anyone else."""
+        if self.has_tokens and _bearer_token(scope) is None:
             return None
         try:
-            return await self.actor(scope)
+            return await self.authenticate(scope)
         except Fault:
             return None
 
-    async def holds(self, actor: Actor) -> bool:
-        """Whether an actor who was let in may still read an answer that goes on for long.
-
-        Raises `StoreUnavailable`.
-        """
+    async def is_valid(self, actor: Actor) -> bool:
+        """Whether an actor may still read a response that lasts. Raises `StoreUnavailable`."""
         if actor.session is not None:
-            return await self.sessions.holds(actor.session)
+            return await self.sessions.is_valid(actor.session)
         if actor is LOCAL:
             return not self.has_tokens
         token = self._tokens().find(actor.token.value.encode())
         return token is not None and not token.expired(self._clock())
 
-    def token(self, scope: Scope, shown: bytes) -> Token:
-        """The token that is shown. Raises `Fault` 401, or 429 to who showed many wrong ones.
+    def check_token(self, scope: Scope, presented: bytes) -> Token:
+        """The presented token. Raises `Fault` 401, or 429 after many wrong ones.
 
-        A right token is looked for first, so that other people's guesses never keep it out.
+        A valid token is looked up first, so that the guesses of others never lock it out.
         """
-        token = self._tokens().find(shown)
+        token = self._tokens().find(presented)
         if token is None and self._refresh():
-            token = self._tokens().find(shown)
+            token = self._tokens().find(presented)
         if token is None:
-            if (wait := self._take(network_of(scope))) > 0:
+            if (wait := self._throttle(network_of(scope))) > 0:
                 seconds = ceil(wait)
                 fault = Fault(
                     429,
                     "too_many_attempts",
-                    f"Too many wrong tokens were sent. Try again in {seconds} s; a right token is "
-                    "taken at any time.",
+                    f"Too many wrong tokens were sent. Retry in {seconds} s; a valid token is "
+                    "accepted at any time.",
                     headers={"Retry-After": str(seconds), "Connection": "close"},
                 )
             else:
                 fault = Fault(401, "unauthorized", "The token is wrong.", headers=_CHALLENGE)
-            raise self.refused("wrong", scope, fault)
+            raise self.refuse("wrong", scope, fault)
         if token.expired(self._clock()):
             message = f"The token {token.name} has expired."
             fault = Fault(401, "unauthorized", message, headers=_CHALLENGE)
-            raise self.refused("expired", scope, fault, token=token.name)
+            raise self.refuse("expired", scope, fault, token=token.name)
         return token
 
-    def _take(self, network: str) -> float:
-        """Take a wrong try; else the seconds until there is one. Who has none takes none from
-        others."""
+    def _throttle(self, network: str) -> float:
+        """Count a wrong token; the seconds to wait if there were too many, from one address or
+        altogether."""
         wait = self._each.take(network)
         if wait == 0 and (wait := self._all.take("")) > 0:
-            self._each.give_back(network)
+            self._each.give_back(network)  # an attempt that is refused for all costs no address
         return wait
 
-    def refused(
+    def refuse(
         self, reason: Reason, scope: Scope, fault: Fault, *, token: str | None = None
     ) -> Fault:
-        """Count, log and note a refusal, and return it; of many the log has a line now and then,
-        and the audit log a row for each address and minute."""
-        self._counts.auth_refused(reason)
+        """Count and log a refusal, and return it.
+
+        Many are one log line per interval, and one row of the audit log per address and minute.
+        """
+        path = hide_callback_token(scope["path"])[:200]
+        self._metrics.auth_refused(reason)
         self._refusals.add(
             reason,
             address=network_of(scope),
             actor=token,
             request_id=request_id_of(scope),
             method=scope["method"],
-            path=hide_callback_token(scope["path"])[:200],
+            path=path,
         )
         loop = asyncio.get_running_loop()
         fields = {
@@ -246,37 +244,37 @@ class Access:
             "message": fault.message,
             "peer": peer_of(scope),
             "method": scope["method"],
-            "path": hide_callback_token(scope["path"])[:200],
+            "path": path,
             **({"token": token} if token else {}),
         }
-        if count := self._seldom.count(reason, now=loop.time()):
+        if count := self._logged.count(reason, now=loop.time()):
             log.warning("auth.refused", count=count, **fields)
-        elif reason not in self._unsaid:
-            self._unsaid.add(reason)
-            loop.call_later(self._say_again_after, self._say_rest, reason, fields)
+        elif reason not in self._log_scheduled:
+            self._log_scheduled.add(reason)
+            loop.call_later(self._log_interval, self._log_rest, reason, fields)
         return fault
 
-    def _say_rest(self, reason: Reason, fields: dict[str, str]) -> None:
-        """Log those that came since the last line."""
-        self._unsaid.discard(reason)
-        if count := self._seldom.rest(reason, now=asyncio.get_running_loop().time()):
+    def _log_rest(self, reason: Reason, fields: dict[str, str]) -> None:
+        """Log those since the last line."""
+        self._log_scheduled.discard(reason)
+        if count := self._logged.rest(reason, now=asyncio.get_running_loop().time()):
             log.warning("auth.refused", count=count, **fields)
 
     def _not_local(self, scope: Scope) -> str | None:
-        """Why the request may come from elsewhere; `None` where it comes from this machine."""
-        server, host = scope.get("server"), host_of(scope)
+        """Why the request may come from another machine; `None` if it comes from this one."""
+        server, host = scope.get("server"), requested_host(scope)
         if self._is_public:
-            why = "TRACKER_PUBLIC_URL is set, so that any request may come from elsewhere."
+            why = "TRACKER_PUBLIC_URL is set, so any request may come from another machine."
         elif server is None or not is_loopback(server[0]):
-            why = "This one came to an address that other machines reach, too."
+            why = "This one arrived at an address that other machines reach."
         elif host is None or not is_loopback(host):
-            why = "This one asks for another host than localhost or a loopback address."
+            why = "This one is for another host than localhost or a loopback address."
         elif is_forwarded(scope):
-            why = "This one was passed on by a proxy."
-        elif not from_own_page(scope) and not is_visit(scope):
+            why = "This one was forwarded by a proxy."
+        elif not is_same_origin(scope) and not is_navigation(scope):
             return (
-                "This request comes from a page of another origin. Set TRACKER_API_TOKEN and send "
-                "it to let other pages in."
+                "This request comes from a page of another origin. To let other pages in, set "
+                "TRACKER_API_TOKEN and send it."
             )
         else:
             return None
@@ -286,27 +284,57 @@ class Access:
         )
 
 
-class Gate:
-    """Lets a request through as whoever sent it, or raises `Fault`: 401, 403 or 429."""
+class Throttle:
+    """Token buckets: `burst` attempts at once, then one every `refill` seconds, for each key."""
 
-    def __init__(self, app: ASGIApp, *, access: Access) -> None:
+    def __init__(
+        self, *, burst: int, refill: float, monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._burst = burst
+        self._refill = refill
+        self._monotonic = monotonic
+        self._full_at: OrderedDict[str, float] = OrderedDict()  # when the bucket is full again
+
+    def take(self, key: str) -> float:
+        """Take an attempt: 0 if there was one, else the seconds until the next."""
+        now = self._monotonic()
+        full_at = max(self._full_at.get(key, now), now) + self._refill
+        wait = full_at - now - self._burst * self._refill
+        if wait > 1e-9:
+            return wait
+        self._full_at[key] = full_at
+        self._full_at.move_to_end(key)
+        if len(self._full_at) > MOST_KEYS:
+            self._full_at.popitem(last=False)
+        return 0.0
+
+    def give_back(self, key: str) -> None:
+        """The last attempt of this key does not count."""
+        if key in self._full_at:
+            self._full_at[key] -= self._refill
+
+
+class AuthMiddleware:
+    """Serves a request as its sender, or raises `Fault`: 401, 403 or 429."""
+
+    def __init__(self, app: ASGIApp, *, access: AccessControl) -> None:
         self._app = app
         self._access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request."""
-        if scope["type"] == "http" and not _is_open(scope["path"]):
-            for_sign_in = self._access.has_tokens and _is_sign_in(scope["path"])
-            if not for_sign_in:
-                needs = _needs(scope["method"], scope["path"])
-                scope[_ACTOR] = await self._access.admit(scope, needs)
-        actor: Actor | None = scope.get(_ACTOR)
+        path, actor = scope["path"], None
+        for_sign_in = path == _SIGN_IN or path.startswith(_SIGN_IN_BELOW)
+        is_open = path in _OPEN or path.startswith(_OPEN_BELOW)
+        if not is_open and not (for_sign_in and self._access.has_tokens):
+            needs = _needed_scope(scope["method"], path)
+            actor = scope[_ACTOR] = await self._access.authenticate(scope, needs)
         try:
             with acting(principal_of(scope, actor.name)) if actor else nullcontext():
                 await self._app(scope, receive, send)
         except Fault as fault:
             if fault.status == 403:  # a form that another page sent, or without the CSRF token
-                self._access.refused("cross_site", scope, fault)
+                self._access.refuse("cross_site", scope, fault)
             raise
 
 
@@ -316,45 +344,37 @@ def principal_of(scope: Scope, name: str) -> Principal:
 
 
 def actor_of(scope: Scope) -> Actor:
-    """Who sent a request that was let through."""
+    """Who sends a request, once `AuthMiddleware` has let it in."""
     actor: Actor = scope[_ACTOR]
     return actor
 
 
 def session_of(scope: Scope) -> Session | None:
-    """The session that let this request in; `None` where something else did."""
+    """The session of a request, if it was let in by one."""
     actor: Actor | None = scope.get(_ACTOR)
     return actor.session if actor else None
 
 
 def may(scope: Scope, what: TokenScope) -> bool:
-    """Whether who sent this request may do that, so that a page can offer it."""
+    """Whether the sender may do that, so that a page can offer it."""
     actor: Actor | None = scope.get(_ACTOR)
     return actor is not None and actor.token.allows(what)
 
 
-def _is_open(path: str) -> bool:
-    return path in _OPEN or path.startswith(_OPEN_BELOW)
-
-
-def _is_sign_in(path: str) -> bool:
-    return path == _SIGN_IN or path.startswith(_SIGN_IN_BELOW)
-
-
-def _needs(method: str, path: str) -> TokenScope | None:
-    """The scope for a request; `None` where any token will do. What nobody thought of needs all."""
+def _needed_scope(method: str, path: str) -> TokenScope | None:
+    """The scope for a request; `None` if any token suffices. An unlisted one needs `admin`."""
     if path == "/metrics":
         return TokenScope.METRICS
-    if path == "/audit":  # who works with it, and from where
+    if path == "/audit":  # who works with the tracker, and from where
         return TokenScope.ADMIN
-    if method in SAFE:
+    if method in SAFE_METHODS:
         return TokenScope.READ
     if path == "/logout":
         return None
     return TokenScope.START if _STARTS.fullmatch(path) else TokenScope.ADMIN
 
 
-def _shown(scope: Scope) -> bytes | None:
-    """The bearer token of a request; `None` where it shows none, or two."""
-    scheme, _, token = (header_of(scope, b"authorization") or b"").partition(b" ")
+def _bearer_token(scope: Scope) -> bytes | None:
+    """The bearer token of a request; `None` if it has none, or two."""
+    scheme, _, token = (header(scope, b"authorization") or b"").partition(b" ")
     return token.strip(b" ") if scheme.lower() == b"bearer" else None

@@ -1,13 +1,15 @@
-"""`POST /callbacks/flora`: FLORA says that a run ended; it is answered once that is stored.
+"""`POST /callbacks/flora`: FLORA reports that a run ended. The response follows the commit.
 
-This is the path that takes the load, so it is plain ASGI. All it knows is HTTP: how long to wait,
-how much to read, which answer means what to FLORA, which tries again after anything but a 2xx. A
-2xx therefore says "kept", and nothing else may be answered with one.
+This path takes the load, so it is plain ASGI. It knows only HTTP: how long to wait, how much to
+read, and which response FLORA gets. FLORA retries after anything but a 2xx, so a 2xx means that the
+callback is stored, and nothing else is answered with one.
 """
 
 import asyncio
 import logging
-from typing import Final
+from collections import deque
+from types import TracebackType
+from typing import Final, Self, TypeVar
 
 import structlog
 from starlette.types import Receive, Scope, Send
@@ -17,105 +19,117 @@ from tracker.core.net import CALLBACK_PATH
 from tracker.core.rate_limited_log import Seldom
 from tracker.core.record import TRIAL, DeliveryOutcome
 from tracker.flora.signature import SignatureError
-from tracker.operations.metrics import Metrics
-from tracker.receiving.receive import Received, Receiver
-from tracker.web.http.answers import Constant
-from tracker.web.http.body import ClientGone, read_body, too_slow
-from tracker.web.http.errors import Fault, unavailable
-from tracker.web.http.limits import Bounds, Limits
+from tracker.operations.tracing import untraced
+from tracker.services import Services
+from tracker.web.http.limits import Limits
+from tracker.web.http.request import ClientGone, read_body, too_slow
+from tracker.web.http.responses import Fault, PrebuiltResponse, unavailable
+
+LONGEST_TOKEN: Final = 64
+"""Characters of a start's token; a path with a longer one counts as the bare address."""
+
+E = TypeVar("E", bound=Exception)
 
 log = structlog.get_logger(__name__)
 _level = logging.getLogger(__name__)
 
-_ANSWERS: Final = {
-    (outcome, repeated): Constant({"outcome": outcome, "repeated": repeated})
+_RESPONSES: Final = {
+    (outcome, repeated): PrebuiltResponse({"outcome": outcome, "repeated": repeated})
     for outcome in DeliveryOutcome
     for repeated in (False, True)
 }
 
 
-LONGEST_TOKEN: Final = 64
-"""Characters; a longer one is no token of ours, and counts as the bare address."""
-
-
 class Callbacks:
-    """The endpoint. `is_watched` says that a layer around it has to see what is answered."""
+    """The endpoint."""
 
-    def __init__(
-        self, receiver: Receiver, metrics: Metrics, *, limits: Limits, is_watched: bool = False
-    ) -> None:
-        self._receiver = receiver
-        self._metrics = metrics
-        self._is_watched = is_watched
-        self._limits = limits
-        self._bounds = Bounds(limits.callback_seconds)
-        self._refusals = _Refusals(metrics)
+    def __init__(self, services: Services, *, limits: Limits) -> None:
+        self._receiver = services.receiver
+        self._metrics = services.metrics
+        self._is_traced = services.traced is not untraced  # the trace has to see the response
+        self._limit = limits.callback_bytes
+        self._timeout = SharedTimeout(limits.callback_seconds)
+        self._logged = Seldom()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Takes one delivery; raises `Fault`."""
+        """Takes one callback. Raises `Fault`."""
         if scope["method"] != "POST":
             raise Fault(405, "method_not_allowed", "FLORA posts here.", headers={"Allow": "POST"})
         loop = asyncio.get_running_loop()
-        began = loop.time()
+        started = loop.time()
         signature, webhook_id, event = _headers(scope)
-        token = _token(scope["path"])
         body = None
         try:
-            with self._bounds.begin(began):
-                body = await self._read(scope, receive)
+            with self._timeout.start(started):
+                body = await read_body(scope, receive, limit=self._limit, deadline=None)
                 received = await self._receiver.receive(
-                    body, signature=signature, webhook_id=webhook_id, token=token
+                    body, signature=signature, webhook_id=webhook_id, token=_token(scope["path"])
                 )
         except TimeoutError:
             if body is None:
-                self._refusals.count("too slow")
-                raise too_slow() from None
-            self._refusals.count("not committed in time")
-            raise unavailable("The delivery could not be committed in time.") from None
+                raise self._refused("too slow", too_slow()) from None
+            late = unavailable("The callback could not be committed in time.")
+            raise self._refused("not committed in time", late) from None
+        except ClientGone as gone:
+            raise self._refused("cut off", gone) from None
+        except Fault as too_large:
+            raise self._refused("too large", too_large) from None
         except StoreUnavailable as error:
-            self._refusals.count("database unavailable", error=str(error))
-            raise unavailable("The delivery could not be committed.") from error
+            down = unavailable("The callback could not be committed.")
+            raise self._refused("database unavailable", down, error) from error
         except StoreError as error:
-            self._refusals.count("not storable", error=str(error))
-            # Whatever stopped it, FLORA comes again, and the next attempt may be stored.
-            raise unavailable("The delivery could not be stored.") from error
+            failed = unavailable("The callback could not be stored.")  # FLORA's retry may be
+            raise self._refused("not storable", failed, error) from error
         except SignatureError as error:
-            self._refusals.count("trial" if event == TRIAL else error.reason)
-            # Which of the two tells the sender nothing new, and whoever looks for what strips a
-            # header on the way all there is to know.
+            # The sender is told no more than this: a missing header points at a proxy that strips
+            # it.
             words = "missing" if error.reason == "missing" else "wrong"
-            raise Fault(401, "unauthorized", f"The signature is {words}.") from error
+            forged = Fault(401, "unauthorized", f"The signature is {words}.")
+            raise self._refused("trial" if event == TRIAL else error.reason, forged) from error
         except SettingsError as error:
-            self._refusals.count("not set up", error=str(error))
-            # Not the message itself: whoever asks is a stranger, and the log has it.
-            raise unavailable("This receiver is not set up to take callbacks.") from error
-        if not received.trial:
-            self._metrics.callback_taken(received, loop.time() - began)
-        _say_taken(received)
-        answer = _ANSWERS[received.outcome, received.repeated]
-        if self._is_watched or not answer.write(scope):
-            await answer.send(scope, receive, send)
+            # Without details, which are in the log: anyone may ask.
+            closed = unavailable("This receiver is not set up to take callbacks.")
+            raise self._refused("not set up", closed, error) from error
+        if received.trial:
+            log.info("callback.trial", delivery_id=received.delivery_id)
+        else:
+            self._metrics.callback_taken(received, loop.time() - started)
+            if _level.isEnabledFor(logging.DEBUG):  # cheaper than a call that logs nothing
+                log.debug(
+                    "callback.taken",
+                    delivery_id=received.delivery_id,
+                    run_id=received.run_id,
+                    repeated=received.repeated,
+                )
+        response = _RESPONSES[received.outcome, received.repeated]
+        if self._is_traced or not response.write(scope):
+            await response.send(scope, receive, send)
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes:
-        limit = self._limits.callback_bytes
-        try:
-            return await read_body(scope, receive, limit=limit, deadline=None)
-        except Fault:
-            self._refusals.count("too large")
-            raise
-        except ClientGone:
-            self._refusals.count("cut off")
-            raise
+    def _refused(self, reason: str, answer: E, cause: Exception | None = None) -> E:
+        """Count a refusal, and log it at intervals, so that strangers cannot fill the log."""
+        self._metrics.callback_refused(reason.replace(" ", "_"))
+        if count := self._logged.count(reason, now=asyncio.get_running_loop().time()):
+            details = {} if cause is None else {"error": str(cause)}
+            log.warning("callback.refused", reason=reason, count=count, **details)
+        return answer
+
+
+def is_callback(path: str) -> bool:
+    """Whether `path` is the bare callback address or that of a start."""
+    if not path.startswith(CALLBACK_PATH):
+        return False
+    token = path[len(CALLBACK_PATH) :]
+    return not token or (token[0] == "/" and len(token) > 1 and "/" not in token[1:])
 
 
 def _token(path: str) -> str | None:
-    """The last part of a start's own callback address; `None` for the bare one."""
-    _, below, token = path.rpartition(f"{CALLBACK_PATH}/")
-    return token if below and 0 < len(token) <= LONGEST_TOKEN else None
+    """The token in a start's own callback address; `None` for the bare one."""
+    token = path[len(CALLBACK_PATH) + 1 :]
+    return token if 0 < len(token) <= LONGEST_TOKEN else None
 
 
 def _headers(scope: Scope) -> tuple[str | None, str | None, str | None]:
-    """`Flora-Signature` (several are one, as HTTP has it), `Flora-Webhook-Id`, `Flora-Event`."""
+    """`Flora-Signature` (repeated ones joined by commas), `Flora-Webhook-Id`, `Flora-Event`."""
     signature = webhook_id = event = None
     for name, value in scope["headers"]:
         if name == b"flora-signature":
@@ -128,28 +142,76 @@ def _headers(scope: Scope) -> tuple[str | None, str | None, str | None]:
     return signature, webhook_id, event
 
 
-def _say_taken(received: Received) -> None:
-    """The log's line about one delivery."""
-    if received.trial:
-        log.info("callback.trial", delivery_id=received.delivery_id)
-    elif _level.isEnabledFor(logging.DEBUG):  # to ask costs less than to be passed over
-        log.debug(
-            "callback.taken",
-            delivery_id=received.delivery_id,
-            run_id=received.run_id,
-            repeated=received.repeated,
-        )
+class SharedTimeout:
+    """Limits many blocks to the same number of seconds: `with timeout.start(loop.time()):`.
+
+    Like `asyncio.timeout`, but with one timer for all blocks: those that start first expire first.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._running: deque[_Block] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self, now: float) -> "_Block":
+        """A block that starts `now`, by the running loop's clock. It raises `TimeoutError`."""
+        return _Block(self, now + self._seconds)
+
+    def add(self, block: "_Block") -> None:
+        """Watch a block that has started."""
+        running = self._running
+        while running and running[0].task is None:  # ended in time
+            running.popleft()
+        running.append(block)
+        if self._timer is None:
+            self._schedule(block)
+
+    def _schedule(self, first: "_Block") -> None:
+        self._timer = asyncio.get_running_loop().call_at(first.expires, self._expire)
+
+    def _expire(self) -> None:
+        self._timer = None
+        now = asyncio.get_running_loop().time()
+        running = self._running
+        while running:
+            first = running[0]
+            if first.task is not None:
+                if first.expires > now:
+                    self._schedule(first)
+                    return
+                first.expired = True
+                first.task.cancel()
+            running.popleft()
 
 
-class _Refusals:
-    """Says in the log that callbacks are refused, without letting strangers fill it."""
+class _Block:
+    """`task` is the task in the block; `None` once it has left."""
 
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-        self._seldom = Seldom()
+    __slots__ = ("_cancelling", "_timeout", "expired", "expires", "task")
 
-    def count(self, reason: str, **more: str) -> None:
-        """Counts one, and says so unless it was said just now. Reasons are few, and fixed."""
-        self._metrics.callback_refused(reason.replace(" ", "_"))
-        if count := self._seldom.count(reason, now=asyncio.get_running_loop().time()):
-            log.warning("callback.refused", reason=reason, count=count, **more)
+    def __init__(self, timeout: SharedTimeout, expires: float) -> None:
+        self._timeout = timeout
+        self.expires = expires
+        self.expired = False
+        self.task: asyncio.Task[object] | None = None
+
+    def __enter__(self) -> Self:
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - for the type checker
+        self.task = task
+        self._cancelling = task.cancelling()
+        self._timeout.add(self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        task, self.task = self.task, None
+        if not self.expired or task is None:
+            return
+        # Like asyncio.timeout: a task that someone else cancelled as well stays cancelled.
+        if task.uncancel() <= self._cancelling and isinstance(error, asyncio.CancelledError):
+            raise TimeoutError from error

@@ -1,6 +1,7 @@
-"""`/healthz` says that the process serves; `/readyz`, that it can do its work."""
+"""`GET /healthz`: the process serves; `GET /readyz`: it can do its work; `GET /metrics`."""
 
 import asyncio
+from collections.abc import Iterable
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -12,16 +13,15 @@ from tracker.polling.workspaces import Workspace
 from tracker.services import Services
 from tracker.store import migrate
 from tracker.views import time_json
-from tracker.web.auth import Access
-from tracker.web.http.answers import Json
-from tracker.web.http.errors import unavailable
+from tracker.web.auth import AccessControl
 from tracker.web.http.limits import Limits
+from tracker.web.http.responses import Json, unavailable
 
 
 class Health:
-    """The two endpoints. Without `access` no details are told to anybody."""
+    """`/healthz` and `/readyz`. Without `access` nobody is shown details."""
 
-    def __init__(self, services: Services, access: Access | None, *, limits: Limits) -> None:
+    def __init__(self, services: Services, access: AccessControl | None, *, limits: Limits) -> None:
         self._services = services
         self._access = access
         self._limits = limits
@@ -29,20 +29,20 @@ class Health:
 
     def routes(self) -> list[Route]:
         """Both routes."""
-        return [Route("/healthz", self.healthz), Route("/readyz", self.readyz)]
+        return [Route("/healthz", self._healthz), Route("/readyz", self._readyz)]
 
-    async def healthz(self, request: Request) -> Response:
+    async def _healthz(self, request: Request) -> Response:
         """200 while the process serves."""
         return Json({"status": "ok"})
 
-    async def readyz(self, request: Request) -> Response:
-        """200 where the database answers and its schema is new enough, else 503 and why, in short.
+    async def _readyz(self, request: Request) -> Response:
+        """200 if the database answers and its schema is current, else 503 and a short reason.
 
-        A refused API key or a FLORA that does not answer does not make the service unready, because
-        callbacks are still taken. Who shows a token, or asks from this machine where none is set,
-        is told it beside the status.
+        A refused API key or an unreachable FLORA does not make the service unready, because
+        callbacks are still received. They are shown beside the status for a valid token, or for
+        local requests if no token is set.
         """
-        # Strangers may ask, and as many as like: one question to the database answers all who wait.
+        # Anyone may ask, as often as they like: one query serves all who wait.
         if self._checking is None or self._checking.done():
             self._checking = asyncio.create_task(self._check())
         try:
@@ -52,54 +52,45 @@ class Health:
         except SchemaOutdated as error:
             raise unavailable(str(error)) from error
         except StoreError as error:
-            # Not the driver's own words, which name the server and its user: anybody may ask.
+            # Without the driver's message, which names the server and its user: anyone may ask.
             raise unavailable(f"{str(error).partition(':')[0]}.") from error
-        if self._access is None or await self._access.known(request.scope) is None:
+        if self._access is None or await self._access.identify(request.scope) is None:
             return Json({"status": "ready"})
-        return Json({"status": "ready", "flora": _flora(list(self._services.workspaces))})
+        return Json({"status": "ready", "flora": _flora(self._services.workspaces)})
 
     async def _check(self) -> None:
         async with asyncio.timeout(self._limits.ready_seconds):
             await migrate.check(self._services.database)
 
 
-def _flora(workspaces: list[Workspace]) -> str:
-    """What is known of FLORA and the API keys, in words."""
-    keyed = [workspace for workspace in workspaces if workspace.client is not None]
-    if not keyed:
+def metrics_route(metrics: Metrics) -> Route:
+    """`GET /metrics`, in Prometheus's text format. Always 200: a metric shows a database that does
+    not answer."""
+
+    async def show(request: Request) -> Response:
+        text, content_type = await metrics.exposition(request.headers.get("accept", ""))
+        return Response(text, media_type=content_type)
+
+    return Route("/metrics", show)
+
+
+def _flora(workspaces: Iterable[Workspace]) -> str:
+    """The state of FLORA and the API keys."""
+    with_key = [workspace for workspace in workspaces if workspace.client is not None]
+    if not with_key:
         return "no key is set"
-    troubles = [words for workspace in keyed if (words := _trouble(workspace))]
-    return "; ".join(troubles) or "ok"
+    return "; ".join(filter(None, map(_trouble, with_key))) or "ok"
 
 
 def _trouble(workspace: Workspace) -> str | None:
     client = workspace.client
     if client is None:
         return None
-    whose = "" if workspace.workspace_id is None else f" ({workspace.workspace_id})"
+    name = "" if workspace.workspace_id is None else f" ({workspace.workspace_id})"
     if client.breaker.open:
         since = client.breaker.since
-        return f"key refused{'' if since is None else f' since {time_json(since)}'}{whose}"
+        return f"key refused{'' if since is None else f' since {time_json(since)}'}{name}"
     found = client.contact.found
     if found is None:
         return None
-    return f"{found.trouble} since {time_json(found.since)}{whose}: {found.reason}"
-
-
-# `GET /metrics`: what Prometheus scrapes, from every process that serves a port.
-
-
-class MetricsText:
-    """The endpoint."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-
-    def routes(self) -> list[Route]:
-        """The one route."""
-        return [Route("/metrics", self.show)]
-
-    async def show(self, request: Request) -> Response:
-        """200 always: that the database does not answer is told by a metric of its own."""
-        text, content_type = await self._metrics.exposition(request.headers.get("accept", ""))
-        return Response(text, media_type=content_type)
+    return f"{found.trouble} since {time_json(found.since)}{name}: {found.reason}"

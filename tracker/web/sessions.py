@@ -1,12 +1,12 @@
-"""Signed-in browsers: what the cookie holds, whom it lets in, and what keeps other pages out.
+"""Sessions of signed-in browsers: the cookie, and the protection against other sites' pages.
 
 A session is a row of the database, found by the digest of a random cookie. Signing out removes the
 row, and so ends the session for every copy of the cookie and in every process. It also ends after a
-while without use, at the latest a working day after the sign-in, and with the token that was shown.
+while without use, at the latest a working day after the sign-in, and with its token.
 
-A browser sends cookies with whatever any page makes it send. So what changes something needs more:
-it has to come from a page of our own, and to show the session's CSRF token, which only such a page
-can read.
+A browser sends cookies with every request that any page makes it send. A request that changes
+something therefore has to come from one of our own pages, and to carry the session's CSRF token,
+which only such a page can read.
 """
 
 import asyncio
@@ -30,41 +30,38 @@ from tracker.core.tokens import Token, Tokens
 from tracker.store.engine import Database
 from tracker.store.queries import sessions as store
 from tracker.store.queries.sessions import SessionRow
-from tracker.web.http.origin import SAFE, came_by_https, from_own_page, header_of
+from tracker.web.http.request import SAFE_METHODS, header, header_values, is_https, is_same_origin
 
 LASTS: Final = timedelta(hours=12)
-"""How long a sign-in holds at most: a working day."""
+"""Longest duration of a session: a working day."""
 IDLE: Final = timedelta(hours=2)
-"""How long it holds without being used."""
+"""Longest duration without use."""
 CSRF_HEADER: Final = "x-csrf-token"
 CSRF_FIELD: Final = "csrf_token"
 
-_NOTE_USE: Final = timedelta(minutes=1)
-"""How often the use of a session is written down."""
+_RECORD_USE: Final = timedelta(minutes=1)
+"""How often the use of a session is stored."""
 _NAME: Final = "tracker_session"
 _SECURE_NAME: Final = f"__Host-{_NAME}"
-_COOKIE: Final = re.compile(r"[A-Za-z0-9_-]{43}")
+_COOKIE_FORM: Final = re.compile(r"[A-Za-z0-9_-]{43}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
-    """A signed-in browser, and the token that it signed in with.
-
-    `csrf` is what its requests show when they change something.
-    """
+    """A signed-in browser, its token, and the CSRF token of its requests that change something."""
 
     session_id: str
     token: Token
     csrf: str = field(repr=False)
 
-    def shown(self, csrf: str | None) -> bool:
-        """Whether `csrf` is this session's, compared in constant time."""
+    def matches(self, csrf: str | None) -> bool:
+        """Whether `csrf` is this session's CSRF token, compared in constant time."""
         return csrf is not None and hmac.compare_digest(self.csrf.encode(), csrf.encode())
 
 
 class Sessions:
-    """Begins, finds and ends sessions. `tokens` are those in force; `public_url` is where browsers
-    reach us, if that is set."""
+    """Starts, finds and ends sessions. `tokens` returns the current ones; `public_url` is
+    `TRACKER_PUBLIC_URL`."""
 
     def __init__(
         self,
@@ -81,7 +78,7 @@ class Sessions:
         public = urlsplit(public_url) if public_url else None
         self._secure_host = public.netloc.lower() if public and public.scheme == "https" else None
 
-    async def begin(self, scope: Scope, token: Token) -> str:
+    async def start(self, scope: Scope, token: Token) -> str:
         """The `Set-Cookie` of a new session. Raises `StoreUnavailable`."""
         cookie = secrets.token_urlsafe(32)
         now = self._clock()
@@ -107,38 +104,35 @@ class Sessions:
         return _set_cookie("", timedelta(0), secure=self._is_secure(scope))
 
     async def of(self, scope: Scope) -> Session | None:
-        """The session whose cookie the request carries, as long as it holds.
-
-        Raises `StoreUnavailable`.
-        """
+        """The valid session of the request's cookie, if any. Raises `StoreUnavailable`."""
         secure = self._is_secure(scope)
         cookie = _cookie(scope, _SECURE_NAME if secure else _NAME)
-        if cookie is None or not _COOKIE.fullmatch(cookie):
+        if cookie is None or not _COOKIE_FORM.fullmatch(cookie):
             return None
         return await self._find(_id_of(cookie), cookie, secure=secure)
 
-    async def holds(self, session: Session) -> bool:
-        """Whether a session that held before still does. Raises `StoreUnavailable`."""
+    async def is_valid(self, session: Session) -> bool:
+        """Whether a session is still valid. Raises `StoreUnavailable`."""
         row = await store.find(self._database, session.session_id)
         return row is not None and await self._token_of(row) is not None
 
-    def is_own(self, scope: Scope) -> bool:
-        """Whether a request comes from a page of our own, or from no page at all."""
-        return from_own_page(scope, also=self._secure_host)
+    def is_same_origin(self, scope: Scope) -> bool:
+        """Whether a request comes from one of our own pages, or from no page at all."""
+        return is_same_origin(scope, also=self._secure_host)
 
     def may_send(self, scope: Scope, session: Session) -> bool:
-        """Whether this request is one that our own pages make, where it changes something.
+        """Whether this request changes nothing, or comes from one of our own pages.
 
-        Pages carry the CSRF token in a field of their form, which they check themselves.
+        Outside `/api` the CSRF token may be a field of a form, which the pages check themselves.
         """
-        if scope["method"] in SAFE:
+        if scope["method"] in SAFE_METHODS:
             return True
-        if not self.is_own(scope):
+        if not self.is_same_origin(scope):
             return False
         if not scope["path"].startswith("/api"):
             return True
-        shown = header_of(scope, CSRF_HEADER.encode())
-        return session.shown(None if shown is None else shown.decode("latin-1"))
+        csrf = header(scope, CSRF_HEADER.encode())
+        return session.matches(None if csrf is None else csrf.decode("latin-1"))
 
     async def _find(self, session_id: str, cookie: str, *, secure: bool) -> Session | None:
         row = await store.find(self._database, session_id)
@@ -148,13 +142,13 @@ class Sessions:
         if token is None:
             return None
         now = self._clock()
-        if now - row.last_used_at >= _NOTE_USE:
-            with suppress(StoreError):  # who only reads is served by a database that only reads
+        if now - row.last_used_at >= _RECORD_USE:
+            with suppress(StoreError):  # a read-only database still serves reads
                 await store.use(self._database, session_id, now=now)
         return Session(session_id=session_id, token=token, csrf=_csrf_of(cookie))
 
     async def _token_of(self, row: SessionRow) -> Token | None:
-        """The token that a session began with, while both it and the session hold."""
+        """The token of a session, if both are still valid."""
         now = self._clock()
         if now - row.started_at >= LASTS or now - row.last_used_at >= IDLE:
             return None
@@ -164,8 +158,8 @@ class Sessions:
         return None
 
     async def _digest(self, token: Token) -> str:
-        """What a row keeps of a token. Slow on purpose, and made once: who reads the table must not
-        try tokens quickly."""
+        """The stored digest of a token. Slow on purpose, against guesses from a stolen table, and
+        therefore cached."""
         if token.value not in self._digests:
             digest = await asyncio.to_thread(
                 hashlib.scrypt, token.value.encode(), salt=b"tracker session", n=2**14, r=8, p=1
@@ -174,14 +168,14 @@ class Sessions:
         return self._digests[token.value]
 
     def _is_secure(self, scope: Scope) -> bool:
-        """Whether the browser came over https.
+        """Whether the browser uses https.
 
-        Some proxies do not say so. A cookie that only https can set tells it, and so does the host
-        of an https `TRACKER_PUBLIC_URL`.
+        Some proxies do not say so; then a cookie that only https can set, or the host of an https
+        `TRACKER_PUBLIC_URL`, does.
         """
-        if came_by_https(scope) or _cookie(scope, _SECURE_NAME) is not None:
+        if is_https(scope) or _cookie(scope, _SECURE_NAME) is not None:
             return True
-        host = header_of(scope, b"host")
+        host = header(scope, b"host")
         return self._secure_host is not None and (
             host is not None and host.lower() == self._secure_host.encode("latin-1")
         )
@@ -197,7 +191,7 @@ def _csrf_of(cookie: str) -> str:
 
 
 def _set_cookie(value: str, lasts: timedelta, *, secure: bool) -> str:
-    """Over https under a name that no other host and no http page can set."""
+    """A `Set-Cookie`; with https under a name that no other host and no http page can set."""
     parts = [
         f"{_SECURE_NAME if secure else _NAME}={value}",
         f"Max-Age={int(lasts.total_seconds())}",
@@ -209,13 +203,11 @@ def _set_cookie(value: str, lasts: timedelta, *, secure: bool) -> str:
 
 
 def _cookie(scope: Scope, name: str) -> str | None:
-    """The cookie of that name; `None` where there is none, or more than one."""
+    """The cookie of that name; `None` if there is none, or more than one."""
     found = []
-    for key, value in scope["headers"]:
-        if key != b"cookie":
-            continue
+    for value in header_values(scope, b"cookie"):
         for part in value.decode("latin-1").split(";"):
-            given, equals, text = part.strip().partition("=")
-            if equals and given == name:
+            key, equals, text = part.strip().partition("=")
+            if equals and key == name:
                 found.append(text)
     return found[0] if len(found) == 1 else None

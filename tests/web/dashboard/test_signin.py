@@ -20,9 +20,9 @@ from tracker.operations.logs import configure_logs
 from tracker.services import open_services
 from tracker.settings import Settings, TokenSettings
 from tracker.store.engine import Database
-from tracker.web.auth import EACH_BURST
+from tracker.web.auth import EACH_BURST, MOST_KEYS, Throttle
 from tracker.web.dashboard.access import local_path
-from tracker.web.http.limits import MOST_KEYS, Limits, Throttle
+from tracker.web.http.limits import Limits
 from tracker.web.sessions import IDLE, LASTS, Sessions
 
 PAGES = ["/", "/runs", "/runs/run_1", "/deliveries", "/techniques", "/sweeps", "/no/such/page"]
@@ -201,7 +201,7 @@ class _Signed:
 
     async def begin(self, token: Token) -> str:
         """The cookie of a new session."""
-        return (await self.sessions.begin(_request(""), token)).split(";")[0]
+        return (await self.sessions.start(_request(""), token)).split(";")[0]
 
     async def holds(self, cookie: str) -> bool:
         """Whether it lets in now."""

@@ -22,7 +22,7 @@ from tracker.core.run import Tracking
 from tracker.core.tags import check_tags, parse_tag
 from tracker.store.queries.spending import check_by
 from tracker.store.queries.starts import LISTED
-from tracker.web.http.errors import invalid
+from tracker.web.http.responses import invalid
 
 M = TypeVar("M", bound=BaseModel)
 

@@ -40,11 +40,9 @@ from tracker.web.api.responses import (
     Timeline,
 )
 from tracker.web.auth import actor_of
-from tracker.web.http.answers import Json
-from tracker.web.http.body import read_json
-from tracker.web.http.errors import Fault, invalid, not_found
 from tracker.web.http.limits import Limits
-from tracker.web.http.origin import peer_of
+from tracker.web.http.request import peer_of, read_json
+from tracker.web.http.responses import Fault, Json, invalid, not_found
 from tracker.web.stream.endpoint import Stream, StreamQuery
 
 _BODY_ERRORS: Final = (400, 408, 413)

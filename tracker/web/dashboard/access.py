@@ -12,11 +12,11 @@ from tracker.services import Services
 from tracker.store.queries import audit
 from tracker.store.queries.audit import Action, acting
 from tracker.views import audit_facts
-from tracker.web.auth import Access, principal_of, session_of
+from tracker.web.auth import AccessControl, principal_of, session_of
 from tracker.web.dashboard.forms import check_csrf, query_choice, query_field, read_form
 from tracker.web.dashboard.render import PageGroup, Renderer, page_links, query
-from tracker.web.http.errors import Fault
-from tracker.web.http.origin import peer_of
+from tracker.web.http.request import peer_of
+from tracker.web.http.responses import Fault
 
 PAGE_SIZE: Final = 50
 
@@ -26,7 +26,7 @@ log = structlog.get_logger(__name__)
 class AccessPages(PageGroup):
     """Sign-in, sign-out and the audit log. Where no token is set, no sign-in is needed."""
 
-    def __init__(self, services: Services, renderer: Renderer, access: Access) -> None:
+    def __init__(self, services: Services, renderer: Renderer, access: AccessControl) -> None:
         super().__init__(services, renderer)
         self._access = access
 
@@ -47,21 +47,21 @@ class AccessPages(PageGroup):
             if await sessions.of(request.scope) is not None:
                 return RedirectResponse(wanted, status_code=303)
             return self._form(request, wanted)
-        if not sessions.is_own(request.scope):
+        if not sessions.is_same_origin(request.scope):
             raise Fault(403, "forbidden", "A page of another site sent the form.")
         shown = (await read_form(request)).get("token", "").strip()
         try:
-            token = self._access.token(request.scope, shown.encode())
+            token = self._access.check_token(request.scope, shown.encode())
         except Fault as refusal:
             return self._form(request, wanted, refusal=refusal)
         if not token.allows(Scope.READ):
             message = f"The token {token.name} may not see pages: it lacks the scope read."
             fault = Fault(403, "forbidden", message)
-            self._access.refused("scope", request.scope, fault, token=token.name)
+            self._access.refuse("scope", request.scope, fault, token=token.name)
             return self._form(request, wanted, refusal=fault)
         answer = RedirectResponse(wanted, status_code=303)
         with acting(principal_of(request.scope, token.name)):
-            answer.headers["Set-Cookie"] = await sessions.begin(request.scope, token)
+            answer.headers["Set-Cookie"] = await sessions.start(request.scope, token)
         answer.headers["Cache-Control"] = "no-store"
         log.info("auth.signed_in", token=token.name, peer=peer_of(request.scope))
         return answer

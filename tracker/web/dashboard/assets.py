@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tracker.web.http.errors import not_found
+from tracker.web.http.responses import not_found
 
 IMMUTABLE: Final = "public, max-age=31536000, immutable"
 _TYPES: Final = {

@@ -13,7 +13,7 @@ from tracker.store.queries.overview import technique_names
 from tracker.store.queries.starts import LISTED
 from tracker.web.dashboard.forms import path_id, query_choice, query_field, query_position
 from tracker.web.dashboard.render import PageGroup, page_links, query
-from tracker.web.http.errors import not_found
+from tracker.web.http.responses import not_found
 
 PAGE_SIZE: Final = 50
 ROWS: Final = 100

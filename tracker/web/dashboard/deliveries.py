@@ -13,7 +13,7 @@ from tracker.store.queries import runs as read
 from tracker.store.queries.runs import DeliveryRow
 from tracker.web.dashboard.forms import check_csrf, path_id, query_choice, query_field
 from tracker.web.dashboard.render import FlashMessage, PageGroup, page_links
-from tracker.web.http.errors import not_found
+from tracker.web.http.responses import not_found
 
 PAGE_SIZE: Final = 50
 

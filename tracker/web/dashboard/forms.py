@@ -10,8 +10,8 @@ from starlette.requests import Request
 
 from tracker.core.errors import FieldFault
 from tracker.web.auth import session_of
-from tracker.web.http.body import read_body
-from tracker.web.http.errors import Fault, invalid
+from tracker.web.http.request import read_body
+from tracker.web.http.responses import Fault, invalid
 from tracker.web.sessions import CSRF_FIELD, CSRF_HEADER
 
 MAX_FORM_BYTES: Final = 16 * 1024
@@ -89,7 +89,7 @@ async def check_csrf(request: Request) -> None:
     shown = request.headers.get(CSRF_HEADER)
     if shown is None:
         shown = (await read_form(request)).get(CSRF_FIELD)
-    if not session.shown(shown):
+    if not session.matches(shown):
         raise Fault(
             403,
             "forbidden",

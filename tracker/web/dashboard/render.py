@@ -25,7 +25,7 @@ from tracker.services import Services
 from tracker.store.text import clean
 from tracker.web.auth import may, session_of
 from tracker.web.dashboard.assets import Assets
-from tracker.web.http.errors import Fault
+from tracker.web.http.responses import Fault
 
 NAVIGATION: Final = (
     ("/", "Overview"),

@@ -23,7 +23,7 @@ from tracker.store.queries.search import STATES, Wanted, search_runs
 from tracker.web.dashboard.forms import check_csrf, path_id, query_choice, query_field
 from tracker.web.dashboard.outputs import plain_http_origin, presentation, web_link
 from tracker.web.dashboard.render import FlashMessage, PageGroup, page_links
-from tracker.web.http.errors import invalid, not_found
+from tracker.web.http.responses import invalid, not_found
 
 PAGE_SIZE: Final = 50
 CALLBACKS: Final = 10

@@ -9,7 +9,7 @@ from starlette.routing import Route
 from starlette.types import Scope
 
 from tracker.services import Services
-from tracker.web.auth import Access
+from tracker.web.auth import AccessControl
 from tracker.web.dashboard.access import AccessPages, local_path, login_url
 from tracker.web.dashboard.assets import Assets
 from tracker.web.dashboard.batches import BatchPages
@@ -21,7 +21,7 @@ from tracker.web.dashboard.runs import RunPages
 from tracker.web.dashboard.spending import SpendingPage
 from tracker.web.dashboard.sweeps import SweepPage
 from tracker.web.dashboard.techniques import TechniquePages
-from tracker.web.http.errors import Fault
+from tracker.web.http.responses import Fault
 
 _JSON_PATHS: Final = (
     "/api",
@@ -48,7 +48,7 @@ _TITLES: Final = {
 class Dashboard:
     """All pages."""
 
-    def __init__(self, services: Services, access: Access) -> None:
+    def __init__(self, services: Services, access: AccessControl) -> None:
         media_origin = plain_http_origin(services.settings.flora_base_url)
         self._access = access
         self._assets = Assets()

@@ -12,7 +12,7 @@ from tracker.store.queries import techniques
 from tracker.store.queries.techniques import TechniqueRow
 from tracker.web.dashboard.forms import path_id, query_field
 from tracker.web.dashboard.render import PageGroup, page_links
-from tracker.web.http.errors import not_found
+from tracker.web.http.responses import not_found
 
 PAGE_SIZE: Final = 60
 RECENT_RUNS: Final = 10

@@ -1,27 +1,26 @@
-"""One HTTP connection, and what a client may make of it: time, memory, and other people's places.
+"""One HTTP connection and the limits on its client, and the limits on all connections together.
 
-uvicorn's own protocol waits for ever for a request that has begun, takes a head of any size, and as
-many requests ahead as are sent. Here whatever depends on the client ends by itself:
+uvicorn's own protocol waits without limit for a request that has started, and accepts heads of any
+size and any number of requests ahead. Here everything that depends on the client ends by itself:
 
 ===============================  ================================================================
-the connection                   ends
+a connection that                is closed
 ===============================  ================================================================
-has nothing to do                after `idle_seconds`
-has brought a part of a head     after `head_seconds`, with 408; beyond `head_bytes` or `headers`,
+is idle                          after `idle_seconds`
+has sent part of a head          after `head_seconds`, with 408; beyond `head_bytes` or `headers`,
                                  with 431
-has brought a part of a body     as the application says, which reads it
-has brought whole requests       when they are answered, each in its turn; with the last of
+has sent part of a body          when the application, which reads it, says so
+has sent whole requests          when they are answered, in order; with the last of
                                  `requests_ahead`, if there are more
-takes its answers slowly         when another client needs its place or its memory; where it takes
-                                 nothing at all, after `UNREAD` of `tracker.web.http.server`
+reads its responses slowly       when another client needs its place or its memory; if it reads
+                                 nothing at all, after `UNREAD_SECONDS` of `server`
 ===============================  ================================================================
 
-Nothing more is read of a client that does not take its answers. Trailers are dropped: they come
-after the decisions that headers are for (RFC 9110, 6.5.1). `tracker.web.http.connection` counts
-what all connections hold and looks at each of them once a second, so that this costs a request no
-timer.
+Nothing more is read from a client that does not read its responses. Trailers are dropped: they
+come after the decisions that headers are for (RFC 9110, 6.5.1). All connections are checked once a
+second, so that a request needs no timer.
 
-This builds on internals of uvicorn: `tests/web/test_uvicorn.py` says which.
+This builds on internals of uvicorn: `tests/web/test_uvicorn.py` lists them.
 """
 
 import asyncio
@@ -38,28 +37,36 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from tracker.core.rate_limited_log import Seldom
-from tracker.web.http.answers import WRITE, to_json
-from tracker.web.http.errors import Fault, unavailable
 from tracker.web.http.limits import Limits
+from tracker.web.http.responses import WRITE, Fault, to_json, unavailable
 
-PIECE: Final = 16 * 1024
-"""Bytes that are parsed at a time, so that what is too much is noticed before it is kept."""
-UNSENT: Final = 4 * 1024
-"""Bytes of answers that wait for a slow client before it is given no more."""
-_OBJECTS: Final = 2048
-"""What a request costs in memory besides its bytes, about."""
-_HEADER: Final = 128
-"""What each of its headers costs besides its bytes, about."""
+PARSE_BYTES: Final = 16 * 1024
+"""Parsed at a time, so that too much is noticed before it is kept."""
+UNSENT_BYTES: Final = 4 * 1024
+"""Of responses that a slow client has not taken, before writing is paused."""
+SMALL_BYTES: Final = 8 * 1024
+"""A connection may always hold this much: twice an ordinary callback."""
+_REQUEST_BYTES: Final = 2048
+"""Approximate memory of a request, besides its bytes."""
+_HEADER_BYTES: Final = 128
+"""Approximate memory of each header, besides its bytes."""
+_OTHER_FILES: Final = 256
+"""File descriptors for the database, FLORA, and clients accepted before others are closed; half of
+all, if a process may not open twice as many."""
+_EVICTED_TOGETHER: Final = 32
+"""Connections closed at once: finding them costs more than closing them."""
 
-_NO_HTTP: Final = Fault(400, "bad_request", "This is no request as HTTP has it.")
-_TOO_SLOW: Final = Fault(408, "request_timeout", "The request did not come in time.")
-_LONG_HEAD: Final = Fault(431, "head_too_large", "The head of the request is too large.")
-_NO_ROOM: Final = unavailable("Too many connections are open.")
+_BAD_REQUEST: Final = Fault(400, "bad_request", "This is not a valid HTTP request.")
+_SLOW_HEAD: Final = Fault(408, "request_timeout", "The request did not arrive in time.")
+_LARGE_HEAD: Final = Fault(431, "head_too_large", "The head of the request is too large.")
+_NO_PLACE: Final = unavailable("Too many connections are open.")
 _NO_MEMORY: Final = unavailable("Too many requests are being received.")
 
+log = structlog.get_logger(__name__)
 
-class _Flow(FlowControl):
-    """Reads on only from a client that takes its answers and has not sent too far ahead."""
+
+class _ReadFlow(FlowControl):
+    """Resumes reading only if the client reads its responses and is not too far ahead."""
 
     is_ahead = False
 
@@ -68,281 +75,243 @@ class _Flow(FlowControl):
             super().resume_reading()
 
 
-class Joined:
-    """What an answer is written to, in front of `transport`: its head and body in one packet.
+class WriteCoalescer:
+    """Wraps `transport`, so that the head and the body of a response leave in one packet.
 
-    uvicorn writes them one after the other, and each write is a call of the kernel and a packet of
-    its own: for an answer as small as ours a third of what the server does with a request. A write
-    is kept back until the next one, and no longer than this turn of the event loop.
+    uvicorn writes them separately, and each write is a system call and a packet: a third of the
+    server's work for a small response. A write is held until the next one, but no longer than the
+    current iteration of the event loop.
     """
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self._transport = transport
         self._loop = loop
-        self._kept: bytes | None = None
+        self._held: bytes | None = None
 
     def write(self, data: bytes) -> None:
-        """Write it with what was kept back, or keep it back."""
-        if self._kept is None:
-            self._kept = data
+        """Write `data` together with what is held, or hold it."""
+        if self._held is None:
+            self._held = data
             self._loop.call_soon(self.flush)
         else:
-            whole, self._kept = self._kept + data, None
-            self._transport.write(whole)
+            data, self._held = self._held + data, None
+            self._transport.write(data)
 
     def flush(self) -> None:
-        """Write what is kept back, if its reader has not gone since: uvloop minds that."""
-        if self._kept is not None:
-            alone, self._kept = self._kept, None
+        """Write what is held, unless the client is gone: uvloop would warn."""
+        if self._held is not None:
+            data, self._held = self._held, None
             if not self._transport.is_closing():
-                self._transport.write(alone)
+                self._transport.write(data)
 
     def close(self) -> None:
-        """Close the connection behind what was written."""
+        """Close the connection after what was written."""
         self.flush()
         self._transport.close()
 
     def is_closing(self) -> bool:
-        """Whether the connection is closed, or will be."""
+        """Whether the connection is closed or closing."""
         return self._transport.is_closing()
 
 
 class Connection(HttpToolsProtocol):
-    """A connection, one of those that `limit` keeps in order.
+    """A connection under the limits of `pool`."""
 
-    The methods that are no part of uvicorn's protocol are for the limit.
-    """
-
-    def __init__(self, *, limit: "ConnectionLimit", **given: Any) -> None:
-        super().__init__(**given)
-        self._limit = limit
-        self._limits = limit.limits
+    def __init__(self, *, pool: "ConnectionPool", **options: Any) -> None:
+        super().__init__(**options)
+        self._pool = pool
+        self._limits = pool.limits
         self.since = self.loop.time()
-        """When it was first seen to be where it stands, or began a head, by the loop's clock."""
+        """When its current phase was first seen, or its head started, by the loop's clock."""
         self.held = 0
-        """Bytes that its client has brought and that may still be in memory, about."""
-        self._stand: object = None
+        """Approximate memory of what its client has sent."""
+        self._phase: object = None
         self._piece = 0
         self._framing = 0
-        """How many bytes came in a row that are no part of a body: a head, the frame of chunks. Of
-        a head that begins within a piece, all of the piece."""
-        self._refusal = _NO_HTTP
-        self._is_deaf = False
-        """Whether what comes is thrown away: this connection only has yet to answer."""
-        self._before: list[RequestResponseCycle] = []
-        """Requests that may still be answered, while `cycle` is one that came after them."""
+        """Bytes in a row that are no part of a body: a head, or the framing of chunks. For a head
+        that starts within a piece, all of the piece."""
+        self._refusal = _BAD_REQUEST
+        self._ignores_input = False
+        """After a refusal: only responses are still sent."""
+        self._earlier: list[RequestResponseCycle] = []
+        """Requests before `cycle` that may not be answered yet."""
+
+    # For the pool
 
     @property
     def is_waiting(self) -> bool:
-        """Whether it is the client's turn: to ask, to bring the rest of what it asks (though it may
-        be refused already), or to take what it was answered, be it the last."""
+        """Whether it waits for its client: to send a request or the rest of one, even of a refused
+        one, or to read the response, even the last."""
         if self.flow.write_paused or self.transport.is_closing() or not self._is_busy:
             return True
         return self.cycle.more_body and not self.pipeline
 
-    def look(self, now: float) -> None:
-        """Ends it, if its client has left it where it stands for too long."""
-        head = self._begun_head
-        stand = self if self._is_busy else head or self.cycle
-        if stand is not self._stand:
-            self._stand, self.since = stand, now
+    def check(self, now: float) -> None:
+        """Close it if its client has been idle, or in the middle of a head, for too long."""
+        head = self._partial_head
+        phase = self if self._is_busy else head or self.cycle
+        if phase is not self._phase:
+            self._phase, self.since = phase, now
         if self._is_busy or self.transport.is_closing():
             return
         if head is None:
             if now - self.since > self._limits.idle_seconds:
                 self.transport.close()
         elif now - self.since > self._limits.head_seconds:
-            self._refuse(_TOO_SLOW)
+            self._refuse(_SLOW_HEAD)
 
-    def give_way(self) -> None:
-        """Ends it, because another client needs its place or its memory."""
-        self.connections.discard(self)  # it is no longer counted, though it takes a moment to go
-        is_answered = self._is_busy and self.cycle.response_started
-        if is_answered or self.transport.is_closing() or self.transport.get_write_buffer_size():
-            self.transport.abort()  # else it would stay until its client has taken the rest
-        elif self._begun_head is None and not self._is_busy:
+    def evict(self) -> None:
+        """Close it, because another client needs its place or its memory."""
+        self.connections.discard(self)  # it no longer counts, although closing takes a moment
+        responding = self._is_busy and self.cycle.response_started
+        if responding or self.transport.is_closing() or self.transport.get_write_buffer_size():
+            self.transport.abort()  # else it would stay until its client has read the rest
+        elif self._partial_head is None and not self._is_busy:
             self.transport.close()
         else:
-            self._refuse(_NO_ROOM)
-        self._limit.hold(self, 0)
+            self._refuse(_NO_PLACE)
+        self._pool.hold(self, 0)
+
+    # Called by the transport
 
     def connection_made(self, transport: Any) -> None:
-        """Takes its place, for which another one may have to go."""
+        """Takes a place, for which another connection may be evicted."""
         super().connection_made(transport)
-        transport.set_write_buffer_limits(high=UNSENT)
-        self.flow: _Flow = _Flow(transport)
-        self._answers = Joined(transport, self.loop)
-        if not self._limit.admit(self):
-            self._refuse(_NO_ROOM)
+        transport.set_write_buffer_limits(high=UNSENT_BYTES)
+        self.flow: _ReadFlow = _ReadFlow(transport)
+        self._writer = WriteCoalescer(transport, self.loop)
+        if not self._pool.admit(self):
+            self._refuse(_NO_PLACE)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Tells every request that is not answered yet, not the last alone."""
+        """Notifies every request that is not answered yet, not only the last."""
         super().connection_lost(exc)
-        self._limit.hold(self, 0)
-        for cycle in self._before:
+        self._pool.hold(self, 0)
+        for cycle in self._earlier:
             cycle.disconnected = True
             cycle.message_event.set()
 
     def data_received(self, data: bytes) -> None:
-        """Reads on, as far as the client is listened to."""
-        if self._is_deaf:
+        """Parses what the client sends, until it exceeds a limit."""
+        if self._ignores_input:
             return
-        if not self._limit.hold(self, self.held + len(data)):
+        if not self._pool.hold(self, self.held + len(data)):
             self._refuse(_NO_MEMORY)
             return
-        for start in range(0, len(data), PIECE):
-            piece = data[start : start + PIECE]
+        for start in range(0, len(data), PARSE_BYTES):
+            piece = data[start : start + PARSE_BYTES]
             self._piece = len(piece)
             self._framing += self._piece
             try:
                 self.parser.feed_data(piece)
-            except httptools.HttpParserUpgrade as offer:
-                self._read_without_the_offer(data[start + offer.args[0] :])
+            except httptools.HttpParserUpgrade as upgrade:
+                self._ignore_upgrade(data[start + upgrade.args[0] :])
                 return
             except httptools.HttpParserError:
                 self._refuse(self._refusal)
                 return
-            if self._framing > self._limits.head_bytes + PIECE:
-                self._refuse(_LONG_HEAD)
+            if self._framing > self._limits.head_bytes + PARSE_BYTES:
+                self._refuse(_LARGE_HEAD)
                 return
-        self._settle()
+        self._recount()
         if self.pipeline and self.held > HIGH_WATER_LIMIT:
             self.flow.is_ahead = True
             self.flow.pause_reading()
 
-    def _settle(self) -> None:
-        """Counts anew what is held, where that is not known to be the same until an answer."""
-        if self._is_busy and not (self.cycle.response_started and self.cycle.more_body):
-            return
-        # What comes of a body that is answered already is thrown away.
-        head = 0 if self._begun_head is None else self._framing + _HEADER * len(self.headers)
-        if not self._limit.hold(self, head) and not self.transport.is_closing():
-            self._refuse(_NO_MEMORY)
-
     def pause_writing(self) -> None:
-        """The client does not take what it is answered: nothing more is read of it."""
+        """Stops reading from a client that does not read its responses."""
         super().pause_writing()
         if not self.transport.is_closing():
             self.flow.pause_reading()
 
     def resume_writing(self) -> None:
-        """It takes its answers again."""
+        """Reads again."""
         super().resume_writing()
         if not self.transport.is_closing():
             self.flow.resume_reading()
 
+    # Called by the parser. What is raised here ends the parsing.
+
     def on_message_begin(self) -> None:
-        """Begins a head: the client is not the one that has been idle longest any more."""
+        """Starts a head: the client is no longer idle."""
         super().on_message_begin()
         self.since = self.loop.time()
         self._framing = self._piece
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Takes a header, and drops a trailer. What is raised here ends the reading."""
+        """Takes a header, and drops a trailer."""
         if getattr(self.cycle, "scope", None) is self.scope:
             return
         super().on_header(name, value)
         if len(self.headers) > self._limits.headers:
-            self._refusal = _LONG_HEAD
+            self._refusal = _LARGE_HEAD
             raise ValueError("too many headers")
 
     def on_headers_complete(self) -> None:
-        """Hands the request on. What is raised here ends the reading."""
-        if self._framing > self._limits.head_bytes:  # something else may be part of that
+        """Passes the request on."""
+        if self._framing > self._limits.head_bytes:  # part of it may be something else
             size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
             if size > self._limits.head_bytes:
-                self._refusal = _LONG_HEAD
+                self._refusal = _LARGE_HEAD
                 raise ValueError(size)
         self._framing = 0
         if self.parser.should_upgrade():
             if self.parser.get_method() == b"CONNECT":
-                raise ValueError("no tunnel begins here")
+                raise ValueError("CONNECT is not supported")
             return
         if len(self.pipeline) >= self._limits.requests_ahead:
             raise ValueError(len(self.pipeline))
-        self._limit.hold(self, self.held + _OBJECTS + _HEADER * len(self.headers))
-        before = self.cycle
+        self._pool.hold(self, self.held + _REQUEST_BYTES + _HEADER_BYTES * len(self.headers))
+        previous = self.cycle
         super().on_headers_complete()
-        self.cycle.transport = self._answers  # type: ignore[assignment]  # as far as it is used
-        self.scope[WRITE] = partial(self._write_constant, self.cycle)  # type: ignore[typeddict-unknown-key]
+        self.cycle.transport = self._writer  # type: ignore[assignment]  # as far as it is used
+        self.scope[WRITE] = partial(self._write_response, self.cycle)  # type: ignore[typeddict-unknown-key]
         if self.pipeline:
-            self._before = [cycle for cycle in self._before if not cycle.response_complete]
-            self._before.append(before)
+            self._earlier = [cycle for cycle in self._earlier if not cycle.response_complete]
+            self._earlier.append(previous)
 
-    def _write_constant(self, cycle: RequestResponseCycle, answer: bytes) -> bool:
-        """See `tracker.web.http.answers.Write`: the plain case of what uvicorn does."""
+    def on_body(self, body: bytes) -> None:
+        """Passes a part of the body on."""
+        self._framing = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Passes the end of the body on."""
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
+
+    # Responses
+
+    def on_response_complete(self) -> None:
+        """Continues with the next request, or waits for one."""
+        self._writer.flush()  # a response to HEAD has no body
+        self._recount()
+        self.flow.is_ahead = len(self.pipeline) > 1 and self.held > HIGH_WATER_LIMIT
+        if self.pipeline:
+            super().on_response_complete()
+            return
+        # The same without uvicorn's timer for idle connections, which `check` replaces.
+        self.server_state.total_requests += 1
+        if not self.transport.is_closing():
+            self.flow.resume_reading()
+
+    def _write_response(self, cycle: RequestResponseCycle, response: bytes) -> bool:
+        """See `WriteResponse`: the simple case of `RequestResponseCycle.send`."""
         if cycle.response_started or cycle.disconnected or not cycle.keep_alive:
             return False
         if self.flow.write_paused or cycle.more_body:
             return False
         cycle.response_started = cycle.response_complete = True
-        self._answers.flush()
+        self._writer.flush()
         defaults = b"".join(b"%b: %b\r\n" % header for header in cycle.default_headers)
-        self.transport.write(b"HTTP/1.1 200 OK\r\n%b%b" % (defaults, answer))
+        self.transport.write(b"HTTP/1.1 200 OK\r\n%b%b" % (defaults, response))
         cycle.message_event.set()
         cycle.on_response()
         return True
 
-    def on_response_complete(self) -> None:
-        """Goes on to the next request, or to the connection's end."""
-        self._answers.flush()  # of an answer to HEAD there is no body
-        self._settle()
-        self.flow.is_ahead = len(self.pipeline) > 1 and self.held > HIGH_WATER_LIMIT
-        if self.pipeline:
-            super().on_response_complete()
-            return
-        # The same without a timer for the time in which nothing comes: `look` sees to that.
-        self.server_state.total_requests += 1
-        if not self.transport.is_closing():
-            self.flow.resume_reading()
-
-    def on_body(self, body: bytes) -> None:
-        """Hands a part of the body on."""
-        self._framing = 0
-        super().on_body(body)
-
-    def on_message_complete(self) -> None:
-        """Hands the end of the body on."""
-        if not self.parser.should_upgrade():
-            super().on_message_complete()
-
-    @property
-    def _newest(self) -> RequestResponseCycle | None:
-        """The request whose head came last; none before the first."""
-        return self.cycle
-
-    @property
-    def _is_busy(self) -> bool:
-        """Whether a request is being answered, or waits for its turn."""
-        newest = self._newest
-        return newest is not None and not newest.response_complete
-
-    @property
-    def _is_receiving(self) -> bool:
-        """Whether the one request that is being answered is not whole yet."""
-        newest = self._newest
-        if newest is None or newest.response_started or self.pipeline:
-            return False
-        return newest.more_body
-
-    @property
-    def _begun_head(self) -> object | None:
-        """What there is of a head that is not whole; the parser begins a scope with each."""
-        newest = self._newest
-        return None if newest is not None and newest.scope is self.scope else self.scope
-
-    def _read_without_the_offer(self, rest: bytes) -> None:
-        """Reads on after a head that offers another protocol. None is spoken here, and then the
-        offer means nothing (RFC 9110, 7.8); the parser would give up the body for it."""
-        version = self.parser.get_http_version().encode()
-        lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
-        lines += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
-        self.parser = httptools.HttpRequestParser(self)
-        self.data_received(b"\r\n".join([*lines, b"", rest]))
-
     def _refuse(self, fault: Fault) -> None:
-        """The last that is read of this client. What it asked before is answered, and in order."""
-        self._is_deaf = True
+        """Read nothing more. Earlier requests are still answered, in order."""
+        self._ignores_input = True
         if self._is_busy and not self._is_receiving:
             self.cycle.keep_alive = False
             return
@@ -358,90 +327,122 @@ class Connection(HttpToolsProtocol):
         self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
         self.transport.close()
 
+    # State
 
-# All connections of a server: how many there may be, what they may hold, and who has to go.
-#
-# Each costs a file, and a process has only so many: where they are used up, nobody is let in any
-# more, nor is the database reached. Each may also bring bytes that have to be kept until its
-# request is answered. Both are bounded for all connections together, and beyond that those go
-# that have waited longest for their client; where it is about memory, the large ones first. A
-# callback comes, is answered, and hardly waits at all.
+    @property
+    def _newest(self) -> RequestResponseCycle | None:
+        """The request whose head came last; none before the first."""
+        return self.cycle
+
+    @property
+    def _is_busy(self) -> bool:
+        """Whether a request is being answered, or queued."""
+        newest = self._newest
+        return newest is not None and not newest.response_complete
+
+    @property
+    def _is_receiving(self) -> bool:
+        """Whether the only open request is not complete yet."""
+        newest = self._newest
+        if newest is None or newest.response_started or self.pipeline:
+            return False
+        return newest.more_body
+
+    @property
+    def _partial_head(self) -> object | None:
+        """What there is of an incomplete head; the parser creates a scope for each."""
+        newest = self._newest
+        return None if newest is not None and newest.scope is self.scope else self.scope
+
+    def _recount(self) -> None:
+        """Recompute the memory held, unless it cannot change before a response."""
+        if self._is_busy and not (self.cycle.response_started and self.cycle.more_body):
+            return
+        # The rest of a body that is answered already is discarded.
+        has_head = self._partial_head is not None
+        head = self._framing + _HEADER_BYTES * len(self.headers) if has_head else 0
+        if not self._pool.hold(self, head) and not self.transport.is_closing():
+            self._refuse(_NO_MEMORY)
+
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """Parse a head again without its offer of another protocol (RFC 9110, 7.8): the parser
+        would skip the body after it."""
+        version = self.parser.get_http_version().encode()
+        lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
+        lines += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+        self.parser = httptools.HttpRequestParser(self)
+        self.data_received(b"\r\n".join([*lines, b"", rest]))
 
 
-log = structlog.get_logger(__name__)
+class ConnectionPool:
+    """All connections of a server, within `limits` and the files that the process may open.
 
-_OTHER_FILES: Final = 256
-"""For the database, FLORA, and those who are let in before others have gone; half of all files,
-where a process may not open twice as many."""
-_AT_ONCE: Final = 32
-"""So many go together: to look for them costs more than to let them go."""
-_SMALL: Final = 8 * 1024
-"""Bytes that a connection may always hold: an ordinary callback takes half of it."""
-
-
-class ConnectionLimit:
-    """Keeps connections within `limits`, and within the files that this process may open."""
+    Each connection costs a file descriptor, and may bring bytes that are kept until its request is
+    answered. Both are limited for all connections together. Beyond that, connections that have
+    waited longest for their client are closed; to free memory, the large ones first. A callback
+    hardly waits at all.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        files = _files(limits.connections)
+        files = _open_files(limits.connections)
         self._most = min(limits.connections, max(files - _OTHER_FILES, files // 2))
         self._held = 0
-        self._seldom = Seldom()
+        self._logged = Seldom()
 
-    def connection(self, **given: Any) -> Connection:
-        """A new connection, as uvicorn makes its own."""
-        return Connection(limit=self, **given)
+    def connect(self, **options: Any) -> Connection:
+        """A new connection, with uvicorn's options."""
+        return Connection(pool=self, **options)
 
-    def look_round(self, connections: Iterable[Any], now: float) -> None:
-        """Ends those whose clients take too long. `now` is the loop's time."""
+    def check(self, connections: Iterable[Any], now: float) -> None:
+        """Close those whose clients take too long. `now` is the loop's time."""
         for connection in list(connections):
-            connection.look(now)
+            connection.check(now)
 
     def admit(self, newcomer: Connection) -> bool:
-        """Makes room for it where there is none; false where everybody is being served."""
+        """Make a place for it; false if all others are being served."""
         if len(newcomer.connections) <= self._most:
             return True
-        gone = nsmallest(_AT_ONCE, _waiting(newcomer), key=attrgetter("since"))
-        for connection in gone:
-            connection.give_way()
-        if count := self._seldom.count("full", now=newcomer.loop.time()):
+        evicted = nsmallest(_EVICTED_TOGETHER, _waiting(newcomer), key=attrgetter("since"))
+        for connection in evicted:
+            connection.evict()
+        if count := self._logged.count("full", now=newcomer.loop.time()):
             log.warning("connections.full", most=self._most, count=count)
-        return bool(gone)
+        return bool(evicted)
 
     def hold(self, connection: Connection, held: int) -> bool:
-        """Count `held` bytes for it, in place of what it held before; false where there is no room
-        for them, and nobody who could make some."""
+        """Set the memory that it holds; false if that is too much, and no other can be evicted."""
         self._held += held - connection.held
         connection.held = held
         most = self.limits.received_bytes
-        if self._held <= most or held <= _SMALL:
+        if self._held <= most or held <= SMALL_BYTES:
             return True
-        # Small requests go last: callbacks are, and letting them go makes the least room.
-        for other in sorted(_waiting(connection), key=lambda one: (one.held <= _SMALL, one.since)):
+        # Small requests go last: callbacks are small, and closing them frees the least memory.
+        waiting = _waiting(connection)
+        for other in sorted(waiting, key=lambda one: (one.held <= SMALL_BYTES, one.since)):
             if self._held <= most * 3 // 4:
                 break
             if other.held:
-                other.give_way()
-        if count := self._seldom.count("memory", now=connection.loop.time()):
+                other.evict()
+        if count := self._logged.count("memory", now=connection.loop.time()):
             log.warning("connections.no_memory", most=most, count=count)
         return self._held <= most
 
 
 def _waiting(newcomer: Connection) -> list[Connection]:
-    """All others whose clients are waited for."""
-    everybody = cast(set[Connection], newcomer.connections)
-    return [one for one in everybody if one is not newcomer and one.is_waiting]
+    """All others that wait for their clients."""
+    connections = cast(set[Connection], newcomer.connections)
+    return [one for one in connections if one is not newcomer and one.is_waiting]
 
 
-def _files(wanted: int) -> int:
-    """How many files this process may open, after it asked for enough to serve `wanted`."""
+def _open_files(connections: int) -> int:
+    """How many files the process may open, after raising its limit for so many connections."""
+    enough = connections + _OTHER_FILES
     try:
-        import resource  # noqa: PLC0415  (not on Windows, where files have no such bound)
+        import resource  # noqa: PLC0415  (not on Windows, where files have no such limit)
     except ImportError:
-        return wanted + _OTHER_FILES
+        return enough
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    enough = wanted + _OTHER_FILES
     if soft == resource.RLIM_INFINITY or soft >= enough:
         return enough
     allowed = enough if hard == resource.RLIM_INFINITY else min(enough, hard)

@@ -1,9 +1,9 @@
-"""The process around the application: binds, opens what is behind it, serves, and stops in order.
+"""Binds sockets, opens the services, serves, and stops in order.
 
-The listening socket is bound first, so that a port that is taken is told before anything is opened;
-connections are accepted only when everything behind them is there. At SIGTERM or SIGINT it goes the
-other way: nothing new is accepted, what is in flight is answered, the worker stops, the services
-close. A second SIGINT does not wait for clients.
+Sockets are bound first, so that a port in use is reported before anything is opened; connections
+are accepted only when the services are open. At SIGTERM or SIGINT nothing new is accepted, open
+requests are answered, the worker stops, the services close. A second SIGINT does not wait for
+clients.
 """
 
 import asyncio
@@ -11,9 +11,10 @@ import gc
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import (
     AbstractAsyncContextManager,
+    AsyncExitStack,
     ExitStack,
     asynccontextmanager,
     contextmanager,
@@ -31,26 +32,27 @@ from tracker.core.errors import SettingsError, TrackerError
 from tracker.core.net import is_loopback
 from tracker.services import Services
 from tracker.settings import Settings
-from tracker.web.http.connection import ConnectionLimit
+from tracker.web.http.connection import ConnectionPool
 from tracker.web.http.limits import Limits
 from tracker.worker.scheduler import Worker
 
-log = structlog.get_logger(__name__)
+UNREAD_SECONDS: Final = 15
+"""How long a client may read nothing before its connection is closed."""
+GRACE_SECONDS: Final = 10
+"""How long open requests may take once the process stops: no callback takes longer, and together
+with the worker's end a container's usual 30 s suffice."""
+CANCEL_SECONDS: Final = 2
+"""How long cancelled requests may then take to respond and to release what they hold."""
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
-UNREAD: Final = 15
-"""Seconds that a client may take nothing of what it is sent, before its connection is closed."""
-GRACE: Final = 10
-"""Seconds that what is in flight has, once the process was told to stop: no callback takes longer,
-and with the worker's end a container's usual 30 s suffice."""
-LAST_WORDS: Final = 2
-"""Seconds in which it then says that it was broken off, and gives back what it holds."""
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """Where to listen, and what to serve there.
+class Listener:
+    """Where to listen, and the application to serve there.
 
-    `is_open` is true where nothing of it needs a token, so that it may be reached from anywhere.
+    `is_open` is true if nothing of it needs a token, so that it may be reached from anywhere.
     """
 
     host: str
@@ -62,64 +64,57 @@ class Place:
 def serve(
     settings: Settings,
     open_services: Callable[[], AbstractAsyncContextManager[Services]],
-    *places: Place,
+    *listeners: Listener,
     worker: Callable[[Services], Worker] | None = None,
 ) -> int:
-    """Serves what each place builds of the services until SIGTERM or SIGINT, then returns 0.
+    """Serve the listeners' applications until SIGTERM or SIGINT, then return 0.
 
-    Raises `SettingsError` where an address may not be served without a token, `TrackerError` where
-    one cannot be bound, and what `open_services` raises.
+    Raises `SettingsError` if an address may not be served without a token, `TrackerError` if one
+    cannot be bound, and what `open_services` raises.
     """
     without_token = len(settings.access_tokens) == 0
     with ExitStack() as stack:
         bound = [
             stack.enter_context(
-                listen(place.host, place.port, local_only=without_token and not place.is_open)
+                listen(one.host, one.port, local_only=without_token and not one.is_open)
             )
-            for place in places
+            for one in listeners
         ]
-        sockets = [one for listeners in bound for one in listeners]
-        if len({one.getsockname()[1] for one in sockets}) < len(places):
-            raise TrackerError("callbacks and everything else need ports that differ")
+        sockets = [one for group in bound for one in group]
+        ports = [group[0].getsockname()[1] for group in bound]
+        if len({one.getsockname()[1] for one in sockets}) < len(listeners):
+            raise TrackerError("callbacks and everything else need different ports")
 
         @asynccontextmanager
         async def application() -> AsyncIterator[ASGIApp]:
-            async with open_services() as services:
-                app = _by_port(
-                    {
-                        listeners[0].getsockname()[1]: place.build(services)
-                        for place, listeners in zip(places, bound, strict=True)
-                    }
-                )
-                if worker is None:
-                    yield app
-                    return
-                background = worker(services)
-                await background.start()
-                try:
-                    yield app
-                finally:
-                    await background.stop()
+            async with open_services() as services, AsyncExitStack() as running:
+                apps = [one.build(services) for one in listeners]
+                if worker is not None:
+                    background = worker(services)
+                    await background.start()
+                    running.push_async_callback(background.stop)
+                yield apps[0] if len(apps) == 1 else _AppsByPort(zip(ports, apps, strict=True))
 
-        def say_ready() -> None:
+        def log_ready() -> None:
             log.info(
                 "serving",
                 address=" ".join(map(_url, sockets)),
                 callback_url=settings.callback_url,
                 worker=worker is not None,
             )
-            if without_token and not all(one.is_open for one in places):
-                _say_what_is_closed(is_public=settings.is_public)
+            if without_token and not all(one.is_open for one in listeners):
+                _log_closed(is_public=settings.is_public)
 
-        run(application, sockets, on_ready=say_ready)
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            runner.run(_run(application, sockets, log_ready))
     return 0
 
 
-def _say_what_is_closed(*, is_public: bool) -> None:
+def _log_closed(*, is_public: bool) -> None:
     if is_public:
         log.warning(
             "serving.without_token",
-            meaning="TRACKER_PUBLIC_URL is set and no token is, so only callbacks and health are "
+            meaning="TRACKER_PUBLIC_URL is set but no token, so only callbacks and health are "
             "served: set TRACKER_API_TOKEN to open dashboard, API and metrics",
         )
     else:
@@ -130,52 +125,39 @@ def _say_what_is_closed(*, is_public: bool) -> None:
         )
 
 
-class _ByPort:
-    """Hands each request to the application of the port that it came to."""
+class _AppsByPort:
+    """Passes each request to the application of the port on which it arrived."""
 
-    def __init__(self, apps: Mapping[int, ASGIApp]) -> None:
-        self._apps = apps
-        stops = [getattr(getattr(app, "state", None), "on_stop", None) for app in apps.values()]
-        self.state = _State(on_stop=lambda: [stop() for stop in stops if stop is not None])
+    def __init__(self, apps: Iterable[tuple[int, ASGIApp]]) -> None:
+        self._apps = dict(apps)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serves one request."""
         await self._apps[scope["server"][1]](scope, receive, send)
 
-
-@dataclass(frozen=True, slots=True)
-class _State:
-    on_stop: Callable[[], object]
-
-
-def _by_port(apps: Mapping[int, ASGIApp]) -> ASGIApp:
-    return next(iter(apps.values())) if len(apps) == 1 else _ByPort(apps)
+    def stop(self) -> None:
+        for app in self._apps.values():
+            _stop(app)
 
 
-def run(
-    application: Callable[[], AbstractAsyncContextManager[ASGIApp]],
-    sockets: list[socket.socket],
-    *,
-    on_ready: Callable[[], None],
-) -> None:
-    """Opens an application, serves it on `sockets` until told to stop, and closes it again."""
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_run(application, sockets, on_ready))
+def _stop(app: ASGIApp) -> None:
+    """Stop what an application has that does not end by itself, such as event streams."""
+    if (stop := getattr(app, "stop", None)) is not None:
+        stop()
 
 
 @contextmanager
 def listen(host: str, port: int, *, local_only: bool) -> Iterator[list[socket.socket]]:
-    """Binds every address of `host` (none is accepted from yet) and closes them afterwards.
+    """Binds every address of `host`, without accepting yet, and closes the sockets afterwards.
 
-    Port 0 takes a free one. Raises `SettingsError` where `local_only` and an address is not
-    loopback, and `TrackerError` where one cannot be bound.
+    Port 0 takes a free one. Raises `SettingsError` with `local_only` if an address is not loopback,
+    and `TrackerError` if one cannot be bound.
     """
     sockets: list[socket.socket] = []
     try:
         for family, address in _addresses(host, port):
             if local_only and not is_loopback(address):
                 raise SettingsError(
-                    f"TRACKER_API_TOKEN is not set, so only this machine may be served, and "
+                    "TRACKER_API_TOKEN is not set, so only this machine may be served, and "
                     f"{host or 'every address'} is reached from others: set TRACKER_API_TOKEN, or "
                     "serve on 127.0.0.1 (callbacks alone may be served anywhere: see "
                     "--callbacks-only and --callbacks-port)"
@@ -196,43 +178,72 @@ async def _run(
     sockets: list[socket.socket],
     on_ready: Callable[[], None],
 ) -> None:
+    """Serve until SIGTERM or SIGINT, which also end the opening of the application."""
+    loop, opening = asyncio.get_running_loop(), asyncio.current_task()
+    server: Server | None = None
+    signals = 0
+
     def ready() -> None:
-        # What lives now lives as long as the process: the collector need not look at it again.
+        # Everything alive now lives as long as the process: the collector need not scan it again.
         gc.collect()
         gc.freeze()
         on_ready()
 
-    # A signal that comes while things are still being opened ends the opening.
-    with suppress(asyncio.CancelledError), _Signals() as signals:
-        async with application() as app:
-            server = Server(app, on_ready=ready)
-            signals.tell = server.stop
-            await server.serve(sockets=sockets)
+    def on_signal(number: signal.Signals) -> None:
+        nonlocal signals
+        signals += 1
+        log.info("stopping", signal=number.name)
+        if server is not None:
+            server.stop(force=signals > 1 and number is signal.SIGINT)
+        elif opening is not None:
+            opening.cancel()
+
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, on_signal, number)
+    try:
+        with suppress(asyncio.CancelledError):
+            async with application() as app:
+                server = Server(app, on_ready=ready)
+                await server.serve(sockets=sockets)
+    finally:
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that says when it is ready, stops when told, and leaves signals alone."""
+    """A uvicorn server that calls `on_ready`, stops when told, and leaves signals alone.
+
+    If the application has a method `stop`, it is called when the server begins to stop.
+    """
 
     def __init__(
         self, app: ASGIApp, *, on_ready: Callable[[], None], limits: Limits | None = None
     ) -> None:
-        limits = limits or Limits()
-        self._connections = ConnectionLimit(limits)
-        super().__init__(_config(app, self._connections))
-        self._on_ready = on_ready
-        # What an application has that would not end by itself, as a stream of events.
-        self._on_stop: Callable[[], None] | None = getattr(
-            getattr(app, "state", None), "on_stop", None
+        self._pool = ConnectionPool(limits or Limits())
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=self._pool.connect,  # type: ignore[arg-type]  # it is only called
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                log_level="error",  # anyone can cause its warnings, by a request that is not HTTP
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                timeout_graceful_shutdown=GRACE_SECONDS,
+            )
         )
-        self._told = asyncio.Event()
+        self._app = app
+        self._on_ready = on_ready
+        self._stopping = asyncio.Event()
 
     def stop(self, *, force: bool = False) -> None:
-        """Begins to stop; with `force`, without waiting for what is in flight."""
+        """Begin to stop; with `force`, without waiting for open requests."""
         self.force_exit = force
         self.should_exit = True
-        self._told.set()
-        if self._on_stop is not None:
-            self._on_stop()
+        self._stopping.set()
+        _stop(self._app)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begins to accept."""
@@ -240,75 +251,32 @@ class Server(uvicorn.Server):
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stops accepting and waits for what is in flight, which is broken off after `GRACE`."""
+        """Stops accepting, and waits `GRACE_SECONDS` for open requests before cancelling them."""
         await super().shutdown(sockets=sockets)
-        # Uvicorn cancels and does not wait; what is behind the application is closed next.
+        # uvicorn cancels and does not wait, but the services are closed next.
         left = set(self.server_state.tasks)
         if self.force_exit:
             for task in left:
                 task.cancel()
         if left:
-            await asyncio.wait(left, timeout=LAST_WORDS)
+            await asyncio.wait(left, timeout=CANCEL_SECONDS)
 
     async def main_loop(self) -> None:
-        """Waits to be told; once a second the `Date` is made anew, and clients are looked after."""
+        """Waits until told to stop; renews `Date` and checks all connections once a second."""
         loop = asyncio.get_running_loop()
         while not await self.on_tick(0):
-            self._connections.look_round(self.server_state.connections, loop.time())
+            self._pool.check(self.server_state.connections, loop.time())
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._told.wait(), 1)
+                await asyncio.wait_for(self._stopping.wait(), 1)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Does nothing: uvicorn would send itself the signal again, and the exit status be its."""
+        """Does nothing: uvicorn would raise the signal again, which decides the exit status."""
         yield
 
 
-class _Signals:
-    """SIGTERM and SIGINT for as long as the process serves, opening and closing included."""
-
-    def __init__(self) -> None:
-        self.tell: Callable[..., None] | None = None
-        self._task = asyncio.current_task()
-        self._count = 0
-
-    def __enter__(self) -> "_Signals":
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal, number)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
-
-    def _on_signal(self, number: signal.Signals) -> None:
-        self._count += 1
-        log.info("stopping", signal=number.name)
-        if self.tell is not None:
-            self.tell(force=self._count > 1 and number is signal.SIGINT)
-        elif self._task is not None:
-            self._task.cancel()
-
-
-def _config(app: ASGIApp, connections: ConnectionLimit) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        http=connections.connection,  # type: ignore[arg-type]  # it is only called
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        log_level="error",  # it warns of every request that is not HTTP, and anybody can send one
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        timeout_graceful_shutdown=GRACE,
-    )
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's where there is one; `None` is the standard library's."""
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's if it is installed; `None` is the standard library's."""
     try:
         import uvloop  # noqa: PLC0415
     except ImportError:
@@ -327,18 +295,18 @@ def _addresses(host: str, port: int) -> list[tuple[socket.AddressFamily, str]]:
 
 
 def _bind(family: socket.AddressFamily, address: str, port: int) -> socket.socket | None:
-    """A bound socket; `None` where this machine has no such address, as `::1` without IPv6."""
+    """A bound socket; `None` if this machine has no such address, as `::1` without IPv6."""
     try:
         listener = socket.socket(family, socket.SOCK_STREAM)
     except OSError:
         return None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Connections inherit it. asyncio itself does this only for sockets that it makes: an answer
-        # that leaves as head and body would wait 40 ms for the client's acknowledgement.
+        # Connections inherit the options. asyncio sets TCP_NODELAY only on sockets that it creates:
+        # a response sent as head and body would wait 40 ms for the client's acknowledgement.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # the connections inherit it
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNREAD)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNREAD_SECONDS)
         if family is socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         listener.bind((address, port))
@@ -349,8 +317,7 @@ def _bind(family: socket.AddressFamily, address: str, port: int) -> socket.socke
             return None
         if number == EADDRINUSE:
             raise TrackerError(
-                f"port {port} on {address} is taken by another process: stop that one, or choose "
-                "another port"
+                f"port {port} on {address} is taken by another process: stop it, or choose another"
             ) from error
         reason = os.strerror(number) if number else error
         raise TrackerError(f"cannot serve on {address}, port {port}: {reason}") from error

@@ -19,8 +19,8 @@ from tracker.store.queries import changes as feed
 from tracker.store.queries import runs as read
 from tracker.store.queries.changes import Line, Moment
 from tracker.store.signals import Signals
-from tracker.web.http.errors import unavailable
 from tracker.web.http.limits import Limits
+from tracker.web.http.responses import unavailable
 from tracker.web.stream.reader import Change, RunFilter, StreamReader
 
 PAGE_SIZE: Final = 250

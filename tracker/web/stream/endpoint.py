@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from tracker.core.errors import StoreError
 from tracker.services import Services
 from tracker.web.api.requests import Filter, none_if_empty, validate
-from tracker.web.auth import Access, Actor, actor_of
+from tracker.web.auth import AccessControl, Actor, actor_of
 from tracker.web.http.limits import Limits
 from tracker.web.stream.broadcaster import Broadcaster
 from tracker.web.stream.reader import RunFilter, StreamReader, reset_frame
@@ -92,7 +92,7 @@ class EventStream(StreamingResponse):
 class Stream:
     """`GET /api/stream`."""
 
-    def __init__(self, services: Services, access: Access, *, limits: Limits) -> None:
+    def __init__(self, services: Services, access: AccessControl, *, limits: Limits) -> None:
         self._access = access
         self._limits = limits
         self._stopping = asyncio.Event()
@@ -140,7 +140,7 @@ class Stream:
                     return
                 if loop.time() - checked_at >= heartbeat:
                     checked_at = loop.time()
-                    if not await self._access.holds(actor):
+                    if not await self._access.is_valid(actor):
                         return
                 # A comment keeps the connection open.
                 yield frames or b": heartbeat\nid: %d\n\n" % reader.position

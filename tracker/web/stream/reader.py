@@ -13,7 +13,7 @@ import structlog
 from tracker.core.record import Record
 from tracker.store.queries.changes import Line
 from tracker.views import number_json, run_json, time_json
-from tracker.web.http.answers import to_json
+from tracker.web.http.responses import to_json
 
 _LINE_ENDS: Final = re.compile(b"\xc2\x85|\xe2\x80[\xa8\xa9]")
 """NEXT LINE, LINE SEPARATOR and PARAGRAPH SEPARATOR in UTF-8: line ends to some clients."""

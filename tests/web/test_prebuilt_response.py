@@ -5,7 +5,7 @@ import pytest
 from tests.web.callbacks import PATH, event, signature
 from tests.web.conftest import Serve
 from tests.web.serving import Answer, post, wire
-from tracker.web.http import answers as constant
+from tracker.web.http.responses import PrebuiltResponse
 
 
 @pytest.mark.parametrize("number", ["", "X-Request-Id: of-the-proxy"], ids=["ours", "theirs"])
@@ -52,13 +52,13 @@ async def test_it_keeps_its_turn(serve: Serve, sqlite_url: str) -> None:
 async def test_it_is_used(serve: Serve, sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is what answers a callback: what is measured is not the other way."""
     written: list[bool] = []
-    write = constant.Constant.write
+    write = PrebuiltResponse.write
 
-    def watch(self: constant.Constant, scope: dict[str, object]) -> bool:
+    def watch(self: PrebuiltResponse, scope: dict[str, object]) -> bool:
         written.append(write(self, scope))
         return written[-1]
 
-    monkeypatch.setattr(constant.Constant, "write", watch)
+    monkeypatch.setattr(PrebuiltResponse, "write", watch)
     body = event("run_1")
     async with serve(sqlite_url) as site, wire(site.base_url) as asking:
         for _ in range(2):

@@ -7,8 +7,8 @@ from urllib.parse import urlsplit
 
 from tests.web.conftest import Serve
 from tests.web.serving import wire
-from tracker.web.http.connection import Joined
-from tracker.web.http.server import _loop_factory
+from tracker.web.http.connection import WriteCoalescer
+from tracker.web.http.server import loop_factory
 
 ASK = b"%b /healthz HTTP/1.1\r\nHost: localhost\r\n%b\r\n"
 
@@ -49,12 +49,12 @@ def test_what_a_reader_who_is_gone_was_to_get_is_dropped() -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             transport, _ = await loop.create_connection(asyncio.Protocol, sock=ours)
-            joined = Joined(transport, loop)
+            writer_ = WriteCoalescer(transport, loop)
             transport.abort()
-            joined.write(b"HTTP/1.1 200 OK\r\n\r\n")
+            writer_.write(b"HTTP/1.1 200 OK\r\n\r\n")
             for _ in range(3):
                 await asyncio.sleep(0)
 
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
         runner.run(answer_too_late())
     assert not broken

@@ -1,0 +1,203 @@
+"""JSON responses, responses that are always the same, and the response for each error.
+
+Errors have FLORA's own shape, `{"error": {"code", "message", "fields"?}}`, so that FLORA's error to
+a start can be passed on unchanged.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from math import ceil
+from typing import Any, Final
+
+import orjson
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import Scope
+
+from tracker.core.errors import (
+    BudgetExceeded,
+    FieldFault,
+    FloraError,
+    FloraRefusal,
+    FloraUnreachable,
+    Forbidden,
+    IdempotencyConflict,
+    InvalidRequest,
+    KeyRefused,
+    PlanRequired,
+    RateLimited,
+    SchemaOutdated,
+    SettingsError,
+    StartNotStored,
+    StartPending,
+    StartUnresolved,
+    StoreUnavailable,
+)
+
+DEFAULT_HEADERS: Final = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    # For everything but pages: a browser that opens it runs and frames nothing.
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
+)
+"""The headers of every response, unless it sets its own."""
+REQUEST_ID: Final = "tracker.request_id"
+"""The key of a request's id in its scope."""
+WRITE: Final = "tracker.write_response"
+"""The key of the server's `WriteResponse` in a request's scope."""
+WriteResponse = Callable[[bytes], bool]
+"""Writes a 200 response, from its first header after the server's own on, and completes the
+request. Returns false, and has written nothing, where that is not possible."""
+RETRY_AFTER: Final = 5
+"""Seconds to wait where no time is known; FLORA's documentation recommends the same."""
+
+
+class Json(Response):
+    """A JSON response."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """The bytes of `content`."""
+        return to_json(content)
+
+
+def to_json(content: Any) -> bytes:
+    """`content` in one line. A lone surrogate, which UTF-8 cannot hold, becomes its escape."""
+    try:
+        return orjson.dumps(content)
+    except TypeError:
+        return json.dumps(content, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+class PrebuiltResponse:
+    """A JSON response of status 200 that is encoded once and written in one piece.
+
+    The middleware, and the server's check of each header, would cost a callback as much as its
+    signature. `send`, the same as an ASGI application, is for a server without `WriteResponse`.
+    """
+
+    def __init__(self, content: Any) -> None:
+        self.send = Json(content)
+        headers = [*self.send.raw_headers, *DEFAULT_HEADERS]
+        self._head = b"".join(b"%b: %b\r\n" % header for header in headers) + b"x-request-id: "
+        self._end = b"\r\n\r\n" + self.send.body
+
+    def write(self, scope: Scope) -> bool:
+        """Write it past all middleware; false if that is not possible, and nothing was written."""
+        write: WriteResponse | None = scope.get(WRITE)
+        return write is not None and write(self._head + scope[REQUEST_ID].encode() + self._end)
+
+
+class Fault(Exception):
+    """An error response, raised where the error is found and sent by `ResponseMiddleware`.
+
+    With `linger` false the connection is closed at once, without reading the rest of a body.
+    `more` are further fields beside code and message.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        fields: Sequence[FieldFault] = (),
+        headers: Mapping[str, str] | None = None,
+        linger: bool = True,
+        more: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.fields = tuple(fields)
+        self.headers = dict(headers or {})
+        self.linger = linger
+        self.more = dict(more or {})
+
+    def body(self) -> dict[str, Any]:
+        """The response's body."""
+        error: dict[str, Any] = {"code": self.code, "message": self.message, **self.more}
+        if self.fields:
+            error["fields"] = [
+                {"field": one.field, "message": one.message}
+                | ({"valid_values": list(one.valid_values)} if one.valid_values else {})
+                for one in self.fields
+            ]
+        return {"error": error}
+
+
+def invalid(*fields: FieldFault, message: str = "The request is not valid.") -> Fault:
+    """400 with the invalid fields."""
+    return Fault(400, "input_validation_error", message, fields=fields)
+
+
+def not_found(message: str) -> Fault:
+    """404."""
+    return Fault(404, "not_found", message)
+
+
+def unavailable(message: str, *, retry_after: float | None = None) -> Fault:
+    """503 with the seconds after which a retry makes sense."""
+    return Fault(503, "service_unavailable", message, headers=_retry_after(retry_after))
+
+
+def to_fault(error: Exception) -> Fault | None:
+    """The response for an error; `None` for an unexpected one."""
+    text = str(error)
+    match error:
+        case Fault():
+            return error
+        case HTTPException():
+            return _router_fault(error)
+        case InvalidRequest():
+            return invalid(*error.fields, message=text)
+        case IdempotencyConflict():
+            return Fault(422, "idempotency_conflict", text)
+        case BudgetExceeded(budget=budget, left=left, renews_at=at):
+            renews_at = at and f"{at:%Y-%m-%dT%H:%M:%S.%fZ}"
+            more = {"budget": budget, "left": float(left), "renews_at": renews_at}
+            return Fault(402, "budget_exceeded", text, more=more)
+        case StartPending(retry_after=seconds):
+            return Fault(504, "start_pending", text, headers=_retry_after(seconds))
+        case StartNotStored(run_id=run_id):
+            headers = _retry_after(None)
+            return Fault(503, "not_stored", text, headers=headers, more={"run_id": run_id})
+        case StartUnresolved():
+            return Fault(409, "start_unresolved", text)
+        case StoreUnavailable() | SchemaOutdated():
+            return unavailable(text)
+        case SettingsError():
+            return Fault(503, "not_configured", text)
+        case KeyRefused() | Forbidden():
+            return Fault(502, "flora_key_refused", text)
+        case PlanRequired():
+            return Fault(402, error.code, error.message, fields=error.fields)
+        case RateLimited() | FloraRefusal(status=503):
+            return unavailable(text, retry_after=error.retry_after)
+        case FloraRefusal(status=400 | 402 | 404 | 422 as status):  # about what the caller asked
+            return Fault(status, error.code, error.message, fields=error.fields)
+        case FloraRefusal(status=504) | FloraUnreachable(timed_out=True):
+            return Fault(504, "flora_timeout", text)
+        case FloraUnreachable():
+            return Fault(502, "flora_unreachable", text)
+        case FloraError():
+            return Fault(502, "flora_error", text)
+    return None
+
+
+def _retry_after(seconds: float | None) -> dict[str, str]:
+    return {"Retry-After": str(RETRY_AFTER if seconds is None else max(1, ceil(seconds)))}
+
+
+def _router_fault(error: HTTPException) -> Fault:
+    """The router's own errors: no such route, or not with this method."""
+    if error.status_code == 405:
+        methods = (error.headers or {})["Allow"].split(",")
+        allowed = ", ".join(sorted(method.strip() for method in methods))
+        message = f"This route takes {allowed}."
+        return Fault(405, "method_not_allowed", message, headers={"Allow": allowed})
+    if error.status_code == 404:
+        return not_found("There is no such route.")
+    return Fault(error.status_code, "http_error", error.detail, headers=error.headers)
