@@ -36,9 +36,14 @@ _FLORA: Final = Options(
 """Two callbacks of five get lost; of the others some come twice, out of order, or after a forged
 one."""
 
-_TECHNIQUES: Final = (
-    *("cctv-cam", "icon-pack", "palette-pull", "earth-zoom-out", "tarot-pull", "character-lock"),
-) * 2
+_TECHNIQUES: Final = 2 * (
+    "cctv-cam",
+    "icon-pack",
+    "palette-pull",
+    "earth-zoom-out",
+    "tarot-pull",
+    "character-lock",
+)
 _UNREPORTED_TECHNIQUE: Final = "studio-shot"
 """The technique of a run that is started past the tracker, which only the history shows."""
 
