@@ -8,7 +8,7 @@ import pytest
 from tests.doctor.conftest import look, with_flora
 from tests.support.deliveries import Delivered, keep
 from tracker.core.clock import utc_now
-from tracker.core.record import TRIAL, TRIAL_IDS, Delivery
+from tracker.core.record import TEST_DELIVERY, TEST_DELIVERY_IDS, Delivery
 from tracker.operations.doctor import Level, work
 from tracker.services import open_services
 from tracker.settings import read_settings
@@ -17,7 +17,7 @@ from tracker.store import claims
 from tracker.store.engine import Database
 from tracker.store.queries import attention, sweeps
 from tracker.store.queries.attention import SweepHealth, read_gauges
-from tracker.store.writing import delivery_rows as trials
+from tracker.store.writing import delivery_rows
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 SWEEP = SweepHealth(
@@ -153,15 +153,15 @@ async def test_test_deliveries_that_were_left_are_taken_out_and_nothing_else_is(
             )
         )
 
-    old, new = f"{TRIAL_IDS}{'f' * 24}", f"{TRIAL_IDS}{'0' * 24}"
-    others = [f"{TRIAL_IDS}a", "whd_a", "whd_z"]
+    old, new = f"{TEST_DELIVERY_IDS}{'f' * 24}", f"{TEST_DELIVERY_IDS}{'0' * 24}"
+    others = [f"{TEST_DELIVERY_IDS}a", "whd_a", "whd_z"]
     settings = read_settings({"TRACKER_DATABASE_URL": database_url}).settings
     async with open_services(settings) as services:
-        await keep(services.database, put(old, TRIAL, 2))
-        await keep(services.database, put(new, TRIAL, 0))
+        await keep(services.database, put(old, TEST_DELIVERY, 2))
+        await keep(services.database, put(new, TEST_DELIVERY, 0))
         for one in others:
             await keep(services.database, put(one, "run.completed", 2))
-        await trials.take_out(services.database, others)
-        await trials.take_out_left(services.database, before=now - timedelta(hours=1))
-        left = await trials.arrived(services.database, [old, new, *others])
+        await delivery_rows.take_out(services.database, others)
+        await delivery_rows.take_out_left(services.database, before=now - timedelta(hours=1))
+        left = await delivery_rows.arrived(services.database, [old, new, *others])
     assert left == {new, *others}

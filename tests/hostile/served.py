@@ -8,7 +8,7 @@ from typing import Any
 from tests.hostile import reference
 from tests.hostile.asgi import Answer, ask, headers_of, split
 from tests.hostile.parsers import NOW, SECRETS, TOLERANCE
-from tracker.core.record import TRIAL, DeliveryOutcome
+from tracker.core.record import TEST_DELIVERY, DeliveryOutcome
 from tracker.flora.signature import sign
 from tracker.services import Services
 from tracker.store.queries import runs as read
@@ -74,8 +74,8 @@ async def _is_kept(
         record = await read.get_run(services.database, expected.run_id)
         assert record is not None
         assert record.run.standing.ended, record
-    trial = row.event_type == TRIAL
-    assert (row.outcome is DeliveryOutcome.APPLIED) is (expected.ends_run or trial), row
+    test = row.event_type == TEST_DELIVERY
+    assert (row.outcome is DeliveryOutcome.APPLIED) is (expected.ends_run or test), row
 
 
 # --- api: `METHOD target`, headers, an empty line, the body; with the token unless they have one

@@ -19,10 +19,10 @@ from tracker.core.run import Run, RunStatus, Tracking
 from tracker.core.schedule import Durations, Policy, next_check, next_recheck
 from tracker.core.tags import Tags
 
-TRIAL: Final = "tracker.doctor"
+TEST_DELIVERY: Final = "tracker.doctor"
 """The type of the test deliveries of `tracker doctor`. They are signed, stored and answered like
 any other, name no run, and are left out of statistics."""
-TRIAL_IDS: Final = "whd_doctor_"
+TEST_DELIVERY_IDS: Final = "whd_doctor_"
 """The prefix of their ids; hexadecimal digits follow."""
 
 

@@ -21,7 +21,7 @@ from sqlalchemy import Connection
 from tracker.core.clock import Clock
 from tracker.core.errors import StoreError
 from tracker.core.rate_limited_log import Seldom
-from tracker.core.record import TRIAL, Delivery
+from tracker.core.record import TEST_DELIVERY, Delivery
 from tracker.polling.workspaces import Workspaces
 from tracker.receiving import callback
 from tracker.store.engine import Database
@@ -64,7 +64,7 @@ class Reader:
 
     def read(self, delivery: Delivery) -> Read:
         """An observation, or why it is quarantined. Never raises, whatever the body."""
-        if delivery.event_type == TRIAL:
+        if delivery.event_type == TEST_DELIVERY:
             return Read(None)
         signer = self.signer(delivery.workspace_id)
         seen = callback.observe(delivery.body, at=delivery.received_at, signer=signer)

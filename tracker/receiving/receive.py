@@ -8,7 +8,7 @@ from structlog.contextvars import bind_contextvars
 from tracker.core.clock import Clock
 from tracker.core.errors import SettingsError
 from tracker.core.quick import quick_dataclass
-from tracker.core.record import TRIAL, DeliveryOutcome
+from tracker.core.record import TEST_DELIVERY, DeliveryOutcome
 from tracker.flora.signature import SignatureError
 from tracker.polling.workspaces import Workspace, Workspaces
 from tracker.receiving import callback
@@ -25,7 +25,7 @@ class Received:
 
     `outcome` is that of the stored delivery, which waits unless it had come before. `workspace` and
     `secret` tell who signed it: the secret's position, from 1, among those of the workspace.
-    `trial` is true for a test delivery of `tracker doctor`.
+    `is_test` is true for a test delivery of `tracker doctor`.
     """
 
     delivery_id: str
@@ -34,7 +34,7 @@ class Received:
     repeated: bool
     workspace: str
     secret: int
-    trial: bool = False
+    is_test: bool = False
 
 
 class Receiver:
@@ -99,7 +99,7 @@ class Receiver:
             repeated=stored.repeated,
             workspace=workspace.name,
             secret=position,
-            trial=delivery.event_type == TRIAL,
+            is_test=delivery.event_type == TEST_DELIVERY,
         )
 
     def _authenticate(self, body: bytes, signature: str | None, now: datetime) -> str:

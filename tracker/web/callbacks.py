@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from tracker.core.errors import SettingsError, StoreError, StoreUnavailable
 from tracker.core.net import CALLBACK_PATH
 from tracker.core.rate_limited_log import Seldom
-from tracker.core.record import TRIAL, DeliveryOutcome
+from tracker.core.record import TEST_DELIVERY, DeliveryOutcome
 from tracker.flora.signature import SignatureError
 from tracker.operations.tracing import untraced
 from tracker.services import Services
@@ -85,13 +85,14 @@ class Callbacks:
             # it.
             words = "missing" if error.reason == "missing" else "wrong"
             forged = Fault(401, "unauthorized", f"The signature is {words}.")
-            raise self._refused("trial" if event == TRIAL else error.reason, forged) from error
+            reason = "test_delivery" if event == TEST_DELIVERY else error.reason
+            raise self._refused(reason, forged) from error
         except SettingsError as error:
             # Without details, which are in the log: anyone may ask.
             closed = unavailable("This receiver is not set up to take callbacks.")
             raise self._refused("not set up", closed, error) from error
-        if received.trial:
-            log.info("callback.trial", delivery_id=received.delivery_id)
+        if received.is_test:
+            log.info("callback.test_delivery", delivery_id=received.delivery_id)
         else:
             self._metrics.callback_taken(received, loop.time() - started)
             if _level.isEnabledFor(logging.DEBUG):  # cheaper than a call that logs nothing

@@ -22,7 +22,7 @@ import httpx
 from tracker import __version__
 from tracker.core.net import is_loopback
 from tracker.core.plain import plain
-from tracker.core.record import TRIAL, TRIAL_IDS
+from tracker.core.record import TEST_DELIVERY, TEST_DELIVERY_IDS
 from tracker.flora.signature import sign
 from tracker.settings import CALLBACK_PATH as _PATH
 
@@ -45,8 +45,12 @@ class DoctorDelivery:
     @classmethod
     def signed(cls, secret: str, now: datetime, *, size: int = 0) -> "DoctorDelivery":
         """A delivery signed with `secret`, padded to `size` bytes."""
-        delivery_id = f"{TRIAL_IDS}{token_hex(12)}"
-        fields = {"id": delivery_id, "type": TRIAL, "created_at": int(now.timestamp() * 1000)}
+        delivery_id = f"{TEST_DELIVERY_IDS}{token_hex(12)}"
+        fields = {
+            "id": delivery_id,
+            "type": TEST_DELIVERY,
+            "created_at": int(now.timestamp() * 1000),
+        }
         body = json.dumps(fields).encode()
         missing = size - len(body) - len(b', "padding": ""')
         if missing > 0:
@@ -121,7 +125,7 @@ class Sender:
             "Content-Type": "application/json",
             "Flora-Signature": delivery.signature,
             "Flora-Webhook-Id": delivery.delivery_id,
-            "Flora-Event": TRIAL,
+            "Flora-Event": TEST_DELIVERY,
         }
         try:
             async with (

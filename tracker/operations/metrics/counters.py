@@ -36,7 +36,7 @@ RECEIVED: Final = (STORED, REPEATED)
 APPLIED: Final = (DeliveryOutcome.APPLIED.value, DeliveryOutcome.QUARANTINED.value)
 REFUSALS: Final = (
     *get_args(Reason),
-    *("too_large", "too_slow", "cut_off", "trial", "not_set_up"),
+    *("too_large", "too_slow", "cut_off", "test_delivery", "not_set_up"),
     *("not_committed_in_time", "database_unavailable", "not_storable"),
 )
 """Why a callback is refused (`tracker.web.callbacks`)."""

@@ -21,7 +21,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tracker.core.record import TRIAL, Record
+from tracker.core.record import TEST_DELIVERY, Record
 from tracker.core.rollup import CALLBACK, COST, FAILURE, OPEN, QUOTE, STATE, UNPRICED, dollars
 from tracker.core.run import Standing, Tracking
 from tracker.store.engine import Database
@@ -235,7 +235,7 @@ def _count(table: Table, *condition: Any) -> ScalarSelect[int]:
 
 _LAST_CALLBACK: Final = (
     select(deliveries.c.received_at)
-    .where(deliveries.c.event_type.is_distinct_from(word(TRIAL)))
+    .where(deliveries.c.event_type.is_distinct_from(word(TEST_DELIVERY)))
     .order_by(deliveries.c.received_at.desc())
     .limit(1)
     .scalar_subquery()

@@ -18,7 +18,7 @@ from sqlalchemy import (
     update,
 )
 
-from tracker.core.record import TRIAL, TRIAL_IDS, Delivery
+from tracker.core.record import TEST_DELIVERY, TEST_DELIVERY_IDS, Delivery
 from tracker.store.engine import Database
 from tracker.store.schema import deliveries, word
 from tracker.store.writing import retention
@@ -123,35 +123,33 @@ def requeue_runs(connection: Connection, run_ids: Sequence[str]) -> bool:
     return bool(received)
 
 
-# The test deliveries of `tracker doctor`: looked for where they should have come, and taken out.
-#
-# A trial goes the way of every callback, so that a 2xx means for it what it means for any: it is
-# stored. It is no part of the history, so whoever sent it takes it out again.
+# The test deliveries of `tracker doctor`. They are stored like any callback, so that a 2xx has the
+# same meaning; the doctor deletes them again.
 
 
 async def arrived(db: Database, delivery_ids: Sequence[str]) -> set[str]:
-    """Which of these trials are stored. Raises `StoreUnavailable`."""
+    """Which of these test deliveries are stored. Raises `StoreUnavailable`."""
     statement = select(deliveries.c.delivery_id).where(deliveries.c.delivery_id.in_(delivery_ids))
     async with db.read() as connection:
         return set(await connection.scalars(statement))
 
 
 async def take_out(db: Database, delivery_ids: Sequence[str]) -> None:
-    """Remove these trials; nothing but a trial is ever removed. Raises `StoreUnavailable`."""
+    """Delete these test deliveries, and nothing else. Raises `StoreUnavailable`."""
     statement = delete(deliveries).where(
-        deliveries.c.delivery_id.in_(delivery_ids), deliveries.c.event_type == TRIAL
+        deliveries.c.delivery_id.in_(delivery_ids), deliveries.c.event_type == TEST_DELIVERY
     )
     await db.write(lambda connection: connection.execute(statement).rowcount)
 
 
 async def take_out_left(db: Database, *, before: datetime) -> None:
-    """Remove the trials that came before that moment and that nobody took out: one that was given
-    up on its way may have come nevertheless. Raises `StoreUnavailable`."""
+    """Delete test deliveries received before then that were left behind: one that timed out may
+    have arrived later. Raises `StoreUnavailable`."""
     statement = delete(deliveries).where(
         # A stretch of the primary key: no digit sorts behind "g".
-        deliveries.c.delivery_id >= TRIAL_IDS,
-        deliveries.c.delivery_id < f"{TRIAL_IDS}g",
-        deliveries.c.event_type == TRIAL,
+        deliveries.c.delivery_id >= TEST_DELIVERY_IDS,
+        deliveries.c.delivery_id < f"{TEST_DELIVERY_IDS}g",
+        deliveries.c.event_type == TEST_DELIVERY,
         deliveries.c.received_at < before,
     )
     await db.write(lambda connection: connection.execute(statement).rowcount)
