@@ -26,8 +26,9 @@ OLDEST_POSTGRES: Final = 13
 """The first version that knows all storage parameters of our tables."""
 CROWDED: Final = 0.8
 """Share of a server's connections from which on new processes may get none."""
-CONNECTIONS: Final = 13
-"""Maximum connections of one tracker process."""
+_MORE_CONNECTIONS: Final = (
+    "Raise max_connections, or let others use fewer; a tracker process uses up to 13."
+)
 _MIB: Final = 1024 * 1024
 DISK_FAILS: Final = 64 * _MIB
 """About what a burst of callbacks and the write-ahead log between two checkpoints need."""
@@ -62,30 +63,8 @@ async def check(url: DatabaseUrl, *, clock: Clock) -> DatabaseState:
 
 
 def _sqlite(found: SqliteCondition) -> DatabaseState:
-    if not found.exists and not found.directory_writable:
-        return DatabaseState(
-            [
-                failed(
-                    "database",
-                    f"There is no {found.path}, and its folder is missing or not writable.",
-                    "Create the folder and give it to the user that runs the tracker, or name "
-                    "another in TRACKER_DATABASE_URL (sqlite:////…, with four slashes, is an "
-                    "absolute path).",
-                )
-            ]
-        )
     if not found.exists:
-        return DatabaseState(
-            [
-                failed(
-                    "database",
-                    f"There is no {found.path}.",
-                    "Start `tracker serve`, which creates it. If it is running already, its file "
-                    "is elsewhere: run the doctor in the same folder with the same "
-                    "TRACKER_DATABASE_URL, preferably an absolute path (sqlite:////…).",
-                )
-            ]
-        )
+        return DatabaseState([_missing_file(found)])
     schema, readable = _schema(found.revision, migrates_at_start=True)
     if found.refuses_writes is not None:
         first = failed(
@@ -107,6 +86,23 @@ def _sqlite(found: SqliteCondition) -> DatabaseState:
         [first, schema],
         readable=readable,
         writable=found.revision is not None and found.refuses_writes is None,
+    )
+
+
+def _missing_file(found: SqliteCondition) -> Finding:
+    if not found.directory_writable:
+        return failed(
+            "database",
+            f"There is no {found.path}, and its folder is missing or not writable.",
+            "Create the folder and give it to the user that runs the tracker, or name another in "
+            "TRACKER_DATABASE_URL (sqlite:////…, with four slashes, is an absolute path).",
+        )
+    return failed(
+        "database",
+        f"There is no {found.path}.",
+        "Start `tracker serve`, which creates it. If it is running already, its file is elsewhere: "
+        "run the doctor in the same folder with the same TRACKER_DATABASE_URL, preferably an "
+        "absolute path (sqlite:////…).",
     )
 
 
@@ -180,8 +176,7 @@ def _server(url: DatabaseUrl, found: PostgresCondition) -> Finding:
         return warning(
             "database",
             f"{server} accepts writes, but {in_use}, {found.own} of them by the tracker.",
-            f"Raise max_connections, or let others use fewer; a tracker process uses up to "
-            f"{CONNECTIONS}.",
+            _MORE_CONNECTIONS,
         )
     return ok("database", f"{server} accepts writes; {in_use}.")
 
@@ -239,37 +234,30 @@ def _notifications(found: PostgresCondition) -> Finding:
     )
 
 
+_SQLSTATE_ADVICE: Final = {
+    "28": "Fix the user or the password in TRACKER_DATABASE_URL (write @ and / as %40 and %2F), or "
+    "let the server accept them (pg_hba.conf).",
+    "3D000": "Fix the database's name in TRACKER_DATABASE_URL, or create it with `createdb`.",
+    "53": _MORE_CONNECTIONS,
+    "08P01": "A connection pooler answers that. Connect to PostgreSQL directly, or let the pooler "
+    "pass these on (in PgBouncer: ignore_startup_parameters = statement_timeout, lock_timeout, "
+    "idle_in_transaction_session_timeout, jit; pool_mode = session).",
+    "42501": "Let the role in TRACKER_DATABASE_URL read and write the tracker's tables (GRANT), or "
+    "let it run `tracker db upgrade` and own them.",
+    "57": "Wait until the server is up again; the tracker then continues by itself.",
+}
+"""By the beginning of PostgreSQL's error code."""
+
+
 def _error_advice(url: DatabaseUrl, error: StoreError) -> str:
     """What to do about the driver's error."""
     cause = error.__cause__
-    state = str(getattr(cause, "sqlstate", None) or "")
     if url.dialect == "sqlite":
         return _sqlite_advice(str(cause), Path(url.path))
-    if state.startswith("28"):
-        return (
-            "Fix the user or the password in TRACKER_DATABASE_URL (write @ and / as %40 and %2F), "
-            "or let the server accept them (pg_hba.conf)."
-        )
-    if state == "3D000":
-        return "Fix the database's name in TRACKER_DATABASE_URL, or create it with `createdb`."
-    if state.startswith("53"):
-        return (
-            "Raise max_connections, or let others use fewer; a tracker process uses up to "
-            f"{CONNECTIONS}."
-        )
-    if state == "08P01":
-        return (
-            "A connection pooler answers that. Connect to PostgreSQL directly, or let the pooler "
-            "pass these on (in PgBouncer: ignore_startup_parameters = statement_timeout, "
-            "lock_timeout, idle_in_transaction_session_timeout, jit; pool_mode = session)."
-        )
-    if state == "42501":
-        return (
-            "Let the role in TRACKER_DATABASE_URL read and write the tracker's tables (GRANT), or "
-            "let it run `tracker db upgrade` and own them."
-        )
-    if state.startswith("57"):
-        return "Wait until the server is up again; the tracker then continues by itself."
+    state = str(getattr(cause, "sqlstate", None) or "")
+    for code, advice in _SQLSTATE_ADVICE.items():
+        if state.startswith(code):
+            return advice
     return (
         "Check that the server is up, that host and port in TRACKER_DATABASE_URL are right, and "
         "that no firewall is in between: `pg_isready -d` with that URL shows it."

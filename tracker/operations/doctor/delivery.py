@@ -272,14 +272,23 @@ def _by_the_tracker(reply: Reply) -> Diagnosis:
     return Diagnosis(seen, f"The log of {_SERVER} says more, at the same time.")
 
 
+_FORWARD: Final = f"Let the proxy in front forward POST {_PATH} to {_SERVER}"
+_ADVICE_IN_FRONT: Final = {
+    (401, 403, 407): f"Allow {_PATH} without a sign-in, an address list or a bot filter: FLORA has "
+    "none of these, and its deliveries are signed.",
+    (404, 405, 410): f"{_FORWARD}, or fix the name, port or path in TRACKER_PUBLIC_URL.",
+    (413,): "Let the proxy in front accept bodies of 256 KiB (nginx: client_max_body_size 1m).",
+    (429,): f"Remove the rate limit for {_PATH}: callbacks of a batch come in bursts.",
+}
+
+
 def _in_front(reply: Reply) -> Diagnosis:
     seen = f"is answered {reply.status} by something in front of the tracker"
     match reply.status:
         case code if 200 <= code < 300:
             return Diagnosis(
                 f"{seen}, and does not reach it: FLORA counts it as delivered",
-                f"Let the proxy in front forward POST {_PATH} to {_SERVER}; now another site, a "
-                "start page, or a sign-in answers.",
+                f"{_FORWARD}; now another site, a start page, or a sign-in answers.",
             )
         case code if 300 <= code < 400:
             return Diagnosis(
@@ -287,22 +296,6 @@ def _in_front(reply: Reply) -> Diagnosis:
                 "Set TRACKER_PUBLIC_URL to the address of the redirect, if that is this service; "
                 f"otherwise remove the redirect for POST {_PATH}.",
             )
-        case 401 | 403 | 407:
-            advice = (
-                f"Allow {_PATH} without a sign-in, an address list or a bot filter: FLORA has "
-                "none of these, and its deliveries are signed."
-            )
-        case 404 | 405 | 410:
-            advice = (
-                f"Let the proxy in front forward POST {_PATH} to {_SERVER}, or fix the name, port "
-                "or path in TRACKER_PUBLIC_URL."
-            )
-        case 413:
-            advice = (
-                "Let the proxy in front accept bodies of 256 KiB (nginx: client_max_body_size 1m)."
-            )
-        case 429:
-            advice = f"Remove the rate limit for {_PATH}: callbacks of a batch come in bursts."
         case 502 | 503 | 504:
             return Diagnosis(
                 f"{seen}, which does not reach it",
@@ -310,9 +303,10 @@ def _in_front(reply: Reply) -> Diagnosis:
                 "from another container or host it is only reachable with --host 0.0.0.0 and "
                 "TRACKER_API_TOKEN set.",
             )
-        case _:
-            advice = "The log of what stands in front of the tracker says why."
-    return Diagnosis(seen, advice)
+    for statuses, advice in _ADVICE_IN_FRONT.items():
+        if reply.status in statuses:
+            return Diagnosis(seen, advice)
+    return Diagnosis(seen, "The log of what stands in front of the tracker says why.")
 
 
 def _target(reply: Reply) -> str:
