@@ -72,6 +72,7 @@ async def session(
     await session.close()
 
 
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("page", with_blocks("console", "python"), ids=named)
 async def test_what_a_page_shows_happens(page: Path, session: Session) -> None:
     """Every command of a page succeeds, in order, and prints what the page says it prints."""

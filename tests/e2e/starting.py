@@ -13,6 +13,7 @@ import signal
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,10 +21,11 @@ import httpx
 import sqlalchemy as sa
 
 from tests.e2e.lives import FloraKey, Life
-from tests.e2e.short_waits import KEYS_KEPT, shorten_key_memory, shorten_waits
+from tests.e2e.short_waits import KEYS_KEPT, shorten, shorten_key_memory, shorten_waits
 from tests.e2e.truth import keys_of
 from tests.support.waiting import eventually, free_port
 from tracker.simulator import Options, Simulator, running
+from tracker.starting import recover
 from tracker.store.engine import Database
 from tracker.store.schema import starts
 
@@ -246,6 +248,7 @@ class _Endurance:
 
 
 def prepare() -> None:
-    """Leases that last for two seconds, so that a process that is frozen loses them."""
+    """Leases last two seconds, so that a frozen process loses them, and doubt ends as soon."""
     shorten_waits()
     shorten_key_memory()
+    shorten(recover, LISTED_WITHIN=timedelta(seconds=1))

@@ -28,6 +28,8 @@ from tests.support.postgres import PostgresServer
 from tests.support.waiting import eventually
 from tracker.store.engine import Database
 
+pytestmark = pytest.mark.timeout(120)
+
 PASSWORD = "hunter2-of-the-outages"
 BACK_WITHIN = 10.0
 NOTICED_WITHIN = 15.0

@@ -19,6 +19,8 @@ from tests.support.waiting import eventually, free_port
 from tracker.store.engine import Database
 from tracker.store.schema import leases, runs, starts, sweeps
 
+pytestmark = pytest.mark.timeout(120)
+
 START = {
     "technique": "icon-pack",
     "inputs": [{"id": "prompt", "type": "text", "value": "garden tools"}],

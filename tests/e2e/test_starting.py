@@ -26,5 +26,5 @@ async def test_nothing_is_paid_twice_and_no_run_is_another_keys(
     assert figures.paid_twice == []
     assert figures.wrong == []
     assert figures.told_wrong == []
-    assert figures.states["started"] > 20, figures
+    assert figures.states["started"] >= 10, figures
     assert figures.slowest_answer < 30

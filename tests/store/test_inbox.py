@@ -464,6 +464,7 @@ async def test_a_database_that_is_away_blames_no_delivery(
     assert await outcomes(db) == {"whd_run_1": "applied"}
 
 
+@pytest.mark.timeout(120)
 async def test_a_locked_run_holds_up_its_own_delivery_alone(postgres_url: str) -> None:
     """While somebody holds a run, callbacks of others are applied, and its own is afterwards."""
     async with (

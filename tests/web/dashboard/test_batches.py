@@ -2,6 +2,7 @@
 
 import re
 
+from tests.support.waiting import eventually
 from tests.web.conftest import Serve, Site
 from tests.web.dashboard.conftest import HTML
 from tracker.core.clock import utc_now
@@ -15,18 +16,27 @@ async def test_a_batch_shows_the_result_of_each_row(serve: Serve, sqlite_url: st
     """Each row with its run and cost; the list shows the progress."""
     options = Options(speed=1000, failures=0)
     async with running(options) as flora:
-        settings = {"flora_base_url": flora.base_url, "flora_api_key": options.api_key}
+        settings = {
+            "flora_base_url": flora.base_url,
+            "flora_api_key": options.api_key,
+            "tracker_poll_interval": 0.1,
+        }
         async with serve(sqlite_url, **settings) as site:
             assert (
                 "tracker batch TECHNIQUE" in (await site.client.get("/batches", headers=HTML)).text
             )
             sheet = read_csv(b"prompt\ngarden tools\nkitchen\n<b>camping</b>\n")
             plan, _ = await site.services.batches.plan("icon-pack", sheet, name="<i>icons</i>.csv")
-            await site.services.batches.run(plan, concurrency=2, wait=True, tell=lambda _: None)
+            await site.services.batches.run(plan, concurrency=2, wait=False, tell=lambda _: None)
             site.client.headers.update(HTML)
+
+            async def all_ended() -> bool:
+                await site.services.poller.poll_due()
+                return "3 of 3" in (await site.client.get("/batches")).text
+
+            await eventually(all_ended)
             listed = (await site.client.get("/batches")).text
             assert "&lt;i&gt;icons&lt;/i&gt;.csv" in listed
-            assert "3 of 3" in listed
             assert "$0.75" in listed
             link = re.search(r'href="(/batches/[^"]+)"', listed)
             assert link is not None
