@@ -1,11 +1,9 @@
 """The pages for people: what runs do now, what needs attention, and why.
 
     site.py       all routes, and errors as pages
-    render.py     templates to answers; the base of all pages
-    assets.py     the files below /static
+    render.py     templates to answers, the files below /static, the base of all pages
     forms.py      what browsers send: ids, fields, the CSRF token
     access.py     sign-in, sign-out and the audit log
-    outputs.py    which outputs are shown as an image, a player, a link, or text
     overview.py, runs.py, deliveries.py, techniques.py, batches.py, spending.py, sweeps.py   pages
     alerts.py     what of the figures needs attention
 

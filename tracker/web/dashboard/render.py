@@ -1,14 +1,17 @@
-"""Renders templates to answers, with the security headers of a page.
+"""Renders templates to answers, with the security headers of a page, and serves static files.
 
 Every value is escaped. No page contains an inline script or style, so the content security policy
 needs no exception. No page is larger than `PAGE_BYTES`, however long other people's texts are: long
 values are cut.
 """
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib import resources
+from importlib.resources.abc import Traversable
 from typing import Any, Final, Literal
 from urllib.parse import quote
 
@@ -16,6 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from tracker import __version__
 from tracker.core.clock import Clock
@@ -24,8 +28,7 @@ from tracker.core.tokens import Scope
 from tracker.services import Services
 from tracker.store.text import clean
 from tracker.web.auth import may, session_of
-from tracker.web.dashboard.assets import Assets
-from tracker.web.http.responses import Fault
+from tracker.web.http.responses import Fault, not_found
 
 NAVIGATION: Final = (
     ("/", "Overview"),
@@ -38,6 +41,13 @@ NAVIGATION: Final = (
     ("/sweeps", "Sweeps"),
 )
 ADMIN_NAVIGATION: Final = (*NAVIGATION, ("/audit", "Audit"))
+IMMUTABLE: Final = "public, max-age=31536000, immutable"
+_TYPES: Final = {
+    "css": "text/css; charset=utf-8",
+    "js": "text/javascript; charset=utf-8",
+    "svg": "image/svg+xml",
+}
+"""What is served; other files (licences) are not."""
 PAGE_BYTES: Final = 2_000_000
 MAX_VALUE: Final = 32 * 1024
 """Characters of one value. Escaping makes five of some."""
@@ -48,6 +58,54 @@ MAX_FORMATTED: Final = 16 * 1024
 """Bytes of JSON that is indented: indentation multiplies it."""
 MAX_DEPTH: Final = 32
 """Nesting of JSON that is indented."""
+
+
+class Assets:
+    """The files below /static: cached for good, under an address that changes with their content.
+
+    One hash covers all files, so that a module which imports another by a relative address gets the
+    version that belongs to it.
+    """
+
+    def __init__(self) -> None:
+        root = resources.files("tracker.web.dashboard") / "static"
+        self._files = dict(sorted(_read(root, "")))
+        digest = hashlib.sha256()
+        for name, content in self._files.items():
+            digest.update(f"{name}\0{len(content)}\0".encode())
+            digest.update(content)
+        self._hash = digest.hexdigest()[:16]
+
+    def url(self, name: str) -> str:
+        """The address of a file, for a template. Raises `KeyError` for an unknown one."""
+        _ = self._files[name]
+        return f"/static/{self._hash}/{name}"
+
+    def route(self) -> Route:
+        """The route of all files."""
+        return Route("/static/{hash}/{name:path}", self._serve, methods=["GET"])
+
+    async def _serve(self, request: Request) -> Response:
+        """A file. Under the hash of another version it is not cached."""
+        name = request.path_params["name"]
+        content = self._files.get(name)
+        if content is None:
+            raise not_found("There is no such file.")
+        current = request.path_params["hash"] == self._hash
+        return Response(
+            content,
+            media_type=_TYPES[name.rpartition(".")[2]],
+            headers={"Cache-Control": IMMUTABLE if current else "no-cache"},
+        )
+
+
+def _read(folder: Traversable, prefix: str) -> Iterator[tuple[str, bytes]]:
+    for entry in folder.iterdir():
+        name = f"{prefix}{entry.name}"
+        if entry.is_dir():
+            yield from _read(entry, f"{name}/")
+        elif name.rpartition(".")[2] in _TYPES:
+            yield name, entry.read_bytes()
 
 
 @dataclass(frozen=True, slots=True)

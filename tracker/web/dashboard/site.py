@@ -11,13 +11,11 @@ from starlette.types import Scope
 from tracker.services import Services
 from tracker.web.auth import AccessControl
 from tracker.web.dashboard.access import AccessPages, local_path, login_url
-from tracker.web.dashboard.assets import Assets
 from tracker.web.dashboard.batches import BatchPages
 from tracker.web.dashboard.deliveries import DeliveryPages
-from tracker.web.dashboard.outputs import plain_http_origin
 from tracker.web.dashboard.overview import OverviewPage
-from tracker.web.dashboard.render import Renderer
-from tracker.web.dashboard.runs import RunPages
+from tracker.web.dashboard.render import Assets, Renderer
+from tracker.web.dashboard.runs import RunPages, plain_http_origin
 from tracker.web.dashboard.spending import SpendingPage
 from tracker.web.dashboard.sweeps import SweepPage
 from tracker.web.dashboard.techniques import TechniquePages
