@@ -32,7 +32,7 @@ Look = Callable[..., Awaitable[Report]]
 
 async def look(limits: TimeLimits | None = None, **environ: str) -> Report:
     """The doctor's report on settings that come from these variables alone."""
-    findings = await examine(*read_settings(environ)[:2], limits=limits or TimeLimits())
+    findings = await examine(*read_settings(environ)[:2], limits=limits)
     for one in findings:
         assert (one.level is Level.OK) == (one.advice == ""), one
         assert one.seen.endswith((".", "…")), one

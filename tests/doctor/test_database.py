@@ -46,8 +46,8 @@ async def _execute(url: str, *statements: str) -> None:
         await connection.close()
 
 
-async def test_a_sound_database_takes_rows_and_none_is_left(database_url: str) -> None:
-    """A look tells that rows are taken, and leaves none."""
+async def test_a_sound_database_accepts_a_row_and_none_is_left(database_url: str) -> None:
+    """The check writes a row and leaves none."""
     report = await _look(database_url)
     assert report.level("database") is Level.OK
     assert "accepts writes" in report["database"].seen
@@ -55,8 +55,8 @@ async def test_a_sound_database_takes_rows_and_none_is_left(database_url: str) -
     assert report.level("disk") is Level.OK
 
 
-async def test_a_database_of_a_later_version_is_looked_at_all_the_same(database_url: str) -> None:
-    """A schema that this version does not know is a warning, and the rest is looked at too."""
+async def test_a_database_of_a_later_version_is_checked_too(database_url: str) -> None:
+    """A schema that this version does not know is a warning, and the rest is checked too."""
     await _at(database_url, "9999")
     report = await _look(database_url)
     assert report.level("migrations") is Level.WARNING
@@ -78,7 +78,7 @@ async def test_a_database_that_lacks_migrations_fails_and_nothing_is_migrated(
         assert report.level("worker") is Level.WARNING
 
 
-async def test_an_empty_database_is_told_what_makes_its_tables(empty_postgres_url: str) -> None:
+async def test_an_empty_database_names_the_command_for_its_tables(empty_postgres_url: str) -> None:
     """No tables at all: the command that makes them is named."""
     report = await _look(empty_postgres_url)
     assert report.level("database") is Level.OK
@@ -110,7 +110,7 @@ def _other_file(path: Path) -> None:
 async def test_a_file_that_is_no_database_is_not_made_one(
     sqlite_url: str, spoil: Callable[[Path], None], seen: str, advice: str
 ) -> None:
-    """What is wrong with the file is told, and looking creates nothing."""
+    """The fault of the file is reported, and the check creates nothing."""
     path = Path(sqlite_url.removeprefix("sqlite:///"))
     spoil(path)
     before = path.exists() and path.read_bytes()
@@ -121,8 +121,8 @@ async def test_a_file_that_is_no_database_is_not_made_one(
     assert (path.exists() and path.read_bytes()) == before
 
 
-async def test_a_locked_file_is_told_of(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Somebody who holds the file for long is looked for by the command that names him."""
+async def test_a_locked_file_is_reported(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The advice names the command that shows which process holds the file."""
     monkeypatch.setattr("tracker.store.condition.LOCK_SECONDS", 0.1)
     path = sqlite_url.removeprefix("sqlite:///")
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
@@ -143,10 +143,10 @@ async def test_a_file_that_lost_its_write_ahead_log_is_warned_of(sqlite_url: str
     assert "journal mode delete" in report["database"].seen
 
 
-async def test_a_disk_that_is_nearly_full_fails_and_one_that_is_read_only_is_told(
+async def test_a_disk_that_is_nearly_full_or_read_only_fails(
     sqlite_url: str,
 ) -> None:
-    """What is left on the disk is told before it is full; a file that nobody may write, as such."""
+    """A disk fails before it is full; a read-only file system is named."""
     try:
         with SmallDisk(8) as disk:
             path = disk.path / "tracker.db"
@@ -164,9 +164,9 @@ async def test_a_disk_that_is_nearly_full_fails_and_one_that_is_read_only_is_tol
         pytest.skip(str(error))
 
 
-async def test_a_server_that_cannot_be_used_is_told_why(postgres_url: str) -> None:
+async def test_a_server_that_cannot_be_used_has_its_own_advice(postgres_url: str) -> None:
     """Not there, no such database, no such user, a pooler that takes no settings: each has its own
-    advice, and all else is looked at nevertheless."""
+    advice, and everything else is checked too."""
     name = postgres_url.rpartition("/")[2]
     cases = [
         (
@@ -189,7 +189,7 @@ async def test_a_server_that_cannot_be_used_is_told_why(postgres_url: str) -> No
             assert "migrations" not in report
 
 
-async def test_a_pooler_that_loses_notifications_is_found_out(
+async def test_a_pooler_that_loses_notifications_is_detected(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where what is notified is not heard, it is a warning that says how late work is noticed."""
@@ -201,8 +201,8 @@ async def test_a_pooler_that_loses_notifications_is_found_out(
     assert "pool_mode = session" in report["notifications"].advice
 
 
-async def test_a_server_that_takes_no_rows_fails(postgres_url: str) -> None:
-    """A database that is read-only for new sessions answers, and is told of."""
+async def test_a_server_that_accepts_no_writes_fails(postgres_url: str) -> None:
+    """A database that is read-only for new sessions fails although it answers."""
     name = postgres_url.rpartition("/")[2]
     await _execute(postgres_url, f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
     report = await _look(postgres_url)
@@ -222,7 +222,7 @@ async def _role(url: str, *grants: str) -> AsyncIterator[str]:
         await _execute(url, f"DROP OWNED BY {role}", f"DROP ROLE {role}")
 
 
-async def test_a_role_without_rights_is_told_which_tables_and_what_to_grant(
+async def test_a_role_without_rights_learns_which_tables_and_what_to_grant(
     postgres_url: str,
 ) -> None:
     """A role that may read alone, and one that may not even read, fail with what to grant."""
@@ -239,7 +239,7 @@ async def test_a_role_without_rights_is_told_which_tables_and_what_to_grant(
 
 
 async def test_a_standby_is_told_from_its_primary(own_postgres: PostgresServer) -> None:
-    """A server that only follows another takes no rows, and how to name both is told."""
+    """A replica accepts no writes; the advice says how to name both servers."""
     own_postgres.stop()
     (own_postgres.data / "standby.signal").touch()
     own_postgres.hand_over(own_postgres.data)
@@ -249,7 +249,7 @@ async def test_a_standby_is_told_from_its_primary(own_postgres: PostgresServer) 
     assert "is a standby" in report["database"].seen
     assert "target_session_attrs=read-write" in report["database"].advice
     assert "notifications" not in report
-    assert report.level("conflicts") is Level.OK, "what can be read is looked at"
+    assert report.level("conflicts") is Level.OK, "what can be read is checked"
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ async def test_a_server_that_is_not_verified_fails(
     assert "database TLS" not in {one.name for one in local.findings}
 
 
-async def test_a_crowded_server_and_an_old_one_are_told_of(postgres_url: str) -> None:
+async def test_a_crowded_server_and_an_old_one_are_reported(postgres_url: str) -> None:
     """A server with few connections left is a warning, one that is too old fails."""
     url = DatabaseUrl.parse(postgres_url)
     seen = await look_at_postgres(url, clock=utc_now)

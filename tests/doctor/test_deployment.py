@@ -76,7 +76,7 @@ async def test_a_sound_deployment_is_all_ok(sandbox: Sandbox, flora: Simulator) 
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-async def test_what_stands_in_front_is_told_from_the_tracker(sandbox: Sandbox) -> None:
+async def test_what_stands_in_front_is_distinguished_from_the_tracker(sandbox: Sandbox) -> None:
     """Each thing that keeps callbacks from coming is named, with what to do about that one."""
     await sandbox.serve("--no-worker")
     up = sandbox.tracker
@@ -172,8 +172,8 @@ async def test_what_stands_in_front_is_told_from_the_tracker(sandbox: Sandbox) -
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-async def test_a_doctor_that_is_interrupted_takes_its_deliveries_out(sandbox: Sandbox) -> None:
-    """What is stored and not answered yet is taken out as well when somebody hits Ctrl-C."""
+async def test_an_interrupted_doctor_deletes_its_deliveries(sandbox: Sandbox) -> None:
+    """What is stored and not answered yet is deleted as well on Ctrl-C."""
     await sandbox.serve("--no-worker")
     proxy = Proxy(upstream=sandbox.tracker, holds=True)
     async with in_front(proxy) as root:
@@ -187,7 +187,7 @@ async def test_a_doctor_that_is_interrupted_takes_its_deliveries_out(sandbox: Sa
 
 
 @pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
-async def test_a_tracker_that_is_set_otherwise_is_found_out(
+async def test_a_tracker_with_other_settings_is_detected(
     sandbox: Sandbox, flora: Simulator, empty_sqlite_url: str
 ) -> None:
     """A process that keeps another database, knows another secret or none, or closes the path for

@@ -18,7 +18,7 @@ from tracker.simulator import Options, Simulator, running
 
 
 async def test_a_key_is_tried_by_a_real_read(flora: Simulator, sqlite_url: str) -> None:
-    """A key that FLORA takes is ok, and the line has the request id that support asks for."""
+    """A key that FLORA accepts is ok, and the line has the request id that support asks for."""
     given = with_flora(flora, TRACKER_DATABASE_URL=sqlite_url)
     other = await look(**given | {"FLORA_WORKSPACE_ID": "ws_other"})  # it has no runs yet
     assert "ws_other is set" in other["key"].seen
@@ -32,11 +32,9 @@ async def test_a_key_is_tried_by_a_real_read(flora: Simulator, sqlite_url: str) 
     assert report.level("clock") is Level.OK
 
 
-async def test_a_wrong_key_fails_and_the_rest_is_looked_at(
-    flora: Simulator, sqlite_url: str
-) -> None:
+async def test_a_wrong_key_fails_and_the_rest_is_checked(flora: Simulator, sqlite_url: str) -> None:
     """No key, one that FLORA refuses, one that no header can carry and one of another workspace:
-    each is told apart, and the clock is compared wherever FLORA answered."""
+    each has its own text, and the clock is compared wherever FLORA answered."""
     flora.start()
     cases = [
         ({"FLORA_API_KEY": ""}, "None is set", "Set FLORA_API_KEY"),
@@ -86,7 +84,7 @@ async def test_a_wrong_key_fails_and_the_rest_is_looked_at(
 async def test_what_flora_answers_is_told_apart(
     sqlite_url: str, answer: Response, level: Level, seen: str, advice: str
 ) -> None:
-    """What is ours to mend fails; what FLORA will mend, and limits, are warnings."""
+    """What we can fix fails; faults of FLORA and rate limits are warnings."""
     async with in_front(Proxy(upstream="", answers=answer)) as root:
         report = await look(
             TRACKER_DATABASE_URL=sqlite_url, FLORA_API_KEY="sk_test_1", FLORA_BASE_URL=root
@@ -115,7 +113,9 @@ async def _ahead(off: timedelta) -> AsyncIterator[Simulator]:
         yield simulator
 
 
-async def test_a_clock_that_is_off_is_told_before_callbacks_are_refused(database_url: str) -> None:
+async def test_a_clock_that_is_off_is_reported_in_time(
+    database_url: str,
+) -> None:
     """By minutes it is a warning; beyond what a signed time may be off, it fails."""
     whose = "This machine's" if database_url.startswith("sqlite") else "The database server's"
     for minutes, level, seen in (
@@ -133,8 +133,8 @@ async def test_a_clock_that_is_off_is_told_before_callbacks_are_refused(database
         assert "chrony" in report["clock"].advice
 
 
-def test_clocks_are_compared_by_the_one_that_the_tracker_goes_by() -> None:
-    """With PostgreSQL the server's clock counts; that this machine's is off is told beside it."""
+def test_clocks_are_compared_by_the_one_that_the_tracker_uses() -> None:
+    """With PostgreSQL the server's clock counts; this machine's has a line of its own."""
     minute = timedelta(minutes=1)
     flora, machine = compare_clocks(minute, minute, tolerance=900)
     assert (flora.level, machine.level) == (Level.OK, Level.WARNING)

@@ -76,7 +76,7 @@ async def test_a_loopback_address_is_for_a_flora_on_this_machine() -> None:
     assert (await callbacks.check_public_url(read_settings({}).settings)).level is Level.WARNING
 
 
-async def test_nothing_signed_is_sent_where_it_could_not_be_taken_out_again(
+async def test_nothing_signed_is_sent_if_it_could_not_be_deleted(
     flora: Simulator, sqlite_url: str, empty_sqlite_url: str
 ) -> None:
     """With no secret, or a database that cannot be written, only forged ones go out."""
@@ -92,8 +92,8 @@ async def test_nothing_signed_is_sent_where_it_could_not_be_taken_out_again(
         assert len(far.asked) == 4  # each time to the bare address, and to one below it
 
 
-async def test_an_address_where_nobody_is_fails(flora: Simulator, sqlite_url: str) -> None:
-    """A refused connection, and one that is cut, are told with what to start."""
+async def test_an_address_where_nothing_listens_fails(flora: Simulator, sqlite_url: str) -> None:
+    """A refused connection, and one that is cut, name what to start."""
     async with far_end(b"") as cut:
         for url in (f"http://127.0.0.1:{free_port()}", cut.url("")):
             report = await look(
@@ -129,7 +129,7 @@ async def _with_own_certificate(folder: Path) -> AsyncIterator[str]:
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
-async def test_a_certificate_that_nobody_trusts_fails(
+async def test_an_untrusted_certificate_fails(
     flora: Simulator, sqlite_url: str, tmp_path: Path
 ) -> None:
     """What is wrong with it is told, and nothing is sent."""

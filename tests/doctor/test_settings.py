@@ -1,4 +1,4 @@
-"""The settings: what they tell by themselves."""
+"""The settings: what they show by themselves."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +19,7 @@ def _checked(**environ: str) -> Report:
     return Report({one.name: one for one in checks.check(*read_settings(environ)[:2], now=NOW)})
 
 
-def test_where_each_setting_comes_from_is_told(tmp_path: Path) -> None:
+def test_the_source_of_each_setting_is_reported(tmp_path: Path) -> None:
     """The environment, the file, or nowhere: the last as where sudo passed none on."""
     file = tmp_path / "tracker.toml"
     file.write_text('flora_webhook_secret = "whsec_1"\n')
@@ -47,7 +47,7 @@ def test_where_each_setting_comes_from_is_told(tmp_path: Path) -> None:
         ({"FLORA_WEBHOOK_SECRET": "0123456789"}, Level.WARNING, "does not begin with whsec_"),
     ],
 )
-def test_secrets_are_told_by_their_number_and_their_shape(
+def test_secrets_are_judged_by_their_number_and_their_shape(
     environ: dict[str, str], level: Level, seen: str
 ) -> None:
     """None, one, several, and those that cannot be FLORA's; none is shown."""
@@ -61,7 +61,7 @@ def test_secrets_are_told_by_their_number_and_their_shape(
     ("seconds", "level"), [("900", "ok"), ("300", "warning"), ("0", "warning")]
 )
 def test_a_tolerance_that_refuses_the_last_attempt_is_a_warning(seconds: str, level: str) -> None:
-    """FLORA's SDK has 300 s, which is too short; 0 looks at no time at all."""
+    """FLORA's SDK has 300 s, which is too short; 0 checks no time at all."""
     assert _checked(TRACKER_SIGNATURE_TOLERANCE=seconds)["tolerance"].level == level
 
 
@@ -75,7 +75,7 @@ def test_a_tolerance_that_refuses_the_last_attempt_is_a_warning(seconds: str, le
     ],
 )
 def test_a_service_that_is_public_needs_a_token(environ: dict[str, str], level: str) -> None:
-    """Without one it refuses everybody; where only this machine is served none is needed."""
+    """Without one it refuses all requests; if only this machine is served none is needed."""
     assert _checked(**environ)["token"].level == level
 
 

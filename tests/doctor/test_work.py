@@ -1,4 +1,4 @@
-"""Whether somebody polls and sweeps, and what waits for a person."""
+"""Whether a worker polls and sweeps, and what waits for a person."""
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -42,8 +42,8 @@ async def state(sqlite_url: str) -> work.WorkState:
     )
 
 
-def test_a_worker_is_told_by_what_it_does(state: work.WorkState) -> None:
-    """Runs that are read in time and sweeps that begin in time are a worker; their want is none."""
+def test_a_worker_is_judged_by_what_it_does(state: work.WorkState) -> None:
+    """There is a worker if due runs are read and sweeps start in time, and none otherwise."""
     assert work.check_worker(state).level is Level.OK
     never = work.check_worker(replace(state, sweeps=[]))
     assert (never.level, "ever" in never.seen) == (Level.FAILED, True)
@@ -79,10 +79,10 @@ def test_sweeps_are_late_where_none_was_complete_for_long(state: work.WorkState)
     assert "check the key" in found.advice
 
 
-async def test_no_worker_is_found_out_and_a_sweep_mends_it(
+async def test_a_missing_worker_is_reported_and_a_sweep_fixes_it(
     flora: Simulator, database_url: str
 ) -> None:
-    """A deployment in which nobody works fails; after one sweep from the command line it is ok."""
+    """A deployment without a worker fails; after one sweep from the command line it is ok."""
     environ = with_flora(flora, TRACKER_DATABASE_URL=database_url)
     report = await look(**environ)
     assert report.level("worker") is Level.FAILED
@@ -95,8 +95,8 @@ async def test_no_worker_is_found_out_and_a_sweep_mends_it(
     assert report.level("sweeps") is Level.OK
 
 
-async def test_a_sweep_that_is_under_way_is_seen(database_url: str) -> None:
-    """The lease of a sweep tells that one is under way, and nothing else does."""
+async def test_a_running_sweep_is_seen(database_url: str) -> None:
+    """A sweep is running while its lease is held; other leases do not count."""
     async with await Database.open(database_url) as database:
         now = utc_now()
         assert not await attention.sweeping(database, now=now)
@@ -108,7 +108,7 @@ async def test_a_sweep_that_is_under_way_is_seen(database_url: str) -> None:
 
 
 async def test_what_waits_for_a_person_is_named(state: work.WorkState) -> None:
-    """Missed callbacks, quarantine, open starts and contradictions, each with its command."""
+    """Missed callbacks, quarantine, unresolved starts and conflicts, each with its command."""
     assert {one.level for one in work.check_backlog(state.gauges, [], now=NOW)} == {Level.OK}
     gauges = replace(
         state.gauges,
@@ -137,10 +137,10 @@ async def test_what_waits_for_a_person_is_named(state: work.WorkState) -> None:
     assert work.check_backlog(few, [], now=NOW)[0].level is Level.OK, "too few to say anything"
 
 
-async def test_test_deliveries_that_were_left_are_taken_out_and_nothing_else_is(
+async def test_old_test_deliveries_are_deleted_and_nothing_else_is(
     database_url: str,
 ) -> None:
-    """Old ones of the doctor's alone go, whatever else has such an id or such an age."""
+    """Only old ones of the doctor are deleted, whatever else has such an id or such an age."""
     now = utc_now()
 
     def put(delivery_id: str, event_type: str, hours: int) -> Delivered:

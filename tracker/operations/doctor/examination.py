@@ -54,12 +54,13 @@ async def examine(
     sources: Mapping[str, str],
     *,
     clock: Clock = utc_now,
-    limits: TimeLimits = TimeLimits(),
+    limits: TimeLimits | None = None,
 ) -> list[Finding]:
     """Run all checks within 30 s; raises nothing for what is broken.
 
     `sources` says where each setting is set.
     """
+    limits = limits or TimeLimits()
     url = DatabaseUrl.parse(configured.tracker_database_url)
     at_database = _start(
         "database", limits.database, database.check(url, clock=clock), DatabaseState
