@@ -8,18 +8,20 @@ import base64
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tracker.core.inputs import obstacle
 from tracker.core.record import Record
 from tracker.core.run import Output
-from tracker.explaining.explainer import Explanation
 from tracker.flora.technique import ports
-from tracker.store.queries.audit import AuditRow
-from tracker.store.queries.runs import DeliveryRow
-from tracker.store.queries.spending import Spending, Usage
-from tracker.store.queries.starts import StartRow
-from tracker.store.queries.techniques import TechniqueRow
+
+if TYPE_CHECKING:  # commands that show runs load nothing of the others
+    from tracker.explaining.explainer import Explanation
+    from tracker.store.queries.audit import AuditRow
+    from tracker.store.queries.runs import DeliveryRow
+    from tracker.store.queries.spending import Spending, Usage
+    from tracker.store.queries.starts import StartRow
+    from tracker.store.queries.techniques import TechniqueRow
 
 
 class EventLike(Protocol):
@@ -108,7 +110,7 @@ def event_json(event: EventLike) -> dict[str, Any]:
     }
 
 
-def delivery_json(row: DeliveryRow) -> dict[str, Any]:
+def delivery_json(row: "DeliveryRow") -> dict[str, Any]:
     """A delivery: the columns of the table `deliveries`.
 
     `body` is included if it was read, as text, or as `body_base64` if it is not UTF-8.
@@ -136,7 +138,7 @@ def delivery_json(row: DeliveryRow) -> dict[str, Any]:
     return shown
 
 
-def usage_json(usage: Usage) -> dict[str, Any]:
+def usage_json(usage: "Usage") -> dict[str, Any]:
     """The use of a budget, in USD."""
     budget = usage.budget
     scope = {"workspace_id": None, "technique_id": None, "tag": None} | budget.scope
@@ -156,13 +158,13 @@ def usage_json(usage: Usage) -> dict[str, Any]:
 def spending_json(
     by: str,
     since: datetime,
-    rows: Iterable[Spending],
-    total: Spending,
-    usages: Iterable[Usage],
+    rows: "Iterable[Spending]",
+    total: "Spending",
+    usages: "Iterable[Usage]",
 ) -> dict[str, Any]:
     """Spending by day, technique or tag, and the budgets, in USD."""
 
-    def row_json(row: Spending) -> dict[str, Any]:
+    def row_json(row: "Spending") -> dict[str, Any]:
         return {
             "of": f"{row.of:%Y-%m-%d}" if isinstance(row.of, datetime) else row.of,
             "name": row.name,
@@ -181,7 +183,7 @@ def spending_json(
     }
 
 
-def start_json(row: StartRow) -> dict[str, Any]:
+def start_json(row: "StartRow") -> dict[str, Any]:
     """A start, without its callback address, which is a secret."""
     return {
         "idempotency_key": row.idempotency_key,
@@ -201,7 +203,7 @@ def start_json(row: StartRow) -> dict[str, Any]:
     }
 
 
-def audit_json(row: AuditRow) -> dict[str, Any]:
+def audit_json(row: "AuditRow") -> dict[str, Any]:
     """An entry of the audit log: the columns of the table `audit`."""
     return {
         "id": row.id,
@@ -226,7 +228,7 @@ def audit_facts(detail: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name.replace("_", " "), text(value)) for name, value in detail.items() if value]
 
 
-def explanation_json(explanation: Explanation) -> dict[str, Any]:
+def explanation_json(explanation: "Explanation") -> dict[str, Any]:
     """An explained run: its sentences, and the next poll for a program. Waits are seconds."""
     poll = explanation.next
     known = poll.durations
@@ -255,7 +257,7 @@ def explanation_json(explanation: Explanation) -> dict[str, Any]:
     }
 
 
-def technique_json(row: TechniqueRow) -> dict[str, Any]:
+def technique_json(row: "TechniqueRow") -> dict[str, Any]:
     """A technique: the columns of the table `techniques`, and why it cannot be started, if so."""
     return {
         "technique_id": row.technique_id,

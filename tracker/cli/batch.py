@@ -30,7 +30,6 @@ from tracker.cli.setup import (
 from tracker.core.errors import TrackerError
 from tracker.core.formatting import counted, money
 from tracker.core.tags import check_key
-from tracker.starting.sheet import Mapping, Problem, Sheet, SheetRefused, read_csv, read_jsonl
 
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from tracker.services import Services
     from tracker.starting.batch import BatchProgress, Outcome
     from tracker.starting.batch_rows import Plan
+    from tracker.starting.sheet import Mapping, Problem, Sheet
 
 _NAMED: Final = 20
 """How many rows that did not complete are named on stderr; the results hold all of them."""
@@ -136,6 +136,8 @@ def batch(
     Columns are matched to the technique's inputs by name. An invalid row refuses the whole file
     before anything is paid. Exit status 1 if a row did not complete.
     """
+    from tracker.starting.sheet import SheetRefused
+
     if again + retry_failed + retry_all > 1:
         raise typer.BadParameter(
             "cannot be combined with one another", param_hint="--again, --retry-failed, --retry-all"
@@ -218,7 +220,9 @@ def batch(
     return max(_exit_status(outcome, waited=wait), int(skipped))
 
 
-def _mapping(text: str) -> Mapping:
+def _mapping(text: str) -> "Mapping":
+    from tracker.starting.sheet import Mapping
+
     name, equals, column = text.partition("=")
     input_id, colon, type_ = name.partition(":")
     if not (equals and input_id and column) or (colon and not type_):
@@ -248,8 +252,10 @@ def _amount(text: str) -> Decimal:
     return amount
 
 
-def _read(file: str, format_: Format | None, delimiter: str | None) -> Sheet:
+def _read(file: str, format_: Format | None, delimiter: str | None) -> "Sheet":
     """Read a file or stdin. Raises `BadParameter` where it cannot be read at all."""
+    from tracker.starting.sheet import read_csv, read_jsonl
+
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     except OSError as error:
@@ -266,7 +272,7 @@ def _read(file: str, format_: Format | None, delimiter: str | None) -> Sheet:
     return read_csv(data, delimiter=delimiter)
 
 
-def _report_problems(name: str, problems: Sequence[Problem]) -> None:
+def _report_problems(name: str, problems: "Sequence[Problem]") -> None:
     for problem in problems:
         note(f"{name}: {problem}")
 
