@@ -117,7 +117,7 @@ async def _run_a_batch(services: Services) -> str:
     plan, _ = await services.batches.plan(
         "icon-pack", read_csv("\n".join(rows).encode()), name="autumn-icons.csv"
     )
-    await services.batches.run(plan, concurrency=2, wait=True, tell=lambda _: None)
+    await services.batches.run(plan, concurrency=2, wait=True, on_progress=lambda _: None)
     return plan.batch.batch_id
 
 

@@ -24,8 +24,7 @@ from tracker.operations.metrics import Metrics
 from tracker.operations.retention import Pruner
 from tracker.operations.tracing import Wrap, tracing, untraced
 from tracker.polling.follow import Follower
-from tracker.polling.poll import Poller
-from tracker.polling.poll_round import DurationBook, Gathering
+from tracker.polling.poll import Coalescer, DurationBook, Poller
 from tracker.polling.sweep import Sweeper
 from tracker.polling.verify import Verifier
 from tracker.polling.workspaces import DatabaseWaits, Workspace, WorkspaceIds, Workspaces
@@ -36,14 +35,12 @@ from tracker.receiving.replay import Replayer
 from tracker.settings import Rotation, Settings, WorkspaceSettings
 from tracker.settings.values import longest_wait
 from tracker.starting.batch import Batches
-from tracker.starting.budgets import BudgetReader
 from tracker.starting.catalogue import Catalogue, CatalogueSync
-from tracker.starting.matching import Originals
+from tracker.starting.matching import StartMatcher
 from tracker.starting.recover import Recovery
-from tracker.starting.resolve import Resolver
+from tracker.starting.resolve import Resolver, RunTracker
 from tracker.starting.sending import CallbackAddresses, Sender
-from tracker.starting.start import Starter
-from tracker.starting.track import Tracker
+from tracker.starting.start import BudgetReader, Starter
 from tracker.store import migrate
 from tracker.store.clock import shared_clock
 from tracker.store.engine import Database
@@ -92,7 +89,7 @@ class Services:
     batches: Batches
     recovery: Recovery
     resolver: Resolver
-    tracker: Tracker
+    tracker: RunTracker
     poller: Poller
     sweeper: Sweeper
     verifier: Verifier
@@ -207,11 +204,11 @@ async def open_services(
             sweep_seconds=cache(partial(longest_wait, settings.tracker_reconcile_cron, clock())),
         )
         catalogue = Catalogue(database, workspaces=workspaces, clock=clock)
-        originals = Originals(database=database, writer=writer, clock=clock)
-        stack.push_async_callback(originals.aclose)
+        matcher = StartMatcher(database=database, writer=writer, clock=clock)
+        stack.push_async_callback(matcher.aclose)
         ids = WorkspaceIds(database, clock=clock)
         sender = Sender(
-            originals=originals,
+            matcher=matcher,
             addresses=CallbackAddresses(database, url=settings.callback_url, clock=clock),
             clock=clock,
         )
@@ -219,19 +216,19 @@ async def open_services(
             database=database,
             workspaces=workspaces,
             ids=ids,
-            originals=originals,
+            matcher=matcher,
             sender=sender,
             process=process,
             doubt=settings.tracker_start_doubt,
             clock=clock,
         )
-        gathering = Gathering(clock)
+        coalescer = Coalescer(clock)
         poller = Poller(
             database=database,
             writer=writer,
             workspaces=workspaces,
             durations=durations,
-            gathering=gathering,
+            coalescer=coalescer,
             policy=settings.policy,
             holder=process,
             clock=clock,
@@ -303,11 +300,13 @@ async def open_services(
                 database=database,
                 workspaces=workspaces,
                 ids=ids,
-                originals=originals,
+                matcher=matcher,
                 process=process,
                 clock=clock,
             ),
-            tracker=Tracker(writer=writer, workspaces=workspaces, catalogue=catalogue, clock=clock),
+            tracker=RunTracker(
+                writer=writer, workspaces=workspaces, catalogue=catalogue, clock=clock
+            ),
             poller=poller,
             sweeper=Sweeper(
                 database=database,
@@ -315,7 +314,7 @@ async def open_services(
                 workspaces=workspaces,
                 ids=ids,
                 durations=durations,
-                gathering=gathering,
+                coalescer=coalescer,
                 holder=process,
                 first_since=settings.tracker_history_since,
                 clock=clock,

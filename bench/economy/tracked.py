@@ -22,7 +22,7 @@ from tracker.core.observation import Source
 from tracker.core.record import Seen
 from tracker.core.schedule import Policy
 from tracker.flora import parse
-from tracker.polling.poll_round import FEW_KEPT_FOR
+from tracker.polling.poll import FEW_KEPT_FOR
 from tracker.simulator import Simulator
 from tracker.simulator.runs import SimulatedRun
 from tracker.store import migrate

@@ -142,9 +142,9 @@ def test_progress_is_told_in_words() -> None:
     """Counts that are not zero, the cost, and what is waited for."""
     tally = BatchCounts(rows=9, started=5, active=2, completed=2, failed=1, unresolved=1)
     tally.cost = Decimal("0.500000")
-    assert progress_text(BatchProgress(tally=tally, left=3, errors=1, paused=4.6)) == (
+    assert progress_text(BatchProgress(counts=tally, left=3, errors=1, paused=4.6)) == (
         "5 of 9 started, 2 running, 2 completed, 1 failed, 1 could not be started, $0.50, "
         "rate-limited by FLORA for 5 s"
     )
-    assert "waiting for the outcome of 3" in progress_text(BatchProgress(tally=tally, doubt=3))
-    assert "next start in 80 s" in progress_text(BatchProgress(tally=tally, held=80.0))
+    assert "waiting for the outcome of 3" in progress_text(BatchProgress(counts=tally, doubt=3))
+    assert "next start in 80 s" in progress_text(BatchProgress(counts=tally, held=80.0))

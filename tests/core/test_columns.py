@@ -3,7 +3,7 @@
 import pytest
 
 from tracker.core.inputs import Port
-from tracker.starting.sheet import Mapping, Reading, read_csv, read_jsonl, read_rows
+from tracker.starting.sheet import ColumnMapping, SheetReading, read_csv, read_jsonl, read_rows
 
 FACE = Port(id="face", type="imageUrl", name="Face photo")
 PROMPT = Port(id="prompt", type="text")
@@ -11,16 +11,16 @@ STYLE = Port(id="style", type="text", optional=True)
 LINK = "https://example.com/a.png"
 
 
-def reading(text: str, *ports: Port, given: list[Mapping] | None = None) -> Reading:
+def reading(text: str, *ports: Port, given: list[ColumnMapping] | None = None) -> SheetReading:
     return read_rows(read_csv(text.encode()), ports, given or [])
 
 
-def values(found: Reading) -> list[dict[str, str]]:
+def values(found: SheetReading) -> list[dict[str, str]]:
     assert found.problems == ()
     return [{one["id"]: one["value"] for one in row.inputs} for row in found.rows]
 
 
-def said(found: Reading) -> list[str]:
+def said(found: SheetReading) -> list[str]:
     return [str(problem) for problem in found.problems]
 
 
@@ -41,7 +41,7 @@ def test_columns_are_inputs_by_id_or_name() -> None:
 
 def test_a_mapping_goes_before_names() -> None:
     """What `--map` names is taken even where another column bears the input's id."""
-    given = [Mapping("prompt", "words")]
+    given = [ColumnMapping("prompt", "words")]
     found = reading("prompt,words\nold,new\n", PROMPT, given=given)
     assert values(found) == [{"prompt": "new"}]
     assert found.unmapped == ("prompt",)
@@ -49,7 +49,7 @@ def test_a_mapping_goes_before_names() -> None:
 
 def test_a_technique_without_a_definition_needs_types() -> None:
     """Where FLORA names no inputs, each is mapped with its type, and nothing else is checked."""
-    given = [Mapping("face", "link", "imageUrl"), Mapping("any", "words", "text")]
+    given = [ColumnMapping("face", "link", "imageUrl"), ColumnMapping("any", "words", "text")]
     found = reading("link,words\n ftp://x ,hi\n", given=given)
     assert [row.inputs for row in found.rows] == [
         [
@@ -57,19 +57,19 @@ def test_a_technique_without_a_definition_needs_types() -> None:
             {"id": "face", "type": "imageUrl", "value": "ftp://x"},
         ]
     ]
-    assert said(reading("link\nx\n", given=[Mapping("face", "link")])) == [
-        "line 1, column 'link': the technique's definition does not tell its type: "
-        "--map face:TYPE=link gives it"
+    assert said(reading("link\nx\n", given=[ColumnMapping("face", "link")])) == [
+        "line 1, column 'link': the technique's definition does not give its type: "
+        "use --map face:TYPE=link"
     ]
     assert said(reading("link\nx\n")) == [
-        "line 1: no column is an input of the technique: --map INPUT=COLUMN says which is"
+        "line 1: no column is an input of the technique: use --map INPUT=COLUMN"
     ]
 
 
 def test_several_columns_or_values_for_an_input_that_takes_them() -> None:
     """An input that takes several values has them from several columns or a JSON list, in order."""
     assets = Port(id="assets", type="imageUrl", several=True)
-    given = [Mapping("assets", "front"), Mapping("assets", "back")]
+    given = [ColumnMapping("assets", "front"), ColumnMapping("assets", "back")]
     found = reading(f"back,front\n{LINK}?2,{LINK}?1\n", assets, given=given)
     expected = [{"id": "assets", "type": "imageUrl", "value": f"{LINK}?{n}"} for n in (1, 2)]
     assert [row.inputs for row in found.rows] == [expected]
@@ -96,23 +96,29 @@ def test_every_row_that_does_not_fit_is_named() -> None:
 def test_a_missing_column_is_named_once() -> None:
     """Not once for each row, and with what to do; what may be left out is not missed."""
     assert said(reading("a,b\n1,2\n3,4\n", FACE, STYLE)) == [
-        "line 1: there is no column for the input 'face' (imageUrl); --map face=COLUMN names one"
+        "line 1: there is no column for the input 'face' (imageUrl); use --map face=COLUMN"
     ]
     assert said(reading("a;face\n1;x\n", FACE)) == [
         "line 1: there is no column for the input 'face' (imageUrl); "
-        "if ';' parts the cells, --delimiter ';' says so"
+        "if the cells are separated by ';', use --delimiter ';'"
     ]
 
 
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (Mapping("fase", "b"), "column 'b': the technique has no input 'fase'; it has prompt"),
-        (Mapping("prompt", "c"), "column 'c': the sheet has no such column; it has prompt, b, b"),
-        (Mapping("prompt", "b"), "column 'b': there are several columns of this name"),
+        (
+            ColumnMapping("fase", "b"),
+            "column 'b': the technique has no input 'fase'; it has prompt",
+        ),
+        (
+            ColumnMapping("prompt", "c"),
+            "column 'c': the sheet has no such column; it has prompt, b, b",
+        ),
+        (ColumnMapping("prompt", "b"), "column 'b': there are several columns of this name"),
     ],
 )
-def test_a_mapping_that_does_not_fit_is_named(given: Mapping, expected: str) -> None:
+def test_a_mapping_that_does_not_fit_is_named(given: ColumnMapping, expected: str) -> None:
     """An unknown input, an unknown column, and a name that two columns bear."""
     found = reading("prompt,b,b\nx,y,z\n", PROMPT, given=[given])
     assert said(found) == [f"line 1, {expected}"]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tracker.starting.sheet import Problem, Sheet, SheetRefused, read_csv, read_jsonl
+from tracker.starting.sheet import Sheet, SheetProblem, SheetRefused, read_csv, read_jsonl
 
 
 def cells(sheet: Sheet) -> list[tuple[int, dict[str, tuple[str, ...]]]]:
@@ -91,7 +91,7 @@ def test_every_problem_of_json_lines_is_named() -> None:
         (1, "b", "must be text, not true or false"),
         (1, "c", "must be text, not an object"),
         (1, "f", "must be text, not a list in a list"),
-        (2, "", "'a' stands twice in one object"),
+        (2, "", "'a' occurs twice in one object"),
         (3, "", "the line is not a JSON object"),
         (4, "", "the line is not JSON: Expecting value"),
         (5, "a", "holds half a character (a lone surrogate)"),
@@ -128,11 +128,13 @@ def test_what_was_written_is_read(rows: list[tuple[str, str]]) -> None:
 
 def test_a_refusal_names_all_by_line() -> None:
     """The problems of a sheet are in the order of its lines; the message counts them."""
-    refused = SheetRefused([Problem(3, "", "b"), Problem(2, "face", "a"), Problem(0, "", "c")])
+    refused = SheetRefused(
+        [SheetProblem(3, "", "b"), SheetProblem(2, "face", "a"), SheetProblem(0, "", "c")]
+    )
     assert [str(one) for one in refused.problems] == [
         "c",
         "line 2, column 'face': a",
         "line 3: b",
     ]
     assert str(refused) == "3 problems in the sheet; nothing was started"
-    assert str(SheetRefused([Problem(3, "", "b")])).startswith("1 problem in")
+    assert str(SheetRefused([SheetProblem(3, "", "b")])).startswith("1 problem in")

@@ -31,8 +31,7 @@ from tests.support.waiting import free_port
 from tracker.core.clock import utc_now
 from tracker.polling import poll, sweep
 from tracker.simulator import Simulator
-from tracker.starting import held_start as ledger
-from tracker.starting import recover
+from tracker.starting import recover, sending
 from tracker.worker import scheduler
 
 LEASE = timedelta(seconds=3)
@@ -64,12 +63,12 @@ def shorten_waits() -> None:
     hurried.shorten_waits()
     hurried.shorten_key_memory()
     held: tuple[tuple[ModuleType, str], ...] = (
-        *((ledger, "HELD_FOR"), (recover, "HELD_FOR")),
+        *((sending, "HELD_FOR"), (recover, "HELD_FOR")),
         *((poll, "LEASE"), (sweep, "LEASE")),
     )
     for module, name in held:
         setattr(module, name, LEASE)
-    for module in (ledger, poll, sweep):
+    for module in (sending, poll, sweep):
         hurried.shorten(module, RENEW_AFTER=RENEW_AFTER)
     hurried.shorten(scheduler, RECOVER_EVERY=LEASE)
     scheduler.cron_trigger = lambda _: IntervalTrigger(seconds=SWEEP_EVERY)  # type: ignore

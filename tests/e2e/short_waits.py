@@ -15,7 +15,7 @@ from tracker import services
 from tracker.cli import main
 from tracker.polling import poll, sweep
 from tracker.polling.workspaces import DatabaseWaits
-from tracker.starting import catalogue, held_start, recover
+from tracker.starting import catalogue, recover, sending
 from tracker.store.writing import rollups
 from tracker.web.http import server
 from tracker.worker import scheduler
@@ -53,7 +53,7 @@ class ShortWaits(DatabaseWaits):
 def shorten_waits() -> None:
     """Clients and starts wait a fiftieth, and a killed process holds a start for two seconds, not
     thirty."""
-    shorten(held_start, HELD_FOR=timedelta(seconds=2))
+    shorten(sending, HELD_FOR=timedelta(seconds=2))
     services.FloraClient = partial(services.FloraClient, monotonic=clock, sleep=short_sleep)  # type: ignore
     services.DatabaseWaits = ShortWaits  # type: ignore[misc]
     services.Starter = partial(services.Starter, sleep=short_pause)  # type: ignore
@@ -64,11 +64,11 @@ def shorten_all_waits() -> None:
     """Also leases, the interval of recovery and compaction, and the grace period of the server."""
     shorten_waits()
     soon = timedelta(seconds=0.4)
-    shorten(held_start, HELD_FOR=soon)
+    shorten(sending, HELD_FOR=soon)
     shorten(recover, LISTED_WITHIN=timedelta(seconds=1))
     for module in (poll, sweep, catalogue):
         shorten(module, LEASE=soon)
-    for module in (held_start, poll, sweep):
+    for module in (sending, poll, sweep):
         shorten(module, RENEW_AFTER=0.1)
     shorten(scheduler, GATHER=0.2, RECOVER_EVERY=soon)
     scheduler.cron_trigger = every_second  # type: ignore[assignment]

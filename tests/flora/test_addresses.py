@@ -4,9 +4,9 @@ import httpx
 import pytest
 
 from tracker.core.errors import FloraUnreadable, NotFound, SettingsError
-from tracker.flora.addresses import Addresses, PollUrlRefused
+from tracker.flora.client import FloraUrls, PollUrlRefused
 
-FLORA = Addresses("https://app.flora.test/api/v1")
+FLORA = FloraUrls("https://app.flora.test/api/v1")
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ FLORA = Addresses("https://app.flora.test/api/v1")
 )
 def test_good_bases(base: str) -> None:
     """An https root is a base, and so is an http one on this machine; its last slash is dropped."""
-    url = Addresses(base).url("runs", "run_1")
+    url = FloraUrls(base).of("runs", "run_1")
     assert str(url) == f"{base.rstrip('/')}/runs/run_1"
 
 
@@ -47,7 +47,7 @@ def test_good_bases(base: str) -> None:
 def test_bad_bases(base: str) -> None:
     """Anything else is refused, without repeating what may hold a password."""
     with pytest.raises(SettingsError, match="FLORA_BASE_URL") as caught:
-        Addresses(base)
+        FloraUrls(base)
     assert "password" not in str(caught.value)
 
 
@@ -65,27 +65,27 @@ def test_bad_bases(base: str) -> None:
 )
 def test_an_id_cannot_leave_its_path(segment: str, path: bytes) -> None:
     """Whatever an id holds, it stays one segment of the path."""
-    assert FLORA.url("runs", segment).raw_path == path
+    assert FLORA.of("runs", segment).raw_path == path
 
 
 @pytest.mark.parametrize("segment", ["", ".", "..", "x" * 256])
 def test_what_can_be_no_id(segment: str) -> None:
     """A segment that would change the path, or is far too long, does not exist."""
     with pytest.raises(NotFound):
-        FLORA.url("techniques", segment, "runs")
+        FLORA.of("techniques", segment, "runs")
 
 
 def test_queries() -> None:
     """What is given stands in the query, escaped; what is `None` does not."""
-    url = FLORA.url("technique-runs", cursor="a&b=c", limit=100, technique_id=None)
+    url = FLORA.of("technique-runs", cursor="a&b=c", limit=100, technique_id=None)
     assert dict(url.params) == {"cursor": "a&b=c", "limit": "100"}
-    assert FLORA.url("technique-runs", cursor=None).query == b""
+    assert FLORA.of("technique-runs", cursor=None).query == b""
 
 
 def test_a_monstrous_cursor() -> None:
     """A cursor that no URL can hold is FLORA's fault."""
     with pytest.raises(FloraUnreadable, match="cursor"):
-        FLORA.url("technique-runs", cursor="x" * 100_000)
+        FLORA.of("technique-runs", cursor="x" * 100_000)
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,7 @@ from tracker.core.errors import (
 from tracker.core.observation import Source
 from tracker.core.run import RunStatus
 from tracker.flora import caller
-from tracker.flora.addresses import PollUrlRefused
-from tracker.flora.client import FloraClient, start_body
+from tracker.flora.client import FloraClient, PollUrlRefused, start_body
 from tracker.flora.contact import Trouble
 
 INPUTS = [{"id": "prompt", "type": "text", "value": "caf\N{LATIN SMALL LETTER E WITH ACUTE}"}]
@@ -225,7 +224,7 @@ async def test_what_is_packed_twice_or_anew_is_not_unpacked(encoding: str) -> No
         return httpx.Response(200, headers={"content-encoding": encoding}, stream=stream)
 
     async with client(far := FarEnd(bomb), VirtualTime()) as flora:
-        with pytest.raises(FloraUnreadable, match="packed in a way"):
+        with pytest.raises(FloraUnreadable, match="unsupported content encoding"):
             await flora.get_any_run("run_1")
     assert far.requests[0].headers["accept-encoding"] == "gzip, deflate"
 
@@ -370,7 +369,7 @@ async def test_a_plan_that_lacks_something_is_no_refused_key() -> None:
     async with client(FarEnd(refused(401), plan), VirtualTime()) as flora:
         with pytest.raises(KeyRefused):
             await flora.history()
-        flora.breaker._next_trial = 0
+        flora.breaker._next_probe = 0
         for call in (flora.history(), flora.get_any_run("run_1")):
             with pytest.raises(PlanRequired, match="403 paid_plan_required: some words"):
                 await call

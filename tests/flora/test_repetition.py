@@ -169,7 +169,7 @@ async def test_a_wait_is_everybodys() -> None:
         second = asyncio.ensure_future(flora.get_any_run("run_1"))
         await settle()
         assert len(far_end.requests) == 1
-        assert flora.budget.state().paused == 20
+        assert flora.request_limit.state().paused == 20
         await time.run(asyncio.wait([first, second]))
     assert len(far_end.requests) == 3
     assert time.elapsed >= 20
@@ -180,7 +180,7 @@ async def test_a_503_that_asks_for_a_wait_gets_it() -> None:
     time = VirtualTime()
     async with client(FarEnd(refused(503, retry_after="7"), RUN), time) as flora:
         await time.run(flora.get_any_run("run_1"))
-        assert flora.budget.state().rate is None
+        assert flora.request_limit.state().rate is None
     assert time.elapsed == pytest.approx(7)
 
 
@@ -241,7 +241,7 @@ async def test_no_answer_in_time(acts: bool, monkeypatch: pytest.MonkeyPatch) ->
     async with client(FarEnd(never), VirtualTime(), deadline=0.05) as flora:
         with pytest.raises(FloraUnreachable, match=r"within 0\.\d+ s") as caught:
             await (start(flora) if acts else flora.get_any_run("run_1"))
-        assert flora.budget.state().in_flight == 0
+        assert flora.request_limit.state().in_flight == 0
     assert caught.value.may_have_acted
     assert caught.value.timed_out
 
@@ -262,7 +262,7 @@ async def test_no_turn_in_time() -> None:
         blocking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await blocking
-        assert flora.budget.state().in_flight == 0
+        assert flora.request_limit.state().in_flight == 0
 
 
 async def test_time_up_between_two_attempts() -> None:
@@ -310,11 +310,11 @@ async def test_a_limit_slows_everything_down() -> None:
     async with client(far_end, time, concurrency=2) as flora:
         for _ in range(20):
             await time.run(flora.get_any_run("run_1"))
-        slow = flora.budget.state().rate
+        slow = flora.request_limit.state().rate
         assert slow is not None
         assert slow == pytest.approx(1.05)
         await time.run(flora.get_any_run("run_1"))
-        assert flora.budget.state().rate == pytest.approx(1.1)
+        assert flora.request_limit.state().rate == pytest.approx(1.1)
 
 
 async def test_a_refusal_of_another_kind_keeps_its_type() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.flora.far_end import NOON
-from tracker.flora.caller import asked_wait, backoff, http_date
+from tracker.flora.caller import backoff, http_date, retry_after_of
 
 
 def http(when: datetime) -> str:
@@ -39,19 +39,19 @@ def http(when: datetime) -> str:
 )
 def test_what_flora_asks(headers: dict[str, str], expected: float | None) -> None:
     """Seconds, milliseconds and dates are understood, up to a minute; nothing else asks a wait."""
-    assert asked_wait(headers, now=NOON) == expected
+    assert retry_after_of(headers, now=NOON) == expected
 
 
 def test_a_date_is_measured_from_floras_own_clock() -> None:
     """Our clock may be an hour off: the answer's own date counts."""
     headers = {"date": http(NOON), "retry-after": http(NOON + timedelta(seconds=8))}
-    assert asked_wait(headers, now=NOON - timedelta(hours=1)) == 8
+    assert retry_after_of(headers, now=NOON - timedelta(hours=1)) == 8
 
 
 @given(st.text() | st.from_regex(r"\A\w{3}, \d+ \w{3} \d+ \d+:\d+:\d+ [\w+-]*\Z"))
 def test_any_header(text: str) -> None:
     """No header makes anything but a wait between nothing and a minute, or no wait."""
-    wait = asked_wait({"retry-after": text, "retry-after-ms": text, "date": text}, now=NOON)
+    wait = retry_after_of({"retry-after": text, "retry-after-ms": text, "date": text}, now=NOON)
     assert wait is None or 0 <= wait <= 60
     date = http_date(text)
     assert date is None or date.utcoffset() == timedelta(0)

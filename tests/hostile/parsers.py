@@ -80,7 +80,7 @@ def answers(data: bytes) -> None:
         _fits(refused.code, refused.message, *texts)
     elif kind == "wait":
         head = {name.decode(): value.decode("latin-1") for name, value in headers_of(lines[1:])}
-        wait = waits.asked_wait(head, now=NOW)
+        wait = waits.retry_after_of(head, now=NOW)
         assert wait is None or 0 <= wait <= waits.LONGEST_WAIT, wait
     elif kind == "callback":
         about = parse.envelope(body, webhook_id=more)

@@ -73,10 +73,10 @@ class Process:
         enter = process._stack.enter_async_context
         services = await enter(open_services(settings, clock=clocks.ours))
         services.database._writer = _CrashingWriter(services.database._writer, process)  # type: ignore[assignment]
-        services.starter._sleep = clocks.sleep
+        services.starter.sleep = clocks.sleep
         # The world decides when the inbox is applied.
         services.applier.wake = lambda: None  # type: ignore[method-assign]
-        services.starter._monotonic = clocks.monotonic
+        services.starter.monotonic = clocks.monotonic
         (workspace,) = services.workspaces
         workspace.client = await enter(
             FloraClient(
@@ -105,7 +105,7 @@ class Process:
     @property
     def holder(self) -> str:
         """The name under which it claims runs."""
-        return self.services.poller._holder
+        return self.services.poller.holder
 
     async def do(self, work: Awaitable[T]) -> T:
         """Run a coroutine in the process. Raises `Crashed` where it dies meanwhile."""

@@ -110,7 +110,7 @@ class World:
     def flora_waits(self) -> bool:
         """Whether the process sends no requests: FLORA asked for a pause, or refused the key."""
         client = self.workspace.require_client()
-        return client.budget.state().paused > 0 or client.breaker.open
+        return client.request_limit.state().paused > 0 or client.breaker.open
 
     def callback(self, run: ModelRun, *, contrary: bool = False) -> Callback:
         """FLORA's callback for a run: the right one, or the `contrary` one.

@@ -13,7 +13,7 @@ async def test_starts_whose_outcome_is_not_known_are_listed(
         site,
         flora,
     ):
-        site.services.starter._deadline = 1.0
+        site.services.starter.deadline = 1.0
         answer = await _start(site, "key-1")
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "start_pending")
         assert int(answer.headers["retry-after"]) > 0

@@ -11,7 +11,7 @@ from tests.support.waiting import eventually, free_port
 from tests.web.conftest import Serve, Site
 from tests.web.flora import START, with_flora
 from tests.web.serving import serving
-from tracker.polling.poll_round import DurationBook
+from tracker.polling.poll import DurationBook
 from tracker.polling.workspaces import WorkspaceIds
 from tracker.simulator import Options, running
 from tracker.starting.start import Starter
@@ -184,7 +184,7 @@ async def test_a_flora_that_cannot_be_reached_is_a_502(serve: Serve, sqlite_url:
             catalogue=services.catalogue,
             durations=DurationBook(services.database, clock=services.clock),
             ids=WorkspaceIds(services.database, clock=services.clock),
-            sender=services.starter._sender,
+            sender=services.starter.sender,
             recovery=services.recovery,
             process="test",
             clock=services.clock,

@@ -93,7 +93,7 @@ async def hurry() -> AsyncIterator[Hurry]:
             await asyncio.sleep(0)
 
         def hurry_up(services: Services, flora: Simulator, *, deadline: float = 30.0) -> None:
-            services.starter._sleep = no_wait
+            services.starter.sleep = no_wait
             for workspace in services.workspaces:
                 workspace.client = FloraClient(
                     base_url=flora.base_url,

@@ -20,9 +20,9 @@ from tracker.core.row_key import Input, Turn, batch_id, row_digests
 from tracker.flora.client import FloraClient
 from tracker.services import Services
 from tracker.simulator import Simulator
-from tracker.starting.batch import BatchProgress, DefinitionChanged, Outcome
+from tracker.starting.batch import BatchOutcome, BatchProgress, DefinitionChanged
 from tracker.starting.batch_launch import MaxCostReached
-from tracker.starting.batch_rows import Plan, PlannedRow, Retry, RowState
+from tracker.starting.batch_rows import BatchPlan, PlannedRow, Retry, RowState
 from tracker.starting.sheet import SheetRefused, read_csv
 from tracker.starting.start import fingerprint
 from tracker.store import schema as tables
@@ -38,7 +38,7 @@ def database_url(sqlite_url: str) -> str:
     return sqlite_url
 
 
-async def plan(services: Services, *prompts: str, **options: Any) -> Plan:
+async def plan(services: Services, *prompts: str, **options: Any) -> BatchPlan:
     """The plan of a sheet with one column."""
     sheet = read_csv("\n".join(["prompt", *prompts]).encode())
     given: dict[str, Any] = {"name": "icons.csv"}
@@ -52,17 +52,19 @@ def silent(progress: BatchProgress) -> None:
 
 async def start(
     services: Services,
-    planned: Plan,
+    planned: BatchPlan,
     *,
     concurrency: int = 2,
     tell: Callable[[BatchProgress], None] = silent,
-) -> Outcome:
+) -> BatchOutcome:
     """Start a plan, and do not wait for its runs."""
-    return await services.batches.run(planned, concurrency=concurrency, wait=False, tell=tell)
+    return await services.batches.run(
+        planned, concurrency=concurrency, wait=False, on_progress=tell
+    )
 
 
-async def batch(services: Services, *prompts: str, **options: Any) -> Outcome:
-    """Plan and start."""
+async def batch(services: Services, *prompts: str, **options: Any) -> BatchOutcome:
+    """BatchPlan and start."""
     return await start(services, await plan(services, *prompts, **options))
 
 
@@ -71,7 +73,7 @@ def begun(flora: Simulator) -> list[str]:
     return [run.inputs[0]["value"] for run in flora.world.runs.values()]
 
 
-def statuses(outcome: Outcome) -> list[str]:
+def statuses(outcome: BatchOutcome) -> list[str]:
     return [row.status for row in outcome.rows]
 
 
@@ -174,7 +176,7 @@ async def test_no_credits_end_a_batch(make_flora: MakeFlora, open_on: OpenServic
         outcome = await start(services, planned, concurrency=1)
         assert isinstance(outcome.stopped, FloraRefusal)
         assert outcome.stopped.code == "insufficient_credits"
-        assert (outcome.tally.started, outcome.tally.unstarted) == (2, 18)
+        assert (outcome.counts.started, outcome.counts.unstarted) == (2, 18)
         assert reads_of(flora)["runs.start"] == 3
         assert statuses(outcome)[:4] == ["pending", "pending", "refused", "not_started"]
         kept = await batches.get(services.database, outcome.batch.batch_id)
@@ -193,7 +195,7 @@ async def test_a_refused_key_ends_a_batch(services: Services, flora: Simulator) 
     flora.world.options = replace(flora.world.options, api_key="sk_test_another")
     outcome = await start(services, planned)
     assert isinstance(outcome.stopped, KeyRefused)
-    assert outcome.tally.unstarted == 6
+    assert outcome.counts.unstarted == 6
     assert begun(flora) == []
 
 
@@ -240,11 +242,11 @@ async def test_a_429_holds_the_batch_but_does_not_end_it(
         planned = await plan(services, *(f"icon {number}" for number in range(30)))
         (workspace,) = services.workspaces
         workspace.client = client
-        services.batches._sleep = nap
+        services.batches.sleep = nap
         outcome = await start(services, planned, concurrency=4)
         assert outcome.stopped is None
-        assert client.budget.state().limited > 0
-        assert outcome.tally.started == len(flora.world.runs) == 30
+        assert client.request_limit.state().limited > 0
+        assert outcome.counts.started == len(flora.world.runs) == 30
 
 
 SPEED = 200.0
@@ -271,7 +273,7 @@ async def test_no_row_begins_while_flora_wants_a_pause(
     """As long as the pause lasts nothing is sent, and whoever looks on sees how long that is."""
     planned = await plan(services, "a", "b")
     (workspace,) = services.workspaces
-    workspace.require_client().budget.pause(1.0)
+    workspace.require_client().request_limit.pause(1.0)
     seen: list[BatchProgress] = []
     working = asyncio.create_task(start(services, planned, tell=seen.append))
     await eventually(lambda: seen and 0 < seen[-1].paused <= 1)
@@ -299,11 +301,11 @@ async def test_a_row_that_another_process_is_sending_waits_its_turn(
     )
     key = row.entry.key
     assert await starts.take(services.database, "ws_simulator", key, "other", clock(), HELD)
-    services.starter._deadline = 1.0
+    services.starter.deadline = 1.0
     seen: list[BatchProgress] = []
     planned = await plan(services, "a", "b")
     working = asyncio.create_task(
-        services.batches.run(planned, concurrency=2, wait=True, tell=seen.append)
+        services.batches.run(planned, concurrency=2, wait=True, on_progress=seen.append)
     )
     await eventually(lambda: seen and seen[-1].doubt > 0 and begun(flora))
     assert begun(flora) == ["b"]
@@ -328,7 +330,7 @@ async def test_a_start_in_doubt_holds_nothing_up(
         planned = await plan(services, *prompts)
         seen: list[BatchProgress] = []
         working = asyncio.create_task(
-            services.batches.run(planned, concurrency=3, wait=True, tell=seen.append)
+            services.batches.run(planned, concurrency=3, wait=True, on_progress=seen.append)
         )
         await eventually(lambda: seen and seen[-1].left == 0)
         doubt = seen[-1].doubt
@@ -340,7 +342,7 @@ async def test_a_start_in_doubt_holds_nothing_up(
         await poll_to_the_end(services, clock, within=600)
         outcome = await working
         assert outcome.stopped is None
-        assert outcome.tally.completed == len(flora.world.runs) == 20
+        assert outcome.counts.completed == len(flora.world.runs) == 20
         assert sorted(begun(flora)) == sorted(prompts)
 
 
@@ -376,7 +378,7 @@ async def test_a_batch_stops_where_quotes_reach_the_most_it_may_cost(
     planned = await plan(services, *(f"icon {number}" for number in range(10)))
     flora.world.options = replace(flora.world.options, quotes=1.0, quote_factor=quote)
     outcome = await services.batches.run(
-        planned, concurrency=1, wait=False, tell=silent, max_cost=Decimal("2.1")
+        planned, concurrency=1, wait=False, on_progress=silent, max_cost=Decimal("2.1")
     )
     assert isinstance(outcome.stopped, MaxCostReached)
     assert len(begun(flora)) == (8 if quote == 1.0 else 2)
@@ -407,7 +409,7 @@ async def test_an_input_of_several_values_is_several_runs(
             created_at=services.clock(),
         )
         row = PlannedRow(entry=entry, inputs=inputs)
-        planned = Plan(
+        planned = BatchPlan(
             batch=batch_row,
             technique=definition,
             rows=[row],
@@ -416,7 +418,7 @@ async def test_an_input_of_several_values_is_several_runs(
         assert planned.cost == definition.run_cost * 3  # type: ignore[operator]
 
 
-async def columns(services: Services, text: str, **options: Any) -> Plan:
+async def columns(services: Services, text: str, **options: Any) -> BatchPlan:
     """The plan of a sheet of icons with several columns."""
     sheet = read_csv(text.encode())
     planned, _ = await services.batches.plan("icon-pack", sheet, name="icons.csv", **options)
@@ -540,7 +542,7 @@ async def test_an_interrupted_batch_finishes_what_it_was_sending(
         for state in planned.states.values()
     )
     outcome = await start(services, planned, concurrency=8)
-    assert outcome.tally.started == len(flora.world.runs) == 60
+    assert outcome.counts.started == len(flora.world.runs) == 60
 
 
 async def failed_batch(
@@ -610,12 +612,12 @@ async def test_a_retry_for_later_waits(
             clock.move(seconds)
             await asyncio.sleep(0)
 
-        services.batches._sleep = pass_on
+        services.batches.sleep = pass_on
         prompts = await failed_batch(services, flora, clock, "GENERATION_QUEUE_TOO_LARGE")
         planned = await plan(services, *prompts, retry=Retry.FAILED)
         (row,) = planned.missing
         outcome = await start(services, planned)
-        assert outcome.tally.started == 1
+        assert outcome.counts.started == 1
         assert row.not_before is not None
         retried_ms = list(flora.world.runs.values())[-1].created_ms
         assert retried_ms >= int(row.not_before.timestamp() * 1000)
@@ -661,9 +663,9 @@ async def test_a_total_is_at_least_until_every_bill_is_final(
         services = await open_on(flora)
         outcome = await batch(services, "a", "b")
         await poll_to_the_end(services, clock, within=600)
-        tally = await services.batches.tally(outcome.batch)
+        tally = await services.batches.counts(outcome.batch)
         assert (tally.cost, tally.quoted, tally.cost_final) == (0, Decimal("0.5"), False)
         clock.move(200)
         await services.poller.recheck_due()
-        tally = await services.batches.tally(outcome.batch)
+        tally = await services.batches.counts(outcome.batch)
         assert (tally.cost, tally.quoted, tally.cost_final) == (Decimal("0.5"), 0, True)

@@ -181,7 +181,7 @@ async def test_a_batch_stops_at_a_budget_and_goes_on_when_it_begins_anew(
     services = await open_on(flora, tracker_budget_day="0.50")
     planned = await plan(services, "a", "b", "c", tags=RED)
     run = services.batches.run
-    outcome = await run(planned, concurrency=1, wait=False, tell=silent)
+    outcome = await run(planned, concurrency=1, wait=False, on_progress=silent)
     assert isinstance(outcome.stopped, BudgetExceeded)
     assert [row.status for row in outcome.rows] == ["pending", "pending", "not_started"]
 
@@ -191,9 +191,11 @@ async def test_a_batch_stops_at_a_budget_and_goes_on_when_it_begins_anew(
         clock.move(3600)
         await asyncio.sleep(0)
 
-    services.batches._sleep = moves
+    services.batches.sleep = moves
     planned = await plan(services, "a", "b", "c", tags=RED)
-    outcome = await run(planned, concurrency=1, wait=False, tell=told.append, wait_for_budget=True)
+    outcome = await run(
+        planned, concurrency=1, wait=False, on_progress=told.append, wait_for_budget=True
+    )
     assert outcome.stopped is None
     assert len(flora.world.runs) == 3
     assert clock().day == 2
@@ -215,10 +217,10 @@ async def test_a_batch_that_waits_for_a_budget_settles_its_doubts(
             settled.append(clock().day == 1 and len(flora.world.runs) == 1)
             await asyncio.sleep(0.01)
 
-        services.batches._sleep = moves
+        services.batches.sleep = moves
         planned = await plan(services, "a", "b", tags=RED)
         running = services.batches.run(
-            planned, concurrency=1, wait=True, tell=silent, wait_for_budget=True
+            planned, concurrency=1, wait=True, on_progress=silent, wait_for_budget=True
         )
         batch = asyncio.create_task(running)
         await eventually(lambda: len(flora.world.runs) == 2)
@@ -235,6 +237,6 @@ async def test_a_batch_does_not_wait_for_what_never_fits(
         services = await open_on(flora, **budget)
         planned = await plan(services, "a", tags=RED)
         outcome = await services.batches.run(
-            planned, concurrency=1, wait=True, tell=silent, wait_for_budget=True
+            planned, concurrency=1, wait=True, on_progress=silent, wait_for_budget=True
         )
         assert isinstance(outcome.stopped, BudgetExceeded)

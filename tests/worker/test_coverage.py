@@ -15,8 +15,8 @@ from tests.worker.conftest import (
 from tests.worker.test_sweep import sweep
 from tracker.core.run import RunType
 from tracker.flora import caller
-from tracker.flora.paging import cursor_at, offset_of
-from tracker.polling.history import Walk
+from tracker.flora.client import cursor_at, offset_of
+from tracker.polling.history import HistoryWalk
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.store.queries import runs as read
@@ -69,7 +69,7 @@ def asked(flora: Simulator) -> int:
 
 async def break_off_after(services: Services, monkeypatch: Any, pages: int) -> None:
     """A sweep that ends without a word after so many pages, as a killed process does."""
-    whole = Walk.pages
+    whole = HistoryWalk.pages
 
     async def broken(*args: object, **options: object):  # type: ignore[no-untyped-def]
         left = pages
@@ -80,7 +80,7 @@ async def break_off_after(services: Services, monkeypatch: Any, pages: int) -> N
             yield page
 
     with monkeypatch.context() as patched:
-        patched.setattr(Walk, "pages", broken)
+        patched.setattr(HistoryWalk, "pages", broken)
         with pytest.raises(SystemExit):
             await sweep(services)
 
@@ -254,14 +254,14 @@ async def test_runs_that_slip_between_two_pages_are_found(
     the walk notices, goes back, and finds them all."""
     async with make_flora(history=600, history_seconds=SPAN) as flora:
         services = await open_on(flora)
-        pages = Walk.pages
+        pages = HistoryWalk.pages
 
         async def shrinking(*args: object, **options: object):  # type: ignore[no-untyped-def]
             async for page in pages(*args, **options):  # type: ignore[arg-type]
                 yield page
                 flora.world.delete({item.run_id for item in page.items[:at_once]})
 
-        monkeypatch.setattr(Walk, "pages", shrinking)
+        monkeypatch.setattr(HistoryWalk, "pages", shrinking)
         assert (await sweep(services)).error is None
         monkeypatch.undo()
         assert at_flora(flora) <= await known(services)

@@ -90,7 +90,7 @@ async def test_a_slow_post_is_sent_once(make_flora: MakeFlora, open_on: OpenServ
     """Its answer is waited for after the caller has been told that the start is pending."""
     async with make_flora(slow_starts=1.0, slow_seconds=2.0, slow_run="last") as flora:
         services = await open_on(flora)
-        services.starter._deadline = 0.7
+        services.starter.deadline = 0.7
         with pytest.raises((FloraError, StartError)):
             await services.starter.start(request())
 
@@ -403,8 +403,8 @@ async def test_a_process_that_stood_still_sends_nothing(
         await services.catalogue.technique_id(next(iter(services.workspaces)), "icon-pack")
         await attempt(services, "warm-up")
     [workspace] = one.workspaces
-    workspace.require_client().budget.pause(1.5)
-    one.starter._deadline = two.starter._deadline = 10
+    workspace.require_client().request_limit.pause(1.5)
+    one.starter.deadline = two.starter.deadline = 10
     slow = asyncio.create_task(one.starter.start(request()))
     await asyncio.sleep(0.5)
     clock.move(HOUR)  # as far as leases go, for an hour
@@ -418,12 +418,12 @@ async def test_a_sleep_between_the_database_and_the_socket_sends_nothing(
     flora: Simulator, open_on: OpenServices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The lease is checked last of all, by a clock that goes on while the machine sleeps."""
-    from tracker.starting import held_start as ledger
+    from tracker.starting import sending
 
     services = await open_on(flora)
     slept = 0.0
-    real = ledger.boot_seconds
-    monkeypatch.setattr(ledger, "boot_seconds", lambda: real() + slept)
+    real = sending.boot_seconds
+    monkeypatch.setattr(sending, "boot_seconds", lambda: real() + slept)
     mark_sent = start_log.mark_sent
 
     async def mark_and_sleep(*given: Any, **named: Any) -> Any:
@@ -454,7 +454,7 @@ async def test_an_answer_outlives_the_database(
         return await submit(entry)
 
     monkeypatch.setattr(services.writer, "submit", submit_or_not)
-    services.starter._deadline = 5
+    services.starter.deadline = 5
     with pytest.raises(StartError) as told:
         await services.starter.start(request())
     run_id = next(iter(flora.world.runs))
@@ -598,11 +598,11 @@ async def test_five_missing_callbacks_bring_back_the_bare_address(
         clock.move(600)
         await services.poller.poll_due()
         clock.move(600)
-        services.starter._sender._addresses._asked_at = float("-inf")
+        services.starter.sender._addresses._checked_at = float("-inf")
         run_id = await attempt(services, "key-5")
         assert flora.world.runs[run_id or ""].callback_url == bare
         clock.move(HOUR)
-        services.starter._sender._addresses._asked_at = float("-inf")
+        services.starter.sender._addresses._checked_at = float("-inf")
         run_id = await attempt(services, "key-6")
         assert (flora.world.runs[run_id or ""].callback_url or "").startswith(f"{bare}/")
 
@@ -615,7 +615,7 @@ async def test_a_dead_process_leaves_doubt(
     [workspace] = services.workspaces
     technique_id = await services.catalogue.technique_id(workspace, "icon-pack")
     db = services.database
-    await services.starter._ids.of(workspace)
+    await services.starter.ids.of(workspace)
     from tracker.starting.start import fingerprint
 
     await start_log.reserve(

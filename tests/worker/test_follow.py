@@ -13,13 +13,13 @@ from tracker.core.observation import Observation, Source
 from tracker.core.record import Seen
 from tracker.core.run import RunStatus, Tracking
 from tracker.polling import follow
-from tracker.polling.follow import Sight
+from tracker.polling.follow import RunUpdate
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.store import claims
 
 
-async def collect(source: AsyncIterator[list[Sight]], into: list[Sight]) -> None:
+async def collect(source: AsyncIterator[list[RunUpdate]], into: list[RunUpdate]) -> None:
     async for sights in source:
         into.extend(sights)
 
@@ -46,7 +46,7 @@ async def test_what_another_process_brings_is_seen(two: tuple[Services, Services
     one, other = two
     await see(one, "run_1", RunStatus.PENDING)
     await see(one, "run_2", RunStatus.COMPLETED)
-    seen: list[Sight] = []
+    seen: list[RunUpdate] = []
     async with one.signals:
         following = one.follower.follow(["run_1", "run_2", "run_nobody_knows"])
         task = asyncio.create_task(collect(following, seen))
@@ -70,7 +70,7 @@ async def test_nobody_is_asked_while_somebody_else_polls(
     run = flora.start()
     await services.tracker.track(run.run_id)
     clock.move(follow.OVERDUE.total_seconds() - 0.5)
-    seen: list[Sight] = []
+    seen: list[RunUpdate] = []
     task = asyncio.create_task(collect(services.follower.follow([run.run_id]), seen))
     await eventually(lambda: seen)
     assert reads_of(flora) == {}
@@ -97,7 +97,7 @@ async def test_a_run_that_a_worker_has_claimed_is_left_to_it(
         limit=1,
         workspaces=None,
     )
-    seen: list[Sight] = []
+    seen: list[RunUpdate] = []
     task = asyncio.create_task(collect(one.follower.follow([run.run_id]), seen))
     await eventually(lambda: seen)
     assert claimed.run.run_id == run.run_id
@@ -122,7 +122,7 @@ async def test_what_keeps_runs_from_being_read_is_told_once(
             await services.tracker.track(run_id)
             clock.move(10)
             told: list[str] = []
-            following = services.follower.follow([run_id], tell=told.append)
+            following = services.follower.follow([run_id], notify=told.append)
             task = asyncio.create_task(collect(following, []))
             await eventually(lambda: told)  # noqa: B023
             assert said in told[0]
@@ -131,11 +131,8 @@ async def test_what_keeps_runs_from_being_read_is_told_once(
             assert len(told) == 1
 
 
-async def test_a_database_that_is_away_for_a_moment_ends_nothing(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_database_that_is_away_for_a_moment_ends_nothing() -> None:
     """It is tried again, and told once each time; away for long, it is an error."""
-    monkeypatch.setattr(follow, "LOOK_EVERY", 0.01)
     left = 3
 
     async def work() -> str:
@@ -146,12 +143,11 @@ async def test_a_database_that_is_away_for_a_moment_ends_nothing(
         return "there"
 
     told: list[str] = []
-    assert await follow.patiently(work, told.append) == "there"
+    assert await follow.until_available(work, told.append, pause=0.01) == "there"
     assert told == ["the database does not answer; still trying"] * 2
     left = -1
-    monkeypatch.setattr(follow, "OUTAGE", 0.05)
     with pytest.raises(StoreUnavailable):
-        await follow.patiently(work, None)
+        await follow.until_available(work, None, pause=0.01, give_up_after=0.05)
 
 
 async def test_breaking_off_gives_claims_back(

@@ -129,17 +129,17 @@ async def test_due_runs_gather_after_pages_were_read(
     for three seconds; after a single read, for one. Who polls once reads all."""
     run_ids = await adopt(services, flora, 220)
     clock.move(5.1)
-    assert (await services.poller.poll_due(gather=True)).pages == 3
+    assert (await services.poller.poll_due(coalesce=True)).pages == 3
     await services.tracker.track(run_ids[0])
     clock.move(2.9)
-    assert (await services.poller.poll_due(gather=True)).claimed == 0
-    due = await services.poller.next_due_at(gather=True)
+    assert (await services.poller.poll_due(coalesce=True)).claimed == 0
+    due = await services.poller.next_due_at(coalesce=True)
     assert due == clock() + timedelta(seconds=0.1)
     clock.move(0.1)
-    assert (await services.poller.poll_due(gather=True)).reads == 1
+    assert (await services.poller.poll_due(coalesce=True)).reads == 1
     await services.tracker.track(run_ids[1])
     clock.move(0.9)
-    assert (await services.poller.poll_due(gather=True)).claimed == 0
+    assert (await services.poller.poll_due(coalesce=True)).claimed == 0
     assert (await services.poller.poll_due()).reads == 1
 
 
@@ -150,9 +150,9 @@ async def test_a_sweep_counts_like_a_round(
     run_ids = await adopt(services, flora, 220)
     clock.move(1)
     await services.tracker.track(run_ids[0])
-    assert (await services.poller.poll_due(gather=True)).claimed == 0
+    assert (await services.poller.poll_due(coalesce=True)).claimed == 0
     clock.move(2)
-    assert (await services.poller.poll_due(gather=True)).claimed == 1
+    assert (await services.poller.poll_due(coalesce=True)).claimed == 1
 
 
 async def test_ends_without_details_in_the_list_are_read_all_the_time(
@@ -164,9 +164,9 @@ async def test_ends_without_details_in_the_list_are_read_all_the_time(
         services = await open_on(flora)
         run_ids = await adopt(services, flora, 150)
         clock.move(5.1)
-        report = await services.poller.poll_due(gather=True)
+        report = await services.poller.poll_due(coalesce=True)
         assert report.pages == 2
-        while (report := await services.poller.poll_due(gather=True)).claimed:
+        while (report := await services.poller.poll_due(coalesce=True)).claimed:
             assert report.pages == 0
         ended = [one for one in run_ids if (await the_run(services, one)).run.standing.ended]
         assert ended
@@ -319,7 +319,7 @@ async def test_a_rate_limit_is_no_fault_of_a_run(
     [run_id] = await start(services)
     hurry(services, flora)
     [workspace] = services.workspaces
-    workspace.require_client().budget.pause(90)
+    workspace.require_client().request_limit.pause(90)
     clock.move(60)
     report = await services.poller.poll_due()
     record = await the_run(services, run_id)

@@ -208,16 +208,16 @@ async def test_a_key_that_flora_knows_finds_its_run(
     flora.world.options = replace(flora.world.options, idempotency="conflict")
     technique_id = await reserve(services, clock)
     clock.move(200)
-    read = services.recovery._originals.read
+    read = services.recovery.matcher.read
 
     async def read_nothing(*given: Any, **named: Any) -> HistoryRead:
         found = await read(*given, **named)
         await run_it(services, technique_id)  # listed late
         return found
 
-    services.recovery._originals.read = read_nothing  # type: ignore[method-assign]
+    services.recovery.matcher.read = read_nothing  # type: ignore[method-assign]
     assert await services.recovery.recover() == 0
-    services.recovery._originals.read = read  # type: ignore[method-assign]
+    services.recovery.matcher.read = read  # type: ignore[method-assign]
     clock.move(5)
     assert await services.recovery.recover() == 1
     row = await starts.get(services.database, "ws_simulator", "key-1")

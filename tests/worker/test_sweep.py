@@ -21,7 +21,7 @@ from tests.worker.conftest import (
 from tracker.core.observation import Source
 from tracker.core.run import Tracking
 from tracker.polling import sweep as sweep_module
-from tracker.polling.history import Walk
+from tracker.polling.history import HistoryWalk
 from tracker.polling.sweep import LEASE, SweepReport
 from tracker.services import Services
 from tracker.settings import WorkspaceSettings
@@ -208,7 +208,7 @@ async def test_runs_that_start_meanwhile_do_not_hide_others(
     for _ in range(180):
         flora.start()
         clock.move(1)
-    pages = Walk.pages
+    pages = HistoryWalk.pages
 
     async def growing(*args: object, **options: object):  # type: ignore[no-untyped-def]
         async for page in pages(*args, **options):  # type: ignore[arg-type]
@@ -216,7 +216,7 @@ async def test_runs_that_start_meanwhile_do_not_hide_others(
             for _ in range(7):
                 flora.start()
 
-    monkeypatch.setattr(Walk, "pages", growing)
+    monkeypatch.setattr(HistoryWalk, "pages", growing)
     assert (await sweep(services)).error is None
     monkeypatch.undo()
     await sweep(services)
@@ -311,7 +311,7 @@ async def test_a_sweep_that_was_taken_over_ends(
     for _ in range(150):
         flora.start()
         clock.move(1)
-    pages = Walk.pages
+    pages = HistoryWalk.pages
     [workspace] = services.workspaces
     lease = f"sweep:{workspace.slot}"
 
@@ -321,7 +321,7 @@ async def test_a_sweep_that_was_taken_over_ends(
             clock.move(LEASE.total_seconds() + 1)
             assert await claims.take_lease(services.database, lease, "another", clock(), LEASE)
 
-    monkeypatch.setattr(Walk, "pages", halted)
+    monkeypatch.setattr(HistoryWalk, "pages", halted)
     report = await sweep(services)
     assert (report.items > 0, report.error is None) == (True, False)
     [row] = await ledger(services)
@@ -339,7 +339,7 @@ async def test_a_sweep_that_waits_for_flora_stays_alone(
     lease = f"sweep:{workspace.slot}"
     take = partial(claims.take_lease, services.database, lease, "another")
     until = sa.select(leases.c.until).where(leases.c.name == lease)
-    pages = Walk.pages
+    pages = HistoryWalk.pages
 
     async def renewed() -> bool:
         async with services.database.read() as connection:
@@ -353,7 +353,7 @@ async def test_a_sweep_that_waits_for_flora_stays_alone(
             assert not await take(clock(), LEASE)
             yield page
 
-    monkeypatch.setattr(Walk, "pages", slow)
+    monkeypatch.setattr(HistoryWalk, "pages", slow)
     monkeypatch.setattr(sweep_module, "RENEW_AFTER", 0.01)
     assert (await sweep(services)).error is None
     assert await take(clock(), LEASE)

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from tests.worker.conftest import HandClock, MakeFlora, OpenServices
 from tests.worker.test_coverage import SPAN
 from tests.worker.test_sweep import sweep
-from tracker.polling.verify import Verdict
+from tracker.polling.verify import VerifyReport
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.store.schema import run_outputs, runs, sweeps
@@ -17,7 +17,7 @@ from tracker.store.schema import run_outputs, runs, sweeps
 DAYS = timedelta(days=30)
 
 
-async def verify(services: Services, since: timedelta = DAYS) -> Verdict:
+async def verify(services: Services, since: timedelta = DAYS) -> VerifyReport:
     [workspace] = services.workspaces
     return await services.verifier.verify(workspace, since=since)
 

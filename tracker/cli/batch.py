@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from rich.progress import ProgressColumn
 
     from tracker.services import Services
-    from tracker.starting.batch import BatchProgress, Outcome
-    from tracker.starting.batch_rows import Plan
-    from tracker.starting.sheet import Mapping, Problem, Sheet
+    from tracker.starting.batch import BatchOutcome, BatchProgress
+    from tracker.starting.batch_rows import BatchPlan
+    from tracker.starting.sheet import ColumnMapping, Sheet, SheetProblem
 
 _NAMED: Final = 20
 """How many rows that did not complete are named on stderr; the results hold all of them."""
@@ -149,7 +149,7 @@ def batch(
     sheet = _read(file, format_, delimiter)
     name = "stdin" if file == "-" else Path(file).name
 
-    async def work(services: "Services") -> "tuple[Plan, bool, Outcome | None]":
+    async def work(services: "Services") -> "tuple[BatchPlan, bool, BatchOutcome | None]":
         from tracker.starting.batch_rows import Retry
 
         retry = Retry.FAILED if retry_failed else Retry.ALL if retry_all else None
@@ -183,7 +183,7 @@ def batch(
                     plan,
                     concurrency=concurrency or services.settings.tracker_api_concurrency,
                     wait=wait,
-                    tell=_BatchProgress(shown, name).show,
+                    on_progress=_BatchProgress(shown, name).show,
                     max_cost=limit,
                     wait_for_budget=wait_for_budget,
                 )
@@ -212,7 +212,7 @@ def batch(
         _print_plan(plan, as_json=as_json)
         return 0
     print_batch(
-        *(outcome.batch, outcome.tally, outcome.rows),
+        *(outcome.batch, outcome.counts, outcome.rows),
         results=results,
         output=output,
         as_json=as_json,
@@ -220,8 +220,8 @@ def batch(
     return max(_exit_status(outcome, waited=wait), int(skipped))
 
 
-def _mapping(text: str) -> "Mapping":
-    from tracker.starting.sheet import Mapping
+def _mapping(text: str) -> "ColumnMapping":
+    from tracker.starting.sheet import ColumnMapping
 
     name, equals, column = text.partition("=")
     input_id, colon, type_ = name.partition(":")
@@ -229,7 +229,7 @@ def _mapping(text: str) -> "Mapping":
         raise typer.BadParameter(
             f"{text!r} is not INPUT=COLUMN or INPUT:TYPE=COLUMN", param_hint="--map"
         )
-    return Mapping(input_id, column.strip(), type_ or None)
+    return ColumnMapping(input_id, column.strip(), type_ or None)
 
 
 def _tag_column(text: str) -> tuple[str, str]:
@@ -272,12 +272,12 @@ def _read(file: str, format_: Format | None, delimiter: str | None) -> "Sheet":
     return read_csv(data, delimiter=delimiter)
 
 
-def _report_problems(name: str, problems: "Sequence[Problem]") -> None:
+def _report_problems(name: str, problems: "Sequence[SheetProblem]") -> None:
     for problem in problems:
         note(f"{name}: {problem}")
 
 
-def _check_cost(plan: "Plan", limit: Decimal | None) -> None:
+def _check_cost(plan: "BatchPlan", limit: Decimal | None) -> None:
     """Raise `TrackerError` where the plan could cost more than `limit`."""
     if limit is None or not plan.missing:
         return
@@ -293,7 +293,7 @@ def _check_cost(plan: "Plan", limit: Decimal | None) -> None:
         )
 
 
-def _intention(plan: "Plan") -> str:
+def _intention(plan: "BatchPlan") -> str:
     """What starting the batch does, in a sentence."""
     missing, rows = len(plan.missing), len(plan.rows)
     if not missing:
@@ -303,7 +303,7 @@ def _intention(plan: "Plan") -> str:
     return f"To start: {missing} of {counted(rows, 'row')}, {price}{before}."
 
 
-def _print_plan(plan: "Plan", *, as_json: bool) -> None:
+def _print_plan(plan: "BatchPlan", *, as_json: bool) -> None:
     """Print what a dry run found."""
     from tracker.views import number_json
 
@@ -352,7 +352,7 @@ class _BatchProgress:
 
     def show(self, progress: "BatchProgress") -> None:
         """Show how far the batch is."""
-        counts, text = progress.tally, progress_text(progress)
+        counts, text = progress.counts, progress_text(progress)
         if self._screen.has_bars:
             self._screen.bar(
                 self._name, done=counts.ended, total=counts.rows, text=lambda: (text, "")
@@ -371,7 +371,7 @@ def _columns() -> "Sequence[ProgressColumn]":
 
 def progress_text(progress: "BatchProgress") -> str:
     """The progress of a batch in words: counts, cost, and what it waits for."""
-    counts = progress.tally
+    counts = progress.counts
     shown = {
         "running": counts.active,
         "completed": counts.completed,
@@ -396,7 +396,7 @@ def progress_text(progress: "BatchProgress") -> str:
     return ", ".join(parts)
 
 
-def _exit_status(outcome: "Outcome", *, waited: bool) -> int:
+def _exit_status(outcome: "BatchOutcome", *, waited: bool) -> int:
     """0 where all rows completed (not `waited`: were started); else 1. Reports the others."""
     bad = [row for row in outcome.rows if not (row.done if waited else row.started)]
     # Rows that were never reached are covered by the reason why the command stopped.
@@ -407,7 +407,7 @@ def _exit_status(outcome: "Outcome", *, waited: bool) -> int:
         note(f"tracker: line {row.entry.line}: {run}{row.status}{why}")
     if len(named) > _NAMED:
         note(f"tracker: and {counted(len(named) - _NAMED, 'row')} more: see the results")
-    counts = outcome.tally
+    counts = outcome.counts
     if outcome.stopped is not None:
         from tracker.starting.batch import spans
 

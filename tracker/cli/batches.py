@@ -106,7 +106,7 @@ def show(
         found = await batches.get(services.database, batch_id)
         if found is None:
             return None
-        return found, await services.batches.tally(found), await services.batches.rows(found)
+        return found, await services.batches.counts(found), await services.batches.rows(found)
 
     found = run_once(work)
     if found is None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         RunWithoutOutputs,
         WantedRun,
     )
-    from tracker.polling.follow import Tell
+    from tracker.polling.follow import Notify
     from tracker.services import Services
 
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?) ?(?:([kmgt])(?:i?b)?|b|bytes)?", re.IGNORECASE)
@@ -78,7 +78,7 @@ def download(
         raise typer.BadParameter("goes with --all-settled only", param_hint="--technique")
     size = _size(max_bytes)
 
-    async def find(services: "Services", tell: "Tell") -> "AsyncIterator[WantedRun]":
+    async def find(services: "Services", tell: "Notify") -> "AsyncIterator[WantedRun]":
         downloader = services.downloader
         if all_settled:
             technique_id = None if technique is None else await _technique_id(services, technique)

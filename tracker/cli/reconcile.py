@@ -12,7 +12,7 @@ from tracker.cli.setup import flora_deadline, parse_age, run_once
 if TYPE_CHECKING:
     from tracker.polling.poll_round import PollReport
     from tracker.polling.sweep import SweepReport
-    from tracker.polling.verify import Verdict
+    from tracker.polling.verify import VerifyReport
     from tracker.services import Services
 
 
@@ -115,7 +115,7 @@ def verify(
     """
     back = parse_age(since, "--since")
 
-    async def work(services: "Services") -> "list[Verdict]":
+    async def work(services: "Services") -> "list[VerifyReport]":
         async with flora_deadline(services):
             return [
                 await services.verifier.verify(workspace, since=back)

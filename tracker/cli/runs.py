@@ -37,7 +37,7 @@ from tracker.core.run import RunStatus, Tracking
 if TYPE_CHECKING:
     from tracker.core.record import Record
     from tracker.services import Services
-    from tracker.starting.track import Tracked
+    from tracker.starting.resolve import TrackedRun
 
 app = typer.Typer(name="runs", help="Start, track, list and show runs.", no_args_is_help=True)
 
@@ -131,7 +131,7 @@ def track(
 ) -> None:
     """Track a run that was started elsewhere."""
 
-    async def work(services: "Services") -> "Tracked":
+    async def work(services: "Services") -> "TrackedRun":
         async with flora_deadline(services):
             tracked = await services.tracker.track(
                 run_id, technique=technique, workspace_id=workspace

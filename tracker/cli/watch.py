@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.progress import ProgressColumn
 
     from tracker.core.observation import Source
-    from tracker.polling.follow import Sight
+    from tracker.polling.follow import RunUpdate
     from tracker.services import Services
 
 _STYLES: Final = {"completed": "green", "failed": "red", "running": "yellow", "pending": "dim"}
@@ -108,7 +108,7 @@ async def follow(
             runs = _RunProgress(shown, services.clock)
             async with (
                 services.signals,
-                aclosing(services.follower.follow(run_ids, tell=shown.notice)) as changes,
+                aclosing(services.follower.follow(run_ids, notify=shown.notice)) as changes,
             ):
                 async for observed in changes:
                     known |= {record.run.run_id: record for record, _ in observed}
@@ -149,7 +149,7 @@ class _RunProgress:
         self._clock = clock
         self._states: dict[str, str] = {}
 
-    def show(self, observed: "Iterable[Sight]") -> None:
+    def show(self, observed: "Iterable[RunUpdate]") -> None:
         """Show runs that changed."""
         for record, source in observed:
             run_id, state = record.run.run_id, _state(record)
@@ -202,7 +202,7 @@ def _elapsed(record: Record, clock: Clock) -> str:
     return _took(record) or duration((record.settled_at or clock()) - record.created_at)
 
 
-def _print_lines(observed: "Iterable[Sight]") -> None:
+def _print_lines(observed: "Iterable[RunUpdate]") -> None:
     from tracker.views import run_json
 
     for record, source in observed:

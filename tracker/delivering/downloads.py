@@ -30,7 +30,7 @@ from tracker.delivering.files import (
     PartialFile,
     digest_of,
 )
-from tracker.polling.follow import LOOK_ANYWAY, LOOK_EVERY, Follower, Tell, patiently
+from tracker.polling.follow import CHECK_ANYWAY, CHECK_EVERY, Follower, Notify, until_available
 from tracker.starting.batch_rows import RowState, kept_rows
 from tracker.store.engine import Database
 from tracker.store.queries import batches, changes, runs
@@ -149,7 +149,7 @@ class Downloader:
         self._clock = clock
 
     async def named(
-        self, run_ids: Sequence[str], *, watch: bool, tell: Tell | None = None
+        self, run_ids: Sequence[str], *, watch: bool, tell: Notify | None = None
     ) -> AsyncIterator[WantedRun]:
         """These runs; with `watch` each once it is settled or lost."""
         if not watch:
@@ -158,14 +158,14 @@ class Downloader:
                 if run_id in known:
                     yield WantedRun(record=known[run_id])
             return
-        async with aclosing(self._follower.follow(run_ids, tell=tell)) as updates:
+        async with aclosing(self._follower.follow(run_ids, notify=tell)) as updates:
             async for updated in updates:
                 for record, _ in updated:
                     if record.tracking is not Tracking.ACTIVE:
                         yield WantedRun(record=record)
 
     async def batch(
-        self, batch_id: str, *, watch: bool, tell: Tell | None = None
+        self, batch_id: str, *, watch: bool, tell: Notify | None = None
     ) -> AsyncIterator[WantedRun]:
         """The runs of a batch, row by row.
 
@@ -190,7 +190,7 @@ class Downloader:
                     tell(f"{rows_are} not started yet: `tracker batch` starts them")
                 return list(new), bool(not_started)
 
-            async with aclosing(self._follower.follow((), more=more, tell=tell)) as updates:
+            async with aclosing(self._follower.follow((), more=more, notify=tell)) as updates:
                 async for updated in updates:
                     for record, _ in updated:
                         if record.tracking is not Tracking.ACTIVE:
@@ -215,7 +215,7 @@ class Downloader:
         ]
 
     async def settled(
-        self, *, technique_id: str | None, watch: bool, tell: Tell | None = None
+        self, *, technique_id: str | None, watch: bool, tell: Notify | None = None
     ) -> AsyncIterator[WantedRun]:
         """All settled runs, newest first; with `watch` then each run that settles, forever.
 
@@ -242,12 +242,12 @@ class Downloader:
                 settled_since = partial(
                     changes.settled_since, self._database, reached, technique_id=technique_id
                 )
-                records, reached = await patiently(settled_since, tell)
+                records, reached = await until_available(settled_since, tell)
                 for record in records:
                     yield WantedRun(record=record)
                 notified = self._database.dialect == "postgresql" and self._signals.listening
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(LOOK_ANYWAY if notified else LOOK_EVERY):
+                    async with asyncio.timeout(CHECK_ANYWAY if notified else CHECK_EVERY):
                         await changed.wait()
 
     async def download(

@@ -13,7 +13,7 @@ from tracker.core.record import LOST_AFTER, LOST_AFTER_READS, Record
 from tracker.core.run import Tracking
 from tracker.core.schedule import Policy
 from tracker.explaining.timeline import SOURCE_NAMES, Kind, Sentence, moment, timeline
-from tracker.polling.poll_round import DurationBook
+from tracker.polling.poll import DurationBook
 from tracker.polling.workspaces import Workspaces
 from tracker.store.engine import Database
 from tracker.store.queries import runs as read

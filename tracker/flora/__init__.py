@@ -1,5 +1,5 @@
-"""FLORA itself: its API, its callbacks' signature and its field names.
+"""FLORA's API and callbacks: the only package that knows FLORA's field names.
 
-`signature` and `parse` are pure and need no HTTP library; `client` speaks to the API, through
-`caller`, which holds the request `budget`, the `breaker`, the `contact` and the rules of repeating.
+`client` makes the calls, through `caller`, which limits, repeats and judges requests. `parse`,
+`technique` and `signature` are pure and need no HTTP library.
 """

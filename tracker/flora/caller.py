@@ -1,13 +1,13 @@
-"""One call to FLORA: its turn, its repetitions, its time limit, and every error in our own words.
+"""One call to FLORA: limited, repeated and timed, with every error as a `FloraError`.
 
-What is repeated, as long as the call's time limit allows:
+Within the call's deadline these are repeated:
 
 * a read: after no answer, a 408, a 429 and any 5xx;
-* a start, which spends money: only where nothing of it was written (no connection was made), and
-  after FLORA's own 429. Whatever else comes, or does not, is for the caller to judge;
-  `FloraUnreachable.may_have_acted` says that a request had left.
+* a start, which spends money: only if nothing of it was written (no connection was made), and after
+  FLORA's own 429. The caller judges everything else; `FloraUnreachable.may_have_acted` says whether
+  a request had been sent.
 
-Redirects are never followed: the key goes to one origin only.
+Redirects are never followed: the key is sent to one origin only.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from typing import Any, Final, TypeVar
 import httpx
 import structlog
 
-from tracker.core.clock import Clock, utc_now
+from tracker.core.clock import Clock
 from tracker.core.errors import (
     FloraError,
     FloraRefusal,
@@ -35,33 +35,48 @@ from tracker.core.errors import (
 )
 from tracker.core.net import is_bounded
 from tracker.flora import parse
-from tracker.flora.contact import Contact
+from tracker.flora.contact import Breaker, Contact
 from tracker.flora.parse import decode
-from tracker.flora.request_limit import Budget, SharedWaits
+from tracker.flora.request_limit import RequestLimit, SharedWaits
 
-# How long to wait before a request is repeated: what FLORA asks for, else growing waits.
-
+T = TypeVar("T")
 
 LONGEST_WAIT: Final = 60.0
-"""No wait that FLORA asks for is kept longer than this, in seconds."""
-UNTOLD_WAIT: Final = 5.0
-"""FLORA's advice for a 429 that names no wait."""
+"""The longest wait, in seconds, that FLORA can impose."""
+DEFAULT_WAIT: Final = 5.0
+"""FLORA's advice for a 429 without a wait."""
+LARGEST_ANSWER: Final = 32 * 1024 * 1024
+"""Bytes; a page of a hundred runs has some hundred thousand."""
+OnRequest = Callable[[str, int | None, float], None]
+"""Called after every request: its endpoint, its status (`None` without an answer), its seconds."""
+
 _FIRST_BACKOFF: Final = 0.5
 _LONGEST_BACKOFF: Final = 30.0
 _NUMBER: Final = re.compile(r"[0-9]{1,12}(\.[0-9]{1,12})?")
+_KEY_ACCEPTED: Final = (400, 402, 403, 404, 409, 422)
+"""Refusals that FLORA gives only to a key that it takes."""
+_NO_CONNECTION: Final = (
+    httpx.ConnectError,
+    httpx.ConnectTimeout,
+    httpx.PoolTimeout,
+    httpx.ProxyError,
+    httpx.UnsupportedProtocol,
+)
+
+log = structlog.get_logger(__name__)
 
 
 def backoff(attempt: int) -> float:
-    """Seconds before the attempt after the `attempt`-th (from 1): doubling to 30, jitter off it."""
+    """Seconds before the attempt after the `attempt`-th (from 1): doubling to 30, less jitter."""
     wait = min(_FIRST_BACKOFF * 2.0 ** min(attempt - 1, 10), _LONGEST_BACKOFF)
     return wait * random.uniform(0.5, 1.0)
 
 
-def asked_wait(headers: Mapping[str, str], *, now: datetime) -> float | None:
-    """The seconds that an answer asks to wait, at most `LONGEST_WAIT`; `None` where it does not.
+def retry_after_of(headers: Mapping[str, str], *, now: datetime) -> float | None:
+    """The wait that an answer asks for, at most `LONGEST_WAIT` seconds; `None` without one.
 
-    `retry-after-ms` goes before `retry-after`, which is in seconds or a date. A date is measured
-    from the answer's own `date`, so that it does not matter how our clock (`now`, UTC) is set.
+    `retry-after-ms` precedes `retry-after`, which is in seconds or a date. A date is measured from
+    the answer's own `date`, so that our clock (`now`, UTC) does not matter.
     """
     milliseconds = headers.get("retry-after-ms", "")
     if _NUMBER.fullmatch(milliseconds):
@@ -77,7 +92,7 @@ def asked_wait(headers: Mapping[str, str], *, now: datetime) -> float | None:
 
 
 def http_date(text: str) -> datetime | None:
-    """The moment that an HTTP date names, aware, in UTC; `None` for what is not one."""
+    """An HTTP date as aware UTC; `None` if it is none."""
     try:
         parsed = parsedate_to_datetime(text)
         return parsed.replace(tzinfo=parsed.tzinfo or UTC).astimezone(UTC)
@@ -85,106 +100,15 @@ def http_date(text: str) -> datetime | None:
         return None
 
 
-# A refused key is not tried again and again: calls fail at once, but for a trial now and then.
-#
-# FLORA answers a wrong or revoked key with 401, and every further call fails, too. The breaker
-# then opens, for everybody to see, until FLORA takes the key in a trial.
-
-
-TRIAL_EVERY: Final = 30.0
-"""Seconds between two calls that are let through while the breaker is open."""
-
-
-class Breaker:
-    """Closed until FLORA refuses the key; `since` and `reason` tell when it opened, and why."""
-
-    def __init__(
-        self, *, clock: Clock = utc_now, monotonic: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._clock = clock
-        self._monotonic = monotonic
-        self._refusal: KeyRefused | None = None
-        self._next_trial = 0.0
-        self.since: datetime | None = None
-
-    @property
-    def open(self) -> bool:
-        """Whether FLORA refuses the key."""
-        return self._refusal is not None
-
-    @property
-    def reason(self) -> str | None:
-        """FLORA's refusal in words, or `None`."""
-        return None if self._refusal is None else str(self._refusal)
-
-    @property
-    def blocked(self) -> bool:
-        """Whether a call would be refused here, unsent: the key is refused and no trial is due."""
-        return self._refusal is not None and self._next_trial > self._monotonic()
-
-    def check(self) -> None:
-        """Raise `KeyRefused` where a call would not be let through."""
-        wait = self._next_trial - self._monotonic()
-        if self._refusal is not None and wait > 0:
-            raise _copy(self._refusal, retry_after=wait)
-
-    def admit(self) -> None:
-        """As `check`, right before a call: while the breaker is open, this call is the trial."""
-        self.check()
-        if self._refusal is not None:
-            self._next_trial = self._monotonic() + TRIAL_EVERY
-
-    def refused(self, refusal: KeyRefused) -> None:
-        """FLORA refused the key."""
-        self.since = self.since or self._clock()
-        self._refusal = _copy(refusal)  # what is raised keeps the frames of its callers alive
-        self._next_trial = self._monotonic() + TRIAL_EVERY
-
-    def accepted(self) -> None:
-        """FLORA took the key."""
-        self._refusal = None
-        self.since = None
-
-
-def _copy(refusal: KeyRefused, *, retry_after: float | None = None) -> KeyRefused:
-    return KeyRefused(
-        status=refusal.status,
-        code=refusal.code,
-        message=refusal.message,
-        request_id=refusal.request_id,
-        retry_after=retry_after,
-    )
-
-
-T = TypeVar("T")
-
-LARGEST_ANSWER: Final = 32 * 1024 * 1024
-"""Bytes; a page of a hundred runs has some hundred thousand."""
-OnRequest = Callable[[str, int | None, float], None]
-"""Told of every request: its endpoint, its status (`None` without an answer), its seconds."""
-
-_PAST_THE_KEY: Final = (400, 402, 403, 404, 409, 422)
-"""Refusals that FLORA gives only to a key that it takes."""
-log = structlog.get_logger(__name__)
-
-_NO_CONNECTION: Final = (
-    httpx.ConnectError,
-    httpx.ConnectTimeout,
-    httpx.PoolTimeout,
-    httpx.ProxyError,
-    httpx.UnsupportedProtocol,
-)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
-    """What is asked of FLORA.
+class FloraCall:
+    """A call to make.
 
-    `endpoint` is the pattern of the URL, for people and metrics. `spends` marks what costs money;
-    `lists` a list without a filter, which any good key may read at the right base URL; `fresh` what
-    brings home a run that has just ended. `fence` is awaited after every wait, directly before the
-    request is written, and keeps it from being written by raising; from then on the answer is
-    waited for `answer_seconds`, whatever the call's deadline.
+    `endpoint` is the pattern of the URL, for people and metrics. `spends` marks a call that costs
+    money; `lists` an unfiltered list, which any good key may read at the right base URL; `fresh` a
+    read of a run that has just ended. `fence` is awaited after every wait, directly before the
+    request is written, and prevents that by raising; the answer is then waited for
+    `answer_seconds`, whatever the deadline of the call.
     """
 
     endpoint: str
@@ -200,9 +124,9 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """An answer, read whole. `sent_at` is when the request that it answers was sent, `contact` is
-    told whether it was FLORA's."""
+class FloraAnswer:
+    """An answer, read whole. `sent_at` is when its request was sent; `contact` is notified by
+    `read` whether it was FLORA's."""
 
     endpoint: str
     sent_at: datetime
@@ -213,12 +137,12 @@ class Answer:
 
     @property
     def request_id(self) -> str | None:
-        """What FLORA's support asks for."""
+        """The id that FLORA's support asks for."""
         request_id: str | None = self.headers.get("request-id")
         return request_id
 
     def read(self, reader: Callable[[object], T]) -> T:
-        """What `reader` makes of the JSON value in it. Raises `FloraUnreadable`."""
+        """The result of `reader` for the JSON value. Raises `FloraUnreadable`."""
         value = None
         try:
             value = decode(self.body)
@@ -237,21 +161,21 @@ class Answer:
 
 
 @dataclass(slots=True)
-class _Course:
-    """How far a call has come: whether a request is under way, and the last attempt's error."""
+class _Progress:
+    """How far a call has come: whether a request has been sent, and the last attempt's error."""
 
-    limit: asyncio.Timeout
-    under_way: bool = False
+    timeout: asyncio.Timeout
+    sent: bool = False
     error: FloraError | None = None
 
 
 class Caller:
-    """Makes calls with one key, all through one budget and one breaker.
+    """Makes calls with one key, through one request limit and one breaker.
 
-    `deadline` is how many seconds a call may take, repetitions included. `clock_offset` is FLORA's
-    clock minus ours, as its last answer told; `clock_bounds` is the least and the most that it can
-    be, by all answers; `request_id` is what FLORA's support asks for the last answer by. They are
-    `None` before the first. `traced` tells that the transport reports when a request is written.
+    `deadline` is in seconds, for a call with all repetitions. `clock_offset` is FLORA's clock minus
+    ours by its last answer, `clock_bounds` its least and greatest possible value by all answers,
+    `request_id` the id of the last answer; all are `None` before the first. `traced` means that the
+    transport reports when a request is written.
     """
 
     def __init__(
@@ -268,7 +192,9 @@ class Caller:
         find_new_key: Callable[[], object] = lambda: None,
         traced: bool = True,
     ) -> None:
-        self.budget = Budget(concurrency, monotonic=monotonic, sleep=sleep, shared=shared)
+        self.request_limit = RequestLimit(
+            concurrency, monotonic=monotonic, sleep=sleep, shared=shared
+        )
         self.breaker = Breaker(clock=clock, monotonic=monotonic)
         self.contact = Contact(clock=clock, monotonic=monotonic)
         self.clock_offset: timedelta | None = None
@@ -283,72 +209,69 @@ class Caller:
         self._find_new_key = find_new_key
         self._traced = traced
 
-    async def call(self, call: Call, *, deadline: float | None = None) -> Answer:
+    async def call(self, call: FloraCall, *, deadline: float | None = None) -> FloraAnswer:
         """FLORA's answer, a 2xx. Raises the `FloraError` that says why there is none."""
         seconds = self._deadline if deadline is None else deadline
-        limit = asyncio.timeout(seconds)
-        course = _Course(limit)
+        timeout = asyncio.timeout(seconds)
+        progress = _Progress(timeout)
         try:
-            async with limit:
-                return await self._persist(call, course, until=self._monotonic() + seconds)
+            async with timeout:
+                return await self._repeat(call, progress, until=self._monotonic() + seconds)
         except TimeoutError as exc:
-            if course.error is not None and not course.under_way:
-                raise course.error from exc
+            if progress.error is not None and not progress.sent:
+                raise progress.error from exc
             error = FloraUnreachable(
                 f"FLORA gave no answer to {call.endpoint} within {seconds:g} s",
-                may_have_acted=course.under_way,
+                may_have_acted=progress.sent,
                 timed_out=True,
             )
-            if course.under_way:  # else it has waited for its turn all the time
+            if progress.sent:  # else the call has only waited for the request limit
                 self.contact.failed(error)
             raise error from exc
 
-    async def _persist(self, call: Call, course: _Course, *, until: float) -> Answer:
+    async def _repeat(self, call: FloraCall, progress: _Progress, *, until: float) -> FloraAnswer:
         attempt = 0
         while True:
             attempt += 1
             try:
-                return await self._attempt(call, course, until=until)
+                return await self._attempt(call, progress, until=until)
             except FloraError as exc:
-                course.under_way = False
-                course.error = exc
+                progress.sent = False
+                progress.error = exc
                 asked = exc.retry_after if isinstance(exc, FloraRefusal) else None
                 if asked is not None:
-                    await self.budget.tell_others(asked)
+                    await self.request_limit.tell_others(asked)
                 wait = asked or backoff(attempt)
                 if not _repeatable(call, exc) or self._monotonic() + wait > until:
                     raise
             await self._sleep(wait)
 
-    async def _attempt(self, call: Call, course: _Course, *, until: float) -> Answer:
+    async def _attempt(self, call: FloraCall, progress: _Progress, *, until: float) -> FloraAnswer:
         self.breaker.check()
-        async with self.budget.slot(until=until, fresh=call.fresh) as started:
+        async with self.request_limit.permit(until=until, fresh=call.fresh) as started:
             self.breaker.admit()
             key = self._http.headers.get("authorization")
-            answer = await self._exchange(call, course)
-            if answer.status == 401 and self._is_superseded(key):
-                answer = await self._exchange(call, course)
+            answer = await self._exchange(call, progress)
+            if answer.status == 401:
+                self._find_new_key()
+                if self._http.headers.get("authorization") != key:
+                    answer = await self._exchange(call, progress)
             refusal = None if 200 <= answer.status < 300 else self._refusal(answer)
             self._learn(call, answer, refusal, started)
         if refusal is None:
             return answer
         raise refusal
 
-    def _is_superseded(self, key: str | None) -> bool:
-        """Whether another key is in force than the one that FLORA has just refused."""
-        self._find_new_key()
-        return bool(self._http.headers.get("authorization") != key)
-
-    async def _exchange(self, call: Call, course: _Course) -> Answer:
+    async def _exchange(self, call: FloraCall, progress: _Progress) -> FloraAnswer:
         """Send the request once and read the answer, whatever its status."""
         began, sent_at = self._monotonic(), self._clock()
         self.contact.asked()
         status = request_id = None
         more: dict[str, Any] = {}
         if call.fence is None or not self._traced:
-            await self._leaves(call, course)
+            await self._before_writing(call, progress)
         else:
-            more["extensions"] = {"trace": partial(self._trace, call, course)}
+            more["extensions"] = {"trace": partial(self._trace, call, progress)}
         if call.answer_seconds is not None:
             timeout = self._http.timeout
             more["timeout"] = httpx.Timeout(call.answer_seconds, connect=timeout.connect)
@@ -365,7 +288,7 @@ class Caller:
         except (httpx.RequestError, OSError) as exc:
             error = FloraUnreachable(
                 f"FLORA gave no answer to {call.endpoint}: {str(exc) or type(exc).__name__}",
-                may_have_acted=course.under_way and not isinstance(exc, _NO_CONNECTION),
+                may_have_acted=progress.sent and not isinstance(exc, _NO_CONNECTION),
                 timed_out=isinstance(exc, httpx.TimeoutException),
             )
             self.contact.failed(error)
@@ -381,8 +304,8 @@ class Caller:
             )
             if self._on_request is not None:
                 self._on_request(call.endpoint, status, seconds)
-        self._learn_of_clock(response.headers, sent_at)
-        return Answer(
+        self._learn_clock(response.headers, sent_at)
+        return FloraAnswer(
             endpoint=call.endpoint,
             sent_at=sent_at,
             status=status,
@@ -391,24 +314,24 @@ class Caller:
             contact=self.contact,
         )
 
-    async def _trace(self, call: Call, course: _Course, event: str, info: Any) -> None:
-        """Called by the transport as the request goes on its way."""
+    async def _trace(self, call: FloraCall, progress: _Progress, event: str, info: Any) -> None:
+        """Called by the transport as it sends the request."""
         if event.endswith(".send_request_headers.started"):
             request = info.get("request")
-            if getattr(request, "method", None) != b"CONNECT":  # that is for a proxy on the way
-                await self._leaves(call, course)
+            if getattr(request, "method", None) != b"CONNECT":  # which is for a proxy
+                await self._before_writing(call, progress)
 
-    async def _leaves(self, call: Call, course: _Course) -> None:
-        """The request is written next. Raises what the fence raises."""
+    async def _before_writing(self, call: FloraCall, progress: _Progress) -> None:
+        """Pass the fence, which may raise, and start the time limit of the answer."""
         if call.fence is not None:
             await call.fence()
-        course.under_way = True
+        progress.sent = True
         if call.answer_seconds is not None:
-            course.limit.reschedule(asyncio.get_running_loop().time() + call.answer_seconds)
+            progress.timeout.reschedule(asyncio.get_running_loop().time() + call.answer_seconds)
 
-    def _learn_of_clock(self, headers: httpx.Headers, sent_at: datetime) -> None:
-        """Narrow down how far FLORA's clock is from ours: its `Date` is cut to seconds, and lies
-        between the moments of the request and of the answer."""
+    def _learn_clock(self, headers: httpx.Headers, sent_at: datetime) -> None:
+        """Narrow the bounds of FLORA's clock: `Date` is cut to seconds, and lies between the times
+        of request and answer."""
         date = http_date(headers.get("date", ""))
         if date is None:
             return
@@ -421,7 +344,7 @@ class Caller:
                 least, most = lower, upper
         self.clock_bounds = least, most
 
-    def _refusal(self, answer: Answer) -> FloraRefusal:
+    def _refusal(self, answer: FloraAnswer) -> FloraRefusal:
         if 300 <= answer.status < 400:
             return FloraRefusal(
                 status=answer.status,
@@ -430,40 +353,37 @@ class Caller:
                 request_id=answer.request_id,
                 from_flora=False,
             )
-        asked = asked_wait(answer.headers, now=self._clock())
-        if answer.status == 429:
-            asked = UNTOLD_WAIT if asked is None else asked
+        wait = retry_after_of(answer.headers, now=self._clock())
+        if answer.status == 429 and wait is None:
+            wait = DEFAULT_WAIT
         return parse.refusal(
-            answer.status, answer.body, request_id=answer.request_id, retry_after=asked
+            answer.status, answer.body, request_id=answer.request_id, retry_after=wait
         )
 
     def _learn(
-        self, call: Call, answer: Answer, refusal: FloraRefusal | None, started: float
+        self, call: FloraCall, answer: FloraAnswer, refusal: FloraRefusal | None, started: float
     ) -> None:
-        """Let budget, breaker and contact know what the answer tells."""
+        """Notify request limit, contact and breaker of the answer."""
         self.request_id = answer.request_id
         if isinstance(refusal, RateLimited):
-            self.budget.limited(started)
+            self.request_limit.limited(started)
             log.info(
                 "flora.rate_limited",
                 endpoint=call.endpoint,
-                rate=self.budget.state().rate,
+                rate=self.request_limit.state().rate,
                 retry_after=refusal.retry_after,
                 flora_request_id=answer.request_id,
             )
         elif answer.status < 500:
-            self.budget.answered()
-        if refusal is not None and refusal.retry_after is not None:
-            self.budget.pause(refusal.retry_after)
+            self.request_limit.answered()
         if refusal is not None:
+            if refusal.retry_after is not None:
+                self.request_limit.pause(refusal.retry_after)
             self.contact.failed(refusal, listing=call.lists)
-        if refusal is not None or answer.body.lstrip()[:1] == b"{":  # else a gateway's page
-            self._learn_of_key(refusal)
-
-    def _learn_of_key(self, refusal: FloraRefusal | None) -> None:
-        """Let the breaker know, and the log where that opens or closes it."""
+        elif answer.body.lstrip()[:1] != b"{":  # a gateway's page says nothing about the key
+            return
         was_open = self.breaker.open
-        if refusal is None or (refusal.from_flora and refusal.status in _PAST_THE_KEY):
+        if refusal is None or (refusal.from_flora and refusal.status in _KEY_ACCEPTED):
             self.breaker.accepted()
             if was_open:
                 log.info("flora.key_accepted")
@@ -478,7 +398,7 @@ class Caller:
                 )
 
 
-def _repeatable(call: Call, error: FloraError) -> bool:
+def _repeatable(call: FloraCall, error: FloraError) -> bool:
     match error:
         case RateLimited():
             return error.from_flora or not call.spends
@@ -491,7 +411,7 @@ def _repeatable(call: Call, error: FloraError) -> bool:
 
 async def _bounded_body(response: httpx.Response, endpoint: str) -> bytes:
     if not is_bounded(response.headers.get("content-encoding")):
-        raise FloraUnreadable(f"FLORA's answer to {endpoint} is packed in a way that is not read")
+        raise FloraUnreadable(f"FLORA's answer to {endpoint} has an unsupported content encoding")
     body = bytearray()
     async for chunk in response.aiter_bytes():
         body += chunk

@@ -3,46 +3,58 @@
 ::
 
     async with FloraClient(base_url=…, api_key=…) as flora:
-        answer = await flora.start_run("cctv-cam", inputs=[…], idempotency_key="…")
+        answer = await flora.start_run("cctv-cam", body=start_body(…), idempotency_key="…")
         seen = await flora.get_run("cctv-cam", answer.observation.run_id)
 
-One client stands for one key, and so for one workspace: its budget, its breaker and its connections
-are shared by everything that calls. A call that does not end in a usable answer raises a
-`FloraError` (`tracker.core.errors` draws the tree); none takes longer than `deadline` seconds.
+One client stands for one key, and so for one workspace: everything that calls shares its request
+limit, breaker and connections. A call without a usable answer raises a `FloraError`
+(`tracker.core.errors` draws the tree); none takes longer than `deadline` seconds.
 """
 
 import asyncio
+import base64
+import binascii
 import hashlib
 import json
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from copy import copy
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Self, TypeVar
+from urllib.parse import quote
 
 import httpx
 
 from tracker import __version__
 from tracker.core.clock import Clock, utc_now
-from tracker.core.errors import FieldFault, InvalidRequest, SettingsError
+from tracker.core.errors import (
+    FieldFault,
+    FloraError,
+    FloraUnreadable,
+    InvalidRequest,
+    NotFound,
+    SettingsError,
+)
 from tracker.core.inputs import is_empty_text
+from tracker.core.net import is_loopback
 from tracker.core.observation import Observation, Source
+from tracker.core.run import RunType
 from tracker.flora import parse
-from tracker.flora.addresses import Addresses
-from tracker.flora.caller import Breaker, Call, Caller, OnRequest
-from tracker.flora.contact import Contact
-from tracker.flora.parse import Page, as_text
-from tracker.flora.request_limit import Budget, SharedWaits
+from tracker.flora.caller import Caller, FloraAnswer, FloraCall, OnRequest
+from tracker.flora.contact import Breaker, Contact
+from tracker.flora.parse import LONGEST_ID, Page, as_text
+from tracker.flora.request_limit import RequestLimit, SharedWaits
 from tracker.flora.technique import Technique, technique
 
 DEADLINE: Final = 60.0
 START_SECONDS: Final = 90.0
-"""How long the answer to a start is waited for, once it is written: longer than the gateways that
-are usual in front of an API do."""
+"""How long the answer to a start is waited for once it is written: longer than the usual gateways
+in front of an API wait."""
 HistoryPage = Page[Observation]
+T = TypeVar("T")
 
 _TIMEOUT: Final = httpx.Timeout(20.0, connect=5.0)
 _KEEP_ALIVE: Final = 4.0
@@ -57,7 +69,7 @@ _LISTS: Final = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartAnswer:
-    """The answer to a start. `replayed` tells that FLORA gave an earlier start's answer again."""
+    """The answer to a start. `replayed` means that FLORA repeated the answer to an earlier one."""
 
     observation: Observation
     replayed: bool
@@ -66,12 +78,11 @@ class StartAnswer:
 class FloraClient:
     """The calls that the tracker makes. `deadline` is in seconds, for a call with all repetitions.
 
-    `on_request(endpoint, status, seconds)` is told of every request. Tests pass a `transport`, a
-    `monotonic` clock and a `sleep`; `shared_waits` is how processes with one key tell each other
-    that FLORA asked them to wait. `find_new_key` is called where FLORA refuses the key, and may
-    call `rotate_key`: the request is then sent once more. Proxies of the environment are used, but
-    never to this machine itself. Raises `SettingsError` for a base URL or a key that cannot be
-    right.
+    `on_request(endpoint, status, seconds)` is called after every request. `shared_waits` exchanges
+    the waits that FLORA asks for with other processes. `find_new_key` is called if FLORA refuses
+    the key, and may call `rotate_key`: the request is then sent once more. Tests pass a
+    `transport`, a `monotonic` clock and a `sleep`. Proxies of the environment are used, but never
+    to this machine itself. Raises `SettingsError` for an invalid base URL or key.
     """
 
     def __init__(
@@ -91,8 +102,8 @@ class FloraClient:
     ) -> None:
         self._fresh = False
         self.key_fingerprint = ""
-        """Tells keys apart, and leads back to none."""
-        self._addresses = Addresses(base_url)
+        """Identifies the key without revealing it."""
+        self._urls = FloraUrls(base_url)
         self._clock = clock
         self._http = httpx.AsyncClient(
             headers={
@@ -107,7 +118,7 @@ class FloraClient:
                 keepalive_expiry=_KEEP_ALIVE,
             ),
             follow_redirects=False,
-            trust_env=not self._addresses.on_loopback,
+            trust_env=not self._urls.on_loopback,
             transport=transport,
         )
         self._caller = Caller(
@@ -125,9 +136,9 @@ class FloraClient:
         self.rotate_key(api_key)
 
     def rotate_key(self, api_key: str) -> None:
-        """Go on with another key of the same workspace, and forget that one was refused.
+        """Use another key of the same workspace, and forget that one was refused.
 
-        Raises `SettingsError` for a key that cannot be right.
+        Raises `SettingsError` for an invalid key.
         """
         if not _KEY.fullmatch(api_key):
             raise SettingsError("FLORA_API_KEY holds characters that no key has, such as spaces")
@@ -135,11 +146,11 @@ class FloraClient:
         if self._http.headers.get("authorization") != authorization:
             self._http.headers["authorization"] = authorization
             self.breaker.accepted()
-            self.contact.reads(None)
+            self.contact.checked_workspace(None)
             self.key_fingerprint = hashlib.sha256(b"flora-api-key:" + api_key.encode()).hexdigest()
 
     def __repr__(self) -> str:
-        return f"FloraClient({str(self._addresses.base)!r})"
+        return f"FloraClient({str(self._urls.base)!r})"
 
     async def __aenter__(self) -> Self:
         return self
@@ -153,16 +164,15 @@ class FloraClient:
 
     @property
     def for_fresh(self) -> Self:
-        """This very client for reads of runs that have just ended: the budget keeps a share for
-        them."""
+        """This client for reads of runs that have just ended, which the request limit favours."""
         same = copy(self)
         same._fresh = True
         return same
 
     @property
-    def budget(self) -> Budget:
-        """The workspace's request budget."""
-        return self._caller.budget
+    def request_limit(self) -> RequestLimit:
+        """The workspace's request limit."""
+        return self._caller.request_limit
 
     @property
     def breaker(self) -> Breaker:
@@ -171,22 +181,22 @@ class FloraClient:
 
     @property
     def contact(self) -> Contact:
-        """Whether FLORA answers, and base URL and key fit."""
+        """Whether FLORA answers, and base URL and key are right."""
         return self._caller.contact
 
     @property
     def clock_offset(self) -> timedelta | None:
-        """FLORA's clock minus ours, as its last answer told."""
+        """FLORA's clock minus ours, by its last answer."""
         return self._caller.clock_offset
 
     @property
     def clock_bounds(self) -> tuple[timedelta, timedelta] | None:
-        """The least and the most that FLORA's clock minus ours can be, by all its answers."""
+        """The least and greatest possible value of FLORA's clock minus ours, by all answers."""
         return self._caller.clock_bounds
 
     @property
     def request_id(self) -> str | None:
-        """By which FLORA's support finds its last answer."""
+        """The id of FLORA's last answer, for its support."""
         return self._caller.request_id
 
     async def list_techniques(
@@ -198,24 +208,21 @@ class FloraClient:
         deadline: float | None = None,
     ) -> Page[Technique]:
         """A page of the catalogue, of at most `limit` (1 to 100) techniques."""
-        call = Call(
-            endpoint="GET /techniques",
-            url=self._addresses.url("techniques", query=as_text(query), cursor=cursor, limit=limit),
-            lists=True,
-        )
+        url = self._urls.of("techniques", query=as_text(query), cursor=cursor, limit=limit)
+        call = FloraCall(endpoint="GET /techniques", url=url, lists=True)
         answer = await self._caller.call(call, deadline=deadline)
         return answer.read(partial(parse.page, key="techniques", read=technique))
 
     async def get_technique(self, id_or_slug: str, *, deadline: float | None = None) -> Technique:
         """One technique."""
-        url = self._addresses.url("techniques", id_or_slug)
-        call = Call(endpoint="GET /techniques/{id}", url=url)
+        url = self._urls.of("techniques", id_or_slug)
+        call = FloraCall(endpoint="GET /techniques/{id}", url=url)
         answer = await self._caller.call(call, deadline=deadline)
         return answer.read(technique)
 
     async def list_workspaces(self, *, deadline: float | None = None) -> list[str]:
-        """The ids of the workspaces that the key sees: its own, and no other."""
-        call = Call(endpoint="GET /workspaces", url=self._addresses.url("workspaces"))
+        """The ids of the workspaces that the key can read: its own, and no other."""
+        call = FloraCall(endpoint="GET /workspaces", url=self._urls.of("workspaces"))
         answer = await self._caller.call(call, deadline=deadline)
         return answer.read(partial(parse.page, key="workspaces", read=parse.workspace_id)).items
 
@@ -230,15 +237,15 @@ class FloraClient:
     ) -> StartAnswer:
         """Start a run of a technique (its id or slug), which costs money.
 
-        `body` is made by `start_body`. The key goes out in both forms that FLORA documents. `fence`
-        is awaited directly before the request is written, and keeps it back by raising; then the
-        answer is waited for `START_SECONDS`. Raises `InvalidRequest` for a key that no header can
-        carry.
+        `body` is made by `start_body`. The key is sent in both forms that FLORA documents. `fence`
+        is awaited directly before the request is written, and prevents that by raising; the answer
+        is then waited for `START_SECONDS`. Raises `InvalidRequest` for a key that no header can
+        hold.
         """
         check_idempotency_key(idempotency_key)
-        call = Call(
+        call = FloraCall(
             endpoint="POST /techniques/{id}/runs",
-            url=self._addresses.url("techniques", technique_id, "runs"),
+            url=self._urls.of("techniques", technique_id, "runs"),
             method="POST",
             headers={"content-type": "application/json", "idempotency-key": idempotency_key},
             content=body.encode(),
@@ -247,15 +254,9 @@ class FloraClient:
             answer_seconds=START_SECONDS,
         )
         answer = await self._caller.call(call, deadline=deadline)
-        read = partial(
-            parse.started,
-            at=self._clock(),
-            sent_at=answer.sent_at,
-            clock_offset=self.clock_offset,
-            technique_id=_known_id(technique_id),
-        )
+        known_id = technique_id if technique_id.startswith("tech_") else None
         return StartAnswer(
-            observation=answer.read(read),
+            observation=answer.read(self._reader(answer, parse.started, technique_id=known_id)),
             replayed=answer.headers.get("idempotent-replayed", "").lower() == "true",
         )
 
@@ -264,37 +265,32 @@ class FloraClient:
     ) -> Observation:
         """A run of a technique (its id or slug).
 
-        That the run is of this technique is the caller's word, not FLORA's, and no part of what was
-        seen.
+        The observation does not hold the technique: the caller names it, not FLORA.
         """
-        return await self._read_run(
-            "GET /techniques/{id}/runs/{id}",
-            self._addresses.url("techniques", technique_id, "runs", run_id),
-            run_id,
-            deadline,
-            run_type="technique",
-        )
+        endpoint = "GET /techniques/{id}/runs/{id}"
+        url = self._urls.of("techniques", technique_id, "runs", run_id)
+        return await self._read_run(endpoint, url, run_id, deadline, run_type="technique")
 
     async def get_any_run(self, run_id: str, *, deadline: float | None = None) -> Observation:
-        """A run of whichever kind, where its technique is not known."""
-        url = self._addresses.url("runs", run_id)
+        """A run of either kind, without its technique."""
+        url = self._urls.of("runs", run_id)
         return await self._read_run("GET /runs/{id}", url, run_id, deadline)
 
     async def follow(
         self, poll_url: str, run_id: str, *, deadline: float | None = None
     ) -> Observation:
-        """The run that a `poll_url` names.
+        """The run of a `poll_url`.
 
-        Raises `PollUrlRefused`, before anything is sent, where that is on another origin than the
-        base URL: it comes from outside, and the request carries the key.
+        Raises `PollUrlRefused`, before anything is sent, if that is on another origin than the base
+        URL: it comes from outside, and the request carries the key.
         """
-        url = self._addresses.follow(poll_url)
+        url = self._urls.follow(poll_url)
         return await self._read_run("GET poll_url", url, run_id, deadline)
 
     async def history(
         self,
         *,
-        kind: Literal["technique", "generation"] = "technique",
+        kind: RunType = "technique",
         cursor: str | None = None,
         limit: int = 100,
         technique_id: str | None = None,
@@ -302,26 +298,19 @@ class FloraClient:
     ) -> HistoryPage:
         """A page of the workspace's runs, newest first, of at most `limit` (1 to 100) runs.
 
-        It is never filtered by status: runs that leave the filter while pages are read pull others
-        over the edge of a page, unseen.
+        It has no status filter: a run that leaves the filter while pages are read moves another
+        one past the reader.
         """
         path, key = _LISTS[kind]
-        call = Call(
+        call = FloraCall(
             endpoint=f"GET /{path}",
-            url=self._addresses.url(path, technique_id=technique_id, cursor=cursor, limit=limit),
+            url=self._urls.of(path, technique_id=technique_id, cursor=cursor, limit=limit),
             # A filter, or a kind that a workspace may not have, says nothing about the key.
             lists=technique_id is None and kind == "technique",
             fresh=self._fresh,
         )
         answer = await self._caller.call(call, deadline=deadline)
-        read = partial(
-            parse.run,
-            source=Source.HISTORY,
-            at=self._clock(),
-            sent_at=answer.sent_at,
-            clock_offset=self.clock_offset,
-            run_type=kind,
-        )
+        read = self._reader(answer, parse.run, source=Source.HISTORY, run_type=kind)
         return answer.read(partial(parse.page, key=key, read=read))
 
     async def _read_run(
@@ -333,38 +322,148 @@ class FloraClient:
         *,
         run_type: str | None = None,
     ) -> Observation:
-        call = Call(endpoint=endpoint, url=url, fresh=self._fresh)
+        call = FloraCall(endpoint=endpoint, url=url, fresh=self._fresh)
         answer = await self._caller.call(call, deadline=deadline)
         return answer.read(
-            partial(
-                parse.run,
-                source=Source.POLL,
-                at=self._clock(),
-                sent_at=answer.sent_at,
-                clock_offset=self.clock_offset,
-                expect_run_id=run_id,
-                run_type=run_type,
+            self._reader(
+                answer, parse.run, source=Source.POLL, expect_run_id=run_id, run_type=run_type
             )
+        )
+
+    def _reader(
+        self, answer: FloraAnswer, read: Callable[..., T], **options: Any
+    ) -> Callable[[object], T]:
+        """`read` for what was just answered."""
+        return partial(
+            read,
+            at=self._clock(),
+            sent_at=answer.sent_at,
+            clock_offset=self.clock_offset,
+            **options,
         )
 
 
 def start_body(
     inputs: list[dict[str, Any]], *, idempotency_key: str, callback_url: str | None = None
 ) -> str:
-    """The body of a start, as it is kept for repetitions: ASCII. An empty text is left out."""
-    said = [one for one in inputs if not is_empty_text(one)]
-    body: dict[str, Any] = {"inputs": said, "mode": "async", "idempotency_key": idempotency_key}
+    """The body of a start, as it is stored for repetitions: ASCII, without empty texts."""
+    sent = [one for one in inputs if not is_empty_text(one)]
+    body: dict[str, Any] = {"inputs": sent, "mode": "async", "idempotency_key": idempotency_key}
     if callback_url is not None:
         body["callback_url"] = callback_url
     return json.dumps(body)
 
 
 def check_idempotency_key(key: str) -> None:
-    """Raise `InvalidRequest` for an idempotency key that no header can carry."""
+    """Raise `InvalidRequest` for an idempotency key that no header can hold."""
     if not _IDEMPOTENCY_KEY.fullmatch(key):
         fault = FieldFault("idempotency_key", "must be 1 to 255 visible ASCII characters")
         raise InvalidRequest("the idempotency key cannot be sent", [fault])
 
 
-def _known_id(id_or_slug: str) -> str | None:
-    return id_or_slug if id_or_slug.startswith("tech_") else None
+class PollUrlRefused(FloraError):
+    """A `poll_url` leads away from the configured FLORA; the key is not sent there."""
+
+
+class FloraUrls:
+    """The URLs to which the API key may be sent: those below one base URL.
+
+    Raises `SettingsError` for a base URL that is not `https` (`http` only on this machine itself),
+    or that holds more than an origin and a path.
+    """
+
+    def __init__(self, base_url: str) -> None:
+        try:
+            self.base = httpx.URL(base_url.strip().rstrip("/"))
+        except (httpx.InvalidURL, ValueError) as exc:
+            raise SettingsError("FLORA_BASE_URL is not a URL") from exc
+        self.on_loopback = is_loopback(self.base.raw_host.decode())
+        """Whether FLORA is on this machine, a simulator."""
+        secure = self.base.scheme == "https" or (self.base.scheme == "http" and self.on_loopback)
+        if not secure or not self.base.raw_host:
+            raise SettingsError("FLORA_BASE_URL must be https (http only for a loopback host)")
+        if self.base.userinfo or self.base.query or self.base.fragment:
+            raise SettingsError("FLORA_BASE_URL must have no user, query or fragment in it")
+
+    def of(self, *segments: str, **params: str | int | None) -> httpx.URL:
+        """The URL of a path below the base; a parameter that is `None` is left out.
+
+        Raises `NotFound` for a segment that can be no id, `FloraUnreadable` for a cursor that is
+        too long.
+        """
+        path = "/".join(_segment(segment) for segment in segments)
+        query = {name: value for name, value in params.items() if value is not None}
+        try:
+            return httpx.URL(f"{self.base}/{path}").copy_merge_params(query)
+        except httpx.InvalidURL as exc:
+            raise FloraUnreadable("FLORA's cursor is too long to be sent back") from exc
+
+    def follow(self, poll_url: str) -> httpx.URL:
+        """The URL of a `poll_url`. Raises `PollUrlRefused` if it is on another origin.
+
+        The parser that checks it is the one that the request uses.
+        """
+        try:
+            url = self.base.join(poll_url).copy_with(fragment=None)
+        except (httpx.InvalidURL, ValueError) as exc:
+            raise PollUrlRefused("the poll_url is not a URL, so it is not followed") from exc
+        if _origin(url) != _origin(self.base) or url.userinfo:
+            raise PollUrlRefused("the poll_url is not below FLORA_BASE_URL's origin: not followed")
+        return url
+
+
+def _origin(url: httpx.URL) -> tuple[str, bytes, int | None]:
+    return (url.scheme, url.raw_host, url.port)
+
+
+def _segment(value: str) -> str:
+    """One segment of a path, which it cannot leave. Nothing is sent for what can be no id."""
+    if value in ("", ".", "..") or len(value) > LONGEST_ID:
+        raise NotFound(status=404, code="not_found", message=f"{value[:80]!r} can be no id")
+    return quote(value, safe="", errors="replace")
+
+
+async def pages(read: Callable[[str | None], Awaitable[Page[T]]]) -> AsyncGenerator[Page[T], None]:
+    """Every page of the list that `read(cursor)` reads.
+
+    Raises `FloraUnreadable` if a cursor comes twice: in a circle the end of the list cannot be told
+    from a gap in it.
+    """
+    seen: set[str] = set()
+    cursor: str | None = None
+    while True:
+        page = await read(cursor)
+        yield page
+        cursor = page.next_cursor
+        if cursor is None:
+            return
+        if cursor in seen:
+            raise circular()
+        seen.add(cursor)
+
+
+def circular() -> FloraUnreadable:
+    """The error for a list whose cursors lead back to a page that was read."""
+    return FloraUnreadable("the list has no end: FLORA gave the same cursor twice")
+
+
+def offset_of(cursor: str) -> int | None:
+    """The offset that a cursor stands for; `None` if it stands for anything else.
+
+    FLORA's reference shows base64url of `{"offset":20}`, without padding (flora-api.md, 6).
+    """
+    try:
+        raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
+        match json.loads(raw):
+            case {"offset": int(offset), **more} if not more and offset >= 0:
+                return offset
+    except (ValueError, binascii.Error, RecursionError):
+        pass
+    return None
+
+
+def cursor_at(offset: int) -> str | None:
+    """The cursor of an offset; the top of the list has none."""
+    if offset == 0:
+        return None
+    return base64.urlsafe_b64encode(b'{"offset":%d}' % offset).rstrip(b"=").decode("ascii")

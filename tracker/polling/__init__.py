@@ -1,1 +1,1 @@
-"""Polling: single reads, history pages, sweeps, verification, and following runs to their end."""
+"""Polling: rounds of polling, history sweeps, verification, and following runs to their end."""

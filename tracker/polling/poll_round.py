@@ -1,35 +1,69 @@
-"""One round of polling in one workspace: how far it is, how FLORA does, and what rests."""
+"""One round of polling in one workspace: history pages while they pay, then single reads.
+
+A history page reads up to a hundred runs, a single read one. So pages are read, newest first, for
+as long as some number of them shows more due runs than that. Runs that are still open then, and
+those that a list shows without details, are read singly.
+"""
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+import math
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
-from typing import Any, Final, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from tracker.core.clock import Clock
-from tracker.core.record import Record
-from tracker.core.schedule import LEARNED_FROM, Durations
-from tracker.store.engine import Database
-from tracker.store.queries import runs as read
+import structlog
+from structlog.contextvars import bound_contextvars
+
+from tracker.core.errors import FloraError, KeyRefused, NotFound, OtherWorkspace, RateLimited
+from tracker.core.observation import Observation
+from tracker.core.record import Entry, Record, Seen, Unseen
+from tracker.core.run import Run, RunStatus
+from tracker.flora.client import FloraClient, PollUrlRefused
+from tracker.polling import history
+from tracker.polling.history import (
+    PAGE_SIZE,
+    attributed,
+    attributed_page,
+    counted_before,
+    without_removed,
+)
+from tracker.polling.workspaces import Workspace
+from tracker.store import claims
 from tracker.store.writing.writer import WriteResult
+
+if TYPE_CHECKING:
+    from tracker.polling.poll import Poller
+
+SINGLE_READS: Final = 16
+"""Single reads of a round, half of them for fresh ends; other runs are given back and due in the
+next round, so that no process holds work that another could do."""
+ROUND_SECONDS: Final = 10.0
+"""Seconds after which a round begins no further single read (FLORA is slow, or has set a limit):
+the next round first checks for new callbacks."""
+CALL_SECONDS: Final = 20.0
+"""How long a single read may take, repetitions included; what fails is tried at the next poll."""
+PAGE_SECONDS: Final = 30.0
+PAGE_SECONDS_AGAIN: Final = 10.0
+"""How long a page may take, repetitions included; less if the last one failed, so that unreadable
+pages do not delay single reads."""
+FAILURES: Final = 2
+"""Failures without a single answer that end a round: FLORA is down, and no run is to blame."""
 
 T = TypeVar("T")
 
-FAILURES: Final = 2
-"""So many failures without one answer end a round: FLORA is down, and no run is to blame."""
-REST: Final = timedelta(seconds=1)
-LONGEST_REST: Final = timedelta(seconds=30)
-"""How long a workspace then rests: doubling from the first to the second."""
+log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True, kw_only=True)
 class PollReport:
-    """What one round did.
+    """What a round did: runs claimed, history pages and single reads made, runs settled, and runs
+    that could not be read (FLORA's answer that a run does not exist is a read).
 
-    Runs claimed, history pages and single reads made, runs settled, runs that could not be read
-    (FLORA's word that there is no such run is an answer). `more` is true where due runs were left
-    for the next round, `at_once` where that should not wait for others to join them; `trouble` says
-    why the round was broken off, if it was.
+    `more` is true if due runs were left for the next round, `at_once` if that should not wait for
+    others to become due; `trouble` is why the round was broken off, if it was.
     """
 
     claimed: int = 0
@@ -41,14 +75,14 @@ class PollReport:
     at_once: bool = False
     trouble: str | None = None
 
-    def count(self, passed: WriteResult) -> None:
-        """Count one run that went through the writer, if that settled it."""
-        before, after = passed.before, passed.after
+    def count(self, result: WriteResult) -> None:
+        """Count a written run if that settled it."""
+        before, after = result.before, result.after
         if after is not None and after.run.settled and not (before and before.run.settled):
             self.settled += 1
 
     def add(self, other: "PollReport") -> None:
-        """Add another round's figures."""
+        """Add the figures of another round."""
         self.claimed += other.claimed
         self.pages += other.pages
         self.reads += other.reads
@@ -59,79 +93,363 @@ class PollReport:
         self.trouble = self.trouble or other.trouble
 
 
-@dataclass(slots=True)
-class Round:
-    """One round in one workspace: what is still to be read, and how FLORA does.
+@dataclass(slots=True, kw_only=True)
+class SingleRead:
+    """The result of reading one run; `reads` counts the requests.
 
-    `places` tells where runs stand in FLORA's list, as far as that is known, once it was asked for;
-    `shared` counts the reads that other runs shared, or could have. `confirmed` tells, once that
-    was asked, that FLORA can be read in the workspace, so that its denial of a run counts.
-    `recheck` is true where settled runs are read again for their cost and outputs; `probe` names
-    the one whose cost a page lacked, and which is read alone to see whether lists leave costs out.
+    Without an `observation`, `missing` tells whether every way was answered with "does not exist",
+    and `error` says why, fit for a person. `silent` means that FLORA itself did not answer
+    (`FloraError.silent`). `others` are the other runs of a history page that was read.
     """
 
-    open_runs: dict[str, Record]
-    recheck: bool = False
-    probe: str | None = None
-    places: Mapping[str, int] | None = None
-    shared: int = 0
-    answered: bool = False
-    confirmed: bool | None = None
-    confirming: asyncio.Lock = field(default_factory=asyncio.Lock)
-    failures: int = 0
-    refused: bool = False
-    trouble: str = ""
+    observation: Observation | None = None
+    missing: bool = False
+    error: str = ""
+    silent: bool = False
+    reads: int = 0
+    others: list[Observation] = field(default_factory=list)
+
+
+class PollRound:
+    """Reads the runs that were claimed in one workspace.
+
+    `remaining` are those not read yet, by id. `shared_reads` counts the requests that several due
+    runs shared, or could have. With `recheck`, settled runs are read again for cost and outputs.
+    """
+
+    def __init__(
+        self,
+        poller: "Poller",
+        workspace: Workspace,
+        due: Sequence[Record],
+        *,
+        recheck: bool = False,
+    ) -> None:
+        self.remaining = {record.run.run_id: record for record in due}
+        self.shared_reads = 0
+        self.report = PollReport(claimed=len(due))
+        self.error = ""
+        self._poller = poller
+        self._workspace = workspace
+        self._client = workspace.require_client()
+        self._recheck = recheck
+        self._places: Mapping[str, int] | None = None  # in FLORA's list, by run id, once needed
+        self._cost_probe: str | None = None
+        self._readable: bool | None = None  # whether FLORA can be read here, once known
+        self._checking = asyncio.Lock()
+        self._answered = False
+        self._failures = 0
+        self._refused = False
 
     @property
     def broken_off(self) -> bool:
-        """Whether nothing more is asked: FLORA refuses to be asked, or answers nothing at all."""
-        return self.refused or (self.failures >= FAILURES and not self.answered)
+        """Whether FLORA refuses requests, or has not answered any."""
+        return self._refused or (self._failures >= FAILURES and not self._answered)
 
-    def fail(self, error: str) -> None:
-        """FLORA gave no answer, or a 5xx."""
-        self.failures += 1
-        self.trouble = error
+    async def read(self) -> None:
+        """Read pages, then single runs. Failures of FLORA are noted; raises `StoreUnavailable`."""
+        await self._read_pages()
+        await self._read_singly()
 
-    def refuse(self, error: str) -> None:
-        """FLORA refuses the key, or any further request for now; or the key reads another
-        workspace."""
-        self.refused = True
-        self.trouble = error
+    async def read_one(self, record: Record) -> Record:
+        """Read one run; what is known of it afterwards.
+
+        Raises `KeyRefused`, `RateLimited`, `OtherWorkspace` and `StoreUnavailable`.
+        """
+        _, entries = await self._read_run(self._client, record)
+        results = await self._poller.writer.submit_all(entries)
+        return results[-1].after or record
+
+    def _refuse(self, error: FloraError) -> None:
+        """FLORA refuses the key or any request for now, or the key reads another workspace."""
+        self._refused = True
+        self.error = str(error)
+
+    def _fail(self, error: str) -> None:
+        """FLORA did not answer, or with a 5xx."""
+        self._failures += 1
+        self.error = error
+
+    # Pages
+
+    async def _read_pages(self) -> None:
+        """Read history pages while they pay, and drop the runs that they settle."""
+        poller, slot, backoff = self._poller, self._workspace.slot, self._poller.page_backoff
+        wanted = self._listable()
+        if len(wanted) < 2 or backoff.left(slot):
+            return
+        self._places = await claims.places(
+            poller.database,
+            [record.run.run_id for record in wanted],
+            poller.workspaces.claimable(self._workspace),
+            # Runs further down are fewer than the pages above them.
+            among=len(wanted) * PAGE_SIZE * len(poller.workspaces),
+        )
+        if not self._pages_pay(wanted):
+            return
+        seconds = PAGE_SECONDS_AGAIN if backoff.failures(slot) else PAGE_SECONDS
+        client = self._client if self._recheck else self._client.for_fresh
+        try:
+            async with aclosing(
+                history.pages(client, "technique", deadline=lambda: seconds)
+            ) as pages:
+                async for page in pages:
+                    self.report.pages += 1
+                    self.shared_reads += 1
+                    self._answered = True
+                    await self._take_page(page.items)
+                    backoff.succeeded(slot)
+                    oldest = history.oldest(page.items)
+                    # A newer run that this page did not show is in no list.
+                    wanted = [
+                        record
+                        for record in self._listable()
+                        if oldest is not None and record.created_at <= oldest
+                    ]
+                    if not self._pages_pay(wanted):
+                        return
+        except (KeyRefused, RateLimited, OtherWorkspace) as refusal:
+            self._refuse(refusal)
+        except FloraError as error:
+            # No due run is to blame: each is still read singly.
+            if error.silent:
+                self._fail(str(error))
+            log.warning(
+                "poll.page_failed",
+                workspace_id=self._workspace.name,
+                error=str(error),
+                rest_seconds=backoff.failed(slot),
+            )
+
+    def _listable(self) -> list[Record]:
+        """The remaining runs that a page of technique runs can settle.
+
+        If lists leave details out, a page says nothing new about a run that is known to have ended.
+        """
+        workspace = self._workspace
+
+        def suffices(record: Record) -> bool:
+            if record.run.settled:
+                costs = record.cost_final or workspace.lists_carry_costs
+                return costs and workspace.lists_carry_outputs
+            return workspace.lists_carry_details or not record.run.standing.ended
+
+        return [
+            record
+            for record in self.remaining.values()
+            if record.run.run_type != "generation" and suffices(record)
+        ]
+
+    def _pages_pay(self, wanted: Sequence[Record]) -> bool:
+        """Whether some number of further pages costs fewer requests than their due runs singly.
+
+        FLORA's list may hold runs that are unknown here. A run that was expected on a page that was
+        read is then expected on the next.
+        """
+        places = self._places or {}
+        pages_away = [
+            max(1, math.ceil(places[record.run.run_id] / PAGE_SIZE) - self.report.pages)
+            for record in wanted
+            if record.run.run_id in places
+        ]
+        return any(due > pages for due, pages in enumerate(sorted(pages_away), start=1))
+
+    async def _take_page(self, items: Sequence[Observation]) -> None:
+        """Write a page; runs that it shows ended without details remain, and stay claimed."""
+        database = self._poller.database
+        kept = await without_removed(database, attributed_page(self._workspace, items))
+        if items:
+            self._readable = True
+        lean = {item.run_id for item in kept if self._lacks_details(item)}
+        answered = self.remaining.keys() - lean
+        again = await counted_before(database, self.remaining, kept)
+        results = await self._poller.writer.submit_all(
+            [
+                Seen(
+                    observation=item,
+                    claim=self._poller.holder if item.run_id in answered else None,
+                    counted_before=item.run_id in again,
+                )
+                for item in kept
+            ]
+        )
+        for item, result in zip(kept, results, strict=True):
+            self.report.count(result)
+            if item.run_id not in self.remaining:
+                continue
+            if item.run_id not in lean:
+                del self.remaining[item.run_id]
+            elif result.after is not None:
+                self.remaining[item.run_id] = result.after
+
+    def _lacks_details(self, item: Observation) -> bool:
+        """Whether a page's item shows too little of an ended run, which is then read singly.
+
+        Of the settled runs shown with outputs but no cost, one in a round is read singly all the
+        same: if that shows the cost, lists leave costs out.
+        """
+        if not self._recheck:
+            return item.standing.ended and not item.details
+        record = self.remaining.get(item.run_id)
+        if record is None:
+            return False
+        if not self._answers_recheck(record, item):
+            return True
+        if item.status is RunStatus.COMPLETED and item.charged_cost is None:
+            self._cost_probe = self._cost_probe or item.run_id
+        return self._cost_probe == item.run_id
+
+    def _answers_recheck(self, record: Record, item: Observation) -> bool:
+        """Whether a page's item says as much about cost and outputs as a single read.
+
+        Something missing either does not exist yet or is left out by lists; whether lists show it
+        for other runs tells which.
+        """
+        if item.status is not RunStatus.COMPLETED:
+            return item.standing.ended
+        if record.run.lacks_outputs and not item.outputs:
+            return False
+        return item.charged_cost is not None or (
+            bool(item.outputs) and self._workspace.lists_carry_costs
+        )
+
+    # Single reads
+
+    async def _read_singly(self) -> None:
+        """Read remaining runs one by one; each result is written at once."""
+        permits = asyncio.Semaphore(self._client.request_limit.state().concurrency)
+        until = time.monotonic() + ROUND_SECONDS
+        shareable = {
+            record.run.run_id
+            for record in self._listable()
+            if self._places is None or record.run.run_id in self._places
+        }
+
+        async def read(record: Record) -> None:
+            run_id = record.run.run_id
+            fresh = record.run.standing.ended and not self._recheck
+            async with permits:
+                if self.broken_off or time.monotonic() > until:
+                    return  # it remains, and is given back
+                try:
+                    found, entries = await self._read_run(
+                        self._client.for_fresh if fresh else self._client, record
+                    )
+                except (KeyRefused, RateLimited, OtherWorkspace) as refusal:
+                    self._refuse(refusal)
+                    return
+                if found.silent:
+                    self._fail(found.error)
+                else:
+                    self._answered = True
+            self.report.reads += found.reads
+            seen = found.observation
+            if run_id == self._cost_probe and seen and seen.charged_cost is not None:
+                self._workspace.lists_carry_costs = False
+            if run_id in shareable:
+                self.shared_reads += found.reads
+            for result in await self._poller.writer.submit_all(entries):
+                self.report.count(result)
+            if seen is None and not found.missing:
+                self.report.failed += 1
+            self.remaining.pop(run_id, None)
+
+        records = list(self.remaining.values())
+        await run_all(
+            [read(record) for record in records[: None if self._recheck else SINGLE_READS]]
+        )
+
+    async def _read_run(
+        self, client: FloraClient, record: Record
+    ) -> tuple[SingleRead, list[Entry]]:
+        """Read a run; the result, and what to write: the other runs that it showed, then the run.
+
+        A run that is only claimed for this workspace, and does not exist there, is read with the
+        other keys: whoever knows a workspace's signing secret can claim any run for it. FLORA's
+        answer that a run does not exist counts only while FLORA can be read in the workspace.
+        Raises `OtherWorkspace`, `KeyRefused` and `RateLimited`.
+        """
+        run, workspace, poller = record.run, self._workspace, self._poller
+        with bound_contextvars(run_id=run.run_id, workspace_id=workspace.name):
+            found = await read_run(client, run)
+            if found.missing and run.workspace_is_claimed:
+                found, workspace = await self._read_elsewhere(found, run)
+            elif found.observation is not None:
+                self._readable = True
+            others = attributed_page(workspace, found.others)
+            others = await without_removed(poller.database, others)
+            entries: list[Entry] = [Seen(observation=item) for item in others]
+            if found.observation is None:
+                found.missing = found.missing and await self._is_readable()
+                entries.append(
+                    Unseen(
+                        run_id=run.run_id,
+                        at=poller.clock(),
+                        error=found.error,
+                        missing=found.missing,
+                        reads=found.reads,
+                        claim=poller.holder,
+                    )
+                )
+            else:
+                seen = attributed(workspace, found.observation)
+                again = await counted_before(poller.database, {seen.run_id: record}, [seen])
+                entries.append(
+                    Seen(
+                        observation=seen,
+                        reads=found.reads,
+                        claim=poller.holder,
+                        counted_before=bool(again),
+                    )
+                )
+        return found, entries
+
+    async def _read_elsewhere(self, denied: SingleRead, run: Run) -> tuple[SingleRead, Workspace]:
+        """Read a run with the keys of the other workspaces; `denied` if none shows it."""
+        for other in self._poller.readable():
+            if other is self._workspace or other.client is None:
+                continue
+            try:
+                found = await read_run(other.client.for_fresh, run)
+            except (KeyRefused, RateLimited):
+                denied.missing = False  # it may be there
+                continue
+            found.reads = denied.reads = denied.reads + found.reads
+            if found.observation is not None:
+                return found, other
+            denied.missing = denied.missing and found.missing
+        return denied, self._workspace
+
+    async def _is_readable(self) -> bool:
+        """Whether FLORA can be read in this workspace with this key, as the round has shown; else
+        the newest run of the history shows it, or FLORA's list of the key's workspaces.
+
+        Raises `OtherWorkspace`, `KeyRefused` and `RateLimited`.
+        """
+        async with self._checking:
+            if self._readable is not None:
+                return self._readable
+            self._readable = False
+            try:
+                page = await self._client.history(limit=1, deadline=CALL_SECONDS)
+                if attributed_page(self._workspace, page.items):
+                    self._readable = True
+                else:  # an empty history may be another workspace's
+                    ids = await self._client.list_workspaces(deadline=CALL_SECONDS)
+                    self._workspace.check_listed(ids)
+                    self._readable = self._workspace.workspace_id in ids
+            except (KeyRefused, RateLimited, OtherWorkspace):
+                raise
+            except FloraError as error:
+                log.warning(
+                    "poll.denial_not_counted", workspace_id=self._workspace.name, error=str(error)
+                )
+            return self._readable
 
 
-class Rests:
-    """What is left alone for a while because it failed, by name: longer with each failure in a
-    row."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._rests: dict[str, tuple[int, datetime, timedelta]] = {}
-
-    def left(self, name: str) -> timedelta:
-        """How long it is still left alone: 0 where it is not, as after the clock was set back."""
-        now = self._clock()
-        _, since, length = self._rests.get(name, (0, now, timedelta()))
-        return max(timedelta(), since + length - now) if since <= now else timedelta()
-
-    def failures(self, name: str) -> int:
-        """How often in a row it has failed."""
-        return self._rests[name][0] if name in self._rests else 0
-
-    def failed(self, name: str, *, least: float = 0.0) -> float:
-        """It has failed once more; for how many seconds it is left alone, `least` at least."""
-        failures = self.failures(name) + 1
-        length: timedelta = min(REST * 2 ** min(failures - 1, 10), LONGEST_REST)
-        length = max(length, timedelta(seconds=least))
-        self._rests[name] = (failures, self._clock(), length)
-        return length.total_seconds()
-
-    def over(self, name: str) -> None:
-        """It has gone well."""
-        self._rests.pop(name, None)
-
-
-async def all_of(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Do all of it at the same time. Where one fails the others are ended, and its error raised."""
+async def run_all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all, run concurrently. If one fails, the others are cancelled and its error
+    raised."""
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(one) for one in work]
@@ -140,90 +458,63 @@ async def all_of(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     return [task.result() for task in tasks]
 
 
-# How long due runs are left to gather, so that they can share the pages that show them.
-#
-# A page of the history costs the same whether it settles one run or a hundred. So the reads that
-# a round made for runs which pages show are followed by a pause of as many seconds, within which
-# more of them become due. Who polls so makes about one such read a second: a run that ends alone
-# is read at once, and where hundreds are under way, their ends wait up to ten seconds and are
-# read together. A sweep reads the same pages, and counts like a round.
-#
-# Why these two: 1,000 runs, on ten pages, that end within a minute cost 0.07 reads each with 10
-# s, 0.09 with a sweep among them, and half of them wait for 5 s. With 5 s they cost 0.14 reads
-# and wait for 2 s, without gathering 0.6 reads and half a second (`python -m bench.economy`).
+async def read_run(client: FloraClient, run: Run) -> SingleRead:
+    """Read `run` in the first way that works.
 
-
-SECONDS_A_READ: Final = 1.0
-"""So many seconds of gathering follow each read."""
-LONGEST_GATHER: Final = 10.0
-"""Seconds of gathering at most, however many pages were read."""
-
-
-class Gathering:
-    """Until when the due runs of each workspace, by its slot, are left to gather."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._spans: dict[str, tuple[datetime, datetime]] = {}
-        self._reads: dict[str, int] = {}
-
-    def until(self, slot: str) -> datetime | None:
-        """When the pause ends; `None` where there is none."""
-        began, end = self._spans.get(slot, (None, None))
-        # A clock that was set back must not make it longer.
-        return end if began and end and began <= self._clock() < end else None
-
-    def count(self, slot: str, reads: int, *, began: datetime, over: bool) -> None:
-        """A round that began then made so many reads that others could have shared.
-
-        The pause follows once a round leaves nothing behind, and is for all reads until then.
-        """
-        reads += self._reads.pop(slot, 0)
-        if not over:
-            self._reads[slot] = reads
-            return
-        seconds = min(reads * SECONDS_A_READ, LONGEST_GATHER)
-        self._spans[slot] = began, began + timedelta(seconds=seconds)
-
-
-# What is known of how long each technique takes, kept for a few minutes.
-
-
-KEPT_FOR: Final = timedelta(minutes=5)
-FEW_KEPT_FOR: Final = timedelta(seconds=5)
-"""Where too few runs are known to learn from, a sweep may bring the rest at any moment."""
-
-
-class DurationBook:
-    """The durations of techniques, read from the ended runs.
-
-    The writer asks `of`, in the middle of a transaction, and never waits: whoever is about to send
-    observations of a technique calls `learn` before.
+    FLORA reads a technique run below its technique, and the technique of a run that is known by a
+    callback alone is unknown. So the ways are tried in turn: its `poll_url` (on FLORA's origin
+    only), its technique, the newest history page, and `GET /runs/{run_id}`, which reads generation
+    runs too. FLORA's errors are part of the result, except `KeyRefused` and `RateLimited`, which
+    say nothing about the run.
     """
+    found = SingleRead()
+    denied = doubtful = False
+    async for way in _ways(client, run, found):
+        found.reads += 1
+        try:
+            found.observation = await way()
+        except NotFound as refusal:
+            denied = True
+            found.error = str(refusal)
+        except PollUrlRefused as refusal:
+            found.reads -= 1  # nothing was sent
+            found.error = str(refusal)
+        except (KeyRefused, RateLimited):
+            raise
+        except FloraError as error:
+            found.error = str(error)
+            if error.silent:
+                found.silent = True
+                return found
+            doubtful = True  # such as a 403, or another run, to which a wrong `poll_url` leads
+        if found.observation is not None:
+            return found
+    found.missing = denied and not doubtful
+    return found
 
-    def __init__(self, database: Database, *, clock: Clock) -> None:
-        self._database = database
-        self._clock = clock
-        self._known: dict[str, tuple[datetime, Durations]] = {}
 
-    def of(self, technique_id: str | None) -> Durations | None:
-        """What is known of a technique; `None` for nothing yet."""
-        entry = self._known.get(technique_id or "")
-        return entry[1] if entry else None
+async def _ways(
+    client: FloraClient, run: Run, found: SingleRead
+) -> AsyncIterator[Callable[[], Awaitable[Observation | None]]]:
+    """The ways to read `run`, cheapest first; a way that returns `None` has not found it."""
+    run_id, seconds = run.run_id, CALL_SECONDS
+    if run.poll_url:
+        yield partial(client.follow, run.poll_url, run_id, deadline=seconds)
+    if run.run_type != "generation" and run.technique_id:
+        yield partial(client.get_run, run.technique_id, run_id, deadline=seconds)
+    elif run.run_type != "generation":
+        listed: list[Observation] = []
 
-    async def learn(self, technique_ids: Iterable[str | None]) -> None:
-        """Read the durations of these techniques, where what is known of them is old."""
-        now = self._clock()
-        for technique_id in set(technique_ids):
-            if technique_id is None:
-                continue
-            entry = self._known.get(technique_id)
-            if entry is None or now - entry[0] >= _kept_for(entry[1]):
-                self._known[technique_id] = (
-                    now,
-                    await read.durations(self._database, technique_id),
-                )
+        async def on_newest_page() -> Observation | None:
+            page = await client.history(deadline=seconds)
+            listed.extend(item for item in page.items if item.run_id == run_id)
+            found.others.extend(item for item in page.items if item.run_id != run_id)
+            whole = [item for item in listed if item.details or not item.standing.ended]
+            return whole[0] if whole else None
 
-
-def _kept_for(known: Durations) -> timedelta:
-    return KEPT_FOR if known.count >= LEARNED_FROM else FEW_KEPT_FOR
+        yield on_newest_page
+        for item in listed:
+            found.others.append(item)  # it names the technique, which a single read does not
+            if item.technique_id:
+                yield partial(client.get_run, item.technique_id, run_id, deadline=seconds)
+    yield partial(client.get_any_run, run_id, deadline=seconds)

@@ -1,14 +1,13 @@
-"""Reconciling with the run history: nothing that FLORA lists is missing here afterwards.
+"""Reconciling with the run history: every run that FLORA lists is known here afterwards.
 
-A sweep reads the newest page of each kind of runs, and then what `history_coverage` says is missing
-below it, newest first; the writer takes every item. What a page covers is recorded after what
-it brought is stored, so a sweep that is broken off is resumed by the next. A page that cannot be
-read leaves a gap: it is recorded with its error and tried again after growing waits, and everything
-else is read.
+A sweep reads the newest page of each kind of runs, and then what `history_coverage` lacks below it,
+newest first; the writer takes every item. Coverage is recorded after the items are stored, so the
+next sweep resumes one that was interrupted. A page that cannot be read leaves a gap, which is
+recorded with its error and tried again after growing waits, and everything else is read.
 
-Coverage is counted in FLORA's own creation times. It ends two minutes before FLORA's now, because a
-run may be listed late, and never later than the newest run seen allows, whatever either clock says.
-A sweep that finds nothing new costs one page.
+Coverage is in FLORA's creation times. It ends two minutes before FLORA's now, because a run may be
+listed late, and never later than the newest run allows, whatever either clock says. A sweep that
+finds nothing new costs one page.
 """
 
 import asyncio
@@ -34,14 +33,19 @@ from tracker.core.errors import (
 from tracker.core.observation import Observation
 from tracker.core.record import Seen
 from tracker.core.run import RunType
-from tracker.polling.history import Hole, PageUnreadable, Stretch, Walk, taken_over, without_removed
-from tracker.polling.poll_round import DurationBook, Gathering
+from tracker.polling.history import (
+    HistoryWalk,
+    Hole,
+    PageUnreadable,
+    WalkedPage,
+    attributed_page,
+    without_removed,
+)
+from tracker.polling.poll import Coalescer, DurationBook
 from tracker.polling.workspaces import Workspace, WorkspaceIds, Workspaces
 from tracker.store import claims
 from tracker.store.engine import Database
-from tracker.store.queries import runs as read
-from tracker.store.queries import sweeps
-from tracker.store.queries import sweeps as coverage
+from tracker.store.queries import runs, sweeps
 from tracker.store.queries.sweeps import Gap, Interval
 from tracker.store.writing.writer import Writer, WriteResult
 
@@ -51,24 +55,24 @@ AHEAD: Final = timedelta(minutes=5)
 """How far a time may lie ahead of both clocks and still be believed."""
 RETRY_AFTER: Final = timedelta(minutes=5)
 RETRY_WITHIN: Final = timedelta(days=1)
-"""How long a gap that could not be read rests: doubling from the first to the second."""
+"""The pause of an unreadable gap: doubling from the first to the second."""
 STUBBORN_AFTER: Final = 2
-"""After so many 5xx or time-outs at one place it is treated as a page that cannot be read."""
+"""5xx or time-outs at one place after which it is treated as an unreadable page."""
 GENERATIONS_EVERY: Final = timedelta(days=1)
 """How often the list of generations is read in a workspace that has shown none."""
 GENERATIONS_SECONDS: Final = 120.0
-"""How long generations may hold up the next sweep of technique runs; the next one goes on."""
+"""How long generations may delay the next sweep of technique runs; the next sweep resumes them."""
 LEASE: Final = timedelta(minutes=1)
-"""How long a sweep holds its workspace: one whose process died keeps others away for no longer."""
+"""How long a sweep that died keeps others away from its workspace."""
 RENEW_AFTER: Final = 15.0
-"""Seconds after which a sweep that still goes on (FLORA may be slow for minutes) holds it anew."""
+"""Seconds after which a sweep renews its lease (FLORA may be slow for minutes)."""
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnreadGap:
-    """Runs created after `from_at`, through `to_at` (ISO 8601, UTC), that could not be read."""
+    """Runs created after `from_at`, up to `to_at` (ISO 8601, UTC), that could not be read."""
 
     run_type: RunType
     from_at: str
@@ -78,12 +82,12 @@ class UnreadGap:
 
 @dataclass(slots=True, kw_only=True)
 class SweepReport:
-    """What a sweep found.
+    """The result of a sweep.
 
-    `discovered` counts runs that were not known, `repaired` known ones whose end or details were
-    not. `error` is `None` for a complete sweep, `generations_error` where these could be read or
-    were not asked for; `gaps` are those that this sweep tried to read and could not. `skipped` is
-    true where another process is sweeping.
+    `discovered` counts runs that were unknown, `repaired` known ones whose end or details were
+    missing. `error` is `None` for a complete sweep, `generations_error` if these could be read or
+    were not due; `gaps` are those that this sweep tried in vain. `skipped` is true if another
+    process is sweeping.
     """
 
     workspace_id: str
@@ -97,9 +101,9 @@ class SweepReport:
     generations_error: str | None = None
     skipped: bool = False
 
-    def count(self, passed: WriteResult) -> None:
-        """Count one item that went through the writer."""
-        before, after = passed.before, passed.after
+    def count(self, result: WriteResult) -> None:
+        """Count one written item."""
+        before, after = result.before, result.after
         if before is None:
             self.discovered += 1
         elif after is not None and (
@@ -109,66 +113,83 @@ class SweepReport:
             self.repaired += 1
 
 
+@dataclass(kw_only=True, eq=False)
 class Sweeper:
     """Sweeps workspaces. `first_since` is how far back a workspace's first sweep goes."""
 
-    def __init__(
-        self,
-        *,
-        database: Database,
-        writer: Writer,
-        workspaces: Workspaces,
-        ids: WorkspaceIds,
-        durations: DurationBook,
-        gathering: Gathering,
-        holder: str,
-        first_since: timedelta,
-        clock: Clock,
-    ) -> None:
-        self._database = database
-        self._writer = writer
-        self._workspaces = workspaces
-        self._ids = ids
-        self._durations = durations
-        self._gathering = gathering
-        self._holder = holder
-        self._first_since = first_since
-        self._clock = clock
+    database: Database
+    writer: Writer
+    workspaces: Workspaces
+    ids: WorkspaceIds
+    durations: DurationBook
+    coalescer: Coalescer
+    holder: str
+    first_since: timedelta
+    clock: Clock
 
     async def sweep(self, workspace: Workspace, *, since: timedelta | None = None) -> SweepReport:
-        """Sweep one workspace: what its coverage lacks, or all of it back to `since` before now.
+        """Sweep one workspace: what its coverage lacks, or everything since `since` ago.
 
-        FLORA's and the database's failures are reported, not raised: they stand in the log of
-        sweeps too where the database can be written. Raises `SettingsError` where the workspace has
-        no key.
+        Failures of FLORA and of the database are reported, not raised, and recorded in the log of
+        sweeps if the database can be written. Raises `SettingsError` if the workspace has no key.
         """
         workspace.require_client()
-        report = SweepReport(workspace_id=workspace.name)
-        lease = f"sweep:{workspace.slot}"
-        if not await self._hold(lease):
-            report.skipped = True
-            return report
-        renewing = asyncio.create_task(self._renew(lease))
+        sweep = _Sweep(self, workspace, since)
+        if not await sweep.hold():
+            sweep.report.skipped = True
+            return sweep.report
+        renewing = asyncio.create_task(sweep.renew())
         try:
-            await self._sweep(_Sweep(workspace, since, lease, report, self._clock()))
+            await sweep.run()
         finally:
             renewing.cancel()
-            await asyncio.wait([renewing])  # else it might take what is given back
-            with suppress(StoreError):  # then it runs out by itself
-                await claims.drop_lease(self._database, lease, self._holder)
-        return report
+            await asyncio.wait([renewing])  # else it might take back what is dropped
+            with suppress(StoreError):  # the lease then expires
+                await claims.drop_lease(self.database, sweep.lease, self.holder)
+        return sweep.report
 
-    async def _sweep(self, sweep: "_Sweep") -> None:
-        """Sweep both kinds, and log it; the row is there before the second page is asked for."""
-        workspace, report = sweep.workspace, sweep.report
+
+class _Sweep:
+    """One sweep of one workspace."""
+
+    def __init__(self, sweeper: Sweeper, workspace: Workspace, since: timedelta | None) -> None:
+        self.lease = f"sweep:{workspace.slot}"
+        self.report = SweepReport(workspace_id=workspace.name)
+        self._sweeper = sweeper
+        self._database = sweeper.database
+        self._clock = sweeper.clock
+        self._workspace = workspace
+        self._since = since
+        self._started_at = sweeper.clock()
+        self._row: int | None = None  # in the log of sweeps
+        self._plans: dict[RunType, _Plan] = {}
+        self._through: dict[RunType, datetime | None] = {}
+
+    async def hold(self) -> bool:
+        """Take or renew the lease; false if another process has it."""
+        return await claims.take_lease(
+            self._database, self.lease, self._sweeper.holder, self._clock(), LEASE
+        )
+
+    async def renew(self) -> None:
+        """Renew the lease until cancelled; its loss is noticed with the next page."""
+        while True:
+            await asyncio.sleep(RENEW_AFTER)
+            with suppress(StoreError):
+                await self.hold()
+
+    async def run(self) -> None:
+        """Sweep both kinds, and write the log; its row exists before the second page is read."""
+        report = self.report
         report.error = "it was interrupted"
         try:
-            await self._sweep_kind(sweep, "technique")
-            # It has shown what a round of polling would have read the same pages for.
-            began, pages = sweep.started_at, report.pages
-            self._gathering.count(workspace.slot, pages, began=began, over=True)
+            await self._sweep_kind("technique")
+            # These pages have shown what a round of polling would have read them for.
+            self._sweeper.coalescer.add(
+                self._workspace.slot, report.pages, began=self._started_at, complete=True
+            )
             report.error = None
-            await self._sweep_generations(sweep)
+            await self._sweep_generations()
         except (FloraError, SettingsError, StoreError) as failure:
             report.error = str(failure)
         except BaseException as failure:
@@ -178,79 +199,82 @@ class Sweeper:
                 report.error = f"a fault of the tracker's own: {name}: {failure}"
             raise
         finally:
-            await self._close(sweep)
+            await self._finish()
 
-    async def _sweep_generations(self, sweep: "_Sweep") -> None:
-        """A workspace that has shown none is read once a day, by whichever process comes
-        first. Whatever FLORA answers here is no failure of technique runs."""
-        workspace = sweep.workspace
-        known = await read.has_generations(self._database, self._workspaces.claimable(workspace))
-        look = partial(
+    async def _sweep_generations(self) -> None:
+        """Sweep generations; in a workspace that has shown none, one process does so once a day.
+
+        A failure here is no failure of technique runs.
+        """
+        workspace, sweeper = self._workspace, self._sweeper
+        among = sweeper.workspaces.claimable(workspace)
+        known = await runs.has_generations(self._database, among)
+        take_turn = partial(
             claims.take_lease,
             self._database,
             f"generations:{workspace.slot}",
-            f"{self._holder}:{uuid4()}",  # nobody else's, this process's next sweep included
+            f"{sweeper.holder}:{uuid4()}",  # this process's next sweep does not have it either
             longest=GENERATIONS_EVERY,
         )
-        if not known and not await look(self._clock(), LEASE):
+        if not known and not await take_turn(self._clock(), LEASE):
             return
-        limit = asyncio.timeout(GENERATIONS_SECONDS if sweep.since is None else None)
-        looked = True
+        limit = asyncio.timeout(GENERATIONS_SECONDS if self._since is None else None)
+        answered = True
         try:
             async with limit:
-                await self._sweep_kind(sweep, "generation")
+                await self._sweep_kind("generation")
         except TimeoutError:
             if not limit.expired():
                 raise
         except FloraError as error:
-            looked = (
+            answered = (
                 isinstance(error, FloraRefusal)
                 and not error.silent
                 and error.status in (400, 403, 404, 410)
             )
             if known:
-                sweep.report.generations_error = str(error)
+                self.report.generations_error = str(error)
             log.info("sweep.generations_failed", workspace_id=workspace.name, error=str(error))
-        if looked and not known:
-            await look(self._clock(), GENERATIONS_EVERY)
+        if answered and not known:
+            await take_turn(self._clock(), GENERATIONS_EVERY)
 
-    async def _sweep_kind(self, sweep: "_Sweep", kind: RunType) -> None:
-        """Read the newest page, and what is missing below it; in `sweep.since`, everything."""
-        await self._read_down(sweep, kind, Gap(sweep.started_at, sweep.started_at))
-        plan = sweep.plans[kind]
+    async def _sweep_kind(self, kind: RunType) -> None:
+        """Read the newest page and the gaps below it; with `since`, everything."""
+        await self._read_down(kind, Gap(self._started_at, self._started_at))
+        plan = self._plans[kind]
         tried: set[datetime] = set()
-        while sweep.since is None and (gap := plan.next_gap(self._clock(), tried)):
+        while self._since is None and (gap := plan.next_gap(self._clock(), tried)):
             tried.add(gap.top)
-            await self._read_down(sweep, kind, gap)
-        # The log of sweeps says how far the history is verified; only coverage decides by it.
-        sweep.report.gaps += plan.unread
-        since = plan.now - self._first_since
-        sweep.through[kind] = coverage.verified(plan.covered, since=since)
+            await self._read_down(kind, gap)
+        self.report.gaps += plan.unread
+        # For the log of sweeps only; coverage decides what is read.
+        since = plan.now - self._sweeper.first_since
+        self._through[kind] = sweeps.verified(plan.covered, since=since)
 
-    async def _read_down(self, sweep: "_Sweep", kind: RunType, gap: Gap) -> None:
-        """Read a gap of the plan; first of all from the list's top, which makes the plan.
+    async def _read_down(self, kind: RunType, gap: Gap) -> None:
+        """Read a gap of the plan. The first, at the top of the list, makes the plan.
 
-        A failure at a place below the top is recorded there, so that the next sweep can tell one
-        page that is broken from a FLORA that is down.
+        A failure below the top is recorded at its place, so that the next sweep can tell a broken
+        page from a FLORA that is down.
         """
-        plan, above = sweep.plans.get(kind), gap.above
+        plan, above = self._plans.get(kind), gap.above
         stubborn = above is not None and above.failures >= STUBBORN_AFTER
-        walk = Walk(sweep.workspace.require_client(), kind, stubborn=stubborn)
+        walk = HistoryWalk(self._workspace.require_client(), kind, stubborn=stubborn)
         below, cursor = (above.from_at, above.cursor) if above else (None, None)
         top, lowest = gap.top, below
         try:
             async with aclosing(walk.pages(below=below, cursor=cursor)) as pages:
                 async for page in pages:
-                    items = taken_over(sweep.workspace, page.items)
+                    items = attributed_page(self._workspace, page.items)
                     if plan is None:
-                        await self._begin(sweep)
-                        plan = sweep.plans[kind] = await self._plan(sweep, kind, items)
+                        await self._log_row()
+                        plan = self._plans[kind] = await self._plan(kind, items)
                         gap = plan.newest_gap()
-                    await self._take_page(items, page, sweep.report)
+                    await self._take_page(items, page)
                     if page.from_top:
                         top = plan.until
                     if page.hole is not None:
-                        end = page.ceiling or plan.bottom  # where no time is shown, all of it
+                        end = page.ceiling or plan.bottom  # all of it if no time is known
                         await self._note(plan, lowest or top, page.hole, gap, end=end)
                         top, lowest = end, None
                     floor = plan.bottom if page.is_last else page.floor
@@ -261,7 +285,7 @@ class Sweeper:
                             plan,
                             Interval(from_at=floor, to_at=top, read_at=read_at, cursor=cursor),
                         )
-                    if not await self._hold(sweep.lease):
+                    if not await self.hold():
                         raise StoreError("it took so long that another process has begun one")
                     if floor is not None and floor <= gap.bottom:
                         break
@@ -275,49 +299,49 @@ class Sweeper:
                 await self._note(plan, lowest, failed, gap, end=None)
             raise
         finally:
-            sweep.report.pages += walk.pages_read
+            self.report.pages += walk.pages_read
 
-    async def _begin(self, sweep: "_Sweep") -> int:
-        """Its row in the log."""
-        name = sweep.report.workspace_id = sweep.workspace.name
-        if sweep.row is None:
-            sweep.row = await sweeps.begin(self._database, name, sweep.started_at)
-        return sweep.row
+    async def _log_row(self) -> int:
+        """The row in the log of sweeps, inserted if need be."""
+        name = self.report.workspace_id = self._workspace.name
+        if self._row is None:
+            self._row = await sweeps.begin(self._database, name, self._started_at)
+        return self._row
 
-    async def _plan(self, sweep: "_Sweep", kind: RunType, items: Sequence[Observation]) -> "_Plan":
-        """What to read, now that the newest page has been seen."""
-        workspace, now = sweep.workspace, self._clock()
+    async def _plan(self, kind: RunType, items: Sequence[Observation]) -> "_Plan":
+        """Plan what to read, from the newest page."""
+        workspace, database, now = self._workspace, self._database, self._clock()
         at_flora = now + (workspace.require_client().clock_offset or timedelta())
         earlier, later = sorted((now, at_flora))
-        # Neither clock alone says how far the list is whole: the newest run does, between the two.
+        # Neither clock alone tells up to when the list is complete: the newest run between does.
         believed = (one.created_at for one in items if one.created_at)
         newest = max((at for at in believed if at <= later + AHEAD), default=earlier)
         until = min(max(newest, earlier), later) - LISTED_WITHIN
-        first = at_flora - self._first_since
-        named = await self._is_named(workspace, items)
+        first = at_flora - self._sweeper.first_since
+        named = await self._is_named(items)
         covered = []
         if named:
-            covered = await coverage.of(self._database, workspace.name, kind)
+            covered = await sweeps.of(database, workspace.name, kind)
             if any(one.to_at > later + AHEAD for one in covered):
-                await coverage.forget_after(self._database, workspace.name, kind, later + AHEAD)
-                covered = await coverage.of(self._database, workspace.name, kind)
+                await sweeps.forget_after(database, workspace.name, kind, later + AHEAD)
+                covered = await sweeps.of(database, workspace.name, kind)
             stale = [one for one in covered if one.error and one.from_at <= first]
-            if stale:  # nothing new can come of it, so that nobody need hear of it any more
+            if stale:  # too old for anything new to come of them, so they are no longer reported
                 settled = [replace(one, error=None, retry_at=None) for one in stale]
-                covered = await coverage.add(self._database, workspace.name, kind, *settled)
-        since = first if sweep.since is None else at_flora - sweep.since
+                covered = await sweeps.add(database, workspace.name, kind, *settled)
         return _Plan(
             workspace_id=workspace.name if named else None,
             kind=kind,
             now=at_flora,
-            since=since,
+            since=first if self._since is None else at_flora - self._since,
             until=until,
             covered=covered,
-            all_again=sweep.since is not None,
+            all_again=self._since is not None,
         )
 
-    async def _is_named(self, workspace: Workspace, items: Sequence[Observation]) -> bool:
-        """Whether it is known whose history this is: coverage of another one would hide runs."""
+    async def _is_named(self, items: Sequence[Observation]) -> bool:
+        """Whether the workspace of the history is known: another's coverage would hide runs."""
+        workspace = self._workspace
         ids = {item.workspace_id for item in items if item.workspace_id}
         if others := ids - {workspace.workspace_id}:
             raise SettingsError(
@@ -327,7 +351,7 @@ class Sweeper:
         if ids:
             return True
         try:
-            await self._ids.of(workspace)
+            await self._sweeper.ids.of(workspace)
         except SettingsError:
             if workspace.configured_id is not None:
                 raise
@@ -340,8 +364,8 @@ class Sweeper:
     async def _note(
         self, plan: "_Plan", at: datetime, hole: Hole, gap: Gap, *, end: datetime | None
     ) -> None:
-        """Record that from `at` down to `end` nothing could be read, and when it is tried again;
-        without an end the next sweep does so at once."""
+        """Record that nothing could be read from `at` down to `end`, and when it is tried again;
+        without an end, by the next sweep."""
         before = next((one for one in plan.covered if one.from_at == at), gap.above)
         failures = 1 + (before.failures if before else 0)
         now = self._clock()
@@ -373,77 +397,50 @@ class Sweeper:
 
     async def _add(self, plan: "_Plan", interval: Interval) -> None:
         if plan.workspace_id is None:
-            plan.covered = coverage.merged([*plan.covered, interval])
+            plan.covered = sweeps.merged([*plan.covered, interval])
         else:
-            plan.covered = await coverage.add(
-                self._database, plan.workspace_id, plan.kind, interval
-            )
+            plan.covered = await sweeps.add(self._database, plan.workspace_id, plan.kind, interval)
 
-    async def _take_page(
-        self, items: Sequence[Observation], page: Stretch, report: SweepReport
-    ) -> None:
+    async def _take_page(self, items: Sequence[Observation], page: WalkedPage) -> None:
+        """Write a page and count it."""
+        report, sweeper = self.report, self._sweeper
         kept = await without_removed(self._database, items)
-        await self._durations.learn(item.technique_id for item in kept)
-        for passed in await self._writer.submit_all([Seen(observation=item) for item in kept]):
-            report.count(passed)
+        await sweeper.durations.learn(item.technique_id for item in kept)
+        for result in await sweeper.writer.submit_all([Seen(observation=item) for item in kept]):
+            report.count(result)
         report.items += len(items)
         report.unreadable += len(page.unreadable)
         for reason in page.unreadable:
             log.error("sweep.item_unreadable", workspace_id=report.workspace_id, reason=reason)
 
-    async def _hold(self, lease: str) -> bool:
-        """Take the sweep's lease, or keep it for longer."""
-        return await claims.take_lease(self._database, lease, self._holder, self._clock(), LEASE)
-
-    async def _renew(self, lease: str) -> None:
-        """Keep the lease for as long as the sweep takes; whoever takes a page notices its loss."""
-        while True:
-            await asyncio.sleep(RENEW_AFTER)
-            with suppress(StoreError):  # the next time, or the page, tells
-                await self._hold(lease)
-
-    async def _close(self, sweep: "_Sweep") -> None:
-        """Write the end of the sweep into the log, if the database still answers."""
-        report, workspace = sweep.report, sweep.workspace
+    async def _finish(self) -> None:
+        """Write the end of the sweep into the log, if the database answers."""
+        report = self.report
         try:
             await sweeps.finish(
                 self._database,
-                await self._begin(sweep),
+                await self._log_row(),
                 at=self._clock(),
                 pages=report.pages,
                 items=report.items,
                 discovered=report.discovered,
                 repaired=report.repaired,
                 unreadable=report.unreadable,
-                through=sweep.through.get("technique"),
-                generations_through=sweep.through.get("generation"),
+                through=self._through.get("technique"),
+                generations_through=self._through.get("generation"),
                 error=report.error,
                 generations_error=report.generations_error,
             )
         except StoreError as failure:
             report.error = report.error or str(failure)
-            log.error("sweep.log_failed", workspace_id=workspace.name, error=str(failure))
-
-
-@dataclass(slots=True)
-class _Sweep:
-    """One sweep, and its row in the log as far as it is known."""
-
-    workspace: Workspace
-    since: timedelta | None
-    lease: str
-    report: SweepReport
-    started_at: datetime
-    row: int | None = None
-    plans: dict[RunType, "_Plan"] = field(default_factory=dict)
-    through: dict[RunType, datetime | None] = field(default_factory=dict)
+            log.error("sweep.log_failed", workspace_id=report.workspace_id, error=str(failure))
 
 
 @dataclass(slots=True, kw_only=True)
 class _Plan:
-    """What of one kind is to be read, and what has been: times are FLORA's, `now` is its now.
+    """What of one kind is to be read, and what has been. Times are FLORA's; `now` is its now.
 
-    `workspace_id` is `None` where it is not known whose history it is: then nothing is recorded.
+    `workspace_id` is `None` if the workspace of the history is unknown: nothing is recorded then.
     """
 
     workspace_id: str | None
@@ -462,17 +459,17 @@ class _Plan:
         return min([self.since, *(one.from_at for one in covered)])
 
     def newest_gap(self) -> Gap:
-        """What is read from the list's top on: at least a page, which may show what is new."""
+        """The gap at the top of the list: at least a page, which may show something new."""
         if self.all_again or not self.covered:
             return Gap(self.since, self.until)
         return Gap(min(self.covered[0].to_at, self.until), self.until)
 
     def next_gap(self, now: datetime, tried: set[datetime]) -> Gap | None:
-        """The newest gap that is still to be read in this sweep."""
-        for gap in coverage.gaps(self.covered, since=self.since, until=self.until):
+        """The newest gap that this sweep has yet to read."""
+        for gap in sweeps.gaps(self.covered, since=self.since, until=self.until):
             above = gap.above
             if above is None or gap.top in tried or (above.retry_at and above.retry_at > now):
                 continue
-            if not above.failures or gap.top > self.since:  # else it has become too old to matter
+            if not above.failures or gap.top > self.since:  # else it is too old to matter
                 return gap
         return None

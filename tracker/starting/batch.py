@@ -1,8 +1,8 @@
 """Batches: one run for each row of a sheet, however often the command is repeated.
 
-A plan is made of the sheet, the technique's definition and what is known already; it costs nothing.
-Then its rows are kept, what is missing is started, and the runs are followed in the database until
-all have ended. Whatever breaks off on the way, the next plan of the same sheet goes on from there.
+A plan is made from the sheet, the technique's definition and what is known already, at no cost.
+Then its rows are stored, missing ones are started, and the runs are followed in the database until
+all have ended. After an interruption the next plan of the same sheet resumes the batch.
 """
 
 import asyncio
@@ -25,12 +25,12 @@ from tracker.core.errors import (
 from tracker.core.inputs import obstacle
 from tracker.core.row_key import batch_id, row_digests
 from tracker.core.tags import Tags
-from tracker.polling.follow import LOOK_EVERY, OVERDUE, POLL_EVERY
+from tracker.polling.follow import CHECK_EVERY, OVERDUE, POLL_EVERY
 from tracker.polling.poll import Poller
 from tracker.polling.workspaces import Workspace, WorkspaceIds, Workspaces
-from tracker.starting.batch_launch import Launch
+from tracker.starting.batch_launch import BatchLaunch
 from tracker.starting.batch_rows import (
-    Plan,
+    BatchPlan,
     PlannedRow,
     Retry,
     RowState,
@@ -41,11 +41,11 @@ from tracker.starting.batch_rows import (
 from tracker.starting.catalogue import Catalogue
 from tracker.starting.recover import Recovery
 from tracker.starting.sheet import (
-    Mapping,
-    Problem,
-    Reading,
-    Row,
+    ColumnMapping,
+    InputRow,
     Sheet,
+    SheetProblem,
+    SheetReading,
     SheetRefused,
     mapping_of,
     read_rows,
@@ -57,20 +57,23 @@ from tracker.store.engine import Database
 from tracker.store.queries import batches
 from tracker.store.queries.batches import BatchCounts, BatchEntry, BatchRow
 
-BREAK_OFF_WITHIN: Final = 10.0
-"""Seconds that starts which are under way have to end when the command is interrupted."""
-LOOKS_SHARE: Final = 0.1
-"""At most this share of the time goes into looking how far a batch has come."""
+BREAK_OFF_SECONDS: Final = 10.0
+"""How long starts that were sent have to end when the command is interrupted."""
+COUNT_SHARE: Final = 0.1
+"""At most this share of the time is spent on counting the progress."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchProgress:
-    """How far a batch has come. `left` rows are still to be started by this command, `errors` could
-    not be; `paused` is for how many seconds FLORA wants no request, `doubt` how many starts are in
-    doubt, and `held` the seconds until a row whose retry was advised for later can be tried.
-    `over_budget` is the budget that has no room for the next row, while that is waited for."""
+    """The progress of a batch.
 
-    tally: BatchCounts
+    `left` rows are still to be started by this command, `errors` could not be, and `doubt` starts
+    are in doubt. `paused` is for how many seconds FLORA accepts no request, `held` how many until
+    a row can be tried whose retry was advised for later. `over_budget` is the budget that has no
+    room for the next row, while the command waits for it.
+    """
+
+    counts: BatchCounts
     left: int = 0
     errors: int = 0
     paused: float = 0.0
@@ -81,22 +84,22 @@ class BatchProgress:
 
 TagColumns = dict[str, str]
 """The column of each tag, by its key."""
-Tell = Callable[[BatchProgress], None]
+OnProgress = Callable[[BatchProgress], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What a command made of a batch. `stopped` is why it ended before all rows were tried."""
+class BatchOutcome:
+    """The result of a command. `stopped` is why it ended before all rows were tried."""
 
     batch: BatchRow
     rows: Sequence[RowState]
-    tally: BatchCounts
+    counts: BatchCounts
     stopped: TrackerError | None = None
 
 
 class DefinitionChanged(TrackerError):
-    """The technique's inputs are others than when the batch began, so that rows that were started
-    would be started anew, on these `lines`. `new` and `gone` are columns: input, column, type."""
+    """The technique's inputs differ from those of the batch so far, so that the rows on `lines`,
+    which were started, would be started anew. `new` and `gone` are columns: input, column, type."""
 
     def __init__(
         self,
@@ -111,12 +114,10 @@ class DefinitionChanged(TrackerError):
         parts += [
             f"column {column!r} was the input {name!r} ({kind})" for name, column, kind in gone
         ]
-        count = (
-            "1 row that was started" if len(lines) == 1 else f"{len(lines)} rows that were started"
-        )
+        rows = "1 row that was" if len(lines) == 1 else f"{len(lines)} rows that were"
         super().__init__(
-            "the columns are read otherwise than when the batch began: "
-            f"{'; '.join(parts)}. {count} would start anew ({spans(lines)}). "
+            f"the columns are read differently than when the batch began: {'; '.join(parts)}. "
+            f"{rows} started would start anew ({spans(lines)}). "
             "Nothing was started; --accept-changes starts them"
         )
         self.new, self.gone, self.lines = tuple(new), tuple(gone), tuple(lines)
@@ -134,31 +135,19 @@ def spans(lines: Sequence[int]) -> str:
     return f"line {shown}" if len(lines) == 1 else f"lines {shown}"
 
 
+@dataclass(kw_only=True, eq=False)
 class Batches:
     """Plans, runs and shows batches."""
 
-    def __init__(
-        self,
-        *,
-        database: Database,
-        workspaces: Workspaces,
-        ids: WorkspaceIds,
-        catalogue: Catalogue,
-        starter: Starter,
-        recovery: Recovery,
-        poller: Poller,
-        clock: Clock,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-    ) -> None:
-        self._database = database
-        self._workspaces = workspaces
-        self._ids = ids
-        self._catalogue = catalogue
-        self._starter = starter
-        self._recovery = recovery
-        self._poller = poller
-        self._clock = clock
-        self._sleep = sleep
+    database: Database
+    workspaces: Workspaces
+    ids: WorkspaceIds
+    catalogue: Catalogue
+    starter: Starter
+    recovery: Recovery
+    poller: Poller
+    clock: Clock
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
 
     async def plan(
         self,
@@ -166,7 +155,7 @@ class Batches:
         sheet: Sheet,
         *,
         name: str,
-        given: Sequence[Mapping] = (),
+        given: Sequence[ColumnMapping] = (),
         workspace_id: str | None = None,
         again: bool = False,
         retry: Retry | None = None,
@@ -174,20 +163,19 @@ class Batches:
         accept_changes: bool = False,
         tags: Tags | None = None,
         tag_columns: TagColumns | None = None,
-    ) -> tuple[Plan, Sequence[Problem]]:
+    ) -> tuple[BatchPlan, Sequence[SheetProblem]]:
         """What a batch of this sheet would do now, and the problems of the rows that it skips.
 
-        `name` is what the sheet is called, `given` which columns are which inputs. `again` runs
-        every row once more, `retry` those that failed. `tags` are those of all runs, `tag_columns`
-        the columns from which they have more, by key. Nothing is started or kept. Raises
-        `SheetRefused` with all that is wrong, `InvalidRequest` for the workspace or a technique
-        that cannot be started, `DefinitionChanged` where rows that were started would start anew
-        because the technique has changed (unless `accept_changes`), and whatever asking FLORA
-        raises.
+        `name` is the name of the sheet, `given` the explicit mapping of columns to inputs. `again`
+        runs every row once more, `retry` those that failed. `tags` are those of all runs,
+        `tag_columns` the columns with further tags, by key. Nothing is started or stored. Raises
+        `SheetRefused` with all problems, `InvalidRequest` for the workspace or a technique that
+        cannot be started, `DefinitionChanged` if rows would start anew because the technique has
+        changed (unless `accept_changes`), and what reading FLORA raises.
         """
-        workspace = self._workspaces.pick(workspace_id)
-        workspace_id = await self._ids.of(workspace)
-        definition, price_error = await self._catalogue.priced(workspace, technique)
+        workspace = self.workspaces.pick(workspace_id)
+        workspace_id = await self.ids.of(workspace)
+        definition, price_error = await self.catalogue.priced(workspace, technique)
         if (reason := obstacle(definition.ports)) is not None:
             raise InvalidRequest(f"{technique} cannot be started: {reason}")
         reading = read_rows(sheet, definition.ports, given)
@@ -195,7 +183,7 @@ class Batches:
         problems = sorted([*reading.problems, *wrong])
         rows = _fit_rows(reading.rows, problems, skip=skip_bad_rows, header=sheet.header)
         digests = row_digests(definition.technique_id, [row.inputs for _, row in rows])
-        latest = await batches.latest_turns(self._database, workspace_id, digests)
+        latest = await batches.latest_turns(self.database, workspace_id, digests)
         if not accept_changes:
             await self._check_mapping(workspace_id, definition.technique_id, sheet, reading, latest)
         planned = [
@@ -226,10 +214,10 @@ class Batches:
             workspace_slot=workspace_id,
             technique_id=definition.technique_id,
             name=name,
-            created_at=self._clock(),
+            created_at=self.clock(),
             mapping=[[one.input_id, one.column, one.type or ""] for one in reading.mapping],
         )
-        plan = Plan(
+        plan = BatchPlan(
             batch=batch,
             technique=definition,
             rows=planned,
@@ -241,80 +229,82 @@ class Batches:
 
     async def run(
         self,
-        plan: Plan,
+        plan: BatchPlan,
         *,
         concurrency: int,
         wait: bool,
-        tell: Tell,
+        on_progress: OnProgress,
         max_cost: Decimal | None = None,
         wait_for_budget: bool = False,
-    ) -> Outcome:
-        """Start what is missing, `concurrency` rows at a time, and follow all of it to its end.
+    ) -> BatchOutcome:
+        """Start missing rows, `concurrency` at a time, and follow all runs to their end.
 
-        Without `wait` it returns when the rows are started, or in doubt. `tell` hears how far it
-        has come. It stops where quotes and charges together would pass `max_cost`, in USD, and
-        where a budget has no room for the next row, unless it is to `wait_for_budget`.
-        Interrupted, it lets the starts that are under way end. Raises `StoreUnavailable`, and
-        `TrackerError` where there is something to start and the price could not be read.
+        Without `wait` it returns when the rows are started or in doubt. It stops if quotes and
+        charges together would exceed `max_cost`, in USD, and if a budget has no room for the next
+        row, unless it is to `wait_for_budget`. Interrupted, it lets starts that were sent end.
+        Raises `StoreUnavailable`, and `TrackerError` if there are rows to start and the price could
+        not be read.
         """
         if plan.missing and plan.price_error is not None:
             raise TrackerError(
                 f"the price could not be read, so nothing was started: {plan.price_error}"
             ) from plan.price_error
         workspace = await self._workspace(plan.batch)
-        await batches.keep(self._database, plan.batch, [row.entry for row in plan.rows])
-        launch = Launch(
+        await batches.keep(self.database, plan.batch, [row.entry for row in plan.rows])
+        launch = BatchLaunch(
             plan,
-            database=self._database,
+            database=self.database,
             workspace=workspace,
-            starter=self._starter,
-            recovery=self._recovery,
+            starter=self.starter,
+            recovery=self.recovery,
             concurrency=concurrency,
             wait=wait,
             max_cost=max_cost,
             wait_for_budget=wait_for_budget,
-            clock=self._clock,
-            sleep=self._sleep,
+            clock=self.clock,
+            sleep=self.sleep,
         )
         launching = asyncio.create_task(launch.run(), name="batch-launch")
         try:
-            stopped = await self._follow(plan, launch, launching, workspace, wait=wait, tell=tell)
+            stopped = await self._follow(
+                plan, launch, launching, workspace, wait=wait, on_progress=on_progress
+            )
         finally:
             if not launching.done():
                 launch.break_off()
-                await asyncio.wait([launching], timeout=BREAK_OFF_WITHIN)
+                await asyncio.wait([launching], timeout=BREAK_OFF_SECONDS)
                 launching.cancel()
                 await asyncio.wait([launching])
         if stopped is None:
-            await batches.finish(self._database, plan.batch.batch_id, self._clock())
+            await batches.finish(self.database, plan.batch.batch_id, self.clock())
         states = await self._states(plan.batch.workspace_slot, plan.rows)
         rows = [
             replace(states[row.entry.key], error=launch.errors.get(row.entry.key), asked=row.inputs)
             for row in plan.rows
         ]
-        batch = await batches.get(self._database, plan.batch.batch_id) or plan.batch
-        tally = await self.tally(batch)
-        return Outcome(batch=batch, rows=rows, tally=tally, stopped=stopped)
+        batch = await batches.get(self.database, plan.batch.batch_id) or plan.batch
+        counts = await self.counts(batch)
+        return BatchOutcome(batch=batch, rows=rows, counts=counts, stopped=stopped)
 
     async def rows(self, batch: BatchRow) -> list[RowState]:
-        """What became of the rows of a batch, as they stand in its sheet."""
-        return await kept_rows(self._database, batch)
+        """The state of each row of a stored batch, in the order of its sheet."""
+        return await kept_rows(self.database, batch)
 
-    async def tally(self, batch: BatchRow) -> BatchCounts:
-        """How far a batch has come."""
-        return (await batches.tallies(self._database, [batch.batch_id]))[batch.batch_id]
+    async def counts(self, batch: BatchRow) -> BatchCounts:
+        """The progress of a stored batch, in rows."""
+        return (await batches.tallies(self.database, [batch.batch_id]))[batch.batch_id]
 
     async def _follow(
         self,
-        plan: Plan,
-        launch: Launch,
+        plan: BatchPlan,
+        launch: BatchLaunch,
         launching: "asyncio.Task[None]",
         workspace: Workspace,
         *,
         wait: bool,
-        tell: Tell,
+        on_progress: OnProgress,
     ) -> TrackerError | None:
-        """Look how far the batch has come until it has ended; what ended it early, if anything."""
+        """Report the progress until the batch has ended; what stopped it early, if anything."""
         polling: asyncio.Task[Any] | None = None
         polls_here = False
         polled_at = 0.0
@@ -322,10 +312,10 @@ class Batches:
             while True:
                 launched = launching.done()
                 began = time.monotonic()
-                tally = await self.tally(plan.batch)
-                tell(
+                counts = await self.counts(plan.batch)
+                on_progress(
                     BatchProgress(
-                        tally=tally,
+                        counts=counts,
                         left=launch.left,
                         errors=len(launch.errors),
                         paused=launch.paused,
@@ -335,22 +325,22 @@ class Batches:
                     )
                 )
                 if launched:
-                    await launching  # raises what it raised
-                    if not wait or tally.active == 0 or _cannot_go_on(launch.stopped):
+                    await launching  # raises its errors
+                    if not wait or counts.active == 0 or _cannot_go_on(launch.stopped):
                         return launch.stopped
                     if polls_here and (refusal := workspace.require_client().breaker.reason):
                         return launch.stopped or TrackerError(f"runs cannot be read: {refusal}")
                 if polling is not None and polling.done():
                     await polling
                     polling = None
-                # Where a run stays overdue nobody else polls; from then on it is done from here.
-                polls_here = polls_here or self._due(tally, after=OVERDUE.total_seconds())
+                # If a run stays overdue no other process polls; from then on this one does.
+                polls_here = polls_here or self._due(counts, after=OVERDUE.total_seconds())
                 may_poll = polling is None and began - polled_at >= POLL_EVERY
-                if polls_here and may_poll and self._due(tally):
+                if polls_here and may_poll and self._due(counts):
                     polled_at = began
-                    polling = asyncio.create_task(self._poller.poll_due(), name="batch-poll")
+                    polling = asyncio.create_task(self.poller.poll_due(), name="batch-poll")
                 took = time.monotonic() - began
-                pause = max(LOOK_EVERY, took / LOOKS_SHARE)
+                pause = max(CHECK_EVERY, took / COUNT_SHARE)
                 if launched:
                     await asyncio.sleep(pause)
                 else:
@@ -361,29 +351,29 @@ class Batches:
                 with contextlib.suppress(asyncio.CancelledError):
                     await polling
 
-    def _due(self, tally: BatchCounts, *, after: float = 0.0) -> bool:
-        due = tally.next_check_at
-        return due is not None and (self._clock() - due).total_seconds() > after
+    def _due(self, counts: BatchCounts, *, after: float = 0.0) -> bool:
+        due = counts.next_check_at
+        return due is not None and (self.clock() - due).total_seconds() > after
 
     async def _workspace(self, batch: BatchRow) -> Workspace:
-        for one in self._workspaces:
-            if one.client is not None and await self._ids.of(one) == batch.workspace_slot:
+        for one in self.workspaces:
+            if one.client is not None and await self.ids.of(one) == batch.workspace_slot:
                 return one
         raise TrackerError(f"workspace {batch.workspace_slot} is not configured here")
 
     async def _states(self, workspace_id: str, rows: Sequence[PlannedRow]) -> dict[str, RowState]:
-        return await states_of(self._database, workspace_id, [row.entry for row in rows])
+        return await states_of(self.database, workspace_id, [row.entry for row in rows])
 
     async def _with_waits(
         self, workspace_id: str, rows: Sequence[PlannedRow], states: dict[str, RowState]
     ) -> list[PlannedRow]:
-        """The rows; a retry that an earlier command planned and did not start waits its rest."""
+        """The rows, with the rest of the wait for retries that an earlier command did not start."""
         failed = {
             row.entry.key: replace(row.entry, turn=row.entry.turn.before())
             for row in rows
             if row.entry.turn.attempt and not states[row.entry.key].started
         }
-        runs = await states_of(self._database, workspace_id, list(failed.values()))
+        runs = await states_of(self.database, workspace_id, list(failed.values()))
         return [
             replace(row, not_before=runs[failed[row.entry.key].key].retry_not_before)
             if row.entry.key in failed
@@ -396,27 +386,27 @@ class Batches:
         workspace_id: str,
         technique_id: str,
         sheet: Sheet,
-        reading: Reading,
+        reading: SheetReading,
         latest: Container[str],
     ) -> None:
-        """Raise `DefinitionChanged` where rows that were started by another mapping of the sheet's
-        columns would start anew by this one."""
+        """Raise `DefinitionChanged` if rows that were started with another mapping of columns would
+        start anew with this one."""
         now = {(one.input_id, one.column, one.type or "") for one in reading.mapping}
         digests = row_digests(technique_id, [row.inputs for row in reading.rows])
         if all(digest in latest for digest in digests):
             return
-        mappings = await batches.mappings(self._database, workspace_id, technique_id)
-        # Batches of before there were mappings: what their rows asked for tells it.
-        asked = await batches.asked_without_mapping(self._database, workspace_id, technique_id)
+        mappings = await batches.mappings(self.database, workspace_id, technique_id)
+        # Batches of versions without mappings: the inputs of their rows show it.
+        asked = await batches.asked_without_mapping(self.database, workspace_id, technique_id)
         for inputs in asked:
             derived = mapping_of(sheet, reading.mapping, inputs)
             mappings.append(tuple((one.input_id, one.column, one.type or "") for one in derived))
         for before in mappings:
             if set(before) == now or any(column not in sheet.columns for _, column, _ in before):
                 continue
-            rows = rows_by(sheet, [Mapping(*one) for one in before])
+            rows = rows_by(sheet, [ColumnMapping(*one) for one in before])
             old = row_digests(technique_id, rows)
-            known = await batches.latest_turns(self._database, workspace_id, old)
+            known = await batches.latest_turns(self.database, workspace_id, old)
             anew = [
                 row.line
                 for row, was, is_now in zip(reading.rows, old, digests, strict=True)
@@ -429,10 +419,10 @@ class Batches:
 
 
 def _fit_rows(
-    rows: Sequence[Row], problems: Sequence[Problem], *, skip: bool, header: int
-) -> list[tuple[int, Row]]:
-    """The rows that can be started, with their positions. Raises `SheetRefused` for a problem that
-    may not, or cannot, be skipped."""
+    rows: Sequence[InputRow], problems: Sequence[SheetProblem], *, skip: bool, header: int
+) -> list[tuple[int, InputRow]]:
+    """The rows without problems, with their positions. Raises `SheetRefused` if problems may not be
+    skipped, or cannot."""
     bad = {problem.line for problem in problems}
     fit = [(position, row) for position, row in enumerate(rows, 1) if row.line not in bad]
     if problems and (not skip or not fit or header in bad):
@@ -441,8 +431,8 @@ def _fit_rows(
 
 
 def _cannot_go_on(stopped: TrackerError | None) -> bool:
-    """Whether what ended the launch keeps its runs from being followed, too."""
+    """Whether what stopped the launch prevents following its runs, too."""
     if isinstance(stopped, FloraRefusal):
         return isinstance(stopped, KeyRefused | ServerFault)
-    # The runs that fitted a budget are followed to their ends.
+    # Runs within the budget are followed to their end.
     return stopped is not None and not isinstance(stopped, BudgetExceeded)

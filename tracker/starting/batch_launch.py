@@ -1,13 +1,13 @@
-"""Starting a batch's rows: some at a time, each by its own key, as long as FLORA takes them.
+"""Starting a batch's rows, several at a time, each with its own key.
 
-What is about one row (FLORA refuses its inputs) is noted with it, and the others go on. What every
-further row would meet too (no credits, a refused key, no answer at all) ends the launch; the rows
-that are left are started when the command is repeated. So does a price that would pass the most
-that the batch may cost, or that does not fit a budget; for that it can wait until the budget begins
-anew, or has room again because runs failed or cost less.
+An error of one row (FLORA refuses its inputs) is kept with it, and the others go on. An error that
+every further row would meet (no credits, a refused key, no answer at all) ends the launch, and the
+remaining rows are started when the command is repeated. So does a price that would exceed the
+maximum cost of the batch, or does not fit a budget; for that the launch can wait until the budget
+renews, or has room again because runs failed or cost less.
 
-While FLORA asks for a pause, no row begins. A row whose start is in doubt holds nothing up: the
-others are started, and what came of it is waited for at the end.
+While FLORA asks for a pause, no row begins. A row whose start is in doubt delays nothing: the
+others are started, and its outcome is waited for at the end.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ from tracker.core.errors import (
     TrackerError,
 )
 from tracker.polling.workspaces import Workspace
-from tracker.starting.batch_rows import Plan, PlannedRow
+from tracker.starting.batch_rows import BatchPlan, PlannedRow
 from tracker.starting.recover import Recovery
 from tracker.starting.start import Starter, StartRequest
 from tracker.store.engine import Database
@@ -46,19 +46,19 @@ from tracker.store.queries.batches import chunks
 from tracker.store.queries.starts import UNKNOWN, StartState
 
 ABOUT_THE_ROW: Final = (400, 409, 413, 415, 422)
-"""Refusals that the next row may not meet."""
+"""Statuses of refusals that the next row may not meet."""
 TRIES: Final = 3
-"""So often a row is tried of which FLORA gives no usable answer."""
+"""Attempts for a row to which FLORA gives no usable answer."""
 SILENCE: Final = 20.0
-"""Seconds without a start that worked, after which no connection to FLORA ends the launch."""
+"""Seconds without a successful start after which a failed connection ends the launch."""
 FAILURES: Final = 3
-"""So many rows in a row without a usable answer end it, too."""
-LOOK_EVERY: Final = 0.5
-"""Seconds between two looks at the starts in doubt."""
+"""Rows in succession without a usable answer that end it, too."""
+CHECK_EVERY: Final = 0.5
+"""Seconds between two reads of the starts in doubt."""
 CHARGES_EVERY: Final = 5.0
-"""Seconds between two looks at what the runs were charged."""
-ROOM_EVERY: Final = timedelta(seconds=30)
-"""How long a row waits for room in a budget before it is tried again: at the latest."""
+"""Seconds between two reads of the runs' charges."""
+BUDGET_EVERY: Final = timedelta(seconds=30)
+"""The longest wait for a budget before the next row is tried again."""
 
 log = structlog.get_logger(__name__)
 
@@ -67,17 +67,17 @@ class MaxCostReached(TrackerError):
     """Quotes and charges leave no room for another row."""
 
 
-class Launch:
-    """One command's work on the rows that are missing.
+class BatchLaunch:
+    """Starts the missing rows of a plan, for one command.
 
-    `errors` tells why rows could not be started, by key; `stopped` what ended the launch early.
-    `max_cost` is the most, in USD, that it may spend. With `wait` starts in doubt are waited for.
-    `over_budget` is why no row begins now, while it is to `wait_for_budget`.
+    `max_cost` is the most to spend, in USD. `wait` waits for starts in doubt. `errors` are why rows
+    could not be started, by key; `stopped` is what ended the launch early; `over_budget` is why no
+    row begins now, if it is to `wait_for_budget`.
     """
 
     def __init__(
         self,
-        plan: Plan,
+        plan: BatchPlan,
         *,
         database: Database,
         workspace: Workspace,
@@ -100,13 +100,13 @@ class Launch:
         self._wait = wait
         self._max_cost = max_cost
         self._wait_for_budget = wait_for_budget
-        self._room_at: datetime | None = None
+        self._budget_at: datetime | None = None
         self.over_budget: BudgetExceeded | None = None
         self._sleep = sleep
         self._queue: deque[PlannedRow] = deque()
         self._later: list[PlannedRow] = []
         self._doubt: dict[str, PlannedRow] = {}
-        self._flying: dict[str, PlannedRow] = {}
+        self._starting: dict[str, PlannedRow] = {}
         self._tries: Counter[str] = Counter()
         self._silent: set[str] = set()
         self._spent: dict[str, Decimal] = {}
@@ -122,39 +122,37 @@ class Launch:
                 self._doubt[row.entry.key] = row
             else:
                 self._later.append(row)
-        self._let_in()
+        self._queue_due()
 
     @property
     def left(self) -> int:
-        """Rows that are still to be started."""
-        return len(self._queue) + len(self._later) + len(self._flying)
+        """Rows still to be started."""
+        return len(self._queue) + len(self._later) + len(self._starting)
 
     @property
     def free_in(self) -> float:
-        """Seconds until a row can be tried whose retry was advised for later.
-
-        0 while there is anything else to do.
-        """
-        if self._queue or self._flying or self._doubt or not self._later:
+        """Seconds until a row can be tried whose retry was advised for later; 0 while there is
+        anything else to do."""
+        if self._queue or self._starting or self._doubt or not self._later:
             return 0.0
         return min(self._held_for(row) for row in self._later)
 
     @property
     def in_doubt(self) -> int:
-        """Rows of which it is not known whether they were started."""
+        """Rows whose start is in doubt."""
         return len(self._doubt)
 
     @property
     def paused(self) -> float:
-        """Seconds for which FLORA wants no request."""
-        return self._workspace.require_client().budget.state().paused
+        """Seconds for which FLORA accepts no request."""
+        return self._workspace.require_client().request_limit.state().paused
 
     def break_off(self) -> None:
         """Begin no further row."""
         self._broken_off = True
 
     async def run(self) -> None:
-        """Start what is missing; returns when nothing is left that can be started now."""
+        """Start the missing rows; returns when no row is left that can be started now."""
         try:
             while True:
                 async with asyncio.TaskGroup() as group:
@@ -165,11 +163,11 @@ class Launch:
                 if self._broken_off or not (waits or left):
                     return
                 if waits:
-                    await self._settle_doubts()
+                    await self._check_doubts()
                 if not self._over:
-                    self._let_in()
-                if not self._queue or self._waits_for_room:
-                    await self._sleep(LOOK_EVERY)
+                    self._queue_due()
+                if not self._queue or self._waits_for_budget:
+                    await self._sleep(CHECK_EVERY)
                 elif self._over:
                     return
         except StoreError as error:
@@ -180,23 +178,23 @@ class Launch:
         return self._broken_off or self.stopped is not None
 
     def _held_for(self, row: PlannedRow) -> float:
-        """Seconds until the row may be tried again, as was advised when it failed."""
+        """Seconds until the row may be tried, as advised when it failed."""
         if row.not_before is None:
             return 0.0
         return max(0.0, (row.not_before - self._clock()).total_seconds())
 
     @property
-    def _waits_for_room(self) -> bool:
-        """Whether no row begins now because a budget had no room."""
-        return self._room_at is not None and self._clock() < self._room_at
+    def _waits_for_budget(self) -> bool:
+        """Whether no row begins now because a budget has no room."""
+        return self._budget_at is not None and self._clock() < self._budget_at
 
-    def _let_in(self) -> None:
-        """Queue the rows whose time has come."""
+    def _queue_due(self) -> None:
+        """Queue the rows that are due."""
         self._queue.extend(row for row in self._later if self._held_for(row) == 0)
         self._later = [row for row in self._later if self._held_for(row) > 0]
 
-    async def _settle_doubts(self) -> None:
-        """See what became of the starts in doubt; one that may be sent is a row to start again."""
+    async def _check_doubts(self) -> None:
+        """Check the starts in doubt; a row that may be sent again is queued."""
         await self._recovery.recover()
         for keys in chunks(list(self._doubt)):
             rows = await starts.of_keys(self._database, self._plan.batch.workspace_slot, keys)
@@ -215,24 +213,24 @@ class Launch:
 
     async def _work(self) -> None:
         try:
-            while self._queue and not (self._over or self._waits_for_room):
+            while self._queue and not (self._over or self._waits_for_budget):
                 if (paused := self.paused) > 0:
                     await self._sleep(min(paused, 1.0))
                     continue
                 row = self._queue.popleft()
-                self._flying[row.entry.key] = row
+                self._starting[row.entry.key] = row
                 try:
                     if await self._fits(row):
                         await self._start(row)
                     else:
                         self._queue.appendleft(row)
                 finally:
-                    del self._flying[row.entry.key]
+                    del self._starting[row.entry.key]
         except StoreError as error:
             self._stop(error)
 
     async def _fits(self, row: PlannedRow) -> bool:
-        """Whether the row's price fits into what may be spent; else the launch stops."""
+        """Whether the row's price fits into the maximum cost; else the launch stops."""
         if self._max_cost is None:
             return True
         await self._read_charges()
@@ -240,9 +238,9 @@ class Launch:
         if cost is None:
             self._stop(MaxCostReached("FLORA names no price, so --max-cost cannot be kept to"))
             return False
-        flying = [one for one in self._flying.values() if one is not row]
+        starting = [one for one in self._starting.values() if one is not row]
         reserved = [
-            self._plan.cost_of(one) or Decimal(0) for one in (*flying, *self._doubt.values())
+            self._plan.cost_of(one) or Decimal(0) for one in (*starting, *self._doubt.values())
         ]
         committed = sum(self._spent.values(), Decimal(0)) + sum(reserved, Decimal(0))
         if committed + cost <= self._max_cost:
@@ -256,7 +254,7 @@ class Launch:
         return False
 
     async def _read_charges(self) -> None:
-        """Take over what the runs of this command were charged, where that is known by now."""
+        """Read what the runs of this command were charged so far."""
         if time.monotonic() - self._charges_read_at < CHARGES_EVERY:
             return
         for run_ids in chunks(list(self._spent)):
@@ -282,7 +280,7 @@ class Launch:
         except BudgetExceeded as error:
             self._queue.appendleft(row)
             if self._wait_for_budget and error.ever_fits and error.renews_at is not None:
-                self._room_at = min(error.renews_at, self._clock() + ROOM_EVERY)
+                self._budget_at = min(error.renews_at, self._clock() + BUDGET_EVERY)
                 self.over_budget = error
             else:
                 self._stop(error)
@@ -296,7 +294,7 @@ class Launch:
             else:
                 self._stop(error)
         except FloraError as error:
-            self._no_answer(row, error)
+            self._retry_or_stop(row, error)
         else:
             self.over_budget = None
             self.started += 1
@@ -306,8 +304,8 @@ class Launch:
             cost = self._plan.cost_of(row) or Decimal(0)
             self._spent[started.record.run.run_id] = max(quoted, cost)
 
-    def _no_answer(self, row: PlannedRow, error: FloraError) -> None:
-        """FLORA could not be reached for this row: perhaps it cannot be for any."""
+    def _retry_or_stop(self, row: PlannedRow, error: FloraError) -> None:
+        """Try a row again to which FLORA gave no usable answer, unless FLORA seems to be down."""
         key = row.entry.key
         self._silent.add(key)
         unconnected = isinstance(error, FloraUnreachable) and not error.may_have_acted

@@ -1,4 +1,4 @@
-"""What a batch's rows are planned to be, and what became of each."""
+"""The rows of a batch: what each is planned to be, and its state."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -22,24 +22,24 @@ from tracker.store.queries.starts import StartRow, StartState
 
 RETRY_LATER_AFTER: Final = timedelta(minutes=1)
 LONGEST_RETRY_LATER: Final = timedelta(minutes=10)
-"""How long after its end a run that failed by an overloaded provider is started again: doubling
-with each attempt, from the first to the second."""
+"""How long after its end a run that failed because of an overloaded provider is started again:
+doubling with each attempt, from the first to the second."""
 
 
 class Retry(StrEnum):
-    """Which rows whose runs failed are started again. A retry is a new run, and is charged."""
+    """Which failed rows are started again. A retry is a new run, and is charged."""
 
     FAILED = "failed"
-    """Those that FLORA's codes advise to: a temporary fault once, an overload after a wait."""
+    """Those for which FLORA's codes advise it: a temporary fault once, an overload after a wait."""
     ALL = "all"
     """All of them, at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedRow:
-    """A row that is to be one run; `inputs` are `{"id", "type", "value"}` each.
+    """A row to become one run, not started before `not_before`, UTC, if a wait was advised.
 
-    It is not started before `not_before`, UTC, where a wait was advised. `tags` say what it is for.
+    `inputs` are `{"id", "type", "value"}` each; `tags` say what the run is for.
     """
 
     entry: BatchEntry
@@ -50,9 +50,9 @@ class PlannedRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowState:
-    """What became of a row: its start, where it was tried, and its run, where it started.
+    """The state of a row: its start, if it was tried, and its run, if it started.
 
-    `error` is why this command could not start it, `asked` the inputs where its sheet is at hand.
+    `error` is why this command could not start it, `asked` the inputs if its sheet is at hand.
     """
 
     entry: BatchEntry
@@ -63,13 +63,13 @@ class RowState:
 
     @property
     def inputs(self) -> list[dict[str, Any]] | None:
-        """What it asks for; `None` for a row that was never tried and whose sheet is not here."""
+        """Its inputs; `None` for a row that was never tried and whose sheet is not at hand."""
         return self.asked if self.start is None else self.start.inputs
 
     @property
     def status(self) -> str:
-        """FLORA's status of its run; before there is one `not_started`, `sending`, `in_doubt`,
-        `refused` or `unresolved`, and `lost` or `forgotten` where there is none any more."""
+        """FLORA's status of its run; `not_started`, `sending`, `in_doubt`, `refused` or
+        `unresolved` before there is one; `lost` or `forgotten` if there is none any more."""
         if self.record is not None:
             return "lost" if self.record.tracking is Tracking.LOST else self.record.run.status
         match None if self.start is None else self.start.state:
@@ -92,18 +92,18 @@ class RowState:
 
     @property
     def done(self) -> bool:
-        """Whether its run completed, and all of it is known."""
+        """Whether its run completed and is settled."""
         record = self.record
         return record is not None and record.run.settled and self.status == RunStatus.COMPLETED
 
     @property
     def advice(self) -> RetryAdvice | None:
-        """Of a row whose run failed, whether to start it again; `None` of any other."""
+        """Whether to start a failed row again; `None` for any other."""
         run = None if self.record is None else self.record.run
         return run.retry_advice if run is not None and run.settled else None
 
     def retried(self, row: PlannedRow, retry: Retry) -> PlannedRow:
-        """The row, for another attempt where its run failed and that is to be tried again."""
+        """The row for another attempt, if its run failed and is to be tried again."""
         advice, turn = self.advice, row.entry.turn
         if advice is None:
             return row
@@ -118,7 +118,7 @@ class RowState:
 
     @property
     def retry_not_before(self) -> datetime | None:
-        """Of a row whose run failed by an overloaded provider: when it can be started again."""
+        """When a row can be started again that failed because of an overloaded provider."""
         if self.advice is not RetryAdvice.RETRY_LATER or self.record is None:
             return None
         wait = RETRY_LATER_AFTER * 2 ** min(self.entry.turn.attempt, 10)
@@ -137,11 +137,11 @@ class RowState:
         refused = self.start is not None and self.start.state is StartState.REFUSED
         if self.start is None or (self.error is not None and not refused):
             return self.error
-        return _told(self.start.error or {}) or self.error
+        return _kept_error(self.start.error or {}) or self.error
 
 
-def _told(error: dict[str, Any]) -> str:
-    """An error of the ledger, with the fields that FLORA names."""
+def _kept_error(error: dict[str, Any]) -> str:
+    """An error of the start log in words, with the fields that FLORA names."""
     words = [": ".join(str(error[name]) for name in ("code", "message") if error.get(name))]
     for one in error.get("fields") or ():
         values = tuple(one.get("valid_values") or ())
@@ -150,11 +150,11 @@ def _told(error: dict[str, Any]) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What a batch is to do. `rows` are all of it, `states` what is known of them by their keys.
+class BatchPlan:
+    """What a batch is to do. `rows` are all its rows, `states` their states by key.
 
-    `unmapped` are the columns of its sheet that no input takes. `price_error` is why the price
-    could not be read just now.
+    `unmapped` are the columns of its sheet that are no input. `price_error` is why the price could
+    not be read now.
     """
 
     batch: BatchRow
@@ -166,31 +166,31 @@ class Plan:
 
     @property
     def to_change(self) -> list[RowState]:
-        """The rows that failed for their input, which has to be changed before another start."""
+        """The rows that failed because of their inputs, which have to be changed first."""
         return [one for one in self.states.values() if one.advice is RetryAdvice.CHANGE_INPUT]
 
     @property
     def missing(self) -> list[PlannedRow]:
-        """The rows that are to be started."""
+        """The rows to start."""
         return [row for row in self.rows if not self.states[row.entry.key].started]
 
     @property
     def cost(self) -> Decimal | None:
-        """What starting them costs, in USD; `None` where FLORA names no price."""
+        """The price of starting them, in USD; `None` if FLORA names none."""
         costs = [self.cost_of(row) for row in self.missing]
         known = [cost for cost in costs if cost is not None]
         return sum(known, Decimal(0)) if len(known) == len(costs) else None
 
     def cost_of(self, row: PlannedRow) -> Decimal | None:
-        """What starting that row costs, in USD; `None` where FLORA names no price."""
+        """The price of starting that row, in USD; `None` if FLORA names none."""
         return self.technique.cost_of(row.inputs)
 
 
 def turn_of(latest: Latest | None, *, again: bool) -> Turn:
-    """For which time a row is to be run now.
+    """The turn of a row now.
 
-    A rerun that no command has seen to its end is gone on with: repeating the command after an
-    interruption, with `again` or without, never begins another.
+    An unfinished rerun is resumed: repeating the command after an interruption, with `again` or
+    without, never begins another.
     """
     if latest is None:
         return Turn()
@@ -198,7 +198,7 @@ def turn_of(latest: Latest | None, *, again: bool) -> Turn:
 
 
 async def states_of(db: Database, slot: str, entries: Sequence[BatchEntry]) -> dict[str, RowState]:
-    """What became of these rows, by their keys."""
+    """The states of these rows, by key."""
     found: dict[str, StartRow] = {}
     records: dict[str, Record] = {}
     for some in chunks(entry.key for entry in entries):
@@ -214,7 +214,7 @@ async def states_of(db: Database, slot: str, entries: Sequence[BatchEntry]) -> d
 
 
 async def kept_rows(db: Database, batch: BatchRow) -> list[RowState]:
-    """What became of the rows of a batch that is kept, as they stand in its sheet."""
+    """The states of the rows of a stored batch, in the order of its sheet."""
     entries = await batches.entries(db, batch.batch_id)
     states = await states_of(db, batch.workspace_slot, entries)
     return [states[entry.key] for entry in entries]

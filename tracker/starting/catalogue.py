@@ -1,8 +1,11 @@
-"""The techniques' definitions: read from FLORA, kept in the database, and read again when old.
+"""The definitions of techniques: read from FLORA, stored, and read again when they are old.
 
-What a start is checked against costs no request as long as it was read within the hour, by whatever
-process. An old one does still where FLORA cannot be asked: it is better than none, and FLORA checks
-again.
+Checking a start against a definition costs no request if any process has read it within the hour.
+If FLORA cannot be read, an old one is used: FLORA checks again.
+
+`CatalogueSync` reads the whole catalogue: the list of every workspace that has a key, once. Only a
+complete sync, in which every list was read to its end and every item could be read, shows which
+techniques are gone.
 """
 
 import asyncio
@@ -28,7 +31,7 @@ from tracker.core.errors import (
     StoreError,
 )
 from tracker.core.inputs import check
-from tracker.flora import paging
+from tracker.flora.client import pages as pages_of
 from tracker.flora.technique import Technique
 from tracker.polling.workspaces import Workspace, Workspaces
 from tracker.store import claims
@@ -37,11 +40,19 @@ from tracker.store.queries import techniques
 from tracker.store.queries.techniques import TechniqueRow
 
 FRESH: Final = timedelta(hours=1)
-"""How long a definition is used without asking FLORA again."""
+"""How long a definition is used without reading it again."""
 PAUSE: Final = timedelta(minutes=1)
-"""So long after asking in vain, or after a read, FLORA is not asked for the same once more."""
+"""How long after a read, or a failed one, the same definition is not read again."""
 RENEWAL_SECONDS: Final = 5.0
-"""How long FLORA may take to renew a definition that is known: an old one is not worth more."""
+"""How long FLORA may take to renew a known definition."""
+EVERY: Final = timedelta(hours=6)
+"""How often the catalogue is read."""
+LEASE: Final = timedelta(minutes=10)
+"""How long the lease of a sync lasts, renewed with each page."""
+PAGE_SIZE: Final = 100
+
+_RUNNING: Final = "catalogue"
+_SCHEDULED: Final = "catalogue:scheduled"
 
 log = structlog.get_logger(__name__)
 
@@ -49,40 +60,40 @@ _Key = tuple[str, str]
 
 
 class Catalogue:
-    """Definitions of techniques, by id or slug."""
+    """The definitions of techniques, by id or slug."""
 
     def __init__(self, database: Database, *, workspaces: Workspaces, clock: Clock) -> None:
         self._database = database
         self._workspaces = workspaces
         self._clock = clock
         self._slugs: dict[_Key, str] = {}
-        self._asked_in_vain: dict[_Key, datetime] = {}
+        self._failed_at: dict[_Key, datetime] = {}
         self._asking: WeakValueDictionary[_Key, asyncio.Lock] = WeakValueDictionary()
 
     async def definition(
         self, workspace: Workspace, technique: str, *, deadline: float | None = None
     ) -> Technique:
-        """The definition of a technique that is to be started. `deadline` is in seconds.
+        """The definition of a technique to start. `deadline` is in seconds.
 
-        Raises `NotFound` where FLORA knows none, `InvalidRequest` for what can name none,
-        `SettingsError` without a key, `StoreUnavailable`, and the rest of the `FloraError` tree
-        where none is known.
+        Raises `NotFound` if FLORA has none, `InvalidRequest` for an invalid id or slug,
+        `SettingsError` without a key, `StoreUnavailable`, and other `FloraError`s if no definition
+        is known.
         """
         return _definition(await self._renewed(workspace, technique, deadline))
 
     async def priced(
         self, workspace: Workspace, technique: str
     ) -> tuple[Technique, FloraError | None]:
-        """The definition, with the price as it is now; or as it was, and why FLORA did not tell.
+        """The definition with the current price, or the last known one and why it is not current.
 
-        Raises as `definition`.
+        Raises like `definition`.
         """
         key = (workspace.slot, technique)
         try:
             async with self._asking.setdefault(key, asyncio.Lock()):
                 return _definition(await self._ask(workspace, technique, None)), None
         except FloraError as error:
-            if not _tells_nothing(error):
+            if not _is_no_answer(error):
                 raise
             known = await self._known(workspace, technique)
             if known is None or not (known.defined_at or known.inputs):
@@ -97,10 +108,9 @@ class Catalogue:
         *,
         deadline: float | None = None,
     ) -> Technique:
-        """The definition of a technique to be started with these inputs, which fit it.
+        """The definition of a technique to start with these inputs, after checking them.
 
-        Raises `InvalidRequest`, with every field that is wrong, where they do not, and else as
-        `definition`.
+        Raises `InvalidRequest` with every wrong field, and else like `definition`.
         """
         definition = await self.definition(workspace, technique, deadline=deadline)
         faults = check(definition.ports, inputs)
@@ -109,9 +119,9 @@ class Catalogue:
         return definition
 
     async def technique_id(self, workspace: Workspace, technique: str) -> str:
-        """The `tech_…` form of an id or slug; FLORA is asked only for a slug that is new.
+        """The `tech_…` form of an id or slug; FLORA is read only for a new slug.
 
-        Raises as `definition`.
+        Raises like `definition`.
         """
         if technique.startswith("tech_"):
             return technique
@@ -119,12 +129,12 @@ class Catalogue:
         return (known or await self._renewed(workspace, technique, None)).technique_id
 
     async def find(self, technique: str) -> TechniqueRow | None:
-        """A technique to be shown, of whichever workspace; `None` where there is none.
+        """A technique to show, of any workspace; `None` if there is none.
 
-        FLORA is asked where the definition is old or was never read. Raises the `FloraError` tree
-        where nothing is known and FLORA does not tell, and `StoreUnavailable`.
+        FLORA is read if the definition is old or was never read. Raises `FloraError` if nothing is
+        known and FLORA cannot be read, and `StoreUnavailable`.
         """
-        if not could_name_one(technique):
+        if not is_possible_name(technique):
             return None
         failure: FloraError | None = None
         known: TechniqueRow | None = None
@@ -143,10 +153,10 @@ class Catalogue:
         return known
 
     async def refused(self, technique_id: str, refusal: FloraRefusal) -> None:
-        """Take to heart that FLORA refused a start.
+        """FLORA refused a start.
 
-        Where it refused inputs that fitted the definition, that is read again before the next
-        start, unless it was read just now: then reading it tells nothing new.
+        If it refused inputs that fit the definition, that is read again before the next start,
+        unless it has just been read.
         """
         if refusal.code == "input_validation_error":
             await techniques.doubt(self._database, technique_id, before=self._clock() - PAUSE)
@@ -154,23 +164,23 @@ class Catalogue:
     async def _renewed(
         self, workspace: Workspace, technique: str, deadline: float | None
     ) -> TechniqueRow:
-        """The technique, asked for where what is known is not fresh; once for all who wait."""
+        """The technique, read again if it is old; once for all concurrent callers."""
         key = (workspace.slot, technique)
         lock = self._asking.setdefault(key, asyncio.Lock())
         async with lock:
             known = await self._known(workspace, technique)
             if known is None or not (known.defined_at or known.inputs):
                 return await self._ask(workspace, technique, deadline)
-            if self._will_do(known, key):
+            if self._is_current(known, key):
                 return known
             try:
                 return await self._ask(
                     workspace, technique, min(deadline or RENEWAL_SECONDS, RENEWAL_SECONDS)
                 )
             except FloraError as error:
-                if not _tells_nothing(error):
+                if not _is_no_answer(error):
                     raise
-                self._asked_in_vain[key] = self._clock()
+                self._failed_at[key] = self._clock()
                 log.warning(
                     "catalogue.not_renewed", technique_id=known.technique_id, error=str(error)
                 )
@@ -179,19 +189,19 @@ class Catalogue:
     async def _ask(
         self, workspace: Workspace, technique: str, deadline: float | None
     ) -> TechniqueRow:
-        if not could_name_one(technique):
+        if not is_possible_name(technique):
             message = "is no technique's id or slug"
             raise InvalidRequest(f"{technique!r} {message}", [FieldFault("technique", message)])
         found = await workspace.require_client().get_technique(technique, deadline=deadline)
         if technique != found.technique_id:
             self._slugs[workspace.slot, technique] = found.technique_id
-        self._asked_in_vain.pop((workspace.slot, technique), None)
+        self._failed_at.pop((workspace.slot, technique), None)
         row = row_of(found, slug=None if technique == found.technique_id else technique)
         return await techniques.define(self._database, row, self._clock())
 
     async def _known(self, workspace: Workspace, technique: str) -> TechniqueRow | None:
-        """What the database has. Where there are several workspaces, one's slug need not be the
-        other's: then only a slug that this process has asked for counts."""
+        """The stored technique. With several workspaces a slug may differ between them: then only
+        slugs count that this process has read in this one."""
         by_id = await techniques.get(
             self._database, self._slugs.get((workspace.slot, technique), technique)
         )
@@ -199,13 +209,13 @@ class Catalogue:
             return by_id
         return await techniques.by_slug(self._database, technique)
 
-    def _will_do(self, known: TechniqueRow, key: _Key) -> bool:
-        """Whether FLORA need not, or not yet, be asked again."""
+    def _is_current(self, known: TechniqueRow, key: _Key) -> bool:
+        """Whether the definition need not, or not yet, be read again."""
         now = self._clock()
         if known.defined_at is not None and abs(now - known.defined_at) < FRESH:
             return True
-        in_vain = self._asked_in_vain.get(key)
-        return in_vain is not None and abs(now - in_vain) < PAUSE
+        failed_at = self._failed_at.get(key)
+        return failed_at is not None and abs(now - failed_at) < PAUSE
 
 
 def _definition(row: TechniqueRow) -> Technique:
@@ -219,13 +229,13 @@ def _definition(row: TechniqueRow) -> Technique:
     )
 
 
-def could_name_one(technique: str) -> bool:
-    """Whether a technique's id or slug could be this: it has to be one part of a path."""
+def is_possible_name(technique: str) -> bool:
+    """Whether this can be a technique's id or slug: one segment of a path."""
     return 0 < len(technique) <= 255 and technique.isprintable() and "/" not in technique
 
 
 def row_of(found: Technique, *, slug: str | None = None) -> TechniqueRow:
-    """A technique of FLORA's as the database keeps it."""
+    """A technique as the database stores it."""
     return TechniqueRow(
         technique_id=found.technique_id,
         slug=slug,
@@ -237,31 +247,14 @@ def row_of(found: Technique, *, slug: str | None = None) -> TechniqueRow:
     )
 
 
-def _tells_nothing(error: FloraError) -> bool:
-    """Whether FLORA has told nothing about the technique."""
+def _is_no_answer(error: FloraError) -> bool:
+    """Whether the error says nothing about the technique."""
     return error.silent or isinstance(error, FloraUnreadable | RateLimited)
-
-
-# Reading FLORA's whole catalogue, so that it can be searched here and what has gone is known.
-#
-# A sync walks the list of every workspace that has a key, once. It is complete only where each
-# list was read to its end and every item could be read; and only a complete one says that a
-# technique has gone, because what was not looked at has not disappeared.
-
-
-EVERY: Final = timedelta(hours=6)
-"""How often the catalogue is read."""
-LEASE: Final = timedelta(minutes=10)
-"""How long a sync holds the catalogue, renewed with each page."""
-PAGE_SIZE: Final = 100
-
-_RUNNING: Final = "catalogue"
-_SCHEDULED: Final = "catalogue:scheduled"
 
 
 @dataclass(slots=True, kw_only=True)
 class ListReport:
-    """How the walk through one workspace's list went; `error` is `None` where it was complete."""
+    """The read of one workspace's list; `error` is `None` if it was complete."""
 
     workspace_id: str
     pages: int = 0
@@ -271,10 +264,10 @@ class ListReport:
 
 @dataclass(slots=True, kw_only=True)
 class SyncReport:
-    """What a sync found.
+    """The result of a sync.
 
-    `new` techniques were not known, `back` ones had been gone, `gone` ones are in no list any more.
-    `skipped` is true where another process is at it.
+    `new` techniques were unknown, `back` ones had been gone, `gone` ones are in no list any more.
+    `skipped` is true if another process is syncing.
     """
 
     lists: list[ListReport] = field(default_factory=list)
@@ -285,7 +278,7 @@ class SyncReport:
 
     @property
     def complete(self) -> bool:
-        """Whether every list was read whole."""
+        """Whether every list was read completely."""
         return not self.skipped and all(one.error is None for one in self.lists)
 
 
@@ -303,8 +296,8 @@ class CatalogueSync:
     async def sync(self) -> SyncReport:
         """Read the lists of all workspaces with a key.
 
-        FLORA's and the database's failures in reading a list are reported, not raised. Raises
-        `StoreUnavailable` where the database cannot be used at all.
+        Failures while reading a list are reported, not raised. Raises `StoreUnavailable` if the
+        database cannot be used at all.
         """
         report = SyncReport()
         holder = f"{self._process}:{uuid4()}"
@@ -316,22 +309,22 @@ class CatalogueSync:
             for workspace in self._workspaces:
                 if workspace.client is not None:
                     await self._walk(workspace, began, holder, report)
-            # Lists that are all empty are a fault at FLORA sooner than an empty catalogue.
+            # If all lists are empty, a fault at FLORA is more likely than an empty catalogue.
             if report.complete and any(one.techniques for one in report.lists):
                 report.gone = await techniques.mark_gone(
                     self._database, since=began, at=self._clock()
                 )
         finally:
-            with suppress(StoreError):  # then it runs out by itself
+            with suppress(StoreError):  # the lease then expires
                 await claims.drop_lease(self._database, _RUNNING, holder)
         return report
 
     async def sync_if_due(self) -> SyncReport | None:
-        """Sync where no process has, completely, for `EVERY`; `None` where it is not due.
+        """Sync if no process has done so completely for `EVERY`; `None` if it is not due.
 
-        One that fails is due again after `LEASE`. Raises as `sync`.
+        A failed sync is due again after `LEASE`. Raises like `sync`.
         """
-        holder = f"{self._process}:{uuid4()}"  # nobody else's, this process's next one included
+        holder = f"{self._process}:{uuid4()}"  # this process's next sync does not have it either
         if not await self._schedule(holder, LEASE):
             return None
         report = await self.sync()
@@ -342,14 +335,14 @@ class CatalogueSync:
     async def _walk(
         self, workspace: Workspace, began: datetime, holder: str, report: SyncReport
     ) -> None:
-        """Take one workspace's list, page by page."""
+        """Read and store one workspace's list, page by page."""
         walked = ListReport(workspace_id=workspace.name)
         report.lists.append(walked)
         client = workspace.require_client()
         unreadable: list[str] = []
         try:
             async with aclosing(
-                paging.pages(lambda cursor: client.list_techniques(cursor=cursor, limit=PAGE_SIZE))
+                pages_of(lambda cursor: client.list_techniques(cursor=cursor, limit=PAGE_SIZE))
             ) as pages:
                 async for page in pages:
                     rows = [row_of(found) for found in page.items]
@@ -369,7 +362,7 @@ class CatalogueSync:
         return await claims.take_lease(self._database, _RUNNING, holder, self._clock(), LEASE)
 
     async def _schedule(self, holder: str, until: timedelta) -> bool:
-        """Keep other scheduled syncs away for so long; false where one has done so itself."""
+        """Prevent other scheduled syncs for so long; false if another process already does."""
         return await claims.take_lease(
             self._database, _SCHEDULED, holder, self._clock(), until, longest=EVERY
         )

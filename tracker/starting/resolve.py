@@ -1,21 +1,31 @@
-"""A person says what came of a start that is not known by itself."""
+"""What a person says: the outcome of a start in doubt, or the id of a run started elsewhere."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 import structlog
 
 from tracker.core.clock import Clock
-from tracker.core.errors import FieldFault, InvalidRequest, NotFound, StartPending, TrackerError
+from tracker.core.errors import (
+    FieldFault,
+    FloraError,
+    InvalidRequest,
+    NotFound,
+    SettingsError,
+    StartPending,
+    TrackerError,
+)
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Record
-from tracker.polling.workspaces import WorkspaceIds, Workspaces
-from tracker.starting.held_start import HeldStart, holding
-from tracker.starting.matching import Originals
+from tracker.core.record import Record, Seen
+from tracker.polling.workspaces import Workspace, WorkspaceIds, Workspaces
+from tracker.starting.catalogue import Catalogue
+from tracker.starting.matching import StartMatcher
+from tracker.starting.sending import HeldStart, holding
 from tracker.store.engine import Database
 from tracker.store.queries import audit, starts
 from tracker.store.queries.audit import Action
 from tracker.store.queries.starts import UNKNOWN, StartRow, StartState
+from tracker.store.writing.writer import Writer
 
 NOTHING_STARTED: Final = "a person says that nothing was started; the key may be used again"
 
@@ -26,33 +36,24 @@ class UnknownStart(TrackerError):
     """No start of that key is kept here."""
 
 
+@dataclass(kw_only=True, eq=False)
 class Resolver:
-    """Settles starts by a person's word."""
+    """Ends the doubt about a start by a person's decision. `process` names this process."""
 
-    def __init__(
-        self,
-        *,
-        database: Database,
-        workspaces: Workspaces,
-        ids: WorkspaceIds,
-        originals: Originals,
-        process: str,
-        clock: Clock,
-    ) -> None:
-        self._database = database
-        self._workspaces = workspaces
-        self._ids = ids
-        self._originals = originals
-        self._process = process
-        self._clock = clock
+    database: Database
+    workspaces: Workspaces
+    ids: WorkspaceIds
+    matcher: StartMatcher
+    process: str
+    clock: Clock
 
     async def find(self, key: str, *, workspace_id: str | None = None) -> StartRow:
         """The start of that key.
 
-        Raises `UnknownStart`, `InvalidRequest` where several workspaces have one and none is named,
+        Raises `UnknownStart`, `InvalidRequest` if several workspaces have one and none is named,
         and `StoreUnavailable`.
         """
-        rows = await starts.of_key(self._database, key)
+        rows = await starts.of_key(self.database, key)
         rows = [row for row in rows if workspace_id in (None, row.workspace_slot)]
         if not rows:
             raise UnknownStart(f"no start with idempotency key {key!r} is kept here")
@@ -63,62 +64,58 @@ class Resolver:
         return rows[0]
 
     async def is_run(self, row: StartRow, run_id: str) -> Record:
-        """It became that run, which is tracked as ours.
+        """The start became that run, which is tracked as its own.
 
-        Raises `InvalidRequest` where its outcome is known, or the run is another start's or not
-        there; `StartPending` where it is being sent; and what asking FLORA raises.
+        Raises `InvalidRequest` if the outcome is known, or the run is another start's or does not
+        exist; `StartPending` while the start is being sent; and what reading FLORA raises.
         """
         _check_state(row)
-        owner = await starts.of_run(self._database, run_id)
+        owner = await starts.of_run(self.database, run_id)
         if owner is not None and owner.idempotency_key != row.idempotency_key:
-            raise _wrong(f"run {run_id} is the one of the start {owner.idempotency_key!r}")
-        observed = await self._read(row, run_id)
-        async with holding(self._database, row, self._process, self._clock) as held:
+            raise _fault(f"run {run_id} belongs to the start {owner.idempotency_key!r}")
+        seen = await self._read(row, run_id)
+        async with holding(self.database, row, self.process, self.clock) as held:
             _check(held, row)
-            await self._note(row, run_id)
-            own = Observation(run_id=run_id, source=Source.START, at=self._clock())
-            record = await self._originals.track(row.workspace_slot, row, own)
-            if observed is not None:
-                record = await self._originals.observe(replace(observed, source=Source.POLL))
-        _log(row, run_id)
+            await self._audit(row, run_id)
+            seen = None if seen is None else replace(seen, source=Source.POLL)
+            record = await self.matcher.adopt(row, run_id, seen)
+        _log_resolved(row, run_id)
         return record
 
     async def is_nothing(self, row: StartRow) -> None:
-        """Nothing was started: its key may be used again. Raises as `is_run`."""
+        """Nothing was started: the key may be used again. Raises like `is_run`."""
         _check_state(row)
-        async with holding(self._database, row, self._process, self._clock) as held:
+        async with holding(self.database, row, self.process, self.clock) as held:
             mine = _check(held, row)
-            await self._note(row, None)
-            await mine.note(StartState.REFUSED, {"message": NOTHING_STARTED})
-        _log(row, None)
+            await self._audit(row, None)
+            await mine.record(StartState.REFUSED, {"message": NOTHING_STARTED})
+        _log_resolved(row, None)
 
-    async def _note(self, row: StartRow, run_id: str | None) -> None:
-        """Note in the audit log what is about to be said, whatever comes of it."""
+    async def _audit(self, row: StartRow, run_id: str | None) -> None:
+        """Record the decision in the audit log before it is carried out."""
         entry = audit.entry(
             Action.RESOLVE,
-            self._clock(),
+            self.clock(),
             workspace_id=row.workspace_slot,
             idempotency_key=row.idempotency_key,
             outcome="nothing was started" if run_id is None else "it became a run",
             run_id=run_id,
         )
-        await audit.write(self._database, entry)
+        await audit.write(self.database, entry)
 
     async def _read(self, row: StartRow, run_id: str) -> Observation | None:
-        """The run as FLORA shows it; `None` where there is no key to ask with."""
-        for workspace in self._workspaces:
-            if workspace.client is None:
-                continue
-            if await self._ids.of(workspace) != row.workspace_slot:
+        """The run as FLORA shows it; `None` without a key to read it with."""
+        for workspace in self.workspaces:
+            if workspace.client is None or await self.ids.of(workspace) != row.workspace_slot:
                 continue
             try:
                 return await workspace.client.get_run(row.technique_id, run_id)
             except NotFound:
-                raise _wrong(f"FLORA has no run {run_id} of {row.technique_id}") from None
+                raise _fault(f"FLORA has no run {run_id} of {row.technique_id}") from None
         return None
 
 
-def _log(row: StartRow, run_id: str | None) -> None:
+def _log_resolved(row: StartRow, run_id: str | None) -> None:
     actor = audit.principal().name
     log.info("start.resolved", key=row.idempotency_key, run_id=run_id, actor=actor)
 
@@ -132,8 +129,67 @@ def _check(held: HeldStart | None, row: StartRow) -> HeldStart:
 
 def _check_state(row: StartRow) -> None:
     if row.state not in UNKNOWN:
-        raise _wrong(f"what came of the start {row.idempotency_key!r} is known: {row.state}")
+        raise _fault(f"the outcome of the start {row.idempotency_key!r} is known: {row.state}")
 
 
-def _wrong(message: str) -> InvalidRequest:
+def _fault(message: str) -> InvalidRequest:
     return InvalidRequest(message, [FieldFault("key", message)])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrackedRun:
+    """A run that is tracked now, and whether it was known before."""
+
+    record: Record
+    known: bool
+
+
+class RunTracker:
+    """Tracks runs that were started elsewhere. Only their ids are believed."""
+
+    def __init__(
+        self, *, writer: Writer, workspaces: Workspaces, catalogue: Catalogue, clock: Clock
+    ) -> None:
+        self._writer = writer
+        self._workspaces = workspaces
+        self._catalogue = catalogue
+        self._clock = clock
+
+    async def track(
+        self,
+        run_id: str,
+        *,
+        technique: str | None = None,
+        workspace_id: str | None = None,
+        poll_url: str | None = None,
+    ) -> TrackedRun:
+        """Track `run_id`, which is due to be polled at once.
+
+        `technique` is an id or a slug. Raises `InvalidRequest` for an unknown workspace and
+        `StoreUnavailable`.
+        """
+        workspace = self._workspaces.pick(workspace_id)
+        result = await self._writer.submit(
+            Seen(
+                observation=Observation(
+                    run_id=run_id,
+                    source=Source.TRACK,
+                    at=self._clock(),
+                    workspace_id=workspace_id or workspace.workspace_id,
+                    technique_id=await self._technique_id(workspace, technique),
+                    poll_url=poll_url,
+                )
+            )
+        )
+        if result.after is None:
+            raise AssertionError("an observation of a run always leaves a record")
+        return TrackedRun(record=result.after, known=result.before is not None)
+
+    async def _technique_id(self, workspace: Workspace, technique: str | None) -> str | None:
+        """The technique's id, if it can be found; a run is tracked without it as well."""
+        if technique is None:
+            return None
+        try:
+            return await self._catalogue.technique_id(workspace, technique)
+        except (FloraError, InvalidRequest, SettingsError):
+            return None

@@ -1,21 +1,25 @@
-"""Sending a start, once, and noting what its answer says.
+"""Sending a start, once, and recording what its answer says.
 
-Doubt is sticky: once a request may have acted, no later answer makes that undone. A refusal of the
-second request says nothing about the first.
+While a process holds a start's lease, no other sends its key or writes its state. Doubt is sticky:
+once a request may have acted, no later answer undoes that. A refusal of the second request says
+nothing about the first.
 """
 
+import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import timedelta
 from enum import Enum
 from functools import partial
-from typing import Final
+from typing import Any, Final
+from uuid import uuid4
 
 import structlog
 
-from tracker.core.clock import Clock
+from tracker.core.clock import Clock, boot_seconds
 from tracker.core.errors import (
     FloraError,
     FloraRefusal,
@@ -23,21 +27,31 @@ from tracker.core.errors import (
     IdempotencyConflict,
     RateLimited,
     StartPending,
+    StoreError,
+    TrackerError,
 )
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Record
-from tracker.flora.client import FloraClient, start_body
+from tracker.flora.client import start_body
 from tracker.polling.workspaces import Workspace
-from tracker.starting.held_start import HeldStart, described
-from tracker.starting.matching import Originals
+from tracker.starting.matching import StartMatcher
 from tracker.store.engine import Database
-from tracker.store.queries import starts as callback_addresses
-from tracker.store.queries.starts import StartState
+from tracker.store.queries import starts
+from tracker.store.queries.starts import StartRow, StartState
 
-# Starting a run: one request that spends money, and what its answer means for the key it carried.
+HELD_FOR: Final = timedelta(seconds=30)
+"""How long the lease of a process that died lasts; a living one renews it."""
+RENEW_AFTER: Final = 10.0
+"""Seconds after which a lease is renewed."""
+RELEASE_SECONDS: Final = 1.5
+"""How long a caller waits for its lease to be released, which then goes on without it."""
+RELEASE_AGAIN_AFTER: Final = 1.0
+"""Seconds until the release is tried again, if the database did not take it."""
+CHECK_ADDRESSES_EVERY: Final = 15.0
+"""Seconds for which the database's answer about callback addresses is used."""
+NO_ANSWER: Final = "FLORA gave no answer that says what became of it"
 
-
-_LISTED: Final = {
+_NOTHING_RUNS: Final = {
     400: ("invalid_json", "input_validation_error"),
     401: ("unauthorized", "invalid_api_key"),
     402: ("insufficient_credits",),
@@ -45,210 +59,312 @@ _LISTED: Final = {
     404: ("not_found",),
 }
 """The refusals after which nothing runs, as FLORA documents them."""
+_ABOUT_THE_REQUEST: Final = (400, 404)
+
+log = structlog.get_logger(__name__)
 
 
-class Verdict(Enum):
-    """What an answer says of a start."""
+class StartVerdict(Enum):
+    """What an error says about the start that it answered."""
 
-    STARTED = "started"
-    """FLORA named the run."""
     REFUSED = "refused"
-    """FLORA refused it, with a listed status and code: this request did nothing."""
+    """FLORA refused it with a documented status and code: this request did nothing."""
     NOT_NOW = "not_now"
     """FLORA takes no requests now (429), or was not reached: this request did nothing."""
     KEY_KNOWN = "key_known"
     """409 or 422: FLORA has a run, or a request, under this key, and does not say which."""
     DOUBT = "doubt"
-    """No answer, a 5xx, or one that has not FLORA's shape: it may run."""
+    """No answer, a 5xx, or one that is not in FLORA's shape: it may run."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """The outcome of one request. `observation` is there where it started, else `error`."""
-
-    verdict: Verdict
-    observation: Observation | None = None
-    replayed: bool = False
-    error: FloraError | None = None
-
-
-async def start(
-    client: FloraClient,
-    technique_id: str,
-    *,
-    body: str,
-    idempotency_key: str,
-    deadline: float,
-    fence: Callable[[], Awaitable[None]],
-    clock: Callable[[], datetime],
-) -> Answer:
-    """Send one start. `deadline` is in seconds, until the request is written.
-
-    FLORA's errors are part of the answer, never raised; what `fence` raises is.
-    """
-    try:
-        started = await client.start_run(
-            technique_id,
-            body=body,
-            idempotency_key=idempotency_key,
-            deadline=deadline,
-            fence=fence,
-        )
-    except FloraError as error:
-        if isinstance(error, FloraRefusal) and error.from_flora and error.run_id is not None:
-            named = Observation(run_id=error.run_id, source=Source.START, at=clock())
-            return Answer(verdict=Verdict.STARTED, observation=named, replayed=True)
-        return Answer(verdict=verdict_of(error), error=error)
-    return Answer(
-        verdict=Verdict.STARTED, observation=started.observation, replayed=started.replayed
-    )
-
-
-def verdict_of(error: FloraError) -> Verdict:
-    """What an error says of a start that it answered."""
+def verdict_of(error: FloraError) -> StartVerdict:
+    """What `error` says about the start that it answered."""
     match error:
         case FloraUnreachable(may_have_acted=False):
-            return Verdict.NOT_NOW
+            return StartVerdict.NOT_NOW
         case FloraRefusal(from_flora=False):
-            return Verdict.DOUBT
+            return StartVerdict.DOUBT
         case RateLimited():
-            return Verdict.NOT_NOW
+            return StartVerdict.NOT_NOW
         case FloraRefusal(status=409) | FloraRefusal(status=422, code="idempotency_conflict"):
-            return Verdict.KEY_KNOWN
-        case FloraRefusal() if error.code in _LISTED.get(error.status, ()):
-            return Verdict.REFUSED
-    return Verdict.DOUBT
-
-
-# Where FLORA is asked to send the callback of a start: to an address of the start's own.
-#
-# A proxy may pass on the exact path `/callbacks/flora` alone, so that every callback to a start's
-# own address is lost. After five that did not come new starts get the bare address again, for an
-# hour.
-
-
-ASK_EVERY: Final = 15.0
-"""Seconds for which what the database says is believed."""
-
-log = structlog.get_logger(__name__)
+            return StartVerdict.KEY_KNOWN
+        case FloraRefusal() if error.code in _NOTHING_RUNS.get(error.status, ()):
+            return StartVerdict.REFUSED
+    return StartVerdict.DOUBT
 
 
 def new_token() -> str:
-    """The last part of a start's own callback address: nobody can guess it."""
+    """The last part of a start's own callback address, which cannot be guessed."""
     return secrets.token_urlsafe(24)
 
 
 class CallbackAddresses:
-    """Gives addresses. `url` is the bare one; `None` where FLORA cannot reach this service."""
+    """Chooses the address for the callback of a start: one of its own, below the bare `url`.
+
+    A proxy may pass on exactly `/callbacks/flora`, so that callbacks to all other addresses are
+    lost. After five were missed, new starts get the bare address for an hour. `url` is `None` if
+    FLORA cannot reach this service.
+    """
 
     def __init__(self, database: Database, *, url: str | None, clock: Clock) -> None:
         self._database = database
         self._url = url
         self._clock = clock
-        self._asked_at = float("-inf")
-        self.is_bare = False
+        self._checked_at = float("-inf")
+        self._own_are_missing = False
 
     async def of(self, token: str | None) -> str | None:
         """The address for a start with that token. Raises `StoreUnavailable`."""
         if self._url is None or token is None:
             return self._url
-        if time.monotonic() - self._asked_at >= ASK_EVERY:
-            was_bare = self.is_bare
-            self.is_bare = await callback_addresses.own_are_missing(
-                self._database, now=self._clock()
-            )
-            self._asked_at = time.monotonic()
-            if self.is_bare and not was_bare:
+        if time.monotonic() - self._checked_at >= CHECK_ADDRESSES_EVERY:
+            were_missing = self._own_are_missing
+            self._own_are_missing = await starts.own_are_missing(self._database, now=self._clock())
+            self._checked_at = time.monotonic()
+            if self._own_are_missing and not were_missing:
                 log.error(
                     "callbacks.own_addresses_missing",
-                    count=callback_addresses.MISSING,
+                    count=starts.MISSING,
                     advice=f"let {self._url}/ and everything below it through; `tracker doctor` "
                     "tries both",
                 )
-        return self._url if self.is_bare else f"{self._url}/{token}"
-
-
-_ABOUT_THE_REQUEST: Final = (400, 404)
-NO_ANSWER: Final = "FLORA gave no answer that says what became of it"
-
-log = structlog.get_logger(__name__)
+        return self._url if self._own_are_missing else f"{self._url}/{token}"
 
 
 class Sender:
-    """Sends starts that its caller holds."""
+    """Sends starts whose lease the caller holds."""
 
-    def __init__(self, *, originals: Originals, addresses: CallbackAddresses, clock: Clock) -> None:
-        self._originals = originals
+    def __init__(
+        self, *, matcher: StartMatcher, addresses: CallbackAddresses, clock: Clock
+    ) -> None:
+        self._matcher = matcher
         self._addresses = addresses
         self._clock = clock
 
-    async def send(self, workspace: Workspace, held: HeldStart, *, deadline: float) -> Record:
-        """Send it, or send it again as it was first sent; the run that it became.
+    async def send(self, workspace: Workspace, held: "HeldStart", *, deadline: float) -> Record:
+        """Send a start, or send it again exactly as before; the run that it became.
 
         `deadline` is in seconds, until the request is written. Raises `FloraError` or
-        `IdempotencyConflict` where nothing was started, `StartPending` where that is not known, and
-        `StoreError`; the state is noted before.
+        `IdempotencyConflict` if nothing was started, `StartPending` if that is unknown, and
+        `StoreError`; the state is recorded before.
         """
         row = held.row
-        if row.is_fresh:
-            url = await self._addresses.of(row.callback_token)
-            body = start_body(row.inputs, idempotency_key=held.key, callback_url=url)
-        else:
-            # A start of a version before 0009 has no body, but all that made it.
-            url = row.callback_url
-            body = row.request_body or start_body(
-                row.inputs, idempotency_key=held.key, callback_url=url
-            )
         in_doubt = not row.is_fresh
-        answer = await start(
-            workspace.require_client(),
-            row.technique_id,
-            body=body,
-            idempotency_key=held.key,
-            deadline=deadline,
-            fence=partial(held.let_through, url, body),
-            clock=self._clock,
-        )
-        if answer.observation is not None:
-            return await self._originals.track(row.workspace_slot, held.row, answer.observation)
-        raise await self._failure(held, answer, in_doubt=in_doubt)
+        url = row.callback_url if in_doubt else await self._addresses.of(row.callback_token)
+        # A start of a version before 0009 has no body, but everything that made it.
+        body = row.request_body if in_doubt else None
+        if not body:
+            body = start_body(row.inputs, idempotency_key=held.key, callback_url=url)
+        try:
+            answer = await workspace.require_client().start_run(
+                row.technique_id,
+                body=body,
+                idempotency_key=held.key,
+                deadline=deadline,
+                fence=partial(held.let_through, url, body),
+            )
+            seen = answer.observation
+        except FloraError as error:
+            if not (isinstance(error, FloraRefusal) and error.from_flora and error.run_id):
+                failure = await self._failure(held, error, in_doubt=in_doubt)
+                raise failure from (None if failure is error else error)
+            seen = Observation(run_id=error.run_id, source=Source.START, at=self._clock())
+        return await self._matcher.track(held.row, seen)
 
-    async def _failure(self, held: HeldStart, answer: Answer, *, in_doubt: bool) -> Exception:
-        """Note what an answer without a run says; the error that it ends with."""
-        error = answer.error
-        if error is None:
-            raise AssertionError("an answer has a run or an error")
-        if not held.has_left:
+    async def _failure(self, held: "HeldStart", error: FloraError, *, in_doubt: bool) -> Exception:
+        """Record an answer without a run; the error to raise."""
+        if not held.was_sent:
             return error
-        told, verdict = described(error), answer.verdict
+        kept, verdict = _as_kept(error), verdict_of(error)
         if not in_doubt:
             match verdict:
-                case Verdict.REFUSED:
-                    await held.note(StartState.REFUSED, told)
+                case StartVerdict.REFUSED:
+                    await held.record(StartState.REFUSED, kept)
                     return error
-                case Verdict.NOT_NOW:
-                    await held.note(StartState.STORED, told)
+                case StartVerdict.NOT_NOW:
+                    await held.record(StartState.STORED, kept)
                     return error
-                case Verdict.KEY_KNOWN if told.get("status") == 422:
-                    await held.note(StartState.REFUSED, told)
-                    conflict = IdempotencyConflict(str(error))
-                    conflict.__cause__ = error
-                    return conflict
-        if verdict is Verdict.KEY_KNOWN or held.row.is_known_to_flora:
-            told |= {"conflict": True}
-        if verdict is Verdict.REFUSED and told.get("status") in _ABOUT_THE_REQUEST:
-            # It would be refused each time: a person has to say what came of the first request.
-            await held.note(StartState.UNRESOLVED, told)
+                case StartVerdict.KEY_KNOWN if kept.get("status") == 422:
+                    await held.record(StartState.REFUSED, kept)
+                    return IdempotencyConflict(str(error))
+        if verdict is StartVerdict.KEY_KNOWN or held.row.is_known_to_flora:
+            kept |= {"conflict": True}
+        if verdict is StartVerdict.REFUSED and kept.get("status") in _ABOUT_THE_REQUEST:
+            # It would be refused each time; only a person can say what the first request did.
+            await held.record(StartState.UNRESOLVED, kept)
             log.error("start.unresolved", key=held.key, error=str(error))
         else:
-            await held.note(StartState.IN_DOUBT, told)
+            await held.record(StartState.IN_DOUBT, kept)
             log.warning("start.in_doubt", key=held.key, error=str(error))
         return pending(held.key)
 
 
 def pending(key: str) -> StartPending:
-    """The error for a start whose outcome is not known yet."""
+    """The error for a start whose outcome is unknown so far."""
     return StartPending(
         f"the start with idempotency key {key!r} was sent and its outcome is not known yet; it is "
-        "not sent again before that is safe. The same key tells later what came of it"
+        "not sent again before that is safe. Ask again later with the same key"
     )
+
+
+def _as_kept(error: FloraError) -> dict[str, Any]:
+    """An error as the start log keeps it."""
+    if not isinstance(error, FloraRefusal):
+        return {"message": str(error)}
+    return {
+        "status": error.status,
+        "code": error.code,
+        "message": error.message,
+        "fields": [
+            {"field": one.field, "message": one.message}
+            | ({"valid_values": list(one.valid_values)} if one.valid_values else {})
+            for one in error.fields
+        ],
+        "request_id": error.request_id,
+    }
+
+
+@dataclass(slots=True)
+class HeldStart:
+    """A start whose lease one caller holds.
+
+    `valid_until` is until when the lease surely lasts, by a clock that goes on while the machine is
+    suspended; `was_sent` tells whether a request was let through since it was taken.
+    """
+
+    database: Database
+    clock: Clock
+    row: StartRow
+    holder: str
+    valid_until: float
+    was_sent: bool = False
+
+    @property
+    def key(self) -> str:
+        """The idempotency key."""
+        return self.row.idempotency_key
+
+    @property
+    def _id(self) -> tuple[str, str]:
+        return self.row.workspace_slot, self.key
+
+    async def let_through(self, callback_url: str | None, request_body: str) -> None:
+        """The fence, awaited directly before a request is written.
+
+        Raises `StartPending` if the lease has expired, however long this process or the machine was
+        suspended, and `StoreError` if that is unknown.
+        """
+        row = await starts.mark_sent(
+            self.database,
+            *self._id,
+            holder=self.holder,
+            at=self.clock(),
+            callback_url=callback_url,
+            request_body=request_body,
+        )
+        # Checked last: the machine may have been suspended after the database answered.
+        if row is None or boot_seconds() >= self.valid_until:
+            raise StartPending(
+                f"idempotency key {self.key!r} was taken over by another request: ask again soon"
+            )
+        self.row, self.was_sent = row, True
+
+    async def record(self, state: StartState, error: dict[str, Any] | None) -> None:
+        """Store the state; if that fails, the row stays as it is."""
+        try:
+            row = await starts.mark(
+                self.database, *self._id, holder=self.holder, state=state, error=error
+            )
+        except StoreError as failure:
+            log.error("start.not_noted", key=self.key, state=state, error=str(failure))
+        else:
+            self.row = row or self.row
+
+    async def renew(self) -> None:
+        """Renew the lease until cancelled or until it is lost."""
+        while True:
+            await asyncio.sleep(RENEW_AFTER)
+            valid_until = boot_seconds() + HELD_FOR.total_seconds()
+            try:
+                mine = await starts.prolong(
+                    self.database, *self._id, self.holder, self.clock(), HELD_FOR
+                )
+            except StoreError as failure:
+                log.warning("start.hold_not_renewed", key=self.key, error=str(failure))
+                continue
+            # An expired lease may have been free meanwhile, and its budget another start's.
+            if not mine or boot_seconds() >= self.valid_until:
+                self.valid_until = float("-inf")
+                return
+            self.valid_until = valid_until
+
+
+@asynccontextmanager
+async def holding(
+    database: Database,
+    row: StartRow | tuple[str, str],
+    process: str,
+    clock: Clock,
+    *,
+    reserve: Callable[[str, timedelta], Awaitable[StartRow]] | None = None,
+) -> AsyncIterator[HeldStart | None]:
+    """Hold the lease of a start; `None` if another caller has it, or the start became a run.
+
+    `row` is the start, or workspace and key of one to be stored: `reserve(holder, duration)` then
+    stores it and takes the lease. `process` names the process in the lease. Raises
+    `StoreUnavailable`, and what `reserve` raises.
+    """
+    workspace_id, key = row if isinstance(row, tuple) else (row.workspace_slot, row.idempotency_key)
+    holder = f"{process}:{uuid4()}"
+    taken = True  # as far as is known if taking it is interrupted
+    valid_until = boot_seconds() + HELD_FOR.total_seconds()
+    try:
+        try:
+            if reserve is not None:
+                row = await reserve(holder, HELD_FOR)
+                taken = row.lease_holder == holder
+            else:
+                taken = await starts.take(database, workspace_id, key, holder, clock(), HELD_FOR)
+        except TrackerError:
+            # It is hardly ever taken all the same, and expires then. During an outage every start
+            # would try for half a minute to release what it does not have.
+            taken = False
+            raise
+        if not taken:
+            yield None
+            return
+        if reserve is None:  # its state may have changed before it was taken
+            row = await starts.get(database, workspace_id, key) or row
+        if isinstance(row, tuple):
+            raise AssertionError("a start that is not stored has to be reserved")
+        held = HeldStart(database, clock, row, holder, valid_until)
+        renewing = asyncio.create_task(held.renew())
+        try:
+            yield held
+        finally:
+            renewing.cancel()
+    finally:
+        if taken:
+            releasing = asyncio.create_task(_release(database, workspace_id, key, holder))
+            _releasing.add(releasing)  # the event loop keeps weak references only
+            releasing.add_done_callback(_releasing.discard)
+            await asyncio.wait([releasing], timeout=RELEASE_SECONDS)
+
+
+_releasing: set[asyncio.Task[None]] = set()
+
+
+async def _release(database: Database, workspace_id: str, key: str, holder: str) -> None:
+    """Release a lease, repeatedly until it expires: it would delay the caller's next attempt."""
+    expires_at = boot_seconds() + HELD_FOR.total_seconds()
+    logged = False
+    while boot_seconds() < expires_at:
+        try:
+            await starts.give_back(database, workspace_id, key, holder)
+        except StoreError as failure:
+            if not logged:
+                log.warning("start.hold_kept", key=key, error=str(failure))
+            logged = True
+            await asyncio.sleep(RELEASE_AGAIN_AFTER)
+        else:
+            return

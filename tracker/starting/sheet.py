@@ -1,14 +1,15 @@
-"""A sheet as it was given: rows of named values, each with the line on which it begins.
+"""Sheets: CSV or JSON lines become rows of inputs, or a list of all problems.
 
-Reading never stops at the first thing that is wrong: every problem is noted with its line, and who
-reads the sheet decides what that means.
+Reading does not stop at the first problem: each is noted with its line, and the caller decides.
+
+A column is the input whose id, or else name, it bears, in any case; an explicit mapping comes
+first. Nothing is guessed if two columns match.
 """
 
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from collections.abc import Mapping as TagMapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,8 +19,9 @@ from tracker.core.row_key import Input, canonical
 from tracker.core.tags import Tags, check_tags
 
 Values = tuple[str, ...]
-"""What stands in one cell: one text, or several where a JSON line gives a list."""
+"""One cell: one text, or several if a JSON line has a list."""
 
+_LINKS: Final = ("imageUrl", "videoUrl")
 _FOREIGN: Final = {
     b"PK\x03\x04": "is a workbook, not text: export it as CSV in UTF-8",
     b"\xff\xfe": "is UTF-16: save it as UTF-8",
@@ -28,9 +30,9 @@ _FOREIGN: Final = {
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Problem:
-    """Something that is wrong with a sheet. Lines count from 1, 0 is the sheet as a whole; `column`
-    is empty for the whole line."""
+class SheetProblem:
+    """A problem of a sheet. Lines count from 1; 0 is the whole sheet, an empty `column` the whole
+    line."""
 
     line: int
     column: str
@@ -44,9 +46,9 @@ class Problem:
 
 
 class SheetRefused(TrackerError):
-    """The sheet is wrong, nothing was started; `problems` names all that is wrong, by line."""
+    """The sheet has `problems`, by line; nothing was started."""
 
-    def __init__(self, problems: Iterable[Problem]) -> None:
+    def __init__(self, problems: Iterable[SheetProblem]) -> None:
         self.problems = tuple(sorted(problems))
         found = len(self.problems)
         super().__init__(
@@ -56,7 +58,7 @@ class SheetRefused(TrackerError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SheetRow:
-    """One row. A cell that is empty is left out of `cells`."""
+    """One row, without its empty cells."""
 
     line: int
     cells: dict[str, Values]
@@ -64,11 +66,11 @@ class SheetRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sheet:
-    """A sheet, read. `header` is the line of the names, 0 where each row brings its own."""
+    """A sheet. `header` is the line of the names, 0 if each row names its own cells."""
 
     columns: tuple[str, ...]
     rows: tuple[SheetRow, ...]
-    problems: tuple[Problem, ...]
+    problems: tuple[SheetProblem, ...]
     header: int = 0
 
 
@@ -77,36 +79,35 @@ def read_csv(data: bytes, *, delimiter: str = ",") -> Sheet:
     columns."""
     if (foreign := _foreign(data)) is not None:
         return foreign
-    problems: list[Problem] = []
+    problems: list[SheetProblem] = []
     records = _records(_text(data), delimiter, problems)
     header, names = next(records, (1, []))
     columns = [name.strip() for name in names]
     if not columns:
-        problems.append(Problem(1, "", "the sheet is empty: its first line names the columns"))
+        problems.append(SheetProblem(1, "", "the sheet is empty: its first line names the columns"))
     rows = []
     for line, values in records:
         beyond = [value for value in values[len(columns) :] if value.strip()]
         if beyond:
             message = f"the line has {len(values)} cells, the header only {len(columns)}"
-            problems.append(Problem(line, "", message))
+            problems.append(SheetProblem(line, "", message))
         cells: dict[str, Values] = {}
         for name, value in zip(columns, values, strict=False):
             if not value.strip():
                 continue
             if (unfit := _unfit(value)) is not None:
-                problems.append(Problem(line, name, unfit))
-            # Of columns with one name the first counts here; who maps it sees that there are two.
+                problems.append(SheetProblem(line, name, unfit))
+            # Of two columns with one name the first counts; mapping one of them is a problem.
             cells.setdefault(name, (value,))
         rows.append(SheetRow(line=line, cells=cells))
     return Sheet(columns=tuple(columns), rows=tuple(rows), problems=tuple(problems), header=header)
 
 
 def read_jsonl(data: bytes) -> Sheet:
-    """A sheet from JSON lines in UTF-8: an object on each, whose values are texts or lists of
-    texts."""
+    """A sheet from JSON lines in UTF-8: objects whose values are texts or lists of texts."""
     if (foreign := _foreign(data)) is not None:
         return foreign
-    problems: list[Problem] = []
+    problems: list[SheetProblem] = []
     columns: dict[str, None] = {}
     rows = []
     for line, text in enumerate(_text(data).split("\n"), start=1):
@@ -115,39 +116,41 @@ def read_jsonl(data: bytes) -> Sheet:
         try:
             found = json.loads(text, object_pairs_hook=_once)
         except json.JSONDecodeError as error:
-            problems.append(Problem(line, "", f"the line is not JSON: {error.msg}"))
+            problems.append(SheetProblem(line, "", f"the line is not JSON: {error.msg}"))
             continue
         except ValueError as error:
-            problems.append(Problem(line, "", str(error)))
+            problems.append(SheetProblem(line, "", str(error)))
             continue
         except RecursionError:
-            problems.append(Problem(line, "", "the line is nested too deeply"))
+            problems.append(SheetProblem(line, "", "the line is nested too deeply"))
             continue
         if not isinstance(found, dict):
-            problems.append(Problem(line, "", "the line is not a JSON object"))
+            problems.append(SheetProblem(line, "", "the line is not a JSON object"))
             continue
         cells: dict[str, Values] = {}
         for name, value in found.items():
             columns.setdefault(name)
             values, wrong = _json_values(value)
             if wrong is not None:
-                problems.append(Problem(line, name, wrong))
+                problems.append(SheetProblem(line, name, wrong))
             if values:
                 cells[name] = values
         rows.append(SheetRow(line=line, cells=cells))
     return Sheet(columns=tuple(columns), rows=tuple(rows), problems=tuple(problems))
 
 
-def _records(text: str, delimiter: str, problems: list[Problem]) -> Iterator[tuple[int, list[str]]]:
-    """Each record that is not blank, with the line on which it begins."""
+def _records(
+    text: str, delimiter: str, problems: list[SheetProblem]
+) -> Iterator[tuple[int, list[str]]]:
+    """Each record that is not blank, with its first line."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     while True:
         line = reader.line_num + 1
         try:
             values = next(reader, None)
         except csv.Error as error:
-            # What follows cannot be told apart any more: an open quote takes in all of it.
-            problems.append(Problem(line, "", f"the line is not CSV: {error}"))
+            # The rest cannot be parsed: an open quote includes all of it.
+            problems.append(SheetProblem(line, "", f"the line is not CSV: {error}"))
             return
         if values is None:
             return
@@ -156,7 +159,7 @@ def _records(text: str, delimiter: str, problems: list[Problem]) -> Iterator[tup
 
 
 def _json_values(value: Any) -> tuple[Values, str | None]:
-    """The texts that a JSON value stands for, and what is wrong with it, if anything."""
+    """The texts of a JSON value, and its problem, if any."""
     given = value if isinstance(value, list) else [value]
     texts = []
     for one in given:
@@ -181,12 +184,12 @@ _KINDS: Final = {
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these pairs, in which no name stands twice."""
+    """The object of these pairs. Raises `ValueError` if a name occurs twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} stands twice in one object")
+        raise ValueError(f"{twice!r} occurs twice in one object")
     return found
 
 
@@ -202,29 +205,22 @@ def _unfit(text: str) -> str | None:
 
 
 def _text(data: bytes) -> str:
-    """Bytes that are not UTF-8 become surrogates, so that each is found in its own cell."""
+    """The text; bytes that are not UTF-8 become surrogates, which are reported with their cell."""
     return data.decode("utf-8-sig", errors="surrogateescape")
 
 
 def _foreign(data: bytes) -> Sheet | None:
     for mark, message in _FOREIGN.items():
         if data.startswith(mark):
-            return Sheet(columns=(), rows=(), problems=(Problem(0, "", f"the file {message}"),))
+            return Sheet(
+                columns=(), rows=(), problems=(SheetProblem(0, "", f"the file {message}"),)
+            )
     return None
 
 
-# Which column is which input: a sheet's rows become inputs, or a list of all that is wrong.
-#
-# A column belongs to the input whose id it bears, in whatever case, or else whose name; what is
-# said explicitly comes first. Nothing is guessed where two columns would fit.
-
-
-_LINKS: Final = ("imageUrl", "videoUrl")
-
-
 @dataclass(frozen=True, slots=True)
-class Mapping:
-    """One column for one input. `type` is `None` where the technique's definition has to say it."""
+class ColumnMapping:
+    """One column for one input. `type` is `None` if the technique's definition gives it."""
 
     input_id: str
     column: str
@@ -232,39 +228,40 @@ class Mapping:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One row as it is to be started; it begins on that line."""
+class InputRow:
+    """The inputs of one row, and its first line."""
 
     line: int
     inputs: list[Input]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reading:
-    """What a sheet asks for. `mapping` says which columns are which inputs, `unmapped` are those
-    that no input takes."""
+class SheetReading:
+    """A sheet's rows as inputs. `unmapped` are the columns that are no input."""
 
-    mapping: tuple[Mapping, ...]
-    rows: tuple[Row, ...]
+    mapping: tuple[ColumnMapping, ...]
+    rows: tuple[InputRow, ...]
     unmapped: tuple[str, ...]
-    problems: tuple[Problem, ...]
+    problems: tuple[SheetProblem, ...]
 
 
-def read_rows(sheet: Sheet, ports: Sequence[Port], given: Sequence[Mapping] = ()) -> Reading:
-    """The inputs of each row, by the inputs of a technique's definition.
+def read_rows(
+    sheet: Sheet, ports: Sequence[Port], given: Sequence[ColumnMapping] = ()
+) -> SheetReading:
+    """The inputs of each row, by the inputs (`ports`) of a technique's definition.
 
-    `given` names columns explicitly; an input that it names takes no other column. With no `ports`
-    (the definition names none) it has to name all of them, with their types.
+    `given` maps columns explicitly; an input that it names takes no other column. Without `ports`
+    (the definition names none) it has to map all of them, with their types.
     """
     problems = list(sheet.problems)
     mappings = _assign(sheet, ports, given, problems)
     used = {mapping.column for mapping in mappings}
     unmapped = tuple(dict.fromkeys(name for name in sheet.columns if name not in used))
     if not problems and not mappings:
-        message = "no column is an input of the technique: --map INPUT=COLUMN says which is"
-        problems.append(Problem(sheet.header, "", message))
+        message = "no column is an input of the technique: use --map INPUT=COLUMN"
+        problems.append(SheetProblem(sheet.header, "", message))
     elif not problems and not sheet.rows:
-        problems.append(Problem(sheet.header, "", "the sheet has no rows"))
+        problems.append(SheetProblem(sheet.header, "", "the sheet has no rows"))
     reported = {port.id for port in ports if not any(one.input_id == port.id for one in mappings)}
     spoilt = {(problem.line, problem.column) for problem in problems}
     rows = []
@@ -275,8 +272,8 @@ def read_rows(sheet: Sheet, ports: Sequence[Port], given: Sequence[Mapping] = ()
         for problem in _located(faults, row, cells, mappings, reported):
             if (problem.line, problem.column) not in spoilt:
                 problems.append(problem)
-        rows.append(Row(line=row.line, inputs=canonical(inputs)))
-    return Reading(
+        rows.append(InputRow(line=row.line, inputs=canonical(inputs)))
+    return SheetReading(
         mapping=tuple(mappings),
         rows=tuple(rows),
         unmapped=unmapped,
@@ -285,13 +282,13 @@ def read_rows(sheet: Sheet, ports: Sequence[Port], given: Sequence[Mapping] = ()
 
 
 def row_tags(
-    sheet: Sheet, columns: TagMapping[str, str], tags: Tags
-) -> tuple[dict[int, Tags], list[Problem]]:
-    """The tags of each row, by its line: `tags`, and what its cells in `columns` (the key of each
-    and its column) say; an empty cell says nothing. And what is wrong with them."""
+    sheet: Sheet, columns: Mapping[str, str], tags: Tags
+) -> tuple[dict[int, Tags], list[SheetProblem]]:
+    """The tags of each row, by its line, and their problems: `tags`, and the cells that are not
+    empty in `columns` (column by key)."""
     named = ", ".join(filter(None, sheet.columns)) or "none"
     problems = [
-        Problem(sheet.header, column, f"the sheet has no such column for tags; it has {named}")
+        SheetProblem(sheet.header, column, f"the sheet has no such column for tags; it has {named}")
         for column in columns.values()
         if column not in sheet.columns
     ]
@@ -302,12 +299,12 @@ def row_tags(
         try:
             found[row.line] = check_tags(tags | own)
         except ValueError as error:
-            problems.append(Problem(row.line, "", str(error)))
+            problems.append(SheetProblem(row.line, "", str(error)))
     return found, problems
 
 
-def rows_by(sheet: Sheet, mapping: Sequence[Mapping]) -> list[list[Input]]:
-    """The inputs of each row by a mapping that is complete, with no check of any."""
+def rows_by(sheet: Sheet, mapping: Sequence[ColumnMapping]) -> list[list[Input]]:
+    """The inputs of each row by a complete mapping, unchecked."""
     return [
         canonical(_input(one, value) for one in mapping for value in row.cells.get(one.column, ()))
         for row in sheet.rows
@@ -315,12 +312,12 @@ def rows_by(sheet: Sheet, mapping: Sequence[Mapping]) -> list[list[Input]]:
 
 
 def mapping_of(
-    sheet: Sheet, now: Sequence[Mapping], asked: Sequence[Sequence[Input]]
-) -> list[Mapping]:
-    """By which columns of the sheet earlier rows asked for these inputs, where nobody noted it.
+    sheet: Sheet, now: Sequence[ColumnMapping], asked: Sequence[Sequence[Input]]
+) -> list[ColumnMapping]:
+    """The mapping of earlier rows with these inputs, if it was not stored.
 
-    An input's column is the one that has most of its values; of several, today's. One whose
-    values no column has is left out.
+    An input's column is the one that has most of its values; of several, today's. An input whose
+    values are in no column is left out.
     """
     values: dict[tuple[str, str], set[str]] = {}
     for one in (one for inputs in asked for one in inputs):
@@ -328,33 +325,36 @@ def mapping_of(
     found = []
     for (input_id, kind), wanted in sorted(values.items()):
         today = [one.column for one in now if one.input_id == input_id]
-        candidates = [Mapping(input_id, name, kind) for name in (*today, *sheet.columns)]
+        candidates = [ColumnMapping(input_id, name, kind) for name in (*today, *sheet.columns)]
         shares = [len(wanted.intersection(_values(sheet, one))) for one in candidates]
         if max(shares) > 0:
             found.append(candidates[shares.index(max(shares))])
     return found
 
 
-def _values(sheet: Sheet, mapping: Mapping) -> set[str]:
+def _values(sheet: Sheet, mapping: ColumnMapping) -> set[str]:
     cells = (value for row in sheet.rows for value in row.cells.get(mapping.column, ()))
     return {_input(mapping, value)["value"] for value in cells}
 
 
 def _assign(
-    sheet: Sheet, ports: Sequence[Port], given: Sequence[Mapping], problems: list[Problem]
-) -> list[Mapping]:
-    """The columns that are inputs, each with its type; what cannot be told is a problem."""
+    sheet: Sheet,
+    ports: Sequence[Port],
+    given: Sequence[ColumnMapping],
+    problems: list[SheetProblem],
+) -> list[ColumnMapping]:
+    """The columns that are inputs, each with its type."""
     header = sheet.header
     by_id = {port.id: port for port in ports}
-    wanted: list[Mapping] = []
+    wanted: list[ColumnMapping] = []
     for one in given:
         if ports and one.input_id not in by_id:
             message = f"the technique has no input {one.input_id!r}; it has {', '.join(by_id)}"
-            problems.append(Problem(header, one.column, message))
+            problems.append(SheetProblem(header, one.column, message))
         elif one.column not in sheet.columns:
             named = ", ".join(filter(None, sheet.columns)) or "none"
             message = f"the sheet has no such column; it has {named}"
-            problems.append(Problem(header, one.column, message))
+            problems.append(SheetProblem(header, one.column, message))
         else:
             wanted.append(one)
     named_ids = {one.input_id for one in given}
@@ -364,36 +364,38 @@ def _assign(
             continue
         column = _column_of(port, [name for name in sheet.columns if name not in taken])
         if column is not None:
-            wanted.append(Mapping(port.id, column))
+            wanted.append(ColumnMapping(port.id, column))
             taken.add(column)
         elif not port.optional and sheet.columns:
             kind = f" ({port.type})" if port.type else ""
             message = f"there is no column for the input {port.id!r}{kind}; {_advice(sheet, port)}"
-            problems.append(Problem(header, "", message))
+            problems.append(SheetProblem(header, "", message))
     mappings = []
     for one in wanted:
         port_type = by_id[one.input_id].type if one.input_id in by_id else ""
         if sheet.columns.count(one.column) > 1:
-            problems.append(Problem(header, one.column, "there are several columns of this name"))
+            problems.append(
+                SheetProblem(header, one.column, "there are several columns of this name")
+            )
         elif not (one.type or port_type):
-            message = "the technique's definition does not tell its type: "
-            message += f"--map {one.input_id}:TYPE={one.column} gives it"
-            problems.append(Problem(header, one.column, message))
+            message = "the technique's definition does not give its type: "
+            message += f"use --map {one.input_id}:TYPE={one.column}"
+            problems.append(SheetProblem(header, one.column, message))
         else:
-            mappings.append(Mapping(one.input_id, one.column, one.type or port_type))
+            mappings.append(ColumnMapping(one.input_id, one.column, one.type or port_type))
     return mappings
 
 
 def _advice(sheet: Sheet, port: Port) -> str:
-    """What to do about an input without a column."""
+    """Advice for an input without a column."""
     for delimiter, name in ((";", "';'"), ("\t", "tab")):
         if len(sheet.columns) == 1 and delimiter in sheet.columns[0]:
-            return f"if {name} parts the cells, --delimiter {name} says so"
-    return f"--map {port.id}=COLUMN names one"
+            return f"if the cells are separated by {name}, use --delimiter {name}"
+    return f"use --map {port.id}=COLUMN"
 
 
 def _column_of(port: Port, columns: Sequence[str]) -> str | None:
-    """The column that bears the input's id or name; `None` where there is none, or several."""
+    """The column with the input's id or name; `None` if there is none, or several."""
     if port.id in columns:
         return port.id
     for name in (port.id, port.name):
@@ -403,10 +405,10 @@ def _column_of(port: Port, columns: Sequence[str]) -> str | None:
     return None
 
 
-def _input(mapping: Mapping, value: str) -> Input:
+def _input(mapping: ColumnMapping, value: str) -> Input:
     kind = mapping.type or ""
-    # How a program ends the lines of a cell, and blanks around a link, are no part of what is
-    # asked for: a sheet that was only saved again asks for the same.
+    # Line ends within a cell and blanks around a link do not count: a sheet that was only saved
+    # again has the same inputs.
     value = value.strip() if kind in _LINKS else value.replace("\r\n", "\n")
     return {"id": mapping.input_id, "type": kind, "value": value}
 
@@ -414,17 +416,17 @@ def _input(mapping: Mapping, value: str) -> Input:
 def _located(
     faults: Iterable[FieldFault],
     row: SheetRow,
-    cells: Sequence[tuple[Mapping, Any]],
-    mappings: Sequence[Mapping],
+    cells: Sequence[tuple[ColumnMapping, Any]],
+    mappings: Sequence[ColumnMapping],
     reported: set[str],
-) -> Iterator[Problem]:
-    """Each fault of a row's inputs, by its column; inputs without a column have been reported."""
+) -> Iterator[SheetProblem]:
+    """The faults of a row's inputs, by column, without inputs that have been `reported`."""
     for fault in faults:
         _, _, name = fault.field.partition("inputs.")
         position, dot, _ = name.partition(".")
         if dot and position.isdecimal() and int(position) < len(cells):
-            yield Problem(row.line, cells[int(position)][0].column, fault.message)
+            yield SheetProblem(row.line, cells[int(position)][0].column, fault.message)
         elif name not in reported:
             column = next((one.column for one in mappings if one.input_id == name), "")
             message = f"is empty; the input {name!r} {fault.message}" if column else fault.message
-            yield Problem(row.line, column, message)
+            yield SheetProblem(row.line, column, message)

@@ -261,7 +261,7 @@ class Worker:
             more = True
             while more:
                 self._round_began = time.monotonic()
-                report = await self._services.poller.poll_due(gather=True)
+                report = await self._services.poller.poll_due(coalesce=True)
                 self._services.metrics.polled(report)
                 more = report.at_once
                 if report.claimed:
@@ -385,7 +385,7 @@ class Worker:
     async def _until_due(self) -> None:
         """Return when a run is due, and the round before lies long enough back."""
         while True:
-            due = await self._services.poller.next_due_at(gather=True)
+            due = await self._services.poller.next_due_at(coalesce=True)
             wait = TICK if due is None else (due - self._services.clock()).total_seconds()
             if wait <= 0:
                 break

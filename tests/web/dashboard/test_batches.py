@@ -27,7 +27,9 @@ async def test_a_batch_shows_the_result_of_each_row(serve: Serve, sqlite_url: st
             )
             sheet = read_csv(b"prompt\ngarden tools\nkitchen\n<b>camping</b>\n")
             plan, _ = await site.services.batches.plan("icon-pack", sheet, name="<i>icons</i>.csv")
-            await site.services.batches.run(plan, concurrency=2, wait=False, tell=lambda _: None)
+            await site.services.batches.run(
+                plan, concurrency=2, wait=False, on_progress=lambda _: None
+            )
             site.client.headers.update(HTML)
 
             async def all_ended() -> bool:

@@ -14,7 +14,7 @@ from tracker.core.clock import Clock
 from tracker.operations.metrics.counters import Counters
 from tracker.operations.metrics.gauges import DatabaseGauges, ProcessGauges
 from tracker.polling.workspaces import Workspaces
-from tracker.starting.budgets import BudgetReader
+from tracker.starting.start import BudgetReader
 from tracker.store.engine import Database
 
 __all__ = ["Metrics"]

@@ -21,10 +21,10 @@ from tracker import __version__
 from tracker.core.clock import Clock
 from tracker.core.errors import StoreError
 from tracker.flora.contact import SILENT, Trouble
-from tracker.flora.request_limit import BudgetState
+from tracker.flora.request_limit import RequestLimitState
 from tracker.operations.metrics.counters import Counters
 from tracker.polling.workspaces import Workspaces
-from tracker.starting.budgets import BudgetReader
+from tracker.starting.start import BudgetReader
 from tracker.store.engine import Database
 from tracker.store.queries import starts, sweeps
 from tracker.store.queries.attention import Gauges, SweepHealth, read_gauges, sweep_health
@@ -40,7 +40,7 @@ EXPECTED: Final = ("came", "late", "missed")
 _WORKSPACE: Final = ("workspace_id",)
 
 _GAUGE, _TOTAL = GaugeMetricFamily, CounterMetricFamily
-_Value = Callable[[BudgetState], float | None]
+_Value = Callable[[RequestLimitState], float | None]
 _Family = type[GaugeMetricFamily | CounterMetricFamily]
 _REQUEST_LIMITS: Final[tuple[tuple[_Family, str, str, _Value], ...]] = (
     (_GAUGE, "flora_requests_in_flight", "Requests to FLORA in flight.", lambda one: one.in_flight),
@@ -115,7 +115,7 @@ class ProcessGauges(Collector):
 
     def _flora(self) -> Iterator[Metric]:
         clients = {one.name: one.client for one in self._workspaces if one.client is not None}
-        limits = {name: client.budget.state() for name, client in clients.items()}
+        limits = {name: client.request_limit.state() for name, client in clients.items()}
         for family, name, meaning, value in _REQUEST_LIMITS:
             values = {workspace: value(limit) for workspace, limit in limits.items()}
             yield _gauges(name, meaning, _WORKSPACE, values, family)

@@ -7,7 +7,7 @@ from typing import Final, Literal
 
 from tracker.core.formatting import counted, duration, number, percent
 from tracker.flora.client import FloraClient
-from tracker.flora.contact import Found, Trouble
+from tracker.flora.contact import OngoingTrouble, Trouble
 from tracker.polling.workspaces import Workspace
 from tracker.store.queries.attention import SweepHealth
 from tracker.store.queries.overview import CallbackHealth
@@ -56,7 +56,7 @@ class WorkspaceHealth:
         self.key, self.requests = "none", "not used"
         self.refused_since: datetime | None = None
         self.refusal: str | None = None
-        self.trouble: Found | None = None
+        self.trouble: OngoingTrouble | None = None
         if client is not None:
             swept = self.sweep is not None and self.sweep.complete_at is not None
             self.key = "accepted" if swept or client.clock_offset is not None else "not used yet"
@@ -177,7 +177,7 @@ def _workspace(one: WorkspaceHealth, now: datetime, *, alone: bool) -> Alert | N
 
 
 def _requests(client: FloraClient) -> str:
-    state = client.budget.state()
+    state = client.request_limit.state()
     parts = [f"{state.in_flight} of {state.concurrency} slots busy"]
     if state.waiting:
         parts.append(f"{number(state.waiting)} queued")
