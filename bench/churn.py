@@ -35,7 +35,7 @@ from tracker.operations.retention import Ages, Pruner
 from tracker.store import claims, migrate
 from tracker.store.engine import Database
 from tracker.store.queries import starts
-from tracker.store.writing import rollups as tallies
+from tracker.store.writing import rollups
 from tracker.store.writing.writer import Writer
 
 UPDATED: Final = ("runs", "deliveries", "starts", "run_tallies")
@@ -100,7 +100,7 @@ async def churn(
             again = [callback(f"run_{1 + n}", f"whd_{1 + n}", at=now) for n in range(STARTS)]
             await writer.submit_all(again)
             await _one_day(db, writer, number, now, a_day)
-            await tallies.fold(db)
+            await rollups.compact(db)
 
 
 async def _one_day(db: Database, writer: Writer, number: int, now: datetime, runs: int) -> None:

@@ -36,7 +36,7 @@ from tracker.operations.retention import Ages, Pruner
 from tracker.store import migrate
 from tracker.store.engine import Database
 from tracker.store.queries import starts
-from tracker.store.writing import rollups as tallies
+from tracker.store.writing import rollups
 
 AT_ONCE: Final = 250
 PARTS: Final = ("rows", "indexes")
@@ -105,7 +105,7 @@ async def load(db: Database, numbers: range) -> None:
                 )
             for step in zip(*entries, strict=True):
                 await writer.submit_all(step)
-            await tallies.fold(db)
+            await rollups.compact(db)
 
 
 Sizes = Counter[tuple[str, str]]

@@ -12,7 +12,7 @@ from typing import Final
 from sqlalchemy import Connection
 
 from tracker.store.engine import Database, migration_engine
-from tracker.store.writing import rollups as tallies
+from tracker.store.writing import rollups
 
 DAYS: Final = 90
 SWEEPS: Final = DAYS * 24 * 12 * 3
@@ -59,7 +59,7 @@ async def fill(
             await connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
         await connection.run_sync(_insert, count, active or count // 1000, sweeps, scattered)
     await engine.dispose()
-    await tallies.recount(db)
+    await rollups.recount(db)
     await analyze(db)
 
 

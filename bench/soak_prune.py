@@ -35,7 +35,7 @@ from tracker.receiving.apply import Applier
 from tracker.store import migrate
 from tracker.store.engine import Database
 from tracker.store.schema import runs
-from tracker.store.writing import rollups as tallies
+from tracker.store.writing import rollups
 
 DAYS: Final = 30
 FLORA_WAITS: Final = 10.0
@@ -56,7 +56,7 @@ async def receive(db: Database, name: str, done: asyncio.Event) -> list[float]:
     ):
         while not done.is_set():
             began = time.perf_counter()
-            await inbox.store(delivery(f"{name}_{len(took)}", at=utc_now()))
+            await inbox.enqueue(delivery(f"{name}_{len(took)}", at=utc_now()))
             took.append(time.perf_counter() - began)
             await asyncio.sleep(0.005)
     return took
@@ -92,7 +92,7 @@ async def measure(url: str, given: argparse.Namespace) -> dict[str, Any]:
         done.set()
         beside = await receiving
         await applied(db)
-        await tallies.fold(db)
+        await rollups.compact(db)
         states = [
             {key: n for key, n in found.items() if key.measure == STATE}
             for found in (await tallied(db), await counted(db))

@@ -129,13 +129,13 @@ def _imported(path: Path) -> Iterator[str]:
 STATE = {"runs", "run_outputs", "run_events", "deliveries"}
 WRITERS = {
     *("writer.py", "statements_postgres.py", "statements_sqlite.py"),
-    *("inbox.py", "delivery_rows.py"),
+    *("inbox.py", "statements.py"),
 }
 
 
 def test_run_state_is_written_by_the_writers_alone() -> None:
-    """Beside the writers, claims move when a run is polled, and retention deletes and empties;
-    the doctor's look at whether a row is taken rolls it back."""
+    """Beside the writers, claims move when a run is polled, and retention deletes and empties; the
+    doctor rolls back its test insert, and removes its test deliveries."""
     found: dict[str, set[tuple[str, str]]] = {}
     for path in SOURCES:
         if writes := set(_writes(ast.parse(path.read_text()))):
@@ -148,10 +148,10 @@ def test_run_state_is_written_by_the_writers_alone() -> None:
         if name.removeprefix("store/writing/") not in WRITERS
     }
     assert beside.pop("store/claims.py") == {("update", "runs")}
-    assert beside.pop("store/condition.py") == {("insert", "deliveries")}
-    empties = {what for what in beside["store/writing/prune.py"] if what[0] != "delete"}
+    assert beside.pop("store/inspection.py") == {("insert", "deliveries"), ("delete", "deliveries")}
+    empties = {what for what in beside["store/writing/retention.py"] if what[0] != "delete"}
     assert empties == {("update", "deliveries")}
-    beside["store/writing/prune.py"] -= empties
+    beside["store/writing/retention.py"] -= empties
     assert {verb for writes in beside.values() for verb, _ in writes} <= {"delete"}, beside
 
 
@@ -164,7 +164,10 @@ def test_claims_move_only_the_times_and_the_lease() -> None:
 
 def test_retention_empties_only_what_need_not_be_kept() -> None:
     """A delivery loses its body, a start what it asked for; that they were there stays."""
-    assert _set_by("tracker/store/writing/prune.py") == {"body", "body_removed_at", "inputs"}
+    assert _set_by("tracker/store/writing/retention.py") == {
+        *("body", "body_removed_at", "inputs"),
+        "through",  # how far retention has come
+    }
 
 
 def _set_by(file: str) -> set[str | None]:

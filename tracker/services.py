@@ -19,6 +19,7 @@ from tracker.core.clock import Clock
 from tracker.delivering.downloads import Downloader
 from tracker.explaining.explainer import Explainer
 from tracker.flora.client import FloraClient
+from tracker.flora.parse import digest_id
 from tracker.flora.request_limit import SharedWaits
 from tracker.operations.metrics import Metrics
 from tracker.operations.retention import Pruner
@@ -28,7 +29,6 @@ from tracker.polling.poll import Coalescer, DurationBook, Poller
 from tracker.polling.sweep import Sweeper
 from tracker.polling.verify import Verifier
 from tracker.polling.workspaces import DatabaseWaits, Workspace, WorkspaceIds, Workspaces
-from tracker.receiving import callback
 from tracker.receiving.apply import Applier
 from tracker.receiving.receive import Receiver
 from tracker.receiving.replay import Replayer
@@ -185,7 +185,7 @@ async def open_services(
         inbox = await stack.enter_async_context(
             Inbox(
                 database,
-                digest_id=callback.digest_id,
+                digest_id=digest_id,
                 on_stored=applier.stored,
                 on_write=[metrics.written],
             )

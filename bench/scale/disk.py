@@ -11,7 +11,7 @@ from bench.report import Report, Table
 from bench.scale.databases import Plot
 from bench.sizes import SIZES
 from tracker.store.engine import Database
-from tracker.store.writing import rollups as tallies
+from tracker.store.writing import rollups
 
 LEAST: Final = 0.5
 """Bytes for each run below which a table or an index is not shown."""
@@ -63,7 +63,7 @@ async def _recount(plot: Plot) -> float:
     """Seconds that it takes to count all runs anew."""
     async with await Database.open(plot.url) as db:
         began = time.perf_counter()
-        await tallies.recount(db)
+        await rollups.recount(db)
         return time.perf_counter() - began
 
 

@@ -18,7 +18,7 @@ from tests.support.postgres import PostgresServer
 from tests.support.waiting import free_port
 from tracker.core.clock import utc_now
 from tracker.operations.doctor import Level, database
-from tracker.store.condition import look_at_postgres
+from tracker.store.inspection import inspect_postgres
 from tracker.store.url import DatabaseUrl
 
 
@@ -123,7 +123,7 @@ async def test_a_file_that_is_no_database_is_not_made_one(
 
 async def test_a_locked_file_is_reported(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The advice names the command that shows which process holds the file."""
-    monkeypatch.setattr("tracker.store.condition.LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("tracker.store.inspection.LOCK_SECONDS", 0.1)
     path = sqlite_url.removeprefix("sqlite:///")
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("PRAGMA journal_mode=WAL")
@@ -193,7 +193,7 @@ async def test_a_pooler_that_loses_notifications_is_detected(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where what is notified is not heard, it is a warning that says how late work is noticed."""
-    monkeypatch.setattr("tracker.store.condition.HEARD_WITHIN", 0.3)
+    monkeypatch.setattr("tracker.store.inspection.NOTIFIED_WITHIN", 0.3)
     async with losing_notices(postgres_url) as url:
         report = await _look(url)
     assert report.level("database") is Level.OK
@@ -265,7 +265,7 @@ async def test_a_server_that_is_not_verified_fails(
     postgres_url: str, mode: str, level: Level
 ) -> None:
     """On another machine; where TLS is switched off on purpose it is a warning."""
-    seen = await look_at_postgres(DatabaseUrl.parse(postgres_url), clock=utc_now)
+    seen = await inspect_postgres(DatabaseUrl.parse(postgres_url), clock=utc_now)
     url = DatabaseUrl.parse(f"postgresql://tracker:secret@db.example.com/tracker{mode}")
     findings = {one.name: one for one in database.judge_postgres(url, seen).findings}
     assert findings["database TLS"].level is level
@@ -276,7 +276,7 @@ async def test_a_server_that_is_not_verified_fails(
 async def test_a_crowded_server_and_an_old_one_are_reported(postgres_url: str) -> None:
     """A server with few connections left is a warning, one that is too old fails."""
     url = DatabaseUrl.parse(postgres_url)
-    seen = await look_at_postgres(url, clock=utc_now)
+    seen = await inspect_postgres(url, clock=utc_now)
     crowded = database.judge_postgres(url, replace(seen, connections=seen.most_connections - 1))
     assert crowded.findings[0].level is Level.WARNING
     assert "Raise max_connections" in crowded.findings[0].advice

@@ -15,9 +15,9 @@ from tracker.settings import read_settings
 from tracker.simulator import Simulator
 from tracker.store import claims
 from tracker.store.engine import Database
+from tracker.store.inspection import remove_test_deliveries, stored_test_deliveries
 from tracker.store.queries import attention, sweeps
 from tracker.store.queries.attention import SweepHealth, read_gauges
-from tracker.store.writing import delivery_rows
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 SWEEP = SweepHealth(
@@ -161,7 +161,7 @@ async def test_old_test_deliveries_are_deleted_and_nothing_else_is(
         await keep(services.database, put(new, TEST_DELIVERY, 0))
         for one in others:
             await keep(services.database, put(one, "run.completed", 2))
-        await delivery_rows.take_out(services.database, others)
-        await delivery_rows.take_out_left(services.database, before=now - timedelta(hours=1))
-        left = await delivery_rows.arrived(services.database, [old, new, *others])
+        before = now - timedelta(hours=1)
+        await remove_test_deliveries(services.database, others, left_before=before)
+        left = await stored_test_deliveries(services.database, [old, new, *others])
     assert left == {new, *others}

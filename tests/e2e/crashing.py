@@ -44,7 +44,7 @@ COMMITS: Final = (
 )
 SELDOM: Final = (
     "sweeps.forget_after",
-    "delivery_rows.quarantine",
+    "statements.quarantine",
     "replay.requeue",
     "inbox: notify",
 )

@@ -73,8 +73,8 @@ def shorten_all_waits() -> None:
     shorten(scheduler, GATHER=0.2, RECOVER_EVERY=soon)
     scheduler.cron_trigger = every_second  # type: ignore[assignment]
     shorten(server, GRACE_SECONDS=1)
-    shorten(rollups, LAST_FOLD_WITHIN=0.5)
-    services.RollupCompactor = partial(services.RollupCompactor, gather=0.2)  # type: ignore
+    shorten(rollups, LAST_WITHIN=0.5)
+    services.RollupCompactor = partial(services.RollupCompactor, delay=0.2)  # type: ignore
 
 
 def shorten_key_memory() -> None:

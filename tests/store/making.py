@@ -17,12 +17,14 @@ from tracker.core.observation import Observation, Source
 from tracker.core.record import Delivery, DeliveryOutcome, Entry, Seen
 from tracker.core.run import Output, Run, RunError, RunStatus
 from tracker.core.schedule import Policy
-from tracker.receiving.callback import digest_id, observe
+from tracker.flora import parse
+from tracker.flora.parse import digest_id
 from tracker.store.engine import Database
 from tracker.store.queries.runs import events
 from tracker.store.schema import deliveries
-from tracker.store.writing.inbox import Group, Inbox, Read, apply_waiting
-from tracker.store.writing.writer import MergeRules, Writer, WriteResult, statements_for
+from tracker.store.writing.inbox import Inbox, ParsedDelivery, apply_waiting
+from tracker.store.writing.statements import statements_for
+from tracker.store.writing.writer import MergeRules, Writer, WriteResult
 
 NOW = datetime(2026, 6, 1, 12, 0, 0, 123456, tzinfo=UTC)
 POLICY = Policy()
@@ -181,10 +183,10 @@ def delivery(run_id: str, *, at: datetime = NOW, body: bytes | None = None) -> D
     )
 
 
-def says(one: Delivery) -> Read:
-    """What a delivery says, read by the callbacks' own reader."""
-    seen = observe(one.body, at=one.received_at, signer=None)
-    return Read(None, seen) if isinstance(seen, str) else Read(seen)
+def parsed(one: Delivery) -> ParsedDelivery:
+    """A delivery, parsed without any settings."""
+    seen = parse.callback(one.body, at=one.received_at)
+    return ParsedDelivery(None, seen) if isinstance(seen, str) else ParsedDelivery(seen)
 
 
 def open_inbox(db: Database, **options: Any) -> Inbox:
@@ -199,8 +201,9 @@ async def apply_all(db: Database, *, limit: int = 500, at: datetime = NOW) -> in
         done = await db.write(
             lambda connection: apply_waiting(
                 connection,
-                Group(limit=limit, read=says),
-                [],
+                limit=limit,
+                parse=parsed,
+                taken=[],
                 clock=lambda: at,
                 rules=RULES,
                 statements=statements,

@@ -11,8 +11,9 @@ from tests.support.waiting import eventually
 from tracker.core.run import RunStatus
 from tracker.store.engine import Database
 from tracker.store.queries.runs import get_run
+from tracker.store.writing.statements import BatchChanges
 from tracker.store.writing.statements_postgres import PostgresStatements
-from tracker.store.writing.writer import Changes, MergeRules, write_batch
+from tracker.store.writing.writer import MergeRules, write_batch
 
 WAITING = text("SELECT count(*) FROM pg_locks WHERE NOT granted")
 
@@ -25,7 +26,7 @@ class Halting(PostgresStatements):
         self.locked = asyncio.Event()
         self.go_on = asyncio.Event()
 
-    def write(self, connection: Connection, changes: Changes) -> None:
+    def write(self, connection: Connection, changes: BatchChanges) -> None:
         """As ever, but when it is told to."""
         self.locked.set()
         await_only(self.go_on.wait())
@@ -54,7 +55,9 @@ async def test_a_run_that_becomes_known_meanwhile_is_not_waited_for(postgres_url
         entries = [seen("run_1", RunStatus.COMPLETED), seen("run_2", RunStatus.COMPLETED)]
         rules = MergeRules(POLICY, lambda _: None)
         first = asyncio.create_task(
-            one.write(lambda connection: write_batch(connection, entries, rules, halting))
+            one.write(
+                lambda connection: write_batch(entries, connection, rules=rules, statements=halting)
+            )
         )
         await halting.locked.wait()
         await writer.submit(callback("run_1"))

@@ -112,10 +112,8 @@ async def test_a_database_that_is_away_is_tried_again_until_the_deadline() -> No
 async def test_closing_commits_what_waits() -> None:
     """And refuses the rest."""
     committed = Committed()
-    group = group_commit(committed, max_group=10)
-    group.start()
-    answers = group.enqueue_all([b"x"] * 45)
-    await group.aclose()
+    async with group_commit(committed, max_group=10) as group:
+        answers = group.enqueue_all([b"x"] * 45)
     assert await asyncio.gather(*answers) == [1] * 45
     with pytest.raises(StoreUnavailable):
         group.enqueue(b"late")

@@ -22,8 +22,8 @@ from tests.store.making import (
     ids,
     open_inbox,
     open_writer,
+    parsed,
     receipts,
-    says,
     seen,
     started,
 )
@@ -39,9 +39,9 @@ from tracker.receiving.apply import Applier
 from tracker.store.engine import Database
 from tracker.store.queries import runs as read
 from tracker.store.schema import deliveries, run_events, runs
-from tracker.store.writing.delivery_rows import MOST_LARGE, SMALL, requeue
-from tracker.store.writing.inbox import Group, Inbox, Read, apply_waiting
-from tracker.store.writing.writer import WriteOutcome, statements_for
+from tracker.store.writing.inbox import Inbox, ParsedDelivery, apply_waiting
+from tracker.store.writing.statements import MAX_LARGE, SMALL_BODY, requeue, statements_for
+from tracker.store.writing.writer import WriteOutcome
 
 LATER = NOW + timedelta(hours=2)
 
@@ -81,7 +81,7 @@ async def how_many(db: Database, table: Any) -> int:
 async def test_what_is_stored_waits_and_touches_no_run(inbox: Inbox, other_db: Database) -> None:
     """The bytes and what the row needs are on disk when the caller is told; nothing else is."""
     came = replace(delivery("run_1"), api_version="2026-06-11", created_at=NOW, workspace_id="ws")
-    stored = await inbox.store(came)
+    stored = await inbox.enqueue(came)
     assert stored == ("whd_run_1", DeliveryOutcome.WAITING, False)
     row = await read.get_delivery(other_db, "whd_run_1")
     assert row is not None
@@ -99,7 +99,7 @@ async def test_many_share_a_commit(db: Database) -> None:
         commits.append(items)
 
     async with open_inbox(db, on_write=[count]) as inbox:
-        stored = await asyncio.gather(*(inbox.store(delivery(run)) for run in ids("run", 200)))
+        stored = await asyncio.gather(*(inbox.enqueue(delivery(run)) for run in ids("run", 200)))
     assert (sum(commits), len(commits)) == (200, 1)
     assert not any(one.repeated for one in stored)
     assert len(await receipts(db)) == 200
@@ -109,10 +109,10 @@ async def test_a_repeated_delivery_only_counts(inbox: Inbox, db: Database) -> No
     """In one group or in several; and what became of it is told."""
     later = NOW + timedelta(seconds=10)
     came = [delivery("run_1"), delivery("run_2"), delivery("run_1", at=later), delivery("run_1")]
-    together = await asyncio.gather(*map(inbox.store, came))
+    together = await asyncio.gather(*map(inbox.enqueue, came))
     assert [one.repeated for one in together] == [False, False, True, True]
     assert await apply_all(db) == 2
-    again = await inbox.store(delivery("run_1", at=later + timedelta(seconds=1)))
+    again = await inbox.enqueue(delivery("run_1", at=later + timedelta(seconds=1)))
     assert again == ("whd_run_1", DeliveryOutcome.APPLIED, True)
     assert await receipts(db) == {"whd_run_1": 4, "whd_run_2": 1}
     row = await read.get_delivery(db, "whd_run_1")
@@ -129,9 +129,9 @@ async def test_another_body_under_a_known_id_is_stored_beside_it(
     """Both were signed: each is kept as it came and counted once, however they came."""
     one, other = delivery("run_1"), delivery("run_1", body=body_of("run_2", "whd_run_1"))
     if together:
-        stored = list(await asyncio.gather(*map(inbox.store, (one, other, one, other))))
+        stored = list(await asyncio.gather(*map(inbox.enqueue, (one, other, one, other))))
     else:
-        stored = [await inbox.store(each) for each in (one, other, one, other)]
+        stored = [await inbox.enqueue(each) for each in (one, other, one, other)]
     key = digest_id(other.body)
     assert [each.delivery_id for each in stored] == ["whd_run_1", key, "whd_run_1", key]
     assert [each.repeated for each in stored] == [False, False, True, True]
@@ -150,7 +150,7 @@ async def test_an_id_that_looks_like_anothers_digest_loses_nothing(
     other = delivery("run_1", body=b"other")
     forged = replace(delivery("run_2", body=b"forged"), delivery_id=digest_id(b"other"))
     came = [delivery("run_1"), forged, other]
-    stored = [await inbox.store(each) for each in came]
+    stored = [await inbox.enqueue(each) for each in came]
     assert len({each.delivery_id for each in stored}) == 3
     for each, delivered in zip(stored, came, strict=True):
         row = await read.get_delivery(db, each.delivery_id)
@@ -160,11 +160,11 @@ async def test_an_id_that_looks_like_anothers_digest_loses_nothing(
 
 async def test_a_removed_body_still_recognises_a_repetition(inbox: Inbox, db: Database) -> None:
     """What retention emptied cannot be compared, and is no other delivery."""
-    await inbox.store(delivery("run_1"))
+    await inbox.enqueue(delivery("run_1"))
     await apply_all(db)
     emptied = deliveries.update().values(body=b"", body_removed_at=NOW)
     await db.write(lambda connection: connection.execute(emptied).rowcount)
-    assert (await inbox.store(delivery("run_1"))).repeated
+    assert (await inbox.enqueue(delivery("run_1"))).repeated
     assert await receipts(db) == {"whd_run_1": 2}
 
 
@@ -173,8 +173,8 @@ async def test_two_processes_store_the_same(db: Database, other_db: Database) ->
     wanted = [delivery(run) for run in ids("run", 60)]
     async with open_inbox(db, max_group=7) as one, open_inbox(other_db, max_group=11) as other:
         first, second = await asyncio.gather(
-            asyncio.gather(*map(one.store, wanted)),
-            asyncio.gather(*map(other.store, reversed(wanted))),
+            asyncio.gather(*map(one.enqueue, wanted)),
+            asyncio.gather(*map(other.enqueue, reversed(wanted))),
         )
     repeated = [(a.repeated, b.repeated) for a, b in zip(first, reversed(second), strict=True)]
     assert all(sorted(pair) == [False, True] for pair in repeated)
@@ -186,7 +186,7 @@ async def test_two_processes_store_the_same(db: Database, other_db: Database) ->
 
 async def test_applying_ends_the_run_and_makes_it_due(inbox: Inbox, db: Database) -> None:
     """A run that nobody registered is created, ended, and to be read at once."""
-    await inbox.store(delivery("run_1"))
+    await inbox.enqueue(delivery("run_1"))
     assert await apply_all(db, at=LATER) == 1
     record = await read.get_run(db, "run_1")
     assert record is not None
@@ -206,9 +206,9 @@ async def test_the_first_receipt_stays_the_first(
     """`callback_at` is the earliest receipt, in whichever order deliveries are applied."""
     await writer.submit(started("run_1"))
     early, late = NOW + timedelta(seconds=5), NOW + timedelta(seconds=9)
-    await inbox.store(replace(delivery("run_1", at=late), delivery_id="whd_late"))
+    await inbox.enqueue(replace(delivery("run_1", at=late), delivery_id="whd_late"))
     await apply_all(db)
-    await inbox.store(replace(delivery("run_1", at=early), delivery_id="whd_early"))
+    await inbox.enqueue(replace(delivery("run_1", at=early), delivery_id="whd_early"))
     await apply_all(db)
     record = await read.get_run(db, "run_1")
     assert record is not None
@@ -217,7 +217,7 @@ async def test_the_first_receipt_stays_the_first(
 
 async def test_a_settled_run_stays_as_it_is(inbox: Inbox, writer: TestWriter, db: Database) -> None:
     """What the API said stands; the callback is only noted."""
-    await inbox.store(delivery("run_1"))
+    await inbox.enqueue(delivery("run_1"))
     await writer.submit(seen("run_1", RunStatus.COMPLETED))
     await apply_all(db)
     record = await read.get_run(db, "run_1")
@@ -241,7 +241,7 @@ async def test_what_is_not_understood_is_quarantined_alone(inbox: Inbox, db: Dat
     """Each says why, its bytes stay, and its neighbours are applied."""
     odd = [Delivery(delivery_id=digest_id(body), received_at=NOW, body=body) for body in ODD_BODIES]
     good = [delivery(run) for run in ids("run", 20)]
-    await asyncio.gather(*map(inbox.store, [*good[:7], *odd, *good[7:]]))
+    await asyncio.gather(*map(inbox.enqueue, [*good[:7], *odd, *good[7:]]))
     assert await apply_all(db) == 20 + len(odd)
     for one in odd:
         row = await read.get_delivery(db, one.delivery_id)
@@ -257,7 +257,7 @@ async def test_text_that_no_database_holds_is_made_fit(inbox: Inbox, db: Databas
         b'{"id": "whd_1", "type": "run.failed", "data": {"run_id": "run_\\u0000\\ud800", '
         b'"status": "failed", "error_code": "a\\u0000", "error_message": "\\udfff"}}'
     )
-    await inbox.store(Delivery(delivery_id="whd_1", received_at=NOW, body=body))
+    await inbox.enqueue(Delivery(delivery_id="whd_1", received_at=NOW, body=body))
     assert await apply_all(db) == 1
     record = await read.get_run(db, "run_\ufffd\ufffd")
     assert record is not None
@@ -273,7 +273,7 @@ async def test_two_processes_apply_each_delivery_once(db: Database, other_db: Da
         for again in range(3):
             await asyncio.gather(
                 *(
-                    inbox.store(replace(delivery(run), delivery_id=f"whd_{run}_{again}"))
+                    inbox.enqueue(replace(delivery(run), delivery_id=f"whd_{run}_{again}"))
                     for run in names
                 )
             )
@@ -291,7 +291,7 @@ async def test_two_processes_apply_each_delivery_once(db: Database, other_db: Da
 
     await eventually(none)
     for applier in appliers:
-        await applier.aclose()
+        await applier.__aexit__()
     assert sum(counted) == 360
     assert await how_many(db, run_events) == 120
     assert set((await outcomes(db)).values()) == {"applied"}
@@ -301,7 +301,7 @@ async def test_two_processes_need_no_turns_on_postgres(postgres_url: str) -> Non
     """What one has taken the other passes over; what a transaction took that came to nothing is
     applied by the next."""
     async with await Database.open(postgres_url) as db, open_inbox(db) as inbox:
-        await asyncio.gather(*(inbox.store(delivery(run)) for run in ids("run", 4)))
+        await asyncio.gather(*(inbox.enqueue(delivery(run)) for run in ids("run", 4)))
         holder: Any = await asyncpg.connect(postgres_url)
         transaction = holder.transaction()
         await transaction.start()
@@ -321,7 +321,7 @@ async def test_what_an_older_receiver_wrote_is_done(db: Database) -> None:
     await keep(db, Delivered(delivery=delivery("run_2"), outcome=DeliveryOutcome.QUARANTINED))
     assert await apply_all(db) == 0
     async with open_inbox(db) as inbox:
-        stored = await inbox.store(delivery("run_1", body=b"{}"))
+        stored = await inbox.enqueue(delivery("run_1", body=b"{}"))
     assert (stored.outcome, stored.repeated) == (DeliveryOutcome.APPLIED, True)
     assert await apply_all(db) == 0
 
@@ -335,18 +335,19 @@ async def test_only_its_own_workspace_may_end_a_run(
     for number, run in enumerate(("run_1", "run_2", "run_2")):
         one = delivery(run, body=body_of(run, workspace_id=f"ws_{'ab'[number % 2]}"))
         at = NOW + timedelta(seconds=number)
-        await inbox.store(replace(one, delivery_id=f"whd_{number}", received_at=at))
+        await inbox.enqueue(replace(one, delivery_id=f"whd_{number}", received_at=at))
 
-    def read_for(signers: set[str]) -> Callable[[Delivery], Read]:
-        return lambda one: says(one)._replace(signers=signers)
+    def parse_for(signers: set[str]) -> Callable[[Delivery], ParsedDelivery]:
+        return lambda one: parsed(one)._replace(signers=signers)
 
     async def apply(signers: set[str]) -> Sequence[tuple[str, str]]:
         statements = statements_for(db)
         done = await db.write(
             lambda connection: apply_waiting(
                 connection,
-                Group(limit=10, read=read_for(signers)),
-                [],
+                limit=10,
+                parse=parse_for(signers),
+                taken=[],
                 clock=lambda: NOW,
                 rules=RULES,
                 statements=statements,
@@ -381,8 +382,8 @@ async def test_it_applies_what_its_process_stored_at_once(db: Database) -> None:
         ) as applier,
         open_inbox(db, on_stored=applier.stored) as inbox,
     ):
-        await inbox.store(delivery("run_1"))
-        await inbox.store(Delivery(delivery_id="whd_odd", received_at=NOW, body=b"?"))
+        await inbox.enqueue(delivery("run_1"))
+        await inbox.enqueue(Delivery(delivery_id="whd_odd", received_at=NOW, body=b"?"))
 
         async def both() -> bool:
             return await waiting(db) == 0
@@ -395,14 +396,14 @@ async def test_it_applies_what_its_process_stored_at_once(db: Database) -> None:
 async def test_what_a_dead_process_stored_is_found(db: Database) -> None:
     """At the start, and every second while others may die."""
     async with open_inbox(db) as inbox:
-        await inbox.store(delivery("run_1"))
+        await inbox.enqueue(delivery("run_1"))
         async with open_applier(db, background=True):
 
             async def none() -> bool:
                 return await waiting(db) == 0
 
             await eventually(none)
-            await inbox.store(delivery("run_2"))
+            await inbox.enqueue(delivery("run_2"))
             await eventually(none, timeout=3)
 
 
@@ -412,20 +413,20 @@ async def test_what_cannot_be_applied_is_quarantined_alone(
     """Whatever breaks on it, in the database or in the tracker, its neighbours are applied."""
     bad = {"run_0003", "run_0017", "run_0018"}
     async with open_inbox(db) as inbox:
-        await asyncio.gather(*(inbox.store(delivery(run)) for run in ids("run", 40)))
+        await asyncio.gather(*(inbox.enqueue(delivery(run)) for run in ids("run", 40)))
     applier = open_applier(db)
-    reads = applier._read
+    parse = applier._parse
 
-    def breaks(one: Delivery) -> Read:
-        said = reads(one)
+    def breaks(one: Delivery) -> ParsedDelivery:
+        said = parse(one)
         assert said.observation is not None
         if one.run_id == "run_0003":
             raise RuntimeError("not today")
         if one.run_id in bad:
-            return Read(replace(said.observation, progress=400.0))
+            return ParsedDelivery(replace(said.observation, progress=400.0))
         return said
 
-    monkeypatch.setattr(applier, "_read", breaks)
+    monkeypatch.setattr(applier, "_parse", breaks)
     assert await applier.drain() == 40
     found = await outcomes(db)
     assert {key for key, outcome in found.items() if outcome != "applied"} == {
@@ -451,7 +452,7 @@ async def test_a_database_that_is_away_blames_no_delivery(
         return await write(work)
 
     async with open_inbox(db) as inbox:
-        await inbox.store(delivery("run_1"))
+        await inbox.enqueue(delivery("run_1"))
     monkeypatch.setattr(db, "write", fails)
     async with open_applier(db) as applier:
         applier.wake()
@@ -473,7 +474,7 @@ async def test_a_locked_run_holds_up_its_own_delivery_alone(postgres_url: str) -
         open_writer(db) as writer,
     ):
         await writer.submit(seen("run_0002"))
-        await asyncio.gather(*(inbox.store(delivery(run)) for run in ids("run", 5)))
+        await asyncio.gather(*(inbox.enqueue(delivery(run)) for run in ids("run", 5)))
         holder: Any = await asyncpg.connect(postgres_url)
         transaction = holder.transaction()
         await transaction.start()
@@ -508,7 +509,7 @@ async def test_applying_holds_back_while_many_wait_to_be_acknowledged(
     times: list[float] = []
     monkeypatch.setattr("tracker.receiving.apply.MAX_GROUP", 10)
     async with open_inbox(db) as inbox:
-        await asyncio.gather(*(inbox.store(delivery(run)) for run in ids("run", 40)))
+        await asyncio.gather(*(inbox.enqueue(delivery(run)) for run in ids("run", 40)))
     applier = open_applier(db, on_applied=[lambda *_: times.append(loop.time())])
     applier._limit = 10
     async with applier:
@@ -531,7 +532,7 @@ async def test_a_process_without_time_tells_others(postgres_url: str) -> None:
     await listener.add_listener("tracker_inbox", lambda *notice: heard.append(notice[3]))
     async with await Database.open(postgres_url) as db:
         async with open_inbox(db) as inbox:
-            await inbox.store(delivery("run_1"))
+            await inbox.enqueue(delivery("run_1"))
         async with open_applier(db) as applier:
             began = asyncio.get_running_loop().time()
             while asyncio.get_running_loop().time() < began + 0.7:
@@ -552,7 +553,7 @@ async def test_no_run_is_read_to_store(db: Database, inbox: Inbox) -> None:
 
     for engine in db.engines:
         event.listen(engine, "before_cursor_execute", note)
-    await asyncio.gather(*(inbox.store(delivery(run)) for run in ids("run", 3)))
+    await asyncio.gather(*(inbox.enqueue(delivery(run)) for run in ids("run", 3)))
     for engine in db.engines:
         event.remove(engine, "before_cursor_execute", note)
     told = [one for one in sent if not one.startswith(("BEGIN", "PRAGMA"))]
@@ -562,15 +563,15 @@ async def test_no_run_is_read_to_store(db: Database, inbox: Inbox) -> None:
 
 async def test_large_bodies_are_applied_a_few_at_a_time(db: Database) -> None:
     """However many wait, only so many large bodies are in memory at once; all are applied."""
-    large = b" " * SMALL
+    large = b" " * SMALL_BODY
     groups: list[int] = []
     async with open_inbox(db) as inbox:
-        for run in ids("run", MOST_LARGE + 8):
-            await inbox.store(delivery(run, body=body_of(run) + large))
-        await inbox.store(delivery("small"))
+        for run in ids("run", MAX_LARGE + 8):
+            await inbox.enqueue(delivery(run, body=body_of(run) + large))
+        await inbox.enqueue(delivery("small"))
     applier = open_applier(db, on_applied=[lambda good, _: groups.append(good)])
-    assert await applier.drain() == MOST_LARGE + 9
-    assert groups == [MOST_LARGE + 1, 8]
+    assert await applier.drain() == MAX_LARGE + 9
+    assert groups == [MAX_LARGE + 1, 8]
     assert set((await outcomes(db)).values()) == {"applied"}
 
 
@@ -588,7 +589,7 @@ async def test_a_database_that_lets_nobody_write_blames_no_delivery(
         return await write(work)
 
     async with open_inbox(db) as inbox:
-        await inbox.store(delivery("run_1"))
+        await inbox.enqueue(delivery("run_1"))
     monkeypatch.setattr(db, "write", refused)
     async with open_applier(db) as applier:
         applier.wake()

@@ -94,7 +94,7 @@ async def test_terminated_connections_cost_no_callback(postgres_url: str) -> Non
         await Database.open(postgres_url, application_name="administrator") as other,
         open_inbox(db) as inbox,
     ):
-        await inbox.store(delivery("run_0"))
+        await inbox.enqueue(delivery("run_0"))
         for number in range(1, 4):
             await other.write(
                 lambda connection: connection.execute(
@@ -104,7 +104,9 @@ async def test_terminated_connections_cost_no_callback(postgres_url: str) -> Non
                     )
                 ).all()
             )
-            await asyncio.gather(*(inbox.store(delivery(run)) for run in ids(f"run_{number}", 20)))
+            await asyncio.gather(
+                *(inbox.enqueue(delivery(run)) for run in ids(f"run_{number}", 20))
+            )
             assert await apply_all(db) == (21 if number == 1 else 20)
             assert await get_run(db, f"run_{number}_0007")
         assert set((await receipts(db)).values()) == {1}
@@ -138,7 +140,7 @@ async def test_acknowledged_means_on_disk(own_postgres: PostgresServer) -> None:
     """What was answered before the server crashed is there when it has recovered."""
     async with await Database.open(own_postgres.url("tracker")) as db:
         async with open_inbox(db, deadline=0.5, max_group=3) as inbox:
-            calls = [asyncio.ensure_future(inbox.store(delivery(run))) for run in ids("run", 300)]
+            calls = [asyncio.ensure_future(inbox.enqueue(delivery(run))) for run in ids("run", 300)]
             await asyncio.wait(calls[:30])
             await asyncio.to_thread(own_postgres.crash)
             answers = await asyncio.gather(*calls, return_exceptions=True)
@@ -185,13 +187,13 @@ async def test_a_standby_is_left_for_the_server_that_takes_its_place(postgres_ur
     await administrator.execute(f"{setting} on")
     async with await Database.open(postgres_url) as db, open_inbox(db, deadline=0.3) as inbox:
         with pytest.raises(StoreUnavailable, match="read-only"):
-            await inbox.store(delivery("run_meanwhile"))
+            await inbox.enqueue(delivery("run_meanwhile"))
         await administrator.execute(f"{setting} off")
         await eventually(lambda: inbox.waiting == 0)
 
         async def stored() -> bool:
             with suppress(StoreUnavailable):
-                return bool(await inbox.store(delivery("run_after")))
+                return bool(await inbox.enqueue(delivery("run_after")))
             return False
 
         await eventually(stored)

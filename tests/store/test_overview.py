@@ -15,7 +15,7 @@ from tracker.store.engine import Database
 from tracker.store.queries import attention, overview, sweeps
 from tracker.store.queries.overview import StateCount
 from tracker.store.schema import starts, techniques
-from tracker.store.writing import rollups as tallies
+from tracker.store.writing import rollups
 
 SECOND, HOUR = timedelta(seconds=1), timedelta(hours=1)
 DONE = RunStatus.COMPLETED
@@ -36,7 +36,7 @@ async def told(writer: TestWriter, db: Database) -> Database:
     await writer.submit(callback("run_1", at=NOW - SECOND))
     await writer.submit(seen("run_1", DONE, at=NOW, facts=ended))
     await writer.submit(seen("run_2", RunStatus.FAILED, at=NOW, facts=failed))
-    await tallies.fold(db)
+    await rollups.compact(db)
     await writer.submit(seen("run_3", DONE, at=NOW, facts=ended))
     await writer.submit(callback("run_3", at=NOW + SECOND))
     await writer.submit(

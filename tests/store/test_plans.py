@@ -25,8 +25,7 @@ from tracker.store.queries import attention as gauges
 from tracker.store.queries import runs as read
 from tracker.store.queries import starts
 from tracker.store.url import DatabaseUrl
-from tracker.store.writing import statements_postgres as batch_postgres
-from tracker.store.writing.statements_postgres import APPLIED, LOCK_RUNS, STORE, TAKE_WAITING
+from tracker.store.writing.statements_postgres import STORE, WRITE, PostgresStatements
 
 RUNS = 6_000
 """Of these a hundred are active, half of them due; there are twenty techniques and workspaces."""
@@ -270,7 +269,7 @@ async def test_applying_finds_what_waits(full: Database) -> None:
 
     async def apply(db: Database) -> None:
         async with open_inbox(db) as inbox:
-            await asyncio.gather(*(inbox.store(delivery(run)) for run in ("run_5", "run_new")))
+            await asyncio.gather(*(inbox.enqueue(delivery(run)) for run in ("run_5", "run_new")))
         assert await apply_all(db) == 2
 
     told = await plans(full, apply)
@@ -282,16 +281,17 @@ def _text(statement: Any) -> str:
     return str(statement.compile(dialect=postgresql.asyncpg.dialect()))
 
 
+_STATEMENTS = PostgresStatements("origin")
 _EMPTY = ", ".join(["'{}'"] * 11)
 
 
 @pytest.mark.parametrize(
     ("statement", "values", "index"),
     [
-        (_text(LOCK_RUNS), "ARRAY['a', 'b']", "pk_runs"),
-        (_text(TAKE_WAITING), "16384, ARRAY['a'], 10", "ix_deliveries_waiting"),
-        (_text(APPLIED), "'applied', now(), ARRAY['a']", "pk_deliveries"),
-        (_text(batch_postgres.WRITE), "'[]', '[]', '[]', ARRAY['a'], '[]', '[]'", "pk_runs"),
+        (_text(_STATEMENTS.lock_rows), "ARRAY['a', 'b']", "pk_runs"),
+        (_text(_STATEMENTS.select_waiting), "16384, ARRAY['a'], 10", "ix_deliveries_waiting"),
+        (_text(_STATEMENTS.update_applied), "'applied', now(), ARRAY['a']", "pk_deliveries"),
+        (_text(WRITE), "'[]', '[]', '[]', ARRAY['a'], '[]', '[]'", "pk_runs"),
         (STORE, _EMPTY, "pk_deliveries"),
     ],
     ids=["lock", "take", "applied", "write", "store"],

@@ -50,10 +50,9 @@ from tracker.store.schema import (
     runs,
 )
 from tracker.store.schema import starts as start_table
-from tracker.store.writing import retention
-from tracker.store.writing import rollups as tallies
-from tracker.store.writing.delivery_rows import requeue
-from tracker.store.writing.retention import Sighting
+from tracker.store.writing import retention, rollups
+from tracker.store.writing.retention import ListedRun
+from tracker.store.writing.statements import requeue
 
 DAY = timedelta(days=1)
 AGES = Ages(runs=90 * DAY, bodies=30 * DAY)
@@ -159,7 +158,7 @@ async def test_tallies_stay_true(writer: TestWriter, db: Database) -> None:
     assert [n for n, _ in states(await tallied(db)).values()] == [1]
     for _ in range(2):
         assert {k: n for k, n in (await tallied(db)).items() if k.measure != STATE} == history
-        await tallies.recount(db)
+        await rollups.recount(db)
 
 
 async def test_the_tallies_of_what_is_gone_do_not_pile_up(writer: TestWriter, db: Database) -> None:
@@ -176,7 +175,7 @@ async def test_the_tallies_of_what_is_gone_do_not_pile_up(writer: TestWriter, db
     assert len(pauses) >= 2
     since = run_tallies.c.since
     async with db.read() as connection:
-        notes = select(since).where(run_tallies.c.measure == tallies.PRUNED)
+        notes = select(since).where(run_tallies.c.measure == rollups.PRUNED)
         assert len((await connection.execute(notes)).all()) == 1
 
 
@@ -193,7 +192,7 @@ async def test_a_callback_without_its_body_is_still_recognised(
     assert other is not None
     assert (other.body, other.body_removed_at) == (b"as it came", None)
     async with open_inbox(db) as inbox:
-        stored = await inbox.store(callback("run_1", at=NOW, body=b"as it came").delivery)
+        stored = await inbox.enqueue(callback("run_1", at=NOW, body=b"as it came").delivery)
     assert stored.repeated
     assert await apply_all(db) == 0
     assert (await receipts(db))["whd_run_1"] == 2
@@ -222,7 +221,7 @@ async def test_a_callback_that_came_again_lately_outlives_its_run(
     assert (await pruner(db).prune(AGES))["deliveries"] == 0
     assert await kept(db) == set()
     async with open_inbox(db) as inbox:
-        assert (await inbox.store(callback("run_1", at=NOW).delivery)).repeated
+        assert (await inbox.enqueue(callback("run_1", at=NOW).delivery)).repeated
     much_later = pruner(db, clock=lambda: NOW + 91 * DAY)
     expected = NOTHING | {"deliveries": 1}
     assert await much_later.prune(AGES, dry=True) == expected
@@ -508,24 +507,24 @@ async def test_how_far_it_has_been_is_known(writer: TestWriter, db: Database) ->
     """What is older than a removed run of its workspace, lies where the history was read, and is
     not here, has been removed."""
     then = NOW - 100 * DAY
-    assert await retention.removed(db, [Sighting("run_1", "ws_1", then)]) == set()
+    assert await retention.find_removed(db, [ListedRun("run_1", "ws_1", then)]) == set()
     await put(writer, settled("run_1", 100), [started("here", at=then)])
     await pruner(db).prune(AGES)
     said = [
-        Sighting("run_1", "ws_1", then),
-        Sighting("unswept", "ws_1", then, "generation"),
-        Sighting("older", "ws_1", then - DAY),
-        Sighting("never_read", "ws_1", then - 3 * DAY),
-        Sighting("younger", "ws_1", then + timedelta(seconds=1)),
-        Sighting("elsewhere", "ws_2", then),
-        Sighting("here", "ws_1", then),
+        ListedRun("run_1", "ws_1", then),
+        ListedRun("unswept", "ws_1", then, "generation"),
+        ListedRun("older", "ws_1", then - DAY),
+        ListedRun("never_read", "ws_1", then - 3 * DAY),
+        ListedRun("younger", "ws_1", then + timedelta(seconds=1)),
+        ListedRun("elsewhere", "ws_2", then),
+        ListedRun("here", "ws_1", then),
     ]
-    assert await retention.removed(db, said) == set()
+    assert await retention.find_removed(db, said) == set()
     first = Interval(from_at=then - 2 * DAY, to_at=then - DAY, read_at=NOW)
     await coverage.add(db, "ws_1", "technique", first)
-    assert await retention.removed(db, said) == {"older"}
+    assert await retention.find_removed(db, said) == {"older"}
     await coverage.add(db, "ws_1", "technique", replace(first, from_at=first.to_at, to_at=NOW))
-    assert await retention.removed(db, said) == {"run_1", "older"}
+    assert await retention.find_removed(db, said) == {"run_1", "older"}
 
 
 async def test_the_mark_never_goes_back(writer: TestWriter, db: Database) -> None:

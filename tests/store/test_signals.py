@@ -13,8 +13,7 @@ from tests.support.waiting import eventually
 from tracker.core.run import RunStatus
 from tracker.store import signals as signals_module
 from tracker.store.engine import Database
-from tracker.store.notices import PAYLOAD_BYTES, read_runs, run_notices
-from tracker.store.signals import Signals
+from tracker.store.signals import PAYLOAD_BYTES, Signals, read_runs, run_notices
 
 
 async def test_a_due_run_wakes_who_waits(db: Database) -> None:

@@ -82,7 +82,7 @@ async def test_a_replayed_answer_closes_it_too(writer: TestWriter, db: Database)
     await reserve(db, "key")
     await writer.submit(started("run_1"))
     passed = await writer.submit(replace(started("run_1"), slot="default", idempotency_key="key"))
-    assert not passed.news
+    assert not passed.changed
     row = await starts.get(db, "default", "key")
     assert row is not None
     assert row.run_id == "run_1"

@@ -40,7 +40,7 @@ from tracker.store.queries.overview import ROLLUPS
 from tracker.store.rows import RUN_COLUMNS, read_records
 from tracker.store.schema import deliveries, run_tallies, run_tally_changes, runs
 from tracker.store.url import DatabaseUrl
-from tracker.store.writing import rollups as tallies
+from tracker.store.writing import rollups
 from tracker.store.writing.rollups import FACTS, PRUNED, RollupCompactor
 
 ROOT = Path(__file__).parents[2]
@@ -140,17 +140,17 @@ async def test_any_history_is_counted_exactly(db: Database, history: list[Any]) 
     async with open_writer(db, max_group=3) as writer:
         for each in history:
             if each == "fold":
-                await tallies.fold(db)
+                await rollups.compact(db)
             elif isinstance(each, Observation):
                 ours = each.source is Source.START
                 await writer.submit(replace(as_entry(each), **RESERVED) if ours else as_entry(each))
             else:
                 await writer.submit(each)
     await assert_exact(db)
-    await tallies.fold(db)
+    await rollups.compact(db)
     assert await rows_in(db, run_tally_changes) == 0
     expected = await assert_exact(db)
-    await tallies.recount(db)
+    await rollups.recount(db)
     assert await tallied(db) == expected
 
 
@@ -205,7 +205,7 @@ async def test_writers_and_folders_at_once_lose_nothing(db: Database, other_db: 
 
     async def fold(where: Database, done: asyncio.Event) -> None:
         while not done.is_set():
-            await tallies.fold(where)
+            await rollups.compact(where)
 
     done = asyncio.Event()
     async with open_writer(db) as one, open_writer(other_db) as two:
@@ -217,7 +217,7 @@ async def test_writers_and_folders_at_once_lose_nothing(db: Database, other_db: 
         done.set()
         await asyncio.gather(*folding)
     assert sum(runs for key, (runs, _) in (await assert_exact(db)).items() if not key.bucket)
-    await tallies.fold(db)
+    await rollups.compact(db)
     await assert_exact(db)
 
 
@@ -225,12 +225,12 @@ async def test_a_recount_mends_and_misses_nothing(db: Database, other_db: Databa
     """Whatever stood in the tallies, they are right afterwards, also for who wrote meanwhile."""
     async with open_writer(db) as writer:
         await writer.submit_all([seen(run, RunStatus.COMPLETED) for run in ids("run", 50)])
-        await tallies.fold(db)
+        await rollups.compact(db)
         await db.write(lambda c: c.execute(update(run_tallies).values(runs=7)).rowcount)
         with pytest.raises(AssertionError):
             await assert_exact(db)
         more = [seen(run, RunStatus.COMPLETED) for run in ids("more", 50)]
-        await asyncio.gather(tallies.recount(other_db), *(writer.submit(each) for each in more))
+        await asyncio.gather(rollups.recount(other_db), *(writer.submit(each) for each in more))
     await assert_exact(db)
 
 
@@ -243,7 +243,7 @@ async def test_deleted_runs_leave_their_history(writer: TestWriter, db: Database
     gone = list(ids("old", 2))
 
     def prune(connection: Any) -> None:
-        tallies.forget(connection, gone)
+        rollups.remove_states(connection, gone)
         connection.execute(delete(runs).where(runs.c.run_id.in_(gone)))
 
     await db.write(prune)
@@ -254,7 +254,7 @@ async def test_deleted_runs_leave_their_history(writer: TestWriter, db: Database
         }
         ends = {key.since: n for key, (n, _) in found.items() if key.measure == "end"}
         assert sorted(ends.values()) == [2, 3]
-        await tallies.recount(db)
+        await rollups.recount(db)
 
 
 async def test_who_writes_folds(db: Database) -> None:
@@ -266,7 +266,7 @@ async def test_who_writes_folds(db: Database) -> None:
 
     entries: list[Entry] = [seen("run_1"), seen("run_2")]
     async with (
-        RollupCompactor(db, background=True, gather=0.05) as keeper,
+        RollupCompactor(db, background=True, delay=0.05) as keeper,
         open_writer(db, on_commit=[keeper.committed]) as writer,
     ):
         for entry in entries:
@@ -288,7 +288,7 @@ async def test_the_last_fold_makes_up_for_one_that_failed(sqlite_url: str, tmp_p
     async with await Database.open(sqlite_url) as db:
         with capture_logs() as lines:
             async with (
-                RollupCompactor(db, background=True, gather=0.01) as keeper,
+                RollupCompactor(db, background=True, delay=0.01) as keeper,
                 open_writer(db, on_commit=[keeper.committed]) as writer,
             ):
                 path.rename(away)
@@ -296,7 +296,7 @@ async def test_the_last_fold_makes_up_for_one_that_failed(sqlite_url: str, tmp_p
                 away.rename(path)
                 await writer.submit(seen("run_1"))
                 assert await rows_in(db, run_tally_changes) > 0
-        assert [line["event"] for line in lines] == ["tallies.not_folded"]
+        assert [line["event"] for line in lines] == ["rollups.not_compacted"]
         assert await rows_in(db, run_tally_changes) == 0
 
 

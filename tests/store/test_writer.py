@@ -94,7 +94,7 @@ async def test_a_sight_without_news_leaves_no_event(writer: TestWriter, db: Data
     """A read that shows what is known already is counted on the run and nowhere else."""
     await writer.submit(seen("run_1", RunStatus.RUNNING, reads=1))
     passed = await writer.submit(seen("run_1", RunStatus.RUNNING, at=NOW + timedelta(1), reads=1))
-    assert not passed.news
+    assert not passed.changed
     assert len(await events(db, "run_1")) == 1
     record = await get_run(db, "run_1")
     assert record is not None

@@ -23,9 +23,8 @@ from tracker.store.engine import Database
 from tracker.store.errors import StoreBusy
 from tracker.store.queries import audit
 from tracker.store.queries.audit import Action
-from tracker.store.writing import prune
-from tracker.store.writing import rollups as tallies
-from tracker.store.writing.prune import Counts, Key, Page
+from tracker.store.writing import retention, rollups
+from tracker.store.writing.retention import Counts, Key, PrunePage
 
 SHORTEST: Final = timedelta(days=1)
 """Nothing younger is deleted: FLORA may still repeat a callback, list a run late, or be asked for
@@ -162,35 +161,41 @@ class Pruner:
         runs, bodies, audits = now - ages.runs, now - ages.bodies, now - ages.audit
         stages = [
             _Stage(
-                partial(prune.old_runs, db, runs, await prune.spared(db)),
-                partial(prune.delete_runs, before=runs),
-                partial(prune.count_runs, before=runs),
+                partial(retention.old_runs, db, runs, await retention.protected_runs(db)),
+                partial(retention.delete_runs, before=runs),
+                partial(retention.count_runs, before=runs),
             ),
             _Stage(
-                partial(prune.left_deliveries, db, runs),
-                partial(prune.delete_left, before=runs),
+                partial(retention.orphaned_deliveries, db, runs),
+                partial(retention.delete_orphaned, before=runs),
                 _count_as("deliveries"),
             ),
             _Stage(
-                partial(prune.old_bodies, db, bodies),
-                partial(prune.empty_bodies, at=now),
+                partial(retention.old_bodies, db, bodies),
+                partial(retention.empty_bodies, at=now),
                 _count_as("bodies"),
             ),
-            _Stage(partial(prune.old_sweeps, db, runs), prune.delete_sweeps, _count_as("sweeps")),
-            _Stage(partial(prune.old_audit, db, audits), prune.delete_audit, _count_as("audit")),
+            _Stage(
+                partial(retention.old_sweeps, db, runs),
+                retention.delete_sweeps,
+                _count_as("sweeps"),
+            ),
+            _Stage(
+                partial(retention.old_audit, db, audits), retention.delete_audit, _count_as("audit")
+            ),
         ]
         if ages.quarantined is not None:
             before = now - ages.quarantined
             stages.append(
                 _Stage(
-                    partial(prune.quarantined, db, before),
-                    partial(prune.delete_quarantined, before=before),
+                    partial(retention.quarantined, db, before),
+                    partial(retention.delete_quarantined, before=before),
                     _count_as("deliveries", "bodies"),
                 )
             )
         if ages.keys is not None:
-            find = partial(prune.old_keys, db, now - ages.keys)
-            stages.append(_Stage(find, prune.delete_keys, _count_as("starts")))
+            find = partial(retention.old_start_keys, db, now - ages.keys)
+            stages.append(_Stage(find, retention.delete_start_keys, _count_as("starts")))
         return stages
 
     async def _delete(self, stage: "_Stage", keys: Sequence[Any]) -> Counts:
@@ -202,7 +207,7 @@ class Pruner:
             removed += await self._write(partial(stage.delete, keys=some))
         if removed["runs"]:
             with suppress(StoreBusy):  # being recounted; changes not compacted count too
-                await tallies.fold(self._database)
+                await rollups.compact(self._database)
         return removed
 
     async def _write(self, work: Callable[[Connection], Counts]) -> Counts:
@@ -230,7 +235,7 @@ class Pruner:
 class _Stage:
     """One kind of rows: how they are found (`after` a key, up to `limit`), deleted, or counted."""
 
-    find: Callable[..., Awaitable[Page]]
+    find: Callable[..., Awaitable[PrunePage]]
     delete: Callable[..., Counts]
     count: Callable[..., Counts]
 

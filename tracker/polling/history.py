@@ -29,7 +29,7 @@ from tracker.flora.client import FloraClient, HistoryPage, cursor_at, offset_of
 from tracker.polling.workspaces import Workspace
 from tracker.store.engine import Database
 from tracker.store.writing import retention
-from tracker.store.writing.retention import Sighting
+from tracker.store.writing.retention import ListedRun
 
 PAGE_SIZE: Final = 100
 """FLORA's largest page."""
@@ -295,7 +295,7 @@ def attributed_page(workspace: Workspace, items: Sequence[Observation]) -> list[
 
 async def without_removed(db: Database, items: Sequence[Observation]) -> list[Observation]:
     """The items without runs that retention has removed, which must not come back."""
-    removed = await retention.removed(db, _ended(items))
+    removed = await retention.find_removed(db, _ended(items))
     return [item for item in items if item.run_id not in removed]
 
 
@@ -305,7 +305,7 @@ async def counted_before(
     """The items that show the end of a run which retention had removed and which was tracked again:
     the rollups have counted that end."""
 
-    def may_be_again(record: Record | None, item: Sighting) -> bool:
+    def may_be_again(record: Record | None, item: ListedRun) -> bool:
         return (
             record is not None
             and record.source is Source.TRACK
@@ -314,12 +314,12 @@ async def counted_before(
         )
 
     ended = [one for one in _ended(items) if may_be_again(records.get(one.run_id), one)]
-    return await retention.within_reach(db, ended) if ended else set()
+    return await retention.find_possibly_removed(db, ended) if ended else set()
 
 
-def _ended(items: Iterable[Observation]) -> list[Sighting]:
+def _ended(items: Iterable[Observation]) -> list[ListedRun]:
     return [
-        Sighting(
+        ListedRun(
             item.run_id,
             item.workspace_id,
             item.created_at,

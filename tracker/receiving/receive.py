@@ -1,6 +1,6 @@
-"""A callback arrives: it is verified, stored, and only then acknowledged. Nothing else is done."""
+"""A callback is verified and stored, and only then acknowledged. Nothing else is done here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 
 from structlog.contextvars import bind_contextvars
@@ -8,24 +8,24 @@ from structlog.contextvars import bind_contextvars
 from tracker.core.clock import Clock
 from tracker.core.errors import SettingsError
 from tracker.core.quick import quick_dataclass
-from tracker.core.record import TEST_DELIVERY, DeliveryOutcome
-from tracker.flora.signature import SignatureError
-from tracker.polling.workspaces import Workspace, Workspaces
-from tracker.receiving import callback
+from tracker.core.record import TEST_DELIVERY, Delivery, DeliveryOutcome
+from tracker.flora import parse
+from tracker.flora.signature import SignatureError, verify
+from tracker.polling.workspaces import Workspaces
 from tracker.store.writing.inbox import Inbox
 
 
 class NoSecrets(SettingsError):
-    """No signing secret is configured, so no callback can be believed."""
+    """No signing secret is configured, so no callback can be verified."""
 
 
 @quick_dataclass(frozen=True, slots=True, kw_only=True)
 class Received:
-    """What became of a callback that is now on disk.
+    """A callback that is on disk.
 
-    `outcome` is that of the stored delivery, which waits unless it had come before. `workspace` and
-    `secret` tell who signed it: the secret's position, from 1, among those of the workspace.
-    `is_test` is true for a test delivery of `tracker doctor`.
+    `outcome` is that of the stored delivery: `waiting`, unless it was received before. `workspace`
+    signed it with its secret number `secret`, counted from 1. `is_test` marks a test delivery of
+    `tracker doctor`.
     """
 
     delivery_id: str
@@ -38,10 +38,9 @@ class Received:
 
 
 class Receiver:
-    """Takes callbacks. `tolerance` is how many seconds a signed time may be off; 0 is unchecked.
+    """Receives callbacks. `tolerance` is how many seconds a signed time may be off; 0 is unchecked.
 
-    `find_new_secrets` is called where no secret fits, and tells whether the workspaces have others
-    by now.
+    `find_new_secrets` is called when no secret fits; it returns whether there are new ones.
     """
 
     def __init__(
@@ -67,28 +66,29 @@ class Receiver:
         webhook_id: str | None,
         token: str | None = None,
     ) -> Received:
-        """Store one callback; returns after the commit. Its effect on its run follows.
+        """Store one callback; returns after the commit. It is applied to its run later.
 
-        `body` is the raw bytes, `signature` and `webhook_id` the `Flora-Signature` and
-        `Flora-Webhook-Id` headers, `token` the last part of a start's own callback address. Raises
-        `SignatureError` (nothing is stored), `NoSecrets`, and `StoreUnavailable` where it could not
-        be committed in time.
+        `body` is the raw bytes, `signature` and `webhook_id` are the `Flora-Signature` and
+        `Flora-Webhook-Id` headers, `token` is the last part of a start's own callback address.
+        Raises `SignatureError` (nothing is stored), `NoSecrets`, and `StoreUnavailable` if it was
+        not committed in time.
         """
-        if not self._workspaces.secrets and not self._find_new_secrets():
-            raise NoSecrets(
-                "no signing secret is set, so no callback can be believed: set FLORA_WEBHOOK_SECRET"
-            )
         now = self._clock()
-        secret = self._authenticate(body, signature, now)
+        secret = self._verify(body, signature, now)
         signers = self._workspaces.signed_by(secret)
-        names = [workspace.workspace_id for workspace in signers]
-        delivery = callback.delivery(
-            body, at=now, webhook_id=webhook_id, signers=names, token=token
+        delivery = parse_delivery(
+            body,
+            at=now,
+            webhook_id=webhook_id,
+            signers=[workspace.workspace_id for workspace in signers],
+            token=token,
         )
-        workspace = _signer(signers, delivery.workspace_id)
-        position = workspace.secrets.index(secret) + 1  # while it is there: secrets are rotated
+        signer = next(
+            (one for one in signers if one.workspace_id == delivery.workspace_id), signers[0]
+        )
+        position = signer.secrets.index(secret) + 1  # before the commit: secrets are rotated
         try:
-            stored = await self._inbox.store(delivery)
+            stored = await self._inbox.enqueue(delivery)
         except BaseException:
             bind_contextvars(delivery_id=delivery.delivery_id, run_id=delivery.run_id)
             raise
@@ -97,24 +97,52 @@ class Receiver:
             run_id=delivery.run_id,
             outcome=stored.outcome,
             repeated=stored.repeated,
-            workspace=workspace.name,
+            workspace=signer.name,
             secret=position,
             is_test=delivery.event_type == TEST_DELIVERY,
         )
 
-    def _authenticate(self, body: bytes, signature: str | None, now: datetime) -> str:
-        """The secret that signed it. A rotation that has just begun must refuse nothing."""
-        secrets, tolerance = self._workspaces.secrets, self._tolerance
+    def _verify(self, body: bytes, signature: str | None, now: datetime) -> str:
+        """The secret that signed the body; new secrets are looked up before it is refused."""
+        secrets = self._workspaces.secrets
+        if not secrets and self._find_new_secrets():
+            secrets = self._workspaces.secrets
+        if not secrets:
+            raise NoSecrets(
+                "no signing secret is set, so no callback can be verified: set FLORA_WEBHOOK_SECRET"
+            )
         try:
-            position = callback.authenticate(body, signature, secrets, now=now, tolerance=tolerance)
+            return secrets[verify(signature, body, secrets, now=now, tolerance=self._tolerance)]
         except SignatureError as error:
             if error.reason != "mismatch" or not self._find_new_secrets():
                 raise
-            secrets = self._workspaces.secrets
-            position = callback.authenticate(body, signature, secrets, now=now, tolerance=tolerance)
-        return secrets[position]
+        secrets = self._workspaces.secrets
+        return secrets[verify(signature, body, secrets, now=now, tolerance=self._tolerance)]
 
 
-def _signer(signers: list[Workspace], workspace_id: str | None) -> Workspace:
-    """Of several workspaces with one secret, the one that the callback speaks of."""
-    return next((one for one in signers if one.workspace_id == workspace_id), signers[0])
+def parse_delivery(
+    body: bytes,
+    *,
+    at: datetime,
+    webhook_id: str | None,
+    signers: Sequence[str | None],
+    token: str | None = None,
+) -> Delivery:
+    """An authentic callback, received at `at`, as it is stored. Never raises.
+
+    `signers` are the workspaces whose secret signed it: one, unless several share a secret; then it
+    is the one that the body names, else the first.
+    """
+    envelope = parse.envelope(body, webhook_id=webhook_id)
+    signer = envelope.workspace_id if envelope.workspace_id in signers else signers[0]
+    return Delivery(
+        delivery_id=envelope.delivery_id,
+        received_at=at,
+        body=body,
+        run_id=envelope.run_id,
+        event_type=envelope.event_type,
+        api_version=envelope.api_version,
+        workspace_id=signer or envelope.workspace_id,
+        created_at=envelope.created_at,
+        callback_token=token,
+    )

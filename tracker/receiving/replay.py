@@ -1,9 +1,8 @@
 """A quarantined callback is applied again: after an upgrade, or when a setting has been corrected.
 
-Its bytes were authentic when they came, so the signature is not asked for again (its time would be
-long over). It only waits once more, and whoever applies it decides as for every other delivery: one
-that is still not understood, or that speaks of another workspace's run, is quarantined again and
-says why. One whose run has been removed by retention stays as it is: it would bring that back.
+Its signature was verified on receipt and is not checked again (its time would be too old). The
+delivery waits once more, and is applied or quarantined like every other. One whose run has been
+removed by retention stays quarantined, because it would bring the run back.
 """
 
 import asyncio
@@ -19,33 +18,34 @@ from tracker.core.clock import Clock
 from tracker.core.errors import StoreUnavailable, TrackerError
 from tracker.core.record import Delivery, DeliveryOutcome
 from tracker.polling.workspaces import Workspaces
-from tracker.receiving import callback
-from tracker.receiving.apply import Applier, Reader
+from tracker.receiving.apply import Applier, CallbackParser
+from tracker.receiving.receive import parse_delivery
 from tracker.store.engine import Database
 from tracker.store.queries import audit
-from tracker.store.queries import runs as read
 from tracker.store.queries.audit import Action
-from tracker.store.queries.runs import DeliveryRow
-from tracker.store.writing import delivery_rows, retention
-from tracker.store.writing.prune import AROUND
-from tracker.store.writing.retention import Sighting
+from tracker.store.queries.runs import DeliveryRow, get_delivery, get_run
+from tracker.store.writing import retention, statements
+from tracker.store.writing.retention import AROUND, ListedRun
 
 APPLIED_BEFORE: Final = "it had been applied before"
-LOOKS: Final = 100
-LOOK_AGAIN: Final = 0.05
-"""How often, and how many seconds apart, it is looked whether another process has applied it."""
+CHECKS: Final = 100
+CHECK_SECONDS: Final = 0.05
+"""How often it is checked whether another process has applied the delivery."""
 
 log = structlog.get_logger(__name__)
 
 
 class UnknownDelivery(TrackerError):
-    """No callback of that id ever came here."""
+    """No callback of that id is stored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
-    """What a replay did. `already` tells that it had been applied before, so that nothing was done;
-    `reason` why that is so, or why the delivery is still quarantined."""
+    """The result of a replay.
+
+    `already` tells that the delivery had been applied before, so that nothing was done. `reason` is
+    why, or why it is still quarantined.
+    """
 
     delivery_id: str
     run_id: str | None
@@ -63,12 +63,13 @@ class Replayer:
         self._database = database
         self._applier = applier
         self._clock = clock
-        self._reader = Reader(workspaces)
+        self._parser = CallbackParser(workspaces)
 
     async def replay(self, delivery_id: str) -> Replay:
-        """Apply one again, if it is understood now; returns after the commit.
+        """Apply a delivery that is waiting, or quarantined and understood now; returns after the
+        commit.
 
-        One that waits to be applied is applied. Raises `UnknownDelivery` and `StoreUnavailable`.
+        Raises `UnknownDelivery` and `StoreUnavailable`.
         """
         row = await self._row(delivery_id)
         if row.outcome is DeliveryOutcome.APPLIED:
@@ -76,7 +77,7 @@ class Replayer:
         if row.outcome is DeliveryOutcome.QUARANTINED:
             if row.body is None:
                 return _replay(row, reason="its body was removed by retention")
-            again = self._read_again(row, row.body)
+            again = self._parse_again(row, row.body)
             reason = await self._why_not(again)
             detail = {
                 "delivery_id": delivery_id,
@@ -89,53 +90,51 @@ class Replayer:
                 await audit.write(self._database, entry)
                 return _replay(row, reason=reason)
             if not await self._database.write(partial(_requeue, again, entry)):
-                row = await self._row(delivery_id)  # someone else was quicker
+                row = await self._row(delivery_id)  # another process was quicker
                 if row.outcome is DeliveryOutcome.APPLIED:
                     return _replay(row, reason=APPLIED_BEFORE, already=True)
-        for _ in range(LOOKS):
+        for _ in range(CHECKS):
             await self._applier.drain()
             row = await self._row(delivery_id)
             if row.outcome is not DeliveryOutcome.WAITING:
                 return _replay(row, reason=row.reason)
-            await asyncio.sleep(LOOK_AGAIN)
+            await asyncio.sleep(CHECK_SECONDS)
         raise StoreUnavailable(f"delivery {delivery_id} waits, and was not applied in time")
 
     async def _row(self, delivery_id: str) -> DeliveryRow:
-        row = await read.get_delivery(self._database, delivery_id)
+        row = await get_delivery(self._database, delivery_id)
         if row is None:
             raise UnknownDelivery(f"no delivery {delivery_id} is kept here")
         return row
 
     async def _applied_before(self, row: DeliveryRow) -> str:
-        kept = row.run_id is None or await read.get_run(self._database, row.run_id)
+        kept = row.run_id is None or await get_run(self._database, row.run_id)
         return APPLIED_BEFORE if kept else f"{APPLIED_BEFORE}; its run is not kept here any more"
 
-    def _read_again(self, row: DeliveryRow, body: bytes) -> Delivery:
-        """The delivery as it reads now. Its id may have stood in a header, which is not kept; when
-        it came does not change."""
-        signer = self._reader.signer(row.workspace_id)
-        again = callback.delivery(body, at=row.received_at, webhook_id=None, signers=[signer])
+    def _parse_again(self, row: DeliveryRow, body: bytes) -> Delivery:
+        """The delivery as it is parsed now; its id may come from a header, which is not kept."""
+        signer = self._parser.signer(row.workspace_id)
+        again = parse_delivery(body, at=row.received_at, webhook_id=None, signers=[signer])
         return replace(again, delivery_id=row.delivery_id)
 
     async def _why_not(self, delivery: Delivery) -> str | None:
-        """Why it stays in quarantine; `None` where it is worth a try."""
-        said = self._reader.read(delivery)
-        seen = said.observation
+        """Why it stays quarantined; `None` if it may be applied."""
+        parsed = self._parser.parse(delivery)
+        seen = parsed.observation
         if seen is None:
-            return said.reason
+            return parsed.reason
         # A callback comes when its run ends, or soon after.
-        began = delivery.received_at - AROUND
-        sighting = Sighting(seen.run_id, seen.workspace_id, began)
-        if await retention.removed(self._database, [sighting]):
+        listed = ListedRun(seen.run_id, seen.workspace_id, delivery.received_at - AROUND)
+        if await retention.find_removed(self._database, [listed]):
             return (
                 f"it is as old as runs that retention has removed, and run {seen.run_id} is not "
-                "kept here; `tracker runs track` reads it anew"
+                "kept here; `tracker runs track` reads it again"
             )
         return None
 
 
 def _requeue(delivery: Delivery, entry: Mapping[str, Any], connection: Connection) -> bool:
-    if not delivery_rows.requeue(connection, delivery):
+    if not statements.requeue(connection, delivery):
         return False
     audit.note(connection, entry)
     return True

@@ -1,26 +1,40 @@
-"""Who waits for a change in the database is told, within the process and across processes.
+"""Signals: changes in the database are reported within the process and to other processes.
 
-Within a process the writer reports it after each commit. On PostgreSQL a write batch also notifies,
-as part of its transaction, and every process listens on a connection of its own. A signal is a
-hint: it may come twice or, while that connection is down, not at all, so every wait has a time-out.
+Within a process the writer reports them after each commit. On PostgreSQL a write batch also
+notifies, as part of its transaction, and every process listens on a connection of its own. A signal
+is a hint: it may come twice or, while that connection is down, not at all, so every wait has a
+time-out.
 """
 
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import structlog
 
 from tracker.store.engine import Database
-from tracker.store.notices import DUE, INBOX, RUNS, read_origin, read_runs
 from tracker.store.postgres import connect_postgres
-from tracker.store.writing.writer import WriteOutcome
+from tracker.store.text import dump_json, load_json
+
+if TYPE_CHECKING:
+    from tracker.store.writing.writer import WriteOutcome
 
 ALIVE_SECONDS: Final = 20.0
-"""How often the listening connection is asked whether it still lives."""
+"""How often the listening connection is checked."""
 RETRY_SECONDS: Final = (0.2, 5.0)
-"""The first and the longest wait before it is made anew."""
+"""The first and the longest wait before it is made again."""
+
+# The channels of PostgreSQL. Every payload names the `Database.origin` that sent it, so that a
+# process can ignore its own.
+DUE: Final = "tracker_due"
+"""A poll was brought forward. The payload is the origin."""
+RUNS: Final = "tracker_runs"
+"""Runs changed. The payload is a JSON list: the origin, then the ids of the runs."""
+INBOX: Final = "tracker_inbox"
+"""Deliveries wait that the origin has no time to apply. The payload is the origin."""
+PAYLOAD_BYTES: Final = 7500
+"""PostgreSQL takes 7999 bytes in one notification; the rest is for the origin."""
 
 Listener = Callable[[Sequence[str]], None]
 """Called in the event loop with the ids of changed runs; with none where some may be missed."""
@@ -28,10 +42,42 @@ Listener = Callable[[Sequence[str]], None]
 log = structlog.get_logger(__name__)
 
 
-class Signals:
-    """What the worker and the stream wait on. `committed` is a hook for the writer.
+def run_notices(origin: str, run_ids: Sequence[str]) -> list[tuple[str, str]]:
+    """Channels and payloads that name all these runs, in as few notifications as hold them.
 
-    Used as `async with Signals(database) as signals`, in the event loop that waits.
+    A run whose id alone is longer than a notification is left out.
+    """
+    payloads: list[list[str]] = []
+    space = 0
+    for run_id in run_ids:
+        size = len(dump_json(run_id).encode()) + 1
+        if size > PAYLOAD_BYTES:
+            continue
+        if size > space:
+            payloads.append([origin])
+            space = PAYLOAD_BYTES
+        payloads[-1].append(run_id)
+        space -= size
+    return [(RUNS, dump_json(each)) for each in payloads]
+
+
+def read_runs(payload: str) -> tuple[str, list[str]]:
+    """Origin and runs of a `RUNS` notification; empty if another program uses the channel."""
+    try:
+        value: Any = load_json(payload)
+    except ValueError:
+        return "", []
+    if not value or not isinstance(value, list):
+        return "", []
+    if not all(isinstance(each, str) for each in value):
+        return "", []
+    return value[0], value[1:]
+
+
+class Signals:
+    """Wakes the worker and the stream. `committed` is a hook of the writer.
+
+    Listens to other processes as well within `async with Signals(database) as signals`.
     """
 
     def __init__(self, db: Database) -> None:
@@ -43,42 +89,34 @@ class Signals:
         self._listening = asyncio.Event()
 
     async def __aenter__(self) -> Self:
-        self.start()
+        if self._db.dialect == "postgresql":
+            self._task = asyncio.create_task(self._listen(), name="signals")
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
-
-    def start(self) -> None:
-        """Listen to other processes too, where the database can carry it."""
-        if self._db.dialect == "postgresql" and self._task is None:
-            self._task = asyncio.create_task(self._listen(), name="signals")
-
-    def when_inbox_waits(self, call: Callable[[], None]) -> None:
-        """Call `call` whenever another process has stored what it has no time to apply."""
-        self._on_inbox = call
-
-    async def aclose(self) -> None:
-        """Stop listening."""
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
             await asyncio.wait([task])
 
+    def when_inbox_waits(self, call: Callable[[], None]) -> None:
+        """Call `call` whenever another process has stored what it has no time to apply."""
+        self._on_inbox = call
+
     @property
     def listening(self) -> bool:
-        """Whether other processes are heard at this moment; on SQLite there are none."""
+        """Whether signals of other processes arrive now; on SQLite there are none."""
         return self._db.dialect == "sqlite" or self._listening.is_set()
 
     async def wait_listening(self) -> None:
-        """Return as soon as other processes are heard."""
+        """Return as soon as signals of other processes arrive."""
         if self._db.dialect == "postgresql":
             await self._listening.wait()
 
     async def wait_due(self, timeout: float) -> bool:
-        """Wait until a look is brought forward, at most `timeout` seconds; whether one was.
+        """Wait until a poll is brought forward, at most `timeout` seconds; whether one was.
 
-        What happened since the last call counts, so that nothing is missed between two.
+        Signals since the last call count, so that none is missed between two calls.
         """
         try:
             async with asyncio.timeout(timeout):
@@ -90,69 +128,70 @@ class Signals:
 
     @contextlib.contextmanager
     def subscribed(self, listener: Listener) -> Iterator[None]:
-        """Tell `listener` of every change of a run for as long as the block lasts."""
+        """Call `listener` for every change of a run for as long as the block lasts."""
         self._listeners.add(listener)
         try:
             yield
         finally:
             self._listeners.discard(listener)
 
-    def committed(self, outcome: WriteOutcome) -> None:
-        """The writer's hook: pass on what a commit of this process did."""
+    def committed(self, outcome: "WriteOutcome") -> None:
+        """Hook of the writer: report a commit of this process."""
         if outcome.due:
             self._due.set()
         if outcome.changed_runs:
-            self._tell(outcome.changed_runs)
+            self._publish(outcome.changed_runs)
 
-    def _tell(self, run_ids: Sequence[str]) -> None:
+    def _publish(self, run_ids: Sequence[str]) -> None:
         for listener in tuple(self._listeners):
             listener(run_ids)
 
     async def _listen(self) -> None:
         wait, longest = RETRY_SECONDS
-        said = False
+        is_reported = False
         while True:
-            heard = False
+            listened = False
             try:
                 connection = await connect_postgres(self._db.url, "tracker-signals")
                 try:
                     await self._listen_on(connection)
                 finally:
-                    heard = self._listening.is_set()
+                    listened = self._listening.is_set()
                     self._listening.clear()
                     connection.terminate()
             except Exception as exc:
-                # Whatever the driver raises in a handshake: without this task nobody is told.
-                if heard or not said:
+                # Whatever the driver raises in a handshake: without this task no signal arrives.
+                if listened or not is_reported:
                     log.warning("signals.lost", error=type(exc).__name__)
-                said = True
+                is_reported = True
             else:
-                said = False
-            wait = RETRY_SECONDS[0] if heard else min(wait * 2, longest)
+                is_reported = False
+            wait = RETRY_SECONDS[0] if listened else min(wait * 2, longest)
             await asyncio.sleep(wait)
 
     async def _listen_on(self, connection: Any) -> None:
-        gone = asyncio.Event()
-        connection.add_termination_listener(lambda _: gone.set())
-        await connection.add_listener(DUE, self._heard)
-        await connection.add_listener(RUNS, self._heard)
-        await connection.add_listener(INBOX, self._heard)
+        lost = asyncio.Event()
+        connection.add_termination_listener(lambda _: lost.set())
+        for channel in (DUE, RUNS, INBOX):
+            await connection.add_listener(channel, self._on_notification)
         self._listening.set()
-        # Whatever was said while nobody listened is made up for by looking.
+        # Signals were missed while nothing listened.
         self._due.set()
-        self._tell(())
-        while not gone.is_set():
+        self._publish(())
+        while not lost.is_set():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(ALIVE_SECONDS):
-                    await gone.wait()
-            if not gone.is_set():
+                    await lost.wait()
+            if not lost.is_set():
                 await connection.execute("SELECT 1")
 
-    def _heard(self, _connection: Any, _pid: int, channel: str, payload: str) -> None:
-        if channel != RUNS:
-            if read_origin(payload) != self._db.origin:
-                self._due.set() if channel == DUE else self._on_inbox()
+    def _on_notification(self, _connection: Any, _pid: int, channel: str, payload: str) -> None:
+        origin, run_ids = read_runs(payload) if channel == RUNS else (payload, [])
+        if origin == self._db.origin:
             return
-        origin, run_ids = read_runs(payload)
-        if origin != self._db.origin:
-            self._tell(run_ids)
+        if channel == RUNS:
+            self._publish(run_ids)
+        elif channel == DUE:
+            self._due.set()
+        else:
+            self._on_inbox()

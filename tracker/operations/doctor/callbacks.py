@@ -33,7 +33,7 @@ from tracker.operations.doctor.delivery import (
 )
 from tracker.settings import Settings
 from tracker.store.engine import Database
-from tracker.store.writing import delivery_rows
+from tracker.store.inspection import remove_test_deliveries, stored_test_deliveries
 
 RESOLVE_SECONDS: Final = 5.0
 RENEW_BEFORE: Final = timedelta(days=10)
@@ -211,7 +211,7 @@ class _StoredDeliveries:
 
     async def find(self) -> None:
         try:
-            self.found = await delivery_rows.arrived(self.database, self.ids)
+            self.found = await stored_test_deliveries(self.database, self.ids)
         except StoreError as error:
             self.error = str(error)
 
@@ -219,8 +219,7 @@ class _StoredDeliveries:
         """Delete them, and those that earlier doctors left."""
         try:
             async with asyncio.timeout(DELETE_SECONDS):
-                await delivery_rows.take_out(self.database, self.ids)
-                await delivery_rows.take_out_left(self.database, before=left_before)
+                await remove_test_deliveries(self.database, self.ids, left_before=left_before)
         except (StoreError, TimeoutError) as error:
             self.error = str(error) or "the database did not answer in time"
 

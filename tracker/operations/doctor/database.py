@@ -14,11 +14,11 @@ from tracker.core.errors import StoreError
 from tracker.core.formatting import size
 from tracker.operations.doctor import Finding, failed, ok, warning
 from tracker.store import migrate
-from tracker.store.condition import (
-    PostgresCondition,
-    SqliteCondition,
-    look_at_postgres,
-    look_at_sqlite,
+from tracker.store.inspection import (
+    PostgresInspection,
+    SqliteInspection,
+    inspect_postgres,
+    inspect_sqlite,
 )
 from tracker.store.url import TLS_ADVICE, DatabaseUrl
 
@@ -56,13 +56,13 @@ async def check(url: DatabaseUrl, *, clock: Clock) -> DatabaseState:
     """Check the database without changing it."""
     try:
         if url.dialect == "sqlite":
-            return _sqlite(await look_at_sqlite(url))
-        return judge_postgres(url, await look_at_postgres(url, clock=clock))
+            return _sqlite(await inspect_sqlite(url))
+        return judge_postgres(url, await inspect_postgres(url, clock=clock))
     except StoreError as error:
         return DatabaseState([failed("database", f"{url}: {error}.", _error_advice(url, error))])
 
 
-def _sqlite(found: SqliteCondition) -> DatabaseState:
+def _sqlite(found: SqliteInspection) -> DatabaseState:
     if not found.exists:
         return DatabaseState([_missing_file(found)])
     schema, readable = _schema(found.revision, migrates_at_start=True)
@@ -89,7 +89,7 @@ def _sqlite(found: SqliteCondition) -> DatabaseState:
     )
 
 
-def _missing_file(found: SqliteCondition) -> Finding:
+def _missing_file(found: SqliteInspection) -> Finding:
     if not found.directory_writable:
         return failed(
             "database",
@@ -126,7 +126,7 @@ def _sqlite_advice(why: str, path: Path) -> str:
     )
 
 
-def judge_postgres(url: DatabaseUrl, found: PostgresCondition) -> DatabaseState:
+def judge_postgres(url: DatabaseUrl, found: PostgresInspection) -> DatabaseState:
     """The findings for a PostgreSQL server in this condition."""
     schema, readable = _schema(found.revision, migrates_at_start=False)
     findings = [_server(url, found), *_tls(url), schema]
@@ -142,7 +142,7 @@ def judge_postgres(url: DatabaseUrl, found: PostgresCondition) -> DatabaseState:
     )
 
 
-def _server(url: DatabaseUrl, found: PostgresCondition) -> Finding:
+def _server(url: DatabaseUrl, found: PostgresInspection) -> Finding:
     server = f"{url} (PostgreSQL {found.version})"
     if found.standby:
         return failed(
@@ -222,8 +222,8 @@ def _schema(revision: str | None, *, migrates_at_start: bool) -> tuple[Finding, 
     ), False
 
 
-def _notifications(found: PostgresCondition) -> Finding:
-    if found.hears:
+def _notifications(found: PostgresInspection) -> Finding:
+    if found.notifies:
         return ok("notifications", "Notifications (LISTEN/NOTIFY) arrive.")
     return warning(
         "notifications",

@@ -1,15 +1,14 @@
-"""The inbox: callbacks are stored here when they come, and applied from here to their runs.
+"""The inbox: callbacks are stored here when they arrive, and applied from here to their runs.
 
-To store is all that a sender waits for: one statement for a group, which reads no run and merges
-nothing. To apply takes deliveries that wait, merges what they say, and commits runs, timeline,
-rollups, notices and the deliveries' own outcome together. So it may be broken off anywhere, be done
-by several processes at once, and be done again, and has its effect once.
+A sender waits for storing alone: one statement for a group, which reads no run and merges nothing.
+Applying takes waiting deliveries, merges their observations, and commits runs, timeline, rollups,
+notices and the outcomes of the deliveries together. So it may be interrupted anywhere and repeated,
+several processes may do it at once, and each delivery takes effect once.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection
 
@@ -20,16 +19,19 @@ from tracker.store.engine import Database
 from tracker.store.queries import starts
 from tracker.store.queries.starts import StartRow, StartState
 from tracker.store.writing.group_commit import GroupCommit
-from tracker.store.writing.writer import MergeRules, Statements, WriteBatch, WriteOutcome
+from tracker.store.writing.statements import Receipt, Statements, statements_for
+from tracker.store.writing.writer import MergeRules, WriteBatch, WriteOutcome
 
 NAME: Final = "inbox"
 
+Positions = list[tuple[int, Delivery]]
+
 
 class Stored(NamedTuple):
-    """What became of a delivery that is now on disk.
+    """A delivery that is on disk.
 
-    `delivery_id` is under which id: one of its own, where the id that it came with has another body
-    already. `repeated` says that it had come before, so that only its receipts changed.
+    `delivery_id` differs from the delivery's own id if another body is stored under that.
+    `repeated` tells that it was stored before, so that only its receipts changed.
     """
 
     delivery_id: str
@@ -37,37 +39,11 @@ class Stored(NamedTuple):
     repeated: bool
 
 
-@dataclass(slots=True)
-class Receipt:
-    """One row of a group: a delivery, at which places of the group it stands, and until when the
-    group received it."""
-
-    delivery: Delivery
-    last_received_at: datetime
-    places: list[int]
-
-    @property
-    def count(self) -> int:
-        """How often the group received it."""
-        return len(self.places)
-
-
-class Stores(Protocol):
-    """The statement that stores a group."""
-
-    async def __call__(self, db: Database, receipts: Sequence[Receipt]) -> dict[str, str | None]:
-        """Store these deliveries, or count them where they are known, with one commit.
-
-        They come sorted by id, each id once. Returns those that were not new, by id: the outcome of
-        one that had come before, `None` for an id under which another body is stored.
-        """
-
-
 class Inbox(GroupCommit[Delivery, Stored]):
-    """Stores deliveries in groups. Used as `async with Inbox(database, …) as inbox`.
+    """Stores deliveries in groups: `enqueue` a delivery and await its future.
 
-    `digest_id` makes the id of a delivery whose own id another body has. `on_stored` is called
-    after each commit, with how many deliveries waited at that moment, those that were just stored
+    `digest_id` makes the id of a delivery if another body is stored under its own id. `on_stored`
+    is called after each commit with the number of deliveries that wait for one, those just stored
     among them. `options` are those of `GroupCommit`.
     """
 
@@ -81,88 +57,75 @@ class Inbox(GroupCommit[Delivery, Stored]):
     ) -> None:
         super().__init__(self._store, name=NAME, size=lambda one: len(one.body), **options)
         self._db = db
-        self._stores = _stores_of(db)
+        self._statements = statements_for(db)
         self._digest_id = digest_id
         self._on_stored = on_stored
 
-    async def store(self, delivery: Delivery) -> Stored:
-        """Store a delivery; returns after the commit.
-
-        Raises `StoreUnavailable` where it was not committed in time (it still may be).
-        """
-        return await self.enqueue(delivery)
-
     async def _store(self, group: list[Delivery]) -> list[Stored]:
         stored: dict[int, Stored] = {}
-        left = dict(enumerate(group))
+        left: Positions = list(enumerate(group))
         while left:
-            receipts = _together(left)
-            known = await self._stores(self._db, [receipts[key] for key in sorted(receipts)])
+            receipts, left = _by_id(left)
+            rows = [receipts[key] for key in sorted(receipts)]
+            before = await self._statements.store(self._db, rows)
             for key, receipt in receipts.items():
-                outcome, repeated = DeliveryOutcome.WAITING, key in known
+                outcome, repeated = DeliveryOutcome.WAITING, key in before
                 if repeated:
-                    if (before := known[key]) is None:
-                        # The id is taken, and yet this was signed: it is stored under its own.
-                        other = _renamed(receipt.delivery, self._digest_id)
-                        left.update(dict.fromkeys(receipt.places, other))
+                    if (known := before[key]) is None:
+                        renamed = self._renamed(receipt.delivery)
+                        left += [(position, renamed) for position in receipt.positions]
                         continue
-                    outcome = DeliveryOutcome(before)
-                for place in receipt.places:
-                    stored[place] = Stored(key, outcome, repeated)
+                    outcome = DeliveryOutcome(known)
+                for position in receipt.positions:
+                    stored[position] = Stored(key, outcome, repeated)
                     repeated = True
-                    del left[place]
         self._on_stored(self.waiting)
-        return [stored[place] for place in range(len(group))]
+        return [stored[position] for position in range(len(group))]
+
+    def _renamed(self, delivery: Delivery) -> Delivery:
+        """The delivery under an id made from its body: it was signed, though its id is taken."""
+        key = self._digest_id(delivery.body)
+        if delivery.delivery_id.startswith(key):  # another body bears that as its own id
+            key = f"{delivery.delivery_id}+"
+        return replace(delivery, delivery_id=key)
 
 
-def _together(left: dict[int, Delivery]) -> dict[str, Receipt]:
-    """One row for each id: repeats are counted here, as no statement changes a row twice. What has
-    another body under the same id is left for the next statement."""
+def _by_id(deliveries: Iterable[tuple[int, Delivery]]) -> tuple[dict[str, Receipt], Positions]:
+    """One receipt for each id, because no statement changes a row twice; and the deliveries with
+    another body under the same id."""
     receipts: dict[str, Receipt] = {}
-    for place, one in left.items():
+    others: Positions = []
+    for position, one in deliveries:
         receipt = receipts.get(one.delivery_id)
         if receipt is None:
-            receipts[one.delivery_id] = Receipt(one, one.received_at, [place])
+            receipts[one.delivery_id] = Receipt(one, one.received_at, [position])
         elif receipt.delivery.body == one.body:
-            receipt.places.append(place)
+            receipt.positions.append(position)
             receipt.last_received_at = max(receipt.last_received_at, one.received_at)
-    return receipts
+        else:
+            others.append((position, one))
+    return receipts, others
 
 
-def _renamed(delivery: Delivery, digest_id: Callable[[bytes], str]) -> Delivery:
-    key = digest_id(delivery.body)
-    if delivery.delivery_id.startswith(key):  # which someone else's body bears as its own id
-        key = f"{delivery.delivery_id}+"
-    return replace(delivery, delivery_id=key)
+class ParsedDelivery(NamedTuple):
+    """What a delivery shows: an observation of a run, or why it is quarantined, or neither for a
+    test delivery.
 
-
-def _stores_of(db: Database) -> Stores:
-    if db.dialect == "sqlite":
-        from tracker.store.writing.statements_sqlite import store  # noqa: PLC0415
-
-        return store
-    from tracker.store.writing.statements_postgres import store as store_postgres  # noqa: PLC0415
-
-    return store_postgres
-
-
-NOTHING: Final = WriteOutcome([], due=False, changed_runs=[])
-
-
-class Read(NamedTuple):
-    """What a delivery says, as of now: an observation of a run, or why it is quarantined, or
-    neither for a test delivery. `signers` are the workspaces that may have signed it; `None` where
-    only one is configured."""
+    `signers` are the workspaces that may have signed it; `None` if only one is configured.
+    """
 
     observation: Observation | None
     reason: str | None = None
     signers: Collection[str | None] | None = None
 
 
+NO_CHANGE: Final = WriteOutcome([], due=False, changed_runs=[])
+
+
 @dataclass(frozen=True, slots=True)
-class Applied:
+class ApplyResult:
     """What applying a group did: how many deliveries it took, which were quarantined and why, and
-    what it did to runs. `more` says that others may be waiting."""
+    what changed in runs. `more` tells that others may be waiting."""
 
     taken: int
     more: bool
@@ -170,85 +133,69 @@ class Applied:
     outcome: WriteOutcome
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
-    """Which deliveries to apply: at most `limit`, those that have waited longest, without those
-    `held_up`. `read` says what each says."""
-
-    limit: int
-    read: Callable[[Delivery], Read]
-    held_up: Sequence[str] = ()
-
-
 def apply_waiting(
     connection: Connection,
-    group: Group,
-    taken: list[str],
     *,
+    limit: int,
+    held_up: Sequence[str] = (),
+    parse: Callable[[Delivery], ParsedDelivery],
+    taken: list[str],
     clock: Clock,
     rules: MergeRules,
     statements: Statements,
-) -> Applied:
-    """Apply deliveries that wait. Nothing is committed here.
+) -> ApplyResult:
+    """Apply the oldest waiting deliveries, `limit` at most, without those `held_up`.
 
-    Their ids stand in `taken` as soon as they are known, for whoever has to find out which of them
-    cannot be applied.
+    Nothing is committed here. `taken` receives their ids before anything can fail, so that the
+    caller can find the one that cannot be applied.
     """
-    deliveries, found = statements.take_waiting(connection, group.limit, group.held_up)
+    deliveries, found = statements.take_waiting(connection, limit, held_up)
     taken[:] = [delivery.delivery_id for delivery in deliveries]
-    more = found == group.limit or len(taken) < found
+    more = found == limit or len(taken) < found
     if not deliveries:
-        return Applied(0, more, [], NOTHING)
-    said = [group.read(delivery) for delivery in deliveries]
-    own = _starts_of(connection, deliveries)
-    run_ids = {one.observation.run_id for one in said if one.observation is not None}
-    merging = WriteBatch(connection, run_ids, rules, statements)
+        return ApplyResult(0, more, [], NO_CHANGE)
+    parsed = [parse(delivery) for delivery in deliveries]
+    tokens = {one.callback_token for one in deliveries if one.callback_token is not None}
+    starts_by_token = starts.of_tokens(connection, sorted(tokens)) if tokens else {}
+    run_ids = {one.observation.run_id for one in parsed if one.observation is not None}
+    batch = WriteBatch(connection, run_ids, rules, statements)
     applied: list[str] = []
     quarantined: list[tuple[str, str]] = []
-    for delivery, one in zip(deliveries, said, strict=True):
-        reason = one.reason
-        if one.observation is not None:
-            reason, disputed = _not_theirs(one, merging)
-            if disputed:  # to be read at once: FLORA shows whose it is
-                told = Observation(
-                    run_id=one.observation.run_id, source=Source.TRACK, at=delivery.received_at
+    for delivery, one in zip(deliveries, parsed, strict=True):
+        reason, seen = one.reason, one.observation
+        if seen is not None:
+            reason, is_disputed = _owner_conflict(one, seen, batch)
+            if is_disputed:  # read the run at once: FLORA shows whose it is
+                tracked = Observation(
+                    run_id=seen.run_id, source=Source.TRACK, at=delivery.received_at
                 )
-                merging.add(Seen(observation=told))
+                batch.add(Seen(observation=tracked))
             if reason is None:
-                start = own.get(delivery.callback_token or "")
-                if start is not None and _names_its_run(one, start):
-                    merging.add(_started(start, one.observation))
-                merging.add(Seen(observation=one.observation))
+                start = starts_by_token.get(delivery.callback_token or "")
+                if start is not None and _is_signed_for(one, seen, start):
+                    batch.add(_started(start, seen))
+                batch.add(Seen(observation=seen))
         if reason is None:
             applied.append(delivery.delivery_id)
         else:
             quarantined.append((delivery.delivery_id, reason))
-    outcome = merging.write()
+    outcome = batch.write()
     statements.finish(connection, applied, quarantined, clock())
-    return Applied(len(taken), more, quarantined, outcome)
+    return ApplyResult(len(taken), more, quarantined, outcome)
 
 
-def _starts_of(connection: Connection, deliveries: Sequence[Delivery]) -> dict[str, StartRow]:
-    """The starts to whose own addresses these came, by token."""
-    tokens = {one.callback_token for one in deliveries if one.callback_token is not None}
-    return starts.of_tokens(connection, sorted(tokens)) if tokens else {}
-
-
-def _names_its_run(said: Read, start: StartRow) -> bool:
-    """Whether the secret that signed a callback is of the start's workspace. One that is not is
-    taken as if it had come to the bare address."""
-    if said.observation is None or start.state is StartState.STORED:
+def _is_signed_for(parsed: ParsedDelivery, seen: Observation, start: StartRow) -> bool:
+    """Whether the secret of the start's workspace signed the callback; if not, its address is
+    ignored."""
+    if start.state is StartState.STORED:
         return False
-    seen = said.observation.workspace_id
-    if (
-        said.signers is None
-    ):  # the only workspace's secret, which a body without an id leaves as it is
-        return seen in (None, start.workspace_slot)
-    return start.workspace_slot in said.signers
+    if parsed.signers is None:  # the only workspace; a body need not name it
+        return seen.workspace_id in (None, start.workspace_slot)
+    return start.workspace_slot in parsed.signers
 
 
 def _started(start: StartRow, seen: Observation) -> Seen:
-    """What a callback to a start's own address says of the start: which run it became."""
+    """The observation that the start became this run: its callback came to the start's address."""
     return Seen(
         observation=Observation(
             run_id=seen.run_id,
@@ -267,21 +214,20 @@ def _started(start: StartRow, seen: Observation) -> Seen:
     )
 
 
-def _not_theirs(said: Read, merging: WriteBatch) -> tuple[str | None, bool]:
-    """Why the workspaces that signed it cannot speak of the run, `None` where they can; and whether
-    the run is only claimed for the workspace that it is held to be of.
+def _owner_conflict(
+    parsed: ParsedDelivery, seen: Observation, batch: WriteBatch
+) -> tuple[str | None, bool]:
+    """Why the signers may not report on the run (`None` if they may), and whether its owner is
+    only claimed.
 
-    Only the workspace that a run is of may say, with its secret, that it ended: whoever knows one
-    workspace's secret could else write another's run into a callback, end that run and take it
-    over. A run that nobody has heard of may be anybody's: who speaks of it first claims it, until
-    FLORA shows whose it is. A callback that waits in quarantine for that is applied then.
+    Only the workspace of a run may report its end: otherwise a secret of one workspace would be
+    enough to end runs of another and to take them over. The first callback about an unknown run
+    claims it for its signer, until FLORA shows the owner. Callbacks that are quarantined for that
+    are applied then.
     """
-    seen, signers = said.observation, said.signers
-    if seen is None or signers is None:
-        return None, False
-    record = merging.record(seen.run_id)
+    record = batch.record(seen.run_id)
     owner = None if record is None else record.run.workspace_id
-    if record is None or owner is None or owner in signers:
+    if parsed.signers is None or record is None or owner is None or owner in parsed.signers:
         return None, False
     signed_by = f"the secret of {seen.workspace_id} signed it"
     if record.run.workspace_is_claimed:

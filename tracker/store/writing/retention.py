@@ -1,24 +1,89 @@
-"""How far retention has come, so that what it removed is not taken for news.
+"""What retention removes, a few rows at a time, and how far it has come.
 
-FLORA's lists show a removed run for as long as FLORA keeps it, and nothing here tells it from one
-that was never heard of but its age. So in the transaction that removes runs the newest of them, by
-FLORA's time of creation, is noted for their workspace.
+Rows to remove are found in reads, page by page, which block nothing. Then a few of them are locked,
+checked again and removed, in a transaction of their own; rows that are locked elsewhere stay for
+the next run. So it can be interrupted anywhere, repeated, and done by several processes at once.
+
+Keys stay: the key and the fingerprint of a start, the rows of a batch, so that nothing that was
+paid for is started again by mistake; unless an age is given for keys, and even then those of
+batches stay.
+
+FLORA's lists show a removed run for as long as FLORA keeps it, and only its age tells it from a run
+that was never known. So the transaction that removes runs notes the newest of them, by FLORA's time
+of creation, for each workspace.
 """
 
-from collections.abc import Iterable
-from datetime import datetime
-from typing import Any, Literal, NamedTuple
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, Literal, NamedTuple
 
-from sqlalchemy import Connection, func, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Select,
+    and_,
+    delete,
+    func,
+    literal,
+    or_,
+    select,
+    true,
+    tuple_,
+    update,
+)
 
 from tracker.core.run import RunType
 from tracker.store.engine import Database, insert_on
 from tracker.store.queries.sweeps import covers, everything
-from tracker.store.schema import retention, runs
+from tracker.store.schema import (
+    UtcDateTime,
+    audit,
+    batch_rows,
+    deliveries,
+    retention,
+    run_events,
+    run_outputs,
+    runs,
+    starts,
+    sweeps,
+    word,
+)
+from tracker.store.writing import rollups
+
+AROUND: Final = timedelta(days=1)
+"""The run of a start without a known outcome was created within this time of its sending; no clock
+is further off."""
+BEGINNING: Final = datetime(1, 1, 2, tzinfo=UTC)
+"""Before all times."""
+
+_HAS_BODY: Final = and_(
+    deliveries.c.outcome == word("applied"), deliveries.c.body_removed_at.is_(None)
+)
+
+Counts = Counter[str]
+"""Removed rows by table; `bodies` are those removed with their delivery or without it."""
+Mark = Literal["runs", "bodies"]
 
 
-class Sighting(NamedTuple):
-    """A run that somebody speaks of, and a moment of FLORA's at which it was there already."""
+class Key(NamedTuple):
+    """The position of a row in its table, by age."""
+
+    at: datetime
+    id: Any
+
+
+@dataclass(frozen=True, slots=True)
+class PrunePage:
+    """Rows of a page that are to be removed, and where the next page begins (`None`: no more)."""
+
+    found: list[Key]
+    end: Key | None
+
+
+class ListedRun(NamedTuple):
+    """A run that a list or a callback shows, and a time (FLORA's) at which it existed already."""
 
     run_id: str
     workspace_id: str | None
@@ -26,32 +91,32 @@ class Sighting(NamedTuple):
     kind: RunType = "technique"
 
 
-async def removed(db: Database, sightings: Iterable[Sighting]) -> set[str]:
-    """Those of the runs that are not here and that retention must have removed."""
-    reached = await within_reach(db, sightings)
-    if not reached:
+async def find_removed(db: Database, listed: Iterable[ListedRun]) -> set[str]:
+    """Those of the runs that are not stored here and that retention must have removed."""
+    old = await find_possibly_removed(db, listed)
+    if not old:
         return set()
     async with db.read() as connection:
-        here = await connection.execute(select(runs.c.run_id).where(runs.c.run_id.in_(reached)))
-        return reached - set(here.scalars())
+        stored = await connection.execute(select(runs.c.run_id).where(runs.c.run_id.in_(old)))
+        return old - set(stored.scalars())
 
 
-async def within_reach(db: Database, sightings: Iterable[Sighting]) -> set[str]:
-    """Those of the runs that retention has removed, unless they are here or came back.
+async def find_possibly_removed(db: Database, listed: Iterable[ListedRun]) -> set[str]:
+    """Those of the runs that retention has removed, unless they are stored here (again).
 
-    It has removed runs as new as these, and these were here once: FLORA's history has been read at
-    that time. What was never read is news, however old it is.
+    Retention has removed runs as new as these, and FLORA's history has been read at their time, so
+    that they were known once. A run of a time that was never read is new, however old it is.
     """
-    reached = await marks(db, "runs")
-    if not reached:
+    removed_until = await marks(db, "runs")
+    if not removed_until:
         return set()
-    # A run whose workspace was not known may be anybody's.
+    # A run without a known workspace may belong to any.
     old = [
         one
-        for one in sightings
+        for one in listed
         if any(
             mark is not None and one.at <= mark
-            for mark in (reached.get(one.workspace_id or ""), reached.get(""))
+            for mark in (removed_until.get(one.workspace_id or ""), removed_until.get(""))
         )
     ]
     if not old:
@@ -68,27 +133,26 @@ async def within_reach(db: Database, sightings: Iterable[Sighting]) -> set[str]:
     }
 
 
-async def marks(db: Database, what: Literal["runs", "bodies"]) -> dict[str, datetime]:
-    """How far it has come, by workspace; bodies are no workspace's."""
+async def marks(db: Database, what: Mark) -> dict[str, datetime]:
+    """Up to when retention has come, by workspace; bodies have one mark, under ""."""
     statement = select(retention.c.workspace_id, retention.c.through)
     async with db.read() as connection:
         rows = await connection.execute(statement.where(retention.c.what == what))
         return dict(rows.all())
 
 
-def reach(
-    connection: Connection, what: Literal["runs", "bodies"], moments: Iterable[tuple[str, datetime]]
-) -> None:
-    """Note how far it has come, in one order, so that no two wait for each other crosswise."""
-    reached: dict[str, datetime] = {}
-    for workspace_id, at in moments:
-        reached[workspace_id] = max(at, reached.get(workspace_id, at))
+def advance(connection: Connection, what: Mark, removed: Iterable[tuple[str, datetime]]) -> None:
+    """Move the marks forward, given workspaces and times, in one order so that no two processes
+    deadlock."""
+    latest: dict[str, datetime] = {}
+    for workspace_id, at in removed:
+        latest[workspace_id] = max(at, latest.get(workspace_id, at))
     dialect = connection.dialect.name
     later: Any = func.greatest if dialect == "postgresql" else func.max
     kept = insert_on(dialect)(retention).values(
         [
             {"what": what, "workspace_id": workspace_id, "through": through}
-            for workspace_id, through in sorted(reached.items())
+            for workspace_id, through in sorted(latest.items())
         ]
     )
     connection.execute(
@@ -99,7 +163,342 @@ def reach(
     )
 
 
-def step_back(connection: Connection, what: Literal["bodies"], at: datetime) -> None:
-    """Note that something as old as that is there to be removed again: it is looked for anew."""
+def step_back(connection: Connection, what: Mark, at: datetime) -> None:
+    """Move the marks back to that time: something as old is to be removed again."""
     beyond = (retention.c.what == what, retention.c.through > at)
     connection.execute(update(retention).where(*beyond).values(through=at))
+
+
+Protected = dict[str | None, list[tuple[datetime, datetime]]]
+"""The spans of creation times, by technique, whose runs are still needed."""
+
+
+async def protected_runs(db: Database) -> Protected:
+    """Where the runs of open and unresolved starts may be."""
+    columns = (starts.c.technique_id, starts.c.created_at, starts.c.sent_at)
+    unknown = (
+        select(*columns)
+        .where(starts.c.state.in_([word("stored"), word("sent")]))
+        .union_all(
+            select(*columns).where(starts.c.state == word("in_doubt")),
+            select(*columns).where(starts.c.state == word("unresolved")),
+        )
+    )
+    found: Protected = {}
+    async with db.read() as connection:
+        for technique_id, created_at, sent_at in await connection.execute(unknown):
+            span = (created_at - AROUND, (sent_at or created_at) + AROUND)
+            for one in (technique_id, None):  # a run of unknown technique may belong to any start
+                found.setdefault(one, []).append(span)
+    return found
+
+
+async def old_runs(
+    db: Database, before: datetime, protected: Protected, *, after: Key | None, limit: int
+) -> PrunePage:
+    """Settled runs that FLORA created, and that settled here, before that time."""
+    statement = select(
+        runs.c.created_at, runs.c.run_id, runs.c.settled_at, runs.c.technique_id
+    ).where(runs.c.tracking == word("settled"), runs.c.created_at < before)
+    rows, end = await _next_page(db, statement, after, limit)
+    found = [
+        Key(row.created_at, row.run_id)
+        for row in rows
+        if row.settled_at < before
+        and not any(
+            first <= row.created_at <= last for first, last in protected.get(row.technique_id, ())
+        )
+    ]
+    return PrunePage(found, end)
+
+
+def count_runs(connection: Connection, keys: Sequence[Key], before: datetime) -> Counts:
+    """What `delete_runs` would remove, without bodies."""
+    run_ids = [key.id for key in keys]
+    counted = Counts(runs=len(run_ids))
+    for table, condition in (
+        (run_outputs, run_outputs.c.run_id.in_(run_ids)),
+        (run_events, run_events.c.run_id.in_(run_ids)),
+        (deliveries, _applied_for(run_ids, before)),
+    ):
+        statement = select(func.count()).select_from(table).where(condition)
+        counted[table.name] = connection.execute(statement).scalar_one()
+    return counted
+
+
+def delete_runs(connection: Connection, keys: Sequence[Key], before: datetime) -> Counts:
+    """Remove runs that are not locked, with their outputs, timelines and deliveries.
+
+    The inputs of their starts are emptied; the starts stay.
+    """
+    still = (runs.c.tracking == word("settled"), runs.c.settled_at < before)
+    wanted = select(runs.c.run_id, runs.c.workspace_id, runs.c.created_at).where(
+        runs.c.run_id.in_([key.id for key in keys]), *still
+    )
+    rows = connection.execute(wanted.order_by(runs.c.run_id).with_for_update(skip_locked=True))
+    locked = rows.all()
+    run_ids = [row.run_id for row in locked]
+    if not run_ids:
+        return Counts()
+    rollups.remove_states(connection, run_ids)
+    advance(connection, "runs", [(row.workspace_id or "", row.created_at) for row in locked])
+    connection.execute(update(starts).where(starts.c.run_id.in_(run_ids)).values(inputs=[]))
+    removed = _delete_deliveries(connection, _applied_for(run_ids, before))
+    for table in (run_outputs, run_events, runs):
+        statement = delete(table).where(table.c.run_id.in_(run_ids))
+        removed[table.name] = connection.execute(statement).rowcount
+    return removed
+
+
+async def old_bodies(db: Database, before: datetime, *, after: Key | None, limit: int) -> PrunePage:
+    """Applied deliveries received before that time that still have their body, from the mark on."""
+    since = (await marks(db, "bodies")).get("")
+    return await _old_deliveries(db, before, _HAS_BODY, after=after, since=since, limit=limit)
+
+
+def empty_bodies(connection: Connection, keys: Sequence[Key], at: datetime) -> Counts:
+    """Empty the bodies of those that are not locked; a repetition is still recognised."""
+    ids = [row.delivery_id for row in _lock(connection, and_(_among(keys), _HAS_BODY))]
+    emptied = (
+        update(deliveries)
+        .where(deliveries.c.delivery_id.in_(ids))
+        .values(body=b"", body_removed_at=at)
+    )
+    connection.execute(emptied)
+    advance(connection, "bodies", [("", _bodies_emptied_until(connection, keys[-1].at))])
+    return Counts(bodies=len(ids))
+
+
+def _bodies_emptied_until(connection: Connection, at: datetime) -> datetime:
+    """That time, or the receipt of the first body left: locked, or not applied yet."""
+    mark = select(retention.c.through).where(retention.c.what == word("bodies")).scalar_subquery()
+    first_left = (
+        select(deliveries.c.received_at)
+        .where(
+            or_(_HAS_BODY, deliveries.c.outcome == word("waiting")),
+            deliveries.c.received_at >= func.coalesce(mark, literal(BEGINNING, UtcDateTime)),
+            deliveries.c.received_at <= at,
+        )
+        .order_by(deliveries.c.received_at)
+        .limit(1)
+    )
+    return connection.scalar(first_left) or at
+
+
+async def orphaned_deliveries(
+    db: Database, before: datetime, *, after: Key | None, limit: int
+) -> PrunePage:
+    """Applied deliveries last received before that time whose run is gone."""
+    page = await _old_deliveries(db, before, _applied_before(before), after=after, limit=limit)
+    # A query of its own, so that the planner never reads all runs for one page.
+    about = select(deliveries.c.delivery_id).join(runs, runs.c.run_id == deliveries.c.run_id)
+    async with db.read() as connection:
+        needed = set((await connection.execute(about.where(_among(page.found)))).scalars())
+    return PrunePage([key for key in page.found if key.id not in needed], page.end)
+
+
+async def quarantined(
+    db: Database, before: datetime, *, after: Key | None, limit: int
+) -> PrunePage:
+    """Quarantined deliveries last received before that time."""
+    statement = select(deliveries.c.received_at, deliveries.c.delivery_id).where(
+        _quarantined_before(before), deliveries.c.received_at < before
+    )
+    rows, end = await _next_page(db, statement, after, limit)
+    return PrunePage([Key(*row) for row in rows], end)
+
+
+def delete_orphaned(connection: Connection, keys: Sequence[Key], before: datetime) -> Counts:
+    """Remove applied deliveries that are not locked and were not received again."""
+    return _delete_deliveries(connection, and_(_among(keys), _applied_before(before)))
+
+
+def delete_quarantined(connection: Connection, keys: Sequence[Key], before: datetime) -> Counts:
+    """The same for quarantined deliveries."""
+    return _delete_deliveries(connection, and_(_among(keys), _quarantined_before(before)))
+
+
+async def old_start_keys(
+    db: Database, before: datetime, *, after: Key | None, limit: int
+) -> PrunePage:
+    """Starts from before that time that were refused, or whose run is gone.
+
+    One technique after the other, by age, because that has an index. Those of batches stay: a row
+    without a known start would be started again.
+    """
+    last = (BEGINNING, "", "")
+    async with db.read() as connection:
+        if after is None:
+            technique_id = await connection.scalar(select(func.min(starts.c.technique_id)))
+            if technique_id is None:
+                return PrunePage([], None)
+        else:
+            technique_id, *ids = after.id
+            last = (after.at, *ids)
+        key = (starts.c.created_at, starts.c.workspace_slot, starts.c.idempotency_key)
+        statement = select(*key, starts.c.state, starts.c.run_id).where(
+            starts.c.technique_id == technique_id,
+            starts.c.created_at < before,
+            _is_after(key, last),
+        )
+        rows = (await connection.execute(statement.order_by(*key).limit(limit))).all()
+        doomed = await connection.run_sync(_no_longer_needed, rows)
+        found = [Key(row[0], (technique_id, *row[1:3])) for row in rows if row[1:3] in doomed]
+        if len(rows) == limit:
+            return PrunePage(found, Key(rows[-1][0], (technique_id, *rows[-1][1:3])))
+        others = select(func.min(starts.c.technique_id)).where(starts.c.technique_id > technique_id)
+        following = await connection.scalar(others)
+    return PrunePage(found, None if following is None else Key(BEGINNING, (following, "", "")))
+
+
+def delete_start_keys(connection: Connection, keys: Sequence[Key]) -> Counts:
+    """Remove starts that are not locked and still not needed."""
+    id_columns = (starts.c.workspace_slot, starts.c.idempotency_key)
+    wanted = (
+        select(starts.c.created_at, *id_columns, starts.c.state, starts.c.run_id)
+        .where(tuple_(*id_columns).in_([key.id[1:] for key in keys]))
+        .order_by(*id_columns)
+        .with_for_update(skip_locked=True)
+    )
+    doomed = _no_longer_needed(connection, connection.execute(wanted).all())
+    removed = connection.execute(delete(starts).where(tuple_(*id_columns).in_(doomed)))
+    return Counts(starts=removed.rowcount)
+
+
+def _no_longer_needed(connection: Connection, rows: Sequence[Any]) -> list[tuple[str, str]]:
+    """The keys of finished starts whose run is gone and that belong to no batch."""
+    stored = select(runs.c.run_id).where(runs.c.run_id.in_([row.run_id for row in rows]))
+    keys = [row.idempotency_key for row in rows]
+    batched = select(batch_rows.c.idempotency_key).where(batch_rows.c.idempotency_key.in_(keys))
+    known = set(connection.execute(stored).scalars())
+    kept = set(connection.execute(batched).scalars())
+    return [
+        (row.workspace_slot, row.idempotency_key)
+        for row in rows
+        if row.state in ("started", "refused")
+        and row.run_id not in known
+        and row.idempotency_key not in kept
+    ]
+
+
+async def old_sweeps(db: Database, before: datetime, *, after: Key | None, limit: int) -> PrunePage:
+    """Sweeps that began before that time and that are not referred to any more.
+
+    Of each workspace the last one stays, the last complete one, and those up to which the history
+    was read.
+    """
+    statement = select(sweeps.c.started_at, sweeps.c.id).where(sweeps.c.started_at < before)
+    if after is not None:
+        statement = statement.where(sweeps.c.id > after.id)
+    async with db.read() as connection:
+        kept = await connection.run_sync(_needed_sweeps)
+        statement = statement.where(sweeps.c.id.not_in(kept)).order_by(sweeps.c.id).limit(limit)
+        rows = (await connection.execute(statement)).all()
+    return PrunePage([Key(row.started_at, row.id) for row in rows], _end(rows, limit))
+
+
+def delete_sweeps(connection: Connection, keys: Sequence[Key]) -> Counts:
+    """Remove these sweeps."""
+    statement = delete(sweeps).where(sweeps.c.id.in_([key.id for key in keys]))
+    return Counts(sweeps=connection.execute(statement).rowcount)
+
+
+async def old_audit(db: Database, before: datetime, *, after: Key | None, limit: int) -> PrunePage:
+    """Entries of the audit log from before that time."""
+    statement = select(audit.c.at, audit.c.id).where(audit.c.at < before)
+    rows, end = await _next_page(db, statement, after, limit)
+    return PrunePage([Key(*row) for row in rows], end)
+
+
+def delete_audit(connection: Connection, keys: Sequence[Key]) -> Counts:
+    """Remove these entries."""
+    statement = delete(audit).where(audit.c.id.in_([key.id for key in keys]))
+    return Counts(audit=connection.execute(statement).rowcount)
+
+
+def _needed_sweeps(connection: Connection) -> list[int]:
+    complete = and_(sweeps.c.finished_at.is_not(None), sweeps.c.error.is_(None))
+    conditions = (
+        true(),
+        complete,
+        and_(complete, sweeps.c.through.is_not(None)),
+        and_(complete, sweeps.c.generations_through.is_not(None)),
+    )
+    found: list[int] = []
+    for workspace_id in connection.execute(select(sweeps.c.workspace_id).distinct()).scalars():
+        mine = sweeps.c.workspace_id == workspace_id  # IS NULL for an unknown one
+        for condition in conditions:
+            newest = select(sweeps.c.id).where(mine, condition)
+            newest = newest.order_by(sweeps.c.started_at.desc(), sweeps.c.id.desc()).limit(1)
+            found += connection.execute(newest).scalars()
+    return found
+
+
+def _applied_for(run_ids: Sequence[str], before: datetime) -> ColumnElement[bool]:
+    return and_(deliveries.c.run_id.in_(run_ids), _applied_before(before))
+
+
+def _applied_before(before: datetime) -> ColumnElement[bool]:
+    return and_(deliveries.c.outcome == word("applied"), deliveries.c.last_received_at < before)
+
+
+def _quarantined_before(before: datetime) -> ColumnElement[bool]:
+    return and_(deliveries.c.outcome == word("quarantined"), deliveries.c.last_received_at < before)
+
+
+async def _old_deliveries(
+    db: Database,
+    before: datetime,
+    doomed: ColumnElement[bool],
+    *,
+    after: Key | None,
+    limit: int,
+    since: datetime | None = None,
+) -> PrunePage:
+    """The next page of the deliveries by age, and those in it that are doomed."""
+    statement = select(
+        deliveries.c.received_at, deliveries.c.delivery_id, doomed.label("doomed")
+    ).where(deliveries.c.received_at < before)
+    if since is not None:
+        statement = statement.where(deliveries.c.received_at >= since)
+    rows, end = await _next_page(db, statement, after, limit)
+    return PrunePage([Key(*row[:2]) for row in rows if row.doomed], end)
+
+
+def _delete_deliveries(connection: Connection, doomed: ColumnElement[bool]) -> Counts:
+    rows = _lock(connection, doomed)
+    ids = [row.delivery_id for row in rows]
+    connection.execute(delete(deliveries).where(deliveries.c.delivery_id.in_(ids)))
+    bodies = sum(row.body_removed_at is None for row in rows)
+    return Counts(deliveries=len(ids), bodies=bodies)
+
+
+def _lock(connection: Connection, wanted: ColumnElement[bool]) -> Sequence[Any]:
+    statement = select(deliveries.c.delivery_id, deliveries.c.body_removed_at).where(wanted)
+    statement = statement.order_by(deliveries.c.delivery_id)
+    return connection.execute(statement.with_for_update(skip_locked=True)).all()
+
+
+def _among(keys: Sequence[Key]) -> ColumnElement[bool]:
+    return deliveries.c.delivery_id.in_([key.id for key in keys])
+
+
+async def _next_page(
+    db: Database, statement: Select[Any], after: Key | None, limit: int
+) -> tuple[Sequence[Any], Key | None]:
+    """The next rows in the order of the statement's first two columns, and where they end."""
+    key = tuple(statement.selected_columns)[:2]
+    if after is not None:
+        statement = statement.where(_is_after(key, after))
+    async with db.read() as connection:
+        rows = (await connection.execute(statement.order_by(*key).limit(limit))).all()
+    return rows, _end(rows, limit)
+
+
+def _is_after(key: Sequence[Any], values: Sequence[Any]) -> ColumnElement[bool]:
+    literals = (literal(value, of.type) for value, of in zip(values, key, strict=True))
+    return tuple_(*key) > tuple_(*literals)
+
+
+def _end(rows: Sequence[Any], limit: int) -> Key | None:
+    return Key(*rows[-1][:2]) if len(rows) == limit else None

@@ -1,13 +1,11 @@
-"""Keeping the tallies: many append what changed, one adds it up, and a reader sees the sum of both.
+"""Rollups: counts of runs by state, hour and day, and what they cost.
 
-The writer writes, in the transaction that changes a run, what the run counts for no longer and what
-it counts for now: rows that are only ever appended, so that receivers never wait for each other as
-they would for one row of totals. Whoever wrote also folds them into `run_tallies`, a few seconds
-later and in one transaction. The view `run_tallies_now` is both together: exact at every moment,
-folded or not.
+The transaction that changes a run appends what the run counts for no longer, and what it counts for
+now, to `run_tally_changes`: rows that are only appended, so that writers never wait for each other
+as they would for a row of totals. A few seconds later one process compacts them into `run_tallies`.
+The view `run_tallies_now` adds both: it is exact at every moment.
 
-The views `run_facts` and `run_spending` say the same as `tracker.core.rollup.facts` in SQL, for
-counting all runs anew.
+The views `run_facts` and `run_spending` compute `tracker.core.rollup.facts` in SQL, for `recount`.
 """
 
 import asyncio
@@ -15,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import structlog
 from sqlalchemy import (
@@ -37,23 +35,24 @@ from sqlalchemy import (
     text,
     union_all,
 )
-from sqlalchemy.dialects import postgresql, sqlite
 
 from tracker.core.errors import StoreError
 from tracker.core.rollup import ALWAYS, MEASURES, STATE, Key
-from tracker.store.engine import Database, migration_engine
+from tracker.store.engine import Database, insert_on, migration_engine
 from tracker.store.errors import FOREIGN, translate
 from tracker.store.schema import CleanText, UtcDateTime, run_tallies, run_tally_changes, runs, word
-from tracker.store.writing.writer import WriteOutcome
 
-FOLD_LOCK: Final = 0x74616C6C79  # "tally"
-"""PostgreSQL's advisory lock of whoever folds."""
+if TYPE_CHECKING:
+    from tracker.store.writing.writer import WriteOutcome
+
+COMPACT_LOCK: Final = 0x74616C6C79  # "tally": the same in every version
+"""PostgreSQL's advisory lock of the process that compacts."""
 PRUNED: Final = "pruned"
-"""A measure of its own: until when the periods are whose runs may have been deleted."""
-BEFORE: Final = datetime(1, 1, 2, tzinfo=UTC)
+"""A measure of its own: up to when periods may lack runs that retention deleted."""
+BEGINNING: Final = datetime(1, 1, 2, tzinfo=UTC)
 """Before all periods: nothing has been deleted."""
-REST: Final = 100_000
-"""So many changes are folded in one transaction at most; the rest in the next."""
+MAX_CHANGES: Final = 100_000
+"""The most changes that one transaction compacts."""
 
 _KEY: Final = Key._fields
 _COLUMNS: Final = (*_KEY, "runs", "amount")
@@ -74,26 +73,25 @@ def _facts_in(view: str) -> Select[Any]:
 FACTS: Final = union_all(_facts_in("run_facts"), _facts_in("run_spending")).subquery("facts")
 
 
-async def fold(db: Database) -> int:
-    """Add what changed to the tallies; returns how many rows of changes that were.
+async def compact(db: Database) -> int:
+    """Add the changes to the rollups; returns how many rows of changes that were.
 
-    On PostgreSQL nothing is done, and 0 returned, while another process is at it.
+    On PostgreSQL it does nothing and returns 0 while another process compacts.
     """
-    work = _fold_postgres if db.dialect == "postgresql" else _fold_sqlite
-    folded = 0
+    work = _compact_postgres if db.dialect == "postgresql" else _compact_sqlite
+    total = 0
     while True:
         count = await db.write(work)
-        folded += count
-        if count < REST:
-            return folded
+        total += count
+        if count < MAX_CHANGES:
+            return total
 
 
 async def recount(db: Database) -> int:
-    """Count all runs anew, whatever the tallies say; returns how many rows that made.
+    """Rebuild the rollups from all runs; returns how many rows they have.
 
-    Others go on writing meanwhile; on SQLite they wait for one measure at a time, a few seconds
-    where there are a million runs. Periods of which runs have been deleted stay as they are: what
-    is gone cannot be counted again.
+    Others can write meanwhile; on SQLite they wait for one measure at a time, a few seconds with a
+    million runs. Periods that lack deleted runs stay as they are.
     """
     if db.dialect == "sqlite":
         return sum([await db.write(partial(_recount, measure)) for measure in MEASURES])
@@ -110,12 +108,12 @@ async def recount(db: Database) -> int:
     return made
 
 
-def forget(connection: Connection, run_ids: Sequence[str]) -> None:
-    """Take runs that are about to be deleted off the states; their hours and days keep them.
+def remove_states(connection: Connection, run_ids: Sequence[str]) -> None:
+    """Take runs off the counts by state; hours and days keep them.
 
-    To be called in the transaction that deletes them.
+    To be called in the transaction that deletes the runs, before they are deleted.
     """
-    # As the view has it; but to plan all of that takes longer than to delete the runs.
+    # The same as the view's rows, but planning the view takes longer than deleting the runs.
     state: tuple[ColumnElement[Any], ...] = (
         word(STATE),
         literal(ALWAYS, UtcDateTime),
@@ -128,127 +126,117 @@ def forget(connection: Connection, run_ids: Sequence[str]) -> None:
     ends = select(func.max(runs.c.end_seen_at), func.max(runs.c.completed_at))
     last = connection.execute(ends.where(runs.c.run_id.in_(run_ids))).one()
     if any(last):
-        # To the hour, in which it is as good: else each transaction would leave a tally of its own.
+        # Rounded to the hour: otherwise each transaction would leave a row of its own.
         hour = max(filter(None, last)).replace(minute=0, second=0, microsecond=0)
         mark = dict.fromkeys(_KEY, "") | {"measure": PRUNED, "since": hour}
         values = mark | {"bucket": 0, "runs": 1, "amount": 0}
         connection.execute(insert(run_tally_changes).values(**values))
 
 
-def _fold_sqlite(connection: Connection) -> int:
-    """The transaction has the file to itself, so that nothing comes in between."""
-    last = select(run_tally_changes.c.id).order_by(run_tally_changes.c.id).limit(REST).subquery()
-    upto = connection.execute(select(func.max(last.c.id))).scalar()
-    if upto is None:
+def _compact_sqlite(connection: Connection) -> int:
+    """The transaction has the file to itself, so no change comes in between."""
+    first = _first_changes().subquery()
+    last = connection.execute(select(func.max(first.c.id))).scalar()
+    if last is None:
         return 0
-    taken = run_tally_changes.c.id <= upto
-    connection.execute(_add(sqlite.insert, _summed(run_tally_changes).where(taken)))
+    taken = run_tally_changes.c.id <= last
+    connection.execute(_add("sqlite", _summed(run_tally_changes).where(taken)))
     return connection.execute(delete(run_tally_changes).where(taken)).rowcount
 
 
-def _fold_postgres(connection: Connection) -> int:
-    """One statement: what it deletes is what it adds, whatever others append meanwhile."""
-    if not connection.execute(select(func.pg_try_advisory_xact_lock(FOLD_LOCK))).scalar():
+def _compact_postgres(connection: Connection) -> int:
+    """One statement adds what it deletes, whatever is appended meanwhile."""
+    if not connection.execute(select(func.pg_try_advisory_xact_lock(COMPACT_LOCK))).scalar():
         return 0
-    count: int = connection.execute(_FOLD).scalar_one()
+    deleted = (
+        delete(run_tally_changes)
+        .where(run_tally_changes.c.id.in_(_first_changes()))
+        .returning(*(run_tally_changes.c[name] for name in _COLUMNS))
+        .cte("deleted")
+    )
+    added = _add("postgresql", _summed(deleted)).cte("added")
+    statement = select(func.count()).select_from(deleted).add_cte(added)
+    count: int = connection.execute(statement).scalar_one()
     return count
 
 
-def _fold_statement() -> Any:
-    first = select(run_tally_changes.c.id).order_by(run_tally_changes.c.id).limit(REST)
-    gone = (
-        delete(run_tally_changes)
-        .where(run_tally_changes.c.id.in_(first))
-        .returning(*(run_tally_changes.c[name] for name in _COLUMNS))
-        .cte("gone")
-    )
-    added = _add(postgresql.insert, _summed(gone)).cte("added")
-    return select(func.count()).select_from(gone).add_cte(added)
+def _first_changes() -> Select[Any]:
+    return select(run_tally_changes.c.id).order_by(run_tally_changes.c.id).limit(MAX_CHANGES)
 
 
 def _summed(of: Any) -> Select[Any]:
-    """Rows of changes, added up by key and in its order: no two who fold lock crosswise."""
+    """Changes, summed by key and in its order, so that no two processes deadlock."""
     key = [of.c[name] for name in _KEY]
     sums = (cast(func.sum(of.c[name]), BigInteger) for name in ("runs", "amount"))
     return select(*key, *sums).where(text("true")).group_by(*key).order_by(*key)
 
 
-def _add(insert_into: Any, summed: Select[Any]) -> Any:
-    """Add rows to the tallies, new keys and known ones."""
-    adding = insert_into(run_tallies).from_select(_COLUMNS, summed)
+def _add(dialect: str, summed: Select[Any]) -> Any:
+    """Add rows to the rollups, under new keys and existing ones."""
+    adding = insert_on(dialect)(run_tallies).from_select(_COLUMNS, summed)
     return adding.on_conflict_do_update(
         index_elements=[run_tallies.c[name] for name in _KEY],
         set_={name: run_tallies.c[name] + adding.excluded[name] for name in ("runs", "amount")},
     )
 
 
-_FOLD: Final = _fold_statement()
-
-
 def _recount(measure: str, connection: Connection) -> int:
-    """In one snapshot: what is not in it has not been taken off or added yet, and will be folded.
+    """In one snapshot: changes that are not in it are appended later, and compacted.
 
-    The lock comes before the snapshot and keeps those who fold away.
+    The lock comes before the snapshot and keeps other processes from compacting.
     """
-    postgres = connection.dialect.name == "postgresql"
-    if postgres:
+    dialect = connection.dialect.name
+    if dialect == "postgresql":
         connection.execute(text("SET LOCAL statement_timeout = 0"))
         connection.execute(text("LOCK TABLE run_tallies IN SHARE ROW EXCLUSIVE MODE"))
-    insert_into = postgresql.insert if postgres else sqlite.insert
-    connection.execute(_add(insert_into, _summed(run_tally_changes)))
+    connection.execute(_add(dialect, _summed(run_tally_changes)))
     connection.execute(delete(run_tally_changes))
     marks = select(func.max(run_tallies.c.since)).where(run_tallies.c.measure == word(PRUNED))
-    mark = connection.execute(marks).scalar() or BEFORE
+    pruned_until = connection.execute(marks).scalar() or BEGINNING
 
-    def whole(of: Any) -> ColumnElement[bool]:
-        """Of what all runs are still here."""
+    def is_complete(of: Any) -> ColumnElement[bool]:
+        """Whether all runs of the period are stored."""
         same = of.c.measure == word(measure)
-        return same if measure == STATE else and_(same, of.c.since > mark)
+        return same if measure == STATE else and_(same, of.c.since > pruned_until)
 
-    connection.execute(delete(run_tallies).where(whole(run_tallies)))
+    connection.execute(delete(run_tallies).where(is_complete(run_tallies)))
     key = [FACTS.c[name] for name in _KEY]
     counted = select(*key, func.count(), cast(func.sum(FACTS.c.amount), BigInteger))
-    anew = insert(run_tallies).from_select(_COLUMNS, counted.where(whole(FACTS)).group_by(*key))
-    return connection.execute(anew).rowcount
+    counted = counted.where(is_complete(FACTS)).group_by(*key)
+    return connection.execute(insert(run_tallies).from_select(_COLUMNS, counted)).rowcount
 
 
-# Who folds the tallies: every process that writes, a few seconds after it did.
-#
-# So nothing has to be scheduled, an idle tracker does nothing, and it does not matter which of
-# the processes of a deployment are running. Nobody waits for it: readers add up what is not
-# folded yet.
-
-
-GATHER: Final = 3.0
-"""Seconds from a commit to the fold that takes it in, so that those of many commits share one."""
+COMPACT_AFTER: Final = 3.0
+"""Seconds from a commit to compacting, so that many commits share it."""
 RETRY: Final = 5.0
-"""Seconds until a fold that failed is tried again."""
-LAST_FOLD_WITHIN: Final = 2.0
-"""Seconds that the end of a process waits for its last fold."""
+"""Seconds until failed compacting is tried again."""
+LAST_WITHIN: Final = 2.0
+"""Seconds that the end of a process waits for compacting."""
 
 log = structlog.get_logger(__name__)
 
 
 class RollupCompactor:
-    """Folds while the `async with` block lasts, and once more at its end. `committed` is a hook
-    for the writer.
+    """Compacts a few seconds after commits of this process, and once more when the block ends.
 
-    With `background` false nothing happens before the end: a one-shot has no time to lose.
+    Used as `async with RollupCompactor(…) as compactor`; `committed` is a hook of the writer. With
+    `background` false nothing happens before the end: a one-shot command has no time to lose. Every
+    process that writes has one, so nothing has to be scheduled and an idle tracker does nothing.
     """
 
-    def __init__(self, db: Database, *, background: bool, gather: float = GATHER) -> None:
+    def __init__(self, db: Database, *, background: bool, delay: float = COMPACT_AFTER) -> None:
         self._db = db
         self._background = background
-        self._gather = gather
+        self._delay = delay
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._failing = False
+        self._is_failing = False
         self._is_down = False
 
     async def __aenter__(self) -> Self:
         if self._background:
-            self._changed.set()  # somebody may have been killed before it could fold
-            self._task = asyncio.create_task(self._run(), name="tally-keeper")
+            self._changed.set()  # a process may have been killed before it could compact
+            self._task = asyncio.create_task(self._run(), name="rollup-compactor")
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -258,33 +246,33 @@ class RollupCompactor:
             await asyncio.wait([task])
         if self._changed.is_set() and not self._is_down:
             with suppress(TimeoutError):  # the next process does it
-                async with asyncio.timeout(LAST_FOLD_WITHIN):
-                    await self._fold()
+                async with asyncio.timeout(LAST_WITHIN):
+                    await self._compact()
 
-    def committed(self, outcome: WriteOutcome) -> None:
-        """The writer's hook: there may be something to fold."""
+    def committed(self, outcome: "WriteOutcome") -> None:
+        """Hook of the writer: there may be something to compact."""
         self._changed.set()
-        self._is_down = False  # whatever the last fold met
+        self._is_down = False
 
     async def _run(self) -> None:
         while True:
             await self._changed.wait()
-            await asyncio.sleep(self._gather)
-            if not await self._fold():
+            await asyncio.sleep(self._delay)
+            if not await self._compact():
                 await asyncio.sleep(RETRY)
 
-    async def _fold(self) -> bool:
+    async def _compact(self) -> bool:
         self._changed.clear()
         try:
-            await fold(self._db)
+            await compact(self._db)
         except StoreError as error:
-            if not self._failing:
-                log.warning("tallies.not_folded", error=str(error))
-            self._failing = self._is_down = True
+            if not self._is_failing:
+                log.warning("rollups.not_compacted", error=str(error))
+            self._is_failing = self._is_down = True
             self._changed.set()
             return False
         except asyncio.CancelledError:
             self._changed.set()
             raise
-        self._failing = self._is_down = False
+        self._is_failing = self._is_down = False
         return True

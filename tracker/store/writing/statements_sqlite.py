@@ -1,8 +1,7 @@
-"""A batch's statements for SQLite, whose single writer has the whole file locked while it runs.
+"""The write statements for SQLite, whose single writer locks the whole file while it runs.
 
-Each statement takes all rows of its kind at once, in the driver's own loop and in SQLite's own
-form: SQLAlchemy makes the text once and is then out of the way. Lists of keys travel as one JSON
-text, so that the statements' text does not depend on how many there are.
+The text of each statement is made once, and the driver gets rows in SQLite's own form, many at a
+time. Lists of keys travel as one JSON text.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,18 +17,15 @@ from sqlalchemy import (
     Text,
     bindparam,
     case,
-    delete,
     func,
-    null,
     or_,
     select,
     update,
 )
 from sqlalchemy.dialects.sqlite import dialect, insert
 
-from tracker.core.record import Delivery, Record
 from tracker.store.engine import Database
-from tracker.store.rows import RUN_COLUMNS, ids_with_outputs, outputs_by_run, run_row, with_outputs
+from tracker.store.rows import RUN_COLUMNS, run_row
 from tracker.store.schema import (
     Money,
     UtcDateTime,
@@ -41,33 +37,43 @@ from tracker.store.schema import (
     starts,
 )
 from tracker.store.text import dump_json
-from tracker.store.writing.delivery_rows import deliveries_of, quarantine, waiting_first
-from tracker.store.writing.inbox import Receipt
-from tracker.store.writing.writer import EVENT_COLUMNS, OUTPUT_COLUMNS, TALLY_COLUMNS, Changes, Rows
+from tracker.store.writing.statements import (
+    EVENT_COLUMNS,
+    OUTPUT_COLUMNS,
+    ROLLUP_COLUMNS,
+    STARTED_COLUMNS,
+    BatchChanges,
+    Receipt,
+    Rows,
+    Statements,
+)
 
-_RUNS: Final = tuple(column.name for column in RUN_COLUMNS)
+_GROUP_SIZES: Final = (64, 16, 4, 1)
+"""How many rows one statement inserts: as many as possible, of these sizes."""
 
 
-def is_any_of(of: Any, parameter: str) -> Any:
+def _is_any_of(of: Any, parameter: str) -> Any:
     """Whether it is among the texts that this parameter lists, as JSON."""
     listed = func.json_each(bindparam(parameter, type_=Text())).table_valued("value")
     return of.in_(select(listed.c.value))
 
 
-class Insert:
-    """An insert of any number of rows, in few steps.
+class RowInsert:
+    """An insert of any number of rows, given as columns of the driver's own types.
 
-    At the end of each step the driver asks for Python's lock again, for which it may wait as long
-    as others of this process compute. So rows go by the dozen, not one by one; as there are only
-    a few sizes, each is prepared once.
+    After each statement the driver asks for Python's lock again, for which it may wait while other
+    threads compute. So rows go in groups of a few fixed sizes, each of which is prepared once.
     """
 
-    def __init__(self, statement: Any, columns: Sequence[str]) -> None:
-        one = str(statement.compile(dialect=dialect(paramstyle="qmark"), column_keys=columns))
-        row = f"({', '.join('?' * len(columns))})"
-        self._texts = {size: one.replace(row, ", ".join([row] * size)) for size in _SIZES}
+    def __init__(self, statement: Any, columns: Sequence[Column[Any]]) -> None:
+        names = [column.name for column in columns]
+        one = str(statement.compile(dialect=dialect(paramstyle="qmark"), column_keys=names))
+        row = f"({', '.join('?' * len(names))})"
+        self._texts = {size: one.replace(row, ", ".join([row] * size)) for size in _GROUP_SIZES}
+        self._plain = plain_rows(columns)
 
     def __call__(self, connection: Connection, rows: Rows) -> None:
+        rows = self._plain(rows)
         done = 0
         for size, text in self._texts.items():
             while len(rows) - done >= size:
@@ -76,29 +82,71 @@ class Insert:
                 done += size
 
 
-_SIZES: Final = (64, 16, 4, 1)
-"""How many rows go together: as many as will, of these, down to each alone."""
+def _moment(value: datetime) -> str:
+    """As `UtcDateTime` stores it on SQLite."""
+    if value.tzinfo is not UTC:
+        value = value.astimezone(UTC)
+    return value.isoformat(" ", "microseconds")[:-6]  # without its +00:00
 
 
-def _write_runs() -> Insert:
+_FORMS: Final[dict[type, Callable[[Any], Any]]] = {
+    UtcDateTime: _moment,
+    Money: float,
+    JSON: dump_json,
+}
+"""How SQLite stores what it has no type for; the types of `tracker.store.schema` do the same."""
+
+
+def plain_rows(columns: Iterable[Column[Any]]) -> Callable[[Rows], Rows]:
+    """A function that converts rows of these columns to the driver's own types."""
+    forms = [
+        (position, form)
+        for position, column in enumerate(columns)
+        if (form := _FORMS.get(type(column.type))) is not None
+    ]
+
+    def plain(rows: Rows) -> Rows:
+        made: Rows = []
+        moments: dict[datetime, str] = {}  # most times of a run are equal
+        for row in rows:
+            values = list(row)
+            for position, form in forms:
+                value = values[position]
+                if value is None:
+                    continue
+                if form is not _moment:
+                    values[position] = form(value)
+                elif (text := moments.get(value)) is not None:
+                    values[position] = text
+                else:
+                    values[position] = moments[value] = _moment(value)
+            made.append(tuple(values))
+        return made
+
+    return plain if forms else lambda rows: rows
+
+
+def _upsert_runs() -> RowInsert:
     upsert = insert(runs)
-    changed = {name: upsert.excluded[name] for name in _RUNS if name != "run_id"}
-    return Insert(upsert.on_conflict_do_update(index_elements=[runs.c.run_id], set_=changed), _RUNS)
+    changed = {
+        column.name: upsert.excluded[column.name]
+        for column in RUN_COLUMNS
+        if column is not runs.c.run_id
+    }
+    statement = upsert.on_conflict_do_update(index_elements=[runs.c.run_id], set_=changed)
+    return RowInsert(statement, RUN_COLUMNS)
 
 
-RUNS: Final = select(*RUN_COLUMNS).where(is_any_of(runs.c.run_id, "run_ids"))
-OUTPUTS: Final = (
-    select(*(run_outputs.c[name] for name in ("run_id", "output_id", "type", "url")))
-    .where(is_any_of(run_outputs.c.run_id, "run_ids"))
-    .order_by(run_outputs.c.run_id, run_outputs.c.position)
+UPSERT_RUNS: Final = _upsert_runs()
+INSERT_EVENTS: Final = RowInsert(insert(run_events), [run_events.c[name] for name in EVENT_COLUMNS])
+INSERT_ROLLUPS: Final = RowInsert(
+    insert(run_tally_changes), [run_tally_changes.c[name] for name in ROLLUP_COLUMNS]
 )
-WRITE_RUNS: Final = _write_runs()
-KEEP_EVENTS: Final = Insert(insert(run_events), EVENT_COLUMNS)
-KEEP_TALLIES: Final = Insert(insert(run_tally_changes), TALLY_COLUMNS)
-DROP_OUTPUTS: Final = delete(run_outputs).where(is_any_of(run_outputs.c.run_id, "run_ids"))
-KEEP_OUTPUTS: Final = Insert(insert(run_outputs), OUTPUT_COLUMNS)
+INSERT_OUTPUTS: Final = RowInsert(
+    insert(run_outputs), [run_outputs.c[name] for name in OUTPUT_COLUMNS]
+)
 CLOSE_STARTS: Final = (
-    starts.update()
+    update(starts)
     .where(
         starts.c.workspace_slot == bindparam("slot"),
         starts.c.idempotency_key == bindparam("key"),
@@ -116,133 +164,21 @@ CLOSE_STARTS: Final = (
     )
 )
 
-TAKE_WAITING: Final = waiting_first().where(~is_any_of(deliveries.c.delivery_id, "held_up"))
-APPLIED: Final = (
-    update(deliveries)
-    .where(is_any_of(deliveries.c.delivery_id, "delivery_ids"))
-    .values(outcome="applied", reason=null(), applied_at=bindparam("at"))
-)
-
-
-def _moment(value: datetime) -> str:
-    """As `UtcDateTime` has it on SQLite."""
-    if value.tzinfo is not UTC:
-        value = value.astimezone(UTC)
-    return value.isoformat(" ", "microseconds")[:-6]  # without its +00:00
-
-
-_FORMS: Final[dict[type, Callable[[Any], Any]]] = {
-    UtcDateTime: _moment,
-    Money: float,
-    JSON: dump_json,
-}
-"""How SQLite holds what it has no type for: the same as `tracker.store.schema` says."""
-
-
-def plain_rows(columns: Iterable[Column[Any]]) -> Callable[[Rows], Rows]:
-    """What makes rows of these columns such as the driver takes them."""
-    forms = [
-        (position, form)
-        for position, column in enumerate(columns)
-        if (form := _FORMS.get(type(column.type))) is not None
-    ]
-
-    def plain(rows: Rows) -> Rows:
-        made: Rows = []
-        moments: dict[datetime, str] = {}  # most of a run's are one and the same
-        for row in rows:
-            values = list(row)
-            for position, form in forms:
-                value = values[position]
-                if value is None:
-                    continue
-                if form is not _moment:
-                    values[position] = form(value)
-                elif (text := moments.get(value)) is not None:
-                    values[position] = text
-                else:
-                    values[position] = moments[value] = _moment(value)
-            made.append(tuple(values))
-        return made
-
-    return plain
-
-
-_plain_runs: Final = plain_rows(RUN_COLUMNS)
-_plain_events: Final = plain_rows(run_events.c[name] for name in EVENT_COLUMNS)
-_plain_tallies: Final = plain_rows(run_tally_changes.c[name] for name in TALLY_COLUMNS)
-
-
-class SqliteStatements:
-    """See `tracker.store.writing.writer.Statements`."""
-
-    def lock_runs(self, connection: Connection, run_ids: list[str]) -> dict[str, Record]:
-        """Plain reads: the transaction has the file to itself."""
-        rows = connection.execute(RUNS, {"run_ids": dump_json(run_ids)}).all()
-        made = ids_with_outputs(rows)
-        outputs = (
-            outputs_by_run(connection.execute(OUTPUTS, {"run_ids": dump_json(made)}))
-            if made
-            else {}
-        )
-        return {record.run.run_id: record for record in with_outputs(rows, outputs)}
-
-    def write(self, connection: Connection, changes: Changes) -> None:
-        """One prepared statement for each table. Nobody can have come in between."""
-        if changes.records:
-            rows = [run_row(record) for record in changes.records]
-            WRITE_RUNS(connection, _plain_runs(rows))
-        if changes.events:
-            KEEP_EVENTS(connection, _plain_events(changes.events))
-        if changes.tallies:
-            KEEP_TALLIES(connection, _plain_tallies(changes.tallies))
-        if changes.outputs_gone:
-            connection.execute(DROP_OUTPUTS, {"run_ids": dump_json(changes.outputs_gone)})
-        if changes.outputs:
-            KEEP_OUTPUTS(connection, changes.outputs)
-        if changes.started:
-            names = ("slot", "key", "run", "shown", "others")
-            connection.execute(
-                CLOSE_STARTS, [dict(zip(names, row, strict=True)) for row in changes.started]
-            )
-
-    def take_waiting(
-        self, connection: Connection, limit: int, held_up: Sequence[str]
-    ) -> tuple[list[Delivery], int]:
-        """Plain reads: the transaction has the file to itself."""
-        values = {"most": limit, "held_up": dump_json(held_up)}
-        rows = connection.execute(TAKE_WAITING, values).all()
-        return deliveries_of(connection, rows), len(rows)
-
-    def finish(
-        self,
-        connection: Connection,
-        applied: Sequence[str],
-        quarantined: Sequence[tuple[str, str]],
-        at: datetime,
-    ) -> None:
-        """One update of all that were applied, and one for each that was not."""
-        if applied:
-            connection.execute(APPLIED, {"delivery_ids": dump_json(applied), "at": at})
-        quarantine(connection, quarantined)
-
-
-# Storing a group of deliveries on SQLite: one transaction, in which nobody can come in between.
-
-
-_NAMES: Final = [
-    *("delivery_id", "run_id", "event_type", "api_version", "workspace_id", "created_at"),
-    *("received_at", "last_received_at", "receipts", "outcome", "body"),
-    "callback_token",
+_DELIVERY_COLUMNS: Final = [
+    deliveries.c[name]
+    for name in (
+        *("delivery_id", "run_id", "event_type", "api_version", "workspace_id", "created_at"),
+        *("received_at", "last_received_at", "receipts", "outcome", "body", "callback_token"),
+    )
 ]
-KNOWN: Final = select(
+INSERT_DELIVERIES: Final = RowInsert(insert(deliveries), _DELIVERY_COLUMNS)
+SELECT_STORED: Final = select(
     *[deliveries.c[name] for name in ("delivery_id", "outcome", "body")],
     deliveries.c.body_removed_at.is_not(None),
-).where(is_any_of(deliveries.c.delivery_id, "delivery_ids"))
-STORE: Final = Insert(insert(deliveries), _NAMES)
-COUNT: Final = (
+).where(_is_any_of(deliveries.c.delivery_id, "delivery_ids"))
+COUNT_RECEIPTS: Final = (
     update(deliveries)
-    .where(deliveries.c.delivery_id == bindparam("known"))
+    .where(deliveries.c.delivery_id == bindparam("stored"))
     .values(
         receipts=deliveries.c.receipts + bindparam("more"),
         last_received_at=func.max(
@@ -251,52 +187,67 @@ COUNT: Final = (
         ),
     )
 )
-_plain: Final = plain_rows(deliveries.c[name] for name in _NAMES)
 
 
-async def store(db: Database, receipts: Sequence[Receipt]) -> dict[str, str | None]:
-    """See `tracker.store.writing.inbox.Stores`."""
-    return await db.write(partial(_store, receipts))
+class SqliteStatements(Statements):
+    """One prepared statement for each table. The transaction has the file to itself."""
+
+    def __init__(self) -> None:
+        super().__init__(_is_any_of, dump_json)
+
+    def write(self, connection: Connection, changes: BatchChanges) -> None:
+        """See `Statements.write`."""
+        UPSERT_RUNS(connection, [run_row(record) for record in changes.records])
+        INSERT_EVENTS(connection, changes.events)
+        INSERT_ROLLUPS(connection, changes.rollups)
+        if changes.replaced_outputs:
+            run_ids = dump_json(changes.replaced_outputs)
+            connection.execute(self.delete_outputs, {"run_ids": run_ids})
+        INSERT_OUTPUTS(connection, changes.outputs)
+        if changes.started:
+            rows = [dict(zip(STARTED_COLUMNS, row, strict=True)) for row in changes.started]
+            connection.execute(CLOSE_STARTS, rows)
+
+    async def store(self, db: Database, receipts: Sequence[Receipt]) -> dict[str, str | None]:
+        """See `Statements.store`."""
+        return await db.write(partial(_store, receipts))
 
 
 def _store(receipts: Sequence[Receipt], connection: Connection) -> dict[str, str | None]:
     keys = dump_json([receipt.delivery.delivery_id for receipt in receipts])
-    before = {row[0]: row for row in connection.execute(KNOWN, {"delivery_ids": keys})}
-    known: dict[str, str | None] = {}
-    new: list[tuple[Any, ...]] = []
-    counted = []
+    before = {row[0]: row for row in connection.execute(SELECT_STORED, {"delivery_ids": keys})}
+    outcomes: dict[str, str | None] = {}
+    new: Rows = []
+    repeated = []
     for receipt in receipts:
         one = receipt.delivery
+        count = len(receipt.positions)
         if (row := before.get(one.delivery_id)) is None:
-            new.append(_row(receipt))
+            new.append(
+                (
+                    one.delivery_id,
+                    one.run_id,
+                    one.event_type,
+                    one.api_version,
+                    one.workspace_id,
+                    one.created_at,
+                    one.received_at,
+                    receipt.last_received_at,
+                    count,
+                    "waiting",
+                    one.body,
+                    one.callback_token,
+                )
+            )
             continue
         _, outcome, body, body_is_gone = tuple(row)
         # A body that retention has removed cannot be compared: see the statement for PostgreSQL.
         is_same = body == one.body or body_is_gone
-        known[one.delivery_id] = outcome if is_same else None
+        outcomes[one.delivery_id] = outcome if is_same else None
         if is_same:
-            more = {"known": one.delivery_id, "more": receipt.count}
-            counted.append(more | {"last": receipt.last_received_at})
-    STORE(connection, _plain(new))
-    if counted:
-        connection.execute(COUNT, counted)
-    return known
-
-
-def _row(receipt: Receipt) -> tuple[Any, ...]:
-    """The row of a new delivery, in the order of `_NAMES`."""
-    one = receipt.delivery
-    return (
-        one.delivery_id,
-        one.run_id,
-        one.event_type,
-        one.api_version,
-        one.workspace_id,
-        one.created_at,
-        one.received_at,
-        receipt.last_received_at,
-        receipt.count,
-        "waiting",
-        one.body,
-        one.callback_token,
-    )
+            values = {"stored": one.delivery_id, "more": count, "last": receipt.last_received_at}
+            repeated.append(values)
+    INSERT_DELIVERIES(connection, new)
+    if repeated:
+        connection.execute(COUNT_RECEIPTS, repeated)
+    return outcomes

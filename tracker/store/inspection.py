@@ -1,32 +1,39 @@
-"""A SQLite file as it is: looked at without creating, migrating or changing it."""
+"""What `tracker doctor` reads of a database, and its test deliveries in it.
+
+The inspections use connections of their own, and create, migrate and change nothing.
+"""
 
 import asyncio
 import os
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, Final
 from urllib.parse import quote
 
+from sqlalchemy import delete, select
+
 from tracker.core.clock import Clock
+from tracker.core.record import TEST_DELIVERY, TEST_DELIVERY_IDS
+from tracker.store.engine import Database
 from tracker.store.errors import FOREIGN, translate
 from tracker.store.postgres import LOCK_SECONDS, connect_postgres
-from tracker.store.schema import metadata
+from tracker.store.schema import deliveries, metadata
 from tracker.store.url import DatabaseUrl
 
-ONE_ROW: Final = (
+_INSERT_DELIVERY: Final = (
     "INSERT INTO deliveries "
     "(delivery_id, received_at, last_received_at, receipts, outcome, body) VALUES "
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SqliteCondition:
-    """What was seen of a file. `refuses_writes` says why no row can be written; `None`: one can."""
+class SqliteInspection:
+    """A SQLite file. `refuses_writes` is why no row can be written; `None` if one can."""
 
     path: Path
     directory_writable: bool
@@ -36,16 +43,16 @@ class SqliteCondition:
     refuses_writes: str | None = None
 
 
-async def look_at_sqlite(url: DatabaseUrl) -> SqliteCondition:
-    """Look at the file. Raises `StoreError` where it is there and cannot be read."""
-    return await asyncio.to_thread(_look, url.path)
+async def inspect_sqlite(url: DatabaseUrl) -> SqliteInspection:
+    """Inspect the file. Raises `StoreError` if it exists and cannot be read."""
+    return await asyncio.to_thread(_inspect_sqlite, url.path)
 
 
-def _look(file: str) -> SqliteCondition:
+def _inspect_sqlite(file: str) -> SqliteInspection:
     path = Path(file).resolve()
     directory_writable = os.access(path.parent, os.W_OK | os.X_OK)
     if not path.exists():
-        return SqliteCondition(path=path, directory_writable=directory_writable, exists=False)
+        return SqliteInspection(path=path, directory_writable=directory_writable, exists=False)
     try:
         # Not `rwc`, which creates. A file that is write-protected is opened for reading.
         with closing(
@@ -57,20 +64,20 @@ def _look(file: str) -> SqliteCondition:
             )
         ) as connection:
             (journal_mode,) = connection.execute("PRAGMA journal_mode").fetchone()
-            revision = _revision(connection)
-            return SqliteCondition(
+            revision = _sqlite_revision(connection)
+            return SqliteInspection(
                 path=path,
                 directory_writable=directory_writable,
                 exists=True,
                 journal_mode=journal_mode,
                 revision=revision,
-                refuses_writes=_refuses_writes(connection, has_tables=revision is not None),
+                refuses_writes=_sqlite_refuses_writes(connection, has_tables=revision is not None),
             )
     except sqlite3.Error as exc:
         raise translate(exc) from exc
 
 
-def _revision(connection: sqlite3.Connection) -> str | None:
+def _sqlite_revision(connection: sqlite3.Connection) -> str | None:
     there = "SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'"
     if connection.execute(there).fetchone() is None:
         return None
@@ -78,11 +85,11 @@ def _revision(connection: sqlite3.Connection) -> str | None:
     return None if found is None else str(found[0])
 
 
-def _refuses_writes(connection: sqlite3.Connection, *, has_tables: bool) -> str | None:
+def _sqlite_refuses_writes(connection: sqlite3.Connection, *, has_tables: bool) -> str | None:
     try:
         connection.execute("BEGIN IMMEDIATE")
         if has_tables:
-            connection.execute(f"{ONE_ROW} ('tracker.doctor', '', '', 1, 'applied', x'')")
+            connection.execute(f"{_INSERT_DELIVERY} ('tracker.doctor', '', '', 1, 'applied', x'')")
         else:
             connection.execute("CREATE TABLE tracker_doctor (n)")
     except sqlite3.Error as exc:
@@ -93,23 +100,20 @@ def _refuses_writes(connection: sqlite3.Connection, *, has_tables: bool) -> str 
     return None
 
 
-# A PostgreSQL database as it is: looked at over connections of its own, and not changed.
-
-
-HEARD_WITHIN: Final = 2.0
+NOTIFIED_WITHIN: Final = 2.0
 """Seconds that a notification may take; it takes milliseconds."""
 NAME: Final = "tracker-doctor"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PostgresCondition:
-    """What was seen of a database.
+class PostgresInspection:
+    """A PostgreSQL database.
 
-    `version` is as it is written, `major` its first number. `refuses_writes` says why no row can be
-    written; `lacking` names the tables that this role may not read and change. `connections` of
-    `most_connections` are in use, `own` of them by the tracker. `hears` tells whether a
-    notification arrives. `clock_ahead` is the server's clock minus ours, `size` what the database
-    takes on disk, in bytes.
+    `major` is the first number of `version`. `refuses_writes` is why no row can be written,
+    `lacking` names the tables that this role may not read and change. `connections` of
+    `most_connections` are in use, `own` of them by the tracker. `notifies` tells whether a
+    notification arrives. `clock_ahead` is the server's clock minus ours, `size` is in bytes on
+    disk.
     """
 
     version: str
@@ -121,7 +125,7 @@ class PostgresCondition:
     connections: int
     most_connections: int
     own: int
-    hears: bool
+    notifies: bool
     clock_ahead: timedelta
     size: int
 
@@ -148,8 +152,8 @@ WHERE NOT (has_table_privilege(to_regclass(name), 'SELECT')
 """
 
 
-async def look_at_postgres(url: DatabaseUrl, *, clock: Clock) -> PostgresCondition:
-    """Look at the database. Raises `StoreError` where it cannot be read."""
+async def inspect_postgres(url: DatabaseUrl, *, clock: Clock) -> PostgresInspection:
+    """Inspect the database. Raises `StoreError` if it cannot be read."""
     async with _connected(url) as connection:
         before = clock()
         now = await connection.fetchval("SELECT clock_timestamp()")
@@ -161,8 +165,8 @@ async def look_at_postgres(url: DatabaseUrl, *, clock: Clock) -> PostgresConditi
             rows = await connection.fetch(_LACKING, sorted(metadata.tables))
             lacking = tuple(row["name"] for row in rows)
         if revision is not None:
-            refuses_writes = await _refuses_writes_condition_postgres(connection)
-        return PostgresCondition(
+            refuses_writes = await _postgres_refuses_writes(connection)
+        return PostgresInspection(
             version=facts["version"],
             major=facts["major"],
             standby=facts["standby"],
@@ -172,20 +176,20 @@ async def look_at_postgres(url: DatabaseUrl, *, clock: Clock) -> PostgresConditi
             connections=facts["connections"],
             most_connections=facts["most_connections"],
             own=facts["own"],
-            # A standby takes no notifications, and says so itself.
-            hears=facts["standby"] or await _hears(url, connection),
+            # A standby takes no notifications; that is reported by itself.
+            notifies=facts["standby"] or await _notifies(url, connection),
             clock_ahead=clock_ahead,
             size=facts["size"],
         )
 
 
-async def _refuses_writes_condition_postgres(connection: Any) -> str | None:
+async def _postgres_refuses_writes(connection: Any) -> str | None:
     import asyncpg  # noqa: PLC0415 - as in `engine`
 
     transaction = connection.transaction()
     try:
         await transaction.start()
-        await connection.execute(f"{ONE_ROW} ($1, now(), now(), 1, 'applied', '')", NAME)
+        await connection.execute(f"{_INSERT_DELIVERY} ($1, now(), now(), 1, 'applied', '')", NAME)
     except asyncpg.PostgresError as exc:
         return str(exc).partition("\n")[0]
     finally:
@@ -193,19 +197,19 @@ async def _refuses_writes_condition_postgres(connection: Any) -> str | None:
     return None
 
 
-async def _hears(url: DatabaseUrl, connection: Any) -> bool:
-    """Whether what one connection says on a channel comes to another that listens there.
+async def _notifies(url: DatabaseUrl, connection: Any) -> bool:
+    """Whether a notification of one connection reaches another one.
 
-    It does not where a pooler hands each transaction to another connection of the server.
+    It does not behind a pooler that hands each transaction to another connection of the server.
     """
     channel = f"tracker_doctor_{token_hex(4)}"
-    heard = asyncio.Event()
+    arrived = asyncio.Event()
     async with _connected(url) as listener:
-        await listener.add_listener(channel, lambda *_: heard.set())
+        await listener.add_listener(channel, lambda *_: arrived.set())
         await connection.execute("SELECT pg_notify($1, '')", channel)
         try:
-            async with asyncio.timeout(HEARD_WITHIN):
-                await heard.wait()
+            async with asyncio.timeout(NOTIFIED_WITHIN):
+                await arrived.wait()
         except TimeoutError:
             return False
     return True
@@ -223,3 +227,35 @@ async def _connected(url: DatabaseUrl) -> AsyncIterator[Any]:
             connection.terminate()
     except (asyncpg.PostgresError, asyncpg.InterfaceError, *FOREIGN) as exc:
         raise translate(exc) from exc
+
+
+# The test deliveries of `tracker doctor` are stored like every callback, so that a 2xx means the
+# same for them. They do not belong to the history, so the doctor removes them again.
+
+
+async def stored_test_deliveries(db: Database, delivery_ids: Sequence[str]) -> set[str]:
+    """Which of these test deliveries are stored. Raises `StoreUnavailable`."""
+    statement = select(deliveries.c.delivery_id).where(deliveries.c.delivery_id.in_(delivery_ids))
+    async with db.read() as connection:
+        return set(await connection.scalars(statement))
+
+
+async def remove_test_deliveries(
+    db: Database, delivery_ids: Sequence[str], *, left_before: datetime
+) -> None:
+    """Remove these test deliveries, and all that were received before that time and left behind.
+
+    Nothing but a test delivery is ever removed. Raises `StoreUnavailable`.
+    """
+    these = delete(deliveries).where(
+        deliveries.c.delivery_id.in_(delivery_ids), deliveries.c.event_type == TEST_DELIVERY
+    )
+    left = delete(deliveries).where(
+        # A range of the primary key: no digit sorts after "g".
+        deliveries.c.delivery_id >= TEST_DELIVERY_IDS,
+        deliveries.c.delivery_id < f"{TEST_DELIVERY_IDS}g",
+        deliveries.c.event_type == TEST_DELIVERY,
+        deliveries.c.received_at < left_before,
+    )
+    await db.write(lambda connection: connection.execute(these).rowcount)
+    await db.write(lambda connection: connection.execute(left).rowcount)

@@ -1,0 +1,259 @@
+"""The statements that write runs and deliveries, as far as both databases share them.
+
+A write batch and a group of deliveries take a fixed number of statements, however large they are.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Final
+
+from sqlalchemy import (
+    Connection,
+    Integer,
+    bindparam,
+    case,
+    delete,
+    func,
+    null,
+    select,
+    update,
+)
+
+from tracker.core.record import Delivery, Record
+from tracker.core.rollup import Key
+from tracker.store.engine import Database
+from tracker.store.rows import RUN_COLUMNS, ids_with_outputs, outputs_by_run, with_outputs
+from tracker.store.schema import deliveries, run_outputs, runs, word
+from tracker.store.writing import retention
+
+EVENT_COLUMNS: Final = ("run_id", "at", "source", "status", "progress", "detail")
+OUTPUT_COLUMNS: Final = ("run_id", "position", "output_id", "type", "url")
+ROLLUP_COLUMNS: Final = (*Key._fields, "runs", "amount")
+STARTED_COLUMNS: Final = ("slot", "key", "run", "shown", "others")
+Rows = list[tuple[Any, ...]]
+
+
+@dataclass(slots=True)
+class BatchChanges:
+    """What a write batch changes, in rows sorted by key."""
+
+    records: list[Record] = field(default_factory=list)
+    """New and changed records."""
+    existing: list[str] = field(default_factory=list)
+    """Their runs that have a row already."""
+    replaced_outputs: list[str] = field(default_factory=list)
+    """Runs whose stored outputs are replaced."""
+    outputs: Rows = field(default_factory=list)
+    events: Rows = field(default_factory=list)
+    rollups: Rows = field(default_factory=list)
+    """Differences of counts and amounts, by key: see tracker.core.rollup."""
+    started: Rows = field(default_factory=list)
+    """Workspace slot and idempotency key of a start, the run that it became (the first of several),
+    and how many of its runs appear for the first time: all, and all but the first."""
+    due: bool = False
+    """Whether a poll was brought forward."""
+    changed_runs: list[str] = field(default_factory=list)
+    """Runs that look different to readers."""
+    moved: list[str] = field(default_factory=list)
+    """Runs whose workspace was corrected."""
+
+
+@dataclass(slots=True)
+class Receipt:
+    """A delivery, with the positions at which a group of deliveries holds it."""
+
+    delivery: Delivery
+    last_received_at: datetime
+    positions: list[int]
+
+
+class Statements(ABC):
+    """The statements for one kind of database.
+
+    `is_any_of` is the condition that a column is in the list of a named parameter, and `as_list`
+    makes the value of such a parameter.
+    """
+
+    def __init__(
+        self,
+        is_any_of: Callable[[Any, str], Any],
+        as_list: Callable[[Sequence[str]], Any],
+    ) -> None:
+        self._as_list = as_list
+        self.lock_rows = (
+            select(*RUN_COLUMNS)
+            .where(is_any_of(runs.c.run_id, "run_ids"))
+            .with_for_update(key_share=True)
+        )
+        # A statement of its own, after the lock: in one with the lock, outputs would be those at
+        # the time when it began to wait.
+        self.select_outputs = (
+            select(*(run_outputs.c[name] for name in ("run_id", "output_id", "type", "url")))
+            .where(is_any_of(run_outputs.c.run_id, "run_ids"))
+            .order_by(run_outputs.c.run_id, run_outputs.c.position)
+        )
+        self.delete_outputs = delete(run_outputs).where(is_any_of(run_outputs.c.run_id, "run_ids"))
+        self.select_waiting = (
+            select(*(deliveries.c[name] for name in _APPLIED_COLUMNS), _SMALL_BODY.label("body"))
+            .where(deliveries.c.outcome == word("waiting"))
+            .where(~is_any_of(deliveries.c.delivery_id, "held_up"))
+            .order_by(deliveries.c.received_at, deliveries.c.delivery_id)
+            .limit(bindparam("most", type_=Integer))
+            .with_for_update(skip_locked=True)
+        )
+        self.update_applied = (
+            update(deliveries)
+            .where(is_any_of(deliveries.c.delivery_id, "delivery_ids"))
+            .values(outcome="applied", reason=null(), applied_at=bindparam("at"))
+        )
+
+    def lock_runs(self, connection: Connection, run_ids: list[str]) -> dict[str, Record]:
+        """The records of those of the runs that exist, locked until the commit."""
+        rows = connection.execute(self.lock_rows, {"run_ids": self._as_list(run_ids)}).all()
+        outputs = {}
+        if having := ids_with_outputs(rows):
+            found = connection.execute(self.select_outputs, {"run_ids": self._as_list(having)})
+            outputs = outputs_by_run(found)
+        return {record.run.run_id: record for record in with_outputs(rows, outputs)}
+
+    @abstractmethod
+    def write(self, connection: Connection, changes: BatchChanges) -> None:
+        """Write all changes. Raises `WriteConflict` if another process has added a new run."""
+
+    @abstractmethod
+    async def store(self, db: Database, receipts: Sequence[Receipt]) -> dict[str, str | None]:
+        """Store deliveries, or count their receipts where they are stored already, in one commit.
+
+        They are sorted by id, each id once. Returns the outcome of those that were stored before;
+        `None` for an id under which another body is stored.
+        """
+
+    def take_waiting(
+        self, connection: Connection, limit: int, held_up: Sequence[str]
+    ) -> tuple[list[Delivery], int]:
+        """The oldest waiting deliveries without those `held_up`, locked until the commit.
+
+        Also returns how many rows were found: large ones may be left for the next time. Rows that
+        another process has locked are skipped.
+        """
+        values = {"most": limit, "held_up": self._as_list(held_up)}
+        rows = connection.execute(self.select_waiting, values).all()
+        return _with_bodies(connection, rows), len(rows)
+
+    def finish(
+        self,
+        connection: Connection,
+        applied: Sequence[str],
+        quarantined: Sequence[tuple[str, str]],
+        at: datetime,
+    ) -> None:
+        """Mark deliveries as applied at that time, and others as quarantined, with the reason."""
+        if applied:
+            values = {"delivery_ids": self._as_list(applied), "at": at}
+            connection.execute(self.update_applied, values)
+        quarantine(connection, quarantined)
+
+
+def statements_for(db: Database) -> Statements:
+    """The statements for this database; only its own dialect is loaded."""
+    if db.dialect == "sqlite":
+        from tracker.store.writing.statements_sqlite import SqliteStatements  # noqa: PLC0415
+
+        return SqliteStatements()
+    from tracker.store.writing.statements_postgres import PostgresStatements  # noqa: PLC0415
+
+    return PostgresStatements(db.origin)
+
+
+_APPLIED_COLUMNS: Final = (
+    *("delivery_id", "received_at", "run_id", "event_type", "workspace_id", "callback_token"),
+)
+"""What applying a delivery needs of its row, beside the body."""
+SMALL_BODY: Final = 16 * 1024
+MAX_LARGE: Final = 32
+"""Bytes that nearly every body has at most, and how many larger ones are applied together: at 256
+KiB each, they take at most eight megabytes of memory."""
+_SMALL_BODY: Final = case((func.length(deliveries.c.body) <= SMALL_BODY, deliveries.c.body))
+
+
+def _with_bodies(connection: Connection, rows: Sequence[Any]) -> list[Delivery]:
+    """The deliveries of these rows; of those with large bodies the first few."""
+    large = [row.delivery_id for row in rows if row.body is None][:MAX_LARGE]
+    bodies: dict[str, bytes] = {}
+    if large:
+        whole = select(deliveries.c.delivery_id, deliveries.c.body)
+        found = connection.execute(whole.where(deliveries.c.delivery_id.in_(large)))
+        bodies = dict(found.all())
+    return [
+        Delivery(
+            delivery_id=delivery_id,
+            received_at=received_at,
+            body=bodies[delivery_id] if body is None else body,
+            run_id=run_id,
+            event_type=event_type,
+            workspace_id=workspace_id,
+            callback_token=token,
+        )
+        for delivery_id, received_at, run_id, event_type, workspace_id, token, body in map(
+            tuple, rows
+        )
+        if body is not None or delivery_id in bodies
+    ]
+
+
+_QUARANTINE: Final = (
+    update(deliveries)
+    .where(deliveries.c.delivery_id == bindparam("quarantined"))
+    .where(deliveries.c.outcome == word("waiting"))
+    .values(outcome="quarantined", reason=bindparam("because", type_=deliveries.c.reason.type))
+)
+
+
+def quarantine(connection: Connection, reasons: Sequence[tuple[str, str]]) -> None:
+    """Quarantine waiting deliveries, by id, each with its reason."""
+    if reasons:
+        rows = [{"quarantined": key, "because": reason} for key, reason in reasons]
+        connection.execute(_QUARANTINE, rows)
+
+
+_PARSED: Final = {
+    name: deliveries.c[name]
+    for name in ("run_id", "event_type", "api_version", "workspace_id", "created_at")
+}
+"""What a newer version, or other settings, may read differently from the same body."""
+_REQUEUE: Final = (
+    update(deliveries)
+    .where(deliveries.c.delivery_id == bindparam("requeued"))
+    .where(deliveries.c.outcome == word("quarantined"))
+    .values(
+        outcome="waiting",
+        reason=null(),
+        **{name: bindparam(f"as_{name}", type_=column.type) for name, column in _PARSED.items()},
+    )
+)
+
+
+def requeue(connection: Connection, delivery: Delivery) -> bool:
+    """Let a quarantined delivery wait again, as it is parsed now; whether it was quarantined."""
+    parsed = {f"as_{name}": getattr(delivery, name) for name in _PARSED}
+    if not connection.execute(_REQUEUE, {"requeued": delivery.delivery_id, **parsed}).rowcount:
+        return False
+    # Once applied, its body is to be removed, though retention may have passed its time already.
+    retention.step_back(connection, "bodies", delivery.received_at)
+    return True
+
+
+def requeue_runs(connection: Connection, run_ids: Sequence[str]) -> bool:
+    """Let the quarantined deliveries of these runs wait again; whether there were any."""
+    statement = (
+        update(deliveries)
+        .where(deliveries.c.run_id.in_(run_ids), deliveries.c.outcome == word("quarantined"))
+        .values(outcome="waiting", reason=null())
+        .returning(deliveries.c.received_at)
+    )
+    received = connection.execute(statement).scalars().all()
+    if received:
+        retention.step_back(connection, "bodies", min(received))
+    return bool(received)
