@@ -37,8 +37,13 @@ COMMITS: Final = (
     *("workspaces.keep_id", "workspaces.give_ids"),
     # Who works at what, and until when nobody asks FLORA.
     *("claims.claim_due", "claims.renew", "claims.release"),
-    *("claims.take_lease", "claims.drop_lease", "claims.bring_near", "workspaces.keep_wait"),
-    *("sweeps.begin", "sweeps.add", "sweeps.finish", "rollups.fold"),
+    *(
+        "claims.take_lease",
+        "claims.drop_lease",
+        "claims.reset_far_schedules",
+        "workspaces.keep_wait",
+    ),
+    *("sweeps.begin", "sweeps.add", "sweeps.finish", "rollups.compact"),
     *("batches.keep", "batches.finish"),
     *("techniques.define", "techniques.doubt", "techniques.add_listed", "techniques.mark_gone"),
 )

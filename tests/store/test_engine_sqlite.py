@@ -36,7 +36,7 @@ async def test_a_write_does_not_wait_for_ever_for_its_turn(
     sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What has not begun in time never does; what has begun is brought to its end."""
-    monkeypatch.setattr(engine_sqlite, "TURN_SECONDS", 0.1)
+    monkeypatch.setattr(engine_sqlite, "QUEUE_SECONDS", 0.1)
     done: list[str] = []
     async with await Database.open(sqlite_url) as db:
         long = LongWrite()

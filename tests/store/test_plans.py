@@ -18,7 +18,6 @@ from sqlalchemy.dialects import postgresql
 from tests.store.making import NOW, apply_all, callback, delivery, open_inbox, open_writer
 from tracker.operations.retention import Ages, Pruner
 from tracker.store import claims
-from tracker.store import claims as listed
 from tracker.store.engine import Database, migration_engine
 from tracker.store.postgres import connect_postgres
 from tracker.store.queries import attention as gauges
@@ -125,7 +124,7 @@ QUERIES: dict[str, tuple[Callable[[Database], Awaitable[Any]], str]] = {
         "ix_runs_due",
     ),
     "where runs stand in FLORA's list": (
-        lambda db: listed.places(db, ["run_1", "run_2"], ["ws_1", None], among=200),
+        lambda db: claims.list_positions(db, ["run_1", "run_2"], ["ws_1", None], among=200),
         "ix_runs_newest",
     ),
     "the next moment that something is due": (

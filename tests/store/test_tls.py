@@ -162,7 +162,7 @@ async def test_without_tls_a_password_is_proved_by_scram(own_postgres: PostgresS
         ("postgresql://u:p@localhost,db:5433/t", "sslmode=prefer does not verify"),
         ("postgresql:///t?host=db", "sslmode=prefer does not verify"),
         ("postgresql://u:p@db/t?sslmode=require", "sslmode=require does not verify"),
-        ("postgresql://u:p@db/t?sslmode=disable", "sslmode=disable: whoever is between"),
+        ("postgresql://u:p@db/t?sslmode=disable", "sslmode=disable: anyone between"),
     ],
 )
 def test_a_server_that_is_not_verified_is_told_of(

@@ -1,7 +1,7 @@
-"""Who works on what: claims on due runs, and named leases for work that one process does at a time.
+"""Claims on due runs, and named leases for work that one process does at a time.
 
-A claim and a lease run out by themselves, so that what a crashed process held is taken up again.
-Of a run, nothing but its claim is written here.
+Both expire, so that the work of a crashed process is taken up again. Of a run, nothing but its
+claim and its times is written here.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -32,14 +32,14 @@ from tracker.store.rows import RUN_COLUMNS, records
 from tracker.store.schema import leases, runs, word
 
 _CLAIMED: Final = (runs.c.next_check_at.is_not(None), runs.c.recheck_at.is_not(None))
-"""What can be claimed, each by its index."""
+"""Runs that can be claimed, each by its index."""
 _ENDED: Final = runs.c.standing >= Standing.CALLBACK_FAILED
 
 LONGEST_CLAIM: Final = timedelta(minutes=5)
-"""A claim that lasts longer was made before the clock was set back: it has run out."""
+"""A claim that lasts longer was made before the clock was set back: it has expired."""
 
 Workspaces = Sequence[str | None] | None
-"""Whose runs are meant: everybody's where it is `None`; a `None` within stands for "not known"."""
+"""The workspaces whose runs are meant: `None` for all, a `None` inside for unknown ones."""
 
 
 async def claim_due(
@@ -54,12 +54,12 @@ async def claim_due(
     newest: bool = False,
     recheck: bool = False,
 ) -> list[Record]:
-    """Claim up to `limit` runs that are due, longest due first, for `holder` until `now + lease`.
+    """Claim up to `limit` due runs, longest due first, for `holder` until `now + lease`.
 
-    `ended` claims only those that are known to have ended, and lack their details; `newest` begins
-    with those that have become due last; `recheck` claims settled runs whose cost or outputs are to
-    be read again. Concurrent callers get different runs and do not wait for
-    each other. A sight that names the claim gives it back.
+    `ended` claims only runs that have ended and lack their details; `newest` starts with those that
+    became due last; `recheck` claims settled runs whose cost or outputs are read again. Concurrent
+    callers get different runs and do not wait for each other. An observation that names the claim
+    releases it.
     """
     due = due_runs(now, workspaces, ended=ended, newest=newest, recheck=recheck).limit(limit)
     if db.dialect == "postgresql":
@@ -77,38 +77,37 @@ async def claim_due(
     claimed = await db.write(work)
     return sorted(
         claimed,
-        key=lambda record: (
-            record.next_check_at or record.recheck_at or now,
-            record.run.run_id,
-        ),
+        key=lambda record: (record.next_check_at or record.recheck_at or now, record.run.run_id),
         reverse=newest,
     )
 
 
 async def renew(db: Database, holder: str, run_ids: Sequence[str], until: datetime) -> int:
-    """Hold those of the runs that `holder` has claimed until then; returns how many."""
-    statement = _held(db, holder, runs.c.run_id.in_(run_ids)).values(lease_until=until)
-    return await db.write(lambda connection: connection.execute(statement).rowcount)
+    """Extend the claims of `holder` on these runs until then; returns how many."""
+    held = _held(db, holder, runs.c.run_id.in_(run_ids))
+    return await _update(db, held.values(lease_until=until))
 
 
 async def release(db: Database, holder: str, run_ids: Sequence[str] | None = None) -> int:
-    """Give back what `holder` has claimed, or of that only `run_ids`; returns how many runs."""
+    """Release the claims of `holder`, on all runs or on `run_ids`; returns how many."""
     which = _CLAIMED if run_ids is None else [runs.c.run_id.in_(run_ids)]
-    statements = [
-        _held(db, holder, among).values(lease_until=None, lease_holder=None) for among in which
-    ]
+    free = {"lease_until": None, "lease_holder": None}
+    return await _update(db, *(_held(db, holder, among).values(free) for among in which))
+
+
+async def _update(db: Database, *statements: Update) -> int:
     return await db.write(
         lambda connection: sum(connection.execute(each).rowcount for each in statements)
     )
 
 
 def _held(db: Database, holder: str, among: ColumnElement[bool]) -> Update:
-    """An update of what `holder` has claimed among these."""
+    """An update of the runs among these that `holder` has claimed."""
     return update(runs).where(_in_order(db, among, runs.c.lease_holder == holder))
 
 
 def _in_order(db: Database, *among: ColumnElement[bool]) -> ColumnElement[bool]:
-    """These runs, whose rows are locked in the writers' order."""
+    """These runs, locked in the order of the writers."""
     rows = select(runs.c.run_id).where(*among)
     if db.dialect == "postgresql":
         rows = rows.order_by(runs.c.run_id).with_for_update()
@@ -118,9 +117,9 @@ def _in_order(db: Database, *among: ColumnElement[bool]) -> ColumnElement[bool]:
 async def next_due_at(
     db: Database, workspaces: Workspaces = None, *, now: datetime
 ) -> datetime | None:
-    """When the next run can be claimed; `None` where none is waiting. In the past where one is due.
+    """When the next run can be claimed, in the past if one is due; `None` if there is none.
 
-    Claims that somebody holds count from their end.
+    A claimed run counts from the end of its claim.
     """
     first = (
         select(runs.c.next_check_at)
@@ -128,7 +127,7 @@ async def next_due_at(
         .order_by(runs.c.next_check_at)
         .limit(1)
     )
-    # Whatever is claimed was due, so that the claims stand at the front of the index.
+    # Claimed runs were due, so they are at the front of the index.
     freed = select(func.min(runs.c.lease_until)).where(
         runs.c.next_check_at <= now, not_(_free(now)), within(workspaces)
     )
@@ -141,7 +140,7 @@ async def next_due_at(
 
 
 async def recheck_is_due(db: Database, workspaces: Workspaces = None, *, now: datetime) -> bool:
-    """Whether the cost or the outputs of any settled run are to be read again."""
+    """Whether the cost or the outputs of any settled run are due to be read again."""
     async with db.read() as connection:
         first = due_runs(now, workspaces, recheck=True).limit(1)
         return (await connection.execute(first)).first() is not None
@@ -165,19 +164,17 @@ def due_runs(
     return statement.where(_ENDED) if ended else statement
 
 
-async def bring_near(db: Database, policy: Policy, now: datetime) -> int:
-    """Make due what is to be read later than any wait allows, as after the clock was set back;
-    returns how many runs."""
+async def reset_far_schedules(db: Database, policy: Policy, now: datetime) -> int:
+    """Make runs due that are scheduled later than any wait allows, as after the clock was set back;
+    returns how many."""
     due = runs.c.next_check_at
     lost = runs.c.tracking == word(Tracking.LOST)
     far = and_(due > now + policy.longest_wait, or_(not_(lost), due > now + LOST_READ_EVERY))
     again = runs.c.recheck_at > now + policy.cost_give_up
-    statements = [
+    return await _update(
+        db,
         update(runs).where(_in_order(db, far)).values(next_check_at=now),
         update(runs).where(_in_order(db, again)).values(recheck_at=now),
-    ]
-    return await db.write(
-        lambda connection: sum(connection.execute(each).rowcount for each in statements)
     )
 
 
@@ -190,12 +187,12 @@ async def take_lease(
     *,
     longest: timedelta | None = None,
 ) -> bool:
-    """Take or prolong the lease `name` until `now + duration`; false where someone else has it.
+    """Take or extend the lease `name` until `now + duration`; false if another holder has it.
 
-    `longest` is how long it is ever taken for, where that is more than `duration`: one that lasts
-    longer was taken before the clock was set back, and has run out.
+    `longest` is the longest duration it is ever taken for, if more than `duration`: one that lasts
+    longer was taken before the clock was set back, and has expired.
     """
-    beyond = now + (longest or duration) + timedelta(seconds=5)  # clocks of two processes differ
+    beyond = now + (longest or duration) + timedelta(seconds=5)  # clocks of processes differ
     wanted = db.insert(leases).values(name=name, holder=holder, until=now + duration)
     statement = wanted.on_conflict_do_update(
         index_elements=[leases.c.name],
@@ -214,7 +211,7 @@ async def take_lease(
 
 
 async def drop_lease(db: Database, name: str, holder: str) -> None:
-    """Give the lease `name` back, where `holder` has it."""
+    """Release the lease `name`, if `holder` has it."""
     statement = delete(leases).where(leases.c.name == name, leases.c.holder == holder)
     await db.write(lambda connection: connection.execute(statement).rowcount)
 
@@ -227,48 +224,43 @@ def _free(now: datetime) -> ColumnElement[bool]:
 def within(
     workspaces: Workspaces, column: ColumnElement[Any] = runs.c.workspace_id
 ) -> ColumnElement[bool]:
-    """The condition on `runs`, or on a subquery's `column`, that those workspaces mean."""
+    """The condition that `column` is one of these workspaces."""
     if workspaces is None:
         return true()
-    # An expression, so that no index by workspace tempts the planner: what is due comes first, and
-    # there are few workspaces and many runs.
+    # An expression, so that the planner uses no index by workspace: there are few workspaces, many
+    # runs, and few due ones.
     return func.coalesce(column, "").in_([each or "" for each in workspaces])
 
 
-# Where runs stand in FLORA's list of technique runs, as far as it is known here: newest first.
-#
-# FLORA's pages are read one after the other, so that a run's place tells how many it takes to see
-# it.
+MAX_LISTED: Final = 10_000
+"""The most runs that `list_positions` reads."""
 
 
-FARTHEST: Final = 10_000
-"""So many of the newest runs are looked through at most, whatever was asked."""
-
-
-async def places(
+async def list_positions(
     db: Database, run_ids: Collection[str], workspaces: Workspaces, *, among: int
 ) -> Mapping[str, int]:
-    """How many runs of these workspaces are as new as each of the runs or newer, itself included.
+    """The positions of runs in FLORA's list of technique runs, newest first, counted from 1.
 
-    A run that is not `among` so many of the newest of all workspaces is left out.
+    FLORA's pages are read one after the other, so that the position tells how many have to be read.
+    Runs that are not `among` the newest of all workspaces are left out.
     """
     newest = (
         select(runs.c.run_id, runs.c.run_type, runs.c.workspace_id)
         .add_columns(runs.c.created_at)
         .order_by(runs.c.created_at.desc(), runs.c.run_id.desc())
-        .limit(min(among, FARTHEST))
+        .limit(min(among, MAX_LISTED))
         .subquery()
     )
-    place = func.row_number().over(order_by=(newest.c.created_at.desc(), newest.c.run_id.desc()))
+    position = func.row_number().over(order_by=(newest.c.created_at.desc(), newest.c.run_id.desc()))
     listed = (
-        select(newest.c.run_id, place.label("place"))
+        select(newest.c.run_id, position.label("position"))
         .where(
             or_(newest.c.run_type.is_(None), newest.c.run_type != literal("generation")),
             within(workspaces, newest.c.workspace_id),
         )
         .subquery()
     )
-    statement = select(listed.c.run_id, listed.c.place).where(listed.c.run_id.in_(run_ids))
+    statement = select(listed.c.run_id, listed.c.position).where(listed.c.run_id.in_(run_ids))
     async with db.read() as connection:
         found = await connection.execute(statement)
-        return {row.run_id: row.place for row in found}
+        return {row.run_id: row.position for row in found}

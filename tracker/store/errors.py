@@ -1,7 +1,7 @@
-"""The one place where the errors of drivers and of SQLAlchemy become the tracker's own.
+"""Errors of drivers and of SQLAlchemy become the tracker's own here, and nowhere else.
 
-What tells them apart is the code that the database gives (SQLSTATE, SQLite's result code), never
-the wording, except where SQLite has one code for several things.
+They are told apart by the code of the database (SQLSTATE, SQLite's result code), never by wording,
+except where SQLite has one code for several errors.
 """
 
 import sqlite3
@@ -15,25 +15,25 @@ from tracker.core.errors import SchemaOutdated, StoreError, StoreUnavailable
 
 
 class StoreBusy(StoreUnavailable):
-    """Somebody holds a lock for long, or a statement took too long: of several, one is to blame."""
+    """A lock was held for too long, or a statement took too long: one item of a group causes it."""
 
 
 class StoreRefused(StoreError):
-    """The database refuses what it was given: the data is to blame, and nothing else."""
+    """The database refuses the data."""
 
 
 class WriteConflict(Exception):
-    """Somebody else was quicker: roll the transaction back and do it again."""
+    """Another transaction came in between: roll back and run it again."""
 
 
 _BUSY: Final = frozenset({"55P03", "57014"})  # lock time-out, statement time-out
 _CONFLICTS: Final = frozenset({"40001", "40P01"})  # serialization failure, deadlock
 _UNAVAILABLE_CLASSES: Final = (
     "08",  # connection exception
-    "28",  # the server does not let us in
+    "28",  # invalid authorization
     "53",  # out of disk, memory or connections
     "57",  # shutdown, crash recovery, time-out
-    "58",  # the server's own input and output
+    "58",  # input and output of the server
 )
 _STANDBY: Final = "25006"  # a transaction that cannot write
 _UNAVAILABLE: Final = frozenset(
@@ -71,13 +71,13 @@ _SQLITE_UNAVAILABLE: Final = frozenset(
 )
 
 FOREIGN: Final = (SQLAlchemyError, sqlite3.Error, OSError, TimeoutError)
-"""What may come out of a database call; all else is a fault in our own code."""
+"""What a database call may raise; anything else is a fault of the tracker."""
 
 
 @cache
 def driver_errors() -> tuple[type[BaseException], ...]:
-    """What comes out of asyncpg where SQLAlchemy is not in between."""
-    import asyncpg  # noqa: PLC0415 - not loaded where SQLite is used
+    """What asyncpg raises where it is called directly."""
+    import asyncpg  # noqa: PLC0415 - not loaded for SQLite
 
     return (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 
@@ -88,17 +88,17 @@ OUTDATED_ADVICE: Final = (
 
 
 def is_conflict(error: BaseException) -> bool:
-    """Whether the same transaction, done again, is likely to succeed at once."""
+    """Whether the transaction is likely to succeed if it is run again at once."""
     return isinstance(error, WriteConflict) or _sqlstate(error) in _CONFLICTS
 
 
 def is_standby(error: BaseException) -> bool:
-    """Whether the server takes no writes over this connection, and will not."""
+    """Whether the connection leads to a standby, which takes no writes."""
     return _sqlstate(error) == _STANDBY
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether the server refused a statement, and is ready for the next one."""
+    """Whether the server refused a statement and is ready for the next one."""
     state = _sqlstate(error)
     if state is None or state in _UNAVAILABLE:
         return False
@@ -106,8 +106,8 @@ def is_refusal(error: BaseException) -> bool:
 
 
 def translate(error: BaseException) -> StoreError:
-    """The tracker's own error for one of `FOREIGN`, to be raised `from` it."""
-    what = _words(error)
+    """The tracker's error for a foreign one, to be raised `from` it."""
+    what = _first_line(error)
     if isinstance(error, PoolTimeout):
         return StoreUnavailable("the database is too busy: no connection became free in time")
     if isinstance(error, TimeoutError):
@@ -132,22 +132,17 @@ def translate(error: BaseException) -> StoreError:
             return SchemaOutdated(f"{OUTDATED_ADVICE} ({what})")
         refused = StoreRefused if code & 0xFF in _SQLITE_DATA else StoreError
         return refused(f"the database refuses this: {what}")
-    # No code: the driver itself gave up, on a connection that is gone.
-    gave_up = isinstance(error, InterfaceError) or _is_drivers(error)
-    if gave_up or getattr(error, "connection_invalidated", False):
+    # No code: the driver itself failed, on a lost connection.
+    is_drivers = isinstance(error, InterfaceError) or type(error).__module__.startswith("asyncpg.")
+    if is_drivers or getattr(error, "connection_invalidated", False):
         return StoreUnavailable(f"the connection to the database is lost: {what}")
     if isinstance(error, StatementError) and not isinstance(error, DBAPIError):
-        return StoreRefused(f"the database cannot take this: {what}")  # nor was it sent
+        return StoreRefused(f"the database cannot take this: {what}")  # it was not sent
     return StoreError(f"the database cannot do this: {what}")
 
 
-def _is_drivers(error: BaseException) -> bool:
-    """Whether it is asyncpg's own, with SQLAlchemy not in between."""
-    return type(error).__module__.startswith("asyncpg.")
-
-
 def _driver_error(error: BaseException) -> BaseException | None:
-    """What the driver itself raised, under SQLAlchemy's wrapping and asyncpg's adapter."""
+    """The driver's own error, inside SQLAlchemy's wrapper and asyncpg's adapter."""
     if isinstance(error, DBAPIError) and error.orig is not None:
         error = error.orig
     return getattr(error, "driver_exception", None) or error
@@ -163,7 +158,7 @@ def _sqlite_code(error: BaseException) -> int | None:
     return code if isinstance(code, int) else None
 
 
-def _words(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     """The first line of the driver's message: the rest may show rows."""
     lines = str(_driver_error(error)).splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,6 +1,8 @@
-"""Bring a database to this version's schema, and tell whether it is there.
+"""Migrate a database to this version's schema, and check whether it has it.
 
-Alembic is loaded only where there is something to migrate.
+Alembic takes a fifth of a short command's time to load, and most commands find the schema up to
+date. So it is loaded only for a migration, and the revisions are read from the names of their
+files: in `migrations/`, at the top of a checkout or inside the package in a wheel.
 """
 
 import asyncio
@@ -21,13 +23,13 @@ from tracker.store.engine import Database, migration_engine
 from tracker.store.errors import FOREIGN, translate
 from tracker.store.url import DatabaseUrl
 
-# The revisions of this version's schema, by the names of their files.
-#
-# Alembic knows them too, but takes a fifth of a short command's time to load, and most commands
-# find the schema as it should be. The files lie in `migrations/`: at the top of a checkout,
-# inside the package in a wheel.
+T = TypeVar("T")
 
+PATIENCE_SECONDS: Final = 60.0
+"""How long a migration waits for its locks."""
 
+_ALEMBIC: Final = threading.Lock()
+_VERSION: Final = table("alembic_version", column("version_num", Text))
 _FILE: Final = re.compile(r"(\d{4})_\w+\.py")
 
 
@@ -37,13 +39,13 @@ def head() -> str:
 
 
 def is_known(revision: str) -> bool:
-    """Whether a revision is one of this version's, and not a later version's."""
+    """Whether a revision is one of this version, not of a later one."""
     return revision in known()
 
 
 @cache
 def known() -> tuple[str, ...]:
-    """All of them, oldest first. Raises `StoreError` where the installation lacks them."""
+    """All revisions, oldest first. Raises `StoreError` if the installation lacks them."""
     names = (each.name for each in (directory() / "versions").iterdir())
     found = sorted(match[1] for match in map(_FILE.fullmatch, names) if match)
     if not found:
@@ -52,7 +54,7 @@ def known() -> tuple[str, ...]:
 
 
 def directory() -> Path:
-    """Where Alembic's environment lies. Raises `StoreError` as `known` does."""
+    """The directory of Alembic's environment. Raises `StoreError` as `known` does."""
     package = Path(__file__).resolve().parent.parent
     for candidate in (package / "migrations", package.parent / "migrations"):
         if (candidate / "env.py").is_file():
@@ -64,15 +66,6 @@ def _missing() -> StoreError:
     return StoreError("the tracker's migrations are missing from this installation")
 
 
-T = TypeVar("T")
-
-PATIENCE_SECONDS: Final = 60.0
-"""How long a migration tries to get its locks from those who are at work."""
-
-_ALEMBIC: Final = threading.Lock()
-_VERSION: Final = table("alembic_version", column("version_num", Text))
-
-
 async def upgrade(
     url: str,
     revision: str = "head",
@@ -80,12 +73,12 @@ async def upgrade(
     patience: float = PATIENCE_SECONDS,
     history_since: timedelta = timedelta(days=7),
 ) -> None:
-    """Bring the database at `url` to the newest schema; one that is there, or later, stays.
+    """Migrate the database at `url` to the newest schema; a newer or equal one stays.
 
-    A SQLite file is created where it is missing. Several processes may do this at the same time,
-    and others may be at work: on PostgreSQL their locks are waited for, `patience` seconds in all.
-    What a migration has read again from FLORA goes back by `history_since`.
-    Raises `StoreUnavailable` where the database does not answer, `StoreError` for the rest.
+    A missing SQLite file is created. Several processes may do this at the same time, and others may
+    use the database: on PostgreSQL their locks are waited for, `patience` seconds in all.
+    `history_since` is how far back a migration lets the history be read again. Raises
+    `StoreUnavailable` if the database does not answer, `StoreError` for the rest.
     """
 
     def work(connection: Connection) -> None:
@@ -94,8 +87,7 @@ async def upgrade(
         if found is None or (is_known(found) and found != head()):
             _migrate(connection, revision, patience=patience, history_since=history_since)
 
-    # Alembic keeps what it works on in module globals: within a process, one after the other,
-    # whichever event loop it is.
+    # Alembic has module globals: one migration at a time in a process, in whichever event loop.
     while not _ALEMBIC.acquire(blocking=False):  # noqa: ASYNC110 - no event reaches across loops
         await asyncio.sleep(0.02)
     try:
@@ -109,7 +101,7 @@ async def open_database(url: str, *, history_since: timedelta) -> AsyncIterator[
     """The database at `url`, at this version's schema, until the block ends.
 
     A SQLite file is migrated first; a PostgreSQL database that is too old raises `SchemaOutdated`.
-    Raises `StoreUnavailable` where the database does not answer.
+    Raises `StoreUnavailable` if the database does not answer.
     """
     if DatabaseUrl.parse(url).dialect == "sqlite":
         await upgrade(url, history_since=history_since)
@@ -121,14 +113,14 @@ async def open_database(url: str, *, history_since: timedelta) -> AsyncIterator[
 async def current(url: str) -> str | None:
     """The revision of the database at `url`; `None` for one without the tracker's tables."""
     if DatabaseUrl.parse(url).missing:
-        return None  # to look must not create it
+        return None  # checking must not create it
     return await _connected(url, _revision)
 
 
 async def check(db: Database) -> None:
-    """Return where the database has this version's schema, or a later version's.
+    """Return if the database has this version's schema or a later one.
 
-    Raises `SchemaOutdated`, saying what to do, where it has not.
+    Otherwise raises `SchemaOutdated`, with what to do.
     """
     try:
         async with db.read() as connection:
@@ -162,15 +154,14 @@ async def _connected(url: str, work: Callable[[Connection], T]) -> T:
 
 
 def _revision(connection: Connection) -> str | None:
-    """Where the database is; `None` where no migration has been."""
+    """The revision of the database; `None` before the first migration."""
     if not inspect(connection).has_table(_VERSION.name):
         return None
     return connection.execute(select(_VERSION.c.version_num)).scalar()
 
 
 def _migrate(connection: Connection, revision: str, **attributes: Any) -> None:
-    # A fifth of a short command's time, which most commands can do without.
-    from alembic import command  # noqa: PLC0415
+    from alembic import command  # noqa: PLC0415 - slow to load
     from alembic.config import Config  # noqa: PLC0415
 
     config = Config()

@@ -1,9 +1,10 @@
-"""A connection to PostgreSQL: its time-outs, its encryption, and what becomes of the password.
+"""A connection to PostgreSQL: its time-outs, its encryption, and where the password may go.
 
-A password that a server asks for in clear goes to this machine or through TLS, and else nowhere.
-asyncpg sends it to whoever asks. So where TLS is not demanded (`sslmode=prefer`, the default, and
-`allow`) it is tried first, and on a connection without it the server's messages are read before
-asyncpg reads them, until it is ready. Other ways to prove a password (SCRAM) do not show it.
+A password that a server asks for in clear goes to this machine or through TLS, and nowhere else.
+asyncpg would send it to any server. So where TLS is not demanded (`sslmode=prefer`, the default,
+and `allow`) it is tried first, and on a connection without TLS the server's messages are inspected
+before asyncpg gets them, until the server is ready. Other ways to prove a password (SCRAM) do not
+show it.
 """
 
 import asyncio
@@ -19,18 +20,20 @@ CONNECT_SECONDS: Final = 4.0
 STATEMENT_SECONDS: Final = 5.0
 """The server ends a statement after this long; the client gives up a second later."""
 LOCK_SECONDS: Final = 2.0
-"""How long one waits for a lock. The tracker's own transactions take milliseconds; a deadlock,
-which the server looks for after one second, has to show as what it is."""
-FAREWELL_SECONDS: Final = 0.5
-"""How long a server may take to let a connection go; one that says nothing is just left."""
+"""How long a statement waits for a lock. The tracker's own transactions take milliseconds. It is
+longer than the second after which the server checks for deadlocks, so that they are reported."""
+CLOSE_SECONDS: Final = 0.5
+"""How long a server may take to close a connection; then it is cut off."""
 _HEADER: Final = 5
-"""A message's type, a letter, and its length, which counts itself but not the letter."""
-_LONGEST: Final = 64 * 1024
-"""Bytes of a message before the server is ready."""
+"""Bytes of a message's type (a letter) and its length, which counts all but the letter."""
+_MAX_MESSAGE: Final = 64 * 1024
+"""The most bytes of a message before the server is ready."""
+_CLEARTEXT: Final = 3
+"""The request code of AuthenticationCleartextPassword, in PostgreSQL's protocol 3."""
 
 
 class PasswordNotSent(ConnectionError):
-    """The server wants the password in clear, over a connection that anybody may read."""
+    """The server asks for the password in clear, over a connection without TLS."""
 
     def __init__(self, host: str) -> None:
         super().__init__(
@@ -46,19 +49,19 @@ async def connect_postgres(
     command_timeout: float | None = STATEMENT_SECONDS + 1,
     by_key: bool = False,
 ) -> Any:
-    """A connection of asyncpg's own, with the tracker's time-outs.
+    """A connection of asyncpg, with the tracker's time-outs.
 
-    `by_key` is for those who look rows up by their keys: a statement is planned once, and what was
-    planned while a table was small would go on to read all of it when it is not.
+    `by_key` is for statements that find rows by their keys: each is planned once, and a plan for a
+    small table would go on to read all of it when it is large.
 
-    asyncpg reads the URL itself, so that several hosts and the rest mean what they mean everywhere
-    else; `sslmode` too. Raises what asyncpg raises, and `PasswordNotSent`.
+    asyncpg parses the URL itself, so that several hosts, `sslmode` and the rest mean the same as
+    everywhere. Raises what asyncpg raises, and `PasswordNotSent`.
     """
     if not url.is_remote:
         connection = await _connect(url, application_name, command_timeout)
     else:
         loop = _GuardedLoop(asyncio.get_running_loop())
-        # What `prefer` does by itself it would do past the loop that is given to it.
+        # asyncpg implements `prefer` without the given loop.
         ssl = "require" if url.sslmode in ("prefer", "allow") else url.sslmode
         try:
             connection = await _connect(url, application_name, command_timeout, ssl=ssl, loop=loop)
@@ -69,7 +72,7 @@ async def connect_postgres(
                 url, application_name, command_timeout, ssl="disable", loop=loop
             )
     if by_key:
-        # Not among the settings at the start: a pooler in between might not know it there.
+        # Not a start-up setting, which a pooler might not accept.
         try:
             await connection.execute("SET enable_seqscan = off")
         except BaseException:
@@ -81,7 +84,7 @@ async def connect_postgres(
 async def _connect(
     url: DatabaseUrl, application_name: str, command_timeout: float | None, **how: Any
 ) -> Any:
-    import asyncpg  # noqa: PLC0415 - not needed, and not loaded, where SQLite is used
+    import asyncpg  # noqa: PLC0415 - not loaded for SQLite
 
     milliseconds = str(int(STATEMENT_SECONDS * 1000))
     settings = {
@@ -90,7 +93,7 @@ async def _connect(
         "statement_timeout": milliseconds,
         "lock_timeout": str(int(LOCK_SECONDS * 1000)),
         "idle_in_transaction_session_timeout": milliseconds,
-        # Compiling costs more than any of our statements takes.
+        # Compiling takes longer than any statement of the tracker.
         "jit": "off",
     }
     try:
@@ -99,7 +102,7 @@ async def _connect(
             timeout=CONNECT_SECONDS,
             command_timeout=command_timeout,
             connection_class=_connection_class(),
-            max_cacheable_statement_size=0,  # the writer's are long, and come again and again
+            max_cacheable_statement_size=0,  # no limit: the writer's are long
             server_settings=settings,
             **how,
         )
@@ -118,12 +121,12 @@ def _connection_class() -> Any:
         def __init__(self, protocol: Any, transport: Any, loop: Any, *more: Any) -> None:
             super().__init__(protocol, transport, getattr(loop, "real", loop), *more)
 
-        async def close(self, *, timeout: float | None = FAREWELL_SECONDS) -> None:
-            with suppress(TimeoutError):  # it is cut off then
+        async def close(self, *, timeout: float | None = CLOSE_SECONDS) -> None:
+            with suppress(TimeoutError):  # then it is cut off
                 await super().close(timeout=timeout)
 
         async def set_type_codec(self, *args: Any, **options: Any) -> None:
-            # SQLAlchemy does this with a new connection, and does not wrap what comes of it.
+            # SQLAlchemy calls this for a new connection, and does not wrap its errors.
             try:
                 await super().set_type_codec(*args, **options)
             except (
@@ -137,9 +140,9 @@ def _connection_class() -> Any:
 
 
 class _GuardedLoop:
-    """The running loop, whose connections without TLS show no password to another machine.
+    """The running loop, whose connections without TLS send no password to another machine.
 
-    `refused` is the host that asked for one.
+    `refused` is a host that asked for one.
     """
 
     def __init__(self, real: asyncio.AbstractEventLoop) -> None:
@@ -152,50 +155,49 @@ class _GuardedLoop:
     async def create_connection(
         self, factory: Callable[[], Any], host: str, port: int, **options: Any
     ) -> tuple[Any, Any]:
-        """As the loop's own."""
         from asyncpg.protocol import Protocol  # noqa: PLC0415
 
         inner = factory()
-        # What asks for TLS is another protocol, and is followed by this one only within it.
+        # A request for TLS is another protocol, which is followed by this one only inside TLS.
         guarded = isinstance(inner, Protocol) and "ssl" not in options and not is_loopback(host)
-        outer = _Guard(inner, lambda: setattr(self, "refused", host)) if guarded else inner
+        outer = _CleartextGuard(inner, lambda: setattr(self, "refused", host)) if guarded else inner
         transport, _ = await self.real.create_connection(lambda: outer, host, port, **options)
         return transport, inner
 
 
-class _Guard(asyncio.Protocol):
-    """Passes on what a server says, message by message, until it is ready; ends the connection
-    where it asks for the password in clear."""
+class _CleartextGuard(asyncio.Protocol):
+    """Forwards the server's messages until it is ready; aborts the connection if it asks for the
+    password in clear."""
 
     def __init__(self, inner: Any, refuse: Callable[[], None]) -> None:
         self._inner = inner
         self._refuse = refuse
         self._transport: Any = None
-        self._kept = b""
+        self._buffer = b""
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
         self._inner.connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
-        self._kept += data
-        while len(self._kept) >= _HEADER:
-            size = 1 + int.from_bytes(self._kept[1:_HEADER])
-            if size > _LONGEST:
+        self._buffer += data
+        while len(self._buffer) >= _HEADER:
+            size = 1 + int.from_bytes(self._buffer[1:_HEADER])
+            if size > _MAX_MESSAGE:
                 self._transport.abort()
                 return
-            if len(self._kept) < size:
+            if len(self._buffer) < size:
                 return
-            message, self._kept = self._kept[:size], self._kept[size:]
-            if message[:1] == b"R" and int.from_bytes(message[_HEADER:9]) == _IN_CLEAR:
+            message, self._buffer = self._buffer[:size], self._buffer[size:]
+            if message[:1] == b"R" and int.from_bytes(message[_HEADER:9]) == _CLEARTEXT:
                 self._refuse()
                 self._transport.abort()
                 return
             self._inner.data_received(message)
-            if message[:1] == b"Z":  # ready: nothing is asked for any more
+            if message[:1] == b"Z":  # ready: it asks for no password any more
                 self._transport.set_protocol(self._inner)
-                if self._kept:
-                    self._inner.data_received(self._kept)
+                if self._buffer:
+                    self._inner.data_received(self._buffer)
                 return
 
     def eof_received(self) -> Any:
@@ -209,7 +211,3 @@ class _Guard(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._inner.connection_lost(exc)
-
-
-_IN_CLEAR: Final = 3
-"""What AuthenticationCleartextPassword says of itself, in PostgreSQL's protocol 3."""

@@ -1,7 +1,7 @@
-"""The tables, and the invariants that the database itself holds.
+"""The tables, and the invariants that the database itself checks.
 
 Names and meaning of the columns that dashboards read are public and stay. Rows of `runs` are
-written by the writer alone; claims move only their lease.
+written by the writer alone; claims change only their lease and times.
 """
 
 from datetime import UTC, datetime
@@ -41,25 +41,23 @@ from tracker.core.record import DeliveryOutcome
 from tracker.core.run import Tracking
 from tracker.store.text import clean
 
-# Column types that mean the same on both engines.
-#
-# What PostgreSQL has and SQLite lacks (times with a zone, exact decimals, JSON) is kept on SQLite
-# in the form that ad-hoc SQL reads best: times as text that sorts, money as a number that sums.
+# Column types with the same meaning on both databases. On SQLite, which lacks times with a zone,
+# exact decimals and JSON, they have the form that ad-hoc SQL reads best.
 
 
 class CleanText(TypeDecorator[str]):
-    """Text of any length; what a database cannot hold is replaced on the way in."""
+    """Text of any length; NUL and lone surrogates are replaced by U+FFFD."""
 
     impl = Text
     cache_ok = True
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
-        """Replace NUL and lone surrogates by U+FFFD."""
+        """See `tracker.store.text.clean`."""
         return None if value is None else clean(value)
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """An aware moment in UTC.
+    """An aware time in UTC.
 
     `timestamptz` on PostgreSQL; on SQLite text, `YYYY-MM-DD HH:MM:SS.ffffff`, which sorts by time.
     """
@@ -68,36 +66,36 @@ class UtcDateTime(TypeDecorator[datetime]):
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Bring a moment into UTC; refuse one that does not say where it is."""
+        """Convert to UTC; refuse a time without a zone."""
         if value is None or dialect.name == "postgresql":
             return value
         if value.tzinfo is None:
-            raise ValueError(f"a moment without a zone cannot be stored: {value}")
+            raise ValueError(f"a time without a zone cannot be stored: {value}")
         return value.astimezone(UTC).replace(tzinfo=None)
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Say that it is UTC."""
+        """Add the zone."""
         if value is None or dialect.name == "postgresql":
             return value
         return value.replace(tzinfo=UTC)
 
 
 class Money(TypeDecorator[Decimal]):
-    """USD. Exact on PostgreSQL; on SQLite a double, which keeps 15 digits and can be summed."""
+    """USD. Exact on PostgreSQL; on SQLite a double, which has 15 digits and can be summed."""
 
     impl = Numeric
     cache_ok = True
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
-        """A number that SQLite can add up."""
+        """A number that SQLite can sum."""
         return dialect.type_descriptor(Double() if dialect.name == "sqlite" else Numeric())
 
     def process_bind_param(self, value: Decimal | None, dialect: Dialect) -> Decimal | float | None:
-        """Hand SQLite the nearest double."""
+        """The nearest double for SQLite."""
         return float(value) if value is not None and dialect.name == "sqlite" else value
 
     def process_result_value(self, value: Any, dialect: Dialect) -> Decimal | None:
-        """Read a double as the shortest decimal that it can stand for."""
+        """The shortest decimal with this double."""
         return Decimal(repr(value)) if isinstance(value, float) else value
 
 
@@ -105,7 +103,7 @@ Json = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresq
 """A JSON value; `None` is SQL's NULL. Text on SQLite, `jsonb` on PostgreSQL."""
 
 SerialId = BigInteger().with_variant(Integer(), "sqlite")
-"""A number that the database counts up. SQLite counts only what is called plain INTEGER."""
+"""A number that the database generates; SQLite does so only for plain INTEGER."""
 
 
 metadata: Final = MetaData(
@@ -128,26 +126,24 @@ def _one_of(column: str, values: Any) -> CheckConstraint:
 
 
 def _partial(name: str, *columns: str, where: str) -> Index:
-    """An index of those rows alone for which `where` holds."""
+    """An index of the rows for which `where` holds."""
     return Index(name, *columns, postgresql_where=text(where), sqlite_where=text(where))
 
 
 def word(value: str) -> ColumnElement[str]:
-    """A constant that stands in the text of a statement.
-
-    Whether a partial index fits is decided before parameters are known.
-    """
+    """A constant in the text of a statement, because the planner chooses partial indexes before it
+    knows the parameters."""
     return literal_column(f"'{value}'", CleanText)
 
 
 def _storage(*, fillfactor: int | None = None) -> dict[str, Any]:
-    """PostgreSQL's settings for a table that grows without end.
+    """PostgreSQL's settings for a table that keeps growing.
 
-    Its defaults vacuum when a fifth of the rows is dead, which on a big table is far too late. A
-    fillfactor leaves room in each page, so that an update can stay in it and touch no index.
+    The defaults vacuum when a fifth of the rows is dead, which is too late for a big table. A
+    fillfactor leaves space in each page, so that an update stays in it and touches no index.
     """
-    room = {} if fillfactor is None else {"fillfactor": str(fillfactor)}
-    return room | {
+    space = {} if fillfactor is None else {"fillfactor": str(fillfactor)}
+    return space | {
         "autovacuum_vacuum_scale_factor": "0.02",
         "autovacuum_vacuum_insert_scale_factor": "0.05",
         "autovacuum_analyze_scale_factor": "0.02",
@@ -165,26 +161,26 @@ runs: Final = Table(
     Column("technique_name", CleanText),
     Column("status", CleanText, nullable=False),
     Column("progress", Double, nullable=False),
-    # FLORA's, else when the run was first seen; the next column says which.
+    # FLORA's time, else when the run was first seen; the next column tells which.
     Column("created_at", UtcDateTime, nullable=False),
     Column("created_at_known", Boolean, nullable=False),
     Column("started_at", UtcDateTime),
     Column("completed_at", UtcDateTime),
-    # What was shown before the end, and what FLORA billed, as a read sent at that moment showed it.
+    # The price before the end; the bill, as a read sent at `cost_read_at` showed it.
     Column("quoted_cost", Money),
     Column("charged_cost", Money),
     Column("cost_read_at", UtcDateTime),
-    # Whether that read came long enough after the end.
+    # Whether that read was long enough after the end.
     Column("cost_final", Boolean, nullable=False, server_default=false()),
     Column("error_code", CleanText),
     Column("error_message", CleanText),
-    # Of a failed run, by code and message: see tracker.core.retry.
+    # For a failed run, by code and message.
     Column("retry_advice", CleanText),
-    # How many rows `run_outputs` has for the run, and when the read was sent that showed them.
+    # How many rows `run_outputs` has for the run; when the read that showed them was sent.
     Column("output_count", Integer, nullable=False),
     Column("outputs_read_at", UtcDateTime),
     Column("poll_url", CleanText),
-    # What `merge` remembers besides the values: see tracker.core.run.
+    # What `merge` needs besides the values: see tracker.core.run.
     Column("standing", SmallInteger, nullable=False),
     Column("details", SmallInteger, nullable=False),
     Column("ranks", BigInteger, nullable=False),
@@ -199,11 +195,11 @@ runs: Final = Table(
     Column("tracking", CleanText, nullable=False),
     Column("settled_at", UtcDateTime),
     Column("inputs", Json),
-    # What it is for, and when and at which price it was reserved: of a run that we started.
+    # Of a run started here: its tags, and the time and price of its reservation.
     Column("tags", Json),
     Column("reserved_at", UtcDateTime),
     Column("reserved_cost", Money),
-    # When to read it next, and how that came out so far.
+    # When to poll it next, and the results of earlier polls.
     Column("next_check_at", UtcDateTime),
     # When to read cost and outputs of a settled run again.
     Column("recheck_at", UtcDateTime),
@@ -220,7 +216,7 @@ runs: Final = Table(
     CheckConstraint("progress BETWEEN 0 AND 100", name="progress"),
     CheckConstraint("standing BETWEEN 0 AND 5", name="standing"),
     CheckConstraint("details BETWEEN 0 AND 2", name="details"),
-    # A newer FLORA may show a status that is not known: it stands as running, or as ended.
+    # An unknown status of a newer FLORA counts as running, or as ended.
     CheckConstraint(
         "CASE WHEN status IN ('completed', 'failed') THEN standing >= 2"
         " WHEN status IN ('pending', 'running') THEN standing < 2"
@@ -237,11 +233,11 @@ runs: Final = Table(
     CheckConstraint(
         "(lease_until IS NULL) = (lease_holder IS NULL)", name="lease_has_holder_and_end"
     ),
-    # Due runs: few of many, so the index holds only those that are to be read at all.
+    # Due runs: few of many, so the index holds only those with a next poll.
     _partial("ix_runs_due", "next_check_at", where="next_check_at IS NOT NULL"),
     _partial("ix_runs_recheck", "recheck_at", where="recheck_at IS NOT NULL"),
-    # Listings, newest first: read backwards. What most runs are is found among the newest, and
-    # needs no index: see tracker.store.queries.runs.
+    # Listings, newest first, read backwards. The most frequent values need no index, because they
+    # are found among the newest: see tracker.store.queries.runs.
     Index("ix_runs_newest", "created_at", "run_id"),
     _partial(
         "ix_runs_newest_not_completed",
@@ -269,7 +265,7 @@ runs: Final = Table(
         *("project_id", "created_at", "run_id"),
         where="project_id IS NOT NULL",
     ),
-    # By tag: SQLite looks through the tags of the newest runs, without the runs themselves.
+    # By tag: SQLite scans the tags of the newest runs, without the runs themselves.
     Index(
         "ix_runs_tags",
         "tags",
@@ -284,7 +280,7 @@ runs: Final = Table(
         sqlite_where=text("tags IS NOT NULL"),
         info={"dialect": "sqlite"},
     ).ddl_if(dialect="sqlite"),
-    # Whether a workspace has shown a generation run: few do.
+    # Whether a workspace has generation runs: few do.
     _partial("ix_runs_generations", "workspace_id", where="run_type = 'generation'"),
     # How long a technique's runs take.
     _partial("ix_runs_durations", "technique_id", "completed_at", where="status = 'completed'"),
@@ -311,7 +307,7 @@ run_events: Final = Table(
     Column("source", CleanText, nullable=False),
     Column("status", CleanText, nullable=False),
     Column("progress", Double),
-    # The whole observation, so that the run can be folded again.
+    # The whole observation, so that the run can be merged again.
     Column("detail", Json, nullable=False),
     _one_of("source", Source),
     Index("ix_run_events_timeline", "run_id", "id"),
@@ -332,20 +328,20 @@ deliveries: Final = Table(
     Column("receipts", Integer, nullable=False),
     Column("outcome", CleanText, nullable=False),
     Column("reason", CleanText),
-    # When its effect was on its run. Null while it waits, and where a version before 0008 applied
-    # it: that did so in the moment of its receipt.
+    # When it was applied to its run. Null while it waits, and for deliveries applied by a version
+    # before 0008, on receipt.
     Column("applied_at", UtcDateTime),
-    # Emptied by retention, which then says when.
+    # Emptied by retention, at that time.
     Column("body", LargeBinary, nullable=False),
     Column("body_removed_at", UtcDateTime),
-    # The last part of the address that it came to, where that was a start's own.
+    # The last part of the address, if that was a start's own.
     Column("callback_token", CleanText),
     _one_of("outcome", DeliveryOutcome),
     CheckConstraint("receipts >= 1", name="receipts"),
     CheckConstraint("applied_at IS NULL OR outcome = 'applied'", name="applied_has_its_time"),
     Index("ix_deliveries_run", "run_id"),
     Index("ix_deliveries_newest", "received_at", "delivery_id"),
-    # The inbox: what is stored and not applied yet, oldest first.
+    # The inbox: stored and not applied yet, oldest first.
     _partial("ix_deliveries_waiting", "received_at", "delivery_id", where="outcome = 'waiting'"),
     _partial(
         "ix_deliveries_quarantined", "received_at", "delivery_id", where="outcome = 'quarantined'"
@@ -356,8 +352,8 @@ deliveries: Final = Table(
 starts: Final = Table(
     "starts",
     metadata,
-    # The workspace's id. A version before 0009 calls its first workspace 'default' here; such rows
-    # get their id as soon as it is known.
+    # The workspace's id. A version before 0009 wrote 'default' for its first workspace; such rows
+    # get the id as soon as it is known.
     Column("workspace_slot", CleanText, primary_key=True),
     Column("idempotency_key", CleanText, primary_key=True),
     Column("technique_id", CleanText, nullable=False),
@@ -365,7 +361,7 @@ starts: Final = Table(
     Column("inputs", Json, nullable=False),
     Column("state", CleanText, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
-    # Since when the key may be known to FLORA, and what the request asked it to call.
+    # Since when FLORA may know the key; the callback address in the request.
     Column("in_use_since", UtcDateTime),
     Column("callback_url", CleanText),
     Column("sent_at", UtcDateTime),
@@ -373,15 +369,15 @@ starts: Final = Table(
     Column("error", Json),
     Column("lease_until", UtcDateTime),
     Column("lease_holder", CleanText),
-    # The same id, once it is known to be one.
+    # The same id, once it is verified.
     Column("workspace_id", CleanText),
-    # The last part of the start's own callback address; null where it has none.
+    # The last part of the start's own callback address; null if it has none.
     Column("callback_token", CleanText),
-    # What was sent, for repetitions: kept while the start is open.
+    # The request, for repetitions, while the start is open.
     Column("request_body", CleanText),
     Column("started_by", CleanText),
     Column("tags", Json),
-    # What it takes from the budgets, in USD and for how many runs, and in whose period.
+    # What it reserves in the budgets: when, USD, and for how many runs.
     Column("reserved_at", UtcDateTime),
     Column("reserved_cost", Money),
     Column("reserved_runs", Integer),
@@ -394,7 +390,7 @@ starts: Final = Table(
     _partial("ix_starts_in_doubt", "created_at", where="state = 'in_doubt'"),
     _partial("ix_starts_unresolved", "created_at", where="state = 'unresolved'"),
     _partial("ix_starts_without_workspace", "workspace_slot", where="workspace_id IS NULL"),
-    # Starts of several runs, whose others than the first are still to be seen: few.
+    # Starts of several runs of which not all have appeared: few.
     _partial("ix_starts_several", "reserved_at", where="state = 'started' AND reserved_runs > 1"),
     Index("ix_starts_run", "run_id"),
     Index("ix_starts_technique", "technique_id", "created_at"),
@@ -419,12 +415,12 @@ sweeps: Final = Table(
     Column("items", Integer, nullable=False),
     Column("discovered", Integer, nullable=False),
     Column("repaired", Integer, nullable=False),
-    # Items that could not be understood: FLORA shows a run that we cannot read.
+    # Items that could not be parsed.
     Column("unreadable", Integer, nullable=False),
-    # Up to which of FLORA's moments each kind was verified when the sweep ended.
+    # Up to which of FLORA's times each kind was read when the sweep ended.
     Column("through", UtcDateTime),
     Column("generations_through", UtcDateTime),
-    # Why technique runs could not be swept, and generations.
+    # Why technique runs or generations could not be read.
     Column("error", CleanText),
     Column("generations_error", CleanText),
     Index("ix_sweeps_newest", "workspace_id", "started_at"),
@@ -436,7 +432,7 @@ sweeps: Final = Table(
     ),
 )
 
-# What of the history has been read without a gap: see tracker.store.queries.sweeps.
+# The parts of the history that were read without a gap: see tracker.store.queries.sweeps.
 history_coverage: Final = Table(
     "history_coverage",
     metadata,
@@ -447,7 +443,7 @@ history_coverage: Final = Table(
     Column("from_at", UtcDateTime, nullable=False),
     Column("to_at", UtcDateTime, nullable=False),
     Column("read_at", UtcDateTime, nullable=False),
-    # How to go on below it; why that failed, how often, and when it is tried again.
+    # Where to go on below it; why that failed, how often, and when it is tried again.
     Column("cursor", CleanText),
     Column("error", CleanText),
     Column("failures", Integer, nullable=False),
@@ -460,7 +456,7 @@ techniques: Final = Table(
     "techniques",
     metadata,
     Column("technique_id", CleanText, primary_key=True),
-    # Under which other name it was asked for, where it was.
+    # Another name under which it was requested, if any.
     Column("slug", CleanText),
     Column("name", CleanText, nullable=False),
     Column("description", CleanText),
@@ -468,7 +464,7 @@ techniques: Final = Table(
     Column("inputs", Json, nullable=False),
     Column("outputs", Json, nullable=False),
     Column("synced_at", UtcDateTime, nullable=False),
-    # When its definition was last read by itself, and when a list last showed it.
+    # When its definition was last read, and when a list last showed it.
     Column("defined_at", UtcDateTime),
     Column("listed_at", UtcDateTime),
     # Since when the catalogue has lacked it.
@@ -482,10 +478,10 @@ batches: Final = Table(
     Column("batch_id", CleanText, primary_key=True),
     Column("workspace_slot", CleanText, nullable=False),
     Column("technique_id", CleanText, nullable=False),
-    # What the sheet was called when it was last given.
+    # The name of the file when it was last used.
     Column("name", CleanText, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
-    # When a command saw it to its end; a batch that is not finished is gone on with.
+    # When a command completed it; an unfinished batch is continued.
     Column("finished_at", UtcDateTime),
     # Which column is which input: `[[input id, column, type]…]`, as it was when the batch began.
     Column("mapping", Json),
@@ -496,35 +492,35 @@ batch_rows: Final = Table(
     "batch_rows",
     metadata,
     Column("batch_id", ForeignKey("batches.batch_id", ondelete="CASCADE"), primary_key=True),
-    # From 1, as they stand in the sheet; `line` is where the row begins in the file.
+    # From 1, in the order of the file; `line` is where the row begins in it.
     Column("position", Integer, primary_key=True, autoincrement=False),
     Column("line", Integer, nullable=False),
-    # What the row is told by, and for which time it is run: see tracker.core.row_key.
+    # The identity of the row, and how often it was run before: see tracker.core.row_key.
     Column("row_digest", CleanText, nullable=False),
     Column("generation", Integer, nullable=False),
     Column("attempt", Integer, nullable=False),
-    # Its start in the ledger, once there is one: what became of the row is told there.
+    # The key of its start, whose row has the outcome.
     Column("idempotency_key", CleanText, nullable=False),
     Index("ix_batch_rows_digest", "row_digest"),
     Index("ix_batch_rows_key", "idempotency_key"),
     postgresql_with=_storage(),
 )
 
-# Signed-in browsers. Neither the cookie nor the token can be made from a row.
+# Signed-in browsers. Neither the cookie nor the token can be derived from a row.
 sessions: Final = Table(
     "sessions",
     metadata,
     Column("session_id", CleanText, primary_key=True),
     Column("token_name", CleanText, nullable=False),
     Column("token_digest", CleanText, nullable=False),
-    # Whether the browser came over https.
+    # Whether the browser used https.
     Column("secure", Boolean, nullable=False),
     Column("started_at", UtcDateTime, nullable=False),
     Column("last_used_at", UtcDateTime, nullable=False),
 )
 
-# Who did what: see tracker.store.queries.audit. A row stands for the refused requests of one
-# address, token and minute.
+# The audit log: see tracker.store.queries.audit. Refused requests of one address, token and minute
+# share a row.
 audit: Final = Table(
     "audit",
     metadata,
@@ -547,8 +543,8 @@ audit: Final = Table(
     ),
 )
 
-# Which workspace each API key is of, as FLORA told. A fingerprint leads back to no key. `place` is
-# where in the settings the key stood.
+# The workspace of each API key, as FLORA reported it. A key cannot be derived from its fingerprint.
+# `place` is the position of the key in the settings.
 workspace_keys: Final = Table(
     "workspace_keys",
     metadata,
@@ -567,8 +563,8 @@ leases: Final = Table(
 )
 
 
-# How far retention has come: up to which of FLORA's moments of creation runs of a workspace (empty:
-# not known) may have been removed, up to which moment of receipt bodies have been.
+# How far retention has come: the creation time up to which runs of a workspace (empty: unknown) may
+# have been removed, and the time of receipt up to which bodies have been.
 retention: Final = Table(
     "retention",
     metadata,
@@ -579,8 +575,8 @@ retention: Final = Table(
 )
 
 
-def _tally_columns() -> list[Column[Any]]:
-    """What is counted together, how many runs, and the sum of their amounts (core.rollup)."""
+def _rollup_columns() -> list[Column[Any]]:
+    """The key of a count, the number of runs, and the sum of their amounts (core.rollup)."""
     texts = ("workspace_id", "technique_id", "status", "word")
     return [
         Column("measure", CleanText, nullable=False),
@@ -592,16 +588,16 @@ def _tally_columns() -> list[Column[Any]]:
     ]
 
 
-# Rows of the first are written by one process at a time, of the second by everybody: see
+# One process at a time writes to the first table, every writer appends to the second: see
 # tracker.store.writing.rollups.
 run_tallies: Final = Table(
     "run_tallies",
     metadata,
-    *_tally_columns(),
+    *_rollup_columns(),
     PrimaryKeyConstraint(
         *("measure", "since", "workspace_id", "technique_id", "status", "word", "bucket")
     ),
-    # What a tag has cost, among however many others.
+    # The cost of one tag, among any number of tags.
     _partial("ix_run_tallies_tagged", "word", "since", where="measure = 'tagged'"),
     sqlite_with_rowid=False,
 )
@@ -610,11 +606,11 @@ run_tally_changes: Final = Table(
     "run_tally_changes",
     metadata,
     Column("id", SerialId, Identity(), primary_key=True),
-    *_tally_columns(),
-    # What was spent, among however many others: a budget is checked with each start.
+    *_rollup_columns(),
+    # Spending: budgets are checked with each start.
     _partial(
         "ix_run_tally_changes_spent", "measure", "word", where="measure IN ('spent', 'tagged')"
     ),
-    # Emptied every few seconds: what is dead in it must not be read again and again.
+    # Emptied every few seconds: dead rows must not be read again and again.
     postgresql_with={"autovacuum_vacuum_scale_factor": "0", "autovacuum_vacuum_threshold": "1000"},
 )

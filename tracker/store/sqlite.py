@@ -1,4 +1,9 @@
-"""Which of the pool's connections are fit for use: looked at each time that one is taken."""
+"""SQLite: connections that cannot write, and one thread that does.
+
+A file can be removed or replaced while connections to it are open; they would go on writing where
+nothing is read any more. So a connection is used only while the path still names the file that it
+opened, and a commit counts only if it still does afterwards. Only migrations create a file.
+"""
 
 import asyncio
 import os
@@ -20,54 +25,23 @@ from sqlalchemy.pool import NullPool
 from tracker.core.errors import StoreError, StoreUnavailable
 from tracker.store.url import DatabaseUrl
 
-_REFUSED = "refused"
-
-
-def use_only(engine: Engine, is_fit: Callable[[Any, Any], bool], why_not: str) -> None:
-    """Use only connections for which `is_fit(connection, record)` holds.
-
-    In place of another the pool makes a new one. Where that is no better the database is away, and
-    whoever asked gets `ConnectionError`: the pool itself would say that the caller is to blame.
-    """
-
-    @event.listens_for(engine, "checkout")
-    def look_at(connection: Any, record: Any, _: object) -> None:
-        is_second = record.record_info.pop(_REFUSED, False)
-        if is_fit(connection, record):
-            return
-        if is_second:
-            raise ConnectionError(why_not)
-        record.record_info[_REFUSED] = True
-        raise DisconnectionError(why_not)
-
-
-# SQLite under the database object: readers that cannot write, and one thread that does.
-#
-# A file can be taken away from under open connections: they would go on writing where nobody will
-# ever read again. So a connection is used only while the path still names the file that it
-# opened, and a commit counts only where it still does afterwards. Nothing here creates a file.
-
-
 T = TypeVar("T")
 
-TURN_SECONDS: Final = 2.0
-"""How long a write waits for the writes of this process that came before it."""
+QUEUE_SECONDS: Final = 2.0
+"""How long a write waits for earlier writes of this process."""
 BUSY_SECONDS: Final = 2.0
-"""How long it then waits for another process to let go of the file."""
-_PATIENT_SECONDS: Final = 5.0
-"""The same for those whom nobody waits for at that moment: reads, which hardly ever wait, and
-migrations."""
+"""How long a write then waits for another process to unlock the file."""
+_LONG_BUSY_SECONDS: Final = 5.0
+"""The same for reads, which hardly ever wait, and for migrations."""
 _DURABLE: Final = ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL")
 
-Identity = tuple[int, int] | None
 
-
-class SqliteWriter:
-    """Writes in one thread over one connection: SQLite has one writer at a time anyhow."""
+class SqliteThread:
+    """Runs write transactions in one thread, over one connection: SQLite has a single writer."""
 
     def __init__(self, url: DatabaseUrl, **options: Any) -> None:
         self._path = url.path
-        self.engine = _writer(url, **options)
+        self.engine = _write_engine(url, **options)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sqlite-writer")
 
     async def run(self, work: Callable[[Connection], T]) -> T:
@@ -75,58 +49,58 @@ class SqliteWriter:
         writing = self._thread.submit(self._run, work)
         done = asyncio.wrap_future(writing)
         try:
-            await asyncio.wait([done], timeout=TURN_SECONDS)
+            await asyncio.wait([done], timeout=QUEUE_SECONDS)
             if not done.done() and writing.cancel():
-                raise StoreUnavailable("the database is too busy: writes wait for those before")
+                raise StoreUnavailable("the database is too busy: too many writes are queued")
             return await done
         finally:
-            done.cancel()  # where the caller was: then it is not begun, or nobody hears of its end
+            done.cancel()  # if the caller was: a queued write is dropped, a result ignored
 
     def _run(self, work: Callable[[Connection], T]) -> T:
         with self.engine.begin() as connection:
             opened = connection.info["file"]
             result = work(connection)
-        if _identity(self._path) != opened:
+        if _file_id(self._path) != opened:
             raise StoreUnavailable(f"the database's file is not at {self._path} any more")
         return result
 
     async def send(self, statement: str, values: tuple[Any, ...]) -> list[Sequence[Any]]:
-        """Refuses: statements in the driver's form are for PostgreSQL."""
+        """Not supported: statements in the driver's form are for PostgreSQL."""
         raise StoreError("on SQLite everything is written in a transaction")
 
     async def close(self) -> None:
-        """Let what is being written finish, and close the connection."""
+        """Finish the writes under way, and close the connection."""
         await asyncio.get_running_loop().run_in_executor(self._thread, self.engine.dispose)
         self._thread.shutdown()
-        for thread in tuple(_LEFT):
+        for thread in tuple(_ABANDONED):
             await asyncio.to_thread(thread.join, BUSY_SECONDS)
 
 
-def sqlite_readers(url: DatabaseUrl, **options: Any) -> AsyncEngine:
+def sqlite_read_engine(url: DatabaseUrl, **options: Any) -> AsyncEngine:
     """An engine whose connections cannot write."""
     engine = create_async_engine(
-        _existing("sqlite+aiosqlite", url),
-        pool_timeout=_PATIENT_SECONDS,
+        _file_url("sqlite+aiosqlite", url),
+        pool_timeout=_LONG_BUSY_SECONDS,
         connect_args={"async_creator_fn": _open},
         **options,
     )
-    _prepare(engine.sync_engine, "BEGIN", _PATIENT_SECONDS, "PRAGMA query_only=ON")
-    _keep_to_the_file(engine.sync_engine, url.path)
+    _prepare(engine.sync_engine, "BEGIN", _LONG_BUSY_SECONDS, "PRAGMA query_only=ON")
+    _check_file(engine.sync_engine, url.path)
     return engine
 
 
 async def _open(*place: Any, **options: Any) -> Any:
-    """A connection of aiosqlite's. Where nobody waits for it any more it is closed: aiosqlite
-    itself would leave it to the garbage collector."""
-    import aiosqlite  # noqa: PLC0415 - not needed, and not loaded, where PostgreSQL is used
+    """A connection of aiosqlite. If the caller is cancelled it is closed, which aiosqlite itself
+    would leave to the garbage collector."""
+    import aiosqlite  # noqa: PLC0415 - not loaded for PostgreSQL
 
     made: list[sqlite3.Connection] = []
-    is_left = False
+    is_abandoned = False
 
     def connect() -> sqlite3.Connection:
         connection: sqlite3.Connection = sqlite3.connect(*place, **options)
         made.append(connection)
-        if is_left:
+        if is_abandoned:
             connection.close()
         return connection
 
@@ -135,20 +109,20 @@ async def _open(*place: Any, **options: Any) -> Any:
     try:
         return await opening
     except BaseException:
-        is_left = True
+        is_abandoned = True
         for connection in made:
             connection.close()
-        _LEFT.add(opening._thread)
+        _ABANDONED.add(opening._thread)
         raise
 
 
-_LEFT: Final[WeakSet[Thread]] = WeakSet()
-"""Threads of connections that nobody waited for. Each has a last word for the event loop."""
+_ABANDONED: Final[WeakSet[Thread]] = WeakSet()
+"""Threads of abandoned connections. Each calls back into the event loop before it ends."""
 
 
-def sqlite_migrations(url: DatabaseUrl, **options: Any) -> AsyncEngine:
-    """An engine that may create the file, and minds no foreign keys: SQLite changes a table by
-    making it anew, which must not touch the rows that refer to it."""
+def sqlite_migration_engine(url: DatabaseUrl, **options: Any) -> AsyncEngine:
+    """An engine that may create the file, without foreign keys: SQLite changes a table by making a
+    new one, which must not touch the rows that refer to it."""
     folder = Path(url.path).absolute().parent
     if not folder.is_dir():
         raise StoreUnavailable(
@@ -160,49 +134,48 @@ def sqlite_migrations(url: DatabaseUrl, **options: Any) -> AsyncEngine:
 
     @event.listens_for(engine.sync_engine, "do_connect")
     def connecting(*_: object) -> None:
-        _make(Path(url.path).resolve())
+        _create(Path(url.path).resolve())
 
-    _prepare(engine.sync_engine, "BEGIN IMMEDIATE", _PATIENT_SECONDS, *_DURABLE)
+    _prepare(engine.sync_engine, "BEGIN IMMEDIATE", _LONG_BUSY_SECONDS, *_DURABLE)
     return engine
 
 
-def _make(file: Path) -> None:
-    """Make the file for its owner alone, where there is none; SQLite's log has the same mode."""
+def _create(file: Path) -> None:
+    """Create a missing file for its owner alone; SQLite's log gets the same mode."""
     with suppress(FileExistsError):
         descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         os.fchmod(descriptor, 0o600)  # whatever the umask
         os.close(descriptor)
 
 
-def _writer(url: DatabaseUrl, **options: Any) -> Engine:
-    engine = create_engine(_existing("sqlite", url), pool_size=1, max_overflow=0, **options)
+def _write_engine(url: DatabaseUrl, **options: Any) -> Engine:
+    engine = create_engine(_file_url("sqlite", url), pool_size=1, max_overflow=0, **options)
     _prepare(
         engine,
-        # Take the lock at once: who reads first and writes later may have to give up.
+        # Take the lock at once: a transaction that reads before it writes may fail.
         "BEGIN IMMEDIATE",
         BUSY_SECONDS,
         *_DURABLE,
         "PRAGMA foreign_keys=ON",
-        # What a statement of many rows may have to take back again is kept in memory, not in a file
-        # that each commit would create and remove.
+        # The statement journal is kept in memory, not in a file for each commit.
         "PRAGMA temp_store=MEMORY",
-        # Keys come in no order, so that each checkpoint writes pages all over the file: do it at
-        # every 32 MB of the log, not at every 4.
+        # Keys come in no order, so that a checkpoint writes pages all over the file: do it after
+        # 32 MB of the log instead of 4.
         "PRAGMA wal_autocheckpoint=8000",
     )
-    _keep_to_the_file(engine, url.path)
+    _check_file(engine, url.path)
     return engine
 
 
-def _existing(driver: str, url: DatabaseUrl) -> URL:
-    """The address of the file, where there is one: an empty one in its place would help nobody."""
+def _file_url(driver: str, url: DatabaseUrl) -> URL:
+    """The address of the file, which is not created."""
     return URL.create(
         driver, database=f"file:{quote(url.path)}", query={"mode": "rw", "uri": "true"}
     )
 
 
 def _prepare(engine: Engine, begin: str, busy_seconds: float, *pragmas: str) -> None:
-    """Begin transactions ourselves, because Python's driver begins them late or not at all."""
+    """Begin transactions here, because Python's driver begins them late or not at all."""
     busy = f"PRAGMA busy_timeout={int(busy_seconds * 1000)}"
 
     @event.listens_for(engine, "connect")
@@ -218,24 +191,42 @@ def _prepare(engine: Engine, begin: str, busy_seconds: float, *pragmas: str) -> 
         connection.exec_driver_sql(begin)
 
 
-def _keep_to_the_file(engine: Engine, path: str) -> None:
+def _check_file(engine: Engine, path: str) -> None:
     """Use no connection to a file that is not at `path` any more."""
 
     @event.listens_for(engine, "do_connect")
     def connecting(_dialect: object, record: Any, *_: object) -> None:
-        # Before it is opened: should it be exchanged meanwhile, the connection is made anew.
-        record.info["file"] = _identity(path)
+        # Before it is opened: if it is replaced meanwhile, the connection is made again.
+        record.info["file"] = _file_id(path)
 
     def is_the_file(_: object, record: Any) -> bool:
-        return bool(record.info["file"] == _identity(path))
+        return bool(record.info["file"] == _file_id(path))
 
-    use_only(engine, is_the_file, f"there is another file at {path} each time")
+    check_connections(engine, is_the_file, f"there is another file at {path} each time")
 
 
-def _identity(path: str) -> Identity:
-    """Which file a path names at this moment; `None` for none."""
+def _file_id(path: str) -> tuple[int, int] | None:
+    """The file that a path names at this moment; `None` for none."""
     try:
         found = os.stat(path)
     except OSError:
         return None
     return found.st_dev, found.st_ino
+
+
+def check_connections(engine: Engine, is_usable: Callable[[Any, Any], bool], reason: str) -> None:
+    """Use only connections of the pool for which `is_usable(connection, record)` holds.
+
+    The pool replaces another by a new one. If that is not usable either, the database is
+    unavailable: `ConnectionError` is raised, where the pool would blame the caller.
+    """
+
+    @event.listens_for(engine, "checkout")
+    def on_checkout(connection: Any, record: Any, _: object) -> None:
+        is_second = record.record_info.pop("refused", False)
+        if is_usable(connection, record):
+            return
+        if is_second:
+            raise ConnectionError(reason)
+        record.record_info["refused"] = True
+        raise DisconnectionError(reason)

@@ -1,7 +1,8 @@
-"""What a database can hold: foreign text and JSON made fit for both engines.
+"""Text and JSON made fit for both databases.
 
 PostgreSQL's text holds neither NUL nor half a surrogate pair, and UTF-8 none of the latter. Both
-are replaced by U+FFFD before anything is merged, so that what was merged is what is stored.
+are replaced by U+FFFD before observations are merged, so that the merged values are the stored
+ones.
 """
 
 import math
@@ -13,7 +14,7 @@ import orjson
 
 from tracker.core.observation import Observation
 from tracker.core.record import Entry, Seen
-from tracker.core.run import Output, RunError
+from tracker.core.run import Output
 
 T = TypeVar("T")
 
@@ -24,7 +25,7 @@ _INT64: Final = 2**63
 
 def clean(text: str) -> str:
     """`text` with NUL and lone surrogates replaced; `text` itself where there are none."""
-    if text.isascii() and "\0" not in text:  # nearly always, and both are quick
+    if text.isascii() and "\0" not in text:  # nearly always, and quick
         return text
     return _UNFIT.sub(_REPLACEMENT, text)
 
@@ -33,7 +34,7 @@ def dump_json(value: Any) -> str:
     """`value` as JSON text that both engines take.
 
     Numbers that JSON or the databases cannot hold become floats or null. Raises `ValueError` for
-    what is no JSON at all, or is nested deeper than anybody means.
+    values that are no JSON, or are nested too deep.
     """
     try:
         text = orjson.dumps(value).decode()
@@ -51,62 +52,52 @@ def load_json(text: str | bytes) -> Any:
 
 
 def clean_json(value: T) -> T:
-    """`value` as it comes back from a database; `value` itself where that is the same."""
+    """`value` as a database returns it; `value` itself if that is equal."""
     fit: T = load_json(dump_json(value))
     return value if fit == value else fit
 
 
 def clean_entry(entry: Entry) -> Entry:
-    """`entry` with all its text fit to be stored; `entry` itself where it already was."""
-    match entry:
-        case Seen(observation=seen):
-            fit_seen = clean_observation(seen)
-            inputs = None if entry.inputs is None else clean_json(entry.inputs)
-            if fit_seen is seen and inputs is entry.inputs:
-                return entry
-            return replace(entry, observation=fit_seen, inputs=inputs)
-        case _:
-            run_id, error = clean(entry.run_id), clean(entry.error)
-            if (run_id, error) == (entry.run_id, entry.error):
-                return entry
-            return replace(entry, run_id=run_id, error=error)
+    """`entry` with all its text cleaned; `entry` itself if nothing changes."""
+    if isinstance(entry, Seen):
+        seen = clean_observation(entry.observation)
+        inputs = None if entry.inputs is None else clean_json(entry.inputs)
+        if seen is entry.observation and inputs is entry.inputs:
+            return entry
+        return replace(entry, observation=seen, inputs=inputs)
+    changes = _cleaned(entry, ("run_id", "error"))
+    return replace(entry, **changes) if changes else entry
 
 
 def clean_observation(seen: Observation) -> Observation:
-    """`seen` with all its text fit to be stored; `seen` itself where it already was."""
-    news: dict[str, Any] = _news(seen, _OBSERVATION_TEXTS)
-    if seen.error is not None:
-        error = RunError(code=clean(seen.error.code), message=clean(seen.error.message))
-        if error != seen.error:
-            news["error"] = error
+    """`seen` with all its text cleaned; `seen` itself if nothing changes."""
+    changes = _cleaned(seen, _OBSERVATION_TEXTS)
+    if seen.error is not None and (texts := _cleaned(seen.error, ("code", "message"))):
+        changes["error"] = replace(seen.error, **texts)
     if seen.outputs is not None:
         outputs = tuple(
             Output(clean(output.output_id), clean(output.type), clean(output.url))
             for output in seen.outputs
         )
         if outputs != seen.outputs:
-            news["outputs"] = outputs
-    return replace(seen, **news) if news else seen
+            changes["outputs"] = outputs
+    return replace(seen, **changes) if changes else seen
 
 
 _OBSERVATION_TEXTS: Final = (
-    "run_id",
-    "run_type",
-    "workspace_id",
-    "project_id",
-    "technique_id",
-    "technique_name",
-    "poll_url",
+    *("run_id", "run_type", "workspace_id", "project_id"),
+    *("technique_id", "technique_name", "poll_url"),
 )
 
 
-def _news(holder: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    news: dict[str, Any] = {}
+def _cleaned(holder: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    """Those of the attributes whose text changes, with the cleaned text."""
+    changes: dict[str, Any] = {}
     for name in names:
         text = getattr(holder, name)
-        if text is not None and (fit := clean(text)) is not text and fit != text:
-            news[name] = fit
-    return news
+        if text is not None and (fit := clean(text)) != text:
+            changes[name] = fit
+    return changes
 
 
 def _dump_cleaned(value: Any) -> str:

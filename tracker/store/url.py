@@ -1,4 +1,4 @@
-"""What `TRACKER_DATABASE_URL` may say, and how to say it without the password."""
+"""The value of `TRACKER_DATABASE_URL`, and how to show it without its password."""
 
 import os
 import re
@@ -34,7 +34,7 @@ _UNKNOWN_TO_ASYNCPG: Final = ("channel_binding",)
 
 @dataclass(frozen=True, slots=True)
 class DatabaseUrl:
-    """A database's address. `str()` of it holds no password."""
+    """The address of a database. `str()` of it holds no password."""
 
     dialect: Literal["sqlite", "postgresql"]
     dsn: str
@@ -43,8 +43,8 @@ class DatabaseUrl:
 
     @classmethod
     def parse(cls, url: str, name: str = "TRACKER_DATABASE_URL") -> Self:
-        """Read a URL. Raises `SettingsError` for any other kind, which does not repeat it but says
-        what it was given as, its `name`."""
+        """Parse a URL. Raises `SettingsError`, which does not show the URL but the `name` of its
+        setting, for any other kind of database."""
         advice = f"{name} {_ADVICE}"
         scheme, separator, rest = url.strip().partition("://")
         dialect = _DIALECTS.get(scheme.lower())
@@ -68,24 +68,24 @@ class DatabaseUrl:
             ]
             shown = make_url(dsn).set(query={}).render_as_string(hide_password=True)
         except (ValueError, ArgumentError):
-            # Not `from` the cause: its words may hold the password.
+            # Not `from` the cause, whose message may hold the password.
             raise SettingsError(advice) from None
         return cls("postgresql", parts._replace(query=urlencode(query)).geturl(), shown)
 
     @property
     def missing(self) -> bool:
-        """Whether it is a SQLite file that is not there."""
+        """Whether it is a SQLite file that does not exist."""
         return self.dialect == "sqlite" and not Path(self.path).exists()
 
     @property
     def is_remote(self) -> bool:
-        """Whether another machine is connected to over a network."""
+        """Whether the connection leads to another machine."""
         if self.dialect == "sqlite":
             return False
         hosts = self._option("host", "PGHOST")
         named = urlsplit(self.dsn).netloc.rpartition("@")[2]
         if named:
-            # Of each of several `host:port`; an address of IPv6 has brackets.
+            # Each of several `host:port`; an IPv6 address has brackets.
             hosts = ",".join(re.sub(r":\d*$", "", one) for one in named.split(","))
         return any(
             one and not unquote(one).startswith("/") and not is_loopback(one)
@@ -94,12 +94,12 @@ class DatabaseUrl:
 
     @property
     def sslmode(self) -> str:
-        """libpq's word for how far the connection is encrypted and its server verified."""
+        """How the connection is encrypted and its server verified, in libpq's words."""
         return self._option("sslmode", "PGSSLMODE") or "prefer"
 
     @property
     def is_verified(self) -> bool:
-        """Whether TLS makes sure that it is the right server, by whom its certificate is from."""
+        """Whether TLS verifies the server by the authority that signed its certificate."""
         if self.sslmode == "require":  # with a root certificate it is as verify-ca
             default = Path("~/.postgresql/root.crt").expanduser()
             return bool(self._option("sslrootcert", "PGSSLROOTCERT")) or default.exists()
@@ -107,21 +107,22 @@ class DatabaseUrl:
 
     @property
     def tls_trouble(self) -> str | None:
-        """What is wrong with the encryption of the connection; `None` where nothing is."""
+        """The fault of the connection's encryption; `None` if it has none."""
         if not self.is_remote or self.is_verified:
             return None
         if self.sslmode == "disable":
             return (
-                "sslmode=disable: whoever is between here and the database reads and changes all "
-                "that is sent"
+                "sslmode=disable: anyone between this machine and the database can read and change "
+                "all that is sent"
             )
         return (
-            f"sslmode={self.sslmode} does not verify the server: whoever answers in its place gets "
-            "the password, and reads and changes all that is sent; the next release refuses this"
+            f"sslmode={self.sslmode} does not verify the server: anyone who answers in its place "
+            "gets the password, and can read and change all that is sent; the next release refuses "
+            "this"
         )
 
     def _option(self, name: str, variable: str) -> str:
-        """What the URL says, else what libpq's environment variable says, else nothing."""
+        """The URL's option, else libpq's environment variable, else nothing."""
         given = dict(parse_qsl(urlsplit(self.dsn).query)).get(name)
         return given or os.environ.get(variable, "")
 
