@@ -18,7 +18,6 @@ from tests.store.making import callback, open_writer
 from tests.support.databases import Background, copy_sqlite, sqlite_url_of
 from tests.support.waiting import eventually
 from tracker.core.errors import SchemaOutdated, SettingsError, StoreError, StoreUnavailable
-from tracker.store import copy as copy_target
 from tracker.store import copy as copying
 from tracker.store import migrate
 from tracker.store.copy import TABLES, Step, copy
@@ -315,13 +314,13 @@ async def test_a_copy_that_is_not_the_same_is_not_kept(
 ) -> None:
     """Should a row, a value or a letter go missing on the way, nothing is committed."""
     lossy, said = LOSSES[loss]
-    whole = copy_target._records
+    whole = copying._records
 
     def records(table: Any, *rest: Any) -> list[Any]:
         found = whole(table, *rest)
         return lossy(found) if table.name == "batches" else found
 
-    monkeypatch.setattr(copy_target, "_records", records)
+    monkeypatch.setattr(copying, "_records", records)
     with pytest.raises(StoreError, match=said):
         await copy(full_sqlite_url, sqlite_target_url)
     assert await everything(sqlite_target_url) == EMPTY

@@ -1,16 +1,16 @@
-"""Carry everything over from one database to another, from one engine to the other too.
+"""Copy all rows from one database to another, of the same kind or the other.
 
-All rows are read in one transaction, which sees one moment, and written in one, which is committed
-after the target was counted and compared with the source. So the target is complete or empty: what
-broke off, however it did, left nothing behind, and is done by starting it again.
+All rows are read in one transaction, which sees one snapshot, and written in one, which is
+committed after the target was counted and compared with the source. So the target is complete or
+empty, and a copy that was interrupted is simply started again.
 """
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from sqlalchemy import Dialect, Row, Select, Table, func, insert, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -22,8 +22,15 @@ from tracker.store.errors import FOREIGN, translate
 from tracker.store.schema import metadata, sessions
 from tracker.store.url import DatabaseUrl
 
-# The database that a copy is written to: one transaction that nobody else gets a row into.
+BATCH: Final = 1000
+"""Rows in memory at a time, with the bodies of callbacks."""
+SAMPLES: Final = 100
+"""How many rows of each table are compared column by column, spread over all of it."""
+CACHE_KB: Final = 32 * 1024
+"""SQLite's cache: keys come in no order, so that each row touches pages all over its indexes."""
 
+TABLES: Final[Sequence[Table]] = [one for one in metadata.sorted_tables if one is not sessions]
+"""Referenced tables first. Sign-ins are left out, so that a copy does not revive ended ones."""
 
 _TIME_OUTS: Final = (
     "statement_timeout",
@@ -31,132 +38,10 @@ _TIME_OUTS: Final = (
     "transaction_timeout",  # from PostgreSQL 17 on
 )
 
-CACHE_KB: Final = 32 * 1024
-"""What SQLite keeps in memory of the file: keys come in no order, so that every row touches pages
-all over its indexes."""
-
-
-class Target(Protocol):
-    """Where rows go. `connection` reads what has been written so far."""
-
-    connection: AsyncConnection
-
-    async def put(self, table: Table, rows: Sequence[Row[Any]]) -> None:
-        """Write rows that hold every column of `table`, in its order."""
-
-    async def finish(self, tables: Iterable[Table]) -> None:
-        """Commit, when all rows are there."""
-
-
-@asynccontextmanager
-async def opened_target(url: DatabaseUrl) -> AsyncIterator[Target]:
-    """A target whose rows were never there where the block ends before they are finished."""
-    engine = migration_engine(url)
-    try:
-        async with engine.connect() as connection:
-            kind = _Postgres if url.dialect == "postgresql" else _Sqlite
-            target = kind(connection)
-            await target.begin()
-            yield target
-    finally:
-        await engine.dispose()
-
-
-async def without_time_outs(connection: AsyncConnection) -> None:
-    """Let the transaction of a PostgreSQL connection take as long as it takes."""
-    settings = text("SELECT set_config(name, '0', true) FROM pg_settings WHERE name = ANY(:names)")
-    await connection.execute(settings, {"names": list(_TIME_OUTS)})
-
-
-class _Postgres:
-    """COPY, in PostgreSQL's binary form."""
-
-    def __init__(self, connection: AsyncConnection) -> None:
-        self.connection = connection
-
-    async def begin(self) -> None:
-        """Keep all others from writing, who may go on reading: their rows could be ours."""
-        await without_time_outs(self.connection)
-        names = ", ".join(f'"{table.name}"' for table in metadata.sorted_tables)
-        await self.connection.execute(text(f"LOCK TABLE {names} IN SHARE ROW EXCLUSIVE MODE"))
-        self._driver: Any = (await self.connection.get_raw_connection()).driver_connection
-
-    async def put(self, table: Table, rows: Sequence[Row[Any]]) -> None:
-        from asyncpg import InterfaceError, PostgresError  # noqa: PLC0415
-
-        try:
-            await self._driver.copy_records_to_table(
-                table.name,
-                columns=[column.name for column in table.c],
-                records=_records(table, rows, self.connection.dialect),
-            )
-        except (PostgresError, InterfaceError, *FOREIGN) as exc:
-            raise translate(exc) from exc
-
-    async def finish(self, tables: Iterable[Table]) -> None:
-        """Commit: numbers go on after the highest, and the planner knows what there is."""
-        for table in tables:
-            for column in table.c:
-                if column.identity is not None:
-                    sequence = func.pg_get_serial_sequence(table.name, column.name)
-                    highest = select(func.setval(sequence, func.max(column)))
-                    await self.connection.execute(highest.having(func.max(column).is_not(None)))
-            await self.connection.execute(text(f'ANALYZE "{table.name}"'))
-        await self.connection.commit()
-
-
-class _Sqlite:
-    """Prepared INSERTs, into a file that nobody else has open.
-
-    A transaction of any size leaves the write-ahead log alone: it would be as large as the file
-    itself, where the rollback journal of an empty file is small.
-    """
-
-    def __init__(self, connection: AsyncConnection) -> None:
-        self.connection = connection
-
-    async def begin(self) -> None:
-        """Set what can be set before a transaction only; check keys as a tracker does."""
-        await self._set("journal_mode=DELETE", f"cache_size=-{CACHE_KB}", "foreign_keys=ON")
-
-    async def put(self, table: Table, rows: Sequence[Row[Any]]) -> None:
-        dialect = self.connection.dialect
-        statement = str(insert(table).compile(dialect=dialect))
-        await self.connection.exec_driver_sql(statement, _records(table, rows, dialect))
-
-    async def finish(self, tables: Iterable[Table]) -> None:
-        """Commit: numbers go on after the highest by themselves."""
-        await self.connection.commit()
-        await self._set("journal_mode=WAL")
-
-    async def _set(self, *pragmas: str) -> None:
-        driver: Any = (await self.connection.get_raw_connection()).driver_connection
-        for pragma in pragmas:
-            async with driver.execute(f"PRAGMA {pragma}"):
-                pass
-
-
-def _records(table: Table, rows: Sequence[Row[Any]], dialect: Dialect) -> list[tuple[Any, ...]]:
-    """Rows of what the driver takes, as if SQLAlchemy had handed them over."""
-    columns = []
-    for column, values in zip(table.c, zip(*rows, strict=True), strict=True):
-        process = column.type.dialect_impl(dialect).bind_processor(dialect)
-        columns.append(values if process is None else map(process, values))
-    return list(zip(*columns, strict=True))
-
-
-BATCH: Final = 1000
-"""So many rows are in memory at a time, raw callbacks with them."""
-SAMPLES: Final = 100
-"""So many rows of each table are compared column by column, spread over all of it."""
-
-TABLES: Final[Sequence[Table]] = [one for one in metadata.sorted_tables if one is not sessions]
-"""Those that others refer to first. Sign-ins stay behind: a backup would bring ended ones back."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """How far a copy has come: so many `rows` of a table's `total` are written."""
+    """The progress of a copy: `rows` of a table's `total` are written."""
 
     table: str
     rows: int
@@ -165,8 +50,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Copied:
-    """What was carried over: the rows of each table, and how many of them were `compared` one by
-    one. `migrated` tells that the target had no tables before."""
+    """The result: the number of rows of each table, and of those `compared` column by column.
+
+    `migrated` tells that the target had no tables before.
+    """
 
     revision: str
     migrated: bool
@@ -179,13 +66,12 @@ async def copy(
 ) -> Copied:
     """Copy every row of the database at `source` to the empty one at `target`.
 
-    Both are at this version's newest migration; a target without any tables is given them.
-    `progress` is called after each batch of rows. What is written to the source meanwhile is not in
-    the copy.
+    Both are at this version's newest migration; a target without tables is migrated. `progress` is
+    called after each batch of rows. What is written to the source meanwhile is not copied.
 
-    Raises `SettingsError` for what is no URL or twice the same, `StoreError`, saying what to do,
-    where one of them is not fit or the copy is not what the source is, `StoreUnavailable` where one
-    does not answer. Then, and where it is cancelled, the target is as empty as it was.
+    Raises `SettingsError` for an invalid URL or the same one twice, `StoreError`, with what to do,
+    if one of the databases is unsuitable or the copy differs from the source, `StoreUnavailable` if
+    one does not answer. After an error or a cancellation the target is as empty as before.
     """
     origin, destination = DatabaseUrl.parse(source), DatabaseUrl.parse(target, "the target")
     if _place(origin) == _place(destination):
@@ -193,20 +79,35 @@ async def copy(
     with _naming(origin):
         await _check_source(source, origin)
     with _naming(destination):
-        migrated = await _make_ready(target)
+        migrated = await _prepare_target(target)
     async with AsyncExitStack() as stack:
         with _naming(origin):
             reading = await stack.enter_async_context(_snapshot(source))
         with _naming(destination):
-            writing = await stack.enter_async_context(opened_target(destination))
-            await _check_empty(writing)
-        copying = _Copying(origin, reading, destination, writing, progress)
-        tables = {table.name: await copying.copy(table) for table in TABLES}
+            writing = await stack.enter_async_context(_open_target(destination))
+            await _check_empty(writing.connection)
+        compared = 0
+        tables: dict[str, int] = {}
+        for table in TABLES:
+            with _naming(origin, table.name):
+                expected = await _counts(reading, table)
+            total, done = expected[0], 0
+            samples: list[Row[Any]] = []
+            between = max(1, total // SAMPLES)
+            async with aclosing(_batches(reading, table, origin)) as batches:
+                async for batch in batches:
+                    with _naming(destination, table.name):
+                        await writing.write(table, batch)
+                    samples += batch[-done % between :: between]
+                    done += len(batch)
+                    progress(Step(table=table.name, rows=done, total=total))
+            with _naming(destination, table.name):
+                await _compare(writing.connection, table, expected, samples)
+            tables[table.name] = done
+            compared += len(samples)
         with _naming(destination):
-            await writing.finish(TABLES)
-    return Copied(
-        revision=migrate.head(), migrated=migrated, tables=tables, compared=copying.compared
-    )
+            await writing.commit()
+    return Copied(revision=migrate.head(), migrated=migrated, tables=tables, compared=compared)
 
 
 def _place(url: DatabaseUrl) -> str:
@@ -215,14 +116,12 @@ def _place(url: DatabaseUrl) -> str:
 
 @contextmanager
 def _naming(*what: object) -> Iterator[None]:
-    """Errors say which of the two databases they are about."""
+    """Errors name the database that they are about."""
     try:
         yield
-    except FOREIGN as exc:
-        fault = translate(exc)
-        raise type(fault)(": ".join(map(str, (*what, fault)))) from exc
-    except StoreError as exc:
-        raise type(exc)(": ".join(map(str, (*what, exc)))) from exc
+    except (*FOREIGN, StoreError) as exc:
+        error = exc if isinstance(exc, StoreError) else translate(exc)
+        raise type(error)(": ".join(map(str, (*what, error)))) from exc
 
 
 async def _check_source(source: str, url: DatabaseUrl) -> None:
@@ -234,8 +133,8 @@ async def _check_source(source: str, url: DatabaseUrl) -> None:
     _check_revision(found)
 
 
-async def _make_ready(target: str) -> bool:
-    """Whether the target had to be given its tables."""
+async def _prepare_target(target: str) -> bool:
+    """Whether the target had to be migrated."""
     found = await migrate.current(target)
     if found is None:
         await migrate.upgrade(target)
@@ -245,7 +144,6 @@ async def _make_ready(target: str) -> bool:
 
 
 def _check_revision(found: str) -> None:
-    """Between two revisions, nobody knows what a row of one is in the other."""
     if found == migrate.head():
         return
     needed = f"it is at revision {found}, and this version copies {migrate.head()}"
@@ -256,7 +154,7 @@ def _check_revision(found: str) -> None:
 
 @asynccontextmanager
 async def _snapshot(source: str) -> AsyncIterator[AsyncConnection]:
-    """A connection to the source on which everything is of one moment, however long it takes."""
+    """A connection to one snapshot of the source, for any length of time."""
     async with await Database.open(source) as db:
         if db.dialect == "sqlite":
             async with db.read() as connection:
@@ -267,89 +165,153 @@ async def _snapshot(source: str) -> AsyncIterator[AsyncConnection]:
         )
         try:
             async with engine.connect() as connection:
-                await without_time_outs(connection)
+                await _disable_time_outs(connection)
                 yield connection
         finally:
             await engine.dispose()
 
 
-async def _check_empty(target: Target) -> None:
+async def _disable_time_outs(connection: AsyncConnection) -> None:
+    settings = text("SELECT set_config(name, '0', true) FROM pg_settings WHERE name = ANY(:names)")
+    await connection.execute(settings, {"names": list(_TIME_OUTS)})
+
+
+async def _batches(
+    source: AsyncConnection, table: Table, url: DatabaseUrl
+) -> AsyncGenerator[Sequence[Row[Any]]]:
+    rows = select(table).order_by(*table.primary_key.columns).execution_options(yield_per=BATCH)
+    with _naming(url, table.name):
+        async with source.stream(rows) as result:
+            async for batch in result.partitions():
+                yield batch
+
+
+async def _check_empty(target: AsyncConnection) -> None:
     for table in TABLES:
-        if (await target.connection.execute(select(table).limit(1))).first() is not None:
+        if (await target.execute(select(table).limit(1))).first() is not None:
             raise StoreError(
                 f"it is not empty ({table.name} has rows), and was not touched: name an empty one"
             )
 
 
-class _Copying:
-    """Copies tables, one after the other; `compared` counts the rows that were looked at singly."""
-
-    def __init__(
-        self,
-        origin: DatabaseUrl,
-        source: AsyncConnection,
-        destination: DatabaseUrl,
-        target: Target,
-        progress: Callable[[Step], None],
-    ) -> None:
-        self.compared = 0
-        self._origin = origin
-        self._source = source
-        self._destination = destination
-        self._target = target
-        self._progress = progress
-
-    async def copy(self, table: Table) -> int:
-        """Copy a table and return how many rows it has. Raises `StoreError` where the target does
-        not hold then what the source does."""
-        with _naming(self._origin, table.name):
-            expected = tuple((await self._source.execute(_counted(table))).one())
-        total = expected[0]
-        done = 0
-        samples: list[Row[Any]] = []
-        between = max(1, total // SAMPLES)
-        async with aclosing(self._batches(table)) as batches:
-            async for batch in batches:
-                with _naming(self._destination, table.name):
-                    await self._target.put(table, batch)
-                samples += batch[-done % between :: between]
-                done += len(batch)
-                self._progress(Step(table=table.name, rows=done, total=total))
-        with _naming(self._destination, table.name):
-            await self._compare(table, expected, samples)
-        self.compared += len(samples)
-        return done
-
-    async def _batches(self, table: Table) -> AsyncGenerator[Sequence[Row[Any]]]:
-        rows = select(table).order_by(*table.primary_key.columns).execution_options(yield_per=BATCH)
-        with _naming(self._origin, table.name):
-            async with self._source.stream(rows) as result:
-                async for batch in result.partitions():
-                    yield batch
-
-    async def _compare(
-        self, table: Table, expected: tuple[int, ...], samples: Sequence[Row[Any]]
-    ) -> None:
-        connection = self._target.connection
-        counted = tuple((await connection.execute(_counted(table))).one())
-        if counted != expected:
-            raise StoreError(f"the copy has {counted} rows and values, the source {expected}")
-        for row in samples:
-            key = (column == row._mapping[column] for column in table.primary_key.columns)
-            found = (await connection.execute(select(table).where(*key))).one_or_none()
-            for column in table.c:
-                if found is None or not _same(found._mapping[column], row._mapping[column]):
-                    raise StoreError(f"{column.name} of a row is not what the source has")
+async def _compare(
+    target: AsyncConnection, table: Table, expected: tuple[int, ...], samples: Sequence[Row[Any]]
+) -> None:
+    """Raise `StoreError` unless the target has as many rows and values, and the same samples."""
+    found = await _counts(target, table)
+    if found != expected:
+        raise StoreError(f"the copy has {found} rows and values, the source {expected}")
+    for row in samples:
+        key = (column == row._mapping[column] for column in table.primary_key.columns)
+        copied = (await target.execute(select(table).where(*key))).one_or_none()
+        for column in table.c:
+            if copied is None or not _same(copied._mapping[column], row._mapping[column]):
+                raise StoreError(f"{column.name} of a row is not what the source has")
 
 
-def _counted(table: Table) -> Select[*tuple[int, ...]]:
-    """How many rows a table has, and how many values each of its columns."""
-    return select(func.count(), *(func.count(column) for column in table.c)).select_from(table)
+async def _counts(connection: AsyncConnection, table: Table) -> tuple[int, ...]:
+    """The number of rows, and of values in each column."""
+    counts: Select[*tuple[int, ...]] = select(
+        func.count(), *(func.count(column) for column in table.c)
+    ).select_from(table)
+    return tuple((await connection.execute(counts)).one())
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two values are the same as far as both engines can hold it: SQLite's amounts are
-    doubles."""
+    """Whether two values are equal, as far as SQLite's doubles can hold them."""
     if isinstance(one, Decimal) and isinstance(other, Decimal):
         return float(one) == float(other)
     return bool(one == other)
+
+
+class _PostgresTarget:
+    """Writes by COPY, in PostgreSQL's binary form."""
+
+    def __init__(self, connection: AsyncConnection) -> None:
+        self.connection = connection
+
+    async def begin(self) -> None:
+        """Others can read but not write: their rows would be mixed with the copied ones."""
+        await _disable_time_outs(self.connection)
+        names = ", ".join(f'"{table.name}"' for table in metadata.sorted_tables)
+        await self.connection.execute(text(f"LOCK TABLE {names} IN SHARE ROW EXCLUSIVE MODE"))
+        self._driver: Any = (await self.connection.get_raw_connection()).driver_connection
+
+    async def write(self, table: Table, rows: Sequence[Row[Any]]) -> None:
+        """Write rows with every column of `table`, in its order."""
+        from asyncpg import InterfaceError, PostgresError  # noqa: PLC0415
+
+        try:
+            await self._driver.copy_records_to_table(
+                table.name,
+                columns=[column.name for column in table.c],
+                records=_records(table, rows, self.connection.dialect),
+            )
+        except (PostgresError, InterfaceError, *FOREIGN) as exc:
+            raise translate(exc) from exc
+
+    async def commit(self) -> None:
+        """Commit, after setting sequences to the highest number and updating statistics."""
+        for table in TABLES:
+            for column in table.c:
+                if column.identity is not None:
+                    sequence = func.pg_get_serial_sequence(table.name, column.name)
+                    highest = select(func.setval(sequence, func.max(column)))
+                    await self.connection.execute(highest.having(func.max(column).is_not(None)))
+            await self.connection.execute(text(f'ANALYZE "{table.name}"'))
+        await self.connection.commit()
+
+
+class _SqliteTarget:
+    """Writes by prepared INSERTs, into a file that nothing else has open.
+
+    It uses a rollback journal, which is small for an empty file; a write-ahead log would be as
+    large as the file itself.
+    """
+
+    def __init__(self, connection: AsyncConnection) -> None:
+        self.connection = connection
+
+    async def begin(self) -> None:
+        """Set what can be set only before a transaction; check foreign keys as the tracker does."""
+        await self._set("journal_mode=DELETE", f"cache_size=-{CACHE_KB}", "foreign_keys=ON")
+
+    async def write(self, table: Table, rows: Sequence[Row[Any]]) -> None:
+        """Write rows with every column of `table`, in its order."""
+        dialect = self.connection.dialect
+        statement = str(insert(table).compile(dialect=dialect))
+        await self.connection.exec_driver_sql(statement, _records(table, rows, dialect))
+
+    async def commit(self) -> None:
+        """Commit; numbers continue after the highest by themselves."""
+        await self.connection.commit()
+        await self._set("journal_mode=WAL")
+
+    async def _set(self, *pragmas: str) -> None:
+        driver: Any = (await self.connection.get_raw_connection()).driver_connection
+        for pragma in pragmas:
+            async with driver.execute(f"PRAGMA {pragma}"):
+                pass
+
+
+@asynccontextmanager
+async def _open_target(url: DatabaseUrl) -> AsyncIterator[_PostgresTarget | _SqliteTarget]:
+    """A target that stays empty if the block ends before `commit`."""
+    engine = migration_engine(url)
+    try:
+        async with engine.connect() as connection:
+            kind = _PostgresTarget if url.dialect == "postgresql" else _SqliteTarget
+            target = kind(connection)
+            await target.begin()
+            yield target
+    finally:
+        await engine.dispose()
+
+
+def _records(table: Table, rows: Sequence[Row[Any]], dialect: Dialect) -> list[tuple[Any, ...]]:
+    """Rows of the driver's own types, as SQLAlchemy would pass them."""
+    columns = []
+    for column, values in zip(table.c, zip(*rows, strict=True), strict=True):
+        process = column.type.dialect_impl(dialect).bind_processor(dialect)
+        columns.append(values if process is None else map(process, values))
+    return list(zip(*columns, strict=True))

@@ -110,34 +110,28 @@ class GroupCommit(Generic[T, R]):
         be), and `StoreError` if the database refuses this very item. Raises `StoreUnavailable` if
         the queue is full or closed.
         """
-        size = self._size(item)
-        self._check_space(1, size)
-        return self._append(item, size)
+        return self.enqueue_all((item,))[0]
 
     def enqueue_all(self, items: Sequence[T]) -> list[asyncio.Future[R]]:
         """Queue all of the items or none; else as `enqueue`."""
-        sizes = [self._size(item) for item in items]
-        self._check_space(len(items), sum(sizes))
-        return [self._append(item, size) for item, size in zip(items, sizes, strict=True)]
-
-    def _check_space(self, count: int, size: int) -> None:
         if self._closing or self._task is None or self._task.done():
             raise StoreUnavailable("the tracker is not running, or is shutting down")
-        if (
-            len(self._queue) + count > self._max_waiting
-            or self._bytes + size > self._max_waiting_bytes
-        ):
+        sizes = [self._size(item) for item in items]
+        total = self._bytes + sum(sizes)
+        if len(self._queue) + len(items) > self._max_waiting or total > self._max_waiting_bytes:
             raise StoreUnavailable("too many writes wait for the database") from self.trouble
-
-    def _append(self, item: T, size: int) -> asyncio.Future[R]:
         loop = asyncio.get_running_loop()
-        waiting = _Waiting(item, size, loop.create_future(), loop.time() + self._deadline)
-        self._queue.append(waiting)
-        self._bytes += size
+        expires = loop.time() + self._deadline
+        queued = [
+            _Waiting(item, size, loop.create_future(), expires)
+            for item, size in zip(items, sizes, strict=True)
+        ]
+        self._queue.extend(queued)
+        self._bytes = total
         self._arrived.set()
         if self._timer is None:
-            self._timer = loop.call_at(waiting.expires, self._expire)
-        return waiting.answer
+            self._timer = loop.call_at(expires, self._expire)
+        return [waiting.answer for waiting in queued]
 
     def _pop(self) -> _Waiting[T, R]:
         waiting = self._queue.popleft()
