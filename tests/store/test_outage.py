@@ -185,7 +185,7 @@ async def test_a_standby_is_left_for_the_server_that_takes_its_place(postgres_ur
     administrator = await asyncpg.connect(postgres_url, server_settings=able)
     setting = f'ALTER DATABASE "{name}" SET default_transaction_read_only ='
     await administrator.execute(f"{setting} on")
-    async with await Database.open(postgres_url) as db, open_inbox(db, deadline=0.3) as inbox:
+    async with await Database.open(postgres_url) as db, open_inbox(db, deadline=1.0) as inbox:
         with pytest.raises(StoreUnavailable, match="read-only"):
             await inbox.enqueue(delivery("run_meanwhile"))
         await administrator.execute(f"{setting} off")

@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tracker.core.errors import SchemaOutdated, SettingsError, StoreError
 from tracker.store import migrate
 from tracker.store.engine import Database, migration_engine
-from tracker.store.errors import FOREIGN, translate
+from tracker.store.errors import FOREIGN, postgres_errors, translate
 from tracker.store.schema import metadata, sessions
 from tracker.store.url import DatabaseUrl
 
@@ -239,15 +239,13 @@ class _PostgresTarget:
 
     async def write(self, table: Table, rows: Sequence[Row[Any]]) -> None:
         """Write rows with every column of `table`, in its order."""
-        from asyncpg import InterfaceError, PostgresError  # noqa: PLC0415
-
         try:
             await self._driver.copy_records_to_table(
                 table.name,
                 columns=[column.name for column in table.c],
                 records=_records(table, rows, self.connection.dialect),
             )
-        except (PostgresError, InterfaceError, *FOREIGN) as exc:
+        except postgres_errors() as exc:
             raise translate(exc) from exc
 
     async def commit(self) -> None:

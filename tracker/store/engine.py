@@ -24,10 +24,10 @@ from tracker.core.errors import StoreUnavailable
 from tracker.store.errors import (
     FOREIGN,
     WriteConflict,
-    driver_errors,
     is_conflict,
     is_refusal,
     is_standby,
+    postgres_errors,
     translate,
 )
 from tracker.store.postgres import STATEMENT_SECONDS, connect_postgres
@@ -72,7 +72,7 @@ class Database:
         self._transactions = transactions
         self._foreign: tuple[type[BaseException], ...] = FOREIGN
         if self.dialect == "postgresql":
-            self._foreign = (*FOREIGN, *driver_errors())
+            self._foreign = postgres_errors()
         self._conflicts: tuple[type[BaseException], ...] = (WriteConflict, *self._foreign)
         self._closed = False
 

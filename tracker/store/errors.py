@@ -75,11 +75,12 @@ FOREIGN: Final = (SQLAlchemyError, sqlite3.Error, OSError, TimeoutError)
 
 
 @cache
-def driver_errors() -> tuple[type[BaseException], ...]:
-    """What asyncpg raises where it is called directly."""
+def postgres_errors() -> tuple[type[BaseException], ...]:
+    """What a call may raise where asyncpg is called directly."""
     import asyncpg  # noqa: PLC0415 - not loaded for SQLite
 
-    return (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+    own = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+    return (*FOREIGN, *own)
 
 
 OUTDATED_ADVICE: Final = (

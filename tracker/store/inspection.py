@@ -20,7 +20,7 @@ from sqlalchemy import delete, select
 from tracker.core.clock import Clock
 from tracker.core.record import TEST_DELIVERY, TEST_DELIVERY_IDS
 from tracker.store.engine import Database
-from tracker.store.errors import FOREIGN, translate
+from tracker.store.errors import postgres_errors, translate
 from tracker.store.postgres import LOCK_SECONDS, connect_postgres
 from tracker.store.schema import deliveries, metadata
 from tracker.store.url import DatabaseUrl
@@ -158,33 +158,27 @@ async def inspect_postgres(url: DatabaseUrl, *, clock: Clock) -> PostgresInspect
         before = clock()
         now = await connection.fetchval("SELECT clock_timestamp()")
         clock_ahead = now - (before + (clock() - before) / 2)
-        facts = await connection.fetchrow(_FACTS, NAME)
+        facts = dict(await connection.fetchrow(_FACTS, NAME))
         revision, lacking, refuses_writes = None, (), None
-        if facts["has_tables"]:
+        if facts.pop("has_tables"):
             revision = await connection.fetchval("SELECT version_num FROM alembic_version")
             rows = await connection.fetch(_LACKING, sorted(metadata.tables))
             lacking = tuple(row["name"] for row in rows)
         if revision is not None:
             refuses_writes = await _postgres_refuses_writes(connection)
         return PostgresInspection(
-            version=facts["version"],
-            major=facts["major"],
-            standby=facts["standby"],
+            **facts,
             revision=revision,
             refuses_writes=refuses_writes,
             lacking=lacking,
-            connections=facts["connections"],
-            most_connections=facts["most_connections"],
-            own=facts["own"],
             # A standby takes no notifications; that is reported by itself.
             notifies=facts["standby"] or await _notifies(url, connection),
             clock_ahead=clock_ahead,
-            size=facts["size"],
         )
 
 
 async def _postgres_refuses_writes(connection: Any) -> str | None:
-    import asyncpg  # noqa: PLC0415 - as in `engine`
+    import asyncpg  # noqa: PLC0415 - not loaded for SQLite
 
     transaction = connection.transaction()
     try:
@@ -217,15 +211,13 @@ async def _notifies(url: DatabaseUrl, connection: Any) -> bool:
 
 @asynccontextmanager
 async def _connected(url: DatabaseUrl) -> AsyncIterator[Any]:
-    import asyncpg  # noqa: PLC0415 - as in `engine`
-
     try:
         connection = await connect_postgres(url, NAME)
         try:
             yield connection
         finally:
             connection.terminate()
-    except (asyncpg.PostgresError, asyncpg.InterfaceError, *FOREIGN) as exc:
+    except postgres_errors() as exc:
         raise translate(exc) from exc
 
 
