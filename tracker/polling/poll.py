@@ -87,7 +87,7 @@ class Poller:
         workspace without a key, with a refused one, or in which FLORA has just failed is left out.
         """
         if time.monotonic() - self._brought_near_at >= BRING_NEAR_EVERY:
-            await self._bring_near()
+            await self._reset_far_schedules()
         return await self._in_each(partial(self._poll, coalesce=coalesce))
 
     async def recheck_due(self, *, turn: timedelta | None = None) -> PollReport:
@@ -167,8 +167,8 @@ class Poller:
             report.add(one)
         return report
 
-    async def _bring_near(self) -> None:
-        brought = await claims.bring_near(self.database, self.policy, self.clock())
+    async def _reset_far_schedules(self) -> None:
+        brought = await claims.reset_far_schedules(self.database, self.policy, self.clock())
         self._brought_near_at = time.monotonic()
         if brought:
             log.warning("poll.brought_near", runs=brought, cause="the clock was set back")

@@ -178,7 +178,7 @@ class PollRound:
         wanted = self._listable()
         if len(wanted) < 2 or backoff.left(slot):
             return
-        self._places = await claims.places(
+        self._places = await claims.list_positions(
             poller.database,
             [record.run.run_id for record in wanted],
             poller.workspaces.claimable(self._workspace),
