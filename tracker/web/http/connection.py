@@ -1,24 +1,9 @@
 """One HTTP connection and the limits on its client, and the limits on all connections together.
 
 uvicorn's own protocol waits without limit for a request that has started, and accepts heads of any
-size and any number of requests ahead. Here everything that depends on the client ends by itself:
-
-===============================  ================================================================
-a connection that                is closed
-===============================  ================================================================
-is idle                          after `idle_seconds`
-has sent part of a head          after `head_seconds`, with 408; beyond `head_bytes` or `headers`,
-                                 with 431
-has sent part of a body          when the application, which reads it, says so
-has sent whole requests          when they are answered, in order; with the last of
-                                 `requests_ahead`, if there are more
-reads its responses slowly       when another client needs its place or its memory; if it reads
-                                 nothing at all, after `UNREAD_SECONDS` of `server`
-===============================  ================================================================
-
-Nothing more is read from a client that does not read its responses. Trailers are dropped: they
-come after the decisions that headers are for (RFC 9110, 6.5.1). All connections are checked once a
-second, so that a request needs no timer.
+size and any number of requests ahead. Here everything that depends on the client ends by itself;
+`tracker.web.http` lists the limits. All connections are checked once a second, so that a request
+needs no timer.
 
 This builds on internals of uvicorn: `tests/web/test_uvicorn.py` lists them.
 """
@@ -126,6 +111,7 @@ class Connection(HttpToolsProtocol):
         self.held = 0
         """Approximate memory of what its client has sent."""
         self._phase: object = None
+        self._in_head = False
         self._piece = 0
         self._framing = 0
         """Bytes in a row that are no part of a body: a head, or the framing of chunks. For a head
@@ -210,7 +196,8 @@ class Connection(HttpToolsProtocol):
             except httptools.HttpParserError:
                 self._refuse(self._refusal)
                 return
-            if self._framing > self._limits.head_bytes + PARSE_BYTES:
+            too_long = self._framing > self._limits.head_bytes + PARSE_BYTES
+            if too_long or (self._in_head and len(self.headers) > self._limits.headers):
                 self._refuse(_LARGE_HEAD)
                 return
         self._recount()
@@ -235,25 +222,25 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Starts a head: the client is no longer idle."""
         super().on_message_begin()
+        self._in_head = True
         self.since = self.loop.time()
         self._framing = self._piece
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Takes a header, and drops a trailer."""
-        if getattr(self.cycle, "scope", None) is self.scope:
-            return
-        super().on_header(name, value)
-        if len(self.headers) > self._limits.headers:
-            self._refusal = _LARGE_HEAD
-            raise ValueError("too many headers")
+        if self._in_head:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """Passes the request on."""
+        self._in_head = False
+        too_large = len(self.headers) > self._limits.headers
         if self._framing > self._limits.head_bytes:  # part of it may be something else
             size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
-            if size > self._limits.head_bytes:
-                self._refusal = _LARGE_HEAD
-                raise ValueError(size)
+            too_large = too_large or size > self._limits.head_bytes
+        if too_large:
+            self._refusal = _LARGE_HEAD
+            raise ValueError("head too large")
         self._framing = 0
         if self.parser.should_upgrade():
             if self.parser.get_method() == b"CONNECT":
@@ -303,8 +290,7 @@ class Connection(HttpToolsProtocol):
             return False
         cycle.response_started = cycle.response_complete = True
         self._writer.flush()
-        defaults = b"".join(b"%b: %b\r\n" % header for header in cycle.default_headers)
-        self.transport.write(b"HTTP/1.1 200 OK\r\n%b%b" % (defaults, response))
+        self.transport.write(self._pool.status_line(cycle.default_headers) + response)
         cycle.message_event.set()
         cycle.on_response()
         return True
@@ -389,10 +375,20 @@ class ConnectionPool:
         self._most = min(limits.connections, max(files - _OTHER_FILES, files // 2))
         self._held = 0
         self._logged = Seldom()
+        self._default_headers: list[tuple[bytes, bytes]] = []
+        self._status_line = b""
 
     def connect(self, **options: Any) -> Connection:
         """A new connection, with uvicorn's options."""
         return Connection(pool=self, **options)
+
+    def status_line(self, default_headers: list[tuple[bytes, bytes]]) -> bytes:
+        """The start of a 200 response. uvicorn replaces its default headers once a second."""
+        if default_headers is not self._default_headers:
+            self._default_headers = default_headers
+            headers = (b"%b: %b\r\n" % header for header in default_headers)
+            self._status_line = b"HTTP/1.1 200 OK\r\n" + b"".join(headers)
+        return self._status_line
 
     def check(self, connections: Iterable[Any], now: float) -> None:
         """Close those whose clients take too long. `now` is the loop's time."""
