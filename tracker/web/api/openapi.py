@@ -213,13 +213,10 @@ def _parameters(one: Operation) -> Iterable[_Json]:
                 "schema": {"type": "string", "minLength": 1, "maxLength": 255},
                 "example": example,
             }
-    if one.query is not None:
-        for name, schema in one.query.model_json_schema()["properties"].items():
-            yield _parameter(name, "query", schema)
-    if one.takes_key:
-        schema = KeyHeader.model_json_schema()["properties"]["key"]
-        schema["description"] = "Like the field `idempotency_key`."
-        yield _parameter("Idempotency-Key", "header", schema)
+    for where, model in (("query", one.query), ("header", KeyHeader if one.takes_key else None)):
+        if model is not None:
+            for name, schema in model.model_json_schema()["properties"].items():
+                yield _parameter(name, where, schema)
 
 
 def _parameter(name: str, where: str, schema: Mapping[str, Any]) -> _Json:

@@ -13,7 +13,7 @@ from pydantic import (
     ValidationError,
     WithJsonSchema,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import ErrorDetails
 from starlette.datastructures import QueryParams
 
 from tracker.core.errors import FieldFault
@@ -26,7 +26,14 @@ from tracker.web.http.responses import invalid
 
 M = TypeVar("M", bound=BaseModel)
 
-_PRINTABLE: Final = frozenset(map(chr, range(0x20, 0x7F)))
+_NO_NUL: Final = r"^[^\u0000]*$"
+_KEY: Final = r"^[!-~]([ -~]*[!-~])?$"
+"""A key is also sent as a header, which carries ASCII and loses outer spaces."""
+_MESSAGES: Final = {
+    _NO_NUL: "must not contain NUL characters",
+    _KEY: "must be printable ASCII characters without spaces at the ends",
+}
+"""What a field that does not match a pattern is told."""
 
 
 def validate(model: type[M], values: Any) -> M:
@@ -36,7 +43,7 @@ def validate(model: type[M], values: Any) -> M:
     except ValidationError as error:
         faults = error.errors(include_url=False, include_input=False)
     raise invalid(
-        *(FieldFault(".".join(map(str, one["loc"])) or "body", one["msg"]) for one in faults)
+        *(FieldFault(".".join(map(str, one["loc"])) or "body", _message(one)) for one in faults)
     )
 
 
@@ -50,15 +57,13 @@ def validate_query(model: type[M], parameters: QueryParams) -> M:
 
 def validate_key(values: list[str]) -> str | None:
     """The key in the `Idempotency-Key` headers of a request. Raises `Fault` 400."""
-    if not values:
-        return None
     if len(set(values)) > 1:
         raise invalid(FieldFault("Idempotency-Key", "is repeated with different values"))
-    try:
-        return KeyHeader(key=values[0]).key
-    except ValidationError as error:
-        message = error.errors(include_url=False, include_input=False)[0]["msg"]
-    raise invalid(FieldFault("Idempotency-Key", message))
+    return validate(KeyHeader, {"Idempotency-Key": values[0]}).key if values else None
+
+
+def _message(error: ErrorDetails) -> str:
+    return _MESSAGES.get(error.get("ctx", {}).get("pattern", ""), error["msg"])
 
 
 def none_if_empty(value: Any) -> Any:
@@ -66,48 +71,18 @@ def none_if_empty(value: Any) -> Any:
     return value or None
 
 
-def _without_nul(text: str) -> str:
-    if "\0" in text:
-        raise PydanticCustomError("nul", "NUL characters are not allowed")
-    return text
-
-
-def _check_key(text: str) -> str:
-    """A key is also sent as a header: printable ASCII, and outer spaces would be lost."""
-    if not _PRINTABLE.issuperset(text) or text != text.strip():
-        raise PydanticCustomError(
-            "key", "must be printable ASCII characters without spaces at the ends"
-        )
-    return text
-
-
-def _schema(longest: int, *, shortest: int = 0, pattern: str = r"^[^\u0000]*$") -> WithJsonSchema:
-    return WithJsonSchema(
-        {"type": "string", "minLength": shortest, "maxLength": longest, "pattern": pattern}
-    )
-
-
 def _one_of(values: Any) -> WithJsonSchema:
     return WithJsonSchema({"type": "string", "enum": [*map(str, values), ""]})
 
 
-Name = Annotated[
-    str,
-    StringConstraints(min_length=1, max_length=255),
-    AfterValidator(_without_nul),
-    _schema(255, shortest=1),
-]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=_NO_NUL)]
 """An id or a slug."""
-Key = Annotated[
-    str,
-    StringConstraints(min_length=1, max_length=255),
-    AfterValidator(_check_key),
-    _schema(255, shortest=1, pattern=r"^[!-~]([ -~]*[!-~])?$"),
+Key = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=_KEY)]
+Filter = Annotated[
+    Name | None,
+    BeforeValidator(none_if_empty),
+    WithJsonSchema({"type": "string", "maxLength": 255, "pattern": _NO_NUL}),
 ]
-Link = Annotated[
-    str, StringConstraints(max_length=2048), AfterValidator(_without_nul), _schema(2048)
-]
-Filter = Annotated[Name | None, BeforeValidator(none_if_empty), _schema(255)]
 Cursor = Annotated[
     str | None,
     BeforeValidator(none_if_empty),
@@ -132,7 +107,7 @@ class Query(BaseModel):
 class KeyHeader(BaseModel):
     """The header `Idempotency-Key`."""
 
-    key: Key
+    key: Key = Field(alias="Idempotency-Key", description="Like the field `idempotency_key`.")
 
 
 class InputBody(Body):
@@ -197,7 +172,9 @@ class TrackBody(Body):
     run_id: Name
     technique_id: Name | None = Field(None, description="Its id or its slug.")
     workspace_id: Name | None = None
-    poll_url: Link | None = Field(None, description="Used only if it is on FLORA's own origin.")
+    poll_url: Annotated[str, StringConstraints(max_length=2048, pattern=_NO_NUL)] | None = Field(
+        None, description="Used only if it is on FLORA's own origin."
+    )
 
 
 class RunsQuery(Query):
@@ -253,9 +230,12 @@ class SpendingQuery(Query):
 class TechniquesQuery(Query):
     """The query of `GET /api/techniques`."""
 
-    query: Annotated[
-        str, StringConstraints(max_length=255), AfterValidator(_without_nul), _schema(255)
-    ] = Field("", description="Words that must all occur in id, slug, name or description.")
+    query: str = Field(
+        "",
+        max_length=255,
+        pattern=_NO_NUL,
+        description="Words that must all occur in id, slug, name or description.",
+    )
     gone: bool = Field(False, description="Include retired techniques.")
     cursor: Cursor = None
     limit: Limit = 50
