@@ -83,7 +83,7 @@ def list_(
             "completed": "completed",
             "failed": "failed",
             "running": "active",
-            "cost": "cost",
+            "cost": lambda batch: money(batch["cost"]),
             "created": "created_at",
         },
         as_json=as_json,
