@@ -62,7 +62,6 @@ def list_(
     as_json: JsonFlag = False,
 ) -> None:
     """List batches, newest first."""
-
     from tracker.store.queries import batches
 
     async def work(database: "Database") -> tuple[list[dict[str, Any]], str | None]:
