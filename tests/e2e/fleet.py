@@ -71,7 +71,7 @@ def shorten_waits() -> None:
     for module in (sending, poll, sweep):
         hurried.shorten(module, RENEW_AFTER=RENEW_AFTER)
     hurried.shorten(scheduler, RECOVER_EVERY=LEASE)
-    scheduler.cron_trigger = lambda _: IntervalTrigger(seconds=SWEEP_EVERY)  # type: ignore
+    scheduler.CronTrigger = lambda _: IntervalTrigger(seconds=SWEEP_EVERY)  # type: ignore
 
 
 def set_machine_clock(off: float) -> None:

@@ -71,7 +71,7 @@ def shorten_all_waits() -> None:
     for module in (sending, poll, sweep):
         shorten(module, RENEW_AFTER=0.1)
     shorten(scheduler, GATHER=0.2, RECOVER_EVERY=soon)
-    scheduler.cron_trigger = every_second  # type: ignore[assignment]
+    scheduler.CronTrigger = every_second  # type: ignore[assignment,misc]
     shorten(server, GRACE_SECONDS=1)
     shorten(rollups, LAST_WITHIN=0.5)
     services.RollupCompactor = partial(services.RollupCompactor, delay=0.2)  # type: ignore

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="audit",
-    help="List who started, resolved, replayed, pruned, signed in, or was refused.",
+    help="List who did what, and who was refused.",
     no_args_is_help=True,
 )
 

@@ -131,10 +131,11 @@ def batch(
     output: OutputOption = None,
     as_json: JsonFlag = False,
 ) -> int:
-    """Start a run for each row of a file, once each however often the command is repeated.
+    """Start a run for each row of a file.
 
-    Columns are matched to the technique's inputs by name. An invalid row refuses the whole file
-    before anything is paid. Exit status 1 if a row did not complete.
+    Each row is started once, however often the command is repeated. Columns are matched to the
+    technique's inputs by name. An invalid row refuses the whole file before anything is paid. Exit
+    status 1 if a row did not complete.
     """
     from tracker.starting.sheet import SheetRefused
 

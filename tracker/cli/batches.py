@@ -48,7 +48,10 @@ class Results(StrEnum):
 
 ResultsOption = Annotated[
     Results | None,
-    typer.Option(help="Format of the results. Default: by the ending of --output; else a table."),
+    typer.Option(
+        help="Format of the results. Default: by the ending of --output, else a table on a "
+        "terminal and csv elsewhere."
+    ),
 ]
 OutputOption = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Write the results to a file.")

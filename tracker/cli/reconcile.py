@@ -108,10 +108,11 @@ def verify(
     ] = "30d",
     as_json: JsonFlag = False,
 ) -> int:
-    """Compare the runs here with FLORA's history, and change nothing.
+    """Compare the database with FLORA's history.
 
-    Lists runs that are missing here, that FLORA does not list, or whose status, cost or outputs
-    differ. Exit status 1 if there are any, or if the history could not be read completely.
+    Changes nothing. Lists runs that are missing here, that FLORA does not list, or whose status,
+    cost or outputs differ. Exit status 1 if there are any, or if the history could not be read
+    completely.
     """
     back = parse_age(since, "--since")
 

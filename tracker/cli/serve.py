@@ -42,7 +42,7 @@ def serve(
         typer.Option(help="Address to bind for --callbacks-port.", show_default="that of --host"),
     ] = None,
 ) -> int:
-    """Receive callbacks and serve API and dashboard, with the worker in the same process.
+    """Run receiver, API, dashboard and worker in one process.
 
     An address that other machines reach needs TRACKER_API_TOKEN, except for callbacks and health,
     which are public: with --callbacks-port a proxy can forward these alone. A SQLite file is
@@ -86,7 +86,7 @@ def worker(
         int | None, typer.Option(help="Serve /healthz and /metrics on this port.", min=0, max=65535)
     ] = None,
 ) -> int:
-    """Poll due runs and sweep the history, without receiving callbacks.
+    """Run the worker alone: poll due runs, sweep the history.
 
     Any number of workers may share one PostgreSQL database.
     """

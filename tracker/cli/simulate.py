@@ -115,7 +115,10 @@ def _timed(text: str) -> tuple[float, dict[str, str]]:
 
 
 def demo(as_json: JsonFlag = False) -> int:
-    """Show the tracker at work with a local FLORA and a temporary SQLite file."""
+    """Show the tracker at work with a local FLORA.
+
+    It uses a temporary SQLite file.
+    """
     from tracker.demo import run
 
     return run(as_json=as_json)

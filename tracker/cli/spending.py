@@ -25,7 +25,7 @@ def spending(
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Show what was charged, what is only quoted so far, and how much of each budget is used.
+    """Show charges, open quotes and the use of budgets.
 
     Days are in UTC; a run counts on the day on which it was started.
     """
