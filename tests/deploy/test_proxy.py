@@ -135,7 +135,7 @@ async def test_a_proxy_that_adds_no_header_needs_a_token(tmp_path: Path) -> None
     """docs/proxy.md warns of it: without a public URL, requests through the plainest nginx look
     like those of this machine. With a token they are refused all the same."""
     require_nginx()
-    assert "no program can detect" in (DOCS / "proxy.md").read_text(encoding="utf-8")
+    assert "No program can detect" in (DOCS / "proxy.md").read_text(encoding="utf-8")
     port, own, closed_port, closed = (free_port() for _ in range(4))
     async with (
         tracker(tmp_path / "t", "--port", str(own)),

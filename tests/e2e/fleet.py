@@ -25,7 +25,7 @@ import apscheduler.triggers.interval
 import httpx
 from apscheduler.triggers.interval import IntervalTrigger
 
-from tests.e2e import hurried
+from tests.e2e import short_waits
 from tests.e2e.lives import FloraKey, Life
 from tests.support.waiting import free_port
 from tracker.core.clock import utc_now
@@ -60,8 +60,8 @@ def prepare(off: float) -> None:
 
 def shorten_waits() -> None:
     """Short leases, frequent sweeps, and a client that does not wait long."""
-    hurried.shorten_waits()
-    hurried.shorten_key_memory()
+    short_waits.shorten_waits()
+    short_waits.shorten_key_memory()
     held: tuple[tuple[ModuleType, str], ...] = (
         *((sending, "HELD_FOR"), (recover, "HELD_FOR")),
         *((poll, "LEASE"), (sweep, "LEASE")),
@@ -69,8 +69,8 @@ def shorten_waits() -> None:
     for module, name in held:
         setattr(module, name, LEASE)
     for module in (sending, poll, sweep):
-        hurried.shorten(module, RENEW_AFTER=RENEW_AFTER)
-    hurried.shorten(scheduler, RECOVER_EVERY=LEASE)
+        short_waits.shorten(module, RENEW_AFTER=RENEW_AFTER)
+    short_waits.shorten(scheduler, RECOVER_EVERY=LEASE)
     scheduler.CronTrigger = lambda _: IntervalTrigger(seconds=SWEEP_EVERY)  # type: ignore
 
 
