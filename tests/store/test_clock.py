@@ -56,13 +56,13 @@ async def test_it_is_put_right_by_the_next_answer(postgres_url: str) -> None:
         assert abs(told() - datetime.now(UTC)) < NEAR
 
 
-async def test_it_is_asked_for_as_long_as_it_is_used(
-    postgres_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_it_is_asked_for_as_long_as_it_is_used(postgres_url: str) -> None:
     """Without anybody's doing the server is asked again, and a time when it does not answer only
     means that the last answer is carried on."""
-    monkeypatch.setattr(clock, "ASK_EVERY", 0.01)
-    async with await Database.open(postgres_url) as db, shared_clock(db) as told:
+    async with (
+        await Database.open(postgres_url) as db,
+        shared_clock(db, ask_every=0.01) as told,
+    ):
         assert isinstance(told, ServerClock)
         right, told._start = told._start, datetime(2020, 1, 1, tzinfo=UTC)
         assert right is not None

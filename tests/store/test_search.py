@@ -10,7 +10,6 @@ from tests.store.test_plans import _reads_a_table, plans
 from tracker.core.errors import InvalidRequest
 from tracker.core.run import RunError, RunStatus
 from tracker.store.engine import Database
-from tracker.store.queries import search
 from tracker.store.queries.search import STATES, Wanted, search_runs
 
 
@@ -85,22 +84,17 @@ async def test_text_is_looked_for_as_it_stands(some: Database, text: str, found:
     assert await _ids(some, text=text) == found
 
 
-async def test_an_id_finds_its_run_however_old(
-    some: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_id_finds_its_run_however_old(some: Database) -> None:
     """Whoever pastes an id wants that run, and not the window of the newest ones."""
-    monkeypatch.setattr(search, "WINDOW", 1)
-    assert await _ids(some, text="run_pending") == ["run_pending"]
+    found = await search_runs(some, Wanted(text="run_pending"), window=1)
+    assert [record.run.run_id for record in found.records] == ["run_pending"]
 
 
-async def test_a_window_says_how_far_it_looked(
-    some: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_window_says_how_far_it_searched(some: Database) -> None:
     """What lies beyond it is found by going on, and nothing is skipped or shown twice."""
-    monkeypatch.setattr(search, "WINDOW", 2)
     wanted, cursor, shown, looked = Wanted(text="größe"), None, [], []
     for _ in range(5):
-        found = await search_runs(some, wanted, cursor=cursor)
+        found = await search_runs(some, wanted, cursor=cursor, window=2)
         shown += [record.run.run_id for record in found.records]
         looked.append(found.searched_to)
         cursor = found.next_cursor
@@ -146,12 +140,9 @@ ENTRANCES = [
 ]
 
 
-async def test_every_search_enters_by_an_index(
-    full: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_every_search_enters_by_an_index(full: Database) -> None:
     """No combination of filters reads the table whole: a window is a small part of it."""
-    monkeypatch.setattr(search, "WINDOW", 200)
     for wanted, index in ENTRANCES:
-        told = await plans(full, partial(search_runs, wanted=wanted))
+        told = await plans(full, partial(search_runs, wanted=wanted, window=200))
         assert index in told, f"{wanted}:\n{told}"
         assert not _reads_a_table(told), f"{wanted}:\n{told}"

@@ -11,7 +11,6 @@ from structlog.testing import capture_logs
 from tests.store.making import NOW, callback, ids, open_writer, seen, started
 from tests.support.waiting import eventually
 from tracker.core.run import RunStatus
-from tracker.store import signals as signals_module
 from tracker.store.engine import Database
 from tracker.store.signals import PAYLOAD_BYTES, Signals, read_runs, run_notices
 
@@ -87,9 +86,8 @@ async def test_a_lost_connection_is_made_anew(postgres_url: str) -> None:
             assert signals.listening
 
 
-async def test_a_server_that_stays_away_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_server_that_stays_away_is_said_once() -> None:
     """However often the connection is tried again."""
-    monkeypatch.setattr(signals_module, "RETRY_SECONDS", (0.01, 0.02))
     tried = 0
 
     def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -101,7 +99,7 @@ async def test_a_server_that_stays_away_is_said_once(monkeypatch: pytest.MonkeyP
     port = server.sockets[0].getsockname()[1]
     async with server, await Database.open(f"postgresql://t@127.0.0.1:{port}/t") as db:
         with capture_logs() as lines:
-            async with Signals(db):
+            async with Signals(db, retry_seconds=(0.01, 0.02)):
                 await eventually(lambda: tried >= 5)
     assert [line["event"] for line in lines] == ["signals.lost"]
 

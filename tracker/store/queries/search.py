@@ -90,9 +90,15 @@ class Found:
 
 
 async def search_runs(
-    db: Database, wanted: Wanted, *, cursor: str | None = None, limit: int = 50
+    db: Database,
+    wanted: Wanted,
+    *,
+    cursor: str | None = None,
+    limit: int = 50,
+    window: int = WINDOW,
 ) -> Found:
-    """A page of matching runs. A text that is a run's id finds that run alone.
+    """A page of matching runs, from at most `window` candidates. A text that is a run's id finds
+    that run alone.
 
     Raises `InvalidRequest` for an invalid cursor.
     """
@@ -111,17 +117,17 @@ async def search_runs(
     )
     statement = through
     if others:
-        window = through.limit(WINDOW).subquery("searched")
-        adapt = ClauseAdapter(window).traverse
-        matching = select(window).where(*(adapt(each) for each in others))
-        statement = matching.order_by(window.c.created_at.desc(), window.c.run_id.desc())
+        searched = through.limit(window).subquery("searched")
+        adapt = ClauseAdapter(searched).traverse
+        matching = select(searched).where(*(adapt(each) for each in others))
+        statement = matching.order_by(searched.c.created_at.desc(), searched.c.run_id.desc())
     async with db.read() as connection:
         rows = (await connection.execute(statement.limit(limit + 1))).all()
         page = await read_records(connection, rows[:limit])
         last: Any = None
         if others and len(rows) <= limit:
             keys = through.with_only_columns(runs.c.created_at, runs.c.run_id)
-            last = (await connection.execute(keys.offset(WINDOW - 1).limit(1))).first()
+            last = (await connection.execute(keys.offset(window - 1).limit(1))).first()
     if len(rows) > limit:
         return Found(records=page, next_cursor=paging.at(page[-1].created_at, page[-1].run.run_id))
     if last is None:
