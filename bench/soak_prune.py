@@ -25,7 +25,7 @@ from sqlalchemy import func, select
 from bench.filling import fill
 from bench.throw_away import throw_away
 from tests.store.making import RULES, delivery, open_inbox
-from tests.store.test_tallies import counted, tallied
+from tests.store.test_rollups import counted, tallied
 from tests.support.deliveries import applied
 from tracker.core.clock import utc_now
 from tracker.core.rollup import STATE

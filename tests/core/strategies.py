@@ -30,7 +30,7 @@ def optional(strategy: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
 
 
 def observations(run_id: str = "run_1") -> st.SearchStrategy[Observation]:
-    """Any sight: what a source shows of a run is independent of what is true."""
+    """Any observation: what a source shows of a run is independent of what is true."""
 
     def build(source: Source, status: Status, **seen: object) -> Observation:
         if source is Source.CALLBACK and status not in _ENDS:

@@ -52,7 +52,7 @@ def test_every_fault_is_named_at_once() -> None:
     ]
 
 
-def test_an_unknown_input_is_told_what_there_is() -> None:
+def test_an_unknown_input_is_reported_what_there_is() -> None:
     """The message names the technique's inputs."""
     (unknown, missing) = check([FACE], [an_input("nose")])
     assert "'nose'" in unknown.message

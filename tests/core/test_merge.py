@@ -25,7 +25,7 @@ def fold(seen: Iterable[Observation]) -> Run:
     return run
 
 
-def sight(source: Source, status: Status, **shown: object) -> Observation:
+def observe(source: Source, status: Status, **shown: object) -> Observation:
     return Observation(run_id="run_1", source=source, status=status, at=START, **shown)  # type: ignore[arg-type]
 
 
@@ -80,15 +80,15 @@ def test_an_observation_survives_its_json(seen: Observation) -> None:
 
 def test_a_callback_ends_a_run_without_details() -> None:
     """A callback's word ends a run, but only a read of the API settles it."""
-    run = fold([sight(Source.CALLBACK, RunStatus.COMPLETED)])
+    run = fold([observe(Source.CALLBACK, RunStatus.COMPLETED)])
     assert (run.status, run.standing) == (RunStatus.COMPLETED, Standing.CALLBACK_COMPLETED)
     assert not run.settled
 
 
 def test_the_api_has_the_last_word() -> None:
     """Where callback and API disagree about the end, the API's stands, as a conflict."""
-    callback = sight(Source.CALLBACK, RunStatus.COMPLETED)
-    api = sight(Source.POLL, RunStatus.FAILED, error=RunError("model_timeout", "Too slow"))
+    callback = observe(Source.CALLBACK, RunStatus.COMPLETED)
+    api = observe(Source.POLL, RunStatus.FAILED, error=RunError("model_timeout", "Too slow"))
     run = fold([callback, api])
     assert run == fold([api, callback])
     assert (run.status, run.error) == (RunStatus.FAILED, RunError("model_timeout", "Too slow"))
@@ -97,15 +97,15 @@ def test_the_api_has_the_last_word() -> None:
 
 def test_a_completed_run_has_no_error() -> None:
     """A callback's error is dropped once the API says that the run completed."""
-    callback = sight(Source.CALLBACK, RunStatus.FAILED, error=RunError("provider_error"))
-    run = fold([callback, sight(Source.POLL, RunStatus.COMPLETED, outputs=(PICTURE,))])
+    callback = observe(Source.CALLBACK, RunStatus.FAILED, error=RunError("provider_error"))
+    run = fold([callback, observe(Source.POLL, RunStatus.COMPLETED, outputs=(PICTURE,))])
     assert (run.status, run.error, run.conflict) == (RunStatus.COMPLETED, None, True)
 
 
 def test_completed_beats_failed_between_equals() -> None:
     """Two reads that disagree about the end: completed stands, in either order, as a conflict."""
-    failed = sight(Source.POLL, RunStatus.FAILED)
-    completed = sight(Source.HISTORY, RunStatus.COMPLETED, charged_cost=LATER_BILL, sent_at=SOON)
+    failed = observe(Source.POLL, RunStatus.FAILED)
+    completed = observe(Source.HISTORY, RunStatus.COMPLETED, charged_cost=LATER_BILL, sent_at=SOON)
     for order in ([failed, completed], [completed, failed]):
         run = fold(order)
         assert (run.status, run.charged_cost) == (RunStatus.COMPLETED, Decimal("0.5"))
@@ -115,16 +115,16 @@ def test_completed_beats_failed_between_equals() -> None:
 def test_a_status_that_is_not_known_is_kept_as_it_is() -> None:
     """It counts as running, or with a time of its end as an end that one read settles, below
     failed; what is documented stands above it."""
-    queued, running = (sight(Source.POLL, each) for each in ("queued", RunStatus.RUNNING))
+    queued, running = (observe(Source.POLL, each) for each in ("queued", RunStatus.RUNNING))
     error = RunError("GENERATION_CANCELLED", "by a person")
-    cancelled = sight(Source.POLL, "cancelled", completed_at=START, error=error)
-    listed = sight(Source.HISTORY, "cancelled", completed_at=START)
+    cancelled = observe(Source.POLL, "cancelled", completed_at=START, error=error)
+    listed = observe(Source.HISTORY, "cancelled", completed_at=START)
     assert (fold([queued]).status, fold([queued]).standing) == ("queued", Standing.RUNNING)
     assert fold([running, queued]).status is fold([queued, running]).status is RunStatus.RUNNING
     run = fold([queued, cancelled])
     assert (run.status, run.error, run.settled, run.conflict) == ("cancelled", error, True, False)
     assert not fold([listed]).settled
-    failed = fold([cancelled, sight(Source.POLL, RunStatus.FAILED)])
+    failed = fold([cancelled, observe(Source.POLL, RunStatus.FAILED)])
     assert (failed.status, failed.conflict) == (RunStatus.FAILED, True)
     assert Observation.from_json(cancelled.to_json()) == cancelled
 
@@ -136,7 +136,7 @@ SOON, LATE = START + timedelta(seconds=1), START + timedelta(seconds=61)
 @given(
     st.lists(
         st.builds(
-            lambda source, status, cost, sent_at, outputs: sight(
+            lambda source, status, cost, sent_at, outputs: observe(
                 source, status, charged_cost=cost, sent_at=sent_at, outputs=outputs
             ),
             st.sampled_from([Source.START, Source.POLL, Source.HISTORY]),
@@ -173,10 +173,10 @@ def _lateness(one: Observation) -> tuple[object, ...]:
 
 def test_a_quote_is_never_a_bill() -> None:
     """What a start or a running run shows is a quote, and a bill that differs is no conflict."""
-    start = sight(Source.START, RunStatus.PENDING, charged_cost=QUOTE)
-    running = sight(Source.HISTORY, RunStatus.RUNNING, charged_cost=Decimal(0))
-    end = sight(Source.POLL, RunStatus.COMPLETED)
-    billed = sight(Source.HISTORY, RunStatus.COMPLETED, charged_cost=BILL, sent_at=LATE)
+    start = observe(Source.START, RunStatus.PENDING, charged_cost=QUOTE)
+    running = observe(Source.HISTORY, RunStatus.RUNNING, charged_cost=Decimal(0))
+    end = observe(Source.POLL, RunStatus.COMPLETED)
+    billed = observe(Source.HISTORY, RunStatus.COMPLETED, charged_cost=BILL, sent_at=LATE)
     for order in ([start, running, end], [end, running, start]):
         run = fold(order)
         assert (run.quoted_cost, run.charged_cost) == (QUOTE, None)
@@ -187,23 +187,23 @@ def test_a_quote_is_never_a_bill() -> None:
 
 def test_a_replayed_start_shows_a_quote() -> None:
     """A start that FLORA answers again shows an old cost, even where it says that the run ended."""
-    run = fold([sight(Source.START, RunStatus.COMPLETED, charged_cost=QUOTE, outputs=(PICTURE,))])
+    run = fold([observe(Source.START, RunStatus.COMPLETED, charged_cost=QUOTE, outputs=(PICTURE,))])
     assert (run.quoted_cost, run.charged_cost, run.outputs) == (QUOTE, None, (PICTURE,))
 
 
 @pytest.mark.parametrize("source", [Source.POLL, Source.HISTORY])
 def test_a_later_read_lowers_a_cost(source: Source) -> None:
     """A bill that FLORA corrects downwards is seen, single or listed, in whatever order."""
-    first = sight(Source.POLL, RunStatus.COMPLETED, charged_cost=BILL, sent_at=SOON)
-    later = sight(source, RunStatus.COMPLETED, charged_cost=LATER_BILL, sent_at=LATE)
+    first = observe(Source.POLL, RunStatus.COMPLETED, charged_cost=BILL, sent_at=SOON)
+    later = observe(source, RunStatus.COMPLETED, charged_cost=LATER_BILL, sent_at=LATE)
     assert fold([first, later]).charged_cost == fold([later, first]).charged_cost == LATER_BILL
     assert not fold([first, later]).conflict
 
 
 def test_a_refund_clears_the_cost_of_a_failed_run() -> None:
     """A failed run that a later read shows without a cost was billed nothing."""
-    failed = sight(Source.POLL, RunStatus.FAILED, charged_cost=QUOTE, sent_at=SOON)
-    refunded = sight(Source.HISTORY, RunStatus.FAILED, sent_at=LATE)
+    failed = observe(Source.POLL, RunStatus.FAILED, charged_cost=QUOTE, sent_at=SOON)
+    refunded = observe(Source.HISTORY, RunStatus.FAILED, sent_at=LATE)
     for order in ([failed, refunded], [refunded, failed]):
         run = fold(order)
         assert (run.charged_cost, run.cost_read_at, run.quoted_cost) == (None, LATE, None)
@@ -211,8 +211,8 @@ def test_a_refund_clears_the_cost_of_a_failed_run() -> None:
 
 def test_a_completed_read_without_a_cost_takes_none_away() -> None:
     """Of a completed run a cost that is absent says nothing: it may not be billed yet."""
-    billed = sight(Source.POLL, RunStatus.COMPLETED, charged_cost=BILL, sent_at=SOON)
-    run = fold([billed, sight(Source.POLL, RunStatus.COMPLETED, sent_at=LATE)])
+    billed = observe(Source.POLL, RunStatus.COMPLETED, charged_cost=BILL, sent_at=SOON)
+    run = fold([billed, observe(Source.POLL, RunStatus.COMPLETED, sent_at=LATE)])
     assert (run.charged_cost, run.cost_read_at) == (BILL, SOON)
 
 
@@ -220,8 +220,8 @@ def test_links_signed_anew_replace_older_ones() -> None:
     """The links of the latest read are kept, however they compare, and in any order."""
     older = Output("output_1", "imageUrl", PICTURE.url + "?sig=9")
     newer = Output("output_1", "imageUrl", PICTURE.url + "?sig=1")
-    one = sight(Source.POLL, RunStatus.COMPLETED, outputs=(older,), sent_at=SOON)
-    two = sight(Source.HISTORY, RunStatus.COMPLETED, outputs=(newer,), sent_at=LATE)
+    one = observe(Source.POLL, RunStatus.COMPLETED, outputs=(older,), sent_at=SOON)
+    two = observe(Source.HISTORY, RunStatus.COMPLETED, outputs=(newer,), sent_at=LATE)
     for order in ([one, two], [two, one]):
         run = fold(order)
         assert (run.outputs, run.outputs_read_at, run.conflict) == ((newer,), LATE, False)
@@ -229,10 +229,12 @@ def test_links_signed_anew_replace_older_ones() -> None:
 
 def test_a_stale_page_empties_nothing() -> None:
     """A history item that leaves its outputs out takes none away."""
-    end = sight(Source.POLL, RunStatus.COMPLETED, outputs=(PICTURE,), charged_cost=Decimal("0.25"))
+    end = observe(
+        Source.POLL, RunStatus.COMPLETED, outputs=(PICTURE,), charged_cost=Decimal("0.25")
+    )
     for stale in (
-        sight(Source.HISTORY, RunStatus.COMPLETED, outputs=()),
-        sight(Source.HISTORY, RunStatus.RUNNING, progress=40.0),
+        observe(Source.HISTORY, RunStatus.COMPLETED, outputs=()),
+        observe(Source.HISTORY, RunStatus.RUNNING, progress=40.0),
     ):
         run = fold([end, stale])
         assert run.outputs == (PICTURE,)
@@ -254,28 +256,30 @@ def test_which_history_items_settle(
     status: RunStatus, shown: dict[str, object], settles: bool
 ) -> None:
     """A history item settles a failed run, and a completed one if it has both outputs and cost."""
-    assert fold([sight(Source.HISTORY, status, **shown)]).settled is settles
+    assert fold([observe(Source.HISTORY, status, **shown)]).settled is settles
 
 
 def test_a_single_read_settles_always() -> None:
     """A single read of an ended run settles it, even where it shows no outputs and no cost."""
-    assert fold([sight(Source.POLL, RunStatus.COMPLETED)]).details is Details.READ
+    assert fold([observe(Source.POLL, RunStatus.COMPLETED)]).details is Details.READ
 
 
 def test_a_contradiction_after_settling_is_read_again() -> None:
     """A failed item settles; a completed one without details unsettles until it is read."""
     run = fold(
-        [sight(Source.HISTORY, RunStatus.FAILED), sight(Source.HISTORY, RunStatus.COMPLETED)]
+        [observe(Source.HISTORY, RunStatus.FAILED), observe(Source.HISTORY, RunStatus.COMPLETED)]
     )
     assert run.status is RunStatus.COMPLETED
     assert not run.settled
-    assert merge(run, sight(Source.POLL, RunStatus.COMPLETED)).settled
+    assert merge(run, observe(Source.POLL, RunStatus.COMPLETED)).settled
 
 
 def test_times_in_seconds_and_milliseconds_agree() -> None:
     """The same moment at two precisions is no conflict, and the finer one is kept."""
-    coarse = sight(Source.HISTORY, RunStatus.COMPLETED, completed_at=START)
-    fine = sight(Source.POLL, RunStatus.COMPLETED, completed_at=START + timedelta(milliseconds=250))
+    coarse = observe(Source.HISTORY, RunStatus.COMPLETED, completed_at=START)
+    fine = observe(
+        Source.POLL, RunStatus.COMPLETED, completed_at=START + timedelta(milliseconds=250)
+    )
     run = fold([fine, coarse])
     assert run.completed_at == START + timedelta(milliseconds=250)
     assert not run.conflict
@@ -285,15 +289,15 @@ def test_links_signed_anew_are_no_conflict() -> None:
     """A link whose query alone changed is the same output; another file is a conflict."""
     signed = Output("output_1", "imageUrl", PICTURE.url + "?sig=2")
     other = Output("output_1", "imageUrl", "https://media.example/2.png")
-    end = sight(Source.POLL, RunStatus.COMPLETED, outputs=(PICTURE,))
-    assert not fold([end, sight(Source.POLL, RunStatus.COMPLETED, outputs=(signed,))]).conflict
-    assert fold([end, sight(Source.POLL, RunStatus.COMPLETED, outputs=(other,))]).conflict
+    end = observe(Source.POLL, RunStatus.COMPLETED, outputs=(PICTURE,))
+    assert not fold([end, observe(Source.POLL, RunStatus.COMPLETED, outputs=(signed,))]).conflict
+    assert fold([end, observe(Source.POLL, RunStatus.COMPLETED, outputs=(other,))]).conflict
 
 
 def test_each_value_remembers_its_rank() -> None:
-    """A value from a higher sight replaces one from a lower, however the two compare."""
-    start = sight(Source.START, RunStatus.PENDING, technique_id="tech_z", created_at=START)
-    end = sight(Source.HISTORY, RunStatus.COMPLETED, technique_id="tech_a")
+    """A value from a higher observation replaces one from a lower, however the two compare."""
+    start = observe(Source.START, RunStatus.PENDING, technique_id="tech_z", created_at=START)
+    end = observe(Source.HISTORY, RunStatus.COMPLETED, technique_id="tech_a")
     run = fold([end, start])
     assert run.technique_id == "tech_a"
     assert rank(run, "technique_id") is Standing.COMPLETED
@@ -304,8 +308,8 @@ def test_each_value_remembers_its_rank() -> None:
 def test_flora_shows_whose_a_run_is(source: Source) -> None:
     """A run that still runs at FLORA is of the workspace whose key showed it, whatever a callback
     or a person claimed, before or after."""
-    claim = sight(source, RunStatus.COMPLETED, workspace_id="ws_z")
-    shown = sight(Source.HISTORY, RunStatus.RUNNING, workspace_id="ws_a")
+    claim = observe(source, RunStatus.COMPLETED, workspace_id="ws_z")
+    shown = observe(Source.HISTORY, RunStatus.RUNNING, workspace_id="ws_a")
     assert fold([claim]).workspace_is_claimed
     for seen in ([claim, shown], [shown, claim]):
         run = fold(seen)
@@ -313,6 +317,6 @@ def test_flora_shows_whose_a_run_is(source: Source) -> None:
 
 
 def test_two_runs_never_merge() -> None:
-    """A sight of another run is refused, not joined."""
+    """A observation of another run is refused, not joined."""
     with pytest.raises(ValueError, match="run_2"):
-        merge(Run(run_id="run_2"), sight(Source.POLL, RunStatus.RUNNING))
+        merge(Run(run_id="run_2"), observe(Source.POLL, RunStatus.RUNNING))

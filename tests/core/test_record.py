@@ -110,7 +110,7 @@ def test_waits_grow_while_nothing_happens() -> None:
     assert record.checks == 12
 
 
-def test_a_page_read_for_others_puts_no_look_off() -> None:
+def test_a_page_read_for_others_puts_no_poll_off() -> None:
     """A list that shows a run which is not due leaves its time and its count of looks alone."""
     record = after([started(), polled(RunStatus.RUNNING, at=30)])
     page = Seen(observation=seen(Source.HISTORY, RunStatus.RUNNING, at=31))
@@ -183,7 +183,7 @@ def test_lost_needs_five_reads_and_an_hour() -> None:
     assert found.next_check_at is not None
 
 
-def test_a_sight_between_denials_starts_the_count_anew() -> None:
+def test_a_observation_between_denials_starts_the_count_anew() -> None:
     """Denials count only in a row."""
     record = after(
         [
@@ -206,13 +206,13 @@ def test_a_failed_read_is_counted_and_kept() -> None:
 
 
 def test_a_tracked_run_is_read_at_once() -> None:
-    """What somebody tells of a run is not believed: it is due the moment it is tracked."""
+    """What someone tells of a run is not believed: it is due the moment it is tracked."""
     record = after([Seen(observation=seen(Source.TRACK, at=3))])
     assert (record.source, seconds(record.next_check_at)) == (Source.TRACK, 3)
 
 
 def test_only_the_holder_of_a_claim_gives_it_back() -> None:
-    """A sight made under another claim, or under none, leaves the lease alone."""
+    """A observation made under another claim, or under none, leaves the lease alone."""
     held = replace(after([started()]), lease_holder="w1", lease_until=START)
     other = Seen(observation=seen(Source.POLL, at=1), claim="w2")
     mine = Seen(observation=seen(Source.POLL, at=1), claim="w1")
@@ -226,9 +226,9 @@ def test_an_unseen_run_that_nobody_tracks_is_nothing() -> None:
 
 
 @given(st.lists(observations(), min_size=1, max_size=8))
-def test_every_unsettled_run_has_a_next_look(sights: list[Observation]) -> None:
+def test_every_unsettled_run_has_a_next_poll(observed: list[Observation]) -> None:
     """Whatever is seen in whatever order, a run is settled or has a time at which it is read."""
-    record = after([Seen(observation=sight) for sight in sights])
+    record = after([Seen(observation=observation) for observation in observed])
     assert (record.next_check_at is None) is (record.tracking is Tracking.SETTLED)
     assert (record.settled_at is not None) is (record.tracking is Tracking.SETTLED)
     assert (record.ended_via is not None) is record.run.standing.ended
@@ -247,7 +247,7 @@ def test_every_unsettled_run_has_a_next_look(sights: list[Observation]) -> None:
         (Durations(count=20, p50=0, p95=0), False, 0.5),
     ],
 )
-def test_what_is_learned_moves_the_first_look(
+def test_what_is_learned_moves_the_first_poll(
     durations: Durations | None, callback_expected: bool, wait: float
 ) -> None:
     """Twenty ended runs of a technique move the first look, by a factor of ten at most."""
@@ -263,7 +263,7 @@ def test_jitter_drifts_runs_apart_and_repeats() -> None:
     assert wait_after(POLICY, "run_1", 4) == wait_after(POLICY, "run_1", 4)
 
 
-def test_flora_s_clock_does_not_move_the_first_look() -> None:
+def test_flora_s_clock_does_not_move_the_first_poll() -> None:
     """A run that FLORA says was created tomorrow is first looked at as any other."""
     tomorrow = replace(started().observation, created_at=START + timedelta(days=1))
     record = after([Seen(observation=tomorrow, callback_expected=True)])
@@ -334,9 +334,9 @@ def test_a_final_bill_that_is_shown_again_changes_nothing() -> None:
 
 
 @given(st.lists(observations(), min_size=1, max_size=6))
-def test_only_what_is_settled_is_read_again(sights: list[Observation]) -> None:
+def test_only_what_is_settled_is_read_again(observed: list[Observation]) -> None:
     """Whatever is seen, a recheck is due only of a settled run that lacks something."""
-    record = after([Seen(observation=sight) for sight in sights])
+    record = after([Seen(observation=observation) for observation in observed])
     if record.recheck_at is not None:
         assert record.run.settled
         assert not record.billed_whole

@@ -27,7 +27,7 @@ def test_tags_are_kept_in_order() -> None:
         ([f"k{n}=v" for n in range(17)], "at most 16 tags"),
     ],
 )
-def test_wrong_tags_are_told(given: list[str], told: str) -> None:
+def test_wrong_tags_are_reported(given: list[str], told: str) -> None:
     """What is wrong, and with which."""
     with pytest.raises(ValueError, match=told):
         parse_tags(given)

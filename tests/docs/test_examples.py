@@ -31,7 +31,7 @@ FOLDERS = "deploy|docs|tracker|tests|bench|requirements"
 WITH_FLORA = {"api.md", "connect.md", "scaling.md"}
 """Pages that speak of a FLORA which is there: a simulator. (Another begins with one of its own.)"""
 BEFORE = {"scaling.md": "tracker runs start icon-pack --input prompt=tools --wait"}
-"""What has been done already when somebody comes to a page."""
+"""What has been done already when someone comes to a page."""
 
 
 def named(page: Path) -> str:

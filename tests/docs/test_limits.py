@@ -27,7 +27,7 @@ FLORA_WAITS = 10
         ("stopping", f"{GRACE_SECONDS} s"),
     ],
 )
-def test_the_table_tells_the_limits(row: str, says: str) -> None:
+def test_the_table_lists_the_limits(row: str, says: str) -> None:
     """Each limit in the table is the one that holds."""
     (cells,) = re.findall(rf"^\| {re.escape(row)}[^|]*\|([^|]*)\|", PAGE.read_text(), re.MULTILINE)
     assert says in cells

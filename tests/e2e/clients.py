@@ -51,7 +51,7 @@ class Clients:
         self._begin(self._send(self._next_key()))
 
     def start_elsewhere(self, *, with_callback: bool) -> None:
-        """Somebody else starts a run, which the tracker has to find: each third time a generation.
+        """Someone else starts a run, which the tracker has to find: each third time a generation.
 
         None is of a technique that the clients start, else the tracker might have to take one for
         the run of a start that nobody knows the answer to.

@@ -168,7 +168,7 @@ async def crowded(server: PostgresServer) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def locked(server: PostgresServer, table: str) -> AsyncIterator[None]:
-    """Somebody has a table to himself."""
+    """Someone has a table to himself."""
     connection = await administrator(server)
     async with connection.transaction():
         await connection.execute(f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE")

@@ -37,7 +37,7 @@ def prepare() -> None:
 
 
 @pytest.mark.timeout(120)
-async def test_of_100_starts_exactly_20_are_sent_whoever_is_killed(
+async def test_of_100_starts_exactly_20_are_sent_though_processes_are_killed(
     database_url: str, tmp_path: Path
 ) -> None:
     """100 starts at once over two processes, which are killed between the reservation and FLORA's

@@ -59,9 +59,7 @@ async def test_callbacks_alone_are_served_anywhere_without_a_token(tmp_path: Pat
 
 
 @pytest.mark.parametrize("public", ["https://tracker.example.com", "http://127.0.0.1:8080"])
-async def test_who_serves_strangers_without_a_token_is_told_at_the_start(
-    tmp_path: Path, public: str
-) -> None:
+async def test_serving_without_a_token_is_logged_at_the_start(tmp_path: Path, public: str) -> None:
     """One clear line: a warning where `TRACKER_PUBLIC_URL` is set, which closes everything."""
     async with open_sandbox(tmp_path, f"sqlite:///{tmp_path}/tracker.db") as sandbox:
         serving = await sandbox.serve(TRACKER_PUBLIC_URL=public)

@@ -105,7 +105,7 @@ async def deployed(directory: Path, database_url: str) -> AsyncIterator[Deployme
 
 
 async def held(database: Database) -> set[str]:
-    """What somebody holds: a run that is polled, a start that is sent, a sweep."""
+    """What someone holds: a run that is polled, a start that is sent, a sweep."""
     queries = {
         "run": sa.select(runs.c.run_id).where(runs.c.lease_holder.is_not(None)),
         "start": sa.select(starts.c.idempotency_key).where(starts.c.lease_holder.is_not(None)),

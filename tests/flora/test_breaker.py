@@ -37,7 +37,7 @@ def test_open_it_refuses_with_floras_words() -> None:
     assert (breaker.open, breaker.since, breaker.reason) == (True, NOON, str(REFUSAL))
 
 
-def test_one_trial_every_half_minute() -> None:
+def test_one_probe_every_half_minute() -> None:
     """After 30 s one call is let through, and the next only 30 s later, whatever became of it."""
     time = VirtualTime()
     breaker = breaker_in(time)

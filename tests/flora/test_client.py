@@ -380,7 +380,7 @@ async def test_a_plan_that_lacks_something_is_no_refused_key() -> None:
         assert not flora.breaker.open
 
 
-async def test_a_field_s_valid_values_are_told() -> None:
+async def test_a_field_s_valid_values_are_reported() -> None:
     """What FLORA says that a field takes stands in the error, as values and in words."""
     fault = {"field": "inputs.0.value", "message": "is not a style", "code": "invalid_value"}
     values = {"valid_values": ["photo", "sketch", 3, None, {"a": 1}]}
@@ -403,7 +403,7 @@ async def test_an_empty_text_is_left_out_of_a_start() -> None:
     assert json.loads(far_end.requests[0].content)["inputs"] == INPUTS
 
 
-async def test_each_observation_tells_when_its_request_was_sent() -> None:
+async def test_each_observation_has_the_time_of_its_request() -> None:
     """Not when the answer came: of two reads that overlap the one sent later is the later one."""
     time = VirtualTime()
 
@@ -416,7 +416,7 @@ async def test_each_observation_tells_when_its_request_was_sent() -> None:
     assert (seen.sent_at, seen.at) == (NOON, NOON + timedelta(seconds=3))
 
 
-async def test_the_key_is_told_to_nobody() -> None:
+async def test_the_key_is_disclosed_to_no_one() -> None:
     """The key stands in no repr, no error and no traceback."""
     told = []
     for reply in (refused(401), refused(404), httpx.Response(200), httpx.ReadError("cut")):

@@ -215,7 +215,8 @@ def test_what_no_database_holds_is_replaced() -> None:
 
 
 def test_outputs_that_are_none() -> None:
-    """An output without its url is passed over; an empty text is an output; no list is no sight."""
+    """An output without its url is passed over; an empty text is an output; without a list
+    there is no observation."""
     outputs = [None, {}, {"url": 7}, {"output_id": "o", "type": "text", "url": ""}, {"url": "u"}]
     seen = read_run({"run_id": "r", "status": "completed", "outputs": outputs})
     assert seen.outputs == (Output("o", "text", ""), Output("", "", "u"))

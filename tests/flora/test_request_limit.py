@@ -228,7 +228,7 @@ async def test_a_pause_holds_for_everybody_and_nobody_spins() -> None:
 
 
 async def test_a_pause_that_grows_while_it_is_waited_for() -> None:
-    """Whoever waits already waits for the longer pause, too; a shorter one takes nothing back."""
+    """A longer pause prolongs waits that have begun; a shorter one shortens none."""
     time = VirtualTime()
     request_limit = limit_in(time)
     request_limit.pause(10)

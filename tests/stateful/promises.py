@@ -9,7 +9,7 @@ from sqlalchemy import func, select
 
 from tests.stateful.callbacks import Callback
 from tests.stateful.flora import WORKSPACE, ModelFlora, ModelRun
-from tests.store.test_tallies import Counts, summed
+from tests.store.test_rollups import Counts, summed
 from tracker.core.merge import merge
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Record

@@ -127,7 +127,7 @@ def seen(
     facts: dict[str, Any] | None = None,
     **how: Any,
 ) -> Seen:
-    """A sight of a run by the API."""
+    """A observation of a run by the API."""
     observation = Observation(run_id=run_id, source=source, at=at, status=status, **(facts or {}))
     return Seen(observation=observation, **how)
 

@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import insert, select, text, update
 
 from tests.store.making import open_writer, seen
-from tests.store.test_tallies import assert_exact
+from tests.store.test_rollups import assert_exact
 from tests.store.upgrading import OldWriters
 from tracker.core.clock import utc_now
 from tracker.core.run import RunStatus

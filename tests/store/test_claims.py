@@ -70,7 +70,7 @@ async def test_a_claim_runs_out(writer: TestWriter, db: Database) -> None:
 
 
 async def test_the_answer_gives_its_claim_back(writer: TestWriter, db: Database) -> None:
-    """A sight made under a claim ends it; one that names another claim does not."""
+    """A observation made under a claim ends it; one that names another claim does not."""
     await writer.submit_all([callback("run_1"), callback("run_2")])
     await claim_due(db, holder="h", now=NOW, lease=LEASE, limit=2)
     await writer.submit(seen("run_1", claim="someone", reads=1))
@@ -96,7 +96,7 @@ async def test_released_runs_can_be_claimed_at_once(writer: TestWriter, db: Data
     assert [each.run.run_id for each in again] == [each.run.run_id for each in mine]
 
 
-async def test_workspaces_are_told_apart(writer: TestWriter, db: Database) -> None:
+async def test_workspaces_are_kept_apart(writer: TestWriter, db: Database) -> None:
     """Only the named workspaces' runs are claimed; `None` stands for runs whose is not known."""
     for name in ("ws_1", "ws_2", None):
         await writer.submit(callback(f"run_{name}", workspace_id=name, at=NOW))

@@ -25,7 +25,7 @@ class Seconds:
         return self.now
 
 
-async def test_it_tells_the_servers_time(postgres_url: str) -> None:
+async def test_it_gives_the_servers_time(postgres_url: str) -> None:
     """The server's answer is carried on by seconds that pass here, and by nothing else."""
     seconds = Seconds()
     async with await Database.open(postgres_url) as db:

@@ -95,7 +95,7 @@ LIES: list[dict[str, Any]] = [
     {"tracking": "active", "settled_at": None},
     {"tracking": "active", "next_check_at": NOW},
     {"next_check_at": NOW},
-    {"lease_holder": "somebody"},
+    {"lease_holder": "someone"},
     {"lease_until": NOW},
     {"created_at": None},
 ]
@@ -106,7 +106,7 @@ OTHER_LIES: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [
     (starts, START, {"state": "gone"}),
     (starts, START, {"state": "started"}),
     (starts, START, {"run_id": "run_1"}),
-    (starts, START, {"lease_holder": "somebody"}),
+    (starts, START, {"lease_holder": "someone"}),
     (run_events, EVENT, {"source": "rumour"}),
     (run_events, EVENT, {"run_id": "run_2"}),
     (run_outputs, OUTPUT, {"run_id": "run_2"}),

@@ -263,7 +263,7 @@ async def test_a_copy_is_of_one_moment(
     assert len(source["runs"]) == len(source["run_events"]) == len(source["deliveries"]) == 4
 
 
-async def test_a_file_that_somebody_has_open_is_no_target(
+async def test_a_file_that_someone_has_open_is_no_target(
     full_sqlite_url: str, sqlite_target_url: str
 ) -> None:
     """A tracker that was started on it too early is noticed before anything is written."""
@@ -327,7 +327,7 @@ async def test_a_copy_that_is_not_the_same_is_not_kept(
 
 
 async def test_rows_without_their_run_are_not_copied(full_sqlite_url: str, target_url: str) -> None:
-    """A source that somebody has deleted from by hand is refused, with the table's name."""
+    """A source that someone has deleted from by hand is refused, with the table's name."""
     with closing(sqlite3.connect(DatabaseUrl.parse(full_sqlite_url).path)) as file:
         file.execute("DELETE FROM batches")  # sqlite3 checks no foreign keys by itself
         file.commit()

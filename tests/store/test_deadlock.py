@@ -34,7 +34,7 @@ class Halting(PostgresStatements):
 
 
 async def test_a_run_that_becomes_known_meanwhile_is_not_waited_for(postgres_url: str) -> None:
-    """One has locked a run and wants to add another, which somebody else has added and a third one
+    """One has locked a run and wants to add another, which someone else has added and a third one
     has locked, who waits for the first: the first begins anew at once, and no deadlock arises."""
     errors: list[str] = []
 

@@ -100,7 +100,7 @@ async def test_a_write_is_whole_or_not_at_all(db: Database) -> None:
 
 
 async def test_a_lost_race_is_run_again(db: Database) -> None:
-    """Work that found somebody else quicker is rolled back and done again, and not for ever."""
+    """Work that found someone else quicker is rolled back and done again, and not for ever."""
     tries: list[int] = []
 
     def third_time(connection: Connection) -> int:
@@ -169,7 +169,7 @@ async def test_one_moment_is_read(db: Database) -> None:
 
 
 async def test_a_closed_database_makes_no_connection(database_url: str) -> None:
-    """Whoever comes late is told, and nothing is left open behind."""
+    """Anyone who comes late is told, and nothing is left open behind."""
     async with await Database.open(database_url) as db:
         await db.ping()
     with pytest.raises(StoreUnavailable, match="closed"):

@@ -16,11 +16,11 @@ from tracker.store.queries.runs import get_run
 from tracker.store.text import clean_observation
 
 RUNS = ("run_1", "run_2", "run_3")
-sights = st.lists(st.sampled_from(RUNS).flatmap(observations), min_size=1, max_size=12)
+observed = st.lists(st.sampled_from(RUNS).flatmap(observations), min_size=1, max_size=12)
 
 
 def by_hand(run_id: str, observed: list[Observation]) -> Run | None:
-    """What these sights amount to, by the merge alone."""
+    """What these observed amount to, by the merge alone."""
     run = None
     for observation in observed:
         if observation.run_id == run_id:
@@ -28,12 +28,12 @@ def by_hand(run_id: str, observed: list[Observation]) -> Run | None:
     return run
 
 
-@given(observed=sights, size=st.integers(1, 12))
+@given(observed=observed, size=st.integers(1, 12))
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
-async def test_the_row_is_the_fold_of_its_events(
+async def test_the_row_is_the_merge_of_its_events(
     writer: TestWriter, db: Database, observed: list[Observation], size: int
 ) -> None:
-    """Row, stored timeline and merge agree, however the sights fall into batches."""
+    """Row, stored timeline and merge agree, however the observed fall into batches."""
     example = uuid4()
     observed = [_renamed(each, f"{example}_{each.run_id}") for each in observed]
     entries = [as_entry(each) for each in observed]

@@ -146,7 +146,7 @@ async def test_another_body_under_a_known_id_is_stored_beside_it(
 async def test_an_id_that_looks_like_anothers_digest_loses_nothing(
     inbox: Inbox, db: Database
 ) -> None:
-    """Whatever ids somebody makes up, every body is kept."""
+    """Whatever ids someone makes up, every body is kept."""
     other = delivery("run_1", body=b"other")
     forged = replace(delivery("run_2", body=b"forged"), delivery_id=digest_id(b"other"))
     came = [delivery("run_1"), forged, other]
@@ -467,7 +467,7 @@ async def test_a_database_that_is_away_blames_no_delivery(
 
 @pytest.mark.timeout(120)
 async def test_a_locked_run_holds_up_its_own_delivery_alone(postgres_url: str) -> None:
-    """While somebody holds a run, callbacks of others are applied, and its own is afterwards."""
+    """While someone holds a run, callbacks of others are applied, and its own is afterwards."""
     async with (
         await Database.open(postgres_url) as db,
         open_inbox(db) as inbox,
@@ -525,7 +525,7 @@ async def test_applying_holds_back_while_many_wait_to_be_acknowledged(
         await eventually(none, timeout=1)
 
 
-async def test_a_process_without_time_tells_others(postgres_url: str) -> None:
+async def test_a_busy_process_notifies_others(postgres_url: str) -> None:
     """At most ten times a second, over the channel that every long-running process listens to."""
     heard: list[str] = []
     listener: Any = await asyncpg.connect(postgres_url)

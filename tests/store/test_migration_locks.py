@@ -22,7 +22,7 @@ EXCEPTIONS = {
 }
 
 
-async def test_no_migration_holds_up_who_is_at_work(empty_postgres_url: str) -> None:
+async def test_no_migration_blocks_running_processes(empty_postgres_url: str) -> None:
     """Every statement of every revision passes the rules, but for the exceptions, all of which are
     needed."""
     found = {}

@@ -119,7 +119,7 @@ async def test_an_upgrade_from_nothing_and_once_more(empty_database_url: str) ->
         await migrate.check(db)
 
 
-async def test_to_look_creates_nothing(empty_sqlite_url: str, tmp_path: Path) -> None:
+async def test_checking_creates_nothing(empty_sqlite_url: str, tmp_path: Path) -> None:
     """Asking for the revision of a file that is not there does not make it."""
     assert await migrate.current(empty_sqlite_url) is None
     assert list(tmp_path.iterdir()) == []
@@ -176,7 +176,7 @@ async def test_a_writer_on_an_old_schema_says_so(bare_database_url: str) -> None
 
 
 async def test_a_migration_does_not_wait_long_for_a_lock(empty_postgres_url: str) -> None:
-    """A migration that would queue behind somebody's lock gives up, and can be tried again."""
+    """A migration that would queue behind someone's lock gives up, and can be tried again."""
     owner = await asyncpg.connect(empty_postgres_url)
     async with owner.transaction():
         await owner.execute("CREATE TABLE runs ()")
@@ -227,7 +227,7 @@ def test_developers_use_alembic_itself(alembic: Any) -> None:
     assert "No new upgrade operations detected" in alembic("check")
 
 
-async def test_a_file_in_no_directory_is_told_so(tmp_path: Path) -> None:
+async def test_a_file_in_no_directory_is_reported_so(tmp_path: Path) -> None:
     """The error names the directory that is missing; none is made for a mistyped name."""
     with pytest.raises(StoreUnavailable, match=f"there is no directory {tmp_path}/nowhere"):
         await migrate.upgrade(f"sqlite:///{tmp_path}/nowhere/tracker.db")

@@ -55,7 +55,7 @@ async def test_the_version_before_notices_no_migration(empty_database_url: str) 
 
 
 async def test_a_migration_that_waits_lets_others_through(empty_postgres_url: str) -> None:
-    """While somebody reads a table for long, a migration of it stands aside again and again: those
+    """While someone reads a table for long, a migration of it stands aside again and again: those
     who write are kept for less than they wait for a lock, and it is done once the reader has."""
     before, changes_runs = "0002", "0003"
     await migrate.upgrade(empty_postgres_url, before)
@@ -148,7 +148,9 @@ async def test_an_index_that_was_not_finished_is_made_anew(
     assert await on(empty_postgres_url, schema) == wanted
 
 
-async def test_an_index_waits_for_who_is_older_and_nobody_for_it(empty_postgres_url: str) -> None:
+async def test_an_index_waits_for_older_transactions_and_blocks_none(
+    empty_postgres_url: str,
+) -> None:
     """While a long transaction keeps an index from being finished, writers go on as always, another
     process waits for its turn without being in the way, and both are done once it has ended."""
     before = "0005"

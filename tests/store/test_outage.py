@@ -31,7 +31,7 @@ from tracker.store.queries.runs import get_run
 
 
 async def test_a_locked_file_is_unavailable_and_then_free(sqlite_url: str, tmp_path: Path) -> None:
-    """While somebody holds SQLite's write lock, callers are told in time; then all goes on."""
+    """While someone holds SQLite's write lock, callers are told in time; then all goes on."""
     async with await Database.open(sqlite_url) as db, open_writer(db, deadline=0.5) as writer:
         await writer.submit(seen("run_before"))
         with closing(sqlite3.connect(tmp_path / "tracker.db", isolation_level=None)) as blocker:
@@ -162,7 +162,7 @@ async def _all_there(db: Database, acknowledged: set[str]) -> bool:
 
 
 async def test_a_lock_that_is_not_given_ends_the_wait(postgres_url: str) -> None:
-    """A table that somebody has locked means `StoreUnavailable`, and nothing stays broken."""
+    """A table that someone has locked means `StoreUnavailable`, and nothing stays broken."""
     async with (
         await Database.open(postgres_url) as db,
         open_writer(db, deadline=0.4) as writer,
@@ -225,7 +225,7 @@ async def test_reads_cannot_write(db: Database) -> None:
             await connection.execute(text("DELETE FROM runs"))
 
 
-async def test_who_is_told_to_end_ends_while_the_server_says_nothing(
+async def test_a_cancelled_task_ends_while_the_server_is_silent(
     own_postgres: PostgresServer,
 ) -> None:
     """To end a task in the middle of a transaction ends it, although its connection fails too."""

@@ -25,7 +25,7 @@ from tests.store.making import (
     seen,
     started,
 )
-from tests.store.test_tallies import counted, tallied
+from tests.store.test_rollups import counted, tallied
 from tests.support.deliveries import Delivered
 from tracker.core.errors import InvalidRequest
 from tracker.core.observation import Observation, Source
@@ -145,7 +145,7 @@ async def test_what_is_not_settled_stays(writer: TestWriter, db: Database) -> No
     assert await kept(db) == {"active", "lost", "ended", "late"}
 
 
-async def test_tallies_stay_true(writer: TestWriter, db: Database) -> None:
+async def test_rollups_stay_true(writer: TestWriter, db: Database) -> None:
     """States no longer count what is gone, as a recount finds too; the hours and days keep it."""
     await put(writer, *(settled(run, 100) for run in ids("old", 5)), settled("young", 1))
     history = {key: n for key, n in (await tallied(db)).items() if key.measure != STATE}
@@ -161,7 +161,7 @@ async def test_tallies_stay_true(writer: TestWriter, db: Database) -> None:
         await rollups.recount(db)
 
 
-async def test_the_tallies_of_what_is_gone_do_not_pile_up(writer: TestWriter, db: Database) -> None:
+async def test_the_rollups_of_what_is_gone_do_not_pile_up(writer: TestWriter, db: Database) -> None:
     """However many transactions it takes, they leave one note for each hour of what they removed:
     who counts anew has to know that, and no more."""
     of_one_hour = [settled(f"old_{n}", 100 + n / 1440) for n in range(1, 46)]
@@ -202,7 +202,7 @@ async def test_a_callback_without_its_body_is_still_recognised(
 async def test_quarantined_callbacks_go_only_where_that_is_asked_for(
     writer: TestWriter, db: Database
 ) -> None:
-    """Nobody has understood them yet, so they keep their bodies until somebody says otherwise."""
+    """Nobody has understood them yet, so they keep their bodies until someone says otherwise."""
     await writer.submit(quarantined("whd_old", at=NOW - 400 * DAY))
     await writer.submit(quarantined("whd_young", at=NOW - 100 * DAY))
     assert await pruner(db).prune(AGES) == NOTHING
@@ -289,7 +289,7 @@ async def test_several_at_once_and_a_receiver_meanwhile(db: Database, other_db: 
     assert slowest < 2
 
 
-async def test_what_somebody_holds_is_left_for_the_next_time(postgres_url: str) -> None:
+async def test_what_someone_holds_is_left_for_the_next_time(postgres_url: str) -> None:
     """A run or a callback that is locked is not waited for, and goes later."""
     async with await Database.open(postgres_url) as db, open_writer(db) as writer:
         await put(writer, settled("held", 100), settled("free", 100), settled("known", 100))
@@ -317,7 +317,7 @@ async def test_a_recount_meanwhile_does_not_end_it(postgres_url: str) -> None:
         assert [n for k, (n, _) in (await tallied(db)).items() if k.measure == STATE] == [1]
 
 
-async def test_a_body_that_somebody_holds_goes_the_next_time(postgres_url: str) -> None:
+async def test_a_body_that_someone_holds_goes_the_next_time(postgres_url: str) -> None:
     """Those that came after it go at once, and yet it is looked for again."""
     async with await Database.open(postgres_url) as db, open_writer(db) as writer:
         await put(writer, settled("held", 40), *(settled(run, 35) for run in ids("free", 30)))

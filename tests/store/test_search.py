@@ -79,13 +79,13 @@ async def test_filters_narrow_each_other(some: Database) -> None:
         ("' OR 1=1 --", []),
     ],
 )
-async def test_text_is_looked_for_as_it_stands(some: Database, text: str, found: list[str]) -> None:
+async def test_text_is_searched_literally(some: Database, text: str, found: list[str]) -> None:
     """Whatever its case; no character of it means anything else."""
     assert await _ids(some, text=text) == found
 
 
 async def test_an_id_finds_its_run_however_old(some: Database) -> None:
-    """Whoever pastes an id wants that run, and not the window of the newest ones."""
+    """Anyone who pastes an id wants that run, and not the window of the newest ones."""
     found = await search_runs(some, Wanted(text="run_pending"), window=1)
     assert [record.run.run_id for record in found.records] == ["run_pending"]
 

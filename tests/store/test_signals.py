@@ -15,7 +15,7 @@ from tracker.store.engine import Database
 from tracker.store.signals import PAYLOAD_BYTES, Signals, read_runs, run_notices
 
 
-async def test_a_due_run_wakes_who_waits(db: Database) -> None:
+async def test_a_due_run_wakes_waiting_workers(db: Database) -> None:
     """The worker of the same process is woken by a commit that brings a look forward."""
     async with (
         Signals(db) as signals,
@@ -35,7 +35,7 @@ async def test_a_due_run_wakes_who_waits(db: Database) -> None:
         assert not await signals.wait_due(0.01)  # later than that: nothing to hurry for
 
 
-async def test_changes_are_told_once(db: Database) -> None:
+async def test_changes_are_reported_once(db: Database) -> None:
     """A listener hears of each run that changed, and of none that did not."""
     heard: list[str] = []
     async with (
@@ -52,7 +52,7 @@ async def test_changes_are_told_once(db: Database) -> None:
         assert heard == ["run_1", "run_2", "run_1"]
 
 
-async def test_other_processes_are_told(postgres_url: str) -> None:
+async def test_other_processes_are_reported(postgres_url: str) -> None:
     """On PostgreSQL a commit of one process wakes the worker and the streams of another."""
     heard: list[str] = []
     async with (
@@ -105,7 +105,7 @@ async def test_a_server_that_stays_away_is_said_once() -> None:
 
 
 async def test_nonsense_on_the_channel_is_ignored(postgres_url: str) -> None:
-    """Whoever may connect may notify: what is none of ours is no change, and breaks nothing."""
+    """Anyone who may connect may notify: what is none of ours is no change, and breaks nothing."""
     heard: list[str] = []
     async with (
         await Database.open(postgres_url) as db,

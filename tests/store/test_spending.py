@@ -206,7 +206,7 @@ async def test_runs_of_one_start_that_show_at_once_take_their_shares(
 async def test_one_key_asked_for_at_once_takes_room_once(
     db: Database, other_db: Database, writer: TestWriter
 ) -> None:
-    """Whoever asks with the key at the same moment is shown the start that holds the last room,
+    """Anyone who asks with the key at the same moment is shown the start that holds the last room,
     and not refused for it; also where the key was refused before."""
     tight = replace(TODAY, usd=PRICE)
 

@@ -83,7 +83,7 @@ async def test_a_slug_belongs_to_its_latest_owner(db: Database) -> None:
 
 
 async def test_what_lists_lack_is_marked_until_it_is_back(db: Database) -> None:
-    """Only what a list has shown before can be missed; it is kept, and any sight unmarks it."""
+    """Only what a list showed before can be missing; it is kept, and any observation unmarks it."""
     never_listed = TechniqueRow(technique_id="tech_own", name="Own")
     await techniques.define(db, never_listed, NOW)
     await techniques.add_listed(db, [CAM], NOW)

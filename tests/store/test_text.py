@@ -32,7 +32,7 @@ def test_clean_text_can_be_stored(text: str) -> None:
     )
 )
 def test_any_json_can_be_stored(value: Any) -> None:
-    """Whatever somebody's JSON holds becomes JSON that both databases take."""
+    """Whatever someone's JSON holds becomes JSON that both databases take."""
     text = dump_json(value)
     assert "\\u0000" not in text
     text.encode()

@@ -48,7 +48,7 @@ async def impostor(*says: bytes) -> AsyncIterator[tuple[int, list[bytes]]]:
 @pytest.mark.parametrize("mode", ["", "?sslmode=allow", "?sslmode=prefer", "?sslmode=disable"])
 @pytest.mark.parametrize("says", [ASKS_IN_CLEAR, OK + ASKS_IN_CLEAR], ids=["at once", "later"])
 async def test_a_password_is_not_sent_in_clear(mode: str, says: bytes) -> None:
-    """Whoever says "no TLS" and asks for it gets none, and the error says why and what to do."""
+    """Anyone who says "no TLS" and asks for it gets none, and the error says why and what to do."""
     async with impostor(says) as (port, told):
         url = f"postgresql://someone:{PASSWORD}@0.0.0.0:{port}/tracker{mode}"
         async with await Database.open(url) as db:
@@ -165,7 +165,7 @@ async def test_without_tls_a_password_is_proved_by_scram(own_postgres: PostgresS
         ("postgresql://u:p@db/t?sslmode=disable", "sslmode=disable: anyone between"),
     ],
 )
-def test_a_server_that_is_not_verified_is_told_of(
+def test_a_server_that_is_not_verified_is_reported_of(
     url: str, trouble: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Only where it is on another machine, and nothing makes sure that it is the right one."""

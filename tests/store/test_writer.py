@@ -80,7 +80,7 @@ async def test_entries_for_one_run_are_applied_in_order(writer: TestWriter, db: 
 
 
 async def test_outputs_are_replaced_as_a_whole(writer: TestWriter, db: Database) -> None:
-    """A higher sight's outputs take the place of a lower one's, however many there were."""
+    """A higher observation's outputs take the place of a lower one's, however many there were."""
     few = (Output("o1", "text", "final"),)
     many = tuple(Output(f"o{n}", "imageUrl", f"https://x/{n}") for n in range(3))
     await writer.submit(seen("run_1", RunStatus.RUNNING, facts={"outputs": many}))
@@ -90,7 +90,7 @@ async def test_outputs_are_replaced_as_a_whole(writer: TestWriter, db: Database)
     assert record.run.outputs == few
 
 
-async def test_a_sight_without_news_leaves_no_event(writer: TestWriter, db: Database) -> None:
+async def test_a_observation_without_news_leaves_no_event(writer: TestWriter, db: Database) -> None:
     """A read that shows what is known already is counted on the run and nowhere else."""
     await writer.submit(seen("run_1", RunStatus.RUNNING, reads=1))
     passed = await writer.submit(seen("run_1", RunStatus.RUNNING, at=NOW + timedelta(1), reads=1))
@@ -158,7 +158,7 @@ async def test_text_that_no_database_holds_is_made_fit(writer: TestWriter, db: D
 
 
 async def test_inputs_of_any_shape_are_kept(writer: TestWriter, db: Database) -> None:
-    """What a run was started with is somebody's JSON: odd numbers and odd text included."""
+    """What a run was started with is someone's JSON: odd numbers and odd text included."""
     odd = [{"id": "n", "value": 2**70, "nul\0": "a\0", "inf": float("inf"), "deep": [[None]]}]
     await writer.submit(replace(started("run_1"), inputs=odd))
     record = await get_run(db, "run_1")
@@ -179,7 +179,7 @@ async def test_a_caller_that_goes_away_breaks_nothing(writer: TestWriter, db: Da
 
 
 async def test_a_hook_that_fails_is_no_callers_fault(db: Database) -> None:
-    """What somebody else does after a commit cannot take the commit back."""
+    """What someone else does after a commit cannot take the commit back."""
 
     def fails(_: WriteOutcome) -> None:
         raise RuntimeError("not today")

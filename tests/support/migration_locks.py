@@ -106,7 +106,7 @@ _LOCKS = re.compile(
     rf"|(?:CREATE|DROP) (?:\w+ )*?TRIGGER .*? ON {_TABLE}",
     re.I,
 )
-# Whoever refers to a table keeps out all who write to that one too, until the transaction ends.
+# Anyone who refers to a table keeps out all who write to that one too, until the transaction ends.
 _REFERS = re.compile(r'\bREFERENCES (?:public\.)?"?(\w+)', re.I)
 _CHANGES = re.compile(rf"(?:WITH .*?\b)?(?:UPDATE|DELETE FROM|MERGE INTO) {_TABLE}", re.I)
 _WORKS = re.compile(

@@ -115,7 +115,7 @@ class PostgresServer:
         data = self.data
         self.initialise()
         for _ in range(5):
-            # Between the choice of a first port and its use, somebody else may take it.
+            # Between the choice of a first port and its use, someone else may take it.
             chosen = self.port or free_port()
             log = self._launch(data, chosen)
             if log is None:

@@ -468,7 +468,7 @@ async def test_the_log_counts_those_that_came_after_its_line(
     assert len(said) <= 3
 
 
-async def test_health_tells_details_only_to_who_may_know(serve: Serve, sqlite_url: str) -> None:
+async def test_health_details_need_a_token(serve: Serve, sqlite_url: str) -> None:
     """A stranger learns that it is ready, whoever shows a token what FLORA says of the key too."""
     async with serve(sqlite_url, tracker_api_token=TOKEN) as site:
         assert (await site.client.get("/readyz")).json() == {"status": "ready"}

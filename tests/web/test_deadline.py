@@ -29,7 +29,7 @@ async def _answer(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 async def _times_out(scope: Scope, receive: Receive, send: Send) -> None:
-    """A time-out of somebody else's, which nobody caught."""
+    """A time-out of someone else's, which nobody caught."""
     raise TimeoutError
 
 
@@ -40,7 +40,7 @@ def _client(app: object) -> httpx.AsyncClient:
 
 
 @pytest.mark.parametrize("path", ["/", "/api/runs", "/metrics"])
-async def test_a_look_that_takes_too_long_is_a_503(path: str) -> None:
+async def test_a_check_that_takes_too_long_is_a_503(path: str) -> None:
     """With `Retry-After`, in the shape of every error."""
     async with _client(_after_a_while) as client:
         answer = await client.get(path)
@@ -67,7 +67,7 @@ async def test_an_answer_that_has_begun_is_not_broken_off() -> None:
         assert (await client.get("/api/runs")).text == "all of it"
 
 
-async def test_somebody_elses_timeout_is_not_taken_for_this_one() -> None:
+async def test_the_timeout_of_another_is_not_mistaken_for_this_one() -> None:
     """It is a fault of ours, and shows as one."""
     async with _client(_times_out) as client:
         answer = await client.get("/api/runs")

@@ -22,7 +22,7 @@ def _client(app: object, **options: bool) -> httpx.AsyncClient:
     )
 
 
-async def test_an_unforeseen_error_tells_a_number_and_nothing_else(
+async def test_an_unforeseen_error_shows_a_number_and_nothing_else(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The client gets an id under which the log has the whole story."""

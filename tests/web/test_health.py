@@ -40,7 +40,7 @@ async def test_a_database_without_the_newest_migration_is_not_ready(site: Site) 
     assert "tracker db upgrade" in answer.json()["error"]["message"]
 
 
-async def test_a_refused_key_is_told_and_the_service_stays_ready(
+async def test_a_refused_key_is_reported_and_the_service_stays_ready(
     serve: Serve, sqlite_url: str
 ) -> None:
     """Callbacks are still taken, so no load balancer has to act; people see since when."""

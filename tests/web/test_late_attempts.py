@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 import sqlalchemy as sa
 
-from tests.store.test_tallies import assert_exact
+from tests.store.test_rollups import assert_exact
 from tests.web.callbacks import PATH, event, signature
 from tests.web.conftest import Serve, Site
 from tests.web.flora import with_flora

@@ -202,7 +202,7 @@ async def test_a_database_that_hangs_delays_a_scrape_for_a_bounded_time(
     assert told["tracker_database_up"][0].value == 0
 
 
-async def test_every_process_tells_the_same_state(database_url: str, serve: Serve) -> None:
+async def test_every_process_reports_the_same_state(database_url: str, serve: Serve) -> None:
     """State comes from the database; what a process did itself is told by that process alone."""
     async with serve(database_url) as site, opened(database_url) as other:
         await keep(site.services.database, quarantined("whd_x"))
@@ -316,7 +316,7 @@ async def test_each_answer_has_the_number_of_its_request(small_site: Site, given
     assert 8 <= len(number) <= 64
 
 
-async def test_bills_and_failures_are_told(site: Site) -> None:
+async def test_bills_and_failures_are_reported(site: Site) -> None:
     """What today's runs cost at least, what the others were quoted, how many may still be billed
     and how many never were; failed ones by what to do, unknown codes counted."""
     now = site.services.clock()

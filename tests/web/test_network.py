@@ -43,7 +43,7 @@ async def trickle(connection: Wire, begin: bytes, rest: bytes) -> Answer | None:
         dripping.cancel()
 
 
-async def test_who_sends_byte_by_byte_is_cut_off(serve: Serve, sqlite_url: str) -> None:
+async def test_a_client_that_sends_byte_by_byte_is_cut_off(serve: Serve, sqlite_url: str) -> None:
     """Whatever a client leaves unfinished ends by itself, and is told so where it has asked."""
     body = event()
     headers = f"Flora-Signature: {signature(body)}"
@@ -66,7 +66,7 @@ async def test_who_sends_byte_by_byte_is_cut_off(serve: Serve, sqlite_url: str) 
         assert (await site.client.get("/api/runs")).json()["runs"] == []
 
 
-async def test_who_says_nothing_is_let_go(serve: Serve, sqlite_url: str) -> None:
+async def test_a_silent_client_is_disconnected(serve: Serve, sqlite_url: str) -> None:
     """Silence from the first or after an answer, and what trickles in of a body that nobody reads,
     end after the idle time; who goes on asking stays."""
     async with (
@@ -180,7 +180,7 @@ async def test_trailers_are_no_headers(serve: Serve, sqlite_url: str) -> None:
                 assert (await sender.answer()).status == status
 
 
-async def test_who_is_slow_makes_room_for_who_is_not(serve: Serve, sqlite_url: str) -> None:
+async def test_slow_clients_give_way_to_quick_ones(serve: Serve, sqlite_url: str) -> None:
     """Where the bytes for requests run out, one that waits for the rest of its body is told to come
     again, and whoever brings a request is served."""
     large = event("run_large", padding=60_000 * "x")
@@ -361,7 +361,7 @@ async def test_so_many_requests_may_be_sent_ahead() -> None:
         assert await connection.hung_up()
 
 
-async def test_who_leaves_is_missed_by_every_request_of_its() -> None:
+async def test_a_disconnect_reaches_every_request_of_the_connection() -> None:
     """A request that is being answered hears that its client is gone, also where another one had
     been sent after it."""
     begun, told = asyncio.Event(), asyncio.Event()
@@ -415,7 +415,7 @@ async def test_what_is_no_request_to_a_server_is_refused(small_site: Site, asked
         assert await connection.hung_up()
 
 
-async def test_who_waits_longest_gives_way() -> None:
+async def test_the_longest_idle_connection_gives_way() -> None:
     """Where all places are taken the next client gets one: of those who have nothing to say."""
     limits = Limits(connections=3)
     async with serving(_hello, limits=limits) as base_url, contextlib.AsyncExitStack() as stack:
@@ -432,7 +432,7 @@ async def test_who_waits_longest_gives_way() -> None:
         assert (answer.status, answer.headers["retry-after"]) == (503, "5")
 
 
-async def test_who_is_served_does_not_give_way() -> None:
+async def test_a_connection_being_served_does_not_give_way() -> None:
     """Where everybody is being served, a newcomer is told so, and they get their answers."""
     go_on = asyncio.Event()
 
@@ -457,7 +457,7 @@ async def test_who_is_served_does_not_give_way() -> None:
 
 
 @pytest.mark.parametrize("more", ["", "Connection: close\r\n"], ids=["stays", "ends"])
-async def test_who_does_not_take_its_answers_gives_way(more: str) -> None:
+async def test_a_client_that_does_not_read_its_answers_gives_way(more: str) -> None:
     """Clients that ask for much and read next to nothing of it keep nobody else out."""
     large = 16 * 1024 * 1024
 

@@ -45,7 +45,7 @@ async def test_the_document_needs_the_token_too(serve: Serve, sqlite_url: str) -
         assert TOKEN not in shown.text
 
 
-async def test_without_a_token_only_this_machine_is_told(small_site: Site) -> None:
+async def test_without_a_token_only_this_machine_is_reported(small_site: Site) -> None:
     """A page whose name was pointed at this machine does not read it."""
     told = await small_site.client.get("/openapi.json", headers={"Host": "evil.example"})
     assert told.status_code == 403

@@ -49,7 +49,7 @@ async def test_a_run_is_taken_over_once(site: Site) -> None:
 
 
 async def test_floras_whole_answer_is_taken_and_its_state_is_not_believed(site: Site) -> None:
-    """What the caller says of the run's state is no sight of it."""
+    """What the caller says of the run's state is no observation of it."""
     answer = await _track(
         site,
         "run_1",

@@ -53,7 +53,7 @@ def test_with_a_token_any_address_will_do() -> None:
         assert len({one.getsockname()[1] for one in sockets}) == 1
 
 
-def test_a_port_that_is_taken_is_told_plainly() -> None:
+def test_a_port_that_is_taken_is_reported_plainly() -> None:
     """One line says which port, and what can be done."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
@@ -64,7 +64,7 @@ def test_a_port_that_is_taken_is_told_plainly() -> None:
             pass
 
 
-def test_a_port_that_there_is_not_is_told_plainly() -> None:
+def test_a_port_that_there_is_not_is_reported_plainly() -> None:
     """As an error of ours, not of some library."""
     with (
         pytest.raises(TrackerError, match="cannot serve on"),
@@ -125,7 +125,7 @@ async def test_a_signal_ends_it_after_what_is_in_flight(
     async with _process(tmp_path) as (base_url, process):
         async with wire(base_url) as connection, wire(base_url) as idle:
             await connection.send(post(PATH, body[:10], head, length=len(body)))
-            # The server has the first half when it has answered somebody who came after.
+            # The server has the first half when it has answered someone who came after.
             async with httpx.AsyncClient(base_url=base_url) as client:
                 other = event("run_2")
                 assert (

@@ -162,7 +162,7 @@ async def test_what_does_not_fit_the_technique_is_refused_unpaid(
 
 
 async def test_without_a_key_for_flora_a_start_says_so(small_site: Site) -> None:
-    """503 that names the variable; there is nothing to try again until somebody sets it."""
+    """503 that names the variable; there is nothing to try again until someone sets it."""
     answer = await _start(small_site)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_configured")
     assert "FLORA_API_KEY" in answer.json()["error"]["message"]
@@ -222,7 +222,7 @@ async def test_a_started_run_asks_for_a_callback_where_there_is_an_address(
 
 
 @pytest.mark.parametrize("code", ["insufficient_credits", "paid_plan_required"])
-async def test_no_credits_and_no_plan_are_told_as_what_they_are(
+async def test_no_credits_and_no_plan_are_reported_as_what_they_are(
     serve: Serve, database_url: str, code: str
 ) -> None:
     """402 with FLORA's code and words, whichever status FLORA chose; the key stays in use."""

@@ -125,7 +125,7 @@ async def test_nothing_is_traced_unless_asked_for() -> None:
     assert untraced(build_app) is build_app  # type: ignore[arg-type, comparison-overlap]
 
 
-async def test_asking_without_the_extra_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_asking_without_the_extra_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """The log says what to install, and the service starts all the same."""
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     with capture_logs() as lines:

@@ -22,7 +22,7 @@ NOW = datetime(2026, 11, 28, 12, tzinfo=UTC)
         ("404", "not FLORA's API since 20", (0, 1)),
     ],
 )
-async def test_a_flora_that_does_not_answer_is_told(
+async def test_a_flora_that_does_not_answer_is_reported(
     serve: Serve,
     sqlite_url: str,
     monkeypatch: pytest.MonkeyPatch,

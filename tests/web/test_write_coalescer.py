@@ -39,7 +39,7 @@ async def test_an_answer_without_a_body_is_sent_all_the_same(serve: Serve, sqlit
                     assert (await asking.answer()).status == 200
 
 
-def test_what_a_reader_who_is_gone_was_to_get_is_dropped() -> None:
+def test_events_for_a_disconnected_reader_are_dropped() -> None:
     """A head that is kept back when the connection is cut is no error, on the loop that serves."""
     broken: list[dict[str, Any]] = []
 

@@ -53,7 +53,7 @@ async def test_a_clock_that_is_set_puts_no_poll_off(
 async def test_no_poll_lies_further_ahead_than_the_longest_wait(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
 ) -> None:
-    """Whoever wrote it: a process that starts after the clock was set back looks for that, and
+    """Anyone who wrote it: a process that starts after the clock was set back looks for that, and
     reads each run once."""
     async with make_flora(run_seconds=1e6) as flora:
         services = await open_on(flora)

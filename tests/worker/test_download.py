@@ -150,7 +150,7 @@ async def test_hostile_identifiers_stay_in_the_folder(services: Services, folder
     assert sorted(p.read_text() for p in folder.glob("*.txt")) == [str(n) for n in range(8)]
 
 
-async def test_what_cannot_be_had_is_told_and_the_rest_is_fetched(
+async def test_what_cannot_be_had_is_reported_and_the_rest_is_fetched(
     services: Services, folder: Path
 ) -> None:
     """One line for each output that failed, with the reason; the others are there."""
@@ -203,7 +203,7 @@ async def test_so_many_at_a_time(services: Services, folder: Path) -> None:
     assert most == 3
 
 
-async def test_runs_without_outputs_are_told_apart(services: Services, folder: Path) -> None:
+async def test_runs_without_outputs_are_reported_apart(services: Services, folder: Path) -> None:
     """A run that has not settled is missing; one that failed has nothing to fetch."""
     error = RunError("model_timeout", "")
     await settle(services, "run_failed", [], status=RunStatus.FAILED, error=error)

@@ -236,7 +236,7 @@ async def test_a_newer_floras_codes_and_types_are_kept(judged: Judged, clock: Ha
         ("another workspace's key", "key of another workspace"),
     ],
 )
-async def test_what_does_not_fit_is_told_within_a_minute(
+async def test_what_does_not_fit_is_reported_within_a_minute(
     fault: str, trouble: str, judged: Judged, clock: HandClock
 ) -> None:
     """By the log, once; and that it is over is known soon, although nothing is due."""

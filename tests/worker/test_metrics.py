@@ -101,7 +101,7 @@ async def test_a_complete_sweep_says_through_when(
         assert found.value("tracker_history_gaps", run_type=kind) == 0
 
 
-async def test_a_gap_in_the_history_is_told(
+async def test_a_gap_in_the_history_is_reported(
     services: Services, flora: Simulator, clock: HandClock
 ) -> None:
     """A run that FLORA cannot list, and a list of generations that it refuses, are a gap each."""

@@ -32,7 +32,7 @@ async def start(services: Services, count: int = 1) -> list[str]:
 
 
 async def adopt(services: Services, flora: Simulator, count: int) -> list[str]:
-    """Runs that somebody else starts now and a sweep finds: they are due in four to five
+    """Runs that someone else starts now and a sweep finds: they are due in four to five
     seconds."""
     run_ids = [flora.start().run_id for _ in range(count)]
     [workspace] = services.workspaces

@@ -99,7 +99,7 @@ async def test_what_is_still_not_understood_stays_and_says_why(
         assert row.outcome is DeliveryOutcome.QUARANTINED
 
 
-async def test_a_delivery_that_never_came_is_told(sqlite_url: str) -> None:
+async def test_a_delivery_that_never_came_is_reported(sqlite_url: str) -> None:
     """Nothing is made up for it."""
     async with open_services(settings(sqlite_url)) as services:
         with pytest.raises(UnknownDelivery, match="whd_none"):

@@ -98,7 +98,7 @@ async def test_a_page_read_for_others_does_not_either(
     assert await known(services) == set(new)
 
 
-async def test_somebody_may_ask_for_it_again(
+async def test_someone_may_ask_for_it_again(
     services: Services, flora: Simulator, clock: HandClock
 ) -> None:
     """A removed run that is tracked on purpose is read once more, and settles; its end and its cost

@@ -15,7 +15,7 @@ def client_of(services: Services) -> FloraClient:
     return workspace.require_client()
 
 
-async def test_one_process_that_was_told_to_wait_tells_the_others(database_url: str) -> None:
+async def test_a_wait_that_flora_asks_for_holds_for_all_processes(database_url: str) -> None:
     """FLORA tells a server to wait for a second. A command that runs beside it sends nothing
     before that is over, and one that cannot wait so long gives up without asking."""
     async with running(Options(rate_limit=1.0, seed=SAYS_A_SECOND)) as flora:

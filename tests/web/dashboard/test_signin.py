@@ -139,7 +139,7 @@ async def test_without_a_token_there_is_nothing_to_sign_in_to(small_site: Site) 
         assert (await small_site.client.get(path, headers=foreign)).status_code == 403
 
 
-async def test_a_foreign_page_cannot_sign_somebody_in(closed: Site) -> None:
+async def test_a_foreign_page_cannot_sign_someone_in(closed: Site) -> None:
     """A form of another origin is refused, and so is a browser's word that it crossed sites."""
     for headers in ({"Origin": "https://evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
         answer = await closed.client.post("/login", data={"token": TOKEN}, headers=headers)
@@ -251,7 +251,7 @@ async def test_any_other_cookie_is_none(database: Database) -> None:
     assert not await signed.holds(f"__Host-{cookie}")
 
 
-async def test_the_table_tells_neither_cookie_nor_token(database: Database) -> None:
+async def test_the_table_holds_neither_cookie_nor_token(database: Database) -> None:
     """The stored digests are not enough to sign in, and old rows are removed."""
     token = _token("one")
     signed = _Signed(database, token)
@@ -336,9 +336,7 @@ async def test_the_cookie_is_secure_whenever_the_browser_came_by_https(
             assert (await site.client.get("/", headers=plain)).status_code == 303
 
 
-async def test_a_token_that_only_reads_looks_and_changes_nothing(
-    serve: Serve, sqlite_url: str
-) -> None:
+async def test_a_read_token_changes_nothing(serve: Serve, sqlite_url: str) -> None:
     """Its pages offer nothing that it may not do, and what it sends all the same is refused."""
     reader = TokenSettings(name="producer", token="r" * 20, scopes={"read"})
     async with serve(sqlite_url, tracker_api_token=TOKEN, tokens=(reader,)) as site:

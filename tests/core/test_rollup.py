@@ -115,11 +115,11 @@ def test_the_hour_of_an_end_stays() -> None:
     st.lists(observations("run_1"), min_size=1, max_size=8),
     st.lists(st.booleans(), min_size=8, max_size=8),
 )
-def test_what_is_the_same_counts_for_the_same(sights: list, expected: list[bool]) -> None:
+def test_what_is_the_same_counts_for_the_same(observed: list, expected: list[bool]) -> None:
     """The quick look never overlooks a change."""
     record = None
-    for sight, with_callback in zip(sights, expected, strict=False):
-        entry = Seen(observation=sight, callback_expected=with_callback)
+    for observation, with_callback in zip(observed, expected, strict=False):
+        entry = Seen(observation=observation, callback_expected=with_callback)
         new = apply(record, entry, policy=POLICY, durations_of=lambda _: None)
         assert new is not None
         if record is not None and same(record, new):

@@ -55,7 +55,7 @@ def scheduled(one: Record, *, now: datetime = START, known: Durations | None = N
         (False, SLOW, Why.LEARNED_INTERVAL, 50, True),
     ],
 )
-def test_the_first_look_is_explained(
+def test_the_first_poll_is_explained(
     expected: bool, known: Durations | None, why: Why, wait: float, bounded: bool
 ) -> None:
     """Grace or interval, by the settings or by what was learned, and how far that may go."""
@@ -73,7 +73,7 @@ def test_what_was_learned_since_does_not_explain_an_older_decision() -> None:
     assert next_look(one, policy=POLICY, durations=KNOWN).why is Why.GRACE
 
 
-def test_another_decision_is_told_as_such() -> None:
+def test_another_decision_is_reported_as_such() -> None:
     """Where neither the settings nor the durations of now give the moment, nothing is made up."""
     one = scheduled(record(callback_expected=True), known=SLOW)
     look = next_look(one, policy=POLICY, durations=KNOWN)
@@ -91,7 +91,7 @@ def test_another_decision_is_told_as_such() -> None:
         (True, KNOWN, 12, 25, False),
     ],
 )
-def test_looks_are_put_off_until_the_end_may_be_expected(
+def test_polls_are_put_off_until_the_end_may_be_expected(
     expected: bool, known: Durations, seconds: float, wait: float, bounded: bool
 ) -> None:
     """After a first look that came too early the next ones come when half of the runs have ended,
@@ -167,7 +167,7 @@ def test_an_end_without_details_is_due_at_once() -> None:
     assert (look.why, look.at) == (Why.ENDED, now)
 
 
-def test_what_somebody_asked_for_is_due_at_once() -> None:
+def test_what_someone_asked_for_is_due_at_once() -> None:
     """A run that is tracked by its id is read now."""
     one = record(source=Source.TRACK, next_check_at=START)
     assert next_look(one, policy=POLICY, durations=None).why is Why.ASKED

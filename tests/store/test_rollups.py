@@ -195,7 +195,9 @@ async def test_a_contradicted_end_moves(writer: TestWriter, db: Database) -> Non
     await assert_exact(db)
 
 
-async def test_writers_and_folders_at_once_lose_nothing(db: Database, other_db: Database) -> None:
+async def test_writers_and_compactors_at_once_lose_nothing(
+    db: Database, other_db: Database
+) -> None:
     """Two processes write and fold as they like: nothing is counted twice, nothing is left out."""
     names = ids("run", 60)
 
@@ -221,7 +223,7 @@ async def test_writers_and_folders_at_once_lose_nothing(db: Database, other_db: 
     await assert_exact(db)
 
 
-async def test_a_recount_mends_and_misses_nothing(db: Database, other_db: Database) -> None:
+async def test_a_recount_corrects_and_misses_nothing(db: Database, other_db: Database) -> None:
     """Whatever stood in the tallies, they are right afterwards, also for who wrote meanwhile."""
     async with open_writer(db) as writer:
         await writer.submit_all([seen(run, RunStatus.COMPLETED) for run in ids("run", 50)])
@@ -257,7 +259,7 @@ async def test_deleted_runs_leave_their_history(writer: TestWriter, db: Database
         await rollups.recount(db)
 
 
-async def test_who_writes_folds(db: Database) -> None:
+async def test_writers_compact(db: Database) -> None:
     """A few moments after a commit its changes are in the tallies, and at the latest when the
     process ends."""
 
@@ -282,7 +284,9 @@ async def test_who_writes_folds(db: Database) -> None:
     await assert_exact(db)
 
 
-async def test_the_last_fold_makes_up_for_one_that_failed(sqlite_url: str, tmp_path: Path) -> None:
+async def test_the_last_compaction_makes_up_for_a_failed_one(
+    sqlite_url: str, tmp_path: Path
+) -> None:
     """Said once; and where a commit has shown since that the database is back, it is done."""
     path, away = tmp_path / "tracker.db", tmp_path / "away.db"
     async with await Database.open(sqlite_url) as db:
@@ -300,7 +304,7 @@ async def test_the_last_fold_makes_up_for_one_that_failed(sqlite_url: str, tmp_p
         assert await rows_in(db, run_tally_changes) == 0
 
 
-async def test_what_sources_say_tells_adopted_runs(writer: TestWriter, db: Database) -> None:
+async def test_sources_distinguish_adopted_runs(writer: TestWriter, db: Database) -> None:
     """A run that a sweep finds ended long ago says nothing about how soon ends are known; one that
     a callback told of does."""
     long_ago = {"completed_at": NOW - timedelta(days=3), "charged_cost": Decimal(1)}
@@ -332,7 +336,7 @@ _ACTIVE = (
 )
 
 
-async def test_runs_from_before_the_tallies_are_counted(empty_database_url: str) -> None:
+async def test_runs_from_before_the_rollups_are_counted(empty_database_url: str) -> None:
     """An upgrade fills in when ends became known, and counts what is there."""
     words = {"at": "2026-06-01 12:00:00.000000", "later": "2026-06-01 12:00:09.000000"}
     words |= {"yes": "true", "no": "false"}
