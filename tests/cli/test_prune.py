@@ -76,7 +76,7 @@ def test_a_removed_body_is_told(filled: Commands) -> None:
     ("options", "said"),
     [
         ((), "Missing option '--older-than'"),
-        (("--older-than", "soon"), "--older-than: must be a duration"),
+        (("--older-than", "soon"), "'--older-than': must be a duration"),
         (("--older-than", "5d"), "TRACKER_HISTORY_SINCE (7d)"),
         (("--older-than", "90d", "--keys-older-than", "30d"), "--keys-older-than must not be"),
     ],

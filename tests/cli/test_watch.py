@@ -13,7 +13,7 @@ import typer
 
 from tests.cli.conftest import Commands, simulate
 from tracker.cli.app import app
-from tracker.cli.download import _size
+from tracker.cli.download import parse_size
 
 START = ("runs", "start", "icon-pack", "--input", "prompt:text=tools")
 
@@ -191,7 +191,7 @@ def test_wrong_usage_of_download_is_told(arguments: str, said: str) -> None:
 )
 def test_sizes_are_read(text: str, size: int) -> None:
     """Powers of 1024, with or without the B."""
-    assert _size(text) == size
+    assert parse_size(text) == size
 
 
 def test_batches_are_downloaded_by_row(quick: Commands) -> None:

@@ -1,5 +1,6 @@
 """`tracker audit`: who did what, and who was refused."""
 
+from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,7 +22,8 @@ app = typer.Typer(
 @app.command("list")
 def list_(
     since: Annotated[
-        str | None, typer.Option(metavar="AGE", help="Entries of the last 24h, 7d, …")
+        timedelta | None,
+        typer.Option(metavar="AGE", parser=parse_age, help="Entries of the last 24h, 7d, …"),
     ] = None,
     action: Annotated[
         str | None,
@@ -37,12 +39,11 @@ def list_(
     from tracker.store.queries import audit
     from tracker.views import audit_facts, audit_json
 
-    age = None if since is None else parse_age(since, "--since")
     if action is not None and action not in list(audit.Action):
         raise typer.BadParameter(f"{action!r} is not an action", param_hint="--action")
 
     async def work(services: "Services") -> "tuple[list[AuditRow], str | None]":
-        start = None if age is None else services.clock() - age
+        start = None if since is None else services.clock() - since
         return await audit.list_audit(
             services.database, since=start, action=action, cursor=cursor, limit=limit
         )

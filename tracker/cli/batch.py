@@ -51,6 +51,16 @@ class Format(StrEnum):
     JSONL = "jsonl"
 
 
+def _parse_amount(text: str) -> Decimal:
+    try:
+        amount = Decimal(text.strip().removeprefix("$"))
+    except InvalidOperation:
+        amount = Decimal(-1)
+    if not amount.is_finite() or amount < 0:
+        raise typer.BadParameter(f"{text!r} is not an amount of USD")
+    return amount
+
+
 def batch(
     technique: TechniqueArgument,
     file: Annotated[
@@ -69,8 +79,12 @@ def batch(
         bool, typer.Option("--dry-run", help="Only show what would be started, and its cost.")
     ] = False,
     max_cost: Annotated[
-        str | None,
-        typer.Option(metavar="USD", help="Start nothing if the rows could cost more than this."),
+        Decimal | None,
+        typer.Option(
+            metavar="USD",
+            parser=_parse_amount,
+            help="Start nothing if the rows could cost more than this.",
+        ),
     ] = None,
     wait_for_budget: Annotated[
         bool,
@@ -145,7 +159,6 @@ def batch(
         )
     mappings = [_mapping(text) for text in map_ or []]
     tags, tag_columns = parsed_tags(tag), dict(_tag_column(text) for text in tag_column or [])
-    limit = None if max_cost is None else _amount(max_cost)
     check_output(results, output)
     sheet = _read(file, format_, delimiter)
     name = "stdin" if file == "-" else Path(file).name
@@ -174,7 +187,7 @@ def batch(
         if retry is not None:
             for row in plan.to_change:
                 note(f"line {row.entry.line}: change the input: {row.why or ''}")
-        _check_cost(plan, limit)
+        _check_cost(plan, max_cost)
         if dry_run:
             return plan, bool(skipped), None
         note(_intention(plan))
@@ -185,7 +198,7 @@ def batch(
                     concurrency=concurrency or services.settings.tracker_api_concurrency,
                     wait=wait,
                     on_progress=_BatchProgress(shown, name).show,
-                    max_cost=limit,
+                    max_cost=max_cost,
                     wait_for_budget=wait_for_budget,
                 )
         except asyncio.CancelledError:
@@ -241,16 +254,6 @@ def _tag_column(text: str) -> tuple[str, str]:
     except ValueError as error:
         advice = "" if equals else f"; KEY={text} gives the tag another name"
         raise typer.BadParameter(f"{error}{advice}", param_hint="--tag-column") from error
-
-
-def _amount(text: str) -> Decimal:
-    try:
-        amount = Decimal(text.strip().removeprefix("$"))
-    except InvalidOperation:
-        amount = Decimal(-1)
-    if not amount.is_finite() or amount < 0:
-        raise typer.BadParameter(f"{text!r} is not an amount of USD", param_hint="--max-cost")
-    return amount
 
 
 def _read(file: str, format_: Format | None, delimiter: str | None) -> "Sheet":

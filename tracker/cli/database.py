@@ -3,7 +3,8 @@
 import asyncio
 import time
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Final
+from datetime import timedelta
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -113,50 +114,41 @@ def recount(as_json: JsonFlag = False) -> None:
         typer.echo(f"All runs were counted again, in {counted} rollups.")
 
 
+def _age(help: str) -> Any:
+    return typer.Option(metavar="AGE", parser=parse_age, help=help)
+
+
 @app.command("prune")
 def prune_(
-    older_than: Annotated[
-        str, typer.Option(metavar="AGE", help="Remove settled runs older than this, as in 90d.")
-    ],
+    older_than: Annotated[timedelta, _age("Remove settled runs older than this, as in 90d.")],
     bodies_older_than: Annotated[
-        str | None,
-        typer.Option(
-            metavar="AGE",
-            help="Remove raw bodies of callbacks. Default: 30d, or with their run.",
-        ),
+        timedelta | None, _age("Remove raw bodies of callbacks. Default: 30d, or with their run.")
     ] = None,
     quarantined_older_than: Annotated[
-        str | None,
-        typer.Option(metavar="AGE", help="Remove quarantined callbacks. Default: never."),
+        timedelta | None, _age("Remove quarantined callbacks. Default: never.")
     ] = None,
     keys_older_than: Annotated[
-        str | None,
-        typer.Option(metavar="AGE", help="Remove idempotency keys. Default: never."),
+        timedelta | None, _age("Remove idempotency keys. Default: never.")
     ] = None,
     audit_older_than: Annotated[
-        str | None,
-        typer.Option(metavar="AGE", help="Remove entries of the audit log. Default: 365d."),
+        timedelta | None, _age("Remove entries of the audit log. Default: 365d.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count the rows.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Remove old rows, a few at a time, without stopping the service."""
-    runs = parse_age(older_than, "--older-than")
-    ages_given = {
-        "bodies": bodies_older_than,
-        "quarantined": quarantined_older_than,
-        "keys": keys_older_than,
-        "audit": audit_older_than,
-    }
-    others = {
-        name: None if age is None else parse_age(age, f"--{name}-older-than")
-        for name, age in ages_given.items()
-    }
 
     async def work(services: "Services") -> dict[str, int]:
         from tracker.operations.retention import ages
 
-        chosen = ages(runs, first_sweep=services.settings.tracker_history_since, **others)
+        chosen = ages(
+            older_than,
+            first_sweep=services.settings.tracker_history_since,
+            bodies=bodies_older_than,
+            quarantined=quarantined_older_than,
+            keys=keys_older_than,
+            audit=audit_older_than,
+        )
         return await services.pruner.prune(chosen, dry=dry_run)
 
     counts = run_once(work)

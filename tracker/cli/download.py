@@ -36,6 +36,15 @@ _NAMED: Final = 20
 """How many runs without outputs are named; the rest is counted."""
 
 
+def parse_size(text: str | int) -> int:
+    """A number of bytes, as in 500000, 500M or 2GiB; K, M, G and T are powers of 1024."""
+    found = _SIZE.fullmatch(str(text).strip())
+    size = 0 if found is None else float(found[1])
+    if found is None or size <= 0:
+        raise typer.BadParameter(f"{text!r} is not a size such as 500000, 500M or 2GiB")
+    return int(size * 1024 ** (" kmgt".index((found[2] or " ").lower())))
+
+
 def download(
     run_ids: Annotated[
         list[str] | None,
@@ -62,8 +71,14 @@ def download(
         typer.Option("--allow-private", help="Allow links to this machine and private networks."),
     ] = False,
     max_bytes: Annotated[
-        str, typer.Option(metavar="SIZE", help="Maximum size of a file, as in 500M.")
-    ] = "2GiB",
+        int,
+        typer.Option(
+            metavar="SIZE",
+            parser=parse_size,
+            help="Maximum size of a file, as in 500M.",
+            show_default="2GiB",
+        ),
+    ] = 2 * 1024**3,
     concurrency: Annotated[int, typer.Option(help="Concurrent downloads.", min=1, max=32)] = 4,
     as_json: JsonFlag = False,
 ) -> int:
@@ -76,7 +91,6 @@ def download(
         raise typer.BadParameter("give run ids, or --batch, or --all-settled")
     if technique is not None and not all_settled:
         raise typer.BadParameter("goes with --all-settled only", param_hint="--technique")
-    size = _size(max_bytes)
 
     async def find(services: "Services", tell: "Notify") -> "AsyncIterator[WantedRun]":
         downloader = services.downloader
@@ -92,7 +106,7 @@ def download(
         from tracker.delivering.downloads import DownloadOptions, DownloadReport
 
         options = DownloadOptions(
-            to=to, allow_private=allow_private, max_bytes=size, concurrency=concurrency
+            to=to, allow_private=allow_private, max_bytes=max_bytes, concurrency=concurrency
         )
         report = DownloadReport()
         try:
@@ -127,15 +141,6 @@ def download(
     else:
         typer.echo(plain(_summary(report, to)))
     return 0 if report.complete else 1
-
-
-def _size(text: str) -> int:
-    """A number of bytes, as in 500000, 500M or 2GiB; K, M, G and T are powers of 1024."""
-    found = _SIZE.fullmatch(text.strip())
-    size = 0 if found is None else float(found[1])
-    if found is None or size <= 0:
-        raise typer.BadParameter(f"{text!r} is not a size such as 500000, 500M or 2GiB")
-    return int(size * 1024 ** (" kmgt".index((found[2] or " ").lower())))
 
 
 async def _technique_id(services: "Services", technique: str) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import asdict
+from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,20 +19,20 @@ if TYPE_CHECKING:
 
 def reconcile(
     since: Annotated[
-        str | None,
+        timedelta | None,
         typer.Option(
             metavar="DURATION",
+            parser=parse_age,
             help="How far back to read, as in 24h or 7d. Default: as the scheduled sweep.",
         ),
     ] = None,
     as_json: JsonFlag = False,
 ) -> int:
     """Sweep FLORA's run history once and show what was found."""
-    back = None if since is None else parse_age(since, "--since")
 
     async def work(services: "Services") -> "list[SweepReport]":
         sweeps = [
-            services.sweeper.sweep(workspace, since=back)
+            services.sweeper.sweep(workspace, since=since)
             for workspace in services.workspaces
             if workspace.client is not None
         ]
@@ -104,8 +105,14 @@ def poll(as_json: JsonFlag = False) -> int:
 
 def verify(
     since: Annotated[
-        str, typer.Option(metavar="DURATION", help="How far back to compare, as in 24h or 30d.")
-    ] = "30d",
+        timedelta,
+        typer.Option(
+            metavar="DURATION",
+            parser=parse_age,
+            help="How far back to compare, as in 24h or 30d.",
+            show_default="30d",
+        ),
+    ] = timedelta(days=30),
     as_json: JsonFlag = False,
 ) -> int:
     """Compare the database with FLORA's history.
@@ -114,12 +121,11 @@ def verify(
     cost or outputs differ. Exit status 1 if there are any, or if the history could not be read
     completely.
     """
-    back = parse_age(since, "--since")
 
     async def work(services: "Services") -> "list[VerifyReport]":
         async with flora_deadline(services):
             return [
-                await services.verifier.verify(workspace, since=back)
+                await services.verifier.verify(workspace, since=since)
                 for workspace in services.workspaces
                 if workspace.client is not None
             ]

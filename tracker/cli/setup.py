@@ -143,14 +143,14 @@ def check_run_ids(texts: list[str] | None) -> list[str]:
     return list(dict.fromkeys(map(_check_run_id, texts or ())))
 
 
-def parse_age(text: str, option: str) -> timedelta:
-    """A duration. Raises `BadParameter`, naming the option."""
+def parse_age(text: str | timedelta) -> timedelta:
+    """A duration, as the parser of an option. Raises `BadParameter`."""
     from tracker.settings.values import parse_duration
 
     try:
         return parse_duration(text)
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint=option) from error
+        raise typer.BadParameter(str(error)) from error
 
 
 def parsed_tags(texts: list[str] | None) -> dict[str, str]:

@@ -11,8 +11,17 @@ if TYPE_CHECKING:
     from tracker.simulator import Simulator
 
 
+def _parse_share(text: str | float) -> float:
+    from tracker.simulator import parse_rate
+
+    try:
+        return parse_rate(str(text))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 def _share(help: str) -> Any:
-    return typer.Option(metavar="SHARE", help=help)
+    return typer.Option(metavar="SHARE", parser=_parse_share, help=help)
 
 
 def simulate(
@@ -20,16 +29,16 @@ def simulate(
     seed: Annotated[int, typer.Option(help="The same seed repeats the same runs.")] = 0,
     speed: Annotated[float, typer.Option(help="Factor by which time passes faster.")] = 1.0,
     run_seconds: Annotated[float, typer.Option(help="Typical duration of a run.")] = 20.0,
-    failures: Annotated[str, _share("Runs that fail.")] = "15%",
-    drop: Annotated[str, _share("Callbacks that are lost.")] = "0%",
-    duplicate: Annotated[str, _share("Callbacks that are sent twice.")] = "0%",
-    early: Annotated[str, _share("Callbacks sent before the answer to the start.")] = "0%",
-    late: Annotated[str, _share("Callbacks sent long after the end.")] = "0%",
-    reorder: Annotated[str, _share("Callbacks sent after later ones.")] = "0%",
-    bad_signature: Annotated[str, _share("Callbacks preceded by a forged one.")] = "0%",
-    rate_limit: Annotated[str, _share("Requests answered 429.")] = "0%",
-    errors: Annotated[str, _share("Requests answered 500 or 503.")] = "0%",
-    cut: Annotated[str, _share("Requests whose connection is cut.")] = "0%",
+    failures: Annotated[float, _share("Runs that fail.")] = 0.15,
+    drop: Annotated[float, _share("Callbacks that are lost.")] = 0.0,
+    duplicate: Annotated[float, _share("Callbacks that are sent twice.")] = 0.0,
+    early: Annotated[float, _share("Callbacks sent before the answer to the start.")] = 0.0,
+    late: Annotated[float, _share("Callbacks sent long after the end.")] = 0.0,
+    reorder: Annotated[float, _share("Callbacks sent after later ones.")] = 0.0,
+    bad_signature: Annotated[float, _share("Callbacks preceded by a forged one.")] = 0.0,
+    rate_limit: Annotated[float, _share("Requests answered 429.")] = 0.0,
+    errors: Annotated[float, _share("Requests answered 500 or 503.")] = 0.0,
+    cut: Annotated[float, _share("Requests whose connection is cut.")] = 0.0,
     no_history_outputs: Annotated[
         bool, typer.Option("--no-history-outputs", help="Omit outputs and cost from lists.")
     ] = False,
@@ -47,36 +56,25 @@ def simulate(
 
     A SHARE is 0.4 or 40%. docs/cli.md lists the names for --set and --at.
     """
-    from tracker.simulator import Options, parse_rate, serve
+    from tracker.simulator import Options, serve
 
-    texts = {
-        "failures": failures,
-        "drop": drop,
-        "duplicate": duplicate,
-        "early": early,
-        "late": late,
-        "reorder": reorder,
-        "bad_signature": bad_signature,
-        "rate_limit": rate_limit,
-        "errors": errors,
-        "cut": cut,
-    }
-    shares: dict[str, Any] = {}
-    for name, text in texts.items():
-        try:
-            shares[name] = parse_rate(text)
-        except ValueError as error:
-            raise typer.BadParameter(
-                str(error), param_hint=f"--{name.replace('_', '-')}"
-            ) from error
     try:
         options = Options(
             seed=seed,
             speed=speed,
             run_seconds=run_seconds,
+            failures=failures,
+            drop=drop,
+            duplicate=duplicate,
+            early=early,
+            late=late,
+            reorder=reorder,
+            bad_signature=bad_signature,
+            rate_limit=rate_limit,
+            errors=errors,
+            cut=cut,
             history_outputs=not no_history_outputs,
             later=tuple(map(_timed, changes or ())),
-            **shares,
         ).with_changes(dict(map(_assignment, settings or ())))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

@@ -2,6 +2,7 @@
 
 import csv
 import sys
+from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,8 +18,14 @@ if TYPE_CHECKING:
 def spending(
     by: Annotated[str, typer.Option(metavar="day|technique|tag:KEY", help="Group by.")] = "day",
     since: Annotated[
-        str, typer.Option(metavar="DURATION", help="Runs started in the last 24h, 30d, …")
-    ] = "30d",
+        timedelta,
+        typer.Option(
+            metavar="DURATION",
+            parser=parse_age,
+            help="Runs started in the last 24h, 30d, …",
+            show_default="30d",
+        ),
+    ] = timedelta(days=30),
     workspace: WorkspaceFilter = None,
     as_csv: Annotated[
         bool, typer.Option("--csv", help="Print CSV and nothing else on stdout.")
@@ -37,13 +44,12 @@ def spending(
         check_by(by)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--by") from error
-    back = parse_age(since, "--since")
 
     async def work(services: "Services") -> dict[str, Any]:
         from tracker.store.queries.spending import spending
         from tracker.views import spending_json
 
-        begin = services.clock() - back
+        begin = services.clock() - since
         rows, total = await spending(services.database, by, since=begin, workspace_id=workspace)
         return spending_json(by, begin, rows, total, await services.budgets.usages())
 
