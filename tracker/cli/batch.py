@@ -44,7 +44,7 @@ _NAMED: Final = 20
 _STATUS_SECONDS: Final = 5.0
 
 
-class Format(StrEnum):
+class FileFormat(StrEnum):
     """The format of a file of rows."""
 
     CSV = "csv"
@@ -135,7 +135,7 @@ def batch(
         bool, typer.Option("--wait/--no-wait", help="Wait until all runs have ended.")
     ] = True,
     format_: Annotated[
-        Format | None,
+        FileFormat | None,
         typer.Option("--format", help="Format of FILE. Default: by its ending, else csv."),
     ] = None,
     delimiter: Annotated[
@@ -197,7 +197,7 @@ def batch(
                     plan,
                     concurrency=concurrency or services.settings.tracker_api_concurrency,
                     wait=wait,
-                    on_progress=_BatchProgress(shown, name).show,
+                    on_progress=_BatchScreen(shown, name).show,
                     max_cost=max_cost,
                     wait_for_budget=wait_for_budget,
                 )
@@ -256,7 +256,7 @@ def _tag_column(text: str) -> tuple[str, str]:
         raise typer.BadParameter(f"{error}{advice}", param_hint="--tag-column") from error
 
 
-def _read(file: str, format_: Format | None, delimiter: str | None) -> "Sheet":
+def _read(file: str, format_: FileFormat | None, delimiter: str | None) -> "Sheet":
     """Read a file or stdin. Raises `BadParameter` where it cannot be read at all."""
     from tracker.starting.sheet import read_csv, read_jsonl
 
@@ -267,7 +267,7 @@ def _read(file: str, format_: Format | None, delimiter: str | None) -> "Sheet":
             f"{file} cannot be read: {error.strerror}", param_hint="FILE"
         ) from error
     ending = "" if file == "-" else Path(file).suffix.lower()
-    if format_ is Format.JSONL or (format_ is None and ending in (".jsonl", ".ndjson")):
+    if format_ is FileFormat.JSONL or (format_ is None and ending in (".jsonl", ".ndjson")):
         return read_jsonl(data)
     names = {None: "\t" if ending == ".tsv" else ",", "tab": "\t", "\\t": "\t"}
     delimiter = names.get(delimiter, delimiter or "")
@@ -346,7 +346,7 @@ def _print_plan(plan: "BatchPlan", *, as_json: bool) -> None:
     typer.echo(_intention(plan))
 
 
-class _BatchProgress:
+class _BatchScreen:
     """The progress of a batch: one bar on a terminal; elsewhere a line now and then."""
 
     def __init__(self, screen: Screen, name: str) -> None:

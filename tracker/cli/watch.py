@@ -105,7 +105,7 @@ async def follow(
     known: dict[str, Record] = {}
     try:
         with screen(_columns, transient=False) as shown:
-            runs = _RunProgress(shown, services.clock)
+            runs = _RunScreen(shown, services.clock)
             async with (
                 services.signals,
                 aclosing(services.follower.follow(run_ids, notify=shown.notice)) as changes,
@@ -141,7 +141,7 @@ def exit_status(records: Iterable[Record]) -> int:
     return status
 
 
-class _RunProgress:
+class _RunScreen:
     """The progress of runs: a bar for each on a terminal, a line for each change elsewhere."""
 
     def __init__(self, screen: Screen, clock: Clock) -> None:
