@@ -99,7 +99,7 @@ def alerts(
     if unread:
         warn(
             f"{counted(unread, 'gap')} in FLORA's history could not be read.",
-            "It is tried again. Runs that others started in that time may be missing.",
+            "The tracker tries again. Runs that others started in that time may be missing.",
             "/sweeps",
             "Show sweeps",
         )

@@ -7,11 +7,10 @@ values are cut.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import resources
-from importlib.resources.abc import Traversable
+from pathlib import Path, PurePath
 from typing import Any, Final, Literal
 from urllib.parse import quote
 
@@ -43,9 +42,9 @@ NAVIGATION: Final = (
 ADMIN_NAVIGATION: Final = (*NAVIGATION, ("/audit", "Audit"))
 IMMUTABLE: Final = "public, max-age=31536000, immutable"
 _TYPES: Final = {
-    "css": "text/css; charset=utf-8",
-    "js": "text/javascript; charset=utf-8",
-    "svg": "image/svg+xml",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
 }
 """What is served; other files (licences) are not."""
 PAGE_BYTES: Final = 2_000_000
@@ -68,8 +67,12 @@ class Assets:
     """
 
     def __init__(self) -> None:
-        root = resources.files("tracker.web.dashboard") / "static"
-        self._files = dict(sorted(_read(root, "")))
+        root = Path(__file__).parent / "static"
+        self._files = {
+            path.relative_to(root).as_posix(): path.read_bytes()
+            for path in sorted(root.rglob("*"))
+            if path.suffix in _TYPES
+        }
         digest = hashlib.sha256()
         for name, content in self._files.items():
             digest.update(f"{name}\0{len(content)}\0".encode())
@@ -94,18 +97,9 @@ class Assets:
         current = request.path_params["hash"] == self._hash
         return Response(
             content,
-            media_type=_TYPES[name.rpartition(".")[2]],
+            media_type=_TYPES[PurePath(name).suffix],
             headers={"Cache-Control": IMMUTABLE if current else "no-cache"},
         )
-
-
-def _read(folder: Traversable, prefix: str) -> Iterator[tuple[str, bytes]]:
-    for entry in folder.iterdir():
-        name = f"{prefix}{entry.name}"
-        if entry.is_dir():
-            yield from _read(entry, f"{name}/")
-        elif name.rpartition(".")[2] in _TYPES:
-            yield name, entry.read_bytes()
 
 
 @dataclass(frozen=True, slots=True)
