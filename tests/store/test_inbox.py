@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -278,20 +279,17 @@ async def test_two_processes_apply_each_delivery_once(db: Database, other_db: Da
                 )
             )
     counted: list[int] = []
-    appliers = [
-        open_applier(one, on_applied=[lambda good, _: counted.append(good)])
-        for one in (db, other_db, db)
-    ]
-    for applier, limit in zip(appliers, (7, 11, 13), strict=True):
-        applier._limit = limit
-        applier.wake()
 
     async def none() -> bool:
         return await waiting(db) == 0
 
-    await eventually(none)
-    for applier in appliers:
-        await applier.__aexit__()
+    async with AsyncExitStack() as stack:
+        for one, limit in ((db, 7), (other_db, 11), (db, 13)):
+            hooks = [lambda good, _: counted.append(good)]
+            applier = await stack.enter_async_context(open_applier(one, on_applied=hooks))
+            applier._limit = limit
+            applier.wake()
+        await eventually(none)
     assert sum(counted) == 360
     assert await how_many(db, run_events) == 120
     assert set((await outcomes(db)).values()) == {"applied"}

@@ -21,7 +21,7 @@ async def test_a_due_run_wakes_waiting_workers(db: Database) -> None:
         Signals(db) as signals,
         open_writer(db, on_commit=[signals.committed]) as writer,
     ):
-        await signals.wait_listening()
+        await eventually(lambda: signals.listening)
         await signals.wait_due(0)  # beginning to listen counts as a signal
         assert not await signals.wait_due(0.01)
         waiting = asyncio.ensure_future(signals.wait_due(10))
@@ -42,7 +42,7 @@ async def test_changes_are_reported_once(db: Database) -> None:
         Signals(db) as signals,
         open_writer(db, on_commit=[signals.committed]) as writer,
     ):
-        await signals.wait_listening()
+        await eventually(lambda: signals.listening)
         with signals.subscribed(heard.extend):
             await writer.submit_all([started("run_1"), started("run_2")])
             await writer.submit(seen("run_1", RunStatus.RUNNING))
@@ -61,7 +61,7 @@ async def test_other_processes_are_reported(postgres_url: str) -> None:
         Signals(worker) as signals,
         open_writer(receiver) as writer,
     ):
-        await signals.wait_listening()
+        await eventually(lambda: signals.listening)
         await signals.wait_due(0)
         with signals.subscribed(heard.extend):
             await writer.submit_all([callback(run) for run in ids("run", 450)])
@@ -73,7 +73,7 @@ async def test_a_lost_connection_is_made_anew(postgres_url: str) -> None:
     """When the listening connection is cut it comes back, and whoever waits looks again."""
     resets: list[int] = []
     async with await Database.open(postgres_url) as db, Signals(db) as signals:
-        await signals.wait_listening()
+        await eventually(lambda: signals.listening)
         await signals.wait_due(0)
         with signals.subscribed(lambda run_ids: resets.append(len(run_ids))):
             cut = text(
@@ -113,7 +113,7 @@ async def test_nonsense_on_the_channel_is_ignored(postgres_url: str) -> None:
         Signals(db) as signals,
         open_writer(other) as writer,
     ):
-        await signals.wait_listening()
+        await eventually(lambda: signals.listening)
         with signals.subscribed(heard.extend):
             stranger = await asyncpg.connect(postgres_url)
             for payload in ("", "no json", "{}", "[1, 2]", "[]", '"x"'):

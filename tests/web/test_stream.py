@@ -141,7 +141,7 @@ async def test_changes_of_other_processes_are_sent(database_url: str, serve: Ser
         "asyncio.run(main())\n"
     )
     async with serve(database_url) as site, site.services.signals:
-        await site.services.signals.wait_listening()
+        await eventually(lambda: site.services.signals.listening)
         async with following(site.client) as events:
             other = await asyncio.create_subprocess_exec(
                 sys.executable, "-c", program, database_url, stderr=subprocess.PIPE
@@ -154,7 +154,7 @@ async def test_changes_of_other_processes_are_sent(database_url: str, serve: Ser
 async def test_a_reader_resumes_at_another_process(postgres_url: str, serve: Serve) -> None:
     """The other process sends what the first one has not sent, and nothing twice."""
     async with serve(postgres_url) as one, serve(postgres_url) as two, two.services.signals:
-        await two.services.signals.wait_listening()
+        await eventually(lambda: two.services.signals.listening)
         async with following(one.client) as events:
             await one.services.writer.submit(seen("run_1"))
             await events.next()

@@ -32,7 +32,7 @@ async def test_a_swallowed_notification_costs_a_tick(
     ):
         # Nobody listens to what seems to be his own word.
         receiver.origin = services.database.origin
-        await deaf.wait_listening()
+        await eventually(lambda: deaf.listening)
         await deaf.wait_due(0)
         await eventually(lambda: swept(services))
         run = flora.start()

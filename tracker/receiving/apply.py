@@ -212,7 +212,7 @@ class Applier:
                 self._woken.set()
                 raise
             except Exception:
-                # Without this task nothing is applied: it goes on, whatever happens.
+                # Without this task nothing is applied: it goes on after any error.
                 log.exception("inbox.failed")
                 await asyncio.sleep(RETRY_SECONDS[1])
                 continue
@@ -245,7 +245,7 @@ class Applier:
         if self._database.dialect == "sqlite" or now - self._notified_at < NOTIFY_SECONDS:
             return
         self._notified_at = now
-        with suppress(StoreError):  # they check every second anyhow
+        with suppress(StoreError):  # they check every second
             origin = self._database.origin
             await self._database.send("SELECT pg_notify($1, $2)", (INBOX, origin))
 

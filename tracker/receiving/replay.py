@@ -43,7 +43,7 @@ class UnknownDelivery(TrackerError):
 class Replay:
     """The result of a replay.
 
-    `already` tells that the delivery had been applied before, so that nothing was done. `reason` is
+    `already` is true if the delivery had been applied before, so that nothing was done. `reason` is
     why, or why it is still quarantined.
     """
 

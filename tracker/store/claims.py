@@ -241,7 +241,7 @@ async def list_positions(
 ) -> Mapping[str, int]:
     """The positions of runs in FLORA's list of technique runs, newest first, counted from 1.
 
-    FLORA's pages are read one after the other, so that the position tells how many have to be read.
+    FLORA's pages are read one after the other, so the position is how many items have to be read.
     Runs that are not `among` the newest of all workspaces are left out.
     """
     newest = (

@@ -63,16 +63,16 @@ class ServerClock:
                 log.warning("clock.server_jumped", seconds=seconds)
             self._start = start
 
-    async def keep(self) -> None:
-        """Ask again and again. While the server does not answer, the last answer is used."""
+    async def keep(self, ask_every: float) -> None:
+        """Ask every `ask_every` seconds; while there is no answer, the last one is used."""
         while True:
-            await asyncio.sleep(ASK_EVERY)
+            await asyncio.sleep(ask_every)
             with suppress(StoreError):
                 await self.ask()
 
 
 @asynccontextmanager
-async def shared_clock(db: Database) -> AsyncIterator[Clock]:
+async def shared_clock(db: Database, *, ask_every: float = ASK_EVERY) -> AsyncIterator[Clock]:
     """The clock shared by all processes on `db`, for as long as the block lasts.
 
     SQLite is used on one machine, whose clock it is. Raises `StoreUnavailable`.
@@ -85,7 +85,7 @@ async def shared_clock(db: Database) -> AsyncIterator[Clock]:
     off = utc_now() - clock()
     if abs(off) > LOGGED_FROM:
         log.warning("clock.off", seconds=round(off.total_seconds(), 1))
-    keeping = asyncio.create_task(clock.keep(), name="server-clock")
+    keeping = asyncio.create_task(clock.keep(ask_every), name="server-clock")
     try:
         yield clock
     finally:

@@ -52,7 +52,7 @@ class Step:
 class Copied:
     """The result: the number of rows of each table, and of those `compared` column by column.
 
-    `migrated` tells that the target had no tables before.
+    `migrated` is true if the target had no tables before.
     """
 
     revision: str

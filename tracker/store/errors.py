@@ -1,6 +1,6 @@
 """Errors of drivers and of SQLAlchemy become the tracker's own here, and nowhere else.
 
-They are told apart by the code of the database (SQLSTATE, SQLite's result code), never by wording,
+The code of the database (SQLSTATE, SQLite's result code) distinguishes them, never the wording,
 except where SQLite has one code for several errors.
 """
 

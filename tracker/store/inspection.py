@@ -111,7 +111,7 @@ class PostgresInspection:
 
     `major` is the first number of `version`. `refuses_writes` is why no row can be written,
     `lacking` names the tables that this role may not read and change. `connections` of
-    `most_connections` are in use, `own` of them by the tracker. `notifies` tells whether a
+    `most_connections` are in use, `own` of them by the tracker. `notifies` is whether a
     notification arrives. `clock_ahead` is the server's clock minus ours, `size` is in bytes on
     disk.
     """

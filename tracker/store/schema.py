@@ -161,7 +161,7 @@ runs: Final = Table(
     Column("technique_name", CleanText),
     Column("status", CleanText, nullable=False),
     Column("progress", Double, nullable=False),
-    # FLORA's time, else when the run was first seen; the next column tells which.
+    # FLORA's time, else when the run was first seen; see the next column.
     Column("created_at", UtcDateTime, nullable=False),
     Column("created_at_known", Boolean, nullable=False),
     Column("started_at", UtcDateTime),

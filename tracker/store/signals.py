@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 ALIVE_SECONDS: Final = 20.0
 """How often the listening connection is checked."""
 RETRY_SECONDS: Final = (0.2, 5.0)
-"""The first and the longest wait before it is made again."""
 
 # The channels of PostgreSQL. Every payload names the `Database.origin` that sent it, so that a
 # process can ignore its own.
@@ -78,15 +77,17 @@ class Signals:
     """Wakes the worker and the stream. `committed` is a hook of the writer.
 
     Listens to other processes as well within `async with Signals(database) as signals`.
+    `retry_seconds` are the first and the longest wait before a lost connection is made again.
     """
 
-    def __init__(self, db: Database) -> None:
+    def __init__(self, db: Database, *, retry_seconds: tuple[float, float] = RETRY_SECONDS) -> None:
         self._db = db
+        self._retry_seconds = retry_seconds
         self._due = asyncio.Event()
         self._listeners: set[Listener] = set()
         self._on_inbox: Callable[[], None] = lambda: None
         self._task: asyncio.Task[None] | None = None
-        self._listening = asyncio.Event()
+        self._listening = False
 
     async def __aenter__(self) -> Self:
         if self._db.dialect == "postgresql":
@@ -106,12 +107,7 @@ class Signals:
     @property
     def listening(self) -> bool:
         """Whether signals of other processes arrive now; on SQLite there are none."""
-        return self._db.dialect == "sqlite" or self._listening.is_set()
-
-    async def wait_listening(self) -> None:
-        """Return as soon as signals of other processes arrive."""
-        if self._db.dialect == "postgresql":
-            await self._listening.wait()
+        return self._db.dialect == "sqlite" or self._listening
 
     async def wait_due(self, timeout: float) -> bool:
         """Wait until a poll is brought forward, at most `timeout` seconds; whether one was.
@@ -147,7 +143,7 @@ class Signals:
             listener(run_ids)
 
     async def _listen(self) -> None:
-        wait, longest = RETRY_SECONDS
+        wait, longest = self._retry_seconds
         is_reported = False
         while True:
             listened = False
@@ -156,8 +152,7 @@ class Signals:
                 try:
                     await self._listen_on(connection)
                 finally:
-                    listened = self._listening.is_set()
-                    self._listening.clear()
+                    listened, self._listening = self._listening, False
                     connection.terminate()
             except Exception as exc:
                 # Whatever the driver raises in a handshake: without this task no signal arrives.
@@ -166,7 +161,7 @@ class Signals:
                 is_reported = True
             else:
                 is_reported = False
-            wait = RETRY_SECONDS[0] if listened else min(wait * 2, longest)
+            wait = self._retry_seconds[0] if listened else min(wait * 2, longest)
             await asyncio.sleep(wait)
 
     async def _listen_on(self, connection: Any) -> None:
@@ -174,7 +169,7 @@ class Signals:
         connection.add_termination_listener(lambda _: lost.set())
         for channel in (DUE, RUNS, INBOX):
             await connection.add_listener(channel, self._on_notification)
-        self._listening.set()
+        self._listening = True
         # Signals were missed while nothing listened.
         self._due.set()
         self._publish(())

@@ -31,7 +31,7 @@ class Stored(NamedTuple):
     """A delivery that is on disk.
 
     `delivery_id` differs from the delivery's own id if another body is stored under that.
-    `repeated` tells that it was stored before, so that only its receipts changed.
+    `repeated` is true if it was stored before, so that only its receipts changed.
     """
 
     delivery_id: str
@@ -125,7 +125,7 @@ NO_CHANGE: Final = WriteOutcome([], due=False, changed_runs=[])
 @dataclass(frozen=True, slots=True)
 class ApplyResult:
     """What applying a group did: how many deliveries it took, which were quarantined and why, and
-    what changed in runs. `more` tells that others may be waiting."""
+    what changed in runs. `more` is true if others may be waiting."""
 
     taken: int
     more: bool

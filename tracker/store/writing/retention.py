@@ -8,9 +8,9 @@ Keys stay: the key and the fingerprint of a start, the rows of a batch, so that 
 paid for is started again by mistake; unless an age is given for keys, and even then those of
 batches stay.
 
-FLORA's lists show a removed run for as long as FLORA keeps it, and only its age tells it from a run
-that was never known. So the transaction that removes runs notes the newest of them, by FLORA's time
-of creation, for each workspace.
+FLORA's lists show a removed run for as long as FLORA keeps it, and only its age distinguishes it
+from a run that was never known. So the transaction that removes runs notes the newest of them, by
+FLORA's time of creation, for each workspace.
 """
 
 from collections import Counter
@@ -253,7 +253,7 @@ def delete_runs(connection: Connection, keys: Sequence[Key], before: datetime) -
 async def old_bodies(db: Database, before: datetime, *, after: Key | None, limit: int) -> PrunePage:
     """Applied deliveries received before that time that still have their body, from the mark on."""
     since = (await marks(db, "bodies")).get("")
-    return await _old_deliveries(db, before, _HAS_BODY, after=after, since=since, limit=limit)
+    return await _old_deliveries(db, _HAS_BODY, before, after, limit, since)
 
 
 def empty_bodies(connection: Connection, keys: Sequence[Key], at: datetime) -> Counts:
@@ -286,10 +286,10 @@ def _bodies_emptied_until(connection: Connection, at: datetime) -> datetime:
 
 
 async def orphaned_deliveries(
-    db: Database, before: datetime, *, after: Key | None, limit: int
+    db: Database, before: datetime, after: Key | None, limit: int
 ) -> PrunePage:
     """Applied deliveries last received before that time whose run is gone."""
-    page = await _old_deliveries(db, before, _applied_before(before), after=after, limit=limit)
+    page = await _old_deliveries(db, _applied_before(before), before, after, limit)
     # A query of its own, so that the planner never reads all runs for one page.
     about = select(deliveries.c.delivery_id).join(runs, runs.c.run_id == deliveries.c.run_id)
     async with db.read() as connection:
@@ -297,12 +297,10 @@ async def orphaned_deliveries(
     return PrunePage([key for key in page.found if key.id not in needed], page.end)
 
 
-async def quarantined(
-    db: Database, before: datetime, *, after: Key | None, limit: int
-) -> PrunePage:
+async def quarantined(db: Database, before: datetime, after: Key | None, limit: int) -> PrunePage:
     """Quarantined deliveries last received before that time."""
     statement = select(deliveries.c.received_at, deliveries.c.delivery_id).where(
-        _quarantined_before(before), deliveries.c.received_at < before
+        _last_received("quarantined", before), deliveries.c.received_at < before
     )
     rows, end = await _next_page(db, statement, after, limit)
     return PrunePage([Key(*row) for row in rows], end)
@@ -315,11 +313,11 @@ def delete_orphaned(connection: Connection, keys: Sequence[Key], before: datetim
 
 def delete_quarantined(connection: Connection, keys: Sequence[Key], before: datetime) -> Counts:
     """The same for quarantined deliveries."""
-    return _delete_deliveries(connection, and_(_among(keys), _quarantined_before(before)))
+    return _delete_deliveries(connection, and_(_among(keys), _last_received("quarantined", before)))
 
 
 async def old_start_keys(
-    db: Database, before: datetime, *, after: Key | None, limit: int
+    db: Database, before: datetime, after: Key | None, limit: int
 ) -> PrunePage:
     """Starts from before that time that were refused, or whose run is gone.
 
@@ -403,7 +401,7 @@ def delete_sweeps(connection: Connection, keys: Sequence[Key]) -> Counts:
     return Counts(sweeps=connection.execute(statement).rowcount)
 
 
-async def old_audit(db: Database, before: datetime, *, after: Key | None, limit: int) -> PrunePage:
+async def old_audit(db: Database, before: datetime, after: Key | None, limit: int) -> PrunePage:
     """Entries of the audit log from before that time."""
     statement = select(audit.c.at, audit.c.id).where(audit.c.at < before)
     rows, end = await _next_page(db, statement, after, limit)
@@ -439,18 +437,17 @@ def _applied_for(run_ids: Sequence[str], before: datetime) -> ColumnElement[bool
 
 
 def _applied_before(before: datetime) -> ColumnElement[bool]:
-    return and_(deliveries.c.outcome == word("applied"), deliveries.c.last_received_at < before)
+    return _last_received("applied", before)
 
 
-def _quarantined_before(before: datetime) -> ColumnElement[bool]:
-    return and_(deliveries.c.outcome == word("quarantined"), deliveries.c.last_received_at < before)
+def _last_received(outcome: str, before: datetime) -> ColumnElement[bool]:
+    return and_(deliveries.c.outcome == word(outcome), deliveries.c.last_received_at < before)
 
 
 async def _old_deliveries(
     db: Database,
-    before: datetime,
     doomed: ColumnElement[bool],
-    *,
+    before: datetime,
     after: Key | None,
     limit: int,
     since: datetime | None = None,

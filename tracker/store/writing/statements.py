@@ -12,11 +12,13 @@ from typing import Any, Final
 from sqlalchemy import (
     Connection,
     Integer,
+    Update,
     bindparam,
     case,
     delete,
     func,
     null,
+    or_,
     select,
     update,
 )
@@ -25,7 +27,7 @@ from tracker.core.record import Delivery, Record
 from tracker.core.rollup import Key
 from tracker.store.engine import Database
 from tracker.store.rows import RUN_COLUMNS, ids_with_outputs, outputs_by_run, with_outputs
-from tracker.store.schema import deliveries, run_outputs, runs, word
+from tracker.store.schema import deliveries, run_outputs, runs, starts, word
 from tracker.store.writing import retention
 
 EVENT_COLUMNS: Final = ("run_id", "at", "source", "status", "progress", "detail")
@@ -201,6 +203,29 @@ def _with_bodies(connection: Connection, rows: Sequence[Any]) -> list[Delivery]:
         )
         if body is not None or delivery_id in bodies
     ]
+
+
+def close_starts(slot: Any, key: Any, run: Any, shown: Any, others: Any) -> Update:
+    """Starts that became runs, with the values of `STARTED_COLUMNS`: each keeps its first run, and
+    no longer reserves the runs that appeared."""
+    is_started = starts.c.state == "started"
+    return (
+        update(starts)
+        .where(
+            starts.c.workspace_slot == slot,
+            starts.c.idempotency_key == key,
+            or_(~is_started, shown > 0),
+        )
+        .values(
+            state="started",
+            run_id=func.coalesce(starts.c.run_id, run),
+            reserved_runs=starts.c.reserved_runs - case((is_started, shown), else_=others),
+            error=null(),
+            request_body=null(),
+            lease_until=null(),
+            lease_holder=null(),
+        )
+    )
 
 
 _QUARANTINE: Final = (

@@ -22,12 +22,9 @@ from sqlalchemy import (
     TypeDecorator,
     any_,
     bindparam,
-    case,
     cast,
     column,
     func,
-    null,
-    or_,
     select,
     update,
 )
@@ -37,7 +34,7 @@ from sqlalchemy.sql.selectable import TableValuedAlias
 from tracker.store.engine import Database
 from tracker.store.errors import WriteConflict
 from tracker.store.rows import RUN_COLUMNS, run_row
-from tracker.store.schema import run_events, run_outputs, run_tally_changes, runs, starts
+from tracker.store.schema import run_events, run_outputs, run_tally_changes, runs
 from tracker.store.signals import DUE, run_notices
 from tracker.store.writing.statements import (
     EVENT_COLUMNS,
@@ -48,6 +45,7 @@ from tracker.store.writing.statements import (
     Receipt,
     Rows,
     Statements,
+    close_starts,
 )
 
 
@@ -117,24 +115,7 @@ def _close_starts() -> Any:
     started = _incoming(
         "started", [*texts, *(Column(name, Integer()) for name in STARTED_COLUMNS[3:])]
     )
-    return (
-        update(starts)
-        .where(
-            starts.c.workspace_slot == started.c.slot,
-            starts.c.idempotency_key == started.c.key,
-            or_(starts.c.state != "started", started.c.shown > 0),
-        )
-        .values(
-            state="started",
-            run_id=func.coalesce(starts.c.run_id, started.c.run),
-            reserved_runs=starts.c.reserved_runs
-            - case((starts.c.state == "started", started.c.shown), else_=started.c.others),
-            error=null(),
-            request_body=null(),
-            lease_until=null(),
-            lease_holder=null(),
-        )
-    )
+    return close_starts(*started.c)
 
 
 WRITE: Final = _write()

@@ -16,9 +16,7 @@ from sqlalchemy import (
     Connection,
     Text,
     bindparam,
-    case,
     func,
-    or_,
     select,
     update,
 )
@@ -34,7 +32,6 @@ from tracker.store.schema import (
     run_outputs,
     run_tally_changes,
     runs,
-    starts,
 )
 from tracker.store.text import dump_json
 from tracker.store.writing.statements import (
@@ -46,6 +43,7 @@ from tracker.store.writing.statements import (
     Receipt,
     Rows,
     Statements,
+    close_starts,
 )
 
 _GROUP_SIZES: Final = (64, 16, 4, 1)
@@ -59,7 +57,7 @@ def _is_any_of(of: Any, parameter: str) -> Any:
 
 
 class RowInsert:
-    """An insert of any number of rows, given as columns of the driver's own types.
+    """An insert of any number of rows, whose columns are in the order of the table.
 
     After each statement the driver asks for Python's lock again, for which it may wait while other
     threads compute. So rows go in groups of a few fixed sizes, each of which is prepared once.
@@ -145,24 +143,7 @@ INSERT_ROLLUPS: Final = RowInsert(
 INSERT_OUTPUTS: Final = RowInsert(
     insert(run_outputs), [run_outputs.c[name] for name in OUTPUT_COLUMNS]
 )
-CLOSE_STARTS: Final = (
-    update(starts)
-    .where(
-        starts.c.workspace_slot == bindparam("slot"),
-        starts.c.idempotency_key == bindparam("key"),
-        or_(starts.c.state != "started", bindparam("shown") > 0),
-    )
-    .values(
-        state="started",
-        run_id=func.coalesce(starts.c.run_id, bindparam("run")),
-        reserved_runs=starts.c.reserved_runs
-        - case((starts.c.state == "started", bindparam("shown")), else_=bindparam("others")),
-        error=None,
-        request_body=None,
-        lease_until=None,
-        lease_holder=None,
-    )
-)
+CLOSE_STARTS: Final = close_starts(*(bindparam(name) for name in STARTED_COLUMNS))
 
 _DELIVERY_COLUMNS: Final = [
     deliveries.c[name]

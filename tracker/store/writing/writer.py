@@ -46,7 +46,7 @@ class WriteResult:
 class WriteOutcome:
     """What a write batch did: the result of each entry, in order, and the sum.
 
-    `due` tells that a poll was brought forward, `requeued` that quarantined deliveries wait again.
+    `due` is true if a poll was brought forward, `requeued` if quarantined deliveries wait again.
     """
 
     results: list[WriteResult]
