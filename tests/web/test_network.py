@@ -16,7 +16,7 @@ from tests.support.waiting import eventually
 from tests.web.callbacks import PATH, event, signature, signed
 from tests.web.conftest import Serve, Site
 from tests.web.serving import Answer, Wire, chunk, post, serving, wire
-from tracker.web.http import connection as connection_limit
+from tracker.web.http import connection as connections
 from tracker.web.http.limits import Limits
 
 SECRET = "whsec_simulator"  # of the processes of `tests.e2e`
@@ -489,7 +489,7 @@ async def test_a_client_that_does_not_read_its_answers_gives_way(more: str) -> N
 
 async def test_with_few_files_some_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that may open no more than 256 files serves as many as it can."""
-    monkeypatch.setattr(connection_limit, "_open_files", lambda _: 256)
+    monkeypatch.setattr(connections, "_open_files", lambda _: 256)
     async with serving(_hello) as base_url, wire(base_url) as connection:
         await connection.send(GET, b"\r\n")
         assert (await connection.answer()).status == 200

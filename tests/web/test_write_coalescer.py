@@ -49,9 +49,9 @@ def test_events_for_a_disconnected_reader_are_dropped() -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             transport, _ = await loop.create_connection(asyncio.Protocol, sock=ours)
-            writer_ = WriteCoalescer(transport, loop)
+            coalescer = WriteCoalescer(transport, loop)
             transport.abort()
-            writer_.write(b"HTTP/1.1 200 OK\r\n\r\n")
+            coalescer.write(b"HTTP/1.1 200 OK\r\n\r\n")
             for _ in range(3):
                 await asyncio.sleep(0)
 

@@ -9,5 +9,5 @@
     auth.py       access control; sessions.py, signed-in browsers
     http/         the server, and its limits on clients
 
-Nothing is decided here: a request is checked, a service is called, and its result is shown.
+Nothing is decided here: a request is checked, a service is called, and its result is returned.
 """

@@ -81,8 +81,7 @@ class Callbacks:
             failed = unavailable("The callback could not be stored.")  # FLORA's retry may be
             raise self._refused("not storable", failed, error) from error
         except SignatureError as error:
-            # The sender is told no more than this: a missing header points at a proxy that strips
-            # it.
+            # No more details for the sender; "missing" points at a proxy that strips the header.
             words = "missing" if error.reason == "missing" else "wrong"
             forged = Fault(401, "unauthorized", f"The signature is {words}.")
             reason = "test_delivery" if event == TEST_DELIVERY else error.reason

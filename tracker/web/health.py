@@ -19,7 +19,7 @@ from tracker.web.http.responses import Json, unavailable
 
 
 class Health:
-    """`/healthz` and `/readyz`. Without `access` nobody is shown details."""
+    """`/healthz` and `/readyz`. Without `access` there are no details."""
 
     def __init__(self, services: Services, access: AccessControl | None, *, limits: Limits) -> None:
         self._services = services
@@ -39,8 +39,8 @@ class Health:
         """200 if the database answers and its schema is current, else 503 and a short reason.
 
         A refused API key or an unreachable FLORA does not make the service unready, because
-        callbacks are still received. They are shown beside the status for a valid token, or for
-        local requests if no token is set.
+        callbacks are still received. With a valid token, or locally if no token is set, the
+        response names them beside the status.
         """
         # Anyone may ask, as often as they like: one query serves all who wait.
         if self._checking is None or self._checking.done():

@@ -33,7 +33,7 @@ _MESSAGES: Final = {
     _NO_NUL: "must not contain NUL characters",
     _KEY: "must be printable ASCII characters without spaces at the ends",
 }
-"""What a field that does not match a pattern is told."""
+"""Messages for fields that do not match a pattern."""
 
 
 def validate(model: type[M], values: Any) -> M:

@@ -1,7 +1,7 @@
 """What all responses have in common: a request id, default headers, and one shape of errors.
 
 Errors become responses in `ResponseMiddleware` and nowhere else, wherever on the HTTP side they are
-raised. An unexpected one is logged under an error id, which is all that the client is told.
+raised. An unexpected one is logged under an error id, which is all that the client sees.
 
 Each request has an id: the `X-Request-Id` of the proxy in front, or a new one. The response has it
 as a header, and every log line of the request as `request_id`.
@@ -159,9 +159,8 @@ def _headers(own: Iterable[tuple[bytes, bytes]], scope: Scope) -> list[tuple[byt
 class DeadlineMiddleware:
     """Raises `Fault` 503 if the response to a read has not started within `seconds`.
 
-    A page asks the database for several things, one after the other, and a database in trouble
-    takes its time for each. Requests that change something have time limits of their own; a stream
-    has no end.
+    A page needs several queries, one after the other, and a database in trouble is slow for each.
+    Requests that change something have time limits of their own; a stream has no end.
     """
 
     def __init__(self, app: ASGIApp, *, seconds: float) -> None:
