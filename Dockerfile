@@ -1,11 +1,11 @@
-# One image for every part: `serve` (the default), `worker`, `reconcile`, `db upgrade`, `doctor` …
-# Nothing is built in the result, it does not run as root, and it needs no writable file system but
-# /data, where the SQLite file lives unless TRACKER_DATABASE_URL names a PostgreSQL.
+# One image for all commands: `serve` (the default), `worker`, `reconcile`, `db upgrade`, `doctor` …
+# It contains no build tools, does not run as root, and needs no writable file system except /data, for
+# the SQLite file, unless TRACKER_DATABASE_URL is a PostgreSQL.
 
 FROM python:3.13-slim AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
-# What changes seldom comes first: the locked dependencies are installed anew only with their lock.
+# Rarely changing layers come first: the dependencies are reinstalled only when their lock changes.
 COPY requirements/runtime.txt requirements/build.txt requirements/
 RUN python -m venv --without-pip /opt/tracker \
     && python -m venv /opt/build \
@@ -39,6 +39,6 @@ STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
     CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8080/healthz', timeout=4)"]
 ENTRYPOINT ["tracker"]
-# Everything on one port, which is reached from outside the container only with a token: set
-# TRACKER_API_TOKEN. With `--callbacks-port 8081` callbacks and health have a port of their own.
+# Everything on one port. Requests from outside the container need a token: set TRACKER_API_TOKEN. With
+# `--callbacks-port 8081` callbacks and health have a separate port.
 CMD ["serve", "--host", "0.0.0.0", "--port", "8080"]

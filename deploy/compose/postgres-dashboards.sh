@@ -1,6 +1,6 @@
 #!/bin/sh
-# Runs once, when the database is made: the role of docs/views.md that Grafana reads with. Tables and
-# views that migrations make later are readable to it as well.
+# Runs once, when the database is created: creates the read-only role of docs/views.md for Grafana. It
+# can also read tables and views that migrations create later.
 set -eu
 psql --set ON_ERROR_STOP=1 --set password="$(cat /run/secrets/dashboards_password)" \
     --username "$POSTGRES_USER" --dbname "$POSTGRES_DB" <<'SQL'
