@@ -44,7 +44,7 @@ def test_every_problem_of_a_csv_is_named() -> None:
     assert problems(sheet) == [
         (2, "", "the line has 3 cells, the header only 2"),
         (3, "b", "is not UTF-8: save the sheet as UTF-8"),
-        (5, "b", "holds a NUL character"),
+        (5, "b", "contains a NUL character"),
         (6, "", "the line is not CSV: unexpected end of data"),
     ]
 
@@ -95,7 +95,7 @@ def test_every_problem_of_json_lines_is_named() -> None:
         (3, "", "the line is not a JSON object"),
         (4, "", "the line is not JSON: Expecting value"),
         (5, "a", "holds half a character (a lone surrogate)"),
-        (6, "a", "holds a NUL character"),
+        (6, "a", "contains a NUL character"),
         (7, "", "the line is nested too deeply"),
     ]
 

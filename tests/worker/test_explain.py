@@ -94,7 +94,7 @@ async def test_a_start_and_its_callback(reached: Services, clock: HandClock) -> 
     assert "30 s after the run was first seen" in text_of(waiting, Kind.NEXT)
 
     clock.move(40)
-    assert "No callback for 40 s" in text_of(await explained(reached, run_id), Kind.CALLBACK)
+    assert "No callback after 40 s" in text_of(await explained(reached, run_id), Kind.CALLBACK)
 
     await call_back(reached, run_id)
     ended = await explained(reached, run_id)
@@ -211,7 +211,7 @@ async def test_a_callback_that_never_came(reached: Services, clock: HandClock) -
     clock.move(120)
     await reached.poller.poll_due()
     explanation = text_of(await explained(reached, run_id), Kind.CALLBACK)
-    assert explanation == "The callback never came. Nothing is lost: the end was found without it."
+    assert explanation == "The callback was missed. No results lost: another source showed the end."
 
 
 async def test_both_sides_of_a_contradiction_are_shown(reached: Services, clock: HandClock) -> None:

@@ -202,4 +202,4 @@ async def test_a_replay_of_what_retention_went_over_says_so(
         await services.pruner.prune(ages)
         told.append((await services.replayer.replay(f"whd_{run_id}")).reason)
     assert told[0] == APPLIED_BEFORE
-    assert told[1] == f"{APPLIED_BEFORE}; its run is not kept here any more"
+    assert told[1] == f"{APPLIED_BEFORE}; its run has been deleted"

@@ -113,9 +113,9 @@ def _callback(record: Record, policy: Policy, now: datetime) -> Iterator[Sentenc
             return
         text = "No callback was requested with the start."
     elif record.run.standing.ended:
-        text = "The callback never came. Nothing is lost: the end was found without it."
+        text = "The callback was missed. No results lost: another source showed the end."
     elif now > record.first_seen_at + policy.grace:
-        text = f"No callback for {duration(now - record.first_seen_at)}: the run is polled instead."
+        text = f"No callback after {duration(now - record.first_seen_at)}: the run is polled."
     else:
         text = "Waiting for the callback."
     yield Sentence(Kind.CALLBACK, text, source=Source.CALLBACK)
@@ -240,6 +240,6 @@ def _learned(poll: NextLook) -> str:
     if poll.callback_expected:
         return (
             f"95 % of its technique's runs end within {duration(known.p95)} (learned from {runs}), "
-            "and a callback takes a moment more"
+            "plus a margin for the callback"
         )
     return f"half of its technique's runs end within {duration(known.p50)} (learned from {runs})"

@@ -188,6 +188,6 @@ class RequestLimit:
             raise RateLimited(
                 status=429,
                 code="rate_limited",
-                message="FLORA's limit leaves no room for another request in time",
+                message="the request limit allows no further request in time",
                 retry_after=wait,
             )

@@ -104,12 +104,12 @@ class Replayer:
     async def _row(self, delivery_id: str) -> DeliveryRow:
         row = await get_delivery(self._database, delivery_id)
         if row is None:
-            raise UnknownDelivery(f"no delivery {delivery_id} is kept here")
+            raise UnknownDelivery(f"there is no delivery {delivery_id}")
         return row
 
     async def _applied_before(self, row: DeliveryRow) -> str:
         kept = row.run_id is None or await get_run(self._database, row.run_id)
-        return APPLIED_BEFORE if kept else f"{APPLIED_BEFORE}; its run is not kept here any more"
+        return APPLIED_BEFORE if kept else f"{APPLIED_BEFORE}; its run has been deleted"
 
     def _parse_again(self, row: DeliveryRow, body: bytes) -> Delivery:
         """The delivery as it is parsed now; its id may come from a header, which is not kept."""

@@ -164,7 +164,12 @@ def _read_text(path: Path) -> str:
 
 def _message(error: ErrorDetails, file: _File | None) -> str:
     """A validation error as a sentence: the variable or key, and what it must be."""
-    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    message = (
+        error["msg"]
+        .removeprefix("Value error, ")
+        .replace("Input should be", "must be")
+        .replace("Field required", "is missing")
+    )
     if not error["loc"]:
         return message
     key, *rest = error["loc"]

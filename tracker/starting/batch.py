@@ -117,7 +117,7 @@ class DefinitionChanged(TrackerError):
         rows = "1 row that was" if len(lines) == 1 else f"{len(lines)} rows that were"
         super().__init__(
             f"the columns are read differently than when the batch began: {'; '.join(parts)}. "
-            f"{rows} started would start anew ({spans(lines)}). "
+            f"{rows} started would start again ({spans(lines)}). "
             "Nothing was started; --accept-changes starts them"
         )
         self.new, self.gone, self.lines = tuple(new), tuple(gone), tuple(lines)

@@ -236,7 +236,7 @@ class BatchLaunch:
         await self._read_charges()
         cost = self._plan.cost_of(row)
         if cost is None:
-            self._stop(MaxCostReached("FLORA names no price, so --max-cost cannot be kept to"))
+            self._stop(MaxCostReached("FLORA shows no price, so --max-cost cannot be checked"))
             return False
         starting = [one for one in self._starting.values() if one is not row]
         reserved = [
@@ -247,7 +247,7 @@ class BatchLaunch:
             return True
         self._stop(
             MaxCostReached(
-                f"quotes and charges have come to ${committed:f}, and another row could pass "
+                f"quotes and charges are ${committed:f}, and another row could exceed "
                 f"--max-cost ${self._max_cost:f}"
             )
         )

@@ -93,8 +93,8 @@ class StartMatcher:
             self._storing[storing] = seen.run_id
             storing.add_done_callback(lambda done: self._storing.pop(done, None))
             raise StartNotStored(
-                f"FLORA started run {seen.run_id}, and the database could not keep it yet; it is "
-                "tried again",
+                f"FLORA started run {seen.run_id}, and the database could not store it yet; this "
+                "is retried",
                 run_id=seen.run_id,
             ) from error
 

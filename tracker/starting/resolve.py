@@ -56,7 +56,7 @@ class Resolver:
         rows = await starts.of_key(self.database, key)
         rows = [row for row in rows if workspace_id in (None, row.workspace_slot)]
         if not rows:
-            raise UnknownStart(f"no start with idempotency key {key!r} is kept here")
+            raise UnknownStart(f"there is no start with idempotency key {key!r}")
         if len(rows) > 1:
             message = "several workspaces have a start of this key, name one of them: "
             message += ", ".join(row.workspace_slot for row in rows)

@@ -196,7 +196,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _unfit(text: str) -> str | None:
     """Why a text cannot be sent or stored."""
     if "\0" in text:
-        return "holds a NUL character"
+        return "contains a NUL character"
     if any("\udc80" <= letter <= "\udcff" for letter in text):
         return "is not UTF-8: save the sheet as UTF-8"
     if any("\ud800" <= letter <= "\udfff" for letter in text):

@@ -126,8 +126,8 @@ def sqlite_migration_engine(url: DatabaseUrl, **options: Any) -> AsyncEngine:
     folder = Path(url.path).absolute().parent
     if not folder.is_dir():
         raise StoreUnavailable(
-            f"the database's file cannot be made: there is no directory {folder}; make it, or set "
-            "TRACKER_DATABASE_URL to another place"
+            f"the database file cannot be created: there is no directory {folder}; create it, or "
+            "set TRACKER_DATABASE_URL to another place"
         )
     address = URL.create("sqlite+aiosqlite", database=url.path)
     engine = create_async_engine(address, poolclass=NullPool, **options)

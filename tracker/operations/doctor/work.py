@@ -246,7 +246,7 @@ def _conflicts(run_ids: Sequence[str]) -> Finding:
 
 def _bills(count: int) -> Finding:
     if not count:
-        return ok("bills", "FLORA billed every run of the last 7 days, or may still do so.")
+        return ok("bills", "Every run of the last 7 days is billed, or its bill may still arrive.")
     return warning(
         "bills",
         f"FLORA never billed {count} runs of the last 7 days: their cost is not known, and totals "

@@ -77,5 +77,5 @@ def after(key: Sequence[ColumnElement[Any]], cursor: str | None) -> list[ColumnE
 
 def refusal() -> InvalidRequest:
     """The error for an invalid cursor."""
-    fault = FieldFault("cursor", "unknown cursor: start without one")
+    fault = FieldFault("cursor", "unknown; omit it to read from the newest entry")
     return InvalidRequest("the cursor is not valid", [fault])

@@ -120,7 +120,7 @@ def _exceeded(usage: Usage, cost: Decimal | None) -> BudgetExceeded:
     budget = usage.budget
     message = f"the budget {budget.name} has {_usd(usage.left)} of {_usd(budget.usd)} left"
     if cost is None:
-        message += ", and FLORA names no price for this technique, so it cannot be kept to"
+        message += ", and FLORA shows no price for this technique, so it cannot be checked"
     else:
         message += f", and this start costs {_usd(cost)}"
     if usage.renews_at is not None:

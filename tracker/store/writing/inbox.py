@@ -233,6 +233,6 @@ def _owner_conflict(
     if record.run.workspace_is_claimed:
         return (
             f"its run was first claimed for workspace {owner}, but {signed_by}; it is applied when "
-            "FLORA shows the run to the key of the latter"
+            f"FLORA shows the run to the key of {seen.workspace_id}"
         ), True
     return f"its run is of workspace {owner}, but {signed_by}", False

@@ -110,8 +110,7 @@ def alerts(
     if counts.quarantined:
         warn(
             f"{_are(counts.quarantined, 'callback')} quarantined.",
-            "FLORA signed them, but they were not understood. See the reason, and replay them "
-            "when it is fixed.",
+            "FLORA signed them, but they were not understood. Fix the cause, then replay them.",
             "/deliveries?outcome=quarantined",
             "Show callbacks",
         )

@@ -157,10 +157,9 @@ def listen(host: str, port: int, *, local_only: bool) -> Iterator[list[socket.so
         for family, address in _addresses(host, port):
             if local_only and not is_loopback(address):
                 raise SettingsError(
-                    "TRACKER_API_TOKEN is not set, so only this machine may be served, and "
-                    f"{host or 'every address'} is reached from others: set TRACKER_API_TOKEN, or "
-                    "serve on 127.0.0.1 (callbacks alone may be served anywhere: see "
-                    "--callbacks-only and --callbacks-port)"
+                    "TRACKER_API_TOKEN is not set, but other machines can reach "
+                    f"{host or 'every address'}: set TRACKER_API_TOKEN, or serve on 127.0.0.1 "
+                    "(callbacks alone need no token: see --callbacks-only and --callbacks-port)"
                 )
             chosen = sockets[0].getsockname()[1] if sockets else port
             if (listener := _bind(family, address, chosen)) is not None:
