@@ -174,7 +174,7 @@ def test_types_come_from_the_definition() -> None:
         an_input("nose", "", "y"),
     ]
     assert typed([], [("a", "text", "x")]) == [an_input("a", "text", "x")]
-    with pytest.raises(InvalidRequest) as refused:
+    with pytest.raises(InvalidRequest, match="the type has to be given") as refused:
         typed([], [("a", "text", "x"), ("b", None, "y")])
     assert [fault.field for fault in refused.value.fields] == ["inputs.1.type"]
 

@@ -113,7 +113,7 @@ def typed(
     types = {port.id: port.type for port in ports}
     values = list(values)
     if not ports and (untyped := [n for n, (_, type_, _) in enumerate(values) if type_ is None]):
-        message = "the technique's definition names no inputs, so the type has to be values"
+        message = "the technique's definition names no inputs, so the type has to be given"
         raise InvalidRequest(message, [FieldFault(f"inputs.{n}.type", message) for n in untyped])
     return [
         {"id": input_id, "type": type_ or types.get(input_id, ""), "value": value}
