@@ -8,14 +8,14 @@ UNKNOWN: Final = "unknown"
 
 
 def money(value: Decimal | float | None) -> str:
-    """USD to the cent, with more digits only where there are any: `$0.25`, `$0.0125`."""
+    """USD to the cent, with up to nine digits where there are any: `$0.25`, `$0.0125`."""
     if value is None:
         return UNKNOWN
     exact = Decimal(str(value))
     cents = exact.quantize(Decimal("0.01"))
     if exact == cents:
         return f"${cents:,}"
-    return f"${exact.quantize(Decimal('0.000001')).normalize():,f}"
+    return f"${exact.quantize(Decimal('0.000000001')).normalize():,f}"
 
 
 def number(value: int | float | None) -> str:
