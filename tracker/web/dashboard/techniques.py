@@ -61,9 +61,9 @@ class TechniquePages(PageGroup):
         if usable:
             row = await techniques.get(database, technique_id)
             row = row or await techniques.by_slug(database, technique_id)
-            known, _ = await read.list_runs(database, technique_id=technique_id, limit=1)
-            if row is None and known:
-                row = TechniqueRow(technique_id=technique_id, name=technique_id)
+            if row is None:
+                known, _ = await read.list_runs(database, technique_id=technique_id, limit=1)
+                row = TechniqueRow(technique_id=technique_id, name=technique_id) if known else None
         if row is None:
             raise not_found(
                 f"Technique {technique_id} is not in the catalogue. The command tracker techniques "
