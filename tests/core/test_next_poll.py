@@ -1,4 +1,4 @@
-"""Why the next look is when it is: the schedule's own decisions, read back."""
+"""PollReason the next look is when it is: the schedule's own decisions, read back."""
 
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.core.strategies import START
-from tracker.core.next_poll import NextLook, Why, next_look
+from tracker.core.next_poll import NextPoll, PollReason, next_poll
 from tracker.core.observation import Source
 from tracker.core.record import Record
 from tracker.core.run import Details, Run, Standing
@@ -46,38 +46,38 @@ def scheduled(one: Record, *, now: datetime = START, known: Durations | None = N
 @pytest.mark.parametrize(
     ("expected", "known", "why", "wait", "bounded"),
     [
-        (True, None, Why.GRACE, 30, False),
-        (True, FEW, Why.GRACE, 30, False),
-        (True, KNOWN, Why.LEARNED_GRACE, 25, False),
-        (True, SLOW, Why.LEARNED_GRACE, 300, True),
-        (False, None, Why.INTERVAL, 5, False),
-        (False, KNOWN, Why.LEARNED_INTERVAL, 8, False),
-        (False, SLOW, Why.LEARNED_INTERVAL, 50, True),
+        (True, None, PollReason.GRACE, 30, False),
+        (True, FEW, PollReason.GRACE, 30, False),
+        (True, KNOWN, PollReason.LEARNED_GRACE, 25, False),
+        (True, SLOW, PollReason.LEARNED_GRACE, 300, True),
+        (False, None, PollReason.INTERVAL, 5, False),
+        (False, KNOWN, PollReason.LEARNED_INTERVAL, 8, False),
+        (False, SLOW, PollReason.LEARNED_INTERVAL, 50, True),
     ],
 )
 def test_the_first_poll_is_explained(
-    expected: bool, known: Durations | None, why: Why, wait: float, bounded: bool
+    expected: bool, known: Durations | None, why: PollReason, wait: float, bounded: bool
 ) -> None:
     """Grace or interval, by the settings or by what was learned, and how far that may go."""
     one = scheduled(record(callback_expected=expected), known=known)
-    look = next_look(one, policy=POLICY, durations=known)
+    look = next_poll(one, policy=POLICY, durations=known)
     assert (look.why, look.wait, look.bounded) == (why, timedelta(seconds=wait), bounded)
     assert look.since == START
-    learned = why in (Why.LEARNED_GRACE, Why.LEARNED_INTERVAL)
+    learned = why in (PollReason.LEARNED_GRACE, PollReason.LEARNED_INTERVAL)
     assert look.durations == (known if learned else None)
 
 
 def test_what_was_learned_since_does_not_explain_an_older_decision() -> None:
     """A look that the settings gave stays theirs after durations have become known."""
     one = scheduled(record(callback_expected=True))
-    assert next_look(one, policy=POLICY, durations=KNOWN).why is Why.GRACE
+    assert next_poll(one, policy=POLICY, durations=KNOWN).why is PollReason.GRACE
 
 
 def test_another_decision_is_reported_as_such() -> None:
     """Where neither the settings nor the durations of now give the moment, nothing is made up."""
     one = scheduled(record(callback_expected=True), known=SLOW)
-    look = next_look(one, policy=POLICY, durations=KNOWN)
-    assert (look.why, look.wait) == (Why.BEFORE, timedelta(seconds=300))
+    look = next_poll(one, policy=POLICY, durations=KNOWN)
+    assert (look.why, look.wait) == (PollReason.BEFORE, timedelta(seconds=300))
 
 
 @pytest.mark.parametrize(
@@ -111,9 +111,9 @@ def test_polls_are_put_off_until_the_end_may_be_expected(
         durations=known,
     )
     assert at == START + timedelta(seconds=wait)
-    look = next_look(replace(one, next_check_at=at), policy=policy, durations=known)
+    look = next_poll(replace(one, next_check_at=at), policy=policy, durations=known)
     assert (look.why, look.wait, look.bounded) == (
-        Why.LEARNED_WAIT,
+        PollReason.LEARNED_WAIT,
         timedelta(seconds=wait),
         bounded,
     )
@@ -152,8 +152,8 @@ def test_a_doubled_wait_is_taken_apart(looks: int, run_id: str) -> None:
     """Of the k-th wait it is told since when it runs, and what the jitter took off."""
     now = START + timedelta(minutes=5)
     one = scheduled(record(run=Run(run_id=run_id), looks=looks), now=now)
-    look = next_look(one, policy=POLICY, durations=KNOWN)
-    assert (look.why, look.number, look.since) == (Why.WAIT, looks, now)
+    look = next_poll(one, policy=POLICY, durations=KNOWN)
+    assert (look.why, look.number, look.since) == (PollReason.WAIT, looks, now)
     assert look.wait == wait_after(POLICY, run_id, looks)
     whole = (look.wait or timedelta()) + (look.jitter or timedelta())
     assert whole == min(POLICY.interval * 2 ** (looks - 1), POLICY.interval_max)
@@ -163,18 +163,20 @@ def test_an_end_without_details_is_due_at_once() -> None:
     """What a callback ended is read for its details."""
     run = Run(run_id="run_1", standing=Standing.CALLBACK_COMPLETED)
     now = START + timedelta(seconds=9)
-    look = next_look(scheduled(record(run=run), now=now), policy=POLICY, durations=None)
-    assert (look.why, look.at) == (Why.ENDED, now)
+    look = next_poll(scheduled(record(run=run), now=now), policy=POLICY, durations=None)
+    assert (look.why, look.at) == (PollReason.ENDED, now)
 
 
 def test_what_someone_asked_for_is_due_at_once() -> None:
     """A run that is tracked by its id is read now."""
     one = record(source=Source.TRACK, next_check_at=START)
-    assert next_look(one, policy=POLICY, durations=None).why is Why.ASKED
+    assert next_poll(one, policy=POLICY, durations=None).why is PollReason.ASKED
 
 
 def test_nothing_is_due_where_nothing_is_left_to_read() -> None:
     """Settled and lost runs are not looked at."""
     run = Run(run_id="run_1", standing=Standing.COMPLETED, details=Details.READ)
-    assert next_look(record(run=run), policy=POLICY, durations=None) == NextLook(why=Why.SETTLED)
-    assert next_look(record(lost=True), policy=POLICY, durations=None).why is Why.LOST
+    assert next_poll(record(run=run), policy=POLICY, durations=None) == NextPoll(
+        why=PollReason.SETTLED
+    )
+    assert next_poll(record(lost=True), policy=POLICY, durations=None).why is PollReason.LOST

@@ -1,7 +1,6 @@
-"""Why a run is looked at next when it is: the schedule, read backwards from what it decided.
+"""PollReason a run is polled next at its time: the rules of `schedule.next_check`, in reverse.
 
-`schedule.next_check` decides when; only the moment and the count of looks are kept. Here the same
-rules tell which of them gave that moment, so that a person can be told.
+Only the time and the number of polls are stored; the same rules then give the reason, for people.
 """
 
 from dataclasses import dataclass
@@ -22,48 +21,46 @@ from tracker.core.schedule import (
 )
 
 _SAME: Final = timedelta(milliseconds=1)
-"""Databases round: two moments nearer than this are one."""
+"""Databases round: times closer than this are equal."""
 
 
-class Why(StrEnum):
-    """Which rule gave the time of the next look."""
+class PollReason(StrEnum):
+    """The rule that set the time of the next poll."""
 
     SETTLED = "settled"
     """Nothing is left to read."""
     LOST = "lost"
-    """FLORA has long answered that there is no such run: it is read once a day."""
+    """Not found at FLORA: read once a day."""
     GRACE = "grace"
-    """The callback is waited for, as long as the settings say."""
+    """Waiting for the callback, for the configured time."""
     LEARNED_GRACE = "learned_grace"
-    """The callback is waited for until nearly all runs of the technique have ended."""
+    """Waiting for the callback, until the 95th percentile of the technique's durations."""
     INTERVAL = "interval"
-    """No callback was asked for: one poll interval after the run was first heard of."""
+    """No callback: one poll interval after the first observation."""
     LEARNED_INTERVAL = "learned_interval"
-    """No callback was asked for: when half of the technique's runs have ended."""
+    """No callback: at the median of the technique's durations."""
     LEARNED_WAIT = "learned_wait"
-    """It was looked at, and looks are put off until its end may be expected, or the longest wait
-    has passed."""
+    """Polled before, and delayed until the end is expected, or by the longest wait."""
     WAIT = "wait"
-    """So many looks have brought no end, and each doubles the wait."""
+    """Each poll without an end doubles the wait."""
     ENDED = "ended"
-    """It has ended, and its details are read at once."""
+    """It has ended; its details are read at once."""
     ASKED = "asked"
-    """Somebody asked for it, so it is read at once."""
+    """Read at once, on request."""
     BEFORE = "before"
-    """It was decided under other settings, or by other durations than are known now."""
+    """Set under other settings or by other durations than now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NextLook:
-    """When a run is looked at next, UTC (`None` for never), and why.
+class NextPoll:
+    """When a run is polled next, UTC (`None` for never), and why.
 
-    `since` and `wait` say from when how long is waited. Of a doubled wait, `number` is how many
-    looks in a row brought nothing, and `jitter` what was taken off the wait. `durations` is what
-    was learned, where that decided, and `bounded` that it goes further than it may move a look;
-    `callback_expected` tells which of the quantiles counts.
+    The wait is `wait` since `since`. For a doubled wait, `number` is the number of polls in a row
+    without an end, and `jitter` what was subtracted. `durations` are those that decided, if any;
+    `bounded` tells that their effect was limited, and `callback_expected` which percentile counts.
     """
 
-    why: Why
+    why: PollReason
     at: datetime | None = None
     since: datetime | None = None
     wait: timedelta | None = None
@@ -74,27 +71,27 @@ class NextLook:
     callback_expected: bool = False
 
 
-def next_look(record: Record, *, policy: Policy, durations: Durations | None) -> NextLook:
-    """Why `record` is looked at next when it is.
+def next_poll(record: Record, *, policy: Policy, durations: Durations | None) -> NextPoll:
+    """When and why `record` is polled next.
 
-    `durations` is what is known of its technique now. Pure: nothing is decided here.
+    `durations` are the known durations of its technique.
     """
     at = record.next_check_at
     if record.run.settled:
-        return NextLook(why=Why.SETTLED)
+        return NextPoll(why=PollReason.SETTLED)
     if record.lost or at is None:
-        return NextLook(why=Why.LOST, at=at)
+        return NextPoll(why=PollReason.LOST, at=at)
     if record.looks > 0:
-        return _put_off(record, at, policy, durations) or _doubled(record, at, policy)
+        return _delayed(record, at, policy, durations) or _doubled(record, at, policy)
     if record.run.standing.ended:
-        return NextLook(why=Why.ENDED, at=at)
+        return NextPoll(why=PollReason.ENDED, at=at)
     return _first(record, at, policy, durations)
 
 
-def _doubled(record: Record, at: datetime, policy: Policy) -> NextLook:
+def _doubled(record: Record, at: datetime, policy: Policy) -> NextPoll:
     wait = wait_after(policy, record.run.run_id, record.looks)
-    return NextLook(
-        why=Why.WAIT,
+    return NextPoll(
+        why=PollReason.WAIT,
         at=at,
         since=at - wait,
         wait=wait,
@@ -103,10 +100,10 @@ def _doubled(record: Record, at: datetime, policy: Policy) -> NextLook:
     )
 
 
-def _put_off(
+def _delayed(
     record: Record, at: datetime, policy: Policy, durations: Durations | None
-) -> NextLook | None:
-    """That the look was put off, if it was: then it stands at the very moment that this gives."""
+) -> NextPoll | None:
+    """The reason, if the poll was delayed: then its time is exactly the one computed here."""
     since, expected = record.first_seen_at, record.callback_expected
     learned = learned_wait(durations, callback_expected=expected)
     wait = at - since
@@ -115,8 +112,8 @@ def _put_off(
     off_a_lap = wait - round(wait / policy.interval_max) * policy.interval_max
     if min(abs(learned - wait), abs(off_a_lap)) > _SAME:
         return None
-    return NextLook(
-        why=Why.LEARNED_WAIT,
+    return NextPoll(
+        why=PollReason.LEARNED_WAIT,
         at=at,
         since=since,
         wait=wait,
@@ -126,20 +123,20 @@ def _put_off(
     )
 
 
-def _first(record: Record, at: datetime, policy: Policy, durations: Durations | None) -> NextLook:
+def _first(record: Record, at: datetime, policy: Policy, durations: Durations | None) -> NextPoll:
     since = record.first_seen_at
     expected = record.callback_expected
     learned = durations if durations is not None and durations.count >= LEARNED_FROM else None
-    # What is learned may have been too little when the look was set: then the settings decided.
+    # If too few durations were known when the time was set, the settings decided.
     for known in (learned, None):
         wait = first_wait(policy, known, callback_expected=expected)
         if abs(since + wait - at) > _SAME:
             continue
         if known is None:
-            why = Why.GRACE if expected else Why.INTERVAL
-            return NextLook(why=why, at=at, since=since, wait=wait)
-        return NextLook(
-            why=Why.LEARNED_GRACE if expected else Why.LEARNED_INTERVAL,
+            why = PollReason.GRACE if expected else PollReason.INTERVAL
+            return NextPoll(why=why, at=at, since=since, wait=wait)
+        return NextPoll(
+            why=PollReason.LEARNED_GRACE if expected else PollReason.LEARNED_INTERVAL,
             at=at,
             since=since,
             wait=wait,
@@ -147,7 +144,7 @@ def _first(record: Record, at: datetime, policy: Policy, durations: Durations | 
             bounded=wait != learned_wait(known, callback_expected=expected),
             callback_expected=expected,
         )
-    # The answer to a start sets no time of its own where somebody has asked for the run before.
+    # The answer to a start sets no time if the run was requested before.
     if at <= since + _SAME or record.source is Source.TRACK:
-        return NextLook(why=Why.ASKED, at=at)
-    return NextLook(why=Why.BEFORE, at=at, since=since, wait=at - since)
+        return NextPoll(why=PollReason.ASKED, at=at)
+    return NextPoll(why=PollReason.BEFORE, at=at, since=since, wait=at - since)

@@ -7,7 +7,7 @@ from typing import Final
 
 from tracker.core.clock import Clock
 from tracker.core.formatting import counted, duration
-from tracker.core.next_poll import NextLook, Why, next_look
+from tracker.core.next_poll import NextPoll, PollReason, next_poll
 from tracker.core.observation import Source
 from tracker.core.record import LOST_AFTER, LOST_AFTER_READS, Record
 from tracker.core.run import Tracking
@@ -32,7 +32,7 @@ class Explanation:
 
     run_id: str
     sentences: tuple[Sentence, ...]
-    next: NextLook
+    next: NextPoll
 
 
 class Explainer:
@@ -61,7 +61,7 @@ class Explainer:
             return None
         technique_id = record.run.technique_id
         await self._durations.learn([technique_id])
-        poll = next_look(record, policy=policy, durations=self._durations.of(technique_id))
+        poll = next_poll(record, policy=policy, durations=self._durations.of(technique_id))
         events = await read.events(database, run_id)
         deliveries, _ = await read.list_deliveries(database, run_id=run_id, limit=DELIVERIES)
         sentences = [
@@ -177,7 +177,7 @@ def _bill(record: Record) -> str:
     return ""
 
 
-def _worker(record: Record, poll: NextLook, now: datetime) -> Iterator[Sentence]:
+def _worker(record: Record, poll: NextPoll, now: datetime) -> Iterator[Sentence]:
     """Which worker polls the run now, or that none does although it is due."""
     if record.lease_until is not None and record.lease_until > now:
         until = moment(record.lease_until)
@@ -191,47 +191,47 @@ def _worker(record: Record, poll: NextLook, now: datetime) -> Iterator[Sentence]
         yield Sentence(Kind.TROUBLE, text)
 
 
-def _next_poll(poll: NextLook, now: datetime) -> str:
+def _next_poll(poll: NextPoll, now: datetime) -> str:
     """When the run is polled next, and why then."""
     if poll.at is None:
-        if poll.why is Why.SETTLED:
+        if poll.why is PollReason.SETTLED:
             return "No further poll: the run is settled."
         return "No further poll, unless something shows that the run exists."
     when = f"at {moment(poll.at)}" if poll.at > now else f"due now (since {moment(poll.at)})"
     return f"Next poll {when}: {_reason(poll)}."
 
 
-def _reason(poll: NextLook) -> str:
+def _reason(poll: NextPoll) -> str:
     wait = duration(poll.wait or timedelta())
     after_first = f"{wait} after the run was first seen"
     match poll.why:
-        case Why.GRACE:
+        case PollReason.GRACE:
             return f"{after_first}, the time allowed for its callback"
-        case Why.INTERVAL:
+        case PollReason.INTERVAL:
             return f"{after_first}, since no callback is expected"
-        case Why.LEARNED_GRACE | Why.LEARNED_INTERVAL:
+        case PollReason.LEARNED_GRACE | PollReason.LEARNED_INTERVAL:
             bound = "; experience moves a poll by a factor of ten at most" if poll.bounded else ""
             return f"{after_first}, as {_learned(poll)}{bound}"
-        case Why.LEARNED_WAIT:
+        case PollReason.LEARNED_WAIT:
             limit = " or the longest wait has passed" if poll.bounded else ""
             return f"{after_first}, as {_learned(poll)}; polls wait until then{limit}"
-        case Why.WAIT:
+        case PollReason.WAIT:
             polls = counted(poll.number or 1, "poll has", "polls in a row have")
             jitter = duration(poll.jitter)
             return (
                 f"{wait} after the last one. {polls} found the run unfinished; each doubles the "
                 f"wait, up to the longest, less {jitter} (random jitter)"
             )
-        case Why.LOST:
+        case PollReason.LOST:
             return "a lost run is polled once a day, in case FLORA was wrong"
-        case Why.ENDED:
+        case PollReason.ENDED:
             return "the run has finished, and its details are fetched at once"
-        case Why.ASKED:
+        case PollReason.ASKED:
             return "a callback, or a request to track the run, asks for a poll at once"
     return f"{after_first}, as decided with earlier settings or earlier typical durations"
 
 
-def _learned(poll: NextLook) -> str:
+def _learned(poll: NextPoll) -> str:
     """What experience with the technique says of its runs."""
     known = poll.durations
     if known is None:
