@@ -85,20 +85,20 @@ async def claim_due(
 async def renew(db: Database, holder: str, run_ids: Sequence[str], until: datetime) -> int:
     """Extend the claims of `holder` on these runs until then; returns how many."""
     held = _held(db, holder, runs.c.run_id.in_(run_ids))
-    return await _update(db, held.values(lease_until=until))
+    statement = held.values(lease_until=until)
+    return await db.write(lambda connection: _count_updated(connection, statement))
 
 
 async def release(db: Database, holder: str, run_ids: Sequence[str] | None = None) -> int:
     """Release the claims of `holder`, on all runs or on `run_ids`; returns how many."""
     which = _CLAIMED if run_ids is None else [runs.c.run_id.in_(run_ids)]
     free = {"lease_until": None, "lease_holder": None}
-    return await _update(db, *(_held(db, holder, among).values(free) for among in which))
+    statements = [_held(db, holder, among).values(free) for among in which]
+    return await db.write(lambda connection: _count_updated(connection, *statements))
 
 
-async def _update(db: Database, *statements: Update) -> int:
-    return await db.write(
-        lambda connection: sum(connection.execute(each).rowcount for each in statements)
-    )
+def _count_updated(connection: Connection, *statements: Update) -> int:
+    return sum(connection.execute(each).rowcount for each in statements)
 
 
 def _held(db: Database, holder: str, among: ColumnElement[bool]) -> Update:
@@ -171,11 +171,11 @@ async def reset_far_schedules(db: Database, policy: Policy, now: datetime) -> in
     lost = runs.c.tracking == word(Tracking.LOST)
     far = and_(due > now + policy.longest_wait, or_(not_(lost), due > now + LOST_READ_EVERY))
     again = runs.c.recheck_at > now + policy.cost_give_up
-    return await _update(
-        db,
+    statements = (
         update(runs).where(_in_order(db, far)).values(next_check_at=now),
         update(runs).where(_in_order(db, again)).values(recheck_at=now),
     )
+    return await db.write(lambda connection: _count_updated(connection, *statements))
 
 
 async def take_lease(
