@@ -72,7 +72,8 @@ class Process:
         )
         enter = process._stack.enter_async_context
         services = await enter(open_services(settings, clock=clocks.ours))
-        services.database._writer = _CrashingWriter(services.database._writer, process)  # type: ignore[assignment]
+        database = services.database
+        database._transactions = _CrashingWriter(database._transactions, process)  # type: ignore[assignment]
         services.starter.sleep = clocks.sleep
         # The world decides when the inbox is applied.
         services.applier.wake = lambda: None  # type: ignore[method-assign]

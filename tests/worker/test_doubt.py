@@ -498,7 +498,7 @@ async def test_a_callback_resolves_its_start_within_a_second(
 ) -> None:
     """Two starts in doubt of one technique: each run is the one of its own address."""
     async with (
-        running(Options(failures=0.0, run_seconds=1.0, seed=5, **trouble)) as flora,
+        running(Options(failures=0.0, run_seconds=2.0, seed=5, **trouble)) as flora,
         receiving(flora, database_url) as services,
     ):
         keys = [f"key-{number}" for number in range(6)]

@@ -99,8 +99,10 @@ class FloraClient:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         shared_waits: SharedWaits | None = None,
         find_new_key: Callable[[], object] = lambda: None,
+        start_seconds: float = START_SECONDS,
     ) -> None:
         self._fresh = False
+        self._start_seconds = start_seconds
         self.key_fingerprint = ""
         """Identifies the key without revealing it."""
         self._urls = FloraUrls(base_url)
@@ -239,7 +241,7 @@ class FloraClient:
 
         `body` is made by `start_body`. The key is sent in both forms that FLORA documents. `fence`
         is awaited directly before the request is written, and prevents that by raising; the answer
-        is then waited for `START_SECONDS`. Raises `InvalidRequest` for a key that no header can
+        is then waited for `start_seconds`. Raises `InvalidRequest` for a key that no header can
         hold.
         """
         check_idempotency_key(idempotency_key)
@@ -251,7 +253,7 @@ class FloraClient:
             content=body.encode(),
             spends=True,
             fence=fence,
-            answer_seconds=START_SECONDS,
+            answer_seconds=self._start_seconds,
         )
         answer = await self._caller.call(call, deadline=deadline)
         known_id = technique_id if technique_id.startswith("tech_") else None
