@@ -265,7 +265,7 @@ async def test_a_poll_url_of_another_run_does_not_hide_this_one(
 
     liar.answer = honest  # type: ignore[method-assign]
     [workspace] = services.workspaces
-    base = str(workspace.require_client()._addresses.base)
+    base = str(workspace.require_client()._urls.base)
     poll_url = f"{base}/techniques/tech_1/runs/run_other"
     await services.tracker.track("run_1", technique="tech_1", poll_url=poll_url)
     record = await look(services, clock)
