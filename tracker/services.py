@@ -1,6 +1,4 @@
-"""The only place where concrete things meet: settings become an open database, clients, use
-cases.
-"""
+"""Builds everything from settings: the only place where concrete classes meet."""
 
 import os
 import socket
@@ -54,18 +52,18 @@ from tracker.store.writing.writer import MergeRules, Writer
 log = structlog.get_logger(__name__)
 
 CALLER_SECONDS: Final = 25.0
-"""How long FLORA is tried while somebody waits: a one-shot gives up within 30 s in all."""
+"""How long FLORA is tried while a caller waits: one-shot commands give up within 30 s."""
 START_SECONDS: Final = 24.0
-"""How long a caller waits until it is known what came of a start."""
+"""How long a caller waits for the outcome of a start."""
 LONGEST_RECHECK: Final = timedelta(seconds=60)
-"""Bills are not waited for: what becomes due within this time shares its pages."""
+"""The longest interval of rechecks, in which bills that become due share their pages."""
 JOB_SECONDS: Final = 60.0
 """How long one call of a long-running process may take, repetitions included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
-    """Everything a command, the web or the worker calls, ready to use."""
+    """Everything that commands, the web and the worker call."""
 
     settings: Settings
     rotation: Rotation
@@ -104,7 +102,7 @@ class Services:
 
     @property
     def recheck_every(self) -> timedelta:
-        """How often settled runs whose bill is due are read again, in pages that they share."""
+        """How often settled runs whose bills are due are read again."""
         return min(self.settings.policy.cost_recheck, LONGEST_RECHECK)
 
 
@@ -114,10 +112,10 @@ async def open_services(
 ) -> AsyncIterator[Services]:
     """Open what the settings name, and close it in order. With a `Rotation`, secrets may change.
 
-    `background` is true for a long-running process: it waits longer for FLORA and hears of work
-    that other processes bring. A SQLite database is migrated here; a PostgreSQL one that is too old
-    raises `SchemaOutdated`. Raises `StoreUnavailable` where the database does not answer. Without a
-    `clock` it is the one that all processes on the database share.
+    `background` is true for a long-running process: it waits longer for FLORA, and is notified
+    of other processes' work. A SQLite database is migrated here; a PostgreSQL one that is too old
+    raises `SchemaOutdated`. Raises `StoreUnavailable` if the database does not answer. The default
+    `clock` is the one that all processes on the database share.
     """
     rotation = settings if isinstance(settings, Rotation) else Rotation(settings)
     settings = rotation.settings
@@ -155,10 +153,10 @@ async def open_services(
         rotation.follow(partial(_rotate, workspaces))
         durations = DurationBook(database, clock=clock)
         signals = Signals(database)
-        # Before the writers, so that it is closed after them and folds what was committed last.
-        tallies = RollupCompactor(database, background=background)
+        # Before the writers, so that it is closed after them and compacts the last commits.
+        compactor = RollupCompactor(database, background=background)
         rules = MergeRules(settings.policy, durations.of)
-        on_commit = [signals.committed, tallies.committed, metrics.committed]
+        on_commit = [signals.committed, compactor.committed, metrics.committed]
         applier = Applier(
             database,
             workspaces=workspaces,
@@ -172,7 +170,7 @@ async def open_services(
         signals.when_inbox_waits(applier.wake)
         if background:
             await stack.enter_async_context(signals)
-        await stack.enter_async_context(tallies)
+        await stack.enter_async_context(compactor)
         writer = await stack.enter_async_context(
             Writer(
                 database,
@@ -335,18 +333,18 @@ async def open_services(
 
 
 def _rotate(workspaces: Workspaces, settings: Settings) -> None:
-    """Let the workspaces go on with the keys and signing secrets that are set now."""
-    for given in settings.all_workspaces:
+    """Use the keys and signing secrets that are set now."""
+    for configured in settings.all_workspaces:
         workspaces.rotate(
-            _slot(given, settings),
-            api_key=given.api_key.get_secret_value() if given.api_key else None,
-            secrets=_clear(given.webhook_secrets),
+            _slot(configured, settings),
+            api_key=configured.api_key.get_secret_value() if configured.api_key else None,
+            secrets=_clear(configured.webhook_secrets),
         )
 
 
-def _slot(given: WorkspaceSettings, settings: Settings) -> str:
-    # The one of the top-level names keeps its place when its id is set later on.
-    return "default" if given.id == settings.flora_workspace_id else given.id or "default"
+def _slot(configured: WorkspaceSettings, settings: Settings) -> str:
+    # The workspace of the top-level settings keeps its slot when its id is set later.
+    return "default" if configured.id == settings.flora_workspace_id else configured.id or "default"
 
 
 def _clear(secrets: Iterable[SecretStr]) -> tuple[str, ...]:
@@ -354,7 +352,7 @@ def _clear(secrets: Iterable[SecretStr]) -> tuple[str, ...]:
 
 
 async def _workspace(
-    given: WorkspaceSettings,
+    configured: WorkspaceSettings,
     rotation: Rotation,
     metrics: Metrics,
     stack: AsyncExitStack,
@@ -365,15 +363,15 @@ async def _workspace(
 ) -> Workspace:
     settings = rotation.settings
     workspace = Workspace(
-        slot=_slot(given, settings),
-        workspace_id=given.id,
-        is_top=given.id == settings.flora_workspace_id,
-        secrets=_clear(given.webhook_secrets),
+        slot=_slot(configured, settings),
+        workspace_id=configured.id,
+        is_top=configured.id == settings.flora_workspace_id,
+        secrets=_clear(configured.webhook_secrets),
     )
-    if given.api_key is not None:
+    if configured.api_key is not None:
         workspace.client = FloraClient(
             base_url=settings.flora_base_url,
-            api_key=given.api_key.get_secret_value(),
+            api_key=configured.api_key.get_secret_value(),
             concurrency=settings.tracker_api_concurrency,
             clock=clock,
             deadline=JOB_SECONDS if background else CALLER_SECONDS,

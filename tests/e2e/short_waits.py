@@ -46,8 +46,8 @@ class ShortWaits(DatabaseWaits):
     async def left(self) -> float:
         return await super().left() * SPEED
 
-    async def tell(self, seconds: float) -> None:
-        await super().tell(seconds / SPEED)
+    async def share(self, seconds: float) -> None:
+        await super().share(seconds / SPEED)
 
 
 def shorten_waits() -> None:
@@ -70,7 +70,7 @@ def shorten_all_waits() -> None:
         shorten(module, LEASE=soon)
     for module in (sending, poll, sweep):
         shorten(module, RENEW_AFTER=0.1)
-    shorten(scheduler, GATHER=0.2, RECOVER_EVERY=soon)
+    shorten(scheduler, ROUND_EVERY=0.2, RECOVER_EVERY=soon)
     scheduler.CronTrigger = every_second  # type: ignore[assignment,misc]
     shorten(server, GRACE_SECONDS=1)
     shorten(rollups, LAST_WITHIN=0.5)

@@ -23,7 +23,7 @@ from tracker.simulator.options import SimulatedWorkspace
 from tracker.starting.start import StartRequest
 from tracker.store.queries import starts, techniques
 from tracker.store.queries.techniques import TechniqueRow
-from tracker.worker import Worker
+from tracker.worker.scheduler import Worker
 
 HOUR = 3600
 FACE = {"id": "face", "type": "imageUrl", "value": "https://example.com/a.png"}

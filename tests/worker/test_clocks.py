@@ -20,7 +20,8 @@ from tracker.settings import Settings
 from tracker.simulator import Options, Simulator, running
 from tracker.store import claims
 from tracker.store.queries import sweeps
-from tracker.worker import Worker, scheduler
+from tracker.worker import scheduler
+from tracker.worker.scheduler import Worker
 
 SIX_HOURS = 6 * 3600
 LONGEST = timedelta(minutes=5)

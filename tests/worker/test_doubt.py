@@ -598,11 +598,11 @@ async def test_five_missing_callbacks_bring_back_the_bare_address(
         clock.move(600)
         await services.poller.poll_due()
         clock.move(600)
-        services.starter.sender._addresses._checked_at = float("-inf")
+        services.starter.sender.addresses._checked_at = float("-inf")
         run_id = await attempt(services, "key-5")
         assert flora.world.runs[run_id or ""].callback_url == bare
         clock.move(HOUR)
-        services.starter.sender._addresses._checked_at = float("-inf")
+        services.starter.sender.addresses._checked_at = float("-inf")
         run_id = await attempt(services, "key-6")
         assert (flora.world.runs[run_id or ""].callback_url or "").startswith(f"{bare}/")
 

@@ -23,7 +23,8 @@ from tracker.simulator import Options, Simulator, running
 from tracker.simulator.api import SimulatedApi
 from tracker.starting.start import StartRequest
 from tracker.store.queries import sweeps
-from tracker.worker import Worker, scheduler
+from tracker.worker import scheduler
+from tracker.worker.scheduler import Worker
 
 PROMPT = [{"id": "prompt", "type": "text", "value": "tools"}]
 
@@ -154,7 +155,7 @@ async def test_a_job_that_the_database_stops_is_said_seldom(
     postgres_url: str, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where it takes no writes the jobs fail again and again, and go on when it does."""
-    monkeypatch.setattr(scheduler, "GATHER", 0.05)
+    monkeypatch.setattr(scheduler, "ROUND_EVERY", 0.05)
     administrator = await asyncpg.connect(
         postgres_url, server_settings={"default_transaction_read_only": "off"}
     )

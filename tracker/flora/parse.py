@@ -1,9 +1,8 @@
-"""What FLORA says, in the tracker's words: here, and in `technique`, its fields have their names.
+"""FLORA's answers and callbacks as observations: it and `technique` name FLORA's fields.
 
-Reading is tolerant. Fields and output types that nobody has heard of survive or are passed over,
-and an optional field of the wrong kind counts as not shown. Insisted on is only what nothing can be
-done without (which run, how it stands); where that is missing, `FloraUnreadable` says so, and no
-other error is ever raised.
+Parsing is tolerant. Unknown fields and output types are kept or ignored, and an optional field of
+the wrong type counts as missing. Only what nothing can be done without (run id and status) is
+required: without it `FloraUnreadable` is raised, and no other error ever is.
 """
 
 import json
@@ -34,12 +33,8 @@ from tracker.core.observation import Observation, Source
 from tracker.core.quick import quick_dataclass
 from tracker.core.run import Output, RunError, RunStatus, Status, status_of
 
-# One JSON value at a time: what may be believed of it, and what it becomes.
-#
-# Each reader takes whatever stands in a field and gives `None` where it is of the wrong kind or
-# says nothing, so that one odd value never costs a whole answer. None of them knows a field's
-# name.
-
+# Readers of single JSON values, whatever their field. Each returns `None` for a value of the wrong
+# type, so that one odd value never spoils a whole answer.
 
 LONGEST_ID: Final = 255
 _LONGEST_INTEGER: Final = 40
@@ -47,15 +42,15 @@ _LONGEST_INTEGER: Final = 40
 LARGEST_NUMBER: Final = 1e15
 """Beyond the year 9999 in milliseconds, and still exact as a float."""
 MILLISECONDS_FROM: Final = 1e11
-"""A time of this size or more is in milliseconds."""
+"""Times from here on are in milliseconds."""
 _UNSTORABLE: Final = re.compile("[\0\ud800-\udfff]")
 
 
 def decode(body: bytes) -> object:
     """The JSON value that `body` holds. Raises `FloraUnreadable`.
 
-    What orjson refuses is given to the standard library, which reads lone surrogates as well:
-    JavaScript writes them where it has cut a text in the middle of an emoji.
+    The standard library reads what orjson refuses, lone surrogates as well: JavaScript writes them
+    for a text that it has cut in the middle of an emoji.
     """
     try:
         return orjson.loads(body)
@@ -85,7 +80,7 @@ def as_objects(value: object) -> tuple[dict[str, Any], ...]:
 
 
 def depth_within(value: object, levels: int) -> bool:
-    """Whether lists and objects are nested no deeper than so."""
+    """Whether lists and objects are nested at most `levels` deep."""
     if not isinstance(value, dict | list):
         return True
     inner = value.values() if isinstance(value, dict) else value
@@ -95,8 +90,8 @@ def depth_within(value: object, levels: int) -> bool:
 def as_text(value: object) -> str | None:
     """A text that is not empty.
 
-    NUL and lone surrogates, which no database holds, are replaced here already: what is read again
-    must equal what was stored, or every sight would look like news.
+    NUL and lone surrogates, which no database stores, are replaced here: what is read again must
+    equal what was stored, or every observation would look new.
     """
     if not isinstance(value, str) or not value:
         return None
@@ -112,20 +107,20 @@ def as_id(value: object) -> str | None:
 
 
 def as_number(value: object) -> int | float | None:
-    """A number of a sane size: not NaN, nor a truth value, which to Python is a number, too."""
+    """A number of reasonable size: no NaN and no bool, which is a number in Python."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return value if -LARGEST_NUMBER < value < LARGEST_NUMBER else None
 
 
 def as_percent(value: object) -> float | None:
-    """A number, brought between 0 and 100."""
+    """A number, clamped to 0 to 100."""
     number = as_number(value)
     return None if number is None else float(min(max(number, 0), 100))
 
 
 def as_time(value: object) -> datetime | None:
-    """A Unix time in seconds or milliseconds, as aware UTC; 0, FLORA's "never", is none."""
+    """A Unix time in seconds or milliseconds, as aware UTC; 0 means "never"."""
     number = as_number(value)
     if number is None or number <= 0:
         return None
@@ -137,7 +132,7 @@ def as_time(value: object) -> datetime | None:
 
 
 def as_dollars(value: object) -> Decimal | None:
-    """An amount of USD, 0 or more, by way of the number's shortest decimal form."""
+    """An amount of USD, 0 or more, by the number's shortest decimal form."""
     number = as_number(value)
     return None if number is None or number < 0 else Decimal(str(number))
 
@@ -145,11 +140,11 @@ def as_dollars(value: object) -> Decimal | None:
 T = TypeVar("T")
 
 LONGEST_MESSAGE: Final = 2000
-"""Characters: FLORA's words are shown, passed on and stored."""
+"""Characters of FLORA's messages, which are shown, passed on and stored."""
 MOST_FIELDS: Final = 100
 LONGEST_VALUE: Final = 100
 CLOCKS_AGREE: Final = timedelta(seconds=5)
-"""Nearer than this FLORA's clock and ours are one: a header `Date` is exact to the second."""
+"""Clocks that differ by less agree: a header `Date` is exact to the second."""
 PLAN_REQUIRED: Final = "paid_plan_required"
 _EVENTS: Final = {"run.completed": RunStatus.COMPLETED, "run.failed": RunStatus.FAILED}
 _PHRASES: Final = {int(status): status.phrase for status in HTTPStatus}
@@ -165,7 +160,7 @@ _REFUSALS: Final[dict[int, type[FloraRefusal]]] = {
 class Page(Generic[T]):
     """One page of a list.
 
-    `next_cursor` is `None` on the last; `unreadable` says which items were left out, and why.
+    `next_cursor` is `None` on the last; `unreadable` are the items that were left out, and why.
     """
 
     items: list[T]
@@ -175,9 +170,9 @@ class Page(Generic[T]):
 
 @quick_dataclass(frozen=True, slots=True, kw_only=True)
 class Envelope:
-    """What a callback says of itself: enough to store it, understood or not.
+    """The envelope of a callback: enough to store it, understood or not.
 
-    `delivery_id` is always there: the body's, else the header's, else made of the body's digest.
+    `delivery_id` is the body's id, else the header's, else the body's digest.
     """
 
     delivery_id: str
@@ -200,11 +195,11 @@ def run(
     technique_id: str | None = None,
     workspace_id: str | None = None,
 ) -> Observation:
-    """A run, as a start, a read or an item of the history shows it, asked for at `sent_at` and seen
-    at `at`. `clock_offset` is FLORA's clock minus ours, to a second or so.
+    """A run from a start, a read or the history, requested at `sent_at` and answered at `at`.
 
-    `run_type`, `technique_id` and `workspace_id` are what the caller knows, where FLORA is silent.
-    Raises `FloraUnreadable` where it is no run, has no status, or is not `expect_run_id`.
+    `clock_offset` is FLORA's clock minus ours, to a second or so. `run_type`, `technique_id` and
+    `workspace_id` fill in what FLORA leaves out. Raises `FloraUnreadable` if it is no run, has no
+    status, or is not `expect_run_id`.
     """
     fields = _required(payload, "the run")
     run_id = (
@@ -244,15 +239,15 @@ def run(
 
 
 def _skew(offset: timedelta) -> float | None:
-    """Seconds by which the clocks differ; `None` where they agree, as far as a date can tell."""
+    """Seconds by which the clocks differ; `None` if they agree, as far as a date shows."""
     return offset.total_seconds() if abs(offset) > CLOCKS_AGREE else None
 
 
 def page(payload: object, key: str, read: Callable[[object], T]) -> Page[T]:
-    """A page whose items stand under `key`, each read by `read`.
+    """A page whose items are under `key`, each read by `read`.
 
-    An item that `read` finds unreadable does not spoil its page, and an empty page is the last,
-    whatever cursor it carries. Raises `FloraUnreadable` where it is no page at all.
+    An unreadable item does not spoil its page. An empty page is the last, whatever its cursor.
+    Raises `FloraUnreadable` if it is no page at all.
     """
     fields = _required(payload, "the page")
     listed = fields.get(key)
@@ -269,7 +264,7 @@ def page(payload: object, key: str, read: Callable[[object], T]) -> Page[T]:
 
 
 def envelope(body: bytes, *, webhook_id: str | None = None) -> Envelope:
-    """What an authentic callback's body says of itself. Raises nothing, whatever the bytes.
+    """The envelope of an authentic callback's body. Raises nothing, whatever the bytes.
 
     `webhook_id` is the header `Flora-Webhook-Id`, for a body without an id.
     """
@@ -289,7 +284,7 @@ def envelope(body: bytes, *, webhook_id: str | None = None) -> Envelope:
 
 
 def callback(body: bytes, *, at: datetime) -> Observation | str:
-    """What an authentic callback, received at `at`, says of its run; or why it is not understood.
+    """The observation of an authentic callback, received at `at`; or why it is not understood.
 
     Raises nothing, whatever the bytes.
     """
@@ -303,7 +298,6 @@ def callback(body: bytes, *, at: datetime) -> Observation | str:
     reason = _not_understood(event, status, run_id, workspace_id)
     if reason is not None or status is None or run_id is None:
         return reason or "it names no run"
-    # Which run, and how it ended: there is nothing else in it.
     return Observation(
         run_id=run_id,
         source=Source.CALLBACK,
@@ -318,7 +312,7 @@ def callback(body: bytes, *, at: datetime) -> Observation | str:
 def _not_understood(
     event: dict[str, Any], status: RunStatus | None, run_id: str | None, workspace_id: str | None
 ) -> str | None:
-    """Why a callback says nothing of a run, whose `type` means `status`; `None` where it does."""
+    """Why a callback, whose `type` means `status`, is not understood; `None` if it is."""
     if status is None:
         return "the type is neither run.completed nor run.failed"
     data = event.get("data")
@@ -336,8 +330,8 @@ def _not_understood(
 def refusal(
     status: int, body: bytes, *, request_id: str | None = None, retry_after: float | None = None
 ) -> FloraRefusal:
-    """FLORA's error answer. What is not in its shape, a gateway's page, is told by its status, and
-    is none of the refusals that only FLORA can give (of the key, or of what does not exist)."""
+    """An error answer. One that is not in FLORA's shape, such as a gateway's page, is described by
+    its status, and is none of the refusals that only FLORA gives (of the key, or "not found")."""
     try:
         answer = as_object(decode(body))
     except FloraUnreadable:
@@ -378,9 +372,9 @@ def started(
     clock_offset: timedelta | None,
     technique_id: str | None,
 ) -> Observation:
-    """The run that an answer to a start names. All that it needs is the run's id.
+    """The run of an answer to a start. Only the run's id is required.
 
-    One without a status counts as pending: the run is read anyhow. Raises `FloraUnreadable`.
+    Without a status it counts as pending: the run is polled anyway. Raises `FloraUnreadable`.
     """
     fields = _required(payload, "the run")
     if _status(fields) is None:
@@ -405,7 +399,7 @@ def workspace_id(payload: object) -> str:
 
 
 def _valid_values(value: object) -> tuple[str, ...]:
-    """What a field takes, as texts; other things than texts and numbers are left out."""
+    """The valid values of a field as texts; only texts and numbers count."""
     listed = value if isinstance(value, list) else []
     texts = (as_text(one if isinstance(one, str) else str(one)) for one in listed if _is_plain(one))
     return tuple(text[:LONGEST_VALUE] for text in texts if text)[:MOST_FIELDS]
@@ -422,7 +416,7 @@ def _required(value: object, what: str) -> dict[str, Any]:
 
 
 def _status(fields: dict[str, Any]) -> Status | None:
-    """Whatever FLORA calls it: a newer one may have more statuses than are known here."""
+    """The status, also one that is unknown here: a newer FLORA may have more."""
     name = as_id(fields.get("status"))
     return None if name is None else status_of(name)
 

@@ -1,4 +1,4 @@
-"""The signature of FLORA's callbacks: `verify` what came, `sign` as FLORA does.
+"""The signature of FLORA's callbacks: `verify` it, or `sign` like FLORA.
 
 ::
 
@@ -6,7 +6,7 @@
 
 Each `v1` is the lower-case hex of HMAC-SHA256 over `<t>.<raw body>`. The key is the whole secret,
 `whsec_` included, as UTF-8: this is not the Standard Webhooks scheme. While a secret is rotated a
-header holds several `v1`, and one that matches is enough. What else a header holds is passed over.
+header holds several `v1`, one of which has to match. Other parts of a header are ignored.
 """
 
 import hmac
@@ -19,18 +19,18 @@ from tracker.core.errors import TrackerError
 
 LONGEST_HEADER: Final = 4096
 MOST_PARTS: Final = 64
-"""FLORA's own header has about 80 bytes in two parts; what is far beyond is not worth reading."""
+"""FLORA's own header has about 80 bytes in two parts."""
 LONGEST_TIME: Final = 12
-"""Digits of a `t`; enough for the next thirty thousand years."""
+"""Digits of a `t`."""
 
 Reason = Literal["missing", "malformed", "expired", "mismatch"]
 
 
 class SignatureError(TrackerError):
-    """A callback is not known to be FLORA's.
+    """A callback is not authentic.
 
-    `reason` is "missing" (no header), "malformed" (no usable time or signature in it), "mismatch"
-    (made with no secret of ours, or for another body) or "expired" (ours, but of another time).
+    `reason` is "missing" (no header), "malformed" (no usable time or signature), "mismatch" (of
+    another secret or body) or "expired" (authentic, but of another time).
     """
 
     def __init__(self, reason: Reason, message: str) -> None:
@@ -46,11 +46,11 @@ def verify(
     now: datetime,
     tolerance: float,
 ) -> int:
-    """Which of `secrets` signed these raw bytes: its position.
+    """The position of the secret among `secrets` that signed these raw bytes.
 
-    `now` is aware; `tolerance` is how many seconds the signed time may be off, either way, in whole
-    seconds as FLORA's SDK counts them; 0 leaves it unchecked. The time is looked at last, so that
-    "expired" is only ever said of what FLORA did sign. An empty secret matches nothing.
+    `now` is aware; `tolerance` is how many whole seconds the signed time may be off, either way, as
+    in FLORA's SDK; 0 does not check it. The time is checked last, so that "expired" implies an
+    authentic signature. An empty secret matches nothing.
 
     Raises `SignatureError` and nothing else, whatever the header holds.
     """
@@ -72,7 +72,7 @@ def sign(body: bytes, secret: str, *, at: datetime | int) -> str:
 
 
 def _parts(header: bytes) -> tuple[int, list[bytes]]:
-    """The signed time (of several the last, as in FLORA's SDK) and every signature of a header."""
+    """The signed time (the last of several, as in FLORA's SDK) and all signatures."""
     if len(header) > LONGEST_HEADER or header.count(b",") >= MOST_PARTS:
         raise SignatureError("malformed", "the Flora-Signature header is far too long")
     signed_at = None
@@ -92,13 +92,13 @@ def _parts(header: bytes) -> tuple[int, list[bytes]]:
 
 
 def _signed_with(secrets: Sequence[str], message: bytes, signatures: list[bytes]) -> int:
-    """Which of the secrets made one of the signatures: its position."""
+    """The position of the secret that made one of the signatures."""
     for position, secret in enumerate(secrets):
         if not secret:
             continue
         expected = _hex_digest(secret, message)
-        for given in signatures:
-            if hmac.compare_digest(expected, given):
+        for signature in signatures:
+            if hmac.compare_digest(expected, signature):
                 return position
     raise SignatureError("mismatch", "no signing secret matches the signature")
 
@@ -111,8 +111,8 @@ def _hex_digest(secret: str, message: bytes) -> bytes:
 
 @lru_cache(maxsize=64)
 def _keyed(secret: str) -> hmac.HMAC:
-    """An HMAC that has taken in its key. To set one up costs a busy process ten microseconds, which
-    is more than all else that verifying does."""
+    """An HMAC with its key. Setting it up takes ten microseconds in a busy process, more than the
+    rest of verifying."""
     return hmac.new(_utf8(secret), digestmod="sha256")
 
 

@@ -1,7 +1,4 @@
-"""What FLORA's catalogue says of a technique: the names of the fields of a definition.
-
-Reading is as tolerant as in `parse`, which knows all the others.
-"""
+"""The definitions of techniques in FLORA's catalogue, parsed as tolerantly as by `parse`."""
 
 import re
 from collections import Counter
@@ -24,7 +21,7 @@ from tracker.flora.parse import (
 )
 
 DEEPEST: Final = 32
-"""So deeply a field that is not known here may be nested, and is kept."""
+"""How deeply an unknown field may be nested to be kept."""
 _SAYS_OPTIONAL: Final = re.compile(
     r"(?<!not )(?<!non-)\b(optional(ly)?\b|(leave|left) (\w+ )?(out|empty|blank)\b)"
     r"|\bnot (required|needed|mandatory)\b",
@@ -34,9 +31,9 @@ _SAYS_OPTIONAL: Final = re.compile(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Technique:
-    """A technique of the catalogue. `run_cost` is USD for each run.
+    """A technique. `run_cost` is USD for each run.
 
-    `inputs` and `outputs` are FLORA's own objects, with the fields that are unknown here.
+    `inputs` and `outputs` are FLORA's own objects, including unknown fields.
     """
 
     technique_id: str
@@ -48,22 +45,22 @@ class Technique:
 
     @property
     def ports(self) -> tuple[Port, ...]:
-        """The inputs as a start is checked against them."""
+        """The inputs that a start is checked against."""
         return ports(self.inputs)
 
     def runs_of(self, inputs: Iterable[Mapping[str, Any]]) -> int:
-        """How many runs a start with these inputs makes: one for each value of an input that takes
-        several."""
+        """The number of runs of a start with these inputs: one for each value of an input that
+        accepts several."""
         values = Counter(one["id"] for one in inputs)
         return prod(max(values[port.id], 1) for port in self.ports if port.several)
 
     def cost_of(self, inputs: Iterable[Mapping[str, Any]]) -> Decimal | None:
-        """What such a start costs, in USD; `None` where FLORA names no price."""
+        """The price of such a start, in USD; `None` if FLORA names none."""
         return None if self.run_cost is None else self.run_cost * self.runs_of(inputs)
 
 
 def technique(payload: object) -> Technique:
-    """A technique. Raises `FloraUnreadable` where it has no id."""
+    """Parse a technique. Raises `FloraUnreadable` without an id."""
     fields = as_object(payload)
     technique_id = as_id(fields.get("technique_id"))
     if technique_id is None:
@@ -79,7 +76,7 @@ def technique(payload: object) -> Technique:
 
 
 def _kept(value: object) -> tuple[dict[str, Any], ...]:
-    """The objects of a list, without what no database takes: values nested beyond all sense."""
+    """The objects of a list, without values that are nested too deeply for a database."""
     return tuple(
         {name: inner for name, inner in fields.items() if depth_within(inner, DEEPEST)}
         for fields in as_objects(value)
@@ -87,9 +84,9 @@ def _kept(value: object) -> tuple[dict[str, Any], ...]:
 
 
 def ports(objects: Iterable[dict[str, Any]]) -> tuple[Port, ...]:
-    """A definition's inputs or outputs; none where one of them has no id.
+    """A definition's inputs or outputs; none if one of them has no id.
 
-    A definition that is understood in part would refuse what FLORA takes.
+    A definition that is only partly understood would refuse what FLORA accepts.
     """
     read = [_port(fields) for fields in objects]
     known = tuple(port for port in read if port is not None)
@@ -115,7 +112,7 @@ def _port(fields: dict[str, Any]) -> Port | None:
 
 
 def _may_be_left_out(fields: dict[str, Any], description: str) -> bool:
-    """Whether an input is marked so or, without any mark, described so."""
+    """Whether an input is marked as optional or, without a mark, described as such."""
     if isinstance(fields.get("optional"), bool):
         return fields["optional"] is True
     if isinstance(fields.get("required"), bool):

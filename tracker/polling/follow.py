@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Final, NamedTuple, TypeVar
@@ -51,23 +52,15 @@ class RunUpdate(NamedTuple):
     source: Source
 
 
+@dataclass(kw_only=True, eq=False)
 class Follower:
     """Follows runs. One object serves any number of callers at the same time."""
 
-    def __init__(
-        self,
-        *,
-        database: Database,
-        signals: Signals,
-        poller: Poller,
-        workspaces: Workspaces,
-        clock: Clock,
-    ) -> None:
-        self._database = database
-        self._signals = signals
-        self._poller = poller
-        self._workspaces = workspaces
-        self._clock = clock
+    database: Database
+    signals: Signals
+    poller: Poller
+    workspaces: Workspaces
+    clock: Clock
 
     async def follow(
         self, run_ids: Iterable[str], *, more: More | None = None, notify: Notify | None = None
@@ -79,7 +72,7 @@ class Follower:
         `StoreUnavailable` if the database does not answer for `OUTAGE` seconds.
         """
         followed = _FollowedRuns(run_ids, more, notify)
-        with self._signals.subscribed(followed.on_signal):
+        with self.signals.subscribed(followed.on_signal):
             polling: asyncio.Task[None] | None = None
             try:
                 while followed.open or more is not None:
@@ -109,18 +102,18 @@ class Follower:
         run_ids = list(followed.open)
         found: dict[str, Record] = {}
         for start in range(0, len(run_ids), CHUNK):
-            found |= await runs.get_runs(self._database, run_ids[start : start + CHUNK])
+            found |= await runs.get_runs(self.database, run_ids[start : start + CHUNK])
         changed = followed.changed_of(found)
         sources: dict[str, Source] = {}
         for start in range(0, len(changed), CHUNK):
             some = [one.run.run_id for one in changed[start : start + CHUNK]]
-            sources |= await changes.last_sources(self._database, some)
+            sources |= await changes.last_sources(self.database, some)
         followed.take(found)
         return [RunUpdate(one, sources.get(one.run.run_id, one.source)) for one in changed]
 
     def _overdue(self, followed: "_FollowedRuns") -> list[Record]:
         """The runs that no process reads although they are due."""
-        now = self._clock()
+        now = self.clock()
         return [
             record
             for record in followed.open.values()
@@ -134,9 +127,9 @@ class Follower:
         """Poll what is due, once; then report why overdue runs cannot be read, if it is known."""
         overdue = self._overdue(followed)
         with contextlib.suppress(StoreError):  # the next read notices an outage
-            await self._poller.poll_due()
+            await self.poller.poll_due()
         for record in overdue:
-            workspace = self._workspaces.of(record.run.workspace_id)
+            workspace = self.workspaces.of(record.run.workspace_id)
             if workspace is None or workspace.client is None:
                 followed.notify_once(
                     f"run {record.run.run_id} is due, but no process polls, and no FLORA API key "
@@ -149,9 +142,9 @@ class Follower:
 
     async def _pause(self, followed: "_FollowedRuns") -> None:
         """Wait until something may have changed, or a run may have become overdue."""
-        notified = self._database.dialect == "postgresql" and self._signals.listening
+        notified = self.database.dialect == "postgresql" and self.signals.listening
         longest = CHECK_ANYWAY if notified else CHECK_EVERY
-        now = self._clock()
+        now = self.clock()
         dues = [one.next_check_at for one in followed.open.values() if one and one.next_check_at]
         overdue_in = [(due + OVERDUE - now).total_seconds() for due in dues]
         soonest = min((wait for wait in overdue_in if wait > 0), default=longest)

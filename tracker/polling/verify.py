@@ -76,13 +76,13 @@ class VerifyReport:
         return asdict(self) | {"ok": self.good}
 
 
+@dataclass(kw_only=True, eq=False)
 class Verifier:
     """Compares workspaces with FLORA's history."""
 
-    def __init__(self, *, database: Database, workspaces: Workspaces, clock: Clock) -> None:
-        self._database = database
-        self._workspaces = workspaces
-        self._clock = clock
+    database: Database
+    workspaces: Workspaces
+    clock: Clock
 
     async def verify(self, workspace: Workspace, *, since: timedelta) -> VerifyReport:
         """Compare everything that FLORA created since then; its failures are part of the report.
@@ -90,9 +90,9 @@ class Verifier:
         Raises `SettingsError` if the workspace has no key, and `StoreUnavailable`.
         """
         client = workspace.require_client()
-        start = self._clock() - since
+        start = self.clock() - since
         report = VerifyReport(workspace_id=workspace.name, since=start.isoformat())
-        shown = await runs.has_generations(self._database, self._workspaces.claimable(workspace))
+        shown = await runs.has_generations(self.database, self.workspaces.claimable(workspace))
         kinds: tuple[RunType, ...] = ("technique", "generation") if shown else ("technique",)
         for kind in kinds:
             walk = HistoryWalk(client, kind)
@@ -113,7 +113,7 @@ class Verifier:
         report: VerifyReport,
     ) -> None:
         top = datetime.max.replace(tzinfo=start.tzinfo)
-        settled_until = self._clock() - SETTLES_WITHIN
+        settled_until = self.clock() - SETTLES_WITHIN
         listed: deque[str] = deque(maxlen=3 * PAGE_SIZE)  # pages overlap, and may be small
         try:
             async with aclosing(walk.pages()) as pages:
@@ -127,10 +127,10 @@ class Verifier:
                     floor = start if page.is_last else max(page.floor or top, start)
                     listed.extend(item.run_id for item in items)
                     if floor < top:
-                        among = self._workspaces.claimable(workspace)
+                        among = self.workspaces.claimable(workspace)
                         span = (floor, min(top, settled_until))
                         for run_id, created_at, status in await runs.created_within(
-                            self._database, among, kind, span
+                            self.database, among, kind, span
                         ):
                             if run_id not in listed:
                                 report.differences.append(
@@ -157,9 +157,9 @@ class Verifier:
     ) -> None:
         """Compare the runs of a page with those here."""
         report.compared += len(items)
-        kept = await without_removed(self._database, items)
+        kept = await without_removed(self.database, items)
         report.removed += len(items) - len(kept)
-        here = await runs.get_runs(self._database, [item.run_id for item in kept])
+        here = await runs.get_runs(self.database, [item.run_id for item in kept])
         for item in kept:
             record = here.get(item.run_id)
             changed_at = item.completed_at or item.created_at

@@ -282,16 +282,14 @@ class SyncReport:
         return not self.skipped and all(one.error is None for one in self.lists)
 
 
+@dataclass(kw_only=True, eq=False)
 class CatalogueSync:
     """Syncs the catalogue. `process` names this process."""
 
-    def __init__(
-        self, *, database: Database, workspaces: Workspaces, process: str, clock: Clock
-    ) -> None:
-        self._database = database
-        self._workspaces = workspaces
-        self._process = process
-        self._clock = clock
+    database: Database
+    workspaces: Workspaces
+    process: str
+    clock: Clock
 
     async def sync(self) -> SyncReport:
         """Read the lists of all workspaces with a key.
@@ -300,23 +298,23 @@ class CatalogueSync:
         database cannot be used at all.
         """
         report = SyncReport()
-        holder = f"{self._process}:{uuid4()}"
+        holder = f"{self.process}:{uuid4()}"
         if not await self._hold(holder):
             report.skipped = True
             return report
         try:
-            began = self._clock()
-            for workspace in self._workspaces:
+            began = self.clock()
+            for workspace in self.workspaces:
                 if workspace.client is not None:
                     await self._walk(workspace, began, holder, report)
             # If all lists are empty, a fault at FLORA is more likely than an empty catalogue.
             if report.complete and any(one.techniques for one in report.lists):
                 report.gone = await techniques.mark_gone(
-                    self._database, since=began, at=self._clock()
+                    self.database, since=began, at=self.clock()
                 )
         finally:
             with suppress(StoreError):  # the lease then expires
-                await claims.drop_lease(self._database, _RUNNING, holder)
+                await claims.drop_lease(self.database, _RUNNING, holder)
         return report
 
     async def sync_if_due(self) -> SyncReport | None:
@@ -324,7 +322,7 @@ class CatalogueSync:
 
         A failed sync is due again after `LEASE`. Raises like `sync`.
         """
-        holder = f"{self._process}:{uuid4()}"  # this process's next sync does not have it either
+        holder = f"{self.process}:{uuid4()}"  # this process's next sync does not have it either
         if not await self._schedule(holder, LEASE):
             return None
         report = await self.sync()
@@ -346,7 +344,7 @@ class CatalogueSync:
             ) as pages:
                 async for page in pages:
                     rows = [row_of(found) for found in page.items]
-                    listed = await techniques.add_listed(self._database, rows, began)
+                    listed = await techniques.add_listed(self.database, rows, began)
                     report.new += listed.new
                     report.back += listed.back
                     walked.pages += 1
@@ -359,10 +357,10 @@ class CatalogueSync:
             walked.error = f"{len(unreadable)} could not be read, the first being {unreadable[0]}"
 
     async def _hold(self, holder: str) -> bool:
-        return await claims.take_lease(self._database, _RUNNING, holder, self._clock(), LEASE)
+        return await claims.take_lease(self.database, _RUNNING, holder, self.clock(), LEASE)
 
     async def _schedule(self, holder: str, until: timedelta) -> bool:
         """Prevent other scheduled syncs for so long; false if another process already does."""
         return await claims.take_lease(
-            self._database, _SCHEDULED, holder, self._clock(), until, longest=EVERY
+            self.database, _SCHEDULED, holder, self.clock(), until, longest=EVERY
         )

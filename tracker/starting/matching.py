@@ -45,13 +45,15 @@ class HistoryRead:
     runs: dict[str, Observation]
 
 
+@dataclass(kw_only=True, eq=False)
 class StartMatcher:
     """Stores the runs of starts, and finds them in the history."""
 
-    def __init__(self, *, database: Database, writer: Writer, clock: Clock) -> None:
-        self._database = database
-        self._writer = writer
-        self._clock = clock
+    database: Database
+    writer: Writer
+    clock: Clock
+
+    def __post_init__(self) -> None:
         self._unfiltered: set[str] = set()
         self._storing: dict[asyncio.Task[None], str] = {}
 
@@ -102,7 +104,7 @@ class StartMatcher:
         self, row: StartRow, run_id: str, observation: Observation | None = None
     ) -> Record:
         """Store a run as the start's, and what FLORA showed of it, if anything."""
-        own = Observation(run_id=run_id, source=Source.START, at=self._clock())
+        own = Observation(run_id=run_id, source=Source.START, at=self.clock())
         record = await self.track(row, own)
         return record if observation is None else await self._submit(Seen(observation=observation))
 
@@ -120,7 +122,7 @@ class StartMatcher:
                 return
 
     async def _submit(self, entry: Seen) -> Record:
-        result = await self._writer.submit(entry)
+        result = await self.writer.submit(entry)
         if result.after is None:
             raise AssertionError("an observation of a run always leaves a record")
         return result.after
@@ -132,7 +134,7 @@ class StartMatcher:
 
         FLORA is read until the time `give_up` of `time.monotonic`. Raises `FloraError`.
         """
-        begun_at = self._clock()
+        begun_at = self.clock()
         while True:
             filtered = workspace.slot not in self._unfiltered
             try:
@@ -183,7 +185,7 @@ class StartMatcher:
         """The runs that may have begun since the start's first sending and that nothing else
         accounts for: they are of no other start, and were not given to `track`."""
         first = row.in_use_since or row.created_at
-        accounted = await starts.accounted(self._database, list(read.runs))
+        accounted = await starts.accounted(self.database, list(read.runs))
         return [
             item
             for run_id, item in read.runs.items()
@@ -197,7 +199,7 @@ class StartMatcher:
         one, or another start that it may be of as well."""
         # The rivals first: one that becomes a run meanwhile is accounted for then, or is a rival.
         rivals = await starts.rivals(
-            self._database, row.workspace_slot, row.technique_id, row.idempotency_key
+            self.database, row.workspace_slot, row.technique_id, row.idempotency_key
         )
         left = await self.unaccounted(workspace, row, read)
         if len(left) != 1:

@@ -144,16 +144,14 @@ class TrackedRun:
     known: bool
 
 
+@dataclass(kw_only=True, eq=False)
 class RunTracker:
     """Tracks runs that were started elsewhere. Only their ids are believed."""
 
-    def __init__(
-        self, *, writer: Writer, workspaces: Workspaces, catalogue: Catalogue, clock: Clock
-    ) -> None:
-        self._writer = writer
-        self._workspaces = workspaces
-        self._catalogue = catalogue
-        self._clock = clock
+    writer: Writer
+    workspaces: Workspaces
+    catalogue: Catalogue
+    clock: Clock
 
     async def track(
         self,
@@ -168,13 +166,13 @@ class RunTracker:
         `technique` is an id or a slug. Raises `InvalidRequest` for an unknown workspace and
         `StoreUnavailable`.
         """
-        workspace = self._workspaces.pick(workspace_id)
-        result = await self._writer.submit(
+        workspace = self.workspaces.pick(workspace_id)
+        result = await self.writer.submit(
             Seen(
                 observation=Observation(
                     run_id=run_id,
                     source=Source.TRACK,
-                    at=self._clock(),
+                    at=self.clock(),
                     workspace_id=workspace_id or workspace.workspace_id,
                     technique_id=await self._technique_id(workspace, technique),
                     poll_url=poll_url,
@@ -190,6 +188,6 @@ class RunTracker:
         if technique is None:
             return None
         try:
-            return await self._catalogue.technique_id(workspace, technique)
+            return await self.catalogue.technique_id(workspace, technique)
         except (FloraError, InvalidRequest, SettingsError):
             return None

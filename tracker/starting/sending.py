@@ -131,15 +131,13 @@ class CallbackAddresses:
         return self._url if self._own_are_missing else f"{self._url}/{token}"
 
 
+@dataclass(kw_only=True, eq=False)
 class Sender:
     """Sends starts whose lease the caller holds."""
 
-    def __init__(
-        self, *, matcher: StartMatcher, addresses: CallbackAddresses, clock: Clock
-    ) -> None:
-        self._matcher = matcher
-        self._addresses = addresses
-        self._clock = clock
+    matcher: StartMatcher
+    addresses: CallbackAddresses
+    clock: Clock
 
     async def send(self, workspace: Workspace, held: "HeldStart", *, deadline: float) -> Record:
         """Send a start, or send it again exactly as before; the run that it became.
@@ -150,7 +148,7 @@ class Sender:
         """
         row = held.row
         in_doubt = not row.is_fresh
-        url = row.callback_url if in_doubt else await self._addresses.of(row.callback_token)
+        url = row.callback_url if in_doubt else await self.addresses.of(row.callback_token)
         # A start of a version before 0009 has no body, but everything that made it.
         body = row.request_body if in_doubt else None
         if not body:
@@ -167,9 +165,11 @@ class Sender:
         except FloraError as error:
             if not (isinstance(error, FloraRefusal) and error.from_flora and error.run_id):
                 failure = await self._failure(held, error, in_doubt=in_doubt)
-                raise failure from (None if failure is error else error)
-            seen = Observation(run_id=error.run_id, source=Source.START, at=self._clock())
-        return await self._matcher.track(held.row, seen)
+                if failure is error:
+                    raise
+                raise failure from error
+            seen = Observation(run_id=error.run_id, source=Source.START, at=self.clock())
+        return await self.matcher.track(held.row, seen)
 
     async def _failure(self, held: "HeldStart", error: FloraError, *, in_doubt: bool) -> Exception:
         """Record an answer without a run; the error to raise."""

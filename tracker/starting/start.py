@@ -265,22 +265,20 @@ def fingerprint(technique_id: str, inputs: list[dict[str, Any]]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+@dataclass(kw_only=True, eq=False)
 class BudgetReader:
     """Reads how far the configured budgets are used."""
 
-    def __init__(
-        self, *, database: Database, budgets: Budgets, workspaces: Workspaces, clock: Clock
-    ) -> None:
-        self._database = database
-        self._budgets = budgets
-        self._workspaces = workspaces
-        self._clock = clock
+    database: Database
+    budgets: Budgets
+    workspaces: Workspaces
+    clock: Clock
 
     async def usages(self) -> list[Usage]:
         """The usage of each workspace's budgets and of `[[budgets]]`. Raises `StoreUnavailable`."""
-        ids = {one.workspace_id for one in self._workspaces}
-        if None in ids and self._budgets.of_each_workspace:
+        ids = {one.workspace_id for one in self.workspaces}
+        if None in ids and self.budgets.of_each_workspace:
             # Another process may know an id that this one has not learnt yet.
-            ids |= set(await stored.all_ids(self._database))
-        known = self._budgets.known(sorted(each for each in ids if each is not None))
-        return await spending.usages(self._database, known, now=self._clock())
+            ids |= set(await stored.all_ids(self.database))
+        known = self.budgets.known(sorted(each for each in ids if each is not None))
+        return await spending.usages(self.database, known, now=self.clock())

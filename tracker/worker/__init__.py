@@ -1,5 +1,1 @@
-"""The worker: APScheduler says when; what is done lies in `tracker.tracking`."""
-
-from tracker.worker.scheduler import Worker
-
-__all__ = ["Worker"]
+"""The worker: APScheduler decides when; `polling` and `starting` do the work."""

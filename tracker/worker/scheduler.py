@@ -1,9 +1,9 @@
-"""The scheduled jobs of one process: poll what is due, read bills again, sweep each history, find
-lost starts, read the catalogue.
+"""The scheduled jobs of one process: poll due runs, read bills again, sweep each history, recover
+starts in doubt, read the catalogue.
 
-APScheduler keeps the times and holds no state: everything lasting is in the database, so any number
-of workers may run, and one that dies leaves nothing but leases that run out. The poll job is run
-when something becomes due, be it that its time has come or that a callback has just made it so.
+APScheduler only keeps the times: all state is in the database, so any number of workers may run,
+and one that dies leaves only leases, which expire. The poll job also runs whenever a callback makes
+a run due.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final
 
 import structlog
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
@@ -22,38 +22,34 @@ from apscheduler.triggers.interval import IntervalTrigger
 from cronsim import CronSim
 from structlog.contextvars import bound_contextvars
 
-from tracker.core.clock import Clock, boot_seconds, utc_now
+from tracker.core.clock import boot_seconds, utc_now
 from tracker.core.errors import StoreError, StoreUnavailable, TrackerError
 from tracker.core.rate_limited_log import Seldom
-from tracker.polling.poll import Poller
-from tracker.polling.poll_round import PollReport
-from tracker.polling.sweep import Sweeper, SweepReport
-from tracker.polling.workspaces import Workspace, Workspaces
-from tracker.starting.catalogue import CatalogueSync
-from tracker.starting.recover import Recovery
-from tracker.store.signals import Signals
+from tracker.polling.workspaces import Workspace
+
+if TYPE_CHECKING:
+    from tracker.services import Services
 
 TICK: Final = 15.0
-"""Seconds after which the database is asked what is due even if no word came: what a lost
-notification costs."""
-GATHER: Final = 1.0
-"""Seconds between two rounds of polling at least. A callback that comes alone is followed at once;
-`tracker.polling.poll_round` says for how long many are left to share their pages."""
+"""Seconds after which the database is read for due runs without a notification: the cost of a lost
+one."""
+ROUND_EVERY: Final = 1.0
+"""Least seconds between two rounds of polling. A single callback is followed at once;
+`tracker.polling.poll.Coalescer` decides how long many wait to share their pages."""
 PROBE_EVERY: Final = timedelta(seconds=15)
-"""How often FLORA is asked whether it answers again, while it does not."""
+"""How often a FLORA that failed is probed."""
 RECOVER_EVERY: Final = timedelta(seconds=30)
-"""How often starts whose caller is gone are looked for."""
-LOOK_AT_CATALOGUE_EVERY: Final = timedelta(minutes=20)
-"""How often it is looked whether the catalogue is due to be read."""
-STOP_WITHIN: Final = 8.0
-"""Seconds that running jobs have to end once they were told to."""
-GIVE_BACK_WITHIN: Final = 2.0
-"""Seconds in which what they leave is then given back."""
-
+"""How often starts are recovered whose caller is gone."""
+CHECK_CATALOGUE_EVERY: Final = timedelta(minutes=20)
+"""How often to check whether the catalogue is due to be read."""
+STOP_SECONDS: Final = 8.0
+"""How long running jobs have to end."""
+RELEASE_SECONDS: Final = 2.0
+"""How long releasing their claims may then take."""
 WATCH_CLOCK_EVERY: Final = 2.0
 """Seconds between two comparisons of the wall clock with one that only runs forward."""
 JUMP: Final = timedelta(seconds=1)
-"""A difference of more than this between the two is a clock that was set."""
+"""A difference of more than this between the two means that the clock was set."""
 
 log = structlog.get_logger(__name__)
 
@@ -75,76 +71,10 @@ class CronTrigger(BaseTrigger):  # type: ignore[misc]
         return next(CronSim(self._expression, previous.astimezone(UTC)))
 
 
-class Watches(Protocol):
-    """Counts what the jobs did."""
-
-    def worker_started(self) -> None:
-        """This process polls and sweeps from now on."""
-
-    def worker_stopped(self) -> None:
-        """This process does not any more."""
-
-    def polled(self, report: PollReport) -> None:
-        """A round of polling is over."""
-
-    def rechecked(self, report: PollReport) -> None:
-        """A round of reading bills again is over."""
-
-    def swept(self, report: SweepReport) -> None:
-        """A sweep is over, be it that another process was at it."""
-
-    def job_failed(self, task: str) -> None:
-        """A job ended with an error."""
-
-
-class WorkerServices(Protocol):
-    """What the jobs call."""
-
-    @property
-    def reconcile_cron(self) -> str:
-        """When to sweep."""
-
-    @property
-    def recheck_every(self) -> timedelta:
-        """How often to read settled runs again whose bill is due."""
-
-    @property
-    def poller(self) -> Poller:
-        """Polls what is due."""
-
-    @property
-    def sweeper(self) -> Sweeper:
-        """Sweeps a history."""
-
-    @property
-    def recovery(self) -> Recovery:
-        """Finds the runs of lost starts."""
-
-    @property
-    def catalogue_sync(self) -> CatalogueSync:
-        """Reads FLORA's catalogue."""
-
-    @property
-    def workspaces(self) -> Workspaces:
-        """The configured workspaces."""
-
-    @property
-    def signals(self) -> Signals:
-        """Says when something may have become due."""
-
-    @property
-    def metrics(self) -> Watches:
-        """Counts what was done."""
-
-    @property
-    def clock(self) -> Clock:
-        """The wall clock."""
-
-
 class Worker:
-    """The jobs of one process. `start` returns at once; `stop` ends them and gives claims back."""
+    """The jobs of one process. `start` returns at once; `stop` ends them and releases claims."""
 
-    def __init__(self, services: WorkerServices) -> None:
+    def __init__(self, services: "Services") -> None:
         self._services = services
         self._scheduler = AsyncIOScheduler(
             timezone="UTC",
@@ -157,9 +87,9 @@ class Worker:
         self._seldom = Seldom()
 
     async def start(self) -> None:
-        """Begin: one sweep of each workspace now, then by the clock."""
+        """Start the jobs, with a sweep of each workspace now."""
         services = self._services
-        now = utc_now()  # APScheduler compares with the machine's own clock
+        now = utc_now()  # APScheduler compares with the machine's clock
         keyed = [one for one in services.workspaces if one.client is not None]
         for workspace in keyed:
             self._scheduler.add_job(
@@ -190,7 +120,7 @@ class Worker:
             )
             self._scheduler.add_job(
                 self._job("catalogue", self._sync_catalogue),
-                IntervalTrigger(seconds=LOOK_AT_CATALOGUE_EVERY.total_seconds()),
+                IntervalTrigger(seconds=CHECK_CATALOGUE_EVERY.total_seconds()),
                 id="catalogue",
                 next_run_time=now,
             )
@@ -205,43 +135,43 @@ class Worker:
             ]
 
     async def stop(self) -> None:
-        """End the jobs: what is under way is broken off where that is safe, and given back."""
+        """End the jobs, interrupting them, and release their claims."""
         self._services.metrics.worker_stopped()
         for background in self._tasks:
             background.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
-        # A job that is cancelled before its first step never comes to say that this is no error.
+        # A job that is cancelled before its first step could not report that this is no error.
         self._scheduler.pause()
         await asyncio.sleep(0)
         self._scheduler.shutdown(wait=False)  # cancels what runs
         if self._running:
-            await asyncio.wait(self._running, timeout=STOP_WITHIN)
+            await asyncio.wait(self._running, timeout=STOP_SECONDS)
         for task in self._running:
-            task.cancel()  # not even its giving back is waited for any longer
+            task.cancel()  # without waiting for its release any longer
         try:
-            async with asyncio.timeout(GIVE_BACK_WITHIN):
+            async with asyncio.timeout(RELEASE_SECONDS):
                 await self._services.poller.release()
         except (StoreError, TimeoutError) as error:
             why = str(error) or "the database does not answer in time"
             log.warning("worker.claims_kept", error=why, advice="they run out by themselves")
 
     def _job(self, name: str, work: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
-        """A job that reports its failure and is waited for at the end."""
+        """A job that reports its failures, and that `stop` waits for."""
 
         async def run() -> None:
             task = asyncio.current_task()
             if task is not None:
                 self._running.add(task)
                 task.add_done_callback(self._running.discard)
-            # Told to stop it ends, which APScheduler would log as an error; so it would if it had
-            # failed meanwhile, and only the next wait came to know that it was told.
+            # APScheduler would log a cancelled job as an error. The sleep raises a cancellation
+            # that came while the job failed.
             with suppress(asyncio.CancelledError):
                 try:
                     await work()
                 except TrackerError as error:
                     self._services.metrics.job_failed(name)
-                    self._say_failed(name, error)
+                    self._log_failed(name, error)
                 except Exception:
                     self._services.metrics.job_failed(name)
                     log.exception("worker.job_broken", job=name)
@@ -249,9 +179,9 @@ class Worker:
 
         return run
 
-    def _say_failed(self, name: str, error: TrackerError) -> None:
+    def _log_failed(self, name: str, error: TrackerError) -> None:
         count = 1
-        if isinstance(error, StoreUnavailable):  # it would say the same every second
+        if isinstance(error, StoreUnavailable):  # which recurs every second
             count = self._seldom.count(name, now=time.monotonic())
         if count:
             log.error("worker.job_failed", job=name, error=str(error), count=count)
@@ -277,7 +207,7 @@ class Worker:
             self._round_over.set()
 
     async def _recheck(self) -> None:
-        # A little less than the interval, so that this process may go on when its turn is over.
+        # A little less than the interval, so that this process can take the next turn as well.
         turn = self._services.recheck_every * 0.9
         more = True
         while more:
@@ -333,7 +263,7 @@ class Worker:
         )
 
     async def _wake_when_due(self) -> None:
-        """Run the poll job whenever a run is due, and wait for it before looking again."""
+        """Run the poll job whenever a run is due, one after the other."""
         down = False
         while True:
             try:
@@ -346,31 +276,31 @@ class Worker:
                 if not down:
                     log.warning("worker.database_down", error=str(error))
                 down = True
-                await asyncio.sleep(GATHER)
-            except Exception:  # this task is what makes polling prompt: it goes on whatever happens
+                await asyncio.sleep(ROUND_EVERY)
+            except Exception:  # polling must not stop, whatever happens
                 log.exception("worker.waker_failed")
-                await asyncio.sleep(GATHER)
+                await asyncio.sleep(ROUND_EVERY)
 
     async def _watch_clock(self) -> None:
-        """Keep APScheduler, which goes by the wall clock, to the time that has really passed.
+        """Correct APScheduler, which uses the wall clock, by the time that has really passed.
 
-        Its timer counts no seconds in which the machine was suspended, and a clock that was set
-        would put every job off, or bring it forward, by as much.
+        Its timer does not count seconds in which the machine was suspended, and a clock that is
+        set would delay every job, or bring it forward, by as much.
         """
         seconds, now = boot_seconds(), utc_now()
         while True:
             await asyncio.sleep(WATCH_CLOCK_EVERY)
-            passed, told = boot_seconds() - seconds, utc_now() - now
-            seconds, now = seconds + passed, now + told
-            jump = told - timedelta(seconds=passed)
+            passed, shown = boot_seconds() - seconds, utc_now() - now
+            seconds, now = seconds + passed, now + shown
+            jump = shown - timedelta(seconds=passed)
             if abs(jump) >= JUMP:
                 log.warning("clock.jumped", seconds=round(jump.total_seconds(), 1))
                 self._clock_jumped(jump, now)
             self._scheduler.wakeup()
 
     def _clock_jumped(self, jump: timedelta, now: datetime) -> None:
-        """Intervals go on as they were; a cron expression means the new time, and nothing that was
-        due is left out."""
+        """Shift the jobs: intervals continue, cron expressions refer to the new time, and no job
+        that was due is skipped."""
         self._services.poller.clock_jumped()
         self._services.recovery.clock_jumped()
         for job in self._scheduler.get_jobs():
@@ -383,44 +313,38 @@ class Worker:
             job.modify(next_run_time=due)
 
     async def _until_due(self) -> None:
-        """Return when a run is due, and the round before lies long enough back."""
+        """Return when a run is due and `ROUND_EVERY` has passed since the last round."""
         while True:
             due = await self._services.poller.next_due_at(coalesce=True)
             wait = TICK if due is None else (due - self._services.clock()).total_seconds()
             if wait <= 0:
                 break
-            # A signal says that some look was brought forward: when it is due, the database tells.
+            # A signal means that a poll was brought forward; the database has the time.
             await self._services.signals.wait_due(min(wait, TICK))
-        # This also keeps a run that cannot be claimed, because another worker holds it, from
-        # making the waker spin.
-        await asyncio.sleep(self._round_began + GATHER - time.monotonic())
+        # This also prevents a busy loop about a run that another worker has claimed.
+        await asyncio.sleep(self._round_began + ROUND_EVERY - time.monotonic())
 
 
-# The worker as a process of its own, without an HTTP port: runs until SIGTERM or SIGINT.
+def run(open_services: "Callable[[], AbstractAsyncContextManager[Services]]") -> int:
+    """Run a worker without an HTTP port until SIGTERM or SIGINT; returns 0.
 
-
-log = structlog.get_logger(__name__)
-
-S = TypeVar("S", bound=WorkerServices)
-
-
-def run(open_services: Callable[[], AbstractAsyncContextManager[S]]) -> int:
-    """Work until told to stop; returns 0. Raises what `open_services` raises."""
+    Raises what `open_services` raises.
+    """
     asyncio.run(_run(open_services))
     return 0
 
 
-async def _run(open_services: Callable[[], AbstractAsyncContextManager[S]]) -> None:
-    told = asyncio.Event()
+async def _run(open_services: "Callable[[], AbstractAsyncContextManager[Services]]") -> None:
+    stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, told.set)
+        loop.add_signal_handler(number, stop.set)
     async with open_services() as services:
         worker = Worker(services)
         await worker.start()
         log.info("working", workspaces=len(services.workspaces))
         try:
-            await told.wait()
+            await stop.wait()
         finally:
             log.info("stopping")
             await worker.stop()
