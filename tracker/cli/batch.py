@@ -172,7 +172,7 @@ def batch(
                 technique,
                 sheet,
                 name=name,
-                given=mappings,
+                explicit=mappings,
                 workspace_id=workspace,
                 again=again,
                 retry=retry,

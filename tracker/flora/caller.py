@@ -240,7 +240,7 @@ class Caller:
                 progress.error = exc
                 asked = exc.retry_after if isinstance(exc, FloraRefusal) else None
                 if asked is not None:
-                    await self.request_limit.tell_others(asked)
+                    await self.request_limit.pause_others(asked)
                 wait = asked or backoff(attempt)
                 if not _repeatable(call, exc) or self._monotonic() + wait > until:
                     raise

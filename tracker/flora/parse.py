@@ -337,10 +337,10 @@ def refusal(
     except FloraUnreadable:
         answer = {}
     error = as_object(answer.get("error"))
-    told = as_id(error.get("code"))
-    code = told or f"http_{status}"
+    named = as_id(error.get("code"))
+    code = named or f"http_{status}"
     kind = ServerFault if status >= 500 else FloraRefusal
-    if told is not None or status == 429:
+    if named is not None or status == 429:
         kind = _REFUSALS.get(status, kind)
     if status == 403 and code == PLAN_REQUIRED:
         kind = PlanRequired
@@ -359,7 +359,7 @@ def refusal(
         ],
         request_id=request_id,
         retry_after=retry_after,
-        from_flora=told is not None,
+        from_flora=named is not None,
         run_id=as_id(answer.get("run_id")) or as_id(error.get("run_id")),
     )
 

@@ -56,7 +56,7 @@ class SharedWaits(Protocol):
     async def left(self) -> float:
         """Seconds that the longest shared wait still lasts."""
 
-    async def tell(self, seconds: float) -> None:
+    async def share(self, seconds: float) -> None:
         """Share a wait that FLORA has asked this process for."""
 
 
@@ -125,10 +125,10 @@ class RequestLimit:
         """Let this process start no request for so long."""
         self._paused_until = max(self._paused_until, self._monotonic() + seconds)
 
-    async def tell_others(self, seconds: float) -> None:
+    async def pause_others(self, seconds: float) -> None:
         """Let no other process start a request for so long."""
         if self._shared is not None:
-            await self._shared.tell(seconds)
+            await self._shared.share(seconds)
 
     def answered(self) -> None:
         """FLORA took a request: raise the rate a little."""

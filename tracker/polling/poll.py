@@ -1,9 +1,9 @@
 """Polling what is due, with as few requests as possible.
 
-A round claims due runs in each workspace and reads them (`tracker.polling.poll_round`). Whoever
-polls repeatedly lets due runs coalesce first, so that they share history pages. If more is due than
-one round reads, a share of it goes to the runs whose callbacks came last: a backlog does not delay
-fresh ends.
+A round claims due runs in each workspace and reads them (`tracker.polling.poll_round`). Callers
+that poll repeatedly let due runs coalesce first, so that they share history pages. If more is due
+than one round reads, a share of it goes to the runs whose callbacks came last: a backlog does not
+delay fresh ends.
 
 Settled runs are read again in rounds of their own, because FLORA's bill, and sometimes the outputs,
 come after the end. These rounds share pages as far as possible, and never take the place of a read
@@ -44,7 +44,7 @@ RECHECK_CLAIM: Final = 1000
 BRING_NEAR_EVERY: Final = 300.0
 """Seconds between two searches for runs whose next poll lies further ahead than any wait."""
 LEASE: Final = timedelta(seconds=30)
-"""How long a claim lasts if it is not given back, because its process died."""
+"""How long a claim lasts if it is not released, because its process died."""
 RENEW_AFTER: Final = 10.0
 """Seconds after which a round that still goes on (FLORA is slow) renews its claims."""
 BACKOFF: Final = timedelta(seconds=1)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from tracker.polling.poll import Poller
 
 SINGLE_READS: Final = 16
-"""Single reads of a round, half of them for fresh ends; other runs are given back and due in the
+"""Single reads of a round, half of them for fresh ends; other runs are released and due in the
 next round, so that no process holds work that another could do."""
 ROUND_SECONDS: Final = 10.0
 """Seconds after which a round begins no further single read (FLORA is slow, or has set a limit):
@@ -97,7 +97,7 @@ class PollReport:
 class SingleRead:
     """The result of reading one run; `reads` counts the requests.
 
-    Without an `observation`, `missing` tells whether every way was answered with "does not exist",
+    Without an `observation`, `missing` is whether every way was answered with "does not exist",
     and `error` says why, fit for a person. `silent` means that FLORA itself did not answer
     (`FloraError.silent`). `others` are the other runs of a history page that was read.
     """
@@ -303,7 +303,7 @@ class PollRound:
         """Whether a page's item says as much about cost and outputs as a single read.
 
         Something missing either does not exist yet or is left out by lists; whether lists show it
-        for other runs tells which.
+        for other runs shows which.
         """
         if item.status is not RunStatus.COMPLETED:
             return item.standing.ended
@@ -330,7 +330,7 @@ class PollRound:
             fresh = record.run.standing.ended and not self._recheck
             async with permits:
                 if self.broken_off or time.monotonic() > until:
-                    return  # it remains, and is given back
+                    return  # it remains, and is released
                 try:
                     found, entries = await self._read_run(
                         self._client.for_fresh if fresh else self._client, record

@@ -313,7 +313,7 @@ class _Sweep:
         workspace, database, now = self._workspace, self._database, self._clock()
         at_flora = now + (workspace.require_client().clock_offset or timedelta())
         earlier, later = sorted((now, at_flora))
-        # Neither clock alone tells up to when the list is complete: the newest run between does.
+        # Neither clock alone shows up to when the list is complete: the newest run between does.
         believed = (one.created_at for one in items if one.created_at)
         newest = max((at for at in believed if at <= later + AHEAD), default=earlier)
         until = min(max(newest, earlier), later) - LISTED_WITHIN

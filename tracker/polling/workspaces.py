@@ -285,7 +285,7 @@ class DatabaseWaits:
         # A wait beyond the longest was stored before the clock was set back.
         return left if 0 < left <= LONGEST_WAIT + WAITS_SECONDS else 0.0
 
-    async def tell(self, seconds: float) -> None:
+    async def share(self, seconds: float) -> None:
         """Store a wait of `seconds` from now on."""
         until = self._clock() + timedelta(seconds=seconds)
         with suppress(StoreError, TimeoutError):

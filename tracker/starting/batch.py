@@ -155,7 +155,7 @@ class Batches:
         sheet: Sheet,
         *,
         name: str,
-        given: Sequence[ColumnMapping] = (),
+        explicit: Sequence[ColumnMapping] = (),
         workspace_id: str | None = None,
         again: bool = False,
         retry: Retry | None = None,
@@ -166,7 +166,7 @@ class Batches:
     ) -> tuple[BatchPlan, Sequence[SheetProblem]]:
         """What a batch of this sheet would do now, and the problems of the rows that it skips.
 
-        `name` is the name of the sheet, `given` the explicit mapping of columns to inputs. `again`
+        `name` is the name of the sheet, `explicit` maps columns to inputs. `again`
         runs every row once more, `retry` those that failed. `tags` are those of all runs,
         `tag_columns` the columns with further tags, by key. Nothing is started or stored. Raises
         `SheetRefused` with all problems, `InvalidRequest` for the workspace or a technique that
@@ -178,7 +178,7 @@ class Batches:
         definition, price_error = await self.catalogue.priced(workspace, technique)
         if (reason := obstacle(definition.ports)) is not None:
             raise InvalidRequest(f"{technique} cannot be started: {reason}")
-        reading = read_rows(sheet, definition.ports, given)
+        reading = read_rows(sheet, definition.ports, explicit)
         tagged, wrong = row_tags(sheet, tag_columns or {}, tags or {})
         problems = sorted([*reading.problems, *wrong])
         rows = _fit_rows(reading.rows, problems, skip=skip_bad_rows, header=sheet.header)

@@ -229,7 +229,7 @@ class HeldStart:
     """A start whose lease one caller holds.
 
     `valid_until` is until when the lease surely lasts, by a clock that goes on while the machine is
-    suspended; `was_sent` tells whether a request was let through since it was taken.
+    suspended; `was_sent` is whether a request was let through since it was taken.
     """
 
     database: Database

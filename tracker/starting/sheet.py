@@ -160,9 +160,9 @@ def _records(
 
 def _json_values(value: Any) -> tuple[Values, str | None]:
     """The texts of a JSON value, and its problem, if any."""
-    given = value if isinstance(value, list) else [value]
+    values = value if isinstance(value, list) else [value]
     texts = []
-    for one in given:
+    for one in values:
         if one is None:
             continue
         if not isinstance(one, str):
@@ -246,15 +246,15 @@ class SheetReading:
 
 
 def read_rows(
-    sheet: Sheet, ports: Sequence[Port], given: Sequence[ColumnMapping] = ()
+    sheet: Sheet, ports: Sequence[Port], explicit: Sequence[ColumnMapping] = ()
 ) -> SheetReading:
     """The inputs of each row, by the inputs (`ports`) of a technique's definition.
 
-    `given` maps columns explicitly; an input that it names takes no other column. Without `ports`
-    (the definition names none) it has to map all of them, with their types.
+    An input in the `explicit` mapping takes no other column. Without `ports` (the definition names
+    none) it has to map all columns, with their types.
     """
     problems = list(sheet.problems)
-    mappings = _assign(sheet, ports, given, problems)
+    mappings = _assign(sheet, ports, explicit, problems)
     used = {mapping.column for mapping in mappings}
     unmapped = tuple(dict.fromkeys(name for name in sheet.columns if name not in used))
     if not problems and not mappings:
@@ -340,14 +340,14 @@ def _values(sheet: Sheet, mapping: ColumnMapping) -> set[str]:
 def _assign(
     sheet: Sheet,
     ports: Sequence[Port],
-    given: Sequence[ColumnMapping],
+    explicit: Sequence[ColumnMapping],
     problems: list[SheetProblem],
 ) -> list[ColumnMapping]:
     """The columns that are inputs, each with its type."""
     header = sheet.header
     by_id = {port.id: port for port in ports}
     wanted: list[ColumnMapping] = []
-    for one in given:
+    for one in explicit:
         if ports and one.input_id not in by_id:
             message = f"the technique has no input {one.input_id!r}; it has {', '.join(by_id)}"
             problems.append(SheetProblem(header, one.column, message))
@@ -357,7 +357,7 @@ def _assign(
             problems.append(SheetProblem(header, one.column, message))
         else:
             wanted.append(one)
-    named_ids = {one.input_id for one in given}
+    named_ids = {one.input_id for one in explicit}
     taken = {one.column for one in wanted}
     for port in ports:
         if port.id in named_ids:
