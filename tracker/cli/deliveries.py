@@ -76,7 +76,7 @@ def show(
 @app.command()
 def replay(
     delivery_ids: Annotated[
-        list[str] | None, typer.Argument(metavar="[DELIVERY_ID]...", help="Deliveries to replay.")
+        list[str] | None, typer.Argument(metavar="DELIVERY_ID", help="Deliveries to replay.")
     ] = None,
     every: Annotated[
         bool, typer.Option("--all", help="Replay all quarantined deliveries, oldest first.")

@@ -48,9 +48,7 @@ def parse_size(text: str | int) -> int:
 def download(
     run_ids: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[RUN_ID…]", help="FLORA's run_… identifiers.", callback=check_run_ids
-        ),
+        typer.Argument(metavar="RUN_ID", help="FLORA's run_… identifiers.", callback=check_run_ids),
     ] = None,
     batch: Annotated[
         str | None, typer.Option("--batch", metavar="ID", help="The runs of a batch.")

@@ -189,5 +189,5 @@ RunId = Annotated[
 ]
 RunIds = Annotated[
     list[str],
-    typer.Argument(metavar="RUN_ID…", help="FLORA's run_… identifiers.", callback=check_run_ids),
+    typer.Argument(metavar="RUN_ID", help="FLORA's run_… identifiers.", callback=check_run_ids),
 ]

@@ -73,7 +73,7 @@ def sync(as_json: JsonFlag = False) -> int:
 def list_(
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[TEXT]...", help="Words in the id, name or description."),
+        typer.Argument(metavar="TEXT", help="Words in the id, name or description."),
     ] = None,
     gone: Annotated[bool, typer.Option("--gone", help="Include retired.")] = False,
     limit: LimitOption = 100,

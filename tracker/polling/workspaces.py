@@ -243,7 +243,7 @@ async def _ask_flora(client: FloraClient, configured: str | None, deadline: floa
     try:
         listed = await client.list_workspaces(deadline=deadline)
     except FloraError as error:
-        log.info("workspace.not_told", error=str(error))
+        log.info("workspace.not_reported", error=str(error))
         if configured is not None:
             return None
         if error.silent or isinstance(error, RateLimited):
