@@ -110,28 +110,28 @@ class GroupCommit(Generic[T, R]):
         be), and `StoreError` if the database refuses this very item. Raises `StoreUnavailable` if
         the queue is full or closed.
         """
-        return self.enqueue_all((item,))[0]
+        size = self._size(item)
+        self._check_space(1, size)
+        loop = asyncio.get_running_loop()
+        waiting = _Waiting(item, size, loop.create_future(), loop.time() + self._deadline)
+        self._queue.append(waiting)
+        self._bytes += size
+        self._arrived.set()
+        if self._timer is None:
+            self._timer = loop.call_at(waiting.expires, self._expire)
+        return waiting.answer
 
     def enqueue_all(self, items: Sequence[T]) -> list[asyncio.Future[R]]:
         """Queue all of the items or none; else as `enqueue`."""
+        self._check_space(len(items), sum(map(self._size, items)))
+        return [self.enqueue(item) for item in items]
+
+    def _check_space(self, count: int, size: int) -> None:
         if self._closing or self._task is None or self._task.done():
             raise StoreUnavailable("the tracker is not running, or is shutting down")
-        sizes = [self._size(item) for item in items]
-        total = self._bytes + sum(sizes)
-        if len(self._queue) + len(items) > self._max_waiting or total > self._max_waiting_bytes:
+        count, size = count + len(self._queue), size + self._bytes
+        if count > self._max_waiting or size > self._max_waiting_bytes:
             raise StoreUnavailable("too many writes wait for the database") from self.trouble
-        loop = asyncio.get_running_loop()
-        expires = loop.time() + self._deadline
-        queued = [
-            _Waiting(item, size, loop.create_future(), expires)
-            for item, size in zip(items, sizes, strict=True)
-        ]
-        self._queue.extend(queued)
-        self._bytes = total
-        self._arrived.set()
-        if self._timer is None:
-            self._timer = loop.call_at(expires, self._expire)
-        return [waiting.answer for waiting in queued]
 
     def _pop(self) -> _Waiting[T, R]:
         waiting = self._queue.popleft()
