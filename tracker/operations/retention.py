@@ -24,7 +24,7 @@ from tracker.store.errors import StoreBusy
 from tracker.store.queries import audit
 from tracker.store.queries.audit import Action
 from tracker.store.writing import retention, rollups
-from tracker.store.writing.retention import Counts, Key, PrunePage
+from tracker.store.writing.retention import Counts, PruneKey, PrunePage
 
 SHORTEST: Final = timedelta(days=1)
 """Nothing younger is deleted: FLORA may still repeat a callback, list a run late, or be asked for
@@ -143,7 +143,7 @@ class Pruner:
             entry = audit.entry(Action.PRUNE, self._clock(), older_than=detail)
             audit_id = await audit.write(self._database, entry)
         for stage in await self._stages(ages):
-            end: Key | None = None
+            end: PruneKey | None = None
             while True:
                 page = await stage.find(after=end, limit=self._page)
                 total += await (self._count if dry else self._delete)(stage, page.found)

@@ -67,7 +67,7 @@ Counts = Counter[str]
 Mark = Literal["runs", "bodies"]
 
 
-class Key(NamedTuple):
+class PruneKey(NamedTuple):
     """The position of a row in its table, by age."""
 
     at: datetime
@@ -78,8 +78,8 @@ class Key(NamedTuple):
 class PrunePage:
     """Rows of a page that are to be removed, and where the next page begins (`None`: no more)."""
 
-    found: list[Key]
-    end: Key | None
+    found: list[PruneKey]
+    end: PruneKey | None
 
 
 class ListedRun(NamedTuple):
@@ -194,7 +194,7 @@ async def protected_runs(db: Database) -> Protected:
 
 
 async def old_runs(
-    db: Database, before: datetime, protected: Protected, *, after: Key | None, limit: int
+    db: Database, before: datetime, protected: Protected, *, after: PruneKey | None, limit: int
 ) -> PrunePage:
     """Settled runs that FLORA created, and that settled here, before that time."""
     statement = select(
@@ -202,7 +202,7 @@ async def old_runs(
     ).where(runs.c.tracking == word("settled"), runs.c.created_at < before)
     rows, end = await _next_page(db, statement, after, limit)
     found = [
-        Key(row.created_at, row.run_id)
+        PruneKey(row.created_at, row.run_id)
         for row in rows
         if row.settled_at < before
         and not any(
@@ -212,7 +212,7 @@ async def old_runs(
     return PrunePage(found, end)
 
 
-def count_runs(connection: Connection, keys: Sequence[Key], before: datetime) -> Counts:
+def count_runs(connection: Connection, keys: Sequence[PruneKey], before: datetime) -> Counts:
     """What `delete_runs` would remove, without bodies."""
     run_ids = [key.id for key in keys]
     counted = Counts(runs=len(run_ids))
@@ -226,7 +226,7 @@ def count_runs(connection: Connection, keys: Sequence[Key], before: datetime) ->
     return counted
 
 
-def delete_runs(connection: Connection, keys: Sequence[Key], before: datetime) -> Counts:
+def delete_runs(connection: Connection, keys: Sequence[PruneKey], before: datetime) -> Counts:
     """Remove runs that are not locked, with their outputs, timelines and deliveries.
 
     The inputs of their starts are emptied; the starts stay.
@@ -250,13 +250,15 @@ def delete_runs(connection: Connection, keys: Sequence[Key], before: datetime) -
     return removed
 
 
-async def old_bodies(db: Database, before: datetime, *, after: Key | None, limit: int) -> PrunePage:
+async def old_bodies(
+    db: Database, before: datetime, *, after: PruneKey | None, limit: int
+) -> PrunePage:
     """Applied deliveries received before that time that still have their body, from the mark on."""
     since = (await marks(db, "bodies")).get("")
     return await _old_deliveries(db, _HAS_BODY, before, after, limit, since)
 
 
-def empty_bodies(connection: Connection, keys: Sequence[Key], at: datetime) -> Counts:
+def empty_bodies(connection: Connection, keys: Sequence[PruneKey], at: datetime) -> Counts:
     """Empty the bodies of those that are not locked; a repetition is still recognised."""
     ids = [row.delivery_id for row in _lock(connection, and_(_among(keys), _HAS_BODY))]
     emptied = (
@@ -286,7 +288,7 @@ def _bodies_emptied_until(connection: Connection, at: datetime) -> datetime:
 
 
 async def orphaned_deliveries(
-    db: Database, before: datetime, after: Key | None, limit: int
+    db: Database, before: datetime, after: PruneKey | None, limit: int
 ) -> PrunePage:
     """Applied deliveries last received before that time whose run is gone."""
     page = await _old_deliveries(db, _applied_before(before), before, after, limit)
@@ -297,27 +299,31 @@ async def orphaned_deliveries(
     return PrunePage([key for key in page.found if key.id not in needed], page.end)
 
 
-async def quarantined(db: Database, before: datetime, after: Key | None, limit: int) -> PrunePage:
+async def quarantined(
+    db: Database, before: datetime, after: PruneKey | None, limit: int
+) -> PrunePage:
     """Quarantined deliveries last received before that time."""
     statement = select(deliveries.c.received_at, deliveries.c.delivery_id).where(
         _last_received("quarantined", before), deliveries.c.received_at < before
     )
     rows, end = await _next_page(db, statement, after, limit)
-    return PrunePage([Key(*row) for row in rows], end)
+    return PrunePage([PruneKey(*row) for row in rows], end)
 
 
-def delete_orphaned(connection: Connection, keys: Sequence[Key], before: datetime) -> Counts:
+def delete_orphaned(connection: Connection, keys: Sequence[PruneKey], before: datetime) -> Counts:
     """Remove applied deliveries that are not locked and were not received again."""
     return _delete_deliveries(connection, and_(_among(keys), _applied_before(before)))
 
 
-def delete_quarantined(connection: Connection, keys: Sequence[Key], before: datetime) -> Counts:
+def delete_quarantined(
+    connection: Connection, keys: Sequence[PruneKey], before: datetime
+) -> Counts:
     """The same for quarantined deliveries."""
     return _delete_deliveries(connection, and_(_among(keys), _last_received("quarantined", before)))
 
 
 async def old_start_keys(
-    db: Database, before: datetime, after: Key | None, limit: int
+    db: Database, before: datetime, after: PruneKey | None, limit: int
 ) -> PrunePage:
     """Starts from before that time that were refused, or whose run is gone.
 
@@ -341,15 +347,15 @@ async def old_start_keys(
         )
         rows = (await connection.execute(statement.order_by(*key).limit(limit))).all()
         doomed = await connection.run_sync(_no_longer_needed, rows)
-        found = [Key(row[0], (technique_id, *row[1:3])) for row in rows if row[1:3] in doomed]
+        found = [PruneKey(row[0], (technique_id, *row[1:3])) for row in rows if row[1:3] in doomed]
         if len(rows) == limit:
-            return PrunePage(found, Key(rows[-1][0], (technique_id, *rows[-1][1:3])))
+            return PrunePage(found, PruneKey(rows[-1][0], (technique_id, *rows[-1][1:3])))
         others = select(func.min(starts.c.technique_id)).where(starts.c.technique_id > technique_id)
         following = await connection.scalar(others)
-    return PrunePage(found, None if following is None else Key(BEGINNING, (following, "", "")))
+    return PrunePage(found, None if following is None else PruneKey(BEGINNING, (following, "", "")))
 
 
-def delete_start_keys(connection: Connection, keys: Sequence[Key]) -> Counts:
+def delete_start_keys(connection: Connection, keys: Sequence[PruneKey]) -> Counts:
     """Remove starts that are not locked and still not needed."""
     id_columns = (starts.c.workspace_slot, starts.c.idempotency_key)
     wanted = (
@@ -379,7 +385,9 @@ def _no_longer_needed(connection: Connection, rows: Sequence[Any]) -> list[tuple
     ]
 
 
-async def old_sweeps(db: Database, before: datetime, *, after: Key | None, limit: int) -> PrunePage:
+async def old_sweeps(
+    db: Database, before: datetime, *, after: PruneKey | None, limit: int
+) -> PrunePage:
     """Sweeps that began before that time and that are not referred to any more.
 
     Of each workspace the last one stays, the last complete one, and those up to which the history
@@ -392,23 +400,25 @@ async def old_sweeps(db: Database, before: datetime, *, after: Key | None, limit
         kept = await connection.run_sync(_needed_sweeps)
         statement = statement.where(sweeps.c.id.not_in(kept)).order_by(sweeps.c.id).limit(limit)
         rows = (await connection.execute(statement)).all()
-    return PrunePage([Key(row.started_at, row.id) for row in rows], _end(rows, limit))
+    return PrunePage([PruneKey(row.started_at, row.id) for row in rows], _end(rows, limit))
 
 
-def delete_sweeps(connection: Connection, keys: Sequence[Key]) -> Counts:
+def delete_sweeps(connection: Connection, keys: Sequence[PruneKey]) -> Counts:
     """Remove these sweeps."""
     statement = delete(sweeps).where(sweeps.c.id.in_([key.id for key in keys]))
     return Counts(sweeps=connection.execute(statement).rowcount)
 
 
-async def old_audit(db: Database, before: datetime, after: Key | None, limit: int) -> PrunePage:
+async def old_audit(
+    db: Database, before: datetime, after: PruneKey | None, limit: int
+) -> PrunePage:
     """Entries of the audit log from before that time."""
     statement = select(audit.c.at, audit.c.id).where(audit.c.at < before)
     rows, end = await _next_page(db, statement, after, limit)
-    return PrunePage([Key(*row) for row in rows], end)
+    return PrunePage([PruneKey(*row) for row in rows], end)
 
 
-def delete_audit(connection: Connection, keys: Sequence[Key]) -> Counts:
+def delete_audit(connection: Connection, keys: Sequence[PruneKey]) -> Counts:
     """Remove these entries."""
     statement = delete(audit).where(audit.c.id.in_([key.id for key in keys]))
     return Counts(audit=connection.execute(statement).rowcount)
@@ -448,7 +458,7 @@ async def _old_deliveries(
     db: Database,
     doomed: ColumnElement[bool],
     before: datetime,
-    after: Key | None,
+    after: PruneKey | None,
     limit: int,
     since: datetime | None = None,
 ) -> PrunePage:
@@ -459,7 +469,7 @@ async def _old_deliveries(
     if since is not None:
         statement = statement.where(deliveries.c.received_at >= since)
     rows, end = await _next_page(db, statement, after, limit)
-    return PrunePage([Key(*row[:2]) for row in rows if row.doomed], end)
+    return PrunePage([PruneKey(*row[:2]) for row in rows if row.doomed], end)
 
 
 def _delete_deliveries(connection: Connection, doomed: ColumnElement[bool]) -> Counts:
@@ -476,13 +486,13 @@ def _lock(connection: Connection, wanted: ColumnElement[bool]) -> Sequence[Any]:
     return connection.execute(statement.with_for_update(skip_locked=True)).all()
 
 
-def _among(keys: Sequence[Key]) -> ColumnElement[bool]:
+def _among(keys: Sequence[PruneKey]) -> ColumnElement[bool]:
     return deliveries.c.delivery_id.in_([key.id for key in keys])
 
 
 async def _next_page(
-    db: Database, statement: Select[Any], after: Key | None, limit: int
-) -> tuple[Sequence[Any], Key | None]:
+    db: Database, statement: Select[Any], after: PruneKey | None, limit: int
+) -> tuple[Sequence[Any], PruneKey | None]:
     """The next rows in the order of the statement's first two columns, and where they end."""
     key = tuple(statement.selected_columns)[:2]
     if after is not None:
@@ -497,5 +507,5 @@ def _is_after(key: Sequence[Any], values: Sequence[Any]) -> ColumnElement[bool]:
     return tuple_(*key) > tuple_(*literals)
 
 
-def _end(rows: Sequence[Any], limit: int) -> Key | None:
-    return Key(*rows[-1][:2]) if len(rows) == limit else None
+def _end(rows: Sequence[Any], limit: int) -> PruneKey | None:
+    return PruneKey(*rows[-1][:2]) if len(rows) == limit else None
