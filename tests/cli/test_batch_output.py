@@ -13,7 +13,7 @@ from tracker.cli.batch import progress_text
 from tracker.cli.batches import Results, results_format, show_rows
 from tracker.core.observation import Source
 from tracker.core.record import Record
-from tracker.core.run import Details, Output, Run, RunError, Standing
+from tracker.core.run import Details, Output, Precedence, Run, RunError
 from tracker.starting.batch import BatchProgress
 from tracker.starting.batch_rows import RowState
 from tracker.store.queries.batches import BatchCounts, BatchEntry
@@ -35,8 +35,8 @@ def start(number: int, state: StartState, **facts: object) -> StartRow:
     )
 
 
-def record(number: int, standing: Standing, **facts: object) -> Record:
-    run = Run(run_id=f"run_{number}", standing=standing, details=Details.READ, **facts)  # type: ignore[arg-type]
+def record(number: int, standing: Precedence, **facts: object) -> Record:
+    run = Run(run_id=f"run_{number}", precedence=standing, details=Details.READ, **facts)  # type: ignore[arg-type]
     return Record(run=run, source=Source.START, first_seen_at=NOW)
 
 
@@ -47,11 +47,13 @@ def rows() -> list[RowState]:
     given: list[dict[str, object]] = [
         {
             "start": start(1, StartState.STARTED, run_id="run_1"),
-            "record": record(1, Standing.COMPLETED, charged_cost=Decimal("0.25"), outputs=outputs),
+            "record": record(
+                1, Precedence.COMPLETED, charged_cost=Decimal("0.25"), outputs=outputs
+            ),
         },
         {
             "start": start(2, StartState.STARTED, run_id="run_2"),
-            "record": record(2, Standing.FAILED, error=RunError("model_timeout", "Too slow.")),
+            "record": record(2, Precedence.FAILED, error=RunError("model_timeout", "Too slow.")),
         },
         {"start": start(3, StartState.REFUSED, error=refusal), "error": "refused"},
         {"start": start(4, StartState.UNRESOLVED, error={"status": 409}), "error": "nobody knows"},

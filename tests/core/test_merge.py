@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.core.strategies import START, observations
-from tracker.core.merge import merge, rank
+from tracker.core.merge import merge, precedence_of
 from tracker.core.observation import Observation, Source
-from tracker.core.run import Details, Output, Run, RunError, RunStatus, Standing, Status
+from tracker.core.run import Details, Output, Precedence, Run, RunError, RunStatus, Status
 
 PICTURE = Output("output_1", "imageUrl", "https://media.example/1.png")
 
@@ -65,7 +65,7 @@ def test_a_run_never_falls_back(seen: list[Observation], late: Observation) -> N
     """Nothing that arrives later lowers status or progress, or empties what is known."""
     before = fold(seen)
     after = merge(before, late)
-    assert after.standing >= before.standing
+    assert after.precedence >= before.precedence
     assert after.progress >= before.progress
     assert after.conflict >= before.conflict
     for register in ("outputs", "quoted_cost", "started_at", "completed_at", "created_at"):
@@ -81,7 +81,7 @@ def test_an_observation_survives_its_json(seen: Observation) -> None:
 def test_a_callback_ends_a_run_without_details() -> None:
     """A callback's word ends a run, but only a read of the API settles it."""
     run = fold([observe(Source.CALLBACK, RunStatus.COMPLETED)])
-    assert (run.status, run.standing) == (RunStatus.COMPLETED, Standing.CALLBACK_COMPLETED)
+    assert (run.status, run.precedence) == (RunStatus.COMPLETED, Precedence.CALLBACK_COMPLETED)
     assert not run.settled
 
 
@@ -119,7 +119,7 @@ def test_a_status_that_is_not_known_is_kept_as_it_is() -> None:
     error = RunError("GENERATION_CANCELLED", "by a person")
     cancelled = observe(Source.POLL, "cancelled", completed_at=START, error=error)
     listed = observe(Source.HISTORY, "cancelled", completed_at=START)
-    assert (fold([queued]).status, fold([queued]).standing) == ("queued", Standing.RUNNING)
+    assert (fold([queued]).status, fold([queued]).precedence) == ("queued", Precedence.RUNNING)
     assert fold([running, queued]).status is fold([queued, running]).status is RunStatus.RUNNING
     run = fold([queued, cancelled])
     assert (run.status, run.error, run.settled, run.conflict) == ("cancelled", error, True, False)
@@ -157,7 +157,7 @@ def test_the_latest_bill_counts_in_any_order(seen: list[Observation], random: Ra
     random.shuffle(shuffled)
     run = fold(shuffled)
     assert run == fold(seen)
-    reads = [one for one in seen if one.source is not Source.START and one.standing.ended]
+    reads = [one for one in seen if one.source is not Source.START and one.precedence.ended]
     bills = [one for one in reads if one.charged_cost is not None or one.status is RunStatus.FAILED]
     bill = max(bills, key=_lateness, default=None)
     assert run.charged_cost == (bill and bill.charged_cost)
@@ -300,8 +300,8 @@ def test_each_value_remembers_its_rank() -> None:
     end = observe(Source.HISTORY, RunStatus.COMPLETED, technique_id="tech_a")
     run = fold([end, start])
     assert run.technique_id == "tech_a"
-    assert rank(run, "technique_id") is Standing.COMPLETED
-    assert rank(run, "created_at") is Standing.PENDING
+    assert precedence_of(run, "technique_id") is Precedence.COMPLETED
+    assert precedence_of(run, "created_at") is Precedence.PENDING
 
 
 @pytest.mark.parametrize("source", [Source.CALLBACK, Source.TRACK])

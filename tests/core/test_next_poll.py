@@ -11,7 +11,7 @@ from tests.core.strategies import START
 from tracker.core.next_poll import NextPoll, PollReason, next_poll
 from tracker.core.observation import Source
 from tracker.core.record import Record
-from tracker.core.run import Details, Run, Standing
+from tracker.core.run import Details, Precedence, Run
 from tracker.core.schedule import Durations, Policy, next_check, wait_after
 
 POLICY = Policy()
@@ -161,7 +161,7 @@ def test_a_doubled_wait_is_taken_apart(looks: int, run_id: str) -> None:
 
 def test_an_end_without_details_is_due_at_once() -> None:
     """What a callback ended is read for its details."""
-    run = Run(run_id="run_1", standing=Standing.CALLBACK_COMPLETED)
+    run = Run(run_id="run_1", precedence=Precedence.CALLBACK_COMPLETED)
     now = START + timedelta(seconds=9)
     look = next_poll(scheduled(record(run=run), now=now), policy=POLICY, durations=None)
     assert (look.why, look.at) == (PollReason.ENDED, now)
@@ -175,7 +175,7 @@ def test_what_someone_asked_for_is_due_at_once() -> None:
 
 def test_nothing_is_due_where_nothing_is_left_to_read() -> None:
     """Settled and lost runs are not looked at."""
-    run = Run(run_id="run_1", standing=Standing.COMPLETED, details=Details.READ)
+    run = Run(run_id="run_1", precedence=Precedence.COMPLETED, details=Details.READ)
     assert next_poll(record(run=run), policy=POLICY, durations=None) == NextPoll(
         why=PollReason.SETTLED
     )

@@ -231,7 +231,7 @@ def test_every_unsettled_run_has_a_next_poll(observed: list[Observation]) -> Non
     record = after([Seen(observation=observation) for observation in observed])
     assert (record.next_check_at is None) is (record.tracking is Tracking.SETTLED)
     assert (record.settled_at is not None) is (record.tracking is Tracking.SETTLED)
-    assert (record.ended_via is not None) is record.run.standing.ended
+    assert (record.ended_via is not None) is record.run.precedence.ended
 
 
 @pytest.mark.parametrize(

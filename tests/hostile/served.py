@@ -73,7 +73,7 @@ async def _is_kept(
         assert expected.run_id is not None
         record = await read.get_run(services.database, expected.run_id)
         assert record is not None
-        assert record.run.standing.ended, record
+        assert record.run.precedence.ended, record
     test = row.event_type == TEST_DELIVERY
     assert (row.outcome is DeliveryOutcome.APPLIED) is (expected.ends_run or test), row
 

@@ -14,17 +14,17 @@ from tracker.core.merge import merge
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Record
 from tracker.core.rollup import Key
-from tracker.core.run import Run, Standing, Tracking
+from tracker.core.run import Precedence, Run, Tracking
 from tracker.store.engine import Database
 from tracker.store.queries.overview import ROLLUPS
 from tracker.store.rows import RUN_COLUMNS, read_records
 from tracker.store.schema import deliveries, run_events, runs, starts
 
 _STANDINGS = {
-    "pending": (Standing.PENDING,),
-    "running": (Standing.PENDING, Standing.RUNNING),
-    "completed": (Standing.PENDING, Standing.RUNNING, Standing.COMPLETED),
-    "failed": (Standing.PENDING, Standing.RUNNING, Standing.FAILED),
+    "pending": (Precedence.PENDING,),
+    "running": (Precedence.PENDING, Precedence.RUNNING),
+    "completed": (Precedence.PENDING, Precedence.RUNNING, Precedence.COMPLETED),
+    "failed": (Precedence.PENDING, Precedence.RUNNING, Precedence.FAILED),
 }
 """The states that the API alone may give a run, by its status at FLORA."""
 
@@ -195,16 +195,20 @@ def _the_end_has_a_source(record: Record, truth: ModelRun | None, reported: set[
     run = record.run
     allowed = () if truth is None else _STANDINGS[truth.status]
     if truth is not None and truth.queued:
-        allowed = (*allowed, Standing.RUNNING)  # as which an unknown status counts
-    if run.standing.ended and not run.standing.ended_at_api:
+        allowed = (*allowed, Precedence.RUNNING)  # as which an unknown status counts
+    if run.precedence.ended and not run.precedence.ended_at_api:
         assert run.status == ("completed" if "completed" in reported else "failed")
         assert run.status in reported
     else:
-        assert run.standing in (*allowed, Standing.PENDING), f"no source for {run}"
-    assert run.standing.ended or not reported, "a callback had no effect"
+        assert run.precedence in (*allowed, Precedence.PENDING), f"no source for {run}"
+    assert run.precedence.ended or not reported, "a callback had no effect"
     assert (record.callback_at is not None) == bool(reported)
-    assert (record.ended_via is not None) == (record.end_seen_at is not None) == run.standing.ended
-    ends = reported | ({truth.status} if truth is not None and run.standing.ended_at_api else set())
+    assert (
+        (record.ended_via is not None) == (record.end_seen_at is not None) == run.precedence.ended
+    )
+    ends = reported | (
+        {truth.status} if truth is not None and run.precedence.ended_at_api else set()
+    )
     assert run.conflict == (len(ends) > 1)
 
 
@@ -212,7 +216,7 @@ def _runs_only_progress(record: Record, before: Record | None) -> None:
     """A run only progresses, and the facts about its receipt stay."""
     if before is None:
         return
-    assert record.run.standing >= before.run.standing
+    assert record.run.precedence >= before.run.precedence
     assert record.run.progress >= before.run.progress
     assert not before.run.settled or record.run.settled
     assert record.checks >= before.checks

@@ -9,7 +9,7 @@ import pytest
 
 from tracker.core.observation import Source
 from tracker.core.record import Record
-from tracker.core.run import Output, Run, RunError, Standing
+from tracker.core.run import Output, Precedence, Run, RunError
 from tracker.store.schema import run_events, run_outputs, runs
 from tracker.views import event_json, number_json, run_json, time_json
 from tracker.web.http.responses import Json
@@ -19,7 +19,7 @@ EMPTY = Record(run=Run(run_id="run_1"), source=Source.CALLBACK, first_seen_at=AT
 FULL = Record(
     run=Run(
         run_id="run_2",
-        standing=Standing.FAILED,
+        precedence=Precedence.FAILED,
         progress=62.5,
         charged_cost=Decimal("0.123456"),
         created_at=AT - timedelta(seconds=5),

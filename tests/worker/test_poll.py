@@ -168,7 +168,7 @@ async def test_ends_without_details_in_the_list_are_read_all_the_time(
         assert report.pages == 2
         while (report := await services.poller.poll_due(coalesce=True)).claimed:
             assert report.pages == 0
-        ended = [one for one in run_ids if (await the_run(services, one)).run.standing.ended]
+        ended = [one for one in run_ids if (await the_run(services, one)).run.precedence.ended]
         assert ended
         assert all([(await the_run(services, one)).run.settled for one in ended])
 

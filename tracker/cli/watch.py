@@ -187,7 +187,7 @@ def _state(record: Record) -> str:
     if record.tracking is Tracking.LOST:
         return f"{run.status}, not found at FLORA"
     words = f"{run.status} {run.progress:g} %"
-    if run.standing.ended:
+    if run.precedence.ended:
         words += ", fetching results"
     return words if record.last_error is None else f"{words} ({record.last_error})"
 

@@ -4,8 +4,8 @@
 on their order nor on repetition. So a late, repeated or stale observation is harmless.
 
 * Status is a maximum: pending < running < ended by callback < ended by the API. Between two ends of
-  one precedence completed beats failed. An unknown status ranks as running, or with `completed_at`
-  as failed, just below these; of two unknown ones the greater text counts.
+  one precedence completed beats failed. An unknown status counts as running, or
+  with `completed_at` as failed, just below these; of two unknown ones the greater text counts.
 * Each field is a maximum of (precedence of the observation, value). An observation that does not
   show a field leaves it alone, so no known value is removed.
 * `workspace_id` has the highest precedence when FLORA shows it to the workspace's own key. What a
@@ -30,18 +30,18 @@ from urllib.parse import urlsplit
 from tracker.core.observation import Observation, Source
 from tracker.core.run import (
     LISTED,
+    MERGED_FIELDS,
     READ,
-    REGISTERS,
     WORKSPACE_KNOWN,
     Details,
     Output,
+    Precedence,
     Run,
     RunError,
     RunStatus,
-    Standing,
 )
 
-_DIGIT: Final = {name: 3 * position for position, name in enumerate(REGISTERS)}
+_DIGIT: Final = {name: 3 * position for position, name in enumerate(MERGED_FIELDS)}
 _LATEST: Final = ("charged_cost", "outputs")
 """Fields for which the latest read counts."""
 _PLACES: Final = tuple(item for item in _DIGIT.items() if item[0] not in _LATEST)
@@ -49,15 +49,15 @@ _CLAIMS: Final = (Source.CALLBACK, Source.TRACK)
 """Sources whose `workspace_id` is not confirmed by the workspace's key."""
 _SHOWN: Final = attrgetter(*(name for name, _ in _PLACES))
 _NEVER: Final = datetime.min.replace(tzinfo=UTC)
-_READ_TIMES: Final = ("cost_read_at", "outputs_read_at", "ranks")
+_READ_TIMES: Final = ("cost_read_at", "outputs_read_at", "precedences")
 # `replace` would look the fields up each time, and take three times as long.
 _FIELDS: Final = tuple(field.name for field in fields(Run))
 _VALUES: Final = attrgetter(*_FIELDS)
 
 
-def rank(run: Run, register: str) -> Standing:
-    """The precedence of the observation that `register` has its value from."""
-    return Standing(run.ranks >> _DIGIT[register] & 0o7)
+def precedence_of(run: Run, field: str) -> Precedence:
+    """The precedence of the observation that `field` has its value from."""
+    return Precedence(run.precedences >> _DIGIT[field] & 0o7)
 
 
 def merge(run: Run | None, seen: Observation) -> Run:
@@ -70,92 +70,94 @@ def merge(run: Run | None, seen: Observation) -> Run:
     elif run.run_id != seen.run_id:
         raise ValueError(f"cannot merge an observation of {seen.run_id} into {run.run_id}")
     news: dict[str, Any] = {}
-    standing = seen.standing
-    conflict = run.conflict or (run.standing.ended and standing.ended and run.status != seen.status)
-    ranks = run.ranks
+    precedence = seen.precedence
+    conflict = run.conflict or (
+        run.precedence.ended and precedence.ended and run.status != seen.status
+    )
+    precedences = run.precedences
     for (name, digit), theirs in zip(_PLACES, _SHOWN(seen), strict=True):
         if theirs is None or _says_nothing(seen, name, theirs):
             continue
-        weight: int = standing
+        weight: int = precedence
         if name == "workspace_id" and seen.source not in _CLAIMS:
             weight = WORKSPACE_KNOWN
         ours = getattr(run, name)
         if ours is not None:
-            our_rank = ranks >> digit & 0o7
-            if our_rank == standing and ours != theirs and standing.ended_at_api:
+            our_rank = precedences >> digit & 0o7
+            if our_rank == precedence and ours != theirs and precedence.ended_at_api:
                 # Times may differ in resolution (seconds, milliseconds): no conflict.
                 conflict = conflict or (name == "error" and ours.code != theirs.code)
             if (our_rank, ours) >= (weight, theirs):
                 continue
         if ours != theirs:
             news[name] = theirs
-        ranks = ranks & ~(0o7 << digit) | weight << digit
+        precedences = precedences & ~(0o7 << digit) | weight << digit
 
     if seen.charged_cost is not None or seen.status is RunStatus.FAILED:
-        ranks = _join_cost(run, seen, ranks, news)
+        precedences = _join_cost(run, seen, precedences, news)
     if seen.outputs:
-        ranks, differ = _join_outputs(run, seen, seen.outputs, ranks, news)
+        precedences, differ = _join_outputs(run, seen, seen.outputs, precedences, news)
         conflict = conflict or differ
     details = _joined_details(run, seen)
-    top, unknown = max(run.standing, standing), None
+    top, unknown = max(run.precedence, precedence), None
     if run.unknown_status is not None or seen.unknown_status is not None:
         top, unknown = max(
-            (run.standing, run.unknown_status), (standing, seen.unknown_status), key=_by_height
+            (run.precedence, run.unknown_status), (precedence, seen.unknown_status), key=_by_height
         )
-    if top is Standing.COMPLETED:
+    if top is Precedence.COMPLETED:
         news.pop("error", None)
         if run.error is not None:
             news["error"] = None
-        ranks &= ~(0o7 << _DIGIT["error"])
+        precedences &= ~(0o7 << _DIGIT["error"])
     progress = run.progress if seen.progress is None else max(run.progress, seen.progress)
     if (
         not news
-        and (top, unknown) == (run.standing, run.unknown_status)
+        and (top, unknown) == (run.precedence, run.unknown_status)
         and (details, progress) == (run.details, run.progress)
-        and (conflict, ranks) == (run.conflict, run.ranks)
+        and (conflict, precedences) == (run.conflict, run.precedences)
     ):
         return run
     news |= {
-        "standing": top,
+        "precedence": top,
         "unknown_status": unknown,
         "details": details,
         "progress": progress,
         "conflict": conflict,
-        "ranks": ranks,
+        "precedences": precedences,
     }
     return Run(**dict(zip(_FIELDS, _VALUES(run), strict=True)) | news)
 
 
-def shown_before_the_end(ranks: int) -> bool:
-    """Whether the `charged_cost` with these ranks was shown before the run ended."""
-    return ranks >> _DIGIT["charged_cost"] & 0o7 < Standing.FAILED
+def shown_before_the_end(precedences: int) -> bool:
+    """Whether the `charged_cost` with these precedences was shown before the run ended."""
+    return precedences >> _DIGIT["charged_cost"] & 0o7 < Precedence.FAILED
 
 
 def shows_the_same(run: Run, other: Run) -> bool:
     """Whether two states of a run differ only in when cost and outputs were last read."""
     others = ~(0o7 << _DIGIT["charged_cost"] | 0o7 << _DIGIT["outputs"])
-    return run.ranks & others == other.ranks & others and all(
+    return run.precedences & others == other.precedences & others and all(
         ours == theirs
         for name, ours, theirs in zip(_FIELDS, _VALUES(run), _VALUES(other), strict=True)
         if name not in _READ_TIMES
     )
 
 
-def _join_cost(run: Run, seen: Observation, ranks: int, news: dict[str, Any]) -> int:
-    """Merge the quote or the bill; returns the ranks."""
+def _join_cost(run: Run, seen: Observation, precedences: int, news: dict[str, Any]) -> int:
+    """Merge the quote or the bill; returns the precedences."""
     cost = seen.charged_cost
     if not seen.shows_bill:
         if cost is not None and (run.quoted_cost is None or cost > run.quoted_cost):
             news["quoted_cost"] = cost
-        return ranks
+        return precedences
     place = _DIGIT["charged_cost"]
     known = run.charged_cost
     digit = READ if seen.source is Source.POLL else LISTED
-    ours = (run.cost_read_at or _NEVER, ranks >> place & 0o7, *_comparable(known))
+    ours = (run.cost_read_at or _NEVER, precedences >> place & 0o7, *_comparable(known))
     if ours >= (seen.read_at, digit, *_comparable(cost)):
-        return ranks
+        return precedences
     news |= {"charged_cost": cost, "cost_read_at": seen.read_at}
-    return ranks & ~(0o7 << place) | digit << place
+    return precedences & ~(0o7 << place) | digit << place
 
 
 def _comparable(cost: Decimal | None) -> tuple[bool, Decimal]:
@@ -163,43 +165,45 @@ def _comparable(cost: Decimal | None) -> tuple[bool, Decimal]:
 
 
 def _join_outputs(
-    run: Run, seen: Observation, theirs: tuple[Output, ...], ranks: int, news: dict[str, Any]
+    run: Run, seen: Observation, theirs: tuple[Output, ...], precedences: int, news: dict[str, Any]
 ) -> tuple[int, bool]:
-    """Merge the outputs; returns the ranks, and whether two reads of the ended run disagree."""
+    """Merge the outputs; returns the precedences, and whether two reads of the end disagree."""
     place = _DIGIT["outputs"]
-    ours, our_digit = run.outputs, ranks >> place & 0o7
-    digit: int = seen.standing
+    ours, our_digit = run.outputs, precedences >> place & 0o7
+    digit: int = seen.precedence
     read_at = _NEVER
     differ = False
-    if seen.standing.ended_at_api:
+    if seen.precedence.ended_at_api:
         read_at = seen.read_at
         digit = READ if seen.source is Source.POLL else LISTED
-        differ = ours is not None and our_digit >= Standing.FAILED and not _same_links(ours, theirs)
+        differ = (
+            ours is not None and our_digit >= Precedence.FAILED and not _same_links(ours, theirs)
+        )
     if ours is not None and (run.outputs_read_at or _NEVER, our_digit, ours) >= (
         read_at,
         digit,
         theirs,
     ):
-        return ranks, differ
+        return precedences, differ
     if ours != theirs:
         news["outputs"] = theirs
     if read_at is not _NEVER:
         news["outputs_read_at"] = read_at
-    return ranks & ~(0o7 << place) | digit << place, differ
+    return precedences & ~(0o7 << place) | digit << place, differ
 
 
-def _says_nothing(seen: Observation, register: str, value: Any) -> bool:
+def _says_nothing(seen: Observation, field: str, value: Any) -> bool:
     """Whether this value carries no information."""
-    if register == "error":
+    if field == "error":
         # The reference's examples carry error fields even on pending runs.
-        ended = seen.standing.ended and seen.status is not RunStatus.COMPLETED
+        ended = seen.precedence.ended and seen.status is not RunStatus.COMPLETED
         return not ended or value == RunError()
     return False
 
 
-def _by_height(status: tuple[Standing, str | None]) -> tuple[Standing, bool, str]:
-    standing, unknown = status
-    return (standing, unknown is None, unknown or "")
+def _by_height(status: tuple[Precedence, str | None]) -> tuple[Precedence, bool, str]:
+    precedence, unknown = status
+    return (precedence, unknown is None, unknown or "")
 
 
 def _joined_details(run: Run, seen: Observation) -> Details:
@@ -207,9 +211,9 @@ def _joined_details(run: Run, seen: Observation) -> Details:
     ours, theirs = run.details, seen.details
     if Details.READ in (ours, theirs):
         return Details.READ
-    if run.standing == seen.standing:
+    if run.precedence == seen.precedence:
         return max(ours, theirs)
-    return ours if run.standing > seen.standing else theirs
+    return ours if run.precedence > seen.precedence else theirs
 
 
 def _same_links(ours: tuple[Output, ...], theirs: tuple[Output, ...]) -> bool:

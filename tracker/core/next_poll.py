@@ -83,7 +83,7 @@ def next_poll(record: Record, *, policy: Policy, durations: Durations | None) ->
         return NextPoll(why=PollReason.LOST, at=at)
     if record.looks > 0:
         return _delayed(record, at, policy, durations) or _doubled(record, at, policy)
-    if record.run.standing.ended:
+    if record.run.precedence.ended:
         return NextPoll(why=PollReason.ENDED, at=at)
     return _first(record, at, policy, durations)
 
@@ -107,7 +107,7 @@ def _delayed(
     since, expected = record.first_seen_at, record.callback_expected
     learned = learned_wait(durations, callback_expected=expected)
     wait = at - since
-    if learned is None or wait > learned + _SAME or record.run.standing.ended:
+    if learned is None or wait > learned + _SAME or record.run.precedence.ended:
         return None
     off_a_lap = wait - round(wait / policy.interval_max) * policy.interval_max
     if min(abs(learned - wait), abs(off_a_lap)) > _SAME:

@@ -12,8 +12,8 @@ from enum import StrEnum
 from operator import attrgetter
 from typing import Any, Final
 
-from tracker.core.quick import quick_dataclass
-from tracker.core.run import Details, Output, RunError, RunStatus, Standing, Status, status_of
+from tracker.core.fast_dataclass import fast_dataclass
+from tracker.core.run import Details, Output, Precedence, RunError, RunStatus, Status, status_of
 
 
 class Source(StrEnum):
@@ -31,7 +31,7 @@ class Source(StrEnum):
     """An item of a history page."""
 
 
-@quick_dataclass(frozen=True, slots=True, kw_only=True)
+@fast_dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
     """One observation. `None` means "not shown", never "empty".
 
@@ -75,16 +75,16 @@ class Observation:
         """
         return (
             self.source in _READS
-            and self.standing.ended
+            and self.precedence.ended
             and (self.charged_cost is not None or self.status is RunStatus.FAILED)
         )
 
     @property
-    def standing(self) -> Standing:
+    def precedence(self) -> Precedence:
         """The precedence of this observation. An unknown status with `completed_at` is an end."""
         if self.source is Source.CALLBACK:
             return _BY_CALLBACK[self.status]
-        unknown = Standing.RUNNING if self.completed_at is None else Standing.FAILED
+        unknown = Precedence.RUNNING if self.completed_at is None else Precedence.FAILED
         return _BY_API.get(self.status, unknown)
 
     @property
@@ -95,7 +95,7 @@ class Observation:
     @property
     def details(self) -> Details:
         """Whether this observation alone has the details of an ended run."""
-        if not self.standing.ended_at_api:
+        if not self.precedence.ended_at_api:
             return Details.UNKNOWN
         if self.source is Source.POLL:
             return Details.READ
@@ -122,17 +122,17 @@ class Observation:
 
 
 _READS: Final = (Source.POLL, Source.HISTORY)
-_BY_CALLBACK: Final[dict[Status, Standing]] = {
-    RunStatus.PENDING: Standing.PENDING,
-    RunStatus.RUNNING: Standing.RUNNING,
-    RunStatus.FAILED: Standing.CALLBACK_FAILED,
-    RunStatus.COMPLETED: Standing.CALLBACK_COMPLETED,
+_BY_CALLBACK: Final[dict[Status, Precedence]] = {
+    RunStatus.PENDING: Precedence.PENDING,
+    RunStatus.RUNNING: Precedence.RUNNING,
+    RunStatus.FAILED: Precedence.CALLBACK_FAILED,
+    RunStatus.COMPLETED: Precedence.CALLBACK_COMPLETED,
 }
-_BY_API: Final[dict[Status, Standing]] = {
-    RunStatus.PENDING: Standing.PENDING,
-    RunStatus.RUNNING: Standing.RUNNING,
-    RunStatus.FAILED: Standing.FAILED,
-    RunStatus.COMPLETED: Standing.COMPLETED,
+_BY_API: Final[dict[Status, Precedence]] = {
+    RunStatus.PENDING: Precedence.PENDING,
+    RunStatus.RUNNING: Precedence.RUNNING,
+    RunStatus.FAILED: Precedence.FAILED,
+    RunStatus.COMPLETED: Precedence.COMPLETED,
 }
 
 

@@ -6,7 +6,7 @@ LOG_INTERVAL: Final = 10.0
 """Default seconds between two lines of one kind."""
 
 
-class Seldom:
+class LogRateLimit:
     """Counts events by kind (few, fixed kinds). Times are seconds of any monotonic clock."""
 
     def __init__(self, seconds: float = LOG_INTERVAL) -> None:

@@ -12,9 +12,9 @@ from decimal import Decimal
 from enum import StrEnum
 from typing import Any, Final
 
+from tracker.core.fast_dataclass import fast_dataclass
 from tracker.core.merge import merge, shows_the_same
 from tracker.core.observation import Observation, Source
-from tracker.core.quick import quick_dataclass
 from tracker.core.run import Run, RunStatus, Tracking
 from tracker.core.schedule import Durations, Policy, next_check, next_recheck
 from tracker.core.tags import Tags
@@ -38,7 +38,7 @@ class DeliveryOutcome(StrEnum):
     QUARANTINED = "quarantined"
 
 
-@quick_dataclass(frozen=True, slots=True, kw_only=True)
+@fast_dataclass(frozen=True, slots=True, kw_only=True)
 class Delivery:
     """A verified callback as received. `body` is the raw bytes; `created_at` is FLORA's time.
 
@@ -57,7 +57,7 @@ class Delivery:
     callback_token: str | None = None
 
 
-@quick_dataclass(frozen=True, slots=True, kw_only=True)
+@fast_dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
     """An observation to write.
 
@@ -81,7 +81,7 @@ class Seen:
     counted_before: bool = False
 
 
-@quick_dataclass(frozen=True, slots=True, kw_only=True)
+@fast_dataclass(frozen=True, slots=True, kw_only=True)
 class Unseen:
     """A read made for this run alone that brought no observation.
 
@@ -114,7 +114,7 @@ DurationsOf = Callable[[str | None], Durations | None]
 """The known durations of a technique, by its id."""
 
 
-@quick_dataclass(frozen=True, slots=True, kw_only=True)
+@fast_dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """A tracked run.
 
@@ -194,7 +194,7 @@ def _observed(
     if old.cost_final and shows_the_same(old.run, run):
         run = old.run  # no write for each page that shows the same bill
     wants_read = seen.source in _WANTS_READ
-    just_ended = run.standing.ended and run.standing > old.run.standing
+    just_ended = run.precedence.ended and run.precedence > old.run.precedence
     polled = _counts_as_poll(before, entry, run)
     looks = 0 if wants_read or just_ended else old.looks + polled
     callback_expected = old.callback_expected or entry.callback_expected
@@ -211,9 +211,9 @@ def _observed(
             durations=durations_of(run.technique_id),
             at_once=wants_read,
         )
-    end_seen_at = old.end_seen_at or (seen.at if run.standing.ended else None)
+    end_seen_at = old.end_seen_at or (seen.at if run.precedence.ended else None)
     cost_final, recheck_at = False, None
-    if end_seen_at is not None and run.standing.ended_at_api:
+    if end_seen_at is not None and run.precedence.ended_at_api:
         since = since_end(run, end_seen_at, seen.read_at, seen.clock_skew or 0.0)
         late_enough = seen.shows_bill and since >= policy.cost_recheck
         shown = run.charged_cost is not None or run.status is RunStatus.FAILED
@@ -254,9 +254,9 @@ def _observed(
 def _ended_via(old: Record, entry: Seen, run: Run) -> Source | None:
     """How the end became known first; unknown for a run that retention removed and that is tracked
     again, so that its end is not counted twice."""
-    if old.run.standing.ended:
+    if old.run.precedence.ended:
         return old.ended_via
-    return entry.observation.source if run.standing.ended and not entry.counted_before else None
+    return entry.observation.source if run.precedence.ended and not entry.counted_before else None
 
 
 def since_end(
@@ -318,7 +318,7 @@ def _counts_as_poll(before: Record | None, entry: Seen, run: Run) -> bool:
     if entry.reads or entry.claim is not None:
         return True
     due = before.next_check_at is not None and before.next_check_at <= seen.at
-    return due and not run.standing.ended
+    return due and not run.precedence.ended
 
 
 def _unseen(record: Record, entry: Unseen, policy: Policy) -> Record:

@@ -13,7 +13,7 @@ An unknown status ranks as RUNNING without `completed_at`, else as an end just b
 `Run.unknown_status` keeps its text.
 
 Every other field keeps the value from the observation with the highest precedence that showed one.
-`Run.ranks` holds that precedence for each of `REGISTERS`, as one octal digit each.
+`Run.precedences` holds that precedence for each of `MERGED_FIELDS`, as one octal digit each.
 
 Cost and outputs may change after the end: there the latest read counts. Their digit is then
 `LISTED` or `READ`, and `cost_read_at` and `outputs_read_at` are when that read was sent. Quotes are
@@ -26,7 +26,7 @@ from decimal import Decimal
 from enum import IntEnum, StrEnum
 from typing import Final, Literal
 
-from tracker.core.quick import quick_dataclass
+from tracker.core.fast_dataclass import fast_dataclass
 from tracker.core.retry import RetryAdvice, retry_advice
 
 RunType = Literal["technique", "generation"]
@@ -54,7 +54,7 @@ def status_of(text: str) -> Status:
 _KNOWN: Final = {str(status): status for status in RunStatus}
 
 
-class Standing(IntEnum):
+class Precedence(IntEnum):
     """A status together with who reported it, in ascending order. Fits one octal digit."""
 
     PENDING = 0
@@ -72,21 +72,21 @@ class Standing(IntEnum):
     @property
     def ended(self) -> bool:
         """Whether a callback or the API reported the end."""
-        return self >= Standing.CALLBACK_FAILED
+        return self >= Precedence.CALLBACK_FAILED
 
     @property
     def ended_at_api(self) -> bool:
         """Whether the API reported the end."""
-        return self >= Standing.FAILED
+        return self >= Precedence.FAILED
 
 
 _STATUS: Final = {
-    Standing.PENDING: RunStatus.PENDING,
-    Standing.RUNNING: RunStatus.RUNNING,
-    Standing.CALLBACK_FAILED: RunStatus.FAILED,
-    Standing.CALLBACK_COMPLETED: RunStatus.COMPLETED,
-    Standing.FAILED: RunStatus.FAILED,
-    Standing.COMPLETED: RunStatus.COMPLETED,
+    Precedence.PENDING: RunStatus.PENDING,
+    Precedence.RUNNING: RunStatus.RUNNING,
+    Precedence.CALLBACK_FAILED: RunStatus.FAILED,
+    Precedence.CALLBACK_COMPLETED: RunStatus.COMPLETED,
+    Precedence.FAILED: RunStatus.FAILED,
+    Precedence.COMPLETED: RunStatus.COMPLETED,
 }
 
 
@@ -139,7 +139,7 @@ WORKSPACE_KNOWN: Final = 7
 """The digit of a `workspace_id` that FLORA showed to the workspace's own key. Claims (callbacks,
 `track`) and values read by older versions are below it."""
 
-REGISTERS: Final = (
+MERGED_FIELDS: Final = (
     "run_type",
     "workspace_id",
     "project_id",
@@ -153,23 +153,23 @@ REGISTERS: Final = (
     "error",
     "outputs",
 )
-"""The fields that `merge` keeps by precedence. The order fixes each digit in `Run.ranks`: append
-only."""
+"""The fields that `merge` keeps by precedence. The order fixes each digit in
+`Run.precedences`: append only."""
 
 
-@quick_dataclass(frozen=True, slots=True, kw_only=True)
+@fast_dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """The state of a run, merged from all its observations.
 
     Times are aware UTC datetimes, costs are USD, `progress` 0 to 100. `charged_cost` is the bill,
     as the read sent at `cost_read_at` showed it; `None` with a `cost_read_at` is a failed run that
-    was shown without a cost. `ranks` holds one octal digit for each of `REGISTERS`: the `Standing`
-    of the observation that its value came from, or `LISTED` or `READ`. `unknown_status` is the text
-    of a status that this version does not know.
+    was shown without a cost. `precedences` holds one octal digit for each of `MERGED_FIELDS`:
+    the `Precedence` of the observation that its value came from, or `LISTED` or `READ`.
+    `unknown_status` is the text of a status that this version does not know.
     """
 
     run_id: str
-    standing: Standing = Standing.PENDING
+    precedence: Precedence = Precedence.PENDING
     unknown_status: str | None = None
     details: Details = Details.UNKNOWN
     progress: float = 0
@@ -189,17 +189,17 @@ class Run:
     error: RunError | None = None
     outputs: tuple[Output, ...] | None = None
     outputs_read_at: datetime | None = None
-    ranks: int = 0
+    precedences: int = 0
 
     @property
     def status(self) -> Status:
         """FLORA's status of the run, as far as it is known."""
-        return self.unknown_status or self.standing.status
+        return self.unknown_status or self.precedence.status
 
     @property
     def settled(self) -> bool:
         """Whether the end and the details were read from the API."""
-        return self.standing.ended_at_api and self.details is not Details.UNKNOWN
+        return self.precedence.ended_at_api and self.details is not Details.UNKNOWN
 
     @property
     def retry_advice(self) -> RetryAdvice | None:
@@ -212,7 +212,7 @@ class Run:
     @property
     def workspace_is_claimed(self) -> bool:
         """Whether `workspace_id` comes only from a callback or a request to track the run."""
-        digit = self.ranks >> 3 * REGISTERS.index("workspace_id") & 0o7
+        digit = self.precedences >> 3 * MERGED_FIELDS.index("workspace_id") & 0o7
         return self.workspace_id is not None and digit != WORKSPACE_KNOWN
 
     @property

@@ -129,7 +129,7 @@ def next_check(
         return None
     if looks > 0:
         later = now + wait_after(policy, run.run_id, looks)
-        if run.standing.ended:
+        if run.precedence.ended:
             return later
         put_off = put_off_until(
             policy,
@@ -139,7 +139,7 @@ def next_check(
             callback_expected=callback_expected,
         )
         return min(max(later, put_off or later), now + policy.longest_wait)
-    if at_once or run.standing.ended:
+    if at_once or run.precedence.ended:
         return now
     first = first_seen + first_wait(policy, durations, callback_expected=callback_expected)
     # `first_seen` may lie in the future after the clock was set back.

@@ -112,7 +112,7 @@ def _callback(record: Record, policy: Policy, now: datetime) -> Iterator[Sentenc
         if record.source is not Source.START:
             return
         text = "No callback was requested with the start."
-    elif record.run.standing.ended:
+    elif record.run.precedence.ended:
         text = "The callback was missed. No results lost: another source showed the end."
     elif now > record.first_seen_at + policy.grace:
         text = f"No callback after {duration(now - record.first_seen_at)}: the run is polled."
@@ -160,7 +160,7 @@ def _state(record: Record) -> Iterator[Sentence]:
             limit = f"{LOST_AFTER_READS} such answers over at least {duration(LOST_AFTER)}"
             text += f" After {limit} it counts as lost."
         yield Sentence(Kind.STATE, text, source=Source.POLL)
-    if run.standing.ended and first_known:
+    if run.precedence.ended and first_known:
         text = f"Finished: {run.status}, {first_known}. Outputs, cost and times are being fetched."
         yield Sentence(Kind.STATE, text)
 

@@ -161,9 +161,9 @@ def _observed(seen: Observation, before: Run | None, delivery: DeliveryRow | Non
 def _state(seen: Observation) -> str:
     """The observed status, with progress while the run is open and the error of a failed one."""
     text = str(seen.status)
-    if not seen.standing.ended and seen.progress:
+    if not seen.precedence.ended and seen.progress:
         text += f" at {seen.progress:g} %"
-    if seen.standing.ended and seen.error is not None:
+    if seen.precedence.ended and seen.error is not None:
         parts = [part for part in (seen.error.code, seen.error.message.rstrip(".")) if part]
         text += f" ({': '.join(parts)})" if parts else ""
     return text
@@ -171,11 +171,11 @@ def _state(seen: Observation) -> str:
 
 def _news(seen: Observation, before: Run | None, after: Run) -> Iterator[str]:
     """What the observation added to what was known."""
-    if before is not None and seen.standing < before.standing:
+    if before is not None and seen.precedence < before.precedence:
         older = f"This is older: the run stays {before.status}."
         yield "The end was already known." if seen.status == before.status else older
     new = list(_details(seen, before or Run(run_id=after.run_id), after))
-    if not new and before is not None and seen.standing == before.standing:
+    if not new and before is not None and seen.precedence == before.precedence:
         new = [
             name
             for field, name in _FACTS.items()
@@ -188,7 +188,7 @@ def _news(seen: Observation, before: Run | None, after: Run) -> Iterator[str]:
         yield "The run is settled: its end and details are known."
     elif was_settled and not after.settled:
         yield "The run is no longer settled: its details are fetched again."
-    elif seen.standing.ended and not after.settled:
+    elif seen.precedence.ended and not after.settled:
         yield "Outputs, cost and times are still to be fetched."
 
 
@@ -211,19 +211,19 @@ def _details(seen: Observation, before: Run, after: Run) -> Iterator[str]:
 
 def _contradiction(seen: Observation, earlier: Sequence[Observation], after: Run) -> str:
     """Both sides of a contradiction about the end, and which of them counts."""
-    ends = [one for one in earlier if one.standing.ended]
+    ends = [one for one in earlier if one.precedence.ended]
     this = SOURCE_NAMES[seen.source]
     for other in reversed(ends):
         that = f"{SOURCE_NAMES[other.source]} at {moment(other.at)}"
         if other.status != seen.status:
-            by_api = other.standing.ended_at_api != seen.standing.ended_at_api
+            by_api = other.precedence.ended_at_api != seen.precedence.ended_at_api
             rule = "the API overrides a callback" if by_api else "completed overrides failed"
             return (
                 f"Sources disagree about the end: {that} reported {_state(other)}, {this} "
                 f"reported {_state(seen)}. The run counts as {after.status}: {rule}."
             )
     for other in reversed(ends):
-        if other.standing == seen.standing and (parts := _differences(other, seen)):
+        if other.precedence == seen.precedence and (parts := _differences(other, seen)):
             that = f"{SOURCE_NAMES[other.source]} at {moment(other.at)}"
             return (
                 f"Sources agree about the end but not about {_listed(parts)}: {that}, and {this}."

@@ -29,8 +29,8 @@ from tracker.core.errors import (
     RateLimited,
     ServerFault,
 )
+from tracker.core.fast_dataclass import fast_dataclass
 from tracker.core.observation import Observation, Source
-from tracker.core.quick import quick_dataclass
 from tracker.core.run import Output, RunError, RunStatus, Status, status_of
 
 # Readers of single JSON values, whatever their field. Each returns `None` for a value of the wrong
@@ -168,7 +168,7 @@ class Page(Generic[T]):
     unreadable: list[str]
 
 
-@quick_dataclass(frozen=True, slots=True, kw_only=True)
+@fast_dataclass(frozen=True, slots=True, kw_only=True)
 class Envelope:
     """The envelope of a callback: enough to store it, understood or not.
 

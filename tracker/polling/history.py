@@ -309,7 +309,7 @@ async def counted_before(
         return (
             record is not None
             and record.source is Source.TRACK
-            and not record.run.standing.ended
+            and not record.run.precedence.ended
             and record.first_seen_at - item.at > KNOWN_WITHIN
         )
 
@@ -326,5 +326,5 @@ def _ended(items: Iterable[Observation]) -> list[ListedRun]:
             "generation" if item.run_type == "generation" else "technique",
         )
         for item in items
-        if item.created_at is not None and item.standing.ended
+        if item.created_at is not None and item.precedence.ended
     ]

@@ -254,7 +254,7 @@ class Poller:
         due = await claim(limit=CLAIM, ended=ended)
         full = len(due) == CLAIM
         fresh = await claim(limit=FRESH, ended=True, newest=True) if full else []
-        fresh += [record for record in reversed(due) if record.run.standing.ended]
+        fresh += [record for record in reversed(due) if record.run.precedence.ended]
         fresh = fresh[:FRESH]
         fresh_ids = {record.run.run_id for record in fresh}
         others = [record for record in due if record.run.run_id not in fresh_ids]

@@ -232,7 +232,7 @@ class PollRound:
             if record.run.settled:
                 costs = record.cost_final or workspace.lists_carry_costs
                 return costs and workspace.lists_carry_outputs
-            return workspace.lists_carry_details or not record.run.standing.ended
+            return workspace.lists_carry_details or not record.run.precedence.ended
 
         return [
             record
@@ -289,7 +289,7 @@ class PollRound:
         same: if that shows the cost, lists leave costs out.
         """
         if not self._recheck:
-            return item.standing.ended and not item.details
+            return item.precedence.ended and not item.details
         record = self.remaining.get(item.run_id)
         if record is None:
             return False
@@ -306,7 +306,7 @@ class PollRound:
         for other runs shows which.
         """
         if item.status is not RunStatus.COMPLETED:
-            return item.standing.ended
+            return item.precedence.ended
         if record.run.lacks_outputs and not item.outputs:
             return False
         return item.charged_cost is not None or (
@@ -327,7 +327,7 @@ class PollRound:
 
         async def read(record: Record) -> None:
             run_id = record.run.run_id
-            fresh = record.run.standing.ended and not self._recheck
+            fresh = record.run.precedence.ended and not self._recheck
             async with permits:
                 if self.broken_off or time.monotonic() > until:
                     return  # it remains, and is released
@@ -509,7 +509,7 @@ async def _ways(
             page = await client.history(deadline=seconds)
             listed.extend(item for item in page.items if item.run_id == run_id)
             found.others.extend(item for item in page.items if item.run_id != run_id)
-            whole = [item for item in listed if item.details or not item.standing.ended]
+            whole = [item for item in listed if item.details or not item.precedence.ended]
             return whole[0] if whole else None
 
         yield on_newest_page

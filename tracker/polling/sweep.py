@@ -107,7 +107,7 @@ class SweepReport:
         if before is None:
             self.discovered += 1
         elif after is not None and (
-            (after.run.standing.ended and not before.run.standing.ended)
+            (after.run.precedence.ended and not before.run.precedence.ended)
             or (after.run.settled and not before.run.settled)
         ):
             self.repaired += 1

@@ -190,9 +190,9 @@ def _differences(
         yield "missing", None, item.status
         return
     run = record.run
-    if run.status != item.status and (run.standing.ended or item.standing.ended):
+    if run.status != item.status and (run.precedence.ended or item.precedence.ended):
         yield "status", run.status, item.status
-    if record.recheck_at is not None or not item.standing.ended:
+    if record.recheck_at is not None or not item.precedence.ended:
         return
     if item.charged_cost is not None and item.charged_cost != (run.charged_cost or 0):
         cost = None if run.charged_cost is None else str(run.charged_cost)

@@ -21,7 +21,7 @@ from sqlalchemy import Connection
 
 from tracker.core.clock import Clock
 from tracker.core.errors import StoreError
-from tracker.core.rate_limited_log import Seldom
+from tracker.core.rate_limited_log import LogRateLimit
 from tracker.core.record import TEST_DELIVERY, Delivery
 from tracker.flora import parse
 from tracker.polling.workspaces import Workspaces
@@ -144,7 +144,7 @@ class Applier:
         self._lock = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         self._closing = False
-        self._log_limit = Seldom()
+        self._log_limit = LogRateLimit()
 
     async def __aenter__(self) -> Self:
         if self._background:

@@ -7,7 +7,7 @@ from structlog.contextvars import bind_contextvars
 
 from tracker.core.clock import Clock
 from tracker.core.errors import SettingsError
-from tracker.core.quick import quick_dataclass
+from tracker.core.fast_dataclass import fast_dataclass
 from tracker.core.record import TEST_DELIVERY, Delivery, DeliveryOutcome
 from tracker.flora import parse
 from tracker.flora.signature import SignatureError, verify
@@ -19,7 +19,7 @@ class NoSecrets(SettingsError):
     """No signing secret is configured, so no callback can be verified."""
 
 
-@quick_dataclass(frozen=True, slots=True, kw_only=True)
+@fast_dataclass(frozen=True, slots=True, kw_only=True)
 class Received:
     """A callback that is on disk.
 

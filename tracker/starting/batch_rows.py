@@ -129,7 +129,7 @@ class RowState:
     def why(self) -> str | None:
         """What went wrong with it, for a person."""
         run = None if self.record is None else self.record.run
-        if run is not None and run.standing.ended and run.status is not RunStatus.COMPLETED:
+        if run is not None and run.precedence.ended and run.status is not RunStatus.COMPLETED:
             error = run.error
             return f"{error.code}: {error.message}".strip(": ") if error else str(run.status)
         if self.record is not None:

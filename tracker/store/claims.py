@@ -25,7 +25,7 @@ from sqlalchemy import (
 )
 
 from tracker.core.record import LOST_READ_EVERY, Record
-from tracker.core.run import Standing, Tracking
+from tracker.core.run import Precedence, Tracking
 from tracker.core.schedule import Policy
 from tracker.store.engine import Database
 from tracker.store.rows import RUN_COLUMNS, records
@@ -33,7 +33,7 @@ from tracker.store.schema import leases, runs, word
 
 _CLAIMED: Final = (runs.c.next_check_at.is_not(None), runs.c.recheck_at.is_not(None))
 """Runs that can be claimed, each by its index."""
-_ENDED: Final = runs.c.standing >= Standing.CALLBACK_FAILED
+_ENDED: Final = runs.c.standing >= Precedence.CALLBACK_FAILED
 
 LONGEST_CLAIM: Final = timedelta(minutes=5)
 """A claim that lasts longer was made before the clock was set back: it has expired."""

@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tracker.core.merge import shown_before_the_end
 from tracker.core.observation import Source
 from tracker.core.record import Record
-from tracker.core.run import Details, Output, Run, RunError, RunStatus, Standing
+from tracker.core.run import Details, Output, Precedence, Run, RunError, RunStatus
 from tracker.store.schema import run_outputs, runs
 
 RUN_COLUMNS: Final = tuple(runs.columns)
@@ -50,9 +50,9 @@ def run_row(record: Record) -> tuple[Any, ...]:
         0 if outputs is None else len(outputs),
         run.outputs_read_at,
         run.poll_url,
-        int(run.standing),
+        int(run.precedence),
         int(run.details),
-        run.ranks,
+        run.precedences,
         run.conflict,
         record.source.value,
         record.first_seen_at,
@@ -103,9 +103,9 @@ def record_of(row: Sequence[Any], outputs: tuple[Output, ...] | None) -> Record:
         _output_count,
         outputs_read_at,
         poll_url,
-        standing,
+        precedence,
         details,
-        ranks,
+        precedences,
         conflict,
         source,
         first_seen_at,
@@ -129,13 +129,13 @@ def record_of(row: Sequence[Any], outputs: tuple[Output, ...] | None) -> Record:
         lease_until,
         lease_holder,
     ) = row
-    if charged_cost is not None and shown_before_the_end(ranks):
+    if charged_cost is not None and shown_before_the_end(precedences):
         # A version before 0010 wrote it: what was shown before the end is a quote.
         quoted_cost, charged_cost = charged_cost, None
     return Record(
         run=Run(
             run_id=run_id,
-            standing=Standing(standing),
+            precedence=Precedence(precedence),
             unknown_status=None if status in _STATUSES else status,
             details=Details(details),
             progress=progress,
@@ -157,7 +157,7 @@ def record_of(row: Sequence[Any], outputs: tuple[Output, ...] | None) -> Record:
             else None,
             outputs=outputs,
             outputs_read_at=outputs_read_at,
-            ranks=ranks,
+            precedences=precedences,
         ),
         source=Source(source),
         first_seen_at=first_seen_at,

@@ -34,7 +34,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tracker.core.clock import Clock
 from tracker.core.net import hide_callback_token, is_loopback
-from tracker.core.rate_limited_log import LOG_INTERVAL, Seldom
+from tracker.core.rate_limited_log import LOG_INTERVAL, LogRateLimit
 from tracker.core.tokens import Scope as TokenScope
 from tracker.core.tokens import Token, Tokens
 from tracker.operations.metrics import Metrics
@@ -125,7 +125,7 @@ class AccessControl:
         self._each = Throttle(burst=EACH_BURST, refill=EACH_REFILL)
         self._all = Throttle(burst=ALL_BURST, refill=ALL_REFILL)
         self._log_interval = log_interval
-        self._logged = Seldom(log_interval)
+        self._logged = LogRateLimit(log_interval)
         self._log_scheduled: set[Reason] = set()
         self.sessions = sessions
 

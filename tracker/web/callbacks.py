@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from tracker.core.errors import SettingsError, StoreError, StoreUnavailable
 from tracker.core.net import CALLBACK_PATH
-from tracker.core.rate_limited_log import Seldom
+from tracker.core.rate_limited_log import LogRateLimit
 from tracker.core.record import TEST_DELIVERY, DeliveryOutcome
 from tracker.flora.signature import SignatureError
 from tracker.operations.tracing import untraced
@@ -49,7 +49,7 @@ class Callbacks:
         self._is_traced = services.traced is not untraced  # the trace has to see the response
         self._limit = limits.callback_bytes
         self._timeout = SharedTimeout(limits.callback_seconds)
-        self._logged = Seldom()
+        self._logged = LogRateLimit()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Takes one callback. Raises `Fault`."""

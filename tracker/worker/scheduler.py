@@ -24,7 +24,7 @@ from structlog.contextvars import bound_contextvars
 
 from tracker.core.clock import boot_seconds, utc_now
 from tracker.core.errors import StoreError, StoreUnavailable, TrackerError
-from tracker.core.rate_limited_log import Seldom
+from tracker.core.rate_limited_log import LogRateLimit
 from tracker.polling.workspaces import Workspace
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Worker:
         self._round_over = asyncio.Event()
         self._round_began = 0.0
         self._tasks: list[asyncio.Task[None]] = []
-        self._seldom = Seldom()
+        self._log_limit = LogRateLimit()
 
     async def start(self) -> None:
         """Start the jobs, with a sweep of each workspace now."""
@@ -182,7 +182,7 @@ class Worker:
     def _log_failed(self, name: str, error: TrackerError) -> None:
         count = 1
         if isinstance(error, StoreUnavailable):  # which recurs every second
-            count = self._seldom.count(name, now=time.monotonic())
+            count = self._log_limit.count(name, now=time.monotonic())
         if count:
             log.error("worker.job_failed", job=name, error=str(error), count=count)
 

@@ -23,7 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tracker.core.record import TEST_DELIVERY, Record
 from tracker.core.rollup import CALLBACK, COST, FAILURE, OPEN, QUOTE, STATE, UNPRICED, dollars
-from tracker.core.run import Standing, Tracking
+from tracker.core.run import Precedence, Tracking
 from tracker.store.engine import Database
 from tracker.store.queries.overview import rollups
 from tracker.store.queries.starts import StartState, is_in
@@ -210,7 +210,7 @@ def _backlog(now: datetime) -> Select[*tuple[Any, ...]]:
         runs.c.callback_expected,
         runs.c.callback_at.is_(None),
         runs.c.tracking == word(Tracking.ACTIVE),
-        runs.c.standing < Standing.CALLBACK_FAILED,
+        runs.c.standing < Precedence.CALLBACK_FAILED,
     )
     first = (
         select(runs.c.next_check_at, waits.label("waits"))

@@ -15,7 +15,7 @@ from sqlalchemy.sql.util import ClauseAdapter
 
 from tracker.core.record import Record
 from tracker.core.retry import RetryAdvice
-from tracker.core.run import RunStatus, Standing, Tracking
+from tracker.core.run import Precedence, RunStatus, Tracking
 from tracker.store.engine import Database
 from tracker.store.queries import paging
 from tracker.store.queries import runs as read
@@ -30,7 +30,7 @@ STATES: Final[Mapping[str, ColumnElement[bool]]] = {
     "open": is_tracked_as(Tracking.ACTIVE),
     "pending": has_status(RunStatus.PENDING),
     "running": has_status(RunStatus.RUNNING),
-    "details": and_(is_tracked_as(Tracking.ACTIVE), runs.c.standing >= Standing.CALLBACK_FAILED),
+    "details": and_(is_tracked_as(Tracking.ACTIVE), runs.c.standing >= Precedence.CALLBACK_FAILED),
     "completed": has_status(RunStatus.COMPLETED),
     "failed": has_status(RunStatus.FAILED),
     "other": runs.c.status.not_in([*RunStatus]),

@@ -14,7 +14,7 @@ from typing import Any, Final, Generic, Self, TypeVar
 import structlog
 
 from tracker.core.errors import SchemaOutdated, StoreError, StoreUnavailable
-from tracker.core.rate_limited_log import Seldom
+from tracker.core.rate_limited_log import LogRateLimit
 from tracker.store.errors import StoreBusy
 
 T = TypeVar("T")
@@ -82,7 +82,7 @@ class GroupCommit(Generic[T, R]):
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
         self._closing = False
-        self._log_limit = Seldom()
+        self._log_limit = LogRateLimit()
         self._is_reported = False
         self.trouble: StoreError | None = None
 

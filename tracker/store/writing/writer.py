@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection
 
-from tracker.core.quick import quick_dataclass
+from tracker.core.fast_dataclass import fast_dataclass
 from tracker.core.record import DurationsOf, Entry, Record, Seen, Unseen, apply
 from tracker.core.rollup import Key, facts, same
 from tracker.core.schedule import Policy
@@ -24,7 +24,7 @@ from tracker.store.writing.statements import BatchChanges, Statements, requeue_r
 NAME: Final = "writer"
 
 
-@quick_dataclass(frozen=True, slots=True)
+@fast_dataclass(frozen=True, slots=True)
 class WriteResult:
     """What an entry did: the run's record before and after it.
 

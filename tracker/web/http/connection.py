@@ -21,7 +21,7 @@ import structlog
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from tracker.core.rate_limited_log import Seldom
+from tracker.core.rate_limited_log import LogRateLimit
 from tracker.web.http.limits import Limits
 from tracker.web.http.responses import WRITE, Fault, to_json, unavailable
 
@@ -374,7 +374,7 @@ class ConnectionPool:
         files = _open_files(limits.connections)
         self._most = min(limits.connections, max(files - _OTHER_FILES, files // 2))
         self._held = 0
-        self._logged = Seldom()
+        self._logged = LogRateLimit()
         self._default_headers: list[tuple[bytes, bytes]] = []
         self._status_line = b""
 

@@ -19,7 +19,7 @@ from structlog.contextvars import bind_contextvars, unbind_contextvars
 
 from tracker.core.errors import FloraRefusal, StoreError
 from tracker.core.net import hide_callback_token
-from tracker.core.rate_limited_log import Seldom
+from tracker.core.rate_limited_log import LogRateLimit
 from tracker.web.http.limits import Limits
 from tracker.web.http.request import (
     SAFE_METHODS,
@@ -57,7 +57,7 @@ class ResponseMiddleware:
         self._app = app
         self._limits = limits
         self._error_page = error_page
-        self._store_errors = Seldom()
+        self._store_errors = LogRateLimit()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one HTTP request."""

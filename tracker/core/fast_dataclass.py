@@ -2,14 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["quick_dataclass"]
+__all__ = ["fast_dataclass"]
 
 if TYPE_CHECKING:
-    from dataclasses import dataclass as quick_dataclass
+    from dataclasses import dataclass as fast_dataclass
 else:
     from dataclasses import dataclass
 
-    def quick_dataclass(*, frozen: bool, **options: Any) -> Any:
+    def fast_dataclass(*, frozen: bool, **options: Any) -> Any:
         """`dataclass` whose `frozen` only the type checker enforces.
 
         Freezing at run time sets each field through a function call, which more than doubles the
