@@ -8,7 +8,7 @@ import base64
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from tracker.core.inputs import obstacle
 from tracker.core.record import Record
@@ -18,38 +18,10 @@ from tracker.flora.technique import ports
 if TYPE_CHECKING:  # commands that show runs load nothing of the others
     from tracker.explaining.explainer import Explanation
     from tracker.store.queries.audit import AuditRow
-    from tracker.store.queries.runs import DeliveryRow
+    from tracker.store.queries.runs import DeliveryRow, Event
     from tracker.store.queries.spending import Spending, Usage
     from tracker.store.queries.starts import StartRow
     from tracker.store.queries.techniques import TechniqueRow
-
-
-class EventLike(Protocol):
-    """One line of a run's timeline, as the store reads it."""
-
-    @property
-    def run_id(self) -> str:
-        """Whose."""
-
-    @property
-    def at(self) -> datetime:
-        """When the tracker saw it."""
-
-    @property
-    def source(self) -> str:
-        """Who brought it."""
-
-    @property
-    def status(self) -> str:
-        """The status that this sight showed."""
-
-    @property
-    def progress(self) -> float | None:
-        """The progress that it showed, 0 to 100."""
-
-    @property
-    def detail(self) -> Mapping[str, Any]:
-        """The whole observation."""
 
 
 def time_json(at: datetime) -> str:
@@ -98,7 +70,7 @@ def run_json(record: Record) -> dict[str, Any]:
     }
 
 
-def event_json(event: EventLike) -> dict[str, Any]:
+def event_json(event: "Event") -> dict[str, Any]:
     """An event: the columns of the table `run_events`."""
     return {
         "run_id": event.run_id,

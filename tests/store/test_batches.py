@@ -34,7 +34,7 @@ def entries(*digests: str, turn: Turn | None = None) -> list[BatchEntry]:
 
 
 async def tally(db: Database, batch_id: str = "bat_1") -> BatchCounts:
-    return (await batches.tallies(db, [batch_id]))[batch_id]
+    return (await batches.batch_counts(db, [batch_id]))[batch_id]
 
 
 async def test_a_batch_is_kept_with_its_rows(db: Database) -> None:
@@ -141,4 +141,4 @@ async def test_rows_are_counted_by_what_became_of_them(db: Database, writer: Tes
         not_final=3,
     )
     assert (found.ended, found.unstarted) == (2, 5)
-    assert await batches.tallies(db, ["bat_2"]) == {"bat_2": BatchCounts()}
+    assert await batches.batch_counts(db, ["bat_2"]) == {"bat_2": BatchCounts()}

@@ -328,7 +328,7 @@ async def test_a_batch_is_watched_to_its_end(services: Services) -> None:
     await settle(services, "run_1", [])
     found: list[WantedRun] = []
     told: list[str] = []
-    source = services.downloader.batch("bat_1", watch=True, tell=told.append)
+    source = services.downloader.batch("bat_1", watch=True, notify=told.append)
     task = asyncio.create_task(collect(source, found))
     await eventually(lambda: len(found) == 1)
     await eventually(lambda: told)

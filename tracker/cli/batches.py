@@ -69,7 +69,7 @@ def list_(
 
     async def work(database: "Database") -> tuple[list[dict[str, Any]], str | None]:
         found, next_cursor = await batches.list_batches(database, cursor=cursor, limit=limit)
-        counts = await batches.tallies(database, [one.batch_id for one in found])
+        counts = await batches.batch_counts(database, [one.batch_id for one in found])
         return [_batch_json(one, counts[one.batch_id]) for one in found], next_cursor
 
     rows, next_cursor = run_on_database(work)

@@ -90,15 +90,15 @@ def download(
     if technique is not None and not all_settled:
         raise typer.BadParameter("goes with --all-settled only", param_hint="--technique")
 
-    async def find(services: "Services", tell: "Notify") -> "AsyncIterator[WantedRun]":
+    async def find(services: "Services", notify: "Notify") -> "AsyncIterator[WantedRun]":
         downloader = services.downloader
         if all_settled:
             technique_id = None if technique is None else await _technique_id(services, technique)
-            return downloader.settled(technique_id=technique_id, watch=watch, tell=tell)
+            return downloader.settled(technique_id=technique_id, watch=watch, notify=notify)
         if batch is not None:
-            return downloader.batch(batch, watch=watch, tell=tell)
+            return downloader.batch(batch, watch=watch, notify=notify)
         await require_known(services, run_ids or [])
-        return downloader.named(run_ids or [], watch=watch, tell=tell)
+        return downloader.named(run_ids or [], watch=watch, notify=notify)
 
     async def work(services: "Services") -> "DownloadReport":
         from tracker.delivering.downloads import DownloadOptions, DownloadReport

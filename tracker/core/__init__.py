@@ -1,5 +1,4 @@
-"""The core: what a run is, what was seen of it, and how sights become a run.
+"""The core: runs, observations, how they merge, and when to poll next.
 
-Pure functions and frozen values; only the standard library is imported here, nothing reads a clock
-and nothing does I/O.
+Pure functions and frozen values on the standard library alone, without clocks and I/O.
 """

@@ -149,7 +149,7 @@ class Downloader:
         self._clock = clock
 
     async def named(
-        self, run_ids: Sequence[str], *, watch: bool, tell: Notify | None = None
+        self, run_ids: Sequence[str], *, watch: bool, notify: Notify | None = None
     ) -> AsyncIterator[WantedRun]:
         """These runs; with `watch` each once it is settled or lost."""
         if not watch:
@@ -158,14 +158,14 @@ class Downloader:
                 if run_id in known:
                     yield WantedRun(record=known[run_id])
             return
-        async with aclosing(self._follower.follow(run_ids, notify=tell)) as updates:
+        async with aclosing(self._follower.follow(run_ids, notify=notify)) as updates:
             async for updated in updates:
                 for record, _ in updated:
                     if record.tracking is not Tracking.ACTIVE:
                         yield WantedRun(record=record)
 
     async def batch(
-        self, batch_id: str, *, watch: bool, tell: Notify | None = None
+        self, batch_id: str, *, watch: bool, notify: Notify | None = None
     ) -> AsyncIterator[WantedRun]:
         """The runs of a batch, row by row.
 
@@ -184,13 +184,13 @@ class Downloader:
                 new = {run_id: name for run_id, name in new.items() if run_id not in row_of}
                 row_of.update(new)
                 not_started = [row for row in rows if row.not_started]
-                if not_started and not new and not told and tell is not None:
+                if not_started and not new and not told and notify is not None:
                     told = True
                     rows_are = counted(len(not_started), "row is", "rows are")
-                    tell(f"{rows_are} not started yet: `tracker batch` starts them")
+                    notify(f"{rows_are} not started yet: `tracker batch` starts them")
                 return list(new), bool(not_started)
 
-            async with aclosing(self._follower.follow((), more=more, notify=tell)) as updates:
+            async with aclosing(self._follower.follow((), more=more, notify=notify)) as updates:
                 async for updated in updates:
                     for record, _ in updated:
                         if record.tracking is not Tracking.ACTIVE:
@@ -215,7 +215,7 @@ class Downloader:
         ]
 
     async def settled(
-        self, *, technique_id: str | None, watch: bool, tell: Notify | None = None
+        self, *, technique_id: str | None, watch: bool, notify: Notify | None = None
     ) -> AsyncIterator[WantedRun]:
         """All settled runs, newest first; with `watch` then each run that settles, forever.
 
@@ -242,7 +242,7 @@ class Downloader:
                 settled_since = partial(
                     changes.settled_since, self._database, reached, technique_id=technique_id
                 )
-                records, reached = await until_available(settled_since, tell)
+                records, reached = await until_available(settled_since, notify)
                 for record in records:
                     yield WantedRun(record=record)
                 notified = self._database.dialect == "postgresql" and self._signals.listening

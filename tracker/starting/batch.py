@@ -292,7 +292,7 @@ class Batches:
 
     async def counts(self, batch: BatchRow) -> BatchCounts:
         """The progress of a stored batch, in rows."""
-        return (await batches.tallies(self.database, [batch.batch_id]))[batch.batch_id]
+        return (await batches.batch_counts(self.database, [batch.batch_id]))[batch.batch_id]
 
     async def _follow(
         self,

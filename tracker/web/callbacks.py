@@ -106,7 +106,7 @@ class Callbacks:
             await response.send(scope, receive, send)
 
     def _refused(self, reason: str, answer: E, cause: Exception | None = None) -> E:
-        """Count a refusal, and log it at intervals, so that strangers cannot fill the log."""
+        """Count a refusal; log it at intervals, so that forged callbacks cannot fill the log."""
         self._metrics.callback_refused(reason.replace(" ", "_"))
         if count := self._logged.count(reason, now=asyncio.get_running_loop().time()):
             details = {} if cause is None else {"error": str(cause)}

@@ -266,7 +266,7 @@ async def asked_without_mapping(
     return list(found.values())
 
 
-async def tallies(db: Database, batch_ids: Sequence[str]) -> dict[str, BatchCounts]:
+async def batch_counts(db: Database, batch_ids: Sequence[str]) -> dict[str, BatchCounts]:
     """The progress of each batch."""
     found = {batch_id: BatchCounts() for batch_id in batch_ids}
     async with db.read() as connection:

@@ -37,7 +37,7 @@ class BatchPages(PageGroup):
             request,
             "batches.html",
             batches=rows,
-            counts=await batches.tallies(database, [one.batch_id for one in rows]),
+            counts=await batches.batch_counts(database, [one.batch_id for one in rows]),
             names=await technique_names(database, sorted({one.technique_id for one in rows})),
             **page_links("/batches", cursor=cursor, next_cursor=next_cursor),
         )
@@ -58,7 +58,7 @@ class BatchPages(PageGroup):
             request,
             "batch.html",
             batch=batch,
-            counts=(await batches.tallies(database, [batch_id]))[batch_id],
+            counts=(await batches.batch_counts(database, [batch_id]))[batch_id],
             names=await technique_names(database, [batch.technique_id]),
             rows=[states[entry.key] for entry in page],
             older=query(address, after=str(page[-1].position)) if more else None,
