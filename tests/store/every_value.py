@@ -56,7 +56,7 @@ _SERIAL: Final = (1, 7, 2**40)
 # Runs: one that is active and leased, one that is settled, one that is lost.
 _CHECKED: Final[dict[str, Sequence[Any]]] = {
     "runs.status": ("running", "completed", "failed"),
-    "runs.precedence": (1, 5, 2),
+    "runs.standing": (1, 5, 2),
     "runs.tracking": ("active", "settled", "lost"),
     "runs.settled_at": (None, _NOW, None),
     "runs.next_check_at": (_NOW, None, None),

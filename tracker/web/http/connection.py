@@ -198,6 +198,7 @@ class Connection(HttpToolsProtocol):
                 return
             too_long = self._framing > self._limits.head_bytes + PARSE_BYTES
             if too_long or (self._in_head and len(self.headers) > self._limits.headers):
+                self.headers.clear()  # a piece may hold thousands
                 self._refuse(_LARGE_HEAD)
                 return
         self._recount()
