@@ -4,15 +4,20 @@ Everything else is as deployed: the same process, route, signature check, parsin
 answers. What a callback costs beyond this is the price of storing and applying it.
 """
 
+import asyncio
+
 from tracker.cli import main
 from tracker.core.record import Delivery, DeliveryOutcome
 from tracker.store.writing.inbox import Inbox, Stored
 
 
-async def _store_nothing(_inbox: Inbox, delivery: Delivery) -> Stored:
-    return Stored(delivery.delivery_id, DeliveryOutcome.WAITING, repeated=False)
+def _store_nothing(_inbox: Inbox, delivery: Delivery) -> "asyncio.Future[Stored]":
+    stored: asyncio.Future[Stored] = asyncio.get_running_loop().create_future()
+    stored.set_result(Stored(delivery.delivery_id, DeliveryOutcome.WAITING, repeated=False))
+    return stored
 
 
 if __name__ == "__main__":
-    Inbox.store = _store_nothing  # type: ignore[method-assign]
+    assert Inbox.enqueue, "what the receiver calls"
+    Inbox.enqueue = _store_nothing  # type: ignore[method-assign]
     main()
