@@ -216,8 +216,11 @@ class Witness:
             return [*found, f"{what}: {answer.status_code} {text[:200]}"]
         if "retry-after" not in answer.headers:
             found.append(f"{what}: 503 without Retry-After")
-        if path not in PAGES and answer.json()["error"].keys() != {"code", "message"}:
-            found.append(f"{what}: 503 in another shape: {text[:200]}")
+        if path not in PAGES:
+            error = answer.json()["error"]
+            started = {"run_id"} if error["code"] == "not_stored" else set()
+            if error.keys() != {"code", "message"} | started:
+                found.append(f"{what}: 503 in another shape: {text[:200]}")
         return found
 
     def _client(self) -> httpx.AsyncClient:
