@@ -37,7 +37,7 @@ from tracker.starting.catalogue import Catalogue, CatalogueSync
 from tracker.starting.matching import StartMatcher
 from tracker.starting.recover import Recovery
 from tracker.starting.resolve import Resolver, RunTracker
-from tracker.starting.sending import CallbackAddresses, Sender
+from tracker.starting.sending import CallbackAddresses, StartSender
 from tracker.starting.start import BudgetReader, Starter
 from tracker.store import migrate
 from tracker.store.clock import shared_clock
@@ -205,7 +205,7 @@ async def open_services(
         matcher = StartMatcher(database=database, writer=writer, clock=clock)
         stack.push_async_callback(matcher.aclose)
         ids = WorkspaceIds(database, clock=clock)
-        sender = Sender(
+        sender = StartSender(
             matcher=matcher,
             addresses=CallbackAddresses(database, url=settings.callback_url, clock=clock),
             clock=clock,

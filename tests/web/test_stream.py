@@ -335,7 +335,7 @@ async def test_a_database_that_comes_back_loses_nothing(database_url: str, serve
     ):
         real, failures = feed.after, 2
 
-        async def failing(*arguments: Any, **named: Any) -> feed.Page:
+        async def failing(*arguments: Any, **named: Any) -> feed.LinePage:
             nonlocal failures
             if failures:
                 failures -= 1

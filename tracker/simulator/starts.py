@@ -171,7 +171,7 @@ def _is_link(value: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class StartAnswer:
+class SimulatedStartAnswer:
     """The answer to a start: its status and the bytes of its body."""
 
     status: int
@@ -189,7 +189,7 @@ class StartHandler:
     def __init__(self, world: World, sender: CallbackSender) -> None:
         self._world = world
         self._sender = sender
-        self._used: dict[UsedKey, tuple[int, str, StartAnswer]] = {}
+        self._used: dict[UsedKey, tuple[int, str, SimulatedStartAnswer]] = {}
         """When each key was used, for which fingerprint, and the answer."""
         self._busy: set[UsedKey | None] = set()
         """The keys of requests in progress."""
@@ -246,7 +246,7 @@ class StartHandler:
 
     def _recall(
         self, key: UsedKey, fingerprint: str, options: Options, now_ms: int
-    ) -> StartAnswer | None:
+    ) -> SimulatedStartAnswer | None:
         """The answer to repeat, or None where the key is new or forgotten.
 
         In the mode "replay" a key repeats its answer for 24 hours, and is refused with 422 for
@@ -311,7 +311,7 @@ def _draw_start_faults(options: Options, number: int) -> list[bool]:
     return [random.random() < rate for rate in rates]
 
 
-def _first_answer(run: SimulatedRun, options: Options) -> StartAnswer:
+def _first_answer(run: SimulatedRun, options: Options) -> SimulatedStartAnswer:
     """FLORA's answer to the request that started a run."""
     shown = run.answer_to_start(options.time_unit)
     if run.technique is None:  # the answer to `POST /generate` is not in the shape of a run
@@ -325,4 +325,4 @@ def _first_answer(run: SimulatedRun, options: Options) -> StartAnswer:
             "project_id": run.workspace.project_id,
         }
     body = json.dumps(shown, separators=(",", ":"), ensure_ascii=False).encode()
-    return StartAnswer(201 if run.draws.created else 200, body)
+    return SimulatedStartAnswer(201 if run.draws.created else 200, body)

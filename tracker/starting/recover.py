@@ -18,7 +18,7 @@ from tracker.core.clock import Clock, boot_seconds
 from tracker.core.errors import FloraError, SettingsError, StartError
 from tracker.polling.workspaces import Workspace, WorkspaceIds, Workspaces
 from tracker.starting.matching import HistoryRead, StartMatcher
-from tracker.starting.sending import HELD_FOR, NO_ANSWER, HeldStart, Sender, holding
+from tracker.starting.sending import HELD_FOR, NO_ANSWER, HeldStart, StartSender, holding
 from tracker.store.engine import Database
 from tracker.store.queries import starts
 from tracker.store.queries.starts import StartRow, StartState
@@ -57,7 +57,7 @@ class Recovery:
     workspaces: Workspaces
     ids: WorkspaceIds
     matcher: StartMatcher
-    sender: Sender
+    sender: StartSender
     process: str
     doubt: timedelta
     clock: Clock

@@ -132,7 +132,7 @@ class CallbackAddresses:
 
 
 @dataclass(kw_only=True, eq=False)
-class Sender:
+class StartSender:
     """Sends starts whose lease the caller holds."""
 
     matcher: StartMatcher

@@ -36,7 +36,7 @@ from tracker.polling.poll import DurationBook
 from tracker.polling.workspaces import Workspace, WorkspaceIds, Workspaces
 from tracker.starting.catalogue import Catalogue
 from tracker.starting.recover import Recovery
-from tracker.starting.sending import Sender, holding, new_token, pending
+from tracker.starting.sending import StartSender, holding, new_token, pending
 from tracker.store.engine import Database
 from tracker.store.queries import runs, spending, starts
 from tracker.store.queries import workspaces as stored
@@ -90,7 +90,7 @@ class Starter:
     ids: WorkspaceIds
     catalogue: Catalogue
     durations: DurationBook
-    sender: Sender
+    sender: StartSender
     recovery: Recovery
     process: str
     clock: Clock

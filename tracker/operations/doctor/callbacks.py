@@ -27,7 +27,7 @@ from tracker.operations.doctor.delivery import (
     FLORA_WAITS,
     DoctorDelivery,
     Reply,
-    Sender,
+    TestDeliverySender,
     diagnose,
     open_sender,
 )
@@ -174,7 +174,7 @@ async def _check_own_address(callback_url: str, clock: Clock, timeout: float) ->
 
 
 async def _send_signed(
-    settings: Settings, sender: Sender, secrets: Sequence[str], now: datetime
+    settings: Settings, sender: TestDeliverySender, secrets: Sequence[str], now: datetime
 ) -> list[Finding]:
     small = [DoctorDelivery.signed(secret, now) for secret in secrets]
     large = [DoctorDelivery.signed(secrets[0], now, size=size) for size in SIZES]

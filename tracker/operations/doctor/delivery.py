@@ -110,7 +110,7 @@ class Reply:
         return outcome if self.status == 200 and isinstance(outcome, str) else None
 
 
-class Sender:
+class TestDeliverySender:
     """Sends to one URL. Redirects are not followed; FLORA follows none."""
 
     def __init__(self, http: httpx.AsyncClient, url: str, timeout: float) -> None:
@@ -156,7 +156,7 @@ class Sender:
 
 
 @asynccontextmanager
-async def open_sender(url: str, timeout: float) -> AsyncIterator[Sender]:
+async def open_sender(url: str, timeout: float) -> AsyncIterator[TestDeliverySender]:
     """A sender to `url`; each answer may take `timeout` seconds."""
     async with httpx.AsyncClient(
         headers={"user-agent": f"flora-run-tracker/{__version__} (doctor)"},
@@ -164,7 +164,7 @@ async def open_sender(url: str, timeout: float) -> AsyncIterator[Sender]:
         follow_redirects=False,
         trust_env=not is_loopback(urlsplit(url).hostname or ""),
     ) as http:
-        yield Sender(http, url, timeout)
+        yield TestDeliverySender(http, url, timeout)
 
 
 async def _json(response: httpx.Response) -> Any:

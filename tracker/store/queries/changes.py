@@ -39,7 +39,7 @@ class Moment(NamedTuple):
     begun: int
 
 
-class Page(NamedTuple):
+class LinePage(NamedTuple):
     """Events by number. `moment` is `None` if numbers are committed in order (SQLite)."""
 
     lines: list[Line]
@@ -49,7 +49,7 @@ class Page(NamedTuple):
 _COLUMNS: Final = tuple(run_events.c[name] for name in Line._fields)
 
 
-async def after(db: Database, number: int, *, limit: int, upto: int | None = None) -> Page:
+async def after(db: Database, number: int, *, limit: int, upto: int | None = None) -> LinePage:
     """The next events after `number`, at most `limit`, up to `upto` if given."""
     statement = (
         select(*_COLUMNS).where(run_events.c.id > number).order_by(run_events.c.id).limit(limit)
@@ -63,8 +63,8 @@ async def after(db: Database, number: int, *, limit: int, upto: int | None = Non
         rows = (await connection.execute(statement)).all()
     lines = [_line(tuple(row)[: len(_COLUMNS)]) for row in rows]
     if ordered:
-        return Page(lines, None)
-    return Page(lines, Moment(*rows[0][-2:]) if rows else Moment(0, 0))
+        return LinePage(lines, None)
+    return LinePage(lines, Moment(*rows[0][-2:]) if rows else Moment(0, 0))
 
 
 async def newest(db: Database) -> int:

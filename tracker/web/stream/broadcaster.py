@@ -246,7 +246,7 @@ class Broadcaster:
             self.sent_upto = self._gaps.position
             more = len(ready) == PAGE_SIZE
 
-    def _ready(self, page: feed.Page) -> list[Line]:
+    def _ready(self, page: feed.LinePage) -> list[Line]:
         """The events that may be sent; the others wait for smaller numbers."""
         now = asyncio.get_running_loop().time()
         numbers = [event.id for event in page.lines]
