@@ -12,9 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.core.strategies import START, observations
-from tracker.core.merge import merge, precedence_of
+from tracker.core.merge import merge
 from tracker.core.observation import Observation, Source
-from tracker.core.run import Details, Output, Precedence, Run, RunError, RunStatus, Status
+from tracker.core.run import (
+    MERGED_FIELDS,
+    Details,
+    Output,
+    Precedence,
+    Run,
+    RunError,
+    RunStatus,
+    Status,
+)
 
 PICTURE = Output("output_1", "imageUrl", "https://media.example/1.png")
 
@@ -292,6 +301,11 @@ def test_links_signed_anew_are_no_conflict() -> None:
     end = observe(Source.POLL, RunStatus.COMPLETED, outputs=(PICTURE,))
     assert not fold([end, observe(Source.POLL, RunStatus.COMPLETED, outputs=(signed,))]).conflict
     assert fold([end, observe(Source.POLL, RunStatus.COMPLETED, outputs=(other,))]).conflict
+
+
+def precedence_of(run: Run, field: str) -> Precedence:
+    """The precedence of the observation that `field` has its value from."""
+    return Precedence(run.precedences >> 3 * MERGED_FIELDS.index(field) & 0o7)
 
 
 def test_each_value_remembers_its_rank() -> None:

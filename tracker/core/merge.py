@@ -50,14 +50,9 @@ _CLAIMS: Final = (Source.CALLBACK, Source.TRACK)
 _SHOWN: Final = attrgetter(*(name for name, _ in _PLACES))
 _NEVER: Final = datetime.min.replace(tzinfo=UTC)
 _READ_TIMES: Final = ("cost_read_at", "outputs_read_at", "precedences")
-# `replace` would look the fields up each time, and take three times as long.
+# `replace` would determine the fields each time, and take three times as long.
 _FIELDS: Final = tuple(field.name for field in fields(Run))
 _VALUES: Final = attrgetter(*_FIELDS)
-
-
-def precedence_of(run: Run, field: str) -> Precedence:
-    """The precedence of the observation that `field` has its value from."""
-    return Precedence(run.precedences >> _DIGIT[field] & 0o7)
 
 
 def merge(run: Run | None, seen: Observation) -> Run:
