@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -15,6 +16,7 @@ from tracker.core.observation import Source
 from tracker.core.record import Record
 from tracker.core.run import Details, Output, Precedence, Run, RunError
 from tracker.starting.batch import BatchProgress
+from tracker.starting.batch_results import carried_names, csv_lines
 from tracker.starting.batch_rows import RowState
 from tracker.store.queries.batches import BatchCounts, BatchEntry
 from tracker.store.queries.starts import StartRow, StartState
@@ -96,6 +98,38 @@ def test_csv_has_a_column_for_everything(capsys: pytest.CaptureFixture[str]) -> 
     assert shown[0]["output.1"] == "\x1b[2Jsaid\nso"
     assert shown[4]["input.prompt"] == "never sent"
     assert shown[5]["output.2"] == ""
+
+
+def test_carried_columns_come_first_with_their_own_names() -> None:
+    """In the order of the sheet; a column with the name of a result is `sheet.` and that name."""
+    given = [replace(row, entry=replace(row.entry, carried={"SKU": "17"})) for row in rows()]
+    given[0].entry.carried["status"] = "ordered"
+    text = "".join(csv_lines(given, ["SKU", "status", "client"], delimiter=";", bom=True))
+    assert text.startswith("\ufeffSKU;sheet.status;client;row;line;key;run_id;status;")
+    shown = list(csv.DictReader(io.StringIO(text[1:], newline=""), delimiter=";"))
+    assert [(row["SKU"], row["client"], row["status"]) for row in shown] == [
+        ("17", "", row[2]) for row in EXPECTED
+    ]
+    assert [row["sheet.status"] for row in shown] == ["ordered", *[""] * 6]
+    assert carried_names(["error", "sheet.error"]) == ["sheet.sheet.error", "sheet.error"]
+
+
+@pytest.mark.parametrize(
+    ("cell", "written"),
+    [
+        ('=HYPERLINK("https://a")', '\'=HYPERLINK("https://a")'),
+        ("+49 170 1", "'+49 170 1"),
+        ("@sum", "'@sum"),
+        ("\t=1", "'\t=1"),
+        ("-17.5", "-17.5"),
+        ("tea - 1", "tea - 1"),
+    ],
+)
+def test_no_cell_is_a_formula(cell: str, written: str) -> None:
+    """What a spreadsheet would compute gets an apostrophe in front; numbers stay numbers."""
+    row = replace(rows()[0], entry=replace(rows()[0].entry, carried={"note": cell}))
+    _, shown = csv.reader(io.StringIO("".join(csv_lines([row], ["note"])), newline=""))
+    assert shown[0] == written
 
 
 def test_json_lines_have_the_inputs_and_outputs_whole(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,14 +1,12 @@
 """`tracker batches`, and the results of a batch: as a table, CSV or JSON lines."""
 
-import csv
-import io
 import json
 import os
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -31,11 +29,6 @@ if TYPE_CHECKING:
     from tracker.store.queries.batches import BatchCounts, BatchRow
 
 app = typer.Typer(name="batches", help="List and show batches.", no_args_is_help=True)
-
-_COLUMNS: Final = (
-    *("row", "line", "key", "run_id", "status", "cost", "cost_final", "quoted_cost"),
-    *("retry_advice", "error"),
-)
 
 
 class Results(StrEnum):
@@ -164,6 +157,7 @@ def show_rows(rows: "Sequence[RowState]", results: Results, output: Path | None)
     A file is replaced as a whole. A link is followed; a device or pipe is written to.
     """
     from tracker.delivering import files
+    from tracker.starting.batch_results import csv_lines
 
     shown = [_row_json(row) for row in rows]
     if results is Results.TABLE:
@@ -183,7 +177,7 @@ def show_rows(rows: "Sequence[RowState]", results: Results, output: Path | None)
     if results is Results.JSONL:
         text = "".join(f"{json.dumps(row)}\n" for row in shown)
     else:
-        text = _csv(shown)
+        text = "".join(csv_lines(rows))
     if output is None:
         sys.stdout.write(plain_lines(text) if sys.stdout.isatty() else text)
         return
@@ -191,32 +185,6 @@ def show_rows(rows: "Sequence[RowState]", results: Results, output: Path | None)
         files.write_whole(output, text)
     except OSError as error:
         raise TrackerError(f"{output} cannot be written: {error.strerror}") from error
-
-
-def _csv(rows: Sequence[dict[str, Any]]) -> str:
-    """A column for each input, and as many for outputs as the longest row has."""
-    inputs = dict.fromkeys(one["id"] for row in rows for one in row["inputs"] or ())
-    most = max((len(row["outputs"]) for row in rows), default=0)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        [
-            *_COLUMNS,
-            *(f"input.{name}" for name in inputs),
-            *(f"output.{number}" for number in range(1, most + 1)),
-        ]
-    )
-    for row in rows:
-        values = row["inputs"] or ()
-        writer.writerow(
-            [
-                *(row[name] for name in _COLUMNS),
-                *("\n".join(v["value"] for v in values if v["id"] == name) for name in inputs),
-                *(output["url"] for output in row["outputs"]),
-                *[""] * (most - len(row["outputs"])),
-            ]
-        )
-    return text.getvalue()
 
 
 def _row_json(row: "RowState") -> dict[str, Any]:

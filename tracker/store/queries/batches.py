@@ -44,12 +44,14 @@ class BatchRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchEntry:
-    """One row of a batch: `position` counts from 1, `line` is its first line in the file."""
+    """One row of a batch: `position` counts from 1, `line` is its first line in the file, `carried`
+    are the cells of columns that are no input, by column."""
 
     position: int
     line: int
     digest: str
     turn: Turn = field(default_factory=Turn)
+    carried: dict[str, str] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
