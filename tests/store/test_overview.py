@@ -75,6 +75,11 @@ async def test_ends(told: Database) -> None:
     hours = await overview.ends_by_hour(told, now=NOW + HOUR, hours=3)
     assert [each.hour.hour for each in hours] == [11, 12, 13]
     assert [each.by_source for each in hours] == [{"callback": 1}, {"poll": 2}, {}]
+    assert [each.by_status for each in hours] == [
+        {"completed": 1},
+        {"completed": 1, "failed": 1},
+        {},
+    ]
     assert [each.adopted for each in hours] == [0, 1, 0]
     assert hours[1].hour == NOW.replace(minute=0, second=0, microsecond=0)
     shown = {row["ended_via"]: row for row in await rows(told, "v_ends_hourly")}

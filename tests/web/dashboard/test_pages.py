@@ -128,8 +128,8 @@ async def test_the_overview_shows_the_day(site: Site) -> None:
     assert "FLORA answered 503" in text
     assert "All clear" not in text
     chart = json.loads(re.search(r'data-chart="([^"]+)"', text)[1].replace("&#34;", '"'))  # type: ignore[index]
-    assert chart["series"] == ["callback", "poll", "history"]
-    assert [sum(column) for column in chart["columns"][1:]] == [2, 1, 0]
+    assert chart["series"] == ["completed", "failed"]
+    assert [sum(column) for column in chart["columns"][1:]] == [3, 0]
     assert len(chart["columns"][0]) == 24
     assert "7 days" in await _text(site, "/?span=7d")
 

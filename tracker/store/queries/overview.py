@@ -63,13 +63,14 @@ class StateCount(NamedTuple):
 
 
 class HourOfEnds(NamedTuple):
-    """The runs whose end became known within an hour, by source (`ended_via`).
+    """The runs whose end became known within an hour, by status and by source (`ended_via`).
 
     `adopted` runs had ended before the tracker learned of them, for example in a first sweep; they
-    are not in `by_source`.
+    are in neither.
     """
 
     hour: datetime
+    by_status: dict[str, int]
     by_source: dict[str, int]
     adopted: int
 
@@ -137,16 +138,17 @@ async def ends_by_hour(
 ) -> list[HourOfEnds]:
     """Finished runs of the last `hours` hours, including empty hours, the current one last."""
     first = _first_of(hours, now)
-    found = {at: HourOfEnds(at, {}, 0) for at in (first + n * HOUR for n in range(hours))}
-    by = ("since", "word", "bucket")
+    found = {at: HourOfEnds(at, {}, {}, 0) for at in (first + n * HOUR for n in range(hours))}
+    by = ("since", "status", "word", "bucket")
     rows = await _rollups(db, END, by=by, since=first, workspace_id=workspace_id)
-    for since, via, bucket, count, _ in rows:
+    for since, status, via, bucket, count, _ in rows:
         hour = found.get(since)
         if hour is None:  # stored by a process whose clock is ahead
             continue
         if bucket == ADOPTED:
             found[since] = hour._replace(adopted=hour.adopted + count)
         elif count:
+            hour.by_status[status] = hour.by_status.get(status, 0) + count
             hour.by_source[via] = hour.by_source.get(via, 0) + count
     return list(found.values())
 

@@ -20,8 +20,8 @@ from tracker.web.dashboard.render import PageGroup
 
 PERIODS: Final = {"24h": ("24 hours", 24), "7d": ("7 days", 7 * 24)}
 """How far back the chart and the rates go, in hours."""
-SOURCES: Final = ("callback", "poll", "history")
-"""How ends become known. The answer to a start (`start`) is shown only where it ever was."""
+OUTCOMES: Final = (RunStatus.COMPLETED, RunStatus.FAILED)
+"""The series of the chart. An end that only a newer FLORA knows is shown where there is one."""
 TECHNIQUES: Final = 7
 """Techniques that are named in today's costs."""
 OVERDUE: Final = 8
@@ -49,7 +49,7 @@ class OverviewPage(PageGroup):
         deliveries, _ = await read.list_deliveries(db, limit=1)
         overdue = await attention.overdue(db, now=now, limit=OVERDUE)
         ends = await overview.ends_by_hour(db, now=now, hours=hours)
-        by_source = _by_source(ends)
+        outcomes = _outcomes(ends)
         states = _states(await overview.states(db))
         callback_url = services.settings.callback_url
         return self._render(
@@ -69,9 +69,9 @@ class OverviewPage(PageGroup):
             states=states,
             empty=not any(states.values()),
             ends=ends,
-            by_source=by_source,
+            outcomes=outcomes,
             adopted=sum(hour.adopted for hour in ends),
-            chart=json.dumps(_chart(ends, list(by_source))),
+            chart=json.dumps(_chart(ends, list(outcomes))),
             callbacks=callbacks,
             lag=(await overview.lags(db, now=now, hours=hours)).seen,
             cost=_sum(costs),
@@ -115,23 +115,23 @@ def _states(counts: list[StateCount]) -> dict[str, int]:
     }
 
 
-def _by_source(hours: list[HourOfEnds]) -> dict[str, int]:
-    """The ends of all hours, by how they became known."""
-    counted = dict.fromkeys(SOURCES, 0)
+def _outcomes(hours: list[HourOfEnds]) -> dict[str, int]:
+    """The ends of all hours, by the status that they ended with."""
+    counted = {status.value: 0 for status in OUTCOMES}
     for hour in hours:
-        for name, count in hour.by_source.items():
-            counted[name] = counted.get(name, 0) + count
+        for status, count in hour.by_status.items():
+            counted[status] = counted.get(status, 0) + count
     return counted
 
 
-def _chart(hours: list[HourOfEnds], sources: list[str]) -> dict[str, Any]:
+def _chart(hours: list[HourOfEnds], outcomes: list[str]) -> dict[str, Any]:
     """The bars for the page's script: columns of Unix seconds and of counts."""
     return {
         "step": 3600,
-        "series": sources,
+        "series": outcomes,
         "columns": [
             [int(hour.hour.timestamp()) for hour in hours],
-            *([hour.by_source.get(name, 0) for hour in hours] for name in sources),
+            *([hour.by_status.get(name, 0) for hour in hours] for name in outcomes),
         ],
     }
 
