@@ -47,6 +47,20 @@ async def test_a_batch_is_kept_with_its_rows(db: Database) -> None:
     assert await batches.entries(db, "bat_2") == []
 
 
+async def test_a_batch_is_kept_with_all_that_launches_it(db: Database) -> None:
+    """Inputs, tags and carried cells of its rows, and its options, are read back; a command that
+    repeats it later leaves the options as they are."""
+    inputs = [{"id": "prompt", "type": "text", "value": "猫"}]
+    (row,) = entries("a")
+    row = replace(row, inputs=inputs, tags={"client": "acme"}, carried={"SKU": "17"})
+    launch = {"max_cost": "5", "started_by": "shop"}
+    launched = replace(BATCH, source="api", columns=["SKU"], launch=launch, launch_at=NOW)
+    await batches.keep(db, launched, [row])
+    await batches.keep(db, replace(BATCH, source="cli", columns=["SKU"]), [row])
+    assert await batches.get(db, "bat_1") == launched
+    assert await batches.entries(db, "bat_1") == [row]
+
+
 async def test_a_batch_that_is_given_again_is_brought_up_to_date(db: Database) -> None:
     """Name, lines and attempts follow the sheet; it is open again, and begun when it was begun."""
     await batches.keep(db, BATCH, entries("a", "b"))

@@ -47,6 +47,7 @@ from tracker.starting.sheet import (
     SheetProblem,
     SheetReading,
     SheetRefused,
+    SheetRow,
     mapping_of,
     read_rows,
     row_tags,
@@ -186,6 +187,7 @@ class Batches:
         latest = await batches.latest_turns(self.database, workspace_id, digests)
         if not accept_changes:
             await self._check_mapping(workspace_id, definition.technique_id, sheet, reading, latest)
+        columns = [name for name in reading.unmapped if name]
         planned = [
             PlannedRow(
                 entry=BatchEntry(
@@ -193,6 +195,9 @@ class Batches:
                     line=row.line,
                     digest=digest,
                     turn=turn_of(latest.get(digest), again=again),
+                    inputs=row.inputs,
+                    tags=tagged[row.line],
+                    carried=_carried(sheet.rows[position - 1], columns),
                 ),
                 inputs=row.inputs,
                 tags=tagged[row.line],
@@ -216,6 +221,8 @@ class Batches:
             name=name,
             created_at=self.clock(),
             mapping=[[one.input_id, one.column, one.type or ""] for one in reading.mapping],
+            source="cli",
+            columns=columns,
         )
         plan = BatchPlan(
             batch=batch,
@@ -416,6 +423,11 @@ class Batches:
                 raise DefinitionChanged(
                     new=sorted(now - set(before)), gone=sorted(set(before) - now), lines=anew
                 )
+
+
+def _carried(row: SheetRow, columns: Sequence[str]) -> dict[str, str]:
+    """The cells of a row that are no input, by column."""
+    return {name: ", ".join(row.cells[name]) for name in columns if name in row.cells}
 
 
 def _fit_rows(

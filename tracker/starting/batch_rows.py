@@ -63,8 +63,11 @@ class RowState:
 
     @property
     def inputs(self) -> list[dict[str, Any]] | None:
-        """Its inputs; `None` for a row that was never tried and whose sheet is not at hand."""
-        return self.asked if self.start is None else self.start.inputs
+        """Its inputs; `None` for a row of a version before 0015 that was never tried and whose
+        sheet is not at hand."""
+        if self.start is not None:
+            return self.start.inputs
+        return self.entry.inputs if self.asked is None else self.asked
 
     @property
     def status(self) -> str:

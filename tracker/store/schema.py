@@ -485,7 +485,18 @@ batches: Final = Table(
     Column("finished_at", UtcDateTime),
     # Which column is which input: `[[input id, column, type]…]`, as it was when the batch began.
     Column("mapping", Json),
+    # Where it came from: `cli`, `api` or `page`; null before 0015. Names of the carried columns.
+    Column("source", CleanText),
+    Column("columns", Json),
+    # The options of a batch that a worker launches; null for a command's. When that is due, and
+    # why its last launch ended early.
+    Column("launch", Json),
+    Column("launch_at", UtcDateTime),
+    Column("stopped", CleanText),
+    Column("lease_until", UtcDateTime),
+    Column("lease_holder", CleanText),
     Index("ix_batches_newest", "created_at", "batch_id"),
+    _partial("ix_batches_open", "launch_at", where="launch IS NOT NULL AND finished_at IS NULL"),
 )
 
 batch_rows: Final = Table(
@@ -501,6 +512,12 @@ batch_rows: Final = Table(
     Column("attempt", Integer, nullable=False),
     # The key of its start, whose row has the outcome.
     Column("idempotency_key", CleanText, nullable=False),
+    # What is started, null before 0015; the cells that are no input, by column; why the last
+    # launch could not try it.
+    Column("inputs", Json),
+    Column("tags", Json),
+    Column("carried", Json),
+    Column("error", CleanText),
     Index("ix_batch_rows_digest", "row_digest"),
     Index("ix_batch_rows_key", "idempotency_key"),
     postgresql_with=_storage(),

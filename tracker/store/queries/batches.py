@@ -4,7 +4,7 @@ The outcome of a row is not stored here: its key leads to its start, and that to
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from decimal import Decimal
 from itertools import islice
@@ -14,6 +14,7 @@ from sqlalchemy import Connection, Select, and_, func, select, update
 
 from tracker.core.row_key import Input, Turn, row_key
 from tracker.core.run import RunStatus, Tracking
+from tracker.core.tags import Tags
 from tracker.store.engine import Database
 from tracker.store.queries.paging import newest_first
 from tracker.store.queries.starts import StartState
@@ -30,8 +31,13 @@ AT_ONCE: Final = 500
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchRow:
-    """A batch. `finished_at` is when a command followed it to its end, `None` until then. `mapping`
-    is the column of each input: `[input id, column, type]`."""
+    """A batch.
+
+    `finished_at` is when it was followed to its end, `None` until then. `mapping` is the column of
+    each input: `[input id, column, type]`; `columns` are the others, whose cells are carried.
+    `source` is `cli`, `api` or `page`. `launch` are the options of a batch that a worker launches,
+    which is due at `launch_at`; `stopped` is why the last launch ended early.
+    """
 
     batch_id: str
     workspace_slot: str
@@ -40,18 +46,33 @@ class BatchRow:
     created_at: datetime
     finished_at: datetime | None = None
     mapping: list[list[str]] | None = None
+    source: str | None = None
+    columns: list[str] | None = None
+    launch: dict[str, Any] | None = None
+    launch_at: datetime | None = None
+    stopped: str | None = None
+
+
+_BATCH: Final = tuple(batches.c[each.name] for each in fields(BatchRow))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchEntry:
-    """One row of a batch: `position` counts from 1, `line` is its first line in the file, `carried`
-    are the cells of columns that are no input, by column."""
+    """One row of a batch: `position` counts from 1, `line` is its first line in the file.
+
+    `inputs` are what is started, `None` for rows that a version before 0015 stored. `carried` are
+    the cells of columns that are no input, by column; `error` is why the last launch could not try
+    the row.
+    """
 
     position: int
     line: int
     digest: str
     turn: Turn = field(default_factory=Turn)
+    inputs: list[Input] | None = None
+    tags: Tags = field(default_factory=dict)
     carried: dict[str, str] = field(default_factory=dict)
+    error: str | None = None
 
     @property
     def key(self) -> str:
@@ -107,32 +128,35 @@ class BatchCounts:
 
 
 async def keep(db: Database, batch: BatchRow, entries: Sequence[BatchEntry]) -> None:
-    """Insert or update a batch with its rows, and open it again. Turns never go back."""
+    """Insert or update a batch with its rows, and open it again. Turns never go back.
+
+    Without `launch` it does not change whether a worker launches the batch.
+    """
     new = db.insert(batches)
+    launch = ("launch", "launch_at") if batch.launch is not None else ()
     new = new.on_conflict_do_update(
         index_elements=[batches.c.batch_id],
         set_={
-            "name": new.excluded.name,
+            **{name: new.excluded[name] for name in ("name", "columns", *launch)},
+            **{
+                name: func.coalesce(batches.c[name], new.excluded[name])
+                for name in ("mapping", "source")
+            },
             "finished_at": None,
-            "mapping": func.coalesce(batches.c.mapping, new.excluded.mapping),
+            "stopped": None,
         },
     )
     rows = db.insert(batch_rows)
     rows = rows.on_conflict_do_update(
         index_elements=[batch_rows.c.batch_id, batch_rows.c.position],
-        set_={name: rows.excluded[name] for name in ("line", "attempt", "idempotency_key")},
+        set_={
+            name: rows.excluded[name]
+            for name in ("line", "attempt", "idempotency_key", "inputs", "tags", "carried", "error")
+        },
         where=rows.excluded.attempt >= batch_rows.c.attempt,
     )
     values = [_values(batch.batch_id, entry) for entry in entries]
-    header = {
-        "batch_id": batch.batch_id,
-        "workspace_slot": batch.workspace_slot,
-        "technique_id": batch.technique_id,
-        "name": batch.name,
-        "created_at": batch.created_at,
-        "finished_at": None,
-        "mapping": batch.mapping,
-    }
+    header = asdict(batch) | {"finished_at": None, "stopped": None}
 
     def work(connection: Connection) -> None:
         connection.execute(new, header)
@@ -151,7 +175,7 @@ async def finish(db: Database, batch_id: str, at: datetime) -> None:
 async def get(db: Database, batch_id: str) -> BatchRow | None:
     """The batch with this id, if any."""
     async with db.read() as connection:
-        statement = select(batches).where(batches.c.batch_id == batch_id)
+        statement = select(*_BATCH).where(batches.c.batch_id == batch_id)
         found = (await connection.execute(statement)).first()
     return None if found is None else BatchRow(**found._asdict())
 
@@ -166,7 +190,7 @@ async def list_batches(
     key = (batches.c.created_at, batches.c.batch_id)
     async with db.read() as connection:
         rows, following = await newest_first(
-            connection, select(batches), key, cursor=cursor, limit=limit
+            connection, select(*_BATCH), key, cursor=cursor, limit=limit
         )
     return [BatchRow(**row._asdict()) for row in rows], following
 
@@ -188,6 +212,10 @@ async def entries(
                 line=row.line,
                 digest=row.row_digest,
                 turn=Turn(row.generation, row.attempt),
+                inputs=row.inputs,
+                tags=row.tags or {},
+                carried=row.carried or {},
+                error=row.error,
             )
             for row in await connection.execute(statement)
         ]
@@ -322,6 +350,10 @@ def _values(batch_id: str, entry: BatchEntry) -> dict[str, Any]:
         "generation": entry.turn.generation,
         "attempt": entry.turn.attempt,
         "idempotency_key": entry.key,
+        "inputs": entry.inputs,
+        "tags": entry.tags or None,
+        "carried": entry.carried or None,
+        "error": None,
     }
 
 
