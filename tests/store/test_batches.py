@@ -11,10 +11,10 @@ from tests.store.making import NOW, TestWriter, seen, started
 from tests.store.test_starts import mark, reserve
 from tracker.core.errors import InvalidRequest
 from tracker.core.row_key import Turn
-from tracker.core.run import Output, RunStatus
+from tracker.core.run import Output, RunError, RunStatus
 from tracker.store.engine import Database
 from tracker.store.queries import batches
-from tracker.store.queries.batches import BatchCounts, BatchEntry, BatchRow, Latest
+from tracker.store.queries.batches import BatchCounts, BatchEntry, BatchRow, Latest, RowOutcome
 from tracker.store.queries.starts import StartState
 
 BATCH = BatchRow(
@@ -124,6 +124,40 @@ async def test_batches_are_listed_newest_first(db: Database) -> None:
     assert pages == [["bat_4", "bat_3"], ["bat_2", "bat_1"], ["bat_0"]]
     with pytest.raises(InvalidRequest, match="cursor"):
         await batches.list_batches(db, cursor="nonsense", limit=2)
+
+
+async def test_failed_rows_are_grouped_by_reason(db: Database, writer: TestWriter) -> None:
+    """By FLORA's code and the advice that follows; a row is retryable where a retry of failed rows
+    starts it. Rows are filtered by outcome and by code."""
+    rows = entries(*"abcdefghi")
+    rows[3] = replace(rows[3], turn=Turn().retried())
+    await batches.keep(db, BATCH, rows)
+    await batches.finish(db, "bat_1", None, errors={9: "FLORA shows no price"})
+    for row in rows[:8]:
+        await reserve(db, row.key)
+    refused = {"code": "input_validation_error", "message": "prompt is too long"}
+    await mark(db, rows[0].key, StartState.REFUSED, error=refused)
+    await mark(db, rows[1].key, StartState.SENT)
+    for row, code in zip(rows[2:7], ["provider_error"] * 3 + ["safety_blocked", None], strict=True):
+        start = replace(started(f"run_{row.digest}"), slot="default", idempotency_key=row.key)
+        await writer.submit(start)
+        if code is not None:
+            facts = {"error": RunError(code, f"{code} happened")}
+            await writer.submit(seen(f"run_{row.digest}", RunStatus.FAILED, facts=facts))
+    found = await batches.error_groups(db, "bat_1")
+    assert [(one.code, one.count, one.retryable, one.message) for one in found] == [
+        ("provider_error", 3, 2, "provider_error happened"),
+        ("input_validation_error", 1, 0, "prompt is too long"),
+        ("not_started", 1, 0, "FLORA shows no price"),
+        ("safety_blocked", 1, 0, "safety_blocked happened"),
+    ]
+
+    async def of(outcome: RowOutcome | None = None, code: str | None = None) -> str:
+        kept = await batches.entries(db, "bat_1", outcome=outcome, code=code)
+        return "".join(row.digest for row in kept)
+
+    assert [await of(outcome) for outcome in RowOutcome] == ["", "acdefi", "bg", "h"]
+    assert await of(code="provider_error") == "cde"
 
 
 async def test_rows_are_counted_by_what_became_of_them(db: Database, writer: TestWriter) -> None:

@@ -34,14 +34,16 @@ async def reserve(
     )
 
 
-async def mark(db: Database, key: str, state: StartState) -> StartRow:
+async def mark(
+    db: Database, key: str, state: StartState, *, error: dict[str, Any] | None = None
+) -> StartRow:
     """Bring a kept key to a state, as its holder."""
     assert await starts.take(db, "default", key, "h", NOW, LEASE)
     row = await starts.mark_sent(
         db, "default", key, holder="h", at=NOW, callback_url=None, request_body="{}"
     )
     if state is not StartState.SENT:
-        row = await starts.mark(db, "default", key, holder="h", state=state, error={})
+        row = await starts.mark(db, "default", key, holder="h", state=state, error=error or {})
     await starts.give_back(db, "default", key, "h")
     assert row is not None
     return row

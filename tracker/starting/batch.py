@@ -282,8 +282,13 @@ class Batches:
                 await asyncio.wait([launching], timeout=BREAK_OFF_SECONDS)
                 launching.cancel()
                 await asyncio.wait([launching])
-        if stopped is None:
-            await batches.finish(self.database, plan.batch.batch_id, self.clock())
+        await batches.finish(
+            self.database,
+            plan.batch.batch_id,
+            self.clock() if stopped is None else None,
+            stopped=None if stopped is None else str(stopped),
+            errors=launch.errors_by_position,
+        )
         states = await self._states(plan.batch.workspace_slot, plan.rows)
         rows = [
             replace(states[row.entry.key], error=launch.errors.get(row.entry.key), asked=row.inputs)

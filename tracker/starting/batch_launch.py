@@ -138,6 +138,12 @@ class BatchLaunch:
         return min(self._held_for(row) for row in self._later)
 
     @property
+    def errors_by_position(self) -> dict[int, str]:
+        """The errors by the positions of their rows."""
+        rows = (row.entry for row in self._plan.rows)
+        return {row.position: self.errors[row.key] for row in rows if row.key in self.errors}
+
+    @property
     def in_doubt(self) -> int:
         """Rows whose start is in doubt."""
         return len(self._doubt)

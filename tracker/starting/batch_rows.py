@@ -52,7 +52,7 @@ class PlannedRow:
 class RowState:
     """The state of a row: its start, if it was tried, and its run, if it started.
 
-    `error` is why this command could not start it, `asked` the inputs if its sheet is at hand.
+    `error` is why the last launch could not start it, `asked` the inputs if its sheet is at hand.
     """
 
     entry: BatchEntry
@@ -212,7 +212,7 @@ async def states_of(db: Database, slot: str, entries: Sequence[BatchEntry]) -> d
     for entry in entries:
         start = found.get(entry.key)
         record = None if start is None or start.run_id is None else records.get(start.run_id)
-        states[entry.key] = RowState(entry=entry, start=start, record=record)
+        states[entry.key] = RowState(entry=entry, start=start, record=record, error=entry.error)
     return states
 
 

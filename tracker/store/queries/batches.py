@@ -3,22 +3,24 @@
 The outcome of a row is not stored here: its key leads to its start, and that to its run.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from decimal import Decimal
+from enum import StrEnum
 from itertools import islice
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import Connection, Select, and_, func, select, update
+from sqlalchemy import Connection, Select, and_, bindparam, case, func, or_, select, update
 
+from tracker.core.retry import RetryAdvice
 from tracker.core.row_key import Input, Turn, row_key
 from tracker.core.run import RunStatus, Tracking
 from tracker.core.tags import Tags
 from tracker.store.engine import Database
 from tracker.store.queries.paging import newest_first
 from tracker.store.queries.starts import StartState
-from tracker.store.schema import batch_rows, batches, runs, starts
+from tracker.store.schema import batch_rows, batches, runs, starts, word
 
 T = TypeVar("T")
 
@@ -127,6 +129,32 @@ class BatchCounts:
         return self.rows - self.started
 
 
+class RowOutcome(StrEnum):
+    """What rows of a batch are filtered by."""
+
+    COMPLETED = "completed"
+    FAILED = "failed"
+    """The run failed or is lost, or the row could not be started."""
+    RUNNING = "running"
+    """Including starts that were sent and not answered yet."""
+    NOT_STARTED = "not_started"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorGroup:
+    """Rows of a batch that failed for the same reason.
+
+    `code` is FLORA's, or else `lost`, `unresolved` or `not_started`; `message` is an example.
+    `retryable` of the `count` rows are started again by `Retry.FAILED`.
+    """
+
+    code: str
+    message: str | None
+    advice: RetryAdvice | None
+    count: int
+    retryable: int
+
+
 async def keep(db: Database, batch: BatchRow, entries: Sequence[BatchEntry]) -> None:
     """Insert or update a batch with its rows, and open it again. Turns never go back.
 
@@ -166,10 +194,34 @@ async def keep(db: Database, batch: BatchRow, entries: Sequence[BatchEntry]) -> 
     await db.write(work)
 
 
-async def finish(db: Database, batch_id: str, at: datetime) -> None:
-    """Store that a command followed the batch to its end."""
-    statement = update(batches).where(batches.c.batch_id == batch_id).values(finished_at=at)
-    await db.write(lambda connection: connection.execute(statement).rowcount)
+async def finish(
+    db: Database,
+    batch_id: str,
+    at: datetime | None,
+    *,
+    stopped: str | None = None,
+    errors: Mapping[int, str] | None = None,
+) -> None:
+    """Store how a launch ended: when the batch was followed to its end, or why that is not so, and
+    why rows could not be tried, by position."""
+    header = (
+        update(batches)
+        .where(batches.c.batch_id == batch_id)
+        .values(finished_at=at, stopped=stopped)
+    )
+    row = (
+        update(batch_rows)
+        .where(batch_rows.c.batch_id == batch_id, batch_rows.c.position == bindparam("row"))
+        .values(error=bindparam("why"))
+    )
+    values = [{"row": position, "why": why} for position, why in (errors or {}).items()]
+
+    def work(connection: Connection) -> None:
+        connection.execute(header)
+        if values:
+            connection.execute(row, values)
+
+    await db.write(work)
 
 
 async def get(db: Database, batch_id: str) -> BatchRow | None:
@@ -196,15 +248,28 @@ async def list_batches(
 
 
 async def entries(
-    db: Database, batch_id: str, *, after: int = 0, limit: int | None = None
+    db: Database,
+    batch_id: str,
+    *,
+    after: int = 0,
+    limit: int | None = None,
+    outcome: RowOutcome | None = None,
+    code: str | None = None,
 ) -> list[BatchEntry]:
-    """The rows of a batch in order: those after a position, at most `limit`."""
+    """The rows of a batch in order: those after a position, at most `limit`; those with an
+    `outcome`, those of an error group by its `code`."""
     statement = (
         select(batch_rows)
         .where(batch_rows.c.batch_id == batch_id, batch_rows.c.position > after)
         .order_by(batch_rows.c.position)
         .limit(limit)
     )
+    if outcome is not None or code is not None:
+        statement = with_outcomes(statement)
+    if outcome is not None:
+        statement = statement.where(_OUTCOME.in_([outcome]))
+    if code is not None:
+        statement = statement.where(_OUTCOME == RowOutcome.FAILED, _CODE.in_([code]))
     async with db.read() as connection:
         return [
             BatchEntry(
@@ -305,21 +370,61 @@ async def batch_counts(db: Database, batch_ids: Sequence[str]) -> dict[str, Batc
     return found
 
 
-def tally_of(batch_ids: Sequence[str]) -> Select[Any]:
-    """The rows of batches, counted by outcome."""
-    by = (batch_rows.c.batch_id, starts.c.state, runs.c.status, runs.c.tracking)
+async def error_groups(db: Database, batch_id: str) -> list[ErrorGroup]:
+    """The failed rows of a batch by reason, the most frequent first."""
+    by = (_CODE.label("code"), runs.c.retry_advice.label("advice"))
+    once = and_(runs.c.retry_advice == RetryAdvice.RETRY_NOW.value, batch_rows.c.attempt == 0)
+    retryable = or_(once, runs.c.retry_advice == RetryAdvice.RETRY_LATER.value)
+    statement = (
+        with_outcomes(select(*by, func.min(_MESSAGE).label("message"), func.count().label("rows")))
+        .add_columns(func.count().filter(retryable).label("retryable"))
+        .where(batch_rows.c.batch_id == batch_id, _OUTCOME == RowOutcome.FAILED)
+        .group_by(*by)
+        .order_by(func.count().desc(), by[0])
+    )
+    async with db.read() as connection:
+        return [
+            ErrorGroup(
+                code=row.code,
+                message=row.message,
+                advice=None if row.advice is None else RetryAdvice(row.advice),
+                count=row.rows,
+                retryable=row.retryable,
+            )
+            for row in await connection.execute(statement)
+        ]
+
+
+_OUTCOME: Final = case(
+    (runs.c.tracking == word(Tracking.LOST), RowOutcome.FAILED.value),
+    (runs.c.tracking == word(Tracking.ACTIVE), RowOutcome.RUNNING.value),
+    (runs.c.status == word(RunStatus.COMPLETED), RowOutcome.COMPLETED.value),
+    (runs.c.run_id.is_not(None), RowOutcome.FAILED.value),
+    (
+        starts.c.state.in_([StartState.REFUSED, StartState.UNRESOLVED]),
+        RowOutcome.FAILED.value,
+    ),
+    (starts.c.state.in_([StartState.SENT, StartState.IN_DOUBT]), RowOutcome.RUNNING.value),
+    (starts.c.state == word(StartState.STARTED), "forgotten"),
+    (batch_rows.c.error.is_not(None), RowOutcome.FAILED.value),
+    else_=RowOutcome.NOT_STARTED.value,
+)
+_CODE: Final = case(
+    (runs.c.tracking == word(Tracking.LOST), "lost"),
+    (runs.c.run_id.is_not(None), func.coalesce(runs.c.error_code, runs.c.status)),
+    (starts.c.state == word(StartState.UNRESOLVED), "unresolved"),
+    else_=func.coalesce(starts.c.error["code"].as_string(), "not_started"),
+)
+_MESSAGE: Final = case(
+    (runs.c.run_id.is_not(None), func.coalesce(runs.c.error_message, runs.c.last_error)),
+    else_=func.coalesce(starts.c.error["message"].as_string(), batch_rows.c.error),
+)
+
+
+def with_outcomes(statement: Select[Any]) -> Select[Any]:
+    """A statement about rows of batches, joined with their starts and runs."""
     return (
-        select(
-            *by,
-            func.count().label("count"),
-            func.sum(runs.c.charged_cost).label("cost"),
-            func.count(runs.c.run_id).filter(~runs.c.cost_final).label("not_final"),
-            func.sum(runs.c.quoted_cost)
-            .filter(~runs.c.cost_final, runs.c.charged_cost.is_(None))
-            .label("quoted"),
-            func.min(runs.c.next_check_at).label("next_check_at"),
-        )
-        .select_from(batch_rows)
+        statement.select_from(batch_rows)
         .join(batches)
         .outerjoin(
             starts,
@@ -329,9 +434,23 @@ def tally_of(batch_ids: Sequence[str]) -> Select[Any]:
             ),
         )
         .outerjoin(runs, runs.c.run_id == starts.c.run_id)
-        .where(batch_rows.c.batch_id.in_(batch_ids))
-        .group_by(*by)
     )
+
+
+def tally_of(batch_ids: Sequence[str]) -> Select[Any]:
+    """The rows of batches, counted by outcome."""
+    by = (batch_rows.c.batch_id, starts.c.state, runs.c.status, runs.c.tracking)
+    counted = select(
+        *by,
+        func.count().label("count"),
+        func.sum(runs.c.charged_cost).label("cost"),
+        func.count(runs.c.run_id).filter(~runs.c.cost_final).label("not_final"),
+        func.sum(runs.c.quoted_cost)
+        .filter(~runs.c.cost_final, runs.c.charged_cost.is_(None))
+        .label("quoted"),
+        func.min(runs.c.next_check_at).label("next_check_at"),
+    )
+    return with_outcomes(counted).where(batch_rows.c.batch_id.in_(batch_ids)).group_by(*by)
 
 
 def chunks(values: Iterable[T]) -> Iterator[list[T]]:
