@@ -57,12 +57,12 @@ async def store_a_day(services: Services, *, now: datetime, seed: int) -> int:
     for life in lives:
         for entry in _entries(life):
             if isinstance(entry, Delivery):
-                await services.inbox.store(entry)
+                await services.inbox.enqueue(entry)
                 await services.applier.drain()
             else:
                 await services.writer.submit(entry)
     for delivery in _strange(now):
-        await services.inbox.store(delivery)
+        await services.inbox.enqueue(delivery)
     await services.applier.drain()
     for minutes in range(240, 2, -5):
         at = now - timedelta(minutes=minutes)

@@ -87,7 +87,7 @@ class AccessPages(PageGroup):
             "audit.html",
             rows=[(row, audit_facts(row.detail)) for row in rows],
             action=action,
-            actions=list(Action),
+            actions={one.value: one.value.replace("_", " ") for one in Action},
             **page_links("/audit", cursor=cursor, next_cursor=next_cursor, action=action),
         )
 

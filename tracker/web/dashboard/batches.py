@@ -79,6 +79,6 @@ class BatchPages(PageGroup):
             "starts.html",
             rows=rows,
             state=state,
-            states=LISTED,
+            states={one.value: one.value.replace("_", " ").capitalize() for one in LISTED},
             **page_links("/starts", cursor=cursor, next_cursor=next_cursor, state=state),
         )

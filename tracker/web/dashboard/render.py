@@ -7,11 +7,12 @@ values are cut.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePath
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -29,17 +30,31 @@ from tracker.store.text import clean
 from tracker.web.auth import may, session_of
 from tracker.web.http.responses import Fault, not_found
 
+
+class NavLink(NamedTuple):
+    """A link of the navigation: where it leads, its name, and its icon on a phone."""
+
+    path: str
+    name: str
+    icon: str
+    scope: Scope = Scope.READ
+
+
 NAVIGATION: Final = (
-    ("/", "Overview"),
-    ("/runs", "Runs"),
-    ("/deliveries", "Deliveries"),
-    ("/techniques", "Techniques"),
-    ("/batches", "Batches"),
-    ("/starts", "Starts"),
-    ("/spending", "Spending"),
-    ("/sweeps", "Sweeps"),
+    NavLink("/", "Overview", "overview"),
+    NavLink("/runs", "Runs", "start"),
+    NavLink("/batches", "Batches", "batches"),
+    NavLink("/deliveries", "Deliveries", "callback"),
 )
-ADMIN_NAVIGATION: Final = (*NAVIGATION, ("/audit", "Audit"))
+"""The pages that a phone shows in its bar."""
+MORE: Final = (
+    NavLink("/techniques", "Techniques", "document"),
+    NavLink("/spending", "Spending", "money"),
+    NavLink("/starts", "Starts", "track"),
+    NavLink("/sweeps", "Health", "ok"),
+    NavLink("/audit", "Audit", "history", Scope.ADMIN),
+)
+"""The other pages; a phone shows them under More."""
 IMMUTABLE: Final = "public, max-age=31536000, immutable"
 _TYPES: Final = {
     ".css": "text/css; charset=utf-8",
@@ -55,6 +70,7 @@ MAX_LONG_VALUES: Final = 256 * 1024
 SHORT_VALUE: Final = 100
 MAX_FORMATTED: Final = 16 * 1024
 """Bytes of JSON that is indented: indentation multiplies it."""
+_TIME_IN_TEXT: Final = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d(?::\d\d)? UTC)", re.ASCII)
 MAX_DEPTH: Final = 32
 """Nesting of JSON that is indented."""
 
@@ -136,6 +152,7 @@ class Renderer:
         self._environment.globals.update(asset=assets.url, version=__version__, query=query)
         self._environment.filters.update(
             time=time,
+            sentence=lambda text: sentence(self._cut(text)),
             money=money,
             number=number,
             percent=percent,
@@ -158,16 +175,18 @@ class Renderer:
     ) -> Response:
         """A page as the answer to a request. Raises `Fault` where it would be too large."""
         session = session_of(request.scope)
-        may_administer = may(request.scope, Scope.ADMIN)
+        path, scope = request.url.path, request.scope
+        here = next((one.path for one in (*NAVIGATION, *MORE) if _is_below(path, one.path)), None)
         self._left = MAX_LONG_VALUES
         parts = self._environment.get_template(template).generate(
             now=self._clock(),
-            path=request.url.path,
+            here=here,
             csrf=session.csrf if session else "",
             signed_in=session.token.name if session else None,
-            may_start=may(request.scope, Scope.START),
-            may_administer=may_administer,
-            navigation=ADMIN_NAVIGATION if may_administer else NAVIGATION,
+            may_start=may(scope, Scope.START),
+            may_administer=may(scope, Scope.ADMIN),
+            navigation=NAVIGATION,
+            more=[link for link in MORE if may(scope, link.scope)],
             **values,
         )
         content = bytearray()
@@ -206,6 +225,10 @@ class PageGroup:
         return any(one.client is not None for one in self._services.workspaces)
 
 
+def _is_below(path: str, page: str) -> bool:
+    return path == page or (page != "/" and path.startswith(f"{page}/"))
+
+
 def query(path: str, **values: str | None) -> str:
     """`path` with the values that are not empty as its query."""
     pairs = [f"{name}={quote(value, safe='')}" for name, value in values.items() if value]
@@ -225,7 +248,7 @@ def page_links(
 def time(at: datetime | None, style: str = "ago") -> Markup:
     """A `<time>` in UTC, which a script shows in the viewer's time zone.
 
-    `style` is "ago" (how long since, or until), "clock" or "full".
+    `style` is "ago" (how long since, or until), "clock" (to the second) or "minute", for sentences.
     """
     if at is None:
         return Markup('<span class="unknown">{}</span>').format(UNKNOWN)
@@ -236,6 +259,18 @@ def time(at: datetime | None, style: str = "ago") -> Markup:
         style,
         f"{at:%Y-%m-%d %H:%M:%S} UTC",
     )
+
+
+def sentence(text: str) -> Markup:
+    """A text with the times in it, such as `2026-11-28 03:20:00 UTC`, as `time` shows them."""
+    between = _TIME_IN_TEXT.split(text)
+    for position in range(1, len(between), 2):
+        try:
+            at = datetime.fromisoformat(between[position].replace(" UTC", "Z"))
+        except ValueError:
+            continue
+        between[position] = time(at, "clock")
+    return Markup().join(between)
 
 
 def indented_json(body: bytes) -> str | None:

@@ -112,7 +112,7 @@ class RunPages(PageGroup):
             found=found,
             states=STATE_NAMES,
             advices=ADVICE_NAMES,
-            periods=PERIODS,
+            periods={value: name for value, (name, _) in PERIODS.items()},
             names=names,
             techniques=_with_chosen(names, filters["technique"]),
             workspaces=_with_chosen({one: one for one in ids}, filters["workspace"]),

@@ -54,11 +54,11 @@ class SpendingPage(PageGroup):
             more_techniques=len(by_technique) - ROWS,
             more_tags=len(by_tag) - ROWS,
             key=key,
-            keys=keys,
+            keys={one: one for one in keys},
             period=period,
-            periods=PERIODS,
+            periods={value: f"Last {count} days" for value, count in PERIODS.items()},
             workspace=workspace,
-            workspaces=sorted(one for one in ids if one),
+            workspaces={one: one for one in sorted(one for one in ids if one)},
         )
 
 

@@ -1,6 +1,6 @@
 // The modules of every page.
 import "./toggle.js";
-import "./time.js";
+import "./dates.js";
 import "./media.js";
 import "./copy.js";
 import "./requests.js";
