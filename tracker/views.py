@@ -73,6 +73,7 @@ def run_json(record: Record) -> dict[str, Any]:
 def event_json(event: "Event") -> dict[str, Any]:
     """An event: the columns of the table `run_events`."""
     return {
+        "id": event.id,
         "run_id": event.run_id,
         "at": time_json(event.at),
         "source": str(event.source),

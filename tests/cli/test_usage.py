@@ -42,6 +42,9 @@ COMMANDS = {
     "deliveries list": ["--outcome", "--run", "--limit", "--cursor", "--json"],
     "deliveries show": ["--json"],
     "deliveries replay": ["--all", "--json"],
+    "listen": [
+        *("--forward-to", "--event", "--print", "--url", "--token", "--secret", "--json-lines"),
+    ],
     "doctor": ["--json"],
     "db upgrade": ["--json"],
     "db current": ["--json"],

@@ -68,11 +68,18 @@ def test_what_is_not_known_is_null() -> None:
 def test_an_event_has_its_public_columns() -> None:
     """The timeline shows what was seen, whole."""
     event = SimpleNamespace(
-        run_id="run_1", at=AT, source=Source.POLL, status="running", progress=50.0, detail={"a": 1}
+        id=7,
+        run_id="run_1",
+        at=AT,
+        source=Source.POLL,
+        status="running",
+        progress=50.0,
+        detail={"a": 1},
     )
     shown = event_json(event)
-    assert set(shown) == set(run_events.columns.keys()) - {"id"}
+    assert set(shown) == set(run_events.columns.keys())
     assert shown == {
+        "id": 7,
         "run_id": "run_1",
         "at": "2026-07-01T12:00:00.000000Z",
         "source": "poll",

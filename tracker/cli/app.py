@@ -19,6 +19,7 @@ from tracker.cli import (
     database,
     deliveries,
     doctor,
+    listen,
     reconcile,
     runs,
     serve,
@@ -49,7 +50,14 @@ app = typer.Typer(
 )
 for command in (
     *(serve.serve, serve.worker, reconcile.reconcile, reconcile.poll, reconcile.verify),
-    *(batch.batch, spending.spending, doctor.doctor, simulate.simulate, simulate.demo),
+    *(
+        batch.batch,
+        spending.spending,
+        listen.listen,
+        doctor.doctor,
+        simulate.simulate,
+        simulate.demo,
+    ),
 ):
     app.command()(command)
 for group in (runs, batches, starts, techniques, deliveries, audit, database):

@@ -54,6 +54,7 @@ _RUN: dict[str, Any] = {
     ],
 }
 _EVENT: dict[str, Any] = {
+    "id": 17,
     "run_id": "run_abc123",
     "at": "2026-06-11T12:00:31.700000Z",
     "source": "callback",
@@ -173,6 +174,7 @@ class Event(ResponseModel):
 
     model_config = ConfigDict(json_schema_extra={"examples": [_EVENT]})
 
+    id: int
     run_id: str
     at: datetime
     source: Source

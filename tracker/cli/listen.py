@@ -1,0 +1,145 @@
+"""`tracker listen`: forwards the events of a running tracker to a local address."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from contextlib import aclosing
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any, Final
+from urllib.parse import urlsplit
+
+import typer
+
+from tracker.cli.output import note, plain
+from tracker.cli.setup import configure
+from tracker.core.clock import utc_now
+from tracker.core.formatting import duration
+
+if TYPE_CHECKING:
+    from tracker.delivering.listen import Answer, StreamedEvent
+
+_URL: Final = "http://127.0.0.1:8080"
+"""Where `tracker serve` listens by default."""
+
+
+class EventType(StrEnum):
+    """The events that are sent out."""
+
+    SETTLED = "run.settled"
+    LOST = "run.lost"
+    COST_CHANGED = "run.cost_changed"
+
+
+def listen(
+    forward_to: Annotated[
+        str | None, typer.Option("--forward-to", metavar="URL", help="Address to send events to.")
+    ] = None,
+    event: Annotated[
+        list[EventType] | None,
+        typer.Option(help="Events to forward. Repeatable.", show_default="all"),
+    ] = None,
+    only_print: Annotated[
+        bool, typer.Option("--print", help="Show events; forward nothing.")
+    ] = False,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TRACKER",
+            help="Root of the tracker.",
+            show_default="TRACKER_PUBLIC_URL, else http://127.0.0.1:8080",
+        ),
+    ] = None,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            help="API token with the scope read.", show_default="that of TRACKER_API_TOKEN"
+        ),
+    ] = None,
+    secret: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHSEC", help="Signing secret (whsec_…).", show_default="a new one, shown"
+        ),
+    ] = None,
+    json_lines: Annotated[
+        bool, typer.Option("--json-lines", help="Print a line of JSON for each event.")
+    ] = False,
+) -> None:
+    """Forward the events of a running tracker to a local address, while you develop.
+
+    Events are sent as an endpoint receives them, from now on, until the command is interrupted. A
+    failed answer is shown and not tried again.
+    """
+    if (forward_to is None) != only_print:
+        raise typer.BadParameter("give either an address or --print", param_hint="--forward-to")
+    settings = configure()
+    from tracker.delivering.signing import check_secret, new_secret
+    from tracker.settings.values import check_root_url
+
+    root = _checked(check_root_url, url or settings.tracker_public_url or _URL, "--url")
+    target = None if forward_to is None else _checked(_check_address, forward_to, "--forward-to")
+    key = new_secret() if secret is None else _checked(check_secret, secret, "--secret")
+    if token is None and settings.tracker_api_token:
+        token = settings.tracker_api_token[0].get_secret_value()
+    wanted = [one.value for one in event or EventType]
+    if target is not None:
+        note(f"Forwarding {', '.join(wanted)} to {target}, signed with {key}")
+    asyncio.run(_listen(root, token, wanted, target, key, json_lines=json_lines))
+
+
+async def _listen(
+    root: str,
+    token: str | None,
+    wanted: list[str],
+    target: str | None,
+    key: str,
+    *,
+    json_lines: bool,
+) -> None:
+    import httpx
+
+    from tracker.delivering.listen import TrackerStream, forward
+    from tracker.views import time_json
+
+    stream = TrackerStream(
+        root, token, wanted=wanted, notice=note, now=lambda: time_json(utc_now())
+    )
+    async with (
+        httpx.AsyncClient(timeout=None, trust_env=False) as client,  # noqa: S113
+        aclosing(stream.events()) as events,
+    ):
+        async for event in events:
+            answer = None if target is None else await forward(client, target, event, key, utc_now)
+            typer.echo(_json(event, answer) if json_lines else _line(event, answer))
+
+
+def _line(event: "StreamedEvent", answer: "Answer | None") -> str:
+    """Time, event, run and status, then the answer."""
+    run = event.run
+    text = f"{event.at[:19]}Z {event.type} {run['run_id']} {run['status']}"
+    if answer is None:
+        return plain(text)
+    took = duration(answer.seconds)
+    result = answer.error if answer.status is None else f"{answer.status} in {took}"
+    return plain(f"{text} → {result}")
+
+
+def _json(event: "StreamedEvent", answer: "Answer | None") -> str:
+    shown: dict[str, Any] = {"message_id": event.message_id, **json.loads(event.body)}
+    if answer is not None:
+        shown |= {"status": answer.status, "error": answer.error}
+    return json.dumps(shown, separators=(",", ":"))
+
+
+def _checked(check: Callable[[str], str], value: str, name: str) -> str:
+    try:
+        return check(value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=name) from error
+
+
+def _check_address(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("must be an address such as http://127.0.0.1:3000/hook")
+    return url
