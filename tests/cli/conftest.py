@@ -2,9 +2,13 @@
 
 import json
 import os
+import pty
+import re
+import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -17,6 +21,42 @@ import pytest
 from tests.support.forked import Forked
 
 TRACKER = (sys.executable, "-m", "tracker")
+
+
+class Terminal:
+    """What a command shows on its terminal."""
+
+    def __init__(self, descriptor: int, process: "subprocess.Popen[bytes]") -> None:
+        self.process = process
+        self._descriptor = descriptor
+        self._shown = b""
+
+    @property
+    def status(self) -> int:
+        """The exit status of the command, which has ended."""
+        return self.process.wait(timeout=15)
+
+    def read(self, until: str | None = None, timeout: float = 40) -> str:
+        """All that is shown until a text appears, or the command ends; without colours."""
+        deadline = time.monotonic() + timeout
+        while until is None or until not in self._text:
+            left = deadline - time.monotonic()
+            assert left > 0, f"{until!r} does not appear in {self._text!r}"
+            if select.select([self._descriptor], [], [], left)[0]:
+                try:
+                    some = os.read(self._descriptor, 65536)
+                except OSError:  # the other end is closed
+                    break
+                if not some:
+                    break
+                self._shown += some
+        assert until is None or until in self._text, f"{until!r} does not appear in {self._text!r}"
+        return self._text
+
+    @property
+    def _text(self) -> str:
+        text = self._shown.decode(errors="replace").replace("\r\n", "\n")
+        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
 
 
 class Commands:
@@ -53,6 +93,38 @@ class Commands:
         done = self(*arguments, "--json", **environ)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
+
+    def on_terminal(
+        self, *arguments: str, columns: int, **environ: str
+    ) -> "subprocess.CompletedProcess[str]":
+        """Run a command to its end on a terminal so wide; all that it shows is `stdout`."""
+        with self.terminal(*arguments, columns=columns, **environ) as shown:
+            text = shown.read()
+        return subprocess.CompletedProcess(arguments, shown.status, text, "")
+
+    @contextmanager
+    def terminal(self, *arguments: str, columns: int = 80, **environ: str) -> "Iterator[Terminal]":
+        """A command on a terminal of its own; at the end it is told to stop, and has to."""
+        ours, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (40, columns))
+        process = subprocess.Popen(
+            [*TRACKER, *arguments],
+            cwd=self.folder,
+            env=self._environ({"TERM": "xterm", "COLUMNS": "", **environ}),
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+        )
+        os.close(theirs)
+        shown = Terminal(ours, process)
+        try:
+            yield shown
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+            shown.read()
+            process.wait(timeout=15)
+            os.close(ours)
 
     @contextmanager
     def running(self, *arguments: str, **environ: str) -> "Iterator[subprocess.Popen[str]]":

@@ -72,6 +72,7 @@ def test_every_command_has_help(tracker: Commands, command: str) -> None:
     done = tracker(*command.split(), "--help")
     assert done.returncode == 0
     assert done.stderr == ""
+    assert "[str]" not in done.stdout
     for option in COMMANDS[command]:
         assert f"{option} " in done.stdout
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Annotated, Final, NoReturn
 
 import typer
+from typer.core import TyperArgument
 
 from tracker.cli import (
     audit,
@@ -62,6 +63,9 @@ for command in (
     app.command()(command)
 for group in (runs, batches, starts, techniques, deliveries, audit, database):
     app.add_typer(group.app)
+
+# An argument's metavar says what it is; typer's help would add "<str>" or "<list[str]>" to it.
+TyperArgument.display_type_rich = lambda self, ctx: None  # type: ignore[method-assign]
 
 _INPUT: Final = re.compile(r"inputs\.\d+\.(id|type|value)")
 """The field of an input by its position, which means nothing on a command line."""

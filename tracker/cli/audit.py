@@ -65,4 +65,5 @@ def list_(
             "request": "request_id",
         },
         as_json=as_json,
+        hide=("request", "address", "times"),
     )

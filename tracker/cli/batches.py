@@ -17,7 +17,7 @@ from tracker.cli.output import (
     print_page,
     print_table,
 )
-from tracker.cli.setup import CursorOption, run_on_database, run_once
+from tracker.cli.setup import CursorOption, NamedPage, run_on_database, run_once, technique_names
 from tracker.core.errors import TrackerError
 from tracker.core.formatting import money
 from tracker.core.plain import plain_lines
@@ -60,12 +60,13 @@ def list_(
     """List batches, newest first."""
     from tracker.store.queries import batches
 
-    async def work(database: "Database") -> tuple[list[dict[str, Any]], str | None]:
+    async def work(database: "Database") -> NamedPage:
         found, next_cursor = await batches.list_batches(database, cursor=cursor, limit=limit)
         counts = await batches.batch_counts(database, [one.batch_id for one in found])
-        return [_batch_json(one, counts[one.batch_id]) for one in found], next_cursor
+        rows = [_batch_json(one, counts[one.batch_id]) for one in found]
+        return rows, next_cursor, await technique_names(database, rows)
 
-    rows, next_cursor = run_on_database(work)
+    rows, next_cursor, names = run_on_database(work)
     print_page(
         "batches",
         rows,
@@ -82,6 +83,8 @@ def list_(
             "created": "created_at",
         },
         as_json=as_json,
+        hide=("created", "technique", "running", "rows", "file"),
+        names=names,
     )
 
 
@@ -172,6 +175,7 @@ def show_rows(rows: "Sequence[RowState]", results: Results, output: Path | None)
                 )
                 for row in shown
             ),
+            hide=("outputs", "key", "line", "cost"),
         )
         return
     if results is Results.JSONL:

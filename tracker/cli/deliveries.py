@@ -47,6 +47,7 @@ def list_(
             "reason": "reason",
         },
         as_json=as_json,
+        hide=("receipts", "event", "reason", "received"),
     )
 
 

@@ -17,8 +17,14 @@ if TYPE_CHECKING:
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
 
-_UNLIMITED: Final = 10_000
+_UNLIMITED: Final = 10_000_000
 """Width of a table where stdout is no terminal."""
+_GAP: Final = 2
+"""Characters between two columns of a table."""
+_SENTENCE: Final = 24
+"""Characters to which a column of sentences may shrink."""
+_LONGEST_ID: Final = 48
+"""Characters of an id at most; a longer word in a sentence is broken."""
 
 
 def note(message: str) -> None:
@@ -31,18 +37,63 @@ def print_json(value: Mapping[str, Any]) -> None:
     typer.echo(json.dumps(value, indent=2))
 
 
-def print_table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    """Print a table; `None` is an empty cell."""
+def print_table(
+    columns: Iterable[str], rows: Iterable[Iterable[object]], *, hide: Sequence[str] = ()
+) -> None:
+    """Print a table; `None` is an empty cell.
+
+    A terminal that is too narrow shows the columns that fit, from left to right, those of `hide`
+    last and in reverse; a note names the others. Only sentences are wrapped, so that ids can be
+    copied.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for name in columns:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(plain(cell)) for cell in row))
-    console().print(table)
+    names = list(columns)
+    cells = [[plain(cell) for cell in row] for row in rows]
+    screen = console()
+    widths = _column_widths(names, cells, hide, screen.width)
+    screen.width = max(screen.width, sum(widths.values()) + _GAP * len(widths))
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for number, width in widths.items():
+        table.add_column(names[number], width=width, overflow="fold")
+    for row in cells:
+        table.add_row(*(Text(row[number]) for number in widths))
+    screen.print(table)
+    if hidden := [name for number, name in enumerate(names) if number not in widths]:
+        note(f"Hidden: {', '.join(hidden)}. A wider terminal or --json shows them.")
+
+
+def _column_widths(
+    names: list[str], cells: list[list[str]], hide: Sequence[str], room: int
+) -> dict[int, int]:
+    """The widths of the columns to show, by their number: the first, and those that fit."""
+    from rich.cells import cell_len
+
+    full = [max(map(cell_len, column)) for column in zip(names, *cells, strict=True)]
+    least = [
+        min(width, max(_SENTENCE, *(_longest_word(row[number]) for row in cells)))
+        if any(" " in row[number] for row in cells)
+        else width
+        for number, width in enumerate(full)
+    ]
+    last = [names.index(name) for name in reversed(hide) if name in names]
+    shown: list[int] = []
+    for number in [*(one for one in range(len(names)) if one not in last), *last]:
+        if not shown or least[number] + _GAP <= room:
+            room -= least[number] + _GAP * bool(shown)
+            shown.append(number)
+    widths = {}
+    for number in sorted(shown):  # sentences share what is left
+        widths[number] = least[number] + max(0, min(full[number] - least[number], room))
+        room -= widths[number] - least[number]
+    return widths
+
+
+def _longest_word(text: str) -> int:
+    """The width that keeps the ids in a sentence whole; a longer word is a link."""
+    return min(max(map(len, text.split()), default=0), _LONGEST_ID)
 
 
 def print_page(
@@ -52,11 +103,14 @@ def print_page(
     columns: Mapping[str, str | Callable[[Mapping[str, Any]], object]],
     *,
     as_json: bool,
+    hide: Sequence[str] = (),
+    names: Mapping[str, str] | None = None,
 ) -> None:
     """Print a page of a list: as JSON under `name`, or as a table.
 
     `columns` are the table's: for each title the key of its values, or a function of the row. Times
-    (keys that end in `_at`) are shown to the second.
+    (keys that end in `_at`) are shown to the second. `hide` is that of `print_table`; `names` are
+    shown in place of the ids of techniques.
     """
     if as_json:
         print_json({name: rows, "meta": {"next_cursor": next_cursor}})
@@ -66,9 +120,12 @@ def print_page(
         if not isinstance(column, str):
             return column(row)
         value = row[column]
+        if column == "technique_id":
+            return (names or {}).get(value, value)
         return f"{value[:19]}Z" if value and column.endswith("_at") else value
 
-    print_table(columns, ([cell(row, column) for column in columns.values()] for row in rows))
+    values = ([cell(row, column) for column in columns.values()] for row in rows)
+    print_table(columns, values, hide=hide)
     if next_cursor is not None:
         note(f"There are more: --cursor {next_cursor}")
 

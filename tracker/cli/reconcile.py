@@ -145,6 +145,7 @@ def verify(
                     )
                     for one, each in differences
                 ],
+                hide=("workspace", "created"),
             )
         for one in verdicts:
             note(

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Annotated
 from uuid import uuid4
 
@@ -21,6 +20,7 @@ from tracker.cli.output import (
 from tracker.cli.setup import (
     CursorOption,
     LimitOption,
+    NamedPage,
     RunId,
     TagOption,
     TechniqueArgument,
@@ -30,6 +30,7 @@ from tracker.cli.setup import (
     parsed_tags,
     run_on_database,
     run_once,
+    technique_names,
 )
 from tracker.core.retry import RetryAdvice
 from tracker.core.run import RunStatus, Tracking
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from tracker.core.record import Record
     from tracker.services import Services
     from tracker.starting.resolve import TrackedRun
+    from tracker.store.engine import Database
 
 app = typer.Typer(name="runs", help="Start, track, list and show runs.", no_args_is_help=True)
 
@@ -175,9 +177,10 @@ def list_(
     from tracker.views import run_json
 
     tags = parsed_tags(None if tag is None else [tag])
-    records, next_cursor = run_on_database(
-        partial(
-            list_runs,
+
+    async def work(database: "Database") -> NamedPage:
+        records, next_cursor = await list_runs(
+            database,
             status=status,
             technique_id=technique,
             workspace_id=workspace,
@@ -188,10 +191,13 @@ def list_(
             cursor=cursor,
             limit=limit,
         )
-    )
+        runs = [run_json(record) for record in records]
+        return runs, next_cursor, await technique_names(database, runs)
+
+    runs, next_cursor, names = run_on_database(work)
     print_page(
         "runs",
-        [run_json(record) for record in records],
+        runs,
         next_cursor,
         {
             "run": "run_id",
@@ -204,6 +210,8 @@ def list_(
             "created": "created_at",
         },
         as_json=as_json,
+        hide=("outputs", "progress", "tracking", "created", "technique", "cost"),
+        names=names,
     )
 
 

@@ -3,10 +3,11 @@
 import asyncio
 import getpass
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Annotated, Final, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import typer
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from tracker.store.engine import Database
 
 T = TypeVar("T")
+NamedPage = tuple[list[dict[str, Any]], str | None, dict[str, str]]
+"""Rows of a list as JSON values, the cursor of the next page, and `technique_names`."""
 
 FLORA_SECONDS: Final = 28.0
 """How long a one-shot command waits for FLORA's first answer. A single call gives up sooner; this
@@ -89,6 +92,18 @@ def run_on_database(work: Callable[["Database"], Awaitable[T]]) -> T:
             return await work(database)
 
     return asyncio.run(run())
+
+
+async def technique_names(
+    database: "Database", rows: Iterable[Mapping[str, Any]]
+) -> dict[str, str]:
+    """The names of the rows' techniques, for a table on a terminal; elsewhere ids are printed."""
+    if not sys.stdout.isatty():
+        return {}
+    from tracker.store.queries import overview
+
+    found = {row["technique_id"] for row in rows if row["technique_id"]}
+    return await overview.technique_names(database, sorted(found))
 
 
 def _user() -> str:

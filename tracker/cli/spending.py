@@ -93,4 +93,5 @@ def spending(
                 )
                 for one in found["budgets"]
             ],
+            hide=("reserved", "quoted", "charged", "starts again"),
         )

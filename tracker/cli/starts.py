@@ -1,6 +1,5 @@
 """`tracker starts`: list starts whose outcome is not known, and resolve them by hand."""
 
-from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,14 +8,17 @@ from tracker.cli.output import JsonFlag, print_fields, print_json, print_page, p
 from tracker.cli.setup import (
     CursorOption,
     LimitOption,
+    NamedPage,
     WorkspaceFilter,
     flora_deadline,
     run_on_database,
     run_once,
+    technique_names,
 )
 
 if TYPE_CHECKING:
     from tracker.services import Services
+    from tracker.store.engine import Database
     from tracker.store.queries.starts import StartRow
 
 app = typer.Typer(
@@ -35,8 +37,9 @@ def list_(
     state: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="STATE",
             help="Filter by state: stored, sent, in_doubt or unresolved. Repeatable. "
-            "Default: all but stored."
+            "Default: all but stored.",
         ),
     ] = None,
     workspace: WorkspaceFilter = None,
@@ -50,12 +53,18 @@ def list_(
 
     if wrong := [one for one in state or () if one not in LISTED]:
         raise typer.BadParameter(f"{wrong[0]!r} is not a state", param_hint="--state")
-    rows, next_cursor = run_on_database(
-        partial(list_starts, states=state, workspace_id=workspace, cursor=cursor, limit=limit)
-    )
+
+    async def work(database: "Database") -> NamedPage:
+        rows, next_cursor = await list_starts(
+            database, states=state, workspace_id=workspace, cursor=cursor, limit=limit
+        )
+        starts = [start_json(row) for row in rows]
+        return starts, next_cursor, await technique_names(database, starts)
+
+    starts, next_cursor, names = run_on_database(work)
     print_page(
         "starts",
-        [start_json(row) for row in rows],
+        starts,
         next_cursor,
         {
             "key": "idempotency_key",
@@ -67,6 +76,8 @@ def list_(
             "last answer": lambda start: (start["error"] or {}).get("message"),
         },
         as_json=as_json,
+        hide=("started by", "sent", "technique", "run"),
+        names=names,
     )
 
 

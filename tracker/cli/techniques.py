@@ -100,6 +100,7 @@ def list_(
             "description": "description",
         },
         as_json=as_json,
+        hide=("description", "retired"),
     )
     if not rows and not words and not as_json:
         note("The catalogue is empty: `tracker techniques sync` reads FLORA's list.")

@@ -284,12 +284,12 @@ class BatchLaunch:
         except RateLimited:
             self._queue.appendleft(row)
         except BudgetExceeded as error:
-            self._queue.appendleft(row)
             if self._wait_for_budget and error.ever_fits and error.renews_at is not None:
                 self._budget_at = min(error.renews_at, self._clock() + BUDGET_EVERY)
                 self.over_budget = error
             else:
                 self._stop(error)
+            self._queue.appendleft(row)
         except (StartPending, StartNotStored):
             self._doubt[key] = row
         except (StartUnresolved, IdempotencyConflict, InvalidRequest) as error:
