@@ -5,6 +5,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from tests.support.waiting import eventually
 from tests.worker.conftest import HandClock, MakeFlora, OpenServices
@@ -177,13 +178,16 @@ async def test_tags_stay_with_start_and_run(open_on: OpenServices, flora: Simula
 async def test_a_batch_stops_at_a_budget_and_goes_on_when_it_begins_anew(
     open_on: OpenServices, flora: Simulator, clock: HandClock
 ) -> None:
-    """The rows that fit are started, the others when the command is repeated later; or it waits."""
+    """The rows that fit are started, the others, whose number is logged, when the command is
+    repeated later; or it waits."""
     services = await open_on(flora, tracker_budget_day="0.50")
     planned = await plan(services, "a", "b", "c", tags=RED)
     run = services.batches.run
-    outcome = await run(planned, concurrency=1, wait=False, on_progress=silent)
+    with capture_logs() as lines:
+        outcome = await run(planned, concurrency=1, wait=False, on_progress=silent)
     assert isinstance(outcome.stopped, BudgetExceeded)
     assert [row.status for row in outcome.rows] == ["pending", "pending", "not_started"]
+    assert [line["left"] for line in lines if line["event"] == "batch.stopped"] == [1]
 
     told: list[BatchProgress] = []
 
