@@ -45,6 +45,8 @@ def test_what_goes_is_told_by_table(filled: Commands) -> None:
         "deliveries": 1,
         "bodies": 2,
         "starts": 0,
+        "messages": 0,
+        "message_attempts": 0,
         "sweeps": 0,
         "audit": 0,
     }

@@ -69,6 +69,13 @@ _CHECKED: Final[dict[str, Sequence[Any]]] = {
     "starts.state": ("stored", "started", "unresolved"),
     "starts.run_id": (None, "run_1", None),
     "retention.what": ("runs", "bodies", "runs"),
+    "outbox.event": ("run.settled", "run.lost", "run.cost_changed"),
+    "endpoints.state": ("enabled", "disabled", "enabled"),
+    "endpoints.disabled_at": (None, _NOW, None),
+    "messages.event": ("run.settled", "run.lost", "run.cost_changed"),
+    "messages.state": ("pending", "delivered", "failed"),
+    "messages.next_attempt_at": (_NOW, None, None),
+    "messages.delivered_at": (None, _NOW, None),
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import asyncpg
 import pytest
-from sqlalchemy import case, insert, select, update
+from sqlalchemy import Connection, case, insert, select, update
 
 from tests.store.making import (
     NOW,
@@ -43,6 +43,9 @@ from tracker.store.schema import (
     batch_rows,
     batches,
     deliveries,
+    endpoints,
+    message_attempts,
+    messages,
     metadata,
     run_events,
     run_outputs,
@@ -117,6 +120,8 @@ async def test_an_old_run_goes_with_all_that_hangs_on_it(writer: TestWriter, db:
         "deliveries": 1,
         "bodies": 2,
         "starts": 0,
+        "messages": 0,
+        "message_attempts": 0,
         "sweeps": 0,
         "audit": 0,
     }
@@ -536,6 +541,50 @@ async def test_the_mark_never_goes_back(writer: TestWriter, db: Database) -> Non
     assert await retention.marks(db, "runs") == {"ws_1": NOW - 100 * DAY}
 
 
+async def test_old_messages_go_and_pending_ones_stay(db: Database) -> None:
+    """Delivered and failed messages go by age, with their attempts; pending ones stay, except those
+    of an endpoint that was removed from all settings as long ago."""
+    old, late = NOW - 100 * DAY, NOW - DAY
+
+    def message(name: str, endpoint_id: str = "shop", **more: Any) -> dict[str, Any]:
+        times = {"event_at": old, "created_at": old, "last_attempt_at": old}
+        kind = {"event": "run.settled", "run_id": "run_1", "body": "{}", "attempts": 1}
+        ids = {"message_id": name, "event_id": name, "endpoint_id": endpoint_id}
+        pending = {"state": "pending", "next_attempt_at": NOW, "delivered_at": None}
+        return ids | kind | times | pending | more
+
+    delivered = {"state": "delivered", "delivered_at": old, "next_attempt_at": None}
+    rows = [
+        message("delivered", **delivered),
+        message("delivered late", **delivered | {"last_attempt_at": late}),
+        message("failed", state="failed", next_attempt_at=None),
+        message("new", **delivered | {"created_at": late}),
+        message("pending"),
+        message("nobody's", "gone"),
+    ]
+    at = {"url": "https://a.example", "events": [], "filters": {}, "since": old, "state": "enabled"}
+    known = [
+        {"endpoint_id": "shop", "configured_at": late} | at,
+        {"endpoint_id": "gone", "configured_at": old} | at,
+    ]
+    attempts = [
+        {"message_id": row["message_id"], "number": 1, "at": old, "seconds": 1} for row in rows
+    ]
+
+    def add(connection: Connection) -> None:
+        connection.execute(insert(endpoints), known)
+        connection.execute(insert(messages), rows)
+        connection.execute(insert(message_attempts), attempts)
+
+    await db.write(add)
+    dry = await pruner(db).prune(AGES, dry=True)
+    assert await pruner(db).prune(AGES) == dry
+    assert (dry["messages"], dry["message_attempts"]) == (3, 3)
+    async with db.read() as connection:
+        left = (await connection.execute(select(messages.c.message_id))).scalars()
+        assert set(left) == {"delivered late", "new", "pending"}
+
+
 def test_every_table_is_considered() -> None:
     """A new table has to say what retention makes of it, here and in docs/retention.md."""
     removed = {name for name in TABLES if name != "bodies"}
@@ -549,8 +598,10 @@ def test_every_table_is_considered() -> None:
         "history_coverage",
         "run_tallies",
         "run_tally_changes",
+        "endpoints",
     }
     kept_for_good.add("sessions")  # each sign-in removes those that are over
+    kept_for_good.add("outbox")  # emptied as soon as its messages are made
     assert set(metadata.tables) == removed | kept_for_good
 
 

@@ -43,7 +43,8 @@ SHORTEST_PAUSE: Final = 0.01
 PAUSE_FACTOR: Final = 2.0
 """The pause between two transactions, in multiples of what the last one took."""
 TABLES: Final = (
-    *("runs", "run_outputs", "run_events", "deliveries", "bodies", "starts", "sweeps", "audit"),
+    *("runs", "run_outputs", "run_events", "deliveries", "bodies", "starts"),
+    *("messages", "message_attempts", "sweeps", "audit"),
 )
 """What is counted, in the order shown; `bodies` are counted with or without their delivery."""
 
@@ -174,6 +175,11 @@ class Pruner:
                 partial(retention.old_bodies, db, bodies),
                 partial(retention.empty_bodies, at=now),
                 _count_as("bodies"),
+            ),
+            _Stage(
+                partial(retention.old_messages, db, runs),
+                partial(retention.delete_messages, before=runs),
+                retention.count_messages,
             ),
             _Stage(
                 partial(retention.old_sweeps, db, runs),

@@ -9,11 +9,12 @@ environment: `load_settings` fills it.
 
 from tracker.core.net import CALLBACK_PATH
 from tracker.settings.load import Loaded, load_settings, read_settings
-from tracker.settings.model import Settings, TokenSettings, WorkspaceSettings
+from tracker.settings.model import EndpointSettings, Settings, TokenSettings, WorkspaceSettings
 from tracker.settings.rotation import Rotation
 
 __all__ = [
     "CALLBACK_PATH",
+    "EndpointSettings",
     "Loaded",
     "Rotation",
     "Settings",

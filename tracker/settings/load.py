@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 from tracker.core.errors import SettingsError
 from tracker.settings.model import (
     BudgetSettings,
+    EndpointSettings,
     Settings,
     TokenSettings,
     WorkspaceSettings,
@@ -27,8 +28,9 @@ _TABLES: Final[dict[str, type[BaseModel]]] = {
     "workspaces": WorkspaceSettings,
     "tokens": TokenSettings,
     "budgets": BudgetSettings,
+    "endpoints": EndpointSettings,
 }
-"""The tables `[[workspaces]]`, `[[tokens]]` and `[[budgets]]`, which only the file can hold."""
+"""The tables `[[workspaces]]`, `[[tokens]]`, …, which only the file can hold."""
 
 
 FileState = tuple[int, ...] | None

@@ -18,6 +18,7 @@ from pydantic import (
 
 from tracker.core.budget import Budget, Budgets, Period
 from tracker.core.errors import SettingsError
+from tracker.core.events import EventType, RunFilter
 from tracker.core.net import CALLBACK_PATH, is_loopback_url
 from tracker.core.schedule import Policy
 from tracker.core.tags import parse_tag
@@ -25,7 +26,9 @@ from tracker.core.tokens import SHORTEST, Scope, Token, Tokens
 from tracker.settings.values import (
     check_cron,
     check_database_url,
+    check_endpoint_url,
     check_root_url,
+    check_webhook_secret,
     parse_duration,
     passwords_in,
     split_secrets,
@@ -62,7 +65,7 @@ def _long_enough(secret: SecretStr) -> SecretStr:
     return secret
 
 
-def _token_name(name: str) -> str:
+def _name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name):
         raise ValueError("must be 1 to 64 of A-Z a-z 0-9 . _ -")
     return name
@@ -88,6 +91,11 @@ def _moment(value: object) -> datetime:
     raise ValueError("must be a date such as 2027-01-31")
 
 
+def _standard_secret(secret: SecretStr) -> SecretStr:
+    check_webhook_secret(secret.get_secret_value())
+    return secret
+
+
 def _dollars(value: object) -> object:
     """An amount with or without `$`; a TOML float stands for the decimal that is written there."""
     if isinstance(value, float):
@@ -109,6 +117,11 @@ Key = Annotated[SecretStr, AfterValidator(_header_safe)]
 AccessToken = Annotated[Key, AfterValidator(_long_enough)]
 AccessTokens = Annotated[tuple[AccessToken, ...], BeforeValidator(split_secrets)]
 Secrets = Annotated[tuple[SecretStr, ...], BeforeValidator(split_secrets)]
+StandardSecrets = Annotated[
+    tuple[Annotated[SecretStr, AfterValidator(_standard_secret)], ...],
+    BeforeValidator(split_secrets),
+    Field(min_length=1),
+]
 Seconds = Annotated[float, BeforeValidator(_seconds)]
 Duration = Annotated[timedelta, BeforeValidator(parse_duration)]
 Dollars = Annotated[
@@ -133,7 +146,7 @@ class WorkspaceSettings(_Model):
 class TokenSettings(_Model):
     """A table of `[[tokens]]`: an access token with its name in logs, scopes and expiry."""
 
-    name: Annotated[str, AfterValidator(_token_name)]
+    name: Annotated[str, AfterValidator(_name)]
     token: Annotated[AccessToken, AfterValidator(_one_token)]
     scopes: Annotated[frozenset[Scope], Field(min_length=1)]
     expires: Annotated[datetime | None, BeforeValidator(_moment)] = None
@@ -153,6 +166,50 @@ class BudgetSettings(_Model):
     def budget(self) -> Budget:
         """The budget."""
         return Budget(**dict(self))
+
+
+class EndpointSettings(_Model):
+    """A table of `[[endpoints]]`: where these `events` are sent, of the runs that match all of
+    `workspace_id`, `technique_id`, `status` and `tag`, as far as these are set.
+
+    Every secret signs, so that a receiver may know either while they are rotated. Addresses that
+    are not public, and `http`, need `allow_private`.
+    """
+
+    id: Annotated[str, AfterValidator(_name)]
+    url: Annotated[str, AfterValidator(check_endpoint_url)] = Field(repr=False)
+    secrets: StandardSecrets
+    events: Annotated[tuple[EventType, ...], Field(min_length=1)] = (EventType.SETTLED,)
+    workspace_id: Annotated[str, Field(min_length=1)] | None = None
+    technique_id: Annotated[str, AfterValidator(_technique_id)] | None = None
+    status: Annotated[str, Field(min_length=1)] | None = None
+    tag: Annotated[tuple[str, str], BeforeValidator(_tag)] | None = None
+    allow_private: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.url.startswith("http:") and not self.allow_private:
+            raise ValueError(
+                f"endpoint {self.id}: url must begin with https:// (http:// only with "
+                "allow_private = true)"
+            )
+        return self
+
+    @property
+    def filter(self) -> RunFilter:
+        """The runs of which events are sent."""
+        return RunFilter(
+            workspace_id=self.workspace_id,
+            technique_id=self.technique_id,
+            status=self.status,
+            tag=self.tag,
+        )
+
+    @property
+    def shown_url(self) -> str:
+        """The URL without its query, which may hold a secret."""
+        path, query, _ = self.url.partition("?")
+        return f"{path}?…" if query else path
 
 
 class Settings(_Model):
@@ -190,6 +247,7 @@ class Settings(_Model):
     workspaces: tuple[WorkspaceSettings, ...] = ()
     tokens: tuple[TokenSettings, ...] = ()
     budgets: tuple[BudgetSettings, ...] = ()
+    endpoints: tuple[EndpointSettings, ...] = ()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -227,6 +285,9 @@ class Settings(_Model):
             raise ValueError(
                 "one token is set twice: those of TRACKER_API_TOKEN and [[tokens]] must all differ"
             )
+        endpoints = Counter(endpoint.id for endpoint in self.endpoints)
+        if twice := [name for name, count in endpoints.items() if count > 1]:
+            raise ValueError(f"two [[endpoints]] have the id {twice[0]}: ids must differ")
         return self
 
     @property
@@ -302,15 +363,19 @@ class Settings(_Model):
 
     @property
     def secret_values(self) -> frozenset[str]:
-        """All secrets in clear, with the database's password, for the log to redact."""
+        """All secrets in clear, with the database's password and the queries of endpoints, for the
+        log to redact."""
         secrets: list[SecretStr | None] = [
             *self.tracker_api_token,
             *(one.token for one in self.tokens),
         ]
         for workspace in self.all_workspaces:
             secrets += [workspace.api_key, *workspace.webhook_secrets]
+        queries = {endpoint.url.partition("?")[2] for endpoint in self.endpoints} - {""}
+        for endpoint in self.endpoints:
+            secrets += endpoint.secrets
         clear = {secret.get_secret_value() for secret in secrets if secret is not None}
-        return frozenset(clear) | passwords_in(self.tracker_database_url)
+        return frozenset(clear | queries) | passwords_in(self.tracker_database_url)
 
     def require_api_key(self) -> None:
         """Raise `SettingsError` where no workspace has an API key."""

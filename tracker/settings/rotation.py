@@ -122,7 +122,8 @@ def _refuse_streams(files: Iterable[Path]) -> None:
 
 
 def _with_secrets_of(old: Settings, new: Settings) -> Settings:
-    """`old` with the tokens, keys and signing secrets of `new`; workspaces match by id.
+    """`old` with the tokens, keys and signing secrets of `new`; workspaces and endpoints match by
+    id.
 
     A new workspace, a first key, and the removal of a workspace's last signing secret need a
     restart: the latter also happens where a file is read while it is written. Raises
@@ -143,6 +144,7 @@ def _with_secrets_of(old: Settings, new: Settings) -> Settings:
         )
 
     now = {workspace.id: workspace for workspace in new.workspaces}
+    signing = {endpoint.id: endpoint.secrets for endpoint in new.endpoints}
     top = rotated(old.top_workspace, new.top_workspace)
     return old.model_copy(
         update={
@@ -152,6 +154,10 @@ def _with_secrets_of(old: Settings, new: Settings) -> Settings:
             "tokens": new.tokens,
             "workspaces": tuple(
                 rotated(workspace, now.get(workspace.id, workspace)) for workspace in old.workspaces
+            ),
+            "endpoints": tuple(
+                one.model_copy(update={"secrets": signing.get(one.id, one.secrets)})
+                for one in old.endpoints
             ),
         }
     )

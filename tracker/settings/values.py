@@ -4,6 +4,7 @@ Each takes the value from the environment or the file, or raises `ValueError` wi
 follows the setting's name and never repeats a value that could be secret.
 """
 
+import base64
 import math
 import re
 from datetime import UTC, datetime, timedelta
@@ -66,20 +67,49 @@ def check_root_url(url: str) -> str:
 
     `http` is for loopback hosts only, since secrets are sent there.
     """
+    scheme, host = _scheme_and_host(url, "https://example.org")
+    if scheme != "https" and not (scheme == "http" and is_loopback(host)):
+        raise ValueError("must begin with https:// (http:// only for a loopback host)")
+    if "?" in url or "#" in url:
+        raise ValueError("must end before any ? or #")
+    return url.rstrip("/")
+
+
+def _scheme_and_host(url: str, example: str) -> tuple[str, str]:
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError:
         host = port = None
     if not host or port == 0 or not _HOST.fullmatch(host) or re.search(r"[^!-~]", url):
-        raise ValueError("must be an address such as https://example.org")
-    if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(host)):
-        raise ValueError("must begin with https:// (http:// only for a loopback host)")
+        raise ValueError(f"must be an address such as {example}")
     if parts.username is not None or parts.password is not None:
         raise ValueError("must not hold a user name or a password")
-    if "?" in url or "#" in url:
-        raise ValueError("must end before any ? or #")
-    return url.rstrip("/")
+    return parts.scheme, host
+
+
+def check_endpoint_url(url: str) -> str:
+    """The URL of an endpoint, with any path and query."""
+    scheme, _ = _scheme_and_host(url, "https://example.org/hook")
+    if scheme not in ("https", "http"):
+        raise ValueError("must begin with https://")
+    if "#" in url:
+        raise ValueError("must not hold a fragment (#)")
+    return url
+
+
+def check_webhook_secret(secret: str) -> None:
+    """Refuse what is no secret of Standard Webhooks: `whsec_` and base64 of 24 to 64 bytes."""
+    prefix, encoded = secret[:6], secret[6:]
+    try:
+        key = base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
+    except ValueError:
+        key = b""
+    if prefix != "whsec_" or not 24 <= len(key) <= 64:
+        raise ValueError(
+            "must be whsec_ and base64 of 24 to 64 bytes, as "
+            '`echo "whsec_$(openssl rand -base64 32)"` prints'
+        )
 
 
 def check_database_url(url: str) -> str:

@@ -36,6 +36,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
+from tracker.core.events import EventType
 from tracker.core.observation import Source
 from tracker.core.record import DeliveryOutcome
 from tracker.core.run import Tracking
@@ -118,6 +119,8 @@ metadata: Final = MetaData(
 
 START_STATES: Final = ("stored", "sent", "in_doubt", "started", "refused", "unresolved")
 RETENTION_MARKS: Final = ("runs", "bodies")
+ENDPOINT_STATES: Final = ("enabled", "disabled")
+MESSAGE_STATES: Final = ("pending", "delivered", "failed")
 
 
 def _one_of(column: str, values: Any) -> CheckConstraint:
@@ -589,6 +592,122 @@ retention: Final = Table(
     Column("workspace_id", CleanText, primary_key=True),
     Column("through", UtcDateTime, nullable=False),
     _one_of("what", RETENTION_MARKS),
+)
+
+# Events of runs, written in the transaction that causes them, by processes that need not know any
+# endpoint. A row becomes one message for each endpoint and is deleted: see
+# tracker.store.writing.outbox.
+outbox: Final = Table(
+    "outbox",
+    metadata,
+    Column("id", SerialId, Identity(), primary_key=True),
+    # The identity of the event: SQLite uses an `id` again once the table is empty.
+    Column("event_id", CleanText, nullable=False),
+    Column("event", CleanText, nullable=False),
+    Column("run_id", CleanText, nullable=False),
+    Column("at", UtcDateTime, nullable=False),
+    _one_of("event", EventType),
+    # Emptied within milliseconds: dead rows must not be read again and again.
+    postgresql_with={"autovacuum_vacuum_scale_factor": "0", "autovacuum_vacuum_threshold": "1000"},
+)
+
+# Where events are sent: the settings of the processes, without secrets, and what the last attempts
+# showed.
+endpoints: Final = Table(
+    "endpoints",
+    metadata,
+    Column("endpoint_id", CleanText, primary_key=True),
+    # Without the values of its query, which may be secrets.
+    Column("url", CleanText, nullable=False),
+    Column("events", Json, nullable=False),
+    # Which runs: see tracker.core.events.RunFilter.
+    Column("filters", Json, nullable=False),
+    # When it was first configured, and when a process last had it in its settings.
+    Column("since", UtcDateTime, nullable=False),
+    Column("configured_at", UtcDateTime, nullable=False),
+    Column("state", CleanText, nullable=False),
+    Column("disabled_at", UtcDateTime),
+    Column("disabled_reason", CleanText),
+    # The first failure after the last success.
+    Column("failing_since", UtcDateTime),
+    Column("last_success_at", UtcDateTime),
+    Column("last_error_at", UtcDateTime),
+    Column("last_error", CleanText),
+    # Messages that failed between these are sent at once.
+    Column("catch_up_from", UtcDateTime),
+    Column("catch_up_to", UtcDateTime),
+    _one_of("state", ENDPOINT_STATES),
+    CheckConstraint("(state = 'disabled') = (disabled_at IS NOT NULL)", name="disabled_has_a_time"),
+    CheckConstraint(
+        "(catch_up_from IS NULL) = (catch_up_to IS NULL)", name="catch_up_has_two_ends"
+    ),
+    postgresql_with=_storage(fillfactor=50),
+)
+
+# One event for one endpoint.
+messages: Final = Table(
+    "messages",
+    metadata,
+    Column("message_id", CleanText, primary_key=True),
+    Column("endpoint_id", CleanText, nullable=False),
+    Column("event_id", CleanText, nullable=False),
+    Column("event", CleanText, nullable=False),
+    Column("run_id", CleanText, nullable=False),
+    # The JSON as it is sent.
+    Column("body", CleanText, nullable=False),
+    # When the event happened, and when the message was made of it.
+    Column("event_at", UtcDateTime, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("state", CleanText, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    # When the schedule of attempts began: null before the first, and after a request to resend it.
+    Column("tried_since", UtcDateTime),
+    Column("last_attempt_at", UtcDateTime),
+    Column("next_attempt_at", UtcDateTime),
+    Column("delivered_at", UtcDateTime),
+    # The HTTP status of the last attempt; why it failed.
+    Column("last_status", Integer),
+    Column("last_error", CleanText),
+    Column("lease_until", UtcDateTime),
+    Column("lease_holder", CleanText),
+    _one_of("event", EventType),
+    _one_of("state", MESSAGE_STATES),
+    CheckConstraint("attempts >= 0", name="attempts"),
+    CheckConstraint("(state = 'pending') = (next_attempt_at IS NOT NULL)", name="pending_is_due"),
+    CheckConstraint(
+        "(state = 'delivered') = (delivered_at IS NOT NULL)", name="delivered_has_a_time"
+    ),
+    CheckConstraint(
+        "(lease_until IS NULL) = (lease_holder IS NULL)", name="lease_has_holder_and_end"
+    ),
+    Index("ix_messages_once", "endpoint_id", "event_id", unique=True),
+    _partial("ix_messages_due", "endpoint_id", "next_attempt_at", where="state = 'pending'"),
+    _partial("ix_messages_leased", "endpoint_id", where="lease_holder IS NOT NULL"),
+    Index("ix_messages_newest", "created_at", "message_id"),
+    Index("ix_messages_newest_of_endpoint", "endpoint_id", "created_at", "message_id"),
+    _partial(
+        "ix_messages_newest_not_delivered",
+        *("state", "created_at", "message_id"),
+        where="state <> 'delivered'",
+    ),
+    Index("ix_messages_run", "run_id"),
+    postgresql_with=_storage(fillfactor=85),
+)
+
+message_attempts: Final = Table(
+    "message_attempts",
+    metadata,
+    Column("message_id", ForeignKey("messages.message_id", ondelete="CASCADE"), primary_key=True),
+    # From 1.
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("at", UtcDateTime, nullable=False),
+    Column("seconds", Double, nullable=False),
+    # The HTTP status and the beginning of the answer, if there was one; else why not.
+    Column("status", Integer),
+    Column("answer", CleanText),
+    Column("error", CleanText),
+    CheckConstraint("number >= 1", name="number"),
+    postgresql_with=_storage(),
 )
 
 

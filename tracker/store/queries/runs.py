@@ -243,7 +243,7 @@ async def durations(db: Database, technique_id: str) -> Durations:
     )
     if not took:
         return Durations(count=0, p50=0.0, p95=0.0)
-    return Durations(count=len(took), p50=_quantile(took, 0.5), p95=_quantile(took, 0.95))
+    return Durations(count=len(took), p50=quantile(took, 0.5), p95=quantile(took, 0.95))
 
 
 def last_completed(technique_id: str) -> Select[Any]:
@@ -314,7 +314,7 @@ def _count(table: Table, condition: ColumnElement[bool]) -> ScalarSelect[int]:
     return select(func.count()).select_from(table).where(condition).scalar_subquery()
 
 
-def _quantile(ordered: Sequence[float], share: float) -> float:
+def quantile(ordered: Sequence[float], share: float) -> float:
     """The nearest-rank quantile."""
     return ordered[max(math.ceil(share * len(ordered)) - 1, 0)]
 

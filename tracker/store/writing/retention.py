@@ -42,6 +42,9 @@ from tracker.store.schema import (
     audit,
     batch_rows,
     deliveries,
+    endpoints,
+    message_attempts,
+    messages,
     retention,
     run_events,
     run_outputs,
@@ -422,6 +425,46 @@ def delete_audit(connection: Connection, keys: Sequence[PruneKey]) -> Counts:
     """Remove these entries."""
     statement = delete(audit).where(audit.c.id.in_([key.id for key in keys]))
     return Counts(audit=connection.execute(statement).rowcount)
+
+
+async def old_messages(
+    db: Database, before: datetime, after: PruneKey | None, limit: int
+) -> PrunePage:
+    """Messages from before that time that are delivered or given up, or whose endpoint no process
+    has had in its settings since."""
+    statement = select(messages.c.created_at, messages.c.message_id, _is_over(before).label("over"))
+    rows, end = await _next_page(db, statement.where(messages.c.created_at < before), after, limit)
+    return PrunePage([PruneKey(*row[:2]) for row in rows if row.over], end)
+
+
+def count_messages(connection: Connection, keys: Sequence[PruneKey]) -> Counts:
+    """What `delete_messages` would remove."""
+    some = message_attempts.c.message_id.in_([key.id for key in keys])
+    statement = select(func.count()).select_from(message_attempts).where(some)
+    attempts = connection.execute(statement).scalar_one()
+    return Counts(messages=len(keys), message_attempts=attempts)
+
+
+def delete_messages(connection: Connection, keys: Sequence[PruneKey], before: datetime) -> Counts:
+    """Remove those that are not locked and were not resent meanwhile, with their attempts."""
+    wanted = select(messages.c.message_id).where(
+        messages.c.message_id.in_([key.id for key in keys]), _is_over(before)
+    )
+    wanted = wanted.order_by(messages.c.message_id).with_for_update(skip_locked=True)
+    ids = connection.execute(wanted).scalars().all()
+    removed = Counts()
+    for table in (message_attempts, messages):
+        statement = delete(table).where(table.c.message_id.in_(ids))
+        removed[table.name] = connection.execute(statement).rowcount
+    return removed
+
+
+def _is_over(before: datetime) -> ColumnElement[bool]:
+    configured = select(endpoints.c.endpoint_id).where(endpoints.c.configured_at >= before)
+    return and_(
+        func.coalesce(messages.c.last_attempt_at, messages.c.created_at) < before,
+        or_(messages.c.state != word("pending"), messages.c.endpoint_id.not_in(configured)),
+    )
 
 
 def _needed_sweeps(connection: Connection) -> list[int]:

@@ -1,0 +1,172 @@
+"""The endpoints that events are sent to, as the database knows them: without secrets, and with what
+the last attempts showed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+from sqlalchemy import Row, func, select
+
+from tracker.core.events import EventType, RunFilter
+from tracker.store.engine import Database
+from tracker.store.queries.messages import MessageState, is_in
+from tracker.store.queries.runs import quantile
+from tracker.store.schema import endpoints, messages
+
+CONFIGURED_WITHIN: Final = timedelta(days=1)
+"""An endpoint that no process has had in its settings for longer gets no new messages."""
+SAMPLE: Final = 1000
+"""Most messages of an endpoint that its delays are taken from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointConfig:
+    """An endpoint as a process has it in its settings. `url` is the one to show."""
+
+    endpoint_id: str
+    url: str
+    events: tuple[EventType, ...]
+    filter: RunFilter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointRow:
+    """An endpoint.
+
+    `since` is when it was first configured, `configured_at` when a process last had it in its
+    settings. `failing_since` is the first failure after the last success. `url` is without its
+    query.
+    """
+
+    endpoint_id: str
+    url: str
+    events: tuple[str, ...]
+    filters: dict[str, str]
+    since: datetime
+    configured_at: datetime
+    state: str
+    disabled_at: datetime | None = None
+    disabled_reason: str | None = None
+    failing_since: datetime | None = None
+    last_success_at: datetime | None = None
+    last_error_at: datetime | None = None
+    last_error: str | None = None
+
+    @property
+    def enabled(self) -> bool:
+        """Whether messages are sent to it."""
+        return self.state == "enabled"
+
+    def is_configured(self, now: datetime) -> bool:
+        """Whether a process has had it in its settings lately."""
+        return self.configured_at > now - CONFIGURED_WITHIN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backlog:
+    """What waits for an endpoint. `oldest_at` is when the oldest pending message was created."""
+
+    pending: int = 0
+    failed: int = 0
+    oldest_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delays:
+    """Seconds from event to delivery of the last `count` delivered messages of an endpoint."""
+
+    count: int = 0
+    p50: float = 0.0
+    p95: float = 0.0
+
+
+_SHOWN: Final = [column for column in endpoints.c if not column.name.startswith("catch_up")]
+
+
+async def list_endpoints(db: Database) -> list[EndpointRow]:
+    """All endpoints, by id."""
+    async with db.read() as connection:
+        rows = await connection.execute(select(*_SHOWN).order_by(endpoints.c.endpoint_id))
+        return [_endpoint(row) for row in rows]
+
+
+async def get_endpoint(db: Database, endpoint_id: str) -> EndpointRow | None:
+    """The endpoint, if known."""
+    statement = select(*_SHOWN).where(endpoints.c.endpoint_id == endpoint_id)
+    async with db.read() as connection:
+        row = (await connection.execute(statement)).one_or_none()
+    return None if row is None else _endpoint(row)
+
+
+async def backlogs(db: Database) -> dict[str, Backlog]:
+    """What waits, by endpoint; endpoints for which nothing waits or failed are left out."""
+    pending = (
+        select(messages.c.endpoint_id, func.count(), func.min(messages.c.created_at))
+        .where(is_in(MessageState.PENDING))
+        .group_by(messages.c.endpoint_id)
+    )
+    failed = (
+        select(messages.c.endpoint_id, func.count())
+        .where(is_in(MessageState.FAILED))
+        .group_by(messages.c.endpoint_id)
+    )
+    async with db.read() as connection:
+        found = {
+            endpoint_id: Backlog(pending=count, oldest_at=oldest)
+            for endpoint_id, count, oldest in await connection.execute(pending)
+        }
+        for endpoint_id, count in await connection.execute(failed):
+            found[endpoint_id] = replace(found.get(endpoint_id, Backlog()), failed=count)
+    return found
+
+
+async def delays(db: Database, endpoint_id: str, *, since: datetime) -> Delays:
+    """The delays of the newest messages (`SAMPLE`) created since that time, as far as delivered."""
+    newest = (
+        select(messages.c.event_at, messages.c.delivered_at)
+        .where(messages.c.endpoint_id == endpoint_id, messages.c.created_at >= since)
+        .order_by(messages.c.created_at.desc(), messages.c.message_id.desc())
+        .limit(SAMPLE)
+    )
+    async with db.read() as connection:
+        rows = (await connection.execute(newest)).tuples().all()
+    took = sorted(
+        max((delivered_at - event_at).total_seconds(), 0.0)
+        for event_at, delivered_at in rows
+        if delivered_at is not None
+    )
+    if not took:
+        return Delays()
+    return Delays(count=len(took), p50=quantile(took, 0.5), p95=quantile(took, 0.95))
+
+
+async def configure(db: Database, configs: Sequence[EndpointConfig], *, now: datetime) -> None:
+    """Store that a process has these endpoints in its settings now."""
+    if not configs:
+        return
+    insert = db.insert(endpoints)
+    statement = insert.on_conflict_do_update(
+        index_elements=[endpoints.c.endpoint_id],
+        set_={
+            name: insert.excluded[name] for name in ("url", "events", "filters", "configured_at")
+        },
+    )
+    rows = [
+        {
+            "endpoint_id": one.endpoint_id,
+            "url": one.url,
+            "events": [event.value for event in one.events],
+            "filters": one.filter.to_json(),
+            "since": now,
+            "configured_at": now,
+            "state": "enabled",
+        }
+        for one in sorted(configs, key=lambda one: one.endpoint_id)
+    ]
+    await db.write(lambda connection: connection.execute(statement, rows).rowcount)
+
+
+def _endpoint(row: Row[Any]) -> EndpointRow:
+    values = dict(row._mapping)
+    return EndpointRow(**values | {"events": tuple(values["events"])})
