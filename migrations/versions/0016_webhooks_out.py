@@ -7,8 +7,8 @@ An endpoint that is configured after the last restart misses none.
 Every step may be repeated. There is no way back but a backup: a downgrade would delete messages
 that were not delivered yet.
 
-Revision: 0015
-Follows: 0014
+Revision: 0016
+Follows: 0015
 """
 
 from typing import Any
@@ -17,8 +17,8 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql
 
-revision = "0015"
-down_revision = "0014"
+revision = "0016"
+down_revision = "0015"
 branch_labels = None
 depends_on = None
 
