@@ -1,7 +1,10 @@
 """Runs are found by several things at once, with work that does not grow with their number."""
 
+from dataclasses import replace
 from datetime import timedelta
+from decimal import Decimal
 from functools import partial
+from hashlib import sha256
 
 import pytest
 
@@ -10,7 +13,10 @@ from tests.store.test_plans import _reads_a_table, plans
 from tracker.core.errors import InvalidRequest
 from tracker.core.run import RunError, RunStatus
 from tracker.store.engine import Database
-from tracker.store.queries.search import STATES, Wanted, search_runs
+from tracker.store.queries import batches, paging, starts
+from tracker.store.queries.batches import BatchEntry, BatchRow
+from tracker.store.queries.search import STATES, Sort, Wanted, count_runs, search_runs
+from tracker.store.queries.sheet_rows import rows_of_start, search_sheets
 
 
 async def _ids(db: Database, **wanted: object) -> list[str]:
@@ -125,6 +131,138 @@ async def test_a_foreign_cursor_is_refused(db: Database) -> None:
     assert caught.value.fields[0].field == "cursor"
 
 
+async def test_what_a_run_was_asked_for_is_found(db: Database, writer: TestWriter) -> None:
+    """The values of its inputs, literally, whatever their case; not the names of their fields."""
+    prompt = 'A "red" bike\nby the sea: 50% Größe'
+    inputs = [{"id": "prompt", "type": "text", "value": prompt}]
+    entry = started("run_bike", facts={"created_at": NOW})
+    await writer.submit(replace(entry, inputs=inputs))
+    await writer.submit(started("run_cat"))
+    for text in ("RED", '"red" bike', "bike\nby", "50%", "Größe"):
+        assert await _ids(db, text=text) == ["run_bike"], text
+    for text in ("prompt", "value", "5%", "e_cat"):
+        assert await _ids(db, text=text) == [], text
+
+
+async def test_runs_are_sorted_by_cost_and_duration(db: Database, writer: TestWriter) -> None:
+    """The most expensive and the longest first, page by page, with any filter, whether few runs
+    match or more than a window has; runs without the value are left out."""
+    await _of_various_costs(writer, 9)
+    await writer.submit(started("run_open", facts={"created_at": NOW, "technique_id": "tech_0"}))
+    expected = {
+        Sort.COST: ["run_8", "run_7", "run_6", "run_5", "run_4", "run_3", "run_2", "run_1"],
+        Sort.DURATION: ["run_0", "run_1", "run_2", "run_3", "run_4", "run_5", "run_6", "run_7"],
+    }
+    for sort, found in expected.items():
+        for window in (2, 10_000):
+            pages = await _pages(db, Wanted(sort=sort), limit=3, window=window)
+            assert pages[:8] == found, (sort, window)
+            assert "run_open" not in pages
+            few = await _pages(db, Wanted(sort=sort, technique_id="tech_0"), limit=2, window=window)
+            assert few == [one for one in pages if int(one[-1]) % 3 == 0], (sort, window)
+    with pytest.raises(InvalidRequest):
+        await search_runs(db, Wanted(sort=Sort.COST), cursor=paging.at(NOW, "run_1"))
+
+
+async def _of_various_costs(writer: TestWriter, count: int) -> None:
+    """Runs of three techniques: the later its number, the more it cost and the less it took."""
+    for number in range(count):
+        facts = {
+            "created_at": NOW - timedelta(seconds=count - number),
+            "completed_at": NOW,
+            "technique_id": f"tech_{number % 3}",
+            "charged_cost": Decimal(number) / 8,
+        }
+        await writer.submit(seen(f"run_{number}", RunStatus.COMPLETED, facts=facts))
+
+
+async def _pages(db: Database, wanted: Wanted, *, limit: int, window: int) -> list[str]:
+    cursor, shown = None, []
+    for _ in range(50):
+        found = await search_runs(db, wanted, cursor=cursor, limit=limit, window=window)
+        shown += [record.run.run_id for record in found.records]
+        cursor = found.next_cursor
+        if cursor is None:
+            return shown
+    raise AssertionError("the pages do not end")
+
+
+async def test_results_are_counted_up_to_a_bound(some: Database) -> None:
+    """Exactly while few runs match, and beyond that as "more"; a filter without an index counts in
+    the newest ones."""
+    assert await count_runs(some, Wanted()) == (5, False)
+    assert await count_runs(some, Wanted(text="tech_")) == (3, False)
+    assert await count_runs(some, Wanted(), window=4) == (4, True)
+    assert await count_runs(some, Wanted(text="tech_b"), window=4) == (1, True)
+    assert await count_runs(some, Wanted(state="failed", sort=Sort.COST)) == (0, False)
+
+
+async def test_runs_are_found_by_their_batch(db: Database, writer: TestWriter) -> None:
+    """By the id or name of their batch, and by a carried cell; a run knows its rows."""
+    await _keep_batch(db, writer, "bat_1", "spring.csv", skus=("SKU-1", "SKU-2"))
+    await _keep_batch(db, writer, "bat_2", "autumn.csv", skus=("SKU-3",))
+    await writer.submit(started("run_alone"))
+    assert sorted(await _ids(db, batch_id="bat_1")) == ["run_SKU-1", "run_SKU-2"]
+    assert await _ids(db, batch_id="bat_1", state="failed") == []
+    assert await _ids(db, batch_id="bat_1", sort=Sort.COST) == []
+    assert await count_runs(db, Wanted(batch_id="bat_1")) == (2, False)
+    by_cell = await search_sheets(db, "sku-2")
+    assert [(row.name, row.position, row.run_id) for row in by_cell.rows] == [
+        ("spring.csv", 2, "run_SKU-2")
+    ]
+    assert by_cell.batches == []
+    by_name = await search_sheets(db, "SPRING")
+    assert by_name.batches == [("bat_1", "spring.csv")]
+    assert sorted(await _ids(db, text="SPRING", among=by_name.run_ids)) == [
+        "run_SKU-1",
+        "run_SKU-2",
+    ]
+    assert await search_sheets(db, "article") == ([], [], ())  # the name of the column
+    start = await starts.of_run(db, "run_SKU-2")
+    assert start is not None
+    rows = await rows_of_start(db, start)
+    assert [(row.name, row.position, row.carried) for row in rows] == [
+        ("spring.csv", 2, {"article": "SKU-2"})
+    ]
+
+
+async def _keep_batch(
+    db: Database, writer: TestWriter, batch_id: str, name: str, *, skus: tuple[str, ...]
+) -> None:
+    """A batch whose rows have started, each a run named by its article."""
+    batch = BatchRow(
+        batch_id=batch_id,
+        workspace_slot="ws_1",
+        technique_id="tech_1",
+        name=name,
+        created_at=NOW,
+        columns=["article"],
+    )
+    entries = [
+        BatchEntry(
+            position=n,
+            line=n + 1,
+            digest=sha256(sku.encode()).hexdigest()[:24],
+            carried={"article": sku},
+        )
+        for n, sku in enumerate(skus, start=1)
+    ]
+    await batches.keep(db, batch, entries)
+    for entry in entries:
+        run_id = f"run_{entry.carried['article']}"
+        await starts.reserve(
+            db,
+            workspace_id="ws_1",
+            idempotency_key=entry.key,
+            technique_id="tech_1",
+            fingerprint="",
+            inputs=[],
+            at=NOW,
+        )
+        start = started(run_id, facts={"created_at": NOW})
+        await writer.submit(replace(start, slot="ws_1", idempotency_key=entry.key))
+
+
 ENTRANCES = [
     (Wanted(), "ix_runs_newest"),
     (Wanted(state="failed"), "ix_runs_newest_not_completed"),
@@ -137,6 +275,10 @@ ENTRANCES = [
     (Wanted(workspace_id="ws_1", text="cat"), "ix_runs_newest_of_workspace"),
     (Wanted(text="cat", since=NOW - timedelta(days=2)), "ix_runs_newest"),
     (Wanted(technique_id="tech_1", workspace_id="ws_1", text="x"), "ix_runs_newest_of_a_technique"),
+    (Wanted(sort=Sort.COST), "ix_runs_by_cost"),
+    (Wanted(sort=Sort.COST, technique_id="tech_1", text="x"), "ix_runs_by_cost"),
+    (Wanted(sort=Sort.DURATION, state="completed"), "ix_runs_by_duration"),
+    (Wanted(batch_id="bat_1", state="failed"), "starts"),
 ]
 
 
@@ -144,5 +286,6 @@ async def test_every_search_enters_by_an_index(full: Database) -> None:
     """No combination of filters reads the table whole: a window is a small part of it."""
     for wanted, index in ENTRANCES:
         told = await plans(full, partial(search_runs, wanted=wanted, window=200))
+        told += await plans(full, partial(count_runs, wanted=wanted, window=200))
         assert index in told, f"{wanted}:\n{told}"
         assert not _reads_a_table(told), f"{wanted}:\n{told}"

@@ -6,6 +6,7 @@ stays the same when other rows are added, removed or sorted, and in another file
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,8 @@ Input = dict[str, str]
 
 _HEX_DIGITS: Final = 24
 """Enough to rule out accidental collisions; inputs are compared before anything is sent."""
+
+_KEY: Final = re.compile(r"row-([0-9a-f]{24})(?:-again(\d{1,9}))?(?:-retry(\d{1,9}))?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -63,6 +66,12 @@ def row_key(digest: str, turn: Turn) -> str:
     if turn.attempt:
         key += f"-retry{turn.attempt}"
     return key
+
+
+def key_parts(key: str) -> tuple[str, Turn] | None:
+    """The digest and turn that `row_key` made the key of; `None` for any other key."""
+    found = _KEY.fullmatch(key)
+    return found and (found[1], Turn(int(found[2] or 0), int(found[3] or 0)))
 
 
 def batch_id(workspace_slot: str, technique_id: str, rows: Iterable[tuple[int, str, Turn]]) -> str:

@@ -22,6 +22,7 @@ from sqlalchemy import (
     Identity,
     Index,
     Integer,
+    Interval,
     LargeBinary,
     MetaData,
     Numeric,
@@ -29,9 +30,12 @@ from sqlalchemy import (
     SmallInteger,
     Table,
     Text,
+    TextClause,
     false,
+    func,
     literal_column,
     text,
+    type_coerce,
 )
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import TypeDecorator, TypeEngine
@@ -128,9 +132,9 @@ def _one_of(column: str, values: Any) -> CheckConstraint:
     return CheckConstraint(f"{column} IN ({listed})", name=column)
 
 
-def _partial(name: str, *columns: str, where: str) -> Index:
+def _partial(name: str, *columns: str | TextClause, where: str, **more: Any) -> Index:
     """An index of the rows for which `where` holds."""
-    return Index(name, *columns, postgresql_where=text(where), sqlite_where=text(where))
+    return Index(name, *columns, postgresql_where=text(where), sqlite_where=text(where), **more)
 
 
 def word(value: str) -> ColumnElement[str]:
@@ -152,6 +156,12 @@ def _storage(*, fillfactor: int | None = None) -> dict[str, Any]:
         "autovacuum_analyze_scale_factor": "0.02",
     }
 
+
+_DURATIONS: Final = {
+    "postgresql": "(completed_at - created_at)",
+    "sqlite": "(julianday(completed_at) - julianday(created_at))",
+}
+"""How long a run took, as each database can index it."""
 
 runs: Final = Table(
     "runs",
@@ -285,10 +295,30 @@ runs: Final = Table(
     ).ddl_if(dialect="sqlite"),
     # Whether a workspace has generation runs: few do.
     _partial("ix_runs_generations", "workspace_id", where="run_type = 'generation'"),
+    # The most expensive and the longest runs first.
+    _partial("ix_runs_by_cost", "charged_cost", "run_id", where="charged_cost IS NOT NULL"),
+    *(
+        _partial(
+            f"ix_runs_by_duration_{dialect}",
+            *(text(duration), "run_id"),
+            where="completed_at IS NOT NULL",
+            info={"dialect": dialect},
+        ).ddl_if(dialect=dialect)
+        for dialect, duration in _DURATIONS.items()
+    ),
     # How long a technique's runs take.
     _partial("ix_runs_durations", "technique_id", "completed_at", where="status = 'completed'"),
     postgresql_with=_storage(fillfactor=85),
 )
+
+
+def run_duration(dialect: str) -> ColumnElement[Any]:
+    """How long a run took: an interval on PostgreSQL, on SQLite days."""
+    if dialect == "postgresql":
+        return type_coerce(runs.c.completed_at - runs.c.created_at, Interval())
+    days = func.julianday(runs.c.completed_at) - func.julianday(runs.c.created_at)
+    return type_coerce(days, Double())
+
 
 run_outputs: Final = Table(
     "run_outputs",

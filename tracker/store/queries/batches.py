@@ -264,12 +264,7 @@ async def entries(
         .order_by(batch_rows.c.position)
         .limit(limit)
     )
-    if outcome is not None or code is not None:
-        statement = with_outcomes(statement)
-    if outcome is not None:
-        statement = statement.where(_OUTCOME.in_([outcome]))
-    if code is not None:
-        statement = statement.where(_OUTCOME == RowOutcome.FAILED, _CODE.in_([code]))
+    statement = of_outcome(statement, outcome, code)
     async with db.read() as connection:
         return [
             BatchEntry(
@@ -419,6 +414,17 @@ _MESSAGE: Final = case(
     (runs.c.run_id.is_not(None), func.coalesce(runs.c.error_message, runs.c.last_error)),
     else_=func.coalesce(starts.c.error["message"].as_string(), batch_rows.c.error),
 )
+
+
+def of_outcome(statement: Select[Any], outcome: RowOutcome | None, code: str | None) -> Select[Any]:
+    """A statement about `batch_rows`, limited to an outcome, and to an error group by its code."""
+    if outcome is not None or code is not None:
+        statement = with_outcomes(statement)
+    if outcome is not None:
+        statement = statement.where(_OUTCOME.in_([outcome]))
+    if code is not None:
+        statement = statement.where(_OUTCOME == RowOutcome.FAILED, _CODE.in_([code]))
+    return statement
 
 
 def with_outcomes(statement: Select[Any]) -> Select[Any]:

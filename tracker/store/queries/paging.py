@@ -5,10 +5,21 @@ Pages are read by key, not by offset, so that rows which come in meanwhile hide 
 
 import base64
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import ColumnElement, Integer, Row, Select, literal, tuple_
+from sqlalchemy import (
+    ColumnElement,
+    DateTime,
+    Double,
+    Integer,
+    Interval,
+    Row,
+    Select,
+    literal,
+    tuple_,
+)
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tracker.core.errors import FieldFault, InvalidRequest
@@ -60,19 +71,42 @@ async def newest_first(
 
 
 def after(key: Sequence[ColumnElement[Any]], cursor: str | None) -> list[ColumnElement[bool]]:
-    """The condition for rows after the cursor, newest first; none without a cursor."""
+    """The condition for rows after the cursor, in descending order; none without a cursor."""
     if cursor is None:
         return []
-    first, text = decode(cursor)
+    shown, text = decode(cursor)
     try:
-        moment = datetime.fromisoformat(first).astimezone(UTC)
+        value = _from_text(shown, key[0])
         last = int(text) if isinstance(key[1].type, Integer) else text
-    except (ValueError, OverflowError) as exc:
+    except (ValueError, ArithmeticError) as exc:
         raise refusal() from exc
     if isinstance(last, int) and abs(last) >= 2**63:
         raise refusal()
     # Typed literals: the driver would bind a bare datetime in a format of its own.
-    return [tuple_(*key) < tuple_(literal(moment, key[0].type), literal(last, key[1].type))]
+    first = literal(value, key[0].type)
+    later = tuple_(*key) < tuple_(first, literal(last, key[1].type))
+    # SQLite enters an index of an expression by a plain comparison alone.
+    return [key[0] <= first, later] if isinstance(value, float) else [later]
+
+
+def as_text(value: datetime | timedelta | Decimal | float) -> str:
+    """The first value of a key as a cursor holds it."""
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return str(value // timedelta(microseconds=1) if isinstance(value, timedelta) else value)
+
+
+def _from_text(text: str, column: ColumnElement[Any]) -> datetime | timedelta | Decimal | float:
+    """The inverse of `as_text`. Raises `ValueError` or `ArithmeticError` for another type."""
+    kind = column.type
+    if isinstance(kind, Interval):
+        return timedelta(microseconds=int(text))
+    if isinstance(kind, DateTime) or isinstance(getattr(kind, "impl", None), DateTime):
+        return datetime.fromisoformat(text).astimezone(UTC)
+    number = Decimal(text)
+    if not number.is_finite():
+        raise ValueError(text)
+    return float(number) if isinstance(kind, Double) else number
 
 
 def refusal() -> InvalidRequest:

@@ -1,16 +1,17 @@
-"""Search runs by several filters, with bounded work.
+"""Search runs by several filters and sort them, with bounded work.
 
-The most selective filter with an index yields runs newest first. All others, and text, are applied
-to a window of those runs; if the window ends before the page is full, the result says how far back
-it searched, and the next page continues there.
+The most selective filter with an index yields runs, in the order wanted. All others, and text, are
+applied to a window of those runs; if the window ends before the page is full, the result says so,
+and the next page continues there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final
+from enum import StrEnum
+from typing import Any, Final, NamedTuple
 
-from sqlalchemy import ColumnElement, Select, and_, or_, select
+from sqlalchemy import ColumnElement, Select, and_, func, or_, select, true
 from sqlalchemy.sql.util import ClauseAdapter
 
 from tracker.core.record import Record
@@ -20,11 +21,12 @@ from tracker.store.engine import Database
 from tracker.store.queries import paging
 from tracker.store.queries import runs as read
 from tracker.store.queries.runs import has_status, is_tracked_as
+from tracker.store.queries.sheet_rows import has_value, run_ids_of
 from tracker.store.rows import RUN_COLUMNS, read_records
-from tracker.store.schema import runs, word
+from tracker.store.schema import run_duration, runs, word
 
 WINDOW: Final = 10_000
-"""Runs that are searched for one page."""
+"""Runs that are searched for one page, and up to which results are counted."""
 
 STATES: Final[Mapping[str, ColumnElement[bool]]] = {
     "open": is_tracked_as(Tracking.ACTIVE),
@@ -49,6 +51,8 @@ _FEW: Final[Mapping[str, ColumnElement[bool]]] = {
 }
 """Rare states and the condition of their index: the best leading filter."""
 
+_ALL: Final = 10**9
+
 _TEXTS: Final = (
     "run_id",
     "technique_name",
@@ -60,12 +64,21 @@ _TEXTS: Final = (
 )
 
 
+class Sort(StrEnum):
+    """The order of results, always descending. By cost or duration only runs that have one are
+    found."""
+
+    NEWEST = "newest"
+    COST = "cost"
+    DURATION = "duration"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
     """Filters; `None` matches all. `state` is one of `STATES`, `advice` a `RetryAdvice`.
 
-    `since` and `until` bound the creation time; `text` matches ids, the technique's name and
-    errors, ignoring case.
+    `since` and `until` bound the creation time. `text` matches ids, the technique's name, errors
+    and the values of inputs, ignoring case, and runs by id that `among` names.
     """
 
     state: str | None = None
@@ -73,20 +86,31 @@ class Wanted:
     technique_id: str | None = None
     workspace_id: str | None = None
     project_id: str | None = None
+    batch_id: str | None = None
     tag: str | None = None
     since: datetime | None = None
     until: datetime | None = None
     text: str | None = None
+    among: tuple[str, ...] = ()
+    sort: Sort = Sort.NEWEST
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """A page of runs, newest first. `searched_to` is how far back the search went, if the window
-    ended before the page was full. The next page, if any, starts after `next_cursor`."""
+    """A page of runs. `searched_to` is the last key that was searched (a time, cost or duration),
+    if the window ended before the page was full. The next page, if any, starts after
+    `next_cursor`."""
 
     records: list[Record]
     next_cursor: str | None = None
-    searched_to: datetime | None = None
+    searched_to: Any = None
+
+
+class Total(NamedTuple):
+    """How many runs match; `more` if only the newest ones were counted."""
+
+    runs: int
+    more: bool
 
 
 async def search_runs(
@@ -106,41 +130,111 @@ async def search_runs(
         exact = await read.get_run(db, wanted.text)
         if exact is not None:
             return Found(records=[exact])
-    leading, others = _conditions(wanted)
-    if wanted.tag is not None:
-        (others if leading else leading).append(read.is_tagged(db, wanted.tag))
-    through = _within_time(
-        select(*RUN_COLUMNS)
-        .where(*paging.after(read.NEWEST_FIRST, cursor), *leading)
-        .order_by(*(each.desc() for each in read.NEWEST_FIRST)),
-        wanted,
-    )
-    statement = through
-    if others:
-        searched = through.limit(window).subquery("searched")
-        adapt = ClauseAdapter(searched).traverse
-        matching = select(searched).where(*(adapt(each) for each in others))
-        statement = matching.order_by(searched.c.created_at.desc(), searched.c.run_id.desc())
+    search = _Search(db, wanted)
     async with db.read() as connection:
-        rows = (await connection.execute(statement.limit(limit + 1))).all()
+        if search.by_value and search.leading:
+            few = (await connection.execute(search.count(window + 1))).one()
+            search.sorts_all = few.candidates <= window
+        inside, outside = search.conditions(cursor)
+        rows = (await connection.execute(search.page(inside, outside, limit + 1, window))).all()
         page = await read_records(connection, rows[:limit])
         last: Any = None
-        if others and len(rows) <= limit:
-            keys = through.with_only_columns(runs.c.created_at, runs.c.run_id)
-            last = (await connection.execute(keys.offset(window - 1).limit(1))).first()
-    if len(rows) > limit:
-        return Found(records=page, next_cursor=paging.at(page[-1].created_at, page[-1].run.run_id))
-    if last is None:
+        keys = select(*search.key)
+        if len(rows) > limit:
+            last = await connection.execute(keys.where(runs.c.run_id == rows[limit - 1].run_id))
+        elif outside and not search.sorts_all:
+            window_end = keys.where(*inside).order_by(*search.descending)
+            last = await connection.execute(window_end.offset(window - 1).limit(1))
+        key = None if last is None else last.first()
+    if key is None:
         return Found(records=page)
     return Found(
         records=page,
-        next_cursor=paging.at(last.created_at, last.run_id),
-        searched_to=last.created_at,
+        next_cursor=paging.encode(paging.as_text(key[0]), key[1]),
+        searched_to=None if len(rows) > limit else key[0],
     )
 
 
+async def count_runs(db: Database, wanted: Wanted, *, window: int = WINDOW) -> Total:
+    """How many runs match, among at most `window` candidates."""
+    async with db.read() as connection:
+        found = (await connection.execute(_Search(db, wanted).count(window + 1))).one()
+    if wanted.batch_id is not None:
+        return Total(found.matching, more=False)
+    return Total(min(found.matching, window), found.candidates > window)
+
+
+class _Search:
+    """The statements of a search.
+
+    Newest first, the leading filter yields the window of candidates. By cost or duration the index
+    of that value does, unless the leading filter leaves so few that it `sorts_all` of them.
+    """
+
+    def __init__(self, db: Database, wanted: Wanted) -> None:
+        self._wanted = wanted
+        self.leading, self._others = _conditions(db, wanted)
+        self._times = _within_time(wanted)
+        self.by_value = wanted.sort is not Sort.NEWEST
+        self.sorts_all = wanted.batch_id is not None
+        self._valued: list[ColumnElement[bool]] = []
+        first: ColumnElement[Any] = runs.c.created_at
+        if wanted.sort is Sort.COST:
+            first, self._valued = runs.c.charged_cost, [runs.c.charged_cost.is_not(None)]
+        elif wanted.sort is Sort.DURATION:
+            first, self._valued = run_duration(db.dialect), [runs.c.completed_at.is_not(None)]
+            self._others.append(runs.c.created_at_known)
+        self.key = (first, runs.c.run_id)
+        self.descending = [each.desc() for each in self.key]
+
+    def conditions(
+        self, cursor: str | None
+    ) -> tuple[list[ColumnElement[bool]], list[ColumnElement[bool]]]:
+        """The conditions on candidates, and those on the window of them."""
+        after = paging.after(self.key, cursor)
+        leading = [*self.leading, *self._times]
+        if self.sorts_all:
+            return leading, [*self._others, *self._valued, *after]
+        if self.by_value:
+            return [*self._valued, *after], [*leading, *self._others]
+        return [*leading, *after], self._others
+
+    def page(
+        self,
+        inside: list[ColumnElement[bool]],
+        outside: list[ColumnElement[bool]],
+        limit: int,
+        window: int,
+    ) -> Select[Any]:
+        """The runs of a page."""
+        candidates = select(*RUN_COLUMNS).where(*inside)
+        if not self.sorts_all:
+            candidates = candidates.order_by(*self.descending)
+            if not outside:
+                return candidates.limit(limit)
+        # The limit also keeps SQLite from applying the other filters first, by a worse index.
+        searched = candidates.limit(_ALL if self.sorts_all else window).subquery("searched")
+        adapt = ClauseAdapter(searched).traverse
+        matching = select(searched).where(*(adapt(each) for each in outside))
+        return matching.order_by(*(adapt(each) for each in self.descending)).limit(limit)
+
+    def count(self, limit: int) -> Select[int, int]:
+        """How many of at most `limit` candidates match: `matching` and `candidates`."""
+        outside = [*self._others, *self._valued]
+        columns = RUN_COLUMNS if outside else (runs.c.run_id,)
+        candidates = select(*columns).where(*self.leading, *self._times)
+        if self._wanted.batch_id is None:
+            newest = (each.desc() for each in read.NEWEST_FIRST)
+            candidates = candidates.order_by(*newest)
+        searched = candidates.limit(_ALL if self.sorts_all else limit).subquery("searched")
+        adapt = ClauseAdapter(searched).traverse
+        matching = func.count().filter(and_(true(), *(adapt(each) for each in outside)))
+        counts = (matching.label("matching"), func.count().label("candidates"))
+        return select(*counts).select_from(searched)
+
+
 def _conditions(
-    wanted: Wanted,
+    db: Database, wanted: Wanted
 ) -> tuple[list[ColumnElement[bool]], list[ColumnElement[bool]]]:
     """The leading condition, by index, if any; and the conditions for the window."""
     leading: list[ColumnElement[bool]] = []
@@ -150,6 +244,8 @@ def _conditions(
         (others if leading else leading).append(condition)
 
     state = wanted.state or ""
+    if wanted.batch_id is not None:
+        add(runs.c.run_id.in_(run_ids_of(wanted.batch_id)))
     if state in _FEW:
         add(_FEW[state])
     if wanted.advice is not None:
@@ -166,16 +262,26 @@ def _conditions(
         add(STATES[state])
     if state in ("details", "other", "conflict"):
         others.append(STATES[state])
+    if wanted.tag is not None:
+        add(read.is_tagged(db, wanted.tag))
     if wanted.text:
-        others.append(
-            or_(*(runs.c[name].icontains(wanted.text, autoescape=True) for name in _TEXTS))
-        )
+        others.append(_has_text(db, wanted.text, wanted.among))
     return leading, others
 
 
-def _within_time(statement: Select[Any], wanted: Wanted) -> Select[Any]:
+def _has_text(db: Database, text: str, among: Collection[str]) -> ColumnElement[bool]:
+    """The text is in one of the run's own values or inputs, or the run is `among` others."""
+    found = [runs.c[name].icontains(text, autoescape=True) for name in _TEXTS]
+    found.append(has_value(db, runs.c.inputs, "$[*].value", text))
+    if among:
+        found.append(runs.c.run_id.in_(among))
+    return or_(*found)
+
+
+def _within_time(wanted: Wanted) -> list[ColumnElement[bool]]:
+    times = []
     if wanted.since is not None:
-        statement = statement.where(runs.c.created_at >= wanted.since)
+        times.append(runs.c.created_at >= wanted.since)
     if wanted.until is not None:
-        statement = statement.where(runs.c.created_at <= wanted.until)
-    return statement
+        times.append(runs.c.created_at <= wanted.until)
+    return times

@@ -1,0 +1,154 @@
+"""The rows of batches as people look for them: by outcome, by error, by text, and by run."""
+
+from typing import Any, Final, NamedTuple
+
+from sqlalchemy import ColumnElement, Select, Text, and_, cast, func, literal, or_, select
+from sqlalchemy.dialects.postgresql import JSONPATH
+
+from tracker.core.row_key import key_parts
+from tracker.store.engine import Database
+from tracker.store.queries.batches import RowOutcome, of_outcome, with_outcomes
+from tracker.store.queries.starts import StartRow
+from tracker.store.schema import batch_rows, batches, starts
+from tracker.store.text import dump_json
+
+RECENT_BATCHES: Final = 1_000
+RECENT_ROWS: Final = 50_000
+"""The newest batches, and rows of them, that a text is searched in."""
+MATCHES: Final = 1_000
+"""Runs that a search by text finds through their rows."""
+
+
+class RowOfBatch(NamedTuple):
+    """A row, by its batch and position. `run_id` is its present run, `attempts` how many there were
+    before that one."""
+
+    batch_id: str
+    name: str
+    position: int
+    run_id: str | None
+    attempts: int
+    carried: dict[str, str]
+
+
+class SheetMatches(NamedTuple):
+    """What a text finds in batches: their ids and names, rows by their carried cells, and the runs
+    of both."""
+
+    batches: list[tuple[str, str]]
+    rows: list[RowOfBatch]
+    run_ids: tuple[str, ...]
+
+
+async def page_starts(
+    db: Database,
+    batch_id: str,
+    *,
+    outcome: RowOutcome | None = None,
+    code: str | None = None,
+    limit: int,
+) -> list[int]:
+    """Where each page of `limit` rows begins (see `batches.entries`): after which position."""
+    number = func.row_number().over(order_by=batch_rows.c.position).label("number")
+    rows = select(batch_rows.c.position, number).where(batch_rows.c.batch_id == batch_id)
+    numbered = of_outcome(rows, outcome, code).subquery()
+    first = numbered.c.number % limit == 1 % limit
+    statement = select(numbered.c.position - 1).where(first).order_by(numbered.c.position)
+    async with db.read() as connection:
+        return list((await connection.execute(statement)).scalars())
+
+
+def run_ids_of(batch_id: str) -> Select[Any]:
+    """The ids of the runs of a batch."""
+    return with_outcomes(select(starts.c.run_id)).where(
+        batch_rows.c.batch_id == batch_id, starts.c.run_id.is_not(None)
+    )
+
+
+async def rows_of_start(db: Database, start: StartRow, *, limit: int = 3) -> list[RowOfBatch]:
+    """The rows that a start was made for, those of the newest batches first. A row keeps the starts
+    of its earlier attempts."""
+    parts = key_parts(start.idempotency_key)
+    if parts is None:
+        return []
+    digest, turn = parts
+    statement = _row_statement().where(
+        batch_rows.c.row_digest == digest,
+        batch_rows.c.generation == turn.generation,
+        batch_rows.c.attempt >= turn.attempt,
+        batches.c.workspace_slot == start.workspace_slot,
+    )
+    newest = statement.order_by(batches.c.created_at.desc(), batch_rows.c.position).limit(limit)
+    async with db.read() as connection:
+        return [RowOfBatch(*row) for row in await connection.execute(newest)]
+
+
+async def search_sheets(db: Database, text: str, *, limit: int = 5) -> SheetMatches:
+    """Batches whose name or id has this text, and rows with it in a carried cell, ignoring case.
+
+    Searched are the newest batches; `limit` is for the batches and for the rows.
+    """
+    recent = (
+        select(batches.c.batch_id, batches.c.name, batches.c.created_at)
+        .order_by(batches.c.created_at.desc(), batches.c.batch_id.desc())
+        .limit(RECENT_BATCHES)
+        .subquery("recent")
+    )
+    named = (
+        select(recent.c.batch_id, recent.c.name)
+        .where(
+            or_(*(recent.c[name].icontains(text, autoescape=True) for name in ("name", "batch_id")))
+        )
+        .order_by(recent.c.created_at.desc())
+        .limit(limit)
+    )
+    carrying = (
+        select(batch_rows.c.batch_id, batch_rows.c.position, batch_rows.c.carried)
+        .join(recent, recent.c.batch_id == batch_rows.c.batch_id)
+        .where(batch_rows.c.carried.is_not(None))
+        .limit(RECENT_ROWS)
+        .subquery("carrying")
+    )
+    cells = (
+        select(carrying.c.batch_id, carrying.c.position)
+        .where(has_value(db, carrying.c.carried, "$.*", text))
+        .limit(MATCHES)
+        .subquery("cells")
+    )
+    rows = _row_statement().join(
+        cells,
+        and_(cells.c.batch_id == batch_rows.c.batch_id, cells.c.position == batch_rows.c.position),
+    )
+    async with db.read() as connection:
+        in_batches = [(row.batch_id, row.name) for row in await connection.execute(named)]
+        in_rows = [RowOfBatch(*row) for row in await connection.execute(rows)]
+        of_batches: list[str] = []
+        if in_batches:
+            ids = with_outcomes(select(starts.c.run_id)).where(
+                batch_rows.c.batch_id.in_([batch_id for batch_id, _ in in_batches]),
+                starts.c.run_id.is_not(None),
+            )
+            of_batches = list((await connection.execute(ids.limit(MATCHES))).scalars())
+    run_ids = [row.run_id for row in in_rows if row.run_id is not None] + of_batches
+    return SheetMatches(in_batches, in_rows[:limit], tuple(dict.fromkeys(run_ids)))
+
+
+def has_value(
+    db: Database, column: ColumnElement[Any], path: str, text: str
+) -> ColumnElement[bool]:
+    """A value of a JSON column at `path` (`$.*` or `$[*].value`) has this text, ignoring case."""
+    as_json = dump_json(text)[1:-1]
+    if db.dialect == "postgresql":
+        values = func.jsonb_path_query_array(column, cast(path, JSONPATH))
+        return cast(values, Text).icontains(as_json, autoescape=True)
+    each = func.json_each(column).table_valued("value")
+    value = each.c.value if path == "$.*" else func.json_extract(each.c.value, "$.value")
+    found = select(literal(1)).select_from(each)
+    found = found.where(cast(value, Text).icontains(text, autoescape=True))
+    # Most do not have it at all: only those that do are parsed.
+    return and_(cast(column, Text).icontains(as_json, autoescape=True), found.exists())
+
+
+def _row_statement() -> Select[Any]:
+    columns = (batch_rows.c.batch_id, batches.c.name, batch_rows.c.position, starts.c.run_id)
+    return with_outcomes(select(*columns, batch_rows.c.attempt, batch_rows.c.carried))
