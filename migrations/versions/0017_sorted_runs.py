@@ -4,8 +4,8 @@ While this runs, and until every process has been restarted, THE OLD CODE IS STI
 the new schema. It does not use the new indexes. On PostgreSQL they are made beside the work, which
 waits for nothing; where that was interrupted it begins again.
 
-Revision: 0016
-Follows: 0015
+Revision: 0017
+Follows: 0016
 """
 
 from collections.abc import Iterator
@@ -14,8 +14,8 @@ from contextlib import contextmanager
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0016"
-down_revision = "0015"
+revision = "0017"
+down_revision = "0016"
 branch_labels = None
 depends_on = None
 
