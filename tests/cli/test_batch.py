@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openpyxl
 import pytest
 import typer
 
@@ -74,10 +75,12 @@ def test_a_sheet_becomes_runs_and_results(flora: Commands) -> None:
     done = flora("batch", "icon-pack", "icons.csv", *limit, "--output", "results.csv")
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
-    assert "Columns that match no input: note" in done.stderr
-    assert "3 of 3 started, 3 completed, at least $0.75" in done.stderr
+    assert "Columns carried into the results: note" in done.stderr
+    assert "Line 4 repeats line 2: it is a run of its own, $0.25 more" in done.stderr
+    assert "3 of 3 completed, $0.75 so far" in done.stderr
+    assert "3 of 3 rows completed, at least $0.75, " in done.stderr
     rows = read(flora.folder / "results.csv")
-    assert [row["input.prompt"] for row in rows] == PROMPTS
+    assert [(row["note"], row["input.prompt"]) for row in rows] == [("x", one) for one in PROMPTS]
     assert {(row["status"], row["cost"]) for row in rows} == {("completed", "0.25")}
     assert {row["run_id"] for row in rows} == {run["run_id"] for run in begun(flora)}
     assert all(row[f"output.{number}"].startswith("http") for row in rows for number in range(1, 5))
@@ -102,7 +105,7 @@ def test_a_wrong_sheet_is_refused_whole(flora: Commands) -> None:
     assert [one["line"] for one in json.loads(done.stdout)["problems"]] == [3, 4]
     assert done.stderr.splitlines() == [
         "faces.csv: line 3, column 'face': face must be an https link",
-        "faces.csv: line 4: the line has 2 cells, the header only 1",
+        "faces.csv: line 4: the line has more cells than the header, which has 1",
         "tracker: 2 problems in the sheet; nothing was started",
     ]
     assert begun(flora) == []
@@ -111,6 +114,45 @@ def test_a_wrong_sheet_is_refused_whole(flora: Commands) -> None:
     (row,) = json.loads(some.stdout)["rows"]
     assert (row["row"], row["line"], row["status"]) == (1, 2, "pending")
     assert "line 3, column 'face'" in some.stderr
+
+
+SHEETS = {
+    "excel.csv": "SKU;prompt;client\r\n0001;Café für Zürich;A\r\n0002;Tee;B\r\n".encode("cp1252"),
+    "unicode.txt": "SKU\tprompt\tclient\n0001\tCafé für Zürich\tA\n0002\tTee\tB\n".encode("utf-16"),
+    "plain.csv": "SKU,prompt,client\n0001,Café für Zürich,A\n0002,Tee,C\n".encode(),
+}
+
+
+def test_every_sheet_of_excel_is_read(flora: Commands) -> None:
+    """A workbook, `;` with cp1252, and UTF-16 with tabs are the same rows; the columns that are no
+    input are in the results, in the sheet's own form, and start nothing again when they change."""
+    book = openpyxl.Workbook()
+    for row in ("SKU", "prompt", "client"), ("0001", "Café für Zürich", "A"), ("0002", "Tee", "B"):
+        book.active.append(row)
+    book.save(flora.folder / "products.xlsx")
+    for name, content in SHEETS.items():
+        (flora.folder / name).write_bytes(content)
+    done = flora("batch", "icon-pack", "products.xlsx", "--output", "results.csv")
+    assert done.returncode == 0, done.stderr
+    text = (flora.folder / "results.csv").read_text("utf-8")
+    assert text.startswith("\ufeffSKU,client,row,line,")
+    assert [line.split(",")[:2] for line in text.splitlines()[1:]] == [["0001", "A"], ["0002", "B"]]
+    for name, detected in {
+        "excel.csv": "delimiter ';', encoding cp1252 (Windows), as in 'Café für Zürich'",
+        "unicode.txt": "delimiter tab, encoding UTF-16",
+        "plain.csv": None,
+    }.items():
+        done = flora("batch", "icon-pack", name, "--output", "results.csv")
+        assert done.returncode == 0, done.stderr
+        assert (f"{name}: read with {detected}" in done.stderr) == bool(detected)
+        assert "Nothing to start: 2 rows, all started before for $0.50 so far" in done.stderr
+    (batch,) = flora.json("batches", "list")["batches"]
+    shown = flora.json("batches", "show", batch["batch_id"])
+    assert shown["batch"]["columns"] == ["SKU", "client"]
+    assert [row["carried"]["client"] for row in shown["rows"]] == ["A", "C"]
+    flora("batch", "icon-pack", "excel.csv", "--output", "results.csv")
+    assert (flora.folder / "results.csv").read_text("utf-8").startswith("\ufeffSKU;client;row;")
+    assert len(begun(flora)) == 2
 
 
 def test_sheets_come_in_several_forms(flora: Commands) -> None:
@@ -129,7 +171,7 @@ def test_sheets_come_in_several_forms(flora: Commands) -> None:
 
 
 def test_runs_that_fail_are_status_1(tracker: Commands, stack: ExitStack) -> None:
-    """Each is named with its line and why; the results say so too."""
+    """One line for each cause, with its count, its lines and what to do, and the next command."""
     simulate(tracker, stack, "--run-seconds", "0.2", "--failures", "100%")
     tracker.environ["TRACKER_POLL_INTERVAL"] = "0.1"
     (tracker.folder / "icons.csv").write_text(SHEET)
@@ -137,9 +179,18 @@ def test_runs_that_fail_are_status_1(tracker: Commands, stack: ExitStack) -> Non
     assert done.returncode == 1
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["status"] for row in rows} == {"failed"}
-    for row in rows:
-        expected = f"tracker: line {row['line']}: run {row['run_id']} failed: {row['error']}"
-        assert expected in done.stderr.splitlines()
+    lines = done.stderr.splitlines()
+    for error in {row["error"] for row in rows}:
+        count = sum(row["error"] == error for row in rows)
+        assert [
+            line for line in lines if line.startswith(f"tracker: {count} failed: {error} (line")
+        ]
+    assert any("0 of 3 rows completed, 3 failed, " in line for line in lines)
+    retried = [row for row in rows if row["retry_advice"] in ("retry_now", "retry_later")]
+    assert retried
+    assert lines[lines.index("Next:") + 1].startswith(
+        f"  tracker batch icon-pack icons.csv --results jsonl --retry-failed  # {len(retried)} row"
+    )
 
 
 async def test_an_interrupt_is_status_130_and_loses_nothing(flora: Commands) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tracker.cli.batch import progress_text
+from tracker.cli.batch_report import progress_text
 from tracker.cli.batches import Results, results_format, show_rows
 from tracker.core.observation import Source
 from tracker.core.record import Record
@@ -174,13 +174,20 @@ def test_the_form_follows_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     assert results_format(None, None) is Results.TABLE
 
 
-def test_progress_is_told_in_words() -> None:
-    """Counts that are not zero, the cost, and what is waited for."""
+def test_progress_fits_the_terminal() -> None:
+    """Counts that are not zero, what is waited for and the cost, in at most 79 columns; what does
+    not fit is left out."""
     tally = BatchCounts(rows=9, started=5, active=2, completed=2, failed=1, unresolved=1)
     tally.cost = Decimal("0.500000")
-    assert progress_text(BatchProgress(counts=tally, left=3, errors=1, paused=4.6)) == (
-        "5 of 9 started, 2 running, 2 completed, 1 failed, 1 could not be started, $0.50, "
-        "rate-limited by FLORA for 5 s"
+    progress = BatchProgress(counts=tally, left=3, errors=1, paused=4.6)
+    assert progress_text(progress) == (
+        "5 of 9 started, 2 running, 1 failed, 1 not startable, rate-limited for 5 s"
     )
-    assert "waiting for the outcome of 3" in progress_text(BatchProgress(counts=tally, doubt=3))
+    assert "3 unanswered" in progress_text(BatchProgress(counts=tally, doubt=3))
     assert "next start in 80 s" in progress_text(BatchProgress(counts=tally, held=80.0))
+    large = BatchCounts(rows=20_000, started=20_000, active=1500, completed=15_000, failed=3500)
+    large.cost, large.not_final = Decimal("12345.25"), 1
+    busy = BatchProgress(counts=large, doubt=12, held=80.0, errors=7)
+    for width in (50, 79):
+        assert len(progress_text(busy, 60_000, width=width)) <= width
+    assert progress_text(busy, width=50) == "15000 of 20000 completed, 1500 running"

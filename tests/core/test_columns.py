@@ -3,7 +3,8 @@
 import pytest
 
 from tracker.core.inputs import Port
-from tracker.starting.sheet import ColumnMapping, SheetReading, read_csv, read_jsonl, read_rows
+from tracker.starting.columns import ColumnMapping, SheetReading, read_rows
+from tracker.starting.sheet import read_csv, read_jsonl
 
 FACE = Port(id="face", type="imageUrl", name="Face photo")
 PROMPT = Port(id="prompt", type="text")
@@ -96,9 +97,10 @@ def test_every_row_that_does_not_fit_is_named() -> None:
 def test_a_missing_column_is_named_once() -> None:
     """Not once for each row, and with what to do; what may be left out is not missed."""
     assert said(reading("a,b\n1,2\n3,4\n", FACE, STYLE)) == [
-        "line 1: there is no column for the input 'face' (imageUrl); use --map face=COLUMN"
+        "line 1: there is no column for the input 'face' (imageUrl); use "
+        "--map face=COLUMN, where COLUMN is one of a, b"
     ]
-    assert said(reading("a;face\n1;x\n", FACE)) == [
+    assert said(read_rows(read_csv(b"a;face\n1;x\n", delimiter=","), [FACE])) == [
         "line 1: there is no column for the input 'face' (imageUrl); "
         "if the cells are separated by ';', use --delimiter ';'"
     ]
@@ -113,7 +115,7 @@ def test_a_missing_column_is_named_once() -> None:
         ),
         (
             ColumnMapping("prompt", "c"),
-            "column 'c': the sheet has no such column; it has prompt, b, b",
+            "column 'c': the sheet has no such column; it has prompt, b, b (2)",
         ),
         (ColumnMapping("prompt", "b"), "column 'b': there are several columns of this name"),
     ],
@@ -133,9 +135,9 @@ def test_columns_that_both_fit_are_not_guessed() -> None:
 
 def test_a_cell_that_cannot_be_read_is_named_once() -> None:
     """What is wrong with a cell as such is not followed by complaints about its input."""
-    sheet = read_jsonl(b'{"prompt": 4}\n{"prompt": "ok"}\n')
+    sheet = read_jsonl(b'{"prompt": {}, "note": {}}\n{"prompt": "ok"}\n')
     assert said(read_rows(sheet, [PROMPT])) == [
-        "line 1, column 'prompt': must be text, not a number"
+        "line 1, column 'prompt': must be text, not an object"
     ]
 
 
@@ -148,4 +150,4 @@ def test_a_sheet_saved_again_asks_for_the_same() -> None:
 
 def test_a_sheet_without_rows_is_a_problem() -> None:
     """A header alone starts nothing, and says so."""
-    assert said(reading("prompt\n", PROMPT)) == ["line 1: the sheet has no rows"]
+    assert said(reading("prompt\n", PROMPT)) == ["line 1: the sheet has no rows below its header"]

@@ -1,24 +1,28 @@
-"""`tracker batch`: start a run for each row of a file, once each."""
+"""`tracker batch`: start a run for each row of a file, once each, and keep the outputs as files."""
 
 import asyncio
 import sys
-from collections.abc import Sequence
+import time
 from decimal import Decimal, InvalidOperation
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tracker.cli.batches import (
-    OutputOption,
-    ResultsOption,
-    check_output,
-    cost_text,
-    print_batch,
+from tracker.cli.batch_report import (
+    BatchScreen,
+    bar_columns,
+    confirmed,
+    intention,
+    print_plan,
+    report_next_steps,
+    report_outcome,
+    report_plan,
+    report_problems,
 )
-from tracker.cli.output import JsonFlag, note, plain, print_json, print_table
-from tracker.cli.progress import Screen, cell, screen
+from tracker.cli.batches import OutputOption, ResultsOption, check_output, print_batch
+from tracker.cli.output import JsonFlag, note, print_json
+from tracker.cli.progress import screen
 from tracker.cli.setup import (
     TagOption,
     TechniqueArgument,
@@ -30,25 +34,13 @@ from tracker.cli.setup import (
 from tracker.core.errors import TrackerError
 from tracker.core.formatting import counted, money
 from tracker.core.tags import check_key
+from tracker.starting.sheet import Sheet, SheetFormat, SheetRefused, read_sheet
 
 if TYPE_CHECKING:
-    from rich.progress import ProgressColumn
-
     from tracker.services import Services
-    from tracker.starting.batch import BatchOutcome, BatchProgress
+    from tracker.starting.batch import BatchOutcome
     from tracker.starting.batch_rows import BatchPlan
-    from tracker.starting.sheet import ColumnMapping, Sheet, SheetProblem
-
-_NAMED: Final = 20
-"""How many rows that did not complete are named on stderr; the results hold all of them."""
-_STATUS_SECONDS: Final = 5.0
-
-
-class FileFormat(StrEnum):
-    """The format of a file of rows."""
-
-    CSV = "csv"
-    JSONL = "jsonl"
+    from tracker.starting.columns import ColumnMapping
 
 
 def _parse_amount(text: str) -> Decimal:
@@ -64,7 +56,7 @@ def _parse_amount(text: str) -> Decimal:
 def batch(
     technique: TechniqueArgument,
     file: Annotated[
-        str, typer.Argument(metavar="FILE", help="CSV or JSON lines in UTF-8; - reads stdin.")
+        str, typer.Argument(metavar="FILE", help="Excel (.xlsx), CSV or JSON lines; - reads stdin.")
     ],
     map_: Annotated[
         list[str] | None,
@@ -134,12 +126,24 @@ def batch(
     wait: Annotated[
         bool, typer.Option("--wait/--no-wait", help="Wait until all runs have ended.")
     ] = True,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Start without asking. Only a terminal is asked.")
+    ] = False,
     format_: Annotated[
-        FileFormat | None,
-        typer.Option("--format", help="Format of FILE. Default: by its ending, else csv."),
+        SheetFormat | None,
+        typer.Option("--format", help="Format of FILE. Default: by content and ending, else csv."),
+    ] = None,
+    sheet_name: Annotated[
+        str | None,
+        typer.Option("--sheet", metavar="NAME", help="Sheet of a workbook. Default: the first."),
     ] = None,
     delimiter: Annotated[
-        str | None, typer.Option(metavar="C", help="CSV delimiter: , or ; or tab.")
+        str | None,
+        typer.Option(metavar="C", help="CSV delimiter: one character or tab. Default: detected."),
+    ] = None,
+    encoding: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Encoding, such as cp1252. Default: detected."),
     ] = None,
     results: ResultsOption = None,
     output: OutputOption = None,
@@ -151,8 +155,6 @@ def batch(
     technique's inputs by name. An invalid row refuses the whole file before anything is paid. Exit
     status 1 if a row did not complete.
     """
-    from tracker.starting.sheet import SheetRefused
-
     if again + retry_failed + retry_all > 1:
         raise typer.BadParameter(
             "cannot be combined with one another", param_hint="--again, --retry-failed, --retry-all"
@@ -160,8 +162,12 @@ def batch(
     mappings = [_mapping(text) for text in map_ or []]
     tags, tag_columns = parsed_tags(tag), dict(_tag_column(text) for text in tag_column or [])
     check_output(results, output)
-    sheet = _read(file, format_, delimiter)
+    sheet = _read(file, format_, delimiter, encoding, sheet_name)
     name = "stdin" if file == "-" else Path(file).name
+
+    if sheet.detected:
+        note(f"{name}: read with {sheet.detected}")
+    began = time.monotonic()
 
     async def work(services: "Services") -> "tuple[BatchPlan, bool, BatchOutcome | None]":
         from tracker.starting.batch_rows import Retry
@@ -181,23 +187,24 @@ def batch(
                 tags=tags,
                 tag_columns=tag_columns,
             )
-        _report_problems(name, skipped)
-        if plan.unmapped:
-            note(f"Columns that match no input: {', '.join(filter(None, plan.unmapped))}")
+        report_problems(name, skipped)
+        report_plan(plan)
         if retry is not None:
             for row in plan.to_change:
                 note(f"line {row.entry.line}: change the input: {row.why or ''}")
         _check_cost(plan, max_cost)
         if dry_run:
             return plan, bool(skipped), None
-        note(_intention(plan))
+        note(intention(plan))
+        if not (yes or await confirmed(plan)):
+            raise TrackerError("nothing was started")
         try:
-            with screen(_columns) as shown:
+            with screen(bar_columns) as shown:
                 outcome = await services.batches.run(
                     plan,
                     concurrency=concurrency or services.settings.tracker_api_concurrency,
                     wait=wait,
-                    on_progress=_BatchScreen(shown, name).show,
+                    on_progress=BatchScreen(shown, name).show,
                     max_cost=max_cost,
                     wait_for_budget=wait_for_budget,
                 )
@@ -211,7 +218,7 @@ def batch(
             work, needs_key=True, concurrency=concurrency, actor="batch"
         )
     except SheetRefused as refused:
-        _report_problems(name, refused.problems)
+        report_problems(name, refused.problems)
         if as_json:
             print_json(
                 {
@@ -223,19 +230,25 @@ def batch(
             )
         raise
     if outcome is None:
-        _print_plan(plan, as_json=as_json)
+        print_plan(plan, as_json=as_json)
         return 0
     print_batch(
         *(outcome.batch, outcome.counts, outcome.rows),
         results=results,
         output=output,
         as_json=as_json,
+        # The program that wrote the sheet can read the results.
+        delimiter=sheet.delimiter,
+        bom=sheet.bom,
     )
-    return max(_exit_status(outcome, waited=wait), int(skipped))
+    status = report_outcome(outcome, waited=wait, seconds=time.monotonic() - began)
+    at_hand = output is not None or as_json or not sys.stdout.isatty()
+    report_next_steps(outcome, plan, shown=at_hand, downloaded=False)
+    return max(status, int(skipped))
 
 
 def _mapping(text: str) -> "ColumnMapping":
-    from tracker.starting.sheet import ColumnMapping
+    from tracker.starting.columns import ColumnMapping
 
     name, equals, column = text.partition("=")
     input_id, colon, type_ = name.partition(":")
@@ -256,10 +269,17 @@ def _tag_column(text: str) -> tuple[str, str]:
         raise typer.BadParameter(f"{error}{advice}", param_hint="--tag-column") from error
 
 
-def _read(file: str, format_: FileFormat | None, delimiter: str | None) -> "Sheet":
+def _read(
+    file: str,
+    file_format: SheetFormat | None,
+    delimiter: str | None,
+    encoding: str | None,
+    sheet_name: str | None,
+) -> Sheet:
     """Read a file or stdin. Raises `BadParameter` where it cannot be read at all."""
-    from tracker.starting.sheet import read_csv, read_jsonl
-
+    delimiter = "\t" if delimiter in ("tab", "\\t") else delimiter
+    if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n'):
+        raise typer.BadParameter("must be one character, or tab", param_hint="--delimiter")
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     except OSError as error:
@@ -267,18 +287,18 @@ def _read(file: str, format_: FileFormat | None, delimiter: str | None) -> "Shee
             f"{file} cannot be read: {error.strerror}", param_hint="FILE"
         ) from error
     ending = "" if file == "-" else Path(file).suffix.lower()
-    if format_ is FileFormat.JSONL or (format_ is None and ending in (".jsonl", ".ndjson")):
-        return read_jsonl(data)
-    names = {None: "\t" if ending == ".tsv" else ",", "tab": "\t", "\\t": "\t"}
-    delimiter = names.get(delimiter, delimiter or "")
-    if len(delimiter) != 1 or delimiter in '"\r\n':
-        raise typer.BadParameter("must be one character, or tab", param_hint="--delimiter")
-    return read_csv(data, delimiter=delimiter)
-
-
-def _report_problems(name: str, problems: "Sequence[SheetProblem]") -> None:
-    for problem in problems:
-        note(f"{name}: {problem}")
+    if file_format is None and ending in (".jsonl", ".ndjson"):
+        file_format = SheetFormat.JSONL
+    try:
+        return read_sheet(
+            data,
+            file_format=file_format,
+            delimiter=delimiter or ("\t" if ending == ".tsv" else None),
+            encoding=encoding,
+            sheet_name=sheet_name,
+        )
+    except LookupError as error:
+        raise typer.BadParameter(f"{encoding!r} is not known", param_hint="--encoding") from error
 
 
 def _check_cost(plan: "BatchPlan", limit: Decimal | None) -> None:
@@ -295,135 +315,3 @@ def _check_cost(plan: "BatchPlan", limit: Decimal | None) -> None:
             f"starting {counted(len(plan.missing), 'row')} could cost {money(plan.cost)}, more "
             f"than --max-cost {money(limit)}; nothing was started"
         )
-
-
-def _intention(plan: "BatchPlan") -> str:
-    """What starting the batch does, in a sentence."""
-    missing, rows = len(plan.missing), len(plan.rows)
-    if not missing:
-        return f"Nothing to start: {counted(rows, 'row')}, all started before."
-    price = "price unknown" if plan.cost is None else f"at most {money(plan.cost)}"
-    before = f"; {rows - missing} started before" if rows > missing else ""
-    return f"To start: {missing} of {counted(rows, 'row')}, {price}{before}."
-
-
-def _print_plan(plan: "BatchPlan", *, as_json: bool) -> None:
-    """Print what a dry run found."""
-    from tracker.views import number_json
-
-    starts = [
-        {
-            "row": row.entry.position,
-            "line": row.entry.line,
-            "key": row.entry.key,
-            "inputs": row.inputs,
-        }
-        for row in plan.missing
-    ]
-    if as_json:
-        print_json(
-            {
-                "batch_id": plan.batch.batch_id,
-                "technique_id": plan.batch.technique_id,
-                "rows": len(plan.rows),
-                "to_start": len(starts),
-                "run_cost": number_json(plan.technique.run_cost),
-                "cost": number_json(plan.cost),
-                "starts": starts,
-            }
-        )
-        return
-    print_table(
-        ("row", "line", "key", "inputs"),
-        (
-            (
-                *(row.entry.position, row.entry.line, row.entry.key),
-                " ".join(f"{one['id']}={one['value']}" for one in row.inputs),
-            )
-            for row in plan.missing
-        ),
-    )
-    typer.echo(_intention(plan))
-
-
-class _BatchScreen:
-    """The progress of a batch: one bar on a terminal; elsewhere a line now and then."""
-
-    def __init__(self, screen: Screen, name: str) -> None:
-        self._screen = screen
-        self._name = name
-        self._stage: tuple[bool, bool] | None = None
-
-    def show(self, progress: "BatchProgress") -> None:
-        """Show how far the batch is."""
-        counts, text = progress.counts, progress_text(progress)
-        if self._screen.has_bars:
-            self._screen.bar(
-                self._name, done=counts.ended, total=counts.rows, text=lambda: (text, "")
-            )
-            return
-        stage = (progress.left == 0, counts.active == 0)
-        self._screen.status(text, seconds=_STATUS_SECONDS, now=stage != self._stage)
-        self._stage = stage
-
-
-def _columns() -> "Sequence[ProgressColumn]":
-    from rich.progress import BarColumn, MofNCompleteColumn
-
-    return BarColumn(), MofNCompleteColumn(), cell("text")
-
-
-def progress_text(progress: "BatchProgress") -> str:
-    """The progress of a batch in words: counts, cost, and what it waits for."""
-    counts = progress.counts
-    shown = {
-        "running": counts.active,
-        "completed": counts.completed,
-        "failed": counts.failed,
-        "lost": counts.lost,
-        "could not be started": progress.errors,
-    }
-    parts = [
-        f"{counts.started} of {counts.rows} started",
-        *(f"{count} {name}" for name, count in shown.items() if count),
-        cost_text(counts),
-    ]
-    if progress.left and progress.paused:
-        parts.append(f"rate-limited by FLORA for {progress.paused:.0f} s")
-    if progress.doubt:
-        parts.append(f"waiting for the outcome of {progress.doubt} unanswered starts")
-    if progress.held:
-        parts.append(f"next start in {progress.held:.0f} s")
-    if (over := progress.over_budget) is not None and over.renews_at is not None:
-        renews = f"{over.renews_at:%Y-%m-%d %H:%M}"
-        parts.append(f"waiting for the budget {over.budget}, which starts again at {renews} UTC")
-    return ", ".join(parts)
-
-
-def _exit_status(outcome: "BatchOutcome", *, waited: bool) -> int:
-    """0 where all rows completed (not `waited`: were started); else 1. Reports the others."""
-    bad = [row for row in outcome.rows if not (row.done if waited else row.started)]
-    # Rows that were never reached are covered by the reason why the command stopped.
-    named = [row for row in bad if row.why] if outcome.stopped else bad
-    for row in named[:_NAMED]:
-        run = "" if row.record is None else f"run {row.record.run.run_id} "
-        why = f": {row.why}" if row.why else ""
-        note(f"tracker: line {row.entry.line}: {run}{row.status}{why}")
-    if len(named) > _NAMED:
-        note(f"tracker: and {counted(len(named) - _NAMED, 'row')} more: see the results")
-    counts = outcome.counts
-    if outcome.stopped is not None:
-        from tracker.starting.batch import spans
-
-        left = [row.entry.line for row in outcome.rows if not row.started]
-        if left:
-            note(f"tracker: not started: {spans(left)}")
-        note(
-            f"tracker: stopped: {plain(outcome.stopped).rstrip('.')}. {counts.unstarted} of "
-            f"{counted(counts.rows, 'row')} not started; repeat the command to continue"
-        )
-    note(
-        f"Batch {outcome.batch.batch_id}: {counts.completed} of {counted(counts.rows, 'row')} "
-        f"completed, {cost_text(counts)}."
-    )
-    return 1 if bad or outcome.stopped is not None else 0

@@ -136,12 +136,18 @@ def print_batch(
     results: Results | None,
     output: Path | None,
     as_json: bool,
+    **csv_style: Any,
 ) -> None:
-    """Print a batch as JSON, or its rows as results; write the results to `output` in any case."""
+    """Print a batch as JSON, or its rows as results; write the results to `output` in any case.
+
+    `csv_style` are `delimiter` and `bom` of a CSV file.
+    """
     if as_json:
         print_json({"batch": _batch_json(batch, counts), "rows": [_row_json(row) for row in rows]})
     if output is not None or not as_json:
-        show_rows(rows, results_format(results, output), output)
+        show_rows(
+            rows, results_format(results, output), output, columns=batch.columns or (), **csv_style
+        )
 
 
 def results_format(results: Results | None, output: Path | None) -> Results:
@@ -154,8 +160,15 @@ def results_format(results: Results | None, output: Path | None) -> Results:
     return Results.TABLE if sys.stdout.isatty() else Results.CSV
 
 
-def show_rows(rows: "Sequence[RowState]", results: Results, output: Path | None) -> None:
-    """Print the rows, or write them to a file.
+def show_rows(
+    rows: "Sequence[RowState]",
+    results: Results,
+    output: Path | None,
+    *,
+    columns: Sequence[str] = (),
+    **csv_style: Any,
+) -> None:
+    """Print the rows, or write them to a file; `columns` are the carried ones.
 
     A file is replaced as a whole. A link is followed; a device or pipe is written to.
     """
@@ -164,12 +177,12 @@ def show_rows(rows: "Sequence[RowState]", results: Results, output: Path | None)
 
     shown = [_row_json(row) for row in rows]
     if results is Results.TABLE:
-        columns = ("row", "line", "key", "run_id", "status", "cost")
         print_table(
-            ("row", "line", "key", "run", "status", "cost", "outputs", "error"),
+            (*columns, "row", "line", "key", "run", "status", "cost", "outputs", "error"),
             (
                 (
-                    *(row[name] for name in columns),
+                    *(row["carried"].get(name) for name in columns),
+                    *(row[name] for name in ("row", "line", "key", "run_id", "status", "cost")),
                     " ".join(output["url"] for output in row["outputs"]),
                     row["error"],
                 )
@@ -181,7 +194,7 @@ def show_rows(rows: "Sequence[RowState]", results: Results, output: Path | None)
     if results is Results.JSONL:
         text = "".join(f"{json.dumps(row)}\n" for row in shown)
     else:
-        text = "".join(csv_lines(rows))
+        text = "".join(csv_lines(rows, columns, **(csv_style if output else {})))
     if output is None:
         sys.stdout.write(plain_lines(text) if sys.stdout.isatty() else text)
         return
@@ -200,6 +213,7 @@ def _row_json(row: "RowState") -> dict[str, Any]:
         "row": row.entry.position,
         "line": row.entry.line,
         "key": row.entry.key,
+        "carried": row.entry.carried,
         "run_id": None if row.start is None else row.start.run_id,
         "status": row.status,
         "cost": None if run is None else number_json(run.charged_cost),
@@ -223,6 +237,7 @@ def _batch_json(batch: "BatchRow", counts: "BatchCounts") -> dict[str, Any]:
         "batch_id": batch.batch_id,
         "technique_id": batch.technique_id,
         "name": batch.name,
+        "columns": batch.columns or [],
         "created_at": time_json(batch.created_at),
         "finished_at": None if batch.finished_at is None else time_json(batch.finished_at),
         "rows": counts.rows,

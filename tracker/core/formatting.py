@@ -1,5 +1,6 @@
 """Numbers, amounts, durations and sizes for people. An unknown value is never shown as 0."""
 
+from collections.abc import Sequence
 from datetime import timedelta
 from decimal import Decimal
 from typing import Final
@@ -72,3 +73,17 @@ def size(count: int) -> str:
 def counted(count: int, one: str, many: str | None = None) -> str:
     """A number with its noun: `1 run`, `2,000 runs`."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def line_numbers(lines: Sequence[int], most: int = 10) -> str:
+    """Lines of a file: `line 2`, `lines 2, 5-9`; beyond `most` parts the rest is counted."""
+    parts: list[list[int]] = []
+    for line in sorted(lines):
+        if parts and line == parts[-1][-1] + 1:
+            parts[-1][1:] = [line]
+        else:
+            parts.append([line])
+    shown = ", ".join("-".join(map(str, part)) for part in parts[:most])
+    rest = sum(part[-1] - part[0] + 1 for part in parts[most:])
+    shown += f" and {rest:,} more" if rest else ""
+    return f"line {shown}" if len(lines) == 1 else f"lines {shown}"

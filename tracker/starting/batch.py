@@ -22,6 +22,7 @@ from tracker.core.errors import (
     ServerFault,
     TrackerError,
 )
+from tracker.core.formatting import line_numbers
 from tracker.core.inputs import obstacle
 from tracker.core.row_key import batch_id, row_digests
 from tracker.core.tags import Tags
@@ -39,20 +40,17 @@ from tracker.starting.batch_rows import (
     turn_of,
 )
 from tracker.starting.catalogue import Catalogue
-from tracker.starting.recover import Recovery
-from tracker.starting.sheet import (
+from tracker.starting.columns import (
     ColumnMapping,
     InputRow,
-    Sheet,
-    SheetProblem,
     SheetReading,
-    SheetRefused,
-    SheetRow,
     mapping_of,
     read_rows,
     row_tags,
     rows_by,
 )
+from tracker.starting.recover import Recovery
+from tracker.starting.sheet import Sheet, SheetProblem, SheetRefused, SheetRow
 from tracker.starting.start import Starter
 from tracker.store.engine import Database
 from tracker.store.queries import batches
@@ -118,22 +116,10 @@ class DefinitionChanged(TrackerError):
         rows = "1 row that was" if len(lines) == 1 else f"{len(lines)} rows that were"
         super().__init__(
             f"the columns are read differently than when the batch began: {'; '.join(parts)}. "
-            f"{rows} started would start again ({spans(lines)}). "
+            f"{rows} started would start again ({line_numbers(lines)}). "
             "Nothing was started; --accept-changes starts them"
         )
         self.new, self.gone, self.lines = tuple(new), tuple(gone), tuple(lines)
-
-
-def spans(lines: Sequence[int]) -> str:
-    """Lines of a sheet in words: `line 2`, `lines 2, 5-9`."""
-    parts: list[list[int]] = []
-    for line in sorted(lines):
-        if parts and line == parts[-1][-1] + 1:
-            parts[-1][1:] = [line]
-        else:
-            parts.append([line])
-    shown = ", ".join("-".join(map(str, part)) for part in parts)
-    return f"line {shown}" if len(lines) == 1 else f"lines {shown}"
 
 
 @dataclass(kw_only=True, eq=False)

@@ -105,18 +105,19 @@ class RowState:
         run = None if self.record is None else self.record.run
         return run.retry_advice if run is not None and run.settled else None
 
+    @property
+    def retryable(self) -> bool:
+        """Whether FLORA's codes advise another attempt of a failed row: a temporary fault once, an
+        overload always."""
+        once = self.advice is RetryAdvice.RETRY_NOW and self.entry.turn.attempt == 0
+        return once or self.advice is RetryAdvice.RETRY_LATER
+
     def retried(self, row: PlannedRow, retry: Retry) -> PlannedRow:
         """The row for another attempt, if its run failed and is to be tried again."""
-        advice, turn = self.advice, row.entry.turn
-        if advice is None:
+        if self.advice is None or (retry is Retry.FAILED and not self.retryable):
             return row
-        not_before = None
-        if retry is Retry.FAILED:
-            not_before = self.retry_not_before
-            once = advice is RetryAdvice.RETRY_NOW and turn.attempt == 0
-            if not (once or advice is RetryAdvice.RETRY_LATER):
-                return row
-        entry = replace(row.entry, turn=turn.retried())
+        not_before = self.retry_not_before if retry is Retry.FAILED else None
+        entry = replace(row.entry, turn=row.entry.turn.retried())
         return replace(row, entry=entry, not_before=not_before)
 
     @property

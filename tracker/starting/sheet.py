@@ -1,48 +1,75 @@
-"""Sheets: CSV or JSON lines become rows of inputs, or a list of all problems.
+"""Sheets: CSV, JSON lines or a workbook become rows of cells, or a list of all problems.
 
 Reading does not stop at the first problem: each is noted with its line, and the caller decides.
-
-A column is the input whose id, or else name, it bears, in any case; an explicit mapping comes
-first. Nothing is guessed if two columns match.
+Delimiter and encoding of CSV are detected unless they are given.
 """
 
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from itertools import islice
 from typing import Any, Final
 
-from tracker.core.errors import FieldFault, TrackerError
-from tracker.core.inputs import Port, check
-from tracker.core.row_key import Input, canonical
-from tracker.core.tags import Tags, check_tags
+from tracker.core.errors import TrackerError
+from tracker.core.formatting import counted, line_numbers
 
 Values = tuple[str, ...]
 """One cell: one text, or several if a JSON line has a list."""
 
-_LINKS: Final = ("imageUrl", "videoUrl")
+DELIMITERS: Final = {",": "','", ";": "';'", "\t": "tab", "|": "'|'"}
+"""The delimiters that are detected, and their names."""
+
+_SAMPLE: Final = 50
+"""Records whose width is compared with the header's to detect the delimiter."""
 _FOREIGN: Final = {
-    b"PK\x03\x04": "is a workbook, not text: export it as CSV in UTF-8",
-    b"\xff\xfe": "is UTF-16: save it as UTF-8",
-    b"\xfe\xff": "is UTF-16: save it as UTF-8",
+    b"\xd0\xcf\x11\xe0": "is an old Excel workbook (.xls) or has a password: save it as .xlsx",
+    b"%PDF": "is a PDF: save the sheet as .xlsx or CSV",
 }
+_WORKBOOK: Final = b"PK\x03\x04"
+_UTF8: Final = re.compile(r"[^\x00-\x7f\udc80-\udcff]")
+
+
+class SheetFormat(StrEnum):
+    """The format of a file of rows."""
+
+    CSV = "csv"
+    JSONL = "jsonl"
+    XLSX = "xlsx"
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class SheetProblem:
     """A problem of a sheet. Lines count from 1; 0 is the whole sheet, an empty `column` the whole
-    line."""
+    line. `of_input` is a problem only if the column is an input."""
 
     line: int
     column: str
     message: str
+    of_input: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
-        line = f"line {self.line}" if self.line else ""
-        column = f"column {self.column!r}" if self.column else ""
-        where = ", ".join(filter(None, (line, column)))
-        return f"{where}: {self.message}" if where else self.message
+        return _located([self.line], self.column, self.message)
+
+
+def problem_lines(problems: Iterable[SheetProblem]) -> list[str]:
+    """One line for each cause: how many lines of the sheet have it, and which."""
+    causes: dict[tuple[str, str], list[int]] = {}
+    for one in sorted(problems):
+        causes.setdefault((one.column, one.message), []).append(one.line)
+    return [_located(lines, *cause) for cause, lines in causes.items()]
+
+
+def _located(lines: Sequence[int], column: str, message: str) -> str:
+    several = len(lines) > 1
+    line = counted(len(lines), "line") if several else f"line {lines[0]}" if lines[0] else ""
+    where = ", ".join(filter(None, (line, f"column {column!r}" if column else "")))
+    which = f" ({line_numbers(lines)})" if several else ""
+    return f"{where}: {message}{which}" if where else message
 
 
 class SheetRefused(TrackerError):
@@ -50,10 +77,8 @@ class SheetRefused(TrackerError):
 
     def __init__(self, problems: Iterable[SheetProblem]) -> None:
         self.problems = tuple(sorted(problems))
-        found = len(self.problems)
-        super().__init__(
-            f"{found} problem{'s' if found != 1 else ''} in the sheet; nothing was started"
-        )
+        found = counted(len(self.problems), "problem")
+        super().__init__(f"{found} in the sheet; nothing was started")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,55 +91,134 @@ class SheetRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sheet:
-    """A sheet. `header` is the line of the names, 0 if each row names its own cells."""
+    """A sheet. `header` is the line of the names, 0 if each row names its own cells.
 
-    columns: tuple[str, ...]
-    rows: tuple[SheetRow, ...]
-    problems: tuple[SheetProblem, ...]
+    `columns` have different names: the second of one name gets a number, and `repeated` holds the
+    name. `detected` says how the file was read where that is not the default. `delimiter` and
+    `bom` are how to write results for the program that wrote the sheet.
+    """
+
+    columns: tuple[str, ...] = ()
+    rows: tuple[SheetRow, ...] = ()
+    problems: tuple[SheetProblem, ...] = ()
     header: int = 0
+    repeated: frozenset[str] = frozenset()
+    detected: str = ""
+    delimiter: str = ","
+    bom: bool = False
 
 
-def read_csv(data: bytes, *, delimiter: str = ",") -> Sheet:
-    """A sheet from CSV in UTF-8, with or without a byte order mark; the first line names the
-    columns."""
-    if (foreign := _foreign(data)) is not None:
-        return foreign
+def read_sheet(
+    data: bytes,
+    *,
+    file_format: SheetFormat | None = None,
+    delimiter: str | None = None,
+    encoding: str | None = None,
+    sheet_name: str | None = None,
+) -> Sheet:
+    """A sheet from the bytes of a file: a workbook by its content, else CSV unless `file_format`
+    says otherwise.
+
+    `sheet_name` is the workbook's sheet, instead of the first. Raises `LookupError` for an unknown
+    `encoding`.
+    """
+    if data.startswith(_WORKBOOK) and file_format in (None, SheetFormat.XLSX):
+        from tracker.starting.workbook import read_workbook  # noqa: PLC0415 - few sheets are one
+
+        return read_workbook(data, sheet_name)
+    if file_format is SheetFormat.XLSX:
+        return refused("the file is no Excel workbook (.xlsx)")
+    if file_format is SheetFormat.JSONL:
+        return read_jsonl(data, encoding=encoding)
+    return read_csv(data, delimiter=delimiter, encoding=encoding)
+
+
+def read_csv(data: bytes, *, delimiter: str | None = None, encoding: str | None = None) -> Sheet:
+    """A sheet from CSV; the first line names the columns."""
+    text, encoding_found = _decoded(data, encoding)
+    if isinstance(text, Sheet):
+        return text
+    detected = [encoding_found] if encoding_found else []
+    hint = re.match(r"sep=(.)\r?\n", text)  # Excel's own first line
+    if delimiter is None:
+        delimiter = hint[1] if hint else _detected_delimiter(text)
+        if delimiter != ",":
+            detected.insert(0, f"delimiter {DELIMITERS.get(delimiter, repr(delimiter))}")
     problems: list[SheetProblem] = []
-    records = _records(_text(data), delimiter, problems)
-    header, names = next(records, (1, []))
-    columns = [name.strip() for name in names]
-    if not columns:
+    records = _records(text, delimiter, problems)
+    if hint:
+        next(records, None)
+    return sheet_of(
+        records,
+        problems,
+        detected=", ".join(detected),
+        delimiter=delimiter,
+        bom=not data.isascii() and (bool(encoding_found) or data.startswith(b"\xef\xbb\xbf")),
+    )
+
+
+def sheet_of(
+    records: Iterable[tuple[int, list[str]]], problems: list[SheetProblem], **facts: Any
+) -> Sheet:
+    """A sheet of records, each with its line; the first names the columns. `facts` are further
+    fields of the sheet."""
+    remaining = iter(records)
+    header, titles = next(remaining, (1, []))
+    found = list(remaining)
+    titles = [title.strip() for title in titles]
+    if not titles and not problems:
         problems.append(SheetProblem(1, "", "the sheet is empty: its first line names the columns"))
+    filled = {n for _, values in found for n, value in enumerate(values) if value.strip()}
+    columns = _distinct_names(titles, filled)
+    wider = f"the line has more cells than the header, which has {len(titles)}"
     rows = []
-    for line, values in records:
-        beyond = [value for value in values[len(columns) :] if value.strip()]
-        if beyond:
-            message = f"the line has {len(values)} cells, the header only {len(columns)}"
-            problems.append(SheetProblem(line, "", message))
+    for line, values in found:
+        if any(value.strip() for value in values[len(titles) :]):
+            problems.append(SheetProblem(line, "", wider))
         cells: dict[str, Values] = {}
         for name, value in zip(columns, values, strict=False):
             if not value.strip():
                 continue
             if (unfit := _unfit(value)) is not None:
                 problems.append(SheetProblem(line, name, unfit))
-            # Of two columns with one name the first counts; mapping one of them is a problem.
-            cells.setdefault(name, (value,))
+            cells[name] = (value,)
         rows.append(SheetRow(line=line, cells=cells))
-    return Sheet(columns=tuple(columns), rows=tuple(rows), problems=tuple(problems), header=header)
+    return Sheet(
+        columns=tuple(filter(None, columns)),
+        rows=tuple(rows),
+        problems=tuple(sorted(problems)),
+        header=header,
+        repeated=frozenset(name for name, count in Counter(titles).items() if name and count > 1),
+        **facts,
+    )
 
 
-def read_jsonl(data: bytes) -> Sheet:
-    """A sheet from JSON lines in UTF-8: objects whose values are texts or lists of texts."""
-    if (foreign := _foreign(data)) is not None:
-        return foreign
+def _distinct_names(titles: Sequence[str], filled: set[int]) -> list[str]:
+    """A name for each column: a number is added to the second of one name, and a column without
+    title that has cells is `column 3`."""
+    names: list[str] = []
+    for position, title in enumerate(titles):
+        name, number = title or (f"column {position + 1}" if position in filled else ""), 2
+        while name and name in names:
+            name, number = f"{title} ({number})", number + 1
+        names.append(name)
+    return names
+
+
+def read_jsonl(data: bytes, *, encoding: str | None = None) -> Sheet:
+    """A sheet from JSON lines: objects whose values are texts, numbers, or lists of these."""
+    whole, detected = _decoded(data, encoding)
+    if isinstance(whole, Sheet):
+        return whole
     problems: list[SheetProblem] = []
     columns: dict[str, None] = {}
     rows = []
-    for line, text in enumerate(_text(data).split("\n"), start=1):
+    for line, text in enumerate(whole.split("\n"), start=1):
         if not text.strip():
             continue
         try:
-            found = json.loads(text, object_pairs_hook=_once)
+            # Numbers stay as they are written.
+            found = json.loads(text, object_pairs_hook=_once, parse_float=str, parse_int=str)
         except json.JSONDecodeError as error:
             problems.append(SheetProblem(line, "", f"the line is not JSON: {error.msg}"))
             continue
@@ -130,13 +234,76 @@ def read_jsonl(data: bytes) -> Sheet:
         cells: dict[str, Values] = {}
         for name, value in found.items():
             columns.setdefault(name)
-            values, wrong = _json_values(value)
-            if wrong is not None:
-                problems.append(SheetProblem(line, name, wrong))
+            values = _json_values(value, SheetProblem(line, name, ""), problems)
             if values:
                 cells[name] = values
         rows.append(SheetRow(line=line, cells=cells))
-    return Sheet(columns=tuple(columns), rows=tuple(rows), problems=tuple(problems))
+    return Sheet(
+        columns=tuple(columns), rows=tuple(rows), problems=tuple(problems), detected=detected
+    )
+
+
+def refused(message: str) -> Sheet:
+    """The sheet of a file that cannot be read at all."""
+    return Sheet(problems=(SheetProblem(0, "", message),))
+
+
+def _decoded(data: bytes, encoding: str | None) -> tuple[str | Sheet, str]:
+    """The text of a file, or a sheet with the problem; and the encoding, if it was detected and is
+    not UTF-8."""
+    for mark, message in ({} if encoding else _FOREIGN).items():
+        if data.startswith(mark):
+            return refused(f"the file {message}"), ""
+    if data.startswith(_WORKBOOK):
+        return refused("the file is a workbook, not text: leave out --format"), ""
+    detected = ""
+    if encoding is None and data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        encoding, detected = "utf-16", "encoding UTF-16"
+    if encoding is None:
+        text = data.decode("utf-8-sig", errors="surrogateescape")
+        if not text.isascii() and (legacy := _cp1252(data, text)) is not None:
+            return legacy, f"encoding cp1252 (Windows), as in {_sample(legacy)!r}"
+        # Bytes that are not UTF-8 are reported with their cell.
+        return text, ""
+    try:
+        return data.decode(encoding).removeprefix("\ufeff"), detected
+    except UnicodeDecodeError as error:
+        line = data[: error.start].decode(encoding, errors="replace").count("\n") + 1
+        problem = SheetProblem(line, "", f"is not {encoding}: use another --encoding")
+        return Sheet(problems=(problem,)), ""
+
+
+def _cp1252(data: bytes, text: str) -> str | None:
+    """The file in cp1252, which Excel writes on Windows; `None` if it is UTF-8.
+
+    `text` is the file in UTF-8 with surrogates for other bytes. One character of UTF-8 decides for
+    it: such a file is damaged, and cp1252 would start paid runs with mangled texts.
+    """
+    if _UTF8.search(text):
+        return None
+    try:
+        return data.decode("cp1252")
+    except UnicodeDecodeError:
+        return None
+
+
+def _sample(text: str) -> str:
+    """The first words of a file that hold a character beyond ASCII, to be checked by a person."""
+    found = re.search(r"[\w .'-]{0,12}[^\x00-\x7f][\w .'-]{0,12}", text)
+    return found[0].strip() if found else ""
+
+
+def _detected_delimiter(text: str) -> str:
+    """The delimiter that cuts the header into several cells, and most other lines into as many."""
+
+    def score(delimiter: str) -> tuple[float, int]:
+        records = _records(text, delimiter, [])
+        widths = [len(values) for _, values in islice(records, _SAMPLE)]
+        if not widths or widths[0] < 2:
+            return 0.0, 0
+        return sum(width == widths[0] for width in widths) / len(widths), widths[0]
+
+    return max(DELIMITERS, key=score)
 
 
 def _records(
@@ -158,29 +325,22 @@ def _records(
             yield line, values
 
 
-def _json_values(value: Any) -> tuple[Values, str | None]:
-    """The texts of a JSON value, and its problem, if any."""
-    values = value if isinstance(value, list) else [value]
+def _json_values(value: Any, at: SheetProblem, problems: list[SheetProblem]) -> Values:
+    """The texts of a JSON value; its problem is added to `problems`."""
     texts = []
-    for one in values:
+    for one in value if isinstance(value, list) else [value]:
         if one is None:
             continue
-        if not isinstance(one, str):
-            return (), f"must be text, not {_KINDS[type(one)]}"
-        if (unfit := _unfit(one)) is not None:
-            return (one,), unfit
-        if one.strip():
-            texts.append(one)
-    return tuple(texts), None
-
-
-_KINDS: Final = {
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-    dict: "an object",
-    list: "a list in a list",
-}
+        if isinstance(one, dict | list):
+            kind = "an object" if isinstance(one, dict) else "a list in a list"
+            problems.append(replace(at, message=f"must be text, not {kind}", of_input=True))
+            one = json.dumps(one)
+        text = one if isinstance(one, str) else json.dumps(one)
+        if (unfit := _unfit(text)) is not None:
+            problems.append(replace(at, message=unfit))
+        if text.strip():
+            texts.append(text)
+    return tuple(texts)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -198,235 +358,7 @@ def _unfit(text: str) -> str | None:
     if "\0" in text:
         return "contains a NUL character"
     if any("\udc80" <= letter <= "\udcff" for letter in text):
-        return "is not UTF-8: save the sheet as UTF-8"
+        return "is not UTF-8: save the sheet as UTF-8, or use --encoding"
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         return "holds half a character (a lone surrogate)"
     return None
-
-
-def _text(data: bytes) -> str:
-    """The text; bytes that are not UTF-8 become surrogates, which are reported with their cell."""
-    return data.decode("utf-8-sig", errors="surrogateescape")
-
-
-def _foreign(data: bytes) -> Sheet | None:
-    for mark, message in _FOREIGN.items():
-        if data.startswith(mark):
-            return Sheet(
-                columns=(), rows=(), problems=(SheetProblem(0, "", f"the file {message}"),)
-            )
-    return None
-
-
-@dataclass(frozen=True, slots=True)
-class ColumnMapping:
-    """One column for one input. `type` is `None` if the technique's definition gives it."""
-
-    input_id: str
-    column: str
-    type: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InputRow:
-    """The inputs of one row, and its first line."""
-
-    line: int
-    inputs: list[Input]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SheetReading:
-    """A sheet's rows as inputs. `unmapped` are the columns that are no input."""
-
-    mapping: tuple[ColumnMapping, ...]
-    rows: tuple[InputRow, ...]
-    unmapped: tuple[str, ...]
-    problems: tuple[SheetProblem, ...]
-
-
-def read_rows(
-    sheet: Sheet, ports: Sequence[Port], explicit: Sequence[ColumnMapping] = ()
-) -> SheetReading:
-    """The inputs of each row, by the inputs (`ports`) of a technique's definition.
-
-    An input in the `explicit` mapping takes no other column. Without `ports` (the definition names
-    none) it has to map all columns, with their types.
-    """
-    problems = list(sheet.problems)
-    mappings = _assign(sheet, ports, explicit, problems)
-    used = {mapping.column for mapping in mappings}
-    unmapped = tuple(dict.fromkeys(name for name in sheet.columns if name not in used))
-    if not problems and not mappings:
-        message = "no column is an input of the technique: use --map INPUT=COLUMN"
-        problems.append(SheetProblem(sheet.header, "", message))
-    elif not problems and not sheet.rows:
-        problems.append(SheetProblem(sheet.header, "", "the sheet has no rows"))
-    reported = {port.id for port in ports if not any(one.input_id == port.id for one in mappings)}
-    spoilt = {(problem.line, problem.column) for problem in problems}
-    rows = []
-    for row in sheet.rows:
-        cells = [(one, value) for one in mappings for value in row.cells.get(one.column, ())]
-        inputs = [_input(one, value) for one, value in cells]
-        faults = check(ports, inputs) if mappings else []
-        for problem in _located(faults, row, cells, mappings, reported):
-            if (problem.line, problem.column) not in spoilt:
-                problems.append(problem)
-        rows.append(InputRow(line=row.line, inputs=canonical(inputs)))
-    return SheetReading(
-        mapping=tuple(mappings),
-        rows=tuple(rows),
-        unmapped=unmapped,
-        problems=tuple(sorted(problems)),
-    )
-
-
-def row_tags(
-    sheet: Sheet, columns: Mapping[str, str], tags: Tags
-) -> tuple[dict[int, Tags], list[SheetProblem]]:
-    """The tags of each row, by its line, and their problems: `tags`, and the cells that are not
-    empty in `columns` (column by key)."""
-    named = ", ".join(filter(None, sheet.columns)) or "none"
-    problems = [
-        SheetProblem(sheet.header, column, f"the sheet has no such column for tags; it has {named}")
-        for column in columns.values()
-        if column not in sheet.columns
-    ]
-    found: dict[int, Tags] = {}
-    for row in sheet.rows:
-        cells = {key: row.cells.get(column) or () for key, column in columns.items()}
-        own = {key: values[0].strip() for key, values in cells.items() if values}
-        try:
-            found[row.line] = check_tags(tags | own)
-        except ValueError as error:
-            problems.append(SheetProblem(row.line, "", str(error)))
-    return found, problems
-
-
-def rows_by(sheet: Sheet, mapping: Sequence[ColumnMapping]) -> list[list[Input]]:
-    """The inputs of each row by a complete mapping, unchecked."""
-    return [
-        canonical(_input(one, value) for one in mapping for value in row.cells.get(one.column, ()))
-        for row in sheet.rows
-    ]
-
-
-def mapping_of(
-    sheet: Sheet, now: Sequence[ColumnMapping], asked: Sequence[Sequence[Input]]
-) -> list[ColumnMapping]:
-    """The mapping of earlier rows with these inputs, if it was not stored.
-
-    An input's column is the one that has most of its values; of several, today's. An input whose
-    values are in no column is left out.
-    """
-    values: dict[tuple[str, str], set[str]] = {}
-    for one in (one for inputs in asked for one in inputs):
-        values.setdefault((one["id"], one["type"]), set()).add(one["value"])
-    found = []
-    for (input_id, kind), wanted in sorted(values.items()):
-        today = [one.column for one in now if one.input_id == input_id]
-        candidates = [ColumnMapping(input_id, name, kind) for name in (*today, *sheet.columns)]
-        shares = [len(wanted.intersection(_values(sheet, one))) for one in candidates]
-        if max(shares) > 0:
-            found.append(candidates[shares.index(max(shares))])
-    return found
-
-
-def _values(sheet: Sheet, mapping: ColumnMapping) -> set[str]:
-    cells = (value for row in sheet.rows for value in row.cells.get(mapping.column, ()))
-    return {_input(mapping, value)["value"] for value in cells}
-
-
-def _assign(
-    sheet: Sheet,
-    ports: Sequence[Port],
-    explicit: Sequence[ColumnMapping],
-    problems: list[SheetProblem],
-) -> list[ColumnMapping]:
-    """The columns that are inputs, each with its type."""
-    header = sheet.header
-    by_id = {port.id: port for port in ports}
-    wanted: list[ColumnMapping] = []
-    for one in explicit:
-        if ports and one.input_id not in by_id:
-            message = f"the technique has no input {one.input_id!r}; it has {', '.join(by_id)}"
-            problems.append(SheetProblem(header, one.column, message))
-        elif one.column not in sheet.columns:
-            named = ", ".join(filter(None, sheet.columns)) or "none"
-            message = f"the sheet has no such column; it has {named}"
-            problems.append(SheetProblem(header, one.column, message))
-        else:
-            wanted.append(one)
-    named_ids = {one.input_id for one in explicit}
-    taken = {one.column for one in wanted}
-    for port in ports:
-        if port.id in named_ids:
-            continue
-        column = _column_of(port, [name for name in sheet.columns if name not in taken])
-        if column is not None:
-            wanted.append(ColumnMapping(port.id, column))
-            taken.add(column)
-        elif not port.optional and sheet.columns:
-            kind = f" ({port.type})" if port.type else ""
-            message = f"there is no column for the input {port.id!r}{kind}; {_advice(sheet, port)}"
-            problems.append(SheetProblem(header, "", message))
-    mappings = []
-    for one in wanted:
-        port_type = by_id[one.input_id].type if one.input_id in by_id else ""
-        if sheet.columns.count(one.column) > 1:
-            problems.append(
-                SheetProblem(header, one.column, "there are several columns of this name")
-            )
-        elif not (one.type or port_type):
-            message = "the technique's definition does not give its type: "
-            message += f"use --map {one.input_id}:TYPE={one.column}"
-            problems.append(SheetProblem(header, one.column, message))
-        else:
-            mappings.append(ColumnMapping(one.input_id, one.column, one.type or port_type))
-    return mappings
-
-
-def _advice(sheet: Sheet, port: Port) -> str:
-    """Advice for an input without a column."""
-    for delimiter, name in ((";", "';'"), ("\t", "tab")):
-        if len(sheet.columns) == 1 and delimiter in sheet.columns[0]:
-            return f"if the cells are separated by {name}, use --delimiter {name}"
-    return f"use --map {port.id}=COLUMN"
-
-
-def _column_of(port: Port, columns: Sequence[str]) -> str | None:
-    """The column with the input's id or name; `None` if there is none, or several."""
-    if port.id in columns:
-        return port.id
-    for name in (port.id, port.name):
-        fitting = [column for column in columns if column and column.casefold() == name.casefold()]
-        if fitting:
-            return fitting[0] if len(set(fitting)) == 1 else None
-    return None
-
-
-def _input(mapping: ColumnMapping, value: str) -> Input:
-    kind = mapping.type or ""
-    # Line ends within a cell and blanks around a link do not count: a sheet that was only saved
-    # again has the same inputs.
-    value = value.strip() if kind in _LINKS else value.replace("\r\n", "\n")
-    return {"id": mapping.input_id, "type": kind, "value": value}
-
-
-def _located(
-    faults: Iterable[FieldFault],
-    row: SheetRow,
-    cells: Sequence[tuple[ColumnMapping, Any]],
-    mappings: Sequence[ColumnMapping],
-    reported: set[str],
-) -> Iterator[SheetProblem]:
-    """The faults of a row's inputs, by column, without inputs that have been `reported`."""
-    for fault in faults:
-        _, _, name = fault.field.partition("inputs.")
-        position, dot, _ = name.partition(".")
-        if dot and position.isdecimal() and int(position) < len(cells):
-            yield SheetProblem(row.line, cells[int(position)][0].column, fault.message)
-        elif name not in reported:
-            column = next((one.column for one in mappings if one.input_id == name), "")
-            message = f"is empty; the input {name!r} {fault.message}" if column else fault.message
-            yield SheetProblem(row.line, column, message)

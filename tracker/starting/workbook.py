@@ -1,0 +1,118 @@
+"""Excel workbooks (`.xlsx`) become sheets.
+
+openpyxl streams the cells of one sheet. A workbook comes from anywhere, so what is unpacked and the
+number of cells are limited.
+"""
+
+import io
+import warnings
+import zipfile
+from collections.abc import Iterator
+from datetime import date, datetime, time, timedelta
+from typing import Any, Final
+
+import openpyxl
+
+from tracker.core.formatting import counted, size
+from tracker.starting.sheet import Sheet, SheetProblem, refused, sheet_of
+
+MOST_UNPACKED: Final = 256 * 1024**2
+"""Bytes of all parts of a workbook, unpacked."""
+MOST_CELLS: Final = 5_000_000
+"""Empty cells between others count, too."""
+MOST_ROWS: Final = 1_048_576
+"""Rows of a sheet in Excel."""
+
+
+class _TooLarge(Exception):
+    """The sheet has more rows or cells than are read."""
+
+
+def read_workbook(data: bytes, sheet_name: str | None = None) -> Sheet:
+    """The rows of a workbook's first visible sheet, or the one of that name.
+
+    A cell is its value as text: whole numbers without a fraction, dates in ISO 8601, formulas their
+    stored results.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            # No part unpacks to more than it declares: zipfile stops there.
+            unpacked = sum(part.file_size for part in archive.infolist())
+        if unpacked > MOST_UNPACKED:
+            return refused(f"the workbook is larger than {size(MOST_UNPACKED)}: export it as CSV")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # extensions of Excel that do not concern cells
+            return _read(data, sheet_name)
+    except _TooLarge as error:
+        return refused(str(error))
+    except Exception as error:  # openpyxl lets the errors of each parser through
+        why = f"{type(error).__name__}: {error}".strip(": ")
+        return refused(f"the file is no workbook that can be read ({why}): save it as .xlsx or CSV")
+
+
+def _read(data: bytes, sheet_name: str | None) -> Sheet:
+    book = openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=True)
+    sheets = {one.title: one for one in book.worksheets if one.sheet_state == "visible"}
+    sheets = sheets or {one.title: one for one in book.worksheets}
+    names = ", ".join(sheets)
+    if sheet_name is not None and sheet_name not in book.sheetnames:
+        return refused(f"the workbook has no sheet {sheet_name!r}; it has {names}")
+    title = sheet_name or next(iter(sheets), "")
+    sheet: Any = book[title]
+    sheet.reset_dimensions()  # other programs write wrong ones
+    problems: list[SheetProblem] = []
+    detected = ""
+    if len(sheets) > 1 and sheet_name is None:
+        detected = f"sheet {title!r} of {counted(len(sheets), 'sheet')} ({names})"
+    found = sheet_of(_records(sheet, problems), problems, detected=detected, bom=True)
+    if not found.columns and len(problems) == 1:
+        return refused(f"the sheet {title!r} is empty; --sheet reads another (it has {names})")
+    return found
+
+
+def _records(sheet: Any, problems: list[SheetProblem]) -> Iterator[tuple[int, list[str]]]:
+    """Each row that is not blank, with its number."""
+    titles: list[str] = []
+    cells = 0
+    for line, row in enumerate(sheet.iter_rows(), start=1):
+        cells += len(row)
+        if line > MOST_ROWS or cells > MOST_CELLS:
+            raise _TooLarge(
+                f"the sheet {sheet.title!r} has more than {MOST_ROWS:,} rows or {MOST_CELLS:,} "
+                "cells: delete those that are empty"
+            )
+        values = [_text(cell) for cell in row]
+        if not any(value.strip() for value in values):
+            continue
+        titles = titles or values
+        for position, cell in enumerate(row):
+            if cell.data_type == "e" and position < len(titles):
+                message = f"is the error {cell.value}"
+                problems.append(SheetProblem(line, titles[position].strip(), message, True))
+        yield line, values
+
+
+def _text(cell: Any) -> str:
+    """The value of a cell as text."""
+    value = cell.value
+    match value:
+        case None:
+            return ""
+        case bool():
+            return str(value).upper()
+        case int():
+            # 17 in the format 00000 is an article number with its zeros.
+            zeros = cell.number_format
+            return f"{value:0{len(zeros)}}" if zeros and not zeros.strip("0") else str(value)
+        case float():
+            return str(int(value)) if value.is_integer() else f"{value:.15g}"
+        case datetime() if value.time() == time():
+            return value.date().isoformat()
+        case datetime() | time():
+            return value.isoformat(timespec="seconds")
+        case date():
+            return value.isoformat()
+        case timedelta():
+            minutes, seconds = divmod(round(value.total_seconds()), 60)
+            return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+    return str(value)
