@@ -1,8 +1,8 @@
 """Search runs by several filters and sort them, with bounded work.
 
-The most selective filter with an index yields runs, in the order wanted. All others, and text, are
-applied to a window of those runs; if the window ends before the page is full, the result says so,
-and the next page continues there.
+The most selective filter with an index yields runs newest first. All others, and text, are applied
+to a window of those runs; if the window ends before the page is full, the result says so, and the
+next page continues there. Other orders sort the window; without filters they have an index.
 """
 
 from collections.abc import Collection, Mapping
@@ -11,7 +11,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import ColumnElement, Select, and_, func, or_, select, true
+from sqlalchemy import ColumnElement, Select, Subquery, and_, func, or_, select, true
 from sqlalchemy.sql.util import ClauseAdapter
 
 from tracker.core.record import Record
@@ -97,17 +97,16 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """A page of runs. `searched_to` is the last key that was searched (a time, cost or duration),
-    if the window ended before the page was full. The next page, if any, starts after
-    `next_cursor`."""
+    """A page of runs. `searched_to` is how far back the search went, if the window ended before the
+    page was full. The next page, if any, starts after `next_cursor`."""
 
     records: list[Record]
     next_cursor: str | None = None
-    searched_to: Any = None
+    searched_to: datetime | None = None
 
 
 class Total(NamedTuple):
-    """How many runs match; `more` if only the newest ones were counted."""
+    """How many runs match; `more` if only the newest ones were counted, and sorted."""
 
     runs: int
     more: bool
@@ -131,18 +130,15 @@ async def search_runs(
         if exact is not None:
             return Found(records=[exact])
     search = _Search(db, wanted)
+    inside, outside = search.conditions(cursor)
     async with db.read() as connection:
-        if search.by_value and search.leading:
-            few = (await connection.execute(search.count(window + 1))).one()
-            search.sorts_all = few.candidates <= window
-        inside, outside = search.conditions(cursor)
         rows = (await connection.execute(search.page(inside, outside, limit + 1, window))).all()
         page = await read_records(connection, rows[:limit])
         last: Any = None
         keys = select(*search.key)
         if len(rows) > limit:
             last = await connection.execute(keys.where(runs.c.run_id == rows[limit - 1].run_id))
-        elif outside and not search.sorts_all:
+        elif outside and not search.is_sorted:
             window_end = keys.where(*inside).order_by(*search.descending)
             last = await connection.execute(window_end.offset(window - 1).limit(1))
         key = None if last is None else last.first()
@@ -167,23 +163,25 @@ async def count_runs(db: Database, wanted: Wanted, *, window: int = WINDOW) -> T
 class _Search:
     """The statements of a search.
 
-    Newest first, the leading filter yields the window of candidates. By cost or duration the index
-    of that value does, unless the leading filter leaves so few that it `sorts_all` of them.
+    The leading filter yields the window of candidates, newest first. By cost or duration they are
+    then sorted; without any filter, the index of that value yields the runs.
     """
 
     def __init__(self, db: Database, wanted: Wanted) -> None:
         self._wanted = wanted
-        self.leading, self._others = _conditions(db, wanted)
+        self._leading, self._others = _conditions(db, wanted)
         self._times = _within_time(wanted)
-        self.by_value = wanted.sort is not Sort.NEWEST
-        self.sorts_all = wanted.batch_id is not None
+        filtered = bool(self._leading or self._others or self._times)
+        self.is_sorted = wanted.batch_id is not None or (
+            filtered and wanted.sort is not Sort.NEWEST
+        )
+        """Whether candidates are sorted, so that a page needs all of them."""
         self._valued: list[ColumnElement[bool]] = []
         first: ColumnElement[Any] = runs.c.created_at
         if wanted.sort is Sort.COST:
             first, self._valued = runs.c.charged_cost, [runs.c.charged_cost.is_not(None)]
         elif wanted.sort is Sort.DURATION:
             first, self._valued = run_duration(db.dialect), [runs.c.completed_at.is_not(None)]
-            self._others.append(runs.c.created_at_known)
         self.key = (first, runs.c.run_id)
         self.descending = [each.desc() for each in self.key]
 
@@ -191,13 +189,10 @@ class _Search:
         self, cursor: str | None
     ) -> tuple[list[ColumnElement[bool]], list[ColumnElement[bool]]]:
         """The conditions on candidates, and those on the window of them."""
-        after = paging.after(self.key, cursor)
-        leading = [*self.leading, *self._times]
-        if self.sorts_all:
-            return leading, [*self._others, *self._valued, *after]
-        if self.by_value:
-            return [*self._valued, *after], [*leading, *self._others]
-        return [*leading, *after], self._others
+        after = [*self._valued, *paging.after(self.key, cursor)]
+        if self.is_sorted:
+            return [*self._leading, *self._times], [*self._others, *after]
+        return [*self._leading, *self._times, *after], self._others
 
     def page(
         self,
@@ -208,12 +203,13 @@ class _Search:
     ) -> Select[Any]:
         """The runs of a page."""
         candidates = select(*RUN_COLUMNS).where(*inside)
-        if not self.sorts_all:
+        if not self.is_sorted:
             candidates = candidates.order_by(*self.descending)
             if not outside:
                 return candidates.limit(limit)
-        # The limit also keeps SQLite from applying the other filters first, by a worse index.
-        searched = candidates.limit(_ALL if self.sorts_all else window).subquery("searched")
+            searched = candidates.limit(window).subquery("searched")
+        else:
+            searched = self._newest(candidates, window)
         adapt = ClauseAdapter(searched).traverse
         matching = select(searched).where(*(adapt(each) for each in outside))
         return matching.order_by(*(adapt(each) for each in self.descending)).limit(limit)
@@ -222,15 +218,20 @@ class _Search:
         """How many of at most `limit` candidates match: `matching` and `candidates`."""
         outside = [*self._others, *self._valued]
         columns = RUN_COLUMNS if outside else (runs.c.run_id,)
-        candidates = select(*columns).where(*self.leading, *self._times)
-        if self._wanted.batch_id is None:
-            newest = (each.desc() for each in read.NEWEST_FIRST)
-            candidates = candidates.order_by(*newest)
-        searched = candidates.limit(_ALL if self.sorts_all else limit).subquery("searched")
+        candidates = select(*columns).where(*self._leading, *self._times)
+        searched = self._newest(candidates, limit)
         adapt = ClauseAdapter(searched).traverse
         matching = func.count().filter(and_(true(), *(adapt(each) for each in outside)))
         counts = (matching.label("matching"), func.count().label("candidates"))
         return select(*counts).select_from(searched)
+
+    def _newest(self, candidates: Select[Any], window: int) -> Subquery:
+        """The newest candidates; all of a batch, which is found by its rows and not by time."""
+        if self._wanted.batch_id is not None:
+            # The limit keeps SQLite from applying other filters first, by a worse index.
+            return candidates.limit(_ALL).subquery("searched")
+        newest = candidates.order_by(*(each.desc() for each in read.NEWEST_FIRST))
+        return newest.limit(window).subquery("searched")
 
 
 def _conditions(
