@@ -1,13 +1,9 @@
-"""`/runs`: the list with its filters, and one run with its outputs and "Check now".
-
-Outputs are other people's text. Only `http` and `https` addresses become links, and only what the
-content security policy allows is loaded into the page; everything else stays text.
-"""
+"""`/runs`: the list of runs with its filters, and one run with its outputs and "Check now"."""
 
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
@@ -16,7 +12,7 @@ from starlette.routing import Route
 from tracker.core.errors import FieldFault
 from tracker.core.record import Record
 from tracker.core.retry import RetryAdvice
-from tracker.core.run import Output, Tracking
+from tracker.core.run import Tracking
 from tracker.core.tags import parse_tag
 from tracker.store.engine import Database
 from tracker.store.queries import runs as read
@@ -25,6 +21,7 @@ from tracker.store.queries.overview import technique_names
 from tracker.store.queries.runs import DeliveryRow
 from tracker.store.queries.search import STATES, Wanted, search_runs
 from tracker.web.dashboard.forms import check_csrf, path_id, query_choice, query_field
+from tracker.web.dashboard.media import output_views, plain_http_origin, web_link
 from tracker.web.dashboard.render import FlashMessage, PageGroup, page_links
 from tracker.web.http.responses import invalid, not_found
 
@@ -56,13 +53,6 @@ PERIODS: Final = {
     "24h": ("Last 24 hours", timedelta(hours=24)),
     "7d": ("Last 7 days", timedelta(days=7)),
     "30d": ("Last 30 days", timedelta(days=30)),
-}
-MAX_LINK: Final = 8192
-_KINDS: Final = {
-    "imageUrl": "image",
-    "videoUrl": "video",
-    "audioUrl": "audio",
-    "documentUrl": "document",
 }
 _FILTERS: Final = (
     *("text", "state", "technique", "workspace", "project", "tag", "advice", "within"),
@@ -153,9 +143,7 @@ class RunPages(PageGroup):
             names=await technique_names(database, [run.technique_id] if run.technique_id else []),
             flash=flash,
             cannot_check=self._cannot_check(record),
-            outputs=[
-                (one, *presentation(one, media_origin=media_origin)) for one in outputs[:MAX_SHOWN]
-            ],
+            outputs=output_views(outputs[:MAX_SHOWN], media_origin=media_origin),
             inputs=[_input(one) for one in (record.inputs or ())[:MAX_SHOWN]],
             events=events[-MAX_SHOWN:],
             truncated=max(len(events), len(outputs)) > MAX_SHOWN,
@@ -237,41 +225,3 @@ def _moment(name: str, text: str | None) -> datetime | None:
 def _local_field(moment: datetime | None) -> str:
     """A UTC time as a `datetime-local` field holds it."""
     return "" if moment is None else f"{moment:%Y-%m-%dT%H:%M:%S}"
-
-
-def plain_http_origin(flora_base_url: str) -> str | None:
-    """The one origin whose files may be loaded by plain http: a local FLORA; else `None`."""
-    parts = urlsplit(flora_base_url)
-    return f"http://{parts.netloc}" if parts.scheme == "http" else None
-
-
-def web_link(text: str) -> str | None:
-    """`text` if it is a plain `http(s)` address that may become a link; else `None`."""
-    if len(text) > MAX_LINK or any(ord(each) <= 0x20 or ord(each) == 0x7F for each in text):
-        return None
-    if "\\" in text:  # browsers read it as a slash, so the host may be another than it seems
-        return None
-    try:
-        parts = urlsplit(text)
-        _ = parts.port  # raises where it is no port
-    except ValueError:
-        return None
-    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
-        return None
-    return text
-
-
-def presentation(output: Output, *, media_origin: str | None) -> tuple[str, str]:
-    """How to show an output, and the host of its link, where there is one.
-
-    One of "image", "video", "audio", "document", "text", "link" (of an unknown type, or not to be
-    loaded into the page) and "unsafe" (no web address). Plain http is loaded from `media_origin`
-    alone.
-    """
-    if output.type == "text":
-        return "text", ""
-    if web_link(output.url) is None:
-        return "unsafe", ""
-    parts = urlsplit(output.url)
-    loadable = parts.scheme == "https" or f"http://{parts.netloc}" == media_origin
-    return _KINDS.get(output.type, "link") if loadable else "link", parts.hostname or ""

@@ -13,9 +13,10 @@ from tracker.web.auth import AccessControl
 from tracker.web.dashboard.access import AccessPages, local_path, login_url
 from tracker.web.dashboard.batches import BatchPages
 from tracker.web.dashboard.deliveries import DeliveryPages
+from tracker.web.dashboard.media import plain_http_origin
 from tracker.web.dashboard.overview import OverviewPage
 from tracker.web.dashboard.render import Assets, Renderer
-from tracker.web.dashboard.runs import RunPages, plain_http_origin
+from tracker.web.dashboard.runs import RunPages
 from tracker.web.dashboard.spending import SpendingPage
 from tracker.web.dashboard.sweeps import SweepPage
 from tracker.web.dashboard.techniques import TechniquePages

@@ -1,4 +1,5 @@
-// Explains an image or a player that does not load, instead of a broken icon.
+// Explains an image or a player that does not load, instead of a broken icon; a small picture in a
+// list becomes an icon.
 const EXPLANATIONS = {
   IMG: "The image does not load. FLORA's links expire.",
   VIDEO: "The video does not play. Its link has expired, or the browser does not support its format.",
@@ -6,6 +7,7 @@ const EXPLANATIONS = {
 };
 
 function broken(media) {
+  media.closest(".thumb")?.classList.add("broken"); // its icon stays
   const frame = media.closest(".frame");
   if (!frame || frame.nextElementSibling?.classList.contains("gone")) return;
   const note = document.createElement("p");
