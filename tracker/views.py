@@ -5,10 +5,11 @@ in USD.
 """
 
 import base64
+import json
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from tracker.core.inputs import obstacle
 from tracker.core.record import Record
@@ -18,10 +19,14 @@ from tracker.flora.technique import ports
 if TYPE_CHECKING:  # commands that show runs load nothing of the others
     from tracker.explaining.explainer import Explanation
     from tracker.store.queries.audit import AuditRow
+    from tracker.store.queries.endpoints import Backlog, Delays, EndpointRow
+    from tracker.store.queries.messages import AttemptRow, MessageRow
     from tracker.store.queries.runs import DeliveryRow, Event
     from tracker.store.queries.spending import Spending, Usage
     from tracker.store.queries.starts import StartRow
     from tracker.store.queries.techniques import TechniqueRow
+
+_ENDPOINT_FILTERS: Final = ("workspace_id", "technique_id", "status", "tag")
 
 
 def time_json(at: datetime) -> str:
@@ -108,6 +113,66 @@ def delivery_json(row: "DeliveryRow") -> dict[str, Any]:
             shown["body"] = row.body.decode()
         except UnicodeDecodeError:
             shown["body_base64"] = base64.b64encode(row.body).decode()
+    return shown
+
+
+def endpoint_json(row: "EndpointRow", backlog: "Backlog", delays: "Delays") -> dict[str, Any]:
+    """An endpoint without its secrets, what waits for it, and its delays in seconds."""
+    return {
+        "endpoint_id": row.endpoint_id,
+        "url": row.url,
+        "state": row.state,
+        "events": list(row.events),
+        **{name: row.filters.get(name) for name in _ENDPOINT_FILTERS},
+        "since": time_json(row.since),
+        "configured_at": time_json(row.configured_at),
+        "pending": backlog.pending,
+        "oldest_pending_at": _time(backlog.oldest_at),
+        "failed": backlog.failed,
+        "delay_p50": delays.p50 if delays.count else None,
+        "delay_p95": delays.p95 if delays.count else None,
+        "failing_since": _time(row.failing_since),
+        "last_success_at": _time(row.last_success_at),
+        "last_error_at": _time(row.last_error_at),
+        "last_error": row.last_error,
+        "disabled_at": _time(row.disabled_at),
+        "disabled_reason": row.disabled_reason,
+    }
+
+
+def message_json(
+    row: "MessageRow", attempts: "Iterable[AttemptRow] | None" = None
+) -> dict[str, Any]:
+    """A message: the columns of the table `messages`; with `attempts` also its body, and each
+    attempt."""
+    shown: dict[str, Any] = {
+        "message_id": row.message_id,
+        "endpoint_id": row.endpoint_id,
+        "event": row.event.value,
+        "run_id": row.run_id,
+        "event_at": time_json(row.event_at),
+        "created_at": time_json(row.created_at),
+        "state": row.state.value,
+        "attempts": row.attempts,
+        "last_attempt_at": _time(row.last_attempt_at),
+        "next_attempt_at": _time(row.next_attempt_at),
+        "delivered_at": _time(row.delivered_at),
+        "last_status": row.last_status,
+        "last_error": row.last_error,
+    }
+    if attempts is not None:
+        shown["body"] = json.loads(row.body or "null")
+        shown["attempt_log"] = [
+            {
+                "number": one.number,
+                "at": time_json(one.at),
+                "seconds": number_json(one.seconds),
+                "status": one.status,
+                "answer": one.answer,
+                "error": one.error,
+            }
+            for one in attempts
+        ]
     return shown
 
 

@@ -2,8 +2,6 @@
 
 import asyncio
 import base64
-import hashlib
-import hmac
 import json
 import signal
 import subprocess
@@ -14,6 +12,7 @@ from datetime import timedelta
 from decimal import Decimal
 from typing import Any
 
+from standardwebhooks import Webhook
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -42,10 +41,7 @@ class Receiver:
 
     async def receive(self, request: Request) -> Response:
         body, headers = await request.body(), request.headers
-        signed = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + body
-        key = base64.b64decode(SECRET.removeprefix("whsec_"))
-        digest = base64.b64encode(hmac.digest(key, signed, hashlib.sha256)).decode()
-        assert headers["webhook-signature"] == f"v1,{digest}"
+        Webhook(SECRET).verify(body, dict(headers))
         assert headers["content-type"] == "application/json"
         self.got.append((headers["webhook-id"], json.loads(body)))
         return Response(status_code=self.answers.pop(0) if self.answers else 204)

@@ -42,6 +42,11 @@ COMMANDS = {
     "deliveries list": ["--outcome", "--run", "--limit", "--cursor", "--json"],
     "deliveries show": ["--json"],
     "deliveries replay": ["--all", "--json"],
+    "endpoints list": ["--json"],
+    "messages list": [
+        *("--endpoint", "--state", "--event", "--run", "--limit", "--cursor", "--json"),
+    ],
+    "messages show": ["--json"],
     "listen": [
         *("--forward-to", "--event", "--print", "--url", "--token", "--secret", "--json-lines"),
     ],

@@ -20,7 +20,9 @@ from tracker.cli import (
     database,
     deliveries,
     doctor,
+    endpoints,
     listen,
+    messages,
     reconcile,
     runs,
     serve,
@@ -61,7 +63,9 @@ for command in (
     ),
 ):
     app.command()(command)
-for group in (runs, batches, starts, techniques, deliveries, audit, database):
+for group in (
+    *(runs, batches, starts, techniques, deliveries, endpoints, messages, audit, database),
+):
     app.add_typer(group.app)
 
 # An argument's metavar says what it is; typer's help would add "<str>" or "<list[str]>" to it.

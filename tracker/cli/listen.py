@@ -4,7 +4,6 @@ import asyncio
 import json
 from collections.abc import Callable
 from contextlib import aclosing
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, Final
 from urllib.parse import urlsplit
 
@@ -13,6 +12,7 @@ import typer
 from tracker.cli.output import note, plain
 from tracker.cli.setup import configure
 from tracker.core.clock import utc_now
+from tracker.core.events import EventType
 from tracker.core.formatting import duration
 
 if TYPE_CHECKING:
@@ -20,14 +20,6 @@ if TYPE_CHECKING:
 
 _URL: Final = "http://127.0.0.1:8080"
 """Where `tracker serve` listens by default."""
-
-
-class EventType(StrEnum):
-    """The events that are sent out."""
-
-    SETTLED = "run.settled"
-    LOST = "run.lost"
-    COST_CHANGED = "run.cost_changed"
 
 
 def listen(
@@ -81,7 +73,7 @@ def listen(
     key = new_secret() if secret is None else _checked(check_secret, secret, "--secret")
     if token is None and settings.tracker_api_token:
         token = settings.tracker_api_token[0].get_secret_value()
-    wanted = [one.value for one in event or EventType]
+    wanted = list(event or EventType)
     if target is not None:
         note(f"Forwarding {', '.join(wanted)} to {target}, signed with {key}")
     asyncio.run(_listen(root, token, wanted, target, key, json_lines=json_lines))
@@ -90,7 +82,7 @@ def listen(
 async def _listen(
     root: str,
     token: str | None,
-    wanted: list[str],
+    wanted: list[EventType],
     target: str | None,
     key: str,
     *,

@@ -1,4 +1,5 @@
-"""The events that are sent to endpoints, and which of them a change of a run causes."""
+"""The events that are sent to endpoints, and which of them a change of a run causes; the states of
+a message, which is an event for one endpoint."""
 
 from collections.abc import Mapping
 from enum import StrEnum
@@ -18,6 +19,17 @@ class EventType(StrEnum):
     """FLORA has repeatedly answered that it does not exist."""
     COST_CHANGED = "run.cost_changed"
     """The bill of a settled run changed, or became known after the run was settled."""
+
+
+class MessageState(StrEnum):
+    """The state of a message."""
+
+    PENDING = "pending"
+    """Waits for its first or next attempt. Ends as one of the others."""
+    DELIVERED = "delivered"
+    """The endpoint answered 2xx. Left only if it is resent."""
+    FAILED = "failed"
+    """Given up after the last attempt of the schedule. Left only if it is resent."""
 
 
 def events_between(before: Record | None, after: Record) -> list[EventType]:

@@ -25,6 +25,7 @@ import httpx
 
 from tracker.core.clock import Clock
 from tracker.core.errors import TrackerError
+from tracker.core.events import EventType
 from tracker.core.merge import merge
 from tracker.core.net import is_loopback_url
 from tracker.core.observation import Observation, Source
@@ -51,7 +52,7 @@ class StreamedEvent:
     """An event as an endpoint receives it. `run` is the run as the API shows it."""
 
     message_id: str
-    type: str
+    type: EventType
     at: str
     run: Mapping[str, Any]
 
@@ -78,7 +79,7 @@ class TrackerStream:
         url: str,
         token: str | None,
         *,
-        wanted: Collection[str],
+        wanted: Collection[EventType],
         notice: Callable[[str], None],
         now: Callable[[], str],
     ) -> None:
@@ -163,24 +164,24 @@ class TrackerStream:
         if run["tracking"] == "lost":
             if change is None and not self._lost.get(run_id):
                 self._lost[run_id] = True
-                return self._new("run.lost", self._now(), run, run["checks"])
+                return self._new(EventType.LOST, self._now(), run, run["checks"])
             return None
         self._lost.pop(run_id, None)
         if change is None or run["tracking"] != "settled":
             return None
         if change["at"] == run["settled_at"]:
-            return self._new("run.settled", change["at"], run, change["at"])
-        if "run.cost_changed" in self._wanted and change["source"] in _READS:
+            return self._new(EventType.SETTLED, change["at"], run, change["at"])
+        if EventType.COST_CHANGED in self._wanted and change["source"] in _READS:
             path = f"/api/runs/{quote(run_id, safe='')}/events"
             if cost_changed((await _get(client, path))["events"], change["id"]):
-                return self._new("run.cost_changed", change["at"], run, change["id"])
+                return self._new(EventType.COST_CHANGED, change["at"], run, change["id"])
         return None
 
     async def _missed_losses(
         self, client: httpx.AsyncClient, *, report: bool
     ) -> list[StreamedEvent]:
         """Note which runs are lost; with `report`, return those that were not before."""
-        if "run.lost" not in self._wanted:
+        if EventType.LOST not in self._wanted:
             return []
         query: dict[str, Any] = {"tracking": "lost", "limit": 100}
         lost: dict[str, dict[str, Any]] = {}
@@ -193,11 +194,11 @@ class TrackerStream:
         new = [run for run_id, run in lost.items() if run_id not in self._lost]
         self._lost = {run_id: report or self._lost.get(run_id, False) for run_id in lost}
         at = self._now()
-        events = [self._new("run.lost", at, run, run["checks"]) for run in new if report]
+        events = [self._new(EventType.LOST, at, run, run["checks"]) for run in new if report]
         return [event for event in events if event is not None]
 
     def _new(
-        self, kind: str, at: str, run: Mapping[str, Any], occurrence: object
+        self, kind: EventType, at: str, run: Mapping[str, Any], occurrence: object
     ) -> StreamedEvent | None:
         """An event, unless it is not wanted or was returned before."""
         digest = hashlib.sha256(f"{kind} {run['run_id']} {occurrence}".encode())

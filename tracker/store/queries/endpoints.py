@@ -4,13 +4,13 @@ the last attempts showed."""
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from sqlalchemy import Row, func, select
 
-from tracker.core.events import EventType, RunFilter
+from tracker.core.events import EventType, MessageState, RunFilter
 from tracker.store.engine import Database
-from tracker.store.queries.messages import MessageState, is_in
+from tracker.store.queries.messages import is_in
 from tracker.store.queries.runs import quantile
 from tracker.store.schema import endpoints, messages
 
@@ -61,6 +61,14 @@ class EndpointRow:
     def is_configured(self, now: datetime) -> bool:
         """Whether a process has had it in its settings lately."""
         return self.configured_at > now - CONFIGURED_WITHIN
+
+    def health(self, now: datetime) -> Literal["disabled", "not configured", "failing", "ok"]:
+        """The state for people."""
+        if not self.enabled:
+            return "disabled"
+        if not self.is_configured(now):
+            return "not configured"
+        return "failing" if self.failing_since is not None else "ok"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,26 +2,14 @@
 
 from dataclasses import dataclass
 from datetime import datetime
-from enum import StrEnum
 from typing import Any, Final
 
 from sqlalchemy import ColumnElement, and_, select
 
-from tracker.core.events import EventType
+from tracker.core.events import EventType, MessageState
 from tracker.store.engine import Database
 from tracker.store.queries.paging import newest_first
 from tracker.store.schema import message_attempts, messages, word
-
-
-class MessageState(StrEnum):
-    """The state of a message."""
-
-    PENDING = "pending"
-    """Waits for its first or next attempt. Ends as one of the others."""
-    DELIVERED = "delivered"
-    """The endpoint answered 2xx. Left only if it is resent."""
-    FAILED = "failed"
-    """Given up after the last attempt of the schedule. Left only if it is resent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -123,6 +123,7 @@ ERRORS: Final[dict[int, tuple[str, str, dict[str, _Json]]]] = {
 _PATH_PARAMETERS: Final = {
     "run_id": ("FLORA's `run_…` identifier.", "run_abc123"),
     "technique": ("Its id or its slug.", "icon-pack"),
+    "message_id": ("The `webhook-id` of the message.", "msg_abc123"),
 }
 _SCHEMAS: Final = "#/components/schemas/{model}"
 _SECURITY: Final = {

@@ -17,6 +17,7 @@ from pydantic_core import ErrorDetails
 from starlette.datastructures import QueryParams
 
 from tracker.core.errors import FieldFault
+from tracker.core.events import EventType, MessageState
 from tracker.core.retry import RetryAdvice
 from tracker.core.run import Tracking
 from tracker.core.tags import check_tags, parse_tag
@@ -208,6 +209,19 @@ class StartsQuery(Query):
         _one_of(LISTED),
     ] = Field(None, description="Default: all whose outcome is not known.")
     workspace_id: Filter = None
+    cursor: Cursor = None
+    limit: Limit = 50
+
+
+class MessagesQuery(Query):
+    """The query of `GET /api/messages`."""
+
+    endpoint_id: Filter = None
+    state: Annotated[MessageState | None, BeforeValidator(none_if_empty), _one_of(MessageState)] = (
+        None
+    )
+    event: Annotated[EventType | None, BeforeValidator(none_if_empty), _one_of(EventType)] = None
+    run_id: Filter = None
     cursor: Cursor = None
     limit: Limit = 50
 

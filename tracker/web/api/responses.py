@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from tracker.core.events import EventType, MessageState
 from tracker.core.observation import Source
 from tracker.core.retry import RetryAdvice
 from tracker.core.run import Status, Tracking
@@ -250,6 +251,51 @@ class StartPage(ResponseModel):
     """A page of starts, newest first."""
 
     starts: list[Start]
+    meta: Meta
+
+
+class Attempt(ResponseModel):
+    """One attempt to deliver a message."""
+
+    number: int = Field(description="From 1.")
+    at: datetime
+    seconds: float = Field(ge=0, description="Until it ended.")
+    status: int | None = Field(description="The HTTP status of the answer, if there was one.")
+    answer: str | None = Field(description="The beginning of the answer.")
+    error: str | None = Field(description="Why it failed.")
+
+
+class Message(ResponseModel):
+    """An event for one endpoint. Times are UTC."""
+
+    message_id: str = Field(description="Sent as `webhook-id`, the same in all attempts.")
+    endpoint_id: str
+    event: EventType
+    run_id: str
+    event_at: datetime = Field(description="When the event happened.")
+    created_at: datetime = Field(description="When the message was made of it.")
+    state: MessageState = Field(
+        description="`failed`: given up after the last attempt, until it is resent."
+    )
+    attempts: int = Field(ge=0)
+    last_attempt_at: datetime | None
+    next_attempt_at: datetime | None = Field(description="Of a pending message.")
+    delivered_at: datetime | None
+    last_status: int | None = Field(description="The HTTP status of the last attempt.")
+    last_error: str | None
+
+
+class MessageDetail(Message):
+    """A message with its body and its attempts."""
+
+    body: dict[str, Any] = Field(description="The JSON as it is sent.")
+    attempt_log: list[Attempt] = Field(description="Oldest first.")
+
+
+class MessagePage(ResponseModel):
+    """A page of messages, newest first."""
+
+    messages: list[Message]
     meta: Meta
 
 

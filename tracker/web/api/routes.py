@@ -16,10 +16,18 @@ from starlette.routing import Route
 from tracker.core.errors import FieldFault
 from tracker.services import Services
 from tracker.starting.start import StartRequest
-from tracker.store.queries import runs, spending, starts, techniques
-from tracker.views import event_json, run_json, spending_json, start_json, technique_json
+from tracker.store.queries import messages, runs, spending, starts, techniques
+from tracker.views import (
+    event_json,
+    message_json,
+    run_json,
+    spending_json,
+    start_json,
+    technique_json,
+)
 from tracker.web.api.openapi import OPERATIONS, REPLAYED, Answer, Operation, document
 from tracker.web.api.requests import (
+    MessagesQuery,
     RunsQuery,
     SpendingQuery,
     StartBody,
@@ -31,6 +39,8 @@ from tracker.web.api.requests import (
     validate_query,
 )
 from tracker.web.api.responses import (
+    MessageDetail,
+    MessagePage,
     Run,
     RunPage,
     SpendingReport,
@@ -201,6 +211,29 @@ class Api:
 
     @Operation(
         "GET",
+        "/api/messages",
+        "messages",
+        {200: Answer("A page of messages.", MessagePage)},
+        errors=(400,),
+    )
+    async def list_messages(self, request: Request, query: MessagesQuery) -> Response:
+        """List messages, the events sent to endpoints, newest first."""
+        rows, cursor = await messages.list_messages(self._database, **dict(query))
+        return _page("messages", map(message_json, rows), cursor)
+
+    @Operation(
+        "GET",
+        "/api/messages/{message_id}",
+        "messages",
+        {200: Answer("The message.", MessageDetail)},
+        errors=(404,),
+    )
+    async def show_message(self, request: Request, message_id: str) -> Response:
+        """Show a message with its body and its attempts."""
+        return await self._message(message_id)
+
+    @Operation(
+        "GET",
         "/api/spending",
         "spending",
         {200: Answer("What the runs cost.", SpendingReport)},
@@ -263,14 +296,27 @@ class Api:
         """
         return await self._stream.follow(request, query)
 
+    async def _message(self, message_id: str) -> Response:
+        row = None
+        if _is_possible(message_id):
+            row = await messages.get_message(self._database, message_id)
+        if row is None:
+            raise not_found(f"There is no message {message_id[:255]}.")
+        attempts = await messages.list_attempts(self._database, message_id)
+        return Json(message_json(row, attempts))
+
 
 def _page(name: str, items: Iterable[dict[str, Any]], next_cursor: str | None) -> Response:
     return Json({name: list(items), "meta": {"next_cursor": next_cursor}})
 
 
+def _is_possible(id_: str) -> bool:
+    """Whether it can be an id; PostgreSQL cannot be queried for a text with a NUL."""
+    return "\0" not in id_ and len(id_) <= 255
+
+
 def _possible(run_id: str) -> str:
-    """`run_id`; PostgreSQL cannot be queried for a text with a NUL."""
-    if "\0" in run_id or len(run_id) > 255:
+    if not _is_possible(run_id):
         raise _unknown(run_id)
     return run_id
 

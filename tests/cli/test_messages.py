@@ -1,0 +1,74 @@
+"""`tracker endpoints` and `tracker messages` as commands."""
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Commands
+from tests.support.webhooks import add_endpoint, add_message
+from tracker.store.migrate import open_database
+
+
+async def _fill(folder: Path) -> None:
+    now = datetime.now(UTC)
+    async with open_database(
+        f"sqlite:///{folder / 'tracker.db'}", history_since=timedelta(days=1)
+    ) as database:
+        await add_endpoint(database, "shop", filters={"tag": "shop=1"})
+        await add_endpoint(
+            database,
+            "crm",
+            state="disabled",
+            disabled_at=now,
+            disabled_reason="it answered 410",
+            last_error="status 410",
+        )
+        await add_message(
+            database,
+            "msg_1",
+            "shop",
+            500,
+            204,
+            event_at=now,
+            created_at=now,
+            delivered_at=now + timedelta(seconds=2),
+        )
+        await add_message(database, "msg_2", "crm", 410, created_at=now - timedelta(seconds=1))
+
+
+@pytest.fixture
+def filled(tracker: Commands) -> Commands:
+    """A delivered message to one endpoint, and a pending one to another, which is disabled."""
+    asyncio.run(_fill(tracker.folder))
+    return tracker
+
+
+def test_endpoints_are_listed_with_their_backlog(filled: Commands) -> None:
+    """With health, backlog, delays of the last day and the last error."""
+    crm, shop = filled.json("endpoints", "list")["endpoints"]
+    assert (crm["endpoint_id"], crm["health"], crm["pending"]) == ("crm", "disabled", 1)
+    assert crm["disabled_reason"] == "it answered 410"
+    assert (shop["health"], shop["pending"], shop["delay_p95"]) == ("ok", 0, 2)
+    assert shop["tag"] == "shop=1"
+    table = filled("endpoints", "list").stdout
+    assert "disabled" in table
+    assert "2 s" in table
+
+
+def test_messages_are_listed_and_shown(filled: Commands) -> None:
+    """By endpoint, state, event and run; one with its body and attempts."""
+    listed = filled.json("messages", "list")["messages"]
+    assert [one["message_id"] for one in listed] == ["msg_1", "msg_2"]
+    for arguments in (("--endpoint", "crm"), ("--state", "pending")):
+        [one] = filled.json("messages", "list", *arguments)["messages"]
+        assert one["message_id"] == "msg_2"
+    assert filled.json("messages", "list", "--event", "run.lost")["messages"] == []
+    shown = filled.json("messages", "show", "msg_1")
+    assert [one["status"] for one in shown["attempt_log"]] == [500, 204]
+    printed = filled("messages", "show", "msg_1").stdout
+    assert "an answer" in printed
+    assert '"run_id": "run_1"' in printed
+    unknown = filled("messages", "show", "msg_9")
+    assert (unknown.returncode, unknown.stderr) == (1, "tracker: message msg_9 is not known\n")

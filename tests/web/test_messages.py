@@ -1,0 +1,50 @@
+"""`/api/messages`: what was sent to endpoints."""
+
+from datetime import timedelta
+
+from tests.support.webhooks import NOW, add_endpoint, add_message
+from tests.web.conftest import Site
+
+
+async def test_messages_are_listed_and_filtered(site: Site) -> None:
+    """Newest first, in pages, by endpoint, state, event and run; a wrong state is a 400."""
+    db = site.services.database
+    await add_endpoint(db, "shop")
+    await add_message(db, "msg_1", "shop", 500, 204)
+    await add_message(db, "msg_2", "shop", created_at=NOW + timedelta(seconds=1), run_id="run_2")
+    await add_message(
+        db, "msg_3", "crm", 500, created_at=NOW + timedelta(seconds=2), event="run.lost"
+    )
+    await add_message(
+        db, "msg_4", "crm", 410, created_at=NOW + timedelta(seconds=3), state="failed"
+    )
+
+    async def listed(**query: str) -> list[str]:
+        answer = await site.client.get("/api/messages", params=query)
+        assert answer.status_code == 200, answer.text
+        return [one["message_id"] for one in answer.json()["messages"]]
+
+    assert await listed() == ["msg_4", "msg_3", "msg_2", "msg_1"]
+    assert await listed(endpoint_id="shop") == ["msg_2", "msg_1"]
+    assert await listed(state="pending", endpoint_id="") == ["msg_3", "msg_2"]
+    assert await listed(state="failed") == ["msg_4"]
+    assert await listed(event="run.lost") == ["msg_3"]
+    assert await listed(run_id="run_2") == ["msg_2"]
+    first = (await site.client.get("/api/messages", params={"limit": 3})).json()
+    assert await listed(cursor=first["meta"]["next_cursor"]) == ["msg_1"]
+    assert (await site.client.get("/api/messages", params={"state": "sent"})).status_code == 400
+
+
+async def test_a_message_shows_its_body_and_attempts(small_site: Site) -> None:
+    """The body as it was sent, and each attempt with status, answer and error."""
+    db, client = small_site.services.database, small_site.client
+    await add_message(db, "msg_1", "shop", None, 500, 204)
+    shown = (await client.get("/api/messages/msg_1")).json()
+    assert (shown["state"], shown["attempts"]) == ("delivered", 3)
+    assert shown["body"] == {"type": "run.settled", "data": {"run_id": "run_1"}}
+    log = shown["attempt_log"]
+    assert [one["status"] for one in log] == [None, 500, 204]
+    assert "refused" in log[0]["error"]
+    assert (log[1]["answer"], log[2]["error"]) == ("<b>an answer</b>", None)
+    for unknown in ("msg_2", "x" * 300):
+        assert (await client.get(f"/api/messages/{unknown}")).status_code == 404

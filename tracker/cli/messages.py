@@ -1,0 +1,112 @@
+"""`tracker messages`: the events sent to endpoints, and sending them again."""
+
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tracker.cli.output import JsonFlag, print_fields, print_json, print_page, print_table
+from tracker.cli.setup import CursorOption, LimitOption, run_on_database
+from tracker.core.errors import TrackerError
+from tracker.core.events import EventType, MessageState
+from tracker.core.formatting import duration
+
+if TYPE_CHECKING:
+    from tracker.store.engine import Database
+
+app = typer.Typer(
+    name="messages",
+    help="List, show and resend the events sent to endpoints.",
+    no_args_is_help=True,
+)
+
+
+@app.command("list")
+def list_(
+    endpoint: Annotated[str | None, typer.Option(metavar="ID", help="Filter by endpoint.")] = None,
+    state: Annotated[MessageState | None, typer.Option(help="Filter by state.")] = None,
+    event: Annotated[EventType | None, typer.Option(help="Filter by event.")] = None,
+    run: Annotated[str | None, typer.Option(metavar="RUN_ID", help="Filter by run.")] = None,
+    limit: LimitOption = 50,
+    cursor: CursorOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """List messages, newest first."""
+    from tracker.store.queries.messages import list_messages
+    from tracker.views import message_json
+
+    rows, next_cursor = run_on_database(
+        partial(
+            list_messages,
+            endpoint_id=endpoint,
+            state=state,
+            event=event,
+            run_id=run,
+            cursor=cursor,
+            limit=limit,
+        )
+    )
+    print_page(
+        "messages",
+        [message_json(row) for row in rows],
+        next_cursor,
+        {
+            "message": "message_id",
+            "state": "state",
+            "event": "event",
+            "run": "run_id",
+            "endpoint": "endpoint_id",
+            "attempts": "attempts",
+            "status": "last_status",
+            "created": "created_at",
+            "next attempt": "next_attempt_at",
+            "error": "last_error",
+        },
+        as_json=as_json,
+        hide=("event", "attempts", "status", "endpoint", "next attempt", "created", "error"),
+    )
+
+
+@app.command()
+def show(
+    message_id: Annotated[str, typer.Argument(metavar="MESSAGE_ID", help="The webhook-id.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Show a message with its body and its attempts."""
+    from tracker.views import message_json
+
+    async def work(database: "Database") -> dict[str, Any] | None:
+        from tracker.store.queries import messages as read
+
+        row = await read.get_message(database, message_id)
+        if row is None:
+            return None
+        return message_json(row, await read.list_attempts(database, message_id))
+
+    shown = run_on_database(work)
+    if shown is None:
+        raise TrackerError(f"message {message_id} is not known")
+    if as_json:
+        print_json(shown)
+        return
+    attempts = shown.pop("attempt_log")
+    body = shown.pop("body")
+    print_fields(shown)
+    if attempts:
+        typer.echo()
+        print_table(
+            ("attempt", "at", "took", "status", "error", "answer"),
+            [
+                (
+                    one["number"],
+                    f"{one['at'][:19]}Z",
+                    duration(one["seconds"]),
+                    one["status"],
+                    one["error"],
+                    one["answer"],
+                )
+                for one in attempts
+            ],
+        )
+    typer.echo()
+    print_json(body)
