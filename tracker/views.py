@@ -107,6 +107,7 @@ def delivery_json(row: "DeliveryRow") -> dict[str, Any]:
         "reason": row.reason,
         "applied_at": _time(row.applied_at),
         "body_removed_at": _time(row.body_removed_at),
+        "acknowledged_at": _time(row.acknowledged_at),
     }
     if row.body is not None:
         try:

@@ -64,6 +64,26 @@ def test_callbacks_are_listed_shown_and_replayed(filled: Commands) -> None:
     assert "applied" in filled("deliveries", "replay", "whd_good").stdout
 
 
+def test_acknowledged_callbacks_stay_and_are_counted_no_more(filled: Commands) -> None:
+    """Acknowledging changes what counts as a problem, not the outcome, and allows a replay."""
+    done = filled.json("deliveries", "acknowledge", "whd_bad")
+    assert done == {"acknowledged": ["whd_bad"]}
+    bad, good = filled.json("deliveries", "list", "--outcome", "quarantined")["deliveries"]
+    assert bad["acknowledged_at"].endswith("Z")
+    assert good["acknowledged_at"] is None
+    assert filled.json("deliveries", "acknowledge", "--all") == {"acknowledged": ["whd_good"]}
+    assert "0 deliveries" in filled("deliveries", "acknowledge", "--all").stderr
+    entries = filled.json("audit", "list", "--action", "acknowledge")["entries"]
+    assert [one["detail"] for one in entries] == [
+        {"delivery_id": "whd_good"},
+        {"delivery_id": "whd_bad"},
+    ]
+    assert "applied" in filled("deliveries", "replay", "whd_good").stdout
+    unknown = filled("deliveries", "acknowledge", "whd_none")
+    assert (unknown.returncode, "whd_none" in unknown.stderr) == (1, True)
+    assert filled("deliveries", "acknowledge").returncode == 2
+
+
 def test_what_cannot_be_replayed_is_told(tracker: Commands) -> None:
     """An unknown id is status 1; neither ids nor --all is wrong usage; an empty quarantine is
     fine."""

@@ -51,6 +51,7 @@ SELDOM: Final = (
     "sweeps.forget_after",
     "statements.quarantine",
     "replay.requeue",
+    "replay.acknowledge",
     "inbox: notify",
 )
 """Commits that come only where something is broken, or someone asks."""

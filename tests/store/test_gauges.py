@@ -23,6 +23,7 @@ from tracker.store.queries import attention as gauges
 from tracker.store.queries import runs as read
 from tracker.store.queries.attention import read_gauges
 from tracker.store.queries.starts import StartState
+from tracker.store.writing.statements import acknowledge
 
 WS = {"workspace_id": "ws_1"}
 ENDED = {**WS, "completed_at": NOW, "charged_cost": Decimal("0.25"), "outputs": ()}
@@ -100,7 +101,8 @@ async def test_only_the_last_hours_are_recent(db: Database, writer: TestWriter) 
 
 async def test_what_waits_for_a_person_is_counted(db: Database, writer: TestWriter) -> None:
     """Callbacks that nobody understood, and starts that nobody can tell about."""
-    await writer.submit_all([quarantined("whd_1"), quarantined("whd_2")])
+    await writer.submit_all([quarantined(f"whd_{number}") for number in (1, 2, 3)])
+    assert await db.write(lambda c: acknowledge(c, ["whd_3", "whd_none"], NOW)) == ["whd_3"]
     for key in ("key_1", "key_2", "key_3"):
         await reserve(db, key)
     await mark(db, "key_1", StartState.UNRESOLVED)

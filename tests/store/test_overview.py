@@ -186,7 +186,7 @@ async def test_what_is_open(writer: TestWriter, db: Database) -> None:
     assert (shown[2]["error_code"], shown[2]["error_message"]) == ("time_out", "no answer")
     (delivery,) = await rows(db, "v_quarantine")
     assert (delivery["delivery_id"], delivery["receipts"]) == ("whd_1", 1)
-    assert delivery["reason"] == "not a JSON object"
+    assert (delivery["reason"], delivery["acknowledged_at"]) == ("not a JSON object", None)
 
 
 def test_quantiles_of_a_histogram() -> None:

@@ -1,4 +1,4 @@
-"""`tracker deliveries`: list, show and replay callbacks."""
+"""`tracker deliveries`: list, show, replay and acknowledge callbacks."""
 
 from dataclasses import asdict
 from functools import partial
@@ -9,13 +9,16 @@ import typer
 from tracker.cli.output import JsonFlag, note, print_fields, print_json, print_page, print_table
 from tracker.cli.setup import CursorOption, LimitOption, run_on_database, run_once
 from tracker.core.errors import TrackerError
+from tracker.core.formatting import counted
 from tracker.core.record import DeliveryOutcome
 
 if TYPE_CHECKING:
     from tracker.receiving.replay import Replay
     from tracker.services import Services
 
-app = typer.Typer(name="deliveries", help="List, show and replay callbacks.", no_args_is_help=True)
+app = typer.Typer(
+    name="deliveries", help="List, show, replay and acknowledge callbacks.", no_args_is_help=True
+)
 
 
 @app.command("list")
@@ -103,6 +106,39 @@ def replay(
             [(one.delivery_id, one.run_id, one.outcome, one.reason) for one in done],
         )
     return 1 if any(one.outcome is DeliveryOutcome.QUARANTINED for one in done) else 0
+
+
+@app.command()
+def acknowledge(
+    delivery_ids: Annotated[
+        list[str] | None, typer.Argument(metavar="DELIVERY_ID", help="Deliveries to acknowledge.")
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Acknowledge all quarantined deliveries.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Mark quarantined callbacks as seen: pages and alerts stop counting them.
+
+    They stay quarantined, and can still be replayed.
+    """
+    if bool(delivery_ids) == every:
+        raise typer.BadParameter("give DELIVERY_IDs, or --all", param_hint="DELIVERY_ID")
+
+    async def work(services: "Services") -> list[str]:
+        from tracker.store.queries.runs import get_delivery
+
+        for one in delivery_ids or ():
+            if await get_delivery(services.database, one) is None:
+                raise TrackerError(f"delivery {one} is not known")
+        chosen = delivery_ids or await _quarantined(services)
+        return await services.replayer.acknowledge(chosen)
+
+    done = run_once(work)
+    if as_json:
+        print_json({"acknowledged": done})
+    else:
+        note(f"{counted(len(done), 'delivery', 'deliveries')} acknowledged.")
 
 
 async def _quarantined(services: "Services") -> list[str]:

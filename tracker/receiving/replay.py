@@ -1,4 +1,5 @@
-"""A quarantined callback is applied again: after an upgrade, or when a setting has been corrected.
+"""A quarantined callback is applied again, after an upgrade or when a setting has been corrected,
+or acknowledged: someone has seen it, and nothing is to be done.
 
 Its signature was verified on receipt and is not checked again (its time would be too old). The
 delivery waits once more, and is applied or quarantined like every other. One whose run has been
@@ -6,7 +7,7 @@ removed by retention stays quarantined, because it would bring the run back.
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
@@ -28,6 +29,8 @@ from tracker.store.writing import retention, statements
 from tracker.store.writing.retention import AROUND, ListedRun
 
 APPLIED_BEFORE: Final = "it had been applied before"
+ACKNOWLEDGED_AT_ONCE: Final = 500
+"""Deliveries that one transaction acknowledges."""
 CHECKS: Final = 100
 CHECK_SECONDS: Final = 0.05
 """How often it is checked whether another process has applied the delivery."""
@@ -55,7 +58,7 @@ class Replay:
 
 
 class Replayer:
-    """Applies stored callbacks again."""
+    """Applies stored callbacks again, or marks them as seen."""
 
     def __init__(
         self, *, database: Database, applier: Applier, workspaces: Workspaces, clock: Clock
@@ -101,6 +104,19 @@ class Replayer:
             await asyncio.sleep(CHECK_SECONDS)
         raise StoreUnavailable(f"delivery {delivery_id} waits, and was not applied in time")
 
+    async def acknowledge(self, delivery_ids: Sequence[str]) -> list[str]:
+        """Mark quarantined deliveries as seen: they stay, can be replayed, and are not counted as
+        problems any more. Returns the ids of those that were not acknowledged before.
+
+        Raises `StoreUnavailable`.
+        """
+        done: list[str] = []
+        for first in range(0, len(delivery_ids), ACKNOWLEDGED_AT_ONCE):
+            some = delivery_ids[first : first + ACKNOWLEDGED_AT_ONCE]
+            entry = audit.entry(Action.ACKNOWLEDGE, self._clock())
+            done += await self._database.write(partial(_acknowledge, some, entry))
+        return done
+
     async def _row(self, delivery_id: str) -> DeliveryRow:
         row = await get_delivery(self._database, delivery_id)
         if row is None:
@@ -131,6 +147,15 @@ class Replayer:
                 "kept here; `tracker runs track` reads it again"
             )
         return None
+
+
+def _acknowledge(
+    delivery_ids: Sequence[str], entry: Mapping[str, Any], connection: Connection
+) -> list[str]:
+    marked = statements.acknowledge(connection, delivery_ids, entry["at"])
+    for delivery_id in marked:
+        audit.note(connection, {**entry, "detail": {"delivery_id": delivery_id}})
+    return marked
 
 
 def _requeue(delivery: Delivery, entry: Mapping[str, Any], connection: Connection) -> bool:

@@ -369,6 +369,8 @@ deliveries: Final = Table(
     Column("body_removed_at", UtcDateTime),
     # The last part of the address, if that was a start's own.
     Column("callback_token", CleanText),
+    # When someone marked it as seen while it was quarantined.
+    Column("acknowledged_at", UtcDateTime),
     _one_of("outcome", DeliveryOutcome),
     CheckConstraint("receipts >= 1", name="receipts"),
     CheckConstraint("applied_at IS NULL OR outcome = 'applied'", name="applied_has_its_time"),

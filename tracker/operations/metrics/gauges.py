@@ -312,7 +312,9 @@ def _callbacks(snapshot: _Snapshot) -> Iterator[Metric]:
         _timestamp(gauges.last_callback_at),
     )
     yield _gauge(
-        "deliveries_quarantined", "Authentic callbacks not understood.", gauges.quarantined
+        "deliveries_quarantined",
+        "Authentic callbacks not understood, not acknowledged.",
+        gauges.quarantined,
     )
     yield _gauges(
         "recent_callbacks",

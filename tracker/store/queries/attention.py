@@ -26,6 +26,7 @@ from tracker.core.rollup import CALLBACK, COST, FAILURE, OPEN, QUOTE, STATE, UNP
 from tracker.core.run import Precedence, Tracking
 from tracker.store.engine import Database
 from tracker.store.queries.overview import rollups
+from tracker.store.queries.quarantine import IS_UNSEEN
 from tracker.store.queries.starts import StartState, is_in
 from tracker.store.rows import RUN_COLUMNS, read_records
 from tracker.store.schema import CleanText, UtcDateTime, deliveries, leases, runs, starts, word
@@ -248,7 +249,7 @@ _OLDEST_WAITING: Final = (
     .scalar_subquery()
 )
 _REST: Final = select(
-    _count(deliveries, deliveries.c.outcome == word("quarantined")).label("quarantined"),
+    _count(deliveries, IS_UNSEEN).label("quarantined"),
     _count(deliveries, deliveries.c.outcome == word("waiting")).label("waiting"),
     _OLDEST_WAITING.label("oldest_waiting_at"),
     _LAST_CALLBACK.label("last_callback_at"),

@@ -43,6 +43,7 @@ class Action(StrEnum):
     START = "start"
     RESOLVE = "resolve"
     REPLAY = "replay"
+    ACKNOWLEDGE = "acknowledge"
     PRUNE = "prune"
     SIGN_IN = "sign_in"
     SIGN_OUT = "sign_out"

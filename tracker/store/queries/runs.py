@@ -28,6 +28,7 @@ from tracker.core.schedule import Durations
 from tracker.store.claims import Workspaces, within
 from tracker.store.engine import Database
 from tracker.store.queries.paging import newest_first
+from tracker.store.queries.quarantine import IS_UNSEEN
 from tracker.store.queries.starts import StartState, is_in
 from tracker.store.rows import RUN_COLUMNS, read_records
 from tracker.store.schema import deliveries, run_events, runs, starts, word
@@ -93,12 +94,13 @@ class DeliveryRow:
     reason: str | None
     applied_at: datetime | None = None
     body_removed_at: datetime | None = None
+    acknowledged_at: datetime | None = None
     body: bytes | None = None
 
 
 class Counts(NamedTuple):
     """What waits or needs a person. `oldest_due_at` shows the lag of polling, `oldest_waiting_at`
-    that of applying callbacks (`waiting` are not applied)."""
+    that of applying callbacks (`waiting` are not applied). `quarantined` are not acknowledged."""
 
     active: int
     due: int
@@ -266,10 +268,15 @@ async def list_deliveries(
     *,
     outcome: str | None = None,
     run_id: str | None = None,
+    workspace_id: str | None = None,
+    since: datetime | None = None,
+    where: ColumnElement[bool] | None = None,
     cursor: str | None = None,
     limit: int = 50,
 ) -> tuple[list[DeliveryRow], str | None]:
     """A page of callbacks without their bodies, newest first, and the cursor of the next page.
+
+    `since` is when they were first received, `where` one more condition.
 
     Raises `InvalidRequest` for an invalid cursor.
     """
@@ -279,6 +286,12 @@ async def list_deliveries(
         statement = statement.where(deliveries.c.run_id == run_id)
     if outcome is not None:  # `word`: matches the partial index
         statement = statement.where(deliveries.c.outcome == word(DeliveryOutcome(outcome).value))
+    if workspace_id is not None:
+        statement = statement.where(deliveries.c.workspace_id == workspace_id)
+    if since is not None:
+        statement = statement.where(deliveries.c.received_at >= since)
+    if where is not None:
+        statement = statement.where(where)
     async with db.read() as connection:
         rows, following = await newest_first(connection, statement, key, cursor=cursor, limit=limit)
     return [_delivery(row) for row in rows], following
@@ -299,7 +312,7 @@ async def counts(db: Database, *, now: datetime) -> Counts:
         _count(runs, is_tracked_as(Tracking.ACTIVE)),
         _count(runs, runs.c.next_check_at <= now),
         _count(runs, is_tracked_as(Tracking.LOST)),
-        _count(deliveries, deliveries.c.outcome == word("quarantined")),
+        _count(deliveries, IS_UNSEEN),
         _count(starts, is_in(StartState.SENT)) + _count(starts, is_in(StartState.IN_DOUBT)),
         _count(starts, starts.c.state == word("unresolved")),
         _count(deliveries, is_waiting),

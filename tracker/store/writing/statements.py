@@ -26,6 +26,7 @@ from sqlalchemy import (
 from tracker.core.record import Delivery, Record
 from tracker.core.rollup import Key
 from tracker.store.engine import Database
+from tracker.store.queries.quarantine import IS_UNSEEN
 from tracker.store.rows import RUN_COLUMNS, ids_with_outputs, outputs_by_run, with_outputs
 from tracker.store.schema import deliveries, run_outputs, runs, starts, word
 from tracker.store.writing import retention
@@ -232,7 +233,11 @@ _QUARANTINE: Final = (
     update(deliveries)
     .where(deliveries.c.delivery_id == bindparam("quarantined"))
     .where(deliveries.c.outcome == word("waiting"))
-    .values(outcome="quarantined", reason=bindparam("because", type_=deliveries.c.reason.type))
+    .values(
+        outcome="quarantined",
+        reason=bindparam("because", type_=deliveries.c.reason.type),
+        acknowledged_at=null(),
+    )
 )
 
 
@@ -268,6 +273,22 @@ def requeue(connection: Connection, delivery: Delivery) -> bool:
     # Once applied, its body is to be removed, though retention may have passed its time already.
     retention.step_back(connection, "bodies", delivery.received_at)
     return True
+
+
+def acknowledge(connection: Connection, delivery_ids: Sequence[str], at: datetime) -> list[str]:
+    """Mark quarantined deliveries as seen; returns the ids of those that were not yet."""
+    new = (
+        select(deliveries.c.delivery_id)
+        .where(deliveries.c.delivery_id.in_(delivery_ids))
+        .where(IS_UNSEEN)
+        .order_by(deliveries.c.delivery_id)
+        .with_for_update()
+    )
+    found = list(connection.execute(new).scalars())
+    if found:
+        marked = update(deliveries).where(deliveries.c.delivery_id.in_(found))
+        connection.execute(marked.values(acknowledged_at=at))
+    return found
 
 
 def requeue_runs(connection: Connection, run_ids: Sequence[str]) -> bool:
