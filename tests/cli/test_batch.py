@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,14 @@ def test_a_wrong_sheet_is_refused_whole(flora: Commands) -> None:
     assert "line 3, column 'face'" in some.stderr
 
 
+def products(path: Path) -> None:
+    """A workbook with two products."""
+    book = openpyxl.Workbook()
+    for row in ("SKU", "prompt", "client"), ("0001", "Café für Zürich", "A"), ("0002", "Tee", "B"):
+        book.active.append(row)
+    book.save(path)
+
+
 SHEETS = {
     "excel.csv": "SKU;prompt;client\r\n0001;Café für Zürich;A\r\n0002;Tee;B\r\n".encode("cp1252"),
     "unicode.txt": "SKU\tprompt\tclient\n0001\tCafé für Zürich\tA\n0002\tTee\tB\n".encode("utf-16"),
@@ -126,10 +135,7 @@ SHEETS = {
 def test_every_sheet_of_excel_is_read(flora: Commands) -> None:
     """A workbook, `;` with cp1252, and UTF-16 with tabs are the same rows; the columns that are no
     input are in the results, in the sheet's own form, and start nothing again when they change."""
-    book = openpyxl.Workbook()
-    for row in ("SKU", "prompt", "client"), ("0001", "Café für Zürich", "A"), ("0002", "Tee", "B"):
-        book.active.append(row)
-    book.save(flora.folder / "products.xlsx")
+    products(flora.folder / "products.xlsx")
     for name, content in SHEETS.items():
         (flora.folder / name).write_bytes(content)
     done = flora("batch", "icon-pack", "products.xlsx", "--output", "results.csv")
@@ -153,6 +159,57 @@ def test_every_sheet_of_excel_is_read(flora: Commands) -> None:
     flora("batch", "icon-pack", "excel.csv", "--output", "results.csv")
     assert (flora.folder / "results.csv").read_text("utf-8").startswith("\ufeffSKU;client;row;")
     assert len(begun(flora)) == 2
+
+
+def test_one_command_from_a_workbook_to_named_files(flora: Commands) -> None:
+    """Runs are started, followed and downloaded; files bear the cell of a column and are numbered
+    in FLORA's order. Repeated, the command pays nothing and fetches only what is missing."""
+    products(flora.folder / "products.xlsx")
+    command = ("batch", "icon-pack", "products.xlsx", "--download", "out", "--allow-private")
+    named = (*command, "--name-by", "sku", "--yes")
+    done = flora(*named)
+    assert done.returncode == 0, done.stderr
+    expected = [f"{sku}_icon_{number}.png" for sku in ("0001", "0002") for number in range(1, 5)]
+    out = flora.folder / "out"
+    assert sorted(path.name for path in out.glob("*.png")) == expected
+    assert "8 files in out (" in done.stderr
+    rows = {row["SKU"]: row for row in csv.DictReader(io.StringIO(done.stdout))}
+    for line in (out / "manifest.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        sku, _, number = entry["file"].removesuffix(".png").split("_")
+        assert entry["run_id"] == rows[sku]["run_id"]
+        assert entry["position"] == int(number) - 1
+
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
+    (out / "0002_icon_3.png").unlink()
+    again = flora.json(*named)
+    outcomes = Counter(file["outcome"] for file in again["downloads"]["files"])
+    assert outcomes == {"present": 7, "fetched": 1}
+    assert sorted(path.name for path in out.glob("*.png")) == expected
+    after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
+    assert {name for name in expected if before[name] != after[name]} == {"0002_icon_3.png"}
+
+    numbered = flora(*command[:3], "--download", "rows", "--allow-private")
+    assert numbered.returncode == 0, numbered.stderr
+    assert (flora.folder / "rows" / "001_icon_1.png").exists()
+    batch = again["batch"]["batch_id"]
+    more = ("--allow-private", "--to", "rows", "--name-by", "SKU")
+    assert flora("runs", "download", "--batch", batch, *more).returncode == 0
+    assert sorted(path.name for path in (flora.folder / "rows").glob("*.png")) == expected
+    assert len(begun(flora)) == 2
+
+
+def test_downloads_are_checked_before_anything_is_paid(flora: Commands) -> None:
+    """A folder that cannot be written to and an unknown column start nothing."""
+    (flora.folder / "file").write_text("")
+    for arguments, said in (
+        (("--download", "file"), "file cannot be written to"),
+        (("--download", "out", "--name-by", "sku"), "no column 'sku' to name files by; it has"),
+    ):
+        done = flora("batch", "icon-pack", "icons.csv", *arguments)
+        assert done.returncode in (1, 2)
+        assert said in done.stderr
+    assert begun(flora) == []
 
 
 def test_sheets_come_in_several_forms(flora: Commands) -> None:
@@ -225,6 +282,9 @@ async def test_an_interrupt_is_status_130_and_loses_nothing(flora: Commands) -> 
         ("icons.csv --retry-all --retry-failed", "cannot be combined with one another"),
         ("icons.csv --output no/where.csv", "cannot be written"),
         ("icons.csv --output a.csv --results table", "takes csv or jsonl"),
+        ("icons.csv --encoding klingon", "'klingon' is not known"),
+        ("icons.csv --download out --no-wait", "waits for the runs"),
+        ("icons.csv --name-by SKU", "goes with --download only"),
         ("icons.csv --concurrency 0", "greater than or equal to 1"),
     ],
 )

@@ -201,7 +201,7 @@ def test_batches_are_downloaded_by_row(quick: Commands) -> None:
     done = quick("runs", "download", "--batch", batch, "--allow-private", "--watch")
     assert done.returncode == 0, done.stderr
     names = sorted(path.name for path in (quick.folder / "downloads").glob("*.png"))
-    assert [name[:6] for name in names] == ["1.run_"] * 4 + ["2.run_"] * 4
+    assert [name[:8] for name in names] == ["001_icon"] * 4 + ["002_icon"] * 4
     unknown = quick("runs", "download", "--batch", "nope")
     assert unknown.returncode == 1
     assert "batch nope is not known" in unknown.stderr

@@ -1,6 +1,5 @@
 """The folder and its manifest."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from tracker.delivering.files import (
     DownloadDirectory,
     DownloadDirectoryError,
     ManifestEntry,
-    digest_of,
 )
 
 
@@ -41,24 +39,39 @@ def test_what_is_there_whole_is_found_again(tmp_path: Path) -> None:
         directory.add(one)
     with DownloadDirectory(tmp_path / "new" / "folder") as directory:
         assert directory.find(one.key) == one
-        assert directory.find(("7", *one.key[1:])) is None
+        assert directory.find(("run_7", *one.key[1:])) is None
         (directory.folder / one.file).write_bytes(b"ab")
         assert directory.find(one.key) is None
         (directory.folder / one.file).unlink()
         assert directory.find(one.key) is None
 
 
-def test_a_file_whose_line_is_missing_is_found_by_its_name(tmp_path: Path) -> None:
-    """A crash between the file's name and its line costs the line alone; a part is no file."""
-    (tmp_path / "run_1.a.png").write_bytes(b"abc")
-    (tmp_path / "run_1.b.part").write_bytes(b"abc")
-    (tmp_path / "run_1.b.part.json").write_bytes(b"{}")
+def test_no_file_takes_the_name_of_another(tmp_path: Path) -> None:
+    """A file of another output, or of somebody else, keeps its name, in any case; the new one gets
+    six characters more, and the same ones each time."""
+    (tmp_path / "Hat_image_1.jpg").write_bytes(b"abc")
+    (tmp_path / "cap_image_1.part").write_bytes(b"abc")
+    key = ("run_2", 0, "a")
     with DownloadDirectory(tmp_path) as directory:
-        assert directory.unlisted("run_1.a") == tmp_path / "run_1.a.png"
-        assert directory.unlisted("run_1.b") is None
-        assert directory.unlisted("run_1.b.part") is None
-        assert directory.unlisted("manifest") is None
-    assert digest_of(tmp_path / "run_1.a.png") == (3, hashlib.sha256(b"abc").hexdigest())
+        directory.add(entry(file="tie_image_1.png"))
+        assert directory.reserve(entry().key, "tie_image_1") == "tie_image_1"
+        assert directory.reserve(key, "cap_image_1") == "cap_image_1"
+        names = [directory.reserve(key, one) for one in ("hat_image_1", "tie_image_1")]
+    assert [len(name) for name in names] == [18, 18]
+    with DownloadDirectory(tmp_path) as directory:
+        assert [directory.reserve(key, one) for one in ("hat_image_1", "tie_image_1")] == names
+
+
+def test_a_file_gets_another_name(tmp_path: Path) -> None:
+    """With its line in the manifest; one that has the name stays as it is."""
+    (tmp_path / "001_image_1.png").write_bytes(b"abc")
+    with DownloadDirectory(tmp_path) as directory:
+        directory.add(entry(file="001_image_1.png"))
+        renamed = directory.rename(entry(file="001_image_1.png"), "Hat_image_1")
+        assert directory.rename(renamed, "Hat_image_1") == renamed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["Hat_image_1.png", MANIFEST]
+    with DownloadDirectory(tmp_path) as directory:
+        assert directory.find(entry().key) == renamed
 
 
 def test_a_manifest_that_was_torn_or_changed_does_no_harm(tmp_path: Path) -> None:

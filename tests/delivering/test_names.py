@@ -1,13 +1,19 @@
 """Names of files: harmless, apart from each other, with the right ending."""
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tracker.delivering.downloads import file_stem
+from tracker.core.errors import InvalidRequest
+from tracker.core.inputs import Port
+from tracker.core.run import Output
 from tracker.delivering.fetch import file_ending
+from tracker.delivering.names import file_stem, output_names, row_names, row_numbers
+from tracker.starting.batch_rows import RowState
+from tracker.store.queries.batches import BatchEntry, BatchRow
 
 HOSTILE = ("..", "../../etc/passwd", "/etc/passwd", "a\0b", "", ".", "-rf", "x" * 5000, "a b", "ü")
 
@@ -35,6 +41,74 @@ def test_two_identifiers_have_two_names(one: list[str], other: list[str]) -> Non
 def test_ordinary_names_stay_readable() -> None:
     """FLORA's own identifiers are in the name as they are."""
     assert file_stem("007", "run_3bb7c905", "image_1") == "007.run_3bb7c905.image_1"
+
+
+BATCH = BatchRow(
+    batch_id="bat_1",
+    workspace_slot="ws",
+    technique_id="tech_1",
+    name="products.xlsx",
+    created_at=datetime(2026, 7, 1, tzinfo=UTC),
+    mapping=[["prompt", "Text", "text"]],
+    columns=["SKU"],
+)
+
+
+def rows(*values: str) -> list[RowState]:
+    """Rows with these cells in the column SKU, which are their prompts, too."""
+    return [
+        RowState(
+            entry=BatchEntry(
+                position=position,
+                line=position + 1,
+                digest=str(position),
+                carried={"SKU": value} if value else {},
+                inputs=[{"id": "prompt", "type": "text", "value": value}],
+            )
+        )
+        for position, value in enumerate(values, 1)
+    ]
+
+
+def test_a_row_is_named_by_its_cell() -> None:
+    """Readable in any script; a cell that is empty or repeated, in any case, gets the row's number;
+    an input can name files, too."""
+    found = rows("SKU-0001", "blue hat/17", "", "Größe 5", "x", "X", "../..", "帽子", "con.")
+    names = ["SKU-0001", "blue_hat_17", "003", "Größe_5", "x_005", "X_006", "007", "帽子", "con"]
+    assert row_names(BATCH, found, "SKU") == names
+    assert row_names(BATCH, found, "text") == names
+    assert row_numbers(found)[:2] == ["001", "002"]
+    assert row_numbers(rows(*map(str, range(1000))))[0] == "0001"
+
+
+def test_an_unknown_column_names_no_files() -> None:
+    """The error names the columns that there are."""
+    with pytest.raises(InvalidRequest, match="no column 'sku2' to name files by; it has SKU, Text"):
+        row_names(BATCH, [], "sku2")
+
+
+@given(st.lists(st.text(max_size=150) | st.sampled_from([*HOSTILE, "a", "A", "a_001"]), max_size=9))
+def test_no_two_rows_share_a_name(values: list[str]) -> None:
+    """Whatever the cells hold, names differ in any case, stay in the folder and are short."""
+    names = row_names(BATCH, rows(*values), "SKU")
+    assert len({name.casefold() for name in names}) == len(values)
+    for name in names:
+        file = f"{name}_{'x' * 100}_1_abc123.part.json"
+        assert Path("/folder", file).resolve().parent == Path("/folder")
+        assert len(file.encode()) <= 255
+        assert not name.startswith((".", "-"))
+
+
+def test_outputs_are_named_and_numbered_in_order() -> None:
+    """By the technique's definition; where that does not fit, by their type; ten sort in order."""
+    images = [Output(f"o{n}", "imageUrl", "https://a") for n in range(2)]
+    defined = [Port(id=f"icon_{n}", type="imageUrl") for n in (1, 2)]
+    assert output_names(images, defined) == ["icon_1", "icon_2"]
+    assert output_names(images, defined[:1]) == ["image_1", "image_2"]
+    named = [Port(id="40039bc", name="Front view"), Port(id="7", name="8")]
+    assert output_names(images, named) == ["Front_view_1", "image_2"]
+    assert output_names([Output("o", "hologram", "x")], ()) == ["output_1"]
+    assert output_names(images * 5, ())[:2] == ["image_01", "image_02"]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from tracker.cli.batch_report import (
     report_problems,
 )
 from tracker.cli.batches import OutputOption, ResultsOption, check_output, print_batch
+from tracker.cli.download import AllowPrivateOption, NameByOption, report_files, report_json
 from tracker.cli.output import JsonFlag, note, print_json
 from tracker.cli.progress import screen
 from tracker.cli.setup import (
@@ -129,6 +130,12 @@ def batch(
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Start without asking. Only a terminal is asked.")
     ] = False,
+    download: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Save the outputs as files here, as the runs end."),
+    ] = None,
+    name_by: NameByOption = None,
+    allow_private: AllowPrivateOption = False,
     format_: Annotated[
         SheetFormat | None,
         typer.Option("--format", help="Format of FILE. Default: by content and ending, else csv."),
@@ -159,17 +166,27 @@ def batch(
         raise typer.BadParameter(
             "cannot be combined with one another", param_hint="--again, --retry-failed, --retry-all"
         )
+    if download is not None and not wait:
+        raise typer.BadParameter("waits for the runs: leave out --no-wait", param_hint="--download")
+    if name_by is not None and download is None:
+        raise typer.BadParameter("goes with --download only", param_hint="--name-by")
     mappings = [_mapping(text) for text in map_ or []]
     tags, tag_columns = parsed_tags(tag), dict(_tag_column(text) for text in tag_column or [])
     check_output(results, output)
     sheet = _read(file, format_, delimiter, encoding, sheet_name)
     name = "stdin" if file == "-" else Path(file).name
 
+    from tracker.delivering.downloads import DownloadOptions, DownloadOutcome, DownloadReport
+
     if sheet.detected:
         note(f"{name}: read with {sheet.detected}")
     began = time.monotonic()
 
+    files = DownloadReport()
+
     async def work(services: "Services") -> "tuple[BatchPlan, bool, BatchOutcome | None]":
+        from tracker.delivering.files import DownloadDirectory
+        from tracker.delivering.names import naming_column
         from tracker.starting.batch_rows import Retry
 
         retry = Retry.FAILED if retry_failed else Retry.ALL if retry_all else None
@@ -192,22 +209,41 @@ def batch(
         if retry is not None:
             for row in plan.to_change:
                 note(f"line {row.entry.line}: change the input: {row.why or ''}")
+        if name_by is not None:
+            naming_column(plan.batch, name_by)
         _check_cost(plan, max_cost)
         if dry_run:
             return plan, bool(skipped), None
         note(intention(plan))
         if not (yes or await confirmed(plan)):
             raise TrackerError("nothing was started")
+        if download is not None:
+            with DownloadDirectory(download):
+                pass  # it can be written to: known before anything is paid
         try:
             with screen(bar_columns) as shown:
-                outcome = await services.batches.run(
+                display = BatchScreen(shown, name, downloads=download is not None)
+                running = services.batches.run(
                     plan,
                     concurrency=concurrency or services.settings.tracker_api_concurrency,
                     wait=wait,
-                    on_progress=BatchScreen(shown, name).show,
+                    on_progress=display.show,
                     max_cost=max_cost,
                     wait_for_budget=wait_for_budget,
                 )
+                if download is None:
+                    outcome = await running
+                else:
+                    async with services.signals:
+                        outcome = await services.downloader.alongside(
+                            running,
+                            plan.batch.batch_id,
+                            DownloadOptions(to=download, allow_private=allow_private),
+                            files,
+                            begun=display.begun,
+                            name_by=name_by,
+                            on_result=display.show_file,
+                        )
         except asyncio.CancelledError:
             note("tracker: interrupted; started runs stay tracked. Repeat the command to continue")
             raise
@@ -240,10 +276,15 @@ def batch(
         # The program that wrote the sheet can read the results.
         delimiter=sheet.delimiter,
         bom=sheet.bom,
+        more={} if download is None else {"downloads": report_json(files, download)},
     )
     status = report_outcome(outcome, waited=wait, seconds=time.monotonic() - began)
+    if download is not None:
+        report_files(files, download)
+        failed = files.of(DownloadOutcome.FAILED)
+        status = max(status, int(bool(failed)))
     at_hand = output is not None or as_json or not sys.stdout.isatty()
-    report_next_steps(outcome, plan, shown=at_hand, downloaded=False)
+    report_next_steps(outcome, plan, shown=at_hand, downloaded=download is not None)
     return max(status, int(skipped))
 
 

@@ -19,6 +19,8 @@ from tracker.core.retry import RetryAdvice
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
 
+    from tracker.delivering.downloads import DownloadResult
+    from tracker.delivering.files import FileKey
     from tracker.starting.batch import BatchOutcome, BatchProgress
     from tracker.starting.batch_rows import BatchPlan, RowState
     from tracker.starting.sheet import SheetProblem
@@ -172,26 +174,34 @@ def print_plan(plan: "BatchPlan", *, as_json: bool) -> None:
 class BatchScreen:
     """The progress of a batch: one bar on a terminal; elsewhere a line now and then.
 
-    `files` are those downloaded so far, `None` if nothing is downloaded.
+    `begun` is set when the batch is stored.
     """
 
     def __init__(self, screen: Screen, name: str, *, downloads: bool = False) -> None:
         self._screen = screen
         self._name = name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
         self._stage: tuple[bool, bool] | None = None
-        self.files = 0 if downloads else None
+        self._files: set[FileKey] | None = set() if downloads else None
+        self.begun = asyncio.Event()
+
+    def show_file(self, result: "DownloadResult") -> None:
+        """Count a file that is there."""
+        if self._files is not None and result.entry is not None:
+            self._files.add(result.job.key)
 
     def show(self, progress: "BatchProgress") -> None:
         """Show how far the batch is."""
+        self.begun.set()
+        files = None if self._files is None else len(self._files)
         counts = progress.counts
         if self._screen.has_bars:
-            text = progress_text(progress, self.files, width=_WIDTH - _NAME - _BAR - 2)
+            text = progress_text(progress, files, width=_WIDTH - _NAME - _BAR - 2)
             self._screen.bar(
                 self._name, done=counts.ended, total=counts.rows, text=lambda: (text, "")
             )
             return
         stage = (progress.left == 0, counts.active == 0)
-        text = progress_text(progress, self.files)
+        text = progress_text(progress, files)
         self._screen.status(text, seconds=_STATUS_SECONDS, now=stage != self._stage)
         self._stage = stage
 

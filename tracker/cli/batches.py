@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -136,14 +136,16 @@ def print_batch(
     results: Results | None,
     output: Path | None,
     as_json: bool,
+    more: Mapping[str, Any] | None = None,
     **csv_style: Any,
 ) -> None:
     """Print a batch as JSON, or its rows as results; write the results to `output` in any case.
 
-    `csv_style` are `delimiter` and `bom` of a CSV file.
+    `more` is added to the JSON; `csv_style` are `delimiter` and `bom` of a CSV file.
     """
     if as_json:
-        print_json({"batch": _batch_json(batch, counts), "rows": [_row_json(row) for row in rows]})
+        rows_json = [_row_json(row) for row in rows]
+        print_json({"batch": _batch_json(batch, counts), "rows": rows_json} | dict(more or {}))
     if output is not None or not as_json:
         show_rows(
             rows, results_format(results, output), output, columns=batch.columns or (), **csv_style

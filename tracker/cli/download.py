@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -13,7 +13,7 @@ from tracker.cli.output import JsonFlag, note, plain, print_json
 from tracker.cli.progress import screen
 from tracker.cli.setup import check_run_ids, run_once
 from tracker.cli.watch import require_known
-from tracker.core.formatting import counted
+from tracker.core.formatting import counted, line_numbers
 from tracker.core.formatting import size as size_text
 
 if TYPE_CHECKING:
@@ -34,6 +34,19 @@ if TYPE_CHECKING:
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?) ?(?:([kmgt])(?:i?b)?|b|bytes)?", re.IGNORECASE)
 _NAMED: Final = 20
 """How many runs without outputs are named; the rest is counted."""
+
+
+NameByOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="COLUMN",
+        help="Name the files of a batch by this column of its sheet, not by the row's number.",
+    ),
+]
+AllowPrivateOption = Annotated[
+    bool,
+    typer.Option("--allow-private", help="Allow links to this machine and private networks."),
+]
 
 
 def parse_size(text: str | int) -> int:
@@ -64,10 +77,8 @@ def download(
     watch: Annotated[
         bool, typer.Option("--watch", help="Wait for runs, and download each as it settles.")
     ] = False,
-    allow_private: Annotated[
-        bool,
-        typer.Option("--allow-private", help="Allow links to this machine and private networks."),
-    ] = False,
+    name_by: NameByOption = None,
+    allow_private: AllowPrivateOption = False,
     max_bytes: Annotated[
         int,
         typer.Option(
@@ -82,13 +93,15 @@ def download(
 ) -> int:
     """Download the outputs of runs as files. Files that exist already are not downloaded again.
 
-    Files are named by row (of a batch), run and output; manifest.jsonl in DIR lists each with its
-    size and SHA-256. Exit status 1 if a download failed.
+    Files are named by row (of a batch) or run, and output; manifest.jsonl in DIR lists each with
+    its size and SHA-256. Exit status 1 if a download failed.
     """
     if bool(run_ids) + (batch is not None) + all_settled != 1:
         raise typer.BadParameter("give run ids, or --batch, or --all-settled")
     if technique is not None and not all_settled:
         raise typer.BadParameter("goes with --all-settled only", param_hint="--technique")
+    if name_by is not None and batch is None:
+        raise typer.BadParameter("goes with --batch only", param_hint="--name-by")
 
     async def find(services: "Services", notify: "Notify") -> "AsyncIterator[WantedRun]":
         downloader = services.downloader
@@ -96,7 +109,7 @@ def download(
             technique_id = None if technique is None else await _technique_id(services, technique)
             return downloader.settled(technique_id=technique_id, watch=watch, notify=notify)
         if batch is not None:
-            return downloader.batch(batch, watch=watch, notify=notify)
+            return downloader.batch(batch, watch=watch, name_by=name_by, notify=notify)
         await require_known(services, run_ids or [])
         return downloader.named(run_ids or [], watch=watch, notify=notify)
 
@@ -135,7 +148,7 @@ def download(
     report = run_once(work)
     _report_absent(report, named=not all_settled)
     if as_json:
-        print_json(_json(report, to))
+        print_json(report_json(report, to))
     else:
         typer.echo(plain(_summary(report, to)))
     return 0 if report.complete else 1
@@ -182,6 +195,20 @@ def _summary(report: "DownloadReport", to: Path) -> str:
     return ", ".join(parts)
 
 
+def report_files(report: "DownloadReport", to: Path) -> None:
+    """The files of a batch that are there, and a line for each cause of failure, on stderr."""
+    from tracker.delivering.downloads import DownloadOutcome
+
+    causes: defaultdict[str, set[str]] = defaultdict(set)
+    for one in report.of(DownloadOutcome.FAILED):
+        causes[one.error or ""].add(one.job.row or one.job.run_id)
+    for error, rows in causes.items():
+        note(f"tracker: not downloaded: {error} ({line_numbers(list(map(int, rows)), 'row')})")
+    entries = [one.entry for one in report.results if one.entry is not None]
+    size = size_text(sum(entry.size for entry in entries))
+    note(f"{counted(len(entries), 'file')} in {to} ({size}).")
+
+
 def _report_absent(report: "DownloadReport", *, named: bool) -> None:
     """Report runs without files; failed runs only where they were `named`."""
     shown = [one for one in report.absent if named or not one.harmless]
@@ -205,7 +232,8 @@ def _reason(one: "RunWithoutOutputs") -> str:
     return f"{which} has no run ({one.status})"
 
 
-def _json(report: "DownloadReport", to: Path) -> dict[str, Any]:
+def report_json(report: "DownloadReport", to: Path) -> dict[str, Any]:
+    """The files, failures and runs without outputs as JSON values."""
     results = sorted(
         report.results, key=lambda one: (one.job.row or "", one.job.run_id, one.job.position)
     )

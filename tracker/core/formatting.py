@@ -75,15 +75,16 @@ def counted(count: int, one: str, many: str | None = None) -> str:
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
-def line_numbers(lines: Sequence[int], most: int = 10) -> str:
-    """Lines of a file: `line 2`, `lines 2, 5-9`; beyond `most` parts the rest is counted."""
+def line_numbers(lines: Sequence[int], noun: str = "line", most: int = 10) -> str:
+    """Lines of a file: `line 2`, `lines 2 and 5-9`; beyond `most` parts the rest is counted."""
     parts: list[list[int]] = []
     for line in sorted(lines):
         if parts and line == parts[-1][-1] + 1:
             parts[-1][1:] = [line]
         else:
             parts.append([line])
-    shown = ", ".join("-".join(map(str, part)) for part in parts[:most])
-    rest = sum(part[-1] - part[0] + 1 for part in parts[most:])
-    shown += f" and {rest:,} more" if rest else ""
-    return f"line {shown}" if len(lines) == 1 else f"lines {shown}"
+    shown = ["-".join(map(str, part)) for part in parts[:most]]
+    if rest := sum(part[-1] - part[0] + 1 for part in parts[most:]):
+        shown.append(f"{rest:,} more")
+    text = " and ".join(filter(None, (", ".join(shown[:-1]), shown[-1])))
+    return f"{noun} {text}" if len(lines) == 1 else f"{noun}s {text}"

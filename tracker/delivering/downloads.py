@@ -1,4 +1,4 @@
-"""`tracker runs download`: the outputs of runs as files, one for each output.
+"""The outputs of runs as files, one for each output.
 
 A file that is there already is not fetched again. FLORA's links expire, so runs can also be
 followed and downloaded as each settles.
@@ -7,18 +7,18 @@ followed and downloaded as each settles.
 import asyncio
 import contextlib
 import hashlib
-import re
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeVar
 
 from tracker.core.clock import Clock
 from tracker.core.errors import TrackerError
 from tracker.core.formatting import counted
+from tracker.core.inputs import Port
 from tracker.core.record import Record
 from tracker.core.run import Output, Tracking
 from tracker.delivering.addresses import MediaError
@@ -28,21 +28,20 @@ from tracker.delivering.files import (
     FileKey,
     ManifestEntry,
     PartialFile,
-    digest_of,
 )
+from tracker.delivering.names import file_stem, output_names, row_names, row_numbers
+from tracker.flora.technique import ports
 from tracker.polling.follow import CHECK_ANYWAY, CHECK_EVERY, Follower, Notify, until_available
-from tracker.starting.batch_rows import RowState, kept_rows
+from tracker.starting.batch_rows import kept_rows
 from tracker.store.engine import Database
-from tracker.store.queries import batches, changes, runs
+from tracker.store.queries import batches, changes, runs, techniques
 from tracker.store.signals import Signals
+
+T = TypeVar("T")
 
 QUEUED: Final = 500
 """Maximum number of outputs that wait to be fetched."""
-LONGEST_PART: Final = 60
-"""Characters. With four parts, an ending and `.part.json` a file name stays below 255 bytes."""
 _NOT_STARTED: Final = ("not_started", "sending")
-_HARMLESS: Final = re.compile(r"[A-Za-z0-9_-]+")
-_OTHER: Final = re.compile(r"[^A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,11 +58,14 @@ class DownloadOptions:
 class WantedRun:
     """A run whose outputs are wanted.
 
-    `row` is its row in a batch. A row may have no run (`record`): `status` says why.
+    `row` is its row in a batch, `name` the row's name for files, and `ports` are the outputs of the
+    technique's definition. A row may have no run (`record`): `status` says why.
     """
 
     record: Record | None
     row: str | None = None
+    name: str | None = None
+    ports: Sequence[Port] = ()
     status: str = ""
 
 
@@ -78,18 +80,20 @@ class DownloadOutcome(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DownloadJob:
-    """One output to save as a file. `name` is the file's name without its ending."""
+    """One output to save as a file. `name` is the file's name without its ending; if it was `asked`
+    for, a file that is there already gets it, too."""
 
     run_id: str
     position: int
     output: Output
     row: str | None
     name: str
+    asked: bool = False
 
     @property
     def key(self) -> FileKey:
         """Identifies the file in the manifest."""
-        return (self.row, self.run_id, self.position, self.output.output_id)
+        return (self.run_id, self.position, self.output.output_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,23 +169,29 @@ class Downloader:
                         yield WantedRun(record=record)
 
     async def batch(
-        self, batch_id: str, *, watch: bool, notify: Notify | None = None
+        self,
+        batch_id: str,
+        *,
+        watch: bool,
+        name_by: str | None = None,
+        notify: Notify | None = None,
     ) -> AsyncIterator[WantedRun]:
         """The runs of a batch, row by row.
 
         With `watch` each once it is settled or lost, including runs that another command has yet
-        to start. Raises `TrackerError` for an unknown batch.
+        to start. Files are named by the column `name_by`, else by the row's number. Raises
+        `TrackerError` for an unknown batch, `InvalidRequest` for an unknown column.
         """
-        rows = await self._rows(batch_id)
+        rows = await self._rows(batch_id, name_by)
         if watch:
-            row_of: dict[str, str] = {}
+            row_of: dict[str, WantedRun] = {}
             told = False
 
             async def more() -> tuple[Sequence[str], bool]:
                 nonlocal told
-                rows = await self._rows(batch_id)
-                new = {row.run_id: row.name for row in rows if row.run_id}
-                new = {run_id: name for run_id, name in new.items() if run_id not in row_of}
+                rows = await self._rows(batch_id, name_by)
+                new = {row.run_id: row.wanted for row in rows if row.run_id}
+                new = {run_id: row for run_id, row in new.items() if run_id not in row_of}
                 row_of.update(new)
                 not_started = [row for row in rows if row.not_started]
                 if not_started and not new and not told and notify is not None:
@@ -194,24 +204,28 @@ class Downloader:
                 async for updated in updates:
                     for record, _ in updated:
                         if record.tracking is not Tracking.ACTIVE:
-                            yield WantedRun(record=record, row=row_of[record.run.run_id])
-            rows = [row for row in await self._rows(batch_id) if row.run_id is None]
+                            yield replace(row_of[record.run.run_id], record=record)
+            rows = [row for row in await self._rows(batch_id, name_by) if row.run_id is None]
         for row in rows:
-            yield WantedRun(record=row.state.record, row=row.name, status=row.state.status)
+            yield row.wanted
 
-    async def _rows(self, batch_id: str) -> "list[_BatchRow]":
+    async def _rows(self, batch_id: str, name_by: str | None) -> "list[_BatchRow]":
         batch = await batches.get(self._database, batch_id)
         if batch is None:
             raise TrackerError(f"batch {batch_id} is not known: `tracker batches list` shows all")
         states = await kept_rows(self._database, batch)
-        width = len(str(max((state.entry.position for state in states), default=0)))
+        technique = await techniques.get(self._database, batch.technique_id)
+        outputs = () if technique is None else ports(technique.outputs or ())
+        numbers = row_numbers(states)
+        names = [None] * len(states) if name_by is None else row_names(batch, states, name_by)
         return [
             _BatchRow(
-                state=state,
-                name=f"{state.entry.position:0{width}}",
+                wanted=WantedRun(
+                    record=state.record, row=row, name=name, ports=outputs, status=state.status
+                ),
                 not_started=batch.finished_at is None and state.status in _NOT_STARTED,
             )
-            for state in states
+            for state, row, name in zip(states, numbers, names, strict=True)
         ]
 
     async def settled(
@@ -249,6 +263,48 @@ class Downloader:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(CHECK_ANYWAY if notified else CHECK_EVERY):
                         await changed.wait()
+
+    async def alongside(
+        self,
+        running: Coroutine[Any, Any, T],
+        batch_id: str,
+        options: DownloadOptions,
+        report: DownloadReport,
+        *,
+        begun: asyncio.Event,
+        name_by: str | None = None,
+        on_result: OnResult | None = None,
+    ) -> T:
+        """Download the outputs of a batch while `running` starts and follows it; its result.
+
+        Each row is downloaded as its run settles, from when the batch is `begun`. At the end what
+        is missing is tried once more; `report` has the result for every output.
+        """
+
+        meanwhile = DownloadReport()
+
+        async def follow() -> None:
+            await begun.wait()
+            source = self.batch(batch_id, watch=True, name_by=name_by)
+            await self.download(source, options, meanwhile, on_result=on_result)
+
+        following = asyncio.create_task(follow(), name="batch-download")
+        try:
+            result = await running
+            batch = await batches.get(self._database, batch_id)
+            if batch is not None and batch.finished_at is not None:
+                await asyncio.wait([following])
+        finally:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+        source = self.batch(batch_id, watch=False, name_by=name_by)
+        await self.download(source, options, report, on_result=on_result)
+        fetched = {one.job.key: one for one in meanwhile.of(DownloadOutcome.FETCHED)}
+        report.results = [
+            fetched.get(one.job.key, one) if one.outcome is DownloadOutcome.PRESENT else one
+            for one in report.results
+        ]
+        return result
 
     async def download(
         self,
@@ -303,15 +359,14 @@ class Downloader:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _BatchRow:
-    """A row of a batch, named by its position."""
+    """A row of a batch."""
 
-    state: RowState
-    name: str
+    wanted: WantedRun
     not_started: bool
 
     @property
     def run_id(self) -> str | None:
-        return None if self.state.record is None else self.state.record.run.run_id
+        return None if self.wanted.record is None else self.wanted.record.run.run_id
 
 
 class _OutputSaver:
@@ -323,53 +378,55 @@ class _OutputSaver:
         self._clock = clock
 
     async def save(self, job: DownloadJob, on_bytes: OnJobBytes | None) -> DownloadResult:
-        outcome = DownloadOutcome.FETCHED
         try:
+            entry = self._directory.find(job.key)
             if job.output.type == "text":
                 text = job.output.url.encode(errors="replace")
-                entry = self._directory.find(job.key)
-                if entry is not None and entry.sha256 == hashlib.sha256(text).hexdigest():
-                    outcome = DownloadOutcome.PRESENT
-                else:
-                    entry = self._add(job, await asyncio.to_thread(self._write_text, job, text))
-            elif (entry := await self._present(job)) is not None:
-                outcome = DownloadOutcome.PRESENT
+                if entry is not None and entry.sha256 != hashlib.sha256(text).hexdigest():
+                    entry = None
+            if entry is not None:
+                if job.asked:
+                    entry = self._directory.rename(entry, job.name)
+                return DownloadResult(job=job, outcome=DownloadOutcome.PRESENT, entry=entry)
+            name = self._directory.reserve(job.key, job.name)
+            if job.output.type == "text":
+                entry = await asyncio.to_thread(self._write_text, job, name, text)
             else:
-                fetched = await self._fetcher.fetch(
+                added: list[ManifestEntry] = []
+                await self._fetcher.fetch(
                     job.output.url,
                     self._directory.folder,
-                    job.name,
+                    name,
                     output_type=job.output.type,
                     on_bytes=None if on_bytes is None else partial(on_bytes, job),
+                    on_complete=lambda file: added.append(self._add(job, file)),
                 )
-                entry = self._add(job, fetched)
+                (entry,) = added
         except (MediaError, OSError) as error:
             if isinstance(error, OSError):
                 message = f"the file cannot be written: {error.strerror or error}"
             else:
                 message = str(error)
             return DownloadResult(job=job, outcome=DownloadOutcome.FAILED, error=message)
-        return DownloadResult(job=job, outcome=outcome, entry=entry)
+        return DownloadResult(job=job, outcome=DownloadOutcome.FETCHED, entry=entry)
 
-    async def _present(self, job: DownloadJob) -> ManifestEntry | None:
-        """The entry of a file that is complete; one that the manifest lacks is added to it."""
-        entry = self._directory.find(job.key)
-        if entry is None and (path := self._directory.unlisted(job.name)) is not None:
-            size, digest = await asyncio.to_thread(digest_of, path)
-            return self._add(job, FetchedFile(path=path, size=size, sha256=digest))
-        return entry
-
-    def _write_text(self, job: DownloadJob, text: bytes) -> FetchedFile:
+    def _write_text(self, job: DownloadJob, name: str, text: bytes) -> ManifestEntry:
         """Save a text, which FLORA shows in place of a link."""
-        part = PartialFile(self._directory.folder, job.name)
-        path = self._directory.folder / f"{job.name}.txt"
+        part = PartialFile(self._directory.folder, name)
         part.start(None)
         part.write(text)
-        part.finish(path)
-        content_type = "text/plain; charset=utf-8"
-        return FetchedFile(path=path, size=part.size, sha256=part.sha256, content_type=content_type)
+        file = FetchedFile(
+            path=self._directory.folder / f"{name}.txt",
+            size=part.size,
+            sha256=part.sha256,
+            content_type="text/plain; charset=utf-8",
+        )
+        entry = self._add(job, file)
+        part.finish(file.path)
+        return entry
 
     def _add(self, job: DownloadJob, file: FetchedFile) -> ManifestEntry:
+        """Add a file to the manifest, before it gets its name."""
         entry = ManifestEntry(
             file=file.path.name,
             row=job.row,
@@ -387,24 +444,26 @@ class _OutputSaver:
 
 
 def jobs_of(wanted: WantedRun) -> Iterator[DownloadJob]:
-    """A job for each output of a settled run. Files are named by row, run and output."""
+    """A job for each output of a settled run."""
     record = wanted.record
     if record is None or record.tracking is not Tracking.SETTLED:
         return
-    outputs = record.run.outputs or ()
+    run_id, outputs = record.run.run_id, record.run.outputs or ()
+    names = output_names(outputs, wanted.ports)
     ids = [output.output_id for output in outputs]
     for position, output in enumerate(outputs):
-        parts = [record.run.run_id, output.output_id]
-        if not output.output_id or ids.count(output.output_id) > 1:
-            parts.append(str(position))
         if wanted.row is not None:
-            parts.insert(0, wanted.row)
+            name = f"{wanted.name or wanted.row}_{names[position]}"
+        else:
+            again = not output.output_id or ids.count(output.output_id) > 1
+            name = file_stem(run_id, output.output_id, *([str(position)] if again else []))
         yield DownloadJob(
-            run_id=record.run.run_id,
+            run_id=run_id,
             position=position,
             output=output,
             row=wanted.row,
-            name=file_stem(*parts),
+            name=name,
+            asked=wanted.name is not None,
         )
 
 
@@ -422,20 +481,3 @@ def _absent(wanted: WantedRun) -> RunWithoutOutputs | None:
                 return None
             harmless = True
     return RunWithoutOutputs(run_id=run_id, row=wanted.row, status=status, harmless=harmless)
-
-
-def file_stem(*identifiers: str) -> str:
-    """A file name without its ending: safe, readable, and different for different identifiers.
-
-    Where characters are replaced or cut off, a piece of the identifier's digest is added.
-    """
-    return ".".join(map(_name_part, identifiers))
-
-
-def _name_part(text: str) -> str:
-    """`text` as one part of a name: never empty, without dots, slashes or a leading dash."""
-    if len(text) <= LONGEST_PART and _HARMLESS.fullmatch(text) and not text.startswith("-"):
-        return text
-    digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=6).hexdigest()
-    kept = _OTHER.sub("_", text).strip("_-")[: LONGEST_PART - len(digest) - 1]
-    return f"{kept}-{digest}" if kept else digest

@@ -60,6 +60,10 @@ class FetchedFile:
     resumed: bool = False
 
 
+OnComplete = Callable[[FetchedFile], None]
+"""Called when a file is complete, before it gets its name."""
+
+
 class Fetcher:
     """Fetches files. Used as `async with Fetcher() as fetcher`.
 
@@ -106,6 +110,7 @@ class Fetcher:
         *,
         output_type: str = "",
         on_bytes: OnBytes | None = None,
+        on_complete: OnComplete | None = None,
     ) -> FetchedFile:
         """Fetch `link` into `folder`, as a file named `stem` plus an ending.
 
@@ -128,16 +133,19 @@ class Fetcher:
                     await self._sleep(_pause(fruitless, trouble.retry_after))
             content_type = response.headers.get("content-type")
             target = folder / f"{stem}{file_ending(content_type, str(response.url), output_type)}"
+            file = FetchedFile(
+                path=target,
+                size=part.size,
+                sha256=part.sha256,
+                content_type=content_type,
+                resumed=resumed,
+            )
+            if on_complete is not None:
+                on_complete(file)
             await asyncio.to_thread(part.finish, target)
         finally:
             part.close()
-        return FetchedFile(
-            path=target,
-            size=part.size,
-            sha256=part.sha256,
-            content_type=content_type,
-            resumed=resumed,
-        )
+        return file
 
     async def _attempt(
         self, link: str, part: PartialFile, on_bytes: OnBytes | None

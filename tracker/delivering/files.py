@@ -10,7 +10,7 @@ import json
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Final, Self
 
@@ -22,8 +22,8 @@ _PARTIAL: Final = (PARTIAL_ENDING, f"{PARTIAL_ENDING}.json")
 _PRIVATE: Final = 0o600
 _BLOCK: Final = 1024 * 1024
 
-FileKey = tuple[str | None, str, int, str]
-"""What a file belongs to: batch row, run, position and output."""
+FileKey = tuple[str, int, str]
+"""What a file belongs to: run, position and output."""
 
 
 class DownloadDirectoryError(TrackerError):
@@ -48,14 +48,14 @@ class ManifestEntry:
     @property
     def key(self) -> FileKey:
         """What the file belongs to."""
-        return (self.row, self.run_id, self.position, self.output_id)
+        return (self.run_id, self.position, self.output_id)
 
 
 class DownloadDirectory:
     """A directory of downloaded files. Used as `with DownloadDirectory(folder) as directory`.
 
-    The manifest has one line of JSON for each complete file. A file gets its name when it is
-    complete, so after a crash at most its line is missing.
+    The manifest has one line of JSON for each complete file, added right before the file gets its
+    name: after a crash at most a file that has a line is missing.
 
     Raises `DownloadDirectoryError` if the directory cannot be created or written, or if another
     process is using it.
@@ -64,7 +64,7 @@ class DownloadDirectory:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._entries: dict[FileKey, ManifestEntry] = {}
-        self._unlisted: dict[str, str] = {}
+        self._owners: dict[str, FileKey | None] = {}
         self._manifest: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -100,18 +100,30 @@ class DownloadDirectory:
             return entry
         return None
 
-    def unlisted(self, stem: str) -> Path | None:
-        """A complete file of that name that the manifest does not list."""
-        name = self._unlisted.get(stem)
-        return None if name is None else self.folder / name
+    def reserve(self, key: FileKey, stem: str) -> str:
+        """A name without ending for a new file: `stem`, or with six more characters if that is the
+        name of another file, in any case."""
+        if self._owners.setdefault(stem.casefold(), key) != key:
+            stem = f"{stem}_{hashlib.sha256(repr(key).encode()).hexdigest()[:6]}"
+            self._owners[stem.casefold()] = key
+        return stem
+
+    def rename(self, entry: ManifestEntry, stem: str) -> ManifestEntry:
+        """Give a complete file another name, unless it has that. Raises `OSError`."""
+        renamed = replace(entry, file=f"{self.reserve(entry.key, stem)}{Path(entry.file).suffix}")
+        if renamed != entry:
+            self.add(renamed)
+            (self.folder / entry.file).rename(self.folder / renamed.file)
+        return renamed
 
     def add(self, entry: ManifestEntry) -> None:
-        """Append the entry of a file that is now complete."""
+        """Append the entry of a file that is complete and gets its name next."""
         if self._manifest is None:
             raise DownloadDirectoryError("the folder is not open")
         line = json.dumps(asdict(entry), separators=(",", ":"))
         self._manifest.write(f"{line}\n".encode())
         self._manifest.flush()
+        os.fsync(self._manifest.fileno())
         self._entries[entry.key] = entry
 
     def _read(self, manifest: IO[bytes]) -> None:
@@ -123,11 +135,11 @@ class DownloadDirectory:
             entry = _parse_entry(line)
             if entry is not None:
                 self._entries[entry.key] = entry
-        listed = {entry.file for entry in self._entries.values()} | {MANIFEST}
         for found in os.scandir(self.folder):
-            skipped = found.name.endswith(_PARTIAL) or found.name in listed
-            if not skipped and found.is_file(follow_symlinks=False):
-                self._unlisted[found.name.rpartition(".")[0]] = found.name
+            if not found.name.endswith(_PARTIAL):
+                self._owners[Path(found.name).stem.casefold()] = None
+        for key, entry in self._entries.items():
+            self._owners[Path(entry.file).stem.casefold()] = key
 
 
 def _parse_entry(line: bytes) -> ManifestEntry | None:
@@ -238,13 +250,6 @@ class PartialFile:
         file, self._file = self._file, None
         if file is not None:
             file.close()
-
-
-def digest_of(path: Path) -> tuple[int, str]:
-    """Size and SHA-256 (hex) of a file. Blocks while it is read."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-        return file.tell(), digest.hexdigest()
 
 
 def write_whole(path: Path, text: str) -> None:
