@@ -4,6 +4,7 @@ Names, error messages and outputs come from other people: their control characte
 """
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -25,11 +26,24 @@ _SENTENCE: Final = 24
 """Characters to which a column of sentences may shrink."""
 _LONGEST_ID: Final = 48
 """Characters of an id at most; a longer word in a sentence is broken."""
+_CLEAR_LINE: Final = "\x1b[2K"
+_status: Final = [""]
+"""The line that `show_status` shows now."""
 
 
 def note(message: str) -> None:
     """Print a line on stderr: stdout holds results only."""
+    show_status("")
     typer.echo(plain(message), err=True)
+
+
+def show_status(text: str) -> None:
+    """Show a line on stderr, a terminal, until the next one or a note; "" removes it."""
+    if text != _status[0]:
+        _status[0] = text
+        width = shutil.get_terminal_size().columns - 1
+        # The cursor stays at the start, so that any other output overwrites the line.
+        typer.echo(f"{_CLEAR_LINE}{plain(text)[:width]}\r", err=True, nl=False)
 
 
 def print_json(value: Mapping[str, Any]) -> None:

@@ -1,15 +1,23 @@
-"""Progress on stderr: bars on a terminal, lines elsewhere."""
+"""Progress on stderr: bars on a terminal, lines elsewhere; and what a command waits for."""
 
+import asyncio
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING, Any, Final
 
-from tracker.cli.output import note, plain
+from tracker.cli.output import note, plain, show_status
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn, TaskID
+
+    from tracker.flora.caller import Wait
+    from tracker.services import Services
+
+_WAIT_SHOWN_AFTER: Final = 1.0
+"""Seconds after which a call to FLORA is reported as waiting."""
+_REFRESH_SECONDS: Final = 0.5
 
 Cell = Callable[[], tuple[str, str]]
 """A cell of a bar: its text and style at each refresh."""
@@ -81,7 +89,63 @@ def screen(
         console=Console(stderr=True, highlight=False, soft_wrap=True),
         transient=transient,
     ) as bars:
-        yield Screen(bars)
+        _screens.append(Screen(bars))
+        try:
+            yield _screens[-1]
+        finally:
+            _screens.pop()
+
+
+_screens: Final = [Screen()]
+"""The screen in use is the last."""
+
+
+@asynccontextmanager
+async def showing_waits(services: "Services") -> AsyncIterator[None]:
+    """Report within two seconds that the block waits for FLORA, and why.
+
+    On a terminal one line counts down and disappears; elsewhere, and above bars, each cause is one
+    line.
+    """
+    showing = asyncio.create_task(_show_waits(services))
+    try:
+        yield
+    finally:
+        showing.cancel()
+        show_status("")
+
+
+async def _show_waits(services: "Services") -> None:
+    reported: set[str] = set()
+    while True:
+        await asyncio.sleep(_REFRESH_SECONDS)
+        waits = [one.client.wait for one in services.workspaces if one.client is not None]
+        wait = max(filter(None, waits), key=lambda one: one.passed, default=None)
+        if wait is None or wait.passed < _WAIT_SHOWN_AFTER:
+            show_status("")
+            continue
+        cause, seconds = _cause(wait)
+        if sys.stderr.isatty() and not _screens[-1].has_bars:
+            show_status(f"{cause} ({seconds:.0f} s) …")
+        elif cause not in reported:
+            reported.add(cause)
+            _screens[-1].notice(f"{cause} ({seconds:.0f} s)")
+
+
+def _cause(wait: "Wait") -> tuple[str, float]:
+    """Why a call waits, and the seconds until it is sent or given up."""
+    from tracker.core.errors import FloraRefusal, FloraUnreachable
+
+    if wait.paused > 0:
+        return "FLORA asked for a pause, waiting", wait.paused
+    match wait.error:
+        case None:
+            return "Waiting for FLORA's answer", wait.left
+        case FloraUnreachable():
+            return "FLORA does not answer, retrying", wait.left
+        case FloraRefusal(status=status):
+            return f"FLORA answers {status}, retrying", wait.left
+    return "FLORA's answer cannot be read, retrying", wait.left
 
 
 def cell(name: str) -> "ProgressColumn":

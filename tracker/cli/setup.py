@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import typer
 
+from tracker.cli.progress import showing_waits
 from tracker.core.errors import FloraUnreachable
 from tracker.core.tags import parse_tags
 
@@ -73,7 +74,7 @@ def run_once(
         from tracker.store.queries.audit import Principal, acting
 
         with acting(Principal(name=f"{actor}:{_user()}")):
-            async with open_services(settings) as services:
+            async with open_services(settings) as services, showing_waits(services):
                 return await work(services)
 
     return asyncio.run(run())

@@ -18,6 +18,7 @@
     │       ├── PlanRequired        403 paid_plan_required: the workspace's plan, not the key
     │       ├── NotFound            404: no such thing in this workspace
     │       ├── RateLimited         429 after all retries
+    │       │   └── RequestPaused   an earlier 429 asked for a longer wait; nothing was sent
     │       └── ServerFault         5xx after all retries
     ├── SignatureError              the signature of a callback is wrong      (tracker.flora)
     ├── MediaError                  a file cannot be downloaded          (tracker.delivering)
@@ -174,6 +175,15 @@ class NotFound(FloraRefusal):
 
 class RateLimited(FloraRefusal):
     """429 after all retries."""
+
+
+class RequestPaused(RateLimited):
+    """Nothing was sent: after an earlier 429 no request may start before `until`."""
+
+    def __init__(self, *, seconds: float, until: datetime) -> None:
+        message = f"FLORA asked for a pause until {until:%H:%M:%S} UTC; nothing was sent"
+        super().__init__(status=429, code="rate_limited", message=message, retry_after=seconds)
+        self.args = (message,)
 
 
 class ServerFault(FloraRefusal):

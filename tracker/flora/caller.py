@@ -32,6 +32,7 @@ from tracker.core.errors import (
     FloraUnreadable,
     KeyRefused,
     RateLimited,
+    RequestPaused,
 )
 from tracker.core.net import is_bounded
 from tracker.flora import parse
@@ -160,11 +161,25 @@ class FloraAnswer:
         return found
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wait:
+    """A call that waits: for how long already, and how long it still may, in seconds.
+
+    `paused` is what is left of a wait that FLORA has asked for, `error` that of the last attempt.
+    """
+
+    passed: float
+    left: float
+    paused: float
+    error: FloraError | None
+
+
+@dataclass(slots=True, eq=False)
 class _Progress:
     """How far a call has come: whether a request has been sent, and the last attempt's error."""
 
     timeout: asyncio.Timeout
+    since: float
     sent: bool = False
     error: FloraError | None = None
 
@@ -193,7 +208,7 @@ class Caller:
         traced: bool = True,
     ) -> None:
         self.request_limit = RequestLimit(
-            concurrency, monotonic=monotonic, sleep=sleep, shared=shared
+            concurrency, monotonic=monotonic, sleep=sleep, shared=shared, clock=clock
         )
         self.breaker = Breaker(clock=clock, monotonic=monotonic)
         self.contact = Contact(clock=clock, monotonic=monotonic)
@@ -208,12 +223,28 @@ class Caller:
         self._sleep = sleep
         self._find_new_key = find_new_key
         self._traced = traced
+        self._calls: list[_Progress] = []
+
+    @property
+    def wait(self) -> Wait | None:
+        """What the oldest of the present calls waits for; `None` without a call."""
+        if not self._calls:
+            return None
+        call = self._calls[0]
+        until = call.timeout.when() or 0.0
+        return Wait(
+            passed=self._monotonic() - call.since,
+            left=max(0.0, until - asyncio.get_running_loop().time()),
+            paused=self.request_limit.state().paused,
+            error=call.error,
+        )
 
     async def call(self, call: FloraCall, *, deadline: float | None = None) -> FloraAnswer:
         """FLORA's answer, a 2xx. Raises the `FloraError` that says why there is none."""
         seconds = self._deadline if deadline is None else deadline
         timeout = asyncio.timeout(seconds)
-        progress = _Progress(timeout)
+        progress = _Progress(timeout, self._monotonic())
+        self._calls.append(progress)
         try:
             async with timeout:
                 return await self._repeat(call, progress, until=self._monotonic() + seconds)
@@ -228,6 +259,8 @@ class Caller:
             if progress.sent:  # else the call has only waited for the request limit
                 self.contact.failed(error)
             raise error from exc
+        finally:
+            self._calls.remove(progress)
 
     async def _repeat(self, call: FloraCall, progress: _Progress, *, until: float) -> FloraAnswer:
         attempt = 0
@@ -239,7 +272,7 @@ class Caller:
                 progress.sent = False
                 progress.error = exc
                 asked = exc.retry_after if isinstance(exc, FloraRefusal) else None
-                if asked is not None:
+                if asked is not None and not isinstance(exc, RequestPaused):
                     await self.request_limit.pause_others(asked)
                 wait = asked or backoff(attempt)
                 if not _repeatable(call, exc) or self._monotonic() + wait > until:

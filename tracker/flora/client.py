@@ -43,7 +43,7 @@ from tracker.core.net import is_loopback
 from tracker.core.observation import Observation, Source
 from tracker.core.run import RunType
 from tracker.flora import parse
-from tracker.flora.caller import Caller, FloraAnswer, FloraCall, OnRequest
+from tracker.flora.caller import Caller, FloraAnswer, FloraCall, OnRequest, Wait
 from tracker.flora.contact import Breaker, Contact
 from tracker.flora.parse import LONGEST_ID, Page, as_text
 from tracker.flora.request_limit import RequestLimit, SharedWaits
@@ -185,6 +185,11 @@ class FloraClient:
     def contact(self) -> Contact:
         """Whether FLORA answers, and base URL and key are right."""
         return self._caller.contact
+
+    @property
+    def wait(self) -> Wait | None:
+        """What the oldest of the present calls waits for; `None` without a call."""
+        return self._caller.wait
 
     @property
     def clock_offset(self) -> timedelta | None:

@@ -18,9 +18,11 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Final, Protocol
 
-from tracker.core.errors import RateLimited
+from tracker.core.clock import Clock, utc_now
+from tracker.core.errors import RequestPaused
 
 SLOWEST: Final = 0.2
 """Requests a second; halving stops here, at FLORA's own advice of one every five seconds."""
@@ -64,7 +66,7 @@ class RequestLimit:
     """Permits for requests, given in the order in which they were asked for.
 
     Times are in seconds of `monotonic`; tests pass their own, with a `sleep` to match. `shared`
-    exchanges waits with other processes.
+    exchanges waits with other processes. `clock` is for the text of errors.
     """
 
     def __init__(
@@ -74,11 +76,13 @@ class RequestLimit:
         monotonic: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         shared: SharedWaits | None = None,
+        clock: Clock = utc_now,
     ) -> None:
         self._concurrency = concurrency
         self._monotonic = monotonic
         self._sleep = sleep
         self._shared = shared
+        self._clock = clock
         self._permits = asyncio.Semaphore(concurrency)
         # The first of each lane waits for a permit, in order, so that the lanes alternate.
         self._lanes = {fresh: asyncio.Lock() for fresh in (False, True)}
@@ -97,8 +101,8 @@ class RequestLimit:
     async def permit(self, *, until: float = math.inf, fresh: bool = False) -> AsyncIterator[float]:
         """Wait for a permit to send one request, and hold it; gives the time of the start.
 
-        `fresh` is for a read of a run that has just ended. Raises `RateLimited` at once if the wait
-        is known to last beyond `until`.
+        `fresh` is for a read of a run that has just ended. Raises `RequestPaused` at once if the
+        wait is known to last beyond `until`.
         """
         self._refuse_beyond(until)
         self._asked += 1
@@ -185,9 +189,4 @@ class RequestLimit:
     def _refuse_beyond(self, until: float) -> None:
         wait = self._wait()
         if wait > 0 and self._monotonic() + wait > until:
-            raise RateLimited(
-                status=429,
-                code="rate_limited",
-                message="the request limit allows no further request in time",
-                retry_after=wait,
-            )
+            raise RequestPaused(seconds=wait, until=self._clock() + timedelta(seconds=wait))
