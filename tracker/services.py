@@ -33,6 +33,8 @@ from tracker.receiving.replay import Replayer
 from tracker.settings import Rotation, Settings, WorkspaceSettings
 from tracker.settings.values import longest_wait
 from tracker.starting.batch import Batches
+from tracker.starting.batch_orders import BatchOrders
+from tracker.starting.batch_worker import BatchWorker
 from tracker.starting.catalogue import Catalogue, CatalogueSync
 from tracker.starting.matching import StartMatcher
 from tracker.starting.recover import Recovery
@@ -85,6 +87,8 @@ class Services:
     starter: Starter
     budgets: BudgetReader
     batches: Batches
+    batch_orders: BatchOrders
+    batch_worker: BatchWorker
     recovery: Recovery
     resolver: Resolver
     tracker: RunTracker
@@ -253,6 +257,24 @@ async def open_services(
             workspaces=workspaces,
             clock=clock,
         )
+        batches = Batches(
+            database=database,
+            workspaces=workspaces,
+            ids=ids,
+            catalogue=catalogue,
+            starter=starter,
+            recovery=recovery,
+            poller=poller,
+            clock=clock,
+        )
+        batch_worker = BatchWorker(
+            database=database,
+            workspaces=workspaces,
+            batches=batches,
+            process=process,
+            concurrency=settings.tracker_api_concurrency,
+            clock=clock,
+        )
         yield Services(
             settings=settings,
             rotation=rotation,
@@ -283,16 +305,14 @@ async def open_services(
             ),
             starter=starter,
             budgets=budgets,
-            batches=Batches(
+            batches=batches,
+            batch_orders=BatchOrders(
                 database=database,
-                workspaces=workspaces,
-                ids=ids,
-                catalogue=catalogue,
-                starter=starter,
-                recovery=recovery,
-                poller=poller,
+                budgets=settings.all_budgets,
                 clock=clock,
+                on_order=batch_worker.wake,
             ),
+            batch_worker=batch_worker,
             recovery=recovery,
             resolver=Resolver(
                 database=database,

@@ -18,7 +18,9 @@ from tracker.flora.technique import ports
 
 if TYPE_CHECKING:  # commands that show runs load nothing of the others
     from tracker.explaining.explainer import Explanation
+    from tracker.starting.batch_rows import RowState
     from tracker.store.queries.audit import AuditRow
+    from tracker.store.queries.batches import BatchCounts, BatchRow, ErrorGroup
     from tracker.store.queries.endpoints import Backlog, Delays, EndpointRow
     from tracker.store.queries.messages import AttemptRow, MessageRow
     from tracker.store.queries.runs import DeliveryRow, Event
@@ -203,7 +205,7 @@ def spending_json(
 ) -> dict[str, Any]:
     """Spending by day, technique or tag, and the budgets, in USD."""
 
-    def row_json(row: "Spending") -> dict[str, Any]:
+    def sum_json(row: "Spending") -> dict[str, Any]:
         return {
             "of": f"{row.of:%Y-%m-%d}" if isinstance(row.of, datetime) else row.of,
             "name": row.name,
@@ -216,8 +218,8 @@ def spending_json(
     return {
         "by": by,
         "since": f"{since.astimezone(UTC):%Y-%m-%d}",
-        "spending": [row_json(row) for row in rows],
-        "total": row_json(total),
+        "spending": [sum_json(row) for row in rows],
+        "total": sum_json(total),
         "budgets": [usage_json(usage) for usage in usages],
     }
 
@@ -239,6 +241,69 @@ def start_json(row: "StartRow") -> dict[str, Any]:
         "reserved_cost": number_json(row.reserved_cost),
         "inputs": row.inputs,
         "error": None if row.error is None else {**row.error},
+    }
+
+
+def batch_json(batch: "BatchRow", counts: "BatchCounts") -> dict[str, Any]:
+    """A batch, with the number of its rows in each state; costs in USD."""
+    return {
+        "batch_id": batch.batch_id,
+        "workspace_id": batch.workspace_slot,
+        "technique_id": batch.technique_id,
+        "name": batch.name,
+        "source": batch.source,
+        "created_at": time_json(batch.created_at),
+        "finished_at": _time(batch.finished_at),
+        "launching": batch.launch_at is not None,
+        "stopped": batch.stopped,
+        "columns": batch.columns or [],
+        "rows": counts.rows,
+        "started": counts.started,
+        "completed": counts.completed,
+        "failed": counts.failed,
+        "active": counts.active,
+        "lost": counts.lost,
+        "refused": counts.refused,
+        "unresolved": counts.unresolved,
+        "in_doubt": counts.doubt,
+        "cost": number_json(counts.cost),
+        "cost_final": counts.cost_final,
+        "quoted": number_json(counts.quoted),
+    }
+
+
+def error_group_json(group: "ErrorGroup") -> dict[str, Any]:
+    """Rows of a batch that failed for the same reason."""
+    return {
+        "code": group.code,
+        "message": group.message,
+        "retry_advice": group.advice and group.advice.value,
+        "count": group.count,
+        "retryable": group.retryable,
+    }
+
+
+def row_json(row: "RowState") -> dict[str, Any]:
+    """A row of a batch; costs in USD."""
+    run = None if row.record is None else row.record.run
+    return {
+        "row": row.entry.position,
+        "line": row.entry.line,
+        "key": row.entry.key,
+        "carried": row.entry.carried,
+        "run_id": None if row.start is None else row.start.run_id,
+        "status": row.status,
+        "cost": None if run is None else number_json(run.charged_cost),
+        "cost_final": row.record is not None and row.record.cost_final,
+        "quoted_cost": None if run is None else number_json(run.quoted_cost),
+        "retry_advice": row.advice and row.advice.value,
+        "error": row.why,
+        "inputs": row.inputs,
+        "tags": row.entry.tags,
+        "outputs": [
+            {"output_id": one.output_id, "type": one.type, "url": one.url}
+            for one in (run.outputs if run is not None else None) or ()
+        ],
     }
 
 

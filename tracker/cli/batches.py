@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -59,11 +59,12 @@ def list_(
 ) -> None:
     """List batches, newest first."""
     from tracker.store.queries import batches
+    from tracker.views import batch_json
 
     async def work(database: "Database") -> NamedPage:
         found, next_cursor = await batches.list_batches(database, cursor=cursor, limit=limit)
         counts = await batches.batch_counts(database, [one.batch_id for one in found])
-        rows = [_batch_json(one, counts[one.batch_id]) for one in found]
+        rows = [batch_json(one, counts[one.batch_id]) for one in found]
         return rows, next_cursor, await technique_names(database, rows)
 
     rows, next_cursor, names = run_on_database(work)
@@ -143,9 +144,11 @@ def print_batch(
 
     `more` is added to the JSON; `csv_style` are `delimiter` and `bom` of a CSV file.
     """
+    from tracker.views import batch_json, row_json
+
     if as_json:
-        rows_json = [_row_json(row) for row in rows]
-        print_json({"batch": _batch_json(batch, counts), "rows": rows_json} | dict(more or {}))
+        rows_json = [row_json(row) for row in rows]
+        print_json({"batch": batch_json(batch, counts), "rows": rows_json} | dict(more or {}))
     if output is not None or not as_json:
         show_rows(
             rows, results_format(results, output), output, columns=batch.columns or (), **csv_style
@@ -176,8 +179,9 @@ def show_rows(
     """
     from tracker.delivering import files
     from tracker.starting.batch_results import csv_lines
+    from tracker.views import row_json
 
-    shown = [_row_json(row) for row in rows]
+    shown = [row_json(row) for row in rows]
     if results is Results.TABLE:
         print_table(
             (*columns, "row", "line", "key", "run", "status", "cost", "outputs", "error"),
@@ -204,56 +208,6 @@ def show_rows(
         files.write_whole(output, text)
     except OSError as error:
         raise TrackerError(f"{output} cannot be written: {error.strerror}") from error
-
-
-def _row_json(row: "RowState") -> dict[str, Any]:
-    """A row as JSON values; the cost in USD."""
-    from tracker.views import number_json
-
-    run = None if row.record is None else row.record.run
-    return {
-        "row": row.entry.position,
-        "line": row.entry.line,
-        "key": row.entry.key,
-        "carried": row.entry.carried,
-        "run_id": None if row.start is None else row.start.run_id,
-        "status": row.status,
-        "cost": None if run is None else number_json(run.charged_cost),
-        "cost_final": row.record is not None and row.record.cost_final,
-        "quoted_cost": None if run is None else number_json(run.quoted_cost),
-        "retry_advice": row.advice,
-        "error": row.why,
-        "inputs": row.inputs,
-        "outputs": [
-            {"output_id": one.output_id, "type": one.type, "url": one.url}
-            for one in (run.outputs if run is not None else None) or ()
-        ],
-    }
-
-
-def _batch_json(batch: "BatchRow", counts: "BatchCounts") -> dict[str, Any]:
-    """A batch as JSON values, with the number of its rows in each state."""
-    from tracker.views import number_json, time_json
-
-    return {
-        "batch_id": batch.batch_id,
-        "technique_id": batch.technique_id,
-        "name": batch.name,
-        "columns": batch.columns or [],
-        "created_at": time_json(batch.created_at),
-        "finished_at": None if batch.finished_at is None else time_json(batch.finished_at),
-        "rows": counts.rows,
-        "started": counts.started,
-        "completed": counts.completed,
-        "failed": counts.failed,
-        "active": counts.active,
-        "lost": counts.lost,
-        "refused": counts.refused,
-        "unresolved": counts.unresolved,
-        "cost": number_json(counts.cost),
-        "cost_final": counts.cost_final,
-        "quoted": number_json(counts.quoted),
-    }
 
 
 def cost_text(counts: "BatchCounts") -> str:

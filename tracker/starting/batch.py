@@ -8,7 +8,7 @@ all have ended. After an interruption the next plan of the same sheet resumes th
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Container, Sequence
+from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any, Final
@@ -150,6 +150,7 @@ class Batches:
         accept_changes: bool = False,
         tags: Tags | None = None,
         tag_columns: TagColumns | None = None,
+        source: str = "cli",
     ) -> tuple[BatchPlan, Sequence[SheetProblem]]:
         """What a batch of this sheet would do now, and the problems of the rows that it skips.
 
@@ -174,7 +175,7 @@ class Batches:
         if not accept_changes:
             await self._check_mapping(workspace_id, definition.technique_id, sheet, reading, latest)
         columns = [name for name in reading.unmapped if name]
-        planned = [
+        planned: Sequence[PlannedRow] = [
             PlannedRow(
                 entry=BatchEntry(
                     position=position,
@@ -190,12 +191,7 @@ class Batches:
             )
             for (position, row), digest in zip(rows, digests, strict=True)
         ]
-        states = await self._states(workspace_id, planned)
-        if retry is not Retry.ALL:
-            planned = await self._with_waits(workspace_id, planned, states)
-        if retry is not None:
-            planned = [states[row.entry.key].retried(row, retry) for row in planned]
-            states = await self._states(workspace_id, planned)
+        planned, states = await self._retried(workspace_id, planned, retry)
         batch = BatchRow(
             batch_id=batch_id(
                 workspace_id,
@@ -207,7 +203,7 @@ class Batches:
             name=name,
             created_at=self.clock(),
             mapping=[[one.input_id, one.column, one.type or ""] for one in reading.mapping],
-            source="cli",
+            source=source,
             columns=columns,
         )
         plan = BatchPlan(
@@ -219,6 +215,72 @@ class Batches:
             price_error=price_error,
         )
         return plan, problems
+
+    async def stored_plan(
+        self, batch: BatchRow, *, retry: Retry | None = None, wait: bool = True
+    ) -> BatchPlan:
+        """What a stored batch would do now, without its sheet.
+
+        `retry` starts failed rows again; `wait` keeps the wait that was advised for retries which
+        are stored and not started. Rows that a version before 0015 stored and never started are
+        left out, because only their sheet has their inputs. Raises what reading FLORA raises, and
+        `TrackerError` if the workspace is not configured.
+        """
+        workspace = await self._workspace(batch)
+        definition, price_error = await self.catalogue.priced(workspace, batch.technique_id)
+        entries = await batches.entries(self.database, batch.batch_id)
+        found = await states_of(self.database, batch.workspace_slot, entries)
+        rows = []
+        for entry in entries:
+            start = found[entry.key].start
+            if start is not None and (entry.inputs is None or not start.is_fresh):
+                entry = replace(entry, inputs=start.inputs, tags=start.tags or {})
+            if entry.inputs is not None:
+                rows.append(PlannedRow(entry=entry, inputs=entry.inputs, tags=entry.tags))
+        planned, states = await self._retried(batch.workspace_slot, rows, retry, wait=wait)
+        return BatchPlan(
+            batch=batch,
+            technique=definition,
+            rows=planned,
+            states=states,
+            price_error=price_error,
+        )
+
+    async def launch_of(
+        self,
+        plan: BatchPlan,
+        *,
+        concurrency: int,
+        wait: bool = True,
+        max_cost: Decimal | None = None,
+        wait_for_budget: bool = False,
+        started_by: str = "batch",
+        spent: Mapping[str, Decimal] | None = None,
+    ) -> BatchLaunch:
+        """The launch of a plan; see there for the options.
+
+        Raises `TrackerError` if the workspace is not configured here, or if there are rows to start
+        and the price could not be read.
+        """
+        if plan.missing and plan.price_error is not None:
+            raise TrackerError(
+                f"the price could not be read, so nothing was started: {plan.price_error}"
+            ) from plan.price_error
+        return BatchLaunch(
+            plan,
+            database=self.database,
+            workspace=await self._workspace(plan.batch),
+            starter=self.starter,
+            recovery=self.recovery,
+            concurrency=concurrency,
+            wait=wait,
+            max_cost=max_cost,
+            wait_for_budget=wait_for_budget,
+            started_by=started_by,
+            spent=spent,
+            clock=self.clock,
+            sleep=self.sleep,
+        )
 
     async def run(
         self,
@@ -238,29 +300,18 @@ class Batches:
         Raises `StoreUnavailable`, and `TrackerError` if there are rows to start and the price could
         not be read.
         """
-        if plan.missing and plan.price_error is not None:
-            raise TrackerError(
-                f"the price could not be read, so nothing was started: {plan.price_error}"
-            ) from plan.price_error
-        workspace = await self._workspace(plan.batch)
-        await batches.keep(self.database, plan.batch, [row.entry for row in plan.rows])
-        launch = BatchLaunch(
+        launch = await self.launch_of(
             plan,
-            database=self.database,
-            workspace=workspace,
-            starter=self.starter,
-            recovery=self.recovery,
             concurrency=concurrency,
             wait=wait,
             max_cost=max_cost,
             wait_for_budget=wait_for_budget,
-            clock=self.clock,
-            sleep=self.sleep,
         )
+        await batches.keep(self.database, plan.batch, [row.entry for row in plan.rows])
         launching = asyncio.create_task(launch.run(), name="batch-launch")
         try:
             stopped = await self._follow(
-                plan, launch, launching, workspace, wait=wait, on_progress=on_progress
+                plan, launch, launching, wait=wait, on_progress=on_progress
             )
         finally:
             if not launching.done():
@@ -297,7 +348,6 @@ class Batches:
         plan: BatchPlan,
         launch: BatchLaunch,
         launching: "asyncio.Task[None]",
-        workspace: Workspace,
         *,
         wait: bool,
         on_progress: OnProgress,
@@ -326,7 +376,7 @@ class Batches:
                     await launching  # raises its errors
                     if not wait or counts.active == 0 or _cannot_go_on(launch.stopped):
                         return launch.stopped
-                    if polls_here and (refusal := workspace.require_client().breaker.reason):
+                    if polls_here and (refusal := launch.unreadable):
                         return launch.stopped or TrackerError(f"runs cannot be read: {refusal}")
                 if polling is not None and polling.done():
                     await polling
@@ -362,10 +412,28 @@ class Batches:
     async def _states(self, workspace_id: str, rows: Sequence[PlannedRow]) -> dict[str, RowState]:
         return await states_of(self.database, workspace_id, [row.entry for row in rows])
 
+    async def _retried(
+        self,
+        workspace_id: str,
+        rows: Sequence[PlannedRow],
+        retry: Retry | None,
+        *,
+        wait: bool = True,
+    ) -> tuple[Sequence[PlannedRow], dict[str, RowState]]:
+        """The rows with their states: those that failed for another attempt where `retry` says so,
+        and retries that an earlier launch did not start with the rest of their wait."""
+        states = await self._states(workspace_id, rows)
+        if wait and retry is not Retry.ALL:
+            rows = await self._with_waits(workspace_id, rows, states)
+        if retry is not None:
+            rows = [states[row.entry.key].retried(row, retry) for row in rows]
+            states = await self._states(workspace_id, rows)
+        return rows, states
+
     async def _with_waits(
         self, workspace_id: str, rows: Sequence[PlannedRow], states: dict[str, RowState]
     ) -> list[PlannedRow]:
-        """The rows, with the rest of the wait for retries that an earlier command did not start."""
+        """The rows, with the rest of the wait for retries that an earlier launch did not start."""
         failed = {
             row.entry.key: replace(row.entry, turn=row.entry.turn.before())
             for row in rows

@@ -13,7 +13,7 @@ others are started, and its outcome is waited for at the end.
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Final
@@ -68,9 +68,10 @@ class MaxCostReached(TrackerError):
 
 
 class BatchLaunch:
-    """Starts the missing rows of a plan, for one command.
+    """Starts the missing rows of a plan, for one command or order.
 
-    `max_cost` is the most to spend, in USD. `wait` waits for starts in doubt. `errors` are why rows
+    `max_cost` is the most to spend, in USD; `spent` counts already, by run. `started_by` is stored
+    with each start. `wait` waits for starts in doubt. `errors` are why rows
     could not be started, by key; `stopped` is what ended the launch early; `over_budget` is why no
     row begins now, if it is to `wait_for_budget`.
     """
@@ -88,6 +89,8 @@ class BatchLaunch:
         wait: bool = True,
         max_cost: Decimal | None = None,
         wait_for_budget: bool = False,
+        started_by: str = "batch",
+        spent: Mapping[str, Decimal] | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._plan = plan
@@ -100,6 +103,7 @@ class BatchLaunch:
         self._wait = wait
         self._max_cost = max_cost
         self._wait_for_budget = wait_for_budget
+        self._started_by = started_by
         self._budget_at: datetime | None = None
         self.over_budget: BudgetExceeded | None = None
         self._sleep = sleep
@@ -109,7 +113,7 @@ class BatchLaunch:
         self._starting: dict[str, PlannedRow] = {}
         self._tries: Counter[str] = Counter()
         self._silent: set[str] = set()
-        self._spent: dict[str, Decimal] = {}
+        self._spent = dict(spent or {})
         self._charges_read_at = time.monotonic()
         self._worked_at = time.monotonic()
         self._broken_off = False
@@ -147,6 +151,11 @@ class BatchLaunch:
     def in_doubt(self) -> int:
         """Rows whose start is in doubt."""
         return len(self._doubt)
+
+    @property
+    def unreadable(self) -> str | None:
+        """Why the runs of the workspace cannot be read now, if that is so."""
+        return self._workspace.require_client().breaker.reason
 
     @property
     def paused(self) -> float:
@@ -242,7 +251,7 @@ class BatchLaunch:
         await self._read_charges()
         cost = self._plan.cost_of(row)
         if cost is None:
-            self._stop(MaxCostReached("FLORA shows no price, so --max-cost cannot be checked"))
+            self._stop(MaxCostReached("FLORA shows no price to compare with the maximum cost"))
             return False
         starting = [one for one in self._starting.values() if one is not row]
         reserved = [
@@ -254,7 +263,7 @@ class BatchLaunch:
         self._stop(
             MaxCostReached(
                 f"quotes and charges are ${committed:f}, and another row could exceed "
-                f"--max-cost ${self._max_cost:f}"
+                f"the maximum cost of ${self._max_cost:f}"
             )
         )
         return False
@@ -276,7 +285,7 @@ class BatchLaunch:
             inputs=row.inputs,
             workspace_id=self._workspace.workspace_id,
             idempotency_key=key,
-            started_by="batch",
+            started_by=self._started_by,
             tags=row.tags,
         )
         try:

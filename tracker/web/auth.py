@@ -70,7 +70,10 @@ _OPEN: Final = frozenset({"/healthz", "/readyz"})
 _OPEN_BELOW: Final = "/callbacks/"  # FLORA has no token; its callbacks are signed
 _SIGN_IN: Final = "/login"
 _SIGN_IN_BELOW: Final = "/static/"  # the style of the sign-in page: nothing from the database
-_STARTS: Final = re.compile(r"/api/runs(/track)?|/runs/.*/check", re.DOTALL)
+_STARTS: Final = re.compile(
+    r"/api/runs(/track)?|/api/batches(/.*/(retry|stop))?|/runs/.*/check|/batches/.*/(retry|stop)",
+    re.DOTALL,
+)
 _ACTOR: Final = "tracker.actor"
 _CHALLENGE: Final = {"WWW-Authenticate": "Bearer"}
 

@@ -1,5 +1,5 @@
 """The scheduled jobs of one process: poll due runs, read bills again, sweep each history, recover
-starts in doubt, read the catalogue.
+starts in doubt, read the catalogue, launch ordered batches.
 
 APScheduler only keeps the times: all state is in the database, so any number of workers may run,
 and one that dies leaves only leases, which expire. The poll job also runs whenever a callback makes
@@ -132,6 +132,7 @@ class Worker:
             self._tasks = [
                 asyncio.create_task(self._wake_when_due(), name="poll-waker"),
                 asyncio.create_task(self._watch_clock(), name="clock-watcher"),
+                asyncio.create_task(self._launch_batches(), name="batch-launcher"),
             ]
 
     async def stop(self) -> None:
@@ -141,6 +142,7 @@ class Worker:
             background.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
+        launches = asyncio.create_task(self._services.batch_worker.stop())
         # A job that is cancelled before its first step could not report that this is no error.
         self._scheduler.pause()
         await asyncio.sleep(0)
@@ -149,6 +151,7 @@ class Worker:
             await asyncio.wait(self._running, timeout=STOP_SECONDS)
         for task in self._running:
             task.cancel()  # without waiting for its release any longer
+        await launches
         try:
             async with asyncio.timeout(RELEASE_SECONDS):
                 await self._services.poller.release()
@@ -280,6 +283,18 @@ class Worker:
             except Exception:  # polling must not stop, whatever happens
                 log.exception("worker.waker_failed")
                 await asyncio.sleep(ROUND_EVERY)
+
+    async def _launch_batches(self) -> None:
+        """Launch ordered batches as they become due."""
+        worker = self._services.batch_worker
+        while True:
+            try:
+                await worker.launch_due()
+            except StoreError as error:
+                self._log_failed("batches", error)
+            except Exception:  # a later batch must be launched, whatever happens
+                log.exception("worker.batches_failed")
+            await worker.wait()
 
     async def _watch_clock(self) -> None:
         """Correct APScheduler, which uses the wall clock, by the time that has really passed.

@@ -41,6 +41,8 @@ class Action(StrEnum):
     """The kind of an entry."""
 
     START = "start"
+    LAUNCH = "launch"
+    STOP = "stop"
     RESOLVE = "resolve"
     REPLAY = "replay"
     ACKNOWLEDGE = "acknowledge"

@@ -18,6 +18,7 @@ from tracker.core.row_key import Input, Turn, row_key
 from tracker.core.run import RunStatus, Tracking
 from tracker.core.tags import Tags
 from tracker.store.engine import Database
+from tracker.store.queries import audit
 from tracker.store.queries.paging import newest_first
 from tracker.store.queries.starts import StartState
 from tracker.store.schema import batch_rows, batches, runs, starts, word
@@ -55,7 +56,7 @@ class BatchRow:
     stopped: str | None = None
 
 
-_BATCH: Final = tuple(batches.c[each.name] for each in fields(BatchRow))
+BATCH_COLUMNS: Final = tuple(batches.c[each.name] for each in fields(BatchRow))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,10 +156,17 @@ class ErrorGroup:
     retryable: int
 
 
-async def keep(db: Database, batch: BatchRow, entries: Sequence[BatchEntry]) -> None:
+async def keep(
+    db: Database,
+    batch: BatchRow,
+    entries: Sequence[BatchEntry],
+    *,
+    noted: Mapping[str, Any] | None = None,
+) -> None:
     """Insert or update a batch with its rows, and open it again. Turns never go back.
 
-    Without `launch` it does not change whether a worker launches the batch.
+    Without `launch` it does not change whether a worker launches the batch. `noted` is an entry of
+    the audit log.
     """
     new = db.insert(batches)
     launch = ("launch", "launch_at") if batch.launch is not None else ()
@@ -190,6 +198,8 @@ async def keep(db: Database, batch: BatchRow, entries: Sequence[BatchEntry]) -> 
         connection.execute(new, header)
         if values:
             connection.execute(rows, values)
+        if noted is not None:
+            audit.note(connection, noted)
 
     await db.write(work)
 
@@ -209,25 +219,30 @@ async def finish(
         .where(batches.c.batch_id == batch_id)
         .values(finished_at=at, stopped=stopped)
     )
-    row = (
+
+    def work(connection: Connection) -> None:
+        connection.execute(header)
+        keep_errors(connection, batch_id, errors or {})
+
+    await db.write(work)
+
+
+def keep_errors(connection: Connection, batch_id: str, errors: Mapping[int, str]) -> None:
+    """Store why rows could not be tried, by position, within a transaction."""
+    statement = (
         update(batch_rows)
         .where(batch_rows.c.batch_id == batch_id, batch_rows.c.position == bindparam("row"))
         .values(error=bindparam("why"))
     )
-    values = [{"row": position, "why": why} for position, why in (errors or {}).items()]
-
-    def work(connection: Connection) -> None:
-        connection.execute(header)
-        if values:
-            connection.execute(row, values)
-
-    await db.write(work)
+    if errors:
+        values = [{"row": position, "why": why} for position, why in errors.items()]
+        connection.execute(statement, values)
 
 
 async def get(db: Database, batch_id: str) -> BatchRow | None:
     """The batch with this id, if any."""
     async with db.read() as connection:
-        statement = select(*_BATCH).where(batches.c.batch_id == batch_id)
+        statement = select(*BATCH_COLUMNS).where(batches.c.batch_id == batch_id)
         found = (await connection.execute(statement)).first()
     return None if found is None else BatchRow(**found._asdict())
 
@@ -242,7 +257,7 @@ async def list_batches(
     key = (batches.c.created_at, batches.c.batch_id)
     async with db.read() as connection:
         rows, following = await newest_first(
-            connection, select(*_BATCH), key, cursor=cursor, limit=limit
+            connection, select(*BATCH_COLUMNS), key, cursor=cursor, limit=limit
         )
     return [BatchRow(**row._asdict()) for row in rows], following
 

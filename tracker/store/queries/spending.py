@@ -102,7 +102,7 @@ def check_room(
     for budget in budgets:
         usage = _usage(connection, budget, now)
         if price is None or usage.used + price > budget.usd:
-            raise _exceeded(usage, price)
+            raise exceeded(usage, price)
 
 
 # In the order of the list, so that processes cannot deadlock.
@@ -116,13 +116,16 @@ def _lock_key(budget: Budget) -> int:
     return int.from_bytes(digest[:8], signed=True)
 
 
-def _exceeded(usage: Usage, cost: Decimal | None) -> BudgetExceeded:
+def exceeded(
+    usage: Usage, cost: Decimal | None, *, what: str = "this start costs"
+) -> BudgetExceeded:
+    """The error for a price (USD) that does not fit into what is left of a budget."""
     budget = usage.budget
     message = f"the budget {budget.name} has {_usd(usage.left)} of {_usd(budget.usd)} left"
     if cost is None:
         message += ", and FLORA shows no price for this technique, so it cannot be checked"
     else:
-        message += f", and this start costs {_usd(cost)}"
+        message += f", and {what} {_usd(cost)}"
     if usage.renews_at is not None:
         message += f"; it starts again at {usage.renews_at:%Y-%m-%dT%H:%M:%SZ}"
     return BudgetExceeded(

@@ -7,7 +7,7 @@ that validate a request and describe it.
 
 import inspect
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
@@ -38,7 +38,7 @@ class Operation:
     """Decorates the handler of one method of one path.
 
     `errors` are statuses of `ERRORS`, besides those that every operation may answer; `takes_key`
-    is true if it takes the header `Idempotency-Key`.
+    is true if it takes the header `Idempotency-Key`; `most` is the limit of its body.
     """
 
     handler: Callable[..., Awaitable[Response]]
@@ -55,6 +55,7 @@ class Operation:
         *,
         errors: tuple[int, ...] = (),
         takes_key: bool = False,
+        most: Literal["api_bytes", "batch_bytes"] = "api_bytes",
     ) -> None:
         self.method = method
         self.path = path
@@ -62,6 +63,7 @@ class Operation:
         self.answers = answers
         self.errors = errors
         self.takes_key = takes_key
+        self.most = most
 
     def __call__(self, handler: H) -> H:
         first, *words = handler.__name__.split("_")
@@ -90,8 +92,8 @@ ERRORS: Final[dict[int, tuple[str, str, dict[str, _Json]]]] = {
     ),
     402: (
         "NoCredits",
-        "FLORA: the workspace has no credits left. `budget_exceeded`: the price exceeds what is "
-        "left of a budget; nothing was sent.",
+        "FLORA: the workspace has no credits left. `budget_exceeded`, `max_cost_exceeded`: the "
+        "price exceeds what is left of a budget, or the maximum; nothing was sent.",
         {},
     ),
     403: (
@@ -102,8 +104,14 @@ ERRORS: Final[dict[int, tuple[str, str, dict[str, _Json]]]] = {
     404: ("NotFound", "It does not exist.", {}),
     408: ("TooSlow", "The body did not arrive in time.", {}),
     409: ("Unresolved", "Whether FLORA started it is unknown; it is not sent again.", {}),
-    413: ("TooLarge", "The body is longer than 1 MiB.", {}),
-    422: ("KeyConflict", "The idempotency key was used for another body.", {}),
+    413: ("TooLarge", "The body is longer than 1 MiB; that of a batch, than 8 MiB.", {}),
+    422: (
+        "Conflict",
+        "The idempotency key was used for another body. `invalid_rows`: `fields` lists each cause "
+        "with its rows. `definition_changed`: the technique's inputs differ from those of the "
+        "batch so far.",
+        {},
+    ),
     429: (
         "TooManyWrongTokens",
         "Too many wrong tokens came from this address; a valid token is accepted at any time.",
@@ -122,6 +130,7 @@ ERRORS: Final[dict[int, tuple[str, str, dict[str, _Json]]]] = {
 
 _PATH_PARAMETERS: Final = {
     "run_id": ("FLORA's `run_…` identifier.", "run_abc123"),
+    "batch_id": ("The batch's `bat_…` identifier.", "bat_0123456789abcdef"),
     "technique": ("Its id or its slug.", "icon-pack"),
     "message_id": ("The `webhook-id` of the message.", "msg_abc123"),
 }

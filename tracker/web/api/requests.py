@@ -72,7 +72,8 @@ def none_if_empty(value: Any) -> Any:
     return value or None
 
 
-def _one_of(values: Any) -> WithJsonSchema:
+def one_of(values: Any) -> WithJsonSchema:
+    """The schema of an optional parameter with these values."""
     return WithJsonSchema({"type": "string", "enum": [*map(str, values), ""]})
 
 
@@ -91,6 +92,20 @@ Cursor = Annotated[
     Field(description="The `next_cursor` of the previous page."),
 ]
 Limit = Annotated[int, Field(ge=1, le=100, description="Maximum number of entries.")]
+
+
+TagsField = Annotated[
+    dict[str, str],
+    AfterValidator(check_tags),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "maxProperties": 16,
+            "propertyNames": {"pattern": "^[A-Za-z0-9._-]{1,64}$"},
+            "additionalProperties": {"type": "string", "minLength": 1, "maxLength": 255},
+        }
+    ),
+]
 
 
 class Body(BaseModel):
@@ -145,18 +160,7 @@ class StartBody(Body):
     idempotency_key: Key | None = Field(
         None, description="The same key always returns the same run and starts no other."
     )
-    tags: Annotated[
-        dict[str, str],
-        AfterValidator(check_tags),
-        WithJsonSchema(
-            {
-                "type": "object",
-                "maxProperties": 16,
-                "propertyNames": {"pattern": "^[A-Za-z0-9._-]{1,64}$"},
-                "additionalProperties": {"type": "string", "minLength": 1, "maxLength": 255},
-            }
-        ),
-    ] = Field({}, description="Labels of the run, for filters and budgets.")
+    tags: TagsField = Field({}, description="Labels of the run, for filters and budgets.")
 
 
 class TrackBody(Body):
@@ -192,9 +196,9 @@ class RunsQuery(Query):
         BeforeValidator(none_if_empty),
         AfterValidator(lambda tag: tag and "=".join(parse_tag(tag))),
     ] = Field(None, description="`key=value`.", json_schema_extra={"maxLength": 320})
-    tracking: Annotated[Tracking | None, BeforeValidator(none_if_empty), _one_of(Tracking)] = None
+    tracking: Annotated[Tracking | None, BeforeValidator(none_if_empty), one_of(Tracking)] = None
     retry_advice: Annotated[
-        RetryAdvice | None, BeforeValidator(none_if_empty), _one_of(RetryAdvice)
+        RetryAdvice | None, BeforeValidator(none_if_empty), one_of(RetryAdvice)
     ] = None
     cursor: Cursor = None
     limit: Limit = 50
@@ -206,7 +210,7 @@ class StartsQuery(Query):
     state: Annotated[
         Literal["stored", "sent", "in_doubt", "unresolved"] | None,
         BeforeValidator(none_if_empty),
-        _one_of(LISTED),
+        one_of(LISTED),
     ] = Field(None, description="Default: all whose outcome is not known.")
     workspace_id: Filter = None
     cursor: Cursor = None

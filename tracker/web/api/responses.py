@@ -347,6 +347,7 @@ class WrongField(ResponseModel):
     field: str
     message: str
     valid_values: list[str] = Field([], description="The accepted values, if known.")
+    rows: list[int] = Field([], description="For `invalid_rows`: the rows, from 1.")
 
 
 class ErrorDetail(ResponseModel):

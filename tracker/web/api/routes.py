@@ -25,6 +25,7 @@ from tracker.views import (
     start_json,
     technique_json,
 )
+from tracker.web.api.batches import BatchOperations
 from tracker.web.api.openapi import OPERATIONS, REPLAYED, Answer, Operation, document
 from tracker.web.api.requests import (
     MessagesQuery,
@@ -61,7 +62,7 @@ _FLORA_ERRORS: Final = (502, 504)
 log = structlog.get_logger(__name__)
 
 
-class Api:
+class Api(BatchOperations):
     """The routes of the API."""
 
     def __init__(self, services: Services, stream: Stream, *, limits: Limits) -> None:
@@ -92,7 +93,7 @@ class Api:
             body = await read_json(
                 request.scope,
                 request.receive,
-                limit=self._limits.api_bytes,
+                limit=getattr(self._limits, one.most),
                 seconds=self._limits.api_read_seconds,
             )
             arguments["body"] = validate(one.body, body)

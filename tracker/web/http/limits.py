@@ -30,6 +30,7 @@ class Limits:
     """For reads, until the response starts. If the database stops answering, it takes two more
     seconds to give up the connection."""
     api_bytes: int = 1024 * 1024
+    batch_bytes: int = 8 * 1024 * 1024
     api_read_seconds: float = 10.0
     ready_seconds: float = 5.0
     linger_bytes: int = 4 * 1024 * 1024

@@ -1,0 +1,226 @@
+"""Launches ordered batches, in any process with a worker.
+
+A batch is launched by one process at a time, by its lease; one whose process died is taken over
+when the lease expires. The lease saves work and keeps to the maximum cost: that no row is paid
+twice follows from the rows' keys, as for a command.
+
+A launch that FLORA's or the database's silence ended goes on by itself. What a person has to decide
+(the maximum cost, a budget, no credits) ends it, and the batch says why until it is ordered again.
+"""
+
+import asyncio
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from decimal import Decimal
+from typing import Final
+
+import structlog
+
+from tracker.core.clock import Clock, boot_seconds
+from tracker.core.errors import (
+    BudgetExceeded,
+    FloraRefusal,
+    KeyRefused,
+    RateLimited,
+    ServerFault,
+    StoreError,
+    TrackerError,
+)
+from tracker.polling.workspaces import Workspaces
+from tracker.starting.batch import Batches
+from tracker.starting.batch_launch import BatchLaunch, MaxCostReached
+from tracker.starting.batch_orders import Order
+from tracker.starting.batch_rows import BatchPlan, RowState
+from tracker.store.engine import Database
+from tracker.store.queries import batch_launches
+from tracker.store.queries.audit import Principal, acting
+from tracker.store.queries.batch_launches import LEASE
+from tracker.store.queries.batches import BatchRow
+from tracker.store.queries.starts import StartState
+
+MOST_LAUNCHES: Final = 20
+"""Launches at the same time in one process; further batches wait."""
+CHECK_EVERY: Final = 5.0
+"""Seconds between two reads of what is due; an order of the same process is launched at once."""
+FINISH_EVERY: Final = 15.0
+"""Seconds between two checks whether the runs of launched batches have ended."""
+RENEW_AFTER: Final = 3.0
+"""Seconds after which a lease is renewed, and a new order or a stop is noticed."""
+GO_ON_AFTER: Final = timedelta(seconds=30)
+"""When a launch goes on that FLORA's or the database's silence ended."""
+BREAK_OFF_SECONDS: Final = 5.0
+"""How long starts that were sent have to end when the process stops."""
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(kw_only=True, eq=False)
+class BatchWorker:
+    """Launches due batches. `process` names this one in the leases; `concurrency` is how many rows
+    of a batch are started at a time."""
+
+    database: Database
+    workspaces: Workspaces
+    batches: Batches
+    process: str
+    concurrency: int
+    clock: Clock
+    _tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)
+    _launches: set[BatchLaunch] = field(default_factory=set, init=False)
+    _ordered: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    _finished_at: float = field(default=float("-inf"), init=False)
+    _stopping: bool = field(default=False, init=False)
+
+    def wake(self) -> None:
+        """Check at once what is due."""
+        self._ordered.set()
+
+    async def wait(self) -> None:
+        """Wait until something may be due."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CHECK_EVERY):
+                await self._ordered.wait()
+        self._ordered.clear()
+
+    async def launch_due(self) -> None:
+        """Begin to launch what is due, and close batches that have ended. Raises `StoreError`."""
+        free = MOST_LAUNCHES - len(self._tasks)
+        keyed = [one.workspace_id for one in self.workspaces if one.client is not None]
+        known = [one for one in keyed if one is not None]
+        if free > 0 and known:
+            due = await batch_launches.claim_due(
+                self.database, known, holder=self.process, now=self.clock(), limit=free
+            )
+            for batch in due:
+                if batch.batch_id not in self._tasks:
+                    task = asyncio.create_task(self._work(batch), name="batch-launch")
+                    self._tasks[batch.batch_id] = task
+        if time.monotonic() - self._finished_at >= FINISH_EVERY:
+            await batch_launches.finish_ended(self.database, self.clock())
+            self._finished_at = time.monotonic()
+
+    async def stop(self) -> None:
+        """Begin no further row, let sent starts end, and release the leases."""
+        self._stopping = True
+        tasks = list(self._tasks.values())
+        for launch in self._launches:
+            launch.break_off()
+        if tasks:
+            await asyncio.wait(tasks, timeout=BREAK_OFF_SECONDS)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=BREAK_OFF_SECONDS)
+
+    async def _work(self, batch: BatchRow) -> None:
+        """Launch one batch, and store how that ended."""
+        order = Order.of(batch)
+        try:
+            with acting(Principal(name=order.started_by)):
+                stopped, errors = await self._launch(batch, order)
+            goes_on = stopped is not None and _is_passing(stopped)
+            if not self._stopping:
+                await batch_launches.end(
+                    self.database,
+                    batch,
+                    holder=self.process,
+                    launch_at=self.clock() + GO_ON_AFTER if goes_on else None,
+                    stopped=None if stopped is None else str(stopped),
+                    errors={} if goes_on else errors,
+                )
+        except StoreError as error:
+            log.warning("batch.not_launched", batch_id=batch.batch_id, error=str(error))
+        finally:
+            # A new order, or this one if the process stops, is launched at once.
+            with suppress(StoreError):
+                await batch_launches.release(self.database, batch, holder=self.process)
+            del self._tasks[batch.batch_id]
+            self.wake()
+
+    async def _launch(
+        self, batch: BatchRow, order: Order
+    ) -> tuple[TrackerError | None, dict[int, str]]:
+        """Start the rows; what ended that early, and why rows could not be tried, by position."""
+        try:
+            plan = await self._plan(batch, order)
+            launch = await self.batches.launch_of(
+                plan,
+                concurrency=self.concurrency,
+                max_cost=order.max_cost,
+                wait_for_budget=order.wait_for_budget,
+                started_by=order.started_by,
+                spent=_spent(plan, order.ordered_at),
+            )
+        except TrackerError as error:
+            return error, {}
+        log.info("batch.launched", batch_id=batch.batch_id, rows=len(plan.missing))
+        self._launches.add(launch)
+        if self._stopping:
+            launch.break_off()
+        renewing = asyncio.create_task(self._renew(batch, launch))
+        try:
+            await launch.run()
+        except Exception as error:
+            log.exception("batch.launch_broken", batch_id=batch.batch_id)
+            return TrackerError(f"an unexpected error, see the log: {type(error).__name__}"), {}
+        finally:
+            renewing.cancel()
+            self._launches.discard(launch)
+        return launch.stopped, launch.errors_by_position
+
+    async def _plan(self, batch: BatchRow, order: Order) -> BatchPlan:
+        """The batch as it is stored, without rows that this order has tried."""
+        plan = await self.batches.stored_plan(batch, wait=not order.at_once)
+        rows = [
+            row
+            for row in plan.rows
+            if not _was_tried(plan.states[row.entry.key], since=order.ordered_at)
+        ]
+        return replace(plan, rows=rows)
+
+    async def _renew(self, batch: BatchRow, launch: BatchLaunch) -> None:
+        """Renew the lease; break the launch off where it is lost, or the batch ordered anew."""
+        valid_until = boot_seconds() + LEASE.total_seconds()
+        while boot_seconds() < valid_until:
+            await asyncio.sleep(RENEW_AFTER)
+            until = boot_seconds() + LEASE.total_seconds()
+            with suppress(StoreError):
+                if not await batch_launches.renew(
+                    self.database, batch, holder=self.process, now=self.clock()
+                ):
+                    break
+                valid_until = until
+        launch.break_off()
+
+
+def _is_passing(stopped: TrackerError) -> bool:
+    """Whether a launch that ended for this reason goes on by itself."""
+    if isinstance(stopped, FloraRefusal):
+        return isinstance(stopped, KeyRefused | RateLimited | ServerFault)
+    return not isinstance(stopped, BudgetExceeded | MaxCostReached)
+
+
+def _was_tried(row: RowState, *, since: datetime) -> bool:
+    """Whether a row could not be started since then."""
+    start = row.start
+    refused = start is not None and start.state is StartState.REFUSED
+    return row.error is not None or (
+        refused and start is not None and start.sent_at is not None and start.sent_at >= since
+    )
+
+
+def _spent(plan: BatchPlan, since: datetime) -> dict[str, Decimal]:
+    """The prices or charges of the rows that were started since then, in USD by run."""
+    found = {}
+    for row in plan.rows:
+        state = plan.states[row.entry.key]
+        if state.start is None or state.record is None or (state.start.sent_at or since) < since:
+            continue
+        run = state.record.run
+        cost = run.charged_cost
+        if cost is None and not state.record.cost_final:
+            cost = max(run.quoted_cost or Decimal(0), plan.cost_of(row) or Decimal(0))
+        found[run.run_id] = cost or Decimal(0)
+    return found

@@ -1,0 +1,152 @@
+"""Batches that a worker launches.
+
+`launch_at` is when a batch is due; it is null for one that is launched. Whoever holds its lease
+launches it, and ends that with `end` if the batch was not ordered anew or stopped meanwhile:
+either changes `launch_at`.
+"""
+
+from collections.abc import Collection, Mapping
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+from sqlalchemy import ColumnElement, Connection, and_, or_, select, update
+
+from tracker.store.engine import Database
+from tracker.store.queries import audit
+from tracker.store.queries.batches import BATCH_COLUMNS, BatchRow, batch_counts, keep_errors
+from tracker.store.schema import batches
+
+LEASE: Final = timedelta(seconds=30)
+"""How long the lease of a process that died lasts; a living one renews it."""
+LATEST: Final = timedelta(minutes=5)
+"""A time that is further ahead was stored before the clock was set back, and is void."""
+
+_OPEN: Final = and_(batches.c.launch.is_not(None), batches.c.finished_at.is_(None))
+
+
+async def claim_due(
+    db: Database, workspaces: Collection[str], *, holder: str, now: datetime, limit: int
+) -> list[BatchRow]:
+    """Lease at most `limit` due batches of these workspaces, those that wait longest first."""
+    due = (
+        select(batches.c.batch_id)
+        .where(
+            _OPEN,
+            _passed(batches.c.launch_at, now),
+            batches.c.workspace_slot.in_(workspaces),
+            or_(batches.c.lease_until.is_(None), _passed(batches.c.lease_until, now)),
+        )
+        .order_by(batches.c.launch_at)
+        .limit(limit)
+    )
+    async with db.read() as connection:  # to find nothing takes no lock
+        if not workspaces or (await connection.execute(due.limit(1))).first() is None:
+            return []
+    if db.dialect == "postgresql":
+        due = due.with_for_update(skip_locked=True)
+    statement = (
+        update(batches)
+        .where(batches.c.batch_id.in_(due))
+        .values(lease_until=now + LEASE, lease_holder=holder)
+        .returning(*BATCH_COLUMNS)
+    )
+
+    def work(connection: Connection) -> list[BatchRow]:
+        return [BatchRow(**row._asdict()) for row in connection.execute(statement)]
+
+    return await db.write(work)
+
+
+async def renew(db: Database, batch: BatchRow, *, holder: str, now: datetime) -> bool:
+    """Renew the lease; false if it is lost, or the batch was ordered anew or stopped."""
+    statement = update(batches).where(_held(batch, holder)).values(lease_until=now + LEASE)
+    return await db.write(lambda connection: connection.execute(statement).rowcount) == 1
+
+
+async def release(db: Database, batch: BatchRow, *, holder: str) -> None:
+    """Release the lease; the batch stays due."""
+    statement = (
+        update(batches)
+        .where(batches.c.batch_id == batch.batch_id, batches.c.lease_holder == holder)
+        .values(lease_until=None, lease_holder=None)
+    )
+    await db.write(lambda connection: connection.execute(statement).rowcount)
+
+
+async def end(
+    db: Database,
+    batch: BatchRow,
+    *,
+    holder: str,
+    launch_at: datetime | None,
+    stopped: str | None,
+    errors: Mapping[int, str],
+) -> bool:
+    """Store how a launch ended and release the lease; false, and nothing is stored, if the lease is
+    lost or the batch was ordered anew or stopped.
+
+    `launch_at` is when to go on, `stopped` why it ended early; `errors` are why rows could not be
+    tried, by position.
+    """
+    header = (
+        update(batches)
+        .where(_held(batch, holder))
+        .values(launch_at=launch_at, stopped=stopped, lease_until=None, lease_holder=None)
+    )
+
+    def work(connection: Connection) -> bool:
+        if connection.execute(header).rowcount == 0:
+            return False
+        keep_errors(connection, batch.batch_id, errors)
+        return True
+
+    return await db.write(work)
+
+
+async def stop(db: Database, batch_id: str, why: str, *, noted: Mapping[str, Any]) -> bool:
+    """Start no further row of a batch that a worker launches; false if there is none to start.
+
+    `noted` is an entry of the audit log.
+    """
+    statement = (
+        update(batches)
+        .where(batches.c.batch_id == batch_id, _OPEN, batches.c.launch_at.is_not(None))
+        .values(launch_at=None, stopped=why)
+    )
+
+    def work(connection: Connection) -> bool:
+        stopped = connection.execute(statement).rowcount == 1
+        if stopped:
+            audit.note(connection, noted)
+        return stopped
+
+    return await db.write(work)
+
+
+async def finish_ended(db: Database, now: datetime) -> int:
+    """Close launched batches whose runs have all ended; returns how many."""
+    launched = (_OPEN, batches.c.launch_at.is_(None), batches.c.stopped.is_(None))
+    async with db.read() as connection:
+        ids = (await connection.scalars(select(batches.c.batch_id).where(*launched))).all()
+    if not ids:
+        return 0
+    counts = await batch_counts(db, ids)
+    ended = [one for one, count in counts.items() if count.active == count.doubt == 0]
+    if not ended:
+        return 0
+    statement = (
+        update(batches).where(batches.c.batch_id.in_(ended), *launched).values(finished_at=now)
+    )
+    return await db.write(lambda connection: connection.execute(statement).rowcount)
+
+
+def _held(batch: BatchRow, holder: str) -> ColumnElement[bool]:
+    return and_(
+        batches.c.batch_id == batch.batch_id,
+        batches.c.lease_holder == holder,
+        batches.c.launch_at == batch.launch_at,
+    )
+
+
+def _passed(at: ColumnElement[datetime], now: datetime) -> ColumnElement[bool]:
+    return or_(at <= now, at > now + LATEST)

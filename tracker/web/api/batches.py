@@ -1,0 +1,314 @@
+"""The operations on batches: create from JSON rows, show, retry, stop, results as CSV."""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any, Final
+
+import orjson
+import structlog
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from tracker.core.errors import BudgetExceeded, FieldFault
+from tracker.core.formatting import counted
+from tracker.services import Services
+from tracker.starting.batch import DefinitionChanged
+from tracker.starting.batch_launch import MaxCostReached
+from tracker.starting.batch_orders import Order
+from tracker.starting.batch_results import csv_lines
+from tracker.starting.batch_rows import BatchPlan, Retry, states_of
+from tracker.starting.sheet import Sheet, SheetProblem, SheetRefused, read_jsonl
+from tracker.store.engine import Database
+from tracker.store.queries import batches
+from tracker.store.queries.batches import BatchRow
+from tracker.views import batch_json, error_group_json, number_json, row_json
+from tracker.web.api.batch_models import (
+    BatchBody,
+    BatchesQuery,
+    BatchPage,
+    PlacedBatch,
+    ResultsQuery,
+    RetryBody,
+    RowPage,
+    RowsQuery,
+    ShownBatch,
+    usd,
+)
+from tracker.web.api.openapi import Answer, Operation
+from tracker.web.auth import actor_of
+from tracker.web.http.request import peer_of
+from tracker.web.http.responses import Fault, Json, invalid, not_found
+
+MOST_CAUSES: Final = 100
+"""Causes of refused rows in one response."""
+_BODY_ERRORS: Final = (400, 408, 413)
+_ORDER_ERRORS: Final = (*_BODY_ERRORS, 402, 404, 422, 502, 504)
+
+log = structlog.get_logger(__name__)
+
+
+class BatchOperations:
+    """The part of the API about batches."""
+
+    _services: Services
+    _database: Database
+
+    @Operation(
+        "GET",
+        "/api/batches",
+        "batches",
+        {200: Answer("A page of batches.", BatchPage)},
+        errors=(400,),
+    )
+    async def list_batches(self, request: Request, query: BatchesQuery) -> Response:
+        """List batches, newest first."""
+        rows, cursor = await batches.list_batches(
+            self._database, cursor=query.cursor, limit=query.limit
+        )
+        counts = await batches.batch_counts(self._database, [one.batch_id for one in rows])
+        shown = [batch_json(one, counts[one.batch_id]) for one in rows]
+        return Json({"batches": shown, "meta": {"next_cursor": cursor}})
+
+    @Operation(
+        "POST",
+        "/api/batches",
+        "batches",
+        {
+            201: Answer("The batch, whose rows are being started.", PlacedBatch),
+            200: Answer("The batch of the same rows, or the result of a dry run.", PlacedBatch),
+        },
+        errors=_ORDER_ERRORS,
+        most="batch_bytes",
+    )
+    async def create_batch(self, request: Request, body: BatchBody) -> Response:
+        """Start a run for each row, once each.
+
+        The rows are checked against the technique's definition, and their price against `max_cost`
+        and the budgets, before anything is started. They are stored before the response; a process
+        with a worker starts them. The same rows again are the same batch: none is started twice. At
+        most 10,000 rows and 8 MiB.
+        """
+        order = self._order(request, body, at_once=body.retry == "all")
+        sheet = await asyncio.to_thread(_sheet, body.rows)
+        try:
+            plan, _ = await self._services.batches.plan(
+                body.technique,
+                sheet,
+                name=body.name or counted(len(body.rows), "row"),
+                workspace_id=body.workspace_id,
+                retry=None if body.retry is None else Retry(body.retry),
+                accept_changes=body.accept_changes,
+                tags=body.tags,
+                tag_columns=body.tag_columns,
+                source="api",
+            )
+        except SheetRefused as refused:
+            raise _refused(refused.problems) from refused
+        except DefinitionChanged as changed:
+            message = str(changed).replace("--accept-changes", "`accept_changes`")
+            raise Fault(422, "definition_changed", message) from changed
+        return await self._place(request, plan, order, dry_run=body.dry_run)
+
+    @Operation(
+        "GET",
+        "/api/batches/{batch_id}",
+        "batches",
+        {200: Answer("The batch.", ShownBatch)},
+        errors=(404,),
+    )
+    async def show_batch(self, request: Request, batch_id: str) -> Response:
+        """Show a batch with the reasons of its failed rows."""
+        batch = await self._batch(batch_id)
+        groups = await batches.error_groups(self._database, batch_id)
+        shown = await self._shown(batch)
+        return Json(shown | {"errors": [error_group_json(one) for one in groups]})
+
+    @Operation(
+        "GET",
+        "/api/batches/{batch_id}/rows",
+        "batches",
+        {200: Answer("A page of rows.", RowPage)},
+        errors=(400, 404),
+    )
+    async def list_rows(self, request: Request, batch_id: str, query: RowsQuery) -> Response:
+        """List the rows of a batch with their runs, in order."""
+        batch = await self._batch(batch_id)
+        entries = await batches.entries(
+            self._database,
+            batch_id,
+            after=_position(query.cursor),
+            limit=query.limit + 1,
+            outcome=query.outcome,
+            code=query.code,
+        )
+        page = entries[: query.limit]
+        states = await states_of(self._database, batch.workspace_slot, page)
+        cursor = str(page[-1].position) if len(entries) > len(page) else None
+        rows = [row_json(states[entry.key]) for entry in page]
+        return Json({"rows": rows, "meta": {"next_cursor": cursor}})
+
+    @Operation(
+        "GET",
+        "/api/batches/{batch_id}/results.csv",
+        "batches",
+        {200: Answer("The results, a line for each row.", content_type="text/csv")},
+        errors=(400, 404),
+    )
+    async def show_results(self, request: Request, batch_id: str, query: ResultsQuery) -> Response:
+        """Show the results of a batch as CSV.
+
+        The same table as that of `tracker batch`: carried fields, run, status, cost, error, inputs
+        and outputs.
+        """
+        batch = await self._batch(batch_id)
+        rows = await self._services.batches.rows(batch)
+        lines = csv_lines(rows, batch.columns or (), bom=query.bom)
+        headers = {"Content-Disposition": f'attachment; filename="{batch_id}.csv"'}
+        return StreamingResponse(_pieces(lines), media_type="text/csv", headers=headers)
+
+    @Operation(
+        "POST",
+        "/api/batches/{batch_id}/retry",
+        "batches",
+        {200: Answer("The batch, or the result of a dry run.", PlacedBatch)},
+        errors=_ORDER_ERRORS,
+    )
+    async def retry_batch(self, request: Request, batch_id: str, body: RetryBody) -> Response:
+        """Start rows of a batch that have no run, or whose run failed.
+
+        A retry is a new run and is charged. The batch may be one of `tracker batch`; its rows are
+        started by a worker all the same.
+        """
+        order = self._order(request, body, at_once=body.which == "all")
+        batch = await self._batch(batch_id)
+        retry = None if body.which == "unstarted" else Retry(body.which)
+        plan = await self._services.batches.stored_plan(batch, retry=retry)
+        return await self._place(request, plan, order, dry_run=body.dry_run)
+
+    @Operation(
+        "POST",
+        "/api/batches/{batch_id}/stop",
+        "batches",
+        {200: Answer("The batch.", PlacedBatch)},
+        errors=(404,),
+    )
+    async def stop_batch(self, request: Request, batch_id: str) -> Response:
+        """Start no further row of a batch.
+
+        Runs that are started go on. A batch that `tracker batch` launches is stopped by
+        interrupting that command.
+        """
+        batch = await self._batch(batch_id)
+        by = actor_of(request.scope).name
+        if await self._services.batch_orders.stop(batch, by=by):
+            log.info("batch.stopped", batch_id=batch_id, token=by)
+        return Json(await self._shown(await self._batch(batch_id)))
+
+    def _order(self, request: Request, body: BatchBody | RetryBody, *, at_once: bool) -> Order:
+        return Order(
+            started_by=actor_of(request.scope).name,
+            ordered_at=self._services.clock(),
+            max_cost=usd(body.max_cost),
+            wait_for_budget=body.wait_for_budget,
+            at_once=at_once,
+        )
+
+    async def _place(
+        self, request: Request, plan: BatchPlan, order: Order, *, dry_run: bool
+    ) -> Response:
+        orders = self._services.batch_orders
+        refusal: str | None = None
+        try:
+            if dry_run:
+                await orders.check(plan, order)
+            else:
+                placed = await orders.place(plan, order)
+        except (MaxCostReached, BudgetExceeded) as error:
+            if dry_run:
+                refusal = str(error)
+            elif isinstance(error, MaxCostReached):
+                raise Fault(402, "max_cost_exceeded", str(error)) from error
+            else:
+                raise
+        if dry_run:
+            return Json(
+                {
+                    "batch_id": plan.batch.batch_id,
+                    "rows": len(plan.rows),
+                    "to_start": len(plan.missing),
+                    "run_cost": number_json(plan.technique.run_cost),
+                    "cost": number_json(plan.cost),
+                    "refusal": refusal,
+                }
+            )
+        if placed.ordered:
+            log.info(
+                "batch.ordered",
+                batch_id=placed.batch.batch_id,
+                rows=len(plan.missing),
+                token=order.started_by,
+                peer=peer_of(request.scope),
+            )
+        return Json(
+            await self._shown(placed.batch),
+            status_code=200 if placed.known else 201,
+            headers={} if placed.ordered and plan.missing else {"Idempotent-Replayed": "true"},
+        )
+
+    async def _batch(self, batch_id: str) -> BatchRow:
+        usable = "\0" not in batch_id and len(batch_id) <= 255
+        batch = await batches.get(self._database, batch_id) if usable else None
+        if batch is None:
+            raise not_found(f"No batch {batch_id[:255]} is stored here.")
+        return batch
+
+    async def _shown(self, batch: BatchRow) -> dict[str, Any]:
+        return batch_json(batch, await self._services.batches.counts(batch))
+
+
+def _sheet(rows: Sequence[dict[str, Any]]) -> Sheet:
+    """The rows as a sheet, whose lines are their numbers from 1. Numbers become text."""
+    texts = ({name: _text(value) for name, value in row.items()} for row in rows)
+    return read_jsonl(b"\n".join(orjson.dumps(row) for row in texts))
+
+
+def _text(value: Any) -> Any:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return str(value) if is_number else value
+
+
+def _refused(problems: Sequence[SheetProblem]) -> Fault:
+    """422 with an entry for each cause, and the rows that it concerns."""
+    causes: dict[tuple[str, str], list[int]] = {}
+    for one in problems:
+        rows = causes.setdefault((one.column or "rows", one.message), [])
+        if one.line:
+            rows.append(one.line)
+    fields = [
+        {"field": field, "message": message, "rows": rows}
+        for (field, message), rows in causes.items()
+    ]
+    bad = len({one.line for one in problems if one.line})
+    where = f"{counted(bad, 'row')} cannot be started" if bad else "the rows cannot be started"
+    more = f"; the first {MOST_CAUSES} causes are listed" if len(fields) > MOST_CAUSES else ""
+    return Fault(
+        422,
+        "invalid_rows",
+        f"{where}, so nothing was started{more}",
+        more={"fields": fields[:MOST_CAUSES]},
+    )
+
+
+def _position(cursor: str | None) -> int:
+    if cursor is None:
+        return 0
+    if not (cursor.isdecimal() and cursor.isascii() and len(cursor) < 10):
+        raise invalid(FieldFault("cursor", "is not one that this API returned"))
+    return int(cursor)
+
+
+def _pieces(lines: Iterator[str]) -> Iterator[str]:
+    """The lines, many at a time."""
+    while piece := "".join(islice(lines, 500)):
+        yield piece
