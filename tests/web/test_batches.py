@@ -2,19 +2,15 @@
 
 import csv
 import io
-from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import Any
-
-import pytest
 
 from tests.support.waiting import eventually
 from tests.web.conftest import Serve, Site
 from tests.web.flora import with_flora
 from tracker.simulator import Simulator
-from tracker.store.queries import audit, batches
+from tracker.store.queries import audit
 from tracker.worker.scheduler import Worker
 
 ROWS = [{"prompt": f"icon {number}", "sku": number} for number in range(1, 6)]

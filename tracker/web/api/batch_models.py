@@ -25,6 +25,15 @@ from tracker.web.api.responses import Meta, ResponseModel, RunInput
 MOST_ROWS: Final = 10_000
 """Rows of one batch."""
 
+_ROW: Final = {
+    "type": "object",
+    "additionalProperties": {
+        "anyOf": [
+            {"type": ["string", "number", "null"]},
+            {"type": "array", "items": {"type": "string"}},
+        ]
+    },
+}
 MaxCost = Annotated[
     float | None,
     Field(
@@ -62,7 +71,7 @@ class BatchBody(Body):
     )
 
     technique: Name = Field(description="Its id or its slug.")
-    rows: list[dict[str, Any]] = Field(
+    rows: list[Annotated[dict[str, Any], WithJsonSchema(_ROW)]] = Field(
         min_length=1,
         max_length=MOST_ROWS,
         description="An object for each run. A field with the id or name of an input is that "

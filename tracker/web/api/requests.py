@@ -221,10 +221,10 @@ class MessagesQuery(Query):
     """The query of `GET /api/messages`."""
 
     endpoint_id: Filter = None
-    state: Annotated[MessageState | None, BeforeValidator(none_if_empty), _one_of(MessageState)] = (
+    state: Annotated[MessageState | None, BeforeValidator(none_if_empty), one_of(MessageState)] = (
         None
     )
-    event: Annotated[EventType | None, BeforeValidator(none_if_empty), _one_of(EventType)] = None
+    event: Annotated[EventType | None, BeforeValidator(none_if_empty), one_of(EventType)] = None
     run_id: Filter = None
     cursor: Cursor = None
     limit: Limit = 50
