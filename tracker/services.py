@@ -323,7 +323,12 @@ async def open_services(
                 clock=clock,
             ),
             tracker=RunTracker(
-                writer=writer, workspaces=workspaces, catalogue=catalogue, clock=clock
+                database=database,
+                writer=writer,
+                poller=poller,
+                workspaces=workspaces,
+                catalogue=catalogue,
+                clock=clock,
             ),
             poller=poller,
             sweeper=Sweeper(

@@ -52,6 +52,7 @@ SELDOM: Final = (
     "statements.quarantine",
     "replay.requeue",
     "replay.acknowledge",
+    "forget.forget_run",
     "inbox: notify",
 )
 """Commits that come only where something is broken, or someone asks."""

@@ -28,8 +28,8 @@ def list_(
     action: Annotated[
         str | None,
         typer.Option(
-            help="Filter by action: start, resolve, replay, acknowledge, prune, sign_in, sign_out "
-            "or refused."
+            help="Filter by action: start, resolve, replay, acknowledge, forget, prune, sign_in, "
+            "sign_out or refused."
         ),
     ] = None,
     limit: LimitOption = 50,

@@ -12,6 +12,7 @@ from tracker.cli import download, watch
 from tracker.cli.output import (
     JsonFlag,
     note,
+    plain,
     print_fields,
     print_json,
     print_page,
@@ -32,6 +33,8 @@ from tracker.cli.setup import (
     run_once,
     technique_names,
 )
+from tracker.core.errors import FloraError, TrackerError
+from tracker.core.formatting import money
 from tracker.core.retry import RetryAdvice
 from tracker.core.run import RunStatus, Tracking
 
@@ -129,23 +132,66 @@ def track(
         str | None, typer.Option(metavar="T", help="The run's technique, if you know it.")
     ] = None,
     workspace: WorkspaceOption = None,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Track it though FLORA does not know it, or cannot be asked."),
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Track a run that was started elsewhere."""
+    """Track a run that was started elsewhere.
+
+    FLORA is asked first: a run that it does not know is refused, and nothing is stored.
+    """
+    from tracker.starting.resolve import NotTracked
 
     async def work(services: "Services") -> "TrackedRun":
         async with flora_deadline(services):
+            if not force:
+                return await services.tracker.track_shown(
+                    run_id, technique=technique, workspace_id=workspace
+                )
             tracked = await services.tracker.track(
                 run_id, technique=technique, workspace_id=workspace
             )
             return replace(tracked, record=await services.poller.read_now(tracked.record))
 
-    tracked = run_once(work)
+    try:
+        tracked = run_once(work)
+    except (NotTracked, FloraError) as error:
+        advice = "" if technique else "--technique names its technique, "
+        raise TrackerError(
+            f"{error}. Nothing was stored: {advice}--force tracks it all the same"
+        ) from error
     if tracked.known:
         note("The run was tracked already.")
     if tracked.record.last_error:
         note(f"FLORA could not be asked about it yet: {tracked.record.last_error}")
     _print_run(tracked.record, as_json=as_json)
+
+
+@app.command()
+def forget(
+    run_id: RunId,
+    force: Annotated[
+        bool, typer.Option("--force", help="Remove it though FLORA has shown it.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Stop tracking a run, and remove it with its outputs and timeline.
+
+    It is meant for a run that FLORA never showed, or that is lost. A run that FLORA lists is
+    tracked again with the next page of the history that shows it.
+    """
+    from tracker.views import run_json
+
+    record = run_once(lambda services: services.tracker.forget(run_id, force=force))
+    if as_json:
+        print_json({"forgotten": run_json(record)})
+        return
+    typer.echo(f"Run {plain(run_id)} is not tracked any more.")
+    if record.run.charged_cost is not None:
+        cost = money(record.run.charged_cost)
+        note(f"Its cost of {cost} does not count in spending and budgets any more.")
 
 
 @app.command("list")

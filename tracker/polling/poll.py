@@ -25,10 +25,18 @@ import structlog
 
 from tracker.core.clock import Clock
 from tracker.core.errors import FloraError, KeyRefused, OtherWorkspace, RateLimited, StoreError
-from tracker.core.record import Record
+from tracker.core.observation import Source
+from tracker.core.record import Entry, Record
+from tracker.core.run import Run
 from tracker.core.schedule import LEARNED_FROM, Durations, Policy
 from tracker.polling.history import attributed_page
-from tracker.polling.poll_round import PAGE_SECONDS_AGAIN, PollReport, PollRound, run_all
+from tracker.polling.poll_round import (
+    PAGE_SECONDS_AGAIN,
+    PollReport,
+    PollRound,
+    SingleRead,
+    run_all,
+)
 from tracker.polling.workspaces import Workspace, Workspaces
 from tracker.store import claims
 from tracker.store.engine import Database
@@ -147,6 +155,16 @@ class Poller:
             return await PollRound(self, workspace, [record]).read_one(record)
         except (KeyRefused, RateLimited, OtherWorkspace) as refusal:
             return replace(record, last_error=str(refusal))
+
+    async def read_unwritten(self, run: Run) -> tuple[SingleRead, list[Entry]]:
+        """Read a run that may not be stored: the result, and what to write of it.
+
+        Raises `SettingsError` without a key, and `KeyRefused`, `RateLimited` and `OtherWorkspace`.
+        """
+        workspace = self.workspaces.pick(run.workspace_id)
+        record = Record(run=run, source=Source.TRACK, first_seen_at=self.clock())
+        poll_round = PollRound(self, workspace, [record])
+        return await poll_round.read_entries(workspace.require_client(), record)
 
     async def release(self) -> None:
         """Give back everything that this process has claimed."""

@@ -156,7 +156,7 @@ class PollRound:
 
         Raises `KeyRefused`, `RateLimited`, `OtherWorkspace` and `StoreUnavailable`.
         """
-        _, entries = await self._read_run(self._client, record)
+        _, entries = await self.read_entries(self._client, record)
         results = await self._poller.writer.submit_all(entries)
         return results[-1].after or record
 
@@ -332,7 +332,7 @@ class PollRound:
                 if self.broken_off or time.monotonic() > until:
                     return  # it remains, and is released
                 try:
-                    found, entries = await self._read_run(
+                    found, entries = await self.read_entries(
                         self._client.for_fresh if fresh else self._client, record
                     )
                 except (KeyRefused, RateLimited, OtherWorkspace) as refusal:
@@ -359,7 +359,7 @@ class PollRound:
             [read(record) for record in records[: None if self._recheck else SINGLE_READS]]
         )
 
-    async def _read_run(
+    async def read_entries(
         self, client: FloraClient, record: Record
     ) -> tuple[SingleRead, list[Entry]]:
         """Read a run; the result, and what to write: the other runs that it showed, then the run.

@@ -17,14 +17,17 @@ from tracker.core.errors import (
 )
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Record, Seen
+from tracker.core.run import Run
+from tracker.polling.poll import Poller
 from tracker.polling.workspaces import Workspace, WorkspaceIds, Workspaces
 from tracker.starting.catalogue import Catalogue
 from tracker.starting.matching import StartMatcher
 from tracker.starting.sending import HeldStart, holding
 from tracker.store.engine import Database
-from tracker.store.queries import audit, starts
+from tracker.store.queries import audit, runs, starts
 from tracker.store.queries.audit import Action
 from tracker.store.queries.starts import UNKNOWN, StartRow, StartState
+from tracker.store.writing.forget import ShownByFlora, forget_run
 from tracker.store.writing.writer import Writer
 
 NOTHING_STARTED: Final = "a person says that nothing was started; the key may be used again"
@@ -144,11 +147,21 @@ class TrackedRun:
     known: bool
 
 
+class NotForgotten(TrackerError):
+    """The run is not stored, or FLORA has shown it."""
+
+
+class NotTracked(TrackerError):
+    """FLORA does not show the run, or cannot be asked; nothing was stored."""
+
+
 @dataclass(kw_only=True, eq=False)
 class RunTracker:
-    """Tracks runs that were started elsewhere. Only their ids are believed."""
+    """Tracks runs that were started elsewhere, and stops it. Only their ids are believed."""
 
+    database: Database
     writer: Writer
+    poller: Poller
     workspaces: Workspaces
     catalogue: Catalogue
     clock: Clock
@@ -182,6 +195,55 @@ class RunTracker:
         if result.after is None:
             raise AssertionError("an observation of a run always leaves a record")
         return TrackedRun(record=result.after, known=result.before is not None)
+
+    async def track_shown(
+        self, run_id: str, *, technique: str | None = None, workspace_id: str | None = None
+    ) -> TrackedRun:
+        """As `track`, but only what FLORA shows or is stored already; FLORA's answer is stored.
+
+        Raises `NotTracked` too.
+        """
+        stored = await runs.get_run(self.database, run_id)
+        if stored is not None:
+            tracked = await self.track(run_id, technique=technique, workspace_id=workspace_id)
+            return replace(tracked, record=await self.poller.read_now(tracked.record))
+        workspace = self.workspaces.pick(workspace_id)
+        run = Run(
+            run_id=run_id,
+            workspace_id=workspace_id or workspace.workspace_id,
+            technique_id=await self._technique_id(workspace, technique),
+        )
+        try:
+            found, entries = await self.poller.read_unwritten(run)
+        except (FloraError, SettingsError) as error:
+            raise NotTracked(f"FLORA cannot be asked about run {run_id}: {error}") from error
+        if found.missing:
+            old = "" if technique else ", or it is an older run, which only its technique shows"
+            raise NotTracked(f"FLORA has no run {run_id} in workspace {workspace.name}{old}")
+        if found.observation is None:
+            raise NotTracked(f"FLORA cannot be asked about run {run_id}: {found.error}")
+        tracked = await self.track(run_id, technique=technique, workspace_id=workspace_id)
+        results = await self.writer.submit_all(entries)
+        return replace(tracked, record=results[-1].after or tracked.record)
+
+    async def forget(self, run_id: str, *, force: bool = False) -> Record:
+        """Remove a run with its outputs and timeline; the run as it was.
+
+        Raises `NotForgotten` for an unknown run and, unless `force`, for one that FLORA has shown
+        and does not deny; and `StoreUnavailable`.
+        """
+        entry = audit.entry(Action.FORGET, self.clock(), run_id=run_id, forced=force or None)
+        try:
+            record = await forget_run(self.database, run_id, force=force, entry=entry)
+        except ShownByFlora:
+            raise NotForgotten(
+                f"FLORA has shown run {run_id}, so it was not removed: the next page of the "
+                "history that shows it would track it again"
+            ) from None
+        if record is None:
+            raise NotForgotten(f"run {run_id} is not tracked")
+        log.info("run.forgotten", run_id=run_id, actor=audit.principal().name, forced=force)
+        return record
 
     async def _technique_id(self, workspace: Workspace, technique: str | None) -> str | None:
         """The technique's id, if it can be found; a run is tracked without it as well."""

@@ -46,6 +46,7 @@ class Action(StrEnum):
     RESOLVE = "resolve"
     REPLAY = "replay"
     ACKNOWLEDGE = "acknowledge"
+    FORGET = "forget"
     PRUNE = "prune"
     SIGN_IN = "sign_in"
     SIGN_OUT = "sign_out"

@@ -37,7 +37,8 @@ from sqlalchemy import (
 )
 
 from tracker.core.errors import StoreError
-from tracker.core.rollup import ALWAYS, MEASURES, STATE, Key
+from tracker.core.record import Record
+from tracker.core.rollup import ALWAYS, MEASURES, STATE, Key, facts
 from tracker.store.engine import Database, insert_on, migration_engine
 from tracker.store.errors import FOREIGN, translate
 from tracker.store.schema import CleanText, UtcDateTime, run_tallies, run_tally_changes, runs, word
@@ -131,6 +132,12 @@ def remove_states(connection: Connection, run_ids: Sequence[str]) -> None:
         mark = dict.fromkeys(_KEY, "") | {"measure": PRUNED, "since": hour}
         values = mark | {"bucket": 0, "runs": 1, "amount": 0}
         connection.execute(insert(run_tally_changes).values(**values))
+
+
+def remove(connection: Connection, record: Record) -> None:
+    """Subtract everything that a run counts for, in the transaction that deletes it."""
+    rows = [dict(zip(_COLUMNS, (*key, -1, -amount), strict=True)) for key, amount in facts(record)]
+    connection.execute(insert(run_tally_changes), rows)
 
 
 def _compact_sqlite(connection: Connection) -> int:
