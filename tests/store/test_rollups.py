@@ -36,11 +36,22 @@ from tracker.core.rollup import ALWAYS, Key, facts
 from tracker.core.run import RunStatus, Tracking
 from tracker.store import migrate
 from tracker.store.engine import Database, migration_engine
+from tracker.store.queries import audit
+from tracker.store.queries.audit import Action
 from tracker.store.queries.overview import ROLLUPS
 from tracker.store.rows import RUN_COLUMNS, read_records
-from tracker.store.schema import deliveries, run_tallies, run_tally_changes, runs
+from tracker.store.schema import audit as audit_table
+from tracker.store.schema import (
+    deliveries,
+    run_events,
+    run_outputs,
+    run_tallies,
+    run_tally_changes,
+    runs,
+)
 from tracker.store.url import DatabaseUrl
 from tracker.store.writing import rollups
+from tracker.store.writing.forget import ShownByFlora, forget_run
 from tracker.store.writing.rollups import FACTS, PRUNED, RollupCompactor
 
 ROOT = Path(__file__).parents[2]
@@ -166,6 +177,30 @@ async def test_a_lost_run_that_comes_back_counts_once(writer: TestWriter, db: Da
         ("running", "active", 1)
     ]
     await assert_exact(db)
+
+
+async def test_a_forgotten_run_counts_for_nothing(writer: TestWriter, db: Database) -> None:
+    """A run that FLORA never showed, a lost one, and by force a billed one leave no row and no
+    count behind; one that FLORA shows stays unless it is forced."""
+    entry = audit.entry(Action.FORGET, NOW)
+    await writer.submit(seen("shown", RunStatus.COMPLETED, facts={"charged_cost": Decimal(2)}))
+    await writer.submit(seen("typo", source=Source.TRACK))
+    await writer.submit(replace(started("lost"), **RESERVED))
+    for hour in range(5):
+        at = NOW + timedelta(hours=hour)
+        await writer.submit(Unseen(run_id="lost", at=at, error="no such run", missing=True))
+    await rollups.compact(db)
+    with pytest.raises(ShownByFlora):
+        await forget_run(db, "shown", force=False, entry=entry)
+    for left, run_id in ((2, "typo"), (1, "lost"), (0, "shown")):
+        found = await forget_run(db, run_id, force=run_id == "shown", entry=entry)
+        assert found is not None
+        assert len(await all_records(db)) == left
+        await assert_exact(db)
+    for table in (run_events, run_outputs):
+        assert await rows_in(db, table) == 0
+    assert await forget_run(db, "typo", force=True, entry=entry) is None
+    assert await rows_in(db, audit_table) == 3
 
 
 async def test_a_late_callback_is_no_missed_one(writer: TestWriter, db: Database) -> None:

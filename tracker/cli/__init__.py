@@ -4,8 +4,9 @@
     setup.py       settings, log, services, and arguments that commands share
     output.py      JSON, tables and notes       progress.py  bars and lines on stderr
     serve.py       serve, worker                reconcile.py reconcile, poll, verify
-    runs.py        runs start|track|list|show   watch.py     runs watch|explain
-    download.py    runs download                starts.py    starts list|show|resolve
+    runs.py        runs start|track|forget|list|show
+    watch.py       runs watch|explain           download.py  runs download
+    starts.py      starts list|show|resolve
     batch.py       batch                        batches.py   batches list|show, results
     techniques.py  techniques sync|list|show    deliveries.py  deliveries list|show|replay
     spending.py    spending                     audit.py     audit list
