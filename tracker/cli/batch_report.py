@@ -127,6 +127,10 @@ async def confirmed(plan: "BatchPlan") -> bool:
     loop.add_reader(sys.stdin.fileno(), answered.set)
     try:
         await answered.wait()
+    except asyncio.CancelledError:
+        typer.echo(err=True)
+        note("tracker: interrupted; nothing was started")
+        raise
     finally:
         loop.remove_reader(sys.stdin.fileno())
     return sys.stdin.readline().strip().lower() in ("y", "yes")
@@ -274,7 +278,7 @@ def report_outcome(outcome: "BatchOutcome", *, waited: bool, seconds: float) -> 
         f"{count:,} {name}"
         for name, count in {
             "running": counts.active,
-            "failed": counts.failed,
+            f"failed{_retryable(bad)}": counts.failed,
             "not found at FLORA": counts.lost,
             "not started": counts.unstarted,
         }.items()
@@ -285,6 +289,11 @@ def report_outcome(outcome: "BatchOutcome", *, waited: bool, seconds: float) -> 
         f"{duration(seconds)}."
     )
     return 1 if bad or outcome.stopped is not None else 0
+
+
+def _retryable(rows: "Iterable[RowState]") -> str:
+    count = sum(row.retryable for row in rows)
+    return f" ({count:,} can be retried)" if count else ""
 
 
 def _causes(rows: "Iterable[RowState]") -> list[str]:
@@ -323,7 +332,8 @@ def report_next_steps(
         price = "" if None in costs else f", up to {money(sum(filter(None, costs)))}"
         steps.append(f"{repeated} --retry-failed  # {counted(len(retried), 'row')}{price}")
     if outcome.counts.completed and not downloaded:
-        steps.append(f"tracker runs download --batch {batch_id} --to out")
+        named = [shlex.join(["--name-by", column]) for column in (outcome.batch.columns or [])[:1]]
+        steps.append(" ".join(["tracker runs download --batch", batch_id, "--to out", *named]))
     if not shown:
         steps.append(f"tracker batches show {batch_id} --output results.csv")
     if steps:

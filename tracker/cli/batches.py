@@ -194,7 +194,7 @@ def show_rows(
                 )
                 for row in shown
             ),
-            hide=("outputs", "key", "line", "cost"),
+            hide=("outputs", "key", "line", *columns[:0:-1], "cost"),
         )
         return
     if results is Results.JSONL:

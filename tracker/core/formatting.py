@@ -83,6 +83,12 @@ def line_numbers(lines: Sequence[int], noun: str = "line", most: int = 10) -> st
             parts[-1][1:] = [line]
         else:
             parts.append([line])
+    # Two lines are no range: `lines 3 and 4`.
+    parts = [
+        one
+        for part in parts
+        for one in ([[part[0]], [part[1]]] if part[-1] - part[0] == 1 else [part])
+    ]
     shown = ["-".join(map(str, part)) for part in parts[:most]]
     if rest := sum(part[-1] - part[0] + 1 for part in parts[most:]):
         shown.append(f"{rest:,} more")
