@@ -22,6 +22,7 @@ from tracker.flora.request_limit import SharedWaits
 from tracker.operations.metrics import Metrics
 from tracker.operations.retention import Pruner
 from tracker.operations.tracing import Wrap, tracing, untraced
+from tracker.polling.contacts import Contacts
 from tracker.polling.follow import Follower
 from tracker.polling.poll import Coalescer, DurationBook, Poller
 from tracker.polling.sweep import Sweeper
@@ -77,6 +78,7 @@ class Services:
     inbox: Inbox
     signals: Signals
     workspaces: Workspaces
+    contacts: Contacts
     catalogue: Catalogue
     catalogue_sync: CatalogueSync
     receiver: Receiver
@@ -155,6 +157,9 @@ async def open_services(
             ]
         )
         rotation.follow(partial(_rotate, workspaces))
+        contacts = await stack.enter_async_context(
+            Contacts(database, workspaces=workspaces, clock=clock, background=background)
+        )
         durations = DurationBook(database, clock=clock)
         signals = Signals(database)
         # Before the writers, so that it is closed after them and compacts the last commits.
@@ -202,6 +207,7 @@ async def open_services(
             database=database,
             waiting=lambda: writer.waiting + inbox.waiting,
             workspaces=workspaces,
+            contacts=contacts,
             budgets=budgets,
             sweep_seconds=cache(partial(longest_wait, settings.tracker_reconcile_cron, clock())),
         )
@@ -286,6 +292,7 @@ async def open_services(
             inbox=inbox,
             signals=signals,
             workspaces=workspaces,
+            contacts=contacts,
             catalogue=catalogue,
             catalogue_sync=CatalogueSync(
                 database=database, workspaces=workspaces, process=process, clock=clock
@@ -361,15 +368,10 @@ def _rotate(workspaces: Workspaces, settings: Settings) -> None:
     """Use the keys and signing secrets that are set now."""
     for configured in settings.all_workspaces:
         workspaces.rotate(
-            _slot(configured, settings),
+            settings.slot_of(configured),
             api_key=configured.api_key.get_secret_value() if configured.api_key else None,
             secrets=_clear(configured.webhook_secrets),
         )
-
-
-def _slot(configured: WorkspaceSettings, settings: Settings) -> str:
-    # The workspace of the top-level settings keeps its slot when its id is set later.
-    return "default" if configured.id == settings.flora_workspace_id else configured.id or "default"
 
 
 def _clear(secrets: Iterable[SecretStr]) -> tuple[str, ...]:
@@ -388,7 +390,7 @@ async def _workspace(
 ) -> Workspace:
     settings = rotation.settings
     workspace = Workspace(
-        slot=_slot(configured, settings),
+        slot=settings.slot_of(configured),
         workspace_id=configured.id,
         is_top=configured.id == settings.flora_workspace_id,
         secrets=_clear(configured.webhook_secrets),

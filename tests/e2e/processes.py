@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -44,10 +44,16 @@ class Process:
         return cls(process, log)
 
     @classmethod
-    def fork(cls, *arguments: str, env: Mapping[str, str], log: Path) -> "Process":
-        """The same, but with the code of this process, and there sooner."""
+    def fork(
+        cls,
+        *arguments: str,
+        env: Mapping[str, str],
+        log: Path,
+        prepare: Callable[[], None] | None = None,
+    ) -> "Process":
+        """The same, but with the code of this process, and there sooner; it calls `prepare`."""
         environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **env}
-        return cls(Forked.begin(*arguments, env=environment, output=log), log)
+        return cls(Forked.begin(*arguments, env=environment, output=log, prepare=prepare), log)
 
     async def answers(self, url: str) -> None:
         """Wait until the process answers 200 there."""

@@ -53,7 +53,7 @@ async def test_a_refused_key_is_reported_and_the_service_stays_ready(
             flora_workspace_id="ws_1",
         ) as site,
     ):
-        assert (await site.client.get("/readyz")).json()["flora"] == "ok"
+        assert (await site.client.get("/readyz")).json()["flora"] == "not asked yet (ws_1)"
         start = {"technique": "tech_1", "inputs": [{"id": "a", "type": "text", "value": "v"}]}
         answer = await site.client.post("/api/runs", json=start)
         assert (answer.status_code, answer.json()["error"]["code"]) == (502, "flora_key_refused")

@@ -189,6 +189,7 @@ async def test_a_database_that_hangs_delays_a_scrape_for_a_bounded_time(
         state = DatabaseGauges(
             database=services.database,
             workspaces=services.workspaces,
+            contacts=services.contacts,
             budgets=services.budgets,
             clock=services.clock,
             patience=0.2,

@@ -250,12 +250,13 @@ async def test_what_does_not_fit_is_reported_within_a_minute(
         for _ in range(3):
             clock.move(15)
             await services.poller.poll_due()
-            await services.poller.probe()
+            await services.contacts.probe()
         found = workspace.require_client().contact.found
         flora.world.change({"gateway": 0, "refuse": ""})
         if "key" in fault or "URL" in fault:
             go_on_with()
-        await services.poller.probe()
+        clock.move(15)
+        await services.contacts.probe()
     told = [line for line in lines if line["event"] == "flora.trouble"]
     assert [(line["trouble"], line["log_level"]) for line in told] == [(trouble, "error")]
     assert found is not None

@@ -20,7 +20,7 @@ import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from typing import Any, Final, Self, TypeVar
@@ -30,6 +30,7 @@ import httpx
 
 from tracker import __version__
 from tracker.core.clock import Clock, utc_now
+from tracker.core.contact import ContactState, OngoingTrouble, Trouble
 from tracker.core.errors import (
     FieldFault,
     FloraError,
@@ -190,6 +191,16 @@ class FloraClient:
     def wait(self) -> Wait | None:
         """What the oldest of the present calls waits for; `None` without a call."""
         return self._caller.wait
+
+    @property
+    def state(self) -> ContactState | None:
+        """Whether FLORA answers and accepts the key, as far as this client has seen; `None` before
+        its first request."""
+        state, since = self.contact.state, self.breaker.since
+        if state is None or since is None:
+            return state
+        refused = OngoingTrouble(Trouble.KEY_REFUSED, since, self.breaker.reason or "")
+        return replace(state, trouble=refused)
 
     @property
     def clock_offset(self) -> timedelta | None:

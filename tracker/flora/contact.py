@@ -5,16 +5,16 @@ reached and whether base URL and key are right. Both only use requests that are 
 only an answer in FLORA's own shape counts as FLORA's.
 """
 
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime
-from enum import StrEnum
 from typing import Final
 
 import structlog
 
 from tracker.core.clock import Clock, utc_now
+from tracker.core.contact import CURRENT, PATIENCE, ContactState, OngoingTrouble, Trouble
 from tracker.core.errors import (
     FloraError,
     FloraRefusal,
@@ -27,10 +27,8 @@ from tracker.core.errors import (
 
 PROBE_EVERY: Final = 30.0
 """Seconds between two half-open probes: calls let through while the breaker is open."""
-PATIENCE: Final = 30.0
-"""Seconds of failures before they are reported."""
-FORGOTTEN_AFTER: Final = 120.0
-"""Seconds after the last request from which its failure says nothing any more."""
+CONFIRMED: Final = 5.0
+"""Seconds for which requests must have failed before FLORA is reported as silent."""
 
 log = structlog.get_logger(__name__)
 
@@ -100,53 +98,22 @@ def _copy(refusal: KeyRefused, *, retry_after: float | None = None) -> KeyRefuse
     )
 
 
-class Trouble(StrEnum):
-    """Why a workspace cannot be read."""
-
-    UNREACHABLE = "unreachable"
-    """No answer, or a 5xx of a gateway's or FLORA's own."""
-    NOT_FLORA = "not FLORA's API"
-    """The base URL is wrong, or a gateway answers in FLORA's place."""
-    LISTS_REFUSED = "lists refused"
-    """FLORA denies lists that every good key may read at the right base URL."""
-    OTHER_WORKSPACE = "key of another workspace"
-    """The key is good, but not for the workspace in the settings."""
-
-
-SILENT: Final = (Trouble.UNREACHABLE, Trouble.NOT_FLORA)
-"""Troubles in which FLORA itself does not answer."""
-_ADVICE: Final = {
-    Trouble.UNREACHABLE: "it is tried again; see whether this machine reaches FLORA_BASE_URL",
-    Trouble.NOT_FLORA: "check FLORA_BASE_URL, and what answers in FLORA's place",
-    Trouble.LISTS_REFUSED: "check FLORA_BASE_URL, and the rights of FLORA_API_KEY",
-    Trouble.OTHER_WORKSPACE: "set FLORA_API_KEY, or FLORA_WORKSPACE_ID, to the right one",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class OngoingTrouble:
-    """A trouble, since when (UTC) it lasts, and the last error in words."""
-
-    trouble: Trouble
-    since: datetime
-    reason: str
-
-    @property
-    def advice(self) -> str:
-        """What to do about it."""
-        return _ADVICE[self.trouble]
-
-
 class Contact:
-    """Judges one client's requests; `found` is the trouble to report."""
+    """Judges one client's requests; `found` is the trouble to report.
+
+    Failures are reported once FLORA has not answered for `PATIENCE` and requests have failed for
+    `CONFIRMED`, so that one failed request after a quiet time is not reported.
+    """
 
     def __init__(
         self, *, clock: Clock = utc_now, monotonic: Callable[[], float] = time.monotonic
     ) -> None:
         self._clock = clock
         self._monotonic = monotonic
-        self._asked_at = 0.0
-        self._failing_from: float | None = None
+        self._asked_at: tuple[float, datetime] | None = None
+        self._answered_at: tuple[float, datetime | None] = (monotonic(), None)
+        self._unanswered: tuple[float, datetime] | None = None
+        """When the first request since FLORA's last answer was sent."""
         self._failing: OngoingTrouble | None = None
         self._other_workspace: OngoingTrouble | None = None
         self._logged: Trouble | None = None
@@ -159,20 +126,41 @@ class Contact:
     @property
     def found(self) -> OngoingTrouble | None:
         """The trouble that has lasted long enough to be reported; `None` if there is none."""
-        now = self._monotonic()
-        if self._failing is not None and self._failing_from is not None:
-            recent = now - self._asked_at <= FORGOTTEN_AFTER
-            if recent and now - self._failing_from >= PATIENCE:
+        if self._failing is not None and self._unanswered is not None:
+            now = self._monotonic()
+            recent = self.idle_seconds <= CURRENT.total_seconds()
+            silent = now - self._answered_at[0] >= PATIENCE.total_seconds()
+            if recent and silent and now - self._unanswered[0] >= CONFIRMED:
                 return self._failing
         return self._other_workspace
 
+    @property
+    def idle_seconds(self) -> float:
+        """How long ago the last request was sent; infinite if none was."""
+        return self._monotonic() - self._asked_at[0] if self._asked_at else math.inf
+
+    @property
+    def state(self) -> ContactState | None:
+        """What this client has seen; `None` before its first request."""
+        if self._asked_at is None:
+            return None
+        return ContactState(
+            asked_at=self._asked_at[1], answered_at=self._answered_at[1], trouble=self.found
+        )
+
     def asked(self) -> None:
         """A request is sent."""
-        self._asked_at = self._monotonic()
+        now = self._monotonic(), self._clock()
+        # A request that was cancelled has no outcome: silence does not count from it.
+        if self._failing is None and self.idle_seconds > CONFIRMED:
+            self._unanswered = None
+        self._unanswered = self._unanswered or now
+        self._asked_at = now
 
     def answered(self) -> None:
         """FLORA answered a request."""
-        self._failing = self._failing_from = None
+        self._answered_at = self._monotonic(), self._clock()
+        self._failing = self._unanswered = None
         self._log()
 
     def checked_workspace(self, error: OtherWorkspace | None) -> None:
@@ -193,10 +181,8 @@ class Contact:
             if self._failing is None or self._failing.trouble is not Trouble.LISTS_REFUSED:
                 self.answered()
             return
-        if self._failing is None:
-            self._failing_from = self._monotonic()
-        since = self._clock() if self._failing is None else self._failing.since
-        self._failing = OngoingTrouble(trouble, since, str(error))
+        self._unanswered = self._unanswered or (self._monotonic(), self._clock())
+        self._failing = OngoingTrouble(trouble, self._unanswered[1], str(error))
         self._log()
 
     def _log(self) -> None:

@@ -14,7 +14,6 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Coroutine, Iterable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -24,14 +23,12 @@ from typing import Any, Final
 import structlog
 
 from tracker.core.clock import Clock
-from tracker.core.errors import FloraError, KeyRefused, OtherWorkspace, RateLimited, StoreError
+from tracker.core.errors import KeyRefused, OtherWorkspace, RateLimited, StoreError
 from tracker.core.observation import Source
 from tracker.core.record import Entry, Record
 from tracker.core.run import Run
 from tracker.core.schedule import LEARNED_FROM, Durations, Policy
-from tracker.polling.history import attributed_page
 from tracker.polling.poll_round import (
-    PAGE_SECONDS_AGAIN,
     PollReport,
     PollRound,
     SingleRead,
@@ -132,16 +129,6 @@ class Poller:
     def readable(self) -> list[Workspace]:
         """The workspaces with a key that FLORA takes, without those that are backed off."""
         return [one for one in self._with_key() if not self.backoff.left(one.slot)]
-
-    async def probe(self) -> None:
-        """Read the newest run of each workspace whose last answer from FLORA was a failure, so that
-        its recovery is noticed soon even if nothing is due."""
-        for workspace in self.workspaces:
-            client = workspace.client
-            if client is not None and (client.contact.failing or client.breaker.open):
-                with suppress(FloraError):  # the client has taken note of it
-                    page = await client.history(limit=1, deadline=PAGE_SECONDS_AGAIN)
-                    attributed_page(workspace, page.items)
 
     async def read_now(self, record: Record) -> Record:
         """Read one run at once, even if it is claimed; what is known of it afterwards.

@@ -242,6 +242,7 @@ class Settings(_Model):
     tracker_cost_give_up: Annotated[Duration, Field(gt=timedelta(0))] = timedelta(hours=24)
     tracker_budget_day: Dollars | None = None
     tracker_budget_month: Dollars | None = None
+    tracker_docs_url: Annotated[str, AfterValidator(check_root_url)] | None = None
     tracker_log_format: Format | None = None
     tracker_log_level: Level = "info"
     workspaces: tuple[WorkspaceSettings, ...] = ()
@@ -305,6 +306,11 @@ class Settings(_Model):
         top = self.top_workspace
         is_set = top.id or top.api_key or top.webhook_secrets
         return (top, *self.workspaces) if is_set or not self.workspaces else self.workspaces
+
+    def slot_of(self, workspace: WorkspaceSettings) -> str:
+        """The name of a workspace's place in the settings. That of the top-level settings keeps it
+        when its id is set later."""
+        return "default" if workspace.id in (None, self.flora_workspace_id) else workspace.id
 
     @property
     def all_budgets(self) -> Budgets:

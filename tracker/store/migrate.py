@@ -117,16 +117,22 @@ async def current(url: str) -> str | None:
     return await _connected(url, _revision)
 
 
+async def revision(db: Database) -> str | None:
+    """The revision of an open database; `None` for one without the tracker's tables."""
+    try:
+        async with db.read() as connection:
+            found: str | None = await connection.scalar(select(_VERSION.c.version_num))
+    except SchemaOutdated:
+        return None
+    return found
+
+
 async def check(db: Database) -> None:
     """Return if the database has this version's schema or a later one.
 
     Otherwise raises `SchemaOutdated`, with what to do.
     """
-    try:
-        async with db.read() as connection:
-            found = (await connection.execute(select(_VERSION.c.version_num))).scalar()
-    except SchemaOutdated:
-        found = None
+    found = await revision(db)
     if found is None:
         raise SchemaOutdated("the database has no tables yet: run `tracker db upgrade`")
     if found != head() and is_known(found):

@@ -1,15 +1,15 @@
 """`GET /healthz`: the process serves; `GET /readyz`: it can do its work; `GET /metrics`."""
 
 import asyncio
-from collections.abc import Iterable
+from datetime import datetime
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from tracker.core.contact import ContactState
 from tracker.core.errors import SchemaOutdated, StoreError
 from tracker.operations.metrics import Metrics
-from tracker.polling.workspaces import Workspace
 from tracker.services import Services
 from tracker.store import migrate
 from tracker.views import time_json
@@ -56,11 +56,27 @@ class Health:
             raise unavailable(f"{str(error).partition(':')[0]}.") from error
         if self._access is None or await self._access.identify(request.scope) is None:
             return Json({"status": "ready"})
-        return Json({"status": "ready", "flora": _flora(self._services.workspaces)})
+        return Json({"status": "ready", "flora": self._flora()})
 
     async def _check(self) -> None:
         async with asyncio.timeout(self._limits.ready_seconds):
             await migrate.check(self._services.database)
+            await self._services.contacts.read()
+
+    def _flora(self) -> str:
+        """The state of FLORA and the API keys."""
+        services = self._services
+        now = services.clock()
+        keyed = [one for one in services.workspaces if one.client is not None]
+        if not keyed:
+            return "no key is set"
+        states = [(one, _in_words(services.contacts.of(one), now)) for one in keyed]
+        troubles = [
+            text if one.workspace_id is None else f"{text} ({one.workspace_id})"
+            for one, text in states
+            if text is not None
+        ]
+        return "; ".join(troubles) or "ok"
 
 
 def metrics_route(metrics: Metrics) -> Route:
@@ -74,23 +90,13 @@ def metrics_route(metrics: Metrics) -> Route:
     return Route("/metrics", show)
 
 
-def _flora(workspaces: Iterable[Workspace]) -> str:
-    """The state of FLORA and the API keys."""
-    with_key = [workspace for workspace in workspaces if workspace.client is not None]
-    if not with_key:
-        return "no key is set"
-    return "; ".join(filter(None, map(_trouble, with_key))) or "ok"
-
-
-def _trouble(workspace: Workspace) -> str | None:
-    client = workspace.client
-    if client is None:
-        return None
-    name = "" if workspace.workspace_id is None else f" ({workspace.workspace_id})"
-    if client.breaker.open:
-        since = client.breaker.since
-        return f"key refused{'' if since is None else f' since {time_json(since)}'}{name}"
-    found = client.contact.found
+def _in_words(state: ContactState | None, now: datetime) -> str | None:
+    """`None` if FLORA answers."""
+    if state is None:
+        return "not asked yet"
+    if not state.is_current(now):
+        return f"not asked since {time_json(state.asked_at)}"
+    found = state.trouble
     if found is None:
         return None
-    return f"{found.trouble} since {time_json(found.since)}{name}: {found.reason}"
+    return f"{found.trouble} since {time_json(found.since)}: {found.reason}"

@@ -36,8 +36,8 @@ one."""
 ROUND_EVERY: Final = 1.0
 """Least seconds between two rounds of polling. A single callback is followed at once;
 `tracker.polling.poll.Coalescer` decides how long many wait to share their pages."""
-PROBE_EVERY: Final = timedelta(seconds=15)
-"""How often a FLORA that failed is probed."""
+PROBE_EVERY: Final = timedelta(seconds=5)
+"""How often to check whether FLORA should be probed."""
 RECOVER_EVERY: Final = timedelta(seconds=30)
 """How often starts are recovered whose caller is gone."""
 CHECK_CATALOGUE_EVERY: Final = timedelta(minutes=20)
@@ -108,7 +108,7 @@ class Worker:
                 id="recheck",
             )
             self._scheduler.add_job(
-                self._job("probe", services.poller.probe),
+                self._job("probe", services.contacts.probe),
                 IntervalTrigger(seconds=PROBE_EVERY.total_seconds()),
                 id="probe",
             )

@@ -37,6 +37,7 @@ Name = Literal[
     "answer time",
     "body limit",
     "test deliveries",
+    "connection",
     "worker",
     "sweeps",
     "missed callbacks",

@@ -4,11 +4,12 @@ Judged by what is done, not by which processes exist: one may be there and stuck
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Final
 
+from tracker.core.contact import ContactState
 from tracker.core.errors import StoreError
 from tracker.core.formatting import duration, percent
 from tracker.operations.doctor import Finding, failed, ok, warning
@@ -16,8 +17,8 @@ from tracker.operations.doctor.settings import label_of
 from tracker.settings import Settings
 from tracker.settings.values import longest_wait
 from tracker.store.engine import Database
-from tracker.store.queries import attention, sweeps
-from tracker.store.queries.attention import BOUND, Gauges, SweepHealth
+from tracker.store.queries import attention, contacts, sweeps
+from tracker.store.queries.attention import BOUND, LATE_AFTER, Gauges, SweepHealth
 from tracker.store.queries.sweeps import Unread
 
 STUCK_AFTER: Final = timedelta(minutes=5)
@@ -56,6 +57,7 @@ class WorkState:
     sweeping: bool
     unread: Sequence[Unread] = ()
     conflicts: Sequence[str] = ()
+    contacts: Mapping[str, ContactState] = field(default_factory=dict)
 
 
 async def check(settings: Settings, ids: Sequence[str | None], now: datetime) -> list[Finding]:
@@ -74,12 +76,21 @@ async def check(settings: Settings, ids: Sequence[str | None], now: datetime) ->
                 sweeping=await attention.sweeping(database, now=now),
                 unread=sweeps.unread(await sweeps.everything(database)),
                 conflicts=await attention.conflicts(database),
+                contacts=await contacts.read(database, now=now),
             )
     except StoreError as error:
         advice = "Fix the database first, and run the doctor again."
         return [failed("worker", f"The database could not be read: {error}.", advice)]
     workspaces = settings.all_workspaces
-    findings = [check_worker(state)] if any(one.api_key for one in workspaces) else []
+    keyed = [one for one in workspaces if one.api_key]
+    findings = [
+        replace(
+            check_connection(state.contacts.get(settings.slot_of(one)), state),
+            workspace=label_of(settings, one),
+        )
+        for one in keyed
+    ]
+    findings += [check_worker(state)] if keyed else []
     for workspace, workspace_id in zip(workspaces, ids, strict=True):
         if workspace.api_key is not None:  # without one there are no sweeps
             own = _of_workspace(state, workspace_id, is_only=len(workspaces) == 1)
@@ -100,12 +111,35 @@ def _of_workspace(state: WorkState, workspace_id: str | None, *, is_only: bool) 
     )
 
 
+def check_connection(contact: ContactState | None, state: WorkState) -> Finding:
+    """Whether FLORA answers the processes of the tracker; the doctor's own request is another."""
+    if contact is None:
+        return warning("connection", "No process of the tracker has asked FLORA yet.", _START)
+    if state.now - contact.asked_at > state.interval + STUCK_AFTER:
+        at = f"{contact.asked_at:%Y-%m-%d %H:%M:%S} UTC"
+        return warning("connection", f"The tracker has not asked FLORA since {at}.", _START)
+    if (found := contact.trouble) is not None:
+        what = "FLORA has not answered the tracker" if found.trouble.silent else f"{found.trouble}"
+        return failed(
+            "connection",
+            f"{what[0].upper()}{what[1:]} since {found.since:%Y-%m-%d %H:%M:%S} UTC: "
+            f"{found.reason.rstrip('.')}.",
+            f"{found.advice[0].upper()}{found.advice[1:]}.",
+        )
+    ago = duration(max(state.now - (contact.answered_at or contact.asked_at), timedelta(0)))
+    return ok("connection", f"FLORA answered the tracker {ago} ago.")
+
+
 def check_worker(state: WorkState) -> Finding:
     """Whether due runs are read, and sweeps start in time."""
     gauges = state.gauges
     oldest = gauges.oldest_due_at
     waited = timedelta(0) if oldest is None else state.now - oldest
-    overdue = f"{gauges.overdue} runs are overdue, the oldest by {duration(waited)}."
+    overdue = f"{gauges.overdue} runs are overdue" + (
+        f", the oldest by {duration(waited)}."
+        if waited > LATE_AFTER
+        else ": they wait for a retry."
+    )
     started = max((one.last_started_at for one in state.sweeps), default=None)
     if waited > STUCK_AFTER:
         return failed("worker", overdue, f"{_START} {_STUCK}")

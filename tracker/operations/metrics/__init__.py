@@ -13,6 +13,7 @@ from prometheus_client.exposition import choose_encoder
 from tracker.core.clock import Clock
 from tracker.operations.metrics.counters import Counters
 from tracker.operations.metrics.gauges import DatabaseGauges, ProcessGauges
+from tracker.polling.contacts import Contacts
 from tracker.polling.workspaces import Workspaces
 from tracker.starting.start import BudgetReader
 from tracker.store.engine import Database
@@ -38,6 +39,7 @@ class Metrics(Counters):
         database: Database,
         waiting: Callable[[], int],
         workspaces: Workspaces,
+        contacts: Contacts,
         budgets: BudgetReader,
         sweep_seconds: Callable[[], float],
     ) -> None:
@@ -48,10 +50,19 @@ class Metrics(Counters):
         """
         self.create_series(list(workspaces))
         process = ProcessGauges(
-            self, waiting=waiting, workspaces=workspaces, sweep_seconds=sweep_seconds
+            self,
+            waiting=waiting,
+            workspaces=workspaces,
+            contacts=contacts,
+            sweep_seconds=sweep_seconds,
+            clock=self._clock,
         )
         self._database = DatabaseGauges(
-            database=database, workspaces=workspaces, budgets=budgets, clock=self._clock
+            database=database,
+            workspaces=workspaces,
+            contacts=contacts,
+            budgets=budgets,
+            clock=self._clock,
         )
         self.registry.register(process)
         self.registry.register(self._database)

@@ -19,10 +19,11 @@ from prometheus_client.registry import Collector
 
 from tracker import __version__
 from tracker.core.clock import Clock
+from tracker.core.contact import Trouble
 from tracker.core.errors import StoreError
-from tracker.flora.contact import SILENT, Trouble
 from tracker.flora.request_limit import RequestLimitState
 from tracker.operations.metrics.counters import Counters
+from tracker.polling.contacts import Contacts
 from tracker.polling.workspaces import Workspaces
 from tracker.starting.start import BudgetReader
 from tracker.store.engine import Database
@@ -38,6 +39,7 @@ UNKNOWN: Final = "unknown"
 """The `workspace_id` of runs whose workspace is not known."""
 EXPECTED: Final = ("came", "late", "missed")
 _WORKSPACE: Final = ("workspace_id",)
+_MISCONFIGURED: Final = (Trouble.NOT_FLORA, Trouble.LISTS_REFUSED, Trouble.OTHER_WORKSPACE)
 
 _GAUGE, _TOTAL = GaugeMetricFamily, CounterMetricFamily
 _Value = Callable[[RequestLimitState], float | None]
@@ -87,10 +89,14 @@ class ProcessGauges(Collector):
         *,
         waiting: Callable[[], int],
         workspaces: Workspaces,
+        contacts: Contacts,
         sweep_seconds: Callable[[], float],
+        clock: Clock,
     ) -> None:
         self._waiting = waiting
         self._workspaces = workspaces
+        self._contacts = contacts
+        self._clock = clock
         self._sweep_seconds = sweep_seconds
         self._counters = counters
 
@@ -114,32 +120,40 @@ class ProcessGauges(Collector):
         yield from self._flora()
 
     def _flora(self) -> Iterator[Metric]:
-        clients = {one.name: one.client for one in self._workspaces if one.client is not None}
-        limits = {name: client.request_limit.state() for name, client in clients.items()}
+        keyed = {one.name: one for one in self._workspaces if one.client is not None}
+        limits = {name: one.require_client().request_limit.state() for name, one in keyed.items()}
         for family, name, meaning, value in _REQUEST_LIMITS:
             values = {workspace: value(limit) for workspace, limit in limits.items()}
             yield _gauges(name, meaning, _WORKSPACE, values, family)
+        now = self._clock()
+        states = {name: self._contacts.of(one) for name, one in keyed.items()}
+        current = {name: one for name, one in states.items() if one and one.is_current(now)}
+        troubles = {
+            name: one.trouble.trouble for name, one in current.items() if one.trouble is not None
+        }
         yield _gauges(
             "flora_breaker_open",
             "1 while FLORA refuses the API key.",
             _WORKSPACE,
-            {name: client.breaker.open for name, client in clients.items()},
+            {name: troubles.get(name) is Trouble.KEY_REFUSED for name in keyed},
         )
-        troubles = {
-            name: None if client.contact.found is None else client.contact.found.trouble
-            for name, client in clients.items()
-        }
         yield _gauges(
             "flora_up",
-            "0 if FLORA was asked and has not answered for 30 s.",
+            "0 if FLORA was asked and has not answered for 30 s; absent if nothing asks it.",
             _WORKSPACE,
-            {name: trouble not in SILENT for name, trouble in troubles.items()},
+            {name: name not in troubles or not troubles[name].silent for name in current},
         )
         yield _gauges(
             "flora_misconfigured",
             "1 if FLORA_BASE_URL does not lead to FLORA, or the key belongs to another workspace.",
             _WORKSPACE,
-            {name: each not in (None, Trouble.UNREACHABLE) for name, each in troubles.items()},
+            {name: troubles.get(name) in _MISCONFIGURED for name in keyed},
+        )
+        yield _gauges(
+            "flora_last_answer_timestamp_seconds",
+            "When FLORA last answered any process; 0 if never.",
+            _WORKSPACE,
+            {name: _timestamp(one.answered_at if one else None) for name, one in states.items()},
         )
 
 
@@ -164,6 +178,7 @@ class DatabaseGauges(Collector):
         *,
         database: Database,
         workspaces: Workspaces,
+        contacts: Contacts,
         budgets: BudgetReader,
         clock: Clock,
         keep_seconds: float = KEEP_SECONDS,
@@ -171,6 +186,7 @@ class DatabaseGauges(Collector):
     ) -> None:
         self._database = database
         self._workspaces = workspaces
+        self._contacts = contacts
         self._budgets = budgets
         self._clock = clock
         self._keep_seconds = keep_seconds
@@ -215,6 +231,7 @@ class DatabaseGauges(Collector):
 
     async def _take_snapshot(self) -> _Snapshot:
         now = self._clock()
+        await self._contacts.read()
         swept = {one.workspace_id or UNKNOWN: one for one in await sweep_health(self._database)}
         keyed = [one.name for one in self._workspaces if one.client and one.workspace_id]
         return _Snapshot(

@@ -10,12 +10,15 @@ from decimal import Decimal
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
+    ColumnElement,
     ScalarSelect,
     Select,
+    Subquery,
     Table,
     and_,
     column,
     func,
+    or_,
     select,
     table,
 )
@@ -33,6 +36,10 @@ from tracker.store.schema import CleanText, UtcDateTime, deliveries, leases, run
 
 LATE_AFTER: Final = timedelta(seconds=60)
 """How long a read may be due before it counts as overdue."""
+_IS_RETRY: Final = and_(
+    runs.c.last_error.is_not(None), runs.c.missing == 0, runs.c.tracking == word(Tracking.ACTIVE)
+)
+"""The last read brought no answer of FLORA; that a run does not exist is one."""
 
 SWEEPS: Final = table(
     "v_sweeps",
@@ -69,19 +76,16 @@ class SweepHealth(NamedTuple):
     generations_error: str | None = None
 
 
-async def overdue(
-    db: Database, *, now: datetime, after: timedelta = LATE_AFTER, limit: int = 20
-) -> list[Record]:
-    """Runs whose next read has been due for longer than `after`, longest first, without outputs.
+async def overdue(db: Database, *, now: datetime, limit: int = 20) -> list[Record]:
+    """Runs that are not read in time, longest due first, without outputs: their next read has been
+    due for longer than `LATE_AFTER`, or the last one brought no answer and is to be repeated.
 
-    There are none while a worker keeps up.
+    There are none while a worker keeps up and FLORA answers.
     """
-    statement = (
-        select(*RUN_COLUMNS)
-        .where(runs.c.next_check_at <= now - after)
-        .order_by(runs.c.next_check_at)
-        .limit(limit)
-    )
+    first = _next_reads(runs.c.run_id, runs.c.next_check_at, _IS_RETRY.label("is_retry"))
+    late = select(first.c.run_id).where(_is_overdue(first, now))
+    late = late.order_by(first.c.next_check_at).limit(limit)
+    statement = select(*RUN_COLUMNS).where(runs.c.run_id.in_(late)).order_by(runs.c.next_check_at)
     async with db.read() as connection:
         rows = (await connection.execute(statement)).all()
         return await read_records(connection, rows)
@@ -138,8 +142,9 @@ class Gauges:
     for runs that ended within `RECENT_HOURS`. By workspace, for runs that ended today: `cost_today`
     is their cost, `quoted_today` the quotes of those without a bill, `failed_today` counts by retry
     advice. For runs that ended within `BILL_DAYS`: `not_final` may still be billed, `unpriced` got
-    no bill. `due` runs wait to be read, `overdue` for longer than `LATE_AFTER`; `awaiting_callback`
-    are open runs without their callback. `waiting` deliveries are stored and not applied, the first
+    no bill. `due` runs wait to be read, `overdue` ones are not read in time (see that function);
+    `awaiting_callback` are open runs without their callback. `waiting` deliveries are stored
+    and not applied, the first
     since `oldest_waiting_at`; the newest delivery came at `last_callback_at`.
     """
 
@@ -213,20 +218,29 @@ def _backlog(now: datetime) -> Select[*tuple[Any, ...]]:
         runs.c.tracking == word(Tracking.ACTIVE),
         runs.c.standing < Precedence.CALLBACK_FAILED,
     )
-    first = (
-        select(runs.c.next_check_at, waits.label("waits"))
+    first = _next_reads(runs.c.next_check_at, waits.label("waits"), _IS_RETRY.label("is_retry"))
+    is_due = first.c.next_check_at <= now
+    return select(
+        func.count().filter(is_due).label("due"),
+        func.count().filter(_is_overdue(first, now)).label("overdue"),
+        func.count().filter(first.c.waits).label("awaiting_callback"),
+        func.min(first.c.next_check_at).filter(is_due).label("oldest_due_at"),
+    )
+
+
+def _next_reads(*columns: Any) -> Subquery:
+    """These columns of the `BOUND` runs whose next read comes first."""
+    return (
+        select(*columns)
         .where(runs.c.next_check_at.is_not(None))
         .order_by(runs.c.next_check_at)
         .limit(BOUND)
         .subquery()
     )
-    is_due = first.c.next_check_at <= now
-    return select(
-        func.count().filter(is_due).label("due"),
-        func.count().filter(first.c.next_check_at <= now - LATE_AFTER).label("overdue"),
-        func.count().filter(first.c.waits).label("awaiting_callback"),
-        func.min(first.c.next_check_at).filter(is_due).label("oldest_due_at"),
-    )
+
+
+def _is_overdue(reads: Subquery, now: datetime) -> ColumnElement[bool]:
+    return or_(reads.c.next_check_at <= now - LATE_AFTER, reads.c.is_retry)
 
 
 def _count(table: Table, *condition: Any) -> ScalarSelect[int]:

@@ -262,6 +262,18 @@ async def list_batches(
     return [BatchRow(**row._asdict()) for row in rows], following
 
 
+async def unfinished(db: Database, *, since: datetime, limit: int) -> list[BatchRow]:
+    """The newest batches that were made after `since` and are not finished."""
+    statement = (
+        select(batches)
+        .where(batches.c.created_at > since, batches.c.finished_at.is_(None))
+        .order_by(batches.c.created_at.desc(), batches.c.batch_id.desc())
+        .limit(limit)
+    )
+    async with db.read() as connection:
+        return [BatchRow(**row._asdict()) for row in await connection.execute(statement)]
+
+
 async def entries(
     db: Database,
     batch_id: str,

@@ -1,0 +1,129 @@
+"""Whether FLORA answers in each workspace, the same in all processes.
+
+Each process stores what its requests have shown, and reads what the others have stored, so that all
+of them say the same about FLORA, also one that asks nothing itself. A worker asks FLORA where no
+process has asked for `PROBE_IDLE_AFTER`: two requests a minute show its absence within a minute.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import timedelta
+from typing import Final, Self
+
+import structlog
+
+from tracker.core.clock import Clock
+from tracker.core.contact import ContactState, joined
+from tracker.core.errors import FloraError, StoreError
+from tracker.flora.client import FloraClient
+from tracker.polling.history import attributed_page
+from tracker.polling.workspaces import Workspace, Workspaces
+from tracker.store.engine import Database
+from tracker.store.queries import contacts
+
+PROBE_FAILING_AFTER: Final = 15.0
+"""Seconds after the last request after which a FLORA that failed is asked again."""
+PROBE_IDLE_AFTER: Final = 30.0
+"""The same for one that answered, by the requests of all processes."""
+PROBE_SECONDS: Final = 10.0
+"""How long a probe may take, repetitions included."""
+KEEP_TICK: Final = 0.5
+"""Seconds within which a long-running process stores a change."""
+KEEP_EVERY: Final = timedelta(seconds=20)
+"""How often the time of the last request is stored while nothing else changes."""
+CLOSE_SECONDS: Final = 1.0
+"""How long the last state may take to be stored when the process ends."""
+
+log = structlog.get_logger(__name__)
+
+
+class Contacts:
+    """The workspaces' connections to FLORA. With `background` they are stored all the time, else
+    when it is closed."""
+
+    def __init__(
+        self, database: Database, *, workspaces: Workspaces, clock: Clock, background: bool
+    ) -> None:
+        self._database = database
+        self._workspaces = workspaces
+        self._clock = clock
+        self._background = background
+        self._stored: Mapping[str, ContactState] = {}
+        self._kept: dict[str, ContactState] = {}
+        self._keeping: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        if self._background:
+            self._keeping = asyncio.create_task(self._keep_always(), name="contacts")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._keeping is not None:
+            self._keeping.cancel()
+            await asyncio.wait([self._keeping])
+        with suppress(StoreError, TimeoutError):
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self.keep()
+
+    def of(self, workspace: Workspace) -> ContactState | None:
+        """What is known of a workspace, by this process and what was last read; `None` if nothing
+        is."""
+        stored = self._stored.get(workspace.slot)
+        own = workspace.client.state if workspace.client else None
+        return joined(stored, own) if stored and own else own or stored
+
+    async def read(self) -> None:
+        """Read what all processes have stored. Raises `StoreUnavailable`."""
+        self._stored = await contacts.read(self._database, now=self._clock())
+
+    async def keep(self) -> None:
+        """Store what this process has seen since it last did. Raises `StoreUnavailable`."""
+        for workspace in self._workspaces:
+            own = workspace.client.state if workspace.client else None
+            if own is not None and _is_news(own, self._kept.get(workspace.slot)):
+                await contacts.keep(self._database, workspace.slot, own, now=self._clock())
+                self._kept[workspace.slot] = own
+
+    async def probe(self) -> None:
+        """Read the newest run of each workspace where FLORA's last answer was a failure, or where
+        it has not been asked for a while. Raises `StoreUnavailable`."""
+        clients = {one.slot: one.client for one in self._workspaces if one.client is not None}
+        failing = {slot for slot, one in clients.items() if one.contact.failing or one.breaker.open}
+        due = {slot for slot in failing if _is_idle(clients[slot], PROBE_FAILING_AFTER)}
+        quiet = {slot for slot in clients.keys() - failing if _is_idle(clients[slot])}
+        if quiet:
+            await self.read()
+            recently = self._clock() - timedelta(seconds=PROBE_IDLE_AFTER)
+            quiet -= {slot for slot, one in self._stored.items() if one.asked_at > recently}
+        await asyncio.gather(*(_probe(one) for one in self._workspaces if one.slot in due | quiet))
+
+    async def _keep_always(self) -> None:
+        failing = False
+        while True:
+            try:
+                await self.keep()
+                failing = False
+            except StoreError as error:
+                if not failing:
+                    log.warning("contacts.not_kept", error=str(error))
+                failing = True
+            await asyncio.sleep(KEEP_TICK)
+
+
+async def _probe(workspace: Workspace) -> None:
+    with suppress(FloraError):  # the client has taken note of it
+        page = await workspace.require_client().history(limit=1, deadline=PROBE_SECONDS)
+        attributed_page(workspace, page.items)
+
+
+def _is_idle(client: FloraClient, seconds: float = PROBE_IDLE_AFTER) -> bool:
+    return client.contact.idle_seconds >= seconds
+
+
+def _is_news(own: ContactState, kept: ContactState | None) -> bool:
+    """Whether a state is worth a write. Each failed request has another reason: that is none."""
+    if kept is None or own.asked_at - kept.asked_at >= KEEP_EVERY:
+        return True
+    one, other = own.trouble, kept.trouble
+    return (one and (one.trouble, one.since)) != (other and (other.trouble, other.since))
