@@ -15,6 +15,7 @@ RUN python -m venv --without-pip /opt/tracker \
 COPY pyproject.toml README.md LICENSE CHANGELOG.md ./
 COPY tracker tracker
 COPY migrations migrations
+COPY docs/runbook.md docs/
 RUN /opt/build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /dist . \
     && /opt/build/bin/pip --python /opt/tracker/bin/python install --no-deps /dist/*.whl
 

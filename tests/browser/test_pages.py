@@ -30,7 +30,7 @@ HOSTILE = [
     f"/techniques/{quote(TECHNIQUE_ID, safe='')}",
     "/batches",
     "/spending",
-    "/sweeps",
+    "/health",
     "/audit",
 ]
 VIOLATIONS = """

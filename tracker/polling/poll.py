@@ -28,12 +28,7 @@ from tracker.core.observation import Source
 from tracker.core.record import Entry, Record
 from tracker.core.run import Run
 from tracker.core.schedule import LEARNED_FROM, Durations, Policy
-from tracker.polling.poll_round import (
-    PollReport,
-    PollRound,
-    SingleRead,
-    run_all,
-)
+from tracker.polling.poll_round import PollReport, PollRound, SingleRead, run_all
 from tracker.polling.workspaces import Workspace, Workspaces
 from tracker.store import claims
 from tracker.store.engine import Database

@@ -32,7 +32,7 @@ PAGES = {
     "/techniques": True,
     f"/techniques?text={quote(EVIL)}": True,
     f"/techniques/{quote(TECHNIQUE_ID, safe='')}": True,
-    "/sweeps": True,
+    "/health": True,
     "/audit": True,
     "/batches": True,
     f"/batches/{quote(BATCH_ID, safe='')}": True,

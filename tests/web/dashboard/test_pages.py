@@ -20,7 +20,7 @@ from tracker.store.queries import batches, sweeps
 from tracker.store.queries import sweeps as coverage
 from tracker.store.queries.batches import BatchRow
 
-PATHS = ["/", "/runs", "/deliveries", "/techniques", "/sweeps"]
+PATHS = ["/", "/runs", "/deliveries", "/techniques", "/health"]
 
 
 async def _text(site: Site, path: str, status: int = 200) -> str:
@@ -41,7 +41,7 @@ def _seen(run_id: str, status: RunStatus = RunStatus.RUNNING, **facts: object) -
         ("/runs", "tracker simulate"),
         ("/deliveries", "TRACKER_PUBLIC_URL"),
         ("/techniques", "FLORA_API_KEY"),
-        ("/sweeps", "FLORA_API_KEY"),
+        ("/health", "FLORA_API_KEY"),
     ],
 )
 async def test_an_empty_page_names_the_next_step(small_site: Site, path: str, advice: str) -> None:
@@ -54,7 +54,7 @@ async def test_an_empty_page_names_the_next_step(small_site: Site, path: str, ad
     [
         ("/", "tracker runs start"),
         ("/techniques", "tracker techniques sync"),
-        ("/sweeps", "tracker reconcile"),
+        ("/health", "tracker reconcile"),
         ("/deliveries", "http://127.0.0.1:9/callbacks/flora"),
     ],
 )
@@ -71,7 +71,7 @@ async def test_an_unknown_value_is_not_zero(small_site: Site) -> None:
     """Without a finished run there is no rate, no delay and no cost, and the page says so."""
     await small_site.services.writer.submit(_seen("run_1"))
     text = await _text(small_site, "/")
-    for title in ("Callback miss rate", "Detection delay", "Cost today"):
+    for title in ("Callback miss rate", "Detection delay", "</svg>Cost<"):
         shown = text.split(title)[1][:400]
         assert "no data yet" in shown, title
         assert "$0" not in shown
@@ -86,10 +86,12 @@ async def test_a_refused_key_is_the_first_alert(serve: Serve, sqlite_url: str) -
     async with serve(sqlite_url, flora_api_key="sk_test", flora_workspace_id="ws_1") as site:
         refusal = KeyRefused(status=401, code="invalid_api_key", message="no such key")
         workspace = next(iter(site.services.workspaces))
+        workspace.require_client().contact.asked()
         workspace.require_client().breaker.refused(refusal)
         text = await _text(site, "/")
-        alerts = text.split(">Alerts<")[1]
-        assert alerts.index("FLORA refuses the API key") < 600
+        alerts = text.split("what needs attention<")[1]
+        assert alerts.index("FLORA has refused the API key since") < 600
+        assert 'href="/runbook#trackerkeyrefused"' in alerts
         assert "no such key" in text
         assert "All clear" not in text
 
@@ -150,8 +152,8 @@ async def test_a_failed_sweep_is_an_alert(serve: Serve, sqlite_url: str) -> None
             repaired=0,
             error="FLORA was away",
         )
-        assert "The last sweep failed" in await _text(site, "/")
-        assert "FLORA was away" in await _text(site, "/sweeps")
+        assert "The last history sweep failed" in await _text(site, "/")
+        assert "FLORA was away" in await _text(site, "/health")
 
 
 async def test_a_run_shows_everything(site: Site) -> None:
@@ -255,13 +257,13 @@ async def test_coverage_is_shown_as_bars(small_site: Site) -> None:
     """A bar for each kind of runs shows what was read and each gap, with its error as text; the
     overview leads there."""
     database, now = small_site.services.database, utc_now()
-    page = await _text(small_site, "/sweeps")
+    page = await _text(small_site, "/health")
     assert "<svg viewBox" not in page
     await coverage.add(database, "ws_1", "generation", _read(now, 9, 0))
     error = "FLORA answered 400: <b>too deep</b>"
     more = {"error": error, "failures": 2, "retry_at": now + timedelta(minutes=7)}
     await coverage.add(database, "ws_1", "technique", _read(now, 10, 5), _read(now, 4, 0, **more))
-    page = await _text(small_site, "/sweeps")
+    page = await _text(small_site, "/health")
     assert len(re.findall('<rect class="read"', page)) == 3
     assert len(re.findall('<rect class="unread" x="500.0" width="100.0"', page)) == 1
     assert "Checked against FLORA up to" in page
@@ -280,11 +282,11 @@ async def test_sweeps_are_paged(small_site: Site) -> None:
     """By their number; anything else is refused."""
     for _ in range(52):
         await sweeps.begin(small_site.services.database, "ws_1", utc_now())
-    first = await _text(small_site, "/sweeps")
-    older = re.search(r'href="(/sweeps\?before=\d+)"', first)
+    first = await _text(small_site, "/health")
+    older = re.search(r'href="(/health\?before=\d+)"', first)
     assert older is not None
     assert len(re.findall(r'<tr role="row" id="row-', await _text(small_site, older[1]))) == 2
-    await _text(small_site, "/sweeps?before=x", 400)
+    await _text(small_site, "/health?before=x", 400)
 
 
 @pytest.mark.parametrize("path", ["/runs/none", "/deliveries/none", "/techniques/none", "/nothing"])

@@ -25,7 +25,7 @@ from tracker.web.dashboard.access import local_path
 from tracker.web.http.limits import Limits
 from tracker.web.sessions import IDLE, LASTS, Sessions
 
-PAGES = ["/", "/runs", "/runs/run_1", "/deliveries", "/techniques", "/sweeps", "/no/such/page"]
+PAGES = ["/", "/runs", "/runs/run_1", "/deliveries", "/techniques", "/health", "/no/such/page"]
 
 
 @pytest.mark.parametrize("path", PAGES)

@@ -10,7 +10,7 @@ DASHBOARD = ROOT / "tracker" / "web" / "dashboard"
 
 
 def test_the_wheel_holds_templates_and_assets(tmp_path: Path) -> None:
-    """Every template, script, style, picture and licence."""
+    """Every template, script, style, picture and licence, and the runbook."""
     builder = WheelBuilder(str(ROOT))
     (wheel,) = builder.build(directory=str(tmp_path), versions=["standard"])
     with zipfile.ZipFile(wheel) as archive:
@@ -22,4 +22,5 @@ def test_the_wheel_holds_templates_and_assets(tmp_path: Path) -> None:
         if path.is_file()
     }
     assert len(wanted) > 25
+    wanted.add("tracker/docs/runbook.md")
     assert wanted <= packed

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final, Literal
 
+from tracker.core.contact import ContactState, Trouble
 from tracker.core.formatting import counted, duration, number, percent
 from tracker.flora.client import FloraClient
-from tracker.flora.contact import OngoingTrouble, Trouble
 from tracker.polling.workspaces import Workspace
+from tracker.services import Services
+from tracker.store.queries import attention
 from tracker.store.queries.attention import SweepHealth
 from tracker.store.queries.overview import CallbackHealth
 from tracker.store.queries.runs import Counts
@@ -22,57 +24,112 @@ MIN_CALLBACKS: Final = 10
 """Expected callbacks below which the share means nothing."""
 BUDGET_SHARE: Final = 0.8
 """The used share of a budget from which an alert is shown."""
+APPLIED_WITHIN: Final = timedelta(minutes=1)
+"""An alert is shown where an acknowledged callback waits for longer to be applied."""
 _TROUBLES: Final = {
-    Trouble.UNREACHABLE: "FLORA is unreachable",
-    Trouble.NOT_FLORA: "FLORA_BASE_URL does not lead to FLORA",
-    Trouble.LISTS_REFUSED: "FLORA refuses to list runs",
-    Trouble.OTHER_WORKSPACE: "The API key belongs to another workspace",
+    Trouble.UNREACHABLE: ("FLORA has not answered", "trackerfloraunreachable"),
+    Trouble.NOT_FLORA: ("FLORA_BASE_URL has not led to FLORA", "trackerfloramisconfigured"),
+    Trouble.LISTS_REFUSED: ("FLORA has refused to list runs", "trackerfloramisconfigured"),
+    Trouble.OTHER_WORKSPACE: (
+        "The API key has belonged to another workspace",
+        "trackerfloramisconfigured",
+    ),
+    Trouble.KEY_REFUSED: ("FLORA has refused the API key", "trackerkeyrefused"),
 }
+"""What each is called, and its section in the runbook."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Alert:
-    """Something that needs attention, what to do about it, and a link to it."""
+    """What holds (`since` when), what to do about it, a link to it, and the runbook's section."""
 
-    kind: Literal["bad", "warn"]
+    kind: Literal["good", "info", "warn", "bad"] = "warn"
     title: str
-    advice: str
+    since: datetime | None = None
+    advice: str = ""
     href: str = ""
     link: str = ""
+    section: str = ""
 
 
 class WorkspaceHealth:
-    """The state of one workspace, by the requests of this process and by its sweeps.
+    """The state of one workspace: its connection as all processes have seen it, its sweeps, and its
+    request limit in this process.
 
-    `key` is "none", "refused", "accepted" or "not used yet", `requests` the state of its request
-    limit.
+    `key` is "not set", "refused", "accepted" or "not used yet".
     """
 
-    def __init__(self, workspace: Workspace, sweeps: dict[str | None, SweepHealth]) -> None:
-        client = workspace.client
+    def __init__(
+        self,
+        workspace: Workspace,
+        state: ContactState | None,
+        sweeps: dict[str | None, SweepHealth],
+        *,
+        now: datetime,
+    ) -> None:
         self.name = workspace.name
         self.secret = bool(workspace.secrets)
-        self.sweep = sweeps.get(workspace.workspace_id) or sweeps.get(workspace.name)
-        self.key, self.requests = "none", "not used"
-        self.refused_since: datetime | None = None
-        self.refusal: str | None = None
-        self.trouble: OngoingTrouble | None = None
-        if client is not None:
-            swept = self.sweep is not None and self.sweep.complete_at is not None
-            self.key = "accepted" if swept or client.clock_offset is not None else "not used yet"
-            self.requests = _requests(client)
-            self.trouble = client.contact.found
-            if client.breaker.open:
-                self.key, self.refusal = "refused", client.breaker.reason
-                self.refused_since = client.breaker.since
+        # The first sweeps may be stored under its slot, before its id was known.
+        found = [sweeps[key] for key in {workspace.workspace_id, workspace.slot} if key in sweeps]
+        self.sweep = max(found, key=lambda one: one.last_started_at, default=None)
+        self.state = state
+        self.answered_at = state.answered_at if state is not None else None
+        self.current = state is not None and state.is_current(now)
+        self.trouble = state.trouble if state is not None and self.current else None
+        self.key, self.requests = "not set", "not used"
+        if workspace.client is not None:
+            self.requests = _requests(workspace.client)
+            self.key = "not used yet" if self.answered_at is None else "accepted"
+            if self.trouble and self.trouble.trouble is Trouble.KEY_REFUSED:
+                self.key = "refused"
 
     @property
     def healthy(self) -> bool:
         """Whether nothing of it needs attention."""
         swept = self.sweep is None or self.sweep.last_error is None
-        return (
-            self.key in ("accepted", "not used yet") and not self.trouble and swept and self.secret
+        return self.key != "not set" and self.current and not self.trouble and swept and self.secret
+
+
+async def workspace_health(services: Services, *, now: datetime) -> list[WorkspaceHealth]:
+    """The state of each workspace."""
+    await services.contacts.read()
+    swept = {one.workspace_id: one for one in await attention.sweep_health(services.database)}
+    return [
+        WorkspaceHealth(one, services.contacts.of(one), swept, now=now)
+        for one in services.workspaces
+    ]
+
+
+def connection(one: WorkspaceHealth, *, alone: bool) -> Alert:
+    """Whether FLORA answers in a workspace, which is named unless it is `alone`."""
+    of = "" if alone else f" (workspace {one.name})"
+    if one.key == "not set":
+        return Alert(
+            title=f"No FLORA API key is set{of}",
+            advice="Callbacks are received; results and costs need FLORA_API_KEY.",
         )
+    if one.state is None:
+        return Alert(
+            kind="info", title=f"FLORA has not been asked yet{of}", advice="Is a worker running?"
+        )
+    if not one.current:
+        return Alert(
+            kind="info",
+            title=f"FLORA has not been asked{of}",
+            since=one.state.asked_at,
+            advice="Is a worker running? Whether FLORA answers is not known.",
+            section="trackerworkerabsent",
+        )
+    if one.trouble is None:
+        return Alert(kind="good", title=f"FLORA answers{of}")
+    title, section = _TROUBLES[one.trouble.trouble]
+    return Alert(
+        kind="bad",
+        title=f"{title}{of}",
+        since=one.trouble.since,
+        advice=f"{one.trouble.reason}. No run is lost by this: {one.trouble.advice}.",
+        section=section,
+    )
 
 
 def alerts(
@@ -87,91 +144,134 @@ def alerts(
     callback_url: str | None,
     now: datetime,
 ) -> list[Alert]:
-    """What needs attention, the worst first."""
-    found: list[Alert] = []
-
-    def warn(title: str, advice: str, href: str = "", link: str = "") -> None:
-        found.append(Alert("warn", title, advice, href, link))
-
-    for one in workspaces:
-        if (alert := _workspace(one, now, alone=len(workspaces) == 1)) is not None:
-            found.append(alert)
+    """What else needs attention, the worst first."""
+    alone = len(workspaces) == 1
+    found = [alert for one in workspaces if (alert := _sweeps(one, now, alone=alone))]
     if unread:
-        warn(
-            f"{counted(unread, 'gap')} in FLORA's history could not be read.",
-            "The tracker tries again. Runs that others started in that time may be missing.",
-            "/sweeps",
-            "Show sweeps",
+        found.append(
+            Alert(
+                title=f"{counted(unread, 'gap')} in FLORA's history could not be read",
+                advice="The tracker tries again. Runs that others started in that time may be "
+                "missing.",
+                href="/health",
+                link="Show coverage",
+                section="trackerhistorygap",
+            )
         )
     if overdue:
-        title = f"Runs are overdue, the oldest {_since(counts.oldest_due_at, now)}."
-        advice = "Is a worker running, and does FLORA answer it?"
-        found.append(Alert("bad", title, advice, "/runs?state=open", "Show open runs"))
+        silent = any(one.trouble and one.trouble.trouble.silent for one in workspaces)
+        found.append(
+            Alert(
+                kind="bad",
+                title="Runs are overdue",
+                advice="They wait for FLORA to answer and are retried; none is lost."
+                if silent
+                else "Is a worker running, and does FLORA answer it?",
+                href="/runs?state=open",
+                link="Show open runs",
+                section="trackerrunsoverdue",
+            )
+        )
+    waiting_since = counts.oldest_waiting_at
+    if waiting_since is not None and now - waiting_since > APPLIED_WITHIN:
+        found.append(
+            Alert(
+                title=f"{_are(counts.waiting, 'callback')} not applied yet",
+                advice="They are stored, and none is lost. Is `tracker serve` or a worker of this "
+                "version running?",
+                href="/deliveries?outcome=waiting",
+                link="Show callbacks",
+                section="trackerinboxbehind",
+            )
+        )
     if counts.quarantined:
-        warn(
-            f"{_are(counts.quarantined, 'callback')} quarantined.",
-            "FLORA signed them, but they were not understood. Fix the cause, then replay them.",
-            "/deliveries?outcome=quarantined",
-            "Show callbacks",
+        found.append(
+            Alert(
+                title=f"{_are(counts.quarantined, 'callback')} quarantined",
+                advice="FLORA signed them, but they were not understood. Fix the cause, then "
+                "replay them.",
+                href="/deliveries?outcome=quarantined",
+                link="Show callbacks",
+                section="trackerquarantine",
+            )
         )
     if counts.unresolved_starts:
-        warn(
-            f"{_are(counts.unresolved_starts, 'start')} unresolved.",
-            "FLORA may or may not have started a run, and nothing is sent again. Check at FLORA, "
-            "then use the command tracker starts resolve.",
-            "/starts?state=unresolved",
-            "Show starts",
+        found.append(
+            Alert(
+                title=f"{_are(counts.unresolved_starts, 'start')} unresolved",
+                advice="FLORA may or may not have started a run, and nothing is sent again. Check "
+                "at FLORA, then use the command tracker starts resolve.",
+                href="/starts?state=unresolved",
+                link="Show starts",
+                section="trackerstartsunresolved",
+            )
         )
     if unpriced:
-        warn(
-            f"FLORA never billed {counted(unpriced, 'run')}.",
-            "Their cost is unknown, so totals of the last 7 days may be too low. Compare with "
-            "FLORA's billing page.",
+        found.append(
+            Alert(
+                title=f"FLORA never billed {counted(unpriced, 'run')}",
+                advice="Their cost is unknown, so totals of the last 7 days may be too low. "
+                "Compare with FLORA's billing page.",
+                section="trackerrunsunpriced",
+            )
         )
     if counts.lost:
-        warn(
-            f"{_are(counts.lost, 'run')} lost.",
-            "FLORA has answered for over an hour that they do not exist.",
-            "/runs?state=lost",
-            "Show lost runs",
+        found.append(
+            Alert(
+                title=f"{_are(counts.lost, 'run')} lost",
+                advice="FLORA has answered for over an hour that they do not exist.",
+                href="/runs?state=lost",
+                link="Show lost runs",
+            )
         )
     rate = callbacks.miss_rate
     if rate is not None and rate >= MISS_RATE and callbacks.expected >= MIN_CALLBACKS:
         check = f"Can FLORA reach {callback_url}? " if callback_url else ""
-        title = f"{percent(rate)} of the expected callbacks are missing."
-        warn(title, f"{check}No results lost: polling found them.")
+        found.append(
+            Alert(
+                title=f"{percent(rate)} of the expected callbacks are missing",
+                advice=f"{check}No results lost: polling found them.",
+                section="trackercallbacksmissed",
+            )
+        )
     for usage in budgets:
         if usage.share >= BUDGET_SHARE:
-            title = f"{percent(usage.share)} of the budget {usage.budget.name} is used."
-            advice = "Beyond it no run is started until it renews or is raised."
-            warn(title, advice, "/spending", "Show spending")
+            found.append(
+                Alert(
+                    title=f"{percent(usage.share)} of the budget {usage.budget.name} is used",
+                    advice="Beyond it no run is started until it renews or is raised.",
+                    href="/spending",
+                    link="Show spending",
+                    section="trackerbudgetnearlyused" if usage.share < 1 else "trackerbudgetused",
+                )
+            )
     return sorted(found, key=lambda alert: alert.kind != "bad")
 
 
-def _workspace(one: WorkspaceHealth, now: datetime, *, alone: bool) -> Alert | None:
-    """The worst about one workspace."""
-    of = "" if alone else f" of workspace {one.name}"
-    if one.key == "none":
-        advice = (
-            "Callbacks are received, but results and costs cannot be fetched: set FLORA_API_KEY."
-        )
-        return Alert("warn", f"The FLORA API key{of} is not set.", advice)
-    if one.key == "refused":
-        title = f"FLORA refuses the API key{of} {_since(one.refused_since, now)}."
-        return Alert("bad", title, "Nothing can be fetched until FLORA_API_KEY is corrected.")
-    if one.trouble is not None:
-        title = f"{_TROUBLES[one.trouble.trouble]}{of} {_since(one.trouble.since, now)}."
-        advice = f"{one.trouble.reason}. No run is lost by this: {one.trouble.advice}."
-        return Alert("bad", title, advice)
-    if one.sweep is None:
+def _sweeps(one: WorkspaceHealth, now: datetime, *, alone: bool) -> Alert | None:
+    """What is wrong with the sweeps of a workspace in which FLORA answers."""
+    if one.trouble is not None or one.sweep is None:
         return None
+    of = "" if alone else f" of workspace {one.name}"
     if one.sweep.last_error:
-        title = f"The last history sweep{of} failed."
-        return Alert("bad", title, one.sweep.last_error, "/sweeps", "Show sweeps")
+        return Alert(
+            kind="bad",
+            title=f"The last history sweep{of} failed",
+            advice=one.sweep.last_error,
+            href="/health",
+            link="Show sweeps",
+            section="trackersweepfailing",
+        )
     complete_at = one.sweep.complete_at
     if complete_at is not None and now - complete_at > SWEPT_WITHIN:
-        title = f"No complete history sweep{of} for {duration(now - complete_at)}."
-        return Alert("warn", title, "Is a worker running?", "/sweeps", "Show sweeps")
+        return Alert(
+            title=f"No history sweep{of} has been complete",
+            since=complete_at,
+            advice="Is a worker running?",
+            href="/health",
+            link="Show sweeps",
+            section="trackersweeplate",
+        )
     return None
 
 
@@ -187,10 +287,6 @@ def _requests(client: FloraClient) -> str:
     if state.limited:
         parts.append(f"rate-limited {counted(state.limited, 'time')}")
     return ", ".join(parts)
-
-
-def _since(at: datetime | None, now: datetime) -> str:
-    return f"for {duration(max(now - at, timedelta(0)))}" if at else "for some time"
 
 
 def _are(count: int, what: str) -> str:

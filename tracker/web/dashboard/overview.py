@@ -1,31 +1,48 @@
-"""`/`: what runs do now, what needs attention, and the state of each part."""
+"""`/`: whether FLORA answers, what needs attention, what runs now, and the figures of a day."""
 
 import json
-from datetime import datetime
+from collections.abc import Iterator
+from datetime import datetime, timedelta
 from decimal import Decimal
+from itertools import islice
 from typing import Any, Final
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from tracker.core.record import Record
 from tracker.core.run import RunStatus, Tracking
-from tracker.store.queries import attention, overview, sweeps
+from tracker.store.queries import attention, batches, overview, sweeps
 from tracker.store.queries import runs as read
 from tracker.store.queries.attention import BILL_DAYS
 from tracker.store.queries.overview import HourOfEnds, StateCount, TechniqueCost
-from tracker.web.dashboard.alerts import WorkspaceHealth, alerts
+from tracker.web.dashboard.alerts import (
+    Alert,
+    WorkspaceHealth,
+    alerts,
+    connection,
+    workspace_health,
+)
 from tracker.web.dashboard.forms import query_field
+from tracker.web.dashboard.media import OutputView, output_views, plain_http_origin
 from tracker.web.dashboard.render import PageGroup
 
 PERIODS: Final = {"24h": ("24 hours", 24), "7d": ("7 days", 7 * 24)}
-"""How far back the chart and the rates go, in hours."""
+"""How far back chart and counters go, in hours."""
 OUTCOMES: Final = (RunStatus.COMPLETED, RunStatus.FAILED)
 """The series of the chart. An end that only a newer FLORA knows is shown where there is one."""
 TECHNIQUES: Final = 7
 """Techniques that are named in today's costs."""
 OVERDUE: Final = 8
 """Overdue runs that are named."""
+BATCHES: Final = 3
+"""Unfinished batches that are shown, the newest ones."""
+BATCHES_SINCE: Final = timedelta(days=7)
+"""How old an unfinished batch may be; an older one was given up."""
+RESULTS: Final = 8
+RESULTS_OF_A_RUN: Final = 2
+"""Newest outputs that are shown, in all and of one run."""
 
 
 class OverviewPage(PageGroup):
@@ -40,21 +57,23 @@ class OverviewPage(PageGroup):
         period = query_field(request, "span")
         period = period if period in PERIODS else "24h"
         period_name, hours = PERIODS[period]
-        sweep_health = {each.workspace_id: each for each in await attention.sweep_health(db)}
-        workspaces = [WorkspaceHealth(one, sweep_health) for one in services.workspaces]
+        workspaces = await workspace_health(services, now=now)
         counts = await read.counts(db, now=now)
         callbacks = await overview.callback_health(db, now=now, hours=hours)
         costs = await overview.costs(db, now=now)
         billed = await overview.costs(db, now=now, days=BILL_DAYS)
-        deliveries, _ = await read.list_deliveries(db, limit=1)
         overdue = await attention.overdue(db, now=now, limit=OVERDUE)
         ends = await overview.ends_by_hour(db, now=now, hours=hours)
         outcomes = _outcomes(ends)
         states = _states(await overview.states(db))
-        callback_url = services.settings.callback_url
+        open_batches = await batches.unfinished(db, since=now - BATCHES_SINCE, limit=BATCHES)
+        newest, _ = await read.list_runs(db, status=RunStatus.COMPLETED, limit=RESULTS)
+        techniques = {one.technique_id for one in open_batches}
+        techniques |= {one.run.technique_id for one in newest if one.run.technique_id}
         return self._render(
             request,
             "overview.html",
+            connections=_connections(workspaces),
             alerts=alerts(
                 workspaces,
                 counts,
@@ -63,11 +82,19 @@ class OverviewPage(PageGroup):
                 overdue=bool(overdue),
                 unpriced=sum(one.unpriced for one in billed),
                 budgets=await services.budgets.usages(),
-                callback_url=callback_url,
+                callback_url=services.settings.callback_url,
                 now=now,
             ),
-            states=states,
+            answered_at=max(
+                (one.answered_at for one in workspaces if one.answered_at), default=None
+            ),
+            checked_through=_checked_through(workspaces),
             empty=not any(states.values()),
+            states=states,
+            batches=open_batches,
+            batch_counts=await batches.batch_counts(db, [one.batch_id for one in open_batches]),
+            results=list(islice(self._results(newest), RESULTS)),
+            names=await overview.technique_names(db, sorted(techniques)),
             ends=ends,
             outcomes=outcomes,
             adopted=sum(hour.adopted for hour in ends),
@@ -78,20 +105,28 @@ class OverviewPage(PageGroup):
             costs=costs[:TECHNIQUES],
             other_costs=_sum(costs[TECHNIQUES:]),
             other_techniques=len(costs[TECHNIQUES:]),
-            counts=counts,
             overdue=overdue,
-            last_delivery=deliveries[0] if deliveries else None,
-            checked_through=_checked_through(workspaces),
-            workspaces=workspaces,
-            worker_seen_at=max(
-                (one.sweep.last_started_at for one in workspaces if one.sweep), default=None
-            ),
-            callback_url=callback_url,
             has_key=self._has_key,
             period=period,
             period_name=period_name,
             periods=PERIODS,
         )
+
+    def _results(self, records: list[Record]) -> Iterator[tuple[Record, OutputView]]:
+        """The first outputs of each run."""
+        media_origin = plain_http_origin(self._services.settings.flora_base_url)
+        for record in records:
+            views = output_views(record.run.outputs, media_origin=media_origin)
+            for view in views[:RESULTS_OF_A_RUN]:
+                yield record, view
+
+
+def _connections(workspaces: list[WorkspaceHealth]) -> list[Alert]:
+    """Whether FLORA answers: one line where it does in all workspaces, else one for each other."""
+    found = [connection(one, alone=len(workspaces) == 1) for one in workspaces]
+    return [one for one in found if one.kind != "good"] or [
+        Alert(kind="good", title="FLORA answers")
+    ]
 
 
 def _states(counts: list[StateCount]) -> dict[str, int]:

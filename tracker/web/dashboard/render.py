@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any, Final, Literal, NamedTuple
 from urllib.parse import quote
@@ -51,7 +52,7 @@ MORE: Final = (
     NavLink("/techniques", "Techniques", "document"),
     NavLink("/spending", "Spending", "money"),
     NavLink("/starts", "Starts", "track"),
-    NavLink("/sweeps", "Health", "ok"),
+    NavLink("/health", "Health", "ok"),
     NavLink("/audit", "Audit", "history", Scope.ADMIN),
 )
 """The other pages; a phone shows them under More."""
@@ -127,9 +128,12 @@ class FlashMessage:
 
 
 class Renderer:
-    """Renders pages. `media_origin` may serve images by plain http, besides every https origin."""
+    """Renders pages. `media_origin` may serve images by plain http, besides every https origin;
+    `docs_url` is the root of the documentation, if it is published."""
 
-    def __init__(self, assets: Assets, *, media_origin: str | None, clock: Clock) -> None:
+    def __init__(
+        self, assets: Assets, *, media_origin: str | None, docs_url: str | None, clock: Clock
+    ) -> None:
         self._clock = clock
         self._left = 0
         """Characters of long values that the present page may still show."""
@@ -149,7 +153,9 @@ class Renderer:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self._environment.globals.update(asset=assets.url, version=__version__, query=query)
+        self._environment.globals.update(
+            asset=assets.url, version=__version__, query=query, runbook=partial(_runbook, docs_url)
+        )
         self._environment.filters.update(
             time=time,
             sentence=lambda text: sentence(self._cut(text)),
@@ -223,6 +229,11 @@ class PageGroup:
     @property
     def _has_key(self) -> bool:
         return any(one.client is not None for one in self._services.workspaces)
+
+
+def _runbook(docs_url: str | None, section: str) -> str:
+    """The address of a section of the runbook: here, or in the documentation at `docs_url`."""
+    return f"{docs_url}/runbook.html#{section}" if docs_url else f"/runbook#{section}"
 
 
 def _is_below(path: str, page: str) -> bool:

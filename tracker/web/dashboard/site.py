@@ -13,12 +13,13 @@ from tracker.web.auth import AccessControl
 from tracker.web.dashboard.access import AccessPages, local_path, login_url
 from tracker.web.dashboard.batches import BatchPages
 from tracker.web.dashboard.deliveries import DeliveryPages
+from tracker.web.dashboard.health import HealthPage
 from tracker.web.dashboard.media import plain_http_origin
 from tracker.web.dashboard.overview import OverviewPage
 from tracker.web.dashboard.render import Assets, Renderer
+from tracker.web.dashboard.runbook import RunbookPage
 from tracker.web.dashboard.runs import RunPages
 from tracker.web.dashboard.spending import SpendingPage
-from tracker.web.dashboard.sweeps import SweepPage
 from tracker.web.dashboard.techniques import TechniquePages
 from tracker.web.http.responses import Fault
 
@@ -51,7 +52,12 @@ class Dashboard:
         media_origin = plain_http_origin(services.settings.flora_base_url)
         self._access = access
         self._assets = Assets()
-        self._renderer = Renderer(self._assets, media_origin=media_origin, clock=services.clock)
+        self._renderer = Renderer(
+            self._assets,
+            media_origin=media_origin,
+            docs_url=services.settings.tracker_docs_url,
+            clock=services.clock,
+        )
         self._pages = (
             AccessPages(services, self._renderer, access),
             OverviewPage(services, self._renderer),
@@ -60,7 +66,8 @@ class Dashboard:
             TechniquePages(services, self._renderer),
             BatchPages(services, self._renderer),
             SpendingPage(services, self._renderer),
-            SweepPage(services, self._renderer),
+            HealthPage(services, self._renderer),
+            RunbookPage(services, self._renderer),
         )
 
     def routes(self) -> list[Route]:

@@ -1,20 +1,27 @@
-"""`/sweeps`: how much of FLORA's history has been read, as bars, and the sweeps, newest first."""
+"""`/health`: FLORA, callbacks, worker and database, what of FLORA's history has been read, and the
+sweeps, newest first."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from time import monotonic
 from typing import Final
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from tracker.store.queries import sweeps
+from tracker.store import migrate
+from tracker.store.queries import attention, overview, sweeps
+from tracker.store.queries import runs as read
 from tracker.store.queries.sweeps import Interval, Unread
+from tracker.web.dashboard.alerts import connection, workspace_health
 from tracker.web.dashboard.forms import query_position
 from tracker.web.dashboard.render import PageGroup, query
 
 PAGE_SIZE: Final = 50
+DATABASES: Final = {"postgresql": "PostgreSQL", "sqlite": "SQLite"}
 MIN_SPAN: Final = timedelta(days=1)
 MAX_SPAN: Final = timedelta(days=90)
 """How much time a bar shows."""
@@ -46,26 +53,51 @@ class CoverageBar:
         return round(1000 * first, 1), round(1000 * max(last - first, 0.0), 1)
 
 
-class SweepPage(PageGroup):
+class HealthPage(PageGroup):
     """The page."""
 
     def routes(self) -> list[Route]:
-        return [Route("/sweeps", self.show, methods=["GET"])]
+        return [
+            Route("/health", self.show, methods=["GET"]),
+            Route("/sweeps", self.moved, methods=["GET"]),
+        ]
+
+    async def moved(self, request: Request) -> Response:
+        """The address of earlier versions."""
+        return RedirectResponse("/health", status_code=301)
 
     async def show(self, request: Request) -> Response:
-        """A page of sweeps; they are numbered, and the cursor is a number."""
+        """The state of each part, with a page of sweeps, which are numbered."""
+        services, db, now = self._services, self._database, self._services.clock()
         before = query_position(request, "before")
-        rows = await sweeps.list_sweeps(self._database, limit=PAGE_SIZE + 1, before=before)
+        rows = await sweeps.list_sweeps(db, limit=PAGE_SIZE + 1, before=before)
         page = rows[:PAGE_SIZE]
-        coverage = await sweeps.everything(self._database)
+        began = monotonic()
+        counts = await read.counts(db, now=now)
+        seconds = monotonic() - began
+        workspaces = await workspace_health(services, now=now)
+        deliveries, _ = await read.list_deliveries(db, limit=1)
+        ends = await overview.ends_by_hour(db, now=now)
         return self._render(
             request,
-            "sweeps.html",
+            "health.html",
+            connections=[(one, connection(one, alone=True)) for one in workspaces],
+            counts=counts,
+            overdue=bool(await attention.overdue(db, now=now, limit=1)),
+            last_delivery=deliveries[0] if deliveries else None,
+            callback_url=services.settings.callback_url,
+            by_source=sum((Counter(hour.by_source) for hour in ends), Counter()),
+            worker_seen_at=max(
+                (one.sweep.last_started_at for one in workspaces if one.sweep), default=None
+            ),
+            database=DATABASES[db.dialect],
+            revision=await migrate.revision(db),
+            read_seconds=seconds,
+            bars=_bars(await sweeps.everything(db), now),
             rows=page,
-            bars=_bars(coverage, self._services.clock()),
             has_key=self._has_key,
-            older=query("/sweeps", before=str(page[-1].id)) if len(rows) > PAGE_SIZE else None,
-            newest="/sweeps" if before else None,
+            older=query("/health", before=str(page[-1].id)) if len(rows) > PAGE_SIZE else None,
+            newest="/health" if before else None,
         )
 
 
