@@ -53,8 +53,9 @@ def test_a_copy_is_told(full: Commands, postgres_url: str, background: Backgroun
     [
         ("postgresql://u:{}@[h/d", 2, "--to must be sqlite:///FILE or postgresql://"),
         ("sqlite:///tracker.db", 2, "cannot be copied to itself"),
-        ("postgresql://u:{}@127.0.0.1:{port}/d", 1, "postgresql://u:***@127.0.0.1"),
-        ("postgresql://u@127.0.0.1:{port}/d?password={}", 1, "postgresql://u@127.0.0.1"),
+        ("postgresql://u:{}@127.0.0.1:{port}/d", 1, "--to postgresql://u:***@127.0.0.1"),
+        ("postgresql://u@127.0.0.1:{port}/d?password={}", 1, "--to postgresql://u@127.0.0.1"),
+        ("sqlite:////nowhere/b.db", 1, "--to sqlite:////nowhere/b.db: the database file cannot"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(
@@ -64,8 +65,30 @@ def test_what_cannot_be_done_is_one_line(
     done = tracker("db", "copy", "--to", to.format(QUOTED, port=free_port()))
     assert done.returncode == status
     assert said in one_line(done)
+    assert "TRACKER_DATABASE_URL" not in done.stderr
     for secret in (PASSWORD, QUOTED, "geheim"):
         assert secret not in done.stdout + done.stderr
+
+
+def test_an_error_names_what_the_database_came_from(tracker: Commands, sqlite_url: str) -> None:
+    """The variable or the file of the source, and the variable of the target."""
+    dead = f"postgresql://u:geheim@127.0.0.1:{free_port()}/d"
+    (tracker.folder / "tracker.toml").write_text(f'tracker_database_url = "{dead}"')
+    for environ, said in (
+        ({"TRACKER_DATABASE_URL": dead}, "tracker: TRACKER_DATABASE_URL postgresql://u:***@"),
+        (
+            {"TRACKER_CONFIG": "tracker.toml"},
+            "tracker: tracker_database_url in tracker.toml: postgresql://u:***@",
+        ),
+        ({"TRACKER_COPY_TO": dead}, "tracker: TRACKER_COPY_TO postgresql://u:***@"),
+    ):
+        to = () if "TRACKER_COPY_TO" in environ else ("--to", "sqlite:///b.db")
+        done = tracker("db", "copy", *to, **environ)
+        assert done.returncode == 1
+        line = one_line(done)
+        assert line.startswith(said)
+        assert line.count("TRACKER_") <= 1
+        assert "geheim" not in line
 
 
 def test_a_run_that_ends_during_the_move_is_settled(

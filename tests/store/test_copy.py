@@ -178,7 +178,7 @@ async def test_another_revision_is_refused(
     with pytest.raises(error) as caught:
         await copy(*urls.values())
     assert str(caught.value).startswith(
-        f"{DatabaseUrl.parse(urls[which])}: it is at revision {revision}"
+        f"the {which} {DatabaseUrl.parse(urls[which])}: it is at revision {revision}"
     )
     assert str(caught.value).endswith(said)
 

@@ -1,6 +1,7 @@
 """`tracker db`: migrations, copies, retention, and the rollups of the dashboards."""
 
 import asyncio
+import os
 import time
 from dataclasses import asdict
 from datetime import timedelta
@@ -11,12 +12,14 @@ import typer
 from tracker.cli.output import JsonFlag, note, print_fields, print_json, print_table
 from tracker.cli.progress import Screen
 from tracker.cli.setup import configure, parse_age, run_on_database, run_once
+from tracker.core.errors import StoreUnavailable, TrackerError
 
 if TYPE_CHECKING:
     from tracker.services import Services
     from tracker.store.copy import Step
 
 _STATUS_SECONDS: Final = 2.0
+_VARIABLE: Final = "TRACKER_DATABASE_URL"
 
 app = typer.Typer(name="db", help="Migrate, copy and prune the database.", no_args_is_help=True)
 
@@ -71,13 +74,18 @@ def copy_(
 ) -> None:
     """Copy everything from TRACKER_DATABASE_URL to another database, in one transaction."""
     settings = configure()
+    from tracker.settings import read_settings
     from tracker.store.copy import copy
     from tracker.store.url import DatabaseUrl
 
-    source = settings.tracker_database_url
+    source, place = settings.tracker_database_url, read_settings().sources.get(_VARIABLE)
+    names = (
+        _VARIABLE if place in (None, "the environment") else f"{_VARIABLE.lower()} in {place}:",
+        "TRACKER_COPY_TO" if os.environ.get("TRACKER_COPY_TO") == to else "--to",
+    )
     shown = {
         "from": str(DatabaseUrl.parse(source)),
-        "to": str(DatabaseUrl.parse(to, "--to")),
+        "to": str(DatabaseUrl.parse(to, names[1])),
     }
     screen = Screen()
 
@@ -89,7 +97,10 @@ def copy_(
         )
 
     began = time.monotonic()
-    copied = asyncio.run(copy(source, to, progress=show))
+    try:
+        copied = asyncio.run(copy(source, to, names=names, progress=show))
+    except StoreUnavailable as error:  # it names its database, unlike those of other commands
+        raise TrackerError(str(error)) from error
     seconds = round(time.monotonic() - began, 1)
     if as_json:
         print_json(shown | asdict(copied) | {"seconds": seconds})

@@ -62,50 +62,56 @@ class Copied:
 
 
 async def copy(
-    source: str, target: str, *, progress: Callable[[Step], None] = lambda _: None
+    source: str,
+    target: str,
+    *,
+    names: tuple[str, str] = ("the source", "the target"),
+    progress: Callable[[Step], None] = lambda _: None,
 ) -> Copied:
     """Copy every row of the database at `source` to the empty one at `target`.
 
-    Both are at this version's newest migration; a target without tables is migrated. `progress` is
-    called after each batch of rows. What is written to the source meanwhile is not copied.
+    Both are at this version's newest migration; a target without tables is migrated. `names` are
+    what errors call the two. `progress` is called after each batch of rows. What is written to the
+    source meanwhile is not copied.
 
     Raises `SettingsError` for an invalid URL or the same one twice, `StoreError`, with what to do,
     if one of the databases is unsuitable or the copy differs from the source, `StoreUnavailable` if
     one does not answer. After an error or a cancellation the target is as empty as before.
     """
-    origin, destination = DatabaseUrl.parse(source), DatabaseUrl.parse(target, "the target")
+    origin, destination = map(DatabaseUrl.parse, (source, target), names)
     if _place(origin) == _place(destination):
         raise SettingsError("a database cannot be copied to itself: name another target")
-    with _naming(origin):
+    from_, to = (f"{name} {url}" for name, url in zip(names, (origin, destination), strict=True))
+    with _naming(from_):
         await _check_source(source, origin)
-    with _naming(destination):
+    with _naming(to):
         migrated = await _prepare_target(target)
     async with AsyncExitStack() as stack:
-        with _naming(origin):
+        with _naming(from_):
             reading = await stack.enter_async_context(_snapshot(source))
-        with _naming(destination):
+        with _naming(to):
             writing = await stack.enter_async_context(_open_target(destination))
             await _check_empty(writing.connection)
         compared = 0
         tables: dict[str, int] = {}
         for table in TABLES:
-            with _naming(origin, table.name):
+            with _naming(from_, table.name):
                 expected = await _counts(reading, table)
             total, done = expected[0], 0
             samples: list[Row[Any]] = []
             between = max(1, total // SAMPLES)
-            async with aclosing(_batches(reading, table, origin)) as batches:
+            async with aclosing(_batches(reading, table, from_)) as batches:
                 async for batch in batches:
-                    with _naming(destination, table.name):
+                    with _naming(to, table.name):
                         await writing.write(table, batch)
                     samples += batch[-done % between :: between]
                     done += len(batch)
                     progress(Step(table=table.name, rows=done, total=total))
-            with _naming(destination, table.name):
+            with _naming(to, table.name):
                 await _compare(writing.connection, table, expected, samples)
             tables[table.name] = done
             compared += len(samples)
-        with _naming(destination):
+        with _naming(to):
             await writing.commit()
     return Copied(revision=migrate.head(), migrated=migrated, tables=tables, compared=compared)
 
@@ -115,13 +121,13 @@ def _place(url: DatabaseUrl) -> str:
 
 
 @contextmanager
-def _naming(*what: object) -> Iterator[None]:
+def _naming(*what: str) -> Iterator[None]:
     """Errors name the database that they are about."""
     try:
         yield
     except (*FOREIGN, StoreError) as exc:
         error = exc if isinstance(exc, StoreError) else translate(exc)
-        raise type(error)(": ".join(map(str, (*what, error)))) from exc
+        raise type(error)(": ".join((*what, str(error)))) from exc
 
 
 async def _check_source(source: str, url: DatabaseUrl) -> None:
@@ -177,10 +183,10 @@ async def _disable_time_outs(connection: AsyncConnection) -> None:
 
 
 async def _batches(
-    source: AsyncConnection, table: Table, url: DatabaseUrl
+    source: AsyncConnection, table: Table, name: str
 ) -> AsyncGenerator[Sequence[Row[Any]]]:
     rows = select(table).order_by(*table.primary_key.columns).execution_options(yield_per=BATCH)
-    with _naming(url, table.name):
+    with _naming(name, table.name):
         async with source.stream(rows) as result:
             async for batch in result.partitions():
                 yield batch

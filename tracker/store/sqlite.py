@@ -127,7 +127,7 @@ def sqlite_migration_engine(url: DatabaseUrl, **options: Any) -> AsyncEngine:
     if not folder.is_dir():
         raise StoreUnavailable(
             f"the database file cannot be created: there is no directory {folder}; create it, or "
-            "set TRACKER_DATABASE_URL to another place"
+            "choose another place"
         )
     address = URL.create("sqlite+aiosqlite", database=url.path)
     engine = create_async_engine(address, poolclass=NullPool, **options)
