@@ -28,7 +28,7 @@ from tracker.store.engine import Database
 
 EXECUTED = ("console", "python", "toml")
 FOLDERS = "deploy|docs|tracker|tests|bench|requirements"
-WITH_FLORA = {"api.md", "connect.md", "scaling.md"}
+WITH_FLORA = {"api.md", "connect.md", "excel.md", "scaling.md"}
 """Pages that speak of a FLORA which is there: a simulator. (Another begins with one of its own.)"""
 BEFORE = {"scaling.md": "tracker runs start icon-pack --input prompt=tools --wait"}
 """What has been done already when someone comes to a page."""

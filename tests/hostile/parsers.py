@@ -169,7 +169,7 @@ def sheets(data: bytes) -> None:
     if kind == b"jsonl":
         found = sheet.read_jsonl(body)
     else:
-        found = sheet.read_csv(body, delimiter={b"csv;": ";", b"tsv": "\t"}.get(kind, ","))
+        found = sheet.read_csv(body, delimiter={b"csv;": ";", b"tsv": "\t"}.get(kind))
     lines_at_most = body.count(b"\n") + body.count(b"\r") + 2
     assert all(0 <= problem.line <= lines_at_most for problem in found.problems)
     if not found.problems:
