@@ -142,27 +142,32 @@ async def test_times_are_in_the_viewers_zone(live: LiveTracker, open_page: OpenP
     watched.assert_quiet()
 
 
-async def test_a_quarantined_delivery_is_replayed(live: LiveTracker, open_page: OpenPage) -> None:
-    """One click, and the page shows the result."""
-    run_id = await start(live)
+async def _quarantine(live: LiveTracker, delivery_id: str, run_id: str, reason: str) -> None:
     body = {
-        "id": "whd_kept",
+        "id": delivery_id,
         "type": "run.completed",
         "data": {"run_id": run_id, "status": "completed"},
     }
-    await keep(
-        live.services.database,
-        Delivered(
-            delivery=Delivery(
-                delivery_id="whd_kept",
-                received_at=utc_now(),
-                body=json.dumps(body).encode(),
-                run_id=run_id,
-            ),
-            outcome=DeliveryOutcome.QUARANTINED,
-            reason="an older version did not understand it",
-        ),
+    delivery = Delivery(
+        delivery_id=delivery_id,
+        received_at=utc_now(),
+        body=json.dumps(body).encode(),
+        run_id=run_id,
     )
+    outcome = DeliveryOutcome.QUARANTINED
+    await keep(live.services.database, Delivered(delivery=delivery, outcome=outcome, reason=reason))
+
+
+async def _outcome(live: LiveTracker, delivery_id: str) -> DeliveryOutcome:
+    row = await read.get_delivery(live.services.database, delivery_id)
+    assert row is not None
+    return row.outcome
+
+
+async def test_a_quarantined_delivery_is_replayed(live: LiveTracker, open_page: OpenPage) -> None:
+    """One click, and the page shows the result."""
+    run_id = await start(live)
+    await _quarantine(live, "whd_kept", run_id, "an older version did not understand it")
     watched = await open_page()
     page = watched.page
     await sign_in(page, live.url)
@@ -173,9 +178,40 @@ async def test_a_quarantined_delivery_is_replayed(live: LiveTracker, open_page: 
         f"applied to run {run_id}"
     )
     await expect(page.get_by_role("button", name="Replay")).to_have_count(0)
-    row = await read.get_delivery(live.services.database, "whd_kept")
-    assert row is not None
-    assert row.outcome is DeliveryOutcome.APPLIED
+    assert await _outcome(live, "whd_kept") is DeliveryOutcome.APPLIED
+    watched.assert_quiet()
+
+
+async def test_deliveries_are_selected_and_handled_together(
+    live: LiveTracker, open_page: OpenPage
+) -> None:
+    """A selection survives a live update; each action asks first, by cause or for a selection."""
+    run_id = await start(live)
+    for number in range(3):
+        await _quarantine(live, f"whd_bulk_{number}", run_id, "made up")
+    watched = await open_page()
+    page = watched.page
+    await sign_in(page, f"{live.url}/deliveries?outcome=quarantined")
+    await page.get_by_label("Select whd_bulk_0").check()
+    await _quarantine(live, "whd_bulk_3", run_id, "another cause")
+    await start(live)  # its events update the page
+    await expect(page.get_by_role("link", name="whd_bulk_3")).to_be_visible(timeout=20_000)
+    await expect(page.get_by_label("Select whd_bulk_0")).to_be_checked()
+    await page.get_by_text("Acknowledge selected…").click()
+    await page.get_by_role("button", name="Acknowledge selected").click()
+    await expect(page.get_by_text("1 delivery acknowledged.")).to_be_visible()
+    await expect(page.get_by_role("link", name="whd_bulk_0")).to_have_count(0)
+    assert page.url == f"{live.url}/deliveries?outcome=quarantined"
+
+    await page.get_by_role("link", name="Clear").click()
+    problem = page.get_by_role("listitem").filter(has_text="made up")
+    await problem.get_by_text("Replay…").click()
+    await problem.get_by_role("button", name="Replay 2 callbacks").click()
+    await expect(page.get_by_text("Replayed: 2 deliveries applied.")).to_be_visible()
+    states = [await _outcome(live, f"whd_bulk_{number}") for number in range(4)]
+    assert [state.value for state in states] == [
+        *("quarantined", "applied", "applied", "quarantined")
+    ]
     watched.assert_quiet()
 
 

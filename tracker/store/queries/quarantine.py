@@ -9,9 +9,9 @@ from sqlalchemy import ColumnElement, and_, func, select
 from tracker.store.engine import Database
 from tracker.store.schema import deliveries, word
 
-IS_QUARANTINED: Final = deliveries.c.outcome == word("quarantined")
-IS_ACKNOWLEDGED: Final = and_(IS_QUARANTINED, deliveries.c.acknowledged_at.is_not(None))
-IS_UNSEEN: Final = and_(IS_QUARANTINED, deliveries.c.acknowledged_at.is_(None))
+IS_UNSEEN: Final = and_(
+    deliveries.c.outcome == word("quarantined"), deliveries.c.acknowledged_at.is_(None)
+)
 """The delivery is quarantined, and nobody has acknowledged it."""
 AMONG: Final = 10_000
 """The newest unseen deliveries, which are grouped."""

@@ -28,7 +28,7 @@ from tracker.core.schedule import Durations
 from tracker.store.claims import Workspaces, within
 from tracker.store.engine import Database
 from tracker.store.queries.paging import newest_first
-from tracker.store.queries.quarantine import IS_UNSEEN
+from tracker.store.queries.quarantine import IS_UNSEEN, has_cause
 from tracker.store.queries.starts import StartState, is_in
 from tracker.store.rows import RUN_COLUMNS, read_records
 from tracker.store.schema import deliveries, run_events, runs, starts, word
@@ -270,13 +270,14 @@ async def list_deliveries(
     run_id: str | None = None,
     workspace_id: str | None = None,
     since: datetime | None = None,
-    where: ColumnElement[bool] | None = None,
+    acknowledged: bool | None = None,
+    cause: str | None = None,
     cursor: str | None = None,
     limit: int = 50,
 ) -> tuple[list[DeliveryRow], str | None]:
     """A page of callbacks without their bodies, newest first, and the cursor of the next page.
 
-    `since` is when they were first received, `where` one more condition.
+    `since` is when they were first received, `cause` that of `quarantine.causes`.
 
     Raises `InvalidRequest` for an invalid cursor.
     """
@@ -290,8 +291,10 @@ async def list_deliveries(
         statement = statement.where(deliveries.c.workspace_id == workspace_id)
     if since is not None:
         statement = statement.where(deliveries.c.received_at >= since)
-    if where is not None:
-        statement = statement.where(where)
+    if acknowledged is not None:
+        statement = statement.where(deliveries.c.acknowledged_at.is_not(None) == acknowledged)
+    if cause is not None:
+        statement = statement.where(has_cause(cause))
     async with db.read() as connection:
         rows, following = await newest_first(connection, statement, key, cursor=cursor, limit=limit)
     return [_delivery(row) for row in rows], following

@@ -1,50 +1,154 @@
-"""`/deliveries`: the callbacks received, and another try for those that were not understood."""
+"""`/deliveries`: the callbacks received, those that were not understood first, by cause.
 
-from typing import Final
+They are applied again or acknowledged, one or many at a time.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any, Final
 from urllib.parse import quote
 
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
+from tracker.core.errors import FieldFault
+from tracker.core.formatting import counted
 from tracker.core.record import DeliveryOutcome
-from tracker.receiving.replay import Replay
+from tracker.receiving.replay import Replay, UnknownDelivery
+from tracker.store.queries import quarantine
 from tracker.store.queries import runs as read
 from tracker.store.queries.runs import DeliveryRow
-from tracker.web.dashboard.forms import check_csrf, path_id, query_choice, query_field
-from tracker.web.dashboard.render import FlashMessage, PageGroup, page_links
-from tracker.web.http.responses import not_found
+from tracker.web.dashboard.forms import check_csrf, path_id, query_choice, query_field, read_form
+from tracker.web.dashboard.render import FlashMessage, PageGroup, page_links, query
+from tracker.web.http.responses import invalid, not_found
 
 PAGE_SIZE: Final = 50
+CAUSES: Final = 10
+"""Causes of quarantine that the page shows."""
+LATE: Final = timedelta(minutes=1)
+"""A delivery that waits for longer to be applied is a problem."""
+BULK_SECONDS: Final = 8.0
+"""Time after which a bulk replay stops; the page then says how many are left."""
+BULK_DELIVERIES: Final = 10_000
+"""The most deliveries of one bulk action."""
+OUTCOMES: Final = {
+    "waiting": "Waiting",
+    "applied": "Applied",
+    "quarantined": "Quarantined",
+    "acknowledged": "Quarantined, acknowledged",
+}
+PERIODS: Final = {
+    "1h": ("Last hour", timedelta(hours=1)),
+    "24h": ("Last 24 hours", timedelta(hours=24)),
+    "7d": ("Last 7 days", timedelta(days=7)),
+    "30d": ("Last 30 days", timedelta(days=30)),
+}
 
 
 class DeliveryPages(PageGroup):
-    """The list, one delivery, and its action."""
+    """The list, one delivery, and their actions."""
 
     def routes(self) -> list[Route]:
         return [
             Route("/deliveries", self.list, methods=["GET"]),
+            Route("/deliveries", self.act, methods=["POST"]),
             Route("/deliveries/{delivery_id:any}/replay", self.replay, methods=["GET", "POST"]),
+            Route(
+                "/deliveries/{delivery_id:any}/acknowledge",
+                self.acknowledge,
+                methods=["GET", "POST"],
+            ),
             Route("/deliveries/{delivery_id:any}", self.show, methods=["GET"]),
         ]
 
-    async def list(self, request: Request) -> Response:
-        """A page of deliveries, newest first."""
-        outcome = query_choice(request, "outcome", DeliveryOutcome)
-        run_id, cursor = query_field(request, "run"), query_field(request, "cursor")
+    async def list(self, request: Request, *, flash: FlashMessage | None = None) -> Response:
+        """The problems, and a page of deliveries, newest first."""
+        names = ("run", "workspace", "cause")
+        filters: dict[str, str | None] = {name: query_field(request, name) for name in names}
+        filters["outcome"] = query_choice(request, "outcome", OUTCOMES)
+        filters["within"] = query_choice(request, "within", PERIODS)
+        cursor, now = query_field(request, "cursor"), self._services.clock()
         rows, next_cursor = await read.list_deliveries(
-            self._database, outcome=outcome, run_id=run_id, cursor=cursor, limit=PAGE_SIZE
+            self._database,
+            run_id=filters["run"],
+            workspace_id=filters["workspace"],
+            since=now - PERIODS[filters["within"]][1] if filters["within"] else None,
+            cause=filters["cause"],
+            **_wanted(filters["outcome"], filters["cause"]),
+            cursor=cursor,
+            limit=PAGE_SIZE,
         )
-        filters = {"outcome": outcome, "run": run_id}
         return self._render(
             request,
             "deliveries.html",
+            flash=flash,
             filters=filters,
+            filtered=any(filters.values()),
+            address=query("/deliveries", **filters),
             rows=rows,
+            outcomes=OUTCOMES,
+            periods={value: name for value, (name, _) in PERIODS.items()},
+            workspaces={
+                one.workspace_id: one.workspace_id
+                for one in self._services.workspaces
+                if one.workspace_id
+            },
             has_secret=any(one.secrets for one in self._services.workspaces),
             callback_url=self._services.settings.callback_url,
+            **await self._problems(now),
             **page_links("/deliveries", cursor=cursor, next_cursor=next_cursor, **filters),
         )
+
+    async def _problems(self, now: datetime) -> dict[str, Any]:
+        counts = await read.counts(self._database, now=now)
+        oldest = counts.oldest_waiting_at
+        return {
+            "causes": await quarantine.causes(self._database, limit=CAUSES),
+            "late": counts.waiting if oldest is not None and oldest < now - LATE else 0,
+            "oldest_waiting_at": oldest,
+        }
+
+    async def act(self, request: Request) -> Response:
+        """Replays or acknowledges the selected deliveries, or those with one cause."""
+        await check_csrf(request)
+        form = await read_form(request)
+        chosen: Sequence[str] = form.getlist("delivery_id")
+        if "cause" in form:
+            until = _moment(form.get("until", ""))
+            chosen = await quarantine.unseen(
+                self._database, cause=form["cause"], until=until, limit=BULK_DELIVERIES
+            )
+        action = form.get("action")
+        if action == "acknowledge":
+            done = await self._services.replayer.acknowledge(chosen)
+            flash = FlashMessage("good", f"{_deliveries(len(done))} acknowledged.")
+        elif action == "replay":
+            flash = await self._replay_all(chosen)
+        else:
+            raise invalid(FieldFault("action", "must be one of replay, acknowledge"))
+        if not chosen:
+            flash = FlashMessage("warn", "Nothing was selected.")
+        return await self.list(request, flash=flash)
+
+    async def _replay_all(self, delivery_ids: Sequence[str]) -> FlashMessage:
+        loop = asyncio.get_running_loop()
+        until, applied, bad, left = loop.time() + BULK_SECONDS, 0, 0, len(delivery_ids)
+        for delivery_id in delivery_ids:
+            if loop.time() >= until:
+                break
+            left -= 1
+            try:
+                replay = await self._services.replayer.replay(delivery_id)
+            except UnknownDelivery:
+                continue  # removed by retention
+            applied += replay.outcome is DeliveryOutcome.APPLIED
+            bad += replay.outcome is DeliveryOutcome.QUARANTINED
+        parts = [f"{_deliveries(applied)} applied"]
+        parts += [f"{bad:,} still quarantined"] if bad else []
+        parts += [f"{left:,} left: replay them again"] if left else []
+        return FlashMessage("warn" if bad or left else "good", f"Replayed: {', '.join(parts)}.")
 
     async def show(self, request: Request) -> Response:
         """One delivery with its body."""
@@ -52,13 +156,22 @@ class DeliveryPages(PageGroup):
 
     async def replay(self, request: Request) -> Response:
         """Applies a quarantined delivery again and shows it."""
-        if request.method == "GET":  # the page after an action was reloaded
-            delivery_id = quote(request.path_params["delivery_id"], safe="")
-            return RedirectResponse(f"/deliveries/{delivery_id}", status_code=303)
+        if request.method == "GET":
+            return _to_delivery(request)
         await check_csrf(request)
         row = await self._row(request)
         replay = await self._services.replayer.replay(row.delivery_id)
         return await self._page(request, await self._row(request), flash=_replay_result(replay))
+
+    async def acknowledge(self, request: Request) -> Response:
+        """Marks a quarantined delivery as seen and shows it."""
+        if request.method == "GET":
+            return _to_delivery(request)
+        await check_csrf(request)
+        row = await self._row(request)
+        done = await self._services.replayer.acknowledge([row.delivery_id])
+        text = "Acknowledged." if done else "Nothing to do."
+        return await self._page(request, await self._row(request), flash=FlashMessage("good", text))
 
     async def _page(
         self, request: Request, row: DeliveryRow, *, flash: FlashMessage | None = None
@@ -74,6 +187,33 @@ class DeliveryPages(PageGroup):
         if row is None:
             raise not_found(f"Delivery {delivery_id[:255]} is not stored here.")
         return row
+
+
+def _wanted(outcome: str | None, cause: str | None) -> dict[str, Any]:
+    """A choice of `OUTCOMES` as arguments of `list_deliveries`. Only quarantine has causes."""
+    if outcome in ("quarantined", "acknowledged"):
+        return {"outcome": "quarantined", "acknowledged": outcome == "acknowledged"}
+    return {"outcome": outcome or ("quarantined" if cause else None)}
+
+
+def _to_delivery(request: Request) -> Response:
+    """The page after an action was reloaded."""
+    delivery_id = quote(request.path_params["delivery_id"], safe="")
+    return RedirectResponse(f"/deliveries/{delivery_id}", status_code=303)
+
+
+def _moment(text: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        moment = None
+    if moment is None or moment.tzinfo is None:
+        raise invalid(FieldFault("until", "must be a time with its zone"))
+    return moment
+
+
+def _deliveries(count: int) -> str:
+    return counted(count, "delivery", "deliveries")
 
 
 def _replay_result(replay: Replay) -> FlashMessage:

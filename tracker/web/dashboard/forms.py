@@ -6,6 +6,7 @@ from typing import Final
 from urllib.parse import parse_qsl
 
 from starlette.convertors import Convertor, register_url_convertor
+from starlette.datastructures import ImmutableMultiDict
 from starlette.requests import Request
 
 from tracker.core.errors import FieldFault
@@ -14,8 +15,10 @@ from tracker.web.http.request import read_body
 from tracker.web.http.responses import Fault, invalid
 from tracker.web.sessions import CSRF_FIELD, CSRF_HEADER
 
-MAX_FORM_BYTES: Final = 16 * 1024
+MAX_FORM_BYTES: Final = 64 * 1024
+MAX_FIELDS: Final = 100
 READ_SECONDS: Final = 10.0
+_FORM: Final = "tracker.form"
 
 
 class _AnyId(Convertor[str]):
@@ -63,18 +66,25 @@ def query_position(request: Request, name: str) -> int | None:
     return int(value)
 
 
-async def read_form(request: Request) -> dict[str, str]:
-    """The fields of a form, the last of each name. Raises `Fault` 400, 408 and 413."""
-    deadline = asyncio.get_running_loop().time() + READ_SECONDS
-    body = await read_body(request.scope, request.receive, limit=MAX_FORM_BYTES, deadline=deadline)
-    try:
-        return dict(
-            parse_qsl(
-                body.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=20
-            )
+async def read_form(request: Request) -> ImmutableMultiDict[str, str]:
+    """The fields of a form, read once. Raises `Fault` 400, 408 and 413."""
+    if _FORM not in request.scope:
+        deadline = asyncio.get_running_loop().time() + READ_SECONDS
+        body = await read_body(
+            request.scope, request.receive, limit=MAX_FORM_BYTES, deadline=deadline
         )
-    except ValueError:
-        raise Fault(400, "invalid_form", "The form could not be read.") from None
+        try:
+            fields = parse_qsl(
+                body.decode("ascii"),
+                keep_blank_values=True,
+                errors="strict",
+                max_num_fields=MAX_FIELDS,
+            )
+        except ValueError:
+            raise Fault(400, "invalid_form", "The form could not be read.") from None
+        request.scope[_FORM] = ImmutableMultiDict(fields)
+    form: ImmutableMultiDict[str, str] = request.scope[_FORM]
+    return form
 
 
 async def check_csrf(request: Request) -> None:

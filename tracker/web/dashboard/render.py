@@ -24,7 +24,7 @@ from starlette.routing import Route
 
 from tracker import __version__
 from tracker.core.clock import Clock
-from tracker.core.formatting import UNKNOWN, duration, money, number, percent, size
+from tracker.core.formatting import UNKNOWN, counted, duration, money, number, percent, size
 from tracker.core.tokens import Scope
 from tracker.services import Services
 from tracker.store.text import clean
@@ -154,7 +154,11 @@ class Renderer:
             lstrip_blocks=True,
         )
         self._environment.globals.update(
-            asset=assets.url, version=__version__, query=query, runbook=partial(_runbook, docs_url)
+            asset=assets.url,
+            version=__version__,
+            query=query,
+            counted=counted,
+            runbook=partial(_runbook, docs_url),
         )
         self._environment.filters.update(
             time=time,
