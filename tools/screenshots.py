@@ -91,7 +91,7 @@ async def _shots(services: Services) -> list[Shot]:
         Shot(name="batches", path="/batches"),
         Shot(name="batch", path=f"/batches/{batch}"),
         Shot(name="spending", path="/spending"),
-        Shot(name="sweeps", path="/sweeps", whole=False),
+        Shot(name="health", path="/health", whole=False),
         Shot(name="phone-overview", path="/", width=390, height=844, whole=False),
         Shot(name="phone-runs", path="/runs", width=390, height=844, whole=False),
     ]

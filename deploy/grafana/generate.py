@@ -5,6 +5,7 @@
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -146,8 +147,18 @@ def _bars(show: Show) -> timeseries.Panel:
     )
 
 
+LINKS: Final = {"run_id": "runs", "delivery_id": "deliveries", "technique_id": "techniques"}
+"""The tracker's page of each value in a column of this name."""
+
+
 def _table(show: Show) -> table.Panel:
-    return table.Panel().show_header(True).cell_height(looks.TableCellHeight.SM)
+    made = table.Panel().show_header(True).cell_height(looks.TableCellHeight.SM)
+    for column, page in LINKS.items():
+        if any(re.search(rf"\b{column}\b", sql) for sql, _ in show.queries):
+            url = f"${{tracker}}/{page}/${{__value.raw:percentencode}}"
+            link = {"title": "Open in the tracker", "url": url, "targetBlank": True}
+            made.override_by_name(column, [model.DynamicConfigValue("links", [link])])
+    return made
 
 
 _MAKERS: Final[dict[str, Callable[[Show], Panel]]] = {
@@ -206,6 +217,13 @@ def page(
             .keep_time(True)
         )
     )
+    if kind == POSTGRES:
+        made.with_variable(
+            dashboard.TextBoxVariable("tracker")
+            .label("Tracker")
+            .description("Address of the tracker's pages, to which ids in tables are linked.")
+            .default_value("http://localhost:8080")
+        )
     for row in rows:
         made.with_row(dashboard.Row(row.title))
         for show in row.panels:

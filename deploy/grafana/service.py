@@ -87,7 +87,7 @@ GLANCE: Final = Row(
             kind="stat",
             width=3,
             queries=((f"min(tracker_flora_up{{{_W}}})", ""),),
-            about="Whether FLORA has answered each process that asked it, in the last 30 s.",
+            about="Whether FLORA has answered in the last 30 s, as far as it was asked.",
             words=NO_IS_BAD,
         ),
         Show(
@@ -309,6 +309,19 @@ FLORA: Final = Row(
                 (f"max(tracker_flora_paused_seconds{{{_W}}})", "remaining pause, seconds"),
             ),
             about="Each 429 halves the rate; each answer raises it a little.",
+        ),
+        Show(
+            title="Time since FLORA's last answer",
+            unit="s",
+            width=24,
+            queries=(
+                (
+                    "time() - max by (workspace_id)"
+                    f" (tracker_flora_last_answer_timestamp_seconds{{{_W}}} > 0)",
+                    "{{workspace_id}}",
+                ),
+            ),
+            about="To any process. A worker asks at least every 35 seconds.",
         ),
     ),
 )

@@ -11,6 +11,7 @@ import yaml
 from tests.deploy.conftest import ROOT, Promtool, names_in
 
 RULES = ROOT / "deploy/prometheus/alerts.yml"
+DOCS_ROOT = "https://docs.example.com/flora-run-tracker"
 MINUTES = 120
 """Each scenario is looked at then; its series have a sample a minute."""
 
@@ -259,11 +260,14 @@ def test_each_alert_has_a_scenario() -> None:
 def test_each_alert_says_what_it_means_and_where_to_look(rule: dict[str, Any]) -> None:
     """A summary, a description, a severity, and a section of the runbook."""
     assert rule["labels"].keys() == {"severity"}
-    assert rule["annotations"].keys() == {"summary", "description", "runbook"}
-    page, _, anchor = rule["annotations"]["runbook"].partition("#")
-    headings = re.findall(r"^## (\w+)$", (ROOT / page).read_text(), re.MULTILINE)
+    assert rule["annotations"].keys() == {"summary", "description", "runbook_url"}
+    page, _, anchor = rule["annotations"]["runbook_url"].partition("#")
+    assert page == f"{DOCS_ROOT}/runbook.html"
+    headings = re.findall(r"^## (\w+)$", (ROOT / "docs/runbook.md").read_text(), re.MULTILINE)
     assert rule["alert"] in headings
     assert anchor == rule["alert"].lower()
+    # The command of docs/metrics.md gives every rule the operator's own root.
+    assert f"s|{DOCS_ROOT}|" in (ROOT / "docs/metrics.md").read_text()
 
 
 def test_the_runbook_has_no_section_too_many() -> None:

@@ -188,6 +188,20 @@ def test_every_panel_says_how_to_read_it() -> None:
         assert len(set(ids)) == len(ids), page
 
 
+def test_ids_in_tables_lead_to_the_pages_of_the_tracker() -> None:
+    """Each table with runs or deliveries links them, at the address that the dashboard is given."""
+    (tracker,) = [one for one in FILES["runs"]["templating"]["list"] if one["name"] == "tracker"]
+    assert tracker["query"].startswith("http")
+    linked = {
+        (override["matcher"]["options"], link["url"].partition("${__value")[0])
+        for _, panel in PANELS
+        for override in panel["fieldConfig"]["overrides"]
+        for one in override["properties"]
+        for link in one["value"]
+    }
+    assert {("run_id", "${tracker}/runs/"), ("delivery_id", "${tracker}/deliveries/")} <= linked
+
+
 def test_the_provisioning_names_what_the_dashboards_ask_for() -> None:
     """A source for each kind of dashboard, without a password in the file."""
     folder = GRAFANA / "provisioning"

@@ -85,7 +85,7 @@ def test_nothing_is_fetched_from_outside(site: Path) -> None:
 def test_each_alert_has_its_section_in_the_site(site: Path) -> None:
     """The runbook's addresses that the alert rules name are headings of the built page."""
     rules = (ROOT / "deploy/prometheus/alerts.yml").read_text(encoding="utf-8")
-    named = set(re.findall(r"runbook: docs/runbook.md#(\w+)", rules))
+    named = set(re.findall(r"runbook_url: https://\S+/runbook.html#(\w+)", rules))
     page = Fetched((site / "runbook.html").read_text(encoding="utf-8"))
     assert len(named) > 10
     assert named <= page.ids

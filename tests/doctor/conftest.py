@@ -32,10 +32,11 @@ Look = Callable[..., Awaitable[Report]]
 
 async def look(limits: TimeLimits | None = None, **environ: str) -> Report:
     """The doctor's report on settings that come from these variables alone."""
-    findings = await examine(*read_settings(environ)[:2], limits=limits)
+    loaded = read_settings(environ)
+    findings = await examine(loaded.settings, loaded.sources, loaded.unknown, limits=limits)
     for one in findings:
         assert (one.level is Level.OK) == (one.advice == ""), one
-        assert one.seen.endswith((".", "…")), one
+        assert one.seen.endswith((".", "…", "?")), one
     report = Report({one.name: one for one in findings})
     assert len(report) == len(findings)
     return report

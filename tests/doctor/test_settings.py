@@ -1,11 +1,13 @@
 """The settings: what they show by themselves."""
 
+import json
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from tests.doctor.conftest import Report
+from tests.e2e.processes import open_sandbox
 from tracker.operations.doctor import Level
 from tracker.operations.doctor import settings as checks
 from tracker.settings import read_settings
@@ -16,7 +18,42 @@ PUBLIC = "https://tracker.example.com"
 
 
 def _checked(**environ: str) -> Report:
-    return Report({one.name: one for one in checks.check(*read_settings(environ)[:2], now=NOW)})
+    loaded = read_settings(environ)
+    found = checks.check(loaded.settings, loaded.sources, loaded.unknown, now=NOW)
+    return Report({one.name: one for one in found})
+
+
+def test_an_unknown_setting_is_a_problem_with_a_suggestion(tmp_path: Path) -> None:
+    """What has a prefix of the settings and is none is named, without its value; what other tools
+    set with these prefixes, and what the configuration file refers to, is not."""
+    file = tmp_path / "tracker.toml"
+    file.write_text('flora_api_key = "env:FLORA_KEY_OF_SPRING"\n')
+    others = {
+        "TRACKER_CONFIG": str(file),
+        "FLORA_KEY_OF_SPRING": "sk_live_1",
+        "TRACKER_POSTGRES_PASSWORD": "x",
+        "TRACKER_TEST_DATABASE_URL": "x",
+        "FLORA_TRACKER_SERVICE_HOST": "10.0.0.1",
+        "TRACKER_PORT": "tcp://10.0.0.1:8080",
+        "TRACKER_PORT_8080_TCP_ADDR": "10.0.0.1",
+    }
+    assert _checked(**others).level("settings") is Level.OK
+    found = _checked(**others | {"TRACKER_POLL_INTERVALL": "5", "FLORA_COLOUR": "sk_live_2"})
+    assert found.level("settings") is Level.FAILED
+    seen = found["settings"].seen
+    assert "nknown setting TRACKER_POLL_INTERVALL: did you mean TRACKER_POLL_INTERVAL?" in seen
+    assert "nknown setting FLORA_COLOUR: README.md lists the settings." in seen
+    assert "sk_live" not in seen
+
+
+async def test_a_service_warns_of_an_unknown_setting_once(tmp_path: Path, sqlite_url: str) -> None:
+    """At its start; it runs all the same."""
+    async with open_sandbox(tmp_path, sqlite_url) as sandbox:
+        server = await sandbox.serve(FLORA_API_KEY="", TRACKER_LOG_LEVL="debug")
+        lines = [json.loads(line) for line in server.log.splitlines() if line.startswith("{")]
+        (told,) = [one for one in lines if one["event"] == "settings.unknown"]
+        assert told["level"] == "warning"
+        assert told["error"].endswith("TRACKER_LOG_LEVL: did you mean TRACKER_LOG_LEVEL?")
 
 
 def test_the_source_of_each_setting_is_reported(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ async def test_floras_absence_is_reported_by_every_process(
             await eventually(waits_for_a_retry, timeout=WITHIN)
             page = await overview()
             assert re.search(r"FLORA has not answered since <time datetime=\"20", page)
-            assert 'href="/runbook#trackerfloraunreachable"' in page
+            assert 'href="/runbook.html#trackerfloraunreachable"' in page
             assert "Runs are overdue" in page
             health = (await client.get("/health", headers={"Accept": "text/html"})).text
             assert "FLORA has not answered since" in health

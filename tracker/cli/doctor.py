@@ -42,14 +42,14 @@ def _examine() -> "Sequence[Finding]":
     from tracker.operations.logs import configure_logs
     from tracker.settings import read_settings
 
-    settings, sources, _ = read_settings()
+    settings, sources, _, unknown = read_settings()
     configure_logs(
         format=settings.tracker_log_format,
         # The findings say what matters; level debug still logs everything.
         level="debug" if settings.tracker_log_level == "debug" else "critical",
         secrets=settings.secret_values,
     )
-    return run(examine(settings, sources))
+    return run(examine(settings, sources, unknown))
 
 
 def _unreadable(error: SettingsError) -> "Finding":

@@ -106,6 +106,11 @@ def _configure() -> "Rotation":
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     rotation = configure_service()
+    import structlog
+
+    log = structlog.get_logger(__name__)
+    for unknown in rotation.unknown:
+        log.warning("settings.unknown", error=unknown)
     share_heap()
     return rotation
 

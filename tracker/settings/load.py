@@ -7,8 +7,9 @@ or the key and the file.
 
 import difflib
 import os
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -33,6 +34,13 @@ _TABLES: Final[dict[str, type[BaseModel]]] = {
 """The tables `[[workspaces]]`, `[[tokens]]`, …, which only the file can hold."""
 
 
+_PREFIXES: Final = ("TRACKER_", "FLORA_")
+_OF_OTHERS: Final = re.compile(
+    "TRACKER_(CONFIG|HOST|COPY_TO|PROMETHEUS_URL|(POSTGRES|TEST|REQUIRE)_.+)"  # deploy/, tests/
+    "|.+_(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT_[0-9]+_(TCP|UDP)(_.+)?)"  # Kubernetes, of services
+)
+"""Variables with these prefixes that are no settings and no mistakes."""
+
 FileState = tuple[int, ...] | None
 """The identity of a file's content, from `stat`; `None` for a missing file."""
 
@@ -41,12 +49,14 @@ class Loaded(NamedTuple):
     """The settings and their sources.
 
     `sources` has "the environment" or the file's path for each variable that is set; `files` the
-    state of each file just before it was read.
+    state of each file just before it was read; `unknown` a sentence for each variable that looks
+    like a setting and is none.
     """
 
     settings: Settings
     sources: dict[str, str]
     files: dict[Path, FileState]
+    unknown: tuple[str, ...] = ()
 
 
 def file_state(path: Path) -> FileState:
@@ -86,11 +96,31 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Loaded:
         for name in values
     }
     try:
-        return Loaded(Settings.model_validate(values), sources, file.states if file else {})
+        settings = Settings.model_validate(values)
+        unknown = _unknown(
+            environ, [name.upper() for name in names], file.variables if file else set()
+        )
+        return Loaded(settings, sources, file.states if file else {}, unknown)
     except ValidationError as fault:
         faults = "; ".join(_message(error, file) for error in fault.errors())
     # Raised outside of `except`: a chained validation error would carry the values.
     raise SettingsError(faults)
+
+
+def _unknown(
+    environ: Mapping[str, str], known: Collection[str], referred: Collection[str]
+) -> tuple[str, ...]:
+    """What is said of each unknown setting. Values are left out, since they may be secrets."""
+    found = []
+    for name, value in sorted(environ.items()):
+        if not name.startswith(_PREFIXES) or name in known or name in referred:
+            continue
+        if _OF_OTHERS.fullmatch(name) or (name.endswith("_PORT") and value.startswith("tcp://")):
+            continue
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+        hint = f"did you mean {close[0]}?" if close else "README.md lists the settings."
+        found.append(f"unknown setting {name}: {hint}")
+    return tuple(found)
 
 
 class _File:
@@ -102,6 +132,8 @@ class _File:
         """The keys whose values come from this file."""
         self.states: dict[Path, FileState] = {}
         """The state of this file, and of those with its values, before they were read."""
+        self.variables: set[str] = set()
+        """The environment variables that it refers to."""
         self._environ = environ
 
     def read(self) -> dict[str, Any]:
@@ -129,6 +161,7 @@ class _File:
     def _text(self, value: str, where: str) -> str:
         kind, _, name = value.partition(":")
         if kind == "env":
+            self.variables.add(name)
             text = self._environ.get(name, "").strip()
             if not text:
                 raise SettingsError(f"{where}: the environment variable {name} is not set")

@@ -24,7 +24,8 @@ log = structlog.get_logger(__name__)
 
 
 class Rotation:
-    """The `settings` with the current secrets; `tokens` are the access tokens among them.
+    """The `settings` with the current secrets; `tokens` are the access tokens among them, `unknown`
+    what was said of unknown settings at the start.
 
     Where settings come from files, `loaded` has the files and `read` reads them again. A check
     costs a `stat` for each file.
@@ -38,6 +39,7 @@ class Rotation:
     ) -> None:
         self.settings = settings
         self.tokens = settings.access_tokens
+        self.unknown = loaded.unknown if loaded else ()
         self._read = read
         self._files: dict[Path, FileState] = loaded.files if loaded else {}
         self._failure: str | None = None

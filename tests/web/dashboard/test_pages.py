@@ -18,9 +18,9 @@ from tracker.core.record import Delivery, Seen, Unseen
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.store.queries import batches, sweeps
 from tracker.store.queries import sweeps as coverage
-from tracker.store.queries.batches import BatchRow
+from tracker.store.queries.batches import BatchEntry, BatchRow
 
-PATHS = ["/", "/runs", "/deliveries", "/techniques", "/health"]
+PATHS = ["/", "/runs", "/deliveries", "/techniques", "/health", "/runbook.html"]
 
 
 async def _text(site: Site, path: str, status: int = 200) -> str:
@@ -91,7 +91,7 @@ async def test_a_refused_key_is_the_first_alert(serve: Serve, sqlite_url: str) -
         text = await _text(site, "/")
         alerts = text.split("what needs attention<")[1]
         assert alerts.index("FLORA has refused the API key since") < 600
-        assert 'href="/runbook#trackerkeyrefused"' in alerts
+        assert 'href="/runbook.html#trackerkeyrefused"' in alerts
         assert "no such key" in text
         assert "All clear" not in text
 
@@ -134,6 +134,56 @@ async def test_the_overview_shows_the_day(site: Site) -> None:
     assert [sum(column) for column in chart["columns"][1:]] == [3, 0]
     assert len(chart["columns"][0]) == 24
     assert "7 days" in await _text(site, "/?span=7d")
+
+
+async def test_the_overview_shows_batches_and_results_and_no_empty_part(site: Site) -> None:
+    """Batches in progress and the newest outputs, with a picture only where it is one; a part that
+    has nothing to show is left out. On each engine."""
+    now = utc_now()
+    await site.services.writer.submit(_seen("run_1"))
+    text = await _text(site, "/")
+    for title in ("Batches in progress", "Newest results", "Overdue", "Cost today by"):
+        assert title not in text, title
+    for batch_id, age in (("bat_new", 0), ("bat_old", 8)):
+        batch = BatchRow(
+            batch_id=batch_id,
+            workspace_slot="default",
+            technique_id="tech_a",
+            name=f"{batch_id}.csv",
+            created_at=now - timedelta(days=age),
+        )
+        rows = [BatchEntry(position=n, line=n + 1, digest=f"{n:064}") for n in range(1, 4)]
+        await batches.keep(site.services.database, batch, rows)
+    outputs = (
+        Output("o1", "imageUrl", "https://cdn.example/1.png"),
+        Output("o2", "text", "A poem"),
+        Output("o3", "imageUrl", "https://cdn.example/3.png"),
+    )
+    await site.services.writer.submit(_seen("run_2", RunStatus.COMPLETED, outputs=outputs))
+    text = await _text(site, "/")
+    assert "bat_new.csv" in text
+    assert "0 of 3 completed" in text
+    assert "bat_old.csv" not in text
+    newest = text.split("Newest results")[1].split("</section>")[0]
+    assert re.findall(r'<img src="([^"]+)"', newest) == ["https://cdn.example/1.png"]
+    assert 'loading="lazy"' in newest
+    assert newest.count('href="/runs/run_2"') == 2
+
+
+async def test_the_runbook_is_served_and_linked(serve: Serve, sqlite_url: str) -> None:
+    """Every section that an alert may link to; links to other documentation lead to where it is
+    published, or are plain text."""
+    async with serve(sqlite_url) as site:
+        text = await _text(site, "/runbook.html")
+        assert 'id="trackerfloraunreachable"' in text
+        assert 'href="#trackercallbacksmissed"' in text
+        assert ".md" not in " ".join(re.findall(r'href="([^"]*)"', text))
+        await site.services.writer.submit(_seen("run_late", at=utc_now() - timedelta(hours=2)))
+        assert 'href="/runbook.html#trackerrunsoverdue"' in await _text(site, "/")
+    root = "https://docs.example.com/tracker"
+    async with serve(sqlite_url, tracker_docs_url=root) as site:
+        assert f'href="{root}/runbook.html#trackerrunsoverdue"' in await _text(site, "/")
+        assert f'href="{root}/metrics.html"' in await _text(site, "/runbook.html")
 
 
 async def test_a_failed_sweep_is_an_alert(serve: Serve, sqlite_url: str) -> None:

@@ -5,7 +5,7 @@ each other as tasks.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -52,13 +52,14 @@ class TimeLimits:
 async def examine(
     configured: Settings,
     sources: Mapping[str, str],
+    unknown: Sequence[str] = (),
     *,
     clock: Clock = utc_now,
     limits: TimeLimits | None = None,
 ) -> list[Finding]:
     """Run all checks within 30 s; raises nothing for what is broken.
 
-    `sources` says where each setting is set.
+    `sources` says where each setting is set, `unknown` names the unknown ones (`Loaded`).
     """
     limits = limits or TimeLimits()
     url = DatabaseUrl.parse(configured.tracker_database_url)
@@ -99,7 +100,7 @@ async def examine(
     at_work, at_disk = asyncio.create_task(check_work()), asyncio.create_task(check_disk())
     in_database, in_flora = await at_database, await at_flora
     findings = [
-        *settings.check(configured, sources, now=clock()),
+        *settings.check(configured, sources, unknown, now=clock()),
         *in_database.findings,
         *await at_disk,
         *in_flora.findings,

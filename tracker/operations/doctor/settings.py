@@ -15,10 +15,13 @@ EXPIRES_SOON: Final = timedelta(days=14)
 PREFIX: Final = "whsec_"
 
 
-def check(settings: Settings, sources: Mapping[str, str], *, now: datetime) -> list[Finding]:
-    """Everything that the settings alone show. `sources` says where each setting comes from."""
+def check(
+    settings: Settings, sources: Mapping[str, str], unknown: Sequence[str] = (), *, now: datetime
+) -> list[Finding]:
+    """Everything that the settings alone show. `sources` says where each setting comes from,
+    `unknown` names the unknown ones."""
     return [
-        _sources(sources),
+        _sources(sources, unknown),
         *(_secrets(settings, one) for one in settings.all_workspaces),
         _tolerance(settings.tracker_signature_tolerance),
         _token(settings, now),
@@ -30,7 +33,13 @@ def label_of(settings: Settings, workspace: WorkspaceSettings) -> str | None:
     return workspace.id if len(settings.all_workspaces) > 1 else None
 
 
-def _sources(sources: Mapping[str, str]) -> Finding:
+def _sources(sources: Mapping[str, str], unknown: Sequence[str]) -> Finding:
+    if unknown:
+        return failed(
+            "settings",
+            " ".join(f"{text[0].upper()}{text[1:]}" for text in unknown),
+            "Correct or remove these environment variables: they have no effect.",
+        )
     if not sources:
         return warning(
             "settings",

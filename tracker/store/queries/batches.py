@@ -265,7 +265,7 @@ async def list_batches(
 async def unfinished(db: Database, *, since: datetime, limit: int) -> list[BatchRow]:
     """The newest batches that were made after `since` and are not finished."""
     statement = (
-        select(batches)
+        select(*BATCH_COLUMNS)
         .where(batches.c.created_at > since, batches.c.finished_at.is_(None))
         .order_by(batches.c.created_at.desc(), batches.c.batch_id.desc())
         .limit(limit)

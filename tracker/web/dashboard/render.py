@@ -237,7 +237,7 @@ class PageGroup:
 
 def _runbook(docs_url: str | None, section: str) -> str:
     """The address of a section of the runbook: here, or in the documentation at `docs_url`."""
-    return f"{docs_url}/runbook.html#{section}" if docs_url else f"/runbook#{section}"
+    return f"{docs_url or ''}/runbook.html#{section}"
 
 
 def _is_below(path: str, page: str) -> bool:

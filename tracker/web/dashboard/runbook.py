@@ -1,4 +1,4 @@
-"""`/runbook`: what each alert means and what to do, from docs/runbook.md of this version.
+"""`/runbook.html`: what each alert means and what to do, from docs/runbook.md of this version.
 
 So a page can link to it where nothing else can be reached. With `TRACKER_DOCS_URL` pages link to
 the documentation there instead.
@@ -22,7 +22,7 @@ class RunbookPage(PageGroup):
     """The page."""
 
     def routes(self) -> list[Route]:
-        return [Route("/runbook", self.show, methods=["GET"])]
+        return [Route("/runbook.html", self.show, methods=["GET"])]
 
     async def show(self, request: Request) -> Response:
         """All sections; an alert's is `#` and its name in lower case."""
