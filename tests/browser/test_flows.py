@@ -6,7 +6,7 @@ import re
 import pytest
 from playwright.async_api import expect
 
-from tests.browser.conftest import READER, TOKEN, LiveTracker, OpenPage, sign_in
+from tests.browser.conftest import TOKEN, LiveTracker, OpenPage, sign_in
 from tests.support.deliveries import Delivered, keep
 from tracker.core.clock import utc_now
 from tracker.core.record import Delivery, DeliveryOutcome
@@ -60,20 +60,6 @@ async def test_signing_out_ends_a_copied_cookie(live: LiveTracker, open_page: Op
     answer = await second.page.request.get(f"{live.url}/api/runs")
     assert answer.status == 401
     first.assert_quiet()
-
-
-async def test_a_reading_token_is_offered_no_actions(
-    live: LiveTracker, open_page: OpenPage
-) -> None:
-    """A token with the scope `read` signs in and sees runs and outputs, but no action."""
-    run_id = await start(live)
-    watched = await open_page()
-    page = watched.page
-    await sign_in(page, f"{live.url}/runs/{run_id}", READER)
-    await expect(page.get_by_role("button", name="Sign out")).to_be_visible()
-    await expect(page.locator(".summary .pill")).to_have_text("completed")
-    await expect(page.get_by_role("button", name="Check now")).to_have_count(0)
-    watched.assert_quiet()
 
 
 async def test_a_run_page_is_updated_live(live: LiveTracker, open_page: OpenPage) -> None:
@@ -142,7 +128,7 @@ async def test_times_are_in_the_viewers_zone(live: LiveTracker, open_page: OpenP
     watched.assert_quiet()
 
 
-async def _quarantine(live: LiveTracker, delivery_id: str, run_id: str, reason: str) -> None:
+async def quarantine(live: LiveTracker, delivery_id: str, run_id: str, reason: str) -> None:
     body = {
         "id": delivery_id,
         "type": "run.completed",
@@ -167,7 +153,7 @@ async def _outcome(live: LiveTracker, delivery_id: str) -> DeliveryOutcome:
 async def test_a_quarantined_delivery_is_replayed(live: LiveTracker, open_page: OpenPage) -> None:
     """One click, and the page shows the result."""
     run_id = await start(live)
-    await _quarantine(live, "whd_kept", run_id, "an older version did not understand it")
+    await quarantine(live, "whd_kept", run_id, "an older version did not understand it")
     watched = await open_page()
     page = watched.page
     await sign_in(page, live.url)
@@ -188,12 +174,12 @@ async def test_deliveries_are_selected_and_handled_together(
     """A selection survives a live update; each action asks first, by cause or for a selection."""
     run_id = await start(live)
     for number in range(3):
-        await _quarantine(live, f"whd_bulk_{number}", run_id, "made up")
+        await quarantine(live, f"whd_bulk_{number}", run_id, "made up")
     watched = await open_page()
     page = watched.page
     await sign_in(page, f"{live.url}/deliveries?outcome=quarantined")
     await page.get_by_label("Select whd_bulk_0").check()
-    await _quarantine(live, "whd_bulk_3", run_id, "another cause")
+    await quarantine(live, "whd_bulk_3", run_id, "another cause")
     await start(live)  # its events update the page
     await expect(page.get_by_role("link", name="whd_bulk_3")).to_be_visible(timeout=20_000)
     await expect(page.get_by_label("Select whd_bulk_0")).to_be_checked()

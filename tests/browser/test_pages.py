@@ -7,10 +7,11 @@ from urllib.parse import quote
 import pytest
 from playwright.async_api import Page, expect
 
-from tests.browser.conftest import LiveTracker, OpenPage, sign_in
-from tests.browser.test_flows import start
+from tests.browser.conftest import READER, LiveTracker, OpenPage, sign_in
+from tests.browser.test_flows import quarantine, start
 from tests.web.dashboard.hostile import BATCH_ID, DELIVERY_ID, EVIL, RUN_ID, TECHNIQUE_ID
 from tracker.core.run import Tracking
+from tracker.starting.sheet import read_csv
 from tracker.store.queries import runs as read
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -98,6 +99,39 @@ async def test_every_page_is_accessible(live: LiveTracker, open_page: OpenPage) 
         await page.wait_for_load_state("load")
         await _assert_accessible(page, path)
     assert (watched.dialogs, watched.refused) == ([], [])
+
+
+async def test_a_reading_token_sees_every_page_and_is_offered_no_action(
+    live: LiveTracker, open_page: OpenPage
+) -> None:
+    """A token with the scope `read` signs in and sees runs, outputs and costs. Each page says what
+    it may do, and sends nothing but the sign-out."""
+    await quarantine(live, "whd_seen_by_a_reader", "run_1", "made up")
+    batch = await _batch(live)
+    watched = await open_page()
+    page = watched.page
+    await page.goto(f"{live.url}/login")
+    await expect(page.locator("#hint")).to_contain_text("scope read is enough")
+    await sign_in(page, live.url, READER)
+    paths = [*await _pages(live, page), f"/batches/{batch}", "/deliveries/whd_seen_by_a_reader"]
+    assert "/audit" not in paths
+    senders = "[...document.querySelectorAll('form[method=post]')].map((each) => each.action)"
+    for path in paths:
+        await page.goto(f"{live.url}{path}")
+        assert await page.evaluate(senders) == [f"{live.url}/logout"], path
+        assert await page.locator("main [hx-post], main [hx-delete]").count() == 0, path
+        await expect(page.locator("#rights")).to_contain_text("starts or changes nothing")
+    await page.goto(f"{live.url}/runs/{await _settled(live)}")
+    await expect(page.locator(".gallery img").first).to_be_visible()
+    assert (watched.dialogs, watched.refused) == ([], [])
+
+
+async def _batch(live: LiveTracker) -> str:
+    """The id of a batch of one row."""
+    batches = live.services.batches
+    plan, _ = await batches.plan("icon-pack", read_csv(b"prompt\ngarden tools\n"), name="one.csv")
+    await batches.run(plan, concurrency=1, wait=True, on_progress=lambda _: None)
+    return plan.batch.batch_id
 
 
 async def _assert_accessible(page: Page, path: str) -> None:

@@ -1,12 +1,17 @@
 """`/techniques`: FLORA's catalogue as last synced, and how long each technique takes."""
 
+import csv
+import io
+import re
 import shlex
 from typing import Final
+from urllib.parse import quote
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from tracker.starting.batch_results import safe_cell
 from tracker.store.queries import runs as read
 from tracker.store.queries import techniques
 from tracker.store.queries.techniques import TechniqueRow
@@ -16,6 +21,8 @@ from tracker.web.http.responses import not_found
 
 PAGE_SIZE: Final = 60
 RECENT_RUNS: Final = 10
+NAME_COLUMN: Final = "SKU"
+"""The column of a sheet that is no input: files are named by it."""
 _EXAMPLES: Final = {
     "text": "…",
     "imageUrl": "https://…/image.png",
@@ -30,6 +37,7 @@ class TechniquePages(PageGroup):
     def routes(self) -> list[Route]:
         return [
             Route("/techniques", self.list, methods=["GET"]),
+            Route("/techniques/{technique_id:any}/sheet.csv", self.sheet, methods=["GET"]),
             Route("/techniques/{technique_id:any}", self.show, methods=["GET"]),
         ]
 
@@ -48,13 +56,46 @@ class TechniquePages(PageGroup):
             request,
             "techniques.html",
             filters=filters,
-            rows=rows,
+            rows=[(row, await read.durations(self._database, row.technique_id)) for row in rows],
             has_key=self._has_key,
             **page_links("/techniques", cursor=cursor, next_cursor=next_cursor, **filters),
         )
 
     async def show(self, request: Request) -> Response:
-        """One technique: inputs, outputs, price, and how long its runs take."""
+        """One technique: inputs, outputs, price, how long its runs take, and how to start them."""
+        row = await self._row(request)
+        recent, _ = await read.list_runs(
+            self._database, technique_id=row.technique_id, limit=RECENT_RUNS
+        )
+        return self._render(
+            request,
+            "technique.html",
+            row=row,
+            durations=await read.durations(self._database, row.technique_id),
+            recent=recent,
+            command=_command(row),
+            batch=_batch_command(row),
+            columns=_columns(row),
+        )
+
+    async def sheet(self, request: Request) -> Response:
+        """A sheet for the command `batch`, which has the columns and no row yet."""
+        row = await self._row(request)
+        if not (columns := _columns(row)):
+            raise not_found(
+                f"The inputs of {row.name} are not known here, or not all can be given."
+            )
+        line = io.StringIO()
+        csv.writer(line).writerow([safe_cell(column) for column in columns])
+        name = quote(_sheet_name(row), safe="")
+        return Response(
+            line.getvalue().encode("utf-8-sig"),  # by the mark Excel knows that it is UTF-8
+            media_type="text/csv",
+            headers={"Content-Disposition": f"attachment; filename*=UTF-8''{name}"},
+        )
+
+    async def _row(self, request: Request) -> TechniqueRow:
+        """The technique of the path: in the catalogue, or known from a run."""
         database = self._database
         technique_id, usable = path_id(request, "technique_id")
         row = None
@@ -69,23 +110,37 @@ class TechniquePages(PageGroup):
                 f"Technique {technique_id} is not in the catalogue. The command tracker techniques "
                 "sync updates it."
             )
-        recent, _ = await read.list_runs(database, technique_id=row.technique_id, limit=RECENT_RUNS)
-        return self._render(
-            request,
-            "technique.html",
-            row=row,
-            durations=await read.durations(database, row.technique_id),
-            recent=recent,
-            command=_command(row),
-        )
+        return row
 
 
 def _command(row: TechniqueRow) -> str | None:
     """The command that starts a run; `None` where an input has a type that it cannot give."""
+    if not _columns(row):
+        return None
     words = ["tracker", "runs", "start", row.slug or row.technique_id]
     for port in row.inputs:
-        example = _EXAMPLES.get(str(port.get("type")))
-        if example is None:
-            return None
-        words += ["--input", f"{port.get('id')}={example}"]
-    return shlex.join([*words, "--wait"]) if row.inputs else None
+        words += ["--input", f"{port.get('id')}={_EXAMPLES[str(port.get('type'))]}"]
+    return shlex.join([*words, "--wait"])
+
+
+def _batch_command(row: TechniqueRow) -> str:
+    """The command that runs a sheet and saves the outputs under the names of its rows."""
+    sheet = _sheet_name(row)
+    folder = sheet.removesuffix(".csv")
+    words = ["tracker", "batch", row.slug or row.technique_id, sheet]
+    return shlex.join([*words, "--download", folder, "--name-by", NAME_COLUMN])
+
+
+def _columns(row: TechniqueRow) -> list[str]:
+    """The columns of a sheet: one to name the files by, and the inputs. None where an input has no
+    id, or a type that a sheet cannot give."""
+    names = [str(port.get("id") or "") for port in row.inputs]
+    types = {str(port.get("type")) for port in row.inputs}
+    if not names or "" in names or not types <= _EXAMPLES.keys():
+        return []
+    return [*(name for name in (NAME_COLUMN,) if name not in names), *names]
+
+
+def _sheet_name(row: TechniqueRow) -> str:
+    name = re.sub(r"[^\w.-]+", "-", row.slug or row.technique_id).strip(".-")
+    return f"{name or 'sheet'}.csv"
