@@ -15,6 +15,8 @@ from pydantic import SecretStr
 
 from tracker.core.clock import Clock
 from tracker.delivering.downloads import Downloader
+from tracker.delivering.endpoint_client import Endpoint
+from tracker.delivering.webhooks import Webhooks
 from tracker.explaining.explainer import Explainer
 from tracker.flora.client import FloraClient
 from tracker.flora.parse import digest_id
@@ -31,7 +33,7 @@ from tracker.polling.workspaces import DatabaseWaits, Workspace, WorkspaceIds, W
 from tracker.receiving.apply import Applier
 from tracker.receiving.receive import Receiver
 from tracker.receiving.replay import Replayer
-from tracker.settings import Rotation, Settings, WorkspaceSettings
+from tracker.settings import EndpointSettings, Rotation, Settings, WorkspaceSettings
 from tracker.settings.values import longest_wait
 from tracker.starting.batch import Batches
 from tracker.starting.batch_orders import BatchOrders
@@ -46,11 +48,13 @@ from tracker.store import migrate
 from tracker.store.clock import shared_clock
 from tracker.store.engine import Database
 from tracker.store.queries.audit import Refusals
+from tracker.store.queries.endpoints import EndpointConfig
 from tracker.store.signals import Signals
 from tracker.store.url import TLS_ADVICE
 from tracker.store.writing.inbox import Inbox
 from tracker.store.writing.rollups import RollupCompactor
 from tracker.store.writing.writer import MergeRules, Writer
+from tracker.views import message_body
 
 log = structlog.get_logger(__name__)
 
@@ -100,6 +104,7 @@ class Services:
     follower: Follower
     explainer: Explainer
     downloader: Downloader
+    webhooks: Webhooks
 
     @property
     def reconcile_cron(self) -> str:
@@ -162,7 +167,17 @@ async def open_services(
         )
         durations = DurationBook(database, clock=clock)
         signals = Signals(database)
-        # Before the writers, so that it is closed after them and compacts the last commits.
+        # These two before the writers, so that they are closed after them and see the last commits.
+        webhooks = Webhooks(
+            database=database,
+            signals=signals,
+            endpoints=map(_endpoint, settings.endpoints),
+            body=message_body,
+            process=process,
+            clock=clock,
+        )
+        stack.push_async_callback(webhooks.aclose)
+        rotation.follow(partial(_rotate_endpoints, webhooks))
         compactor = RollupCompactor(database, background=background)
         rules = MergeRules(settings.policy, durations.of)
         on_commit = [signals.committed, compactor.committed, metrics.committed]
@@ -361,6 +376,7 @@ async def open_services(
             downloader=Downloader(
                 database=database, signals=signals, follower=follower, clock=clock
             ),
+            webhooks=webhooks,
         )
 
 
@@ -372,6 +388,25 @@ def _rotate(workspaces: Workspaces, settings: Settings) -> None:
             api_key=configured.api_key.get_secret_value() if configured.api_key else None,
             secrets=_clear(configured.webhook_secrets),
         )
+
+
+def _rotate_endpoints(webhooks: Webhooks, settings: Settings) -> None:
+    """Sign what is sent to endpoints with the secrets that are set now."""
+    webhooks.rotate({one.id: _clear(one.secrets) for one in settings.endpoints})
+
+
+def _endpoint(configured: EndpointSettings) -> Endpoint:
+    return Endpoint(
+        config=EndpointConfig(
+            endpoint_id=configured.id,
+            url=configured.shown_url,
+            events=configured.events,
+            filter=configured.filter,
+        ),
+        url=configured.url,
+        secrets=_clear(configured.secrets),
+        allow_private=configured.allow_private,
+    )
 
 
 def _clear(secrets: Iterable[SecretStr]) -> tuple[str, ...]:

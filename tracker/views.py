@@ -11,10 +11,12 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final
 
+from tracker.core.events import EventType
 from tracker.core.inputs import obstacle
 from tracker.core.record import Record
 from tracker.core.run import Output
 from tracker.flora.technique import ports
+from tracker.store.text import dump_json
 
 if TYPE_CHECKING:  # commands that show runs load nothing of the others
     from tracker.explaining.explainer import Explanation
@@ -141,6 +143,11 @@ def endpoint_json(row: "EndpointRow", backlog: "Backlog", delays: "Delays") -> d
         "disabled_at": _time(row.disabled_at),
         "disabled_reason": row.disabled_reason,
     }
+
+
+def message_body(event: EventType, at: datetime, run: Record) -> str:
+    """What endpoints receive, as JSON: the run as the API shows it."""
+    return dump_json({"type": event.value, "timestamp": time_json(at), "data": run_json(run)})
 
 
 def message_json(

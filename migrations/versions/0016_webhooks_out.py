@@ -68,6 +68,7 @@ def upgrade() -> None:
         text("state"),
         moment("disabled_at", nullable=True),
         text("disabled_reason", nullable=True),
+        moment("enabled_at", nullable=True),
         *(
             moment(name, nullable=True)
             for name in ("failing_since", "last_success_at", "last_error_at")

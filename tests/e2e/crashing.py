@@ -46,9 +46,11 @@ COMMITS: Final = (
     ),
     *("sweeps.begin", "sweeps.add", "sweeps.finish", "rollups.compact"),
     *("batches.keep", "batches.finish"),
+    *("outbox.fan_out", "endpoints.configure", "messages.take_turn"),
     *("techniques.define", "techniques.doubt", "techniques.add_listed", "techniques.mark_gone"),
 )
 SELDOM: Final = (
+    *("messages.release", "messages.resend", "messages.recover", "messages.catch_up"),
     "sweeps.forget_after",
     "statements.quarantine",
     "replay.requeue",

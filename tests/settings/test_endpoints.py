@@ -67,7 +67,7 @@ def test_by_default_settled_runs_are_sent(tmp_path: Path) -> None:
         ({"url": "https://a.example/#x"}, "must not hold a fragment"),
         ({"url": "a.example"}, "must be an address such as https://"),
         ({"secrets": "whsec_short"}, "endpoints[0].secrets[0] in {path} must be whsec_ and"),
-        ({"secrets": SECRET.removeprefix("whsec_")}, "must be whsec_ and base64 of 24 to 64"),
+        ({"secrets": SECRET.removeprefix("whsec_")}, "must be whsec_ and the base64 of"),
         ({"secrets": []}, "endpoints[0].secrets in {path}"),
         ({"events": ["run.ended"]}, "endpoints[0].events[0] in {path} must be 'run.settled'"),
         ({"events": []}, "endpoints[0].events in {path}"),

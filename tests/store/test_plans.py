@@ -290,7 +290,7 @@ _EMPTY = ", ".join(["'{}'"] * 11)
         (_text(_STATEMENTS.lock_rows), "ARRAY['a', 'b']", "pk_runs"),
         (_text(_STATEMENTS.select_waiting), "16384, ARRAY['a'], 10", "ix_deliveries_waiting"),
         (_text(_STATEMENTS.update_applied), "'applied', now(), ARRAY['a']", "pk_deliveries"),
-        (_text(WRITE), "'[]', '[]', '[]', ARRAY['a'], '[]', '[]'", "pk_runs"),
+        (_text(WRITE), "'[]', '[]', '[]', '[]', ARRAY['a'], '[]', '[]'", "pk_runs"),
         (STORE, _EMPTY, "pk_deliveries"),
     ],
     ids=["lock", "take", "applied", "write", "store"],

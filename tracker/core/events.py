@@ -1,12 +1,25 @@
-"""The events that are sent to endpoints, and which of them a change of a run causes; the states of
-a message, which is an event for one endpoint."""
+"""The events that are sent to endpoints: which of them a change of a run causes, which endpoint
+wants them, the states of a message (an event for one endpoint), and when an attempt is repeated."""
 
 from collections.abc import Mapping
+from datetime import datetime, timedelta
 from enum import StrEnum
+from typing import Final
 
 from tracker.core.fast_dataclass import fast_dataclass
 from tracker.core.record import Record
 from tracker.core.run import Tracking
+from tracker.core.schedule import jitter_share
+
+WAITS: Final = tuple(
+    timedelta(seconds=seconds)
+    for seconds in (5, 300, 1800, *(3600 * hours for hours in (2, 5, 10, 14, 20, 24)))
+)
+"""The waits between the attempts to deliver a message, three days in all."""
+JITTER: Final = 0.1
+"""The share of a wait that is added at most, so that messages that failed together spread out."""
+LONGEST_RETRY_AFTER: Final = timedelta(hours=1)
+"""How long an endpoint may put off an attempt beyond the schedule."""
 
 
 class EventType(StrEnum):
@@ -92,3 +105,29 @@ class RunFilter:
             status=fields.get("status"),
             tag=(key, value) if equals else None,
         )
+
+
+def next_attempt(
+    message_id: str,
+    *,
+    since: datetime,
+    now: datetime,
+    retry_after: float | None = None,
+    waits: tuple[timedelta, ...] = WAITS,
+) -> datetime | None:
+    """When to repeat an attempt that failed `now`; `None` to give up.
+
+    The schedule is a list of times after the first failure (`since`), so that attempts outside of
+    it, after an outage of the endpoint, use none of them up. `retry_after` is the wait in seconds
+    that the endpoint asked for. The jitter is derived from the id: the function stays pure.
+    """
+    earliest = now + waits[0]
+    times: list[datetime] = [since]
+    for wait in waits:
+        times.append(times[-1] + wait)
+    planned = next((at for at in times if at >= earliest), None)
+    if planned is None:
+        return None
+    jitter = JITTER * jitter_share(message_id, int(planned.timestamp())) * (planned - now)
+    asked = min(timedelta(seconds=retry_after or 0), LONGEST_RETRY_AFTER)
+    return max(planned + jitter, now + asked)

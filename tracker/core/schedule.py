@@ -98,7 +98,7 @@ def wait_after(policy: Policy, run_id: str, looks: int) -> timedelta:
     The jitter takes off up to a fifth, so that runs started together spread out. It is derived from
     the run id and the count, so that the function stays pure.
     """
-    return whole_wait(policy, looks) * (1 - 0.2 * _share(run_id, looks))
+    return whole_wait(policy, looks) * (1 - 0.2 * jitter_share(run_id, looks))
 
 
 def whole_wait(policy: Policy, looks: int) -> timedelta:
@@ -159,6 +159,7 @@ def next_recheck(policy: Policy, *, since_end: timedelta, now: datetime) -> date
     return now + min(due, policy.cost_give_up) - since_end
 
 
-def _share(run_id: str, looks: int) -> float:
-    digest = blake2b(f"{run_id}:{looks}".encode(errors="replace"), digest_size=4).digest()
+def jitter_share(of: str, number: int) -> float:
+    """A share from 0 to 1, random but always the same for one id and number."""
+    digest = blake2b(f"{of}:{number}".encode(errors="replace"), digest_size=4).digest()
     return int.from_bytes(digest) / 2**32

@@ -21,6 +21,8 @@ Resolver = Callable[[str, int], Awaitable[list[Address]]]
 """Resolves a host name; raises `OSError` if it has no address."""
 
 RESOLVE_SECONDS: Final = 10.0
+KEEP_SECONDS: Final = 2.0
+"""How long an idle connection is kept: shorter than any server does."""
 _PORTS: Final = {"http": 80, "https": 443}
 _NAT64: Final = IPv6Network("64:ff9b::/96")
 _CLOUD_SERVICES: Final = tuple(
@@ -97,15 +99,31 @@ class GuardedTransport(httpx.AsyncBaseTransport):
     """Sends each request to a checked address of its host.
 
     The Host header and TLS keep the host name, so certificates are verified as usual. Connections
-    are not reused: two hosts at one address must not share one.
+    are not reused, because two hosts at one address must not share one; `one_host` promises that
+    all requests go to the same host. Errors name `what` was refused, and the `permission` for
+    private addresses.
     """
 
-    def __init__(self, *, allow_private: bool = False, resolver: Resolver = resolve) -> None:
+    def __init__(
+        self,
+        *,
+        allow_private: bool = False,
+        resolver: Resolver = resolve,
+        one_host: bool = False,
+        what: str = "the link",
+        permission: str = "--allow-private",
+    ) -> None:
         self._allow_private = allow_private
         self._resolve = resolver
+        self._what = what
+        self._permission = permission
         # The environment only decides which certificate authorities are trusted.
         self._inner = httpx.AsyncHTTPTransport(
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
+            limits=httpx.Limits(
+                max_connections=None,
+                max_keepalive_connections=None if one_host else 0,
+                keepalive_expiry=KEEP_SECONDS,
+            ),
         )
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
@@ -135,15 +153,17 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         port = url.port or _PORTS.get(url.scheme)
         host = url.raw_host.decode("ascii")
         if url.scheme not in _PORTS or port is None or not host:
-            raise LinkRefused("the link is not http(s)")
+            raise LinkRefused(f"{self._what} is not http(s)")
         addresses = await self._lookup(host, port)
         if any(map(_is_cloud_service, addresses)):
-            raise LinkRefused("the link leads to a cloud's own services, which are never fetched")
+            raise LinkRefused(
+                f"{self._what} leads to a cloud's own services, which is never allowed"
+            )
         inside = [address for address in addresses if not is_public(address)]
         if inside and not self._allow_private:
             raise LinkRefused(
-                f"the link leads to {inside[0]}, which is not a public address "
-                "(--allow-private permits it)"
+                f"{self._what} leads to {inside[0]}, which is not a public address "
+                f"({self._permission} permits it)"
             )
         return list(dict.fromkeys(addresses))
 
@@ -157,3 +177,15 @@ class GuardedTransport(httpx.AsyncBaseTransport):
                 return await self._resolve(host, port)
         except (OSError, UnicodeError, TimeoutError, ValueError) as exc:
             raise MediaUnavailable(f"the name {host} cannot be resolved") from exc
+
+
+def connect_failure(error: httpx.TransportError) -> str | None:
+    """Why no connection was made, without the address; `None` if there was one."""
+    match error:
+        case httpx.ConnectTimeout():
+            return "connecting to the server timed out"
+        case httpx.ConnectError() if "CERTIFICATE" in str(error):
+            return "the server's certificate is not valid, or not trusted here"
+        case httpx.ConnectError():
+            return "the server cannot be reached"
+    return None

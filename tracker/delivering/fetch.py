@@ -27,6 +27,7 @@ from tracker.delivering.addresses import (
     MediaError,
     MediaUnavailable,
     Resolver,
+    connect_failure,
     resolve,
 )
 from tracker.delivering.files import PARTIAL_ENDING, PartialFile, ResumeKey
@@ -303,13 +304,9 @@ def _pause(fruitless: int, retry_after: float | None) -> float:
 
 def _connection_error(error: httpx.TransportError, size: int) -> str:
     """What happened to the connection, without the link, which may be signed."""
+    if failure := connect_failure(error):
+        return failure
     match error:
-        case httpx.ConnectTimeout():
-            return "connecting to the server timed out"
-        case httpx.ConnectError() if "CERTIFICATE" in str(error):
-            return "the server's certificate is not valid, or not trusted here"
-        case httpx.ConnectError():
-            return "the server cannot be reached"
         case httpx.TimeoutException():
             return f"timed out after {size} bytes"
         case httpx.UnsupportedProtocol():

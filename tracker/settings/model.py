@@ -23,12 +23,12 @@ from tracker.core.net import CALLBACK_PATH, is_loopback_url
 from tracker.core.schedule import Policy
 from tracker.core.tags import parse_tag
 from tracker.core.tokens import SHORTEST, Scope, Token, Tokens
+from tracker.delivering.signing import check_secret
 from tracker.settings.values import (
     check_cron,
     check_database_url,
     check_endpoint_url,
     check_root_url,
-    check_webhook_secret,
     parse_duration,
     passwords_in,
     split_secrets,
@@ -92,7 +92,7 @@ def _moment(value: object) -> datetime:
 
 
 def _standard_secret(secret: SecretStr) -> SecretStr:
-    check_webhook_secret(secret.get_secret_value())
+    check_secret(secret.get_secret_value())
     return secret
 
 

@@ -660,6 +660,8 @@ endpoints: Final = Table(
     Column("state", CleanText, nullable=False),
     Column("disabled_at", UtcDateTime),
     Column("disabled_reason", CleanText),
+    # When it was enabled again: schedules of attempts begin anew.
+    Column("enabled_at", UtcDateTime),
     # The first failure after the last success.
     Column("failing_since", UtcDateTime),
     Column("last_success_at", UtcDateTime),

@@ -32,6 +32,8 @@ RUNS: Final = "tracker_runs"
 """Runs changed. The payload is a JSON list: the origin, then the ids of the runs."""
 INBOX: Final = "tracker_inbox"
 """Deliveries wait that the origin has no time to apply. The payload is the origin."""
+OUTBOX: Final = "tracker_outbox"
+"""Events or messages are to be sent to endpoints. The payload is the origin."""
 PAYLOAD_BYTES: Final = 7500
 """PostgreSQL takes 7999 bytes in one notification; the rest is for the origin."""
 
@@ -86,6 +88,7 @@ class Signals:
         self._due = asyncio.Event()
         self._listeners: set[Listener] = set()
         self._on_inbox: Callable[[], None] = lambda: None
+        self._on_outbox: Callable[[], None] = lambda: None
         self._task: asyncio.Task[None] | None = None
         self._listening = False
 
@@ -103,6 +106,10 @@ class Signals:
     def when_inbox_waits(self, call: Callable[[], None]) -> None:
         """Call `call` whenever another process has stored what it has no time to apply."""
         self._on_inbox = call
+
+    def when_outbox_waits(self, call: Callable[[], None]) -> None:
+        """Call `call` whenever this or another process has committed something to send."""
+        self._on_outbox = call
 
     @property
     def listening(self) -> bool:
@@ -137,6 +144,13 @@ class Signals:
             self._due.set()
         if outcome.changed_runs:
             self._publish(outcome.changed_runs)
+        if outcome.outbox:
+            self._on_outbox()
+
+    async def announce_outbox(self) -> None:
+        """Tell other processes that something is to be sent. Raises `StoreUnavailable`."""
+        if self._db.dialect == "postgresql":
+            await self._db.send("SELECT pg_notify($1, $2)", (OUTBOX, self._db.origin))
 
     def _publish(self, run_ids: Sequence[str]) -> None:
         for listener in tuple(self._listeners):
@@ -167,11 +181,12 @@ class Signals:
     async def _listen_on(self, connection: Any) -> None:
         lost = asyncio.Event()
         connection.add_termination_listener(lambda _: lost.set())
-        for channel in (DUE, RUNS, INBOX):
+        for channel in (DUE, RUNS, INBOX, OUTBOX):
             await connection.add_listener(channel, self._on_notification)
         self._listening = True
         # Signals were missed while nothing listened.
         self._due.set()
+        self._on_outbox()
         self._publish(())
         while not lost.is_set():
             with contextlib.suppress(TimeoutError):
@@ -188,5 +203,7 @@ class Signals:
             self._publish(run_ids)
         elif channel == DUE:
             self._due.set()
+        elif channel == OUTBOX:
+            self._on_outbox()
         else:
             self._on_inbox()

@@ -126,6 +126,7 @@ class Worker:
             )
         else:
             log.warning("worker.no_key", advice="set FLORA_API_KEY; until then nothing is polled")
+        await services.webhooks.start()
         self._scheduler.start()
         services.metrics.worker_started()
         if keyed:
@@ -138,6 +139,7 @@ class Worker:
     async def stop(self) -> None:
         """End the jobs, interrupting them, and release their claims."""
         self._services.metrics.worker_stopped()
+        delivering = asyncio.create_task(self._services.webhooks.stop(), name="webhooks")
         for background in self._tasks:
             background.cancel()
         if self._tasks:
@@ -158,6 +160,7 @@ class Worker:
         except (StoreError, TimeoutError) as error:
             why = str(error) or "the database does not answer in time"
             log.warning("worker.claims_kept", error=why, advice="they run out by themselves")
+        await delivering
 
     def _job(self, name: str, work: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
         """A job that reports its failures, and that `stop` waits for."""

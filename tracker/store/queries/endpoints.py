@@ -48,6 +48,7 @@ class EndpointRow:
     state: str
     disabled_at: datetime | None = None
     disabled_reason: str | None = None
+    enabled_at: datetime | None = None
     failing_since: datetime | None = None
     last_success_at: datetime | None = None
     last_error_at: datetime | None = None
@@ -138,7 +139,7 @@ async def delays(db: Database, endpoint_id: str, *, since: datetime) -> Delays:
         .limit(SAMPLE)
     )
     async with db.read() as connection:
-        rows = (await connection.execute(newest)).tuples().all()
+        rows = (await connection.execute(newest)).all()
     took = sorted(
         max((delivered_at - event_at).total_seconds(), 0.0)
         for event_at, delivered_at in rows

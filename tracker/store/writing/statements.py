@@ -32,6 +32,7 @@ from tracker.store.schema import deliveries, run_outputs, runs, starts, word
 from tracker.store.writing import retention
 
 EVENT_COLUMNS: Final = ("run_id", "at", "source", "status", "progress", "detail")
+OUTBOX_COLUMNS: Final = ("event_id", "event", "run_id", "at")
 OUTPUT_COLUMNS: Final = ("run_id", "position", "output_id", "type", "url")
 ROLLUP_COLUMNS: Final = (*Key._fields, "runs", "amount")
 STARTED_COLUMNS: Final = ("slot", "key", "run", "shown", "others")
@@ -52,6 +53,8 @@ class BatchChanges:
     events: Rows = field(default_factory=list)
     rollups: Rows = field(default_factory=list)
     """Differences of counts and amounts, by key: see tracker.core.rollup."""
+    outbox: Rows = field(default_factory=list)
+    """Events to send to endpoints: see tracker.core.events."""
     started: Rows = field(default_factory=list)
     """Workspace slot and idempotency key of a start, the run that it became (the first of several),
     and how many of its runs appear for the first time: all, and all but the first."""

@@ -34,10 +34,11 @@ from sqlalchemy.sql.selectable import TableValuedAlias
 from tracker.store.engine import Database
 from tracker.store.errors import WriteConflict
 from tracker.store.rows import RUN_COLUMNS, run_row
-from tracker.store.schema import run_events, run_outputs, run_tally_changes, runs
-from tracker.store.signals import DUE, run_notices
+from tracker.store.schema import outbox, run_events, run_outputs, run_tally_changes, runs
+from tracker.store.signals import DUE, OUTBOX, run_notices
 from tracker.store.writing.statements import (
     EVENT_COLUMNS,
+    OUTBOX_COLUMNS,
     OUTPUT_COLUMNS,
     ROLLUP_COLUMNS,
     STARTED_COLUMNS,
@@ -79,7 +80,8 @@ _NOTICES: Final = ("channel", "payload")
 
 
 def _write() -> Any:
-    """Runs, their events, rollup changes and notices; returns how many runs were written.
+    """Runs, their events, rollup changes, the outbox and notices; returns how many runs were
+    written.
 
     It waits for no row: those of `existing` runs are locked. A run that another process has added
     meanwhile is left alone.
@@ -102,12 +104,13 @@ def _write() -> Any:
     )
     events = _insert_incoming(run_events, EVENT_COLUMNS, "events").cte("new_events")
     rollups = _insert_incoming(run_tally_changes, ROLLUP_COLUMNS, "rollups").cte("new_rollups")
+    sent = _insert_incoming(outbox, OUTBOX_COLUMNS, "outbox").cte("new_outbox")
     notice = _incoming("notice", [Column(name, Text()) for name in _NOTICES])
     notified = select(func.count(func.pg_notify(notice.c.channel, notice.c.payload)))
     updates, inserts = (
         select(func.count()).select_from(part).scalar_subquery() for part in (changed, added)
     )
-    return select(updates + inserts, notified.scalar_subquery()).add_cte(events, rollups)
+    return select(updates + inserts, notified.scalar_subquery()).add_cte(events, rollups, sent)
 
 
 def _close_starts() -> Any:
@@ -174,6 +177,8 @@ class PostgresStatements(Statements):
         notices = run_notices(self._origin, changes.changed_runs)
         if changes.due:
             notices.append((DUE, self._origin))
+        if changes.outbox:
+            notices.append((OUTBOX, self._origin))
         existing = set(changes.existing)
         rows: dict[bool, Rows] = {True: [], False: []}
         for record in changes.records:
@@ -184,6 +189,7 @@ class PostgresStatements(Statements):
             "new": _to_json(_RUNS, rows[False]),
             "events": _to_json(EVENT_COLUMNS, changes.events),
             "rollups": _to_json(ROLLUP_COLUMNS, changes.rollups),
+            "outbox": _to_json(OUTBOX_COLUMNS, changes.outbox),
             "notice": _to_json(_NOTICES, notices),
         }
         if connection.execute(WRITE, values).scalar_one() < len(changes.records):

@@ -28,6 +28,7 @@ from tracker.store.schema import (
     Money,
     UtcDateTime,
     deliveries,
+    outbox,
     run_events,
     run_outputs,
     run_tally_changes,
@@ -36,6 +37,7 @@ from tracker.store.schema import (
 from tracker.store.text import dump_json
 from tracker.store.writing.statements import (
     EVENT_COLUMNS,
+    OUTBOX_COLUMNS,
     OUTPUT_COLUMNS,
     ROLLUP_COLUMNS,
     STARTED_COLUMNS,
@@ -140,6 +142,7 @@ INSERT_EVENTS: Final = RowInsert(insert(run_events), [run_events.c[name] for nam
 INSERT_ROLLUPS: Final = RowInsert(
     insert(run_tally_changes), [run_tally_changes.c[name] for name in ROLLUP_COLUMNS]
 )
+INSERT_OUTBOX: Final = RowInsert(insert(outbox), [outbox.c[name] for name in OUTBOX_COLUMNS])
 INSERT_OUTPUTS: Final = RowInsert(
     insert(run_outputs), [run_outputs.c[name] for name in OUTPUT_COLUMNS]
 )
@@ -181,6 +184,7 @@ class SqliteStatements(Statements):
         UPSERT_RUNS(connection, [run_row(record) for record in changes.records])
         INSERT_EVENTS(connection, changes.events)
         INSERT_ROLLUPS(connection, changes.rollups)
+        INSERT_OUTBOX(connection, changes.outbox)
         if changes.replaced_outputs:
             run_ids = dump_json(changes.replaced_outputs)
             connection.execute(self.delete_outputs, {"run_ids": run_ids})

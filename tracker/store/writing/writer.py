@@ -7,11 +7,14 @@ applied.
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from typing import Any, Final
+from uuid import uuid4
 
 from sqlalchemy import Connection
 
+from tracker.core.events import events_between
 from tracker.core.fast_dataclass import fast_dataclass
 from tracker.core.record import DurationsOf, Entry, Record, Seen, Unseen, apply
 from tracker.core.rollup import Key, facts, same
@@ -46,13 +49,15 @@ class WriteResult:
 class WriteOutcome:
     """What a write batch did: the result of each entry, in order, and the sum.
 
-    `due` is true if a poll was brought forward, `requeued` if quarantined deliveries wait again.
+    `due` is true if a poll was brought forward, `requeued` if quarantined deliveries wait again,
+    `outbox` if there are events to send to endpoints.
     """
 
     results: list[WriteResult]
     due: bool
     changed_runs: list[str]
     requeued: bool = False
+    outbox: bool = False
 
 
 OnCommit = Callable[[WriteOutcome], None]
@@ -145,6 +150,7 @@ class WriteBatch:
         self._changes = BatchChanges()
         self._started: dict[tuple[str, str], list[Any]] = {}
         self._results: list[WriteResult] = []
+        self._last: dict[str, Entry] = {}
 
     def record(self, run_id: str) -> Record | None:
         """The run after the entries so far; `None` for an unknown run."""
@@ -160,6 +166,7 @@ class WriteBatch:
         if after is None:
             return
         self._now[run_id] = after
+        self._last[run_id] = entry
         if isinstance(entry, Seen):
             if result.changed:
                 seen = entry.observation
@@ -186,7 +193,9 @@ class WriteBatch:
         if changes.records or changes.started:
             self._statements.write(self._connection, changes)
         requeued = bool(changes.moved) and requeue_runs(self._connection, changes.moved)
-        return WriteOutcome(self._results, changes.due, changes.changed_runs, requeued)
+        return WriteOutcome(
+            self._results, changes.due, changes.changed_runs, requeued, bool(changes.outbox)
+        )
 
     def _compare(self) -> None:
         """Note the differences between the stored and the merged records."""
@@ -201,6 +210,9 @@ class WriteBatch:
                 if old is not None:
                     _count(rollups, old, -1)
                 _count(rollups, new, 1)
+            for event in events_between(old, new):
+                row = (uuid4().hex, event.value, run_id, _time_of(self._last[run_id]))
+                changes.outbox.append(row)
             if old is not None:
                 changes.existing.append(run_id)
                 if new.run.workspace_id != old.run.workspace_id:
@@ -225,6 +237,10 @@ def _count(rollups: dict[Key, list[int]], record: Record, sign: int) -> None:
         counts = rollups.setdefault(key, [0, 0])
         counts[0] += sign
         counts[1] += sign * amount
+
+
+def _time_of(entry: Entry) -> datetime:
+    return entry.at if isinstance(entry, Unseen) else entry.observation.at
 
 
 def run_id_of(entry: Entry) -> str:

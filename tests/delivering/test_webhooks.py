@@ -1,0 +1,334 @@
+"""Events are delivered to endpoints: signed, at least once, each endpoint apart."""
+
+import asyncio
+from datetime import timedelta
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from tests.delivering.conftest import OpenWorker, Worker, endpoint
+from tests.store.making import ids, seen
+from tests.support.endpoint import SECRET, Got, Receiver
+from tests.support.waiting import eventually
+from tracker.core.clock import utc_now
+from tracker.core.events import MessageState, RunFilter
+from tracker.core.record import Seen
+from tracker.core.run import RunStatus
+from tracker.delivering import webhooks as module
+from tracker.delivering.webhooks import UnknownEndpoint, UnknownMessage
+from tracker.store.engine import Database
+from tracker.store.queries import endpoints as read_endpoints
+from tracker.store.queries import messages as read
+from tracker.store.queries.audit import list_audit
+from tracker.store.queries.messages import MessageRow
+from tracker.store.queries.runs import get_run
+
+
+def settled(run_id: str, *, cost: float | None = 0.25) -> Seen:
+    """A read of a run that ended now, with its bill."""
+    now = utc_now()
+    facts: dict[str, Any] = {"completed_at": now, "technique_id": "tech_1"}
+    if cost is not None:
+        facts["charged_cost"] = Decimal(str(cost))
+    return seen(run_id, RunStatus.COMPLETED, at=now, facts=facts, reads=1)
+
+
+async def messages_of(db: Database, **filters: Any) -> list[MessageRow]:
+    """The messages, newest first."""
+    return (await read.list_messages(db, limit=1000, **filters))[0]
+
+
+async def configured(worker: Worker, *endpoint_ids: str) -> None:
+    """Wait until the worker has stored its endpoints."""
+
+    async def known() -> bool:
+        rows = await read_endpoints.list_endpoints(worker.db)
+        return {row.endpoint_id for row in rows} >= set(endpoint_ids)
+
+    await eventually(known)
+
+
+async def test_a_settled_run_arrives_once_and_signed(open_worker: OpenWorker) -> None:
+    """The endpoint gets the run as the API shows it, verified by either secret of a rotation, and
+    not before the run is settled in the database; the attempt is stored."""
+    other = "whsec_" + "A" * 32
+    early: list[str] = []
+    async with Receiver() as receiver:
+        worker: Worker = await open_worker(endpoint(receiver, secrets=(other, SECRET)))
+        await configured(worker, "shop")
+
+        async def check(got: Got) -> None:
+            record = await get_run(worker.db, got.run_id)
+            if record is None or not record.run.settled:
+                early.append(got.run_id)
+
+        receiver.on_request = check
+        await worker.writer.submit(settled("run_1"))
+        (got,) = await eventually(lambda: receiver.taken)
+        assert got.verified
+        assert (got.event, got.data["run_id"], got.data["charged_cost"]) == (
+            "run.settled",
+            "run_1",
+            0.25,
+        )
+        assert got.data["tracking"] == "settled"
+        assert got.headers["content-type"] == "application/json"
+        assert len(got.headers["webhook-signature"].split()) == 2
+        await eventually(lambda: delivered(worker.db, 1))
+        await worker.writer.submit(settled("run_1"))  # the same again is no event
+        await worker.writer.submit(settled("run_2"))
+        await eventually(lambda: receiver.runs["run_2"])
+        assert receiver.runs == {"run_1": 1, "run_2": 1}
+        assert early == []
+        message = (await messages_of(worker.db, run_id="run_1"))[0]
+        assert message.message_id == got.message_id
+        (attempt,) = await read.list_attempts(worker.db, message.message_id)
+        assert (attempt.status, attempt.answer, attempt.error) == (200, "ok", None)
+        shop = await read_endpoints.get_endpoint(worker.db, "shop")
+        assert shop is not None
+        assert shop.last_success_at is not None
+
+
+async def delivered(db: Database, count: int) -> bool:
+    """Whether that many messages are delivered."""
+    return len(await messages_of(db, state=MessageState.DELIVERED)) == count
+
+
+async def test_a_failed_attempt_is_repeated_under_the_same_id(open_worker: OpenWorker) -> None:
+    """Errors, cut connections and redirects are tried again by the schedule, and each attempt is
+    stored with its status and answer; after the last one the message is failed, and can be
+    resent."""
+    script, answer = [503, 302, 0, 0], b"\x00busy\n" * 5000
+    async with Receiver(script=script, answer=answer) as receiver:
+        worker: Worker = await open_worker(endpoint(receiver))
+        await configured(worker, "shop")
+        await worker.writer.submit(settled("run_1"))
+        receiver.headers = {"Location": receiver.url}
+
+        async def failed() -> list[MessageRow]:
+            return await messages_of(worker.db, state=MessageState.FAILED)
+
+        (message,) = await eventually(failed)
+        attempts = await read.list_attempts(worker.db, message.message_id)
+        assert [one.status for one in attempts] == [503, 302, None, None]
+        assert [one.error for one in attempts] == [
+            "it answered HTTP 503",
+            "it answered HTTP 302; redirects are not followed",
+            "the connection was cut",
+            "the connection was cut",
+        ]
+        assert (attempts[0].answer or "").startswith("busy  busy")
+        assert len(attempts[0].answer or "") <= 1000
+        assert {got.message_id for got in receiver.got} == {message.message_id}
+        await worker.webhooks.resend(message.message_id)
+        await eventually(lambda: receiver.runs["run_1"])
+        await eventually(lambda: delivered(worker.db, 1))
+        with pytest.raises(UnknownMessage):
+            await worker.webhooks.resend("msg_none")
+
+
+async def test_only_what_an_endpoint_wants_is_sent(open_worker: OpenWorker) -> None:
+    """Events and filters choose; what ended before an endpoint was configured is not sent."""
+    async with Receiver() as receiver:
+        worker: Worker = await open_worker(
+            endpoint(receiver, "other", filter=RunFilter(technique_id="tech_2")),
+            endpoint(receiver, "failed", filter=RunFilter(status="failed")),
+            endpoint(receiver, "all"),
+        )
+        await configured(worker, "all", "other", "failed")
+        before = utc_now() - timedelta(hours=1)
+        old = seen(
+            "old", RunStatus.COMPLETED, at=utc_now(), facts={"completed_at": before}, reads=1
+        )
+        await worker.writer.submit(old)
+        await worker.writer.submit(settled("run_1", cost=None))
+        await worker.writer.submit(settled("run_1", cost=0.5))
+        await worker.writer.submit(settled("run_1", cost=0.5))
+        await eventually(lambda: len(receiver.taken) == 2)
+        await eventually(lambda: delivered(worker.db, 2))
+        assert {(one.endpoint_id, one.event.value) for one in await messages_of(worker.db)} == {
+            ("all", "run.settled"),
+            ("all", "run.cost_changed"),
+        }
+
+
+async def test_one_endpoint_delays_no_other(open_worker: OpenWorker) -> None:
+    """While one endpoint never answers, one is slow and one is down, another gets its messages at
+    once; at most 20 requests are open for each, over two workers."""
+    async with (
+        Receiver(silent=True) as silent,
+        Receiver(seconds=0.5) as slow,
+        Receiver(down=True) as down,
+        Receiver() as quick,
+    ):
+        points = (
+            endpoint(silent, "silent"),
+            endpoint(slow, "slow"),
+            endpoint(down, "down"),
+            endpoint(quick, "quick"),
+        )
+        first: Worker = await open_worker(*points)
+        await open_worker(*points)
+        await configured(first, "silent", "slow", "down", "quick")
+        await first.writer.submit_all([settled(run_id) for run_id in ids("run", 60)])
+        await eventually(lambda: len(quick.runs) == 60)
+        assert len(slow.runs) < 60
+        await eventually(lambda: len(slow.runs) == 60)
+        assert max(slow.runs.values()) == 1
+        assert max(quick.runs.values()) == 1
+        for receiver in (silent, slow):
+            assert receiver.most_open <= 20
+        assert len(silent.got) == 20
+
+
+async def test_gone_disables_until_it_is_enabled(open_worker: OpenWorker) -> None:
+    """410 disables an endpoint: messages wait, none is sent. Enabling sends all of them."""
+    async with Receiver(status=410) as receiver:
+        worker: Worker = await open_worker(endpoint(receiver))
+        await configured(worker, "shop")
+        await worker.writer.submit(settled("run_1"))
+
+        async def disabled() -> bool:
+            shop = await read_endpoints.get_endpoint(worker.db, "shop")
+            assert shop is not None
+            return shop.disabled_reason == "it answered 410 Gone"
+
+        await eventually(disabled)
+        receiver.status = 200
+        await worker.writer.submit(settled("run_2"))
+        await eventually(lambda: pending(worker.db, 2))
+        await asyncio.sleep(0.5)  # longer than the wait before the next attempt
+        assert len(receiver.got) == 1
+        await worker.webhooks.enable("shop")
+        await eventually(lambda: receiver.runs == {"run_1": 1, "run_2": 1})
+        entries, _ = await list_audit(worker.db, limit=10)
+        assert [entry.action for entry in entries] == ["enable_endpoint"]
+        with pytest.raises(UnknownEndpoint):
+            await worker.webhooks.enable("none")
+
+
+async def pending(db: Database, count: int) -> bool:
+    """Whether that many messages are pending."""
+    return len(await messages_of(db, state=MessageState.PENDING)) == count
+
+
+async def test_an_outage_over_everything_is_sent_at_once(open_worker: OpenWorker) -> None:
+    """The first 2xx after an outage makes all messages due that failed during it, however long
+    their next wait would be."""
+    long = (timedelta(seconds=0.2), timedelta(hours=1))
+    async with Receiver(down=True) as receiver:
+        worker: Worker = await open_worker(endpoint(receiver), waits=long)
+        await configured(worker, "shop")
+        await worker.writer.submit_all([settled(run_id) for run_id in ids("run", 50)])
+        await eventually(lambda: tried_twice(worker.db, 50))
+        receiver.down = False
+        await worker.writer.submit(settled("run_new"))
+        await eventually(lambda: len(receiver.runs) == 51)
+        assert set(receiver.runs.values()) == {1}
+
+
+async def tried_twice(db: Database, count: int) -> bool:
+    """Whether that many messages have failed twice."""
+    return sum(one.attempts == 2 for one in await messages_of(db)) == count
+
+
+async def test_a_refused_message_waits_for_its_schedule(open_worker: OpenWorker) -> None:
+    """A message that its endpoint refuses while it takes others is not tried with each success."""
+    long = (timedelta(seconds=0.2), timedelta(hours=1))
+    async with Receiver(refuse=frozenset({"poison"})) as receiver:
+        worker: Worker = await open_worker(endpoint(receiver), waits=long)
+        await configured(worker, "shop")
+        await worker.writer.submit(settled("poison"))
+        for number in range(20):
+            await worker.writer.submit(settled(f"run_{number}"))
+            await eventually(lambda number=number: receiver.runs[f"run_{number}"])
+        await eventually(lambda: tried_twice(worker.db, 1))
+        for number in range(20, 30):
+            await worker.writer.submit(settled(f"run_{number}"))
+            await eventually(lambda number=number: receiver.runs[f"run_{number}"])
+        assert sum(got.run_id == "poison" for got in receiver.got) <= 3
+
+
+async def test_what_a_dead_worker_had_claimed_is_sent_by_another(
+    open_worker: OpenWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A claim expires, and another worker sends the message, under the same id."""
+    monkeypatch.setattr(module, "LEASE", timedelta(seconds=0.5))
+    async with Receiver(silent=True) as receiver:
+        worker: Worker = await open_worker(endpoint(receiver))
+        await configured(worker, "shop")
+        await worker.writer.submit(settled("run_1"))
+        await eventually(lambda: receiver.got)
+        receiver.silent = False
+        await open_worker(endpoint(receiver))
+        await eventually(lambda: receiver.runs["run_1"])
+        assert len({got.message_id for got in receiver.got}) == 1
+
+
+async def test_stopping_releases_what_is_open(
+    open_worker: OpenWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that stops waits for open requests a moment, and leaves the rest due."""
+    monkeypatch.setattr(module, "STOP_SECONDS", 0.2)
+    async with Receiver(silent=True) as receiver:
+        worker: Worker = await open_worker(endpoint(receiver))
+        await configured(worker, "shop")
+        await worker.writer.submit(settled("run_1"))
+        await eventually(lambda: receiver.got)
+        await worker.webhooks.stop()
+        receiver.silent = False
+        await worker.webhooks.start()
+        await eventually(lambda: receiver.runs["run_1"])
+
+
+async def test_a_process_without_endpoints_leaves_messages(open_worker: OpenWorker) -> None:
+    """A one-shot process that settles a run needs no secrets: it makes the messages when it ends,
+    and a worker sends them."""
+    async with Receiver() as receiver:
+        worker: Worker = await open_worker(endpoint(receiver))
+        await configured(worker, "shop")
+        await worker.webhooks.stop()
+        once: Worker = await open_worker(deliver=False)
+        await once.writer.submit(settled("run_1"))
+        await once.webhooks.aclose()
+        assert await pending(worker.db, 1)
+        await worker.webhooks.start()
+        await eventually(lambda: receiver.runs["run_1"])
+
+
+async def test_failed_messages_of_a_span_are_recovered(open_worker: OpenWorker) -> None:
+    """Recovering sends the failed ones since a time again, and no others."""
+    async with Receiver(status=500) as receiver:
+        worker: Worker = await open_worker(endpoint(receiver), waits=(timedelta(seconds=0.1),))
+        await configured(worker, "shop")
+        await worker.writer.submit_all([settled(run_id) for run_id in ids("run", 30)])
+        await eventually(lambda: failed(worker.db, 30))
+        receiver.status = 200
+        assert await worker.webhooks.recover("shop", since=utc_now()) == 0
+        assert await worker.webhooks.recover("shop", since=utc_now() - timedelta(hours=1)) == 30
+        await eventually(lambda: len(receiver.runs) == 30)
+        with pytest.raises(UnknownEndpoint):
+            await worker.webhooks.recover("none", since=utc_now())
+
+
+async def failed(db: Database, count: int) -> bool:
+    """Whether that many messages are failed."""
+    return len(await messages_of(db, state=MessageState.FAILED)) == count
+
+
+async def test_a_test_event_is_signed_and_not_stored(open_worker: OpenWorker) -> None:
+    """`test` sends one request and returns the outcome; rotated secrets sign it."""
+    async with Receiver() as receiver:
+        worker: Worker = await open_worker(endpoint(receiver, secrets=("whsec_" + "B" * 32,)))
+        attempt = await worker.webhooks.test("shop")
+        assert (attempt.status, attempt.delivered) == (200, True)
+        worker.webhooks.rotate({"shop": (SECRET,)})
+        await worker.webhooks.test("shop")
+        assert [(got.event, got.verified) for got in receiver.got] == [
+            ("tracker.test", False),
+            ("tracker.test", True),
+        ]
+        assert await messages_of(worker.db) == []
+        with pytest.raises(UnknownEndpoint, match="not in the settings"):
+            await worker.webhooks.test("none")

@@ -1,0 +1,184 @@
+"""One attempt: a signed request to an endpoint, and what came of it."""
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from typing import Final
+
+import httpx
+
+from tracker.core.clock import Clock
+from tracker.core.errors import TrackerError
+from tracker.delivering.addresses import Address, GuardedTransport, Resolver, connect_failure
+from tracker.delivering.signing import signed_headers
+from tracker.flora.caller import retry_after_of
+from tracker.store.queries.endpoints import EndpointConfig
+from tracker.store.writing.messages import Attempt
+
+ANSWER_SECONDS: Final = 15.0
+"""How long an endpoint may take to answer, with the connection."""
+ANSWER_BYTES: Final = 4096
+"""How much of an answer is read."""
+EXCERPT: Final = 1000
+"""How many characters of it are stored."""
+RESOLVED_SECONDS: Final = 30.0
+"""How long the addresses of a name are used."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """An endpoint of this process's settings, with its secrets."""
+
+    config: EndpointConfig
+    url: str = field(repr=False)
+    secrets: tuple[str, ...] = field(repr=False)
+    allow_private: bool = False
+
+
+class EndpointResolver:
+    """Resolves the name of one endpoint, one lookup at a time, and remembers the addresses.
+
+    Each lookup has a thread of its own. The threads of the event loop are few and shared: a name
+    server that does not answer would block all other lookups, FLORA's too.
+    """
+
+    def __init__(self, *, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._monotonic = monotonic
+        self._found: list[Address] = []
+        self._until = float("-inf")
+        self._lookup: asyncio.Future[list[Address]] | None = None
+
+    async def __call__(self, host: str, port: int) -> list[Address]:
+        """The addresses of the host. Raises `OSError`."""
+        if self._monotonic() >= self._until:
+            if self._lookup is None or self._lookup.done():
+                self._lookup = _resolve_in_thread(host, port)
+            self._found = await asyncio.shield(self._lookup)
+            self._until = self._monotonic() + RESOLVED_SECONDS
+        return self._found
+
+
+def _resolve_in_thread(host: str, port: int) -> asyncio.Future[list[Address]]:
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[list[Address]] = loop.create_future()
+    future.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    def finish(found: list[Address] | Exception) -> None:
+        if future.done():
+            return
+        if isinstance(found, Exception):
+            future.set_exception(found)
+        else:
+            future.set_result(found)
+
+    def work() -> None:
+        try:
+            infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            found = [ip_address(str(info[4][0]).partition("%")[0]) for info in infos]
+        except Exception as error:
+            result: list[Address] | Exception = error
+        else:
+            result = found
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(finish, result)
+
+    threading.Thread(target=work, name=f"resolve {host}", daemon=True).start()
+    return future
+
+
+class EndpointClient:
+    """Sends messages to one endpoint, whose secrets may be replaced.
+
+    Redirects are not followed, and the environment's proxies are not used. `answer_seconds` limits
+    an attempt.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        clock: Clock,
+        resolver: Resolver | None = None,
+        answer_seconds: float = ANSWER_SECONDS,
+    ) -> None:
+        self.endpoint = endpoint
+        self._clock = clock
+        self._seconds = answer_seconds
+        self._http = httpx.AsyncClient(
+            transport=GuardedTransport(
+                allow_private=endpoint.allow_private,
+                resolver=resolver or EndpointResolver(),
+                one_host=True,
+                what="the endpoint",
+                permission="allow_private = true",
+            ),
+            headers={"accept": "*/*", "accept-encoding": "identity"},
+            timeout=None,  # noqa: S113 - `send` limits the whole attempt
+            follow_redirects=False,
+            trust_env=False,
+        )
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def send(self, message_id: str, body: str) -> Attempt:
+        """Send a message once. Never raises for what the endpoint does."""
+        content, began = body.encode(), time.monotonic()
+        headers = signed_headers(message_id, content, self.endpoint.secrets, at=self._clock())
+        response: httpx.Response | None = None
+        answer, error = "", None
+        try:
+            async with asyncio.timeout(self._seconds):
+                request = self._http.build_request(
+                    "POST", self.endpoint.url, content=content, headers=headers
+                )
+                response = await self._http.send(request, stream=True)
+                answer = await _beginning(response)
+        except TimeoutError:
+            error = f"no answer within {self._seconds:g} s"
+        except httpx.TransportError as exc:
+            error = connect_failure(exc) or "the connection was cut"
+        except TrackerError as exc:  # the address is refused, or cannot be resolved
+            error = str(exc)
+        at = self._clock()
+        seconds = time.monotonic() - began
+        if response is None:
+            return Attempt(at=at, seconds=seconds, error=error)
+        with suppress(httpx.TransportError):
+            await response.aclose()
+        # The status decides, also where the rest of the answer does not come.
+        return Attempt(
+            at=at,
+            seconds=seconds,
+            status=response.status_code,
+            answer=answer or None,
+            error=_refusal(response),
+            retry_after=retry_after_of(response.headers, now=at),
+        )
+
+
+async def _beginning(response: httpx.Response) -> str:
+    """The first characters of an answer, printable ones only."""
+    received = b""
+    async for part in response.aiter_raw():
+        received += part
+        if len(received) >= ANSWER_BYTES:
+            break
+    if response.headers.get("content-encoding", "identity") != "identity":
+        return ""
+    text = received[:ANSWER_BYTES].decode(errors="replace")
+    return "".join(one if one.isprintable() else " " for one in text).strip()[:EXCERPT]
+
+
+def _refusal(response: httpx.Response) -> str | None:
+    if response.is_success:
+        return None
+    if response.is_redirect:
+        return f"it answered HTTP {response.status_code}; redirects are not followed"
+    return f"it answered HTTP {response.status_code}"

@@ -1,0 +1,382 @@
+"""Webhooks out: events of runs become messages, and these are delivered to their endpoints.
+
+Everything that has to survive is in the database: the outbox, the messages, the leases under which
+they are sent. So any number of workers may run, and one that dies leaves only leases, which expire.
+
+Every endpoint has a task of its own, so that a slow or dead one delays no other. Commits wake the
+tasks within milliseconds; what a signal missed is found every few seconds.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from datetime import datetime, timedelta
+from functools import partial
+from typing import Final
+from uuid import uuid4
+
+import structlog
+
+from tracker.core.clock import Clock
+from tracker.core.errors import StoreError, TrackerError
+from tracker.core.events import WAITS
+from tracker.core.rate_limited_log import LogRateLimit
+from tracker.delivering.endpoint_client import ANSWER_SECONDS, Endpoint, EndpointClient
+from tracker.store.engine import Database
+from tracker.store.queries import audit
+from tracker.store.queries.audit import Action
+from tracker.store.queries.endpoints import configure
+from tracker.store.signals import Signals
+from tracker.store.text import dump_json
+from tracker.store.writing import messages
+from tracker.store.writing.group_commit import call_hook
+from tracker.store.writing.messages import MOST_OPEN, Attempt, Claim, next_due_at, take_turn
+from tracker.store.writing.outbox import Shown, fan_out, outbox_waits
+
+TICK: Final = 5.0
+"""Seconds after which the database is read without a signal: the cost of a lost one."""
+CONFIGURE_EVERY: Final = 60.0
+"""Seconds between two notes of the endpoints in this process's settings."""
+GROUP: Final = 100
+"""The most events that one transaction turns into messages."""
+LEASE: Final = timedelta(seconds=ANSWER_SECONDS + 10)
+"""How long a message is claimed: an attempt, and the commit of its outcome."""
+RETRY_SECONDS: Final = 1.0
+"""How long to wait before an unavailable database is tried again."""
+STOP_SECONDS: Final = 3.0
+"""How long open requests have to end when the process stops."""
+LAST_WITHIN: Final = 2.0
+"""How long the last commits of the process may then take."""
+
+OnAttempt = Callable[[str, Claim, Attempt], None]
+"""Called with the endpoint's id and the outcome of an attempt, once it is committed."""
+
+log = structlog.get_logger(__name__)
+
+
+class UnknownEndpoint(TrackerError):
+    """No endpoint of that id is known, or it is not in the settings of this process."""
+
+
+class UnknownMessage(TrackerError):
+    """No message of that id is stored."""
+
+
+class Webhooks:
+    """Sends events to `endpoints`, those in the settings of this process.
+
+    `start` begins to deliver, in a worker. Any process makes messages of the events that it caused
+    when it ends (`aclose`), for the workers. `body` makes the body of a message, `process` is the
+    holder of leases. `on_attempt` is called after each attempt.
+    """
+
+    def __init__(
+        self,
+        *,
+        database: Database,
+        signals: Signals,
+        endpoints: Iterable[Endpoint],
+        body: Shown,
+        process: str,
+        clock: Clock,
+        waits: tuple[timedelta, ...] = WAITS,
+        on_attempt: Sequence[OnAttempt] = (),
+    ) -> None:
+        self._database = database
+        self._signals = signals
+        self._body = body
+        self._clock = clock
+        self._endpoints = {endpoint.config.endpoint_id: endpoint for endpoint in endpoints}
+        self._process = process
+        self._waits = waits
+        self._on_attempt = on_attempt
+        self._senders: dict[str, _Sender] = {}
+        self._woken = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._stopping = False
+        self._configured_at = float("-inf")
+        self._log_limit = LogRateLimit()
+        signals.when_outbox_waits(self.wake)
+
+    def rotate(self, secrets: Mapping[str, tuple[str, ...]]) -> None:
+        """Sign with these secrets from now on, by endpoint."""
+        for endpoint_id in self._endpoints.keys() & secrets.keys():
+            endpoint = replace(self._endpoints[endpoint_id], secrets=secrets[endpoint_id])
+            self._endpoints[endpoint_id] = endpoint
+            if sender := self._senders.get(endpoint_id):
+                sender.client.endpoint = endpoint
+
+    def wake(self) -> None:
+        """Check for events and messages soon."""
+        self._woken.set()
+        for sender in self._senders.values():
+            sender.wake()
+
+    async def start(self) -> None:
+        """Start to deliver."""
+        self._stopping = False
+        self._task = asyncio.create_task(self._run(), name="outbox")
+        for endpoint_id, endpoint in self._endpoints.items():
+            self._senders[endpoint_id] = _Sender(
+                EndpointClient(endpoint, clock=self._clock),
+                database=self._database,
+                process=self._process,
+                clock=self._clock,
+                waits=self._waits,
+                on_attempt=self._on_attempt,
+            )
+
+    async def stop(self) -> None:
+        """Finish or interrupt the open requests, and release their messages."""
+        task, self._task = self._task, None
+        senders, self._senders = self._senders, {}
+        if task is not None:
+            self._stopping = True
+            self._woken.set()
+            await asyncio.gather(_end(task), *(sender.stop() for sender in senders.values()))
+
+    async def aclose(self) -> None:
+        """Make messages of the last events of this process, if that is quick."""
+        if self._woken.is_set():
+            try:
+                async with asyncio.timeout(LAST_WITHIN):
+                    await self.drain()
+            except (StoreError, TimeoutError):
+                log.info("outbox.left", advice="a worker sends it, or the next process that ends")
+
+    async def drain(self) -> int:
+        """Make messages of all events; returns how many events there were.
+
+        Raises `StoreUnavailable`.
+        """
+        total, count = 0, GROUP
+        while count == GROUP:
+            made = await self._database.write(
+                partial(fan_out, limit=GROUP, now=self._clock(), body=self._body)
+            )
+            count = made.taken
+            total += count
+            for endpoint_id in made.endpoint_ids & self._senders.keys():
+                self._senders[endpoint_id].wake()
+            if made.endpoint_ids - self._senders.keys():
+                await self._signals.announce_outbox()
+        return total
+
+    async def test(self, endpoint_id: str) -> Attempt:
+        """Send a signed test event (`tracker.test`), which is not stored, and return the outcome.
+
+        Raises `UnknownEndpoint` where this process has no secret for it.
+        """
+        endpoint = self._endpoints.get(endpoint_id)
+        if endpoint is None:
+            known = ", ".join(self._endpoints) or "none"
+            raise UnknownEndpoint(
+                f"endpoint {endpoint_id} is not in the settings of this process (known: {known})"
+            )
+        now = self._clock()
+        await audit.write(self._database, audit.entry(Action.TEST, now, endpoint_id=endpoint_id))
+        event = {
+            "type": "tracker.test",
+            "timestamp": f"{now.replace(tzinfo=None).isoformat(timespec='microseconds')}Z",
+            "data": {"endpoint_id": endpoint_id},
+        }
+        client = EndpointClient(endpoint, clock=self._clock)
+        try:
+            return await client.send(f"msg_test_{uuid4().hex}", dump_json(event))
+        finally:
+            await client.aclose()
+
+    async def enable(self, endpoint_id: str) -> None:
+        """Enable an endpoint again, and send what waits for it. Raises `UnknownEndpoint`."""
+        if not await messages.enable(self._database, endpoint_id, now=self._clock()):
+            raise UnknownEndpoint(f"endpoint {endpoint_id} is not known")
+        await self._announce()
+
+    async def resend(self, message_id: str) -> None:
+        """Send a message again at once, whatever its state. Raises `UnknownMessage`."""
+        if not await messages.resend(self._database, message_id, now=self._clock()):
+            raise UnknownMessage(f"message {message_id} is not known")
+        await self._announce()
+
+    async def recover(self, endpoint_id: str, *, since: datetime) -> int:
+        """Send the failed messages of an endpoint that were created since then again, and its
+        pending ones at once; returns how many had failed. Raises `UnknownEndpoint`.
+
+        Runs without a message, from before the endpoint was configured, stay without one.
+        """
+        now = self._clock()
+        count = await messages.recover(self._database, endpoint_id, since=since, now=now)
+        if count is None:
+            raise UnknownEndpoint(f"endpoint {endpoint_id} is not known")
+        await self._announce()
+        return count
+
+    async def _announce(self) -> None:
+        self.wake()
+        with suppress(StoreError):  # they check every few seconds
+            await self._signals.announce_outbox()
+
+    async def _run(self) -> None:
+        while not self._stopping:
+            woken = self._woken.is_set()
+            self._woken.clear()
+            try:
+                await self._configure()
+                if woken or await outbox_waits(self._database):
+                    await self.drain()
+            except StoreError as error:
+                self._woken.set()
+                if count := self._log_limit.count("unavailable", now=time.monotonic()):
+                    log.warning("outbox.not_read", error=str(error), count=count)
+                await asyncio.sleep(RETRY_SECONDS)
+            except Exception:  # without this task nothing is sent: it goes on after any error
+                log.exception("outbox.failed")
+                await asyncio.sleep(RETRY_SECONDS)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(TICK):
+                    await self._woken.wait()
+
+    async def _configure(self) -> None:
+        """Note the endpoints of this process in the database, once a minute."""
+        if time.monotonic() - self._configured_at < CONFIGURE_EVERY:
+            return
+        configs = [endpoint.config for endpoint in self._endpoints.values()]
+        await configure(self._database, configs, now=self._clock())
+        self._configured_at = time.monotonic()
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    """Wait for a task that was told to stop: a transaction is interrupted only if it lasts."""
+    await asyncio.wait([task], timeout=LAST_WITHIN)
+    task.cancel()
+    await asyncio.wait([task])
+
+
+class _Sender:
+    """Sends the messages of one endpoint, from when it is made until `stop`."""
+
+    def __init__(
+        self,
+        client: EndpointClient,
+        *,
+        database: Database,
+        process: str,
+        clock: Clock,
+        waits: tuple[timedelta, ...],
+        on_attempt: Sequence[OnAttempt],
+    ) -> None:
+        self.client = client
+        self._id = client.endpoint.config.endpoint_id
+        self._database = database
+        self._process = process
+        self._clock = clock
+        self._waits = waits
+        self._on_attempt = on_attempt
+        self._woken = asyncio.Event()
+        self._stopping = False
+        self._open: dict[str, asyncio.Task[None]] = {}
+        self._outcomes: list[tuple[Claim, Attempt]] = []
+        self._log_limit = LogRateLimit()
+        self._task = asyncio.create_task(self._run(), name=f"endpoint {self._id}")
+
+    def wake(self) -> None:
+        """Check for messages soon."""
+        self._woken.set()
+
+    async def _run(self) -> None:
+        while not self._stopping:
+            self._woken.clear()
+            try:
+                wait = await self._turn(MOST_OPEN - len(self._open))
+            except StoreError as error:
+                if count := self._log_limit.count("unavailable", now=time.monotonic()):
+                    log.warning(
+                        "endpoint.not_read", endpoint_id=self._id, error=str(error), count=count
+                    )
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
+            except Exception:  # without this task nothing is sent there: it goes on
+                log.exception("endpoint.failed", endpoint_id=self._id)
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self._woken.wait()
+
+    async def stop(self) -> None:
+        """Let open requests end for a moment, interrupt the rest, and store what came of them."""
+        self._stopping = True
+        self.wake()
+        await _end(self._task)
+        if self._open:
+            await asyncio.wait(self._open.values(), timeout=STOP_SECONDS)
+        interrupted = dict(self._open)
+        for task in interrupted.values():
+            task.cancel()
+        try:
+            async with asyncio.timeout(LAST_WITHIN):
+                if self._outcomes:
+                    await self._turn(0)
+                if interrupted:
+                    await self._database.write(
+                        partial(
+                            messages.release,
+                            holder=self._process,
+                            message_ids=sorted(interrupted),
+                        )
+                    )
+        except (StoreError, TimeoutError):
+            log.warning("endpoint.claims_kept", endpoint_id=self._id, advice="they run out")
+        await self.client.aclose()
+
+    async def _turn(self, room: int) -> float:
+        """Store outcomes and claim up to `room` messages; returns how long to wait then."""
+        now = self._clock()
+        if not self._outcomes:
+            due = await next_due_at(self._database, self._id, now=now) if room > 0 else None
+            if due is None or due > now:
+                return TICK if due is None else min(TICK, (due - now).total_seconds())
+        outcomes, self._outcomes = self._outcomes, []
+        try:
+            turn = await self._database.write(
+                partial(
+                    take_turn,
+                    endpoint_id=self._id,
+                    outcomes=[(claim.message_id, attempt) for claim, attempt in outcomes],
+                    most=room,
+                    holder=self._process,
+                    now=now,
+                    lease=LEASE,
+                    waits=self._waits,
+                )
+            )
+        except BaseException:
+            self._outcomes = outcomes + self._outcomes
+            raise
+        for claim in turn.claims:
+            task = asyncio.create_task(self._attempt(claim), name=f"message {claim.message_id}")
+            self._open[claim.message_id] = task
+        for claim, attempt in outcomes:
+            for hook in self._on_attempt:
+                call_hook(hook, self._id, claim, attempt)
+        if turn.disabled:
+            log.error(
+                "endpoint.disabled",
+                endpoint_id=self._id,
+                reason=turn.disabled,
+                advice=f"correct it, then run `tracker endpoints enable {self._id}`",
+            )
+        return 0.0
+
+    async def _attempt(self, claim: Claim) -> None:
+        try:
+            attempt = await self.client.send(claim.message_id, claim.body)
+        except Exception as error:  # a fault of the tracker must not stop this endpoint
+            log.exception("endpoint.send_failed", endpoint_id=self._id)
+            failure = f"it could not be sent: {type(error).__name__}"
+            attempt = Attempt(at=self._clock(), seconds=0.0, error=failure)
+        self._outcomes.append((claim, attempt))
+        del self._open[claim.message_id]
+        self.wake()

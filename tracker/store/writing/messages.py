@@ -1,0 +1,384 @@
+"""Messages are claimed for an attempt, and the outcomes of attempts are stored.
+
+Whoever claims messages of an endpoint or stores outcomes locks the row of the endpoint first. So
+the number of open requests is limited over all processes, and no two of them deadlock.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from functools import partial
+from typing import Any, Final
+
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Select,
+    Update,
+    and_,
+    bindparam,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
+
+from tracker.core.events import WAITS, next_attempt
+from tracker.store.engine import Database
+from tracker.store.queries import audit
+from tracker.store.queries.audit import Action
+from tracker.store.schema import endpoints, message_attempts, messages, word
+
+MOST_OPEN: Final = 20
+"""Requests to one endpoint at the same time, over all processes."""
+FAILING_FOR: Final = timedelta(days=3)
+"""An endpoint that failed for this long, without a success in between, is disabled."""
+GONE: Final = 410
+PAGE: Final = 500
+"""Messages that one transaction makes due again."""
+
+_PENDING: Final = messages.c.state == word("pending")
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A message to send; `event_at` is when its event happened."""
+
+    message_id: str
+    body: str
+    event_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """The outcome of an attempt that ended `at`, after `seconds`.
+
+    `status` is the HTTP status and `answer` the beginning of the answer, if there was one. `error`
+    is why it failed, for people. `retry_after` is the wait in seconds that the endpoint asked for.
+    """
+
+    at: datetime
+    seconds: float
+    status: int | None = None
+    answer: str | None = None
+    error: str | None = None
+    retry_after: float | None = None
+
+    @property
+    def delivered(self) -> bool:
+        """Whether the endpoint took the message."""
+        return self.error is None
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What `take_turn` did: the claims, and why it disabled the endpoint, if it did."""
+
+    claims: list[Claim]
+    disabled: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Health:
+    """The columns of `endpoints` that attempts change."""
+
+    state: str
+    disabled_at: datetime | None
+    disabled_reason: str | None
+    enabled_at: datetime | None
+    failing_since: datetime | None
+    last_success_at: datetime | None
+    last_error_at: datetime | None
+    last_error: str | None
+    catch_up_from: datetime | None
+    catch_up_to: datetime | None
+
+
+async def next_due_at(db: Database, endpoint_id: str, *, now: datetime) -> datetime | None:
+    """When a message of the endpoint can be claimed, in the past if one is due; `None` if there is
+    none, or the endpoint is disabled."""
+    first = select(func.min(messages.c.next_attempt_at)).where(
+        messages.c.endpoint_id == endpoint_id, _PENDING, _free(now)
+    )
+    statement = select(endpoints.c.catch_up_from, first.scalar_subquery()).where(
+        endpoints.c.endpoint_id == endpoint_id, endpoints.c.state == "enabled"
+    )
+    async with db.read() as connection:
+        row = (await connection.execute(statement)).first()
+    return None if row is None else row[0] or row[1]
+
+
+def take_turn(
+    connection: Connection,
+    *,
+    endpoint_id: str,
+    outcomes: Sequence[tuple[str, Attempt]],
+    most: int,
+    holder: str,
+    now: datetime,
+    lease: timedelta,
+    waits: tuple[timedelta, ...] = WAITS,
+) -> Turn:
+    """Store the outcomes of attempts, by message, and claim up to `most` further messages."""
+    wanted = select(*(endpoints.c[name] for name in _Health.__slots__))
+    wanted = wanted.where(endpoints.c.endpoint_id == endpoint_id).with_for_update()
+    row = connection.execute(wanted).one_or_none()
+    if row is None:
+        return Turn([])
+    before = after = _Health(**row._mapping)
+    if outcomes:
+        _store(connection, outcomes, holder, waits, before.enabled_at)
+        for _, attempt in outcomes:
+            after = _judged(after, attempt, waits[0])
+    claims: list[Claim] = []
+    if after.state == "enabled":
+        claims, is_caught_up = _claim(connection, endpoint_id, after, most, holder, now, lease)
+        if is_caught_up:
+            after = replace(after, catch_up_from=None, catch_up_to=None)
+    if after != before:
+        changed = {name: getattr(after, name) for name in _Health.__slots__}
+        mine = endpoints.c.endpoint_id == endpoint_id
+        connection.execute(update(endpoints).where(mine).values(changed))
+    return Turn(claims, after.disabled_reason if after.state != before.state else None)
+
+
+def _judged(health: _Health, attempt: Attempt, first_wait: timedelta) -> _Health:
+    """The health of an endpoint after one more attempt.
+
+    After an outage, the messages that failed during it are due at once. Those that failed in its
+    first seconds are tried again then anyway; leaving them out keeps a message that the endpoint
+    refuses, while it takes others, to its schedule.
+    """
+    if attempt.delivered:
+        recovered = replace(health, failing_since=None, last_success_at=attempt.at)
+        since = health.failing_since
+        if since is None or since + first_wait > attempt.at:
+            return recovered
+        begin = min(since + first_wait, health.catch_up_from or attempt.at)
+        return replace(recovered, catch_up_from=begin, catch_up_to=attempt.at)
+    since = health.failing_since or attempt.at
+    failed = replace(
+        health, failing_since=since, last_error_at=attempt.at, last_error=attempt.error
+    )
+    if health.state == "disabled":
+        return failed
+    if attempt.status == GONE:
+        reason = "it answered 410 Gone"
+    elif attempt.at - since >= FAILING_FOR:
+        reason = f"every attempt failed for {FAILING_FOR.days} days; last: {attempt.error}"
+    else:
+        return failed
+    return replace(failed, state="disabled", disabled_at=attempt.at, disabled_reason=reason)
+
+
+_STORED: Final = ("message_id", "state", "attempts", "tried_since", "lease_holder")
+_FINISH: Final = (
+    update(messages)
+    .where(messages.c.message_id == bindparam("finished"))
+    .values(
+        {
+            name: bindparam(f"as_{name}", type_=messages.c[name].type)
+            for name in (
+                *("state", "attempts", "tried_since", "last_attempt_at", "next_attempt_at"),
+                *("delivered_at", "last_status", "last_error", "lease_until", "lease_holder"),
+            )
+        }
+    )
+)
+"""With all its columns bound, so that one prepared statement serves every outcome."""
+
+
+def _store(
+    connection: Connection,
+    outcomes: Sequence[tuple[str, Attempt]],
+    holder: str,
+    waits: tuple[timedelta, ...],
+    enabled_at: datetime | None,
+) -> None:
+    """Store attempts, and what they make of their messages.
+
+    A success counts also when the lease has expired meanwhile; a failure then only counts as an
+    attempt, since another process has the message.
+    """
+    columns = [messages.c[name] for name in (*_STORED, "next_attempt_at", "delivered_at")]
+    wanted = select(*columns, messages.c.lease_until)
+    wanted = wanted.where(messages.c.message_id.in_([message_id for message_id, _ in outcomes]))
+    wanted = wanted.order_by(messages.c.message_id).with_for_update()
+    found = {row.message_id: row for row in connection.execute(wanted)}
+    changes, attempts = [], []
+    for message_id, attempt in outcomes:
+        if (row := found.get(message_id)) is None:
+            continue
+        attempts.append(
+            {
+                "message_id": message_id,
+                "number": row.attempts + 1,
+                "at": attempt.at,
+                "seconds": attempt.seconds,
+                "status": attempt.status,
+                "answer": attempt.answer,
+                "error": attempt.error,
+            }
+        )
+        is_mine = row.lease_holder == holder
+        change = {
+            "state": row.state,
+            "attempts": row.attempts + 1,
+            "tried_since": row.tried_since,
+            "last_attempt_at": attempt.at,
+            "next_attempt_at": row.next_attempt_at,
+            "delivered_at": row.delivered_at,
+            "last_status": attempt.status,
+            "last_error": attempt.error,
+            "lease_until": None if is_mine else row.lease_until,
+            "lease_holder": None if is_mine else row.lease_holder,
+        }
+        if row.state == "pending" and attempt.delivered:
+            change |= {"state": "delivered", "delivered_at": attempt.at, "next_attempt_at": None}
+            change |= {"lease_until": None, "lease_holder": None}
+        elif row.state == "pending" and is_mine:
+            since = row.tried_since
+            if since is None or (enabled_at is not None and since < enabled_at):
+                since = attempt.at
+            due = next_attempt(
+                message_id,
+                since=since,
+                now=attempt.at,
+                retry_after=attempt.retry_after,
+                waits=waits,
+            )
+            state = "pending" if due else "failed"
+            change |= {"tried_since": since, "next_attempt_at": due, "state": state}
+        changes.append({"finished": message_id, **{f"as_{k}": v for k, v in change.items()}})
+    if attempts:
+        connection.execute(insert(message_attempts), attempts)
+        connection.execute(_FINISH, changes)
+
+
+def _claim(
+    connection: Connection,
+    endpoint_id: str,
+    health: _Health,
+    most: int,
+    holder: str,
+    now: datetime,
+    lease: timedelta,
+) -> tuple[list[Claim], bool]:
+    """Claim due messages, then those that failed during an outage that is over; whether none of
+    the latter is left."""
+    mine = messages.c.endpoint_id == endpoint_id
+    is_open = and_(mine, messages.c.lease_holder.is_not(None), messages.c.lease_until > now)
+    count = select(func.count()).select_from(messages).where(is_open)
+    room = min(most, MOST_OPEN - connection.execute(count).scalar_one())
+    if room <= 0:
+        return [], False
+    waiting = select(messages.c.message_id).where(mine, _PENDING, _free(now))
+    due = waiting.where(messages.c.next_attempt_at <= now)
+    claims = _take(connection, due, room, holder, now + lease)
+    if health.catch_up_from is None or len(claims) == room:
+        return claims, False
+    failed = waiting.where(
+        messages.c.next_attempt_at > now,
+        messages.c.last_attempt_at.between(health.catch_up_from, health.catch_up_to),
+    )
+    more = _take(connection, failed, room - len(claims), holder, now + lease)
+    return claims + more, not more
+
+
+def _take(
+    connection: Connection, wanted: Select[Any], most: int, holder: str, until: datetime
+) -> list[Claim]:
+    some = wanted.order_by(messages.c.next_attempt_at).limit(most)
+    some = some.with_for_update(skip_locked=True)
+    statement = (
+        update(messages)
+        .where(messages.c.message_id.in_(some))
+        .values(lease_until=until, lease_holder=holder)
+        .returning(messages.c.message_id, messages.c.body, messages.c.event_at)
+    )
+    claims = [Claim(*row) for row in connection.execute(statement)]
+    return sorted(claims, key=lambda claim: claim.event_at)
+
+
+def _free(now: datetime) -> ColumnElement[bool]:
+    return or_(messages.c.lease_until.is_(None), messages.c.lease_until <= now)
+
+
+async def resend(db: Database, message_id: str, *, now: datetime) -> bool:
+    """Send a message again, at once and by a new schedule; false if there is none of this id."""
+    entry = audit.entry(Action.RESEND, now, message_id=message_id)
+    statement = _due_again(now).where(messages.c.message_id == message_id)
+
+    def work(connection: Connection) -> bool:
+        found = connection.execute(statement).rowcount > 0
+        if found:
+            audit.note(connection, entry)
+        return found
+
+    return await db.write(work)
+
+
+async def recover(db: Database, endpoint_id: str, *, since: datetime, now: datetime) -> int | None:
+    """Send the failed messages of an endpoint that were created since then again, and its pending
+    ones at once; returns how many had failed, or `None` for an unknown endpoint."""
+    entry = audit.entry(Action.RESEND, now, endpoint_id=endpoint_id, since=since.isoformat())
+    if not await db.write(partial(_catch_up, endpoint_id, now, entry, {})):
+        return None
+    page = (
+        select(messages.c.message_id)
+        .where(
+            messages.c.endpoint_id == endpoint_id,
+            messages.c.state == word("failed"),
+            messages.c.state != word("delivered"),
+            messages.c.created_at >= since,
+        )
+        .order_by(messages.c.message_id)
+        .limit(PAGE)
+        .with_for_update()
+    )
+    statement = _due_again(now).where(messages.c.message_id.in_(page))
+    total = 0
+    while count := await db.write(lambda connection: connection.execute(statement).rowcount):
+        total += count
+    return total
+
+
+async def enable(db: Database, endpoint_id: str, *, now: datetime) -> bool:
+    """Enable an endpoint and send what waits for it, by new schedules; false if there is none of
+    this id."""
+    entry = audit.entry(Action.ENABLE, now, endpoint_id=endpoint_id)
+    fresh = {"state": "enabled", "disabled_at": None, "disabled_reason": None, "enabled_at": now}
+    return await db.write(partial(_catch_up, endpoint_id, now, entry, fresh))
+
+
+def _catch_up(
+    endpoint_id: str,
+    now: datetime,
+    entry: Mapping[str, Any],
+    more: Mapping[str, Any],
+    connection: Connection,
+) -> bool:
+    """Make everything that waits for an endpoint due at once; whether there is one of this id."""
+    statement = (
+        update(endpoints)
+        .where(endpoints.c.endpoint_id == endpoint_id)
+        .values(failing_since=None, catch_up_from=endpoints.c.since, catch_up_to=now, **more)
+    )
+    if not connection.execute(statement).rowcount:
+        return False
+    audit.note(connection, entry)
+    return True
+
+
+def _due_again(now: datetime) -> Update:
+    return update(messages).values(
+        state="pending", tried_since=None, next_attempt_at=now, delivered_at=None
+    )
+
+
+def release(connection: Connection, holder: str, message_ids: Sequence[str]) -> None:
+    """Release claims whose attempt was interrupted."""
+    held = (messages.c.message_id.in_(message_ids), messages.c.lease_holder == holder)
+    statement = update(messages).where(*held)
+    connection.execute(statement.values(lease_until=None, lease_holder=None))
