@@ -28,6 +28,8 @@ class Clients:
     def __init__(self, root: str, flora: Simulator) -> None:
         self.started: dict[str, str] = {}
         """The runs that clients were told of, by idempotency key."""
+        self.ordered: set[str] = set()
+        """The prompts of the rows of batches that were taken."""
         self.taken: set[str] = set()
         """The deliveries of their own that were answered 2xx."""
         self._root = root
@@ -41,6 +43,10 @@ class Clients:
     def start(self, *, patient: bool = True) -> None:
         """A client starts a run; one that is not patient goes away where it is not answered."""
         self._begin(self._start(self._next_key(), patient))
+
+    def order(self) -> None:
+        """A client orders a batch."""
+        self._begin(self._order(self._next_key()))
 
     def start_wrongly(self) -> None:
         """A client starts a run with inputs that FLORA refuses."""
@@ -73,7 +79,7 @@ class Clients:
             if chance.random() < 0.6:
                 self.start_elsewhere(with_callback=chance.random() < 0.8)
             elif len(self._waiting) < AT_MOST:
-                self.send() if chance.random() < 0.3 else self.start()
+                chance.choices([self.send, self.start, self.order], [3, 6, 1])[0]()
 
     def all_answered(self) -> bool:
         """Whether nobody waits. Raises what a client met that is no answer."""
@@ -104,6 +110,16 @@ class Clients:
         elif answer is not None:
             code = answer.json()["error"]["code"]
             assert code in ("start_pending", "start_unresolved"), answer.text
+
+    async def _order(self, key: str) -> None:
+        prompts = [f"{key}, row {number}" for number in range(3)]
+        rows = [{"prompt": prompt} for prompt in prompts]
+        answer = await self._ask(
+            "/api/batches", True, json={"technique": "icon-pack", "rows": rows}
+        )
+        assert answer is not None
+        assert answer.is_success, answer.text
+        self.ordered.update(prompts)
 
     async def _start_wrongly(self, key: str) -> None:
         inputs = [_prompt("no image")]

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 
 from tests.e2e.clients import OURS, Clients
 from tests.e2e.crashing import Point, prepare
-from tests.e2e.judgement import Verdict, judge, undecided_starts
+from tests.e2e.judgement import Verdict, batches_to_launch, judge, undecided_starts
 from tests.e2e.lives import FloraKey, Life
 from tests.e2e.starting import DEPLOYED, FORGOTTEN
 from tests.e2e.truth import settled_runs
@@ -106,6 +106,7 @@ class CrashRun:
                 self.clients.start()
                 self.clients.start(patient=self._lives % 3 > 0)
                 self.clients.send()
+                self.clients.order()
                 self.clients.start_wrongly()
             await self._calm_or_over(life, answers=answers)
             life.tell()
@@ -223,6 +224,8 @@ class CrashRun:
 
     async def _calm(self) -> bool:
         if await settled_runs(self._database) < len(self._flora.world.runs):
+            return False
+        if await batches_to_launch(self._database):
             return False
         return not await undecided_starts(self._database, self._flora)
 

@@ -51,12 +51,16 @@ COMMITS: Final = (
 )
 SELDOM: Final = (
     *("messages.release", "messages.resend", "messages.recover", "messages.catch_up"),
+    *("batch_launches.claim_due", "batch_launches.renew", "batch_launches.end"),
+    *("batch_launches.release", "batch_launches.finish_ended"),
+    "claims.release",
     "sweeps.forget_after",
     "statements.quarantine",
     "replay.requeue",
     "replay.acknowledge",
     "forget.forget_run",
     "inbox: notify",
+    "batch_launches.stop",
 )
 """Commits that come only where something is broken, or someone asks."""
 REQUESTS: Final = (

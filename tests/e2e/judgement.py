@@ -12,7 +12,7 @@ from tests.support.deliveries import applied
 from tracker.simulator import Simulator
 from tracker.store.engine import Database
 from tracker.store.queries.runs import get_run
-from tracker.store.schema import deliveries, runs, starts
+from tracker.store.schema import batch_rows, batches, deliveries, runs, starts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +54,7 @@ async def judge(database: Database, flora: Simulator, clients: Clients) -> Verdi
         lost=[
             *await _lost_deliveries(database, taken, clients.taken),
             *await _lost_starts(database, clients.started, prompts),
+            *(clients.ordered - {*prompts.values(), *await _undecided_prompts(database)}),
         ],
         paid_twice=[prompt for prompt, count in paid.items() if count > 1],
     )
@@ -64,6 +65,28 @@ async def starts_in(database: Database, *states: str) -> int:
     query = sa.select(sa.func.count()).where(starts.c.state.in_(states))
     async with database.read() as connection:
         return (await connection.execute(query)).scalar_one()
+
+
+async def batches_to_launch(database: Database) -> int:
+    """How many ordered batches have rows without a start, or have ended and are not closed."""
+    rows = sa.select(batch_rows.c.batch_id).outerjoin(
+        starts, starts.c.idempotency_key == batch_rows.c.idempotency_key
+    )
+    unstarted = rows.where(sa.func.coalesce(starts.c.state, "stored") == "stored")
+    query = sa.select(sa.func.count()).where(
+        batches.c.launch.is_not(None),
+        batches.c.finished_at.is_(None),
+        sa.or_(batches.c.launch_at.is_(None), batches.c.batch_id.in_(unstarted)),
+    )
+    async with database.read() as connection:
+        return (await connection.execute(query)).scalar_one()
+
+
+async def _undecided_prompts(database: Database) -> list[str]:
+    """The prompts of starts whose outcome the tracker says it does not know."""
+    query = sa.select(starts.c.inputs).where(starts.c.state.in_(("sent", "in_doubt", "unresolved")))
+    async with database.read() as connection:
+        return [inputs[0]["value"] for inputs in (await connection.execute(query)).scalars()]
 
 
 async def undecided_starts(database: Database, flora: Simulator) -> int:

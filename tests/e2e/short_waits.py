@@ -15,7 +15,8 @@ from tracker import services
 from tracker.cli import main
 from tracker.polling import poll, sweep
 from tracker.polling.workspaces import DatabaseWaits
-from tracker.starting import catalogue, recover, sending
+from tracker.starting import batch_worker, catalogue, recover, sending
+from tracker.store.queries import batch_launches
 from tracker.store.writing import rollups
 from tracker.web.http import server
 from tracker.worker import scheduler
@@ -51,9 +52,12 @@ class ShortWaits(DatabaseWaits):
 
 
 def shorten_waits() -> None:
-    """Clients and starts wait a fiftieth, and a killed process holds a start for two seconds, not
-    thirty."""
+    """Clients and starts wait a fiftieth, and a killed process holds a start or a batch for two
+    seconds, not thirty."""
     shorten(sending, HELD_FOR=timedelta(seconds=2))
+    shorten(batch_launches, LEASE=timedelta(seconds=2))
+    shorten(batch_worker, RENEW_AFTER=0.5, CHECK_EVERY=0.3, FINISH_EVERY=0.3)
+    shorten(batch_worker, GO_ON_AFTER=timedelta(seconds=0.5))
     services.FloraClient = partial(services.FloraClient, monotonic=clock, sleep=short_sleep)  # type: ignore
     services.DatabaseWaits = ShortWaits  # type: ignore[misc]
     services.Starter = partial(services.Starter, sleep=short_pause)  # type: ignore
@@ -65,10 +69,11 @@ def shorten_all_waits() -> None:
     shorten_waits()
     soon = timedelta(seconds=0.4)
     shorten(sending, HELD_FOR=soon)
+    shorten(batch_launches, LEASE=soon)
     shorten(recover, LISTED_WITHIN=timedelta(seconds=1))
     for module in (poll, sweep, catalogue):
         shorten(module, LEASE=soon)
-    for module in (sending, poll, sweep):
+    for module in (sending, poll, sweep, batch_worker):
         shorten(module, RENEW_AFTER=0.1)
     shorten(scheduler, ROUND_EVERY=0.2, RECOVER_EVERY=soon)
     scheduler.CronTrigger = every_second  # type: ignore[assignment,misc]

@@ -25,6 +25,9 @@ POINTS: tuple[tuple[Role, Point], ...] = (
     # Runs that are claimed; a page that is stored and not covered.
     ("serve", Point(when="after", name="claims.claim_due")),
     ("worker", Point(when="before", name="sweeps.add")),
+    # A batch that is on disk and whose client was told nothing; one whose launch is not noted.
+    ("serve", Point(when="after", name="batches.keep")),
+    ("serve", Point(when="after", name="batch_launches.end")),
 )
 
 LIVES = 3

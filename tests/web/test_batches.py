@@ -4,13 +4,22 @@ import csv
 import io
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from datetime import timedelta
+from decimal import Decimal
 from typing import Any
+
+import pytest
 
 from tests.support.waiting import eventually
 from tests.web.conftest import Serve, Site
 from tests.web.flora import with_flora
+from tests.worker.test_batch import hasty_client
+from tracker.core.budget import Budget, Budgets, Period
 from tracker.simulator import Simulator
-from tracker.store.queries import audit
+from tracker.starting import batch_worker
+from tracker.starting.sheet import read_csv
+from tracker.store.queries import audit, batches
 from tracker.worker.scheduler import Worker
 
 ROWS = [{"prompt": f"icon {number}", "sku": number} for number in range(1, 6)]
@@ -75,9 +84,13 @@ def begun(flora: Simulator) -> list[str]:
     return sorted(run.inputs[0]["value"] for run in flora.world.runs.values())
 
 
-async def test_a_program_gets_from_rows_to_results(serve: Serve, database_url: str) -> None:
+async def test_a_program_gets_from_rows_to_results(
+    serve: Serve, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows are stored before the answer and started by the worker; carried fields, tags, costs and
     outputs come back with each row, as JSON and as CSV; the same rows again pay nothing."""
+    monkeypatch.setattr(batch_worker, "FINISH_EVERY", 0.2)
+    monkeypatch.setattr(batch_worker, "CHECK_EVERY", 0.2)
     async with working(serve, database_url) as (site, flora):
         more = {"name": "Spring", "tags": {"client": "acme"}, "tag_columns": {"sku": "sku"}}
         made = await create(site, 201, **more)
@@ -114,3 +127,203 @@ async def test_a_program_gets_from_rows_to_results(serve: Serve, database_url: s
 
 async def is_finished(site: Site, batch_id: str) -> bool:
     return (await shown(site, batch_id))["finished_at"] is not None
+
+
+async def test_wrong_rows_are_reported_once_for_each_cause(serve: Serve, sqlite_url: str) -> None:
+    """A cause names all of its rows; nothing is stored, started or priced."""
+    rows = [{"prompt": ""}, {"prompt": "fine"}, {"prompt": None}, {"prompt": {"a": 1}}, {}]
+    async with working(serve, sqlite_url, worker=False) as (site, flora):
+        error = (await create(site, 422, rows=rows))["error"]
+        assert error["code"] == "invalid_rows"
+        assert error["message"] == "4 rows cannot be started, so nothing was started"
+        causes = {tuple(cause["rows"]): cause["message"] for cause in error["fields"]}
+        assert {one["field"] for one in error["fields"]} == {"prompt"}
+        assert set(causes) == {(1, 3, 5), (4,)}
+        assert causes[4,] == "must be text, not an object"
+        missing = (await create(site, 422, rows=[{"promt": "typo"}]))["error"]
+        assert [one["rows"] for one in missing["fields"]] == [[]]
+        assert missing["fields"][0]["message"] == (
+            "there is no column for the input 'prompt' (text); name a field like it, or name its "
+            "field in `columns`"
+        )
+        mapped = {"rows": [{"promt": "typo"}], "columns": {"prompt": "promt"}, "dry_run": True}
+        assert (await create(site, 200, **mapped))["to_start"] == 1
+        many = await site.client.post("/api/batches", json=body([{"prompt": "x"}] * 10_001))
+        assert many.status_code == 400
+        assert "at most 10000 items" in many.json()["error"]["fields"][0]["message"]
+        large = [{"prompt": "x", "note": "x" * 2_000_000}]  # more than other bodies may have
+        assert (await create(site, 200, rows=large, dry_run=True))["to_start"] == 1
+        assert (await site.client.get("/api/batches")).json()["batches"] == []
+        assert flora.world.runs == {}
+
+
+async def test_a_dry_run_tells_the_price_alone(serve: Serve, sqlite_url: str) -> None:
+    """It stores nothing, and says so where the request would be refused."""
+    async with working(serve, sqlite_url, worker=False) as (site, flora):
+        priced = await create(site, 200, dry_run=True, max_cost=1)
+        assert (priced["rows"], priced["to_start"], priced["cost"]) == (5, 5, 1.25)
+        assert "could cost $1.25, more than the maximum cost of $1.00" in priced["refusal"]
+        assert (await create(site, 200, dry_run=True))["refusal"] is None
+        assert (await site.client.get("/api/batches")).json()["batches"] == []
+        assert flora.world.runs == {}
+
+
+async def test_nothing_is_started_beyond_the_maximum_or_a_budget(
+    serve: Serve, sqlite_url: str
+) -> None:
+    """402 before anything is stored; a budget is compared with the rows that it covers."""
+    budget = Budget(usd=Decimal("0.6"), period=Period.DAY, tag=("client", "acme"))
+    async with working(serve, sqlite_url) as (site, flora):
+        refused = await create(site, 402, max_cost=1.24)
+        assert refused["error"]["code"] == "max_cost_exceeded"
+        for one in (site.services.batch_orders, site.services.starter):
+            one.budgets = Budgets(others=(budget,))
+        tagged = [{"prompt": f"icon {n}", "client": "acme" if n < 3 else "other"} for n in range(5)]
+        refused = await create(site, 402, rows=tagged, tag_columns={"client": "client"})
+        assert refused["error"]["code"] == "budget_exceeded"
+        assert refused["error"]["left"] == 0.6
+        assert "this batch could cost $0.75" in refused["error"]["message"]
+        assert (await site.client.get("/api/batches")).json()["batches"] == []
+        made = await create(site, 201, rows=tagged[1:], tag_columns={"client": "client"})
+        assert (await launched(site, made["batch_id"]))["started"] == 4
+        assert len(flora.world.runs) == 4
+
+
+async def test_a_price_that_rises_stops_the_launch(serve: Serve, sqlite_url: str) -> None:
+    """Bills count towards the maximum, those of the launch before too; the batch says why it
+    stopped, and goes on when that is ordered."""
+    async with working(serve, sqlite_url, worker=False) as (site, flora):
+        services = site.services
+        made = await create(site, 201, max_cost=1.25)
+        batch_id = made["batch_id"]
+        flora.world.options = replace(flora.world.options, price_factor=2)
+        services.batch_worker.concurrency = 1
+        await services.batch_worker.launch_due()
+        stopped = await launched(site, batch_id)
+        assert (stopped["started"], stopped["finished_at"]) == (2, None)
+        assert "another row could exceed the maximum cost of $1.25" in stopped["stopped"]
+        answer = await site.client.post(f"/api/batches/{batch_id}/retry", json={"which": "failed"})
+        assert answer.json()["launching"]
+        await services.batch_worker.launch_due()
+        assert (await launched(site, batch_id))["started"] == 5
+
+
+async def test_the_maximum_holds_across_processes(serve: Serve, sqlite_url: str) -> None:
+    """What a process that died had started counts for the one that takes over."""
+    async with working(serve, sqlite_url, worker=False) as (site, flora):
+        services = site.services
+        made = await create(site, 201, max_cost=1.25)
+        batch = await batches.get(services.database, made["batch_id"])
+        assert batch is not None
+        plan = await services.batches.stored_plan(batch)
+        some = replace(plan, rows=plan.rows[:3])
+        await (await services.batches.launch_of(some, concurrency=1)).run()
+        flora.world.options = replace(flora.world.options, price_factor=2)
+        await services.batch_worker.launch_due()
+        stopped = await launched(site, made["batch_id"])
+        assert (stopped["started"], len(flora.world.runs)) == (4, 4)
+        assert "the maximum cost of $1.25" in stopped["stopped"]
+
+
+async def test_a_launch_goes_on_when_the_key_is_right_again(
+    serve: Serve, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What passes ends no batch: it says why it waits, and goes on by itself."""
+    monkeypatch.setattr(batch_worker, "GO_ON_AFTER", timedelta(seconds=0.2))
+    async with (
+        working(serve, sqlite_url, worker=False) as (site, flora),
+        hasty_client(flora) as client,
+    ):
+        (workspace,) = site.services.workspaces
+        works, key = site.services.batch_worker, flora.world.options.api_key
+        made = await create(site, 201)
+        workspace.client = client
+        flora.world.options = replace(flora.world.options, api_key="sk_test_another")
+
+        async def waits() -> bool:
+            await works.launch_due()
+            found = await shown(site, made["batch_id"])
+            return found["launching"] and found["stopped"] is not None
+
+        await eventually(waits, timeout=30)
+        flora.world.options = replace(flora.world.options, api_key=key)
+
+        async def goes_on() -> bool:
+            await works.launch_due()
+            return not (await shown(site, made["batch_id"]))["launching"]
+
+        await eventually(goes_on, timeout=30)
+        done = await shown(site, made["batch_id"])
+        assert (done["started"], done["stopped"], len(flora.world.runs)) == (5, None, 5)
+
+
+async def test_what_failed_is_started_again_on_request(serve: Serve, database_url: str) -> None:
+    """Error groups say what a retry starts; its price is asked for first, and it pays for failed
+    rows alone, also for the rows of a command."""
+    async with working(serve, database_url, failures=1.0) as (site, flora):
+        services = site.services
+        sheet = read_csv("\n".join(["prompt", *(f"icon {n}" for n in range(12))]).encode())
+        plan, _ = await services.batches.plan("icon-pack", sheet, name="icons.csv")
+        outcome = await services.batches.run(
+            plan, concurrency=4, wait=True, on_progress=lambda _: None
+        )
+        batch_id = outcome.batch.batch_id
+        flora.world.options = replace(flora.world.options, failures=0.0)
+        failed = await shown(site, batch_id)
+        assert (failed["failed"], failed["source"]) == (12, "cli")
+        retryable = sum(group["retryable"] for group in failed["errors"])
+        assert sum(group["count"] for group in failed["errors"]) == 12
+        assert 0 < retryable < 12
+        (group, *_) = failed["errors"]
+        of_group = await rows_of(site, batch_id, code=group["code"])
+        assert len(of_group) == group["count"]
+        address = f"/api/batches/{batch_id}/retry"
+        priced = await site.client.post(address, json={"which": "failed", "dry_run": True})
+        assert (priced.json()["to_start"], priced.json()["cost"]) == (retryable, retryable * 0.25)
+        assert len(flora.world.runs) == 12
+        for _ in range(2):
+            answer = await site.client.post(address, json={"which": "all", "max_cost": 3})
+            assert answer.status_code == 200, answer.text
+
+        async def completed() -> bool:
+            return (await shown(site, batch_id))["completed"] == 12
+
+        await eventually(completed, timeout=60)
+        assert len(flora.world.runs) == 24
+        assert await rows_of(site, batch_id, outcome="failed") == []
+
+
+async def test_a_batch_is_stopped_and_resumed(
+    serve: Serve, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped, no further row begins; the batch says by whom, and goes on when that is ordered."""
+    monkeypatch.setattr(batch_worker, "RENEW_AFTER", 0.05)
+    rows = [{"prompt": f"icon {number}"} for number in range(300)]
+    async with working(serve, sqlite_url) as (site, flora):
+        made = await create(site, 201, rows=rows)
+        batch_id = made["batch_id"]
+        await eventually(lambda: len(flora.world.runs) > 5, timeout=30)
+        answer = await site.client.post(f"/api/batches/{batch_id}/stop")
+        assert (answer.json()["launching"], answer.json()["stopped"]) == (False, "stopped by local")
+        await eventually(lambda: not site.services.batch_worker._tasks, timeout=30)
+        count = len(flora.world.runs)
+        assert count < 300
+        assert (await shown(site, batch_id))["started"] == count
+        resumed = await site.client.post("/api/batches", json=body(rows))
+        assert resumed.status_code == 200
+        assert (await launched(site, batch_id))["started"] == len(flora.world.runs) == 300
+        again = await site.client.post(f"/api/batches/{batch_id}/stop")
+        assert (again.status_code, again.json()["stopped"]) == (200, None)
+
+
+async def test_only_a_token_that_may_start_orders(serve: Serve, sqlite_url: str) -> None:
+    """A token with the scope `read` sees batches and can neither order nor stop one."""
+    read = {"name": "viewer", "token": "a-token-that-reads", "scopes": ["read"]}
+    async with serve(
+        sqlite_url, tracker_api_token="a-token-for-tests", tokens=[read], flora_api_key="sk_test"
+    ) as site:
+        site.client.headers["Authorization"] = f"Bearer {read['token']}"
+        assert (await site.client.get("/api/batches")).status_code == 200
+        for path in ("", "/bat_1/retry", "/bat_1/stop"):
+            assert (await site.client.post(f"/api/batches{path}", json={})).status_code == 403
+        assert (await site.client.get("/api/batches/bat_1")).status_code == 404

@@ -22,6 +22,7 @@ from tracker.core.clock import Clock, boot_seconds
 from tracker.core.errors import (
     BudgetExceeded,
     FloraRefusal,
+    Forbidden,
     KeyRefused,
     RateLimited,
     ServerFault,
@@ -36,7 +37,6 @@ from tracker.starting.batch_rows import BatchPlan, RowState
 from tracker.store.engine import Database
 from tracker.store.queries import batch_launches
 from tracker.store.queries.audit import Principal, acting
-from tracker.store.queries.batch_launches import LEASE
 from tracker.store.queries.batches import BatchRow
 from tracker.store.queries.starts import StartState
 
@@ -182,10 +182,10 @@ class BatchWorker:
 
     async def _renew(self, batch: BatchRow, launch: BatchLaunch) -> None:
         """Renew the lease; break the launch off where it is lost, or the batch ordered anew."""
-        valid_until = boot_seconds() + LEASE.total_seconds()
+        valid_until = boot_seconds() + batch_launches.LEASE.total_seconds()
         while boot_seconds() < valid_until:
             await asyncio.sleep(RENEW_AFTER)
-            until = boot_seconds() + LEASE.total_seconds()
+            until = boot_seconds() + batch_launches.LEASE.total_seconds()
             with suppress(StoreError):
                 if not await batch_launches.renew(
                     self.database, batch, holder=self.process, now=self.clock()
@@ -197,8 +197,8 @@ class BatchWorker:
 
 def _is_passing(stopped: TrackerError) -> bool:
     """Whether a launch that ended for this reason goes on by itself."""
-    if isinstance(stopped, FloraRefusal):
-        return isinstance(stopped, KeyRefused | RateLimited | ServerFault)
+    if isinstance(stopped, FloraRefusal) and stopped.from_flora:
+        return isinstance(stopped, KeyRefused | Forbidden | RateLimited | ServerFault)
     return not isinstance(stopped, BudgetExceeded | MaxCostReached)
 
 
@@ -221,6 +221,6 @@ def _spent(plan: BatchPlan, since: datetime) -> dict[str, Decimal]:
         run = state.record.run
         cost = run.charged_cost
         if cost is None and not state.record.cost_final:
-            cost = max(run.quoted_cost or Decimal(0), plan.cost_of(row) or Decimal(0))
+            cost = max(run.quoted_cost or Decimal(0), state.record.reserved_cost or Decimal(0))
         found[run.run_id] = cost or Decimal(0)
     return found

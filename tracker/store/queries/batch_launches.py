@@ -47,7 +47,7 @@ async def claim_due(
     statement = (
         update(batches)
         .where(batches.c.batch_id.in_(due))
-        .values(lease_until=now + LEASE, lease_holder=holder)
+        .values(lease_until=now + LEASE, lease_holder=holder, stopped=None)
         .returning(*BATCH_COLUMNS)
     )
 

@@ -77,6 +77,9 @@ class BatchBody(Body):
         description="An object for each run. A field with the id or name of an input is that "
         "input: a text, or several in a list. All other fields are carried into the results.",
     )
+    columns: dict[str, Name] = Field(
+        {}, description="The field of an input, by the input's id, where their names differ."
+    )
     name: Name | None = Field(None, description="What lists and pages call it.")
     workspace_id: Name | None = Field(
         None, description="Required if several workspaces are configured."

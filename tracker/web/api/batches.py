@@ -18,6 +18,7 @@ from tracker.starting.batch_launch import MaxCostReached
 from tracker.starting.batch_orders import Order
 from tracker.starting.batch_results import csv_lines
 from tracker.starting.batch_rows import BatchPlan, Retry, states_of
+from tracker.starting.columns import ColumnMapping
 from tracker.starting.sheet import Sheet, SheetProblem, SheetRefused, read_jsonl
 from tracker.store.engine import Database
 from tracker.store.queries import batches
@@ -96,6 +97,7 @@ class BatchOperations:
                 body.technique,
                 sheet,
                 name=body.name or counted(len(body.rows), "row"),
+                explicit=[ColumnMapping(*one) for one in body.columns.items()],
                 workspace_id=body.workspace_id,
                 retry=None if body.retry is None else Retry(body.retry),
                 accept_changes=body.accept_changes,
@@ -268,21 +270,18 @@ class BatchOperations:
 
 
 def _sheet(rows: Sequence[dict[str, Any]]) -> Sheet:
-    """The rows as a sheet, whose lines are their numbers from 1. Numbers become text."""
-    texts = ({name: _text(value) for name, value in row.items()} for row in rows)
-    return read_jsonl(b"\n".join(orjson.dumps(row) for row in texts))
-
-
-def _text(value: Any) -> Any:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return str(value) if is_number else value
+    """The rows as a sheet, whose lines are their numbers from 1."""
+    return read_jsonl(b"\n".join(map(orjson.dumps, rows)))
 
 
 def _refused(problems: Sequence[SheetProblem]) -> Fault:
     """422 with an entry for each cause, and the rows that it concerns."""
     causes: dict[tuple[str, str], list[int]] = {}
     for one in problems:
-        rows = causes.setdefault((one.column or "rows", one.message), [])
+        message, option, _ = one.message.partition("; use --map")
+        if option:
+            message += "; name a field like it, or name its field in `columns`"
+        rows = causes.setdefault((one.column or "rows", message), [])
         if one.line:
             rows.append(one.line)
     fields = [
