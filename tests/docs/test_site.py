@@ -4,11 +4,17 @@ import os
 import re
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Page, expect, sync_playwright
 
+from tests.browser.conftest import CHROMIUM, FLAGS
 from tests.docs.pages import PAGES, ROOT
 
 LOADS = {
@@ -80,6 +86,37 @@ def test_nothing_is_fetched_from_outside(site: Path) -> None:
         assert not {"mermaid", "md-source"} & page.classes, path.name
     for path in site.rglob("*.css"):
         assert not re.search(r"url\(\s*['\"]?(?:https?:)?//|@import", path.read_text()), path.name
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [("excel", "From Excel to files"), ("semicolon", "The sheet"), ("xlsx", "From Excel to files")],
+)
+def test_the_search_finds_it(served: Page, words: str, found: str) -> None:
+    """What someone with a sheet types leads to the guide about it first."""
+    served.fill("input[name=query]", words)
+    first = served.locator(".md-search-result__item").first
+    expect(first).to_contain_text(found, timeout=30_000)
+    expect(first.locator("a").first).to_have_attribute("href", re.compile(r"/excel\.html"))
+
+
+@pytest.fixture(scope="module")
+def served(site: Path) -> Iterator[Page]:
+    """The first page of the site in Chromium: its search needs a server."""
+    if CHROMIUM is None:
+        if os.environ.get("TRACKER_REQUIRE_BROWSER"):
+            pytest.fail("Chromium is not installed, and TRACKER_REQUIRE_BROWSER is set")
+        pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, sync_playwright() as play:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page()
+        page.goto(f"http://127.0.0.1:{server.server_port}/index.html")
+        page.locator("label[for=__search]").first.wait_for(state="attached")
+        yield page
+        browser.close()
+        server.shutdown()
 
 
 def test_each_alert_has_its_section_in_the_site(site: Path) -> None:
