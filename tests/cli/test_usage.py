@@ -9,7 +9,7 @@ from tests.support.waiting import free_port
 
 COMMANDS = {
     "serve": [
-        *("--host", "--port", "--no-worker"),
+        *("--host", "--port", "--no-worker", "--simulate"),
         *("--callbacks-only", "--callbacks-port", "--callbacks-host"),
     ],
     "worker": ["--port"],
@@ -118,6 +118,9 @@ def test_version_is_shown(tracker: Commands) -> None:
         ("serve --callbacks-only --callbacks-port 8081", "exclude each other"),
         ("serve --callbacks-host 0.0.0.0", "--callbacks-host needs --callbacks-port"),
         ("serve --port 8081 --callbacks-port 8081", "must differ"),
+        ("serve --simulate --port 0", "--simulate needs a --port"),
+        ("serve --simulate --callbacks-only", "excludes --callbacks-only"),
+        ("serve --simulate --host 192.0.2.1", "--simulate serves this machine"),
         ("poll now", "unexpected extra argument"),
     ],
 )

@@ -3,7 +3,8 @@
     app.py         `tracker` itself: the groups, `--version`, errors and exit statuses
     setup.py       settings, log, services, and arguments that commands share
     output.py      JSON, tables and notes       progress.py  bars and lines on stderr
-    serve.py       serve, worker                reconcile.py reconcile, poll, verify
+    serve.py       serve, worker                simulation.py  serve --simulate
+    reconcile.py   reconcile, poll, verify
     runs.py        runs start|track|forget|list|show
     watch.py       runs watch|explain           download.py  runs download
     starts.py      starts list|show|resolve

@@ -41,12 +41,18 @@ def serve(
         str | None,
         typer.Option(help="Address to bind for --callbacks-port.", show_default="that of --host"),
     ] = None,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Use a local FLORA: no key, no cost, a first try.")
+    ] = False,
 ) -> int:
     """Run receiver, API, dashboard and worker in one process.
 
     An address that other machines reach needs TRACKER_API_TOKEN, except for callbacks and health,
     which are public: with --callbacks-port a proxy can forward these alone. A SQLite file is
     migrated first; migrate PostgreSQL with `tracker db upgrade`.
+
+    With --simulate a local FLORA runs beside it, and the database is a temporary file, unless
+    TRACKER_DATABASE_URL is set. Nothing is sent to the real FLORA.
     """
     if callbacks_only and callbacks_port is not None:
         raise typer.BadParameter("--callbacks-only and --callbacks-port exclude each other")
@@ -54,6 +60,8 @@ def serve(
         raise typer.BadParameter("--callbacks-host needs --callbacks-port")
     if callbacks_port == port != 0:  # on different hosts too: one port must mean one thing
         raise typer.BadParameter("--callbacks-port and --port must differ")
+    if simulate and (callbacks_only or 0 in (port, callbacks_port)):
+        raise typer.BadParameter("--simulate needs a --port, and excludes --callbacks-only")
     rotation = _configure()
     from tracker.web import app
     from tracker.web.http import server
@@ -75,9 +83,14 @@ def serve(
         ]
     else:
         listeners = [server.Listener(host=host, port=port, build=app.build_app)]
-    return server.serve(
-        rotation.settings, _services(rotation), *listeners, worker=None if no_worker else Worker
-    )
+    worker = None if no_worker else Worker
+    if simulate:
+        from tracker.cli.simulation import simulation
+
+        dashboard, callbacks = (host, port), (callbacks_host or host, callbacks_port or port)
+        with simulation(rotation.settings, dashboard, callbacks) as (settings, services):
+            return server.serve(settings, services, *listeners, worker=worker)
+    return server.serve(rotation.settings, _services(rotation), *listeners, worker=worker)
 
 
 def worker(

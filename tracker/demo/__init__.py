@@ -16,10 +16,10 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import httpx
-from pydantic import SecretStr
 
 from tracker.core.errors import TrackerError
 from tracker.demo.report import DemoDisplay, RunComparison, compare_runs
+from tracker.demo.simulation import flora_fields
 from tracker.operations.logs import configure_logs
 from tracker.services import Services, open_services
 from tracker.settings import Settings
@@ -74,11 +74,8 @@ async def _open_environment() -> AsyncIterator[tuple[Simulator, Services, httpx.
         async with running(_FLORA) as simulator:
             with listen("127.0.0.1", 0, local_only=True) as sockets:
                 address = f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
-                options = simulator.world.options
                 settings = Settings(
-                    flora_api_key=SecretStr(options.api_key),
-                    flora_base_url=simulator.base_url,
-                    flora_webhook_secret=(SecretStr(options.webhook_secret),),
+                    **flora_fields(simulator),
                     tracker_database_url=f"sqlite:///{Path(folder) / 'tracker.db'}",
                     tracker_public_url=address,
                     # Shorter waits than in production, so that the demo is short.

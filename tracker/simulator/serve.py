@@ -190,6 +190,7 @@ async def running(
             ws="none",
             lifespan="on",
             log_config=None,
+            log_level="error",
             access_log=False,
             proxy_headers=False,
             server_header=False,
