@@ -76,12 +76,13 @@ def test_the_configuration_file_shown_works(tmp_path: Path) -> None:
     assert [one.name for one in settings.access_tokens] == ["TRACKER_API_TOKEN", "prometheus"]
 
 
-def test_the_first_steps_show_what_the_readme_says() -> None:
-    """With the seed that the README gives, the first callback comes and the second gets lost."""
-    (options,) = re.findall(r"tracker simulate --drop (\d+)% --run-seconds \d --seed (\d+)", README)
+def test_the_first_steps_show_what_their_page_says() -> None:
+    """With the seed that docs/start.md gives, the first callback comes and the second gets lost."""
+    page = (Path(__file__).parents[2] / "docs/start.md").read_text(encoding="utf-8")
+    (options,) = re.findall(r"tracker simulate --drop (\d+)% --run-seconds \d --seed (\d+)", page)
     drop, seed = int(options[0]) / 100, int(options[1])
     first, second = RandomDraws(seed, 1).numbers, RandomDraws(seed, 2).numbers
     assert first["drop"] >= drop > second["drop"]
     assert min(first["failures"], second["failures"]) >= Options().failures
-    for variable, value in re.findall(r"export (FLORA_\w+)=(\S+)", README):
+    for variable, value in re.findall(r"export (FLORA_\w+)=(\S+)", page):
         assert load_settings({variable: value}) != load_settings({})
