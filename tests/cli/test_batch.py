@@ -281,6 +281,7 @@ async def test_an_interrupt_is_status_130_and_loses_nothing(flora: Commands) -> 
         ("icons.csv --again --retry-failed", "cannot be combined with one another"),
         ("icons.csv --retry-all --retry-failed", "cannot be combined with one another"),
         ("icons.csv --output no/where.csv", "cannot be written"),
+        ("icons.csv --output a.xlsx", "use a.csv, for Excel too"),
         ("icons.csv --output a.csv --results table", "takes csv or jsonl"),
         ("icons.csv --encoding klingon", "'klingon' is not known"),
         ("icons.csv --download out --no-wait", "waits for the runs"),

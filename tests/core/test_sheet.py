@@ -69,21 +69,27 @@ def test_the_delimiter_is_detected(text: str, delimiter: str) -> None:
         ("utf-8", ""),
         ("utf-8-sig", ""),
         ("utf-16", "encoding UTF-16"),
+        ("utf-16-le", "encoding UTF-16"),
         ("cp1252", "encoding cp1252 (Windows), as in 'Café für 5 €'"),
     ],
 )
 def test_the_encoding_is_detected(encoding: str, detected: str) -> None:
     """Each encoding that Excel writes gives the same cells; another than UTF-8 is reported, with
     words to check."""
-    sheet = read_csv("prompt,SKU\nCafé für 5 €,1\n".encode(encoding))
+    sheet = read_csv("prompt,SKU,client,number\nCafé für 5 €,1\n".encode(encoding))
     assert cells(sheet) == [(2, {"prompt": ("Café für 5 €",), "SKU": ("1",)})]
     assert sheet.detected == detected
     assert read_csv("a\né\n".encode("cp850"), encoding="cp850").rows[0].cells == {"a": ("é",)}
 
 
 def test_a_damaged_file_is_not_taken_for_another_encoding() -> None:
-    """One character of UTF-8 rules out cp1252, which would start paid runs with mangled texts; a
-    wrong --encoding names the line."""
+    """One character of UTF-8 or another script rules out cp1252, which would start paid runs with
+    mangled texts; a wrong --encoding names the line."""
+    for encoding, prompt in (("cp1251", "красная шапка"), ("cp1253", "κόκκινο")):
+        foreign = read_csv(f"a\n{prompt}\n".encode(encoding))
+        assert problems(foreign) == [
+            (2, "a", "is not UTF-8: save the sheet as UTF-8, or use --encoding")
+        ]
     damaged = read_csv("a\né\nü\n".encode() + b"\xff\n")
     assert [(one.line, one.column) for one in damaged.problems] == [(4, "a")]
     wrong = read_csv("a\nb\né\n".encode("cp1252"), encoding="utf-8")

@@ -81,11 +81,22 @@ def test_the_first_visible_sheet_is_read_or_the_named_one() -> None:
     assert "it has Notes, Products, Old" in problem(read_sheet(data, sheet_name="products"))
 
 
-def test_errors_of_formulas_are_named() -> None:
-    """`#N/A` in an input is a problem of its cell."""
-    data = saved(("Sheet", [["prompt", "note"], ["tea", "x"], ["#N/A", "x"]]))
-    sheet = read_sheet(data)
-    assert [str(one) for one in sheet.problems] == ["line 3, column 'prompt': is the error #N/A"]
+def test_formulas_without_a_usable_result_are_named() -> None:
+    """`#N/A` is a problem of its cell if that is an input; so is a formula that was never computed,
+    in any column. An empty text is a result."""
+    rows = [["prompt", "note"], ["#N/A", "=A1"], ["=A1", '=""'], ["tea", "=A1"]]
+    data = edited(
+        saved(("Sheet", rows)),
+        "xl/worksheets/sheet1.xml",
+        b'<c r="B3"><f>""</f><v /></c>',
+        b'<c r="B3" t="str"><f>""</f><v></v></c>',
+    )
+    without = "is a formula without a result: open the workbook in Excel and save it"
+    assert problem_lines(read_sheet(data).problems) == [
+        f"2 lines, column 'note': {without} (lines 2 and 4)",
+        "line 2, column 'prompt': is the error #N/A",
+        f"line 3, column 'prompt': {without}",
+    ]
 
 
 @pytest.mark.parametrize("data", [b"PK\x03\x04", b"PK\x03\x04" + b"x" * 500])

@@ -123,6 +123,9 @@ def check_output(results: Results | None, output: Path | None) -> None:
         return
     if results is Results.TABLE:
         raise typer.BadParameter("a file takes csv or jsonl", param_hint="--results")
+    if output.suffix.lower() in (".xlsx", ".xls", ".ods"):
+        message = f"results are CSV or JSON lines: use {output.with_suffix('.csv')}, for Excel too"
+        raise typer.BadParameter(message, param_hint="--output")
     # A file is replaced, so its directory has to be writable.
     written = output if files.is_special(output) else output.resolve().parent
     if output.is_dir() or not written.exists() or not os.access(written, os.W_OK):

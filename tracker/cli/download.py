@@ -199,11 +199,11 @@ def report_files(report: "DownloadReport", to: Path) -> None:
     """The files of a batch that are there, and a line for each cause of failure, on stderr."""
     from tracker.delivering.downloads import DownloadOutcome
 
-    causes: defaultdict[str, set[str]] = defaultdict(set)
+    causes: defaultdict[str, set[int]] = defaultdict(set)
     for one in report.of(DownloadOutcome.FAILED):
-        causes[one.error or ""].add(one.job.row or one.job.run_id)
+        causes[one.error or ""].add(int(one.job.row or 0))
     for error, rows in causes.items():
-        note(f"tracker: not downloaded: {error} ({line_numbers(list(map(int, rows)), 'row')})")
+        note(f"tracker: not downloaded: {error} ({line_numbers(list(rows), 'row')})")
     entries = [one.entry for one in report.results if one.entry is not None]
     size = size_text(sum(entry.size for entry in entries))
     note(f"{counted(len(entries), 'file')} in {to} ({size}).")

@@ -31,6 +31,7 @@ _FOREIGN: Final = {
     b"%PDF": "is a PDF: save the sheet as .xlsx or CSV",
 }
 _WORKBOOK: Final = b"PK\x03\x04"
+_UNFIT: Final = re.compile(r"[\x00\ud800-\udfff]")
 _UTF8: Final = re.compile(r"[^\x00-\x7f\udc80-\udcff]")
 
 
@@ -259,6 +260,8 @@ def _decoded(data: bytes, encoding: str | None) -> tuple[str | Sheet, str]:
     detected = ""
     if encoding is None and data.startswith((b"\xff\xfe", b"\xfe\xff")):
         encoding, detected = "utf-16", "encoding UTF-16"
+    elif encoding is None and len(data) > 1 and not data[1:40:2].strip(b"\0"):
+        encoding, detected = "utf-16-le", "encoding UTF-16"  # without its mark
     if encoding is None:
         text = data.decode("utf-8-sig", errors="surrogateescape")
         if not text.isascii() and (legacy := _cp1252(data, text)) is not None:
@@ -277,14 +280,17 @@ def _cp1252(data: bytes, text: str) -> str | None:
     """The file in cp1252, which Excel writes on Windows; `None` if it is UTF-8.
 
     `text` is the file in UTF-8 with surrogates for other bytes. One character of UTF-8 decides for
-    it: such a file is damaged, and cp1252 would start paid runs with mangled texts.
+    it: such a file is damaged, and cp1252 would start paid runs with mangled texts. So would it for
+    other scripts, in which most characters beyond ASCII have two such neighbours.
     """
     if _UTF8.search(text):
         return None
     try:
-        return data.decode("cp1252")
+        found = data.decode("cp1252")
     except UnicodeDecodeError:
         return None
+    beyond = len(re.findall(r"[^\x00-\x7f]", found))
+    return None if 4 * sum(map(len, re.findall(r"[^\x00-\x7f]{3,}", found))) > beyond else found
 
 
 def _sample(text: str) -> str:
@@ -355,10 +361,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _unfit(text: str) -> str | None:
     """Why a text cannot be sent or stored."""
-    if "\0" in text:
+    found = set(_UNFIT.findall(text))
+    if not found:
+        return None
+    if "\0" in found:
         return "contains a NUL character"
-    if any("\udc80" <= letter <= "\udcff" for letter in text):
+    if any("\udc80" <= letter <= "\udcff" for letter in found):
         return "is not UTF-8: save the sheet as UTF-8, or use --encoding"
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        return "holds half a character (a lone surrogate)"
-    return None
+    return "holds half a character (a lone surrogate)"

@@ -51,30 +51,38 @@ def read_workbook(data: bytes, sheet_name: str | None = None) -> Sheet:
 
 
 def _read(data: bytes, sheet_name: str | None) -> Sheet:
-    book = openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=True)
+    # Of a formula one shows the result, the other that there is one.
+    book, formulas = (
+        openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=results)
+        for results in (True, False)
+    )
     sheets = {one.title: one for one in book.worksheets if one.sheet_state == "visible"}
     sheets = sheets or {one.title: one for one in book.worksheets}
     names = ", ".join(sheets)
     if sheet_name is not None and sheet_name not in book.sheetnames:
         return refused(f"the workbook has no sheet {sheet_name!r}; it has {names}")
     title = sheet_name or next(iter(sheets), "")
-    sheet: Any = book[title]
-    sheet.reset_dimensions()  # other programs write wrong ones
     problems: list[SheetProblem] = []
     detected = ""
     if len(sheets) > 1 and sheet_name is None:
         detected = f"sheet {title!r} of {counted(len(sheets), 'sheet')} ({names})"
-    found = sheet_of(_records(sheet, problems), problems, detected=detected, bom=True)
+    records = _records(book[title], formulas[title], problems)
+    found = sheet_of(records, problems, detected=detected, bom=True)
     if not found.columns and len(problems) == 1:
         return refused(f"the sheet {title!r} is empty; --sheet reads another (it has {names})")
     return found
 
 
-def _records(sheet: Any, problems: list[SheetProblem]) -> Iterator[tuple[int, list[str]]]:
+def _records(
+    sheet: Any, formulas: Any, problems: list[SheetProblem]
+) -> Iterator[tuple[int, list[str]]]:
     """Each row that is not blank, with its number."""
     titles: list[str] = []
     cells = 0
-    for line, row in enumerate(sheet.iter_rows(), start=1):
+    for one in (sheet, formulas):
+        one.reset_dimensions()  # other programs write wrong ones
+    rows = zip(sheet.iter_rows(), formulas.iter_rows(), strict=True)
+    for line, (row, formula_row) in enumerate(rows, start=1):
         cells += len(row)
         if line > MOST_ROWS or cells > MOST_CELLS:
             raise _TooLarge(
@@ -82,14 +90,16 @@ def _records(sheet: Any, problems: list[SheetProblem]) -> Iterator[tuple[int, li
                 "cells: delete those that are empty"
             )
         values = [_text(cell) for cell in row]
-        if not any(value.strip() for value in values):
-            continue
-        titles = titles or values
-        for position, cell in enumerate(row):
-            if cell.data_type == "e" and position < len(titles):
+        titles = titles or (values if any(value.strip() for value in values) else [])
+        for title, cell, formula in zip(titles, row, formula_row, strict=False):
+            if cell.data_type == "e":
                 message = f"is the error {cell.value}"
-                problems.append(SheetProblem(line, titles[position].strip(), message, True))
-        yield line, values
+                problems.append(SheetProblem(line, title.strip(), message, of_input=True))
+            elif formula.data_type == "f" and cell.value is None and cell.data_type == "n":
+                message = "is a formula without a result: open the workbook in Excel and save it"
+                problems.append(SheetProblem(line, title.strip(), message))
+        if any(value.strip() for value in values):
+            yield line, values
 
 
 def _text(cell: Any) -> str:
