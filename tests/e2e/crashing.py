@@ -46,13 +46,13 @@ COMMITS: Final = (
     ),
     *("sweeps.begin", "sweeps.add", "sweeps.finish", "rollups.compact"),
     *("batches.keep", "batches.finish"),
+    *("batch_launches.claim_due", "batch_launches.renew", "batch_launches.end"),
+    *("batch_launches.release", "batch_launches.finish_ended"),
     *("outbox.fan_out", "endpoints.configure", "messages.take_turn"),
     *("techniques.define", "techniques.doubt", "techniques.add_listed", "techniques.mark_gone"),
 )
 SELDOM: Final = (
     *("messages.release", "messages.resend", "messages.recover", "messages.catch_up"),
-    *("batch_launches.claim_due", "batch_launches.renew", "batch_launches.end"),
-    *("batch_launches.release", "batch_launches.finish_ended"),
     "claims.release",
     "sweeps.forget_after",
     "statements.quarantine",

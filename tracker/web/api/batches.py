@@ -204,7 +204,7 @@ class BatchOperations:
         batch = await self._batch(batch_id)
         by = actor_of(request.scope).name
         if await self._services.batch_orders.stop(batch, by=by):
-            log.info("batch.stopped", batch_id=batch_id, token=by)
+            log.info("batch.stop_requested", batch_id=batch_id, token=by)
         return Json(await self._shown(await self._batch(batch_id)))
 
     def _order(self, request: Request, body: BatchBody | RetryBody, *, at_once: bool) -> Order:
