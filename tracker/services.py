@@ -369,6 +369,7 @@ async def open_services(
             explainer=Explainer(
                 database=database,
                 workspaces=workspaces,
+                contacts=contacts,
                 durations=durations,
                 policy=settings.policy,
                 clock=clock,

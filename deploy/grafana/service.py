@@ -321,7 +321,7 @@ FLORA: Final = Row(
                     "{{workspace_id}}",
                 ),
             ),
-            about="To any process. A worker asks at least every 35 seconds.",
+            about="To any process. A worker asks if no process has for 25 seconds.",
         ),
     ),
 )

@@ -311,7 +311,7 @@ async def test_a_refused_key_is_explained(
         await services.tracker.track("run_1")
         await services.poller.poll_due()
         explanation = text_of(await explained(services, "run_1"), Kind.TROUBLE)
-        assert "FLORA refuses the workspace's API key: FLORA answered 401" in explanation
+        assert "FLORA has refused the workspace's API key since 20" in explanation
         [workspace] = services.workspaces
         await services.sweeper.sweep(workspace)
         other = await open_on(flora)

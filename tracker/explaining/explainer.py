@@ -6,6 +6,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from tracker.core.clock import Clock
+from tracker.core.contact import Trouble
 from tracker.core.formatting import counted, duration
 from tracker.core.next_poll import NextPoll, PollReason, next_poll
 from tracker.core.observation import Source
@@ -13,6 +14,7 @@ from tracker.core.record import LOST_AFTER, LOST_AFTER_READS, Record
 from tracker.core.run import Tracking
 from tracker.core.schedule import Policy
 from tracker.explaining.timeline import SOURCE_NAMES, Kind, Sentence, moment, timeline
+from tracker.polling.contacts import Contacts
 from tracker.polling.poll import DurationBook
 from tracker.polling.workspaces import Workspaces
 from tracker.store.engine import Database
@@ -43,12 +45,14 @@ class Explainer:
         *,
         database: Database,
         workspaces: Workspaces,
+        contacts: Contacts,
         durations: DurationBook,
         policy: Policy,
         clock: Clock,
     ) -> None:
         self._database = database
         self._workspaces = workspaces
+        self._contacts = contacts
         self._durations = durations
         self._policy = policy
         self._clock = clock
@@ -76,7 +80,7 @@ class Explainer:
         return Explanation(run_id=run_id, sentences=tuple(sentences), next=poll)
 
     async def _obstacle(self, record: Record) -> str | None:
-        """What keeps a run from being polled, as far as this process and the sweeps show."""
+        """What keeps a run from being polled, as far as FLORA's answers and the sweeps show."""
         workspace = self._workspaces.of(record.run.workspace_id)
         if workspace is None:
             return (
@@ -85,11 +89,15 @@ class Explainer:
             )
         if workspace.client is None:
             return "No API key is set here: this process cannot poll the run."
-        if (reason := workspace.client.breaker.reason) is not None:
-            return f"FLORA refuses the workspace's API key: {reason}."
-        if (found := workspace.client.contact.found) is not None:
+        await self._contacts.read()
+        state = self._contacts.of(workspace)
+        if state is not None and state.is_current(self._clock()) and (found := state.trouble):
             since = moment(found.since)
-            return f"FLORA is not available ({found.trouble}) since {since}: {found.reason}."
+            if found.trouble is Trouble.KEY_REFUSED:
+                return f"FLORA has refused the workspace's API key since {since}: {found.reason}."
+            if found.trouble.silent:
+                return f"FLORA has not answered since {since}: {found.reason}."
+            return f"FLORA cannot be read ({found.trouble}) since {since}: {found.reason}."
         names = {workspace.name, workspace.slot, record.run.workspace_id}
         for sweep in await sweeps.list_sweeps(self._database):
             if sweep.workspace_id in names and sweep.finished_at is not None:

@@ -2,7 +2,7 @@
 
 Each process stores what its requests have shown, and reads what the others have stored, so that all
 of them say the same about FLORA, also one that asks nothing itself. A worker asks FLORA where no
-process has asked for `PROBE_IDLE_AFTER`: two requests a minute show its absence within a minute.
+process has asked for `PROBE_IDLE_AFTER`: few requests show its absence within a minute.
 """
 
 import asyncio
@@ -16,7 +16,6 @@ import structlog
 from tracker.core.clock import Clock
 from tracker.core.contact import ContactState, joined
 from tracker.core.errors import FloraError, StoreError
-from tracker.flora.client import FloraClient
 from tracker.polling.history import attributed_page
 from tracker.polling.workspaces import Workspace, Workspaces
 from tracker.store.engine import Database
@@ -24,7 +23,7 @@ from tracker.store.queries import contacts
 
 PROBE_FAILING_AFTER: Final = 15.0
 """Seconds after the last request after which a FLORA that failed is asked again."""
-PROBE_IDLE_AFTER: Final = 30.0
+PROBE_IDLE_AFTER: Final = 25.0
 """The same for one that answered, by the requests of all processes."""
 PROBE_SECONDS: Final = 10.0
 """How long a probe may take, repetitions included."""
@@ -88,15 +87,20 @@ class Contacts:
     async def probe(self) -> None:
         """Read the newest run of each workspace where FLORA's last answer was a failure, or where
         it has not been asked for a while. Raises `StoreUnavailable`."""
-        clients = {one.slot: one.client for one in self._workspaces if one.client is not None}
-        failing = {slot for slot, one in clients.items() if one.contact.failing or one.breaker.open}
-        due = {slot for slot in failing if _is_idle(clients[slot], PROBE_FAILING_AFTER)}
-        quiet = {slot for slot in clients.keys() - failing if _is_idle(clients[slot])}
-        if quiet:
-            await self.read()
-            recently = self._clock() - timedelta(seconds=PROBE_IDLE_AFTER)
-            quiet -= {slot for slot, one in self._stored.items() if one.asked_at > recently}
-        await asyncio.gather(*(_probe(one) for one in self._workspaces if one.slot in due | quiet))
+        keyed = [one for one in self._workspaces if one.client is not None]
+        if any(self._is_due(one) for one in keyed):
+            await self.read()  # another process may have asked
+        await asyncio.gather(*(_probe(one) for one in keyed if self._is_due(one)))
+
+    def _is_due(self, workspace: Workspace) -> bool:
+        """Whether to ask FLORA, by what is known now."""
+        client, others = workspace.require_client(), self._stored.get(workspace.slot)
+        if client.contact.failing or client.breaker.open:
+            return client.contact.idle_seconds >= PROBE_FAILING_AFTER
+        if client.contact.idle_seconds < PROBE_IDLE_AFTER:
+            return False
+        idle = timedelta(seconds=PROBE_IDLE_AFTER)
+        return others is None or self._clock() - others.asked_at >= idle
 
     async def _keep_always(self) -> None:
         failing = False
@@ -117,13 +121,9 @@ async def _probe(workspace: Workspace) -> None:
         attributed_page(workspace, page.items)
 
 
-def _is_idle(client: FloraClient, seconds: float = PROBE_IDLE_AFTER) -> bool:
-    return client.contact.idle_seconds >= seconds
-
-
 def _is_news(own: ContactState, kept: ContactState | None) -> bool:
     """Whether a state is worth a write. Each failed request has another reason: that is none."""
-    if kept is None or own.asked_at - kept.asked_at >= KEEP_EVERY:
+    if kept is None or abs(own.asked_at - kept.asked_at) >= KEEP_EVERY:  # a clock may be set back
         return True
     one, other = own.trouble, kept.trouble
     return (one and (one.trouble, one.since)) != (other and (other.trouble, other.since))

@@ -36,7 +36,7 @@ one."""
 ROUND_EVERY: Final = 1.0
 """Least seconds between two rounds of polling. A single callback is followed at once;
 `tracker.polling.poll.Coalescer` decides how long many wait to share their pages."""
-PROBE_EVERY: Final = timedelta(seconds=5)
+PROBE_EVERY: Final = timedelta(seconds=2)
 """How often to check whether FLORA should be probed."""
 RECOVER_EVERY: Final = timedelta(seconds=30)
 """How often starts are recovered whose caller is gone."""
