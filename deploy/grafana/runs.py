@@ -100,8 +100,14 @@ GLANCE: Final = Row(
             title="Quarantined",
             kind="stat",
             width=4,
-            queries=((f"SELECT count(*) AS quarantined FROM v_quarantine WHERE {_W}", ""),),
-            about="Authentic callbacks that were not understood, now.",
+            queries=(
+                (
+                    "SELECT count(*) AS quarantined FROM v_quarantine\n"
+                    f"WHERE acknowledged_at IS NULL AND {_W}",
+                    "",
+                ),
+            ),
+            about="Authentic callbacks that were not understood and are not acknowledged, now.",
             limits=(1, None),
         ),
         Show(
@@ -346,7 +352,8 @@ NOW: Final = Row(
             queries=(
                 (
                     "SELECT received_at, delivery_id, run_id, event_type, reason, receipts\n"
-                    f"FROM v_quarantine WHERE {_W} ORDER BY received_at DESC LIMIT 100",
+                    f"FROM v_quarantine WHERE acknowledged_at IS NULL AND {_W}\n"
+                    "ORDER BY received_at DESC LIMIT 100",
                     "",
                 ),
             ),

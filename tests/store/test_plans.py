@@ -21,8 +21,8 @@ from tracker.store import claims
 from tracker.store.engine import Database, migration_engine
 from tracker.store.postgres import connect_postgres
 from tracker.store.queries import attention as gauges
+from tracker.store.queries import quarantine, starts
 from tracker.store.queries import runs as read
-from tracker.store.queries import starts
 from tracker.store.url import DatabaseUrl
 from tracker.store.writing.statements_postgres import STORE, WRITE, PostgresStatements
 
@@ -163,6 +163,14 @@ QUERIES: dict[str, tuple[Callable[[Database], Awaitable[Any]], str]] = {
     "callbacks": (read.list_deliveries, "ix_deliveries_newest"),
     "callbacks in quarantine": (
         lambda db: read.list_deliveries(db, outcome="quarantined"),
+        "ix_deliveries_quarantined",
+    ),
+    "callbacks that nobody has acknowledged": (
+        lambda db: read.list_deliveries(db, outcome="quarantined", acknowledged=False),
+        "ix_deliveries_quarantined",
+    ),
+    "causes of quarantine": (
+        lambda db: quarantine.causes(db, limit=10),
         "ix_deliveries_quarantined",
     ),
     "callbacks of a run": (
