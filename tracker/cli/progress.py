@@ -129,7 +129,7 @@ async def _show_waits(services: "Services") -> None:
             show_status(f"{cause} ({seconds:.0f} s) …")
         elif cause not in reported:
             reported.add(cause)
-            _screens[-1].notice(f"{cause} ({seconds:.0f} s)")
+            _screens[-1].notice(f"{cause} for up to {seconds:.0f} s")
 
 
 def _cause(wait: "Wait") -> tuple[str, float]:

@@ -158,10 +158,9 @@ def track(
     try:
         tracked = run_once(work)
     except (NotTracked, FloraError) as error:
-        advice = "" if technique else "--technique names its technique, "
-        raise TrackerError(
-            f"{error}. Nothing was stored: {advice}--force tracks it all the same"
-        ) from error
+        if force:  # it may be stored
+            raise
+        raise TrackerError(f"{error}; nothing was stored (--force tracks it anyway)") from error
     if tracked.known:
         note("The run was tracked already.")
     if tracked.record.last_error:

@@ -42,7 +42,10 @@ def serve(
         typer.Option(help="Address to bind for --callbacks-port.", show_default="that of --host"),
     ] = None,
     simulate: Annotated[
-        bool, typer.Option("--simulate", help="Use a local FLORA: no key, no cost, a first try.")
+        bool,
+        typer.Option(
+            "--simulate", help="Run a local FLORA beside it and use that: no key, no cost."
+        ),
     ] = False,
 ) -> int:
     """Run receiver, API, dashboard and worker in one process.

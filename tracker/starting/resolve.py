@@ -218,7 +218,7 @@ class RunTracker:
         except (FloraError, SettingsError) as error:
             raise NotTracked(f"FLORA cannot be asked about run {run_id}: {error}") from error
         if found.missing:
-            old = "" if technique else ", or it is an older run, which only its technique shows"
+            old = "" if technique else " (one that is not among the newest needs its technique)"
             raise NotTracked(f"FLORA has no run {run_id} in workspace {workspace.name}{old}")
         if found.observation is None:
             raise NotTracked(f"FLORA cannot be asked about run {run_id}: {found.error}")
@@ -238,7 +238,7 @@ class RunTracker:
         except ShownByFlora:
             raise NotForgotten(
                 f"FLORA has shown run {run_id}, so it was not removed: the next page of the "
-                "history that shows it would track it again"
+                "history that shows it would track it again (--force removes it anyway)"
             ) from None
         if record is None:
             raise NotForgotten(f"run {run_id} is not tracked")
