@@ -15,7 +15,6 @@ from pydantic import SecretStr
 
 from tracker.core.clock import Clock
 from tracker.delivering.downloads import Downloader
-from tracker.delivering.endpoint_client import Endpoint
 from tracker.delivering.webhooks import Webhooks
 from tracker.explaining.explainer import Explainer
 from tracker.flora.client import FloraClient
@@ -33,7 +32,8 @@ from tracker.polling.workspaces import DatabaseWaits, Workspace, WorkspaceIds, W
 from tracker.receiving.apply import Applier
 from tracker.receiving.receive import Receiver
 from tracker.receiving.replay import Replayer
-from tracker.settings import EndpointSettings, Rotation, Settings, WorkspaceSettings
+from tracker.settings import Rotation, Settings, WorkspaceSettings
+from tracker.settings.endpoints import endpoint_of
 from tracker.settings.values import longest_wait
 from tracker.starting.batch import Batches
 from tracker.starting.batch_orders import BatchOrders
@@ -48,7 +48,6 @@ from tracker.store import migrate
 from tracker.store.clock import shared_clock
 from tracker.store.engine import Database
 from tracker.store.queries.audit import Refusals
-from tracker.store.queries.endpoints import EndpointConfig
 from tracker.store.signals import Signals
 from tracker.store.url import TLS_ADVICE
 from tracker.store.writing.inbox import Inbox
@@ -171,10 +170,11 @@ async def open_services(
         webhooks = Webhooks(
             database=database,
             signals=signals,
-            endpoints=map(_endpoint, settings.endpoints),
+            endpoints=map(endpoint_of, settings.endpoints),
             body=message_body,
             process=process,
             clock=clock,
+            on_attempt=[metrics.attempted],
         )
         stack.push_async_callback(webhooks.aclose)
         rotation.follow(partial(_rotate_endpoints, webhooks))
@@ -223,6 +223,7 @@ async def open_services(
             waiting=lambda: writer.waiting + inbox.waiting,
             workspaces=workspaces,
             contacts=contacts,
+            endpoint_ids=[one.id for one in settings.endpoints],
             budgets=budgets,
             sweep_seconds=cache(partial(longest_wait, settings.tracker_reconcile_cron, clock())),
         )
@@ -394,20 +395,6 @@ def _rotate(workspaces: Workspaces, settings: Settings) -> None:
 def _rotate_endpoints(webhooks: Webhooks, settings: Settings) -> None:
     """Sign what is sent to endpoints with the secrets that are set now."""
     webhooks.rotate({one.id: _clear(one.secrets) for one in settings.endpoints})
-
-
-def _endpoint(configured: EndpointSettings) -> Endpoint:
-    return Endpoint(
-        config=EndpointConfig(
-            endpoint_id=configured.id,
-            url=configured.shown_url,
-            events=configured.events,
-            filter=configured.filter,
-        ),
-        url=configured.url,
-        secrets=_clear(configured.secrets),
-        allow_private=configured.allow_private,
-    )
 
 
 def _clear(secrets: Iterable[SecretStr]) -> tuple[str, ...]:

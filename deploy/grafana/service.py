@@ -515,4 +515,42 @@ PROCESSES: Final = Row(
     ),
 )
 
-SERVICE: Final = (GLANCE, ENDS, TIMES, FLORA, POLLING, PROCESSES)
+WEBHOOKS: Final = Row(
+    "Webhooks",
+    (
+        Show(
+            title="Endpoints that work",
+            kind="stat",
+            queries=(("max by (endpoint_id) (tracker_endpoint_up)", "{{endpoint_id}}"),),
+            about="No while the last attempts failed, or the endpoint is disabled.",
+            words=NO_IS_BAD,
+        ),
+        Show(
+            title="Messages that wait",
+            queries=(
+                ("max by (endpoint_id) (tracker_messages_pending)", "{{endpoint_id}}"),
+                ("max by (endpoint_id) (tracker_messages_failed) > 0", "given up: {{endpoint_id}}"),
+            ),
+            about="Until their first or next attempt, or until someone sends them again.",
+        ),
+        Show(
+            title="Attempts per minute",
+            queries=(
+                (
+                    "sum by (endpoint_id, outcome) "
+                    f"(rate(tracker_message_attempts_total{_AT})) * 60",
+                    "{{endpoint_id}}: {{outcome}}",
+                ),
+            ),
+            about="delivered: a 2xx. refused: another answer. no_answer: none within 15 s.",
+        ),
+        Show(
+            title="Delivery delay",
+            unit="s",
+            queries=_quantiles("tracker_message_delivery_seconds", 0.5, 0.95),
+            about="From an event to the 2xx of its endpoint.",
+        ),
+    ),
+)
+
+SERVICE: Final = (GLANCE, ENDS, TIMES, FLORA, POLLING, WEBHOOKS, PROCESSES)

@@ -25,6 +25,7 @@ def on(metric: str, value: str, *, labels: str = "", instances: str = "ab") -> S
 
 
 WS = 'workspace_id="ws_1"'
+SHOP = 'endpoint_id="shop"'
 BUDGET = 'budget="day:workspace_id=ws_1"'
 RECENT = "tracker_recent_callbacks"
 LAST_CALLBACK = "tracker_callback_last_received_timestamp_seconds"
@@ -59,6 +60,8 @@ HEALTHY: Series = {
     **on(LAST_SWEEP, "0+60", labels=WS),
     **on("tracker_sweep_interval_seconds", "300"),
     **on("tracker_sweep_failed", "0", labels=WS),
+    **on("tracker_endpoint_disabled", "0", labels=SHOP),
+    **on("tracker_messages_oldest_pending_seconds", "60", labels=SHOP),
     **on("tracker_history_gaps", "0", labels=f'{WS}, run_type="technique"'),
     **on("tracker_runs_due", "2"),
     **on("tracker_runs_overdue", "0"),
@@ -79,7 +82,7 @@ STATE = (
     *("tracker_recent", "tracker_callback_last", "tracker_callback_own", "tracker_runs"),
     *("tracker_deliveries", "tracker_inbox", "tracker_sweep_last", "tracker_sweep_failed"),
     "tracker_history_gaps",
-    "tracker_starts",
+    *("tracker_starts", "tracker_endpoint", "tracker_messages"),
 )
 
 
@@ -185,6 +188,15 @@ SCENARIOS: dict[str, tuple[Series, set[str]]] = {
     "runs are never billed": (
         on("tracker_runs_unpriced", "2", labels=WS),
         {"TrackerRunsUnpriced"},
+    ),
+    "an endpoint is disabled, and its messages wait": (
+        on("tracker_endpoint_disabled", "1", labels=SHOP)
+        | on("tracker_messages_oldest_pending_seconds", "9000", labels=SHOP),
+        {"TrackerEndpointDisabled"},
+    ),
+    "an endpoint has failed for hours": (
+        on("tracker_messages_oldest_pending_seconds", "9000", labels=SHOP),
+        {"TrackerMessagesLate"},
     ),
     "one process has lost the database": (
         on("tracker_database_up", "0", instances="b"),

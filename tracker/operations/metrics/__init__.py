@@ -5,7 +5,7 @@ mode of prometheus-client is not used: each process has a port of its own, and w
 everywhere comes from the database.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, ProcessCollector, disable_created_metrics
 from prometheus_client.exposition import choose_encoder
@@ -40,6 +40,7 @@ class Metrics(Counters):
         waiting: Callable[[], int],
         workspaces: Workspaces,
         contacts: Contacts,
+        endpoint_ids: Iterable[str],
         budgets: BudgetReader,
         sweep_seconds: Callable[[], float],
     ) -> None:
@@ -48,7 +49,7 @@ class Metrics(Counters):
         `waiting` returns the number of entries not committed yet, `sweep_seconds` the longest time
         between two scheduled sweeps.
         """
-        self.create_series(list(workspaces))
+        self.create_series(list(workspaces), endpoint_ids)
         process = ProcessGauges(
             self,
             waiting=waiting,

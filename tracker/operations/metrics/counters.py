@@ -4,7 +4,7 @@ Every public method is a hook that others call: the receiver, the writer, the FL
 worker. No hook waits; those of a callback cost a few microseconds.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Final, get_args
 
@@ -26,6 +26,7 @@ from tracker.receiving.receive import Received
 from tracker.store.errors import StoreBusy
 
 if TYPE_CHECKING:
+    from tracker.store.writing.messages import Attempt, Claim
     from tracker.store.writing.writer import WriteOutcome
 
 ENDED_BY: Final = (Source.START, Source.CALLBACK, Source.POLL, Source.HISTORY)
@@ -44,6 +45,8 @@ AUTH_REFUSALS: Final = ("missing", "wrong", "expired", "scope", "cross_site", "n
 """Why access is refused (`tracker.web.auth`)."""
 WRITE_FAILURES: Final = ("busy", "unavailable", "outdated", "refused")
 SWEEP_RESULTS: Final = ("complete", "failed", "skipped")
+ATTEMPTS: Final = ("delivered", "refused", "no_answer")
+"""Outcomes of an attempt to deliver a message: a 2xx, another answer, none."""
 
 log = structlog.get_logger(__name__)
 
@@ -76,6 +79,7 @@ _COUNTERS: Final = (
     ("sweep_repaired", "Runs whose end or details only a sweep brought.", "workspace_id"),
     ("sweep_unreadable", "History items that could not be parsed.", "workspace_id"),
     ("starts_over_budget", "Starts refused because they exceed a budget.", "budget"),
+    ("message_attempts", "Attempts to deliver messages.", "endpoint_id", "outcome"),
     ("worker_job_failures", "Scheduled jobs that failed.", "task"),
 )
 # Name, help, buckets and labels.
@@ -86,6 +90,7 @@ _HISTOGRAMS: Final = (
     ("end_lag_seconds", "Detection delay: from a run's end until it is known.", _LAGS, "source"),
     ("settle_lag_seconds", "Time from a run's end until it is settled.", _LAGS, "source"),
     ("flora_request_seconds", "Duration of requests to FLORA.", _CALLS, "endpoint"),
+    ("message_delivery_seconds", "Time from an event to its 2xx.", _LAGS, "endpoint_id"),
 )
 
 
@@ -117,8 +122,12 @@ class Counters:
             for status in (RunStatus.COMPLETED, RunStatus.FAILED):
                 self._counters["run_ends"].labels(source.value, status.value)
 
-    def create_series(self, workspaces: Sequence[Workspace]) -> None:
-        """Create the series of known workspaces at zero, so that a first event is an increase."""
+    def create_series(self, workspaces: Sequence[Workspace], endpoint_ids: Iterable[str]) -> None:
+        """Create the series of workspaces and endpoints at zero, so that a first event is an
+        increase."""
+        for endpoint_id in endpoint_ids:
+            for outcome in ATTEMPTS:
+                self._counters["message_attempts"].labels(endpoint_id, outcome)
         for workspace in workspaces:
             if workspace.workspace_id is None:
                 continue
@@ -238,6 +247,15 @@ class Counters:
         self._count("sweep_discovered", name, by=report.discovered)
         self._count("sweep_repaired", name, by=report.repaired)
         self._count("sweep_unreadable", name, by=report.unreadable)
+
+    def attempted(self, endpoint_id: str, claim: "Claim", attempt: "Attempt") -> None:
+        """An attempt to deliver a message is over."""
+        if attempt.error is None:
+            outcome, took = "delivered", (attempt.at - claim.event_at).total_seconds()
+            self._histograms["message_delivery_seconds"].labels(endpoint_id).observe(max(took, 0))
+        else:
+            outcome = "no_answer" if attempt.status is None else "refused"
+        self._count("message_attempts", endpoint_id, outcome)
 
     def over_budget(self, budget: str) -> None:
         """A start exceeds the budget of that name."""

@@ -27,8 +27,9 @@ from tracker.polling.contacts import Contacts
 from tracker.polling.workspaces import Workspaces
 from tracker.starting.start import BudgetReader
 from tracker.store.engine import Database
-from tracker.store.queries import starts, sweeps
+from tracker.store.queries import endpoints, starts, sweeps
 from tracker.store.queries.attention import Gauges, SweepHealth, read_gauges, sweep_health
+from tracker.store.queries.endpoints import Backlog, EndpointRow
 from tracker.store.queries.spending import Usage
 
 KEEP_SECONDS: Final = 5.0
@@ -168,6 +169,8 @@ class _Snapshot:
     never_swept: Sequence[str]
     usages: Sequence[Usage]
     unread: Sequence[sweeps.Unread]
+    endpoints: Sequence[EndpointRow]
+    backlogs: Mapping[str, Backlog]
 
 
 class DatabaseGauges(Collector):
@@ -242,6 +245,12 @@ class DatabaseGauges(Collector):
             never_swept=[name for name in keyed if name not in swept],
             usages=await self._budgets.usages(),
             unread=sweeps.unread(await sweeps.everything(self._database)),
+            endpoints=[
+                one
+                for one in await endpoints.list_endpoints(self._database)
+                if one.is_configured(now)
+            ],
+            backlogs=await endpoints.backlogs(self._database),
         )
 
     def collect(self) -> Iterator[Metric]:
@@ -257,6 +266,7 @@ class DatabaseGauges(Collector):
             yield from _money(self._snapshot)
             yield from _callbacks(self._snapshot)
             yield from _history(self._snapshot)
+            yield from _webhooks(self._snapshot)
 
 
 def _runs(snapshot: _Snapshot) -> Iterator[Metric]:
@@ -395,3 +405,37 @@ def _history(snapshot: _Snapshot) -> Iterator[Metric]:
         ("workspace_id", "run_type"),
         gaps,
     )
+
+
+def _webhooks(snapshot: _Snapshot) -> Iterator[Metric]:
+    rows = {one.endpoint_id: one for one in snapshot.endpoints}
+    backlogs = {name: snapshot.backlogs.get(name, Backlog()) for name in rows}
+    values: tuple[tuple[str, str, Mapping[str, float]], ...] = (
+        (
+            "endpoint_up",
+            "0 while an endpoint fails or is disabled.",
+            {name: row.enabled and row.failing_since is None for name, row in rows.items()},
+        ),
+        (
+            "endpoint_disabled",
+            "1 while nothing is sent to the endpoint.",
+            {name: not row.enabled for name, row in rows.items()},
+        ),
+        (
+            "messages_pending",
+            "Messages that wait for their first or next attempt.",
+            {name: one.pending for name, one in backlogs.items()},
+        ),
+        (
+            "messages_failed",
+            "Messages that were given up.",
+            {name: one.failed for name, one in backlogs.items()},
+        ),
+        (
+            "messages_oldest_pending_seconds",
+            "How long the oldest pending message has waited.",
+            {name: _age(snapshot.now, one.oldest_at) for name, one in backlogs.items()},
+        ),
+    )
+    for name, meaning, by_endpoint in values:
+        yield _gauges(name, meaning, ("endpoint_id",), by_endpoint)
