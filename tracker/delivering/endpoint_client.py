@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Final
+from uuid import uuid4
 
 import httpx
 
@@ -18,6 +19,7 @@ from tracker.delivering.addresses import Address, GuardedTransport, Resolver, co
 from tracker.delivering.signing import signed_headers
 from tracker.flora.caller import retry_after_of
 from tracker.store.queries.endpoints import EndpointConfig
+from tracker.store.text import dump_json
 from tracker.store.writing.messages import Attempt
 
 ANSWER_SECONDS: Final = 15.0
@@ -161,6 +163,22 @@ class EndpointClient:
             error=_refusal(response),
             retry_after=retry_after_of(response.headers, now=at),
         )
+
+
+async def send_test(
+    endpoint: Endpoint, *, clock: Clock, answer_seconds: float = ANSWER_SECONDS
+) -> Attempt:
+    """Send a signed test event (`tracker.test`) and return the outcome."""
+    event = {
+        "type": "tracker.test",
+        "timestamp": f"{clock().replace(tzinfo=None).isoformat(timespec='microseconds')}Z",
+        "data": {"endpoint_id": endpoint.config.endpoint_id},
+    }
+    client = EndpointClient(endpoint, clock=clock, answer_seconds=answer_seconds)
+    try:
+        return await client.send(f"msg_test_{uuid4().hex}", dump_json(event))
+    finally:
+        await client.aclose()
 
 
 async def _beginning(response: httpx.Response) -> str:

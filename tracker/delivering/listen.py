@@ -30,10 +30,10 @@ from tracker.core.merge import merge
 from tracker.core.net import is_loopback_url
 from tracker.core.observation import Observation, Source
 from tracker.core.run import Run
+from tracker.delivering.endpoint_client import ANSWER_SECONDS
 from tracker.delivering.signing import signed_headers
+from tracker.store.text import dump_json
 
-ANSWER_SECONDS: Final = 15.0
-"""How long the local address may take to answer, as an endpoint may."""
 RETRY_SECONDS: Final = (0.5, 1.0, 2.0)
 """Waits before a refused connection is tried again: a development server may be restarting."""
 SILENCE_SECONDS: Final = 60.0
@@ -59,8 +59,7 @@ class StreamedEvent:
     @property
     def body(self) -> bytes:
         """The JSON that is sent."""
-        shown = {"type": self.type, "timestamp": self.at, "data": self.run}
-        return json.dumps(shown, ensure_ascii=False, separators=(",", ":")).encode()
+        return dump_json({"type": self.type, "timestamp": self.at, "data": self.run}).encode()
 
 
 class _Cut(Exception):

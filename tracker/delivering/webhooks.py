@@ -15,7 +15,6 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Final
-from uuid import uuid4
 
 import structlog
 
@@ -23,13 +22,17 @@ from tracker.core.clock import Clock
 from tracker.core.errors import StoreError, TrackerError
 from tracker.core.events import WAITS
 from tracker.core.rate_limited_log import LogRateLimit
-from tracker.delivering.endpoint_client import ANSWER_SECONDS, Endpoint, EndpointClient
+from tracker.delivering.endpoint_client import (
+    ANSWER_SECONDS,
+    Endpoint,
+    EndpointClient,
+    send_test,
+)
 from tracker.store.engine import Database
 from tracker.store.queries import audit
 from tracker.store.queries.audit import Action
 from tracker.store.queries.endpoints import configure
 from tracker.store.signals import Signals
-from tracker.store.text import dump_json
 from tracker.store.writing import messages
 from tracker.store.writing.group_commit import call_hook
 from tracker.store.writing.messages import MOST_OPEN, Attempt, Claim, next_due_at, take_turn
@@ -177,16 +180,7 @@ class Webhooks:
             )
         now = self._clock()
         await audit.write(self._database, audit.entry(Action.TEST, now, endpoint_id=endpoint_id))
-        event = {
-            "type": "tracker.test",
-            "timestamp": f"{now.replace(tzinfo=None).isoformat(timespec='microseconds')}Z",
-            "data": {"endpoint_id": endpoint_id},
-        }
-        client = EndpointClient(endpoint, clock=self._clock)
-        try:
-            return await client.send(f"msg_test_{uuid4().hex}", dump_json(event))
-        finally:
-            await client.aclose()
+        return await send_test(endpoint, clock=self._clock)
 
     async def enable(self, endpoint_id: str) -> None:
         """Enable an endpoint again, and send what waits for it. Raises `UnknownEndpoint`."""

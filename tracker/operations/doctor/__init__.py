@@ -9,6 +9,7 @@ for the doctor's own test deliveries, which are deleted again.
     flora.py         API key and clocks
     callbacks.py     public URL, and test deliveries to it
     delivery.py      one test delivery, and what its answer means
+    endpoints.py     test events to the endpoints
     work.py          worker, sweeps, and what waits for a person
 """
 
@@ -37,6 +38,7 @@ Name = Literal[
     "answer time",
     "body limit",
     "test deliveries",
+    "endpoints",
     "connection",
     "worker",
     "sweeps",

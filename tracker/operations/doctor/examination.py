@@ -13,11 +13,13 @@ from threading import Thread
 from typing import Any, ParamSpec, TypeVar
 
 from tracker.core.clock import Clock, utc_now
+from tracker.delivering.endpoint_client import ANSWER_SECONDS
 from tracker.operations.doctor import (
     Finding,
     Name,
     callbacks,
     database,
+    endpoints,
     failed,
     flora,
     settings,
@@ -46,6 +48,9 @@ class TimeLimits:
     delivery: float = FLORA_WAITS
     callbacks: float = 22.0
     """The longest: it waits for several answers, and then cleans up."""
+    endpoints: float = ANSWER_SECONDS + 3
+    endpoint: float = ANSWER_SECONDS
+    """For one answer."""
     work: float = 8.0
 
 
@@ -76,6 +81,12 @@ async def examine(
         "callbacks",
         limits.callbacks,
         callbacks.check(configured, at_database, clock=clock, timeout=limits.delivery),
+        list,
+    )
+    at_endpoints = _start(
+        "endpoints",
+        limits.endpoints,
+        endpoints.check(configured, clock=clock, seconds=limits.endpoint),
         list,
     )
 
@@ -110,6 +121,7 @@ async def examine(
             tolerance=configured.tracker_signature_tolerance,
         ),
         *await at_callbacks,
+        *await at_endpoints,
         *await at_work,
     ]
     redact = Redactor(configured.secret_values)

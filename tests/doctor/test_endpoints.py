@@ -1,0 +1,51 @@
+"""Endpoints: a test event to each, and what its answer means."""
+
+from tests.support.endpoint import SECRET, Receiver
+from tests.support.waiting import free_port
+from tracker.core.clock import utc_now
+from tracker.operations.doctor import Finding, Level
+from tracker.operations.doctor.endpoints import check
+from tracker.settings import EndpointSettings, Settings
+
+
+def endpoint(id_: str, url: str, *, allow_private: bool = True) -> EndpointSettings:
+    """An endpoint with the secret of the receivers."""
+    return EndpointSettings(id=id_, url=url, secrets=[SECRET], allow_private=allow_private)
+
+
+async def findings(*endpoints: EndpointSettings, seconds: float = 15.0) -> list[Finding]:
+    """What the doctor says of them."""
+    settings = Settings(endpoints=endpoints)
+    return await check(settings, clock=utc_now, seconds=seconds)
+
+
+async def test_an_endpoint_that_answers_is_sound() -> None:
+    """It got one test event, signed; without endpoints there is no line."""
+    async with Receiver(status=204) as receiver:
+        [finding] = await findings(endpoint("shop", receiver.url))
+    assert finding.level is Level.OK
+    assert finding.seen.startswith("shop answered a test event with 204 in ")
+    [got] = receiver.got
+    assert (got.event, got.verified) == ("tracker.test", True)
+    assert await findings() == []
+
+
+async def test_what_is_wrong_is_named_for_each() -> None:
+    """Nothing there, no answer in time, a refused signature, a private address; all at once, and
+    none hides another or shows a secret."""
+    async with Receiver(silent=True) as silent, Receiver(status=401) as strict:
+        refused, late, unsigned, private = await findings(
+            endpoint("refused", f"http://127.0.0.1:{free_port()}/hook"),
+            endpoint("late", silent.url),
+            endpoint("unsigned", f"{strict.url}?key=of-the-query"),
+            endpoint("private", strict.url.replace("http:", "https:"), allow_private=False),
+            seconds=1.0,
+        )
+    assert {one.level for one in (refused, late, unsigned, private)} == {Level.FAILED}
+    assert "no answer within 1 s" in late.seen
+    assert "HTTP 401" in unsigned.seen
+    assert "the same secret" in unsigned.advice
+    assert "not a public address" in private.seen
+    texts = "".join(one.seen + one.advice for one in (refused, late, unsigned, private))
+    assert "of-the-query" not in texts
+    assert SECRET not in texts
