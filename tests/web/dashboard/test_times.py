@@ -1,4 +1,4 @@
-"""Times on pages: in UTC for readers without scripts, and marked for the script that converts them."""
+"""Times on pages: UTC for readers without scripts, and marked for the script that converts them."""
 
 from datetime import datetime, timedelta, timezone
 
