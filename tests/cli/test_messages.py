@@ -72,3 +72,25 @@ def test_messages_are_listed_and_shown(filled: Commands) -> None:
     assert '"run_id": "run_1"' in printed
     unknown = filled("messages", "show", "msg_9")
     assert (unknown.returncode, unknown.stderr) == (1, "tracker: message msg_9 is not known\n")
+
+
+def test_messages_are_sent_again_and_endpoints_enabled(filled: Commands) -> None:
+    """`resend` takes a delivered one too; `recover` takes an age or a time; unknown ones are
+    status 1."""
+    assert filled.json("endpoints", "enable", "crm") == {"endpoint_id": "crm", "state": "enabled"}
+    filled.json("messages", "resend", "msg_1", "msg_2")
+    assert {one["state"] for one in filled.json("messages", "list")["messages"]} == {"pending"}
+    for since in ("24h", "2026-01-01T00:00Z"):
+        again = filled.json("messages", "recover", "--endpoint", "crm", "--since", since)
+        assert again == {"endpoint_id": "crm", "failed": 0}
+    for arguments in (
+        ("endpoints", "enable", "nobody"),
+        ("endpoints", "test", "crm"),
+        ("messages", "resend", "msg_9"),
+        ("messages", "recover", "--endpoint", "nobody", "--since", "1h"),
+    ):
+        unknown = filled(*arguments)
+        assert unknown.returncode == 1, arguments
+        assert len(unknown.stderr.splitlines()) == 1, unknown.stderr
+    wrong = filled("messages", "recover", "--endpoint", "crm", "--since", "soon")
+    assert wrong.returncode == 2

@@ -44,10 +44,14 @@ COMMANDS = {
     "deliveries show": ["--json"],
     "deliveries replay": ["--all", "--json"],
     "endpoints list": ["--json"],
+    "endpoints test": ["--json"],
+    "endpoints enable": ["--json"],
     "messages list": [
         *("--endpoint", "--state", "--event", "--run", "--limit", "--cursor", "--json"),
     ],
     "messages show": ["--json"],
+    "messages resend": ["--json"],
+    "messages recover": ["--endpoint", "--since", "--json"],
     "listen": [
         *("--forward-to", "--event", "--print", "--url", "--token", "--secret", "--json-lines"),
     ],

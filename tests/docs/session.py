@@ -23,6 +23,7 @@ SECRETS: Final = {
     "tracker_api_token": "a-token-for-tests",
     "metrics_token": "a-token-for-prometheus",
     "shop_token": "a-token-for-the-shop",
+    "shop_secret": "whsec_MDEyMzQ1Njc4OWFiY2RlZmdoaWprbG1u",
 }
 """What stands in the files that an example's settings read."""
 SERVICES: Final = ("tracker simulate", "tracker serve", "tracker worker")
@@ -64,6 +65,7 @@ class Session:
             "PATH": os.pathsep.join([*map(str, _programs()), os.environ["PATH"]]),
             "HOME": str(directory),
             "FLORA_BASE_URL": self.own("http://127.0.0.1:8090/api/v1"),
+            "WEBHOOK_SECRET": SECRETS["shop_secret"],
             # The half minute that a page speaks of is not waited for.
             "TRACKER_CALLBACK_GRACE": "1",
             "TRACKER_POLL_INTERVAL": "0.2",

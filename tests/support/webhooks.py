@@ -26,7 +26,12 @@ async def add_endpoint(db: Database, endpoint_id: str, **columns: Any) -> None:
 
 
 async def add_message(
-    db: Database, message_id: str, endpoint_id: str, *statuses: int | None, **columns: Any
+    db: Database,
+    message_id: str,
+    endpoint_id: str,
+    *statuses: int | None,
+    answer: str = "<b>an answer</b>",
+    **columns: Any,
 ) -> None:
     """A message, after attempts that had these answers (`None`: none at all). The last one decides
     whether it is delivered; else it is pending."""
@@ -58,7 +63,7 @@ async def add_message(
             "at": NOW + timedelta(seconds=number),
             "seconds": 0.25,
             "status": status,
-            "answer": None if status is None else "<b>an answer</b>",
+            "answer": None if status is None else answer,
             "error": _error(status),
         }
         for number, status in enumerate(statuses, start=1)

@@ -48,3 +48,18 @@ async def test_a_message_shows_its_body_and_attempts(small_site: Site) -> None:
     assert (log[1]["answer"], log[2]["error"]) == ("<b>an answer</b>", None)
     for unknown in ("msg_2", "x" * 300):
         assert (await client.get(f"/api/messages/{unknown}")).status_code == 404
+
+
+async def test_a_message_is_sent_again(site: Site) -> None:
+    """Whatever its state, it is due now, under the same id."""
+    db, client = site.services.database, site.client
+    await add_endpoint(db, "shop")
+    await add_message(db, "msg_1", "shop", 204)
+    await add_message(db, "msg_2", "shop", 500, state="failed")
+    for message_id in ("msg_1", "msg_2"):
+        answer = await client.post(f"/api/messages/{message_id}/resend")
+        assert answer.status_code == 200, answer.text
+        shown = answer.json()
+        assert (shown["message_id"], shown["state"]) == (message_id, "pending")
+        assert shown["next_attempt_at"] is not None
+    assert (await client.post("/api/messages/msg_9/resend")).status_code == 404

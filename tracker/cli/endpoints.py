@@ -1,12 +1,12 @@
 """`tracker endpoints`: where events are sent, how that goes, and switching an endpoint on again."""
 
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tracker.cli.output import JsonFlag, print_page
-from tracker.cli.setup import run_on_database
+from tracker.cli.output import JsonFlag, note, plain, print_json, print_page
+from tracker.cli.setup import run_on_database, run_once
 from tracker.core.clock import utc_now
 from tracker.core.formatting import duration
 
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="endpoints", help="List, test and enable webhook endpoints.", no_args_is_help=True
 )
+
+EndpointId = Annotated[
+    str, typer.Argument(metavar="ENDPOINT_ID", help="Its id in the settings, as listed.")
+]
 
 
 @app.command("list")
@@ -60,3 +64,38 @@ def list_(as_json: JsonFlag = False) -> None:
         as_json=as_json,
         hide=("events", "p95", "url"),
     )
+
+
+@app.command("test")
+def send_test(endpoint_id: EndpointId, as_json: JsonFlag = False) -> int:
+    """Send a signed test event (tracker.test) to an endpoint of the settings.
+
+    Exit status 1 if the answer is not 2xx.
+    """
+    attempt = run_once(lambda services: services.webhooks.test(endpoint_id))
+    took = duration(attempt.seconds)
+    if as_json:
+        print_json(
+            {
+                "endpoint_id": endpoint_id,
+                "status": attempt.status,
+                "seconds": attempt.seconds,
+                "answer": attempt.answer,
+                "error": attempt.error,
+            }
+        )
+    elif attempt.error is None:
+        typer.echo(f"{plain(endpoint_id)} answered {attempt.status} in {took}")
+    else:
+        note(f"tracker: {endpoint_id} failed after {took}: {attempt.error}")
+    return 0 if attempt.error is None else 1
+
+
+@app.command()
+def enable(endpoint_id: EndpointId, as_json: JsonFlag = False) -> None:
+    """Enable a disabled endpoint. What waits for it is sent at once."""
+    run_once(lambda services: services.webhooks.enable(endpoint_id))
+    if as_json:
+        print_json({"endpoint_id": endpoint_id, "state": "enabled"})
+    else:
+        typer.echo(f"{plain(endpoint_id)} is enabled; workers send what waits for it")

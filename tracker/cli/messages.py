@@ -1,17 +1,20 @@
 """`tracker messages`: the events sent to endpoints, and sending them again."""
 
+from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tracker.cli.output import JsonFlag, print_fields, print_json, print_page, print_table
-from tracker.cli.setup import CursorOption, LimitOption, run_on_database
+from tracker.cli.setup import CursorOption, LimitOption, parse_age, run_on_database, run_once
+from tracker.core.clock import utc_now
 from tracker.core.errors import TrackerError
 from tracker.core.events import EventType, MessageState
-from tracker.core.formatting import duration
+from tracker.core.formatting import counted, duration
 
 if TYPE_CHECKING:
+    from tracker.services import Services
     from tracker.store.engine import Database
 
 app = typer.Typer(
@@ -19,6 +22,17 @@ app = typer.Typer(
     help="List, show and resend the events sent to endpoints.",
     no_args_is_help=True,
 )
+
+
+def _parse_time(text: str | datetime) -> datetime:
+    """An age such as `24h`, or a time such as `2026-11-28T03:00Z` (UTC without an offset)."""
+    if isinstance(text, datetime):
+        return text
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError:
+        return utc_now() - parse_age(text)
+    return at.replace(tzinfo=at.tzinfo or UTC)
 
 
 @app.command("list")
@@ -110,3 +124,47 @@ def show(
         )
     typer.echo()
     print_json(body)
+
+
+@app.command()
+def resend(
+    message_ids: Annotated[
+        list[str], typer.Argument(metavar="MESSAGE_ID", help="The webhook-ids of the messages.")
+    ],
+    as_json: JsonFlag = False,
+) -> None:
+    """Send messages again, whatever their state, under the same webhook-id."""
+
+    async def work(services: "Services") -> None:
+        for message_id in message_ids:
+            await services.webhooks.resend(message_id)
+
+    run_once(work)
+    if as_json:
+        print_json({"messages": message_ids})
+    else:
+        typer.echo(f"{counted(len(message_ids), 'message')} to send again; workers do it now")
+
+
+@app.command()
+def recover(
+    endpoint: Annotated[str, typer.Option(metavar="ID", help="The endpoint.")],
+    since: Annotated[
+        datetime,
+        typer.Option(
+            metavar="T",
+            parser=_parse_time,
+            help="Messages created since then: an age (24h, 3d) or a time (2026-11-28T03:00Z).",
+        ),
+    ],
+    as_json: JsonFlag = False,
+) -> None:
+    """Send the failed messages of an endpoint again, after an outage.
+
+    What is still pending for it is sent at once as well.
+    """
+    count = run_once(lambda services: services.webhooks.recover(endpoint, since=since))
+    if as_json:
+        print_json({"endpoint_id": endpoint, "failed": count})
+    else:
+        typer.echo(f"{counted(count, 'failed message')} to send again; workers do it now")

@@ -139,7 +139,7 @@ _SECURITY: Final = {
     "type": "http",
     "scheme": "bearer",
     "description": "TRACKER_API_TOKEN, or one of [[tokens]] with the scope `read`; with the scope "
-    "`start` for what starts or tracks runs.",
+    "`start` for what starts or tracks runs, `admin` for what resends messages.",
 }
 
 

@@ -234,6 +234,22 @@ class Api(BatchOperations):
         return await self._message(message_id)
 
     @Operation(
+        "POST",
+        "/api/messages/{message_id}/resend",
+        "messages",
+        {200: Answer("The message, which is due now.", MessageDetail)},
+        errors=(404,),
+    )
+    async def resend_message(self, request: Request, message_id: str) -> Response:
+        """Send a message again, whatever its state, under the same `webhook-id`.
+
+        Needs a token with the scope `admin`.
+        """
+        await self._message(message_id)
+        await self._services.webhooks.resend(message_id)
+        return await self._message(message_id)
+
+    @Operation(
         "GET",
         "/api/spending",
         "spending",
