@@ -9,10 +9,20 @@ from playwright.async_api import Page, expect
 
 from tests.browser.conftest import READER, LiveTracker, OpenPage, sign_in
 from tests.browser.test_flows import quarantine, start
-from tests.web.dashboard.hostile import BATCH_ID, DELIVERY_ID, EVIL, RUN_ID, TECHNIQUE_ID
+from tests.support.webhooks import add_endpoint, add_message
+from tests.web.dashboard.hostile import (
+    BATCH_ID,
+    DELIVERY_ID,
+    ENDPOINT_ID,
+    EVIL,
+    MESSAGE_ID,
+    RUN_ID,
+    TECHNIQUE_ID,
+)
 from tracker.core.run import Tracking
 from tracker.starting.sheet import read_csv
 from tracker.store.queries import runs as read
+from tracker.store.queries.messages import get_message
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -32,6 +42,10 @@ HOSTILE = [
     "/batches",
     "/spending",
     "/health",
+    "/endpoints",
+    f"/endpoints/{quote(ENDPOINT_ID, safe='')}",
+    "/messages",
+    f"/messages/{quote(MESSAGE_ID, safe='')}",
     "/audit",
 ]
 VIOLATIONS = """
@@ -71,6 +85,9 @@ async def _pages(live: LiveTracker, page: Page) -> list[str]:
     """Every page of the navigation, and one of each kind behind them."""
     run_id = await _settled(live)
     deliveries, _ = await read.list_deliveries(live.services.database, run_id=run_id)
+    if await get_message(live.services.database, "msg_1") is None:
+        await add_endpoint(live.services.database, "shop")
+        await add_message(live.services.database, "msg_1", "shop", None, 500)
     links = "[...document.querySelectorAll('.top nav a')].map((each) => each.pathname)"
     return [
         *await page.evaluate(links),
@@ -78,6 +95,9 @@ async def _pages(live: LiveTracker, page: Page) -> list[str]:
         f"/deliveries/{deliveries[0].delivery_id}",
         "/techniques/tech_icon-pack",
         "/runs?state=lost",
+        "/endpoints/shop",
+        "/messages",
+        "/messages/msg_1",
         "/nothing/here",
     ]
 

@@ -5,6 +5,7 @@ from decimal import Decimal
 from typing import Final
 
 from tests.support.deliveries import Delivered, keep
+from tests.support.webhooks import add_endpoint, add_message
 from tracker.core.clock import utc_now
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Delivery, DeliveryOutcome, Seen, Unseen
@@ -15,6 +16,7 @@ from tracker.store.queries.audit import Principal, acting
 from tracker.store.queries.batches import BatchEntry, BatchRow
 from tracker.store.queries.starts import StartState
 from tracker.store.queries.techniques import TechniqueRow
+from tracker.store.text import dump_json
 
 MARK: Final = "attacked"
 EVIL: Final = (
@@ -41,6 +43,8 @@ RUN_ID: Final = f"run_{EVIL}"
 DELIVERY_ID: Final = f"whd_{EVIL}"
 TECHNIQUE_ID: Final = f"tech_{EVIL}"
 BATCH_ID: Final = f"batch_{EVIL}"
+ENDPOINT_ID: Final = f"shop_{EVIL}"
+MESSAGE_ID: Final = f"msg_{EVIL}"
 
 
 async def attack(services: Services, evil: str = EVIL) -> None:
@@ -118,6 +122,33 @@ async def attack(services: Services, evil: str = EVIL) -> None:
         services.database, number, at=now, pages=1, items=1, discovered=0, repaired=0, error=evil
     )
     await _attack_batch(services, evil)
+    await _attack_webhooks(services, evil)
+
+
+async def _attack_webhooks(services: Services, evil: str) -> None:
+    """An endpoint with such a name and errors, and a message that it answered so."""
+    now, texts = utc_now(), {"last_error": evil, "run_id": f"run_{evil}"}
+    await add_endpoint(
+        services.database,
+        f"shop_{evil}",
+        url=f"https://shop.example.com/{evil}",
+        filters={"tag": f"{evil}={evil}"},
+        state="disabled",
+        disabled_at=now,
+        disabled_reason=evil,
+        failing_since=now,
+        last_error_at=now,
+        last_error=evil,
+    )
+    await add_message(
+        services.database,
+        f"msg_{evil}",
+        f"shop_{evil}",
+        500,
+        body=dump_json({"type": evil, "data": evil}),
+        answer=evil,
+        **texts,
+    )
 
 
 async def _attack_batch(services: Services, evil: str) -> None:

@@ -33,12 +33,18 @@ from tracker.web.http.responses import Fault, not_found
 
 
 class NavLink(NamedTuple):
-    """A link of the navigation: where it leads, its name, and its icon on a phone."""
+    """A link of the navigation: where it leads, its name, and its icon on a phone. The pages below
+    `also` belong to it too."""
 
     path: str
     name: str
     icon: str
     scope: Scope = Scope.READ
+    also: str | None = None
+
+    def leads_to(self, path: str) -> bool:
+        """Whether the page at `path` belongs to this link."""
+        return _is_below(path, self.path) or (self.also is not None and _is_below(path, self.also))
 
 
 NAVIGATION: Final = (
@@ -52,6 +58,7 @@ MORE: Final = (
     NavLink("/techniques", "Techniques", "document"),
     NavLink("/spending", "Spending", "money"),
     NavLink("/starts", "Starts", "track"),
+    NavLink("/endpoints", "Webhooks", "link", also="/messages"),
     NavLink("/health", "Health", "ok"),
     NavLink("/audit", "Audit", "history", Scope.ADMIN),
 )
@@ -186,7 +193,8 @@ class Renderer:
         """A page as the answer to a request. Raises `Fault` where it would be too large."""
         session = session_of(request.scope)
         path, scope = request.url.path, request.scope
-        here = next((one.path for one in (*NAVIGATION, *MORE) if _is_below(path, one.path)), None)
+        links = (*NAVIGATION, *MORE)
+        here = next((one.path for one in links if one.leads_to(path)), None)
         self._left = MAX_LONG_VALUES
         parts = self._environment.get_template(template).generate(
             now=self._clock(),

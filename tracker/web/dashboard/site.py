@@ -21,6 +21,7 @@ from tracker.web.dashboard.runbook import RunbookPage
 from tracker.web.dashboard.runs import RunPages
 from tracker.web.dashboard.spending import SpendingPage
 from tracker.web.dashboard.techniques import TechniquePages
+from tracker.web.dashboard.webhooks import WebhookPages
 from tracker.web.http.responses import Fault
 
 _JSON_PATHS: Final = (
@@ -68,6 +69,7 @@ class Dashboard:
             SpendingPage(services, self._renderer),
             HealthPage(services, self._renderer),
             RunbookPage(services, self._renderer),
+            WebhookPages(services, self._renderer),
         )
 
     def routes(self) -> list[Route]:

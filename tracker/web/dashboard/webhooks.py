@@ -1,0 +1,199 @@
+"""`/endpoints` and `/messages`: where events are sent, how that goes, and sending them again."""
+
+from datetime import timedelta
+from typing import Final
+from urllib.parse import quote
+
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Route
+
+from tracker.core.errors import FieldFault
+from tracker.core.events import EventType, MessageState
+from tracker.core.formatting import counted, duration
+from tracker.delivering.webhooks import UnknownEndpoint
+from tracker.store.queries import endpoints, messages
+from tracker.store.queries.endpoints import Backlog, EndpointRow
+from tracker.store.queries.messages import MessageRow
+from tracker.web.dashboard.forms import (
+    check_csrf,
+    path_id,
+    query_choice,
+    query_field,
+    read_form,
+)
+from tracker.web.dashboard.render import FlashMessage, PageGroup, page_links
+from tracker.web.http.responses import invalid, not_found
+
+PAGE_SIZE: Final = 50
+LATEST: Final = 10
+"""Messages on the page of an endpoint."""
+DELAYS_OF: Final = timedelta(days=1)
+"""The delays shown are those of messages this young."""
+SINCE: Final = {
+    "1": "Last hour",
+    "24": "Last 24 hours",
+    "72": "Last 3 days",
+    "720": "Last 30 days",
+}
+"""How far back failed messages are sent again, in hours."""
+
+
+class WebhookPages(PageGroup):
+    """The lists of endpoints and messages, one of each, and their actions."""
+
+    def routes(self) -> list[Route]:
+        endpoint, message = "/endpoints/{endpoint_id:any}", "/messages/{message_id:any}"
+        actions = {
+            f"{endpoint}/test": self.test,
+            f"{endpoint}/enable": self.enable,
+            f"{endpoint}/recover": self.recover,
+            f"{message}/resend": self.resend,
+        }
+        return [
+            Route("/endpoints", self.list_endpoints, methods=["GET"]),
+            Route("/messages", self.list_messages, methods=["GET"]),
+            *(Route(path, act, methods=["POST"]) for path, act in actions.items()),
+            # The page after an action was reloaded.
+            *(Route(path, _to_page, methods=["GET"]) for path in actions),
+            Route(endpoint, self.show_endpoint, methods=["GET"]),
+            Route(message, self.show_message, methods=["GET"]),
+        ]
+
+    async def list_endpoints(self, request: Request) -> Response:
+        """All endpoints with their backlog and delays."""
+        since = self._services.clock() - DELAYS_OF
+        backlogs = await endpoints.backlogs(self._database)
+        rows = [
+            (
+                row,
+                backlogs.get(row.endpoint_id, Backlog()),
+                await endpoints.delays(self._database, row.endpoint_id, since=since),
+            )
+            for row in await endpoints.list_endpoints(self._database)
+        ]
+        return self._render(request, "endpoints.html", rows=rows)
+
+    async def show_endpoint(self, request: Request) -> Response:
+        """One endpoint with its newest messages."""
+        return await self._endpoint_page(request, await self._endpoint(request))
+
+    async def test(self, request: Request) -> Response:
+        """Sends a signed test event and shows the answer."""
+        await check_csrf(request)
+        row = await self._endpoint(request)
+        try:
+            attempt = await self._services.webhooks.test(row.endpoint_id)
+        except UnknownEndpoint as error:
+            return await self._endpoint_page(request, row, FlashMessage("bad", f"{error}"))
+        took = duration(attempt.seconds)
+        if attempt.error is None:
+            flash = FlashMessage("good", f"Test event answered {attempt.status} in {took}.")
+        else:
+            flash = FlashMessage("bad", f"Test event failed after {took}: {attempt.error}.")
+        return await self._endpoint_page(request, row, flash)
+
+    async def enable(self, request: Request) -> Response:
+        """Enables an endpoint that was disabled."""
+        await check_csrf(request)
+        row = await self._endpoint(request)
+        await self._services.webhooks.enable(row.endpoint_id)
+        flash = FlashMessage("good", "Enabled. What waits for it is sent now.")
+        return await self._endpoint_page(request, await self._endpoint(request), flash)
+
+    async def recover(self, request: Request) -> Response:
+        """Sends the failed messages of an endpoint again."""
+        form = await read_form(request)
+        await check_csrf(request)
+        row = await self._endpoint(request)
+        hours = form.get("since", "")
+        if hours not in SINCE:
+            raise invalid(FieldFault("since", f"must be one of {', '.join(SINCE)}"))
+        since = self._services.clock() - timedelta(hours=int(hours))
+        count = await self._services.webhooks.recover(row.endpoint_id, since=since)
+        flash = FlashMessage("good", f"{counted(count, 'failed message')} sent again.")
+        return await self._endpoint_page(request, row, flash)
+
+    async def list_messages(self, request: Request) -> Response:
+        """A page of messages, newest first."""
+        state = query_choice(request, "state", MessageState)
+        event = query_choice(request, "event", EventType)
+        endpoint, run_id = query_field(request, "endpoint"), query_field(request, "run")
+        cursor = query_field(request, "cursor")
+        rows, next_cursor = await messages.list_messages(
+            self._database,
+            endpoint_id=endpoint,
+            state=state,
+            event=event,
+            run_id=run_id,
+            cursor=cursor,
+            limit=PAGE_SIZE,
+        )
+        filters = {"endpoint": endpoint, "state": state, "event": event, "run": run_id}
+        return self._render(
+            request,
+            "messages.html",
+            rows=rows,
+            filters=filters,
+            endpoints={
+                one.endpoint_id: one.endpoint_id
+                for one in await endpoints.list_endpoints(self._database)
+            },
+            events={one.value: one.value for one in EventType},
+            **page_links("/messages", cursor=cursor, next_cursor=next_cursor, **filters),
+        )
+
+    async def show_message(self, request: Request) -> Response:
+        """One message with its body and its attempts."""
+        return await self._message_page(request, await self._message(request))
+
+    async def resend(self, request: Request) -> Response:
+        """Sends a message again."""
+        await check_csrf(request)
+        row = await self._message(request)
+        await self._services.webhooks.resend(row.message_id)
+        flash = FlashMessage("good", "It is sent again now.")
+        return await self._message_page(request, await self._message(request), flash)
+
+    async def _endpoint_page(
+        self, request: Request, row: EndpointRow, flash: FlashMessage | None = None
+    ) -> Response:
+        since = self._services.clock() - DELAYS_OF
+        latest, _ = await messages.list_messages(
+            self._database, endpoint_id=row.endpoint_id, limit=LATEST
+        )
+        return self._render(
+            request,
+            "endpoint.html",
+            row=row,
+            flash=flash,
+            backlog=(await endpoints.backlogs(self._database)).get(row.endpoint_id, Backlog()),
+            delays=await endpoints.delays(self._database, row.endpoint_id, since=since),
+            latest=latest,
+            since=SINCE,
+        )
+
+    async def _message_page(
+        self, request: Request, row: MessageRow, flash: FlashMessage | None = None
+    ) -> Response:
+        attempts = await messages.list_attempts(self._database, row.message_id)
+        return self._render(request, "message.html", row=row, flash=flash, attempts=attempts)
+
+    async def _endpoint(self, request: Request) -> EndpointRow:
+        endpoint_id, usable = path_id(request, "endpoint_id")
+        row = await endpoints.get_endpoint(self._database, endpoint_id) if usable else None
+        if row is None:
+            raise not_found(f"There is no endpoint {endpoint_id}.")
+        return row
+
+    async def _message(self, request: Request) -> MessageRow:
+        message_id, usable = path_id(request, "message_id")
+        row = await messages.get_message(self._database, message_id) if usable else None
+        if row is None:
+            raise not_found(f"There is no message {message_id}.")
+        return row
+
+
+async def _to_page(request: Request) -> Response:
+    path = request.url.path.rpartition("/")[0]
+    return RedirectResponse(quote(path), status_code=303)
