@@ -140,6 +140,7 @@ def test_every_problem_of_a_csv_is_named() -> None:
             b"\xd0\xcf\x11\xe0\xa1\xb1",
             "the file is an old Excel workbook (.xls) or has a password: save it as .xlsx",
         ),
+        (b"<html><table>", "the file is HTML or XML: open it in Excel and save it as .xlsx"),
     ],
 )
 def test_what_is_no_sheet_is_said(data: bytes, said: str) -> None:

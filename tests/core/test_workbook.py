@@ -101,9 +101,11 @@ def test_formulas_without_a_usable_result_are_named() -> None:
 
 @pytest.mark.parametrize("data", [b"PK\x03\x04", b"PK\x03\x04" + b"x" * 500])
 def test_a_damaged_workbook_is_a_problem(data: bytes) -> None:
-    """It says what to do."""
+    """The problem says what to do; so does that of another file in place of a workbook."""
+    options: dict[str, Any]
     assert problem(read_sheet(data)).endswith("save it as .xlsx or CSV")
-    assert problem(read_sheet(b"a,b", file_format=SheetFormat.XLSX)).startswith("the file is no")
+    for options in ({"file_format": SheetFormat.XLSX}, {"sheet_name": "Products"}):
+        assert problem(read_sheet(b"a,b", **options)).startswith("the file is no Excel workbook")
 
 
 def test_a_workbook_cannot_exhaust_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:

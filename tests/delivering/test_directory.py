@@ -62,6 +62,15 @@ def test_no_file_takes_the_name_of_another(tmp_path: Path) -> None:
         assert [directory.reserve(key, one) for one in ("hat_image_1", "tie_image_1")] == names
 
 
+def test_a_crash_before_the_file_has_its_name_costs_the_name_nothing(tmp_path: Path) -> None:
+    """Its line is there and the file is not: it is fetched again, under the same name."""
+    with DownloadDirectory(tmp_path) as directory:
+        directory.add(entry(file="001_image_1.png"))
+    with DownloadDirectory(tmp_path) as directory:
+        assert directory.find(entry().key) is None
+        assert directory.reserve(entry().key, "001_image_1") == "001_image_1"
+
+
 def test_a_file_gets_another_name(tmp_path: Path) -> None:
     """With its line in the manifest; one that has the name stays as it is."""
     (tmp_path / "001_image_1.png").write_bytes(b"abc")

@@ -162,6 +162,8 @@ def batch(
     technique's inputs by name. An invalid row refuses the whole file before anything is paid. Exit
     status 1 if a row did not complete.
     """
+    from tracker.delivering.downloads import DownloadOptions, DownloadOutcome, DownloadReport
+
     if again + retry_failed + retry_all > 1:
         raise typer.BadParameter(
             "cannot be combined with one another", param_hint="--again, --retry-failed, --retry-all"
@@ -175,13 +177,9 @@ def batch(
     check_output(results, output)
     sheet = _read(file, format_, delimiter, encoding, sheet_name)
     name = "stdin" if file == "-" else Path(file).name
-
-    from tracker.delivering.downloads import DownloadOptions, DownloadOutcome, DownloadReport
-
     if sheet.detected:
         note(f"{name}: read with {sheet.detected}")
     began = time.monotonic()
-
     files = DownloadReport()
 
     async def work(services: "Services") -> "tuple[BatchPlan, bool, BatchOutcome | None]":

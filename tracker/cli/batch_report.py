@@ -63,7 +63,7 @@ def report_plan(plan: "BatchPlan") -> None:
         note(f"Columns carried into the results: {', '.join(columns)}")
     for column, name in zip(columns, carried_names(columns), strict=True):
         if column != name:
-            note(f"The column {column!r} is {name!r} in the results, which have their own")
+            note(f"In the results, the column {column!r} is called {name!r}")
     for line in _repetitions(plan):
         note(line)
 
@@ -89,9 +89,7 @@ def _repetitions(plan: "BatchPlan") -> list[str]:
             )
     if len(found) > _REPEATS:
         rest = len(found) - _REPEATS
-        found[_REPEATS:] = [
-            f"{counted(rest, 'more row')} repeated below: each repetition is a run of its own"
-        ]
+        found[_REPEATS:] = [f"{counted(rest, 'more row is', 'more rows are')} repeated"]
     return found
 
 

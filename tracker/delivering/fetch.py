@@ -62,7 +62,7 @@ class FetchedFile:
 
 
 OnComplete = Callable[[FetchedFile], None]
-"""Called when a file is complete, before it gets its name."""
+"""Called in a thread when a file is complete, before it gets its name."""
 
 
 class Fetcher:
@@ -141,9 +141,13 @@ class Fetcher:
                 content_type=content_type,
                 resumed=resumed,
             )
-            if on_complete is not None:
-                on_complete(file)
-            await asyncio.to_thread(part.finish, target)
+
+            def finish() -> None:
+                if on_complete is not None:
+                    on_complete(file)
+                part.finish(target)
+
+            await asyncio.to_thread(finish)
         finally:
             part.close()
         return file

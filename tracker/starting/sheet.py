@@ -29,6 +29,7 @@ _SAMPLE: Final = 50
 _FOREIGN: Final = {
     b"\xd0\xcf\x11\xe0": "is an old Excel workbook (.xls) or has a password: save it as .xlsx",
     b"%PDF": "is a PDF: save the sheet as .xlsx or CSV",
+    b"<": "is HTML or XML: open it in Excel and save it as .xlsx",
 }
 _WORKBOOK: Final = b"PK\x03\x04"
 _UNFIT: Final = re.compile(r"[\x00\ud800-\udfff]")
@@ -127,7 +128,7 @@ def read_sheet(
         from tracker.starting.workbook import read_workbook  # noqa: PLC0415 - few sheets are one
 
         return read_workbook(data, sheet_name)
-    if file_format is SheetFormat.XLSX:
+    if file_format is SheetFormat.XLSX or sheet_name is not None:
         return refused("the file is no Excel workbook (.xlsx)")
     if file_format is SheetFormat.JSONL:
         return read_jsonl(data, encoding=encoding)
@@ -140,7 +141,7 @@ def read_csv(data: bytes, *, delimiter: str | None = None, encoding: str | None 
     if isinstance(text, Sheet):
         return text
     detected = [encoding_found] if encoding_found else []
-    hint = re.match(r"sep=(.)\r?\n", text)  # Excel's own first line
+    hint = re.match(r"sep=([,;\t|])\r?\n", text)  # Excel's own first line
     if delimiter is None:
         delimiter = hint[1] if hint else _detected_delimiter(text)
         if delimiter != ",":
@@ -270,8 +271,9 @@ def _decoded(data: bytes, encoding: str | None) -> tuple[str | Sheet, str]:
         return text, ""
     try:
         return data.decode(encoding).removeprefix("\ufeff"), detected
-    except UnicodeDecodeError as error:
-        line = data[: error.start].decode(encoding, errors="replace").count("\n") + 1
+    except UnicodeError as error:
+        before = data[: getattr(error, "start", 0)]
+        line = before.decode(encoding, errors="replace").count("\n") + 1
         problem = SheetProblem(line, "", f"is not {encoding}: use another --encoding")
         return Sheet(problems=(problem,)), ""
 
