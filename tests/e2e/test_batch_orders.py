@@ -1,6 +1,7 @@
 """Batches that the server launches, against everything that may go wrong: paid once, to the end."""
 
 import json
+import signal
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+import sqlalchemy as sa
 
 from tests.e2e.lives import Life
 from tests.e2e.short_waits import shorten_waits
@@ -16,10 +18,11 @@ from tests.e2e.truth import assert_all_true
 from tests.support.waiting import eventually, free_port
 from tracker.simulator import Options, Simulator, running
 from tracker.store.engine import Database
+from tracker.store.schema import batches
 
 ROWS = 50
-KILLED_AFTER = (15, 30)
-"""So many runs have begun at FLORA when the process is killed that starts them."""
+ENDED_AFTER = {15: signal.SIGKILL, 30: signal.SIGTERM}
+"""How the process is ended that starts the rows, by how many runs have begun at FLORA."""
 PROMPTS = [f"icon {number % (ROWS - 10)}" for number in range(ROWS)]
 ORDER = {"technique": "icon-pack", "rows": [{"prompt": prompt, "note": "x"} for prompt in PROMPTS]}
 
@@ -80,12 +83,26 @@ async def rows_of(client: httpx.AsyncClient, batch_id: str) -> list[dict[str, An
     return found
 
 
+async def stopped(life: Life) -> int:
+    """The exit status after SIGTERM."""
+    life.tell()
+    status = await life.end()
+    assert "Traceback" not in life.log, life.log
+    return status
+
+
+async def leases(database_url: str) -> list[Any]:
+    """Who holds the leases of the batches."""
+    async with await Database.open(database_url) as database, database.read() as connection:
+        return list(await connection.scalars(sa.select(batches.c.lease_holder)))
+
+
 @pytest.mark.timeout(150)
 async def test_an_ordered_batch_is_paid_once_whatever_is_killed(
     tmp_path: Path, database_url: str
 ) -> None:
     """What was answered 201 is launched to its end by the next process, or by another one beside
-    it, though processes are killed while they start rows; each row is one run."""
+    it, though processes are killed or stopped while they start rows; each row is one run."""
     async with deployed(tmp_path, database_url) as (deployment, flora, client):
         beside = database_url.startswith("postgres")
         serving = await deployment.life("serve", *(["--no-worker"] if beside else []))
@@ -93,10 +110,14 @@ async def test_an_ordered_batch_is_paid_once_whatever_is_killed(
         answer = await client.post("/api/batches", content=json.dumps(ORDER))
         assert answer.status_code == 201, answer.text
         batch_id = answer.json()["batch_id"]
-        for count in KILLED_AFTER:
+        for count, how in ENDED_AFTER.items():
             await eventually(lambda count=count: len(flora.world.runs) >= count, timeout=60)
-            worker.kill()
-            await worker.end()
+            if how is signal.SIGKILL:
+                worker.kill()
+                await worker.end()
+            else:
+                assert await stopped(worker) == 0
+                assert await leases(database_url) == [None]
             assert len(flora.world.runs) < ROWS
             if beside:
                 worker = await deployment.life("worker", port=free_port())
@@ -115,9 +136,6 @@ async def test_an_ordered_batch_is_paid_once_whatever_is_killed(
         assert_paid_once(flora, PROMPTS)
         assert_rows_are_their_runs(flora, PROMPTS, rows)
         for life in {serving, worker}:
-            life.tell()
-            await life.end()
-            assert life.status == 0
-            assert "Traceback" not in life.log, life.log
+            assert await stopped(life) == 0
         async with await Database.open(database_url) as database:
             await assert_all_true(database, flora.root)

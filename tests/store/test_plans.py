@@ -21,8 +21,9 @@ from tracker.store import claims
 from tracker.store.engine import Database, migration_engine
 from tracker.store.postgres import connect_postgres
 from tracker.store.queries import attention as gauges
-from tracker.store.queries import quarantine, starts
+from tracker.store.queries import batch_launches, batches, quarantine, starts
 from tracker.store.queries import runs as read
+from tracker.store.queries.batches import RowOutcome
 from tracker.store.url import DatabaseUrl
 from tracker.store.writing.statements_postgres import STORE, WRITE, PostgresStatements
 
@@ -54,6 +55,14 @@ _ROWS = {
         {many} SELECT 'default', 'key_' || i, 'tech_' || (i % 20), '', '[]',
         CASE WHEN i <= 20 THEN 'sent' ELSE 'started' END, {ago},
         CASE WHEN i > 20 THEN 'run_' || i END FROM n""",
+    "batches": """INSERT INTO batches (batch_id, workspace_slot, technique_id, name, created_at,
+        launch, launch_at)
+        {many} SELECT 'bat_' || i, 'default', 'tech_1', 'x.csv', {ago},
+        CAST(CASE WHEN i <= 20 THEN '{{}}' END AS {json}), CASE WHEN i <= 20 THEN {ago} END
+        FROM n""",
+    "batch_rows": """INSERT INTO batch_rows (batch_id, position, line, row_digest, generation,
+        attempt, idempotency_key)
+        {many} SELECT 'bat_' || (i % 1000 + 1), i, i, i, 0, 0, 'key_' || i FROM n""",
 }
 
 
@@ -62,9 +71,9 @@ async def fill_tables(url: str) -> None:
     at = _TIMES[engine.dialect.name]
     words = {"many": _MANY, "ago": at.format("i"), "soon": at.format("(50 - i)")}
     if engine.dialect.name == "sqlite":
-        words |= {"true": "1", "false": "0", "bytes": "x'00'"}
+        words |= {"true": "1", "false": "0", "bytes": "x'00'", "json": "text"}
     else:
-        words |= {"true": "true", "false": "false", "bytes": "'\\x00'::bytea"}
+        words |= {"true": "true", "false": "false", "bytes": "'\\x00'::bytea", "json": "jsonb"}
     async with engine.connect() as connection:
         await connection.execution_options(isolation_level="AUTOCOMMIT")
         for statement in _ROWS.values():
@@ -184,6 +193,16 @@ QUERIES: dict[str, tuple[Callable[[Database], Awaitable[Any]], str]] = {
         lambda db: starts.rivals(db, "default", "tech_1", "key_1"),
         "ix_starts",
     ),
+    "batches to launch": (
+        lambda db: batch_launches.claim_due(db, ["default"], holder="h", now=NOW, limit=10),
+        "ix_batches_open",
+    ),
+    "batches to close": (lambda db: batch_launches.finish_ended(db, NOW), "ix_batches_open"),
+    "why rows of a batch failed": (lambda db: batches.error_groups(db, "bat_1"), "batch_rows"),
+    "failed rows of a batch": (
+        lambda db: batches.entries(db, "bat_1", outcome=RowOutcome.FAILED, limit=100),
+        "batch_rows",
+    ),
     "whether there are generation runs": (
         lambda db: read.has_generations(db, ["ws_1", None]),
         "ix_runs_generations",
@@ -262,7 +281,7 @@ async def test_a_scrape_reads_short_indexes(full: Database) -> None:
 
 
 def _reads_a_table(plan: str) -> bool:
-    tables = ("runs", "run_events", "run_outputs", "deliveries", "starts")
+    tables = ("runs", "run_events", "run_outputs", "deliveries", "starts", "batches", "batch_rows")
     for line in plan.splitlines():
         if any(f"Seq Scan on {table}" in line for table in tables):
             return True

@@ -166,11 +166,13 @@ class Batches:
         definition, price_error = await self.catalogue.priced(workspace, technique)
         if (reason := obstacle(definition.ports)) is not None:
             raise InvalidRequest(f"{technique} cannot be started: {reason}")
-        reading = read_rows(sheet, definition.ports, explicit)
+        # In a thread: many rows would hold up what else the process does.
+        reading = await asyncio.to_thread(read_rows, sheet, definition.ports, explicit)
         tagged, wrong = row_tags(sheet, tag_columns or {}, tags or {})
         problems = sorted([*reading.problems, *wrong])
         rows = _fit_rows(reading.rows, problems, skip=skip_bad_rows, header=sheet.header)
-        digests = row_digests(definition.technique_id, [row.inputs for _, row in rows])
+        inputs = [row.inputs for _, row in rows]
+        digests = await asyncio.to_thread(row_digests, definition.technique_id, inputs)
         latest = await batches.latest_turns(self.database, workspace_id, digests)
         if not accept_changes:
             await self._check_mapping(workspace_id, definition.technique_id, sheet, reading, latest)

@@ -1,0 +1,91 @@
+"""Batches that a worker launches: due, leased by one, ended once."""
+
+import asyncio
+from dataclasses import replace
+from datetime import timedelta
+
+from tests.store.making import NOW
+from tests.store.test_batches import BATCH, entries
+from tracker.store.engine import Database
+from tracker.store.queries import audit, batch_launches, batches
+from tracker.store.queries.audit import Action
+from tracker.store.queries.batches import BatchRow
+
+ORDERED = replace(BATCH, launch={"started_by": "shop"}, launch_at=NOW)
+SECOND = timedelta(seconds=1)
+
+
+async def claim(db: Database, holder: str = "h", *, later: timedelta = SECOND) -> list[BatchRow]:
+    return await batch_launches.claim_due(db, ["default"], holder=holder, now=NOW + later, limit=10)
+
+
+async def end(db: Database, batch: BatchRow, holder: str = "h") -> bool:
+    return await batch_launches.end(
+        db, batch, holder=holder, launch_at=None, stopped="a budget", errors={1: "too long"}
+    )
+
+
+async def test_a_due_batch_has_one_holder(db: Database, other_db: Database) -> None:
+    """Of many processes one gets the lease; when it expires another one does. What is not due, of
+    another workspace, or a command's, is nobody's."""
+    await batches.keep(db, ORDERED, entries("a"))
+    for number, other in enumerate(
+        [
+            replace(ORDERED, launch_at=NOW + timedelta(minutes=1)),
+            replace(ORDERED, workspace_slot="other"),
+            replace(ORDERED, launch=None, launch_at=None),
+        ]
+    ):
+        await batches.keep(db, replace(other, batch_id=f"bat_other_{number}"), [])
+    claims = await asyncio.gather(
+        *(claim(each, f"{n}") for n, each in enumerate([db, other_db] * 3))
+    )
+    assert [len(found) for found in claims if found] == [1]
+    late = batch_launches.LEASE + 2 * SECOND
+    assert [one.batch_id for one in await claim(db, "next", later=late)] == ["bat_1"]
+    assert await claim(db, "other", later=late) == []
+
+
+async def test_a_clock_that_was_set_back_delays_no_batch(db: Database) -> None:
+    """A due time or a lease far ahead was stored before that, and is void."""
+    await batches.keep(db, replace(ORDERED, launch_at=NOW + timedelta(hours=1)), [])
+    (batch,) = await claim(db)
+    assert await claim(db, "other") == []
+    assert len(await claim(db, "other", later=timedelta(hours=-1))) == 1
+    assert batch.launch_at == NOW + timedelta(hours=1)
+
+
+async def test_how_a_launch_ended_is_stored_by_its_holder(db: Database) -> None:
+    """Once, with the errors of its rows; not by a process whose lease is another's by now."""
+    await batches.keep(db, ORDERED, entries("a", "b"))
+    (batch,) = await claim(db)
+    assert not await end(db, batch, "other")
+    assert await batch_launches.renew(db, batch, holder="h", now=NOW)
+    assert await end(db, batch)
+    assert not await end(db, batch)
+    stored = await batches.get(db, "bat_1")
+    assert stored is not None
+    assert (stored.launch_at, stored.stopped, stored.finished_at) == (None, "a budget", None)
+    assert [row.error for row in await batches.entries(db, "bat_1")] == ["too long", None]
+    assert await claim(db) == []
+
+
+async def test_a_new_order_or_a_stop_is_not_overwritten(db: Database) -> None:
+    """The launch before notices that it is not its order any more, and releases the lease."""
+    await batches.keep(db, ORDERED, entries("a"))
+    (batch,) = await claim(db)
+    await batches.keep(db, replace(ORDERED, launch_at=NOW + SECOND / 2), entries("a"))
+    assert not await batch_launches.renew(db, batch, holder="h", now=NOW)
+    assert not await end(db, batch)
+    assert await claim(db, "other") == []
+    await batch_launches.release(db, batch, holder="h")
+    (again,) = await claim(db, "other")
+    noted = audit.entry(Action.STOP, NOW, batch_id="bat_1")
+    assert await batch_launches.stop(db, "bat_1", "stopped by shop", noted=noted)
+    assert not await batch_launches.stop(db, "bat_1", "stopped by another", noted=noted)
+    assert not await batch_launches.renew(db, again, holder="other", now=NOW)
+    assert not await end(db, again, "other")
+    stored = await batches.get(db, "bat_1")
+    assert stored is not None
+    assert (stored.launch_at, stored.stopped) == (None, "stopped by shop")
+    assert await batch_launches.finish_ended(db, NOW) == 0
