@@ -1,6 +1,7 @@
 """`/`: whether FLORA answers, what needs attention, what runs now, and the figures of a day."""
 
 import json
+import re
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -34,8 +35,11 @@ OUTCOMES: Final = (RunStatus.COMPLETED, RunStatus.FAILED)
 """The series of the chart. An end that only a newer FLORA knows is shown where there is one."""
 TECHNIQUES: Final = 7
 """Techniques that are named in today's costs."""
-OVERDUE: Final = 8
-"""Overdue runs that are named."""
+OVERDUE: Final = 100
+"""Overdue runs that are read, longest due first."""
+REASONS: Final = 5
+"""Reasons that are shown for them."""
+_REQUEST_ID: Final = re.compile(r" \(req_[^)]*\)")
 BATCHES: Final = 3
 """Unfinished batches that are shown, the newest ones."""
 BATCHES_SINCE: Final = timedelta(days=7)
@@ -105,7 +109,7 @@ class OverviewPage(PageGroup):
             costs=costs[:TECHNIQUES],
             other_costs=_sum(costs[TECHNIQUES:]),
             other_techniques=len(costs[TECHNIQUES:]),
-            overdue=overdue,
+            overdue=_by_reason(overdue)[:REASONS],
             has_key=self._has_key,
             period=period,
             period_name=period_name,
@@ -119,6 +123,15 @@ class OverviewPage(PageGroup):
             views = output_views(record.run.outputs, media_origin=media_origin)
             for view in views[:RESULTS_OF_A_RUN]:
                 yield record, view
+
+
+def _by_reason(records: list[Record]) -> list[tuple[str | None, list[Record]]]:
+    """Runs that are not read for the same reason, without the ids of single requests in it."""
+    found: dict[str | None, list[Record]] = {}
+    for record in records:
+        reason = record.last_error and _REQUEST_ID.sub("", record.last_error)
+        found.setdefault(reason, []).append(record)
+    return sorted(found.items(), key=lambda one: -len(one[1]))
 
 
 def _connections(workspaces: list[WorkspaceHealth]) -> list[Alert]:
