@@ -1,6 +1,7 @@
 """The page of deliveries: problems first, and actions on many of them at once."""
 
 import re
+from datetime import timedelta
 
 import httpx
 
@@ -47,6 +48,22 @@ async def test_causes_of_quarantine_come_first(browser: httpx.AsyncClient, close
     assert "whd_3" in shown
     assert "whd_1" not in shown
     assert "Problems" not in shown
+
+
+async def test_what_waits_for_too_long_is_a_problem(
+    browser: httpx.AsyncClient, closed: Site
+) -> None:
+    """A callback that waits to be applied for minutes is named with what to do; a fresh one is
+    not."""
+    for name, age in (("fresh", timedelta(0)), ("old", timedelta(minutes=5))):
+        received = utc_now() - age
+        delivery = Delivery(delivery_id=f"whd_{name}", received_at=received, body=event())
+        waiting = DeliveryOutcome.WAITING
+        await keep(closed.services.database, Delivered(delivery=delivery, outcome=waiting))
+        page = (await browser.get("/deliveries")).text
+        assert ("Problems" in page) is (name == "old")
+    assert "2 waiting" in page
+    assert "tracker poll" in page
 
 
 async def test_a_cause_is_replayed(browser: httpx.AsyncClient, closed: Site) -> None:
