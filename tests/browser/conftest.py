@@ -121,7 +121,7 @@ async def _served(path: Path, flora: Simulator) -> AsyncIterator[LiveTracker]:
         flora_webhook_secret=options.webhook_secret,
         flora_base_url=flora.base_url,
         flora_workspace_id=options.workspace_id,
-        tracker_budget_day=Decimal(5),
+        tracker_budget_day=Decimal(25),
     )
     async with AsyncExitStack() as stack:
         services = await stack.enter_async_context(open_services(settings, background=True))

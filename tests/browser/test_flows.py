@@ -74,7 +74,8 @@ async def test_a_run_page_is_updated_live(live: LiveTracker, open_page: OpenPage
     await expect(page.locator(".summary .pill")).to_have_text("completed")
     await expect(page.locator(".gallery img")).to_have_count(4)
     await expect(page.locator(".summary")).to_contain_text("$0.25")
-    await expect(page.locator(".timeline li")).to_have_count(3)
+    await expect(page.locator(".gallery figcaption").first).to_contain_text("Icon 1")
+    await expect(page.locator(".timeline")).to_contain_text("Callback received")
     sizes = "[...document.querySelectorAll('.gallery img')].map((each) => each.naturalWidth)"
     await page.locator(".gallery img").last.scroll_into_view_if_needed()
     await page.wait_for_function(f"{sizes}.every((width) => width > 0)")
@@ -91,10 +92,10 @@ async def test_the_list_is_filtered_and_stays_live(live: LiveTracker, open_page:
     await expect(page.get_by_role("link", name=first)).to_be_visible()
     await page.evaluate("window.untouched = true")
 
-    await page.get_by_label("Text").fill("no such run")
+    await page.get_by_label("Search").fill("no such run")
     await expect(page.get_by_role("heading", name="No matching runs")).to_be_visible()
     assert page.url == f"{live.url}/runs?text=no+such+run"
-    await page.get_by_label("Text").fill("")
+    await page.get_by_label("Search").fill("")
     await page.get_by_label("Technique").select_option(label="Icon Pack")
     await expect(page.get_by_role("link", name=first)).to_be_visible()
     assert page.url == f"{live.url}/runs?technique=tech_icon-pack"

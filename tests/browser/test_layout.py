@@ -53,7 +53,7 @@ async def test_a_phone_folds_the_filters_away(live: LiveTracker, open_page: Open
     watched = await open_page(**PHONE)
     page = watched.page
     await sign_in(page, f"{live.url}/runs")
-    await expect(page.get_by_label("Text")).to_be_visible()
+    await expect(page.get_by_label("Search")).to_be_visible()
     await expect(page.get_by_label("State")).to_be_hidden()
     await page.get_by_text("Filters", exact=True).tap()
     await page.get_by_label("State").select_option("failed")

@@ -9,6 +9,7 @@ from playwright.async_api import Page, expect
 
 from tests.browser.conftest import READER, LiveTracker, OpenPage, sign_in
 from tests.browser.test_flows import quarantine, start
+from tests.browser.test_runs_and_batches import keep_batch
 from tests.support.webhooks import add_endpoint, add_message
 from tests.web.dashboard.hostile import (
     BATCH_ID,
@@ -88,6 +89,7 @@ async def _settled(live: LiveTracker) -> str:
 async def _pages(live: LiveTracker, page: Page) -> list[str]:
     """Every page of the navigation, and one of each kind behind them."""
     run_id = await _settled(live)
+    await keep_batch(live, "bat_axe")
     deliveries, _ = await read.list_deliveries(live.services.database, run_id=run_id)
     if await get_message(live.services.database, "msg_1") is None:
         await add_endpoint(live.services.database, "shop")
@@ -99,6 +101,10 @@ async def _pages(live: LiveTracker, page: Page) -> list[str]:
         f"/deliveries/{deliveries[0].delivery_id}",
         "/messages",
         "/techniques/tech_icon-pack",
+        "/batches/bat_axe",
+        "/batches/bat_axe?show=failed&error=model_timeout",
+        "/runs?text=SKU-0003&sort=cost",
+        "/runs/run_bat_axe_1",
         "/runs?state=lost",
         "/endpoints/shop",
         "/messages",
@@ -197,7 +203,7 @@ async def test_hostile_text_runs_nothing(hostile_url: str, open_page: OpenPage) 
         await _assert_narrow(page, path)
     # What is inserted later is text, too.
     await page.goto(f"{hostile_url}/runs")
-    await page.get_by_label("Text").fill(EVIL)
+    await page.get_by_label("Search").fill(EVIL)
     await page.wait_for_url("**/runs?text=*")
     await page.goto(f"{hostile_url}/runs/{quote(RUN_ID, safe='')}")
     for summary in await page.locator(".timeline summary").all():

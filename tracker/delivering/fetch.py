@@ -69,7 +69,8 @@ class Fetcher:
     """Fetches files. Used as `async with Fetcher() as fetcher`.
 
     `allow_private` permits links into this network or machine. `stall` is how many seconds a
-    connection may make no progress, `connect` how many seconds connecting may take.
+    connection may make no progress, `connect` how many seconds connecting may take. A file is given
+    up after `attempts` without progress.
     """
 
     def __init__(
@@ -79,10 +80,12 @@ class Fetcher:
         max_bytes: int = MAX_BYTES,
         stall: float = 60.0,
         connect: float = 10.0,
+        attempts: int = ATTEMPTS,
         resolver: Resolver = resolve,
         sleep: Sleep = asyncio.sleep,
     ) -> None:
         self._max_bytes = max_bytes
+        self._attempts = attempts
         self._stall = stall
         self._sleep = sleep
         self._http = httpx.AsyncClient(
@@ -129,7 +132,7 @@ class Fetcher:
                     progress = part.size >= furthest + _STALL_BYTES
                     fruitless = 0 if progress else fruitless + 1
                     furthest = max(furthest, part.size)
-                    if fruitless >= ATTEMPTS:
+                    if fruitless >= self._attempts:
                         raise
                     await self._sleep(_pause(fruitless, trouble.retry_after))
             content_type = response.headers.get("content-type")

@@ -66,12 +66,15 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Sentence:
-    """`at` is when it happened, UTC; `None` for the state now."""
+    """`at` is when it happened, UTC; `None` for the state now. `event` is what was observed then,
+    `delivery_id` the callback that it is about."""
 
     kind: Kind
     text: str
     at: datetime | None = None
     source: Source | None = None
+    event: Event | None = None
+    delivery_id: str | None = None
 
 
 def timeline(
@@ -124,9 +127,10 @@ def _observations(events: Sequence[Event], deliveries: Sequence[DeliveryRow]) ->
     for event in events:
         seen = Observation.from_json(event.detail)
         after = merge(run, seen)
-        observed = _observed(seen, run, _delivery_of(seen, deliveries))
-        text = " ".join([observed, *_news(seen, run, after)])
-        yield Sentence(Kind.OBSERVATION, text, event.at, seen.source)
+        delivery = _delivery_of(seen, deliveries)
+        text = " ".join([_observed(seen, run, delivery), *_news(seen, run, after)])
+        delivery_id = None if delivery is None else delivery.delivery_id
+        yield Sentence(Kind.OBSERVATION, text, event.at, seen.source, event, delivery_id)
         if after.conflict and not (run is not None and run.conflict):
             text = _contradiction(seen, earlier, after)
             yield Sentence(Kind.CONFLICT, text, event.at, seen.source)
@@ -267,12 +271,16 @@ def _deliveries(events: Sequence[Event], deliveries: Sequence[DeliveryRow]) -> I
         elif row.delivery_id not in brought:
             text = f"{name} ({row.event_type}) brought nothing new."
         if text:
-            yield Sentence(Kind.DELIVERY, text, row.received_at, Source.CALLBACK)
+            yield _about_delivery(row, text, row.received_at)
         if row.receipts > 1:
             text = (
                 f"{name} received {row.receipts} times, now for the last time. Repeats only count."
             )
-            yield Sentence(Kind.DELIVERY, text, row.last_received_at, Source.CALLBACK)
+            yield _about_delivery(row, text, row.last_received_at)
+
+
+def _about_delivery(row: DeliveryRow, text: str, at: datetime) -> Sentence:
+    return Sentence(Kind.DELIVERY, text, at, Source.CALLBACK, delivery_id=row.delivery_id)
 
 
 def _listed(parts: Sequence[str]) -> str:

@@ -79,7 +79,7 @@ class Catalogue:
         `SettingsError` without a key, `StoreUnavailable`, and other `FloraError`s if no definition
         is known.
         """
-        return _definition(await self._renewed(workspace, technique, deadline))
+        return definition_of(await self._renewed(workspace, technique, deadline))
 
     async def priced(
         self, workspace: Workspace, technique: str
@@ -91,14 +91,14 @@ class Catalogue:
         key = (workspace.slot, technique)
         try:
             async with self._asking.setdefault(key, asyncio.Lock()):
-                return _definition(await self._ask(workspace, technique, None)), None
+                return definition_of(await self._ask(workspace, technique, None)), None
         except FloraError as error:
             if not _is_no_answer(error):
                 raise
             known = await self._known(workspace, technique)
             if known is None or not (known.defined_at or known.inputs):
                 raise
-            return _definition(known), error
+            return definition_of(known), error
 
     async def checked(
         self,
@@ -218,7 +218,8 @@ class Catalogue:
         return failed_at is not None and abs(now - failed_at) < PAUSE
 
 
-def _definition(row: TechniqueRow) -> Technique:
+def definition_of(row: TechniqueRow) -> Technique:
+    """The definition in a stored row."""
     return Technique(
         technique_id=row.technique_id,
         name=row.name,

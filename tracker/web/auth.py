@@ -71,7 +71,7 @@ _OPEN_BELOW: Final = "/callbacks/"  # FLORA has no token; its callbacks are sign
 _SIGN_IN: Final = "/login"
 _SIGN_IN_BELOW: Final = "/static/"  # the style of the sign-in page: nothing from the database
 _STARTS: Final = re.compile(
-    r"/api/runs(/track)?|/api/batches(/.*/(retry|stop))?|/runs/.*/check|/batches/.*/(retry|stop)",
+    r"/api/runs(/track)?|/api/batches(/.*/(retry|stop))?|/runs/.*/(check|retry)|/batches/.*/(retry|stop)",
     re.DOTALL,
 )
 _ACTOR: Final = "tracker.actor"

@@ -1,54 +1,114 @@
-"""The pages of batches: the progress of each, and the result of every row."""
+"""The pages of batches: rows by outcome and error, numbered pages, retry, the outputs as a ZIP."""
 
+import asyncio
+import io
 import re
+import tempfile
+import zipfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import update
 
 from tests.support.waiting import eventually
 from tests.web.conftest import Serve, Site
-from tests.web.dashboard.conftest import HTML
+from tests.web.dashboard.conftest import HTML, csrf_of, sign_in
+from tests.web.flora import with_flora
 from tracker.core.clock import utc_now
-from tracker.simulator import Options, running
+from tracker.core.tokens import Scope
+from tracker.delivering import archive
+from tracker.settings import TokenSettings
+from tracker.simulator import Simulator
 from tracker.starting.sheet import read_csv
 from tracker.store.queries import batches
 from tracker.store.queries.batches import BatchEntry, BatchRow
+from tracker.store.schema import run_outputs
+from tracker.web.dashboard import batch as batch_page
+from tracker.worker.scheduler import Worker
+
+SHEET = b"SKU,client,prompt\n" + b"".join(
+    f"SKU-{number},<b>&Co,garden tool {number}\n".encode() for number in range(1, 11)
+)
+TOKEN = "a-token-of-the-tests"
+READER = "a-token-that-only-reads"
 
 
-async def test_a_batch_shows_the_result_of_each_row(serve: Serve, sqlite_url: str) -> None:
-    """Each row with its run and cost; the list shows the progress."""
-    options = Options(speed=1000, failures=0)
-    async with running(options) as flora:
-        settings = {
-            "flora_base_url": flora.base_url,
-            "flora_api_key": options.api_key,
-            "tracker_poll_interval": 0.1,
-        }
-        async with serve(sqlite_url, **settings) as site:
-            assert (
-                "tracker batch TECHNIQUE" in (await site.client.get("/batches", headers=HTML)).text
-            )
-            sheet = read_csv(b"prompt\ngarden tools\nkitchen\n<b>camping</b>\n")
+@dataclass(frozen=True, slots=True)
+class BatchSite:
+    """A site with a worker and a finished batch: some rows have failed."""
+
+    site: Site
+    flora: Simulator
+    batch_id: str
+
+    async def page(self, query: str = "") -> str:
+        """The page of the batch."""
+        answer = await self.site.client.get(f"/batches/{self.batch_id}{query}")
+        assert answer.status_code == 200, answer.text
+        return answer.text
+
+
+@asynccontextmanager
+async def finished(serve: Serve, url: str, **options: Any) -> AsyncIterator[BatchSite]:
+    given = {"seed": 4, "run_seconds": 0.2, "speed": 10.0, "failures": 0.4, **options}
+    async with with_flora(serve, url, **given) as (site, flora):
+        worker = Worker(site.services)
+        await worker.start()
+        try:
+            sheet = read_csv(SHEET)
             plan, _ = await site.services.batches.plan("icon-pack", sheet, name="<i>icons</i>.csv")
-            await site.services.batches.run(
-                plan, concurrency=2, wait=False, on_progress=lambda _: None
-            )
+            run = site.services.batches.run
+            await run(plan, concurrency=4, wait=True, on_progress=lambda _: None)
             site.client.headers.update(HTML)
-
-            async def all_ended() -> bool:
-                await site.services.poller.poll_due()
-                return "3 of 3" in (await site.client.get("/batches")).text
-
-            await eventually(all_ended)
-            listed = (await site.client.get("/batches")).text
-            assert "&lt;i&gt;icons&lt;/i&gt;.csv" in listed
-            assert "$0.75" in listed
-            link = re.search(r'href="(/batches/[^"]+)"', listed)
-            assert link is not None
-            page = (await site.client.get(link[1])).text
-            assert len(re.findall(r'href="/runs/run_', page)) == 3
-            assert (await site.client.get("/batches/none")).status_code == 404
+            yield BatchSite(site, flora, plan.batch.batch_id)
+        finally:
+            await worker.stop()
 
 
-async def test_rows_are_paged(small_site: Site) -> None:
-    """A hundred on a page, with links to the next ones and back to the first."""
+def shown_rows(page: str) -> list[int]:
+    """The positions of the rows on a page."""
+    return [int(number) for number in re.findall(r'<tr role="row" id="row-(\d+)"', page)]
+
+
+async def test_rows_are_shown_by_outcome_and_by_error(serve: Serve, database_url: str) -> None:
+    """The split, the reasons of failures and the filters agree; rows are named by the sheet's first
+    carried column and show their pictures; the list shows the same split."""
+    async with finished(serve, database_url) as found:
+        page = await found.page()
+        failed = await batches.error_groups(found.site.services.database, found.batch_id)
+        count = sum(group.count for group in failed)
+        assert 2 <= count <= 8
+        assert f"finished, {count} failed" in page
+        assert "&lt;i&gt;icons&lt;/i&gt;.csv" in page
+        assert shown_rows(page) == list(range(1, 11))
+        assert ">SKU-7</a>" in page or ">SKU-7</span>" in page
+        assert "&lt;b&gt;&amp;Co · garden tool" in page
+        assert page.count('class="thumb image"') == 4 * (10 - count)
+        only = shown_rows(await found.page("?show=failed"))
+        assert len(only) == count
+        group = failed[0]
+        assert f"<strong>{group.count}</strong> {group.code}" in page
+        assert group.advice is not None
+        assert group.advice.sentence in page
+        assert len(shown_rows(await found.page(f"?show=failed&error={group.code}"))) == group.count
+        assert shown_rows(await found.page("?show=running")) == []
+        assert len(shown_rows(await found.page("?show=completed"))) == 10 - count
+        listed = (await found.site.client.get("/batches")).text
+        assert f"finished, {count} failed" in listed
+        assert "&lt;i&gt;icons&lt;/i&gt;.csv" in listed
+        assert 'class="thumb image"' in listed
+        for wrong in ("?show=asleep", "?after=x", "?row=x"):
+            answer = await found.site.client.get(f"/batches/{found.batch_id}{wrong}")
+            assert answer.status_code == 400, wrong
+
+
+async def test_many_rows_are_reached_by_page_and_by_row(small_site: Site) -> None:
+    """A hundred on a page, with numbered pages of which the near ones are named, and a way to any
+    row; rows may be missing from the sheet."""
     one = BatchRow(
         batch_id="bat_1",
         workspace_slot="default",
@@ -56,14 +116,139 @@ async def test_rows_are_paged(small_site: Site) -> None:
         name="sheet.csv",
         created_at=utc_now(),
     )
-    rows = [BatchEntry(position=n, line=n + 1, digest=f"{n:064}") for n in range(1, 104)]
+    numbers = [number for number in range(1, 2004) if not 101 <= number <= 103]
+    rows = [BatchEntry(position=n, line=n + 1, digest=f"{n:064}") for n in numbers]
     await batches.keep(small_site.services.database, one, rows)
     small_site.client.headers.update(HTML)
     first = (await small_site.client.get("/batches/bat_1")).text
-    assert len(re.findall(r'<tr role="row" id="row-', first)) == 100
-    more = re.search(r'href="([^"]+)" rel="next"', first)
-    assert more is not None
-    rest = (await small_site.client.get(more[1])).text
-    assert re.findall(r'<tr role="row" id="row-(\d+)"', rest) == ["101", "102", "103"]
-    assert "First rows" in rest
-    assert (await small_site.client.get("/batches/bat_1?after=x")).status_code == 400
+    assert shown_rows(first) == list(range(1, 101))
+    pages = re.search(r'aria-label="Pages of rows">(.*?)</nav>', first, re.DOTALL)
+    assert pages is not None
+    links = dict(re.findall(r'<a href="([^"]+)"[^>]*>(\d+)</a>', pages[1]))
+    assert list(links.values()) == ["1", "2", "3", "20"]
+    last = (await small_site.client.get(list(links)[-1])).text
+    assert shown_rows(last) == list(range(1904, 2004))
+    for row, begins in ((1, 1), (100, 1), (104, 104), (150, 104), (1500, 1404), (5000, 1904)):
+        answer = await small_site.client.get(f"/batches/bat_1?row={row}")
+        assert answer.status_code == 303
+        assert answer.headers["Location"].endswith(f"#row-{row}")
+        there = (await small_site.client.get(answer.headers["Location"])).text
+        assert shown_rows(there)[0] == begins, row
+
+
+async def test_failed_rows_are_retried_at_a_confirmed_price(serve: Serve, sqlite_url: str) -> None:
+    """The confirmation names number and price, and the new runs belong to the same rows. A higher
+    price, a foreign page and a token that only reads start nothing; a second press neither."""
+    reader = TokenSettings(name="producer", token=READER, scopes={Scope.READ})  # type: ignore[arg-type]
+    codes = ("model_timeout", "safety_blocked")
+    async with _with_token(serve, sqlite_url, reader, failure_codes=codes) as found:
+        client, address = found.site.client, f"/batches/{found.batch_id}/retry"
+        assert (await sign_in(client, READER)).status_code == 303
+        page = await found.page()
+        assert "Retry" not in page
+        assert (await client.get(address)).status_code == 403
+        form = {"which": "failed", "max_cost": "99", "csrf_token": csrf_of(page)}
+        assert (await client.post(address, data=form)).status_code == 403
+        await client.post("/logout", data={"csrf_token": csrf_of(page)})
+        assert (await sign_in(client, TOKEN)).status_code == 303
+        groups = await batches.error_groups(found.site.services.database, found.batch_id)
+        count = {group.code: group.count for group in groups}["model_timeout"]
+        question = f"Start {count} run{'s' * (count > 1)} again, up to ${0.25 * count:.2f}"
+        page = await found.page()
+        assert f'href="{address}"' in page
+        confirm = (await client.get(address)).text
+        assert f">{question}</button>" in confirm
+        price = re.search(r'name="max_cost" value="([^"]+)"', confirm)
+        assert price is not None
+        form = {"which": "failed", "max_cost": price[1], "csrf_token": csrf_of(confirm)}
+        before = len(found.flora.world.runs)
+        assert (await client.post(address, data=form | {"csrf_token": "x"})).status_code == 403
+        cheap = await client.post(address, data=form | {"max_cost": "0.01"})
+        assert cheap.status_code == 402
+        assert "nothing was started" in cheap.text
+        for which in ("some", ""):
+            assert (await client.post(address, data=form | {"which": which})).status_code == 400
+        assert len(found.flora.world.runs) == before
+        answers = await asyncio.gather(*(client.post(address, data=form) for _ in range(2)))
+        assert {answer.status_code for answer in answers} == {303}
+
+        async def started() -> bool:
+            return len(found.flora.world.runs) == before + count
+
+        await eventually(started, timeout=30)
+        assert shown_rows(await found.page()) == list(range(1, 11))
+
+
+@asynccontextmanager
+async def _with_token(
+    serve: Serve, url: str, reader: TokenSettings, **options: Any
+) -> AsyncIterator[BatchSite]:
+    """As `finished`, with a token for everything and one that reads."""
+
+    def with_reader(database_url: str, **more: Any) -> Any:
+        return serve(database_url, **more, tokens=(reader,))
+
+    async with finished(with_reader, url, token=TOKEN, **options) as found:
+        yield found
+
+
+async def test_outputs_come_as_one_zip(serve: Serve, sqlite_url: str) -> None:
+    """Files are named by a column or by row, in the order of the sheet, and what is missing is in a
+    list. A column that is unknown is a readable 400."""
+    async with finished(serve, sqlite_url) as found:
+        client, address = found.site.client, f"/batches/{found.batch_id}/outputs.zip"
+        gone = next(run for run in found.flora.world.runs.values() if run.outputs)
+        expired = update(run_outputs).where(run_outputs.c.run_id == gone.run_id)
+        expired = expired.values(url=f"{found.flora.base_url}/no/such/file.png")
+        await found.site.services.database.write(lambda connection: connection.execute(expired))
+        answer = await client.get(address, params={"name_by": "sku"})
+        assert answer.headers["Content-Type"] == "application/zip"
+        assert "filename=" in answer.headers["Content-Disposition"]
+        with zipfile.ZipFile(io.BytesIO(answer.content)) as files:
+            assert files.testzip() is None
+            names = files.namelist()
+            missing = files.read(archive.MISSING).decode()
+            assert files.read(names[0]).startswith(b"\x89PNG")
+        assert names[-1] == archive.MISSING
+        numbers = [int(re.findall(r"SKU-(\d+)_icon_[1-4]\.png", name)[0]) for name in names[:-1]]
+        assert numbers == sorted(numbers)
+        failed = shown_rows(await found.page("?show=failed"))
+        assert all(f"row {number:03}: failed" in missing for number in failed)
+        assert missing.count(gone.run_id) == 4
+        assert len(names) == 1 + 4 * (10 - len(failed)) - 4
+        by_row = (await client.get(address)).content
+        with zipfile.ZipFile(io.BytesIO(by_row)) as files:
+            assert re.fullmatch(r"0\d\d_icon_1\.png", files.namelist()[0])
+        wrong = await client.get(address, params={"name_by": "colour"})
+        assert wrong.status_code == 400
+        assert "SKU" in wrong.text
+        assert (await client.head(address)).status_code == 200
+
+
+async def test_few_zips_are_sent_at_once(
+    serve: Serve, sqlite_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One more than allowed is refused; who leaves early makes room and leaves no file behind."""
+    monkeypatch.setattr(batch_page, "ARCHIVES", 1)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    held = asyncio.Event()
+
+    async def hold(*_: Any) -> Any:
+        await held.wait()
+
+    async with finished(serve, sqlite_url, failures=0) as found:
+        client, address = found.site.client, f"/batches/{found.batch_id}/outputs.zip"
+        monkeypatch.setattr(archive, "_fetch", hold)
+        async with client.stream("GET", address) as first:
+            assert first.status_code == 200
+            second = await client.get(address)
+            assert second.status_code == 429
+            assert second.headers["Retry-After"]
+            assert list(tmp_path.glob("flora-zip-*"))
+        monkeypatch.undo()
+
+        async def has_room() -> bool:
+            return (await client.get(address)).status_code == 200
+
+        await eventually(has_room)
+        assert not list(tmp_path.glob("flora-zip-*"))

@@ -241,7 +241,9 @@ async def test_a_run_shows_everything(site: Site) -> None:
     assert "A poem.\nTwo lines." in text
     assert "not a web address, shown as text" in text
     assert "<strong>model_timeout</strong> It took too long" in text
-    assert text.count('class="source poll"') >= 2
+    assert 'alt="Image 1"' in text
+    assert "FLORA answered the start with this run: pending." in text
+    assert text.count("The observation as JSON") == 2
     assert "never came" in text
     assert 'href="https://example.com/face.png"' in text
     assert "No further poll: the run is settled" in text

@@ -1,15 +1,17 @@
 """The rows of batches as people look for them: by outcome, by error, by text, and by run."""
 
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import ColumnElement, Select, Text, and_, cast, func, literal, or_, select
 from sqlalchemy.dialects.postgresql import JSONPATH
 
 from tracker.core.row_key import key_parts
+from tracker.core.run import Output
 from tracker.store.engine import Database
 from tracker.store.queries.batches import RowOutcome, of_outcome, with_outcomes
 from tracker.store.queries.starts import StartRow
-from tracker.store.schema import batch_rows, batches, starts
+from tracker.store.schema import batch_rows, batches, run_outputs, starts
 from tracker.store.text import dump_json
 
 RECENT_BATCHES: Final = 1_000
@@ -56,6 +58,27 @@ async def page_starts(
     statement = select(numbered.c.position - 1).where(first).order_by(numbered.c.position)
     async with db.read() as connection:
         return list((await connection.execute(statement)).scalars())
+
+
+async def first_outputs(
+    db: Database, batch_ids: Sequence[str], *, most: int, rows: int = 12
+) -> dict[str, list[Output]]:
+    """Of each of these batches at most `most` outputs, the first of each of its first `rows`."""
+    of_runs = select(batch_rows.c.batch_id, batch_rows.c.position, starts.c.run_id)
+    of_runs = of_runs.where(batch_rows.c.batch_id.in_(batch_ids), batch_rows.c.position <= rows)
+    some = with_outcomes(of_runs).subquery()
+    statement = (
+        select(some.c.batch_id, run_outputs.c.output_id, run_outputs.c.type, run_outputs.c.url)
+        .join(run_outputs, run_outputs.c.run_id == some.c.run_id)
+        .where(run_outputs.c.position == 0)
+        .order_by(some.c.batch_id, some.c.position)
+    )
+    found: dict[str, list[Output]] = {batch_id: [] for batch_id in batch_ids}
+    async with db.read() as connection:
+        for batch_id, *output in await connection.execute(statement):
+            if len(found[batch_id]) < most:
+                found[batch_id].append(Output(*output))
+    return found
 
 
 def run_ids_of(batch_id: str) -> Select[Any]:

@@ -1,7 +1,7 @@
 """What browsers send: ids in paths, fields of queries and forms, and the CSRF token."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final
 from urllib.parse import parse_qsl
 
@@ -87,8 +87,9 @@ async def read_form(request: Request) -> ImmutableMultiDict[str, str]:
     return form
 
 
-async def check_csrf(request: Request) -> None:
-    """Raise `Fault` 403 where a page of the dashboard did not send this request.
+async def check_csrf(request: Request, form: Mapping[str, str] | None = None) -> None:
+    """Raise `Fault` 403 where a page of the dashboard did not send this request. `form` is its
+    body, where it was read before.
 
     The origin was checked at the gate. Within a session its token is required as well, in a header
     or a form field; a bearer token, or a local request where no token is set, needs none.
@@ -98,7 +99,7 @@ async def check_csrf(request: Request) -> None:
         return
     shown = request.headers.get(CSRF_HEADER)
     if shown is None:
-        shown = (await read_form(request)).get(CSRF_FIELD)
+        shown = (await read_form(request) if form is None else form).get(CSRF_FIELD)
     if not session.matches(shown):
         raise Fault(
             403,

@@ -8,6 +8,7 @@ values are cut.
 import hashlib
 import json
 import re
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,6 +30,7 @@ from tracker.core.tokens import Scope
 from tracker.services import Services
 from tracker.store.text import clean
 from tracker.web.auth import may, session_of
+from tracker.web.dashboard.media import plain_http_origin
 from tracker.web.http.responses import Fault, not_found
 
 
@@ -76,6 +78,8 @@ MAX_VALUE: Final = 32 * 1024
 MAX_LONG_VALUES: Final = 256 * 1024
 """Characters of all values of a page that are longer than `SHORT_VALUE`."""
 SHORT_VALUE: Final = 100
+PROMPT: Final = 120
+"""Characters of a run's input in a list."""
 MAX_FORMATTED: Final = 16 * 1024
 """Bytes of JSON that is indented: indentation multiplies it."""
 _TIME_IN_TEXT: Final = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d(?::\d\d)? UTC)", re.ASCII)
@@ -177,6 +181,7 @@ class Renderer:
             size=size,
             indented_json=indented_json,
             indented=indented,
+            prompt=prompt,
             raw=lambda body: body.decode(errors="replace"),
             segment=lambda text: quote(text, safe=""),
         )
@@ -237,6 +242,7 @@ class PageGroup:
         self._services = services
         self._database = services.database
         self._render = renderer.page
+        self._media_origin = plain_http_origin(services.settings.flora_base_url)
 
     @property
     def _has_key(self) -> bool:
@@ -294,6 +300,13 @@ def sentence(text: str) -> Markup:
             continue
         between[position] = time(at, "clock")
     return Markup().join(between)
+
+
+def prompt(inputs: list[dict[str, Any]] | None) -> str:
+    """What a run was asked for, in short: its first text, or else its first input."""
+    values = [(one.get("type"), str(one.get("value", ""))) for one in inputs or ()]
+    texts = [value for kind, value in values if kind == "text"] or [value for _, value in values]
+    return textwrap.shorten(texts[0][: 4 * PROMPT], PROMPT, placeholder="…") if texts else ""
 
 
 def indented_json(body: bytes) -> str | None:

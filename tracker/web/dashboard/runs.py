@@ -1,35 +1,52 @@
-"""`/runs`: the list of runs with its filters, and one run with its outputs and "Check now"."""
+"""`/runs`: the runs that match the filters, as a page and as CSV."""
 
-from collections.abc import Mapping
+import csv
+import io
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
-from urllib.parse import quote
 
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from tracker.core.errors import FieldFault
 from tracker.core.record import Record
 from tracker.core.retry import RetryAdvice
-from tracker.core.run import Tracking
 from tracker.core.tags import parse_tag
-from tracker.store.engine import Database
-from tracker.store.queries import runs as read
-from tracker.store.queries import techniques
-from tracker.store.queries.overview import technique_names
-from tracker.store.queries.runs import DeliveryRow
-from tracker.store.queries.search import STATES, Wanted, search_runs
-from tracker.web.dashboard.forms import check_csrf, path_id, query_choice, query_field
-from tracker.web.dashboard.media import output_views, plain_http_origin, web_link
-from tracker.web.dashboard.render import FlashMessage, PageGroup, page_links
-from tracker.web.http.responses import invalid, not_found
+from tracker.starting.batch_results import BOM, safe_cell
+from tracker.store.queries import batches, techniques
+from tracker.store.queries.search import (
+    STATES,
+    WINDOW,
+    Found,
+    Sort,
+    Total,
+    Wanted,
+    count_runs,
+    search_runs,
+)
+from tracker.store.queries.sheet_rows import SheetMatches, search_sheets
+from tracker.store.text import dump_json
+from tracker.views import run_json
+from tracker.web.dashboard.forms import query_choice, query_field
+from tracker.web.dashboard.media import output_views
+from tracker.web.dashboard.render import PageGroup, page_links, query
+from tracker.web.http.responses import invalid
 
 PAGE_SIZE: Final = 50
-CALLBACKS: Final = 10
-"""Callbacks on the page of a run, the newest ones, with their bodies."""
-MAX_SHOWN: Final = 300
-"""Outputs, inputs and events (the newest ones) on the page of a run."""
+BATCHES: Final = 50
+"""The newest batches, which the filter names."""
+CSV_PAGE: Final = 1_000
+CSV_RUNS: Final = 50_000
+"""The most runs in one CSV file."""
+CSV_COLUMNS: Final = (
+    *("run_id", "status", "tracking", "technique_id", "technique_name", "workspace_id"),
+    *("project_id", "created_at", "started_at", "completed_at", "charged_cost", "cost_final"),
+    *("quoted_cost", "error_code", "error_message", "retry_advice", "tags", "inputs", "outputs"),
+)
+"""Columns of the API's runs; tags and inputs are JSON, outputs a link or text on each line."""
 
 STATE_NAMES: Final = {
     "open": "In progress",
@@ -54,29 +71,102 @@ PERIODS: Final = {
     "7d": ("Last 7 days", timedelta(days=7)),
     "30d": ("Last 30 days", timedelta(days=30)),
 }
+SORT_NAMES: Final = {Sort.COST.value: "Cost", Sort.DURATION.value: "Duration"}
 _FILTERS: Final = (
-    *("text", "state", "technique", "workspace", "project", "tag", "advice", "within"),
-    *("from", "to"),
+    *("text", "state", "advice", "technique", "batch", "workspace", "project", "tag", "within"),
+    *("from", "to", "sort"),
 )
 
 
-class RunPages(PageGroup):
-    """The list, one run, and its action."""
+class RunListPages(PageGroup):
+    """The list of runs, and the same as CSV."""
 
     def routes(self) -> list[Route]:
         return [
             Route("/runs", self.list, methods=["GET"]),
-            Route("/runs/{run_id:any}/check", self.check, methods=["GET", "POST"]),
-            Route("/runs/{run_id:any}", self.show, methods=["GET"]),
+            Route("/runs.csv", self.csv, methods=["GET"]),
         ]
 
     async def list(self, request: Request) -> Response:
-        """A page of the runs that match the filters, newest first."""
+        """A page of the runs that match the filters."""
+        database = self._database
         filters = {name: query_field(request, name) for name in _FILTERS}
         cursor = query_field(request, "cursor")
+        wanted, matches = await self._wanted(request, filters)
+        found = await search_runs(database, wanted, cursor=cursor, limit=PAGE_SIZE)
+        catalogue = {row.technique_id: row for row in await techniques.list_all(database)}
+        names = {technique_id: row.name for technique_id, row in catalogue.items()}
+        newest, _ = await batches.list_batches(database, limit=BATCHES)
+        ids = [one.workspace_id for one in self._services.workspaces if one.workspace_id]
+        ports = {technique_id: row.outputs for technique_id, row in catalogue.items()}
+        unsorted = {name: value for name, value in filters.items() if name != "sort"}
+        return self._render(
+            request,
+            "runs.html",
+            filters=filters,
+            date_fields={
+                name: _local_field(_moment(name, filters[name])) for name in ("from", "to")
+            },
+            filtered=any(filters.values()) or cursor is not None,
+            found=found,
+            total=await self._total(wanted, found, first=cursor is None),
+            window=WINDOW,
+            filtered_by=any(unsorted.values()),
+            matches=matches,
+            sort=wanted.sort.value,
+            sorted_by={one.value: query("/runs", **unsorted, sort=_name(one)) for one in Sort},
+            csv=query("/runs.csv", **filters),
+            csv_runs=CSV_RUNS,
+            views={
+                one.run.run_id: output_views(
+                    one.run.outputs,
+                    ports.get(one.run.technique_id or "", ()),
+                    media_origin=self._media_origin,
+                )
+                for one in found.records
+            },
+            states=STATE_NAMES,
+            advices=ADVICE_NAMES,
+            sorts=SORT_NAMES,
+            periods={value: name for value, (name, _) in PERIODS.items()},
+            names=names,
+            techniques=_with_chosen(names, filters["technique"]),
+            batches=_with_chosen({one.batch_id: one.name for one in newest}, filters["batch"]),
+            workspaces=_with_chosen({one: one for one in ids}, filters["workspace"]),
+            has_key=self._has_key,
+            **page_links("/runs", cursor=cursor, next_cursor=found.next_cursor, **filters),
+        )
+
+    async def csv(self, request: Request) -> Response:
+        """All runs that match the filters, up to `CSV_RUNS`."""
+        filters = {name: query_field(request, name) for name in _FILTERS}
+        wanted, _ = await self._wanted(request, filters)
+        return StreamingResponse(
+            self._csv_lines(wanted),
+            media_type="text/csv",
+            headers={
+                "Content-Disposition": 'attachment; filename="runs.csv"',
+                "Cache-Control": "no-store",
+            },
+        )
+
+    async def _csv_lines(self, wanted: Wanted) -> AsyncIterator[str]:
+        yield BOM + _csv([CSV_COLUMNS])
+        left, cursor = CSV_RUNS, None
+        while left > 0:
+            limit = min(CSV_PAGE, left)
+            found = await search_runs(self._database, wanted, cursor=cursor, limit=limit)
+            yield _csv(map(_cells, found.records))
+            left, cursor = left - len(found.records), found.next_cursor
+            if cursor is None:
+                return
+
+    async def _wanted(
+        self, request: Request, filters: Mapping[str, str | None]
+    ) -> tuple[Wanted, SheetMatches | None]:
+        """What the filters ask for, and what the text finds in batches. Raises `Fault` 400."""
         within = query_choice(request, "within", PERIODS)
         since, until = _moment("from", filters["from"]), _moment("to", filters["to"])
-        fields = {"from": _local_field(since), "to": _local_field(until)}
         if since is None and within is not None:
             since = self._services.clock() - PERIODS[within][1]
         wanted = Wanted(
@@ -85,117 +175,46 @@ class RunPages(PageGroup):
             technique_id=filters["technique"],
             workspace_id=filters["workspace"],
             project_id=filters["project"],
+            batch_id=filters["batch"],
             tag=_tag(filters["tag"]),
             since=since,
             until=until,
             text=filters["text"],
+            sort=Sort(query_choice(request, "sort", Sort) or Sort.NEWEST),
         )
-        found = await search_runs(self._database, wanted, cursor=cursor, limit=PAGE_SIZE)
-        names = {row.technique_id: row.name for row in await techniques.list_all(self._database)}
-        ids = [one.workspace_id for one in self._services.workspaces if one.workspace_id]
-        return self._render(
-            request,
-            "runs.html",
-            filters=filters,
-            date_fields=fields,
-            filtered=any(filters.values()) or cursor is not None,
-            found=found,
-            states=STATE_NAMES,
-            advices=ADVICE_NAMES,
-            periods={value: name for value, (name, _) in PERIODS.items()},
-            names=names,
-            techniques=_with_chosen(names, filters["technique"]),
-            workspaces=_with_chosen({one: one for one in ids}, filters["workspace"]),
-            has_key=self._has_key,
-            **page_links("/runs", cursor=cursor, next_cursor=found.next_cursor, **filters),
-        )
+        if wanted.text is None:
+            return wanted, None
+        matches = await search_sheets(self._database, wanted.text)
+        return replace(wanted, among=matches.run_ids), matches
 
-    async def show(self, request: Request) -> Response:
-        """One run."""
-        return await self._page(request, await self._record(request))
-
-    async def check(self, request: Request) -> Response:
-        """Polls the run now and shows it."""
-        if request.method == "GET":  # the page after an action was reloaded
-            run_id = quote(request.path_params["run_id"], safe="")
-            return RedirectResponse(f"/runs/{run_id}", status_code=303)
-        await check_csrf(request)
-        before = await self._record(request)
-        reason = self._cannot_check(before)
-        if reason is not None:  # the button of an older page
-            flash = FlashMessage("good" if before.run.settled else "bad", reason)
-            return await self._page(request, before, flash=flash)
-        after = await self._services.poller.read_now(before)
-        return await self._page(request, after, flash=_check_result(before, after))
-
-    async def _page(
-        self, request: Request, record: Record, *, flash: FlashMessage | None = None
-    ) -> Response:
-        database, run = self._database, record.run
-        explanation = await self._services.explainer.explain(run.run_id)
-        events = await read.events(database, run.run_id)
-        outputs = run.outputs or ()
-        media_origin = plain_http_origin(self._services.settings.flora_base_url)
-        return self._render(
-            request,
-            "run.html",
-            record=record,
-            names=await technique_names(database, [run.technique_id] if run.technique_id else []),
-            flash=flash,
-            cannot_check=self._cannot_check(record),
-            outputs=output_views(outputs[:MAX_SHOWN], media_origin=media_origin),
-            inputs=[_input(one) for one in (record.inputs or ())[:MAX_SHOWN]],
-            events=events[-MAX_SHOWN:],
-            truncated=max(len(events), len(outputs)) > MAX_SHOWN,
-            deliveries=await _callbacks(database, run.run_id),
-            sentences=explanation.sentences[-MAX_SHOWN:] if explanation else (),
-        )
-
-    async def _record(self, request: Request) -> Record:
-        run_id, usable = path_id(request, "run_id")
-        record = await read.get_run(self._database, run_id) if usable else None
-        if record is None:
-            raise not_found(
-                f"Run {run_id} is not tracked here. If it was started elsewhere, track it with the "
-                "command tracker runs track."
-            )
-        return record
-
-    def _cannot_check(self, record: Record) -> str | None:
-        """Why the run cannot be polled now; `None` where it can."""
-        if record.tracking is Tracking.SETTLED:
-            return "Final" if record.recheck_at is None else "Settled; the bill is checked again."
-        workspace = self._services.workspaces.of(record.run.workspace_id)
-        if workspace is None or workspace.client is None:
-            return "No FLORA API key is set for this workspace."
-        return None
+    async def _total(self, wanted: Wanted, found: Found, *, first: bool) -> Total:
+        """How many runs match. Where the first page shows all of them, nothing is counted."""
+        if first and found.next_cursor is None:
+            return Total(len(found.records), more=False)
+        return await count_runs(self._database, wanted)
 
 
-async def _callbacks(database: Database, run_id: str) -> list[DeliveryRow]:
-    rows, _ = await read.list_deliveries(database, run_id=run_id, limit=CALLBACKS)
-    with_body = [await read.get_delivery(database, row.delivery_id) for row in rows]
-    return [row for row in with_body if row is not None]
+def _csv(rows: Iterator[Sequence[Any]] | Sequence[Sequence[Any]]) -> str:
+    lines = io.StringIO()
+    csv.writer(lines, lineterminator="\n").writerows(
+        [safe_cell(cell) for cell in row] for row in rows
+    )
+    return lines.getvalue()
 
 
-def _check_result(before: Record, after: Record) -> FlashMessage:
-    run = after.run
-    if after.last_error is not None and after.checks >= before.checks and not run.settled:
-        return FlashMessage("bad", f"The check failed: {after.last_error}")
-    if run.settled:
-        return FlashMessage("good", f"FLORA reports {run.status}. All details are fetched.")
-    if run == before.run:
-        return FlashMessage("good", f"No change: FLORA reports {run.status}.")
-    return FlashMessage("good", f"FLORA reports {run.status}, at {run.progress:g} %.")
+def _cells(record: Record) -> list[Any]:
+    """A run in the order of `CSV_COLUMNS`."""
+    values = run_json(record)
+    values["charged_cost"], values["quoted_cost"] = record.run.charged_cost, record.run.quoted_cost
+    values["tags"] = dump_json(record.tags) if record.tags else None
+    values["inputs"] = dump_json(record.inputs) if record.inputs else None
+    values["outputs"] = "\n".join(output.url for output in record.run.outputs or ())
+    return [values[name] for name in CSV_COLUMNS]
 
 
-def _input(values: dict[str, Any]) -> dict[str, Any]:
-    value = str(values.get("value", ""))
-    return {
-        "id": str(values.get("id", "")),
-        "type": str(values.get("type", "")),
-        "value": value,
-        "link": web_link(value) if values.get("type") != "text" else None,
-    }
+def _name(sort: Sort) -> str | None:
+    """The order as the address has it; the usual one is left out."""
+    return None if sort is Sort.NEWEST else sort.value
 
 
 def _with_chosen(choices: Mapping[str, str], chosen: str | None) -> dict[str, str]:

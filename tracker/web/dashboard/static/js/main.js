@@ -3,6 +3,7 @@ import "./toggle.js";
 import "./dates.js";
 import "./media.js";
 import "./copy.js";
+import "./keys.js";
 import "./requests.js";
 import "./live.js";
 import "./charts.js";

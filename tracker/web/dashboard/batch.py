@@ -1,0 +1,240 @@
+"""`/batches/BATCH_ID`: one batch with its rows, by outcome and by error, a page at a time."""
+
+import asyncio
+import re
+from bisect import bisect_right
+from collections.abc import AsyncGenerator, Callable, Mapping
+from pathlib import PurePath
+from typing import Any, Final, NamedTuple
+from urllib.parse import quote
+
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
+
+from tracker.core.formatting import counted
+from tracker.delivering.archive import batch_archive
+from tracker.delivering.names import naming_column
+from tracker.services import Services
+from tracker.starting.batch_rows import RowState, states_of
+from tracker.store.engine import Database
+from tracker.store.queries import batches, sheet_rows, techniques
+from tracker.store.queries.batches import BatchCounts, BatchRow, ErrorGroup, RowOutcome
+from tracker.web.dashboard.forms import path_id, query_choice, query_field, query_position
+from tracker.web.dashboard.media import OutputView, output_views
+from tracker.web.dashboard.render import PageGroup, Renderer, prompt, query
+from tracker.web.http.responses import Fault, not_found
+
+ROWS: Final = 100
+"""Rows on a page."""
+ARCHIVES: Final = 2
+"""ZIP files that one process sends at the same time."""
+STALL_SECONDS: Final = 60.0
+NEAR: Final = 2
+"""Pages that are named on either side of the present one."""
+
+
+class Split(NamedTuple):
+    """The rows of a batch by outcome."""
+
+    completed: int
+    failed: int
+    running: int
+    not_started: int
+
+    @property
+    def rows(self) -> int:
+        """All of them."""
+        return sum(self)
+
+    @property
+    def state(self) -> str:
+        """The batch's state: "finished", "running", or "pending" while rows wait to be started."""
+        if self.running:
+            return "running"
+        return "pending" if self.not_started else "finished"
+
+    @property
+    def summary(self) -> str:
+        """The progress in words."""
+        failed = f", {self.failed:,} failed" if self.failed else ""
+        if self.state == "finished":
+            return f"finished{failed}"
+        ended = f"{self.completed + self.failed:,} of {counted(self.rows, 'row')} finished{failed}"
+        return f"{ended}, {self.not_started:,} not started" if self.not_started else ended
+
+
+def split_of(counts: BatchCounts, errors: list[ErrorGroup] | None = None) -> Split:
+    """The rows by outcome; `errors` also have rows that could not be sent to FLORA."""
+    failed = counts.failed + counts.lost + counts.refused + counts.unresolved
+    if errors is not None:
+        failed = sum(group.count for group in errors)
+    running = counts.active + counts.doubt
+    waiting = max(0, counts.rows - counts.completed - failed - running)
+    return Split(counts.completed, failed, running, waiting)
+
+
+class RowView(NamedTuple):
+    """A row as the page shows it: `name` is its first carried cell, or what was asked for."""
+
+    state: RowState
+    name: str
+    about: str
+    views: list[OutputView]
+
+
+class PageLink(NamedTuple):
+    """A numbered page of rows; `None` in a list of them stands for those left out."""
+
+    number: int
+    href: str
+    is_here: bool
+
+
+class BatchPages(PageGroup):
+    """One batch, and its outputs as a ZIP."""
+
+    def __init__(self, services: Services, renderer: Renderer) -> None:
+        super().__init__(services, renderer)
+        self._archives = 0
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/batches/{batch_id:any}/outputs.zip", self.archive, methods=["GET"]),
+            Route("/batches/{batch_id:any}", self.show, methods=["GET"]),
+        ]
+
+    async def show(self, request: Request) -> Response:
+        """One batch, with a page of its rows. `row` leads to the page that has it."""
+        database = self._database
+        batch = await stored_batch(self._database, request)
+        outcome = query_choice(request, "show", RowOutcome)
+        chosen: dict[str, Any] = {
+            "outcome": None if outcome is None else RowOutcome(outcome),
+            "code": query_field(request, "error"),
+        }
+        address = f"/batches/{quote(batch.batch_id, safe='')}"
+        filters = {"show": outcome, "error": chosen["code"]}
+        begins = await sheet_rows.page_starts(database, batch.batch_id, limit=ROWS, **chosen) or [0]
+        if (row := query_position(request, "row")) is not None:
+            page = max(0, bisect_right(begins, row - 1) - 1)
+            begin = str(begins[page]) if page else None
+            return RedirectResponse(f"{query(address, after=begin, **filters)}#row-{row}", 303)
+        after = query_position(request, "after") or 0
+        entries = await batches.entries(database, batch.batch_id, after=after, limit=ROWS, **chosen)
+        states = await states_of(database, batch.workspace_slot, entries)
+        counts = (await batches.batch_counts(database, [batch.batch_id]))[batch.batch_id]
+        errors = await batches.error_groups(database, batch.batch_id)
+        technique = await techniques.get(database, batch.technique_id)
+        ports = technique.outputs if technique else ()
+        links = [
+            query(address, after=str(begin) if number else None, **filters)
+            for number, begin in enumerate(begins)
+        ]
+        return self._render(
+            request,
+            "batch.html",
+            batch=batch,
+            address=address,
+            archive=query(f"{address}/outputs.zip", name_by=next(iter(batch.columns or ()), None)),
+            counts=counts,
+            split=split_of(counts, errors),
+            errors=errors,
+            retryable=sum(group.retryable for group in errors),
+            failed_runs=sum(group.count for group in errors if group.advice is not None),
+            technique=technique,
+            filters=filters,
+            rows=[self._view(batch, states[entry.key], ports) for entry in entries],
+            pages=_page_links(links, max(0, bisect_right(begins, after) - 1)),
+        )
+
+    async def archive(self, request: Request) -> Response:
+        """The outputs as a ZIP, named by the column `name_by` or else by row. Raises `Fault` 429
+        while `ARCHIVES` are being sent."""
+        batch = await stored_batch(self._database, request)
+        name_by = query_field(request, "name_by")
+        if name_by is not None:
+            naming_column(batch, name_by)
+        headers = {"Content-Disposition": _attachment(batch.name), "Cache-Control": "no-store"}
+        if request.method == "HEAD":
+            return Response(media_type="application/zip", headers=headers)
+        if self._archives >= ARCHIVES:
+            message = f"{ARCHIVES} ZIP files are being downloaded: try again when one has ended."
+            raise Fault(429, "too_many_downloads", message, headers={"Retry-After": "30"})
+        self._archives += 1
+        body = batch_archive(
+            self._services.downloader,
+            batch.batch_id,
+            name_by=name_by,
+            allow_private=self._media_origin is not None,  # a local FLORA has its files here
+        )
+        return _Archive(body, headers=headers, on_close=self._close_archive)
+
+    def _close_archive(self) -> None:
+        self._archives -= 1
+
+    def _view(self, batch: BatchRow, row: RowState, ports: Any) -> RowView:
+        cells = [row.entry.carried.get(name, "") for name in batch.columns or ()]
+        name, *others = [cell for cell in cells if cell] or [""]
+        asked = prompt(row.inputs)
+        about = " · ".join(filter(None, [*others, asked if name else ""]))
+        outputs = None if row.record is None else row.record.run.outputs
+        views = output_views(outputs, ports, media_origin=self._media_origin)
+        return RowView(row, name or asked or f"row {row.entry.position}", about, views)
+
+
+async def stored_batch(database: Database, request: Request) -> BatchRow:
+    """The batch in the path. Raises `Fault` 404."""
+    batch_id, usable = path_id(request, "batch_id")
+    batch = await batches.get(database, batch_id) if usable else None
+    if batch is None:
+        raise not_found(f"Batch {batch_id} is not stored here.")
+    return batch
+
+
+class _Archive(StreamingResponse):
+    """Sends a ZIP. A client that takes nothing for `STALL_SECONDS` is cut off."""
+
+    media_type = "application/zip"
+
+    def __init__(
+        self,
+        body: AsyncGenerator[bytes],
+        *,
+        headers: Mapping[str, str],
+        on_close: Callable[[], None],
+    ) -> None:
+        super().__init__(body, headers=headers)
+        self._body, self._on_close = body, on_close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(STALL_SECONDS):
+                await send(message)
+
+        try:
+            await super().__call__(scope, receive, send_in_time)
+        finally:
+            self._on_close()
+            await self._body.aclose()
+
+
+def _attachment(name: str) -> str:
+    """The header that names the ZIP of the sheet `name`."""
+    stem = PurePath(name).stem or "outputs"
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", stem)
+    return f"attachment; filename=\"{plain}.zip\"; filename*=UTF-8''{quote(stem, safe='')}.zip"
+
+
+def _page_links(links: list[str], here: int) -> list[PageLink | None]:
+    """The first and last page and those near the present one; none where all rows fit on one."""
+    if len(links) < 2:
+        return []
+    shown = {0, len(links) - 1, *range(max(0, here - NEAR), min(len(links), here + NEAR + 1))}
+    found: list[PageLink | None] = []
+    for number in sorted(shown):
+        if found and found[-1] is not None and found[-1].number < number:
+            found.append(None)
+        found.append(PageLink(number + 1, links[number], number == here))
+    return found
