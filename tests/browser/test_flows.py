@@ -187,6 +187,7 @@ async def test_deliveries_are_selected_and_handled_together(
     await page.get_by_text("Acknowledge selected…").click()
     await page.get_by_role("button", name="Acknowledge selected").click()
     await expect(page.get_by_text("1 delivery acknowledged.")).to_be_visible()
+    await expect(page.get_by_role("button", name="Acknowledge selected")).to_be_hidden()
     await expect(page.get_by_role("link", name="whd_bulk_0")).to_have_count(0)
     assert page.url == f"{live.url}/deliveries?outcome=quarantined"
 

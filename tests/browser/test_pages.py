@@ -36,6 +36,7 @@ HOSTILE = [
     "/batches",
     f"/batches/{quote(BATCH_ID, safe='')}",
     "/deliveries",
+    f"/deliveries?cause={quote(EVIL)}",
     f"/deliveries/{quote(DELIVERY_ID + '0', safe='')}",
     f"/deliveries/{quote(DELIVERY_ID + '1', safe='')}",
     "/techniques",
@@ -151,7 +152,7 @@ async def test_a_reading_token_sees_every_page_and_is_offered_no_action(
         await page.goto(f"{live.url}{path}", wait_until="domcontentloaded")
         assert await page.evaluate(senders) == [f"{live.url}/logout"], path
         assert await page.locator("main [hx-post], main [hx-delete]").count() == 0, path
-        await expect(page.locator("#rights")).to_contain_text("starts or changes nothing")
+        await expect(page.locator("#rights")).to_contain_text("start or change nothing")
     await page.goto(f"{live.url}/runs/{await _settled(live)}")
     await expect(page.locator(".gallery img").first).to_be_visible()
     assert (watched.dialogs, watched.refused) == ([], [])

@@ -342,7 +342,7 @@ async def test_a_read_token_changes_nothing(serve: Serve, sqlite_url: str) -> No
     async with serve(sqlite_url, tracker_api_token=TOKEN, tokens=(reader,)) as site:
         assert (await sign_in(site.client, "r" * 20)).status_code == 303
         page = (await site.client.get("/", headers=HTML)).text
-        assert "it shows everything, and starts or changes nothing" in page
+        assert "it may see all but the audit log, and start or change nothing" in page
         shown = {"X-CSRF-Token": csrf_of(page)}
         assert (await site.client.get("/api/runs")).status_code == 200
         assert (await site.client.get("/metrics")).status_code == 403

@@ -1,4 +1,4 @@
-// Requests of htmx: no empty query fields, and errors as a message instead of a page within a page.
+// Requests of htmx: no empty query fields, errors as a message instead of a page within a page.
 document.addEventListener("htmx:config:request", (event) => {
   const { request } = event.detail.ctx;
   if (request.method !== "GET" || !request.body?.entries) return;
@@ -30,4 +30,9 @@ document.addEventListener("htmx:before:swap", (event) => {
 document.addEventListener("htmx:error", (event) => {
   const ctx = event.detail?.ctx;
   if (ctx && !isRefresh(ctx)) flash("bad", "The tracker does not answer. Is it running?");
+});
+
+// A question that was answered is closed.
+document.addEventListener("submit", ({ target }) => {
+  target.querySelectorAll("details.confirm[open]").forEach((each) => { each.open = false; });
 });
