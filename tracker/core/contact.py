@@ -71,6 +71,14 @@ class ContactState:
         """Whether it describes the present: FLORA was asked recently."""
         return now - self.asked_at <= CURRENT
 
+    def answers(self, now: datetime) -> bool | None:
+        """Whether FLORA answers; `None` if that is not known."""
+        if not self.is_current(now):
+            return None
+        if self.trouble is not None:
+            return not self.trouble.trouble.silent
+        return True if self.answered_at else None
+
 
 def joined(one: ContactState, other: ContactState) -> ContactState:
     """What both processes have seen together.

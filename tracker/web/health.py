@@ -98,5 +98,5 @@ def _in_words(state: ContactState | None, now: datetime) -> str | None:
         return f"not asked since {time_json(state.asked_at)}"
     found = state.trouble
     if found is None:
-        return None
+        return "no answer yet" if state.answered_at is None else None
     return f"{found.trouble} since {time_json(found.since)}: {found.reason}"

@@ -126,7 +126,10 @@ def check_connection(contact: ContactState | None, state: WorkState) -> Finding:
             f"{found.reason.rstrip('.')}.",
             f"{found.advice[0].upper()}{found.advice[1:]}.",
         )
-    ago = duration(max(state.now - (contact.answered_at or contact.asked_at), timedelta(0)))
+    if contact.answered_at is None:
+        advice = "Run the doctor again in a minute: a first failure is reported after 30 s."
+        return warning("connection", "FLORA has not answered the tracker yet.", advice)
+    ago = duration(max(state.now - contact.answered_at, timedelta(0)))
     return ok("connection", f"FLORA answered the tracker {ago} ago.")
 
 

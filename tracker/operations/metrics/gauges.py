@@ -128,9 +128,10 @@ class ProcessGauges(Collector):
             yield _gauges(name, meaning, _WORKSPACE, values, family)
         now = self._clock()
         states = {name: self._contacts.of(one) for name, one in keyed.items()}
-        current = {name: one for name, one in states.items() if one and one.is_current(now)}
         troubles = {
-            name: one.trouble.trouble for name, one in current.items() if one.trouble is not None
+            name: one.trouble.trouble
+            for name, one in states.items()
+            if one and one.trouble and one.is_current(now)
         }
         yield _gauges(
             "flora_breaker_open",
@@ -142,7 +143,7 @@ class ProcessGauges(Collector):
             "flora_up",
             "0 if FLORA was asked and has not answered for 30 s; absent if nothing asks it.",
             _WORKSPACE,
-            {name: name not in troubles or not troubles[name].silent for name in current},
+            {name: one.answers(now) for name, one in states.items() if one},
         )
         yield _gauges(
             "flora_misconfigured",

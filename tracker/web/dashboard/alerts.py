@@ -120,6 +120,8 @@ def connection(one: WorkspaceHealth, *, alone: bool) -> Alert:
             advice="Is a worker running? Whether FLORA answers is not known.",
             section="trackerworkerabsent",
         )
+    if one.trouble is None and one.answered_at is None:
+        return Alert(kind="info", title=f"FLORA has not answered yet{of}")
     if one.trouble is None:
         return Alert(kind="good", title=f"FLORA answers{of}")
     title, section = _TROUBLES[one.trouble.trouble]
