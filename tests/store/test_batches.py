@@ -13,7 +13,7 @@ from tracker.core.errors import InvalidRequest
 from tracker.core.row_key import Turn
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.store.engine import Database
-from tracker.store.queries import batches
+from tracker.store.queries import batch_launches, batches
 from tracker.store.queries.batches import BatchCounts, BatchEntry, BatchRow, Latest, RowOutcome
 from tracker.store.queries.starts import StartState
 
@@ -49,7 +49,8 @@ async def test_a_batch_is_kept_with_its_rows(db: Database) -> None:
 
 async def test_a_batch_is_kept_with_all_that_launches_it(db: Database) -> None:
     """Inputs, tags and carried cells of its rows, and its options, are read back; a command that
-    repeats it later leaves the options as they are."""
+    repeats it leaves the options as they are until the batch is launched, and is alone with it
+    then."""
     inputs = [{"id": "prompt", "type": "text", "value": "猫"}]
     (row,) = entries("a")
     row = replace(row, inputs=inputs, tags={"client": "acme"}, carried={"SKU": "17"})
@@ -59,6 +60,10 @@ async def test_a_batch_is_kept_with_all_that_launches_it(db: Database) -> None:
     await batches.keep(db, replace(BATCH, source="cli", columns=["SKU"]), [row])
     assert await batches.get(db, "bat_1") == launched
     assert await batches.entries(db, "bat_1") == [row]
+    (due,) = await batch_launches.claim_due(db, ["default"], holder="h", now=NOW, limit=1)
+    await batch_launches.end(db, due, holder="h", launch_at=None, stopped=None, errors={})
+    await batches.keep(db, replace(BATCH, columns=["SKU"]), [row])
+    assert await batches.get(db, "bat_1") == replace(launched, launch=None, launch_at=None)
 
 
 async def test_a_batch_that_is_given_again_is_brought_up_to_date(db: Database) -> None:

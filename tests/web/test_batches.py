@@ -17,7 +17,7 @@ from tests.web.flora import with_flora
 from tests.worker.test_batch import hasty_client
 from tracker.core.budget import Budget, Budgets, Period
 from tracker.simulator import Simulator
-from tracker.starting import batch_worker
+from tracker.starting import batch_launch, batch_worker
 from tracker.starting.sheet import read_csv
 from tracker.store.queries import audit, batches
 from tracker.worker.scheduler import Worker
@@ -189,6 +189,30 @@ async def test_nothing_is_started_beyond_the_maximum_or_a_budget(
         assert len(flora.world.runs) == 4
 
 
+async def test_a_batch_waits_for_a_budget_if_asked(
+    serve: Serve, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It starts what fits, says what it waits for, and goes on when there is room."""
+    monkeypatch.setattr(batch_worker, "RENEW_AFTER", 0.05)
+    monkeypatch.setattr(batch_launch, "BUDGET_EVERY", timedelta(seconds=0.2))
+    async with working(serve, sqlite_url) as (site, flora):
+        budget = Budget(usd=Decimal("0.6"), period=Period.DAY)
+        site.services.starter.budgets = Budgets(others=(budget,))
+        site.services.batch_orders.budgets = Budgets(others=(budget,))
+        await create(site, 402)
+        made = await create(site, 201, wait_for_budget=True)
+
+        async def waits() -> bool:
+            found = await shown(site, made["batch_id"])
+            return found["launching"] and "the budget day has $0.10 of $0.60 left" in str(found["stopped"])
+
+        await eventually(waits, timeout=30)
+        assert len(flora.world.runs) == 2
+        site.services.starter.budgets = Budgets()
+        done = await launched(site, made["batch_id"])
+        assert (done["started"], done["stopped"]) == (5, None)
+
+
 async def test_a_price_that_rises_stops_the_launch(serve: Serve, sqlite_url: str) -> None:
     """Bills count towards the maximum, those of the launch before too; the batch says why it
     stopped, and goes on when that is ordered."""
@@ -298,7 +322,7 @@ async def test_a_batch_is_stopped_and_resumed(
 ) -> None:
     """Stopped, no further row begins; the batch says by whom, and goes on when that is ordered."""
     monkeypatch.setattr(batch_worker, "RENEW_AFTER", 0.05)
-    rows = [{"prompt": f"icon {number}"} for number in range(300)]
+    rows = [{"prompt": f"icon {number}"} for number in range(100)]
     async with working(serve, sqlite_url) as (site, flora):
         made = await create(site, 201, rows=rows)
         batch_id = made["batch_id"]
@@ -307,11 +331,11 @@ async def test_a_batch_is_stopped_and_resumed(
         assert (answer.json()["launching"], answer.json()["stopped"]) == (False, "stopped by local")
         await eventually(lambda: not site.services.batch_worker._tasks, timeout=30)
         count = len(flora.world.runs)
-        assert count < 300
+        assert count < 100
         assert (await shown(site, batch_id))["started"] == count
         resumed = await site.client.post("/api/batches", json=body(rows))
         assert resumed.status_code == 200
-        assert (await launched(site, batch_id))["started"] == len(flora.world.runs) == 300
+        assert (await launched(site, batch_id))["started"] == len(flora.world.runs) == 100
         again = await site.client.post(f"/api/batches/{batch_id}/stop")
         assert (again.status_code, again.json()["stopped"]) == (200, None)
 

@@ -41,12 +41,13 @@ class Order:
     def of(cls, batch: BatchRow) -> "Order":
         """The order of a stored batch that has one."""
         stored: dict[str, Any] = batch.launch or {}
+        ordered_at, max_cost = stored.get("ordered_at"), stored.get("max_cost")
         return cls(
-            started_by=stored["started_by"],
-            ordered_at=datetime.fromisoformat(stored["ordered_at"]),
-            max_cost=stored["max_cost"] and Decimal(stored["max_cost"]),
-            wait_for_budget=stored["wait_for_budget"],
-            at_once=stored["at_once"],
+            started_by=stored.get("started_by", ""),
+            ordered_at=datetime.fromisoformat(ordered_at) if ordered_at else batch.created_at,
+            max_cost=Decimal(max_cost) if max_cost else None,
+            wait_for_budget=stored.get("wait_for_budget", False),
+            at_once=stored.get("at_once", False),
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -135,7 +136,8 @@ class BatchOrders:
                 workspace_id=placed.workspace_slot,
                 rows=len(plan.missing),
             )
-            await batches.keep(self.database, placed, entries, noted=entry)
+            noted = entry if plan.missing else None
+            await batches.keep(self.database, placed, entries, noted=noted)
             self.on_order()
         kept = await batches.get(self.database, plan.batch.batch_id)
         return Placed(batch=kept or plan.batch, known=stored is not None, ordered=ordered)
@@ -151,11 +153,7 @@ class BatchOrders:
         )
 
     async def _is_placed(self, plan: BatchPlan, order: Order, stored: BatchRow) -> bool:
-        """Whether this order was placed before, and its rows are started or about to be."""
-        if stored.launch is None:
-            return False
-        if not plan.missing:
-            return True
+        """Whether this order was placed before, and its rows are about to be started."""
         if stored.launch_at is None or not order.is_like(Order.of(stored)):
             return False
         entries = await batches.entries(self.database, stored.batch_id)

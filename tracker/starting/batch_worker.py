@@ -153,22 +153,25 @@ class BatchWorker:
                 started_by=order.started_by,
                 spent=_spent(plan, order.ordered_at),
             )
+            log.info("batch.launched", batch_id=batch.batch_id, rows=len(plan.missing))
+            await self._run(batch, launch)
         except TrackerError as error:
             return error, {}
-        log.info("batch.launched", batch_id=batch.batch_id, rows=len(plan.missing))
+        except Exception as error:
+            log.exception("batch.launch_broken", batch_id=batch.batch_id)
+            return TrackerError(f"an unexpected error, see the log: {type(error).__name__}"), {}
+        return launch.stopped, launch.errors_by_position
+
+    async def _run(self, batch: BatchRow, launch: BatchLaunch) -> None:
         self._launches.add(launch)
         if self._stopping:
             launch.break_off()
         renewing = asyncio.create_task(self._renew(batch, launch))
         try:
             await launch.run()
-        except Exception as error:
-            log.exception("batch.launch_broken", batch_id=batch.batch_id)
-            return TrackerError(f"an unexpected error, see the log: {type(error).__name__}"), {}
         finally:
             renewing.cancel()
             self._launches.discard(launch)
-        return launch.stopped, launch.errors_by_position
 
     async def _plan(self, batch: BatchRow, order: Order) -> BatchPlan:
         """The batch as it is stored, without rows that this order has tried."""
@@ -186,9 +189,10 @@ class BatchWorker:
         while boot_seconds() < valid_until:
             await asyncio.sleep(RENEW_AFTER)
             until = boot_seconds() + batch_launches.LEASE.total_seconds()
+            waits = None if launch.over_budget is None else str(launch.over_budget)
             with suppress(StoreError):
                 if not await batch_launches.renew(
-                    self.database, batch, holder=self.process, now=self.clock()
+                    self.database, batch, holder=self.process, now=self.clock(), waits=waits
                 ):
                     break
                 valid_until = until

@@ -524,7 +524,7 @@ batches: Final = Table(
     Column("source", CleanText),
     Column("columns", Json),
     # The options of a batch that a worker launches; null for a command's. When that is due, and
-    # why its last launch ended early.
+    # why its last launch ended early, or what it waits for.
     Column("launch", Json),
     Column("launch_at", UtcDateTime),
     Column("stopped", CleanText),

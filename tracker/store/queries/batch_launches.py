@@ -57,9 +57,15 @@ async def claim_due(
     return await db.write(work)
 
 
-async def renew(db: Database, batch: BatchRow, *, holder: str, now: datetime) -> bool:
-    """Renew the lease; false if it is lost, or the batch was ordered anew or stopped."""
-    statement = update(batches).where(_held(batch, holder)).values(lease_until=now + LEASE)
+async def renew(
+    db: Database, batch: BatchRow, *, holder: str, now: datetime, waits: str | None = None
+) -> bool:
+    """Renew the lease; false if it is lost, or the batch was ordered anew or stopped.
+
+    `waits` is what the launch waits for.
+    """
+    renewed = update(batches).where(_held(batch, holder))
+    statement = renewed.values(lease_until=now + LEASE, stopped=waits)
     return await db.write(lambda connection: connection.execute(statement).rowcount) == 1
 
 

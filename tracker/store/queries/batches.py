@@ -165,15 +165,19 @@ async def keep(
 ) -> None:
     """Insert or update a batch with its rows, and open it again. Turns never go back.
 
-    Without `launch` it does not change whether a worker launches the batch. `noted` is an entry of
-    the audit log.
+    Without `launch` a worker still launches what it has not launched yet, and no more. `noted` is
+    an entry of the audit log.
     """
     new = db.insert(batches)
-    launch = ("launch", "launch_at") if batch.launch is not None else ()
+    if batch.launch is not None:
+        launch = {name: new.excluded[name] for name in ("launch", "launch_at")}
+    else:
+        launch = {"launch": case((batches.c.launch_at.is_not(None), batches.c.launch))}
     new = new.on_conflict_do_update(
         index_elements=[batches.c.batch_id],
         set_={
-            **{name: new.excluded[name] for name in ("name", "columns", *launch)},
+            **{name: new.excluded[name] for name in ("name", "columns")},
+            **launch,
             **{
                 name: func.coalesce(batches.c[name], new.excluded[name])
                 for name in ("mapping", "source")

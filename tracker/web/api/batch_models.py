@@ -189,7 +189,9 @@ class Batch(ResponseModel):
     created_at: datetime
     finished_at: datetime | None = Field(description="When all of its runs had ended.")
     launching: bool = Field(description="A worker starts rows, or is about to.")
-    stopped: str | None = Field(description="Why the last launch ended early.")
+    stopped: str | None = Field(
+        description="Why the last launch ended early, or what it waits for."
+    )
     columns: list[str] = Field(description="The fields that are carried into the results.")
     rows: int = Field(ge=0)
     started: int = Field(

@@ -244,7 +244,8 @@ class BatchOperations:
                     "refusal": refusal,
                 }
             )
-        if placed.ordered:
+        new = placed.ordered and len(plan.missing) > 0
+        if new:
             log.info(
                 "batch.ordered",
                 batch_id=placed.batch.batch_id,
@@ -255,7 +256,7 @@ class BatchOperations:
         return Json(
             await self._shown(placed.batch),
             status_code=200 if placed.known else 201,
-            headers={} if placed.ordered and plan.missing else {"Idempotent-Replayed": "true"},
+            headers={} if new else {"Idempotent-Replayed": "true"},
         )
 
     async def _batch(self, batch_id: str) -> BatchRow:
