@@ -204,7 +204,8 @@ async def test_a_batch_waits_for_a_budget_if_asked(
 
         async def waits() -> bool:
             found = await shown(site, made["batch_id"])
-            return found["launching"] and "the budget day has $0.10 of $0.60 left" in str(found["stopped"])
+            why = str(found["stopped"])
+            return found["launching"] and "the budget day has $0.10 of $0.60 left" in why
 
         await eventually(waits, timeout=30)
         assert len(flora.world.runs) == 2

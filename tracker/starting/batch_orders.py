@@ -11,6 +11,8 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
+import structlog
+
 from tracker.core.budget import Budget, Budgets
 from tracker.core.clock import Clock
 from tracker.core.formatting import counted, money
@@ -21,6 +23,8 @@ from tracker.store.queries import audit, batch_launches, batches, spending
 from tracker.store.queries.audit import Action
 from tracker.store.queries.batches import BatchRow
 from tracker.store.queries.starts import UNKNOWN
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +142,14 @@ class BatchOrders:
             )
             noted = entry if plan.missing else None
             await batches.keep(self.database, placed, entries, noted=noted)
+            if plan.missing:
+                log.info(
+                    "batch.ordered",
+                    batch_id=placed.batch_id,
+                    rows=len(plan.missing),
+                    token=order.started_by,
+                    peer=audit.principal().address,
+                )
             self.on_order()
         kept = await batches.get(self.database, plan.batch.batch_id)
         return Placed(batch=kept or plan.batch, known=stored is not None, ordered=ordered)
@@ -148,9 +160,12 @@ class BatchOrders:
         Starts that were sent are not undone. Raises `StoreUnavailable`.
         """
         entry = audit.entry(Action.STOP, self.clock(), batch_id=batch.batch_id)
-        return await batch_launches.stop(
+        stopped = await batch_launches.stop(
             self.database, batch.batch_id, f"stopped by {by}", noted=entry
         )
+        if stopped:
+            log.info("batch.stop_requested", batch_id=batch.batch_id, token=by)
+        return stopped
 
     async def _is_placed(self, plan: BatchPlan, order: Order, stored: BatchRow) -> bool:
         """Whether this order was placed before, and its rows are about to be started."""

@@ -6,7 +6,6 @@ from itertools import islice
 from typing import Any, Final
 
 import orjson
-import structlog
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
@@ -38,15 +37,12 @@ from tracker.web.api.batch_models import (
 )
 from tracker.web.api.openapi import Answer, Operation
 from tracker.web.auth import actor_of
-from tracker.web.http.request import peer_of
 from tracker.web.http.responses import Fault, Json, invalid, not_found
 
 MOST_CAUSES: Final = 100
 """Causes of refused rows in one response."""
 _BODY_ERRORS: Final = (400, 408, 413)
 _ORDER_ERRORS: Final = (*_BODY_ERRORS, 402, 404, 422, 502, 504)
-
-log = structlog.get_logger(__name__)
 
 
 class BatchOperations:
@@ -110,7 +106,7 @@ class BatchOperations:
         except DefinitionChanged as changed:
             message = str(changed).replace("--accept-changes", "`accept_changes`")
             raise Fault(422, "definition_changed", message) from changed
-        return await self._place(request, plan, order, dry_run=body.dry_run)
+        return await self._place(plan, order, dry_run=body.dry_run)
 
     @Operation(
         "GET",
@@ -186,7 +182,7 @@ class BatchOperations:
         batch = await self._batch(batch_id)
         retry = None if body.which == "unstarted" else Retry(body.which)
         plan = await self._services.batches.stored_plan(batch, retry=retry)
-        return await self._place(request, plan, order, dry_run=body.dry_run)
+        return await self._place(plan, order, dry_run=body.dry_run)
 
     @Operation(
         "POST",
@@ -202,9 +198,7 @@ class BatchOperations:
         interrupting that command.
         """
         batch = await self._batch(batch_id)
-        by = actor_of(request.scope).name
-        if await self._services.batch_orders.stop(batch, by=by):
-            log.info("batch.stop_requested", batch_id=batch_id, token=by)
+        await self._services.batch_orders.stop(batch, by=actor_of(request.scope).name)
         return Json(await self._shown(await self._batch(batch_id)))
 
     def _order(self, request: Request, body: BatchBody | RetryBody, *, at_once: bool) -> Order:
@@ -216,9 +210,7 @@ class BatchOperations:
             at_once=at_once,
         )
 
-    async def _place(
-        self, request: Request, plan: BatchPlan, order: Order, *, dry_run: bool
-    ) -> Response:
+    async def _place(self, plan: BatchPlan, order: Order, *, dry_run: bool) -> Response:
         orders = self._services.batch_orders
         refusal: str | None = None
         try:
@@ -244,19 +236,10 @@ class BatchOperations:
                     "refusal": refusal,
                 }
             )
-        new = placed.ordered and len(plan.missing) > 0
-        if new:
-            log.info(
-                "batch.ordered",
-                batch_id=placed.batch.batch_id,
-                rows=len(plan.missing),
-                token=order.started_by,
-                peer=peer_of(request.scope),
-            )
         return Json(
             await self._shown(placed.batch),
             status_code=200 if placed.known else 201,
-            headers={} if new else {"Idempotent-Replayed": "true"},
+            headers={} if placed.ordered and plan.missing else {"Idempotent-Replayed": "true"},
         )
 
     async def _batch(self, batch_id: str) -> BatchRow:

@@ -5,7 +5,6 @@ from decimal import Decimal, InvalidOperation
 from typing import Final
 from urllib.parse import quote
 
-import structlog
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
@@ -21,15 +20,12 @@ from tracker.web.auth import actor_of, may
 from tracker.web.dashboard.batch import stored_batch
 from tracker.web.dashboard.forms import check_csrf, query_choice, read_form
 from tracker.web.dashboard.render import FlashMessage, PageGroup
-from tracker.web.http.request import peer_of
 from tracker.web.http.responses import Fault, invalid, unavailable
 
 CHOICES: Final = {"failed": Retry.FAILED, "all": Retry.ALL, "unstarted": None}
 """Which rows: those that FLORA's codes advise to retry, all failed ones, or only those never
 started. Rows that were never started are part of each."""
 PRICE_SECONDS: Final = 5.0
-
-log = structlog.get_logger(__name__)
 
 
 class BatchActionPages(PageGroup):
@@ -44,14 +40,15 @@ class BatchActionPages(PageGroup):
     async def retry(self, request: Request) -> Response:
         """`GET` shows what would be started, and its price; `POST` starts it, unless the price has
         risen since."""
-        batch = await stored_batch(self._database, request)
         if request.method != "POST":
+            batch = await stored_batch(self._database, request)
             if not may(request.scope, Scope.START):
                 raise Fault(403, "forbidden", "This token may not start runs.")
             which = query_choice(request, "which", CHOICES) or "failed"
             return self._confirmation(request, await self._plan(batch, which), which)
         form = await read_form(request)
         await check_csrf(request, form)
+        batch = await stored_batch(self._database, request)
         which = form.get("which", "")
         if which not in CHOICES:
             raise invalid(FieldFault("which", f"must be one of {', '.join(CHOICES)}"))
@@ -63,26 +60,16 @@ class BatchActionPages(PageGroup):
             at_once=which == "all",
         )
         try:
-            placed = await self._services.batch_orders.place(plan, order)
+            await self._services.batch_orders.place(plan, order)
         except (MaxCostReached, BudgetExceeded) as error:
             return self._confirmation(request, plan, which, refusal=str(error))
-        if placed.ordered:
-            log.info(
-                "batch.ordered",
-                batch_id=batch.batch_id,
-                rows=len(plan.missing),
-                token=order.started_by,
-                peer=peer_of(request.scope),
-            )
         return _to_batch(batch)
 
     async def stop(self, request: Request) -> Response:
         """Starts no further row."""
-        batch = await stored_batch(self._database, request)
         await check_csrf(request)
-        by = actor_of(request.scope).name
-        if await self._services.batch_orders.stop(batch, by=by):
-            log.info("batch.stopped", batch_id=batch.batch_id, token=by)
+        batch = await stored_batch(self._database, request)
+        await self._services.batch_orders.stop(batch, by=actor_of(request.scope).name)
         return _to_batch(batch)
 
     async def _plan(self, batch: BatchRow, which: str) -> BatchPlan:
