@@ -59,13 +59,18 @@ def rows() -> list[RowState]:
         },
         {"start": start(3, StartState.REFUSED, error=refusal), "error": "refused"},
         {"start": start(4, StartState.UNRESOLVED, error={"status": 409}), "error": "nobody knows"},
-        {"asked": [{"id": "prompt", "type": "text", "value": "never sent"}]},
+        {},
         {"start": start(6, StartState.STARTED, run_id="run_6")},
         {"start": start(7, StartState.SENT, error={"message": "cut"})},
     ]
     return [
         RowState(
-            entry=BatchEntry(position=number, line=number + 1, digest=str(number)),
+            entry=BatchEntry(
+                position=number,
+                line=number + 1,
+                digest=str(number),
+                inputs=[{"id": "prompt", "type": "text", "value": "never sent"}],
+            ),
             **facts,  # type: ignore[arg-type]
         )
         for number, facts in enumerate(given, 1)

@@ -20,8 +20,9 @@ from tracker.core.row_key import Input, Turn, batch_id, row_digests
 from tracker.flora.client import FloraClient
 from tracker.services import Services
 from tracker.simulator import Simulator
-from tracker.starting.batch import BatchOutcome, BatchProgress, DefinitionChanged
+from tracker.starting.batch import BatchOutcome, BatchProgress
 from tracker.starting.batch_launch import MaxCostReached
+from tracker.starting.batch_plan import DefinitionChanged
 from tracker.starting.batch_rows import BatchPlan, PlannedRow, Retry, RowState
 from tracker.starting.sheet import SheetRefused, read_csv
 from tracker.starting.start import fingerprint
@@ -400,7 +401,7 @@ async def test_an_input_of_several_values_is_several_runs(
         definition = await services.catalogue.definition(
             next(iter(services.workspaces)), technique.slug
         )
-        entry = BatchEntry(position=1, line=2, digest="0" * 24)
+        entry = BatchEntry(position=1, line=2, digest="0" * 24, inputs=inputs)
         batch_row = BatchRow(
             batch_id="bat_1",
             workspace_slot="ws_simulator",
@@ -408,7 +409,7 @@ async def test_an_input_of_several_values_is_several_runs(
             name="sheet.csv",
             created_at=services.clock(),
         )
-        row = PlannedRow(entry=entry, inputs=inputs)
+        row = PlannedRow(entry=entry)
         planned = BatchPlan(
             batch=batch_row,
             technique=definition,

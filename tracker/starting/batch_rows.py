@@ -1,7 +1,7 @@
 """The rows of a batch: what each is planned to be, and its state."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
@@ -10,14 +10,15 @@ from typing import Any, Final
 from tracker.core.errors import FieldFault, FloraError
 from tracker.core.record import Record
 from tracker.core.retry import RetryAdvice
-from tracker.core.row_key import Turn
+from tracker.core.row_key import Input, Turn
 from tracker.core.run import RunStatus, Tracking
 from tracker.core.tags import Tags
 from tracker.flora.technique import Technique
 from tracker.store.engine import Database
 from tracker.store.queries import batches, starts
 from tracker.store.queries import runs as read
-from tracker.store.queries.batches import BatchEntry, BatchRow, Latest, chunks
+from tracker.store.queries.batch_history import Latest
+from tracker.store.queries.batches import BatchEntry, BatchRow, chunks
 from tracker.store.queries.starts import StartRow, StartState
 
 RETRY_LATER_AFTER: Final = timedelta(minutes=1)
@@ -37,37 +38,38 @@ class Retry(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedRow:
-    """A row to become one run, not started before `not_before`, UTC, if a wait was advised.
-
-    `inputs` are `{"id", "type", "value"}` each; `tags` say what the run is for.
-    """
+    """A row to become one run, not started before `not_before`, UTC, if a wait was advised."""
 
     entry: BatchEntry
-    inputs: list[dict[str, Any]]
     not_before: datetime | None = None
-    tags: Tags = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> list[Input]:
+        """Its inputs, `{"id", "type", "value"}` each."""
+        return self.entry.inputs or []
+
+    @property
+    def tags(self) -> Tags:
+        """What the run is for."""
+        return self.entry.tags
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowState:
     """The state of a row: its start, if it was tried, and its run, if it started.
 
-    `error` is why the last launch could not start it, `asked` the inputs if its sheet is at hand.
+    `error` is why the last launch could not start it.
     """
 
     entry: BatchEntry
     start: StartRow | None = None
     record: Record | None = None
     error: str | None = None
-    asked: list[dict[str, Any]] | None = None
 
     @property
     def inputs(self) -> list[dict[str, Any]] | None:
-        """Its inputs; `None` for a row of a version before 0015 that was never tried and whose
-        sheet is not at hand."""
-        if self.start is not None:
-            return self.start.inputs
-        return self.entry.inputs if self.asked is None else self.asked
+        """Its inputs; `None` for a row that a version before 0015 stored and never tried."""
+        return self.entry.inputs if self.start is None else self.start.inputs
 
     @property
     def status(self) -> str:

@@ -12,9 +12,9 @@ from starlette.responses import Response, StreamingResponse
 from tracker.core.errors import BudgetExceeded, FieldFault
 from tracker.core.formatting import counted
 from tracker.services import Services
-from tracker.starting.batch import DefinitionChanged
 from tracker.starting.batch_launch import MaxCostReached
 from tracker.starting.batch_orders import Order
+from tracker.starting.batch_plan import DefinitionChanged
 from tracker.starting.batch_results import csv_lines
 from tracker.starting.batch_rows import BatchPlan, Retry, states_of
 from tracker.starting.columns import ColumnMapping

@@ -1,0 +1,283 @@
+"""Plans: what a batch would start now, by its sheet or as it is stored, at no cost."""
+
+import asyncio
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
+
+from tracker.core.clock import Clock
+from tracker.core.errors import InvalidRequest, TrackerError
+from tracker.core.formatting import line_numbers
+from tracker.core.inputs import obstacle
+from tracker.core.row_key import batch_id, row_digests
+from tracker.core.tags import Tags
+from tracker.polling.workspaces import Workspace, WorkspaceIds, Workspaces
+from tracker.starting.batch_rows import (
+    BatchPlan,
+    PlannedRow,
+    Retry,
+    RowState,
+    states_of,
+    turn_of,
+)
+from tracker.starting.catalogue import Catalogue
+from tracker.starting.columns import (
+    ColumnMapping,
+    InputRow,
+    SheetReading,
+    mapping_of,
+    read_rows,
+    row_tags,
+    rows_by,
+)
+from tracker.starting.sheet import Sheet, SheetProblem, SheetRefused, SheetRow
+from tracker.store.engine import Database
+from tracker.store.queries import batch_history, batches
+from tracker.store.queries.batches import BatchEntry, BatchRow
+
+TagColumns = dict[str, str]
+"""The column of each tag, by its key."""
+
+
+class DefinitionChanged(TrackerError):
+    """The technique's inputs differ from those of the batch so far, so that the rows on `lines`,
+    which were started, would be started anew. `new` and `gone` are columns: input, column, type."""
+
+    def __init__(
+        self,
+        *,
+        new: Sequence[tuple[str, str, str]],
+        gone: Sequence[tuple[str, str, str]],
+        lines: Sequence[int],
+    ) -> None:
+        parts = [
+            f"column {column!r} is now the input {name!r} ({kind})" for name, column, kind in new
+        ]
+        parts += [
+            f"column {column!r} was the input {name!r} ({kind})" for name, column, kind in gone
+        ]
+        rows = "1 row that was" if len(lines) == 1 else f"{len(lines)} rows that were"
+        super().__init__(
+            f"the columns are read differently than when the batch began: {'; '.join(parts)}. "
+            f"{rows} started would start again ({line_numbers(lines)}). "
+            "Nothing was started; --accept-changes starts them"
+        )
+        self.new, self.gone, self.lines = tuple(new), tuple(gone), tuple(lines)
+
+
+@dataclass(kw_only=True, eq=False)
+class BatchPlanner:
+    """Plans batches."""
+
+    database: Database
+    workspaces: Workspaces
+    ids: WorkspaceIds
+    catalogue: Catalogue
+    clock: Clock
+
+    async def plan(
+        self,
+        technique: str,
+        sheet: Sheet,
+        *,
+        name: str,
+        explicit: Sequence[ColumnMapping] = (),
+        workspace_id: str | None = None,
+        again: bool = False,
+        retry: Retry | None = None,
+        skip_bad_rows: bool = False,
+        accept_changes: bool = False,
+        tags: Tags | None = None,
+        tag_columns: TagColumns | None = None,
+        source: str = "cli",
+    ) -> tuple[BatchPlan, Sequence[SheetProblem]]:
+        """What a batch of this sheet would do now, and the problems of the rows that it skips.
+
+        `name` is the name of the sheet, `explicit` maps columns to inputs. `again`
+        runs every row once more, `retry` those that failed. `tags` are those of all runs,
+        `tag_columns` the columns with further tags, by key. Nothing is started or stored. Raises
+        `SheetRefused` with all problems, `InvalidRequest` for the workspace or a technique that
+        cannot be started, `DefinitionChanged` if rows would start anew because the technique has
+        changed (unless `accept_changes`), and what reading FLORA raises.
+        """
+        workspace = self.workspaces.pick(workspace_id)
+        workspace_id = await self.ids.of(workspace)
+        definition, price_error = await self.catalogue.priced(workspace, technique)
+        if (reason := obstacle(definition.ports)) is not None:
+            raise InvalidRequest(f"{technique} cannot be started: {reason}")
+        # In a thread: many rows would hold up what else the process does.
+        reading = await asyncio.to_thread(read_rows, sheet, definition.ports, explicit)
+        tagged, wrong = row_tags(sheet, tag_columns or {}, tags or {})
+        problems = sorted([*reading.problems, *wrong])
+        rows = _fit_rows(reading.rows, problems, skip=skip_bad_rows, header=sheet.header)
+        inputs = [row.inputs for _, row in rows]
+        digests = await asyncio.to_thread(row_digests, definition.technique_id, inputs)
+        latest = await batch_history.latest_turns(self.database, workspace_id, digests)
+        if not accept_changes:
+            await self._check_mapping(workspace_id, definition.technique_id, sheet, reading, latest)
+        columns = [name for name in reading.unmapped if name]
+        planned: Sequence[PlannedRow] = [
+            PlannedRow(
+                entry=BatchEntry(
+                    position=position,
+                    line=row.line,
+                    digest=digest,
+                    turn=turn_of(latest.get(digest), again=again),
+                    inputs=row.inputs,
+                    tags=tagged[row.line],
+                    carried=_carried(sheet.rows[position - 1], columns),
+                )
+            )
+            for (position, row), digest in zip(rows, digests, strict=True)
+        ]
+        planned, states = await self._retried(workspace_id, planned, retry)
+        batch = BatchRow(
+            batch_id=batch_id(
+                workspace_id,
+                definition.technique_id,
+                [(one.position, one.digest, one.turn) for one in (row.entry for row in planned)],
+            ),
+            workspace_slot=workspace_id,
+            technique_id=definition.technique_id,
+            name=name,
+            created_at=self.clock(),
+            mapping=[[one.input_id, one.column, one.type or ""] for one in reading.mapping],
+            source=source,
+            columns=columns,
+        )
+        plan = BatchPlan(
+            batch=batch,
+            technique=definition,
+            rows=planned,
+            states=states,
+            unmapped=[one for one in reading.unmapped if one not in (tag_columns or {}).values()],
+            price_error=price_error,
+        )
+        return plan, problems
+
+    async def stored_plan(
+        self, batch: BatchRow, *, retry: Retry | None = None, wait: bool = True
+    ) -> BatchPlan:
+        """What a stored batch would do now, without its sheet.
+
+        `retry` starts failed rows again; `wait` keeps the wait that was advised for retries which
+        are stored and not started. Rows that a version before 0015 stored and never started are
+        left out, because only their sheet has their inputs. Raises what reading FLORA raises, and
+        `TrackerError` if the workspace is not configured.
+        """
+        workspace = await self.workspace_of(batch)
+        definition, price_error = await self.catalogue.priced(workspace, batch.technique_id)
+        entries = await batches.entries(self.database, batch.batch_id)
+        found = await states_of(self.database, batch.workspace_slot, entries)
+        rows = []
+        for entry in entries:
+            start = found[entry.key].start
+            if start is not None and (entry.inputs is None or not start.is_fresh):
+                entry = replace(entry, inputs=start.inputs, tags=start.tags or {})
+            if entry.inputs is not None:
+                rows.append(PlannedRow(entry=entry))
+        planned, states = await self._retried(batch.workspace_slot, rows, retry, wait=wait)
+        return BatchPlan(
+            batch=batch,
+            technique=definition,
+            rows=planned,
+            states=states,
+            price_error=price_error,
+        )
+
+    async def workspace_of(self, batch: BatchRow) -> Workspace:
+        """The workspace of a stored batch. Raises `TrackerError` if it is not configured here."""
+        for one in self.workspaces:
+            if one.client is not None and await self.ids.of(one) == batch.workspace_slot:
+                return one
+        raise TrackerError(f"workspace {batch.workspace_slot} is not configured here")
+
+    async def _states(self, workspace_id: str, rows: Sequence[PlannedRow]) -> dict[str, RowState]:
+        return await states_of(self.database, workspace_id, [row.entry for row in rows])
+
+    async def _retried(
+        self,
+        workspace_id: str,
+        rows: Sequence[PlannedRow],
+        retry: Retry | None,
+        *,
+        wait: bool = True,
+    ) -> tuple[Sequence[PlannedRow], dict[str, RowState]]:
+        """The rows with their states: those that failed for another attempt where `retry` says so,
+        and retries that an earlier launch did not start with the rest of their wait."""
+        states = await self._states(workspace_id, rows)
+        if wait and retry is not Retry.ALL:
+            rows = await self._with_waits(workspace_id, rows, states)
+        if retry is not None:
+            rows = [states[row.entry.key].retried(row, retry) for row in rows]
+            states = await self._states(workspace_id, rows)
+        return rows, states
+
+    async def _with_waits(
+        self, workspace_id: str, rows: Sequence[PlannedRow], states: dict[str, RowState]
+    ) -> list[PlannedRow]:
+        """The rows, with the rest of the wait for retries that an earlier launch did not start."""
+        failed = {
+            row.entry.key: replace(row.entry, turn=row.entry.turn.before())
+            for row in rows
+            if row.entry.turn.attempt and not states[row.entry.key].started
+        }
+        runs = await states_of(self.database, workspace_id, list(failed.values()))
+        return [
+            replace(row, not_before=runs[failed[row.entry.key].key].retry_not_before)
+            if row.entry.key in failed
+            else row
+            for row in rows
+        ]
+
+    async def _check_mapping(
+        self,
+        workspace_id: str,
+        technique_id: str,
+        sheet: Sheet,
+        reading: SheetReading,
+        latest: Container[str],
+    ) -> None:
+        """Raise `DefinitionChanged` if rows that were started with another mapping of columns would
+        start anew with this one."""
+        now = {(one.input_id, one.column, one.type or "") for one in reading.mapping}
+        digests = row_digests(technique_id, [row.inputs for row in reading.rows])
+        if all(digest in latest for digest in digests):
+            return
+        mappings = await batch_history.mappings(self.database, workspace_id, technique_id)
+        # Batches of versions without mappings: the inputs of their rows show it.
+        asked = await batch_history.asked_without_mapping(self.database, workspace_id, technique_id)
+        for inputs in asked:
+            derived = mapping_of(sheet, reading.mapping, inputs)
+            mappings.append(tuple((one.input_id, one.column, one.type or "") for one in derived))
+        for before in mappings:
+            if set(before) == now or any(column not in sheet.columns for _, column, _ in before):
+                continue
+            rows = rows_by(sheet, [ColumnMapping(*one) for one in before])
+            old = row_digests(technique_id, rows)
+            known = await batch_history.latest_turns(self.database, workspace_id, old)
+            anew = [
+                row.line
+                for row, was, is_now in zip(reading.rows, old, digests, strict=True)
+                if was in known and is_now not in latest
+            ]
+            if anew:
+                raise DefinitionChanged(
+                    new=sorted(now - set(before)), gone=sorted(set(before) - now), lines=anew
+                )
+
+
+def _carried(row: SheetRow, columns: Sequence[str]) -> dict[str, str]:
+    """The cells of a row that are no input, by column."""
+    return {name: ", ".join(row.cells[name]) for name in columns if name in row.cells}
+
+
+def _fit_rows(
+    rows: Sequence[InputRow], problems: Sequence[SheetProblem], *, skip: bool, header: int
+) -> list[tuple[int, InputRow]]:
+    """The rows without problems, with their positions. Raises `SheetRefused` if problems may not be
+    skipped, or cannot."""
+    bad = {problem.line for problem in problems}
+    fit = [(position, row) for position, row in enumerate(rows, 1) if row.line not in bad]
+    if problems and (not skip or not fit or header in bad):
+        raise SheetRefused(problems)
+    return fit
