@@ -12,7 +12,8 @@ from tests.web.callbacks import event, signature
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Seen
 from tracker.core.run import Output, RunStatus
-from tracker.delivering.downloads import DownloadOptions, DownloadOutcome, DownloadReport
+from tracker.delivering.downloads import DownloadOptions, DownloadReport
+from tracker.delivering.saving import DownloadOutcome
 from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.store.queries import runs as read

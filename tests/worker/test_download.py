@@ -17,14 +17,9 @@ from tracker.core.errors import TrackerError
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Seen
 from tracker.core.run import Output, RunError, RunStatus
-from tracker.delivering.downloads import (
-    DownloadOptions,
-    DownloadOutcome,
-    DownloadReport,
-    WantedRun,
-    jobs_of,
-)
+from tracker.delivering.downloads import DownloadOptions, DownloadReport
 from tracker.delivering.files import MANIFEST, DownloadDirectoryError
+from tracker.delivering.saving import DownloadOutcome, WantedRun, jobs_of
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.starting.start import StartRequest

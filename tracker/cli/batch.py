@@ -162,7 +162,8 @@ def batch(
     technique's inputs by name. An invalid row refuses the whole file before anything is paid. Exit
     status 1 if a row did not complete.
     """
-    from tracker.delivering.downloads import DownloadOptions, DownloadOutcome, DownloadReport
+    from tracker.delivering.downloads import DownloadOptions, DownloadReport
+    from tracker.delivering.saving import DownloadOutcome
 
     if again + retry_failed + retry_all > 1:
         raise typer.BadParameter(

@@ -19,8 +19,8 @@ from tracker.core.retry import RetryAdvice
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
 
-    from tracker.delivering.downloads import DownloadResult
     from tracker.delivering.files import FileKey
+    from tracker.delivering.saving import DownloadResult
     from tracker.starting.batch import BatchOutcome, BatchProgress
     from tracker.starting.batch_rows import BatchPlan, RowState
     from tracker.starting.sheet import SheetProblem
@@ -183,6 +183,7 @@ class BatchScreen:
         self._screen = screen
         self._name = name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
         self._stage: tuple[bool, bool] | None = None
+        self._progress: BatchProgress | None = None
         self._files: set[FileKey] | None = set() if downloads else None
         self.begun = asyncio.Event()
 
@@ -190,10 +191,13 @@ class BatchScreen:
         """Count a file that is there."""
         if self._files is not None and result.entry is not None:
             self._files.add(result.job.key)
+            if self._progress is not None and self._screen.has_bars:
+                self.show(self._progress)
 
     def show(self, progress: "BatchProgress") -> None:
         """Show how far the batch is."""
         self.begun.set()
+        self._progress = progress
         files = None if self._files is None else len(self._files)
         counts = progress.counts
         if self._screen.has_bars:

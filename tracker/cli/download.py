@@ -21,13 +21,8 @@ if TYPE_CHECKING:
 
     from rich.progress import ProgressColumn
 
-    from tracker.delivering.downloads import (
-        DownloadJob,
-        DownloadReport,
-        DownloadResult,
-        RunWithoutOutputs,
-        WantedRun,
-    )
+    from tracker.delivering.downloads import DownloadReport, RunWithoutOutputs
+    from tracker.delivering.saving import DownloadJob, DownloadResult, WantedRun
     from tracker.polling.follow import Notify
     from tracker.services import Services
 
@@ -183,7 +178,7 @@ def _line(result: "DownloadResult") -> str | None:
 
 
 def _summary(report: "DownloadReport", to: Path) -> str:
-    from tracker.delivering.downloads import DownloadOutcome
+    from tracker.delivering.saving import DownloadOutcome
 
     fetched = report.of(DownloadOutcome.FETCHED)
     size = sum(one.entry.size for one in fetched if one.entry is not None)
@@ -197,7 +192,7 @@ def _summary(report: "DownloadReport", to: Path) -> str:
 
 def report_files(report: "DownloadReport", to: Path) -> None:
     """The files of a batch that are there, and a line for each cause of failure, on stderr."""
-    from tracker.delivering.downloads import DownloadOutcome
+    from tracker.delivering.saving import DownloadOutcome
 
     causes: defaultdict[str, set[int]] = defaultdict(set)
     for one in report.of(DownloadOutcome.FAILED):

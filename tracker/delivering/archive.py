@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import IO, Final, cast
 
 from tracker.delivering.addresses import MediaError
-from tracker.delivering.downloads import Downloader, DownloadJob, WantedRun, jobs_of
+from tracker.delivering.downloads import Downloader
 from tracker.delivering.fetch import Fetcher
+from tracker.delivering.saving import DownloadJob, WantedRun, jobs_of
 
 AHEAD: Final = 6
 """Files that are fetched at the same time."""

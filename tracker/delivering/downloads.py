@@ -6,11 +6,9 @@ followed and downloaded as each settles.
 
 import asyncio
 import contextlib
-import hashlib
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -18,18 +16,21 @@ from typing import Any, Final, TypeVar
 from tracker.core.clock import Clock
 from tracker.core.errors import TrackerError
 from tracker.core.formatting import counted
-from tracker.core.inputs import Port
-from tracker.core.record import Record
-from tracker.core.run import Output, Tracking
-from tracker.delivering.addresses import MediaError
-from tracker.delivering.fetch import MAX_BYTES, FetchedFile, Fetcher
+from tracker.core.run import Tracking
+from tracker.delivering.fetch import MAX_BYTES, Fetcher
 from tracker.delivering.files import (
     DownloadDirectory,
-    FileKey,
-    ManifestEntry,
-    PartialFile,
 )
-from tracker.delivering.names import file_stem, output_names, row_names, row_numbers
+from tracker.delivering.names import row_names, row_numbers
+from tracker.delivering.saving import (
+    DownloadJob,
+    DownloadOutcome,
+    DownloadResult,
+    OnJobBytes,
+    OutputSaver,
+    WantedRun,
+    jobs_of,
+)
 from tracker.flora.technique import ports
 from tracker.polling.follow import CHECK_ANYWAY, CHECK_EVERY, Follower, Notify, until_available
 from tracker.starting.batch_rows import kept_rows
@@ -52,58 +53,6 @@ class DownloadOptions:
     allow_private: bool = False
     max_bytes: int = MAX_BYTES
     concurrency: int = 4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WantedRun:
-    """A run whose outputs are wanted.
-
-    `row` is its row in a batch, `name` the row's name for files, and `ports` are the outputs of the
-    technique's definition. A row may have no run (`record`): `status` says why.
-    """
-
-    record: Record | None
-    row: str | None = None
-    name: str | None = None
-    ports: Sequence[Port] = ()
-    status: str = ""
-
-
-class DownloadOutcome(StrEnum):
-    """What happened to one output."""
-
-    FETCHED = "fetched"
-    PRESENT = "present"
-    """It was downloaded before."""
-    FAILED = "failed"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DownloadJob:
-    """One output to save as a file. `name` is the file's name without its ending; if it was `asked`
-    for, a file that is there already gets it, too."""
-
-    run_id: str
-    position: int
-    output: Output
-    row: str | None
-    name: str
-    asked: bool = False
-
-    @property
-    def key(self) -> FileKey:
-        """Identifies the file in the manifest."""
-        return (self.run_id, self.position, self.output.output_id)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DownloadResult:
-    """The result for one output: its entry in the manifest, or the error."""
-
-    job: DownloadJob
-    outcome: DownloadOutcome
-    entry: ManifestEntry | None = None
-    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,8 +85,6 @@ class DownloadReport:
         return not self.of(DownloadOutcome.FAILED) and all(one.harmless for one in self.absent)
 
 
-OnJobBytes = Callable[[DownloadJob, int, int | None], None]
-"""Called with the bytes received so far for a file and its total, if known."""
 OnResult = Callable[[DownloadResult], None]
 
 
@@ -336,7 +283,7 @@ class Downloader:
             for _ in range(options.concurrency):
                 await queue.put(None)
 
-        async def save_all(saver: "_OutputSaver") -> None:
+        async def save_all(saver: OutputSaver) -> None:
             while (job := await queue.get()) is not None:
                 result = await saver.save(job, on_bytes)
                 report.results.append(result)
@@ -347,7 +294,7 @@ class Downloader:
             async with Fetcher(
                 allow_private=options.allow_private, max_bytes=options.max_bytes
             ) as fetcher:
-                saver = _OutputSaver(directory, fetcher, self._clock)
+                saver = OutputSaver(directory, fetcher, self._clock)
                 try:
                     async with asyncio.TaskGroup() as group:
                         group.create_task(find_jobs())
@@ -367,104 +314,6 @@ class _BatchRow:
     @property
     def run_id(self) -> str | None:
         return None if self.wanted.record is None else self.wanted.record.run.run_id
-
-
-class _OutputSaver:
-    """Saves single outputs in the download directory."""
-
-    def __init__(self, directory: DownloadDirectory, fetcher: Fetcher, clock: Clock) -> None:
-        self._directory = directory
-        self._fetcher = fetcher
-        self._clock = clock
-
-    async def save(self, job: DownloadJob, on_bytes: OnJobBytes | None) -> DownloadResult:
-        try:
-            entry = self._directory.find(job.key)
-            if job.output.type == "text":
-                text = job.output.url.encode(errors="replace")
-                if entry is not None and entry.sha256 != hashlib.sha256(text).hexdigest():
-                    entry = None
-            if entry is not None:
-                if job.asked:
-                    entry = self._directory.rename(entry, job.name)
-                return DownloadResult(job=job, outcome=DownloadOutcome.PRESENT, entry=entry)
-            name = self._directory.reserve(job.key, job.name)
-            if job.output.type == "text":
-                entry = await asyncio.to_thread(self._write_text, job, name, text)
-            else:
-                added: list[ManifestEntry] = []
-                await self._fetcher.fetch(
-                    job.output.url,
-                    self._directory.folder,
-                    name,
-                    output_type=job.output.type,
-                    on_bytes=None if on_bytes is None else partial(on_bytes, job),
-                    on_complete=lambda file: added.append(self._add(job, file)),
-                )
-                (entry,) = added
-        except (MediaError, OSError) as error:
-            if isinstance(error, OSError):
-                message = f"the file cannot be written: {error.strerror or error}"
-            else:
-                message = str(error)
-            return DownloadResult(job=job, outcome=DownloadOutcome.FAILED, error=message)
-        return DownloadResult(job=job, outcome=DownloadOutcome.FETCHED, entry=entry)
-
-    def _write_text(self, job: DownloadJob, name: str, text: bytes) -> ManifestEntry:
-        """Save a text, which FLORA shows in place of a link."""
-        part = PartialFile(self._directory.folder, name)
-        part.start(None)
-        part.write(text)
-        file = FetchedFile(
-            path=self._directory.folder / f"{name}.txt",
-            size=part.size,
-            sha256=part.sha256,
-            content_type="text/plain; charset=utf-8",
-        )
-        entry = self._add(job, file)
-        part.finish(file.path)
-        return entry
-
-    def _add(self, job: DownloadJob, file: FetchedFile) -> ManifestEntry:
-        """Add a file to the manifest, before it gets its name."""
-        entry = ManifestEntry(
-            file=file.path.name,
-            row=job.row,
-            run_id=job.run_id,
-            position=job.position,
-            output_id=job.output.output_id,
-            type=job.output.type,
-            size=file.size,
-            sha256=file.sha256,
-            content_type=file.content_type,
-            at=f"{self._clock().replace(tzinfo=None).isoformat(timespec='seconds')}Z",
-        )
-        self._directory.add(entry)
-        return entry
-
-
-def jobs_of(wanted: WantedRun) -> Iterator[DownloadJob]:
-    """A job for each output of a settled run."""
-    record = wanted.record
-    if record is None or record.tracking is not Tracking.SETTLED:
-        return
-    run_id, outputs = record.run.run_id, record.run.outputs or ()
-    names = output_names(outputs, wanted.ports)
-    ids = [output.output_id for output in outputs]
-    for position, output in enumerate(outputs):
-        if wanted.row is not None:
-            name = f"{wanted.name or wanted.row}_{names[position]}"
-        else:
-            again = not output.output_id or ids.count(output.output_id) > 1
-            name = file_stem(run_id, output.output_id, *([str(position)] if again else []))
-        yield DownloadJob(
-            run_id=run_id,
-            position=position,
-            output=output,
-            row=wanted.row,
-            name=name,
-            asked=wanted.name is not None,
-        )
 
 
 def _absent(wanted: WantedRun) -> RunWithoutOutputs | None:
