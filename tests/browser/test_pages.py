@@ -155,6 +155,7 @@ async def test_a_reading_token_sees_every_page_and_is_offered_no_action(
         await expect(page.locator("#rights")).to_contain_text("start or change nothing")
     await page.goto(f"{live.url}/runs/{await _settled(live)}")
     await expect(page.locator(".gallery img").first).to_be_visible()
+    await _assert_narrow(page, "a reader's page")
     assert (watched.dialogs, watched.refused) == ([], [])
 
 
