@@ -9,6 +9,7 @@ from tests.store.test_batches import BATCH, entries
 from tracker.store.engine import Database
 from tracker.store.queries import audit, batch_launches, batches
 from tracker.store.queries.audit import Action
+from tracker.store.queries.batch_launches import LaunchEnd
 from tracker.store.queries.batches import BatchRow
 
 ORDERED = replace(BATCH, launch={"started_by": "shop"}, launch_at=NOW)
@@ -20,9 +21,8 @@ async def claim(db: Database, holder: str = "h", *, later: timedelta = SECOND) -
 
 
 async def end(db: Database, batch: BatchRow, holder: str = "h") -> bool:
-    return await batch_launches.end(
-        db, batch, holder=holder, launch_at=None, stopped="a budget", errors={1: "too long"}
-    )
+    ended = LaunchEnd(launch_at=None, stopped="a budget", errors={1: "too long"})
+    return await batch_launches.end(db, batch, ended, holder=holder)
 
 
 async def test_a_due_batch_has_one_holder(db: Database, other_db: Database) -> None:

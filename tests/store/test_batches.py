@@ -15,6 +15,7 @@ from tracker.core.run import Output, RunError, RunStatus
 from tracker.store.engine import Database
 from tracker.store.queries import batch_history, batch_launches, batches
 from tracker.store.queries.batch_history import Latest
+from tracker.store.queries.batch_launches import LaunchEnd
 from tracker.store.queries.batches import BatchCounts, BatchEntry, BatchRow, RowOutcome
 from tracker.store.queries.starts import StartState
 
@@ -62,7 +63,8 @@ async def test_a_batch_is_kept_with_all_that_launches_it(db: Database) -> None:
     assert await batches.get(db, "bat_1") == launched
     assert await batches.entries(db, "bat_1") == [row]
     (due,) = await batch_launches.claim_due(db, ["default"], holder="h", now=NOW, limit=1)
-    await batch_launches.end(db, due, holder="h", launch_at=None, stopped=None, errors={})
+    ended = LaunchEnd(launch_at=None, stopped=None, errors={})
+    assert await batch_launches.end(db, due, ended, holder="h")
     await batches.keep(db, replace(BATCH, columns=["SKU"]), [row])
     assert await batches.get(db, "bat_1") == replace(launched, launch=None, launch_at=None)
 

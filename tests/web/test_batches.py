@@ -19,7 +19,7 @@ from tracker.core.budget import Budget, Budgets, Period
 from tracker.simulator import Simulator
 from tracker.starting import batch_launch, batch_worker
 from tracker.starting.sheet import read_csv
-from tracker.store.queries import audit, batches
+from tracker.store.queries import audit, batch_launches, batches
 from tracker.worker.scheduler import Worker
 
 ROWS = [{"prompt": f"icon {number}", "sku": number} for number in range(1, 6)]
@@ -339,6 +339,32 @@ async def test_a_batch_is_stopped_and_resumed(
         assert (await launched(site, batch_id))["started"] == len(flora.world.runs) == 100
         again = await site.client.post(f"/api/batches/{batch_id}/stop")
         assert (again.status_code, again.json()["stopped"]) == (200, None)
+
+
+async def test_a_launch_whose_lease_is_lost_is_taken_up_again(
+    serve: Serve, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that cannot renew it breaks off; the batch stays due, and goes on to its end."""
+    renew = batch_launches.renew
+
+    async def lose(*_: Any, **__: Any) -> bool:
+        return False
+
+    monkeypatch.setattr(batch_worker, "RENEW_AFTER", 0.05)
+    monkeypatch.setattr(batch_launches, "renew", lose)
+    rows = [{"prompt": f"icon {number}"} for number in range(100)]
+    async with working(serve, sqlite_url, worker=False) as (site, flora):
+        works = site.services.batch_worker
+        made = await create(site, 201, rows=rows)
+        await works.launch_due()
+        await eventually(lambda: not works._tasks, timeout=30)
+        broken_off = await shown(site, made["batch_id"])
+        assert broken_off["launching"]
+        assert broken_off["started"] == len(flora.world.runs) < 100
+        monkeypatch.setattr(batch_launches, "renew", renew)
+        await works.launch_due()
+        done = await launched(site, made["batch_id"])
+        assert done["started"] == len(flora.world.runs) == 100
 
 
 async def test_only_a_token_that_may_start_orders(serve: Serve, sqlite_url: str) -> None:

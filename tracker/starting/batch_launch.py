@@ -116,7 +116,7 @@ class BatchLaunch:
         self._spent = dict(spent or {})
         self._charges_read_at = time.monotonic()
         self._worked_at = time.monotonic()
-        self._broken_off = False
+        self.broken_off = False
         self.started = 0
         self.errors: dict[str, str] = {}
         self.stopped: TrackerError | None = None
@@ -164,7 +164,7 @@ class BatchLaunch:
 
     def break_off(self) -> None:
         """Begin no further row."""
-        self._broken_off = True
+        self.broken_off = True
 
     async def run(self) -> None:
         """Start the missing rows; returns when no row is left that can be started now."""
@@ -175,7 +175,7 @@ class BatchLaunch:
                         group.create_task(self._work())
                 waits = self._wait and len(self._doubt) > 0
                 left = (self._later or self._queue) and not self._over
-                if self._broken_off or not (waits or left):
+                if self.broken_off or not (waits or left):
                     return
                 if waits:
                     await self._check_doubts()
@@ -190,7 +190,7 @@ class BatchLaunch:
 
     @property
     def _over(self) -> bool:
-        return self._broken_off or self.stopped is not None
+        return self.broken_off or self.stopped is not None
 
     def _held_for(self, row: PlannedRow) -> float:
         """Seconds until the row may be tried, as advised when it failed."""

@@ -37,6 +37,7 @@ from tracker.starting.batch_rows import BatchPlan, RowState
 from tracker.store.engine import Database
 from tracker.store.queries import batch_launches
 from tracker.store.queries.audit import Principal, acting
+from tracker.store.queries.batch_launches import LaunchEnd
 from tracker.store.queries.batches import BatchRow
 from tracker.store.queries.starts import StartState
 
@@ -70,7 +71,7 @@ class BatchWorker:
     _tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)
     _launches: set[BatchLaunch] = field(default_factory=set, init=False)
     _ordered: asyncio.Event = field(default_factory=asyncio.Event, init=False)
-    _finished_at: float = field(default=float("-inf"), init=False)
+    _closed_at: float = field(default=float("-inf"), init=False)
     _stopping: bool = field(default=False, init=False)
 
     def wake(self) -> None:
@@ -97,9 +98,9 @@ class BatchWorker:
                 if batch.batch_id not in self._tasks:
                     task = asyncio.create_task(self._work(batch), name="batch-launch")
                     self._tasks[batch.batch_id] = task
-        if time.monotonic() - self._finished_at >= FINISH_EVERY:
+        if time.monotonic() - self._closed_at >= FINISH_EVERY:
             await batch_launches.finish_ended(self.database, self.clock())
-            self._finished_at = time.monotonic()
+            self._closed_at = time.monotonic()
 
     async def stop(self) -> None:
         """Begin no further row, let sent starts end, and release the leases."""
@@ -119,30 +120,21 @@ class BatchWorker:
         order = Order.of(batch)
         try:
             with acting(Principal(name=order.started_by)):
-                stopped, errors = await self._launch(batch, order)
-            goes_on = stopped is not None and _is_passing(stopped)
-            if not self._stopping:
-                await batch_launches.end(
-                    self.database,
-                    batch,
-                    holder=self.process,
-                    launch_at=self.clock() + GO_ON_AFTER if goes_on else None,
-                    stopped=None if stopped is None else str(stopped),
-                    errors={} if goes_on else errors,
-                )
+                ended = await self._launch(batch, order)
+            if ended is not None:
+                await batch_launches.end(self.database, batch, ended, holder=self.process)
         except StoreError as error:
             log.warning("batch.not_launched", batch_id=batch.batch_id, error=str(error))
         finally:
-            # A new order, or this one if the process stops, is launched at once.
+            # A batch that is still due, or was ordered anew, is launched at once.
             with suppress(StoreError):
                 await batch_launches.release(self.database, batch, holder=self.process)
             del self._tasks[batch.batch_id]
             self.wake()
 
-    async def _launch(
-        self, batch: BatchRow, order: Order
-    ) -> tuple[TrackerError | None, dict[int, str]]:
-        """Start the rows; what ended that early, and why rows could not be tried, by position."""
+    async def _launch(self, batch: BatchRow, order: Order) -> LaunchEnd | None:
+        """Start the rows; how that ended, `None` if it was broken off."""
+        launch: BatchLaunch | None = None
         try:
             plan = await self._plan(batch, order)
             launch = await self.batches.launch_of(
@@ -155,12 +147,22 @@ class BatchWorker:
             )
             log.info("batch.launched", batch_id=batch.batch_id, rows=len(plan.missing))
             await self._run(batch, launch)
+            stopped = launch.stopped
         except TrackerError as error:
-            return error, {}
+            stopped = error
         except Exception as error:
             log.exception("batch.launch_broken", batch_id=batch.batch_id)
-            return TrackerError(f"an unexpected error, see the log: {type(error).__name__}"), {}
-        return launch.stopped, launch.errors_by_position
+            stopped = TrackerError(f"an unexpected error, see the log: {type(error).__name__}")
+        if launch is not None and launch.broken_off:
+            return None
+        if stopped is not None and _is_passing(stopped):
+            go_on_at = self.clock() + GO_ON_AFTER
+            return LaunchEnd(launch_at=go_on_at, stopped=str(stopped), errors={})
+        return LaunchEnd(
+            launch_at=None,
+            stopped=None if stopped is None else str(stopped),
+            errors={} if launch is None else launch.errors_by_position,
+        )
 
     async def _run(self, batch: BatchRow, launch: BatchLaunch) -> None:
         self._launches.add(launch)

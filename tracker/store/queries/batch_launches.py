@@ -6,6 +6,7 @@ either changes `launch_at`.
 """
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -79,31 +80,31 @@ async def release(db: Database, batch: BatchRow, *, holder: str) -> None:
     await db.write(lambda connection: connection.execute(statement).rowcount)
 
 
-async def end(
-    db: Database,
-    batch: BatchRow,
-    *,
-    holder: str,
-    launch_at: datetime | None,
-    stopped: str | None,
-    errors: Mapping[int, str],
-) -> bool:
-    """Store how a launch ended and release the lease; false, and nothing is stored, if the lease is
-    lost or the batch was ordered anew or stopped.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchEnd:
+    """How a launch ended: `launch_at` is when to go on, `stopped` why it ended early; `errors` are
+    why rows could not be tried, by position."""
 
-    `launch_at` is when to go on, `stopped` why it ended early; `errors` are why rows could not be
-    tried, by position.
-    """
+    launch_at: datetime | None
+    stopped: str | None
+    errors: Mapping[int, str]
+
+
+async def end(db: Database, batch: BatchRow, ended: LaunchEnd, *, holder: str) -> bool:
+    """Store how a launch ended and release the lease; false, and nothing is stored, if the lease is
+    lost or the batch was ordered anew or stopped."""
     header = (
         update(batches)
         .where(_held(batch, holder))
-        .values(launch_at=launch_at, stopped=stopped, lease_until=None, lease_holder=None)
+        .values(
+            launch_at=ended.launch_at, stopped=ended.stopped, lease_until=None, lease_holder=None
+        )
     )
 
     def work(connection: Connection) -> bool:
         if connection.execute(header).rowcount == 0:
             return False
-        keep_errors(connection, batch.batch_id, errors)
+        keep_errors(connection, batch.batch_id, ended.errors)
         return True
 
     return await db.write(work)
