@@ -15,9 +15,12 @@ from structlog.testing import capture_logs
 
 from tests.store.making import NOW, quarantined, seen, started
 from tests.support.deliveries import keep
+from tests.support.endpoint import SECRET as ENDPOINT_SECRET
+from tests.support.endpoint import Receiver
 from tests.support.postgres import PostgresServer
-from tests.support.scraping import read_scrape, scrape
+from tests.support.scraping import Scrape, read_scrape, scrape
 from tests.support.waiting import eventually
+from tests.support.webhooks import add_endpoint
 from tests.web import callbacks
 from tests.web.callbacks import PATH, SECRET, signature, signed
 from tests.web.conftest import Serve, Site
@@ -26,9 +29,10 @@ from tracker.core.run import RunError, RunStatus
 from tracker.operations.metrics import Metrics
 from tracker.operations.metrics.gauges import DatabaseGauges
 from tracker.services import Services, open_services
-from tracker.settings import Settings
+from tracker.settings import EndpointSettings, Settings
 from tracker.simulator import Options, running
 from tracker.store.engine import Database
+from tracker.store.queries.messages import list_messages
 from tracker.web.app import build_health_app
 
 STATE = (
@@ -343,3 +347,50 @@ async def test_bills_and_failures_are_reported(site: Site) -> None:
     labels = {"workspace_id": "ws_1", "retry_advice": "not_retryable"}
     assert found.value("tracker_failed_today", **labels) == 2
     assert found.value("tracker_unknown_error_codes_total") == 1
+
+
+async def test_deliveries_to_endpoints_are_measured(serve: Serve, sqlite_url: str) -> None:
+    """Attempts by outcome and the delay, from zero for each endpoint of the settings; whether it
+    works, and what waits for it."""
+    async with Receiver() as receiver:
+        shop = EndpointSettings(
+            id="shop", url=receiver.url, secrets=[ENDPOINT_SECRET], allow_private=True
+        )
+        async with serve(sqlite_url, endpoints=(shop,)) as site:
+            await add_endpoint(site.services.database, "shop", url=receiver.url)
+            first = await scrape(site.client)
+            await site.services.webhooks.start()
+            try:
+                receiver.status = 500
+                now = site.services.clock()
+                await site.services.writer.submit(
+                    seen("run_1", RunStatus.COMPLETED, at=now, facts={"completed_at": now}, reads=1)
+                )
+                await eventually(lambda: receiver.got)
+                receiver.status = 200
+                [failed] = await eventually(lambda: _pending(site))
+                await site.services.webhooks.resend(failed)
+                await eventually(lambda: receiver.taken)
+
+                async def delivered() -> Scrape | None:
+                    found = await scrape(site.client)
+                    count = found.value(
+                        "tracker_message_delivery_seconds_count", endpoint_id="shop"
+                    )
+                    return found if count == 1 else None
+
+                found = await eventually(delivered)
+            finally:
+                await site.services.webhooks.stop()
+    for outcome, count in (("delivered", 1), ("refused", 1), ("no_answer", 0)):
+        labels = {"endpoint_id": "shop", "outcome": outcome}
+        assert first.value("tracker_message_attempts_total", **labels) == 0
+        assert found.value("tracker_message_attempts_total", **labels) == count
+    for name, value in (("endpoint_up", 1), ("endpoint_disabled", 0), ("messages_pending", 0)):
+        assert first.value(f"tracker_{name}", endpoint_id="shop") == value
+
+
+async def _pending(site: Site) -> list[str]:
+    """The messages that were tried and wait for their next attempt."""
+    rows, _ = await list_messages(site.services.database, state="pending")
+    return [row.message_id for row in rows if row.attempts]
