@@ -93,12 +93,13 @@ async def test_a_test_event_is_sent(hooked: Site, receiver: Receiver) -> None:
 
 
 async def test_a_disabled_endpoint_is_enabled(hooked: Site) -> None:
-    """Its page has the button only then; the audit log knows."""
+    """The overview reports it too; its page has the button only then; the audit log knows."""
     db = hooked.services.database
     disabled = {"state": "disabled", "disabled_at": utc_now(), "disabled_reason": "gone for good"}
     change = update(endpoints).where(endpoints.c.endpoint_id == "crm").values(**disabled)
     await db.write(lambda connection: connection.execute(change).rowcount)
-    assert "gone for good" in (await hooked.client.get("/endpoints")).text
+    for path in ("/endpoints", "/"):
+        assert "gone for good" in (await hooked.client.get(path)).text
     page = await press(hooked.client, "/endpoints/crm", "enable")
     assert 'action="/endpoints/crm/enable"' not in page
     row = await get_endpoint(db, "crm")

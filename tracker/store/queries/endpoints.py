@@ -16,6 +16,8 @@ from tracker.store.schema import endpoints, messages
 
 CONFIGURED_WITHIN: Final = timedelta(days=1)
 """An endpoint that no process has had in its settings for longer gets no new messages."""
+COUNTED: Final = 10_000
+"""Most messages that are counted."""
 SAMPLE: Final = 1000
 """Most messages of an endpoint that its delays are taken from."""
 
@@ -65,10 +67,10 @@ class EndpointRow:
 
     def health(self, now: datetime) -> Literal["disabled", "not configured", "failing", "ok"]:
         """The state for people."""
-        if not self.enabled:
-            return "disabled"
         if not self.is_configured(now):
             return "not configured"
+        if not self.enabled:
+            return "disabled"
         return "failing" if self.failing_since is not None else "ok"
 
 
@@ -109,24 +111,34 @@ async def get_endpoint(db: Database, endpoint_id: str) -> EndpointRow | None:
 
 
 async def backlogs(db: Database) -> dict[str, Backlog]:
-    """What waits, by endpoint; endpoints for which nothing waits or failed are left out."""
-    pending = (
-        select(messages.c.endpoint_id, func.count(), func.min(messages.c.created_at))
-        .where(is_in(MessageState.PENDING))
-        .group_by(messages.c.endpoint_id)
-    )
-    failed = (
-        select(messages.c.endpoint_id, func.count())
-        .where(is_in(MessageState.FAILED))
-        .group_by(messages.c.endpoint_id)
-    )
+    """What waits for each endpoint, or was given up.
+
+    A scrape must not take longer the more messages wait: counted are at most `COUNTED` pending ones
+    of an endpoint, and the oldest `COUNTED` failed ones of all. The oldest pending one is exact
+    unless that many of others are older.
+    """
+    found = {}
+    columns = messages.c.endpoint_id, messages.c.created_at
     async with db.read() as connection:
-        found = {
-            endpoint_id: Backlog(pending=count, oldest_at=oldest)
-            for endpoint_id, count, oldest in await connection.execute(pending)
-        }
-        for endpoint_id, count in await connection.execute(failed):
-            found[endpoint_id] = replace(found.get(endpoint_id, Backlog()), failed=count)
+        for name in await connection.scalars(select(endpoints.c.endpoint_id)):
+            mine = messages.c.endpoint_id == name
+            some = select(*columns).where(mine, is_in(MessageState.PENDING)).limit(COUNTED)
+            few = some.subquery()
+            row = await connection.execute(select(func.count(), func.min(few.c.created_at)))
+            count, oldest_at = row.one()
+            found[name] = Backlog(pending=count, oldest_at=oldest_at)
+        for state in (MessageState.PENDING, MessageState.FAILED):
+            some = select(*columns).where(is_in(state)).order_by(messages.c.created_at)
+            few = some.limit(COUNTED).subquery()
+            by_endpoint = select(few.c.endpoint_id, func.count(), func.min(few.c.created_at))
+            rows = await connection.execute(by_endpoint.group_by(few.c.endpoint_id))
+            for name, count, oldest_at in rows:
+                if (known := found.get(name)) is None:
+                    continue
+                if state is MessageState.PENDING:
+                    found[name] = replace(known, oldest_at=oldest_at)
+                else:
+                    found[name] = replace(known, failed=count)
     return found
 
 

@@ -12,6 +12,7 @@ from tracker.polling.workspaces import Workspace
 from tracker.services import Services
 from tracker.store.queries import attention
 from tracker.store.queries.attention import SweepHealth
+from tracker.store.queries.endpoints import EndpointRow
 from tracker.store.queries.overview import CallbackHealth
 from tracker.store.queries.runs import Counts
 from tracker.store.queries.spending import Usage
@@ -143,6 +144,7 @@ def alerts(
     overdue: bool,
     unpriced: int,
     budgets: Sequence[Usage],
+    disabled: Sequence[EndpointRow],
     callback_url: str | None,
     now: datetime,
 ) -> list[Alert]:
@@ -236,6 +238,18 @@ def alerts(
                 section="trackercallbacksmissed",
             )
         )
+    found += [
+        Alert(
+            kind="bad",
+            title=f"Nothing is sent to the endpoint {one.endpoint_id}",
+            since=one.disabled_at,
+            advice=f"It is disabled: {one.disabled_reason}. Its messages wait.",
+            href="/endpoints",
+            link="Show webhooks",
+            section="trackerendpointdisabled",
+        )
+        for one in disabled
+    ]
     for usage in budgets:
         if usage.share >= BUDGET_SHARE:
             found.append(

@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from tracker.core.record import Record
 from tracker.core.run import RunStatus, Tracking
-from tracker.store.queries import attention, batches, overview, sweeps
+from tracker.store.queries import attention, batches, endpoints, overview, sweeps
 from tracker.store.queries import runs as read
 from tracker.store.queries.attention import BILL_DAYS
 from tracker.store.queries.overview import HourOfEnds, StateCount, TechniqueCost
@@ -86,6 +86,11 @@ class OverviewPage(PageGroup):
                 overdue=bool(overdue),
                 unpriced=sum(one.unpriced for one in billed),
                 budgets=await services.budgets.usages(),
+                disabled=[
+                    one
+                    for one in await endpoints.list_endpoints(db)
+                    if one.health(now) == "disabled"
+                ],
                 callback_url=services.settings.callback_url,
                 now=now,
             ),
