@@ -1,4 +1,5 @@
-"""Prometheus metrics: what this process does (counters.py), and current values (gauges.py).
+"""Prometheus metrics: what this process does (counters.py), and current values (process.py,
+gauges.py).
 
 Each set of services has its own registry, so two sets in one process share nothing. Multi-process
 mode of prometheus-client is not used: each process has a port of its own, and what must be the same
@@ -12,7 +13,8 @@ from prometheus_client.exposition import choose_encoder
 
 from tracker.core.clock import Clock
 from tracker.operations.metrics.counters import Counters
-from tracker.operations.metrics.gauges import DatabaseGauges, ProcessGauges
+from tracker.operations.metrics.gauges import DatabaseGauges
+from tracker.operations.metrics.process import ProcessGauges
 from tracker.polling.contacts import Contacts
 from tracker.polling.workspaces import Workspaces
 from tracker.starting.start import BudgetReader

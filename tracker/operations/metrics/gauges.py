@@ -1,28 +1,24 @@
-"""Values read at each scrape: of this process, and of the database.
+"""Current values of the database, read at each scrape.
 
-Database values are the same in every process: take the maximum, not the sum. They are read at most
-every few seconds. While the database does not answer they are left out, since old numbers would
-hide the failure.
+They are the same in every process: take the maximum, not the sum. They are read at most every few
+seconds. While the database does not answer they are left out, since old numbers would hide the
+failure.
 """
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from decimal import Decimal
-from typing import Any, Final
+from typing import Final
 
 import structlog
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from tracker import __version__
 from tracker.core.clock import Clock
-from tracker.core.contact import Trouble
 from tracker.core.errors import StoreError
-from tracker.flora.request_limit import RequestLimitState
-from tracker.operations.metrics.counters import Counters
+from tracker.operations.metrics.families import UNKNOWN, age, gauge, labelled, timestamp
 from tracker.polling.contacts import Contacts
 from tracker.polling.workspaces import Workspaces
 from tracker.starting.start import BudgetReader
@@ -36,127 +32,10 @@ KEEP_SECONDS: Final = 5.0
 """How long a reading of the database, or its failure, is reused."""
 PATIENCE: Final = 4.0
 """Seconds for reading the database; Prometheus gives up after ten."""
-UNKNOWN: Final = "unknown"
-"""The `workspace_id` of runs whose workspace is not known."""
 EXPECTED: Final = ("came", "late", "missed")
 _WORKSPACE: Final = ("workspace_id",)
-_MISCONFIGURED: Final = (Trouble.NOT_FLORA, Trouble.LISTS_REFUSED, Trouble.OTHER_WORKSPACE)
-
-_GAUGE, _TOTAL = GaugeMetricFamily, CounterMetricFamily
-_Value = Callable[[RequestLimitState], float | None]
-_Family = type[GaugeMetricFamily | CounterMetricFamily]
-_REQUEST_LIMITS: Final[tuple[tuple[_Family, str, str, _Value], ...]] = (
-    (_GAUGE, "flora_requests_in_flight", "Requests to FLORA in flight.", lambda one: one.in_flight),
-    (_GAUGE, "flora_requests_waiting", "Queued requests to FLORA.", lambda one: one.waiting),
-    (_GAUGE, "flora_paused_seconds", "Rest of a wait set by FLORA.", lambda one: one.paused),
-    (_GAUGE, "flora_budget_rate", "Allowed requests per second, if limited.", lambda one: one.rate),
-    (_TOTAL, "flora_rate_limited", "Requests that FLORA answered 429.", lambda one: one.limited),
-    (_TOTAL, "flora_budget_wait_seconds", "Time in the request queue.", lambda one: one.waited),
-)
 
 log = structlog.get_logger(__name__)
-
-
-def _gauge(name: str, meaning: str, value: float) -> Metric:
-    return GaugeMetricFamily(f"tracker_{name}", meaning, value=value)
-
-
-def _gauges(
-    name: str,
-    meaning: str,
-    labels: Sequence[str],
-    values: Mapping[Any, float | Decimal | None],
-    family: _Family = GaugeMetricFamily,
-) -> Metric:
-    """A metric with samples; the keys of `values` are one label value or a tuple of them."""
-    metric = family(f"tracker_{name}", meaning, labels=labels)
-    for key, value in values.items():
-        if value is not None:
-            words = (key,) if isinstance(key, str) else key
-            metric.add_metric([word or UNKNOWN for word in words], float(value))
-    return metric
-
-
-def _timestamp(at: datetime | None) -> float:
-    return at.timestamp() if at else 0
-
-
-class ProcessGauges(Collector):
-    """Current values of this process."""
-
-    def __init__(
-        self,
-        counters: Counters,
-        *,
-        waiting: Callable[[], int],
-        workspaces: Workspaces,
-        contacts: Contacts,
-        sweep_seconds: Callable[[], float],
-        clock: Clock,
-    ) -> None:
-        self._waiting = waiting
-        self._workspaces = workspaces
-        self._contacts = contacts
-        self._clock = clock
-        self._sweep_seconds = sweep_seconds
-        self._counters = counters
-
-    def collect(self) -> Iterator[Metric]:
-        """The metrics with their current values."""
-        yield _gauges("build_info", "1, with the version.", ["version"], {__version__: 1})
-        yield _gauge("queue_entries", "Entries not committed yet.", self._waiting())
-        yield _gauge(
-            "worker_running", "1 in a process with a worker.", self._counters.worker_running
-        )
-        yield _gauge(
-            "worker_last_round_timestamp_seconds",
-            "When the worker last checked for due runs; 0 if never.",
-            _timestamp(self._counters.last_round_at),
-        )
-        yield _gauge(
-            "sweep_interval_seconds",
-            "Longest time between two scheduled sweeps.",
-            self._sweep_seconds(),
-        )
-        yield from self._flora()
-
-    def _flora(self) -> Iterator[Metric]:
-        keyed = {one.name: one for one in self._workspaces if one.client is not None}
-        limits = {name: one.require_client().request_limit.state() for name, one in keyed.items()}
-        for family, name, meaning, value in _REQUEST_LIMITS:
-            values = {workspace: value(limit) for workspace, limit in limits.items()}
-            yield _gauges(name, meaning, _WORKSPACE, values, family)
-        now = self._clock()
-        states = {name: self._contacts.of(one) for name, one in keyed.items()}
-        troubles = {
-            name: one.trouble.trouble
-            for name, one in states.items()
-            if one and one.trouble and one.is_current(now)
-        }
-        yield _gauges(
-            "flora_breaker_open",
-            "1 while FLORA refuses the API key.",
-            _WORKSPACE,
-            {name: troubles.get(name) is Trouble.KEY_REFUSED for name in keyed},
-        )
-        yield _gauges(
-            "flora_up",
-            "0 if FLORA was asked and has not answered for 30 s; absent if nothing asks it.",
-            _WORKSPACE,
-            {name: one.answers(now) for name, one in states.items() if one},
-        )
-        yield _gauges(
-            "flora_misconfigured",
-            "1 if FLORA_BASE_URL does not lead to FLORA, or the key belongs to another workspace.",
-            _WORKSPACE,
-            {name: troubles.get(name) in _MISCONFIGURED for name in keyed},
-        )
-        yield _gauges(
-            "flora_last_answer_timestamp_seconds",
-            "When FLORA last answered any process; 0 if never.",
-            _WORKSPACE,
-            {name: _timestamp(one.answered_at if one else None) for name, one in states.items()},
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,12 +135,12 @@ class DatabaseGauges(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """The metrics as last read."""
-        yield _gauge(
+        yield gauge(
             "database_up",
             "1 if the database answered this process in time.",
             self._snapshot is not None,
         )
-        yield _gauge("state_read_seconds", "Time to read the database's metrics.", self._took)
+        yield gauge("state_read_seconds", "Time to read the database's metrics.", self._took)
         if self._snapshot is not None:
             yield from _runs(self._snapshot)
             yield from _money(self._snapshot)
@@ -272,33 +151,29 @@ class DatabaseGauges(Collector):
 
 def _runs(snapshot: _Snapshot) -> Iterator[Metric]:
     gauges, now = snapshot.gauges, snapshot.now
-    yield _gauges("runs", "Runs by state.", ("workspace_id", "status", "tracking"), gauges.runs)
-    yield _gauge("runs_due", "Runs due to be polled.", gauges.due)
-    yield _gauge("runs_overdue", "Runs due for over a minute.", gauges.overdue)
-    yield _gauge(
-        "oldest_due_seconds", "How long the oldest of them is due.", _age(now, gauges.oldest_due_at)
+    yield labelled("runs", "Runs by state.", ("workspace_id", "status", "tracking"), gauges.runs)
+    yield gauge("runs_due", "Runs due to be polled.", gauges.due)
+    yield gauge("runs_overdue", "Runs due for over a minute.", gauges.overdue)
+    yield gauge(
+        "oldest_due_seconds", "How long the oldest of them is due.", age(now, gauges.oldest_due_at)
     )
-    yield _gauge(
+    yield gauge(
         "runs_awaiting_callback",
         "Open runs whose callback has not arrived.",
         gauges.awaiting_callback,
     )
-    yield _gauge("starts_open", "Starts with no known outcome yet.", gauges.open_starts)
-    yield _gauge(
+    yield gauge("starts_open", "Starts with no known outcome yet.", gauges.open_starts)
+    yield gauge(
         "starts_unresolved",
         "Starts whose outcome a person has to resolve.",
         gauges.unresolved_starts,
     )
-    yield _gauges(
+    yield labelled(
         "failed_today",
         "Runs that failed today (UTC), by retry advice.",
         ("workspace_id", "retry_advice"),
         gauges.failed_today,
     )
-
-
-def _age(now: datetime, since: datetime | None) -> float:
-    return max((now - since).total_seconds(), 0) if since else 0
 
 
 def _money(snapshot: _Snapshot) -> Iterator[Metric]:
@@ -313,8 +188,8 @@ def _money(snapshot: _Snapshot) -> Iterator[Metric]:
         ),
         ("runs_unpriced", "Runs of the last 7 days that were never billed.", gauges.unpriced),
     ):
-        yield _gauges(name, meaning, _WORKSPACE, values)
-    yield _gauges(
+        yield labelled(name, meaning, _WORKSPACE, values)
+    yield labelled(
         "budget_usd",
         "Limit of the budget.",
         ["budget"],
@@ -324,7 +199,7 @@ def _money(snapshot: _Snapshot) -> Iterator[Metric]:
     for usage in usages:
         for part in ("reserved", "quoted", "charged"):
             used[usage.budget.name, part] = getattr(usage, part)
-    yield _gauges(
+    yield labelled(
         "budget_used_usd",
         "Used: reserved by starts, quoted for runs without a bill, charged.",
         ("budget", "part"),
@@ -334,17 +209,17 @@ def _money(snapshot: _Snapshot) -> Iterator[Metric]:
 
 def _callbacks(snapshot: _Snapshot) -> Iterator[Metric]:
     gauges = snapshot.gauges
-    yield _gauge(
+    yield gauge(
         "callback_last_received_timestamp_seconds",
         "When the newest callback arrived; 0 if none has.",
-        _timestamp(gauges.last_callback_at),
+        timestamp(gauges.last_callback_at),
     )
-    yield _gauge(
+    yield gauge(
         "deliveries_quarantined",
         "Authentic callbacks not understood, not acknowledged.",
         gauges.quarantined,
     )
-    yield _gauges(
+    yield labelled(
         "recent_callbacks",
         "Callbacks of runs that ended in this hour or the one before, by outcome.",
         ("workspace_id", "outcome"),
@@ -355,19 +230,19 @@ def _callbacks(snapshot: _Snapshot) -> Iterator[Metric]:
         counts = [gauges.callbacks.get((workspace, outcome), 0) for outcome in EXPECTED]
         if sum(counts):
             ratios[workspace] = counts[-1] / sum(counts)
-    yield _gauges(
+    yield labelled(
         "recent_callback_miss_ratio",
         "Share of the expected callbacks that did not arrive.",
         _WORKSPACE,
         ratios,
     )
-    yield _gauge("inbox_waiting", "Acknowledged callbacks not applied yet.", gauges.waiting)
-    yield _gauge(
+    yield gauge("inbox_waiting", "Acknowledged callbacks not applied yet.", gauges.waiting)
+    yield gauge(
         "inbox_oldest_seconds",
         "How long the oldest of them has waited.",
-        _age(snapshot.now, gauges.oldest_waiting_at),
+        age(snapshot.now, gauges.oldest_waiting_at),
     )
-    yield _gauge(
+    yield gauge(
         "callback_own_addresses_missing",
         "1 if callbacks to addresses of single starts do not arrive; new starts use the bare one.",
         snapshot.own_addresses_missing,
@@ -376,20 +251,20 @@ def _callbacks(snapshot: _Snapshot) -> Iterator[Metric]:
 
 def _history(snapshot: _Snapshot) -> Iterator[Metric]:
     swept = snapshot.swept
-    complete = {name: _timestamp(one.complete_at) for name, one in swept.items()}
-    yield _gauges(
+    complete = {name: timestamp(one.complete_at) for name, one in swept.items()}
+    yield labelled(
         "sweep_last_complete_timestamp_seconds",
         "When the last complete sweep ended; 0 if there was none.",
         _WORKSPACE,
         complete | dict.fromkeys(snapshot.never_swept, 0),
     )
-    yield _gauges(
+    yield labelled(
         "sweep_failed",
         "1 if the newest sweep failed.",
         _WORKSPACE,
         {name: one.last_error is not None for name, one in swept.items()},
     )
-    yield _gauges(
+    yield labelled(
         "history_verified_timestamp_seconds",
         "Time on FLORA's clock up to which the history was checked.",
         _WORKSPACE,
@@ -400,7 +275,7 @@ def _history(snapshot: _Snapshot) -> Iterator[Metric]:
     for name, one in swept.items():
         not_listed = one.generations_error is not None
         gaps[name, "generation"] = unread[name, "generation"] + not_listed
-    yield _gauges(
+    yield labelled(
         "history_gaps",
         "Spans of the history that FLORA did not let the tracker read.",
         ("workspace_id", "run_type"),
@@ -435,8 +310,8 @@ def _webhooks(snapshot: _Snapshot) -> Iterator[Metric]:
         (
             "messages_oldest_pending_seconds",
             "How long the oldest pending message has waited.",
-            {name: _age(snapshot.now, one.oldest_at) for name, one in backlogs.items()},
+            {name: age(snapshot.now, one.oldest_at) for name, one in backlogs.items()},
         ),
     )
     for name, meaning, by_endpoint in values:
-        yield _gauges(name, meaning, ("endpoint_id",), by_endpoint)
+        yield labelled(name, meaning, ("endpoint_id",), by_endpoint)
