@@ -94,7 +94,7 @@ class OverviewPage(PageGroup):
                 callback_url=services.settings.callback_url,
                 now=now,
             ),
-            answered_at=max(
+            answered_at=min(
                 (one.answered_at for one in workspaces if one.answered_at), default=None
             ),
             checked_through=_checked_through(workspaces),
