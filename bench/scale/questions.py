@@ -33,6 +33,7 @@ from tracker.store.queries import attention as gauges
 from tracker.store.queries import changes as feed
 from tracker.store.queries import runs as read
 from tracker.store.queries.search import Wanted
+from tracker.store.queries.sheet_rows import search_sheets
 
 ROUNDS: Final = 15
 WANTED: Final = 2.0
@@ -104,10 +105,15 @@ def of_pages(run_id: str, cursor: str | None) -> Questions:
         "search: details": Wanted(state="details"),
         "search: a word": Wanted(text="overload"),
         "search: a word in a workspace": Wanted(text="overload", workspace_id="ws_1"),
+        "search: by cost": Wanted(sort=search.Sort.COST),
+        "search: by duration": Wanted(sort=search.Sort.DURATION),
+        "search: by cost, of a technique": Wanted(sort=search.Sort.COST, technique_id="tech_1"),
     }
     return {
         **{name: partial(read.list_runs, **given) for name, given in runs.items()},
         **{name: partial(search.search_runs, wanted=given) for name, given in searches.items()},
+        "search: number of results": partial(search.count_runs, wanted=Wanted(text="overload")),
+        "search: sheets and cells": partial(search_sheets, text="overload"),
         "a run": partial(read.get_run, run_id=run_id),
         "its timeline": partial(read.events, run_id=run_id),
         "its callbacks": partial(read.list_deliveries, run_id=run_id),

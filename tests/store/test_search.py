@@ -13,10 +13,15 @@ from tests.store.test_plans import _reads_a_table, plans
 from tracker.core.errors import InvalidRequest
 from tracker.core.run import RunError, RunStatus
 from tracker.store.engine import Database
-from tracker.store.queries import batches, paging, starts
-from tracker.store.queries.batches import BatchEntry, BatchRow
+from tracker.store.queries import batches, paging, sheet_rows, starts
+from tracker.store.queries.batches import BatchEntry, BatchRow, RowOutcome
 from tracker.store.queries.search import STATES, Sort, Wanted, count_runs, search_runs
-from tracker.store.queries.sheet_rows import rows_of_start, search_sheets
+from tracker.store.queries.sheet_rows import (
+    first_outputs,
+    page_starts,
+    rows_of_start,
+    search_sheets,
+)
 
 
 async def _ids(db: Database, **wanted: object) -> list[str]:
@@ -286,6 +291,27 @@ ENTRANCES = [
     (Wanted(sort=Sort.DURATION), "ix_runs_by_duration"),
     (Wanted(batch_id="bat_1", state="failed"), "starts"),
 ]
+
+
+async def test_rows_of_batches_are_found_by_an_index(
+    full: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pages of a batch, its pictures, the rows of a run, and a text in carried cells."""
+    # So few of the rows here that an index is worth it.
+    monkeypatch.setattr(sheet_rows, "RECENT_BATCHES", 10)
+    start = await starts.of_run(full, "run_100")
+    assert start is not None
+    start = replace(start, idempotency_key=f"row-{'0' * 24}-again1-retry2")
+    for call in (
+        partial(page_starts, batch_id="bat_1", limit=100),
+        partial(page_starts, batch_id="bat_1", outcome=RowOutcome.FAILED, code="x", limit=100),
+        partial(first_outputs, batch_ids=["bat_1", "bat_2"], most=4),
+        partial(rows_of_start, start=start),
+        partial(search_sheets, text="cat"),
+    ):
+        told = await plans(full, call)
+        # Which has no rows here.
+        assert not _reads_a_table(told.replace("Seq Scan on run_outputs", "")), f"{call}:\n{told}"
 
 
 async def test_every_search_enters_by_an_index(full: Database) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import ColumnElement, Select, Text, and_, cast, func, literal, or_, select
+from sqlalchemy import ColumnElement, Select, Text, and_, cast, func, literal, select
 from sqlalchemy.dialects.postgresql import JSONPATH
 
 from tracker.core.row_key import key_parts
@@ -14,7 +14,7 @@ from tracker.store.queries.starts import StartRow
 from tracker.store.schema import batch_rows, batches, run_outputs, starts
 from tracker.store.text import dump_json
 
-RECENT_BATCHES: Final = 1_000
+RECENT_BATCHES: Final = 300
 RECENT_ROWS: Final = 50_000
 """The newest batches, and rows of them, that a text is searched in."""
 MATCHES: Final = 1_000
@@ -95,7 +95,9 @@ async def rows_of_start(db: Database, start: StartRow, *, limit: int = 3) -> lis
     if parts is None:
         return []
     digest, turn = parts
-    statement = _row_statement().where(
+    columns = (batch_rows.c.batch_id, batches.c.name, batch_rows.c.position, starts.c.run_id)
+    rows = with_outcomes(select(*columns, batch_rows.c.attempt, batch_rows.c.carried))
+    statement = rows.where(
         batch_rows.c.row_digest == digest,
         batch_rows.c.generation == turn.generation,
         batch_rows.c.attempt >= turn.attempt,
@@ -111,49 +113,49 @@ async def search_sheets(db: Database, text: str, *, limit: int = 5) -> SheetMatc
 
     Searched are the newest batches; `limit` is for the batches and for the rows.
     """
-    recent = (
-        select(batches.c.batch_id, batches.c.name, batches.c.created_at)
-        .order_by(batches.c.created_at.desc(), batches.c.batch_id.desc())
-        .limit(RECENT_BATCHES)
-        .subquery("recent")
-    )
-    named = (
-        select(recent.c.batch_id, recent.c.name)
-        .where(
-            or_(*(recent.c[name].icontains(text, autoescape=True) for name in ("name", "batch_id")))
-        )
-        .order_by(recent.c.created_at.desc())
-        .limit(limit)
-    )
-    carrying = (
-        select(batch_rows.c.batch_id, batch_rows.c.position, batch_rows.c.carried)
-        .join(recent, recent.c.batch_id == batch_rows.c.batch_id)
-        .where(batch_rows.c.carried.is_not(None))
-        .limit(RECENT_ROWS)
-        .subquery("carrying")
-    )
-    cells = (
-        select(carrying.c.batch_id, carrying.c.position)
-        .where(has_value(db, carrying.c.carried, "$.*", text))
-        .limit(MATCHES)
-        .subquery("cells")
-    )
-    rows = _row_statement().join(
-        cells,
-        and_(cells.c.batch_id == batch_rows.c.batch_id, cells.c.position == batch_rows.c.position),
+    recent = select(batches.c.batch_id, batches.c.name).order_by(
+        batches.c.created_at.desc(), batches.c.batch_id.desc()
     )
     async with db.read() as connection:
-        in_batches = [(row.batch_id, row.name) for row in await connection.execute(named)]
-        in_rows = [RowOfBatch(*row) for row in await connection.execute(rows)]
-        of_batches: list[str] = []
-        if in_batches:
-            ids = with_outcomes(select(starts.c.run_id)).where(
-                batch_rows.c.batch_id.in_([batch_id for batch_id, _ in in_batches]),
-                starts.c.run_id.is_not(None),
-            )
-            of_batches = list((await connection.execute(ids.limit(MATCHES))).scalars())
-    run_ids = [row.run_id for row in in_rows if row.run_id is not None] + of_batches
-    return SheetMatches(in_batches, in_rows[:limit], tuple(dict.fromkeys(run_ids)))
+        newest = (await connection.execute(recent.limit(RECENT_BATCHES))).all()
+        wanted = text.casefold()
+        named = [
+            (row.batch_id, row.name)
+            for row in newest
+            if wanted in row.name.casefold() or wanted in row.batch_id.casefold()
+        ][:limit]
+        cells = _with_cell(db, [row.batch_id for row in newest], text)
+        in_rows = [RowOfBatch(*row) for row in await connection.execute(cells)]
+        ids = with_outcomes(select(starts.c.run_id)).where(
+            batch_rows.c.batch_id.in_([batch_id for batch_id, _ in named]),
+            starts.c.run_id.is_not(None),
+        )
+        of_batches = (await connection.execute(ids.limit(MATCHES))).scalars() if named else ()
+        run_ids = [row.run_id for row in in_rows if row.run_id is not None] + list(of_batches)
+    return SheetMatches(named, in_rows[:limit], tuple(dict.fromkeys(run_ids)))
+
+
+def _with_cell(db: Database, batch_ids: Sequence[str], text: str) -> Select[Any]:
+    """Rows of these batches with the text in a carried cell."""
+    columns = ("batch_id", "position", "attempt", "carried", "idempotency_key")
+    rows = (
+        select(*(batch_rows.c[name] for name in columns))
+        .where(batch_rows.c.batch_id.in_(batch_ids), batch_rows.c.carried.is_not(None))
+        .limit(RECENT_ROWS)
+        .subquery("searched")
+    )
+    of_start = and_(
+        starts.c.workspace_slot == batches.c.workspace_slot,
+        starts.c.idempotency_key == rows.c.idempotency_key,
+    )
+    return (
+        select(rows.c.batch_id, batches.c.name, rows.c.position, starts.c.run_id)
+        .add_columns(rows.c.attempt, rows.c.carried)
+        .join(batches, batches.c.batch_id == rows.c.batch_id)
+        .outerjoin(starts, of_start)
+        .where(has_value(db, rows.c.carried, "$.*", text))
+        .limit(MATCHES)
+    )
 
 
 def has_value(
@@ -170,8 +172,3 @@ def has_value(
     found = found.where(cast(value, Text).icontains(text, autoescape=True))
     # Most do not have it at all: only those that do are parsed.
     return and_(cast(column, Text).icontains(as_json, autoescape=True), found.exists())
-
-
-def _row_statement() -> Select[Any]:
-    columns = (batch_rows.c.batch_id, batches.c.name, batch_rows.c.position, starts.c.run_id)
-    return with_outcomes(select(*columns, batch_rows.c.attempt, batch_rows.c.carried))

@@ -141,14 +141,13 @@ class RunListPages(PageGroup):
         """All runs that match the filters, up to `CSV_RUNS`."""
         filters = {name: query_field(request, name) for name in _FILTERS}
         wanted, _ = await self._wanted(request, filters)
-        return StreamingResponse(
-            self._csv_lines(wanted),
-            media_type="text/csv",
-            headers={
-                "Content-Disposition": 'attachment; filename="runs.csv"',
-                "Cache-Control": "no-store",
-            },
-        )
+        headers = {
+            "Content-Disposition": 'attachment; filename="runs.csv"',
+            "Cache-Control": "no-store",
+        }
+        if request.method == "HEAD":
+            return Response(media_type="text/csv", headers=headers)
+        return StreamingResponse(self._csv_lines(wanted), media_type="text/csv", headers=headers)
 
     async def _csv_lines(self, wanted: Wanted) -> AsyncIterator[str]:
         yield BOM + _csv([CSV_COLUMNS])
