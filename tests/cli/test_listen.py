@@ -1,63 +1,31 @@
 """`tracker listen` as a real process, beside a tracker that is cut off, restarted and killed."""
 
 import asyncio
-import base64
-import json
+import re
 import signal
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing, suppress
-from dataclasses import dataclass, field
 from datetime import timedelta
 from decimal import Decimal
 from typing import Any
 
-from standardwebhooks import Webhook
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
-
 from tests.cli.conftest import TRACKER, Commands
 from tests.store.making import NOW, TestWriter, ids, open_writer, seen, started
+from tests.support.endpoint import SECRET, Receiver
 from tests.support.forked import Forked
 from tests.support.waiting import eventually, free_port
-from tests.web.serving import serving
 from tracker.core.record import Seen, Unseen
 from tracker.core.run import Output, RunStatus
 from tracker.store.engine import Database
 
-SECRET = "whsec_" + base64.b64encode(b"a secret of the tests, 24+ bytes").decode()
 OUTPUTS = (Output("image", "imageUrl", "https://example.com/1.png"),)
 
 
-@dataclass
-class Receiver:
-    """A local program that receives webhooks; it refuses what is not signed with `SECRET`."""
-
-    answers: list[int] = field(default_factory=list)
-    """Answers to the next requests; then 204."""
-    got: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-
-    async def receive(self, request: Request) -> Response:
-        body, headers = await request.body(), request.headers
-        Webhook(SECRET).verify(body, dict(headers))
-        assert headers["content-type"] == "application/json"
-        self.got.append((headers["webhook-id"], json.loads(body)))
-        return Response(status_code=self.answers.pop(0) if self.answers else 204)
-
-    def events(self) -> dict[str, tuple[str, str]]:
-        """Type and run of each message, by its id."""
-        return {id_: (body["type"], body["data"]["run_id"]) for id_, body in self.got}
-
-
-@asynccontextmanager
-async def receiving() -> AsyncIterator[tuple[Receiver, str]]:
-    """A receiver and its address."""
-    receiver = Receiver()
-    app = Starlette(routes=[Route("/hook", receiver.receive, methods=["POST"])])
-    async with serving(app) as url:
-        yield receiver, f"{url}/hook"
+def events(receiver: Receiver) -> dict[str, tuple[str, str]]:
+    """Event and run of each message that was received, by its id. All are signed."""
+    assert all(one.verified for one in receiver.got)
+    return {one.message_id: (one.event, one.run_id) for one in receiver.got}
 
 
 class Tracker:
@@ -135,8 +103,9 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 @asynccontextmanager
-async def listening(commands: Commands, *arguments: str) -> AsyncIterator[Any]:
-    """`tracker listen` once it follows the stream; at the end it is interrupted."""
+async def listening(commands: Commands, *arguments: str) -> AsyncIterator[tuple[Any, str]]:
+    """`tracker listen` once it follows the stream, and what it said first; at the end it is
+    interrupted."""
     process = await asyncio.create_subprocess_exec(
         *(*TRACKER, "listen", *arguments),
         cwd=commands.folder,
@@ -146,14 +115,18 @@ async def listening(commands: Commands, *arguments: str) -> AsyncIterator[Any]:
     )
     try:
         assert process.stderr is not None
+        said = ""
         async with asyncio.timeout(30):
-            while b"Listening" not in (line := await process.stderr.readline()):
-                assert line, "tracker listen ended"
-        yield process
+            while "Listening" not in said:
+                line = await process.stderr.readline()
+                assert line, f"tracker listen ended: {said}"
+                said += line.decode()
+        yield process, said
     finally:
         if process.returncode is None:
             process.send_signal(signal.SIGINT)
         await process.communicate()
+    assert process.returncode == 130
 
 
 async def end(writer: TestWriter, run_id: str, **facts: Any) -> None:
@@ -171,14 +144,15 @@ async def test_it_is_cut_ten_times_and_loses_no_event(tracker: Commands, databas
     async with (
         await Database.open(database_url) as db,
         open_writer(db) as writer,
-        receiving() as (receiver, hook),
+        Receiver() as receiver,
     ):
         served = Tracker(tracker, database_url)
         await served.open()
         try:
             await end(writer, "run_before")
-            arguments = ("--forward-to", hook, "--url", served.url, "--secret", SECRET)
-            async with listening(tracker, *arguments, "--event", "run.settled"):
+            arguments = ("--forward-to", receiver.url, "--url", served.url, "--secret", SECRET)
+            async with listening(tracker, *arguments, "--event", "run.settled") as (_, said):
+                assert SECRET not in said
                 runs = ids("run", 100)
                 for cut in range(10):
                     for run_id in runs[10 * cut : 10 * cut + 10]:
@@ -192,10 +166,10 @@ async def test_it_is_cut_ten_times_and_loses_no_event(tracker: Commands, databas
                                 )
                     if cut % 3:
                         await served.start()
-                await eventually(lambda: len(receiver.events()) >= 100, timeout=30)
+                await eventually(lambda: len(events(receiver)) >= 100, timeout=30)
         finally:
             await served.close()
-    assert sorted(receiver.events().values()) == [("run.settled", run_id) for run_id in runs]
+    assert sorted(events(receiver).values()) == [("run.settled", run_id) for run_id in runs]
 
 
 async def test_each_event_is_shown_with_its_answer(tracker: Commands, sqlite_url: str) -> None:
@@ -204,18 +178,20 @@ async def test_each_event_is_shown_with_its_answer(tracker: Commands, sqlite_url
     async with (
         await Database.open(sqlite_url) as db,
         open_writer(db) as writer,
-        receiving() as (receiver, hook),
+        Receiver() as receiver,
     ):
         served = Tracker(tracker, sqlite_url)
         await served.open()
         try:
             await end(writer, "run_before")
-            arguments = ("--forward-to", hook, "--url", served.url, "--secret", SECRET)
-            async with listening(tracker, *arguments) as process:
-                receiver.answers = [500]
+            arguments = ("--forward-to", receiver.url, "--url", served.url)
+            async with listening(tracker, *arguments) as (process, said):
+                (receiver.secret,) = re.findall(r"signed with (whsec_\S+)", said)
+                receiver.status = 500
                 await writer.submit(billed("run_before", "0.25"))  # no change
                 await writer.submit(billed("run_before", "0.20", later=20))
-                assert b"run_before completed \xe2\x86\x92 500" in await process.stdout.readline()
+                assert "run_before completed → 500" in (await process.stdout.readline()).decode()
+                receiver.status = 204
                 await served.stop(signal.SIGKILL)
                 await writer.submit(started("run_lost"))
                 for hour in range(5):
@@ -224,14 +200,14 @@ async def test_each_event_is_shown_with_its_answer(tracker: Commands, sqlite_url
                         Unseen(run_id="run_lost", at=at, error="no such run", missing=True)
                     )
                 await served.start()
-                assert b"run_lost pending \xe2\x86\x92 204" in await process.stdout.readline()
+                assert "run_lost pending → 204" in (await process.stdout.readline()).decode()
         finally:
             await served.close()
-    assert list(receiver.events().values()) == [
+    assert list(events(receiver).values()) == [
         ("run.cost_changed", "run_before"),
         ("run.lost", "run_lost"),
     ]
-    assert receiver.got[0][1]["data"]["charged_cost"] == 0.2
+    assert receiver.got[0].data["charged_cost"] == 0.2
 
 
 def billed(run_id: str, cost: str, *, later: float = 10) -> Seen:

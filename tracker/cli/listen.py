@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Annotated, Any, Final
-from urllib.parse import urlsplit
 
 import typer
 
@@ -66,16 +65,19 @@ def listen(
         raise typer.BadParameter("give either an address or --print", param_hint="--forward-to")
     settings = configure()
     from tracker.delivering.signing import check_secret, new_secret
-    from tracker.settings.values import check_root_url
+    from tracker.settings.values import check_endpoint_url, check_root_url
 
     root = _checked(check_root_url, url or settings.tracker_public_url or _URL, "--url")
-    target = None if forward_to is None else _checked(_check_address, forward_to, "--forward-to")
+    target = (
+        None if forward_to is None else _checked(check_endpoint_url, forward_to, "--forward-to")
+    )
     key = new_secret() if secret is None else _checked(check_secret, secret, "--secret")
     if token is None and settings.tracker_api_token:
         token = settings.tracker_api_token[0].get_secret_value()
     wanted = list(event or EventType)
     if target is not None:
-        note(f"Forwarding {', '.join(wanted)} to {target}, signed with {key}")
+        signed = key if secret is None else "the secret of --secret"
+        note(f"Forwarding {', '.join(wanted)} to {target}, signed with {signed}")
     asyncio.run(_listen(root, token, wanted, target, key, json_lines=json_lines))
 
 
@@ -128,10 +130,3 @@ def _checked(check: Callable[[str], str], value: str, name: str) -> str:
         return check(value)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint=name) from error
-
-
-def _check_address(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("must be an address such as http://127.0.0.1:3000/hook")
-    return url
