@@ -18,6 +18,7 @@ SOAKS: Final[dict[str, Program]] = {
     "many": ("bench.soak_many",),
     "migrations": ("bench.soak_migrations",),
     "prune": ("bench.soak_prune",),
+    "hooks": ("bench.soak_hooks",),
     "history": ("bench.soak_history",),
 }
 

@@ -110,7 +110,15 @@ class Process:
 class Sandbox:
     """The processes of one test, on ports and in a directory of its own."""
 
-    def __init__(self, directory: Path, database_url: str, *, forks: bool = True) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        database_url: str,
+        *,
+        forks: bool = True,
+        prepare: Callable[[], None] | None = None,
+    ) -> None:
+        self._prepare = prepare
         self.directory = directory
         self.database_url = database_url
         self._forks = forks
@@ -167,7 +175,7 @@ class Sandbox:
         log = self.directory / f"{len(self._processes)}-{arguments[0]}.log"
         env = self.environment | env
         if self._forks:
-            process = Process.fork(*arguments, env=env, log=log)
+            process = Process.fork(*arguments, env=env, log=log, prepare=self._prepare)
         else:
             process = await Process.start(*arguments, env=env, log=log)
         self._processes.append(process)
@@ -181,10 +189,15 @@ class Sandbox:
 
 @asynccontextmanager
 async def open_sandbox(
-    directory: Path, database_url: str, *, forks: bool = True
+    directory: Path,
+    database_url: str,
+    *,
+    forks: bool = True,
+    prepare: Callable[[], None] | None = None,
 ) -> AsyncIterator[Sandbox]:
-    """A sandbox whose processes are gone afterwards. Forked ones hold memory that is not theirs."""
-    sandbox = Sandbox(directory, database_url, forks=forks)
+    """A sandbox whose processes are gone afterwards. Forked ones hold memory that is not theirs,
+    and call `prepare` first."""
+    sandbox = Sandbox(directory, database_url, forks=forks, prepare=prepare)
     try:
         yield sandbox
     finally:

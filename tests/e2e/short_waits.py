@@ -13,6 +13,7 @@ from apscheduler.triggers.interval import IntervalTrigger
 
 from tracker import services
 from tracker.cli import main
+from tracker.delivering import webhooks
 from tracker.polling import poll, sweep
 from tracker.polling.workspaces import DatabaseWaits
 from tracker.starting import batch_worker, catalogue, recover, sending
@@ -78,8 +79,16 @@ def shorten_all_waits() -> None:
     shorten(scheduler, ROUND_EVERY=0.2, RECOVER_EVERY=soon)
     scheduler.CronTrigger = every_second  # type: ignore[assignment,misc]
     shorten(server, GRACE_SECONDS=1)
+    shorten_webhooks()
     shorten(rollups, LAST_WITHIN=0.5)
     services.RollupCompactor = partial(services.RollupCompactor, delay=0.2)  # type: ignore
+
+
+def shorten_webhooks() -> None:
+    """A claimed message is free again after a second, and failed attempts are repeated soon."""
+    shorten(webhooks, LEASE=timedelta(seconds=1), TICK=0.2, CONFIGURE_EVERY=1.0)
+    waits = tuple(timedelta(seconds=seconds) for seconds in (0.5, 1, 2, 4, 8, 16, 32))
+    services.Webhooks = partial(services.Webhooks, waits=waits)  # type: ignore
 
 
 def shorten_key_memory() -> None:

@@ -5,27 +5,30 @@ import asyncio
 import base64
 import json
 import random
-import time
+import ssl
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Final, Self
 
 from standardwebhooks import Webhook, WebhookVerificationError
+
+from tracker.core.clock import utc_now
 
 SECRET: Final = "whsec_" + base64.b64encode(bytes(range(24))).decode()
 
 
 @dataclass(frozen=True)
 class Got:
-    """A request: its id, event, run, and when it came (monotonic). `verified` is what
-    `standardwebhooks` says."""
+    """A request: its id, event, run, and when it came. `verified` is what `standardwebhooks`
+    says."""
 
     message_id: str
     event: str
     data: dict[str, Any]
     headers: dict[str, str]
-    at: float
+    at: datetime
     verified: bool
 
     @property
@@ -51,6 +54,7 @@ class Receiver:
     script: list[int] = field(default_factory=list)
     refuse: frozenset[str] = frozenset()
     headers: dict[str, str] = field(default_factory=dict)
+    tls: ssl.SSLContext | None = None
     on_request: Callable[[Got], Awaitable[None]] | None = None
     got: list[Got] = field(default_factory=list)
     taken: list[Got] = field(default_factory=list)
@@ -62,7 +66,7 @@ class Receiver:
         self._random = random.Random(self.seed)
         self._open = 0
         self._tasks: set[asyncio.Task[None]] = set()
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=self.tls)
         self.port = self._server.sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}/hook"
         return self
@@ -133,5 +137,5 @@ class Receiver:
             verified = False
         event = json.loads(body)
         return Got(
-            headers["webhook-id"], event["type"], event["data"], headers, time.monotonic(), verified
+            headers["webhook-id"], event["type"], event["data"], headers, utc_now(), verified
         )

@@ -1,0 +1,262 @@
+"""The outbox becomes messages, and messages get attempts: the rules, by a clock of the test."""
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from sqlalchemy import func, select
+
+from tests.store.making import NOW, TestWriter, seen
+from tests.support.webhooks import add_message
+from tracker.core.events import EventType, MessageState, RunFilter
+from tracker.core.record import LOST_AFTER, LOST_AFTER_READS, Unseen
+from tracker.core.run import RunStatus
+from tracker.store.engine import Database
+from tracker.store.queries import endpoints as read_endpoints
+from tracker.store.queries.endpoints import EndpointConfig, configure
+from tracker.store.queries.messages import MessageRow, list_messages
+from tracker.store.schema import outbox
+from tracker.store.writing.messages import (
+    FAILING_FOR,
+    MOST_OPEN,
+    Attempt,
+    Turn,
+    enable,
+    next_due_at,
+    recover,
+    take_turn,
+)
+from tracker.store.writing.outbox import fan_out
+from tracker.views import message_body
+
+LEASE = timedelta(seconds=25)
+SECOND = timedelta(seconds=1)
+
+
+async def waiting(db: Database) -> int:
+    """How many events the outbox has."""
+    async with db.read() as connection:
+        return int(await connection.scalar(select(func.count()).select_from(outbox)) or 0)
+
+
+async def distribute(db: Database, *, now: datetime = NOW) -> list[tuple[str, str, str]]:
+    """Empty the outbox; endpoint, event and run of all messages."""
+    while await waiting(db):
+        await db.write(lambda one: fan_out(one, limit=3, now=now, body=message_body))
+    rows, _ = await list_messages(db, limit=500)
+    return sorted((row.endpoint_id, row.event.value, row.run_id) for row in rows)
+
+
+async def known(db: Database, *endpoint_ids: str, at: datetime = NOW - SECOND, **more: Any) -> None:
+    """Endpoints as a process stores them that has them in its settings."""
+    given: dict[str, Any] = {"events": tuple(EventType), "filter": RunFilter()}
+    given |= {"url": "https://a.example"} | more
+    await configure(db, [EndpointConfig(endpoint_id=one, **given) for one in endpoint_ids], now=at)
+
+
+def ended(run_id: str, *, at: datetime = NOW, cost: str | None = None, **facts: Any) -> Any:
+    """A read of a run that ended at that time."""
+    shown = {"completed_at": at} | facts
+    if cost is not None:
+        shown["charged_cost"] = Decimal(cost)
+    return seen(run_id, RunStatus.COMPLETED, at=at, facts=shown, reads=1)
+
+
+async def test_every_event_has_one_message_for_each_endpoint(
+    db: Database, writer: TestWriter
+) -> None:
+    """Settled, billed otherwise and lost: each is one message for each endpoint that wants it, and
+    the outbox is empty afterwards."""
+    await known(db, "a", "b")
+    await known(db, "settled", events=(EventType.SETTLED,))
+    await writer.submit_all([ended("run_1"), ended("run_2", cost="1"), seen("run_3")])
+    await writer.submit_all([ended("run_1", cost="2"), ended("run_2", cost="1")])
+    for number in range(LOST_AFTER_READS):
+        at = NOW + number * LOST_AFTER
+        await writer.submit(Unseen(run_id="run_3", at=at, error="no such run", missing=True))
+    expected = {
+        ("run.settled", "run_1"),
+        ("run.settled", "run_2"),
+        ("run.cost_changed", "run_1"),
+        ("run.lost", "run_3"),
+    }
+    every = [(one, *event) for one in ("a", "b") for event in expected]
+    only = [("settled", *event) for event in expected if event[0] == "run.settled"]
+    assert await distribute(db) == sorted(every + only)
+
+
+async def test_without_endpoints_nothing_is_kept(db: Database, writer: TestWriter) -> None:
+    """Events that nobody wants are dropped: no endpoint, one that is gone from all settings for a
+    day, one that was configured after the run ended."""
+    await writer.submit(ended("run_1"))
+    assert await distribute(db) == []
+    await known(db, "gone", at=NOW - timedelta(days=2))
+    await known(db, "late", at=NOW + SECOND)
+    await writer.submit(ended("run_2"))
+    assert await distribute(db, now=NOW + SECOND) == []
+    assert await waiting(db) == 0
+
+
+async def test_an_event_that_is_out_of_date_is_dropped(db: Database, writer: TestWriter) -> None:
+    """A run that was lost and is there again is not reported as lost."""
+    await known(db, "a")
+    await writer.submit(seen("run_1"))
+    for number in range(LOST_AFTER_READS):
+        at = NOW + number * LOST_AFTER
+        await writer.submit(Unseen(run_id="run_1", at=at, error="no such run", missing=True))
+    await writer.submit(seen("run_1", at=NOW + 10 * LOST_AFTER))
+    assert await waiting(db) == 1
+    assert await distribute(db) == []
+
+
+async def test_configuring_keeps_since_and_the_state(db: Database) -> None:
+    """Each note of the settings moves `configured_at` and brings new filters, and nothing else."""
+    await known(db, "a")
+    await turn(db, outcomes=[], now=NOW)
+    await add_message(db, "msg_1", "a", next_attempt_at=NOW)
+    (claim,) = (await turn(db, now=NOW)).claims
+    await turn(db, outcomes=[(claim.message_id, failure(NOW, status=410))], now=NOW)
+    await known(db, "a", at=NOW + SECOND, filter=RunFilter(status="failed"))
+    row = await read_endpoints.get_endpoint(db, "a")
+    assert row is not None
+    assert (row.since, row.configured_at) == (NOW - SECOND, NOW + SECOND)
+    assert (row.state, row.filters) == ("disabled", {"status": "failed"})
+
+
+def failure(at: datetime, status: int = 500) -> Attempt:
+    """An attempt that failed."""
+    return Attempt(at=at, seconds=0.1, status=status, error=f"it answered HTTP {status}")
+
+
+def success(at: datetime) -> Attempt:
+    """An attempt that was answered 200."""
+    return Attempt(at=at, seconds=0.1, status=200, answer="ok")
+
+
+async def turn(
+    db: Database,
+    *,
+    now: datetime,
+    outcomes: Sequence[tuple[str, Attempt]] = (),
+    most: int = MOST_OPEN,
+    holder: str = "one",
+) -> Turn:
+    """One turn of a worker for the endpoint "a"."""
+    return await db.write(
+        lambda connection: take_turn(
+            connection,
+            endpoint_id="a",
+            outcomes=outcomes,
+            most=most,
+            holder=holder,
+            now=now,
+            lease=LEASE,
+        )
+    )
+
+
+async def the_message(db: Database, message_id: str = "msg_1") -> MessageRow:
+    """The message of that id."""
+    rows, _ = await list_messages(db, limit=500)
+    (found,) = [row for row in rows if row.message_id == message_id]
+    return found
+
+
+async def test_claims_are_bounded_and_exclusive(db: Database) -> None:
+    """At most twenty messages of an endpoint are claimed at a time, by all workers together; a
+    claim is free again after the lease."""
+    await known(db, "a")
+    for number in range(30):
+        await add_message(db, f"msg_{number}", "a", next_attempt_at=NOW)
+    first = await turn(db, now=NOW, most=12)
+    second = await turn(db, now=NOW, holder="two")
+    claimed = {claim.message_id for claim in first.claims + second.claims}
+    assert (len(first.claims), len(second.claims), len(claimed)) == (12, 8, 20)
+    assert (await turn(db, now=NOW, holder="three")).claims == []
+    later = await turn(db, now=NOW + LEASE, holder="three")
+    assert len(later.claims) == MOST_OPEN
+
+
+async def test_the_last_failure_is_final(db: Database) -> None:
+    """After ten attempts in three days a message is failed. Its endpoint, which took nothing
+    meanwhile, is disabled: what is pending waits, until enabling begins a new schedule."""
+    await known(db, "a")
+    await add_message(db, "msg_1", "a", next_attempt_at=NOW)
+    await add_message(db, "msg_2", "a", next_attempt_at=NOW + FAILING_FOR)
+    now, count = NOW, 0
+    while (found := await the_message(db)).state is MessageState.PENDING:
+        assert found.next_attempt_at is not None
+        now = found.next_attempt_at
+        done = await turn(db, now=now, most=20)
+        outcomes = [(claim.message_id, failure(now)) for claim in done.claims]
+        last = await turn(db, now=now, outcomes=outcomes, most=0)
+        count += 1
+    assert count == 10
+    assert last.disabled == "every attempt failed for 3 days; last: it answered HTTP 500"
+    assert await next_due_at(db, "a", now=now + 30 * FAILING_FOR) is None
+    assert (await turn(db, now=now + FAILING_FOR)).claims == []
+    again = now + 2 * FAILING_FOR
+    assert await enable(db, "a", now=again)
+    (claim,) = (await turn(db, now=again)).claims
+    assert claim.message_id == "msg_2"
+    await turn(db, now=again, outcomes=[("msg_2", failure(again))], most=0)
+    due = (await the_message(db, "msg_2")).next_attempt_at
+    assert due is not None
+    assert due <= again + 6 * SECOND
+
+
+async def test_a_late_outcome_counts_as_far_as_it_is_true(db: Database) -> None:
+    """A worker whose lease has expired still reports a success; its failure does not touch what
+    another worker has claimed."""
+    await known(db, "a")
+    for message_id in ("msg_1", "msg_2"):
+        await add_message(db, message_id, "a", next_attempt_at=NOW)
+    await turn(db, now=NOW)
+    late = NOW + LEASE
+    assert len((await turn(db, now=late, holder="two")).claims) == 2
+    outcomes = [("msg_1", success(late)), ("msg_2", failure(late))]
+    await turn(db, now=late, outcomes=outcomes, most=0)
+    assert (await the_message(db, "msg_1")).state is MessageState.DELIVERED
+    held = await the_message(db, "msg_2")
+    assert (held.state, held.attempts, held.next_attempt_at) == (MessageState.PENDING, 1, NOW)
+    await turn(db, now=late, outcomes=[("msg_2", success(late))], most=0, holder="two")
+    assert (await the_message(db, "msg_2")).attempts == 2
+
+
+@pytest.mark.parametrize("lasting", [4, 60])
+async def test_what_failed_during_an_outage_is_due_after_it(db: Database, lasting: int) -> None:
+    """A success after 5 s of failures or more makes due what failed after their first 5 s."""
+    await known(db, "a")
+    await add_message(db, "msg_1", "a", next_attempt_at=NOW)
+    await add_message(db, "msg_2", "a", next_attempt_at=NOW + 55 * SECOND)
+    await add_message(db, "msg_3", "a", next_attempt_at=NOW + lasting * SECOND)
+    await turn(db, now=NOW)
+    await turn(db, now=NOW, outcomes=[("msg_1", failure(NOW))], most=0)
+    if lasting > 55:
+        at = NOW + 55 * SECOND
+        outcomes = [(one.message_id, failure(at)) for one in (await turn(db, now=at)).claims]
+        assert len(outcomes) == 2
+        await turn(db, now=at, outcomes=outcomes, most=0)
+    end = NOW + lasting * SECOND
+    (claim,) = (await turn(db, now=end)).claims
+    more = await turn(db, now=end, outcomes=[(claim.message_id, success(end))])
+    expected = {"msg_1", "msg_2"} if lasting > 55 else set()
+    assert {one.message_id for one in more.claims} == expected
+    row = await read_endpoints.get_endpoint(db, "a")
+    assert row is not None
+    assert row.failing_since is None
+
+
+async def test_recovering_takes_pages(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many messages have failed, one transaction takes a page of them."""
+    monkeypatch.setattr("tracker.store.writing.messages.PAGE", 2)
+    await known(db, "a")
+    for number in range(5):
+        await add_message(db, f"msg_{number}", "a", 500, state="failed", next_attempt_at=None)
+    await add_message(db, "old", "a", 500, state="failed", created_at=NOW - LEASE)
+    await add_message(db, "done", "a", 200)
+    assert await recover(db, "a", since=NOW, now=NOW) == 5
+    assert len((await turn(db, now=NOW)).claims) == 5
+    assert await recover(db, "b", since=NOW, now=NOW) is None
