@@ -7,7 +7,6 @@ from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 
 from tests.e2e.processes import Sandbox
 from tests.support.endpoint import SECRET, Got, Receiver
@@ -45,16 +44,13 @@ class Deliveries:
         return [f"{name}: {value}" for name, value in kept.items() if value]
 
 
-def configure(folder: Path, **receivers: Receiver) -> Path:
-    """A settings file with an endpoint for each of these receivers."""
-    tables = [
+def endpoint_tables(**receivers: Receiver) -> str:
+    """Settings with an endpoint for each of these receivers."""
+    return "\n".join(
         f'[[endpoints]]\nid = "{name}"\nurl = "{receiver.url}"\nsecrets = "{SECRET}"\n'
         "allow_private = true\n"
         for name, receiver in receivers.items()
-    ]
-    path = folder / "tracker.toml"
-    path.write_text("\n".join(tables))
-    return path
+    )
 
 
 async def outage(
@@ -78,7 +74,8 @@ async def outage(
         Receiver(down=True, on_request=check) as down,
         Receiver(on_request=check) as up,
     ):
-        config = configure(sandbox.directory, down=down, up=up)
+        config = sandbox.directory / "tracker.toml"
+        config.write_text(endpoint_tables(down=down, up=up))
         env = {"TRACKER_CONFIG": str(config), "TRACKER_RECONCILE_CRON": "* * * * *"}
         env |= flora.environment
         server = await sandbox.serve(**env)

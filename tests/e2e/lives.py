@@ -17,11 +17,11 @@ from tracker.simulator import Simulator
 class FloraKey:
     """The workspace's API key, which processes read from a file, and which FLORA exchanges."""
 
-    def __init__(self, flora: Simulator, folder: Path) -> None:
+    def __init__(self, flora: Simulator, folder: Path, *, more: str = "") -> None:
         self._flora = flora
         self._file = folder / "flora.key"
         self._config = folder / "tracker.toml"
-        self._config.write_text('flora_api_key = "file:flora.key"\n')
+        self._config.write_text(f'flora_api_key = "file:flora.key"\n{more}')
         self._file.write_text(flora.world.options.api_key)
 
     @property

@@ -24,7 +24,10 @@ from tracker.store.queries import attention as gauges
 from tracker.store.queries import batch_launches, batches, quarantine, starts
 from tracker.store.queries import runs as read
 from tracker.store.queries.batches import RowOutcome
+from tracker.store.queries.endpoints import delays
+from tracker.store.queries.messages import list_attempts, list_messages
 from tracker.store.url import DatabaseUrl
+from tracker.store.writing.messages import Attempt, enable, next_due_at, take_turn
 from tracker.store.writing.statements_postgres import STORE, WRITE, PostgresStatements
 
 RUNS = 6_000
@@ -63,13 +66,31 @@ _ROWS = {
     "batch_rows": """INSERT INTO batch_rows (batch_id, position, line, row_digest, generation,
         attempt, idempotency_key)
         {many} SELECT 'bat_' || (i % 1000 + 1), i, i, i, 0, 0, 'key_' || i FROM n""",
+    "messages": """INSERT INTO messages (message_id, endpoint_id, event_id, event, run_id, body,
+        event_at, created_at, state, attempts, next_attempt_at, delivered_at, last_attempt_at,
+        lease_until, lease_holder)
+        {many} SELECT 'msg_' || i, 'point_' || (i % 5), 'evt_' || i, 'run.settled', 'run_' || i,
+        '{{}}', {ago}, {ago},
+        CASE WHEN i <= 100 THEN 'pending' WHEN i <= 150 THEN 'failed' ELSE 'delivered' END, 1,
+        CASE WHEN i <= 100 THEN {soon} END, CASE WHEN i > 150 THEN {ago} END, {ago},
+        CASE WHEN i <= 10 THEN {soon} END, CASE WHEN i <= 10 THEN 'a worker' END FROM n""",
+    "message_attempts": """INSERT INTO message_attempts (message_id, number, at, seconds)
+        {many} SELECT 'msg_' || i, 1, {ago}, 0.1 FROM n""",
+    "endpoints": """INSERT INTO endpoints (endpoint_id, url, events, filters, since, configured_at,
+        state) {many} SELECT 'point_' || i, '', '[]', '{{}}', {first}, {ago}, 'enabled' FROM n
+        WHERE i < 5""",
 }
 
 
 async def fill_tables(url: str) -> None:
     engine = migration_engine(DatabaseUrl.parse(url))
     at = _TIMES[engine.dialect.name]
-    words = {"many": _MANY, "ago": at.format("i"), "soon": at.format("(50 - i)")}
+    words = {
+        "many": _MANY,
+        "ago": at.format("i"),
+        "soon": at.format("(50 - i)"),
+        "first": at.format(RUNS),
+    }
     if engine.dialect.name == "sqlite":
         words |= {"true": "1", "false": "0", "bytes": "x'00'", "json": "text"}
     else:
@@ -186,6 +207,25 @@ QUERIES: dict[str, tuple[Callable[[Database], Awaitable[Any]], str]] = {
         lambda db: read.list_deliveries(db, run_id="run_1"),
         "ix_deliveries_run",
     ),
+    "messages": (list_messages, "ix_messages_newest"),
+    "messages of an endpoint": (
+        lambda db: list_messages(db, endpoint_id="point_1"),
+        "ix_messages_newest_of_endpoint",
+    ),
+    **{
+        f"messages that are {state}": (partial(list_messages, state=state), "ix_messages_")
+        for state in ("pending", "failed")
+    },
+    "messages of a run": (lambda db: list_messages(db, run_id="run_1"), "ix_messages_run"),
+    "the attempts of a message": (lambda db: list_attempts(db, "msg_1"), ""),
+    "delays of an endpoint": (
+        lambda db: delays(db, "point_1", since=NOW - timedelta(days=1)),
+        "ix_messages_newest_of_endpoint",
+    ),
+    "when a message is due": (
+        lambda db: next_due_at(db, "point_1", now=NOW),
+        "ix_messages_due",
+    ),
     "open starts": (starts.open_starts, "ix_starts_open"),
     "starts in doubt": (starts.open_starts, "ix_starts_in_doubt"),
     "known origins": (lambda db: starts.accounted(db, ["run_1", "run_2"]), "ix_starts_run"),
@@ -281,7 +321,10 @@ async def test_a_scrape_reads_short_indexes(full: Database) -> None:
 
 
 def _reads_a_table(plan: str) -> bool:
-    tables = ("runs", "run_events", "run_outputs", "deliveries", "starts", "batches", "batch_rows")
+    tables = (
+        *("runs", "run_events", "run_outputs", "deliveries", "starts", "batches", "batch_rows"),
+        *("messages", "message_attempts"),
+    )
     for line in plan.splitlines():
         if any(f"Seq Scan on {table}" in line for table in tables):
             return True
@@ -300,6 +343,23 @@ async def test_applying_finds_what_waits(full: Database) -> None:
 
     told = await plans(full, apply)
     assert "ix_deliveries_waiting" in told
+    assert not _reads_a_table(told), told
+
+
+async def test_sending_finds_what_is_due(full: Database) -> None:
+    """Claims, and outcomes of attempts, touch only rows of their own, also after an outage."""
+
+    async def take(db: Database) -> None:
+        for outcomes in ([], [("msg_101", Attempt(at=NOW, seconds=1, status=200))]):
+            one = {"endpoint_id": "point_1", "holder": "h", "now": NOW, "most": 5}
+            one |= {"outcomes": outcomes, "lease": timedelta(seconds=25)}
+            await db.write(partial(take_turn, **one))
+        assert await enable(db, "point_1", now=NOW)
+        assert (await db.write(partial(take_turn, **one))).claims
+
+    told = await plans(full, take)
+    assert "ix_messages_due" in told
+    assert "ix_messages_leased" in told
     assert not _reads_a_table(told), told
 
 
