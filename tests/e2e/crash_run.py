@@ -18,10 +18,12 @@ import sqlalchemy as sa
 
 from tests.e2e.clients import OURS, Clients
 from tests.e2e.crashing import Point, prepare
-from tests.e2e.judgement import Verdict, batches_to_launch, judge, undecided_starts
+from tests.e2e.hooks import endpoint_tables
+from tests.e2e.judgement import Verdict, batches_to_launch, judge, undecided_starts, unsent_runs
 from tests.e2e.lives import FloraKey, Life
 from tests.e2e.starting import DEPLOYED, FORGOTTEN
 from tests.e2e.truth import settled_runs
+from tests.support.endpoint import Receiver
 from tests.support.waiting import eventually, free_port
 from tracker.core.clock import utc_now
 from tracker.simulator import Options, Simulator, running
@@ -63,7 +65,12 @@ class CrashRun:
     """Made by `crash_run`. `killed` counts the crash points at which a life has ended."""
 
     def __init__(
-        self, flora: Simulator, database: Database, database_url: str, directory: Path
+        self,
+        flora: Simulator,
+        database: Database,
+        database_url: str,
+        directory: Path,
+        receiver: Receiver,
     ) -> None:
         self.killed: Counter[str] = Counter()
         self._flora = flora
@@ -72,7 +79,8 @@ class CrashRun:
         self._port = free_port()
         root = f"http://127.0.0.1:{self._port}"
         self.clients = Clients(root, flora)
-        self._key = FloraKey(flora, directory)
+        self._receiver = receiver
+        self._key = FloraKey(flora, directory, more=endpoint_tables(shop=receiver))
         self._environment = {
             **self._key.environment,
             "TRACKER_DATABASE_URL": database_url,
@@ -227,7 +235,9 @@ class CrashRun:
             return False
         if await batches_to_launch(self._database):
             return False
-        return not await undecided_starts(self._database, self._flora)
+        if await undecided_starts(self._database, self._flora):
+            return False
+        return not await unsent_runs(self._database, self._receiver)
 
     async def _let_the_catalogue_age(self) -> None:
         """What was read of the techniques is old by now, and what is known of one's inputs is wrong
@@ -253,7 +263,7 @@ class CrashRun:
 
     async def judge(self) -> Verdict:
         """Whether all of it agrees. Raises `AssertionError` where a run is not true."""
-        return await judge(self._database, self._flora, self.clients)
+        return await judge(self._database, self._flora, self.clients, self._receiver)
 
 
 @asynccontextmanager
@@ -262,9 +272,10 @@ async def crash_run(database_url: str, directory: Path, **options: Any) -> Async
     async with (
         running(Options(**FAULTS | options)) as flora,
         await Database.open(database_url) as database,
+        Receiver(errors=0.1) as receiver,
     ):
         flora.start_generation()  # the first sweep sees it, and so all sweeps look for more
-        one = CrashRun(flora, database, database_url, directory)
+        one = CrashRun(flora, database, database_url, directory, receiver)
         try:
             yield one
         finally:

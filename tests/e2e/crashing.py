@@ -67,6 +67,7 @@ REQUESTS: Final = (
     *("POST /techniques/*/runs", "GET /techniques/*/runs/*", "GET /technique-runs"),
     *("GET /generations", "GET /runs/*", "GET /techniques", "GET /techniques/*"),
     "GET /workspaces",
+    "POST /hook",  # to an endpoint
 )
 _IDS = re.compile(r"(?<=/techniques/)[^/]+|(?<=/runs/)[^/]+")
 

@@ -9,10 +9,11 @@ from tests.e2e.clients import OURS, Clients
 from tests.e2e.truth import assert_all_true
 from tests.store.making import fold
 from tests.support.deliveries import applied
+from tests.support.endpoint import Receiver
 from tracker.simulator import Simulator
 from tracker.store.engine import Database
 from tracker.store.queries.runs import get_run
-from tracker.store.schema import batch_rows, batches, deliveries, runs, starts
+from tracker.store.schema import batch_rows, batches, deliveries, endpoints, runs, starts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +31,9 @@ class Verdict:
     paid_twice: list[str]
 
 
-async def judge(database: Database, flora: Simulator, clients: Clients) -> Verdict:
+async def judge(
+    database: Database, flora: Simulator, clients: Clients, receiver: Receiver
+) -> Verdict:
     """Every run is settled, true, and the fold of its timeline; and what else was promised.
 
     Raises `AssertionError` where a run is not.
@@ -54,6 +57,8 @@ async def judge(database: Database, flora: Simulator, clients: Clients) -> Verdi
         lost=[
             *await _lost_deliveries(database, taken, clients.taken),
             *await _lost_starts(database, clients.started, prompts),
+            *[f"message of {run_id}" for run_id in await unsent_runs(database, receiver)],
+            *[f"signature of {got.message_id}" for got in receiver.got if not got.verified],
             *(clients.ordered - {*prompts.values(), *await _undecided_prompts(database)}),
         ],
         paid_twice=[prompt for prompt, count in paid.items() if count > 1],
@@ -107,6 +112,17 @@ async def undecided_starts(database: Database, flora: Simulator) -> int:
     known = [inputs[0]["value"] for inputs in rows]
     # While such a run is there, no other start of its technique is sent again either.
     return 0 if any(prompt in silent for prompt in known) else len(known)
+
+
+async def unsent_runs(database: Database, receiver: Receiver) -> list[str]:
+    """The runs that ended after the only endpoint was configured, and whose end it did not take."""
+    since = sa.select(endpoints.c.since).scalar_subquery()
+    ended = sa.func.coalesce(runs.c.completed_at, runs.c.end_seen_at)
+    query = sa.select(runs.c.run_id).where(runs.c.tracking == "settled", ended >= since)
+    async with database.read() as connection:
+        settled = (await connection.execute(query)).scalars().all()
+    taken = receiver.runs
+    return [run_id for run_id in settled if run_id not in taken]
 
 
 async def _lost_deliveries(

@@ -25,6 +25,10 @@ POINTS: tuple[tuple[Role, Point], ...] = (
     # Runs that are claimed; a page that is stored and not covered.
     ("serve", Point(when="after", name="claims.claim_due")),
     ("worker", Point(when="before", name="sweeps.add")),
+    # Events without messages, and messages that were sent and are not known to be.
+    ("serve", Point(when="after", name="outbox.fan_out")),
+    ("worker", Point(when="before", name="messages.take_turn")),
+    ("serve", Point(when="after", name="POST /hook")),
     # A batch that is on disk and whose client was told nothing; one whose launch is not noted.
     ("serve", Point(when="after", name="batches.keep")),
     ("serve", Point(when="after", name="batch_launches.end")),

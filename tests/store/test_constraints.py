@@ -8,7 +8,17 @@ from tests.store.making import NOW, TestWriter, callback, seen
 from tracker.core.errors import StoreError, StoreUnavailable
 from tracker.core.run import RunStatus
 from tracker.store.engine import Database
-from tracker.store.schema import deliveries, run_events, run_outputs, runs, starts
+from tracker.store.schema import (
+    deliveries,
+    endpoints,
+    message_attempts,
+    messages,
+    outbox,
+    run_events,
+    run_outputs,
+    runs,
+    starts,
+)
 
 RUN = {
     "run_id": "run_1",
@@ -48,6 +58,31 @@ START = {
     "state": "stored",
     "created_at": NOW,
 }
+OUTBOX = {"event_id": "evt_1", "event": "run.settled", "run_id": "run_1", "at": NOW}
+ENDPOINT = {
+    "endpoint_id": "shop",
+    "url": "https://shop.example",
+    "events": [],
+    "filters": {},
+    "since": NOW,
+    "configured_at": NOW,
+    "state": "enabled",
+}
+MESSAGE = {
+    "message_id": "msg_1",
+    "endpoint_id": "shop",
+    "event_id": "evt_1",
+    "event": "run.settled",
+    "run_id": "run_1",
+    "body": "{}",
+    "event_at": NOW,
+    "created_at": NOW,
+    "state": "pending",
+    "attempts": 0,
+    "next_attempt_at": NOW,
+}
+NEW_MESSAGE = MESSAGE | {"message_id": "msg_2", "event_id": "evt_2"}
+ATTEMPT = {"message_id": "msg_1", "number": 1, "at": NOW, "seconds": 0.1}
 EVENT = {"run_id": "run_1", "at": NOW, "source": "poll", "status": "running", "detail": {}}
 OUTPUT = {"run_id": "run_1", "position": 0, "output_id": "o", "type": "text", "url": "x"}
 
@@ -71,7 +106,9 @@ async def test_true_rows_are_taken(db: Database) -> None:
         true | lost | {"run_id": "run_5", "next_check_at": None},
     ):
         await add(db, runs, RUN | more)
-    rows = ((runs, RUN), (deliveries, DELIVERY), (starts, START), (run_events, EVENT))
+    rows = [(runs, RUN), (deliveries, DELIVERY), (starts, START), (run_events, EVENT)]
+    rows += [(outbox, OUTBOX), (endpoints, ENDPOINT), (messages, MESSAGE)]
+    rows += [(message_attempts, ATTEMPT)]
     for table, row in (*rows, (run_outputs, OUTPUT)):
         await add(db, table, row)
 
@@ -110,6 +147,22 @@ OTHER_LIES: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [
     (run_events, EVENT, {"source": "rumour"}),
     (run_events, EVENT, {"run_id": "run_2"}),
     (run_outputs, OUTPUT, {"run_id": "run_2"}),
+    (outbox, OUTBOX, {"event": "run.ended"}),
+    (endpoints, ENDPOINT, {"state": "off"}),
+    (endpoints, ENDPOINT, {"state": "disabled"}),
+    (endpoints, ENDPOINT, {"disabled_at": NOW}),
+    (endpoints, ENDPOINT, {"catch_up_from": NOW}),
+    (messages, NEW_MESSAGE, {"event": "run.ended"}),
+    (messages, NEW_MESSAGE, {"state": "sent"}),
+    (messages, NEW_MESSAGE, {"state": "delivered", "next_attempt_at": None}),
+    (messages, NEW_MESSAGE, {"state": "failed"}),
+    (messages, NEW_MESSAGE, {"next_attempt_at": None}),
+    (messages, NEW_MESSAGE, {"delivered_at": NOW}),
+    (messages, NEW_MESSAGE, {"attempts": -1}),
+    (messages, NEW_MESSAGE, {"lease_holder": "someone"}),
+    (messages, MESSAGE, {"message_id": "msg_3"}),
+    (message_attempts, ATTEMPT, {"number": 0}),
+    (message_attempts, ATTEMPT, {"message_id": "msg_0"}),
 ]
 
 
@@ -129,8 +182,10 @@ async def test_runs_that_cannot_be_are_refused(db: Database) -> None:
 
 
 async def test_other_rows_that_cannot_be_are_refused(db: Database) -> None:
-    """So do callbacks, starts, events and outputs."""
+    """So do callbacks, starts, events, outputs and messages; an event has one message for each
+    endpoint."""
     await add(db, runs, RUN)
+    await add(db, messages, MESSAGE)
     taken = [lie for table, row, lie in OTHER_LIES if not await is_refused(db, table, row | lie)]
     assert taken == []
 

@@ -270,7 +270,7 @@ class _Sender:
         self._on_attempt = on_attempt
         self._woken = asyncio.Event()
         self._stopping = False
-        self._open: dict[str, asyncio.Task[None]] = {}
+        self._open: dict[asyncio.Task[None], str] = {}
         self._outcomes: list[tuple[Claim, Attempt]] = []
         self._log_limit = LogRateLimit()
         self._task = asyncio.create_task(self._run(), name=f"endpoint {self._id}")
@@ -305,9 +305,9 @@ class _Sender:
         self.wake()
         await _end(self._task)
         if self._open:
-            await asyncio.wait(self._open.values(), timeout=STOP_SECONDS)
-        interrupted = dict(self._open)
-        for task in interrupted.values():
+            await asyncio.wait(self._open, timeout=STOP_SECONDS)
+        interrupted = sorted(self._open.values())
+        for task in self._open:
             task.cancel()
         try:
             async with asyncio.timeout(LAST_WITHIN):
@@ -318,7 +318,7 @@ class _Sender:
                         partial(
                             messages.release,
                             holder=self._process,
-                            message_ids=sorted(interrupted),
+                            message_ids=interrupted,
                         )
                     )
         except (StoreError, TimeoutError):
@@ -351,7 +351,8 @@ class _Sender:
             raise
         for claim in turn.claims:
             task = asyncio.create_task(self._attempt(claim), name=f"message {claim.message_id}")
-            self._open[claim.message_id] = task
+            self._open[task] = claim.message_id
+            task.add_done_callback(self._ended)
         for claim, attempt in outcomes:
             for hook in self._on_attempt:
                 call_hook(hook, self._id, claim, attempt)
@@ -372,5 +373,7 @@ class _Sender:
             failure = f"it could not be sent: {type(error).__name__}"
             attempt = Attempt(at=self._clock(), seconds=0.0, error=failure)
         self._outcomes.append((claim, attempt))
-        del self._open[claim.message_id]
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        del self._open[task]
         self.wake()
