@@ -90,7 +90,7 @@ async def _settled(live: LiveTracker) -> str:
 async def _pages(live: LiveTracker, page: Page) -> list[str]:
     """Every page of the navigation, and one of each kind behind them."""
     run_id = await _settled(live)
-    await keep_batch(live, "bat_axe")
+    await keep_batch(live, "bat_axe", rows=14)
     deliveries, _ = await read.list_deliveries(live.services.database, run_id=run_id)
     if await get_message(live.services.database, "msg_1") is None:
         await add_endpoint(live.services.database, "shop")
@@ -103,7 +103,7 @@ async def _pages(live: LiveTracker, page: Page) -> list[str]:
         "/messages",
         "/techniques/tech_icon-pack",
         "/batches/bat_axe",
-        "/batches/bat_axe?show=failed&error=model_timeout",
+        "/batches/bat_axe/retry",
         "/runs?text=SKU-0003&sort=cost",
         "/runs/run_bat_axe_1",
         "/runs?state=lost",
@@ -114,6 +114,7 @@ async def _pages(live: LiveTracker, page: Page) -> list[str]:
     ]
 
 
+@pytest.mark.timeout(180)  # many pages, each four times
 async def test_every_page_is_accessible(live: LiveTracker, open_page: OpenPage) -> None:
     """axe finds nothing on any page, light and dark, wide and narrow; no page is wider than its
     screen, no target is smaller than 24 px, and nothing but a time needs hover."""

@@ -37,12 +37,13 @@ async def pictures(live: LiveTracker) -> tuple[Output, ...]:
     return tuple(found)
 
 
-async def keep_batch(live: LiveTracker, batch_id: str) -> None:
+async def keep_batch(live: LiveTracker, batch_id: str, *, rows: int = ROWS) -> None:
     """A finished batch, of which some rows failed and the others have pictures."""
     database, outputs = live.services.database, await pictures(live)
+    workspace = live.flora.world.options.workspace_id
     batch = BatchRow(
         batch_id=batch_id,
-        workspace_slot="ws_1",
+        workspace_slot=workspace,
         technique_id="tech_icon-pack",
         name=f"{batch_id}.csv",
         created_at=utc_now(),
@@ -55,7 +56,7 @@ async def keep_batch(live: LiveTracker, batch_id: str) -> None:
             digest=f"{batch_id.encode().hex()[:16]:0>16}{number:08x}",
             carried={"SKU": f"SKU-{number:04}", "client": "Studio North"},
         )
-        for number in range(1, ROWS + 1)
+        for number in range(1, rows + 1)
     ]
     await batches.keep(database, batch, entries)
     seen = []
@@ -63,7 +64,7 @@ async def keep_batch(live: LiveTracker, batch_id: str) -> None:
         inputs = [{"id": "prompt", "type": "text", "value": f"a garden tool on white {entry.line}"}]
         await starts.reserve(
             database,
-            workspace_id="ws_1",
+            workspace_id=workspace,
             idempotency_key=entry.key,
             technique_id=batch.technique_id,
             fingerprint="",
@@ -83,7 +84,7 @@ async def keep_batch(live: LiveTracker, batch_id: str) -> None:
             error=RunError("model_timeout", "The model took too long.") if failed else None,
         )
         one = Seen(observation=observation, inputs=inputs)
-        seen.append(replace(one, slot="ws_1", idempotency_key=entry.key))
+        seen.append(replace(one, slot=workspace, idempotency_key=entry.key))
     await live.services.writer.submit_all(seen)
     await batches.finish(database, batch_id, utc_now())
 
