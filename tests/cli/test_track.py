@@ -36,6 +36,7 @@ def test_only_a_run_that_flora_shows_is_tracked(flora: Commands) -> None:
     assert done.returncode == 1
     assert "FLORA has no run run_typo in workspace ws_simulator" in one_line(done)
     assert "--force" in done.stderr
+    assert flora("runs", "track", "run_x ", "--force").returncode == 2
     assert flora.json("runs", "list")["runs"] == []
 
     run = flora.json("runs", "track", run_id)

@@ -63,7 +63,7 @@ def test_a_technique_without_a_definition_needs_types() -> None:
         "use --map face:TYPE=link"
     ]
     assert said(reading("link\nx\n")) == [
-        "line 1: no column is an input of the technique: use --map INPUT=COLUMN"
+        "line 1: no column is an input of the technique; use --map INPUT=COLUMN"
     ]
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -15,6 +16,7 @@ from tracker.starting.sheet import (
     read_csv,
     read_jsonl,
     read_sheet,
+    sheet_of_objects,
 )
 
 
@@ -182,6 +184,34 @@ def test_every_problem_of_json_lines_is_named() -> None:
         (5, "a", "holds half a character (a lone surrogate)"),
         (6, "a", "contains a NUL character"),
         (7, "", "the line is nested too deeply"),
+    ]
+
+
+def test_a_repeated_header_is_no_row() -> None:
+    """Where sheets were put one below the other, no run is paid for the second header."""
+    sheet = read_csv(b"sku,prompt\n1,a\nsku, prompt ,\n2,prompt\n")
+    assert problems(sheet) == [(3, "", "the line repeats the header: delete it")]
+
+
+def test_rows_of_a_program_are_a_sheet() -> None:
+    """Objects become cells as the lines of a file do; what cannot be kept exactly is a problem."""
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    rows: list[dict[str, Any]] = [{"a": "x", "b": [1, 0.5], "c": {"d": None}}]
+    rows += [{"a": 2.0**53}, {"a": [float("nan")]}, {"b": deep}]
+    sheet = sheet_of_objects(enumerate(rows, 1))
+    assert sheet.rows[0].cells == {"a": ("x",), "b": ("1", "0.5"), "c": ('{"d": null}',)}
+    assert problems(sheet) == [
+        (1, "c", "must be text, not an object"),
+        (2, "a", "is no number that can be kept exactly: write it as a text"),
+        (3, "a", "is no number that can be kept exactly: write it as a text"),
+        (4, "b", "must be text, not a list in a list"),
+        (4, "b", "is nested too deeply"),
+    ]
+    wide = ((n, {f"{n} {field}": "x" for field in range(20)}) for n in range(1, 99))
+    assert problems(sheet_of_objects(wide)) == [
+        (0, "", "the rows have 1960 different fields; 1000 are possible")
     ]
 
 

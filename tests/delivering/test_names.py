@@ -73,8 +73,8 @@ def rows(*values: str) -> list[RowState]:
 def test_a_row_is_named_by_its_cell() -> None:
     """Readable in any script; a cell that is empty or repeated, in any case, gets the row's number;
     an input can name files, too."""
-    found = rows("SKU-0001", "blue hat/17", "", "Größe 5", "x", "X", "../..", "帽子", "con.")
-    names = ["SKU-0001", "blue_hat_17", "003", "Größe_5", "x_005", "X_006", "007", "帽子", "con"]
+    found = rows("SKU-0001", "blue hat/17", "", "Größe 5", "x", "X", "../..", "帽子", "nul.a")
+    names = ["SKU-0001", "blue_hat_17", "003", "Größe_5", "x_005", "X_006", "007", "帽子", "nul_a"]
     assert row_names(BATCH, found, "SKU") == names
     assert row_names(BATCH, found, "text") == names
     assert row_numbers(found)[:2] == ["001", "002"]

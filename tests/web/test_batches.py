@@ -143,9 +143,16 @@ async def test_wrong_rows_are_reported_once_for_each_cause(serve: Serve, sqlite_
         missing = (await create(site, 422, rows=[{"promt": "typo"}]))["error"]
         assert [one["rows"] for one in missing["fields"]] == [[]]
         assert missing["fields"][0]["message"] == (
-            "there is no column for the input 'prompt' (text); name a field like it, or name its "
-            "field in `columns`"
+            "there is no column for the input 'prompt' (text); name a field like the input, or map "
+            "one in `columns`"
         )
+        nothing = (await create(site, 422, rows=[{}]))["error"]["fields"][0]["message"]
+        assert nothing == (
+            "no column is an input of the technique; name a field like the input, or map one in "
+            "`columns`"
+        )
+        deep = '{"technique": "icon-pack", "rows": [{"prompt": ' + "[" * 500 + "]" * 500 + "}]}"
+        assert (await site.client.post("/api/batches", content=deep)).status_code == 422
         mapped = {"rows": [{"promt": "typo"}], "columns": {"prompt": "promt"}, "dry_run": True}
         assert (await create(site, 200, **mapped))["to_start"] == 1
         many = await site.client.post("/api/batches", json=body([{"prompt": "x"}] * 10_001))
@@ -212,6 +219,19 @@ async def test_a_batch_waits_for_a_budget_if_asked(
         site.services.starter.budgets = Budgets()
         done = await launched(site, made["batch_id"])
         assert (done["started"], done["stopped"]) == (5, None)
+
+
+async def test_a_maximum_of_nothing_starts_nothing(serve: Serve, sqlite_url: str) -> None:
+    """What may cost nothing is refused if it has a price, and accepted if nothing is to start."""
+    async with working(serve, sqlite_url, worker=False) as (site, flora):
+        await create(site, 402, max_cost=0)
+        services = site.services
+        plan, _ = await services.batches.plan("icon-pack", read_csv(b"prompt\na\n"), name="a.csv")
+        await services.batches.run(plan, concurrency=1, wait=False, on_progress=lambda _: None)
+        order = {"which": "unstarted", "max_cost": 0}
+        answer = await site.client.post(f"/api/batches/{plan.batch.batch_id}/retry", json=order)
+        assert answer.status_code == 200, answer.text
+        assert len(flora.world.runs) == 1
 
 
 async def test_a_price_that_rises_stops_the_launch(serve: Serve, sqlite_url: str) -> None:

@@ -149,7 +149,7 @@ async def flora_deadline(
 
 
 def _check_run_id(text: str) -> str:
-    if not 1 <= len(text) <= 255 or not text.isprintable():
+    if not 1 <= len(text) <= 255 or not text.isprintable() or " " in text:
         raise typer.BadParameter("must be FLORA's run_… identifier")
     return text
 

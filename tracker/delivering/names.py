@@ -24,6 +24,8 @@ _LONGEST_READABLE: Final = 100
 _HARMLESS: Final = re.compile(r"[A-Za-z0-9_-]+")
 _OTHER: Final = re.compile(r"[^A-Za-z0-9_-]+")
 _UNREADABLE: Final = re.compile(r"[^\w.-]+")
+_DEVICE: Final = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)\.", re.IGNORECASE | re.ASCII)
+"""Begins a name that Windows takes for a device."""
 _KINDS: Final = {
     "imageUrl": "image",
     "videoUrl": "video",
@@ -109,6 +111,8 @@ def _word(port: Port) -> str:
 def _readable(text: str) -> str:
     """`text` as part of a name, with letters of any script; empty if nothing can be kept."""
     kept = _UNREADABLE.sub("_", unicodedata.normalize("NFC", text)).strip("._-")
+    if _DEVICE.match(kept):
+        kept = kept.replace(".", "_", 1)
     return kept.encode()[:_LONGEST_READABLE].decode(errors="ignore").rstrip("._-")
 
 

@@ -59,7 +59,7 @@ class Order:
         return {
             "started_by": self.started_by,
             "ordered_at": self.ordered_at.isoformat(),
-            "max_cost": self.max_cost and str(self.max_cost),
+            "max_cost": None if self.max_cost is None else str(self.max_cost),
             "wait_for_budget": self.wait_for_budget,
             "at_once": self.at_once,
         }

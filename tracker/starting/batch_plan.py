@@ -115,6 +115,7 @@ class BatchPlanner:
         if not accept_changes:
             await self._check_mapping(workspace_id, definition.technique_id, sheet, reading, latest)
         columns = [name for name in reading.unmapped if name]
+        carried = frozenset(columns)
         planned: Sequence[PlannedRow] = [
             PlannedRow(
                 entry=BatchEntry(
@@ -124,7 +125,7 @@ class BatchPlanner:
                     turn=turn_of(latest.get(digest), again=again),
                     inputs=row.inputs,
                     tags=tagged[row.line],
-                    carried=_carried(sheet.rows[position - 1], columns),
+                    carried=_carried(sheet.rows[position - 1], carried),
                 )
             )
             for (position, row), digest in zip(rows, digests, strict=True)
@@ -209,7 +210,9 @@ class BatchPlanner:
             rows = await self._with_waits(workspace_id, rows, states)
         if retry is not None:
             rows = [states[row.entry.key].retried(row, retry) for row in rows]
-            states = await self._states(workspace_id, rows)
+            new = [row.entry for row in rows if row.entry.key not in states]
+            states |= await states_of(self.database, workspace_id, new)
+            states = {row.entry.key: states[row.entry.key] for row in rows}
         return rows, states
 
     async def _with_waits(
@@ -266,9 +269,9 @@ class BatchPlanner:
                 )
 
 
-def _carried(row: SheetRow, columns: Sequence[str]) -> dict[str, str]:
+def _carried(row: SheetRow, columns: Container[str]) -> dict[str, str]:
     """The cells of a row that are no input, by column."""
-    return {name: ", ".join(row.cells[name]) for name in columns if name in row.cells}
+    return {name: ", ".join(values) for name, values in row.cells.items() if name in columns}
 
 
 def _fit_rows(

@@ -58,7 +58,7 @@ def read_rows(
     unmapped = tuple(name for name in sheet.columns if name not in used)
     problems = [one for one in problems if not (one.of_input and one.column in unmapped)]
     if not problems and not mappings:
-        message = "no column is an input of the technique: use --map INPUT=COLUMN"
+        message = "no column is an input of the technique; use --map INPUT=COLUMN"
         problems.append(SheetProblem(sheet.header, "", message))
     elif not problems and not sheet.rows:
         problems.append(SheetProblem(sheet.header, "", "the sheet has no rows below its header"))

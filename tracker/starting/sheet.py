@@ -24,6 +24,8 @@ Values = tuple[str, ...]
 DELIMITERS: Final = {",": "','", ";": "';'", "\t": "tab", "|": "'|'"}
 """The delimiters that are detected, and their names."""
 
+MOST_FIELDS: Final = 1_000
+"""Different fields of JSON objects; each is a column of the results."""
 _SAMPLE: Final = 50
 """Records whose width is compared with the header's to detect the delimiter."""
 _FOREIGN: Final = {
@@ -31,6 +33,8 @@ _FOREIGN: Final = {
     b"%PDF": "is a PDF: save the sheet as .xlsx or CSV",
     b"<": "is HTML or XML: open it in Excel and save it as .xlsx",
 }
+_EXACT: Final = 2**53
+_INEXACT: Final = "is no number that can be kept exactly: write it as a text"
 _WORKBOOK: Final = b"PK\x03\x04"
 _UNFIT: Final = re.compile(r"[\x00\ud800-\udfff]")
 _UTF8: Final = re.compile(r"[^\x00-\x7f\udc80-\udcff]")
@@ -177,6 +181,8 @@ def sheet_of(
     for line, values in found:
         if any(value.strip() for value in values[len(titles) :]):
             problems.append(SheetProblem(line, "", wider))
+        elif [value.strip() for value in values[: len(titles)]] == titles:
+            problems.append(SheetProblem(line, "", "the line repeats the header: delete it"))
         cells: dict[str, Values] = {}
         for name, value in zip(columns, values, strict=False):
             if not value.strip():
@@ -213,26 +219,39 @@ def read_jsonl(data: bytes, *, encoding: str | None = None) -> Sheet:
     if isinstance(whole, Sheet):
         return whole
     problems: list[SheetProblem] = []
+
+    def objects() -> Iterator[tuple[int, dict[str, Any]]]:
+        for line, text in enumerate(whole.split("\n"), start=1):
+            if not text.strip():
+                continue
+            try:
+                # Numbers stay as they are written.
+                found = json.loads(text, object_pairs_hook=_once, parse_float=str, parse_int=str)
+                if isinstance(found, dict):
+                    yield line, found
+                    continue
+                message = "the line is not a JSON object"
+            except json.JSONDecodeError as error:
+                message = f"the line is not JSON: {error.msg}"
+            except ValueError as error:
+                message = str(error)
+            except RecursionError:
+                message = "the line is nested too deeply"
+            problems.append(SheetProblem(line, "", message))
+
+    return sheet_of_objects(objects(), problems, detected=detected)
+
+
+def sheet_of_objects(
+    objects: Iterable[tuple[int, dict[str, Any]]],
+    problems: list[SheetProblem] | None = None,
+    detected: str = "",
+) -> Sheet:
+    """A sheet of JSON objects, each with its line; their fields are its columns."""
+    problems = [] if problems is None else problems
     columns: dict[str, None] = {}
     rows = []
-    for line, text in enumerate(whole.split("\n"), start=1):
-        if not text.strip():
-            continue
-        try:
-            # Numbers stay as they are written.
-            found = json.loads(text, object_pairs_hook=_once, parse_float=str, parse_int=str)
-        except json.JSONDecodeError as error:
-            problems.append(SheetProblem(line, "", f"the line is not JSON: {error.msg}"))
-            continue
-        except ValueError as error:
-            problems.append(SheetProblem(line, "", str(error)))
-            continue
-        except RecursionError:
-            problems.append(SheetProblem(line, "", "the line is nested too deeply"))
-            continue
-        if not isinstance(found, dict):
-            problems.append(SheetProblem(line, "", "the line is not a JSON object"))
-            continue
+    for line, found in objects:
         cells: dict[str, Values] = {}
         for name, value in found.items():
             columns.setdefault(name)
@@ -240,6 +259,9 @@ def read_jsonl(data: bytes, *, encoding: str | None = None) -> Sheet:
             if values:
                 cells[name] = values
         rows.append(SheetRow(line=line, cells=cells))
+    if len(columns) > MOST_FIELDS:
+        message = f"the rows have {len(columns)} different fields; {MOST_FIELDS} are possible"
+        return refused(message)
     return Sheet(
         columns=tuple(columns), rows=tuple(rows), problems=tuple(problems), detected=detected
     )
@@ -263,6 +285,8 @@ def _decoded(data: bytes, encoding: str | None) -> tuple[str | Sheet, str]:
         encoding, detected = "utf-16", "encoding UTF-16"
     elif encoding is None and len(data) > 1 and not data[1:40:2].strip(b"\0"):
         encoding, detected = "utf-16-le", "encoding UTF-16"  # without its mark
+    elif encoding is None and len(data) > 1 and not data[:40:2].strip(b"\0"):
+        encoding, detected = "utf-16-be", "encoding UTF-16"
     if encoding is None:
         text = data.decode("utf-8-sig", errors="surrogateescape")
         if not text.isascii() and (legacy := _cp1252(data, text)) is not None:
@@ -342,8 +366,13 @@ def _json_values(value: Any, at: SheetProblem, problems: list[SheetProblem]) -> 
         if isinstance(one, dict | list):
             kind = "an object" if isinstance(one, dict) else "a list in a list"
             problems.append(replace(at, message=f"must be text, not {kind}", of_input=True))
-            one = json.dumps(one)
-        text = one if isinstance(one, str) else json.dumps(one)
+        if isinstance(one, float) and not abs(one) < _EXACT:
+            problems.append(replace(at, message=_INEXACT))
+        try:
+            text = one if isinstance(one, str) else json.dumps(one)
+        except RecursionError:
+            problems.append(replace(at, message="is nested too deeply"))
+            continue
         if (unfit := _unfit(text)) is not None:
             problems.append(replace(at, message=unfit))
         if text.strip():

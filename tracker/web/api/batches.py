@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, Final
 
-import orjson
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
@@ -18,7 +17,7 @@ from tracker.starting.batch_plan import DefinitionChanged
 from tracker.starting.batch_results import csv_lines
 from tracker.starting.batch_rows import BatchPlan, Retry, states_of
 from tracker.starting.columns import ColumnMapping
-from tracker.starting.sheet import Sheet, SheetProblem, SheetRefused, read_jsonl
+from tracker.starting.sheet import SheetProblem, SheetRefused, sheet_of_objects
 from tracker.store.engine import Database
 from tracker.store.queries import batches
 from tracker.store.queries.batches import BatchRow
@@ -87,7 +86,8 @@ class BatchOperations:
         most 10,000 rows and 8 MiB.
         """
         order = self._order(request, body, at_once=body.retry == "all")
-        sheet = await asyncio.to_thread(_sheet, body.rows)
+        # The lines of this sheet are the numbers of the rows.
+        sheet = await asyncio.to_thread(sheet_of_objects, enumerate(body.rows, start=1))
         try:
             plan, _ = await self._services.batches.plan(
                 body.technique,
@@ -253,18 +253,13 @@ class BatchOperations:
         return batch_json(batch, await self._services.batches.counts(batch))
 
 
-def _sheet(rows: Sequence[dict[str, Any]]) -> Sheet:
-    """The rows as a sheet, whose lines are their numbers from 1."""
-    return read_jsonl(b"\n".join(map(orjson.dumps, rows)))
-
-
 def _refused(problems: Sequence[SheetProblem]) -> Fault:
     """422 with an entry for each cause, and the rows that it concerns."""
     causes: dict[tuple[str, str], list[int]] = {}
     for one in problems:
         message, option, _ = one.message.partition("; use --map")
         if option:
-            message += "; name a field like it, or name its field in `columns`"
+            message += "; name a field like the input, or map one in `columns`"
         rows = causes.setdefault((one.column or "rows", message), [])
         if one.line:
             rows.append(one.line)
