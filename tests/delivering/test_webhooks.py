@@ -3,14 +3,17 @@
 import asyncio
 from datetime import timedelta
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import pytest
+from sqlalchemy import Connection, update
 
 from tests.delivering.conftest import SHORT, OpenWorker, Worker, endpoint
 from tests.store.making import ids, seen
 from tests.support.endpoint import SECRET, Got, Receiver
 from tests.support.waiting import eventually
+from tests.support.webhooks import add_endpoint, add_message
 from tracker.core.clock import utc_now
 from tracker.core.events import MessageState, RunFilter
 from tracker.core.record import Seen
@@ -23,6 +26,8 @@ from tracker.store.queries import messages as read
 from tracker.store.queries.audit import list_audit
 from tracker.store.queries.messages import MessageRow
 from tracker.store.queries.runs import get_run
+from tracker.store.schema import endpoints
+from tracker.store.writing.messages import Attempt, Turn, take_turn
 
 
 def settled(run_id: str, *, cost: float | None = 0.25) -> Seen:
@@ -290,6 +295,63 @@ async def test_a_process_without_endpoints_leaves_messages(open_worker: OpenWork
         assert await pending(worker.db, 1)
         await worker.webhooks.start()
         await eventually(lambda: receiver.runs["run_1"])
+
+
+async def test_a_process_that_ends_configures_its_endpoints(open_worker: OpenWorker) -> None:
+    """After two days without a worker, a one-shot process with the endpoint in its settings makes
+    messages for it."""
+    async with Receiver() as receiver:
+        worker: Worker = await open_worker(endpoint(receiver))
+        await configured(worker, "shop")
+        await worker.webhooks.stop()
+        old = update(endpoints).values(configured_at=utc_now() - timedelta(days=2))
+        await worker.db.write(lambda connection: connection.execute(old).rowcount)
+        once: Worker = await open_worker(endpoint(receiver), deliver=False)
+        await once.writer.submit(settled("run_1"))
+        await once.webhooks.aclose()
+        assert await pending(worker.db, 1)
+
+
+async def test_two_outcomes_of_one_message_are_stored_together(db: Database) -> None:
+    """A machine that was suspended sends a message again while its first attempt is open. Both
+    outcomes are attempts; the success counts."""
+    await add_endpoint(db, "shop")
+    await add_message(db, "msg_1", "shop", next_attempt_at=utc_now())
+    turn = partial(take_turn, endpoint_id="shop", holder="me", lease=timedelta(seconds=25))
+    claimed = await db.write(partial(turn, outcomes=[], most=20, now=utc_now()))
+    assert [claim.message_id for claim in claimed.claims] == ["msg_1"]
+    good = Attempt(at=utc_now(), seconds=0.1, status=200)
+    bad = Attempt(at=utc_now(), seconds=0.1, error="the connection was cut")
+    outcomes = [("msg_1", good), ("msg_1", bad)]
+    await db.write(partial(turn, outcomes=outcomes, most=20, now=utc_now()))
+    (message,) = await messages_of(db)
+    assert (message.state, message.attempts) == (MessageState.DELIVERED, 2)
+    assert [one.status for one in await read.list_attempts(db, "msg_1")] == [200, None]
+
+
+async def test_a_worker_waits_while_others_hold_all_requests(
+    open_worker: OpenWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While other processes have 20 requests open, a due message causes no stream of queries."""
+    turns = []
+
+    def counted(connection: Connection, **given: Any) -> Turn:
+        turns.append(take_turn(connection, **given))
+        return turns[-1]
+
+    monkeypatch.setattr(module, "take_turn", counted)
+    async with Receiver() as receiver:
+        worker: Worker = await open_worker(deliver=False)
+        await add_endpoint(worker.db, "shop")
+        held = {"lease_until": utc_now() + timedelta(hours=1), "lease_holder": "another"}
+        for number in range(20):
+            await add_message(worker.db, f"msg_{number}", "shop", **held)
+        await add_message(worker.db, "msg_due", "shop", next_attempt_at=utc_now())
+        await open_worker(endpoint(receiver))
+        await eventually(lambda: turns)
+        await asyncio.sleep(0.5)
+        assert len(turns) <= 3
+        assert receiver.got == []
 
 
 async def test_failed_messages_of_a_span_are_recovered(open_worker: OpenWorker) -> None:

@@ -47,7 +47,7 @@ GROUP: Final = 100
 LEASE: Final = timedelta(seconds=ANSWER_SECONDS + 10)
 """How long a message is claimed: an attempt, and the commit of its outcome."""
 RETRY_SECONDS: Final = 1.0
-"""How long to wait before an unavailable database is tried again."""
+"""How long to wait before an unavailable database, or a claim of nothing, is tried again."""
 STOP_SECONDS: Final = 3.0
 """How long open requests have to end when the process stops."""
 LAST_WITHIN: Final = 2.0
@@ -145,6 +145,7 @@ class Webhooks:
         if self._woken.is_set():
             try:
                 async with asyncio.timeout(LAST_WITHIN):
+                    await self._configure()
                     await self.drain()
             except (StoreError, TimeoutError):
                 log.info("outbox.left", advice="a worker sends it, or the next process that ends")
@@ -363,7 +364,8 @@ class _Sender:
                 reason=turn.disabled,
                 advice=f"correct it, then run `tracker endpoints enable {self._id}`",
             )
-        return 0.0
+        # Without a claim, other processes have all requests open, or lock the rows.
+        return 0.0 if turn.claims or outcomes else RETRY_SECONDS
 
     async def _attempt(self, claim: Claim) -> None:
         try:

@@ -172,19 +172,14 @@ def _judged(health: _Health, attempt: Attempt, first_wait: timedelta) -> _Health
     return replace(failed, state="disabled", disabled_at=attempt.at, disabled_reason=reason)
 
 
-_STORED: Final = ("message_id", "state", "attempts", "tried_since", "lease_holder")
+_CHANGED: Final = (
+    *("state", "attempts", "tried_since", "last_attempt_at", "next_attempt_at", "delivered_at"),
+    *("last_status", "last_error", "lease_until", "lease_holder"),
+)
 _FINISH: Final = (
     update(messages)
-    .where(messages.c.message_id == bindparam("finished"))
-    .values(
-        {
-            name: bindparam(f"as_{name}", type_=messages.c[name].type)
-            for name in (
-                *("state", "attempts", "tried_since", "last_attempt_at", "next_attempt_at"),
-                *("delivered_at", "last_status", "last_error", "lease_until", "lease_holder"),
-            )
-        }
-    )
+    .where(messages.c.message_id == bindparam("as_message_id"))
+    .values({name: bindparam(f"as_{name}", type_=messages.c[name].type) for name in _CHANGED})
 )
 """With all its columns bound, so that one prepared statement serves every outcome."""
 
@@ -201,19 +196,21 @@ def _store(
     A success counts also when the lease has expired meanwhile; a failure then only counts as an
     attempt, since another process has the message.
     """
-    columns = [messages.c[name] for name in (*_STORED, "next_attempt_at", "delivered_at")]
-    wanted = select(*columns, messages.c.lease_until)
+    wanted = select(*(messages.c[name] for name in ("message_id", *_CHANGED)))
     wanted = wanted.where(messages.c.message_id.in_([message_id for message_id, _ in outcomes]))
     wanted = wanted.order_by(messages.c.message_id).with_for_update()
-    found = {row.message_id: row for row in connection.execute(wanted)}
-    changes, attempts = [], []
+    found = {row.message_id: dict(row._mapping) for row in connection.execute(wanted)}
+    attempts = []
     for message_id, attempt in outcomes:
         if (row := found.get(message_id)) is None:
             continue
+        row["attempts"] += 1
+        row["last_attempt_at"] = attempt.at
+        row["last_status"], row["last_error"] = attempt.status, attempt.error
         attempts.append(
             {
                 "message_id": message_id,
-                "number": row.attempts + 1,
+                "number": row["attempts"],
                 "at": attempt.at,
                 "seconds": attempt.seconds,
                 "status": attempt.status,
@@ -221,24 +218,11 @@ def _store(
                 "error": attempt.error,
             }
         )
-        is_mine = row.lease_holder == holder
-        change = {
-            "state": row.state,
-            "attempts": row.attempts + 1,
-            "tried_since": row.tried_since,
-            "last_attempt_at": attempt.at,
-            "next_attempt_at": row.next_attempt_at,
-            "delivered_at": row.delivered_at,
-            "last_status": attempt.status,
-            "last_error": attempt.error,
-            "lease_until": None if is_mine else row.lease_until,
-            "lease_holder": None if is_mine else row.lease_holder,
-        }
-        if row.state == "pending" and attempt.delivered:
-            change |= {"state": "delivered", "delivered_at": attempt.at, "next_attempt_at": None}
-            change |= {"lease_until": None, "lease_holder": None}
-        elif row.state == "pending" and is_mine:
-            since = row.tried_since
+        is_mine, is_pending = row["lease_holder"] == holder, row["state"] == "pending"
+        if is_pending and attempt.delivered:
+            row |= {"state": "delivered", "delivered_at": attempt.at, "next_attempt_at": None}
+        elif is_pending and is_mine:
+            since = row["tried_since"]
             if since is None or (enabled_at is not None and since < enabled_at):
                 since = attempt.at
             due = next_attempt(
@@ -249,10 +233,12 @@ def _store(
                 waits=waits,
             )
             state = "pending" if due else "failed"
-            change |= {"tried_since": since, "next_attempt_at": due, "state": state}
-        changes.append({"finished": message_id, **{f"as_{k}": v for k, v in change.items()}})
+            row |= {"tried_since": since, "next_attempt_at": due, "state": state}
+        if is_mine or row["state"] == "delivered":
+            row |= {"lease_until": None, "lease_holder": None}
     if attempts:
         connection.execute(insert(message_attempts), attempts)
+        changes = [{f"as_{name}": value for name, value in row.items()} for row in found.values()]
         connection.execute(_FINISH, changes)
 
 
