@@ -88,6 +88,9 @@ async def test_rows_are_shown_by_outcome_and_by_error(serve: Serve, database_url
         assert ">SKU-7</a>" in page or ">SKU-7</span>" in page
         assert "&lt;b&gt;&amp;Co · garden tool" in page
         assert page.count('class="thumb image"') == 4 * (10 - count)
+        table = re.search(r'href="(/api/batches/[^"]+results.csv[^"]*)"', page)
+        assert table is not None
+        assert (await found.site.client.get(table[1])).text.startswith("\ufeffSKU,client,row,")
         only = shown_rows(await found.page("?show=failed"))
         assert len(only) == count
         group = failed[0]
