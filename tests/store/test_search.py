@@ -206,6 +206,8 @@ async def test_results_are_counted_up_to_a_bound(some: Database) -> None:
     assert await count_runs(some, Wanted(), window=4) == (4, True)
     assert await count_runs(some, Wanted(text="tech_b"), window=4) == (1, True)
     assert await count_runs(some, Wanted(state="failed", sort=Sort.COST)) == (0, False)
+    assert await count_runs(some, Wanted(sort=Sort.DURATION), window=4) == (0, False)
+    assert await count_runs(some, Wanted(tag="a=b"), window=4) == (0, some.dialect == "sqlite")
 
 
 async def test_runs_are_found_by_their_batch(db: Database, writer: TestWriter) -> None:

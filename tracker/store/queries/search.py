@@ -5,7 +5,7 @@ to a window of those runs; if the window ends before the page is full, the resul
 next page continues there. Other orders sort the window; without filters they have an index.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -169,8 +169,12 @@ class _Search:
 
     def __init__(self, db: Database, wanted: Wanted) -> None:
         self._wanted = wanted
-        self._leading, self._others = _conditions(db, wanted)
+        tagged = None if wanted.tag is None else read.is_tagged(db, wanted.tag)
+        self._leading, self._others = _conditions(db, wanted, tagged)
         self._times = _within_time(wanted)
+        leads = db.dialect == "sqlite" and any(each is tagged for each in self._leading)
+        self._scanned = tagged if leads else None
+        """A leading tag that SQLite scans for: as far as a page needs, but not to count."""
         filtered = bool(self._leading or self._others or self._times)
         self.is_sorted = wanted.batch_id is not None or (
             filtered and wanted.sort is not Sort.NEWEST
@@ -202,40 +206,40 @@ class _Search:
         window: int,
     ) -> Select[Any]:
         """The runs of a page."""
-        candidates = select(*RUN_COLUMNS).where(*inside)
-        if not self.is_sorted:
-            candidates = candidates.order_by(*self.descending)
-            if not outside:
-                return candidates.limit(limit)
-            searched = candidates.limit(window).subquery("searched")
-        else:
-            searched = self._newest(candidates, window)
+        if not outside and not self.is_sorted:
+            return select(*RUN_COLUMNS).where(*inside).order_by(*self.descending).limit(limit)
+        searched = self._window(RUN_COLUMNS, inside, window)
         adapt = ClauseAdapter(searched).traverse
         matching = select(searched).where(*(adapt(each) for each in outside))
         return matching.order_by(*(adapt(each) for each in self.descending)).limit(limit)
 
     def count(self, limit: int) -> Select[int, int]:
         """How many of at most `limit` candidates match: `matching` and `candidates`."""
-        outside = [*self._others, *self._valued]
-        columns = RUN_COLUMNS if outside else (runs.c.run_id,)
-        candidates = select(*columns).where(*self._leading, *self._times)
-        searched = self._newest(candidates, limit)
+        inside, outside = self.conditions(None)
+        if self._scanned is not None:
+            inside = [each for each in inside if each is not self._scanned]
+            outside = [*outside, self._scanned]
+        searched = self._window(RUN_COLUMNS if outside else (runs.c.run_id,), inside, limit)
         adapt = ClauseAdapter(searched).traverse
         matching = func.count().filter(and_(true(), *(adapt(each) for each in outside)))
         counts = (matching.label("matching"), func.count().label("candidates"))
         return select(*counts).select_from(searched)
 
-    def _newest(self, candidates: Select[Any], window: int) -> Subquery:
-        """The newest candidates; all of a batch, which is found by its rows and not by time."""
+    def _window(
+        self, columns: Sequence[Any], inside: list[ColumnElement[bool]], limit: int
+    ) -> Subquery:
+        """At most `limit` candidates; all of a batch, which its rows lead to, and not the time."""
+        candidates = select(*columns).where(*inside)
         if self._wanted.batch_id is not None:
             # The limit keeps SQLite from applying other filters first, by a worse index.
             return candidates.limit(_ALL).subquery("searched")
-        newest = candidates.order_by(*(each.desc() for each in read.NEWEST_FIRST))
-        return newest.limit(window).subquery("searched")
+        newest = [each.desc() for each in read.NEWEST_FIRST]
+        order = newest if self.is_sorted else self.descending
+        return candidates.order_by(*order).limit(limit).subquery("searched")
 
 
 def _conditions(
-    db: Database, wanted: Wanted
+    db: Database, wanted: Wanted, tagged: ColumnElement[bool] | None
 ) -> tuple[list[ColumnElement[bool]], list[ColumnElement[bool]]]:
     """The leading condition, by index, if any; and the conditions for the window."""
     leading: list[ColumnElement[bool]] = []
@@ -263,8 +267,8 @@ def _conditions(
         add(STATES[state])
     if state in ("details", "other", "conflict"):
         others.append(STATES[state])
-    if wanted.tag is not None:
-        add(read.is_tagged(db, wanted.tag))
+    if tagged is not None:
+        add(tagged)
     if wanted.text:
         others.append(_has_text(db, wanted.text, wanted.among))
     return leading, others
