@@ -5,18 +5,27 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from tempfile import NamedTemporaryFile
 from typing import Final
 
 from bench.ingest.load import SECRET, WORKSPACE
 from bench.ready import served
 from tests.support.waiting import free_port
 
+_ENDPOINT: Final = """
+[[endpoints]]
+id = "endpoint-{0}"
+url = "https://127.0.0.1:9/{0}"
+secrets = "whsec_MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTIz"
+allow_private = true
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Contender:
     """A server that takes callbacks: how it is started, which of its tables has a row for each, and
     for how many a second some are prepared; beyond that a round ends early. One that `applies`
-    brings runs up to date after it has answered."""
+    brings runs up to date after it has answered; `endpoints` is how many it has in its settings."""
 
     name: str
     module: str
@@ -24,11 +33,16 @@ class Contender:
     table: str | None
     fastest: int = 25_000
     applies: bool = False
+    endpoints: int = 0
 
 
 TRACKER: Final = Contender(
     "tracker", "tracker", ("serve", "--no-worker"), "deliveries", applies=True
 )
+WITH_ENDPOINTS: Final = Contender(
+    "with endpoints", "tracker", ("serve",), "deliveries", applies=True, endpoints=3
+)
+"""The same with its worker, whose outbox and endpoints are idle: callbacks alone settle no run."""
 CEILING: Final = Contender(
     "ceiling", "bench.ingest.ceiling", ("serve", "--no-worker"), None, fastest=35_000
 )
@@ -56,8 +70,12 @@ def started(contender: Contender, database_url: str) -> Iterator[Running]:
     """The contender, ready for callbacks, on that database."""
     port = free_port()
     command = [sys.executable, "-m", contender.module, *_arguments(contender, port)]
-    with served(command, port, _environment(database_url, port)) as process:
-        yield Running(contender, port, process.pid)
+    with NamedTemporaryFile("w", suffix=".toml") as config:
+        config.write("".join(_ENDPOINT.format(number) for number in range(contender.endpoints)))
+        config.flush()
+        environment = {**_environment(database_url, port), "TRACKER_CONFIG": config.name}
+        with served(command, port, environment) as process:
+            yield Running(contender, port, process.pid)
 
 
 def _arguments(contender: Contender, port: int) -> tuple[str, ...]:

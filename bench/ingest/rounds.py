@@ -13,7 +13,15 @@ from typing import Any, Final, Literal, Self
 
 from sqlalchemy import create_engine, text
 
-from bench.ingest.contenders import BARE, CEILING, PEER, TRACKER, Contender, started
+from bench.ingest.contenders import (
+    BARE,
+    CEILING,
+    PEER,
+    TRACKER,
+    WITH_ENDPOINTS,
+    Contender,
+    started,
+)
 from bench.ingest.effects import drained, effects
 from bench.ingest.load import Load, prepared, send
 from bench.report import Report, Table, say
@@ -21,7 +29,7 @@ from bench.throw_away import throw_away
 from tracker.store import migrate
 
 WARM_SECONDS: Final = 1.0
-CONTENDERS: Final = (BARE, CEILING, TRACKER, PEER)
+CONTENDERS: Final = (BARE, CEILING, TRACKER, WITH_ENDPOINTS, PEER)
 
 
 @dataclass(frozen=True, slots=True)
