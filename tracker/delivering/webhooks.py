@@ -101,7 +101,8 @@ class Webhooks:
         self._stopping = False
         self._configured_at = float("-inf")
         self._log_limit = LogRateLimit()
-        signals.when_outbox_waits(self.wake)
+        # An event of this process has no message yet: the endpoints are woken when it has.
+        signals.when_outbox_waits(self._woken.set, self.wake)
 
     def rotate(self, secrets: Mapping[str, tuple[str, ...]]) -> None:
         """Sign with these secrets from now on, by endpoint."""

@@ -88,6 +88,7 @@ class Signals:
         self._due = asyncio.Event()
         self._listeners: set[Listener] = set()
         self._on_inbox: Callable[[], None] = lambda: None
+        self._on_event: Callable[[], None] = lambda: None
         self._on_outbox: Callable[[], None] = lambda: None
         self._task: asyncio.Task[None] | None = None
         self._listening = False
@@ -107,9 +108,12 @@ class Signals:
         """Call `call` whenever another process has stored what it has no time to apply."""
         self._on_inbox = call
 
-    def when_outbox_waits(self, call: Callable[[], None]) -> None:
-        """Call `call` whenever this or another process has committed something to send."""
-        self._on_outbox = call
+    def when_outbox_waits(
+        self, committed: Callable[[], None], notified: Callable[[], None]
+    ) -> None:
+        """Call `committed` whenever this process has committed an event, and `notified` whenever
+        another one has committed events or messages."""
+        self._on_event, self._on_outbox = committed, notified
 
     @property
     def listening(self) -> bool:
@@ -145,7 +149,7 @@ class Signals:
         if outcome.changed_runs:
             self._publish(outcome.changed_runs)
         if outcome.outbox:
-            self._on_outbox()
+            self._on_event()
 
     async def announce_outbox(self) -> None:
         """Tell other processes that something is to be sent. Raises `StoreUnavailable`."""
