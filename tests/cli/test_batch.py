@@ -229,7 +229,7 @@ def test_sheets_come_in_several_forms(flora: Commands) -> None:
 
 def test_runs_that_fail_are_status_1(tracker: Commands, stack: ExitStack) -> None:
     """One line for each cause, with its count, its lines and what to do, and the next command."""
-    simulate(tracker, stack, "--run-seconds", "0.2", "--failures", "100%")
+    simulate(tracker, stack, "--run-seconds", "0.2", "--failures", "100%", "--seed", "2")
     tracker.environ["TRACKER_POLL_INTERVAL"] = "0.1"
     (tracker.folder / "icons.csv").write_text(SHEET)
     done = tracker("batch", "icon-pack", "icons.csv", "--results", "jsonl")
@@ -248,6 +248,12 @@ def test_runs_that_fail_are_status_1(tracker: Commands, stack: ExitStack) -> Non
     assert lines[lines.index("Next:") + 1].startswith(
         f"  tracker batch icon-pack icons.csv --results jsonl --retry-failed  # {len(retried)} row"
     )
+    left_out = [row["line"] for row in rows if row["retry_advice"] == "change_input"]
+    done = tracker("batch", "icon-pack", "icons.csv", "--retry-failed", "--dry-run")
+    assert left_out
+    told = [line for line in done.stderr.splitlines() if line.startswith("Not retried: ")]
+    assert len(told) == len({row["error"] for row in rows if row["line"] in left_out})
+    assert all("; change the input)" in line for line in told)
 
 
 async def test_an_interrupt_is_status_130_and_loses_nothing(flora: Commands) -> None:

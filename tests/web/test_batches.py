@@ -1,5 +1,6 @@
 """`/api/batches`: a program starts rows, sees what became of them, and pays each once."""
 
+import asyncio
 import csv
 import io
 from collections.abc import AsyncIterator
@@ -18,6 +19,7 @@ from tests.worker.test_batch import hasty_client
 from tracker.core.budget import Budget, Budgets, Period
 from tracker.simulator import Simulator
 from tracker.starting import batch_launch, batch_worker
+from tracker.starting.batch_orders import Order
 from tracker.starting.sheet import read_csv
 from tracker.store.queries import audit, batch_launches, batches
 from tracker.worker.scheduler import Worker
@@ -219,6 +221,22 @@ async def test_a_batch_waits_for_a_budget_if_asked(
         site.services.starter.budgets = Budgets()
         done = await launched(site, made["batch_id"])
         assert (done["started"], done["stopped"]) == (5, None)
+
+
+async def test_one_of_equal_orders_at_one_moment_counts(serve: Serve, database_url: str) -> None:
+    """One is placed and noted in the audit log; the others find it."""
+    async with working(serve, database_url, worker=False) as (site, _):
+        services = site.services
+        plan, _ = await services.batches.plan("icon-pack", read_csv(b"prompt\na\n"), name="a.csv")
+        order = Order(started_by="shop", ordered_at=services.clock())
+        place = services.batch_orders.place
+        placed = await asyncio.gather(*(place(plan, order) for _ in range(4)))
+        assert sorted((one.known, one.ordered) for one in placed) == [
+            (False, True),
+            *[(True, False)] * 3,
+        ]
+        entries, _ = await audit.list_audit(services.database, action="launch", limit=5)
+        assert len(entries) == 1
 
 
 async def test_a_maximum_of_nothing_starts_nothing(serve: Serve, sqlite_url: str) -> None:

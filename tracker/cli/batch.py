@@ -204,10 +204,7 @@ def batch(
                 tag_columns=tag_columns,
             )
         report_problems(name, skipped)
-        report_plan(plan)
-        if retry is not None:
-            for row in plan.to_change:
-                note(f"line {row.entry.line}: change the input: {row.why or ''}")
+        report_plan(plan, retried=retry is not None)
         if name_by is not None:
             naming_column(plan.batch, name_by)
         _check_cost(plan, max_cost)

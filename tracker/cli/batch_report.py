@@ -54,8 +54,8 @@ def report_problems(name: str, problems: "Sequence[SheetProblem]") -> None:
         note(f"{name}: {counted(len(lines) - _NAMED, 'more cause')}")
 
 
-def report_plan(plan: "BatchPlan") -> None:
-    """What is carried, renamed and repeated, on stderr."""
+def report_plan(plan: "BatchPlan", *, retried: bool) -> None:
+    """What is carried, renamed and repeated, and what a retry leaves out, on stderr."""
     from tracker.starting.batch_results import carried_names
 
     columns = plan.batch.columns or []
@@ -66,6 +66,8 @@ def report_plan(plan: "BatchPlan") -> None:
             note(f"In the results, the column {column!r} is called {name!r}")
     for line in _repetitions(plan):
         note(line)
+    for line in _causes(plan.to_change)[:_NAMED] if retried else ():
+        note(f"Not retried: {line}")
 
 
 def _repetitions(plan: "BatchPlan") -> list[str]:

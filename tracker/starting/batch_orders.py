@@ -141,7 +141,10 @@ class BatchOrders:
                 rows=len(plan.missing),
             )
             noted = entry if plan.missing else None
-            await batches.keep(self.database, placed, entries, noted=noted)
+            if not await batches.keep(
+                self.database, placed, entries, only_new=stored is None, noted=noted
+            ):
+                return await self.place(plan, order)  # it was ordered at the same moment
             if plan.missing:
                 log.info(
                     "batch.ordered",

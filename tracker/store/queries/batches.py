@@ -150,19 +150,21 @@ async def keep(
     batch: BatchRow,
     entries: Sequence[BatchEntry],
     *,
+    only_new: bool = False,
     noted: Mapping[str, Any] | None = None,
-) -> None:
+) -> bool:
     """Insert or update a batch with its rows, and open it again. Turns never go back.
 
     Without `launch` a worker still launches what it has not launched yet, and no more. `noted` is
-    an entry of the audit log.
+    an entry of the audit log. If it is to be `only_new` and is not, nothing is stored; returns
+    whether it was.
     """
     new = db.insert(batches)
     if batch.launch is not None:
         launch = {name: new.excluded[name] for name in ("launch", "launch_at")}
     else:
         launch = {"launch": case((batches.c.launch_at.is_not(None), batches.c.launch))}
-    new = new.on_conflict_do_update(
+    updated = new.on_conflict_do_update(
         index_elements=[batches.c.batch_id],
         set_={
             **{name: new.excluded[name] for name in ("name", "columns")},
@@ -187,14 +189,18 @@ async def keep(
     values = [_values(batch.batch_id, entry) for entry in entries]
     header = asdict(batch) | {"finished_at": None, "stopped": None}
 
-    def work(connection: Connection) -> None:
-        connection.execute(new, header)
+    header_statement = new.on_conflict_do_nothing() if only_new else updated
+
+    def work(connection: Connection) -> bool:
+        if connection.execute(header_statement, header).rowcount == 0:
+            return False
         if values:
             connection.execute(rows, values)
         if noted is not None:
             audit.note(connection, noted)
+        return True
 
-    await db.write(work)
+    return await db.write(work)
 
 
 async def finish(
