@@ -83,7 +83,7 @@ class BatchOperations:
         The rows are checked against the technique's definition, and their price against `max_cost`
         and the budgets, before anything is started. They are stored before the response; a process
         with a worker starts them. The same rows again are the same batch: none is started twice. At
-        most 10,000 rows and 8 MiB.
+        most 10,000 rows, 1,000 different fields and 8 MiB.
         """
         order = self._order(request, body, at_once=body.retry == "all")
         # The lines of this sheet are the numbers of the rows.
