@@ -113,6 +113,14 @@ async def test_the_status_decides() -> None:
         assert len(attempt.answer or "") <= 1000
 
 
+@pytest.mark.parametrize(("asked", "seconds"), [("600", 600.0), ("99999", 3600.0), ("x", None)])
+async def test_an_endpoint_may_ask_for_an_hour(asked: str, seconds: float | None) -> None:
+    """The wait that a refusal asks for counts up to an hour, as documented."""
+    headers = {"Retry-After": asked}
+    async with Receiver(status=503, headers=headers) as receiver, client(receiver) as one:
+        assert (await one.send("msg_1", BODY)).retry_after == seconds
+
+
 async def test_nonsense_is_a_failed_attempt() -> None:
     """An answer that is no HTTP, and endless headers, are a failure like another."""
 

@@ -2,7 +2,7 @@
 
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -22,6 +22,7 @@ app = typer.Typer(
     help="List, show and resend the events sent to endpoints.",
     no_args_is_help=True,
 )
+_SENT_BY: Final = "workers send to endpoints that are enabled and in their settings"
 
 
 def _parse_time(text: str | datetime) -> datetime:
@@ -143,7 +144,7 @@ def resend(
     if as_json:
         print_json({"messages": message_ids})
     else:
-        typer.echo(f"{counted(len(message_ids), 'message')} to send again; workers do it now")
+        typer.echo(f"{counted(len(message_ids), 'message')} due now; {_SENT_BY}")
 
 
 @app.command()
@@ -167,4 +168,4 @@ def recover(
     if as_json:
         print_json({"endpoint_id": endpoint, "failed": count})
     else:
-        typer.echo(f"{counted(count, 'failed message')} to send again; workers do it now")
+        typer.echo(f"{counted(count, 'failed message')} due now; {_SENT_BY}")

@@ -15,6 +15,7 @@ import httpx
 
 from tracker.core.clock import Clock
 from tracker.core.errors import TrackerError
+from tracker.core.events import LONGEST_RETRY_AFTER
 from tracker.delivering.addresses import Address, GuardedTransport, Resolver, connect_failure
 from tracker.delivering.signing import signed_headers
 from tracker.flora.caller import retry_after_of
@@ -161,7 +162,9 @@ class EndpointClient:
             status=response.status_code,
             answer=answer or None,
             error=_refusal(response),
-            retry_after=retry_after_of(response.headers, now=at),
+            retry_after=retry_after_of(
+                response.headers, now=at, longest=LONGEST_RETRY_AFTER.total_seconds()
+            ),
         )
 
 

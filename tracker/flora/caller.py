@@ -73,23 +73,25 @@ def backoff(attempt: int) -> float:
     return wait * random.uniform(0.5, 1.0)
 
 
-def retry_after_of(headers: Mapping[str, str], *, now: datetime) -> float | None:
-    """The wait that an answer asks for, at most `LONGEST_WAIT` seconds; `None` without one.
+def retry_after_of(
+    headers: Mapping[str, str], *, now: datetime, longest: float = LONGEST_WAIT
+) -> float | None:
+    """The wait that an answer asks for, at most `longest` seconds; `None` without one.
 
     `retry-after-ms` precedes `retry-after`, which is in seconds or a date. A date is measured from
     the answer's own `date`, so that our clock (`now`, UTC) does not matter.
     """
     milliseconds = headers.get("retry-after-ms", "")
     if _NUMBER.fullmatch(milliseconds):
-        return min(float(milliseconds) / 1000, LONGEST_WAIT)
+        return min(float(milliseconds) / 1000, longest)
     asked = headers.get("retry-after", "")
     if _NUMBER.fullmatch(asked):
-        return min(float(asked), LONGEST_WAIT)
+        return min(float(asked), longest)
     when = http_date(asked)
     if when is None:
         return None
     seconds = (when - (http_date(headers.get("date", "")) or now)).total_seconds()
-    return min(max(seconds, 0.0), LONGEST_WAIT)
+    return min(max(seconds, 0.0), longest)
 
 
 def http_date(text: str) -> datetime | None:

@@ -37,6 +37,7 @@ SINCE: Final = {
     "720": "Last 30 days",
 }
 """How far back failed messages are sent again, in hours."""
+HELD: Final = "A disabled endpoint gets nothing until it is enabled."
 
 
 class WebhookPages(PageGroup):
@@ -111,7 +112,7 @@ class WebhookPages(PageGroup):
             raise invalid(FieldFault("since", f"must be one of {', '.join(SINCE)}"))
         since = self._services.clock() - timedelta(hours=int(hours))
         count = await self._services.webhooks.recover(row.endpoint_id, since=since)
-        flash = FlashMessage("good", f"{counted(count, 'failed message')} sent again.")
+        flash = FlashMessage("good", f"Made due now: {counted(count, 'failed message')}. {HELD}")
         return await self._endpoint_page(request, row, flash)
 
     async def list_messages(self, request: Request) -> Response:
@@ -152,7 +153,7 @@ class WebhookPages(PageGroup):
         await check_csrf(request)
         row = await self._message(request)
         await self._services.webhooks.resend(row.message_id)
-        flash = FlashMessage("good", "It is sent again now.")
+        flash = FlashMessage("good", f"It is due now. {HELD}")
         return await self._message_page(request, await self._message(request), flash)
 
     async def _endpoint_page(
