@@ -41,6 +41,10 @@ INDEXES: dict[str, tuple[list[str], str | None]] = {
         ["state", "created_at", "message_id"],
         "state <> 'delivered'",
     ),
+    "ix_messages_newest_not_settled": (
+        ["event", "created_at", "message_id"],
+        "event <> 'run.settled'",
+    ),
     "ix_messages_run": (["run_id"], None),
 }
 """Of `messages`: columns, and the condition of a partial index."""

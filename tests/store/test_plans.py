@@ -216,6 +216,10 @@ QUERIES: dict[str, tuple[Callable[[Database], Awaitable[Any]], str]] = {
         f"messages that are {state}": (partial(list_messages, state=state), "ix_messages_")
         for state in ("pending", "failed")
     },
+    "messages of a rare event": (
+        partial(list_messages, event="run.lost"),
+        "ix_messages_newest_not_settled",
+    ),
     "messages of a run": (lambda db: list_messages(db, run_id="run_1"), "ix_messages_run"),
     "the attempts of a message": (lambda db: list_attempts(db, "msg_1"), ""),
     "delays of an endpoint": (

@@ -724,6 +724,11 @@ messages: Final = Table(
         *("state", "created_at", "message_id"),
         where="state <> 'delivered'",
     ),
+    _partial(
+        "ix_messages_newest_not_settled",
+        *("event", "created_at", "message_id"),
+        where="event <> 'run.settled'",
+    ),
     Index("ix_messages_run", "run_id"),
     postgresql_with=_storage(fillfactor=85),
 )

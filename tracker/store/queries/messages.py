@@ -73,13 +73,18 @@ async def list_messages(
 ) -> tuple[list[MessageRow], str | None]:
     """A page of messages without their bodies, newest first, and the cursor of the next page.
 
-    Raises `InvalidRequest` for an invalid cursor, `ValueError` for an unknown state.
+    Raises `InvalidRequest` for an invalid cursor, `ValueError` for an unknown state or event.
     """
     statement = select(*_SHOWN)
-    equal = {"endpoint_id": endpoint_id, "event": event, "run_id": run_id}
+    equal = {"endpoint_id": endpoint_id, "run_id": run_id}
     for name, value in equal.items():
         if value is not None:
             statement = statement.where(messages.c[name] == value)
+    if event is not None:
+        kind = EventType(event)
+        statement = statement.where(messages.c.event == word(kind.value))
+        if kind is not EventType.SETTLED:  # the condition of the partial index
+            statement = statement.where(messages.c.event != word(EventType.SETTLED.value))
     if state is not None:
         statement = statement.where(is_in(MessageState(state)))
     key = (messages.c.created_at, messages.c.message_id)
