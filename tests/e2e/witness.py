@@ -34,7 +34,7 @@ PROGRAMS = (
     *("/readyz", "/metrics", "/api/runs", "/api/runs/run_x", "/api/runs/run_x/events"),
     *("/api/techniques", "/api/techniques/icon-pack"),
 )
-PAGES = ("/", "/runs", "/deliveries", "/techniques", "/batches", "/sweeps", "/runs/run_x")
+PAGES = ("/", "/runs", "/deliveries", "/techniques", "/batches", "/health", "/runs/run_x")
 HTML = {"accept": "text/html"}
 CALLBACKS = "/callbacks/flora"
 SECRET = "whsec_simulator"
