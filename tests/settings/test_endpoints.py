@@ -68,9 +68,9 @@ def test_by_default_settled_runs_are_sent(tmp_path: Path) -> None:
         ({"url": "a.example"}, "must be an address such as https://"),
         ({"secrets": "whsec_short"}, "endpoints[0].secrets[0] in {path} must be whsec_ and"),
         ({"secrets": SECRET.removeprefix("whsec_")}, "must be whsec_ and the base64 of"),
-        ({"secrets": []}, "endpoints[0].secrets in {path}"),
+        ({"secrets": []}, "endpoints[0].secrets in {path} must not be empty"),
         ({"events": ["run.ended"]}, "endpoints[0].events[0] in {path} must be 'run.settled'"),
-        ({"events": []}, "endpoints[0].events in {path}"),
+        ({"events": []}, "endpoints[0].events in {path} must not be empty"),
         ({"technique_id": "icon-pack"}, "must be a technique's id"),
         ({"tag": "spring"}, "is not KEY=VALUE"),
         ({"private": True}, "endpoints[0].private in {path}: unknown key"),
@@ -90,6 +90,15 @@ def test_a_fault_is_named_with_its_place(
         load(tmp_path, "[[endpoints]]\n" + "\n".join(lines))
     assert fault.format(path=tmp_path / "tracker.toml") in str(caught.value)
     assert SECRET not in str(caught.value)
+
+
+def test_an_invalid_entry_is_one_fault(tmp_path: Path) -> None:
+    """A list whose only entry is invalid is not called empty as well."""
+    text = WHOLE.replace('"run.settled"', '"run.ended"').replace('"run.lost"', '"run.ended"')
+    with pytest.raises(SettingsError) as caught:
+        load(tmp_path, text)
+    assert "must be 'run.settled'" in str(caught.value)
+    assert "empty" not in str(caught.value)
 
 
 def test_ids_differ(tmp_path: Path) -> None:

@@ -102,7 +102,14 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Loaded:
         )
         return Loaded(settings, sources, file.states if file else {}, unknown)
     except ValidationError as fault:
-        faults = "; ".join(_message(error, file) for error in fault.errors())
+        errors = fault.errors()
+        # A list whose only entries are invalid counts as empty, too.
+        within = {error["loc"][:-1] for error in errors}
+        faults = "; ".join(
+            _message(error, file)
+            for error in errors
+            if error["type"] != "too_short" or error["loc"] not in within
+        )
     # Raised outside of `except`: a chained validation error would carry the values.
     raise SettingsError(faults)
 
@@ -205,6 +212,8 @@ def _message(error: ErrorDetails, file: _File | None) -> str:
         .replace("Input should be", "must be")
         .replace("Field required", "is missing")
     )
+    if error["type"] == "too_short":
+        message = "must not be empty"
     if not error["loc"]:
         return message
     key, *rest = error["loc"]

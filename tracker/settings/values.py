@@ -91,7 +91,7 @@ def check_endpoint_url(url: str) -> str:
     """The URL of an endpoint, with any path and query."""
     scheme, _ = _scheme_and_host(url, "https://example.org/hook")
     if scheme not in ("https", "http"):
-        raise ValueError("must begin with https://")
+        raise ValueError("must begin with https:// or http://")
     if "#" in url:
         raise ValueError("must not hold a fragment (#)")
     return url
