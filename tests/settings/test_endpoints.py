@@ -94,11 +94,12 @@ def test_a_fault_is_named_with_its_place(
 
 def test_an_invalid_entry_is_one_fault(tmp_path: Path) -> None:
     """A list whose only entry is invalid is not called empty as well."""
-    text = WHOLE.replace('"run.settled"', '"run.ended"').replace('"run.lost"', '"run.ended"')
+    text = f'[[endpoints]]\nid = "a"\nurl = "https://a.example"\nsecrets = "{SECRET}"'
+    text += '\nevents = ["run.ended"]'
     with pytest.raises(SettingsError) as caught:
         load(tmp_path, text)
     assert "must be 'run.settled'" in str(caught.value)
-    assert "empty" not in str(caught.value)
+    assert "endpoints[0].events in" not in str(caught.value)
 
 
 def test_ids_differ(tmp_path: Path) -> None:
