@@ -17,7 +17,14 @@ from urllib.parse import urlsplit
 
 import pytest
 import pytest_asyncio
-from playwright.async_api import Browser, BrowserContext, Page, Route, async_playwright
+from playwright.async_api import (
+    Browser,
+    BrowserContext,
+    Page,
+    Route,
+    async_playwright,
+    expect,
+)
 from pydantic import SecretStr
 
 from tests.support.databases import sqlite_url_of
@@ -32,6 +39,8 @@ from tracker.worker.scheduler import Worker
 
 TOKEN: Final = "a-token-of-the-tests"
 READER: Final = "a-token-that-only-reads"
+# Milliseconds: other tests may keep the machine busy.
+expect.set_options(timeout=30_000)
 CHROMIUM: Final = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS: Final = [
     "--no-sandbox",

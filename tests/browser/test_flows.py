@@ -104,7 +104,7 @@ async def test_the_list_is_filtered_and_stays_live(live: LiveTracker, open_page:
     await expect(page.get_by_role("link", name=second)).to_be_visible()
     row = page.locator(f'tr[data-run="{second}"]')
     await expect(row.locator(".pill")).to_have_text("completed")
-    await page.get_by_label("State").select_option("failed")
+    await page.get_by_label("State").select_option(label="Not found at FLORA")
     await expect(page.get_by_role("heading", name="No matching runs")).to_be_visible()
     assert await page.evaluate("window.untouched") is True
     watched.assert_quiet()

@@ -33,6 +33,7 @@ async def test_the_navigation_of_a_phone_is_at_its_bottom(
     await page.goto(f"{live.url}/audit")
     await page.fill("#token", "a-token-of-the-tests")
     await page.get_by_role("button", name="Sign in").tap()
+    await page.wait_for_url("**/audit")
     bar = page.get_by_role("navigation", name="Pages")
     for name in ("Overview", "Runs", "Batches", "Deliveries"):
         box = await bar.get_by_role("link", name=name).bounding_box()

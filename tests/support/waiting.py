@@ -2,12 +2,18 @@
 
 import asyncio
 import inspect
+import itertools
+import os
+import random
 import socket
 import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 T = TypeVar("T")
+
+FIRST_PORT, RANGES, PORTS = 16_000, 16, 1_000
+_numbers = itertools.count(random.randrange(PORTS))
 
 
 async def eventually(
@@ -32,8 +38,17 @@ async def eventually(
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nothing listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    """A TCP port of 127.0.0.1 that nothing listens on, for a server that starts later.
+
+    It is below the ports that the kernel gives out, and each test process has its own range, so
+    that nothing takes it until then.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        port = FIRST_PORT + worker % RANGES * PORTS + next(_numbers) % PORTS
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
         return port

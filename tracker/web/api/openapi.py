@@ -132,6 +132,7 @@ _PATH_PARAMETERS: Final = {
     "run_id": ("FLORA's `run_…` identifier.", "run_abc123"),
     "batch_id": ("The batch's `bat_…` identifier.", "bat_0123456789abcdef"),
     "technique": ("Its id or its slug.", "icon-pack"),
+    "delivery_id": ("FLORA's `whd_…` identifier.", "whd_abc123"),
     "message_id": ("The `webhook-id` of the message.", "msg_abc123"),
 }
 _SCHEMAS: Final = "#/components/schemas/{model}"

@@ -18,6 +18,7 @@ from starlette.datastructures import QueryParams
 
 from tracker.core.errors import FieldFault
 from tracker.core.events import EventType, MessageState
+from tracker.core.record import DeliveryOutcome
 from tracker.core.retry import RetryAdvice
 from tracker.core.run import Tracking
 from tracker.core.tags import check_tags, parse_tag
@@ -212,6 +213,18 @@ class StartsQuery(Query):
         BeforeValidator(none_if_empty),
         one_of(LISTED),
     ] = Field(None, description="Default: all whose outcome is not known.")
+    workspace_id: Filter = None
+    cursor: Cursor = None
+    limit: Limit = 50
+
+
+class DeliveriesQuery(Query):
+    """The query of `GET /api/deliveries`."""
+
+    outcome: Annotated[
+        DeliveryOutcome | None, BeforeValidator(none_if_empty), one_of(DeliveryOutcome)
+    ] = None
+    run_id: Filter = None
     workspace_id: Filter = None
     cursor: Cursor = None
     limit: Limit = 50

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tracker.core.events import EventType, MessageState
 from tracker.core.observation import Source
+from tracker.core.record import DeliveryOutcome
 from tracker.core.retry import RetryAdvice
 from tracker.core.run import Status, Tracking
 
@@ -263,6 +264,44 @@ class Attempt(ResponseModel):
     status: int | None = Field(description="The HTTP status of the answer, if there was one.")
     answer: str | None = Field(description="The beginning of the answer.")
     error: str | None = Field(description="Why it failed.")
+
+
+class Delivery(ResponseModel):
+    """A callback as it was received. Times are UTC."""
+
+    delivery_id: str
+    run_id: str | None
+    event_type: str | None
+    api_version: str | None
+    workspace_id: str | None
+    created_at: datetime | None = Field(description="FLORA's time.")
+    received_at: datetime
+    last_received_at: datetime
+    receipts: int = Field(ge=1, description="How many times it came.")
+    outcome: DeliveryOutcome
+    reason: str | None = Field(description="Why it is quarantined.")
+    applied_at: datetime | None = Field(description="When its effect was on its run.")
+    body_removed_at: datetime | None = Field(description="When retention removed the body.")
+    acknowledged_at: datetime | None = Field(
+        description="When a person marked the quarantined callback as seen."
+    )
+
+
+class DeliveryPage(ResponseModel):
+    """A page of callbacks, newest first."""
+
+    deliveries: list[Delivery]
+    meta: Meta
+
+
+class Replayed(ResponseModel):
+    """The result of a replay."""
+
+    delivery_id: str
+    run_id: str | None
+    outcome: DeliveryOutcome
+    reason: str | None = Field(description="Why it is still quarantined, or nothing was done.")
+    already: bool = Field(description="Whether it had been applied before.")
 
 
 class Message(ResponseModel):

@@ -4,6 +4,7 @@ Nothing is decided here: a request is validated, a service is called, and its re
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from datetime import timedelta
 from functools import cached_property, partial
 from typing import Any, Final
@@ -14,10 +15,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tracker.core.errors import FieldFault
+from tracker.receiving.replay import UnknownDelivery
 from tracker.services import Services
 from tracker.starting.start import StartRequest
 from tracker.store.queries import messages, runs, spending, starts, techniques
 from tracker.views import (
+    delivery_json,
     event_json,
     message_json,
     run_json,
@@ -28,6 +31,7 @@ from tracker.views import (
 from tracker.web.api.batches import BatchOperations
 from tracker.web.api.openapi import OPERATIONS, REPLAYED, Answer, Operation, document
 from tracker.web.api.requests import (
+    DeliveriesQuery,
     MessagesQuery,
     RunsQuery,
     SpendingQuery,
@@ -40,8 +44,10 @@ from tracker.web.api.requests import (
     validate_query,
 )
 from tracker.web.api.responses import (
+    DeliveryPage,
     MessageDetail,
     MessagePage,
+    Replayed,
     Run,
     RunPage,
     SpendingReport,
@@ -209,6 +215,37 @@ class Api(BatchOperations):
             limit=query.limit,
         )
         return _page("starts", map(start_json, rows), cursor)
+
+    @Operation(
+        "GET",
+        "/api/deliveries",
+        "deliveries",
+        {200: Answer("A page of callbacks.", DeliveryPage)},
+        errors=(400,),
+    )
+    async def list_deliveries(self, request: Request, query: DeliveriesQuery) -> Response:
+        """List callbacks, newest first, without their bodies."""
+        rows, cursor = await runs.list_deliveries(self._database, **dict(query))
+        return _page("deliveries", map(delivery_json, rows), cursor)
+
+    @Operation(
+        "POST",
+        "/api/deliveries/{delivery_id}/replay",
+        "deliveries",
+        {200: Answer("The result.", Replayed)},
+        errors=(404,),
+    )
+    async def replay_delivery(self, request: Request, delivery_id: str) -> Response:
+        """Apply a quarantined callback again; 200 also where it stays quarantined, with the reason.
+
+        Needs a token with the scope `admin`.
+        """
+        try:
+            if _is_possible(delivery_id):
+                return Json(asdict(await self._services.replayer.replay(delivery_id)))
+        except UnknownDelivery:
+            pass
+        raise not_found(f"There is no delivery {delivery_id[:255]}.")
 
     @Operation(
         "GET",
