@@ -45,7 +45,7 @@ FAULT = re.compile(r'Traceback|deadlock|"level": ?"error"')
 """What must not stand in a log."""
 FORESEEN = re.compile(
     r'"event": "(?:start\.unresolved|sweep\.(?:failed|item_unreadable)|catalogue\.failed'
-    r'|flora\.key_refused|callbacks\.own_addresses_missing)"'
+    r'|flora\.(?:key_refused|trouble)|callbacks\.own_addresses_missing)"'
 )
 """Errors for a person that are no faults of ours: FLORA or its gateway says so."""
 
