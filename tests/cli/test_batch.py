@@ -165,7 +165,7 @@ def test_one_command_from_a_workbook_to_named_files(flora: Commands) -> None:
     """Runs are started, followed and downloaded; files bear the cell of a column and are numbered
     in FLORA's order. Repeated, the command pays nothing and fetches only what is missing."""
     products(flora.folder / "products.xlsx")
-    command = ("batch", "icon-pack", "products.xlsx", "--download", "out", "--allow-private")
+    command = ("batch", "icon-pack", "products.xlsx", "--download", "out")
     named = (*command, "--name-by", "sku", "--yes")
     done = flora(*named)
     assert done.returncode == 0, done.stderr
@@ -189,11 +189,11 @@ def test_one_command_from_a_workbook_to_named_files(flora: Commands) -> None:
     after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
     assert {name for name in expected if before[name] != after[name]} == {"0002_icon_3.png"}
 
-    numbered = flora(*command[:3], "--download", "rows", "--allow-private")
+    numbered = flora(*command[:3], "--download", "rows")
     assert numbered.returncode == 0, numbered.stderr
     assert (flora.folder / "rows" / "001_icon_1.png").exists()
     batch = again["batch"]["batch_id"]
-    more = ("--allow-private", "--to", "rows", "--name-by", "SKU")
+    more = ("--to", "rows", "--name-by", "SKU")
     assert flora("runs", "download", "--batch", batch, *more).returncode == 0
     assert sorted(path.name for path in (flora.folder / "rows").glob("*.png")) == expected
     assert len(begun(flora)) == 2

@@ -129,23 +129,27 @@ def test_a_terminal_shows_bars(quick: Commands) -> None:
 
 
 def test_outputs_are_downloaded(quick: Commands) -> None:
-    """Refused on this machine unless allowed; then there, once, with a manifest."""
+    """Those of a local FLORA are there, once, with a manifest; otherwise, links to this machine are
+    refused unless they are allowed."""
     run = quick.json(*START)["run_id"]
     early = quick("runs", "download", run)
     assert early.returncode == 1
     assert f"run {run} has not settled yet (pending): --watch waits for it" in early.stderr
-    refused = quick("runs", "download", run, "--watch")
+    done = quick("runs", "download", run, "--watch", "--to", "out")
+    assert done.returncode == 0, done.stderr
+    away = {"FLORA_BASE_URL": "https://flora.test/api/v1"}
+    refused = quick("runs", "download", run, **away)
     assert refused.returncode == 1
     assert refused.stderr.count("is not a public address (--allow-private") == 4
     assert "0 files downloaded to downloads (0 bytes), 4 downloads failed" in refused.stdout
+    allowed = quick("runs", "download", run, "--allow-private", **away)
+    assert allowed.stdout.startswith("4 files downloaded to downloads (")
 
-    done = quick("runs", "download", run, "--allow-private", "--to", "out")
-    assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("4 files downloaded to out (")
     folder = quick.folder / "out"
     assert len(list(folder.glob(f"{run}.*.png"))) == 4
     assert len((folder / "manifest.jsonl").read_text().splitlines()) == 4
-    told = quick.json("runs", "download", "--all-settled", "--allow-private", "--to", "out")
+    told = quick.json("runs", "download", "--all-settled", "--to", "out")
     assert {one["outcome"] for one in told["files"]} == {"present"}
     assert [one["position"] for one in told["files"]] == [0, 1, 2, 3]
     none = quick.json("runs", "download", "--all-settled", "--technique", "cctv-cam")
@@ -156,9 +160,7 @@ def test_downloading_what_settles_goes_on_until_interrupted(
     quick: Commands, stack: ExitStack
 ) -> None:
     """A run that settles later is downloaded too; an interrupt reports what there is."""
-    watching = stack.enter_context(
-        quick.running("runs", "download", "--all-settled", "--watch", "--allow-private")
-    )
+    watching = stack.enter_context(quick.running("runs", "download", "--all-settled", "--watch"))
     run = settled_run(quick)
     assert watching.stderr is not None
     lines = [watching.stderr.readline() for _ in range(4)]
@@ -198,7 +200,7 @@ def test_batches_are_downloaded_by_row(quick: Commands) -> None:
     """Files begin with their row's number; an unknown batch is told."""
     (quick.folder / "sheet.csv").write_text("prompt\nhammer\nsaw\n")
     batch = quick.json("batch", "icon-pack", "sheet.csv")["batch"]["batch_id"]
-    done = quick("runs", "download", "--batch", batch, "--allow-private", "--watch")
+    done = quick("runs", "download", "--batch", batch, "--watch")
     assert done.returncode == 0, done.stderr
     names = sorted(path.name for path in (quick.folder / "downloads").glob("*.png"))
     assert [name[:8] for name in names] == ["001_icon"] * 4 + ["002_icon"] * 4

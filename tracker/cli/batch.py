@@ -234,7 +234,10 @@ def batch(
                         outcome = await services.downloader.alongside(
                             running,
                             plan.batch.batch_id,
-                            DownloadOptions(to=download, allow_private=allow_private),
+                            DownloadOptions(
+                                to=download,
+                                allow_private=allow_private or services.settings.flora_is_local,
+                            ),
                             files,
                             begun=display.begun,
                             name_by=name_by,

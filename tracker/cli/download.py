@@ -40,7 +40,10 @@ NameByOption = Annotated[
 ]
 AllowPrivateOption = Annotated[
     bool,
-    typer.Option("--allow-private", help="Allow links to this machine and private networks."),
+    typer.Option(
+        "--allow-private",
+        help="Allow links to this machine and private networks (a local FLORA always may).",
+    ),
 ]
 
 
@@ -112,7 +115,10 @@ def download(
         from tracker.delivering.downloads import DownloadOptions, DownloadReport
 
         options = DownloadOptions(
-            to=to, allow_private=allow_private, max_bytes=max_bytes, concurrency=concurrency
+            to=to,
+            allow_private=allow_private or services.settings.flora_is_local,
+            max_bytes=max_bytes,
+            concurrency=concurrency,
         )
         report = DownloadReport()
         try:

@@ -347,6 +347,11 @@ class Settings(_Model):
         return Tokens([*unrestricted, *restricted])
 
     @property
+    def flora_is_local(self) -> bool:
+        """Whether FLORA is on this machine, as only the simulator is: so are its files."""
+        return is_loopback_url(self.flora_base_url)
+
+    @property
     def is_public(self) -> bool:
         """Whether `TRACKER_PUBLIC_URL` is an address that other machines reach."""
         return self.tracker_public_url is not None and not is_loopback_url(self.tracker_public_url)
