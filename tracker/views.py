@@ -260,7 +260,7 @@ def batch_json(batch: "BatchRow", counts: "BatchCounts") -> dict[str, Any]:
         "name": batch.name,
         "source": batch.source,
         "created_at": time_json(batch.created_at),
-        "finished_at": _time(batch.finished_at),
+        "finished_at": _time(counts.finished_at(batch)),
         "launching": batch.launch_at is not None,
         "stopped": batch.stopped,
         "columns": batch.columns or [],

@@ -184,7 +184,7 @@ async def test_rows_are_counted_by_what_became_of_them(db: Database, writer: Tes
     await writer.submit(seen("run_h", RunStatus.FAILED, facts={"charged_cost": Decimal("0.2")}))
     found = await tally(db)
     assert found.next_check_at is not None
-    assert replace(found, next_check_at=None) == BatchCounts(
+    assert replace(found, next_check_at=None, last_end_at=None) == BatchCounts(
         rows=8,
         started=3,
         active=1,
@@ -198,3 +198,24 @@ async def test_rows_are_counted_by_what_became_of_them(db: Database, writer: Tes
     )
     assert (found.ended, found.unstarted) == (2, 5)
     assert await batches.batch_counts(db, ["bat_2"]) == {"bat_2": BatchCounts()}
+
+
+async def test_a_batch_is_finished_when_its_last_run_has_ended(
+    db: Database, writer: TestWriter
+) -> None:
+    """Also where its command did not wait for the runs."""
+    await batches.keep(db, BATCH, entries("a", "b"))
+    for number, row in enumerate(entries("a", "b")):
+        await reserve(db, row.key)
+        start = started(f"run_{row.digest}", at=NOW + timedelta(seconds=number))
+        await writer.submit(replace(start, slot="default", idempotency_key=row.key))
+    await batches.finish(db, "bat_1", NOW)
+    batch = replace(BATCH, finished_at=NOW)
+    assert (await tally(db)).finished_at(batch) is None
+    last = NOW + timedelta(minutes=2)
+    for run_id, end in (("run_a", last), ("run_b", NOW + timedelta(minutes=1))):
+        facts: dict[str, Any] = {"completed_at": end, "charged_cost": Decimal("0.1")}
+        await writer.submit(seen(run_id, RunStatus.FAILED, facts=facts))
+    counts = await tally(db)
+    assert counts.finished_at(batch) == last
+    assert counts.finished_at(BATCH) is None

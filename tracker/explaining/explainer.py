@@ -74,6 +74,7 @@ class Explainer:
             *_polls(record),
             *_state(record),
         ]
+        sentences.sort(key=lambda sentence: sentence.at or now)
         if not record.run.settled and (obstacle := await self._obstacle(record)):
             sentences.append(Sentence(Kind.TROUBLE, obstacle))
         sentences += [*_worker(record, poll, now), Sentence(Kind.NEXT, _next_poll(poll, now))]
@@ -126,7 +127,7 @@ def _callback(record: Record, policy: Policy, now: datetime) -> Iterator[Sentenc
         text = f"No callback after {duration(now - record.first_seen_at)}: the run is polled."
     else:
         text = "Waiting for the callback."
-    yield Sentence(Kind.CALLBACK, text, source=Source.CALLBACK)
+    yield Sentence(Kind.CALLBACK, text, record.callback_at, Source.CALLBACK)
 
 
 def _lag(record: Record, received: datetime, policy: Policy) -> str:
@@ -157,7 +158,7 @@ def _state(record: Record) -> Iterator[Sentence]:
     if record.tracking is Tracking.SETTLED:
         text = f"Settled: {run.status}, with all details."
         text += f" The end was {first_known}." if first_known else ""
-        yield Sentence(Kind.STATE, text + _bill(record))
+        yield Sentence(Kind.STATE, text + _bill(record), record.settled_at)
         return
     if record.missing and record.missing_since is not None:
         times, since = counted(record.missing, "time"), moment(record.missing_since)

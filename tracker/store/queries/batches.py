@@ -102,6 +102,13 @@ class BatchCounts:
     quoted: Decimal = Decimal(0)
     not_final: int = 0
     next_check_at: datetime | None = None
+    last_end_at: datetime | None = None
+
+    def finished_at(self, batch: BatchRow) -> datetime | None:
+        """When the last of its runs ended, which can be after its command; `None` until then."""
+        if batch.finished_at is None or self.active:
+            return None
+        return self.last_end_at or batch.finished_at
 
     @property
     def cost_final(self) -> bool:
@@ -406,6 +413,7 @@ def tally_of(batch_ids: Sequence[str]) -> Select[Any]:
         .filter(~runs.c.cost_final, runs.c.charged_cost.is_(None))
         .label("quoted"),
         func.min(runs.c.next_check_at).label("next_check_at"),
+        func.max(runs.c.completed_at).label("last_end_at"),
     )
     return with_outcomes(counted).where(batch_rows.c.batch_id.in_(batch_ids)).group_by(*by)
 
@@ -444,6 +452,8 @@ def _count(progress: BatchCounts, row: Any) -> None:
             progress.unresolved += row.count
         case StartState.SENT | StartState.IN_DOUBT:
             progress.doubt += row.count
+    ends = (progress.last_end_at, row.last_end_at)
+    progress.last_end_at = max((one for one in ends if one is not None), default=None)
     if row.tracking == Tracking.ACTIVE:
         progress.active += row.count
         moments = (progress.next_check_at, row.next_check_at)

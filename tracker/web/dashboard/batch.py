@@ -140,6 +140,7 @@ class BatchPages(PageGroup):
             archive=query(f"{address}/outputs.zip", name_by=next(iter(batch.columns or ()), None)),
             counts=counts,
             split=split_of(counts, errors),
+            finished_at=counts.finished_at(batch),
             errors=errors,
             retryable=sum(group.retryable for group in errors),
             failed_runs=sum(group.count for group in errors if group.advice is not None),
@@ -167,7 +168,7 @@ class BatchPages(PageGroup):
             self._services.downloader,
             batch.batch_id,
             name_by=name_by,
-            allow_private=self._media_origin is not None,  # a local FLORA has its files here
+            allow_private=self._services.settings.flora_is_local,
         )
         return _Archive(body, headers=headers, on_close=self._close_archive)
 
