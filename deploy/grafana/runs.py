@@ -58,11 +58,11 @@ GLANCE: Final = Row(
             queries=(
                 (
                     "SELECT count(*) AS overdue FROM v_overdue_runs\n"
-                    f"WHERE overdue_seconds > 60 AND {_W}",
+                    f"WHERE (overdue_seconds > 60 OR retrying) AND {_W}",
                     "",
                 ),
             ),
-            about="Runs due to be polled for over a minute.",
+            about="Runs due to be polled for over a minute, or waiting for a retry.",
             limits=(1, 100),
         ),
         Show(

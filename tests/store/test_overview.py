@@ -1,11 +1,11 @@
 """What the overview and the views say of a handful of runs whose story is known."""
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
 import pytest
-from sqlalchemy import insert, text
+from sqlalchemy import insert, text, update
 
 from tests.store.making import NOW, TestWriter, callback, quarantined, seen, started
 from tracker.core.observation import Source
@@ -14,7 +14,7 @@ from tracker.core.run import RunStatus
 from tracker.store.engine import Database
 from tracker.store.queries import attention, overview, sweeps
 from tracker.store.queries.overview import StateCount
-from tracker.store.schema import starts, techniques
+from tracker.store.schema import runs, starts, techniques
 from tracker.store.writing import rollups
 
 SECOND, HOUR = timedelta(seconds=1), timedelta(hours=1)
@@ -150,6 +150,19 @@ async def test_overdue(told: Database) -> None:
     assert row["run_id"] == "run_4"
     assert row["overdue_seconds"] > 0
     assert row["age_seconds"] > row["overdue_seconds"]
+
+
+async def test_a_run_that_waits_for_a_retry_is_overdue(db: Database, writer: TestWriter) -> None:
+    """FLORA did not answer its last read: pages, metrics and the view for dashboards show it."""
+    later = datetime.now(UTC) + timedelta(hours=1)
+    await writer.submit(started("run_1"))
+    retry = update(runs).values(next_check_at=later, last_error="FLORA cannot be reached")
+    await db.write(lambda connection: connection.execute(retry))
+    (late,) = await attention.overdue(db, now=NOW)
+    (row,) = await rows(db, "v_overdue_runs")
+    assert late.run.run_id == row["run_id"] == "run_1"
+    assert row["retrying"]
+    assert row["overdue_seconds"] < 0
 
 
 async def test_sweeps(db: Database) -> None:
