@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from tempfile import NamedTemporaryFile
 from typing import Final
 
@@ -39,10 +39,9 @@ class Contender:
 TRACKER: Final = Contender(
     "tracker", "tracker", ("serve", "--no-worker"), "deliveries", applies=True
 )
-WITH_ENDPOINTS: Final = Contender(
-    "with endpoints", "tracker", ("serve",), "deliveries", applies=True, endpoints=3
-)
-"""The same with its worker, whose outbox and endpoints are idle: callbacks alone settle no run."""
+WITH_WORKER: Final = Contender("with worker", "tracker", ("serve",), "deliveries", applies=True)
+WITH_ENDPOINTS: Final = replace(WITH_WORKER, name="with endpoints", endpoints=3)
+"""Its outbox and endpoints are idle: callbacks alone settle no run."""
 CEILING: Final = Contender(
     "ceiling", "bench.ingest.ceiling", ("serve", "--no-worker"), None, fastest=35_000
 )

@@ -19,6 +19,7 @@ from bench.ingest.contenders import (
     PEER,
     TRACKER,
     WITH_ENDPOINTS,
+    WITH_WORKER,
     Contender,
     started,
 )
@@ -29,7 +30,7 @@ from bench.throw_away import throw_away
 from tracker.store import migrate
 
 WARM_SECONDS: Final = 1.0
-CONTENDERS: Final = (BARE, CEILING, TRACKER, WITH_ENDPOINTS, PEER)
+CONTENDERS: Final = (BARE, CEILING, TRACKER, WITH_WORKER, WITH_ENDPOINTS, PEER)
 
 
 @dataclass(frozen=True, slots=True)
