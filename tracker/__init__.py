@@ -1,15 +1,48 @@
-"""Keeps the final status, outputs and cost of every FLORA run, even when its callback is lost."""
+"""Keeps the final status, outputs and cost of every FLORA run, even when its callback is lost.
 
-from typing import TYPE_CHECKING
+::
+
+    from tracker import Tracker
+
+    async with Tracker.from_env() as tracker:
+        run = await tracker.start("icon-pack", {"prompt": "beach toys"}, idempotency_key="order-17")
+        done = await run.wait(timeout=600)
+        print(done.charged_cost, [output.url for output in done.outputs])
+
+`tracker.sync.Tracker` is the same for code without an event loop; `tracker.errors` has the errors.
+"""
+
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from tracker.core.run import Output
+    from tracker.library.client import Tracker
+    from tracker.library.run import Event, Run
+
     __version__: str
 
+__all__ = ["Event", "Output", "Run", "Tracker"]
 
-def __getattr__(name: str) -> str:
-    # On demand: reading it takes a fifth of the time of `tracker --help`.
-    if name != "__version__":
+_MODULES: Final = {
+    "Event": "tracker.library.run",
+    "Output": "tracker.core.run",
+    "Run": "tracker.library.run",
+    "Tracker": "tracker.library.client",
+}
+
+
+# On demand: `import tracker` and `tracker --help` load nothing else.
+def __getattr__(name: str) -> Any:
+    from importlib import import_module, metadata  # noqa: PLC0415
+
+    if name == "__version__":
+        return metadata.version("flora-run-tracker")
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib.metadata import version  # noqa: PLC0415
+    found = getattr(import_module(_MODULES[name]), name)
+    globals()[name] = found
+    return found
 
-    return version("flora-run-tracker")
+
+def __dir__() -> list[str]:
+    return [*globals(), *_MODULES, "__version__"]

@@ -1,0 +1,46 @@
+"""Fixtures: a simulated FLORA whose runs take a moment, and trackers on the test's database."""
+
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from tracker import Tracker
+from tracker.settings import Settings
+from tracker.simulator import Options, Simulator, running
+
+INPUTS = {"prompt": "garden tools"}
+
+
+@pytest.fixture
+async def flora() -> AsyncIterator[Simulator]:
+    """A FLORA whose runs take up to 0.4 s, and whose callbacks are all lost."""
+    async with running(Options(failures=0.0, drop=1.0, run_seconds=0.3)) as simulator:
+        yield simulator
+
+
+MakeTracker = Callable[..., Tracker]
+
+
+@pytest.fixture
+def make_tracker(flora: Simulator, database_url: str) -> MakeTracker:
+    """Makes trackers on that FLORA and a database, with any settings; they are not open."""
+
+    def make(*, worker: bool | None = None, **more: Any) -> Tracker:
+        options = flora.world.options
+        given: dict[str, Any] = {
+            "flora_base_url": flora.base_url,
+            "flora_api_key": options.api_key,
+            "flora_webhook_secret": options.webhook_secret,
+            "tracker_database_url": database_url,
+        }
+        return Tracker(Settings(**(given | more)), worker=worker)
+
+    return make
+
+
+@pytest.fixture
+async def tracker(make_tracker: MakeTracker) -> AsyncIterator[Tracker]:
+    """An open tracker without a worker, as in a script."""
+    async with make_tracker() as opened:
+        yield opened

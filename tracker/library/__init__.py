@@ -1,0 +1,1 @@
+"""The Python interface: `Tracker` and the values that it returns."""

@@ -1,0 +1,65 @@
+"""Inputs given as Python values become the inputs of a start."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+from tracker.core.errors import FieldFault, InvalidRequest
+from tracker.core.inputs import Port, typed
+from tracker.services import Services
+
+InputValue = str | int | float | Decimal | bool | None
+InputValues = Mapping[str, InputValue | Sequence[InputValue]] | Sequence[Mapping[str, str]]
+"""A value (or several) for each input's id, or inputs as the API takes them."""
+
+
+async def given_inputs(
+    services: Services, technique: str, inputs: InputValues, workspace_id: str | None
+) -> list[dict[str, Any]]:
+    """The inputs as `{"id", "type", "value"}` each, with types from the technique's definition.
+
+    Raises `InvalidRequest`, which names each wrong field, and what reading the definition raises.
+    """
+    faults: list[FieldFault] = []
+    values: list[tuple[str, str | None, str]] = []
+    for where, name, kind, value in _flat(inputs):
+        text = _text(value)
+        if not isinstance(name, str) or not isinstance(kind, str | None):
+            faults.append(FieldFault(where, "its id and type must be texts"))
+        elif text is None:
+            message = f"must be a text, a number or a boolean, not {type(value).__name__}"
+            faults.append(FieldFault(where, message))
+        else:
+            values.append((name, kind, text))
+    _raise(faults)
+    ports: Sequence[Port] = ()
+    if any(kind is None for _, kind, _ in values):
+        workspace = services.workspaces.pick(workspace_id)
+        ports = (await services.catalogue.definition(workspace, technique)).ports
+    return typed(ports, values)
+
+
+def _flat(inputs: InputValues) -> Iterator[tuple[str, object, object, object]]:
+    """Where it stands, id, type (`None` if not given) and value of each input."""
+    if not isinstance(inputs, Mapping):
+        for number, one in enumerate(inputs):
+            yield f"inputs.{number}", one.get("id"), one.get("type"), one.get("value")
+        return
+    for name, value in inputs.items():
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if item is not None:
+                yield f"inputs.{name}", name, None, item
+
+
+def _text(value: object) -> str | None:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Decimal):
+        return str(value)
+    return json.dumps(value) if isinstance(value, bool | int | float) else None
+
+
+def _raise(faults: Sequence[FieldFault]) -> None:
+    if faults:
+        raise InvalidRequest("the inputs are not valid", faults)

@@ -1,0 +1,188 @@
+"""Runs and their events as frozen values."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, Self
+
+from tracker.core.formatting import money
+from tracker.core.record import Record
+from tracker.core.run import Output, RunStatus, Tracking
+from tracker.errors import TrackerNotOpen
+
+if TYPE_CHECKING:
+    from tracker.library.client import Tracker
+    from tracker.store.queries import runs as read
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """An event of a run's timeline: what one `source` showed at one time.
+
+    `id` ascends over all runs. `detail` is the whole observation.
+    """
+
+    id: int
+    run_id: str
+    at: datetime
+    source: str
+    status: str
+    progress: float | None
+    detail: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, event: "read.Event") -> Self:
+        """The value of a stored event."""
+        return cls(**event._asdict() | {"source": event.source.value, "status": str(event.status)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class RunFields:
+    """The state of a run when it was read, with the fields that `/api/runs/{run_id}` shows.
+
+    Times are aware, in UTC; costs are USD; `progress` is 0 to 100. `status` is FLORA's (`pending`,
+    `running`, `completed`, `failed`, or one that this version does not know), `tracking` the
+    tracker's: `active`, `settled` when end and details are stored, `lost` when FLORA has no such
+    run. `charged_cost` is FLORA's bill and `None` until it was read. The `url` of an output of type
+    `text` is the text itself.
+    """
+
+    run_id: str
+    status: str
+    tracking: str
+    progress: float
+    technique_id: str | None
+    technique_name: str | None
+    run_type: str | None
+    workspace_id: str | None
+    project_id: str | None
+    created_at: datetime
+    started_at: datetime | None
+    completed_at: datetime | None
+    settled_at: datetime | None
+    outputs: tuple[Output, ...]
+    inputs: tuple[Mapping[str, str], ...]
+    tags: Mapping[str, str]
+    error_code: str | None
+    error_message: str | None
+    retry_advice: str | None
+    quoted_cost: Decimal | None
+    charged_cost: Decimal | None
+    cost_read_at: datetime | None
+    cost_final: bool
+    source: str
+    first_seen_at: datetime
+    callback_at: datetime | None
+    ended_via: str | None
+    conflict: bool
+    poll_url: str | None
+    reserved_at: datetime | None
+    reserved_cost: Decimal | None
+    next_check_at: datetime | None
+    checks: int
+    last_error: str | None
+
+    @classmethod
+    def of(cls, record: Record) -> Self:
+        """The value of a stored run."""
+        run, error = record.run, record.run.error
+        return cls(
+            run_id=run.run_id,
+            status=str(run.status),
+            tracking=record.tracking.value,
+            progress=run.progress,
+            technique_id=run.technique_id,
+            technique_name=run.technique_name,
+            run_type=run.run_type,
+            workspace_id=run.workspace_id,
+            project_id=run.project_id,
+            created_at=record.created_at,
+            started_at=run.started_at,
+            completed_at=run.completed_at,
+            settled_at=record.settled_at,
+            outputs=run.outputs or (),
+            inputs=tuple(record.inputs or ()),
+            tags=record.tags or {},
+            error_code=(error.code if error else "") or None,
+            error_message=(error.message if error else "") or None,
+            retry_advice=run.retry_advice and run.retry_advice.value,
+            quoted_cost=run.quoted_cost,
+            charged_cost=run.charged_cost,
+            cost_read_at=run.cost_read_at,
+            cost_final=record.cost_final,
+            source=record.source.value,
+            first_seen_at=record.first_seen_at,
+            callback_at=record.callback_at,
+            ended_via=record.ended_via and record.ended_via.value,
+            conflict=run.conflict,
+            poll_url=run.poll_url,
+            reserved_at=record.reserved_at,
+            reserved_cost=record.reserved_cost,
+            next_check_at=record.next_check_at,
+            checks=record.checks,
+            last_error=record.last_error,
+        )
+
+    @property
+    def settled(self) -> bool:
+        """Whether the run has ended and its details are stored."""
+        return self.tracking == Tracking.SETTLED
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether the run completed and is settled."""
+        return self.settled and self.status == RunStatus.COMPLETED
+
+    def __hash__(self) -> int:
+        return hash(self.run_id)
+
+    def __repr__(self) -> str:
+        # Neither inputs, links nor messages: they are long, and may be confidential.
+        shown = [self.run_id, self.status]
+        if not self.settled:
+            shown.append(f"{self.progress:g} %" if self.tracking == Tracking.ACTIVE else "lost")
+        shown += [part for part in (self.technique_name or self.technique_id,) if part]
+        if self.error_code:
+            shown.append(self.error_code)
+        if self.outputs:
+            shown.append(f"{len(self.outputs)} output{'s' * (len(self.outputs) > 1)}")
+        if self.charged_cost is not None:
+            shown.append(money(self.charged_cost))
+        return f"<Run {' · '.join(shown)}>"
+
+
+class Run(RunFields):
+    """A run, as it was when it was read, and what can be done with it."""
+
+    __slots__ = ("_owner",)  # no field: neither compared, shown, copied nor pickled
+
+    _owner: "Tracker"
+
+    @classmethod
+    def bound(cls, record: Record, owner: "Tracker") -> Self:
+        """The value of a stored run, with the tracker that read it."""
+        run = cls.of(record)
+        object.__setattr__(run, "_owner", owner)
+        return run
+
+    async def wait(self, timeout: float | None = None, *, raise_on_failure: bool = True) -> "Run":
+        """The run when it has ended; see `Tracker.wait`."""
+        return await self._tracker.wait(self, timeout=timeout, raise_on_failure=raise_on_failure)
+
+    async def refresh(self) -> "Run":
+        """The run as it is stored now. Raises `RunUnknown` and `StoreUnavailable`."""
+        return await self._tracker.get(self.run_id)
+
+    async def events(self) -> list[Event]:
+        """The timeline of the run, oldest event first. Raises `StoreUnavailable`."""
+        return await self._tracker.events_of(self)
+
+    @property
+    def _tracker(self) -> "Tracker":
+        owner: Tracker | None = getattr(self, "_owner", None)
+        if owner is None:
+            raise TrackerNotOpen(
+                f"this copy of run {self.run_id} belongs to no tracker: use tracker.get(run_id)"
+            )
+        return owner
