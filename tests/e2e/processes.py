@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -25,15 +25,20 @@ class Process:
 
     @classmethod
     async def start(
-        cls, *arguments: str, env: Mapping[str, str], log: Path, cwd: Path | None = None
+        cls,
+        *arguments: str,
+        env: Mapping[str, str],
+        log: Path,
+        cwd: Path | None = None,
+        program: Sequence[str] = ("-m", "tracker"),
     ) -> "Process":
-        """Start `tracker ARGUMENTS…` with the given variables alone, of the code in `cwd`."""
+        """Start `tracker ARGUMENTS…` with the given variables alone, of the code in `cwd`; another
+        `program` of Python in its place."""
         environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **env}
         with log.open("ab") as output:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
-                "-m",
-                "tracker",
+                *program,
                 *arguments,
                 env=environment,
                 cwd=cwd,
@@ -178,6 +183,14 @@ class Sandbox:
             process = Process.fork(*arguments, env=env, log=log, prepare=self._prepare)
         else:
             process = await Process.start(*arguments, env=env, log=log)
+        self._processes.append(process)
+        return process
+
+    async def run(self, *command: str, **env: str) -> Process:
+        """Start a program of Python, `COMMAND…` as `python` takes it, in the test's directory."""
+        log = self.directory / f"{len(self._processes)}-{Path(command[0]).stem}.log"
+        env = self.environment | env
+        process = await Process.start(env=env, log=log, cwd=self.directory, program=command)
         self._processes.append(process)
         return process
 

@@ -1,0 +1,27 @@
+"""The script can be killed and repeated."""
+
+import pytest
+
+from tests.e2e.processes import Sandbox
+from tests.examples.conftest import EXAMPLES, SOON, paid, simulate
+from tests.support.waiting import eventually
+
+
+@pytest.mark.parametrize("database", ["postgres_url"])
+async def test_the_script_is_killed_and_repeated(sandbox: Sandbox, database: str) -> None:
+    """Killed after the start and repeated with the same order, the script ends with one run, its
+    cost and its outputs, although every callback is lost; once more, it only shows them."""
+    await simulate(sandbox, drop="1")
+    command = (str(EXAMPLES / "script.py"), "order-17", "garden tools")
+    killed = await sandbox.run(*command, **SOON)
+    await eventually(lambda: "run_" in killed.log)
+    await killed.kill()
+    shown = []
+    for _ in range(2):
+        again = await sandbox.run(*command, **SOON)
+        assert await again.wait() == 0, again.log
+        shown.append(again.log)
+    (bill,) = await paid(sandbox)
+    for log in shown:
+        assert f"{bill['run_id']} cost {bill['bill']} USD" in log
+        assert f"{sandbox.simulator}/" in log
