@@ -75,6 +75,7 @@ check: install  ## lint, formatting, types and the house's import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/basedpyright --level error
 	$(BIN)/lint-imports
 
 format: install  ## put the code into the house's format

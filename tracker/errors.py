@@ -97,7 +97,7 @@ class RunUnknown(TrackerError):
         verb = "is" if len(run_ids) == 1 else "are"
         shown = ", ".join(run_ids[:5]) + (" …" if len(run_ids) > 5 else "")
         super().__init__(f"run {shown} {verb} not known: `await tracker.track(run_id)` tracks it")
-        self.run_ids = tuple(run_ids)
+        self.run_ids: tuple[str, ...] = tuple(run_ids)
 
 
 class RunFailed(TrackerError):
@@ -112,10 +112,10 @@ class RunFailed(TrackerError):
         said = ": ".join(part for part in (run.error_code, run.error_message) if part)
         super().__init__(f"run {run.run_id} {run.status}" + (f" ({said})" if said else ""))
         self.run = run
-        self.runs = tuple(runs) or (run,)
-        self.code = run.error_code
-        self.message = run.error_message
-        self.retry_advice = run.retry_advice
+        self.runs: tuple[RunFields, ...] = tuple(runs) or (run,)
+        self.code: str | None = run.error_code
+        self.message: str | None = run.error_message
+        self.retry_advice: str | None = run.retry_advice
 
 
 class RunLost(TrackerError):
@@ -127,7 +127,7 @@ class RunLost(TrackerError):
             f"run {run.run_id} is lost: FLORA answered {run.checks} polls that it does not exist"
         )
         self.run = run
-        self.runs = tuple(runs) or (run,)
+        self.runs: tuple[RunFields, ...] = tuple(runs) or (run,)
 
 
 class WaitTimeout(TrackerError, TimeoutError):
@@ -143,5 +143,5 @@ class WaitTimeout(TrackerError, TimeoutError):
             which = f"{len(runs)} runs are still active, such as {first.run_id} ({first.status})"
         why = f"; its last poll failed: {first.last_error}" if first.last_error else ""
         super().__init__(f"{which} after {timeout:g} s{why}. It stays tracked: wait again")
-        self.runs = tuple(runs)
+        self.runs: tuple[RunFields, ...] = tuple(runs)
         self.run = first

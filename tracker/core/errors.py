@@ -149,12 +149,12 @@ class FloraRefusal(FloraError):
         self.status = status
         self.code = code
         self.message = message
-        self.fields = tuple(fields)
+        self.fields: tuple[FieldFault, ...] = tuple(fields)
         self.request_id = request_id
         self.retry_after = retry_after
         self.from_flora = from_flora
         self.run_id = run_id
-        self.silent = status >= 500 or not (from_flora or status == 429)
+        self.silent: bool = status >= 500 or not (from_flora or status == 429)
 
 
 class KeyRefused(FloraRefusal):
@@ -199,7 +199,7 @@ class InvalidRequest(StartError):
 
     def __init__(self, message: str, fields: Sequence[FieldFault] = ()) -> None:
         super().__init__(message)
-        self.fields = tuple(fields)
+        self.fields: tuple[FieldFault, ...] = tuple(fields)
 
 
 class IdempotencyConflict(StartError):

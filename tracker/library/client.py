@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import AsyncExitStack
+from copy import copy
 from types import TracebackType
 from typing import Final, Self, overload
 from uuid import uuid4
@@ -56,7 +57,7 @@ class Tracker:
     """
 
     def __init__(self, settings: Settings | None = None, *, worker: bool | None = None) -> None:
-        self.settings = Settings() if settings is None else settings
+        self.settings: Settings = Settings() if settings is None else settings
         self._loaded: Loaded | None = None
         self._worker = worker
         self._mounted = False
@@ -113,6 +114,12 @@ class Tracker:
                 await stack.aclose()
         finally:
             self._stack = None
+
+    def _closed_copy(self) -> Self:
+        """The same tracker for a child process, whose parent may have opened this one."""
+        closed = copy(self)
+        closed._open = closed._stack = None
+        return closed
 
     def _services(self) -> Services:
         """What the tracker opened. Raises `TrackerNotOpen`."""

@@ -34,7 +34,15 @@ class Event:
     @classmethod
     def of(cls, event: "read.Event") -> Self:
         """The value of a stored event."""
-        return cls(**event._asdict() | {"source": event.source.value, "status": str(event.status)})
+        return cls(
+            id=event.id,
+            run_id=event.run_id,
+            at=event.at,
+            source=event.source.value,
+            status=str(event.status),
+            progress=event.progress,
+            detail=event.detail,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -150,6 +158,12 @@ class RunFields:
         if self.charged_cost is not None:
             shown.append(money(self.charged_cost))
         return f"<Run {' · '.join(shown)}>"
+
+    def _repr_html_(self) -> str:
+        """The run in a notebook: its state, cost, times, tags, error and outputs."""
+        from tracker.library.notebook import run_html  # noqa: PLC0415
+
+        return run_html(self)
 
 
 class Run(RunFields):

@@ -1,0 +1,236 @@
+"""`tracker.sync.Tracker`: the tracker without an event loop."""
+
+import asyncio
+import inspect
+import os
+import pickle
+import signal
+import sys
+import threading
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tracker
+import tracker.sync
+from tests.library.conftest import INPUTS
+from tests.support.waiting import eventually
+from tracker.errors import RunUnknown, StoreUnavailable, TrackerNotOpen, WaitTimeout
+from tracker.settings import Settings
+from tracker.simulator import Options, Simulator, running
+from tracker.sync import Run, Tracker
+
+
+@pytest.fixture
+async def flora(request: pytest.FixtureRequest) -> AsyncIterator[Simulator]:
+    """A FLORA whose runs take up to 0.4 s, or as the test says, and whose callbacks are lost."""
+    seconds = getattr(request, "param", 0.3)
+    async with running(Options(failures=0.0, drop=1.0, run_seconds=seconds)) as simulator:
+        yield simulator
+
+
+def environment(flora: Simulator, database_url: str) -> dict[str, str]:
+    """The variables of a tracker on that FLORA and a database."""
+    options = flora.world.options
+    return {
+        "FLORA_BASE_URL": flora.base_url,
+        "FLORA_API_KEY": options.api_key,
+        "FLORA_WEBHOOK_SECRET": options.webhook_secret,
+        "TRACKER_DATABASE_URL": database_url,
+        "TRACKER_POLL_INTERVAL": "0.5",
+    }
+
+
+@pytest.fixture
+def blocking(flora: Simulator, database_url: str) -> Iterator[Tracker]:
+    """A tracker that opens at its first call."""
+    given: dict[str, Any] = environment(flora, database_url)
+    tracker = Tracker(Settings(**{name.lower(): value for name, value in given.items()}))
+    yield tracker
+    tracker.close()
+
+
+async def script(text: str, folder: Path, environ: dict[str, str]) -> asyncio.subprocess.Process:
+    """A process that runs a script with these variables."""
+    file = folder / "script.py"
+    file.write_text(text)
+    return await asyncio.create_subprocess_exec(
+        sys.executable, "-W", "error", file,
+        env={"PATH": os.environ["PATH"], "PYTHONUNBUFFERED": "1", **environ},
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+
+
+def public(kind: type) -> dict[str, Any]:
+    """The public members of a class."""
+    members = {name: member for name, member in vars(kind).items() if not name.startswith("_")}
+    return {name: member for name, member in members.items() if name != "bound"}
+
+
+def plain(member: Any) -> str:
+    """A signature, as it reads where nothing is asynchronous."""
+    if not callable(member := getattr(member, "__func__", member)):
+        return type(member).__name__
+    signature = str(inspect.signature(member)).replace("'", "").replace('"', "")
+    for module in ("library.run", "library.client", "sync"):
+        signature = signature.replace(f"tracker.{module}.", "")
+    return signature.replace("AsyncGenerator[Run, None]", "Iterator[Run]").replace(
+        "collections.abc.", ""
+    )
+
+
+@pytest.mark.parametrize("name", ["Tracker", "Run"])
+def test_both_have_the_same_methods(name: str) -> None:
+    """What the asynchronous class has, the blocking one has under the same name and signature, with
+    the same first sentence."""
+    asynchronous = public(getattr(tracker, name))
+    blocking = public(getattr(tracker.sync, name))
+    assert set(blocking) - set(asynchronous) == ({"close"} if name == "Tracker" else set())
+    assert set(asynchronous) - set(blocking) == set()
+    for method, member in asynchronous.items():
+        assert plain(blocking[method]) == plain(member), method
+        first, same = (one.__doc__.splitlines()[0] for one in (member, blocking[method]))
+        assert first == same
+
+
+async def test_runs_are_started_and_awaited_by_many_threads(
+    blocking: Tracker, flora: Simulator
+) -> None:
+    """The first call opens the tracker, once; every thread gets its own runs, and all lists."""
+
+    def order(number: int) -> Run:
+        run = blocking.start("icon-pack", INPUTS, idempotency_key=f"order-{number}")
+        assert blocking.start("icon-pack", INPUTS, idempotency_key=f"order-{number}") == run
+        return run.wait(timeout=30)
+
+    def work() -> None:
+        with ThreadPoolExecutor(8) as pool:
+            done = list(pool.map(order, range(8)))
+        assert all(one.succeeded and one.outputs for one in done)
+        assert {one.run_id for one in done} == set(flora.world.runs)
+        assert blocking.wait(done) == [run.refresh() for run in done]
+        for runs in (blocking.as_settled(done), blocking.runs(status="completed")):
+            assert {run.run_id for run in runs} == set(flora.world.runs)
+        assert next(iter(blocking.runs())).events()[-1].status == "completed"
+        with pytest.raises(RunUnknown, match="run_none"):
+            blocking.get("run_none")
+        copied = pickle.loads(pickle.dumps(done[0]))  # noqa: S301
+        assert copied == done[0]
+        with pytest.raises(TrackerNotOpen, match="belongs to no tracker"):
+            copied.refresh()
+
+    await asyncio.to_thread(work)
+
+
+@pytest.mark.parametrize("flora", [60], indirect=True)
+async def test_closing_ends_what_other_threads_wait_for(
+    blocking: Tracker, flora: Simulator
+) -> None:
+    """`close` returns at once; waits and loops in other threads raise; `with` opens it again."""
+
+    def loop() -> None:
+        for _ in blocking.as_settled([run]):
+            pass
+
+    def work() -> Run:
+        with pytest.raises(WaitTimeout), blocking:
+            run.wait(timeout=0.1)
+        with pytest.raises(TrackerNotOpen, match="open it again with"):
+            run.refresh()
+        with blocking, pytest.raises(TrackerNotOpen, match="open already"), blocking:
+            pass
+        with blocking:
+            return run.refresh()
+
+    run = await asyncio.to_thread(blocking.start, "icon-pack", INPUTS)
+    waits = [asyncio.to_thread(run.wait), asyncio.to_thread(loop)]
+    waiting = asyncio.gather(*waits, return_exceptions=True)
+    calls: Any = blocking._running
+    await eventually(lambda: len(calls._calls) == 2)
+    await asyncio.to_thread(blocking.close)
+    for error in await waiting:
+        assert isinstance(error, TrackerNotOpen)
+        assert str(error) == "the tracker was closed during this call"
+    assert (await asyncio.to_thread(work)).run_id == run.run_id
+    assert not [one for one in threading.enumerate() if one.name == "tracker"]
+
+
+@pytest.mark.parametrize("flora", [3], indirect=True)
+async def test_ctrl_c_ends_the_wait_alone(
+    flora: Simulator, database_url: str, tmp_path: Path
+) -> None:
+    """A wait raises KeyboardInterrupt at once, in a running event loop as in a notebook; the same
+    tracker then finds the run, and the process exits without a word."""
+    text = """
+import asyncio
+from tracker.sync import Tracker
+
+async def cell():
+    tracker = Tracker.from_env()
+    run = tracker.start("icon-pack", {"prompt": "garden tools"}, idempotency_key="one")
+    try:
+        print("waiting")
+        run.wait()
+    except KeyboardInterrupt:
+        print("interrupted", run.refresh().settled)
+    print(run.wait(timeout=30).status)
+
+loop = asyncio.new_event_loop()  # asyncio.run would take the signal; a notebook does not
+loop.run_until_complete(cell())
+loop.close()
+"""
+    process = await script(text, tmp_path, environment(flora, database_url))
+    assert process.stdout is not None
+    while await process.stdout.readline() != b"waiting\n":
+        pass
+    process.send_signal(signal.SIGINT)
+    out, errors = await process.communicate()
+    assert b"interrupted False\n" in out, errors.decode()
+    assert out.endswith(b"completed\n"), errors.decode()
+    assert process.returncode == 0
+    assert b"Traceback" not in errors
+    assert b"Warning" not in errors
+
+
+async def test_each_forked_process_opens_its_own(
+    flora: Simulator, database_url: str, tmp_path: Path
+) -> None:
+    """A child of a process whose tracker is open uses the same object, and so does the parent
+    afterwards; both exit as usual."""
+    text = """
+import os, sys, warnings
+from tracker.sync import Tracker
+
+warnings.simplefilter("ignore", DeprecationWarning)  # of fork beside threads
+with Tracker.from_env() as tracker:
+    run = tracker.start("icon-pack", {"prompt": "garden tools"}, idempotency_key="one")
+    if child := os.fork():
+        _, status = os.waitpid(child, 0)
+        print("parent", run.wait(timeout=30).status, os.waitstatus_to_exitcode(status))
+    else:
+        print("child", run.wait(timeout=30).status, len(list(tracker.runs())))
+"""
+    process = await script(text, tmp_path, environment(flora, database_url))
+    out, errors = await process.communicate()
+    assert b"child completed 1\n" in out, errors.decode()
+    assert out.endswith(b"parent completed 0\n"), errors.decode()
+    assert process.returncode == 0
+    assert b"Traceback" not in errors
+
+
+async def test_a_tracker_that_cannot_open_says_why_and_tries_again(tmp_path: Path) -> None:
+    """The call raises what opening raised; the next one opens it, once the cause is gone."""
+    folder = tmp_path / "absent"
+    tracker = Tracker(Settings(tracker_database_url=f"sqlite:///{folder}/tracker.db"))
+
+    def work() -> None:
+        with pytest.raises(StoreUnavailable):
+            list(tracker.runs())
+        folder.mkdir()
+        assert list(tracker.runs()) == []
+        tracker.close()
+
+    await asyncio.to_thread(work)

@@ -1,0 +1,56 @@
+"""Runs as HTML, which notebooks show for the value of a cell.
+
+Every text is escaped, and only a plain `http(s)` address becomes a link or is loaded.
+"""
+
+from collections.abc import Iterable
+from functools import cache
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from tracker.core.formatting import counted, duration, money
+from tracker.core.retry import RetryAdvice
+from tracker.web.dashboard.media import output_names, plain_http_origin, presentation
+
+if TYPE_CHECKING:
+    from tracker.library.run import RunFields
+
+MOST_CHARACTERS: Final = 4000
+"""The longest text of an output that is shown; the rest is counted."""
+MOST_ROWS: Final = 100
+"""Most runs in one table; the rest are counted."""
+
+
+def run_html(run: "RunFields") -> str:
+    """A run with its state, cost, times, tags, error and outputs."""
+    outputs = [
+        # A local FLORA serves its files by plain http.
+        (one, name, presentation(one, media_origin=plain_http_origin(one.url))[0])
+        for one, name in zip(run.outputs, output_names(run.outputs, ()), strict=True)
+    ]
+    advice = run.retry_advice and RetryAdvice(run.retry_advice).sentence
+    return str(_macros().card(run, outputs, advice))
+
+
+def runs_html(runs: "Iterable[RunFields]") -> str:
+    """A table with a row for each run."""
+    rows = iter(runs)
+    shown = list(islice(rows, MOST_ROWS))
+    rest = sum(1 for _ in rows)
+    return str(_macros().table(shown, counted(rest, "more run") if rest else ""))
+
+
+@cache
+def _macros() -> Any:
+    pages = Environment(
+        loader=PackageLoader("tracker.library", ""), autoescape=True, undefined=StrictUndefined
+    )
+    pages.filters.update(money=money, duration=duration, shortened=_shortened)
+    return pages.get_template("notebook.html").module
+
+
+def _shortened(text: str) -> str:
+    rest = len(text) - MOST_CHARACTERS
+    return f"{text[:MOST_CHARACTERS]}… ({rest:,} more characters)" if rest > 0 else text

@@ -1,0 +1,298 @@
+"""`Tracker` for code without an event loop: scripts, Django, Flask, notebooks.
+
+::
+
+    from tracker.sync import Tracker
+
+    with Tracker.from_env() as tracker:
+        run = tracker.start("icon-pack", {"prompt": "beach toys"}, idempotency_key="order-17")
+        done = run.wait(timeout=600)
+        print(done.charged_cost, [output.url for output in done.outputs])
+"""
+
+import asyncio
+import os
+import threading
+import weakref
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import fields
+from types import TracebackType
+from typing import Any, Final, Generic, Self, TypeVar, overload
+
+from tracker.core.retry import RetryAdvice
+from tracker.core.run import Output, Tracking
+from tracker.errors import TrackerNotOpen
+from tracker.library import following
+from tracker.library.client import Tracker as AsyncTracker
+from tracker.library.inputs import InputValues
+from tracker.library.loop_thread import CLOSED, LoopThread
+from tracker.library.run import Event, RunFields
+from tracker.library.run import Run as AsyncRun
+from tracker.settings import Settings
+
+__all__ = ["Event", "Output", "Run", "Tracker"]
+
+T = TypeVar("T")
+
+
+class Tracker:
+    """A tracker on the database and the FLORA workspaces that the settings name.
+
+    The methods are those of `tracker.Tracker`, with the same parameters and errors; they block.
+    Any number of threads may call them. Ctrl-C ends a call at once: a run that is waited for stays
+    tracked.
+
+    A tracker opens at the first call and closes at exit, so that a web application keeps one in a
+    module; each process that is forked opens its own. `with` opens it at once and closes it at the
+    end of the block. A closed tracker ends the calls of other threads with `TrackerNotOpen`.
+
+    `worker` decides whether polling, sweeps and deliveries run in this process; see
+    `tracker.Tracker`. An event loop runs in a daemon thread of its own, so that these methods work
+    in a notebook too.
+    """
+
+    def __init__(self, settings: Settings | None = None, *, worker: bool | None = None) -> None:
+        self._set_up(AsyncTracker(settings, worker=worker))
+
+    @classmethod
+    def from_env(cls, *, worker: bool | None = None) -> Self:
+        """A tracker with the settings of the environment and of the file in TRACKER_CONFIG.
+
+        Opens nothing. Raises `SettingsError`, which names each wrong setting.
+        """
+        tracker = cls.__new__(cls)
+        tracker._set_up(AsyncTracker.from_env(worker=worker))
+        return tracker
+
+    def _set_up(self, tracker: AsyncTracker) -> None:
+        self.settings: Settings = tracker.settings
+        self._tracker = tracker
+        self._lock = threading.Lock()
+        self._running: LoopThread | None = None
+        self._entered = self._closed = False
+        _trackers.add(self)
+
+    def __enter__(self) -> Self:
+        with self._lock:
+            if self._entered:
+                raise TrackerNotOpen("this tracker is open already: open it once, and share it")
+            if self._running is None:
+                self._open()
+            self._entered = True
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the tracker before the process exits; `with` opens it again."""
+        with self._lock:
+            running, self._running = self._running, None
+            self._closed, self._entered = True, False
+            if running is not None:
+                self._at_exit.detach()
+        if running is not None:
+            running.close()
+
+    def start(
+        self,
+        technique: str,
+        inputs: InputValues = (),
+        *,
+        idempotency_key: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        workspace_id: str | None = None,
+        timeout: float | None = None,
+    ) -> "Run":
+        """Start a run of a technique (its id or slug), once per `idempotency_key`."""
+        started = self._tracker.start(
+            technique,
+            inputs,
+            idempotency_key=idempotency_key,
+            tags=tags,
+            workspace_id=workspace_id,
+            timeout=timeout,
+        )
+        return self._run(self._call(started))
+
+    def get(self, run_id: str) -> "Run":
+        """The run as it is stored. Raises `RunUnknown` and `StoreUnavailable`."""
+        return self._run(self._call(self._tracker.get(run_id)))
+
+    def runs(
+        self,
+        *,
+        status: str | None = None,
+        technique_id: str | None = None,
+        workspace_id: str | None = None,
+        project_id: str | None = None,
+        tag: str | None = None,
+        tracking: Tracking | str | None = None,
+        retry_advice: RetryAdvice | str | None = None,
+    ) -> "Iterator[Run]":
+        """All stored runs that match every filter, newest first; `tag` is `key=value`."""
+        found = self._tracker.runs(
+            status=status,
+            technique_id=technique_id,
+            workspace_id=workspace_id,
+            project_id=project_id,
+            tag=tag,
+            tracking=tracking,
+            retry_advice=retry_advice,
+        )
+        return map(self._run, self._iterate(found))
+
+    @overload
+    def wait(  # type: ignore[overload-overlap]  # an id is a sequence of letters
+        self, runs: "Run | str", timeout: float | None = None, *, raise_on_failure: bool = True
+    ) -> "Run": ...
+
+    @overload
+    def wait(
+        self,
+        runs: "Iterable[Run | str]",
+        timeout: float | None = None,
+        *,
+        raise_on_failure: bool = True,
+    ) -> "list[Run]": ...
+
+    def wait(
+        self,
+        runs: "Run | str | Iterable[Run | str]",
+        timeout: float | None = None,
+        *,
+        raise_on_failure: bool = True,
+    ) -> "Run | list[Run]":
+        """Wait until one run, or each of several, has ended; return them as they are then."""
+        if isinstance(runs, Run | str):
+            one = self._tracker.wait(
+                following.id_of(runs), timeout, raise_on_failure=raise_on_failure
+            )
+            return self._run(self._call(one))
+        all_of = self._tracker.wait(
+            map(following.id_of, runs), timeout, raise_on_failure=raise_on_failure
+        )
+        return list(map(self._run, self._call(all_of)))
+
+    def as_settled(
+        self, runs: "Iterable[Run | str]", *, timeout: float | None = None
+    ) -> "Iterator[Run]":
+        """Each of the runs as it ends, also one that failed or is lost."""
+        ended = self._tracker.as_settled(map(following.id_of, runs), timeout=timeout)
+        return map(self._run, self._iterate(ended))
+
+    def events_of(self, run: "Run | str") -> list[Event]:
+        """The timeline of a run, oldest event first. Raises `RunUnknown`, `StoreUnavailable`."""
+        return self._call(self._tracker.events_of(following.id_of(run)))
+
+    def _run(self, run: AsyncRun) -> "Run":
+        return Run._of(run, self)
+
+    def _open(self) -> LoopThread:
+        self._running = LoopThread(self._tracker)
+        self._at_exit = weakref.finalize(self, self._running.close)
+        self._closed = False
+        return self._running
+
+    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        running = self._running
+        try:
+            if running is None:
+                with self._lock:
+                    if self._closed:
+                        raise TrackerNotOpen(CLOSED)
+                    running = self._running or self._open()
+        except BaseException:
+            work.close()
+            raise
+        return running.call(work)
+
+    def _iterate(self, items: AsyncGenerator[T, None]) -> Iterator[T]:
+        steps = _Steps(items)
+        try:
+            while (item := self._call(steps.next())) is not _END:
+                yield item  # type: ignore[misc]
+        finally:
+            with suppress(TrackerNotOpen):  # closing ended it
+                self._call(steps.end())
+
+    def _forked(self) -> None:
+        """In a child process: leave what the parent opened as it is, and open anew when needed."""
+        # Kept, because their destructors would disturb the parent's connections.
+        _of_parent.append((self._running, self._tracker))
+        if self._running is not None:
+            self._at_exit.detach()
+        self._running = None
+        self._lock = threading.Lock()
+        self._tracker = self._tracker._closed_copy()
+
+
+class Run(RunFields):
+    """A run, as it was when it was read, and what can be done with it."""
+
+    __slots__ = ("_owner",)  # no field: neither compared, shown, copied nor pickled
+
+    _owner: Tracker
+
+    @classmethod
+    def _of(cls, run: RunFields, owner: Tracker) -> Self:
+        blocking = cls(**{one.name: getattr(run, one.name) for one in _FIELDS})
+        object.__setattr__(blocking, "_owner", owner)
+        return blocking
+
+    def wait(self, timeout: float | None = None, *, raise_on_failure: bool = True) -> "Run":
+        """The run when it has ended; see `Tracker.wait`."""
+        return self._tracker.wait(self, timeout=timeout, raise_on_failure=raise_on_failure)
+
+    def refresh(self) -> "Run":
+        """The run as it is stored now. Raises `RunUnknown` and `StoreUnavailable`."""
+        return self._tracker.get(self.run_id)
+
+    def events(self) -> list[Event]:
+        """The timeline of the run, oldest event first. Raises `StoreUnavailable`."""
+        return self._tracker.events_of(self)
+
+    @property
+    def _tracker(self) -> Tracker:
+        owner: Tracker | None = getattr(self, "_owner", None)
+        if owner is None:
+            raise TrackerNotOpen(
+                f"this copy of run {self.run_id} belongs to no tracker: use tracker.get(run_id)"
+            )
+        return owner
+
+
+class _Steps(Generic[T]):
+    """Steps through an asynchronous generator, one at a time, also where one was interrupted."""
+
+    def __init__(self, items: AsyncGenerator[T, None]) -> None:
+        self._items = items
+        self._turn = asyncio.Lock()
+
+    async def next(self) -> T | object:
+        """The next item, or `_END`."""
+        async with self._turn:
+            return await anext(self._items, _END)
+
+    async def end(self) -> None:
+        """Close the generator."""
+        async with self._turn:
+            await self._items.aclose()
+
+
+def _after_fork() -> None:
+    for tracker in list(_trackers):
+        tracker._forked()
+
+
+_END: Final = object()
+_FIELDS: Final = fields(RunFields)
+_trackers: Final = weakref.WeakSet[Tracker]()
+_of_parent: Final[list[object]] = []
+os.register_at_fork(after_in_child=_after_fork)
