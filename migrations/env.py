@@ -13,7 +13,6 @@ import time
 from logging.config import fileConfig
 from typing import Any, Literal
 
-import structlog
 from alembic import context
 from alembic.autogenerate.api import AutogenContext
 from sqlalchemy import Connection, func, select
@@ -21,6 +20,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.util import await_only
 
 from tracker.core.errors import StoreUnavailable
+from tracker.core.log import get_logger
 from tracker.store.migrate import PATIENCE_SECONDS, run_from_command_line
 from tracker.store.schema import CleanText, Money, UtcDateTime, metadata
 
@@ -31,7 +31,7 @@ STATEMENT_TIMEOUT = "60s"
 PAUSE_SECONDS = 0.7
 IN_THE_WAY = ("55P03", "40P01")  # somebody holds a lock for longer than that; a deadlock
 
-log = structlog.get_logger(__name__)
+log = get_logger("tracker.migrations")
 
 # A revision stays as it was written, whatever becomes of our types: it names what is under them.
 PLAIN = {

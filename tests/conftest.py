@@ -20,7 +20,6 @@ from typing import Any
 import httpx
 import hypothesis
 import pytest
-import structlog
 import uvicorn.server
 
 from tests.support import network_guard
@@ -67,16 +66,6 @@ if os.access(_MEMORY, os.W_OK | os.X_OK) and "TMPDIR" not in os.environ:
 # would compile the same modules, and each process of the suite all tests.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
-
-# A logger that kept what was configured when it was first used would not hear of a later test.
-_configure = structlog.configure
-
-
-def _configure_for_now(**given: Any) -> None:
-    _configure(**{**given, "cache_logger_on_first_use": False})
-
-
-structlog.configure = _configure_for_now  # type: ignore[assignment]
 
 
 class _Hasty:
@@ -141,7 +130,6 @@ def _log_as_it_was() -> Iterator[None]:
     handlers, level = root.handlers[:], root.level
     yield
     root.handlers[:], root.level = handlers, level
-    structlog.reset_defaults()
 
 
 @pytest.fixture(autouse=True)

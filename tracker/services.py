@@ -10,10 +10,10 @@ from functools import cache, partial
 from typing import Final
 from uuid import uuid4
 
-import structlog
 from pydantic import SecretStr
 
 from tracker.core.clock import Clock
+from tracker.core.log import get_logger
 from tracker.delivering.downloads import Downloader
 from tracker.delivering.webhooks import Webhooks
 from tracker.explaining.explainer import Explainer
@@ -55,7 +55,7 @@ from tracker.store.writing.rollups import RollupCompactor
 from tracker.store.writing.writer import MergeRules, Writer
 from tracker.views import message_body
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 CALLER_SECONDS: Final = 25.0
 """How long FLORA is tried while a caller waits: one-shot commands give up within 30 s."""

@@ -128,5 +128,5 @@ def test_log_events_are_named_in_one_way() -> None:
     for event, _ in logged():
         assert re.fullmatch(r"[a-z]+(\.[a-z_]+)?", event), event
     for path in (ROOT / "tracker").rglob("*.py"):
-        made = re.findall(r"^(\w+) = structlog\.get_logger", path.read_text(), re.M)
+        made = re.findall(r"^(\w+) = get_logger", path.read_text(), re.M)
         assert set(made) <= {"log"}, path

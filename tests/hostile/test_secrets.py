@@ -24,6 +24,7 @@ from tests.web.dashboard.conftest import csrf_of, sign_in
 from tests.web.flora import START
 from tests.web.serving import serving
 from tracker.cli.app import main
+from tracker.core import log as core_log
 from tracker.core.errors import TrackerError
 from tracker.flora.client import FloraClient
 from tracker.flora.signature import sign
@@ -63,7 +64,7 @@ def _with_password(database_url: str) -> str:
 def _log(format: Literal["console", "json"], monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """All that is logged, from the lowest level on, and nothing taken out of it."""
     stream = io.StringIO()
-    monkeypatch.setattr(logs, "_SHAPES", ())
+    monkeypatch.setattr(core_log, "_SHAPES", ())
     logs.configure_logs(format=format, level="debug", secrets=(), stream=stream)
     return stream
 
@@ -233,5 +234,5 @@ def test_the_search_finds_leaked_secrets(monkeypatch: pytest.MonkeyPatch) -> Non
     """The search finds each of them in a log, so that finding none says something."""
     log = _log("json", monkeypatch)
     for secret in (KEY, TOKEN, PASSWORD, "marked-p@ssword", *SECRETS):
-        logs.structlog.get_logger("x").info("oops", value=secret)
+        core_log.get_logger("x").info("oops", value=secret)
     assert len(MARKED.findall(log.getvalue().encode())) == 6

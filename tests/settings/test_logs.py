@@ -3,10 +3,12 @@
 import io
 import json
 import logging
+import re
 
 import pytest
 import structlog
 
+from tracker.core.log import Redactor, get_logger, log_context, log_fields
 from tracker.operations.logs import configure_logs
 
 SECRETS = ["hunter22", 'quo"te\\d ü', "p@ss/word"]
@@ -28,7 +30,7 @@ def test_json_is_one_object_a_line_whoever_logs() -> None:
     """Our own lines and other libraries' have the same shape and go to the same place."""
     stream = io.StringIO()
     configure_logs(stream=stream)
-    structlog.get_logger("tracker.web").info("serving", port=80)
+    get_logger("tracker.web").info("serving", port=80)
     logging.getLogger("uvicorn.error").warning("that was %s", "odd")
     ours, theirs = lines(stream)
     assert ours["event"] == "serving"
@@ -50,7 +52,7 @@ def test_the_format_follows_the_stream_unless_it_is_said() -> None:
         (io.StringIO(), "console", False),
     ]:
         configure_logs(format=given, stream=stream)  # type: ignore[arg-type]
-        structlog.get_logger("x").info("hello")
+        get_logger("x").info("hello")
         assert stream.getvalue().startswith("{") is is_json
 
 
@@ -58,13 +60,13 @@ def test_libraries_are_as_loud_as_they_are_useful() -> None:
     """The level holds for all; httpx is quiet below a warning, whatever the level."""
     stream = io.StringIO()
     configure_logs(level="debug", stream=stream)
-    structlog.get_logger("x").debug("ours")
+    get_logger("x").debug("ours")
     logging.getLogger("httpx").info("HTTP Request: GET")
     logging.getLogger("apscheduler.executors.default").info("Running job")
     assert [line["event"] for line in lines(stream)] == ["ours"]
     configure_logs(level="error", stream=stream)
     logging.getLogger("httpx").warning("odd")
-    structlog.get_logger("x").warning("ours")
+    get_logger("x").warning("ours")
     assert len(lines(stream)) == 1
 
 
@@ -73,7 +75,7 @@ def test_known_secrets_are_taken_out_of_every_line(format: str) -> None:
     """As a value, deep in a value, in a message, in a traceback, quoted or percent-encoded."""
     stream = io.StringIO()
     configure_logs(format=format, secrets=SECRETS, stream=stream)  # type: ignore[arg-type]
-    log = structlog.get_logger("x")
+    log = get_logger("x")
     for secret in SECRETS:
         log.info("value", key=secret, deep={"list": [secret]})
         logging.getLogger("other").warning("message %s", secret)
@@ -104,7 +106,7 @@ def test_what_looks_like_a_secret_is_taken_out_unknown_as_it_is(text: str, shown
     """Somebody else's key in a message is no less a key."""
     stream = io.StringIO()
     configure_logs(stream=stream)
-    structlog.get_logger("x").info(text)
+    get_logger("x").info(text)
     assert lines(stream)[0]["event"] == shown
 
 
@@ -116,7 +118,7 @@ def test_a_traceback_shows_no_local_variables() -> None:
         try:
             raise ValueError(len(unknown))
         except ValueError:
-            structlog.get_logger("x").exception("broken")
+            get_logger("x").exception("broken")
         assert "correct-horse" not in stream.getvalue()
         assert "ValueError" in stream.getvalue()
 
@@ -125,7 +127,7 @@ def test_other_peoples_text_begins_no_line_and_moves_no_cursor() -> None:
     """Control characters in values are shown on a terminal, not obeyed."""
     stream = Terminal()
     configure_logs(stream=stream)
-    structlog.get_logger("x").info("failed", message="a\n2026 [info] forged\x1b[2J")
+    get_logger("x").info("failed", message="a\n2026 [info] forged\x1b[2J")
     assert len(stream.getvalue().splitlines()) == 1
     try:
         raise ValueError("\x1b[2J\x9b2J")
@@ -134,3 +136,44 @@ def test_other_peoples_text_begins_no_line_and_moves_no_cursor() -> None:
     assert "\x1b[2J" not in stream.getvalue()
     assert "\x9b" not in stream.getvalue()
     assert "\\x1b[2J\\x9b2J" in stream.getvalue()
+
+
+def test_an_application_hears_the_tracker_by_its_own_handlers(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Unless a command configures the log: one line with the fields, nothing printed beside it."""
+    stream, log = io.StringIO(), get_logger("tracker.x")
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s %(filename)s %(message)s"))
+    logging.getLogger().addHandler(handler)
+    log.info("unheard")  # the application's level is WARNING
+    with log_context(request_id="req-1"):
+        log.warning("run.lost", run_id="run_1", reason="not \x1b found", checks=5)
+    assert stream.getvalue() == (
+        "WARNING tracker.x test_logs.py "
+        "run.lost request_id=req-1 run_id=run_1 reason='not \\x1b found' checks=5\n"
+    )
+    shown = capsys.readouterr()
+    assert shown.out + shown.err == ""
+
+
+def test_secrets_stay_out_of_an_applications_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known ones and what looks like one, in values and in tracebacks."""
+    monkeypatch.setattr("tracker.core.log._redact", Redactor(["hunter22"]))
+    stream, log = io.StringIO(), get_logger("tracker.x")
+    logging.getLogger().addHandler(logging.StreamHandler(stream))
+    try:
+        raise ValueError("hunter22 and whsec_abc")
+    except ValueError:
+        log.exception("broken", key="sk_live_abc", at="postgresql://u:secret@h/d hunter22")
+    assert "Traceback" in stream.getvalue()
+    assert not re.search("hunter22|u:secret|_abc", stream.getvalue())
+
+
+def test_an_application_that_uses_structlog_keeps_its_context() -> None:
+    """Its own request id is still there after a request to the tracker."""
+    with structlog.contextvars.bound_contextvars(request_id="host"):
+        with log_context(request_id="ours"):
+            assert structlog.contextvars.get_contextvars() == {"request_id": "host"}
+            assert log_fields() == {"request_id": "ours"}
+        assert structlog.contextvars.get_contextvars() == {"request_id": "host"}

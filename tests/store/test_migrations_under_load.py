@@ -12,11 +12,11 @@ from pathlib import Path
 import asyncpg
 import pytest
 import sqlalchemy as sa
-import structlog
 
 from tests.store.test_migrations import ROOT, on, schema
 from tests.store.upgrading import OldWriters, revisions
 from tests.support.databases import PostgresDatabases, sqlite_url_of
+from tests.support.logs import capture_logs
 from tests.support.waiting import eventually
 from tracker.store import migrate
 from tracker.store.engine import Database
@@ -60,7 +60,7 @@ async def test_a_migration_that_waits_lets_others_through(empty_postgres_url: st
     before, changes_runs = "0002", "0003"
     await migrate.upgrade(empty_postgres_url, before)
     reader = await asyncpg.connect(empty_postgres_url)
-    with structlog.testing.capture_logs() as logged:
+    with capture_logs() as logged:
         async with await Database.open(empty_postgres_url) as db, reader.transaction():
             await reader.execute("SELECT FROM runs LIMIT 1")
             writers = await OldWriters.knowing(db)

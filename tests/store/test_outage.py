@@ -11,7 +11,6 @@ from urllib.parse import urlsplit
 import asyncpg
 import pytest
 from sqlalchemy import text
-from structlog.testing import capture_logs
 
 from tests.store.making import (
     apply_all,
@@ -23,6 +22,7 @@ from tests.store.making import (
     seen,
     taken_again,
 )
+from tests.support.logs import capture_logs
 from tests.support.postgres import PostgresServer
 from tests.support.waiting import eventually, free_port
 from tracker.core.errors import StoreError, StoreUnavailable

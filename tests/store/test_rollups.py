@@ -16,7 +16,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import delete, func, select, update
-from structlog.testing import capture_logs
 
 from tests.store.making import (
     NOW,
@@ -29,6 +28,7 @@ from tests.store.making import (
     seen,
     started,
 )
+from tests.support.logs import capture_logs
 from tests.support.waiting import eventually
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Entry, Record, Unseen

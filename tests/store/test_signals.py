@@ -6,9 +6,9 @@ from datetime import timedelta
 import asyncpg
 import pytest
 from sqlalchemy import text
-from structlog.testing import capture_logs
 
 from tests.store.making import NOW, callback, ids, open_writer, seen, started
+from tests.support.logs import capture_logs
 from tests.support.waiting import eventually
 from tracker.core.run import RunStatus
 from tracker.store.engine import Database

@@ -11,8 +11,8 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
-from structlog.testing import capture_logs
 
+from tests.support.logs import capture_logs
 from tests.support.postgres import PostgresServer
 from tests.support.waiting import eventually
 from tracker.core.errors import StoreUnavailable

@@ -40,14 +40,13 @@ async def test_the_last_attempt_is_taken_with_the_first_ones_time(small_site: Si
 
 
 async def test_the_tolerance_is_what_is_set(
-    serve: Serve, sqlite_url: str, capsys: pytest.CaptureFixture[str]
+    serve: Serve, sqlite_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What is older is refused and leaves nothing, ahead of time too, and the log names the
     reason."""
     async with serve(sqlite_url) as site:
         assert await statuses(site, event("run_1"), 890, 910, -910) == [200, 401, 401]
-    printed = capsys.readouterr()
-    (said,) = [line for line in printed.out.splitlines() if "callback.refused" in line]
+    (said,) = [line for line in caplog.text.splitlines() if "callback.refused" in line]
     assert "expired" in said
     async with serve(sqlite_url, tracker_signature_tolerance=300) as site:
         assert await statuses(site, event("run_2"), 375) == [401]

@@ -10,13 +10,12 @@ from typing import Any
 import httpx
 import pytest
 from sqlalchemy import Engine, event
-from structlog.contextvars import merge_contextvars
-from structlog.testing import capture_logs
 
 from tests.store.making import NOW, quarantined, seen, started
 from tests.support.deliveries import keep
 from tests.support.endpoint import SECRET as ENDPOINT_SECRET
 from tests.support.endpoint import Receiver
+from tests.support.logs import capture_logs
 from tests.support.postgres import PostgresServer
 from tests.support.scraping import Scrape, read_scrape, scrape
 from tests.support.waiting import eventually
@@ -297,7 +296,7 @@ def test_two_sets_of_metrics_share_nothing() -> None:
 async def test_the_log_names_the_request_and_the_delivery(small_site: Site) -> None:
     """Each line has those that it is about, and nothing of the requests before."""
     strange, unsigned = callbacks.event("run_1", type="run.sung"), callbacks.event("run_2")
-    with capture_logs(processors=[merge_contextvars]) as lines:
+    with capture_logs() as lines:
         for body, headers in ((strange, signed(strange)), (unsigned, {})):
             number = {"X-Request-Id": f"number-{len(headers)}"}
             await small_site.client.post(PATH, content=body, headers=headers | number)

@@ -4,8 +4,8 @@ import httpx
 import pytest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
-from structlog.testing import capture_logs
 
+from tests.support.logs import capture_logs
 from tests.web.conftest import Site
 from tracker.core.errors import FloraRefusal, StoreUnavailable, TrackerError
 from tracker.web.http.limits import Limits
@@ -23,7 +23,7 @@ def _client(app: object, **options: bool) -> httpx.AsyncClient:
 
 
 async def test_an_unforeseen_error_shows_a_number_and_nothing_else(
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The client gets an id under which the log has the whole story."""
 
@@ -37,10 +37,9 @@ async def test_an_unforeseen_error_shows_a_number_and_nothing_else(
     assert error["code"] == "internal_error"
     assert SECRET_WORD not in answer.text
     assert "Traceback" not in answer.text
-    printed = capsys.readouterr()
     number = error["message"].split()[-1].rstrip(".")
-    assert number in printed.out + printed.err
-    assert SECRET_WORD in printed.out + printed.err
+    assert number in caplog.text
+    assert SECRET_WORD in caplog.text
 
 
 async def test_half_an_answer_is_not_followed_by_another() -> None:

@@ -10,8 +10,8 @@ import pytest
 from opentelemetry.instrumentation._semconv import _OpenTelemetrySemanticConventionStability
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from structlog.testing import capture_logs
 
+from tests.support.logs import capture_logs
 from tests.web import callbacks
 from tests.web.callbacks import PATH, SECRET, signed
 from tests.web.conftest import Serve, Site

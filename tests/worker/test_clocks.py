@@ -7,9 +7,9 @@ from typing import Any
 import apscheduler.schedulers.base
 import apscheduler.triggers.interval
 import pytest
-from structlog.testing import capture_logs
 
 import tracker.store.clock
+from tests.support.logs import capture_logs
 from tests.support.waiting import eventually
 from tests.worker.conftest import HandClock, MakeFlora, OpenServices, reads_of, the_run
 from tests.worker.test_poll import poll_to_the_end, start

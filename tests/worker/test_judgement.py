@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from starlette.applications import Starlette
-from structlog.testing import capture_logs
 
+from tests.support.logs import capture_logs
 from tests.web.serving import serving
 from tests.worker.conftest import HandClock, MakeFlora, OpenServices, reads_of, the_run
 from tests.worker.test_poll import poll_to_the_end, start

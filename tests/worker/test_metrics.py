@@ -1,10 +1,9 @@
 """What a worker does is counted, and what it says in the log names what it is about."""
 
 import contextlib
+import logging
 
-from structlog.contextvars import merge_contextvars
-from structlog.testing import capture_logs
-
+from tests.support.logs import capture_logs
 from tests.support.scraping import Scrape, read_scrape
 from tests.support.waiting import eventually
 from tests.worker.conftest import HandClock, MakeFlora, OpenServices
@@ -124,7 +123,7 @@ async def test_what_is_said_while_a_run_is_read_names_the_run(
     """Each request to FLORA stands in the log with the run and the workspace that it is for."""
     run = flora.start()
     await services.tracker.track(run.run_id)
-    with capture_logs(processors=[merge_contextvars]) as lines:
+    with capture_logs(logging.DEBUG) as lines:
         await services.poller.poll_due()
     requests = [line for line in lines if line["event"] == "flora.request"]
     assert requests

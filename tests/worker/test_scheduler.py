@@ -12,8 +12,8 @@ import asyncpg
 import pytest
 from apscheduler.jobstores.base import JobLookupError
 from starlette.responses import Response
-from structlog.testing import capture_logs
 
+from tests.support.logs import capture_logs
 from tests.support.waiting import eventually
 from tests.worker.conftest import assert_true_to, reads_of, the_run
 from tracker.core.clock import utc_now

@@ -122,9 +122,9 @@ def _configure() -> "Rotation":
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     rotation = configure_service()
-    import structlog
+    from tracker.core.log import get_logger
 
-    log = structlog.get_logger(__name__)
+    log = get_logger(__name__)
     for unknown in rotation.unknown:
         log.warning("settings.unknown", error=unknown)
     share_heap()

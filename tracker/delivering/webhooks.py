@@ -16,11 +16,10 @@ from datetime import datetime, timedelta
 from functools import partial
 from typing import Final
 
-import structlog
-
 from tracker.core.clock import Clock
 from tracker.core.errors import StoreError, TrackerError
 from tracker.core.events import WAITS
+from tracker.core.log import get_logger
 from tracker.core.rate_limited_log import LogRateLimit
 from tracker.delivering.endpoint_client import (
     ANSWER_SECONDS,
@@ -56,7 +55,7 @@ LAST_WITHIN: Final = 2.0
 OnAttempt = Callable[[str, Claim, Attempt], None]
 """Called with the endpoint's id and the outcome of an attempt, once it is committed."""
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class UnknownEndpoint(TrackerError):

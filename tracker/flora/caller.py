@@ -22,7 +22,6 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 import httpx
-import structlog
 
 from tracker.core.clock import Clock
 from tracker.core.errors import (
@@ -34,6 +33,7 @@ from tracker.core.errors import (
     RateLimited,
     RequestPaused,
 )
+from tracker.core.log import get_logger
 from tracker.core.net import is_bounded
 from tracker.flora import parse
 from tracker.flora.contact import Breaker, Contact
@@ -64,7 +64,7 @@ _NO_CONNECTION: Final = (
     httpx.UnsupportedProtocol,
 )
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 def backoff(attempt: int) -> float:

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Final
 
-import structlog
-
 from tracker.core.clock import Clock, utc_now
 from tracker.core.contact import CURRENT, PATIENCE, ContactState, OngoingTrouble, Trouble
 from tracker.core.errors import (
@@ -24,13 +22,14 @@ from tracker.core.errors import (
     NotFound,
     OtherWorkspace,
 )
+from tracker.core.log import get_logger
 
 PROBE_EVERY: Final = 30.0
 """Seconds between two half-open probes: calls let through while the breaker is open."""
 CONFIRMED: Final = 5.0
 """Seconds for which requests must have failed before FLORA is reported as silent."""
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class Breaker:

@@ -6,8 +6,7 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from functools import partial
 
-import structlog
-
+from tracker.core.log import get_logger
 from tracker.core.record import Record
 from tracker.core.run import Tracking
 from tracker.errors import RunFailed, RunLost, RunUnknown, WaitTimeout
@@ -16,7 +15,7 @@ from tracker.polling.follow import CHUNK, OUTAGE, until_available
 from tracker.services import Services
 from tracker.store.queries import runs as read
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 def id_of(run: RunFields | str) -> str:

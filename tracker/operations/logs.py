@@ -6,32 +6,19 @@ finished line, including tracebacks.
 """
 
 import io
-import json
 import logging
 import os
-import re
 import sys
 from collections.abc import Iterable
 from typing import Any, Final, Literal, TextIO
-from urllib.parse import quote
 
 import structlog
 from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
 
+from tracker.core.log import LogEvent, Redactor, log_fields
 from tracker.core.plain import plain, plain_lines
 
-REDACTED: Final = "[redacted]"
-_SHORTEST_SECRET: Final = 4
-"""Shorter ones are not redacted: they occur in ordinary words, and the gaps would reveal them."""
-
-_SHAPES: Final = (
-    (re.compile(r"\b(sk_(?:live|test)_|whsec_)[A-Za-z0-9+/=_-]+"), rf"\1{REDACTED}"),
-    (re.compile(r"""(://[^\s:/@"']*:)[^\s/@"']+(?=@)"""), rf"\1{REDACTED}"),
-    (re.compile(r"\b(v1=)[0-9A-Fa-f]{64}"), rf"\1{REDACTED}"),
-    (re.compile(r"(?i)\b(bearer\s+)[A-Za-z0-9._~+/=-]{8,}"), rf"\1{REDACTED}"),
-)
-"""FLORA's keys and signing secrets, passwords in URLs, signatures, bearer tokens."""
-
+_TIME: Final = structlog.processors.TimeStamper(fmt="iso", utc=True)
 _QUIET: Final = {
     "httpx": logging.WARNING,  # a line per request, which our callers log themselves
     "httpcore": logging.WARNING,
@@ -49,7 +36,7 @@ def configure_logs(
     secrets: Iterable[str] = (),
     stream: TextIO | None = None,
 ) -> None:
-    """Send structlog's and the standard library's logs to `stream` (default: stderr).
+    """Send our own and other libraries' logs to `stream` (default: stderr).
 
     The default `format` is `console` on a terminal, else `json`. `secrets` are redacted in every
     line. Another call replaces the configuration.
@@ -58,13 +45,6 @@ def configure_logs(
     terminal = stream.isatty()
     if format is None:
         format = "console" if terminal else "json"
-    common: list[Processor] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.stdlib.add_log_level,
-        structlog.stdlib.add_logger_name,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-        structlog.processors.StackInfoRenderer(),
-    ]
     finish: list[Processor]
     if format == "json":
         finish = [
@@ -78,24 +58,20 @@ def configure_logs(
             _escape_controls,
             structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=_traceback),
         ]
-    structlog.configure(
-        processors=[
-            structlog.stdlib.filter_by_level,
-            *common,
-            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
-        ],
-        wrapper_class=structlog.stdlib.BoundLogger,
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        cache_logger_on_first_use=True,
-    )
     handler = logging.StreamHandler(stream)
     handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[*common, structlog.stdlib.ExtraAdder()],
+        _Formatter(
+            foreign_pre_chain=[
+                structlog.stdlib.add_log_level,
+                structlog.stdlib.add_logger_name,
+                _TIME,
+                _add_context,
+                structlog.stdlib.ExtraAdder(),
+            ],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 *finish,
-                Redactor(secrets),
+                _RedactLine(secrets),
             ],
         )
     )
@@ -116,37 +92,46 @@ def redact_also(secrets: Iterable[str]) -> None:
     for handler in logging.getLogger().handlers:
         if isinstance(handler.formatter, structlog.stdlib.ProcessorFormatter):
             for step in handler.formatter.processors:
-                if isinstance(step, Redactor):
-                    step.add(secrets)
+                if isinstance(step, _RedactLine):
+                    step.redact.add(secrets)
 
 
-class Redactor:
-    """The last step of the log: redacts secrets in the finished line."""
+class _Formatter(structlog.stdlib.ProcessorFormatter):
+    """Formats our own events with their fields, and other libraries' records with what they say."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of a record."""
+        event = record.msg
+        if isinstance(event, LogEvent):
+            level, logger = record.levelname.lower(), logging.getLogger(record.name)
+            line: EventDict = {
+                **event.fields,
+                "event": event.name,
+                "level": level,
+                "logger": record.name,
+            }
+            if record.exc_info:
+                line["exc_info"] = record.exc_info
+            record = logging.makeLogRecord(record.__dict__)
+            record.msg = _TIME(logger, level, line)
+            record._logger, record._name = logger, level
+        return super().format(record)
+
+
+def _add_context(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+    """What another library logs while a request is served has the request's id, too."""
+    return {**log_fields(), **event}
+
+
+class _RedactLine:
+    """The last step: redacts secrets in the finished line."""
 
     def __init__(self, secrets: Iterable[str]) -> None:
-        self._secrets: set[str] = set()
-        self.add(secrets)
-
-    def add(self, secrets: Iterable[str]) -> None:
-        """Redact these too."""
-        self._secrets.update(secret for secret in secrets if len(secret) >= _SHORTEST_SECRET)
-        written = [form for secret in self._secrets for form in (secret, repr(secret)[1:-1])]
-        forms = {
-            *written,
-            *(json.dumps(form)[1:-1] for form in written),
-            *(quote(secret, safe="") for secret in self._secrets),
-        }
-        longest_first = sorted(forms, key=len, reverse=True)
-        self._known = re.compile("|".join(map(re.escape, longest_first))) if forms else None
+        self.redact = Redactor(secrets)
 
     def __call__(self, logger: WrappedLogger, method: str, line: Any) -> str:
         """The rendered line without secrets."""
-        clean = str(line)
-        if self._known is not None:
-            clean = self._known.sub(REDACTED, clean)
-        for shape, replacement in _SHAPES:
-            clean = shape.sub(replacement, clean)
-        return clean
+        return self.redact(str(line))
 
 
 def _traceback(stream: TextIO, exception: ExcInfo) -> None:

@@ -14,11 +14,11 @@ from datetime import timedelta
 from functools import partial
 from typing import Any, Final
 
-import structlog
 from sqlalchemy import Connection
 
 from tracker.core.clock import Clock
 from tracker.core.errors import FieldFault, InvalidRequest
+from tracker.core.log import get_logger
 from tracker.store.engine import Database
 from tracker.store.errors import StoreBusy
 from tracker.store.queries import audit
@@ -48,7 +48,7 @@ TABLES: Final = (
 )
 """What is counted, in the order shown; `bodies` are counted with or without their delivery."""
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,11 +13,11 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-import structlog
 from sqlalchemy import Engine
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tracker import __version__
+from tracker.core.log import get_logger
 from tracker.core.net import hide_callback_token
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ Wrap = Callable[[ASGIApp], ASGIApp]
 _PATH: Final = "tracker.path"
 """Key in the scope for the real path, while the tracing layer sees one without a token."""
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 def untraced(app: ASGIApp) -> ASGIApp:

@@ -11,11 +11,10 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Final, Self
 
-import structlog
-
 from tracker.core.clock import Clock
 from tracker.core.contact import ContactState, joined
 from tracker.core.errors import FloraError, StoreError
+from tracker.core.log import get_logger
 from tracker.polling.history import attributed_page
 from tracker.polling.workspaces import Workspace, Workspaces
 from tracker.store.engine import Database
@@ -34,7 +33,7 @@ KEEP_EVERY: Final = timedelta(seconds=20)
 CLOSE_SECONDS: Final = 1.0
 """How long the last state may take to be stored when the process ends."""
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class Contacts:

@@ -20,10 +20,9 @@ from functools import partial
 from itertools import zip_longest
 from typing import Any, Final
 
-import structlog
-
 from tracker.core.clock import Clock
 from tracker.core.errors import KeyRefused, OtherWorkspace, RateLimited, StoreError
+from tracker.core.log import get_logger
 from tracker.core.observation import Source
 from tracker.core.record import Entry, Record
 from tracker.core.run import Run
@@ -59,7 +58,7 @@ KEPT_FOR: Final = timedelta(minutes=5)
 FEW_KEPT_FOR: Final = timedelta(seconds=5)
 """The same if too few runs are known to learn from: a sweep may bring the rest at any moment."""
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 @dataclass(kw_only=True, eq=False)

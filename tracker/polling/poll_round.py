@@ -14,10 +14,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-import structlog
-from structlog.contextvars import bound_contextvars
-
 from tracker.core.errors import FloraError, KeyRefused, NotFound, OtherWorkspace, RateLimited
+from tracker.core.log import get_logger, log_context
 from tracker.core.observation import Observation
 from tracker.core.record import Entry, Record, Seen, Unseen
 from tracker.core.run import Run, RunStatus
@@ -54,7 +52,7 @@ FAILURES: Final = 2
 
 T = TypeVar("T")
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -370,7 +368,7 @@ class PollRound:
         Raises `OtherWorkspace`, `KeyRefused` and `RateLimited`.
         """
         run, workspace, poller = record.run, self._workspace, self._poller
-        with bound_contextvars(run_id=run.run_id, workspace_id=workspace.name):
+        with log_context(run_id=run.run_id, workspace_id=workspace.name):
             found = await read_run(client, run)
             if found.missing and run.workspace_is_claimed:
                 found, workspace = await self._read_elsewhere(found, run)

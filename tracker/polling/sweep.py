@@ -19,8 +19,6 @@ from functools import partial
 from typing import Final
 from uuid import uuid4
 
-import structlog
-
 from tracker.core.clock import Clock
 from tracker.core.errors import (
     FloraError,
@@ -30,6 +28,7 @@ from tracker.core.errors import (
     SettingsError,
     StoreError,
 )
+from tracker.core.log import get_logger
 from tracker.core.observation import Observation
 from tracker.core.record import Seen
 from tracker.core.run import RunType
@@ -67,7 +66,7 @@ LEASE: Final = timedelta(minutes=1)
 RENEW_AFTER: Final = 15.0
 """Seconds after which a sweep renews its lease (FLORA may be slow for minutes)."""
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Final
 
-import structlog
-
 from tracker.core.clock import Clock
 from tracker.core.errors import (
     FieldFault,
@@ -23,6 +21,7 @@ from tracker.core.errors import (
     SettingsError,
     StoreError,
 )
+from tracker.core.log import get_logger
 from tracker.flora.caller import LONGEST_WAIT
 from tracker.flora.client import FloraClient
 from tracker.store.engine import Database
@@ -33,7 +32,7 @@ ASK_SECONDS: Final = 5.0
 WAITS_SECONDS: Final = 1.0
 """How long the database may take to answer a question about waits."""
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -16,11 +16,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Final, Self
 
-import structlog
 from sqlalchemy import Connection
 
 from tracker.core.clock import Clock
 from tracker.core.errors import StoreError
+from tracker.core.log import get_logger
 from tracker.core.rate_limited_log import LogRateLimit
 from tracker.core.record import TEST_DELIVERY, Delivery
 from tracker.flora import parse
@@ -54,7 +54,7 @@ HELD_UP_SECONDS: Final = 5.0
 LAST_WITHIN: Final = 2.0
 """Seconds that the end of a process waits for the deliveries it stored last."""
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class CallbackParser:

@@ -3,11 +3,10 @@
 from collections.abc import Callable, Sequence
 from datetime import datetime
 
-from structlog.contextvars import bind_contextvars
-
 from tracker.core.clock import Clock
 from tracker.core.errors import SettingsError
 from tracker.core.fast_dataclass import fast_dataclass
+from tracker.core.log import add_log_context
 from tracker.core.record import TEST_DELIVERY, Delivery, DeliveryOutcome
 from tracker.flora import parse
 from tracker.flora.signature import SignatureError, verify
@@ -90,7 +89,7 @@ class Receiver:
         try:
             stored = await self._inbox.enqueue(delivery)
         except BaseException:
-            bind_contextvars(delivery_id=delivery.delivery_id, run_id=delivery.run_id)
+            add_log_context(delivery_id=delivery.delivery_id, run_id=delivery.run_id)
             raise
         return Received(
             delivery_id=stored.delivery_id,

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
-import structlog
 from sqlalchemy import Connection
 
 from tracker.core.clock import Clock
 from tracker.core.errors import StoreUnavailable, TrackerError
+from tracker.core.log import get_logger
 from tracker.core.record import Delivery, DeliveryOutcome
 from tracker.polling.workspaces import Workspaces
 from tracker.receiving.apply import Applier, CallbackParser
@@ -35,7 +35,7 @@ CHECKS: Final = 100
 CHECK_SECONDS: Final = 0.05
 """How often it is checked whether another process has applied the delivery."""
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class UnknownDelivery(TrackerError):

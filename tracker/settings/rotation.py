@@ -11,16 +11,15 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-import structlog
-
 from tracker.core.errors import SettingsError
+from tracker.core.log import get_logger
 from tracker.settings.load import FileState, Loaded, file_state
 from tracker.settings.model import Settings, WorkspaceSettings
 
 CHECK_SECONDS: Final = 1.0
 """How often a service checks its files. A refused secret triggers a check at once."""
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class Rotation:

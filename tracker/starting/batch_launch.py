@@ -18,8 +18,6 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Final
 
-import structlog
-
 from tracker.core.clock import Clock
 from tracker.core.errors import (
     BudgetExceeded,
@@ -35,6 +33,7 @@ from tracker.core.errors import (
     StoreError,
     TrackerError,
 )
+from tracker.core.log import get_logger
 from tracker.polling.workspaces import Workspace
 from tracker.starting.batch_rows import BatchPlan, PlannedRow
 from tracker.starting.recover import Recovery
@@ -60,7 +59,7 @@ CHARGES_EVERY: Final = 5.0
 BUDGET_EVERY: Final = timedelta(seconds=30)
 """The longest wait for a budget before the next row is tried again."""
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class MaxCostReached(TrackerError):

@@ -11,11 +11,10 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
-import structlog
-
 from tracker.core.budget import Budget, Budgets
 from tracker.core.clock import Clock
 from tracker.core.formatting import counted, money
+from tracker.core.log import get_logger
 from tracker.starting.batch_launch import MaxCostReached
 from tracker.starting.batch_rows import BatchPlan
 from tracker.store.engine import Database
@@ -24,7 +23,7 @@ from tracker.store.queries.audit import Action
 from tracker.store.queries.batches import BatchRow
 from tracker.store.queries.starts import UNKNOWN
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

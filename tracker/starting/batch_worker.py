@@ -16,8 +16,6 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Final
 
-import structlog
-
 from tracker.core.clock import Clock, boot_seconds
 from tracker.core.errors import (
     BudgetExceeded,
@@ -29,6 +27,7 @@ from tracker.core.errors import (
     StoreError,
     TrackerError,
 )
+from tracker.core.log import get_logger
 from tracker.polling.workspaces import Workspaces
 from tracker.starting.batch import Batches
 from tracker.starting.batch_launch import BatchLaunch, MaxCostReached
@@ -54,7 +53,7 @@ GO_ON_AFTER: Final = timedelta(seconds=30)
 BREAK_OFF_SECONDS: Final = 5.0
 """How long starts that were sent have to end when the process stops."""
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 @dataclass(kw_only=True, eq=False)

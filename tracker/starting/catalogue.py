@@ -17,8 +17,6 @@ from typing import Any, Final
 from uuid import uuid4
 from weakref import WeakValueDictionary
 
-import structlog
-
 from tracker.core.clock import Clock
 from tracker.core.errors import (
     FieldFault,
@@ -31,6 +29,7 @@ from tracker.core.errors import (
     StoreError,
 )
 from tracker.core.inputs import check
+from tracker.core.log import get_logger
 from tracker.flora.client import pages as pages_of
 from tracker.flora.technique import Technique
 from tracker.polling.workspaces import Workspace, Workspaces
@@ -54,7 +53,7 @@ PAGE_SIZE: Final = 100
 _RUNNING: Final = "catalogue"
 _SCHEDULED: Final = "catalogue:scheduled"
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 _Key = tuple[str, str]
 

@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Final
 
-import structlog
-
 from tracker.core.clock import Clock
 from tracker.core.errors import FloraRefusal, StartNotStored, StoreError
+from tracker.core.log import get_logger
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Record, Seen
 from tracker.polling import history
@@ -33,7 +32,7 @@ MARGIN: Final = timedelta(minutes=10)
 """How far back the history is read besides, because it is only roughly sorted by creation."""
 _NO_DIFFERENCE: Final = (timedelta(), timedelta())
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

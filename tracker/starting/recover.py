@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
-import structlog
-
 from tracker.core.clock import Clock, boot_seconds
 from tracker.core.errors import FloraError, SettingsError, StartError
+from tracker.core.log import get_logger
 from tracker.polling.workspaces import Workspace, WorkspaceIds, Workspaces
 from tracker.starting.matching import HistoryRead, StartMatcher
 from tracker.starting.sending import HELD_FOR, NO_ANSWER, HeldStart, StartSender, holding
@@ -37,7 +36,7 @@ AHEAD: Final = timedelta(minutes=5)
 """A start that was sent further ahead than this was sent before the clock was set back. `KEY_KEPT`
 has a margin for less."""
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,6 @@
 from dataclasses import dataclass, replace
 from typing import Final
 
-import structlog
-
 from tracker.core.clock import Clock
 from tracker.core.errors import (
     FieldFault,
@@ -15,6 +13,7 @@ from tracker.core.errors import (
     StartPending,
     TrackerError,
 )
+from tracker.core.log import get_logger
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Record, Seen
 from tracker.core.run import Run
@@ -32,7 +31,7 @@ from tracker.store.writing.writer import Writer
 
 NOTHING_STARTED: Final = "a person says that nothing was started; the key may be used again"
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class UnknownStart(TrackerError):

@@ -17,8 +17,6 @@ from functools import partial
 from typing import Any, Final
 from uuid import uuid4
 
-import structlog
-
 from tracker.core.clock import Clock, boot_seconds
 from tracker.core.errors import (
     FloraError,
@@ -30,6 +28,7 @@ from tracker.core.errors import (
     StoreError,
     TrackerError,
 )
+from tracker.core.log import get_logger
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Record
 from tracker.flora.client import start_body
@@ -61,7 +60,7 @@ _NOTHING_RUNS: Final = {
 """The refusals after which nothing runs, as FLORA documents them."""
 _ABOUT_THE_REQUEST: Final = (400, 404)
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class StartVerdict(Enum):

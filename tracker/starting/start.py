@@ -17,8 +17,6 @@ from datetime import timedelta
 from typing import Any, Final
 from uuid import uuid4
 
-import structlog
-
 from tracker.core.budget import Budgets
 from tracker.core.clock import Clock
 from tracker.core.errors import (
@@ -28,6 +26,7 @@ from tracker.core.errors import (
     StartPending,
     StartUnresolved,
 )
+from tracker.core.log import get_logger
 from tracker.core.record import Record
 from tracker.core.tags import Tags
 from tracker.flora.client import check_idempotency_key
@@ -50,7 +49,7 @@ FIRST_PAUSE: Final = 0.05
 LONGEST_PAUSE: Final = 0.5
 """Seconds between two reads of the start log while a caller waits."""
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,11 +12,11 @@ from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
-import structlog
 from sqlalchemy import func, select
 
 from tracker.core.clock import Clock, boot_seconds, utc_now
 from tracker.core.errors import StoreError
+from tracker.core.log import get_logger
 from tracker.store.engine import Database
 
 ASK_EVERY: Final = 10.0
@@ -29,7 +29,7 @@ LOGGED_FROM: Final = timedelta(seconds=5)
 
 _ASK: Final = select(func.clock_timestamp())
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class ServerClock:

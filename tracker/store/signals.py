@@ -11,8 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, Self
 
-import structlog
-
+from tracker.core.log import get_logger
 from tracker.store.engine import Database
 from tracker.store.postgres import connect_postgres
 from tracker.store.text import dump_json, load_json
@@ -40,7 +39,7 @@ PAYLOAD_BYTES: Final = 7500
 Listener = Callable[[Sequence[str]], None]
 """Called in the event loop with the ids of changed runs; with none where some may be missed."""
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 def run_notices(origin: str, run_ids: Sequence[str]) -> list[tuple[str, str]]:

@@ -29,10 +29,10 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Final, Literal
 
-import structlog
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tracker.core.clock import Clock
+from tracker.core.log import get_logger
 from tracker.core.net import hide_callback_token, is_loopback
 from tracker.core.rate_limited_log import LOG_INTERVAL, LogRateLimit
 from tracker.core.tokens import Scope as TokenScope
@@ -77,7 +77,7 @@ _STARTS: Final = re.compile(
 _ACTOR: Final = "tracker.actor"
 _CHALLENGE: Final = {"WWW-Authenticate": "Bearer"}
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,10 +11,10 @@ from collections import deque
 from types import TracebackType
 from typing import Final, Self, TypeVar
 
-import structlog
 from starlette.types import Receive, Scope, Send
 
 from tracker.core.errors import SettingsError, StoreError, StoreUnavailable
+from tracker.core.log import get_logger
 from tracker.core.net import CALLBACK_PATH
 from tracker.core.rate_limited_log import LogRateLimit
 from tracker.core.record import TEST_DELIVERY, DeliveryOutcome
@@ -30,8 +30,7 @@ LONGEST_TOKEN: Final = 64
 
 E = TypeVar("E", bound=Exception)
 
-log = structlog.get_logger(__name__)
-_level = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _RESPONSES: Final = {
     (outcome, repeated): PrebuiltResponse({"outcome": outcome, "repeated": repeated})
@@ -94,7 +93,7 @@ class Callbacks:
             log.info("callback.test_delivery", delivery_id=received.delivery_id)
         else:
             self._metrics.callback_taken(received, loop.time() - started)
-            if _level.isEnabledFor(logging.DEBUG):  # cheaper than a call that logs nothing
+            if log.is_enabled(logging.DEBUG):  # cheaper than a call that logs nothing
                 log.debug(
                     "callback.taken",
                     delivery_id=received.delivery_id,

@@ -15,15 +15,14 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-import structlog
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from apscheduler.triggers.base import BaseTrigger
 from apscheduler.triggers.interval import IntervalTrigger
 from cronsim import CronSim
-from structlog.contextvars import bound_contextvars
 
 from tracker.core.clock import boot_seconds, utc_now
 from tracker.core.errors import StoreError, StoreUnavailable, TrackerError
+from tracker.core.log import get_logger, log_context
 from tracker.core.rate_limited_log import LogRateLimit
 from tracker.polling.workspaces import Workspace
 
@@ -51,7 +50,7 @@ WATCH_CLOCK_EVERY: Final = 2.0
 JUMP: Final = timedelta(seconds=1)
 """A difference of more than this between the two means that the clock was set."""
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class CronTrigger(BaseTrigger):  # type: ignore[misc]
@@ -230,7 +229,7 @@ class Worker:
                 )
 
     async def _sweep(self, workspace: Workspace) -> None:
-        with bound_contextvars(workspace_id=workspace.name):
+        with log_context(workspace_id=workspace.name):
             report = await self._services.sweeper.sweep(workspace)
         self._services.metrics.swept(report)
         if report.skipped:

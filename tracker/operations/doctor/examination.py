@@ -13,6 +13,7 @@ from threading import Thread
 from typing import Any, ParamSpec, TypeVar
 
 from tracker.core.clock import Clock, utc_now
+from tracker.core.log import Redactor
 from tracker.delivering.endpoint_client import ANSWER_SECONDS
 from tracker.operations.doctor import (
     Finding,
@@ -29,7 +30,6 @@ from tracker.operations.doctor import (
 from tracker.operations.doctor.database import DatabaseState
 from tracker.operations.doctor.delivery import FLORA_WAITS
 from tracker.operations.doctor.flora import FloraState
-from tracker.operations.logs import Redactor
 from tracker.settings import Settings
 from tracker.store.url import DatabaseUrl
 
@@ -125,10 +125,7 @@ async def examine(
         *await at_work,
     ]
     redact = Redactor(configured.secret_values)
-    return [
-        replace(one, seen=redact(None, "", one.seen), advice=redact(None, "", one.advice))
-        for one in findings
-    ]
+    return [replace(one, seen=redact(one.seen), advice=redact(one.advice)) for one in findings]
 
 
 def _start(

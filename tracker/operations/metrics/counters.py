@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Final, get_args
 
-import structlog
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from tracker.core.clock import Clock
 from tracker.core.errors import SchemaOutdated, StoreUnavailable
+from tracker.core.log import get_logger
 from tracker.core.observation import Source
 from tracker.core.record import DeliveryOutcome, Record
 from tracker.core.retry import is_known
@@ -48,7 +48,7 @@ SWEEP_RESULTS: Final = ("complete", "failed", "skipped")
 ATTEMPTS: Final = ("delivered", "refused", "no_answer")
 """Outcomes of an attempt to deliver a message: a 2xx, another answer, none."""
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 _QUICK: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _CALLS: Final = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20)

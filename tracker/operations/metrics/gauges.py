@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-import structlog
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from tracker.core.clock import Clock
 from tracker.core.errors import StoreError
+from tracker.core.log import get_logger
 from tracker.operations.metrics.families import UNKNOWN, age, gauge, labelled, timestamp
 from tracker.polling.contacts import Contacts
 from tracker.polling.workspaces import Workspaces
@@ -35,7 +35,7 @@ PATIENCE: Final = 4.0
 EXPECTED: Final = ("came", "late", "missed")
 _WORKSPACE: Final = ("workspace_id",)
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

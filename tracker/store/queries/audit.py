@@ -16,11 +16,11 @@ from enum import StrEnum
 from functools import partial
 from typing import Any, Final
 
-import structlog
 from sqlalchemy import Connection, insert, select, text, update
 
 from tracker.core.clock import Clock
 from tracker.core.errors import StoreError
+from tracker.core.log import get_logger
 from tracker.store.engine import Database, insert_on
 from tracker.store.queries.paging import newest_first
 from tracker.store.schema import audit, word
@@ -34,7 +34,7 @@ OTHERS: Final = "others"
 ANONYMOUS: Final = "anonymous"
 """The actor of requests without a known token."""
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class Action(StrEnum):

@@ -11,9 +11,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Generic, Self, TypeVar
 
-import structlog
-
 from tracker.core.errors import SchemaOutdated, StoreError, StoreUnavailable
+from tracker.core.log import get_logger
 from tracker.core.rate_limited_log import LogRateLimit
 from tracker.store.errors import StoreBusy
 
@@ -34,7 +33,7 @@ RETRY_SECONDS: Final = (0.05, 1.0)
 OnWrite = Callable[[int, float, Exception | None], None]
 """Called after each attempt to commit: number of items, seconds, and the error if it failed."""
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 @dataclass(slots=True, eq=False)

@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self
 
-import structlog
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
@@ -37,6 +36,7 @@ from sqlalchemy import (
 )
 
 from tracker.core.errors import StoreError
+from tracker.core.log import get_logger
 from tracker.core.record import Record
 from tracker.core.rollup import ALWAYS, MEASURES, STATE, Key, facts
 from tracker.store.engine import Database, insert_on, migration_engine
@@ -220,7 +220,7 @@ RETRY: Final = 5.0
 LAST_WITHIN: Final = 2.0
 """Seconds that the end of a process waits for compacting."""
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class RollupCompactor:

@@ -9,12 +9,12 @@ from datetime import timedelta
 from functools import cached_property, partial
 from typing import Any, Final
 
-import structlog
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from tracker.core.errors import FieldFault
+from tracker.core.log import get_logger
 from tracker.receiving.replay import UnknownDelivery
 from tracker.services import Services
 from tracker.starting.start import StartRequest
@@ -65,7 +65,7 @@ from tracker.web.stream.endpoint import Stream, StreamQuery
 _BODY_ERRORS: Final = (400, 408, 413)
 _FLORA_ERRORS: Final = (502, 504)
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class Api(BatchOperations):

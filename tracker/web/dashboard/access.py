@@ -2,11 +2,11 @@
 
 from typing import Final
 
-import structlog
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
+from tracker.core.log import get_logger
 from tracker.core.tokens import Scope
 from tracker.services import Services
 from tracker.store.queries import audit
@@ -20,7 +20,7 @@ from tracker.web.http.responses import Fault
 
 PAGE_SIZE: Final = 50
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class AccessPages(PageGroup):

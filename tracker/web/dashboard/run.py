@@ -5,12 +5,12 @@ from decimal import Decimal
 from typing import Any, Final, NamedTuple
 from urllib.parse import quote
 
-import structlog
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from tracker.core.formatting import money
+from tracker.core.log import get_logger
 from tracker.core.record import Record
 from tracker.core.retry import RetryAdvice
 from tracker.core.run import Tracking
@@ -31,7 +31,7 @@ MAX_SHOWN: Final = 300
 """Outputs, inputs and sentences (the newest ones) on the page of a run."""
 _PASSING: Final = (RetryAdvice.RETRY_NOW, RetryAdvice.RETRY_LATER)
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class Again(NamedTuple):

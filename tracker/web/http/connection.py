@@ -17,10 +17,10 @@ from operator import attrgetter
 from typing import Any, Final, cast
 
 import httptools
-import structlog
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from tracker.core.log import get_logger
 from tracker.core.rate_limited_log import LogRateLimit
 from tracker.web.http.limits import Limits
 from tracker.web.http.responses import WRITE, Fault, to_json, unavailable
@@ -47,7 +47,7 @@ _LARGE_HEAD: Final = Fault(431, "head_too_large", "The head of the request is to
 _NO_PLACE: Final = unavailable("Too many connections are open.")
 _NO_MEMORY: Final = unavailable("Too many requests are being received.")
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class _ReadFlow(FlowControl):

@@ -12,12 +12,11 @@ import secrets
 from collections.abc import Callable, Iterable
 from typing import Final
 
-import structlog
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from structlog.contextvars import bind_contextvars, unbind_contextvars
 
 from tracker.core.errors import FloraRefusal, StoreError
+from tracker.core.log import get_logger, log_context
 from tracker.core.net import hide_callback_token
 from tracker.core.rate_limited_log import LogRateLimit
 from tracker.web.http.limits import Limits
@@ -41,11 +40,9 @@ from tracker.web.http.responses import (
 ErrorPage = Callable[[Scope, Fault], Response | None]
 """An error as an HTML page; `None` if the request does not come from a person."""
 
-_LOG_CONTEXT: Final = ("request_id", "delivery_id", "run_id")
-"""What log lines say about a request while it lasts."""
 _STREAM: Final = "/api/stream"
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class ResponseMiddleware:
@@ -70,25 +67,24 @@ class ResponseMiddleware:
                 message = {**message, "headers": _headers(message.get("headers", ()), scope)}
             await send(message)
 
-        bind_contextvars(request_id=assign_request_id(scope))
-        try:
-            await self._app(scope, receive, send_with_headers)
-        except ClientGone:
-            return
-        except asyncio.CancelledError:  # the process stops, and has waited as long as it may
-            if started:
-                raise
-            fault = unavailable("The tracker is stopping: retry, another process may answer.")
-            await self._respond(fault, scope, receive, send_with_headers)
-        except Exception as error:
-            fault = self._explain(error, scope)
-            if started:
-                raise  # half a response is sent: all that is left is to cut the connection
-            # The traceback holds what was read of a body, and the client may take its time.
-            await self._respond(fault.with_traceback(None), scope, receive, send_with_headers)
-        finally:
-            unbind_contextvars(*_LOG_CONTEXT)
-            scope.pop(WRITE, None)  # breaks a reference cycle with the scope
+        with log_context(request_id=assign_request_id(scope)):
+            try:
+                await self._app(scope, receive, send_with_headers)
+            except ClientGone:
+                return
+            except asyncio.CancelledError:  # the process stops, and has waited as long as it may
+                if started:
+                    raise
+                fault = unavailable("The tracker is stopping: retry, another process may answer.")
+                await self._respond(fault, scope, receive, send_with_headers)
+            except Exception as error:
+                fault = self._explain(error, scope)
+                if started:
+                    raise  # half a response is sent: all that is left is to cut the connection
+                # The traceback holds what was read of a body, and the client may take its time.
+                await self._respond(fault.with_traceback(None), scope, receive, send_with_headers)
+            finally:
+                scope.pop(WRITE, None)  # breaks a reference cycle with the scope
 
     async def _respond(self, fault: Fault, scope: Scope, receive: Receive, send: Send) -> None:
         response = self._as_page(scope, fault) or Json(
@@ -125,7 +121,7 @@ class ResponseMiddleware:
         where = {"method": scope["method"], "path": hide_callback_token(scope["path"])}
         if fault is None:
             error_id = secrets.token_hex(6)
-            log.error("request.broken", error_id=error_id, exc_info=error, **where)
+            log.exception("request.broken", error_id=error_id, exc_info=error, **where)
             message = f"An internal error occurred; the log has it as {error_id}."
             return Fault(500, "internal_error", message)
         if fault.status >= 500 and fault is not error:  # who raises a `Fault` logs it

@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from errno import EADDRINUSE, EADDRNOTAVAIL
 from typing import Final
 
-import structlog
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tracker.core.errors import SettingsError, TrackerError
+from tracker.core.log import get_logger
 from tracker.core.net import is_loopback
 from tracker.services import Services
 from tracker.settings import Settings
@@ -45,7 +45,7 @@ CANCEL_SECONDS: Final = 2
 """How long cancelled requests may then take to respond and to release what they hold."""
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

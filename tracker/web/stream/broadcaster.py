@@ -9,9 +9,8 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Final, NamedTuple
 
-import structlog
-
 from tracker.core.errors import StoreError, StoreUnavailable
+from tracker.core.log import get_logger
 from tracker.core.record import Record
 from tracker.core.run import Tracking
 from tracker.store.engine import Database
@@ -41,7 +40,7 @@ GAP_SECONDS: Final = 10.0
 """After this long a gap is passed over: a foreign transaction may stay open for hours, and none of
 the tracker's own takes so long."""
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class _Gap(NamedTuple):

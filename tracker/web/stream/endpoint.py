@@ -4,13 +4,13 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Annotated, Final
 
-import structlog
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from tracker.core.errors import StoreError
+from tracker.core.log import get_logger
 from tracker.services import Services
 from tracker.web.api.requests import Filter, none_if_empty, validate
 from tracker.web.auth import AccessControl, Actor, actor_of
@@ -23,7 +23,7 @@ RECONNECT_MILLISECONDS: Final = 2000
 STOP_SECONDS: Final = 1.0
 """How long a client that does not read is waited for when the process stops."""
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class StreamQuery(BaseModel):

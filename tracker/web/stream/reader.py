@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
-import structlog
-
+from tracker.core.log import get_logger
 from tracker.core.record import Record
 from tracker.store.queries.changes import Line
 from tracker.views import number_json, run_json, time_json
@@ -18,7 +17,7 @@ from tracker.web.http.responses import to_json
 _LINE_ENDS: Final = re.compile(b"\xc2\x85|\xe2\x80[\xa8\xa9]")
 """NEXT LINE, LINE SEPARATOR and PARAGRAPH SEPARATOR in UTF-8: line ends to some clients."""
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
