@@ -77,7 +77,7 @@ TOO_WIDE = """
 """
 
 
-async def _settled(live: LiveTracker) -> str:
+async def settled(live: LiveTracker) -> str:
     """The id of a settled run."""
     run_id = await start(live)
     while True:
@@ -89,7 +89,7 @@ async def _settled(live: LiveTracker) -> str:
 
 async def _pages(live: LiveTracker, page: Page) -> list[str]:
     """Every page of the navigation, and one of each kind behind them."""
-    run_id = await _settled(live)
+    run_id = await settled(live)
     await keep_batch(live, "bat_axe", rows=14)
     deliveries, _ = await read.list_deliveries(live.services.database, run_id=run_id)
     if await get_message(live.services.database, "msg_1") is None:
@@ -154,7 +154,7 @@ async def test_a_reading_token_sees_every_page_and_is_offered_no_action(
         assert await page.evaluate(senders) == [f"{live.url}/logout"], path
         assert await page.locator("main [hx-post], main [hx-delete]").count() == 0, path
         await expect(page.locator("#rights")).to_contain_text("start or change nothing")
-    await page.goto(f"{live.url}/runs/{await _settled(live)}")
+    await page.goto(f"{live.url}/runs/{await settled(live)}")
     await expect(page.locator(".gallery img").first).to_be_visible()
     await _assert_narrow(page, "a reader's page")
     assert (watched.dialogs, watched.refused) == ([], [])
@@ -231,7 +231,7 @@ async def test_the_chart_is_drawn_and_shown_as_a_table(
     live: LiveTracker, open_page: OpenPage
 ) -> None:
     """Bars, and the same numbers as a table."""
-    await _settled(live)
+    await settled(live)
     watched = await open_page()
     page = watched.page
     await sign_in(page, live.url)
@@ -239,7 +239,7 @@ async def test_the_chart_is_drawn_and_shown_as_a_table(
     await page.get_by_text("Show as table").click()
     hours = page.get_by_role("group", name="Finished runs per hour as a table")
     await expect(hours.locator("tbody tr").first).to_be_visible()
-    second = await _settled(live)
+    second = await settled(live)
     await expect(hours).to_be_visible()  # it stays open when the page is kept up to date
     assert second
     watched.assert_quiet()
