@@ -65,6 +65,11 @@ def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
     return text + _commands() if name == "cli.md" else text
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """Leaves out the sign with which a docstring announces code."""
+    return html.replace("<p>::</p>\n", "")
+
+
 def translated(text: str, *, source: Path, page: str, shown: set[Path]) -> str:
     """`text`, a page called `page` made of the file `source`, with links that hold in the site.
 

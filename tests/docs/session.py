@@ -89,10 +89,15 @@ class Session:
         if block.language == "toml":
             Path(self.own(block.title)).write_text(self.own(block.text))
         elif block.language == "python":
-            self._run([sys.executable, "-W", "error", "-c", self.own(block.text)], where)
+            self.run_python(block)
         else:
             for command, lines in block.commands:
                 await self.type(command, lines, where)
+
+    def run_python(self, block: Block) -> str:
+        """Execute a block of Python; what it prints."""
+        command = [sys.executable, "-W", "error", "-c", self.own(block.text)]
+        return self._run(command, f"line {block.line}")
 
     async def type(self, command: str, lines: Sequence[str] = (), where: str = "before") -> None:
         """Execute one command, and compare what it prints where `lines` show something."""

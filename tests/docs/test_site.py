@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
+import tracker
+import tracker.errors
 from tests.browser.conftest import CHROMIUM, FLAGS
 from tests.docs.pages import PAGES, ROOT
 
@@ -90,11 +92,16 @@ def test_nothing_is_fetched_from_outside(site: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "found"),
-    [("excel", "From Excel to files"), ("semicolon", "The sheet"), ("xlsx", "From Excel to files")],
+    ("words", "found", "leads_to"),
+    [
+        ("excel", "From Excel to files", "excel"),
+        ("semicolon", "The sheet", "excel"),
+        ("xlsx", "From Excel to files", "excel"),
+        ("notebook", "Notebooks", "python"),
+    ],
 )
-def test_the_search_finds_it(served: Page, words: str, found: str) -> None:
-    """What someone with a sheet types leads to the guide about it first."""
+def test_the_search_finds_it(served: Page, words: str, found: str, leads_to: str) -> None:
+    """What someone with a sheet or an application types leads first to the guide about it."""
     field = served.locator("input[name=query]")
     first = served.locator(".md-search-result__item").first
     for _ in range(5):  # until the theme's scripts are there
@@ -103,7 +110,7 @@ def test_the_search_finds_it(served: Page, words: str, found: str) -> None:
         with contextlib.suppress(AssertionError):
             expect(first).to_contain_text(found, timeout=10_000)
             break
-    expect(first.locator("a").first).to_have_attribute("href", re.compile(r"/excel\.html"))
+    expect(first.locator("a").first).to_have_attribute("href", re.compile(rf"/{leads_to}\.html"))
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +147,15 @@ def test_the_command_page_shows_every_help(site: Path) -> None:
     page = Fetched(text)
     assert {"tracker-serve", "tracker-runs-start", "tracker-db-prune"} <= page.ids
     assert "Usage: tracker serve [OPTIONS]" in text
+
+
+def test_the_reference_has_every_public_name(site: Path) -> None:
+    """Each public class, function, method and error has its section, made from its docstring."""
+    wanted = {f"tracker.{name}" for name in tracker.__all__}
+    for value in (tracker.Tracker, tracker.Run):
+        names = [name for name in dir(value) if not name.startswith("_")]
+        wanted |= {f"tracker.{value.__name__}.{name}" for name in names}
+    wanted |= {f"tracker.errors.{name}" for name in tracker.errors.__all__}
+    assert wanted - {"tracker.Run.bound", "tracker.Run.of"} <= set(
+        Fetched((site / "python-reference.html").read_text(encoding="utf-8")).ids
+    )
