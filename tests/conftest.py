@@ -13,6 +13,7 @@ import signal
 import ssl
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,33 @@ def _one_ssl_context(verify: Any = True, **options: Any) -> ssl.SSLContext:
 
 
 httpx._transports.default.create_ssl_context = _one_ssl_context
+
+
+ONE_DATABASE = ("delivering", "e2e", "hostile", "web", "worker")
+"""Folders of code that has no SQL of its own."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run what has no SQL of its own on one of the two databases, chosen by the test's name, so
+    that each database has half of the tests.
+
+    The SQL has its tests in tests/store, on both. `both_databases` marks the few others whose
+    subject depends on the database.
+    """
+    test = metafunc.definition
+    parametrized = {
+        argument
+        for mark in test.iter_markers("parametrize")
+        for argument in str(mark.args[0]).replace(" ", "").split(",")
+    }
+    if (
+        "database_url" in set(metafunc.fixturenames) - parametrized
+        and test.path.relative_to(Path(__file__).parent).parts[0] in ONE_DATABASE
+        and test.get_closest_marker("both_databases") is None
+    ):
+        chosen = ("sqlite", "postgres")[zlib.crc32(metafunc.function.__name__.encode()) % 2]
+        test.add_marker(pytest.mark.parametrize("database_url", [chosen], indirect=True))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -36,6 +36,7 @@ def prepare() -> None:
     shorten(recover, LISTED_WITHIN=timedelta(seconds=1))
 
 
+@pytest.mark.both_databases
 @pytest.mark.timeout(120)
 async def test_of_100_starts_exactly_20_are_sent_though_processes_are_killed(
     database_url: str, tmp_path: Path

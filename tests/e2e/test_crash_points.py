@@ -38,6 +38,7 @@ LIVES = 3
 """Attempts for each point: the first request of its kind may be cut, and has no "after" then."""
 
 
+@pytest.mark.both_databases
 @pytest.mark.timeout(180)
 async def test_what_was_promised_survives_a_kill_at_any_crash_point(
     database_url: str, tmp_path: Path

@@ -83,6 +83,7 @@ async def stored(database: Database) -> tuple[set[str], set[str]]:
         return kept, set((await connection.execute(ended)).scalars())
 
 
+@pytest.mark.both_databases
 @pytest.mark.timeout(120)
 async def test_nothing_acknowledged_is_lost_to_kill_9(sandbox: Sandbox, database: Database) -> None:
     """Every delivery that got a 2xx before or between three SIGKILLs is stored, with its effect."""

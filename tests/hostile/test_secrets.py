@@ -69,6 +69,7 @@ def _log(format: Literal["console", "json"], monkeypatch: pytest.MonkeyPatch) ->
     return stream
 
 
+@pytest.mark.both_databases
 async def test_no_secret_leaks(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not in a log, an answer, a page, a metric, an error, a `repr` or the database, on the ways
     that go well and on those that do not."""

@@ -4,6 +4,8 @@ A process of its own takes most of a second to import what it needs; one that is
 once, and is as much a process: SIGKILL takes it alone, with its sockets, files and threads.
 """
 
+import gc
+import importlib
 import multiprocessing
 import os
 import signal
@@ -15,14 +17,31 @@ from pathlib import Path
 
 from tests.support.waiting import eventually
 
-# What the commands import when they run: loaded once, before any is forked.
+# What the commands import when they run, and what libraries import when they are first used:
+# loaded once, before any is forked.
 from tracker import demo  # noqa: F401
 from tracker.cli import main
 from tracker.operations import doctor, retention  # noqa: F401
 from tracker.simulator import serve  # noqa: F401
-from tracker.store.writing import statements_postgres as batch_postgres  # noqa: F401
+from tracker.store.writing import statements_postgres, statements_sqlite  # noqa: F401
 from tracker.web import app  # noqa: F401
 from tracker.worker import scheduler  # noqa: F401
+
+for _module in (
+    "aiosqlite",
+    "alembic.command",
+    "anyio._backends._asyncio",
+    "apscheduler.executors.asyncio",
+    "httpcore",
+    "uvicorn.lifespan.on",
+    "uvicorn.loops.uvloop",
+    "uvicorn.protocols.http.httptools_impl",
+):
+    importlib.import_module(_module)
+
+# No process collects what all of them share, nor copies it while it collects.
+gc.collect()
+gc.freeze()
 
 _FORKING = multiprocessing.get_context("forkserver")
 _FORKING.set_forkserver_preload([__name__])

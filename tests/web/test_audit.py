@@ -113,6 +113,7 @@ async def test_a_starts_callback_address_is_not_noted(
     assert "the-token-of-a-start" not in caplog.text
 
 
+@pytest.mark.both_databases
 async def test_a_flood_of_guesses_is_one_entry(serve: Serve, database_url: str) -> None:
     """With their number and reasons, and no guess; a token that lacks a scope is named."""
     reader = TokenSettings(name="reader", token="r" * 20, scopes={"read"})
@@ -136,6 +137,7 @@ async def test_a_flood_of_guesses_is_one_entry(serve: Serve, database_url: str) 
         assert (named.detail["reasons"], named.detail["path"]) == ({"scope": 1}, "/audit")
 
 
+@pytest.mark.both_databases
 async def test_a_flood_from_everywhere_is_bounded(database_url: str) -> None:
     """Each address has one entry a minute, in all processes together, and beyond a hundred of them
     all share one. Each begins anew with the next minute."""
@@ -228,6 +230,7 @@ async def test_a_resolution_is_noted_with_its_outcome(serve: Serve, database_url
         assert entry.detail["outcome"] == "nothing was started"
 
 
+@pytest.mark.both_databases
 async def test_the_log_is_read_page_by_page(database_url: str) -> None:
     """Newest first, each entry once; a cursor from elsewhere is refused."""
     from tracker.core.errors import InvalidRequest

@@ -223,6 +223,7 @@ async def test_a_batch_waits_for_a_budget_if_asked(
         assert (done["started"], done["stopped"]) == (5, None)
 
 
+@pytest.mark.both_databases
 async def test_one_of_equal_orders_at_one_moment_counts(serve: Serve, database_url: str) -> None:
     """One is placed and noted in the audit log; the others find it."""
     async with working(serve, database_url, worker=False) as (site, _):

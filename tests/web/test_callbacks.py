@@ -268,6 +268,7 @@ async def _held(url: str) -> AsyncIterator[None]:
     await connection.close()
 
 
+@pytest.mark.both_databases
 async def test_what_cannot_be_committed_in_time_is_a_503_and_is_taken_later(
     serve: Serve, database_url: str
 ) -> None:

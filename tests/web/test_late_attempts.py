@@ -62,6 +62,7 @@ async def test_no_tolerance_is_any_time(serve: Serve, sqlite_url: str) -> None:
         assert answer.status_code == 401
 
 
+@pytest.mark.both_databases
 async def test_a_thousand_replays_have_one_effect(serve: Serve, database_url: str) -> None:
     """The same bytes with the same signature, over many connections at once: one delivery that
     counts them all, one line of timeline, one read of the run, and true tallies."""

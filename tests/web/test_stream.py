@@ -128,6 +128,7 @@ async def test_a_lost_run_is_sent_without_an_event(site: Site) -> None:
         assert (await events.next())["data"]["run"]["tracking"] == "active"
 
 
+@pytest.mark.both_databases
 async def test_changes_of_other_processes_are_sent(database_url: str, serve: Serve) -> None:
     """A change committed by another process is sent within seconds: notified on PostgreSQL, polled
     on SQLite."""
@@ -327,6 +328,7 @@ async def test_the_service_stops_without_waiting_for_readers(
         assert await events.ended()
 
 
+@pytest.mark.both_databases
 async def test_a_database_that_comes_back_loses_nothing(database_url: str, serve: Serve) -> None:
     """A read that fails is repeated: changes made meanwhile are sent once it succeeds."""
     async with (
