@@ -92,5 +92,7 @@ def test_messages_are_sent_again_and_endpoints_enabled(filled: Commands) -> None
         unknown = filled(*arguments)
         assert unknown.returncode == 1, arguments
         assert len(unknown.stderr.splitlines()) == 1, unknown.stderr
+    early = filled("messages", "recover", "--endpoint", "crm", "--since", "0001-01-01T00:00+23:00")
+    assert (early.returncode, "within the years 1 to 9999" in early.stderr) == (2, True)
     wrong = filled("messages", "recover", "--endpoint", "crm", "--since", "soon")
     assert wrong.returncode == 2

@@ -33,7 +33,10 @@ def _parse_time(text: str | datetime) -> datetime:
         at = datetime.fromisoformat(text)
     except ValueError:
         return utc_now() - parse_age(text)
-    return at.replace(tzinfo=at.tzinfo or UTC)
+    try:
+        return at.replace(tzinfo=at.tzinfo or UTC).astimezone(UTC)
+    except OverflowError:
+        raise typer.BadParameter("must be within the years 1 to 9999 UTC") from None
 
 
 @app.command("list")
