@@ -17,16 +17,18 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from tracker.core.run import Output
     from tracker.library.client import Tracker
+    from tracker.library.handlers import RunEvent
     from tracker.library.run import Event, Run
 
     __version__: str
 
-__all__ = ["Event", "Output", "Run", "Tracker"]
+__all__ = ["Event", "Output", "Run", "RunEvent", "Tracker"]
 
 _MODULES: Final = {
     "Event": "tracker.library.run",
     "Output": "tracker.core.run",
     "Run": "tracker.library.run",
+    "RunEvent": "tracker.library.handlers",
     "Tracker": "tracker.library.client",
 }
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from tracker.core import errors as _core
 from tracker.core.errors import (
     BudgetExceeded,
+    DoNotRetry,
     FieldFault,
     FloraError,
     FloraRefusal,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BudgetExceeded",
+    "DoNotRetry",
     "FieldFault",
     "FloraError",
     "FloraRefusal",

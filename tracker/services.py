@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,8 +13,10 @@ from uuid import uuid4
 from pydantic import SecretStr
 
 from tracker.core.clock import Clock
-from tracker.core.log import get_logger
+from tracker.core.errors import SettingsError
+from tracker.core.log import get_logger, redact_also
 from tracker.delivering.downloads import Downloader
+from tracker.delivering.handlers import Handler
 from tracker.delivering.webhooks import Webhooks
 from tracker.explaining.explainer import Explainer
 from tracker.flora.client import FloraClient
@@ -118,17 +120,32 @@ class Services:
 
 @asynccontextmanager
 async def open_services(
-    settings: Settings | Rotation, *, background: bool = False, clock: Clock | None = None
+    settings: Settings | Rotation,
+    *,
+    background: bool = False,
+    clock: Clock | None = None,
+    handlers: Sequence[Handler] = (),
 ) -> AsyncIterator[Services]:
     """Open what the settings name, and close it in order. With a `Rotation`, secrets may change.
 
     `background` is true for a long-running process: it waits longer for FLORA, and is notified
     of other processes' work. A SQLite database is migrated here; a PostgreSQL one that is too old
     raises `SchemaOutdated`. Raises `StoreUnavailable` if the database does not answer. The default
-    `clock` is the one that all processes on the database share.
+    `clock` is the one that all processes on the database share. `handlers` get events wherever a
+    worker runs in this process; raises `SettingsError` if one has the id of an endpoint.
     """
     rotation = settings if isinstance(settings, Rotation) else Rotation(settings)
     settings = rotation.settings
+    receivers = [one.id for one in settings.endpoints]
+    for handler in handlers:
+        if handler.config.endpoint_id in receivers:
+            raise SettingsError(
+                f"the handler {handler.config.endpoint_id} has the id of an endpoint in "
+                "[[endpoints]]: rename one of them"
+            )
+    receivers += [handler.config.endpoint_id for handler in handlers]
+    redact_also(settings.secret_values)
+    rotation.follow(lambda rotated: redact_also(rotated.secret_values))
     async with AsyncExitStack() as stack:
         database = await stack.enter_async_context(
             migrate.open_database(
@@ -175,6 +192,7 @@ async def open_services(
             process=process,
             clock=clock,
             on_attempt=[metrics.attempted],
+            handlers=handlers,
         )
         stack.push_async_callback(webhooks.aclose)
         rotation.follow(partial(_rotate_endpoints, webhooks))
@@ -223,7 +241,7 @@ async def open_services(
             waiting=lambda: writer.waiting + inbox.waiting,
             workspaces=workspaces,
             contacts=contacts,
-            endpoint_ids=[one.id for one in settings.endpoints],
+            endpoint_ids=receivers,
             budgets=budgets,
             sweep_seconds=cache(partial(longest_wait, settings.tracker_reconcile_cron, clock())),
         )

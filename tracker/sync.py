@@ -11,29 +11,34 @@
 """
 
 import asyncio
+import inspect
 import os
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from types import TracebackType
-from typing import Any, Final, Generic, Self, TypeVar, overload
+from typing import Any, Final, Generic, Self, TypeVar, cast, overload
 
 from tracker.core.retry import RetryAdvice
 from tracker.core.run import Output, Tracking
-from tracker.errors import TrackerNotOpen
+from tracker.delivering.handlers import TIMEOUT
+from tracker.errors import SettingsError, TrackerNotOpen
 from tracker.library import following
 from tracker.library.client import Tracker as AsyncTracker
+from tracker.library.handlers import EventName, RunEventFields
 from tracker.library.inputs import InputValues
 from tracker.library.loop_thread import CLOSED, LoopThread
 from tracker.library.run import Event, RunFields
 from tracker.library.run import Run as AsyncRun
 from tracker.settings import Settings
+from tracker.store.writing.messages import MOST_OPEN, Claim
 
-__all__ = ["Event", "Output", "Run", "Tracker"]
+__all__ = ["Event", "Output", "Run", "RunEvent", "Tracker"]
 
 T = TypeVar("T")
+HandlerFunction = TypeVar("HandlerFunction", bound="Callable[[RunEvent], object]")
 
 
 class Tracker:
@@ -191,6 +196,48 @@ class Tracker:
         """The timeline of a run, oldest event first. Raises `RunUnknown`, `StoreUnavailable`."""
         return self._call(self._tracker.events_of(following.id_of(run)))
 
+    def on(
+        self,
+        *events: EventName,
+        name: str,
+        workspace_id: str | None = None,
+        technique_id: str | None = None,
+        status: str | None = None,
+        tag: str | None = None,
+        concurrency: int = MOST_OPEN,
+        timeout: float = TIMEOUT,
+    ) -> Callable[[HandlerFunction], HandlerFunction]:
+        """Call the decorated function with a `RunEvent` for each event of the runs that match.
+
+        See `tracker.Tracker.on`. Each call has a thread of its own, and may use the tracker; a
+        coroutine function is refused with `SettingsError`. Events arrive from when the tracker is
+        opened, by `with` or the first call.
+        """
+        self._tracker._handlers.event_of = self._event
+        register = self._tracker.on(
+            *events,
+            name=name,
+            workspace_id=workspace_id,
+            technique_id=technique_id,
+            status=status,
+            tag=tag,
+            concurrency=concurrency,
+            timeout=timeout,
+        )
+
+        def decorate(function: HandlerFunction) -> HandlerFunction:
+            if inspect.iscoroutinefunction(function):
+                raise SettingsError(
+                    f"handler {name!r}: a coroutine would block this tracker: use def, "
+                    "or tracker.Tracker"
+                )
+            return cast("HandlerFunction", register(cast("Any", function)))
+
+        return decorate
+
+    def _event(self, claim: Claim) -> "RunEvent":
+        return RunEvent.of(claim, lambda shown: Run._of(RunFields.from_json(shown), self))
+
     def _run(self, run: AsyncRun) -> "Run":
         return Run._of(run, self)
 
@@ -266,6 +313,13 @@ class Run(RunFields):
                 f"this copy of run {self.run_id} belongs to no tracker: use tracker.get(run_id)"
             )
         return owner
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunEvent(RunEventFields):
+    """An event of a run, as a handler gets it; see `tracker.RunEvent`."""
+
+    run: Run
 
 
 class _Steps(Generic[T]):

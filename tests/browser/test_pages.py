@@ -95,6 +95,8 @@ async def _pages(live: LiveTracker, page: Page) -> list[str]:
     if await get_message(live.services.database, "msg_1") is None:
         await add_endpoint(live.services.database, "shop")
         await add_message(live.services.database, "msg_1", "shop", None, 500)
+        await add_endpoint(live.services.database, "store", url="python:shop.store_image")
+        await add_message(live.services.database, "msg_2", "store", None)
     links = "[...document.querySelectorAll('.top nav a')].map((each) => each.pathname)"
     return [
         *await page.evaluate(links),
@@ -108,8 +110,10 @@ async def _pages(live: LiveTracker, page: Page) -> list[str]:
         "/runs/run_bat_axe_1",
         "/runs?state=lost",
         "/endpoints/shop",
+        "/endpoints/store",
         "/messages",
         "/messages/msg_1",
+        "/messages/msg_2",
         "/nothing/here",
     ]
 

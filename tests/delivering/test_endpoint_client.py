@@ -18,7 +18,7 @@ from tracker.core.clock import utc_now
 from tracker.delivering import endpoint_client
 from tracker.delivering.addresses import Address
 from tracker.delivering.endpoint_client import EndpointClient, EndpointResolver
-from tracker.store.writing.messages import Attempt
+from tracker.store.writing.messages import Attempt, Claim
 
 
 @asynccontextmanager
@@ -38,7 +38,7 @@ async def test_a_request_is_standard_and_connections_are_kept() -> None:
     async with Receiver() as receiver, client(receiver) as one:
         for number in range(3):
             body = '{"type":"run.settled","data":{"run_id":"Größe 猫 \\u0000"}}'
-            attempt = await one.send(f"msg_{number}", body)
+            attempt = await one.send(Claim(f"msg_{number}", body, utc_now()))
             assert (attempt.status, attempt.delivered) == (200, True)
         assert [got.verified for got in receiver.got] == [True] * 3
         assert [got.message_id for got in receiver.got] == ["msg_0", "msg_1", "msg_2"]
@@ -53,7 +53,7 @@ async def test_an_attempt_is_limited_in_time() -> None:
     """An endpoint that never answers costs the time of an attempt, and no more."""
     async with Receiver(silent=True) as receiver, client(receiver, answer_seconds=0.2) as one:
         began = time.monotonic()
-        attempt = await one.send("msg_1", BODY)
+        attempt = await one.send(Claim("msg_1", BODY, utc_now()))
         assert time.monotonic() - began < 5
         assert (attempt.status, attempt.error) == (None, "no answer within 0.2 s")
 
@@ -77,7 +77,7 @@ async def answered(answer: Answer) -> Attempt:
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
         async with client(receiver, url=url, answer_seconds=0.5) as one:
-            attempt = await one.send("msg_1", BODY)
+            attempt = await one.send(Claim("msg_1", BODY, utc_now()))
         server.close()
         return attempt
 
@@ -118,7 +118,7 @@ async def test_an_endpoint_may_ask_for_an_hour(asked: str, seconds: float | None
     """The wait that a refusal asks for counts up to an hour, as documented."""
     headers = {"Retry-After": asked}
     async with Receiver(status=503, headers=headers) as receiver, client(receiver) as one:
-        assert (await one.send("msg_1", BODY)).retry_after == seconds
+        assert (await one.send(Claim("msg_1", BODY, utc_now()))).retry_after == seconds
 
 
 async def test_nonsense_is_a_failed_attempt() -> None:
@@ -156,7 +156,7 @@ async def test_private_addresses_are_refused(address: str, allow_private: bool, 
         url = f"http://shop.example:{receiver.port}/hook"
         how = {"url": url, "allow_private": allow_private, "resolver": resolver}
         async with client(receiver, **how) as one:
-            attempt = await one.send("msg_1", BODY)
+            attempt = await one.send(Claim("msg_1", BODY, utc_now()))
         assert error in (attempt.error or "")
         assert receiver.connections == 0
 
@@ -167,7 +167,7 @@ async def test_certificates_are_verified(tmp_path: Path) -> None:
     context.load_cert_chain(*certificate_for_localhost(tmp_path))
     async with Receiver(tls=context) as receiver:
         async with client(receiver, url=f"https://localhost:{receiver.port}/hook") as one:
-            attempt = await one.send("msg_1", BODY)
+            attempt = await one.send(Claim("msg_1", BODY, utc_now()))
         assert attempt.error == "the server's certificate is not valid, or not trusted here"
         assert receiver.got == []
 

@@ -312,6 +312,41 @@ async def test_a_process_that_ends_configures_its_endpoints(open_worker: OpenWor
         assert await pending(worker.db, 1)
 
 
+async def test_what_waited_for_a_removed_endpoint_has_its_attempts(
+    open_worker: OpenWorker,
+) -> None:
+    """An endpoint that failed, was in no settings for days and is back is not disabled by its first
+    failure, and its messages have a whole schedule of attempts."""
+    async with Receiver(script=[500]) as receiver:
+        worker: Worker = await open_worker(endpoint(receiver), deliver=False)
+        past = utc_now() - timedelta(days=5)
+        times = {"since": past, "configured_at": past, "failing_since": past}
+        await add_endpoint(worker.db, "shop", **times)
+        message = {"created_at": past, "last_attempt_at": past, "tried_since": past}
+        await add_message(worker.db, "msg_1", "shop", 500, next_attempt_at=past, **message)
+        await worker.webhooks.start()
+        try:
+            await eventually(lambda: delivered(worker.db, 1))
+        finally:
+            await worker.webhooks.stop()
+        assert len(receiver.got) == 2
+
+
+async def test_rotated_secrets_sign_what_waits(open_worker: OpenWorker) -> None:
+    """A message that was refused under the old secret is repeated with the new one."""
+    async with Receiver(status=401) as receiver:
+        worker: Worker = await open_worker(
+            endpoint(receiver, secrets=("whsec_" + "B" * 32,)), waits=50 * SHORT[:1]
+        )
+        await configured(worker, "shop")
+        await worker.writer.submit(settled("run_1"))
+        await eventually(lambda: receiver.got)
+        worker.webhooks.rotate({"shop": (SECRET,)})
+        receiver.status = 200
+        await eventually(lambda: receiver.taken)
+        assert (receiver.got[0].verified, receiver.taken[0].verified) == (False, True)
+
+
 async def test_two_outcomes_of_one_message_are_stored_together(db: Database) -> None:
     """A machine that was suspended sends a message again while its first attempt is open. Both
     outcomes are attempts; the success counts."""

@@ -44,7 +44,7 @@ def judge(receive: Receive) -> None:
 
 def test_the_python_receiver_verifies(monkeypatch: pytest.MonkeyPatch) -> None:
     """The function of the page, as it stands there."""
-    (block,) = blocks(PAGE, "python")
+    block = blocks(PAGE, "python")[0]
     monkeypatch.setenv("WEBHOOK_SECRET", SECRET)
     names: dict[str, Any] = {}
     exec(compile(block.text, PAGE.name, "exec"), names)  # noqa: S102

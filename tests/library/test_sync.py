@@ -18,10 +18,10 @@ import tracker
 import tracker.sync
 from tests.library.conftest import INPUTS
 from tests.support.waiting import eventually
-from tracker.errors import RunUnknown, StoreUnavailable, TrackerNotOpen, WaitTimeout
+from tracker.errors import RunUnknown, SettingsError, StoreUnavailable, TrackerNotOpen, WaitTimeout
 from tracker.settings import Settings
 from tracker.simulator import Options, Simulator, running
-from tracker.sync import Run, Tracker
+from tracker.sync import Run, RunEvent, Tracker
 
 
 @pytest.fixture
@@ -94,6 +94,30 @@ def test_both_have_the_same_methods(name: str) -> None:
         assert plain(blocking[method]) == plain(member), method
         first, same = (one.__doc__.splitlines()[0] for one in (member, blocking[method]))
         assert first == same
+
+
+async def test_a_handler_uses_the_tracker_from_its_thread(
+    blocking: Tracker, flora: Simulator
+) -> None:
+    """It gets blocking runs, and starts a follow-up that is waited for there; a coroutine function
+    is refused."""
+    done: list[Run] = []
+
+    @blocking.on("run.settled", name="follow", tag="step=first")
+    def follow(event: RunEvent) -> None:
+        assert event.run.refresh().settled
+        key = f"second-{event.run.run_id}"
+        done.append(blocking.start("icon-pack", INPUTS, idempotency_key=key).wait(timeout=30))
+
+    with pytest.raises(SettingsError, match="use def"):
+
+        @blocking.on(name="later")
+        async def later(_: RunEvent) -> None: ...
+
+    await asyncio.to_thread(blocking.start, "icon-pack", INPUTS, tags={"step": "first"})
+    await eventually(lambda: done, timeout=30)
+    assert done[0].succeeded
+    assert len(flora.world.runs) == 2
 
 
 async def test_runs_are_started_and_awaited_by_many_threads(

@@ -159,7 +159,7 @@ def test_an_application_hears_the_tracker_by_its_own_handlers(
 
 def test_secrets_stay_out_of_an_applications_log(monkeypatch: pytest.MonkeyPatch) -> None:
     """Known ones and what looks like one, in values and in tracebacks."""
-    monkeypatch.setattr("tracker.core.log._redact", Redactor(["hunter22"]))
+    monkeypatch.setattr("tracker.core.log.redact", Redactor(["hunter22"]))
     stream, log = io.StringIO(), get_logger("tracker.x")
     logging.getLogger().addHandler(logging.StreamHandler(stream))
     try:

@@ -25,6 +25,7 @@
     │   ├── LinkRefused             the link leads to an address that is not allowed
     │   └── MediaUnavailable        temporarily unavailable; a retry continues it
     ├── DownloadDirectoryError      the folder for downloads cannot be used   (tracker.delivering)
+    ├── DoNotRetry                  raised by a handler: its message is not delivered again
     └── StartError                  a run was not started
         ├── InvalidRequest          the caller's fault; `fields` says where
         ├── IdempotencyConflict     this key was used for another body; nothing was started
@@ -62,6 +63,10 @@ class StoreUnavailable(StoreError):
 
 class SchemaOutdated(StoreError):
     """The database lacks migrations that this version needs."""
+
+
+class DoNotRetry(TrackerError):
+    """Raise it in a handler to mark the message as failed at once; `str()` of it is stored."""
 
 
 FIELDS_NAMED: Final = 5

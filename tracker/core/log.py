@@ -62,8 +62,8 @@ class Redactor:
         return text
 
 
-_redact: Final = Redactor()
-redact_also: Final = _redact.add
+redact: Final = Redactor()
+redact_also: Final = redact.add
 """Redact these secrets in every message and traceback of `tracker.*`, from now on."""
 
 
@@ -78,7 +78,7 @@ class LogEvent:
 
     def __str__(self) -> str:
         fields = (f"{name}={_shown(value)}" for name, value in self.fields.items())
-        return _redact(" ".join((plain(self.name), *fields)))
+        return redact(" ".join((plain(self.name), *fields)))
 
 
 class Logger:
@@ -166,5 +166,5 @@ def _redact_traceback(record: logging.LogRecord) -> bool:
     """Render the traceback, which formatters of the standard library take as it is."""
     if record.exc_info and not record.exc_text:
         text = logging.Formatter().formatException(record.exc_info)
-        record.exc_text = _redact(plain_lines(text))
+        record.exc_text = redact(plain_lines(text))
     return True

@@ -2,11 +2,11 @@
 
 import asyncio
 import socket
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from ipaddress import ip_address
 from typing import Final
 from uuid import uuid4
@@ -18,10 +18,11 @@ from tracker.core.errors import TrackerError
 from tracker.core.events import LONGEST_RETRY_AFTER
 from tracker.delivering.addresses import Address, GuardedTransport, Resolver, connect_failure
 from tracker.delivering.signing import signed_headers
+from tracker.delivering.threads import in_thread
 from tracker.flora.caller import retry_after_of
 from tracker.store.queries.endpoints import EndpointConfig
 from tracker.store.text import dump_json
-from tracker.store.writing.messages import Attempt
+from tracker.store.writing.messages import MOST_OPEN, Attempt, Claim
 
 ANSWER_SECONDS: Final = 15.0
 """How long an endpoint may take to answer, with the connection."""
@@ -60,38 +61,15 @@ class EndpointResolver:
         """The addresses of the host. Raises `OSError`."""
         if self._monotonic() >= self._until:
             if self._lookup is None or self._lookup.done():
-                self._lookup = _resolve_in_thread(host, port)
+                self._lookup = in_thread(f"resolve {host}", partial(_resolve, host, port))
             self._found = await asyncio.shield(self._lookup)
             self._until = self._monotonic() + RESOLVED_SECONDS
         return self._found
 
 
-def _resolve_in_thread(host: str, port: int) -> asyncio.Future[list[Address]]:
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[list[Address]] = loop.create_future()
-    future.add_done_callback(lambda done: done.cancelled() or done.exception())
-
-    def finish(found: list[Address] | Exception) -> None:
-        if future.done():
-            return
-        if isinstance(found, Exception):
-            future.set_exception(found)
-        else:
-            future.set_result(found)
-
-    def work() -> None:
-        try:
-            infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            found = [ip_address(str(info[4][0]).partition("%")[0]) for info in infos]
-        except Exception as error:
-            result: list[Address] | Exception = error
-        else:
-            result = found
-        with suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(finish, result)
-
-    threading.Thread(target=work, name=f"resolve {host}", daemon=True).start()
-    return future
+def _resolve(host: str, port: int) -> list[Address]:
+    infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [ip_address(str(info[4][0]).partition("%")[0]) for info in infos]
 
 
 class EndpointClient:
@@ -110,6 +88,7 @@ class EndpointClient:
         answer_seconds: float = ANSWER_SECONDS,
     ) -> None:
         self.endpoint = endpoint
+        self.most_open = MOST_OPEN
         self._clock = clock
         self._seconds = answer_seconds
         self._http = httpx.AsyncClient(
@@ -130,10 +109,11 @@ class EndpointClient:
         """Close the connections."""
         await self._http.aclose()
 
-    async def send(self, message_id: str, body: str) -> Attempt:
+    async def send(self, claim: Claim) -> Attempt:
         """Send a message once. Never raises for what the endpoint does."""
-        content, began = body.encode(), time.monotonic()
-        headers = signed_headers(message_id, content, self.endpoint.secrets, at=self._clock())
+        content, began = claim.body.encode(), time.monotonic()
+        secrets = self.endpoint.secrets
+        headers = signed_headers(claim.message_id, content, secrets, at=self._clock())
         response: httpx.Response | None = None
         answer, error = "", None
         try:
@@ -172,14 +152,15 @@ async def send_test(
     endpoint: Endpoint, *, clock: Clock, answer_seconds: float = ANSWER_SECONDS
 ) -> Attempt:
     """Send a signed test event (`tracker.test`) and return the outcome."""
+    now = clock()
     event = {
         "type": "tracker.test",
-        "timestamp": f"{clock().replace(tzinfo=None).isoformat(timespec='microseconds')}Z",
+        "timestamp": f"{now.replace(tzinfo=None).isoformat(timespec='microseconds')}Z",
         "data": {"endpoint_id": endpoint.config.endpoint_id},
     }
     client = EndpointClient(endpoint, clock=clock, answer_seconds=answer_seconds)
     try:
-        return await client.send(f"msg_test_{uuid4().hex}", dump_json(event))
+        return await client.send(Claim(f"msg_test_{uuid4().hex}", dump_json(event), now))
     finally:
         await client.aclose()
 
@@ -194,6 +175,11 @@ async def _beginning(response: httpx.Response) -> str:
     if response.headers.get("content-encoding", "identity") != "identity":
         return ""
     text = received[:ANSWER_BYTES].decode(errors="replace")
+    return excerpt(text)
+
+
+def excerpt(text: str) -> str:
+    """The first characters of a text, as they are stored."""
     return "".join(one if one.isprintable() else " " for one in text).strip()[:EXCERPT]
 
 

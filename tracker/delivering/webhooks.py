@@ -1,4 +1,5 @@
-"""Webhooks out: events of runs become messages, and these are delivered to their endpoints.
+"""Webhooks out: events of runs become messages, and these are delivered to their endpoints, which
+are URLs or Python handlers.
 
 Everything that has to survive is in the database: the outbox, the messages, the leases under which
 they are sent. So any number of workers may run, and one that dies leaves only leases, which expire.
@@ -14,7 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Final
+from typing import Final, Protocol
 
 from tracker.core.clock import Clock
 from tracker.core.errors import StoreError, TrackerError
@@ -27,14 +28,15 @@ from tracker.delivering.endpoint_client import (
     EndpointClient,
     send_test,
 )
+from tracker.delivering.handlers import Handler, HandlerClient
 from tracker.store.engine import Database
 from tracker.store.queries import audit
 from tracker.store.queries.audit import Action
-from tracker.store.queries.endpoints import configure
+from tracker.store.queries.endpoints import configure, get_endpoint
 from tracker.store.signals import Signals
 from tracker.store.writing import messages
 from tracker.store.writing.group_commit import call_hook
-from tracker.store.writing.messages import MOST_OPEN, Attempt, Claim, next_due_at, take_turn
+from tracker.store.writing.messages import Attempt, Claim, next_due_at, take_turn
 from tracker.store.writing.outbox import Shown, fan_out, outbox_waits
 
 TICK: Final = 5.0
@@ -48,7 +50,9 @@ LEASE: Final = timedelta(seconds=ANSWER_SECONDS + 10)
 RETRY_SECONDS: Final = 1.0
 """How long to wait before an unavailable database, or a claim of nothing, is tried again."""
 STOP_SECONDS: Final = 3.0
-"""How long open requests have to end when the process stops."""
+"""How long open requests and calls have to end when the process stops."""
+CANCEL_SECONDS: Final = 1.0
+"""How long those that are cancelled then have to clean up."""
 LAST_WITHIN: Final = 2.0
 """How long the last commits of the process may then take."""
 
@@ -66,8 +70,22 @@ class UnknownMessage(TrackerError):
     """No message of that id is stored."""
 
 
+class Target(Protocol):
+    """Where the messages of one endpoint go."""
+
+    @property
+    def most_open(self) -> int:
+        """How many attempts may be open."""
+
+    async def send(self, claim: Claim) -> Attempt:
+        """Make one attempt. Never raises for what the receiver does."""
+
+    async def aclose(self) -> None:
+        """Release what it holds."""
+
+
 class Webhooks:
-    """Sends events to `endpoints`, those in the settings of this process.
+    """Sends events to `endpoints`, those in the settings of this process, and to its `handlers`.
 
     `start` begins to deliver, in a worker. Any process makes messages of the events that it caused
     when it ends (`aclose`), for the workers. `body` makes the body of a message, `process` is the
@@ -85,12 +103,15 @@ class Webhooks:
         clock: Clock,
         waits: tuple[timedelta, ...] = WAITS,
         on_attempt: Sequence[OnAttempt] = (),
+        handlers: Iterable[Handler] = (),
     ) -> None:
         self._database = database
         self._signals = signals
         self._body = body
         self._clock = clock
         self._endpoints = {endpoint.config.endpoint_id: endpoint for endpoint in endpoints}
+        self._handlers = {handler.config.endpoint_id: handler for handler in handlers}
+        self._clients: dict[str, EndpointClient] = {}
         self._process = process
         self._waits = waits
         self._on_attempt = on_attempt
@@ -108,8 +129,8 @@ class Webhooks:
         for endpoint_id in self._endpoints.keys() & secrets.keys():
             endpoint = replace(self._endpoints[endpoint_id], secrets=secrets[endpoint_id])
             self._endpoints[endpoint_id] = endpoint
-            if sender := self._senders.get(endpoint_id):
-                sender.client.endpoint = endpoint
+            if client := self._clients.get(endpoint_id):
+                client.endpoint = endpoint
 
     def wake(self) -> None:
         """Check for events and messages soon."""
@@ -120,16 +141,30 @@ class Webhooks:
     async def start(self) -> None:
         """Start to deliver."""
         self._stopping = False
+        try:
+            async with asyncio.timeout(LAST_WITHIN):
+                await self._configure()  # runs that end from now on are sent
+        except (StoreError, TimeoutError) as error:
+            log.warning("outbox.not_configured", error=str(error), advice="it is tried again")
         self._task = asyncio.create_task(self._run(), name="outbox")
         for endpoint_id, endpoint in self._endpoints.items():
-            self._senders[endpoint_id] = _Sender(
-                EndpointClient(endpoint, clock=self._clock),
-                database=self._database,
-                process=self._process,
-                clock=self._clock,
-                waits=self._waits,
-                on_attempt=self._on_attempt,
-            )
+            client = self._clients[endpoint_id] = EndpointClient(endpoint, clock=self._clock)
+            self._open_sender(endpoint_id, client, LEASE)
+        for name, handler in self._handlers.items():
+            target = HandlerClient(handler, clock=self._clock)
+            self._open_sender(name, target, handler.lease)
+
+    def _open_sender(self, endpoint_id: str, target: Target, lease: timedelta) -> None:
+        self._senders[endpoint_id] = _Sender(
+            endpoint_id,
+            target,
+            lease=lease,
+            database=self._database,
+            process=self._process,
+            clock=self._clock,
+            waits=self._waits,
+            on_attempt=self._on_attempt,
+        )
 
     async def stop(self) -> None:
         """Finish or interrupt the open requests, and release their messages."""
@@ -171,10 +206,16 @@ class Webhooks:
     async def test(self, endpoint_id: str) -> Attempt:
         """Send a signed test event (`tracker.test`), which is not stored, and return the outcome.
 
-        Raises `UnknownEndpoint` where this process has no secret for it.
+        Raises `UnknownEndpoint` where this process has no secret for it, and for a handler.
         """
         endpoint = self._endpoints.get(endpoint_id)
         if endpoint is None:
+            row = await get_endpoint(self._database, endpoint_id)
+            if row is not None and row.is_handler:
+                raise UnknownEndpoint(
+                    f"{endpoint_id} is a Python handler, which gets no test events: resend one of "
+                    "its messages (tracker messages resend), or call the function in a test"
+                )
             known = ", ".join(self._endpoints) or "none"
             raise UnknownEndpoint(
                 f"endpoint {endpoint_id} is not in the settings of this process (known: {known})"
@@ -237,8 +278,18 @@ class Webhooks:
         """Note the endpoints of this process in the database, once a minute."""
         if time.monotonic() - self._configured_at < CONFIGURE_EVERY:
             return
-        configs = [endpoint.config for endpoint in self._endpoints.values()]
-        await configure(self._database, configs, now=self._clock())
+        configs = [one.config for one in self._endpoints.values()]
+        configs += [one.config for one in self._handlers.values()]
+        replaced = await configure(self._database, configs, now=self._clock())
+        if self._configured_at > float("-inf"):  # else the settings of before a restart
+            for row in replaced:
+                log.warning(
+                    "endpoint.settings_differ",
+                    endpoint_id=row.endpoint_id,
+                    other=row.where,
+                    advice="two processes take turns to replace the settings of this endpoint: give"
+                    " both the same, or two ids",
+                )
         self._configured_at = time.monotonic()
 
 
@@ -254,16 +305,19 @@ class _Sender:
 
     def __init__(
         self,
-        client: EndpointClient,
+        endpoint_id: str,
+        target: Target,
         *,
+        lease: timedelta,
         database: Database,
         process: str,
         clock: Clock,
         waits: tuple[timedelta, ...],
         on_attempt: Sequence[OnAttempt],
     ) -> None:
-        self.client = client
-        self._id = client.endpoint.config.endpoint_id
+        self._id = endpoint_id
+        self._target = target
+        self._lease = lease
         self._database = database
         self._process = process
         self._clock = clock
@@ -284,7 +338,7 @@ class _Sender:
         while not self._stopping:
             self._woken.clear()
             try:
-                wait = await self._turn(MOST_OPEN - len(self._open))
+                wait = await self._turn(self._target.most_open - len(self._open))
             except StoreError as error:
                 if count := self._log_limit.count("unavailable", now=time.monotonic()):
                     log.warning(
@@ -307,9 +361,13 @@ class _Sender:
         await _end(self._task)
         if self._open:
             await asyncio.wait(self._open, timeout=STOP_SECONDS)
-        interrupted = sorted(self._open.values())
-        for task in self._open:
+        cancelled = dict(self._open)
+        for task in cancelled:
             task.cancel()
+        if cancelled:
+            await asyncio.wait(cancelled, timeout=CANCEL_SECONDS)
+        ended = {claim.message_id for claim, _ in self._outcomes}
+        interrupted = sorted({*cancelled.values()} - ended)
         try:
             async with asyncio.timeout(LAST_WITHIN):
                 if self._outcomes:
@@ -324,7 +382,7 @@ class _Sender:
                     )
         except (StoreError, TimeoutError):
             log.warning("endpoint.claims_kept", endpoint_id=self._id, advice="they run out")
-        await self.client.aclose()
+        await self._target.aclose()
 
     async def _turn(self, room: int) -> float:
         """Store outcomes and claim up to `room` messages; returns how long to wait then."""
@@ -343,8 +401,9 @@ class _Sender:
                     most=room,
                     holder=self._process,
                     now=now,
-                    lease=LEASE,
+                    lease=self._lease,
                     waits=self._waits,
+                    most_open=self._target.most_open,
                 )
             )
         except BaseException:
@@ -369,7 +428,7 @@ class _Sender:
 
     async def _attempt(self, claim: Claim) -> None:
         try:
-            attempt = await self.client.send(claim.message_id, claim.body)
+            attempt = await self._target.send(claim)
         except Exception as error:  # a fault of the tracker must not stop this endpoint
             log.exception("endpoint.send_failed", endpoint_id=self._id)
             failure = f"it could not be sent: {type(error).__name__}"

@@ -2,11 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
 from copy import copy
 from types import TracebackType
-from typing import Final, Self, overload
+from typing import Any, Final, Self, overload
 from uuid import uuid4
 
 from tracker.core.errors import (
@@ -14,6 +14,7 @@ from tracker.core.errors import (
     FloraUnreachable,
     InvalidRequest,
     RateLimited,
+    SettingsError,
     StartNotStored,
     StartPending,
     StoreUnavailable,
@@ -22,8 +23,10 @@ from tracker.core.record import Record
 from tracker.core.retry import RetryAdvice
 from tracker.core.run import Tracking
 from tracker.core.tags import check_tags
+from tracker.delivering.handlers import TIMEOUT
 from tracker.errors import RunUnknown, TrackerNotOpen
 from tracker.library import following
+from tracker.library.handlers import EventName, HandlerFunction, Handlers, RunEvent
 from tracker.library.inputs import InputValues, given_inputs
 from tracker.library.run import Event, Run
 from tracker.services import START_SECONDS, Services, open_services
@@ -31,6 +34,7 @@ from tracker.settings import Loaded, Rotation, Settings, read_settings
 from tracker.starting.start import StartRequest
 from tracker.store.queries import runs as read
 from tracker.store.queries.audit import Principal, acting
+from tracker.store.writing.messages import MOST_OPEN
 from tracker.worker.scheduler import Worker
 
 ACTOR: Final = "python"
@@ -61,6 +65,7 @@ class Tracker:
         self._loaded: Loaded | None = None
         self._worker = worker
         self._mounted = False
+        self._handlers = Handlers(lambda claim: RunEvent.of(claim, self._run))
         self._open: tuple[Services, asyncio.AbstractEventLoop] | None = None
         self._stack: AsyncExitStack | None = None
 
@@ -81,13 +86,14 @@ class Tracker:
                 "this tracker is open already: open it once, and share it between tasks"
             )
         self._stack = stack = AsyncExitStack()
-        works = self._mounted if self._worker is None else self._worker
+        handlers = self._handlers.all
+        works = (self._mounted or bool(handlers)) if self._worker is None else self._worker
         background = works or self._mounted
         # With the files of `from_env`, so that secrets can be rotated.
         rotation = Rotation(self.settings, self._loaded, self._loaded and read_settings)
         try:
             services = await stack.enter_async_context(
-                open_services(rotation, background=background)
+                open_services(rotation, background=background, handlers=handlers)
             )
             if not background:  # other processes' news still arrives at once
                 await stack.enter_async_context(services.signals)
@@ -293,7 +299,52 @@ class Tracker:
             await self.get(run_id)
         return [Event.of(event) for event in events]
 
-    def _run(self, record: Record) -> Run:
+    def on(
+        self,
+        *events: EventName,
+        name: str,
+        workspace_id: str | None = None,
+        technique_id: str | None = None,
+        status: str | None = None,
+        tag: str | None = None,
+        concurrency: int = MOST_OPEN,
+        timeout: float = TIMEOUT,
+    ) -> Callable[[HandlerFunction], HandlerFunction]:
+        """Call the decorated function with a `RunEvent` for each event of the runs that match.
+
+        The function is a `def` or an `async def`; it gets `run.settled` if no event is given, of
+        the runs that match all filters::
+
+            @tracker.on("run.settled", name="store-image", status="completed")
+            async def store_image(event: RunEvent) -> None: ...
+
+        The handler is an endpoint of the database under its `name`: an event is delivered at least
+        once, also after a crash or a restart, and repeated by the schedule of endpoints until the
+        function returns. An exception is a failed attempt; `tracker.errors.DoNotRetry` gives the
+        message up. `tag` is `key=value`.
+
+        At most `concurrency` calls run at a time, over all processes. After `timeout` seconds an
+        attempt counts as failed: a coroutine is cancelled, a plain function goes on in its thread.
+        Handlers are called where a worker runs; register them before the tracker is opened.
+
+        Raises `SettingsError` for a wrong argument, a name that is taken, and an open tracker.
+        """
+        if self._stack is not None:
+            raise SettingsError(
+                f"handler {name}: the tracker is open; register handlers before it is opened"
+            )
+        return self._handlers.register(
+            events=events or ("run.settled",),
+            name=name,
+            workspace_id=workspace_id,
+            technique_id=technique_id,
+            status=status,
+            tag=tag,
+            concurrency=concurrency,
+            timeout=timeout,
+        )
+
+    def _run(self, record: Record | Mapping[str, Any]) -> Run:
         return Run.bound(record, self)
 
 

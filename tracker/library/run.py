@@ -1,7 +1,7 @@
 """Runs and their events as frozen values."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Self
@@ -132,6 +132,25 @@ class RunFields:
             last_error=record.last_error,
         )
 
+    @classmethod
+    def from_json(cls, shown: Mapping[str, Any]) -> Self:
+        """The value of a run as `views.run_json` shows it; what an older version left out is
+        `None`."""
+        values: dict[str, Any] = {one.name: shown.get(one.name) for one in fields(cls)}
+        for name, value in values.items():
+            if value is None:
+                continue
+            if name.endswith("_at"):
+                values[name] = datetime.fromisoformat(value)
+            elif name.endswith("_cost"):
+                values[name] = Decimal(str(value))
+        outputs = (
+            Output(output_id=one["output_id"], type=one["type"], url=one["url"])
+            for one in shown.get("outputs") or ()
+        )
+        values |= {"outputs": tuple(outputs), "inputs": tuple(shown.get("inputs") or ())}
+        return cls(**values)
+
     @property
     def settled(self) -> bool:
         """Whether the run has ended and its details are stored."""
@@ -174,9 +193,9 @@ class Run(RunFields):
     _owner: "Tracker"
 
     @classmethod
-    def bound(cls, record: Record, owner: "Tracker") -> Self:
-        """The value of a stored run, with the tracker that read it."""
-        run = cls.of(record)
+    def bound(cls, record: Record | Mapping[str, Any], owner: "Tracker") -> Self:
+        """The value of a stored run, or of one as JSON, with the tracker that read it."""
+        run = cls.of(record) if isinstance(record, Record) else cls.from_json(record)
         object.__setattr__(run, "_owner", owner)
         return run
 

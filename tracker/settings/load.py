@@ -101,8 +101,8 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Loaded:
             environ, [name.upper() for name in names], file.variables if file else set()
         )
         return Loaded(settings, sources, file.states if file else {}, unknown)
-    except ValidationError as fault:
-        errors = fault.errors()
+    except ValidationError as invalid:
+        errors = invalid.errors()
         # A list whose only entries are invalid counts as empty, too.
         within = {error["loc"][:-1] for error in errors}
         faults = "; ".join(
@@ -204,16 +204,21 @@ def _read_text(path: Path) -> str:
     raise _UnreadableError(reason)
 
 
-def _message(error: ErrorDetails, file: _File | None) -> str:
-    """A validation error as a sentence: the variable or key, and what it must be."""
-    message = (
+def fault(error: ErrorDetails) -> str:
+    """What a value must be, as the predicate of a sentence."""
+    if error["type"] == "too_short":
+        return "must not be empty"
+    return (
         error["msg"]
         .removeprefix("Value error, ")
         .replace("Input should be", "must be")
         .replace("Field required", "is missing")
     )
-    if error["type"] == "too_short":
-        message = "must not be empty"
+
+
+def _message(error: ErrorDetails, file: _File | None) -> str:
+    """A validation error as a sentence: the variable or key, and what it must be."""
+    message = fault(error)
     if not error["loc"]:
         return message
     key, *rest = error["loc"]

@@ -168,32 +168,16 @@ class BudgetSettings(_Model):
         return Budget(**dict(self))
 
 
-class EndpointSettings(_Model):
-    """A table of `[[endpoints]]`: where these `events` are sent, of the runs that match all of
-    `workspace_id`, `technique_id`, `status` and `tag`, as far as these are set.
-
-    Every secret signs, so that a receiver may know either while they are rotated. Addresses that
-    are not public, and `http`, need `allow_private`.
-    """
+class EventSettings(_Model):
+    """Which events an endpoint or a handler gets: `events`, of the runs that match all of
+    `workspace_id`, `technique_id`, `status` and `tag`, as far as these are set."""
 
     id: Annotated[str, AfterValidator(_name)]
-    url: Annotated[str, AfterValidator(check_endpoint_url)] = Field(repr=False)
-    secrets: StandardSecrets
     events: Annotated[tuple[EventType, ...], Field(min_length=1)] = (EventType.SETTLED,)
     workspace_id: Annotated[str, Field(min_length=1)] | None = None
     technique_id: Annotated[str, AfterValidator(_technique_id)] | None = None
     status: Annotated[str, Field(min_length=1)] | None = None
     tag: Annotated[tuple[str, str], BeforeValidator(_tag)] | None = None
-    allow_private: bool = False
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.url.startswith("http:") and not self.allow_private:
-            raise ValueError(
-                f"endpoint {self.id}: url must begin with https:// (http:// only with "
-                "allow_private = true)"
-            )
-        return self
 
     @property
     def filter(self) -> RunFilter:
@@ -204,6 +188,34 @@ class EndpointSettings(_Model):
             status=self.status,
             tag=self.tag,
         )
+
+
+class HandlerSettings(EventSettings):
+    """A Python handler: at most `concurrency` calls at a time, each of `timeout` seconds."""
+
+    concurrency: Annotated[int, Field(ge=1, le=1000)] = 20
+    timeout: Annotated[float, Field(gt=0, le=86400)] = 60.0
+
+
+class EndpointSettings(EventSettings):
+    """A table of `[[endpoints]]`: where events are sent.
+
+    Every secret signs, so that a receiver may know either while they are rotated. Addresses that
+    are not public, and `http`, need `allow_private`.
+    """
+
+    url: Annotated[str, AfterValidator(check_endpoint_url)] = Field(repr=False)
+    secrets: StandardSecrets
+    allow_private: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.url.startswith("http:") and not self.allow_private:
+            raise ValueError(
+                f"endpoint {self.id}: url must begin with https:// (http:// only with "
+                "allow_private = true)"
+            )
+        return self
 
     @property
     def shown_url(self) -> str:

@@ -92,6 +92,25 @@ async def test_a_test_event_is_sent(hooked: Site, receiver: Receiver) -> None:
     assert "is not in the settings of this process" in unknown
 
 
+async def test_a_python_handler_is_shown_as_one(hooked: Site) -> None:
+    """With its function and without a test event; an attempt returned or failed, without a
+    status."""
+    db = hooked.services.database
+    await add_endpoint(db, "store-image", url="python:shop.store_image")
+    await add_message(db, "msg_4", "store-image", None, created_at=utc_now())
+    assert "Python handler shop.store_image" in (await hooked.client.get("/endpoints")).text
+    page = (await hooked.client.get("/endpoints/store-image")).text
+    assert "shop.store_image" in page
+    assert "python:" not in page
+    assert "/endpoints/store-image/test" not in page
+    message = (await hooked.client.get("/messages/msg_4")).text
+    assert "no answer</" not in message
+    csrf = csrf_of(page)
+    path = "/endpoints/store-image/test"
+    answer = await hooked.client.post(path, data={"csrf_token": csrf})
+    assert "resend one of its messages" in answer.text
+
+
 async def test_a_disabled_endpoint_is_enabled(hooked: Site) -> None:
     """The overview reports it too; its page has the button only then; the audit log knows."""
     db = hooked.services.database

@@ -254,7 +254,7 @@ class Counters:
             outcome, took = "delivered", (attempt.at - claim.event_at).total_seconds()
             self._histograms["message_delivery_seconds"].labels(endpoint_id).observe(max(took, 0))
         else:
-            outcome = "no_answer" if attempt.status is None else "refused"
+            outcome = "refused" if attempt.status or attempt.raised else "no_answer"
         self._count("message_attempts", endpoint_id, outcome)
 
     def over_budget(self, budget: str) -> None:

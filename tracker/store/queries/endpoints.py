@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Final, Literal
 
-from sqlalchemy import Row, func, select
+from sqlalchemy import Connection, Row, case, func, select
 
 from tracker.core.events import EventType, MessageState, RunFilter
 from tracker.store.engine import Database
@@ -14,6 +14,8 @@ from tracker.store.queries.messages import is_in
 from tracker.store.queries.runs import quantile
 from tracker.store.schema import endpoints, messages
 
+HANDLER_URL: Final = "python:"
+"""What the URL of a Python handler begins with; the function follows."""
 CONFIGURED_WITHIN: Final = timedelta(days=1)
 """An endpoint that no process has had in its settings for longer gets no new messages."""
 COUNTED: Final = 10_000
@@ -24,7 +26,8 @@ SAMPLE: Final = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndpointConfig:
-    """An endpoint as a process has it in its settings. `url` is the one to show."""
+    """An endpoint as a process has it in its settings. `url` is the one to show; that of a Python
+    handler is `HANDLER_URL` and the function."""
 
     endpoint_id: str
     url: str
@@ -55,6 +58,16 @@ class EndpointRow:
     last_success_at: datetime | None = None
     last_error_at: datetime | None = None
     last_error: str | None = None
+
+    @property
+    def is_handler(self) -> bool:
+        """Whether it is a Python handler, not a URL."""
+        return self.url.startswith(HANDLER_URL)
+
+    @property
+    def where(self) -> str:
+        """The URL, or the handler's function."""
+        return self.url.removeprefix(HANDLER_URL)
 
     @property
     def enabled(self) -> bool:
@@ -162,19 +175,30 @@ async def delays(db: Database, endpoint_id: str, *, since: datetime) -> Delays:
     return Delays(count=len(took), p50=quantile(took, 0.5), p95=quantile(took, 0.95))
 
 
-async def configure(db: Database, configs: Sequence[EndpointConfig], *, now: datetime) -> None:
-    """Store that a process has these endpoints in its settings now."""
+async def configure(
+    db: Database, configs: Sequence[EndpointConfig], *, now: datetime
+) -> list[EndpointRow]:
+    """Store that a process has these endpoints in its settings now; returns, as they were before,
+    those that the database had with other settings.
+
+    For an endpoint that is back after `CONFIGURED_WITHIN`, schedules of attempts begin anew, and
+    failures from before do not count.
+    """
     if not configs:
-        return
+        return []
     insert = db.insert(endpoints)
+    shared = ("url", "events", "filters")
+    is_back = endpoints.c.configured_at < now - CONFIGURED_WITHIN
     statement = insert.on_conflict_do_update(
         index_elements=[endpoints.c.endpoint_id],
         set_={
-            name: insert.excluded[name] for name in ("url", "events", "filters", "configured_at")
+            **{name: insert.excluded[name] for name in (*shared, "configured_at")},
+            "enabled_at": case((is_back, now), else_=endpoints.c.enabled_at),
+            "failing_since": case((is_back, None), else_=endpoints.c.failing_since),
         },
     )
-    rows = [
-        {
+    rows = {
+        one.endpoint_id: {
             "endpoint_id": one.endpoint_id,
             "url": one.url,
             "events": [event.value for event in one.events],
@@ -184,8 +208,19 @@ async def configure(db: Database, configs: Sequence[EndpointConfig], *, now: dat
             "state": "enabled",
         }
         for one in sorted(configs, key=lambda one: one.endpoint_id)
-    ]
-    await db.write(lambda connection: connection.execute(statement, rows).rowcount)
+    }
+    before = select(*_SHOWN).where(endpoints.c.endpoint_id.in_(rows))
+
+    def work(connection: Connection) -> list[EndpointRow]:
+        found = connection.execute(before).all()
+        connection.execute(statement, list(rows.values()))
+        return [
+            _endpoint(row)
+            for row in found
+            if any(row._mapping[name] != rows[row.endpoint_id][name] for name in shared)
+        ]
+
+    return await db.write(work)
 
 
 def _endpoint(row: Row[Any]) -> EndpointRow:

@@ -31,7 +31,8 @@ from tracker.store.queries.audit import Action
 from tracker.store.schema import endpoints, message_attempts, messages, word
 
 MOST_OPEN: Final = 20
-"""Requests to one endpoint at the same time, over all processes."""
+"""Requests to one endpoint at the same time, over all processes, unless its handler has another
+limit."""
 FAILING_FOR: Final = timedelta(days=3)
 """An endpoint that failed for this long, without a success in between, is disabled."""
 GONE: Final = 410
@@ -43,11 +44,12 @@ _PENDING: Final = messages.c.state == word("pending")
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A message to send; `event_at` is when its event happened."""
+    """A message to send; `event_at` is when its event happened, `attempts` how many it has had."""
 
     message_id: str
     body: str
     event_at: datetime
+    attempts: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +57,8 @@ class Attempt:
     """The outcome of an attempt that ended `at`, after `seconds`.
 
     `status` is the HTTP status and `answer` the beginning of the answer, if there was one. `error`
-    is why it failed, for people. `retry_after` is the wait in seconds that the endpoint asked for.
+    is why it failed, for people. `retry_after` is the wait in seconds that the endpoint asked for;
+    `final` that it wants no further attempt. `raised` is true where a handler raised an exception.
     """
 
     at: datetime
@@ -64,6 +67,8 @@ class Attempt:
     answer: str | None = None
     error: str | None = None
     retry_after: float | None = None
+    final: bool = False
+    raised: bool = False
 
     @property
     def delivered(self) -> bool:
@@ -119,8 +124,10 @@ def take_turn(
     now: datetime,
     lease: timedelta,
     waits: tuple[timedelta, ...] = WAITS,
+    most_open: int = MOST_OPEN,
 ) -> Turn:
-    """Store the outcomes of attempts, by message, and claim up to `most` further messages."""
+    """Store the outcomes of attempts, by message, and claim up to `most` further messages, of which
+    at most `most_open` are claimed by all processes together."""
     wanted = select(*(endpoints.c[name] for name in _Health.__slots__))
     wanted = wanted.where(endpoints.c.endpoint_id == endpoint_id).with_for_update()
     row = connection.execute(wanted).one_or_none()
@@ -133,7 +140,9 @@ def take_turn(
             after = _judged(after, attempt, waits[0])
     claims: list[Claim] = []
     if after.state == "enabled":
-        claims, is_caught_up = _claim(connection, endpoint_id, after, most, holder, now, lease)
+        claims, is_caught_up = _claim(
+            connection, endpoint_id, after, most, most_open, holder, now, lease
+        )
         if is_caught_up:
             after = replace(after, catch_up_from=None, catch_up_to=None)
     if after != before:
@@ -157,6 +166,8 @@ def _judged(health: _Health, attempt: Attempt, first_wait: timedelta) -> _Health
             return recovered
         begin = min(since + first_wait, health.catch_up_from or attempt.at)
         return replace(recovered, catch_up_from=begin, catch_up_to=attempt.at)
+    if attempt.final:  # says something about the message, and nothing about the endpoint
+        return replace(health, last_error_at=attempt.at, last_error=attempt.error)
     since = health.failing_since or attempt.at
     failed = replace(
         health, failing_since=since, last_error_at=attempt.at, last_error=attempt.error
@@ -225,12 +236,16 @@ def _store(
             since = row["tried_since"]
             if since is None or (enabled_at is not None and since < enabled_at):
                 since = attempt.at
-            due = next_attempt(
-                message_id,
-                since=since,
-                now=attempt.at,
-                retry_after=attempt.retry_after,
-                waits=waits,
+            due = (
+                None
+                if attempt.final
+                else next_attempt(
+                    message_id,
+                    since=since,
+                    now=attempt.at,
+                    retry_after=attempt.retry_after,
+                    waits=waits,
+                )
             )
             state = "pending" if due else "failed"
             row |= {"tried_since": since, "next_attempt_at": due, "state": state}
@@ -247,6 +262,7 @@ def _claim(
     endpoint_id: str,
     health: _Health,
     most: int,
+    most_open: int,
     holder: str,
     now: datetime,
     lease: timedelta,
@@ -256,7 +272,7 @@ def _claim(
     mine = messages.c.endpoint_id == endpoint_id
     is_open = and_(mine, messages.c.lease_holder.is_not(None), messages.c.lease_until > now)
     count = select(func.count()).select_from(messages).where(is_open)
-    room = min(most, MOST_OPEN - connection.execute(count).scalar_one())
+    room = min(most, most_open - connection.execute(count).scalar_one())
     if room <= 0:
         return [], False
     waiting = select(messages.c.message_id).where(mine, _PENDING, _free(now))
@@ -281,7 +297,7 @@ def _take(
         update(messages)
         .where(messages.c.message_id.in_(some))
         .values(lease_until=until, lease_holder=holder)
-        .returning(messages.c.message_id, messages.c.body, messages.c.event_at)
+        .returning(*(messages.c[name] for name in Claim.__slots__))
     )
     claims = [Claim(*row) for row in connection.execute(statement)]
     return sorted(claims, key=lambda claim: claim.event_at)

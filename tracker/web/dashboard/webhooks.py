@@ -177,8 +177,15 @@ class WebhookPages(PageGroup):
     async def _message_page(
         self, request: Request, row: MessageRow, flash: FlashMessage | None = None
     ) -> Response:
-        attempts = await messages.list_attempts(self._database, row.message_id)
-        return self._render(request, "message.html", row=row, flash=flash, attempts=attempts)
+        endpoint = await endpoints.get_endpoint(self._database, row.endpoint_id)
+        return self._render(
+            request,
+            "message.html",
+            row=row,
+            flash=flash,
+            attempts=await messages.list_attempts(self._database, row.message_id),
+            is_handler=endpoint is not None and endpoint.is_handler,
+        )
 
     async def _endpoint(self, request: Request) -> EndpointRow:
         endpoint_id, usable = path_id(request, "endpoint_id")

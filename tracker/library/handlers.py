@@ -1,0 +1,152 @@
+"""Handlers: functions that get the events of runs, registered with `Tracker.on`."""
+
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from typing import Any, Literal, Self, TypeVar
+
+from pydantic import ValidationError
+
+from tracker.core.errors import SettingsError
+from tracker.delivering.handlers import Handler
+from tracker.library.run import Run
+from tracker.settings.load import fault
+from tracker.settings.model import HandlerSettings
+from tracker.store.queries.endpoints import HANDLER_URL, EndpointConfig
+from tracker.store.writing.messages import Claim
+
+EventName = Literal["run.settled", "run.lost", "run.cost_changed"]
+"""What a handler can get."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunEventFields:
+    """An event of a run, as a handler gets it.
+
+    `type` is one of `EventName`, `timestamp` when it happened. `message_id` is the same in every
+    attempt to deliver the event to this handler; `attempt` counts them from 1.
+    """
+
+    type: EventName
+    timestamp: datetime
+    message_id: str
+    attempt: int
+
+    @classmethod
+    def of(cls, claim: Claim, run_of: Callable[[Mapping[str, Any]], object]) -> Self:
+        """The event of a message; `run_of` makes the run of its JSON."""
+        body = json.loads(claim.body)
+        values: dict[str, Any] = {
+            "type": body["type"],
+            "timestamp": datetime.fromisoformat(body["timestamp"]),
+            "message_id": claim.message_id,
+            "attempt": claim.attempts + 1,
+            "run": run_of(body["data"]),
+        }
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunEvent(RunEventFields):
+    """An event of a run, as a handler gets it.
+
+    `type` is `run.settled`, `run.lost` or `run.cost_changed`; `timestamp` is when it happened.
+    `message_id` is the same in every attempt to deliver the event to this handler; `attempt` counts
+    them from 1. `run` is the run when the event's message was made; `await event.run.refresh()` is
+    its present state.
+    """
+
+    run: Run
+
+
+HandlerFunction = TypeVar("HandlerFunction", bound=Callable[[RunEvent], object])
+
+
+class Handlers:
+    """The handlers of one tracker. `event_of` makes the event that a function gets."""
+
+    def __init__(self, event_of: Callable[[Claim], object]) -> None:
+        self.event_of = event_of
+        self._by_name: dict[str, tuple[str, Handler]] = {}
+
+    @property
+    def all(self) -> list[Handler]:
+        """The handlers, in the order of their registration."""
+        return [handler for _, handler in self._by_name.values()]
+
+    def register(
+        self, *, name: str, concurrency: int, timeout: float, **wanted: object
+    ) -> Callable[[HandlerFunction], HandlerFunction]:
+        """A decorator that registers a function. Raises `SettingsError`."""
+        given = {"id": name, "concurrency": concurrency, "timeout": timeout, **wanted}
+        try:
+            settings = HandlerSettings.model_validate(given)
+        except ValidationError as error:
+            faults = "; ".join(f"{_argument(one['loc'])} {fault(one)}" for one in error.errors())
+            raise SettingsError(f"handler {name!r}: {faults}") from None
+
+        def decorate(function: HandlerFunction) -> HandlerFunction:
+            self._add(settings, function)
+            return function
+
+        return decorate
+
+    def _add(self, settings: HandlerSettings, function: Callable[[Any], object]) -> None:
+        shown = _check(settings.id, function)
+        known = self._by_name.get(settings.id)
+        if known is not None and known[0] != shown:  # the same one: a cell or module run again
+            raise SettingsError(
+                f"handler {settings.id!r}: {known[0]} has this name already; names must differ"
+            )
+        is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+            getattr(function, "__call__", None)  # noqa: B004 - its kind, not whether there is one
+        )
+        config = EndpointConfig(
+            endpoint_id=settings.id,
+            url=f"{HANDLER_URL}{shown}",
+            events=settings.events,
+            filter=settings.filter,
+        )
+        self._by_name[settings.id] = (
+            shown,
+            Handler(
+                config=config,
+                call=partial(_call, function, self.event_of),
+                is_async=is_async,
+                concurrency=settings.concurrency,
+                timeout=settings.timeout,
+            ),
+        )
+
+
+def _call(
+    function: Callable[[Any], object], event_of: Callable[[Claim], object], claim: Claim
+) -> object:
+    return function(event_of(claim))
+
+
+def _argument(loc: tuple[int | str, ...]) -> str:
+    first = str(loc[0]) if loc else ""
+    return {"id": "name", "events": "event"}.get(first, first)
+
+
+def _check(name: str, function: Callable[[Any], object]) -> str:
+    """The function's name, to show. Raises `SettingsError` if it cannot be a handler."""
+    if not callable(function):
+        raise SettingsError(f"handler {name!r}: {function!r} is not a function")
+    inner: Any = inspect.unwrap(getattr(function, "func", function))  # of a `partial` too
+    shown = f"{inner.__module__}.{getattr(inner, '__qualname__', type(inner).__qualname__)}"
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise SettingsError(f"handler {name!r}: {shown} must not yield: its code would never run")
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        raise SettingsError(
+            f"handler {name!r}: {shown} must take one argument, the event"
+        ) from None
+    except ValueError:  # a function in C does not tell
+        pass
+    return shown
