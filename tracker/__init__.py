@@ -15,6 +15,7 @@
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from tracker import errors, sync
     from tracker.core.run import Output
     from tracker.library.client import Tracker
     from tracker.library.handlers import RunEvent
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = ["Event", "Output", "Run", "RunEvent", "Tracker"]
+__all__ = ["Event", "Output", "Run", "RunEvent", "Tracker", "errors", "sync"]
 
 _MODULES: Final = {
     "Event": "tracker.library.run",
@@ -39,6 +40,8 @@ def __getattr__(name: str) -> Any:
 
     if name == "__version__":
         return metadata.version("flora-run-tracker")
+    if name in ("errors", "sync"):
+        return import_module(f"tracker.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = getattr(import_module(_MODULES[name]), name)
@@ -47,4 +50,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_MODULES, "__version__"]
+    special = [name for name in globals() if name.startswith("__")]
+    return [*special, "__version__", *__all__]

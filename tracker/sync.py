@@ -101,7 +101,7 @@ class Tracker:
             running, self._running = self._running, None
             self._closed, self._entered = True, False
             if running is not None:
-                self._at_exit.detach()
+                self._finalizer.detach()
         if running is not None:
             running.close()
 
@@ -243,7 +243,7 @@ class Tracker:
 
     def _open(self) -> LoopThread:
         self._running = LoopThread(self._tracker)
-        self._at_exit = weakref.finalize(self, self._running.close)
+        self._finalizer = weakref.finalize(self, self._running.stop)
         self._closed = False
         return self._running
 
@@ -274,7 +274,7 @@ class Tracker:
         # Kept, because their destructors would disturb the parent's connections.
         _of_parent.append((self._running, self._tracker))
         if self._running is not None:
-            self._at_exit.detach()
+            self._finalizer.detach()
         self._running = None
         self._lock = threading.Lock()
         self._tracker = self._tracker._closed_copy()

@@ -1,16 +1,22 @@
 """An open tracker on an event loop in a daemon thread of its own, for callers without a loop."""
 
 import asyncio
+import os
 import threading
+import weakref
 from collections.abc import Coroutine
 from concurrent.futures import CancelledError, Future
+from concurrent.futures.thread import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Final, TypeVar
 
+from tracker.core.log import get_logger
 from tracker.errors import TrackerNotOpen
 
 T = TypeVar("T")
 Work = Coroutine[Any, Any, T]
+
+log = get_logger(__name__)
 
 CLOSED: Final = "the tracker is closed: open it again with `with tracker:`"
 
@@ -29,9 +35,11 @@ class LoopThread:
         self._opened = Future[None]()
         self._ended = Future[None]()
         self._loop = asyncio.new_event_loop()
+        self._loop.set_default_executor(ThreadPoolExecutor(thread_name_prefix="tracker"))
         self._main = self._loop.create_task(self._serve(tracker))
         self._thread = threading.Thread(target=self._run, name="tracker", daemon=True)
         self._thread.start()
+        _running.add(self)
         try:
             self._opened.result()
         except KeyboardInterrupt:
@@ -59,14 +67,17 @@ class LoopThread:
         finally:
             future.cancel()  # does nothing unless Ctrl-C interrupted the wait
 
-    def close(self) -> None:
-        """End the calls that are under way, and close the tracker; raises what closing raised."""
+    def stop(self) -> None:
+        """End the calls that are under way, and close the tracker, without waiting for it."""
         with self._lock:
             if not self._closing:
                 self._closing = True
                 self._loop.call_soon_threadsafe(self._stop.set)
-        if threading.current_thread() is not self._thread:
-            self._ended.result()
+
+    def close(self) -> None:
+        """As `stop`, and wait until all is closed; raises what closing raised."""
+        self.stop()
+        self._ended.result()
 
     async def _serve(self, tracker: AbstractAsyncContextManager[object]) -> None:
         async with tracker:
@@ -90,8 +101,8 @@ class LoopThread:
             finally:
                 self._loop.run_until_complete(_end(asyncio.all_tasks(self._loop)))
                 self._loop.run_until_complete(self._loop.shutdown_asyncgens())
-                # Does not wait for the loop's worker threads, as `asyncio.run` does: that takes a
-                # thread, and none can be started when the interpreter exits.
+                # Does not wait for the loop's worker threads, as `asyncio.run` does: one may be
+                # waiting for this.
                 self._loop.close()
         except BaseException as error:
             for future in (self._opened, self._ended):
@@ -106,3 +117,18 @@ async def _end(tasks: set[asyncio.Task[Any]]) -> None:
     for task in (ending := tasks - {asyncio.current_task()}):
         task.cancel()
     await asyncio.gather(*ending, return_exceptions=True)
+
+
+def _close_all() -> None:
+    for one in list(_running):
+        try:
+            one.close()
+        except Exception:
+            log.exception("tracker.close_failed")
+
+
+_running: Final = weakref.WeakSet[LoopThread]()
+# `atexit` is too late: by then `concurrent.futures` has ended the threads that write to SQLite. It
+# registered that here, when it was imported above, and what is registered last is called first.
+threading._register_atexit(_close_all)  # type: ignore[attr-defined]
+os.register_at_fork(after_in_child=_running.clear)  # the parent closes its own
