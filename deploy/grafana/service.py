@@ -542,7 +542,8 @@ WEBHOOKS: Final = Row(
                     "{{endpoint_id}}: {{outcome}}",
                 ),
             ),
-            about="delivered: a 2xx. refused: another answer. no_answer: none within 15 s.",
+            about="delivered: a 2xx, or a handler's return. "
+            "refused: another answer, or its exception. no_answer: none in time.",
         ),
         Show(
             title="Delivery delay",

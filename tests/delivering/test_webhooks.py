@@ -312,6 +312,7 @@ async def test_a_process_that_ends_configures_its_endpoints(open_worker: OpenWor
         assert await pending(worker.db, 1)
 
 
+@pytest.mark.both_databases
 async def test_what_waited_for_a_removed_endpoint_has_its_attempts(
     open_worker: OpenWorker,
 ) -> None:

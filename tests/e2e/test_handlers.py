@@ -65,6 +65,7 @@ def handle(called: Path, die_in_call: int, die_after: int) -> None:
 
 
 @pytest.mark.timeout(90)
+@pytest.mark.both_databases
 async def test_every_run_is_handled_through_kills(
     tmp_path: Path, database_url: str, database: Database
 ) -> None:

@@ -26,6 +26,9 @@ TIMEOUT: Final = 60.0
 COMMIT_SECONDS: Final = 10.0
 """How long a message stays claimed beyond the timeout, for its outcome to be committed."""
 
+LONGEST: Final = 10_000
+"""Characters of an exception's message that are read; fewer are stored."""
+
 log = get_logger(__name__)
 
 
@@ -124,7 +127,7 @@ class HandlerClient:
     def _text(self, error: BaseException) -> str:
         """The type and message of an exception, bounded and without secrets."""
         try:
-            message = str(error)
+            message = str(error)[:LONGEST]
         except Exception:
             message = "its message cannot be shown"
         name = type(error).__name__

@@ -331,7 +331,7 @@ class Tracker:
         """
         if self._stack is not None:
             raise SettingsError(
-                f"handler {name}: the tracker is open; register handlers before it is opened"
+                f"handler {name!r}: the tracker is open; register handlers before it is opened"
             )
         return self._handlers.register(
             events=events or ("run.settled",),
