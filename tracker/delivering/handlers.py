@@ -25,7 +25,6 @@ TIMEOUT: Final = 60.0
 """Seconds that a call may take, unless its handler says otherwise."""
 COMMIT_SECONDS: Final = 10.0
 """How long a message stays claimed beyond the timeout, for its outcome to be committed."""
-
 LONGEST: Final = 10_000
 """Characters of an exception's message that are read; fewer are stored."""
 

@@ -24,11 +24,7 @@ EventName = Literal["run.settled", "run.lost", "run.cost_changed"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunEventFields:
-    """An event of a run, as a handler gets it.
-
-    `type` is one of `EventName`, `timestamp` when it happened. `message_id` is the same in every
-    attempt to deliver the event to this handler; `attempt` counts them from 1.
-    """
+    """What the events of both trackers, asynchronous and blocking, have beside their run."""
 
     type: EventName
     timestamp: datetime
