@@ -17,20 +17,44 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from tracker import errors, sync
     from tracker.core.run import Output
+    from tracker.library.batches import Batch, BatchResult
+    from tracker.library.callbacks import VerifiedCallback
+    from tracker.library.changes import RunChange
     from tracker.library.client import Tracker
     from tracker.library.handlers import RunEvent
-    from tracker.library.run import Event, Run
+    from tracker.library.run import Event, Run, SpendingSummary
+    from tracker.settings import Settings
 
     __version__: str
 
-__all__ = ["Event", "Output", "Run", "RunEvent", "Tracker", "errors", "sync"]
+__all__ = [
+    "Batch",
+    "BatchResult",
+    "Event",
+    "Output",
+    "Run",
+    "RunChange",
+    "RunEvent",
+    "Settings",
+    "SpendingSummary",
+    "Tracker",
+    "VerifiedCallback",
+    "errors",
+    "sync",
+]
 
 _MODULES: Final = {
+    "Batch": "tracker.library.batches",
+    "BatchResult": "tracker.library.batches",
     "Event": "tracker.library.run",
     "Output": "tracker.core.run",
     "Run": "tracker.library.run",
+    "RunChange": "tracker.library.changes",
     "RunEvent": "tracker.library.handlers",
+    "Settings": "tracker.settings",
+    "SpendingSummary": "tracker.library.run",
     "Tracker": "tracker.library.client",
+    "VerifiedCallback": "tracker.library.callbacks",
 }
 
 

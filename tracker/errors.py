@@ -1,22 +1,51 @@
-"""The errors that the Python interface raises: those of the tracker, and these.
+"""The errors that the Python interface raises.
 
 ::
 
     TrackerError
-    ├── TrackerNotOpen          the tracker is not open, or was opened in another event loop
-    ├── RunUnknown              no such run is stored; `tracker.track(run_id)` tracks it
-    ├── RunFailed               the run ended and did not complete; `run`, `code`, `retry_advice`
-    ├── RunLost                 FLORA says that the run does not exist
-    ├── WaitTimeout             the run has not ended yet (also a `TimeoutError`); wait again
-    └── …                       all others: see below
+    ├── SettingsError               a setting is missing or wrong
+    ├── TrackerNotOpen              the tracker is not open here, or is open already
+    ├── RunUnknown                  no such run is stored; `tracker.track(run_id)` tracks it
+    ├── BatchUnknown                no such batch is stored
+    ├── RunFailed                   a run ended and did not complete; `run`, `code`, `retry_advice`
+    ├── RunLost                     FLORA has no such run any more; `run`
+    ├── NotTracked                  FLORA does not show the run, or cannot be asked; nothing stored
+    ├── WaitTimeout                 a `TimeoutError`: the runs go on, and can be waited for again
+    ├── StoreError
+    │   ├── StoreUnavailable        the database does not answer; try again
+    │   └── SchemaOutdated          the database is older than this version; `tracker db upgrade`
+    ├── FloraError                  a call to FLORA did not end in a usable answer
+    │   ├── FloraUnreachable        no answer: refused, timed out or cut
+    │   ├── FloraUnreadable         an answer that is not what the API promises
+    │   ├── OtherWorkspace          the API key is of another workspace than the settings say
+    │   └── FloraRefusal            FLORA's own error, with status, code, fields and request id
+    │       ├── KeyRefused          401: every further call with this key fails too
+    │       ├── Forbidden           403: the key may not do this
+    │       ├── PlanRequired        403 paid_plan_required: the workspace's plan, not the key
+    │       ├── NotFound            404: no such thing in this workspace
+    │       ├── RateLimited         429 after all retries
+    │       │   └── RequestPaused   an earlier 429 asked for a longer wait; nothing was sent
+    │       └── ServerFault         5xx after all retries
+    ├── SignatureError              a callback is not authentic
+    ├── DownloadDirectoryError      the folder for downloads cannot be used
+    ├── DoNotRetry                  raised by a handler: its message is not delivered again
+    ├── MaxCostReached              a batch could cost more than its `max_cost`; nothing was started
+    ├── DefinitionChanged           the technique reads the rows of a batch otherwise than before
+    └── StartError                  a run was not started
+        ├── InvalidRequest          the caller's fault; `fields` says where
+        ├── IdempotencyConflict     this key was used for another body; nothing was started
+        ├── BudgetExceeded          its price does not fit a budget; nothing was sent
+        ├── StartPending            it was sent, and its outcome is not known yet; start again soon
+        ├── StartNotStored          FLORA started it, and the database could not keep it yet
+        └── StartUnresolved         whether FLORA started it is unknown; a person decides
 
-TREE
+Errors of other libraries are translated, with `from exc`. A message says what was wrong, where, and
+what to do; it never holds a key, a secret or a signature.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from tracker.core import errors as _core
 from tracker.core.errors import (
     BudgetExceeded,
     DoNotRetry,
@@ -45,14 +74,21 @@ from tracker.core.errors import (
     StoreUnavailable,
     TrackerError,
 )
+from tracker.delivering.files import DownloadDirectoryError
 from tracker.flora.signature import SignatureError
+from tracker.starting.batch_launch import MaxCostReached
+from tracker.starting.batch_plan import DefinitionChanged
+from tracker.starting.resolve import NotTracked
 
 if TYPE_CHECKING:
     from tracker.library.run import RunFields
 
 __all__ = [
+    "BatchUnknown",
     "BudgetExceeded",
+    "DefinitionChanged",
     "DoNotRetry",
+    "DownloadDirectoryError",
     "FieldFault",
     "FloraError",
     "FloraRefusal",
@@ -62,7 +98,9 @@ __all__ = [
     "IdempotencyConflict",
     "InvalidRequest",
     "KeyRefused",
+    "MaxCostReached",
     "NotFound",
+    "NotTracked",
     "OtherWorkspace",
     "PlanRequired",
     "RateLimited",
@@ -85,11 +123,12 @@ __all__ = [
     "WaitTimeout",
 ]
 
-__doc__ = (__doc__ or "").replace("TREE\n", (_core.__doc__ or "").partition("::\n\n")[2])
+NAMED: Final = 5
+"""Most runs named in the text of one error."""
 
 
 class TrackerNotOpen(TrackerError):
-    """The tracker is not open here; the message says how to open it."""
+    """The tracker is not open here, or is open already; the message says what to write."""
 
 
 class RunUnknown(TrackerError):
@@ -97,53 +136,65 @@ class RunUnknown(TrackerError):
 
     def __init__(self, run_ids: Sequence[str]) -> None:
         verb = "is" if len(run_ids) == 1 else "are"
-        shown = ", ".join(run_ids[:5]) + (" …" if len(run_ids) > 5 else "")
+        shown = ", ".join(run_ids[:NAMED]) + (" …" if len(run_ids) > NAMED else "")
         super().__init__(f"run {shown} {verb} not known: `await tracker.track(run_id)` tracks it")
         self.run_ids: tuple[str, ...] = tuple(run_ids)
 
 
-class RunFailed(TrackerError):
+class BatchUnknown(TrackerError):
+    """No batch of this id is stored."""
+
+
+class _RunError(TrackerError):
+    def __init__(self, message: str, run: "RunFields", runs: "Sequence[RunFields]") -> None:
+        super().__init__(message)
+        self.run = run
+        self.runs: tuple[RunFields, ...] = tuple(runs) or (run,)
+
+
+class RunFailed(_RunError):
     """The run has ended and did not complete.
 
-    `code` and `message` are FLORA's, `retry_advice` says whether to start it again (`None` for a
-    status that this version does not know). Of several runs, `run` is the first that did not
-    complete, and `runs` are all of them, in the order asked for.
+    `code` and `message` are FLORA's; `retry_advice` says whether to start it again (`None` for a
+    status that this version does not know). Of several runs that were waited for, `run` is the
+    first that did not complete, and `runs` are all of them, in the order asked for.
     """
 
     def __init__(self, run: "RunFields", runs: "Sequence[RunFields]" = ()) -> None:
         said = ": ".join(part for part in (run.error_code, run.error_message) if part)
-        super().__init__(f"run {run.run_id} {run.status}" + (f" ({said})" if said else ""))
-        self.run = run
-        self.runs: tuple[RunFields, ...] = tuple(runs) or (run,)
+        super().__init__(
+            f"run {run.run_id} {run.status}" + (f" ({said})" if said else ""), run, runs
+        )
         self.code: str | None = run.error_code
         self.message: str | None = run.error_message
         self.retry_advice: str | None = run.retry_advice
 
 
-class RunLost(TrackerError):
+class RunLost(_RunError):
     """FLORA has repeatedly answered that the run does not exist. `run` and `runs` are as in
     `RunFailed`; the run is polled once a day, in case FLORA shows it again."""
 
     def __init__(self, run: "RunFields", runs: "Sequence[RunFields]" = ()) -> None:
-        super().__init__(
-            f"run {run.run_id} is lost: FLORA answered {run.checks} polls that it does not exist"
-        )
-        self.run = run
-        self.runs: tuple[RunFields, ...] = tuple(runs) or (run,)
+        message = f"run {run.run_id} is lost: FLORA repeatedly answered that it does not exist"
+        super().__init__(message, run, runs)
 
 
 class WaitTimeout(TrackerError, TimeoutError):
-    """The runs have not ended within the time-out. `runs` are those that are still active.
+    """What was waited for has not ended within the time-out. `runs` are the runs still active.
 
     They stay tracked: wait again, or start again under the same idempotency key for the same run.
     """
 
-    def __init__(self, runs: "Sequence[RunFields]", timeout: float) -> None:
+    def __init__(self, message: str, runs: "Sequence[RunFields]" = ()) -> None:
+        super().__init__(message)
+        self.runs: tuple[RunFields, ...] = tuple(runs)
+
+    @classmethod
+    def of(cls, runs: "Sequence[RunFields]", timeout: float) -> "WaitTimeout":
+        """The error for these runs."""
         first = runs[0]
         which = f"run {first.run_id} is {first.status} ({first.progress:g} %)"
         if len(runs) > 1:
             which = f"{len(runs)} runs are still active, such as {first.run_id} ({first.status})"
         why = f"; its last poll failed: {first.last_error}" if first.last_error else ""
-        super().__init__(f"{which} after {timeout:g} s{why}. It stays tracked: wait again")
-        self.runs: tuple[RunFields, ...] = tuple(runs)
-        self.run = first
+        return cls(f"{which} after {timeout:g} s{why}. It stays tracked: wait again", runs)

@@ -18,30 +18,40 @@ import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from datetime import datetime, timedelta
 from types import TracebackType
-from typing import Any, Final, Generic, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar, cast, overload
 
-from tracker.core.retry import RetryAdvice
-from tracker.core.run import Output, Tracking
+from tracker.core.run import Output
 from tracker.delivering.handlers import TIMEOUT
 from tracker.errors import SettingsError, TrackerNotOpen
 from tracker.library import following
+from tracker.library.blocking_batches import Batch, BlockingBatchCalls
+from tracker.library.client import LAST_MONTH
 from tracker.library.client import Tracker as AsyncTracker
 from tracker.library.handlers import EventName, RunEventFields
 from tracker.library.inputs import InputValues
 from tracker.library.loop_thread import CLOSED, LoopThread
-from tracker.library.run import Event, RunFields
+from tracker.library.run import Event, RunFields, SpendingSummary
 from tracker.library.run import Run as AsyncRun
 from tracker.settings import Settings
 from tracker.store.writing.messages import MOST_OPEN, Claim
 
-__all__ = ["Event", "Output", "Run", "RunEvent", "Tracker"]
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tracker.delivering.downloads import DownloadReport
+    from tracker.library.callbacks import VerifiedCallback
+    from tracker.library.changes import RunChange
+    from tracker.receiving.receive import Received
+
+__all__ = ["Batch", "Event", "Output", "Run", "RunEvent", "Tracker"]
 
 T = TypeVar("T")
 HandlerFunction = TypeVar("HandlerFunction", bound="Callable[[RunEvent], object]")
 
 
-class Tracker:
+class Tracker(BlockingBatchCalls):
     """A tracker on the database and the FLORA workspaces that the settings name.
 
     The methods are those of `tracker.Tracker`, with the same parameters and errors; they block.
@@ -126,8 +136,22 @@ class Tracker:
         )
         return self._run(self._call(started))
 
+    def track(
+        self,
+        run_id: str,
+        *,
+        technique: str | None = None,
+        workspace_id: str | None = None,
+        force: bool = False,
+    ) -> "Run":
+        """Track a run that was started elsewhere."""
+        tracked = self._tracker.track(
+            run_id, technique=technique, workspace_id=workspace_id, force=force
+        )
+        return self._run(self._call(tracked))
+
     def get(self, run_id: str) -> "Run":
-        """The run as it is stored. Raises `RunUnknown` and `StoreUnavailable`."""
+        """The run as it is stored. Raises `RunUnknown`."""
         return self._run(self._call(self._tracker.get(run_id)))
 
     def runs(
@@ -138,8 +162,8 @@ class Tracker:
         workspace_id: str | None = None,
         project_id: str | None = None,
         tag: str | None = None,
-        tracking: Tracking | str | None = None,
-        retry_advice: RetryAdvice | str | None = None,
+        tracking: str | None = None,
+        retry_advice: str | None = None,
     ) -> "Iterator[Run]":
         """All stored runs that match every filter, newest first; `tag` is `key=value`."""
         found = self._tracker.runs(
@@ -193,7 +217,7 @@ class Tracker:
         return map(self._run, self._iterate(ended))
 
     def events_of(self, run: "Run | str") -> list[Event]:
-        """The timeline of a run, oldest event first. Raises `RunUnknown`, `StoreUnavailable`."""
+        """The events of a run, oldest first. Raises `RunUnknown`."""
         return self._call(self._tracker.events_of(following.id_of(run)))
 
     def on(
@@ -238,8 +262,79 @@ class Tracker:
     def _event(self, claim: Claim) -> "RunEvent":
         return RunEvent.of(claim, lambda shown: Run._of(RunFields.from_json(shown), self))
 
+    def events(
+        self,
+        after: int | None = None,
+        *,
+        run_id: str | None = None,
+        technique_id: str | None = None,
+        workspace_id: str | None = None,
+        status: str | None = None,
+    ) -> "Iterator[RunChange[Run]]":
+        """The changes of matching runs as they happen, until the tracker is closed."""
+        changes = self._tracker.events(
+            after,
+            run_id=run_id,
+            technique_id=technique_id,
+            workspace_id=workspace_id,
+            status=status,
+        )
+        return map(self._change, self._iterate(changes))
+
+    def spending(
+        self,
+        by: str = "day",
+        *,
+        since: datetime | timedelta | None = LAST_MONTH,
+        workspace_id: str | None = None,
+    ) -> SpendingSummary:
+        """What the runs started since a UTC day cost, by `day`, `technique` or `tag:KEY`, in USD;
+        and the use of each budget."""
+        return self._call(self._tracker.spending(by, since=since, workspace_id=workspace_id))
+
+    def download(
+        self,
+        runs: "Run | str | Iterable[Run | str]",
+        to: "Path | str",
+        *,
+        max_bytes: int | None = None,
+        concurrency: int = 4,
+        allow_private: bool = False,
+    ) -> "DownloadReport":
+        """Download the outputs of runs into a folder, and wait for runs that have not ended."""
+        several = [runs] if isinstance(runs, Run | str) else runs
+        report = self._tracker.download(
+            map(following.id_of, several),
+            to,
+            max_bytes=max_bytes,
+            concurrency=concurrency,
+            allow_private=allow_private,
+        )
+        return self._call(report)
+
+    def verify_callback(self, body: bytes, headers: Mapping[str, str]) -> "VerifiedCallback":
+        """The callback in a request that an application received itself; stores nothing."""
+        return self._tracker.verify_callback(body, headers)
+
+    def receive_callback(
+        self, body: bytes, headers: Mapping[str, str], *, token: str | None = None
+    ) -> "Received":
+        """Store a callback that an application received itself, as `/callbacks/flora` does."""
+        return self._call(self._tracker.receive_callback(body, headers, token=token))
+
     def _run(self, run: AsyncRun) -> "Run":
         return Run._of(run, self)
+
+    def _change(self, change: "RunChange[AsyncRun]") -> "RunChange[Run]":
+        from tracker.library.changes import RunChange  # noqa: PLC0415
+
+        return RunChange(
+            event_id=change.event_id,
+            at=change.at,
+            source=change.source,
+            status=change.status,
+            run=self._run(change.run),
+        )
 
     def _open(self) -> LoopThread:
         self._running = LoopThread(self._tracker)

@@ -22,10 +22,7 @@ async def flora() -> AsyncIterator[Simulator]:
 MakeTracker = Callable[..., Tracker]
 
 
-@pytest.fixture
-def make_tracker(flora: Simulator, database_url: str) -> MakeTracker:
-    """Makes trackers on that FLORA and a database, with any settings; they are not open."""
-
+def _makes(flora: Simulator, database_url: str) -> MakeTracker:
     def make(*, worker: bool | None = None, **more: Any) -> Tracker:
         options = flora.world.options
         given: dict[str, Any] = {
@@ -33,10 +30,25 @@ def make_tracker(flora: Simulator, database_url: str) -> MakeTracker:
             "flora_api_key": options.api_key,
             "flora_webhook_secret": options.webhook_secret,
             "tracker_database_url": database_url,
+            "tracker_poll_interval": 0.2,
+            "tracker_start_doubt": 1,
         }
         return Tracker(Settings(**(given | more)), worker=worker)
 
     return make
+
+
+@pytest.fixture
+def make_tracker(flora: Simulator, database_url: str) -> MakeTracker:
+    """Makes trackers on that FLORA and a database, with any settings; they are not open."""
+    return _makes(flora, database_url)
+
+
+@pytest.fixture
+async def small_tracker(flora: Simulator, sqlite_url: str) -> AsyncIterator[Tracker]:
+    """An open tracker on SQLite, for what has nothing to do with the engine."""
+    async with _makes(flora, sqlite_url)() as opened:
+        yield opened
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import asyncio
 import inspect
 import os
 import pickle
+import re
 import signal
 import sys
 import threading
@@ -65,8 +66,10 @@ async def script(text: str, folder: Path, environ: dict[str, str]) -> asyncio.su
 
 
 def public(kind: type) -> dict[str, Any]:
-    """The public members of a class."""
-    members = {name: member for name, member in vars(kind).items() if not name.startswith("_")}
+    """The public members of a class, but for the fields that both have."""
+    mixed_in = [base for base in kind.__mro__ if base is kind or base.__name__.endswith("Calls")]
+    found = {name: member for base in mixed_in for name, member in vars(base).items()}
+    members = {name: member for name, member in found.items() if not name.startswith("_")}
     return {name: member for name, member in members.items() if name != "bound"}
 
 
@@ -75,14 +78,13 @@ def plain(member: Any) -> str:
     if not callable(member := getattr(member, "__func__", member)):
         return type(member).__name__
     signature = str(inspect.signature(member)).replace("'", "").replace('"', "")
-    for module in ("library.run", "library.client", "sync"):
+    for module in ("library.run", "library.batches", "library.blocking_batches", "sync"):
         signature = signature.replace(f"tracker.{module}.", "")
-    return signature.replace("AsyncGenerator[Run, None]", "Iterator[Run]").replace(
-        "collections.abc.", ""
-    )
+    signature = signature.replace("collections.abc.", "")
+    return re.sub(r"AsyncGenerator\[(.+), None\]", r"Iterator[\1]", signature)
 
 
-@pytest.mark.parametrize("name", ["Tracker", "Run"])
+@pytest.mark.parametrize("name", ["Tracker", "Run", "Batch"])
 def test_both_have_the_same_methods(name: str) -> None:
     """What the asynchronous class has, the blocking one has under the same name and signature, with
     the same first sentence."""

@@ -3,14 +3,14 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from copy import copy
+from datetime import datetime, timedelta
 from types import TracebackType
-from typing import Any, Final, Self, overload
+from typing import TYPE_CHECKING, Any, Final, Self, overload
 from uuid import uuid4
 
 from tracker.core.errors import (
-    FieldFault,
     FloraUnreachable,
     InvalidRequest,
     RateLimited,
@@ -22,52 +22,66 @@ from tracker.core.errors import (
 from tracker.core.record import Record
 from tracker.core.retry import RetryAdvice
 from tracker.core.run import Tracking
-from tracker.core.tags import check_tags
+from tracker.core.tags import check_tags, parse_tag
 from tracker.delivering.handlers import TIMEOUT
 from tracker.errors import RunUnknown, TrackerNotOpen
 from tracker.library import following
+from tracker.library.batches import BatchCalls
 from tracker.library.handlers import EventName, HandlerFunction, Handlers, RunEvent
-from tracker.library.inputs import InputValues, given_inputs
-from tracker.library.run import Event, Run
+from tracker.library.inputs import InputValues, given_inputs, naming_fields, valid
+from tracker.library.run import ACTOR, Event, Run, SpendingSummary
 from tracker.services import START_SECONDS, Services, open_services
 from tracker.settings import Loaded, Rotation, Settings, read_settings
 from tracker.starting.start import StartRequest
 from tracker.store.queries import runs as read
+from tracker.store.queries import spending
 from tracker.store.queries.audit import Principal, acting
 from tracker.store.writing.messages import MOST_OPEN
-from tracker.worker.scheduler import Worker
 
-ACTOR: Final = "python"
-"""Who starts runs from Python, in the start log and the audit log."""
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tracker.delivering.downloads import DownloadReport
+    from tracker.library.callbacks import VerifiedCallback
+    from tracker.library.changes import ChangeFeed, RunChange
+    from tracker.receiving.receive import Received
+
 RETRY_EVERY: Final = 1.0
 """Seconds between two attempts of a start while FLORA or the database does not answer."""
 PAGE_SIZE: Final = 100
+LAST_MONTH: Final = timedelta(days=30)
 
 
-class Tracker:
+class Tracker(BatchCalls):
     """A tracker on the database and the FLORA workspaces that the settings name.
 
     ::
 
         async with Tracker.from_env() as tracker:
             run = await tracker.start("icon-pack", {"prompt": "garden tools"})
+            done = await run.wait()
 
     `worker` decides whether polling, sweeps and deliveries run in this process. By default they do
-    where the tracker is mounted (`asgi`) or has handlers (`on`). Without them another process may
-    run them, or none: `wait` polls by itself what no process polls.
+    where the tracker is mounted (`asgi`) or has handlers (`on`). Elsewhere another process may run
+    them, or none: `wait` polls by itself what no process polls.
 
-    Settings are those of the commands. Nothing is opened before `async with`; a tracker belongs to
-    the event loop in which it was opened, and may be opened again after it was closed.
+    Nothing is opened before `async with`. A tracker belongs to the event loop in which it was
+    opened, is shared by all tasks there, and may be opened again after it was closed. All methods
+    raise `TrackerNotOpen` where it is not open, and `StoreUnavailable` if the database does not
+    answer; `tracker.errors` has all errors.
     """
 
     def __init__(self, settings: Settings | None = None, *, worker: bool | None = None) -> None:
         self.settings: Settings = Settings() if settings is None else settings
         self._loaded: Loaded | None = None
         self._worker = worker
+        self._works = False
         self._mounted = False
         self._handlers = Handlers(lambda claim: RunEvent.of(claim, self._run))
-        self._open: tuple[Services, asyncio.AbstractEventLoop] | None = None
         self._stack: AsyncExitStack | None = None
+        self._opened: tuple[Services, asyncio.AbstractEventLoop] | None = None
+        self._feed: ChangeFeed | None = None
+        self._launching: asyncio.Task[None] | None = None
 
     @classmethod
     def from_env(cls, *, worker: bool | None = None) -> Self:
@@ -87,25 +101,28 @@ class Tracker:
             )
         self._stack = stack = AsyncExitStack()
         handlers = self._handlers.all
-        works = (self._mounted or bool(handlers)) if self._worker is None else self._worker
-        background = works or self._mounted
+        works = self._mounted or bool(handlers)
+        self._works = works if self._worker is None else self._worker
+        background = self._works or self._mounted
         # With the files of `from_env`, so that secrets can be rotated.
         rotation = Rotation(self.settings, self._loaded, self._loaded and read_settings)
         try:
             services = await stack.enter_async_context(
                 open_services(rotation, background=background, handlers=handlers)
             )
-            if not background:  # other processes' news still arrives at once
+            if not background:  # changes by other processes are still noticed at once
                 await stack.enter_async_context(services.signals)
-            if works:
+            if self._works:
+                from tracker.worker.scheduler import Worker
+
                 worker = Worker(services)
                 await worker.start()
                 stack.push_async_callback(worker.stop)
-            self._open = services, asyncio.get_running_loop()
         except BaseException:
             self._stack = None
             await stack.aclose()
             raise
+        self._opened = services, asyncio.get_running_loop()
         return self
 
     async def __aexit__(
@@ -114,32 +131,48 @@ class Tracker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        stack, self._open = self._stack, None
+        stack, self._opened = self._stack, None
         try:
             if stack is not None:
                 await stack.aclose()
         finally:
-            self._stack = None
+            self._stack = self._feed = self._launching = None
 
     def _closed_copy(self) -> Self:
         """The same tracker for a child process, whose parent may have opened this one."""
         closed = copy(self)
-        closed._open = closed._stack = None
+        closed._opened = closed._stack = closed._feed = closed._launching = None
         return closed
 
     def _services(self) -> Services:
         """What the tracker opened. Raises `TrackerNotOpen`."""
-        if self._open is None:
+        if self._opened is None:
             raise TrackerNotOpen(
                 "the tracker is not open: use it within `async with tracker:`, "
                 "or with the lifespan of the application that it is mounted in"
             )
-        services, loop = self._open
+        services, loop = self._opened
         if asyncio.get_running_loop() is not loop:
             raise TrackerNotOpen(
                 "the tracker was opened in another event loop: open one in this loop, "
                 "or use tracker.sync.Tracker"
             )
+        return services
+
+    def _launching_batches(self) -> Services:
+        """As `_services`; stored batches are launched from here too until the tracker is closed."""
+        services = self._services()
+        if not self._works and self._launching is None and self._stack is not None:
+            from tracker.library.launching import launch
+
+            self._launching = task = asyncio.create_task(launch(services), name="batch-launcher")
+
+            async def stop() -> None:
+                task.cancel()
+                await asyncio.wait([task])
+                await services.batch_worker.stop()
+
+            self._stack.push_async_callback(stop)
         return services
 
     async def start(
@@ -163,27 +196,32 @@ class Tracker:
         wait where it is in doubt what became of the start.
 
         Raises `InvalidRequest` with every wrong field, `BudgetExceeded`, `IdempotencyConflict`,
-        `StartPending` (ask again with the same key), `StartUnresolved`, `FloraError`,
-        `SettingsError` without an API key, and `StoreUnavailable`.
+        `StartPending` (start again with the same key), `StartUnresolved`, `FloraError`, and
+        `SettingsError` without an API key.
         """
         services = self._services()
         key = f"trk-{uuid4()}" if idempotency_key is None else idempotency_key
-        checked = _checked_tags(tags)
+        checked = valid("tags", check_tags, tags or {})
         give_up = time.monotonic() + (START_SECONDS if timeout is None else timeout)
+        typed: list[dict[str, str]] | None = None
         with acting(Principal(name=ACTOR)):
             while True:
-                left = max(give_up - time.monotonic(), 0.0)
                 try:
+                    if typed is None:
+                        typed = await given_inputs(services, technique, inputs, workspace_id)
                     request = StartRequest(
                         technique=technique,
-                        inputs=await given_inputs(services, technique, inputs, workspace_id),
+                        inputs=typed,
                         workspace_id=workspace_id,
                         idempotency_key=key,
                         started_by=ACTOR,
                         tags=checked,
                     )
-                    started = await services.starter.start(request, wait=left)
+                    wait = max(give_up - time.monotonic(), 0.0)
+                    started = await services.starter.start(request, wait=wait)
                     return self._run(started.record)
+                except InvalidRequest as error:
+                    raise naming_fields(error, inputs, typed or ()) from error
                 except (
                     FloraUnreachable,
                     RateLimited,
@@ -193,15 +231,33 @@ class Tracker:
                 ) as error:
                     left = give_up - time.monotonic()
                     if left <= 0:
-                        error.add_note(f"The start's idempotency key is {key!r}.")
+                        error.add_note(f"The idempotency key of the start is {key!r}.")
                         raise
                     await asyncio.sleep(min(RETRY_EVERY, left))
 
+    async def track(
+        self,
+        run_id: str,
+        *,
+        technique: str | None = None,
+        workspace_id: str | None = None,
+        force: bool = False,
+    ) -> Run:
+        """Track a run that was started elsewhere.
+
+        FLORA is asked first: raises `NotTracked`, and stores nothing, where it does not show the
+        run or cannot be asked. With `force` it is tracked all the same.
+        """
+        services = self._services()
+        with acting(Principal(name=ACTOR)):
+            track = services.tracker.track if force else services.tracker.track_shown
+            tracked = await track(run_id, technique=technique, workspace_id=workspace_id)
+        return self._run(tracked.record)
+
     async def get(self, run_id: str) -> Run:
-        """The run as it is stored. Raises `RunUnknown` and `StoreUnavailable`."""
-        record = None
-        if "\0" not in run_id:
-            record = await read.get_run(self._services().database, run_id)
+        """The run as it is stored. Raises `RunUnknown`."""
+        database = self._services().database
+        record = None if "\0" in run_id else await read.get_run(database, run_id)
         if record is None:
             raise RunUnknown([run_id])
         return self._run(record)
@@ -214,13 +270,13 @@ class Tracker:
         workspace_id: str | None = None,
         project_id: str | None = None,
         tag: str | None = None,
-        tracking: Tracking | str | None = None,
-        retry_advice: RetryAdvice | str | None = None,
+        tracking: str | None = None,
+        retry_advice: str | None = None,
     ) -> AsyncGenerator[Run, None]:
         """All stored runs that match every filter, newest first; `tag` is `key=value`.
 
         They are read in pages as the loop goes on, so that it can be left at any time. Raises
-        `InvalidRequest` for a filter that no run can match, and `StoreUnavailable`.
+        `InvalidRequest` for a filter that no run can match.
         """
         cursor: str | None = None
         while True:
@@ -230,9 +286,9 @@ class Tracker:
                 technique_id=technique_id,
                 workspace_id=workspace_id,
                 project_id=project_id,
-                tag=tag,
-                tracking=tracking,
-                retry_advice=retry_advice,
+                tag=tag and "=".join(valid("tag", parse_tag, tag)),
+                tracking=tracking and valid("tracking", Tracking, tracking),
+                retry_advice=retry_advice and valid("retry_advice", RetryAdvice, retry_advice),
                 cursor=cursor,
                 limit=PAGE_SIZE,
             )
@@ -242,7 +298,7 @@ class Tracker:
                 return
 
     @overload
-    async def wait(  # type: ignore[overload-overlap]  # an id is a sequence of letters
+    async def wait(  # type: ignore[overload-overlap]  # an id is also a sequence of letters
         self, runs: Run | str, timeout: float | None = None, *, raise_on_failure: bool = True
     ) -> Run: ...
 
@@ -265,8 +321,8 @@ class Tracker:
         """Wait until one run, or each of several, has ended; return them as they are then.
 
         The database is followed: it does not matter which process or callback brings the news, and
-        a run that no process polls is polled from here. Cancelling it, or a `timeout` (seconds),
-        ends the wait alone.
+        a run that no process polls is polled from here. A `timeout` (seconds) or a cancellation
+        ends the wait and nothing else.
 
         Raises `RunFailed` if a run did not complete, and `RunLost` if FLORA has no such run; of
         several, when all have ended. Without `raise_on_failure` such runs are returned like the
@@ -285,14 +341,15 @@ class Tracker:
     ) -> AsyncGenerator[Run, None]:
         """Each of the runs as it ends, also one that failed or is lost.
 
-        Raises `WaitTimeout`, `RunUnknown`, and `StoreUnavailable` as `wait` does.
+        Raises `WaitTimeout`, `RunUnknown` and `StoreUnavailable` as `wait` does.
         """
-        records = following.as_settled(self._services(), map(following.id_of, runs), timeout)
-        async for record in records:
-            yield self._run(record)
+        run_ids = map(following.id_of, runs)
+        async with aclosing(following.as_settled(self._services(), run_ids, timeout)) as records:
+            async for record in records:
+                yield self._run(record)
 
     async def events_of(self, run: Run | str) -> list[Event]:
-        """The timeline of a run, oldest event first. Raises `RunUnknown`, `StoreUnavailable`."""
+        """The events of a run, oldest first. Raises `RunUnknown`."""
         run_id = following.id_of(run)
         events = await read.events(self._services().database, run_id)
         if not events:
@@ -344,12 +401,119 @@ class Tracker:
             timeout=timeout,
         )
 
+    async def events(
+        self,
+        after: int | None = None,
+        *,
+        run_id: str | None = None,
+        technique_id: str | None = None,
+        workspace_id: str | None = None,
+        status: str | None = None,
+    ) -> "AsyncGenerator[RunChange[Run], None]":
+        """The changes of matching runs as they happen, until the tracker is closed.
+
+        `after` is the `event_id` of the last change that was handled: what came since then, from
+        any process, comes first. Without it they begin with the first step of the loop. Raises
+        `StoreUnavailable` if the database does not answer for a minute.
+        """
+        from tracker.library.changes import ChangeFeed
+        from tracker.web.stream.reader import RunFilter
+
+        services = self._services()
+        if self._feed is None and self._stack is not None:
+            self._feed = ChangeFeed(services)
+            self._stack.callback(self._feed.close)
+        assert self._feed is not None  # noqa: S101 - for the type checker
+        wanted = RunFilter(
+            run_id=run_id, technique_id=technique_id, workspace_id=workspace_id, status=status
+        )
+        async with aclosing(self._feed.follow(wanted, after, self._run)) as changes:
+            async for change in changes:
+                yield change
+
+    async def spending(
+        self,
+        by: str = "day",
+        *,
+        since: datetime | timedelta | None = LAST_MONTH,
+        workspace_id: str | None = None,
+    ) -> SpendingSummary:
+        """What the runs started since a UTC day cost, by `day`, `technique` or `tag:KEY`, in USD;
+        and the use of each budget.
+
+        `since` is a time, an age, or `None` for all. Raises `InvalidRequest` for another `by`.
+        """
+        services = self._services()
+        by = valid("by", spending.check_by, by)
+        at = services.clock() - since if isinstance(since, timedelta) else since
+        rows, total = await spending.spending(
+            services.database, by, since=at, workspace_id=workspace_id
+        )
+        budgets = await services.budgets.usages()
+        return SpendingSummary(
+            by=by, since=at, rows=tuple(rows), total=total, budgets=tuple(budgets)
+        )
+
+    async def download(
+        self,
+        runs: Run | str | Iterable[Run | str],
+        to: "Path | str",
+        *,
+        max_bytes: int | None = None,
+        concurrency: int = 4,
+        allow_private: bool = False,
+    ) -> "DownloadReport":
+        """Download the outputs of runs into a folder, and wait for runs that have not ended.
+
+        Files that are there already are not downloaded again; an interrupted download goes on. The
+        report has a result with its file or error for each output, and the runs without outputs.
+        Raises `RunUnknown` and `DownloadDirectoryError`.
+        """
+        from pathlib import Path
+
+        from tracker.delivering.downloads import DownloadOptions, DownloadReport
+        from tracker.delivering.fetch import MAX_BYTES
+
+        services = self._services()
+        wanted = [runs] if isinstance(runs, Run | str) else runs
+        run_ids = list(dict.fromkeys(map(following.id_of, wanted)))
+        await following.known(services, run_ids)
+        report = DownloadReport()
+        options = DownloadOptions(
+            to=Path(to),
+            allow_private=allow_private or self.settings.flora_is_local,
+            max_bytes=MAX_BYTES if max_bytes is None else max_bytes,
+            concurrency=concurrency,
+        )
+        found = services.downloader.named(run_ids, watch=True, notify=following.notify)
+        await services.downloader.download(found, options, report)
+        return report
+
+    def verify_callback(self, body: bytes, headers: Mapping[str, str]) -> "VerifiedCallback":
+        """The callback in a request that an application received itself; stores nothing.
+
+        `body` are the raw bytes. Works on a tracker that is not open. Raises `SignatureError` if
+        FLORA did not sign it, and `SettingsError` without a signing secret.
+        """
+        from tracker.library.callbacks import verified
+
+        return verified(self.settings, body, headers)
+
+    async def receive_callback(
+        self, body: bytes, headers: Mapping[str, str], *, token: str | None = None
+    ) -> "Received":
+        """Store a callback that an application received itself, as `/callbacks/flora` does.
+
+        Answer 2xx after it returns: the callback is on disk then, and is applied to its run at
+        once. Answer 5xx to `StoreUnavailable`. `token` is what follows `/callbacks/flora/` in the
+        address that was called. Raises `SignatureError` and `SettingsError` as `verify_callback`.
+        """
+        from tracker.library.callbacks import signature_headers
+
+        signature, webhook_id = signature_headers(headers)
+        return await self._services().receiver.receive(
+            body, signature=signature, webhook_id=webhook_id, token=token
+        )
+
     def _run(self, record: Record | Mapping[str, Any]) -> Run:
         return Run.bound(record, self)
-
-
-def _checked_tags(tags: Mapping[str, str] | None) -> dict[str, str]:
-    try:
-        return check_tags(tags or {})
-    except ValueError as error:
-        raise InvalidRequest(str(error), [FieldFault("tags", str(error))]) from error

@@ -42,35 +42,41 @@ async def as_settled(
     """
     wanted = list(dict.fromkeys(run_ids))
     give_up = None if timeout is None else time.monotonic() + timeout
-    patience = OUTAGE if timeout is None else min(timeout, OUTAGE)
-    known = await until_available(
-        partial(_records, services, wanted), _notify, give_up_after=patience
-    )
-    if missing := [run_id for run_id in wanted if run_id not in known]:
-        raise RunUnknown(missing)
-    for record in known.values():
+    found = await known(services, wanted, patience=min(timeout or OUTAGE, OUTAGE))
+    for record in found.values():
         if record.tracking is not Tracking.ACTIVE:
             yield record
-    known = {key: one for key, one in known.items() if one.tracking is Tracking.ACTIVE}
-    if not known:
-        return
-    async with aclosing(services.follower.follow(list(known), notify=_notify)) as updates:
-        while known:
+    active = {key: one for key, one in found.items() if one.tracking is Tracking.ACTIVE}
+    async with aclosing(services.follower.follow(list(active), notify=notify)) as updates:
+        while active:
             try:
                 # Not around the loop: a time-out must not interrupt what the caller does.
                 left = None if give_up is None else max(give_up - time.monotonic(), 0.0)
                 async with asyncio.timeout(left):
                     changed = await anext(updates)
             except StopAsyncIteration:
-                raise RunUnknown(list(known)) from None
+                raise RunUnknown(list(active)) from None
             except TimeoutError as error:
-                still = [RunFields.of(one) for one in known.values()]
-                raise WaitTimeout(still, timeout or 0.0) from error
-            known |= {one.record.run.run_id: one.record for one in changed}
+                still = [RunFields.of(one) for one in active.values()]
+                raise WaitTimeout.of(still, timeout or 0.0) from error
+            active |= {one.record.run.run_id: one.record for one in changed}
             for record, _ in changed:
                 if record.tracking is not Tracking.ACTIVE:
-                    del known[record.run.run_id]
+                    del active[record.run.run_id]
                     yield record
+
+
+async def known(
+    services: Services, run_ids: Sequence[str], *, patience: float = OUTAGE
+) -> dict[str, Record]:
+    """These runs, as soon as the database answers. Raises `RunUnknown`, and `StoreUnavailable`
+    after `patience` seconds."""
+    usable = [run_id for run_id in run_ids if "\0" not in run_id]
+    read_all = partial(_records, services, usable)
+    found = await until_available(read_all, notify, give_up_after=patience)
+    if missing := [run_id for run_id in run_ids if run_id not in found]:
+        raise RunUnknown(missing)
+    return found
 
 
 async def _records(services: Services, run_ids: Sequence[str]) -> dict[str, Record]:
@@ -80,5 +86,6 @@ async def _records(services: Services, run_ids: Sequence[str]) -> dict[str, Reco
     return {run_id: found[run_id] for run_id in run_ids if run_id in found}
 
 
-def _notify(line: str) -> None:
+def notify(line: str) -> None:
+    """Log why a wait takes longer."""
     log.warning("run.wait_delayed", reason=line)

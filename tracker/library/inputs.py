@@ -1,17 +1,26 @@
 """Inputs given as Python values become the inputs of a start."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from decimal import Decimal
-from typing import Any
+from typing import Any, Final, TypeVar
 
-from tracker.core.errors import FieldFault, InvalidRequest
+from tracker.core.errors import FIELDS_NAMED, FieldFault, InvalidRequest
 from tracker.core.inputs import Port, typed
 from tracker.services import Services
 
 InputValue = str | int | float | Decimal | bool | None
 InputValues = Mapping[str, InputValue | Sequence[InputValue]] | Sequence[Mapping[str, str]]
 """A value (or several) for each input's id, or inputs as the API takes them."""
+Rows = Iterable[Mapping[str, InputValue | Sequence[InputValue]]]
+"""A value (or several) for each field of each row of a batch."""
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+_POSITION: Final = re.compile(r"inputs\.(\d+)\.(id|type|value)")
 
 
 async def given_inputs(
@@ -24,7 +33,7 @@ async def given_inputs(
     faults: list[FieldFault] = []
     values: list[tuple[str, str | None, str]] = []
     for where, name, kind, value in _flat(inputs):
-        text = _text(value)
+        text = text_of(value)
         if not isinstance(name, str) or not isinstance(kind, str | None):
             faults.append(FieldFault(where, "its id and type must be texts"))
         elif text is None:
@@ -52,7 +61,24 @@ def _flat(inputs: InputValues) -> Iterator[tuple[str, object, object, object]]:
                 yield f"inputs.{name}", name, None, item
 
 
-def _text(value: object) -> str | None:
+def naming_fields(
+    error: InvalidRequest, given: InputValues, inputs: Sequence[Mapping[str, Any]]
+) -> InvalidRequest:
+    """The error with its fields named as in `given`, and in its text."""
+
+    def field_of(fault: FieldFault) -> FieldFault:
+        found = _POSITION.fullmatch(fault.field)
+        if found is None or not isinstance(given, Mapping) or int(found[1]) >= len(inputs):
+            return fault
+        return replace(fault, field=f"inputs.{inputs[int(found[1])]['id']}")
+
+    faults = [field_of(fault) for fault in error.fields]
+    named = [str(fault) for fault in faults if fault.message not in str(error)]
+    return InvalidRequest("; ".join([str(error), *named[:FIELDS_NAMED]]), faults)
+
+
+def text_of(value: object) -> str | None:
+    """A text, number or boolean as an input has it; `None` for anything else."""
     if isinstance(value, str):
         return value
     if isinstance(value, Decimal):
@@ -63,3 +89,11 @@ def _text(value: object) -> str | None:
 def _raise(faults: Sequence[FieldFault]) -> None:
     if faults:
         raise InvalidRequest("the inputs are not valid", faults)
+
+
+def valid(field: str, check: Callable[[S], T], value: S) -> T:
+    """`check(value)`. Raises `InvalidRequest` for its `ValueError`."""
+    try:
+        return check(value)
+    except ValueError as error:
+        raise InvalidRequest(f"{field}: {error}", [FieldFault(field, str(error))]) from error

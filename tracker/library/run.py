@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from tracker.core.formatting import money
 from tracker.core.record import Record
@@ -14,6 +14,14 @@ from tracker.errors import TrackerNotOpen
 if TYPE_CHECKING:
     from tracker.library.client import Tracker
     from tracker.store.queries import runs as read
+    from tracker.store.queries.spending import Spending, Usage
+
+
+AnyRun = TypeVar("AnyRun", bound="RunFields")
+"""The runs of `tracker.Tracker` or of `tracker.sync.Tracker`."""
+
+ACTOR: Final = "python"
+"""Who starts runs from Python, in the start log and the audit log."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +177,8 @@ class RunFields:
         shown = [self.run_id, self.status]
         if not self.settled:
             shown.append(f"{self.progress:g} %" if self.tracking == Tracking.ACTIVE else "lost")
-        shown += [part for part in (self.technique_name or self.technique_id,) if part]
+        if self.technique_id:
+            shown.append(self.technique_id)
         if self.error_code:
             shown.append(self.error_code)
         if self.outputs:
@@ -180,9 +189,21 @@ class RunFields:
 
     def _repr_html_(self) -> str:
         """The run in a notebook: its state, cost, times, tags, error and outputs."""
-        from tracker.library.notebook import run_html  # noqa: PLC0415
+        from tracker.library.notebook import run_html
 
         return run_html(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpendingSummary:
+    """What was spent since `since` (`None`: ever): a row for each day, technique or tag value, the
+    total, and the use of each budget. Costs are USD."""
+
+    by: str
+    since: datetime | None
+    rows: "tuple[Spending, ...]"
+    total: "Spending"
+    budgets: "tuple[Usage, ...]"
 
 
 class Run(RunFields):

@@ -119,13 +119,14 @@ class Follower:
             for record in followed.open.values()
             if record is not None
             and record.next_check_at is not None
-            and now - record.next_check_at > OVERDUE
+            and now - record.next_check_at > followed.overdue_after
             and (record.lease_until is None or record.lease_until <= now)
         ]
 
     async def _poll(self, followed: "_FollowedRuns") -> None:
         """Poll what is due, once; then report why overdue runs cannot be read, if it is known."""
         overdue = self._overdue(followed)
+        followed.overdue_after = timedelta(0)  # no other process polls
         with contextlib.suppress(StoreError):  # the next read notices an outage
             await self.poller.poll_due()
         for record in overdue:
@@ -146,7 +147,7 @@ class Follower:
         longest = CHECK_ANYWAY if notified else CHECK_EVERY
         now = self.clock()
         dues = [one.next_check_at for one in followed.open.values() if one and one.next_check_at]
-        overdue_in = [(due + OVERDUE - now).total_seconds() for due in dues]
+        overdue_in = [(due + followed.overdue_after - now).total_seconds() for due in dues]
         soonest = min((wait for wait in overdue_in if wait > 0), default=longest)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(min(max(soonest, 0.05), longest)):
@@ -159,6 +160,7 @@ class _FollowedRuns:
     def __init__(self, run_ids: Iterable[str], more: More | None, notify: Notify | None) -> None:
         self.open: dict[str, Record | None] = dict.fromkeys(run_ids)
         self.more = more
+        self.overdue_after = OVERDUE
         self.changed = asyncio.Event()
         self._notify = notify
         self._notified: set[str] = set()

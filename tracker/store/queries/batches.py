@@ -35,8 +35,8 @@ class BatchRow:
 
     `finished_at` is when it was followed to its end, `None` until then. `mapping` is the column of
     each input: `[input id, column, type]`; `columns` are the others, whose cells are carried.
-    `source` is `cli`, `api` or `page`. `launch` are the options of a batch that a worker launches,
-    which is due at `launch_at`; `stopped` is why the last launch ended early.
+    `source` is `cli`, `api`, `page` or `python`. `launch` are the options of a batch that a worker
+    launches, which is due at `launch_at`; `stopped` is why the last launch ended early.
     """
 
     batch_id: str

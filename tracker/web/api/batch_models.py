@@ -185,7 +185,9 @@ class Batch(ResponseModel):
     workspace_id: str
     technique_id: str
     name: str
-    source: Literal["cli", "api", "page"] | None = Field(description="`cli`: `tracker batch`.")
+    source: Literal["cli", "api", "page", "python"] | None = Field(
+        description="`cli`: `tracker batch`."
+    )
     created_at: datetime
     finished_at: datetime | None = Field(description="When all of its runs had ended.")
     launching: bool = Field(description="A worker starts rows, or is about to.")

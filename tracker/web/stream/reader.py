@@ -89,7 +89,7 @@ class StreamReader:
         self._live = False
         self._queue_size = queue_size
         self._on_close = on_close
-        self._queue: deque[bytes] = deque()
+        self._queue: deque[Change | bytes] = deque()
         self._filled = asyncio.Event()
 
     def go_live(self, number: int) -> None:
@@ -106,7 +106,7 @@ class StreamReader:
                 return
             self.position = change.event.id
         if self.runs.matches(change.record):
-            self._add(change.frame)
+            self._add(change)
 
     def restart(self, number: int) -> None:
         """Events are numbered anew, and continue after `number`."""
@@ -114,9 +114,9 @@ class StreamReader:
             self.position = number
             self._add(reset_frame(number))
 
-    def _add(self, frame: bytes) -> None:
+    def _add(self, one: Change | bytes) -> None:
         if len(self._queue) < self._queue_size:
-            self._queue.append(frame)
+            self._queue.append(one)
             self._filled.set()
         else:
             log.info("stream.reader_dropped", behind=self._queue_size)
@@ -135,15 +135,22 @@ class StreamReader:
 
     async def next(self, timeout: float) -> bytes | None:
         """All queued frames; empty after `timeout` seconds, `None` at the end."""
+        taken = await self.take(timeout)
+        if taken is None:
+            return None
+        return b"".join(one if isinstance(one, bytes) else one.frame for one in taken)
+
+    async def take(self, timeout: float) -> list[Change | bytes] | None:
+        """All queued changes and the frames between them; else like `next`."""
         if not self._queue and not self.ended:
             self._filled.clear()
             try:
                 async with asyncio.timeout(timeout):
                     await self._filled.wait()
             except TimeoutError:
-                return b""
+                return []
         if self.ended:
             return None
-        frames = b"".join(self._queue)
+        taken = list(self._queue)
         self._queue.clear()
-        return frames
+        return taken

@@ -1,0 +1,161 @@
+"""Opening and closing a tracker; callbacks; what the package loads."""
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tracker.errors
+from tests.library.conftest import INPUTS, MakeTracker
+from tests.support.postgres import PostgresServer
+from tests.web.callbacks import event, signed
+from tracker import Tracker, errors
+from tracker.settings import Settings
+from tracker.simulator import Simulator
+
+
+async def test_it_is_open_once_and_may_be_opened_again(make_tracker: MakeTracker) -> None:
+    """Every other use says what to write."""
+    tracker = make_tracker()
+    with pytest.raises(errors.TrackerNotOpen, match="async with tracker"):
+        await tracker.start("icon-pack", INPUTS)
+    async with tracker:
+        with pytest.raises(errors.TrackerNotOpen, match="open already"):
+            async with tracker:
+                pass
+        run = await tracker.start("icon-pack", INPUTS)
+        with pytest.raises(errors.TrackerNotOpen, match="another event loop"):
+            await asyncio.to_thread(asyncio.run, tracker.get(run.run_id))
+    async with tracker:
+        assert (await tracker.get(run.run_id)).run_id == run.run_id
+    with pytest.raises(errors.TrackerNotOpen, match="is not open"):
+        await run.refresh()
+
+
+async def test_two_trackers_have_two_databases(
+    make_tracker: MakeTracker, empty_sqlite_url: str
+) -> None:
+    """Each knows its own runs, at the same time."""
+    async with make_tracker() as one, make_tracker(tracker_database_url=empty_sqlite_url) as other:
+        run = await one.start("icon-pack", INPUTS)
+        with pytest.raises(errors.RunUnknown):
+            await other.get(run.run_id)
+
+
+def test_asyncio_run_twice(sqlite_url: str) -> None:
+    """One tracker is opened in one loop after another."""
+    tracker = Tracker(Settings(tracker_database_url=sqlite_url))
+
+    async def count() -> int:
+        async with tracker:
+            return len([run async for run in tracker.runs()])
+
+    assert [asyncio.run(count()), asyncio.run(count())] == [0, 0]
+
+
+def test_wrong_settings_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`from_env` opens nothing, and reports a wrong setting as the commands do."""
+    monkeypatch.setenv("TRACKER_DATABASE_URL", "postgresql://nowhere.invalid/tracker")
+    Tracker.from_env()
+    monkeypatch.setenv("TRACKER_API_CONCURRENCY", "many")
+    with pytest.raises(errors.SettingsError, match="TRACKER_API_CONCURRENCY"):
+        Tracker.from_env()
+
+
+async def test_a_wait_survives_an_outage(
+    make_tracker: MakeTracker, own_postgres: PostgresServer, flora: Simulator
+) -> None:
+    """The database goes away and comes back while a run is waited for."""
+    async with make_tracker(tracker_database_url=own_postgres.url("tracker")) as tracker:
+        run = await tracker.start("icon-pack", INPUTS)
+        waiting = asyncio.create_task(run.wait(timeout=40))
+        await asyncio.to_thread(own_postgres.crash)
+        with pytest.raises(errors.StoreUnavailable):
+            await run.refresh()
+        await asyncio.to_thread(own_postgres.start)
+        assert (await waiting).succeeded
+
+
+async def test_a_batch_is_launched_from_a_script(
+    tracker: Tracker, make_tracker: MakeTracker, flora: Simulator
+) -> None:
+    """Each row becomes one run without any worker; the same rows are the same batch."""
+    rows = [{"prompt": f"icon {n}", "sku": n} for n in range(3)]
+    batch = await tracker.start_batch("icon-pack", rows, name="Icons", tag_columns={"sku": "sku"})
+    done = await batch.wait(timeout=40)
+    assert (done.rows, done.completed, done.ended) == (3, 3, True)
+    results = await done.results()
+    assert [one.tags for one in results] == [{"sku": "0"}, {"sku": "1"}, {"sku": "2"}]
+    assert all(one.run is not None and one.run.succeeded for one in results)
+    again = await tracker.start_batch("icon-pack", rows)
+    assert (await again.wait(timeout=40)).batch_id == batch.batch_id
+    assert [one.batch_id async for one in tracker.batches()] == [batch.batch_id]
+    assert len(flora.world.runs) == 3
+    with pytest.raises(errors.InvalidRequest, match=r"rows\.2\.prompt"):
+        await tracker.start_batch("icon-pack", [{"prompt": "a"}, {"prompt": None}])
+    with pytest.raises(errors.MaxCostReached):
+        await tracker.start_batch("icon-pack", [{"prompt": "dear"}], max_cost=0.1)
+
+
+async def test_a_callback_is_handed_over(make_tracker: MakeTracker, flora: Simulator) -> None:
+    """`receive_callback` stores a signed one, which ends the run; a forged one raises."""
+    async with make_tracker() as tracker:
+        run = await tracker.start("icon-pack", INPUTS)
+        body = event(run.run_id)
+        headers = signed(body, flora.world.options.webhook_secret)
+        assert make_tracker().verify_callback(body, headers).run_id == run.run_id
+        received = await tracker.receive_callback(body, headers)
+        assert (received.run_id, received.repeated) == (run.run_id, False)
+        assert (await tracker.receive_callback(body, headers)).repeated
+        assert (await run.wait(timeout=30)).callback_at is not None
+        with pytest.raises(errors.SignatureError):
+            await tracker.receive_callback(body + b" ", headers)
+        with pytest.raises(errors.SignatureError):
+            tracker.verify_callback(body, {})
+
+
+async def test_outputs_are_downloaded(
+    make_tracker: MakeTracker, tmp_path: Path, flora: Simulator
+) -> None:
+    """`download` waits for the run, and reports each file."""
+    async with make_tracker() as tracker:
+        run = await tracker.start("icon-pack", INPUTS)
+        report = await tracker.download(run, tmp_path / "files")
+    assert report.complete
+    assert len(report.results) == 4
+    assert all(
+        (tmp_path / "files" / one.entry.file).exists() for one in report.results if one.entry
+    )
+
+
+def test_importing_it_loads_nothing() -> None:
+    """`import tracker` is quick; a script loads neither server nor scheduler."""
+    loaded = _modules("import sys, tracker; print(*sys.modules)")
+    assert loaded & {"pydantic", "sqlalchemy", "httpx", "asyncio", "tracker.core.errors"} == set()
+    loaded = _modules(
+        "import asyncio, sys, tracker\n"
+        "async def main():\n"
+        "    async with tracker.Tracker(tracker.Settings()) as one:\n"
+        "        [run async for run in one.runs()]\n"
+        "asyncio.run(main())\n"
+        "print(*sys.modules)"
+    )
+    assert "tracker.services" in loaded
+    assert loaded & {"apscheduler", "uvicorn", "jinja2", "starlette.routing", "uvloop"} == set()
+
+
+def _modules(script: str) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={}, capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+def test_the_errors_are_one_tree() -> None:
+    """Each public error is in the docstring below its base, and is a `TrackerError`."""
+    tree = (tracker.errors.__doc__ or "").split()
+    for name in set(tracker.errors.__all__) - {"FieldFault"}:
+        assert issubclass(getattr(tracker.errors, name), errors.TrackerError)
+        assert name in tree

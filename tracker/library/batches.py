@@ -1,0 +1,304 @@
+"""Batches: a run for each of many rows, as frozen values."""
+
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+from typing import TYPE_CHECKING, Generic, Literal, Self, cast
+
+from tracker.core.formatting import counted, money
+from tracker.core.record import Record
+from tracker.core.tags import check_tags
+from tracker.errors import TrackerNotOpen
+from tracker.library.inputs import Rows, valid
+from tracker.library.run import ACTOR, AnyRun, Run
+from tracker.services import Services
+from tracker.starting.batch_orders import Order
+from tracker.starting.batch_rows import BatchPlan, Retry, RowState
+from tracker.store.queries import batches as stored
+from tracker.store.queries.audit import Principal, acting
+from tracker.store.queries.batches import BatchCounts, BatchRow
+
+if TYPE_CHECKING:
+    from tracker.library.client import Tracker
+
+PAGE_SIZE = 50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchResult(Generic[AnyRun]):
+    """A row of a batch: its number from 1, its run if it has one, and its state.
+
+    `status` is that of the run, or `not_started`, `sending`, `in_doubt`, `refused`, `unresolved`,
+    `lost` or `forgotten`; `error` is why it could not be started or failed. `carried` are the
+    fields that are no input.
+    """
+
+    row: int
+    run: AnyRun | None
+    status: str
+    error: str | None
+    retry_advice: str | None
+    inputs: tuple[Mapping[str, str], ...]
+    tags: Mapping[str, str]
+    carried: Mapping[str, str]
+    idempotency_key: str
+
+    @classmethod
+    def of(cls, row: RowState, bound: Callable[[Record], AnyRun]) -> Self:
+        """The value of a stored row; `bound` makes its run."""
+        return cls(
+            row=row.entry.position,
+            run=None if row.record is None else bound(row.record),
+            status=str(row.status),
+            error=row.why,
+            retry_advice=row.advice and row.advice.value,
+            inputs=tuple(row.inputs or ()),
+            tags=row.entry.tags,
+            carried=row.entry.carried,
+            idempotency_key=row.entry.key,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class BatchFields:
+    """The state of a batch when it was read: the number of its rows in each state, costs in USD.
+
+    `launching` is true until each row was tried; `stopped` says why that ended early.
+    """
+
+    batch_id: str
+    name: str
+    workspace_id: str
+    technique_id: str
+    source: str | None
+    created_at: datetime
+    launching: bool
+    stopped: str | None
+    rows: int
+    started: int
+    completed: int
+    failed: int
+    active: int
+    lost: int
+    refused: int
+    unresolved: int
+    in_doubt: int
+    cost: Decimal
+    cost_final: bool
+    quoted: Decimal
+
+    @classmethod
+    def of(cls, batch: BatchRow, counts: BatchCounts) -> Self:
+        """The value of a stored batch."""
+        return cls(
+            batch_id=batch.batch_id,
+            name=batch.name,
+            workspace_id=batch.workspace_slot,
+            technique_id=batch.technique_id,
+            source=batch.source,
+            created_at=batch.created_at,
+            launching=batch.launch_at is not None,
+            stopped=batch.stopped,
+            rows=counts.rows,
+            started=counts.started,
+            completed=counts.completed,
+            failed=counts.failed,
+            active=counts.active,
+            lost=counts.lost,
+            refused=counts.refused,
+            unresolved=counts.unresolved,
+            in_doubt=counts.doubt,
+            cost=counts.cost,
+            cost_final=counts.cost_final,
+            quoted=counts.quoted,
+        )
+
+    @property
+    def ended(self) -> bool:
+        """Whether no row is to be started any more, and no run is active."""
+        return not (self.launching or self.active or self.in_doubt)
+
+    def __hash__(self) -> int:
+        return hash(self.batch_id)
+
+    def __repr__(self) -> str:
+        shown = f"{self.completed} of {counted(self.rows, 'row')} completed"
+        if others := self.failed + self.lost + self.refused + self.unresolved:
+            shown += f", {others} not"
+        return f"<Batch {self.batch_id} · {self.technique_id} · {shown} · {money(self.cost)}>"
+
+
+class Batch(BatchFields):
+    """A batch, as it was when it was read, and what can be done with it."""
+
+    __slots__ = ("_owner",)  # no field: neither compared, shown, copied nor pickled
+
+    _owner: "Tracker"
+
+    @classmethod
+    def bound(cls, batch: BatchRow, counts: BatchCounts, owner: "Tracker") -> Self:
+        """The value of a stored batch, with the tracker that read it."""
+        return cls.of(batch, counts)._with(owner)
+
+    def _with(self, owner: "Tracker") -> Self:
+        object.__setattr__(self, "_owner", owner)
+        return self
+
+    async def wait(self, timeout: float | None = None) -> "Batch":
+        """The batch when each row was tried and its runs have ended.
+
+        Failed rows raise nothing: `results` has them. A batch that was `stopped` (by its maximum
+        cost, a budget or a person) ends with the runs that it has started. Raises `WaitTimeout`,
+        and `StoreUnavailable` if the database does not answer for a minute.
+        """
+        from tracker.library.launching import ended
+
+        services = self._tracker._launching_batches()
+        return Batch.bound(*await ended(services, self.batch_id, timeout), self._tracker)
+
+    async def refresh(self) -> "Batch":
+        """The batch as it is stored now."""
+        return await self._tracker.batch(self.batch_id)
+
+    async def results(self) -> list[BatchResult[Run]]:
+        """Each row with its run, in order."""
+        services = self._tracker._services()
+        rows = await services.batches.rows(await self._stored(services))
+        return [BatchResult[Run].of(row, self._tracker._run) for row in rows]
+
+    async def stop(self) -> "Batch":
+        """Start no further row; runs that are started go on."""
+        services = self._tracker._services()
+        with acting(Principal(name=ACTOR)):
+            await services.batch_orders.stop(await self._stored(services), by=ACTOR)
+        return await self.refresh()
+
+    async def retry(
+        self,
+        which: Literal["unstarted", "failed", "all"] = "failed",
+        *,
+        max_cost: Decimal | float | None = None,
+        wait_for_budget: bool = False,
+    ) -> "Batch":
+        """Start rows without a run, and those that failed temporarily (`all`: for any reason).
+
+        A retry is a new run and is charged. Raises like `Tracker.start_batch`.
+        """
+        from tracker.library.launching import order_of
+
+        services = self._tracker._services()
+        order = order_of(
+            services,
+            max_cost=max_cost,
+            wait_for_budget=wait_for_budget,
+            at_once=which == "all",
+        )
+        retry = None if which == "unstarted" else valid("which", Retry, which)
+        plan = await services.batches.stored_plan(await self._stored(services), retry=retry)
+        return await self._tracker._place(plan, order)
+
+    async def _stored(self, services: Services) -> BatchRow:
+        from tracker.library.launching import found
+
+        return (await found(services, self.batch_id))[0]
+
+    @property
+    def _tracker(self) -> "Tracker":
+        owner: Tracker | None = getattr(self, "_owner", None)
+        if owner is None:
+            raise TrackerNotOpen(
+                f"this copy of batch {self.batch_id} belongs to no tracker: use tracker.batch(id)"
+            )
+        return owner
+
+
+class BatchCalls:
+    """The part of `Tracker` about batches."""
+
+    def _services(self) -> Services:
+        raise NotImplementedError
+
+    def _launching_batches(self) -> Services:
+        raise NotImplementedError
+
+    async def start_batch(
+        self,
+        technique: str,
+        rows: Rows,
+        *,
+        name: str | None = None,
+        columns: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+        tag_columns: Mapping[str, str] | None = None,
+        workspace_id: str | None = None,
+        retry: Literal["failed", "all"] | None = None,
+        accept_changes: bool = False,
+        max_cost: Decimal | float | None = None,
+        wait_for_budget: bool = False,
+    ) -> Batch:
+        """Start a run for each row, once each; the same rows again are the same batch.
+
+        A field with the id or name of an input is that input (`columns` maps others, by the input's
+        id); all other fields are carried into the results. `tag_columns` are fields that tag the
+        runs, by tag. `retry` also starts rows again that failed: temporarily, or for any reason.
+
+        All rows are checked and stored first. Then any process with a worker starts them, or this
+        one as long as the tracker is open; what is left is started when the same rows are started,
+        or the batch is waited for, again.
+
+        Raises `InvalidRequest` with every wrong row, `MaxCostReached` if the rows could cost more
+        than `max_cost` (USD), `BudgetExceeded` unless it is to `wait_for_budget`,
+        `DefinitionChanged` unless `accept_changes`, and `FloraError`.
+        """
+        from tracker.library.launching import order_of, planned
+
+        services = self._services()
+        order = order_of(
+            services,
+            max_cost=max_cost,
+            wait_for_budget=wait_for_budget,
+            at_once=retry == "all",
+        )
+        plan = await planned(
+            services,
+            technique,
+            rows,
+            name=name,
+            columns=columns or {},
+            tags=valid("tags", check_tags, tags or {}),
+            tag_columns=dict(tag_columns or {}),
+            workspace_id=workspace_id,
+            retry=None if retry is None else valid("retry", Retry, retry),
+            accept_changes=accept_changes,
+        )
+        return await self._place(plan, order)
+
+    async def batch(self, batch_id: str) -> Batch:
+        """A stored batch. Raises `BatchUnknown`."""
+        from tracker.library.launching import found
+
+        return Batch.bound(*await found(self._services(), batch_id), self._this)
+
+    async def batches(self) -> AsyncGenerator[Batch, None]:
+        """All stored batches, newest first, read in pages as the loop goes on."""
+        cursor: str | None = None
+        while True:
+            database = self._services().database
+            rows, cursor = await stored.list_batches(database, cursor=cursor, limit=PAGE_SIZE)
+            counts = await stored.batch_counts(database, [one.batch_id for one in rows])
+            for one in rows:
+                yield Batch.bound(one, counts[one.batch_id], self._this)
+            if cursor is None:
+                return
+
+    async def _place(self, plan: BatchPlan, order: Order) -> Batch:
+        services = self._launching_batches()
+        with acting(Principal(name=ACTOR)):
+            placed = await services.batch_orders.place(plan, order)
+        counts = await services.batches.counts(placed.batch)
+        return Batch.bound(placed.batch, counts, self._this)
+
+    @property
+    def _this(self) -> "Tracker":
+        return cast("Tracker", self)
