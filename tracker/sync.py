@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Self, TypeVar, cast, overload
 
 from tracker.core.run import Output
 from tracker.delivering.handlers import TIMEOUT
@@ -59,13 +59,16 @@ class Tracker(BlockingBatchCalls):
     tracked.
 
     A tracker opens at the first call and closes at exit, so that a web application keeps one in a
-    module; each process that is forked opens its own. `with` opens it at once and closes it at the
+    module; each process that is forked opens its own (on SQLite only where the parent had not yet
+    opened it). `with` opens it at once and closes it at the
     end of the block. A closed tracker ends the calls of other threads with `TrackerNotOpen`.
 
     `worker` decides whether polling, sweeps and deliveries run in this process; see
     `tracker.Tracker`. An event loop runs in a daemon thread of its own, so that these methods work
     in a notebook too.
     """
+
+    _inherits_sqlite: ClassVar[bool] = False
 
     def __init__(self, settings: Settings | None = None, *, worker: bool | None = None) -> None:
         self._set_up(AsyncTracker(settings, worker=worker))
@@ -337,6 +340,12 @@ class Tracker(BlockingBatchCalls):
         )
 
     def _open(self) -> LoopThread:
+        if self._inherits_sqlite and self._on_sqlite:
+            raise TrackerNotOpen(
+                "this process was forked while the tracker was open, and SQLite cannot be used "
+                "after that: open the tracker after the fork, start processes with "
+                'multiprocessing.get_context("spawn"), or use PostgreSQL'
+            )
         self._running = LoopThread(self._tracker)
         self._finalizer = weakref.finalize(self, self._running.stop)
         self._closed = False
@@ -373,6 +382,15 @@ class Tracker(BlockingBatchCalls):
         self._running = None
         self._lock = threading.Lock()
         self._tracker = self._tracker._closed_copy()
+
+    @property
+    def _on_sqlite(self) -> bool:
+        return self.settings.tracker_database_url.startswith("sqlite")
+
+    @property
+    def _in_use(self) -> bool:
+        """Whether connections may be open."""
+        return self._tracker._stack is not None
 
 
 class Run(RunFields):
@@ -436,6 +454,10 @@ class _Steps(Generic[T]):
 
 
 def _after_fork() -> None:
+    # The library keeps the parent's locks in the memory of the child, which would take them for its
+    # own: it could neither write nor keep others from writing (sqlite.org/howtocorrupt.html, 2.6).
+    if any(one._in_use and one._on_sqlite for one in _trackers):
+        Tracker._inherits_sqlite = True
     for tracker in list(_trackers):
         tracker._forked()
 
