@@ -26,7 +26,7 @@ TRACKER = (sys.executable, "-m", "tracker")
 class Terminal:
     """What a command shows on its terminal."""
 
-    def __init__(self, descriptor: int, process: "subprocess.Popen[bytes]") -> None:
+    def __init__(self, descriptor: int, process: Forked) -> None:
         self.process = process
         self._descriptor = descriptor
         self._shown = b""
@@ -34,7 +34,7 @@ class Terminal:
     @property
     def status(self) -> int:
         """The exit status of the command, which has ended."""
-        return self.process.wait(timeout=15)
+        return self.process.join(timeout=15)
 
     def read(self, until: str | None = None, timeout: float = 40) -> str:
         """All that is shown until a text appears, or the command ends; without colours."""
@@ -42,14 +42,11 @@ class Terminal:
         while until is None or until not in self._text:
             left = deadline - time.monotonic()
             assert left > 0, f"{until!r} does not appear in {self._text!r}"
-            if select.select([self._descriptor], [], [], left)[0]:
-                try:
-                    some = os.read(self._descriptor, 65536)
-                except OSError:  # the other end is closed
-                    break
-                if not some:
-                    break
-                self._shown += some
+            ended = self.process.returncode is not None
+            if select.select([self._descriptor], [], [], 0 if ended else min(left, 0.05))[0]:
+                self._shown += os.read(self._descriptor, 65536)
+            elif ended:
+                break
         assert until is None or until in self._text, f"{until!r} does not appear in {self._text!r}"
         return self._text
 
@@ -107,24 +104,21 @@ class Commands:
         """A command on a terminal of its own; at the end it is told to stop, and has to."""
         ours, theirs = pty.openpty()
         termios.tcsetwinsize(theirs, (40, columns))
-        process = subprocess.Popen(
-            [*TRACKER, *arguments],
-            cwd=self.folder,
+        process = Forked.begin(
+            *arguments,
             env=self._environ({"TERM": "xterm", "COLUMNS": "", **environ}),
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
+            output=Path(os.ttyname(theirs)),
+            folder=self.folder,
         )
-        os.close(theirs)
         shown = Terminal(ours, process)
         try:
             yield shown
         finally:
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGINT)
             shown.read()
-            process.wait(timeout=15)
+            process.join(timeout=15)
             os.close(ours)
+            os.close(theirs)
 
     @contextmanager
     def running(self, *arguments: str, **environ: str) -> "Iterator[subprocess.Popen[str]]":

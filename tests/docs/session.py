@@ -138,7 +138,7 @@ class Session:
         if "--port" not in words:
             words += ["--port", str(port)]
         log = self.directory / f"{len(self._processes)}-{words[0]}.log"
-        process = await Process.start(*words, env=self.environment, log=log, cwd=self.directory)
+        process = Process.fork(*words, env=self.environment, log=log, cwd=self.directory)
         self._processes.append(process)
         await process.answers(
             f"http://127.0.0.1:{port}/{'simulator/runs' if simulates else 'readyz'}"

@@ -157,8 +157,12 @@ class Switch:
             if name is None:
                 return await send(transport, request)
             self._die("before", name)
-            response = await send(transport, request)
-            await response.aread()
+            try:
+                response = await send(transport, request)
+                await response.aread()
+            except BaseException:
+                self._count -= 1  # no answer, no "after": the next one counts
+                raise
             self._die("after", name)
             return response
 

@@ -54,11 +54,13 @@ class Process:
         *arguments: str,
         env: Mapping[str, str],
         log: Path,
+        cwd: Path | None = None,
         prepare: Callable[[], None] | None = None,
     ) -> "Process":
         """The same, but with the code of this process, and there sooner; it calls `prepare`."""
         environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **env}
-        return cls(Forked.begin(*arguments, env=environment, output=log, prepare=prepare), log)
+        process = Forked.begin(*arguments, env=environment, output=log, folder=cwd, prepare=prepare)
+        return cls(process, log)
 
     async def answers(self, url: str) -> None:
         """Wait until the process answers 200 there."""

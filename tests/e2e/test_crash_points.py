@@ -35,7 +35,7 @@ POINTS: tuple[tuple[Role, Point], ...] = (
 )
 
 LIVES = 3
-"""Attempts for each point: the first request of its kind may be cut, and has no "after" then."""
+"""Attempts for each point: what leads to it may fail in a life."""
 
 
 @pytest.mark.both_databases

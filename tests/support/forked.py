@@ -65,6 +65,7 @@ class Forked:
     ) -> "Forked":
         """Start `tracker ARGUMENTS…` in `folder`, with these variables alone; it calls `prepare`
         before. What it prints is added to `output`, or where there is `errors`, in parts to both.
+        Where `output` is a terminal, it reads from that too.
         """
         streams = (output, errors or output)
         process = _FORKING.Process(
@@ -120,6 +121,10 @@ def _live(
     for number, stream in enumerate(streams, start=1):
         with stream.open("ab") as output:
             os.dup2(output.fileno(), number)
+    if streams[0].is_char_device():
+        os.dup2(os.open(streams[0], os.O_RDWR | os.O_NOCTTY), 0)
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     if folder is not None:
         os.chdir(folder)
     if prepare is not None:
