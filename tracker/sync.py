@@ -27,11 +27,11 @@ from tracker.delivering.handlers import TIMEOUT
 from tracker.errors import SettingsError, TrackerNotOpen
 from tracker.library import following
 from tracker.library.blocking_batches import Batch, BlockingBatchCalls
-from tracker.library.client import LAST_MONTH
 from tracker.library.client import Tracker as AsyncTracker
 from tracker.library.handlers import EventName, RunEventFields
 from tracker.library.inputs import InputValues
 from tracker.library.loop_thread import CLOSED, LoopThread
+from tracker.library.reading import LAST_MONTH
 from tracker.library.run import Event, RunFields, SpendingSummary
 from tracker.library.run import Run as AsyncRun
 from tracker.settings import Settings

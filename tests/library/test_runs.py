@@ -4,6 +4,7 @@ import asyncio
 import copy
 import dataclasses
 import pickle
+from datetime import timedelta
 from decimal import Decimal
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from tests.library.conftest import INPUTS, MakeTracker
 from tests.support.waiting import eventually
 from tracker import Run, Tracker, errors
+from tracker.core.record import Unseen
 from tracker.simulator import Simulator
 
 
@@ -100,6 +102,20 @@ async def test_a_wait_that_ends_early_ends_nothing_else(tracker: Tracker, flora:
     assert (await run.wait(timeout=30)).succeeded
     with pytest.raises(errors.RunUnknown, match="run_none"):
         await tracker.wait(["run_none", run], timeout=5)
+
+
+async def test_a_lost_run_raises(small_tracker: Tracker) -> None:
+    """A run that FLORA denies for over an hour ends the wait with `RunLost`."""
+    run = await small_tracker.start("icon-pack", INPUTS)
+    writer, now = small_tracker._services().writer, run.created_at
+    waiting = asyncio.create_task(run.wait(timeout=30))
+    for minutes in range(0, 90, 15):
+        at = now + timedelta(minutes=minutes)
+        await writer.submit(Unseen(run_id=run.run_id, at=at, error="404", missing=True))
+    with pytest.raises(errors.RunLost, match=f"run {run.run_id} is lost"):
+        await waiting
+    lost = await run.wait(raise_on_failure=False)
+    assert (lost.tracking, lost.succeeded) == ("lost", False)
 
 
 async def test_inputs_are_python_values(tracker: Tracker, flora: Simulator) -> None:

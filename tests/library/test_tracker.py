@@ -58,7 +58,7 @@ def test_asyncio_run_twice(sqlite_url: str) -> None:
 def test_wrong_settings_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """`from_env` opens nothing, and reports a wrong setting as the commands do."""
     monkeypatch.setenv("TRACKER_DATABASE_URL", "postgresql://nowhere.invalid/tracker")
-    Tracker.from_env()
+    assert Tracker.from_env().settings == Tracker().settings != Settings()
     monkeypatch.setenv("TRACKER_API_CONCURRENCY", "many")
     with pytest.raises(errors.SettingsError, match="TRACKER_API_CONCURRENCY"):
         Tracker.from_env()

@@ -2,12 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
 from copy import copy
-from datetime import datetime, timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, overload
+from typing import TYPE_CHECKING, Any, Final, Self, cast
 from uuid import uuid4
 
 from tracker.core.errors import (
@@ -19,40 +18,34 @@ from tracker.core.errors import (
     StartPending,
     StoreUnavailable,
 )
+from tracker.core.log import get_logger
 from tracker.core.record import Record
-from tracker.core.retry import RetryAdvice
-from tracker.core.run import Tracking
-from tracker.core.tags import check_tags, parse_tag
+from tracker.core.tags import check_tags
 from tracker.delivering.handlers import TIMEOUT
-from tracker.errors import RunUnknown, TrackerNotOpen
-from tracker.library import following
+from tracker.errors import TrackerNotOpen
 from tracker.library.batches import BatchCalls
 from tracker.library.handlers import EventName, HandlerFunction, Handlers, RunEvent
 from tracker.library.inputs import InputValues, given_inputs, naming_fields, valid
-from tracker.library.run import ACTOR, Event, Run, SpendingSummary
+from tracker.library.reading import RunCalls
+from tracker.library.run import ACTOR, Run
 from tracker.services import START_SECONDS, Services, open_services
 from tracker.settings import Loaded, Rotation, Settings, read_settings
 from tracker.starting.start import StartRequest
-from tracker.store.queries import runs as read
-from tracker.store.queries import spending
 from tracker.store.queries.audit import Principal, acting
 from tracker.store.writing.messages import MOST_OPEN
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tracker.delivering.downloads import DownloadReport
     from tracker.library.callbacks import VerifiedCallback
-    from tracker.library.changes import ChangeFeed, RunChange
+    from tracker.library.changes import ChangeFeed
     from tracker.receiving.receive import Received
 
 RETRY_EVERY: Final = 1.0
 """Seconds between two attempts of a start while FLORA or the database does not answer."""
-PAGE_SIZE: Final = 100
-LAST_MONTH: Final = timedelta(days=30)
+
+log = get_logger(__name__)
 
 
-class Tracker(BatchCalls):
+class Tracker(RunCalls, BatchCalls):
     """A tracker on the database and the FLORA workspaces that the settings name.
 
     ::
@@ -72,8 +65,8 @@ class Tracker(BatchCalls):
     """
 
     def __init__(self, settings: Settings | None = None, *, worker: bool | None = None) -> None:
-        self.settings: Settings = Settings() if settings is None else settings
-        self._loaded: Loaded | None = None
+        self._loaded: Loaded | None = read_settings() if settings is None else None
+        self.settings: Settings = settings or cast("Loaded", self._loaded).settings
         self._worker = worker
         self._works = False
         self._mounted = False
@@ -89,10 +82,7 @@ class Tracker(BatchCalls):
 
         Opens nothing. Raises `SettingsError`, which names each wrong setting.
         """
-        loaded = read_settings()
-        tracker = cls(loaded.settings, worker=worker)
-        tracker._loaded = loaded
-        return tracker
+        return cls(worker=worker)
 
     async def __aenter__(self) -> Self:
         if self._stack is not None:
@@ -104,14 +94,19 @@ class Tracker(BatchCalls):
         works = self._mounted or bool(handlers)
         self._works = works if self._worker is None else self._worker
         background = self._works or self._mounted
-        # With the files of `from_env`, so that secrets can be rotated.
+        # With the files of the environment's settings, so that secrets can be rotated.
         rotation = Rotation(self.settings, self._loaded, self._loaded and read_settings)
+        for unknown in rotation.unknown:
+            log.warning("settings.unknown", error=unknown)
         try:
             services = await stack.enter_async_context(
                 open_services(rotation, background=background, handlers=handlers)
             )
             if not background:  # changes by other processes are still noticed at once
                 await stack.enter_async_context(services.signals)
+            # Before the worker starts and until it has stopped: handlers use the tracker.
+            self._opened = services, asyncio.get_running_loop()
+            stack.callback(self._end_calls)
             if self._works:
                 from tracker.worker.scheduler import Worker
 
@@ -122,7 +117,6 @@ class Tracker(BatchCalls):
             self._stack = None
             await stack.aclose()
             raise
-        self._opened = services, asyncio.get_running_loop()
         return self
 
     async def __aexit__(
@@ -131,12 +125,14 @@ class Tracker(BatchCalls):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        stack, self._opened = self._stack, None
         try:
-            if stack is not None:
-                await stack.aclose()
+            if self._stack is not None:
+                await self._stack.aclose()
         finally:
-            self._stack = self._feed = self._launching = None
+            self._stack = None
+
+    def _end_calls(self) -> None:
+        self._opened = self._feed = self._launching = None
 
     def _closed_copy(self) -> Self:
         """The same tracker for a child process, whose parent may have opened this one."""
@@ -174,6 +170,17 @@ class Tracker(BatchCalls):
 
             self._stack.push_async_callback(stop)
         return services
+
+    def _changes(self) -> "ChangeFeed":
+        """The changes of runs, read once for all loops until the tracker is closed."""
+        from tracker.library.changes import ChangeFeed
+
+        services = self._services()
+        if self._feed is None:
+            self._feed = feed = ChangeFeed(services)
+            if self._stack is not None:
+                self._stack.callback(feed.close)
+        return self._feed
 
     async def start(
         self,
@@ -254,108 +261,6 @@ class Tracker(BatchCalls):
             tracked = await track(run_id, technique=technique, workspace_id=workspace_id)
         return self._run(tracked.record)
 
-    async def get(self, run_id: str) -> Run:
-        """The run as it is stored. Raises `RunUnknown`."""
-        database = self._services().database
-        record = None if "\0" in run_id else await read.get_run(database, run_id)
-        if record is None:
-            raise RunUnknown([run_id])
-        return self._run(record)
-
-    async def runs(
-        self,
-        *,
-        status: str | None = None,
-        technique_id: str | None = None,
-        workspace_id: str | None = None,
-        project_id: str | None = None,
-        tag: str | None = None,
-        tracking: str | None = None,
-        retry_advice: str | None = None,
-    ) -> AsyncGenerator[Run, None]:
-        """All stored runs that match every filter, newest first; `tag` is `key=value`.
-
-        They are read in pages as the loop goes on, so that it can be left at any time. Raises
-        `InvalidRequest` for a filter that no run can match.
-        """
-        cursor: str | None = None
-        while True:
-            records, cursor = await read.list_runs(
-                self._services().database,
-                status=status,
-                technique_id=technique_id,
-                workspace_id=workspace_id,
-                project_id=project_id,
-                tag=tag and "=".join(valid("tag", parse_tag, tag)),
-                tracking=tracking and valid("tracking", Tracking, tracking),
-                retry_advice=retry_advice and valid("retry_advice", RetryAdvice, retry_advice),
-                cursor=cursor,
-                limit=PAGE_SIZE,
-            )
-            for record in records:
-                yield self._run(record)
-            if cursor is None:
-                return
-
-    @overload
-    async def wait(  # type: ignore[overload-overlap]  # an id is also a sequence of letters
-        self, runs: Run | str, timeout: float | None = None, *, raise_on_failure: bool = True
-    ) -> Run: ...
-
-    @overload
-    async def wait(
-        self,
-        runs: Iterable[Run | str],
-        timeout: float | None = None,
-        *,
-        raise_on_failure: bool = True,
-    ) -> list[Run]: ...
-
-    async def wait(
-        self,
-        runs: Run | str | Iterable[Run | str],
-        timeout: float | None = None,
-        *,
-        raise_on_failure: bool = True,
-    ) -> Run | list[Run]:
-        """Wait until one run, or each of several, has ended; return them as they are then.
-
-        The database is followed: it does not matter which process or callback brings the news, and
-        a run that no process polls is polled from here. A `timeout` (seconds) or a cancellation
-        ends the wait and nothing else.
-
-        Raises `RunFailed` if a run did not complete, and `RunLost` if FLORA has no such run; of
-        several, when all have ended. Without `raise_on_failure` such runs are returned like the
-        others. Raises `WaitTimeout`, `RunUnknown`, and `StoreUnavailable` if the database does not
-        answer for a minute.
-        """
-        wanted = [runs] if isinstance(runs, Run | str) else list(runs)
-        ended = {run.run_id: run async for run in self.as_settled(wanted, timeout=timeout)}
-        result = [ended[following.id_of(run)] for run in wanted]
-        if raise_on_failure:
-            following.raise_failures(result)
-        return result[0] if isinstance(runs, Run | str) else result
-
-    async def as_settled(
-        self, runs: Iterable[Run | str], *, timeout: float | None = None
-    ) -> AsyncGenerator[Run, None]:
-        """Each of the runs as it ends, also one that failed or is lost.
-
-        Raises `WaitTimeout`, `RunUnknown` and `StoreUnavailable` as `wait` does.
-        """
-        run_ids = map(following.id_of, runs)
-        async with aclosing(following.as_settled(self._services(), run_ids, timeout)) as records:
-            async for record in records:
-                yield self._run(record)
-
-    async def events_of(self, run: Run | str) -> list[Event]:
-        """The events of a run, oldest first. Raises `RunUnknown`."""
-        run_id = following.id_of(run)
-        events = await read.events(self._services().database, run_id)
-        if not events:
-            await self.get(run_id)
-        return [Event.of(event) for event in events]
-
     def on(
         self,
         *events: EventName,
@@ -400,94 +305,6 @@ class Tracker(BatchCalls):
             concurrency=concurrency,
             timeout=timeout,
         )
-
-    async def events(
-        self,
-        after: int | None = None,
-        *,
-        run_id: str | None = None,
-        technique_id: str | None = None,
-        workspace_id: str | None = None,
-        status: str | None = None,
-    ) -> "AsyncGenerator[RunChange[Run], None]":
-        """The changes of matching runs as they happen, until the tracker is closed.
-
-        `after` is the `event_id` of the last change that was handled: what came since then, from
-        any process, comes first. Without it they begin with the first step of the loop. Raises
-        `StoreUnavailable` if the database does not answer for a minute.
-        """
-        from tracker.library.changes import ChangeFeed
-        from tracker.web.stream.reader import RunFilter
-
-        services = self._services()
-        if self._feed is None and self._stack is not None:
-            self._feed = ChangeFeed(services)
-            self._stack.callback(self._feed.close)
-        assert self._feed is not None  # noqa: S101 - for the type checker
-        wanted = RunFilter(
-            run_id=run_id, technique_id=technique_id, workspace_id=workspace_id, status=status
-        )
-        async with aclosing(self._feed.follow(wanted, after, self._run)) as changes:
-            async for change in changes:
-                yield change
-
-    async def spending(
-        self,
-        by: str = "day",
-        *,
-        since: datetime | timedelta | None = LAST_MONTH,
-        workspace_id: str | None = None,
-    ) -> SpendingSummary:
-        """What the runs started since a UTC day cost, by `day`, `technique` or `tag:KEY`, in USD;
-        and the use of each budget.
-
-        `since` is a time, an age, or `None` for all. Raises `InvalidRequest` for another `by`.
-        """
-        services = self._services()
-        by = valid("by", spending.check_by, by)
-        at = services.clock() - since if isinstance(since, timedelta) else since
-        rows, total = await spending.spending(
-            services.database, by, since=at, workspace_id=workspace_id
-        )
-        budgets = await services.budgets.usages()
-        return SpendingSummary(
-            by=by, since=at, rows=tuple(rows), total=total, budgets=tuple(budgets)
-        )
-
-    async def download(
-        self,
-        runs: Run | str | Iterable[Run | str],
-        to: "Path | str",
-        *,
-        max_bytes: int | None = None,
-        concurrency: int = 4,
-        allow_private: bool = False,
-    ) -> "DownloadReport":
-        """Download the outputs of runs into a folder, and wait for runs that have not ended.
-
-        Files that are there already are not downloaded again; an interrupted download goes on. The
-        report has a result with its file or error for each output, and the runs without outputs.
-        Raises `RunUnknown` and `DownloadDirectoryError`.
-        """
-        from pathlib import Path
-
-        from tracker.delivering.downloads import DownloadOptions, DownloadReport
-        from tracker.delivering.fetch import MAX_BYTES
-
-        services = self._services()
-        wanted = [runs] if isinstance(runs, Run | str) else runs
-        run_ids = list(dict.fromkeys(map(following.id_of, wanted)))
-        await following.known(services, run_ids)
-        report = DownloadReport()
-        options = DownloadOptions(
-            to=Path(to),
-            allow_private=allow_private or self.settings.flora_is_local,
-            max_bytes=MAX_BYTES if max_bytes is None else max_bytes,
-            concurrency=concurrency,
-        )
-        found = services.downloader.named(run_ids, watch=True, notify=following.notify)
-        await services.downloader.download(found, options, report)
-        return report
 
     def verify_callback(self, body: bytes, headers: Mapping[str, str]) -> "VerifiedCallback":
         """The callback in a request that an application received itself; stores nothing.
