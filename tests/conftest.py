@@ -5,7 +5,6 @@ to use in place of the one that the suite starts.
 """
 
 import asyncio
-import fcntl
 import gc
 import logging
 import os
@@ -32,6 +31,7 @@ from tests.support.databases import (
     sqlite_url_of,
 )
 from tests.support.postgres import PostgresServer
+from tests.support.sharing import made_once
 
 # A developer's own key, deployment and proxy are nobody's business here, nor a child process's.
 _FOR_TESTS = ("TRACKER_TEST_", "TRACKER_REQUIRE_")
@@ -181,19 +181,16 @@ def background() -> Iterator[Background]:
 def _postgres_data(background: Background, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The data of a PostgreSQL server whose database `tracker` has the tracker's schema: made once
     for all processes of the suite."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if os.environ.get("PYTEST_XDIST_WORKER") else folder
-    data = folder / "postgresql"
-    with (folder / "postgresql.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not data.exists():
-            with PostgresServer() as server:
-                databases = PostgresDatabases(server.url(), background)
-                databases.create("tracker")
-                databases.close()
-                background.run(migrate(server.url("tracker")))
-                server.keep(data)
-    return data
+
+    def make(data: Path) -> None:
+        with PostgresServer() as server:
+            databases = PostgresDatabases(server.url(), background)
+            databases.create("tracker")
+            databases.close()
+            background.run(migrate(server.url("tracker")))
+            server.keep(data)
+
+    return made_once(tmp_path_factory, "postgresql", make)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ import tracker
 import tracker.errors
 from tests.browser.conftest import CHROMIUM, FLAGS
 from tests.docs.pages import PAGES, ROOT
+from tests.support.sharing import made_once
 
 LOADS = {
     "audio": "src",
@@ -55,7 +57,10 @@ class Fetched(HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site, built as the configuration says: strictly."""
-    folder = tmp_path_factory.mktemp("docs") / "site"
+    return made_once(tmp_path_factory, "site", _build)
+
+
+def _build(folder: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder],
         cwd=ROOT,
@@ -65,9 +70,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text=True,
         check=False,
     )
+    if done.returncode or "WARNING" in done.stderr:
+        shutil.rmtree(folder, ignore_errors=True)
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr
-    return folder
 
 
 def test_the_site_is_built_strictly(site: Path) -> None:
@@ -91,29 +97,27 @@ def test_nothing_is_fetched_from_outside(site: Path) -> None:
         assert not re.search(r"url\(\s*['\"]?(?:https?:)?//|@import", path.read_text()), path.name
 
 
-@pytest.mark.parametrize(
-    ("words", "found", "leads_to"),
-    [
+def test_the_search_finds_it(served: Page) -> None:
+    """What someone with a sheet or an application types leads first to the guide about it."""
+    field = served.locator("input[name=query]")
+    first = served.locator(".md-search-result__item").first
+    for words, found, leads_to in (
         ("excel", "From Excel to files", "excel"),
         ("semicolon", "The sheet", "excel"),
         ("xlsx", "From Excel to files", "excel"),
         ("notebook", "Notebooks", "python"),
-    ],
-)
-def test_the_search_finds_it(served: Page, words: str, found: str, leads_to: str) -> None:
-    """What someone with a sheet or an application types leads first to the guide about it."""
-    field = served.locator("input[name=query]")
-    first = served.locator(".md-search-result__item").first
-    for _ in range(5):  # until the theme's scripts are there
-        field.fill("")
-        field.press_sequentially(words)  # it searches as keys are released
-        with contextlib.suppress(AssertionError):
-            expect(first).to_contain_text(found, timeout=10_000)
-            break
-    expect(first.locator("a").first).to_have_attribute("href", re.compile(rf"/{leads_to}\.html"))
+    ):
+        for _ in range(5):  # until the theme's scripts are there
+            field.fill("")
+            field.press_sequentially(words)  # it searches as keys are released
+            with contextlib.suppress(AssertionError):
+                expect(first).to_contain_text(found, timeout=10_000)
+                break
+        link = re.compile(rf"/{leads_to}\.html")
+        expect(first.locator("a").first).to_have_attribute("href", link)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def served(site: Path) -> Iterator[Page]:
     """The first page of the site in Chromium: its search needs a server."""
     if CHROMIUM is None:
