@@ -123,16 +123,20 @@ async def open_services(
     settings: Settings | Rotation,
     *,
     background: bool = False,
+    traces: bool | None = None,
     clock: Clock | None = None,
     handlers: Sequence[Handler] = (),
 ) -> AsyncIterator[Services]:
     """Open what the settings name, and close it in order. With a `Rotation`, secrets may change.
 
     `background` is true for a long-running process: it waits longer for FLORA, and is notified
-    of other processes' work. A SQLite database is migrated here; a PostgreSQL one that is too old
-    raises `SchemaOutdated`. Raises `StoreUnavailable` if the database does not answer. The default
-    `clock` is the one that all processes on the database share. `handlers` get events wherever a
-    worker runs in this process; raises `SettingsError` if one has the id of an endpoint.
+    of other processes' work. `traces` is whether spans are recorded (default: `background`), which
+    only one block of a process can do. The default `clock` is the one that all processes on the
+    database share. `handlers` get events wherever a worker runs in this process.
+
+    A SQLite database is migrated here; a PostgreSQL one that is too old raises `SchemaOutdated`.
+    Raises `StoreUnavailable` if the database does not answer, and `SettingsError` if a handler has
+    the id of an endpoint.
     """
     rotation = settings if isinstance(settings, Rotation) else Rotation(settings)
     settings = rotation.settings
@@ -157,7 +161,7 @@ async def open_services(
         if clock is None:
             clock = await stack.enter_async_context(shared_clock(database))
         traced: Wrap = untraced
-        if background:
+        if background if traces is None else traces:
             traced = await stack.enter_async_context(tracing(database.engines))
         metrics = Metrics(clock=clock)
         stack.push_async_callback(metrics.aclose)

@@ -1,7 +1,12 @@
 """Fixtures: the services on a database of the test's own, and the application served over them."""
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    nullcontext,
+)
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +14,9 @@ import httpx
 import pytest
 
 from tests.web.callbacks import SECRET
+from tests.web.mounting import PREFIX, Unmounted, hosting
 from tests.web.serving import serving
+from tracker.library.mounted import Mounted
 from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.web.app import build_app
@@ -23,41 +30,67 @@ class Site:
     base_url: str
     services: Services
     client: httpx.AsyncClient
+    another: Callable[..., httpx.AsyncClient]
+    """Makes a client that is not signed in."""
 
 
 Serve = Callable[..., AbstractAsyncContextManager[Site]]
 
 
-@asynccontextmanager
-async def _serve(
-    database_url: str, *, limits: Limits | None = None, port: int = 0, **more: Any
-) -> AsyncIterator[Site]:
-    settings = Settings(
-        tracker_database_url=database_url, **({"flora_webhook_secret": SECRET} | more)
-    )
-    async with (
-        open_services(settings, background=False) as services,
-        serving(build_app(services, limits=limits), port, limits=limits) as base_url,
-        httpx.AsyncClient(base_url=base_url, timeout=20) as client,
-    ):
-        yield Site(base_url, services, client)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Each HTTP test runs with the application alone, and mounted in another one; with the mark
+    `alone` it is about our own server, which is not there where the application is mounted."""
+    alone = metafunc.definition.get_closest_marker("alone") is not None
+    if "is_mounted" in metafunc.fixturenames and not alone:
+        metafunc.parametrize("is_mounted", [False, True], ids=["alone", "mounted"])
 
 
 @pytest.fixture
-def serve() -> Serve:
+def is_mounted() -> bool:
+    """Whether the application is mounted in another one."""
+    return False
+
+
+@pytest.fixture
+def serve(is_mounted: bool) -> Serve:
     """Serves the application on the database at a URL, with any settings and limits."""
-    return _serve
+
+    @asynccontextmanager
+    async def serve(
+        database_url: str, *, limits: Limits | None = None, port: int = 0, **more: Any
+    ) -> AsyncIterator[Site]:
+        settings = Settings(
+            tracker_database_url=database_url, **({"flora_webhook_secret": SECRET} | more)
+        )
+        async with open_services(settings, background=False) as services, AsyncExitStack() as stack:
+            if is_mounted:
+                mounted = Mounted(lambda app: nullcontext())
+                await stack.enter_async_context(mounted.serving(services, limits=limits))
+                address = await stack.enter_async_context(hosting(mounted, port))
+            else:
+                app = build_app(services, limits=limits)
+                address = await stack.enter_async_context(serving(app, port, limits=limits))
+
+            def client(**options: Any) -> httpx.AsyncClient:
+                transport = Unmounted() if is_mounted else None
+                given = {"base_url": address, "timeout": 20, "transport": transport}
+                return httpx.AsyncClient(**given | options)
+
+            async with client() as one:
+                yield Site(address + (PREFIX if is_mounted else ""), services, one, client)
+
+    return serve
 
 
 @pytest.fixture
-async def site(database_url: str) -> AsyncIterator[Site]:
+async def site(serve: Serve, database_url: str) -> AsyncIterator[Site]:
     """The application as it is by default, once on each engine."""
-    async with _serve(database_url) as site:
+    async with serve(database_url) as site:
         yield site
 
 
 @pytest.fixture
-async def small_site(sqlite_url: str) -> AsyncIterator[Site]:
+async def small_site(serve: Serve, sqlite_url: str) -> AsyncIterator[Site]:
     """The application on SQLite, for what has nothing to do with the engine."""
-    async with _serve(sqlite_url) as site:
+    async with serve(sqlite_url) as site:
         yield site

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
-import httpx
 import pytest
 from sqlalchemy import func, select
 
@@ -260,13 +259,13 @@ async def test_the_page_is_for_administrators(serve: Serve, sqlite_url: str) -> 
     reader = TokenSettings(name="reader", token="r" * 20, scopes={"read"})
     async with serve(sqlite_url, tracker_api_token=TOKEN, tokens=(reader,)) as site:
         for token, status in ((TOKEN, 200), ("r" * 20, 403)):
-            async with httpx.AsyncClient(base_url=site.base_url, headers=HTML) as client:
+            async with site.another(headers=HTML) as client:
                 await sign_in(client, token)
                 page = await client.get("/audit")
                 assert page.status_code == status
                 start = await client.get("/runs")
                 assert ('href="/audit"' in start.text) is (status == 200)
-        async with httpx.AsyncClient(base_url=site.base_url, headers=HTML) as client:
+        async with site.another(headers=HTML) as client:
             await sign_in(client)
             page = await client.get("/audit", params={"action": "sign_in"})
             assert "reader" in page.text

@@ -157,6 +157,7 @@ async def test_a_longer_body_is_refused_with_and_without_a_length(small_site: Si
     assert await stored(small_site.services.database) == []
 
 
+@pytest.mark.alone
 async def test_an_announced_length_over_the_limit_is_refused_unread(small_site: Site) -> None:
     """No byte of the body has to be sent for that, and the connection does not stay open."""
     async with wire(small_site.base_url) as connection:
@@ -167,6 +168,7 @@ async def test_an_announced_length_over_the_limit_is_refused_unread(small_site: 
         assert await connection.hung_up()
 
 
+@pytest.mark.alone
 async def test_a_body_without_a_length_is_refused_while_it_still_comes(
     serve: Serve, sqlite_url: str
 ) -> None:
@@ -182,6 +184,7 @@ async def test_a_body_without_a_length_is_refused_while_it_still_comes(
         assert await connection.hung_up()
 
 
+@pytest.mark.alone
 async def test_a_length_that_lies_short_does_not_smuggle_the_rest_in(small_site: Site) -> None:
     """What comes beyond the announced length is no part of the body, and no request either."""
     body = event()
@@ -193,6 +196,7 @@ async def test_a_length_that_lies_short_does_not_smuggle_the_rest_in(small_site:
     assert await stored(small_site.services.database) == []
 
 
+@pytest.mark.alone
 async def test_a_client_that_leaves_in_the_middle_leaves_nothing(small_site: Site) -> None:
     """Half a callback is none, and the next one is served as ever."""
     body = event("run_1")
@@ -207,6 +211,7 @@ async def test_a_client_that_leaves_in_the_middle_leaves_nothing(small_site: Sit
     assert [row["run_id"] for row in await stored(small_site.services.database)] == ["run_2"]
 
 
+@pytest.mark.alone
 async def test_a_body_that_does_not_come_is_waited_for_in_vain_only_so_long(
     serve: Serve, sqlite_url: str
 ) -> None:
@@ -223,6 +228,7 @@ async def test_a_body_that_does_not_come_is_waited_for_in_vain_only_so_long(
         assert await connection.hung_up()
 
 
+@pytest.mark.alone
 async def test_pipelined_callbacks_are_answered_in_order(small_site: Site) -> None:
     """Several requests in one packet are so many deliveries, and each answer is its own."""
     bodies = [event("run_1"), event("run_2"), event("run_1")]
@@ -234,6 +240,7 @@ async def test_pipelined_callbacks_are_answered_in_order(small_site: Site) -> No
     assert [b'"repeated":true' in answer.body for answer in answers] == [False, False, True]
 
 
+@pytest.mark.alone
 async def test_an_old_client_is_served_and_let_go(small_site: Site) -> None:
     """HTTP/1.0 without a `Host` is enough for a callback."""
     body = event()

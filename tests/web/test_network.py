@@ -19,6 +19,8 @@ from tests.web.serving import Answer, Wire, chunk, post, serving, wire
 from tracker.web.http import connection as connections
 from tracker.web.http.limits import Limits
 
+pytestmark = pytest.mark.alone
+
 SECRET = "whsec_simulator"  # of the processes of `tests.e2e`
 GET = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
 HASTY = Limits(head_seconds=0.3, idle_seconds=1.5, callback_seconds=1)

@@ -9,6 +9,7 @@ from tracker.web.http.responses import PrebuiltResponse
 
 
 @pytest.mark.parametrize("number", ["", "X-Request-Id: of-the-proxy"], ids=["ours", "theirs"])
+@pytest.mark.alone
 async def test_it_is_the_same_either_way(serve: Serve, sqlite_url: str, number: str) -> None:
     """Headers and body, on a connection that stays and on one that ends with it."""
 
@@ -32,6 +33,7 @@ async def test_it_is_the_same_either_way(serve: Serve, sqlite_url: str, number: 
     assert at_once.body == b'{"outcome":"applied","repeated":true}'
 
 
+@pytest.mark.alone
 async def test_it_keeps_its_turn(serve: Serve, sqlite_url: str) -> None:
     """Requests that were sent ahead are answered in order, behind an invitation to go on too."""
     body = event("run_1")
@@ -49,6 +51,7 @@ async def test_it_keeps_its_turn(serve: Serve, sqlite_url: str) -> None:
         assert (await asking.answer()).body == b'{"status":"ok"}'
 
 
+@pytest.mark.alone
 async def test_it_is_used(serve: Serve, sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is what answers a callback: what is measured is not the other way."""
     written: list[bool] = []

@@ -4,6 +4,7 @@ import asyncio
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.store.making import seen
 from tests.web.callbacks import PATH, event, signed
@@ -185,6 +186,7 @@ async def test_what_is_not_json_is_refused(small_site: Site) -> None:
             assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
 
 
+@pytest.mark.alone
 async def test_a_body_is_bounded(serve: Serve, sqlite_url: str) -> None:
     """413 beyond a mebibyte, 408 where it does not come."""
     async with serve(sqlite_url, limits=Limits(api_read_seconds=0.1)) as site:
@@ -198,6 +200,7 @@ async def test_a_body_is_bounded(serve: Serve, sqlite_url: str) -> None:
             assert await connection.hung_up()
 
 
+@pytest.mark.alone
 async def test_a_refused_post_with_a_body_does_not_spoil_the_connection(small_site: Site) -> None:
     """What was not read is not taken for the next request."""
     inner = post("/api/runs/track", b'{"run_id":"run_1"}')

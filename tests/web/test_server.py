@@ -19,6 +19,8 @@ from tests.web.serving import post, wire
 from tracker.core.errors import SettingsError, TrackerError
 from tracker.web.http.server import listen
 
+pytestmark = pytest.mark.alone
+
 # What `tracker serve` does, without the command line.
 PROGRAM = """
 import sys

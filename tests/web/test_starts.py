@@ -10,6 +10,7 @@ import pytest
 from tests.support.waiting import eventually, free_port
 from tests.web.conftest import Serve, Site
 from tests.web.flora import START, with_flora
+from tests.web.mounting import PREFIX
 from tests.web.serving import serving
 from tracker.polling.poll import DurationBook
 from tracker.polling.workspaces import WorkspaceIds
@@ -197,9 +198,9 @@ async def test_a_flora_that_cannot_be_reached_is_a_502(serve: Serve, sqlite_url:
 
 
 async def test_a_started_run_asks_for_a_callback_where_there_is_an_address(
-    serve: Serve, sqlite_url: str
+    serve: Serve, sqlite_url: str, is_mounted: bool
 ) -> None:
-    """FLORA calls back under the public address, and the callback ends the run."""
+    """FLORA calls back under the public address, with its path, and the callback ends the run."""
     port = free_port()
     async with (
         running(Options(failures=0, run_seconds=0.2)) as flora,
@@ -209,7 +210,7 @@ async def test_a_started_run_asks_for_a_callback_where_there_is_an_address(
             flora_base_url=flora.base_url,
             flora_api_key=flora.world.options.api_key,
             flora_webhook_secret=flora.world.options.webhook_secret,
-            tracker_public_url=f"http://127.0.0.1:{port}",
+            tracker_public_url=f"http://127.0.0.1:{port}{PREFIX if is_mounted else ''}",
         ) as site,
     ):
         run = (await _start(site)).json()

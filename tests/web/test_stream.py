@@ -218,6 +218,7 @@ async def test_renumbering_resets_readers(small_site: Site) -> None:
         assert [run["run_id"] for run in await events.runs(1)] == ["run_new"]
 
 
+@pytest.mark.alone
 async def test_a_slow_reader_is_disconnected(sqlite_url: str, serve: Serve) -> None:
     """A client that reads nothing is disconnected once its queue is full; others do not wait."""
     facts = {"poll_url": "x" * 50_000}
@@ -303,6 +304,7 @@ async def test_it_needs_the_token(sqlite_url: str, serve: Serve) -> None:
             assert len(await events.runs(1)) == 1
 
 
+@pytest.mark.alone
 async def test_the_service_stops_without_waiting_for_readers(
     sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,8 @@ from tracker.simulator import Options, running
 from tracker.store.engine import Database
 from tracker.web.app import build_app
 
+pytestmark = pytest.mark.alone
+
 ON = {ENDPOINT: "http://127.0.0.1:4318", "OTEL_SERVICE_NAME": "of the tests"}
 
 

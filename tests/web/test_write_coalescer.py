@@ -5,10 +5,14 @@ import socket
 from typing import Any
 from urllib.parse import urlsplit
 
+import pytest
+
 from tests.web.conftest import Serve
 from tests.web.serving import wire
 from tracker.web.http.connection import WriteCoalescer
 from tracker.web.http.server import loop_factory
+
+pytestmark = pytest.mark.alone
 
 ASK = b"%b /healthz HTTP/1.1\r\nHost: localhost\r\n%b\r\n"
 

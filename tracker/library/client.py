@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from copy import copy
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, cast
@@ -37,6 +37,7 @@ from tracker.store.writing.messages import MOST_OPEN
 if TYPE_CHECKING:
     from tracker.library.callbacks import VerifiedCallback
     from tracker.library.changes import ChangeFeed
+    from tracker.library.mounted import Mounted
     from tracker.receiving.receive import Received
 
 RETRY_EVERY: Final = 1.0
@@ -69,7 +70,7 @@ class Tracker(RunCalls, BatchCalls):
         self.settings: Settings = settings or cast("Loaded", self._loaded).settings
         self._worker = worker
         self._works = False
-        self._mounted = False
+        self._application: Mounted | None = None
         self._handlers = Handlers(lambda claim: RunEvent.of(claim, self._run))
         self._stack: AsyncExitStack | None = None
         self._opened: tuple[Services, asyncio.AbstractEventLoop] | None = None
@@ -91,16 +92,17 @@ class Tracker(RunCalls, BatchCalls):
             )
         self._stack = stack = AsyncExitStack()
         handlers = self._handlers.all
-        works = self._mounted or bool(handlers)
+        mounted = self._application is not None
+        works = mounted or bool(handlers)
         self._works = works if self._worker is None else self._worker
-        background = self._works or self._mounted
+        background = self._works or mounted
         # With the files of the environment's settings, so that secrets can be rotated.
         rotation = Rotation(self.settings, self._loaded, self._loaded and read_settings)
         for unknown in rotation.unknown:
             log.warning("settings.unknown", error=unknown)
         try:
             services = await stack.enter_async_context(
-                open_services(rotation, background=background, handlers=handlers)
+                open_services(rotation, background=background, traces=False, handlers=handlers)
             )
             if not background:  # changes by other processes are still noticed at once
                 await stack.enter_async_context(services.signals)
@@ -113,6 +115,8 @@ class Tracker(RunCalls, BatchCalls):
                 worker = Worker(services)
                 await worker.start()
                 stack.push_async_callback(worker.stop)
+            if self._application is not None:
+                await stack.enter_async_context(self._application.serving(services))
         except BaseException:
             self._stack = None
             await stack.aclose()
@@ -133,6 +137,37 @@ class Tracker(RunCalls, BatchCalls):
 
     def _end_calls(self) -> None:
         self._opened = self._feed = self._launching = None
+
+    def asgi(self) -> "Mounted":
+        """The web application, with callbacks, API and dashboard, to mount in another one.
+
+        ::
+
+            tracker = Tracker.from_env()
+            app = Starlette(routes=[Mount("/flora", tracker.asgi())], lifespan=tracker.lifespan)
+
+        It works under any path, which TRACKER_PUBLIC_URL includes. While the tracker is not open,
+        it answers 503. Raises `TrackerNotOpen` if the tracker is open already: what runs in it is
+        decided then.
+        """
+        if self._application is None:
+            if self._stack is not None:
+                raise TrackerNotOpen(
+                    "this tracker is open already: call asgi() before it is opened"
+                )
+            from tracker.library.mounted import Mounted
+
+            self._application = Mounted(self.lifespan)
+        return self._application
+
+    @asynccontextmanager
+    async def lifespan(self, app: object) -> AsyncGenerator[None]:
+        """Opens the tracker with an application and closes it: `Starlette(lifespan=…)`.
+
+        An application with a lifespan of its own uses `async with tracker:` there.
+        """
+        async with self:
+            yield
 
     def _closed_copy(self) -> Self:
         """The same tracker for a child process, whose parent may have opened this one."""

@@ -30,6 +30,7 @@ from tracker.core.tokens import Token, Tokens
 from tracker.store.engine import Database
 from tracker.store.queries import sessions as store
 from tracker.store.queries.sessions import SessionRow
+from tracker.web.http.prefix import prefix_of
 from tracker.web.http.request import SAFE_METHODS, header, header_values, is_https, is_same_origin
 
 LASTS: Final = timedelta(hours=12)
@@ -42,7 +43,6 @@ CSRF_FIELD: Final = "csrf_token"
 _RECORD_USE: Final = timedelta(minutes=1)
 """How often the use of a session is stored."""
 _NAME: Final = "tracker_session"
-_SECURE_NAME: Final = f"__Host-{_NAME}"
 _COOKIE_FORM: Final = re.compile(r"[A-Za-z0-9_-]{43}")
 
 
@@ -92,7 +92,7 @@ class Sessions:
             last_used_at=now,
         )
         await store.begin(self._database, row, idle=IDLE, lasts=LASTS)
-        return _set_cookie(cookie, LASTS, secure=secure)
+        return _set_cookie(scope, cookie, LASTS, secure=secure)
 
     async def end(self, scope: Scope, session: Session | None) -> str:
         """End a session; the `Set-Cookie` that makes the browser forget it.
@@ -101,12 +101,12 @@ class Sessions:
         """
         if session is not None:
             await store.end(self._database, session.session_id, now=self._clock())
-        return _set_cookie("", timedelta(0), secure=self._is_secure(scope))
+        return _set_cookie(scope, "", timedelta(0), secure=self._is_secure(scope))
 
     async def of(self, scope: Scope) -> Session | None:
         """The valid session of the request's cookie, if any. Raises `StoreUnavailable`."""
         secure = self._is_secure(scope)
-        cookie = _cookie(scope, _SECURE_NAME if secure else _NAME)
+        cookie = _cookie(scope, _name(scope, secure=secure))
         if cookie is None or not _COOKIE_FORM.fullmatch(cookie):
             return None
         return await self._find(_id_of(cookie), cookie, secure=secure)
@@ -173,7 +173,7 @@ class Sessions:
         Some proxies do not say so; then a cookie that only https can set, or the host of an https
         `TRACKER_PUBLIC_URL`, does.
         """
-        if is_https(scope) or _cookie(scope, _SECURE_NAME) is not None:
+        if is_https(scope) or _cookie(scope, _name(scope, secure=True)) is not None:
             return True
         host = header(scope, b"host")
         return self._secure_host is not None and (
@@ -190,12 +190,19 @@ def _csrf_of(cookie: str) -> str:
     return base64.urlsafe_b64encode(digest).decode().rstrip("=")
 
 
-def _set_cookie(value: str, lasts: timedelta, *, secure: bool) -> str:
-    """A `Set-Cookie`; with https under a name that no other host and no http page can set."""
+def _name(scope: Scope, *, secure: bool) -> str:
+    """The cookie's name; with https one that no http page can set, and, unless the application is
+    mounted, no other host. A mounted one has a name and a path of its own."""
+    prefix = prefix_of(scope)
+    name = _NAME + re.sub(r"[^A-Za-z0-9]", "-", prefix)
+    return f"{'__Secure-' if prefix else '__Host-'}{name}" if secure else name
+
+
+def _set_cookie(scope: Scope, value: str, lasts: timedelta, *, secure: bool) -> str:
     parts = [
-        f"{_SECURE_NAME if secure else _NAME}={value}",
+        f"{_name(scope, secure=secure)}={value}",
         f"Max-Age={int(lasts.total_seconds())}",
-        "Path=/",
+        f"Path={prefix_of(scope) or '/'}",
         "HttpOnly",
         "SameSite=Lax",
     ]

@@ -122,7 +122,7 @@ async def test_the_right_token_from_another_origin_is_not_enough(
 async def test_another_sessions_token_is_not_ours(browser: httpx.AsyncClient, closed: Site) -> None:
     """Each session has its own token, and it works in no other session."""
     await quarantine(closed, event())
-    async with httpx.AsyncClient(base_url=closed.base_url) as other:
+    async with closed.another() as other:
         await sign_in(other)
         theirs = csrf_of((await other.get("/", headers=HTML)).text)
     assert (await browser.post(REPLAY, data={"csrf_token": theirs})).status_code == 403

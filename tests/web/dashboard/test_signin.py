@@ -273,8 +273,8 @@ async def test_a_copied_cookie_ends_with_the_sign_out(closed: Site) -> None:
     copy = httpx.Cookies(closed.client.cookies)
     csrf = csrf_of((await closed.client.get("/", headers=HTML)).text)
     async with (
-        httpx.AsyncClient(base_url=closed.base_url, cookies=copy) as thief,
-        httpx.AsyncClient(base_url=closed.base_url) as other,
+        closed.another(cookies=copy) as thief,
+        closed.another() as other,
     ):
         assert (await sign_in(other)).status_code == 303
         assert (await thief.get("/api/runs")).status_code == 200
@@ -294,7 +294,7 @@ async def test_a_stream_ends_with_the_sign_out(serve: Serve, sqlite_url: str) ->
         await sign_in(site.client)
         csrf = csrf_of((await site.client.get("/", headers=HTML)).text)
         async with (
-            httpx.AsyncClient(base_url=site.base_url, cookies=site.client.cookies) as copy,
+            site.another(cookies=site.client.cookies) as copy,
             following(copy) as events,
         ):
             await site.client.post("/logout", data={"csrf_token": csrf})

@@ -148,7 +148,7 @@ async def test_messages_are_sent_again(hooked: Site) -> None:
 
 async def test_a_token_that_only_reads_changes_nothing(hooked: Site) -> None:
     """It sees no buttons, and requests are refused; in the API too."""
-    async with httpx.AsyncClient(base_url=hooked.base_url, headers=HTML) as reader:
+    async with hooked.another(headers=HTML) as reader:
         await sign_in(reader, READER)
         page = (await reader.get("/endpoints/shop")).text
         assert "/endpoints/shop/test" not in page
@@ -156,6 +156,6 @@ async def test_a_token_that_only_reads_changes_nothing(hooked: Site) -> None:
         for path in ("/endpoints/shop/enable", "/messages/msg_3/resend"):
             assert (await reader.post(path, headers=headers)).status_code == 403
     bearer = {"Authorization": f"Bearer {READER}", "Accept": "application/json"}
-    async with httpx.AsyncClient(base_url=hooked.base_url, headers=bearer) as reader:
+    async with hooked.another(headers=bearer) as reader:
         assert (await reader.get("/api/messages")).status_code == 200
         assert (await reader.post("/api/messages/msg_3/resend")).status_code == 403

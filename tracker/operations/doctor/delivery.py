@@ -94,7 +94,7 @@ class Reply:
     def to_sign_in(self) -> bool:
         """Whether the tracker redirects to its sign-in, as it does for protected paths."""
         path = self.headers.get("location", "").partition("?")[0]
-        return self.status == 303 and path == "/login" and "x-request-id" in self.headers
+        return self.status == 303 and path.endswith("/login") and "x-request-id" in self.headers
 
     @property
     def signature(self) -> Literal["missing", "wrong"] | None:

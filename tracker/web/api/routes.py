@@ -58,6 +58,7 @@ from tracker.web.api.responses import (
 )
 from tracker.web.auth import actor_of
 from tracker.web.http.limits import Limits
+from tracker.web.http.prefix import prefix_of
 from tracker.web.http.request import peer_of, read_json
 from tracker.web.http.responses import Fault, Json, invalid, not_found
 from tracker.web.stream.endpoint import Stream, StreamQuery
@@ -106,7 +107,8 @@ class Api(BatchOperations):
         return await one.handler(self, request, **arguments)
 
     async def _describe(self, request: Request) -> Response:
-        return Json(self._document)
+        servers = [{"url": prefix_of(request.scope) or "/"}]
+        return Json({**self._document, "servers": servers})
 
     @cached_property
     def _document(self) -> dict[str, Any]:  # takes 25 ms, so not at the start

@@ -31,6 +31,7 @@ from tracker.services import Services
 from tracker.store.text import clean
 from tracker.web.auth import may, session_of
 from tracker.web.dashboard.media import plain_http_origin
+from tracker.web.http.prefix import link_below, prefix_of
 from tracker.web.http.responses import Fault, not_found
 
 
@@ -218,7 +219,7 @@ class Renderer:
             if len(content) > PAGE_BYTES:
                 raise Fault(500, "page_too_large", "This page is too large: use the API instead.")
         return Response(
-            bytes(content),
+            link_below(prefix_of(scope), bytes(content)),
             status_code=status,
             media_type="text/html",
             headers={**self._headers, **(headers or {})},

@@ -25,6 +25,7 @@ from tracker.web.dashboard.runs import RunListPages
 from tracker.web.dashboard.spending import SpendingPage
 from tracker.web.dashboard.techniques import TechniquePages
 from tracker.web.dashboard.webhooks import WebhookPages
+from tracker.web.http.prefix import prefix_of
 from tracker.web.http.responses import Fault
 
 _JSON_PATHS: Final = (
@@ -106,7 +107,8 @@ class Dashboard:
 def _to_sign_in(request: Request) -> Response:
     """To the sign-in, and from there to the wanted page, or to the one whose script asked."""
     if request.headers.get("hx-request") == "true":
-        wanted = _path_of(request.headers.get("hx-current-url", ""))
+        page = _path_of(request.headers.get("hx-current-url", ""))
+        wanted = page.removeprefix(prefix_of(request.scope)) or "/"
         # A redirect would put the sign-in into the middle of the present page.
         return Response(status_code=401, headers={"HX-Redirect": login_url(wanted)})
     wanted = "/"

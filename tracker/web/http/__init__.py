@@ -29,6 +29,7 @@ module          contents
 `connection`    one connection and the limits on it; all connections and their limits together
 `limits`        the numbers
 `middleware`    request ids, default headers, error responses, the deadline for reads
+`prefix`        the path that a host application mounts this one under
 `request`       headers, origin and body of a request
 `responses`     JSON, prebuilt and error responses; which error has which status
 ==============  ====================================================================================

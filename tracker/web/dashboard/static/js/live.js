@@ -39,8 +39,9 @@ async function refresh() {
 
 // The page of a run follows that run alone.
 function source() {
+  const { stream: address } = indicator.dataset;
   const { live: kind, run } = live().dataset;
-  return kind === "run" ? `/api/stream?run_id=${encodeURIComponent(run)}` : "/api/stream";
+  return kind === "run" ? `${address}?run_id=${encodeURIComponent(run)}` : address;
 }
 
 function open() {
