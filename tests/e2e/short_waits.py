@@ -16,7 +16,7 @@ from tracker.cli import main
 from tracker.delivering import webhooks
 from tracker.polling import poll, sweep
 from tracker.polling.workspaces import DatabaseWaits
-from tracker.starting import batch_worker, catalogue, recover, sending
+from tracker.starting import catalogue, recover, sending
 from tracker.store.queries import batch_launches
 from tracker.store.writing import rollups
 from tracker.web.http import server
@@ -57,12 +57,17 @@ def shorten_waits() -> None:
     seconds, not thirty."""
     shorten(sending, HELD_FOR=timedelta(seconds=2))
     shorten(batch_launches, LEASE=timedelta(seconds=2))
-    shorten(batch_worker, RENEW_AFTER=0.5, CHECK_EVERY=0.3, FINISH_EVERY=0.3)
-    shorten(batch_worker, GO_ON_AFTER=timedelta(seconds=0.5))
     services.FloraClient = partial(services.FloraClient, monotonic=clock, sleep=short_sleep)  # type: ignore
     services.DatabaseWaits = ShortWaits  # type: ignore[misc]
     services.Starter = partial(services.Starter, sleep=short_pause)  # type: ignore
     services.Batches = partial(services.Batches, sleep=short_pause)  # type: ignore
+    services.BatchWorker = partial(  # type: ignore
+        services.BatchWorker,
+        check_every=0.3,
+        finish_every=0.3,
+        renew_after=0.5,
+        go_on_after=timedelta(seconds=0.5),
+    )
 
 
 def shorten_all_waits() -> None:
@@ -74,7 +79,8 @@ def shorten_all_waits() -> None:
     shorten(recover, LISTED_WITHIN=timedelta(seconds=1))
     for module in (poll, sweep, catalogue):
         shorten(module, LEASE=soon)
-    for module in (sending, poll, sweep, batch_worker):
+    services.BatchWorker = partial(services.BatchWorker, renew_after=0.1)  # type: ignore
+    for module in (sending, poll, sweep):
         shorten(module, RENEW_AFTER=0.1)
     shorten(scheduler, ROUND_EVERY=0.2, RECOVER_EVERY=soon)
     scheduler.CronTrigger = every_second  # type: ignore[assignment,misc]

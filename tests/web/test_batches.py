@@ -18,7 +18,7 @@ from tests.web.flora import with_flora
 from tests.worker.test_batch import hasty_client
 from tracker.core.budget import Budget, Budgets, Period
 from tracker.simulator import Simulator
-from tracker.starting import batch_launch, batch_worker
+from tracker.starting import batch_launch
 from tracker.starting.batch_orders import Order
 from tracker.starting.sheet import read_csv
 from tracker.store.queries import audit, batch_launches, batches
@@ -86,14 +86,11 @@ def begun(flora: Simulator) -> list[str]:
     return sorted(run.inputs[0]["value"] for run in flora.world.runs.values())
 
 
-async def test_a_program_gets_from_rows_to_results(
-    serve: Serve, database_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_program_gets_from_rows_to_results(serve: Serve, database_url: str) -> None:
     """Rows are stored before the answer and started by the worker; carried fields, tags, costs and
     outputs come back with each row, as JSON and as CSV; the same rows again pay nothing."""
-    monkeypatch.setattr(batch_worker, "FINISH_EVERY", 0.2)
-    monkeypatch.setattr(batch_worker, "CHECK_EVERY", 0.2)
     async with working(serve, database_url) as (site, flora):
+        site.services.batch_worker.finish_every = site.services.batch_worker.check_every = 0.2
         more = {"name": "Spring", "tags": {"client": "acme"}, "tag_columns": {"sku": "sku"}}
         made = await create(site, 201, **more)
         assert (made["name"], made["source"], made["rows"]) == ("Spring", "api", 5)
@@ -202,9 +199,9 @@ async def test_a_batch_waits_for_a_budget_if_asked(
     serve: Serve, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It starts what fits, says what it waits for, and goes on when there is room."""
-    monkeypatch.setattr(batch_worker, "RENEW_AFTER", 0.05)
     monkeypatch.setattr(batch_launch, "BUDGET_EVERY", timedelta(seconds=0.2))
     async with working(serve, sqlite_url) as (site, flora):
+        site.services.batch_worker.renew_after = 0.05
         budget = Budget(usd=Decimal("0.6"), period=Period.DAY)
         site.services.starter.budgets = Budgets(others=(budget,))
         site.services.batch_orders.budgets = Budgets(others=(budget,))
@@ -289,17 +286,15 @@ async def test_the_maximum_holds_across_processes(serve: Serve, sqlite_url: str)
         assert "the maximum cost of $1.25" in stopped["stopped"]
 
 
-async def test_a_launch_goes_on_when_the_key_is_right_again(
-    serve: Serve, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_launch_goes_on_when_the_key_is_right_again(serve: Serve, sqlite_url: str) -> None:
     """What passes ends no batch: it says why it waits, and goes on by itself."""
-    monkeypatch.setattr(batch_worker, "GO_ON_AFTER", timedelta(seconds=0.2))
     async with (
         working(serve, sqlite_url, worker=False) as (site, flora),
         hasty_client(flora) as client,
     ):
         (workspace,) = site.services.workspaces
         works, key = site.services.batch_worker, flora.world.options.api_key
+        works.go_on_after = timedelta(seconds=0.2)
         made = await create(site, 201)
         workspace.client = client
         flora.world.options = replace(flora.world.options, api_key="sk_test_another")
@@ -357,13 +352,11 @@ async def test_what_failed_is_started_again_on_request(serve: Serve, database_ur
         assert await rows_of(site, batch_id, outcome="failed") == []
 
 
-async def test_a_batch_is_stopped_and_resumed(
-    serve: Serve, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_batch_is_stopped_and_resumed(serve: Serve, sqlite_url: str) -> None:
     """Stopped, no further row begins; the batch says by whom, and goes on when that is ordered."""
-    monkeypatch.setattr(batch_worker, "RENEW_AFTER", 0.05)
     rows = [{"prompt": f"icon {number}"} for number in range(100)]
     async with working(serve, sqlite_url) as (site, flora):
+        site.services.batch_worker.renew_after = 0.05
         made = await create(site, 201, rows=rows)
         batch_id = made["batch_id"]
         await eventually(lambda: len(flora.world.runs) > 5, timeout=30)
@@ -389,11 +382,11 @@ async def test_a_launch_whose_lease_is_lost_is_taken_up_again(
     async def lose(*_: Any, **__: Any) -> bool:
         return False
 
-    monkeypatch.setattr(batch_worker, "RENEW_AFTER", 0.05)
     monkeypatch.setattr(batch_launches, "renew", lose)
     rows = [{"prompt": f"icon {number}"} for number in range(100)]
     async with working(serve, sqlite_url, worker=False) as (site, flora):
         works = site.services.batch_worker
+        works.renew_after = 0.05
         made = await create(site, 201, rows=rows)
         await works.launch_due()
         await eventually(lambda: not works._tasks, timeout=30)

@@ -42,14 +42,6 @@ from tracker.store.queries.starts import StartState
 
 MOST_LAUNCHES: Final = 20
 """Launches at the same time in one process; further batches wait."""
-CHECK_EVERY: Final = 5.0
-"""Seconds between two reads of what is due; an order of the same process is launched at once."""
-FINISH_EVERY: Final = 15.0
-"""Seconds between two checks whether the runs of launched batches have ended."""
-RENEW_AFTER: Final = 3.0
-"""Seconds after which a lease is renewed, and a new order or a stop is noticed."""
-GO_ON_AFTER: Final = timedelta(seconds=30)
-"""When a launch goes on that FLORA's or the database's silence ended."""
 BREAK_OFF_SECONDS: Final = 5.0
 """How long starts that were sent have to end when the process stops."""
 
@@ -67,6 +59,14 @@ class BatchWorker:
     process: str
     concurrency: int
     clock: Clock
+    check_every: float = 5.0
+    """Seconds between two reads of what is due; an order of this process is launched at once."""
+    finish_every: float = 15.0
+    """Seconds between two checks whether the runs of launched batches have ended."""
+    renew_after: float = 3.0
+    """Seconds after which a lease is renewed, and a new order or a stop is noticed."""
+    go_on_after: timedelta = timedelta(seconds=30)
+    """When a launch goes on that FLORA's or the database's silence ended."""
     _tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict, init=False)
     _launches: set[BatchLaunch] = field(default_factory=set, init=False)
     _ordered: asyncio.Event = field(default_factory=asyncio.Event, init=False)
@@ -80,7 +80,7 @@ class BatchWorker:
     async def wait(self) -> None:
         """Wait until something may be due."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(CHECK_EVERY):
+            async with asyncio.timeout(self.check_every):
                 await self._ordered.wait()
         self._ordered.clear()
 
@@ -97,7 +97,7 @@ class BatchWorker:
                 if batch.batch_id not in self._tasks:
                     task = asyncio.create_task(self._work(batch), name="batch-launch")
                     self._tasks[batch.batch_id] = task
-        if time.monotonic() - self._closed_at >= FINISH_EVERY:
+        if time.monotonic() - self._closed_at >= self.finish_every:
             await batch_launches.finish_ended(self.database, self.clock())
             self._closed_at = time.monotonic()
 
@@ -155,7 +155,7 @@ class BatchWorker:
         if launch is not None and launch.broken_off:
             return None
         if stopped is not None and _is_passing(stopped):
-            go_on_at = self.clock() + GO_ON_AFTER
+            go_on_at = self.clock() + self.go_on_after
             return LaunchEnd(launch_at=go_on_at, stopped=str(stopped), errors={})
         return LaunchEnd(
             launch_at=None,
@@ -188,7 +188,7 @@ class BatchWorker:
         """Renew the lease; break the launch off where it is lost, or the batch ordered anew."""
         valid_until = boot_seconds() + batch_launches.LEASE.total_seconds()
         while boot_seconds() < valid_until:
-            await asyncio.sleep(RENEW_AFTER)
+            await asyncio.sleep(self.renew_after)
             until = boot_seconds() + batch_launches.LEASE.total_seconds()
             waits = None if launch.over_budget is None else str(launch.over_budget)
             with suppress(StoreError):
