@@ -1,4 +1,4 @@
-"""Start a run, wait until it has ended, print what it cost and its outputs.
+"""Start a run, wait until it has ended, print what it cost and save its files.
 
     export FLORA_API_KEY=sk_live_…
     python script.py order-17 "garden tools"
@@ -23,8 +23,9 @@ async def main(order: str, prompt: str) -> None:
         print(f"{run.run_id} is {run.status}", flush=True)
         done = await run.wait(timeout=600)  # seconds; raises RunFailed if it did not complete
         print(f"{done.run_id} cost {done.charged_cost} USD")
-        for output in done.outputs:
-            print(output.url)
+        report = await tracker.download(done, "files")
+        for result in report.results:
+            print(f"saved files/{result.entry.file}" if result.entry else result.error)
 
 
 if __name__ == "__main__":

@@ -106,6 +106,8 @@ def test_the_search_finds_it(served: Page) -> None:
         ("semicolon", "The sheet", "excel"),
         ("xlsx", "From Excel to files", "excel"),
         ("notebook", "Notebooks", "python"),
+        ("django", "examples/django_app.py", "files/examples/django_app.py"),
+        ("fastapi", "examples/fastapi_app.py", "files/examples/fastapi_app.py"),
     ):
         for _ in range(5):  # until the theme's scripts are there
             field.fill("")

@@ -1,5 +1,7 @@
 """The script can be killed and repeated."""
 
+import re
+
 import pytest
 
 from tests.e2e.processes import Sandbox
@@ -10,7 +12,7 @@ from tests.support.waiting import eventually
 @pytest.mark.parametrize("database", ["postgres_url"])
 async def test_the_script_is_killed_and_repeated(sandbox: Sandbox, database: str) -> None:
     """Killed after the start and repeated with the same order, the script ends with one run, its
-    cost and its outputs, although every callback is lost; once more, it only shows them."""
+    cost and its files, although every callback is lost; once more, it only shows them."""
     await simulate(sandbox, drop="1")
     command = (str(EXAMPLES / "script.py"), "order-17", "garden tools")
     killed = await sandbox.run(*command, **SOON)
@@ -24,4 +26,6 @@ async def test_the_script_is_killed_and_repeated(sandbox: Sandbox, database: str
     (bill,) = await paid(sandbox)
     for log in shown:
         assert f"{bill['run_id']} cost {bill['bill']} USD" in log
-        assert f"{sandbox.simulator}/" in log
+        files = re.findall("^saved (.+)$", log, re.MULTILINE)
+        assert files
+        assert all((sandbox.directory / file).stat().st_size for file in files)

@@ -25,7 +25,7 @@ from tracker.delivering.handlers import TIMEOUT
 from tracker.errors import TrackerNotOpen
 from tracker.library.batches import BatchCalls
 from tracker.library.handlers import EventName, HandlerFunction, Handlers, RunEvent
-from tracker.library.inputs import InputValues, given_inputs, naming_fields, valid
+from tracker.library.inputs import InputValues, check_key, given_inputs, naming_fields, valid
 from tracker.library.reading import RunCalls
 from tracker.library.run import ACTOR, Run
 from tracker.services import START_SECONDS, Services, open_services
@@ -242,7 +242,9 @@ class Tracker(RunCalls, BatchCalls):
         `SettingsError` without an API key.
         """
         services = self._services()
-        key = f"trk-{uuid4()}" if idempotency_key is None else idempotency_key
+        key = f"trk-{uuid4()}"
+        if idempotency_key is not None:
+            key = valid("idempotency_key", check_key, idempotency_key)
         checked = valid("tags", check_tags, tags or {})
         give_up = time.monotonic() + (START_SECONDS if timeout is None else timeout)
         typed: list[dict[str, str]] | None = None

@@ -52,8 +52,11 @@ async def given_inputs(
 def _flat(inputs: InputValues) -> Iterator[tuple[str, object, object, object]]:
     """Where it stands, id, type (`None` if not given) and value of each input."""
     if not isinstance(inputs, Mapping):
-        for number, one in enumerate(inputs):
-            yield f"inputs.{number}", one.get("id"), one.get("type"), one.get("value")
+        try:
+            for number, one in enumerate(inputs):
+                yield f"inputs.{number}", one.get("id"), one.get("type"), one.get("value")
+        except (AttributeError, TypeError):  # a text, or a list of texts
+            _raise([FieldFault("inputs", "must be a mapping of input ids to values")])
         return
     for name, value in inputs.items():
         for item in value if isinstance(value, list | tuple) else [value]:
@@ -97,3 +100,10 @@ def valid(field: str, check: Callable[[S], T], value: S) -> T:
         return check(value)
     except ValueError as error:
         raise InvalidRequest(f"{field}: {error}", [FieldFault(field, str(error))]) from error
+
+
+def check_key(key: object) -> str:
+    """An idempotency key. Raises `ValueError` for what is no text, such as an order's number."""
+    if not isinstance(key, str):
+        raise ValueError(f"must be a text, such as {str(key)!r}")
+    return key

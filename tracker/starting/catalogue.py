@@ -191,7 +191,18 @@ class Catalogue:
         if not is_possible_name(technique):
             message = "is no technique's id or slug"
             raise InvalidRequest(f"{technique!r} {message}", [FieldFault("technique", message)])
-        found = await workspace.require_client().get_technique(technique, deadline=deadline)
+        try:
+            found = await workspace.require_client().get_technique(technique, deadline=deadline)
+        except NotFound as error:  # FLORA does not repeat the name
+            if not error.from_flora:
+                raise
+            advice = f"{technique!r} is none; `tracker techniques list` has all."
+            raise NotFound(
+                status=error.status,
+                code=error.code,
+                message=f"{error.message} {advice}",
+                request_id=error.request_id,
+            ) from error
         if technique != found.technique_id:
             self._slugs[workspace.slot, technique] = found.technique_id
         self._failed_at.pop((workspace.slot, technique), None)

@@ -1,0 +1,70 @@
+"""What is often wrong in a first program gets one error, which says what to do."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from tests.library.conftest import INPUTS, MakeTracker
+from tracker import Tracker, errors
+
+Call = Callable[[Tracker], Awaitable[Any]]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (
+            lambda tracker: tracker.start("icon-pak", INPUTS),
+            errors.NotFound,
+            "'icon-pak' is none; `tracker techniques list` has all",
+        ),
+        (
+            lambda tracker: tracker.start("icon-pack", {"promt": "tools"}),
+            errors.InvalidRequest,
+            "no input 'promt' (it has prompt)",
+        ),
+        (
+            lambda tracker: tracker.start("icon-pack", "tools"),
+            errors.InvalidRequest,
+            "inputs: must be a mapping of input ids to values",
+        ),
+        (
+            lambda tracker: tracker.start("icon-pack", ["tools"]),
+            errors.InvalidRequest,
+            "inputs: must be a mapping of input ids to values",
+        ),
+        (
+            lambda tracker: tracker.start("icon-pack", INPUTS, idempotency_key=17),
+            errors.InvalidRequest,
+            "idempotency_key: must be a text, such as '17'",
+        ),
+        (
+            lambda tracker: tracker.start("icon-pack", INPUTS, tags={"order": 17}),
+            errors.InvalidRequest,
+            "'order': a value is a text",
+        ),
+        (lambda tracker: tracker.wait("run_1"), errors.RunUnknown, "`await tracker.track(run_id)`"),
+    ],
+)
+async def test_a_wrong_call_says_what_is_wrong(
+    tracker: Tracker, call: Call, error: type[Exception], words: str
+) -> None:
+    """A wrong technique, input, key, tag or run is named, and nothing is started."""
+    with pytest.raises(error) as raised:
+        await call(tracker)
+    assert words in str(raised.value)
+    assert [run async for run in tracker.runs()] == []
+
+
+async def test_a_missing_key_is_named(make_tracker: MakeTracker) -> None:
+    """Without an API key, the error names the variable to set."""
+    async with make_tracker(flora_api_key=None) as tracker:
+        with pytest.raises(errors.SettingsError, match="set FLORA_API_KEY"):
+            await tracker.start("icon-pack", INPUTS)
+
+
+async def test_a_tracker_that_is_not_open_says_how_to_open_it(make_tracker: MakeTracker) -> None:
+    """A call before `async with` names it."""
+    with pytest.raises(errors.TrackerNotOpen, match="async with tracker"):
+        await make_tracker().start("icon-pack", INPUTS)
