@@ -15,7 +15,8 @@
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from tracker import errors, sync
+    from tracker import errors as errors
+    from tracker import sync as sync
     from tracker.core.run import Output
     from tracker.library.batches import Batch, BatchResult
     from tracker.library.callbacks import VerifiedCallback
@@ -39,8 +40,6 @@ __all__ = [
     "SpendingSummary",
     "Tracker",
     "VerifiedCallback",
-    "errors",
-    "sync",
 ]
 
 _MODULES: Final = {
@@ -75,4 +74,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     special = [name for name in globals() if name.startswith("__")]
-    return [*special, "__version__", *__all__]
+    return [*special, "__version__", "errors", "sync", *__all__]

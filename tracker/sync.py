@@ -32,7 +32,7 @@ from tracker.library.handlers import EventName, RunEventFields
 from tracker.library.inputs import InputValues
 from tracker.library.loop_thread import CLOSED, LoopThread
 from tracker.library.reading import LAST_MONTH
-from tracker.library.run import Event, RunFields, SpendingSummary
+from tracker.library.run import Event, RunFields, RunList, SpendingSummary
 from tracker.library.run import Run as AsyncRun
 from tracker.settings import Settings
 from tracker.store.writing.messages import MOST_OPEN, Claim
@@ -210,7 +210,7 @@ class Tracker(BlockingBatchCalls):
         all_of = self._tracker.wait(
             map(following.id_of, runs), timeout, raise_on_failure=raise_on_failure
         )
-        return list(map(self._run, self._call(all_of)))
+        return RunList(map(self._run, self._call(all_of)))
 
     def as_settled(
         self, runs: "Iterable[Run | str]", *, timeout: float | None = None

@@ -16,8 +16,8 @@ from tracker.core.clock import utc_now
 from tracker.core.observation import Source
 from tracker.core.record import Record
 from tracker.core.run import Output, Run
-from tracker.library.notebook import runs_html
-from tracker.library.run import RunFields
+from tracker.library.batches import BatchFields
+from tracker.library.run import RunFields, RunList
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -26,6 +26,28 @@ RUN = replace(
     RunFields.of(Record(run=Run(run_id="run_1"), source=Source.START, first_seen_at=NOW)),
     technique_name="Icon Pack",
     tags={"campaign": "spring"},
+)
+BATCH = BatchFields(
+    batch_id="bat_1",
+    name="icons.csv",
+    workspace_id="ws_1",
+    technique_id="tech_icon-pack",
+    source=None,
+    created_at=NOW,
+    launching=True,
+    stopped=None,
+    rows=12,
+    started=10,
+    completed=8,
+    failed=1,
+    active=1,
+    lost=0,
+    refused=0,
+    unresolved=0,
+    in_doubt=1,
+    cost=Decimal("2.5"),
+    cost_final=False,
+    quoted=Decimal(0),
 )
 STYLES = {
     "light": "background:#ffffff;color:#000000",
@@ -72,7 +94,8 @@ async def test_a_notebook_shows_a_run_with_its_outputs(
     runs = (done, failed, lost, running, replace(RUN, quoted_cost=Decimal(1)))
     watched = await open_page(viewport={"width": 390, "height": 800})
     page = watched.page
-    await show(page, theme, *(run._repr_html_() for run in runs), runs_html([*runs] * 30))
+    shown = (*runs, BATCH, RunList([*runs] * 30))
+    await show(page, theme, *(one._repr_html_() for one in shown))
     card = page.locator("main > div").first
     for text in ("Icon Pack", "completed", "run_1", "$0.25 (not final)", "42 s", "spring"):
         await expect(card).to_contain_text(text)
@@ -86,6 +109,8 @@ async def test_a_notebook_shows_a_run_with_its_outputs(
         ("change it", "not found at FLORA", "running, 40 %", "quoted"), 1
     ):
         await expect(page.locator("main > div").nth(number)).to_contain_text(text)
+    for text in ("icons.csv", "in progress", "Completed", "$2.50 (not final)", "In doubt"):
+        await expect(page.locator("main > div").nth(5)).to_contain_text(text)
     await expect(page.locator("main > div").last).to_contain_text("and 50 more runs")
     assert await page.evaluate("document.documentElement.scrollWidth") <= 390
     if folder := os.environ.get("TRACKER_TEST_SCREENSHOTS"):
@@ -105,10 +130,18 @@ async def test_hostile_texts_do_nothing_in_a_notebook(open_page: OpenPage) -> No
         tags={EVIL: EVIL},
         outputs=tuple(Output(EVIL, kind, link) for kind, link in product(TYPES, LINKS)),
     )
+    evil_batch = replace(BATCH, batch_id=EVIL, name=EVIL, technique_id=EVIL, stopped=EVIL)
     long = replace(RUN, outputs=(Output("text", "text", 5000 * "a"),))
     watched = await open_page()
     page = watched.page
-    await show(page, "light", evil._repr_html_(), runs_html([evil]), long._repr_html_())
+    await show(
+        page,
+        "light",
+        evil._repr_html_(),
+        RunList([evil])._repr_html_(),
+        evil_batch._repr_html_(),
+        long._repr_html_(),
+    )
     await expect(page.get_by_text("1,000 more characters")).to_be_visible()
     addresses = await page.evaluate(
         "[...document.querySelectorAll('[href], [src]')].map(e => e.href || e.src)"

@@ -19,7 +19,16 @@ import tracker
 import tracker.sync
 from tests.library.conftest import INPUTS
 from tests.support.waiting import eventually
-from tracker.errors import RunUnknown, SettingsError, StoreUnavailable, TrackerNotOpen, WaitTimeout
+from tests.web.callbacks import event, signed
+from tracker.errors import (
+    InvalidRequest,
+    RunUnknown,
+    SettingsError,
+    SignatureError,
+    StoreUnavailable,
+    TrackerNotOpen,
+    WaitTimeout,
+)
 from tracker.settings import Settings
 from tracker.simulator import Options, Simulator, running
 from tracker.sync import Run, RunEvent, Tracker
@@ -149,6 +158,38 @@ async def test_runs_are_started_and_awaited_by_many_threads(
         assert copied == done[0]
         with pytest.raises(TrackerNotOpen, match="belongs to no tracker"):
             copied.refresh()
+
+    await asyncio.to_thread(work)
+
+
+async def test_batches_changes_and_callbacks_block_too(
+    blocking: Tracker, flora: Simulator, tmp_path: Path
+) -> None:
+    """Rows become runs, whose changes, results, files and spending are read without an event loop;
+    a loop over changes can be left, and a view hands over a callback."""
+
+    def work() -> None:
+        rows = [{"prompt": "garden tools"}, {"prompt": "beach toys"}]
+        batch = blocking.start_batch("icon-pack", rows, tags={"campaign": "spring"})
+        assert (batch.rows, batch.refresh().batch_id) == (2, batch.batch_id)
+        for change in blocking.events(after=0):
+            assert isinstance(change.run, Run)
+            if change.run.wait(timeout=30).succeeded:
+                break
+        done = batch.wait(timeout=30)
+        assert (done.completed, done.ended, list(blocking.batches())) == (2, True, [done])
+        runs = [row.run for row in done.results() if row.run is not None]
+        assert {run.run_id for run in runs} == set(flora.world.runs)
+        assert len(blocking.download(runs, tmp_path).results) == 8
+        assert blocking.spending("tag:campaign").total.charged == done.cost > 0
+        with pytest.raises(InvalidRequest, match="by"):
+            blocking.spending("nothing")
+        body = event(runs[0].run_id)
+        headers = signed(body, flora.world.options.webhook_secret)
+        assert blocking.verify_callback(body, headers).run_id == runs[0].run_id
+        assert not blocking.receive_callback(body, headers).repeated
+        with pytest.raises(SignatureError):
+            blocking.receive_callback(body + b" ", headers)
 
     await asyncio.to_thread(work)
 

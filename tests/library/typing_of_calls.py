@@ -5,7 +5,7 @@ from decimal import Decimal
 from typing import assert_type
 
 import tracker.sync
-from tracker import Event, Output, Run, Tracker
+from tracker import BatchResult, Event, Output, Run, RunChange, RunEvent, SpendingSummary, Tracker
 from tracker.errors import RunFailed
 
 
@@ -22,6 +22,16 @@ async def asynchronous() -> None:
         assert_type(await run.events(), list[Event])
         assert_type(run.outputs, tuple[Output, ...])
         assert_type(run.charged_cost, Decimal | None)
+        batch = await opened.start_batch("icon-pack", [{"prompt": "a"}])
+        assert_type(await batch.results(), list[BatchResult[Run]])
+        assert_type(opened.events(), AsyncGenerator[RunChange[Run], None])
+        assert_type(await opened.spending(), SpendingSummary)
+
+        @opened.on("run.settled", name="store")
+        async def store(event: RunEvent) -> None:
+            assert_type(event.run, Run)
+
+        assert_type(await store(RunEvent.__new__(RunEvent)), None)
 
 
 def blocking() -> None:
@@ -33,6 +43,9 @@ def blocking() -> None:
         assert_type(run.wait(timeout=600), tracker.sync.Run)
         assert_type(opened.wait([run, "run_1"]), list[tracker.sync.Run])
         assert_type(opened.runs(tag="a=b"), Iterator[tracker.sync.Run])
+        batch = opened.batch("bat_1").wait(timeout=600)
+        assert_type(batch.results(), list[BatchResult[tracker.sync.Run]])
+        assert_type(opened.events(after=0), Iterator[RunChange[tracker.sync.Run]])
         try:
             run.refresh()
         except RunFailed as error:

@@ -128,6 +128,12 @@ class BatchFields:
             shown += f", {others} not"
         return f"<Batch {self.batch_id} · {self.technique_id} · {shown} · {money(self.cost)}>"
 
+    def _repr_html_(self) -> str:
+        """The batch in a notebook: its rows in each state, and its cost."""
+        from tracker.library.notebook import batch_html
+
+        return batch_html(self)
+
 
 class Batch(BatchFields):
     """A batch, as it was when it was read, and what can be done with it."""

@@ -1,4 +1,4 @@
-"""Runs as HTML, which notebooks show for the value of a cell.
+"""Runs and batches as HTML, which notebooks show for the value of a cell.
 
 Every text is escaped, and only a plain `http(s)` address becomes a link or is loaded.
 """
@@ -15,6 +15,7 @@ from tracker.core.retry import RetryAdvice
 from tracker.web.dashboard.media import output_names, plain_http_origin, presentation
 
 if TYPE_CHECKING:
+    from tracker.library.batches import BatchFields
     from tracker.library.run import RunFields
 
 MOST_CHARACTERS: Final = 4000
@@ -40,6 +41,13 @@ def runs_html(runs: "Iterable[RunFields]") -> str:
     shown = list(islice(rows, MOST_ROWS))
     rest = sum(1 for _ in rows)
     return str(_macros().table(shown, counted(rest, "more run") if rest else ""))
+
+
+def batch_html(batch: "BatchFields") -> str:
+    """A batch with the number of its rows in each state, and its cost."""
+    names = ("completed", "failed", "active", "lost", "refused", "unresolved", "in_doubt")
+    counts = {name.replace("_", " "): getattr(batch, name) for name in names}
+    return str(_macros().batch_card(batch, counts))
 
 
 @cache

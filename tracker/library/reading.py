@@ -12,7 +12,7 @@ from tracker.core.tags import parse_tag
 from tracker.errors import RunUnknown
 from tracker.library import following
 from tracker.library.inputs import valid
-from tracker.library.run import Event, Run, SpendingSummary
+from tracker.library.run import Event, Run, RunList, SpendingSummary
 from tracker.services import Services
 from tracker.store.queries import runs as read
 from tracker.store.queries import spending
@@ -116,7 +116,7 @@ class RunCalls:
         """
         wanted = [runs] if isinstance(runs, Run | str) else list(runs)
         ended = {run.run_id: run async for run in self.as_settled(wanted, timeout=timeout)}
-        result = [ended[following.id_of(run)] for run in wanted]
+        result = RunList(ended[following.id_of(run)] for run in wanted)
         if raise_on_failure:
             following.raise_failures(result)
         return result[0] if isinstance(runs, Run | str) else result

@@ -194,6 +194,15 @@ class RunFields:
         return run_html(self)
 
 
+class RunList(list[AnyRun]):
+    """A list of runs that a notebook shows as a table."""
+
+    def _repr_html_(self) -> str:
+        from tracker.library.notebook import runs_html
+
+        return runs_html(self)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpendingSummary:
     """What was spent since `since` (`None`: ever): a row for each day, technique or tag value, the
