@@ -106,15 +106,22 @@ ONE_DATABASE = ("delivering", "e2e", "hostile", "web", "worker")
 """Folders of code that has no SQL of its own."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--every-database` is for CI: every test of both databases runs on both."""
+    parser.addoption("--every-database", action="store_true", help="run no test on one alone")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run what has no SQL of its own on one of the two databases, chosen by the test's name, so
-    that each database has half of the tests.
+    that each database has half of the tests; on both with `--every-database`.
 
     The SQL has its tests in tests/store, on both. `both_databases` marks the few others whose
     subject depends on the database.
     """
     test = metafunc.definition
+    if metafunc.config.getoption("every_database"):
+        return
     parametrized = {
         argument
         for mark in test.iter_markers("parametrize")
