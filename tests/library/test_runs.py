@@ -140,6 +140,7 @@ async def test_inputs_are_python_values(tracker: Tracker, flora: Simulator) -> N
         ({}, "inputs.asset: is required"),
         ({"asset": "https://example.com/a", "mood": "x"}, "inputs.mood: the technique has no"),
         ({"asset": object()}, "inputs.asset: must be a text, a number or a boolean, not object"),
+        ({"asset": float("nan")}, "inputs.asset: must be a text, a number or a boolean, not nan"),
         ([{"id": "asset", "value": "x"}], "inputs.0.value: asset must be"),
     ],
 )

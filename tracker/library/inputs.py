@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal
+from math import isfinite
 from typing import Any, Final, TypeVar
 
 from tracker.core.errors import FIELDS_NAMED, FieldFault, InvalidRequest
@@ -37,7 +38,8 @@ async def given_inputs(
         if not isinstance(name, str) or not isinstance(kind, str | None):
             faults.append(FieldFault(where, "its id and type must be texts"))
         elif text is None:
-            message = f"must be a text, a number or a boolean, not {type(value).__name__}"
+            given = value if isinstance(value, float | Decimal) else type(value).__name__
+            message = f"must be a text, a number or a boolean, not {given}"
             faults.append(FieldFault(where, message))
         else:
             values.append((name, kind, text))
@@ -81,9 +83,11 @@ def naming_fields(
 
 
 def text_of(value: object) -> str | None:
-    """A text, number or boolean as an input has it; `None` for anything else."""
+    """A text, number or boolean as an input has it; `None` for anything else, as `nan`."""
     if isinstance(value, str):
         return value
+    if isinstance(value, float | Decimal) and not isfinite(value):
+        return None
     if isinstance(value, Decimal):
         return str(value)
     return json.dumps(value) if isinstance(value, bool | int | float) else None
