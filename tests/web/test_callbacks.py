@@ -281,7 +281,8 @@ async def test_what_cannot_be_committed_in_time_is_a_503_and_is_taken_later(
 ) -> None:
     """While the database is blocked FLORA is told to come back; afterwards it is taken."""
     body = event()
-    async with serve(database_url, limits=Limits(callback_seconds=0.5)) as site:
+    async with serve(database_url) as site:
+        site.services.inbox._deadline = 0.5
         async with _held(database_url):
             answer = await site.client.post(PATH, content=body, headers=signed(body))
             assert answer.status_code == 503

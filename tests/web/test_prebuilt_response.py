@@ -1,17 +1,19 @@
-"""A callback's answer is written past all layers, and is still the answer that they would give."""
+"""A callback that arrives whole is taken and answered past all layers, with the answer that they
+would give."""
 
 import pytest
 
 from tests.web.callbacks import PATH, event, signature
 from tests.web.conftest import Serve
 from tests.web.serving import Answer, post, wire
-from tracker.web.http.responses import PrebuiltResponse
+from tracker.web.callbacks import Callbacks
+from tracker.web.http.responses import Answer as Write
 
 
 @pytest.mark.parametrize("number", ["", "X-Request-Id: of-the-proxy"], ids=["ours", "theirs"])
 @pytest.mark.alone
 async def test_it_is_the_same_either_way(serve: Serve, sqlite_url: str, number: str) -> None:
-    """Headers and body, on a connection that stays and on one that ends with it."""
+    """Headers and body: taken whole, in two parts, and on a connection that ends with it."""
 
     async def ask(*more: str) -> Answer:
         body = event("run_1")
@@ -20,16 +22,26 @@ async def test_it_is_the_same_either_way(serve: Serve, sqlite_url: str, number: 
             await asking.send(post(PATH, body, *headers))
             return await asking.answer()
 
+    async def ask_in_parts() -> Answer:
+        body = event("run_1")
+        headers = [f"Flora-Signature: {signature(body)}", *([number] if number else [])]
+        async with wire(site.base_url) as asking:
+            await asking.send(post(PATH, body[:9], *headers, length=len(body)))
+            assert (await site.client.get("/healthz")).status_code == 200  # the first part is there
+            await asking.send(body[9:])
+            return await asking.answer()
+
     async with serve(sqlite_url) as site:
         await ask()
         at_once = await ask()
+        in_parts = await ask_in_parts()
         through_all = await ask("Connection: close")
     assert through_all.headers.pop("connection") == "close"
-    for answer in (at_once, through_all):
+    for answer in (at_once, in_parts, through_all):
         assert answer.headers.pop("date")
         request_id = answer.headers.pop("x-request-id")
         assert request_id == "of-the-proxy" if number else request_id
-    assert at_once == through_all
+    assert at_once == in_parts == through_all
     assert at_once.body == b'{"outcome":"applied","repeated":true}'
 
 
@@ -53,18 +65,19 @@ async def test_it_keeps_its_turn(serve: Serve, sqlite_url: str) -> None:
 
 @pytest.mark.alone
 async def test_it_is_used(serve: Serve, sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is what answers a callback: what is measured is not the other way."""
-    written: list[bool] = []
-    write = PrebuiltResponse.write
+    """An authentic callback takes the short way, and a forged one is refused by the other: what is
+    measured is the first."""
+    taken: list[bool] = []
+    take = Callbacks.take
 
-    def watch(self: PrebuiltResponse, scope: dict[str, object]) -> bool:
-        written.append(write(self, scope))
-        return written[-1]
+    def watch(self: Callbacks, scope: dict[str, object], body: bytes, answer: Write) -> bool:
+        taken.append(take(self, scope, body, answer))
+        return taken[-1]
 
-    monkeypatch.setattr(PrebuiltResponse, "write", watch)
+    monkeypatch.setattr(Callbacks, "take", watch)
     body = event("run_1")
     async with serve(sqlite_url) as site, wire(site.base_url) as asking:
-        for _ in range(2):
-            await asking.send(post(PATH, body, f"Flora-Signature: {signature(body)}"))
-            assert (await asking.answer()).status == 200
-    assert written == [True, True]
+        for signed_body, status in ((body, 200), (b"another", 401), (body, 200)):
+            await asking.send(post(PATH, body, f"Flora-Signature: {signature(signed_body)}"))
+            assert (await asking.answer()).status == status
+    assert taken == [True, False, True]

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -142,6 +143,28 @@ async def test_a_signal_ends_it_after_what_is_in_flight(
     assert status == 0, logged
     assert "Traceback" not in logged
     assert '"callback_url"' in logged
+
+
+async def test_a_signal_ends_it_after_what_waits_for_its_commit(tmp_path: Path) -> None:
+    """While the database is blocked a callback waits; it is stored and answered before the end."""
+    body = event("run_1")
+    async with _process(tmp_path) as (base_url, process):
+        file = sqlite3.connect(tmp_path / "tracker.db", isolation_level=None)
+        file.execute("BEGIN IMMEDIATE")
+        async with wire(base_url) as connection, wire(base_url) as idle:
+            await connection.send(post(PATH, body, f"Flora-Signature: {signature(body)}"))
+            async with httpx.AsyncClient(base_url=base_url) as client:
+                assert (await client.get("/healthz")).status_code == 200  # it has arrived
+            process.send_signal(signal.SIGTERM)
+            assert await idle.hung_up()
+            file.execute("ROLLBACK")
+            answer = await connection.answer()
+            assert (answer.status, answer.headers["connection"]) == (200, "close")
+            assert await connection.hung_up()
+        status, logged = await _end(process)
+        (stored,) = file.execute("SELECT count(*) FROM deliveries").fetchone()
+        file.close()
+    assert (status, stored) == (0, 1), logged
 
 
 async def test_a_signal_while_it_still_opens_ends_it_too(tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 ADVICE = """uvicorn has changed {what}. Before this digest (and the bound in pyproject.toml) moves:
 - HttpToolsProtocol: `Connection` overrides connection_made, connection_lost, data_received,
   pause_writing, resume_writing, on_message_begin, on_header, on_headers_complete, on_body,
-  on_message_complete and on_response_complete, and uses scope, headers, url, cycle, pipeline,
-  flow, parser, connections and server_state. See that each is still called when it was, that a
-  request is queued in `pipeline` while another is answered, and that `scope` is new for each head.
-- RequestResponseCycle: `_write_response` does by itself what `send` does for an answer of status
-  200 with a length: response_started, response_complete, message_event, keep_alive, on_response;
-  `more_body`, `disconnected` and `transport` are read or set.
+  on_message_complete, on_response_complete and _start_asgi_task, and uses scope, headers, url,
+  cycle, pipeline, flow, parser, connections and server_state. See that each is still called when it
+  was, that a request is queued in `pipeline` while another is answered, and that `scope` is new for
+  each head.
+- RequestResponseCycle: `_answer` does by itself what `send` does for an answer of status 200 with a
+  length: response_started, response_complete, keep_alive, on_response; `body`, `more_body`,
+  `disconnected` and `transport` are read or set.
 - FlowControl: `_ReadFlow` refuses to resume; `write_paused` and both pauses mean the same.
 - Server: `Server` overrides startup, shutdown, main_loop and capture_signals, and sets should_exit
   and force_exit.

@@ -1,6 +1,8 @@
 """A callback is verified and stored, and only then acknowledged. Nothing else is done here."""
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 
 from tracker.core.clock import Clock
@@ -11,7 +13,7 @@ from tracker.core.record import TEST_DELIVERY, Delivery, DeliveryOutcome
 from tracker.flora import parse
 from tracker.flora.signature import SignatureError, verify
 from tracker.polling.workspaces import Workspaces
-from tracker.store.writing.inbox import Inbox
+from tracker.store.writing.inbox import Inbox, Stored
 
 
 class NoSecrets(SettingsError):
@@ -36,6 +38,42 @@ class Received:
     is_test: bool = False
 
 
+@dataclass(slots=True)
+class Receiving:
+    """An authentic callback that is queued for its commit; awaiting it waits for that.
+
+    Raises `StoreUnavailable` if it was not committed in time, and `StoreError` if the database
+    refuses it. `workspace` and `secret` are those of `Received`.
+    """
+
+    delivery: Delivery
+    workspace: str
+    secret: int
+    stored: asyncio.Future[Stored]
+
+    def __await__(self) -> Generator[object, None, Received]:
+        try:
+            yield from self.stored.__await__()
+        except BaseException:
+            delivery = self.delivery
+            add_log_context(delivery_id=delivery.delivery_id, run_id=delivery.run_id)
+            raise
+        return self.received()
+
+    def received(self) -> Received:
+        """The callback, once it is committed."""
+        stored = self.stored.result()
+        return Received(
+            delivery_id=stored.delivery_id,
+            run_id=self.delivery.run_id,
+            outcome=stored.outcome,
+            repeated=stored.repeated,
+            workspace=self.workspace,
+            secret=self.secret,
+            is_test=self.delivery.event_type == TEST_DELIVERY,
+        )
+
+
 class Receiver:
     """Receives callbacks. `tolerance` is how many seconds a signed time may be off; 0 is unchecked.
 
@@ -57,20 +95,20 @@ class Receiver:
         self._clock = clock
         self._find_new_secrets = find_new_secrets
 
-    async def receive(
+    def receive(
         self,
         body: bytes,
         *,
-        signature: str | None,
+        signature: str | bytes | None,
         webhook_id: str | None,
         token: str | None = None,
-    ) -> Received:
-        """Store one callback; returns after the commit. It is applied to its run later.
+    ) -> Receiving:
+        """Verify one callback and queue it for its commit. It is applied to its run later.
 
         `body` is the raw bytes, `signature` and `webhook_id` are the `Flora-Signature` and
         `Flora-Webhook-Id` headers, `token` is the last part of a start's own callback address.
-        Raises `SignatureError` (nothing is stored), `NoSecrets`, and `StoreUnavailable` if it was
-        not committed in time.
+        Raises `SignatureError` and `NoSecrets`, and `StoreUnavailable` if the queue is full; then
+        nothing is stored.
         """
         now = self._clock()
         secret = self._verify(body, signature, now)
@@ -86,22 +124,9 @@ class Receiver:
             (one for one in signers if one.workspace_id == delivery.workspace_id), signers[0]
         )
         position = signer.secrets.index(secret) + 1  # before the commit: secrets are rotated
-        try:
-            stored = await self._inbox.enqueue(delivery)
-        except BaseException:
-            add_log_context(delivery_id=delivery.delivery_id, run_id=delivery.run_id)
-            raise
-        return Received(
-            delivery_id=stored.delivery_id,
-            run_id=delivery.run_id,
-            outcome=stored.outcome,
-            repeated=stored.repeated,
-            workspace=signer.name,
-            secret=position,
-            is_test=delivery.event_type == TEST_DELIVERY,
-        )
+        return Receiving(delivery, signer.name, position, self._inbox.enqueue(delivery))
 
-    def _verify(self, body: bytes, signature: str | None, now: datetime) -> str:
+    def _verify(self, body: bytes, signature: str | bytes | None, now: datetime) -> str:
         """The secret that signed the body; new secrets are looked up before it is refused."""
         secrets = self._workspaces.secrets
         if not secrets and self._find_new_secrets():

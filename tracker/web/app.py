@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from tracker.operations.tracing import untraced
 from tracker.services import Services
 from tracker.web.api.routes import Api
 from tracker.web.auth import AccessControl, AuthMiddleware
@@ -14,6 +15,7 @@ from tracker.web.dashboard.site import Dashboard
 from tracker.web.health import Health, metrics_route
 from tracker.web.http.limits import Limits
 from tracker.web.http.middleware import DeadlineMiddleware, ErrorPage, ResponseMiddleware
+from tracker.web.http.responses import Answer
 from tracker.web.sessions import Sessions
 from tracker.web.stream.endpoint import Stream
 
@@ -46,6 +48,7 @@ class Application:
             app = DeadlineMiddleware(app, seconds=deadline)
         self._app = app
         self._callbacks = Callbacks(services, limits=limits) if callbacks else None
+        self._is_traced = services.traced is not untraced  # the trace has to see the response
         self._http = services.traced(
             ResponseMiddleware(self._dispatch, limits=limits, error_page=error_page)
         )
@@ -53,6 +56,12 @@ class Application:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request."""
         await (self._http if scope["type"] == "http" else self._router)(scope, receive, send)
+
+    def take(self, scope: Scope, body: bytes, answer: Answer) -> bool:
+        """See `Take`."""
+        if self._callbacks is None or self._is_traced or not is_callback(scope["path"]):
+            return False
+        return self._callbacks.take(scope, body, answer)
 
     async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Authentication and routing would take half as long as all else before a callback is

@@ -34,6 +34,7 @@ from tracker.store.schema import (
     run_tally_changes,
     runs,
 )
+from tracker.store.sqlite import driver_execute
 from tracker.store.text import dump_json
 from tracker.store.writing.statements import (
     EVENT_COLUMNS,
@@ -48,7 +49,7 @@ from tracker.store.writing.statements import (
     close_starts,
 )
 
-_GROUP_SIZES: Final = (64, 16, 4, 1)
+_GROUP_SIZES: Final = (64, 32, 16, 8, 4, 2, 1)
 """How many rows one statement inserts: as many as possible, of these sizes."""
 
 
@@ -73,12 +74,14 @@ class RowInsert:
         self._plain = plain_rows(columns)
 
     def __call__(self, connection: Connection, rows: Rows) -> None:
+        if not rows:
+            return
         rows = self._plain(rows)
+        execute = driver_execute(connection)
         done = 0
         for size, text in self._texts.items():
             while len(rows) - done >= size:
-                values = tuple(chain.from_iterable(rows[done : done + size]))
-                connection.exec_driver_sql(text, values)
+                execute(text, tuple(chain.from_iterable(rows[done : done + size])))
                 done += size
 
 
@@ -156,10 +159,11 @@ _DELIVERY_COLUMNS: Final = [
     )
 ]
 INSERT_DELIVERIES: Final = RowInsert(insert(deliveries), _DELIVERY_COLUMNS)
-SELECT_STORED: Final = select(
-    *[deliveries.c[name] for name in ("delivery_id", "outcome", "body")],
-    deliveries.c.body_removed_at.is_not(None),
-).where(_is_any_of(deliveries.c.delivery_id, "delivery_ids"))
+SELECT_STORED: Final = """
+SELECT delivery_id, outcome, body, body_removed_at IS NOT NULL
+FROM deliveries
+WHERE delivery_id IN (SELECT value FROM json_each(?))
+"""
 COUNT_RECEIPTS: Final = (
     update(deliveries)
     .where(deliveries.c.delivery_id == bindparam("stored"))
@@ -200,7 +204,7 @@ class SqliteStatements(Statements):
 
 def _store(receipts: Sequence[Receipt], connection: Connection) -> dict[str, str | None]:
     keys = dump_json([receipt.delivery.delivery_id for receipt in receipts])
-    before = {row[0]: row for row in connection.execute(SELECT_STORED, {"delivery_ids": keys})}
+    before = {row[0]: row for row in driver_execute(connection)(SELECT_STORED, (keys,))}
     outcomes: dict[str, str | None] = {}
     new: Rows = []
     repeated = []
@@ -225,7 +229,7 @@ def _store(receipts: Sequence[Receipt], connection: Connection) -> dict[str, str
                 )
             )
             continue
-        _, outcome, body, body_is_gone = tuple(row)
+        _, outcome, body, body_is_gone = row
         # A body that retention has removed cannot be compared: see the statement for PostgreSQL.
         is_same = body == one.body or body_is_gone
         outcomes[one.delivery_id] = outcome if is_same else None

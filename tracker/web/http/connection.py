@@ -17,13 +17,14 @@ from operator import attrgetter
 from typing import Any, Final, cast
 
 import httptools
+from starlette.types import Scope
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from tracker.core.log import get_logger
 from tracker.core.rate_limited_log import LogRateLimit
 from tracker.web.http.limits import Limits
-from tracker.web.http.responses import WRITE, Fault, to_json, unavailable
+from tracker.web.http.responses import Fault, Take, to_json, unavailable
 
 PARSE_BYTES: Final = 16 * 1024
 """Parsed at a time, so that too much is noticed before it is kept."""
@@ -119,6 +120,8 @@ class Connection(HttpToolsProtocol):
         self._refusal = _BAD_REQUEST
         self._ignores_input = False
         """After a refusal: only responses are still sent."""
+        self._unstarted: tuple[RequestResponseCycle, Any] | None = None
+        """A request that is served when its body, or the part of it that has arrived, is parsed."""
         self._earlier: list[RequestResponseCycle] = []
         """Requests before `cycle` that may not be answered yet."""
 
@@ -178,7 +181,13 @@ class Connection(HttpToolsProtocol):
             cycle.message_event.set()
 
     def data_received(self, data: bytes) -> None:
-        """Parses what the client sends, until it exceeds a limit."""
+        """Parses what the client sends, and serves it."""
+        self._parse(data)
+        if self._unstarted is not None:
+            self._start(*self._unstarted)
+
+    def _parse(self, data: bytes) -> None:
+        """Parse until a limit is exceeded."""
         if self._ignores_input:
             return
         if not self._pool.hold(self, self.held + len(data)):
@@ -253,7 +262,6 @@ class Connection(HttpToolsProtocol):
         previous = self.cycle
         super().on_headers_complete()
         self.cycle.transport = self._writer  # type: ignore[assignment]  # as far as it is used
-        self.scope[WRITE] = partial(self._write_response, self.cycle)  # type: ignore[typeddict-unknown-key]
         if self.pipeline:
             self._earlier = [cycle for cycle in self._earlier if not cycle.response_complete]
             self._earlier.append(previous)
@@ -264,11 +272,30 @@ class Connection(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """Passes the end of the body on."""
+        """Passes the end of the body on, and serves the request."""
         if not self.parser.should_upgrade():
             super().on_message_complete()
+        if self._unstarted is not None:
+            self._start(*self._unstarted)
 
     # Responses
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """Called by uvicorn when the head is parsed, or the request before it is answered."""
+        if cycle.more_body:
+            self._unstarted = cycle, app
+        else:
+            self._start(cycle, app)
+
+    def _start(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """Serve a request: directly, if it is complete and the application takes it."""
+        self._unstarted = None
+        take = self._pool.take
+        if take is not None and not cycle.more_body and cycle.keep_alive:
+            scope = cast(Scope, cycle.scope)
+            if take(scope, bytes(cycle.body), partial(self._answer, cycle, app)):
+                return
+        super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
         """Continues with the next request, or waits for one."""
@@ -277,24 +304,30 @@ class Connection(HttpToolsProtocol):
         self.flow.is_ahead = len(self.pipeline) > 1 and self.held > HIGH_WATER_LIMIT
         if self.pipeline:
             super().on_response_complete()
+            if self._unstarted is not None:  # the rest of its body is still to come
+                self._start(*self._unstarted)
             return
         # The same without uvicorn's timer for idle connections, which `check` replaces.
         self.server_state.total_requests += 1
         if not self.transport.is_closing():
             self.flow.resume_reading()
 
-    def _write_response(self, cycle: RequestResponseCycle, response: bytes) -> bool:
-        """See `WriteResponse`: the simple case of `RequestResponseCycle.send`."""
-        if cycle.response_started or cycle.disconnected or not cycle.keep_alive:
-            return False
-        if self.flow.write_paused or cycle.more_body:
-            return False
+    def _answer(self, cycle: RequestResponseCycle, app: Any, response: bytes | None) -> None:
+        """See `Answer`: the simple case of `RequestResponseCycle.send`."""
+        if response is None:
+            super()._start_asgi_task(cycle, app)
+            return
+        if cycle.disconnected:
+            return
         cycle.response_started = cycle.response_complete = True
         self._writer.flush()
-        self.transport.write(self._pool.status_line(cycle.default_headers) + response)
-        cycle.message_event.set()
+        head = self._pool.status_line(cycle.default_headers)
+        if cycle.keep_alive:
+            self.transport.write(head + response)
+        else:  # the process stops, or the client has sent what is refused
+            self.transport.write(head + b"connection: close\r\n" + response)
+            self.transport.close()
         cycle.on_response()
-        return True
 
     def _refuse(self, fault: Fault) -> None:
         """Read nothing more. Earlier requests are still answered, in order."""
@@ -367,11 +400,12 @@ class ConnectionPool:
     Each connection costs a file descriptor, and may bring bytes that are kept until its request is
     answered. Both are limited for all connections together. Beyond that, connections that have
     waited longest for their client are closed; to free memory, the large ones first. A callback
-    hardly waits at all.
+    hardly waits at all. `take` is what the application offers to take requests directly.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, take: Take | None = None) -> None:
         self.limits = limits
+        self.take = take
         files = _open_files(limits.connections)
         self._most = min(limits.connections, max(files - _OTHER_FILES, files // 2))
         self._held = 0

@@ -30,7 +30,6 @@ from tracker.web.http.request import (
 from tracker.web.http.responses import (
     DEFAULT_HEADERS,
     REQUEST_ID,
-    WRITE,
     Fault,
     Json,
     to_fault,
@@ -83,8 +82,6 @@ class ResponseMiddleware:
                     raise  # half a response is sent: all that is left is to cut the connection
                 # The traceback holds what was read of a body, and the client may take its time.
                 await self._respond(fault.with_traceback(None), scope, receive, send_with_headers)
-            finally:
-                scope.pop(WRITE, None)  # breaks a reference cycle with the scope
 
     async def _respond(self, fault: Fault, scope: Scope, receive: Receive, send: Send) -> None:
         response = self._as_page(scope, fault) or Json(

@@ -43,11 +43,12 @@ DEFAULT_HEADERS: Final = (
 """The headers of every response, unless it sets its own."""
 REQUEST_ID: Final = "tracker.request_id"
 """The key of a request's id in its scope."""
-WRITE: Final = "tracker.write_response"
-"""The key of the server's `WriteResponse` in a request's scope."""
-WriteResponse = Callable[[bytes], bool]
-"""Writes a 200 response, from its first header after the server's own on, and completes the
-request. Returns false, and has written nothing, where that is not possible."""
+Answer = Callable[[bytes | None], None]
+"""Completes a request with a 200 response, from its first header after the server's own on; `None`
+lets the application serve the request."""
+Take = Callable[[Scope, bytes, Answer], bool]
+"""Takes a request whose body has arrived, without the task of an ASGI application, which would cost
+a callback more than its signature; `Answer` is called later. False: the application serves it."""
 RETRY_AFTER: Final = 5
 """Seconds to wait where no time is known; FLORA's documentation recommends the same."""
 
@@ -71,11 +72,8 @@ def to_json(content: Any) -> bytes:
 
 
 class PrebuiltResponse:
-    """A JSON response of status 200 that is encoded once and written in one piece.
-
-    The middleware, and the server's check of each header, would cost a callback as much as its
-    signature. `send`, the same as an ASGI application, is for a server without `WriteResponse`.
-    """
+    """A JSON response of status 200 that is encoded once, for `Answer`; `send` is the same as an
+    ASGI application."""
 
     def __init__(self, content: Any) -> None:
         self.send = Json(content)
@@ -83,10 +81,9 @@ class PrebuiltResponse:
         self._head = b"".join(b"%b: %b\r\n" % header for header in headers) + b"x-request-id: "
         self._end = b"\r\n\r\n" + self.send.body
 
-    def write(self, scope: Scope) -> bool:
-        """Write it past all middleware; false if that is not possible, and nothing was written."""
-        write: WriteResponse | None = scope.get(WRITE)
-        return write is not None and write(self._head + scope[REQUEST_ID].encode() + self._end)
+    def encode(self, request_id: str) -> bytes:
+        """The response to the request of that id, with the headers of every response."""
+        return self._head + request_id.encode() + self._end
 
 
 class Fault(Exception):

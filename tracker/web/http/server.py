@@ -34,6 +34,7 @@ from tracker.services import Services
 from tracker.settings import Settings
 from tracker.web.http.connection import ConnectionPool
 from tracker.web.http.limits import Limits
+from tracker.web.http.responses import Answer, Take
 from tracker.worker.scheduler import Worker
 
 UNREAD_SECONDS: Final = 15
@@ -134,6 +135,10 @@ class _AppsByPort:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._apps[scope["server"][1]](scope, receive, send)
 
+    def take(self, scope: Scope, body: bytes, answer: Answer) -> bool:
+        take: Take | None = getattr(self._apps[scope["server"][1]], "take", None)
+        return take is not None and take(scope, body, answer)
+
     def stop(self) -> None:
         for app in self._apps.values():
             _stop(app)
@@ -212,13 +217,14 @@ async def _run(
 class Server(uvicorn.Server):
     """A uvicorn server that calls `on_ready`, stops when told, and leaves signals alone.
 
-    If the application has a method `stop`, it is called when the server begins to stop.
+    If the application has a method `stop`, it is called when the server begins to stop; if it has a
+    method `take`, that is its `Take`.
     """
 
     def __init__(
         self, app: ASGIApp, *, on_ready: Callable[[], None], limits: Limits | None = None
     ) -> None:
-        self._pool = ConnectionPool(limits or Limits())
+        self._pool = ConnectionPool(limits or Limits(), getattr(app, "take", None))
         super().__init__(
             uvicorn.Config(
                 app,
