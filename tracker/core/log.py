@@ -139,7 +139,9 @@ class log_context:
         self._fields = fields
 
     def __enter__(self) -> None:
-        self._token: Token[Fields] = _context.set({**_context.get(), **self._fields})
+        outer = _context.get()
+        fields = {**outer, **self._fields} if outer else self._fields
+        self._token: Token[Fields] = _context.set(fields)
 
     def __exit__(self, *_: object) -> None:
         _context.reset(self._token)
