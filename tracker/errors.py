@@ -190,11 +190,15 @@ class WaitTimeout(TrackerError, TimeoutError):
         self.runs: tuple[RunFields, ...] = tuple(runs)
 
     @classmethod
-    def of(cls, runs: "Sequence[RunFields]", timeout: float) -> "WaitTimeout":
-        """The error for these runs."""
+    def of(
+        cls, runs: "Sequence[RunFields]", timeout: float, reason: str | None = None
+    ) -> "WaitTimeout":
+        """The error for these runs; `reason` is why they could not be read."""
         first = runs[0]
         which = f"run {first.run_id} is {first.status} ({first.progress:g} %)"
         if len(runs) > 1:
             which = f"{len(runs)} runs are still active, such as {first.run_id} ({first.status})"
         why = f"; its last poll failed: {first.last_error}" if first.last_error else ""
+        if reason is not None:
+            why = f"; {reason}"
         return cls(f"{which} after {timeout:g} s{why}. It stays tracked: wait again", runs)

@@ -4,8 +4,9 @@ import asyncio
 import copy
 import dataclasses
 import pickle
-from datetime import timedelta
+from datetime import datetime, timedelta
 from decimal import Decimal
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from tests.library.conftest import INPUTS, MakeTracker
 from tests.support.waiting import eventually
 from tracker import Run, Tracker, errors
 from tracker.core.record import Unseen
+from tracker.polling import follow
 from tracker.simulator import Simulator
 
 
@@ -118,6 +120,17 @@ async def test_a_lost_run_raises(small_tracker: Tracker) -> None:
     assert (lost.tracking, lost.succeeded) == ("lost", False)
 
 
+async def test_a_timeout_says_why_runs_cannot_be_read(
+    make_tracker: MakeTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a refused key, so that nobody waits again in vain."""
+    monkeypatch.setattr(follow, "OVERDUE", timedelta(0))
+    async with make_tracker(flora_api_key="sk_test_wrong") as tracker:
+        run = await tracker.track("run_1", force=True)
+        with pytest.raises(errors.WaitTimeout, match="runs cannot be read: FLORA answered 401"):
+            await run.wait(timeout=2)
+
+
 async def test_inputs_are_python_values(tracker: Tracker, flora: Simulator) -> None:
     """Types come from the definition; a list is several values, and `None` leaves an input out."""
     image = "https://example.com/a.png"
@@ -150,6 +163,23 @@ async def test_wrong_inputs_are_named(small_tracker: Tracker, inputs: object, na
         await small_tracker.start("art-directors-critique", inputs)  # type: ignore[arg-type]
     assert named in str(refused.value)
     assert refused.value.fields
+
+
+async def test_tags_of_a_wrong_type_are_named(small_tracker: Tracker) -> None:
+    """Nothing is started; the error's text names the argument."""
+    tags: Any = ["campaign=spring"]
+    with pytest.raises(errors.InvalidRequest, match="tags: cannot be"):
+        await small_tracker.start("icon-pack", INPUTS, tags=tags)
+
+
+NAIVE = datetime(2026, 1, 31)  # noqa: DTZ001
+
+
+@pytest.mark.parametrize("since", [NAIVE, timedelta.max, "30d"])
+async def test_spending_names_a_wrong_time(small_tracker: Tracker, since: Any) -> None:
+    """A time without a zone, an age before all times, and a text."""
+    with pytest.raises(errors.InvalidRequest, match="since: "):
+        await small_tracker.spending(since=since)
 
 
 async def test_a_run_is_a_value(small_tracker: Tracker) -> None:

@@ -1,9 +1,12 @@
 """Opening and closing a tracker; callbacks; what the package loads."""
 
 import asyncio
+import pickle
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -159,3 +162,22 @@ def test_the_errors_are_one_tree() -> None:
     for name in set(tracker.errors.__all__) - {"FieldFault"}:
         assert issubclass(getattr(tracker.errors, name), errors.TrackerError)
         assert name in tree
+
+
+def test_errors_are_pickled() -> None:
+    """A process pool hands on their text and attributes; it breaks if it cannot."""
+    price: dict[str, Any] = {
+        "budget": "day",
+        "left": Decimal(1),
+        "renews_at": None,
+        "ever_fits": True,
+    }
+    for error in (
+        errors.RunUnknown(["run_1", "run_2"]),
+        errors.BudgetExceeded("too dear", **price),
+        errors.ServerFault(status=503, code="unavailable", message="later"),
+        errors.FloraUnreachable("cut", may_have_acted=True),
+        errors.WaitTimeout("run_1 is pending"),
+    ):
+        again = pickle.loads(pickle.dumps(error))  # noqa: S301
+        assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))

@@ -1,7 +1,7 @@
 """Following runs in the database: whoever brings the news, and who polls where nobody does."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import timedelta
 
 import pytest
@@ -10,13 +10,15 @@ from tests.support.waiting import eventually
 from tests.worker.conftest import HandClock, MakeFlora, OpenServices, reads_of, the_run
 from tracker.core.errors import StoreUnavailable
 from tracker.core.observation import Observation, Source
-from tracker.core.record import Seen
+from tracker.core.record import Record, Seen
 from tracker.core.run import RunStatus, Tracking
 from tracker.polling import follow
 from tracker.polling.follow import RunUpdate
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.store import claims
+from tracker.store.engine import Database
+from tracker.store.queries.runs import get_runs
 
 
 async def collect(source: AsyncIterator[list[RunUpdate]], into: list[RunUpdate]) -> None:
@@ -61,6 +63,30 @@ async def test_what_another_process_brings_is_seen(two: tuple[Services, Services
     assert sorted(shown[:2]) == [("run_1", "pending"), ("run_2", "completed")]
     assert shown[2:] == [("run_1", "running"), ("run_1", "completed")]
     assert {sight.source for sight in seen} == {Source.POLL}
+
+
+async def test_callers_share_their_reads(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundred callers that each follow a run read the database hardly more often than one."""
+    run_ids = [f"run_{number}" for number in range(100)]
+    await asyncio.gather(*[see(services, one, RunStatus.RUNNING) for one in run_ids])
+    read: list[int] = []
+
+    async def counted(db: Database, wanted: Sequence[str]) -> dict[str, Record]:
+        read.append(len(wanted))
+        return await get_runs(db, wanted)
+
+    monkeypatch.setattr(follow.runs, "get_runs", counted)
+    followed = [
+        asyncio.create_task(collect(services.follower.follow([one]), [])) for one in run_ids
+    ]
+    await eventually(lambda: sum(read) >= 4 * len(run_ids))
+    assert len(read) < len(run_ids) / 2
+    followed[0].cancel()  # only itself
+    await asyncio.gather(*[see(services, one, RunStatus.COMPLETED) for one in run_ids])
+    async with asyncio.timeout(10):
+        await asyncio.gather(*followed[1:])
 
 
 async def test_nobody_is_asked_while_somebody_else_polls(

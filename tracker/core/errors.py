@@ -42,11 +42,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
-from typing import Final
+from typing import Any, Final
 
 
 class TrackerError(Exception):
     """Base class; `str()` of it is a message for people."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Not by its constructor, whose parameters are not `args`: process pools pickle errors.
+        return _restored, (type(self), self.args), self.__dict__
+
+
+def _restored(kind: type[TrackerError], args: tuple[object, ...]) -> TrackerError:
+    error = kind.__new__(kind)
+    error.args = args
+    return error
 
 
 class SettingsError(TrackerError):

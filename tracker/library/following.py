@@ -4,16 +4,15 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
-from functools import partial
+from functools import cache, partial
 
 from tracker.core.log import get_logger
 from tracker.core.record import Record
 from tracker.core.run import Tracking
 from tracker.errors import RunFailed, RunLost, RunUnknown, WaitTimeout
 from tracker.library.run import RunFields
-from tracker.polling.follow import CHUNK, OUTAGE, until_available
+from tracker.polling.follow import OUTAGE, until_available
 from tracker.services import Services
-from tracker.store.queries import runs as read
 
 log = get_logger(__name__)
 
@@ -41,13 +40,20 @@ async def as_settled(
     `StoreUnavailable` if the database does not answer for a minute.
     """
     wanted = list(dict.fromkeys(run_ids))
+    reason: str | None = None
+
+    def delayed(line: str) -> None:
+        nonlocal reason
+        reason = line
+        notify(line)
+
     give_up = None if timeout is None else time.monotonic() + timeout
     found = await known(services, wanted, patience=min(timeout or OUTAGE, OUTAGE))
     for record in found.values():
         if record.tracking is not Tracking.ACTIVE:
             yield record
     active = {key: one for key, one in found.items() if one.tracking is Tracking.ACTIVE}
-    async with aclosing(services.follower.follow(list(active), notify=notify)) as updates:
+    async with aclosing(services.follower.follow(list(active), notify=delayed)) as updates:
         while active:
             try:
                 # Not around the loop: a time-out must not interrupt what the caller does.
@@ -58,7 +64,7 @@ async def as_settled(
                 raise RunUnknown(list(active)) from None
             except TimeoutError as error:
                 still = [RunFields.of(one) for one in active.values()]
-                raise WaitTimeout.of(still, timeout or 0.0) from error
+                raise WaitTimeout.of(still, timeout or 0.0, reason) from error
             active |= {one.record.run.run_id: one.record for one in changed}
             for record, _ in changed:
                 if record.tracking is not Tracking.ACTIVE:
@@ -72,18 +78,12 @@ async def known(
     """These runs, as soon as the database answers. Raises `RunUnknown`, and `StoreUnavailable`
     after `patience` seconds."""
     usable = [run_id for run_id in run_ids if "\0" not in run_id]
-    read_all = partial(_records, services, usable)
-    found = await until_available(read_all, notify, give_up_after=patience)
+    read = partial(services.follower.read, usable)
+    once = cache(notify)  # it is repeated with the same reason
+    found = await until_available(read, once, give_up_after=patience)
     if missing := [run_id for run_id in run_ids if run_id not in found]:
         raise RunUnknown(missing)
     return found
-
-
-async def _records(services: Services, run_ids: Sequence[str]) -> dict[str, Record]:
-    found: dict[str, Record] = {}
-    for start in range(0, len(run_ids), CHUNK):
-        found |= await read.get_runs(services.database, run_ids[start : start + CHUNK])
-    return {run_id: found[run_id] for run_id in run_ids if run_id in found}
 
 
 def notify(line: str) -> None:

@@ -99,11 +99,13 @@ def _raise(faults: Sequence[FieldFault]) -> None:
 
 
 def valid(field: str, check: Callable[[S], T], value: S) -> T:
-    """`check(value)`. Raises `InvalidRequest` for its `ValueError`."""
+    """`check(value)`. Raises `InvalidRequest` for its `ValueError`, and for a value of a type that
+    it does not take."""
     try:
         return check(value)
-    except ValueError as error:
-        raise InvalidRequest(f"{field}: {error}", [FieldFault(field, str(error))]) from error
+    except (AttributeError, OverflowError, TypeError, ValueError) as error:
+        message = str(error) if isinstance(error, ValueError) else f"cannot be {value!r:.80}"
+        raise InvalidRequest(f"{field}: {message}", [FieldFault(field, message)]) from error
 
 
 def check_key(key: object) -> str:

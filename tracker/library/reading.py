@@ -3,6 +3,7 @@
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
 from datetime import datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, overload
 
 from tracker.core.record import Record
@@ -175,11 +176,12 @@ class RunCalls:
         """What the runs started since a UTC day cost, by `day`, `technique` or `tag:KEY`, in USD;
         and the use of each budget.
 
-        `since` is a time, an age, or `None` for all. Raises `InvalidRequest` for another `by`.
+        `since` is a time, an age, or `None` for all. Raises `InvalidRequest` for another `by`, and
+        for a time without a zone.
         """
         services = self._services()
         by = valid("by", spending.check_by, by)
-        at = services.clock() - since if isinstance(since, timedelta) else since
+        at = valid("since", partial(_time_of, services.clock()), since)
         rows, total = await spending.spending(
             services.database, by, since=at, workspace_id=workspace_id
         )
@@ -222,3 +224,12 @@ class RunCalls:
         found = services.downloader.named(run_ids, watch=True, notify=following.notify)
         await services.downloader.download(found, options, report)
         return report
+
+
+def _time_of(now: datetime, since: datetime | timedelta | None) -> datetime | None:
+    if since is None:
+        return None
+    at = now - since if isinstance(since, timedelta) else since
+    if at.tzinfo is None:
+        raise ValueError("must be an aware time, as datetime(2026, 1, 31, tzinfo=UTC)")
+    return at

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Seque
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, Generic, NamedTuple, TypeVar
 
 from tracker.core.clock import Clock
 from tracker.core.errors import StoreError, StoreUnavailable
@@ -62,6 +62,19 @@ class Follower:
     workspaces: Workspaces
     clock: Clock
 
+    def __post_init__(self) -> None:
+        self._records = _SharedCalls(self._read_records)
+        self._sources = _SharedCalls(self._read_sources)
+        self._rounds = _SharedCalls(self._poll_round)
+
+    async def read(self, run_ids: Sequence[str]) -> dict[str, Record]:
+        """These runs as they are, in this order, without those that are not stored.
+
+        Callers that read at the same time share the statements.
+        """
+        found = await self._records.call(run_ids)
+        return {run_id: found[run_id] for run_id in run_ids if run_id in found}
+
     async def follow(
         self, run_ids: Iterable[str], *, more: More | None = None, notify: Notify | None = None
     ) -> AsyncGenerator[list[RunUpdate], None]:
@@ -99,17 +112,27 @@ class Follower:
 
     async def _read(self, followed: "_FollowedRuns") -> list[RunUpdate]:
         """Read the open runs; those that changed."""
-        run_ids = list(followed.open)
+        found = await self.read(list(followed.open))
+        changed = followed.changed_of(found)
+        changed_ids = [one.run.run_id for one in changed]
+        sources = await self._sources.call(changed_ids) if changed else {}
+        followed.take(found)
+        return [RunUpdate(one, sources.get(one.run.run_id, one.source)) for one in changed]
+
+    async def _read_records(self, run_ids: Sequence[str]) -> dict[str, Record]:
         found: dict[str, Record] = {}
         for start in range(0, len(run_ids), CHUNK):
             found |= await runs.get_runs(self.database, run_ids[start : start + CHUNK])
-        changed = followed.changed_of(found)
-        sources: dict[str, Source] = {}
-        for start in range(0, len(changed), CHUNK):
-            some = [one.run.run_id for one in changed[start : start + CHUNK]]
-            sources |= await changes.last_sources(self.database, some)
-        followed.take(found)
-        return [RunUpdate(one, sources.get(one.run.run_id, one.source)) for one in changed]
+        return found
+
+    async def _read_sources(self, run_ids: Sequence[str]) -> dict[str, Source]:
+        found: dict[str, Source] = {}
+        for start in range(0, len(run_ids), CHUNK):
+            found |= await changes.last_sources(self.database, run_ids[start : start + CHUNK])
+        return found
+
+    async def _poll_round(self, _: Sequence[str]) -> None:
+        await self.poller.poll_due()
 
     def _overdue(self, followed: "_FollowedRuns") -> list[Record]:
         """The runs that no process reads although they are due."""
@@ -128,7 +151,7 @@ class Follower:
         overdue = self._overdue(followed)
         followed.overdue_after = timedelta(0)  # no other process polls
         with contextlib.suppress(StoreError):  # the next read notices an outage
-            await self.poller.poll_due()
+            await self._rounds.call([one.run.run_id for one in overdue])
         for record in overdue:
             workspace = self.workspaces.of(record.run.workspace_id)
             if workspace is None or workspace.client is None:
@@ -144,7 +167,8 @@ class Follower:
     async def _pause(self, followed: "_FollowedRuns") -> None:
         """Wait until something may have changed, or a run may have become overdue."""
         notified = self.database.dialect == "postgresql" and self.signals.listening
-        longest = CHECK_ANYWAY if notified else CHECK_EVERY
+        # At the same moments for all callers, so that they share their reads.
+        longest = CHECK_ANYWAY if notified else CHECK_EVERY - time.monotonic() % CHECK_EVERY
         now = self.clock()
         dues = [one.next_check_at for one in followed.open.values() if one and one.next_check_at]
         overdue_in = [(due + followed.overdue_after - now).total_seconds() for due in dues]
@@ -152,6 +176,49 @@ class Follower:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(min(max(soonest, 0.05), longest)):
                 await followed.changed.wait()
+
+
+class _SharedCalls(Generic[T]):
+    """Calls `work` with the run ids of all callers that wait for its next call, one at a time.
+
+    Without it, each of a thousand callers that wait for a run would read the database by itself.
+    """
+
+    def __init__(self, work: Callable[[Sequence[str]], Awaitable[T]]) -> None:
+        self._work = work
+        self._turn = asyncio.Lock()
+        self._next: _SharedCall[T] | None = None
+
+    async def call(self, run_ids: Iterable[str]) -> T:
+        """The result of a call that begins after this, with these run ids among others."""
+        if self._next is None:
+            self._next = shared = _SharedCall[T]()
+            shared.task = asyncio.create_task(self._run(shared), name="follow-shared")
+        shared = self._next
+        shared.run_ids |= dict.fromkeys(run_ids)
+        shared.callers += 1
+        try:
+            return await asyncio.shield(shared.task)
+        finally:
+            shared.callers -= 1
+            if not shared.callers and not shared.task.done():  # all were cancelled
+                if self._next is shared:
+                    self._next = None
+                shared.task.cancel()
+                await asyncio.wait([shared.task])
+
+    async def _run(self, shared: "_SharedCall[T]") -> T:
+        async with self._turn:
+            self._next = None
+            return await self._work(list(shared.run_ids))
+
+
+class _SharedCall(Generic[T]):
+    task: asyncio.Task[T]
+
+    def __init__(self) -> None:
+        self.run_ids: dict[str, None] = {}
+        self.callers = 0
 
 
 class _FollowedRuns:
