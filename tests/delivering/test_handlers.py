@@ -123,14 +123,14 @@ async def test_a_call_is_limited_in_time(
     await configured(worker, "hang", "block")
     try:
         await worker.writer.submit(settled("run_1"))
-        await asyncio.wait_for(cleaned.wait(), 10)
-        await eventually(lambda: began["hang"] > 2)
+        await asyncio.wait_for(cleaned.wait(), 30)
+        await eventually(lambda: began["hang"] > 2, timeout=30)
 
         async def timed_out() -> bool:
             (message,) = await messages_of(worker.db, endpoint_id="block")
             return message.last_error == "the handler did not return within 0.1 s"
 
-        await eventually(timed_out)
+        await eventually(timed_out, timeout=30)
         assert began["block"] == 1
     finally:
         go_on.set()

@@ -124,7 +124,7 @@ class Session:
             process = Forked.begin(
                 *words, env=self.environment, output=output, folder=self.directory
             )
-            status, said = process.join(timeout=30), output.read_text()
+            status, said = process.join(timeout=60), output.read_text()
             assert status == 0, f"{where}: {command}: {status}\n{said}"
             return said if said.endswith("\n") else f"{said}\n"
         state = self.directory / "state.sh"
@@ -146,7 +146,7 @@ class Session:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=30,
+            timeout=60,
             check=False,
         )
         assert done.returncode == 0, f"{where}: {done.returncode}\n{done.stdout}"

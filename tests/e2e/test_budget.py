@@ -52,7 +52,9 @@ async def test_of_100_starts_exactly_20_are_sent_though_processes_are_killed(
             await asyncio.gather(pair.begin(0), pair.begin(1))
             calling = asyncio.gather(*(pair.call(f"key-{n}") for n in range(STARTS)))
             for number, after in ((0, 4), (1, 9)):
-                await eventually(lambda after=after: len(flora.world.started_with) >= after)
+                await eventually(
+                    lambda after=after: len(flora.world.started_with) >= after, timeout=30
+                )
                 pair.lives[number].kill()
                 await pair.lives[number].end()
                 if number == 0:

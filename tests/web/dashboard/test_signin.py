@@ -47,7 +47,10 @@ async def test_programs_get_401_and_no_form(closed: Site) -> None:
     assert answer.json()["error"]["code"] == "unauthorized"
     script = await closed.client.get(
         "/runs",
-        headers={"HX-Request": "true", "HX-Current-URL": f"{closed.base_url}/runs?state=open"},
+        headers={
+            "HX-Request": "true",
+            "HX-Current-URL": f"{closed.client.base_url}/runs?state=open",
+        },
     )
     assert script.status_code == 401
     assert script.headers["HX-Redirect"] == "/login?next=%2Fruns%3Fstate%3Dopen"
