@@ -67,6 +67,20 @@ def test_wrong_settings_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         Tracker.from_env()
 
 
+async def test_closing_ends_what_is_under_way(make_tracker: MakeTracker, sqlite_url: str) -> None:
+    """Calls of other tasks raise `TrackerNotOpen` soon, and do not wait for a closed database."""
+    nowhere = "http://127.0.0.1:1/api/v1"
+    async with make_tracker(tracker_database_url=sqlite_url, flora_base_url=nowhere) as tracker:
+        run = await tracker.track("run_1", force=True)
+        waiting = asyncio.create_task(run.wait())
+        starting = asyncio.create_task(tracker.start("icon-pack", INPUTS))
+        await asyncio.sleep(0.1)
+    async with asyncio.timeout(10):
+        for call in (waiting, starting):
+            with pytest.raises(errors.TrackerNotOpen):
+                await call
+
+
 async def test_a_wait_survives_an_outage(
     make_tracker: MakeTracker, own_postgres: PostgresServer, flora: Simulator
 ) -> None:

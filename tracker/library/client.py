@@ -26,7 +26,7 @@ from tracker.errors import TrackerNotOpen
 from tracker.library.batches import BatchCalls
 from tracker.library.handlers import EventName, HandlerFunction, Handlers, RunEvent
 from tracker.library.inputs import InputValues, check_key, given_inputs, naming_fields, valid
-from tracker.library.reading import RunCalls
+from tracker.library.reading import CLOSED_MEANWHILE, RunCalls
 from tracker.library.run import ACTOR, Run
 from tracker.services import START_SECONDS, Services, open_services
 from tracker.settings import Loaded, Rotation, Settings, read_settings
@@ -241,7 +241,7 @@ class Tracker(RunCalls, BatchCalls):
         `StartPending` (start again with the same key), `StartUnresolved`, `FloraError`, and
         `SettingsError` without an API key.
         """
-        services = self._services()
+        self._services()
         key = f"trk-{uuid4()}"
         if idempotency_key is not None:
             key = valid("idempotency_key", check_key, idempotency_key)
@@ -250,6 +250,7 @@ class Tracker(RunCalls, BatchCalls):
         typed: list[dict[str, str]] | None = None
         with acting(Principal(name=ACTOR)):
             while True:
+                services = self._services()  # it may be closed meanwhile
                 try:
                     if typed is None:
                         typed = await given_inputs(services, technique, inputs, workspace_id)
@@ -264,6 +265,10 @@ class Tracker(RunCalls, BatchCalls):
                     wait = max(give_up - time.monotonic(), 0.0)
                     started = await services.starter.start(request, wait=wait)
                     return self._run(started.record)
+                except RuntimeError as error:
+                    if self._opened is None:  # httpx refuses to send when its client is closed
+                        raise TrackerNotOpen(CLOSED_MEANWHILE) from error
+                    raise
                 except InvalidRequest as error:
                     raise naming_fields(error, inputs, typed or ()) from error
                 except (

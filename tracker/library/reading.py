@@ -10,11 +10,12 @@ from tracker.core.record import Record
 from tracker.core.retry import RetryAdvice
 from tracker.core.run import Tracking
 from tracker.core.tags import parse_tag
-from tracker.errors import RunUnknown
+from tracker.errors import RunUnknown, TrackerNotOpen
 from tracker.library import following
 from tracker.library.inputs import valid
 from tracker.library.run import Event, Run, RunList, SpendingSummary
 from tracker.services import Services
+from tracker.store.errors import StoreClosed
 from tracker.store.queries import runs as read
 from tracker.store.queries import spending
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 PAGE_SIZE: Final = 100
 LAST_MONTH: Final = timedelta(days=30)
+CLOSED_MEANWHILE: Final = "the tracker was closed during this call"
 
 
 class RunCalls:
@@ -130,9 +132,14 @@ class RunCalls:
         Raises `WaitTimeout`, `RunUnknown` and `StoreUnavailable` as `wait` does.
         """
         run_ids = map(following.id_of, runs)
-        async with aclosing(following.as_settled(self._services(), run_ids, timeout)) as records:
-            async for record in records:
-                yield self._run(record)
+        try:
+            async with aclosing(
+                following.as_settled(self._services(), run_ids, timeout)
+            ) as records:
+                async for record in records:
+                    yield self._run(record)
+        except StoreClosed as error:
+            raise TrackerNotOpen(CLOSED_MEANWHILE) from error
 
     async def events_of(self, run: Run | str) -> list[Event]:
         """The events of a run, oldest first. Raises `RunUnknown`."""

@@ -21,6 +21,7 @@ from tracker.core.run import Run, Tracking
 from tracker.polling.poll import Poller
 from tracker.polling.workspaces import Workspaces
 from tracker.store.engine import Database
+from tracker.store.errors import StoreClosed
 from tracker.store.queries import changes, runs
 from tracker.store.signals import Signals
 
@@ -270,14 +271,14 @@ async def until_available(
 ) -> T:
     """The result of `work`, repeated every `pause` seconds until the database answers.
 
-    Raises `StoreUnavailable` if it does not for `give_up_after` seconds.
+    Raises `StoreUnavailable` if it does not for `give_up_after` seconds, or was closed here.
     """
     give_up = time.monotonic() + give_up_after
     while True:
         try:
             return await work()
         except StoreUnavailable as error:
-            if time.monotonic() >= give_up:
+            if time.monotonic() >= give_up or isinstance(error, StoreClosed):
                 raise
             if notify is not None:
                 notify(f"{error}; still trying")

@@ -23,6 +23,7 @@ from sqlalchemy.pool import NullPool
 from tracker.core.errors import StoreUnavailable
 from tracker.store.errors import (
     FOREIGN,
+    StoreClosed,
     WriteConflict,
     is_conflict,
     is_refusal,
@@ -167,7 +168,7 @@ class Database:
         the connection fails too, and that error would hide the cancellation.
         """
         if self._closed:
-            raise StoreUnavailable("the database is closed")
+            raise StoreClosed("the database is closed")
         task = asyncio.current_task()
         cancelled_before = task.cancelling() if task else 0
         try:

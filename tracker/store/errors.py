@@ -18,6 +18,10 @@ class StoreBusy(StoreUnavailable):
     """A lock was held for too long, or a statement took too long: one item of a group causes it."""
 
 
+class StoreClosed(StoreUnavailable):
+    """This process has closed the database: trying again is in vain."""
+
+
 class StoreRefused(StoreError):
     """The database refuses the data."""
 
