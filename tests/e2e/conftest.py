@@ -1,6 +1,8 @@
 """Fixtures: a sandbox for processes, and what they left in the database."""
 
-from collections.abc import AsyncIterator
+import gc
+import warnings
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,17 @@ from tests.e2e.processes import Sandbox, open_sandbox
 from tracker.store.engine import Database
 
 pytest.register_assert_rewrite("tests.e2e.truth")
+
+
+@pytest.fixture(autouse=True)
+def _forget_cut_connections() -> Iterator[None]:
+    """A process that is killed cuts connections of this one while they are being made, and httpx
+    leaves their sockets to the garbage collector: its warnings would fail some later test."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        warnings.simplefilter("ignore", RuntimeWarning)  # a coroutine that was never awaited
+        gc.collect()
 
 
 @pytest.fixture
