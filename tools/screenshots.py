@@ -48,6 +48,9 @@ ENDED: Final = ("icon-pack", "moodboard-maker", "location-scouter", "podcast-int
 OPEN: Final = ("fit-checks", "logo-stylist", "character-lock", "glam-shots", "earth-zoom-out")
 """Techniques that are still running when the screenshots are taken."""
 
+ARE_DECODED = """() =>
+    Promise.all([...document.images].map((each) => each.decode())).then(() => true, () => false)"""
+"""Whether all pictures are there; a live update may have replaced some meanwhile."""
 IS_LIVE: Final = """
 () => ["slow", undefined].includes(document.getElementById("live")?.dataset.live)
   || document.getElementById("live-state").dataset.state === "on"
@@ -148,7 +151,7 @@ async def _take(browser: Browser, address: str, shots: list[Shot], scheme: str) 
         for shot in wanted:
             await page.goto(f"{address}{shot.path}")
             await page.wait_for_function(IS_LIVE)
-            await page.evaluate("Promise.all([...document.images].map((each) => each.decode()))")
+            await page.wait_for_function(ARE_DECODED)
             await page.wait_for_load_state("load")
             await page.screenshot(
                 path=TARGET / f"{shot.name}-{scheme}.png",
