@@ -1,5 +1,6 @@
 """Batches: a run for each of many rows, as frozen values."""
 
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -219,14 +220,14 @@ class Batch(BatchFields):
         return owner
 
 
-class BatchCalls:
+class BatchCalls(ABC):
     """The part of `Tracker` about batches."""
 
-    def _services(self) -> Services:
-        raise NotImplementedError
+    @abstractmethod
+    def _services(self) -> Services: ...
 
-    def _launching_batches(self) -> Services:
-        raise NotImplementedError
+    @abstractmethod
+    def _launching_batches(self) -> Services: ...
 
     async def start_batch(
         self,

@@ -1,5 +1,6 @@
 """Batches for `tracker.sync`."""
 
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping
 from dataclasses import fields
 from decimal import Decimal
@@ -77,7 +78,7 @@ class Batch(BatchFields):
         return owner
 
 
-class BlockingBatchCalls:
+class BlockingBatchCalls(ABC):
     """The part of `tracker.sync.Tracker` about batches."""
 
     _tracker: AsyncTracker
@@ -127,14 +128,14 @@ class BlockingBatchCalls:
         values["run"] = run
         return BatchResult(**values)
 
-    def _call(self, work: Coroutine[Any, Any, T]) -> T:
-        raise NotImplementedError
+    @abstractmethod
+    def _call(self, work: Coroutine[Any, Any, T]) -> T: ...
 
-    def _iterate(self, items: AsyncGenerator[T, None]) -> Iterator[T]:
-        raise NotImplementedError
+    @abstractmethod
+    def _iterate(self, items: AsyncGenerator[T, None]) -> Iterator[T]: ...
 
-    def _run(self, run: AsyncRun) -> "Run":
-        raise NotImplementedError
+    @abstractmethod
+    def _run(self, run: AsyncRun) -> "Run": ...
 
 
 def _values(batch: BatchFields) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The part of `Tracker` that reads runs, and waits for them."""
 
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
 from datetime import datetime, timedelta
@@ -30,17 +31,17 @@ LAST_MONTH: Final = timedelta(days=30)
 CLOSED_MEANWHILE: Final = "the tracker was closed during this call"
 
 
-class RunCalls:
+class RunCalls(ABC):
     """The part of `Tracker` that reads runs, and waits for them."""
 
-    def _services(self) -> Services:
-        raise NotImplementedError
+    @abstractmethod
+    def _services(self) -> Services: ...
 
-    def _changes(self) -> "ChangeFeed":
-        raise NotImplementedError
+    @abstractmethod
+    def _changes(self) -> "ChangeFeed": ...
 
-    def _run(self, record: Record | Mapping[str, Any]) -> Run:
-        raise NotImplementedError
+    @abstractmethod
+    def _run(self, record: Record | Mapping[str, Any]) -> Run: ...
 
     async def get(self, run_id: str) -> Run:
         """The run as it is stored. Raises `RunUnknown`."""
