@@ -231,11 +231,12 @@ class CrashRun:
             raise AssertionError(f"it did not settle: {error}\n{life.log}") from None
 
     async def _calm(self) -> bool:
-        if await settled_runs(self._database) < len(self._flora.world.runs):
-            return False
+        # In this order: what is launched or recovered meanwhile is a run more.
         if await batches_to_launch(self._database):
             return False
         if await undecided_starts(self._database, self._flora):
+            return False
+        if await settled_runs(self._database) < len(self._flora.world.runs):
             return False
         return not await unsent_runs(self._database, self._receiver)
 

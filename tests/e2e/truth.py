@@ -71,15 +71,15 @@ async def assert_all_true(database: Database, simulator: str) -> None:
         )
     assert {row["run_id"] for row in rows} == set(truth)
     for row in rows:
-        # A run that had ended when it was started shows its quote, until its bill is read: none if
-        # it failed. Here the simulator bills what it quotes.
+        # A run that had ended when it was started shows its quote, until its bill is read. Here the
+        # simulator bills what it quotes.
         is_billed = row["charged_cost"] is not None or row["recheck_at"] is None
         cost = row["charged_cost"] if is_billed else row["quoted_cost"]
         end = truth[row["run_id"]]["end"]
         told = {
             "status": row["status"],
             "outputs": made.get(row["run_id"], []),
-            "charged_cost": float(cost or 0),
+            "charged_cost": float(cost),
             "error_code": row["error_code"],
             "error_message": row["error_message"],
             **{name: _ms(row[name]) for name in ("created_at", "started_at", "completed_at")},
