@@ -34,7 +34,7 @@ POINTS: tuple[tuple[Role, Point], ...] = (
     ("serve", Point(when="after", name="batch_launches.end")),
 )
 
-LIVES = 5
+LIVES = 3
 """Attempts for each point: what leads to it may fail in a life."""
 
 

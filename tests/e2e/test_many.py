@@ -16,5 +16,5 @@ async def test_many_processes_do_everything_once(tmp_path: Path, postgres_url: s
     tick."""
     figures = await endure(postgres_url, tmp_path, receivers=2, workers=2, runs=80)
     assert figures.broken == []
-    assert figures.seen.claimed_by  # by both, unless one is back late from its kill
+    assert len(figures.seen.claimed_by) == 2
     assert figures.seen.late[-1] < TICK

@@ -45,6 +45,7 @@ async def test_a_handler_gets_the_run_and_starts_another(
         run = await tracker.start("icon-pack", INPUTS, tags={"step": "first"})
         await eventually(lambda: len(events) == 2, timeout=20)
         await eventually(lambda: len(stored) == 2, timeout=20)
+        present = await run.refresh()
     assert {one.run_id for one in followed} | {run.run_id} == set(flora.world.runs)
     first, second = events
     assert (first.message_id, first.attempt + 1) == (second.message_id, second.attempt)
@@ -52,6 +53,7 @@ async def test_a_handler_gets_the_run_and_starts_another(
     truth = flora.world.runs[run.run_id]
     assert first.run.charged_cost == Decimal(str(truth.cost))
     assert (first.run.status, len(first.run.outputs)) == ("completed", len(truth.outputs))
+    assert (first.run.outputs, first.run.settled_at) == (present.outputs, present.settled_at)
     assert {one.run_id for one, _ in stored} == set(flora.world.runs)
     assert {thread for _, thread in stored} == {"handler store"}
 

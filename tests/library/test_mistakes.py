@@ -1,5 +1,7 @@
 """What is often wrong in a first program gets one error, which says what to do."""
 
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -68,3 +70,18 @@ async def test_a_tracker_that_is_not_open_says_how_to_open_it(make_tracker: Make
     """A call before `async with` names it."""
     with pytest.raises(errors.TrackerNotOpen, match="async with tracker"):
         await make_tracker().start("icon-pack", INPUTS)
+
+
+def test_a_database_that_is_not_there_is_the_last_word() -> None:
+    """A blocking tracker that could not be opened has nothing to close when the script ends."""
+    program = """
+from tracker.settings import Settings
+from tracker.sync import Tracker
+
+with Tracker(Settings(tracker_database_url="postgresql://127.0.0.1:1/none")):
+    pass
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert "StoreUnavailable: the database cannot be reached" in done.stderr.splitlines()[-1]

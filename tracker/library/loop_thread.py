@@ -45,6 +45,9 @@ class LoopThread:
         except KeyboardInterrupt:
             self._loop.call_soon_threadsafe(self._main.cancel)
             raise
+        except BaseException:
+            _running.discard(self)  # nothing was opened, and its loop is closed
+            raise
 
     def call(self, work: Work[T]) -> T:
         """The result of `work`. Ctrl-C ends the call at once, and cancels nothing but `work`.
