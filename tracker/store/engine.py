@@ -141,8 +141,8 @@ class Database:
     async def send(self, statement: str, values: tuple[Any, ...]) -> list[Sequence[Any]]:
         """Send one statement, which is a transaction by itself, and return its rows.
 
-        PostgreSQL alone, in its driver's own form (`$1`): SQLAlchemy's work for a transaction costs
-        this process as much as storing fifty callbacks. Raises as `read` does.
+        It is in the driver's own form (`?` on SQLite, `$1` on PostgreSQL): SQLAlchemy's work for a
+        transaction costs this process as much as storing fifty callbacks. Raises as `read` does.
         """
         return await self._retry(partial(self._transactions.send, statement, values))
 

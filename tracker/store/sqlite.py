@@ -10,7 +10,8 @@ import os
 import sqlite3
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any, Final, TypeVar
@@ -22,7 +23,7 @@ from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
-from tracker.core.errors import StoreError, StoreUnavailable
+from tracker.core.errors import StoreUnavailable
 from tracker.store.url import DatabaseUrl
 
 T = TypeVar("T")
@@ -46,7 +47,16 @@ class SqliteThread:
 
     async def run(self, work: Callable[[Connection], T]) -> T:
         """Run `work` in a transaction, and return when it is committed."""
-        writing = self._thread.submit(self._run, work)
+        return await self._in_thread(partial(self._run, work))
+
+    async def send(self, statement: str, values: tuple[Any, ...]) -> list[Sequence[Any]]:
+        """Send one statement, which is a transaction by itself, and return its rows."""
+        if self.engine.dispatch.before_cursor_execute:  # tracing would miss the statement
+            return await self.run(partial(_send_traced, statement, values))
+        return await self._in_thread(partial(self._send, statement, values))
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        writing = self._thread.submit(work)
         done = asyncio.wrap_future(writing)
         try:
             await asyncio.wait([done], timeout=QUEUE_SECONDS)
@@ -60,13 +70,19 @@ class SqliteThread:
         with self.engine.begin() as connection:
             opened = connection.info["file"]
             result = work(connection)
-        if _file_id(self._path) != opened:
-            raise StoreUnavailable(f"the database's file is not at {self._path} any more")
+        self._check_file(opened)
         return result
 
-    async def send(self, statement: str, values: tuple[Any, ...]) -> list[Sequence[Any]]:
-        """Not supported: statements in the driver's form are for PostgreSQL."""
-        raise StoreError("on SQLite everything is written in a transaction")
+    def _send(self, statement: str, values: tuple[Any, ...]) -> list[Sequence[Any]]:
+        with closing(self.engine.raw_connection()) as connection:
+            opened = connection.info["file"]
+            rows: list[Sequence[Any]] = connection.cursor().execute(statement, values).fetchall()
+        self._check_file(opened)
+        return rows
+
+    def _check_file(self, opened: object) -> None:
+        if _file_id(self._path) != opened:
+            raise StoreUnavailable(f"the database's file is not at {self._path} any more")
 
     async def close(self) -> None:
         """Finish the writes under way, and close the connection."""
@@ -74,6 +90,13 @@ class SqliteThread:
         self._thread.shutdown()
         for thread in tuple(_ABANDONED):
             await asyncio.to_thread(thread.join, BUSY_SECONDS)
+
+
+def _send_traced(
+    statement: str, values: tuple[Any, ...], connection: Connection
+) -> list[Sequence[Any]]:
+    result = connection.exec_driver_sql(statement, values)
+    return list(result.all()) if result.returns_rows else []
 
 
 def driver_execute(connection: Connection) -> Callable[[str, Sequence[Any]], Any]:

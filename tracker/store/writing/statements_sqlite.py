@@ -23,6 +23,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.sqlite import dialect, insert
 
 from tracker.store.engine import Database
+from tracker.store.errors import StoreRefused
 from tracker.store.rows import RUN_COLUMNS, run_row
 from tracker.store.schema import (
     Money,
@@ -63,15 +64,23 @@ class RowInsert:
     """An insert of any number of rows, whose columns are in the order of the table.
 
     After each statement the driver asks for Python's lock again, for which it may wait while other
-    threads compute. So rows go in groups of a few fixed sizes, each of which is prepared once.
+    threads compute. So within a transaction rows go in groups of a few fixed sizes, each of which
+    is prepared once.
     """
 
     def __init__(self, statement: Any, columns: Sequence[Column[Any]]) -> None:
         names = [column.name for column in columns]
-        one = str(statement.compile(dialect=dialect(paramstyle="qmark"), column_keys=names))
-        row = f"({', '.join('?' * len(names))})"
-        self._texts = {size: one.replace(row, ", ".join([row] * size)) for size in _GROUP_SIZES}
+        self._one = str(statement.compile(dialect=dialect(paramstyle="qmark"), column_keys=names))
+        self._row = f"({', '.join('?' * len(names))})"
+        self._texts = {size: self._text(size) for size in _GROUP_SIZES}
         self._plain = plain_rows(columns)
+
+    def _text(self, size: int) -> str:
+        return self._one.replace(self._row, ", ".join([self._row] * size))
+
+    def whole(self, rows: Rows) -> tuple[str, tuple[Any, ...]]:
+        """One statement for all of the rows, in the driver's form, and its values."""
+        return self._text(len(rows)), tuple(chain.from_iterable(self._plain(rows)))
 
     def __call__(self, connection: Connection, rows: Rows) -> None:
         if not rows:
@@ -199,7 +208,20 @@ class SqliteStatements(Statements):
 
     async def store(self, db: Database, receipts: Sequence[Receipt]) -> dict[str, str | None]:
         """See `Statements.store`."""
-        return await db.write(partial(_store, receipts))
+        try:
+            await db.send(*INSERT_DELIVERIES.whole([*map(_delivery_row, receipts)]))
+        except StoreRefused:  # nothing is stored: perhaps one of them was before
+            return await db.write(partial(_store, receipts))
+        return {}
+
+
+def _delivery_row(receipt: Receipt) -> tuple[Any, ...]:
+    one = receipt.delivery
+    return (
+        *(one.delivery_id, one.run_id, one.event_type, one.api_version, one.workspace_id),
+        *(one.created_at, one.received_at, receipt.last_received_at, len(receipt.positions)),
+        *("waiting", one.body, one.callback_token),
+    )
 
 
 def _store(receipts: Sequence[Receipt], connection: Connection) -> dict[str, str | None]:
@@ -210,31 +232,19 @@ def _store(receipts: Sequence[Receipt], connection: Connection) -> dict[str, str
     repeated = []
     for receipt in receipts:
         one = receipt.delivery
-        count = len(receipt.positions)
         if (row := before.get(one.delivery_id)) is None:
-            new.append(
-                (
-                    one.delivery_id,
-                    one.run_id,
-                    one.event_type,
-                    one.api_version,
-                    one.workspace_id,
-                    one.created_at,
-                    one.received_at,
-                    receipt.last_received_at,
-                    count,
-                    "waiting",
-                    one.body,
-                    one.callback_token,
-                )
-            )
+            new.append(_delivery_row(receipt))
             continue
         _, outcome, body, body_is_gone = row
         # A body that retention has removed cannot be compared: see the statement for PostgreSQL.
         is_same = body == one.body or body_is_gone
         outcomes[one.delivery_id] = outcome if is_same else None
         if is_same:
-            values = {"stored": one.delivery_id, "more": count, "last": receipt.last_received_at}
+            values = {
+                "stored": one.delivery_id,
+                "more": len(receipt.positions),
+                "last": receipt.last_received_at,
+            }
             repeated.append(values)
     INSERT_DELIVERIES(connection, new)
     if repeated:
