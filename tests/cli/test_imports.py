@@ -16,7 +16,7 @@ FOR_HELP = """aiosqlite alembic apscheduler asyncpg httpx importlib.metadata jin
     opentelemetry orjson prometheus_client pydantic rich sqlalchemy starlette structlog uvicorn
     uvloop"""
 FOR_A_SHORT_COMMAND = """alembic apscheduler asyncpg httpx jinja2 mako opentelemetry
-    prometheus_client starlette.routing tracker.demo tracker.operations.doctor
+    prometheus_client pygments starlette.routing structlog tracker.demo tracker.operations.doctor
     tracker.operations.metrics tracker.services tracker.simulator tracker.web uvicorn uvloop"""
 
 
