@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, Generic, Literal, Self, cast
@@ -19,6 +19,7 @@ from tracker.starting.batch_rows import BatchPlan, Retry, RowState
 from tracker.store.queries import batches as stored
 from tracker.store.queries.audit import Principal, acting
 from tracker.store.queries.batches import BatchCounts, BatchRow
+from tracker.views import batch_columns
 
 if TYPE_CHECKING:
     from tracker.library.client import Tracker
@@ -92,28 +93,8 @@ class BatchFields:
     @classmethod
     def of(cls, batch: BatchRow, counts: BatchCounts) -> Self:
         """The value of a stored batch."""
-        return cls(
-            batch_id=batch.batch_id,
-            name=batch.name,
-            workspace_id=batch.workspace_slot,
-            technique_id=batch.technique_id,
-            source=batch.source,
-            created_at=batch.created_at,
-            launching=batch.launch_at is not None,
-            stopped=batch.stopped,
-            rows=counts.rows,
-            started=counts.started,
-            completed=counts.completed,
-            failed=counts.failed,
-            active=counts.active,
-            lost=counts.lost,
-            refused=counts.refused,
-            unresolved=counts.unresolved,
-            in_doubt=counts.doubt,
-            cost=counts.cost,
-            cost_final=counts.cost_final,
-            quoted=counts.quoted,
-        )
+        values = batch_columns(batch, counts)
+        return cls(**{one.name: values[one.name] for one in fields(cls)})
 
     @property
     def ended(self) -> bool:

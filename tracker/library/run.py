@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime
 from decimal import Decimal
+from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from tracker.core.formatting import money
 from tracker.core.record import Record
 from tracker.core.run import Output, RunStatus, Tracking
 from tracker.errors import TrackerNotOpen
+from tracker.views import run_columns
 
 if TYPE_CHECKING:
     from tracker.library.client import Tracker
@@ -22,6 +24,11 @@ AnyRun = TypeVar("AnyRun", bound="RunFields")
 
 ACTOR: Final = "python"
 """Who starts runs from Python, in the start log and the audit log."""
+
+
+def plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of the database by name, with the text of each member of an enumeration."""
+    return {name: one.value if isinstance(one, Enum) else one for name, one in values.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,15 +49,7 @@ class Event:
     @classmethod
     def of(cls, event: "read.Event") -> Self:
         """The value of a stored event."""
-        return cls(
-            id=event.id,
-            run_id=event.run_id,
-            at=event.at,
-            source=event.source.value,
-            status=str(event.status),
-            progress=event.progress,
-            detail=event.detail,
-        )
+        return cls(**plain_values(event._asdict()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -102,43 +101,9 @@ class RunFields:
     @classmethod
     def of(cls, record: Record) -> Self:
         """The value of a stored run."""
-        run, error = record.run, record.run.error
-        return cls(
-            run_id=run.run_id,
-            status=str(run.status),
-            tracking=record.tracking.value,
-            progress=run.progress,
-            technique_id=run.technique_id,
-            technique_name=run.technique_name,
-            run_type=run.run_type,
-            workspace_id=run.workspace_id,
-            project_id=run.project_id,
-            created_at=record.created_at,
-            started_at=run.started_at,
-            completed_at=run.completed_at,
-            settled_at=record.settled_at,
-            outputs=run.outputs or (),
-            inputs=tuple(record.inputs or ()),
-            tags=record.tags or {},
-            error_code=(error.code if error else "") or None,
-            error_message=(error.message if error else "") or None,
-            retry_advice=run.retry_advice and run.retry_advice.value,
-            quoted_cost=run.quoted_cost,
-            charged_cost=run.charged_cost,
-            cost_read_at=run.cost_read_at,
-            cost_final=record.cost_final,
-            source=record.source.value,
-            first_seen_at=record.first_seen_at,
-            callback_at=record.callback_at,
-            ended_via=record.ended_via and record.ended_via.value,
-            conflict=run.conflict,
-            poll_url=run.poll_url,
-            reserved_at=record.reserved_at,
-            reserved_cost=record.reserved_cost,
-            next_check_at=record.next_check_at,
-            checks=record.checks,
-            last_error=record.last_error,
-        )
+        values = plain_values(run_columns(record))
+        values["inputs"] = tuple(record.inputs or ())
+        return cls(**values)
 
     @classmethod
     def from_json(cls, shown: Mapping[str, Any]) -> Self:

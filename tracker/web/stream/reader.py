@@ -11,7 +11,7 @@ from typing import Final
 from tracker.core.log import get_logger
 from tracker.core.record import Record
 from tracker.store.queries.changes import Line
-from tracker.views import number_json, run_json, time_json
+from tracker.views import event_json, run_json
 from tracker.web.http.responses import to_json
 
 _LINE_ENDS: Final = re.compile(b"\xc2\x85|\xe2\x80[\xa8\xa9]")
@@ -54,14 +54,7 @@ class Change:
         event, number, shown = self.event, b"", None
         if event is not None:
             number = b"id: %d\n" % event.id
-            shown = {
-                "id": event.id,
-                "run_id": event.run_id,
-                "at": time_json(event.at),
-                "source": event.source.value,
-                "status": str(event.status),
-                "progress": number_json(event.progress),
-            }
+            shown = event_json(event)
         data = to_json({"event": shown, "run": run_json(self.record)})
         data = _LINE_ENDS.sub(lambda end: b"\\u%04x" % ord(end[0].decode()), data)
         return b"%bevent: run\ndata: %b\n\n" % (number, data)
