@@ -17,22 +17,33 @@ import threading
 import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields
-from datetime import datetime, timedelta
+from dataclasses import dataclass, fields, replace
+from functools import partial, update_wrapper
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Self, TypeVar, cast, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Concatenate,
+    Final,
+    Generic,
+    ParamSpec,
+    Self,
+    TypeVar,
+    cast,
+    overload,
+)
 
 from tracker.core.run import Output
 from tracker.delivering.handlers import TIMEOUT
 from tracker.errors import SettingsError, TrackerNotOpen
 from tracker.library import following
-from tracker.library.blocking_batches import Batch, BlockingBatchCalls
+from tracker.library.batches import Batch as AsyncBatch
+from tracker.library.batches import BatchFields, BatchResult
 from tracker.library.client import Tracker as AsyncTracker
 from tracker.library.handlers import EventName, RunEventFields
-from tracker.library.inputs import InputValues
 from tracker.library.loop_thread import CLOSED, LoopThread
-from tracker.library.reading import LAST_MONTH
-from tracker.library.run import Event, RunFields, RunList, SpendingSummary
+from tracker.library.run import Event, RunFields, RunList
 from tracker.library.run import Run as AsyncRun
 from tracker.settings import Settings
 from tracker.store.writing.messages import MOST_OPEN, Claim
@@ -43,15 +54,90 @@ if TYPE_CHECKING:
     from tracker.delivering.downloads import DownloadReport
     from tracker.library.callbacks import VerifiedCallback
     from tracker.library.changes import RunChange
-    from tracker.receiving.receive import Received
 
 __all__ = ["Batch", "Event", "Output", "Run", "RunEvent", "Tracker"]
 
+P = ParamSpec("P")
+S = TypeVar("S")
 T = TypeVar("T")
+B = TypeVar("B", "Run", "Batch", AsyncBatch)
 HandlerFunction = TypeVar("HandlerFunction", bound="Callable[[RunEvent], object]")
 
 
-class Tracker(BlockingBatchCalls):
+def _copied(kind: type[B], value: RunFields | BatchFields, owner: object) -> B:
+    """The same value as a `kind`, which belongs to `owner`."""
+    copied = kind(**{one.name: getattr(value, one.name) for one in fields(kind)})
+    object.__setattr__(copied, "_owner", owner)
+    return copied
+
+
+def _run_of(owner: "Tracker", run: RunFields) -> "Run":
+    return _copied(Run, run, owner)
+
+
+def _batch_of(owner: "Tracker", batch: BatchFields) -> "Batch":
+    return _copied(Batch, batch, owner)
+
+
+def _change_of(owner: "Tracker", change: "RunChange[AsyncRun]") -> "RunChange[Run]":
+    changed: RunChange[Run] = cast("Any", replace)(change, run=_run_of(owner, change.run))
+    return changed
+
+
+def _results_of(owner: "Tracker", rows: "list[BatchResult[AsyncRun]]") -> "list[BatchResult[Run]]":
+    return [
+        cast("Any", replace)(row, run=None if row.run is None else _run_of(owner, row.run))
+        for row in rows
+    ]
+
+
+def _same(owner: "Tracker", value: T) -> T:
+    return value
+
+
+def _blocking(
+    method: Callable[Concatenate[AsyncTracker, P], Coroutine[Any, Any, T]],
+    shown: "Callable[[Tracker, T], S]",
+) -> "Callable[Concatenate[Tracker, P], S]":
+    """`method` with the same parameters and documentation, blocking; `shown` makes its result."""
+
+    def call(self: "Tracker", /, *args: P.args, **options: P.kwargs) -> S:
+        return shown(self, self._call(method(self._tracker, *args, **options)))
+
+    update_wrapper(call, method)
+    return call
+
+
+def _stepwise(
+    method: Callable[Concatenate[AsyncTracker, P], AsyncGenerator[T, None]],
+    shown: "Callable[[Tracker, T], S]",
+) -> "Callable[Concatenate[Tracker, P], Iterator[S]]":
+    """As `_blocking`, for a method that yields its results."""
+
+    def call(self: "Tracker", /, *args: P.args, **options: P.kwargs) -> Iterator[S]:
+        items = self._iterate(method(self._tracker, *args, **options))
+        return map(partial(shown, self), items)
+
+    update_wrapper(call, method)
+    return call
+
+
+def _of_batch(
+    method: Callable[Concatenate[AsyncBatch, P], Coroutine[Any, Any, T]],
+    shown: "Callable[[Tracker, T], S]",
+) -> "Callable[Concatenate[Batch, P], S]":
+    """As `_blocking`, for a method of a batch."""
+
+    def call(self: "Batch", /, *args: P.args, **options: P.kwargs) -> S:
+        asynchronous = _copied(AsyncBatch, self, self._tracker._tracker)
+        called = self._tracker._call(method(asynchronous, *args, **options))
+        return shown(self._tracker, called)
+
+    update_wrapper(call, method)
+    return call
+
+
+class Tracker:
     """A tracker on the database and the FLORA workspaces that the settings name.
 
     The methods are those of `tracker.Tracker`, with the same parameters and errors; they block.
@@ -118,67 +204,16 @@ class Tracker(BlockingBatchCalls):
         if running is not None:
             running.close()
 
-    def start(
-        self,
-        technique: str,
-        inputs: InputValues = (),
-        *,
-        idempotency_key: str | None = None,
-        tags: Mapping[str, str] | None = None,
-        workspace_id: str | None = None,
-        timeout: float | None = None,
-    ) -> "Run":
-        """Start a run of a technique (its id or slug), once per `idempotency_key`."""
-        started = self._tracker.start(
-            technique,
-            inputs,
-            idempotency_key=idempotency_key,
-            tags=tags,
-            workspace_id=workspace_id,
-            timeout=timeout,
-        )
-        return self._run(self._call(started))
-
-    def track(
-        self,
-        run_id: str,
-        *,
-        technique: str | None = None,
-        workspace_id: str | None = None,
-        force: bool = False,
-    ) -> "Run":
-        """Track a run that was started elsewhere."""
-        tracked = self._tracker.track(
-            run_id, technique=technique, workspace_id=workspace_id, force=force
-        )
-        return self._run(self._call(tracked))
-
-    def get(self, run_id: str) -> "Run":
-        """The run as it is stored. Raises `RunUnknown`."""
-        return self._run(self._call(self._tracker.get(run_id)))
-
-    def runs(
-        self,
-        *,
-        status: str | None = None,
-        technique_id: str | None = None,
-        workspace_id: str | None = None,
-        project_id: str | None = None,
-        tag: str | None = None,
-        tracking: str | None = None,
-        retry_advice: str | None = None,
-    ) -> "Iterator[Run]":
-        """All stored runs that match every filter, newest first; `tag` is `key=value`."""
-        found = self._tracker.runs(
-            status=status,
-            technique_id=technique_id,
-            workspace_id=workspace_id,
-            project_id=project_id,
-            tag=tag,
-            tracking=tracking,
-            retry_advice=retry_advice,
-        )
-        return map(self._run, self._iterate(found))
+    start = _blocking(AsyncTracker.start, _run_of)
+    track = _blocking(AsyncTracker.track, _run_of)
+    get = _blocking(AsyncTracker.get, _run_of)
+    runs = _stepwise(AsyncTracker.runs, _run_of)
+    events = _stepwise(AsyncTracker.events, _change_of)
+    spending = _blocking(AsyncTracker.spending, _same)
+    receive_callback = _blocking(AsyncTracker.receive_callback, _same)
+    start_batch = _blocking(AsyncTracker.start_batch, _batch_of)
+    batch = _blocking(AsyncTracker.batch, _batch_of)
+    batches = _stepwise(AsyncTracker.batches, _batch_of)
 
     @overload
     def wait(  # type: ignore[overload-overlap]  # an id is a sequence of letters
@@ -206,18 +241,18 @@ class Tracker(BlockingBatchCalls):
             one = self._tracker.wait(
                 following.id_of(runs), timeout, raise_on_failure=raise_on_failure
             )
-            return self._run(self._call(one))
+            return _run_of(self, self._call(one))
         all_of = self._tracker.wait(
             map(following.id_of, runs), timeout, raise_on_failure=raise_on_failure
         )
-        return RunList(map(self._run, self._call(all_of)))
+        return RunList(map(partial(_run_of, self), self._call(all_of)))
 
     def as_settled(
         self, runs: "Iterable[Run | str]", *, timeout: float | None = None
     ) -> "Iterator[Run]":
         """Each of the runs as it ends, also one that failed or is lost."""
         ended = self._tracker.as_settled(map(following.id_of, runs), timeout=timeout)
-        return map(self._run, self._iterate(ended))
+        return map(partial(_run_of, self), self._iterate(ended))
 
     def events_of(self, run: "Run | str") -> list[Event]:
         """The events of a run, oldest first. Raises `RunUnknown`."""
@@ -263,37 +298,7 @@ class Tracker(BlockingBatchCalls):
         return decorate
 
     def _event(self, claim: Claim) -> "RunEvent":
-        return RunEvent.of(claim, lambda shown: Run._of(RunFields.from_json(shown), self))
-
-    def events(
-        self,
-        after: int | None = None,
-        *,
-        run_id: str | None = None,
-        technique_id: str | None = None,
-        workspace_id: str | None = None,
-        status: str | None = None,
-    ) -> "Iterator[RunChange[Run]]":
-        """The changes of matching runs as they happen, until the tracker is closed."""
-        changes = self._tracker.events(
-            after,
-            run_id=run_id,
-            technique_id=technique_id,
-            workspace_id=workspace_id,
-            status=status,
-        )
-        return map(self._change, self._iterate(changes))
-
-    def spending(
-        self,
-        by: str = "day",
-        *,
-        since: datetime | timedelta | None = LAST_MONTH,
-        workspace_id: str | None = None,
-    ) -> SpendingSummary:
-        """What the runs started since a UTC day cost, by `day`, `technique` or `tag:KEY`, in USD;
-        and the use of each budget."""
-        return self._call(self._tracker.spending(by, since=since, workspace_id=workspace_id))
+        return RunEvent.of(claim, lambda shown: _copied(Run, RunFields.from_json(shown), self))
 
     def download(
         self,
@@ -318,26 +323,6 @@ class Tracker(BlockingBatchCalls):
     def verify_callback(self, body: bytes, headers: Mapping[str, str]) -> "VerifiedCallback":
         """The callback in a request that an application received itself; stores nothing."""
         return self._tracker.verify_callback(body, headers)
-
-    def receive_callback(
-        self, body: bytes, headers: Mapping[str, str], *, token: str | None = None
-    ) -> "Received":
-        """Store a callback that an application received itself, as `/callbacks/flora` does."""
-        return self._call(self._tracker.receive_callback(body, headers, token=token))
-
-    def _run(self, run: AsyncRun) -> "Run":
-        return Run._of(run, self)
-
-    def _change(self, change: "RunChange[AsyncRun]") -> "RunChange[Run]":
-        from tracker.library.changes import RunChange  # noqa: PLC0415
-
-        return RunChange(
-            event_id=change.event_id,
-            at=change.at,
-            source=change.source,
-            status=change.status,
-            run=self._run(change.run),
-        )
 
     def _open(self) -> LoopThread:
         if self._inherits_sqlite and self._on_sqlite:
@@ -400,12 +385,6 @@ class Run(RunFields):
 
     _owner: Tracker
 
-    @classmethod
-    def _of(cls, run: RunFields, owner: Tracker) -> Self:
-        blocking = cls(**{one.name: getattr(run, one.name) for one in _FIELDS})
-        object.__setattr__(blocking, "_owner", owner)
-        return blocking
-
     def wait(self, timeout: float | None = None, *, raise_on_failure: bool = True) -> "Run":
         """The run when it has ended; see `Tracker.wait`."""
         return self._tracker.wait(self, timeout=timeout, raise_on_failure=raise_on_failure)
@@ -420,12 +399,25 @@ class Run(RunFields):
 
     @property
     def _tracker(self) -> Tracker:
-        owner: Tracker | None = getattr(self, "_owner", None)
-        if owner is None:
-            raise TrackerNotOpen(
-                f"this copy of run {self.run_id} belongs to no tracker: use tracker.get(run_id)"
-            )
-        return owner
+        return cast("Tracker", self._known_owner())
+
+
+class Batch(BatchFields):
+    """A batch, as it was when it was read, and what can be done with it."""
+
+    __slots__ = ("_owner",)  # no field: neither compared, shown, copied nor pickled
+
+    _owner: Tracker
+
+    wait = _of_batch(AsyncBatch.wait, _batch_of)
+    refresh = _of_batch(AsyncBatch.refresh, _batch_of)
+    results = _of_batch(AsyncBatch.results, _results_of)
+    stop = _of_batch(AsyncBatch.stop, _batch_of)
+    retry = _of_batch(AsyncBatch.retry, _batch_of)
+
+    @property
+    def _tracker(self) -> Tracker:
+        return cast("Tracker", self._known_owner())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -463,7 +455,6 @@ def _after_fork() -> None:
 
 
 _END: Final = object()
-_FIELDS: Final = fields(RunFields)
 _trackers: Final = weakref.WeakSet[Tracker]()
 _of_parent: Final[list[object]] = []
 os.register_at_fork(after_in_child=_after_fork)

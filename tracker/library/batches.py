@@ -101,6 +101,15 @@ class BatchFields:
         """Whether no row is to be started any more, and no run is active."""
         return not (self.launching or self.active or self.in_doubt)
 
+    def _known_owner(self) -> object:
+        """The tracker that read it. Raises `TrackerNotOpen` for a copy, which has none."""
+        owner: object | None = getattr(self, "_owner", None)
+        if owner is None:
+            raise TrackerNotOpen(
+                f"this copy of batch {self.batch_id} belongs to no tracker: use tracker.batch(id)"
+            )
+        return owner
+
     def __hash__(self) -> int:
         return hash(self.batch_id)
 
@@ -127,11 +136,9 @@ class Batch(BatchFields):
     @classmethod
     def bound(cls, batch: BatchRow, counts: BatchCounts, owner: "Tracker") -> Self:
         """The value of a stored batch, with the tracker that read it."""
-        return cls.of(batch, counts)._with(owner)
-
-    def _with(self, owner: "Tracker") -> Self:
-        object.__setattr__(self, "_owner", owner)
-        return self
+        bound = cls.of(batch, counts)
+        object.__setattr__(bound, "_owner", owner)
+        return bound
 
     async def wait(self, timeout: float | None = None) -> "Batch":
         """The batch when each row was tried and its runs have ended.
@@ -193,12 +200,7 @@ class Batch(BatchFields):
 
     @property
     def _tracker(self) -> "Tracker":
-        owner: Tracker | None = getattr(self, "_owner", None)
-        if owner is None:
-            raise TrackerNotOpen(
-                f"this copy of batch {self.batch_id} belongs to no tracker: use tracker.batch(id)"
-            )
-        return owner
+        return cast("Tracker", self._known_owner())
 
 
 class BatchCalls(ABC):

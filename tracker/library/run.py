@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from decimal import Decimal
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, cast
 
 from tracker.core.formatting import money
 from tracker.core.record import Record
@@ -134,6 +134,15 @@ class RunFields:
         """Whether the run completed and is settled."""
         return self.settled and self.status == RunStatus.COMPLETED
 
+    def _known_owner(self) -> object:
+        """The tracker that read it. Raises `TrackerNotOpen` for a copy, which has none."""
+        owner: object | None = getattr(self, "_owner", None)
+        if owner is None:
+            raise TrackerNotOpen(
+                f"this copy of run {self.run_id} belongs to no tracker: use tracker.get(run_id)"
+            )
+        return owner
+
     def __hash__(self) -> int:
         return hash(self.run_id)
 
@@ -208,9 +217,4 @@ class Run(RunFields):
 
     @property
     def _tracker(self) -> "Tracker":
-        owner: Tracker | None = getattr(self, "_owner", None)
-        if owner is None:
-            raise TrackerNotOpen(
-                f"this copy of run {self.run_id} belongs to no tracker: use tracker.get(run_id)"
-            )
-        return owner
+        return cast("Tracker", self._known_owner())
