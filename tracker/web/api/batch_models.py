@@ -10,6 +10,7 @@ from tracker.core.retry import RetryAdvice
 from tracker.core.tags import check_key
 from tracker.store.queries.batches import RowOutcome
 from tracker.web.api.requests import (
+    BY_TAG,
     Body,
     Cursor,
     Filter,
@@ -20,7 +21,7 @@ from tracker.web.api.requests import (
     none_if_empty,
     one_of,
 )
-from tracker.web.api.responses import Meta, ResponseModel, RunInput
+from tracker.web.api.responses import ResponseModel, RunInput
 
 MOST_ROWS: Final = 10_000
 """Rows of one batch."""
@@ -87,14 +88,7 @@ class BatchBody(Body):
     tags: TagsField = Field({}, description="Labels of all runs, for filters and budgets.")
     tag_columns: Annotated[
         dict[Annotated[str, AfterValidator(check_key)], Name],
-        WithJsonSchema(
-            {
-                "type": "object",
-                "maxProperties": 16,
-                "propertyNames": {"pattern": "^[A-Za-z0-9._-]{1,64}$"},
-                "additionalProperties": {"type": "string", "minLength": 1, "maxLength": 255},
-            }
-        ),
+        BY_TAG,
     ] = Field({}, description="Fields whose values tag the runs of their rows, by tag.")
     retry: Literal["failed", "all"] | None = Field(
         None,
@@ -211,13 +205,6 @@ class Batch(ResponseModel):
     quoted: float = Field(ge=0, description="Quotes of runs without a bill.")
 
 
-class BatchPage(ResponseModel):
-    """A page of batches, newest first."""
-
-    batches: list[Batch]
-    meta: Meta
-
-
 class ErrorGroup(ResponseModel):
     """Rows that failed for the same reason."""
 
@@ -281,13 +268,6 @@ class Row(ResponseModel):
     tags: dict[str, str]
     carried: dict[str, str] = Field(description="The fields that are no input.")
     outputs: list[BatchOutput]
-
-
-class RowPage(ResponseModel):
-    """A page of rows, in their order."""
-
-    rows: list[Row]
-    meta: Meta
 
 
 def usd(amount: float | None) -> Decimal | None:

@@ -23,25 +23,24 @@ from tracker.store.queries import batches
 from tracker.store.queries.batches import BatchRow
 from tracker.views import batch_json, error_group_json, number_json, row_json
 from tracker.web.api.batch_models import (
+    Batch,
     BatchBody,
     BatchesQuery,
-    BatchPage,
     PlacedBatch,
     ResultsQuery,
     RetryBody,
-    RowPage,
+    Row,
     RowsQuery,
     ShownBatch,
     usd,
 )
-from tracker.web.api.openapi import Answer, Operation
+from tracker.web.api.openapi import Answer, Operation, page_of
 from tracker.web.auth import actor_of
 from tracker.web.http.responses import Fault, Json, invalid, not_found
 
 MOST_CAUSES: Final = 100
 """Causes of refused rows in one response."""
-_BODY_ERRORS: Final = (400, 408, 413)
-_ORDER_ERRORS: Final = (*_BODY_ERRORS, 402, 404, 422, 502, 504)
+_ORDER_ERRORS: Final = (402, 404, 422, 502, 504)
 
 
 class BatchOperations:
@@ -50,13 +49,7 @@ class BatchOperations:
     _services: Services
     _database: Database
 
-    @Operation(
-        "GET",
-        "/api/batches",
-        "batches",
-        {200: Answer("A page of batches.", BatchPage)},
-        errors=(400,),
-    )
+    @Operation("GET /api/batches", page_of("batches", Batch, "A page of batches, newest first."))
     async def list_batches(self, request: Request, query: BatchesQuery) -> Response:
         """List batches, newest first."""
         rows, cursor = await batches.list_batches(
@@ -67,14 +60,12 @@ class BatchOperations:
         return Json({"batches": shown, "meta": {"next_cursor": cursor}})
 
     @Operation(
-        "POST",
-        "/api/batches",
-        "batches",
+        "POST /api/batches",
         {
             201: Answer("The batch, whose rows are being started.", PlacedBatch),
             200: Answer("The batch of the same rows, or the result of a dry run.", PlacedBatch),
         },
-        errors=_ORDER_ERRORS,
+        _ORDER_ERRORS,
         most="batch_bytes",
     )
     async def create_batch(self, request: Request, body: BatchBody) -> Response:
@@ -108,13 +99,7 @@ class BatchOperations:
             raise Fault(422, "definition_changed", message) from changed
         return await self._place(plan, order, dry_run=body.dry_run)
 
-    @Operation(
-        "GET",
-        "/api/batches/{batch_id}",
-        "batches",
-        {200: Answer("The batch.", ShownBatch)},
-        errors=(404,),
-    )
+    @Operation("GET /api/batches/{batch_id}", Answer("The batch.", ShownBatch))
     async def show_batch(self, request: Request, batch_id: str) -> Response:
         """Show a batch with the reasons of its failed rows."""
         batch = await self._batch(batch_id)
@@ -123,11 +108,8 @@ class BatchOperations:
         return Json(shown | {"errors": [error_group_json(one) for one in groups]})
 
     @Operation(
-        "GET",
-        "/api/batches/{batch_id}/rows",
-        "batches",
-        {200: Answer("A page of rows.", RowPage)},
-        errors=(400, 404),
+        "GET /api/batches/{batch_id}/rows",
+        page_of("rows", Row, "A page of rows, in their order."),
     )
     async def list_rows(self, request: Request, batch_id: str, query: RowsQuery) -> Response:
         """List the rows of a batch with their runs, in order."""
@@ -147,11 +129,8 @@ class BatchOperations:
         return Json({"rows": rows, "meta": {"next_cursor": cursor}})
 
     @Operation(
-        "GET",
-        "/api/batches/{batch_id}/results.csv",
-        "batches",
-        {200: Answer("The results, a line for each row.", content_type="text/csv")},
-        errors=(400, 404),
+        "GET /api/batches/{batch_id}/results.csv",
+        Answer("The results, a line for each row.", content_type="text/csv"),
     )
     async def show_results(self, request: Request, batch_id: str, query: ResultsQuery) -> Response:
         """Show the results of a batch as CSV.
@@ -166,11 +145,9 @@ class BatchOperations:
         return StreamingResponse(_pieces(lines), media_type="text/csv", headers=headers)
 
     @Operation(
-        "POST",
-        "/api/batches/{batch_id}/retry",
-        "batches",
-        {200: Answer("The batch, or the result of a dry run.", PlacedBatch)},
-        errors=_ORDER_ERRORS,
+        "POST /api/batches/{batch_id}/retry",
+        Answer("The batch, or the result of a dry run.", PlacedBatch),
+        _ORDER_ERRORS,
     )
     async def retry_batch(self, request: Request, batch_id: str, body: RetryBody) -> Response:
         """Start rows of a batch that have no run, or whose run failed.
@@ -184,13 +161,7 @@ class BatchOperations:
         plan = await self._services.batches.stored_plan(batch, retry=retry)
         return await self._place(plan, order, dry_run=body.dry_run)
 
-    @Operation(
-        "POST",
-        "/api/batches/{batch_id}/stop",
-        "batches",
-        {200: Answer("The batch.", PlacedBatch)},
-        errors=(404,),
-    )
+    @Operation("POST /api/batches/{batch_id}/stop", Answer("The batch.", PlacedBatch))
     async def stop_batch(self, request: Request, batch_id: str) -> Response:
         """Start no further row of a batch.
 

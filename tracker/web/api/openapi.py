@@ -9,13 +9,13 @@ import inspect
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Final, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, create_model
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from starlette.responses import Response
 
 from tracker import __version__
 from tracker.web.api.requests import KeyHeader
-from tracker.web.api.responses import Error
+from tracker.web.api.responses import Error, Meta, ResponseModel
 
 H = TypeVar("H", bound=Callable[..., Awaitable[Response]])
 _Json = dict[str, Any]
@@ -30,15 +30,25 @@ class Answer(NamedTuple):
     content_type: str = "application/json"
 
 
+def page_of(name: str, model: type[ResponseModel], description: str) -> Answer:
+    """A page of a list that is called `name`; `description` says what it lists, in which order."""
+    fields: Any = {name: (list[model], ...), "meta": (Meta, ...)}  # type: ignore[valid-type]
+    page: type[ResponseModel] = create_model(
+        f"{model.__name__}Page", __base__=ResponseModel, __doc__=description, **fields
+    )
+    return Answer(f"{description.rstrip('.').partition(',')[0]}.", page)
+
+
 OPERATIONS: "Final[list[Operation]]" = []
 """All operations, in the order in which their paths are matched: `routes` adds them."""
 
 
 class Operation:
-    """Decorates the handler of one method of one path.
+    """Decorates the handler of a method and path, as in `GET /api/runs`.
 
-    `errors` are statuses of `ERRORS`, besides those that every operation may answer; `takes_key`
-    is true if it takes the header `Idempotency-Key`; `most` is the limit of its body.
+    `errors` are statuses of `ERRORS`, besides those that every operation with such parameters may
+    answer; `takes_key` is true if it takes the header `Idempotency-Key`; `most` is the limit of its
+    body. The default tag is the second part of the path.
     """
 
     handler: Callable[..., Awaitable[Response]]
@@ -48,20 +58,18 @@ class Operation:
 
     def __init__(
         self,
-        method: str,
-        path: str,
-        tag: str,
-        answers: Mapping[int, Answer],
-        *,
+        endpoint: str,
+        answers: Answer | Mapping[int, Answer],
         errors: tuple[int, ...] = (),
+        *,
+        tag: str | None = None,
         takes_key: bool = False,
         most: Literal["api_bytes", "batch_bytes"] = "api_bytes",
     ) -> None:
-        self.method = method
-        self.path = path
-        self.tag = tag
-        self.answers = answers
-        self.errors = errors
+        self.method, self.path = endpoint.split()
+        self.tag = tag or self.path.split("/")[2]
+        self.answers = {200: answers} if isinstance(answers, Answer) else answers
+        self.errors = frozenset(errors)
         self.takes_key = takes_key
         self.most = most
 
@@ -74,6 +82,12 @@ class Operation:
             parameters[name].annotation if name in parameters else None
             for name in ("query", "body")
         )
+        if "{" in self.path:
+            self.errors |= {404}
+        if self.query is not None:
+            self.errors |= {400}
+        if self.body is not None:
+            self.errors |= {400, 408, 413}
         OPERATIONS.append(self)
         return handler
 

@@ -95,18 +95,16 @@ Cursor = Annotated[
 Limit = Annotated[int, Field(ge=1, le=100, description="Maximum number of entries.")]
 
 
-TagsField = Annotated[
-    dict[str, str],
-    AfterValidator(check_tags),
-    WithJsonSchema(
-        {
-            "type": "object",
-            "maxProperties": 16,
-            "propertyNames": {"pattern": "^[A-Za-z0-9._-]{1,64}$"},
-            "additionalProperties": {"type": "string", "minLength": 1, "maxLength": 255},
-        }
-    ),
-]
+BY_TAG: Final = WithJsonSchema(
+    {
+        "type": "object",
+        "maxProperties": 16,
+        "propertyNames": {"pattern": "^[A-Za-z0-9._-]{1,64}$"},
+        "additionalProperties": {"type": "string", "minLength": 1, "maxLength": 255},
+    }
+)
+"""The schema of a text for each tag."""
+TagsField = Annotated[dict[str, str], AfterValidator(check_tags), BY_TAG]
 
 
 class Body(BaseModel):

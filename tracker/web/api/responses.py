@@ -164,13 +164,6 @@ class Run(ResponseModel):
     outputs: list[Output]
 
 
-class RunPage(ResponseModel):
-    """A page of runs, newest first."""
-
-    runs: list[Run]
-    meta: Meta
-
-
 class Event(ResponseModel):
     """One observation of a run."""
 
@@ -219,13 +212,6 @@ class Technique(ResponseModel):
     gone_at: datetime | None = Field(description="Since when FLORA does not list it.")
 
 
-class TechniquePage(ResponseModel):
-    """A page of techniques, by name."""
-
-    techniques: list[Technique]
-    meta: Meta
-
-
 class Start(ResponseModel):
     """A start under one idempotency key. Times are UTC."""
 
@@ -246,13 +232,6 @@ class Start(ResponseModel):
     reserved_cost: float | None = Field(description="The amount reserved in the budgets.")
     inputs: list[dict[str, Any]]
     error: dict[str, Any] | None = Field(description="The last error answer.")
-
-
-class StartPage(ResponseModel):
-    """A page of starts, newest first."""
-
-    starts: list[Start]
-    meta: Meta
 
 
 class Attempt(ResponseModel):
@@ -285,13 +264,6 @@ class Delivery(ResponseModel):
     acknowledged_at: datetime | None = Field(
         description="When a person marked the quarantined callback as seen."
     )
-
-
-class DeliveryPage(ResponseModel):
-    """A page of callbacks, newest first."""
-
-    deliveries: list[Delivery]
-    meta: Meta
 
 
 class Replayed(ResponseModel):
@@ -329,13 +301,6 @@ class MessageDetail(Message):
 
     body: dict[str, Any] = Field(description="The JSON as it is sent.")
     attempt_log: list[Attempt] = Field(description="Oldest first.")
-
-
-class MessagePage(ResponseModel):
-    """A page of messages, newest first."""
-
-    messages: list[Message]
-    meta: Meta
 
 
 class Spent(ResponseModel):

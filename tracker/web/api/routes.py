@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from datetime import timedelta
 from functools import cached_property, partial
-from typing import Any, Final
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -29,7 +29,7 @@ from tracker.views import (
     technique_json,
 )
 from tracker.web.api.batches import BatchOperations
-from tracker.web.api.openapi import OPERATIONS, REPLAYED, Answer, Operation, document
+from tracker.web.api.openapi import OPERATIONS, REPLAYED, Answer, Operation, document, page_of
 from tracker.web.api.requests import (
     DeliveriesQuery,
     MessagesQuery,
@@ -44,16 +44,14 @@ from tracker.web.api.requests import (
     validate_query,
 )
 from tracker.web.api.responses import (
-    DeliveryPage,
+    Delivery,
+    Message,
     MessageDetail,
-    MessagePage,
     Replayed,
     Run,
-    RunPage,
     SpendingReport,
-    StartPage,
+    Start,
     Technique,
-    TechniquePage,
     Timeline,
 )
 from tracker.web.auth import actor_of
@@ -62,9 +60,6 @@ from tracker.web.http.prefix import prefix_of
 from tracker.web.http.request import peer_of, read_json
 from tracker.web.http.responses import Fault, Json, invalid, not_found
 from tracker.web.stream.endpoint import Stream, StreamQuery
-
-_BODY_ERRORS: Final = (400, 408, 413)
-_FLORA_ERRORS: Final = (502, 504)
 
 log = get_logger(__name__)
 
@@ -114,21 +109,19 @@ class Api(BatchOperations):
     def _document(self) -> dict[str, Any]:  # takes 25 ms, so not at the start
         return document(OPERATIONS, with_token=len(self._services.settings.access_tokens) > 0)
 
-    @Operation("GET", "/api/runs", "runs", {200: Answer("A page of runs.", RunPage)}, errors=(400,))
+    @Operation("GET /api/runs", page_of("runs", Run, "A page of runs, newest first."))
     async def list_runs(self, request: Request, query: RunsQuery) -> Response:
         """List runs, newest first."""
         records, cursor = await runs.list_runs(self._database, **dict(query))
         return _page("runs", map(run_json, records), cursor)
 
     @Operation(
-        "POST",
-        "/api/runs",
-        "runs",
+        "POST /api/runs",
         {
             201: Answer("The run that was started.", Run),
             200: Answer("The run that this key had started before.", Run, REPLAYED),
         },
-        errors=(*_BODY_ERRORS, 402, 404, 409, 422, *_FLORA_ERRORS),
+        (402, 404, 409, 422, 502, 504),
         takes_key=True,
     )
     async def start_run(self, request: Request, body: StartBody) -> Response:
@@ -160,14 +153,11 @@ class Api(BatchOperations):
         return Json(run, status_code=201)
 
     @Operation(
-        "POST",
-        "/api/runs/track",
-        "runs",
+        "POST /api/runs/track",
         {
             201: Answer("The run, tracked from now on.", Run),
             200: Answer("The run, which was tracked already.", Run),
         },
-        errors=_BODY_ERRORS,
     )
     async def track_run(self, request: Request, body: TrackBody) -> Response:
         """Track a run that was started elsewhere.
@@ -182,7 +172,7 @@ class Api(BatchOperations):
         )
         return Json(run_json(tracked.record), status_code=200 if tracked.known else 201)
 
-    @Operation("GET", "/api/runs/{run_id}", "runs", {200: Answer("The run.", Run)}, errors=(404,))
+    @Operation("GET /api/runs/{run_id}", Answer("The run.", Run))
     async def show_run(self, request: Request, run_id: str) -> Response:
         """Show a run with its outputs."""
         record = await runs.get_run(self._database, _possible(run_id))
@@ -190,13 +180,7 @@ class Api(BatchOperations):
             raise _unknown(run_id)
         return Json(run_json(record))
 
-    @Operation(
-        "GET",
-        "/api/runs/{run_id}/events",
-        "runs",
-        {200: Answer("Its timeline.", Timeline)},
-        errors=(404,),
-    )
+    @Operation("GET /api/runs/{run_id}/events", Answer("Its timeline.", Timeline))
     async def show_events(self, request: Request, run_id: str) -> Response:
         """Show the timeline of a run, oldest event first."""
         events = await runs.events(self._database, _possible(run_id))
@@ -204,9 +188,7 @@ class Api(BatchOperations):
             raise _unknown(run_id)
         return Json({"events": [event_json(event) for event in events]})
 
-    @Operation(
-        "GET", "/api/starts", "starts", {200: Answer("A page of starts.", StartPage)}, errors=(400,)
-    )
+    @Operation("GET /api/starts", page_of("starts", Start, "A page of starts, newest first."))
     async def list_starts(self, request: Request, query: StartsQuery) -> Response:
         """List starts, newest first; by default those whose outcome is not known."""
         rows, cursor = await starts.list_starts(
@@ -219,24 +201,15 @@ class Api(BatchOperations):
         return _page("starts", map(start_json, rows), cursor)
 
     @Operation(
-        "GET",
-        "/api/deliveries",
-        "deliveries",
-        {200: Answer("A page of callbacks.", DeliveryPage)},
-        errors=(400,),
+        "GET /api/deliveries",
+        page_of("deliveries", Delivery, "A page of callbacks, newest first."),
     )
     async def list_deliveries(self, request: Request, query: DeliveriesQuery) -> Response:
         """List callbacks, newest first, without their bodies."""
         rows, cursor = await runs.list_deliveries(self._database, **dict(query))
         return _page("deliveries", map(delivery_json, rows), cursor)
 
-    @Operation(
-        "POST",
-        "/api/deliveries/{delivery_id}/replay",
-        "deliveries",
-        {200: Answer("The result.", Replayed)},
-        errors=(404,),
-    )
+    @Operation("POST /api/deliveries/{delivery_id}/replay", Answer("The result.", Replayed))
     async def replay_delivery(self, request: Request, delivery_id: str) -> Response:
         """Apply a quarantined callback again; 200 also where it stays quarantined, with the reason.
 
@@ -250,34 +223,22 @@ class Api(BatchOperations):
         raise not_found(f"There is no delivery {delivery_id[:255]}.")
 
     @Operation(
-        "GET",
-        "/api/messages",
-        "messages",
-        {200: Answer("A page of messages.", MessagePage)},
-        errors=(400,),
+        "GET /api/messages",
+        page_of("messages", Message, "A page of messages, newest first."),
     )
     async def list_messages(self, request: Request, query: MessagesQuery) -> Response:
         """List messages, the events sent to endpoints, newest first."""
         rows, cursor = await messages.list_messages(self._database, **dict(query))
         return _page("messages", map(message_json, rows), cursor)
 
-    @Operation(
-        "GET",
-        "/api/messages/{message_id}",
-        "messages",
-        {200: Answer("The message.", MessageDetail)},
-        errors=(404,),
-    )
+    @Operation("GET /api/messages/{message_id}", Answer("The message.", MessageDetail))
     async def show_message(self, request: Request, message_id: str) -> Response:
         """Show a message with its body and its attempts."""
         return await self._message(message_id)
 
     @Operation(
-        "POST",
-        "/api/messages/{message_id}/resend",
-        "messages",
-        {200: Answer("The message, which is due now.", MessageDetail)},
-        errors=(404,),
+        "POST /api/messages/{message_id}/resend",
+        Answer("The message, which is due now.", MessageDetail),
     )
     async def resend_message(self, request: Request, message_id: str) -> Response:
         """Send a message again, whatever its state, under the same `webhook-id`.
@@ -288,13 +249,7 @@ class Api(BatchOperations):
         await self._services.webhooks.resend(message_id)
         return await self._message(message_id)
 
-    @Operation(
-        "GET",
-        "/api/spending",
-        "spending",
-        {200: Answer("What the runs cost.", SpendingReport)},
-        errors=(400,),
-    )
+    @Operation("GET /api/spending", Answer("What the runs cost.", SpendingReport))
     async def show_spending(self, request: Request, query: SpendingQuery) -> Response:
         """Show what was spent, and how much of each budget is used."""
         since = self._services.clock() - timedelta(days=query.days)
@@ -305,11 +260,8 @@ class Api(BatchOperations):
         return Json(spending_json(query.by, since, rows, total, usages))
 
     @Operation(
-        "GET",
-        "/api/techniques",
-        "techniques",
-        {200: Answer("A page of techniques.", TechniquePage)},
-        errors=(400,),
+        "GET /api/techniques",
+        page_of("techniques", Technique, "A page of techniques, by name."),
     )
     async def list_techniques(self, request: Request, query: TechniquesQuery) -> Response:
         """Search the catalogue of techniques, sorted by name."""
@@ -317,11 +269,9 @@ class Api(BatchOperations):
         return _page("techniques", map(technique_json, rows), cursor)
 
     @Operation(
-        "GET",
-        "/api/techniques/{technique}",
-        "techniques",
-        {200: Answer("The technique.", Technique)},
-        errors=(404, *_FLORA_ERRORS),
+        "GET /api/techniques/{technique}",
+        Answer("The technique.", Technique),
+        (502, 504),
     )
     async def show_technique(self, request: Request, technique: str) -> Response:
         """Show a technique with its inputs and outputs.
@@ -334,15 +284,9 @@ class Api(BatchOperations):
         return Json(technique_json(row))
 
     @Operation(
-        "GET",
-        "/api/stream",
-        "runs",
-        {
-            200: Answer(
-                "Events, for as long as the connection lasts.", content_type="text/event-stream"
-            )
-        },
-        errors=(400,),
+        "GET /api/stream",
+        Answer("Events, for as long as the connection lasts.", content_type="text/event-stream"),
+        tag="runs",
     )
     async def follow_runs(self, request: Request, query: StreamQuery) -> Response:
         """Follow changes of runs as they happen.

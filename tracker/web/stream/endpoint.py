@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Annotated, Final
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 from tracker.core.errors import StoreError
 from tracker.core.log import get_logger
 from tracker.services import Services
-from tracker.web.api.requests import Filter, none_if_empty, validate
+from tracker.web.api.requests import Filter, Query, none_if_empty, validate
 from tracker.web.auth import AccessControl, Actor, actor_of
 from tracker.web.http.limits import Limits
 from tracker.web.stream.broadcaster import Broadcaster
@@ -26,10 +26,8 @@ STOP_SECONDS: Final = 1.0
 log = get_logger(__name__)
 
 
-class StreamQuery(BaseModel):
+class StreamQuery(Query):
     """The query of `GET /api/stream`. `last_event_id` also comes as the header, which wins."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
 
     run_id: Filter = None
     technique_id: Filter = None
