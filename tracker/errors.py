@@ -48,7 +48,9 @@ from typing import TYPE_CHECKING, Final
 
 from tracker.core.errors import (
     BudgetExceeded,
+    DefinitionChanged,
     DoNotRetry,
+    DownloadDirectoryError,
     FieldFault,
     FloraError,
     FloraRefusal,
@@ -58,7 +60,9 @@ from tracker.core.errors import (
     IdempotencyConflict,
     InvalidRequest,
     KeyRefused,
+    MaxCostReached,
     NotFound,
+    NotTracked,
     OtherWorkspace,
     PlanRequired,
     RateLimited,
@@ -74,11 +78,7 @@ from tracker.core.errors import (
     StoreUnavailable,
     TrackerError,
 )
-from tracker.delivering.files import DownloadDirectoryError
 from tracker.flora.signature import SignatureError
-from tracker.starting.batch_launch import MaxCostReached
-from tracker.starting.batch_plan import DefinitionChanged
-from tracker.starting.resolve import NotTracked
 
 if TYPE_CHECKING:
     from tracker.library.run import RunFields

@@ -34,8 +34,8 @@ from typing import (
     overload,
 )
 
+from tracker.core.events import HANDLER_SECONDS, MOST_OPEN
 from tracker.core.run import Output
-from tracker.delivering.handlers import TIMEOUT
 from tracker.errors import SettingsError, TrackerNotOpen
 from tracker.library import following
 from tracker.library.batches import Batch as AsyncBatch
@@ -45,8 +45,6 @@ from tracker.library.handlers import EventName, RunEventFields
 from tracker.library.loop_thread import CLOSED, LoopThread
 from tracker.library.run import Event, RunFields, RunList
 from tracker.library.run import Run as AsyncRun
-from tracker.settings import Settings
-from tracker.store.writing.messages import MOST_OPEN, Claim
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,6 +52,8 @@ if TYPE_CHECKING:
     from tracker.delivering.downloads import DownloadReport
     from tracker.library.callbacks import VerifiedCallback
     from tracker.library.changes import RunChange
+    from tracker.settings import Settings
+    from tracker.store.writing.messages import Claim
 
 __all__ = ["Batch", "Event", "Output", "Run", "RunEvent", "Tracker"]
 
@@ -156,7 +156,7 @@ class Tracker:
 
     _inherits_sqlite: ClassVar[bool] = False
 
-    def __init__(self, settings: Settings | None = None, *, worker: bool | None = None) -> None:
+    def __init__(self, settings: "Settings | None" = None, *, worker: bool | None = None) -> None:
         self._set_up(AsyncTracker(settings, worker=worker))
 
     @classmethod
@@ -267,7 +267,7 @@ class Tracker:
         status: str | None = None,
         tag: str | None = None,
         concurrency: int = MOST_OPEN,
-        timeout: float = TIMEOUT,
+        timeout: float = HANDLER_SECONDS,
     ) -> Callable[[HandlerFunction], HandlerFunction]:
         """Call the decorated function with a `RunEvent` for each event of the runs that match.
 
@@ -297,7 +297,7 @@ class Tracker:
 
         return decorate
 
-    def _event(self, claim: Claim) -> "RunEvent":
+    def _event(self, claim: "Claim") -> "RunEvent":
         return RunEvent.of(claim, lambda shown: _copied(Run, RunFields.from_json(shown), self))
 
     def download(

@@ -22,8 +22,12 @@ FOR_A_SHORT_COMMAND = """alembic apscheduler asyncpg httpx jinja2 mako opentelem
 
 def loaded(*arguments: str, folder: Path, **environ: str) -> set[str]:
     """The modules that a command imports, from `-X importtime`."""
+    return _imported("-m", "tracker", *arguments, folder=folder, **environ)
+
+
+def _imported(*arguments: str, folder: Path, **environ: str) -> set[str]:
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "tracker", *arguments],
+        [sys.executable, "-X", "importtime", *arguments],
         cwd=folder,
         env=environ,
         capture_output=True,
@@ -48,6 +52,15 @@ def test_a_short_command_imports_what_it_uses(
     found = loaded(*command.split(), folder=tmp_path, TRACKER_DATABASE_URL=sqlite_url)
     assert "sqlalchemy" in found
     assert found & set(FOR_A_SHORT_COMMAND.split()) == set()
+
+
+@pytest.mark.parametrize("module", ["tracker", "tracker.sync"])
+def test_the_library_imports_what_a_call_needs_when_it_is_made(module: str, tmp_path: Path) -> None:
+    """A program that may start a run loads neither database, client nor settings until it does."""
+    found = _imported("-c", f"from {module} import Tracker", folder=tmp_path)
+    assert "tracker.library.reading" in found
+    heavy = {*FOR_HELP.split(), "tracker.settings", "tracker.services", "tracker.store.engine"}
+    assert found & (heavy - {"importlib.metadata", "orjson"}) == set()
 
 
 def test_alembic_comes_where_there_is_something_to_migrate(tmp_path: Path) -> None:

@@ -6,12 +6,8 @@ from typing import Any
 
 import pytest
 
-from tracker.delivering.files import (
-    MANIFEST,
-    DownloadDirectory,
-    DownloadDirectoryError,
-    ManifestEntry,
-)
+from tracker.core.errors import DownloadDirectoryError
+from tracker.delivering.files import MANIFEST, DownloadDirectory, ManifestEntry
 
 
 def entry(file: str = "run_1.a.png", size: int = 3, **other: Any) -> ManifestEntry:

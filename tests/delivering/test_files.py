@@ -9,11 +9,11 @@ import pytest
 
 from tests.delivering.far_end import answer, far_end
 from tests.delivering.test_directory import entry
+from tracker.core.errors import DownloadDirectoryError
 from tracker.delivering.fetch import Fetcher
 from tracker.delivering.files import (
     MANIFEST,
     DownloadDirectory,
-    DownloadDirectoryError,
     PartialFile,
     ResumeKey,
     write_whole,

@@ -10,7 +10,7 @@ from sqlalchemy import func, select
 
 from tests.store.making import NOW, TestWriter, seen
 from tests.support.webhooks import add_message
-from tracker.core.events import EventType, MessageState, RunFilter
+from tracker.core.events import MOST_OPEN, EventType, MessageState, RunFilter
 from tracker.core.record import LOST_AFTER, LOST_AFTER_READS, Unseen
 from tracker.core.run import RunStatus
 from tracker.store.engine import Database
@@ -20,7 +20,6 @@ from tracker.store.queries.messages import MessageRow, list_messages
 from tracker.store.schema import outbox
 from tracker.store.writing.messages import (
     FAILING_FOR,
-    MOST_OPEN,
     Attempt,
     Turn,
     enable,

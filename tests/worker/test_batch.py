@@ -15,14 +15,19 @@ import sqlalchemy as sa
 from tests.support.waiting import eventually
 from tests.worker.conftest import HandClock, MakeFlora, OpenServices, reads_of
 from tests.worker.test_poll import poll_to_the_end
-from tracker.core.errors import FloraRefusal, InvalidRequest, KeyRefused, TrackerError
+from tracker.core.errors import (
+    DefinitionChanged,
+    FloraRefusal,
+    InvalidRequest,
+    KeyRefused,
+    MaxCostReached,
+    TrackerError,
+)
 from tracker.core.row_key import Input, Turn, batch_id, row_digests
 from tracker.flora.client import FloraClient
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.starting.batch import BatchOutcome, BatchProgress
-from tracker.starting.batch_launch import MaxCostReached
-from tracker.starting.batch_plan import DefinitionChanged
 from tracker.starting.batch_rows import BatchPlan, PlannedRow, Retry, RowState
 from tracker.starting.sheet import SheetRefused, read_csv
 from tracker.starting.start import fingerprint

@@ -13,12 +13,12 @@ import pytest
 from tests.delivering.far_end import answer, far_end
 from tests.support.waiting import eventually
 from tests.worker.conftest import HandClock, the_run
-from tracker.core.errors import TrackerError
+from tracker.core.errors import DownloadDirectoryError, TrackerError
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Seen
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.delivering.downloads import DownloadOptions, DownloadReport
-from tracker.delivering.files import MANIFEST, DownloadDirectoryError
+from tracker.delivering.files import MANIFEST
 from tracker.delivering.saving import DownloadOutcome, WantedRun, jobs_of
 from tracker.services import Services
 from tracker.simulator import Simulator

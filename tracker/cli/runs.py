@@ -142,7 +142,7 @@ def track(
 
     FLORA is asked first: a run that it does not know is refused, and nothing is stored.
     """
-    from tracker.starting.resolve import NotTracked
+    from tracker.core.errors import NotTracked
 
     async def work(services: "Services") -> "TrackedRun":
         async with flora_deadline(services):

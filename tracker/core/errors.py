@@ -24,7 +24,10 @@
     ├── MediaError                  a file cannot be downloaded          (tracker.delivering)
     │   ├── LinkRefused             the link leads to an address that is not allowed
     │   └── MediaUnavailable        temporarily unavailable; a retry continues it
-    ├── DownloadDirectoryError      the folder for downloads cannot be used   (tracker.delivering)
+    ├── DownloadDirectoryError      the folder for downloads cannot be used
+    ├── NotTracked                  FLORA does not show the run, or cannot be asked; nothing stored
+    ├── MaxCostReached              a batch could cost more than its maximum, or has reached it
+    ├── DefinitionChanged           the technique reads the rows of a batch otherwise than before
     ├── DoNotRetry                  raised by a handler: its message is not delivered again
     └── StartError                  a run was not started
         ├── InvalidRequest          the caller's fault; `fields` says where
@@ -43,6 +46,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, Final
+
+from tracker.core.formatting import line_numbers
 
 
 class TrackerError(Exception):
@@ -73,6 +78,44 @@ class StoreUnavailable(StoreError):
 
 class SchemaOutdated(StoreError):
     """The database lacks migrations that this version needs."""
+
+
+class DownloadDirectoryError(TrackerError):
+    """The download directory cannot be used."""
+
+
+class NotTracked(TrackerError):
+    """FLORA does not show the run, or cannot be asked; nothing was stored."""
+
+
+class MaxCostReached(TrackerError):
+    """Quotes and charges leave no room for another row."""
+
+
+class DefinitionChanged(TrackerError):
+    """The technique's inputs differ from those of the batch so far, so that the rows on `lines`,
+    which were started, would be started anew. `new` and `gone` are columns: input, column, type."""
+
+    def __init__(
+        self,
+        *,
+        new: Sequence[tuple[str, str, str]],
+        gone: Sequence[tuple[str, str, str]],
+        lines: Sequence[int],
+    ) -> None:
+        parts = [
+            f"column {column!r} is now the input {name!r} ({kind})" for name, column, kind in new
+        ]
+        parts += [
+            f"column {column!r} was the input {name!r} ({kind})" for name, column, kind in gone
+        ]
+        rows = "1 row that was" if len(lines) == 1 else f"{len(lines)} rows that were"
+        super().__init__(
+            f"the columns are read differently than when the batch began: {'; '.join(parts)}. "
+            f"{rows} started would start again ({line_numbers(lines)}). "
+            "Nothing was started; --accept-changes starts them"
+        )
+        self.new, self.gone, self.lines = tuple(new), tuple(gone), tuple(lines)
 
 
 class DoNotRetry(TrackerError):

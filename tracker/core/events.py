@@ -18,6 +18,11 @@ WAITS: Final = tuple(
 """The waits between the attempts to deliver a message, three days in all."""
 JITTER: Final = 0.1
 """The share of a wait that is added at most, so that messages that failed together spread out."""
+MOST_OPEN: Final = 20
+"""Requests to one endpoint at the same time, over all processes, unless its handler has another
+limit."""
+HANDLER_SECONDS: Final = 60.0
+"""How long a call of a handler may take, unless the handler says otherwise."""
 LONGEST_RETRY_AFTER: Final = timedelta(hours=1)
 """How long an endpoint may put off an attempt beyond the schedule."""
 

@@ -15,14 +15,14 @@ import httpx
 
 from tracker.core.clock import Clock
 from tracker.core.errors import TrackerError
-from tracker.core.events import LONGEST_RETRY_AFTER
+from tracker.core.events import LONGEST_RETRY_AFTER, MOST_OPEN
 from tracker.delivering.addresses import Address, GuardedTransport, Resolver, connect_failure
 from tracker.delivering.signing import signed_headers
 from tracker.delivering.threads import in_thread
 from tracker.flora.caller import retry_after_of
 from tracker.store.queries.endpoints import EndpointConfig
 from tracker.store.text import dump_json
-from tracker.store.writing.messages import MOST_OPEN, Attempt, Claim
+from tracker.store.writing.messages import Attempt, Claim
 
 ANSWER_SECONDS: Final = 15.0
 """How long an endpoint may take to answer, with the connection."""

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Final, Self
 
-from tracker.core.errors import TrackerError
+from tracker.core.errors import DownloadDirectoryError
 
 MANIFEST: Final = "manifest.jsonl"
 PARTIAL_ENDING: Final = ".part"
@@ -24,10 +24,6 @@ _BLOCK: Final = 1024 * 1024
 
 FileKey = tuple[str, int, str]
 """What a file belongs to: run, position and output."""
-
-
-class DownloadDirectoryError(TrackerError):
-    """The download directory cannot be used."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

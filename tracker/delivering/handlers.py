@@ -15,14 +15,13 @@ from typing import Final
 
 from tracker.core.clock import Clock
 from tracker.core.errors import DoNotRetry
+from tracker.core.events import HANDLER_SECONDS, MOST_OPEN
 from tracker.core.log import get_logger, redact
 from tracker.delivering.endpoint_client import excerpt
 from tracker.delivering.threads import in_thread
 from tracker.store.queries.endpoints import EndpointConfig
-from tracker.store.writing.messages import MOST_OPEN, Attempt, Claim
+from tracker.store.writing.messages import Attempt, Claim
 
-TIMEOUT: Final = 60.0
-"""Seconds that a call may take, unless its handler says otherwise."""
 COMMIT_SECONDS: Final = 10.0
 """How long a message stays claimed beyond the timeout, for its outcome to be committed."""
 LONGEST: Final = 10_000
@@ -43,7 +42,7 @@ class Handler:
     call: Callable[[Claim], object]
     is_async: bool
     concurrency: int = MOST_OPEN
-    timeout: float = TIMEOUT
+    timeout: float = HANDLER_SECONDS
 
     @property
     def lease(self) -> timedelta:

@@ -13,16 +13,14 @@ from tracker.core.tags import check_tags
 from tracker.errors import TrackerNotOpen
 from tracker.library.inputs import Rows, valid
 from tracker.library.run import ACTOR, AnyRun, Run
-from tracker.services import Services
-from tracker.starting.batch_orders import Order
-from tracker.starting.batch_rows import BatchPlan, Retry, RowState
-from tracker.store.queries import batches as stored
-from tracker.store.queries.audit import Principal, acting
-from tracker.store.queries.batches import BatchCounts, BatchRow
 from tracker.views import batch_columns
 
 if TYPE_CHECKING:
     from tracker.library.client import Tracker
+    from tracker.services import Services
+    from tracker.starting.batch_orders import Order
+    from tracker.starting.batch_rows import BatchPlan, RowState
+    from tracker.store.queries.batches import BatchCounts, BatchRow
 
 PAGE_SIZE = 50
 
@@ -47,7 +45,7 @@ class BatchResult(Generic[AnyRun]):
     idempotency_key: str
 
     @classmethod
-    def of(cls, row: RowState, bound: Callable[[Record], AnyRun]) -> Self:
+    def of(cls, row: "RowState", bound: Callable[[Record], AnyRun]) -> Self:
         """The value of a stored row; `bound` makes its run."""
         return cls(
             row=row.entry.position,
@@ -91,7 +89,7 @@ class BatchFields:
     quoted: Decimal
 
     @classmethod
-    def of(cls, batch: BatchRow, counts: BatchCounts) -> Self:
+    def of(cls, batch: "BatchRow", counts: "BatchCounts") -> Self:
         """The value of a stored batch."""
         values = batch_columns(batch, counts)
         return cls(**{one.name: values[one.name] for one in fields(cls)})
@@ -134,7 +132,7 @@ class Batch(BatchFields):
     _owner: "Tracker"
 
     @classmethod
-    def bound(cls, batch: BatchRow, counts: BatchCounts, owner: "Tracker") -> Self:
+    def bound(cls, batch: "BatchRow", counts: "BatchCounts", owner: "Tracker") -> Self:
         """The value of a stored batch, with the tracker that read it."""
         bound = cls.of(batch, counts)
         object.__setattr__(bound, "_owner", owner)
@@ -164,6 +162,8 @@ class Batch(BatchFields):
 
     async def stop(self) -> "Batch":
         """Start no further row; runs that are started go on."""
+        from tracker.store.queries.audit import Principal, acting
+
         services = self._tracker._services()
         with acting(Principal(name=ACTOR)):
             await services.batch_orders.stop(await self._stored(services), by=ACTOR)
@@ -181,6 +181,7 @@ class Batch(BatchFields):
         A retry is a new run and is charged. Raises like `Tracker.start_batch`.
         """
         from tracker.library.launching import order_of
+        from tracker.starting.batch_rows import Retry
 
         services = self._tracker._services()
         order = order_of(
@@ -193,7 +194,7 @@ class Batch(BatchFields):
         plan = await services.batches.stored_plan(await self._stored(services), retry=retry)
         return await self._tracker._place(plan, order)
 
-    async def _stored(self, services: Services) -> BatchRow:
+    async def _stored(self, services: "Services") -> "BatchRow":
         from tracker.library.launching import found
 
         return (await found(services, self.batch_id))[0]
@@ -207,10 +208,10 @@ class BatchCalls(ABC):
     """The part of `Tracker` about batches."""
 
     @abstractmethod
-    def _services(self) -> Services: ...
+    def _services(self) -> "Services": ...
 
     @abstractmethod
-    def _launching_batches(self) -> Services: ...
+    def _launching_batches(self) -> "Services": ...
 
     async def start_batch(
         self,
@@ -242,6 +243,7 @@ class BatchCalls(ABC):
         `DefinitionChanged` unless `accept_changes`, and `FloraError`.
         """
         from tracker.library.launching import order_of, planned
+        from tracker.starting.batch_rows import Retry
 
         services = self._services()
         order = order_of(
@@ -272,6 +274,8 @@ class BatchCalls(ABC):
 
     async def batches(self) -> AsyncGenerator[Batch, None]:
         """All stored batches, newest first, read in pages as the loop goes on."""
+        from tracker.store.queries import batches as stored
+
         cursor: str | None = None
         while True:
             database = self._services().database
@@ -282,7 +286,9 @@ class BatchCalls(ABC):
             if cursor is None:
                 return
 
-    async def _place(self, plan: BatchPlan, order: Order) -> Batch:
+    async def _place(self, plan: "BatchPlan", order: "Order") -> Batch:
+        from tracker.store.queries.audit import Principal, acting
+
         services = self._launching_batches()
         with acting(Principal(name=ACTOR)):
             placed = await services.batch_orders.place(plan, order)

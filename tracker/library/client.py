@@ -18,27 +18,24 @@ from tracker.core.errors import (
     StartPending,
     StoreUnavailable,
 )
+from tracker.core.events import HANDLER_SECONDS, MOST_OPEN
 from tracker.core.log import get_logger
 from tracker.core.record import Record
 from tracker.core.tags import check_tags
-from tracker.delivering.handlers import TIMEOUT
 from tracker.errors import TrackerNotOpen
 from tracker.library.batches import BatchCalls
 from tracker.library.handlers import EventName, HandlerFunction, Handlers, RunEvent
 from tracker.library.inputs import InputValues, check_key, given_inputs, naming_fields, valid
 from tracker.library.reading import CLOSED_MEANWHILE, RunCalls
 from tracker.library.run import ACTOR, Run
-from tracker.services import START_SECONDS, Services, open_services
-from tracker.settings import Loaded, Rotation, Settings, read_settings
-from tracker.starting.start import StartRequest
-from tracker.store.queries.audit import Principal, acting
-from tracker.store.writing.messages import MOST_OPEN
 
 if TYPE_CHECKING:
     from tracker.library.callbacks import VerifiedCallback
     from tracker.library.changes import ChangeFeed
     from tracker.library.mounted import Mounted
     from tracker.receiving.receive import Received
+    from tracker.services import Services
+    from tracker.settings import Loaded, Settings
 
 RETRY_EVERY: Final = 1.0
 """Seconds between two attempts of a start while FLORA or the database does not answer."""
@@ -65,7 +62,9 @@ class Tracker(RunCalls, BatchCalls):
     answer; `tracker.errors` has all errors.
     """
 
-    def __init__(self, settings: Settings | None = None, *, worker: bool | None = None) -> None:
+    def __init__(self, settings: "Settings | None" = None, *, worker: bool | None = None) -> None:
+        from tracker.settings import read_settings
+
         self._loaded: Loaded | None = read_settings() if settings is None else None
         self.settings: Settings = settings or cast("Loaded", self._loaded).settings
         self._worker = worker
@@ -86,6 +85,9 @@ class Tracker(RunCalls, BatchCalls):
         return cls(worker=worker)
 
     async def __aenter__(self) -> Self:
+        from tracker.services import open_services
+        from tracker.settings import Rotation, read_settings
+
         if self._stack is not None:
             raise TrackerNotOpen(
                 "this tracker is open already: open it once, and share it between tasks"
@@ -175,7 +177,7 @@ class Tracker(RunCalls, BatchCalls):
         closed._opened = closed._stack = closed._feed = closed._launching = None
         return closed
 
-    def _services(self) -> Services:
+    def _services(self) -> "Services":
         """What the tracker opened. Raises `TrackerNotOpen`."""
         if self._opened is None:
             raise TrackerNotOpen(
@@ -190,7 +192,7 @@ class Tracker(RunCalls, BatchCalls):
             )
         return services
 
-    def _launching_batches(self) -> Services:
+    def _launching_batches(self) -> "Services":
         """As `_services`; stored batches are launched from here too until the tracker is closed."""
         services = self._services()
         if not self._works and self._launching is None and self._stack is not None:
@@ -241,6 +243,10 @@ class Tracker(RunCalls, BatchCalls):
         `StartPending` (start again with the same key), `StartUnresolved`, `FloraError`, and
         `SettingsError` without an API key.
         """
+        from tracker.services import START_SECONDS
+        from tracker.starting.start import StartRequest
+        from tracker.store.queries.audit import Principal, acting
+
         self._services()
         key = f"trk-{uuid4()}"
         if idempotency_key is not None:
@@ -297,6 +303,8 @@ class Tracker(RunCalls, BatchCalls):
         FLORA is asked first: raises `NotTracked`, and stores nothing, where it does not show the
         run or cannot be asked. With `force` it is tracked all the same.
         """
+        from tracker.store.queries.audit import Principal, acting
+
         services = self._services()
         with acting(Principal(name=ACTOR)):
             track = services.tracker.track if force else services.tracker.track_shown
@@ -312,7 +320,7 @@ class Tracker(RunCalls, BatchCalls):
         status: str | None = None,
         tag: str | None = None,
         concurrency: int = MOST_OPEN,
-        timeout: float = TIMEOUT,
+        timeout: float = HANDLER_SECONDS,
     ) -> Callable[[HandlerFunction], HandlerFunction]:
         """Call the decorated function with a `RunEvent` for each event of the runs that match.
 

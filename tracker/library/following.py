@@ -5,14 +5,16 @@ import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from functools import cache, partial
+from typing import TYPE_CHECKING
 
 from tracker.core.log import get_logger
 from tracker.core.record import Record
 from tracker.core.run import Tracking
 from tracker.errors import RunFailed, RunLost, RunUnknown, WaitTimeout
 from tracker.library.run import RunFields
-from tracker.polling.follow import OUTAGE, until_available
-from tracker.services import Services
+
+if TYPE_CHECKING:
+    from tracker.services import Services
 
 log = get_logger(__name__)
 
@@ -32,7 +34,7 @@ def raise_failures(runs: Sequence[RunFields]) -> None:
 
 
 async def as_settled(
-    services: Services, run_ids: Iterable[str], timeout: float | None
+    services: "Services", run_ids: Iterable[str], timeout: float | None
 ) -> AsyncGenerator[Record, None]:
     """Each run's record as it ends: settled or lost.
 
@@ -48,7 +50,7 @@ async def as_settled(
         notify(line)
 
     give_up = None if timeout is None else time.monotonic() + timeout
-    found = await known(services, wanted, patience=min(timeout or OUTAGE, OUTAGE))
+    found = await known(services, wanted, patience=timeout or None)
     for record in found.values():
         if record.tracking is not Tracking.ACTIVE:
             yield record
@@ -73,14 +75,16 @@ async def as_settled(
 
 
 async def known(
-    services: Services, run_ids: Sequence[str], *, patience: float = OUTAGE
+    services: "Services", run_ids: Sequence[str], *, patience: float | None = None
 ) -> dict[str, Record]:
     """These runs, as soon as the database answers. Raises `RunUnknown`, and `StoreUnavailable`
-    after `patience` seconds."""
+    after a minute, or `patience` seconds if that is less."""
+    from tracker.polling.follow import OUTAGE, until_available
+
     usable = [run_id for run_id in run_ids if "\0" not in run_id]
     read = partial(services.follower.read, usable)
     once = cache(notify)  # it is repeated with the same reason
-    found = await until_available(read, once, give_up_after=patience)
+    found = await until_available(read, once, give_up_after=min(patience or OUTAGE, OUTAGE))
     if missing := [run_id for run_id in run_ids if run_id not in found]:
         raise RunUnknown(missing)
     return found

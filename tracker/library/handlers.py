@@ -6,17 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
-from typing import Any, Literal, Self, TypeVar
-
-from pydantic import ValidationError
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from tracker.core.errors import SettingsError
-from tracker.delivering.handlers import Handler
 from tracker.library.run import Run
-from tracker.settings.load import fault
-from tracker.settings.model import HandlerSettings
-from tracker.store.queries.endpoints import HANDLER_URL, EndpointConfig
-from tracker.store.writing.messages import Claim
+
+if TYPE_CHECKING:
+    from tracker.delivering.handlers import Handler
+    from tracker.settings.model import HandlerSettings
+    from tracker.store.writing.messages import Claim
 
 EventName = Literal["run.settled", "run.lost", "run.cost_changed"]
 """What a handler can get."""
@@ -32,7 +30,7 @@ class RunEventFields:
     attempt: int
 
     @classmethod
-    def of(cls, claim: Claim, run_of: Callable[[Mapping[str, Any]], object]) -> Self:
+    def of(cls, claim: "Claim", run_of: Callable[[Mapping[str, Any]], object]) -> Self:
         """The event of a message; `run_of` makes the run of its JSON."""
         body = json.loads(claim.body)
         values: dict[str, Any] = {
@@ -64,12 +62,12 @@ HandlerFunction = TypeVar("HandlerFunction", bound=Callable[[RunEvent], object])
 class Handlers:
     """The handlers of one tracker. `event_of` makes the event that a function gets."""
 
-    def __init__(self, event_of: Callable[[Claim], object]) -> None:
+    def __init__(self, event_of: "Callable[[Claim], object]") -> None:
         self.event_of = event_of
         self._by_name: dict[str, tuple[str, Handler]] = {}
 
     @property
-    def all(self) -> list[Handler]:
+    def all(self) -> "list[Handler]":
         """The handlers, in the order of their registration."""
         return [handler for _, handler in self._by_name.values()]
 
@@ -77,6 +75,11 @@ class Handlers:
         self, *, name: str, concurrency: int, timeout: float, **wanted: object
     ) -> Callable[[HandlerFunction], HandlerFunction]:
         """A decorator that registers a function. Raises `SettingsError`."""
+        from pydantic import ValidationError
+
+        from tracker.settings.load import fault
+        from tracker.settings.model import HandlerSettings
+
         given = {"id": name, "concurrency": concurrency, "timeout": timeout, **wanted}
         try:
             settings = HandlerSettings.model_validate(given)
@@ -90,7 +93,10 @@ class Handlers:
 
         return decorate
 
-    def _add(self, settings: HandlerSettings, function: Callable[[Any], object]) -> None:
+    def _add(self, settings: "HandlerSettings", function: Callable[[Any], object]) -> None:
+        from tracker.delivering.handlers import Handler
+        from tracker.store.queries.endpoints import HANDLER_URL, EndpointConfig
+
         shown = _check(settings.id, function)
         known = self._by_name.get(settings.id)
         if known is not None and known[0] != shown:  # the same one: a cell or module run again
@@ -119,7 +125,7 @@ class Handlers:
 
 
 def _call(
-    function: Callable[[Any], object], event_of: Callable[[Claim], object], claim: Claim
+    function: Callable[[Any], object], event_of: "Callable[[Claim], object]", claim: "Claim"
 ) -> object:
     return function(event_of(claim))
 

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal
 from math import isfinite
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from tracker.core.errors import FIELDS_NAMED, FieldFault, InvalidRequest
 from tracker.core.inputs import Port, typed
-from tracker.services import Services
+
+if TYPE_CHECKING:
+    from tracker.services import Services
 
 InputValue = str | int | float | Decimal | bool | None
 InputValues = Mapping[str, InputValue | Sequence[InputValue]] | Sequence[Mapping[str, str]]
@@ -25,7 +27,7 @@ _POSITION: Final = re.compile(r"inputs\.(\d+)\.(id|type|value)")
 
 
 async def given_inputs(
-    services: Services, technique: str, inputs: InputValues, workspace_id: str | None
+    services: "Services", technique: str, inputs: InputValues, workspace_id: str | None
 ) -> list[dict[str, Any]]:
     """The inputs as `{"id", "type", "value"}` each, with types from the technique's definition.
 

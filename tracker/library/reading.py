@@ -15,16 +15,13 @@ from tracker.errors import RunUnknown, TrackerNotOpen
 from tracker.library import following
 from tracker.library.inputs import valid
 from tracker.library.run import Event, Run, RunList, SpendingSummary
-from tracker.services import Services
-from tracker.store.errors import StoreClosed
-from tracker.store.queries import runs as read
-from tracker.store.queries import spending
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tracker.delivering.downloads import DownloadReport
     from tracker.library.changes import ChangeFeed, RunChange
+    from tracker.services import Services
 
 PAGE_SIZE: Final = 100
 LAST_MONTH: Final = timedelta(days=30)
@@ -35,7 +32,7 @@ class RunCalls(ABC):
     """The part of `Tracker` that reads runs, and waits for them."""
 
     @abstractmethod
-    def _services(self) -> Services: ...
+    def _services(self) -> "Services": ...
 
     @abstractmethod
     def _changes(self) -> "ChangeFeed": ...
@@ -45,6 +42,8 @@ class RunCalls(ABC):
 
     async def get(self, run_id: str) -> Run:
         """The run as it is stored. Raises `RunUnknown`."""
+        from tracker.store.queries import runs as read
+
         database = self._services().database
         record = None if "\0" in run_id else await read.get_run(database, run_id)
         if record is None:
@@ -67,6 +66,8 @@ class RunCalls(ABC):
         They are read in pages as the loop goes on, so that it can be left at any time. Raises
         `InvalidRequest` for a filter that no run can match.
         """
+        from tracker.store.queries import runs as read
+
         cursor: str | None = None
         while True:
             records, cursor = await read.list_runs(
@@ -132,6 +133,8 @@ class RunCalls(ABC):
 
         Raises `WaitTimeout`, `RunUnknown` and `StoreUnavailable` as `wait` does.
         """
+        from tracker.store.errors import StoreClosed
+
         run_ids = map(following.id_of, runs)
         try:
             async with aclosing(
@@ -144,6 +147,8 @@ class RunCalls(ABC):
 
     async def events_of(self, run: Run | str) -> list[Event]:
         """The events of a run, oldest first. Raises `RunUnknown`."""
+        from tracker.store.queries import runs as read
+
         run_id = following.id_of(run)
         events = await read.events(self._services().database, run_id)
         if not events:
@@ -187,6 +192,8 @@ class RunCalls(ABC):
         `since` is a time, an age, or `None` for all. Raises `InvalidRequest` for another `by`, and
         for a time without a zone.
         """
+        from tracker.store.queries import spending
+
         services = self._services()
         by = valid("by", spending.check_by, by)
         at = valid("since", partial(_time_of, services.clock()), since)

@@ -26,6 +26,7 @@ from tracker.core.errors import (
     FloraUnreachable,
     IdempotencyConflict,
     InvalidRequest,
+    MaxCostReached,
     RateLimited,
     StartNotStored,
     StartPending,
@@ -60,10 +61,6 @@ BUDGET_EVERY: Final = timedelta(seconds=30)
 """The longest wait for a budget before the next row is tried again."""
 
 log = get_logger(__name__)
-
-
-class MaxCostReached(TrackerError):
-    """Quotes and charges leave no room for another row."""
 
 
 class BatchLaunch:

@@ -13,9 +13,9 @@ from typing import Any
 
 from tracker.core.budget import Budget, Budgets
 from tracker.core.clock import Clock
+from tracker.core.errors import MaxCostReached
 from tracker.core.formatting import counted, money
 from tracker.core.log import get_logger
-from tracker.starting.batch_launch import MaxCostReached
 from tracker.starting.batch_rows import BatchPlan
 from tracker.store.engine import Database
 from tracker.store.queries import audit, batch_launches, batches, spending

@@ -5,8 +5,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 
 from tracker.core.clock import Clock
-from tracker.core.errors import InvalidRequest, TrackerError
-from tracker.core.formatting import line_numbers
+from tracker.core.errors import DefinitionChanged, InvalidRequest, TrackerError
 from tracker.core.inputs import obstacle
 from tracker.core.row_key import batch_id, row_digests
 from tracker.core.tags import Tags
@@ -36,32 +35,6 @@ from tracker.store.queries.batches import BatchEntry, BatchRow
 
 TagColumns = dict[str, str]
 """The column of each tag, by its key."""
-
-
-class DefinitionChanged(TrackerError):
-    """The technique's inputs differ from those of the batch so far, so that the rows on `lines`,
-    which were started, would be started anew. `new` and `gone` are columns: input, column, type."""
-
-    def __init__(
-        self,
-        *,
-        new: Sequence[tuple[str, str, str]],
-        gone: Sequence[tuple[str, str, str]],
-        lines: Sequence[int],
-    ) -> None:
-        parts = [
-            f"column {column!r} is now the input {name!r} ({kind})" for name, column, kind in new
-        ]
-        parts += [
-            f"column {column!r} was the input {name!r} ({kind})" for name, column, kind in gone
-        ]
-        rows = "1 row that was" if len(lines) == 1 else f"{len(lines)} rows that were"
-        super().__init__(
-            f"the columns are read differently than when the batch began: {'; '.join(parts)}. "
-            f"{rows} started would start again ({line_numbers(lines)}). "
-            "Nothing was started; --accept-changes starts them"
-        )
-        self.new, self.gone, self.lines = tuple(new), tuple(gone), tuple(lines)
 
 
 @dataclass(kw_only=True, eq=False)

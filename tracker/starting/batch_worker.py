@@ -22,6 +22,7 @@ from tracker.core.errors import (
     FloraRefusal,
     Forbidden,
     KeyRefused,
+    MaxCostReached,
     RateLimited,
     ServerFault,
     StoreError,
@@ -30,7 +31,7 @@ from tracker.core.errors import (
 from tracker.core.log import get_logger
 from tracker.polling.workspaces import Workspaces
 from tracker.starting.batch import Batches
-from tracker.starting.batch_launch import BatchLaunch, MaxCostReached
+from tracker.starting.batch_launch import BatchLaunch
 from tracker.starting.batch_orders import Order
 from tracker.starting.batch_rows import BatchPlan, RowState
 from tracker.store.engine import Database

@@ -9,6 +9,7 @@ from tracker.core.errors import (
     FloraError,
     InvalidRequest,
     NotFound,
+    NotTracked,
     SettingsError,
     StartPending,
     TrackerError,
@@ -148,10 +149,6 @@ class TrackedRun:
 
 class NotForgotten(TrackerError):
     """The run is not stored, or FLORA has shown it."""
-
-
-class NotTracked(TrackerError):
-    """FLORA does not show the run, or cannot be asked; nothing was stored."""
 
 
 @dataclass(kw_only=True, eq=False)

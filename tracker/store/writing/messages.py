@@ -24,15 +24,12 @@ from sqlalchemy import (
     update,
 )
 
-from tracker.core.events import WAITS, next_attempt
+from tracker.core.events import MOST_OPEN, WAITS, next_attempt
 from tracker.store.engine import Database
 from tracker.store.queries import audit
 from tracker.store.queries.audit import Action
 from tracker.store.schema import endpoints, message_attempts, messages, word
 
-MOST_OPEN: Final = 20
-"""Requests to one endpoint at the same time, over all processes, unless its handler has another
-limit."""
 FAILING_FOR: Final = timedelta(days=3)
 """An endpoint that failed for this long, without a success in between, is disabled."""
 GONE: Final = 410

@@ -8,12 +8,10 @@ from typing import Any, Final
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from tracker.core.errors import BudgetExceeded, FieldFault
+from tracker.core.errors import BudgetExceeded, DefinitionChanged, FieldFault, MaxCostReached
 from tracker.core.formatting import counted
 from tracker.services import Services
-from tracker.starting.batch_launch import MaxCostReached
 from tracker.starting.batch_orders import Order
-from tracker.starting.batch_plan import DefinitionChanged
 from tracker.starting.batch_results import csv_lines
 from tracker.starting.batch_rows import BatchPlan, Retry, states_of
 from tracker.starting.columns import ColumnMapping

@@ -9,10 +9,9 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from tracker.core.errors import BudgetExceeded, FieldFault
+from tracker.core.errors import BudgetExceeded, FieldFault, MaxCostReached
 from tracker.core.formatting import counted, money
 from tracker.core.tokens import Scope
-from tracker.starting.batch_launch import MaxCostReached
 from tracker.starting.batch_orders import Order
 from tracker.starting.batch_rows import BatchPlan, Retry
 from tracker.store.queries.batches import BatchRow
