@@ -27,8 +27,7 @@ if TYPE_CHECKING:  # commands that show runs load nothing of the others
     from tracker.store.queries.audit import AuditRow
     from tracker.store.queries.batches import BatchCounts, BatchRow, ErrorGroup
     from tracker.store.queries.changes import Line
-    from tracker.store.queries.endpoints import Backlog, Delays, EndpointRow
-    from tracker.store.queries.messages import AttemptRow, MessageRow
+    from tracker.store.queries.endpoints import AttemptRow, Backlog, Delays, EndpointRow, MessageRow
     from tracker.store.queries.runs import DeliveryRow, Event
     from tracker.store.queries.spending import Spending, Usage
     from tracker.store.queries.starts import StartRow

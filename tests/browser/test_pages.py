@@ -23,7 +23,7 @@ from tests.web.dashboard.hostile import (
 from tracker.core.run import Tracking
 from tracker.starting.sheet import read_csv
 from tracker.store.queries import runs as read
-from tracker.store.queries.messages import get_message
+from tracker.store.queries.endpoints import get_message
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

@@ -22,8 +22,8 @@ from tracker.delivering import handlers as module
 from tracker.delivering import webhooks
 from tracker.delivering.handlers import Handler
 from tracker.delivering.webhooks import UnknownEndpoint
+from tracker.store.queries import endpoints as read
 from tracker.store.queries import endpoints as read_endpoints
-from tracker.store.queries import messages as read
 from tracker.store.queries.endpoints import EndpointConfig
 from tracker.store.writing.messages import Claim
 

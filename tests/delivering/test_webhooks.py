@@ -21,10 +21,10 @@ from tracker.core.run import RunStatus
 from tracker.delivering import webhooks as module
 from tracker.delivering.webhooks import UnknownEndpoint, UnknownMessage
 from tracker.store.engine import Database
+from tracker.store.queries import endpoints as read
 from tracker.store.queries import endpoints as read_endpoints
-from tracker.store.queries import messages as read
 from tracker.store.queries.audit import list_audit
-from tracker.store.queries.messages import MessageRow
+from tracker.store.queries.endpoints import MessageRow
 from tracker.store.queries.runs import get_run
 from tracker.store.schema import endpoints
 from tracker.store.writing.messages import Attempt, Turn, take_turn

@@ -19,7 +19,7 @@ from tracker import RunEvent, Tracker
 from tracker.delivering import handlers, webhooks
 from tracker.simulator import Options, running
 from tracker.store.engine import Database
-from tracker.store.queries.messages import list_messages
+from tracker.store.queries.endpoints import list_messages
 
 RUNS = 10
 

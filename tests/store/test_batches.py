@@ -13,9 +13,8 @@ from tracker.core.errors import InvalidRequest
 from tracker.core.row_key import Turn
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.store.engine import Database
-from tracker.store.queries import batch_history, batch_launches, batches
-from tracker.store.queries.batch_history import Latest
-from tracker.store.queries.batch_launches import LaunchEnd
+from tracker.store.queries import batch_launches, batches
+from tracker.store.queries.batch_launches import Latest, LaunchEnd
 from tracker.store.queries.batches import BatchCounts, BatchEntry, BatchRow, RowOutcome
 from tracker.store.queries.starts import StartState
 
@@ -102,7 +101,7 @@ async def test_the_latest_turn_of_a_row_is_found_in_any_batch(db: Database) -> N
     await batches.finish(db, "bat_3", NOW)
     elsewhere = replace(BATCH, batch_id="bat_4", workspace_slot="other")
     await batches.keep(db, elsewhere, entries("d"))
-    assert await batch_history.latest_turns(db, "default", ["a", "b", "c", "d"]) == {
+    assert await batch_launches.latest_turns(db, "default", ["a", "b", "c", "d"]) == {
         "a": Latest(turn=Turn(), finished=True),
         "b": Latest(turn=again, finished=False),
         "c": Latest(turn=again.retried(), finished=True),
@@ -115,7 +114,7 @@ async def test_large_sheets_are_kept_and_found(db: Database) -> None:
     rows = entries(*digests)
     await batches.keep(db, BATCH, rows)
     assert await batches.entries(db, "bat_1") == rows
-    assert len(await batch_history.latest_turns(db, "default", digests)) == len(digests)
+    assert len(await batch_launches.latest_turns(db, "default", digests)) == len(digests)
     assert await tally(db) == BatchCounts(rows=len(digests))
 
 

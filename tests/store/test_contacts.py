@@ -6,7 +6,7 @@ from datetime import timedelta
 from tests.store.making import NOW
 from tracker.core.contact import ContactState, OngoingTrouble, Trouble
 from tracker.store.engine import Database
-from tracker.store.queries import contacts
+from tracker.store.queries import workspaces
 
 MINUTE = timedelta(minutes=1)
 SILENT = ContactState(
@@ -18,24 +18,24 @@ SILENT = ContactState(
 
 async def test_states_are_joined_by_workspace(db: Database, other_db: Database) -> None:
     """Each process reads what all have stored, and an answer to one ends the trouble of another."""
-    assert await contacts.read(db, now=NOW) == {}
-    await contacts.keep(db, "default", SILENT, now=NOW)
-    found = (await contacts.read(other_db, now=NOW))["default"]
+    assert await workspaces.stored_contacts(db, now=NOW) == {}
+    await workspaces.keep_contact(db, "default", SILENT, now=NOW)
+    found = (await workspaces.stored_contacts(other_db, now=NOW))["default"]
     assert (found.asked_at, found.answered_at) == (SILENT.asked_at, SILENT.answered_at)
     assert found.trouble is not None
     assert found.trouble.since == NOW - 2 * MINUTE
-    await contacts.keep(other_db, "ws_2", replace(SILENT, trouble=None), now=NOW)
+    await workspaces.keep_contact(other_db, "ws_2", replace(SILENT, trouble=None), now=NOW)
     answered = ContactState(asked_at=NOW + MINUTE, answered_at=NOW + MINUTE)
-    await contacts.keep(other_db, "default", answered, now=NOW + MINUTE)
-    both = await contacts.read(db, now=NOW + MINUTE)
+    await workspaces.keep_contact(other_db, "default", answered, now=NOW + MINUTE)
+    both = await workspaces.stored_contacts(db, now=NOW + MINUTE)
     assert both == {"default": answered, "ws_2": replace(SILENT, trouble=None)}
 
 
 async def test_a_state_from_the_future_says_nothing(db: Database) -> None:
     """It was stored before a clock was set back."""
-    await contacts.keep(db, "default", SILENT, now=NOW)
+    await workspaces.keep_contact(db, "default", SILENT, now=NOW)
     earlier = NOW - 10 * MINUTE
-    assert await contacts.read(db, now=earlier) == {}
+    assert await workspaces.stored_contacts(db, now=earlier) == {}
     own = ContactState(asked_at=earlier, answered_at=earlier)
-    await contacts.keep(db, "default", own, now=earlier)
-    assert await contacts.read(db, now=earlier) == {"default": own}
+    await workspaces.keep_contact(db, "default", own, now=earlier)
+    assert await workspaces.stored_contacts(db, now=earlier) == {"default": own}

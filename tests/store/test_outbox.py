@@ -15,8 +15,7 @@ from tracker.core.record import LOST_AFTER, LOST_AFTER_READS, Unseen
 from tracker.core.run import RunStatus
 from tracker.store.engine import Database
 from tracker.store.queries import endpoints as read_endpoints
-from tracker.store.queries.endpoints import EndpointConfig, configure
-from tracker.store.queries.messages import MessageRow, list_messages
+from tracker.store.queries.endpoints import EndpointConfig, MessageRow, configure, list_messages
 from tracker.store.schema import outbox
 from tracker.store.writing.messages import (
     FAILING_FOR,

@@ -21,11 +21,10 @@ from tracker.store import claims
 from tracker.store.engine import Database, migration_engine
 from tracker.store.postgres import connect_postgres
 from tracker.store.queries import attention as gauges
-from tracker.store.queries import batch_launches, batches, quarantine, starts
+from tracker.store.queries import batch_launches, batches, runs, starts
 from tracker.store.queries import runs as read
 from tracker.store.queries.batches import RowOutcome
-from tracker.store.queries.endpoints import delays
-from tracker.store.queries.messages import list_attempts, list_messages
+from tracker.store.queries.endpoints import delays, list_attempts, list_messages
 from tracker.store.url import DatabaseUrl
 from tracker.store.writing.messages import Attempt, enable, next_due_at, take_turn
 from tracker.store.writing.statements_postgres import STORE, WRITE, PostgresStatements
@@ -200,7 +199,7 @@ QUERIES: dict[str, tuple[Callable[[Database], Awaitable[Any]], str]] = {
         "ix_deliveries_quarantined",
     ),
     "causes of quarantine": (
-        lambda db: quarantine.causes(db, limit=10),
+        lambda db: runs.causes(db, limit=10),
         "ix_deliveries_quarantined",
     ),
     "callbacks of a run": (

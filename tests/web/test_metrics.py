@@ -31,7 +31,7 @@ from tracker.services import Services, open_services
 from tracker.settings import EndpointSettings, Settings
 from tracker.simulator import Options, running
 from tracker.store.engine import Database
-from tracker.store.queries.messages import list_messages
+from tracker.store.queries.endpoints import list_messages
 from tracker.web.app import build_health_app
 
 STATE = (

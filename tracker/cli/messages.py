@@ -50,7 +50,7 @@ def list_(
     as_json: JsonFlag = False,
 ) -> None:
     """List messages, newest first."""
-    from tracker.store.queries.messages import list_messages
+    from tracker.store.queries.endpoints import list_messages
     from tracker.views import message_json
 
     rows, next_cursor = run_on_database(
@@ -94,7 +94,7 @@ def show(
     from tracker.views import message_json
 
     async def work(database: "Database") -> dict[str, Any] | None:
-        from tracker.store.queries import messages as read
+        from tracker.store.queries import endpoints as read
 
         row = await read.get_message(database, message_id)
         if row is None:

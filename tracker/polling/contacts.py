@@ -18,7 +18,7 @@ from tracker.core.log import get_logger
 from tracker.polling.history import attributed_page
 from tracker.polling.workspaces import Workspace, Workspaces
 from tracker.store.engine import Database
-from tracker.store.queries import contacts
+from tracker.store.queries import workspaces
 
 PROBE_FAILING_AFTER: Final = 15.0
 """Seconds after the last request after which a FLORA that failed is asked again."""
@@ -73,14 +73,16 @@ class Contacts:
 
     async def read(self) -> None:
         """Read what all processes have stored. Raises `StoreUnavailable`."""
-        self._stored = await contacts.read(self._database, now=self._clock())
+        self._stored = await workspaces.stored_contacts(self._database, now=self._clock())
 
     async def keep(self) -> None:
         """Store what this process has seen since it last did. Raises `StoreUnavailable`."""
         for workspace in self._workspaces:
             own = workspace.client.state if workspace.client else None
             if own is not None and _is_news(own, self._kept.get(workspace.slot)):
-                await contacts.keep(self._database, workspace.slot, own, now=self._clock())
+                await workspaces.keep_contact(
+                    self._database, workspace.slot, own, now=self._clock()
+                )
                 self._kept[workspace.slot] = own
 
     async def probe(self) -> None:

@@ -30,7 +30,7 @@ from tracker.starting.columns import (
 )
 from tracker.starting.sheet import Sheet, SheetProblem, SheetRefused, SheetRow
 from tracker.store.engine import Database
-from tracker.store.queries import batch_history, batches
+from tracker.store.queries import batch_launches, batches
 from tracker.store.queries.batches import BatchEntry, BatchRow
 
 TagColumns = dict[str, str]
@@ -84,7 +84,7 @@ class BatchPlanner:
         rows = _fit_rows(reading.rows, problems, skip=skip_bad_rows, header=sheet.header)
         inputs = [row.inputs for _, row in rows]
         digests = await asyncio.to_thread(row_digests, definition.technique_id, inputs)
-        latest = await batch_history.latest_turns(self.database, workspace_id, digests)
+        latest = await batch_launches.latest_turns(self.database, workspace_id, digests)
         if not accept_changes:
             await self._check_mapping(workspace_id, definition.technique_id, sheet, reading, latest)
         columns = [name for name in reading.unmapped if name]
@@ -219,9 +219,11 @@ class BatchPlanner:
         digests = row_digests(technique_id, [row.inputs for row in reading.rows])
         if all(digest in latest for digest in digests):
             return
-        mappings = await batch_history.mappings(self.database, workspace_id, technique_id)
+        mappings = await batch_launches.mappings(self.database, workspace_id, technique_id)
         # Batches of versions without mappings: the inputs of their rows show it.
-        asked = await batch_history.asked_without_mapping(self.database, workspace_id, technique_id)
+        asked = await batch_launches.asked_without_mapping(
+            self.database, workspace_id, technique_id
+        )
         for inputs in asked:
             derived = mapping_of(sheet, reading.mapping, inputs)
             mappings.append(tuple((one.input_id, one.column, one.type or "") for one in derived))
@@ -230,7 +232,7 @@ class BatchPlanner:
                 continue
             rows = rows_by(sheet, [ColumnMapping(*one) for one in before])
             old = row_digests(technique_id, rows)
-            known = await batch_history.latest_turns(self.database, workspace_id, old)
+            known = await batch_launches.latest_turns(self.database, workspace_id, old)
             anew = [
                 row.line
                 for row, was, is_now in zip(reading.rows, old, digests, strict=True)

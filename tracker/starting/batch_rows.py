@@ -17,7 +17,7 @@ from tracker.flora.technique import Technique
 from tracker.store.engine import Database
 from tracker.store.queries import batches, starts
 from tracker.store.queries import runs as read
-from tracker.store.queries.batch_history import Latest
+from tracker.store.queries.batch_launches import Latest
 from tracker.store.queries.batches import BatchEntry, BatchRow, chunks
 from tracker.store.queries.starts import StartRow, StartState
 

@@ -28,8 +28,8 @@ from tracker.core.clock import Clock
 from tracker.core.errors import StoreError
 from tracker.core.tokens import Token, Tokens
 from tracker.store.engine import Database
-from tracker.store.queries import sessions as store
-from tracker.store.queries.sessions import SessionRow
+from tracker.store.queries import audit as store
+from tracker.store.queries.audit import SessionRow
 from tracker.web.http.prefix import prefix_of
 from tracker.web.http.request import SAFE_METHODS, header, header_values, is_https, is_same_origin
 
@@ -91,7 +91,7 @@ class Sessions:
             started_at=now,
             last_used_at=now,
         )
-        await store.begin(self._database, row, idle=IDLE, lasts=LASTS)
+        await store.begin_session(self._database, row, idle=IDLE, lasts=LASTS)
         return _set_cookie(scope, cookie, LASTS, secure=secure)
 
     async def end(self, scope: Scope, session: Session | None) -> str:
@@ -100,7 +100,7 @@ class Sessions:
         Raises `StoreUnavailable`.
         """
         if session is not None:
-            await store.end(self._database, session.session_id, now=self._clock())
+            await store.end_session(self._database, session.session_id, now=self._clock())
         return _set_cookie(scope, "", timedelta(0), secure=self._is_secure(scope))
 
     async def of(self, scope: Scope) -> Session | None:
@@ -113,7 +113,7 @@ class Sessions:
 
     async def is_valid(self, session: Session) -> bool:
         """Whether a session is still valid. Raises `StoreUnavailable`."""
-        row = await store.find(self._database, session.session_id)
+        row = await store.find_session(self._database, session.session_id)
         return row is not None and await self._token_of(row) is not None
 
     def is_same_origin(self, scope: Scope) -> bool:
@@ -135,7 +135,7 @@ class Sessions:
         return session.matches(None if csrf is None else csrf.decode("latin-1"))
 
     async def _find(self, session_id: str, cookie: str, *, secure: bool) -> Session | None:
-        row = await store.find(self._database, session_id)
+        row = await store.find_session(self._database, session_id)
         if row is None or row.secure != secure:
             return None
         token = await self._token_of(row)
@@ -144,7 +144,7 @@ class Sessions:
         now = self._clock()
         if now - row.last_used_at >= _RECORD_USE:
             with suppress(StoreError):  # a read-only database still serves reads
-                await store.use(self._database, session_id, now=now)
+                await store.use_session(self._database, session_id, now=now)
         return Session(session_id=session_id, token=token, csrf=_csrf_of(cookie))
 
     async def _token_of(self, row: SessionRow) -> Token | None:

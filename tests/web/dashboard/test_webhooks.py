@@ -16,8 +16,7 @@ from tracker.core.events import MessageState
 from tracker.core.tokens import Scope
 from tracker.settings import EndpointSettings, TokenSettings
 from tracker.store.queries.audit import list_audit
-from tracker.store.queries.endpoints import get_endpoint
-from tracker.store.queries.messages import get_message
+from tracker.store.queries.endpoints import get_endpoint, get_message
 from tracker.store.schema import endpoints
 
 READER = "a-token-that-only-reads"

@@ -17,9 +17,10 @@ from tracker.operations.doctor.settings import label_of
 from tracker.settings import Settings
 from tracker.settings.values import longest_wait
 from tracker.store.engine import Database
-from tracker.store.queries import attention, contacts, sweeps
+from tracker.store.queries import attention, sweeps
 from tracker.store.queries.attention import BOUND, LATE_AFTER, Gauges, SweepHealth
 from tracker.store.queries.sweeps import Unread
+from tracker.store.queries.workspaces import stored_contacts
 
 STUCK_AFTER: Final = timedelta(minutes=5)
 """How late a sweep may start, or a due run be read, before no worker seems to run."""
@@ -76,7 +77,7 @@ async def check(settings: Settings, ids: Sequence[str | None], now: datetime) ->
                 sweeping=await attention.sweeping(database, now=now),
                 unread=sweeps.unread(await sweeps.everything(database)),
                 conflicts=await attention.conflicts(database),
-                contacts=await contacts.read(database, now=now),
+                contacts=await stored_contacts(database, now=now),
             )
     except StoreError as error:
         advice = "Fix the database first, and run the doctor again."

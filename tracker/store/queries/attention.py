@@ -29,7 +29,7 @@ from tracker.core.rollup import CALLBACK, COST, FAILURE, OPEN, QUOTE, STATE, UNP
 from tracker.core.run import Precedence, Tracking
 from tracker.store.engine import Database
 from tracker.store.queries.overview import rollups
-from tracker.store.queries.quarantine import IS_UNSEEN
+from tracker.store.queries.runs import IS_UNSEEN
 from tracker.store.queries.starts import StartState, is_in
 from tracker.store.rows import RUN_COLUMNS, read_records
 from tracker.store.schema import CleanText, UtcDateTime, deliveries, leases, runs, starts, word

@@ -1,4 +1,4 @@
-"""Queries of runs, their timeline, deliveries, and counts."""
+"""Queries of runs, their timeline, deliveries and why they are quarantined, and counts."""
 
 import math
 from collections.abc import Sequence
@@ -28,7 +28,6 @@ from tracker.core.schedule import Durations
 from tracker.store.claims import Workspaces, within
 from tracker.store.engine import Database
 from tracker.store.queries.paging import newest_first
-from tracker.store.queries.quarantine import IS_UNSEEN, has_cause
 from tracker.store.queries.starts import StartState, is_in
 from tracker.store.rows import RUN_COLUMNS, read_records
 from tracker.store.schema import deliveries, run_events, runs, starts, word
@@ -277,7 +276,7 @@ async def list_deliveries(
 ) -> tuple[list[DeliveryRow], str | None]:
     """A page of callbacks without their bodies, newest first, and the cursor of the next page.
 
-    `since` is when they were first received, `cause` that of `quarantine.causes`.
+    `since` is when they were first received, `cause` that of `causes`.
 
     Raises `InvalidRequest` for an invalid cursor.
     """
@@ -341,3 +340,62 @@ def _delivery(row: Row[Any]) -> DeliveryRow:
     if row.body_removed_at is not None:
         values["body"] = None  # emptied by retention
     return DeliveryRow(**values | {"outcome": DeliveryOutcome(values["outcome"])})
+
+
+IS_UNSEEN: Final = and_(
+    deliveries.c.outcome == word("quarantined"), deliveries.c.acknowledged_at.is_(None)
+)
+"""The delivery is quarantined, and nobody has acknowledged it."""
+AMONG: Final = 10_000
+"""The newest unseen deliveries, which are grouped."""
+CAUSE_LENGTH: Final = 200
+"""Characters of a reason by which deliveries are grouped."""
+_CAUSE: Final = func.trim(func.substr(func.coalesce(deliveries.c.reason, ""), 1, CAUSE_LENGTH))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cause:
+    """Unseen deliveries with one reason: how many, and when the first and the last came."""
+
+    text: str
+    count: int
+    first_at: datetime
+    last_at: datetime
+
+
+def has_cause(text: str) -> ColumnElement[bool]:
+    """The reason of the delivery begins with this text of a `Cause`."""
+    return _CAUSE.is_not_distinct_from(text)
+
+
+async def causes(db: Database, *, limit: int) -> list[Cause]:
+    """The causes of the newest `AMONG` unseen deliveries, the most frequent first."""
+    newest = (
+        select(_CAUSE.label("text"), deliveries.c.received_at)
+        .where(IS_UNSEEN)
+        .order_by(deliveries.c.received_at.desc())
+        .limit(AMONG)
+        .subquery()
+    )
+    count, at = func.count().label("count"), newest.c.received_at
+    statement = (
+        select(newest.c.text, count, func.min(at).label("first_at"), func.max(at).label("last_at"))
+        .group_by(newest.c.text)
+        .order_by(count.desc(), newest.c.text)
+        .limit(limit)
+    )
+    async with db.read() as connection:
+        return [Cause(**row._asdict()) for row in await connection.execute(statement)]
+
+
+async def unseen_deliveries(db: Database, *, cause: str, until: datetime, limit: int) -> list[str]:
+    """The ids of unseen deliveries with this cause that were received until then, oldest first."""
+    key = (deliveries.c.received_at, deliveries.c.delivery_id)
+    statement = (
+        select(deliveries.c.delivery_id)
+        .where(IS_UNSEEN, has_cause(cause), deliveries.c.received_at <= until)
+        .order_by(*key)
+        .limit(limit)
+    )
+    async with db.read() as connection:
+        return list(await connection.scalars(statement))

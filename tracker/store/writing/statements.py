@@ -26,7 +26,7 @@ from sqlalchemy import (
 from tracker.core.record import Delivery, Record
 from tracker.core.rollup import Key
 from tracker.store.engine import Database
-from tracker.store.queries.quarantine import IS_UNSEEN
+from tracker.store.queries.runs import IS_UNSEEN
 from tracker.store.rows import RUN_COLUMNS, ids_with_outputs, outputs_by_run, with_outputs
 from tracker.store.schema import deliveries, run_outputs, runs, starts, word
 from tracker.store.writing import retention

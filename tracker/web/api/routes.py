@@ -18,7 +18,7 @@ from tracker.core.log import get_logger
 from tracker.receiving.replay import UnknownDelivery
 from tracker.services import Services
 from tracker.starting.start import StartRequest
-from tracker.store.queries import messages, runs, spending, starts, techniques
+from tracker.store.queries import endpoints, runs, spending, starts, techniques
 from tracker.views import (
     delivery_json,
     event_json,
@@ -228,7 +228,7 @@ class Api(BatchOperations):
     )
     async def list_messages(self, request: Request, query: MessagesQuery) -> Response:
         """List messages, the events sent to endpoints, newest first."""
-        rows, cursor = await messages.list_messages(self._database, **dict(query))
+        rows, cursor = await endpoints.list_messages(self._database, **dict(query))
         return _page("messages", map(message_json, rows), cursor)
 
     @Operation("GET /api/messages/{message_id}", Answer("The message.", MessageDetail))
@@ -299,10 +299,10 @@ class Api(BatchOperations):
     async def _message(self, message_id: str) -> Response:
         row = None
         if _is_possible(message_id):
-            row = await messages.get_message(self._database, message_id)
+            row = await endpoints.get_message(self._database, message_id)
         if row is None:
             raise not_found(f"There is no message {message_id[:255]}.")
-        attempts = await messages.list_attempts(self._database, message_id)
+        attempts = await endpoints.list_attempts(self._database, message_id)
         return Json(message_json(row, attempts))
 
 

@@ -12,9 +12,8 @@ from tracker.core.errors import FieldFault
 from tracker.core.events import EventType, MessageState
 from tracker.core.formatting import counted, duration
 from tracker.delivering.webhooks import UnknownEndpoint
-from tracker.store.queries import endpoints, messages
-from tracker.store.queries.endpoints import Backlog, EndpointRow
-from tracker.store.queries.messages import MessageRow
+from tracker.store.queries import endpoints
+from tracker.store.queries.endpoints import Backlog, EndpointRow, MessageRow
 from tracker.web.dashboard.forms import (
     check_csrf,
     path_id,
@@ -121,7 +120,7 @@ class WebhookPages(PageGroup):
         event = query_choice(request, "event", EventType)
         endpoint, run_id = query_field(request, "endpoint"), query_field(request, "run")
         cursor = query_field(request, "cursor")
-        rows, next_cursor = await messages.list_messages(
+        rows, next_cursor = await endpoints.list_messages(
             self._database,
             endpoint_id=endpoint,
             state=state,
@@ -160,7 +159,7 @@ class WebhookPages(PageGroup):
         self, request: Request, row: EndpointRow, flash: FlashMessage | None = None
     ) -> Response:
         since = self._services.clock() - DELAYS_OF
-        latest, _ = await messages.list_messages(
+        latest, _ = await endpoints.list_messages(
             self._database, endpoint_id=row.endpoint_id, limit=LATEST
         )
         return self._render(
@@ -183,7 +182,7 @@ class WebhookPages(PageGroup):
             "message.html",
             row=row,
             flash=flash,
-            attempts=await messages.list_attempts(self._database, row.message_id),
+            attempts=await endpoints.list_attempts(self._database, row.message_id),
             is_handler=endpoint is not None and endpoint.is_handler,
         )
 
@@ -196,7 +195,7 @@ class WebhookPages(PageGroup):
 
     async def _message(self, request: Request) -> MessageRow:
         message_id, usable = path_id(request, "message_id")
-        row = await messages.get_message(self._database, message_id) if usable else None
+        row = await endpoints.get_message(self._database, message_id) if usable else None
         if row is None:
             raise not_found(f"There is no message {message_id}.")
         return row
