@@ -27,7 +27,7 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import context, op
 
-from tracker.core.retry import retry_advice
+from tracker.core.run import retry_advice
 
 revision = "0010"
 down_revision = "0009"

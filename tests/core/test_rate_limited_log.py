@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tracker.core.rate_limited_log import LogRateLimit
+from tracker.core.log import LogRateLimit
 
 
 def test_the_first_is_said_at_once_and_the_next_when_it_is_time() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tracker.core.retry import RetryAdvice, is_known, retry_advice
+from tracker.core.run import RetryAdvice, is_known, retry_advice
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from tests.store.making import NOW, TestWriter, seen, started
 from tests.store.test_starts import mark, reserve
 from tracker.core.errors import InvalidRequest
-from tracker.core.row_key import Turn
+from tracker.core.inputs import Turn
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.store.engine import Database
 from tracker.store.queries import batch_launches, batches

@@ -23,7 +23,7 @@ from tracker.core.errors import (
     MaxCostReached,
     TrackerError,
 )
-from tracker.core.row_key import Input, Turn, batch_id, row_digests
+from tracker.core.inputs import Input, Turn, batch_id, row_digests
 from tracker.flora.client import FloraClient
 from tracker.services import Services
 from tracker.simulator import Simulator

@@ -10,11 +10,11 @@ import pytest
 
 from tests.support.deliveries import Delivered, keep
 from tests.worker.conftest import HandClock, MakeFlora, OpenServices, the_run
-from tracker.core.next_poll import PollReason
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Delivery, DeliveryOutcome, Seen
 from tracker.core.run import Output, RunError, RunStatus
 from tracker.explaining.explainer import Explanation
+from tracker.explaining.next_poll import PollReason
 from tracker.explaining.timeline import Kind
 from tracker.flora.signature import sign
 from tracker.services import Services

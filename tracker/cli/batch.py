@@ -34,7 +34,7 @@ from tracker.cli.setup import (
 )
 from tracker.core.errors import TrackerError
 from tracker.core.formatting import counted, money
-from tracker.core.tags import check_key
+from tracker.core.inputs import check_tag_key
 from tracker.starting.sheet import Sheet, SheetFormat, SheetRefused, read_sheet
 
 if TYPE_CHECKING:
@@ -303,7 +303,7 @@ def _tag_column(text: str) -> tuple[str, str]:
     """A tag's key and column, from `KEY=COLUMN`, or `COLUMN` where that is a valid key."""
     key, equals, column = text.partition("=")
     try:
-        return check_key(key), column if equals else key
+        return check_tag_key(key), column if equals else key
     except ValueError as error:
         advice = "" if equals else f"; KEY={text} gives the tag another name"
         raise typer.BadParameter(f"{error}{advice}", param_hint="--tag-column") from error

@@ -14,7 +14,7 @@ from tracker.cli.batches import cost_text
 from tracker.cli.output import note, plain, print_json, print_table
 from tracker.cli.progress import Screen, cell
 from tracker.core.formatting import counted, duration, line_numbers, money
-from tracker.core.retry import RetryAdvice
+from tracker.core.run import RetryAdvice
 
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn

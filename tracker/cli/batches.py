@@ -19,8 +19,7 @@ from tracker.cli.output import (
 )
 from tracker.cli.setup import CursorOption, NamedPage, run_on_database, run_once, technique_names
 from tracker.core.errors import TrackerError
-from tracker.core.formatting import money
-from tracker.core.plain import plain_lines
+from tracker.core.formatting import money, plain_lines
 
 if TYPE_CHECKING:
     from tracker.services import Services

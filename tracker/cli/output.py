@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from tracker.core.plain import plain as plain_text
+from tracker.core.formatting import plain as plain_text
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -35,8 +35,7 @@ from tracker.cli.setup import (
 )
 from tracker.core.errors import FloraError, TrackerError
 from tracker.core.formatting import money
-from tracker.core.retry import RetryAdvice
-from tracker.core.run import RunStatus, Tracking
+from tracker.core.run import RetryAdvice, RunStatus, Tracking
 
 if TYPE_CHECKING:
     from tracker.core.record import Record

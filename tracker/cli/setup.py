@@ -13,7 +13,7 @@ import typer
 
 from tracker.cli.progress import showing_waits
 from tracker.core.errors import FloraUnreachable
-from tracker.core.tags import parse_tags
+from tracker.core.inputs import parse_tags
 
 if TYPE_CHECKING:
     from tracker.services import Services

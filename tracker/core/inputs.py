@@ -1,4 +1,6 @@
-"""Validate inputs against the definition of a technique before a start is paid for.
+"""Inputs of runs, the keys of rows made from them, and tags.
+
+Inputs are validated against the definition of a technique before a start is paid for.
 
 `check` is a pure function of the definition and the inputs; it reports every fault. It accepts
 whatever FLORA may accept: a definition without inputs allows any, an unknown type takes any value.
@@ -7,8 +9,12 @@ An input is required unless the definition marks it `optional` (FLORA's newest d
 its description says so.
 """
 
+import hashlib
+import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -176,3 +182,135 @@ def _link_fault(value: str) -> str | None:
     if scheme == "http" and not is_loopback(host):
         return "must be an https link (http is for this machine alone)"
     return None
+
+
+# Idempotency keys of the rows of a sheet, so that each row is started once.
+#
+# A row is identified by its technique, its inputs and the number of equal rows before it. Its key
+# stays the same when other rows are added, removed or sorted, and in another file.
+
+Input = dict[str, str]
+"""One input as FLORA takes it: `id`, `type` and `value`."""
+
+_HEX_DIGITS: Final = 24
+"""Enough to rule out accidental collisions; inputs are compared before anything is sent."""
+
+_ROW: Final = re.compile(r"row-([0-9a-f]{24})(?:-again(\d{1,9}))?(?:-retry(\d{1,9}))?", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Turn:
+    """Which run of a row: `generation` counts deliberate reruns, `attempt` the retries after
+    failures within one generation."""
+
+    generation: int = 0
+    attempt: int = 0
+
+    def again(self) -> "Turn":
+        """The first of the next generation."""
+        return Turn(self.generation + 1)
+
+    def retried(self) -> "Turn":
+        """The next attempt."""
+        return replace(self, attempt=self.attempt + 1)
+
+    def before(self) -> "Turn":
+        """The attempt before."""
+        return replace(self, attempt=self.attempt - 1)
+
+
+def canonical(inputs: Iterable[Input]) -> list[Input]:
+    """The inputs sorted by id; several values of one input keep their order."""
+    return sorted(inputs, key=lambda one: one["id"])
+
+
+def row_digests(technique_id: str, rows: Iterable[Sequence[Input]]) -> list[str]:
+    """One digest per row, in order; `technique_id` is the `tech_…` form."""
+    seen: Counter[str] = Counter()
+    digests = []
+    for inputs in rows:
+        asked = _digest([technique_id, canonical(inputs)])
+        digests.append(_digest([asked, seen[asked]])[:_HEX_DIGITS])
+        seen[asked] += 1
+    return digests
+
+
+def row_key(digest: str, turn: Turn) -> str:
+    """The idempotency key of a row in that turn."""
+    key = f"row-{digest}"
+    if turn.generation:
+        key += f"-again{turn.generation}"
+    if turn.attempt:
+        key += f"-retry{turn.attempt}"
+    return key
+
+
+def key_parts(key: str) -> tuple[str, Turn] | None:
+    """The digest and turn that `row_key` made the key of; `None` for any other key."""
+    found = _ROW.fullmatch(key)
+    return found and (found[1], Turn(int(found[2] or 0), int(found[3] or 0)))
+
+
+def batch_id(workspace_slot: str, technique_id: str, rows: Iterable[tuple[int, str, Turn]]) -> str:
+    """The id of a batch: the same for the same positions and digests of rows.
+
+    A rerun is a batch of its own, a retry of some rows is not.
+    """
+    named = [(position, digest, turn.generation) for position, digest, turn in rows]
+    return f"bat_{_digest([workspace_slot, technique_id, named])[:16]}"
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# Tags: `key=value` pairs that say what a run is for.
+#
+# A key is 1 to 64 of `A-Z a-z 0-9 . _ -`, a value 1 to 255 printable characters.
+
+MOST_TAGS: Final = 16
+"""Most tags of one run: each has daily rollups of its own."""
+LONGEST_TAG: Final = 255
+_KEY: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+Tags = dict[str, str]
+
+
+def check_tag_key(key: str) -> str:
+    """`key` if it is a valid tag key; raises `ValueError`."""
+    if not _KEY.fullmatch(key):
+        raise ValueError(f"tag {key[:80]!r}: a key is 1 to 64 of A-Z a-z 0-9 . _ -")
+    return key
+
+
+def check_tags(tags: Mapping[Any, Any]) -> Tags:
+    """The tags sorted by key; raises `ValueError`, which names the tag and the fault."""
+    for key, value in tags.items():
+        check_tag_key(str(key))
+        if not isinstance(value, str) or not 1 <= len(value) <= LONGEST_TAG:
+            raise ValueError(f"tag {key!r}: a value is a text of 1 to {LONGEST_TAG} characters")
+        if not value.isprintable():
+            raise ValueError(f"tag {key!r}: a value has printable characters only")
+    if len(tags) > MOST_TAGS:
+        raise ValueError(f"a run has at most {MOST_TAGS} tags, and these are {len(tags)}")
+    return dict(sorted(tags.items()))
+
+
+def parse_tag(text: str) -> tuple[str, str]:
+    """The key and the value of `KEY=VALUE`; raises `ValueError`."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"{text[:80]!r} is not KEY=VALUE")
+    ((key, value),) = check_tags({key.strip(): value.strip()}).items()
+    return key, value
+
+
+def parse_tags(texts: Iterable[str]) -> Tags:
+    """Like `parse_tag` for several; raises `ValueError` also if a key appears twice."""
+    pairs = [parse_tag(text) for text in texts]
+    tags = dict(pairs)
+    if len(tags) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"tag {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return check_tags(tags)

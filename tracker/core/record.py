@@ -13,11 +13,11 @@ from enum import StrEnum
 from typing import Any, Final
 
 from tracker.core.fast_dataclass import fast_dataclass
+from tracker.core.inputs import Tags
 from tracker.core.merge import merge, shows_the_same
 from tracker.core.observation import Observation, Source
 from tracker.core.run import Run, RunStatus, Tracking
 from tracker.core.schedule import Durations, Policy, next_check, next_recheck
-from tracker.core.tags import Tags
 
 TEST_DELIVERY: Final = "tracker.doctor"
 """The type of the test deliveries of `tracker doctor`. They are signed, stored and answered like

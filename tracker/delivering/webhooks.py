@@ -20,8 +20,7 @@ from typing import Final, Protocol
 from tracker.core.clock import Clock
 from tracker.core.errors import StoreError, TrackerError
 from tracker.core.events import WAITS
-from tracker.core.log import get_logger
-from tracker.core.rate_limited_log import LogRateLimit
+from tracker.core.log import LogRateLimit, get_logger
 from tracker.delivering.endpoint_client import (
     ANSWER_SECONDS,
     Endpoint,

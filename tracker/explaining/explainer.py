@@ -8,11 +8,11 @@ from typing import Final
 from tracker.core.clock import Clock
 from tracker.core.contact import Trouble
 from tracker.core.formatting import counted, duration
-from tracker.core.next_poll import NextPoll, PollReason, next_poll
 from tracker.core.observation import Source
 from tracker.core.record import LOST_AFTER, LOST_AFTER_READS, Record
 from tracker.core.run import Tracking
 from tracker.core.schedule import Policy
+from tracker.explaining.next_poll import NextPoll, PollReason, next_poll
 from tracker.explaining.timeline import SOURCE_NAMES, Kind, Sentence, moment, timeline
 from tracker.polling.contacts import Contacts
 from tracker.polling.poll import DurationBook

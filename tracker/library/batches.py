@@ -8,8 +8,8 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Generic, Literal, Self, cast
 
 from tracker.core.formatting import counted, money
+from tracker.core.inputs import check_tags
 from tracker.core.record import Record
-from tracker.core.tags import check_tags
 from tracker.errors import TrackerNotOpen
 from tracker.library.inputs import Rows, valid
 from tracker.library.run import ACTOR, AnyRun, Run

@@ -19,9 +19,9 @@ from tracker.core.errors import (
     StoreUnavailable,
 )
 from tracker.core.events import HANDLER_SECONDS, MOST_OPEN
+from tracker.core.inputs import check_tags
 from tracker.core.log import get_logger
 from tracker.core.record import Record
-from tracker.core.tags import check_tags
 from tracker.errors import TrackerNotOpen
 from tracker.library.batches import BatchCalls
 from tracker.library.handlers import EventName, HandlerFunction, Handlers, RunEvent

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tracker.core.formatting import counted, duration, money
-from tracker.core.retry import RetryAdvice
+from tracker.core.run import RetryAdvice
 from tracker.web.dashboard.media import output_names, plain_http_origin, presentation
 
 if TYPE_CHECKING:

@@ -7,10 +7,9 @@ from datetime import datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, overload
 
+from tracker.core.inputs import parse_tag
 from tracker.core.record import Record
-from tracker.core.retry import RetryAdvice
-from tracker.core.run import Tracking
-from tracker.core.tags import parse_tag
+from tracker.core.run import RetryAdvice, Tracking
 from tracker.errors import RunUnknown, TrackerNotOpen
 from tracker.library import following
 from tracker.library.inputs import valid

@@ -8,8 +8,8 @@ from typing import Final, Literal, TextIO
 import structlog
 from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
 
+from tracker.core.formatting import plain, plain_lines
 from tracker.core.log import LogEvent, Redactor, log_fields
-from tracker.core.plain import plain, plain_lines
 
 _TIME: Final = structlog.processors.TimeStamper(fmt="iso", utc=True)
 

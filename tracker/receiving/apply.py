@@ -20,8 +20,7 @@ from sqlalchemy import Connection
 
 from tracker.core.clock import Clock
 from tracker.core.errors import StoreError
-from tracker.core.log import get_logger
-from tracker.core.rate_limited_log import LogRateLimit
+from tracker.core.log import LogRateLimit, get_logger
 from tracker.core.record import TEST_DELIVERY, Delivery
 from tracker.flora import parse
 from tracker.polling.workspaces import Workspaces

@@ -19,9 +19,9 @@ from pydantic import (
 from tracker.core.budget import Budget, Budgets, Period
 from tracker.core.errors import SettingsError
 from tracker.core.events import EventType, RunFilter
+from tracker.core.inputs import parse_tag
 from tracker.core.net import CALLBACK_PATH, is_loopback_url
 from tracker.core.schedule import Policy
-from tracker.core.tags import parse_tag
 from tracker.core.tokens import SHORTEST, Scope, Token, Tokens
 from tracker.delivering.signing import check_secret
 from tracker.settings.values import (

@@ -6,9 +6,7 @@ from dataclasses import dataclass, replace
 
 from tracker.core.clock import Clock
 from tracker.core.errors import DefinitionChanged, InvalidRequest, TrackerError
-from tracker.core.inputs import obstacle
-from tracker.core.row_key import batch_id, row_digests
-from tracker.core.tags import Tags
+from tracker.core.inputs import Tags, batch_id, obstacle, row_digests
 from tracker.polling.workspaces import Workspace, WorkspaceIds, Workspaces
 from tracker.starting.batch_rows import (
     BatchPlan,

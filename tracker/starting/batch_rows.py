@@ -8,11 +8,9 @@ from enum import StrEnum
 from typing import Any, Final
 
 from tracker.core.errors import FieldFault, FloraError
+from tracker.core.inputs import Input, Tags, Turn
 from tracker.core.record import Record
-from tracker.core.retry import RetryAdvice
-from tracker.core.row_key import Input, Turn
-from tracker.core.run import RunStatus, Tracking
-from tracker.core.tags import Tags
+from tracker.core.run import RetryAdvice, RunStatus, Tracking
 from tracker.flora.technique import Technique
 from tracker.store.engine import Database
 from tracker.store.queries import batches, starts

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from tracker.core.errors import FieldFault
-from tracker.core.inputs import Port, check
-from tracker.core.row_key import Input, canonical
-from tracker.core.tags import Tags, check_tags
+from tracker.core.inputs import Input, Port, Tags, canonical, check, check_tags
 from tracker.starting.sheet import DELIMITERS, Sheet, SheetProblem, SheetRow
 
 _LINKS: Final = ("imageUrl", "videoUrl")

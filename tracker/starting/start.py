@@ -26,9 +26,9 @@ from tracker.core.errors import (
     StartPending,
     StartUnresolved,
 )
+from tracker.core.inputs import Tags
 from tracker.core.log import get_logger
 from tracker.core.record import Record
-from tracker.core.tags import Tags
 from tracker.flora.client import check_idempotency_key
 from tracker.flora.technique import Technique
 from tracker.polling.poll import DurationBook

@@ -32,9 +32,8 @@ from typing import Final, Literal
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tracker.core.clock import Clock
-from tracker.core.log import get_logger
+from tracker.core.log import LOG_INTERVAL, LogRateLimit, get_logger
 from tracker.core.net import hide_callback_token, is_loopback
-from tracker.core.rate_limited_log import LOG_INTERVAL, LogRateLimit
 from tracker.core.tokens import Scope as TokenScope
 from tracker.core.tokens import Token, Tokens
 from tracker.operations.metrics import Metrics

@@ -14,9 +14,8 @@ from typing import Any, Final, TypeVar
 from starlette.types import Receive, Scope, Send
 
 from tracker.core.errors import SettingsError, StoreError, StoreUnavailable
-from tracker.core.log import get_logger
+from tracker.core.log import LogRateLimit, get_logger
 from tracker.core.net import CALLBACK_PATH
-from tracker.core.rate_limited_log import LogRateLimit
 from tracker.core.record import TEST_DELIVERY, DeliveryOutcome
 from tracker.flora.signature import SignatureError
 from tracker.receiving.receive import Received, Receiving

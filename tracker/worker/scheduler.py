@@ -22,8 +22,7 @@ from cronsim import CronSim
 
 from tracker.core.clock import boot_seconds, utc_now
 from tracker.core.errors import StoreError, StoreUnavailable, TrackerError
-from tracker.core.log import get_logger, log_context
-from tracker.core.rate_limited_log import LogRateLimit
+from tracker.core.log import LogRateLimit, get_logger, log_context
 from tracker.polling.workspaces import Workspace
 
 if TYPE_CHECKING:

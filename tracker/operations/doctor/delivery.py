@@ -20,8 +20,8 @@ from urllib.parse import urlsplit
 import httpx
 
 from tracker import __version__
+from tracker.core.formatting import plain
 from tracker.core.net import is_loopback
-from tracker.core.plain import plain
 from tracker.core.record import TEST_DELIVERY, TEST_DELIVERY_IDS
 from tracker.flora.signature import sign
 from tracker.settings import CALLBACK_PATH as _PATH

@@ -15,9 +15,8 @@ from tracker.core.errors import SchemaOutdated, StoreUnavailable
 from tracker.core.log import get_logger
 from tracker.core.observation import Source
 from tracker.core.record import DeliveryOutcome, Record
-from tracker.core.retry import is_known
 from tracker.core.rollup import is_adopted, lag_ms
-from tracker.core.run import RunStatus
+from tracker.core.run import RunStatus, is_known
 from tracker.flora.signature import Reason
 from tracker.polling.poll_round import PollReport
 from tracker.polling.sweep import SweepReport

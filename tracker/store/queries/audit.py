@@ -272,6 +272,9 @@ def _store(pending: Sequence[tuple[_Key, _Refused]], connection: Connection) -> 
             connection.execute(update(audit).where(audit.c.id == audit_id).values(**more))
 
 
+# Sessions of signed-in browsers.
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionRow:
     """One session. `session_id` and `token_digest` are digests of the cookie and of the token."""

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from sqlalchemy import ColumnElement, Connection, and_, or_, select, update
 
-from tracker.core.row_key import Input, Turn
+from tracker.core.inputs import Input, Turn
 from tracker.store.engine import Database
 from tracker.store.queries import audit
 from tracker.store.queries.batches import BATCH_COLUMNS, BatchRow, batch_counts, chunks, keep_errors
@@ -160,6 +160,8 @@ def _held(batch: BatchRow, holder: str) -> ColumnElement[bool]:
 def _passed(at: ColumnElement[datetime], now: datetime) -> ColumnElement[bool]:
     return or_(at <= now, at > now + LATEST)
 
+
+# What earlier batches did with the same rows and columns, for the plan of the next one.
 
 MAPPINGS: Final = 200
 """Batches of a technique whose column mapping is compared with a new sheet's."""

@@ -13,10 +13,8 @@ from typing import Any, Final, TypeVar
 
 from sqlalchemy import Connection, Select, and_, bindparam, case, func, or_, select, update
 
-from tracker.core.retry import RetryAdvice
-from tracker.core.row_key import Input, Turn, row_key
-from tracker.core.run import RunStatus, Tracking
-from tracker.core.tags import Tags
+from tracker.core.inputs import Input, Tags, Turn, row_key
+from tracker.core.run import RetryAdvice, RunStatus, Tracking
 from tracker.store.engine import Database
 from tracker.store.queries import audit
 from tracker.store.queries.paging import newest_first

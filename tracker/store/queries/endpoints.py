@@ -228,6 +228,9 @@ def _endpoint(row: Row[Any]) -> EndpointRow:
     return EndpointRow(**values | {"events": tuple(values["events"])})
 
 
+# Queries of messages, the events sent to endpoints, and of their attempts.
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MessageRow:
     """A message. `body`, the JSON as it is sent, is read only for a single message.

@@ -22,8 +22,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from tracker.core.errors import FieldFault, InvalidRequest
 from tracker.core.observation import Source
 from tracker.core.record import DeliveryOutcome, Record
-from tracker.core.retry import RetryAdvice
-from tracker.core.run import RunStatus, RunType, Status, Tracking, status_of
+from tracker.core.run import RetryAdvice, RunStatus, RunType, Status, Tracking, status_of
 from tracker.core.schedule import Durations
 from tracker.store.claims import Workspaces, within
 from tracker.store.engine import Database
@@ -341,6 +340,8 @@ def _delivery(row: Row[Any]) -> DeliveryRow:
         values["body"] = None  # emptied by retention
     return DeliveryRow(**values | {"outcome": DeliveryOutcome(values["outcome"])})
 
+
+# Queries of quarantined deliveries: the causes, and which deliveries have one of them.
 
 IS_UNSEEN: Final = and_(
     deliveries.c.outcome == word("quarantined"), deliveries.c.acknowledged_at.is_(None)

@@ -15,8 +15,7 @@ from sqlalchemy import ColumnElement, Select, Subquery, and_, func, or_, select,
 from sqlalchemy.sql.util import ClauseAdapter
 
 from tracker.core.record import Record
-from tracker.core.retry import RetryAdvice
-from tracker.core.run import Precedence, RunStatus, Tracking
+from tracker.core.run import Precedence, RetryAdvice, RunStatus, Tracking
 from tracker.store.engine import Database
 from tracker.store.queries import paging
 from tracker.store.queries import runs as read

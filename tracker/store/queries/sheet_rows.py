@@ -6,7 +6,7 @@ from typing import Any, Final, NamedTuple
 from sqlalchemy import ColumnElement, Select, Text, and_, cast, func, literal, select
 from sqlalchemy.dialects.postgresql import JSONPATH
 
-from tracker.core.row_key import key_parts
+from tracker.core.inputs import key_parts
 from tracker.core.run import Output
 from tracker.store.engine import Database
 from tracker.store.queries.batches import RowOutcome, of_outcome, with_outcomes

@@ -34,8 +34,8 @@ from sqlalchemy import (
 
 from tracker.core.budget import Budget, Period
 from tracker.core.errors import BudgetExceeded
+from tracker.core.inputs import check_tag_key
 from tracker.core.rollup import CHARGED, QUOTED, SPENT, TAGGED, UNPRICED, dollars
-from tracker.core.tags import check_key
 from tracker.store.engine import Database
 from tracker.store.queries.overview import ROLLUPS
 from tracker.store.schema import starts, techniques, word
@@ -249,7 +249,7 @@ def check_by(by: str) -> str:
     kind, _, key = by.partition(":")
     if kind != "tag":
         raise ValueError("must be day, technique or tag:KEY")
-    return f"tag:{check_key(key)}"
+    return f"tag:{check_tag_key(key)}"
 
 
 async def spending(

@@ -40,8 +40,8 @@ from sqlalchemy import (
 )
 
 from tracker.core.budget import Budget
+from tracker.core.inputs import Tags
 from tracker.core.observation import Source
-from tracker.core.tags import Tags
 from tracker.store.engine import Database
 from tracker.store.queries import audit, paging, spending
 from tracker.store.queries.audit import Action

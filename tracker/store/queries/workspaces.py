@@ -139,6 +139,12 @@ def _wait_name(slot: str) -> str:
     return f"wait:{slot}"
 
 
+# Whether FLORA answers, as the processes on one database have seen it.
+#
+# The state of a workspace is a row of the leases, as its waits are (`keep_wait`): named
+# after the workspace's place in the settings, `until` being when FLORA was last asked, and `holder`
+# the rest as JSON. It describes the moment, and is neither copied nor kept with the history.
+
 _PREFIX: Final = "contact:"
 _AHEAD: Final = timedelta(minutes=1)
 """A state that is further ahead was stored before the clock was set back, and says nothing."""

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Generic, Self, TypeVar
 
 from tracker.core.errors import SchemaOutdated, StoreError, StoreUnavailable
-from tracker.core.log import get_logger
-from tracker.core.rate_limited_log import LogRateLimit
+from tracker.core.log import LogRateLimit, get_logger
 from tracker.store.errors import StoreBusy
 
 T = TypeVar("T")

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, RootModel, WithJsonSchema
 
-from tracker.core.retry import RetryAdvice
-from tracker.core.tags import check_key
+from tracker.core.inputs import check_tag_key
+from tracker.core.run import RetryAdvice
 from tracker.store.queries.batches import RowOutcome
 from tracker.web.api.requests import (
     BY_TAG,
@@ -87,7 +87,7 @@ class BatchBody(Body):
     )
     tags: TagsField = Field({}, description="Labels of all runs, for filters and budgets.")
     tag_columns: Annotated[
-        dict[Annotated[str, AfterValidator(check_key)], Name],
+        dict[Annotated[str, AfterValidator(check_tag_key)], Name],
         BY_TAG,
     ] = Field({}, description="Fields whose values tag the runs of their rows, by tag.")
     retry: Literal["failed", "all"] | None = Field(

@@ -9,8 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tracker.core.events import EventType, MessageState
 from tracker.core.observation import Source
 from tracker.core.record import DeliveryOutcome
-from tracker.core.retry import RetryAdvice
-from tracker.core.run import Status, Tracking
+from tracker.core.run import RetryAdvice, Status, Tracking
 
 _RUN: dict[str, Any] = {
     "run_id": "run_abc123",

@@ -12,8 +12,7 @@ from starlette.routing import Route
 from tracker.core.formatting import money
 from tracker.core.log import get_logger
 from tracker.core.record import Record
-from tracker.core.retry import RetryAdvice
-from tracker.core.run import Tracking
+from tracker.core.run import RetryAdvice, Tracking
 from tracker.starting.catalogue import definition_of
 from tracker.starting.start import StartRequest
 from tracker.store.queries import runs as read

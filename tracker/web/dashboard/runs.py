@@ -12,9 +12,9 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from tracker.core.errors import FieldFault
+from tracker.core.inputs import parse_tag
 from tracker.core.record import Record
-from tracker.core.retry import RetryAdvice
-from tracker.core.tags import parse_tag
+from tracker.core.run import RetryAdvice
 from tracker.starting.batch_results import BOM, safe_cell
 from tracker.store.queries import batches, techniques
 from tracker.store.queries.search import (

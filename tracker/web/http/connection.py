@@ -21,8 +21,7 @@ from starlette.types import Scope
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from tracker.core.log import get_logger
-from tracker.core.rate_limited_log import LogRateLimit
+from tracker.core.log import LogRateLimit, get_logger
 from tracker.web.http.limits import Limits
 from tracker.web.http.responses import Fault, Take, to_json, unavailable
 

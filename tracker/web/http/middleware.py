@@ -16,9 +16,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tracker.core.errors import FloraRefusal, StoreError
-from tracker.core.log import get_logger, log_context
+from tracker.core.log import LogRateLimit, get_logger, log_context
 from tracker.core.net import hide_callback_token
-from tracker.core.rate_limited_log import LogRateLimit
 from tracker.web.http.limits import Limits
 from tracker.web.http.request import (
     SAFE_METHODS,

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.core.strategies import START
-from tracker.core.next_poll import NextPoll, PollReason, next_poll
 from tracker.core.observation import Source
 from tracker.core.record import Record
 from tracker.core.run import Details, Precedence, Run
 from tracker.core.schedule import Durations, Policy, next_check, wait_after
+from tracker.explaining.next_poll import NextPoll, PollReason, next_poll
 
 POLICY = Policy()
 KNOWN = Durations(count=40, p50=8.0, p95=20.0)
