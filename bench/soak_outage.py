@@ -47,7 +47,7 @@ async def soak(database: str, seconds: float, only: list[str] | None = None) -> 
             *("--seed", "3", "--speed", "20", "--run-seconds", "20"),
             *("--drop", "20%", "--duplicate", "10%", "--late", "10%"),
         )
-        server = await sandbox.serve()
+        server = await sandbox.serve(TRACKER_RECONCILE_CRON="*/5 * * * *")
         witness = Witness(sandbox.tracker, secrets=(PASSWORD, "whsec_simulator", "sk_test"))
         witness.begin(senders=6, readers=4, starters=3)
         await asyncio.sleep(2)

@@ -28,6 +28,7 @@ from playwright.async_api import (
 from pydantic import SecretStr
 
 from tests.support.databases import sqlite_url_of
+from tests.support.waiting import NO_SWEEPS
 from tests.web.dashboard.hostile import attack
 from tests.web.serving import serving
 from tracker.core.tokens import Scope
@@ -131,6 +132,7 @@ async def _served(path: Path, flora: Simulator) -> AsyncIterator[LiveTracker]:
         flora_base_url=flora.base_url,
         flora_workspace_id=options.workspace_id,
         tracker_budget_day=Decimal(25),
+        tracker_reconcile_cron=NO_SWEEPS,
     )
     async with AsyncExitStack() as stack:
         services = await stack.enter_async_context(open_services(settings, background=True))

@@ -9,6 +9,7 @@ from starlette.routing import Mount
 
 from tests.browser.conftest import TOKEN, OpenPage
 from tests.support.databases import sqlite_url_of
+from tests.support.waiting import NO_SWEEPS
 from tests.web.mounting import plain_uvicorn
 from tracker import Tracker
 from tracker.settings import Settings
@@ -28,6 +29,7 @@ async def test_a_walk_through_a_mounted_dashboard(tmp_path: Path, open_page: Ope
                 tracker_api_token=TOKEN,
                 flora_api_key=options.api_key,
                 flora_base_url=flora.base_url,
+                tracker_reconcile_cron=NO_SWEEPS,
             )
         )
         app = Starlette(routes=[Mount("/flora", tracker.asgi())], lifespan=tracker.lifespan)

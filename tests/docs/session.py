@@ -13,7 +13,7 @@ from typing import Final
 from tests.docs.pages import Block, shown
 from tests.e2e.processes import Process
 from tests.support.forked import Forked
-from tests.support.waiting import free_port
+from tests.support.waiting import NO_SWEEPS, free_port
 
 SIMULATOR: Final = {
     "FLORA_WORKSPACE_ID": "ws_simulator",
@@ -75,6 +75,7 @@ class Session:
             # The half minute that a page speaks of is not waited for.
             "TRACKER_CALLBACK_GRACE": "1",
             "TRACKER_POLL_INTERVAL": "0.2",
+            "TRACKER_RECONCILE_CRON": NO_SWEEPS,
         }
 
     def own(self, text: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 
 from tests.support.forked import Forked
-from tests.support.waiting import eventually, free_port
+from tests.support.waiting import NO_SWEEPS, eventually, free_port
 
 START_SECONDS = 20.0
 
@@ -157,6 +157,7 @@ class Sandbox:
             "TRACKER_POLL_INTERVAL_MAX": "4",
             "TRACKER_API_CONCURRENCY": "8",
             "TRACKER_LOG_FORMAT": "json",
+            "TRACKER_RECONCILE_CRON": NO_SWEEPS,
         }
 
     async def simulate(self, *options: str) -> Process:

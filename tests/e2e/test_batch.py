@@ -16,7 +16,7 @@ from tests.e2e.lives import Life
 from tests.e2e.short_waits import shorten_waits
 from tests.e2e.truth import assert_all_true
 from tests.support.forked import Forked
-from tests.support.waiting import eventually, free_port
+from tests.support.waiting import NO_SWEEPS, eventually, free_port
 from tracker.simulator import Options, Simulator, running
 from tracker.store.engine import Database
 
@@ -63,6 +63,7 @@ class Command:
             "TRACKER_POLL_INTERVAL": "0.3",
             "TRACKER_POLL_INTERVAL_MAX": "1",
             "TRACKER_LOG_LEVEL": "error",
+            "TRACKER_RECONCILE_CRON": NO_SWEEPS,
         }
 
     @asynccontextmanager

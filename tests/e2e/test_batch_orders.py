@@ -15,7 +15,7 @@ from tests.e2e.lives import Life
 from tests.e2e.short_waits import shorten_waits
 from tests.e2e.test_batch import FAULTS, assert_paid_once, assert_rows_are_their_runs
 from tests.e2e.truth import assert_all_true
-from tests.support.waiting import eventually, free_port
+from tests.support.waiting import NO_SWEEPS, eventually, free_port
 from tracker.simulator import Options, Simulator, running
 from tracker.store.engine import Database
 from tracker.store.schema import batches
@@ -43,6 +43,7 @@ class Deployment:
             "TRACKER_POLL_INTERVAL": "0.3",
             "TRACKER_POLL_INTERVAL_MAX": "1",
             "TRACKER_LOG_LEVEL": "warning",
+            "TRACKER_RECONCILE_CRON": NO_SWEEPS,
         }
         self._lives = 0
 

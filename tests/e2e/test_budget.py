@@ -10,7 +10,7 @@ import pytest
 
 from tests.e2e.lives import Life
 from tests.e2e.short_waits import shorten, shorten_waits
-from tests.support.waiting import eventually, free_port
+from tests.support.waiting import NO_SWEEPS, eventually, free_port
 from tracker.core.budget import Budget, Period
 from tracker.core.clock import utc_now
 from tracker.simulator import Simulator, running
@@ -96,6 +96,7 @@ class _Pair:
             "TRACKER_POLL_INTERVAL_MAX": "2",
             "TRACKER_COST_RECHECK": "1",
             "TRACKER_API_CONCURRENCY": "8",
+            "TRACKER_RECONCILE_CRON": NO_SWEEPS,
         }
 
     async def begin(self, number: int) -> None:

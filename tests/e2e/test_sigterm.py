@@ -15,7 +15,7 @@ from tests.e2e.lives import Life
 from tests.e2e.outages import frozen, stopped
 from tests.e2e.short_waits import shorten_all_waits
 from tests.support.postgres import PostgresServer
-from tests.support.waiting import eventually, free_port
+from tests.support.waiting import NO_SWEEPS, eventually, free_port
 from tracker.store.engine import Database
 from tracker.store.schema import leases, runs, starts, sweeps
 
@@ -42,6 +42,7 @@ class Deployment:
             "TRACKER_POLL_INTERVAL": "0.1",
             "TRACKER_POLL_INTERVAL_MAX": "0.1",
             "TRACKER_LOG_FORMAT": "json",
+            "TRACKER_RECONCILE_CRON": NO_SWEEPS,
         }
         self._lives: list[Life] = []
 

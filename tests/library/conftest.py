@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.waiting import NO_SWEEPS
 from tracker import Tracker
 from tracker.settings import Settings
 from tracker.simulator import Options, Simulator, running
@@ -31,6 +32,7 @@ def _makes(flora: Simulator, database_url: str) -> MakeTracker:
             "flora_webhook_secret": options.webhook_secret,
             "tracker_database_url": database_url,
             "tracker_poll_interval": 0.2,
+            "tracker_reconcile_cron": NO_SWEEPS,
             "tracker_start_doubt": 1,
         }
         return Tracker(Settings(**(given | more)), worker=worker)

@@ -11,7 +11,7 @@ import pytest
 from tests.docs.pages import DOCS, blocks
 from tests.library.conftest import INPUTS, MakeTracker
 from tests.support.endpoint import SECRET
-from tests.support.waiting import eventually
+from tests.support.waiting import NO_SWEEPS, eventually
 from tracker import Run, RunEvent, Tracker
 from tracker.errors import SettingsError
 from tracker.settings import EndpointSettings, Settings
@@ -62,7 +62,11 @@ async def test_the_documented_chain_runs(
     flora: Simulator, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The handlers of docs/notify.md, as they stand there, start a second technique once."""
-    quick = {"TRACKER_CALLBACK_GRACE": "0", "TRACKER_POLL_INTERVAL": "0.2"}
+    quick = {
+        "TRACKER_CALLBACK_GRACE": "0",
+        "TRACKER_POLL_INTERVAL": "0.2",
+        "TRACKER_RECONCILE_CRON": NO_SWEEPS,
+    }
     for name, value in (flora.environment | quick | {"TRACKER_DATABASE_URL": sqlite_url}).items():
         monkeypatch.setenv(name, value)
     names: dict[str, Any] = {}

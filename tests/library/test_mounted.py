@@ -23,7 +23,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Mount, Route
 
 from tests.library.conftest import INPUTS, MakeTracker
-from tests.support.waiting import eventually, free_port
+from tests.support.waiting import NO_SWEEPS, eventually, free_port
 from tests.web.callbacks import event, signed
 from tests.web.mounting import plain_uvicorn
 from tracker.errors import TrackerNotOpen
@@ -249,6 +249,7 @@ def run_uvicorn(tmp_path: Path, flora: Simulator) -> Callable[..., subprocess.Po
                 "FLORA_BASE_URL": flora.base_url,
                 "FLORA_API_KEY": options.api_key,
                 "TRACKER_DATABASE_URL": url,
+                "TRACKER_RECONCILE_CRON": NO_SWEEPS,
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -18,7 +18,7 @@ import pytest
 import tracker
 import tracker.sync
 from tests.library.conftest import INPUTS
-from tests.support.waiting import eventually
+from tests.support.waiting import NO_SWEEPS, eventually
 from tests.web.callbacks import event, signed
 from tracker.errors import (
     InvalidRequest,
@@ -51,6 +51,7 @@ def environment(flora: Simulator, database_url: str) -> dict[str, str]:
         "FLORA_WEBHOOK_SECRET": options.webhook_secret,
         "TRACKER_DATABASE_URL": database_url,
         "TRACKER_POLL_INTERVAL": "0.5",
+        "TRACKER_RECONCILE_CRON": NO_SWEEPS,
     }
 
 

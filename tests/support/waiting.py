@@ -8,10 +8,13 @@ import random
 import socket
 import time
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Final, TypeVar
 
 T = TypeVar("T")
 
+NO_SWEEPS: Final = "0 0 29 2 *"
+"""`TRACKER_RECONCILE_CRON` for the workers of tests that are not about sweeps: it does not come due
+while they run. A sweep at a fifth minute would find runs that a test expects to be polled."""
 FIRST_PORT, RANGES, PORTS = 16_000, 16, 1_000
 _numbers = itertools.count(random.randrange(PORTS))
 

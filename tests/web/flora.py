@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from tests.support.waiting import NO_SWEEPS
 from tests.web.conftest import Serve, Site
 from tracker.simulator import Options, Simulator, running
 
@@ -26,6 +27,7 @@ async def with_flora(
             flora_api_key=flora.world.options.api_key,
             flora_workspace_id=flora.world.options.workspace_id,
             tracker_api_token=token,
+            tracker_reconcile_cron=NO_SWEEPS,
         ) as site,
     ):
         yield site, flora

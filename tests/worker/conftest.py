@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.waiting import NO_SWEEPS
 from tracker.core.record import Record
 from tracker.flora.client import FloraClient
 from tracker.services import Services, open_services
@@ -67,6 +68,7 @@ async def open_on(clock: HandClock, database_url: str) -> AsyncIterator[OpenServ
                 "flora_api_key": options.api_key,
                 "flora_webhook_secret": options.webhook_secret,
                 "tracker_database_url": database_url,
+                "tracker_reconcile_cron": NO_SWEEPS,
             }
             settings = Settings(**(given | more))
             return await stack.enter_async_context(open_services(settings, clock=clock))

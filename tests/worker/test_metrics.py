@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from datetime import timedelta
 
 from tests.support.logs import capture_logs
 from tests.support.scraping import Scrape, read_scrape
@@ -41,7 +42,8 @@ async def test_a_worker_is_seen_at_work(database_url: str) -> None:
         assert (found.value("tracker_worker_last_round_timestamp_seconds") or 0) > 1e9
         assert found.value("tracker_sweep_discovered_total") == 1
         assert found.value("tracker_sweep_pages_total") == 2  # of techniques and of generations
-        assert found.value("tracker_sweep_interval_seconds") == 300
+        four_years = timedelta(days=4 * 365 + 1)  # between two times of `NO_SWEEPS`
+        assert found.value("tracker_sweep_interval_seconds") == four_years.total_seconds()
         reads = [found.value(f"tracker_poll_{what}_total") or 0 for what in ("reads", "pages")]
         assert sum(reads) >= 1
         asked = "GET /technique-runs"

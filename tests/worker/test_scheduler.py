@@ -14,7 +14,7 @@ from apscheduler.jobstores.base import JobLookupError
 from starlette.responses import Response
 
 from tests.support.logs import capture_logs
-from tests.support.waiting import eventually
+from tests.support.waiting import NO_SWEEPS, eventually
 from tests.worker.conftest import assert_true_to, reads_of, the_run
 from tracker.core.clock import utc_now
 from tracker.services import Services, open_services
@@ -40,6 +40,7 @@ async def working(
         tracker_database_url=database_url,
         tracker_poll_interval=0.3,
         tracker_poll_interval_max=1,
+        tracker_reconcile_cron=NO_SWEEPS,
     )
     async with open_services(settings, background=True) as services:
         worker = Worker(services)
