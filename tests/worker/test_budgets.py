@@ -217,8 +217,8 @@ async def test_a_batch_that_waits_for_a_budget_settles_its_doubts(
 
         async def moves(seconds: float) -> None:
             flora.world.change({"gateway_starts": 0.0})
-            clock.move(600)
             settled.append(clock().day == 1 and len(flora.world.runs) == 1)
+            clock.move(12 * 3600 if settled[-1] else 600)
             await asyncio.sleep(0.01)
 
         services.batches.sleep = moves
