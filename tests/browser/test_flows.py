@@ -53,9 +53,10 @@ async def test_signing_out_ends_a_copied_cookie(live: LiveTracker, open_page: Op
     await second.page.context.add_cookies(await first.page.context.cookies())
     await second.page.goto(f"{live.url}/runs")
     await expect(second.page.get_by_role("heading", name="Runs", exact=True)).to_be_visible()
+    await second.page.goto("about:blank")  # a live page would leave for the sign-in by itself
     await first.page.get_by_role("button", name="Sign out").click()
     await expect(first.page).to_have_url(f"{live.url}/login")
-    await second.page.reload()
+    await second.page.goto(f"{live.url}/runs")
     await expect(second.page.get_by_role("heading", name="Sign in")).to_be_visible()
     answer = await second.page.request.get(f"{live.url}/api/runs")
     assert answer.status == 401
@@ -94,11 +95,11 @@ async def test_the_list_is_filtered_and_stays_live(live: LiveTracker, open_page:
 
     await page.get_by_label("Search").fill("no such run")
     await expect(page.get_by_role("heading", name="No matching runs")).to_be_visible()
-    assert page.url == f"{live.url}/runs?text=no+such+run"
+    await expect(page).to_have_url(f"{live.url}/runs?text=no+such+run")
     await page.get_by_label("Search").fill("")
     await page.get_by_label("Technique").select_option(label="Icon Pack")
     await expect(page.get_by_role("link", name=first)).to_be_visible()
-    assert page.url == f"{live.url}/runs?technique=tech_icon-pack"
+    await expect(page).to_have_url(f"{live.url}/runs?technique=tech_icon-pack")
 
     second = await start(live)
     await expect(page.get_by_role("link", name=second)).to_be_visible()
@@ -172,7 +173,8 @@ async def test_a_quarantined_delivery_is_replayed(live: LiveTracker, open_page: 
 async def test_deliveries_are_selected_and_handled_together(
     live: LiveTracker, open_page: OpenPage
 ) -> None:
-    """A selection survives a live update; each action asks first, by cause or for a selection."""
+    """A selection survives a live update, and so does the result of an action; each action asks
+    first, by cause or for a selection."""
     run_id = await start(live)
     for number in range(3):
         await quarantine(live, f"whd_bulk_{number}", run_id, "made up")
@@ -186,6 +188,10 @@ async def test_deliveries_are_selected_and_handled_together(
     await expect(page.get_by_label("Select whd_bulk_0")).to_be_checked()
     await page.get_by_text("Acknowledge selected…").click()
     await page.get_by_role("button", name="Acknowledge selected").click()
+    await expect(page.get_by_text("1 delivery acknowledged.")).to_be_visible()
+    await quarantine(live, "whd_bulk_4", run_id, "another cause")
+    await start(live)
+    await expect(page.get_by_role("link", name="whd_bulk_4")).to_be_visible()
     await expect(page.get_by_text("1 delivery acknowledged.")).to_be_visible()
     await expect(page.get_by_role("button", name="Acknowledge selected")).to_be_hidden()
     await expect(page.get_by_role("link", name="whd_bulk_0")).to_have_count(0)
