@@ -16,8 +16,7 @@ from tracker.core.observation import Source
 from tracker.core.record import Record
 from tracker.core.run import Details, Output, Precedence, Run, RunError
 from tracker.starting.batch import BatchProgress
-from tracker.starting.batch_results import carried_names, csv_lines
-from tracker.starting.batch_rows import RowState
+from tracker.starting.batch_rows import RowState, carried_names, csv_lines
 from tracker.store.queries.batches import BatchCounts, BatchEntry
 from tracker.store.queries.starts import StartRow, StartState
 

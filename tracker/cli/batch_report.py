@@ -56,7 +56,7 @@ def report_problems(name: str, problems: "Sequence[SheetProblem]") -> None:
 
 def report_plan(plan: "BatchPlan", *, retried: bool) -> None:
     """What is carried, renamed and repeated, and what a retry leaves out, on stderr."""
-    from tracker.starting.batch_results import carried_names
+    from tracker.starting.batch_rows import carried_names
 
     columns = plan.batch.columns or []
     if columns:

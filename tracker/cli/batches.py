@@ -180,7 +180,7 @@ def show_rows(
     A file is replaced as a whole. A link is followed; a device or pipe is written to.
     """
     from tracker.delivering import files
-    from tracker.starting.batch_results import csv_lines
+    from tracker.starting.batch_rows import csv_lines
     from tracker.views import row_json
 
     shown = [row_json(row) for row in rows]

@@ -12,8 +12,7 @@ from tracker.core.errors import BudgetExceeded, DefinitionChanged, FieldFault, M
 from tracker.core.formatting import counted
 from tracker.services import Services
 from tracker.starting.batch_orders import Order
-from tracker.starting.batch_results import csv_lines
-from tracker.starting.batch_rows import BatchPlan, Retry, states_of
+from tracker.starting.batch_rows import BatchPlan, Retry, csv_lines, states_of
 from tracker.starting.columns import ColumnMapping
 from tracker.starting.sheet import SheetProblem, SheetRefused, sheet_of_objects
 from tracker.store.engine import Database

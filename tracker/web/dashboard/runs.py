@@ -15,7 +15,7 @@ from tracker.core.errors import FieldFault
 from tracker.core.inputs import parse_tag
 from tracker.core.record import Record
 from tracker.core.run import RetryAdvice
-from tracker.starting.batch_results import BOM, safe_cell
+from tracker.starting.batch_rows import BOM, safe_cell
 from tracker.store.queries import batches, techniques
 from tracker.store.queries.search import (
     STATES,

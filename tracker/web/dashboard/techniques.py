@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tracker.starting.batch_results import safe_cell
+from tracker.starting.batch_rows import safe_cell
 from tracker.store.queries import runs as read
 from tracker.store.queries import techniques
 from tracker.store.queries.techniques import TechniqueRow
