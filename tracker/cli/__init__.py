@@ -2,7 +2,7 @@
 
     app.py         `tracker` itself: the groups, `--version`, errors and exit statuses
     setup.py       settings, log, services, and arguments that commands share
-    output.py      JSON, tables and notes       progress.py  bars and lines on stderr
+    output.py      JSON, tables and notes on stdout; bars and lines on stderr
     serve.py       serve, worker                simulation.py  serve --simulate
     reconcile.py   reconcile, poll, verify
     runs.py        runs start|track|forget|list|show

@@ -22,8 +22,7 @@ from tracker.cli.batch_report import (
 )
 from tracker.cli.batches import OutputOption, ResultsOption, check_output, print_batch
 from tracker.cli.download import AllowPrivateOption, NameByOption, report_files, report_json
-from tracker.cli.output import JsonFlag, note, print_json
-from tracker.cli.progress import screen
+from tracker.cli.output import JsonFlag, note, print_json, screen
 from tracker.cli.setup import (
     TagOption,
     TechniqueArgument,

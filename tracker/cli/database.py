@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from tracker.cli.output import JsonFlag, note, print_fields, print_json, print_table
-from tracker.cli.progress import Screen
+from tracker.cli.output import JsonFlag, Screen, note, print_fields, print_json, print_table
 from tracker.cli.setup import configure, parse_age, run_on_database, run_once
 from tracker.core.errors import StoreUnavailable, TrackerError
 

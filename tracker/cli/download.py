@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from tracker.cli.output import JsonFlag, note, plain, print_json
-from tracker.cli.progress import screen
+from tracker.cli.output import JsonFlag, note, plain, print_json, screen
 from tracker.cli.setup import check_run_ids, run_once
 from tracker.cli.watch import require_known
 from tracker.core.formatting import counted, line_numbers

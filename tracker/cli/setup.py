@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import typer
 
-from tracker.cli.progress import showing_waits
+from tracker.cli.output import showing_waits
 from tracker.core.errors import FloraUnreachable
 from tracker.core.inputs import parse_tags
 

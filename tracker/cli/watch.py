@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from tracker.cli.output import JsonFlag, note, plain, print_json, print_table
-from tracker.cli.progress import Screen, cell, screen
+from tracker.cli.output import JsonFlag, Screen, cell, note, plain, print_json, print_table, screen
 from tracker.cli.setup import RunId, RunIds, run_once
 from tracker.core.clock import Clock
 from tracker.core.errors import TrackerError

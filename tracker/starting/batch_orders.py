@@ -1,7 +1,6 @@
 """Orders: batches that a worker launches, for the API and the pages.
 
-An order is stored with all of its rows before it is answered; `BatchWorker`
-launches it.
+An order is stored with all of its rows before it is answered; `BatchWorker` launches it.
 """
 
 import asyncio

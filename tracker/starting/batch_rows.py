@@ -1,4 +1,4 @@
-"""The rows of a batch: what each is planned to be, and its state."""
+"""The rows of a batch: what each is planned to be, its state, and its line in the results."""
 
 import csv
 import io

@@ -4,7 +4,7 @@
     render.py     templates to answers, the files below /static, the base of all pages
     forms.py      what browsers send: ids, fields, the CSRF token
     access.py     sign-in, sign-out and the audit log
-    overview.py, runs.py, deliveries.py, techniques.py, batches.py, spending.py, sweeps.py   pages
+    overview.py, runs.py, deliveries.py, techniques.py, batch.py, spending.py, health.py   pages
     alerts.py     what of the figures needs attention
 
 Pages read the database and render it; an action calls a use case. A page works without its scripts:

@@ -1,9 +1,11 @@
-"""`/batches/BATCH_ID`: one batch with its rows, by outcome and by error, a page at a time."""
+"""`/batches/BATCH_ID`: one batch with its rows, by outcome and by error, a page at a time; its
+actions; and `/batches`, all batches."""
 
 import asyncio
 import re
 from bisect import bisect_right
 from collections.abc import AsyncGenerator, Callable, Mapping
+from decimal import Decimal, InvalidOperation
 from pathlib import PurePath
 from typing import Any, Final, NamedTuple
 from urllib.parse import quote
@@ -13,18 +15,38 @@ from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from tracker.core.formatting import counted
+from tracker.core.errors import BudgetExceeded, FieldFault, MaxCostReached
+from tracker.core.formatting import counted, money
+from tracker.core.tokens import Scope as TokenScope
 from tracker.delivering.archive import batch_archive
 from tracker.delivering.names import naming_column
 from tracker.services import Services
-from tracker.starting.batch_rows import RowState, states_of
+from tracker.starting.batch_orders import Order
+from tracker.starting.batch_rows import BatchPlan, Retry, RowState, states_of
 from tracker.store.engine import Database
-from tracker.store.queries import batches, sheet_rows, techniques
+from tracker.store.queries import batches, sheet_rows, starts, techniques
 from tracker.store.queries.batches import BatchCounts, BatchRow, ErrorGroup, RowOutcome
-from tracker.web.dashboard.forms import path_id, query_choice, query_field, query_position
+from tracker.store.queries.overview import technique_names
+from tracker.store.queries.starts import LISTED
+from tracker.web.auth import actor_of, may
+from tracker.web.dashboard.forms import (
+    check_csrf,
+    path_id,
+    query_choice,
+    query_field,
+    query_position,
+    read_form,
+)
 from tracker.web.dashboard.media import OutputView, output_views
-from tracker.web.dashboard.render import PageGroup, Renderer, prompt, query
-from tracker.web.http.responses import Fault, not_found
+from tracker.web.dashboard.render import (
+    FlashMessage,
+    PageGroup,
+    Renderer,
+    page_links,
+    prompt,
+    query,
+)
+from tracker.web.http.responses import Fault, invalid, not_found, unavailable
 
 ROWS: Final = 100
 """Rows on a page."""
@@ -239,3 +261,153 @@ def _page_links(links: list[str], here: int) -> list[PageLink | None]:
             found.append(None)
         found.append(PageLink(number + 1, links[number], number == here))
     return found
+
+
+# `/batches` and `/starts`: the batches, and starts whose outcome is unknown.
+
+PAGE_SIZE: Final = 50
+PICTURES: Final = 4
+"""Outputs that are shown of each batch."""
+
+
+class BatchListPages(PageGroup):
+    """The list of batches, and the open starts."""
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/batches", self.list, methods=["GET"]),
+            Route("/starts", self.starts, methods=["GET"]),
+        ]
+
+    async def list(self, request: Request) -> Response:
+        """A page of batches, newest first."""
+        database, cursor = self._database, query_field(request, "cursor")
+        rows, next_cursor = await batches.list_batches(database, cursor=cursor, limit=PAGE_SIZE)
+        ids = [one.batch_id for one in rows]
+        counts = await batches.batch_counts(database, ids)
+        outputs = await sheet_rows.first_outputs(database, ids, most=PICTURES)
+        return self._render(
+            request,
+            "batches.html",
+            batches=rows,
+            counts=counts,
+            splits={batch_id: split_of(found) for batch_id, found in counts.items()},
+            views={
+                batch_id: output_views(found, media_origin=self._media_origin)
+                for batch_id, found in outputs.items()
+            },
+            names=await technique_names(database, sorted({one.technique_id for one in rows})),
+            **page_links("/batches", cursor=cursor, next_cursor=next_cursor),
+        )
+
+    async def starts(self, request: Request) -> Response:
+        """A page of the starts whose outcome is unknown."""
+        state, cursor = query_choice(request, "state", LISTED), query_field(request, "cursor")
+        rows, next_cursor = await starts.list_starts(
+            self._database,
+            states=None if state is None else [state],
+            cursor=cursor,
+            limit=PAGE_SIZE,
+        )
+        return self._render(
+            request,
+            "starts.html",
+            rows=rows,
+            state=state,
+            states={one.value: one.value.replace("_", " ").capitalize() for one in LISTED},
+            **page_links("/starts", cursor=cursor, next_cursor=next_cursor, state=state),
+        )
+
+
+# Start rows of a batch again, at a price that is confirmed first, or start no more of them.
+
+CHOICES: Final = {"failed": Retry.FAILED, "all": Retry.ALL, "unstarted": None}
+"""Which rows: those that FLORA's codes advise to retry, all failed ones, or only those never
+started. Rows that were never started are part of each."""
+PRICE_SECONDS: Final = 5.0
+
+
+class BatchActionPages(PageGroup):
+    """Retry, with its confirmation, and stop."""
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/batches/{batch_id:any}/retry", self.retry, methods=["GET", "POST"]),
+            Route("/batches/{batch_id:any}/stop", self.stop, methods=["POST"]),
+        ]
+
+    async def retry(self, request: Request) -> Response:
+        """`GET` shows what would be started, and its price; `POST` starts it, unless the price has
+        risen since."""
+        if request.method != "POST":
+            batch = await stored_batch(self._database, request)
+            if not may(request.scope, TokenScope.START):
+                raise Fault(403, "forbidden", "This token may not start runs.")
+            which = query_choice(request, "which", CHOICES) or "failed"
+            return self._confirmation(request, await self._plan(batch, which), which)
+        form = await read_form(request)
+        await check_csrf(request, form)
+        batch = await stored_batch(self._database, request)
+        which = form.get("which", "")
+        if which not in CHOICES:
+            raise invalid(FieldFault("which", f"must be one of {', '.join(CHOICES)}"))
+        plan = await self._plan(batch, which)
+        order = Order(
+            started_by=actor_of(request.scope).name,
+            ordered_at=self._services.clock(),
+            max_cost=_usd(form.get("max_cost", "")),
+            at_once=which == "all",
+        )
+        try:
+            await self._services.batch_orders.place(plan, order)
+        except (MaxCostReached, BudgetExceeded) as error:
+            return self._confirmation(request, plan, which, refusal=str(error))
+        return _to_batch(batch)
+
+    async def stop(self, request: Request) -> Response:
+        """Starts no further row."""
+        await check_csrf(request)
+        batch = await stored_batch(self._database, request)
+        await self._services.batch_orders.stop(batch, by=actor_of(request.scope).name)
+        return _to_batch(batch)
+
+    async def _plan(self, batch: BatchRow, which: str) -> BatchPlan:
+        """What would be started now. Raises `Fault` 503 while FLORA does not tell the price."""
+        try:
+            async with asyncio.timeout(PRICE_SECONDS):
+                return await self._services.batches.stored_plan(batch, retry=CHOICES[which])
+        except TimeoutError:
+            raise unavailable("FLORA does not answer, so the price is not known.") from None
+
+    def _confirmation(
+        self, request: Request, plan: BatchPlan, which: str, *, refusal: str | None = None
+    ) -> Response:
+        runs = counted(len(plan.missing), "run")
+        price = "" if plan.cost is None else f", up to {money(plan.cost)}"
+        return self._render(
+            request,
+            "retry.html",
+            status=200 if refusal is None else 402,
+            batch=plan.batch,
+            plan=plan,
+            which=which,
+            max_cost="" if plan.cost is None else str(plan.cost),
+            question=f"Start {runs}{'' if which == 'unstarted' else ' again'}{price}",
+            to_change=len(plan.to_change) if which == "failed" else 0,
+            flash=None if refusal is None else FlashMessage("bad", refusal),
+        )
+
+
+def _to_batch(batch: BatchRow) -> Response:
+    return RedirectResponse(f"/batches/{quote(batch.batch_id, safe='')}", status_code=303)
+
+
+def _usd(text: str) -> Decimal | None:
+    """The confirmed price; `None` if there was none. Raises `Fault` 400."""
+    try:
+        price = Decimal(text) if text else None
+    except InvalidOperation:
+        price = Decimal(-1)
+    if price is not None and not (price.is_finite() and price >= 0):
+        raise invalid(FieldFault("max_cost", "must be an amount in USD"))
+    return price

@@ -11,16 +11,13 @@ from starlette.types import Scope
 from tracker.services import Services
 from tracker.web.auth import AccessControl
 from tracker.web.dashboard.access import AccessPages, local_path, login_url
-from tracker.web.dashboard.batch import BatchPages
-from tracker.web.dashboard.batches import BatchListPages
+from tracker.web.dashboard.batch import BatchActionPages, BatchListPages, BatchPages
 from tracker.web.dashboard.deliveries import DeliveryPages
-from tracker.web.dashboard.health import HealthPage
+from tracker.web.dashboard.health import HealthPage, RunbookPage
 from tracker.web.dashboard.media import plain_http_origin
 from tracker.web.dashboard.overview import OverviewPage
 from tracker.web.dashboard.render import Assets, Renderer
-from tracker.web.dashboard.retry import BatchActionPages
 from tracker.web.dashboard.run import RunPages
-from tracker.web.dashboard.runbook import RunbookPage
 from tracker.web.dashboard.runs import RunListPages
 from tracker.web.dashboard.spending import SpendingPage
 from tracker.web.dashboard.techniques import TechniquePages
