@@ -132,18 +132,14 @@ async def next_due_at(
         runs.c.next_check_at <= now, not_(_free(now)), within(workspaces)
     )
     async with db.read() as connection:
-        found = [
-            (await connection.execute(first)).scalar(),
-            (await connection.execute(freed)).scalar(),
-        ]
+        found = [await connection.scalar(each) for each in (first, freed)]
     return min((at for at in found if at is not None), default=None)
 
 
 async def recheck_is_due(db: Database, workspaces: Workspaces = None, *, now: datetime) -> bool:
     """Whether the cost or the outputs of any settled run are due to be read again."""
-    async with db.read() as connection:
-        first = due_runs(now, workspaces, recheck=True).limit(1)
-        return (await connection.execute(first)).first() is not None
+    first = due_runs(now, workspaces, recheck=True).limit(1)
+    return await db.fetchrow(first) is not None
 
 
 def due_runs(
@@ -261,6 +257,4 @@ async def list_positions(
         .subquery()
     )
     statement = select(listed.c.run_id, listed.c.position).where(listed.c.run_id.in_(run_ids))
-    async with db.read() as connection:
-        found = await connection.execute(statement)
-        return {row.run_id: row.position for row in found}
+    return {row.run_id: row.position for row in await db.fetch(statement)}

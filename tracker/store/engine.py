@@ -15,7 +15,7 @@ from functools import partial
 from importlib import import_module
 from typing import Any, Final, Self, TypeVar
 
-from sqlalchemy import Connection, Engine, Table, event, select
+from sqlalchemy import Connection, Engine, Executable, Row, Table, event, select
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
@@ -42,6 +42,7 @@ from tracker.store.text import dump_json, load_json
 from tracker.store.url import DatabaseUrl
 
 T = TypeVar("T")
+AnyRow = Row[*tuple[Any, ...]]
 
 ANSWER_SECONDS: Final = 6.0
 """The time limit of a read or a write on PostgreSQL, with its wait for a connection. Closing a
@@ -129,6 +130,25 @@ class Database:
         async with self._guarded(), self.engine.connect() as connection:
             yield connection
 
+    async def fetch(self, query: Executable) -> Sequence[AnyRow]:
+        """The rows of one query. Raises as `read` does."""
+        async with self.read() as connection:
+            return (await connection.execute(query)).all()
+
+    async def fetchrow(self, query: Executable) -> AnyRow | None:
+        """The first row of one query, if any. Raises as `read` does."""
+        async with self.read() as connection:
+            return (await connection.execute(query)).first()
+
+    async def fetchcol(self, query: Executable) -> list[Any]:
+        """The first value of each row of one query. Raises as `read` does."""
+        return [row[0] for row in await self.fetch(query)]
+
+    async def fetchval(self, query: Executable) -> Any:
+        """The first value of the first row of one query, if any. Raises as `read` does."""
+        row = await self.fetchrow(query)
+        return None if row is None else row[0]
+
     async def write(self, work: Callable[[Connection], T]) -> T:
         """Run `work` over a connection, in one transaction, and return its result.
 
@@ -183,13 +203,10 @@ class Database:
     async def ping(self) -> None:
         """Return if the database answers a query; raise `StoreUnavailable` if it does not."""
         try:
-            async with asyncio.timeout(PING_SECONDS), self.read() as connection:
-                await connection.execute(_PING)
+            async with asyncio.timeout(PING_SECONDS):
+                await self.fetchval(select(1))
         except TimeoutError as exc:
             raise translate(exc) from exc
-
-
-_PING: Final = select(1)
 
 
 class _PostgresPool:

@@ -228,8 +228,7 @@ async def _connected(url: DatabaseUrl) -> AsyncIterator[Any]:
 async def stored_test_deliveries(db: Database, delivery_ids: Sequence[str]) -> set[str]:
     """Which of these test deliveries are stored. Raises `StoreUnavailable`."""
     statement = select(deliveries.c.delivery_id).where(deliveries.c.delivery_id.in_(delivery_ids))
-    async with db.read() as connection:
-        return set(await connection.scalars(statement))
+    return set(await db.fetchcol(statement))
 
 
 async def remove_test_deliveries(

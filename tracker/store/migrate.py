@@ -120,8 +120,7 @@ async def current(url: str) -> str | None:
 async def revision(db: Database) -> str | None:
     """The revision of an open database; `None` for one without the tracker's tables."""
     try:
-        async with db.read() as connection:
-            found: str | None = await connection.scalar(select(_VERSION.c.version_num))
+        found: str | None = await db.fetchval(select(_VERSION.c.version_num))
     except SchemaOutdated:
         return None
     return found

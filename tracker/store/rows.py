@@ -7,13 +7,14 @@ its events. Both functions name each column, because a call for each field would
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from sqlalchemy import Connection, Row, bindparam, select
+from sqlalchemy import Connection, Row, Select, bindparam, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tracker.core.merge import shown_before_the_end
 from tracker.core.observation import Source
 from tracker.core.record import Record
 from tracker.core.run import Details, Output, Precedence, Run, RunError, RunStatus
+from tracker.store.engine import Database
 from tracker.store.schema import run_outputs, runs
 
 RUN_COLUMNS: Final = tuple(runs.columns)
@@ -221,3 +222,9 @@ def records(connection: Connection, rows: Sequence[Row[Any]]) -> list[Record]:
 async def read_records(connection: AsyncConnection, rows: Sequence[Row[Any]]) -> list[Record]:
     """As `records`, over an asynchronous connection."""
     return await connection.run_sync(records, rows)
+
+
+async def fetch_records(db: Database, query: Select[Any]) -> list[Record]:
+    """The records of a query of `RUN_COLUMNS`, with their outputs in the same snapshot."""
+    async with db.read() as connection:
+        return await read_records(connection, (await connection.execute(query)).all())

@@ -31,7 +31,7 @@ from tracker.store.engine import Database
 from tracker.store.queries.overview import rollups
 from tracker.store.queries.runs import IS_UNSEEN
 from tracker.store.queries.starts import StartState, is_in
-from tracker.store.rows import RUN_COLUMNS, read_records
+from tracker.store.rows import RUN_COLUMNS, fetch_records
 from tracker.store.schema import CleanText, UtcDateTime, deliveries, leases, runs, starts, word
 
 LATE_AFTER: Final = timedelta(seconds=60)
@@ -86,9 +86,7 @@ async def overdue(db: Database, *, now: datetime, limit: int = 20) -> list[Recor
     late = select(first.c.run_id).where(_is_overdue(first, now))
     late = late.order_by(first.c.next_check_at).limit(limit)
     statement = select(*RUN_COLUMNS).where(runs.c.run_id.in_(late)).order_by(runs.c.next_check_at)
-    async with db.read() as connection:
-        rows = (await connection.execute(statement)).all()
-        return await read_records(connection, rows)
+    return await fetch_records(db, statement)
 
 
 async def conflicts(db: Database, *, among: int = 10_000, limit: int = 100) -> list[str]:
@@ -99,11 +97,7 @@ async def conflicts(db: Database, *, among: int = 10_000, limit: int = 100) -> l
         .limit(among)
         .subquery()
     )
-    async with db.read() as connection:
-        found = await connection.scalars(
-            select(newest.c.run_id).where(newest.c.conflict).limit(limit)
-        )
-        return list(found)
+    return await db.fetchcol(select(newest.c.run_id).where(newest.c.conflict).limit(limit))
 
 
 async def sweep_health(db: Database) -> list[SweepHealth]:
@@ -114,16 +108,14 @@ async def sweep_health(db: Database) -> list[SweepHealth]:
         "last_generations_error",
     )
     statement = select(*(SWEEPS.c[name] for name in names))
-    async with db.read() as connection:
-        found = [SweepHealth(*row) for row in await connection.execute(statement)]
+    found = [SweepHealth(*row) for row in await db.fetch(statement)]
     return sorted(found, key=lambda each: each.workspace_id or "")
 
 
 async def sweeping(db: Database, *, now: datetime) -> bool:
     """Whether any process is sweeping a history now."""
     held = leases.c.name.startswith("sweep:") & (leases.c.until > now)
-    async with db.read() as connection:
-        return (await connection.execute(select(leases.c.name).where(held))).first() is not None
+    return await db.fetchrow(select(leases.c.name).where(held)) is not None
 
 
 BOUND: Final = 10_000

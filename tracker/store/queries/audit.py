@@ -309,8 +309,7 @@ async def begin_session(
 async def find_session(db: Database, session_id: str) -> SessionRow | None:
     """The session with this id, expired or not. Raises `StoreUnavailable`."""
     statement = select(sessions).where(sessions.c.session_id == session_id)
-    async with db.read() as connection:
-        row = (await connection.execute(statement)).one_or_none()
+    row = await db.fetchrow(statement)
     return None if row is None else SessionRow(**row._mapping)
 
 

@@ -42,9 +42,8 @@ async def claim_due(
         .order_by(batches.c.launch_at)
         .limit(limit)
     )
-    async with db.read() as connection:  # to find nothing takes no lock
-        if not workspaces or (await connection.execute(due.limit(1))).first() is None:
-            return []
+    if not workspaces or await db.fetchrow(due.limit(1)) is None:  # which takes no lock
+        return []
     if db.dialect == "postgresql":
         due = due.with_for_update(skip_locked=True)
     statement = (
@@ -135,8 +134,7 @@ async def stop(db: Database, batch_id: str, why: str, *, noted: Mapping[str, Any
 async def finish_ended(db: Database, now: datetime) -> int:
     """Close launched batches whose runs have all ended; returns how many."""
     launched = (_OPEN, batches.c.launch_at.is_(None), batches.c.stopped.is_(None))
-    async with db.read() as connection:
-        ids = (await connection.scalars(select(batches.c.batch_id).where(*launched))).all()
+    ids = await db.fetchcol(select(batches.c.batch_id).where(*launched))
     if not ids:
         return 0
     counts = await batch_counts(db, ids)
@@ -211,9 +209,8 @@ async def mappings(
         .order_by(batches.c.created_at.desc(), batches.c.batch_id.desc())
         .limit(MAPPINGS)
     )
-    async with db.read() as connection:
-        rows = (await connection.execute(statement)).scalars()
-        found = [tuple((one[0], one[1], one[2]) for one in mapping) for mapping in rows]
+    rows = await db.fetchcol(statement)
+    found = [tuple((one[0], one[1], one[2]) for one in mapping) for mapping in rows]
     return list(dict.fromkeys(found))
 
 
@@ -240,9 +237,8 @@ async def asked_without_mapping(
         )
     )
     of_batches: dict[str, list[list[Input]]] = {}
-    async with db.read() as connection:
-        for batch_id, inputs in await connection.execute(statement):
-            of_batches.setdefault(batch_id, []).append(inputs)
+    for batch_id, inputs in await db.fetch(statement):
+        of_batches.setdefault(batch_id, []).append(inputs)
     found: dict[frozenset[tuple[str, str]], list[list[Input]]] = {}
     for rows in of_batches.values():
         named = frozenset((one["id"], one["type"]) for inputs in rows for one in inputs)

@@ -245,9 +245,7 @@ def keep_errors(connection: Connection, batch_id: str, errors: Mapping[int, str]
 
 async def get(db: Database, batch_id: str) -> BatchRow | None:
     """The batch with this id, if any."""
-    async with db.read() as connection:
-        statement = select(*BATCH_COLUMNS).where(batches.c.batch_id == batch_id)
-        found = (await connection.execute(statement)).first()
+    found = await db.fetchrow(select(*BATCH_COLUMNS).where(batches.c.batch_id == batch_id))
     return None if found is None else BatchRow(**found._asdict())
 
 
@@ -274,8 +272,7 @@ async def unfinished(db: Database, *, since: datetime, limit: int) -> list[Batch
         .order_by(batches.c.created_at.desc(), batches.c.batch_id.desc())
         .limit(limit)
     )
-    async with db.read() as connection:
-        return [BatchRow(**row._asdict()) for row in await connection.execute(statement)]
+    return [BatchRow(**row._asdict()) for row in await db.fetch(statement)]
 
 
 async def entries(
@@ -296,28 +293,26 @@ async def entries(
         .limit(limit)
     )
     statement = of_outcome(statement, outcome, code)
-    async with db.read() as connection:
-        return [
-            BatchEntry(
-                position=row.position,
-                line=row.line,
-                digest=row.row_digest,
-                turn=Turn(row.generation, row.attempt),
-                inputs=row.inputs,
-                tags=row.tags or {},
-                carried=row.carried or {},
-                error=row.error,
-            )
-            for row in await connection.execute(statement)
-        ]
+    return [
+        BatchEntry(
+            position=row.position,
+            line=row.line,
+            digest=row.row_digest,
+            turn=Turn(row.generation, row.attempt),
+            inputs=row.inputs,
+            tags=row.tags or {},
+            carried=row.carried or {},
+            error=row.error,
+        )
+        for row in await db.fetch(statement)
+    ]
 
 
 async def batch_counts(db: Database, batch_ids: Sequence[str]) -> dict[str, BatchCounts]:
     """The progress of each batch."""
     found = {batch_id: BatchCounts() for batch_id in batch_ids}
-    async with db.read() as connection:
-        for row in await connection.execute(tally_of(batch_ids)):
-            _count(found[row.batch_id], row)
+    for row in await db.fetch(tally_of(batch_ids)):
+        _count(found[row.batch_id], row)
     return found
 
 
@@ -333,17 +328,16 @@ async def error_groups(db: Database, batch_id: str) -> list[ErrorGroup]:
         .group_by(*by)
         .order_by(func.count().desc(), by[0])
     )
-    async with db.read() as connection:
-        return [
-            ErrorGroup(
-                code=row.code,
-                message=row.message,
-                advice=None if row.advice is None else RetryAdvice(row.advice),
-                count=row.rows,
-                retryable=row.retryable,
-            )
-            for row in await connection.execute(statement)
-        ]
+    return [
+        ErrorGroup(
+            code=row.code,
+            message=row.message,
+            advice=None if row.advice is None else RetryAdvice(row.advice),
+            count=row.rows,
+            retryable=row.retryable,
+        )
+        for row in await db.fetch(statement)
+    ]
 
 
 _OUTCOME: Final = case(

@@ -16,7 +16,7 @@ from tracker.core.observation import Source
 from tracker.core.record import Record
 from tracker.core.run import Status, status_of
 from tracker.store.engine import Database
-from tracker.store.rows import RUN_COLUMNS, read_records
+from tracker.store.rows import RUN_COLUMNS, fetch_records
 from tracker.store.schema import run_events, runs, word
 
 
@@ -59,8 +59,7 @@ async def after(db: Database, number: int, *, limit: int, upto: int | None = Non
     ordered = db.dialect == "sqlite"
     if not ordered:
         statement = _with_moment(statement)
-    async with db.read() as connection:
-        rows = (await connection.execute(statement)).all()
+    rows = await db.fetch(statement)
     lines = [_line(tuple(row)[: len(_COLUMNS)]) for row in rows]
     if ordered:
         return LinePage(lines, None)
@@ -69,8 +68,7 @@ async def after(db: Database, number: int, *, limit: int, upto: int | None = Non
 
 async def newest(db: Database) -> int:
     """The greatest number so far, else 0."""
-    async with db.read() as connection:
-        return (await connection.execute(select(func.max(run_events.c.id)))).scalar() or 0
+    return await db.fetchval(select(func.max(run_events.c.id))) or 0
 
 
 def _with_moment(statement: Select[Any]) -> Select[Any]:
@@ -98,8 +96,7 @@ async def last_sources(db: Database, run_ids: Sequence[str]) -> dict[str, Source
     statement = select(run_events.c.run_id, run_events.c.source).where(
         run_events.c.id.in_(last.group_by(run_events.c.run_id))
     )
-    async with db.read() as connection:
-        rows = (await connection.execute(statement)).all()
+    rows = await db.fetch(statement)
     return {run_id: Source(source) for run_id, source in rows}
 
 
@@ -119,6 +116,4 @@ async def settled_since(
     )
     if technique_id is not None:
         statement = statement.where(runs.c.technique_id == technique_id)
-    async with db.read() as connection:
-        rows = (await connection.execute(statement)).all()
-        return await read_records(connection, rows), max(reached, number)
+    return await fetch_records(db, statement), max(reached, number)

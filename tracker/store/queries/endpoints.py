@@ -110,16 +110,14 @@ _SHOWN: Final = [column for column in endpoints.c if not column.name.startswith(
 
 async def list_endpoints(db: Database) -> list[EndpointRow]:
     """All endpoints, by id."""
-    async with db.read() as connection:
-        rows = await connection.execute(select(*_SHOWN).order_by(endpoints.c.endpoint_id))
-        return [_endpoint(row) for row in rows]
+    rows = await db.fetch(select(*_SHOWN).order_by(endpoints.c.endpoint_id))
+    return [_endpoint(row) for row in rows]
 
 
 async def get_endpoint(db: Database, endpoint_id: str) -> EndpointRow | None:
     """The endpoint, if known."""
     statement = select(*_SHOWN).where(endpoints.c.endpoint_id == endpoint_id)
-    async with db.read() as connection:
-        row = (await connection.execute(statement)).one_or_none()
+    row = await db.fetchrow(statement)
     return None if row is None else _endpoint(row)
 
 
@@ -163,8 +161,7 @@ async def delays(db: Database, endpoint_id: str, *, since: datetime) -> Delays:
         .order_by(messages.c.created_at.desc(), messages.c.message_id.desc())
         .limit(SAMPLE)
     )
-    async with db.read() as connection:
-        rows = (await connection.execute(newest)).all()
+    rows = await db.fetch(newest)
     took = sorted(
         max((delivered_at - event_at).total_seconds(), 0.0)
         for event_at, delivered_at in rows
@@ -316,8 +313,7 @@ async def get_message(db: Database, message_id: str) -> MessageRow | None:
     """The message with its body, if known."""
     shown = select(*_LISTED).add_columns(messages.c.body)
     statement = shown.where(messages.c.message_id == message_id)
-    async with db.read() as connection:
-        row = (await connection.execute(statement)).one_or_none()
+    row = await db.fetchrow(statement)
     return None if row is None else _message(row)
 
 
@@ -329,8 +325,7 @@ async def list_attempts(db: Database, message_id: str) -> list[AttemptRow]:
         .where(message_attempts.c.message_id == message_id)
         .order_by(message_attempts.c.number)
     )
-    async with db.read() as connection:
-        return [AttemptRow(**row._mapping) for row in await connection.execute(statement)]
+    return [AttemptRow(**row._mapping) for row in await db.fetch(statement)]
 
 
 def _message(row: Any) -> MessageRow:

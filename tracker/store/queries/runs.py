@@ -28,7 +28,7 @@ from tracker.store.claims import Workspaces, within
 from tracker.store.engine import Database
 from tracker.store.queries.paging import newest_first
 from tracker.store.queries.starts import StartState, is_in
-from tracker.store.rows import RUN_COLUMNS, read_records
+from tracker.store.rows import RUN_COLUMNS, fetch_records, read_records
 from tracker.store.schema import deliveries, run_events, runs, starts, word
 
 # Conditions on the state of a run that match partial indexes.
@@ -113,19 +113,13 @@ class Counts(NamedTuple):
 
 async def get_run(db: Database, run_id: str) -> Record | None:
     """The run with its outputs, if known."""
-    async with db.read() as connection:
-        statement = select(*RUN_COLUMNS).where(runs.c.run_id == run_id)
-        rows = (await connection.execute(statement)).all()
-        found = await read_records(connection, rows)
+    found = await fetch_records(db, select(*RUN_COLUMNS).where(runs.c.run_id == run_id))
     return found[0] if found else None
 
 
 async def get_runs(db: Database, run_ids: Sequence[str]) -> dict[str, Record]:
     """The known runs with their outputs, by id."""
-    async with db.read() as connection:
-        statement = select(*RUN_COLUMNS).where(runs.c.run_id.in_(run_ids))
-        rows = (await connection.execute(statement)).all()
-        found = await read_records(connection, rows)
+    found = await fetch_records(db, select(*RUN_COLUMNS).where(runs.c.run_id.in_(run_ids)))
     return {record.run.run_id: record for record in found}
 
 
@@ -136,8 +130,7 @@ async def has_generations(db: Database, workspaces: Workspaces) -> bool:
         .where(runs.c.run_type == word("generation"), within(workspaces))
         .limit(1)
     )
-    async with db.read() as connection:
-        return (await connection.execute(statement)).first() is not None
+    return await db.fetchrow(statement) is not None
 
 
 async def created_within(
@@ -153,9 +146,8 @@ async def created_within(
         runs.c.tracking != word(Tracking.LOST.value),
         within(workspaces),
     )
-    async with db.read() as connection:
-        found = await connection.execute(statement.order_by(runs.c.created_at.desc()))
-        return [(row.run_id, row.created_at, row.status) for row in found]
+    found = await db.fetch(statement.order_by(runs.c.created_at.desc()))
+    return [(row.run_id, row.created_at, row.status) for row in found]
 
 
 async def list_runs(
@@ -213,31 +205,18 @@ def is_tagged(db: Database, tag: str) -> ColumnElement[bool]:
 
 async def events(db: Database, run_id: str) -> list[Event]:
     """The run's timeline, oldest first."""
-    statement = (
-        select(
-            run_events.c.id,
-            run_events.c.run_id,
-            run_events.c.at,
-            run_events.c.source,
-            run_events.c.status,
-            run_events.c.progress,
-            run_events.c.detail,
-        )
-        .where(run_events.c.run_id == run_id)
-        .order_by(run_events.c.id)
-    )
-    async with db.read() as connection:
-        rows = (await connection.execute(statement)).all()
+    statement = select(*(run_events.c[name] for name in Event._fields))
+    statement = statement.where(run_events.c.run_id == run_id).order_by(run_events.c.id)
+    rows = await db.fetch(statement)
     return [
-        Event(*row[:3], Source(row.source), status_of(row.status), row.progress, row.detail)
+        Event(**row._asdict())._replace(source=Source(row.source), status=status_of(row.status))
         for row in rows
     ]
 
 
 async def durations(db: Database, technique_id: str) -> Durations:
     """Seconds from creation to end of the technique's last completed runs."""
-    async with db.read() as connection:
-        rows = (await connection.execute(last_completed(technique_id))).all()
+    rows = await db.fetch(last_completed(technique_id))
     took = sorted(
         max((completed_at - created_at).total_seconds(), 0.0) for created_at, completed_at in rows
     )
@@ -301,8 +280,7 @@ async def list_deliveries(
 async def get_delivery(db: Database, delivery_id: str) -> DeliveryRow | None:
     """The delivery with its body, if known."""
     statement = select(*deliveries.c).where(deliveries.c.delivery_id == delivery_id)
-    async with db.read() as connection:
-        found = (await connection.execute(statement)).first()
+    found = await db.fetchrow(statement)
     return None if found is None else _delivery(found)
 
 
@@ -320,8 +298,8 @@ async def counts(db: Database, *, now: datetime) -> Counts:
         select(func.min(runs.c.next_check_at)).where(runs.c.next_check_at <= now).scalar_subquery(),
         select(func.min(deliveries.c.received_at)).where(is_waiting).scalar_subquery(),
     )
-    async with db.read() as connection:
-        return Counts(*(await connection.execute(statement)).one())
+    (found,) = await db.fetch(statement)
+    return Counts(*found)
 
 
 def _count(table: Table, condition: ColumnElement[bool]) -> ScalarSelect[int]:
@@ -385,8 +363,7 @@ async def causes(db: Database, *, limit: int) -> list[Cause]:
         .order_by(count.desc(), newest.c.text)
         .limit(limit)
     )
-    async with db.read() as connection:
-        return [Cause(**row._asdict()) for row in await connection.execute(statement)]
+    return [Cause(**row._asdict()) for row in await db.fetch(statement)]
 
 
 async def unseen_deliveries(db: Database, *, cause: str, until: datetime, limit: int) -> list[str]:
@@ -398,5 +375,4 @@ async def unseen_deliveries(db: Database, *, cause: str, until: datetime, limit:
         .order_by(*key)
         .limit(limit)
     )
-    async with db.read() as connection:
-        return list(await connection.scalars(statement))
+    return list(await db.fetchcol(statement))

@@ -152,8 +152,7 @@ async def search_runs(
 
 async def count_runs(db: Database, wanted: Wanted, *, window: int = WINDOW) -> Total:
     """How many runs match, among at most `window` candidates."""
-    async with db.read() as connection:
-        found = (await connection.execute(_Search(db, wanted).count(window + 1))).one()
+    (found,) = await db.fetch(_Search(db, wanted).count(window + 1))
     if wanted.batch_id is not None:
         return Total(found.matching, more=False)
     return Total(min(found.matching, window), found.candidates > window)

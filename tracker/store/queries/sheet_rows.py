@@ -56,8 +56,7 @@ async def page_starts(
     numbered = of_outcome(rows, outcome, code).subquery()
     first = numbered.c.number % limit == 1 % limit
     statement = select(numbered.c.position - 1).where(first).order_by(numbered.c.position)
-    async with db.read() as connection:
-        return list((await connection.execute(statement)).scalars())
+    return await db.fetchcol(statement)
 
 
 async def first_outputs(
@@ -74,10 +73,9 @@ async def first_outputs(
         .order_by(some.c.batch_id, some.c.position)
     )
     found: dict[str, list[Output]] = {batch_id: [] for batch_id in batch_ids}
-    async with db.read() as connection:
-        for batch_id, *output in await connection.execute(statement):
-            if len(found[batch_id]) < most:
-                found[batch_id].append(Output(*output))
+    for batch_id, *output in await db.fetch(statement):
+        if len(found[batch_id]) < most:
+            found[batch_id].append(Output(*output))
     return found
 
 
@@ -104,8 +102,7 @@ async def rows_of_start(db: Database, start: StartRow, *, limit: int = 3) -> lis
         batches.c.workspace_slot == start.workspace_slot,
     )
     newest = statement.order_by(batches.c.created_at.desc(), batch_rows.c.position).limit(limit)
-    async with db.read() as connection:
-        return [RowOfBatch(*row) for row in await connection.execute(newest)]
+    return [RowOfBatch(*row) for row in await db.fetch(newest)]
 
 
 async def search_sheets(db: Database, text: str, *, limit: int = 5) -> SheetMatches:

@@ -305,8 +305,7 @@ async def tag_keys(db: Database, *, since: datetime) -> list[str]:
         key = func.substr(ROLLUPS.c.word, 1, func.instr(ROLLUPS.c.word, "=") - 1)
     day, _ = Period.DAY.bounds(since)
     found = select(key).distinct().where(ROLLUPS.c.measure == word(TAGGED), ROLLUPS.c.since >= day)
-    async with db.read() as connection:
-        return sorted(await connection.scalars(found))
+    return sorted(await db.fetchcol(found))
 
 
 def _sums() -> list[ColumnElement[Any]]:

@@ -204,16 +204,14 @@ async def reserve(
 
 async def get(db: Database, workspace_id: str, key: str) -> StartRow | None:
     """The start with this key, if any."""
-    async with db.read() as connection:
-        found = (await connection.execute(select(starts).where(_is(workspace_id, key)))).first()
+    found = await db.fetchrow(select(starts).where(_is(workspace_id, key)))
     return None if found is None else _row(found)
 
 
 async def of_run(db: Database, run_id: str) -> StartRow | None:
     """The start that became this run; the first if FLORA answered several keys with it."""
     statement = select(starts).where(starts.c.run_id == run_id).order_by(starts.c.created_at)
-    async with db.read() as connection:
-        found = (await connection.execute(statement.limit(1))).first()
+    found = await db.fetchrow(statement.limit(1))
     return None if found is None else _row(found)
 
 
@@ -222,8 +220,7 @@ async def of_keys(db: Database, workspace_id: str, keys: Sequence[str]) -> dict[
     statement = select(starts).where(
         starts.c.workspace_slot == workspace_id, starts.c.idempotency_key.in_(keys)
     )
-    async with db.read() as connection:
-        rows = [_row(row) for row in await connection.execute(statement)]
+    rows = [_row(row) for row in await db.fetch(statement)]
     return {row.idempotency_key: row for row in rows}
 
 
@@ -262,9 +259,8 @@ async def list_starts(
 
 async def of_key(db: Database, key: str) -> list[StartRow]:
     """The starts with this key, in any workspace."""
-    async with db.read() as connection:
-        statement = select(starts).where(starts.c.idempotency_key == key)
-        return [_row(row) for row in await connection.execute(statement)]
+    statement = select(starts).where(starts.c.idempotency_key == key)
+    return [_row(row) for row in await db.fetch(statement)]
 
 
 def of_tokens(connection: Connection, tokens: Sequence[str]) -> dict[str, StartRow]:
@@ -399,8 +395,7 @@ async def open_starts(db: Database) -> list[StartRow]:
     """Starts that are `sent` or `in_doubt`, oldest first."""
     states = (StartState.SENT, StartState.IN_DOUBT)
     parts = [select(starts).where(is_in(state)) for state in states]
-    async with db.read() as connection:
-        rows = [_row(row) for row in await connection.execute(union_all(*parts))]
+    rows = [_row(row) for row in await db.fetch(union_all(*parts))]
     return sorted(rows, key=lambda row: (row.created_at, row.idempotency_key))
 
 
@@ -412,8 +407,7 @@ async def rivals(db: Database, workspace_id: str, technique_id: str, key: str) -
         starts.c.idempotency_key != key,
         starts.c.state.in_([word(state) for state in UNKNOWN]),
     )
-    async with db.read() as connection:
-        return [_row(row) for row in await connection.execute(statement)]
+    return [_row(row) for row in await db.fetch(statement)]
 
 
 async def accounted(db: Database, run_ids: Sequence[str]) -> set[str]:
@@ -424,8 +418,7 @@ async def accounted(db: Database, run_ids: Sequence[str]) -> set[str]:
     by_source = select(runs.c.run_id).where(
         runs.c.run_id.in_(run_ids), runs.c.source.in_([Source.START, Source.TRACK])
     )
-    async with db.read() as connection:
-        return set((await connection.execute(by_start.union(by_source))).scalars())
+    return set(await db.fetchcol(by_start.union(by_source)))
 
 
 def is_in(state: StartState) -> ColumnElement[bool]:
@@ -475,8 +468,7 @@ async def own_are_missing(db: Database, *, now: datetime) -> bool:
         .order_by(runs.c.created_at.desc(), runs.c.run_id.desc())
         .limit(MISSING)
     )
-    async with db.read() as connection:
-        found = (await connection.execute(statement)).all()
+    found = await db.fetch(statement)
     return (
         len(found) == MISSING
         and all(row.callback_at is None for row in found)

@@ -108,8 +108,7 @@ async def list_sweeps(
     statement = select(sweeps).order_by(sweeps.c.id.desc()).limit(limit)
     if before is not None:
         statement = statement.where(sweeps.c.id < before)
-    async with db.read() as connection:
-        return [_row(row) for row in await connection.execute(statement)]
+    return [_row(row) for row in await db.fetch(statement)]
 
 
 def _row(row: Row[Any]) -> SweepRow:
@@ -230,9 +229,8 @@ async def everything(db: Database) -> Coverage:
     """All intervals, newest first."""
     found: Coverage = {}
     statement = select(table).order_by(table.c.workspace_id, table.c.to_at.desc())
-    async with db.read() as connection:
-        for row in await connection.execute(statement):
-            found.setdefault((row.workspace_id, row.run_type), []).append(_interval(row))
+    for row in await db.fetch(statement):
+        found.setdefault((row.workspace_id, row.run_type), []).append(_interval(row))
     return found
 
 

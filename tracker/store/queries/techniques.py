@@ -151,8 +151,7 @@ async def by_slug(db: Database, slug: str) -> TechniqueRow | None:
 async def list_all(db: Database) -> list[TechniqueRow]:
     """All techniques that are still in FLORA's catalogue, by name."""
     statement = select(techniques).where(techniques.c.gone_at.is_(None)).order_by(*_BY_NAME)
-    async with db.read() as connection:
-        return [_row(row) for row in await connection.execute(statement)]
+    return [_row(row) for row in await db.fetch(statement)]
 
 
 async def page(
@@ -176,8 +175,7 @@ async def page(
         text = techniques.c.name.type
         last = (func.lower(literal(name, text)), literal(technique_id, text))
         statement = statement.where(tuple_(*_BY_NAME) > tuple_(*last))
-    async with db.read() as connection:
-        rows = (await connection.execute(statement.order_by(*_BY_NAME).limit(limit + 1))).all()
+    rows = await db.fetch(statement.order_by(*_BY_NAME).limit(limit + 1))
     found = [_row(row) for row in rows[:limit]]
     more = len(rows) > limit
     return found, paging.encode(found[-1].name, found[-1].technique_id) if more else None
@@ -192,8 +190,7 @@ def _holds(word: str) -> ColumnElement[bool]:
 
 
 async def _one(db: Database, statement: Select[Any]) -> TechniqueRow | None:
-    async with db.read() as connection:
-        found = (await connection.execute(statement)).first()
+    found = await db.fetchrow(statement)
     return None if found is None else _row(found)
 
 

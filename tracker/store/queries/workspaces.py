@@ -25,8 +25,7 @@ async def workspace_of(db: Database, key_fingerprint: str) -> str | None:
     statement = select(workspace_keys.c.workspace_id).where(
         workspace_keys.c.key_fingerprint == key_fingerprint
     )
-    async with db.read() as connection:
-        found: str | None = await connection.scalar(statement)
+    found: str | None = await db.fetchval(statement)
     return found
 
 
@@ -38,15 +37,13 @@ async def last_at(db: Database, place: str) -> str | None:
         .order_by(workspace_keys.c.learnt_at.desc())
         .limit(1)
     )
-    async with db.read() as connection:
-        found: str | None = await connection.scalar(statement)
+    found: str | None = await db.fetchval(statement)
     return found
 
 
 async def all_ids(db: Database) -> list[str]:
     """The workspaces of all keys that were ever used."""
-    async with db.read() as connection:
-        return list(await connection.scalars(select(workspace_keys.c.workspace_id).distinct()))
+    return list(await db.fetchcol(select(workspace_keys.c.workspace_id).distinct()))
 
 
 async def keep_id(
@@ -130,8 +127,7 @@ async def keep_wait(db: Database, slot: str, until: datetime, *, told: str) -> N
 async def waits_until(db: Database, slot: str) -> datetime | None:
     """Until when the workspace in `slot` was last asked to wait, if ever."""
     statement = select(leases.c.until).where(leases.c.name == _wait_name(slot))
-    async with db.read() as connection:
-        found: datetime | None = (await connection.execute(statement)).scalar()
+    found: datetime | None = await db.fetchval(statement)
     return found
 
 
@@ -170,8 +166,7 @@ async def keep_contact(db: Database, slot: str, own: ContactState, *, now: datet
 async def stored_contacts(db: Database, *, now: datetime) -> dict[str, ContactState]:
     """The stored states of all workspaces, by their place in the settings."""
     statement = select(leases).where(leases.c.name.startswith(_PREFIX))
-    async with db.read() as connection:
-        rows = list(await connection.execute(statement))
+    rows = await db.fetch(statement)
     states = {row.name.removeprefix(_PREFIX): _state(row, now) for row in rows}
     return {slot: state for slot, state in states.items() if state is not None}
 

@@ -106,8 +106,7 @@ async def next_due_at(db: Database, endpoint_id: str, *, now: datetime) -> datet
     statement = select(endpoints.c.catch_up_from, first.scalar_subquery()).where(
         endpoints.c.endpoint_id == endpoint_id, endpoints.c.state == "enabled"
     )
-    async with db.read() as connection:
-        row = (await connection.execute(statement)).first()
+    row = await db.fetchrow(statement)
     return None if row is None else row[0] or row[1]
 
 

@@ -33,8 +33,7 @@ class FanOut:
 
 async def outbox_waits(db: Database) -> bool:
     """Whether there are events."""
-    async with db.read() as connection:
-        return (await connection.execute(select(outbox.c.id).limit(1))).first() is not None
+    return await db.fetchrow(select(outbox.c.id).limit(1)) is not None
 
 
 def fan_out(connection: Connection, *, limit: int, now: datetime, body: Shown) -> FanOut:

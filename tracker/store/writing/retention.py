@@ -99,9 +99,7 @@ async def find_removed(db: Database, listed: Iterable[ListedRun]) -> set[str]:
     old = await find_possibly_removed(db, listed)
     if not old:
         return set()
-    async with db.read() as connection:
-        stored = await connection.execute(select(runs.c.run_id).where(runs.c.run_id.in_(old)))
-        return old - set(stored.scalars())
+    return old.difference(await db.fetchcol(select(runs.c.run_id).where(runs.c.run_id.in_(old))))
 
 
 async def find_possibly_removed(db: Database, listed: Iterable[ListedRun]) -> set[str]:
@@ -139,9 +137,7 @@ async def find_possibly_removed(db: Database, listed: Iterable[ListedRun]) -> se
 async def marks(db: Database, what: Mark) -> dict[str, datetime]:
     """Up to when retention has come, by workspace; bodies have one mark, under ""."""
     statement = select(retention.c.workspace_id, retention.c.through)
-    async with db.read() as connection:
-        rows = await connection.execute(statement.where(retention.c.what == what))
-        return dict(rows.all())
+    return {row[0]: row[1] for row in await db.fetch(statement.where(retention.c.what == what))}
 
 
 def advance(connection: Connection, what: Mark, removed: Iterable[tuple[str, datetime]]) -> None:
@@ -188,11 +184,10 @@ async def protected_runs(db: Database) -> Protected:
         )
     )
     found: Protected = {}
-    async with db.read() as connection:
-        for technique_id, created_at, sent_at in await connection.execute(unknown):
-            span = (created_at - AROUND, (sent_at or created_at) + AROUND)
-            for one in (technique_id, None):  # a run of unknown technique may belong to any start
-                found.setdefault(one, []).append(span)
+    for technique_id, created_at, sent_at in await db.fetch(unknown):
+        span = (created_at - AROUND, (sent_at or created_at) + AROUND)
+        for one in (technique_id, None):  # a run of unknown technique may belong to any start
+            found.setdefault(one, []).append(span)
     return found
 
 
@@ -297,8 +292,7 @@ async def orphaned_deliveries(
     page = await _old_deliveries(db, _applied_before(before), before, after, limit)
     # A query of its own, so that the planner never reads all runs for one page.
     about = select(deliveries.c.delivery_id).join(runs, runs.c.run_id == deliveries.c.run_id)
-    async with db.read() as connection:
-        needed = set((await connection.execute(about.where(_among(page.found)))).scalars())
+    needed = set(await db.fetchcol(about.where(_among(page.found))))
     return PrunePage([key for key in page.found if key.id not in needed], page.end)
 
 
@@ -540,8 +534,7 @@ async def _next_page(
     key = tuple(statement.selected_columns)[:2]
     if after is not None:
         statement = statement.where(_is_after(key, after))
-    async with db.read() as connection:
-        rows = (await connection.execute(statement.order_by(*key).limit(limit))).all()
+    rows = await db.fetch(statement.order_by(*key).limit(limit))
     return rows, _end(rows, limit)
 
 
