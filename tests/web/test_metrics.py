@@ -162,7 +162,7 @@ async def test_failed_writes_are_counted(serve: Serve, own_postgres: PostgresSer
         await post(site, callbacks.event())
         await site.services.applier.drain()
         assert (await scrape(site.client)).value("tracker_database_up") == 1
-        site.services.metrics._database._keep_seconds = 0  # type: ignore[union-attr]
+        site.services.metrics._database.keep_seconds = 0  # type: ignore[union-attr]
         await asyncio.to_thread(own_postgres.stop)
         posting = asyncio.create_task(post(site, callbacks.event("run_2")))
 

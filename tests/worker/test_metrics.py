@@ -73,7 +73,7 @@ async def test_a_sweep_that_fails_is_counted_and_shown(
         report = await services.sweeper.sweep(workspace)
         assert report.error
         services.metrics.swept(report)
-        services.metrics._database._keep_seconds = 0  # type: ignore[union-attr]
+        services.metrics._database.keep_seconds = 0  # type: ignore[union-attr]
         services.metrics._database._fresh_until = 0  # type: ignore[union-attr]
         found = await scrape(services)
     last_complete = "tracker_sweep_last_complete_timestamp_seconds"

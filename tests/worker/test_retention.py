@@ -38,7 +38,7 @@ async def prune(services: Services, clock: HandClock) -> dict[str, int]:
     clock.move(300)
     await sweep(services)
     clock.move(LATER)
-    services.pruner._sleep = no_pause
+    services.pruner.sleep = no_pause
     return await services.pruner.prune(AGES)
 
 
@@ -196,7 +196,7 @@ async def test_a_replay_of_what_retention_went_over_says_so(
     await poll_to_the_end(services, clock, within=120)
     clock.move(LATER - 86_400)
     await comes()
-    services.pruner._sleep = no_pause
+    services.pruner.sleep = no_pause
     told = []
     for ages in (AGES_OF_BODIES, AGES):
         await services.pruner.prune(ages)

@@ -99,7 +99,7 @@ async def test_what_retention_removed_is_no_difference(
         clock.move(100 * 86_400)
         from tests.worker.test_retention import AGES, no_pause
 
-        services.pruner._sleep = no_pause
+        services.pruner.sleep = no_pause
         assert (await services.pruner.prune(AGES))["runs"] == 1
         verdict = await verify(services, timedelta(days=365))
         assert (verdict.good, verdict.removed, verdict.compared) == (True, 1, 1)

@@ -88,28 +88,26 @@ class DownloadReport:
 OnResult = Callable[[DownloadResult], None]
 
 
+@dataclass(kw_only=True, eq=False)
 class Downloader:
     """Selects runs (`named`, `batch`, `settled`) and downloads their outputs."""
 
-    def __init__(
-        self, *, database: Database, signals: Signals, follower: Follower, clock: Clock
-    ) -> None:
-        self._database = database
-        self._signals = signals
-        self._follower = follower
-        self._clock = clock
+    database: Database
+    signals: Signals
+    follower: Follower
+    clock: Clock
 
     async def named(
         self, run_ids: Sequence[str], *, watch: bool, notify: Notify | None = None
     ) -> AsyncIterator[WantedRun]:
         """These runs; with `watch` each once it is settled or lost."""
         if not watch:
-            known = await runs.get_runs(self._database, run_ids)
+            known = await runs.get_runs(self.database, run_ids)
             for run_id in run_ids:
                 if run_id in known:
                     yield WantedRun(record=known[run_id])
             return
-        async with aclosing(self._follower.follow(run_ids, notify=notify)) as updates:
+        async with aclosing(self.follower.follow(run_ids, notify=notify)) as updates:
             async for updated in updates:
                 for record, _ in updated:
                     if record.tracking is not Tracking.ACTIVE:
@@ -147,7 +145,7 @@ class Downloader:
                     notify(f"{rows_are} not started yet: `tracker batch` starts them")
                 return list(new), bool(not_started)
 
-            async with aclosing(self._follower.follow((), more=more, notify=notify)) as updates:
+            async with aclosing(self.follower.follow((), more=more, notify=notify)) as updates:
                 async for updated in updates:
                     for record, _ in updated:
                         if record.tracking is not Tracking.ACTIVE:
@@ -157,11 +155,11 @@ class Downloader:
             yield row.wanted
 
     async def _rows(self, batch_id: str, name_by: str | None) -> "list[_BatchRow]":
-        batch = await batches.get(self._database, batch_id)
+        batch = await batches.get(self.database, batch_id)
         if batch is None:
             raise TrackerError(f"batch {batch_id} is not known: `tracker batches list` shows all")
-        states = await kept_rows(self._database, batch)
-        technique = await techniques.get(self._database, batch.technique_id)
+        states = await kept_rows(self.database, batch)
+        technique = await techniques.get(self.database, batch.technique_id)
         outputs = () if technique is None else ports(technique.outputs or ())
         numbers = row_numbers(states)
         names = [None] * len(states) if name_by is None else row_names(batch, states, name_by)
@@ -183,12 +181,12 @@ class Downloader:
         Some come more than once.
         """
         changed = asyncio.Event()
-        with self._signals.subscribed(lambda _: changed.set()):
-            reached = await changes.newest(self._database)
+        with self.signals.subscribed(lambda _: changed.set()):
+            reached = await changes.newest(self.database)
             cursor: str | None = None
             while True:
                 page, cursor = await runs.list_runs(
-                    self._database,
+                    self.database,
                     tracking=Tracking.SETTLED,
                     technique_id=technique_id,
                     cursor=cursor,
@@ -201,12 +199,12 @@ class Downloader:
             while watch:
                 changed.clear()
                 settled_since = partial(
-                    changes.settled_since, self._database, reached, technique_id=technique_id
+                    changes.settled_since, self.database, reached, technique_id=technique_id
                 )
                 records, reached = await until_available(settled_since, notify)
                 for record in records:
                     yield WantedRun(record=record)
-                notified = self._database.dialect == "postgresql" and self._signals.listening
+                notified = self.database.dialect == "postgresql" and self.signals.listening
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(CHECK_ANYWAY if notified else CHECK_EVERY):
                         await changed.wait()
@@ -238,7 +236,7 @@ class Downloader:
         following = asyncio.create_task(follow(), name="batch-download")
         try:
             result = await running
-            batch = await batches.get(self._database, batch_id)
+            batch = await batches.get(self.database, batch_id)
             if batch is not None and batch.finished_at is not None:
                 await asyncio.wait([following])
         finally:
@@ -294,7 +292,7 @@ class Downloader:
             async with Fetcher(
                 allow_private=options.allow_private, max_bytes=options.max_bytes
             ) as fetcher:
-                saver = OutputSaver(directory, fetcher, self._clock)
+                saver = OutputSaver(directory, fetcher, self.clock)
                 try:
                     async with asyncio.TaskGroup() as group:
                         group.create_task(find_jobs())

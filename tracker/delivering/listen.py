@@ -16,7 +16,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from time import monotonic
 from typing import Any, Final
 from urllib.parse import quote
@@ -66,6 +66,7 @@ class _Cut(Exception):
     """The tracker does not answer now; the message says how."""
 
 
+@dataclass(eq=False)
 class TrackerStream:
     """Follows the stream of the tracker at `url`, through cuts and restarts.
 
@@ -73,20 +74,14 @@ class TrackerStream:
     the connection is made, lost, and made again. `now` is the time as the API shows it.
     """
 
-    def __init__(
-        self,
-        url: str,
-        token: str | None,
-        *,
-        wanted: Collection[EventType],
-        notice: Callable[[str], None],
-        now: Callable[[], str],
-    ) -> None:
-        self._url = url
-        self._token = token
-        self._wanted = wanted
-        self._notice = notice
-        self._now = now
+    url: str
+    token: str | None = field(repr=False)
+    _: KW_ONLY
+    wanted: Collection[EventType]
+    notice: Callable[[str], None]
+    now: Callable[[], str]
+
+    def __post_init__(self) -> None:
         self._position: str | None = None
         self._connected = False
         self._lost: dict[str, bool] = {}
@@ -101,10 +96,10 @@ class TrackerStream:
         """
         wait, longest = RECONNECT_SECONDS
         async with httpx.AsyncClient(
-            base_url=self._url,
-            headers={} if self._token is None else {"authorization": f"Bearer {self._token}"},
+            base_url=self.url,
+            headers={} if self.token is None else {"authorization": f"Bearer {self.token}"},
             timeout=httpx.Timeout(10.0, read=SILENCE_SECONDS),
-            trust_env=not is_loopback_url(self._url),
+            trust_env=not is_loopback_url(self.url),
         ) as client:
             while True:
                 try:
@@ -114,11 +109,11 @@ class TrackerStream:
                     reason = str(error) or type(error).__name__
                     if self._position is None:
                         raise TrackerError(
-                            f"no tracker can be reached at {self._url} ({reason}): start it with "
+                            f"no tracker can be reached at {self.url} ({reason}): start it with "
                             "`tracker serve`, or give its address with --url"
                         ) from error
                     if self._connected:
-                        self._notice(f"Connection to the tracker lost ({reason}); reconnecting.")
+                        self.notice(f"Connection to the tracker lost ({reason}); reconnecting.")
                 if self._connected:
                     wait, self._connected = RECONNECT_SECONDS[0], False
                 await asyncio.sleep(wait)
@@ -135,9 +130,9 @@ class TrackerStream:
                     for event in await self._missed_losses(client, report=not first):
                         yield event
                     self._connected = True
-                    self._notice(f"Listening{'' if first else ' again'} to {self._url}.")
+                    self.notice(f"Listening{'' if first else ' again'} to {self.url}.")
                 if frame.get("event") == "reset":
-                    self._notice("The tracker counts its events anew; some may be missing.")
+                    self.notice("The tracker counts its events anew; some may be missing.")
                 elif "data" in frame and (found := await self._event(client, frame["data"])):
                     yield found
                 self._position = frame.get("id", self._position)
@@ -148,9 +143,9 @@ class TrackerStream:
         if status == 200 and response.headers.get("content-type", "").startswith(_STREAM):
             return
         if status in (401, 403):
-            want = "refuses this token" if self._token else "wants a token"
+            want = "refuses this token" if self.token else "wants a token"
             raise TrackerError(
-                f"the tracker at {self._url} {want}: give one with the scope read with --token, "
+                f"the tracker at {self.url} {want}: give one with the scope read with --token, "
                 "or set TRACKER_API_TOKEN"
             )
         raise _Cut(_OTHER if status == 200 else f"status {status}")
@@ -163,14 +158,14 @@ class TrackerStream:
         if run["tracking"] == "lost":
             if change is None and not self._lost.get(run_id):
                 self._lost[run_id] = True
-                return self._new(EventType.LOST, self._now(), run, run["checks"])
+                return self._new(EventType.LOST, self.now(), run, run["checks"])
             return None
         self._lost.pop(run_id, None)
         if change is None or run["tracking"] != "settled":
             return None
         if change["at"] == run["settled_at"]:
             return self._new(EventType.SETTLED, change["at"], run, change["at"])
-        if EventType.COST_CHANGED in self._wanted and change["source"] in _READS:
+        if EventType.COST_CHANGED in self.wanted and change["source"] in _READS:
             path = f"/api/runs/{quote(run_id, safe='')}/events"
             if cost_changed((await _get(client, path))["events"], change["id"]):
                 return self._new(EventType.COST_CHANGED, change["at"], run, change["id"])
@@ -180,7 +175,7 @@ class TrackerStream:
         self, client: httpx.AsyncClient, *, report: bool
     ) -> list[StreamedEvent]:
         """Note which runs are lost; with `report`, return those that were not before."""
-        if EventType.LOST not in self._wanted:
+        if EventType.LOST not in self.wanted:
             return []
         query: dict[str, Any] = {"tracking": "lost", "limit": 100}
         lost: dict[str, dict[str, Any]] = {}
@@ -192,7 +187,7 @@ class TrackerStream:
                 break
         new = [run for run_id, run in lost.items() if run_id not in self._lost]
         self._lost = {run_id: report or self._lost.get(run_id, False) for run_id in lost}
-        at = self._now()
+        at = self.now()
         events = [self._new(EventType.LOST, at, run, run["checks"]) for run in new if report]
         return [event for event in events if event is not None]
 
@@ -202,7 +197,7 @@ class TrackerStream:
         """An event, unless it is not wanted or was returned before."""
         digest = hashlib.sha256(f"{kind} {run['run_id']} {occurrence}".encode())
         message_id = f"msg_{digest.hexdigest()[:24]}"
-        if kind not in self._wanted or message_id in self._returned:
+        if kind not in self.wanted or message_id in self._returned:
             return None
         self._returned[message_id] = None
         if len(self._returned) > REMEMBERED_EVENTS:

@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import KW_ONLY, InitVar, dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Final, Protocol
@@ -83,6 +83,7 @@ class Target(Protocol):
         """Release what it holds."""
 
 
+@dataclass(kw_only=True, eq=False)
 class Webhooks:
     """Sends events to `endpoints`, those in the settings of this process, and to its `handlers`.
 
@@ -91,29 +92,20 @@ class Webhooks:
     holder of leases. `on_attempt` is called after each attempt.
     """
 
-    def __init__(
-        self,
-        *,
-        database: Database,
-        signals: Signals,
-        endpoints: Iterable[Endpoint],
-        body: Shown,
-        process: str,
-        clock: Clock,
-        waits: tuple[timedelta, ...] = WAITS,
-        on_attempt: Sequence[OnAttempt] = (),
-        handlers: Iterable[Handler] = (),
-    ) -> None:
-        self._database = database
-        self._signals = signals
-        self._body = body
-        self._clock = clock
+    database: Database
+    signals: Signals
+    endpoints: InitVar[Iterable[Endpoint]]
+    body: Shown
+    process: str
+    clock: Clock
+    waits: tuple[timedelta, ...] = WAITS
+    on_attempt: Sequence[OnAttempt] = ()
+    handlers: InitVar[Iterable[Handler]] = ()
+
+    def __post_init__(self, endpoints: Iterable[Endpoint], handlers: Iterable[Handler]) -> None:
         self._endpoints = {endpoint.config.endpoint_id: endpoint for endpoint in endpoints}
         self._handlers = {handler.config.endpoint_id: handler for handler in handlers}
         self._clients: dict[str, EndpointClient] = {}
-        self._process = process
-        self._waits = waits
-        self._on_attempt = on_attempt
         self._senders: dict[str, _Sender] = {}
         self._woken = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -121,7 +113,7 @@ class Webhooks:
         self._configured_at = float("-inf")
         self._log_limit = LogRateLimit()
         # An event of this process has no message yet: the endpoints are woken when it has.
-        signals.when_outbox_waits(self._woken.set, self.wake)
+        self.signals.when_outbox_waits(self._woken.set, self.wake)
 
     def rotate(self, secrets: Mapping[str, tuple[str, ...]]) -> None:
         """Sign with these secrets from now on, by endpoint."""
@@ -147,10 +139,10 @@ class Webhooks:
             log.warning("outbox.not_configured", error=str(error), advice="it is tried again")
         self._task = asyncio.create_task(self._run(), name="outbox")
         for endpoint_id, endpoint in self._endpoints.items():
-            client = self._clients[endpoint_id] = EndpointClient(endpoint, clock=self._clock)
+            client = self._clients[endpoint_id] = EndpointClient(endpoint, clock=self.clock)
             self._open_sender(endpoint_id, client, LEASE)
         for name, handler in self._handlers.items():
-            target = HandlerClient(handler, clock=self._clock)
+            target = HandlerClient(handler, clock=self.clock)
             self._open_sender(name, target, handler.lease)
 
     def _open_sender(self, endpoint_id: str, target: Target, lease: timedelta) -> None:
@@ -158,11 +150,11 @@ class Webhooks:
             endpoint_id,
             target,
             lease=lease,
-            database=self._database,
-            process=self._process,
-            clock=self._clock,
-            waits=self._waits,
-            on_attempt=self._on_attempt,
+            database=self.database,
+            process=self.process,
+            clock=self.clock,
+            waits=self.waits,
+            on_attempt=self.on_attempt,
         )
 
     async def stop(self) -> None:
@@ -191,15 +183,15 @@ class Webhooks:
         """
         total, count = 0, GROUP
         while count == GROUP:
-            made = await self._database.write(
-                partial(fan_out, limit=GROUP, now=self._clock(), body=self._body)
+            made = await self.database.write(
+                partial(fan_out, limit=GROUP, now=self.clock(), body=self.body)
             )
             count = made.taken
             total += count
             for endpoint_id in made.endpoint_ids & self._senders.keys():
                 self._senders[endpoint_id].wake()
             if made.endpoint_ids - self._senders.keys():
-                await self._signals.announce_outbox()
+                await self.signals.announce_outbox()
         return total
 
     async def test(self, endpoint_id: str) -> Attempt:
@@ -209,7 +201,7 @@ class Webhooks:
         """
         endpoint = self._endpoints.get(endpoint_id)
         if endpoint is None:
-            row = await get_endpoint(self._database, endpoint_id)
+            row = await get_endpoint(self.database, endpoint_id)
             if row is not None and row.is_handler:
                 raise UnknownEndpoint(
                     f"{endpoint_id} is a Python handler, which gets no test events: resend one of "
@@ -219,19 +211,19 @@ class Webhooks:
             raise UnknownEndpoint(
                 f"endpoint {endpoint_id} is not in the settings of this process (known: {known})"
             )
-        now = self._clock()
-        await audit.write(self._database, audit.entry(Action.TEST, now, endpoint_id=endpoint_id))
-        return await send_test(endpoint, clock=self._clock)
+        now = self.clock()
+        await audit.write(self.database, audit.entry(Action.TEST, now, endpoint_id=endpoint_id))
+        return await send_test(endpoint, clock=self.clock)
 
     async def enable(self, endpoint_id: str) -> None:
         """Enable an endpoint again, and send what waits for it. Raises `UnknownEndpoint`."""
-        if not await messages.enable(self._database, endpoint_id, now=self._clock()):
+        if not await messages.enable(self.database, endpoint_id, now=self.clock()):
             raise UnknownEndpoint(f"endpoint {endpoint_id} is not known")
         await self._announce()
 
     async def resend(self, message_id: str) -> None:
         """Send a message again at once, whatever its state. Raises `UnknownMessage`."""
-        if not await messages.resend(self._database, message_id, now=self._clock()):
+        if not await messages.resend(self.database, message_id, now=self.clock()):
             raise UnknownMessage(f"message {message_id} is not known")
         await self._announce()
 
@@ -241,8 +233,8 @@ class Webhooks:
 
         Runs without a message, from before the endpoint was configured, stay without one.
         """
-        now = self._clock()
-        count = await messages.recover(self._database, endpoint_id, since=since, now=now)
+        now = self.clock()
+        count = await messages.recover(self.database, endpoint_id, since=since, now=now)
         if count is None:
             raise UnknownEndpoint(f"endpoint {endpoint_id} is not known")
         await self._announce()
@@ -251,7 +243,7 @@ class Webhooks:
     async def _announce(self) -> None:
         self.wake()
         with suppress(StoreError):  # they check every few seconds
-            await self._signals.announce_outbox()
+            await self.signals.announce_outbox()
 
     async def _run(self) -> None:
         while not self._stopping:
@@ -259,7 +251,7 @@ class Webhooks:
             self._woken.clear()
             try:
                 await self._configure()
-                if woken or await outbox_waits(self._database):
+                if woken or await outbox_waits(self.database):
                     await self.drain()
             except StoreError as error:
                 self._woken.set()
@@ -279,7 +271,7 @@ class Webhooks:
             return
         configs = [one.config for one in self._endpoints.values()]
         configs += [one.config for one in self._handlers.values()]
-        replaced = await configure(self._database, configs, now=self._clock())
+        replaced = await configure(self.database, configs, now=self.clock())
         if self._configured_at > float("-inf"):  # else the settings of before a restart
             for row in replaced:
                 log.warning(
@@ -299,35 +291,27 @@ async def _end(task: asyncio.Task[None]) -> None:
     await asyncio.wait([task])
 
 
+@dataclass(eq=False)
 class _Sender:
     """Sends the messages of one endpoint, from when it is made until `stop`."""
 
-    def __init__(
-        self,
-        endpoint_id: str,
-        target: Target,
-        *,
-        lease: timedelta,
-        database: Database,
-        process: str,
-        clock: Clock,
-        waits: tuple[timedelta, ...],
-        on_attempt: Sequence[OnAttempt],
-    ) -> None:
-        self._id = endpoint_id
-        self._target = target
-        self._lease = lease
-        self._database = database
-        self._process = process
-        self._clock = clock
-        self._waits = waits
-        self._on_attempt = on_attempt
+    endpoint_id: str
+    target: Target
+    _: KW_ONLY
+    lease: timedelta
+    database: Database
+    process: str
+    clock: Clock
+    waits: tuple[timedelta, ...]
+    on_attempt: Sequence[OnAttempt]
+
+    def __post_init__(self) -> None:
         self._woken = asyncio.Event()
         self._stopping = False
         self._open: dict[asyncio.Task[None], str] = {}
         self._outcomes: list[tuple[Claim, Attempt]] = []
         self._log_limit = LogRateLimit()
-        self._task = asyncio.create_task(self._run(), name=f"endpoint {self._id}")
+        self._task = asyncio.create_task(self._run(), name=f"endpoint {self.endpoint_id}")
 
     def wake(self) -> None:
         """Check for messages soon."""
@@ -337,16 +321,19 @@ class _Sender:
         while not self._stopping:
             self._woken.clear()
             try:
-                wait = await self._turn(self._target.most_open - len(self._open))
+                wait = await self._turn(self.target.most_open - len(self._open))
             except StoreError as error:
                 if count := self._log_limit.count("unavailable", now=time.monotonic()):
                     log.warning(
-                        "endpoint.not_read", endpoint_id=self._id, error=str(error), count=count
+                        "endpoint.not_read",
+                        endpoint_id=self.endpoint_id,
+                        error=str(error),
+                        count=count,
                     )
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
             except Exception:  # without this task nothing is sent there: it goes on
-                log.exception("endpoint.failed", endpoint_id=self._id)
+                log.exception("endpoint.failed", endpoint_id=self.endpoint_id)
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
             with suppress(TimeoutError):
@@ -372,37 +359,37 @@ class _Sender:
                 if self._outcomes:
                     await self._turn(0)
                 if interrupted:
-                    await self._database.write(
+                    await self.database.write(
                         partial(
                             messages.release,
-                            holder=self._process,
+                            holder=self.process,
                             message_ids=interrupted,
                         )
                     )
         except (StoreError, TimeoutError):
-            log.warning("endpoint.claims_kept", endpoint_id=self._id, advice="they run out")
-        await self._target.aclose()
+            log.warning("endpoint.claims_kept", endpoint_id=self.endpoint_id, advice="they run out")
+        await self.target.aclose()
 
     async def _turn(self, room: int) -> float:
         """Store outcomes and claim up to `room` messages; returns how long to wait then."""
-        now = self._clock()
+        now = self.clock()
         if not self._outcomes:
-            due = await next_due_at(self._database, self._id, now=now) if room > 0 else None
+            due = await next_due_at(self.database, self.endpoint_id, now=now) if room > 0 else None
             if due is None or due > now:
                 return TICK if due is None else min(TICK, (due - now).total_seconds())
         outcomes, self._outcomes = self._outcomes, []
         try:
-            turn = await self._database.write(
+            turn = await self.database.write(
                 partial(
                     take_turn,
-                    endpoint_id=self._id,
+                    endpoint_id=self.endpoint_id,
                     outcomes=[(claim.message_id, attempt) for claim, attempt in outcomes],
                     most=room,
-                    holder=self._process,
+                    holder=self.process,
                     now=now,
-                    lease=self._lease,
-                    waits=self._waits,
-                    most_open=self._target.most_open,
+                    lease=self.lease,
+                    waits=self.waits,
+                    most_open=self.target.most_open,
                 )
             )
         except BaseException:
@@ -413,25 +400,25 @@ class _Sender:
             self._open[task] = claim.message_id
             task.add_done_callback(self._ended)
         for claim, attempt in outcomes:
-            for hook in self._on_attempt:
-                call_hook(hook, self._id, claim, attempt)
+            for hook in self.on_attempt:
+                call_hook(hook, self.endpoint_id, claim, attempt)
         if turn.disabled:
             log.error(
                 "endpoint.disabled",
-                endpoint_id=self._id,
+                endpoint_id=self.endpoint_id,
                 reason=turn.disabled,
-                advice=f"correct it, then run `tracker endpoints enable {self._id}`",
+                advice=f"correct it, then run `tracker endpoints enable {self.endpoint_id}`",
             )
         # Without a claim, other processes have all requests open, or lock the rows.
         return 0.0 if turn.claims or outcomes else RETRY_SECONDS
 
     async def _attempt(self, claim: Claim) -> None:
         try:
-            attempt = await self._target.send(claim)
+            attempt = await self.target.send(claim)
         except Exception as error:  # a fault of the tracker must not stop this endpoint
-            log.exception("endpoint.send_failed", endpoint_id=self._id)
+            log.exception("endpoint.send_failed", endpoint_id=self.endpoint_id)
             failure = f"it could not be sent: {type(error).__name__}"
-            attempt = Attempt(at=self._clock(), seconds=0.0, error=failure)
+            attempt = Attempt(at=self.clock(), seconds=0.0, error=failure)
         self._outcomes.append((claim, attempt))
 
     def _ended(self, task: asyncio.Task[None]) -> None:

@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from datetime import timedelta
 from typing import Final, Protocol
 
@@ -62,6 +62,7 @@ class SharedWaits(Protocol):
         """Share a wait that FLORA has asked this process for."""
 
 
+@dataclass(eq=False)
 class RequestLimit:
     """Permits for requests, given in the order in which they were asked for.
 
@@ -69,21 +70,15 @@ class RequestLimit:
     exchanges waits with other processes. `clock` is for the text of errors.
     """
 
-    def __init__(
-        self,
-        concurrency: int,
-        *,
-        monotonic: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-        shared: SharedWaits | None = None,
-        clock: Clock = utc_now,
-    ) -> None:
-        self._concurrency = concurrency
-        self._monotonic = monotonic
-        self._sleep = sleep
-        self._shared = shared
-        self._clock = clock
-        self._permits = asyncio.Semaphore(concurrency)
+    concurrency: int
+    _: KW_ONLY
+    monotonic: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    shared: SharedWaits | None = None
+    clock: Clock = utc_now
+
+    def __post_init__(self) -> None:
+        self._permits = asyncio.Semaphore(self.concurrency)
         # The first of each lane waits for a permit, in order, so that the lanes alternate.
         self._lanes = {fresh: asyncio.Lock() for fresh in (False, True)}
         self._pacing = asyncio.Lock()  # one request waits for its time, the others for it
@@ -106,7 +101,7 @@ class RequestLimit:
         """
         self._refuse_beyond(until)
         self._asked += 1
-        asked_at = self._monotonic()
+        asked_at = self.monotonic()
         try:
             async with self._lanes[fresh]:
                 await self._permits.acquire()
@@ -127,12 +122,12 @@ class RequestLimit:
 
     def pause(self, seconds: float) -> None:
         """Let this process start no request for so long."""
-        self._paused_until = max(self._paused_until, self._monotonic() + seconds)
+        self._paused_until = max(self._paused_until, self.monotonic() + seconds)
 
     async def pause_others(self, seconds: float) -> None:
         """Let no other process start a request for so long."""
-        if self._shared is not None:
-            await self._shared.share(seconds)
+        if self.shared is not None:
+            await self.shared.share(seconds)
 
     def answered(self) -> None:
         """FLORA took a request: raise the rate a little."""
@@ -149,7 +144,7 @@ class RequestLimit:
         self._limited += 1
         if started < self._slowed_at:
             return
-        now = self._monotonic()
+        now = self.monotonic()
         lately = sum(start > now - MEMORY for start in self._starts) / MEMORY
         self._rate = max(SLOWEST, min(lately, self._rate or math.inf) / 2)
         self._slowed_at = now
@@ -157,11 +152,11 @@ class RequestLimit:
     def state(self) -> RequestLimitState:
         """The state now."""
         return RequestLimitState(
-            concurrency=self._concurrency,
+            concurrency=self.concurrency,
             in_flight=self._in_flight,
             waiting=self._asked - self._in_flight,
             rate=self._rate,
-            paused=max(0.0, self._paused_until - self._monotonic()),
+            paused=max(0.0, self._paused_until - self.monotonic()),
             limited=self._limited,
             waited=self._waited,
         )
@@ -170,23 +165,23 @@ class RequestLimit:
         while True:
             while (wait := self._wait()) > 0:
                 self._refuse_beyond(until)
-                await self._sleep(wait)
+                await self.sleep(wait)
             # Last: another process may have been asked to wait a moment ago.
-            left = 0.0 if self._shared is None else await self._shared.left()
+            left = 0.0 if self.shared is None else await self.shared.left()
             if left <= 0:
                 return
             self.pause(left)
 
     def _wait(self) -> float:
-        return max(self._next_start, self._paused_until) - self._monotonic()
+        return max(self._next_start, self._paused_until) - self.monotonic()
 
     def _start(self) -> float:
-        now = self._monotonic()
+        now = self.monotonic()
         self._starts.append(now)
         self._next_start = now if self._rate is None else now + 1 / self._rate
         return now
 
     def _refuse_beyond(self, until: float) -> None:
         wait = self._wait()
-        if wait > 0 and self._monotonic() + wait > until:
-            raise RequestPaused(seconds=wait, until=self._clock() + timedelta(seconds=wait))
+        if wait > 0 and self.monotonic() + wait > until:
+            raise RequestPaused(seconds=wait, until=self.clock() + timedelta(seconds=wait))

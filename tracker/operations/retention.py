@@ -113,21 +113,16 @@ def _refused(name: str, message: str) -> InvalidRequest:
     return InvalidRequest(f"{name} {message}", [FieldFault(name, message)])
 
 
+@dataclass(kw_only=True, eq=False)
 class Pruner:
     """Deletes old data. `page` is how many rows one read finds."""
 
-    def __init__(
-        self,
-        *,
-        database: Database,
-        clock: Clock,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-        page: int = PAGE,
-    ) -> None:
-        self._database = database
-        self._clock = clock
-        self._sleep = sleep
-        self._page = page
+    database: Database
+    clock: Clock
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    page: int = PAGE
+
+    def __post_init__(self) -> None:
         self._batch_size = 20
 
     async def prune(self, ages: Ages, *, dry: bool = False) -> dict[str, int]:
@@ -141,24 +136,24 @@ class Pruner:
             detail = {
                 name: f"{age / timedelta(days=1):g}d" for name, age in asdict(ages).items() if age
             }
-            entry = audit.entry(Action.PRUNE, self._clock(), older_than=detail)
-            audit_id = await audit.write(self._database, entry)
+            entry = audit.entry(Action.PRUNE, self.clock(), older_than=detail)
+            audit_id = await audit.write(self.database, entry)
         for stage in await self._stages(ages):
             end: PruneKey | None = None
             while True:
-                page = await stage.find(after=end, limit=self._page)
+                page = await stage.find(after=end, limit=self.page)
                 total += await (self._count if dry else self._delete)(stage, page.found)
                 if (end := page.end) is None:
                     break
         removed = {name: total[name] for name in TABLES}
         if not dry:
             outcome = {"older_than": detail, "removed": dict(+total) or "nothing"}
-            await audit.add_detail(self._database, audit_id, outcome)
+            await audit.add_detail(self.database, audit_id, outcome)
             log.info("db.pruned", actor=audit.principal().name, **removed)
         return removed
 
     async def _stages(self, ages: Ages) -> "list[_Stage]":
-        db, now = self._database, self._clock()
+        db, now = self.database, self.clock()
         runs, bodies, audits = now - ages.runs, now - ages.bodies, now - ages.audit
         stages = [
             _Stage(
@@ -213,7 +208,7 @@ class Pruner:
             removed += await self._write(partial(stage.delete, keys=some))
         if removed["runs"]:
             with suppress(StoreBusy):  # being recounted; changes not compacted count too
-                await rollups.compact(self._database)
+                await rollups.compact(self.database)
         return removed
 
     async def _write(self, work: Callable[[Connection], Counts]) -> Counts:
@@ -225,15 +220,15 @@ class Pruner:
             began = time.monotonic()  # without the wait for other transactions
             return work(connection)
 
-        counts: Counts = await self._database.write(timed)
+        counts: Counts = await self.database.write(timed)
         took = time.monotonic() - began
-        fitting = int(self._batch_size * min(AIM[self._database.dialect] / took, 2.0))
+        fitting = int(self._batch_size * min(AIM[self.database.dialect] / took, 2.0))
         self._batch_size = min(max(fitting, FEWEST), MOST)
-        await self._sleep(max(SHORTEST_PAUSE, PAUSE_FACTOR * took))
+        await self.sleep(max(SHORTEST_PAUSE, PAUSE_FACTOR * took))
         return counts
 
     async def _count(self, stage: "_Stage", keys: Sequence[Any]) -> Counts:
-        async with self._database.read() as connection:
+        async with self.database.read() as connection:
             return await connection.run_sync(partial(stage.count, keys=keys))
 
 

@@ -8,6 +8,7 @@ process has asked for `PROBE_IDLE_AFTER`: few requests show its absence within a
 import asyncio
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import KW_ONLY, dataclass
 from datetime import timedelta
 from typing import Final, Self
 
@@ -36,23 +37,24 @@ CLOSE_SECONDS: Final = 1.0
 log = get_logger(__name__)
 
 
+@dataclass(eq=False)
 class Contacts:
     """The workspaces' connections to FLORA. With `background` they are stored all the time, else
     when it is closed."""
 
-    def __init__(
-        self, database: Database, *, workspaces: Workspaces, clock: Clock, background: bool
-    ) -> None:
-        self._database = database
-        self._workspaces = workspaces
-        self._clock = clock
-        self._background = background
+    database: Database
+    _: KW_ONLY
+    workspaces: Workspaces
+    clock: Clock
+    background: bool
+
+    def __post_init__(self) -> None:
         self._stored: Mapping[str, ContactState] = {}
         self._kept: dict[str, ContactState] = {}
         self._keeping: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        if self._background:
+        if self.background:
             self._keeping = asyncio.create_task(self._keep_always(), name="contacts")
         return self
 
@@ -73,22 +75,20 @@ class Contacts:
 
     async def read(self) -> None:
         """Read what all processes have stored. Raises `StoreUnavailable`."""
-        self._stored = await workspaces.stored_contacts(self._database, now=self._clock())
+        self._stored = await workspaces.stored_contacts(self.database, now=self.clock())
 
     async def keep(self) -> None:
         """Store what this process has seen since it last did. Raises `StoreUnavailable`."""
-        for workspace in self._workspaces:
+        for workspace in self.workspaces:
             own = workspace.client.state if workspace.client else None
             if own is not None and _is_news(own, self._kept.get(workspace.slot)):
-                await workspaces.keep_contact(
-                    self._database, workspace.slot, own, now=self._clock()
-                )
+                await workspaces.keep_contact(self.database, workspace.slot, own, now=self.clock())
                 self._kept[workspace.slot] = own
 
     async def probe(self) -> None:
         """Read the newest run of each workspace where FLORA's last answer was a failure, or where
         it has not been asked for a while. Raises `StoreUnavailable`."""
-        keyed = [one for one in self._workspaces if one.client is not None]
+        keyed = [one for one in self.workspaces if one.client is not None]
         if any(self._is_due(one) for one in keyed):
             await self.read()  # another process may have asked
         await asyncio.gather(*(_probe(one) for one in keyed if self._is_due(one)))
@@ -101,7 +101,7 @@ class Contacts:
         if client.contact.idle_seconds < PROBE_IDLE_AFTER:
             return False
         idle = timedelta(seconds=PROBE_IDLE_AFTER)
-        return others is None or self._clock() - others.asked_at >= idle
+        return others is None or self.clock() - others.asked_at >= idle
 
     async def _keep_always(self) -> None:
         failing = False

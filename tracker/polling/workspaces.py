@@ -7,7 +7,7 @@ from the first authentic callback. Before a start, `WorkspaceIds` makes sure of 
 import asyncio
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from datetime import timedelta
 from typing import Final
 
@@ -258,6 +258,7 @@ async def _ask_flora(client: FloraClient, configured: str | None, deadline: floa
     return next((item.workspace_id for item in page.items if item.workspace_id), None)
 
 
+@dataclass(eq=False)
 class DatabaseWaits:
     """Shares the waits that FLORA asks for between all processes that use one key.
 
@@ -266,27 +267,27 @@ class DatabaseWaits:
     time, each process knows its own waits only. `process` names who stored one. Nothing is raised.
     """
 
-    def __init__(self, database: Database, slot: str, *, process: str, clock: Clock) -> None:
-        self._database = database
-        self._slot = slot
-        self._process = process
-        self._clock = clock
+    database: Database
+    slot: str
+    _: KW_ONLY
+    process: str
+    clock: Clock
 
     async def left(self) -> float:
         """Seconds that the latest wait still lasts, or 0."""
         until = None
         with suppress(StoreError, TimeoutError):
             async with asyncio.timeout(WAITS_SECONDS):
-                until = await stored.waits_until(self._database, self._slot)
+                until = await stored.waits_until(self.database, self.slot)
         if until is None:
             return 0.0
-        left = (until - self._clock()).total_seconds()
+        left = (until - self.clock()).total_seconds()
         # A wait beyond the longest was stored before the clock was set back.
         return left if 0 < left <= LONGEST_WAIT + WAITS_SECONDS else 0.0
 
     async def share(self, seconds: float) -> None:
         """Store a wait of `seconds` from now on."""
-        until = self._clock() + timedelta(seconds=seconds)
+        until = self.clock() + timedelta(seconds=seconds)
         with suppress(StoreError, TimeoutError):
             async with asyncio.timeout(WAITS_SECONDS):
-                await stored.keep_wait(self._database, self._slot, until, told=self._process)
+                await stored.keep_wait(self.database, self.slot, until, told=self.process)

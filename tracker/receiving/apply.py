@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from contextvars import Context
-from dataclasses import replace
+from dataclasses import KW_ONLY, InitVar, dataclass, replace
 from functools import partial
 from typing import Final, Self
 
@@ -105,6 +105,7 @@ class CallbackParser:
         return sharing | {workspace_id}
 
 
+@dataclass(eq=False)
 class Applier:
     """Applies waiting deliveries. Used as `async with Applier(…) as applier`.
 
@@ -113,27 +114,19 @@ class Applier:
     and of quarantined deliveries, `on_write` after each attempt to commit.
     """
 
-    def __init__(
-        self,
-        database: Database,
-        *,
-        workspaces: Workspaces,
-        rules: MergeRules,
-        clock: Clock,
-        background: bool,
-        on_commit: Sequence[OnCommit] = (),
-        on_applied: Sequence[Callable[[int, int], None]] = (),
-        on_write: Sequence[OnWrite] = (),
-    ) -> None:
-        self._database = database
+    database: Database
+    _: KW_ONLY
+    workspaces: InitVar[Workspaces]
+    rules: MergeRules
+    clock: Clock
+    background: bool
+    on_commit: Sequence[OnCommit] = ()
+    on_applied: Sequence[Callable[[int, int], None]] = ()
+    on_write: Sequence[OnWrite] = ()
+
+    def __post_init__(self, workspaces: Workspaces) -> None:
         self._parse = CallbackParser(workspaces).parse
-        self._rules = rules
-        self._statements = statements_for(database)
-        self._clock = clock
-        self._background = background
-        self._on_commit = on_commit
-        self._on_applied = on_applied
-        self._on_write = on_write
+        self._statements = statements_for(self.database)
         self._woken = asyncio.Event()
         self._queue_lengths: list[int] = []
         """How many callbacks waited at each commit of the inbox, since the last pause."""
@@ -146,7 +139,7 @@ class Applier:
         self._log_limit = LogRateLimit()
 
     async def __aenter__(self) -> Self:
-        if self._background:
+        if self.background:
             self.wake()  # another process may have died before it could apply what it had stored
         return self
 
@@ -223,7 +216,7 @@ class Applier:
             await self._until_woken()
 
     async def _until_woken(self) -> None:
-        longest = CHECK_SECONDS if self._background or self._held_up else None
+        longest = CHECK_SECONDS if self.background or self._held_up else None
         try:
             async with asyncio.timeout(longest):
                 await self._woken.wait()
@@ -241,12 +234,12 @@ class Applier:
 
     async def _notify(self, now: float) -> None:
         """Tell other processes that deliveries wait which this one has no time to apply."""
-        if self._database.dialect == "sqlite" or now - self._notified_at < NOTIFY_SECONDS:
+        if self.database.dialect == "sqlite" or now - self._notified_at < NOTIFY_SECONDS:
             return
         self._notified_at = now
         with suppress(StoreError):  # they check every second
-            origin = self._database.origin
-            await self._database.send("SELECT pg_notify($1, $2)", (INBOX, origin))
+            origin = self.database.origin
+            await self.database.send("SELECT pg_notify($1, $2)", (INBOX, origin))
 
     async def _apply_group(self) -> tuple[int, bool]:
         """Apply one group; returns how many deliveries were applied or quarantined, and whether
@@ -281,13 +274,13 @@ class Applier:
         began = time.monotonic()
         failure: Exception | None = None
         try:
-            return await self._database.write(partial(self._apply, taken))
+            return await self.database.write(partial(self._apply, taken))
         except Exception as error:
             failure = error
             raise
         finally:
             if taken or failure is not None:  # a check that finds nothing is no commit
-                for hook in self._on_write:
+                for hook in self.on_write:
                     call_hook(hook, len(taken), time.monotonic() - began, failure)
 
     def _apply(self, taken: list[str], connection: Connection) -> ApplyResult:
@@ -297,8 +290,8 @@ class Applier:
             held_up=[*self._held_up],
             parse=self._parse,
             taken=taken,
-            clock=self._clock,
-            rules=self._rules,
+            clock=self.clock,
+            rules=self.rules,
             statements=self._statements,
         )
 
@@ -306,14 +299,14 @@ class Applier:
         """Quarantine the one delivery that cannot be applied."""
         kind = "" if isinstance(error, StoreError) else f"{type(error).__name__}: "
         quarantined = [(delivery_id, f"it cannot be applied: {kind}{error}")]
-        await self._database.write(partial(quarantine, reasons=quarantined))
+        await self.database.write(partial(quarantine, reasons=quarantined))
         return ApplyResult(1, True, quarantined, NO_CHANGE)
 
     def _report(self, result: ApplyResult) -> None:
-        for on_commit in self._on_commit:
+        for on_commit in self.on_commit:
             call_hook(on_commit, result.outcome)
         bad = len(result.quarantined)
-        for on_applied in self._on_applied:
+        for on_applied in self.on_applied:
             call_hook(on_applied, result.taken - bad, bad)
         reasons: dict[str, list[str]] = {}
         for delivery_id, reason in result.quarantined:

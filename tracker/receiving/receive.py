@@ -74,26 +74,18 @@ class Receiving:
         )
 
 
+@dataclass(kw_only=True, eq=False)
 class Receiver:
     """Receives callbacks. `tolerance` is how many seconds a signed time may be off; 0 is unchecked.
 
     `find_new_secrets` is called when no secret fits; it returns whether there are new ones.
     """
 
-    def __init__(
-        self,
-        *,
-        inbox: Inbox,
-        workspaces: Workspaces,
-        tolerance: float,
-        clock: Clock,
-        find_new_secrets: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self._inbox = inbox
-        self._workspaces = workspaces
-        self._tolerance = tolerance
-        self._clock = clock
-        self._find_new_secrets = find_new_secrets
+    inbox: Inbox
+    workspaces: Workspaces
+    tolerance: float
+    clock: Clock
+    find_new_secrets: Callable[[], bool] = lambda: False
 
     def receive(
         self,
@@ -110,9 +102,9 @@ class Receiver:
         Raises `SignatureError` and `NoSecrets`, and `StoreUnavailable` if the queue is full; then
         nothing is stored.
         """
-        now = self._clock()
+        now = self.clock()
         secret = self._verify(body, signature, now)
-        signers = self._workspaces.signed_by(secret)
+        signers = self.workspaces.signed_by(secret)
         delivery = parse_delivery(
             body,
             at=now,
@@ -124,24 +116,24 @@ class Receiver:
             (one for one in signers if one.workspace_id == delivery.workspace_id), signers[0]
         )
         position = signer.secrets.index(secret) + 1  # before the commit: secrets are rotated
-        return Receiving(delivery, signer.name, position, self._inbox.enqueue(delivery))
+        return Receiving(delivery, signer.name, position, self.inbox.enqueue(delivery))
 
     def _verify(self, body: bytes, signature: str | bytes | None, now: datetime) -> str:
         """The secret that signed the body; new secrets are looked up before it is refused."""
-        secrets = self._workspaces.secrets
-        if not secrets and self._find_new_secrets():
-            secrets = self._workspaces.secrets
+        secrets = self.workspaces.secrets
+        if not secrets and self.find_new_secrets():
+            secrets = self.workspaces.secrets
         if not secrets:
             raise NoSecrets(
                 "no signing secret is set, so no callback can be verified: set FLORA_WEBHOOK_SECRET"
             )
         try:
-            return secrets[verify(signature, body, secrets, now=now, tolerance=self._tolerance)]
+            return secrets[verify(signature, body, secrets, now=now, tolerance=self.tolerance)]
         except SignatureError as error:
-            if error.reason != "mismatch" or not self._find_new_secrets():
+            if error.reason != "mismatch" or not self.find_new_secrets():
                 raise
-        secrets = self._workspaces.secrets
-        return secrets[verify(signature, body, secrets, now=now, tolerance=self._tolerance)]
+        secrets = self.workspaces.secrets
+        return secrets[verify(signature, body, secrets, now=now, tolerance=self.tolerance)]
 
 
 def parse_delivery(

@@ -8,7 +8,7 @@ removed by retention stays quarantined, because it would bring the run back.
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import InitVar, dataclass, replace
 from functools import partial
 from typing import Any, Final
 
@@ -57,15 +57,16 @@ class Replay:
     already: bool = False
 
 
+@dataclass(kw_only=True, eq=False)
 class Replayer:
     """Applies stored callbacks again, or marks them as seen."""
 
-    def __init__(
-        self, *, database: Database, applier: Applier, workspaces: Workspaces, clock: Clock
-    ) -> None:
-        self._database = database
-        self._applier = applier
-        self._clock = clock
+    database: Database
+    applier: Applier
+    workspaces: InitVar[Workspaces]
+    clock: Clock
+
+    def __post_init__(self, workspaces: Workspaces) -> None:
         self._parser = CallbackParser(workspaces)
 
     async def replay(self, delivery_id: str) -> Replay:
@@ -87,17 +88,17 @@ class Replayer:
                 "run_id": again.run_id,
                 "still_quarantined": reason,
             }
-            entry = audit.entry(Action.REPLAY, self._clock(), **detail)
+            entry = audit.entry(Action.REPLAY, self.clock(), **detail)
             log.info("delivery.replayed", actor=entry["actor"], **detail)
             if reason is not None:
-                await audit.write(self._database, entry)
+                await audit.write(self.database, entry)
                 return _replay(row, reason=reason)
-            if not await self._database.write(partial(_requeue, again, entry)):
+            if not await self.database.write(partial(_requeue, again, entry)):
                 row = await self._row(delivery_id)  # another process was quicker
                 if row.outcome is DeliveryOutcome.APPLIED:
                     return _replay(row, reason=APPLIED_BEFORE, already=True)
         for _ in range(CHECKS):
-            await self._applier.drain()
+            await self.applier.drain()
             row = await self._row(delivery_id)
             if row.outcome is not DeliveryOutcome.WAITING:
                 return _replay(row, reason=row.reason)
@@ -113,18 +114,18 @@ class Replayer:
         done: list[str] = []
         for first in range(0, len(delivery_ids), ACKNOWLEDGED_AT_ONCE):
             some = delivery_ids[first : first + ACKNOWLEDGED_AT_ONCE]
-            entry = audit.entry(Action.ACKNOWLEDGE, self._clock())
-            done += await self._database.write(partial(_acknowledge, some, entry))
+            entry = audit.entry(Action.ACKNOWLEDGE, self.clock())
+            done += await self.database.write(partial(_acknowledge, some, entry))
         return done
 
     async def _row(self, delivery_id: str) -> DeliveryRow:
-        row = await get_delivery(self._database, delivery_id)
+        row = await get_delivery(self.database, delivery_id)
         if row is None:
             raise UnknownDelivery(f"there is no delivery {delivery_id}")
         return row
 
     async def _applied_before(self, row: DeliveryRow) -> str:
-        kept = row.run_id is None or await get_run(self._database, row.run_id)
+        kept = row.run_id is None or await get_run(self.database, row.run_id)
         return APPLIED_BEFORE if kept else f"{APPLIED_BEFORE}; its run has been deleted"
 
     def _parse_again(self, row: DeliveryRow, body: bytes) -> Delivery:
@@ -141,7 +142,7 @@ class Replayer:
             return parsed.reason
         # A callback comes when its run ends, or soon after.
         listed = ListedRun(seen.run_id, seen.workspace_id, delivery.received_at - AROUND)
-        if await retention.find_removed(self._database, [listed]):
+        if await retention.find_removed(self.database, [listed]):
             return (
                 f"it is as old as runs that retention has removed, and run {seen.run_id} is not "
                 "kept here; `tracker runs track` reads it again"

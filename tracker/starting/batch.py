@@ -8,7 +8,7 @@ all have ended. After an interruption the next plan of the same sheet resumes th
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any, Final
@@ -81,18 +81,8 @@ class Batches(BatchPlanner):
     poller: Poller
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
 
-    async def launch_of(
-        self,
-        plan: BatchPlan,
-        *,
-        concurrency: int,
-        wait: bool = True,
-        max_cost: Decimal | None = None,
-        wait_for_budget: bool = False,
-        started_by: str = "batch",
-        spent: Mapping[str, Decimal] | None = None,
-    ) -> BatchLaunch:
-        """The launch of a plan; see there for the options.
+    async def launch_of(self, plan: BatchPlan, **options: Any) -> BatchLaunch:
+        """The launch of a plan; `options` are those of `BatchLaunch`.
 
         Raises `TrackerError` if the workspace is not configured here, or if there are rows to start
         and the price could not be read.
@@ -107,14 +97,9 @@ class Batches(BatchPlanner):
             workspace=await self.workspace_of(plan.batch),
             starter=self.starter,
             recovery=self.recovery,
-            concurrency=concurrency,
-            wait=wait,
-            max_cost=max_cost,
-            wait_for_budget=wait_for_budget,
-            started_by=started_by,
-            spent=spent,
             clock=self.clock,
             sleep=self.sleep,
+            **options,
         )
 
     async def run(

@@ -14,6 +14,7 @@ import asyncio
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import KW_ONLY, InitVar, dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Final
@@ -63,6 +64,7 @@ BUDGET_EVERY: Final = timedelta(seconds=30)
 log = get_logger(__name__)
 
 
+@dataclass(eq=False)
 class BatchLaunch:
     """Starts the missing rows of a plan, for one command or order.
 
@@ -72,37 +74,24 @@ class BatchLaunch:
     row begins now, if it is to `wait_for_budget`.
     """
 
-    def __init__(
-        self,
-        plan: BatchPlan,
-        *,
-        database: Database,
-        workspace: Workspace,
-        starter: Starter,
-        recovery: Recovery,
-        concurrency: int,
-        clock: Clock,
-        wait: bool = True,
-        max_cost: Decimal | None = None,
-        wait_for_budget: bool = False,
-        started_by: str = "batch",
-        spent: Mapping[str, Decimal] | None = None,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-    ) -> None:
-        self._plan = plan
-        self._database = database
-        self._workspace = workspace
-        self._starter = starter
-        self._recovery = recovery
-        self._concurrency = concurrency
-        self._clock = clock
-        self._wait = wait
-        self._max_cost = max_cost
-        self._wait_for_budget = wait_for_budget
-        self._started_by = started_by
+    plan: BatchPlan
+    _: KW_ONLY
+    database: Database
+    workspace: Workspace
+    starter: Starter
+    recovery: Recovery
+    concurrency: int
+    clock: Clock
+    wait: bool = True
+    max_cost: Decimal | None = None
+    wait_for_budget: bool = False
+    started_by: str = "batch"
+    spent: InitVar[Mapping[str, Decimal] | None] = None
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+
+    def __post_init__(self, spent: Mapping[str, Decimal] | None) -> None:
         self._budget_at: datetime | None = None
         self.over_budget: BudgetExceeded | None = None
-        self._sleep = sleep
         self._queue: deque[PlannedRow] = deque()
         self._later: list[PlannedRow] = []
         self._doubt: dict[str, PlannedRow] = {}
@@ -116,8 +105,8 @@ class BatchLaunch:
         self.started = 0
         self.errors: dict[str, str] = {}
         self.stopped: TrackerError | None = None
-        for row in plan.missing:
-            start = plan.states[row.entry.key].start
+        for row in self.plan.missing:
+            start = self.plan.states[row.entry.key].start
             if start is not None and start.state in UNKNOWN:
                 self._doubt[row.entry.key] = row
             else:
@@ -140,7 +129,7 @@ class BatchLaunch:
     @property
     def errors_by_position(self) -> dict[int, str]:
         """The errors by the positions of their rows."""
-        rows = (row.entry for row in self._plan.rows)
+        rows = (row.entry for row in self.plan.rows)
         return {row.position: self.errors[row.key] for row in rows if row.key in self.errors}
 
     @property
@@ -151,12 +140,12 @@ class BatchLaunch:
     @property
     def unreadable(self) -> str | None:
         """Why the runs of the workspace cannot be read now, if that is so."""
-        return self._workspace.require_client().breaker.reason
+        return self.workspace.require_client().breaker.reason
 
     @property
     def paused(self) -> float:
         """Seconds for which FLORA accepts no request."""
-        return self._workspace.require_client().request_limit.state().paused
+        return self.workspace.require_client().request_limit.state().paused
 
     def break_off(self) -> None:
         """Begin no further row."""
@@ -167,9 +156,9 @@ class BatchLaunch:
         try:
             while True:
                 async with asyncio.TaskGroup() as group:
-                    for _ in range(min(self._concurrency, len(self._queue))):
+                    for _ in range(min(self.concurrency, len(self._queue))):
                         group.create_task(self._work())
-                waits = self._wait and len(self._doubt) > 0
+                waits = self.wait and len(self._doubt) > 0
                 left = (self._later or self._queue) and not self._over
                 if self.broken_off or not (waits or left):
                     return
@@ -178,7 +167,7 @@ class BatchLaunch:
                 if not self._over:
                     self._queue_due()
                 if not self._queue or self._waits_for_budget:
-                    await self._sleep(CHECK_EVERY)
+                    await self.sleep(CHECK_EVERY)
                 elif self._over:
                     return
         except StoreError as error:
@@ -192,12 +181,12 @@ class BatchLaunch:
         """Seconds until the row may be tried, as advised when it failed."""
         if row.not_before is None:
             return 0.0
-        return max(0.0, (row.not_before - self._clock()).total_seconds())
+        return max(0.0, (row.not_before - self.clock()).total_seconds())
 
     @property
     def _waits_for_budget(self) -> bool:
         """Whether no row begins now because a budget has no room."""
-        return self._budget_at is not None and self._clock() < self._budget_at
+        return self._budget_at is not None and self.clock() < self._budget_at
 
     def _queue_due(self) -> None:
         """Queue the rows that are due."""
@@ -206,12 +195,12 @@ class BatchLaunch:
 
     async def _check_doubts(self) -> None:
         """Check the starts in doubt; a row that may be sent again is queued."""
-        await self._recovery.recover()
+        await self.recovery.recover()
         for keys in chunks(list(self._doubt)):
-            rows = await starts.of_keys(self._database, self._plan.batch.workspace_slot, keys)
+            rows = await starts.of_keys(self.database, self.plan.batch.workspace_slot, keys)
             for key in keys:
                 found = rows.get(key)
-                if found is None or (found.is_fresh and not found.is_held(self._clock())):
+                if found is None or (found.is_fresh and not found.is_held(self.clock())):
                     row = self._doubt.pop(key)
                     if not self._over:
                         self._queue.append(row)
@@ -226,7 +215,7 @@ class BatchLaunch:
         try:
             while self._queue and not (self._over or self._waits_for_budget):
                 if (paused := self.paused) > 0:
-                    await self._sleep(min(paused, 1.0))
+                    await self.sleep(min(paused, 1.0))
                     continue
                 row = self._queue.popleft()
                 self._starting[row.entry.key] = row
@@ -242,24 +231,24 @@ class BatchLaunch:
 
     async def _fits(self, row: PlannedRow) -> bool:
         """Whether the row's price fits into the maximum cost; else the launch stops."""
-        if self._max_cost is None:
+        if self.max_cost is None:
             return True
         await self._read_charges()
-        cost = self._plan.cost_of(row)
+        cost = self.plan.cost_of(row)
         if cost is None:
             self._stop(MaxCostReached("FLORA shows no price to compare with the maximum cost"))
             return False
         starting = [one for one in self._starting.values() if one is not row]
         reserved = [
-            self._plan.cost_of(one) or Decimal(0) for one in (*starting, *self._doubt.values())
+            self.plan.cost_of(one) or Decimal(0) for one in (*starting, *self._doubt.values())
         ]
         committed = sum(self._spent.values(), Decimal(0)) + sum(reserved, Decimal(0))
-        if committed + cost <= self._max_cost:
+        if committed + cost <= self.max_cost:
             return True
         self._stop(
             MaxCostReached(
                 f"quotes and charges are ${committed:f}, and another row could exceed "
-                f"the maximum cost of ${self._max_cost:f}"
+                f"the maximum cost of ${self.max_cost:f}"
             )
         )
         return False
@@ -269,7 +258,7 @@ class BatchLaunch:
         if time.monotonic() - self._charges_read_at < CHARGES_EVERY:
             return
         for run_ids in chunks(list(self._spent)):
-            for run_id, record in (await read.get_runs(self._database, run_ids)).items():
+            for run_id, record in (await read.get_runs(self.database, run_ids)).items():
                 if record.cost_final or record.run.charged_cost is not None:
                     self._spent[run_id] = record.run.charged_cost or Decimal(0)
         self._charges_read_at = time.monotonic()
@@ -277,20 +266,20 @@ class BatchLaunch:
     async def _start(self, row: PlannedRow) -> None:
         key = row.entry.key
         request = StartRequest(
-            technique=self._plan.technique.technique_id,
+            technique=self.plan.technique.technique_id,
             inputs=row.inputs,
-            workspace_id=self._workspace.workspace_id,
+            workspace_id=self.workspace.workspace_id,
             idempotency_key=key,
-            started_by=self._started_by,
+            started_by=self.started_by,
             tags=row.tags,
         )
         try:
-            started = await self._starter.start(request, wait_in_doubt=False)
+            started = await self.starter.start(request, wait_in_doubt=False)
         except RateLimited:
             self._queue.appendleft(row)
         except BudgetExceeded as error:
-            if self._wait_for_budget and error.ever_fits and error.renews_at is not None:
-                self._budget_at = min(error.renews_at, self._clock() + BUDGET_EVERY)
+            if self.wait_for_budget and error.ever_fits and error.renews_at is not None:
+                self._budget_at = min(error.renews_at, self.clock() + BUDGET_EVERY)
                 self.over_budget = error
             else:
                 self._stop(error)
@@ -312,7 +301,7 @@ class BatchLaunch:
             self._worked_at = time.monotonic()
             self._silent.clear()
             quoted = started.record.run.quoted_cost or Decimal(0)
-            cost = self._plan.cost_of(row) or Decimal(0)
+            cost = self.plan.cost_of(row) or Decimal(0)
             self._spent[started.record.run.run_id] = max(quoted, cost)
 
     def _retry_or_stop(self, row: PlannedRow, error: FloraError) -> None:
@@ -322,7 +311,7 @@ class BatchLaunch:
         unconnected = isinstance(error, FloraUnreachable) and not error.may_have_acted
         if (unconnected and time.monotonic() - self._worked_at >= SILENCE) or len(
             self._silent
-        ) >= max(FAILURES, self._concurrency):
+        ) >= max(FAILURES, self.concurrency):
             self._stop(error)
         self._tries[key] += 1
         if self._tries[key] < TRIES:

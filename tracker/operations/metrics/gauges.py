@@ -53,27 +53,19 @@ class _Snapshot:
     backlogs: Mapping[str, Backlog]
 
 
+@dataclass(kw_only=True, eq=False)
 class DatabaseGauges(Collector):
     """Current values of the database, read by `refresh`."""
 
-    def __init__(
-        self,
-        *,
-        database: Database,
-        workspaces: Workspaces,
-        contacts: Contacts,
-        budgets: BudgetReader,
-        clock: Clock,
-        keep_seconds: float = KEEP_SECONDS,
-        patience: float = PATIENCE,
-    ) -> None:
-        self._database = database
-        self._workspaces = workspaces
-        self._contacts = contacts
-        self._budgets = budgets
-        self._clock = clock
-        self._keep_seconds = keep_seconds
-        self._patience = patience
+    database: Database
+    workspaces: Workspaces
+    contacts: Contacts
+    budgets: BudgetReader
+    clock: Clock
+    keep_seconds: float = KEEP_SECONDS
+    patience: float = PATIENCE
+
+    def __post_init__(self) -> None:
         self._reading: asyncio.Task[None] | None = None
         self._fresh_until = 0.0
         self._took = 0.0
@@ -86,7 +78,7 @@ class DatabaseGauges(Collector):
         if self._reading is None or (self._reading.done() and loop.time() >= self._fresh_until):
             self._reading = asyncio.create_task(self._read(), name="metrics-state")
         # A reading that timed out may also take long to be cancelled.
-        done, _ = await asyncio.wait([self._reading], timeout=self._patience)
+        done, _ = await asyncio.wait([self._reading], timeout=self.patience)
         for reading in done:
             reading.result()
 
@@ -101,7 +93,7 @@ class DatabaseGauges(Collector):
         began = loop.time()
         self._snapshot = None
         try:
-            async with asyncio.timeout(self._patience):
+            async with asyncio.timeout(self.patience):
                 self._snapshot = await self._take_snapshot()
             self._failing = False
         except (StoreError, TimeoutError) as error:
@@ -110,27 +102,27 @@ class DatabaseGauges(Collector):
                 log.warning("metrics.database_unread", error=message)
             self._failing = True
         self._took = loop.time() - began
-        self._fresh_until = loop.time() + self._keep_seconds
+        self._fresh_until = loop.time() + self.keep_seconds
 
     async def _take_snapshot(self) -> _Snapshot:
-        now = self._clock()
-        await self._contacts.read()
-        swept = {one.workspace_id or UNKNOWN: one for one in await sweep_health(self._database)}
-        keyed = [one.name for one in self._workspaces if one.client and one.workspace_id]
+        now = self.clock()
+        await self.contacts.read()
+        swept = {one.workspace_id or UNKNOWN: one for one in await sweep_health(self.database)}
+        keyed = [one.name for one in self.workspaces if one.client and one.workspace_id]
         return _Snapshot(
             now=now,
-            gauges=await read_gauges(self._database, now=now),
-            own_addresses_missing=await starts.own_are_missing(self._database, now=now),
+            gauges=await read_gauges(self.database, now=now),
+            own_addresses_missing=await starts.own_are_missing(self.database, now=now),
             swept=swept,
             never_swept=[name for name in keyed if name not in swept],
-            usages=await self._budgets.usages(),
-            unread=sweeps.unread(await sweeps.everything(self._database)),
+            usages=await self.budgets.usages(),
+            unread=sweeps.unread(await sweeps.everything(self.database)),
             endpoints=[
                 one
-                for one in await endpoints.list_endpoints(self._database)
+                for one in await endpoints.list_endpoints(self.database)
                 if one.is_configured(now)
             ],
-            backlogs=await endpoints.backlogs(self._database),
+            backlogs=await endpoints.backlogs(self.database),
         )
 
     def collect(self) -> Iterator[Metric]:

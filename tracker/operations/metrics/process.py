@@ -1,6 +1,7 @@
 """Current values of this process, read at each scrape."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import KW_ONLY, dataclass
 from typing import Final
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -29,53 +30,43 @@ _REQUEST_LIMITS: Final[tuple[tuple[Family, str, str, _Value], ...]] = (
 )
 
 
+@dataclass(eq=False)
 class ProcessGauges(Collector):
     """Current values of this process."""
 
-    def __init__(
-        self,
-        counters: Counters,
-        *,
-        waiting: Callable[[], int],
-        workspaces: Workspaces,
-        contacts: Contacts,
-        sweep_seconds: Callable[[], float],
-        clock: Clock,
-    ) -> None:
-        self._waiting = waiting
-        self._workspaces = workspaces
-        self._contacts = contacts
-        self._clock = clock
-        self._sweep_seconds = sweep_seconds
-        self._counters = counters
+    counters: Counters
+    _: KW_ONLY
+    waiting: Callable[[], int]
+    workspaces: Workspaces
+    contacts: Contacts
+    sweep_seconds: Callable[[], float]
+    clock: Clock
 
     def collect(self) -> Iterator[Metric]:
         """The metrics with their current values."""
         yield labelled("build_info", "1, with the version.", ["version"], {__version__: 1})
-        yield gauge("queue_entries", "Entries not committed yet.", self._waiting())
-        yield gauge(
-            "worker_running", "1 in a process with a worker.", self._counters.worker_running
-        )
+        yield gauge("queue_entries", "Entries not committed yet.", self.waiting())
+        yield gauge("worker_running", "1 in a process with a worker.", self.counters.worker_running)
         yield gauge(
             "worker_last_round_timestamp_seconds",
             "When the worker last checked for due runs; 0 if never.",
-            timestamp(self._counters.last_round_at),
+            timestamp(self.counters.last_round_at),
         )
         yield gauge(
             "sweep_interval_seconds",
             "Longest time between two scheduled sweeps.",
-            self._sweep_seconds(),
+            self.sweep_seconds(),
         )
         yield from self._flora()
 
     def _flora(self) -> Iterator[Metric]:
-        keyed = {one.name: one for one in self._workspaces if one.client is not None}
+        keyed = {one.name: one for one in self.workspaces if one.client is not None}
         limits = {name: one.require_client().request_limit.state() for name, one in keyed.items()}
         for family, name, meaning, value in _REQUEST_LIMITS:
             values = {workspace: value(limit) for workspace, limit in limits.items()}
             yield labelled(name, meaning, _WORKSPACE, values, family)
-        now = self._clock()
-        states = {name: self._contacts.of(one) for name, one in keyed.items()}
+        now = self.clock()
+        states = {name: self.contacts.of(one) for name, one in keyed.items()}
         troubles = {
             name: one.trouble.trouble
             for name, one in states.items()
