@@ -22,12 +22,13 @@ from tracker.flora.technique import ports
 from tracker.store.text import dump_json
 
 if TYPE_CHECKING:  # commands that show runs load nothing of the others
+    from tracker.core.schedule import Durations
     from tracker.explaining.explainer import Explanation
     from tracker.starting.batch_rows import RowState
     from tracker.store.queries.audit import AuditRow
     from tracker.store.queries.batches import BatchCounts, BatchRow, ErrorGroup
     from tracker.store.queries.changes import Line
-    from tracker.store.queries.endpoints import AttemptRow, Backlog, Delays, EndpointRow, MessageRow
+    from tracker.store.queries.endpoints import AttemptRow, Backlog, EndpointRow, MessageRow
     from tracker.store.queries.runs import DeliveryRow, Event
     from tracker.store.queries.spending import Spending, Usage
     from tracker.store.queries.starts import StartRow
@@ -113,7 +114,7 @@ def delivery_json(row: "DeliveryRow") -> dict[str, Any]:
     return shown
 
 
-def endpoint_json(row: "EndpointRow", backlog: "Backlog", delays: "Delays") -> dict[str, Any]:
+def endpoint_json(row: "EndpointRow", backlog: "Backlog", delays: "Durations") -> dict[str, Any]:
     """An endpoint without its secrets, what waits for it, and its delays in seconds."""
     return {
         **values_of(row, "endpoint_id", "url", "state", "events"),

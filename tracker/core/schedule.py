@@ -8,9 +8,11 @@ end is expected, by the longest wait at most.
 docs/performance.md has the figures behind the defaults.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from hashlib import blake2b
+from math import ceil
 from typing import Final
 
 from tracker.core.run import Run
@@ -41,11 +43,21 @@ class Policy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Durations:
-    """Seconds from creation to end of a technique's last `count` runs."""
+    """Seconds from creation to end of a technique's last `count` runs, or from event to delivery of
+    an endpoint's last `count` messages."""
 
     count: int
     p50: float
     p95: float
+
+    @classmethod
+    def between(cls, spans: Iterable[tuple[datetime, datetime]]) -> "Durations":
+        """The durations of these spans, quantiles by nearest rank; none is below 0."""
+        took = sorted(max((end - begin).total_seconds(), 0.0) for begin, end in spans)
+        if not took:
+            return cls(count=0, p50=0.0, p95=0.0)
+        p50, p95 = (took[max(ceil(share * len(took)) - 1, 0)] for share in (0.5, 0.95))
+        return cls(count=len(took), p50=p50, p95=p95)
 
 
 def first_wait(

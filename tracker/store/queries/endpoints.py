@@ -9,9 +9,9 @@ from typing import Any, Final, Literal
 from sqlalchemy import ColumnElement, Connection, Row, and_, case, func, select
 
 from tracker.core.events import EventType, MessageState, RunFilter
+from tracker.core.schedule import Durations
 from tracker.store.engine import Database
 from tracker.store.queries.paging import newest_first
-from tracker.store.queries.runs import quantile
 from tracker.store.schema import endpoints, message_attempts, messages, word
 
 HANDLER_URL: Final = "python:"
@@ -96,15 +96,6 @@ class Backlog:
     oldest_at: datetime | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delays:
-    """Seconds from event to delivery of the last `count` delivered messages of an endpoint."""
-
-    count: int = 0
-    p50: float = 0.0
-    p95: float = 0.0
-
-
 _SHOWN: Final = [column for column in endpoints.c if not column.name.startswith("catch_up")]
 
 
@@ -153,8 +144,9 @@ async def backlogs(db: Database) -> dict[str, Backlog]:
     return found
 
 
-async def delays(db: Database, endpoint_id: str, *, since: datetime) -> Delays:
-    """The delays of the newest messages (`SAMPLE`) created since that time, as far as delivered."""
+async def delays(db: Database, endpoint_id: str, *, since: datetime) -> Durations:
+    """Those of the newest messages (`SAMPLE`) created since that time that are delivered, from the
+    event to the delivery."""
     newest = (
         select(messages.c.event_at, messages.c.delivered_at)
         .where(messages.c.endpoint_id == endpoint_id, messages.c.created_at >= since)
@@ -162,14 +154,7 @@ async def delays(db: Database, endpoint_id: str, *, since: datetime) -> Delays:
         .limit(SAMPLE)
     )
     rows = await db.fetch(newest)
-    took = sorted(
-        max((delivered_at - event_at).total_seconds(), 0.0)
-        for event_at, delivered_at in rows
-        if delivered_at is not None
-    )
-    if not took:
-        return Delays()
-    return Delays(count=len(took), p50=quantile(took, 0.5), p95=quantile(took, 0.95))
+    return Durations.between((row[0], row[1]) for row in rows if row.delivered_at is not None)
 
 
 async def configure(

@@ -1,6 +1,5 @@
 """Queries of runs, their timeline, deliveries and why they are quarantined, and counts."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -217,12 +216,7 @@ async def events(db: Database, run_id: str) -> list[Event]:
 async def durations(db: Database, technique_id: str) -> Durations:
     """Seconds from creation to end of the technique's last completed runs."""
     rows = await db.fetch(last_completed(technique_id))
-    took = sorted(
-        max((completed_at - created_at).total_seconds(), 0.0) for created_at, completed_at in rows
-    )
-    if not took:
-        return Durations(count=0, p50=0.0, p95=0.0)
-    return Durations(count=len(took), p50=quantile(took, 0.5), p95=quantile(took, 0.95))
+    return Durations.between((row.created_at, row.completed_at) for row in rows)
 
 
 def last_completed(technique_id: str) -> Select[Any]:
@@ -304,11 +298,6 @@ async def counts(db: Database, *, now: datetime) -> Counts:
 
 def _count(table: Table, condition: ColumnElement[bool]) -> ScalarSelect[int]:
     return select(func.count()).select_from(table).where(condition).scalar_subquery()
-
-
-def quantile(ordered: Sequence[float], share: float) -> float:
-    """The nearest-rank quantile."""
-    return ordered[max(math.ceil(share * len(ordered)) - 1, 0)]
 
 
 def _delivery(row: Row[Any]) -> DeliveryRow:
