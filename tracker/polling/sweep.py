@@ -66,6 +66,11 @@ LEASE: Final = timedelta(minutes=1)
 RENEW_AFTER: Final = 15.0
 """Seconds after which a sweep renews its lease (FLORA may be slow for minutes)."""
 
+_LOGGED: Final = (
+    *("pages", "items", "discovered", "repaired", "unreadable", "error", "generations_error"),
+)
+"""What the log of sweeps keeps of a report."""
+
 log = get_logger(__name__)
 
 
@@ -420,15 +425,9 @@ class _Sweep:
                 self._database,
                 await self._log_row(),
                 at=self._clock(),
-                pages=report.pages,
-                items=report.items,
-                discovered=report.discovered,
-                repaired=report.repaired,
-                unreadable=report.unreadable,
                 through=self._through.get("technique"),
                 generations_through=self._through.get("generation"),
-                error=report.error,
-                generations_error=report.generations_error,
+                **{name: getattr(report, name) for name in _LOGGED},
             )
         except StoreError as failure:
             report.error = report.error or str(failure)

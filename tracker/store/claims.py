@@ -29,14 +29,11 @@ from tracker.core.run import Precedence, Tracking
 from tracker.core.schedule import Policy
 from tracker.store.engine import Database
 from tracker.store.rows import RUN_COLUMNS, records
-from tracker.store.schema import leases, runs, word
+from tracker.store.schema import is_free, leases, runs, word
 
 _CLAIMED: Final = (runs.c.next_check_at.is_not(None), runs.c.recheck_at.is_not(None))
 """Runs that can be claimed, each by its index."""
 _ENDED: Final = runs.c.standing >= Precedence.CALLBACK_FAILED
-
-LONGEST_CLAIM: Final = timedelta(minutes=5)
-"""A claim that lasts longer was made before the clock was set back: it has expired."""
 
 Workspaces = Sequence[str | None] | None
 """The workspaces whose runs are meant: `None` for all, a `None` inside for unknown ones."""
@@ -123,13 +120,13 @@ async def next_due_at(
     """
     first = (
         select(runs.c.next_check_at)
-        .where(runs.c.next_check_at.is_not(None), _free(now), within(workspaces))
+        .where(runs.c.next_check_at.is_not(None), is_free(runs, now), within(workspaces))
         .order_by(runs.c.next_check_at)
         .limit(1)
     )
     # Claimed runs were due, so they are at the front of the index.
     freed = select(func.min(runs.c.lease_until)).where(
-        runs.c.next_check_at <= now, not_(_free(now)), within(workspaces)
+        runs.c.next_check_at <= now, not_(is_free(runs, now)), within(workspaces)
     )
     async with db.read() as connection:
         found = [await connection.scalar(each) for each in (first, freed)]
@@ -154,7 +151,7 @@ def due_runs(
     due = runs.c.recheck_at if recheck else runs.c.next_check_at
     statement = (
         select(runs.c.run_id)
-        .where(due <= now, _free(now), within(workspaces))
+        .where(due <= now, is_free(runs, now), within(workspaces))
         .order_by(due.desc() if newest else due)
     )
     return statement.where(_ENDED) if ended else statement
@@ -210,11 +207,6 @@ async def drop_lease(db: Database, name: str, holder: str) -> None:
     """Release the lease `name`, if `holder` has it."""
     statement = delete(leases).where(leases.c.name == name, leases.c.holder == holder)
     await db.write(lambda connection: connection.execute(statement).rowcount)
-
-
-def _free(now: datetime) -> ColumnElement[bool]:
-    until = runs.c.lease_until
-    return or_(until.is_(None), until <= now, until > now + LONGEST_CLAIM)
 
 
 def within(

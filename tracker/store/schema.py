@@ -4,7 +4,7 @@ Names and meaning of the columns that dashboards read are public and stay. Rows 
 written by the writer alone; claims change only their lease and times.
 """
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any, Final
 
@@ -34,13 +34,14 @@ from sqlalchemy import (
     false,
     func,
     literal_column,
+    or_,
     text,
     type_coerce,
 )
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-from tracker.core.events import EventType
+from tracker.core.events import EventType, MessageState
 from tracker.core.observation import Source
 from tracker.core.record import DeliveryOutcome
 from tracker.core.run import Tracking
@@ -124,7 +125,6 @@ metadata: Final = MetaData(
 START_STATES: Final = ("stored", "sent", "in_doubt", "started", "refused", "unresolved")
 RETENTION_MARKS: Final = ("runs", "bodies")
 ENDPOINT_STATES: Final = ("enabled", "disabled")
-MESSAGE_STATES: Final = ("pending", "delivered", "failed")
 
 
 def _one_of(column: str, values: Any) -> CheckConstraint:
@@ -141,6 +141,16 @@ def word(value: str) -> ColumnElement[str]:
     """A constant in the text of a statement, because the planner chooses partial indexes before it
     knows the parameters."""
     return literal_column(f"'{value}'", CleanText)
+
+
+LONGEST_LEASE: Final = timedelta(minutes=5)
+"""A lease on a row that lasts longer was taken before the clock was set back: it has expired."""
+
+
+def is_free(table: Table, now: datetime) -> ColumnElement[bool]:
+    """No process has a lease on the row."""
+    until = table.c.lease_until
+    return or_(until.is_(None), until <= now, until > now + LONGEST_LEASE)
 
 
 def _storage(*, fillfactor: int | None = None) -> dict[str, Any]:
@@ -429,12 +439,11 @@ starts: Final = Table(
     _partial("ix_starts_several", "reserved_at", where="state = 'started' AND reserved_runs > 1"),
     Index("ix_starts_run", "run_id"),
     Index("ix_starts_technique", "technique_id", "created_at"),
-    Index(
+    _partial(
         "ix_starts_callback_token",
         "callback_token",
+        where="callback_token IS NOT NULL",
         unique=True,
-        postgresql_where=text("callback_token IS NOT NULL"),
-        sqlite_where=text("callback_token IS NOT NULL"),
     ),
     postgresql_with=_storage(),
 )
@@ -586,13 +595,7 @@ audit: Final = Table(
     Column("count", Integer, nullable=False),
     CheckConstraint("count >= 1", name="count"),
     Index("ix_audit_newest", "at", "id"),
-    Index(
-        "ix_audit_refused",
-        *("address", "at", "actor"),
-        unique=True,
-        postgresql_where=text("action = 'refused'"),
-        sqlite_where=text("action = 'refused'"),
-    ),
+    _partial("ix_audit_refused", "address", "at", "actor", where="action = 'refused'", unique=True),
 )
 
 # The workspace of each API key, as FLORA reported it. A key cannot be derived from its fingerprint.
@@ -705,7 +708,7 @@ messages: Final = Table(
     Column("lease_until", UtcDateTime),
     Column("lease_holder", CleanText),
     _one_of("event", EventType),
-    _one_of("state", MESSAGE_STATES),
+    _one_of("state", MessageState),
     CheckConstraint("attempts >= 0", name="attempts"),
     CheckConstraint("(state = 'pending') = (next_attempt_at IS NOT NULL)", name="pending_is_due"),
     CheckConstraint(

@@ -17,12 +17,10 @@ from tracker.store.engine import Database
 from tracker.store.queries import audit
 from tracker.store.queries.batches import BATCH_COLUMNS, BatchRow, batch_counts, chunks, keep_errors
 from tracker.store.queries.starts import StartState
-from tracker.store.schema import batch_rows, batches, starts
+from tracker.store.schema import LONGEST_LEASE, batch_rows, batches, is_free, starts
 
 LEASE: Final = timedelta(seconds=30)
 """How long the lease of a process that died lasts; a living one renews it."""
-LATEST: Final = timedelta(minutes=5)
-"""A time that is further ahead was stored before the clock was set back, and is void."""
 
 _OPEN: Final = and_(batches.c.launch.is_not(None), batches.c.finished_at.is_(None))
 
@@ -35,9 +33,9 @@ async def claim_due(
         select(batches.c.batch_id)
         .where(
             _OPEN,
-            _passed(batches.c.launch_at, now),
+            or_(batches.c.launch_at <= now, batches.c.launch_at > now + LONGEST_LEASE),
             batches.c.workspace_slot.in_(workspaces),
-            or_(batches.c.lease_until.is_(None), _passed(batches.c.lease_until, now)),
+            is_free(batches, now),
         )
         .order_by(batches.c.launch_at)
         .limit(limit)
@@ -153,10 +151,6 @@ def _held(batch: BatchRow, holder: str) -> ColumnElement[bool]:
         batches.c.lease_holder == holder,
         batches.c.launch_at == batch.launch_at,
     )
-
-
-def _passed(at: ColumnElement[datetime], now: datetime) -> ColumnElement[bool]:
-    return or_(at <= now, at > now + LATEST)
 
 
 # What earlier batches did with the same rows and columns, for the plan of the next one.

@@ -45,7 +45,7 @@ from tracker.core.observation import Source
 from tracker.store.engine import Database
 from tracker.store.queries import audit, paging, spending
 from tracker.store.queries.audit import Action
-from tracker.store.schema import runs, starts, word
+from tracker.store.schema import LONGEST_LEASE, is_free, runs, starts, word
 
 
 class StartState(StrEnum):
@@ -59,8 +59,6 @@ class StartState(StrEnum):
     UNRESOLVED = "unresolved"
 
 
-LONGEST_HOLD: Final = timedelta(minutes=5)
-"""A lease that ends later than this was taken before the clock was set back, and is void."""
 UNKNOWN: Final = (StartState.SENT, StartState.IN_DOUBT, StartState.UNRESOLVED)
 """States whose outcome is not known."""
 LISTED: Final = (StartState.STORED, *UNKNOWN)
@@ -113,7 +111,7 @@ class StartRow:
 
     def is_held(self, now: datetime) -> bool:
         """Whether a process holds its lease."""
-        return self.lease_until is not None and now < self.lease_until <= now + LONGEST_HOLD
+        return self.lease_until is not None and now < self.lease_until <= now + LONGEST_LEASE
 
 
 async def reserve(
@@ -171,16 +169,9 @@ async def reserve(
     on_key = [starts.c.workspace_slot, starts.c.idempotency_key]
     statement = new.on_conflict_do_nothing(index_elements=on_key).returning(*starts.c)
     existing = select(starts).where(_is(workspace_id, idempotency_key))
-    again = (
-        update(starts)
-        .where(
-            _is(workspace_id, idempotency_key),
-            starts.c.state.in_([word("stored"), word("refused")]),
-            _is_free(at),
-        )
-        .values(state="stored", **held)
-        .returning(*starts.c)
-    )
+    fresh = starts.c.state.in_([word("stored"), word("refused")])
+    again = _update(workspace_id, idempotency_key, fresh, is_free(starts, at))
+    again = again.values(state="stored", **held).returning(*starts.c)
 
     def work(connection: Connection) -> StartRow:
         # Before the key is read, so that a concurrent request has stored it by then.
@@ -275,15 +266,9 @@ async def take(
     db: Database, workspace_id: str, key: str, holder: str, now: datetime, lease: timedelta
 ) -> bool:
     """Take the lease until `now + lease`; false if another holds it or the start became a run."""
-    statement = (
-        update(starts)
-        .where(
-            _is(workspace_id, key),
-            starts.c.state != StartState.STARTED,
-            or_(_is_free(now), starts.c.lease_holder == holder),
-        )
-        .values(lease_until=now + lease, lease_holder=holder)
-    )
+    may_take = or_(is_free(starts, now), starts.c.lease_holder == holder)
+    mine = _update(workspace_id, key, starts.c.state != StartState.STARTED, may_take)
+    statement = mine.values(lease_until=now + lease, lease_holder=holder)
     return await db.write(lambda connection: connection.execute(statement).rowcount == 1)
 
 
@@ -294,25 +279,16 @@ async def prolong(
 
     A lease that expired before anything was sent is lost: another start may use its reservation.
     """
-    statement = (
-        update(starts)
-        .where(
-            _is(workspace_id, key),
-            starts.c.lease_holder == holder,
-            or_(starts.c.state != word("stored"), starts.c.lease_until > now),
-        )
-        .values(lease_until=now + lease)
-    )
+    lasts = or_(starts.c.state != word("stored"), starts.c.lease_until > now)
+    mine = _update(workspace_id, key, starts.c.lease_holder == holder, lasts)
+    statement = mine.values(lease_until=now + lease)
     return await db.write(lambda connection: connection.execute(statement).rowcount == 1)
 
 
 async def give_back(db: Database, workspace_id: str, key: str, holder: str) -> None:
     """Release the lease if `holder` still has it."""
-    statement = (
-        update(starts)
-        .where(_is(workspace_id, key), starts.c.lease_holder == holder)
-        .values(lease_until=None, lease_holder=None)
-    )
+    mine = _update(workspace_id, key, starts.c.lease_holder == holder)
+    statement = mine.values(lease_until=None, lease_holder=None)
     await db.write(lambda connection: connection.execute(statement).rowcount)
 
 
@@ -333,25 +309,17 @@ async def mark_sent(
     neither, and leaves a start in doubt.
     """
     fresh = starts.c.state.in_([word("stored"), word("refused")])
-    statement = (
-        update(starts)
-        .where(
-            _is(workspace_id, key),
-            starts.c.state.in_([word(one) for one in ("stored", "refused", "sent", "in_doubt")]),
-            starts.c.lease_holder == holder,
-            starts.c.lease_until > at,
-        )
-        .values(
-            state=case((fresh, word("sent")), else_=starts.c.state),
-            sent_at=at,
-            in_use_since=case((fresh, at), else_=starts.c.in_use_since),
-            callback_url=case((fresh, callback_url), else_=starts.c.callback_url),
-            request_body=case((fresh, request_body), else_=starts.c.request_body),
-            error=case((fresh, null()), else_=starts.c.error),
-        )
-        .returning(*starts.c)
+    open_ones = starts.c.state.in_([word(one) for one in ("stored", "refused", "sent", "in_doubt")])
+    held = and_(starts.c.lease_holder == holder, starts.c.lease_until > at)
+    statement = _update(workspace_id, key, open_ones, held).values(
+        state=case((fresh, word("sent")), else_=starts.c.state),
+        sent_at=at,
+        in_use_since=case((fresh, at), else_=starts.c.in_use_since),
+        callback_url=case((fresh, callback_url), else_=starts.c.callback_url),
+        request_body=case((fresh, request_body), else_=starts.c.request_body),
+        error=case((fresh, null()), else_=starts.c.error),
     )
-    return await _mark(db, statement)
+    return await _mark(db, statement.returning(*starts.c))
 
 
 async def mark(
@@ -370,17 +338,9 @@ async def mark(
     values: dict[str, Any] = {"state": state.value, "error": error}
     if state in (StartState.STORED, StartState.REFUSED):
         values["request_body"] = None
-    statement = (
-        update(starts)
-        .where(
-            _is(workspace_id, key),
-            starts.c.state != StartState.STARTED,
-            starts.c.lease_holder == holder,
-        )
-        .values(**values)
-        .returning(*starts.c)
-    )
-    return await _mark(db, statement)
+    held = and_(starts.c.state != StartState.STARTED, starts.c.lease_holder == holder)
+    statement = _update(workspace_id, key, held).values(**values)
+    return await _mark(db, statement.returning(*starts.c))
 
 
 async def _mark(db: Database, statement: Any) -> StartRow | None:
@@ -433,9 +393,8 @@ def _is(workspace_id: str, key: str) -> ColumnElement[bool]:
     return and_(starts.c.workspace_slot == workspace_id, starts.c.idempotency_key == key)
 
 
-def _is_free(now: datetime) -> ColumnElement[bool]:
-    until = starts.c.lease_until
-    return or_(until.is_(None), until <= now, until > now + LONGEST_HOLD)
+def _update(workspace_id: str, key: str, *conditions: ColumnElement[bool]) -> Any:
+    return update(starts).where(_is(workspace_id, key), *conditions)
 
 
 def _row(row: Row[Any]) -> StartRow:

@@ -45,19 +45,9 @@ class SweepRow:
 
 async def begin(db: Database, workspace_id: str | None, at: datetime) -> int:
     """Log the start of a sweep and return its number; it is incomplete until `finish`."""
-    statement = (
-        insert(sweeps)
-        .values(
-            workspace_id=workspace_id,
-            started_at=at,
-            pages=0,
-            items=0,
-            discovered=0,
-            repaired=0,
-            unreadable=0,
-        )
-        .returning(sweeps.c.id)
-    )
+    zeros = dict.fromkeys(("pages", "items", "discovered", "repaired", "unreadable"), 0)
+    values = {"workspace_id": workspace_id, "started_at": at, **zeros}
+    statement = insert(sweeps).values(values).returning(sweeps.c.id)
 
     def work(connection: Connection) -> int:
         number: int = connection.execute(statement).scalar_one()
@@ -66,38 +56,9 @@ async def begin(db: Database, workspace_id: str | None, at: datetime) -> int:
     return await db.write(work)
 
 
-async def finish(
-    db: Database,
-    number: int,
-    *,
-    at: datetime,
-    pages: int,
-    items: int,
-    discovered: int,
-    repaired: int,
-    unreadable: int = 0,
-    through: datetime | None = None,
-    generations_through: datetime | None = None,
-    error: str | None = None,
-    generations_error: str | None = None,
-) -> None:
-    """Log the end of a sweep, with its error if any."""
-    statement = (
-        update(sweeps)
-        .where(sweeps.c.id == number)
-        .values(
-            finished_at=at,
-            pages=pages,
-            items=items,
-            discovered=discovered,
-            repaired=repaired,
-            unreadable=unreadable,
-            through=through,
-            generations_through=generations_through,
-            error=error,
-            generations_error=generations_error,
-        )
-    )
+async def finish(db: Database, number: int, *, at: datetime, **values: Any) -> None:
+    """Log the end of a sweep; `values` are further fields of its `SweepRow`."""
+    statement = update(sweeps).where(sweeps.c.id == number).values(finished_at=at, **values)
     await db.write(lambda connection: connection.execute(statement).rowcount)
 
 
@@ -108,11 +69,7 @@ async def list_sweeps(
     statement = select(sweeps).order_by(sweeps.c.id.desc()).limit(limit)
     if before is not None:
         statement = statement.where(sweeps.c.id < before)
-    return [_row(row) for row in await db.fetch(statement)]
-
-
-def _row(row: Row[Any]) -> SweepRow:
-    return SweepRow(**row._asdict())
+    return [SweepRow(**row._asdict()) for row in await db.fetch(statement)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
