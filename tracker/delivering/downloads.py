@@ -5,7 +5,6 @@ followed and downloaded as each settles.
 """
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from tracker.core.clock import Clock
 from tracker.core.errors import TrackerError
 from tracker.core.formatting import counted
 from tracker.core.run import Tracking
+from tracker.core.waiting import wait_for
 from tracker.delivering.fetch import MAX_BYTES, Fetcher
 from tracker.delivering.files import (
     DownloadDirectory,
@@ -205,9 +205,7 @@ class Downloader:
                 for record in records:
                     yield WantedRun(record=record)
                 notified = self.database.dialect == "postgresql" and self.signals.listening
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(CHECK_ANYWAY if notified else CHECK_EVERY):
-                        await changed.wait()
+                await wait_for(changed, CHECK_ANYWAY if notified else CHECK_EVERY)
 
     async def alongside(
         self,

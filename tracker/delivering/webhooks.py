@@ -21,6 +21,7 @@ from tracker.core.clock import Clock
 from tracker.core.errors import StoreError, TrackerError
 from tracker.core.events import WAITS
 from tracker.core.log import LogRateLimit, get_logger
+from tracker.core.waiting import cancel, wait_for
 from tracker.delivering.endpoint_client import (
     ANSWER_SECONDS,
     Endpoint,
@@ -261,9 +262,7 @@ class Webhooks:
             except Exception:  # without this task nothing is sent: it goes on after any error
                 log.exception("outbox.failed")
                 await asyncio.sleep(RETRY_SECONDS)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(TICK):
-                    await self._woken.wait()
+            await wait_for(self._woken, TICK)
 
     async def _configure(self) -> None:
         """Note the endpoints of this process in the database, once a minute."""
@@ -287,8 +286,7 @@ class Webhooks:
 async def _end(task: asyncio.Task[None]) -> None:
     """Wait for a task that was told to stop: a transaction is interrupted only if it lasts."""
     await asyncio.wait([task], timeout=LAST_WITHIN)
-    task.cancel()
-    await asyncio.wait([task])
+    await cancel(task)
 
 
 @dataclass(eq=False)
@@ -336,9 +334,7 @@ class _Sender:
                 log.exception("endpoint.failed", endpoint_id=self.endpoint_id)
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
-            with suppress(TimeoutError):
-                async with asyncio.timeout(wait):
-                    await self._woken.wait()
+            await wait_for(self._woken, wait)
 
     async def stop(self) -> None:
         """Let open requests end for a moment, interrupt the rest, and store what came of them."""

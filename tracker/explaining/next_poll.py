@@ -1,4 +1,4 @@
-"""PollReason a run is polled next at its time: the rules of `schedule.next_check`, in reverse.
+"""Why a run is polled next at its time: the rules of `schedule.next_check`, in reverse.
 
 Only the time and the number of polls are stored; the same rules then give the reason, for people.
 """

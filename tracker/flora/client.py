@@ -45,9 +45,8 @@ from tracker.core.observation import Observation, Source
 from tracker.core.run import RunType
 from tracker.flora import parse
 from tracker.flora.caller import Caller, FloraAnswer, FloraCall, OnRequest, Wait
-from tracker.flora.contact import Breaker, Contact
 from tracker.flora.parse import LONGEST_ID, Page, as_text
-from tracker.flora.request_limit import RequestLimit, SharedWaits
+from tracker.flora.request_limit import SharedWaits
 from tracker.flora.technique import Technique, technique
 
 DEADLINE: Final = 60.0
@@ -83,7 +82,9 @@ class FloraClient:
     the waits that FLORA asks for with other processes. `find_new_key` is called if FLORA refuses
     the key, and may call `rotate_key`: the request is then sent once more. Tests pass a
     `transport`, a `monotonic` clock and a `sleep`. Proxies of the environment are used, but never
-    to this machine itself. Raises `SettingsError` for an invalid base URL or key.
+    to this machine itself. `request_limit` is the workspace's, `breaker` is open while FLORA
+    refuses the key, and `contact` says whether FLORA answers. Raises `SettingsError` for an invalid
+    base URL or key.
     """
 
     def __init__(
@@ -136,6 +137,9 @@ class FloraClient:
             find_new_key=find_new_key,
             traced=transport is None,
         )
+        self.request_limit = self._caller.request_limit
+        self.breaker = self._caller.breaker
+        self.contact = self._caller.contact
         self.rotate_key(api_key)
 
     def rotate_key(self, api_key: str) -> None:
@@ -171,21 +175,6 @@ class FloraClient:
         same = copy(self)
         same._fresh = True
         return same
-
-    @property
-    def request_limit(self) -> RequestLimit:
-        """The workspace's request limit."""
-        return self._caller.request_limit
-
-    @property
-    def breaker(self) -> Breaker:
-        """Open while FLORA refuses the key."""
-        return self._caller.breaker
-
-    @property
-    def contact(self) -> Contact:
-        """Whether FLORA answers, and base URL and key are right."""
-        return self._caller.contact
 
     @property
     def wait(self) -> Wait | None:

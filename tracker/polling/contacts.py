@@ -16,6 +16,7 @@ from tracker.core.clock import Clock
 from tracker.core.contact import ContactState, joined
 from tracker.core.errors import FloraError, StoreError
 from tracker.core.log import get_logger
+from tracker.core.waiting import cancel
 from tracker.polling.history import attributed_page
 from tracker.polling.workspaces import Workspace, Workspaces
 from tracker.store.engine import Database
@@ -59,9 +60,7 @@ class Contacts:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._keeping is not None:
-            self._keeping.cancel()
-            await asyncio.wait([self._keeping])
+        await cancel(self._keeping)
         with suppress(StoreError, TimeoutError):
             async with asyncio.timeout(CLOSE_SECONDS):
                 await self.keep()

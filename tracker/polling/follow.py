@@ -18,6 +18,7 @@ from tracker.core.errors import StoreError, StoreUnavailable
 from tracker.core.observation import Source
 from tracker.core.record import Record
 from tracker.core.run import Run, Tracking
+from tracker.core.waiting import cancel, wait_for
 from tracker.polling.poll import Poller
 from tracker.polling.workspaces import Workspaces
 from tracker.store.engine import Database
@@ -107,9 +108,7 @@ class Follower:
                         polling = asyncio.create_task(self._poll(followed), name="follow-poll")
                     await self._pause(followed)
             finally:
-                if polling is not None:
-                    polling.cancel()
-                    await asyncio.wait([polling])
+                await cancel(polling)
 
     async def _read(self, followed: "_FollowedRuns") -> list[RunUpdate]:
         """Read the open runs; those that changed."""
@@ -174,9 +173,7 @@ class Follower:
         dues = [one.next_check_at for one in followed.open.values() if one and one.next_check_at]
         overdue_in = [(due + followed.overdue_after - now).total_seconds() for due in dues]
         soonest = min((wait for wait in overdue_in if wait > 0), default=longest)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(min(max(soonest, 0.05), longest)):
-                await followed.changed.wait()
+        await wait_for(followed.changed, min(max(soonest, 0.05), longest))
 
 
 class _SharedCalls(Generic[T]):

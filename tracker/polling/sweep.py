@@ -32,6 +32,7 @@ from tracker.core.log import get_logger
 from tracker.core.observation import Observation
 from tracker.core.record import Seen
 from tracker.core.run import RunType
+from tracker.core.waiting import cancel
 from tracker.polling.history import (
     HistoryWalk,
     Hole,
@@ -146,8 +147,7 @@ class Sweeper:
         try:
             await sweep.run()
         finally:
-            renewing.cancel()
-            await asyncio.wait([renewing])  # else it might take back what is dropped
+            await cancel(renewing)  # else it might take back what is dropped
             with suppress(StoreError):  # the lease then expires
                 await claims.drop_lease(self.database, sweep.lease, self.holder)
         return sweep.report

@@ -22,6 +22,7 @@ from tracker.core.clock import Clock
 from tracker.core.errors import StoreError
 from tracker.core.log import LogRateLimit, get_logger
 from tracker.core.record import TEST_DELIVERY, Delivery
+from tracker.core.waiting import cancel, wait_for
 from tracker.flora import parse
 from tracker.polling.workspaces import Workspaces
 from tracker.store.engine import Database
@@ -149,8 +150,7 @@ class Applier:
         task, self._task = self._task, None
         if task is None:
             return
-        task.cancel()
-        await asyncio.wait([task])
+        await cancel(task)
         if self._woken.is_set():
             try:
                 async with asyncio.timeout(LAST_WITHIN):
@@ -216,12 +216,8 @@ class Applier:
             await self._until_woken()
 
     async def _until_woken(self) -> None:
-        longest = CHECK_SECONDS if self.background or self._held_up else None
-        try:
-            async with asyncio.timeout(longest):
-                await self._woken.wait()
-        except TimeoutError:
-            self._woken.set()
+        await wait_for(self._woken, CHECK_SECONDS if self.background or self._held_up else None)
+        self._woken.set()
 
     async def _pause_while_busy(self, until: float) -> None:
         """Return when few callbacks wait to be stored, or at that monotonic time."""

@@ -28,6 +28,7 @@ from tracker.core.errors import (
 )
 from tracker.core.formatting import counted, money
 from tracker.core.log import get_logger
+from tracker.core.waiting import wait_for
 from tracker.polling.workspaces import Workspaces
 from tracker.starting.batch import Batches
 from tracker.starting.batch_launch import BatchLaunch
@@ -254,9 +255,7 @@ class BatchWorker:
 
     async def wait(self) -> None:
         """Wait until something may be due."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self.check_every):
-                await self._ordered.wait()
+        await wait_for(self._ordered, self.check_every)
         self._ordered.clear()
 
     async def launch_due(self) -> None:

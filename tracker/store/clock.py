@@ -17,6 +17,7 @@ from sqlalchemy import func, select
 from tracker.core.clock import Clock, boot_seconds, utc_now
 from tracker.core.errors import StoreError
 from tracker.core.log import get_logger
+from tracker.core.waiting import cancel
 from tracker.store.engine import Database
 
 ASK_EVERY: Final = 10.0
@@ -89,5 +90,4 @@ async def shared_clock(db: Database, *, ask_every: float = ASK_EVERY) -> AsyncIt
     try:
         yield clock
     finally:
-        keeping.cancel()
-        await asyncio.wait([keeping])
+        await cancel(keeping)

@@ -19,6 +19,7 @@ from sqlalchemy import delete, select
 
 from tracker.core.clock import Clock
 from tracker.core.record import TEST_DELIVERY, TEST_DELIVERY_IDS
+from tracker.core.waiting import wait_for
 from tracker.store.engine import Database
 from tracker.store.errors import postgres_errors, translate
 from tracker.store.postgres import LOCK_SECONDS, connect_postgres
@@ -201,12 +202,7 @@ async def _notifies(url: DatabaseUrl, connection: Any) -> bool:
     async with _connected(url) as listener:
         await listener.add_listener(channel, lambda *_: arrived.set())
         await connection.execute("SELECT pg_notify($1, '')", channel)
-        try:
-            async with asyncio.timeout(NOTIFIED_WITHIN):
-                await arrived.wait()
-        except TimeoutError:
-            return False
-    return True
+        return await wait_for(arrived, NOTIFIED_WITHIN)
 
 
 @asynccontextmanager

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from tracker.core.log import get_logger
+from tracker.core.waiting import cancel, wait_for
 from tracker.store.engine import Database
 from tracker.store.postgres import connect_postgres
 from tracker.store.text import dump_json, load_json
@@ -99,9 +100,7 @@ class Signals:
 
     async def __aexit__(self, *_: object) -> None:
         task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.wait([task])
+        await cancel(task)
 
     def when_inbox_waits(self, call: Callable[[], None]) -> None:
         """Call `call` whenever another process has stored what it has no time to apply."""
@@ -124,10 +123,7 @@ class Signals:
 
         Signals since the last call count, so that none is missed between two calls.
         """
-        try:
-            async with asyncio.timeout(timeout):
-                await self._due.wait()
-        except TimeoutError:
+        if not await wait_for(self._due, timeout):
             return False
         self._due.clear()
         return True
@@ -192,10 +188,7 @@ class Signals:
         self._on_outbox()
         self._publish(())
         while not lost.is_set():
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(ALIVE_SECONDS):
-                    await lost.wait()
-            if not lost.is_set():
+            if not await wait_for(lost, ALIVE_SECONDS):
                 await connection.execute("SELECT 1")
 
     def _on_notification(self, _connection: Any, _pid: int, channel: str, payload: str) -> None:

@@ -96,33 +96,18 @@ class Worker:
                 id=f"sweep:{workspace.slot}",
                 next_run_time=now,
             )
-        if keyed:
-            self._scheduler.add_job(
-                self._job("poll", self._poll), IntervalTrigger(seconds=4 * TICK), id="poll"
-            )
-            self._scheduler.add_job(
-                self._job("recheck", self._recheck),
-                IntervalTrigger(seconds=services.recheck_every.total_seconds()),
-                id="recheck",
-            )
-            self._scheduler.add_job(
-                self._job("probe", services.contacts.probe),
-                IntervalTrigger(seconds=PROBE_EVERY.total_seconds()),
-                id="probe",
-            )
-            self._scheduler.add_job(
-                self._job("recover", self._recover),
-                IntervalTrigger(seconds=RECOVER_EVERY.total_seconds()),
-                id="recover",
-                next_run_time=now,
-            )
-            self._scheduler.add_job(
-                self._job("catalogue", self._sync_catalogue),
-                IntervalTrigger(seconds=CHECK_CATALOGUE_EVERY.total_seconds()),
-                id="catalogue",
-                next_run_time=now,
-            )
-        else:
+        at_once = {"next_run_time": now}
+        for name, work, every, more in (
+            ("poll", self._poll, timedelta(seconds=4 * TICK), {}),
+            ("recheck", self._recheck, services.recheck_every, {}),
+            ("probe", services.contacts.probe, PROBE_EVERY, {}),
+            ("recover", self._recover, RECOVER_EVERY, at_once),
+            ("catalogue", self._sync_catalogue, CHECK_CATALOGUE_EVERY, at_once),
+        ):
+            if keyed:
+                trigger = IntervalTrigger(seconds=every.total_seconds())
+                self._scheduler.add_job(self._job(name, work), trigger, id=name, **more)
+        if not keyed:
             log.warning("worker.no_key", advice="set FLORA_API_KEY; until then nothing is polled")
         await services.webhooks.start()
         self._scheduler.start()

@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 from tracker.core.clock import Clock
 from tracker.core.errors import StoreError
 from tracker.core.log import get_logger
+from tracker.core.waiting import cancel
 from tracker.operations.metrics.families import UNKNOWN, age, gauge, labelled, timestamp
 from tracker.polling.contacts import Contacts
 from tracker.polling.workspaces import Workspaces
@@ -84,9 +85,7 @@ class DatabaseGauges(Collector):
 
     async def aclose(self) -> None:
         """Stop reading."""
-        if self._reading is not None:
-            self._reading.cancel()
-            await asyncio.wait([self._reading])
+        await cancel(self._reading)
 
     async def _read(self) -> None:
         loop = asyncio.get_running_loop()

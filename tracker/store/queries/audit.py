@@ -21,6 +21,7 @@ from sqlalchemy import Connection, delete, insert, select, text, update
 from tracker.core.clock import Clock
 from tracker.core.errors import StoreError
 from tracker.core.log import get_logger
+from tracker.core.waiting import cancel
 from tracker.store.engine import Database, insert_on
 from tracker.store.queries.paging import newest_first
 from tracker.store.schema import audit, sessions, word
@@ -186,9 +187,7 @@ class Refusals:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        await cancel(self._task)
         await self._try_to_store()
 
     def add(

@@ -39,6 +39,7 @@ from tracker.core.errors import StoreError
 from tracker.core.log import get_logger
 from tracker.core.record import Record
 from tracker.core.rollup import ALWAYS, MEASURES, STATE, Key, facts
+from tracker.core.waiting import cancel
 from tracker.store.engine import Database, insert_on, migration_engine
 from tracker.store.errors import FOREIGN, translate
 from tracker.store.schema import CleanText, UtcDateTime, run_tallies, run_tally_changes, runs, word
@@ -248,9 +249,7 @@ class RollupCompactor:
 
     async def __aexit__(self, *_: object) -> None:
         task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.wait([task])
+        await cancel(task)
         if self._changed.is_set() and not self._is_down:
             with suppress(TimeoutError):  # the next process does it
                 async with asyncio.timeout(LAST_WITHIN):
