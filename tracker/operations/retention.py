@@ -23,6 +23,8 @@ from tracker.store.engine import Database
 from tracker.store.errors import StoreBusy
 from tracker.store.queries import audit
 from tracker.store.queries.audit import Action
+from tracker.store.schema import audit as entries
+from tracker.store.schema import sweeps
 from tracker.store.writing import retention, rollups
 from tracker.store.writing.retention import Counts, PruneKey, PrunePage
 
@@ -178,11 +180,13 @@ class Pruner:
             ),
             _Stage(
                 partial(retention.old_sweeps, db, runs),
-                retention.delete_sweeps,
+                partial(retention.delete_by_id, table=sweeps),
                 _count_as("sweeps"),
             ),
             _Stage(
-                partial(retention.old_audit, db, audits), retention.delete_audit, _count_as("audit")
+                partial(retention.old_audit, db, audits),
+                partial(retention.delete_by_id, table=entries),
+                _count_as("audit"),
             ),
         ]
         if ages.quarantined is not None:

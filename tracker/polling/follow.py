@@ -38,8 +38,6 @@ POLL_EVERY: Final = 1.0
 """Seconds between two rounds of polling from here."""
 OUTAGE: Final = 60.0
 """Seconds without the database after which following ends with an error."""
-CHUNK: Final = 1000
-"""Runs that one statement reads."""
 
 Notify = Callable[[str], None]
 """Takes a line for the person who waits."""
@@ -65,8 +63,8 @@ class Follower:
     clock: Clock
 
     def __post_init__(self) -> None:
-        self._records = _SharedCalls(self._read_records)
-        self._sources = _SharedCalls(self._read_sources)
+        self._records = _SharedCalls(partial(runs.get_runs, self.database))
+        self._sources = _SharedCalls(partial(changes.last_sources, self.database))
         self._rounds = _SharedCalls(self._poll_round)
 
     async def read(self, run_ids: Sequence[str]) -> dict[str, Record]:
@@ -118,18 +116,6 @@ class Follower:
         sources = await self._sources.call(changed_ids) if changed else {}
         followed.take(found)
         return [RunUpdate(one, sources.get(one.run.run_id, one.source)) for one in changed]
-
-    async def _read_records(self, run_ids: Sequence[str]) -> dict[str, Record]:
-        found: dict[str, Record] = {}
-        for start in range(0, len(run_ids), CHUNK):
-            found |= await runs.get_runs(self.database, run_ids[start : start + CHUNK])
-        return found
-
-    async def _read_sources(self, run_ids: Sequence[str]) -> dict[str, Source]:
-        found: dict[str, Source] = {}
-        for start in range(0, len(run_ids), CHUNK):
-            found |= await changes.last_sources(self.database, run_ids[start : start + CHUNK])
-        return found
 
     async def _poll_round(self, _: Sequence[str]) -> None:
         await self.poller.poll_due()

@@ -43,7 +43,6 @@ from tracker.starting.start import Starter, StartRequest
 from tracker.store.engine import Database
 from tracker.store.queries import runs as read
 from tracker.store.queries import starts
-from tracker.store.queries.batches import chunks
 from tracker.store.queries.starts import UNKNOWN, StartState
 
 ABOUT_THE_ROW: Final = (400, 409, 413, 415, 422)
@@ -196,20 +195,20 @@ class BatchLaunch:
     async def _check_doubts(self) -> None:
         """Check the starts in doubt; a row that may be sent again is queued."""
         await self.recovery.recover()
-        for keys in chunks(list(self._doubt)):
-            rows = await starts.of_keys(self.database, self.plan.batch.workspace_slot, keys)
-            for key in keys:
-                found = rows.get(key)
-                if found is None or (found.is_fresh and not found.is_held(self.clock())):
-                    row = self._doubt.pop(key)
-                    if not self._over:
-                        self._queue.append(row)
-                elif found.state is StartState.STARTED:
-                    del self._doubt[key]
-                    self.started += 1
-                elif found.state is StartState.UNRESOLVED:
-                    del self._doubt[key]
-                    self.errors[key] = "it is not known whether it was started"
+        keys = list(self._doubt)
+        rows = await starts.of_keys(self.database, self.plan.batch.workspace_slot, keys)
+        for key in keys:
+            found = rows.get(key)
+            if found is None or (found.is_fresh and not found.is_held(self.clock())):
+                row = self._doubt.pop(key)
+                if not self._over:
+                    self._queue.append(row)
+            elif found.state is StartState.STARTED:
+                del self._doubt[key]
+                self.started += 1
+            elif found.state is StartState.UNRESOLVED:
+                del self._doubt[key]
+                self.errors[key] = "it is not known whether it was started"
 
     async def _work(self) -> None:
         try:
@@ -257,10 +256,9 @@ class BatchLaunch:
         """Read what the runs of this command were charged so far."""
         if time.monotonic() - self._charges_read_at < CHARGES_EVERY:
             return
-        for run_ids in chunks(list(self._spent)):
-            for run_id, record in (await read.get_runs(self.database, run_ids)).items():
-                if record.cost_final or record.run.charged_cost is not None:
-                    self._spent[run_id] = record.run.charged_cost or Decimal(0)
+        for run_id, record in (await read.get_runs(self.database, list(self._spent))).items():
+            if record.cost_final or record.run.charged_cost is not None:
+                self._spent[run_id] = record.run.charged_cost or Decimal(0)
         self._charges_read_at = time.monotonic()
 
     async def _start(self, row: PlannedRow) -> None:

@@ -19,7 +19,7 @@ from tracker.store.engine import Database
 from tracker.store.queries import batches, starts
 from tracker.store.queries import runs as read
 from tracker.store.queries.batch_launches import Latest
-from tracker.store.queries.batches import BatchEntry, BatchRow, chunks
+from tracker.store.queries.batches import BatchEntry, BatchRow
 from tracker.store.queries.starts import StartRow, StartState
 
 RETRY_LATER_AFTER: Final = timedelta(minutes=1)
@@ -206,12 +206,9 @@ def turn_of(latest: Latest | None, *, again: bool) -> Turn:
 
 async def states_of(db: Database, slot: str, entries: Sequence[BatchEntry]) -> dict[str, RowState]:
     """The states of these rows, by key."""
-    found: dict[str, StartRow] = {}
-    records: dict[str, Record] = {}
-    for some in chunks(entry.key for entry in entries):
-        found |= await starts.of_keys(db, slot, some)
-    for some in chunks(row.run_id for row in found.values() if row.run_id is not None):
-        records |= await read.get_runs(db, some)
+    found = await starts.of_keys(db, slot, (entry.key for entry in entries))
+    run_ids = (row.run_id for row in found.values() if row.run_id is not None)
+    records = await read.get_runs(db, run_ids)
     states = {}
     for entry in entries:
         start = found.get(entry.key)

@@ -186,16 +186,9 @@ async def take_lease(
     longer was taken before the clock was set back, and has expired.
     """
     beyond = now + (longest or duration) + timedelta(seconds=5)  # clocks of processes differ
-    wanted = db.insert(leases).values(name=name, holder=holder, until=now + duration)
-    statement = wanted.on_conflict_do_update(
-        index_elements=[leases.c.name],
-        set_={"holder": wanted.excluded.holder, "until": wanted.excluded.until},
-        where=or_(
-            leases.c.until <= now,
-            leases.c.until > beyond,
-            leases.c.holder == wanted.excluded.holder,
-        ),
-    ).returning(leases.c.name)
+    may_take = or_(leases.c.until <= now, leases.c.until > beyond, leases.c.holder == holder)
+    values = {"holder": holder, "until": now + duration}
+    statement = db.upsert(leases, {"name": name}, values, may_take).returning(leases.c.name)
 
     def work(connection: Connection) -> bool:
         return connection.execute(statement).first() is not None

@@ -9,13 +9,13 @@ process never wait for a lock.
 import asyncio
 import random
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib import import_module
 from typing import Any, Final, Self, TypeVar
 
-from sqlalchemy import Connection, Engine, Executable, Row, Table, event, select
+from sqlalchemy import ColumnElement, Connection, Engine, Executable, Row, Table, event, select
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
@@ -105,6 +105,17 @@ class Database:
     def insert(self, table: Table) -> Any:
         """An `INSERT` into `table` of this dialect, which has `on_conflict_do_...`."""
         return insert_on(self.dialect)(table)
+
+    def upsert(
+        self,
+        table: Table,
+        key: Mapping[str, Any],
+        values: Mapping[str, Any],
+        where: ColumnElement[bool] | None = None,
+    ) -> Any:
+        """An `INSERT` of a row or, where there is one of this key, its update, if `where` holds."""
+        new = self.insert(table).values(**key, **values)
+        return new.on_conflict_do_update(index_elements=[*key], set_=values, where=where)
 
     async def close(self) -> None:
         """Finish the writes under way and close all connections; no other is made."""

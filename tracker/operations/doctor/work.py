@@ -12,7 +12,7 @@ from typing import Final
 from tracker.core.contact import ContactState
 from tracker.core.errors import StoreError
 from tracker.core.formatting import duration, percent
-from tracker.operations.doctor import Finding, failed, ok, warning
+from tracker.operations.doctor import Finding, Name, failed, ok, warning
 from tracker.operations.doctor.settings import label_of
 from tracker.settings import Settings
 from tracker.settings.values import longest_wait
@@ -206,14 +206,50 @@ def check_sweeps(state: WorkState) -> Finding:
 
 def check_backlog(gauges: Gauges, conflicts: Sequence[str], *, now: datetime) -> list[Finding]:
     """What waits for a person: missed and unapplied callbacks, quarantine, starts, conflicts."""
+    shown = ", ".join(conflicts[:NAMED]) + ("" if len(conflicts) <= NAMED else ", …")
+    unpriced = sum(gauges.unpriced.values())
     return [
         _missed_callbacks(gauges),
         _inbox(gauges, now),
-        _quarantine(gauges.quarantined),
-        _starts(gauges.unresolved_starts),
-        _conflicts(conflicts),
-        _bills(sum(gauges.unpriced.values())),
+        _none_wait(
+            "quarantine",
+            gauges.quarantined,
+            "Every callback was understood.",
+            f"{_number(gauges.quarantined)} authentic callbacks were not understood.",
+            "`tracker deliveries list --outcome quarantined` shows why; after an update `tracker "
+            "deliveries replay --all` reads them again. No results lost: polling found them.",
+        ),
+        _none_wait(
+            "starts",
+            gauges.unresolved_starts,
+            "The outcome of every start is known.",
+            f"{_number(gauges.unresolved_starts)} starts are unresolved: FLORA may have started a "
+            "run, or not.",
+            "Look for each at FLORA around its time (SELECT * FROM v_open_starts): if the run is "
+            "there, `tracker runs track RUN_ID`; if not, start it again under another key.",
+        ),
+        _none_wait(
+            "conflicts",
+            len(conflicts),
+            "Callback and API agree about how every run ended.",
+            f"Callback and API disagree about how {_number(len(conflicts))} runs ended ({shown}).",
+            "`tracker runs explain RUN_ID` shows both; the API's end is kept. If it may be wrong, "
+            "ask FLORA's support.",
+        ),
+        _none_wait(
+            "bills",
+            unpriced,
+            "Every run of the last 7 days is billed, or its bill may still arrive.",
+            f"FLORA never billed {unpriced} runs of the last 7 days: their cost is not known, and "
+            "totals are minimums.",
+            "Compare with FLORA's own billing page. `tracker reconcile --since 8d` reads their "
+            "costs once more; TRACKER_COST_GIVE_UP sets how long that is retried.",
+        ),
     ]
+
+
+def _none_wait(name: Name, count: int, fine: str, seen: str, advice: str) -> Finding:
+    return warning(name, seen, advice) if count else ok(name, fine)
 
 
 def _missed_callbacks(gauges: Gauges) -> Finding:
@@ -245,52 +281,6 @@ def _inbox(gauges: Gauges, now: datetime) -> Finding:
         f"{round((now - oldest).total_seconds())} s ago.",
         "They are stored, and none is lost. Check that `tracker serve` or `tracker worker` of this "
         "version runs, and its log for inbox.not_applied; `tracker poll` applies them too.",
-    )
-
-
-def _quarantine(count: int) -> Finding:
-    if not count:
-        return ok("quarantine", "Every callback was understood.")
-    return warning(
-        "quarantine",
-        f"{_number(count)} authentic callbacks were not understood.",
-        "`tracker deliveries list --outcome quarantined` shows why; after an update `tracker "
-        "deliveries replay --all` reads them again. No results lost: polling found them.",
-    )
-
-
-def _starts(count: int) -> Finding:
-    if not count:
-        return ok("starts", "The outcome of every start is known.")
-    return warning(
-        "starts",
-        f"{_number(count)} starts are unresolved: FLORA may have started a run, or not.",
-        "Look for each at FLORA around its time (SELECT * FROM v_open_starts): if the run is "
-        "there, `tracker runs track RUN_ID`; if not, start it again under another key.",
-    )
-
-
-def _conflicts(run_ids: Sequence[str]) -> Finding:
-    if not run_ids:
-        return ok("conflicts", "Callback and API agree about how every run ended.")
-    shown = ", ".join(run_ids[:NAMED]) + ("" if len(run_ids) <= NAMED else ", …")
-    return warning(
-        "conflicts",
-        f"Callback and API disagree about how {_number(len(run_ids))} runs ended ({shown}).",
-        "`tracker runs explain RUN_ID` shows both; the API's end is kept. If it may be wrong, ask "
-        "FLORA's support.",
-    )
-
-
-def _bills(count: int) -> Finding:
-    if not count:
-        return ok("bills", "Every run of the last 7 days is billed, or its bill may still arrive.")
-    return warning(
-        "bills",
-        f"FLORA never billed {count} runs of the last 7 days: their cost is not known, and totals "
-        "are minimums.",
-        "Compare with FLORA's own billing page. `tracker reconcile --since 8d` reads their costs "
-        "once more; TRACKER_COST_GIVE_UP sets how long that is retried.",
     )
 
 

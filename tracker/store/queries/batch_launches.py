@@ -15,7 +15,8 @@ from sqlalchemy import ColumnElement, Connection, and_, or_, select, update
 from tracker.core.inputs import Input, Turn
 from tracker.store.engine import Database
 from tracker.store.queries import audit
-from tracker.store.queries.batches import BATCH_COLUMNS, BatchRow, batch_counts, chunks, keep_errors
+from tracker.store.queries.batches import BATCH_COLUMNS, BatchRow, batch_counts, keep_errors
+from tracker.store.queries.paging import chunks
 from tracker.store.queries.starts import StartState
 from tracker.store.schema import LONGEST_LEASE, batch_rows, batches, is_free, starts
 

@@ -3,13 +3,12 @@
 The outcome of a row is not stored here: its key leads to its start, and that to its run.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
-from itertools import islice
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from sqlalchemy import Connection, Select, and_, bindparam, case, func, or_, select, update
 
@@ -20,11 +19,6 @@ from tracker.store.queries import audit
 from tracker.store.queries.paging import newest_first
 from tracker.store.queries.starts import StartState
 from tracker.store.schema import batch_rows, batches, runs, starts, word
-
-T = TypeVar("T")
-
-AT_ONCE: Final = 500
-"""Most keys in one statement; databases limit the number of parameters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -408,13 +402,6 @@ def tally_of(batch_ids: Sequence[str]) -> Select[Any]:
         func.max(runs.c.completed_at).label("last_end_at"),
     )
     return with_outcomes(counted).where(batch_rows.c.batch_id.in_(batch_ids)).group_by(*by)
-
-
-def chunks(values: Iterable[T]) -> Iterator[list[T]]:
-    """The values in lists of at most `AT_ONCE`."""
-    left = iter(values)
-    while some := list(islice(left, AT_ONCE)):
-        yield some
 
 
 def _values(batch_id: str, entry: BatchEntry) -> dict[str, Any]:

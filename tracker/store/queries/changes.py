@@ -6,7 +6,7 @@ one. Each page therefore carries the transaction snapshot that it was read in, f
 re-read `OVERLAP` numbers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Any, Final, NamedTuple
 
@@ -16,6 +16,7 @@ from tracker.core.observation import Source
 from tracker.core.record import Record
 from tracker.core.run import Status, status_of
 from tracker.store.engine import Database
+from tracker.store.queries.paging import chunks
 from tracker.store.rows import RUN_COLUMNS, fetch_records
 from tracker.store.schema import run_events, runs, word
 
@@ -90,14 +91,16 @@ OVERLAP: Final = 1000
 """Numbers before the last one that are read again."""
 
 
-async def last_sources(db: Database, run_ids: Sequence[str]) -> dict[str, Source]:
+async def last_sources(db: Database, run_ids: Iterable[str]) -> dict[str, Source]:
     """The source of the latest event of each run."""
-    last = select(func.max(run_events.c.id)).where(run_events.c.run_id.in_(run_ids))
-    statement = select(run_events.c.run_id, run_events.c.source).where(
-        run_events.c.id.in_(last.group_by(run_events.c.run_id))
-    )
-    rows = await db.fetch(statement)
-    return {run_id: Source(source) for run_id, source in rows}
+    found: dict[str, Source] = {}
+    for some in chunks(run_ids):
+        last = select(func.max(run_events.c.id)).where(run_events.c.run_id.in_(some))
+        statement = select(run_events.c.run_id, run_events.c.source).where(
+            run_events.c.id.in_(last.group_by(run_events.c.run_id))
+        )
+        found |= {run_id: Source(source) for run_id, source in await db.fetch(statement)}
+    return found
 
 
 async def settled_since(

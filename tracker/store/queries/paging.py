@@ -1,13 +1,15 @@
-"""Pages of lists, and their opaque cursors: the key of the last row of the page before.
+"""Pages of lists, their opaque cursors (the key of the last row of the page before), and lists of
+keys in parts.
 
 Pages are read by key, not by offset, so that rows which come in meanwhile hide or repeat none.
 """
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Any
+from itertools import islice
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import (
     ColumnElement,
@@ -24,6 +26,18 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tracker.core.errors import FieldFault, InvalidRequest
 from tracker.store.text import dump_json, load_json
+
+T = TypeVar("T")
+
+AT_ONCE: Final = 500
+"""Most keys in one statement; databases limit the number of parameters."""
+
+
+def chunks(keys: Iterable[T]) -> Iterator[list[T]]:
+    """The keys in lists of at most `AT_ONCE`."""
+    left = iter(keys)
+    while some := list(islice(left, AT_ONCE)):
+        yield some
 
 
 def encode(first: str, second: str) -> str:

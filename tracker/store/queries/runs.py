@@ -1,6 +1,6 @@
 """Queries of runs, their timeline, deliveries and why they are quarantined, and counts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, NamedTuple
@@ -25,7 +25,7 @@ from tracker.core.run import RetryAdvice, RunStatus, RunType, Status, Tracking, 
 from tracker.core.schedule import Durations
 from tracker.store.claims import Workspaces, within
 from tracker.store.engine import Database
-from tracker.store.queries.paging import newest_first
+from tracker.store.queries.paging import chunks, newest_first
 from tracker.store.queries.starts import StartState, is_in
 from tracker.store.rows import RUN_COLUMNS, fetch_records, read_records
 from tracker.store.schema import deliveries, run_events, runs, starts, word
@@ -116,9 +116,11 @@ async def get_run(db: Database, run_id: str) -> Record | None:
     return found[0] if found else None
 
 
-async def get_runs(db: Database, run_ids: Sequence[str]) -> dict[str, Record]:
+async def get_runs(db: Database, run_ids: Iterable[str]) -> dict[str, Record]:
     """The known runs with their outputs, by id."""
-    found = await fetch_records(db, select(*RUN_COLUMNS).where(runs.c.run_id.in_(run_ids)))
+    found: list[Record] = []
+    for some in chunks(run_ids):
+        found += await fetch_records(db, select(*RUN_COLUMNS).where(runs.c.run_id.in_(some)))
     return {record.run.run_id: record for record in found}
 
 

@@ -19,7 +19,7 @@ process died. Evidence may set any state to `started`. Only the holder of the le
 and writes the state. Keys belong to a workspace id.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -206,12 +206,12 @@ async def of_run(db: Database, run_id: str) -> StartRow | None:
     return None if found is None else _row(found)
 
 
-async def of_keys(db: Database, workspace_id: str, keys: Sequence[str]) -> dict[str, StartRow]:
-    """The starts of these keys, by key; at most as many as one statement takes."""
-    statement = select(starts).where(
-        starts.c.workspace_slot == workspace_id, starts.c.idempotency_key.in_(keys)
-    )
-    rows = [_row(row) for row in await db.fetch(statement)]
+async def of_keys(db: Database, workspace_id: str, keys: Iterable[str]) -> dict[str, StartRow]:
+    """The starts of these keys, by key."""
+    mine = select(starts).where(starts.c.workspace_slot == workspace_id)
+    rows: list[StartRow] = []
+    for some in paging.chunks(keys):
+        rows += map(_row, await db.fetch(mine.where(starts.c.idempotency_key.in_(some))))
     return {row.idempotency_key: row for row in rows}
 
 

@@ -51,10 +51,7 @@ async def keep_id(
 ) -> None:
     """Store the workspace of a key."""
     values = {"workspace_id": workspace_id, "place": place, "learnt_at": at}
-    new = db.insert(workspace_keys).values(key_fingerprint=key_fingerprint, **values)
-    statement = new.on_conflict_do_update(
-        index_elements=[workspace_keys.c.key_fingerprint], set_=values
-    )
+    statement = db.upsert(workspace_keys, {"key_fingerprint": key_fingerprint}, values)
     await db.write(lambda connection: connection.execute(statement).rowcount)
 
 
@@ -115,12 +112,8 @@ async def give_ids(db: Database, workspace_id: str) -> int:
 
 async def keep_wait(db: Database, slot: str, until: datetime, *, told: str) -> None:
     """Store that FLORA asked the workspace in `slot`, in the process `told`, to wait until then."""
-    wanted = db.insert(leases).values(name=_wait_name(slot), holder=told, until=until)
-    statement = wanted.on_conflict_do_update(
-        index_elements=[leases.c.name],
-        set_={"holder": wanted.excluded.holder, "until": wanted.excluded.until},
-        where=leases.c.until < wanted.excluded.until,
-    )
+    key, values = {"name": _wait_name(slot)}, {"holder": told, "until": until}
+    statement = db.upsert(leases, key, values, leases.c.until < until)
     await db.write(lambda connection: connection.execute(statement).rowcount)
 
 
@@ -154,11 +147,7 @@ async def keep_contact(db: Database, slot: str, own: ContactState, *, now: datet
         before = _state(stored.one_or_none(), now)
         state = own if before is None else joined(before, own)
         values = {"holder": _text(state), "until": state.asked_at}
-        connection.execute(
-            db.insert(leases)
-            .values(name=_PREFIX + slot, **values)
-            .on_conflict_do_update(index_elements=[leases.c.name], set_=values)
-        )
+        connection.execute(db.upsert(leases, {"name": _PREFIX + slot}, values))
 
     await db.write(work)
 

@@ -23,6 +23,7 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Select,
+    Table,
     and_,
     delete,
     func,
@@ -198,7 +199,7 @@ async def old_runs(
     statement = select(
         runs.c.created_at, runs.c.run_id, runs.c.settled_at, runs.c.technique_id
     ).where(runs.c.tracking == word("settled"), runs.c.created_at < before)
-    rows, end = await _next_page(db, statement, after, limit)
+    rows, end = await _next_rows(db, statement, after, limit)
     found = [
         PruneKey(row.created_at, row.run_id)
         for row in rows
@@ -303,8 +304,7 @@ async def quarantined(
     statement = select(deliveries.c.received_at, deliveries.c.delivery_id).where(
         _last_received("quarantined", before), deliveries.c.received_at < before
     )
-    rows, end = await _next_page(db, statement, after, limit)
-    return PrunePage([PruneKey(*row) for row in rows], end)
+    return await _next_page(db, statement, after, limit)
 
 
 def delete_orphaned(connection: Connection, keys: Sequence[PruneKey], before: datetime) -> Counts:
@@ -400,10 +400,10 @@ async def old_sweeps(
     return PrunePage([PruneKey(row.started_at, row.id) for row in rows], _end(rows, limit))
 
 
-def delete_sweeps(connection: Connection, keys: Sequence[PruneKey]) -> Counts:
-    """Remove these sweeps."""
-    statement = delete(sweeps).where(sweeps.c.id.in_([key.id for key in keys]))
-    return Counts(sweeps=connection.execute(statement).rowcount)
+def delete_by_id(connection: Connection, table: Table, keys: Sequence[PruneKey]) -> Counts:
+    """Remove these sweeps, or entries of the audit log."""
+    statement = delete(table).where(table.c.id.in_([key.id for key in keys]))
+    return Counts({table.name: connection.execute(statement).rowcount})
 
 
 async def old_audit(
@@ -411,14 +411,7 @@ async def old_audit(
 ) -> PrunePage:
     """Entries of the audit log from before that time."""
     statement = select(audit.c.at, audit.c.id).where(audit.c.at < before)
-    rows, end = await _next_page(db, statement, after, limit)
-    return PrunePage([PruneKey(*row) for row in rows], end)
-
-
-def delete_audit(connection: Connection, keys: Sequence[PruneKey]) -> Counts:
-    """Remove these entries."""
-    statement = delete(audit).where(audit.c.id.in_([key.id for key in keys]))
-    return Counts(audit=connection.execute(statement).rowcount)
+    return await _next_page(db, statement, after, limit)
 
 
 async def old_messages(
@@ -427,8 +420,7 @@ async def old_messages(
     """Messages from before that time that are delivered or given up, or whose endpoint no process
     has had in its settings since."""
     statement = select(messages.c.created_at, messages.c.message_id, _is_over(before).label("over"))
-    rows, end = await _next_page(db, statement.where(messages.c.created_at < before), after, limit)
-    return PrunePage([PruneKey(*row[:2]) for row in rows if row.over], end)
+    return await _next_page(db, statement.where(messages.c.created_at < before), after, limit)
 
 
 def count_messages(connection: Connection, keys: Sequence[PruneKey]) -> Counts:
@@ -505,8 +497,7 @@ async def _old_deliveries(
     ).where(deliveries.c.received_at < before)
     if since is not None:
         statement = statement.where(deliveries.c.received_at >= since)
-    rows, end = await _next_page(db, statement, after, limit)
-    return PrunePage([PruneKey(*row[:2]) for row in rows if row.doomed], end)
+    return await _next_page(db, statement, after, limit)
 
 
 def _delete_deliveries(connection: Connection, doomed: ColumnElement[bool]) -> Counts:
@@ -528,6 +519,14 @@ def _among(keys: Sequence[PruneKey]) -> ColumnElement[bool]:
 
 
 async def _next_page(
+    db: Database, statement: Select[Any], after: PruneKey | None, limit: int
+) -> PrunePage:
+    """The next rows, as `_next_rows`; a third column says whether a row is to be removed."""
+    rows, end = await _next_rows(db, statement, after, limit)
+    return PrunePage([PruneKey(*row[:2]) for row in rows if all(row[2:])], end)
+
+
+async def _next_rows(
     db: Database, statement: Select[Any], after: PruneKey | None, limit: int
 ) -> tuple[Sequence[Any], PruneKey | None]:
     """The next rows in the order of the statement's first two columns, and where they end."""
