@@ -60,8 +60,6 @@ async def test_states(told: Database) -> None:
         StateCount("failed", "settled", 1),
         StateCount("pending", "active", 1),
     ]
-    mine = await overview.states(told, workspace_id="ws_1")
-    assert [each.runs for each in mine] == [2, 1, 1]
     shown = await rows(told, "v_run_states")
     assert sum(row["runs"] for row in shown) == 5
     assert {(row["technique_name"], row["workspace_id"]) for row in shown} == {
@@ -108,14 +106,9 @@ async def test_callbacks(told: Database) -> None:
 
 
 async def test_lags(told: Database) -> None:
-    """How long it took from FLORA's end, by who told first; the adopted run has no part in it."""
-    lags = await overview.lags(told, now=NOW, hours=2)
-    assert (lags.seen.runs, lags.settled.runs) == (3, 3)
-    assert lags.seen.mean == 16
-    assert lags.seen_by_source["callback"].mean == 1
-    assert set(lags.seen_by_source) == {"callback", "poll"}
-    assert lags.settled.p95 is not None
-    assert 30 < lags.settled.p95 <= 45
+    """How long it took from FLORA's end until it was known; the adopted run has no part in it."""
+    lag = await overview.lags(told, now=NOW, hours=2)
+    assert (lag.runs, lag.mean) == (3, 16)
     shown = await rows(told, "v_lags_hourly", "lag, le_seconds")
     assert [(r["le_seconds"], r["runs"]) for r in shown if r["lag"] == "seen"] == [
         (1, 1),

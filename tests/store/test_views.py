@@ -137,7 +137,7 @@ async def test_nothing_reads_all_runs(db: Database) -> None:
     asked |= {
         "states": overview.states,
         "ends": lambda db: overview.ends_by_hour(db, now=now, hours=48),
-        "callbacks": lambda db: overview.callback_health(db, now=now, workspace_id="ws_1"),
+        "callbacks": lambda db: overview.callback_health(db, now=now),
         "lags": lambda db: overview.lags(db, now=now),
         "costs": lambda db: overview.costs(db, now=now, days=7),
         "overdue": lambda db: attention.overdue(db, now=now),

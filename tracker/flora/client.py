@@ -212,12 +212,10 @@ class FloraClient:
         query: str | None = None,
         cursor: str | None = None,
         limit: int = 100,
-        deadline: float | None = None,
     ) -> Page[Technique]:
         """A page of the catalogue, of at most `limit` (1 to 100) techniques."""
         url = self._urls.of("techniques", query=as_text(query), cursor=cursor, limit=limit)
-        call = FloraCall(endpoint="GET /techniques", url=url, lists=True)
-        answer = await self._caller.call(call, deadline=deadline)
+        answer = await self._caller.call(FloraCall(endpoint="GET /techniques", url=url, lists=True))
         return answer.read(partial(parse.page, key="techniques", read=technique))
 
     async def get_technique(self, id_or_slug: str, *, deadline: float | None = None) -> Technique:

@@ -193,13 +193,12 @@ def run(
     expect_run_id: str | None = None,
     run_type: str | None = None,
     technique_id: str | None = None,
-    workspace_id: str | None = None,
 ) -> Observation:
     """A run from a start, a read or the history, requested at `sent_at` and answered at `at`.
 
-    `clock_offset` is FLORA's clock minus ours, to a second or so. `run_type`, `technique_id` and
-    `workspace_id` fill in what FLORA leaves out. Raises `FloraUnreadable` if it is no run, has no
-    status, or is not `expect_run_id`.
+    `clock_offset` is FLORA's clock minus ours, to a second or so. `run_type` and `technique_id`
+    fill in what FLORA leaves out. Raises `FloraUnreadable` if it is no run, has no status, or is
+    not `expect_run_id`.
     """
     fields = _required(payload, "the run")
     run_id = (
@@ -222,7 +221,7 @@ def run(
         status=status,
         progress=as_percent(fields.get("progress")),
         run_type=as_id(fields.get("run_type")) or run_type,
-        workspace_id=as_id(fields.get("workspace_id")) or workspace_id,
+        workspace_id=as_id(fields.get("workspace_id")),
         project_id=as_id(fields.get("project_id")),
         technique_id=as_id(technique.get("technique_id")) or technique_id,
         technique_name=as_text(technique.get("name")),

@@ -12,7 +12,7 @@ from datetime import timedelta
 from threading import Thread
 from typing import Any, ParamSpec, TypeVar
 
-from tracker.core.clock import Clock, utc_now
+from tracker.core.clock import utc_now
 from tracker.core.log import Redactor
 from tracker.delivering.endpoint_client import ANSWER_SECONDS
 from tracker.operations.doctor import (
@@ -59,7 +59,6 @@ async def examine(
     sources: Mapping[str, str],
     unknown: Sequence[str] = (),
     *,
-    clock: Clock = utc_now,
     limits: TimeLimits | None = None,
 ) -> list[Finding]:
     """Run all checks within 30 s; raises nothing for what is broken.
@@ -69,24 +68,24 @@ async def examine(
     limits = limits or TimeLimits()
     url = DatabaseUrl.parse(configured.tracker_database_url)
     at_database = _start(
-        "database", limits.database, database.check(url, clock=clock), DatabaseState
+        "database", limits.database, database.check(url, clock=utc_now), DatabaseState
     )
     at_flora = _start(
         "key",
         limits.flora,
-        flora.check(configured, clock=clock, deadline=limits.flora_read),
+        flora.check(configured, clock=utc_now, deadline=limits.flora_read),
         FloraState,
     )
     at_callbacks = _start(
         "callbacks",
         limits.callbacks,
-        callbacks.check(configured, at_database, clock=clock, timeout=limits.delivery),
+        callbacks.check(configured, at_database, clock=utc_now, timeout=limits.delivery),
         list,
     )
     at_endpoints = _start(
         "endpoints",
         limits.endpoints,
-        endpoints.check(configured, clock=clock, seconds=limits.endpoint),
+        endpoints.check(configured, clock=utc_now, seconds=limits.endpoint),
         list,
     )
 
@@ -101,7 +100,7 @@ async def examine(
                 )
             ]
         ids = in_flora.ids or [one.id for one in configured.all_workspaces]
-        now = clock() + (in_database.clock_ahead or timedelta(0))
+        now = utc_now() + (in_database.clock_ahead or timedelta(0))
         return await _within("worker", limits.work, work.check(configured, ids, now), list)
 
     async def check_disk() -> list[Finding]:
@@ -111,7 +110,7 @@ async def examine(
     at_work, at_disk = asyncio.create_task(check_work()), asyncio.create_task(check_disk())
     in_database, in_flora = await at_database, await at_flora
     findings = [
-        *settings.check(configured, sources, unknown, now=clock()),
+        *settings.check(configured, sources, unknown, now=utc_now()),
         *in_database.findings,
         *await at_disk,
         *in_flora.findings,

@@ -89,15 +89,15 @@ async def overdue(db: Database, *, now: datetime, limit: int = 20) -> list[Recor
     return await fetch_records(db, statement)
 
 
-async def conflicts(db: Database, *, among: int = 10_000, limit: int = 100) -> list[str]:
-    """The runs with a conflict among the newest `among`, newest first."""
+async def conflicts(db: Database) -> list[str]:
+    """The newest runs with a conflict, at most 100 of the newest `BOUND` runs."""
     newest = (
         select(runs.c.run_id, runs.c.conflict)
         .order_by(runs.c.created_at.desc(), runs.c.run_id.desc())
-        .limit(among)
+        .limit(BOUND)
         .subquery()
     )
-    return await db.fetchcol(select(newest.c.run_id).where(newest.c.conflict).limit(limit))
+    return await db.fetchcol(select(newest.c.run_id).where(newest.c.conflict).limit(100))
 
 
 async def sweep_health(db: Database) -> list[SweepHealth]:

@@ -29,7 +29,6 @@ from tracker.core.rollup import (
     OPEN,
     QUOTE,
     SEEN,
-    SETTLED,
     STATE,
     UNPRICED,
     Lag,
@@ -99,15 +98,6 @@ class CallbackHealth:
         return self.missed / self.expected if self.expected else None
 
 
-@dataclass(frozen=True, slots=True)
-class Lags:
-    """Detection delay: from FLORA's end of a run until it was known (`seen`) and settled here."""
-
-    seen: Lag
-    settled: Lag
-    seen_by_source: dict[str, Lag]
-
-
 class TechniqueCost(NamedTuple):
     """The cost of the settled runs of one technique, in USD.
 
@@ -126,21 +116,19 @@ class TechniqueCost(NamedTuple):
     quoted: Decimal = Decimal(0)
 
 
-async def states(db: Database, *, workspace_id: str | None = None) -> list[StateCount]:
+async def states(db: Database) -> list[StateCount]:
     """The number of runs by status and tracking, without zeros."""
     by = ("status", "word")
-    rows = await _rollups(db, STATE, by=by, workspace_id=workspace_id)
+    rows = await _rollups(db, STATE, by=by)
     return [StateCount(status, tracking, count) for status, tracking, count, _ in rows if count]
 
 
-async def ends_by_hour(
-    db: Database, *, now: datetime, hours: int = 24, workspace_id: str | None = None
-) -> list[HourOfEnds]:
+async def ends_by_hour(db: Database, *, now: datetime, hours: int = 24) -> list[HourOfEnds]:
     """Finished runs of the last `hours` hours, including empty hours, the current one last."""
     first = _first_of(hours, now)
     found = {at: HourOfEnds(at, {}, {}, 0) for at in (first + n * HOUR for n in range(hours))}
     by = ("since", "status", "word", "bucket")
-    rows = await _rollups(db, END, by=by, since=first, workspace_id=workspace_id)
+    rows = await _rollups(db, END, by=by, since=first)
     for since, status, via, bucket, count, _ in rows:
         hour = found.get(since)
         if hour is None:  # stored by a process whose clock is ahead
@@ -153,46 +141,28 @@ async def ends_by_hour(
     return list(found.values())
 
 
-async def callback_health(
-    db: Database, *, now: datetime, hours: int = 24, workspace_id: str | None = None
-) -> CallbackHealth:
+async def callback_health(db: Database, *, now: datetime, hours: int = 24) -> CallbackHealth:
     """Callbacks of runs that ended in the last `hours` hours, the current one included."""
     since = _first_of(hours, now)
-    rows = await _rollups(db, CALLBACK, by=("word",), since=since, workspace_id=workspace_id)
+    rows = await _rollups(db, CALLBACK, by=("word",), since=since)
     found = {outcome: count for outcome, count, _ in rows}
     return CallbackHealth(
         *(found.get(name, 0) for name in ("came", "late", "missed", "unexpected"))
     )
 
 
-async def lags(
-    db: Database, *, now: datetime, hours: int = 24, workspace_id: str | None = None
-) -> Lags:
-    """Detection delays of the last `hours` hours, without adopted runs."""
-    by = ("measure", "word", "bucket")
-    since = _first_of(hours, now)
-    rows = await _rollups(db, SEEN, SETTLED, by=by, since=since, workspace_id=workspace_id)
-
-    def of(wanted: str, source: str | None = None) -> Lag:
-        return lag_of(
-            (bucket, count, amount)
-            for measure, word, bucket, count, amount in rows
-            if measure == wanted and source in (None, word)
-        )
-
-    by_source = {source: of(SEEN, source) for source in sorted({row[1] for row in rows})}
-    return Lags(
-        of(SEEN), of(SETTLED), {source: lag for source, lag in by_source.items() if lag.runs}
-    )
+async def lags(db: Database, *, now: datetime, hours: int = 24) -> Lag:
+    """Detection delay in the last `hours` hours: from FLORA's end of a run until it was known here,
+    without adopted runs."""
+    rows = await _rollups(db, SEEN, by=("bucket",), since=_first_of(hours, now))
+    return lag_of(rows)
 
 
-async def costs(
-    db: Database, *, now: datetime, days: int = 1, workspace_id: str | None = None
-) -> list[TechniqueCost]:
+async def costs(db: Database, *, now: datetime, days: int = 1) -> list[TechniqueCost]:
     """Costs of runs that ended in the last `days` UTC days, today included, highest first."""
     by = ("measure", "technique_id", "status", "word")
     since = now.replace(hour=0, minute=0, second=0, microsecond=0) - (days - 1) * DAY
-    rows = await _rollups(db, COST, QUOTE, by=by, since=since, workspace_id=workspace_id)
+    rows = await _rollups(db, COST, QUOTE, by=by, since=since)
     found: dict[str, TechniqueCost] = {}
     for measure, technique_id, status, billed, count, amount in rows:
         so_far = found.get(technique_id) or TechniqueCost(technique_id or None)
@@ -244,7 +214,6 @@ async def rollups(
     *measures: str,
     by: Sequence[str],
     since: datetime | None = None,
-    workspace_id: str | None = None,
 ) -> list[tuple[Any, ...]]:
     """Rollups, grouped by these columns: their values, the number of runs, the amount."""
     columns = [ROLLUPS.c[name] for name in by]
@@ -257,8 +226,6 @@ async def rollups(
     )
     if since is not None:
         statement = statement.where(ROLLUPS.c.since >= since)
-    if workspace_id is not None:
-        statement = statement.where(ROLLUPS.c.workspace_id == workspace_id)
     return [tuple(row) for row in await connection.execute(statement)]
 
 

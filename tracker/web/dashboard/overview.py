@@ -109,7 +109,7 @@ class OverviewPage(PageGroup):
             adopted=sum(hour.adopted for hour in ends),
             chart=json.dumps(_chart(ends, list(outcomes))),
             callbacks=callbacks,
-            lag=(await overview.lags(db, now=now, hours=hours)).seen,
+            lag=await overview.lags(db, now=now, hours=hours),
             cost=_sum(costs),
             costs=costs[:TECHNIQUES],
             other_costs=_sum(costs[TECHNIQUES:]),
