@@ -86,7 +86,7 @@ def check(ports: Sequence[Port], inputs: Sequence[Mapping[str, Any]]) -> list[Fi
         sent += 1
         values.add(port.id)
         faults += _wrong(at, one, port)
-    faults += [_missing(port) for port in known.values() if _needed(port, values)]
+    faults += [_missing(p) for p in known.values() if not p.optional and p.id not in values]
     if not sent and not faults:
         faults.append(FieldFault("inputs", "at least one input is needed"))
     return faults
@@ -125,10 +125,6 @@ def typed(
         {"id": input_id, "type": type_ or types.get(input_id, ""), "value": value}
         for input_id, type_, value in values
     ]
-
-
-def _needed(port: Port, values: set[str]) -> bool:
-    return not port.optional and port.id not in values
 
 
 def _missing(port: Port) -> FieldFault:

@@ -15,7 +15,7 @@ import random
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, InitVar, dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -186,6 +186,7 @@ class _Progress:
     error: FloraError | None = None
 
 
+@dataclass(eq=False)
 class Caller:
     """Makes calls with one key, through one request limit and one breaker.
 
@@ -195,36 +196,27 @@ class Caller:
     transport reports when a request is written.
     """
 
-    def __init__(
-        self,
-        http: httpx.AsyncClient,
-        *,
-        concurrency: int,
-        deadline: float,
-        clock: Clock,
-        on_request: OnRequest | None = None,
-        monotonic: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-        shared: SharedWaits | None = None,
-        find_new_key: Callable[[], object] = lambda: None,
-        traced: bool = True,
-    ) -> None:
+    http: httpx.AsyncClient
+    _: KW_ONLY
+    concurrency: InitVar[int]
+    deadline: float
+    clock: Clock
+    on_request: OnRequest | None = None
+    monotonic: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    shared: InitVar[SharedWaits | None] = None
+    find_new_key: Callable[[], object] = lambda: None
+    traced: bool = True
+
+    def __post_init__(self, concurrency: int, shared: SharedWaits | None) -> None:
         self.request_limit = RequestLimit(
-            concurrency, monotonic=monotonic, sleep=sleep, shared=shared, clock=clock
+            concurrency, monotonic=self.monotonic, sleep=self.sleep, shared=shared, clock=self.clock
         )
-        self.breaker = Breaker(clock=clock, monotonic=monotonic)
-        self.contact = Contact(clock=clock, monotonic=monotonic)
+        self.breaker = Breaker(clock=self.clock, monotonic=self.monotonic)
+        self.contact = Contact(clock=self.clock, monotonic=self.monotonic)
         self.clock_offset: timedelta | None = None
         self.clock_bounds: tuple[timedelta, timedelta] | None = None
         self.request_id: str | None = None
-        self._http = http
-        self._deadline = deadline
-        self._clock = clock
-        self._on_request = on_request
-        self._monotonic = monotonic
-        self._sleep = sleep
-        self._find_new_key = find_new_key
-        self._traced = traced
         self._calls: list[_Progress] = []
 
     @property
@@ -235,7 +227,7 @@ class Caller:
         call = self._calls[0]
         until = call.timeout.when() or 0.0
         return Wait(
-            passed=self._monotonic() - call.since,
+            passed=self.monotonic() - call.since,
             left=max(0.0, until - asyncio.get_running_loop().time()),
             paused=self.request_limit.state().paused,
             error=call.error,
@@ -243,13 +235,13 @@ class Caller:
 
     async def call(self, call: FloraCall, *, deadline: float | None = None) -> FloraAnswer:
         """FLORA's answer, a 2xx. Raises the `FloraError` that says why there is none."""
-        seconds = self._deadline if deadline is None else deadline
+        seconds = self.deadline if deadline is None else deadline
         timeout = asyncio.timeout(seconds)
-        progress = _Progress(timeout, self._monotonic())
+        progress = _Progress(timeout, self.monotonic())
         self._calls.append(progress)
         try:
             async with timeout:
-                return await self._repeat(call, progress, until=self._monotonic() + seconds)
+                return await self._repeat(call, progress, until=self.monotonic() + seconds)
         except TimeoutError as exc:
             if progress.error is not None and not progress.sent:
                 raise progress.error from exc
@@ -277,19 +269,19 @@ class Caller:
                 if asked is not None and not isinstance(exc, RequestPaused):
                     await self.request_limit.pause_others(asked)
                 wait = asked or backoff(attempt)
-                if not _repeatable(call, exc) or self._monotonic() + wait > until:
+                if not _repeatable(call, exc) or self.monotonic() + wait > until:
                     raise
-            await self._sleep(wait)
+            await self.sleep(wait)
 
     async def _attempt(self, call: FloraCall, progress: _Progress, *, until: float) -> FloraAnswer:
         self.breaker.check()
         async with self.request_limit.permit(until=until, fresh=call.fresh) as started:
             self.breaker.admit()
-            key = self._http.headers.get("authorization")
+            key = self.http.headers.get("authorization")
             answer = await self._exchange(call, progress)
             if answer.status == 401:
-                self._find_new_key()
-                if self._http.headers.get("authorization") != key:
+                self.find_new_key()
+                if self.http.headers.get("authorization") != key:
                     answer = await self._exchange(call, progress)
             refusal = None if 200 <= answer.status < 300 else self._refusal(answer)
             self._learn(call, answer, refusal, started)
@@ -299,19 +291,19 @@ class Caller:
 
     async def _exchange(self, call: FloraCall, progress: _Progress) -> FloraAnswer:
         """Send the request once and read the answer, whatever its status."""
-        began, sent_at = self._monotonic(), self._clock()
+        began, sent_at = self.monotonic(), self.clock()
         self.contact.asked()
         status = request_id = None
         more: dict[str, Any] = {}
-        if call.fence is None or not self._traced:
+        if call.fence is None or not self.traced:
             await self._before_writing(call, progress)
         else:
             more["extensions"] = {"trace": partial(self._trace, call, progress)}
         if call.answer_seconds is not None:
-            timeout = self._http.timeout
+            timeout = self.http.timeout
             more["timeout"] = httpx.Timeout(call.answer_seconds, connect=timeout.connect)
         try:
-            async with self._http.stream(
+            async with self.http.stream(
                 call.method, call.url, headers=call.headers, content=call.content, **more
             ) as response:
                 body = await _bounded_body(response, call.endpoint)
@@ -329,7 +321,7 @@ class Caller:
             self.contact.failed(error)
             raise error from exc
         finally:
-            seconds = self._monotonic() - began
+            seconds = self.monotonic() - began
             log.debug(
                 "flora.request",
                 endpoint=call.endpoint,
@@ -337,8 +329,8 @@ class Caller:
                 seconds=round(seconds, 3),
                 flora_request_id=request_id,
             )
-            if self._on_request is not None:
-                self._on_request(call.endpoint, status, seconds)
+            if self.on_request is not None:
+                self.on_request(call.endpoint, status, seconds)
         self._learn_clock(response.headers, sent_at)
         return FloraAnswer(
             endpoint=call.endpoint,
@@ -370,7 +362,7 @@ class Caller:
         date = http_date(headers.get("date", ""))
         if date is None:
             return
-        now = self._clock()
+        now = self.clock()
         self.clock_offset = date - now
         least, most = date - now, date + timedelta(seconds=1) - sent_at
         if self.clock_bounds is not None:
@@ -388,7 +380,7 @@ class Caller:
                 request_id=answer.request_id,
                 from_flora=False,
             )
-        wait = retry_after_of(answer.headers, now=self._clock())
+        wait = retry_after_of(answer.headers, now=self.clock())
         if answer.status == 429 and wait is None:
             wait = DEFAULT_WAIT
         return parse.refusal(

@@ -400,12 +400,8 @@ def workspace_id(payload: object) -> str:
 def _valid_values(value: object) -> tuple[str, ...]:
     """The valid values of a field as texts; only texts and numbers count."""
     listed = value if isinstance(value, list) else []
-    texts = (as_text(one if isinstance(one, str) else str(one)) for one in listed if _is_plain(one))
+    texts = (as_text(str(one)) for one in listed if isinstance(one, str | int | float))
     return tuple(text[:LONGEST_VALUE] for text in texts if text)[:MOST_FIELDS]
-
-
-def _is_plain(value: object) -> bool:
-    return isinstance(value, str | int | float)
 
 
 def _required(value: object, what: str) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from tracker.starting.batch_rows import (
     BatchPlan,
     RowState,
     kept_rows,
+    states_of,
 )
 from tracker.starting.recover import Recovery
 from tracker.starting.start import Starter
@@ -146,7 +147,8 @@ class Batches(BatchPlanner):
             stopped=None if stopped is None else str(stopped),
             errors=launch.errors_by_position,
         )
-        states = await self._states(plan.batch.workspace_slot, plan.rows)
+        entries = [row.entry for row in plan.rows]
+        states = await states_of(self.database, plan.batch.workspace_slot, entries)
         rows = [
             replace(states[row.entry.key], error=launch.errors.get(row.entry.key))
             for row in plan.rows

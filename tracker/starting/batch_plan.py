@@ -163,9 +163,6 @@ class BatchPlanner:
                 return one
         raise TrackerError(f"workspace {batch.workspace_slot} is not configured here")
 
-    async def _states(self, workspace_id: str, rows: Sequence[PlannedRow]) -> dict[str, RowState]:
-        return await states_of(self.database, workspace_id, [row.entry for row in rows])
-
     async def _retried(
         self,
         workspace_id: str,
@@ -176,7 +173,7 @@ class BatchPlanner:
     ) -> tuple[Sequence[PlannedRow], dict[str, RowState]]:
         """The rows with their states: those that failed for another attempt where `retry` says so,
         and retries that an earlier launch did not start with the rest of their wait."""
-        states = await self._states(workspace_id, rows)
+        states = await states_of(self.database, workspace_id, [row.entry for row in rows])
         if wait and retry is not Retry.ALL:
             rows = await self._with_waits(workspace_id, rows, states)
         if retry is not None:

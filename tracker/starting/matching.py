@@ -8,7 +8,7 @@ one run of the technique since the first sending is not accounted for.
 import asyncio
 import time
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
@@ -70,20 +70,7 @@ class StartMatcher:
         Raises `StartNotStored` if the database does not take it now; that is tried again until it
         does, for as long as the process lives.
         """
-        entry = Seen(
-            observation=replace(
-                seen,
-                workspace_id=seen.workspace_id or row.workspace_slot,
-                technique_id=row.technique_id,
-            ),
-            inputs=row.inputs,
-            tags=row.tags,
-            reserved_at=row.reserved_at,
-            reserved_cost=row.reserved_cost,
-            callback_expected=row.callback_url is not None,
-            slot=row.workspace_slot,
-            idempotency_key=row.idempotency_key,
-        )
+        entry = row.became(seen, callback_expected=row.callback_url is not None)
         try:
             return await self._submit(entry)
         except StoreError as error:

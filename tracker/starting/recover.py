@@ -8,6 +8,7 @@ forgotten, nor while the history shows a run that may be its own. A key that FLO
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
@@ -37,15 +38,6 @@ AHEAD: Final = timedelta(minutes=5)
 has a margin for less."""
 
 log = get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """Starts of one technique, for which the history is read once."""
-
-    workspace: Workspace
-    technique_id: str
-    rows: list[StartRow]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -83,18 +75,16 @@ class Recovery:
         if not rows:
             return 0
         by_id = await self._configured()
-        groups: dict[tuple[str, str], _Group] = {}
+        groups: dict[tuple[str, str], list[StartRow]] = {}
         for row in rows:
-            workspace = by_id.get(row.workspace_slot)
-            if workspace is not None:
-                key = (row.workspace_slot, row.technique_id)
-                groups.setdefault(key, _Group(workspace, row.technique_id, [])).rows.append(row)
-        return sum([await self._recover(group) for group in groups.values()])
+            groups.setdefault((row.workspace_slot, row.technique_id), []).append(row)
+        known = [(by_id[slot], group) for (slot, _), group in groups.items() if slot in by_id]
+        return sum([await self._recover(workspace, group) for workspace, group in known])
 
     async def recover_one(self, workspace: Workspace, row: StartRow) -> None:
         """Do what `recover` does, for one start."""
         if row.state in (StartState.SENT, StartState.IN_DOUBT) and not row.is_held(self.clock()):
-            await self._recover(_Group(workspace, row.technique_id, [row]))
+            await self._recover(workspace, [row])
 
     async def _configured(self) -> dict[str, Workspace]:
         found = {}
@@ -107,10 +97,11 @@ class Recovery:
                 log.warning("start.recovery_failed", error=str(error))
         return found
 
-    async def _recover(self, group: _Group) -> int:
-        """Mark starts whose process died as in doubt, and end the doubt about those due."""
-        due = []
-        for row in group.rows:
+    async def _recover(self, workspace: Workspace, rows: Sequence[StartRow]) -> int:
+        """Mark starts of one technique whose process died as in doubt, and end the doubt about
+        those due. The history is read once for all of them."""
+        due, technique_id = [], rows[0].technique_id
+        for row in rows:
             if row.state is StartState.SENT:
                 async with holding(self.database, row, self.process, self.clock) as held:
                     if held is not None and held.row.state is StartState.SENT:
@@ -127,16 +118,14 @@ class Recovery:
         read = None
         try:
             give_up = time.monotonic() + SEARCH_SECONDS
-            read = await self.matcher.read(
-                group.workspace, group.technique_id, since, give_up=give_up
-            )
+            read = await self.matcher.read(workspace, technique_id, since, give_up=give_up)
         except FloraError as error:
-            log.warning("start.recovery_failed", technique_id=group.technique_id, error=str(error))
+            log.warning("start.recovery_failed", technique_id=technique_id, error=str(error))
         found = 0
         for row in due:
             async with holding(self.database, row, self.process, self.clock) as held:
                 if held is not None and held.row.state is StartState.IN_DOUBT:
-                    found += await self._end_doubt(group.workspace, held, read)
+                    found += await self._end_doubt(workspace, held, read)
         return found
 
     async def _end_doubt(

@@ -57,7 +57,7 @@ SWEEPS: Final = table(
 
 
 class SweepHealth(NamedTuple):
-    """The state of one workspace's sweeps.
+    """The state of one workspace's sweeps: the columns of `SWEEPS`, in their order.
 
     `complete_at` is the end of the last complete sweep. History is checked up to `through` and
     `generations_through`, by FLORA's clock. `last_error` is why the last sweep failed, if it did;
@@ -68,11 +68,11 @@ class SweepHealth(NamedTuple):
     workspace_id: str | None
     last_started_at: datetime
     last_finished_at: datetime | None
-    last_error: str | None
     complete_started_at: datetime | None
     complete_at: datetime | None
     through: datetime | None
     generations_through: datetime | None
+    last_error: str | None
     generations_error: str | None = None
 
 
@@ -102,13 +102,7 @@ async def conflicts(db: Database) -> list[str]:
 
 async def sweep_health(db: Database) -> list[SweepHealth]:
     """The state of sweeps by workspace; without workspaces that were never swept."""
-    names = (
-        *("workspace_id", "last_started_at", "last_finished_at", "last_error"),
-        *("complete_started_at", "complete_finished_at", "through", "generations_through"),
-        "last_generations_error",
-    )
-    statement = select(*(SWEEPS.c[name] for name in names))
-    found = [SweepHealth(*row) for row in await db.fetch(statement)]
+    found = [SweepHealth(*row) for row in await db.fetch(select(SWEEPS))]
     return sorted(found, key=lambda each: each.workspace_id or "")
 
 

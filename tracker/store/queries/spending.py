@@ -34,6 +34,7 @@ from sqlalchemy import (
 
 from tracker.core.budget import Budget, Period
 from tracker.core.errors import BudgetExceeded
+from tracker.core.formatting import money
 from tracker.core.inputs import check_tag_key
 from tracker.core.rollup import CHARGED, QUOTED, SPENT, TAGGED, UNPRICED, dollars
 from tracker.store.engine import Database
@@ -121,11 +122,11 @@ def exceeded(
 ) -> BudgetExceeded:
     """The error for a price (USD) that does not fit into what is left of a budget."""
     budget = usage.budget
-    message = f"the budget {budget.name} has {_usd(usage.left)} of {_usd(budget.usd)} left"
+    message = f"the budget {budget.name} has {money(usage.left)} of {money(budget.usd)} left"
     if cost is None:
         message += ", and FLORA shows no price for this technique, so it cannot be checked"
     else:
-        message += f", and {what} {_usd(cost)}"
+        message += f", and {what} {money(cost)}"
     if usage.renews_at is not None:
         message += f"; it starts again at {usage.renews_at:%Y-%m-%dT%H:%M:%SZ}"
     return BudgetExceeded(
@@ -135,12 +136,6 @@ def exceeded(
         renews_at=usage.renews_at,
         ever_fits=cost is not None and cost <= budget.usd,
     )
-
-
-def _usd(amount: Decimal) -> str:
-    """In cents, with more digits only if needed."""
-    cents = amount.quantize(Decimal("0.01"))
-    return f"${cents:f}" if cents == amount else f"${amount.normalize():f}"
 
 
 def _usage(connection: Connection, budget: Budget, now: datetime) -> Usage:

@@ -20,7 +20,7 @@ and writes the state. Keys belong to a workspace id.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
@@ -41,7 +41,8 @@ from sqlalchemy import (
 
 from tracker.core.budget import Budget
 from tracker.core.inputs import Tags
-from tracker.core.observation import Source
+from tracker.core.observation import Observation, Source
+from tracker.core.record import Seen
 from tracker.store.engine import Database
 from tracker.store.queries import audit, paging, spending
 from tracker.store.queries.audit import Action
@@ -108,6 +109,20 @@ class StartRow:
     def is_known_to_flora(self) -> bool:
         """Whether FLORA answered 409 or 422: it has a request with this key."""
         return bool((self.error or {}).get("conflict"))
+
+    def became(self, seen: Observation, *, callback_expected: bool) -> Seen:
+        """The entry that the start became the run of this observation, which closes the start."""
+        workspace_id = seen.workspace_id or self.workspace_slot
+        return Seen(
+            observation=replace(seen, workspace_id=workspace_id, technique_id=self.technique_id),
+            inputs=self.inputs,
+            tags=self.tags,
+            reserved_at=self.reserved_at,
+            reserved_cost=self.reserved_cost,
+            callback_expected=callback_expected,
+            slot=self.workspace_slot,
+            idempotency_key=self.idempotency_key,
+        )
 
     def is_held(self, now: datetime) -> bool:
         """Whether a process holds its lease."""

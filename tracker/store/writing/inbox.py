@@ -173,7 +173,9 @@ def apply_waiting(
             if reason is None:
                 start = starts_by_token.get(delivery.callback_token or "")
                 if start is not None and _is_signed_for(one, seen, start):
-                    batch.add(_started(start, seen))
+                    # Its callback came to the start's own address.
+                    own = Observation(run_id=seen.run_id, source=Source.START, at=seen.at)
+                    batch.add(start.became(own, callback_expected=True))
                 batch.add(Seen(observation=seen))
         if reason is None:
             applied.append(delivery.delivery_id)
@@ -192,26 +194,6 @@ def _is_signed_for(parsed: ParsedDelivery, seen: Observation, start: StartRow) -
     if parsed.signers is None:  # the only workspace; a body need not name it
         return seen.workspace_id in (None, start.workspace_slot)
     return start.workspace_slot in parsed.signers
-
-
-def _started(start: StartRow, seen: Observation) -> Seen:
-    """The observation that the start became this run: its callback came to the start's address."""
-    return Seen(
-        observation=Observation(
-            run_id=seen.run_id,
-            source=Source.START,
-            at=seen.at,
-            workspace_id=start.workspace_slot,
-            technique_id=start.technique_id,
-        ),
-        inputs=start.inputs,
-        tags=start.tags,
-        reserved_at=start.reserved_at,
-        reserved_cost=start.reserved_cost,
-        callback_expected=True,
-        slot=start.workspace_slot,
-        idempotency_key=start.idempotency_key,
-    )
 
 
 def _owner_conflict(
