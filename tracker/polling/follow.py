@@ -63,8 +63,8 @@ class Follower:
     clock: Clock
 
     def __post_init__(self) -> None:
-        self._records = _SharedCalls(partial(runs.get_runs, self.database))
-        self._sources = _SharedCalls(partial(changes.last_sources, self.database))
+        self._records = _SharedCalls(lambda ids: runs.get_runs(self.database, ids))
+        self._sources = _SharedCalls(lambda ids: changes.last_sources(self.database, ids))
         self._rounds = _SharedCalls(self._poll_round)
 
     async def read(self, run_ids: Sequence[str]) -> dict[str, Record]:
