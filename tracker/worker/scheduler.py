@@ -111,7 +111,7 @@ class Worker:
             log.warning("worker.no_key", advice="set FLORA_API_KEY; until then nothing is polled")
         await services.webhooks.start()
         self._scheduler.start()
-        services.metrics.worker_started()
+        services.metrics.worker_running = True
         if keyed:
             self._tasks = [
                 asyncio.create_task(self._wake_when_due(), name="poll-waker"),
@@ -121,7 +121,7 @@ class Worker:
 
     async def stop(self) -> None:
         """End the jobs, interrupting them, and release their claims."""
-        self._services.metrics.worker_stopped()
+        self._services.metrics.worker_running = False
         delivering = asyncio.create_task(self._services.webhooks.stop(), name="webhooks")
         for background in self._tasks:
             background.cancel()

@@ -27,7 +27,7 @@ from tracker.operations.doctor.delivery import (
     FLORA_WAITS,
     DoctorDelivery,
     Reply,
-    TestDeliverySender,
+    Send,
     diagnose,
     open_sender,
 )
@@ -62,8 +62,8 @@ async def check(
     public_url = await check_public_url(settings)
     if settings.callback_url is None or public_url.level is Level.FAILED:
         return [public_url]
-    async with open_sender(settings.callback_url, timeout) as sender:
-        forged = await sender.send(DoctorDelivery.forged(clock()))
+    async with open_sender(settings.callback_url, timeout) as send:
+        forged = await send(DoctorDelivery.forged(clock()))
         findings = [public_url]
         if forged.expires is not None:
             findings.append(judge_certificate(forged.expires, now=clock()))
@@ -89,7 +89,7 @@ async def check(
                     "Fix that first, and run the doctor again.",
                 ),
             ]
-        return findings + await _send_signed(settings, sender, [*secrets], clock())
+        return findings + await _send_signed(settings, send, [*secrets], clock())
 
 
 async def check_public_url(
@@ -161,8 +161,8 @@ def judge_certificate(expires: datetime, *, now: datetime) -> Finding:
 
 async def _check_own_address(callback_url: str, clock: Clock, timeout: float) -> Finding:
     """Try an address below the bare one, as each start has."""
-    async with open_sender(f"{callback_url}/{token_hex(16)}", timeout) as sender:
-        reply = await sender.send(DoctorDelivery.forged(clock()))
+    async with open_sender(f"{callback_url}/{token_hex(16)}", timeout) as send:
+        reply = await send(DoctorDelivery.forged(clock()))
     if reply.signature == "wrong":
         return ok("own addresses", "Deliveries to the addresses of single starts arrive.")
     seen, advice = diagnose(reply)
@@ -174,20 +174,20 @@ async def _check_own_address(callback_url: str, clock: Clock, timeout: float) ->
 
 
 async def _send_signed(
-    settings: Settings, sender: TestDeliverySender, secrets: Sequence[str], now: datetime
+    settings: Settings, send: Send, secrets: Sequence[str], now: datetime
 ) -> list[Finding]:
     small = [DoctorDelivery.signed(secret, now) for secret in secrets]
     large = [DoctorDelivery.signed(secrets[0], now, size=size) for size in SIZES]
     ids = [delivery.delivery_id for delivery in (*small, *large)]
     async with _deleted_at_the_end(settings, ids, now) as stored:
-        replies = await asyncio.gather(*map(sender.send, small))
+        replies = await asyncio.gather(*map(send, small))
         await stored.find()
         findings = [_judge_signed(small, replies, stored.found)]
         if findings[0].level is not Level.FAILED:
             seconds = max(reply.seconds for reply in replies)
             findings.append(_judge_time(seconds))
             if seconds < SLOW:  # else large ones would only time out
-                findings.append(_judge_sizes(await asyncio.gather(*map(sender.send, large))))
+                findings.append(_judge_sizes(await asyncio.gather(*map(send, large))))
     if stored.error:
         findings.append(
             warning(

@@ -8,10 +8,11 @@ everything else comes from what stands in front of it.
 import asyncio
 import json
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from secrets import token_hex
 from time import monotonic
 from typing import Any, Final, Literal, NamedTuple
@@ -110,61 +111,57 @@ class Reply:
         return outcome if self.status == 200 and isinstance(outcome, str) else None
 
 
-class TestDeliverySender:
-    """Sends to one URL. Redirects are not followed; FLORA follows none."""
+Send = Callable[[DoctorDelivery], Awaitable[Reply]]
+"""Sends a test delivery to one URL; never raises for what the other end does."""
 
-    def __init__(self, http: httpx.AsyncClient, url: str, timeout: float) -> None:
-        self._http = http
-        self._url = url
-        self._timeout = timeout
 
-    async def send(self, delivery: DoctorDelivery) -> Reply:
-        """Send it; never raises for what the other end does."""
-        began = monotonic()
-        headers = {
-            "Content-Type": "application/json",
-            "Flora-Signature": delivery.signature,
-            "Flora-Webhook-Id": delivery.delivery_id,
-            "Flora-Event": TEST_DELIVERY,
-        }
-        try:
-            async with (
-                asyncio.timeout(self._timeout),
-                self._http.stream(
-                    "POST", self._url, content=delivery.body, headers=headers
-                ) as response,
-            ):
-                expires = _certificate_end(response)
-                content = await _json(response)
-            return Reply(
-                kind="answer",
-                seconds=monotonic() - began,
-                status=response.status_code,
-                headers=response.headers,
-                content=content,
-                expires=expires,
-            )
-        except (httpx.TimeoutException, TimeoutError):
-            return Reply(kind="timeout", seconds=monotonic() - began)
-        except (httpx.HTTPError, OSError, ssl.SSLError) as error:
-            untrusted = _certificate_error(error)
-            return Reply(
-                kind="unreachable" if untrusted is None else "certificate",
-                seconds=monotonic() - began,
-                error=untrusted or str(error) or type(error).__name__,
-            )
+async def _send(
+    http: httpx.AsyncClient, url: str, timeout: float, delivery: DoctorDelivery
+) -> Reply:
+    began = monotonic()
+    headers = {
+        "Content-Type": "application/json",
+        "Flora-Signature": delivery.signature,
+        "Flora-Webhook-Id": delivery.delivery_id,
+        "Flora-Event": TEST_DELIVERY,
+    }
+    try:
+        async with (
+            asyncio.timeout(timeout),
+            http.stream("POST", url, content=delivery.body, headers=headers) as response,
+        ):
+            expires = _certificate_end(response)
+            content = await _json(response)
+        return Reply(
+            kind="answer",
+            seconds=monotonic() - began,
+            status=response.status_code,
+            headers=response.headers,
+            content=content,
+            expires=expires,
+        )
+    except (httpx.TimeoutException, TimeoutError):
+        return Reply(kind="timeout", seconds=monotonic() - began)
+    except (httpx.HTTPError, OSError, ssl.SSLError) as error:
+        untrusted = _certificate_error(error)
+        return Reply(
+            kind="unreachable" if untrusted is None else "certificate",
+            seconds=monotonic() - began,
+            error=untrusted or str(error) or type(error).__name__,
+        )
 
 
 @asynccontextmanager
-async def open_sender(url: str, timeout: float) -> AsyncIterator[TestDeliverySender]:
-    """A sender to `url`; each answer may take `timeout` seconds."""
+async def open_sender(url: str, timeout: float) -> AsyncIterator[Send]:
+    """A sender to `url`; each answer may take `timeout` seconds. Redirects are not followed; FLORA
+    follows none."""
     async with httpx.AsyncClient(
         headers={"user-agent": f"flora-run-tracker/{__version__} (doctor)"},
         timeout=httpx.Timeout(timeout, connect=timeout / 2),
         follow_redirects=False,
         trust_env=not is_loopback(urlsplit(url).hostname or ""),
     ) as http:
-        yield TestDeliverySender(http, url, timeout)
+        yield partial(_send, http, url, timeout)
 
 
 async def _json(response: httpx.Response) -> Any:

@@ -94,7 +94,7 @@ _HISTOGRAMS: Final = (
 
 
 class Counters:
-    """Counters and histograms of one process."""
+    """Counters and histograms of one process, and whether it has a worker that is running."""
 
     def __init__(self, registry: CollectorRegistry, *, clock: Clock) -> None:
         self.worker_running = False
@@ -214,14 +214,6 @@ class Counters:
             self._histograms["flora_request_seconds"].labels(endpoint).observe(seconds)
 
         return on_request
-
-    def worker_started(self) -> None:
-        """This process polls and sweeps from now on."""
-        self.worker_running = True
-
-    def worker_stopped(self) -> None:
-        """This process no longer polls and sweeps."""
-        self.worker_running = False
 
     def polled(self, report: PollReport) -> None:
         """A poll round is over."""

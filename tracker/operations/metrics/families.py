@@ -20,8 +20,9 @@ def gauge(name: str, meaning: str, value: float) -> Metric:
 def labelled(
     name: str,
     meaning: str,
-    labels: Sequence[str],
     values: Mapping[Any, float | Decimal | None],
+    *,
+    labels: Sequence[str] = ("workspace_id",),
     family: Family = GaugeMetricFamily,
 ) -> Metric:
     """A metric with samples; the keys of `values` are one label value or a tuple of them."""

@@ -34,7 +34,6 @@ KEEP_SECONDS: Final = 5.0
 PATIENCE: Final = 4.0
 """Seconds for reading the database; Prometheus gives up after ten."""
 EXPECTED: Final = ("came", "late", "missed")
-_WORKSPACE: Final = ("workspace_id",)
 
 log = get_logger(__name__)
 
@@ -142,7 +141,9 @@ class DatabaseGauges(Collector):
 
 def _runs(snapshot: _Snapshot) -> Iterator[Metric]:
     gauges, now = snapshot.gauges, snapshot.now
-    yield labelled("runs", "Runs by state.", ("workspace_id", "status", "tracking"), gauges.runs)
+    yield labelled(
+        "runs", "Runs by state.", gauges.runs, labels=("workspace_id", "status", "tracking")
+    )
     yield gauge("runs_due", "Runs due to be polled.", gauges.due)
     yield gauge("runs_overdue", "Runs due for over a minute.", gauges.overdue)
     yield gauge(
@@ -162,8 +163,8 @@ def _runs(snapshot: _Snapshot) -> Iterator[Metric]:
     yield labelled(
         "failed_today",
         "Runs that failed today (UTC), by retry advice.",
-        ("workspace_id", "retry_advice"),
         gauges.failed_today,
+        labels=("workspace_id", "retry_advice"),
     )
 
 
@@ -179,12 +180,12 @@ def _money(snapshot: _Snapshot) -> Iterator[Metric]:
         ),
         ("runs_unpriced", "Runs of the last 7 days that were never billed.", gauges.unpriced),
     ):
-        yield labelled(name, meaning, _WORKSPACE, values)
+        yield labelled(name, meaning, values)
     yield labelled(
         "budget_usd",
         "Limit of the budget.",
-        ["budget"],
         {usage.budget.name: usage.budget.usd for usage in usages},
+        labels=["budget"],
     )
     used = {}
     for usage in usages:
@@ -193,8 +194,8 @@ def _money(snapshot: _Snapshot) -> Iterator[Metric]:
     yield labelled(
         "budget_used_usd",
         "Used: reserved by starts, quoted for runs without a bill, charged.",
-        ("budget", "part"),
         used,
+        labels=("budget", "part"),
     )
 
 
@@ -213,8 +214,8 @@ def _callbacks(snapshot: _Snapshot) -> Iterator[Metric]:
     yield labelled(
         "recent_callbacks",
         "Callbacks of runs that ended in this hour or the one before, by outcome.",
-        ("workspace_id", "outcome"),
         gauges.callbacks,
+        labels=("workspace_id", "outcome"),
     )
     ratios = {}
     for workspace in {workspace for workspace, _ in gauges.callbacks}:
@@ -222,10 +223,7 @@ def _callbacks(snapshot: _Snapshot) -> Iterator[Metric]:
         if sum(counts):
             ratios[workspace] = counts[-1] / sum(counts)
     yield labelled(
-        "recent_callback_miss_ratio",
-        "Share of the expected callbacks that did not arrive.",
-        _WORKSPACE,
-        ratios,
+        "recent_callback_miss_ratio", "Share of the expected callbacks that did not arrive.", ratios
     )
     yield gauge("inbox_waiting", "Acknowledged callbacks not applied yet.", gauges.waiting)
     yield gauge(
@@ -246,19 +244,16 @@ def _history(snapshot: _Snapshot) -> Iterator[Metric]:
     yield labelled(
         "sweep_last_complete_timestamp_seconds",
         "When the last complete sweep ended; 0 if there was none.",
-        _WORKSPACE,
         complete | dict.fromkeys(snapshot.never_swept, 0),
     )
     yield labelled(
         "sweep_failed",
         "1 if the newest sweep failed.",
-        _WORKSPACE,
         {name: one.last_error is not None for name, one in swept.items()},
     )
     yield labelled(
         "history_verified_timestamp_seconds",
         "Time on FLORA's clock up to which the history was checked.",
-        _WORKSPACE,
         {name: one.through.timestamp() for name, one in swept.items() if one.through},
     )
     unread = Counter((one.workspace_id, one.run_type) for one in snapshot.unread)
@@ -269,8 +264,8 @@ def _history(snapshot: _Snapshot) -> Iterator[Metric]:
     yield labelled(
         "history_gaps",
         "Spans of the history that FLORA did not let the tracker read.",
-        ("workspace_id", "run_type"),
         gaps,
+        labels=("workspace_id", "run_type"),
     )
 
 
@@ -305,4 +300,4 @@ def _webhooks(snapshot: _Snapshot) -> Iterator[Metric]:
         ),
     )
     for name, meaning, by_endpoint in values:
-        yield labelled(name, meaning, ("endpoint_id",), by_endpoint)
+        yield labelled(name, meaning, by_endpoint, labels=("endpoint_id",))

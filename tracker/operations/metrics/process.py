@@ -16,7 +16,6 @@ from tracker.operations.metrics.families import Family, gauge, labelled, timesta
 from tracker.polling.contacts import Contacts
 from tracker.polling.workspaces import Workspaces
 
-_WORKSPACE: Final = ("workspace_id",)
 _MISCONFIGURED: Final = (Trouble.NOT_FLORA, Trouble.LISTS_REFUSED, Trouble.OTHER_WORKSPACE)
 _GAUGE, _TOTAL = GaugeMetricFamily, CounterMetricFamily
 _Value = Callable[[RequestLimitState], float | None]
@@ -44,7 +43,7 @@ class ProcessGauges(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """The metrics with their current values."""
-        yield labelled("build_info", "1, with the version.", ["version"], {__version__: 1})
+        yield labelled("build_info", "1, with the version.", {__version__: 1}, labels=["version"])
         yield gauge("queue_entries", "Entries not committed yet.", self.waiting())
         yield gauge("worker_running", "1 in a process with a worker.", self.counters.worker_running)
         yield gauge(
@@ -64,7 +63,7 @@ class ProcessGauges(Collector):
         limits = {name: one.require_client().request_limit.state() for name, one in keyed.items()}
         for family, name, meaning, value in _REQUEST_LIMITS:
             values = {workspace: value(limit) for workspace, limit in limits.items()}
-            yield labelled(name, meaning, _WORKSPACE, values, family)
+            yield labelled(name, meaning, values, family=family)
         now = self.clock()
         states = {name: self.contacts.of(one) for name, one in keyed.items()}
         troubles = {
@@ -75,24 +74,20 @@ class ProcessGauges(Collector):
         yield labelled(
             "flora_breaker_open",
             "1 while FLORA refuses the API key.",
-            _WORKSPACE,
             {name: troubles.get(name) is Trouble.KEY_REFUSED for name in keyed},
         )
         yield labelled(
             "flora_up",
             "0 if FLORA was asked and has not answered for 30 s; absent if nothing asks it.",
-            _WORKSPACE,
             {name: one.answers(now) for name, one in states.items() if one},
         )
         yield labelled(
             "flora_misconfigured",
             "1 if FLORA_BASE_URL does not lead to FLORA, or the key belongs to another workspace.",
-            _WORKSPACE,
             {name: troubles.get(name) in _MISCONFIGURED for name in keyed},
         )
         yield labelled(
             "flora_last_answer_timestamp_seconds",
             "When FLORA last answered any process; 0 if never.",
-            _WORKSPACE,
             {name: timestamp(one.answered_at if one else None) for name, one in states.items()},
         )

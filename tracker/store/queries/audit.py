@@ -16,7 +16,7 @@ from enum import StrEnum
 from functools import partial
 from typing import Any, Final
 
-from sqlalchemy import Connection, delete, insert, select, text, update
+from sqlalchemy import Connection, Executable, delete, insert, select, text, update
 
 from tracker.core.clock import Clock
 from tracker.core.errors import StoreError
@@ -105,6 +105,15 @@ def entry(action: Action, at: datetime, **detail: Any) -> dict[str, Any]:
 def note(connection: Connection, row: Mapping[str, Any]) -> None:
     """Write an entry within a transaction."""
     connection.execute(insert(audit).values(**row))
+
+
+def execute_noted(connection: Connection, change: Executable, row: Mapping[str, Any]) -> bool:
+    """Execute an update or a deletion within a transaction, and write an entry if it changed any
+    row; whether it did."""
+    changed = connection.execute(change).rowcount > 0
+    if changed:
+        note(connection, row)
+    return changed
 
 
 async def write(db: Database, row: Mapping[str, Any]) -> int:
@@ -322,9 +331,4 @@ async def end_session(db: Database, session_id: str, *, now: datetime) -> None:
     """Delete the session. Raises `StoreUnavailable`."""
     statement = delete(sessions).where(sessions.c.session_id == session_id)
     noted = entry(Action.SIGN_OUT, now)
-
-    def write(connection: Connection) -> None:
-        if connection.execute(statement).rowcount:
-            note(connection, noted)
-
-    await db.write(write)
+    await db.write(lambda connection: execute_noted(connection, statement, noted))

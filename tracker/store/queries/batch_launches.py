@@ -120,14 +120,7 @@ async def stop(db: Database, batch_id: str, why: str, *, noted: Mapping[str, Any
         .where(batches.c.batch_id == batch_id, _OPEN, batches.c.launch_at.is_not(None))
         .values(launch_at=None, stopped=why)
     )
-
-    def work(connection: Connection) -> bool:
-        stopped = connection.execute(statement).rowcount == 1
-        if stopped:
-            audit.note(connection, noted)
-        return stopped
-
-    return await db.write(work)
+    return await db.write(lambda connection: audit.execute_noted(connection, statement, noted))
 
 
 async def finish_ended(db: Database, now: datetime) -> int:

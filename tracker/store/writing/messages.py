@@ -307,14 +307,7 @@ async def resend(db: Database, message_id: str, *, now: datetime) -> bool:
     """Send a message again, at once and by a new schedule; false if there is none of this id."""
     entry = audit.entry(Action.RESEND, now, message_id=message_id)
     statement = _due_again(now).where(messages.c.message_id == message_id)
-
-    def work(connection: Connection) -> bool:
-        found = connection.execute(statement).rowcount > 0
-        if found:
-            audit.note(connection, entry)
-        return found
-
-    return await db.write(work)
+    return await db.write(lambda connection: audit.execute_noted(connection, statement, entry))
 
 
 async def recover(db: Database, endpoint_id: str, *, since: datetime, now: datetime) -> int | None:
@@ -363,10 +356,7 @@ def _catch_up(
         .where(endpoints.c.endpoint_id == endpoint_id)
         .values(failing_since=None, catch_up_from=endpoints.c.since, catch_up_to=now, **more)
     )
-    if not connection.execute(statement).rowcount:
-        return False
-    audit.note(connection, entry)
-    return True
+    return audit.execute_noted(connection, statement, entry)
 
 
 def _due_again(now: datetime) -> Update:
