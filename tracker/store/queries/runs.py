@@ -366,4 +366,4 @@ async def unseen_deliveries(db: Database, *, cause: str, until: datetime, limit:
         .order_by(*key)
         .limit(limit)
     )
-    return list(await db.fetchcol(statement))
+    return await db.fetchcol(statement)

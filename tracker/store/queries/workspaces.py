@@ -43,7 +43,7 @@ async def last_at(db: Database, place: str) -> str | None:
 
 async def all_ids(db: Database) -> list[str]:
     """The workspaces of all keys that were ever used."""
-    return list(await db.fetchcol(select(workspace_keys.c.workspace_id).distinct()))
+    return await db.fetchcol(select(workspace_keys.c.workspace_id).distinct())
 
 
 async def keep_id(
