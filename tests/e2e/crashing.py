@@ -42,7 +42,7 @@ COMMITS: Final = (
         "claims.drop_lease",
         "claims.reset_far_schedules",
         "workspaces.keep_wait",
-        "contacts.keep",
+        "workspaces.keep_contact",
     ),
     *("sweeps.begin", "sweeps.add", "sweeps.finish", "rollups.compact"),
     *("batches.keep", "batches.finish"),
