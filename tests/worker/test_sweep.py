@@ -4,6 +4,7 @@ import asyncio
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -250,6 +251,25 @@ async def test_one_sweep_at_a_time(
     reports = await asyncio.gather(sweep(one), sweep(other))
     assert sorted(report.skipped for report in reports) == [False, True]
     assert not (await sweep(other)).skipped
+
+
+async def test_a_sweep_begins_when_it_holds_the_lease(
+    services: Services, flora: Simulator, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waited for it while another process finished is not logged as beside that one."""
+    take = claims.take_lease
+
+    async def waits(*args: Any, **named: Any) -> bool:
+        clock.move(10)
+        return await take(*args, **named)
+
+    began = clock()
+    with monkeypatch.context() as patched:
+        patched.setattr(claims, "take_lease", waits)
+        await sweep(services)
+    [row] = await ledger(services)
+    assert row.started_at >= began + timedelta(seconds=10)
+    assert row.finished_at >= row.started_at
 
 
 async def test_a_workspace_learns_its_id(services: Services, flora: Simulator) -> None:

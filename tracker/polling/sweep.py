@@ -164,7 +164,7 @@ class _Sweep:
         self._clock = sweeper.clock
         self._workspace = workspace
         self._since = since
-        self._started_at = sweeper.clock()
+        self._started_at = sweeper.clock()  # `run` sets it again, once the lease is held
         self._row: int | None = None  # in the log of sweeps
         self._plans: dict[RunType, _Plan] = {}
         self._through: dict[RunType, datetime | None] = {}
@@ -186,6 +186,8 @@ class _Sweep:
         """Sweep both kinds, and write the log; its row exists before the second page is read."""
         report = self.report
         report.error = "it was interrupted"
+        # While the lease was waited for, another process may have finished its sweep.
+        self._started_at = self._clock()
         try:
             await self._sweep_kind("technique")
             # These pages have shown what a round of polling would have read them for.
