@@ -81,8 +81,7 @@ async def known(
     after a minute, or `patience` seconds if that is less."""
     from tracker.polling.follow import OUTAGE, until_available
 
-    usable = [run_id for run_id in run_ids if "\0" not in run_id]
-    read = partial(services.follower.read, usable)
+    read = partial(services.follower.read, run_ids)
     once = cache(notify)  # it is repeated with the same reason
     found = await until_available(read, once, give_up_after=min(patience or OUTAGE, OUTAGE))
     if missing := [run_id for run_id in run_ids if run_id not in found]:

@@ -118,7 +118,7 @@ async def launch(services: Services) -> None:
 
 async def found(services: Services, batch_id: str) -> tuple[BatchRow, BatchCounts]:
     """A stored batch and its counts. Raises `BatchUnknown`."""
-    batch = None if "\0" in batch_id else await stored.get(services.database, batch_id)
+    batch = await stored.get(services.database, batch_id)
     if batch is None:
         raise BatchUnknown(f"batch {batch_id} is not stored here")
     return batch, await services.batches.counts(batch)

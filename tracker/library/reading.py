@@ -44,7 +44,7 @@ class RunCalls(ABC):
         from tracker.store.queries import runs as read
 
         database = self._services().database
-        record = None if "\0" in run_id else await read.get_run(database, run_id)
+        record = await read.get_run(database, run_id)
         if record is None:
             raise RunUnknown([run_id])
         return self._run(record)

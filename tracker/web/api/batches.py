@@ -211,8 +211,7 @@ class BatchOperations:
         )
 
     async def _batch(self, batch_id: str) -> BatchRow:
-        usable = "\0" not in batch_id and len(batch_id) <= 255
-        batch = await batches.get(self._database, batch_id) if usable else None
+        batch = await batches.get(self._database, batch_id)
         if batch is None:
             raise not_found(f"No batch {batch_id[:255]} is stored here.")
         return batch

@@ -4,7 +4,6 @@ from typing import Final
 
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
-from starlette.routing import Route
 
 from tracker.core.log import get_logger
 from tracker.core.tokens import Scope
@@ -13,8 +12,8 @@ from tracker.store.queries import audit
 from tracker.store.queries.audit import Action, acting
 from tracker.views import audit_facts
 from tracker.web.auth import AccessControl, principal_of, session_of
-from tracker.web.dashboard.forms import check_csrf, query_choice, query_field, read_form
-from tracker.web.dashboard.render import PageGroup, Renderer, page_links, query
+from tracker.web.dashboard.forms import query_choice, query_field, read_form
+from tracker.web.dashboard.render import PageGroup, Renderer, action, page, page_links, query
 from tracker.web.http.request import peer_of
 from tracker.web.http.responses import Fault
 
@@ -30,13 +29,7 @@ class AccessPages(PageGroup):
         super().__init__(services, renderer)
         self._access = access
 
-    def routes(self) -> list[Route]:
-        return [
-            Route("/login", self.login, methods=["GET", "POST"]),
-            Route("/logout", self.logout, methods=["POST"]),
-            Route("/audit", self.audit, methods=["GET"]),
-        ]
-
+    @page("/login", "GET", "POST")
     async def login(self, request: Request) -> Response:
         """`GET` shows the form, `POST` takes the token and leads to the page that was wanted."""
         wanted = local_path(request.query_params.get("next"))
@@ -66,9 +59,9 @@ class AccessPages(PageGroup):
         log.info("auth.signed_in", token=token.name, peer=peer_of(request.scope))
         return answer
 
+    @action("/logout", has_page=False)
     async def logout(self, request: Request) -> Response:
         """Ends the session, for every copy of its cookie."""
-        await check_csrf(request)
         session = session_of(request.scope)
         answer = RedirectResponse("/login", status_code=303)
         answer.headers["Set-Cookie"] = await self._access.sessions.end(request.scope, session)
@@ -76,6 +69,7 @@ class AccessPages(PageGroup):
             log.info("auth.signed_out", token=session.token.name, peer=peer_of(request.scope))
         return answer
 
+    @page("/audit")
     async def audit(self, request: Request) -> Response:
         """A page of the audit log."""
         action, cursor = query_choice(request, "action", Action), query_field(request, "cursor")

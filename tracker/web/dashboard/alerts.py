@@ -1,6 +1,6 @@
 """The state of each workspace, and what on the overview needs attention."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final, Literal
@@ -147,121 +147,100 @@ def alerts(
     disabled: Sequence[EndpointRow],
     callback_url: str | None,
     now: datetime,
-) -> list[Alert]:
-    """What else needs attention, the worst first."""
-    alone = len(workspaces) == 1
-    found = [alert for one in workspaces if (alert := _sweeps(one, now, alone=alone))]
+) -> Iterator[Alert]:
+    """What else needs attention."""
+    for one in workspaces:
+        if alert := _sweeps(one, now, alone=len(workspaces) == 1):
+            yield alert
     if unread:
-        found.append(
-            Alert(
-                title=f"{counted(unread, 'gap')} in FLORA's history could not be read",
-                advice="The tracker tries again. Runs that others started in that time may be "
-                "missing.",
-                href="/health",
-                link="Show coverage",
-                section="trackerhistorygap",
-            )
+        yield Alert(
+            title=f"{counted(unread, 'gap')} in FLORA's history could not be read",
+            advice="The tracker tries again. Runs that others started in that time may be missing.",
+            href="/health",
+            link="Show coverage",
+            section="trackerhistorygap",
         )
     if overdue:
         silent = any(one.trouble and one.trouble.trouble.silent for one in workspaces)
-        found.append(
-            Alert(
-                kind="bad",
-                title="Runs are overdue",
-                advice="They wait for FLORA to answer and are retried; none is lost."
-                if silent
-                else "Is a worker running, and does FLORA answer it?",
-                href="/runs?state=open",
-                link="Show open runs",
-                section="trackerrunsoverdue",
-            )
+        yield Alert(
+            kind="bad",
+            title="Runs are overdue",
+            advice="They wait for FLORA to answer and are retried; none is lost."
+            if silent
+            else "Is a worker running, and does FLORA answer it?",
+            href="/runs?state=open",
+            link="Show open runs",
+            section="trackerrunsoverdue",
         )
     waiting_since = counts.oldest_waiting_at
     if waiting_since is not None and now - waiting_since > APPLIED_WITHIN:
-        found.append(
-            Alert(
-                title=f"{_are(counts.waiting, 'callback')} not applied yet",
-                advice="They are stored, and none is lost. Is `tracker serve` or a worker of this "
-                "version running?",
-                href="/deliveries?outcome=waiting",
-                link="Show callbacks",
-                section="trackerinboxbehind",
-            )
+        yield Alert(
+            title=f"{_are(counts.waiting, 'callback')} not applied yet",
+            advice="They are stored, and none is lost. Is `tracker serve` or a worker of this "
+            "version running?",
+            href="/deliveries?outcome=waiting",
+            link="Show callbacks",
+            section="trackerinboxbehind",
         )
     if counts.quarantined:
-        found.append(
-            Alert(
-                title=f"{_are(counts.quarantined, 'callback')} quarantined",
-                advice="FLORA signed them, but they were not understood. Fix the cause, then "
-                "replay them.",
-                href="/deliveries?outcome=quarantined",
-                link="Show callbacks",
-                section="trackerquarantine",
-            )
+        yield Alert(
+            title=f"{_are(counts.quarantined, 'callback')} quarantined",
+            advice="FLORA signed them, but they were not understood. Fix the cause, then "
+            "replay them.",
+            href="/deliveries?outcome=quarantined",
+            link="Show callbacks",
+            section="trackerquarantine",
         )
     if counts.unresolved_starts:
-        found.append(
-            Alert(
-                title=f"{_are(counts.unresolved_starts, 'start')} unresolved",
-                advice="FLORA may or may not have started a run, and nothing is sent again. Check "
-                "at FLORA, then use the command tracker starts resolve.",
-                href="/starts?state=unresolved",
-                link="Show starts",
-                section="trackerstartsunresolved",
-            )
+        yield Alert(
+            title=f"{_are(counts.unresolved_starts, 'start')} unresolved",
+            advice="FLORA may or may not have started a run, and nothing is sent again. Check "
+            "at FLORA, then use the command tracker starts resolve.",
+            href="/starts?state=unresolved",
+            link="Show starts",
+            section="trackerstartsunresolved",
         )
     if unpriced:
-        found.append(
-            Alert(
-                title=f"FLORA never billed {counted(unpriced, 'run')}",
-                advice="Their cost is unknown, so totals of the last 7 days may be too low. "
-                "Compare with FLORA's billing page.",
-                section="trackerrunsunpriced",
-            )
+        yield Alert(
+            title=f"FLORA never billed {counted(unpriced, 'run')}",
+            advice="Their cost is unknown, so totals of the last 7 days may be too low. "
+            "Compare with FLORA's billing page.",
+            section="trackerrunsunpriced",
         )
     if counts.lost:
-        found.append(
-            Alert(
-                title=f"{_are(counts.lost, 'run')} lost",
-                advice="FLORA has answered for over an hour that they do not exist.",
-                href="/runs?state=lost",
-                link="Show lost runs",
-            )
+        yield Alert(
+            title=f"{_are(counts.lost, 'run')} lost",
+            advice="FLORA has answered for over an hour that they do not exist.",
+            href="/runs?state=lost",
+            link="Show lost runs",
         )
     rate = callbacks.miss_rate
     if rate is not None and rate >= MISS_RATE and callbacks.expected >= MIN_CALLBACKS:
         check = f"Can FLORA reach {callback_url}? " if callback_url else ""
-        found.append(
-            Alert(
-                title=f"{percent(rate)} of the expected callbacks are missing",
-                advice=f"{check}No results lost: polling found them.",
-                section="trackercallbacksmissed",
-            )
+        yield Alert(
+            title=f"{percent(rate)} of the expected callbacks are missing",
+            advice=f"{check}No results lost: polling found them.",
+            section="trackercallbacksmissed",
         )
-    found += [
-        Alert(
+    for endpoint in disabled:
+        yield Alert(
             kind="bad",
-            title=f"Nothing is sent to the endpoint {one.endpoint_id}",
-            since=one.disabled_at,
-            advice=f"It is disabled: {one.disabled_reason}. Its messages wait.",
+            title=f"Nothing is sent to the endpoint {endpoint.endpoint_id}",
+            since=endpoint.disabled_at,
+            advice=f"It is disabled: {endpoint.disabled_reason}. Its messages wait.",
             href="/endpoints",
             link="Show webhooks",
             section="trackerendpointdisabled",
         )
-        for one in disabled
-    ]
     for usage in budgets:
         if usage.share >= BUDGET_SHARE:
-            found.append(
-                Alert(
-                    title=f"{percent(usage.share)} of the budget {usage.budget.name} is used",
-                    advice="Beyond it no run is started until it renews or is raised.",
-                    href="/spending",
-                    link="Show spending",
-                    section="trackerbudgetnearlyused" if usage.share < 1 else "trackerbudgetused",
-                )
+            yield Alert(
+                title=f"{percent(usage.share)} of the budget {usage.budget.name} is used",
+                advice="Beyond it no run is started until it renews or is raised.",
+                href="/spending",
+                link="Show spending",
+                section="trackerbudgetnearlyused" if usage.share < 1 else "trackerbudgetused",
             )
-    return sorted(found, key=lambda alert: alert.kind != "bad")
 
 
 def _sweeps(one: WorkspaceHealth, now: datetime, *, alone: bool) -> Alert | None:

@@ -12,7 +12,6 @@ from urllib.parse import quote
 
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response, StreamingResponse
-from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from tracker.core.errors import BudgetExceeded, FieldFault, MaxCostReached
@@ -23,7 +22,6 @@ from tracker.delivering.names import naming_column
 from tracker.services import Services
 from tracker.starting.batch_orders import Order
 from tracker.starting.batch_rows import BatchPlan, Retry, RowState, states_of
-from tracker.store.engine import Database
 from tracker.store.queries import batches, sheet_rows, starts, techniques
 from tracker.store.queries.batches import BatchCounts, BatchRow, ErrorGroup, RowOutcome
 from tracker.store.queries.overview import technique_names
@@ -31,7 +29,6 @@ from tracker.store.queries.starts import LISTED
 from tracker.web.auth import actor_of, may
 from tracker.web.dashboard.forms import (
     check_csrf,
-    path_id,
     query_choice,
     query_field,
     query_position,
@@ -42,11 +39,13 @@ from tracker.web.dashboard.render import (
     FlashMessage,
     PageGroup,
     Renderer,
+    action,
+    page,
     page_links,
     prompt,
     query,
 )
-from tracker.web.http.responses import Fault, invalid, not_found, unavailable
+from tracker.web.http.responses import Fault, invalid, unavailable
 
 ROWS: Final = 100
 """Rows on a page."""
@@ -114,23 +113,25 @@ class PageLink(NamedTuple):
     is_here: bool
 
 
-class BatchPages(PageGroup):
+class BatchGroup(PageGroup):
+    """Base of the pages about one batch."""
+
+    async def _batch(self, request: Request) -> BatchRow:
+        return await self._stored(request, batches.get, "Batch {} is not stored here.")
+
+
+class BatchPages(BatchGroup):
     """One batch, and its outputs as a ZIP."""
 
     def __init__(self, services: Services, renderer: Renderer) -> None:
         super().__init__(services, renderer)
         self._archives = 0
 
-    def routes(self) -> list[Route]:
-        return [
-            Route("/batches/{batch_id:any}/outputs.zip", self.archive, methods=["GET"]),
-            Route("/batches/{batch_id:any}", self.show, methods=["GET"]),
-        ]
-
+    @page("/batches/{batch_id:any}")
     async def show(self, request: Request) -> Response:
         """One batch, with a page of its rows. `row` leads to the page that has it."""
         database = self._database
-        batch = await stored_batch(self._database, request)
+        batch = await self._batch(request)
         outcome = query_choice(request, "show", RowOutcome)
         chosen: dict[str, Any] = {
             "outcome": None if outcome is None else RowOutcome(outcome),
@@ -172,10 +173,11 @@ class BatchPages(PageGroup):
             pages=_page_links(links, max(0, bisect_right(begins, after) - 1)),
         )
 
+    @page("/batches/{batch_id:any}/outputs.zip")
     async def archive(self, request: Request) -> Response:
         """The outputs as a ZIP, named by the column `name_by` or else by row. Raises `Fault` 429
         while `ARCHIVES` are being sent."""
-        batch = await stored_batch(self._database, request)
+        batch = await self._batch(request)
         name_by = query_field(request, "name_by")
         if name_by is not None:
             naming_column(batch, name_by)
@@ -205,15 +207,6 @@ class BatchPages(PageGroup):
         outputs = None if row.record is None else row.record.run.outputs
         views = output_views(outputs, ports, media_origin=self._media_origin)
         return RowView(row, name or asked or f"row {row.entry.position}", about, views)
-
-
-async def stored_batch(database: Database, request: Request) -> BatchRow:
-    """The batch in the path. Raises `Fault` 404."""
-    batch_id, usable = path_id(request, "batch_id")
-    batch = await batches.get(database, batch_id) if usable else None
-    if batch is None:
-        raise not_found(f"Batch {batch_id} is not stored here.")
-    return batch
 
 
 class _Archive(StreamingResponse):
@@ -273,12 +266,7 @@ PICTURES: Final = 4
 class BatchListPages(PageGroup):
     """The list of batches, and the open starts."""
 
-    def routes(self) -> list[Route]:
-        return [
-            Route("/batches", self.list, methods=["GET"]),
-            Route("/starts", self.starts, methods=["GET"]),
-        ]
-
+    @page("/batches")
     async def list(self, request: Request) -> Response:
         """A page of batches, newest first."""
         database, cursor = self._database, query_field(request, "cursor")
@@ -300,6 +288,7 @@ class BatchListPages(PageGroup):
             **page_links("/batches", cursor=cursor, next_cursor=next_cursor),
         )
 
+    @page("/starts")
     async def starts(self, request: Request) -> Response:
         """A page of the starts whose outcome is unknown."""
         state, cursor = query_choice(request, "state", LISTED), query_field(request, "cursor")
@@ -327,27 +316,22 @@ started. Rows that were never started are part of each."""
 PRICE_SECONDS: Final = 5.0
 
 
-class BatchActionPages(PageGroup):
+class BatchActionPages(BatchGroup):
     """Retry, with its confirmation, and stop."""
 
-    def routes(self) -> list[Route]:
-        return [
-            Route("/batches/{batch_id:any}/retry", self.retry, methods=["GET", "POST"]),
-            Route("/batches/{batch_id:any}/stop", self.stop, methods=["POST"]),
-        ]
-
+    @page("/batches/{batch_id:any}/retry", "GET", "POST")
     async def retry(self, request: Request) -> Response:
         """`GET` shows what would be started, and its price; `POST` starts it, unless the price has
         risen since."""
         if request.method != "POST":
-            batch = await stored_batch(self._database, request)
+            batch = await self._batch(request)
             if not may(request.scope, TokenScope.START):
                 raise Fault(403, "forbidden", "This token may not start runs.")
             which = query_choice(request, "which", CHOICES) or "failed"
             return self._confirmation(request, await self._plan(batch, which), which)
         form = await read_form(request)
-        await check_csrf(request, form)
-        batch = await stored_batch(self._database, request)
+        await check_csrf(request)
+        batch = await self._batch(request)
         which = form.get("which", "")
         if which not in CHOICES:
             raise invalid(FieldFault("which", f"must be one of {', '.join(CHOICES)}"))
@@ -364,10 +348,10 @@ class BatchActionPages(PageGroup):
             return self._confirmation(request, plan, which, refusal=str(error))
         return _to_batch(batch)
 
+    @action("/batches/{batch_id:any}/stop", has_page=False)
     async def stop(self, request: Request) -> Response:
         """Starts no further row."""
-        await check_csrf(request)
-        batch = await stored_batch(self._database, request)
+        batch = await self._batch(request)
         await self._services.batch_orders.stop(batch, by=actor_of(request.scope).name)
         return _to_batch(batch)
 

@@ -7,11 +7,9 @@ import asyncio
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final
-from urllib.parse import quote
 
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
-from starlette.routing import Route
+from starlette.responses import Response
 
 from tracker.core.errors import FieldFault
 from tracker.core.formatting import counted
@@ -20,9 +18,9 @@ from tracker.receiving.replay import Replay, UnknownDelivery
 from tracker.store.queries import runs
 from tracker.store.queries import runs as read
 from tracker.store.queries.runs import DeliveryRow
-from tracker.web.dashboard.forms import check_csrf, path_id, query_choice, query_field, read_form
-from tracker.web.dashboard.render import FlashMessage, PageGroup, page_links, query
-from tracker.web.http.responses import invalid, not_found
+from tracker.web.dashboard.forms import PERIODS, query_choice, query_field, read_form
+from tracker.web.dashboard.render import FlashMessage, PageGroup, action, page, page_links, query
+from tracker.web.http.responses import invalid
 
 PAGE_SIZE: Final = 50
 CAUSES: Final = 10
@@ -39,30 +37,12 @@ OUTCOMES: Final = {
     "quarantined": "Quarantined",
     "acknowledged": "Quarantined, acknowledged",
 }
-PERIODS: Final = {
-    "1h": ("Last hour", timedelta(hours=1)),
-    "24h": ("Last 24 hours", timedelta(hours=24)),
-    "7d": ("Last 7 days", timedelta(days=7)),
-    "30d": ("Last 30 days", timedelta(days=30)),
-}
 
 
 class DeliveryPages(PageGroup):
     """The list, one delivery, and their actions."""
 
-    def routes(self) -> list[Route]:
-        return [
-            Route("/deliveries", self.list, methods=["GET"]),
-            Route("/deliveries", self.act, methods=["POST"]),
-            Route("/deliveries/{delivery_id:any}/replay", self.replay, methods=["GET", "POST"]),
-            Route(
-                "/deliveries/{delivery_id:any}/acknowledge",
-                self.acknowledge,
-                methods=["GET", "POST"],
-            ),
-            Route("/deliveries/{delivery_id:any}", self.show, methods=["GET"]),
-        ]
-
+    @page("/deliveries")
     async def list(self, request: Request, *, flash: FlashMessage | None = None) -> Response:
         """The problems, and a page of deliveries, newest first."""
         names = ("run", "workspace", "cause")
@@ -110,9 +90,9 @@ class DeliveryPages(PageGroup):
             "oldest_waiting_at": oldest,
         }
 
+    @action("/deliveries", has_page=False)
     async def act(self, request: Request) -> Response:
         """Replays or acknowledges the selected deliveries, or those with one cause."""
-        await check_csrf(request)
         form = await read_form(request)
         chosen: Sequence[str] = form.getlist("delivery_id")
         if "cause" in form:
@@ -150,24 +130,21 @@ class DeliveryPages(PageGroup):
         parts += [f"{left:,} left: replay them again"] if left else []
         return FlashMessage("warn" if bad or left else "good", f"Replayed: {', '.join(parts)}.")
 
+    @page("/deliveries/{delivery_id:any}")
     async def show(self, request: Request) -> Response:
         """One delivery with its body."""
         return await self._page(request, await self._row(request))
 
+    @action("/deliveries/{delivery_id:any}/replay")
     async def replay(self, request: Request) -> Response:
         """Applies a quarantined delivery again and shows it."""
-        if request.method == "GET":
-            return _to_delivery(request)
-        await check_csrf(request)
         row = await self._row(request)
         replay = await self._services.replayer.replay(row.delivery_id)
         return await self._page(request, await self._row(request), flash=_replay_result(replay))
 
+    @action("/deliveries/{delivery_id:any}/acknowledge")
     async def acknowledge(self, request: Request) -> Response:
         """Marks a quarantined delivery as seen and shows it."""
-        if request.method == "GET":
-            return _to_delivery(request)
-        await check_csrf(request)
         row = await self._row(request)
         done = await self._services.replayer.acknowledge([row.delivery_id])
         text = "Acknowledged." if done else "Nothing to do."
@@ -182,11 +159,7 @@ class DeliveryPages(PageGroup):
         )
 
     async def _row(self, request: Request) -> DeliveryRow:
-        delivery_id, usable = path_id(request, "delivery_id", longest=512)
-        row = await read.get_delivery(self._database, delivery_id) if usable else None
-        if row is None:
-            raise not_found(f"Delivery {delivery_id[:255]} is not stored here.")
-        return row
+        return await self._stored(request, read.get_delivery, "Delivery {} is not stored here.")
 
 
 def _wanted(outcome: str | None, cause: str | None) -> dict[str, Any]:
@@ -194,12 +167,6 @@ def _wanted(outcome: str | None, cause: str | None) -> dict[str, Any]:
     if outcome in ("quarantined", "acknowledged"):
         return {"outcome": "quarantined", "acknowledged": outcome == "acknowledged"}
     return {"outcome": outcome or ("quarantined" if cause else None)}
-
-
-def _to_delivery(request: Request) -> Response:
-    """The page after an action was reloaded."""
-    delivery_id = quote(request.path_params["delivery_id"], safe="")
-    return RedirectResponse(f"/deliveries/{delivery_id}", status_code=303)
 
 
 def _moment(text: str) -> datetime:

@@ -1,7 +1,8 @@
 """What browsers send: ids in paths, fields of queries and forms, and the CSRF token."""
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from datetime import timedelta
 from typing import Final
 from urllib.parse import parse_qsl
 
@@ -19,6 +20,13 @@ MAX_FORM_BYTES: Final = 64 * 1024
 MAX_FIELDS: Final = 100
 READ_SECONDS: Final = 10.0
 _FORM: Final = "tracker.form"
+PERIODS: Final = {
+    "1h": ("Last hour", timedelta(hours=1)),
+    "24h": ("Last 24 hours", timedelta(hours=24)),
+    "7d": ("Last 7 days", timedelta(days=7)),
+    "30d": ("Last 30 days", timedelta(days=30)),
+}
+"""The times back to which lists go: the name and length of each choice."""
 
 
 class _AnyId(Convertor[str]):
@@ -35,12 +43,6 @@ class _AnyId(Convertor[str]):
 
 
 register_url_convertor("any", _AnyId())
-
-
-def path_id(request: Request, name: str, *, longest: int = 255) -> tuple[str, bool]:
-    """The id in the path, cut for messages, and whether the database can hold it."""
-    value: str = request.path_params[name]
-    return value[:longest], "\0" not in value and len(value) <= longest
 
 
 def query_field(request: Request, name: str) -> str | None:
@@ -87,9 +89,8 @@ async def read_form(request: Request) -> ImmutableMultiDict[str, str]:
     return form
 
 
-async def check_csrf(request: Request, form: Mapping[str, str] | None = None) -> None:
-    """Raise `Fault` 403 where a page of the dashboard did not send this request. `form` is its
-    body, where it was read before.
+async def check_csrf(request: Request) -> None:
+    """Raise `Fault` 403 where a page of the dashboard did not send this request.
 
     The origin was checked at the gate. Within a session its token is required as well, in a header
     or a form field; a bearer token, or a local request where no token is set, needs none.
@@ -99,7 +100,7 @@ async def check_csrf(request: Request, form: Mapping[str, str] | None = None) ->
         return
     shown = request.headers.get(CSRF_HEADER)
     if shown is None:
-        shown = (await read_form(request) if form is None else form).get(CSRF_FIELD)
+        shown = (await read_form(request)).get(CSRF_FIELD)
     if not session.matches(shown):
         raise Fault(
             403,

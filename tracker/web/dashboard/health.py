@@ -16,7 +16,6 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
-from starlette.routing import Route
 
 from tracker.store import migrate
 from tracker.store.queries import attention, overview, sweeps
@@ -24,7 +23,7 @@ from tracker.store.queries import runs as read
 from tracker.store.queries.sweeps import Interval, Unread
 from tracker.web.dashboard.alerts import connection, workspace_health
 from tracker.web.dashboard.forms import query_position
-from tracker.web.dashboard.render import PageGroup, query
+from tracker.web.dashboard.render import PageGroup, page, query
 
 PAGE_SIZE: Final = 50
 DATABASES: Final = {"postgresql": "PostgreSQL", "sqlite": "SQLite"}
@@ -62,16 +61,12 @@ class CoverageBar:
 class HealthPage(PageGroup):
     """The page."""
 
-    def routes(self) -> list[Route]:
-        return [
-            Route("/health", self.show, methods=["GET"]),
-            Route("/sweeps", self.moved, methods=["GET"]),
-        ]
-
+    @page("/sweeps")
     async def moved(self, request: Request) -> Response:
         """The address of earlier versions."""
         return RedirectResponse("/health", status_code=301)
 
+    @page("/health")
     async def show(self, request: Request) -> Response:
         """The state of each part, with a page of sweeps, which are numbered."""
         services, db, now = self._services, self._database, self._services.clock()
@@ -131,9 +126,7 @@ def _bars(coverage: sweeps.Coverage, now: datetime) -> list[CoverageBar]:
 class RunbookPage(PageGroup):
     """The page."""
 
-    def routes(self) -> list[Route]:
-        return [Route("/runbook.html", self.show, methods=["GET"])]
-
+    @page("/runbook.html")
     async def show(self, request: Request) -> Response:
         """All sections; an alert's is `#` and its name in lower case."""
         return self._render(

@@ -10,7 +10,6 @@ from typing import Any, Final
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from tracker.core.record import Record
 from tracker.core.run import RunStatus, Tracking
@@ -27,7 +26,7 @@ from tracker.web.dashboard.alerts import (
 )
 from tracker.web.dashboard.forms import query_field
 from tracker.web.dashboard.media import OutputView, output_views, plain_http_origin
-from tracker.web.dashboard.render import PageGroup
+from tracker.web.dashboard.render import PageGroup, page
 
 PERIODS: Final = {"24h": ("24 hours", 24), "7d": ("7 days", 7 * 24)}
 """How far back chart and counters go, in hours."""
@@ -52,9 +51,7 @@ RESULTS_OF_A_RUN: Final = 2
 class OverviewPage(PageGroup):
     """The page."""
 
-    def routes(self) -> list[Route]:
-        return [Route("/", self.show, methods=["GET"])]
-
+    @page("/")
     async def show(self, request: Request) -> Response:
         """The present state of everything."""
         services, db, now = self._services, self._database, self._services.clock()
@@ -74,26 +71,25 @@ class OverviewPage(PageGroup):
         newest, _ = await read.list_runs(db, status=RunStatus.COMPLETED, limit=RESULTS)
         techniques = {one.technique_id for one in open_batches}
         techniques |= {one.run.technique_id for one in newest if one.run.technique_id}
+        attention_needed = alerts(
+            workspaces,
+            counts,
+            callbacks,
+            unread=len(sweeps.unread(await sweeps.everything(db))),
+            overdue=bool(overdue),
+            unpriced=sum(one.unpriced for one in billed),
+            budgets=await services.budgets.usages(),
+            disabled=[
+                one for one in await endpoints.list_endpoints(db) if one.health(now) == "disabled"
+            ],
+            callback_url=services.settings.callback_url,
+            now=now,
+        )
         return self._render(
             request,
             "overview.html",
             connections=_connections(workspaces),
-            alerts=alerts(
-                workspaces,
-                counts,
-                callbacks,
-                unread=len(sweeps.unread(await sweeps.everything(db))),
-                overdue=bool(overdue),
-                unpriced=sum(one.unpriced for one in billed),
-                budgets=await services.budgets.usages(),
-                disabled=[
-                    one
-                    for one in await endpoints.list_endpoints(db)
-                    if one.health(now) == "disabled"
-                ],
-                callback_url=services.settings.callback_url,
-                now=now,
-            ),
+            alerts=sorted(attention_needed, key=lambda alert: alert.kind != "bad"),
             answered_at=min(
                 (one.answered_at for one in workspaces if one.answered_at), default=None
             ),

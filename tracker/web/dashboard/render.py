@@ -9,18 +9,18 @@ import hashlib
 import json
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path, PurePath
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, TypeVar
 from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from tracker import __version__
@@ -28,8 +28,10 @@ from tracker.core.clock import Clock
 from tracker.core.formatting import UNKNOWN, counted, duration, money, number, percent, size
 from tracker.core.tokens import Scope
 from tracker.services import Services
+from tracker.store.engine import Database
 from tracker.store.text import clean
 from tracker.web.auth import may, session_of
+from tracker.web.dashboard.forms import check_csrf
 from tracker.web.dashboard.media import plain_http_origin
 from tracker.web.http.prefix import link_below, prefix_of
 from tracker.web.http.responses import Fault, not_found
@@ -236,8 +238,39 @@ class Renderer:
         return f"{value[:allowed]}… ({len(value):,} characters, cut here)"
 
 
+T = TypeVar("T")
+Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Response]])
+_ROUTE: Final = "page_route"
+"""The attribute of a page's handler that holds its path, methods, and whether it is an action."""
+
+
+def page(path: str, *methods: str) -> Callable[[Handler], Handler]:
+    """Decorates what answers requests to `path`; the default method is `GET`."""
+
+    def decorate(handler: Handler) -> Handler:
+        setattr(handler, _ROUTE, (path, methods or ("GET",), False))
+        return handler
+
+    return decorate
+
+
+def action(path: str, *, has_page: bool = True) -> Callable[[Handler], Handler]:
+    """Decorates what a form of a page does, by `POST`, once the CSRF token is checked.
+
+    Where `path` is below the path of the page that it answers with, `has_page`, `GET` leads there:
+    so the page can be reloaded.
+    """
+
+    def decorate(handler: Handler) -> Handler:
+        setattr(handler, _ROUTE, (path, ("GET", "POST") if has_page else ("POST",), True))
+        return handler
+
+    return decorate
+
+
 class PageGroup:
-    """Base of the pages about one thing: what they read from, and how they are rendered."""
+    """Base of the pages about one thing: what they read from, and how they are rendered. Its
+    methods with `page` and `action` answer requests."""
 
     def __init__(self, services: Services, renderer: Renderer) -> None:
         self._services = services
@@ -245,9 +278,43 @@ class PageGroup:
         self._render = renderer.page
         self._media_origin = plain_http_origin(services.settings.flora_base_url)
 
+    def routes(self) -> list[Route]:
+        """The routes of all pages and actions."""
+        found = []
+        for handler in vars(type(self)).values():
+            if (route := getattr(handler, _ROUTE, None)) is not None:
+                path, methods, is_action = route
+                endpoint = partial(handler, self)
+                if is_action:
+                    endpoint = partial(_act, endpoint, path.rpartition("/")[0])
+                found.append(Route(path, endpoint, methods=methods))
+        return found
+
+    async def _stored(
+        self, request: Request, find: Callable[[Database, str], Awaitable[T | None]], missing: str
+    ) -> T:
+        """What `find` has for the id in the path. Raises `Fault` 404 with the text `missing`, in
+        which `{}` stands for the id."""
+        (key,) = request.path_params.values()
+        found = await find(self._database, key)
+        if found is None:
+            raise not_found(missing.format(key[:255]))
+        return found
+
     @property
     def _has_key(self) -> bool:
         return any(one.client is not None for one in self._services.workspaces)
+
+
+async def _act(
+    act: Callable[[Request], Awaitable[Response]], page_path: str, request: Request
+) -> Response:
+    """Do what a form asks for, or lead to the page at `page_path` where its answer is reloaded."""
+    if request.method != "POST":
+        ids = {name: quote(value, safe="") for name, value in request.path_params.items()}
+        return RedirectResponse(page_path.replace(":any}", "}").format(**ids), status_code=303)
+    await check_csrf(request)
+    return await act(request)
 
 
 def _runbook(docs_url: str | None, section: str) -> str:

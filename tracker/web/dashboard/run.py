@@ -7,7 +7,6 @@ from urllib.parse import quote
 
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
-from starlette.routing import Route
 
 from tracker.core.formatting import money
 from tracker.core.log import get_logger
@@ -20,11 +19,10 @@ from tracker.store.queries import starts, techniques
 from tracker.store.queries.overview import technique_names
 from tracker.store.queries.sheet_rows import RowOfBatch, rows_of_start
 from tracker.web.auth import actor_of
-from tracker.web.dashboard.forms import check_csrf, path_id, read_form
+from tracker.web.dashboard.forms import read_form
 from tracker.web.dashboard.media import output_views, web_link
-from tracker.web.dashboard.render import FlashMessage, PageGroup
+from tracker.web.dashboard.render import FlashMessage, PageGroup, action, page
 from tracker.web.http.request import peer_of
-from tracker.web.http.responses import not_found
 
 MAX_SHOWN: Final = 300
 """Outputs, inputs and sentences (the newest ones) on the page of a run."""
@@ -49,22 +47,14 @@ class Again(NamedTuple):
 class RunPages(PageGroup):
     """One run, and its actions."""
 
-    def routes(self) -> list[Route]:
-        return [
-            Route("/runs/{run_id:any}/check", self.check, methods=["GET", "POST"]),
-            Route("/runs/{run_id:any}/retry", self.retry, methods=["GET", "POST"]),
-            Route("/runs/{run_id:any}", self.show, methods=["GET"]),
-        ]
-
+    @page("/runs/{run_id:any}")
     async def show(self, request: Request) -> Response:
         """One run."""
         return await self._page(request, await self._record(request))
 
+    @action("/runs/{run_id:any}/check")
     async def check(self, request: Request) -> Response:
         """Polls the run now and shows it."""
-        if request.method == "GET":  # the page after an action was reloaded
-            return _to_run(request.path_params["run_id"])
-        await check_csrf(request)
         before = await self._record(request)
         if before.tracking is Tracking.SETTLED:  # the button of an older page
             final = "Final" if before.recheck_at is None else "Settled; the bill is checked again."
@@ -75,12 +65,10 @@ class RunPages(PageGroup):
         after = await self._services.poller.read_now(before)
         return await self._page(request, after, flash=_check_result(before, after))
 
+    @action("/runs/{run_id:any}/retry")
     async def retry(self, request: Request) -> Response:
         """Starts the same inputs again, once for each run, and shows the new run."""
-        if request.method == "GET":
-            return _to_run(request.path_params["run_id"])
         form = await read_form(request)
-        await check_csrf(request, form)
         record = await self._record(request)
         again = await self._again(record, await self._rows(record))
         if again is None:
@@ -136,14 +124,12 @@ class RunPages(PageGroup):
         )
 
     async def _record(self, request: Request) -> Record:
-        run_id, usable = path_id(request, "run_id")
-        record = await read.get_run(self._database, run_id) if usable else None
-        if record is None:
-            raise not_found(
-                f"Run {run_id} is not tracked here. If it was started elsewhere, track it with the "
-                "command tracker runs track."
-            )
-        return record
+        return await self._stored(
+            request,
+            read.get_run,
+            "Run {} is not tracked here. If it was started elsewhere, track it with the command "
+            "tracker runs track.",
+        )
 
     async def _rows(self, record: Record) -> list[RowOfBatch]:
         """The rows of batches that the run was started for."""

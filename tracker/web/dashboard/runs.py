@@ -4,12 +4,11 @@ import csv
 import io
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
-from starlette.routing import Route
 
 from tracker.core.errors import FieldFault
 from tracker.core.inputs import parse_tag
@@ -30,9 +29,9 @@ from tracker.store.queries.search import (
 from tracker.store.queries.sheet_rows import SheetMatches, search_sheets
 from tracker.store.text import dump_json
 from tracker.views import run_json
-from tracker.web.dashboard.forms import query_choice, query_field
+from tracker.web.dashboard.forms import PERIODS, query_choice, query_field
 from tracker.web.dashboard.media import output_views
-from tracker.web.dashboard.render import PageGroup, page_links, query
+from tracker.web.dashboard.render import PageGroup, page, page_links, query
 from tracker.web.http.responses import invalid
 
 PAGE_SIZE: Final = 50
@@ -65,12 +64,6 @@ ADVICE_NAMES: Final[Mapping[str, str]] = {
     RetryAdvice.CHANGE_INPUT: "Change the input",
     RetryAdvice.NOT_RETRYABLE: "Do not retry",
 }
-PERIODS: Final = {
-    "1h": ("Last hour", timedelta(hours=1)),
-    "24h": ("Last 24 hours", timedelta(hours=24)),
-    "7d": ("Last 7 days", timedelta(days=7)),
-    "30d": ("Last 30 days", timedelta(days=30)),
-}
 SORT_NAMES: Final = {Sort.COST.value: "Cost", Sort.DURATION.value: "Duration"}
 _FILTERS: Final = (
     *("text", "state", "advice", "technique", "batch", "workspace", "project", "tag", "within"),
@@ -81,12 +74,7 @@ _FILTERS: Final = (
 class RunListPages(PageGroup):
     """The list of runs, and the same as CSV."""
 
-    def routes(self) -> list[Route]:
-        return [
-            Route("/runs", self.list, methods=["GET"]),
-            Route("/runs.csv", self.csv, methods=["GET"]),
-        ]
-
+    @page("/runs")
     async def list(self, request: Request) -> Response:
         """A page of the runs that match the filters."""
         database = self._database
@@ -137,6 +125,7 @@ class RunListPages(PageGroup):
             **page_links("/runs", cursor=cursor, next_cursor=found.next_cursor, **filters),
         )
 
+    @page("/runs.csv")
     async def csv(self, request: Request) -> Response:
         """All runs that match the filters, up to `CSV_RUNS`."""
         filters = {name: query_field(request, name) for name in _FILTERS}

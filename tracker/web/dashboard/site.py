@@ -78,7 +78,9 @@ class Dashboard:
 
     def routes(self) -> list[Route]:
         """All routes, in the order in which they match."""
-        return [self._assets.route(), *(route for page in self._pages for route in page.routes())]
+        pages = [route for group in self._pages for route in group.routes()]
+        pages.sort(key=lambda route: route.path.endswith(":any}"))  # matches what is below, too
+        return [self._assets.route(), *pages]
 
     def show_fault(self, scope: Scope, fault: Fault) -> Response | None:
         """An error as a page; `None` where no browser asks. Without a session, the sign-in."""

@@ -6,11 +6,10 @@ from typing import Any, Final
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from tracker.store.queries.spending import Spending, spending, tag_keys
 from tracker.web.dashboard.forms import query_choice, query_field
-from tracker.web.dashboard.render import PageGroup
+from tracker.web.dashboard.render import PageGroup, page
 
 PERIODS: Final = {"7d": 7, "30d": 30, "90d": 90}
 """Days, today included."""
@@ -22,9 +21,7 @@ ROWS: Final = 12
 class SpendingPage(PageGroup):
     """The page."""
 
-    def routes(self) -> list[Route]:
-        return [Route("/spending", self.show, methods=["GET"])]
-
+    @page("/spending")
     async def show(self, request: Request) -> Response:
         """Budgets, chart and tables."""
         db, workspace = self._database, query_field(request, "workspace")

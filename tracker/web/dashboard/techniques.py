@@ -9,14 +9,13 @@ from urllib.parse import quote
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from tracker.starting.batch_rows import safe_cell
 from tracker.store.queries import runs as read
 from tracker.store.queries import techniques
 from tracker.store.queries.techniques import TechniqueRow
-from tracker.web.dashboard.forms import path_id, query_field
-from tracker.web.dashboard.render import PageGroup, page_links
+from tracker.web.dashboard.forms import query_field
+from tracker.web.dashboard.render import PageGroup, page, page_links
 from tracker.web.http.responses import not_found
 
 PAGE_SIZE: Final = 60
@@ -34,13 +33,7 @@ _EXAMPLES: Final = {
 class TechniquePages(PageGroup):
     """The list, and one technique."""
 
-    def routes(self) -> list[Route]:
-        return [
-            Route("/techniques", self.list, methods=["GET"]),
-            Route("/techniques/{technique_id:any}/sheet.csv", self.sheet, methods=["GET"]),
-            Route("/techniques/{technique_id:any}", self.show, methods=["GET"]),
-        ]
-
+    @page("/techniques")
     async def list(self, request: Request) -> Response:
         """A page of the catalogue, by name."""
         filters = {name: query_field(request, name) for name in ("text", "gone")}
@@ -61,6 +54,7 @@ class TechniquePages(PageGroup):
             **page_links("/techniques", cursor=cursor, next_cursor=next_cursor, **filters),
         )
 
+    @page("/techniques/{technique_id:any}")
     async def show(self, request: Request) -> Response:
         """One technique: inputs, outputs, price, how long its runs take, and how to start them."""
         row = await self._row(request)
@@ -78,6 +72,7 @@ class TechniquePages(PageGroup):
             columns=_columns(row),
         )
 
+    @page("/techniques/{technique_id:any}/sheet.csv")
     async def sheet(self, request: Request) -> Response:
         """A sheet for the command `batch`, which has the columns and no row yet."""
         row = await self._row(request)
@@ -97,18 +92,16 @@ class TechniquePages(PageGroup):
     async def _row(self, request: Request) -> TechniqueRow:
         """The technique of the path: in the catalogue, or known from a run."""
         database = self._database
-        technique_id, usable = path_id(request, "technique_id")
-        row = None
-        if usable:
-            row = await techniques.get(database, technique_id)
-            row = row or await techniques.by_slug(database, technique_id)
-            if row is None:
-                known, _ = await read.list_runs(database, technique_id=technique_id, limit=1)
-                row = TechniqueRow(technique_id=technique_id, name=technique_id) if known else None
+        technique_id = request.path_params["technique_id"]
+        row = await techniques.get(database, technique_id)
+        row = row or await techniques.by_slug(database, technique_id)
+        if row is None:
+            known, _ = await read.list_runs(database, technique_id=technique_id, limit=1)
+            row = TechniqueRow(technique_id=technique_id, name=technique_id) if known else None
         if row is None:
             raise not_found(
-                f"Technique {technique_id} is not in the catalogue. The command tracker techniques "
-                "sync updates it."
+                f"Technique {technique_id[:255]} is not in the catalogue. The command tracker "
+                "techniques sync updates it."
             )
         return row
 

@@ -2,11 +2,9 @@
 
 from datetime import timedelta
 from typing import Final
-from urllib.parse import quote
 
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
-from starlette.routing import Route
+from starlette.responses import Response
 
 from tracker.core.errors import FieldFault
 from tracker.core.events import EventType, MessageState
@@ -15,14 +13,12 @@ from tracker.delivering.webhooks import UnknownEndpoint
 from tracker.store.queries import endpoints
 from tracker.store.queries.endpoints import Backlog, EndpointRow, MessageRow
 from tracker.web.dashboard.forms import (
-    check_csrf,
-    path_id,
     query_choice,
     query_field,
     read_form,
 )
-from tracker.web.dashboard.render import FlashMessage, PageGroup, page_links
-from tracker.web.http.responses import invalid, not_found
+from tracker.web.dashboard.render import FlashMessage, PageGroup, action, page, page_links
+from tracker.web.http.responses import invalid
 
 PAGE_SIZE: Final = 50
 LATEST: Final = 10
@@ -42,24 +38,7 @@ HELD: Final = "A disabled endpoint gets nothing until it is enabled."
 class WebhookPages(PageGroup):
     """The lists of endpoints and messages, one of each, and their actions."""
 
-    def routes(self) -> list[Route]:
-        endpoint, message = "/endpoints/{endpoint_id:any}", "/messages/{message_id:any}"
-        actions = {
-            f"{endpoint}/test": self.test,
-            f"{endpoint}/enable": self.enable,
-            f"{endpoint}/recover": self.recover,
-            f"{message}/resend": self.resend,
-        }
-        return [
-            Route("/endpoints", self.list_endpoints, methods=["GET"]),
-            Route("/messages", self.list_messages, methods=["GET"]),
-            *(Route(path, act, methods=["POST"]) for path, act in actions.items()),
-            # The page after an action was reloaded.
-            *(Route(path, _to_page, methods=["GET"]) for path in actions),
-            Route(endpoint, self.show_endpoint, methods=["GET"]),
-            Route(message, self.show_message, methods=["GET"]),
-        ]
-
+    @page("/endpoints")
     async def list_endpoints(self, request: Request) -> Response:
         """All endpoints with their backlog and delays."""
         since = self._services.clock() - DELAYS_OF
@@ -74,13 +53,14 @@ class WebhookPages(PageGroup):
         ]
         return self._render(request, "endpoints.html", rows=rows)
 
+    @page("/endpoints/{endpoint_id:any}")
     async def show_endpoint(self, request: Request) -> Response:
         """One endpoint with its newest messages."""
         return await self._endpoint_page(request, await self._endpoint(request))
 
+    @action("/endpoints/{endpoint_id:any}/test")
     async def test(self, request: Request) -> Response:
         """Sends a signed test event and shows the answer."""
-        await check_csrf(request)
         row = await self._endpoint(request)
         try:
             attempt = await self._services.webhooks.test(row.endpoint_id)
@@ -93,18 +73,18 @@ class WebhookPages(PageGroup):
             flash = FlashMessage("bad", f"Test event failed after {took}: {attempt.error}.")
         return await self._endpoint_page(request, row, flash)
 
+    @action("/endpoints/{endpoint_id:any}/enable")
     async def enable(self, request: Request) -> Response:
         """Enables an endpoint that was disabled."""
-        await check_csrf(request)
         row = await self._endpoint(request)
         await self._services.webhooks.enable(row.endpoint_id)
         flash = FlashMessage("good", "Enabled. What waits for it is sent now.")
         return await self._endpoint_page(request, await self._endpoint(request), flash)
 
+    @action("/endpoints/{endpoint_id:any}/recover")
     async def recover(self, request: Request) -> Response:
         """Sends the failed messages of an endpoint again."""
         form = await read_form(request)
-        await check_csrf(request)
         row = await self._endpoint(request)
         hours = form.get("since", "")
         if hours not in SINCE:
@@ -114,6 +94,7 @@ class WebhookPages(PageGroup):
         flash = FlashMessage("good", f"Made due now: {counted(count, 'failed message')}. {HELD}")
         return await self._endpoint_page(request, row, flash)
 
+    @page("/messages")
     async def list_messages(self, request: Request) -> Response:
         """A page of messages, newest first."""
         state = query_choice(request, "state", MessageState)
@@ -143,13 +124,14 @@ class WebhookPages(PageGroup):
             **page_links("/messages", cursor=cursor, next_cursor=next_cursor, **filters),
         )
 
+    @page("/messages/{message_id:any}")
     async def show_message(self, request: Request) -> Response:
         """One message with its body and its attempts."""
         return await self._message_page(request, await self._message(request))
 
+    @action("/messages/{message_id:any}/resend")
     async def resend(self, request: Request) -> Response:
         """Sends a message again."""
-        await check_csrf(request)
         row = await self._message(request)
         await self._services.webhooks.resend(row.message_id)
         flash = FlashMessage("good", f"It is due now. {HELD}")
@@ -187,20 +169,7 @@ class WebhookPages(PageGroup):
         )
 
     async def _endpoint(self, request: Request) -> EndpointRow:
-        endpoint_id, usable = path_id(request, "endpoint_id")
-        row = await endpoints.get_endpoint(self._database, endpoint_id) if usable else None
-        if row is None:
-            raise not_found(f"There is no endpoint {endpoint_id}.")
-        return row
+        return await self._stored(request, endpoints.get_endpoint, "There is no endpoint {}.")
 
     async def _message(self, request: Request) -> MessageRow:
-        message_id, usable = path_id(request, "message_id")
-        row = await endpoints.get_message(self._database, message_id) if usable else None
-        if row is None:
-            raise not_found(f"There is no message {message_id}.")
-        return row
-
-
-async def _to_page(request: Request) -> Response:
-    path = request.url.path.rpartition("/")[0]
-    return RedirectResponse(quote(path), status_code=303)
+        return await self._stored(request, endpoints.get_message, "There is no message {}.")
