@@ -4,21 +4,23 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
 
 import typer
 
-from tracker.core.net import is_loopback
-from tracker.demo.simulation import check_apart, open_simulated
-from tracker.services import Services
-from tracker.settings import Settings, read_settings
-from tracker.simulator import Simulator
+from tracker.core.errors import SettingsError
+from tracker.core.net import is_loopback, is_loopback_url
+from tracker.services import Services, open_services
+from tracker.settings import Settings, load_settings, read_settings
+from tracker.simulator import Options, Simulator, running
 from tracker.store.url import DatabaseUrl
 
+FLORA: Final = Options(seed=1, run_seconds=5, failures=0.1)
+"""Runs of some seconds, of which few fail."""
 _HINTS: Final = """\
 A local FLORA runs beside the tracker: no key is needed, and nothing is paid.
 
@@ -46,7 +48,7 @@ def simulation(
     The database is a temporary file, unless the settings name one. `dashboard` and `callbacks` are
     hosts and ports. Raises `SettingsError` where a key of the real FLORA is set.
     """
-    check_apart(settings)
+    _check_apart(settings)
     with TemporaryDirectory(prefix="tracker-simulate-") as folder:
         changes = {"tracker_public_url": _url(*callbacks)}
         if is_temporary := "TRACKER_DATABASE_URL" not in read_settings().sources:
@@ -69,7 +71,34 @@ def simulation(
             )
             typer.echo(hints)
 
-        yield settings, lambda: open_simulated(settings, print_hints)
+        yield settings, lambda: _opened(settings, print_hints)
+
+
+def _check_apart(settings: Settings) -> None:
+    """Raise `SettingsError` where a key of the real FLORA is set.
+
+    Its runs and those of the local FLORA must not get into one database.
+    """
+    real = any(one.api_key for one in settings.all_workspaces)
+    if settings.workspaces or (real and not is_loopback_url(settings.flora_base_url)):
+        raise SettingsError(
+            f"an API key is set for {settings.flora_base_url}, and --simulate would mix its runs "
+            "with those of the local FLORA: unset FLORA_API_KEY and TRACKER_CONFIG for it"
+        )
+
+
+@asynccontextmanager
+async def _opened(
+    settings: Settings, on_ready: Callable[[Simulator], None]
+) -> AsyncIterator[Services]:
+    """A local FLORA, and the services that use it; `on_ready` is called once both are open."""
+    async with running(FLORA) as simulator:
+        local = load_settings(simulator.environment)
+        names = map(str.lower, simulator.environment)
+        own = settings.model_copy(update={name: getattr(local, name) for name in names})
+        async with open_services(own, background=True) as services:
+            on_ready(simulator)
+            yield services
 
 
 def _url(host: str, port: int) -> str:

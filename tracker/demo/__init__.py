@@ -19,10 +19,9 @@ import httpx
 
 from tracker.core.errors import TrackerError
 from tracker.demo.report import DemoDisplay, RunComparison, compare_runs
-from tracker.demo.simulation import flora_fields
 from tracker.operations.logs import configure_logs
 from tracker.services import Services, open_services
-from tracker.settings import Settings
+from tracker.settings import load_settings
 from tracker.simulator import Options, Simulator, running
 from tracker.web.app import build_app
 from tracker.web.http.server import Server, listen
@@ -74,14 +73,16 @@ async def _open_environment() -> AsyncIterator[tuple[Simulator, Services, httpx.
         async with running(_FLORA) as simulator:
             with listen("127.0.0.1", 0, local_only=True) as sockets:
                 address = f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
-                settings = Settings(
-                    **flora_fields(simulator),
-                    tracker_database_url=f"sqlite:///{Path(folder) / 'tracker.db'}",
-                    tracker_public_url=address,
-                    # Shorter waits than in production, so that the demo is short.
-                    tracker_callback_grace=6.0,
-                    tracker_poll_interval=1.0,
-                    tracker_poll_interval_max=4.0,
+                settings = load_settings(
+                    simulator.environment
+                    | {
+                        "TRACKER_DATABASE_URL": f"sqlite:///{Path(folder) / 'tracker.db'}",
+                        "TRACKER_PUBLIC_URL": address,
+                        # Shorter waits than in production, so that the demo is short.
+                        "TRACKER_CALLBACK_GRACE": "6",
+                        "TRACKER_POLL_INTERVAL": "1",
+                        "TRACKER_POLL_INTERVAL_MAX": "4",
+                    }
                 )
                 async with (
                     open_services(settings, background=True) as services,
