@@ -254,14 +254,10 @@ def batch(
     except SheetRefused as refused:
         report_problems(name, refused.problems)
         if as_json:
-            print_json(
-                {
-                    "problems": [
-                        {"line": one.line, "column": one.column, "message": one.message}
-                        for one in refused.problems
-                    ]
-                }
-            )
+            from tracker.views import values_of
+
+            problems = [values_of(one, "line", "column", "message") for one in refused.problems]
+            print_json({"problems": problems})
         raise
     if outcome is None:
         print_plan(plan, as_json=as_json)

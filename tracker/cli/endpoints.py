@@ -75,15 +75,10 @@ def send_test(endpoint_id: EndpointId, as_json: JsonFlag = False) -> int:
     attempt = run_once(lambda services: services.webhooks.test(endpoint_id))
     took = duration(attempt.seconds)
     if as_json:
-        print_json(
-            {
-                "endpoint_id": endpoint_id,
-                "status": attempt.status,
-                "seconds": attempt.seconds,
-                "answer": attempt.answer,
-                "error": attempt.error,
-            }
-        )
+        from tracker.views import values_of
+
+        shown = values_of(attempt, "status", "seconds", "answer", "error")
+        print_json({"endpoint_id": endpoint_id} | shown)
     elif attempt.error is None:
         typer.echo(f"{plain(endpoint_id)} answered {attempt.status} in {took}")
     else:

@@ -2,14 +2,13 @@
 
 import asyncio
 import json
-from collections.abc import Callable
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from tracker.cli.output import note, plain
-from tracker.cli.setup import configure
+from tracker.cli.setup import checked, configure
 from tracker.core.clock import utc_now
 from tracker.core.events import EventType
 from tracker.core.formatting import duration
@@ -67,11 +66,9 @@ def listen(
     from tracker.delivering.signing import check_secret, new_secret
     from tracker.settings.values import check_endpoint_url, check_root_url
 
-    root = _checked(check_root_url, url or settings.tracker_public_url or _URL, "--url")
-    target = (
-        None if forward_to is None else _checked(check_endpoint_url, forward_to, "--forward-to")
-    )
-    key = new_secret() if secret is None else _checked(check_secret, secret, "--secret")
+    root = checked(check_root_url, url or settings.tracker_public_url or _URL, "--url")
+    target = None if forward_to is None else checked(check_endpoint_url, forward_to, "--forward-to")
+    key = new_secret() if secret is None else checked(check_secret, secret, "--secret")
     if token is None and settings.tracker_api_token:
         token = settings.tracker_api_token[0].get_secret_value()
     wanted = list(event or EventType)
@@ -123,10 +120,3 @@ def _json(event: "StreamedEvent", answer: "Answer | None") -> str:
     if answer is not None:
         shown |= {"status": answer.status, "error": answer.error}
     return json.dumps(shown, separators=(",", ":"))
-
-
-def _checked(check: Callable[[str], str], value: str, name: str) -> str:
-    try:
-        return check(value)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint=name) from error

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tracker.store.engine import Database
 
 T = TypeVar("T")
+V = TypeVar("V")
 NamedPage = tuple[list[dict[str, Any]], str | None, dict[str, str]]
 """Rows of a list as JSON values, the cursor of the next page, and `technique_names`."""
 
@@ -159,22 +160,25 @@ def check_run_ids(texts: list[str] | None) -> list[str]:
     return list(dict.fromkeys(map(_check_run_id, texts or ())))
 
 
+def checked(check: Callable[[V], T], value: V, option: str | None = None) -> T:
+    """`check(value)`. Raises `BadParameter` for its `ValueError`, about `option` where a parser of
+    the option does not call this."""
+    try:
+        return check(value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error
+
+
 def parse_age(text: str | timedelta) -> timedelta:
     """A duration, as the parser of an option. Raises `BadParameter`."""
     from tracker.settings.values import parse_duration
 
-    try:
-        return parse_duration(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+    return checked(parse_duration, text)
 
 
 def parsed_tags(texts: list[str] | None) -> dict[str, str]:
     """The tags of `--tag`. Raises `BadParameter`."""
-    try:
-        return parse_tags(texts or ())
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--tag") from error
+    return checked(parse_tags, texts or (), "--tag")
 
 
 TagOption = Annotated[

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tracker.cli.output import JsonFlag, print_json
+from tracker.cli.setup import checked
 from tracker.core.errors import TrackerError
 
 if TYPE_CHECKING:
@@ -14,10 +15,7 @@ if TYPE_CHECKING:
 def _parse_share(text: str | float) -> float:
     from tracker.simulator import parse_rate
 
-    try:
-        return parse_rate(str(text))
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+    return checked(parse_rate, str(text))
 
 
 def _share(help: str) -> Any:

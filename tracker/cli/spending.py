@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tracker.cli.output import JsonFlag, print_json, print_table
-from tracker.cli.setup import WorkspaceFilter, parse_age, run_once
+from tracker.cli.setup import WorkspaceFilter, checked, parse_age, run_once
 from tracker.core.formatting import money
 
 if TYPE_CHECKING:
@@ -40,10 +40,7 @@ def spending(
 
     if as_csv and as_json:
         raise typer.BadParameter("cannot be combined", param_hint="--csv, --json")
-    try:
-        check_by(by)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--by") from error
+    checked(check_by, by, "--by")
 
     async def work(services: "Services") -> dict[str, Any]:
         from tracker.store.queries.spending import spending

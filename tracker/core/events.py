@@ -77,8 +77,10 @@ def _bill(record: Record) -> float | None:
 
 @fast_dataclass(frozen=True, slots=True, kw_only=True)
 class RunFilter:
-    """Which runs an endpoint gets: those that match all fields that are set."""
+    """Which runs an endpoint gets, or a reader of changes follows: those that match all fields that
+    are set."""
 
+    run_id: str | None = None
     workspace_id: str | None = None
     technique_id: str | None = None
     status: str | None = None
@@ -88,7 +90,8 @@ class RunFilter:
         """Whether the run matches."""
         run, tags = record.run, record.tags or {}
         return (
-            self.workspace_id in (None, run.workspace_id)
+            self.run_id in (None, run.run_id)
+            and self.workspace_id in (None, run.workspace_id)
             and self.technique_id in (None, run.technique_id)
             and self.status in (None, str(run.status))
             and (self.tag is None or tags.get(self.tag[0]) == self.tag[1])

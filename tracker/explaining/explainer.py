@@ -37,35 +37,26 @@ class Explanation:
     next: NextPoll
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Explainer:
     """Explains runs from the database; FLORA is not asked. `policy` is the polling schedule."""
 
-    def __init__(
-        self,
-        *,
-        database: Database,
-        workspaces: Workspaces,
-        contacts: Contacts,
-        durations: DurationBook,
-        policy: Policy,
-        clock: Clock,
-    ) -> None:
-        self._database = database
-        self._workspaces = workspaces
-        self._contacts = contacts
-        self._durations = durations
-        self._policy = policy
-        self._clock = clock
+    database: Database
+    workspaces: Workspaces
+    contacts: Contacts
+    durations: DurationBook
+    policy: Policy
+    clock: Clock
 
     async def explain(self, run_id: str) -> Explanation | None:
         """Explain a run; `None` for an unknown one. Raises `StoreUnavailable`."""
-        database, policy, now = self._database, self._policy, self._clock()
+        database, policy, now = self.database, self.policy, self.clock()
         record = await read.get_run(database, run_id)
         if record is None:
             return None
         technique_id = record.run.technique_id
-        await self._durations.learn([technique_id])
-        poll = next_poll(record, policy=policy, durations=self._durations.of(technique_id))
+        await self.durations.learn([technique_id])
+        poll = next_poll(record, policy=policy, durations=self.durations.of(technique_id))
         events = await read.events(database, run_id)
         deliveries, _ = await read.list_deliveries(database, run_id=run_id, limit=DELIVERIES)
         sentences = [
@@ -82,7 +73,7 @@ class Explainer:
 
     async def _obstacle(self, record: Record) -> str | None:
         """What keeps a run from being polled, as far as FLORA's answers and the sweeps show."""
-        workspace = self._workspaces.of(record.run.workspace_id)
+        workspace = self.workspaces.of(record.run.workspace_id)
         if workspace is None:
             return (
                 f"Its workspace, {record.run.workspace_id}, is not configured here: no API key can "
@@ -90,9 +81,9 @@ class Explainer:
             )
         if workspace.client is None:
             return "No API key is set here: this process cannot poll the run."
-        await self._contacts.read()
-        state = self._contacts.of(workspace)
-        if state is not None and state.is_current(self._clock()) and (found := state.trouble):
+        await self.contacts.read()
+        state = self.contacts.of(workspace)
+        if state is not None and state.is_current(self.clock()) and (found := state.trouble):
             since = moment(found.since)
             if found.trouble is Trouble.KEY_REFUSED:
                 return f"FLORA has refused the workspace's API key since {since}: {found.reason}."
@@ -100,7 +91,7 @@ class Explainer:
                 return f"FLORA has not answered since {since}: {found.reason}."
             return f"FLORA cannot be read ({found.trouble}) since {since}: {found.reason}."
         names = {workspace.name, workspace.slot, record.run.workspace_id}
-        for sweep in await sweeps.list_sweeps(self._database):
+        for sweep in await sweeps.list_sweeps(self.database):
             if sweep.workspace_id in names and sweep.finished_at is not None:
                 if sweep.error is None:
                     return None

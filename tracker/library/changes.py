@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final, Generic
 
+from tracker.core.events import RunFilter
 from tracker.core.record import Record
 from tracker.library.run import AnyRun
 from tracker.polling.follow import until_available
 from tracker.services import Services
 from tracker.web.http.limits import Limits
 from tracker.web.stream.broadcaster import Broadcaster
-from tracker.web.stream.reader import Change, RunFilter
+from tracker.web.stream.reader import Change
 
 if TYPE_CHECKING:
     from datetime import datetime

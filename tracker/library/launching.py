@@ -21,7 +21,7 @@ from tracker.starting.batch import COUNT_SHARE
 from tracker.starting.batch_orders import Order
 from tracker.starting.batch_rows import BatchPlan
 from tracker.starting.columns import ColumnMapping
-from tracker.starting.sheet import SheetProblem, SheetRefused, sheet_of_objects
+from tracker.starting.sheet import SheetRefused, sheet_of_objects
 from tracker.store.queries import batches as stored
 from tracker.store.queries.batches import BatchCounts, BatchRow
 
@@ -63,16 +63,11 @@ async def planned(
             technique, sheet, explicit=explicit, source=ACTOR, **options
         )
     except SheetRefused as refused:
-        raise _refused([_fault(one) for one in refused.problems]) from refused
+        for one in refused.problems:
+            where = [str(part) for part in ("rows", one.line, one.column) if part]
+            faults.append(FieldFault(".".join(where), one.of_fields))
+        raise _refused(faults) from refused
     return plan
-
-
-def _fault(problem: SheetProblem) -> FieldFault:
-    where = [str(part) for part in (problem.line, problem.column) if part]
-    message, option, _ = problem.message.partition("; use --map")
-    if option:
-        message += "; name a field like the input, or map one in `columns`"
-    return FieldFault(".".join(["rows", *where]), message)
 
 
 def _refused(faults: list[FieldFault]) -> InvalidRequest:

@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, overload
 
+from tracker.core.events import RunFilter
 from tracker.core.inputs import parse_tag
 from tracker.core.record import Record
 from tracker.core.run import RetryAdvice, Tracking
@@ -169,8 +170,6 @@ class RunCalls(ABC):
         any process, comes first. Without it they begin with the first step of the loop. Raises
         `StoreUnavailable` if the database does not answer for a minute.
         """
-        from tracker.web.stream.reader import RunFilter
-
         wanted = RunFilter(
             run_id=run_id, technique_id=technique_id, workspace_id=workspace_id, status=status
         )

@@ -61,6 +61,13 @@ class SheetProblem:
     def __str__(self) -> str:
         return _located([self.line], self.column, self.message)
 
+    @property
+    def of_fields(self) -> str:
+        """The message for rows that are objects: their fields are mapped without an option."""
+        message, option, _ = self.message.partition("; use --map")
+        more = "; name a field like the input, or map one in `columns`" if option else ""
+        return message + more
+
 
 def problem_lines(problems: Iterable[SheetProblem]) -> list[str]:
     """One line for each cause: how many lines of the sheet have it, and which."""

@@ -224,10 +224,7 @@ def _refused(problems: Sequence[SheetProblem]) -> Fault:
     """422 with an entry for each cause, and the rows that it concerns."""
     causes: dict[tuple[str, str], list[int]] = {}
     for one in problems:
-        message, option, _ = one.message.partition("; use --map")
-        if option:
-            message += "; name a field like the input, or map one in `columns`"
-        rows = causes.setdefault((one.column or "rows", message), [])
+        rows = causes.setdefault((one.column or "rows", one.of_fields), [])
         if one.line:
             rows.append(one.line)
     fields = [

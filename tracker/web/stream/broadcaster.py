@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Final, NamedTuple
 
 from tracker.core.errors import StoreError, StoreUnavailable
+from tracker.core.events import RunFilter
 from tracker.core.log import get_logger
 from tracker.core.record import Record
 from tracker.core.run import Tracking
@@ -20,7 +21,7 @@ from tracker.store.queries.changes import Line, Moment
 from tracker.store.signals import Signals
 from tracker.web.http.limits import Limits
 from tracker.web.http.responses import unavailable
-from tracker.web.stream.reader import Change, RunFilter, StreamReader
+from tracker.web.stream.reader import Change, StreamReader
 
 PAGE_SIZE: Final = 250
 """Events in one read. A reader's queue holds several times as many."""

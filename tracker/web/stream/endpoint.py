@@ -10,13 +10,14 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from tracker.core.errors import StoreError
+from tracker.core.events import RunFilter
 from tracker.core.log import get_logger
 from tracker.services import Services
 from tracker.web.api.requests import Filter, Query, none_if_empty, validate
 from tracker.web.auth import AccessControl, Actor, actor_of
 from tracker.web.http.limits import Limits
 from tracker.web.stream.broadcaster import Broadcaster
-from tracker.web.stream.reader import RunFilter, StreamReader, reset_frame
+from tracker.web.stream.reader import StreamReader, reset_frame
 
 RECONNECT_MILLISECONDS: Final = 2000
 """How long a browser waits before it reconnects."""

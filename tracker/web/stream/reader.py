@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
+from tracker.core.events import RunFilter
 from tracker.core.log import get_logger
 from tracker.core.record import Record
 from tracker.store.queries.changes import Line
@@ -18,26 +19,6 @@ _LINE_ENDS: Final = re.compile(b"\xc2\x85|\xe2\x80[\xa8\xa9]")
 """NEXT LINE, LINE SEPARATOR and PARAGRAPH SEPARATOR in UTF-8: line ends to some clients."""
 
 log = get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunFilter:
-    """Which runs a reader follows; `None` matches any value."""
-
-    run_id: str | None = None
-    technique_id: str | None = None
-    workspace_id: str | None = None
-    status: str | None = None
-
-    def matches(self, record: Record) -> bool:
-        """Whether the run, in its present state, is followed."""
-        run = record.run
-        return (
-            self.run_id in (None, run.run_id)
-            and self.technique_id in (None, run.technique_id)
-            and self.workspace_id in (None, run.workspace_id)
-            and self.status in (None, str(run.status))
-        )
 
 
 @dataclass(frozen=True)
