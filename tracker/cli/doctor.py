@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Final
 
 from tracker.cli.output import JsonFlag, console, plain, print_json
 from tracker.core.errors import SettingsError
+from tracker.core.formatting import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -95,5 +96,5 @@ def _show(findings: "Sequence[Finding]") -> None:
 
 def _summary(findings: "Sequence[Finding]") -> str:
     counts = {level: sum(one.level.value == level for one in findings) for level in _COLOURS}
-    warnings = "1 warning" if counts["warning"] == 1 else f"{counts['warning']} warnings"
+    warnings = counted(counts["warning"], "warning")
     return f"{counts['failed']} failed, {warnings}, {counts['ok']} ok."

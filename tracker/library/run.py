@@ -7,7 +7,7 @@ from decimal import Decimal
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, cast
 
-from tracker.core.formatting import money
+from tracker.core.formatting import counted, money
 from tracker.core.record import Record
 from tracker.core.run import Output, RunStatus, Tracking
 from tracker.errors import TrackerNotOpen
@@ -156,7 +156,7 @@ class RunFields:
         if self.error_code:
             shown.append(self.error_code)
         if self.outputs:
-            shown.append(f"{len(self.outputs)} output{'s' * (len(self.outputs) > 1)}")
+            shown.append(counted(len(self.outputs), "output"))
         if self.charged_cost is not None:
             shown.append(money(self.charged_cost))
         return f"<Run {' · '.join(shown)}>"

@@ -109,7 +109,18 @@ class Sessions:
         cookie = _cookie(scope, _name(scope, secure=secure))
         if cookie is None or not _COOKIE_FORM.fullmatch(cookie):
             return None
-        return await self._find(_id_of(cookie), cookie, secure=secure)
+        session_id = _id_of(cookie)
+        row = await store.find_session(self._database, session_id)
+        if row is None or row.secure != secure:
+            return None
+        token = await self._token_of(row)
+        if token is None:
+            return None
+        now = self._clock()
+        if now - row.last_used_at >= _RECORD_USE:
+            with suppress(StoreError):  # a read-only database still serves reads
+                await store.use_session(self._database, session_id, now=now)
+        return Session(session_id=session_id, token=token, csrf=_csrf_of(cookie))
 
     async def is_valid(self, session: Session) -> bool:
         """Whether a session is still valid. Raises `StoreUnavailable`."""
@@ -133,19 +144,6 @@ class Sessions:
             return True
         csrf = header(scope, CSRF_HEADER.encode())
         return session.matches(None if csrf is None else csrf.decode("latin-1"))
-
-    async def _find(self, session_id: str, cookie: str, *, secure: bool) -> Session | None:
-        row = await store.find_session(self._database, session_id)
-        if row is None or row.secure != secure:
-            return None
-        token = await self._token_of(row)
-        if token is None:
-            return None
-        now = self._clock()
-        if now - row.last_used_at >= _RECORD_USE:
-            with suppress(StoreError):  # a read-only database still serves reads
-                await store.use_session(self._database, session_id, now=now)
-        return Session(session_id=session_id, token=token, csrf=_csrf_of(cookie))
 
     async def _token_of(self, row: SessionRow) -> Token | None:
         """The token of a session, if both are still valid."""

@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Final
 from urllib.parse import parse_qsl
 
-from starlette.convertors import Convertor, register_url_convertor
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.datastructures import ImmutableMultiDict
 from starlette.requests import Request
 
@@ -29,17 +29,11 @@ PERIODS: Final = {
 """The times back to which lists go: the name and length of each choice."""
 
 
-class _AnyId(Convertor[str]):
+class _AnyId(PathConvertor):
     """`{run_id:any}`: an id may hold any character, slashes and line ends too, which Starlette's
     own `path` does not match."""
 
     regex = "(?s:.*)"
-
-    def convert(self, value: str) -> str:
-        return value
-
-    def to_string(self, value: str) -> str:
-        return value
 
 
 register_url_convertor("any", _AnyId())
