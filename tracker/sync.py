@@ -157,7 +157,12 @@ class Tracker:
     _inherits_sqlite: ClassVar[bool] = False
 
     def __init__(self, settings: "Settings | None" = None, *, worker: bool | None = None) -> None:
-        self._set_up(AsyncTracker(settings, worker=worker))
+        self._tracker = AsyncTracker(settings, worker=worker)
+        self.settings: Settings = self._tracker.settings
+        self._lock = threading.Lock()
+        self._running: LoopThread | None = None
+        self._entered = self._closed = False
+        _trackers.add(self)
 
     @classmethod
     def from_env(cls, *, worker: bool | None = None) -> Self:
@@ -165,17 +170,7 @@ class Tracker:
 
         Opens nothing. Raises `SettingsError`, which names each wrong setting.
         """
-        tracker = cls.__new__(cls)
-        tracker._set_up(AsyncTracker.from_env(worker=worker))
-        return tracker
-
-    def _set_up(self, tracker: AsyncTracker) -> None:
-        self.settings: Settings = tracker.settings
-        self._tracker = tracker
-        self._lock = threading.Lock()
-        self._running: LoopThread | None = None
-        self._entered = self._closed = False
-        _trackers.add(self)
+        return cls(worker=worker)
 
     def __enter__(self) -> Self:
         with self._lock:

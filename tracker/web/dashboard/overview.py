@@ -25,7 +25,7 @@ from tracker.web.dashboard.alerts import (
     workspace_health,
 )
 from tracker.web.dashboard.forms import query_field
-from tracker.web.dashboard.media import OutputView, output_views, plain_http_origin
+from tracker.web.dashboard.media import OutputView, output_views
 from tracker.web.dashboard.render import PageGroup, page
 
 PERIODS: Final = {"24h": ("24 hours", 24), "7d": ("7 days", 7 * 24)}
@@ -119,9 +119,8 @@ class OverviewPage(PageGroup):
 
     def _results(self, records: list[Record]) -> Iterator[tuple[Record, OutputView]]:
         """The first outputs of each run."""
-        media_origin = plain_http_origin(self._services.settings.flora_base_url)
         for record in records:
-            views = output_views(record.run.outputs, media_origin=media_origin)
+            views = output_views(record.run.outputs, media_origin=self._media_origin)
             for view in views[:RESULTS_OF_A_RUN]:
                 yield record, view
 

@@ -41,24 +41,19 @@ def without_prefix(scope: Scope, send: Send) -> tuple[Scope, Send]:
     # Quoted, because a part of it may be a parameter of the host's route, which anyone chooses.
     # Two slashes would lead to another host.
     prefix = inner[_PREFIX] = "/" + quote(root_path.strip("/"))
-    return inner, _WithPrefix(prefix.encode(), send)
 
-
-class _WithPrefix:
-    """Puts the prefix in front of the addresses in a response's headers."""
-
-    def __init__(self, prefix: bytes, send: Send) -> None:
-        self._prefix = prefix
-        self._send = send
-
-    async def __call__(self, message: Message) -> None:
+    async def send_with_prefix(message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = [
-                (name, self._prefix + value if name in _ADDRESSES and value[:1] == b"/" else value)
+                (name, prefix.encode() + value)
+                if name in _ADDRESSES and value[:1] == b"/"
+                else (name, value)
                 for name, value in message.get("headers", ())
             ]
             message = {**message, "headers": headers}
-        await self._send(message)
+        await send(message)
+
+    return inner, send_with_prefix
 
 
 def prefix_of(scope: Scope) -> str:
