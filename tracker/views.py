@@ -24,7 +24,7 @@ from tracker.store.text import dump_json
 if TYPE_CHECKING:  # commands that show runs load nothing of the others
     from tracker.core.schedule import Durations
     from tracker.explaining.explainer import Explanation
-    from tracker.starting.batch_rows import RowState
+    from tracker.starting.batch_rows import BatchPlan, RowState
     from tracker.store.queries.audit import AuditRow
     from tracker.store.queries.batches import BatchCounts, BatchRow, ErrorGroup
     from tracker.store.queries.changes import Line
@@ -230,6 +230,17 @@ def batch_columns(batch: "BatchRow", counts: "BatchCounts") -> dict[str, Any]:
 def batch_json(batch: "BatchRow", counts: "BatchCounts") -> dict[str, Any]:
     """A batch, with the number of its rows in each state; costs in USD."""
     return {name: _value(value) for name, value in batch_columns(batch, counts).items()}
+
+
+def plan_json(plan: "BatchPlan") -> dict[str, Any]:
+    """What launching a batch would start, and the most that it can cost, in USD."""
+    return {
+        "batch_id": plan.batch.batch_id,
+        "rows": len(plan.rows),
+        "to_start": len(plan.missing),
+        "run_cost": number_json(plan.technique.run_cost),
+        "cost": number_json(plan.cost),
+    }
 
 
 def error_group_json(group: "ErrorGroup") -> dict[str, Any]:

@@ -137,29 +137,20 @@ async def confirmed(plan: "BatchPlan") -> bool:
 
 def print_plan(plan: "BatchPlan", *, as_json: bool) -> None:
     """Print what a dry run found."""
-    from tracker.views import number_json
-
-    starts = [
-        {
-            "row": row.entry.position,
-            "line": row.entry.line,
-            "key": row.entry.key,
-            "inputs": row.inputs,
-        }
-        for row in plan.missing
-    ]
     if as_json:
-        print_json(
+        from tracker.views import plan_json
+
+        starts = [
             {
-                "batch_id": plan.batch.batch_id,
-                "technique_id": plan.batch.technique_id,
-                "rows": len(plan.rows),
-                "to_start": len(starts),
-                "run_cost": number_json(plan.technique.run_cost),
-                "cost": number_json(plan.cost),
-                "starts": starts,
+                "row": row.entry.position,
+                "line": row.entry.line,
+                "key": row.entry.key,
+                "inputs": row.inputs,
             }
-        )
+            for row in plan.missing
+        ]
+        more = {"technique_id": plan.batch.technique_id, "starts": starts}
+        print_json(plan_json(plan) | more)
         return
     print_table(
         ("row", "line", "key", "inputs"),

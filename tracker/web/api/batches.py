@@ -18,7 +18,7 @@ from tracker.starting.sheet import SheetProblem, SheetRefused, sheet_of_objects
 from tracker.store.engine import Database
 from tracker.store.queries import batches
 from tracker.store.queries.batches import BatchRow
-from tracker.views import batch_json, error_group_json, number_json, row_json
+from tracker.views import batch_json, error_group_json, plan_json, row_json
 from tracker.web.api.batch_models import (
     Batch,
     BatchBody,
@@ -180,30 +180,17 @@ class BatchOperations:
 
     async def _place(self, plan: BatchPlan, order: Order, *, dry_run: bool) -> Response:
         orders = self._services.batch_orders
-        refusal: str | None = None
-        try:
-            if dry_run:
-                await orders.check(plan, order)
-            else:
-                placed = await orders.place(plan, order)
-        except (MaxCostReached, BudgetExceeded) as error:
-            if dry_run:
-                refusal = str(error)
-            elif isinstance(error, MaxCostReached):
-                raise Fault(402, "max_cost_exceeded", str(error)) from error
-            else:
-                raise
         if dry_run:
-            return Json(
-                {
-                    "batch_id": plan.batch.batch_id,
-                    "rows": len(plan.rows),
-                    "to_start": len(plan.missing),
-                    "run_cost": number_json(plan.technique.run_cost),
-                    "cost": number_json(plan.cost),
-                    "refusal": refusal,
-                }
-            )
+            refusal: str | None = None
+            try:
+                await orders.check(plan, order)
+            except (MaxCostReached, BudgetExceeded) as error:
+                refusal = str(error)
+            return Json(plan_json(plan) | {"refusal": refusal})
+        try:
+            placed = await orders.place(plan, order)
+        except MaxCostReached as error:
+            raise Fault(402, "max_cost_exceeded", str(error)) from error
         return Json(
             await self._shown(placed.batch),
             status_code=200 if placed.known else 201,
