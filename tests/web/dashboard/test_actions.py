@@ -153,6 +153,13 @@ async def test_an_action_loaded_again_leads_to_its_page(browser: httpx.AsyncClie
     assert (answer.status_code, answer.headers["Location"]) == (303, "/runs/run_1")
 
 
+@pytest.mark.parametrize("action", ["check", "retry"])
+async def test_only_a_post_does_something(browser: httpx.AsyncClient, action: str) -> None:
+    """`HEAD` needs no more than the scope `read`: it leads to the page, as `GET` does."""
+    answer = await browser.head(f"/runs/run_1/{action}")
+    assert (answer.status_code, answer.headers["Location"]) == (303, "/runs/run_1")
+
+
 @pytest.fixture
 async def flora() -> AsyncIterator[Simulator]:
     """A FLORA whose runs end at once."""
