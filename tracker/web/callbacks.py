@@ -58,7 +58,7 @@ class Callbacks:
         body = None
         try:
             async with asyncio.timeout(self._seconds):
-                body = await read_body(scope, receive, limit=self._limit, deadline=None)
+                body = await read_body(scope, receive, limit=self._limit, seconds=None)
                 received = await (scope.pop(_RECEIVING, None) or self._receive(scope, body))
         except TimeoutError:
             if body is None:

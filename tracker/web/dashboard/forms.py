@@ -1,6 +1,5 @@
 """What browsers send: ids in paths, fields of queries and forms, and the CSRF token."""
 
-import asyncio
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import Final
@@ -65,9 +64,8 @@ def query_position(request: Request, name: str) -> int | None:
 async def read_form(request: Request) -> ImmutableMultiDict[str, str]:
     """The fields of a form, read once. Raises `Fault` 400, 408 and 413."""
     if _FORM not in request.scope:
-        deadline = asyncio.get_running_loop().time() + READ_SECONDS
         body = await read_body(
-            request.scope, request.receive, limit=MAX_FORM_BYTES, deadline=deadline
+            request.scope, request.receive, limit=MAX_FORM_BYTES, seconds=READ_SECONDS
         )
         try:
             fields = parse_qsl(

@@ -154,48 +154,35 @@ class ClientGone(Exception):
     """The client disconnected before its request was complete: there is no one to answer."""
 
 
-async def read_body(
-    scope: Scope,
-    receive: Receive,
-    *,
-    limit: int,
-    deadline: float | None,
-) -> bytes:
-    """The whole body, of `limit` bytes at most, read before `deadline` (the running loop's time).
+async def read_body(scope: Scope, receive: Receive, *, limit: int, seconds: float | None) -> bytes:
+    """The whole body, of `limit` bytes at most, read within `seconds`.
 
-    Without a deadline the caller limits the time, and raises `too_slow`. What arrives counts,
-    whatever `Content-Length` says; a length over the limit is refused unread. Raises `Fault` 413
-    and 408, and `ClientGone`.
+    With `None` the caller limits the time, and raises `too_slow`. What arrives counts, whatever
+    `Content-Length` says; a length over the limit is refused unread. Raises `Fault` 413 and 408,
+    and `ClientGone`.
     """
     if _content_length(scope) > limit:
         raise _too_large(limit)
-    if deadline is None:
-        return await _read(scope, receive, limit)
+    body = bytearray()
     try:
-        async with asyncio.timeout_at(deadline):
-            return await _read(scope, receive, limit)
+        async with asyncio.timeout(seconds):
+            while True:
+                message = await receive()
+                if message["type"] != "http.request":
+                    raise ClientGone
+                body += message.get("body", b"")
+                if len(body) > limit:
+                    raise _too_large(limit)
+                if not message.get("more_body", False):
+                    scope[_BODY_READ] = True
+                    return bytes(body)
     except TimeoutError:
         raise too_slow() from None
 
 
-async def _read(scope: Scope, receive: Receive, limit: int) -> bytes:
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] != "http.request":
-            raise ClientGone
-        body += message.get("body", b"")
-        if len(body) > limit:
-            raise _too_large(limit)
-        if not message.get("more_body", False):
-            scope[_BODY_READ] = True
-            return bytes(body)
-
-
 async def read_json(scope: Scope, receive: Receive, *, limit: int, seconds: float) -> Any:
     """The body as JSON values. Raises `Fault` 400 if it is none, else as `read_body`."""
-    deadline = asyncio.get_running_loop().time() + seconds
-    body = await read_body(scope, receive, limit=limit, deadline=deadline)
+    body = await read_body(scope, receive, limit=limit, seconds=seconds)
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
