@@ -107,11 +107,6 @@ class Services:
     webhooks: Webhooks
 
     @property
-    def reconcile_cron(self) -> str:
-        """When the history is swept."""
-        return self.settings.tracker_reconcile_cron
-
-    @property
     def recheck_every(self) -> timedelta:
         """How often settled runs whose bills are due are read again."""
         return min(self.settings.policy.cost_recheck, LONGEST_RECHECK)

@@ -92,7 +92,7 @@ class Worker:
         for workspace in keyed:
             self._scheduler.add_job(
                 self._job("sweep", partial(self._sweep, workspace)),
-                CronTrigger(services.reconcile_cron),
+                CronTrigger(services.settings.tracker_reconcile_cron),
                 id=f"sweep:{workspace.slot}",
                 next_run_time=now,
             )
