@@ -1,7 +1,8 @@
 """The pages for people: what runs do now, what needs attention, and why.
 
     site.py       all routes, and errors as pages
-    render.py     templates to answers, the files below /static, the base of all pages
+    render.py     templates to answers, the files below /static, the base of all pages and
+                  actions, which are declared with their paths
     forms.py      what browsers send: ids, fields, the CSRF token
     access.py     sign-in, sign-out and the audit log
     overview.py, runs.py, deliveries.py, techniques.py, batch.py, spending.py, health.py   pages
