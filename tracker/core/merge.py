@@ -71,7 +71,12 @@ def merge(run: Run | None, seen: Observation) -> Run:
     )
     precedences = run.precedences
     for (name, digit), theirs in zip(_PLACES, _SHOWN(seen), strict=True):
-        if theirs is None or _says_nothing(seen, name, theirs):
+        if theirs is None:
+            continue
+        if name == "error" and (
+            # The reference's examples carry error fields even on pending runs.
+            not precedence.ended or seen.status is RunStatus.COMPLETED or theirs == RunError()
+        ):
             continue
         weight: int = precedence
         if name == "workspace_id" and seen.source not in _CLAIMS:
@@ -185,15 +190,6 @@ def _join_outputs(
     if read_at is not _NEVER:
         news["outputs_read_at"] = read_at
     return precedences & ~(0o7 << place) | digit << place, differ
-
-
-def _says_nothing(seen: Observation, field: str, value: Any) -> bool:
-    """Whether this value carries no information."""
-    if field == "error":
-        # The reference's examples carry error fields even on pending runs.
-        ended = seen.precedence.ended and seen.status is not RunStatus.COMPLETED
-        return not ended or value == RunError()
-    return False
 
 
 def _by_height(status: tuple[Precedence, str | None]) -> tuple[Precedence, bool, str]:

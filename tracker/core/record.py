@@ -220,6 +220,14 @@ def _observed(
         cost_final = shown and (old.cost_final or late_enough)
         if run.settled and not _billed_whole(run, cost_final):
             recheck_at = _recheck_at(old, entry, since, policy)
+    callback_at = old.callback_at
+    if seen.source is Source.CALLBACK:  # the first; they may be applied in another order
+        callback_at = seen.at if callback_at is None else min(callback_at, seen.at)
+    ended_via = old.ended_via
+    # Unknown for a run that retention removed and that is tracked again: its end counts once.
+    if not old.run.precedence.ended:
+        is_news = run.precedence.ended and not entry.counted_before
+        ended_via = seen.source if is_news else None
     keeps_lease = entry.claim is None or entry.claim != old.lease_holder
     # Not `replace`, which takes four times as long: this runs for each callback.
     after = Record(
@@ -227,9 +235,9 @@ def _observed(
         # Our own start came first, even if a callback overtook its answer.
         source=Source.START if seen.source is Source.START else old.source,
         first_seen_at=old.first_seen_at,
-        callback_at=_callback_at(old, seen),
+        callback_at=callback_at,
         callback_expected=callback_expected,
-        ended_via=_ended_via(old, entry, run),
+        ended_via=ended_via,
         end_seen_at=end_seen_at,
         settled_at=(old.settled_at or seen.at) if run.settled else None,
         cost_final=cost_final,
@@ -249,14 +257,6 @@ def _observed(
         lease_holder=old.lease_holder if keeps_lease else None,
     )
     return before if before is not None and after == before else after
-
-
-def _ended_via(old: Record, entry: Seen, run: Run) -> Source | None:
-    """How the end became known first; unknown for a run that retention removed and that is tracked
-    again, so that its end is not counted twice."""
-    if old.run.precedence.ended:
-        return old.ended_via
-    return entry.observation.source if run.precedence.ended and not entry.counted_before else None
 
 
 def since_end(
@@ -292,13 +292,6 @@ def _recheck_at(old: Record, entry: Seen, since: timedelta, policy: Policy) -> d
     if open_before and (old.recheck_at is None or not (entry.reads or entry.claim)):
         return old.recheck_at
     return next_recheck(policy, since_end=since, now=entry.observation.read_at)
-
-
-def _callback_at(old: Record, seen: Observation) -> datetime | None:
-    """When the first callback was received; they may be applied in another order."""
-    if seen.source is not Source.CALLBACK:
-        return old.callback_at
-    return seen.at if old.callback_at is None else min(old.callback_at, seen.at)
 
 
 def _counts_as_poll(before: Record | None, entry: Seen, run: Run) -> bool:

@@ -214,6 +214,9 @@ def run(
     if status is None:
         raise FloraUnreadable(f"run {run_id} has no status")
     technique = as_object(fields.get("technique"))
+    skew = None
+    if clock_offset is not None and abs(clock_offset) > CLOCKS_AGREE:  # as far as a date shows
+        skew = clock_offset.total_seconds()
     return Observation(
         run_id=run_id,
         source=source,
@@ -233,13 +236,8 @@ def run(
         error=_error(fields),
         outputs=_outputs(fields.get("outputs")),
         sent_at=sent_at,
-        clock_skew=None if clock_offset is None else _skew(clock_offset),
+        clock_skew=skew,
     )
-
-
-def _skew(offset: timedelta) -> float | None:
-    """Seconds by which the clocks differ; `None` if they agree, as far as a date shows."""
-    return offset.total_seconds() if abs(offset) > CLOCKS_AGREE else None
 
 
 def page(payload: object, key: str, read: Callable[[object], T]) -> Page[T]:

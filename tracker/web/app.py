@@ -15,7 +15,7 @@ from tracker.web.dashboard.site import Dashboard
 from tracker.web.health import Health, metrics_route
 from tracker.web.http.limits import Limits
 from tracker.web.http.middleware import DeadlineMiddleware, ErrorPage, ResponseMiddleware
-from tracker.web.http.responses import Answer
+from tracker.web.http.responses import Take
 from tracker.web.sessions import Sessions
 from tracker.web.stream.endpoint import Stream
 
@@ -48,7 +48,9 @@ class Application:
             app = DeadlineMiddleware(app, seconds=deadline)
         self._app = app
         self._callbacks = Callbacks(services, limits=limits) if callbacks else None
-        self._is_traced = services.traced is not untraced  # the trace has to see the response
+        self.take: Take | None = None
+        if self._callbacks is not None and services.traced is untraced:  # a trace sees the response
+            self.take = self._callbacks.take
         self._http = services.traced(
             ResponseMiddleware(self._dispatch, limits=limits, error_page=error_page)
         )
@@ -56,12 +58,6 @@ class Application:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request."""
         await (self._http if scope["type"] == "http" else self._router)(scope, receive, send)
-
-    def take(self, scope: Scope, body: bytes, answer: Answer) -> bool:
-        """See `Take`."""
-        if self._callbacks is None or self._is_traced or not is_callback(scope["path"]):
-            return False
-        return self._callbacks.take(scope, body, answer)
 
     async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Authentication and routing would take half as long as all else before a callback is

@@ -90,7 +90,7 @@ class Callbacks:
 
     def take(self, scope: Scope, body: bytes, answer: Answer) -> bool:
         """Take a callback whose body has arrived; see `Take`."""
-        if scope["method"] != "POST" or len(body) > self._limit:
+        if not is_callback(scope["path"]) or scope["method"] != "POST" or len(body) > self._limit:
             return False
         started = asyncio.get_running_loop().time()
         try:
@@ -117,8 +117,12 @@ class Callbacks:
                 signature = value if signature is None else b"%b,%b" % (signature, value)
             elif name == b"flora-webhook-id":
                 webhook_id = value.decode("latin-1")
+        token = scope["path"][len(CALLBACK_PATH) + 1 :]
         return self._receiver.receive(
-            body, signature=signature, webhook_id=webhook_id, token=_token(scope["path"])
+            body,
+            signature=signature,
+            webhook_id=webhook_id,
+            token=token if 0 < len(token) <= LONGEST_TOKEN else None,
         )
 
     def _taken(self, received: Received, started: float) -> PrebuiltResponse:
@@ -152,9 +156,3 @@ def is_callback(path: str) -> bool:
         return False
     token = path[len(CALLBACK_PATH) :]
     return not token or (token[0] == "/" and len(token) > 1 and "/" not in token[1:])
-
-
-def _token(path: str) -> str | None:
-    """The token in a start's own callback address; `None` for the bare one."""
-    token = path[len(CALLBACK_PATH) + 1 :]
-    return token if 0 < len(token) <= LONGEST_TOKEN else None

@@ -136,15 +136,6 @@ class GroupCommit(Generic[T, R]):
         self._bytes -= waiting.size
         return waiting
 
-    def _next_group(self) -> list[_Waiting[T, R]]:
-        group: list[_Waiting[T, R]] = []
-        size = 0
-        while self._queue and len(group) < self._max_group and size < MAX_GROUP_BYTES:
-            waiting = self._pop()
-            size += waiting.size
-            group.append(waiting)
-        return group
-
     def _expire(self) -> None:
         """Give up on items past their deadline. One timer serves all: all wait equally long."""
         loop = asyncio.get_running_loop()
@@ -169,7 +160,13 @@ class GroupCommit(Generic[T, R]):
     async def _run(self) -> None:
         while True:
             if self._queue:
-                await self._commit_group(self._next_group())
+                group: list[_Waiting[T, R]] = []
+                size = 0
+                while self._queue and len(group) < self._max_group and size < MAX_GROUP_BYTES:
+                    waiting = self._pop()
+                    size += waiting.size
+                    group.append(waiting)
+                await self._commit_group(group)
                 self._writing = []
             elif self._closing:
                 return
@@ -187,7 +184,13 @@ class GroupCommit(Generic[T, R]):
         pause = RETRY_SECONDS[0]
         while parts:
             self._writing = [waiting for part in parts for waiting in part]
-            part = self._without_expired(parts.popleft(), loop.time())
+            now = loop.time()
+            part: list[_Waiting[T, R]] = []
+            for waiting in parts.popleft():
+                if waiting.expires > now:
+                    part.append(waiting)
+                else:  # answered here, because the timer does not see it any more
+                    self._give_up(waiting)
             if not part:
                 continue
             try:
@@ -210,13 +213,6 @@ class GroupCommit(Generic[T, R]):
                 for waiting, result in zip(part, results, strict=True):
                     if not waiting.answer.done():
                         waiting.answer.set_result(result)
-
-    def _without_expired(self, part: list[_Waiting[T, R]], now: float) -> list[_Waiting[T, R]]:
-        """Expired items are answered here, because the timer does not see them any more."""
-        for waiting in part:
-            if waiting.expires <= now:
-                self._give_up(waiting)
-        return [waiting for waiting in part if waiting.expires > now]
 
     async def _write(self, items: list[T]) -> Sequence[R]:
         loop = asyncio.get_running_loop()
