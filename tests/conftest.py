@@ -9,7 +9,6 @@ import gc
 import logging
 import os
 import signal
-import ssl
 import sys
 import tempfile
 import zlib
@@ -17,12 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import hypothesis
 import pytest
 import uvicorn.server
 
 from tests.support import network_guard
+from tests.support.contexts import share_context
 from tests.support.databases import (
     Background,
     PostgresDatabases,
@@ -84,22 +83,15 @@ class _Hasty:
 uvicorn.server.asyncio = _Hasty()  # type: ignore[assignment]
 
 
-# Thousands of clients are opened, and reading the authorities that each of them trusts is half of
-# what that takes.
-_contexts: dict[Any, ssl.SSLContext] = {}
-_create_ssl_context = httpx._transports.default.create_ssl_context
+share_context()
 
 
-def _one_ssl_context(verify: Any = True, **options: Any) -> ssl.SSLContext:
-    if verify is not True or options.get("cert") or "SSL_CERT_FILE" in os.environ:
-        return _create_ssl_context(verify, **options)
-    key = options.get("trust_env", True)
-    if key not in _contexts:
-        _contexts[key] = _create_ssl_context(verify, **options)
-    return _contexts[key]
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
+    """Fork the processes of the suite."""
+    from tests.support.workers import fork_workers
 
-
-httpx._transports.default.create_ssl_context = _one_ssl_context
+    fork_workers(config, len(specs))
 
 
 ONE_DATABASE = ("delivering", "e2e", "hostile", "web", "worker")
@@ -243,9 +235,10 @@ def own_postgres(_postgres_data: Path) -> Iterator[PostgresServer]:
 
 @pytest.fixture(scope="session")
 def _sqlite_template(background: Background, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("template") / "tracker.db"
-    background.run(migrate(sqlite_url_of(path)))
-    return path
+    """A SQLite file with the tracker's schema: made once for all processes of the suite."""
+    return made_once(
+        tmp_path_factory, "tracker.db", lambda path: background.run(migrate(sqlite_url_of(path)))
+    )
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ A process of its own takes most of a second to import what it needs; one that is
 once, and is as much a process: SIGKILL takes it alone, with its sockets, files and threads.
 """
 
-import gc
 import importlib
 import multiprocessing
 import os
@@ -12,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -39,12 +39,16 @@ for _module in (
 ):
     importlib.import_module(_module)
 
-# No process collects what all of them share, nor copies it while it collects.
-gc.collect()
-gc.freeze()
-
 _FORKING = multiprocessing.get_context("forkserver")
-_FORKING.set_forkserver_preload([__name__])
+_FORKING.set_forkserver_preload([__name__, "tests.support.warm"])
+
+
+def share_server() -> None:
+    """Start the process that forks them now: the processes that are forked from this one later use
+    it together."""
+    forkserver.ensure_running()
+    # They could not ask for its end, as it is no child of theirs.
+    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]
 
 
 class Forked:
