@@ -154,8 +154,15 @@ class Commands:
 
 
 @pytest.fixture
-def tracker(tmp_path: Path) -> Commands:
-    """The command line, with nothing set."""
+def tracker(tmp_path: Path, sqlite_url: str) -> Commands:
+    """The command line, with nothing set, where `tracker.db` has the schema already: to migrate it
+    takes longer than a command."""
+    return Commands(tmp_path)
+
+
+@pytest.fixture
+def new_tracker(tmp_path: Path) -> Commands:
+    """The command line, with nothing set, where no database is yet."""
     return Commands(tmp_path)
 
 

@@ -22,53 +22,53 @@ def until_due(tracker: Commands, run_id: str) -> None:
     time.sleep(max((due - datetime.now(UTC)).total_seconds(), 0))
 
 
-def test_one_shot_commands_do_the_whole_job(tracker: Commands, stack: ExitStack) -> None:
+def test_one_shot_commands_do_the_whole_job(new_tracker: Commands, stack: ExitStack) -> None:
     """Without any server: started once, found, polled, settled, listed and shown."""
-    simulate(tracker, stack, "--run-seconds", "0.2", "--failures", "0%")
-    tracker.environ["TRACKER_POLL_INTERVAL"] = "0.4"
+    simulate(new_tracker, stack, "--run-seconds", "0.2", "--failures", "0%")
+    new_tracker.environ["TRACKER_POLL_INTERVAL"] = "0.4"
 
     start = ("runs", "start", "cctv-cam", "--input", FACE, "--idempotency-key", "k1")
-    run = tracker.json(*start)
+    run = new_tracker.json(*start)
     assert run["inputs"] == [
         {"id": "face", "type": "imageUrl", "value": "https://example.com/a.png?x=1"}
     ]
-    again = tracker(*start, "--json")
+    again = new_tracker(*start, "--json")
     assert json.loads(again.stdout)["run_id"] == run["run_id"]
     assert "started with this key before" in again.stderr
 
-    until_due(tracker, run["run_id"])
-    polled = tracker("poll")
+    until_due(new_tracker, run["run_id"])
+    polled = new_tracker("poll")
     assert polled.stdout.splitlines()[-1].split() == ["1", "0", "1", "1", "0"], polled.stdout
 
-    key = {"Authorization": f"Bearer {tracker.environ['FLORA_API_KEY']}"}
+    key = {"Authorization": f"Bearer {new_tracker.environ['FLORA_API_KEY']}"}
     begun = httpx.post(
-        f"{tracker.environ['FLORA_BASE_URL']}/techniques/icon-pack/runs",
+        f"{new_tracker.environ['FLORA_BASE_URL']}/techniques/icon-pack/runs",
         json={"inputs": [{"id": "prompt", "type": "text", "value": "x"}], "mode": "async"},
         headers=key,
     ).json()
     elsewhere = begun["run_id"]
     while httpx.get(begun["poll_url"], headers=key).json()["status"] != "completed":
         time.sleep(0.05)
-    (sweep,) = tracker.json("reconcile", "--since", "1h")["sweeps"]
+    (sweep,) = new_tracker.json("reconcile", "--since", "1h")["sweeps"]
     assert (sweep["items"], sweep["discovered"], sweep["error"]) == (2, 1, None)
 
-    tracked = tracker("runs", "track", elsewhere, "--json")
+    tracked = new_tracker("runs", "track", elsewhere, "--json")
     assert json.loads(tracked.stdout)["run_id"] == elsewhere
     assert "tracked already" in tracked.stderr
 
-    listed = tracker.json("runs", "list")
+    listed = new_tracker.json("runs", "list")
     assert [one["run_id"] for one in listed["runs"]] == [elsewhere, run["run_id"]]
     assert {one["tracking"] for one in listed["runs"]} == {"settled"}
-    page = tracker("runs", "list", "--limit", "1")
+    page = new_tracker("runs", "list", "--limit", "1")
     assert elsewhere in page.stdout
     assert run["run_id"] not in page.stdout
     assert "--cursor" in page.stderr
 
-    shown = tracker.json("runs", "show", run["run_id"])
+    shown = new_tracker.json("runs", "show", run["run_id"])
     assert shown == listed["runs"][1]
     assert shown["charged_cost"] == 0.15
     assert shown["outputs"][0]["url"].startswith("http://127.0.0.1")
-    assert shown["outputs"][0]["url"] in tracker("runs", "show", run["run_id"]).stdout
+    assert shown["outputs"][0]["url"] in new_tracker("runs", "show", run["run_id"]).stdout
 
 
 def test_starts_tell_what_is_wrong_with_them(tracker: Commands, stack: ExitStack) -> None:
@@ -170,16 +170,16 @@ def test_an_interrupt_is_status_130(tracker: Commands, stack: ExitStack) -> None
     database.close()
 
 
-def test_the_schema_is_brought_up_to_date(tracker: Commands) -> None:
+def test_the_schema_is_brought_up_to_date(new_tracker: Commands) -> None:
     """On SQLite `db upgrade` goes from nothing to the newest migration, once."""
-    at = tracker.json("db", "current")
+    at = new_tracker.json("db", "current")
     assert at["current"] is None
-    assert tracker.json("db", "upgrade") == {"before": None, "current": at["newest"]}
-    assert tracker("db", "current").stdout.split() == [
+    assert new_tracker.json("db", "upgrade") == {"before": None, "current": at["newest"]}
+    assert new_tracker("db", "current").stdout.split() == [
         *("current", at["newest"]),
         *("newest", at["newest"]),
     ]
-    assert "already" in tracker("db", "upgrade").stdout
+    assert "already" in new_tracker("db", "upgrade").stdout
 
 
 def test_postgresql_is_migrated_only_when_told(tracker: Commands, empty_postgres_url: str) -> None:

@@ -13,6 +13,12 @@ from tests.cli.test_usage import one_line
 from tests.support.waiting import free_port
 
 
+@pytest.fixture
+def tracker(new_tracker: Commands) -> Commands:
+    """The command line where no database is yet."""
+    return new_tracker
+
+
 def shown(process: "subprocess.Popen[str]") -> str:
     """What the command prints before it serves."""
     assert process.stdout is not None
