@@ -41,7 +41,6 @@ HOSTILE = [
     f"/deliveries/{quote(DELIVERY_ID + '1', safe='')}",
     "/techniques",
     f"/techniques/{quote(TECHNIQUE_ID, safe='')}",
-    "/batches",
     "/spending",
     "/health",
     "/endpoints",
@@ -98,7 +97,7 @@ async def _pages(live: LiveTracker, page: Page) -> list[str]:
         await add_endpoint(live.services.database, "store", url="python:shop.store_image")
         await add_message(live.services.database, "msg_2", "store", None)
     links = "[...document.querySelectorAll('.top nav a')].map((each) => each.pathname)"
-    return [
+    paths = [
         *await page.evaluate(links),
         f"/runs/{run_id}",
         f"/deliveries/{deliveries[0].delivery_id}",
@@ -116,6 +115,7 @@ async def _pages(live: LiveTracker, page: Page) -> list[str]:
         "/messages/msg_2",
         "/nothing/here",
     ]
+    return list(dict.fromkeys(paths))
 
 
 @pytest.mark.timeout(180)  # many pages, each four times
