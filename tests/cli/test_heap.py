@@ -3,6 +3,7 @@
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -32,3 +33,18 @@ def test_threads_share_one_heap() -> None:
 
     assert heaps() > 1
     assert heaps("shared") == 1
+
+
+COLLECTING = """
+import gc
+usual = gc.get_threshold()
+from tracker.cli import serve
+gc.set_threshold(200_000)  # as the command line does
+serve._configure()
+assert gc.get_threshold() == usual
+"""
+
+
+def test_a_process_that_stays_collects_garbage_as_python_does(tmp_path: Path) -> None:
+    """Only short commands put it off, so that a service grows no more than it has to."""
+    subprocess.run([sys.executable, "-c", COLLECTING], cwd=tmp_path, check=True)
