@@ -19,7 +19,7 @@ import pytest
 import typer
 
 from tests.cli.conftest import TRACKER, Commands, simulate
-from tests.support.waiting import eventually
+from tests.support.waiting import START_SECONDS, eventually
 from tracker.cli.app import app
 
 ROOT = Path(__file__).parents[2]
@@ -262,7 +262,7 @@ async def test_an_interrupt_is_status_130_and_loses_nothing(flora: Commands) -> 
     (flora.folder / "many.csv").write_text("\n".join(["prompt", *rows]))
     arguments = ("batch", "icon-pack", "many.csv", "--json")
     with flora.running(*arguments, "--concurrency", "1") as process:
-        await eventually(lambda: len(begun(flora)) >= 5, timeout=20)
+        await eventually(lambda: len(begun(flora)) >= 5, timeout=START_SECONDS)
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=20)
     assert process.returncode == 130

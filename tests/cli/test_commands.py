@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 import httpx
 
 from tests.cli.conftest import Commands, simulate
-from tests.support.waiting import eventually, free_port
+from tests.support.waiting import START_SECONDS, eventually, free_port
 
 FACE = "face=https://example.com/a.png?x=1"
 
@@ -141,7 +141,7 @@ def _wait_for(url: str) -> None:
         except httpx.HTTPError:
             return False
 
-    asyncio.run(eventually(answers, timeout=20))
+    asyncio.run(eventually(answers, timeout=START_SECONDS))
 
 
 def test_waiting_works_without_a_server(tracker: Commands, stack: ExitStack) -> None:

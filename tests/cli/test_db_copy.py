@@ -11,7 +11,7 @@ from tests.cli.conftest import Commands, simulate
 from tests.cli.test_usage import one_line
 from tests.store.every_value import every_value, everything, fill
 from tests.support.databases import Background
-from tests.support.waiting import eventually, free_port
+from tests.support.waiting import START_SECONDS, eventually, free_port
 
 PASSWORD = "geheim+/%41"
 QUOTED = "geheim%2B%2F%2541"
@@ -140,7 +140,7 @@ def test_a_backup_can_be_restored(
             except httpx.TransportError:
                 return False
 
-        asyncio.run(eventually(ready))
+        asyncio.run(eventually(ready, timeout=START_SECONDS))
         full.json("db", "copy", "--to", "sqlite:///backup.db")
     backup = f"sqlite:///{full.folder / 'backup.db'}"
     saved = background.run(everything(backup))

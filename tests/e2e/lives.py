@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 
 from tests.support.forked import Forked
-from tests.support.waiting import eventually
+from tests.support.waiting import START_SECONDS, eventually
 from tracker.simulator import Simulator
 
 
@@ -92,7 +92,7 @@ class Life:
                 return False
 
         async with httpx.AsyncClient(trust_env=False, timeout=5) as client:
-            await eventually(settled, timeout=20)
+            await eventually(settled, timeout=START_SECONDS)
         return self.status is None
 
     def kill(self) -> None:

@@ -11,9 +11,7 @@ from pathlib import Path
 import httpx
 
 from tests.support.forked import Forked
-from tests.support.waiting import NO_SWEEPS, eventually, free_port
-
-START_SECONDS = 20.0
+from tests.support.waiting import NO_SWEEPS, START_SECONDS, eventually, free_port
 
 
 class Process:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.e2e.processes import Process, Sandbox
 from tests.examples.conftest import EXAMPLES, SOON, paid, simulate
-from tests.support.waiting import eventually
+from tests.support.waiting import START_SECONDS, eventually
 
 FASTAPI: Final = ("-m", "uvicorn", "fastapi_app:app", "--app-dir", str(EXAMPLES), "--port")
 DJANGO: Final = (str(EXAMPLES / "django_app.py"), "runserver", "--noreload")
@@ -29,7 +29,7 @@ async def serve(sandbox: Sandbox, *program: str, ready: str = "/", **env: str) -
 
     process = await sandbox.run(*program, str(sandbox.port), **env)
     async with httpx.AsyncClient(base_url=sandbox.tracker, trust_env=False) as client:
-        await eventually(answers, timeout=20)
+        await eventually(answers, timeout=START_SECONDS)
     return process
 
 

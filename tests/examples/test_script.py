@@ -6,7 +6,7 @@ import pytest
 
 from tests.e2e.processes import Sandbox
 from tests.examples.conftest import EXAMPLES, SOON, paid, simulate
-from tests.support.waiting import eventually
+from tests.support.waiting import START_SECONDS, eventually
 
 
 @pytest.mark.parametrize("database", ["postgres_url"])
@@ -16,7 +16,7 @@ async def test_the_script_is_killed_and_repeated(sandbox: Sandbox, database: str
     await simulate(sandbox, drop="1")
     command = (str(EXAMPLES / "script.py"), "order-17", "garden tools")
     killed = await sandbox.run(*command, **SOON)
-    await eventually(lambda: "run_" in killed.log)
+    await eventually(lambda: "run_" in killed.log, timeout=START_SECONDS)
     await killed.kill()
     shown = []
     for _ in range(2):

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import statistics
 from contextlib import closing
 
 import httpx
@@ -38,7 +39,10 @@ async def test_answers_are_not_delayed() -> None:
     """No answer waits for the acknowledgement of its own head, which takes 40 ms each."""
     async with running() as simulator, httpx.AsyncClient(base_url=simulator.root) as client:
         await client.get("/simulator/requests")
-        started = asyncio.get_running_loop().time()
+        took = []
         for _ in range(50):
+            started = asyncio.get_running_loop().time()
             await client.get("/simulator/requests")
-        assert asyncio.get_running_loop().time() - started < 1.5
+            took.append(asyncio.get_running_loop().time() - started)
+        # A busy machine delays some of them; the acknowledgement would delay each.
+        assert statistics.median(took) < 0.03

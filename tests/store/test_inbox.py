@@ -368,8 +368,11 @@ def delivery_of(delivery_id: str, run_id: str) -> Delivery:
 # The applier
 
 
-async def test_it_applies_what_its_process_stored_at_once(db: Database) -> None:
+async def test_it_applies_what_its_process_stored_at_once(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No look is waited for, and who waits for runs is told after the commit."""
+    monkeypatch.setattr("tracker.receiving.apply.CHECK_SECONDS", 60.0)
     told: list[WriteOutcome] = []
     counted: list[tuple[int, int]] = []
     async with (
@@ -386,7 +389,7 @@ async def test_it_applies_what_its_process_stored_at_once(db: Database) -> None:
         async def both() -> bool:
             return await waiting(db) == 0
 
-        await eventually(both, timeout=0.9)
+        await eventually(both)
     assert [outcome.changed_runs for outcome in told if outcome.changed_runs] == [["run_1"]]
     assert (sum(good for good, _ in counted), sum(bad for _, bad in counted)) == (1, 1)
 
@@ -507,7 +510,7 @@ async def test_applying_holds_back_while_many_wait_to_be_acknowledged(
     times: list[float] = []
     monkeypatch.setattr("tracker.receiving.apply.MAX_GROUP", 10)
     async with open_inbox(db) as inbox:
-        await asyncio.gather(*(inbox.enqueue(delivery(run)) for run in ids("run", 40)))
+        await asyncio.gather(*(inbox.enqueue(delivery(run)) for run in ids("run", 100)))
     applier = open_applier(db, on_applied=[lambda *_: times.append(loop.time())])
     applier._limit = 10
     async with applier:
@@ -520,7 +523,7 @@ async def test_applying_holds_back_while_many_wait_to_be_acknowledged(
         async def none() -> bool:
             return await waiting(db) == 0
 
-        await eventually(none, timeout=1)
+        await eventually(none, timeout=4)  # six groups or more
 
 
 async def test_a_busy_process_notifies_others(postgres_url: str) -> None:

@@ -15,6 +15,9 @@ T = TypeVar("T")
 NO_SWEEPS: Final = "0 0 29 2 *"
 """`TRACKER_RECONCILE_CRON` for the workers of tests that are not about sweeps: it does not come due
 while they run. A sweep at a fifth minute would find runs that a test expects to be polled."""
+START_SECONDS: Final = 40.0
+"""How long a new process is waited for: to start takes it a second where the machine is idle, and
+all of that is work of the processor, which others may want too."""
 FIRST_PORT, RANGES, PORTS = 16_000, 16, 1_000
 _numbers = itertools.count(random.randrange(PORTS))
 

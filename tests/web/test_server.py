@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.waiting import eventually, free_port
+from tests.support.waiting import START_SECONDS, eventually, free_port
 from tests.web.callbacks import PATH, SECRET, event, signature, signed
 from tests.web.serving import post, wire
 from tracker.core.errors import SettingsError, TrackerError
@@ -105,7 +105,7 @@ async def _process(
                 except httpx.TransportError:
                     return False
 
-            await eventually(answers, timeout=20)
+            await eventually(answers, timeout=START_SECONDS)
         yield base_url, process
     finally:
         process.kill()
