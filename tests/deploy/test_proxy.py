@@ -112,7 +112,9 @@ async def test_without_a_token_a_proxy_lets_nobody_in(
     async with (
         tracker(tmp_path / "t", "--port", str(own), TRACKER_PUBLIC_URL=public_url) as process,
         nginx(tmp_path / "n", plain(port, own, extra), port),
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client,
+        httpx.AsyncClient(
+            base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=20
+        ) as client,
     ):
         refused = [
             await client.get("/"),
@@ -141,7 +143,7 @@ async def test_a_proxy_that_adds_no_header_needs_a_token(tmp_path: Path) -> None
         tracker(tmp_path / "t", "--port", str(own)),
         tracker(tmp_path / "c", "--port", str(closed), TRACKER_API_TOKEN=TOKEN),
         nginx(tmp_path / "n", plain(port, own) + plain(closed_port, closed), closed_port),
-        httpx.AsyncClient(trust_env=False) as client,
+        httpx.AsyncClient(trust_env=False, timeout=20) as client,
     ):
         assert (await client.get(f"http://127.0.0.1:{port}/api/runs")).status_code == 200
         assert (await client.get(f"http://127.0.0.1:{closed_port}/api/runs")).status_code == 401
@@ -253,7 +255,9 @@ async def composed(
     text = text.replace(private_address, f"http://127.0.0.1:{private_port} {{")
     assert CADDY is not None
     running = caddy(CADDY, directory, text, site.port, TRACKER_HOST=site.root)
-    inside = httpx.AsyncClient(base_url=f"http://127.0.0.1:{private_port}", trust_env=False)
+    inside = httpx.AsyncClient(
+        base_url=f"http://127.0.0.1:{private_port}", trust_env=False, timeout=20
+    )
     async with running, site.client() as public, inside:
         yield public, inside
 

@@ -127,7 +127,7 @@ async def prometheus_sees(deployed: Stack) -> None:
         result = answer.json().get("data", {}).get("result", [])
         return {one["metric"]["instance"] for one in result} == expected
 
-    async with httpx.AsyncClient(trust_env=False) as client:
+    async with httpx.AsyncClient(trust_env=False, timeout=20) as client:
         await eventually(up)
         groups = (await client.get(f"{root}/rules")).json()["data"]["groups"]
     assert sum(len(group["rules"]) for group in groups) > 0

@@ -73,7 +73,9 @@ async def test_floras_absence_is_reported_by_every_process(
     run that waits for its retry is overdue; and all of that ends when FLORA is back."""
     async with two_processes(tmp_path, postgres_url) as (sandbox, flora, root):
         headers = {"Authorization": f"Bearer {TOKEN}"}
-        async with httpx.AsyncClient(base_url=root, headers=headers, trust_env=False) as client:
+        async with httpx.AsyncClient(
+            base_url=root, headers=headers, trust_env=False, timeout=20
+        ) as client:
 
             async def ready() -> str:
                 return str((await client.get("/readyz")).json()["flora"])

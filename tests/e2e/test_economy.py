@@ -15,7 +15,7 @@ NO_READS = ("runs.start", "techniques.list", "techniques.get")
 
 async def reads_of_runs(simulator: str) -> int:
     """How often FLORA was read; starts and the catalogue do not count."""
-    async with httpx.AsyncClient(trust_env=False) as client:
+    async with httpx.AsyncClient(trust_env=False, timeout=20) as client:
         told = (await client.get(f"{simulator}/simulator/requests")).json()["requests"]
     return sum(one["count"] for one in told if one["route"] not in NO_READS)
 

@@ -34,7 +34,7 @@ async def test_one_process_serves_both_apart(sandbox: Sandbox) -> None:
     """Callbacks and health on one port, everything else on the other, and no callback there."""
     port = free_port()
     serving = await sandbox.serve("--callbacks-port", str(port), TRACKER_API_TOKEN=TOKEN)
-    async with httpx.AsyncClient(trust_env=False) as client:
+    async with httpx.AsyncClient(trust_env=False, timeout=20) as client:
         callbacks = f"http://127.0.0.1:{port}"
         await _only_callbacks(client, callbacks)
         assert await _callback(client, callbacks, "run_1") == 200
@@ -51,7 +51,10 @@ async def test_callbacks_alone_are_served_anywhere_without_a_token(tmp_path: Pat
     """There is nothing else behind that port, so that it may be reached from everywhere."""
     url = f"sqlite:///{tmp_path}/tracker.db"
     public = {"TRACKER_PUBLIC_URL": "https://tracker.example.com"}
-    async with open_sandbox(tmp_path, url) as sandbox, httpx.AsyncClient(trust_env=False) as client:
+    async with (
+        open_sandbox(tmp_path, url) as sandbox,
+        httpx.AsyncClient(trust_env=False, timeout=20) as client,
+    ):
         serving = await sandbox.serve("--callbacks-only", "--host", "0.0.0.0", **public)
         await _only_callbacks(client, sandbox.tracker)
         assert await _callback(client, sandbox.tracker, "run_1") == 200

@@ -52,7 +52,7 @@ async def keys_of(database: Database, flora: Simulator, told: Mapping[str, str])
 
 async def true_records(simulator: str) -> dict[str, dict[str, Any]]:
     """The simulator's own records, by run id."""
-    async with httpx.AsyncClient(trust_env=False) as client:
+    async with httpx.AsyncClient(trust_env=False, timeout=20) as client:
         answer = await client.get(f"{simulator}/simulator/runs")
     return {record["run_id"]: record for record in answer.json()["runs"]}
 

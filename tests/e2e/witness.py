@@ -241,7 +241,7 @@ async def assert_nothing_lost(
 ) -> int:
     """When all is quiet: what was acknowledged is stored, with its effect; every run is settled and
     true; the stream has told all. How many deliveries were acknowledged."""
-    async with httpx.AsyncClient(trust_env=False) as client:
+    async with httpx.AsyncClient(trust_env=False, timeout=20) as client:
         answer = await client.get(f"{simulator}/simulator/deliveries")
     taken = [sent for sent in answer.json()["deliveries"] if sent["status"] == 200]
 

@@ -29,6 +29,6 @@ async def simulate(sandbox: Sandbox, *, drop: str) -> None:
 
 async def paid(sandbox: Sandbox) -> list[dict[str, Any]]:
     """What FLORA bills."""
-    async with httpx.AsyncClient(trust_env=False) as client:
+    async with httpx.AsyncClient(trust_env=False, timeout=20) as client:
         answer = await client.get(f"{sandbox.simulator}/simulator/bills")
     return answer.json()["bills"]  # type: ignore[no-any-return]

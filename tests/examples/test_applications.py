@@ -28,7 +28,7 @@ async def serve(sandbox: Sandbox, *program: str, ready: str = "/", **env: str) -
             return False
 
     process = await sandbox.run(*program, str(sandbox.port), **env)
-    async with httpx.AsyncClient(base_url=sandbox.tracker, trust_env=False) as client:
+    async with httpx.AsyncClient(base_url=sandbox.tracker, trust_env=False, timeout=20) as client:
         await eventually(answers, timeout=START_SECONDS)
     return process
 
@@ -59,7 +59,7 @@ async def test_the_fastapi_application_stores_the_result(
     env = {"TRACKER_PUBLIC_URL": f"{sandbox.tracker}/flora", "ready": "/flora/readyz"}
     env |= SOON if drop == "1" else LATE
     process = await serve(sandbox, *FASTAPI, **env)
-    async with httpx.AsyncClient(base_url=sandbox.tracker, trust_env=False) as client:
+    async with httpx.AsyncClient(base_url=sandbox.tracker, trust_env=False, timeout=20) as client:
         run = (await client.post(ORDER, params=PROMPT)).raise_for_status().json()
         if drop == "1":
             await process.kill()
@@ -83,7 +83,7 @@ async def test_the_django_project_shows_the_result(
     env = SOON if drop == "1" else LATE
     await sandbox.work(**env)
     process = await serve(sandbox, *DJANGO, **env)
-    async with httpx.AsyncClient(base_url=sandbox.tracker, trust_env=False) as client:
+    async with httpx.AsyncClient(base_url=sandbox.tracker, trust_env=False, timeout=20) as client:
         assert (await client.get(ORDER)).status_code == 404
         run = (await client.post(ORDER, data=PROMPT)).raise_for_status().json()
         if drop == "1":
