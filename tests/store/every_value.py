@@ -69,6 +69,9 @@ _CHECKED: Final[dict[str, Sequence[Any]]] = {
     "starts.state": ("stored", "started", "unresolved"),
     "starts.run_id": (None, "run_1", None),
     "retention.what": ("runs", "bodies", "runs"),
+    # They are added to the largest number when a tracker starts.
+    "run_tally_changes.runs": (1, 0, -1),
+    "run_tally_changes.amount": (1, 0, -1),
     "outbox.event": ("run.settled", "run.lost", "run.cost_changed"),
     "endpoints.state": ("enabled", "disabled", "enabled"),
     "endpoints.disabled_at": (None, _NOW, None),
