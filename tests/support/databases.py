@@ -11,7 +11,7 @@ import secrets
 import sqlite3
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -100,7 +100,7 @@ class PostgresDatabases:
         self._background = background
         self._prefix = f"tracker_test_{secrets.token_hex(4)}"
         self._count = itertools.count(1)
-        self._clean: list[str] = []
+        self._clean: list[tuple[str, Any]] = []
         self._connection: Any = background.run(asyncpg.connect(url))
 
     @cached_property
@@ -120,13 +120,16 @@ class PostgresDatabases:
     @contextmanager
     def migrated(self) -> Iterator[str]:
         """The URL of an empty database with the tracker's schema, nobody else's meanwhile."""
-        name = self._clean.pop() if self._clean else self._create(self._template)
+        name, connection = (
+            self._clean.pop() if self._clean else (self._create(self._template), None)
+        )
         url = self._url_of(name)
         try:
             yield url
         finally:
-            if self._background.run(_emptied(url, self._unchanged)):
-                self._clean.append(name)
+            connection = self._background.run(_emptied(url, connection, self._unchanged))
+            if connection is not None:
+                self._clean.append((name, connection))
             else:
                 self._drop(name)
 
@@ -145,7 +148,8 @@ class PostgresDatabases:
 
     def close(self) -> None:
         """Drop what is left and let go of the server."""
-        for name in self._clean:
+        for name, connection in self._clean:
+            self._background.run(_let_go(connection))
             self._drop(name)
         if "_template" in self.__dict__ and self._given_template is None:
             self._drop(self._template)
@@ -186,23 +190,41 @@ async def _schema_state(url: str) -> str:
         await connection.close()
 
 
-async def _emptied(url: str, unchanged: str) -> bool:
-    """Whether the database could be made as new: not where a test has changed more than rows, nor
-    where the server is not there."""
+async def _emptied(url: str, kept: Any, unchanged: str) -> Any:
+    """A connection to the database, which is as new; None where a test has changed more than rows,
+    or the server is not there.
+
+    `kept` is what this returned before, with the catalogues at hand that a new connection reads
+    first; a test may have ended it.
+    """
+    if kept is not None:
+        with suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            if await _empty(kept, unchanged):
+                return kept
+        kept.terminate()
     try:
         connection = await asyncpg.connect(url, timeout=10)
     except (OSError, asyncpg.PostgresError):
+        return None
+    with suppress(asyncpg.PostgresError):
+        if await _empty(connection, unchanged):
+            return connection
+    await connection.close()
+    return None
+
+
+async def _let_go(connection: Any) -> None:
+    with suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        await connection.close(timeout=5)
+
+
+async def _empty(connection: Any, unchanged: str) -> bool:
+    """Empty the database, if its schema is the template's still; whether it is."""
+    await connection.execute(_END_OTHERS)
+    if await connection.fetchval(_SCHEMA_STATE) != unchanged:
         return False
-    try:
-        await connection.execute(_END_OTHERS)
-        if await connection.fetchval(_SCHEMA_STATE) != unchanged:
-            return False
-        await connection.execute(_EMPTY)
-        await connection.execute("SELECT pg_stat_reset()")
-    except asyncpg.PostgresError:
-        return False
-    finally:
-        await connection.close()
+    await connection.execute(_EMPTY)
+    await connection.execute("SELECT pg_stat_reset()")
     return True
 
 
