@@ -26,7 +26,7 @@ from tests.deploy.conftest import ROOT
 from tests.deploy.tls import balancing, certificate_for_localhost
 from tests.e2e.processes import Process
 from tests.support.postgres import PostgresServer
-from tests.support.waiting import free_port
+from tests.support.waiting import NO_SWEEPS, free_port
 
 COMPOSE: Final = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))
 SERVICES: Final[dict[str, dict[str, Any]]] = COMPOSE["services"]
@@ -144,7 +144,11 @@ class Stack:
             }
             process = await Process.start(
                 *(replaced.get(word, word) for word in service["command"]),
-                env={**environment, "FLORA_BASE_URL": self._base_url},
+                env={
+                    **environment,
+                    "FLORA_BASE_URL": self._base_url,
+                    "TRACKER_RECONCILE_CRON": NO_SWEEPS,
+                },
                 log=self.directory / f"{name}-{number}.log",
             )
             self.processes[name].append(process)
