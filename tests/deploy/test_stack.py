@@ -59,10 +59,12 @@ async def test_the_stack_of_compose_yaml_works(
 
             async def settled() -> list[dict[str, Any]] | None:
                 runs = (await client.get("/api/runs")).json()["runs"]
-                return runs if {run["tracking"] for run in runs} == {"settled"} else None
+                is_settled = {run["tracking"] for run in runs} == {"settled"}
+                return runs if is_settled and all(run["callback_at"] for run in runs) else None
 
+            # The sweep with which a worker starts may tell of an end before the callback does.
             runs = await eventually(settled)
-            assert [run["ended_via"] for run in runs] == ["callback"] * RUNS
+            assert len(runs) == RUNS
             assert all(run["outputs"] for run in runs)
 
             # What FLORA sent comes again, over connections of its own: each receiver takes it.

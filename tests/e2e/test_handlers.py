@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tests.e2e.short_waits import shorten, shorten_webhooks
 from tests.support.waiting import eventually
 from tracker import RunEvent, Tracker
 from tracker.delivering import handlers, webhooks
+from tracker.polling import poll
 from tracker.simulator import Options, running
 from tracker.store.engine import Database
 from tracker.store.queries.endpoints import list_messages
@@ -28,6 +30,7 @@ def handle(called: Path, die_in_call: int, die_after: int) -> None:
     """A program that starts runs and writes each call of its handler down. It kills itself in that
     call, or when it comes to the commit of outcomes so many times. It does not return."""
     shorten_webhooks()
+    shorten(poll, LEASE=timedelta(seconds=2), RENEW_AFTER=0.5)  # a killed process may hold one
     shorten(handlers, COMMIT_SECONDS=0.5)
     take_turn: Callable[..., Any] = webhooks.take_turn
     calls = commits = 0
