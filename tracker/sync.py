@@ -91,8 +91,17 @@ def _results_of(owner: "Tracker", rows: "list[BatchResult[AsyncRun]]") -> "list[
     ]
 
 
-def _same(owner: "Tracker", value: T) -> T:
+def _same(owner: "Tracker", value: T) -> "T":
     return value
+
+
+def _document(call: Callable[..., Any], method: Callable[..., Any], returns: str) -> None:
+    """Show the name, documentation and parameters of `method` for `call`, and what that returns."""
+    update_wrapper(call, method)
+    signature = inspect.signature(method)
+    if returns != "T":  # else the same
+        signature = signature.replace(return_annotation=returns)
+    vars(call)["__signature__"] = signature
 
 
 def _blocking(
@@ -104,7 +113,7 @@ def _blocking(
     def call(self: "Tracker", /, *args: P.args, **options: P.kwargs) -> S:
         return shown(self, self._call(method(self._tracker, *args, **options)))
 
-    update_wrapper(call, method)
+    _document(call, method, shown.__annotations__["return"])
     return call
 
 
@@ -118,7 +127,7 @@ def _stepwise(
         items = self._iterate(method(self._tracker, *args, **options))
         return map(partial(shown, self), items)
 
-    update_wrapper(call, method)
+    _document(call, method, f"Iterator[{shown.__annotations__['return']}]")
     return call
 
 
@@ -133,7 +142,7 @@ def _of_batch(
         called = self._tracker._call(method(asynchronous, *args, **options))
         return shown(self._tracker, called)
 
-    update_wrapper(call, method)
+    _document(call, method, shown.__annotations__["return"])
     return call
 
 

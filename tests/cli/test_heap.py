@@ -38,13 +38,17 @@ def test_threads_share_one_heap() -> None:
 COLLECTING = """
 import gc
 usual = gc.get_threshold()
-from tracker.cli import serve
-gc.set_threshold(200_000)  # as the command line does
-serve._configure()
+from tracker.cli import app
+app._collect_late()
+before = gc.get_stats()[0]["collections"]
+few = [[] for _ in range(100_000)]
+assert gc.get_stats()[0]["collections"] == before
+many = [[] for _ in range(100_001)]
+assert gc.get_stats()[0]["collections"] > before
 assert gc.get_threshold() == usual
 """
 
 
 def test_a_process_that_stays_collects_garbage_as_python_does(tmp_path: Path) -> None:
-    """Only short commands put it off, so that a service grows no more than it has to."""
+    """Only short commands do without, so that a service grows no more than it has to."""
     subprocess.run([sys.executable, "-c", COLLECTING], cwd=tmp_path, check=True)

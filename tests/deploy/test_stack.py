@@ -65,6 +65,7 @@ async def test_the_stack_of_compose_yaml_works(
             # The sweep with which a worker starts may tell of an end before the callback does.
             runs = await eventually(settled)
             assert len(runs) == RUNS
+            assert {run["ended_via"] for run in runs} <= {"callback", "history"}
             assert all(run["outputs"] for run in runs)
 
             # What FLORA sent comes again, over connections of its own: each receiver takes it.

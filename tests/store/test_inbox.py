@@ -106,6 +106,27 @@ async def test_many_share_a_commit(db: Database) -> None:
     assert len(await receipts(db)) == 200
 
 
+async def test_groups_of_any_size_need_few_statements(db: Database) -> None:
+    """Every delivery of a group is a row, and nothing else is; a driver keeps each statement that
+    it has prepared, with the bodies that it had last, so that there must not be one for each
+    size."""
+    sizes = (1, 3, 5, 7, 9, 21, 33, 50, 63, 65, 90, 97, 127, 128, 129, 200)
+    texts: set[str] = set()
+    send = db.send
+
+    async def heard(statement: str, values: tuple[Any, ...]) -> Any:
+        texts.add(statement)
+        return await send(statement, values)
+
+    db.send = heard  # type: ignore[method-assign]
+    async with open_inbox(db) as inbox:
+        for size in sizes:
+            came = [inbox.enqueue(delivery(f"run_{size}_{number}")) for number in range(size)]
+            assert {one.repeated for one in await asyncio.gather(*came)} == {False}
+    assert await how_many(db, deliveries) == sum(sizes)
+    assert 0 < len(texts) < 14
+
+
 async def test_a_repeated_delivery_only_counts(inbox: Inbox, db: Database) -> None:
     """In one group or in several; and what became of it is told."""
     later = NOW + timedelta(seconds=10)

@@ -115,6 +115,8 @@ async def test_lags(told: Database) -> None:
         (2, 1),
         (45, 1),
     ]
+    settled = [(r["le_seconds"], r["runs"]) for r in shown if r["lag"] == "settled"]
+    assert (sum(runs for _, runs in settled), settled[-1]) == (3, (45, 1))
 
 
 async def test_costs(told: Database) -> None:

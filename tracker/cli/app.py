@@ -76,7 +76,7 @@ _INPUT: Final = re.compile(r"inputs\.\d+\.(id|type|value)")
 
 _OBJECTS_BEFORE_COLLECTION: Final = 200_000
 """More than a short command makes: nearly all of them are modules and stay, so that looking for
-garbage among them would be a fifteenth of its time. `serve` and `worker` set Python's default."""
+garbage among them would be a fifteenth of its time."""
 
 
 def _show_version(asked: bool) -> None:
@@ -99,12 +99,24 @@ def _tracker(
 
 def main() -> NoReturn:
     """Run the command that `sys.argv` names, and exit with its status."""
-    gc.set_threshold(_OBJECTS_BEFORE_COLLECTION)
+    _collect_late()
     try:
         sys.exit(_run())
     finally:
         # Without this, Python collects garbage as it exits: a quarter of a short command's time.
         gc.freeze()
+
+
+def _collect_late() -> None:
+    """Collect no garbage before there is much, as most commands end before; then as Python does."""
+    usual = gc.get_threshold()
+
+    def collecting(*_: object) -> None:
+        gc.callbacks.remove(collecting)
+        gc.set_threshold(*usual)
+
+    gc.callbacks.append(collecting)
+    gc.set_threshold(_OBJECTS_BEFORE_COLLECTION)
 
 
 def _run() -> int:

@@ -1,7 +1,6 @@
 """`tracker serve` and `tracker worker`: the long-running processes."""
 
 import ctypes
-import gc
 import signal
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Annotated, Final
@@ -17,8 +16,6 @@ if TYPE_CHECKING:
     from tracker.services import Services
     from tracker.settings import Rotation
 
-_COLLECTED_AT: Final = gc.get_threshold()
-"""Python's own thresholds, which `tracker.cli.app` raises for short commands."""
 _M_ARENA_MAX: Final = -8
 """glibc's option for the number of heaps."""
 
@@ -131,7 +128,6 @@ def _configure() -> "Rotation":
     for unknown in rotation.unknown:
         log.warning("settings.unknown", error=unknown)
     share_heap()
-    gc.set_threshold(*_COLLECTED_AT)
     return rotation
 
 

@@ -35,6 +35,7 @@ from tracker.core.errors import (
     StoreError,
     TrackerError,
 )
+from tracker.core.formatting import money
 from tracker.core.log import get_logger
 from tracker.polling.workspaces import Workspace
 from tracker.starting.batch_rows import BatchPlan, PlannedRow
@@ -246,8 +247,8 @@ class BatchLaunch:
             return True
         self._stop(
             MaxCostReached(
-                f"quotes and charges are ${committed:f}, and another row could exceed "
-                f"the maximum cost of ${self.max_cost:f}"
+                f"quotes and charges are {money(committed)}, and another row could exceed "
+                f"the maximum cost of {money(self.max_cost)}"
             )
         )
         return False

@@ -157,16 +157,18 @@ class GroupCommit(Generic[T, R]):
             error.__cause__ = self.trouble
             waiting.answer.set_exception(error)
 
+    def _next_group(self) -> list[_Waiting[T, R]]:
+        group: list[_Waiting[T, R]] = []
+        size = 0
+        while self._queue and len(group) < self._max_group and size < MAX_GROUP_BYTES:
+            group.append(self._pop())
+            size += group[-1].size
+        return group
+
     async def _run(self) -> None:
         while True:
             if self._queue:
-                group: list[_Waiting[T, R]] = []
-                size = 0
-                while self._queue and len(group) < self._max_group and size < MAX_GROUP_BYTES:
-                    waiting = self._pop()
-                    size += waiting.size
-                    group.append(waiting)
-                await self._commit_group(group)
+                await self._commit_group(self._next_group())
                 self._writing = []
             elif self._closing:
                 return

@@ -5,6 +5,7 @@ time. Lists of keys travel as one JSON text.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from itertools import chain
@@ -50,7 +51,7 @@ from tracker.store.writing.statements import (
     close_starts,
 )
 
-_GROUP_SIZES: Final = (64, 32, 16, 8, 4, 2, 1)
+_SIZES: Final = (64, 32, 16, 8, 4, 2, 1)
 """How many rows one statement inserts: as many as possible, of these sizes."""
 
 
@@ -64,23 +65,19 @@ class RowInsert:
     """An insert of any number of rows, whose columns are in the order of the table.
 
     After each statement the driver asks for Python's lock again, for which it may wait while other
-    threads compute. So within a transaction rows go in groups of a few fixed sizes, each of which
-    is prepared once.
+    threads compute. So rows go many at a time, in statements of a few fixed sizes: the driver keeps
+    each that it has prepared, with the values that it had last.
     """
 
     def __init__(self, statement: Any, columns: Sequence[Column[Any]]) -> None:
         names = [column.name for column in columns]
         self._one = str(statement.compile(dialect=dialect(paramstyle="qmark"), column_keys=names))
         self._row = f"({', '.join('?' * len(names))})"
-        self._texts = {size: self._text(size) for size in _GROUP_SIZES}
+        self._texts = {size: self._one.replace(self._row, self._rows(size)) for size in _SIZES}
         self._plain = plain_rows(columns)
 
-    def _text(self, size: int) -> str:
-        return self._one.replace(self._row, ", ".join([self._row] * size))
-
-    def whole(self, rows: Rows) -> tuple[str, tuple[Any, ...]]:
-        """One statement for all of the rows, in the driver's form, and its values."""
-        return self._text(len(rows)), tuple(chain.from_iterable(self._plain(rows)))
+    def _rows(self, size: int) -> str:
+        return ", ".join([self._row] * size)
 
     def __call__(self, connection: Connection, rows: Rows) -> None:
         if not rows:
@@ -92,6 +89,31 @@ class RowInsert:
             while len(rows) - done >= size:
                 execute(text, tuple(chain.from_iterable(rows[done : done + size])))
                 done += size
+
+
+class WholeInsert(RowInsert):
+    """The same, also by one statement that is a transaction by itself, for up to `MOST` rows."""
+
+    MOST: Final = 128
+
+    def __init__(self, statement: Any, columns: Sequence[Column[Any]]) -> None:
+        super().__init__(statement, columns)
+        self._whole = {
+            size: self._one.replace(
+                f"VALUES {self._row}",
+                f"SELECT * FROM (VALUES {self._rows(size)}) "  # noqa: S608 - places alone
+                "WHERE column1 IS NOT NULL",
+            )
+            for size in (1, 2, 4, *range(8, 64, 8), 64, 96, self.MOST)
+        }
+        self._nothing = (None,) * len(columns)
+
+    def whole(self, rows: Rows) -> tuple[str, tuple[Any, ...]]:
+        """The statement in the driver's form, and its values: up to the next size it is filled with
+        rows of NULL, which are not inserted."""
+        size = next(size for size in self._whole if size >= len(rows))
+        filled = [*self._plain(rows), *[self._nothing] * (size - len(rows))]
+        return self._whole[size], tuple(chain.from_iterable(filled))
 
 
 def _moment(value: datetime) -> str:
@@ -167,7 +189,7 @@ _DELIVERY_COLUMNS: Final = [
         *("received_at", "last_received_at", "receipts", "outcome", "body", "callback_token"),
     )
 ]
-INSERT_DELIVERIES: Final = RowInsert(insert(deliveries), _DELIVERY_COLUMNS)
+INSERT_DELIVERIES: Final = WholeInsert(insert(deliveries), _DELIVERY_COLUMNS)
 SELECT_STORED: Final = """
 SELECT delivery_id, outcome, body, body_removed_at IS NOT NULL
 FROM deliveries
@@ -208,11 +230,11 @@ class SqliteStatements(Statements):
 
     async def store(self, db: Database, receipts: Sequence[Receipt]) -> dict[str, str | None]:
         """See `Statements.store`."""
-        try:
-            await db.send(*INSERT_DELIVERIES.whole([*map(_delivery_row, receipts)]))
-        except StoreRefused:  # nothing is stored: perhaps one of them was before
-            return await db.write(partial(_store, receipts))
-        return {}
+        if len(receipts) <= WholeInsert.MOST:
+            with suppress(StoreRefused):  # nothing is stored: perhaps one of them was before
+                await db.send(*INSERT_DELIVERIES.whole([*map(_delivery_row, receipts)]))
+                return {}
+        return await db.write(partial(_store, receipts))
 
 
 def _delivery_row(receipt: Receipt) -> tuple[Any, ...]:
