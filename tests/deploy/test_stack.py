@@ -62,7 +62,7 @@ async def test_the_stack_of_compose_yaml_works(
                 is_settled = {run["tracking"] for run in runs} == {"settled"}
                 return runs if is_settled and all(run["callback_at"] for run in runs) else None
 
-            # The sweep with which a worker starts may tell of an end before the callback does.
+            # The page with which a worker settles one run may tell of another's end first.
             runs = await eventually(settled)
             assert len(runs) == RUNS
             assert {run["ended_via"] for run in runs} <= {"callback", "history"}
@@ -126,6 +126,8 @@ async def prometheus_sees(deployed: Stack) -> None:
         try:
             answer = await client.get(f"{root}/query", params={"query": "tracker_build_info"})
         except httpx.TransportError:
+            return False
+        if not answer.is_success:  # it listens before it is ready
             return False
         result = answer.json().get("data", {}).get("result", [])
         return {one["metric"]["instance"] for one in result} == expected
