@@ -88,7 +88,7 @@ async def test_a_server_that_accepts_and_says_nothing_is_unavailable() -> None:
 
 
 async def test_terminated_connections_cost_no_callback(postgres_url: str) -> None:
-    """When an administrator ends all our connections, callers notice nothing."""
+    """When an administrator has ended all our connections, callers notice nothing."""
     async with (
         await Database.open(postgres_url) as db,
         await Database.open(postgres_url, application_name="administrator") as other,
@@ -99,7 +99,7 @@ async def test_terminated_connections_cost_no_callback(postgres_url: str) -> Non
             await other.write(
                 lambda connection: connection.execute(
                     text(
-                        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                        "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity "
                         "WHERE datname = current_database() AND pid <> pg_backend_pid()"
                     )
                 ).all()
