@@ -13,7 +13,7 @@ from typing import Final
 from tests.docs.pages import Block, shown
 from tests.e2e.processes import Process
 from tests.support.forked import Forked
-from tests.support.waiting import NO_SWEEPS, free_port
+from tests.support.waiting import NO_SWEEPS, START_SECONDS, eventually, free_port
 
 SIMULATOR: Final = {
     "FLORA_WORKSPACE_ID": "ws_simulator",
@@ -165,6 +165,13 @@ class Session:
         await process.answers(
             f"http://127.0.0.1:{port}/{'simulator/runs' if simulates else 'readyz'}"
         )
+        if (
+            "FLORA_API_KEY" in self.environment
+            and words[0] == "serve"
+            and "--no-worker" not in words
+        ):
+            # Who reads a page is slower than the worker, which begins with a sweep.
+            await eventually(lambda: "sweep.done" in process.log, timeout=START_SECONDS)
 
     async def close(self) -> None:
         """End every process."""
