@@ -21,6 +21,7 @@ from tracker.simulator import Simulator
 from tracker.store import migrate
 from tracker.store.engine import Database
 from tracker.store.queries.attention import sweep_health
+from tracker.store.queries.workspaces import stored_contacts
 from tracker.store.schema import deliveries
 from tracker.store.url import DatabaseUrl
 
@@ -41,9 +42,10 @@ async def _check_callbacks(environ: dict[str, str], timeout: float = FLORA_WAITS
     return Report({one.name: one for one in findings})
 
 
-async def _swept(url: str) -> bool:
+async def _at_work(url: str) -> bool:
     async with await Database.open(url) as opened:
-        return any(one.complete_at for one in await sweep_health(opened))
+        has_asked = bool(await stored_contacts(opened, now=utc_now()))
+        return has_asked and any(one.complete_at for one in await sweep_health(opened))
 
 
 async def doctor(sandbox: Sandbox, *arguments: str, **env: str) -> tuple[int, str, str]:
@@ -65,7 +67,7 @@ async def doctor(sandbox: Sandbox, *arguments: str, **env: str) -> tuple[int, st
 async def test_a_sound_deployment_is_all_ok(sandbox: Sandbox, flora: Simulator) -> None:
     """Every line is ok, exit status 0, the log stays silent, and nothing is left behind."""
     await sandbox.serve()
-    await eventually(lambda: _swept(sandbox.database_url))
+    await eventually(lambda: _at_work(sandbox.database_url))
     status, out, err = await doctor(sandbox, "--json")
     report = json.loads(out)
     assert [one for one in report["findings"] if one["level"] != "ok"] == []
