@@ -4,12 +4,14 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
 from tests.flora.far_end import run_payload, settle
 from tests.support.waiting import free_port
 from tracker.core.errors import FloraRefusal, FloraUnreachable
+from tracker.flora import caller
 from tracker.flora.client import FloraClient
 
 RUN = json.dumps(run_payload()).encode()
@@ -48,6 +50,35 @@ async def server(serve: Serve) -> AsyncIterator[tuple[str, list[bytes]]]:
     async with listening:
         port = listening.sockets[0].getsockname()[1]
         yield f"http://127.0.0.1:{port}/api/v1", requests
+
+
+class Deadlines:
+    """asyncio for the client, whose deadlines pass when the test says so: not before a request has
+    come to the server, however long that takes. `seconds` is what each was set to."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    def timeout(self, seconds: float) -> asyncio.Timeout:
+        """Takes the place of `asyncio.timeout`."""
+        self.seconds.append(seconds)
+        self._last = asyncio.timeout(None)
+        return self._last
+
+    def let_pass(self) -> None:
+        """The last one that was set passes now."""
+        self._last.reschedule(asyncio.get_running_loop().time())
+
+
+@pytest.fixture
+def deadlines(monkeypatch: pytest.MonkeyPatch) -> Deadlines:
+    """The client's deadlines, in the test's hand."""
+    held = Deadlines()
+    monkeypatch.setattr(caller, "asyncio", held)
+    return held
 
 
 async def no_wait(_: float) -> None:
@@ -100,40 +131,46 @@ async def test_a_cut_start_is_not(cut: bytes) -> None:
 
 async def test_nobody_listens() -> None:
     """Where no connection can be made, a start has certainly not acted."""
-    async with flora_at(f"http://127.0.0.1:{free_port()}", deadline=2) as flora:
+    async with flora_at(f"http://127.0.0.1:{free_port()}", deadline=30) as flora:
         with pytest.raises(FloraUnreachable) as caught:
             await start(flora)
     assert not caught.value.may_have_acted
 
 
-async def test_a_slow_answer() -> None:
+async def test_a_slow_answer(deadlines: Deadlines) -> None:
     """An answer that takes longer than the deadline is given up, and the next one is not hurt."""
 
     async def serve(number: int, writer: asyncio.StreamWriter) -> None:
         writer.write(answer(RUN[:9], length=len(RUN)) if number == 1 else answer(RUN))
+        if number == 1:
+            deadlines.let_pass()
 
     async with server(serve) as (base, requests), flora_at(base, concurrency=1) as flora:
         with pytest.raises(FloraUnreachable) as caught:
             await flora.get_any_run("run_1", deadline=0.1)
         assert caught.value.timed_out
+        assert deadlines.seconds == [0.1]
         await flora.get_any_run("run_1")
     assert len(requests) == 2
 
 
-async def test_an_answer_that_drips() -> None:
+async def test_an_answer_that_drips(deadlines: Deadlines) -> None:
     """An answer whose bytes come one by one, always in time for the next read, ends all the same at
     the call's deadline."""
 
     async def serve(number: int, writer: asyncio.StreamWriter) -> None:
-        for byte in answer(RUN):
+        for place, byte in enumerate(answer(RUN)):
             writer.write(bytes([byte]))
             await writer.drain()
-            await asyncio.sleep(0.01)
+            await settle()
+            if place == 60:  # in the body
+                deadlines.let_pass()
 
     async with server(serve) as (base, requests), flora_at(base) as flora:
         with pytest.raises(FloraUnreachable) as caught:
             await flora.get_any_run("run_1", deadline=0.3)
     assert caught.value.timed_out
+    assert deadlines.seconds == [0.3]
     assert len(requests) == 1
 
 

@@ -1,15 +1,17 @@
 """Fixtures: a clock to turn, a simulator without a socket, and a receiver of callbacks."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
 from tests.simulator.receiver import Receiver
-from tracker.simulator import Options, build_app, running
+from tracker.simulator import Options, build_app, running, starts
 from tracker.simulator.world import World
 
 
@@ -24,6 +26,24 @@ class HandClock:
 
     def move(self, seconds: float) -> None:
         self._now += timedelta(seconds=seconds)
+
+
+class SlowStarts:
+    """Slow starts that take until they are released; `waiting` is how many do."""
+
+    def __init__(self) -> None:
+        self.waiting = 0
+        self._released = asyncio.Event()
+
+    async def sleep(self, _: float) -> None:
+        """Takes the place of the wait for some seconds."""
+        self.waiting += 1
+        await self._released.wait()
+        self.waiting -= 1
+
+    def release(self) -> None:
+        """Lets them come to their end."""
+        self._released.set()
 
 
 class Flora(httpx.AsyncClient):
@@ -58,6 +78,15 @@ ServeFlora = Callable[..., Awaitable[Flora]]
 @pytest.fixture
 def clock() -> HandClock:
     return HandClock()
+
+
+@pytest.fixture
+def slow_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowStarts]:
+    """Slow starts in the test's hand, in place of waits in real time."""
+    held = SlowStarts()
+    monkeypatch.setattr(starts, "asyncio", SimpleNamespace(sleep=held.sleep))
+    yield held
+    held.release()
 
 
 @pytest.fixture

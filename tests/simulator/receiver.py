@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import hmac
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -27,12 +28,14 @@ class Received:
 class Receiver:
     """Answers with the statuses in `script`, one for each request, and with 200 after them.
 
-    The status 0 closes the connection without an answer, and None never answers.
+    The status 0 closes the connection without an answer, and None never answers. `answer` gives the
+    status of each request in place of both.
     """
 
     def __init__(self) -> None:
         self.received: list[Received] = []
         self.script: list[int | None] = []
+        self.answer: Callable[[], int | None] = lambda: self.script.pop(0) if self.script else 200
         self.changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -82,7 +85,7 @@ class Receiver:
         async with self.changed:
             self.received.append(Received(first.split()[1], headers, body))
             self.changed.notify_all()
-        status = self.script.pop(0) if self.script else 200
+        status = self.answer()
         if status is None:
             await asyncio.Event().wait()
         if status == 0:

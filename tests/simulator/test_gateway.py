@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from tests.simulator.conftest import HandClock, ServeFlora
+from tests.simulator.conftest import HandClock, ServeFlora, SlowStarts
 from tracker.simulator import Options, SimulatedWorkspace
 from tracker.simulator.faults import GatewayFault
 
@@ -26,13 +26,16 @@ async def test_a_gateway_answers_while_the_start_is_executed(serve_flora: ServeF
     assert (await flora.start(**KEY)).json()["run_id"] in flora.world.runs
 
 
-async def test_a_gateway_gives_up_before_a_slow_start_does(serve_flora: ServeFlora) -> None:
+async def test_a_gateway_gives_up_before_a_slow_start_does(
+    serve_flora: ServeFlora, slow_starts: SlowStarts
+) -> None:
     """The gateway answers after `gateway_seconds`, and the run starts later."""
     flora = await serve_flora(
         gateway_starts=1, gateway_seconds=2, slow_starts=1, slow_run="last", speed=100
     )
     assert (await flora.start()).status_code >= 502
     assert not flora.world.runs
+    slow_starts.release()
     await flora.quiet()
     assert len(flora.world.runs) == 1
 

@@ -2,52 +2,67 @@
 
 import asyncio
 
-import httpx
 import pytest
 
-from tests.simulator.conftest import HandClock, ServeFlora
+from tests.simulator.conftest import HandClock, ServeFlora, SlowStarts
 from tests.simulator.receiver import Receiver
+from tests.support.waiting import eventually
 
 KEY = {"idempotency_key": "k"}
 
 
-async def test_a_slow_start_runs_before_its_answer(serve_flora: ServeFlora) -> None:
+async def test_a_slow_start_runs_before_its_answer(
+    serve_flora: ServeFlora, slow_starts: SlowStarts
+) -> None:
     """A client that does not wait for the answer has started a run nevertheless."""
-    flora = await serve_flora(slow_starts=1, speed=100)
-    flora.timeout = 0.1
-    with pytest.raises(httpx.ReadTimeout):
-        await flora.start()
+    flora = await serve_flora(slow_starts=1)
+    answer = asyncio.create_task(flora.start())
+    await eventually(lambda: flora.world.runs, interval=0.001)
+    assert slow_starts.waiting == 1
+    assert not answer.done()
+    answer.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await answer
     assert len(flora.world.runs) == 1
 
 
-async def test_a_slow_start_may_run_at_the_end_only(serve_flora: ServeFlora) -> None:
+async def test_a_slow_start_may_run_at_the_end_only(
+    serve_flora: ServeFlora, slow_starts: SlowStarts
+) -> None:
     """The run may start after the client has given up."""
-    flora = await serve_flora(slow_starts=1, slow_run="last", speed=100)
+    flora = await serve_flora(slow_starts=1, slow_run="last")
     answer = asyncio.create_task(flora.start())
-    while not flora.world.requests:  # noqa: ASYNC110 - no event reports a request's arrival
-        await asyncio.sleep(0.001)
+    await eventually(lambda: slow_starts.waiting, interval=0.001)
     assert not flora.world.runs
+    slow_starts.release()
     assert (await answer).json()["run_id"] in flora.world.runs
 
 
 @pytest.mark.parametrize("slow_run", ["first", "last"])
 async def test_a_key_known_at_the_end_lets_two_at_once_run(
-    serve_flora: ServeFlora, slow_run: str
+    serve_flora: ServeFlora, slow_starts: SlowStarts, slow_run: str
 ) -> None:
     """Two requests with one key at the same moment both run; a third one afterwards does not."""
-    flora = await serve_flora(slow_starts=1, slow_run=slow_run, keys_known="at_end", speed=100)
-    both = await asyncio.gather(flora.start(**KEY), flora.start(**KEY))
+    flora = await serve_flora(slow_starts=1, slow_run=slow_run, keys_known="at_end")
+    answers = asyncio.gather(flora.start(**KEY), flora.start(**KEY))
+    await eventually(lambda: slow_starts.waiting == 2, interval=0.001)
+    slow_starts.release()
+    both = await answers
     assert len({answer.json()["run_id"] for answer in both}) == len(flora.world.runs) == 2
     assert (await flora.start(**KEY)).headers["idempotent-replayed"] == "true"
     assert [run["idempotency_key"] for run in flora.world.records()] == ["k", "k"]
 
 
 async def test_a_key_known_at_once_is_refused_while_its_request_lasts(
-    serve_flora: ServeFlora,
+    serve_flora: ServeFlora, slow_starts: SlowStarts
 ) -> None:
     """Where a key is known from the beginning, a second request at the same moment is 409."""
-    flora = await serve_flora(slow_starts=1, slow_run="last", speed=100)
-    both = await asyncio.gather(flora.start(**KEY), flora.start(**KEY))
+    flora = await serve_flora(slow_starts=1, slow_run="last")
+    starting = [asyncio.create_task(flora.start(**KEY)) for _ in range(2)]
+    await asyncio.wait(starting, return_when=asyncio.FIRST_COMPLETED)
+    assert slow_starts.waiting == 1
+    slow_starts.release()
+    both = await asyncio.gather(*starting)
     assert sorted(answer.status_code // 100 for answer in both) == [2, 4]
     assert {answer.json().get("error", {}).get("code") for answer in both} == {None, "conflict"}
     assert len(flora.world.runs) == 1
