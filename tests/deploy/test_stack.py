@@ -42,10 +42,17 @@ async def test_the_stack_of_compose_yaml_works(
         trusting = ssl.create_default_context(cafile=deployed.certificate)
         headers = {"Authorization": f"Bearer {token}", "Connection": "close"}
         client = httpx.AsyncClient(
-            base_url=f"http://127.0.0.1:{deployed.private_port}", headers=headers, trust_env=False
+            base_url=f"http://127.0.0.1:{deployed.private_port}",
+            headers=headers,
+            trust_env=False,
+            timeout=20,
         )
         public = httpx.AsyncClient(
-            base_url=f"https://{deployed.host}", headers=headers, verify=trusting, trust_env=False
+            base_url=f"https://{deployed.host}",
+            headers=headers,
+            verify=trusting,
+            trust_env=False,
+            timeout=20,
         )
         async with client, public:
             assert (await client.get("/readyz")).status_code == 200

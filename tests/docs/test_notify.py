@@ -70,7 +70,7 @@ async def test_other_receivers_verify(
         env=os.environ | {"WEBHOOK_SECRET": SECRET, "PORT": str(port)},
     )
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
 
             def receive(body: bytes, headers: dict[str, str]) -> int:
                 return client.post("/hook", content=body, headers=headers).status_code

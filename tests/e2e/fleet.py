@@ -125,7 +125,7 @@ class Fleet:
             **self.key.environment,
             "TRACKER_DATABASE_URL": self._database_url,
             "TRACKER_PUBLIC_URL": f"http://127.0.0.1:{self._home}",
-            "TRACKER_START_DOUBT": "2",
+            "TRACKER_START_DOUBT": "3",  # longer than FLORA works on any start
             "TRACKER_CALLBACK_GRACE": "1",
             "TRACKER_POLL_INTERVAL": f"{POLL_INTERVAL}",
             "TRACKER_POLL_INTERVAL_MAX": "1",

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -75,7 +75,8 @@ class Process:
 
     async def kill(self) -> None:
         """SIGKILL: no handler runs, nothing is flushed."""
-        self._process.send_signal(signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it may have ended by itself
+            self._process.send_signal(signal.SIGKILL)
         await self._process.wait()
 
     async def stop(self) -> int:

@@ -61,8 +61,8 @@ FAULTS: Final[dict[str, Any]] = {
     "retry_after": 0,
     "second_answer": "402",
 }
-DOUBT: Final = 4
-"""Seconds: longer than FLORA works on any start."""
+DOUBT: Final = 5
+"""Seconds: longer than FLORA works on any start, although the machine may stand still for two."""
 AT_A_TIME: Final = 12
 """So many callers wait for an answer."""
 

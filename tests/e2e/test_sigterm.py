@@ -78,7 +78,7 @@ class Deployment:
         sent = asyncio.Event()
         starting = asyncio.create_task(self.start(sent))
         await sent.wait()
-        async with httpx.AsyncClient(trust_env=False) as client:
+        async with httpx.AsyncClient(trust_env=False, timeout=20) as client:
             await client.get(f"{self._root}/healthz")  # it has read what came before
         return starting
 

@@ -40,7 +40,7 @@ async def result_of(client: httpx.AsyncClient) -> dict[str, Any]:
         shown = (await client.get(ORDER)).json()
         return shown if shown.get("urls") else None
 
-    return await eventually(result, timeout=20)  # type: ignore[no-any-return]
+    return await eventually(result, timeout=45)  # type: ignore[no-any-return]
 
 
 async def assert_paid_once(sandbox: Sandbox, result: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ _numbers = itertools.count(random.randrange(PORTS))
 
 
 async def eventually(
-    condition: Callable[[], T | Awaitable[T]], timeout: float = 10.0, interval: float = 0.02
+    condition: Callable[[], T | Awaitable[T]], timeout: float = 30.0, interval: float = 0.02
 ) -> T:
     """Ask `condition` every `interval` seconds until its answer is true, and return that answer.
 
