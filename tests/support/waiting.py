@@ -43,6 +43,34 @@ async def eventually(
         await asyncio.sleep(interval)
 
 
+async def assert_takes_less(
+    seconds: float, work: Callable[[], Awaitable[object]], tries: int = 3
+) -> None:
+    """Do `work` until it takes less than `seconds`, at most `tries` times.
+
+    A machine that stands still for a moment lengthens one try, and a fault lengthens all of them.
+    Raises AssertionError with the durations; what `work` itself raises comes through.
+    """
+    loop = asyncio.get_running_loop()
+    took: list[float] = []
+    for _ in range(tries):
+        began = loop.time()
+        await work()
+        took.append(loop.time() - began)
+        if took[-1] < seconds:
+            return
+    durations = ", ".join(f"{one:.2f}" for one in took)
+    raise AssertionError(f"it took {durations} s, never less than {seconds:g} s")
+
+
+def let_pass(seconds: float) -> None:
+    """Let so many seconds pass at once in the running event loop: whatever was to wait for less is
+    due. So a deadline can be long as long as something has to succeed before it."""
+    loop = asyncio.get_running_loop()
+    before = loop.time
+    loop.time = lambda: before() + seconds  # type: ignore[method-assign]
+
+
 def free_port() -> int:
     """A TCP port of 127.0.0.1 that nothing listens on, for a server that starts later.
 
