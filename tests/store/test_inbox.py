@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -29,11 +29,12 @@ from tests.store.making import (
     started,
 )
 from tests.support.deliveries import Delivered, keep, waiting
-from tests.support.waiting import eventually
+from tests.support.waiting import assert_takes_less, eventually
 from tracker.core.errors import StoreError, StoreUnavailable
 from tracker.core.observation import Source
 from tracker.core.record import Delivery, DeliveryOutcome
 from tracker.core.run import RunStatus, Tracking
+from tracker.core.waiting import cancel
 from tracker.flora.parse import digest_id
 from tracker.polling.workspaces import Workspace, Workspaces
 from tracker.receiving.apply import Applier
@@ -190,6 +191,7 @@ async def test_a_removed_body_still_recognises_a_repetition(inbox: Inbox, db: Da
     assert await receipts(db) == {"whd_run_1": 2}
 
 
+@pytest.mark.usefixtures("patient")
 async def test_two_processes_store_the_same(db: Database, other_db: Database) -> None:
     """Each delivery is new to one of them, whatever the order, and nobody waits in a circle."""
     wanted = [delivery(run) for run in ids("run", 60)]
@@ -288,6 +290,7 @@ async def test_text_that_no_database_holds_is_made_fit(inbox: Inbox, db: Databas
     assert await fold(db, record.run.run_id) == record.run
 
 
+@pytest.mark.usefixtures("patient")
 async def test_two_processes_apply_each_delivery_once(db: Database, other_db: Database) -> None:
     """Any number may apply at once: every effect is there once, on every run."""
     names = ids("run", 120)
@@ -425,8 +428,13 @@ async def test_what_a_dead_process_stored_is_found(db: Database) -> None:
                 return await waiting(db) == 0
 
             await eventually(none)
-            await inbox.enqueue(delivery("run_2"))
-            await eventually(none, timeout=3)
+            runs_left = iter(("run_2", "run_3", "run_4"))
+
+            async def found() -> None:
+                await inbox.enqueue(delivery(next(runs_left)))
+                await eventually(none)
+
+            await assert_takes_less(3, found)
 
 
 async def test_what_cannot_be_applied_is_quarantined_alone(
@@ -523,31 +531,75 @@ async def _outcomes_at(url: str) -> dict[str, str]:
         return await outcomes(db)
 
 
-async def test_applying_holds_back_while_many_wait_to_be_acknowledged(
-    db: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """While a hundred wait at each commit one group a second is applied; then the rest at once."""
-    loop = asyncio.get_running_loop()
-    times: list[float] = []
-    monkeypatch.setattr("tracker.receiving.apply.MAX_GROUP", 10)
-    async with open_inbox(db) as inbox:
-        await asyncio.gather(*(inbox.enqueue(delivery(run)) for run in ids("run", 100)))
-    applier = open_applier(db, on_applied=[lambda *_: times.append(loop.time())])
-    applier._limit = 10
-    async with applier:
-        began = loop.time()
-        while loop.time() < began + 2.5:
+class Clock:
+    """A monotonic clock that is moved by hand, in place of the module `time`."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def applier_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """What the applier goes by."""
+    clock = Clock()
+    monkeypatch.setattr("tracker.receiving.apply.time", clock)
+    return clock
+
+
+@asynccontextmanager
+async def crowded(applier: Applier) -> AsyncIterator[None]:
+    """Within the block a hundred callbacks wait at each commit of the inbox."""
+
+    async def commit() -> None:
+        while True:
             applier.stored(100)
             await asyncio.sleep(0.002)
-        assert 2 <= len(times) <= 4
 
-        async def none() -> bool:
-            return await waiting(db) == 0
+    committing = asyncio.create_task(commit())
+    try:
+        yield
+    finally:
+        await cancel(committing)
 
-        await eventually(none, timeout=4)  # six groups or more
+
+async def test_applying_holds_back_while_many_wait_to_be_acknowledged(
+    db: Database, monkeypatch: pytest.MonkeyPatch, applier_clock: Clock
+) -> None:
+    """While a hundred wait at each commit one group a second is applied; then the rest at once."""
+    groups: list[int] = []
+    monkeypatch.setattr("tracker.receiving.apply.MAX_GROUP", 10)
+    applier = open_applier(db, on_applied=[lambda good, _: groups.append(good)])
+    applier._limit = 10
+
+    async def store(count: int) -> None:
+        names = ids(f"run_{len(groups)}", count)
+        await asyncio.gather(*(inbox.enqueue(delivery(run)) for run in names))
+
+    async def none() -> bool:
+        return await waiting(db) == 0
+
+    async def at_once() -> None:
+        await store(70)
+        applier.wake()
+        await eventually(none)
+
+    async with open_inbox(db) as inbox, applier:
+        await store(100)
+        async with crowded(applier):
+            for second in (1, 2, 3):
+                await eventually(lambda second=second: len(groups) == second)
+                await asyncio.sleep(0.1)
+                assert groups == [10] * second
+                applier_clock.now += 1
+        await eventually(none)  # while the clock stands still
+        assert groups == [10] * 10
+        await assert_takes_less(4, at_once)
 
 
-async def test_a_busy_process_notifies_others(postgres_url: str) -> None:
+async def test_a_busy_process_notifies_others(postgres_url: str, applier_clock: Clock) -> None:
     """At most ten times a second, over the channel that every long-running process listens to."""
     heard: list[str] = []
     listener: Any = await asyncpg.connect(postgres_url)
@@ -555,14 +607,13 @@ async def test_a_busy_process_notifies_others(postgres_url: str) -> None:
     async with await Database.open(postgres_url) as db:
         async with open_inbox(db) as inbox:
             await inbox.enqueue(delivery("run_1"))
-        async with open_applier(db) as applier:
-            began = asyncio.get_running_loop().time()
-            while asyncio.get_running_loop().time() < began + 0.7:
-                applier.stored(100)
-                await asyncio.sleep(0.002)
-        await eventually(lambda: heard)
-        assert set(heard) == {db.origin}
-        assert len(heard) <= 8
+        async with open_applier(db) as applier, crowded(applier):
+            for tenth in (1, 2, 3):
+                await eventually(lambda tenth=tenth: len(heard) == tenth)
+                await asyncio.sleep(0.1)
+                assert heard == [db.origin] * tenth
+                applier_clock.now += 0.125
+            await eventually(lambda: len(heard) == 4)
     await listener.close()
 
 
@@ -603,9 +654,11 @@ async def test_a_database_that_lets_nobody_write_blames_no_delivery(
     """Whatever it says to everyone, a missing privilege for one, is reported and tried again; what
     it waits for stays whole."""
     write, refuses = db.write, True
+    tried = asyncio.Event()
 
     async def refused(work: Any) -> Any:
         if refuses:
+            tried.set()
             work.args[1][:] = ["whd_run_1"]  # it was taken, and then could not be written
             raise StoreError("the database refuses this: permission denied for table run_events")
         return await write(work)
@@ -615,7 +668,7 @@ async def test_a_database_that_lets_nobody_write_blames_no_delivery(
     monkeypatch.setattr(db, "write", refused)
     async with open_applier(db) as applier:
         applier.wake()
-        await asyncio.sleep(0.2)
+        await tried.wait()
         assert await outcomes(db) == {"whd_run_1": "waiting"}
         refuses = False
 
