@@ -7,7 +7,24 @@ import pytest
 
 from tests.store.making import TestWriter, open_writer
 from tests.support.databases import Background, PostgresDatabases, migrate, sqlite_url_of
+from tracker.store import engine, postgres, sqlite
 from tracker.store.engine import Database
+
+_LIMITS = {
+    engine: ("ANSWER_SECONDS", "PING_SECONDS", "STATEMENT_SECONDS"),
+    postgres: ("CONNECT_SECONDS", "LOCK_SECONDS", "STATEMENT_SECONDS"),
+    sqlite: ("BUSY_SECONDS", "QUEUE_SECONDS"),
+}
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for a database that is opened from now on waits for a minute: for tests that
+    have many wait for each other, and are not about how long. A machine that stands still for a
+    moment has all of them wait as long."""
+    for module, names in _LIMITS.items():
+        for name in names:
+            monkeypatch.setattr(module, name, 60.0)
 
 
 @pytest.fixture

@@ -264,13 +264,15 @@ async def test_a_copy_is_of_one_moment(
 
 
 async def test_a_file_that_someone_has_open_is_no_target(
-    full_sqlite_url: str, sqlite_target_url: str
+    full_sqlite_url: str, sqlite_target_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A tracker that was started on it too early is noticed before anything is written."""
     async with await Database.open(sqlite_target_url) as db:
         await migrate.check(db)
-        with pytest.raises(StoreUnavailable, match=r"target\.db: .*locked"):
-            await copy(full_sqlite_url, sqlite_target_url)
+        with monkeypatch.context() as impatient:
+            impatient.setattr("tracker.store.sqlite._LONG_BUSY_SECONDS", 0.1)
+            with pytest.raises(StoreUnavailable, match=r"target\.db: .*locked"):
+                await copy(full_sqlite_url, sqlite_target_url)
     await copy(full_sqlite_url, sqlite_target_url)
 
 

@@ -3,6 +3,7 @@
 import asyncio
 from typing import Any
 
+import pytest
 from sqlalchemy import Connection, event, text
 from sqlalchemy.util import await_only
 
@@ -33,6 +34,7 @@ class Halting(PostgresStatements):
         super().write(connection, changes)
 
 
+@pytest.mark.usefixtures("patient")
 async def test_a_run_that_becomes_known_meanwhile_is_not_waited_for(postgres_url: str) -> None:
     """One has locked a run and wants to add another, which someone else has added and a third one
     has locked, who waits for the first: the first begins anew at once, and no deadlock arises."""

@@ -230,6 +230,7 @@ async def test_a_contradicted_end_moves(writer: TestWriter, db: Database) -> Non
     await assert_exact(db)
 
 
+@pytest.mark.usefixtures("patient")
 async def test_writers_and_compactors_at_once_lose_nothing(
     db: Database, other_db: Database
 ) -> None:
@@ -258,6 +259,7 @@ async def test_writers_and_compactors_at_once_lose_nothing(
     await assert_exact(db)
 
 
+@pytest.mark.usefixtures("patient")
 async def test_a_recount_corrects_and_misses_nothing(db: Database, other_db: Database) -> None:
     """Whatever stood in the tallies, they are right afterwards, also for who wrote meanwhile."""
     async with open_writer(db) as writer:
@@ -294,9 +296,10 @@ async def test_deleted_runs_leave_their_history(writer: TestWriter, db: Database
         await rollups.recount(db)
 
 
-async def test_writers_compact(db: Database) -> None:
+async def test_writers_compact(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few moments after a commit its changes are in the tallies, and at the latest when the
     process ends."""
+    monkeypatch.setattr(rollups, "LAST_WITHIN", 60.0)
 
     async def folded() -> bool:
         return await rows_in(db, run_tally_changes) == 0
@@ -320,9 +323,11 @@ async def test_writers_compact(db: Database) -> None:
 
 
 async def test_the_last_compaction_makes_up_for_a_failed_one(
-    sqlite_url: str, tmp_path: Path
+    sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Said once; and where a commit has shown since that the database is back, it is done."""
+    for name in ("RETRY", "LAST_WITHIN"):
+        monkeypatch.setattr(rollups, name, 60.0)
     path, away = tmp_path / "tracker.db", tmp_path / "away.db"
     async with await Database.open(sqlite_url) as db:
         with capture_logs() as lines:

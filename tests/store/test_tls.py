@@ -47,6 +47,7 @@ async def impostor(*says: bytes) -> AsyncIterator[tuple[int, list[bytes]]]:
 
 @pytest.mark.parametrize("mode", ["", "?sslmode=allow", "?sslmode=prefer", "?sslmode=disable"])
 @pytest.mark.parametrize("says", [ASKS_IN_CLEAR, OK + ASKS_IN_CLEAR], ids=["at once", "later"])
+@pytest.mark.usefixtures("patient")
 async def test_a_password_is_not_sent_in_clear(mode: str, says: bytes) -> None:
     """Anyone who says "no TLS" and asks for it gets none, and the error says why and what to do."""
     async with impostor(says) as (port, told):
@@ -64,6 +65,7 @@ async def test_a_password_is_not_sent_in_clear(mode: str, says: bytes) -> None:
     assert PASSWORD not in str(refused.value)
 
 
+@pytest.mark.usefixtures("patient")
 async def test_this_machine_may_ask_for_it() -> None:
     """On loopback nobody listens in between."""
     async with impostor(ASKS_IN_CLEAR) as (port, told):
@@ -79,6 +81,7 @@ async def test_this_machine_may_ask_for_it() -> None:
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
 @pytest.mark.parametrize("mode", ["prefer", "require", "verify-full", "verify-ca of others"])
+@pytest.mark.usefixtures("patient")
 async def test_within_tls_it_is_sent(mode: str, tmp_path: Path) -> None:
     """Where the server speaks TLS nothing goes past it; one that is verified and is another gets
     nothing."""
@@ -125,6 +128,7 @@ def certificate(folder: Path) -> tuple[Path, Path]:
     return made, key
 
 
+@pytest.mark.usefixtures("patient")
 async def test_without_tls_a_password_is_proved_by_scram(own_postgres: PostgresServer) -> None:
     """A server without TLS that asks for a proof, and not for the password, is connected to."""
     trusted = own_postgres.url("tracker")
