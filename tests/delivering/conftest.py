@@ -9,8 +9,10 @@ import pytest
 
 from tests.store.making import TestWriter, open_writer
 from tests.support.endpoint import SECRET, Receiver
+from tests.support.patience import wait_longer_for_locks
 from tracker.core.clock import utc_now
 from tracker.core.events import EventType, RunFilter
+from tracker.delivering import webhooks as module
 from tracker.delivering.endpoint_client import Endpoint
 from tracker.delivering.webhooks import Webhooks
 from tracker.store.engine import Database
@@ -43,6 +45,14 @@ async def db(database_url: str) -> AsyncIterator[Database]:
 OpenWorker = Callable[..., Any]
 
 
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a process commits when it stops is committed, also where the machine stands still for a
+    moment: else its claims would last until they expire."""
+    wait_longer_for_locks(monkeypatch)
+    monkeypatch.setattr(module, "LAST_WITHIN", 30.0)
+
+
 class Worker:
     """What a process with a worker has: a writer, signals, and webhooks that are started."""
 
@@ -60,13 +70,16 @@ async def open_worker(database_url: str) -> AsyncIterator[OpenWorker]:
         async def open_one(*endpoints: Endpoint, deliver: bool = True, **options: Any) -> Worker:
             db = await stack.enter_async_context(await Database.open(database_url))
             signals = await stack.enter_async_context(Signals(db))
-            given: dict[str, Any] = {"waits": SHORT, "process": f"worker-{id(db)}"}
+            given: dict[str, Any] = {
+                "waits": SHORT,
+                "process": f"worker-{id(db)}",
+                "clock": utc_now,
+            }
             webhooks = Webhooks(
                 database=db,
                 signals=signals,
                 endpoints=endpoints,
                 body=message_body,
-                clock=utc_now,
                 **given | options,
             )
             stack.push_async_callback(webhooks.aclose)

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from ipaddress import ip_address
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.delivering.conftest import endpoint
@@ -76,24 +77,19 @@ async def answered(answer: Answer) -> Attempt:
     async with Receiver() as receiver:
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
-        async with client(receiver, url=url, answer_seconds=0.5) as one:
+        async with client(receiver, url=url, answer_seconds=30.0) as one:
             attempt = await one.send(Claim("msg_1", BODY, utc_now()))
         server.close()
         return attempt
 
 
 async def test_the_status_decides() -> None:
-    """What was answered 2xx is delivered, also where the rest of the answer is cut or stalls; an
-    endless answer is not read, and a packed one is not shown."""
+    """What was answered 2xx is delivered, also where the rest of the answer is cut; an endless
+    answer is not read, and a packed one is not shown."""
 
     async def cut(writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 204 X\r\nContent-Length: 100\r\n\r\n")
         await writer.drain()
-
-    async def stalling(writer: asyncio.StreamWriter) -> None:
-        writer.write(b"HTTP/1.1 200 X\r\nContent-Length: 100\r\n\r\nabc")
-        await writer.drain()
-        await asyncio.sleep(60)
 
     async def endless(writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 X\r\nTransfer-Encoding: chunked\r\n\r\n")
@@ -107,10 +103,37 @@ async def test_the_status_decides() -> None:
         )
         await writer.drain()
 
-    for answer in (cut, stalling, endless, packed):
+    for answer in (cut, endless, packed):
         attempt = await answered(answer)
         assert attempt.delivered, answer
         assert len(attempt.answer or "") <= 1000
+
+
+async def test_the_status_decides_where_the_rest_stalls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was answered 2xx is delivered, although the time of the attempt ends while the rest of
+    the answer is waited for."""
+    limits: list[asyncio.Timeout] = []
+    read, limit_to = endpoint_client._beginning, asyncio.timeout
+
+    def limited(seconds: float | None) -> asyncio.Timeout:
+        limits.append(limit_to(seconds))
+        return limits[-1]
+
+    async def over_now(response: httpx.Response) -> str:
+        limits[0].reschedule(asyncio.get_running_loop().time())
+        return await read(response)
+
+    async def stalling(writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 X\r\nContent-Length: 100\r\n\r\nabc")
+        await writer.drain()
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(asyncio, "timeout", limited)
+    monkeypatch.setattr(endpoint_client, "_beginning", over_now)
+    attempt = await answered(stalling)
+    assert limits[0].expired()
+    assert attempt.delivered
+    assert len(attempt.answer or "") <= 1000
 
 
 @pytest.mark.parametrize(("asked", "seconds"), [("600", 600.0), ("99999", 3600.0), ("x", None)])

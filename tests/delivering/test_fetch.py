@@ -5,15 +5,16 @@ import gzip
 import hashlib
 import json
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.delivering.far_end import Asked, Reply, answer, far_end, ranged
-from tests.support.waiting import free_port
+from tests.support.waiting import eventually, free_port
 from tracker.delivering.addresses import LinkRefused, MediaError, MediaUnavailable
-from tracker.delivering.fetch import ATTEMPTS, Fetcher
+from tracker.delivering.fetch import ATTEMPTS, Fetcher, OnBytes
 
 BODY = bytes(range(256)) * 400
 SHA = hashlib.sha256(BODY).hexdigest()
@@ -34,10 +35,12 @@ async def fetch(tmp_path: Path, waits: list[float]) -> Fetch:
     async def no_wait(seconds: float) -> None:
         waits.append(seconds)
 
-    async def fetch_one(link: str, **options: Any) -> Any:
-        given: dict[str, Any] = {"allow_private": True, "stall": 5.0, "sleep": no_wait}
+    async def fetch_one(link: str, *, on_bytes: OnBytes | None = None, **options: Any) -> Any:
+        given: dict[str, Any] = {"allow_private": True, "stall": 30.0, "sleep": no_wait}
         async with Fetcher(**(given | options)) as fetcher:
-            return await fetcher.fetch(link, tmp_path, "file", output_type="imageUrl")
+            return await fetcher.fetch(
+                link, tmp_path, "file", output_type="imageUrl", on_bytes=on_bytes
+            )
 
     return fetch_one
 
@@ -329,9 +332,22 @@ async def test_an_odd_range_is_not_resumed(fetch: Fetch, shape: str) -> None:
 
 
 @pytest.mark.parametrize("trickle", [b"", b"x"])
-async def test_standing_still_is_not_progress(fetch: Fetch, trickle: bytes) -> None:
+async def test_standing_still_is_not_progress(
+    fetch: Fetch, monkeypatch: pytest.MonkeyPatch, trickle: bytes
+) -> None:
     """A server that says nothing, or a byte now and then, does not hold a place for ever."""
     gone = asyncio.Event()
+    receive = Fetcher._receive
+
+    async def receive_quickly(self: Fetcher, *given: Any) -> None:
+        """Only what has to fail has little time: not the request, nor the head of the answer."""
+        stall, self._stall = self._stall, 0.1
+        try:
+            await receive(self, *given)
+        finally:
+            self._stall = stall
+
+    monkeypatch.setattr(Fetcher, "_receive", receive_quickly)
 
     async def slow(asked: Asked, writer: asyncio.StreamWriter) -> None:
         writer.write(answer(b"", length=len(BODY), etag='"one"'))
@@ -352,24 +368,37 @@ async def test_standing_still_is_not_progress(fetch: Fetch, trickle: bytes) -> N
 
     async with far_end(slow) as end:
         with pytest.raises(MediaUnavailable, match="stalled"):
-            await fetch(end.url(), stall=0.15)
+            await fetch(end.url())
         gone.set()
     assert len(end.asked) == ATTEMPTS
 
 
-async def test_a_slow_file_that_comes_on_is_whole_in_the_end(fetch: Fetch) -> None:
+async def test_a_slow_file_that_comes_on_is_whole_in_the_end(
+    fetch: Fetch, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """There is no limit on the whole time: what comes on takes as long as it takes."""
     big = BODY * 4
+    came, passed = 0, 0.0
+    loop = asyncio.get_running_loop()
+    time = loop.time
+    monkeypatch.setattr(loop, "time", lambda: time() + passed)
+
+    def on_bytes(size: int, _: int | None) -> None:
+        nonlocal came
+        came = size
 
     async def steady(asked: Asked, writer: asyncio.StreamWriter) -> None:
+        nonlocal passed
         writer.write(answer(b"", length=len(big)))
-        for start in range(0, len(big), 40_000):
-            await asyncio.wait([asyncio.ensure_future(asyncio.sleep(0.05))])
-            writer.write(big[start : start + 40_000])
+        for end in range(40_000, len(big) + 40_000, 40_000):
+            writer.write(big[end - 40_000 : end])
             await writer.drain()
+            await eventually(partial(lambda size: came == size, min(end, len(big))), interval=0.001)
+            passed += 40
 
     async with far_end(steady) as end:
-        assert (await fetch(end.url(), stall=0.3)).size == len(big)
+        assert (await fetch(end.url(), stall=60.0, on_bytes=on_bytes)).size == len(big)
+    assert passed > 2 * 60
     assert len(end.asked) == 1
 
 

@@ -10,12 +10,14 @@ from functools import partial
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from tests.delivering.conftest import SHORT, OpenWorker, Worker
 from tests.delivering.test_webhooks import configured, delivered, failed, messages_of, settled
 from tests.store.making import ids
 from tests.support.logs import capture_logs
 from tests.support.waiting import eventually
+from tracker.core.clock import utc_now
 from tracker.core.errors import DoNotRetry
 from tracker.core.events import EventType, MessageState, RunFilter
 from tracker.delivering import handlers as module
@@ -25,6 +27,7 @@ from tracker.delivering.webhooks import UnknownEndpoint
 from tracker.store.queries import endpoints as read
 from tracker.store.queries import endpoints as read_endpoints
 from tracker.store.queries.endpoints import EndpointConfig
+from tracker.store.schema import messages
 from tracker.store.writing.messages import Claim
 
 
@@ -117,8 +120,9 @@ async def test_a_call_is_limited_in_time(
         go_on.wait(30)
 
     limits: dict[str, Any] = {"timeout": 0.1, "concurrency": 1}
+    blocking = handler(block, "block", **limits)
     worker: Worker = await open_worker(
-        handlers=[handler(hang, "hang", **limits), handler(block, "block", **limits)]
+        handlers=[handler(hang, "hang", **limits), blocking], waits=50 * SHORT[:1]
     )
     await configured(worker, "hang", "block")
     try:
@@ -133,6 +137,8 @@ async def test_a_call_is_limited_in_time(
         await eventually(timed_out, timeout=30)
         assert began["block"] == 1
     finally:
+        # The next call returns, and has the time for it.
+        object.__setattr__(blocking, "timeout", 30.0)
         go_on.set()
     await eventually(lambda: delivered(worker.db, 1))
     assert began["block"] == 2
@@ -236,7 +242,6 @@ async def test_a_dead_process_keeps_a_message_for_the_timeout(
     """The claim of a process that died in a call expires after the handler's timeout and the time
     for the commit, and another process calls its handler with the same message."""
     monkeypatch.setattr(module, "COMMIT_SECONDS", 0.2)
-    monkeypatch.setattr(webhooks, "TICK", 0.2)
     got: list[str] = []
 
     async def die(claim: Claim) -> None:
@@ -246,16 +251,21 @@ async def test_a_dead_process_keeps_a_message_for_the_timeout(
     async def call(claim: Claim) -> None:
         got.append(claim.message_id)
 
-    worker: Worker = await open_worker(handlers=[handler(die, timeout=0.8)])
+    worker: Worker = await open_worker(handlers=[handler(die, timeout=90)])
     await configured(worker, "store")
     await worker.writer.submit(settled("run_1"))
     await eventually(lambda: got)
-    tasks = [one for one in asyncio.all_tasks() if one.get_name() == "endpoint store"]
-    for task in tasks:  # as if the process were gone: no outcome is stored
-        task.cancel()
-    await open_worker(handlers=[handler(call, timeout=0.8)])
+    for task in asyncio.all_tasks():  # as if the process were gone: no outcome is stored
+        if task.get_name().startswith(("endpoint store", "message ")):
+            task.cancel()
+    lease = timedelta(seconds=90.2)
+    until = await worker.db.fetchval(select(messages.c.lease_until))
+    (message,) = await messages_of(worker.db)
+    assert message.created_at + lease <= until <= utc_now() + lease
+    # The other one begins when that is over.
+    await open_worker(handlers=[handler(call)], clock=lambda: utc_now() + lease)
     await eventually(lambda: delivered(worker.db, 1))
-    assert handler(die, timeout=90).lease == timedelta(seconds=90.2)
+    assert handler(die, timeout=90).lease == lease
     assert got == got[:1] * 2
 
 

@@ -19,6 +19,7 @@ from tracker.core.events import MessageState, RunFilter
 from tracker.core.record import Seen
 from tracker.core.run import RunStatus
 from tracker.delivering import webhooks as module
+from tracker.delivering.endpoint_client import EndpointClient
 from tracker.delivering.webhooks import UnknownEndpoint, UnknownMessage
 from tracker.store.engine import Database
 from tracker.store.queries import endpoints as read
@@ -107,8 +108,8 @@ async def test_a_failed_attempt_is_repeated_under_the_same_id(open_worker: OpenW
     async with Receiver(script=script, answer=answer) as receiver:
         worker: Worker = await open_worker(endpoint(receiver), waits=50 * SHORT[:1])
         await configured(worker, "shop")
-        await worker.writer.submit(settled("run_1"))
         receiver.headers = {"Location": receiver.url}
+        await worker.writer.submit(settled("run_1"))
         await eventually(lambda: delivered(worker.db, 1))
         (message,) = await messages_of(worker.db)
         attempts = await read.list_attempts(worker.db, message.message_id)
@@ -153,12 +154,22 @@ async def test_only_what_an_endpoint_wants_is_sent(open_worker: OpenWorker) -> N
         }
 
 
-async def test_one_endpoint_delays_no_other(open_worker: OpenWorker) -> None:
+async def test_one_endpoint_delays_no_other(
+    open_worker: OpenWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While one endpoint never answers, one is slow and one is down, another gets its messages at
     once; at most 20 requests are open for each, over two workers."""
+    # No attempt of the silent one ends meanwhile, nor do their claims.
+    monkeypatch.setattr(module, "EndpointClient", partial(EndpointClient, answer_seconds=60.0))
+    monkeypatch.setattr(module, "LEASE", timedelta(seconds=70))
+    quick_is_done = asyncio.Event()
+
+    async def answer_late(_: Got) -> None:
+        await quick_is_done.wait()
+
     async with (
         Receiver(silent=True) as silent,
-        Receiver(seconds=0.5) as slow,
+        Receiver(on_request=answer_late) as slow,
         Receiver(down=True) as down,
         Receiver() as quick,
     ):
@@ -174,6 +185,7 @@ async def test_one_endpoint_delays_no_other(open_worker: OpenWorker) -> None:
         await first.writer.submit_all([settled(run_id) for run_id in ids("run", 60)])
         await eventually(lambda: len(quick.runs) == 60)
         assert len(slow.runs) < 60
+        quick_is_done.set()
         await eventually(lambda: len(slow.runs) == 60)
         assert max(slow.runs.values()) == 1
         assert max(quick.runs.values()) == 1
@@ -230,7 +242,7 @@ async def test_an_outage_over_everything_is_sent_at_once(open_worker: OpenWorker
 
 async def tried_twice(db: Database, count: int) -> bool:
     """Whether that many messages have failed twice."""
-    return sum(one.attempts == 2 for one in await messages_of(db)) == count
+    return sum(one.attempts >= 2 for one in await messages_of(db)) == count
 
 
 async def test_a_refused_message_waits_for_its_schedule(open_worker: OpenWorker) -> None:
@@ -319,7 +331,7 @@ async def test_what_waited_for_a_removed_endpoint_has_its_attempts(
     """An endpoint that failed, was in no settings for days and is back is not disabled by its first
     failure, and its messages have a whole schedule of attempts."""
     async with Receiver(script=[500]) as receiver:
-        worker: Worker = await open_worker(endpoint(receiver), deliver=False)
+        worker: Worker = await open_worker(endpoint(receiver), deliver=False, waits=50 * SHORT[:1])
         past = utc_now() - timedelta(days=5)
         times = {"since": past, "configured_at": past, "failing_since": past}
         await add_endpoint(worker.db, "shop", **times)
@@ -335,15 +347,17 @@ async def test_what_waited_for_a_removed_endpoint_has_its_attempts(
 
 async def test_rotated_secrets_sign_what_waits(open_worker: OpenWorker) -> None:
     """A message that was refused under the old secret is repeated with the new one."""
-    async with Receiver(status=401) as receiver:
+    async with Receiver(script=[401]) as receiver:
         worker: Worker = await open_worker(
             endpoint(receiver, secrets=("whsec_" + "B" * 32,)), waits=50 * SHORT[:1]
         )
         await configured(worker, "shop")
+
+        async def rotate(_: Got) -> None:
+            worker.webhooks.rotate({"shop": (SECRET,)})
+
+        receiver.on_request = rotate
         await worker.writer.submit(settled("run_1"))
-        await eventually(lambda: receiver.got)
-        worker.webhooks.rotate({"shop": (SECRET,)})
-        receiver.status = 200
         await eventually(lambda: receiver.taken)
         assert (receiver.got[0].verified, receiver.taken[0].verified) == (False, True)
 
