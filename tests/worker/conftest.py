@@ -8,13 +8,17 @@ from typing import Any
 
 import pytest
 
+from tests.support.patience import wait_longer_for_locks
 from tests.support.waiting import NO_SWEEPS
 from tracker.core.record import Record
+from tracker.delivering import webhooks
 from tracker.flora.client import FloraClient
+from tracker.polling import workspaces
 from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.simulator import Options, Simulator, running
 from tracker.store.queries import runs as read
+from tracker.worker import scheduler
 
 PUBLIC_URL = "https://tracker.example"
 
@@ -32,9 +36,33 @@ class HandClock:
         self._now += timedelta(seconds=seconds)
 
 
+class PassedTime:
+    """Time that passes only while something waits: waits seem as long as ever, and take none."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+
+    def __call__(self) -> float:
+        return self._now
+
+    async def sleep(self, seconds: float) -> None:
+        until = self._now + seconds
+        await asyncio.sleep(0)
+        self._now = max(self._now, until)
+
+
 @pytest.fixture
 def clock() -> HandClock:
     return HandClock()
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The database may stand still for a moment, also where a process has little time for it."""
+    wait_longer_for_locks(monkeypatch)
+    monkeypatch.setattr(workspaces, "WAITS_SECONDS", 20.0)
+    monkeypatch.setattr(scheduler, "RELEASE_SECONDS", 30.0)
+    monkeypatch.setattr(webhooks, "LAST_WITHIN", 30.0)
 
 
 MakeFlora = Callable[..., AbstractAsyncContextManager[Simulator]]

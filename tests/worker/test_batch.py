@@ -13,7 +13,7 @@ import pytest
 import sqlalchemy as sa
 
 from tests.support.waiting import eventually
-from tests.worker.conftest import HandClock, MakeFlora, OpenServices, reads_of
+from tests.worker.conftest import HandClock, MakeFlora, OpenServices, PassedTime, reads_of
 from tests.worker.test_poll import poll_to_the_end
 from tracker.core.errors import (
     DefinitionChanged,
@@ -243,16 +243,28 @@ async def test_a_429_holds_the_batch_but_does_not_end_it(
     make_flora: MakeFlora, open_on: OpenServices
 ) -> None:
     """Where FLORA refuses many requests as too many, all rows are started all the same."""
-    async with make_flora(rate_limit=0.3) as flora, hasty_client(flora) as client:
+    passed = PassedTime()
+    async with make_flora(rate_limit=0.3) as flora, client_by(passed, flora) as client:
         services = await open_on(flora)
         planned = await plan(services, *(f"icon {number}" for number in range(30)))
         (workspace,) = services.workspaces
         workspace.client = client
-        services.batches.sleep = nap
+        services.batches.sleep = passed.sleep
         outcome = await start(services, planned, concurrency=4)
         assert outcome.stopped is None
         assert client.request_limit.state().limited > 0
         assert outcome.counts.started == len(flora.world.runs) == 30
+
+
+def client_by(passed: PassedTime, flora: Simulator) -> FloraClient:
+    """A client to which no time passes but its waits."""
+    return FloraClient(
+        base_url=flora.base_url,
+        api_key=flora.world.options.api_key,
+        concurrency=4,
+        monotonic=passed,
+        sleep=passed.sleep,
+    )
 
 
 SPEED = 200.0
@@ -279,13 +291,23 @@ async def test_no_row_begins_while_flora_wants_a_pause(
     """As long as the pause lasts nothing is sent, and whoever looks on sees how long that is."""
     planned = await plan(services, "a", "b")
     (workspace,) = services.workspaces
-    workspace.require_client().request_limit.pause(1.0)
-    seen: list[BatchProgress] = []
-    working = asyncio.create_task(start(services, planned, tell=seen.append))
-    await eventually(lambda: seen and 0 < seen[-1].paused <= 1)
-    assert begun(flora) == []
-    await working
-    assert len(begun(flora)) == 2
+    passed = PassedTime()
+    asked: list[float] = []
+
+    async def ask_again(seconds: float) -> None:
+        asked.append(seconds)
+        await asyncio.sleep(0.01)
+
+    services.batches.sleep = ask_again
+    async with client_by(passed, flora) as workspace.client:
+        workspace.client.request_limit.pause(1.0)
+        seen: list[BatchProgress] = []
+        working = asyncio.create_task(start(services, planned, tell=seen.append))
+        await eventually(lambda: len(asked) > 10 and seen and 0 < seen[-1].paused <= 1)
+        assert begun(flora) == []
+        await passed.sleep(1.0)
+        await working
+        assert len(begun(flora)) == 2
 
 
 HELD = timedelta(seconds=90)

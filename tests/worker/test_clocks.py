@@ -101,9 +101,12 @@ def wall(monkeypatch: pytest.MonkeyPatch) -> Wall:
     return wall
 
 
-async def test_a_worker_whose_clock_is_set_back_goes_on(database_url: str, wall: Wall) -> None:
+async def test_a_worker_whose_clock_is_set_back_goes_on(
+    database_url: str, wall: Wall, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The next minute of the new time has its sweep, the next poll comes when it is due, and the
     log tells what happened."""
+    monkeypatch.setattr(scheduler, "WATCH_CLOCK_EVERY", 0.2)
     # No minute is full before the clock is set.
     before = wall.offset = timedelta(seconds=20 - utc_now().second)
     async with running(Options(run_seconds=1, failures=0)) as flora:
@@ -123,7 +126,7 @@ async def test_a_worker_whose_clock_is_set_back_goes_on(database_url: str, wall:
                     await eventually(lambda: swept(services))
                     [run_id] = await start(services)
                     # Time enough for a busy machine to notice before the minute is full.
-                    set_back(wall, seconds_to_the_minute=8)
+                    set_back(wall, seconds_to_the_minute=4.5)
                     await eventually(counted(services, 2), timeout=30)
                     await eventually(settled(services, run_id), timeout=30)
                 finally:

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import timedelta
+from statistics import median
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from sqlalchemy import select
 from tests.support.waiting import eventually, free_port
 from tests.web.serving import serving
 from tests.worker.conftest import HandClock, MakeFlora, OpenServices, reads_of, the_run
+from tracker.core.clock import utc_now
 from tracker.core.errors import FloraError, FloraRefusal, StartError, StoreUnavailable
 from tracker.core.observation import Source
 from tracker.services import Services, open_services
@@ -88,11 +90,10 @@ async def test_what_a_gateway_says_is_doubt_and_nothing_is_sent_again(
 
 async def test_a_slow_post_is_sent_once(make_flora: MakeFlora, open_on: OpenServices) -> None:
     """Its answer is waited for after the caller has been told that the start is pending."""
-    async with make_flora(slow_starts=1.0, slow_seconds=2.0, slow_run="last") as flora:
+    async with make_flora(slow_starts=1.0, slow_seconds=1.5, slow_run="last") as flora:
         services = await open_on(flora)
-        services.starter.deadline = 0.7
         with pytest.raises((FloraError, StartError)):
-            await services.starter.start(request())
+            await services.starter.start(request(), wait=0.5)
 
         async def is_started() -> bool:
             return await state_of(services.database) == "started"
@@ -503,10 +504,23 @@ async def test_a_callback_resolves_its_start_within_a_second(
     ):
         keys = [f"key-{number}" for number in range(6)]
         inputs = {key: [{"id": "prompt", "type": "text", "value": key}] for key in keys}
+        resolved: dict[str, float] = {}
+
+        async def all_are_resolved() -> bool:
+            for key in inputs.keys() - resolved.keys():
+                if await state_of(services.database, key) == "started":
+                    resolved[key] = utc_now().timestamp()
+            return len(resolved) == len(keys)
+
+        resolving = asyncio.create_task(eventually(all_are_resolved, timeout=30, interval=0.005))
         for key in keys:
             assert await attempt(services, key, inputs=inputs[key]) is None
-        await flora.quiet()
-        await asyncio.sleep(1)
+        await resolving
+        sent: dict[str, float] = {}
+        for delivery in flora.world.deliveries:
+            run = flora.world.runs[delivery.run_id]
+            sent.setdefault(run.inputs[0]["value"], delivery.at_ms / 1000)
+        assert median(resolved[key] - sent[key] for key in keys) < 1
         for key in keys:
             run_id = await attempt(services, key, inputs=inputs[key])
             assert run_id is not None

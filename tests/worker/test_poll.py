@@ -1,6 +1,7 @@
 """Polling: what is due is read, with as few requests as possible."""
 
 import asyncio
+import math
 from datetime import timedelta
 
 import pytest
@@ -16,6 +17,7 @@ from tests.worker.conftest import (
 )
 from tracker.core.observation import Source
 from tracker.core.run import Tracking
+from tracker.flora import caller
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.simulator.callbacks import sign_callback
@@ -289,11 +291,16 @@ async def test_a_refused_key_harms_no_run(
 
 
 async def test_an_outage_of_flora_harms_no_run(
-    services: Services, flora: Simulator, clock: HandClock, hurry: Hurry
+    services: Services,
+    flora: Simulator,
+    clock: HandClock,
+    hurry: Hurry,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """While FLORA answers nothing, few requests are made and runs stay due; then all are read."""
     run_ids = await start(services, 40)
-    hurry(services, flora, deadline=0.02)
+    hurry(services, flora)
+    monkeypatch.setattr(caller, "backoff", lambda _: math.inf)  # a request is made once
     clock.move(60)
     flora.world.options = flora.world.options.with_changes({"cut": 1.0})
     rounds = 0

@@ -76,7 +76,7 @@ async def test_an_idle_worker_polls_a_new_run_in_time(
         async def settled() -> bool:
             return (await the_run(services, run_id)).run.settled
 
-        await eventually(settled, timeout=8)
+        await eventually(settled)
         assert_true_to(await the_run(services, run_id), simulator)
         assert sum(reads_of(simulator).values()) <= before + 10
 
@@ -95,7 +95,7 @@ async def test_work_of_another_process_is_heard_of(postgres_url: str, simulator:
         async def read() -> bool:
             return (await the_run(services, late.run_id)).checks > 0
 
-        await eventually(read, timeout=8)
+        await eventually(read)
     assert run.run_id != late.run_id
 
 

@@ -2,12 +2,11 @@
 
 import pytest
 
-from tests.worker.conftest import HandClock, OpenServices
+from tests.worker.conftest import HandClock, MakeFlora, OpenServices
 from tracker.core.errors import RateLimited
 from tracker.flora.client import FloraClient
-from tracker.services import Services, open_services
-from tracker.settings import Settings
-from tracker.simulator import Options, Simulator, running
+from tracker.services import Services
+from tracker.simulator import Simulator
 
 
 def client_of(services: Services) -> FloraClient:
@@ -15,33 +14,40 @@ def client_of(services: Services) -> FloraClient:
     return workspace.require_client()
 
 
-async def test_a_wait_that_flora_asks_for_holds_for_all_processes(database_url: str) -> None:
-    """FLORA tells a server to wait for a second. A command that runs beside it sends nothing
+def go_by(clock: HandClock, services: Services) -> None:
+    """Let the client go by the test's clock, which its waits turn."""
+
+    async def sleep(seconds: float) -> None:
+        clock.move(seconds)
+
+    caller = client_of(services)._caller
+    for one in (caller, caller.request_limit):
+        one.monotonic, one.sleep = lambda: clock().timestamp(), sleep
+
+
+async def test_a_wait_that_flora_asks_for_holds_for_all_processes(
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
+) -> None:
+    """FLORA tells a server to wait for a minute. A command that runs beside it sends nothing
     before that is over, and one that cannot wait so long gives up without asking."""
-    async with running(Options(rate_limit=1.0, seed=SAYS_A_SECOND)) as flora:
-        settings = Settings(
-            flora_base_url=flora.base_url,
-            flora_api_key=flora.world.options.api_key,
-            tracker_database_url=database_url,
-        )
-        async with (
-            open_services(settings, background=True) as server,
-            open_services(settings) as command,
-        ):
-            with pytest.raises(RateLimited) as refusal:
-                await client_of(server).history(deadline=0.3)
-            assert refusal.value.retry_after == 1
-            flora.world.options = flora.world.options.with_changes({"rate_limit": 0})
-            with pytest.raises(RateLimited):
-                await client_of(command).history(deadline=0.2)
-            assert len(flora.world.request_log) == 1
-            await client_of(command).history()
+    async with make_flora(rate_limit=1.0, retry_after=60, seed=SAYS_HOW_LONG) as flora:
+        server, command = await open_on(flora), await open_on(flora)
+        for one in (server, command):
+            go_by(clock, one)
+        with pytest.raises(RateLimited) as refusal:
+            await client_of(server).history(deadline=30)
+        assert refusal.value.retry_after == 60
+        flora.world.options = flora.world.options.with_changes({"rate_limit": 0})
+        with pytest.raises(RateLimited):
+            await client_of(command).history(deadline=20)
+        assert len(flora.world.request_log) == 1
+        await client_of(command).history(deadline=90)
         told, asked = flora.world.request_log
-        assert asked.at_ms - told.at_ms >= 990
+        assert asked.at_ms - told.at_ms >= 60_000
 
 
-SAYS_A_SECOND = 0
-"""A seed whose first refusal names a second."""
+SAYS_HOW_LONG = 0
+"""A seed whose first refusal names the wait."""
 
 
 async def test_a_wait_kept_under_another_clock_stops_nobody(
