@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.forked import Forked
+from tests.support.forked import Forked, report_no_waits
+from tests.support.patience import wait_longer_for_the_database
 
 TRACKER = (sys.executable, "-m", "tracker")
 
@@ -69,7 +70,8 @@ class Commands:
     def __call__(
         self, *arguments: str, prepare: Callable[[], None] | None = None, **environ: str
     ) -> "subprocess.CompletedProcess[str]":
-        """Run a command to its end; its process calls `prepare` first."""
+        """Run a command to its end; its process calls `prepare` first, or else does not report
+        that it waits for FLORA."""
         with TemporaryDirectory() as place:
             output, errors = Path(place, "stdout"), Path(place, "stderr")
             process = Forked.begin(
@@ -78,7 +80,7 @@ class Commands:
                 output=output,
                 errors=errors,
                 folder=self.folder,
-                prepare=prepare,
+                prepare=prepare or report_no_waits,
             )
             status = process.join(timeout=50)
             return subprocess.CompletedProcess(
@@ -166,11 +168,26 @@ def new_tracker(tmp_path: Path) -> Commands:
     return Commands(tmp_path)
 
 
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test itself does with the database is not given up where that stands still."""
+    wait_longer_for_the_database(monkeypatch)
+
+
 @pytest.fixture
 def stack() -> Iterator[ExitStack]:
     """Ends what a test leaves running."""
     with ExitStack() as stack:
         yield stack
+
+
+def first_line(process: "subprocess.Popen[str]") -> str:
+    """The first line that a process writes to stderr, but for those that report that it waits for a
+    FLORA that stands still."""
+    assert process.stderr is not None
+    while (line := process.stderr.readline()).startswith("tracker: Waiting for FLORA's answer"):
+        pass
+    return line
 
 
 def simulate(tracker: Commands, stack: ExitStack, *arguments: str) -> None:

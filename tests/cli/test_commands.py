@@ -5,13 +5,13 @@ import json
 import signal
 import sqlite3
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from datetime import UTC, datetime
 
 import httpx
 
-from tests.cli.conftest import Commands, simulate
-from tests.support.waiting import START_SECONDS, eventually, free_port
+from tests.cli.conftest import Commands, first_line, simulate
+from tests.support.waiting import NO_SWEEPS, START_SECONDS, eventually, free_port
 
 FACE = "face=https://example.com/a.png?x=1"
 
@@ -116,9 +116,11 @@ def test_waiting_ends_with_the_run(tracker: Commands, stack: ExitStack) -> None:
     simulate(tracker, stack, "--run-seconds", "0.3", "--failures", "50%", "--seed", "2")
     port = free_port()
     tracker.environ["TRACKER_PUBLIC_URL"] = f"http://127.0.0.1:{port}"
+    tracker.environ["TRACKER_RECONCILE_CRON"] = NO_SWEEPS
     server = stack.enter_context(tracker.running("serve", "--port", str(port)))
     assert server.poll() is None
     _wait_for(f"http://127.0.0.1:{port}/readyz")
+    asyncio.run(eventually(lambda: _count(tracker, "sweeps WHERE finished_at IS NOT NULL")))
     seen = []
     for _ in range(2):
         done = tracker("runs", "start", "cctv-cam", "--input", FACE, "--wait", "--json")
@@ -158,16 +160,20 @@ def test_an_interrupt_is_status_130(tracker: Commands, stack: ExitStack) -> None
     simulate(tracker, stack, "--run-seconds", "600")
     arguments = ("runs", "start", "cctv-cam", "--input", FACE, "--wait")
     waiting = stack.enter_context(tracker.running(*arguments))
-    assert waiting.stderr is not None
-    assert " pending " in waiting.stderr.readline()
+    assert " pending " in first_line(waiting)
     waiting.send_signal(signal.SIGINT)
     output, errors = waiting.communicate(timeout=15)
     assert waiting.returncode == 130
     assert output == ""
     assert "Traceback" not in errors
-    with sqlite3.connect(tracker.folder / "tracker.db") as database:
-        assert database.execute("SELECT count(*) FROM runs").fetchone() == (1,)
-    database.close()
+    assert _count(tracker, "runs") == 1
+
+
+def _count(tracker: Commands, rows: str) -> int:
+    """How many such rows the database has."""
+    with closing(sqlite3.connect(tracker.folder / "tracker.db")) as database:
+        (count,) = database.execute(f"SELECT count(*) FROM {rows}").fetchone()
+    return int(count)
 
 
 def test_the_schema_is_brought_up_to_date(new_tracker: Commands) -> None:

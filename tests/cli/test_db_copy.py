@@ -104,7 +104,8 @@ def test_a_run_that_ends_during_the_move_is_settled(
     tracker.json("db", "copy", "--to", postgres_url)
     tracker.environ["TRACKER_DATABASE_URL"] = postgres_url
     root, key = tracker.environ["FLORA_BASE_URL"], tracker.environ["FLORA_API_KEY"]
-    flora = httpx.Client(headers={"Authorization": f"Bearer {key}"}, trust_env=False)
+    headers = {"Authorization": f"Bearer {key}"}
+    flora = httpx.Client(headers=headers, trust_env=False, timeout=20)
     with flora:
         body = {"inputs": [{"id": "prompt", "type": "text", "value": "a dog"}], "mode": "async"}
         late = flora.post(f"{root}/techniques/icon-pack/runs", json=body).json()

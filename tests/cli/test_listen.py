@@ -14,7 +14,7 @@ from tests.cli.conftest import TRACKER, Commands
 from tests.store.making import NOW, TestWriter, ids, open_writer, seen, started
 from tests.support.endpoint import SECRET, Receiver
 from tests.support.forked import Forked
-from tests.support.waiting import eventually, free_port
+from tests.support.waiting import START_SECONDS, eventually, free_port
 from tracker.core.record import Seen, Unseen
 from tracker.core.run import Output, RunStatus
 from tracker.store.engine import Database
@@ -63,7 +63,7 @@ class Tracker:
                 return True
             return False
 
-        await eventually(serves, timeout=30)
+        await eventually(serves, timeout=START_SECONDS)
 
     async def stop(self, how: signal.Signals) -> None:
         assert self._process is not None
@@ -116,7 +116,7 @@ async def listening(commands: Commands, *arguments: str) -> AsyncIterator[tuple[
     try:
         assert process.stderr is not None
         said = ""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(START_SECONDS):
             while "Listening" not in said:
                 line = await process.stderr.readline()
                 assert line, f"tracker listen ended: {said}"

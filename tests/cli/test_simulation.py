@@ -10,7 +10,7 @@ import pytest
 
 from tests.cli.conftest import Commands
 from tests.cli.test_usage import one_line
-from tests.support.waiting import free_port
+from tests.support.waiting import NO_SWEEPS, free_port
 
 
 @pytest.fixture
@@ -34,7 +34,8 @@ def shown(process: "subprocess.Popen[str]") -> str:
 def test_a_first_try_is_one_command(tracker: Commands) -> None:
     """What it prints is pasted into another terminal: the run ends, its callback arrives, and the
     dashboard shows it. Ctrl-C ends both, and nothing is left behind."""
-    with tracker.running("serve", "--simulate", "--port", str(free_port())) as server:
+    environ = {"TRACKER_RECONCILE_CRON": NO_SWEEPS}
+    with tracker.running("serve", "--simulate", "--port", str(free_port()), **environ) as server:
         text = shown(server)
         start = next(line for line in text.splitlines() if "runs start" in line)
         exports = "\n".join(re.findall(r"^export .*$", text, re.MULTILINE))

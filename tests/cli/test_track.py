@@ -15,6 +15,7 @@ FACE = "face=https://example.com/a.png"
 def flora(tracker: Commands, stack: ExitStack) -> Commands:
     """The command line, with a simulated FLORA that has one run which nobody tracks."""
     simulate(tracker, stack, "--run-seconds", "0.2", "--failures", "0%")
+    tracker.environ["TRACKER_POLL_INTERVAL"] = "0.1"
     return tracker
 
 

@@ -76,7 +76,7 @@ def test_a_pause_is_reported(tracker: Commands, stack: ExitStack) -> None:
     assert "0 new" in output
     assert errors == ""
 
-    refuse(1, 45)
+    refuse(1, 60)
     assert "FLORA answered 429" in tracker("techniques", "sync").stderr
     refuse(0, 3)
     paused = tracker("techniques", "sync")

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 import pytest
 import typer
 
-from tests.cli.conftest import Commands, simulate
+from tests.cli.conftest import Commands, first_line, simulate
 from tracker.cli.app import app
 from tracker.cli.download import parse_size
 
@@ -81,13 +81,11 @@ def test_an_interrupt_leaves_the_run_tracked_and_says_so(
     simulate(tracker, stack, "--run-seconds", "600")
     arguments = (*START, "--wait", "--json")
     watching = stack.enter_context(tracker.running(*arguments, TRACKER_CALLBACK_GRACE="600"))
-    assert watching.stderr is not None
-    line = watching.stderr.readline()
+    line = first_line(watching)
     assert " pending " in line
     run = line.split()[0]
     again = stack.enter_context(tracker.running("runs", "watch", run))
-    assert again.stderr is not None
-    assert run in again.stderr.readline()
+    assert run in first_line(again)
     for process in (watching, again):
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=15)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.store.making import TestWriter, open_writer
 from tests.support.endpoint import SECRET, Receiver
-from tests.support.patience import wait_longer_for_locks
+from tests.support.patience import wait_longer_for_the_database
 from tracker.core.clock import utc_now
 from tracker.core.events import EventType, RunFilter
 from tracker.delivering import webhooks as module
@@ -49,7 +49,7 @@ OpenWorker = Callable[..., Any]
 def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a process commits when it stops is committed, also where the machine stands still for a
     moment: else its claims would last until they expire."""
-    wait_longer_for_locks(monkeypatch)
+    wait_longer_for_the_database(monkeypatch)
     monkeypatch.setattr(module, "LAST_WITHIN", 30.0)
 
 

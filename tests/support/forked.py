@@ -20,7 +20,7 @@ from tests.support.waiting import eventually
 # What the commands import when they run, and what libraries import when they are first used:
 # loaded once, before any is forked.
 from tracker import demo  # noqa: F401
-from tracker.cli import main
+from tracker.cli import main, output
 from tracker.operations import doctor, retention  # noqa: F401
 from tracker.simulator import serve  # noqa: F401
 from tracker.store.writing import statements_postgres, statements_sqlite  # noqa: F401
@@ -49,6 +49,12 @@ def share_server() -> None:
     forkserver.ensure_running()
     # They could not ask for its end, as it is no child of theirs.
     forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]
+
+
+def report_no_waits() -> None:
+    """Let a command not report that it waits for FLORA: one that stands still for a second is no
+    part of what a test expects on stderr."""
+    output._WAIT_SHOWN_AFTER = 60.0  # type: ignore[misc]
 
 
 class Forked:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.patience import wait_longer_for_locks
+from tests.support.patience import wait_longer_for_the_database
 from tests.support.waiting import NO_SWEEPS
 from tracker.core.record import Record
 from tracker.delivering import webhooks
@@ -59,7 +59,7 @@ def clock() -> HandClock:
 @pytest.fixture(autouse=True)
 def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """The database may stand still for a moment, also where a process has little time for it."""
-    wait_longer_for_locks(monkeypatch)
+    wait_longer_for_the_database(monkeypatch)
     monkeypatch.setattr(workspaces, "WAITS_SECONDS", 20.0)
     monkeypatch.setattr(scheduler, "RELEASE_SECONDS", 30.0)
     monkeypatch.setattr(webhooks, "LAST_WITHIN", 30.0)
