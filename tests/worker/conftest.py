@@ -17,6 +17,7 @@ from tracker.polling import workspaces
 from tracker.services import Services, open_services
 from tracker.settings import Settings
 from tracker.simulator import Options, Simulator, running
+from tracker.starting import sending
 from tracker.store.queries import runs as read
 from tracker.worker import scheduler
 
@@ -62,6 +63,7 @@ def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
     wait_longer_for_the_database(monkeypatch)
     monkeypatch.setattr(workspaces, "WAITS_SECONDS", 20.0)
     monkeypatch.setattr(scheduler, "RELEASE_SECONDS", 30.0)
+    monkeypatch.setattr(sending, "RELEASE_SECONDS", 30.0)
     monkeypatch.setattr(webhooks, "LAST_WITHIN", 30.0)
 
 
@@ -116,21 +118,22 @@ Hurry = Callable[..., None]
 
 @pytest.fixture
 async def hurry() -> AsyncIterator[Hurry]:
-    """Lets waits between attempts pass at once, the client's too (which has a `deadline`)."""
+    """Lets waits between attempts pass at once, the client's too."""
     async with AsyncExitStack() as stack:
 
         async def no_wait(seconds: float) -> None:
             await asyncio.sleep(0)
 
-        def hurry_up(services: Services, flora: Simulator, *, deadline: float = 30.0) -> None:
+        def hurry_up(services: Services, flora: Simulator) -> None:
             services.starter.sleep = no_wait
             for workspace in services.workspaces:
+                passed = PassedTime()
                 workspace.client = FloraClient(
                     base_url=flora.base_url,
                     api_key=flora.world.options.api_key,
-                    deadline=deadline,
                     clock=services.clock,
-                    sleep=no_wait,
+                    monotonic=passed,
+                    sleep=passed.sleep,
                 )
                 stack.push_async_callback(workspace.client.aclose)
 

@@ -252,7 +252,7 @@ async def test_a_stored_definition_serves_while_flora_does_not(
     services: Services, flora: Simulator, clock: HandClock, hurry: Hurry
 ) -> None:
     """An old one is used where FLORA tells nothing, and it is not asked with every start."""
-    hurry(services, flora, deadline=5.0)
+    hurry(services, flora)
     (workspace,) = services.workspaces
     await services.catalogue.definition(workspace, "cctv-cam")
     clock.move(2 * HOUR)
@@ -367,7 +367,7 @@ async def test_what_is_known_is_shown_without_flora(
     """A listed technique is shown as far as it is known; an unknown one cannot be told."""
     await services.catalogue_sync.sync()
     flora.world.options = replace(flora.world.options, cut=1.0)
-    hurry(services, flora, deadline=5.0)
+    hurry(services, flora)
     found = await services.catalogue.find("tech_sigil")
     assert found is not None
     assert (found.name, found.inputs) == ("Sigil", ())

@@ -230,7 +230,7 @@ async def test_a_place_where_flora_always_fails_is_stepped_over(
     """One page that is answered 500 again and again fails a few sweeps, and then no more."""
     async with make_flora(history=400, history_seconds=SPAN) as flora:
         services = await open_on(flora)
-        hurry(services, flora, deadline=5.0)
+        hurry(services, flora)
         runs = flora.world.history("technique", flora.world.options.workspaces[0])
         bad = runs[250].run_id
         flora.world.change({"bad_runs": [bad], "bad_code": "internal_error"})
@@ -289,7 +289,7 @@ async def test_generations_that_are_refused_stop_nothing_else(
     of one page each time, and polled; only where there are generations is it told."""
     async with make_flora() as flora:
         services = await open_on(flora)
-        hurry(services, flora, deadline=5.0)
+        hurry(services, flora)
         if shown:
             flora.start_generation()
             assert (await sweep(services)).error is None

@@ -59,10 +59,16 @@ async def test_a_hold_that_could_not_be_given_back_is_as_soon_as_it_can_be(
     async with await Database.open(sqlite_url) as db:
         row = await reserved(db, "key")
         with capture_logs() as lines:
-            async with holding(db, row, "process", utc_now) as held:
-                assert held is not None
-                path.rename(away)
+
+            async def hold() -> None:
+                async with holding(db, row, "process", utc_now) as held:
+                    assert held is not None
+                    path.rename(away)
+
+            holds = asyncio.create_task(hold())
+            await eventually(lambda: lines)
             away.rename(path)
+            await holds
 
             async def given_back() -> bool:
                 async with holding(db, row, "process", utc_now) as again:

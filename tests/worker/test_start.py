@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 
-from tests.worker.conftest import HandClock, MakeFlora, OpenServices, reads_of, the_run
+from tests.worker.conftest import (
+    HandClock,
+    Hurry,
+    MakeFlora,
+    OpenServices,
+    reads_of,
+    the_run,
+)
 from tracker.core.errors import (
     FloraError,
     FloraRefusal,
@@ -101,11 +108,16 @@ async def test_a_refusal_starts_nothing_and_the_key_may_be_used_again(
 
 @pytest.mark.parametrize("idempotency", ["replay", "conflict"])
 async def test_cut_answers_never_pay_twice(
-    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, idempotency: str
+    make_flora: MakeFlora,
+    open_on: OpenServices,
+    clock: HandClock,
+    hurry: Hurry,
+    idempotency: str,
 ) -> None:
     """With a third of the connections cut, each key is one run, or one start for a person."""
     async with make_flora(cut=0.3, idempotency=idempotency) as flora:
         services = await open_on(flora)
+        hurry(services, flora)
         keys = [f"key-{number}" for number in range(25)]
         tracked: dict[str, str] = {}
         for round_ in range(8):

@@ -152,7 +152,7 @@ async def test_a_failed_sweep_covers_nothing(
     for _ in range(150):
         flora.start()
         clock.move(30)
-    hurry(services, flora, deadline=5.0)
+    hurry(services, flora)
     flora.world.options = flora.world.options.with_changes({"cut": 1.0})
     broken = await sweep(services)
     flora.world.options = flora.world.options.with_changes({"cut": 0.0})
