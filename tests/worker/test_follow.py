@@ -134,6 +134,24 @@ async def test_a_run_that_a_worker_has_claimed_is_left_to_it(
     assert seen[-1].record.tracking is Tracking.SETTLED
 
 
+async def test_a_run_that_has_not_ended_is_polled_again_soon(
+    open_on: OpenServices, flora: Simulator, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As soon as it is due and a round may begin, although nothing tells of a change."""
+    monkeypatch.setattr(follow, "CHECK_EVERY", 3600.0)
+    monkeypatch.setattr(follow, "CHECK_ANYWAY", 3600.0)
+    services = await open_on(flora, tracker_poll_interval=0.2)
+    run = flora.start()
+    await services.tracker.track(run.run_id)
+    clock.move(follow.OVERDUE.total_seconds() + 1)
+    task = asyncio.create_task(collect(services.follower.follow([run.run_id]), []))
+    await eventually(lambda: sum(reads_of(flora).values()) == 1)
+    clock.move(60)
+    async with asyncio.timeout(30):
+        await task
+    assert sum(reads_of(flora).values()) > 1
+
+
 async def test_what_keeps_runs_from_being_read_is_told_once(
     make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
 ) -> None:

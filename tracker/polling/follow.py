@@ -149,6 +149,7 @@ class Follower:
                 followed.notify_once(f"runs cannot be read: {reason}")
         followed.changed.set()
         await asyncio.sleep(POLL_EVERY)
+        followed.changed.set()  # for the next round: on PostgreSQL, nothing else may end the pause
 
     async def _pause(self, followed: "_FollowedRuns") -> None:
         """Wait until something may have changed, or a run may have become overdue."""
