@@ -1,16 +1,30 @@
 """Fixtures: a simulated FLORA whose runs take a moment, and trackers on the test's database."""
 
 from collections.abc import AsyncIterator, Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
 from tests.support.waiting import NO_SWEEPS
 from tracker import Tracker
+from tracker.polling import follow
 from tracker.settings import Settings
 from tracker.simulator import Options, Simulator, running
 
 INPUTS = {"prompt": "garden tools"}
+
+
+@pytest.fixture(autouse=True)
+def _polled_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no process polls, whoever waits for a run does so without waiting for one first."""
+    monkeypatch.setattr(follow, "OVERDUE", timedelta(seconds=0.1))
+
+
+@pytest.fixture
+def others_poll(monkeypatch: pytest.MonkeyPatch, _polled_soon: None) -> None:
+    """Who waits for a run leaves polling to others, however late they are."""
+    monkeypatch.setattr(follow, "OVERDUE", timedelta(hours=1))
 
 
 @pytest.fixture

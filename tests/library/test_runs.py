@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.library.conftest import INPUTS, MakeTracker
-from tests.support.waiting import eventually
+from tests.support.waiting import eventually, let_pass
 from tracker import Run, Tracker, errors
 from tracker.core.record import Unseen
 from tracker.polling import follow
@@ -64,7 +64,7 @@ async def test_a_start_rides_out_a_doubt(tracker: Tracker, flora: Simulator) -> 
 
 
 async def test_many_are_waited_for_by_whoever_brings_the_news(
-    make_tracker: MakeTracker, tracker: Tracker, flora: Simulator
+    make_tracker: MakeTracker, tracker: Tracker, flora: Simulator, others_poll: None
 ) -> None:
     """Another process polls; a failed run raises when all have ended, or is returned."""
     good = await tracker.start("icon-pack", INPUTS)
@@ -89,11 +89,15 @@ async def _never(**_: object) -> None:
     raise AssertionError("another process polls")
 
 
-async def test_a_wait_that_ends_early_ends_nothing_else(tracker: Tracker, flora: Simulator) -> None:
+async def test_a_wait_that_ends_early_ends_nothing_else(
+    tracker: Tracker, flora: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A time-out says how the run stands, a cancelled wait leaves it; waiting can go on."""
     run = await tracker.start("icon-pack", INPUTS)
-    with pytest.raises(TimeoutError, match=f"run {run.run_id} is") as late:
-        await run.wait(timeout=0.01)
+    with monkeypatch.context() as patch:
+        patch.setattr(follow, "OVERDUE", timedelta(hours=1))  # nobody sees its end
+        with pytest.raises(TimeoutError, match=f"run {run.run_id} is") as late:
+            await run.wait(timeout=0.01)
     assert isinstance(late.value, errors.WaitTimeout)
     assert [one.run_id for one in late.value.runs] == [run.run_id]
     waiting = asyncio.create_task(run.wait())
@@ -106,7 +110,7 @@ async def test_a_wait_that_ends_early_ends_nothing_else(tracker: Tracker, flora:
         await tracker.wait(["run_none", run], timeout=5)
 
 
-async def test_a_lost_run_raises(small_tracker: Tracker) -> None:
+async def test_a_lost_run_raises(small_tracker: Tracker, others_poll: None) -> None:
     """A run that FLORA denies for over an hour ends the wait with `RunLost`."""
     run = await small_tracker.start("icon-pack", INPUTS)
     writer, now = small_tracker._services().writer, run.created_at
@@ -127,8 +131,20 @@ async def test_a_timeout_says_why_runs_cannot_be_read(
     monkeypatch.setattr(follow, "OVERDUE", timedelta(0))
     async with make_tracker(flora_api_key="sk_test_wrong") as tracker:
         run = await tracker.track("run_1", force=True)
+        poller, rounds = tracker._services().poller, 0
+        poll_due = poller.poll_due
+
+        async def counted() -> None:
+            nonlocal rounds
+            await poll_due()
+            rounds += 1
+
+        poller.poll_due = counted  # type: ignore[method-assign,assignment]
+        waiting = asyncio.create_task(run.wait(timeout=600))
+        await eventually(lambda: rounds > 1)
+        let_pass(601)
         with pytest.raises(errors.WaitTimeout, match="runs cannot be read: FLORA answered 401"):
-            await run.wait(timeout=5)  # time for a busy machine to read it once
+            await waiting
 
 
 async def test_inputs_are_python_values(tracker: Tracker, flora: Simulator) -> None:

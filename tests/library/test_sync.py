@@ -142,11 +142,12 @@ async def test_runs_are_started_and_awaited_by_many_threads(
     def order(number: int) -> Run:
         run = blocking.start("icon-pack", INPUTS, idempotency_key=f"order-{number}")
         assert blocking.start("icon-pack", INPUTS, idempotency_key=f"order-{number}") == run
-        return run.wait(timeout=30)
+        return run
 
     def work() -> None:
         with ThreadPoolExecutor(8) as pool:
-            done = list(pool.map(order, range(8)))
+            runs = list(pool.map(order, range(8)))  # while nobody polls they stay as they are
+            done = list(pool.map(lambda run: run.wait(timeout=30), runs))
         assert all(one.succeeded and one.outputs for one in done)
         assert {one.run_id for one in done} == set(flora.world.runs)
         assert blocking.wait(done) == [run.refresh() for run in done]
