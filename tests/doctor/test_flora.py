@@ -11,8 +11,8 @@ from tests.doctor.conftest import look, with_flora
 from tests.doctor.proxies import Proxy, in_front
 from tests.support.waiting import free_port
 from tracker.core.clock import utc_now
+from tracker.flora import caller
 from tracker.operations.doctor import Level
-from tracker.operations.doctor.examination import TimeLimits
 from tracker.operations.doctor.flora import compare_clocks
 from tracker.simulator import Options, Simulator, running
 
@@ -94,10 +94,12 @@ async def test_what_flora_answers_is_told_apart(
     assert advice in report["key"].advice
 
 
-async def test_a_flora_that_cannot_be_reached_is_reported(sqlite_url: str) -> None:
+async def test_a_flora_that_cannot_be_reached_is_reported(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing listens: the address is named, and what to try."""
+    monkeypatch.setattr(caller, "backoff", lambda _: 3600.0)  # no time for another attempt
     report = await look(
-        TimeLimits(flora_read=0.3),
         TRACKER_DATABASE_URL=sqlite_url,
         FLORA_API_KEY="sk_test_1",
         FLORA_BASE_URL=f"http://127.0.0.1:{free_port()}",
