@@ -27,6 +27,7 @@ async def with_flora(
             flora_api_key=flora.world.options.api_key,
             flora_workspace_id=flora.world.options.workspace_id,
             tracker_api_token=token,
+            tracker_poll_interval=0.2,
             tracker_reconcile_cron=NO_SWEEPS,
         ) as site,
     ):
