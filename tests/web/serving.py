@@ -39,6 +39,17 @@ class Answer:
     body: bytes
 
 
+class _Reader(asyncio.StreamReader):
+    """A server that closes a connection with something left unread resets it: that is an end like
+    another, and what came before it can still be read."""
+
+    def set_exception(self, exc: BaseException) -> None:
+        if isinstance(exc, ConnectionError):
+            self.feed_eof()
+        else:
+            super().set_exception(exc)
+
+
 class Wire:
     """A TCP connection on which a test writes whatever it likes."""
 
@@ -84,8 +95,10 @@ async def wire(base_url: str) -> AsyncIterator[Wire]:
     """A raw connection to the server at `base_url`; a test that waits on it in vain fails."""
     host, _, port = base_url.removeprefix("http://").partition(":")
     async with asyncio.timeout(10):
-        reader, writer = await asyncio.open_connection(host, int(port))
-        connection = Wire(reader, writer)
+        loop, reader = asyncio.get_running_loop(), _Reader()
+        protocol = asyncio.StreamReaderProtocol(reader)
+        transport, _ = await loop.create_connection(lambda: protocol, host, int(port))
+        connection = Wire(reader, asyncio.StreamWriter(transport, protocol, reader, loop))
         try:
             yield connection
         finally:

@@ -4,11 +4,11 @@ from tests.store.making import quarantined
 from tests.support.deliveries import keep
 from tests.web.callbacks import PATH, event, signed
 from tests.web.conftest import Site
-from tracker.core.clock import utc_now
 
 
 async def keep_quarantined(site: Site, body: bytes, delivery_id: str) -> None:
-    await keep(site.services.database, quarantined(delivery_id, at=utc_now(), body=body))
+    at = site.services.clock()  # which the other callbacks have their times from
+    await keep(site.services.database, quarantined(delivery_id, at=at, body=body))
 
 
 async def test_callbacks_are_listed_and_filtered(site: Site) -> None:

@@ -69,10 +69,11 @@ async def test_the_service_outlives_its_database(
 ) -> None:
     """503 with `Retry-After` everywhere while it is down; all is well by itself when it is back."""
     body = event()
-    async with serve(own_postgres.url("tracker"), limits=Limits(callback_seconds=0.5)) as site:
+    async with serve(own_postgres.url("tracker")) as site:
         assert (await site.client.post(PATH, content=body, headers=signed(body))).status_code == 200
         await site.services.applier.drain()
         await asyncio.to_thread(own_postgres.stop)
+        site.services.inbox._deadline = 0.5
         answers = await asyncio.gather(
             site.client.get("/readyz"),
             site.client.get("/api/runs"),

@@ -228,6 +228,7 @@ async def test_every_process_reports_the_same_state(database_url: str, serve: Se
 async def test_scrapes_ask_the_database_once_in_a_while(small_site: Site) -> None:
     """However many scrape at the same moment, and however often."""
     sent: list[str] = []
+    small_site.services.metrics._database.keep_seconds = 600  # type: ignore[union-attr]
 
     def hear(_c: Any, _cursor: Any, statement: str, *_: Any) -> None:
         sent.append(statement)

@@ -134,6 +134,7 @@ async def test_the_service_keeps_to_its_description(
         assert await _schemathesis(site, tmp_path) == ""
 
 
+@pytest.mark.timeout(180)
 async def test_the_service_keeps_to_its_description_with_a_token(
     serve: Serve, sqlite_url: str, tmp_path: Path
 ) -> None:

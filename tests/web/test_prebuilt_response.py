@@ -33,6 +33,7 @@ async def test_it_is_the_same_either_way(serve: Serve, sqlite_url: str, number: 
 
     async with serve(sqlite_url) as site:
         await ask()
+        await site.services.applier.drain()
         at_once = await ask()
         in_parts = await ask_in_parts()
         through_all = await ask("Connection: close")

@@ -181,7 +181,7 @@ async def test_a_signal_while_it_still_opens_ends_it_too(tmp_path: Path) -> None
             stderr=subprocess.PIPE,
             text=True,
         )
-        silent.settimeout(20)
+        silent.settimeout(START_SECONDS)
         connection, _ = await asyncio.to_thread(silent.accept)
         with connection:
             process.send_signal(signal.SIGTERM)

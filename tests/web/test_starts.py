@@ -1,7 +1,6 @@
 """`POST /api/runs` against a FLORA that spends nothing."""
 
 import asyncio
-from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -11,12 +10,8 @@ from tests.support.waiting import eventually, free_port
 from tests.web.conftest import Serve, Site
 from tests.web.flora import START, with_flora
 from tests.web.mounting import PREFIX
-from tests.web.serving import serving
-from tracker.polling.poll import DurationBook
-from tracker.polling.workspaces import WorkspaceIds
+from tracker.flora import caller
 from tracker.simulator import Options, running
-from tracker.starting.start import Starter
-from tracker.web.app import build_app
 
 
 async def _start(site: Site, key: str | None = None, **more: Any) -> httpx.Response:
@@ -169,8 +164,11 @@ async def test_without_a_key_for_flora_a_start_says_so(small_site: Site) -> None
     assert "FLORA_API_KEY" in answer.json()["error"]["message"]
 
 
-async def test_a_flora_that_cannot_be_reached_is_a_502(serve: Serve, sqlite_url: str) -> None:
+async def test_a_flora_that_cannot_be_reached_is_a_502(
+    serve: Serve, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing was started, and the caller may try again with the same key."""
+    monkeypatch.setattr(caller, "backoff", lambda _: 3600.0)  # no time for another attempt
     nobody = f"http://127.0.0.1:{free_port()}/api/v1"
     async with serve(
         sqlite_url,
@@ -178,22 +176,7 @@ async def test_a_flora_that_cannot_be_reached_is_a_502(serve: Serve, sqlite_url:
         flora_api_key="sk_test_1",
         flora_workspace_id="ws_1",
     ) as site:
-        services = site.services
-        impatient = Starter(
-            database=services.database,
-            workspaces=services.workspaces,
-            catalogue=services.catalogue,
-            durations=DurationBook(services.database, clock=services.clock),
-            ids=WorkspaceIds(services.database, clock=services.clock),
-            sender=services.starter.sender,
-            recovery=services.recovery,
-            process="test",
-            clock=services.clock,
-            deadline=0.1,
-        )
-        app = build_app(replace(services, starter=impatient))
-        async with serving(app) as base_url, httpx.AsyncClient(base_url=base_url) as client:
-            answer = await client.post("/api/runs", json=START | {"technique": "tech_1"})
+        answer = await _start(site, technique="tech_1")
         assert (answer.status_code, answer.json()["error"]["code"]) == (502, "flora_unreachable")
 
 

@@ -257,7 +257,8 @@ async def test_the_number_of_readers_is_limited(sqlite_url: str, serve: Serve) -
 
 async def test_a_change_is_read_once_for_all_readers(sqlite_url: str, serve: Serve) -> None:
     """Twenty readers cost the database as much as one."""
-    async with serve(sqlite_url) as site, AsyncExitStack() as stack:
+    only_on_signals = Limits(stream_poll_seconds=600)
+    async with serve(sqlite_url, limits=only_on_signals) as site, AsyncExitStack() as stack:
         readers = [await stack.enter_async_context(following(site.client)) for _ in range(20)]
         asked: list[str] = []
 

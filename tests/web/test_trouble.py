@@ -11,6 +11,7 @@ from tests.web.test_metrics import scrape
 from tracker.core.errors import FloraError
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Seen
+from tracker.flora import caller
 
 NOW = datetime(2026, 11, 28, 12, tzinfo=UTC)
 
@@ -33,13 +34,14 @@ async def test_a_flora_that_does_not_answer_is_reported(
     """By `/readyz`, the metrics and the overview, once it was asked in vain for 30 s, and until it
     answers again."""
     passed = [0.0]
+    monkeypatch.setattr(caller, "backoff", lambda _: 3600.0)  # no time for another attempt
     async with with_flora(serve, sqlite_url) as (site, flora):
         [workspace] = site.services.workspaces
         contact = workspace.require_client().contact
         monkeypatch.setattr(contact, "_monotonic", lambda: time.monotonic() + passed[0])
         flora.world.change({"gateway": 1, "gateway_answers": answers, "gateway_works": 0})
         with pytest.raises(FloraError):
-            await workspace.require_client().history(limit=1, deadline=0.5)
+            await workspace.require_client().history(limit=1)
         assert (await site.client.get("/readyz")).json()["flora"].startswith("no answer yet")
         passed[0] = 31.0
         answer = await site.client.get("/readyz")
