@@ -29,6 +29,7 @@ def by_hand(run_id: str, observed: list[Observation]) -> Run | None:
     return run
 
 
+@pytest.mark.timeout(180)
 @given(observed=observed, size=st.integers(1, 12))
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_the_row_is_the_merge_of_its_events(

@@ -495,9 +495,12 @@ async def test_a_database_that_is_away_blames_no_delivery(
     assert await outcomes(db) == {"whd_run_1": "applied"}
 
 
-@pytest.mark.timeout(120)
-async def test_a_locked_run_holds_up_its_own_delivery_alone(postgres_url: str) -> None:
+async def test_a_locked_run_holds_up_its_own_delivery_alone(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While someone holds a run, callbacks of others are applied, and its own is afterwards."""
+    monkeypatch.setattr("tracker.store.postgres.LOCK_SECONDS", 0.3)
+    monkeypatch.setattr("tracker.receiving.apply.HELD_UP_SECONDS", 1.0)
     async with (
         await Database.open(postgres_url) as db,
         open_inbox(db) as inbox,
@@ -515,7 +518,7 @@ async def test_a_locked_run_holds_up_its_own_delivery_alone(postgres_url: str) -
             async def others() -> bool:
                 return await waiting(db) == 1
 
-            await eventually(others, timeout=20)
+            await eventually(others)
             await transaction.rollback()
 
             async def none() -> bool:

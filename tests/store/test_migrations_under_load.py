@@ -143,6 +143,7 @@ def assert_on_the_way(
         assert before & after <= valid <= before | after
 
 
+@pytest.mark.timeout(180)
 async def test_an_upgrade_that_is_killed_is_not_half(
     empty_databases: Iterator[str], empty_database_url: str
 ) -> None:

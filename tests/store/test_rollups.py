@@ -138,6 +138,7 @@ _entries: st.SearchStrategy[list[Any]] = st.lists(
 )
 
 
+@pytest.mark.timeout(180)
 @settings(
     max_examples=12,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
