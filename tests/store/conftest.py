@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
+from functools import partial
 
 import pytest
 
@@ -19,23 +20,25 @@ _LIMITS = {
 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever waits for a database that is opened from now on waits for a minute: for tests that
-    have many wait for each other, and are not about how long. A machine that stands still for a
-    moment has all of them wait as long."""
+    """Whoever waits for a database that is opened from now on waits for a minute, so that a machine
+    that stands still for a moment fails nothing. Tests that are about such waits open one of their
+    own."""
     for module, names in _LIMITS.items():
         for name in names:
             monkeypatch.setattr(module, name, 60.0)
+    connect = partial(postgres.connect_postgres, command_timeout=60.0)
+    monkeypatch.setattr(engine, "connect_postgres", connect)
 
 
 @pytest.fixture
-async def db(database_url: str) -> AsyncIterator[Database]:
+async def db(database_url: str, patient: None) -> AsyncIterator[Database]:
     """A database with the tracker's schema, open."""
     async with await Database.open(database_url) as db:
         yield db
 
 
 @pytest.fixture
-async def other_db(database_url: str) -> AsyncIterator[Database]:
+async def other_db(database_url: str, patient: None) -> AsyncIterator[Database]:
     """The same database once more, as another process would have it open."""
     async with await Database.open(database_url) as db:
         yield db
@@ -68,7 +71,7 @@ def full_url(
 
 
 @pytest.fixture
-async def full(full_url: str) -> AsyncIterator[Database]:
+async def full(full_url: str, patient: None) -> AsyncIterator[Database]:
     """That database, open."""
     async with await Database.open(full_url) as db:
         yield db

@@ -59,9 +59,13 @@ class TestWriter(Writer):
         return await super().submit_all(seen)
 
 
+PATIENCE = {"deadline": 60.0}
+"""What is to be stored is stored, however long the machine takes for it."""
+
+
 def open_writer(db: Database, **options: Any) -> TestWriter:
     """A writer with the default policy that knows no durations."""
-    return TestWriter(db, **{"rules": RULES, **options})
+    return TestWriter(db, **{"rules": RULES, **PATIENCE, **options})
 
 
 async def taken_again(writer: TestWriter, entry: Entry | Delivered) -> None:
@@ -191,7 +195,7 @@ def parsed(one: Delivery) -> ParsedDelivery:
 
 def open_inbox(db: Database, **options: Any) -> Inbox:
     """An inbox of the database."""
-    return Inbox(db, digest_id=digest_id, **options)
+    return Inbox(db, digest_id=digest_id, **{**PATIENCE, **options})
 
 
 async def apply_all(db: Database, *, limit: int = 500, at: datetime = NOW) -> int:

@@ -4,8 +4,6 @@ import asyncio
 from dataclasses import replace
 from datetime import timedelta
 
-import pytest
-
 from tests.store.making import NOW
 from tests.store.test_batches import BATCH, entries
 from tracker.store.engine import Database
@@ -27,7 +25,6 @@ async def end(db: Database, batch: BatchRow, holder: str = "h") -> bool:
     return await batch_launches.end(db, batch, ended, holder=holder)
 
 
-@pytest.mark.usefixtures("patient")
 async def test_a_due_batch_has_one_holder(db: Database, other_db: Database) -> None:
     """Of many processes one gets the lease; when it expires another one does. What is not due, of
     another workspace, or a command's, is nobody's."""

@@ -3,8 +3,6 @@
 import asyncio
 from datetime import timedelta
 
-import pytest
-
 from tests.store.making import NOW, TestWriter, callback, ids, seen, started
 from tracker.core.record import Unseen
 from tracker.store.claims import claim_due, drop_lease, next_due_at, release, take_lease
@@ -14,7 +12,6 @@ from tracker.store.queries.runs import get_run
 LEASE = timedelta(seconds=60)
 
 
-@pytest.mark.usefixtures("patient")
 async def test_claims_are_disjoint(writer: TestWriter, db: Database, other_db: Database) -> None:
     """Many claimers at the same moment get different runs, and together all of them."""
     await writer.submit_all([callback(run) for run in ids("run", 60)])
@@ -129,7 +126,6 @@ async def test_the_next_due_moment_is_known(writer: TestWriter, db: Database) ->
     assert passed.after.next_check_at == NOW + timedelta(seconds=30)
 
 
-@pytest.mark.usefixtures("patient")
 async def test_a_lease_has_one_holder(db: Database, other_db: Database) -> None:
     """Of many who ask for a lease at once one gets it, keeps it while it asks, and can drop it."""
     asked = await asyncio.gather(

@@ -50,7 +50,6 @@ async def test_the_row_is_the_merge_of_its_events(
 
 @given(observed=st.lists(observations("run"), min_size=30, max_size=60), seed=st.integers(0, 999))
 @settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@pytest.mark.usefixtures("patient")
 async def test_two_writers_lose_nothing(
     db: Database, other_db: Database, observed: list[Observation], seed: int
 ) -> None:

@@ -191,7 +191,6 @@ async def test_a_removed_body_still_recognises_a_repetition(inbox: Inbox, db: Da
     assert await receipts(db) == {"whd_run_1": 2}
 
 
-@pytest.mark.usefixtures("patient")
 async def test_two_processes_store_the_same(db: Database, other_db: Database) -> None:
     """Each delivery is new to one of them, whatever the order, and nobody waits in a circle."""
     wanted = [delivery(run) for run in ids("run", 60)]
@@ -290,7 +289,6 @@ async def test_text_that_no_database_holds_is_made_fit(inbox: Inbox, db: Databas
     assert await fold(db, record.run.run_id) == record.run
 
 
-@pytest.mark.usefixtures("patient")
 async def test_two_processes_apply_each_delivery_once(db: Database, other_db: Database) -> None:
     """Any number may apply at once: every effect is there once, on every run."""
     names = ids("run", 120)

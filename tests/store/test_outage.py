@@ -95,20 +95,13 @@ async def test_a_server_that_accepts_and_says_nothing_is_unavailable() -> None:
 
 async def test_terminated_connections_cost_no_callback(postgres_url: str) -> None:
     """When an administrator has ended all our connections, callers notice nothing."""
-    async with (
-        await Database.open(postgres_url) as db,
-        await Database.open(postgres_url, application_name="administrator") as other,
-        open_inbox(db) as inbox,
-    ):
+    administrator = await asyncpg.connect(postgres_url)
+    async with await Database.open(postgres_url) as db, open_inbox(db) as inbox:
         await inbox.enqueue(delivery("run_0"))
         for number in range(1, 4):
-            await other.write(
-                lambda connection: connection.execute(
-                    text(
-                        "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity "
-                        "WHERE datname = current_database() AND pid <> pg_backend_pid()"
-                    )
-                ).all()
+            await administrator.execute(
+                "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND pid <> pg_backend_pid()"
             )
             await asyncio.gather(
                 *(inbox.enqueue(delivery(run)) for run in ids(f"run_{number}", 20))
@@ -116,6 +109,7 @@ async def test_terminated_connections_cost_no_callback(postgres_url: str) -> Non
             assert await apply_all(db) == (21 if number == 1 else 20)
             assert await get_run(db, f"run_{number}_0007")
         assert set((await receipts(db)).values()) == {1}
+    await administrator.close()
 
 
 async def test_a_restarted_server_is_found_again(own_postgres: PostgresServer) -> None:

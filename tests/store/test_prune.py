@@ -260,7 +260,6 @@ async def test_broken_off_anywhere_it_is_gone_on_with(writer: TestWriter, db: Da
     assert [n for k, (n, _) in (await tallied(db)).items() if k.measure == STATE] == [3]
 
 
-@pytest.mark.usefixtures("patient")
 async def test_several_at_once_and_a_receiver_meanwhile(db: Database, other_db: Database) -> None:
     """Each row is removed once, whoever comes first; callbacks are taken all the while."""
     received: list[str] = []

@@ -231,7 +231,6 @@ async def test_a_contradicted_end_moves(writer: TestWriter, db: Database) -> Non
     await assert_exact(db)
 
 
-@pytest.mark.usefixtures("patient")
 async def test_writers_and_compactors_at_once_lose_nothing(
     db: Database, other_db: Database
 ) -> None:
@@ -260,7 +259,6 @@ async def test_writers_and_compactors_at_once_lose_nothing(
     await assert_exact(db)
 
 
-@pytest.mark.usefixtures("patient")
 async def test_a_recount_corrects_and_misses_nothing(db: Database, other_db: Database) -> None:
     """Whatever stood in the tallies, they are right afterwards, also for who wrote meanwhile."""
     async with open_writer(db) as writer:

@@ -7,7 +7,7 @@ import asyncpg
 import pytest
 from sqlalchemy import text
 
-from tests.store.making import NOW, callback, ids, open_writer, seen, started
+from tests.store.making import NOW, callback, called, ids, open_writer, seen, started
 from tests.support.logs import capture_logs
 from tests.support.waiting import eventually
 from tracker.core.run import RunStatus
@@ -64,7 +64,7 @@ async def test_other_processes_are_reported(postgres_url: str) -> None:
         await eventually(lambda: signals.listening)
         await signals.wait_due(0)
         with signals.subscribed(heard.extend):
-            await writer.submit_all([callback(run) for run in ids("run", 450)])
+            await writer.submit_all([called(run) for run in ids("run", 450)])
             assert await signals.wait_due(10)
             await eventually(lambda: sorted(heard) == ids("run", 450))
 

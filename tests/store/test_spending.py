@@ -65,7 +65,6 @@ def became(run_id: str, row: StartRow, quote: str | None = None) -> Any:
     )
 
 
-@pytest.mark.usefixtures("patient")
 async def test_of_100_starts_at_once_exactly_as_many_as_fit_are_kept(
     db: Database, other_db: Database
 ) -> None:
@@ -204,7 +203,6 @@ async def test_runs_of_one_start_that_show_at_once_take_their_shares(
     assert (found.reserved, found.quoted) == (0, 3 * PRICE)
 
 
-@pytest.mark.usefixtures("patient")
 async def test_one_key_asked_for_at_once_takes_room_once(
     db: Database, other_db: Database, writer: TestWriter
 ) -> None:

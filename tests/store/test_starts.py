@@ -5,8 +5,6 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
-import pytest
-
 from tests.store.making import NOW, TestWriter, callback, seen, started
 from tracker.core.observation import Source
 from tracker.store.engine import Database
@@ -51,7 +49,6 @@ async def mark(
     return row
 
 
-@pytest.mark.usefixtures("patient")
 async def test_a_key_is_kept_once(db: Database, other_db: Database) -> None:
     """Of many requests with one key at the same moment one makes the row, and all see that row."""
     answers = await asyncio.gather(
@@ -174,7 +171,6 @@ async def test_what_became_a_run_stays_so(writer: TestWriter, db: Database) -> N
     assert (row.state, row.run_id) == (StartState.STARTED, "run_1")
 
 
-@pytest.mark.usefixtures("patient")
 async def test_one_process_sends_a_key(db: Database, other_db: Database) -> None:
     """The right to send has one holder, until it is given back or runs out."""
     await reserve(db, "key")
