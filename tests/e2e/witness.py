@@ -4,14 +4,10 @@ A witness posts signed deliveries until each is taken, starts runs until each is
 every page and route again and again, and follows the stream, all at the same time. It notes how
 long each answer took and every answer that breaks a promise. Afterwards the database has to agree
 with it, and with FLORA's own records.
-
-An answer is late by the time in which both processes could work: `/healthz`, which needs no
-database, is asked all the time, and tells when one of them stood still.
 """
 
 import asyncio
 import json
-import statistics
 import time
 from collections import Counter
 from contextlib import suppress
@@ -34,8 +30,6 @@ LATEST = 9.0
 """Seconds within which every answer has to come."""
 PAUSE = 0.1
 """Seconds between what one sender, reader or starter does and what it does next."""
-ALIVE = 0.25
-"""Seconds in which a process that is at work says so; one that needs longer mostly, hangs."""
 PROGRAMS = (
     *("/readyz", "/metrics", "/api/runs", "/api/runs/run_x", "/api/runs/run_x/events"),
     *("/api/techniques", "/api/techniques/icon-pack"),
@@ -63,15 +57,11 @@ class Witness:
         self.statuses: Counter[tuple[str, int]] = Counter()
         self.slowest = ("", 0.0)
         self.broken: list[str] = []
-        """Promises that were broken, in words; those that answers were late with when it closes."""
-        self._late: list[tuple[str, float, float]] = []
-        """Late answers: what was asked, and from when to when."""
-        self._beats: list[tuple[float, float]] = []
-        """From when to when each question for `/healthz` and the pause after it went on."""
+        """Promises that were broken, in words."""
 
     def begin(self, *, senders: int, readers: int, starters: int, size: int = 2000) -> None:
         """Begin all of it; `size` is how many bytes a delivery has."""
-        work = [self._follow(), self._watch()]
+        work = [self._follow(), self._ask("/healthz", "/healthz")]
         work += [self._send(size) for _ in range(senders)]
         work += [self._ask(*PROGRAMS, *PAGES[number:]) for number in range(readers)]
         work += [self._start() for _ in range(starters)]
@@ -98,8 +88,9 @@ class Witness:
         except (OSError, EOFError) as error:
             self.broken.append(f"{what}: {type(error).__name__}")
             return False
+        took = time.monotonic() - began
         response = httpx.Response(answer.status, headers=answer.headers, content=answer.body)
-        self._judge(what, CALLBACKS, response, began)
+        self._judge(what, CALLBACKS, response, took)
         return response.is_success
 
     async def back(self, within: float) -> float:
@@ -128,32 +119,6 @@ class Witness:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self.broken += [
-            f"{what} after {ended - began:.1f} s"
-            for what, began, ended in self._late
-            if ended - began - self._stood_still(began, ended) > LATEST
-        ]
-        took = [ended - began - PAUSE for began, ended in self._beats]
-        if took and statistics.median(took) > ALIVE:
-            self.broken.append(f"/healthz: mostly answered after {statistics.median(took):.1f} s")
-        self._late, self._beats = [], []
-
-    def _stood_still(self, began: float, ended: float) -> float:
-        """For how many seconds of that time the tracker or this process stood still."""
-        return sum(
-            max(0.0, min(end, ended) - max(begin, began) - PAUSE - ALIVE)
-            for begin, end in self._beats
-            if end - begin > PAUSE + 2 * ALIVE
-        )
-
-    async def _watch(self) -> None:
-        """Ask again and again whether the tracker is alive."""
-        async with self._client() as client:
-            while self._going:
-                began = time.monotonic()
-                await self._timed(client, "GET", "/healthz")
-                await asyncio.sleep(PAUSE)
-                self._beats.append((began, time.monotonic()))
 
     async def _send(self, size: int) -> None:
         """Post deliveries that are FLORA's and not understood: they belong to no run."""
@@ -227,17 +192,15 @@ class Witness:
         except httpx.TransportError as error:
             self.broken.append(f"{method} {path}: {type(error).__name__}")
             return None
-        self._judge(f"{method} {path}", path, answer, began)
+        self._judge(f"{method} {path}", path, answer, time.monotonic() - began)
         return answer
 
-    def _judge(self, what: str, path: str, answer: httpx.Response, began: float) -> None:
-        """Count an answer, and note what is wrong with it; it was asked for at `began`."""
-        ended = time.monotonic()
-        took = ended - began
+    def _judge(self, what: str, path: str, answer: httpx.Response, took: float) -> None:
+        """Count an answer, and note what is wrong with it; it came after `took` seconds."""
         if took > self.slowest[1]:
             self.slowest = (what, took)
         if took > LATEST:
-            self._late.append((f"{what}: answered {answer.status_code}", began, ended))
+            self.broken.append(f"{what}: answered {answer.status_code} after {took:.1f} s")
         self.statuses[path, answer.status_code] += 1
         self.broken += self._faults(what, path, answer)
 
