@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,6 @@ from tracker.store.postgres import LOCK_SECONDS
 from tracker.store.schema import runs
 
 DEATHS = 3
-TRIES = 3
 # These do some of it beside the work, which no transaction can hold together.
 STEP_BY_STEP = {"0006", "0008", "0009", "0010", "0012"}
 INVALID = "SELECT indexrelid::regclass::text FROM pg_index WHERE NOT indisvalid"
@@ -37,100 +36,58 @@ async def completed(db: Database) -> set[str]:
         return set((await connection.execute(query)).scalars())
 
 
-@pytest.fixture
-def empty_databases(
-    request: pytest.FixtureRequest, empty_database_url: str, tmp_path: Path
-) -> Iterator[Iterator[str]]:
-    """As many databases with nothing in them as are asked for, on the engine of
-    `empty_database_url`."""
-    if empty_database_url.startswith("sqlite"):
-        yield (sqlite_url_of(tmp_path / f"{number}.db") for number in itertools.count())
-        return
-    made: PostgresDatabases = request.getfixturevalue("postgres_databases")
-    with ExitStack() as stack:
-        yield (stack.enter_context(made.empty()) for _ in itertools.count())
-
-
-@pytest.fixture
-def empty_postgres_databases(postgres_databases: PostgresDatabases) -> Iterator[Iterator[str]]:
-    """As many PostgreSQL databases with nothing in them as are asked for."""
-    with ExitStack() as stack:
-        yield (stack.enter_context(postgres_databases.empty()) for _ in itertools.count())
-
-
-async def upgraded_beneath_writers(url: str) -> dict[str, float]:
-    """Upgrade step by step from the first revision to the newest while the version before writes,
-    which gets no error; the longest wait of a writer at each step."""
+@pytest.mark.usefixtures("patient")
+async def test_the_version_before_notices_no_migration(empty_database_url: str) -> None:
+    """At each step from the first revision to the newest, writers that know only the schema before
+    it get no error, wait less than for a lock, and have what they wrote."""
     first, *later = revisions()
-    longest: dict[str, float] = {}
     written: set[str] = set()
-    await migrate.upgrade(url, first)
-    async with await Database.open(url) as db:
+    await migrate.upgrade(empty_database_url, first)
+    async with await Database.open(empty_database_url) as db:
         for revision in later:
             writers = await OldWriters.knowing(db)
             async with writers.at_work(f"before_{revision}"):
-                await migrate.upgrade(url, revision)
+                await migrate.upgrade(empty_database_url, revision)
             assert writers.errors == []
-            longest[revision] = max(writers.waits)
+            assert max(writers.waits) < LOCK_SECONDS
             written.update(writers.written)
-        assert await migrate.current(url) == migrate.head()
+        assert await migrate.current(empty_database_url) == migrate.head()
         assert await completed(db) == written
-    return longest
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.usefixtures("patient")
-async def test_the_version_before_notices_no_migration(empty_databases: Iterator[str]) -> None:
-    """At each step from the first revision to the newest, writers that know only the schema before
-    it get no error, wait less than for a lock, and have what they wrote."""
-    slow: set[str] | None = None
-    for _ in range(TRIES):
-        longest = await upgraded_beneath_writers(next(empty_databases))
-        held_up = {revision for revision, wait in longest.items() if wait >= LOCK_SECONDS}
-        slow = held_up if slow is None else slow & held_up
-        if not slow:
-            break
-    assert not slow, "writers wait too long for these each time"
-
-
-@pytest.mark.timeout(180)
-@pytest.mark.usefixtures("patient")
-async def test_a_migration_that_waits_lets_others_through(
-    empty_postgres_databases: Iterator[str],
-) -> None:
+async def test_a_migration_that_waits_lets_others_through(empty_postgres_url: str) -> None:
     """While someone reads a table for long, a migration of it stands aside again and again: those
     who write are kept for less than they wait for a lock, and it is done once the reader has."""
     before, changes_runs = "0002", "0003"
-
-    async def longest_wait(url: str) -> float:
-        await migrate.upgrade(url, before)
-        reader = await asyncpg.connect(url)
-        with capture_logs() as logged:
-            async with await Database.open(url) as db, reader.transaction():
-                await reader.execute("SELECT FROM runs LIMIT 1")
-                writers = await OldWriters.knowing(db)
-                async with writers.at_work("during"):
-                    upgrading = asyncio.create_task(migrate.upgrade(url, changes_runs))
-                    await eventually(lambda: logged)
-                assert not upgrading.done()
-        await reader.close()
-        await upgrading
-        assert {line["event"] for line in logged} == {"migration.waits"}
-        assert writers.errors == []
-        return max(writers.waits)
-
-    await assert_waits_less(empty_postgres_databases, longest_wait)
+    await migrate.upgrade(empty_postgres_url, before)
+    reader = await asyncpg.connect(empty_postgres_url)
+    with capture_logs() as logged:
+        async with await Database.open(empty_postgres_url) as db, reader.transaction():
+            await reader.execute("SELECT FROM runs LIMIT 1")
+            writers = await OldWriters.knowing(db)
+            async with writers.at_work("during"):
+                upgrading = asyncio.create_task(migrate.upgrade(empty_postgres_url, changes_runs))
+                await eventually(lambda: logged)
+            assert not upgrading.done()
+    await reader.close()
+    await upgrading
+    assert {line["event"] for line in logged} == {"migration.waits"}
+    assert writers.errors == []
+    assert max(writers.waits) < LOCK_SECONDS
 
 
-async def assert_waits_less(
-    databases: Iterator[str], longest_wait: Callable[[str], Awaitable[float]]
-) -> None:
-    """The longest wait of a writer is shorter than for a lock, in one of a few databases: a machine
-    that stands still for a moment lengthens one of them."""
-    waits: list[float] = []
-    while len(waits) < TRIES and (not waits or min(waits) >= LOCK_SECONDS):
-        waits.append(await longest_wait(next(databases)))
-    assert min(waits) < LOCK_SECONDS, waits
+@pytest.fixture
+def empty_databases(
+    request: pytest.FixtureRequest, empty_database_url: str, tmp_path: Path
+) -> Iterator[list[str]]:
+    """Several databases with nothing in them, on the engine of `empty_database_url`."""
+    if empty_database_url.startswith("sqlite"):
+        yield [sqlite_url_of(tmp_path / f"{number}.db") for number in range(DEATHS + 1)]
+        return
+    made: PostgresDatabases = request.getfixturevalue("postgres_databases")
+    with ExitStack() as stack:
+        yield [stack.enter_context(made.empty()) for _ in range(DEATHS + 1)]
 
 
 def assert_on_the_way(
@@ -145,7 +102,7 @@ def assert_on_the_way(
 
 @pytest.mark.timeout(180)
 async def test_an_upgrade_that_is_killed_is_not_half(
-    empty_databases: Iterator[str], empty_database_url: str
+    empty_databases: list[str], empty_database_url: str
 ) -> None:
     """Wherever SIGKILL strikes, the schema is a revision's own, whole (or on its way to one that
     only makes indexes beside the work), and the next upgrade ends at the newest."""
@@ -155,12 +112,11 @@ async def test_an_upgrade_that_is_killed_is_not_half(
         await migrate.upgrade(empty_database_url, revision)
         whole[revision] = await on(empty_database_url, schema)
     following = dict(itertools.pairwise([None, *revisions()]))
-    urls = [next(empty_databases) for _ in range(DEATHS + 1)]
-    command = [sys.executable, "-m", "tests.store.dying_upgrades", *urls]
+    command = [sys.executable, "-m", "tests.store.dying_upgrades", *empty_databases]
     process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stderr=subprocess.PIPE)
     _, errors = await process.communicate()
     assert process.returncode == 0, errors.decode()
-    for url in urls[1:]:
+    for url in empty_databases[1:]:
         revision = await migrate.current(url)
         assert revision != migrate.head()
         found = await on(url, schema)
@@ -195,36 +151,31 @@ async def test_an_index_that_was_not_finished_is_made_anew(
     assert await on(empty_postgres_url, schema) == wanted
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.usefixtures("patient")
 async def test_an_index_waits_for_older_transactions_and_blocks_none(
-    empty_postgres_databases: Iterator[str],
+    empty_postgres_url: str,
 ) -> None:
     """While a long transaction keeps an index from being finished, writers go on as always, another
     process waits for its turn without being in the way, and both are done once it has ended."""
     before = "0005"
-
-    async def longest_wait(url: str) -> float:
-        await migrate.upgrade(url, before)
-        reader = await asyncpg.connect(url)
-        async with await Database.open(url) as db:
-            async with reader.transaction(isolation="repeatable_read"):
-                await reader.execute("SELECT FROM sweeps")
-                writers = await OldWriters.knowing(db)
-                async with writers.at_work("during"):
-                    upgrading = asyncio.create_task(migrate.upgrade(url))
-                    await eventually(partial(_are_there, db, _WAITING_INDEX))
-                    other = await _other_upgrade(url)
-                    await eventually(partial(_are_there, db, _WAITING_UPGRADE), START_SECONDS)
-                assert not upgrading.done()
-            await upgrading
-            assert await other.wait() == 0
-        await reader.close()
-        assert writers.errors == []
-        assert await migrate.current(url) == migrate.head()
-        return max(writers.waits)
-
-    await assert_waits_less(empty_postgres_databases, longest_wait)
+    await migrate.upgrade(empty_postgres_url, before)
+    reader = await asyncpg.connect(empty_postgres_url)
+    async with await Database.open(empty_postgres_url) as db:
+        async with reader.transaction(isolation="repeatable_read"):
+            await reader.execute("SELECT FROM sweeps")
+            writers = await OldWriters.knowing(db)
+            async with writers.at_work("during"):
+                upgrading = asyncio.create_task(migrate.upgrade(empty_postgres_url))
+                await eventually(partial(_are_there, db, _WAITING_INDEX))
+                other = await _other_upgrade(empty_postgres_url)
+                await eventually(partial(_are_there, db, _WAITING_UPGRADE), START_SECONDS)
+            assert not upgrading.done()
+        await upgrading
+        assert await other.wait() == 0
+    await reader.close()
+    assert writers.errors == []
+    assert max(writers.waits) < LOCK_SECONDS
+    assert await migrate.current(empty_postgres_url) == migrate.head()
 
 
 _WAITING_INDEX = "pg_stat_progress_create_index WHERE phase LIKE 'waiting%'"

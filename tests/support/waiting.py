@@ -43,24 +43,12 @@ async def eventually(
         await asyncio.sleep(interval)
 
 
-async def assert_takes_less(
-    seconds: float, work: Callable[[], Awaitable[object]], tries: int = 3
-) -> None:
-    """Do `work` until it takes less than `seconds`, at most `tries` times.
-
-    A machine that stands still for a moment lengthens one try, and a fault lengthens all of them.
-    Raises AssertionError with the durations; what `work` itself raises comes through.
-    """
+async def assert_takes_less(seconds: float, work: Callable[[], Awaitable[object]]) -> None:
+    """Do `work`, which has to take less than `seconds`; what it raises comes through."""
     loop = asyncio.get_running_loop()
-    took: list[float] = []
-    for _ in range(tries):
-        began = loop.time()
-        await work()
-        took.append(loop.time() - began)
-        if took[-1] < seconds:
-            return
-    durations = ", ".join(f"{one:.2f}" for one in took)
-    raise AssertionError(f"it took {durations} s, never less than {seconds:g} s")
+    began = loop.time()
+    await work()
+    assert loop.time() - began < seconds
 
 
 def let_pass(seconds: float) -> None:
