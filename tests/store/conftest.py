@@ -2,32 +2,22 @@
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
-from functools import partial
 
 import pytest
 
 from tests.store.making import TestWriter, open_writer
 from tests.support.databases import Background, PostgresDatabases, migrate, sqlite_url_of
-from tracker.store import engine, postgres, sqlite
+from tests.support.patience import wait_longer_for_the_database
+from tracker.store import engine
 from tracker.store.engine import Database
-
-_LIMITS = {
-    engine: ("ANSWER_SECONDS", "PING_SECONDS", "STATEMENT_SECONDS"),
-    postgres: ("CONNECT_SECONDS", "LOCK_SECONDS", "STATEMENT_SECONDS"),
-    sqlite: ("BUSY_SECONDS", "QUEUE_SECONDS"),
-}
 
 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever waits for a database that is opened from now on waits for a minute, so that a machine
-    that stands still for a moment fails nothing. Tests that are about such waits open one of their
-    own."""
-    for module, names in _LIMITS.items():
-        for name in names:
-            monkeypatch.setattr(module, name, 60.0)
-    connect = partial(postgres.connect_postgres, command_timeout=60.0)
-    monkeypatch.setattr(engine, "connect_postgres", connect)
+    """Whoever waits for a database that is opened from now on has patience. Tests that are about
+    such waits open one of their own."""
+    wait_longer_for_the_database(monkeypatch)
+    monkeypatch.setattr(engine, "PING_SECONDS", 20.0)
 
 
 @pytest.fixture
