@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 
+from tests.support.waiting import eventually
+from tracker.cli import output
 from tracker.cli.output import print_fields, print_json, print_table
 from tracker.cli.setup import flora_deadline
 from tracker.core.errors import FloraUnreachable
+from tracker.flora.caller import Wait
 
 HOSTILE = "a\x1b[2Jb\nc\x9bd [red]e[/red]"
 
@@ -28,6 +31,36 @@ def test_json_survives_every_locale(capsys: pytest.CaptureFixture[str]) -> None:
     """JSON is ASCII, whatever is in it."""
     print_json({"name": "Ü\x9b\ud800"})
     assert capsys.readouterr().out.isascii()
+
+
+async def test_each_cause_of_a_wait_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it lasts, and when it comes again, where no terminal counts it down."""
+    monkeypatch.setattr(output, "_REFRESH_SECONDS", 0.001)
+    silent = FloraUnreachable("", may_have_acted=False)
+    reads = 0
+
+    class Client:
+        @property
+        def wait(self) -> Wait | None:
+            nonlocal reads
+            reads += 1
+            waits = (
+                Wait(passed=0.5, left=20, paused=3, error=None),  # too short to be reported
+                Wait(passed=2, left=20, paused=3, error=None),
+                Wait(passed=3, left=19, paused=0, error=silent),
+                None,
+            )
+            return waits[reads % len(waits)]
+
+    waiting: Any = SimpleNamespace(workspaces=[SimpleNamespace(client=Client())])
+    async with output.showing_waits(waiting):
+        await eventually(lambda: reads >= 12, interval=0.001)
+    assert sorted(capsys.readouterr().err.splitlines()) == [
+        "tracker: FLORA asked for a pause, waiting for up to 3 s",
+        "tracker: FLORA does not answer, retrying for up to 19 s",
+    ]
 
 
 def services(clock_offset: Any) -> Any:

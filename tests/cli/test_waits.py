@@ -7,7 +7,7 @@ from contextlib import ExitStack
 import httpx
 import pytest
 
-from tests.cli.conftest import Commands, simulate
+from tests.cli.conftest import Commands, first_line, simulate
 from tests.support.waiting import free_port
 
 FACE = "face:imageUrl=https://example.com/a.png"
@@ -69,12 +69,13 @@ def test_a_pause_is_reported(tracker: Commands, stack: ExitStack) -> None:
 
     refuse(1, 3)
     with tracker.running("techniques", "sync", TRACKER_LOG_LEVEL="error") as process:
-        assert process.stderr is not None
-        assert "tracker: FLORA asked for a pause, waiting for" in process.stderr.readline()
+        assert "tracker: FLORA asked for a pause, waiting for" in first_line(process)
         refuse(0, 3)
         output, errors = process.communicate(timeout=40)
     assert "0 new" in output
-    assert errors == ""
+    # A FLORA that stands still when it is asked again is another cause.
+    again = "tracker: FLORA answers 429, retrying for up to"
+    assert [line for line in errors.splitlines() if not line.startswith(again)] == []
 
     refuse(1, 60)
     assert "FLORA answered 429" in tracker("techniques", "sync").stderr
