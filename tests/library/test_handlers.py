@@ -43,8 +43,8 @@ async def test_a_handler_gets_the_run_and_starts_another(
 
     async with tracker:
         run = await tracker.start("icon-pack", INPUTS, tags={"step": "first"})
-        await eventually(lambda: len(events) == 2, timeout=20)
-        await eventually(lambda: len(stored) == 2, timeout=20)
+        await eventually(lambda: len(events) == 2, timeout=30)
+        await eventually(lambda: len(stored) == 2, timeout=30)
         present = await run.refresh()
     assert {one.run_id for one in followed} | {run.run_id} == set(flora.world.runs)
     first, second = events
@@ -79,8 +79,8 @@ async def test_the_documented_chain_runs(
         async def second() -> list[Run]:
             return [run async for run in tracker.runs(tag="step=second")]
 
-        (run,) = await eventually(second, timeout=20)
-        done = await run.wait(timeout=20)
+        (run,) = await eventually(second, timeout=30)
+        done = await run.wait(timeout=30)
     assert done.inputs[0]["value"] == (flora.world.runs[first.run_id].outputs[0].url)
     assert len(flora.world.runs) == 2
 

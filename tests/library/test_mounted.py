@@ -60,7 +60,7 @@ async def client_of(app: Any, **options: Any) -> AsyncIterator[httpx.AsyncClient
     """A client of an application that uvicorn serves."""
     async with (
         plain_uvicorn(app, **options) as url,
-        httpx.AsyncClient(base_url=url, timeout=20) as client,
+        httpx.AsyncClient(base_url=url, timeout=30) as client,
     ):
         yield client
 
@@ -92,7 +92,7 @@ async def test_a_tracker_lives_in_another_application(
             answer = await client.get("/deep/flora/api/runs")
         assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
         run = await tracker.start("icon-pack", INPUTS)
-        assert (await run.wait(timeout=20)).succeeded
+        assert (await run.wait(timeout=30)).succeeded
     with pytest.raises(TrackerNotOpen):
         await tracker.get(run.run_id)
 
@@ -191,7 +191,7 @@ async def test_every_address_of_every_page_is_below_the_prefix(make_tracker: Mak
     app = host(Mount("/flora", tracker.asgi()), lifespan=tracker.lifespan)
     async with client_of(app) as client:
         run = await tracker.start("icon-pack", INPUTS, tags={"for": "crawl"})
-        await run.wait(timeout=20)
+        await run.wait(timeout=30)
         seen: set[str] = set()
         waiting = {"/flora/", "/flora/runbook.html"}  # alerts lead to the second
         while waiting:
@@ -310,7 +310,7 @@ async def test_several_processes_of_uvicorn_share_a_database(
                     answer = await client.get(f"/flora/api/runs/{run['run_id']}")
                     return bool(answer.json()["tracking"] == "settled")
 
-                await eventually(settled, timeout=20)
+                await eventually(settled, timeout=30)
             process.terminate()
             output, _ = await asyncio.to_thread(process.communicate, timeout=20)
         finally:

@@ -161,8 +161,8 @@ async def test_failed_writes_are_counted(serve: Serve, own_postgres: PostgresSer
     async with serve(own_postgres.url("tracker")) as site:
         await post(site, callbacks.event())
         await site.services.applier.drain()
-        assert (await scrape(site.client)).value("tracker_database_up") == 1
         site.services.metrics._database.keep_seconds = 0  # type: ignore[union-attr]
+        assert (await scrape(site.client)).value("tracker_database_up") == 1
         await asyncio.to_thread(own_postgres.stop)
         posting = asyncio.create_task(post(site, callbacks.event("run_2")))
 
@@ -325,6 +325,7 @@ async def test_bills_and_failures_are_reported(site: Site) -> None:
     """What today's runs cost at least, what the others were quoted, how many may still be billed
     and how many never were; failed ones by what to do, unknown codes counted."""
     now = site.services.clock()
+    site.services.metrics._database.clock = lambda: now  # type: ignore[union-attr]
     ended = {"completed_at": now, "workspace_id": "ws_1"}
     quote = {"workspace_id": "ws_1", "charged_cost": Decimal("0.25")}
     old = now - timedelta(days=2)
