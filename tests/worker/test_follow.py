@@ -145,7 +145,12 @@ async def test_a_run_that_has_not_ended_is_polled_again_soon(
     await services.tracker.track(run.run_id)
     clock.move(follow.OVERDUE.total_seconds() + 1)
     task = asyncio.create_task(collect(services.follower.follow([run.run_id]), []))
-    await eventually(lambda: sum(reads_of(flora).values()) == 1)
+
+    async def is_polled() -> bool:
+        return (await the_run(services, run.run_id)).checks == 1
+
+    await eventually(is_polled)
+    assert sum(reads_of(flora).values()) == 1
     clock.move(60)
     async with asyncio.timeout(30):
         await task
