@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.processes import Sandbox, open_sandbox
+from tests.support.patience import (
+    always_wait_longer_for_the_database,
+    wait_longer_for_the_database,
+)
 from tracker.store.engine import Database
 
 pytest.register_assert_rewrite("tests.e2e.truth")
@@ -24,10 +28,17 @@ def _forget_cut_connections() -> Iterator[None]:
         gc.collect()
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test's own process waits for a database that stands still for seconds."""
+    wait_longer_for_the_database(monkeypatch)
+
+
 @pytest.fixture
 async def sandbox(tmp_path: Path, database_url: str) -> AsyncIterator[Sandbox]:
-    """A sandbox on the test's own database, once on each engine."""
-    async with open_sandbox(tmp_path, database_url) as one:
+    """A sandbox on the test's own database, once on each engine; its processes have patience."""
+    patient = always_wait_longer_for_the_database
+    async with open_sandbox(tmp_path, database_url, prepare=patient) as one:
         yield one
 
 

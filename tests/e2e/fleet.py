@@ -32,7 +32,6 @@ from tracker.core.clock import utc_now
 from tracker.polling import poll, sweep
 from tracker.simulator import Simulator
 from tracker.starting import recover, sending
-from tracker.store import postgres
 from tracker.worker import scheduler
 
 LEASE = timedelta(seconds=3)
@@ -60,11 +59,7 @@ def prepare(off: float) -> None:
 
 
 def shorten_waits() -> None:
-    """Short leases, frequent sweeps, and a client that does not wait long.
-
-    Locks are waited for longer: where the machine stands still, who holds one keeps it as long.
-    """
-    postgres.LOCK_SECONDS = 5.0  # type: ignore[misc]
+    """Short leases, frequent sweeps, and a client that does not wait long."""
     short_waits.shorten_waits()
     short_waits.shorten_key_memory()
     held: tuple[tuple[ModuleType, str], ...] = (

@@ -11,6 +11,7 @@ from typing import Any
 
 from apscheduler.triggers.interval import IntervalTrigger
 
+from tests.support.patience import always_wait_longer_for_the_database
 from tracker import services
 from tracker.cli import main
 from tracker.delivering import webhooks
@@ -52,9 +53,11 @@ class ShortWaits(DatabaseWaits):
         await super().share(seconds / SPEED)
 
 
-def shorten_waits() -> None:
+def shorten_waits(*, patient: bool = True) -> None:
     """Clients and starts wait a fiftieth, and a killed process holds a start or a batch for two
-    seconds, not thirty."""
+    seconds, not thirty. The database is waited for longer, unless the test is about that."""
+    if patient:
+        always_wait_longer_for_the_database()
     shorten(sending, HELD_FOR=timedelta(seconds=2))
     shorten(batch_launches, LEASE=timedelta(seconds=2))
     services.FloraClient = partial(services.FloraClient, monotonic=clock, sleep=short_sleep)  # type: ignore
@@ -70,9 +73,9 @@ def shorten_waits() -> None:
     )
 
 
-def shorten_all_waits() -> None:
+def shorten_all_waits(*, patient: bool = True) -> None:
     """Also leases, the interval of recovery and compaction, and the grace period of the server."""
-    shorten_waits()
+    shorten_waits(patient=patient)
     soon = timedelta(seconds=0.4)
     shorten(sending, HELD_FOR=soon)
     shorten(batch_launches, LEASE=soon)

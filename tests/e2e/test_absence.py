@@ -11,6 +11,7 @@ import pytest
 
 from tests.e2e.processes import Process, Sandbox, open_sandbox
 from tests.e2e.short_waits import shorten
+from tests.support.patience import always_wait_longer_for_the_database
 from tests.support.scraping import scrape
 from tests.support.waiting import eventually, free_port
 from tracker.core import contact as core_contact
@@ -26,6 +27,7 @@ TOKEN = "a-token-of-the-absence"
 
 def hasty() -> None:
     """Make this process notice within seconds what it otherwise notices within a minute."""
+    always_wait_longer_for_the_database()
     for module in (core_contact, contact):
         shorten(module, PATIENCE=timedelta(seconds=2))
     shorten(contact, CONFIRMED=0.5)

@@ -15,6 +15,7 @@ import pytest
 from tests.e2e.lives import Life
 from tests.e2e.processes import open_sandbox
 from tests.e2e.short_waits import shorten, shorten_webhooks
+from tests.support.patience import always_wait_longer_for_the_database
 from tests.support.waiting import START_SECONDS, eventually
 from tracker import RunEvent, Tracker
 from tracker.delivering import handlers, webhooks
@@ -30,6 +31,7 @@ def handle(called: Path, die_in_call: int, die_after: int) -> None:
     """A program that starts runs and writes each call of its handler down. It kills itself in that
     call, or the first after it that is not timed out, or when it comes to the commit of outcomes so
     many times. It does not return."""
+    always_wait_longer_for_the_database()
     shorten_webhooks()
     shorten(poll, LEASE=timedelta(seconds=2), RENEW_AFTER=0.5)  # a killed process may hold one
     shorten(handlers, COMMIT_SECONDS=0.5)
@@ -68,7 +70,7 @@ def handle(called: Path, die_in_call: int, die_after: int) -> None:
     asyncio.run(work())
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(150)
 @pytest.mark.both_databases
 async def test_every_run_is_handled_through_kills(
     tmp_path: Path, database_url: str, database: Database
@@ -106,7 +108,7 @@ async def test_every_run_is_handled_through_kills(
             rows, _ = await list_messages(database, state="delivered")
             return len(rows) == RUNS
 
-        await eventually(delivered, timeout=30)
+        await eventually(delivered, timeout=60)
         for one in last:
             one.tell()
         lines = [line.split() for line in called.read_text().splitlines()]

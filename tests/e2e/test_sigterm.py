@@ -4,6 +4,7 @@ ends with 0 within a container's 30 s."""
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,8 @@ class Deployment:
 
     def _begin(self, *arguments: str) -> Life:
         log = self._directory / f"{len(self._lives)}-{arguments[0]}.log"
-        life = Life.begin(*arguments, env=self._environment, log=log, prepare=shorten_all_waits)
+        prepare = partial(shorten_all_waits, patient=False)  # it is about a database that is gone
+        life = Life.begin(*arguments, env=self._environment, log=log, prepare=prepare)
         self._lives.append(life)
         return life
 
