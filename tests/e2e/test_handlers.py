@@ -21,6 +21,7 @@ from tracker import RunEvent, Tracker
 from tracker.delivering import handlers, webhooks
 from tracker.polling import poll
 from tracker.simulator import Options, running
+from tracker.starting import sending
 from tracker.store.engine import Database
 from tracker.store.queries.endpoints import list_messages
 
@@ -33,7 +34,9 @@ def handle(called: Path, die_in_call: int, die_after: int) -> None:
     many times. It does not return."""
     always_wait_longer_for_the_database()
     shorten_webhooks()
-    shorten(poll, LEASE=timedelta(seconds=2), RENEW_AFTER=0.5)  # a killed process may hold one
+    # A killed process may hold a run, or a start.
+    shorten(poll, LEASE=timedelta(seconds=2), RENEW_AFTER=0.5)
+    shorten(sending, HELD_FOR=timedelta(seconds=2), RENEW_AFTER=0.5)
     shorten(handlers, COMMIT_SECONDS=0.5)
     take_turn: Callable[..., Any] = webhooks.take_turn
     calls = commits = 0
