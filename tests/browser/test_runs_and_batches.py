@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from decimal import Decimal
 
 import pytest
 from playwright.async_api import expect
@@ -157,7 +158,7 @@ async def test_a_row_of_the_list_is_a_link(live: LiveTracker, open_page: OpenPag
 async def test_a_picture_that_does_not_load_becomes_an_icon(
     live: LiveTracker, open_page: OpenPage
 ) -> None:
-    """Quietly, and the row keeps its height."""
+    """Quietly, and the row keeps its height; it stays one when the page is kept up to date."""
     seen = Observation(
         run_id="run_broken",
         source=Source.POLL,
@@ -172,6 +173,9 @@ async def test_a_picture_that_does_not_load_becomes_an_icon(
     await sign_in(page, f"{live.url}/runs?text=run_broken")
     thumb = page.locator('tr[data-run="run_broken"] .thumb')
     await expect(thumb).to_have_class(re.compile("broken"))
+    billed = replace(seen, at=utc_now(), charged_cost=Decimal("0.25"))
+    await live.services.writer.submit(Seen(observation=billed))
+    await expect(page.locator('tr[data-run="run_broken"]')).to_contain_text("$0.25")
     await expect(thumb.locator("img")).to_be_hidden()
     await expect(thumb.locator("svg")).to_be_visible()
     box = await thumb.bounding_box()

@@ -21,10 +21,16 @@ document.addEventListener("error", (event) => {
   if (event.target instanceof Element && event.target.matches("[data-media]")) broken(event.target);
 }, true);
 
-// Media that failed before this module was loaded.
-document.querySelectorAll("img[data-media]").forEach((image) => {
-  if (image.complete && image.naturalWidth === 0 && image.currentSrc) broken(image);
-});
-document.querySelectorAll("video[data-media], audio[data-media]").forEach((media) => {
-  if (media.error) broken(media);
-});
+// Media that failed before this module was loaded, or before a live page was loaded again, which
+// shows them as if they had not.
+function findBroken() {
+  document.querySelectorAll("img[data-media]").forEach((image) => {
+    if (image.complete && image.naturalWidth === 0 && image.currentSrc) broken(image);
+  });
+  document.querySelectorAll("video[data-media], audio[data-media]").forEach((media) => {
+    if (media.error) broken(media);
+  });
+}
+
+findBroken();
+document.addEventListener("htmx:after:swap", findBroken);
