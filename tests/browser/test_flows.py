@@ -184,7 +184,7 @@ async def test_deliveries_are_selected_and_handled_together(
     await page.get_by_label("Select whd_bulk_0").check()
     await quarantine(live, "whd_bulk_3", run_id, "another cause")
     await start(live)  # its events update the page
-    await expect(page.get_by_role("link", name="whd_bulk_3")).to_be_visible(timeout=20_000)
+    await expect(page.get_by_role("link", name="whd_bulk_3")).to_be_visible()
     await expect(page.get_by_label("Select whd_bulk_0")).to_be_checked()
     await page.get_by_text("Acknowledge selected…").click()
     await page.get_by_role("button", name="Acknowledge selected").click()
@@ -232,6 +232,7 @@ async def test_a_session_that_ends_leads_to_the_sign_in(
     watched = await open_page()
     page = watched.page
     await sign_in(page, f"{live.url}/runs")
+    await page.evaluate("dispatchEvent(new Event('pagehide'))")  # else it may leave by itself first
     await page.context.clear_cookies()
     await page.get_by_label("State").select_option("lost")
     await page.wait_for_url("**/login?next=*")
