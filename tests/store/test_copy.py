@@ -26,6 +26,8 @@ from tracker.store.errors import StoreBusy
 from tracker.store.schema import sessions
 from tracker.store.url import DatabaseUrl
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 ROOT = Path(__file__).parents[2]
 EMPTY: Rows = {table.name: [] for table in TABLES}
 
