@@ -4,6 +4,7 @@ import asyncio
 import pickle
 import subprocess
 import sys
+from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tests.library.conftest import INPUTS, MakeTracker
 from tests.support.postgres import PostgresServer
 from tests.web.callbacks import event, signed
 from tracker import Tracker, errors
+from tracker.polling import follow
 from tracker.settings import Settings
 from tracker.simulator import Simulator
 
@@ -82,9 +84,13 @@ async def test_closing_ends_what_is_under_way(make_tracker: MakeTracker, sqlite_
 
 
 async def test_a_wait_survives_an_outage(
-    make_tracker: MakeTracker, own_postgres: PostgresServer, flora: Simulator
+    make_tracker: MakeTracker,
+    own_postgres: PostgresServer,
+    flora: Simulator,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The database goes away and comes back while a run is waited for."""
+    monkeypatch.setattr(follow, "OVERDUE", timedelta(seconds=3))  # it is not polled before
     async with make_tracker(tracker_database_url=own_postgres.url("tracker")) as tracker:
         run = await tracker.start("icon-pack", INPUTS)
         waiting = asyncio.create_task(run.wait(timeout=40))

@@ -362,13 +362,11 @@ async def test_deliveries_to_endpoints_are_measured(serve: Serve, sqlite_url: st
             first = await scrape(site.client)
             await site.services.webhooks.start()
             try:
-                receiver.status, receiver.headers = 500, {"Retry-After": "3600"}
+                receiver.script, receiver.headers = [500], {"Retry-After": "3600"}
                 now = site.services.clock()
                 await site.services.writer.submit(
                     seen("run_1", RunStatus.COMPLETED, at=now, facts={"completed_at": now}, reads=1)
                 )
-                await eventually(lambda: receiver.got)
-                receiver.status = 200
                 [failed] = await eventually(lambda: _pending(site))
                 await site.services.webhooks.resend(failed)
                 await eventually(lambda: receiver.taken)
