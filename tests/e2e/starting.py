@@ -249,6 +249,6 @@ class _Endurance:
 
 def prepare() -> None:
     """Leases last two seconds, so that a frozen process loses them, and doubt ends as soon."""
-    shorten_waits()
+    shorten_waits(patient=False)  # callers ask again, and each answer has to come in time
     shorten_key_memory()
     shorten(recover, LISTED_WITHIN=timedelta(seconds=1))
