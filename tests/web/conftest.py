@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.support.patience import wait_longer_for_the_database
 from tests.web.callbacks import SECRET
 from tests.web.mounting import PREFIX, Unmounted, hosting
 from tests.web.serving import serving
@@ -43,6 +44,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     alone = metafunc.definition.get_closest_marker("alone") is not None
     if "is_mounted" in metafunc.fixturenames and not alone:
         metafunc.parametrize("is_mounted", [False, True], ids=["alone", "mounted"])
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long the store waits for a database has its tests elsewhere."""
+    wait_longer_for_the_database(monkeypatch)
 
 
 @pytest.fixture
