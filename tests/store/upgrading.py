@@ -15,7 +15,6 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection
 from sqlalchemy.dialects import postgresql, sqlite
 
-from tests.support.standstills import Standstills
 from tests.support.waiting import eventually
 from tracker.core.errors import TrackerError
 from tracker.store.engine import Database
@@ -66,7 +65,7 @@ class OldWriters:
     Each writes what a receiver, a worker and a start write, in their transactions, over the
     tracker's own connections, and reads as the dashboard does; it names the columns of then, and
     no other. `written` are the runs that it was told are on disk, `waits` how long each took, in
-    seconds in which the database could work, `errors` what was raised.
+    seconds, `errors` what was raised.
     """
 
     def __init__(self, db: Database, tables: dict[str, Any]) -> None:
@@ -75,7 +74,6 @@ class OldWriters:
         self._numbers = itertools.count(1)
         self._going = True
         self.written: list[str] = []
-        self._spans: list[tuple[float, float]] = []
         self.waits: list[float] = []
         self.errors: list[str] = []
 
@@ -111,20 +109,18 @@ class OldWriters:
         """So many write again and again for as long as the block lasts; a few runs before it and
         after it in any case."""
         self._going = True
-        async with Standstills(self._db.ping) as standstills:
-            working = [asyncio.create_task(self._work(f"{prefix}_{each}")) for each in range(count)]
-            try:
-                await self._some_more(2 * count)
-                yield
-                await self._some_more(2 * count)
-            finally:
-                self._going = False
-                await asyncio.gather(*working)
-        self.waits = [standstills.worked(*span) for span in self._spans]
+        working = [asyncio.create_task(self._work(f"{prefix}_{each}")) for each in range(count)]
+        try:
+            await self._some_more(2 * count)
+            yield
+            await self._some_more(2 * count)
+        finally:
+            self._going = False
+            await asyncio.gather(*working)
 
     async def _some_more(self, count: int) -> None:
-        wanted = len(self._spans) + count
-        await eventually(lambda: len(self._spans) >= wanted, timeout=20)
+        wanted = len(self.waits) + count
+        await eventually(lambda: len(self.waits) >= wanted, timeout=20)
 
     async def _work(self, prefix: str) -> None:
         while self._going:
@@ -144,7 +140,7 @@ class OldWriters:
                     (await connection.execute(newest)).all()
             except TrackerError as error:
                 self.errors.append(f"{run_id}: {error}")
-            self._spans.append((began, time.monotonic()))
+            self.waits.append(time.monotonic() - began)
             await asyncio.sleep(0.002)
 
     def _hear(self, connection: Connection, run_id: str) -> None:
