@@ -519,8 +519,7 @@ async def test_a_callback_resolves_its_start_within_a_second(
         for delivery in flora.world.deliveries:
             run = flora.world.runs[delivery.run_id]
             sent.setdefault(run.inputs[0]["value"], delivery.at_ms / 1000)
-        # The best of six: a machine that stands still lengthens several, and a fault all of them.
-        assert min(resolved[key] - sent[key] for key in keys) < 1
+        assert max(resolved[key] - sent[key] for key in keys) < 1
         for key in keys:
             run_id = await attempt(services, key, inputs=inputs[key])
             assert run_id is not None
