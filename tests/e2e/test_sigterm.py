@@ -53,7 +53,11 @@ class Deployment:
         flora = self._begin("simulate", "--port", port, "--run-seconds", "60")
         assert await flora.ready(f"http://127.0.0.1:{port}/simulator/runs"), flora.log
         tracker = await self.tracker("serve")
-        assert (await self.start()).status_code == 201
+
+        async def started() -> bool:  # asked again where the short lease of a start has run out
+            return (await self.start(idempotency_key="first")).is_success
+
+        await eventually(started)
         await stop(tracker)
         flora.freeze()
 
@@ -63,7 +67,7 @@ class Deployment:
         assert await life.ready(f"{self._root}/healthz"), life.log
         return life
 
-    async def start(self, sent: asyncio.Event | None = None) -> httpx.Response:
+    async def start(self, sent: asyncio.Event | None = None, **more: str) -> httpx.Response:
         """Start a run through the tracker's API; `sent` is set when that was asked."""
 
         async def trace(event: str, _: Any) -> None:
@@ -71,8 +75,9 @@ class Deployment:
                 sent.set()
 
         async with httpx.AsyncClient(timeout=40, trust_env=False) as client:
-            extensions = {"trace": trace}
-            return await client.post(f"{self._root}/api/runs", json=START, extensions=extensions)
+            return await client.post(
+                f"{self._root}/api/runs", json=START | more, extensions={"trace": trace}
+            )
 
     async def start_under_way(self) -> asyncio.Task[httpx.Response]:
         """A start that the tracker is at."""
