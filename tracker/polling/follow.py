@@ -104,6 +104,8 @@ class Follower:
                         polling = None
                     if polling is None and self._overdue(followed):
                         polling = asyncio.create_task(self._poll(followed), name="follow-poll")
+                        # `_pause` may last CHECK_ANYWAY.
+                        polling.add_done_callback(lambda _: followed.changed.set())
                     await self._pause(followed)
             finally:
                 await cancel(polling)
@@ -149,7 +151,6 @@ class Follower:
                 followed.notify_once(f"runs cannot be read: {reason}")
         followed.changed.set()
         await asyncio.sleep(POLL_EVERY)
-        followed.changed.set()  # for the next round: on PostgreSQL, nothing else may end the pause
 
     async def _pause(self, followed: "_FollowedRuns") -> None:
         """Wait until something may have changed, or a run may have become overdue."""

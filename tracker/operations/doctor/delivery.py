@@ -29,6 +29,8 @@ from tracker.settings import CALLBACK_PATH as _PATH
 
 FLORA_WAITS: Final = 10.0
 """Seconds that FLORA waits for an answer."""
+_CONNECT_SHARE: Final = 0.5
+"""Of that time, how much may pass until there is a connection."""
 LONGEST_ANSWER: Final = 64 * 1024
 """Bytes of an answer that are read; the tracker's own has fifty."""
 LONGEST_QUOTE: Final = 120
@@ -141,10 +143,12 @@ async def _send(
             content=content,
             expires=expires,
         )
-    except (httpx.TimeoutException, TimeoutError) as error:
-        # The limit of `open_sender`, which a busy machine notices late.
-        connecting = isinstance(error, httpx.ConnectTimeout)
-        return Reply(kind="timeout", seconds=timeout / 2 if connecting else timeout)
+    except httpx.ConnectTimeout:
+        seconds = timeout * _CONNECT_SHARE
+        error = f"there is no connection within {seconds:g} s"
+        return Reply(kind="unreachable", seconds=seconds, error=error)
+    except (httpx.TimeoutException, TimeoutError):
+        return Reply(kind="timeout", seconds=timeout)  # as measured, it would be a little more
     except (httpx.HTTPError, OSError, ssl.SSLError) as error:
         untrusted = _certificate_error(error)
         return Reply(
@@ -156,11 +160,11 @@ async def _send(
 
 @asynccontextmanager
 async def open_sender(url: str, timeout: float) -> AsyncIterator[Send]:
-    """A sender to `url`; each answer may take `timeout` seconds. Redirects are not followed; FLORA
-    follows none."""
+    """A sender to `url`; each answer may take `timeout` seconds, half of them to connect. Redirects
+    are not followed; FLORA follows none."""
     async with httpx.AsyncClient(
         headers={"user-agent": f"flora-run-tracker/{__version__} (doctor)"},
-        timeout=httpx.Timeout(timeout, connect=timeout / 2),
+        timeout=httpx.Timeout(timeout, connect=timeout * _CONNECT_SHARE),
         follow_redirects=False,
         trust_env=not is_loopback(urlsplit(url).hostname or ""),
     ) as http:

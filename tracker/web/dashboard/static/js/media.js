@@ -21,11 +21,13 @@ document.addEventListener("error", (event) => {
   if (event.target instanceof Element && event.target.matches("[data-media]")) broken(event.target);
 }, true);
 
-// Media that failed before this module was loaded, or before a live page was loaded again, which
-// shows them as if they had not.
+// Media that failed before this module was loaded. A live update removes the class and the
+// explanation, so that they are looked for after each.
 function findBroken() {
   document.querySelectorAll("img[data-media]").forEach((image) => {
-    if (image.complete && image.naturalWidth === 0 && image.currentSrc) broken(image);
+    // An SVG without a size has no width either, in Firefox, although it has loaded.
+    const isDoubtful = image.complete && image.naturalWidth === 0 && image.currentSrc;
+    if (isDoubtful) image.decode().catch(() => broken(image));
   });
   document.querySelectorAll("video[data-media], audio[data-media]").forEach((media) => {
     if (media.error) broken(media);

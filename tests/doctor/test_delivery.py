@@ -1,0 +1,25 @@
+"""A test delivery that gets no answer."""
+
+import socket
+from contextlib import ExitStack
+
+from tracker.core.clock import utc_now
+from tracker.operations.doctor.delivery import DoctorDelivery, diagnose, open_sender
+
+
+async def test_an_address_that_takes_no_connection_is_not_called_slow() -> None:
+    """As behind a firewall that drops packets: the tracker has not been reached."""
+    with ExitStack() as stack:
+        full = stack.enter_context(socket.socket())
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(4):  # more than wait to be accepted, which nobody does
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        url = f"http://127.0.0.1:{full.getsockname()[1]}/callbacks/flora"
+        async with open_sender(url, timeout=0.4) as send:
+            reply = await send(DoctorDelivery.forged(utc_now()))
+    found = diagnose(reply)
+    assert found.seen == "cannot be sent: there is no connection within 0.2 s"
+    assert "firewall" in found.advice
