@@ -137,7 +137,7 @@ class RunUnknown(TrackerError):
     def __init__(self, run_ids: Sequence[str]) -> None:
         verb = "is" if len(run_ids) == 1 else "are"
         shown = ", ".join(run_ids[:NAMED]) + (" …" if len(run_ids) > NAMED else "")
-        super().__init__(f"run {shown} {verb} not known: `await tracker.track(run_id)` tracks it")
+        super().__init__(f"run {shown} {verb} not known: `tracker.track(run_id)` tracks it")
         self.run_ids: tuple[str, ...] = tuple(run_ids)
 
 

@@ -46,7 +46,7 @@ Call = Callable[[Tracker], Awaitable[Any]]
             errors.InvalidRequest,
             "'order': a value is a text",
         ),
-        (lambda tracker: tracker.wait("run_1"), errors.RunUnknown, "`await tracker.track(run_id)`"),
+        (lambda tracker: tracker.wait("run_1"), errors.RunUnknown, "`tracker.track(run_id)`"),
     ],
 )
 async def test_a_wrong_call_says_what_is_wrong(
