@@ -64,9 +64,10 @@ async def swept(services: Services) -> bool:
 
 
 async def test_an_idle_worker_polls_a_new_run_in_time(
-    database_url: str, simulator: Simulator
+    database_url: str, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that is started while the worker has nothing to do is polled when its time comes."""
+    monkeypatch.setattr(scheduler, "TICK", 3600.0)  # only a signal wakes the worker in time
     async with working(database_url, simulator) as (_, services):
         await eventually(lambda: swept(services))
         before = sum(reads_of(simulator).values())
@@ -81,8 +82,11 @@ async def test_an_idle_worker_polls_a_new_run_in_time(
         assert sum(reads_of(simulator).values()) <= before + 10
 
 
-async def test_work_of_another_process_is_heard_of(postgres_url: str, simulator: Simulator) -> None:
+async def test_work_of_another_process_is_heard_of(
+    postgres_url: str, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A run that another process tracks is read at once by the one that works."""
+    monkeypatch.setattr(scheduler, "TICK", 3600.0)  # only a notification wakes the worker in time
     run = simulator.start()
     async with (
         working(postgres_url, simulator) as (_, services),
