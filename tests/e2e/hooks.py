@@ -3,6 +3,7 @@
 import asyncio
 import math
 import random
+import signal
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ async def outage(
         chance = random.Random(runs)
         for _ in range(kills):
             await asyncio.sleep(seconds / (kills + 1) * chance.uniform(0.8, 1.2))
-            await server.kill()
+            assert await server.kill() == -signal.SIGKILL
             server = await sandbox.serve(**env)
         run_ids = await starting
         down.down = False

@@ -73,11 +73,12 @@ class Process:
         async with httpx.AsyncClient(trust_env=False) as client:
             await eventually(asked, timeout=START_SECONDS, interval=0.05)
 
-    async def kill(self) -> None:
-        """SIGKILL: no handler runs, nothing is flushed."""
-        with suppress(ProcessLookupError):  # it may have ended by itself
+    async def kill(self) -> int:
+        """SIGKILL: no handler runs, nothing is flushed. The exit status, which is another one where
+        the process ended by itself before."""
+        with suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGKILL)
-        await self._process.wait()
+        return await self._process.wait()
 
     async def stop(self) -> int:
         """SIGTERM, as a deploy does; the exit status."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 
 import httpx
 import pytest
@@ -96,7 +97,7 @@ async def test_nothing_acknowledged_is_lost_to_kill_9(sandbox: Sandbox, database
             lambda before=before: len(load.acknowledged) >= before + ACKNOWLEDGED_BEFORE_A_KILL,
             timeout=30,
         )
-        await server.kill()
+        assert await server.kill() == -signal.SIGKILL
         server = await sandbox.serve("--no-worker")
     load.stop()
     await sending

@@ -22,9 +22,9 @@ async def sandbox(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
         yield opened
 
 
-async def simulate(sandbox: Sandbox, *, drop: str) -> None:
-    """A FLORA whose runs take a second and complete."""
-    await sandbox.simulate("--run-seconds", "1", "--failures", "0", "--drop", drop)
+async def simulate(sandbox: Sandbox, *, drop: str, run_seconds: int = 1) -> None:
+    """A FLORA whose runs complete after so many seconds."""
+    await sandbox.simulate("--run-seconds", f"{run_seconds}", "--failures", "0", "--drop", drop)
 
 
 async def paid(sandbox: Sandbox) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """The web applications store what they should: killed and started again while every callback is
 lost, and with callbacks that arrive at their own address."""
 
+import signal
 from typing import Any, Final
 
 import httpx
@@ -62,7 +63,7 @@ async def test_the_fastapi_application_stores_the_result(
     async with httpx.AsyncClient(base_url=sandbox.tracker, trust_env=False, timeout=20) as client:
         run = (await client.post(ORDER, params=PROMPT)).raise_for_status().json()
         if drop == "1":
-            await process.kill()
+            assert await process.kill() == -signal.SIGKILL
             process = await serve(sandbox, *FASTAPI, **env)
             again = (await client.post(ORDER, params=PROMPT)).raise_for_status().json()
             assert again["run_id"] == run["run_id"]
@@ -87,7 +88,7 @@ async def test_the_django_project_shows_the_result(
         assert (await client.get(ORDER)).status_code == 404
         run = (await client.post(ORDER, data=PROMPT)).raise_for_status().json()
         if drop == "1":
-            await process.kill()
+            assert await process.kill() == -signal.SIGKILL
             process = await serve(sandbox, *DJANGO, **env)
             again = (await client.post(ORDER, data=PROMPT)).raise_for_status().json()
             assert again["run_id"] == run["run_id"]

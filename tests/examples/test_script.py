@@ -1,6 +1,7 @@
 """The script can be killed and repeated."""
 
 import re
+import signal
 
 import pytest
 
@@ -13,11 +14,11 @@ from tests.support.waiting import START_SECONDS, eventually
 async def test_the_script_is_killed_and_repeated(sandbox: Sandbox, database: str) -> None:
     """Killed after the start and repeated with the same order, the script ends with one run, its
     cost and its files, although every callback is lost; once more, it only shows them."""
-    await simulate(sandbox, drop="1")
+    await simulate(sandbox, drop="1", run_seconds=5)
     command = (str(EXAMPLES / "script.py"), "order-17", "garden tools")
     killed = await sandbox.run(*command, **SOON)
     await eventually(lambda: "run_" in killed.log, timeout=START_SECONDS)
-    await killed.kill()
+    assert await killed.kill() == -signal.SIGKILL
     shown = []
     for _ in range(2):
         again = await sandbox.run(*command, **SOON)
