@@ -1,6 +1,7 @@
 """FLORA is away for a while: every place says so and since when, and that it is back."""
 
 import re
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
@@ -82,16 +83,16 @@ async def test_floras_absence_is_reported_by_every_process(
             async def ready() -> str:
                 return str((await client.get("/readyz")).json()["flora"])
 
-            async def is_up() -> bool:
-                return await ready() == "ok"
-
             async def overview() -> str:
                 answer = await client.get("/", headers={"Accept": "text/html"})
                 return answer.text
 
-            async def is_told() -> bool:
-                value = (await scrape(client)).value("tracker_flora_up")
-                return value == 1 and "FLORA answers" in await overview()
+            async def is_up() -> bool:
+                return (
+                    await ready() == "ok"
+                    and (await scrape(client)).value("tracker_flora_up") == 1
+                    and "FLORA answers" in await overview()
+                )
 
             await eventually(is_up, timeout=WITHIN)
             start = {
@@ -99,10 +100,10 @@ async def test_floras_absence_is_reported_by_every_process(
                 "inputs": [{"id": "prompt", "type": "text", "value": "tools"}],
             }
             run_id = (await client.post("/api/runs", json=start)).json()["run_id"]
-            await eventually(is_told, timeout=WITHIN)
+            await eventually(is_up, timeout=WITHIN)
 
             went = utc_now()
-            await flora.kill()
+            assert await flora.kill() == -signal.SIGKILL
 
             async def is_away() -> bool:
                 return (await ready()).startswith("unreachable since ")
@@ -129,4 +130,3 @@ async def test_floras_absence_is_reported_by_every_process(
 
             await sandbox.simulate("--seed", "1")
             await eventually(is_up, timeout=WITHIN)
-            await eventually(is_told, timeout=WITHIN)
