@@ -31,6 +31,8 @@ ASK_SECONDS: Final = 5.0
 """How long FLORA may take to name the workspace of a key."""
 WAITS_SECONDS: Final = 1.0
 """How long the database may take to answer a question about waits."""
+CLOCK_MARGIN: Final = 1.0
+"""Seconds by which the clocks of processes that share waits may differ."""
 
 log = get_logger(__name__)
 
@@ -283,7 +285,7 @@ class DatabaseWaits:
             return 0.0
         left = (until - self.clock()).total_seconds()
         # A wait beyond the longest was stored before the clock was set back.
-        return left if 0 < left <= LONGEST_WAIT + WAITS_SECONDS else 0.0
+        return left if 0 < left <= LONGEST_WAIT + CLOCK_MARGIN else 0.0
 
     async def share(self, seconds: float) -> None:
         """Store a wait of `seconds` from now on."""
