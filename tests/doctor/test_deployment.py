@@ -48,6 +48,12 @@ async def _at_work(url: str) -> bool:
         return has_asked and any(one.complete_at for one in await sweep_health(opened))
 
 
+def test_slow_answers_are_a_warning() -> None:
+    """From `SLOW` on, the time of the slowest answer is worth a look."""
+    assert callbacks._judge_time(callbacks.SLOW).level is Level.WARNING
+    assert callbacks._judge_time(callbacks.SLOW - 0.01).level is Level.OK
+
+
 def _leave_time() -> None:
     """A machine that stands still for a moment makes neither answers nor notifications late."""
     callbacks.SLOW = 8.0  # type: ignore[misc]
