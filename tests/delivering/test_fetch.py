@@ -339,11 +339,11 @@ async def test_standing_still_is_not_progress(
     gone = asyncio.Event()
     receive = Fetcher._receive
 
-    async def receive_quickly(self: Fetcher, *given: Any) -> None:
+    async def receive_quickly(self: Fetcher, *arguments: Any) -> None:
         """Only what has to fail has little time: not the request, nor the head of the answer."""
         stall, self._stall = self._stall, 0.1
         try:
-            await receive(self, *given)
+            await receive(self, *arguments)
         finally:
             self._stall = stall
 
