@@ -12,7 +12,7 @@ from typing import Final
 
 from tests.docs.pages import Block, shown
 from tests.e2e.processes import Process
-from tests.support.forked import Forked
+from tests.support.forked import Forked, report_no_waits
 from tests.support.waiting import NO_SWEEPS, START_SECONDS, eventually, free_port
 from tracker.core.clock import utc_now
 
@@ -120,10 +120,12 @@ class Session:
         if any(line.split() == ["ended_via", "callback"] for line in lines):
             # A poll does not come before the callback, however slow that is.
             environment = environment | {"TRACKER_CALLBACK_GRACE": "40"}
-        said = SLOW.sub("", self._typed(command, where, environment))
+        printed = self._typed(command, where, environment)
         if lines:
             wanted = shown([self.own(line) for line in lines])
-            assert wanted.fullmatch(said), f"{where}: {command}\n{said}\nis not\n{wanted.pattern}"
+            assert wanted.fullmatch(printed), (
+                f"{where}: {command}\n{printed}\nis not\n{wanted.pattern}"
+            )
 
     def _typed(self, command: str, where: str, environment: Mapping[str, str]) -> str:
         """What a command prints; the shell is asked where it has something to do."""
@@ -131,14 +133,20 @@ class Session:
             output = self.directory / "output"
             output.write_text("")
             words = shlex.split(self.own(command))[1:]
-            process = Forked.begin(*words, env=environment, output=output, folder=self.directory)
+            process = Forked.begin(
+                *words,
+                env=environment,
+                output=output,
+                folder=self.directory,
+                prepare=report_no_waits,
+            )
             status, said = process.join(timeout=60), output.read_text()
             assert status == 0, f"{where}: {command}: {status}\n{said}"
             return said if said.endswith("\n") else f"{said}\n"
         state = self.directory / "state.sh"
         state.touch()
         script = f". {state}\n{self.own(command)}\nstatus=$?\nexport -p >{state}\nexit $status"
-        said = self._run(["bash", "-c", script], f"{where}: {command}")
+        said = SLOW.sub("", self._run(["bash", "-c", script], f"{where}: {command}"))
         for line in state.read_text().splitlines():
             name, _, value = line.removeprefix("declare -x ").partition("=")
             if name.startswith(("FLORA_", "TRACKER_")):
