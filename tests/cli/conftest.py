@@ -12,10 +12,12 @@ import termios
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.support.forked import Forked, report_no_waits
@@ -57,6 +59,12 @@ class Terminal:
         return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
 
 
+def _prepare(prepare: Callable[[], None] | None) -> None:
+    report_no_waits()
+    if prepare is not None:
+        prepare()
+
+
 class Commands:
     """Runs `tracker` in a folder of its own, where `tracker.db` comes to lie.
 
@@ -70,8 +78,8 @@ class Commands:
     def __call__(
         self, *arguments: str, prepare: Callable[[], None] | None = None, **environ: str
     ) -> "subprocess.CompletedProcess[str]":
-        """Run a command to its end; its process calls `prepare` first, or else does not report
-        that it waits for FLORA."""
+        """Run a command to its end; its process calls `prepare` first, and does not report that
+        it waits for FLORA."""
         with TemporaryDirectory() as place:
             output, errors = Path(place, "stdout"), Path(place, "stderr")
             process = Forked.begin(
@@ -80,7 +88,7 @@ class Commands:
                 output=output,
                 errors=errors,
                 folder=self.folder,
-                prepare=prepare or report_no_waits,
+                prepare=partial(_prepare, prepare),
             )
             status = process.join(timeout=50)
             return subprocess.CompletedProcess(
@@ -188,6 +196,12 @@ def first_line(process: "subprocess.Popen[str]") -> str:
     while (line := process.stderr.readline()).startswith("tracker: Waiting for FLORA's answer"):
         pass
     return line
+
+
+def set_faults(tracker: Commands, **faults: Any) -> None:
+    """Change faults of the FLORA that `simulate` started."""
+    root = tracker.environ["FLORA_BASE_URL"].removesuffix("/api/v1")
+    httpx.post(f"{root}/simulator/faults", json=faults).raise_for_status()
 
 
 def simulate(tracker: Commands, stack: ExitStack, *arguments: str) -> None:

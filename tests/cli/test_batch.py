@@ -18,7 +18,7 @@ import openpyxl
 import pytest
 import typer
 
-from tests.cli.conftest import TRACKER, Commands, simulate
+from tests.cli.conftest import TRACKER, Commands, set_faults, simulate
 from tests.support.waiting import START_SECONDS, eventually
 from tracker.cli.app import app
 
@@ -41,12 +41,6 @@ def begun(tracker: Commands) -> list[dict[str, Any]]:
     root = tracker.environ["FLORA_BASE_URL"].removesuffix("/api/v1")
     runs: list[dict[str, Any]] = httpx.get(f"{root}/simulator/runs").json()["runs"]
     return runs
-
-
-def change(tracker: Commands, **faults: float) -> None:
-    """Change faults of FLORA."""
-    root = tracker.environ["FLORA_BASE_URL"].removesuffix("/api/v1")
-    httpx.post(f"{root}/simulator/faults", json=faults).raise_for_status()
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -267,7 +261,7 @@ async def test_an_interrupt_is_status_130_and_loses_nothing(flora: Commands) -> 
     rows = [f"icon {number}" for number in range(150)]
     (flora.folder / "many.csv").write_text("\n".join(["prompt", *rows]))
     # All of them take half a minute, in which an interrupt is never too late.
-    change(flora, slow_starts=1, slow_seconds=0.2)
+    set_faults(flora, slow_starts=1, slow_seconds=0.2)
     arguments = ("batch", "icon-pack", "many.csv", "--json")
     with flora.running(*arguments, "--concurrency", "1") as process:
         await eventually(lambda: len(begun(flora)) >= 5, timeout=START_SECONDS)
@@ -278,7 +272,7 @@ async def test_an_interrupt_is_status_130_and_loses_nothing(flora: Commands) -> 
     assert "Traceback" not in errors
     assert "Repeat the command to continue" in errors.splitlines()[-1]
     assert len(begun(flora)) < 150
-    change(flora, slow_starts=0)
+    set_faults(flora, slow_starts=0)
     done = flora(*arguments, "--concurrency", "8", "--no-wait")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["batch"]["started"] == len(begun(flora)) == 150

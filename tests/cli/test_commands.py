@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 import httpx
 
-from tests.cli.conftest import Commands, first_line, simulate
+from tests.cli.conftest import Commands, first_line, set_faults, simulate
 from tests.support.waiting import NO_SWEEPS, START_SECONDS, eventually, free_port
 
 FACE = "face=https://example.com/a.png?x=1"
@@ -230,8 +230,7 @@ def test_verify_tells_what_is_missing(tracker: Commands, stack: ExitStack) -> No
     (same,) = tracker.json("verify")["workspaces"]
     assert (same["ok"], same["differences"], same["compared"]) == (True, [], 3)
 
-    root = tracker.environ["FLORA_BASE_URL"].partition("/api")[0]
-    httpx.post(f"{root}/simulator/faults", json={"bad_runs": [spoilt]}).raise_for_status()
+    set_faults(tracker, bad_runs=[spoilt])
     again = tracker("reconcile", "--since", "7d")
     assert (again.returncode, tracker("verify").returncode) == (1, 1)
     assert "incomplete" in again.stdout

@@ -3,13 +3,11 @@
 import json
 import time
 from contextlib import ExitStack
-from functools import partialmethod
+from functools import partial
 
-import httpx
-
-from tests.cli.conftest import Commands, simulate
+from tests.cli.conftest import Commands, set_faults, simulate
+from tests.worker.conftest import PassedTime
 from tracker import services as wiring
-from tracker.starting.start import Starter
 
 
 def started(tracker: Commands, key: str) -> tuple[str, ...]:
@@ -18,9 +16,10 @@ def started(tracker: Commands, key: str) -> tuple[str, ...]:
 
 
 def give_up_soon() -> None:
-    """A caller does not wait for what is in doubt, in place of `START_SECONDS`."""
+    """`START_SECONDS` pass only while a caller waits for what is in doubt, and take no time."""
     assert 1 < wiring.START_SECONDS < wiring.CALLER_SECONDS < 30
-    Starter.start = partialmethod(Starter.start, wait_in_doubt=False)  # type: ignore[assignment,method-assign]
+    passed = PassedTime()
+    wiring.Starter = partial(wiring.Starter, sleep=passed.sleep, monotonic=passed)  # type: ignore
 
 
 def test_cron_alone_resolves_starts(tracker: Commands, stack: ExitStack) -> None:
@@ -40,9 +39,8 @@ def test_cron_alone_resolves_starts(tracker: Commands, stack: ExitStack) -> None
         ("b", "in_doubt", "cli"),
     }
     assert "in_doubt" in tracker("starts", "list").stdout
-    time.sleep(1.1)  # so long it may be at work on the last of them
-    root = tracker.environ["FLORA_BASE_URL"].removesuffix("/api/v1")
-    httpx.post(f"{root}/simulator/faults", json={"gateway_starts": "0"}).raise_for_status()
+    time.sleep(1.1)  # longer than `TRACKER_START_DOUBT`: one poll and one sweep have to be enough
+    set_faults(tracker, gateway_starts=0)
     tracker("poll")
     tracker("reconcile")
     assert tracker.json("starts", "list")["starts"] == []
