@@ -7,6 +7,7 @@ to use in place of the one that the suite starts.
 import asyncio
 import gc
 import logging
+import math
 import os
 import signal
 import sys
@@ -166,6 +167,12 @@ def _network_guard() -> Iterator[None]:
     yield
     tried, network_guard.refused[:] = list(network_guard.refused), []
     assert not tried, f"tests reach only 127.0.0.1, and this one tried {tried}"
+
+
+@pytest.fixture
+def no_second_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests to FLORA are sent once: the wait before a retry is longer than any deadline."""
+    monkeypatch.setattr("tracker.flora.caller.backoff", lambda _: math.inf)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ from tests.doctor.conftest import look, with_flora
 from tests.doctor.proxies import Proxy, in_front
 from tests.support.waiting import free_port
 from tracker.core.clock import utc_now
-from tracker.flora import caller
 from tracker.operations.doctor import Level
 from tracker.operations.doctor.flora import compare_clocks
 from tracker.simulator import Options, Simulator, running
@@ -94,11 +93,9 @@ async def test_what_flora_answers_is_told_apart(
     assert advice in report["key"].advice
 
 
-async def test_a_flora_that_cannot_be_reached_is_reported(
-    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("no_second_attempt")
+async def test_a_flora_that_cannot_be_reached_is_reported(sqlite_url: str) -> None:
     """Nothing listens: the address is named, and what to try."""
-    monkeypatch.setattr(caller, "backoff", lambda _: 3600.0)  # no time for another attempt
     report = await look(
         TRACKER_DATABASE_URL=sqlite_url,
         FLORA_API_KEY="sk_test_1",

@@ -10,7 +10,6 @@ from tests.support.waiting import eventually, free_port
 from tests.web.conftest import Serve, Site
 from tests.web.flora import START, with_flora
 from tests.web.mounting import PREFIX
-from tracker.flora import caller
 from tracker.simulator import Options, running
 
 
@@ -164,11 +163,9 @@ async def test_without_a_key_for_flora_a_start_says_so(small_site: Site) -> None
     assert "FLORA_API_KEY" in answer.json()["error"]["message"]
 
 
-async def test_a_flora_that_cannot_be_reached_is_a_502(
-    serve: Serve, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("no_second_attempt")
+async def test_a_flora_that_cannot_be_reached_is_a_502(serve: Serve, sqlite_url: str) -> None:
     """Nothing was started, and the caller may try again with the same key."""
-    monkeypatch.setattr(caller, "backoff", lambda _: 3600.0)  # no time for another attempt
     nobody = f"http://127.0.0.1:{free_port()}/api/v1"
     async with serve(
         sqlite_url,

@@ -5,7 +5,6 @@ import pytest
 from tests.support.waiting import free_port
 from tests.web.conftest import Serve, Site
 from tests.web.flora import with_flora
-from tracker.flora import caller
 from tracker.store.queries import techniques
 from tracker.store.queries.techniques import TechniqueRow
 
@@ -98,11 +97,9 @@ async def test_a_wrong_query_is_refused_by_field(small_site: Site) -> None:
         assert [fault["field"] for fault in error["fields"]] == [field], query
 
 
-async def test_what_is_known_is_shown_without_flora(
-    serve: Serve, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("no_second_attempt")
+async def test_what_is_known_is_shown_without_flora(serve: Serve, sqlite_url: str) -> None:
     """A FLORA that cannot be reached is a 502 only for what is not known here."""
-    monkeypatch.setattr(caller, "backoff", lambda _: 3600.0)  # no time for another attempt
     nobody = f"http://127.0.0.1:{free_port()}/api/v1"
     async with serve(sqlite_url, flora_base_url=nobody, flora_api_key="sk_test_1") as site:
         row = TechniqueRow(technique_id="tech_a", name="A", slug="a")

@@ -11,11 +11,11 @@ from tests.web.test_metrics import scrape
 from tracker.core.errors import FloraError
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Seen
-from tracker.flora import caller
 
 NOW = datetime(2026, 11, 28, 12, tzinfo=UTC)
 
 
+@pytest.mark.usefixtures("no_second_attempt")
 @pytest.mark.parametrize(
     ("answers", "ready", "metrics"),
     [
@@ -34,7 +34,6 @@ async def test_a_flora_that_does_not_answer_is_reported(
     """By `/readyz`, the metrics and the overview, once it was asked in vain for 30 s, and until it
     answers again."""
     passed = [0.0]
-    monkeypatch.setattr(caller, "backoff", lambda _: 3600.0)  # no time for another attempt
     async with with_flora(serve, sqlite_url) as (site, flora):
         [workspace] = site.services.workspaces
         contact = workspace.require_client().contact

@@ -3,7 +3,6 @@ that was asked for, no run is lost, and the truth is read as soon as it is told.
 
 import asyncio
 import json
-import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -16,7 +15,6 @@ from tests.worker.conftest import HandClock, MakeFlora, OpenServices, reads_of, 
 from tests.worker.test_poll import poll_to_the_end, start
 from tracker.core.record import Record
 from tracker.core.run import RunStatus, Tracking
-from tracker.flora import caller
 from tracker.flora.client import FloraClient
 from tracker.services import Services, open_services
 from tracker.settings import Settings
@@ -96,10 +94,9 @@ async def liar() -> Liar:
 
 @pytest.fixture
 async def services(
-    liar: Liar, clock: HandClock, database_url: str, monkeypatch: pytest.MonkeyPatch
+    liar: Liar, clock: HandClock, database_url: str, no_second_attempt: None
 ) -> AsyncIterator[Services]:
     """A tracker that believes the liar to be FLORA; what fails is not tried again."""
-    monkeypatch.setattr(caller, "backoff", lambda _: math.inf)
     async with _served(liar) as base_url:
         settings = Settings(
             flora_base_url=base_url, flora_api_key="sk_test_1", tracker_database_url=database_url

@@ -1,7 +1,6 @@
 """Polling: what is due is read, with as few requests as possible."""
 
 import asyncio
-import math
 from datetime import timedelta
 
 import pytest
@@ -17,7 +16,6 @@ from tests.worker.conftest import (
 )
 from tracker.core.observation import Source
 from tracker.core.run import Tracking
-from tracker.flora import caller
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.simulator.callbacks import sign_callback
@@ -53,7 +51,7 @@ async def poll_to_the_end(services: Services, clock: HandClock, *, within: float
     while await active():
         due = await services.poller.next_due_at()
         if due is None:  # someone else, who polls as well, has read the last one meanwhile
-            assert not await active(), "nobody looks at the run any more"
+            assert not await active(), "no poll is due for an active run"
             return
         clock.move(max((due - clock()).total_seconds(), 0))
         assert clock().timestamp() < give_up, "a run did not settle in time"
@@ -296,24 +294,21 @@ async def test_a_refused_key_harms_no_run(
         assert sum(reads_of(flora).values()) == asked
 
 
+@pytest.mark.usefixtures("no_second_attempt")
 async def test_an_outage_of_flora_harms_no_run(
-    services: Services,
-    flora: Simulator,
-    clock: HandClock,
-    hurry: Hurry,
-    monkeypatch: pytest.MonkeyPatch,
+    services: Services, flora: Simulator, clock: HandClock, hurry: Hurry
 ) -> None:
     """While FLORA answers nothing, few requests are made and runs stay due; then all are read."""
     run_ids = await start(services, 40)
     hurry(services, flora)
-    monkeypatch.setattr(caller, "backoff", lambda _: math.inf)  # a request is made once
     clock.move(60)
     flora.world.options = flora.world.options.with_changes({"cut": 1.0})
-    rounds = 0
+    rounds, before = 0, flora.world.requests
     for _ in range(40):
         clock.move(5)
         rounds += (await services.poller.poll_due()).claimed > 0
     assert rounds <= 12, "it rests for half a minute in the end"
+    assert flora.world.requests - before <= 3 * rounds, "a page of the history, and two runs"
     checked = [await the_run(services, run_id) for run_id in run_ids]
     assert sum(record.checks for record in checked) <= 2 * rounds
     assert all(record.lease_holder is None for record in checked)
