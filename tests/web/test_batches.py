@@ -15,7 +15,7 @@ import pytest
 from tests.support.waiting import eventually
 from tests.web.conftest import Serve, Site
 from tests.web.flora import with_flora
-from tests.worker.test_batch import hasty_client
+from tests.worker.conftest import PassedTime, client_by
 from tracker.core.budget import Budget, Budgets, Period
 from tracker.simulator import Simulator
 from tracker.starting import batch_launch
@@ -288,9 +288,10 @@ async def test_the_maximum_holds_across_processes(serve: Serve, sqlite_url: str)
 
 async def test_a_launch_goes_on_when_the_key_is_right_again(serve: Serve, sqlite_url: str) -> None:
     """What passes ends no batch: it says why it waits, and goes on by itself."""
+    passed = PassedTime()
     async with (
         working(serve, sqlite_url, worker=False) as (site, flora),
-        hasty_client(flora) as client,
+        client_by(passed, flora) as client,
     ):
         (workspace,) = site.services.workspaces
         works, key = site.services.batch_worker, flora.world.options.api_key
@@ -306,6 +307,7 @@ async def test_a_launch_goes_on_when_the_key_is_right_again(serve: Serve, sqlite
 
         await eventually(waits, timeout=30)
         flora.world.options = replace(flora.world.options, api_key=key)
+        await passed.sleep(600)  # longer than a refused key is held back
 
         async def goes_on() -> bool:
             await works.launch_due()

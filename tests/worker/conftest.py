@@ -113,6 +113,17 @@ async def services(open_on: OpenServices, flora: Simulator) -> Services:
     return opened
 
 
+def client_by(passed: PassedTime, flora: Simulator, **options: Any) -> FloraClient:
+    """A client to which no time passes but its waits."""
+    return FloraClient(
+        base_url=flora.base_url,
+        api_key=flora.world.options.api_key,
+        monotonic=passed,
+        sleep=passed.sleep,
+        **options,
+    )
+
+
 Hurry = Callable[..., None]
 
 
@@ -127,14 +138,7 @@ async def hurry() -> AsyncIterator[Hurry]:
         def hurry_up(services: Services, flora: Simulator) -> None:
             services.starter.sleep = no_wait
             for workspace in services.workspaces:
-                passed = PassedTime()
-                workspace.client = FloraClient(
-                    base_url=flora.base_url,
-                    api_key=flora.world.options.api_key,
-                    clock=services.clock,
-                    monotonic=passed,
-                    sleep=passed.sleep,
-                )
+                workspace.client = client_by(PassedTime(), flora, clock=services.clock)
                 stack.push_async_callback(workspace.client.aclose)
 
         yield hurry_up

@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -13,7 +12,14 @@ import pytest
 import sqlalchemy as sa
 
 from tests.support.waiting import eventually
-from tests.worker.conftest import HandClock, MakeFlora, OpenServices, PassedTime, reads_of
+from tests.worker.conftest import (
+    HandClock,
+    MakeFlora,
+    OpenServices,
+    PassedTime,
+    client_by,
+    reads_of,
+)
 from tests.worker.test_poll import poll_to_the_end
 from tracker.core.errors import (
     DefinitionChanged,
@@ -24,7 +30,6 @@ from tracker.core.errors import (
     TrackerError,
 )
 from tracker.core.inputs import Input, Turn, batch_id, row_digests
-from tracker.flora.client import FloraClient
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.starting.batch import BatchOutcome, BatchProgress
@@ -244,7 +249,10 @@ async def test_a_429_holds_the_batch_but_does_not_end_it(
 ) -> None:
     """Where FLORA refuses many requests as too many, all rows are started all the same."""
     passed = PassedTime()
-    async with make_flora(rate_limit=0.3) as flora, client_by(passed, flora) as client:
+    async with (
+        make_flora(rate_limit=0.3) as flora,
+        client_by(passed, flora, concurrency=4) as client,
+    ):
         services = await open_on(flora)
         planned = await plan(services, *(f"icon {number}" for number in range(30)))
         (workspace,) = services.workspaces
@@ -254,35 +262,6 @@ async def test_a_429_holds_the_batch_but_does_not_end_it(
         assert outcome.stopped is None
         assert client.request_limit.state().limited > 0
         assert outcome.counts.started == len(flora.world.runs) == 30
-
-
-def client_by(passed: PassedTime, flora: Simulator) -> FloraClient:
-    """A client to which no time passes but its waits."""
-    return FloraClient(
-        base_url=flora.base_url,
-        api_key=flora.world.options.api_key,
-        concurrency=4,
-        monotonic=passed,
-        sleep=passed.sleep,
-    )
-
-
-SPEED = 200.0
-
-
-async def nap(seconds: float) -> None:
-    await asyncio.sleep(seconds / SPEED)
-
-
-def hasty_client(flora: Simulator) -> FloraClient:
-    """A client to which its waits seem as long as ever."""
-    return FloraClient(
-        base_url=flora.base_url,
-        api_key=flora.world.options.api_key,
-        concurrency=4,
-        monotonic=lambda: time.monotonic() * SPEED,
-        sleep=nap,
-    )
 
 
 async def test_no_row_begins_while_flora_wants_a_pause(

@@ -15,7 +15,7 @@ def client_of(services: Services) -> FloraClient:
 
 
 def go_by(clock: HandClock, services: Services) -> None:
-    """Let the client go by the test's clock, which its waits turn."""
+    """Let the client go by the test's clock, which its waits advance."""
 
     async def sleep(seconds: float) -> None:
         clock.move(seconds)
