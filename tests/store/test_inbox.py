@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import asyncpg
@@ -546,7 +547,7 @@ def applier_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @asynccontextmanager
-async def crowded(applier: Applier) -> AsyncIterator[None]:
+async def many_waiting(applier: Applier) -> AsyncIterator[None]:
     """Within the block a hundred callbacks wait at each commit of the inbox."""
 
     async def commit() -> None:
@@ -570,29 +571,21 @@ async def test_applying_holds_back_while_many_wait_to_be_acknowledged(
     applier = open_applier(db, on_applied=[lambda good, _: groups.append(good)])
     applier._limit = 10
 
-    async def store(count: int) -> None:
-        names = ids(f"run_{len(groups)}", count)
-        await asyncio.gather(*(inbox.enqueue(delivery(run)) for run in names))
-
     async def none() -> bool:
         return await waiting(db) == 0
 
-    async def at_once() -> None:
-        await store(70)
-        applier.wake()
-        await eventually(none)
-
     async with open_inbox(db) as inbox, applier:
-        await store(100)
-        async with crowded(applier):
+        await asyncio.gather(*(inbox.enqueue(delivery(run)) for run in ids("run", 100)))
+        async with many_waiting(applier):
             for second in (1, 2, 3):
                 await eventually(lambda second=second: len(groups) == second)
-                await asyncio.sleep(0.1)
+                applier_clock.now += 0.75
+                await asyncio.sleep(0.1)  # nothing happens: there is no condition to wait for
                 assert groups == [10] * second
-                applier_clock.now += 1
-        await eventually(none)  # while the clock stands still
+                applier_clock.now += 0.25
+        # Six groups or more in two seconds, and a pause of two, while the clock does not advance.
+        await assert_takes_less(4, partial(eventually, none))
         assert groups == [10] * 10
-        await assert_takes_less(4, at_once)
 
 
 async def test_a_busy_process_notifies_others(postgres_url: str, applier_clock: Clock) -> None:
@@ -603,12 +596,13 @@ async def test_a_busy_process_notifies_others(postgres_url: str, applier_clock: 
     async with await Database.open(postgres_url) as db:
         async with open_inbox(db) as inbox:
             await inbox.enqueue(delivery("run_1"))
-        async with open_applier(db) as applier, crowded(applier):
+        async with open_applier(db) as applier, many_waiting(applier):
             for tenth in (1, 2, 3):
                 await eventually(lambda tenth=tenth: len(heard) == tenth)
-                await asyncio.sleep(0.1)
+                applier_clock.now += 0.0625
+                await asyncio.sleep(0.1)  # nothing happens: there is no condition to wait for
                 assert heard == [db.origin] * tenth
-                applier_clock.now += 0.125
+                applier_clock.now += 0.0625
             await eventually(lambda: len(heard) == 4)
     await listener.close()
 
@@ -649,12 +643,12 @@ async def test_a_database_that_lets_nobody_write_blames_no_delivery(
 ) -> None:
     """Whatever it says to everyone, a missing privilege for one, is reported and tried again; what
     it waits for stays whole."""
-    write, refuses = db.write, True
-    tried = asyncio.Event()
+    write, refuses, tries = db.write, True, 0
 
     async def refused(work: Any) -> Any:
+        nonlocal tries
         if refuses:
-            tried.set()
+            tries += 1
             work.args[1][:] = ["whd_run_1"]  # it was taken, and then could not be written
             raise StoreError("the database refuses this: permission denied for table run_events")
         return await write(work)
@@ -664,7 +658,7 @@ async def test_a_database_that_lets_nobody_write_blames_no_delivery(
     monkeypatch.setattr(db, "write", refused)
     async with open_applier(db) as applier:
         applier.wake()
-        await tried.wait()
+        await eventually(lambda: tries >= 3)
         assert await outcomes(db) == {"whd_run_1": "waiting"}
         refuses = False
 
