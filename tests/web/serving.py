@@ -39,9 +39,8 @@ class Answer:
     body: bytes
 
 
-class _Reader(asyncio.StreamReader):
-    """A server that closes a connection with something left unread resets it: that is an end like
-    another, and what came before it can still be read."""
+class _ReaderToReset(asyncio.StreamReader):
+    """Takes the reset of a connection for its end: what came before can still be read."""
 
     def set_exception(self, exc: BaseException) -> None:
         if isinstance(exc, ConnectionError):
@@ -91,11 +90,15 @@ class Wire:
 
 
 @asynccontextmanager
-async def wire(base_url: str) -> AsyncIterator[Wire]:
-    """A raw connection to the server at `base_url`; a test that waits on it in vain fails."""
+async def wire(base_url: str, *, may_reset: bool = False) -> AsyncIterator[Wire]:
+    """A raw connection to the server at `base_url`; a test that waits on it in vain fails.
+
+    With `may_reset` the server may close it before it has read all that the test sends.
+    """
     host, _, port = base_url.removeprefix("http://").partition(":")
     async with asyncio.timeout(10):
-        loop, reader = asyncio.get_running_loop(), _Reader()
+        loop = asyncio.get_running_loop()
+        reader = _ReaderToReset() if may_reset else asyncio.StreamReader()
         protocol = asyncio.StreamReaderProtocol(reader)
         transport, _ = await loop.create_connection(lambda: protocol, host, int(port))
         connection = Wire(reader, asyncio.StreamWriter(transport, protocol, reader, loop))

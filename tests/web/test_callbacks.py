@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy
 
 from tests.support.deliveries import applied
-from tests.support.waiting import eventually
+from tests.support.waiting import eventually, let_pass
 from tests.web.callbacks import PATH, SECRET, event, signature, signed
 from tests.web.conftest import Serve, Site
 from tests.web.serving import Wire, chunk, post, wire
@@ -158,9 +158,14 @@ async def test_a_longer_body_is_refused_with_and_without_a_length(small_site: Si
 
 
 @pytest.mark.alone
-async def test_an_announced_length_over_the_limit_is_refused_unread(small_site: Site) -> None:
+async def test_an_announced_length_over_the_limit_is_refused_unread(
+    serve: Serve, sqlite_url: str
+) -> None:
     """No byte of the body has to be sent for that, and the connection does not stay open."""
-    async with wire(small_site.base_url) as connection:
+    async with (
+        serve(sqlite_url, limits=Limits(linger_seconds=60)) as site,
+        wire(site.base_url) as connection,
+    ):
         await connection.send(post(PATH, b"", "Expect: 100-continue", length=LIMIT + 1))
         answer = await connection.answer()
         assert (answer.status, answer.headers["connection"]) == (413, "close")
@@ -175,7 +180,7 @@ async def test_a_body_without_a_length_is_refused_while_it_still_comes(
     """The answer comes after the limit, not after the last byte, of which there may be none."""
     async with (
         serve(sqlite_url, limits=Limits(linger_seconds=0.05)) as site,
-        wire(site.base_url) as connection,
+        wire(site.base_url, may_reset=True) as connection,
     ):
         await connection.send(post(PATH, b"", "Transfer-Encoding: chunked"))
         for _ in range(LIMIT // 65536 + 1):
@@ -295,6 +300,32 @@ async def test_what_cannot_be_committed_in_time_is_a_503_and_is_taken_later(
 
         await eventually(taken)
         assert len(await stored(site.services.database)) == 1
+
+
+async def test_a_callback_that_waits_too_long_for_its_commit_is_a_503(
+    serve: Serve, sqlite_url: str
+) -> None:
+    """Although the inbox waits longer: FLORA does not."""
+
+    async def in_parts() -> AsyncIterator[bytes]:
+        yield body
+
+    body = event()
+    async with (
+        serve(sqlite_url) as site,
+        _held(sqlite_url),
+        site.another(timeout=None) as client,
+    ):
+        site.services.inbox._deadline = 3600.0
+        posting = asyncio.create_task(client.post(PATH, content=in_parts(), headers=signed(body)))
+        await eventually(lambda: site.services.inbox.waiting)
+        let_pass(Limits().callback_seconds)
+        answer = await posting
+    assert answer.status_code == 503
+    assert int(answer.headers["Retry-After"]) > 0
+    error = answer.json()["error"]
+    assert error["code"] == "service_unavailable"
+    assert error["message"] == "The callback could not be committed in time."
 
 
 async def test_refused_callbacks_do_not_fill_the_log(
