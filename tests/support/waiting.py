@@ -52,8 +52,9 @@ async def assert_takes_less(seconds: float, work: Callable[[], Awaitable[object]
 
 
 def let_pass(seconds: float) -> None:
-    """Let so many seconds pass at once in the running event loop: whatever was to wait for less is
-    due. So a deadline can be long as long as something has to succeed before it."""
+    """Advance the running event loop's clock by `seconds`, for the rest of the test. Every timer of
+    the loop up to then fires: those of httpx and of the database too. `time.monotonic` does not
+    change."""
     loop = asyncio.get_running_loop()
     before = loop.time
     loop.time = lambda: before() + seconds  # type: ignore[method-assign]
