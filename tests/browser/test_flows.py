@@ -232,7 +232,8 @@ async def test_a_session_that_ends_leads_to_the_sign_in(
     watched = await open_page()
     page = watched.page
     await sign_in(page, f"{live.url}/runs")
-    await page.evaluate("dispatchEvent(new Event('pagehide'))")  # else it may leave by itself first
+    # This closes the event stream, so that only the request leads to the sign-in.
+    await page.evaluate("dispatchEvent(new Event('pagehide'))")
     await page.context.clear_cookies()
     await page.get_by_label("State").select_option("lost")
     await page.wait_for_url("**/login?next=*")

@@ -158,7 +158,8 @@ async def test_a_row_of_the_list_is_a_link(live: LiveTracker, open_page: OpenPag
 async def test_a_picture_that_does_not_load_becomes_an_icon(
     live: LiveTracker, open_page: OpenPage
 ) -> None:
-    """Quietly, and the row keeps its height; it stays one when the page is kept up to date."""
+    """Quietly, and the row keeps its height; the run's page explains it. Live updates of both
+    pages keep that."""
     seen = Observation(
         run_id="run_broken",
         source=Source.POLL,
@@ -181,3 +182,9 @@ async def test_a_picture_that_does_not_load_becomes_an_icon(
     box = await thumb.bounding_box()
     assert box is not None
     assert box["height"] == 40
+    await page.goto(f"{live.url}/runs/run_broken")
+    await expect(page.locator(".gone")).to_have_count(1)
+    billed = replace(seen, at=utc_now(), charged_cost=Decimal("0.50"))
+    await live.services.writer.submit(Seen(observation=billed))
+    await expect(page.locator("main")).to_contain_text("$0.50")
+    await expect(page.locator(".gone")).to_have_count(1)
