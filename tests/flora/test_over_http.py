@@ -53,8 +53,8 @@ async def server(serve: Serve) -> AsyncIterator[tuple[str, list[bytes]]]:
 
 
 class Deadlines:
-    """asyncio for the client, whose deadlines pass when the test says so: not before a request has
-    come to the server, however long that takes. `seconds` is what each was set to."""
+    """Replaces `asyncio` in the client: a deadline passes when the test calls `let_pass`; `seconds`
+    records the deadlines set."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -63,13 +63,13 @@ class Deadlines:
         return getattr(asyncio, name)
 
     def timeout(self, seconds: float) -> asyncio.Timeout:
-        """Takes the place of `asyncio.timeout`."""
+        """Replaces `asyncio.timeout`."""
         self.seconds.append(seconds)
         self._last = asyncio.timeout(None)
         return self._last
 
     def let_pass(self) -> None:
-        """The last one that was set passes now."""
+        """End the deadline that was set last."""
         self._last.reschedule(asyncio.get_running_loop().time())
 
 

@@ -17,13 +17,13 @@ INPUTS = {"prompt": "garden tools"}
 
 @pytest.fixture(autouse=True)
 def _polled_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no process polls, whoever waits for a run does so without waiting for one first."""
+    """A waiting program polls after 0.1 s in place of `OVERDUE`."""
     monkeypatch.setattr(follow, "OVERDUE", timedelta(seconds=0.1))
 
 
 @pytest.fixture
 def others_poll(monkeypatch: pytest.MonkeyPatch, _polled_soon: None) -> None:
-    """Who waits for a run leaves polling to others, however late they are."""
+    """A waiting program never polls by itself."""
     monkeypatch.setattr(follow, "OVERDUE", timedelta(hours=1))
 
 

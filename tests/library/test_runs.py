@@ -141,7 +141,7 @@ async def test_a_timeout_says_why_runs_cannot_be_read(
 
         poller.poll_due = counted  # type: ignore[method-assign,assignment]
         waiting = asyncio.create_task(run.wait(timeout=600))
-        await eventually(lambda: rounds > 1)
+        await eventually(lambda: rounds > 1)  # the reason is reported after the first round
         let_pass(601)
         with pytest.raises(errors.WaitTimeout, match="runs cannot be read: FLORA answered 401"):
             await waiting

@@ -29,7 +29,7 @@ class HandClock:
 
 
 class SlowStarts:
-    """Slow starts that take until they are released; `waiting` is how many do."""
+    """Slow starts that last until `release()`; `waiting` counts those in progress."""
 
     def __init__(self) -> None:
         self.waiting = 0
