@@ -14,7 +14,7 @@ from tests.cli.conftest import TRACKER, Commands
 from tests.store.making import NOW, TestWriter, ids, open_writer, seen, started
 from tests.support.endpoint import SECRET, Receiver
 from tests.support.forked import Forked
-from tests.support.waiting import START_SECONDS, eventually, free_port
+from tests.support.waiting import START_SECONDS, close_server, eventually, free_port
 from tracker.core.record import Seen, Unseen
 from tracker.core.run import Output, RunStatus
 from tracker.store.engine import Database
@@ -77,7 +77,7 @@ class Tracker:
     async def close(self) -> None:
         await self.stop(signal.SIGKILL)
         assert self._server is not None
-        self._server.close()
+        await close_server(self._server)
         self.cut()
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

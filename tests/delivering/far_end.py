@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
-from tests.support.waiting import free_port
+from tests.support.waiting import close_server, free_port
 
 Asked = dict[str, str]
 """The headers of a request, in lower case; its first line under `""`."""
@@ -50,7 +50,7 @@ async def far_end(*replies: Reply) -> AsyncIterator[FarEnd]:
     try:
         yield end
     finally:
-        server.close()
+        await close_server(server)
 
 
 def answer(

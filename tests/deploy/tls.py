@@ -10,6 +10,8 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from tests.support.waiting import close_server
+
 
 def certificate_for_localhost(directory: Path) -> tuple[Path, Path]:
     """A certificate that is its own authority, and its key."""
@@ -65,7 +67,7 @@ async def balancing(
     try:
         yield taken
     finally:
-        server.close()
+        await close_server(server)
         for task in open_ones:
             task.cancel()
         await asyncio.gather(*open_ones, return_exceptions=True)

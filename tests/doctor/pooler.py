@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit, urlunsplit
 
+from tests.support.waiting import close_server
+
 Connected = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 _SSL = 80877103
@@ -83,7 +85,7 @@ async def _listening(connected: Connected) -> AsyncIterator[int]:
     try:
         yield server.sockets[0].getsockname()[1]
     finally:
-        server.close()
+        await close_server(server)
 
 
 async def _refuse_tls(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

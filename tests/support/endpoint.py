@@ -14,6 +14,7 @@ from typing import Any, Final, Self
 
 from standardwebhooks import Webhook, WebhookVerificationError
 
+from tests.support.waiting import close_server
 from tracker.core.clock import utc_now
 
 SECRET: Final = "whsec_" + base64.b64encode(bytes(range(24))).decode()
@@ -72,7 +73,7 @@ class Receiver:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._server.close()
+        await close_server(self._server)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

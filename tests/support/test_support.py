@@ -1,11 +1,14 @@
 """The ground that the other tests stand on holds."""
 
 import asyncio
+import gc
 import os
 import signal
 import socket
 import subprocess
 import sys
+import warnings
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import asyncpg
@@ -14,7 +17,7 @@ import pytest
 from tests.support import network_guard
 from tests.support.databases import PostgresDatabases
 from tests.support.postgres import PostgresServer
-from tests.support.waiting import eventually, let_pass
+from tests.support.waiting import close_server, eventually, let_pass
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "flora.invalid"])
@@ -45,6 +48,25 @@ async def test_eventually_returns_the_answer_or_says_what_it_saw() -> None:
     assert await eventually(lambda: next(answers)) == "there"
     with pytest.raises(AssertionError, match="last: 0"):
         await eventually(lambda: 0, timeout=0.05)
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_a_server_that_closes_leaves_no_socket_behind(turns: int) -> None:
+    """However far it has come with those who are connecting."""
+    server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
+    address = server.sockets[0].getsockname()
+    with ExitStack() as clients, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        connected = [clients.enter_context(socket.create_connection(address)) for _ in range(4)]
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await close_server(server)
+        for client in connected:
+            client.setblocking(False)
+            with suppress(ConnectionResetError):
+                assert await asyncio.get_running_loop().sock_recv(client, 1) == b""
+        gc.collect()
+    assert [str(one.message) for one in caught] == []
 
 
 async def test_a_deadline_can_be_let_pass() -> None:
