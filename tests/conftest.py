@@ -175,6 +175,15 @@ def no_second_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tracker.flora.caller.backoff", lambda _: math.inf)
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raise the time limits of databases opened from now on. Tests of those limits do not use this
+    fixture."""
+    from tests.support.patience import wait_longer_for_the_database
+
+    wait_longer_for_the_database(monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def background() -> Iterator[Background]:
     """An event loop for fixtures."""

@@ -21,7 +21,6 @@ import httpx
 import pytest
 
 from tests.support.forked import Forked, report_no_waits
-from tests.support.patience import wait_longer_for_the_database
 
 TRACKER = (sys.executable, "-m", "tracker")
 
@@ -177,9 +176,8 @@ def new_tracker(tmp_path: Path) -> Commands:
 
 
 @pytest.fixture(autouse=True)
-def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test itself does with the database is not given up where that stands still."""
-    wait_longer_for_the_database(monkeypatch)
+def _patient(patient: None) -> None:
+    """A test's own access to the database is not given up while another process pauses."""
 
 
 @pytest.fixture

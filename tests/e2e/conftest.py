@@ -8,10 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.processes import Sandbox, open_sandbox
-from tests.support.patience import (
-    always_wait_longer_for_the_database,
-    wait_longer_for_the_database,
-)
+from tests.support.patience import always_wait_longer_for_the_database
 from tracker.store.engine import Database
 
 pytest.register_assert_rewrite("tests.e2e.truth")
@@ -29,9 +26,8 @@ def _forget_cut_connections() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test's own process waits for a database that stands still for seconds."""
-    wait_longer_for_the_database(monkeypatch)
+def _patient(patient: None) -> None:
+    """A test's own access to the database is not given up while another process pauses."""
 
 
 @pytest.fixture

@@ -7,17 +7,7 @@ import pytest
 
 from tests.store.making import TestWriter, open_writer
 from tests.support.databases import Background, PostgresDatabases, migrate, sqlite_url_of
-from tests.support.patience import wait_longer_for_the_database
-from tracker.store import engine
 from tracker.store.engine import Database
-
-
-@pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever waits for a database that is opened from now on has patience. Tests that are about
-    such waits open one of their own."""
-    wait_longer_for_the_database(monkeypatch)
-    monkeypatch.setattr(engine, "PING_SECONDS", 20.0)
 
 
 @pytest.fixture

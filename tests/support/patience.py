@@ -1,42 +1,43 @@
-"""Patience with a machine that stands still, for tests that are not about it."""
+"""Longer time limits of the database, for tests that are not about those limits.
 
-from collections.abc import MutableMapping
-from typing import TYPE_CHECKING, Any
+Where the tests run, any process may pause for two seconds: one that holds a lock, and each of those
+that answer.
+"""
 
+from typing import TYPE_CHECKING, Any, Final
+
+from tracker.delivering import webhooks
 from tracker.store import engine, postgres, sqlite
 
-if TYPE_CHECKING:  # a process of the tracker's does not load it
+if TYPE_CHECKING:  # processes of the tracker do not load it
     import pytest
 
+LIMITS: Final[tuple[tuple[Any, str, object], ...]] = (
+    (sqlite, "QUEUE_SECONDS", 6.0),
+    (sqlite, "BUSY_SECONDS", 6.0),
+    (postgres, "CONNECT_SECONDS", 8.0),
+    (postgres, "STATEMENT_SECONDS", 10.0),
+    (postgres, "LOCK_SECONDS", 6.0),
+    (
+        postgres.connect_postgres,
+        "__kwdefaults__",
+        postgres.connect_postgres.__kwdefaults__ | {"command_timeout": 11.0},
+    ),
+    (engine, "STATEMENT_SECONDS", 10.0),
+    (engine, "ANSWER_SECONDS", 12.0),
+    (engine, "PING_SECONDS", 8.0),
+    (webhooks, "LAST_WITHIN", 6.0),
+)
+"""The tracker's own limits, and four seconds or more in addition."""
 
-class _ForGood:
-    """What `MonkeyPatch` does, for as long as this process lives."""
 
-    def setattr(self, target: Any, name: str, value: object) -> None:
-        setattr(target, name, value)
-
-    def setitem(self, target: MutableMapping[str, Any], name: str, value: object) -> None:
-        target[name] = value
+def wait_longer_for_the_database(monkeypatch: "pytest.MonkeyPatch") -> None:
+    """Raise the time limits of databases opened from now on, until the end of the test."""
+    for target, name, value in LIMITS:
+        monkeypatch.setattr(target, name, value)
 
 
 def always_wait_longer_for_the_database() -> None:
-    """The same for a process of the tracker's, until its end."""
-    wait_longer_for_the_database(_ForGood())
-    engine.PING_SECONDS = 20.0  # type: ignore[misc]
-
-
-def wait_longer_for_the_database(monkeypatch: "pytest.MonkeyPatch | _ForGood") -> None:
-    """Let a write wait longer than two seconds for another one, and an answer of PostgreSQL be
-    waited for longer than six.
-
-    Where the tests run, any process may stand still for seconds: one that holds a lock, and each of
-    those that answer. Until the end of the test, for databases that are opened from now on.
-    """
-    monkeypatch.setattr(sqlite, "QUEUE_SECONDS", 30.0)
-    monkeypatch.setattr(sqlite, "BUSY_SECONDS", 30.0)
-    monkeypatch.setattr(postgres, "CONNECT_SECONDS", 20.0)
-    monkeypatch.setattr(postgres, "STATEMENT_SECONDS", 25.0)
-    monkeypatch.setattr(postgres, "LOCK_SECONDS", 20.0)
-    monkeypatch.setitem(postgres.connect_postgres.__kwdefaults__, "command_timeout", 26.0)
-    monkeypatch.setattr(engine, "STATEMENT_SECONDS", 25.0)
-    monkeypatch.setattr(engine, "ANSWER_SECONDS", 30.0)
+    """`wait_longer_for_the_database` in a process of the tracker, until it ends."""
+    for target, name, value in LIMITS:
+        setattr(target, name, value)

@@ -13,7 +13,6 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.patience import wait_longer_for_the_database
 from tests.web.callbacks import SECRET
 from tests.web.mounting import PREFIX, Unmounted, hosting
 from tests.web.serving import serving
@@ -47,9 +46,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+def _patient(patient: None) -> None:
     """How long the store waits for a database has its tests elsewhere."""
-    wait_longer_for_the_database(monkeypatch)
 
 
 @pytest.fixture

@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.patience import wait_longer_for_the_database
 from tests.support.waiting import NO_SWEEPS
 from tracker.core.record import Record
-from tracker.delivering import webhooks
 from tracker.flora.client import FloraClient
 from tracker.polling import workspaces
 from tracker.services import Services, open_services
@@ -58,13 +56,11 @@ def clock() -> HandClock:
 
 
 @pytest.fixture(autouse=True)
-def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The database may stand still for a moment, also where a process has little time for it."""
-    wait_longer_for_the_database(monkeypatch)
+def _patient(patient: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process may pause, also where this one has little time for the database."""
     monkeypatch.setattr(workspaces, "WAITS_SECONDS", 20.0)
     monkeypatch.setattr(scheduler, "RELEASE_SECONDS", 30.0)
     monkeypatch.setattr(sending, "RELEASE_SECONDS", 30.0)
-    monkeypatch.setattr(webhooks, "LAST_WITHIN", 30.0)
 
 
 MakeFlora = Callable[..., AbstractAsyncContextManager[Simulator]]
