@@ -5,7 +5,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from playwright.async_api import Page, expect
+from playwright.async_api import Page, Route, expect
 
 from tests.browser.conftest import READER, LiveTracker, OpenPage, sign_in
 from tests.browser.test_flows import quarantine, start
@@ -136,6 +136,24 @@ async def test_every_page_is_accessible(live: LiveTracker, open_page: OpenPage) 
         await page.wait_for_load_state("load")
         await _assert_accessible(page, path)
     assert (watched.dialogs, watched.refused) == ([], [])
+
+
+@pytest.mark.parametrize(("status", "state"), [(None, "connecting"), (503, "offline")])
+async def test_a_phone_has_room_for_the_state_of_the_stream(
+    live: LiveTracker, open_page: OpenPage, status: int | None, state: str
+) -> None:
+    """While it connects, and while it cannot, with everything else that the bar shows."""
+
+    async def answer(route: Route) -> None:
+        if status is not None:
+            await route.fulfill(status=status)
+
+    page = (await open_page()).page
+    await sign_in(page, live.url)
+    await page.route("**/api/stream*", answer)
+    await page.goto(f"{live.url}/runs", wait_until="domcontentloaded")
+    await expect(page.locator("#live-state")).to_have_text(state)
+    await _assert_narrow(page, state, widths=(360,))
 
 
 async def test_a_reading_token_sees_every_page_and_is_offered_no_action(
