@@ -202,14 +202,15 @@ async def test_slow_clients_give_way_to_quick_ones(serve: Serve, sqlite_url: str
         wire(site.base_url) as slow,
     ):
         await slow.send(head, large[:-1])
+        answering = asyncio.create_task(slow.answer())
 
         async def made_room() -> bool:
             answer = await site.client.post(PATH, content=large, headers=signed(large))
             assert answer.status_code == 200
-            return asyncio.create_task(slow.hung_up()) is not None
+            return answering.done()
 
         await eventually(made_room)
-        answer = await slow.answer()
+        answer = await answering
         assert (answer.status, answer.headers["retry-after"]) == (503, "5")
 
 
