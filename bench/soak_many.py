@@ -22,7 +22,7 @@ from tests.e2e.many import Figures, endure
 from tests.e2e.starting import FORGOTTEN
 from tests.support.databases import migrate
 from tests.support.postgres import PostgresServer
-from tracker.worker.scheduler import TICK
+from tracker.worker.scheduler import WorkerTimes
 
 SETTLED_WITHIN = 600.0
 
@@ -85,7 +85,7 @@ def main() -> int:
     given = arguments.parse_args()
     figures = asyncio.run(soak(given.runs, given.receivers, given.workers, given.cut_every))
     broken = figures.broken
-    if figures.seen.late and figures.seen.late[-1] >= TICK:
+    if figures.seen.late and figures.seen.late[-1] >= WorkerTimes.tick:
         broken.append("a look was late by a tick")
     for name, value in told(figures).items():
         print(f"  {name:34} {value}")

@@ -12,7 +12,7 @@ from tests.support.endpoint import SECRET, Receiver
 from tracker.core.clock import utc_now
 from tracker.core.events import EventType, RunFilter
 from tracker.delivering.endpoint_client import Endpoint
-from tracker.delivering.webhooks import Webhooks
+from tracker.delivering.webhooks import DeliveryTimes, Webhooks
 from tracker.store.engine import Database
 from tracker.store.queries.endpoints import EndpointConfig
 from tracker.store.signals import Signals
@@ -43,10 +43,14 @@ async def db(database_url: str) -> AsyncIterator[Database]:
 OpenWorker = Callable[..., Any]
 
 
+PATIENT = DeliveryTimes(last_commits=6.0)
+"""What a process commits when it stops is committed although another one pauses: else its claims
+would last until they expire."""
+
+
 @pytest.fixture(autouse=True)
 def _patient(patient: None) -> None:
-    """What a process commits when it stops is committed although another one pauses: else its
-    claims would last until they expire."""
+    """Another process may pause while it holds a lock."""
 
 
 class Worker:
@@ -68,6 +72,7 @@ async def open_worker(database_url: str) -> AsyncIterator[OpenWorker]:
             signals = await stack.enter_async_context(Signals(db))
             given: dict[str, Any] = {
                 "waits": SHORT,
+                "times": PATIENT,
                 "process": f"worker-{id(db)}",
                 "clock": utc_now,
             }

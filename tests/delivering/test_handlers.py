@@ -5,6 +5,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from tests.delivering.conftest import SHORT, OpenWorker, Worker
+from tests.delivering.conftest import PATIENT, SHORT, OpenWorker, Worker
 from tests.delivering.test_webhooks import configured, delivered, failed, messages_of, settled
 from tests.store.making import ids
 from tests.support.logs import capture_logs
@@ -20,9 +21,7 @@ from tests.support.waiting import eventually
 from tracker.core.clock import utc_now
 from tracker.core.errors import DoNotRetry
 from tracker.core.events import EventType, MessageState, RunFilter
-from tracker.delivering import handlers as module
-from tracker.delivering import webhooks
-from tracker.delivering.handlers import Handler
+from tracker.delivering.handlers import COMMIT_SECONDS, Handler
 from tracker.delivering.webhooks import UnknownEndpoint
 from tracker.store.queries import endpoints as read
 from tracker.store.queries import endpoints as read_endpoints
@@ -99,12 +98,9 @@ async def test_do_not_retry_fails_at_once(open_worker: OpenWorker) -> None:
         await worker.webhooks.test("store")
 
 
-async def test_a_call_is_limited_in_time(
-    open_worker: OpenWorker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_call_is_limited_in_time(open_worker: OpenWorker) -> None:
     """A coroutine that hangs is cancelled after its timeout; so is the wait for a thread, which
     goes on and keeps its place until it ends."""
-    monkeypatch.setattr(webhooks, "TICK", 0.2)
     go_on, cleaned = threading.Event(), asyncio.Event()
     began = Counter[str]()
 
@@ -122,7 +118,9 @@ async def test_a_call_is_limited_in_time(
     limits: dict[str, Any] = {"timeout": 0.1, "concurrency": 1}
     blocking = handler(block, "block", **limits)
     worker: Worker = await open_worker(
-        handlers=[handler(hang, "hang", **limits), blocking], waits=50 * SHORT[:1]
+        handlers=[handler(hang, "hang", **limits), blocking],
+        waits=50 * SHORT[:1],
+        times=replace(PATIENT, tick=0.2),
     )
     await configured(worker, "hang", "block")
     try:
@@ -170,13 +168,9 @@ async def test_calls_are_shared_and_limited(open_worker: OpenWorker) -> None:
     assert most <= 3
 
 
-async def test_stopping_cancels_and_releases(
-    open_worker: OpenWorker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_stopping_cancels_and_releases(open_worker: OpenWorker) -> None:
     """A worker that stops gives calls a moment, cancels them and lets them clean up; another
     worker gets their messages at once, and those of handlers that are still running threads."""
-    monkeypatch.setattr(webhooks, "STOP_SECONDS", 0.2)
-    monkeypatch.setattr(webhooks, "CANCEL_SECONDS", 0.5)
     began, go_on = Counter[str](), threading.Event()
     cleaned: list[str] = []
 
@@ -195,7 +189,10 @@ async def test_stopping_cancels_and_releases(
     async def quick(_: Claim) -> None:
         return
 
-    worker: Worker = await open_worker(handlers=[handler(hang, "hang"), handler(block, "block")])
+    worker: Worker = await open_worker(
+        handlers=[handler(hang, "hang"), handler(block, "block")],
+        times=replace(PATIENT, stop=0.2, cancel=0.5),
+    )
     await configured(worker, "hang", "block")
     try:
         await worker.writer.submit(settled("run_1"))
@@ -236,12 +233,9 @@ async def pending(worker: Worker, count: int) -> bool:
     return len(await messages_of(worker.db, state=MessageState.PENDING)) == count
 
 
-async def test_a_dead_process_keeps_a_message_for_the_timeout(
-    open_worker: OpenWorker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_dead_process_keeps_a_message_for_the_timeout(open_worker: OpenWorker) -> None:
     """The claim of a process that died in a call expires after the handler's timeout and the time
     for the commit, and another process calls its handler with the same message."""
-    monkeypatch.setattr(module, "COMMIT_SECONDS", 0.2)
     got: list[str] = []
 
     async def die(claim: Claim) -> None:
@@ -258,7 +252,7 @@ async def test_a_dead_process_keeps_a_message_for_the_timeout(
     for task in asyncio.all_tasks():  # as if the process were gone: no outcome is stored
         if task.get_name().startswith(("endpoint store", "message ")):
             task.cancel()
-    lease = timedelta(seconds=90.2)
+    lease = timedelta(seconds=90 + COMMIT_SECONDS)
     until = await worker.db.fetchval(select(messages.c.lease_until))
     (message,) = await messages_of(worker.db)
     assert message.created_at + lease <= until <= utc_now() + lease
@@ -269,13 +263,10 @@ async def test_a_dead_process_keeps_a_message_for_the_timeout(
     assert got == got[:1] * 2
 
 
-async def test_two_processes_with_different_settings_are_reported(
-    open_worker: OpenWorker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_two_processes_with_different_settings_are_reported(open_worker: OpenWorker) -> None:
     """Where an endpoint of one process and a handler of another have one id, the log of both says
     so, with what the other has."""
-    monkeypatch.setattr(webhooks, "CONFIGURE_EVERY", 0.05)
-    monkeypatch.setattr(webhooks, "TICK", 0.05)
+    often = replace(PATIENT, configure_every=0.05, tick=0.05)
 
     async def call(_: Claim) -> None:
         return
@@ -289,6 +280,6 @@ async def test_two_processes_with_different_settings_are_reported(
             found = [line for line in lines if line["event"] == "endpoint.settings_differ"]
             return {line["other"] for line in found}
 
-        await open_worker(handlers=[handler(call)])
-        await open_worker(handlers=[Handler(config=config, call=call, is_async=True)])
+        await open_worker(handlers=[handler(call)], times=often)
+        await open_worker(handlers=[Handler(config=config, call=call, is_async=True)], times=often)
         await eventually(lambda: others() == {"app.store", "other.f"})

@@ -1,6 +1,7 @@
 """Events are delivered to endpoints: signed, at least once, each endpoint apart."""
 
 import asyncio
+from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, update
 
-from tests.delivering.conftest import SHORT, OpenWorker, Worker, endpoint
+from tests.delivering.conftest import PATIENT, SHORT, OpenWorker, Worker, endpoint
 from tests.store.making import ids, seen
 from tests.support.endpoint import SECRET, Got, Receiver
 from tests.support.waiting import eventually
@@ -19,7 +20,6 @@ from tracker.core.events import MessageState, RunFilter
 from tracker.core.record import Seen
 from tracker.core.run import RunStatus
 from tracker.delivering import webhooks as module
-from tracker.delivering.endpoint_client import EndpointClient
 from tracker.delivering.webhooks import UnknownEndpoint, UnknownMessage
 from tracker.store.engine import Database
 from tracker.store.queries import endpoints as read
@@ -154,14 +154,11 @@ async def test_only_what_an_endpoint_wants_is_sent(open_worker: OpenWorker) -> N
         }
 
 
-async def test_one_endpoint_delays_no_other(
-    open_worker: OpenWorker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_one_endpoint_delays_no_other(open_worker: OpenWorker) -> None:
     """While one endpoint never answers, one is slow and one is down, another gets its messages at
     once; at most 20 requests are open for each, over two workers."""
     # No attempt of the silent one ends meanwhile, nor do their claims.
-    monkeypatch.setattr(module, "EndpointClient", partial(EndpointClient, answer_seconds=60.0))
-    monkeypatch.setattr(module, "LEASE", timedelta(seconds=70))
+    times = replace(PATIENT, answer=60.0, lease=timedelta(seconds=70))
     quick_is_done = asyncio.Event()
 
     async def answer_late(_: Got) -> None:
@@ -179,8 +176,8 @@ async def test_one_endpoint_delays_no_other(
             endpoint(down, "down"),
             endpoint(quick, "quick"),
         )
-        first: Worker = await open_worker(*points)
-        await open_worker(*points)
+        first: Worker = await open_worker(*points, times=times)
+        await open_worker(*points, times=times)
         await configured(first, "silent", "slow", "down", "quick")
         await first.writer.submit_all([settled(run_id) for run_id in ids("run", 60)])
         await eventually(lambda: len(quick.runs) == 60)
@@ -263,29 +260,24 @@ async def test_a_refused_message_waits_for_its_schedule(open_worker: OpenWorker)
         assert sum(got.run_id == "poison" for got in receiver.got) <= 3
 
 
-async def test_what_a_dead_worker_had_claimed_is_sent_by_another(
-    open_worker: OpenWorker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_what_a_dead_worker_had_claimed_is_sent_by_another(open_worker: OpenWorker) -> None:
     """A claim expires, and another worker sends the message, under the same id."""
-    monkeypatch.setattr(module, "LEASE", timedelta(seconds=0.5))
+    times = replace(PATIENT, lease=timedelta(seconds=0.5))
     async with Receiver(silent=True) as receiver:
-        worker: Worker = await open_worker(endpoint(receiver))
+        worker: Worker = await open_worker(endpoint(receiver), times=times)
         await configured(worker, "shop")
         await worker.writer.submit(settled("run_1"))
         await eventually(lambda: receiver.got)
         receiver.silent = False
-        await open_worker(endpoint(receiver))
+        await open_worker(endpoint(receiver), times=times)
         await eventually(lambda: receiver.runs["run_1"])
         assert len({got.message_id for got in receiver.got}) == 1
 
 
-async def test_stopping_releases_what_is_open(
-    open_worker: OpenWorker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_stopping_releases_what_is_open(open_worker: OpenWorker) -> None:
     """A worker that stops waits for open requests a moment, and leaves the rest due."""
-    monkeypatch.setattr(module, "STOP_SECONDS", 0.2)
     async with Receiver(silent=True) as receiver:
-        worker: Worker = await open_worker(endpoint(receiver))
+        worker: Worker = await open_worker(endpoint(receiver), times=replace(PATIENT, stop=0.2))
         await configured(worker, "shop")
         await worker.writer.submit(settled("run_1"))
         await eventually(lambda: receiver.got)

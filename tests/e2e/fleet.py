@@ -33,6 +33,7 @@ from tracker.polling import poll, sweep
 from tracker.simulator import Simulator
 from tracker.starting import recover, sending
 from tracker.worker import scheduler
+from tracker.worker.scheduler import WorkerTimes
 
 LEASE = timedelta(seconds=3)
 RENEW_AFTER = 0.5
@@ -70,7 +71,8 @@ def shorten_waits() -> None:
         setattr(module, name, LEASE)
     for module in (sending, poll, sweep):
         short_waits.shorten(module, RENEW_AFTER=RENEW_AFTER)
-    short_waits.shorten(scheduler, RECOVER_EVERY=LEASE)
+    times = WorkerTimes(recover_every=LEASE)
+    scheduler.Worker = partial(scheduler.Worker, times=times)  # type: ignore
     scheduler.CronTrigger = lambda _: IntervalTrigger(seconds=SWEEP_EVERY)  # type: ignore
 
 

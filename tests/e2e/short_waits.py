@@ -14,7 +14,7 @@ from apscheduler.triggers.interval import IntervalTrigger
 from tests.support.patience import always_wait_longer_for_the_database
 from tracker import services
 from tracker.cli import main
-from tracker.delivering import webhooks
+from tracker.delivering.webhooks import DeliveryTimes
 from tracker.polling import poll, sweep
 from tracker.polling.workspaces import DatabaseWaits
 from tracker.starting import catalogue, recover, sending
@@ -22,6 +22,7 @@ from tracker.store.queries import batch_launches
 from tracker.store.writing import rollups
 from tracker.web.http import server
 from tracker.worker import scheduler
+from tracker.worker.scheduler import WorkerTimes
 
 SPEED = 50.0
 KEYS_KEPT = 16.0
@@ -85,19 +86,25 @@ def shorten_all_waits(*, patient: bool = True) -> None:
     services.BatchWorker = partial(services.BatchWorker, renew_after=0.1)  # type: ignore
     for module in (sending, poll, sweep):
         shorten(module, RENEW_AFTER=0.1)
-    shorten(scheduler, ROUND_EVERY=0.2, RECOVER_EVERY=soon)
+    times = WorkerTimes(round_every=0.2, recover_every=soon)
+    scheduler.Worker = partial(scheduler.Worker, times=times)  # type: ignore
     scheduler.CronTrigger = every_second  # type: ignore[assignment,misc]
     shorten(server, GRACE_SECONDS=1)
-    shorten_webhooks()
+    shorten_webhooks(patient=patient)
     shorten(rollups, LAST_WITHIN=0.5)
     services.RollupCompactor = partial(services.RollupCompactor, delay=0.2)  # type: ignore
 
 
-def shorten_webhooks() -> None:
+def shorten_webhooks(*, patient: bool = True) -> None:
     """A claimed message is free again after a second, and failed attempts are repeated soon."""
-    shorten(webhooks, LEASE=timedelta(seconds=1), TICK=0.2, CONFIGURE_EVERY=1.0)
+    times = DeliveryTimes(
+        lease=timedelta(seconds=1),
+        tick=0.2,
+        configure_every=1.0,
+        last_commits=6.0 if patient else DeliveryTimes.last_commits,
+    )
     waits = tuple(timedelta(seconds=seconds) for seconds in (0.5, 1, 2, 4, 8, 16, 32))
-    services.Webhooks = partial(services.Webhooks, waits=waits)  # type: ignore
+    services.Webhooks = partial(services.Webhooks, waits=waits, times=times)  # type: ignore
 
 
 def shorten_key_memory() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.many import endure
-from tracker.worker.scheduler import TICK
+from tracker.worker.scheduler import WorkerTimes
 
 
 @pytest.mark.timeout(120)
@@ -17,4 +17,4 @@ async def test_many_processes_do_everything_once(tmp_path: Path, postgres_url: s
     figures = await endure(postgres_url, tmp_path, receivers=2, workers=2, runs=80)
     assert figures.broken == []
     assert len(figures.seen.claimed_by) == 2
-    assert figures.seen.late[-1] < TICK
+    assert figures.seen.late[-1] < WorkerTimes.tick

@@ -6,7 +6,6 @@ that answer.
 
 from typing import TYPE_CHECKING, Any, Final
 
-from tracker.delivering import webhooks
 from tracker.store import engine, postgres, sqlite
 
 if TYPE_CHECKING:  # processes of the tracker do not load it
@@ -26,7 +25,6 @@ LIMITS: Final[tuple[tuple[Any, str, object], ...]] = (
     (engine, "STATEMENT_SECONDS", 10.0),
     (engine, "ANSWER_SECONDS", 12.0),
     (engine, "PING_SECONDS", 8.0),
-    (webhooks, "LAST_WITHIN", 6.0),
 )
 """The tracker's own limits, and four seconds or more in addition."""
 

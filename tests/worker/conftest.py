@@ -17,8 +17,10 @@ from tracker.settings import Settings
 from tracker.simulator import Options, Simulator, running
 from tracker.starting import sending
 from tracker.store.queries import runs as read
-from tracker.worker import scheduler
+from tracker.worker.scheduler import WorkerTimes
 
+PATIENT = WorkerTimes(release=30.0)
+"""Another process may pause while a worker that stops releases its claims."""
 PUBLIC_URL = "https://tracker.example"
 
 
@@ -59,7 +61,6 @@ def clock() -> HandClock:
 def _patient(patient: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process may pause, also where this one has little time for the database."""
     monkeypatch.setattr(workspaces, "WAITS_SECONDS", 20.0)
-    monkeypatch.setattr(scheduler, "RELEASE_SECONDS", 30.0)
     monkeypatch.setattr(sending, "RELEASE_SECONDS", 30.0)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.waiting import eventually
-from tests.worker.conftest import HandClock, Hurry, MakeFlora, OpenServices, reads_of
+from tests.worker.conftest import PATIENT, HandClock, Hurry, MakeFlora, OpenServices, reads_of
 from tracker.core.errors import (
     FloraRefusal,
     FloraUnreachable,
@@ -173,7 +173,7 @@ async def test_a_scheduled_sync_comes_every_six_hours(
 
 async def test_a_worker_reads_the_catalogue_soon_after_its_start(services: Services) -> None:
     """Nobody has to ask for it."""
-    worker = Worker(services)
+    worker = Worker(services, times=PATIENT)
     await worker.start()
     try:
 

@@ -1,6 +1,7 @@
 """A wall clock that is set delays nothing, repeats nothing, and costs a run one poll at most."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timedelta, tzinfo
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import tracker.store.clock
 from tests.support.logs import capture_logs
 from tests.support.waiting import eventually
-from tests.worker.conftest import HandClock, MakeFlora, OpenServices, reads_of, the_run
+from tests.worker.conftest import PATIENT, HandClock, MakeFlora, OpenServices, reads_of, the_run
 from tests.worker.test_poll import poll_to_the_end, start
 from tests.worker.test_scheduler import swept
 from tracker.core.clock import utc_now
@@ -101,12 +102,9 @@ def wall(monkeypatch: pytest.MonkeyPatch) -> Wall:
     return wall
 
 
-async def test_a_worker_whose_clock_is_set_back_goes_on(
-    database_url: str, wall: Wall, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_worker_whose_clock_is_set_back_goes_on(database_url: str, wall: Wall) -> None:
     """The next minute of the new time has its sweep, the next poll comes when it is due, and the
     log tells what happened."""
-    monkeypatch.setattr(scheduler, "WATCH_CLOCK_EVERY", 0.2)
     # No minute is full before the clock is set.
     before = wall.offset = timedelta(seconds=20 - utc_now().second)
     async with running(Options(run_seconds=1, failures=0)) as flora:
@@ -120,7 +118,7 @@ async def test_a_worker_whose_clock_is_set_back_goes_on(
         )
         with capture_logs() as lines:
             async with open_services(settings, background=True) as services:
-                worker = Worker(services)
+                worker = Worker(services, times=replace(PATIENT, watch_clock_every=0.2))
                 await worker.start()
                 try:
                     await eventually(lambda: swept(services))

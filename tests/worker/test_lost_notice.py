@@ -2,7 +2,6 @@
 
 from datetime import timedelta
 
-import pytest
 from apscheduler.triggers.interval import IntervalTrigger
 
 from tests.store.making import callback, open_writer
@@ -13,21 +12,18 @@ from tracker.simulator import Options, running
 from tracker.store.engine import Database
 from tracker.store.queries.runs import get_run
 from tracker.store.signals import Signals
-from tracker.worker import scheduler
+from tracker.worker.scheduler import WorkerTimes
 
 TICK = 0.5
 
 
-async def test_a_swallowed_notification_costs_a_tick(
-    postgres_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_swallowed_notification_costs_a_tick(postgres_url: str) -> None:
     """Of a callback that another process took, and of which no word came through, a worker knows
     when it looks by itself."""
-    assert TICK < scheduler.TICK
-    monkeypatch.setattr(scheduler, "TICK", TICK)
+    assert WorkerTimes.tick > TICK
     async with (
         running(Options(run_seconds=0.1, failures=0)) as flora,
-        working(postgres_url, flora) as (worker, services),
+        working(postgres_url, flora, tick=TICK) as (worker, services),
         await Database.open(postgres_url) as receiver,
         Signals(receiver) as deaf,
     ):

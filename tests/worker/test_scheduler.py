@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from logging import INFO
 from urllib.parse import urlsplit
@@ -15,7 +16,7 @@ from starlette.responses import Response
 
 from tests.support.logs import capture_logs
 from tests.support.waiting import NO_SWEEPS, eventually
-from tests.worker.conftest import assert_true_to, reads_of, the_run
+from tests.worker.conftest import PATIENT, assert_true_to, reads_of, the_run
 from tracker.core.clock import utc_now
 from tracker.services import Services, open_services
 from tracker.settings import Settings
@@ -23,7 +24,6 @@ from tracker.simulator import Options, Simulator, running
 from tracker.simulator.api import SimulatedApi
 from tracker.starting.start import StartRequest
 from tracker.store.queries import sweeps
-from tracker.worker import scheduler
 from tracker.worker.scheduler import Worker
 
 PROMPT = [{"id": "prompt", "type": "text", "value": "tools"}]
@@ -31,7 +31,7 @@ PROMPT = [{"id": "prompt", "type": "text", "value": "tools"}]
 
 @asynccontextmanager
 async def working(
-    database_url: str, simulator: Simulator
+    database_url: str, simulator: Simulator, **times: float
 ) -> AsyncIterator[tuple[Worker, Services]]:
     """A process's worth of services with its worker running, and short waits."""
     settings = Settings(
@@ -43,7 +43,7 @@ async def working(
         tracker_reconcile_cron=NO_SWEEPS,
     )
     async with open_services(settings, background=True) as services:
-        worker = Worker(services)
+        worker = Worker(services, times=replace(PATIENT, **times))
         await worker.start()
         try:
             yield worker, services
@@ -64,11 +64,11 @@ async def swept(services: Services) -> bool:
 
 
 async def test_an_idle_worker_polls_a_new_run_in_time(
-    database_url: str, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+    database_url: str, simulator: Simulator
 ) -> None:
     """A run that is started while the worker has nothing to do is polled when its time comes."""
-    monkeypatch.setattr(scheduler, "TICK", 3600.0)  # only a signal wakes the worker in time
-    async with working(database_url, simulator) as (_, services):
+    # Only a signal wakes the worker in time.
+    async with working(database_url, simulator, tick=3600.0) as (_, services):
         await eventually(lambda: swept(services))
         before = sum(reads_of(simulator).values())
         request = StartRequest(technique="icon-pack", inputs=PROMPT)
@@ -82,14 +82,12 @@ async def test_an_idle_worker_polls_a_new_run_in_time(
         assert sum(reads_of(simulator).values()) <= before + 10
 
 
-async def test_work_of_another_process_is_heard_of(
-    postgres_url: str, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_work_of_another_process_is_heard_of(postgres_url: str, simulator: Simulator) -> None:
     """A run that another process tracks is read at once by the one that works."""
-    monkeypatch.setattr(scheduler, "TICK", 3600.0)  # only a notification wakes the worker in time
     run = simulator.start()
     async with (
-        working(postgres_url, simulator) as (_, services),
+        # Only a notification wakes the worker in time.
+        working(postgres_url, simulator, tick=3600.0) as (_, services),
         open_services(services.settings) as other,
     ):
         await eventually(lambda: swept(services))
@@ -157,10 +155,9 @@ async def test_to_stop_before_a_job_has_begun_is_no_error(
 
 
 async def test_a_job_that_the_database_stops_is_said_seldom(
-    postgres_url: str, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+    postgres_url: str, simulator: Simulator
 ) -> None:
     """Where it takes no writes the jobs fail again and again, and go on when it does."""
-    monkeypatch.setattr(scheduler, "ROUND_EVERY", 0.05)
     administrator = await asyncpg.connect(
         postgres_url, server_settings={"default_transaction_read_only": "off"}
     )
@@ -170,7 +167,7 @@ async def test_a_job_that_the_database_stops_is_said_seldom(
         await services.tracker.track("run_1")
     await administrator.execute(f"{setting} on")
     with capture_logs() as lines:
-        async with working(postgres_url, simulator) as (_, services):
+        async with working(postgres_url, simulator, round_every=0.05) as (_, services):
             failures = partial(
                 services.metrics.registry.get_sample_value,
                 "tracker_worker_job_failures_total",

@@ -39,27 +39,35 @@ from tracker.store.writing.group_commit import call_hook
 from tracker.store.writing.messages import Attempt, Claim, next_due_at, take_turn
 from tracker.store.writing.outbox import Shown, fan_out, outbox_waits
 
-TICK: Final = 5.0
-"""Seconds after which the database is read without a signal: the cost of a lost one."""
-CONFIGURE_EVERY: Final = 60.0
-"""Seconds between two notes of the endpoints in this process's settings."""
 GROUP: Final = 100
 """The most events that one transaction turns into messages."""
-LEASE: Final = timedelta(seconds=ANSWER_SECONDS + 10)
-"""How long a message is claimed: an attempt, and the commit of its outcome."""
 RETRY_SECONDS: Final = 1.0
 """How long to wait before an unavailable database, or a claim of nothing, is tried again."""
-STOP_SECONDS: Final = 3.0
-"""How long open requests and calls have to end when the process stops."""
-CANCEL_SECONDS: Final = 1.0
-"""How long those that are cancelled then have to clean up."""
-LAST_WITHIN: Final = 2.0
-"""How long the last commits of the process may then take."""
 
 OnAttempt = Callable[[str, Claim, Attempt], None]
 """Called with the endpoint's id and the outcome of an attempt, once it is committed."""
 
 log = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeliveryTimes:
+    """How long deliveries wait for what, in seconds."""
+
+    tick: float = 5.0
+    """After this long the database is read without a signal: the cost of a lost one."""
+    configure_every: float = 60.0
+    """Between two notes of the endpoints in this process's settings."""
+    answer: float = ANSWER_SECONDS
+    """How long an attempt waits for a URL's answer."""
+    lease: timedelta = timedelta(seconds=ANSWER_SECONDS + 10)
+    """How long a message for a URL is claimed: an attempt, and the commit of its outcome."""
+    stop: float = 3.0
+    """How long open requests and calls have to end when the process stops."""
+    cancel: float = 1.0
+    """How long those that are cancelled then have to clean up."""
+    last_commits: float = 2.0
+    """How long the last commits of the process may then take."""
 
 
 class UnknownEndpoint(TrackerError):
@@ -100,6 +108,7 @@ class Webhooks:
     process: str
     clock: Clock
     waits: tuple[timedelta, ...] = WAITS
+    times: DeliveryTimes = DeliveryTimes()
     on_attempt: Sequence[OnAttempt] = ()
     handlers: InitVar[Iterable[Handler]] = ()
 
@@ -134,14 +143,16 @@ class Webhooks:
         """Start to deliver."""
         self._stopping = False
         try:
-            async with asyncio.timeout(LAST_WITHIN):
+            async with asyncio.timeout(self.times.last_commits):
                 await self._configure()  # runs that end from now on are sent
         except (StoreError, TimeoutError) as error:
             log.warning("outbox.not_configured", error=str(error), advice="it is tried again")
         self._task = asyncio.create_task(self._run(), name="outbox")
         for endpoint_id, endpoint in self._endpoints.items():
-            client = self._clients[endpoint_id] = EndpointClient(endpoint, clock=self.clock)
-            self._open_sender(endpoint_id, client, LEASE)
+            client = self._clients[endpoint_id] = EndpointClient(
+                endpoint, clock=self.clock, answer_seconds=self.times.answer
+            )
+            self._open_sender(endpoint_id, client, self.times.lease)
         for name, handler in self._handlers.items():
             target = HandlerClient(handler, clock=self.clock)
             self._open_sender(name, target, handler.lease)
@@ -155,6 +166,7 @@ class Webhooks:
             process=self.process,
             clock=self.clock,
             waits=self.waits,
+            times=self.times,
             on_attempt=self.on_attempt,
         )
 
@@ -165,13 +177,16 @@ class Webhooks:
         if task is not None:
             self._stopping = True
             self._woken.set()
-            await asyncio.gather(_end(task), *(sender.stop() for sender in senders.values()))
+            await asyncio.gather(
+                _end(task, self.times.last_commits),
+                *(sender.stop() for sender in senders.values()),
+            )
 
     async def aclose(self) -> None:
         """Make messages of the last events of this process, if that is quick."""
         if self._woken.is_set():
             try:
-                async with asyncio.timeout(LAST_WITHIN):
+                async with asyncio.timeout(self.times.last_commits):
                     await self._configure()
                     await self.drain()
             except (StoreError, TimeoutError):
@@ -262,11 +277,11 @@ class Webhooks:
             except Exception:  # without this task nothing is sent: it goes on after any error
                 log.exception("outbox.failed")
                 await asyncio.sleep(RETRY_SECONDS)
-            await wait_for(self._woken, TICK)
+            await wait_for(self._woken, self.times.tick)
 
     async def _configure(self) -> None:
         """Note the endpoints of this process in the database, once a minute."""
-        if time.monotonic() - self._configured_at < CONFIGURE_EVERY:
+        if time.monotonic() - self._configured_at < self.times.configure_every:
             return
         configs = [one.config for one in self._endpoints.values()]
         configs += [one.config for one in self._handlers.values()]
@@ -283,9 +298,9 @@ class Webhooks:
         self._configured_at = time.monotonic()
 
 
-async def _end(task: asyncio.Task[None]) -> None:
+async def _end(task: asyncio.Task[None], seconds: float) -> None:
     """Wait for a task that was told to stop: a transaction is interrupted only if it lasts."""
-    await asyncio.wait([task], timeout=LAST_WITHIN)
+    await asyncio.wait([task], timeout=seconds)
     await cancel(task)
 
 
@@ -301,6 +316,7 @@ class _Sender:
     process: str
     clock: Clock
     waits: tuple[timedelta, ...]
+    times: DeliveryTimes
     on_attempt: Sequence[OnAttempt]
 
     def __post_init__(self) -> None:
@@ -340,18 +356,18 @@ class _Sender:
         """Let open requests end for a moment, interrupt the rest, and store what came of them."""
         self._stopping = True
         self.wake()
-        await _end(self._task)
+        await _end(self._task, self.times.last_commits)
         if self._open:
-            await asyncio.wait(self._open, timeout=STOP_SECONDS)
+            await asyncio.wait(self._open, timeout=self.times.stop)
         cancelled = dict(self._open)
         for task in cancelled:
             task.cancel()
         if cancelled:
-            await asyncio.wait(cancelled, timeout=CANCEL_SECONDS)
+            await asyncio.wait(cancelled, timeout=self.times.cancel)
         ended = {claim.message_id for claim, _ in self._outcomes}
         interrupted = sorted({*cancelled.values()} - ended)
         try:
-            async with asyncio.timeout(LAST_WITHIN):
+            async with asyncio.timeout(self.times.last_commits):
                 if self._outcomes:
                     await self._turn(0)
                 if interrupted:
@@ -372,7 +388,8 @@ class _Sender:
         if not self._outcomes:
             due = await next_due_at(self.database, self.endpoint_id, now=now) if room > 0 else None
             if due is None or due > now:
-                return TICK if due is None else min(TICK, (due - now).total_seconds())
+                tick = self.times.tick
+                return tick if due is None else min(tick, (due - now).total_seconds())
         outcomes, self._outcomes = self._outcomes, []
         try:
             turn = await self.database.write(

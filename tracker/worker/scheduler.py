@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -28,28 +29,35 @@ from tracker.polling.workspaces import Workspace
 if TYPE_CHECKING:
     from tracker.services import Services
 
-TICK: Final = 15.0
-"""Seconds after which the database is read for due runs without a notification: the cost of a lost
-one."""
-ROUND_EVERY: Final = 1.0
-"""Least seconds between two rounds of polling. A single callback is followed at once;
-`tracker.polling.poll.Coalescer` decides how long many wait to share their pages."""
 PROBE_EVERY: Final = timedelta(seconds=2)
 """How often to check whether FLORA should be probed."""
-RECOVER_EVERY: Final = timedelta(seconds=30)
-"""How often starts are recovered whose caller is gone."""
 CHECK_CATALOGUE_EVERY: Final = timedelta(minutes=20)
 """How often to check whether the catalogue is due to be read."""
 STOP_SECONDS: Final = 8.0
 """How long running jobs have to end."""
-RELEASE_SECONDS: Final = 2.0
-"""How long releasing their claims may then take."""
-WATCH_CLOCK_EVERY: Final = 2.0
-"""Seconds between two comparisons of the wall clock with one that only runs forward."""
 JUMP: Final = timedelta(seconds=1)
-"""A difference of more than this between the two means that the clock was set."""
+"""A difference of more than this between the wall clock and one that only runs forward means that
+the clock was set."""
 
 log = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerTimes:
+    """How often a worker does what, in seconds."""
+
+    tick: float = 15.0
+    """After this long the database is read for due runs without a notification: the cost of a lost
+    one."""
+    round_every: float = 1.0
+    """At least, between two rounds of polling. A single callback is followed at once;
+    `tracker.polling.poll.Coalescer` decides how long many wait to share their pages."""
+    recover_every: timedelta = timedelta(seconds=30)
+    """How often starts are recovered whose caller is gone."""
+    release: float = 2.0
+    """How long a worker that stops has to release its claims, once its jobs have ended."""
+    watch_clock_every: float = 2.0
+    """Between two comparisons of the wall clock with one that only runs forward."""
 
 
 class CronTrigger(BaseTrigger):  # type: ignore[misc]
@@ -72,8 +80,9 @@ class CronTrigger(BaseTrigger):  # type: ignore[misc]
 class Worker:
     """The jobs of one process. `start` returns at once; `stop` ends them and releases claims."""
 
-    def __init__(self, services: "Services") -> None:
+    def __init__(self, services: "Services", *, times: WorkerTimes = WorkerTimes()) -> None:
         self._services = services
+        self._times = times
         self._scheduler = AsyncIOScheduler(
             timezone="UTC",
             job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None},
@@ -98,10 +107,10 @@ class Worker:
             )
         at_once = {"next_run_time": now}
         for name, work, every, more in (
-            ("poll", self._poll, timedelta(seconds=4 * TICK), {}),
+            ("poll", self._poll, timedelta(seconds=4 * self._times.tick), {}),
             ("recheck", self._recheck, services.recheck_every, {}),
             ("probe", services.contacts.probe, PROBE_EVERY, {}),
-            ("recover", self._recover, RECOVER_EVERY, at_once),
+            ("recover", self._recover, self._times.recover_every, at_once),
             ("catalogue", self._sync_catalogue, CHECK_CATALOGUE_EVERY, at_once),
         ):
             if keyed:
@@ -138,7 +147,7 @@ class Worker:
             task.cancel()  # without waiting for its release any longer
         await launches
         try:
-            async with asyncio.timeout(RELEASE_SECONDS):
+            async with asyncio.timeout(self._times.release):
                 await self._services.poller.release()
         except (StoreError, TimeoutError) as error:
             why = str(error) or "the database does not answer in time"
@@ -265,10 +274,10 @@ class Worker:
                 if not down:
                     log.warning("worker.database_down", error=str(error))
                 down = True
-                await asyncio.sleep(ROUND_EVERY)
+                await asyncio.sleep(self._times.round_every)
             except Exception:  # polling must not stop, whatever happens
                 log.exception("worker.waker_failed")
-                await asyncio.sleep(ROUND_EVERY)
+                await asyncio.sleep(self._times.round_every)
 
     async def _launch_batches(self) -> None:
         """Launch ordered batches as they become due."""
@@ -290,7 +299,7 @@ class Worker:
         """
         seconds, now = boot_seconds(), utc_now()
         while True:
-            await asyncio.sleep(WATCH_CLOCK_EVERY)
+            await asyncio.sleep(self._times.watch_clock_every)
             passed, shown = boot_seconds() - seconds, utc_now() - now
             seconds, now = seconds + passed, now + shown
             jump = shown - timedelta(seconds=passed)
@@ -314,16 +323,17 @@ class Worker:
             job.modify(next_run_time=due)
 
     async def _until_due(self) -> None:
-        """Return when a run is due and `ROUND_EVERY` has passed since the last round."""
+        """Return when a run is due and `round_every` has passed since the last round."""
+        tick = self._times.tick
         while True:
             due = await self._services.poller.next_due_at(coalesce=True)
-            wait = TICK if due is None else (due - self._services.clock()).total_seconds()
+            wait = tick if due is None else (due - self._services.clock()).total_seconds()
             if wait <= 0:
                 break
             # A signal means that a poll was brought forward; the database has the time.
-            await self._services.signals.wait_due(min(wait, TICK))
+            await self._services.signals.wait_due(min(wait, tick))
         # This also prevents a busy loop about a run that another worker has claimed.
-        await asyncio.sleep(self._round_began + ROUND_EVERY - time.monotonic())
+        await asyncio.sleep(self._round_began + self._times.round_every - time.monotonic())
 
 
 def run(open_services: "Callable[[], AbstractAsyncContextManager[Services]]") -> int:
