@@ -371,7 +371,6 @@ def _text(statement: Any) -> str:
 
 
 _STATEMENTS = PostgresStatements("origin")
-_EMPTY = ", ".join(["'{}'"] * 11)
 
 
 @pytest.mark.parametrize(
@@ -381,7 +380,7 @@ _EMPTY = ", ".join(["'{}'"] * 11)
         (_text(_STATEMENTS.select_waiting), "16384, ARRAY['a'], 10", "ix_deliveries_waiting"),
         (_text(_STATEMENTS.update_applied), "'applied', now(), ARRAY['a']", "pk_deliveries"),
         (_text(WRITE), "'[]', '[]', '[]', '[]', ARRAY['a'], '[]', '[]'", "pk_runs"),
-        (STORE, _EMPTY, "pk_deliveries"),
+        (STORE, "'[]', '{}'", "pk_deliveries"),
     ],
     ids=["lock", "take", "applied", "write", "store"],
 )

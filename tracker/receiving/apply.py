@@ -33,10 +33,6 @@ from tracker.store.writing.inbox import NO_CHANGE, ApplyResult, ParsedDelivery, 
 from tracker.store.writing.statements import quarantine, statements_for
 from tracker.store.writing.writer import MergeRules, OnCommit, WriteOutcome
 
-MAX_GROUP: Final = 500
-"""The most deliveries in one transaction."""
-CHECK_SECONDS: Final = 1.0
-"""How often a process checks for deliveries that another one left."""
 SAMPLE_SECONDS: Final = 0.01
 """How long arriving callbacks are counted between two groups."""
 BUSY_FROM: Final = 20
@@ -49,8 +45,6 @@ NOTIFY_SECONDS: Final = 0.1
 """The shortest time between two notifications: each takes a lock that all commits share."""
 RETRY_SECONDS: Final = (0.05, 1.0)
 """The first and the longest wait before an unavailable database is tried again."""
-HELD_UP_SECONDS: Final = 5.0
-"""How long a delivery is left alone whose run is locked elsewhere."""
 LAST_WITHIN: Final = 2.0
 """Seconds that the end of a process waits for the deliveries it stored last."""
 
@@ -110,9 +104,12 @@ class CallbackParser:
 class Applier:
     """Applies waiting deliveries. Used as `async with Applier(…) as applier`.
 
-    With `background` true it checks every second; else only after `wake` or in `drain`. `on_commit`
-    is called after each commit with its effect on runs, `on_applied` with the numbers of applied
-    and of quarantined deliveries, `on_write` after each attempt to commit.
+    With `background` true it checks every `check_seconds` for deliveries that another process left;
+    else only after `wake` or in `drain`. A transaction takes `max_group` deliveries at most, and
+    `busy_group` while storing has priority, so that no callback waits long for its answer. One
+    whose run is locked elsewhere is left alone for `held_up_seconds`. `on_commit` is called after
+    each commit with its effect on runs, `on_applied` with the numbers of applied and of quarantined
+    deliveries, `on_write` after each attempt to commit.
     """
 
     database: Database
@@ -121,6 +118,11 @@ class Applier:
     rules: MergeRules
     clock: Clock
     background: bool
+    monotonic: Callable[[], float] = time.monotonic
+    max_group: int = 500
+    busy_group: int = 100
+    check_seconds: float = 1.0
+    held_up_seconds: float = 5.0
     on_commit: Sequence[OnCommit] = ()
     on_applied: Sequence[Callable[[int, int], None]] = ()
     on_write: Sequence[OnWrite] = ()
@@ -132,7 +134,7 @@ class Applier:
         self._queue_lengths: list[int] = []
         """How many callbacks waited at each commit of the inbox, since the last pause."""
         self._notified_at = float("-inf")
-        self._limit = MAX_GROUP
+        self._limit = self.max_group
         self._held_up: dict[str, float] = {}
         self._lock = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
@@ -190,12 +192,12 @@ class Applier:
         wait = RETRY_SECONDS[0]
         while True:
             self._woken.clear()
-            began = time.monotonic()
+            began = self.monotonic()
             try:
-                taken, more = await self._apply_group()
+                taken, more = await self._apply_group(is_busy=self._is_busy())
             except StoreError as error:
                 self._woken.set()
-                if count := self._log_limit.count("unavailable", now=time.monotonic()):
+                if count := self._log_limit.count("unavailable", now=self.monotonic()):
                     log.warning("inbox.not_applied", error=str(error), count=count)
                 await asyncio.sleep(wait)
                 wait = min(wait * 2, RETRY_SECONDS[1])
@@ -216,17 +218,24 @@ class Applier:
             await self._until_woken()
 
     async def _until_woken(self) -> None:
-        await wait_for(self._woken, CHECK_SECONDS if self.background or self._held_up else None)
+        await wait_for(
+            self._woken, self.check_seconds if self.background or self._held_up else None
+        )
         self._woken.set()
 
     async def _pause_while_busy(self, until: float) -> None:
         """Return when few callbacks wait to be stored, or at that monotonic time."""
-        while self._queue_lengths and (now := time.monotonic()) < until:
+        while self._queue_lengths and (now := self.monotonic()) < until:
             self._queue_lengths.clear()
             await asyncio.sleep(SAMPLE_SECONDS)
-            if sum(self._queue_lengths) < BUSY_FROM * len(self._queue_lengths):
+            if not self._is_busy():
                 return
             await self._notify(now)
+
+    def _is_busy(self) -> bool:
+        """Whether storing has priority."""
+        lengths = self._queue_lengths
+        return bool(lengths) and sum(lengths) >= BUSY_FROM * len(lengths)
 
     async def _notify(self, now: float) -> None:
         """Tell other processes that deliveries wait which this one has no time to apply."""
@@ -237,7 +246,7 @@ class Applier:
             origin = self.database.origin
             await self.database.send("SELECT pg_notify($1, $2)", (INBOX, origin))
 
-    async def _apply_group(self) -> tuple[int, bool]:
+    async def _apply_group(self, *, is_busy: bool = False) -> tuple[int, bool]:
         """Apply one group; returns how many deliveries were applied or quarantined, and whether
         more may be waiting.
 
@@ -245,11 +254,12 @@ class Applier:
         Raises `StoreError` where no delivery is to blame.
         """
         async with self._lock:
-            now = time.monotonic()
+            now = self.monotonic()
             self._held_up = {key: until for key, until in self._held_up.items() if until > now}
             taken: list[str] = []
             try:
-                result = await self._write(taken)
+                limit = min(self._limit, self.busy_group) if is_busy else self._limit
+                result = await self._write(taken, limit)
             except Exception as error:
                 if not taken or not _is_caused_by_delivery(error):
                     raise
@@ -257,32 +267,32 @@ class Applier:
                 if len(taken) > 1:
                     return 0, True
                 if isinstance(error, StoreBusy):
-                    self._held_up[taken[0]] = time.monotonic() + HELD_UP_SECONDS
+                    self._held_up[taken[0]] = self.monotonic() + self.held_up_seconds
                     return 0, True
                 result = await self._quarantine(taken[0], error)
             else:
-                self._limit = min(self._limit * 2, MAX_GROUP)
+                self._limit = min(self._limit * 2, self.max_group)
             if result.taken:
                 self._report(result)
             return result.taken, result.more or result.outcome.requeued
 
-    async def _write(self, taken: list[str]) -> ApplyResult:
-        began = time.monotonic()
+    async def _write(self, taken: list[str], limit: int) -> ApplyResult:
+        began = self.monotonic()
         failure: Exception | None = None
         try:
-            return await self.database.write(partial(self._apply, taken))
+            return await self.database.write(partial(self._apply, taken, limit))
         except Exception as error:
             failure = error
             raise
         finally:
             if taken or failure is not None:  # a check that finds nothing is no commit
                 for hook in self.on_write:
-                    call_hook(hook, len(taken), time.monotonic() - began, failure)
+                    call_hook(hook, len(taken), self.monotonic() - began, failure)
 
-    def _apply(self, taken: list[str], connection: Connection) -> ApplyResult:
+    def _apply(self, taken: list[str], limit: int, connection: Connection) -> ApplyResult:
         return apply_waiting(
             connection,
-            limit=self._limit,
+            limit=limit,
             held_up=[*self._held_up],
             parse=self._parse,
             taken=taken,

@@ -126,18 +126,22 @@ INSERT_OUTPUTS: Final = _insert_incoming(run_outputs, OUTPUT_COLUMNS, "outputs")
 CLOSE_STARTS: Final = _close_starts()
 
 # One statement, which is a transaction by itself, goes to the driver directly: see `Database.send`.
-# Rows travel as one array for each column, sorted by id, so that two processes never deadlock. A
-# body that retention has removed cannot be compared: what comes under its id counts as a
-# repetition. Of new deliveries, which are nearly all, nothing is sent back.
+# Bodies are bytes, so they travel beside the JSON. A body that retention has removed cannot be
+# compared: what comes under its id counts as a repetition. Of new deliveries, which are nearly all,
+# nothing is sent back.
 STORE: Final = """
 WITH came AS (
     SELECT *
-    FROM unnest(
-        $1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::timestamptz[],
-        $7::timestamptz[], $8::timestamptz[], $9::integer[], $10::bytea[], $11::text[]
+    FROM ROWS FROM (
+        json_to_recordset($1::text::json) AS (
+            delivery_id text, run_id text, event_type text, api_version text, workspace_id text,
+            created_at timestamptz, received_at timestamptz, last_received_at timestamptz,
+            receipts integer, callback_token text
+        ),
+        unnest($2::bytea[])
     ) AS came (
         delivery_id, run_id, event_type, api_version, workspace_id, created_at,
-        received_at, last_received_at, receipts, body, callback_token
+        received_at, last_received_at, receipts, callback_token, body
     )
 ), stored AS (
     INSERT INTO deliveries (
@@ -146,7 +150,7 @@ WITH came AS (
     )
     SELECT
         delivery_id, run_id, event_type, api_version, workspace_id, created_at,
-        received_at, coalesce(last_received_at, received_at), receipts, body, callback_token,
+        received_at, last_received_at, receipts, body, callback_token,
         'waiting'
     FROM came
     ON CONFLICT (delivery_id) DO UPDATE SET
@@ -205,24 +209,26 @@ class PostgresStatements(Statements):
 
     async def store(self, db: Database, receipts: Sequence[Receipt]) -> dict[str, str | None]:
         """See `Statements.store`."""
-        came = [receipt.delivery for receipt in receipts]
-        rows = await db.send(
-            STORE,
-            (
-                [one.delivery_id for one in came],
-                [one.run_id for one in came],
-                [one.event_type for one in came],
-                [one.api_version for one in came],
-                [one.workspace_id for one in came],
-                [one.created_at for one in came],
-                [one.received_at for one in came],
-                [one.last_received_at if len(one.positions) > 1 else None for one in receipts],
-                [len(one.positions) for one in receipts],
-                [one.body for one in came],
-                [one.callback_token for one in came],
-            ),
-        )
+        incoming = orjson.dumps([_receipt_row(receipt) for receipt in receipts]).decode()
+        bodies = [receipt.delivery.body for receipt in receipts]
+        rows = await db.send(STORE, (incoming, bodies))
         return {row[0]: row[1] for row in rows}
+
+
+def _receipt_row(receipt: Receipt) -> dict[str, Any]:
+    one = receipt.delivery
+    return {
+        "delivery_id": one.delivery_id,
+        "run_id": one.run_id,
+        "event_type": one.event_type,
+        "api_version": one.api_version,
+        "workspace_id": one.workspace_id,
+        "created_at": one.created_at,
+        "received_at": one.received_at,
+        "last_received_at": receipt.last_received_at,
+        "receipts": len(receipt.positions),
+        "callback_token": one.callback_token,
+    }
 
 
 def _to_json(names: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> str:
