@@ -33,11 +33,8 @@ def test_json_survives_every_locale(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.isascii()
 
 
-async def test_each_cause_of_a_wait_is_one_line(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_each_cause_of_a_wait_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     """However long it lasts, and when it comes again, where no terminal counts it down."""
-    monkeypatch.setattr(output, "_REFRESH_SECONDS", 0.001)
     silent = FloraUnreachable("", may_have_acted=False)
     reads = 0
 
@@ -55,7 +52,7 @@ async def test_each_cause_of_a_wait_is_one_line(
             return waits[reads % len(waits)]
 
     waiting: Any = SimpleNamespace(workspaces=[SimpleNamespace(client=Client())])
-    async with output.showing_waits(waiting):
+    async with output.showing_waits(waiting, every=0.001):
         await eventually(lambda: reads >= 12, interval=0.001)
     assert sorted(capsys.readouterr().err.splitlines()) == [
         "tracker: FLORA asked for a pause, waiting for up to 3 s",

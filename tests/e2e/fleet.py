@@ -28,6 +28,7 @@ from apscheduler.triggers.interval import IntervalTrigger
 from tests.e2e import short_waits
 from tests.e2e.lives import FloraKey, Life
 from tests.support.waiting import free_port
+from tracker import services
 from tracker.core.clock import utc_now
 from tracker.polling import poll, sweep
 from tracker.simulator import Simulator
@@ -69,8 +70,9 @@ def shorten_waits() -> None:
     )
     for module, name in held:
         setattr(module, name, LEASE)
-    for module in (sending, poll, sweep):
+    for module in (sending, poll):
         short_waits.shorten(module, RENEW_AFTER=RENEW_AFTER)
+    services.Sweeper = partial(services.Sweeper, renew_after=RENEW_AFTER)  # type: ignore
     times = WorkerTimes(recover_every=LEASE)
     scheduler.Worker = partial(scheduler.Worker, times=times)  # type: ignore
     scheduler.CronTrigger = lambda _: IntervalTrigger(seconds=SWEEP_EVERY)  # type: ignore

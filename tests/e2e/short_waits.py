@@ -19,7 +19,6 @@ from tracker.polling import poll, sweep
 from tracker.polling.workspaces import DatabaseWaits
 from tracker.starting import catalogue, recover, sending
 from tracker.store.queries import batch_launches
-from tracker.store.writing import rollups
 from tracker.web.http import server
 from tracker.worker import scheduler
 from tracker.worker.scheduler import WorkerTimes
@@ -84,15 +83,17 @@ def shorten_all_waits(*, patient: bool = True) -> None:
     for module in (poll, sweep, catalogue):
         shorten(module, LEASE=soon)
     services.BatchWorker = partial(services.BatchWorker, renew_after=0.1)  # type: ignore
-    for module in (sending, poll, sweep):
+    for module in (sending, poll):
         shorten(module, RENEW_AFTER=0.1)
+    services.Sweeper = partial(services.Sweeper, renew_after=0.1)  # type: ignore
     times = WorkerTimes(round_every=0.2, recover_every=soon)
     scheduler.Worker = partial(scheduler.Worker, times=times)  # type: ignore
     scheduler.CronTrigger = every_second  # type: ignore[assignment,misc]
     shorten(server, GRACE_SECONDS=1)
     shorten_webhooks(patient=patient)
-    shorten(rollups, LAST_WITHIN=0.5)
-    services.RollupCompactor = partial(services.RollupCompactor, delay=0.2)  # type: ignore
+    services.RollupCompactor = partial(  # type: ignore
+        services.RollupCompactor, delay=0.2, last_within=0.5
+    )
 
 
 def shorten_webhooks(*, patient: bool = True) -> None:

@@ -37,7 +37,6 @@ from tracker.core.errors import (
 )
 from tracker.core.observation import Source
 from tracker.core.run import RunStatus
-from tracker.flora import caller
 from tracker.flora.client import FloraClient, PollUrlRefused, start_body
 from tracker.flora.contact import Trouble
 
@@ -229,9 +228,8 @@ async def test_what_is_packed_twice_or_anew_is_not_unpacked(encoding: str) -> No
     assert far.requests[0].headers["accept-encoding"] == "gzip, deflate"
 
 
-async def test_bodies_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_bodies_are_bounded() -> None:
     """An answer without end is given up."""
-    monkeypatch.setattr(caller, "LARGEST_ANSWER", 1000)
     sent = 0
 
     async def endless(_: httpx.Request) -> httpx.Response:
@@ -243,7 +241,7 @@ async def test_bodies_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return httpx.Response(200, content=chunks())
 
-    async with client(FarEnd(endless), VirtualTime()) as flora:
+    async with client(FarEnd(endless), VirtualTime(), largest_answer=1000) as flora:
         with pytest.raises(FloraUnreadable, match="larger"):
             await flora.get_any_run("run_1")
     assert sent == 1200

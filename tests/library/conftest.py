@@ -2,13 +2,14 @@
 
 from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
 
 from tests.support.waiting import NO_SWEEPS
-from tracker import Tracker
-from tracker.polling import follow
+from tracker import Tracker, services
+from tracker.polling.follow import Follower
 from tracker.settings import Settings
 from tracker.simulator import Options, Simulator, running
 
@@ -18,13 +19,8 @@ INPUTS = {"prompt": "garden tools"}
 @pytest.fixture(autouse=True)
 def _polled_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """A waiting program polls after 0.1 s in place of `OVERDUE`."""
-    monkeypatch.setattr(follow, "OVERDUE", timedelta(seconds=0.1))
-
-
-@pytest.fixture
-def others_poll(monkeypatch: pytest.MonkeyPatch, _polled_soon: None) -> None:
-    """A waiting program never polls by itself."""
-    monkeypatch.setattr(follow, "OVERDUE", timedelta(hours=1))
+    soon = partial(Follower, overdue_after=timedelta(seconds=0.1))
+    monkeypatch.setattr(services, "Follower", soon)
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from tests.library.conftest import INPUTS, MakeTracker
 from tests.support.waiting import eventually, let_pass
 from tracker import Run, Tracker, errors
 from tracker.core.record import Unseen
-from tracker.polling import follow
 from tracker.simulator import Simulator
 
 
@@ -64,13 +63,14 @@ async def test_a_start_rides_out_a_doubt(tracker: Tracker, flora: Simulator) -> 
 
 
 async def test_many_are_waited_for_by_whoever_brings_the_news(
-    make_tracker: MakeTracker, tracker: Tracker, flora: Simulator, others_poll: None
+    make_tracker: MakeTracker, tracker: Tracker, flora: Simulator
 ) -> None:
     """Another process polls; a failed run raises when all have ended, or is returned."""
     good = await tracker.start("icon-pack", INPUTS)
     flora.world.change({"failures": 1.0, "failure_codes": "GPU_PROVIDER_ERROR"})
     bad = await tracker.start("icon-pack", INPUTS)
     tracker._services().poller.poll_due = _never  # type: ignore[method-assign]
+    tracker._services().follower.overdue_after = timedelta(hours=1)
     async with make_tracker(worker=True):
         with pytest.raises(errors.RunFailed) as failed:
             await tracker.wait([good, bad.run_id], timeout=30)
@@ -89,15 +89,14 @@ async def _never(**_: object) -> None:
     raise AssertionError("another process polls")
 
 
-async def test_a_wait_that_ends_early_ends_nothing_else(
-    tracker: Tracker, flora: Simulator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_wait_that_ends_early_ends_nothing_else(tracker: Tracker, flora: Simulator) -> None:
     """A time-out says how the run stands, a cancelled wait leaves it; waiting can go on."""
     run = await tracker.start("icon-pack", INPUTS)
-    with monkeypatch.context() as patch:
-        patch.setattr(follow, "OVERDUE", timedelta(hours=1))  # nobody sees its end
-        with pytest.raises(TimeoutError, match=f"run {run.run_id} is") as late:
-            await run.wait(timeout=0.01)
+    follower = tracker._services().follower
+    soon, follower.overdue_after = follower.overdue_after, timedelta(hours=1)
+    with pytest.raises(TimeoutError, match=f"run {run.run_id} is") as late:  # nobody sees its end
+        await run.wait(timeout=0.01)
+    follower.overdue_after = soon
     assert isinstance(late.value, errors.WaitTimeout)
     assert [one.run_id for one in late.value.runs] == [run.run_id]
     waiting = asyncio.create_task(run.wait())
@@ -110,8 +109,9 @@ async def test_a_wait_that_ends_early_ends_nothing_else(
         await tracker.wait(["run_none", run], timeout=5)
 
 
-async def test_a_lost_run_raises(small_tracker: Tracker, others_poll: None) -> None:
+async def test_a_lost_run_raises(small_tracker: Tracker) -> None:
     """A run that FLORA denies for over an hour ends the wait with `RunLost`."""
+    small_tracker._services().follower.overdue_after = timedelta(hours=1)  # it is not polled
     run = await small_tracker.start("icon-pack", INPUTS)
     writer, now = small_tracker._services().writer, run.created_at
     waiting = asyncio.create_task(run.wait(timeout=30))
@@ -124,12 +124,10 @@ async def test_a_lost_run_raises(small_tracker: Tracker, others_poll: None) -> N
     assert (lost.tracking, lost.succeeded) == ("lost", False)
 
 
-async def test_a_timeout_says_why_runs_cannot_be_read(
-    make_tracker: MakeTracker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_timeout_says_why_runs_cannot_be_read(make_tracker: MakeTracker) -> None:
     """Such as a refused key, so that nobody waits again in vain."""
-    monkeypatch.setattr(follow, "OVERDUE", timedelta(0))
     async with make_tracker(flora_api_key="sk_test_wrong") as tracker:
+        tracker._services().follower.overdue_after = timedelta(0)
         run = await tracker.track("run_1", force=True)
         poller, rounds = tracker._services().poller, 0
         poll_due = poller.poll_due

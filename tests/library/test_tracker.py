@@ -16,7 +16,6 @@ from tests.library.conftest import INPUTS, MakeTracker
 from tests.support.postgres import PostgresServer
 from tests.web.callbacks import event, signed
 from tracker import Tracker, errors
-from tracker.polling import follow
 from tracker.settings import Settings
 from tracker.simulator import Simulator
 
@@ -84,14 +83,11 @@ async def test_closing_ends_what_is_under_way(make_tracker: MakeTracker, sqlite_
 
 
 async def test_a_wait_survives_an_outage(
-    make_tracker: MakeTracker,
-    own_postgres: PostgresServer,
-    flora: Simulator,
-    monkeypatch: pytest.MonkeyPatch,
+    make_tracker: MakeTracker, own_postgres: PostgresServer, flora: Simulator
 ) -> None:
     """The database goes away and comes back while a run is waited for."""
-    monkeypatch.setattr(follow, "OVERDUE", timedelta(seconds=3))  # it is not polled before
     async with make_tracker(tracker_database_url=own_postgres.url("tracker")) as tracker:
+        tracker._services().follower.overdue_after = timedelta(seconds=3)  # it is not polled before
         run = await tracker.start("icon-pack", INPUTS)
         waiting = asyncio.create_task(run.wait(timeout=40))
         await asyncio.to_thread(own_postgres.crash)

@@ -81,14 +81,11 @@ def test_every_column_has_a_value_and_is_null() -> None:
             assert column.nullable == (None in values), where
 
 
-async def test_everything_is_carried_over(
-    full_url: str, empty_database_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_everything_is_carried_over(full_url: str, empty_database_url: str) -> None:
     """From each engine to each, every table, row and column is there, whatever is in it; a target
     without tables gets them. Rows go a few at a time."""
-    monkeypatch.setattr(copying, "BATCH", 2)
     steps: list[Step] = []
-    copied = await copy(full_url, empty_database_url, progress=steps.append)
+    copied = await copy(full_url, empty_database_url, progress=steps.append, at_a_time=2)
     expected = {table.name: in_order(table, every_value()[table.name]) for table in TABLES}
     assert await everything(empty_database_url) == expected
     assert copied.tables == {table.name: 3 for table in TABLES}

@@ -3,8 +3,6 @@
 from datetime import timedelta
 from decimal import Decimal
 
-import pytest
-
 from tests.store.making import (
     NOW,
     TestWriter,
@@ -19,7 +17,6 @@ from tests.store.making import (
 from tests.store.test_starts import mark, reserve
 from tracker.core.run import RunStatus
 from tracker.store.engine import Database
-from tracker.store.queries import attention as gauges
 from tracker.store.queries import runs as read
 from tracker.store.queries.attention import read_gauges
 from tracker.store.queries.starts import StartState
@@ -112,13 +109,10 @@ async def test_what_waits_for_a_person_is_counted(db: Database, writer: TestWrit
     assert (found.quarantined, found.open_starts, found.unresolved_starts) == (2, 2, 1)
 
 
-async def test_no_count_goes_beyond_the_bound(
-    db: Database, writer: TestWriter, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_no_count_goes_beyond_the_bound(db: Database, writer: TestWriter) -> None:
     """However much has piled up, so many rows are looked at; the longest due are among them."""
-    monkeypatch.setattr(gauges, "BOUND", 2)
     late = [callback(f"run_{n}", at=NOW + timedelta(seconds=n)) for n in range(5)]
     await writer.submit_all(list(reversed(late)))
-    found = await read_gauges(db, now=NOW + timedelta(hours=1))
+    found = await read_gauges(db, now=NOW + timedelta(hours=1), bound=2)
     assert (found.due, found.overdue) == (2, 2)
     assert found.oldest_due_at == NOW

@@ -247,14 +247,13 @@ async def test_what_failed_during_an_outage_is_due_after_it(db: Database, lastin
     assert row.failing_since is None
 
 
-async def test_recovering_takes_pages(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_recovering_takes_pages(db: Database) -> None:
     """However many messages have failed, one transaction takes a page of them."""
-    monkeypatch.setattr("tracker.store.writing.messages.PAGE", 2)
     await known(db, "a")
     for number in range(5):
         await add_message(db, f"msg_{number}", "a", 500, state="failed", next_attempt_at=None)
     await add_message(db, "old", "a", 500, state="failed", created_at=NOW - LEASE)
     await add_message(db, "done", "a", 200)
-    assert await recover(db, "a", since=NOW, now=NOW) == 5
+    assert await recover(db, "a", since=NOW, now=NOW, page=2) == 5
     assert len((await turn(db, now=NOW)).claims) == 5
     assert await recover(db, "b", since=NOW, now=NOW) is None

@@ -295,24 +295,23 @@ async def test_deleted_runs_leave_their_history(writer: TestWriter, db: Database
         await rollups.recount(db)
 
 
-async def test_writers_compact(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_writers_compact(db: Database) -> None:
     """A few moments after a commit its changes are in the tallies, and at the latest when the
     process ends."""
-    monkeypatch.setattr(rollups, "LAST_WITHIN", 60.0)
 
     async def folded() -> bool:
         return await rows_in(db, run_tally_changes) == 0
 
     entries: list[Entry] = [seen("run_1"), seen("run_2")]
     async with (
-        RollupCompactor(db, background=True, delay=0.05) as keeper,
+        RollupCompactor(db, background=True, delay=0.05, last_within=60.0) as keeper,
         open_writer(db, on_commit=[keeper.committed]) as writer,
     ):
         for entry in entries:
             await writer.submit(entry)
             await eventually(folded)
     async with (
-        RollupCompactor(db, background=False) as keeper,
+        RollupCompactor(db, background=False, last_within=60.0) as keeper,
         open_writer(db, on_commit=[keeper.committed]) as writer,
     ):
         await writer.submit(seen("run_3"))
@@ -322,16 +321,15 @@ async def test_writers_compact(db: Database, monkeypatch: pytest.MonkeyPatch) ->
 
 
 async def test_the_last_compaction_makes_up_for_a_failed_one(
-    sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sqlite_url: str, tmp_path: Path
 ) -> None:
     """Said once; and where a commit has shown since that the database is back, it is done."""
-    for name in ("RETRY", "LAST_WITHIN"):
-        monkeypatch.setattr(rollups, name, 60.0)
+    patient = {"retry": 60.0, "last_within": 60.0}
     path, away = tmp_path / "tracker.db", tmp_path / "away.db"
     async with await Database.open(sqlite_url) as db:
         with capture_logs() as lines:
             async with (
-                RollupCompactor(db, background=True, delay=0.01) as keeper,
+                RollupCompactor(db, background=True, delay=0.01, **patient) as keeper,
                 open_writer(db, on_commit=[keeper.committed]) as writer,
             ):
                 path.rename(away)

@@ -13,7 +13,7 @@ from tests.store.test_plans import _reads_a_table, plans
 from tracker.core.errors import InvalidRequest
 from tracker.core.run import RunError, RunStatus
 from tracker.store.engine import Database
-from tracker.store.queries import batches, paging, sheet_rows, starts
+from tracker.store.queries import batches, paging, starts
 from tracker.store.queries.batches import BatchEntry, BatchRow, RowOutcome
 from tracker.store.queries.search import STATES, Sort, Wanted, count_runs, search_runs
 from tracker.store.queries.sheet_rows import (
@@ -295,12 +295,8 @@ ENTRANCES = [
 ]
 
 
-async def test_rows_of_batches_are_found_by_an_index(
-    full: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_rows_of_batches_are_found_by_an_index(full: Database) -> None:
     """The pages of a batch, its pictures, the rows of a run, and a text in carried cells."""
-    # So few of the rows here that an index is worth it.
-    monkeypatch.setattr(sheet_rows, "RECENT_BATCHES", 10)
     start = await starts.of_run(full, "run_100")
     assert start is not None
     start = replace(start, idempotency_key=f"row-{'0' * 24}-again1-retry2")
@@ -309,7 +305,8 @@ async def test_rows_of_batches_are_found_by_an_index(
         partial(page_starts, batch_id="bat_1", outcome=RowOutcome.FAILED, code="x", limit=100),
         partial(first_outputs, batch_ids=["bat_1", "bat_2"], most=4),
         partial(rows_of_start, start=start),
-        partial(search_sheets, text="cat"),
+        # So few of the rows here that an index is worth it.
+        partial(search_sheets, text="cat", newest=10),
     ):
         told = await plans(full, call)
         # Which has no rows here.

@@ -18,7 +18,6 @@ from tests.web.flora import with_flora
 from tests.worker.conftest import PassedTime, client_by
 from tracker.core.budget import Budget, Budgets, Period
 from tracker.simulator import Simulator
-from tracker.starting import batch_launch
 from tracker.starting.batch_orders import Order
 from tracker.starting.sheet import read_csv
 from tracker.store.queries import audit, batch_launches, batches
@@ -195,13 +194,11 @@ async def test_nothing_is_started_beyond_the_maximum_or_a_budget(
         assert len(flora.world.runs) == 4
 
 
-async def test_a_batch_waits_for_a_budget_if_asked(
-    serve: Serve, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_batch_waits_for_a_budget_if_asked(serve: Serve, sqlite_url: str) -> None:
     """It starts what fits, says what it waits for, and goes on when there is room."""
-    monkeypatch.setattr(batch_launch, "BUDGET_EVERY", timedelta(seconds=0.2))
     async with working(serve, sqlite_url) as (site, flora):
         site.services.batch_worker.renew_after = 0.05
+        site.services.batches.budget_every = timedelta(seconds=0.2)
         budget = Budget(usd=Decimal("0.6"), period=Period.DAY)
         site.services.starter.budgets = Budgets(others=(budget,))
         site.services.batch_orders.budgets = Budgets(others=(budget,))

@@ -132,10 +132,10 @@ async def hurry() -> AsyncIterator[Hurry]:
         async def no_wait(seconds: float) -> None:
             await asyncio.sleep(0)
 
-        def hurry_up(services: Services, flora: Simulator) -> None:
+        def hurry_up(services: Services, flora: Simulator, **options: Any) -> None:
             services.starter.sleep = no_wait
             for workspace in services.workspaces:
-                workspace.client = client_by(PassedTime(), flora, clock=services.clock)
+                workspace.client = client_by(PassedTime(), flora, clock=services.clock, **options)
                 stack.push_async_callback(workspace.client.aclose)
 
         yield hurry_up

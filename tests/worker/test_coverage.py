@@ -14,7 +14,6 @@ from tests.worker.conftest import (
 )
 from tests.worker.test_sweep import sweep
 from tracker.core.run import RunType
-from tracker.flora import caller
 from tracker.flora.client import cursor_at, offset_of
 from tracker.polling.history import HistoryWalk
 from tracker.services import Services
@@ -184,13 +183,13 @@ async def test_an_answer_that_is_too_large_is_read_in_parts(
     make_flora: MakeFlora,
     open_on: OpenServices,
     clock: HandClock,
-    monkeypatch: pytest.MonkeyPatch,
+    hurry: Hurry,
 ) -> None:
     """Where a page is larger than an answer may be, smaller ones are asked for; a run that alone is
     too large leaves a gap."""
-    monkeypatch.setattr(caller, "LARGEST_ANSWER", 60_000)
     async with make_flora(history=300, history_seconds=SPAN, bad_bytes=80_000) as flora:
         services = await open_on(flora)
+        hurry(services, flora, largest_answer=60_000)
         runs = flora.world.history("technique", flora.world.options.workspaces[0])
         bad = runs[120].run_id
         flora.world.change({"bad_runs": [bad]})

@@ -135,12 +135,11 @@ async def test_a_run_that_a_worker_has_claimed_is_left_to_it(
 
 
 async def test_a_run_that_has_not_ended_is_polled_again_soon(
-    open_on: OpenServices, flora: Simulator, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+    open_on: OpenServices, flora: Simulator, clock: HandClock
 ) -> None:
     """As soon as it is due and a round may begin, although nothing tells of a change."""
-    monkeypatch.setattr(follow, "CHECK_EVERY", 3600.0)
-    monkeypatch.setattr(follow, "CHECK_ANYWAY", 3600.0)
     services = await open_on(flora, tracker_poll_interval=0.2)
+    services.follower.check_every = services.follower.check_anyway = 3600.0
     run = flora.start()
     await services.tracker.track(run.run_id)
     clock.move(follow.OVERDUE.total_seconds() + 1)

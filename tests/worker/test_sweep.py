@@ -21,7 +21,6 @@ from tests.worker.conftest import (
 )
 from tracker.core.observation import Source
 from tracker.core.run import Tracking
-from tracker.polling import sweep as sweep_module
 from tracker.polling.history import HistoryWalk
 from tracker.polling.sweep import LEASE, SweepReport
 from tracker.services import Services
@@ -374,7 +373,7 @@ async def test_a_sweep_that_waits_for_flora_stays_alone(
             yield page
 
     monkeypatch.setattr(HistoryWalk, "pages", slow)
-    monkeypatch.setattr(sweep_module, "RENEW_AFTER", 0.01)
+    services.sweeper.renew_after = 0.01
     assert (await sweep(services)).error is None
     assert await take(clock(), LEASE)
     assert timedelta(minutes=2) > LEASE

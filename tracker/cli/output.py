@@ -273,13 +273,15 @@ _screens: Final = [Screen()]
 
 
 @asynccontextmanager
-async def showing_waits(services: "Services") -> AsyncIterator[None]:
+async def showing_waits(
+    services: "Services", *, every: float = _REFRESH_SECONDS
+) -> AsyncIterator[None]:
     """Report within two seconds that the block waits for FLORA, and why.
 
     On a terminal one line counts down and disappears; elsewhere, and above bars, each cause is one
     line.
     """
-    showing = asyncio.create_task(_show_waits(services))
+    showing = asyncio.create_task(_show_waits(services, every))
     try:
         yield
     finally:
@@ -287,10 +289,10 @@ async def showing_waits(services: "Services") -> AsyncIterator[None]:
         show_status("")
 
 
-async def _show_waits(services: "Services") -> None:
+async def _show_waits(services: "Services", every: float) -> None:
     reported: set[str] = set()
     while True:
-        await asyncio.sleep(_REFRESH_SECONDS)
+        await asyncio.sleep(every)
         waits = [one.client.wait for one in services.workspaces if one.client is not None]
         wait = max(filter(None, waits), key=lambda one: one.passed, default=None)
         if wait is None or wait.passed < _WAIT_SHOWN_AFTER:

@@ -207,6 +207,7 @@ class Caller:
     shared: InitVar[SharedWaits | None] = None
     find_new_key: Callable[[], object] = lambda: None
     traced: bool = True
+    largest_answer: int = LARGEST_ANSWER
 
     def __post_init__(self, concurrency: int, shared: SharedWaits | None) -> None:
         self.request_limit = RequestLimit(
@@ -306,7 +307,7 @@ class Caller:
             async with self.http.stream(
                 call.method, call.url, headers=call.headers, content=call.content, **more
             ) as response:
-                body = await _bounded_body(response, call.endpoint)
+                body = await _bounded_body(response, call.endpoint, self.largest_answer)
             status, request_id = response.status_code, response.headers.get("request-id")
         except httpx.DecodingError as exc:
             garbled = FloraUnreadable(f"FLORA's answer to {call.endpoint} is garbled", silent=True)
@@ -436,12 +437,12 @@ def _repeatable(call: FloraCall, error: FloraError) -> bool:
     return False
 
 
-async def _bounded_body(response: httpx.Response, endpoint: str) -> bytes:
+async def _bounded_body(response: httpx.Response, endpoint: str, largest: int) -> bytes:
     if not is_bounded(response.headers.get("content-encoding")):
         raise FloraUnreadable(f"FLORA's answer to {endpoint} has an unsupported content encoding")
     body = bytearray()
     async for chunk in response.aiter_bytes():
         body += chunk
-        if len(body) > LARGEST_ANSWER:
-            raise FloraUnreadable(f"FLORA's answer is larger than {LARGEST_ANSWER} bytes")
+        if len(body) > largest:
+            raise FloraUnreadable(f"FLORA's answer is larger than {largest} bytes")
     return bytes(body)

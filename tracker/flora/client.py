@@ -44,7 +44,14 @@ from tracker.core.net import is_loopback
 from tracker.core.observation import Observation, Source
 from tracker.core.run import RunType
 from tracker.flora import parse
-from tracker.flora.caller import Caller, FloraAnswer, FloraCall, OnRequest, Wait
+from tracker.flora.caller import (
+    LARGEST_ANSWER,
+    Caller,
+    FloraAnswer,
+    FloraCall,
+    OnRequest,
+    Wait,
+)
 from tracker.flora.parse import LONGEST_ID, Page, as_text
 from tracker.flora.request_limit import SharedWaits
 from tracker.flora.technique import Technique, technique
@@ -102,6 +109,7 @@ class FloraClient:
         shared_waits: SharedWaits | None = None,
         find_new_key: Callable[[], object] = lambda: None,
         start_seconds: float = START_SECONDS,
+        largest_answer: int = LARGEST_ANSWER,
     ) -> None:
         self._fresh = False
         self._start_seconds = start_seconds
@@ -136,6 +144,7 @@ class FloraClient:
             shared=shared_waits,
             find_new_key=find_new_key,
             traced=transport is None,
+            largest_answer=largest_answer,
         )
         self.request_limit = self._caller.request_limit
         self.breaker = self._caller.breaker

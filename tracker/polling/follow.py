@@ -54,13 +54,21 @@ class RunUpdate(NamedTuple):
 
 @dataclass(kw_only=True, eq=False)
 class Follower:
-    """Follows runs. One object serves any number of callers at the same time."""
+    """Follows runs. One object serves any number of callers at the same time.
+
+    A run that has been due for `overdue_after` is polled from here. `check_every` and
+    `check_anyway` are the seconds between two reads of a database that sends no notifications, and
+    of one that does.
+    """
 
     database: Database
     signals: Signals
     poller: Poller
     workspaces: Workspaces
     clock: Clock
+    overdue_after: timedelta = OVERDUE
+    check_every: float = CHECK_EVERY
+    check_anyway: float = CHECK_ANYWAY
 
     def __post_init__(self) -> None:
         self._records = _SharedCalls(lambda ids: runs.get_runs(self.database, ids))
@@ -84,7 +92,7 @@ class Follower:
         further runs. `notify` gets each reason why the runs cannot be read, once. Raises
         `StoreUnavailable` if the database does not answer for `OUTAGE` seconds.
         """
-        followed = _FollowedRuns(run_ids, more, notify)
+        followed = _FollowedRuns(run_ids, more, notify, self.overdue_after)
         with self.signals.subscribed(followed.on_signal):
             polling: asyncio.Task[None] | None = None
             try:
@@ -104,7 +112,7 @@ class Follower:
                         polling = None
                     if polling is None and self._overdue(followed):
                         polling = asyncio.create_task(self._poll(followed), name="follow-poll")
-                        # `_pause` may last CHECK_ANYWAY.
+                        # `_pause` may last `check_anyway`.
                         polling.add_done_callback(lambda _: followed.changed.set())
                     await self._pause(followed)
             finally:
@@ -156,7 +164,8 @@ class Follower:
         """Wait until something may have changed, or a run may have become overdue."""
         notified = self.database.dialect == "postgresql" and self.signals.listening
         # At the same moments for all callers, so that they share their reads.
-        longest = CHECK_ANYWAY if notified else CHECK_EVERY - time.monotonic() % CHECK_EVERY
+        every = self.check_every
+        longest = self.check_anyway if notified else every - time.monotonic() % every
         now = self.clock()
         dues = [one.next_check_at for one in followed.open.values() if one and one.next_check_at]
         overdue_in = [(due + followed.overdue_after - now).total_seconds() for due in dues]
@@ -210,10 +219,16 @@ class _SharedCall(Generic[T]):
 class _FollowedRuns:
     """The open runs of one caller, and how each was last shown."""
 
-    def __init__(self, run_ids: Iterable[str], more: More | None, notify: Notify | None) -> None:
+    def __init__(
+        self,
+        run_ids: Iterable[str],
+        more: More | None,
+        notify: Notify | None,
+        overdue_after: timedelta,
+    ) -> None:
         self.open: dict[str, Record | None] = dict.fromkeys(run_ids)
         self.more = more
-        self.overdue_after = OVERDUE
+        self.overdue_after = overdue_after
         self.changed = asyncio.Event()
         self._notify = notify
         self._notified: set[str] = set()

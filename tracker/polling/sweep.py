@@ -131,6 +131,7 @@ class Sweeper:
     holder: str
     first_since: timedelta
     clock: Clock
+    renew_after: float = RENEW_AFTER
 
     async def sweep(self, workspace: Workspace, *, since: timedelta | None = None) -> SweepReport:
         """Sweep one workspace: what its coverage lacks, or everything since `since` ago.
@@ -178,7 +179,7 @@ class _Sweep:
     async def renew(self) -> None:
         """Renew the lease until cancelled; its loss is noticed with the next page."""
         while True:
-            await asyncio.sleep(RENEW_AFTER)
+            await asyncio.sleep(self._sweeper.renew_after)
             with suppress(StoreError):
                 await self.hold()
 

@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from decimal import Decimal
 from typing import Any, Final
 
@@ -22,7 +23,7 @@ from tracker.core.errors import (
 )
 from tracker.polling.follow import CHECK_EVERY, OVERDUE, POLL_EVERY
 from tracker.polling.poll import Poller
-from tracker.starting.batch_launch import BatchLaunch
+from tracker.starting.batch_launch import BUDGET_EVERY, BatchLaunch
 from tracker.starting.batch_plan import BatchPlanner
 from tracker.starting.batch_rows import (
     BatchPlan,
@@ -81,6 +82,7 @@ class Batches(BatchPlanner):
     recovery: Recovery
     poller: Poller
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    budget_every: timedelta = BUDGET_EVERY
 
     async def launch_of(self, plan: BatchPlan, **options: Any) -> BatchLaunch:
         """The launch of a plan; `options` are those of `BatchLaunch`.
@@ -100,6 +102,7 @@ class Batches(BatchPlanner):
             recovery=self.recovery,
             clock=self.clock,
             sleep=self.sleep,
+            budget_every=self.budget_every,
             **options,
         )
 

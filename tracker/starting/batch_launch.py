@@ -88,6 +88,7 @@ class BatchLaunch:
     started_by: str = "batch"
     spent: InitVar[Mapping[str, Decimal] | None] = None
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    budget_every: timedelta = BUDGET_EVERY
 
     def __post_init__(self, spent: Mapping[str, Decimal] | None) -> None:
         self._budget_at: datetime | None = None
@@ -278,7 +279,7 @@ class BatchLaunch:
             self._queue.appendleft(row)
         except BudgetExceeded as error:
             if self.wait_for_budget and error.ever_fits and error.renews_at is not None:
-                self._budget_at = min(error.renews_at, self.clock() + BUDGET_EVERY)
+                self._budget_at = min(error.renews_at, self.clock() + self.budget_every)
                 self.over_budget = error
             else:
                 self._stop(error)

@@ -28,7 +28,9 @@ class _TooLarge(Exception):
     """The sheet has more rows or cells than are read."""
 
 
-def read_workbook(data: bytes, sheet_name: str | None = None) -> Sheet:
+def read_workbook(
+    data: bytes, sheet_name: str | None = None, *, most_unpacked: int = MOST_UNPACKED
+) -> Sheet:
     """The rows of a workbook's first visible sheet, or the one of that name.
 
     A cell is its value as text: whole numbers without a fraction, dates in ISO 8601, formulas their
@@ -38,8 +40,8 @@ def read_workbook(data: bytes, sheet_name: str | None = None) -> Sheet:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             # No part unpacks to more than it declares: zipfile stops there.
             unpacked = sum(part.file_size for part in archive.infolist())
-        if unpacked > MOST_UNPACKED:
-            return refused(f"the workbook is larger than {size(MOST_UNPACKED)}: export it as CSV")
+        if unpacked > most_unpacked:
+            return refused(f"the workbook is larger than {size(most_unpacked)}: export it as CSV")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # extensions of Excel that do not concern cells
             return _read(data, sheet_name)

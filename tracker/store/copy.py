@@ -22,7 +22,7 @@ from tracker.store.errors import FOREIGN, postgres_errors, translate
 from tracker.store.schema import metadata, sessions
 from tracker.store.url import DatabaseUrl
 
-BATCH: Final = 1000
+ROWS: Final = 1000
 """Rows in memory at a time, with the bodies of callbacks."""
 SAMPLES: Final = 100
 """How many rows of each table are compared column by column, spread over all of it."""
@@ -67,11 +67,13 @@ async def copy(
     *,
     names: tuple[str, str] = ("the source", "the target"),
     progress: Callable[[Step], None] = lambda _: None,
+    at_a_time: int = ROWS,
 ) -> Copied:
     """Copy every row of the database at `source` to the empty one at `target`.
 
     Both are at this version's newest migration; a target without tables is migrated. `names` are
-    what errors call the two. `progress` is called after each batch of rows. What is written to the
+    what errors call the two. `progress` is called after each batch of rows, of
+    which `at_a_time` are in memory. What is written to the
     source meanwhile is not copied.
 
     Raises `SettingsError` for an invalid URL or the same one twice, `StoreError`, with what to do,
@@ -100,7 +102,7 @@ async def copy(
             total, done = expected[0], 0
             samples: list[Row[Any]] = []
             between = max(1, total // SAMPLES)
-            async with aclosing(_batches(reading, table, from_)) as batches:
+            async with aclosing(_batches(reading, table, from_, at_a_time)) as batches:
                 async for batch in batches:
                     with _naming(to, table.name):
                         await writing.write(table, batch)
@@ -183,9 +185,9 @@ async def _disable_time_outs(connection: AsyncConnection) -> None:
 
 
 async def _batches(
-    source: AsyncConnection, table: Table, name: str
+    source: AsyncConnection, table: Table, name: str, size: int
 ) -> AsyncGenerator[Sequence[Row[Any]]]:
-    rows = select(table).order_by(*table.primary_key.columns).execution_options(yield_per=BATCH)
+    rows = select(table).order_by(*table.primary_key.columns).execution_options(yield_per=size)
     with _naming(name, table.name):
         async with source.stream(rows) as result:
             async for batch in result.partitions():

@@ -153,8 +153,11 @@ class Gauges:
     unresolved_starts: int
 
 
-async def read_gauges(db: Database, *, now: datetime) -> Gauges:
-    """Read all gauges in one snapshot. Raises `StoreUnavailable`."""
+async def read_gauges(db: Database, *, now: datetime, bound: int = BOUND) -> Gauges:
+    """Read all gauges in one snapshot. Raises `StoreUnavailable`.
+
+    Of the runs that wait for a read, the `bound` first due are counted.
+    """
     hour = now.replace(minute=0, second=0, microsecond=0)
     day = hour.replace(hour=0)
     async with db.read() as connection:
@@ -170,7 +173,7 @@ async def read_gauges(db: Database, *, now: datetime) -> Gauges:
         failed = await _rollups(connection, FAILURE, "workspace_id", "word", since=day)
         since = day - timedelta(days=BILL_DAYS - 1)
         bills = await _rollups(connection, COST, "workspace_id", "word", since=since)
-        backlog = (await connection.execute(_backlog(now))).one()
+        backlog = (await connection.execute(_backlog(now, bound))).one()
         rest = (await connection.execute(_REST)).one()
     return Gauges(
         runs={(key[0], key[1], key[2]): count for key, (count, _) in states.items() if count},
@@ -196,15 +199,16 @@ async def _rollups(
     return {row[:-2]: row[-2:] for row in rows}
 
 
-def _backlog(now: datetime) -> Select[*tuple[Any, ...]]:
-    """Counts of the runs that wait for a read, of the `BOUND` first due."""
+def _backlog(now: datetime, bound: int) -> Select[*tuple[Any, ...]]:
+    """Counts of the runs that wait for a read, of the `bound` first due."""
     waits = and_(
         runs.c.callback_expected,
         runs.c.callback_at.is_(None),
         runs.c.tracking == word(Tracking.ACTIVE),
         runs.c.standing < Precedence.CALLBACK_FAILED,
     )
-    first = _next_reads(runs.c.next_check_at, waits.label("waits"), _IS_RETRY.label("is_retry"))
+    columns = runs.c.next_check_at, waits.label("waits"), _IS_RETRY.label("is_retry")
+    first = _next_reads(*columns, bound=bound)
     is_due = first.c.next_check_at <= now
     return select(
         func.count().filter(is_due).label("due"),
@@ -214,13 +218,13 @@ def _backlog(now: datetime) -> Select[*tuple[Any, ...]]:
     )
 
 
-def _next_reads(*columns: Any) -> Subquery:
-    """These columns of the `BOUND` runs whose next read comes first."""
+def _next_reads(*columns: Any, bound: int = BOUND) -> Subquery:
+    """These columns of the `bound` runs whose next read comes first."""
     return (
         select(*columns)
         .where(runs.c.next_check_at.is_not(None))
         .order_by(runs.c.next_check_at)
-        .limit(BOUND)
+        .limit(bound)
         .subquery()
     )
 

@@ -112,11 +112,11 @@ async def get_endpoint(db: Database, endpoint_id: str) -> EndpointRow | None:
     return None if row is None else _endpoint(row)
 
 
-async def backlogs(db: Database) -> dict[str, Backlog]:
+async def backlogs(db: Database, *, most: int = COUNTED) -> dict[str, Backlog]:
     """What waits for each endpoint, or was given up.
 
-    A scrape must not take longer the more messages wait: counted are at most `COUNTED` pending ones
-    of an endpoint, and the oldest `COUNTED` failed ones of all. The oldest pending one is exact
+    A scrape must not take longer the more messages wait: counted are at most `most` pending ones
+    of an endpoint, and the oldest `most` failed ones of all. The oldest pending one is exact
     unless that many of others are older.
     """
     found = {}
@@ -124,14 +124,14 @@ async def backlogs(db: Database) -> dict[str, Backlog]:
     async with db.read() as connection:
         for name in await connection.scalars(select(endpoints.c.endpoint_id)):
             mine = messages.c.endpoint_id == name
-            some = select(*columns).where(mine, message_is_in(MessageState.PENDING)).limit(COUNTED)
+            some = select(*columns).where(mine, message_is_in(MessageState.PENDING)).limit(most)
             few = some.subquery()
             row = await connection.execute(select(func.count(), func.min(few.c.created_at)))
             count, oldest_at = row.one()
             found[name] = Backlog(pending=count, oldest_at=oldest_at)
         for state in (MessageState.PENDING, MessageState.FAILED):
             some = select(*columns).where(message_is_in(state)).order_by(messages.c.created_at)
-            few = some.limit(COUNTED).subquery()
+            few = some.limit(most).subquery()
             by_endpoint = select(few.c.endpoint_id, func.count(), func.min(few.c.created_at))
             rows = await connection.execute(by_endpoint.group_by(few.c.endpoint_id))
             for name, count, oldest_at in rows:

@@ -105,23 +105,25 @@ async def rows_of_start(db: Database, start: StartRow, *, limit: int = 3) -> lis
     return [RowOfBatch(*row) for row in await db.fetch(newest)]
 
 
-async def search_sheets(db: Database, text: str, *, limit: int = 5) -> SheetMatches:
+async def search_sheets(
+    db: Database, text: str, *, limit: int = 5, newest: int = RECENT_BATCHES
+) -> SheetMatches:
     """Batches whose name or id has this text, and rows with it in a carried cell, ignoring case.
 
-    Searched are the newest batches; `limit` is for the batches and for the rows.
+    Searched are the `newest` batches; `limit` is for the batches and for the rows.
     """
     recent = select(batches.c.batch_id, batches.c.name).order_by(
         batches.c.created_at.desc(), batches.c.batch_id.desc()
     )
     async with db.read() as connection:
-        newest = (await connection.execute(recent.limit(RECENT_BATCHES))).all()
+        searched = (await connection.execute(recent.limit(newest))).all()
         wanted = text.casefold()
         named = [
             (row.batch_id, row.name)
-            for row in newest
+            for row in searched
             if wanted in row.name.casefold() or wanted in row.batch_id.casefold()
         ][:limit]
-        cells = _with_cell(db, [row.batch_id for row in newest], text)
+        cells = _with_cell(db, [row.batch_id for row in searched], text)
         in_rows = [RowOfBatch(*row) for row in await connection.execute(cells)]
         ids = with_outcomes(select(starts.c.run_id)).where(
             batch_rows.c.batch_id.in_([batch_id for batch_id, _ in named]),

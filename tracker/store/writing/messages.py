@@ -310,13 +310,15 @@ async def resend(db: Database, message_id: str, *, now: datetime) -> bool:
     return await db.write(lambda connection: audit.execute_noted(connection, statement, entry))
 
 
-async def recover(db: Database, endpoint_id: str, *, since: datetime, now: datetime) -> int | None:
+async def recover(
+    db: Database, endpoint_id: str, *, since: datetime, now: datetime, page: int = PAGE
+) -> int | None:
     """Send the failed messages of an endpoint that were created since then again, and its pending
     ones at once; returns how many had failed, or `None` for an unknown endpoint."""
     entry = audit.entry(Action.RESEND, now, endpoint_id=endpoint_id, since=since.isoformat())
     if not await db.write(partial(_catch_up, endpoint_id, now, entry, {})):
         return None
-    page = (
+    some = (
         select(messages.c.message_id)
         .where(
             messages.c.endpoint_id == endpoint_id,
@@ -325,10 +327,10 @@ async def recover(db: Database, endpoint_id: str, *, since: datetime, now: datet
             messages.c.created_at >= since,
         )
         .order_by(messages.c.message_id)
-        .limit(PAGE)
+        .limit(page)
         .with_for_update()
     )
-    statement = _due_again(now).where(messages.c.message_id.in_(page))
+    statement = _due_again(now).where(messages.c.message_id.in_(some))
     total = 0
     while count := await db.write(lambda connection: connection.execute(statement).rowcount):
         total += count

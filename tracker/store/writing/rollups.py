@@ -232,10 +232,20 @@ class RollupCompactor:
     process that writes has one, so nothing has to be scheduled and an idle tracker does nothing.
     """
 
-    def __init__(self, db: Database, *, background: bool, delay: float = COMPACT_AFTER) -> None:
+    def __init__(
+        self,
+        db: Database,
+        *,
+        background: bool,
+        delay: float = COMPACT_AFTER,
+        retry: float = RETRY,
+        last_within: float = LAST_WITHIN,
+    ) -> None:
         self._db = db
         self._background = background
         self._delay = delay
+        self._retry = retry
+        self._last_within = last_within
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._is_failing = False
@@ -252,7 +262,7 @@ class RollupCompactor:
         await cancel(task)
         if self._changed.is_set() and not self._is_down:
             with suppress(TimeoutError):  # the next process does it
-                async with asyncio.timeout(LAST_WITHIN):
+                async with asyncio.timeout(self._last_within):
                     await self._compact()
 
     def committed(self, outcome: "WriteOutcome") -> None:
@@ -265,7 +275,7 @@ class RollupCompactor:
             await self._changed.wait()
             await asyncio.sleep(self._delay)
             if not await self._compact():
-                await asyncio.sleep(RETRY)
+                await asyncio.sleep(self._retry)
 
     async def _compact(self) -> bool:
         self._changed.clear()
