@@ -269,8 +269,11 @@ class FloraClient:
         )
         answer = await self._caller.call(call, deadline=deadline)
         known_id = technique_id if technique_id.startswith("tech_") else None
+        read = self._reader(
+            answer, source=Source.START, run_type="technique", technique_id=known_id
+        )
         return StartAnswer(
-            observation=answer.read(self._reader(answer, parse.started, technique_id=known_id)),
+            observation=answer.read(read),
             replayed=answer.headers.get("idempotent-replayed", "").lower() == "true",
         )
 
@@ -324,7 +327,7 @@ class FloraClient:
             fresh=self._fresh,
         )
         answer = await self._caller.call(call, deadline=deadline)
-        read = self._reader(answer, parse.run, source=Source.HISTORY, run_type=kind)
+        read = self._reader(answer, source=Source.HISTORY, run_type=kind)
         return answer.read(partial(parse.page, key=key, read=read))
 
     async def _read_run(
@@ -339,17 +342,13 @@ class FloraClient:
         call = FloraCall(endpoint=endpoint, url=url, fresh=self._fresh)
         answer = await self._caller.call(call, deadline=deadline)
         return answer.read(
-            self._reader(
-                answer, parse.run, source=Source.POLL, expect_run_id=run_id, run_type=run_type
-            )
+            self._reader(answer, source=Source.POLL, expect_run_id=run_id, run_type=run_type)
         )
 
-    def _reader(
-        self, answer: FloraAnswer, read: Callable[..., T], **options: Any
-    ) -> Callable[[object], T]:
-        """`read` for what was just answered."""
+    def _reader(self, answer: FloraAnswer, **options: Any) -> Callable[[object], Observation]:
+        """Parses runs in what was just answered."""
         return partial(
-            read,
+            parse.run,
             at=self._clock(),
             sent_at=answer.sent_at,
             clock_offset=self.clock_offset,

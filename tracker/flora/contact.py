@@ -6,12 +6,12 @@ only an answer in FLORA's own shape counts as FLORA's.
 """
 
 import math
-import time
 from collections.abc import Callable
+from copy import copy
 from datetime import datetime
 from typing import Final
 
-from tracker.core.clock import Clock, utc_now
+from tracker.core.clock import Clock
 from tracker.core.contact import CURRENT, PATIENCE, ContactState, OngoingTrouble, Trouble
 from tracker.core.errors import (
     FloraError,
@@ -39,9 +39,7 @@ class Breaker:
     when it opened.
     """
 
-    def __init__(
-        self, *, clock: Clock = utc_now, monotonic: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, *, clock: Clock, monotonic: Callable[[], float]) -> None:
         self._clock = clock
         self._monotonic = monotonic
         self._refusal: KeyRefused | None = None
@@ -67,7 +65,9 @@ class Breaker:
         """Raise `KeyRefused` if a call would not be let through."""
         wait = self._next_probe - self._monotonic()
         if self._refusal is not None and wait > 0:
-            raise _copy(self._refusal, retry_after=wait)
+            refusal = copy(self._refusal)
+            refusal.retry_after = wait
+            raise refusal
 
     def admit(self) -> None:
         """Like `check`, directly before a call: while the breaker is open, the call is a probe."""
@@ -78,23 +78,13 @@ class Breaker:
     def refused(self, refusal: KeyRefused) -> None:
         """FLORA refused the key."""
         self.since = self.since or self._clock()
-        self._refusal = _copy(refusal)  # one that is raised keeps its callers' frames alive
+        self._refusal = copy(refusal)  # one that is raised keeps its callers' frames alive
         self._next_probe = self._monotonic() + PROBE_EVERY
 
     def accepted(self) -> None:
         """FLORA took the key."""
         self._refusal = None
         self.since = None
-
-
-def _copy(refusal: KeyRefused, *, retry_after: float | None = None) -> KeyRefused:
-    return KeyRefused(
-        status=refusal.status,
-        code=refusal.code,
-        message=refusal.message,
-        request_id=refusal.request_id,
-        retry_after=retry_after,
-    )
 
 
 class Contact:
@@ -104,9 +94,7 @@ class Contact:
     `CONFIRMED`, so that one failed request after a quiet time is not reported.
     """
 
-    def __init__(
-        self, *, clock: Clock = utc_now, monotonic: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, *, clock: Clock, monotonic: Callable[[], float]) -> None:
         self._clock = clock
         self._monotonic = monotonic
         self._asked_at: tuple[float, datetime] | None = None

@@ -197,8 +197,8 @@ def run(
     """A run from a start, a read or the history, requested at `sent_at` and answered at `at`.
 
     `clock_offset` is FLORA's clock minus ours, to a second or so. `run_type` and `technique_id`
-    fill in what FLORA leaves out. Raises `FloraUnreadable` if it is no run, has no status, or is
-    not `expect_run_id`.
+    fill in what FLORA leaves out. Raises `FloraUnreadable` if it is no run, is not `expect_run_id`,
+    or has no status; a start without one counts as pending, and the run is polled anyway.
     """
     fields = _required(payload, "the run")
     run_id = (
@@ -212,7 +212,9 @@ def run(
         raise FloraUnreadable(f"the answer is about another run ({run_id})")
     status = _status(fields)
     if status is None:
-        raise FloraUnreadable(f"run {run_id} has no status")
+        if source is not Source.START:
+            raise FloraUnreadable(f"run {run_id} has no status")
+        status = RunStatus.PENDING
     technique = as_object(fields.get("technique"))
     skew = None
     if clock_offset is not None and abs(clock_offset) > CLOCKS_AGREE:  # as far as a date shows
@@ -289,12 +291,18 @@ def callback(body: bytes, *, at: datetime) -> Observation | str:
         event = _required(decode(body), "the body")
     except FloraUnreadable as exc:
         return str(exc)
-    data = as_object(event.get("data"))
-    status = _EVENTS.get(as_id(event.get("type")) or "")
+    status, data = _EVENTS.get(as_id(event.get("type")) or ""), event.get("data")
+    if status is None:
+        return "the type is neither run.completed nor run.failed"
+    if not isinstance(data, dict):
+        return "data is not a JSON object"
     run_id, workspace_id = as_id(data.get("run_id")), as_id(data.get("workspace_id"))
-    reason = _not_understood(event, status, run_id, workspace_id)
-    if reason is not None or status is None or run_id is None:
-        return reason or "it names no run"
+    if run_id is None:
+        return "data has no run_id that can be one"
+    if workspace_id is None and data.get("workspace_id") is not None:
+        return "data.workspace_id can be no workspace"
+    if _status(data) is not status:
+        return "data.status does not agree with the type"
     return Observation(
         run_id=run_id,
         source=Source.CALLBACK,
@@ -304,24 +312,6 @@ def callback(body: bytes, *, at: datetime) -> Observation | str:
         workspace_id=workspace_id,
         error=_error(data),
     )
-
-
-def _not_understood(
-    event: dict[str, Any], status: RunStatus | None, run_id: str | None, workspace_id: str | None
-) -> str | None:
-    """Why a callback, whose `type` means `status`, is not understood; `None` if it is."""
-    if status is None:
-        return "the type is neither run.completed nor run.failed"
-    data = event.get("data")
-    if not isinstance(data, dict):
-        return "data is not a JSON object"
-    if run_id is None:
-        return "data has no run_id that can be one"
-    if workspace_id is None and data.get("workspace_id") is not None:
-        return "data.workspace_id can be no workspace"
-    if _status(data) is not status:
-        return "data.status does not agree with the type"
-    return None
 
 
 def refusal(
@@ -361,32 +351,6 @@ def refusal(
     )
 
 
-def started(
-    payload: object,
-    *,
-    at: datetime,
-    sent_at: datetime,
-    clock_offset: timedelta | None,
-    technique_id: str | None,
-) -> Observation:
-    """The run of an answer to a start. Only the run's id is required.
-
-    Without a status it counts as pending: the run is polled anyway. Raises `FloraUnreadable`.
-    """
-    fields = _required(payload, "the run")
-    if _status(fields) is None:
-        fields = fields | {"status": RunStatus.PENDING.value}
-    return run(
-        fields,
-        source=Source.START,
-        at=at,
-        sent_at=sent_at,
-        clock_offset=clock_offset,
-        run_type="technique",
-        technique_id=technique_id,
-    )
-
-
 def workspace_id(payload: object) -> str:
     """The id of a workspace in a list. Raises `FloraUnreadable`."""
     found = as_id(_required(payload, "the workspace").get("workspace_id"))
@@ -409,7 +373,6 @@ def _required(value: object, what: str) -> dict[str, Any]:
 
 
 def _status(fields: dict[str, Any]) -> Status | None:
-    """The status, also one that is unknown here: a newer FLORA may have more."""
     name = as_id(fields.get("status"))
     return None if name is None else status_of(name)
 
