@@ -152,17 +152,11 @@ def _wrong(at: str, one: Mapping[str, Any], port: Port) -> list[FieldFault]:
         faults.append(FieldFault(f"{at}.type", f"{port.id} takes {port.type}, not {type_}"))
     if not isinstance(value, str) or not value:
         faults.append(FieldFault(f"{at}.value", "must not be empty"))
-    elif _takes_link(port, type_) and not (port.element and "://" not in value):
-        reason = _link_fault(value)
-        if reason is not None:
+    elif (port.type if port.type in STARTABLE else type_) in ("imageUrl", "videoUrl"):
+        is_element = port.element and "://" not in value
+        if not is_element and (reason := _link_fault(value)):
             faults.append(FieldFault(f"{at}.value", f"{port.id} {reason}"))
     return faults
-
-
-def _takes_link(port: Port, type_: object) -> bool:
-    """Whether the value is a link, by the definition or else by its own type."""
-    decides = port.type if port.type in STARTABLE else type_
-    return decides in ("imageUrl", "videoUrl")
 
 
 def _link_fault(value: str) -> str | None:

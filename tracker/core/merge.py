@@ -20,7 +20,7 @@ on their order nor on repetition. So a late, repeated or stale observation is ha
   higher precedence.
 """
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from operator import attrgetter
@@ -176,9 +176,9 @@ def _join_outputs(
     if seen.precedence.ended_at_api:
         read_at = seen.read_at
         digit = READ if seen.source is Source.POLL else LISTED
-        differ = (
-            ours is not None and our_digit >= Precedence.FAILED and not _same_links(ours, theirs)
-        )
+        if ours is not None and our_digit >= Precedence.FAILED:
+            # Links may be signed anew, with another query.
+            differ = [*map(_bare, ours)] != [*map(_bare, theirs)]
     if ours is not None and (run.outputs_read_at or _NEVER, our_digit, ours) >= (
         read_at,
         digit,
@@ -207,16 +207,12 @@ def _joined_details(run: Run, seen: Observation) -> Details:
     return ours if run.precedence > seen.precedence else theirs
 
 
-def _same_links(ours: tuple[Output, ...], theirs: tuple[Output, ...]) -> bool:
-    """Whether both are the same outputs; links may be signed anew (another query)."""
-    return [_bare(output) for output in ours] == [_bare(output) for output in theirs]
-
-
-def _bare(output: Output) -> tuple[str, str, str]:
+def _bare(output: Output) -> Output:
+    """The output with its link as far as it is the same each time."""
     if output.type == "text":
-        return (output.output_id, output.type, output.url)
+        return output
     try:
         parts = urlsplit(output.url)
     except ValueError:  # not a URL: compare it verbatim
-        return (output.output_id, output.type, output.url)
-    return (output.output_id, output.type, parts._replace(query="", fragment="").geturl())
+        return output
+    return replace(output, url=parts._replace(query="", fragment="").geturl())

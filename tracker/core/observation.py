@@ -136,33 +136,20 @@ _BY_API: Final[dict[Status, Precedence]] = {
 }
 
 
-def _time(value: str) -> datetime:
-    return datetime.fromisoformat(value).astimezone(UTC)
-
-
+_TIMES: Final = ("at", "created_at", "started_at", "completed_at", "sent_at")
 _TO_JSON: Final[dict[str, Callable[[Any], Any]]] = {
-    "source": str,
-    "status": str,
-    "at": datetime.isoformat,
-    "created_at": datetime.isoformat,
-    "started_at": datetime.isoformat,
-    "completed_at": datetime.isoformat,
-    "charged_cost": str,
+    **dict.fromkeys(_TIMES, datetime.isoformat),
+    **dict.fromkeys(("source", "status", "charged_cost"), str),
     "error": lambda error: {"code": error.code, "message": error.message},
     "outputs": lambda outputs: [[o.output_id, o.type, o.url] for o in outputs],
-    "sent_at": datetime.isoformat,
 }
 _FORMS: Final = tuple((field.name, _TO_JSON.get(field.name)) for field in fields(Observation))
 _VALUES: Final = attrgetter(*(name for name, _ in _FORMS))
 _FROM_JSON: Final[dict[str, Callable[[Any], Any]]] = {
+    **dict.fromkeys(_TIMES, lambda text: datetime.fromisoformat(text).astimezone(UTC)),
     "source": Source,
     "status": status_of,
-    "at": _time,
-    "created_at": _time,
-    "started_at": _time,
-    "completed_at": _time,
     "charged_cost": Decimal,
     "error": lambda error: RunError(**error),
     "outputs": lambda outputs: tuple(Output(*output) for output in outputs),
-    "sent_at": _time,
 }

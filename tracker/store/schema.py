@@ -30,7 +30,6 @@ from sqlalchemy import (
     SmallInteger,
     Table,
     Text,
-    TextClause,
     false,
     func,
     literal_column,
@@ -132,9 +131,20 @@ def _one_of(column: str, values: Any) -> CheckConstraint:
     return CheckConstraint(f"{column} IN ({listed})", name=column)
 
 
-def _partial(name: str, *columns: str | TextClause, where: str, **more: Any) -> Index:
-    """An index of the rows for which `where` holds."""
-    return Index(name, *columns, postgresql_where=text(where), sqlite_where=text(where), **more)
+def _partial(name: str, columns: str, where: str, **more: Any) -> Index:
+    """An index of these columns, or expressions in parentheses, of the rows where `where` holds."""
+    listed = [text(one) if one.startswith("(") else one for one in columns.split(", ")]
+    return Index(name, *listed, postgresql_where=text(where), sqlite_where=text(where), **more)
+
+
+def _lease() -> tuple[Column[Any] | CheckConstraint, ...]:
+    return (
+        Column("lease_until", UtcDateTime),
+        Column("lease_holder", CleanText),
+        CheckConstraint(
+            "(lease_until IS NULL) = (lease_holder IS NULL)", name="lease_has_holder_and_end"
+        ),
+    )
 
 
 def word(value: str) -> ColumnElement[str]:
@@ -231,8 +241,7 @@ runs: Final = Table(
     Column("missing", Integer, nullable=False),
     Column("missing_since", UtcDateTime),
     Column("last_error", CleanText),
-    Column("lease_until", UtcDateTime),
-    Column("lease_holder", CleanText),
+    *_lease(),
     _one_of("tracking", Tracking),
     _one_of("source", Source),
     _one_of("ended_via", Source),
@@ -253,40 +262,25 @@ runs: Final = Table(
         "tracking = 'lost' OR (tracking = 'active') = (next_check_at IS NOT NULL)",
         name="active_is_checked",
     ),
-    CheckConstraint(
-        "(lease_until IS NULL) = (lease_holder IS NULL)", name="lease_has_holder_and_end"
-    ),
     # Due runs: few of many, so the index holds only those with a next poll.
-    _partial("ix_runs_due", "next_check_at", where="next_check_at IS NOT NULL"),
-    _partial("ix_runs_recheck", "recheck_at", where="recheck_at IS NOT NULL"),
+    _partial("ix_runs_due", "next_check_at", "next_check_at IS NOT NULL"),
+    _partial("ix_runs_recheck", "recheck_at", "recheck_at IS NOT NULL"),
     # Listings, newest first, read backwards. The most frequent values need no index, because they
     # are found among the newest: see tracker.store.queries.runs.
     Index("ix_runs_newest", "created_at", "run_id"),
-    _partial(
-        "ix_runs_newest_not_completed",
-        *("status", "created_at", "run_id"),
-        where="status <> 'completed'",
-    ),
-    _partial(
-        "ix_runs_newest_not_settled",
-        *("tracking", "created_at", "run_id"),
-        where="tracking <> 'settled'",
-    ),
+    _partial("ix_runs_newest_not_completed", "status, created_at, run_id", "status <> 'completed'"),
+    _partial("ix_runs_newest_not_settled", "tracking, created_at, run_id", "tracking <> 'settled'"),
     _partial(
         "ix_runs_newest_of_a_technique",
-        *("technique_id", "created_at", "run_id"),
-        where="technique_id IS NOT NULL",
+        "technique_id, created_at, run_id",
+        "technique_id IS NOT NULL",
     ),
     _partial(
-        "ix_runs_newest_of_advice",
-        *("retry_advice", "created_at", "run_id"),
-        where="retry_advice IS NOT NULL",
+        "ix_runs_newest_of_advice", "retry_advice, created_at, run_id", "retry_advice IS NOT NULL"
     ),
     Index("ix_runs_newest_of_workspace", "workspace_id", "created_at", "run_id"),
     _partial(
-        "ix_runs_newest_of_project",
-        *("project_id", "created_at", "run_id"),
-        where="project_id IS NOT NULL",
+        "ix_runs_newest_of_project", "project_id, created_at, run_id", "project_id IS NOT NULL"
     ),
     # By tag: SQLite scans the tags of the newest runs, without the runs themselves.
     Index(
@@ -304,20 +298,20 @@ runs: Final = Table(
         info={"dialect": "sqlite"},
     ).ddl_if(dialect="sqlite"),
     # Whether a workspace has generation runs: few do.
-    _partial("ix_runs_generations", "workspace_id", where="run_type = 'generation'"),
+    _partial("ix_runs_generations", "workspace_id", "run_type = 'generation'"),
     # The most expensive and the longest runs first.
-    _partial("ix_runs_by_cost", "charged_cost", "run_id", where="charged_cost IS NOT NULL"),
+    _partial("ix_runs_by_cost", "charged_cost, run_id", "charged_cost IS NOT NULL"),
     *(
         _partial(
             f"ix_runs_by_duration_{dialect}",
-            *(text(duration), "run_id"),
-            where="completed_at IS NOT NULL",
+            f"{duration}, run_id",
+            "completed_at IS NOT NULL",
             info={"dialect": dialect},
         ).ddl_if(dialect=dialect)
         for dialect, duration in _DURATIONS.items()
     ),
     # How long a technique's runs take.
-    _partial("ix_runs_durations", "technique_id", "completed_at", where="status = 'completed'"),
+    _partial("ix_runs_durations", "technique_id, completed_at", "status = 'completed'"),
     postgresql_with=_storage(fillfactor=85),
 )
 
@@ -387,10 +381,8 @@ deliveries: Final = Table(
     Index("ix_deliveries_run", "run_id"),
     Index("ix_deliveries_newest", "received_at", "delivery_id"),
     # The inbox: stored and not applied yet, oldest first.
-    _partial("ix_deliveries_waiting", "received_at", "delivery_id", where="outcome = 'waiting'"),
-    _partial(
-        "ix_deliveries_quarantined", "received_at", "delivery_id", where="outcome = 'quarantined'"
-    ),
+    _partial("ix_deliveries_waiting", "received_at, delivery_id", "outcome = 'waiting'"),
+    _partial("ix_deliveries_quarantined", "received_at, delivery_id", "outcome = 'quarantined'"),
     postgresql_with=_storage(fillfactor=85),
 )
 
@@ -412,8 +404,7 @@ starts: Final = Table(
     Column("sent_at", UtcDateTime),
     Column("run_id", CleanText),
     Column("error", Json),
-    Column("lease_until", UtcDateTime),
-    Column("lease_holder", CleanText),
+    *_lease(),
     # The same id, once it is verified.
     Column("workspace_id", CleanText),
     # The last part of the start's own callback address; null if it has none.
@@ -428,22 +419,16 @@ starts: Final = Table(
     Column("reserved_runs", Integer),
     _one_of("state", START_STATES),
     CheckConstraint("(state = 'started') = (run_id IS NOT NULL)", name="started_has_a_run"),
-    CheckConstraint(
-        "(lease_until IS NULL) = (lease_holder IS NULL)", name="lease_has_holder_and_end"
-    ),
-    _partial("ix_starts_open", "created_at", where="state IN ('stored', 'sent')"),
-    _partial("ix_starts_in_doubt", "created_at", where="state = 'in_doubt'"),
-    _partial("ix_starts_unresolved", "created_at", where="state = 'unresolved'"),
-    _partial("ix_starts_without_workspace", "workspace_slot", where="workspace_id IS NULL"),
+    _partial("ix_starts_open", "created_at", "state IN ('stored', 'sent')"),
+    _partial("ix_starts_in_doubt", "created_at", "state = 'in_doubt'"),
+    _partial("ix_starts_unresolved", "created_at", "state = 'unresolved'"),
+    _partial("ix_starts_without_workspace", "workspace_slot", "workspace_id IS NULL"),
     # Starts of several runs of which not all have appeared: few.
-    _partial("ix_starts_several", "reserved_at", where="state = 'started' AND reserved_runs > 1"),
+    _partial("ix_starts_several", "reserved_at", "state = 'started' AND reserved_runs > 1"),
     Index("ix_starts_run", "run_id"),
     Index("ix_starts_technique", "technique_id", "created_at"),
     _partial(
-        "ix_starts_callback_token",
-        "callback_token",
-        where="callback_token IS NOT NULL",
-        unique=True,
+        "ix_starts_callback_token", "callback_token", "callback_token IS NOT NULL", unique=True
     ),
     postgresql_with=_storage(),
 )
@@ -470,9 +455,7 @@ sweeps: Final = Table(
     Index("ix_sweeps_newest", "workspace_id", "started_at"),
     # Few workspaces show generation runs, so the last sweep that saw some may be long ago.
     _partial(
-        "ix_sweeps_generations",
-        *("workspace_id", "started_at"),
-        where="generations_through IS NOT NULL",
+        "ix_sweeps_generations", "workspace_id, started_at", "generations_through IS NOT NULL"
     ),
 )
 
@@ -540,7 +523,7 @@ batches: Final = Table(
     Column("lease_until", UtcDateTime),
     Column("lease_holder", CleanText),
     Index("ix_batches_newest", "created_at", "batch_id"),
-    _partial("ix_batches_open", "launch_at", where="launch IS NOT NULL AND finished_at IS NULL"),
+    _partial("ix_batches_open", "launch_at", "launch IS NOT NULL AND finished_at IS NULL"),
 )
 
 batch_rows: Final = Table(
@@ -595,7 +578,7 @@ audit: Final = Table(
     Column("count", Integer, nullable=False),
     CheckConstraint("count >= 1", name="count"),
     Index("ix_audit_newest", "at", "id"),
-    _partial("ix_audit_refused", "address", "at", "actor", where="action = 'refused'", unique=True),
+    _partial("ix_audit_refused", "address, at, actor", "action = 'refused'", unique=True),
 )
 
 # The workspace of each API key, as FLORA reported it. A key cannot be derived from its fingerprint.
@@ -705,8 +688,7 @@ messages: Final = Table(
     # The HTTP status of the last attempt; why it failed.
     Column("last_status", Integer),
     Column("last_error", CleanText),
-    Column("lease_until", UtcDateTime),
-    Column("lease_holder", CleanText),
+    *_lease(),
     _one_of("event", EventType),
     _one_of("state", MessageState),
     CheckConstraint("attempts >= 0", name="attempts"),
@@ -714,23 +696,16 @@ messages: Final = Table(
     CheckConstraint(
         "(state = 'delivered') = (delivered_at IS NOT NULL)", name="delivered_has_a_time"
     ),
-    CheckConstraint(
-        "(lease_until IS NULL) = (lease_holder IS NULL)", name="lease_has_holder_and_end"
-    ),
     Index("ix_messages_once", "endpoint_id", "event_id", unique=True),
-    _partial("ix_messages_due", "endpoint_id", "next_attempt_at", where="state = 'pending'"),
-    _partial("ix_messages_leased", "endpoint_id", where="lease_holder IS NOT NULL"),
+    _partial("ix_messages_due", "endpoint_id, next_attempt_at", "state = 'pending'"),
+    _partial("ix_messages_leased", "endpoint_id", "lease_holder IS NOT NULL"),
     Index("ix_messages_newest", "created_at", "message_id"),
     Index("ix_messages_newest_of_endpoint", "endpoint_id", "created_at", "message_id"),
     _partial(
-        "ix_messages_newest_not_delivered",
-        *("state", "created_at", "message_id"),
-        where="state <> 'delivered'",
+        "ix_messages_newest_not_delivered", "state, created_at, message_id", "state <> 'delivered'"
     ),
     _partial(
-        "ix_messages_newest_not_settled",
-        *("event", "created_at", "message_id"),
-        where="event <> 'run.settled'",
+        "ix_messages_newest_not_settled", "event, created_at, message_id", "event <> 'run.settled'"
     ),
     Index("ix_messages_run", "run_id"),
     postgresql_with=_storage(fillfactor=85),
@@ -776,7 +751,7 @@ run_tallies: Final = Table(
         *("measure", "since", "workspace_id", "technique_id", "status", "word", "bucket")
     ),
     # The cost of one tag, among any number of tags.
-    _partial("ix_run_tallies_tagged", "word", "since", where="measure = 'tagged'"),
+    _partial("ix_run_tallies_tagged", "word, since", "measure = 'tagged'"),
     sqlite_with_rowid=False,
 )
 
@@ -786,9 +761,7 @@ run_tally_changes: Final = Table(
     Column("id", SerialId, Identity(), primary_key=True),
     *_rollup_columns(),
     # Spending: budgets are checked with each start.
-    _partial(
-        "ix_run_tally_changes_spent", "measure", "word", where="measure IN ('spent', 'tagged')"
-    ),
+    _partial("ix_run_tally_changes_spent", "measure, word", "measure IN ('spent', 'tagged')"),
     # Emptied every few seconds: dead rows must not be read again and again.
     postgresql_with={"autovacuum_vacuum_scale_factor": "0", "autovacuum_vacuum_threshold": "1000"},
 )
