@@ -165,7 +165,7 @@ class Pruner:
             ),
             _Stage(
                 partial(retention.orphaned_deliveries, db, runs),
-                partial(retention.delete_orphaned, before=runs),
+                partial(retention.delete_deliveries, outcome="applied", before=runs),
                 _count_as("deliveries"),
             ),
             _Stage(
@@ -194,7 +194,7 @@ class Pruner:
             stages.append(
                 _Stage(
                     partial(retention.quarantined, db, before),
-                    partial(retention.delete_quarantined, before=before),
+                    partial(retention.delete_deliveries, outcome="quarantined", before=before),
                     _count_as("deliveries", "bodies"),
                 )
             )

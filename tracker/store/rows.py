@@ -4,7 +4,7 @@ What `merge` decides can be read back from the row alone: a test compares each r
 its events. Both functions name each column, because a call for each field would double their time.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from sqlalchemy import Connection, Row, Select, bindparam, select
@@ -185,38 +185,30 @@ def record_of(row: Sequence[Any], outputs: tuple[Output, ...] | None) -> Record:
     )
 
 
-def outputs_by_run(rows: Iterable[Row[Any]]) -> dict[str, tuple[Output, ...]]:
-    """Outputs by run, of rows (run_id, output_id, type, url) in order of position."""
-    outputs: dict[str, list[Output]] = {}
-    for run_id, output_id, type_, url in map(tuple, rows):
-        outputs.setdefault(run_id, []).append(Output(output_id, type_, url))
-    return {run_id: tuple(some) for run_id, some in outputs.items()}
+OUTPUTS: Final = select(
+    *(run_outputs.c[name] for name in ("run_id", "output_id", "type", "url"))
+).order_by(run_outputs.c.run_id, run_outputs.c.position)
+_OF_RUNS: Final = OUTPUTS.where(run_outputs.c.run_id.in_(bindparam("run_ids", expanding=True)))
 
 
-def with_outputs(
-    rows: Sequence[Row[Any]], outputs: Mapping[str, tuple[Output, ...]]
+def records(
+    connection: Connection,
+    rows: Sequence[Row[Any]],
+    outputs_of: Select[Any] = _OF_RUNS,
+    as_list: Callable[[list[str]], Any] = list,
 ) -> list[Record]:
-    """The records of these rows of `runs`, in order."""
-    return [record_of(tuple(row), outputs.get(row.run_id)) for row in rows]
+    """The records of these rows, in order; one more query if any of them has outputs.
 
-
-def ids_with_outputs(rows: Iterable[Row[Any]]) -> list[str]:
-    """The ids of those runs that have rows in `run_outputs`."""
-    return [row.run_id for row in rows if row.output_count]
-
-
-_OUTPUTS: Final = (
-    select(*(run_outputs.c[name] for name in ("run_id", "output_id", "type", "url")))
-    .where(run_outputs.c.run_id.in_(bindparam("run_ids", expanding=True)))
-    .order_by(run_outputs.c.run_id, run_outputs.c.position)
-)
-
-
-def records(connection: Connection, rows: Sequence[Row[Any]]) -> list[Record]:
-    """The records of these rows, in order; one more query if any of them has outputs."""
-    having = ids_with_outputs(rows)
-    found = connection.execute(_OUTPUTS, {"run_ids": having}) if having else ()
-    return with_outputs(rows, outputs_by_run(found))
+    `outputs_of` is `OUTPUTS` of the runs in its parameter `run_ids`, which `as_list` makes.
+    """
+    outputs: dict[str, list[Output]] = {}
+    if having := [row.run_id for row in rows if row.output_count]:
+        for run_id, *output in connection.execute(outputs_of, {"run_ids": as_list(having)}):
+            outputs.setdefault(run_id, []).append(Output(*output))
+    return [
+        record_of(tuple(row), tuple(outputs[row.run_id]) if row.run_id in outputs else None)
+        for row in rows
+    ]
 
 
 async def read_records(connection: AsyncConnection, rows: Sequence[Row[Any]]) -> list[Record]:

@@ -23,7 +23,7 @@ from tracker.core.errors import StoreError
 from tracker.core.log import get_logger
 from tracker.core.waiting import cancel
 from tracker.store.engine import Database, insert_on
-from tracker.store.queries.paging import newest_first
+from tracker.store.queries.paging import matching, newest_first
 from tracker.store.schema import audit, sessions, word
 
 STORE_AFTER: Final = 2.0
@@ -154,11 +154,9 @@ async def list_audit(
 
     Raises `InvalidRequest` for an invalid cursor.
     """
-    statement = select(audit)
+    statement = select(audit).where(*matching(audit, action=action))
     if since is not None:
         statement = statement.where(audit.c.at >= since)
-    if action is not None:
-        statement = statement.where(audit.c.action == action)
     key = (audit.c.at, audit.c.id)
     async with db.read() as connection:
         rows, following = await newest_first(connection, statement, key, cursor=cursor, limit=limit)

@@ -15,7 +15,13 @@ from sqlalchemy import ColumnElement, Connection, and_, or_, select, update
 from tracker.core.inputs import Input, Turn
 from tracker.store.engine import Database
 from tracker.store.queries import audit
-from tracker.store.queries.batches import BATCH_COLUMNS, BatchRow, batch_counts, keep_errors
+from tracker.store.queries.batches import (
+    BATCH_COLUMNS,
+    BatchRow,
+    batch_counts,
+    is_start_of,
+    keep_errors,
+)
 from tracker.store.queries.paging import chunks
 from tracker.store.queries.starts import StartState
 from tracker.store.schema import LONGEST_LEASE, batch_rows, batches, is_free, starts
@@ -162,7 +168,8 @@ class Latest:
 
 
 async def latest_turns(db: Database, slot: str, digests: Sequence[str]) -> dict[str, Latest]:
-    """The last turn of each of these rows that any batch of the workspace had."""
+    """The last turn of each of these rows that any batch of the workspace had; its generation is
+    finished if any batch with it is."""
     found: dict[str, Latest] = {}
     async with db.read() as connection:
         for some in chunks(digests):
@@ -176,10 +183,14 @@ async def latest_turns(db: Database, slot: str, digests: Sequence[str]) -> dict[
                 .join(batches)
                 .where(batches.c.workspace_slot == slot, batch_rows.c.row_digest.in_(some))
             )
-            for digest, generation, attempt, finished_at in await connection.execute(statement):
-                _take_later(
-                    found, digest, Turn(generation, attempt), finished=finished_at is not None
-                )
+            for digest, *numbers, finished_at in await connection.execute(statement):
+                turn, known = Turn(*numbers), found.get(digest)
+                finished = finished_at is not None
+                if known is not None and known.turn.generation == turn.generation:
+                    turn, finished = max(known.turn, turn), known.finished or finished
+                elif known is not None and known.turn > turn:
+                    continue
+                found[digest] = Latest(turn=turn, finished=finished)
     return found
 
 
@@ -210,13 +221,7 @@ async def asked_without_mapping(
     statement = (
         select(batches.c.batch_id, starts.c.inputs)
         .join(batch_rows)
-        .join(
-            starts,
-            and_(
-                starts.c.workspace_slot == batches.c.workspace_slot,
-                starts.c.idempotency_key == batch_rows.c.idempotency_key,
-            ),
-        )
+        .join(starts, is_start_of(batch_rows))
         .where(
             batches.c.workspace_slot == workspace_id,
             batches.c.technique_id == technique_id,
@@ -232,12 +237,3 @@ async def asked_without_mapping(
         named = frozenset((one["id"], one["type"]) for inputs in rows for one in inputs)
         found.setdefault(named, []).extend(rows)
     return list(found.values())
-
-
-def _take_later(found: dict[str, Latest], digest: str, turn: Turn, *, finished: bool) -> None:
-    """Keep the later turn; a generation is finished if any batch with it is."""
-    known = found.get(digest)
-    if known is not None and known.turn.generation == turn.generation:
-        found[digest] = Latest(turn=max(known.turn, turn), finished=known.finished or finished)
-    elif known is None or known.turn < turn:
-        found[digest] = Latest(turn=turn, finished=finished)

@@ -10,7 +10,19 @@ from decimal import Decimal
 from enum import StrEnum
 from typing import Any, Final
 
-from sqlalchemy import Connection, Select, and_, bindparam, case, func, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    FromClause,
+    Select,
+    and_,
+    bindparam,
+    case,
+    func,
+    or_,
+    select,
+    update,
+)
 
 from tracker.core.inputs import Input, Tags, Turn, row_key
 from tracker.core.run import RetryAdvice, RunStatus, Tracking
@@ -376,15 +388,15 @@ def with_outcomes(statement: Select[Any]) -> Select[Any]:
     return (
         statement.select_from(batch_rows)
         .join(batches)
-        .outerjoin(
-            starts,
-            and_(
-                starts.c.workspace_slot == batches.c.workspace_slot,
-                starts.c.idempotency_key == batch_rows.c.idempotency_key,
-            ),
-        )
+        .outerjoin(starts, is_start_of(batch_rows))
         .outerjoin(runs, runs.c.run_id == starts.c.run_id)
     )
+
+
+def is_start_of(rows: FromClause) -> ColumnElement[bool]:
+    """The start has the key of the row of the batch."""
+    is_of_workspace = starts.c.workspace_slot == batches.c.workspace_slot
+    return and_(is_of_workspace, starts.c.idempotency_key == rows.c.idempotency_key)
 
 
 def tally_of(batch_ids: Sequence[str]) -> Select[Any]:

@@ -61,7 +61,12 @@ async def after(db: Database, number: int, *, limit: int, upto: int | None = Non
     if not ordered:
         statement = _with_moment(statement)
     rows = await db.fetch(statement)
-    lines = [_line(tuple(row)[: len(_COLUMNS)]) for row in rows]
+    lines = [
+        Line(*row[: len(_COLUMNS)])._replace(
+            source=Source(row.source), status=status_of(row.status)
+        )
+        for row in rows
+    ]
     if ordered:
         return LinePage(lines, None)
     return LinePage(lines, Moment(*rows[0][-2:]) if rows else Moment(0, 0))
@@ -80,11 +85,6 @@ def _with_moment(statement: Select[Any]) -> Select[Any]:
         number = select(cast(cast(bound, Text), BigInteger)).scalar_subquery()
         statement = statement.add_columns(number)
     return statement
-
-
-def _line(values: tuple[Any, ...]) -> Line:
-    number, run_id, at, source, status, progress = values
-    return Line(number, run_id, at, Source(source), status_of(status), progress)
 
 
 OVERLAP: Final = 1000

@@ -11,7 +11,7 @@ from sqlalchemy import ColumnElement, Connection, Row, and_, case, func, select
 from tracker.core.events import EventType, MessageState, RunFilter
 from tracker.core.schedule import Durations
 from tracker.store.engine import Database
-from tracker.store.queries.paging import newest_first
+from tracker.store.queries.paging import matching, newest_first
 from tracker.store.schema import endpoints, message_attempts, messages, word
 
 HANDLER_URL: Final = "python:"
@@ -276,11 +276,8 @@ async def list_messages(
 
     Raises `InvalidRequest` for an invalid cursor, `ValueError` for an unknown state or event.
     """
-    statement = select(*_LISTED)
-    equal = {"endpoint_id": endpoint_id, "run_id": run_id}
-    for name, value in equal.items():
-        if value is not None:
-            statement = statement.where(messages.c[name] == value)
+    of = matching(messages, endpoint_id=endpoint_id, run_id=run_id)
+    statement = select(*_LISTED).where(*of)
     if event is not None:
         kind = EventType(event)
         statement = statement.where(messages.c.event == word(kind.value))

@@ -19,6 +19,7 @@ from sqlalchemy import (
     Interval,
     Row,
     Select,
+    Table,
     literal,
     tuple_,
 )
@@ -38,6 +39,11 @@ def chunks(keys: Iterable[T]) -> Iterator[list[T]]:
     left = iter(keys)
     while some := list(islice(left, AT_ONCE)):
         yield some
+
+
+def matching(table: Table, **values: Any) -> list[ColumnElement[bool]]:
+    """The conditions that these columns have these values; none for `None`."""
+    return [table.c[name] == value for name, value in values.items() if value is not None]
 
 
 def encode(first: str, second: str) -> str:

@@ -25,7 +25,7 @@ from tracker.core.run import RetryAdvice, RunStatus, RunType, Status, Tracking, 
 from tracker.core.schedule import Durations
 from tracker.store.claims import Workspaces, within
 from tracker.store.engine import Database
-from tracker.store.queries.paging import chunks, newest_first
+from tracker.store.queries.paging import chunks, matching, newest_first
 from tracker.store.queries.starts import StartState, is_in
 from tracker.store.rows import RUN_COLUMNS, fetch_records, read_records
 from tracker.store.schema import deliveries, run_events, runs, starts, word
@@ -255,13 +255,11 @@ async def list_deliveries(
     Raises `InvalidRequest` for an invalid cursor.
     """
     key = (deliveries.c.received_at, deliveries.c.delivery_id)
-    statement = select(*(column for column in deliveries.c if column.name != "body"))
-    if run_id is not None:
-        statement = statement.where(deliveries.c.run_id == run_id)
+    columns = (column for column in deliveries.c if column.name != "body")
+    of = matching(deliveries, run_id=run_id, workspace_id=workspace_id)
+    statement = select(*columns).where(*of)
     if outcome is not None:  # `word`: matches the partial index
         statement = statement.where(deliveries.c.outcome == word(DeliveryOutcome(outcome).value))
-    if workspace_id is not None:
-        statement = statement.where(deliveries.c.workspace_id == workspace_id)
     if since is not None:
         statement = statement.where(deliveries.c.received_at >= since)
     if acknowledged is not None:

@@ -9,7 +9,7 @@ from sqlalchemy.dialects.postgresql import JSONPATH
 from tracker.core.inputs import key_parts
 from tracker.core.run import Output
 from tracker.store.engine import Database
-from tracker.store.queries.batches import RowOutcome, of_outcome, with_outcomes
+from tracker.store.queries.batches import RowOutcome, is_start_of, of_outcome, with_outcomes
 from tracker.store.queries.starts import StartRow
 from tracker.store.schema import batch_rows, batches, run_outputs, starts
 from tracker.store.text import dump_json
@@ -143,15 +143,11 @@ def _with_cell(db: Database, batch_ids: Sequence[str], text: str) -> Select[Any]
         .limit(RECENT_ROWS)
         .subquery("searched")
     )
-    of_start = and_(
-        starts.c.workspace_slot == batches.c.workspace_slot,
-        starts.c.idempotency_key == rows.c.idempotency_key,
-    )
     return (
         select(rows.c.batch_id, batches.c.name, rows.c.position, starts.c.run_id)
         .add_columns(rows.c.attempt, rows.c.carried)
         .join(batches, batches.c.batch_id == rows.c.batch_id)
-        .outerjoin(starts, of_start)
+        .outerjoin(starts, is_start_of(rows))
         .where(has_value(db, rows.c.carried, "$.*", text))
         .limit(MATCHES)
     )

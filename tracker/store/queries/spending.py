@@ -39,6 +39,7 @@ from tracker.core.inputs import check_tag_key
 from tracker.core.rollup import CHARGED, QUOTED, SPENT, TAGGED, UNPRICED, dollars
 from tracker.store.engine import Database
 from tracker.store.queries.overview import ROLLUPS
+from tracker.store.queries.paging import matching
 from tracker.store.schema import starts, techniques, word
 
 RESERVED: Final = "reserved"
@@ -182,11 +183,8 @@ def _reservations(
     """Reservations: starts that may have taken effect, leased ones, and the further runs of starts
     of several runs."""
     of = starts.c
-    covered = [*_within(of.reserved_at, since, until)]
-    if budget.workspace_id is not None:
-        covered.append(of.workspace_slot == budget.workspace_id)
-    if budget.technique_id is not None:
-        covered.append(of.technique_id == budget.technique_id)
+    scope = {"workspace_slot": budget.workspace_id, "technique_id": budget.technique_id}
+    covered = [*_within(of.reserved_at, since, until), *matching(starts, **scope)]
     if budget.tag is not None:
         key, value = budget.tag
         covered.append(of.tags[key].as_string() == value)

@@ -249,7 +249,7 @@ async def list_starts(
     parts = [
         select(starts)
         .where(is_in(StartState(state)), *paging.after(key, cursor))
-        .where(*([] if workspace_id is None else [starts.c.workspace_slot == workspace_id]))
+        .where(*paging.matching(starts, workspace_slot=workspace_id))
         for state in wanted
     ]
     async with db.read() as connection:

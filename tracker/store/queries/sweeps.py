@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from itertools import zip_longest
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Row, delete, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, delete, insert, select, update
 
 from tracker.core.run import RunType
 from tracker.store.engine import Database
@@ -48,12 +48,7 @@ async def begin(db: Database, workspace_id: str | None, at: datetime) -> int:
     zeros = dict.fromkeys(("pages", "items", "discovered", "repaired", "unreadable"), 0)
     values = {"workspace_id": workspace_id, "started_at": at, **zeros}
     statement = insert(sweeps).values(values).returning(sweeps.c.id)
-
-    def work(connection: Connection) -> int:
-        number: int = connection.execute(statement).scalar_one()
-        return number
-
-    return await db.write(work)
+    return await db.write(lambda connection: int(connection.execute(statement).scalar_one()))
 
 
 async def finish(db: Database, number: int, *, at: datetime, **values: Any) -> None:
@@ -210,8 +205,7 @@ async def add(
 
 async def forget_after(db: Database, workspace_id: str, kind: RunType, moment: datetime) -> None:
     """Delete intervals that end after `moment`, a future time: a clock was wrong."""
-    mine = (table.c.workspace_id == workspace_id, table.c.run_type == kind)
-    wrong = delete(table).where(*mine, table.c.to_at > moment)
+    wrong = delete(table).where(_is_of(workspace_id, kind), table.c.to_at > moment)
     await db.write(lambda connection: connection.execute(wrong).rowcount)
 
 
@@ -219,21 +213,20 @@ def keep(
     connection: Connection, workspace_id: str, kind: str, intervals: Sequence[Interval]
 ) -> None:
     """Replace all intervals of one kind."""
-    mine = (table.c.workspace_id == workspace_id, table.c.run_type == kind)
-    connection.execute(delete(table).where(*mine))
+    connection.execute(delete(table).where(_is_of(workspace_id, kind)))
     if intervals:
         key = {"workspace_id": workspace_id, "run_type": kind}
         connection.execute(insert(table), [key | asdict(one) for one in intervals])
 
 
 def _of(connection: Connection, workspace_id: str, kind: str) -> list[Interval]:
-    mine = (table.c.workspace_id == workspace_id, table.c.run_type == kind)
-    rows = connection.execute(select(table).where(*mine))
+    rows = connection.execute(select(table).where(_is_of(workspace_id, kind)))
     return merged(_interval(row) for row in rows)
 
 
-_FIELDS: Final = ("from_at", "to_at", "read_at", "cursor", "error", "failures", "retry_at")
+def _is_of(workspace_id: str, kind: str) -> ColumnElement[bool]:
+    return and_(table.c.workspace_id == workspace_id, table.c.run_type == kind)
 
 
 def _interval(row: Row[tuple[object, ...]]) -> Interval:
-    return Interval(**{name: getattr(row, name) for name in _FIELDS})
+    return Interval(**{name: getattr(row, name) for name in Interval.__slots__})

@@ -13,7 +13,6 @@ from itertools import groupby
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
-    ColumnElement,
     Connection,
     Row,
     Select,
@@ -167,7 +166,10 @@ async def page(
     All words of `query` have to be in the id, slug, name or description, ignoring case. `gone`
     includes retired techniques. Raises `InvalidRequest` for an invalid cursor.
     """
-    statement = select(techniques).where(*(_holds(word) for word in query.split()))
+    statement = select(techniques)
+    for word in query.split():
+        has_word = (techniques.c[name].icontains(word, autoescape=True) for name in _SEARCHED)
+        statement = statement.where(or_(*has_word))
     if not gone:
         statement = statement.where(techniques.c.gone_at.is_(None))
     if cursor is not None:
@@ -183,10 +185,6 @@ async def page(
 
 _BY_NAME: Final = (func.lower(techniques.c.name), techniques.c.technique_id)
 _SEARCHED: Final = ("technique_id", "slug", "name", "description")
-
-
-def _holds(word: str) -> ColumnElement[bool]:
-    return or_(*(techniques.c[name].icontains(word, autoescape=True) for name in _SEARCHED))
 
 
 async def _one(db: Database, statement: Select[Any]) -> TechniqueRow | None:

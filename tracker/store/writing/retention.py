@@ -290,7 +290,7 @@ async def orphaned_deliveries(
     db: Database, before: datetime, after: PruneKey | None, limit: int
 ) -> PrunePage:
     """Applied deliveries last received before that time whose run is gone."""
-    page = await _old_deliveries(db, _applied_before(before), before, after, limit)
+    page = await _old_deliveries(db, _last_received("applied", before), before, after, limit)
     # A query of its own, so that the planner never reads all runs for one page.
     about = select(deliveries.c.delivery_id).join(runs, runs.c.run_id == deliveries.c.run_id)
     needed = set(await db.fetchcol(about.where(_among(page.found))))
@@ -307,16 +307,11 @@ async def quarantined(
     return await _next_page(db, statement, after, limit)
 
 
-def delete_orphaned(connection: Connection, keys: Sequence[PruneKey], before: datetime) -> Counts:
-    """Remove applied deliveries that are not locked and were not received again."""
-    return _delete_deliveries(connection, and_(_among(keys), _applied_before(before)))
-
-
-def delete_quarantined(
-    connection: Connection, keys: Sequence[PruneKey], before: datetime
+def delete_deliveries(
+    connection: Connection, keys: Sequence[PruneKey], outcome: str, before: datetime
 ) -> Counts:
-    """The same for quarantined deliveries."""
-    return _delete_deliveries(connection, and_(_among(keys), _last_received("quarantined", before)))
+    """Remove those with this outcome that are not locked and were not received again."""
+    return _delete_deliveries(connection, and_(_among(keys), _last_received(outcome, before)))
 
 
 async def old_start_keys(
@@ -472,11 +467,7 @@ def _needed_sweeps(connection: Connection) -> list[int]:
 
 
 def _applied_for(run_ids: Sequence[str], before: datetime) -> ColumnElement[bool]:
-    return and_(deliveries.c.run_id.in_(run_ids), _applied_before(before))
-
-
-def _applied_before(before: datetime) -> ColumnElement[bool]:
-    return _last_received("applied", before)
+    return and_(deliveries.c.run_id.in_(run_ids), _last_received("applied", before))
 
 
 def _last_received(outcome: str, before: datetime) -> ColumnElement[bool]:
@@ -504,8 +495,7 @@ def _delete_deliveries(connection: Connection, doomed: ColumnElement[bool]) -> C
     rows = _lock(connection, doomed)
     ids = [row.delivery_id for row in rows]
     connection.execute(delete(deliveries).where(deliveries.c.delivery_id.in_(ids)))
-    bodies = sum(row.body_removed_at is None for row in rows)
-    return Counts(deliveries=len(ids), bodies=bodies)
+    return Counts(deliveries=len(ids), bodies=sum(row.body_removed_at is None for row in rows))
 
 
 def _lock(connection: Connection, wanted: ColumnElement[bool]) -> Sequence[Any]:

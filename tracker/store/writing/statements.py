@@ -27,7 +27,7 @@ from tracker.core.record import Delivery, Record
 from tracker.core.rollup import Key
 from tracker.store.engine import Database
 from tracker.store.queries.runs import IS_UNSEEN
-from tracker.store.rows import RUN_COLUMNS, ids_with_outputs, outputs_by_run, with_outputs
+from tracker.store.rows import OUTPUTS, RUN_COLUMNS, records
 from tracker.store.schema import deliveries, run_outputs, runs, starts, word
 from tracker.store.writing import retention
 
@@ -95,11 +95,7 @@ class Statements(ABC):
         )
         # A statement of its own, after the lock: in one with the lock, outputs would be those at
         # the time when it began to wait.
-        self.select_outputs = (
-            select(*(run_outputs.c[name] for name in ("run_id", "output_id", "type", "url")))
-            .where(is_any_of(run_outputs.c.run_id, "run_ids"))
-            .order_by(run_outputs.c.run_id, run_outputs.c.position)
-        )
+        self.select_outputs = OUTPUTS.where(is_any_of(run_outputs.c.run_id, "run_ids"))
         self.delete_outputs = delete(run_outputs).where(is_any_of(run_outputs.c.run_id, "run_ids"))
         self.select_waiting = (
             select(*(deliveries.c[name] for name in _APPLIED_COLUMNS), _SMALL_BODY.label("body"))
@@ -118,11 +114,8 @@ class Statements(ABC):
     def lock_runs(self, connection: Connection, run_ids: list[str]) -> dict[str, Record]:
         """The records of those of the runs that exist, locked until the commit."""
         rows = connection.execute(self.lock_rows, {"run_ids": self._as_list(run_ids)}).all()
-        outputs = {}
-        if having := ids_with_outputs(rows):
-            found = connection.execute(self.select_outputs, {"run_ids": self._as_list(having)})
-            outputs = outputs_by_run(found)
-        return {record.run.run_id: record for record in with_outputs(rows, outputs)}
+        found = records(connection, rows, self.select_outputs, self._as_list)
+        return {record.run.run_id: record for record in found}
 
     @abstractmethod
     def write(self, connection: Connection, changes: BatchChanges) -> None:
