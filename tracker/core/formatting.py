@@ -115,6 +115,17 @@ _IN_A_LINE: Final = re.compile(f"[{_STEERS}]")
 _IN_LINES: Final = re.compile(f"(?![\t\n])[{_STEERS}]")
 
 
+_UNFIT: Final = re.compile("[\0\ud800-\udfff]")
+
+
+def clean(text: str) -> str:
+    """`text` with NUL and lone surrogates, which no database stores, replaced by U+FFFD; `text`
+    itself where there are none."""
+    if text.isascii() and "\0" not in text:  # nearly always, and quick
+        return text
+    return _UNFIT.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
 def plain(text: str) -> str:
     """`text` on one line, with escapes such as `\\x1b` in place of control characters."""
     return text if text.isprintable() else _IN_A_LINE.sub(_escape, text)

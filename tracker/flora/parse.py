@@ -7,7 +7,6 @@ required: without it `FloraUnreadable` is raised, and no other error ever is.
 
 import json
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -30,6 +29,7 @@ from tracker.core.errors import (
     ServerFault,
 )
 from tracker.core.fast_dataclass import fast_dataclass
+from tracker.core.formatting import clean
 from tracker.core.observation import Observation, Source
 from tracker.core.run import Output, RunError, RunStatus, Status, status_of
 
@@ -43,7 +43,6 @@ LARGEST_NUMBER: Final = 1e15
 """Beyond the year 9999 in milliseconds, and still exact as a float."""
 MILLISECONDS_FROM: Final = 1e11
 """Times from here on are in milliseconds."""
-_UNSTORABLE: Final = re.compile("[\0\ud800-\udfff]")
 
 
 def decode(body: bytes) -> object:
@@ -95,7 +94,7 @@ def as_text(value: object) -> str | None:
     """
     if not isinstance(value, str) or not value:
         return None
-    return value if value.isprintable() else _UNSTORABLE.sub("\N{REPLACEMENT CHARACTER}", value)
+    return clean(value)
 
 
 def as_id(value: object) -> str | None:

@@ -215,13 +215,10 @@ class Applier:
                 self._woken.set()
             if taken:
                 await self._pause_while_busy(began + LONGEST_PAUSE)
-            await self._until_woken()
-
-    async def _until_woken(self) -> None:
-        await wait_for(
-            self._woken, self.check_seconds if self.background or self._held_up else None
-        )
-        self._woken.set()
+            await wait_for(
+                self._woken, self.check_seconds if self.background or self._held_up else None
+            )
+            self._woken.set()
 
     async def _pause_while_busy(self, until: float) -> None:
         """Return when few callbacks wait to be stored, or at that monotonic time."""

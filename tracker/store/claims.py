@@ -59,11 +59,9 @@ async def claim_due(
     releases it.
     """
     due = due_runs(now, workspaces, ended=ended, newest=newest, recheck=recheck).limit(limit)
-    if db.dialect == "postgresql":
-        due = due.with_for_update(skip_locked=True)
     statement = (
         update(runs)
-        .where(runs.c.run_id.in_(due))
+        .where(runs.c.run_id.in_(due.with_for_update(skip_locked=True)))
         .values(lease_until=now + lease, lease_holder=holder)
         .returning(*RUN_COLUMNS)
     )

@@ -41,10 +41,10 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from tracker.core.events import EventType, MessageState
+from tracker.core.formatting import clean
 from tracker.core.observation import Source
 from tracker.core.record import DeliveryOutcome
 from tracker.core.run import Tracking
-from tracker.store.text import clean
 
 # Column types with the same meaning on both databases. On SQLite, which lacks times with a zone,
 # exact decimals and JSON, they have the form that ad-hoc SQL reads best.
@@ -57,7 +57,6 @@ class CleanText(TypeDecorator[str]):
     cache_ok = True
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
-        """See `tracker.store.text.clean`."""
         return None if value is None else clean(value)
 
 
@@ -71,7 +70,6 @@ class UtcDateTime(TypeDecorator[datetime]):
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Convert to UTC; refuse a time without a zone."""
         if value is None or dialect.name == "postgresql":
             return value
         if value.tzinfo is None:
@@ -79,7 +77,6 @@ class UtcDateTime(TypeDecorator[datetime]):
         return value.astimezone(UTC).replace(tzinfo=None)
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Add the zone."""
         if value is None or dialect.name == "postgresql":
             return value
         return value.replace(tzinfo=UTC)

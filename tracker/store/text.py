@@ -6,28 +6,19 @@ ones.
 """
 
 import math
-import re
 from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 import orjson
 
+from tracker.core.formatting import clean
 from tracker.core.observation import Observation
 from tracker.core.record import Entry, Seen
 from tracker.core.run import Output
 
 T = TypeVar("T")
 
-_UNFIT: Final = re.compile("[\0\ud800-\udfff]")
-_REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
 _INT64: Final = 2**63
-
-
-def clean(text: str) -> str:
-    """`text` with NUL and lone surrogates replaced; `text` itself where there are none."""
-    if text.isascii() and "\0" not in text:  # nearly always, and quick
-        return text
-    return _UNFIT.sub(_REPLACEMENT, text)
 
 
 def dump_json(value: Any) -> str:

@@ -183,10 +183,7 @@ async def read_gauges(db: Database, *, now: datetime, bound: int = BOUND) -> Gau
         not_final={key[0]: count for key, (count, _) in bills.items() if key[1] == OPEN},
         unpriced={key[0]: count for key, (count, _) in bills.items() if key[1] == UNPRICED},
         failed_today={(key[0], key[1]): count for key, (count, _) in failed.items() if count},
-        due=backlog.due,
-        overdue=backlog.overdue,
-        awaiting_callback=backlog.awaiting_callback,
-        oldest_due_at=backlog.oldest_due_at,
+        **backlog._asdict(),
         **rest._asdict(),
     )
 

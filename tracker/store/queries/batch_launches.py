@@ -49,11 +49,9 @@ async def claim_due(
     )
     if not workspaces or await db.fetchrow(due.limit(1)) is None:  # which takes no lock
         return []
-    if db.dialect == "postgresql":
-        due = due.with_for_update(skip_locked=True)
     statement = (
         update(batches)
-        .where(batches.c.batch_id.in_(due))
+        .where(batches.c.batch_id.in_(due.with_for_update(skip_locked=True)))
         .values(lease_until=now + LEASE, lease_holder=holder, stopped=None)
         .returning(*BATCH_COLUMNS)
     )

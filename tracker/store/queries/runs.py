@@ -9,7 +9,6 @@ from sqlalchemy import (
     ColumnElement,
     Row,
     ScalarSelect,
-    Select,
     Table,
     and_,
     cast,
@@ -216,14 +215,8 @@ async def events(db: Database, run_id: str) -> list[Event]:
 
 
 async def durations(db: Database, technique_id: str) -> Durations:
-    """Seconds from creation to end of the technique's last completed runs."""
-    rows = await db.fetch(last_completed(technique_id))
-    return Durations.between((row.created_at, row.completed_at) for row in rows)
-
-
-def last_completed(technique_id: str) -> Select[Any]:
-    """Creation and end of the technique's last completed runs that have both."""
-    return (
+    """Seconds from creation to end of the technique's last completed runs that have both."""
+    last = (
         select(runs.c.created_at, runs.c.completed_at)
         .where(
             runs.c.technique_id == technique_id,
@@ -234,6 +227,7 @@ def last_completed(technique_id: str) -> Select[Any]:
         .order_by(runs.c.completed_at.desc())
         .limit(DURATIONS_OVER)
     )
+    return Durations.between((row[0], row[1]) for row in await db.fetch(last))
 
 
 async def list_deliveries(

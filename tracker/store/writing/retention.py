@@ -16,7 +16,7 @@ FLORA's time of creation, for each workspace.
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any, Final, Literal, NamedTuple
 
 from sqlalchemy import (
@@ -55,12 +55,11 @@ from tracker.store.schema import (
     word,
 )
 from tracker.store.writing import rollups
+from tracker.store.writing.rollups import BEGINNING
 
 AROUND: Final = timedelta(days=1)
 """The run of a start without a known outcome was created within this time of its sending; no clock
 is further off."""
-BEGINNING: Final = datetime(1, 1, 2, tzinfo=UTC)
-"""Before all times."""
 
 _HAS_BODY: Final = and_(
     deliveries.c.outcome == word("applied"), deliveries.c.body_removed_at.is_(None)

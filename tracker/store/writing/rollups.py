@@ -52,7 +52,7 @@ COMPACT_LOCK: Final = 0x74616C6C79  # "tally": the same in every version
 PRUNED: Final = "pruned"
 """A measure of its own: up to when periods may lack runs that retention deleted."""
 BEGINNING: Final = datetime(1, 1, 2, tzinfo=UTC)
-"""Before all periods: nothing has been deleted."""
+"""Before all times: nothing has been deleted."""
 MAX_CHANGES: Final = 100_000
 """The most changes that one transaction compacts."""
 

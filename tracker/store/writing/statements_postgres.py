@@ -113,17 +113,13 @@ def _write() -> Any:
     return select(updates + inserts, notified.scalar_subquery()).add_cte(events, rollups, sent)
 
 
-def _close_starts() -> Any:
-    texts = [Column(name, Text()) for name in STARTED_COLUMNS[:3]]
-    started = _incoming(
-        "started", [*texts, *(Column(name, Integer()) for name in STARTED_COLUMNS[3:])]
-    )
-    return close_starts(*started.c)
-
-
 WRITE: Final = _write()
 INSERT_OUTPUTS: Final = _insert_incoming(run_outputs, OUTPUT_COLUMNS, "outputs")
-CLOSE_STARTS: Final = _close_starts()
+_STARTED: Final[list[Column[Any]]] = [
+    *(Column(name, Text()) for name in STARTED_COLUMNS[:3]),
+    *(Column(name, Integer()) for name in STARTED_COLUMNS[3:]),
+]
+CLOSE_STARTS: Final = close_starts(*_incoming("started", _STARTED).c)
 
 # One statement, which is a transaction by itself, goes to the driver directly: see `Database.send`.
 # Bodies are bytes, so they travel beside the JSON. A body that retention has removed cannot be
@@ -177,7 +173,6 @@ class PostgresStatements(Statements):
         self._origin = origin
 
     def write(self, connection: Connection, changes: BatchChanges) -> None:
-        """See `Statements.write`."""
         notices = run_notices(self._origin, changes.changed_runs)
         if changes.due:
             notices.append((DUE, self._origin))
@@ -208,7 +203,6 @@ class PostgresStatements(Statements):
             connection.execute(CLOSE_STARTS, {"started": started})
 
     async def store(self, db: Database, receipts: Sequence[Receipt]) -> dict[str, str | None]:
-        """See `Statements.store`."""
         incoming = orjson.dumps([_receipt_row(receipt) for receipt in receipts]).decode()
         bodies = [receipt.delivery.body for receipt in receipts]
         rows = await db.send(STORE, (incoming, bodies))

@@ -160,18 +160,14 @@ def plain_rows(columns: Iterable[Column[Any]]) -> Callable[[Rows], Rows]:
     return plain if forms else lambda rows: rows
 
 
-def _upsert_runs() -> RowInsert:
-    upsert = insert(runs)
-    changed = {
-        column.name: upsert.excluded[column.name]
-        for column in RUN_COLUMNS
-        if column is not runs.c.run_id
-    }
-    statement = upsert.on_conflict_do_update(index_elements=[runs.c.run_id], set_=changed)
-    return RowInsert(statement, RUN_COLUMNS)
-
-
-UPSERT_RUNS: Final = _upsert_runs()
+_INSERT: Final = insert(runs)
+UPSERT_RUNS: Final = RowInsert(
+    _INSERT.on_conflict_do_update(
+        index_elements=[runs.c.run_id],
+        set_={name: _INSERT.excluded[name] for name in runs.c.keys() if name != "run_id"},  # noqa: SIM118
+    ),
+    RUN_COLUMNS,
+)
 INSERT_EVENTS: Final = RowInsert(insert(run_events), [run_events.c[name] for name in EVENT_COLUMNS])
 INSERT_ROLLUPS: Final = RowInsert(
     insert(run_tally_changes), [run_tally_changes.c[name] for name in ROLLUP_COLUMNS]
@@ -215,7 +211,6 @@ class SqliteStatements(Statements):
         super().__init__(_is_any_of, dump_json)
 
     def write(self, connection: Connection, changes: BatchChanges) -> None:
-        """See `Statements.write`."""
         UPSERT_RUNS(connection, [run_row(record) for record in changes.records])
         INSERT_EVENTS(connection, changes.events)
         INSERT_ROLLUPS(connection, changes.rollups)
@@ -229,7 +224,6 @@ class SqliteStatements(Statements):
             connection.execute(CLOSE_STARTS, rows)
 
     async def store(self, db: Database, receipts: Sequence[Receipt]) -> dict[str, str | None]:
-        """See `Statements.store`."""
         if len(receipts) <= WholeInsert.MOST:
             with suppress(StoreRefused):  # nothing is stored: perhaps one of them was before
                 await db.send(*INSERT_DELIVERIES.whole([*map(_delivery_row, receipts)]))

@@ -25,11 +25,10 @@ from starlette.routing import Route
 
 from tracker import __version__
 from tracker.core.clock import Clock
-from tracker.core.formatting import UNKNOWN, counted, duration, money, number, percent, size
+from tracker.core.formatting import UNKNOWN, clean, counted, duration, money, number, percent, size
 from tracker.core.tokens import Scope
 from tracker.services import Services
 from tracker.store.engine import Database
-from tracker.store.text import clean
 from tracker.web.auth import may, session_of
 from tracker.web.dashboard.forms import check_csrf
 from tracker.web.dashboard.media import plain_http_origin
