@@ -4,6 +4,7 @@ wants them, the states of a message (an event for one endpoint), and when an att
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from enum import StrEnum
+from math import ceil
 from typing import Final
 
 from tracker.core.fast_dataclass import fast_dataclass
@@ -137,5 +138,6 @@ def next_attempt(
     if planned is None:
         return None
     jitter = JITTER * jitter_share(message_id, int(planned.timestamp())) * (planned - now)
-    asked = min(timedelta(seconds=retry_after or 0), LONGEST_RETRY_AFTER)
+    # Rounded up: a timedelta of seconds may be a fraction of a microsecond too short.
+    asked = min(timedelta(microseconds=ceil(1e6 * (retry_after or 0))), LONGEST_RETRY_AFTER)
     return max(planned + jitter, now + asked)
