@@ -57,7 +57,6 @@ class Budget:
         return f"{self.period}:{covers}" if covers else self.period.value
 
     def covers(self, workspace_id: str, technique_id: str, tags: Mapping[str, str]) -> bool:
-        """Whether a run like this counts."""
         return (
             self.workspace_id in (None, workspace_id)
             and self.technique_id in (None, technique_id)
@@ -73,7 +72,6 @@ class Budgets:
     others: tuple[Budget, ...] = ()
 
     def covering(self, workspace_id: str, technique_id: str, tags: Tags) -> list[Budget]:
-        """The budgets in which a run like this counts."""
         return [
             one
             for one in self.known([workspace_id])
@@ -81,7 +79,6 @@ class Budgets:
         ]
 
     def known(self, workspace_ids: Iterable[str]) -> list[Budget]:
-        """All budgets of these workspaces."""
         each = [
             replace(one, workspace_id=workspace_id)
             for workspace_id in workspace_ids

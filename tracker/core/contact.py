@@ -54,7 +54,6 @@ class OngoingTrouble:
 
     @property
     def advice(self) -> str:
-        """What to do about it."""
         return _ADVICE[self.trouble]
 
 

@@ -88,7 +88,6 @@ class RunFilter:
     tag: tuple[str, str] | None = None
 
     def matches(self, record: Record) -> bool:
-        """Whether the run matches."""
         run, tags = record.run, record.tags or {}
         return (
             self.run_id in (None, run.run_id)

@@ -141,7 +141,6 @@ def _unknown(input_id: object, known: Mapping[str, Port]) -> str:
 
 
 def _wrong(at: str, one: Mapping[str, Any], port: Port) -> list[FieldFault]:
-    """The faults of one input whose id is known."""
     type_, value = one.get("type"), one.get("value")
     if not port.startable:
         return [FieldFault(f"{at}.type", f"{port.id} is {port.type}: {_TAKEN}")]
@@ -201,11 +200,9 @@ class Turn:
         return Turn(self.generation + 1)
 
     def retried(self) -> "Turn":
-        """The next attempt."""
         return replace(self, attempt=self.attempt + 1)
 
     def before(self) -> "Turn":
-        """The attempt before."""
         return replace(self, attempt=self.attempt - 1)
 
 

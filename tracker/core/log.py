@@ -42,7 +42,6 @@ class Redactor:
         self.add(secrets)
 
     def add(self, secrets: Iterable[str]) -> None:
-        """Redact these too."""
         self._secrets.update(secret for secret in secrets if len(secret) >= _SHORTEST_SECRET)
         written = [form for secret in self._secrets for form in (secret, repr(secret)[1:-1])]
         forms = {
@@ -54,7 +53,6 @@ class Redactor:
         self._known = re.compile("|".join(map(re.escape, longest_first))) if forms else None
 
     def __call__(self, text: str) -> str:
-        """`text` without secrets."""
         if self._known is not None:
             text = self._known.sub(REDACTED, text)
         for shape, replacement in _SHAPES:
@@ -110,7 +108,6 @@ class Logger:
         self._log(logging.CRITICAL, event, fields)
 
     def is_enabled(self, level: int) -> bool:
-        """Whether events of this level are logged."""
         return self._logger.isEnabledFor(level)
 
     def _log(

@@ -89,7 +89,6 @@ class Observation:
 
     @property
     def unknown_status(self) -> str | None:
-        """The status if it is not a documented one."""
         return None if self.status in _BY_API else self.status
 
     @property

@@ -169,7 +169,6 @@ class Record:
 
     @property
     def billed_whole(self) -> bool:
-        """Whether cost and outputs need no further read."""
         return _billed_whole(self.run, self.cost_final)
 
 

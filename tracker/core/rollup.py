@@ -208,7 +208,6 @@ def _spent(record: Record, workspace: str, technique: str) -> list[Fact]:
 
 
 def _billed(record: Record) -> str:
-    """The state of a settled run's bill."""
     if record.cost_final:
         return FINAL
     run = record.run

@@ -66,7 +66,6 @@ class Precedence(IntEnum):
 
     @property
     def status(self) -> RunStatus:
-        """The status that users see."""
         return _STATUS[self]
 
     @property
@@ -243,7 +242,6 @@ class RetryAdvice(StrEnum):
 
     @property
     def sentence(self) -> str:
-        """The advice as one plain sentence."""
         return _SENTENCES[self]
 
 

@@ -47,7 +47,6 @@ class Token:
         return any(scope == own or scope in _INCLUDES.get(own, ()) for own in self.scopes)
 
     def expired(self, now: datetime) -> bool:
-        """Whether it was valid once, and is not any more."""
         return self.expires is not None and now >= self.expires
 
 

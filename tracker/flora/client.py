@@ -175,7 +175,6 @@ class FloraClient:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close the connections."""
         await self._http.aclose()
 
     @property
@@ -228,7 +227,6 @@ class FloraClient:
         return answer.read(partial(parse.page, key="techniques", read=technique))
 
     async def get_technique(self, id_or_slug: str, *, deadline: float | None = None) -> Technique:
-        """One technique."""
         url = self._urls.of("techniques", id_or_slug)
         call = FloraCall(endpoint="GET /techniques/{id}", url=url)
         answer = await self._caller.call(call, deadline=deadline)
@@ -346,7 +344,6 @@ class FloraClient:
         )
 
     def _reader(self, answer: FloraAnswer, **options: Any) -> Callable[[object], Observation]:
-        """Parses runs in what was just answered."""
         return partial(
             parse.run,
             at=self._clock(),

@@ -76,13 +76,11 @@ class Breaker:
             self._next_probe = self._monotonic() + PROBE_EVERY
 
     def refused(self, refusal: KeyRefused) -> None:
-        """FLORA refused the key."""
         self.since = self.since or self._clock()
         self._refusal = copy(refusal)  # one that is raised keeps its callers' frames alive
         self._next_probe = self._monotonic() + PROBE_EVERY
 
     def accepted(self) -> None:
-        """FLORA took the key."""
         self._refusal = None
         self.since = None
 
@@ -136,7 +134,6 @@ class Contact:
         )
 
     def asked(self) -> None:
-        """A request is sent."""
         now = self._monotonic(), self._clock()
         # A request that was cancelled has no outcome: silence does not count from it.
         if self._failing is None and self.idle_seconds > CONFIRMED:
@@ -145,7 +142,6 @@ class Contact:
         self._asked_at = now
 
     def answered(self) -> None:
-        """FLORA answered a request."""
         self._answered_at = self._monotonic(), self._clock()
         self._failing = self._unanswered = None
         self._log()

@@ -150,7 +150,6 @@ class RequestLimit:
         self._slowed_at = now
 
     def state(self) -> RequestLimitState:
-        """The state now."""
         return RequestLimitState(
             concurrency=self.concurrency,
             in_flight=self._in_flight,

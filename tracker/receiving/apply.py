@@ -299,7 +299,6 @@ class Applier:
         )
 
     async def _quarantine(self, delivery_id: str, error: Exception) -> ApplyResult:
-        """Quarantine the one delivery that cannot be applied."""
         kind = "" if isinstance(error, StoreError) else f"{type(error).__name__}: "
         quarantined = [(delivery_id, f"it cannot be applied: {kind}{error}")]
         await self.database.write(partial(quarantine, reasons=quarantined))

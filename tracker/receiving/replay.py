@@ -135,7 +135,6 @@ class Replayer:
         return replace(again, delivery_id=row.delivery_id)
 
     async def _why_not(self, delivery: Delivery) -> str | None:
-        """Why it stays quarantined; `None` if it may be applied."""
         parsed = self._parser.parse(delivery)
         seen = parsed.observation
         if seen is None:

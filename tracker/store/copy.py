@@ -283,7 +283,6 @@ class _SqliteTarget:
         await self._set("journal_mode=DELETE", f"cache_size=-{CACHE_KB}", "foreign_keys=ON")
 
     async def write(self, table: Table, rows: Sequence[Row[Any]]) -> None:
-        """Write rows with every column of `table`, in its order."""
         dialect = self.connection.dialect
         statement = str(insert(table).compile(dialect=dialect))
         await self.connection.exec_driver_sql(statement, _records(table, rows, dialect))

@@ -159,7 +159,6 @@ async def _connected(url: str, work: Callable[[Connection], T]) -> T:
 
 
 def _revision(connection: Connection) -> str | None:
-    """The revision of the database; `None` before the first migration."""
     if not inspect(connection).has_table(_VERSION.name):
         return None
     return connection.execute(select(_VERSION.c.version_num)).scalar()

@@ -46,11 +46,9 @@ class SqliteThread:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sqlite-writer")
 
     async def run(self, work: Callable[[Connection], T]) -> T:
-        """Run `work` in a transaction, and return when it is committed."""
         return await self._in_thread(partial(self._run, work))
 
     async def send(self, statement: str, values: tuple[Any, ...]) -> list[Sequence[Any]]:
-        """Send one statement, which is a transaction by itself, and return its rows."""
         if self.engine.dispatch.before_cursor_execute:  # tracing would miss the statement
             return await self.run(partial(_send_traced, statement, values))
         return await self._in_thread(partial(self._send, statement, values))
@@ -85,7 +83,6 @@ class SqliteThread:
             raise StoreUnavailable(f"the database's file is not at {self._path} any more")
 
     async def close(self) -> None:
-        """Finish the writes under way, and close the connection."""
         await asyncio.get_running_loop().run_in_executor(self._thread, self.engine.dispose)
         self._thread.shutdown()
         for thread in tuple(_ABANDONED):

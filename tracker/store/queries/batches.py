@@ -80,7 +80,6 @@ class BatchEntry:
 
     @property
     def key(self) -> str:
-        """The idempotency key of its start."""
         return row_key(self.digest, self.turn)
 
 
@@ -116,7 +115,6 @@ class BatchCounts:
 
     @property
     def cost_final(self) -> bool:
-        """Whether no bill may change any more."""
         return self.not_final == 0
 
     @property
@@ -126,7 +124,6 @@ class BatchCounts:
 
     @property
     def unstarted(self) -> int:
-        """Rows without a known run."""
         return self.rows - self.started
 
 

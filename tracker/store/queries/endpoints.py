@@ -61,7 +61,6 @@ class EndpointRow:
 
     @property
     def is_handler(self) -> bool:
-        """Whether it is a Python handler, not a URL."""
         return self.url.startswith(HANDLER_URL)
 
     @property
@@ -79,7 +78,6 @@ class EndpointRow:
         return self.configured_at > now - CONFIGURED_WITHIN
 
     def health(self, now: datetime) -> Literal["disabled", "not configured", "failing", "ok"]:
-        """The state for people."""
         if not self.is_configured(now):
             return "not configured"
         if not self.enabled:

@@ -89,7 +89,6 @@ class CallbackHealth:
 
     @property
     def expected(self) -> int:
-        """The number of expected callbacks."""
         return self.came + self.late + self.missed
 
     @property
@@ -235,5 +234,4 @@ async def _rollups(db: Database, *measures: str, **options: Any) -> list[tuple[A
 
 
 def _first_of(hours: int, now: datetime) -> datetime:
-    """The start of the first of the last `hours` hours."""
     return now.replace(minute=0, second=0, microsecond=0) - (hours - 1) * HOUR

@@ -203,7 +203,6 @@ class _Search:
         limit: int,
         window: int,
     ) -> Select[Any]:
-        """The runs of a page."""
         if not outside and not self.is_sorted:
             return select(*RUN_COLUMNS).where(*inside).order_by(*self.descending).limit(limit)
         searched = self._window(RUN_COLUMNS, inside, window)

@@ -135,7 +135,6 @@ async def search_sheets(
 
 
 def _with_cell(db: Database, batch_ids: Sequence[str], text: str) -> Select[Any]:
-    """Rows of these batches with the text in a carried cell."""
     columns = ("batch_id", "position", "attempt", "carried", "idempotency_key")
     rows = (
         select(*(batch_rows.c[name] for name in columns))

@@ -125,7 +125,6 @@ class StartRow:
         )
 
     def is_held(self, now: datetime) -> bool:
-        """Whether a process holds its lease."""
         return self.lease_until is not None and now < self.lease_until <= now + LONGEST_LEASE
 
 

@@ -193,12 +193,10 @@ async def _one(db: Database, statement: Select[Any]) -> TechniqueRow | None:
 
 
 def _shows(row: TechniqueRow) -> tuple[bool, bool]:
-    """Whether the list had its inputs, and its outputs."""
     return bool(row.inputs), bool(row.outputs)
 
 
 def _list_statement(db: Database, *, shows_inputs: bool, shows_outputs: bool) -> Any:
-    """The statement for the techniques of a page that have the same fields."""
     insert = db.insert(techniques)
     shown = ["name", "description", "run_cost", "synced_at", "listed_at", "gone_at"]
     shown += ["inputs"] * shows_inputs + ["outputs"] * shows_outputs

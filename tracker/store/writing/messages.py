@@ -69,7 +69,6 @@ class Attempt:
 
     @property
     def delivered(self) -> bool:
-        """Whether the endpoint took the message."""
         return self.error is None
 
 

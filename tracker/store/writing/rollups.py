@@ -180,7 +180,6 @@ def _summed(of: Any) -> Select[Any]:
 
 
 def _add(dialect: str, summed: Select[Any]) -> Any:
-    """Add rows to the rollups, under new keys and existing ones."""
     adding = insert_on(dialect)(run_tallies).from_select(_COLUMNS, summed)
     return adding.on_conflict_do_update(
         index_elements=[run_tallies.c[name] for name in _KEY],
@@ -266,7 +265,6 @@ class RollupCompactor:
                     await self._compact()
 
     def committed(self, outcome: "WriteOutcome") -> None:
-        """Hook of the writer: there may be something to compact."""
         self._changed.set()
         self._is_down = False
 

@@ -70,7 +70,6 @@ def _insert_incoming(table: Table, names: Sequence[str], parameter: str) -> Any:
 
 
 def _is_any_of(of: Any, parameter: str) -> Any:
-    """Whether it is among the texts that this parameter lists."""
     return of == any_(bindparam(parameter, type_=ARRAY(Text(), dimensions=1)))
 
 

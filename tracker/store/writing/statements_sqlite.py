@@ -56,7 +56,6 @@ _SIZES: Final = (64, 32, 16, 8, 4, 2, 1)
 
 
 def _is_any_of(of: Any, parameter: str) -> Any:
-    """Whether it is among the texts that this parameter lists, as JSON."""
     listed = func.json_each(bindparam(parameter, type_=Text())).table_valued("value")
     return of.in_(select(listed.c.value))
 

@@ -157,7 +157,6 @@ class WriteBatch:
         return self._now.get(run_id)
 
     def add(self, entry: Entry) -> None:
-        """Merge an entry."""
         run_id, rules, changes = run_id_of(entry), self._rules, self._changes
         before = self._now.get(run_id)
         after = apply(before, entry, policy=rules.policy, durations_of=rules.durations_of)
@@ -183,7 +182,6 @@ class WriteBatch:
             changes.due = True
 
     def write(self) -> WriteOutcome:
-        """Write what has changed."""
         changes = self._changes
         self._compare()
         changes.started = [
