@@ -9,16 +9,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import (
-    BigInteger,
-    Integer,
-    TableClause,
-    cast,
-    column,
-    func,
-    select,
-    table,
-)
+from sqlalchemy import BigInteger, Integer, TableClause, cast, column, func, select, table
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tracker.core.rollup import (

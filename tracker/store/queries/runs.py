@@ -5,16 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import (
-    ColumnElement,
-    Row,
-    ScalarSelect,
-    Table,
-    and_,
-    cast,
-    func,
-    select,
-)
+from sqlalchemy import ColumnElement, Row, ScalarSelect, Table, and_, cast, func, select
 from sqlalchemy.dialects.postgresql import JSONB
 
 from tracker.core.errors import FieldFault, InvalidRequest

@@ -12,18 +12,7 @@ from decimal import Decimal
 from itertools import groupby
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import (
-    Connection,
-    Row,
-    Select,
-    and_,
-    func,
-    literal,
-    or_,
-    select,
-    tuple_,
-    update,
-)
+from sqlalchemy import Connection, Row, Select, and_, func, literal, or_, select, tuple_, update
 
 from tracker.store.engine import Database
 from tracker.store.queries import paging

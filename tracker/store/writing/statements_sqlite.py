@@ -11,16 +11,7 @@ from functools import partial
 from itertools import chain
 from typing import Any, Final
 
-from sqlalchemy import (
-    JSON,
-    Column,
-    Connection,
-    Text,
-    bindparam,
-    func,
-    select,
-    update,
-)
+from sqlalchemy import JSON, Column, Connection, Text, bindparam, func, select, update
 from sqlalchemy.dialects.sqlite import dialect, insert
 
 from tracker.store.engine import Database
