@@ -111,11 +111,7 @@ class Logger:
         return self._logger.isEnabledFor(level)
 
     def _log(
-        self,
-        level: int,
-        event: str,
-        fields: Fields,
-        exc_info: BaseException | bool = False,
+        self, level: int, event: str, fields: Fields, exc_info: BaseException | bool = False
     ) -> None:
         if self._logger.isEnabledFor(level):
             message = LogEvent(event, {**_context.get(), **fields})

@@ -322,10 +322,7 @@ def _unseen(record: Record, entry: Unseen, policy: Policy) -> Record:
         after = replace(record, checks=record.checks + entry.reads, recheck_at=recheck_at)
         return _released(after, entry.claim)
     after = replace(
-        record,
-        checks=record.checks + entry.reads,
-        looks=record.looks + 1,
-        last_error=entry.error,
+        record, checks=record.checks + entry.reads, looks=record.looks + 1, last_error=entry.error
     )
     if entry.missing:
         since = record.missing_since or entry.at

@@ -158,9 +158,7 @@ def facts(record: Record) -> list[Fact]:
     word = via.value
     ended_at = run.completed_at
     adopted = is_adopted(record)
-    found.append(
-        (Key(END, hour, workspace, "", status, word, ADOPTED if adopted else 0), 0),
-    )
+    found.append((Key(END, hour, workspace, "", status, word, ADOPTED if adopted else 0), 0))
     if (came := _callback(record)) is not None:
         found.append((Key(CALLBACK, hour, workspace, "", "", came, 0), 0))
     settled_at = record.settled_at

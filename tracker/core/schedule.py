@@ -144,11 +144,7 @@ def next_check(
         if run.precedence.ended:
             return later
         put_off = put_off_until(
-            policy,
-            durations,
-            now=now,
-            first_seen=first_seen,
-            callback_expected=callback_expected,
+            policy, durations, now=now, first_seen=first_seen, callback_expected=callback_expected
         )
         return min(max(later, put_off or later), now + policy.longest_wait)
     if at_once or run.precedence.ended:

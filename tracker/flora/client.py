@@ -215,11 +215,7 @@ class FloraClient:
         return self._caller.request_id
 
     async def list_techniques(
-        self,
-        *,
-        query: str | None = None,
-        cursor: str | None = None,
-        limit: int = 100,
+        self, *, query: str | None = None, cursor: str | None = None, limit: int = 100
     ) -> Page[Technique]:
         """A page of the catalogue, of at most `limit` (1 to 100) techniques."""
         url = self._urls.of("techniques", query=as_text(query), cursor=cursor, limit=limit)

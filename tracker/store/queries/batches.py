@@ -348,10 +348,7 @@ _OUTCOME: Final = case(
     (runs.c.tracking == word(Tracking.ACTIVE), RowOutcome.RUNNING.value),
     (runs.c.status == word(RunStatus.COMPLETED), RowOutcome.COMPLETED.value),
     (runs.c.run_id.is_not(None), RowOutcome.FAILED.value),
-    (
-        starts.c.state.in_([StartState.REFUSED, StartState.UNRESOLVED]),
-        RowOutcome.FAILED.value,
-    ),
+    (starts.c.state.in_([StartState.REFUSED, StartState.UNRESOLVED]), RowOutcome.FAILED.value),
     (starts.c.state.in_([StartState.SENT, StartState.IN_DOUBT]), RowOutcome.RUNNING.value),
     (starts.c.state == word(StartState.STARTED), "forgotten"),
     (batch_rows.c.error.is_not(None), RowOutcome.FAILED.value),

@@ -200,10 +200,7 @@ async def technique_names(db: Database, technique_ids: Sequence[str]) -> dict[st
 
 
 async def rollups(
-    connection: AsyncConnection,
-    *measures: str,
-    by: Sequence[str],
-    since: datetime | None = None,
+    connection: AsyncConnection, *measures: str, by: Sequence[str], since: datetime | None = None
 ) -> list[tuple[Any, ...]]:
     """Rollups, grouped by these columns: their values, the number of runs, the amount."""
     columns = [ROLLUPS.c[name] for name in by]

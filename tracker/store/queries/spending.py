@@ -172,8 +172,7 @@ def used(
         spent += [ROLLUPS.c.measure == word(TAGGED), tagged]
     costs = select(ROLLUPS.c.status, cast(func.sum(ROLLUPS.c.amount), BigInteger))
     return union_all(
-        costs.where(*spent).group_by(ROLLUPS.c.status),
-        *_reservations(budget, since, until, now),
+        costs.where(*spent).group_by(ROLLUPS.c.status), *_reservations(budget, since, until, now)
     )
 
 
@@ -246,11 +245,7 @@ def check_by(by: str) -> str:
 
 
 async def spending(
-    db: Database,
-    by: str,
-    *,
-    since: datetime | None = None,
-    workspace_id: str | None = None,
+    db: Database, by: str, *, since: datetime | None = None, workspace_id: str | None = None
 ) -> tuple[list[Spending], Spending]:
     """Spending by `day` (in order), `technique` or `tag:KEY` (highest first) of runs started since
     the UTC day of `since`; and the total."""

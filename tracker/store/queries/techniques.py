@@ -143,12 +143,7 @@ async def list_all(db: Database) -> list[TechniqueRow]:
 
 
 async def page(
-    db: Database,
-    *,
-    query: str = "",
-    gone: bool = False,
-    cursor: str | None = None,
-    limit: int = 50,
+    db: Database, *, query: str = "", gone: bool = False, cursor: str | None = None, limit: int = 50
 ) -> tuple[list[TechniqueRow], str | None]:
     """A page of techniques by name, and the cursor of the next page, if any.
 

@@ -64,8 +64,7 @@ async def give_ids(db: Database, workspace_id: str) -> int:
     old = and_(starts.c.workspace_slot == BEFORE_IDS, starts.c.workspace_id.is_(None))
     other = starts.alias()
     taken = exists().where(
-        other.c.workspace_slot == workspace_id,
-        other.c.idempotency_key == starts.c.idempotency_key,
+        other.c.workspace_slot == workspace_id, other.c.idempotency_key == starts.c.idempotency_key
     )
     elsewhere = exists().where(
         runs.c.run_id == starts.c.run_id,

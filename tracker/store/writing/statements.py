@@ -83,9 +83,7 @@ class Statements(ABC):
     """
 
     def __init__(
-        self,
-        is_any_of: Callable[[Any, str], Any],
-        as_list: Callable[[Sequence[str]], Any],
+        self, is_any_of: Callable[[Any, str], Any], as_list: Callable[[Sequence[str]], Any]
     ) -> None:
         self._as_list = as_list
         self.lock_rows = (

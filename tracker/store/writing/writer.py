@@ -136,11 +136,7 @@ class WriteBatch:
     """
 
     def __init__(
-        self,
-        connection: Connection,
-        run_ids: set[str],
-        rules: MergeRules,
-        statements: Statements,
+        self, connection: Connection, run_ids: set[str], rules: MergeRules, statements: Statements
     ) -> None:
         self._connection = connection
         self._rules = rules
