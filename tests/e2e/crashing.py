@@ -58,7 +58,7 @@ SELDOM: Final = (
     "statements.quarantine",
     "replay.requeue",
     "replay.acknowledge",
-    "forget.forget_run",
+    "statements.forget_run",
     "inbox: notify",
     "batch_launches.stop",
 )

@@ -51,8 +51,8 @@ from tracker.store.schema import (
 )
 from tracker.store.url import DatabaseUrl
 from tracker.store.writing import rollups
-from tracker.store.writing.forget import ShownByFlora, forget_run
 from tracker.store.writing.rollups import FACTS, PRUNED, RollupCompactor
+from tracker.store.writing.statements import ShownByFlora, forget_run
 
 ROOT = Path(__file__).parents[2]
 Counts = dict[Key, tuple[int, int]]

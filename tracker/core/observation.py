@@ -121,17 +121,10 @@ class Observation:
 
 
 _READS: Final = (Source.POLL, Source.HISTORY)
-_BY_CALLBACK: Final[dict[Status, Precedence]] = {
-    RunStatus.PENDING: Precedence.PENDING,
-    RunStatus.RUNNING: Precedence.RUNNING,
+_BY_API: Final[dict[Status, Precedence]] = {one: Precedence[one.name] for one in RunStatus}
+_BY_CALLBACK: Final = _BY_API | {
     RunStatus.FAILED: Precedence.CALLBACK_FAILED,
     RunStatus.COMPLETED: Precedence.CALLBACK_COMPLETED,
-}
-_BY_API: Final[dict[Status, Precedence]] = {
-    RunStatus.PENDING: Precedence.PENDING,
-    RunStatus.RUNNING: Precedence.RUNNING,
-    RunStatus.FAILED: Precedence.FAILED,
-    RunStatus.COMPLETED: Precedence.COMPLETED,
 }
 
 

@@ -27,7 +27,7 @@ from tracker.store.engine import Database
 from tracker.store.queries import audit, runs, starts
 from tracker.store.queries.audit import Action
 from tracker.store.queries.starts import UNKNOWN, StartRow, StartState
-from tracker.store.writing.forget import ShownByFlora, forget_run
+from tracker.store.writing.statements import ShownByFlora, forget_run
 from tracker.store.writing.writer import Writer
 
 NOTHING_STARTED: Final = "a person says that nothing was started; the key may be used again"

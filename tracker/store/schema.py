@@ -30,6 +30,7 @@ from sqlalchemy import (
     SmallInteger,
     Table,
     Text,
+    and_,
     false,
     func,
     literal_column,
@@ -148,6 +149,16 @@ def word(value: str) -> ColumnElement[str]:
     """A constant in the text of a statement, because the planner chooses partial indexes before it
     knows the parameters."""
     return literal_column(f"'{value}'", CleanText)
+
+
+def is_rare(column: Column[Any], value: str, frequent: str) -> ColumnElement[bool]:
+    """`column` has this value, as matches a partial index of all but the most frequent one.
+
+    PostgreSQL uses a partial index only if the statement's text has its value (hence `word`),
+    SQLite only if it has the very term of the index.
+    """
+    wanted = column == word(value)
+    return wanted if value == frequent else and_(wanted, column != word(frequent))
 
 
 LONGEST_LEASE: Final = timedelta(minutes=5)
@@ -725,7 +736,7 @@ message_attempts: Final = Table(
 )
 
 
-def _rollup_columns() -> list[Column[Any]]:
+def rollup_columns() -> list[Column[Any]]:
     """The key of a count, the number of runs, and the sum of their amounts (core.rollup)."""
     texts = ("workspace_id", "technique_id", "status", "word")
     return [
@@ -743,7 +754,7 @@ def _rollup_columns() -> list[Column[Any]]:
 run_tallies: Final = Table(
     "run_tallies",
     metadata,
-    *_rollup_columns(),
+    *rollup_columns(),
     PrimaryKeyConstraint(
         *("measure", "since", "workspace_id", "technique_id", "status", "word", "bucket")
     ),
@@ -756,7 +767,7 @@ run_tally_changes: Final = Table(
     "run_tally_changes",
     metadata,
     Column("id", SerialId, Identity(), primary_key=True),
-    *_rollup_columns(),
+    *rollup_columns(),
     # Spending: budgets are checked with each start.
     _partial("ix_run_tally_changes_spent", "measure, word", "measure IN ('spent', 'tagged')"),
     # Emptied every few seconds: dead rows must not be read again and again.

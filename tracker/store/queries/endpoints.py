@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Final, Literal
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, case, func, select
+from sqlalchemy import ColumnElement, Connection, Row, case, func, select
 
 from tracker.core.events import EventType, MessageState, RunFilter
 from tracker.core.schedule import Durations
 from tracker.store.engine import Database
 from tracker.store.queries.paging import matching, newest_first
-from tracker.store.schema import endpoints, message_attempts, messages, word
+from tracker.store.schema import endpoints, is_rare, message_attempts, messages
 
 HANDLER_URL: Final = "python:"
 """What the URL of a Python handler begins with; the function follows."""
@@ -252,12 +252,8 @@ _LISTED: Final = [messages.c[name] for name in MessageRow.__slots__ if name != "
 
 
 def message_is_in(state: MessageState) -> ColumnElement[bool]:
-    """The message is in this state; the condition matches the partial index of all but
-    delivered ones."""
-    wanted = messages.c.state == word(state.value)
-    if state is MessageState.DELIVERED:
-        return wanted
-    return and_(wanted, messages.c.state != word(MessageState.DELIVERED.value))
+    """The message is in this state."""
+    return is_rare(messages.c.state, state, MessageState.DELIVERED)
 
 
 async def list_messages(
@@ -277,10 +273,7 @@ async def list_messages(
     of = matching(messages, endpoint_id=endpoint_id, run_id=run_id)
     statement = select(*_LISTED).where(*of)
     if event is not None:
-        kind = EventType(event)
-        statement = statement.where(messages.c.event == word(kind.value))
-        if kind is not EventType.SETTLED:  # the condition of the partial index
-            statement = statement.where(messages.c.event != word(EventType.SETTLED.value))
+        statement = statement.where(is_rare(messages.c.event, EventType(event), EventType.SETTLED))
     if state is not None:
         statement = statement.where(message_is_in(MessageState(state)))
     key = (messages.c.created_at, messages.c.message_id)

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import BigInteger, Integer, TableClause, cast, column, func, select, table
+from sqlalchemy import BigInteger, MetaData, Table, cast, func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tracker.core.rollup import (
@@ -28,20 +28,12 @@ from tracker.core.rollup import (
 )
 from tracker.core.run import RunStatus
 from tracker.store.engine import Database
-from tracker.store.schema import CleanText, UtcDateTime, runs, techniques, word
+from tracker.store.schema import rollup_columns, runs, techniques, word
 
 HOUR: Final = timedelta(hours=1)
 DAY: Final = timedelta(days=1)
 
-ROLLUPS: Final[TableClause] = table(
-    "run_tallies_now",
-    column("measure", CleanText),
-    column("since", UtcDateTime),
-    *(column(name, CleanText) for name in ("workspace_id", "technique_id", "status", "word")),
-    column("bucket", Integer),
-    column("runs", BigInteger),
-    column("amount", BigInteger),
-)
+ROLLUPS: Final = Table("run_tallies_now", MetaData(), *rollup_columns())
 
 
 class StateCount(NamedTuple):

@@ -18,30 +18,22 @@ from tracker.store.engine import Database
 from tracker.store.queries.paging import chunks, matching, newest_first
 from tracker.store.queries.starts import StartState, is_in
 from tracker.store.rows import RUN_COLUMNS, fetch_records, read_records
-from tracker.store.schema import deliveries, run_events, runs, starts, word
+from tracker.store.schema import deliveries, is_rare, run_events, runs, starts, word
 
-# Conditions on the state of a run that match partial indexes.
-#
 # Most runs are completed and settled; the indexes by status and by tracking leave these out.
-# PostgreSQL uses a partial index only if the statement's text has its value (hence `word`), SQLite
-# only if it has the very term of the index.
 
 
 def has_status(status: Status) -> ColumnElement[bool]:
     """The run has this status, documented or not."""
     known = status_of(status)
-    wanted = runs.c.status == (word(known.value) if isinstance(known, RunStatus) else known)
-    if known is RunStatus.COMPLETED:
-        return wanted
-    return and_(wanted, runs.c.status != word(RunStatus.COMPLETED.value))
+    if isinstance(known, RunStatus):
+        return is_rare(runs.c.status, known, RunStatus.COMPLETED)
+    return and_(runs.c.status == known, runs.c.status != word(RunStatus.COMPLETED))
 
 
 def is_tracked_as(tracking: Tracking) -> ColumnElement[bool]:
     """The run has this tracking state."""
-    wanted = runs.c.tracking == word(tracking.value)
-    if tracking is Tracking.SETTLED:
-        return wanted
-    return and_(wanted, runs.c.tracking != word(Tracking.SETTLED.value))
+    return is_rare(runs.c.tracking, tracking, Tracking.SETTLED)
 
 
 NEWEST_FIRST: Final = (runs.c.created_at, runs.c.run_id)

@@ -17,20 +17,21 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from sqlalchemy import (
     BigInteger,
+    Column,
     ColumnElement,
     Connection,
     Integer,
+    MetaData,
     Select,
+    Table,
     and_,
     cast,
-    column,
     delete,
     func,
     insert,
     literal,
     literal_column,
     select,
-    table,
     text,
     union_all,
 )
@@ -42,7 +43,15 @@ from tracker.core.rollup import ALWAYS, MEASURES, STATE, Key, facts
 from tracker.core.waiting import cancel
 from tracker.store.engine import Database, insert_on, migration_engine
 from tracker.store.errors import FOREIGN, translate
-from tracker.store.schema import CleanText, UtcDateTime, run_tallies, run_tally_changes, runs, word
+from tracker.store.schema import (
+    CleanText,
+    UtcDateTime,
+    rollup_columns,
+    run_tallies,
+    run_tally_changes,
+    runs,
+    word,
+)
 
 if TYPE_CHECKING:
     from tracker.store.writing.writer import WriteOutcome
@@ -58,18 +67,11 @@ MAX_CHANGES: Final = 100_000
 
 _KEY: Final = Key._fields
 _COLUMNS: Final = (*_KEY, "runs", "amount")
-_TYPES: Final[dict[str, Any]] = {"since": UtcDateTime, "bucket": Integer}
 
 
 def _facts_in(view: str) -> Select[Any]:
-    return select(
-        table(
-            view,
-            column("run_id", CleanText),
-            *(column(name, _TYPES.get(name, CleanText)) for name in _KEY),
-            column("amount", BigInteger),
-        )
-    )
+    rows = Table(view, MetaData(), Column("run_id", CleanText), *rollup_columns())
+    return select(*(rows.c[name] for name in ("run_id", *_KEY, "amount")))
 
 
 FACTS: Final = union_all(_facts_in("run_facts"), _facts_in("run_spending")).subquery("facts")

@@ -4,7 +4,7 @@ A write batch and a group of deliveries take a fixed number of statements, howev
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
@@ -16,6 +16,7 @@ from sqlalchemy import (
     bindparam,
     case,
     delete,
+    exists,
     func,
     null,
     or_,
@@ -23,13 +24,15 @@ from sqlalchemy import (
     update,
 )
 
+from tracker.core.observation import Source
 from tracker.core.record import Delivery, Record
 from tracker.core.rollup import Key
 from tracker.store.engine import Database
+from tracker.store.queries import audit
 from tracker.store.queries.runs import IS_UNSEEN
 from tracker.store.rows import OUTPUTS, RUN_COLUMNS, records
-from tracker.store.schema import deliveries, run_outputs, runs, starts, word
-from tracker.store.writing import retention
+from tracker.store.schema import deliveries, run_events, run_outputs, runs, starts, word
+from tracker.store.writing import retention, rollups
 
 EVENT_COLUMNS: Final = ("run_id", "at", "source", "status", "progress", "detail")
 OUTBOX_COLUMNS: Final = ("event_id", "event", "run_id", "at")
@@ -283,6 +286,38 @@ def acknowledge(connection: Connection, delivery_ids: Sequence[str], at: datetim
         marked = update(deliveries).where(deliveries.c.delivery_id.in_(found))
         connection.execute(marked.values(acknowledged_at=at))
     return found
+
+
+class ShownByFlora(Exception):
+    """FLORA has shown the run, and does not deny it."""
+
+
+async def forget_run(
+    db: Database, run_id: str, *, force: bool, entry: Mapping[str, Any]
+) -> Record | None:
+    """Remove a run with its outputs and timeline, as though it had never been known, and write the
+    audit `entry`; the run as it was.
+
+    Returns `None` for an unknown run. Raises `ShownByFlora`, unless `force`, for a run that FLORA
+    has shown and that is not lost; and `StoreUnavailable`.
+    """
+    statements = statements_for(db)
+
+    def work(connection: Connection) -> Record | None:
+        record = statements.lock_runs(connection, [run_id]).get(run_id)
+        if record is None:
+            return None
+        mine = run_events.c.run_id == run_id
+        shown = exists().where(mine, run_events.c.source != Source.TRACK.value)
+        if not (force or record.lost) and connection.execute(select(shown)).scalar():
+            raise ShownByFlora
+        rollups.remove(connection, record)
+        for table in (run_outputs, run_events, runs):
+            connection.execute(delete(table).where(table.c.run_id == run_id))
+        audit.note(connection, entry)
+        return record
+
+    return await db.write(work)
 
 
 def requeue_runs(connection: Connection, run_ids: Sequence[str]) -> bool:
