@@ -26,6 +26,12 @@ async def _look(url: str) -> Report:
     return await look(TRACKER_DATABASE_URL=url, FLORA_BASE_URL="http://127.0.0.1:9/api/v1")
 
 
+async def _check(url: str, *, patience: float) -> Report:
+    """What the check of the database alone finds."""
+    found = await database.check(DatabaseUrl.parse(url), clock=utc_now, patience=patience)
+    return Report({one.name: one for one in found.findings})
+
+
 async def _at(url: str, revision: str) -> None:
     """Let the database say that it is at that revision."""
     statement = f"UPDATE alembic_version SET version_num = '{revision}'"
@@ -121,14 +127,13 @@ async def test_a_file_that_is_no_database_is_not_made_one(
     assert (path.exists() and path.read_bytes()) == before
 
 
-async def test_a_locked_file_is_reported(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_locked_file_is_reported(sqlite_url: str) -> None:
     """The advice names the command that shows which process holds the file."""
-    monkeypatch.setattr("tracker.store.inspection.LOCK_SECONDS", 0.1)
     path = sqlite_url.removeprefix("sqlite:///")
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("BEGIN IMMEDIATE")
-        report = await _look(sqlite_url)
+        report = await _check(sqlite_url, patience=0.1)
     assert report.level("database") is Level.FAILED
     assert "does not accept writes: database is locked" in report["database"].seen
     assert f"fuser {path}" in report["database"].advice
@@ -189,13 +194,10 @@ async def test_a_server_that_cannot_be_used_has_its_own_advice(postgres_url: str
             assert "migrations" not in report
 
 
-async def test_a_pooler_that_loses_notifications_is_detected(
-    postgres_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_pooler_that_loses_notifications_is_detected(postgres_url: str) -> None:
     """Where what is notified is not heard, it is a warning that says how late work is noticed."""
-    monkeypatch.setattr("tracker.store.inspection.NOTIFIED_WITHIN", 0.3)
     async with losing_notices(postgres_url) as url:
-        report = await _look(url)
+        report = await _check(url, patience=0.3)
     assert report.level("database") is Level.OK
     assert report.level("notifications") is Level.WARNING
     assert "pool_mode = session" in report["notifications"].advice

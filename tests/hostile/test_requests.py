@@ -17,6 +17,7 @@ from tracker.core.tokens import Scope, Token, Tokens
 from tracker.store.queries import runs as read
 from tracker.web.app import build_app
 from tracker.web.auth import EACH_BURST
+from tracker.web.http.limits import Limits
 
 MARK = "run_that_only_we_may_see"
 CLOSED = ("api/runs", f"api/runs/{MARK}", f"runs/{MARK}", "runs", "metrics", "openapi.json")
@@ -117,12 +118,10 @@ async def test_forwarded_headers_are_not_believed(
         assert answer.status in (400, 403), target
 
 
-async def test_forwarded_addresses_do_not_add_attempts(
-    serve: Serve, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_forwarded_addresses_do_not_add_attempts(serve: Serve, sqlite_url: str) -> None:
     """Who says that they come from elsewhere does not get more tries at the token."""
-    monkeypatch.setattr("tracker.web.auth.EACH_REFILL", 3600.0)  # none is added meanwhile
-    async with serve(sqlite_url, tracker_api_token=TOKEN) as site:
+    slow = Limits(wrong_token_seconds=3600.0)  # none is added meanwhile
+    async with serve(sqlite_url, limits=slow, tracker_api_token=TOKEN) as site:
         answers = [
             await site.client.post(
                 "/login",

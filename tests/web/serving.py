@@ -19,7 +19,7 @@ async def serving(
 ) -> AsyncIterator[str]:
     """Serves `app` on a port of 127.0.0.1 (0: a free one) in this loop, and says where."""
     ready = asyncio.Event()
-    with listen("127.0.0.1", port, local_only=True) as sockets:
+    with listen("127.0.0.1", port, local_only=True, limits=limits) as sockets:
         server = Server(app, on_ready=ready.set, limits=limits)
         task = asyncio.create_task(server.serve(sockets=sockets))
         try:

@@ -25,6 +25,7 @@ from tracker.store.queries.audit import (
     Principal,
     Refusals,
 )
+from tracker.store.schema import audit as audit_table
 from tracker.store.schema import starts
 
 TOKEN = "a-token-of-the-tests"
@@ -52,15 +53,11 @@ async def test_a_start_is_noted_once_with_who_asked_for_it(serve: Serve, databas
 
 
 async def test_a_start_and_its_entry_are_kept_together_or_not_at_all(
-    serve: Serve, database_url: str, monkeypatch: pytest.MonkeyPatch
+    serve: Serve, database_url: str
 ) -> None:
     """Where the entry cannot be written no key is kept, and nothing is sent."""
-
-    def fails(*_: Any) -> None:
-        raise OSError("no room")
-
     async with with_flora(serve, database_url, token=TOKEN) as (site, flora):
-        monkeypatch.setattr(audit, "note", fails)
+        await site.services.database.write(audit_table.drop)
         answer = await site.client.post("/api/runs", json=START, headers=BEARER)
         assert answer.status_code >= 500
         async with site.services.database.read() as connection:

@@ -11,6 +11,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from tests.support.waiting import eventually
 from tests.web.conftest import Serve, Site
@@ -20,7 +21,8 @@ from tracker.core.budget import Budget, Budgets, Period
 from tracker.simulator import Simulator
 from tracker.starting.batch_orders import Order
 from tracker.starting.sheet import read_csv
-from tracker.store.queries import audit, batch_launches, batches
+from tracker.store import schema
+from tracker.store.queries import audit, batches
 from tracker.worker.scheduler import Worker
 
 ROWS = [{"prompt": f"icon {number}", "sku": number} for number in range(1, 6)]
@@ -373,29 +375,32 @@ async def test_a_batch_is_stopped_and_resumed(serve: Serve, sqlite_url: str) -> 
 
 
 async def test_a_launch_whose_lease_is_lost_is_taken_up_again(
-    serve: Serve, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+    serve: Serve, sqlite_url: str
 ) -> None:
     """A process that cannot renew it breaks off; the batch stays due, and goes on to its end."""
-    renew = batch_launches.renew
-
-    async def lose(*_: Any, **__: Any) -> bool:
-        return False
-
-    monkeypatch.setattr(batch_launches, "renew", lose)
     rows = [{"prompt": f"icon {number}"} for number in range(100)]
     async with working(serve, sqlite_url, worker=False) as (site, flora):
         works = site.services.batch_worker
         works.renew_after = 0.05
         made = await create(site, 201, rows=rows)
         await works.launch_due()
+        await held_by(site, "another")
         await eventually(lambda: not works._tasks, timeout=30)
         broken_off = await shown(site, made["batch_id"])
         assert broken_off["launching"]
         assert broken_off["started"] == len(flora.world.runs) < 100
-        monkeypatch.setattr(batch_launches, "renew", renew)
+        await held_by(site, None)
         await works.launch_due()
         done = await launched(site, made["batch_id"])
         assert done["started"] == len(flora.world.runs) == 100
+
+
+async def held_by(site: Site, holder: str | None) -> None:
+    """Give the lease of all batches to another process, or to nobody."""
+    held = sa.update(schema.batches).values(lease_holder=holder)
+    if holder is None:
+        held = held.values(lease_until=None)
+    await site.services.database.write(lambda connection: connection.execute(held).rowcount)
 
 
 async def test_only_a_token_that_may_start_orders(serve: Serve, sqlite_url: str) -> None:

@@ -306,19 +306,16 @@ async def test_it_needs_the_token(sqlite_url: str, serve: Serve) -> None:
 
 
 @pytest.mark.alone
-async def test_the_service_stops_without_waiting_for_readers(
-    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_service_stops_without_waiting_for_readers(sqlite_url: str) -> None:
     """When the process stops, each stream ends as a complete answer; a client that reads nothing is
     cut off."""
-    monkeypatch.setattr("tracker.web.http.server.UNREAD_SECONDS", 1)
     settings = Settings(tracker_database_url=sqlite_url)
     async with (
         open_services(settings) as services,
         httpx.AsyncClient(timeout=20) as client,
         AsyncExitStack() as stack,
     ):
-        async with serving(build_app(services)) as base_url:
+        async with serving(build_app(services), limits=Limits(unread_seconds=1)) as base_url:
             client.base_url = base_url
             events = await stack.enter_async_context(following(client))
             stuck = await stack.enter_async_context(wire(base_url))

@@ -1,11 +1,12 @@
 """Fixtures: a clock to turn, a simulated FLORA that goes by it, and the tracker's services."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.support.waiting import NO_SWEEPS
@@ -139,6 +140,18 @@ async def hurry() -> AsyncIterator[Hurry]:
                 stack.push_async_callback(workspace.client.aclose)
 
         yield hurry_up
+
+
+def on_history(services: Services, hook: Callable[[list[str]], Awaitable[None]]) -> None:
+    """Call `hook` with the run ids of each page of technique runs, before the tracker reads it."""
+
+    async def answered(response: httpx.Response) -> None:
+        if response.is_success and response.url.path.endswith("/technique-runs"):
+            await response.aread()
+            await hook([one["run_id"] for one in response.json()["technique_runs"]])
+
+    for workspace in services.workspaces:
+        workspace.require_client()._http.event_hooks = {"response": [answered]}
 
 
 async def the_run(services: Services, run_id: str) -> Record:

@@ -10,12 +10,12 @@ from tests.worker.conftest import (
     Hurry,
     MakeFlora,
     OpenServices,
+    on_history,
     reads_of,
 )
 from tests.worker.test_sweep import sweep
 from tracker.core.run import RunType
 from tracker.flora.client import cursor_at, offset_of
-from tracker.polling.history import HistoryWalk
 from tracker.services import Services
 from tracker.simulator import Simulator
 from tracker.store.queries import runs as read
@@ -66,33 +66,30 @@ def asked(flora: Simulator) -> int:
     return reads_of(flora).get("runs.list", 0)
 
 
-async def break_off_after(services: Services, monkeypatch: Any, pages: int) -> None:
+async def break_off_after(services: Services, pages: int) -> None:
     """A sweep that ends without a word after so many pages, as a killed process does."""
-    whole = HistoryWalk.pages
+    left = pages
 
-    async def broken(*args: object, **options: object):  # type: ignore[no-untyped-def]
-        left = pages
-        async for page in whole(*args, **options):  # type: ignore[arg-type]
-            if left == 0:
-                raise SystemExit
-            left -= 1
-            yield page
+    async def break_off(_: list[str]) -> None:
+        nonlocal left
+        left -= 1
+        if left == -1:
+            raise SystemExit
 
-    with monkeypatch.context() as patched:
-        patched.setattr(HistoryWalk, "pages", broken)
-        with pytest.raises(SystemExit):
-            await sweep(services)
+    on_history(services, break_off)
+    with pytest.raises(SystemExit):
+        await sweep(services)
 
 
 async def test_a_sweep_that_breaks_off_is_resumed(
-    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+    make_flora: MakeFlora, open_on: OpenServices, clock: HandClock
 ) -> None:
     """However often a first sweep ends in its midst, and while runs are started and deleted, each
     next one goes on where it was, and all together read hardly more pages than a single one."""
     async with make_flora(history=1200, history_seconds=SPAN) as flora:
         services = await open_on(flora)
         for number in range(5):
-            await break_off_after(services, monkeypatch, 2)
+            await break_off_after(services, 2)
             clock.move(300)
             for _ in range(20):
                 flora.start()
@@ -109,14 +106,13 @@ async def test_a_stored_cursor_that_is_refused_costs_pages_and_no_runs(
     make_flora: MakeFlora,
     open_on: OpenServices,
     clock: HandClock,
-    monkeypatch: pytest.MonkeyPatch,
     opaque: bool,
 ) -> None:
     """Where FLORA's cursors cannot be read the stored one is used; is it refused, the sweep begins
     at the top again."""
     async with make_flora(history=900, history_seconds=SPAN, opaque_cursors=opaque) as flora:
         services = await open_on(flora)
-        await break_off_after(services, monkeypatch, 4)
+        await break_off_after(services, 4)
         flora.world.change({"cursor_epoch": 1})
         clock.move(300)
         before = asked(flora)
@@ -246,23 +242,18 @@ async def test_a_place_where_flora_always_fails_is_stepped_over(
 async def test_runs_that_slip_between_two_pages_are_found(
     make_flora: MakeFlora,
     open_on: OpenServices,
-    monkeypatch: pytest.MonkeyPatch,
     at_once: int,
 ) -> None:
     """Runs that are deleted at FLORA while pages are read pull others up over the edge of a page:
     the walk notices, goes back, and finds them all."""
     async with make_flora(history=600, history_seconds=SPAN) as flora:
         services = await open_on(flora)
-        pages = HistoryWalk.pages
 
-        async def shrinking(*args: object, **options: object):  # type: ignore[no-untyped-def]
-            async for page in pages(*args, **options):  # type: ignore[arg-type]
-                yield page
-                flora.world.delete({item.run_id for item in page.items[:at_once]})
+        async def shrink(page: list[str]) -> None:
+            flora.world.delete(set(page[:at_once]))
 
-        monkeypatch.setattr(HistoryWalk, "pages", shrinking)
+        on_history(services, shrink)
         assert (await sweep(services)).error is None
-        monkeypatch.undo()
         assert at_flora(flora) <= await known(services)
 
 

@@ -3,12 +3,9 @@
 import asyncio
 from pathlib import Path
 
-import pytest
-
 from tests.support.logs import capture_logs
 from tests.support.waiting import eventually
 from tracker.core.clock import utc_now
-from tracker.starting import sending
 from tracker.starting.sending import holding
 from tracker.store.engine import Database
 from tracker.store.queries import starts
@@ -51,10 +48,9 @@ async def test_whenever_it_is_broken_off_nobody_holds_the_start(database_url: st
 
 
 async def test_a_hold_that_could_not_be_given_back_is_as_soon_as_it_can_be(
-    sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sqlite_url: str, tmp_path: Path
 ) -> None:
     """Else the caller's next try would wait until it runs out, though nobody has it. Said once."""
-    monkeypatch.setattr(sending, "RELEASE_AGAIN_AFTER", 0.05)
     path, away = tmp_path / "tracker.db", tmp_path / "away.db"
     async with await Database.open(sqlite_url) as db:
         row = await reserved(db, "key")

@@ -16,12 +16,12 @@ from tests.worker.conftest import (
     MakeFlora,
     OpenServices,
     assert_true_to,
+    on_history,
     reads_of,
     the_run,
 )
 from tracker.core.observation import Source
 from tracker.core.run import Tracking
-from tracker.polling.history import HistoryWalk
 from tracker.polling.sweep import LEASE, SweepReport
 from tracker.services import Services
 from tracker.settings import WorkspaceSettings
@@ -202,23 +202,21 @@ async def test_an_old_stuck_run_makes_no_sweep_long(
 
 
 async def test_runs_that_start_meanwhile_do_not_hide_others(
-    services: Services, flora: Simulator, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+    services: Services, flora: Simulator, clock: HandClock
 ) -> None:
     """Runs pushed to the next page by new ones are seen twice, never skipped."""
     for _ in range(180):
         flora.start()
         clock.move(1)
-    pages = HistoryWalk.pages
+    growing = True
 
-    async def growing(*args: object, **options: object):  # type: ignore[no-untyped-def]
-        async for page in pages(*args, **options):  # type: ignore[arg-type]
-            yield page
-            for _ in range(7):
-                flora.start()
+    async def grow(_: list[str]) -> None:
+        for _ in range(7 if growing else 0):
+            flora.start()
 
-    monkeypatch.setattr(HistoryWalk, "pages", growing)
+    on_history(services, grow)
     assert (await sweep(services)).error is None
-    monkeypatch.undo()
+    growing = False
     await sweep(services)
     for run_id in flora.world.runs:
         await the_run(services, run_id)
@@ -324,23 +322,24 @@ async def test_faults_of_flora_end_a_sweep_as_failed_or_whole(
 
 
 async def test_a_sweep_that_was_taken_over_ends(
-    services: Services, flora: Simulator, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+    services: Services, flora: Simulator, clock: HandClock
 ) -> None:
     """A process that stood still until its lease ran out leaves the sweep to who has it now."""
     for _ in range(150):
         flora.start()
         clock.move(1)
-    pages = HistoryWalk.pages
     [workspace] = services.workspaces
     lease = f"sweep:{workspace.slot}"
+    pages = 0
 
-    async def halted(*args: object, **options: object):  # type: ignore[no-untyped-def]
-        async for page in pages(*args, **options):  # type: ignore[arg-type]
-            yield page
+    async def halt(_: list[str]) -> None:
+        nonlocal pages
+        pages += 1
+        if pages == 2:
             clock.move(LEASE.total_seconds() + 1)
             assert await claims.take_lease(services.database, lease, "another", clock(), LEASE)
 
-    monkeypatch.setattr(HistoryWalk, "pages", halted)
+    on_history(services, halt)
     report = await sweep(services)
     assert (report.items > 0, report.error is None) == (True, False)
     [row] = await ledger(services)
@@ -349,7 +348,7 @@ async def test_a_sweep_that_was_taken_over_ends(
 
 
 async def test_a_sweep_that_waits_for_flora_stays_alone(
-    services: Services, flora: Simulator, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+    services: Services, flora: Simulator, clock: HandClock
 ) -> None:
     """However long a page takes, nobody else begins a sweep; what a dead one held is free within
     two minutes."""
@@ -358,21 +357,18 @@ async def test_a_sweep_that_waits_for_flora_stays_alone(
     lease = f"sweep:{workspace.slot}"
     take = partial(claims.take_lease, services.database, lease, "another")
     until = sa.select(leases.c.until).where(leases.c.name == lease)
-    pages = HistoryWalk.pages
 
     async def renewed() -> bool:
         async with services.database.read() as connection:
             return (await connection.execute(until)).scalar_one() == clock() + LEASE
 
-    async def slow(*args: object, **options: object):  # type: ignore[no-untyped-def]
-        async for page in pages(*args, **options):  # type: ignore[arg-type]
-            for _ in range(3):
-                clock.move(LEASE.total_seconds() * 0.9)
-                await eventually(renewed)
-            assert not await take(clock(), LEASE)
-            yield page
+    async def wait(_: list[str]) -> None:
+        for _ in range(3):
+            clock.move(LEASE.total_seconds() * 0.9)
+            await eventually(renewed)
+        assert not await take(clock(), LEASE)
 
-    monkeypatch.setattr(HistoryWalk, "pages", slow)
+    on_history(services, wait)
     services.sweeper.renew_after = 0.01
     assert (await sweep(services)).error is None
     assert await take(clock(), LEASE)

@@ -22,10 +22,12 @@ from tracker.core.record import TEST_DELIVERY, TEST_DELIVERY_IDS
 from tracker.core.waiting import wait_for
 from tracker.store.engine import Database
 from tracker.store.errors import postgres_errors, translate
-from tracker.store.postgres import LOCK_SECONDS, connect_postgres
+from tracker.store.postgres import connect_postgres
 from tracker.store.schema import deliveries, metadata
 from tracker.store.url import DatabaseUrl
 
+PATIENCE: Final = 2.0
+"""Seconds for a lock, and for a notification, which takes milliseconds."""
 _INSERT_DELIVERY: Final = (
     "INSERT INTO deliveries "
     "(delivery_id, received_at, last_received_at, receipts, outcome, body) VALUES "
@@ -44,12 +46,15 @@ class SqliteInspection:
     refuses_writes: str | None = None
 
 
-async def inspect_sqlite(url: DatabaseUrl) -> SqliteInspection:
-    """Inspect the file. Raises `StoreError` if it exists and cannot be read."""
-    return await asyncio.to_thread(_inspect_sqlite, url.path)
+async def inspect_sqlite(url: DatabaseUrl, *, patience: float = PATIENCE) -> SqliteInspection:
+    """Inspect the file, waiting `patience` seconds for a lock.
+
+    Raises `StoreError` if it exists and cannot be read.
+    """
+    return await asyncio.to_thread(_inspect_sqlite, url.path, patience)
 
 
-def _inspect_sqlite(file: str) -> SqliteInspection:
+def _inspect_sqlite(file: str, patience: float) -> SqliteInspection:
     path = Path(file).resolve()
     directory_writable = os.access(path.parent, os.W_OK | os.X_OK)
     if not path.exists():
@@ -61,7 +66,7 @@ def _inspect_sqlite(file: str) -> SqliteInspection:
                 f"file:{quote(str(path))}?mode=rw",
                 uri=True,
                 isolation_level=None,
-                timeout=LOCK_SECONDS,
+                timeout=patience,
             )
         ) as connection:
             (journal_mode,) = connection.execute("PRAGMA journal_mode").fetchone()
@@ -101,8 +106,6 @@ def _sqlite_refuses_writes(connection: sqlite3.Connection, *, has_tables: bool) 
     return None
 
 
-NOTIFIED_WITHIN: Final = 2.0
-"""Seconds that a notification may take; it takes milliseconds."""
 NAME: Final = "tracker-doctor"
 
 
@@ -153,8 +156,13 @@ WHERE NOT (has_table_privilege(to_regclass(name), 'SELECT')
 """
 
 
-async def inspect_postgres(url: DatabaseUrl, *, clock: Clock) -> PostgresInspection:
-    """Inspect the database. Raises `StoreError` if it cannot be read."""
+async def inspect_postgres(
+    url: DatabaseUrl, *, clock: Clock, patience: float = PATIENCE
+) -> PostgresInspection:
+    """Inspect the database, waiting `patience` seconds for a notification.
+
+    Raises `StoreError` if it cannot be read.
+    """
     async with _connected(url) as connection:
         before = clock()
         now = await connection.fetchval("SELECT clock_timestamp()")
@@ -173,7 +181,7 @@ async def inspect_postgres(url: DatabaseUrl, *, clock: Clock) -> PostgresInspect
             refuses_writes=refuses_writes,
             lacking=lacking,
             # A standby takes no notifications; that is reported by itself.
-            notifies=facts["standby"] or await _notifies(url, connection),
+            notifies=facts["standby"] or await _notifies(url, connection, patience),
             clock_ahead=clock_ahead,
         )
 
@@ -192,7 +200,7 @@ async def _postgres_refuses_writes(connection: Any) -> str | None:
     return None
 
 
-async def _notifies(url: DatabaseUrl, connection: Any) -> bool:
+async def _notifies(url: DatabaseUrl, connection: Any, patience: float) -> bool:
     """Whether a notification of one connection reaches another one.
 
     It does not behind a pooler that hands each transaction to another connection of the server.
@@ -202,7 +210,7 @@ async def _notifies(url: DatabaseUrl, connection: Any) -> bool:
     async with _connected(url) as listener:
         await listener.add_listener(channel, lambda *_: arrived.set())
         await connection.execute("SELECT pg_notify($1, '')", channel)
-        return await wait_for(arrived, NOTIFIED_WITHIN)
+        return await wait_for(arrived, patience)
 
 
 @asynccontextmanager

@@ -92,14 +92,14 @@ def build_callbacks_app(services: Services, *, limits: Limits | None = None) -> 
 def build_health_app(services: Services, *, limits: Limits | None = None) -> Application:
     """Health and metrics, for a process with the worker alone."""
     limits = limits or Limits()
-    access = _access(services)
+    access = _access(services, limits)
     routes = [*Health(services, access, limits=limits).routes(), metrics_route(services.metrics)]
     return Application(services, limits, routes, access=access)
 
 
 def _full_app(services: Services, limits: Limits, *, callbacks: bool) -> Application:
-    access = _access(services)
-    dashboard = Dashboard(services, access)
+    access = _access(services, limits)
+    dashboard = Dashboard(services, access, limits)
     stream = Stream(services, access, limits=limits)
     routes = [
         *Health(services, access, limits=limits).routes(),
@@ -119,7 +119,7 @@ def _full_app(services: Services, limits: Limits, *, callbacks: bool) -> Applica
     )
 
 
-def _access(services: Services) -> AccessControl:
+def _access(services: Services, limits: Limits) -> AccessControl:
     settings, rotation = services.settings, services.rotation
     return AccessControl(
         tokens=lambda: rotation.tokens,
@@ -134,4 +134,5 @@ def _access(services: Services) -> AccessControl:
         refusals=services.refusals,
         metrics=services.metrics,
         clock=services.clock,
+        limits=limits,
     )

@@ -38,6 +38,7 @@ from tracker.core.tokens import Scope as TokenScope
 from tracker.core.tokens import Token, Tokens
 from tracker.operations.metrics import Metrics
 from tracker.store.queries.audit import Principal, Refusals, acting
+from tracker.web.http.limits import Limits
 from tracker.web.http.request import (
     SAFE_METHODS,
     header,
@@ -57,8 +58,7 @@ Reason = Literal["missing", "wrong", "expired", "scope", "cross_site", "not_loca
 another site's page, or, without tokens, not certain to come from this machine."""
 
 EACH_BURST: Final = 10
-EACH_REFILL: Final = 6.0
-"""Wrong tokens from one address: ten at once, then one every six seconds; more are a 429."""
+"""Wrong tokens from one address at once, then one every `Limits.wrong_token_seconds`."""
 ALL_BURST: Final = 100
 ALL_REFILL: Final = 1.0
 """From all addresses together: a hundred, then one a second."""
@@ -116,6 +116,7 @@ class AccessControl:
         refusals: Refusals,
         metrics: Metrics,
         clock: Clock,
+        limits: Limits | None = None,
         log_interval: float = LOG_INTERVAL,
     ) -> None:
         self._tokens = tokens
@@ -124,7 +125,7 @@ class AccessControl:
         self._refusals = refusals
         self._metrics = metrics
         self._clock = clock
-        self._each = Throttle(burst=EACH_BURST, refill=EACH_REFILL)
+        self._each = Throttle(burst=EACH_BURST, refill=(limits or Limits()).wrong_token_seconds)
         self._all = Throttle(burst=ALL_BURST, refill=ALL_REFILL)
         self._log_interval = log_interval
         self._logged = LogRateLimit(log_interval)

@@ -27,7 +27,7 @@ from tracker.starting.sheet import read_csv
 from tracker.store.queries import batches
 from tracker.store.queries.batches import BatchEntry, BatchRow
 from tracker.store.schema import run_outputs
-from tracker.web.dashboard import batch as batch_page
+from tracker.web.http.limits import Limits
 from tracker.worker.scheduler import Worker
 
 SHEET = b"SKU,client,prompt\n" + b"".join(
@@ -232,14 +232,13 @@ async def test_few_zips_are_sent_at_once(
     serve: Serve, sqlite_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """One more than allowed is refused; who leaves early makes room and leaves no file behind."""
-    monkeypatch.setattr(batch_page, "ARCHIVES", 1)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     held = asyncio.Event()
 
     async def hold(*_: Any) -> Any:
         await held.wait()
 
-    async with finished(serve, sqlite_url, failures=0) as found:
+    async with finished(serve, sqlite_url, limits=Limits(archives=1), failures=0) as found:
         client, address = found.site.client, f"/batches/{found.batch_id}/outputs.zip"
         monkeypatch.setattr(archive, "_fetch", hold)
         async with client.stream("GET", address) as first:

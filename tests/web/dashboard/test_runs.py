@@ -9,8 +9,6 @@ from decimal import Decimal
 from typing import Any
 from urllib.parse import quote
 
-import pytest
-
 from tests.support.waiting import eventually
 from tests.web.conftest import Serve, Site
 from tests.web.dashboard.conftest import HTML
@@ -23,7 +21,7 @@ from tracker.starting.start import StartRequest
 from tracker.store.queries import batches, starts
 from tracker.store.queries import runs as read
 from tracker.store.queries.batches import BatchEntry, BatchRow
-from tracker.web.dashboard import runs as runs_page
+from tracker.web.http.limits import Limits
 
 
 def _run(number: int, status: RunStatus = RunStatus.COMPLETED, **facts: Any) -> Seen:
@@ -116,29 +114,27 @@ async def test_runs_are_sorted_and_counted(small_site: Site) -> None:
         assert answer.status_code == 400, wrong
 
 
-async def test_the_present_filter_is_exported_as_csv(
-    small_site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_present_filter_is_exported_as_csv(serve: Serve, sqlite_url: str) -> None:
     """All pages of it in its order, up to a bound; no cell is a formula for a spreadsheet."""
-    monkeypatch.setattr(runs_page, "CSV_PAGE", 4)
-    writer = small_site.services.writer
-    await writer.submit_all([_run(number) for number in range(11)])
-    error = RunError("=cmd()", "no")
-    await writer.submit(_run(11, RunStatus.FAILED, error=error))
-    page = await _page(small_site, "/runs?state=completed&sort=cost")
-    link = re.search(r'href="(/runs\.csv[^"]+)"', page)
-    assert link is not None
-    answer = await small_site.client.get(link[1].replace("&amp;", "&"))
-    assert answer.headers["Content-Type"].startswith("text/csv")
-    assert "runs.csv" in answer.headers["Content-Disposition"]
-    rows = list(csv.DictReader(io.StringIO(answer.text.removeprefix("\ufeff"))))
-    assert [row["run_id"] for row in rows] == [f"run_{number}" for number in range(11)]
-    assert rows[0]["charged_cost"] == "25"
-    failed = (await small_site.client.get("/runs.csv?state=failed")).text
-    assert ",'=cmd()," in failed
-    monkeypatch.setattr(runs_page, "CSV_RUNS", 6)
-    assert len((await small_site.client.get("/runs.csv")).text.splitlines()) == 7
-    assert (await small_site.client.get("/runs.csv?state=asleep")).status_code == 400
+    async with serve(sqlite_url, limits=Limits(csv_page=4)) as site:
+        writer = site.services.writer
+        await writer.submit_all([_run(number) for number in range(11)])
+        error = RunError("=cmd()", "no")
+        await writer.submit(_run(11, RunStatus.FAILED, error=error))
+        page = await _page(site, "/runs?state=completed&sort=cost")
+        link = re.search(r'href="(/runs\.csv[^"]+)"', page)
+        assert link is not None
+        answer = await site.client.get(link[1].replace("&amp;", "&"))
+        assert answer.headers["Content-Type"].startswith("text/csv")
+        assert "runs.csv" in answer.headers["Content-Disposition"]
+        rows = list(csv.DictReader(io.StringIO(answer.text.removeprefix("\ufeff"))))
+        assert [row["run_id"] for row in rows] == [f"run_{number}" for number in range(11)]
+        assert rows[0]["charged_cost"] == "25"
+        failed = (await site.client.get("/runs.csv?state=failed")).text
+        assert ",'=cmd()," in failed
+    async with serve(sqlite_url, limits=Limits(csv_page=4, csv_runs=6)) as site:
+        assert len((await site.client.get("/runs.csv")).text.splitlines()) == 7
+        assert (await site.client.get("/runs.csv?state=asleep")).status_code == 400
 
 
 async def test_a_list_shows_small_pictures_and_icons(small_site: Site) -> None:

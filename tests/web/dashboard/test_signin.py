@@ -20,7 +20,6 @@ from tracker.operations.logs import configure_logs
 from tracker.services import open_services
 from tracker.settings import Settings, TokenSettings
 from tracker.store.engine import Database
-from tracker.web import auth
 from tracker.web.auth import EACH_BURST, MOST_KEYS, Throttle
 from tracker.web.dashboard.access import local_path
 from tracker.web.http.limits import Limits
@@ -110,13 +109,11 @@ async def test_a_wrong_token_opens_nothing(closed: Site) -> None:
     assert (await closed.client.get("/", headers=HTML)).status_code == 303
 
 
-async def test_guessing_is_slowed_down_and_keeps_nobody_out(
-    serve: Serve, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_guessing_is_slowed_down_and_keeps_nobody_out(serve: Serve, sqlite_url: str) -> None:
     """After a burst of wrong tokens the next wrong one has to wait, and the form says how long; the
     right one is taken all the same."""
-    monkeypatch.setattr(auth, "EACH_REFILL", 600.0)  # none is due while the test guesses
-    async with serve(sqlite_url, tracker_api_token=TOKEN) as closed:
+    slow = Limits(wrong_token_seconds=600.0)  # none is due while the test guesses
+    async with serve(sqlite_url, limits=slow, tracker_api_token=TOKEN) as closed:
         for _ in range(EACH_BURST):
             assert (await sign_in(closed.client, "wrong")).status_code == 401
         refused = await sign_in(closed.client, "wrong")

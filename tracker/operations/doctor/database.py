@@ -15,6 +15,7 @@ from tracker.core.formatting import size
 from tracker.operations.doctor import Finding, failed, ok, warning
 from tracker.store import migrate
 from tracker.store.inspection import (
+    PATIENCE,
     PostgresInspection,
     SqliteInspection,
     inspect_postgres,
@@ -52,12 +53,12 @@ class DatabaseState:
     size: int | None = None
 
 
-async def check(url: DatabaseUrl, *, clock: Clock) -> DatabaseState:
+async def check(url: DatabaseUrl, *, clock: Clock, patience: float = PATIENCE) -> DatabaseState:
     """Check the database without changing it."""
     try:
         if url.dialect == "sqlite":
-            return _sqlite(await inspect_sqlite(url))
-        return judge_postgres(url, await inspect_postgres(url, clock=clock))
+            return _sqlite(await inspect_sqlite(url, patience=patience))
+        return judge_postgres(url, await inspect_postgres(url, clock=clock, patience=patience))
     except StoreError as error:
         return DatabaseState([failed("database", f"{url}: {error}.", _error_advice(url, error))])
 

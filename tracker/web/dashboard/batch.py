@@ -45,6 +45,7 @@ from tracker.web.dashboard.render import (
     prompt,
     query,
 )
+from tracker.web.http.limits import Limits
 from tracker.web.http.responses import Fault, invalid, unavailable
 
 ROWS: Final = 100
@@ -123,8 +124,9 @@ class BatchGroup(PageGroup):
 class BatchPages(BatchGroup):
     """One batch, and its outputs as a ZIP."""
 
-    def __init__(self, services: Services, renderer: Renderer) -> None:
+    def __init__(self, services: Services, renderer: Renderer, limits: Limits) -> None:
         super().__init__(services, renderer)
+        self._most_archives = limits.archives
         self._archives = 0
 
     @page("/batches/{batch_id:any}")
@@ -176,7 +178,7 @@ class BatchPages(BatchGroup):
     @page("/batches/{batch_id:any}/outputs.zip")
     async def archive(self, request: Request) -> Response:
         """The outputs as a ZIP, named by the column `name_by` or else by row. Raises `Fault` 429
-        while `ARCHIVES` are being sent."""
+        while `Limits.archives` are being sent."""
         batch = await self._batch(request)
         name_by = query_field(request, "name_by")
         if name_by is not None:
@@ -184,8 +186,8 @@ class BatchPages(BatchGroup):
         headers = {"Content-Disposition": _attachment(batch.name), "Cache-Control": "no-store"}
         if request.method == "HEAD":
             return Response(media_type="application/zip", headers=headers)
-        if self._archives >= ARCHIVES:
-            message = f"{ARCHIVES} ZIP files are being downloaded: try again when one has ended."
+        if self._archives >= (most := self._most_archives):
+            message = f"{most} ZIP files are being downloaded: try again when one has ended."
             raise Fault(429, "too_many_downloads", message, headers={"Retry-After": "30"})
         self._archives += 1
         body = batch_archive(

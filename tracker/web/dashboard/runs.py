@@ -14,6 +14,7 @@ from tracker.core.errors import FieldFault
 from tracker.core.inputs import parse_tag
 from tracker.core.record import Record
 from tracker.core.run import RetryAdvice
+from tracker.services import Services
 from tracker.starting.batch_rows import BOM, safe_cell
 from tracker.store.queries import batches, techniques
 from tracker.store.queries.search import (
@@ -31,14 +32,13 @@ from tracker.store.text import dump_json
 from tracker.views import run_json
 from tracker.web.dashboard.forms import PERIODS, query_choice, query_field
 from tracker.web.dashboard.media import output_views
-from tracker.web.dashboard.render import PageGroup, page, page_links, query
+from tracker.web.dashboard.render import PageGroup, Renderer, page, page_links, query
+from tracker.web.http.limits import Limits
 from tracker.web.http.responses import invalid
 
 PAGE_SIZE: Final = 50
 BATCHES: Final = 50
 """The newest batches, which the filter names."""
-CSV_PAGE: Final = 1_000
-CSV_RUNS: Final = 50_000
 """The most runs in one CSV file."""
 CSV_COLUMNS: Final = (
     *("run_id", "status", "tracking", "technique_id", "technique_name", "workspace_id"),
@@ -74,6 +74,10 @@ _FILTERS: Final = (
 class RunListPages(PageGroup):
     """The list of runs, and the same as CSV."""
 
+    def __init__(self, services: Services, renderer: Renderer, limits: Limits) -> None:
+        super().__init__(services, renderer)
+        self._limits = limits
+
     @page("/runs")
     async def list(self, request: Request) -> Response:
         """A page of the runs that match the filters."""
@@ -104,7 +108,7 @@ class RunListPages(PageGroup):
             sort=wanted.sort.value,
             sorted_by={one.value: query("/runs", **unsorted, sort=_name(one)) for one in Sort},
             csv=query("/runs.csv", **filters),
-            csv_runs=CSV_RUNS,
+            csv_runs=self._limits.csv_runs,
             views={
                 one.run.run_id: output_views(
                     one.run.outputs,
@@ -127,7 +131,7 @@ class RunListPages(PageGroup):
 
     @page("/runs.csv")
     async def csv(self, request: Request) -> Response:
-        """All runs that match the filters, up to `CSV_RUNS`."""
+        """All runs that match the filters, up to `Limits.csv_runs`."""
         filters = {name: query_field(request, name) for name in _FILTERS}
         wanted, _ = await self._wanted(request, filters)
         headers = {
@@ -140,9 +144,9 @@ class RunListPages(PageGroup):
 
     async def _csv_lines(self, wanted: Wanted) -> AsyncIterator[str]:
         yield BOM + _csv([CSV_COLUMNS])
-        left, cursor = CSV_RUNS, None
+        left, cursor = self._limits.csv_runs, None
         while left > 0:
-            limit = min(CSV_PAGE, left)
+            limit = min(self._limits.csv_page, left)
             found = await search_runs(self._database, wanted, cursor=cursor, limit=limit)
             yield _csv(map(_cells, found.records))
             left, cursor = left - len(found.records), found.next_cursor

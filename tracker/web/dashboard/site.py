@@ -22,6 +22,7 @@ from tracker.web.dashboard.runs import RunListPages
 from tracker.web.dashboard.spending import SpendingPage
 from tracker.web.dashboard.techniques import TechniquePages
 from tracker.web.dashboard.webhooks import WebhookPages
+from tracker.web.http.limits import Limits
 from tracker.web.http.prefix import prefix_of
 from tracker.web.http.responses import Fault
 
@@ -50,7 +51,7 @@ _TITLES: Final = {
 class Dashboard:
     """All pages."""
 
-    def __init__(self, services: Services, access: AccessControl) -> None:
+    def __init__(self, services: Services, access: AccessControl, limits: Limits) -> None:
         media_origin = plain_http_origin(services.settings.flora_base_url)
         self._access = access
         self._assets = Assets()
@@ -63,13 +64,13 @@ class Dashboard:
         self._pages = (
             AccessPages(services, self._renderer, access),
             OverviewPage(services, self._renderer),
-            RunListPages(services, self._renderer),
+            RunListPages(services, self._renderer, limits),
             RunPages(services, self._renderer),
             DeliveryPages(services, self._renderer),
             TechniquePages(services, self._renderer),
             BatchListPages(services, self._renderer),
             BatchActionPages(services, self._renderer),
-            BatchPages(services, self._renderer),
+            BatchPages(services, self._renderer, limits),
             SpendingPage(services, self._renderer),
             HealthPage(services, self._renderer),
             RunbookPage(services, self._renderer),

@@ -15,7 +15,7 @@ end                                arrives, whatever `Content-Length` says
 sends many requests without        `requests_ahead`; its further input is not read
 waiting for responses
 sends much on many connections     `received_bytes` for all together (503); large requests go first
-does not read its responses        a small write buffer, TCP_USER_TIMEOUT (`UNREAD_SECONDS`), and
+does not read its responses        a small write buffer, TCP_USER_TIMEOUT (`unread_seconds`), and
                                    eviction when its place or memory is needed
 hides a header behind a body       trailers are dropped (RFC 9110, 6.5.1)
 asks for another protocol          the offer is ignored (RFC 9110, 7.8); CONNECT is refused

@@ -15,6 +15,8 @@ class Limits:
     """Open at the same time; fewer if the process may not open as many files."""
     idle_seconds: float = 75.0
     """How long an idle connection stays: longer than a proxy in front keeps one for reuse."""
+    unread_seconds: int = 15
+    """How long a client may acknowledge nothing of what it was sent, where the system can tell."""
     head_seconds: float = 10.0
     head_bytes: int = 32 * 1024
     headers: int = 100
@@ -33,6 +35,14 @@ class Limits:
     batch_bytes: int = 8 * 1024 * 1024
     api_read_seconds: float = 10.0
     ready_seconds: float = 5.0
+    wrong_token_seconds: float = 6.0
+    """Between two wrong tokens from one address, after the first ten; sooner ones are a 429."""
+    csv_runs: int = 50_000
+    """Runs in one CSV of the list."""
+    csv_page: int = 1_000
+    """Runs of it that are read at a time."""
+    archives: int = 2
+    """ZIP files of outputs that are sent at the same time."""
     linger_bytes: int = 4 * 1024 * 1024
     linger_seconds: float = 2.0
     """How much of a refused body is still read and discarded: closing a connection on a client that

@@ -37,8 +37,6 @@ from tracker.web.http.limits import Limits
 from tracker.web.http.responses import Answer, Take
 from tracker.worker.scheduler import Worker
 
-UNREAD_SECONDS: Final = 15
-"""How long a client may read nothing before its connection is closed."""
 GRACE_SECONDS: Final = 10
 """How long open requests may take once the process stops: no callback takes longer, and together
 with the worker's end a container's usual 30 s suffice."""
@@ -151,12 +149,15 @@ def _stop(app: ASGIApp) -> None:
 
 
 @contextmanager
-def listen(host: str, port: int, *, local_only: bool) -> Iterator[list[socket.socket]]:
+def listen(
+    host: str, port: int, *, local_only: bool, limits: Limits | None = None
+) -> Iterator[list[socket.socket]]:
     """Binds every address of `host`, without accepting yet, and closes the sockets afterwards.
 
     Port 0 takes a free one. Raises `SettingsError` with `local_only` if an address is not loopback,
     and `TrackerError` if one cannot be bound.
     """
+    unread_seconds = (limits or Limits()).unread_seconds
     sockets: list[socket.socket] = []
     try:
         for family, address in _addresses(host, port):
@@ -167,7 +168,7 @@ def listen(host: str, port: int, *, local_only: bool) -> Iterator[list[socket.so
                     "(callbacks alone need no token: see --callbacks-only and --callbacks-port)"
                 )
             chosen = sockets[0].getsockname()[1] if sockets else port
-            if (listener := _bind(family, address, chosen)) is not None:
+            if (listener := _bind(family, address, chosen, unread_seconds)) is not None:
                 sockets.append(listener)
         if not sockets:
             raise TrackerError(f"cannot serve on {host}: this machine has no such address")
@@ -299,7 +300,9 @@ def _addresses(host: str, port: int) -> list[tuple[socket.AddressFamily, str]]:
     return list(dict.fromkeys((family, str(where[0])) for family, _, _, _, where in found))
 
 
-def _bind(family: socket.AddressFamily, address: str, port: int) -> socket.socket | None:
+def _bind(
+    family: socket.AddressFamily, address: str, port: int, unread_seconds: int
+) -> socket.socket | None:
     """A bound socket; `None` if this machine has no such address, as `::1` without IPv6."""
     try:
         listener = socket.socket(family, socket.SOCK_STREAM)
@@ -311,7 +314,7 @@ def _bind(family: socket.AddressFamily, address: str, port: int) -> socket.socke
         # a response sent as head and body would wait 40 ms for the client's acknowledgement.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNREAD_SECONDS)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * unread_seconds)
         if family is socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         listener.bind((address, port))
