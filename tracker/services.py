@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,8 +21,8 @@ from tracker.delivering.webhooks import Webhooks
 from tracker.explaining.explainer import Explainer
 from tracker.flora.client import FloraClient
 from tracker.flora.parse import digest_id
-from tracker.flora.request_limit import SharedWaits
 from tracker.operations.metrics import Metrics
+from tracker.operations.metrics.gauges import DatabaseGauges, ProcessGauges
 from tracker.operations.retention import Pruner
 from tracker.operations.tracing import Wrap, tracing, untraced
 from tracker.polling.contacts import Contacts
@@ -34,7 +34,7 @@ from tracker.polling.workspaces import DatabaseWaits, Workspace, WorkspaceIds, W
 from tracker.receiving.apply import Applier
 from tracker.receiving.receive import Receiver
 from tracker.receiving.replay import Replayer
-from tracker.settings import Rotation, Settings, WorkspaceSettings
+from tracker.settings import Rotation, Settings
 from tracker.settings.endpoints import endpoint_of
 from tracker.settings.values import longest_wait
 from tracker.starting.batch import Batches
@@ -160,22 +160,30 @@ async def open_services(
         metrics = Metrics(clock=clock)
         stack.push_async_callback(metrics.aclose)
         process = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
-        shared_waits = partial(DatabaseWaits, database, process=process, clock=clock)
-        workspaces = Workspaces(
-            [
-                await _workspace(
-                    one,
-                    rotation,
-                    metrics,
-                    stack,
-                    background=background,
+        opened: list[Workspace] = []
+        for configured in settings.all_workspaces:
+            workspace = Workspace(
+                slot=settings.slot_of(configured),
+                workspace_id=configured.id,
+                is_top=configured.id == settings.flora_workspace_id,
+                secrets=_clear(configured.webhook_secrets),
+            )
+            if configured.api_key is not None:
+                workspace.client = FloraClient(
+                    base_url=settings.flora_base_url,
+                    api_key=configured.api_key.get_secret_value(),
+                    concurrency=settings.tracker_api_concurrency,
                     clock=clock,
-                    shared_waits=shared_waits,
+                    deadline=JOB_SECONDS if background else CALLER_SECONDS,
+                    on_request=metrics.requests_of(workspace),
+                    shared_waits=DatabaseWaits(
+                        database, workspace.slot, process=process, clock=clock
+                    ),
+                    find_new_key=rotation.check,
                 )
-                for one in settings.all_workspaces
-            ]
-        )
-        rotation.follow(partial(_rotate, workspaces))
+                stack.push_async_callback(workspace.client.aclose)
+            opened.append(workspace)
+        workspaces = Workspaces(opened)
         contacts = await stack.enter_async_context(
             Contacts(database, workspaces=workspaces, clock=clock, background=background)
         )
@@ -193,7 +201,7 @@ async def open_services(
             handlers=handlers,
         )
         stack.push_async_callback(webhooks.aclose)
-        rotation.follow(partial(_rotate_endpoints, webhooks))
+        rotation.follow(partial(_rotate, workspaces, webhooks))
         compactor = RollupCompactor(database, background=background)
         rules = MergeRules(settings.policy, durations.of)
         on_commit = [signals.committed, compactor.committed, metrics.committed]
@@ -234,14 +242,25 @@ async def open_services(
             workspaces=workspaces,
             clock=clock,
         )
+        metrics.create_series(workspaces, receivers)
         metrics.watch(
-            database=database,
-            waiting=lambda: writer.waiting + inbox.waiting,
-            workspaces=workspaces,
-            contacts=contacts,
-            endpoint_ids=receivers,
-            budgets=budgets,
-            sweep_seconds=cache(partial(longest_wait, settings.tracker_reconcile_cron, clock())),
+            ProcessGauges(
+                metrics,
+                waiting=lambda: writer.waiting + inbox.waiting,
+                workspaces=workspaces,
+                contacts=contacts,
+                sweep_seconds=cache(
+                    partial(longest_wait, settings.tracker_reconcile_cron, clock())
+                ),
+                clock=clock,
+            ),
+            DatabaseGauges(
+                database=database,
+                workspaces=workspaces,
+                contacts=contacts,
+                budgets=budgets,
+                clock=clock,
+            ),
         )
         catalogue = Catalogue(database, workspaces=workspaces, clock=clock)
         matcher = StartMatcher(database=database, writer=writer, clock=clock)
@@ -398,7 +417,7 @@ async def open_services(
         )
 
 
-def _rotate(workspaces: Workspaces, settings: Settings) -> None:
+def _rotate(workspaces: Workspaces, webhooks: Webhooks, settings: Settings) -> None:
     """Use the keys and signing secrets that are set now."""
     for configured in settings.all_workspaces:
         workspaces.rotate(
@@ -406,44 +425,8 @@ def _rotate(workspaces: Workspaces, settings: Settings) -> None:
             api_key=configured.api_key.get_secret_value() if configured.api_key else None,
             secrets=_clear(configured.webhook_secrets),
         )
-
-
-def _rotate_endpoints(webhooks: Webhooks, settings: Settings) -> None:
-    """Sign what is sent to endpoints with the secrets that are set now."""
     webhooks.rotate({one.id: _clear(one.secrets) for one in settings.endpoints})
 
 
 def _clear(secrets: Iterable[SecretStr]) -> tuple[str, ...]:
     return tuple(secret.get_secret_value() for secret in secrets)
-
-
-async def _workspace(
-    configured: WorkspaceSettings,
-    rotation: Rotation,
-    metrics: Metrics,
-    stack: AsyncExitStack,
-    *,
-    background: bool,
-    clock: Clock,
-    shared_waits: Callable[[str], SharedWaits],
-) -> Workspace:
-    settings = rotation.settings
-    workspace = Workspace(
-        slot=settings.slot_of(configured),
-        workspace_id=configured.id,
-        is_top=configured.id == settings.flora_workspace_id,
-        secrets=_clear(configured.webhook_secrets),
-    )
-    if configured.api_key is not None:
-        workspace.client = FloraClient(
-            base_url=settings.flora_base_url,
-            api_key=configured.api_key.get_secret_value(),
-            concurrency=settings.tracker_api_concurrency,
-            clock=clock,
-            deadline=JOB_SECONDS if background else CALLER_SECONDS,
-            on_request=metrics.requests_of(workspace),
-            shared_waits=shared_waits(workspace.slot),
-            find_new_key=rotation.check,
-        )
-        stack.push_async_callback(workspace.client.aclose)
-    return workspace

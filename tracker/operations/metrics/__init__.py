@@ -1,26 +1,16 @@
-"""Prometheus metrics: what this process does (counters.py), and current values (process.py,
-gauges.py).
+"""Prometheus metrics: what this process does (counters.py), and current values (gauges.py).
 
 Each set of services has its own registry, so two sets in one process share nothing. Multi-process
 mode of prometheus-client is not used: each process has a port of its own, and what must be the same
 everywhere comes from the database.
 """
 
-from collections.abc import Callable, Iterable
-
 from prometheus_client import CollectorRegistry, ProcessCollector, disable_created_metrics
 from prometheus_client.exposition import choose_encoder
 
 from tracker.core.clock import Clock
 from tracker.operations.metrics.counters import Counters
-from tracker.operations.metrics.gauges import DatabaseGauges
-from tracker.operations.metrics.process import ProcessGauges
-from tracker.polling.contacts import Contacts
-from tracker.polling.workspaces import Workspaces
-from tracker.starting.start import BudgetReader
-from tracker.store.engine import Database
-
-__all__ = ["Metrics"]
+from tracker.operations.metrics.gauges import DatabaseGauges, ProcessGauges
 
 # Without this, each counter has a second series with the time of its first increase.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -35,40 +25,11 @@ class Metrics(Counters):
         self._database: DatabaseGauges | None = None
         ProcessCollector(registry=self.registry)
 
-    def watch(
-        self,
-        *,
-        database: Database,
-        waiting: Callable[[], int],
-        workspaces: Workspaces,
-        contacts: Contacts,
-        endpoint_ids: Iterable[str],
-        budgets: BudgetReader,
-        sweep_seconds: Callable[[], float],
-    ) -> None:
-        """Add the gauges. Call `aclose` before the database is closed.
-
-        `waiting` returns the number of entries not committed yet, `sweep_seconds` the longest time
-        between two scheduled sweeps.
-        """
-        self.create_series(list(workspaces), endpoint_ids)
-        process = ProcessGauges(
-            self,
-            waiting=waiting,
-            workspaces=workspaces,
-            contacts=contacts,
-            sweep_seconds=sweep_seconds,
-            clock=self._clock,
-        )
-        self._database = DatabaseGauges(
-            database=database,
-            workspaces=workspaces,
-            contacts=contacts,
-            budgets=budgets,
-            clock=self._clock,
-        )
+    def watch(self, process: ProcessGauges, database: DatabaseGauges) -> None:
+        """Add the gauges. Call `aclose` before the database is closed."""
+        self._database = database
         self.registry.register(process)
-        self.registry.register(self._database)
+        self.registry.register(database)
 
     async def aclose(self) -> None:
         """Stop reading the database."""

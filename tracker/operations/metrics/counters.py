@@ -4,7 +4,7 @@ Every public method is a hook that others call: the receiver, the writer, the FL
 worker. No hook waits; those of a callback cost a few microseconds.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import TYPE_CHECKING, Final, get_args
 
@@ -121,7 +121,7 @@ class Counters:
             for status in (RunStatus.COMPLETED, RunStatus.FAILED):
                 self._counters["run_ends"].labels(source.value, status.value)
 
-    def create_series(self, workspaces: Sequence[Workspace], endpoint_ids: Iterable[str]) -> None:
+    def create_series(self, workspaces: Iterable[Workspace], endpoint_ids: Iterable[str]) -> None:
         """Create the series of workspaces and endpoints at zero, so that a first event is an
         increase."""
         for endpoint_id in endpoint_ids:
@@ -233,11 +233,8 @@ class Counters:
         name = report.workspace_id
         result = "skipped" if report.skipped else "failed" if report.error else "complete"
         self._count("sweeps", name, result)
-        self._count("sweep_pages", name, by=report.pages)
-        self._count("sweep_items", name, by=report.items)
-        self._count("sweep_discovered", name, by=report.discovered)
-        self._count("sweep_repaired", name, by=report.repaired)
-        self._count("sweep_unreadable", name, by=report.unreadable)
+        for what in ("pages", "items", "discovered", "repaired", "unreadable"):
+            self._count(f"sweep_{what}", name, by=getattr(report, what))
 
     def attempted(self, endpoint_id: str, claim: "Claim", attempt: "Attempt") -> None:
         """An attempt to deliver a message is over."""

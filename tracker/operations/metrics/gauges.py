@@ -1,25 +1,28 @@
-"""Current values of the database, read at each scrape.
+"""Current values of the database and of this process, read at each scrape.
 
-They are the same in every process: take the maximum, not the sum. They are read at most every few
-seconds. While the database does not answer they are left out, since old numbers would hide the
-failure.
+Those of the database are the same in every process: take the maximum, not the sum. They are read at
+most every few seconds. While the database does not answer they are left out, since old numbers
+would hide the failure.
 """
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from datetime import datetime
-from typing import Final
+from decimal import Decimal
+from typing import Any, Final
 
-from prometheus_client.core import Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from tracker import __version__
 from tracker.core.clock import Clock
+from tracker.core.contact import Trouble
 from tracker.core.errors import StoreError
 from tracker.core.log import get_logger
 from tracker.core.waiting import cancel
-from tracker.operations.metrics.families import UNKNOWN, age, gauge, labelled, timestamp
+from tracker.operations.metrics.counters import Counters
 from tracker.polling.contacts import Contacts
 from tracker.polling.workspaces import Workspaces
 from tracker.starting.start import BudgetReader
@@ -34,8 +37,42 @@ KEEP_SECONDS: Final = 5.0
 PATIENCE: Final = 4.0
 """Seconds for reading the database; Prometheus gives up after ten."""
 EXPECTED: Final = ("came", "late", "missed")
+UNKNOWN: Final = "unknown"
+"""The `workspace_id` of runs whose workspace is not known."""
 
 log = get_logger(__name__)
+
+
+def gauge(name: str, meaning: str, value: float) -> Metric:
+    """A gauge without labels."""
+    return GaugeMetricFamily(f"tracker_{name}", meaning, value=value)
+
+
+def labelled(
+    name: str,
+    meaning: str,
+    values: Mapping[Any, float | Decimal | None],
+    *labels: str,
+    family: type[GaugeMetricFamily | CounterMetricFamily] = GaugeMetricFamily,
+) -> Metric:
+    """A metric with samples, by `workspace_id` unless other `labels` are named; the keys of
+    `values` are one label value or a tuple of them."""
+    metric = family(f"tracker_{name}", meaning, labels=labels or ("workspace_id",))
+    for key, value in values.items():
+        if value is not None:
+            words = (key,) if isinstance(key, str) else key
+            metric.add_metric([word or UNKNOWN for word in words], float(value))
+    return metric
+
+
+def timestamp(at: datetime | None) -> float:
+    """Unix seconds; 0 for never."""
+    return at.timestamp() if at else 0
+
+
+def age(now: datetime, since: datetime | None) -> float:
+    """Seconds since then; 0 for never."""
+    return max((now - since).total_seconds(), 0) if since else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,9 +178,7 @@ class DatabaseGauges(Collector):
 
 def _runs(snapshot: _Snapshot) -> Iterator[Metric]:
     gauges, now = snapshot.gauges, snapshot.now
-    yield labelled(
-        "runs", "Runs by state.", gauges.runs, labels=("workspace_id", "status", "tracking")
-    )
+    yield labelled("runs", "Runs by state.", gauges.runs, "workspace_id", "status", "tracking")
     yield gauge("runs_due", "Runs due to be polled.", gauges.due)
     yield gauge("runs_overdue", "Runs due for over a minute.", gauges.overdue)
     yield gauge(
@@ -164,7 +199,8 @@ def _runs(snapshot: _Snapshot) -> Iterator[Metric]:
         "failed_today",
         "Runs that failed today (UTC), by retry advice.",
         gauges.failed_today,
-        labels=("workspace_id", "retry_advice"),
+        "workspace_id",
+        "retry_advice",
     )
 
 
@@ -185,7 +221,7 @@ def _money(snapshot: _Snapshot) -> Iterator[Metric]:
         "budget_usd",
         "Limit of the budget.",
         {usage.budget.name: usage.budget.usd for usage in usages},
-        labels=["budget"],
+        "budget",
     )
     used = {}
     for usage in usages:
@@ -195,7 +231,8 @@ def _money(snapshot: _Snapshot) -> Iterator[Metric]:
         "budget_used_usd",
         "Used: reserved by starts, quoted for runs without a bill, charged.",
         used,
-        labels=("budget", "part"),
+        "budget",
+        "part",
     )
 
 
@@ -215,7 +252,8 @@ def _callbacks(snapshot: _Snapshot) -> Iterator[Metric]:
         "recent_callbacks",
         "Callbacks of runs that ended in this hour or the one before, by outcome.",
         gauges.callbacks,
-        labels=("workspace_id", "outcome"),
+        "workspace_id",
+        "outcome",
     )
     ratios = {}
     for workspace in {workspace for workspace, _ in gauges.callbacks}:
@@ -265,7 +303,8 @@ def _history(snapshot: _Snapshot) -> Iterator[Metric]:
         "history_gaps",
         "Spans of the history that FLORA did not let the tracker read.",
         gaps,
-        labels=("workspace_id", "run_type"),
+        "workspace_id",
+        "run_type",
     )
 
 
@@ -300,4 +339,85 @@ def _webhooks(snapshot: _Snapshot) -> Iterator[Metric]:
         ),
     )
     for name, meaning, by_endpoint in values:
-        yield labelled(name, meaning, by_endpoint, labels=("endpoint_id",))
+        yield labelled(name, meaning, by_endpoint, "endpoint_id")
+
+
+_MISCONFIGURED: Final = (Trouble.NOT_FLORA, Trouble.LISTS_REFUSED, Trouble.OTHER_WORKSPACE)
+_GAUGE, _TOTAL = GaugeMetricFamily, CounterMetricFamily
+# Of a `RequestLimitState`.
+_REQUEST_LIMITS: Final = (
+    (_GAUGE, "flora_requests_in_flight", "Requests to FLORA in flight.", "in_flight"),
+    (_GAUGE, "flora_requests_waiting", "Queued requests to FLORA.", "waiting"),
+    (_GAUGE, "flora_paused_seconds", "Rest of a wait set by FLORA.", "paused"),
+    (_GAUGE, "flora_budget_rate", "Allowed requests per second, if limited.", "rate"),
+    (_TOTAL, "flora_rate_limited", "Requests that FLORA answered 429.", "limited"),
+    (_TOTAL, "flora_budget_wait_seconds", "Time in the request queue.", "waited"),
+)
+
+
+@dataclass(eq=False)
+class ProcessGauges(Collector):
+    """Current values of this process.
+
+    `waiting` returns the number of entries not committed yet, `sweep_seconds` the longest time
+    between two scheduled sweeps.
+    """
+
+    counters: Counters
+    _: KW_ONLY
+    waiting: Callable[[], int]
+    workspaces: Workspaces
+    contacts: Contacts
+    sweep_seconds: Callable[[], float]
+    clock: Clock
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics with their current values."""
+        yield labelled("build_info", "1, with the version.", {__version__: 1}, "version")
+        yield gauge("queue_entries", "Entries not committed yet.", self.waiting())
+        yield gauge("worker_running", "1 in a process with a worker.", self.counters.worker_running)
+        yield gauge(
+            "worker_last_round_timestamp_seconds",
+            "When the worker last checked for due runs; 0 if never.",
+            timestamp(self.counters.last_round_at),
+        )
+        yield gauge(
+            "sweep_interval_seconds",
+            "Longest time between two scheduled sweeps.",
+            self.sweep_seconds(),
+        )
+        yield from self._flora()
+
+    def _flora(self) -> Iterator[Metric]:
+        keyed = {one.name: one for one in self.workspaces if one.client is not None}
+        limits = {name: one.require_client().request_limit.state() for name, one in keyed.items()}
+        for family, name, meaning, field in _REQUEST_LIMITS:
+            values = {workspace: getattr(limit, field) for workspace, limit in limits.items()}
+            yield labelled(name, meaning, values, family=family)
+        now = self.clock()
+        states = {name: self.contacts.of(one) for name, one in keyed.items()}
+        troubles = {
+            name: one.trouble.trouble
+            for name, one in states.items()
+            if one and one.trouble and one.is_current(now)
+        }
+        yield labelled(
+            "flora_breaker_open",
+            "1 while FLORA refuses the API key.",
+            {name: troubles.get(name) is Trouble.KEY_REFUSED for name in keyed},
+        )
+        yield labelled(
+            "flora_up",
+            "0 if FLORA was asked and has not answered for 30 s; absent if nothing asks it.",
+            {name: one.answers(now) for name, one in states.items() if one},
+        )
+        yield labelled(
+            "flora_misconfigured",
+            "1 if FLORA_BASE_URL does not lead to FLORA, or the key belongs to another workspace.",
+            {name: troubles.get(name) in _MISCONFIGURED for name in keyed},
+        )
+        yield labelled(
+            "flora_last_answer_timestamp_seconds",
+            "When FLORA last answered any process; 0 if never.",
+            {name: timestamp(one.answered_at if one else None) for name, one in states.items()},
+        )
