@@ -107,12 +107,15 @@ def worker(
     Any number of workers may share one PostgreSQL database.
     """
     rotation = _configure()
+    import asyncio
+
     from tracker.web.app import build_health_app
     from tracker.web.http import server
     from tracker.worker.scheduler import Worker, run
 
     if port is None:
-        return run(_services(rotation))
+        asyncio.run(run(_services(rotation)))
+        return 0
     listener = server.Listener(host=host, port=port, build=build_health_app)
     return server.serve(rotation.settings, _services(rotation), listener, worker=Worker)
 

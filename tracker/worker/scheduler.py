@@ -25,6 +25,7 @@ from tracker.core.clock import boot_seconds, utc_now
 from tracker.core.errors import StoreError, StoreUnavailable, TrackerError
 from tracker.core.log import LogRateLimit, get_logger, log_context
 from tracker.polling.workspaces import Workspace
+from tracker.views import values_of
 
 if TYPE_CHECKING:
     from tracker.services import Services
@@ -193,14 +194,8 @@ class Worker:
                 self._services.metrics.polled(report)
                 more = report.at_once
                 if report.claimed:
-                    log.info(
-                        "poll.round",
-                        claimed=report.claimed,
-                        pages=report.pages,
-                        reads=report.reads,
-                        settled=report.settled,
-                        failed=report.failed,
-                    )
+                    counts = values_of(report, "claimed", "pages", "reads", "settled", "failed")
+                    log.info("poll.round", **counts)
         finally:
             self._round_over.set()
 
@@ -214,11 +209,7 @@ class Worker:
             more = report.more
             if report.claimed:
                 log.info(
-                    "recheck.round",
-                    claimed=report.claimed,
-                    pages=report.pages,
-                    reads=report.reads,
-                    failed=report.failed,
+                    "recheck.round", **values_of(report, "claimed", "pages", "reads", "failed")
                 )
 
     async def _sweep(self, workspace: Workspace) -> None:
@@ -227,13 +218,7 @@ class Worker:
         self._services.metrics.swept(report)
         if report.skipped:
             return
-        found = {
-            "workspace_id": report.workspace_id,
-            "pages": report.pages,
-            "items": report.items,
-            "discovered": report.discovered,
-            "repaired": report.repaired,
-        }
+        found = values_of(report, "workspace_id", "pages", "items", "discovered", "repaired")
         if report.error is None:
             log.info("sweep.done", **found)
         else:
@@ -254,10 +239,7 @@ class Worker:
         log.info(
             "catalogue.read",
             techniques=sum(one.techniques for one in report.lists),
-            new=report.new,
-            back=report.back,
-            gone=report.gone,
-            complete=report.complete,
+            **values_of(report, "new", "back", "gone", "complete"),
         )
 
     async def _wake_when_due(self) -> None:
@@ -336,16 +318,11 @@ class Worker:
         await asyncio.sleep(self._round_began + self._times.round_every - time.monotonic())
 
 
-def run(open_services: "Callable[[], AbstractAsyncContextManager[Services]]") -> int:
-    """Run a worker without an HTTP port until SIGTERM or SIGINT; returns 0.
+async def run(open_services: "Callable[[], AbstractAsyncContextManager[Services]]") -> None:
+    """Run a worker without an HTTP port until SIGTERM or SIGINT.
 
     Raises what `open_services` raises.
     """
-    asyncio.run(_run(open_services))
-    return 0
-
-
-async def _run(open_services: "Callable[[], AbstractAsyncContextManager[Services]]") -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
