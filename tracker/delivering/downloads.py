@@ -18,9 +18,7 @@ from tracker.core.formatting import counted
 from tracker.core.run import Tracking
 from tracker.core.waiting import wait_for
 from tracker.delivering.fetch import MAX_BYTES, Fetcher
-from tracker.delivering.files import (
-    DownloadDirectory,
-)
+from tracker.delivering.files import DownloadDirectory
 from tracker.delivering.names import row_names, row_numbers
 from tracker.delivering.saving import (
     DownloadJob,
@@ -33,6 +31,7 @@ from tracker.delivering.saving import (
 )
 from tracker.flora.technique import ports
 from tracker.polling.follow import CHECK_ANYWAY, CHECK_EVERY, Follower, Notify, until_available
+from tracker.polling.poll_round import run_all
 from tracker.starting.batch_rows import kept_rows
 from tracker.store.engine import Database
 from tracker.store.queries import batches, changes, runs, techniques
@@ -135,26 +134,27 @@ class Downloader:
             async def more() -> tuple[Sequence[str], bool]:
                 nonlocal told
                 rows = await self._rows(batch_id, name_by)
-                new = {row.run_id: row.wanted for row in rows if row.run_id}
+                new = {row.run_id: row for row, _ in rows if row.run_id}
                 new = {run_id: row for run_id, row in new.items() if run_id not in row_of}
                 row_of.update(new)
-                not_started = [row for row in rows if row.not_started]
+                not_started = sum(is_not_started for _, is_not_started in rows)
                 if not_started and not new and not told and notify is not None:
                     told = True
-                    rows_are = counted(len(not_started), "row is", "rows are")
+                    rows_are = counted(not_started, "row is", "rows are")
                     notify(f"{rows_are} not started yet: `tracker batch` starts them")
-                return list(new), bool(not_started)
+                return list(new), not_started > 0
 
             async with aclosing(self.follower.follow((), more=more, notify=notify)) as updates:
                 async for updated in updates:
                     for record, _ in updated:
                         if record.tracking is not Tracking.ACTIVE:
                             yield replace(row_of[record.run.run_id], record=record)
-            rows = [row for row in await self._rows(batch_id, name_by) if row.run_id is None]
-        for row in rows:
-            yield row.wanted
+            rows = [one for one in await self._rows(batch_id, name_by) if one[0].run_id is None]
+        for row, _ in rows:
+            yield row
 
-    async def _rows(self, batch_id: str, name_by: str | None) -> "list[_BatchRow]":
+    async def _rows(self, batch_id: str, name_by: str | None) -> list[tuple[WantedRun, bool]]:
+        """The rows of a batch, and whether each has yet to be started."""
         batch = await batches.get(self.database, batch_id)
         if batch is None:
             raise TrackerError(f"batch {batch_id} is not known: `tracker batches list` shows all")
@@ -164,11 +164,11 @@ class Downloader:
         numbers = row_numbers(states)
         names = [None] * len(states) if name_by is None else row_names(batch, states, name_by)
         return [
-            _BatchRow(
-                wanted=WantedRun(
+            (
+                WantedRun(
                     record=state.record, row=row, name=name, ports=outputs, status=state.status
                 ),
-                not_started=batch.finished_at is None and state.status in _NOT_STARTED,
+                batch.finished_at is None and state.status in _NOT_STARTED,
             )
             for state, row, name in zip(states, numbers, names, strict=True)
         ]
@@ -268,10 +268,9 @@ class Downloader:
         async def find_jobs() -> None:
             seen: set[tuple[str | None, str | None]] = set()
             async for wanted in source:
-                run_id = None if wanted.record is None else wanted.record.run.run_id
-                if (wanted.row, run_id) in seen:
+                if (wanted.row, wanted.run_id) in seen:
                     continue
-                seen.add((wanted.row, run_id))
+                seen.add((wanted.row, wanted.run_id))
                 if (absent := _absent(wanted)) is not None:
                     report.absent.append(absent)
                 for job in jobs_of(wanted):
@@ -291,38 +290,21 @@ class Downloader:
                 allow_private=options.allow_private, max_bytes=options.max_bytes
             ) as fetcher:
                 saver = OutputSaver(directory, fetcher, self.clock)
-                try:
-                    async with asyncio.TaskGroup() as group:
-                        group.create_task(find_jobs())
-                        for _ in range(options.concurrency):
-                            group.create_task(save_all(saver))
-                except BaseExceptionGroup as several:
-                    raise several.exceptions[0] from None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _BatchRow:
-    """A row of a batch."""
-
-    wanted: WantedRun
-    not_started: bool
-
-    @property
-    def run_id(self) -> str | None:
-        return None if self.wanted.record is None else self.wanted.record.run.run_id
+                saving = [save_all(saver) for _ in range(options.concurrency)]
+                await run_all([find_jobs(), *saving])
 
 
 def _absent(wanted: WantedRun) -> RunWithoutOutputs | None:
     """Why a run has nothing to fetch; `None` if it has outputs."""
-    record, run_id, harmless = wanted.record, None, False
+    record, harmless = wanted.record, False
     if record is None:
         status, harmless = wanted.status, wanted.status == "refused"
     else:
-        run_id, status = record.run.run_id, str(record.run.status)
+        status = str(record.run.status)
         if record.tracking is Tracking.LOST:
             status = "lost"
         elif record.tracking is Tracking.SETTLED:
             if record.run.outputs:
                 return None
             harmless = True
-    return RunWithoutOutputs(run_id=run_id, row=wanted.row, status=status, harmless=harmless)
+    return RunWithoutOutputs(run_id=wanted.run_id, row=wanted.row, status=status, harmless=harmless)

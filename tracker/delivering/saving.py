@@ -31,6 +31,11 @@ class WantedRun:
     ports: Sequence[Port] = ()
     status: str = ""
 
+    @property
+    def run_id(self) -> str | None:
+        """The id of its run, if it has one."""
+        return None if self.record is None else self.record.run.run_id
+
 
 class DownloadOutcome(StrEnum):
     """What happened to one output."""

@@ -22,12 +22,7 @@ from tracker.core.errors import StoreError, TrackerError
 from tracker.core.events import WAITS
 from tracker.core.log import LogRateLimit, get_logger
 from tracker.core.waiting import cancel, wait_for
-from tracker.delivering.endpoint_client import (
-    ANSWER_SECONDS,
-    Endpoint,
-    EndpointClient,
-    send_test,
-)
+from tracker.delivering.endpoint_client import ANSWER_SECONDS, Endpoint, EndpointClient, send_test
 from tracker.delivering.handlers import Handler, HandlerClient
 from tracker.store.engine import Database
 from tracker.store.queries import audit
@@ -372,11 +367,7 @@ class _Sender:
                     await self._turn(0)
                 if interrupted:
                     await self.database.write(
-                        partial(
-                            messages.release,
-                            holder=self.process,
-                            message_ids=interrupted,
-                        )
+                        partial(messages.release, holder=self.process, message_ids=interrupted)
                     )
         except (StoreError, TimeoutError):
             log.warning("endpoint.claims_kept", endpoint_id=self.endpoint_id, advice="they run out")

@@ -73,7 +73,7 @@ class Follower:
     def __post_init__(self) -> None:
         self._records = _SharedCalls(lambda ids: runs.get_runs(self.database, ids))
         self._sources = _SharedCalls(lambda ids: changes.last_sources(self.database, ids))
-        self._rounds = _SharedCalls(self._poll_round)
+        self._rounds = _SharedCalls(lambda _: self.poller.poll_due())
 
     async def read(self, run_ids: Sequence[str]) -> dict[str, Record]:
         """These runs as they are, in this order, without those that are not stored.
@@ -126,9 +126,6 @@ class Follower:
         sources = await self._sources.call(changed_ids) if changed else {}
         followed.take(found)
         return [RunUpdate(one, sources.get(one.run.run_id, one.source)) for one in changed]
-
-    async def _poll_round(self, _: Sequence[str]) -> None:
-        await self.poller.poll_due()
 
     def _overdue(self, followed: "_FollowedRuns") -> list[Record]:
         """The runs that no process reads although they are due."""

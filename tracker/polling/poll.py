@@ -86,7 +86,10 @@ class Poller:
         workspace without a key, with a refused one, or in which FLORA has just failed is left out.
         """
         if time.monotonic() - self._brought_near_at >= BRING_NEAR_EVERY:
-            await self._reset_far_schedules()
+            brought = await claims.reset_far_schedules(self.database, self.policy, self.clock())
+            self._brought_near_at = time.monotonic()
+            if brought:
+                log.warning("poll.brought_near", runs=brought, cause="the clock was set back")
         return await self._in_each(partial(self._poll, coalesce=coalesce))
 
     async def recheck_due(self, *, turn: timedelta | None = None) -> PollReport:
@@ -165,12 +168,6 @@ class Poller:
         for one in await run_all([poll(workspace) for workspace in self.readable()]):
             report.add(one)
         return report
-
-    async def _reset_far_schedules(self) -> None:
-        brought = await claims.reset_far_schedules(self.database, self.policy, self.clock())
-        self._brought_near_at = time.monotonic()
-        if brought:
-            log.warning("poll.brought_near", runs=brought, cause="the clock was set back")
 
     async def _poll(self, workspace: Workspace, *, coalesce: bool) -> PollReport:
         began = self.clock()

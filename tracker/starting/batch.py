@@ -14,23 +14,12 @@ from datetime import timedelta
 from decimal import Decimal
 from typing import Any, Final
 
-from tracker.core.errors import (
-    BudgetExceeded,
-    FloraRefusal,
-    KeyRefused,
-    ServerFault,
-    TrackerError,
-)
+from tracker.core.errors import BudgetExceeded, FloraRefusal, KeyRefused, ServerFault, TrackerError
 from tracker.polling.follow import CHECK_EVERY, OVERDUE, POLL_EVERY
 from tracker.polling.poll import Poller
 from tracker.starting.batch_launch import BUDGET_EVERY, BatchLaunch
 from tracker.starting.batch_plan import BatchPlanner
-from tracker.starting.batch_rows import (
-    BatchPlan,
-    RowState,
-    kept_rows,
-    states_of,
-)
+from tracker.starting.batch_rows import BatchPlan, RowState, kept_rows, states_of
 from tracker.starting.recover import Recovery
 from tracker.starting.start import Starter
 from tracker.store.queries import batches

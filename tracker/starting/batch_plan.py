@@ -8,14 +8,7 @@ from tracker.core.clock import Clock
 from tracker.core.errors import DefinitionChanged, InvalidRequest, TrackerError
 from tracker.core.inputs import Tags, batch_id, obstacle, row_digests
 from tracker.polling.workspaces import Workspace, WorkspaceIds, Workspaces
-from tracker.starting.batch_rows import (
-    BatchPlan,
-    PlannedRow,
-    Retry,
-    RowState,
-    states_of,
-    turn_of,
-)
+from tracker.starting.batch_rows import BatchPlan, PlannedRow, Retry, RowState, states_of, turn_of
 from tracker.starting.catalogue import Catalogue
 from tracker.starting.columns import (
     ColumnMapping,
