@@ -47,9 +47,6 @@ from tracker.library.run import Event, RunFields, RunList
 from tracker.library.run import Run as AsyncRun
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tracker.delivering.downloads import DownloadReport
     from tracker.library.callbacks import VerifiedCallback
     from tracker.library.changes import RunChange
     from tracker.settings import Settings
@@ -212,12 +209,15 @@ class Tracker:
     track = _blocking(AsyncTracker.track, _run_of)
     get = _blocking(AsyncTracker.get, _run_of)
     runs = _stepwise(AsyncTracker.runs, _run_of)
+    as_settled = _stepwise(AsyncTracker.as_settled, _run_of)
+    events_of = _blocking(AsyncTracker.events_of, _same)
     events = _stepwise(AsyncTracker.events, _change_of)
     spending = _blocking(AsyncTracker.spending, _same)
     receive_callback = _blocking(AsyncTracker.receive_callback, _same)
     start_batch = _blocking(AsyncTracker.start_batch, _batch_of)
     batch = _blocking(AsyncTracker.batch, _batch_of)
     batches = _stepwise(AsyncTracker.batches, _batch_of)
+    download = _blocking(AsyncTracker.download, _same)
 
     @overload
     def wait(  # type: ignore[overload-overlap]  # an id is a sequence of letters
@@ -250,17 +250,6 @@ class Tracker:
             map(following.id_of, runs), timeout, raise_on_failure=raise_on_failure
         )
         return RunList(map(partial(_run_of, self), self._call(all_of)))
-
-    def as_settled(
-        self, runs: "Iterable[Run | str]", *, timeout: float | None = None
-    ) -> "Iterator[Run]":
-        """Each of the runs as it ends, also one that failed or is lost."""
-        ended = self._tracker.as_settled(map(following.id_of, runs), timeout=timeout)
-        return map(partial(_run_of, self), self._iterate(ended))
-
-    def events_of(self, run: "Run | str") -> list[Event]:
-        """The events of a run, oldest first. Raises `RunUnknown`."""
-        return self._call(self._tracker.events_of(following.id_of(run)))
 
     def on(
         self,
@@ -303,26 +292,6 @@ class Tracker:
 
     def _event(self, claim: "Claim") -> "RunEvent":
         return RunEvent.of(claim, lambda shown: _copied(Run, RunFields.from_json(shown), self))
-
-    def download(
-        self,
-        runs: "Run | str | Iterable[Run | str]",
-        to: "Path | str",
-        *,
-        max_bytes: int | None = None,
-        concurrency: int = 4,
-        allow_private: bool = False,
-    ) -> "DownloadReport":
-        """Download the outputs of runs into a folder, and wait for runs that have not ended."""
-        several = [runs] if isinstance(runs, Run | str) else runs
-        report = self._tracker.download(
-            map(following.id_of, several),
-            to,
-            max_bytes=max_bytes,
-            concurrency=concurrency,
-            allow_private=allow_private,
-        )
-        return self._call(report)
 
     def verify_callback(self, body: bytes, headers: Mapping[str, str]) -> "VerifiedCallback":
         """The callback in a request that an application received itself; stores nothing."""

@@ -14,7 +14,7 @@ from tracker.core.run import RetryAdvice, Tracking
 from tracker.errors import RunUnknown, TrackerNotOpen
 from tracker.library import following
 from tracker.library.inputs import valid
-from tracker.library.run import Event, Run, RunList, SpendingSummary
+from tracker.library.run import Event, Run, RunFields, RunList, SpendingSummary
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -127,7 +127,7 @@ class RunCalls(ABC):
         return result[0] if isinstance(runs, Run | str) else result
 
     async def as_settled(
-        self, runs: Iterable[Run | str], *, timeout: float | None = None
+        self, runs: Iterable[RunFields | str], *, timeout: float | None = None
     ) -> AsyncGenerator[Run, None]:
         """Each of the runs as it ends, also one that failed or is lost.
 
@@ -145,7 +145,7 @@ class RunCalls(ABC):
         except StoreClosed as error:
             raise TrackerNotOpen(CLOSED_MEANWHILE) from error
 
-    async def events_of(self, run: Run | str) -> list[Event]:
+    async def events_of(self, run: RunFields | str) -> list[Event]:
         """The events of a run, oldest first. Raises `RunUnknown`."""
         from tracker.store.queries import runs as read
 
@@ -205,7 +205,7 @@ class RunCalls(ABC):
 
     async def download(
         self,
-        runs: Run | str | Iterable[Run | str],
+        runs: RunFields | str | Iterable[RunFields | str],
         to: "Path | str",
         *,
         max_bytes: int | None = None,
@@ -224,7 +224,7 @@ class RunCalls(ABC):
         from tracker.delivering.fetch import MAX_BYTES
 
         services = self._services()
-        wanted = [runs] if isinstance(runs, Run | str) else runs
+        wanted = [runs] if isinstance(runs, RunFields | str) else runs
         run_ids = list(dict.fromkeys(map(following.id_of, wanted)))
         await following.known(services, run_ids)
         report = DownloadReport()
