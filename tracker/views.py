@@ -251,20 +251,13 @@ def error_group_json(group: "ErrorGroup") -> dict[str, Any]:
 
 def row_json(row: "RowState") -> dict[str, Any]:
     """A row of a batch; costs in USD."""
-    run = None if row.record is None else row.record.run
+    outputs = (None if row.record is None else row.record.run.outputs) or ()
     return {
-        "row": row.entry.position,
-        **values_of(row.entry, "line", "key", "carried"),
-        "run_id": None if row.start is None else row.start.run_id,
-        "status": row.status,
-        "cost": None if run is None else number_json(run.charged_cost),
-        "cost_final": row.record is not None and row.record.cost_final,
-        "quoted_cost": None if run is None else number_json(run.quoted_cost),
-        "retry_advice": _value(row.advice),
-        "error": row.why,
+        **{name: _value(value) for name, value in row.result.items()},
+        "carried": row.entry.carried,
         "inputs": row.inputs,
         "tags": row.entry.tags,
-        "outputs": [output_json(one) for one in (run.outputs if run is not None else None) or ()],
+        "outputs": [output_json(one) for one in outputs],
     }
 
 

@@ -146,6 +146,23 @@ class RowState:
             return self.error
         return _kept_error(self.start.error or {}) or self.error
 
+    @property
+    def result(self) -> dict[str, Any]:
+        """The values of `RESULT_COLUMNS`, by name."""
+        run = None if self.record is None else self.record.run
+        return {
+            "row": self.entry.position,
+            "line": self.entry.line,
+            "key": self.entry.key,
+            "run_id": None if self.start is None else self.start.run_id,
+            "status": self.status,
+            "cost": None if run is None else run.charged_cost,
+            "cost_final": self.record is not None and self.record.cost_final,
+            "quoted_cost": None if run is None else run.quoted_cost,
+            "retry_advice": self.advice,
+            "error": self.why,
+        }
+
 
 def _kept_error(error: dict[str, Any]) -> str:
     """An error of the start log in words, with the fields that FLORA names."""
@@ -233,6 +250,7 @@ RESULT_COLUMNS: Final = (
     *("row", "line", "key", "run_id", "status", "cost", "cost_final", "quoted_cost"),
     *("retry_advice", "error"),
 )
+"""Costs are USD."""
 BOM: Final = "\ufeff"
 """Lets Excel read CSV as UTF-8."""
 
@@ -272,7 +290,7 @@ def csv_lines(
         yield written(
             [
                 *(row.entry.carried.get(name, "") for name in columns),
-                *_result(row),
+                *map(row.result.get, RESULT_COLUMNS),
                 *("\n".join(v["value"] for v in values if v["id"] == name) for name in inputs),
                 *links,
                 *[""] * (most - len(links)),
@@ -300,23 +318,6 @@ def safe_cell(value: Any) -> str:
         return f"{value.normalize():f}"
     text = str(value)
     return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
-
-
-def _result(row: RowState) -> list[Any]:
-    """The cells of `RESULT_COLUMNS`."""
-    run = None if row.record is None else row.record.run
-    return [
-        row.entry.position,
-        row.entry.line,
-        row.entry.key,
-        None if row.start is None else row.start.run_id,
-        row.status,
-        None if run is None else run.charged_cost,
-        row.record is not None and row.record.cost_final,
-        None if run is None else run.quoted_cost,
-        row.advice,
-        row.why,
-    ]
 
 
 def _links(row: RowState) -> list[str]:

@@ -6,8 +6,7 @@ looked up in the database, then two large ones. They are deleted again, whatever
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from ipaddress import ip_address
@@ -180,15 +179,20 @@ async def _send_signed(
     small = [DoctorDelivery.signed(secret, now) for secret in secrets]
     large = [DoctorDelivery.signed(secrets[0], now, size=size) for size in SIZES]
     ids = [delivery.delivery_id for delivery in (*small, *large)]
-    async with _deleted_at_the_end(settings, ids, now) as stored:
-        replies = await asyncio.gather(*map(send, small))
-        await stored.find()
-        findings = [_judge_signed(small, replies, stored.found)]
-        if findings[0].level is not Level.FAILED:
-            seconds = max(reply.seconds for reply in replies)
-            findings.append(_judge_time(seconds, slow))
-            if seconds < slow:  # else large ones would only time out
-                findings.append(_judge_sizes(await asyncio.gather(*map(send, large))))
+    url = settings.tracker_database_url
+    async with await Database.open(url, application_name="tracker-doctor") as database:
+        stored = _StoredDeliveries(database, ids)
+        try:
+            replies = await asyncio.gather(*map(send, small))
+            await stored.find()
+            findings = [_judge_signed(small, replies, stored.found)]
+            if findings[0].level is not Level.FAILED:
+                seconds = max(reply.seconds for reply in replies)
+                findings.append(_judge_time(seconds, slow))
+                if seconds < slow:  # else large ones would only time out
+                    findings.append(_judge_sizes(await asyncio.gather(*map(send, large))))
+        finally:
+            await stored.delete(now - LEFT_AFTER)
     if stored.error:
         findings.append(
             warning(
@@ -223,19 +227,6 @@ class _StoredDeliveries:
                 await remove_test_deliveries(self.database, self.ids, left_before=left_before)
         except (StoreError, TimeoutError) as error:
             self.error = str(error) or "the database did not answer in time"
-
-
-@asynccontextmanager
-async def _deleted_at_the_end(
-    settings: Settings, ids: Sequence[str], now: datetime
-) -> AsyncIterator[_StoredDeliveries]:
-    url = settings.tracker_database_url
-    async with await Database.open(url, application_name="tracker-doctor") as database:
-        stored = _StoredDeliveries(database, ids)
-        try:
-            yield stored
-        finally:
-            await stored.delete(now - LEFT_AFTER)
 
 
 def _judge_signed(
