@@ -345,11 +345,6 @@ class Tracker:
     def _on_sqlite(self) -> bool:
         return self.settings.tracker_database_url.startswith("sqlite")
 
-    @property
-    def _in_use(self) -> bool:
-        """Whether connections may be open."""
-        return self._tracker._stack is not None
-
 
 class Run(RunFields):
     """A run, as it was when it was read, and what can be done with it."""
@@ -421,7 +416,7 @@ class _Steps(Generic[T]):
 def _after_fork() -> None:
     # The library keeps the parent's locks in the memory of the child, which would take them for its
     # own: it could neither write nor keep others from writing (sqlite.org/howtocorrupt.html, 2.6).
-    if any(one._in_use and one._on_sqlite for one in _trackers):
+    if any(one._on_sqlite and one._tracker._stack is not None for one in _trackers):
         Tracker._inherits_sqlite = True
     for tracker in list(_trackers):
         tracker._forked()

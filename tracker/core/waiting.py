@@ -1,6 +1,7 @@
 """Waiting for events and for tasks that end."""
 
 import asyncio
+from typing import Any
 
 
 async def wait_for(event: asyncio.Event, seconds: float | None) -> bool:
@@ -12,10 +13,10 @@ async def wait_for(event: asyncio.Event, seconds: float | None) -> bool:
         return False
 
 
-async def cancel(*tasks: "asyncio.Task[None] | None") -> None:
-    """Cancel tasks and wait until they have ended, however they do."""
+async def cancel(*tasks: asyncio.Task[Any] | None, seconds: float | None = None) -> None:
+    """Cancel tasks and wait, at most so many seconds, until they have ended, however they do."""
     running = [task for task in tasks if task is not None]
     for task in running:
         task.cancel()
     if running:
-        await asyncio.wait(running)
+        await asyncio.wait(running, timeout=seconds)

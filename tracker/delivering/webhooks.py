@@ -331,6 +331,7 @@ class _Sender:
             self._woken.clear()
             try:
                 wait = await self._turn(self.target.most_open - len(self._open))
+                await wait_for(self._woken, wait)
             except StoreError as error:
                 if count := self._log_limit.count("unavailable", now=time.monotonic()):
                     log.warning(
@@ -340,12 +341,9 @@ class _Sender:
                         count=count,
                     )
                 await asyncio.sleep(RETRY_SECONDS)
-                continue
             except Exception:  # without this task nothing is sent there: it goes on
                 log.exception("endpoint.failed", endpoint_id=self.endpoint_id)
                 await asyncio.sleep(RETRY_SECONDS)
-                continue
-            await wait_for(self._woken, wait)
 
     async def stop(self) -> None:
         """Let open requests end for a moment, interrupt the rest, and store what came of them."""
@@ -355,10 +353,7 @@ class _Sender:
         if self._open:
             await asyncio.wait(self._open, timeout=self.times.stop)
         cancelled = dict(self._open)
-        for task in cancelled:
-            task.cancel()
-        if cancelled:
-            await asyncio.wait(cancelled, timeout=self.times.cancel)
+        await cancel(*cancelled, seconds=self.times.cancel)
         ended = {claim.message_id for claim, _ in self._outcomes}
         interrupted = sorted({*cancelled.values()} - ended)
         try:

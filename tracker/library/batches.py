@@ -12,7 +12,7 @@ from tracker.core.inputs import check_tags
 from tracker.core.record import Record
 from tracker.errors import TrackerNotOpen
 from tracker.library.inputs import Rows, valid
-from tracker.library.run import ACTOR, AnyRun, Run
+from tracker.library.run import ACTOR, AnyRun, Run, acting_here
 from tracker.views import batch_columns
 
 if TYPE_CHECKING:
@@ -118,7 +118,6 @@ class BatchFields:
         return f"<Batch {self.batch_id} · {self.technique_id} · {shown} · {money(self.cost)}>"
 
     def _repr_html_(self) -> str:
-        """The batch in a notebook: its rows in each state, and its cost."""
         from tracker.library.notebook import batch_html
 
         return batch_html(self)
@@ -162,10 +161,8 @@ class Batch(BatchFields):
 
     async def stop(self) -> "Batch":
         """Start no further row; runs that are started go on."""
-        from tracker.store.queries.audit import Principal, acting
-
         services = self._tracker._services()
-        with acting(Principal(name=ACTOR)):
+        with acting_here():
             await services.batch_orders.stop(await self._stored(services), by=ACTOR)
         return await self.refresh()
 
@@ -287,10 +284,8 @@ class BatchCalls(ABC):
                 return
 
     async def _place(self, plan: "BatchPlan", order: "Order") -> Batch:
-        from tracker.store.queries.audit import Principal, acting
-
         services = self._launching_batches()
-        with acting(Principal(name=ACTOR)):
+        with acting_here():
             placed = await services.batch_orders.place(plan, order)
         counts = await services.batches.counts(placed.batch)
         return Batch.bound(placed.batch, counts, self._this)

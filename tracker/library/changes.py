@@ -92,9 +92,9 @@ def _shown(
         if runs.matches(one.record):
             event = one.event
             yield RunChange(
-                event_id=None if event is None else event.id,
-                at=None if event is None else event.at,
-                source=None if event is None else event.source.value,
-                status=str(one.record.run.status if event is None else event.status),
+                event_id=event and event.id,
+                at=event and event.at,
+                source=event and event.source.value,
+                status=str((event or one.record.run).status),
                 run=bound(one.record),
             )

@@ -22,12 +22,13 @@ from tracker.core.events import HANDLER_SECONDS, MOST_OPEN
 from tracker.core.inputs import check_tags
 from tracker.core.log import get_logger
 from tracker.core.record import Record
+from tracker.core.waiting import cancel
 from tracker.errors import TrackerNotOpen
 from tracker.library.batches import BatchCalls
 from tracker.library.handlers import EventName, HandlerFunction, Handlers, RunEvent
 from tracker.library.inputs import InputValues, check_key, given_inputs, naming_fields, valid
 from tracker.library.reading import CLOSED_MEANWHILE, RunCalls
-from tracker.library.run import ACTOR, Run
+from tracker.library.run import ACTOR, Run, acting_here
 
 if TYPE_CHECKING:
     from tracker.library.callbacks import VerifiedCallback
@@ -198,14 +199,9 @@ class Tracker(RunCalls, BatchCalls):
         if not self._works and self._launching is None and self._stack is not None:
             from tracker.library.launching import launch
 
-            self._launching = task = asyncio.create_task(launch(services), name="batch-launcher")
-
-            async def stop() -> None:
-                task.cancel()
-                await asyncio.wait([task])
-                await services.batch_worker.stop()
-
-            self._stack.push_async_callback(stop)
+            self._launching = asyncio.create_task(launch(services), name="batch-launcher")
+            self._stack.push_async_callback(services.batch_worker.stop)
+            self._stack.push_async_callback(cancel, self._launching)
         return services
 
     def _changes(self) -> "ChangeFeed":
@@ -245,7 +241,6 @@ class Tracker(RunCalls, BatchCalls):
         """
         from tracker.services import START_SECONDS
         from tracker.starting.start import StartRequest
-        from tracker.store.queries.audit import Principal, acting
 
         self._services()
         key = f"trk-{uuid4()}"
@@ -254,7 +249,7 @@ class Tracker(RunCalls, BatchCalls):
         checked = valid("tags", check_tags, tags or {})
         give_up = time.monotonic() + (START_SECONDS if timeout is None else timeout)
         typed: list[dict[str, str]] | None = None
-        with acting(Principal(name=ACTOR)):
+        with acting_here():
             while True:
                 services = self._services()  # it may be closed meanwhile
                 try:
@@ -303,10 +298,8 @@ class Tracker(RunCalls, BatchCalls):
         FLORA is asked first: raises `NotTracked`, and stores nothing, where it does not show the
         run or cannot be asked. With `force` it is tracked all the same.
         """
-        from tracker.store.queries.audit import Principal, acting
-
         services = self._services()
-        with acting(Principal(name=ACTOR)):
+        with acting_here():
             track = services.tracker.track if force else services.tracker.track_shown
             tracked = await track(run_id, technique=technique, workspace_id=workspace_id)
         return self._run(tracked.record)

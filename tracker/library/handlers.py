@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from tracker.core.errors import SettingsError
@@ -106,6 +105,7 @@ class Handlers:
         is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
             getattr(function, "__call__", None)  # noqa: B004 - its kind, not whether there is one
         )
+        event_of = self.event_of
         config = EndpointConfig(
             endpoint_id=settings.id,
             url=f"{HANDLER_URL}{shown}",
@@ -116,18 +116,12 @@ class Handlers:
             shown,
             Handler(
                 config=config,
-                call=partial(_call, function, self.event_of),
+                call=lambda claim: function(event_of(claim)),
                 is_async=is_async,
                 concurrency=settings.concurrency,
                 timeout=settings.timeout,
             ),
         )
-
-
-def _call(
-    function: Callable[[Any], object], event_of: "Callable[[Claim], object]", claim: "Claim"
-) -> object:
-    return function(event_of(claim))
 
 
 def _argument(loc: tuple[int | str, ...]) -> str:

@@ -12,6 +12,7 @@ from typing import Any, cast
 from tracker.core.errors import FIELDS_NAMED, FieldFault, InvalidRequest, StoreError
 from tracker.core.formatting import counted
 from tracker.core.log import get_logger
+from tracker.core.waiting import cancel
 from tracker.errors import BatchUnknown, WaitTimeout
 from tracker.library.inputs import text_of
 from tracker.library.run import ACTOR
@@ -155,6 +156,4 @@ async def ended(
             pause = max(CHECK_EVERY, (time.monotonic() - began) / COUNT_SHARE)
             await asyncio.sleep(min(pause, max(give_up - time.monotonic(), 0.0)))
     finally:
-        if polling is not None:
-            polling.cancel()
-            await asyncio.wait([polling])
+        await cancel(polling)

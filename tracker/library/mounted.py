@@ -41,7 +41,6 @@ class Mounted:
         self._others = Router(lifespan=lifespan)  # lifespan events; WebSockets, which it refuses
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serves one request."""
         if scope["type"] != "http":
             await self._others(scope, receive, send)
             return

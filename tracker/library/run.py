@@ -1,6 +1,7 @@
 """Runs and their events as frozen values."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from datetime import datetime
 from decimal import Decimal
@@ -24,6 +25,13 @@ AnyRun = TypeVar("AnyRun", bound="RunFields")
 
 ACTOR: Final = "python"
 """Who starts runs from Python, in the start log and the audit log."""
+
+
+def acting_here() -> AbstractContextManager[None]:
+    """The audit log names `ACTOR` for what is done in the block."""
+    from tracker.store.queries.audit import Principal, acting
+
+    return acting(Principal(name=ACTOR))
 
 
 def plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,7 +170,6 @@ class RunFields:
         return f"<Run {' · '.join(shown)}>"
 
     def _repr_html_(self) -> str:
-        """The run in a notebook: its state, cost, times, tags, error and outputs."""
         from tracker.library.notebook import run_html
 
         return run_html(self)

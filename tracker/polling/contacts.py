@@ -93,7 +93,6 @@ class Contacts:
         await asyncio.gather(*(_probe(one) for one in keyed if self._is_due(one)))
 
     def _is_due(self, workspace: Workspace) -> bool:
-        """Whether to ask FLORA, by what is known now."""
         client, others = workspace.require_client(), self._stored.get(workspace.slot)
         if client.contact.failing or client.breaker.open:
             return client.contact.idle_seconds >= PROBE_FAILING_AFTER

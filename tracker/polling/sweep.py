@@ -316,7 +316,6 @@ class _Sweep:
         return self._row
 
     async def _plan(self, kind: RunType, items: Sequence[Observation]) -> "_Plan":
-        """Plan what to read, from the newest page."""
         workspace, database, now = self._workspace, self._database, self._clock()
         at_flora = now + (workspace.require_client().clock_offset or timedelta())
         earlier, later = sorted((now, at_flora))
@@ -409,7 +408,6 @@ class _Sweep:
             plan.covered = await sweeps.add(self._database, plan.workspace_id, plan.kind, interval)
 
     async def _take_page(self, items: Sequence[Observation], page: WalkedPage) -> None:
-        """Write a page and count it."""
         report, sweeper = self.report, self._sweeper
         kept = await without_removed(self._database, items)
         await sweeper.durations.learn(item.technique_id for item in kept)

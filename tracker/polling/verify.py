@@ -155,7 +155,6 @@ class Verifier:
         settled_until: datetime,
         report: VerifyReport,
     ) -> None:
-        """Compare the runs of a page with those here."""
         report.compared += len(items)
         kept = await without_removed(self.database, items)
         report.removed += len(items) - len(kept)

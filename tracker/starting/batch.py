@@ -15,6 +15,7 @@ from decimal import Decimal
 from typing import Any, Final
 
 from tracker.core.errors import BudgetExceeded, FloraRefusal, KeyRefused, ServerFault, TrackerError
+from tracker.core.waiting import cancel
 from tracker.polling.follow import CHECK_EVERY, OVERDUE, POLL_EVERY
 from tracker.polling.poll import Poller
 from tracker.starting.batch_launch import BUDGET_EVERY, BatchLaunch
@@ -130,8 +131,7 @@ class Batches(BatchPlanner):
             if not launching.done():
                 launch.break_off()
                 await asyncio.wait([launching], timeout=BREAK_OFF_SECONDS)
-                launching.cancel()
-                await asyncio.wait([launching])
+                await cancel(launching)
         await batches.finish(
             self.database,
             plan.batch.batch_id,

@@ -190,7 +190,6 @@ class BatchLaunch:
         return self._budget_at is not None and self.clock() < self._budget_at
 
     def _queue_due(self) -> None:
-        """Queue the rows that are due."""
         self._queue.extend(row for row in self._later if self._held_for(row) == 0)
         self._later = [row for row in self._later if self._held_for(row) > 0]
 

@@ -28,7 +28,7 @@ from tracker.core.errors import (
 )
 from tracker.core.formatting import counted, money
 from tracker.core.log import get_logger
-from tracker.core.waiting import wait_for
+from tracker.core.waiting import cancel, wait_for
 from tracker.polling.workspaces import Workspaces
 from tracker.starting.batch import Batches
 from tracker.starting.batch_launch import BatchLaunch
@@ -283,10 +283,7 @@ class BatchWorker:
             launch.break_off()
         if tasks:
             await asyncio.wait(tasks, timeout=BREAK_OFF_SECONDS)
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks, timeout=BREAK_OFF_SECONDS)
+        await cancel(*tasks, seconds=BREAK_OFF_SECONDS)
 
     async def _work(self, batch: BatchRow) -> None:
         """Launch one batch, and store how that ended."""

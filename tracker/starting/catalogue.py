@@ -344,7 +344,6 @@ class CatalogueSync:
     async def _walk(
         self, workspace: Workspace, began: datetime, holder: str, report: SyncReport
     ) -> None:
-        """Read and store one workspace's list, page by page."""
         walked = ListReport(workspace_id=workspace.name)
         report.lists.append(walked)
         client = workspace.require_client()

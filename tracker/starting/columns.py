@@ -185,7 +185,6 @@ def _assign(
 
 
 def _advice(sheet: Sheet, port: Port) -> str:
-    """Advice for an input without a column."""
     for delimiter, name in DELIMITERS.items():
         if len(sheet.columns) == 1 and delimiter in sheet.columns[0]:
             return f"if the cells are separated by {name}, use --delimiter {name}"

@@ -207,7 +207,6 @@ def pending(key: str) -> StartPending:
 
 
 def _as_kept(error: FloraError) -> dict[str, Any]:
-    """An error as the start log keeps it."""
     if not isinstance(error, FloraRefusal):
         return {"message": str(error)}
     return {

@@ -29,6 +29,7 @@ from tracker.core.errors import (
 from tracker.core.inputs import Tags
 from tracker.core.log import get_logger
 from tracker.core.record import Record
+from tracker.core.waiting import cancel
 from tracker.flora.client import check_idempotency_key
 from tracker.flora.technique import Technique
 from tracker.polling.poll import DurationBook
@@ -106,11 +107,7 @@ class Starter:
         """Wait a moment for answers to what was sent; the rest stays in doubt."""
         if self._sending:
             await asyncio.wait(self._sending, timeout=LAST_SECONDS)
-        left = list(self._sending)
-        for task in left:
-            task.cancel()
-        if left:
-            await asyncio.wait(left, timeout=LAST_SECONDS)
+        await cancel(*self._sending, seconds=LAST_SECONDS)
 
     async def start(
         self, request: StartRequest, *, wait: float | None = None, wait_in_doubt: bool = True

@@ -105,7 +105,6 @@ def _records(
 
 
 def _text(cell: Any) -> str:
-    """The value of a cell as text."""
     value = cell.value
     match value:
         case None:

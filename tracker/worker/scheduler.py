@@ -24,6 +24,7 @@ from cronsim import CronSim
 from tracker.core.clock import boot_seconds, utc_now
 from tracker.core.errors import StoreError, StoreUnavailable, TrackerError
 from tracker.core.log import LogRateLimit, get_logger, log_context
+from tracker.core.waiting import cancel
 from tracker.polling.workspaces import Workspace
 from tracker.views import values_of
 
@@ -133,10 +134,7 @@ class Worker:
         """End the jobs, interrupting them, and release their claims."""
         self._services.metrics.worker_running = False
         delivering = asyncio.create_task(self._services.webhooks.stop(), name="webhooks")
-        for background in self._tasks:
-            background.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        await cancel(*self._tasks)
         launches = asyncio.create_task(self._services.batch_worker.stop())
         # A job that is cancelled before its first step could not report that this is no error.
         self._scheduler.pause()
@@ -262,7 +260,6 @@ class Worker:
                 await asyncio.sleep(self._times.round_every)
 
     async def _launch_batches(self) -> None:
-        """Launch ordered batches as they become due."""
         worker = self._services.batch_worker
         while True:
             try:

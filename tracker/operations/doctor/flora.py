@@ -71,26 +71,24 @@ async def _check_key(
     clock: Clock,
     deadline: float,
 ) -> FloraState:
-    """The state of one workspace."""
     several = len(settings.all_workspaces) > 1
     setting = "api_key of this workspace" if several else "FLORA_API_KEY"
     key = "" if workspace.api_key is None else workspace.api_key.get_secret_value()
-    finding = None
+
+    def unusable(seen: str, advice: str) -> FloraState:
+        return FloraState([failed("key", seen, advice)], ids=[workspace.id])
+
     if not key:
-        finding = failed(
-            "key",
+        return unusable(
             "None is set: callbacks are received, but no run can be started or read, so outputs "
             "and costs stay unknown.",
             f"Set {setting} to a key of the workspace (sk_live_…), and restart.",
         )
-    elif keys[key] > 1:
-        finding = failed(
-            "key",
+    if keys[key] > 1:
+        return unusable(
             "The same key is set for several workspaces; a key belongs to one.",
             f"Set {setting} to a key of its own.",
         )
-    if finding is not None:
-        return FloraState([finding], ids=[workspace.id])
     try:
         async with FloraClient(
             base_url=settings.flora_base_url,
@@ -102,8 +100,7 @@ async def _check_key(
             finding, workspace_id = await _read(client, settings.flora_base_url, workspace, setting)
             return FloraState([finding], client.clock_offset, [workspace_id])
     except SettingsError as error:
-        finding = failed("key", f"{error}.", f"Copy the key again into {setting}.")
-        return FloraState([finding], ids=[workspace.id])
+        return unusable(f"{error}.", f"Copy the key again into {setting}.")
 
 
 async def _read(
