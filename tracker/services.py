@@ -2,15 +2,13 @@
 
 import os
 import socket
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, partial
 from typing import Final
 from uuid import uuid4
-
-from pydantic import SecretStr
 
 from tracker.core.clock import Clock
 from tracker.core.errors import SettingsError
@@ -166,7 +164,7 @@ async def open_services(
                 slot=settings.slot_of(configured),
                 workspace_id=configured.id,
                 is_top=configured.id == settings.flora_workspace_id,
-                secrets=_clear(configured.webhook_secrets),
+                secrets=configured.clear_secrets,
             )
             if configured.api_key is not None:
                 workspace.client = FloraClient(
@@ -423,10 +421,6 @@ def _rotate(workspaces: Workspaces, webhooks: Webhooks, settings: Settings) -> N
         workspaces.rotate(
             settings.slot_of(configured),
             api_key=configured.api_key.get_secret_value() if configured.api_key else None,
-            secrets=_clear(configured.webhook_secrets),
+            secrets=configured.clear_secrets,
         )
-    webhooks.rotate({one.id: _clear(one.secrets) for one in settings.endpoints})
-
-
-def _clear(secrets: Iterable[SecretStr]) -> tuple[str, ...]:
-    return tuple(secret.get_secret_value() for secret in secrets)
+    webhooks.rotate({one.id: endpoint_of(one).secrets for one in settings.endpoints})

@@ -216,8 +216,8 @@ def row_digests(technique_id: str, rows: Iterable[Sequence[Input]]) -> list[str]
     seen: Counter[str] = Counter()
     digests = []
     for inputs in rows:
-        asked = _digest([technique_id, canonical(inputs)])
-        digests.append(_digest([asked, seen[asked]])[:_HEX_DIGITS])
+        asked = digest_of([technique_id, canonical(inputs)])
+        digests.append(digest_of([asked, seen[asked]])[:_HEX_DIGITS])
         seen[asked] += 1
     return digests
 
@@ -244,10 +244,11 @@ def batch_id(workspace_slot: str, technique_id: str, rows: Iterable[tuple[int, s
     A rerun is a batch of its own, a retry of some rows is not.
     """
     named = [(position, digest, turn.generation) for position, digest, turn in rows]
-    return f"bat_{_digest([workspace_slot, technique_id, named])[:16]}"
+    return f"bat_{digest_of([workspace_slot, technique_id, named])[:16]}"
 
 
-def _digest(value: Any) -> str:
+def digest_of(value: Any) -> str:
+    """A digest of a JSON value, in hex: equal for equal values, whatever the order of fields."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -36,11 +36,7 @@ def verified(settings: Settings, body: bytes, headers: Mapping[str, str]) -> Ver
     """The callback in these raw bytes. Raises `SignatureError`, and `SettingsError` without any
     signing secret."""
     signature, webhook_id = signature_headers(headers)
-    secrets = [
-        secret.get_secret_value()
-        for workspace in settings.all_workspaces
-        for secret in workspace.webhook_secrets
-    ]
+    secrets = [secret for one in settings.all_workspaces for secret in one.clear_secrets]
     if not secrets:
         raise NoSecrets(
             "no signing secret is set, so no callback can be verified: set FLORA_WEBHOOK_SECRET"

@@ -142,6 +142,11 @@ class WorkspaceSettings(_Model):
     api_key: Key | None = None
     webhook_secrets: Secrets = ()
 
+    @property
+    def clear_secrets(self) -> tuple[str, ...]:
+        """The secrets that sign callbacks, in clear text."""
+        return tuple(secret.get_secret_value() for secret in self.webhook_secrets)
+
 
 class TokenSettings(_Model):
     """A table of `[[tokens]]`: an access token with its name in logs, scopes and expiry."""

@@ -8,8 +8,6 @@ again with the same key.
 """
 
 import asyncio
-import hashlib
-import json
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ from tracker.core.errors import (
     StartPending,
     StartUnresolved,
 )
-from tracker.core.inputs import Tags
+from tracker.core.inputs import Tags, digest_of
 from tracker.core.log import get_logger
 from tracker.core.record import Record
 from tracker.core.waiting import cancel
@@ -213,7 +211,7 @@ class Starter:
                 workspace_id=workspace_id,
                 idempotency_key=key,
                 technique_id=technique_id,
-                fingerprint=fingerprint(technique_id, request.inputs),
+                fingerprint=digest_of([technique_id, request.inputs]),
                 inputs=request.inputs,
                 at=self.clock(),
                 callback_token=new_token(),
@@ -244,7 +242,7 @@ class Starter:
 
 def _compare(row: StartRow, technique_id: str, request: StartRequest) -> None:
     """Raise `IdempotencyConflict` if the key was kept for another request."""
-    if row.fingerprint != fingerprint(technique_id, request.inputs):
+    if row.fingerprint != digest_of([technique_id, request.inputs]):
         differs = "another technique or other inputs"
     elif not row.is_fresh and (row.tags or {}) != (request.tags or {}):
         differs = "a run with other tags"
@@ -253,12 +251,6 @@ def _compare(row: StartRow, technique_id: str, request: StartRequest) -> None:
     raise IdempotencyConflict(
         f"idempotency key {row.idempotency_key!r} was used before for {differs}"
     )
-
-
-def fingerprint(technique_id: str, inputs: list[dict[str, Any]]) -> str:
-    """A digest of technique and inputs."""
-    canonical = json.dumps([technique_id, inputs], sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 @dataclass(kw_only=True, eq=False)

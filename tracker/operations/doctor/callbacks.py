@@ -73,11 +73,8 @@ async def check(
             return [*findings, failed(name, f"A delivery {seen}.", advice)]
         findings.append(await _check_own_address(settings.callback_url, clock, timeout))
         state = await database
-        secrets = dict.fromkeys(
-            secret.get_secret_value()
-            for workspace in settings.all_workspaces
-            for secret in workspace.webhook_secrets
-        )
+        workspaces = settings.all_workspaces
+        secrets = dict.fromkeys(secret for one in workspaces for secret in one.clear_secrets)
         if not secrets or not state.writable:
             why = "the database is not writable" if secrets else "no signing secret is set"
             return [

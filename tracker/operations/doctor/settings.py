@@ -57,7 +57,7 @@ def _sources(sources: Mapping[str, str], unknown: Sequence[str]) -> Finding:
 def _secrets(settings: Settings, workspace: WorkspaceSettings) -> Finding:
     label = label_of(settings, workspace)
     setting = "webhook_secrets of this workspace" if label else "FLORA_WEBHOOK_SECRET"
-    secrets = [secret.get_secret_value() for secret in workspace.webhook_secrets]
+    secrets = workspace.clear_secrets
     if not secrets:
         advice = (
             f"Set {setting} to the signing secret (whsec_…) that FLORA shows for this workspace, "
