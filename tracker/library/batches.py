@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Generic, Literal, Self, cast
 from tracker.core.formatting import counted, money
 from tracker.core.inputs import check_tags
 from tracker.core.record import Record
-from tracker.errors import TrackerNotOpen
 from tracker.library.inputs import Rows, valid
-from tracker.library.run import ACTOR, AnyRun, Run, acting_here
+from tracker.library.run import ACTOR, AnyRun, Run, acting_here, owner_of
 from tracker.views import batch_columns
 
 if TYPE_CHECKING:
@@ -100,13 +99,7 @@ class BatchFields:
         return not (self.launching or self.active or self.in_doubt)
 
     def _known_owner(self) -> object:
-        """The tracker that read it. Raises `TrackerNotOpen` for a copy, which has none."""
-        owner: object | None = getattr(self, "_owner", None)
-        if owner is None:
-            raise TrackerNotOpen(
-                f"this copy of batch {self.batch_id} belongs to no tracker: use tracker.batch(id)"
-            )
-        return owner
+        return owner_of(self, f"batch {self.batch_id}", "batch(id)")
 
     def __hash__(self) -> int:
         return hash(self.batch_id)

@@ -39,6 +39,14 @@ def plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: one.value if isinstance(one, Enum) else one for name, one in values.items()}
 
 
+def owner_of(value: object, name: str, read: str) -> object:
+    """The tracker that read a run or batch. Raises `TrackerNotOpen` for a copy, which has none."""
+    owner: object | None = getattr(value, "_owner", None)
+    if owner is None:
+        raise TrackerNotOpen(f"this copy of {name} belongs to no tracker: use tracker.{read}")
+    return owner
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
     """An event of a run's timeline: what one `source` showed at one time.
@@ -143,13 +151,7 @@ class RunFields:
         return self.settled and self.status == RunStatus.COMPLETED
 
     def _known_owner(self) -> object:
-        """The tracker that read it. Raises `TrackerNotOpen` for a copy, which has none."""
-        owner: object | None = getattr(self, "_owner", None)
-        if owner is None:
-            raise TrackerNotOpen(
-                f"this copy of run {self.run_id} belongs to no tracker: use tracker.get(run_id)"
-            )
-        return owner
+        return owner_of(self, f"run {self.run_id}", "get(run_id)")
 
     def __hash__(self) -> int:
         return hash(self.run_id)

@@ -28,6 +28,17 @@ LONGEST_RETRY_LATER: Final = timedelta(minutes=10)
 doubling with each attempt, from the first to the second."""
 
 
+_WITHOUT_RUN: Final = {
+    StartState.STORED: "not_started",
+    StartState.SENT: "sending",
+    StartState.IN_DOUBT: "in_doubt",
+    StartState.REFUSED: "refused",
+    StartState.UNRESOLVED: "unresolved",
+    StartState.STARTED: "forgotten",
+}
+"""The status of a row without a run, by the state of its start."""
+
+
 class Retry(StrEnum):
     """Which failed rows are started again. A retry is a new run, and is charged."""
 
@@ -78,18 +89,7 @@ class RowState:
         `unresolved` before there is one; `lost` or `forgotten` if there is none any more."""
         if self.record is not None:
             return "lost" if self.record.tracking is Tracking.LOST else self.record.run.status
-        match None if self.start is None else self.start.state:
-            case StartState.STARTED:
-                return "forgotten"
-            case StartState.SENT:
-                return "sending"
-            case StartState.IN_DOUBT:
-                return "in_doubt"
-            case StartState.REFUSED:
-                return "refused"
-            case StartState.UNRESOLVED:
-                return "unresolved"
-        return "not_started"
+        return "not_started" if self.start is None else _WITHOUT_RUN[self.start.state]
 
     @property
     def started(self) -> bool:

@@ -42,7 +42,10 @@ REFUSALS: Final = (
 """Why a callback is refused (`tracker.web.callbacks`)."""
 AUTH_REFUSALS: Final = ("missing", "wrong", "expired", "scope", "cross_site", "not_local")
 """Why access is refused (`tracker.web.auth`)."""
-WRITE_FAILURES: Final = ("busy", "unavailable", "outdated", "refused")
+_WRITE_ERRORS: Final = (
+    *((StoreBusy, "busy"), (StoreUnavailable, "unavailable"), (SchemaOutdated, "outdated")),
+)
+WRITE_FAILURES: Final = (*(name for _, name in _WRITE_ERRORS), "refused")
 SWEEP_RESULTS: Final = ("complete", "failed", "skipped")
 ATTEMPTS: Final = ("delivered", "refused", "no_answer")
 """Outcomes of an attempt to deliver a message: a 2xx, another answer, none."""
@@ -166,7 +169,8 @@ class Counters:
     def written(self, entries: int, seconds: float, stopped_by: Exception | None) -> None:
         """An attempt to commit is over."""
         if stopped_by is not None:
-            self._count("database_write_failures", _failure(stopped_by))
+            reasons = (name for kind, name in _WRITE_ERRORS if isinstance(stopped_by, kind))
+            self._count("database_write_failures", next(reasons, "refused"))
             return
         self._histograms["commit_entries"].observe(entries)
         self._histograms["commit_seconds"].observe(seconds)
@@ -252,14 +256,3 @@ class Counters:
     def job_failed(self, task: str) -> None:
         """A scheduled job failed."""
         self._count("worker_job_failures", task)
-
-
-def _failure(error: Exception) -> str:
-    match error:
-        case StoreBusy():
-            return "busy"
-        case StoreUnavailable():
-            return "unavailable"
-        case SchemaOutdated():
-            return "outdated"
-    return "refused"
