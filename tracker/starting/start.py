@@ -211,7 +211,7 @@ class Starter:
                 workspace_id=workspace_id,
                 idempotency_key=key,
                 technique_id=technique_id,
-                fingerprint=digest_of([technique_id, request.inputs]),
+                fingerprint=fingerprint(technique_id, request.inputs),
                 inputs=request.inputs,
                 at=self.clock(),
                 callback_token=new_token(),
@@ -242,7 +242,7 @@ class Starter:
 
 def _compare(row: StartRow, technique_id: str, request: StartRequest) -> None:
     """Raise `IdempotencyConflict` if the key was kept for another request."""
-    if row.fingerprint != digest_of([technique_id, request.inputs]):
+    if row.fingerprint != fingerprint(technique_id, request.inputs):
         differs = "another technique or other inputs"
     elif not row.is_fresh and (row.tags or {}) != (request.tags or {}):
         differs = "a run with other tags"
@@ -251,6 +251,11 @@ def _compare(row: StartRow, technique_id: str, request: StartRequest) -> None:
     raise IdempotencyConflict(
         f"idempotency key {row.idempotency_key!r} was used before for {differs}"
     )
+
+
+def fingerprint(technique_id: str, inputs: list[dict[str, Any]]) -> str:
+    """A digest of technique and inputs."""
+    return digest_of([technique_id, inputs])
 
 
 @dataclass(kw_only=True, eq=False)
