@@ -228,17 +228,11 @@ async def open_services(
         await stack.enter_async_context(applier)
         inbox = await stack.enter_async_context(
             Inbox(
-                database,
-                digest_id=digest_id,
-                on_stored=applier.stored,
-                on_write=[metrics.written],
+                database, digest_id=digest_id, on_stored=applier.stored, on_write=[metrics.written]
             )
         )
         budgets = BudgetReader(
-            database=database,
-            budgets=settings.all_budgets,
-            workspaces=workspaces,
-            clock=clock,
+            database=database, budgets=settings.all_budgets, workspaces=workspaces, clock=clock
         )
         metrics.create_series(workspaces, receivers)
         metrics.watch(
@@ -306,11 +300,7 @@ async def open_services(
         )
         stack.push_async_callback(starter.aclose)
         follower = Follower(
-            database=database,
-            signals=signals,
-            poller=poller,
-            workspaces=workspaces,
-            clock=clock,
+            database=database, signals=signals, poller=poller, workspaces=workspaces, clock=clock
         )
         batches = Batches(
             database=database,

@@ -175,10 +175,7 @@ class Batch(BatchFields):
 
         services = self._tracker._services()
         order = order_of(
-            services,
-            max_cost=max_cost,
-            wait_for_budget=wait_for_budget,
-            at_once=which == "all",
+            services, max_cost=max_cost, wait_for_budget=wait_for_budget, at_once=which == "all"
         )
         retry = None if which == "unstarted" else valid("which", Retry, which)
         plan = await services.batches.stored_plan(await self._stored(services), retry=retry)
@@ -237,10 +234,7 @@ class BatchCalls(ABC):
 
         services = self._services()
         order = order_of(
-            services,
-            max_cost=max_cost,
-            wait_for_budget=wait_for_budget,
-            at_once=retry == "all",
+            services, max_cost=max_cost, wait_for_budget=wait_for_budget, at_once=retry == "all"
         )
         plan = await planned(
             services,

@@ -78,11 +78,7 @@ def _refused(faults: list[FieldFault]) -> InvalidRequest:
 
 
 def order_of(
-    services: Services,
-    *,
-    max_cost: Decimal | float | None,
-    wait_for_budget: bool,
-    at_once: bool,
+    services: Services, *, max_cost: Decimal | float | None, wait_for_budget: bool, at_once: bool
 ) -> Order:
     """An order of now. `max_cost` is USD."""
     limit = None if max_cost is None else Decimal(str(max_cost))
@@ -134,9 +130,7 @@ async def ended(
         while True:
             began = time.monotonic()
             batch, counts = await until_available(
-                partial(found, services, batch_id),
-                None,
-                give_up_after=min(OUTAGE, give_up - began),
+                partial(found, services, batch_id), None, give_up_after=min(OUTAGE, give_up - began)
             )
             waiting = counts.active + counts.doubt
             if batch.launch_at is None and not waiting:

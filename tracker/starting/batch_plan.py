@@ -142,11 +142,7 @@ class BatchPlanner:
                 rows.append(PlannedRow(entry=entry))
         planned, states = await self._retried(batch.workspace_slot, rows, retry, wait=wait)
         return BatchPlan(
-            batch=batch,
-            technique=definition,
-            rows=planned,
-            states=states,
-            price_error=price_error,
+            batch=batch, technique=definition, rows=planned, states=states, price_error=price_error
         )
 
     async def workspace_of(self, batch: BatchRow) -> Workspace:
