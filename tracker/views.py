@@ -35,6 +35,9 @@ if TYPE_CHECKING:  # commands that show runs load nothing of the others
     from tracker.store.queries.techniques import TechniqueRow
 
 _ENDPOINT_FILTERS: Final = ("workspace_id", "technique_id", "status", "tag")
+_BATCH_COUNTS: Final = (
+    *("rows", "started", "completed", "failed", "active", "lost", "refused", "unresolved"),
+)
 
 
 def time_json(at: datetime) -> str:
@@ -212,14 +215,7 @@ def batch_columns(batch: "BatchRow", counts: "BatchCounts") -> dict[str, Any]:
         "launching": batch.launch_at is not None,
         "stopped": batch.stopped,
         "columns": batch.columns or [],
-        "rows": counts.rows,
-        "started": counts.started,
-        "completed": counts.completed,
-        "failed": counts.failed,
-        "active": counts.active,
-        "lost": counts.lost,
-        "refused": counts.refused,
-        "unresolved": counts.unresolved,
+        **{name: getattr(counts, name) for name in _BATCH_COUNTS},
         "in_doubt": counts.doubt,
         "cost": counts.cost,
         "cost_final": counts.cost_final,

@@ -34,7 +34,7 @@ async def planned(
 ) -> BatchPlan:
     """The plan of these rows; `columns` is the field of an input, by its id.
 
-    Raises `InvalidRequest`, which names rows and fields, and what `BatchPlanner.plan` raises.
+    Raises `InvalidRequest`, which names rows and fields, and what `Batches.plan` raises.
     """
     explicit = [ColumnMapping(*one) for one in options.pop("columns").items()]
     objects: list[tuple[int, dict[str, Any]]] = []

@@ -24,9 +24,6 @@ from tracker.store.engine import Database
 from tracker.store.queries import batch_launches, batches
 from tracker.store.queries.batches import BatchEntry, BatchRow
 
-TagColumns = dict[str, str]
-"""The column of each tag, by its key."""
-
 
 @dataclass(kw_only=True, eq=False)
 class BatchPlanner:
@@ -51,7 +48,7 @@ class BatchPlanner:
         skip_bad_rows: bool = False,
         accept_changes: bool = False,
         tags: Tags | None = None,
-        tag_columns: TagColumns | None = None,
+        tag_columns: dict[str, str] | None = None,
         source: str = "cli",
     ) -> tuple[BatchPlan, Sequence[SheetProblem]]:
         """What a batch of this sheet would do now, and the problems of the rows that it skips.
