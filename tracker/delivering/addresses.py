@@ -146,7 +146,6 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         raise MediaUnavailable(f"the name {host} has no address")
 
     async def aclose(self) -> None:
-        """Close open connections."""
         await self._inner.aclose()
 
     async def _addresses(self, url: httpx.URL) -> list[Address]:

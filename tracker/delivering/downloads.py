@@ -75,7 +75,6 @@ class DownloadReport:
     absent: list[RunWithoutOutputs] = field(default_factory=list)
 
     def of(self, outcome: DownloadOutcome) -> list[DownloadResult]:
-        """The results with that outcome."""
         return [result for result in self.results if result.outcome is outcome]
 
     @property

@@ -106,7 +106,6 @@ class EndpointClient:
         )
 
     async def aclose(self) -> None:
-        """Close the connections."""
         await self._http.aclose()
 
     async def send(self, claim: Claim) -> Attempt:

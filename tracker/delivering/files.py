@@ -43,7 +43,6 @@ class ManifestEntry:
 
     @property
     def key(self) -> FileKey:
-        """What the file belongs to."""
         return (self.run_id, self.position, self.output_id)
 
 
@@ -214,7 +213,6 @@ class PartialFile:
             self.size += len(block)
 
     def write(self, data: bytes) -> None:
-        """Append bytes."""
         if self._file is None:
             raise ValueError("the partial file is not open")
         self._file.write(data)
@@ -236,7 +234,6 @@ class PartialFile:
             os.close(folder)
 
     def discard(self) -> None:
-        """Delete it."""
         self.close()
         self._path.unlink(missing_ok=True)
         self._key_path.unlink(missing_ok=True)

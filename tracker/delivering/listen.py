@@ -58,7 +58,6 @@ class StreamedEvent:
 
     @property
     def body(self) -> bytes:
-        """The JSON that is sent."""
         return dump_json({"type": self.type, "timestamp": self.at, "data": self.run}).encode()
 
 

@@ -129,13 +129,11 @@ class Webhooks:
                 client.endpoint = endpoint
 
     def wake(self) -> None:
-        """Check for events and messages soon."""
         self._woken.set()
         for sender in self._senders.values():
             sender.wake()
 
     async def start(self) -> None:
-        """Start to deliver."""
         self._stopping = False
         try:
             async with asyncio.timeout(self.times.last_commits):
@@ -323,7 +321,6 @@ class _Sender:
         self._task = asyncio.create_task(self._run(), name=f"endpoint {self.endpoint_id}")
 
     def wake(self) -> None:
-        """Check for messages soon."""
         self._woken.set()
 
     async def _run(self) -> None:

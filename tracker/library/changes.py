@@ -48,7 +48,6 @@ class ChangeFeed:
         self._closed = False
 
     def close(self) -> None:
-        """End all loops."""
         self._closed = True
         self._broadcaster.close()
 

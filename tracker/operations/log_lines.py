@@ -50,7 +50,6 @@ class _Formatter(structlog.stdlib.ProcessorFormatter):
     """Formats our own events with their fields, and other libraries' records with what they say."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line of a record."""
         event = record.msg
         if isinstance(event, LogEvent):
             level, logger = record.levelname.lower(), logging.getLogger(record.name)

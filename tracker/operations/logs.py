@@ -80,5 +80,4 @@ class _Formatter(logging.Formatter):
         return line_formatter(self._format, colors=self._colors, redact=self.redact)
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line of a record."""
         return self._lines.format(record)

@@ -88,7 +88,6 @@ class WalkedPage:
 
     @property
     def is_last(self) -> bool:
-        """Whether the list ends here."""
         return self.cursor is None
 
 

@@ -283,7 +283,6 @@ class Backoff:
         return max(timedelta(), since + length - now) if since <= now else timedelta()
 
     def failures(self, name: str) -> int:
-        """The number of failures in a row."""
         return self._pauses[name][0] if name in self._pauses else 0
 
     def failed(self, name: str, *, least: float = 0.0) -> float:
@@ -295,7 +294,6 @@ class Backoff:
         return length.total_seconds()
 
     def succeeded(self, name: str) -> None:
-        """Forget the failures."""
         self._pauses.pop(name, None)
 
 

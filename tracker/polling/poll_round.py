@@ -74,13 +74,11 @@ class PollReport:
     trouble: str | None = None
 
     def count(self, result: WriteResult) -> None:
-        """Count a written run if that settled it."""
         before, after = result.before, result.after
         if after is not None and after.run.settled and not (before and before.run.settled):
             self.settled += 1
 
     def add(self, other: "PollReport") -> None:
-        """Add the figures of another round."""
         self.claimed += other.claimed
         self.pages += other.pages
         self.reads += other.reads

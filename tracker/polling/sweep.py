@@ -107,7 +107,6 @@ class SweepReport:
     skipped: bool = False
 
     def count(self, result: WriteResult) -> None:
-        """Count one written item."""
         before, after = result.before, result.after
         if before is None:
             self.discovered += 1

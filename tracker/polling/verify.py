@@ -72,7 +72,6 @@ class VerifyReport:
         return self.error is None and not self.differences
 
     def as_json(self) -> dict[str, Any]:
-        """The report as JSON values."""
         return asdict(self) | {"ok": self.good}
 
 

@@ -129,13 +129,11 @@ class BatchLaunch:
 
     @property
     def errors_by_position(self) -> dict[int, str]:
-        """The errors by the positions of their rows."""
         rows = (row.entry for row in self.plan.rows)
         return {row.position: self.errors[row.key] for row in rows if row.key in self.errors}
 
     @property
     def in_doubt(self) -> int:
-        """Rows whose start is in doubt."""
         return len(self._doubt)
 
     @property

@@ -239,7 +239,6 @@ class HeldStart:
 
     @property
     def key(self) -> str:
-        """The idempotency key."""
         return self.row.idempotency_key
 
     @property

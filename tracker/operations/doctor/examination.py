@@ -163,7 +163,6 @@ class _AbandonedThreads(ThreadPoolExecutor):
     """
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Call it in a thread of its own."""
         future: Future[T] = Future()
 
         def call() -> None:

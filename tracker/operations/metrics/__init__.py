@@ -32,7 +32,6 @@ class Metrics(Counters):
         self.registry.register(database)
 
     async def aclose(self) -> None:
-        """Stop reading the database."""
         if self._database is not None:
             await self._database.aclose()
 

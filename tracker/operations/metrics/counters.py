@@ -254,5 +254,4 @@ class Counters:
         self._count("starts_over_budget", budget)
 
     def job_failed(self, task: str) -> None:
-        """A scheduled job failed."""
         self._count("worker_job_failures", task)

@@ -120,7 +120,6 @@ class DatabaseGauges(Collector):
             reading.result()
 
     async def aclose(self) -> None:
-        """Stop reading."""
         await cancel(self._reading)
 
     async def _read(self) -> None:
@@ -161,7 +160,6 @@ class DatabaseGauges(Collector):
         )
 
     def collect(self) -> Iterator[Metric]:
-        """The metrics as last read."""
         yield gauge(
             "database_up",
             "1 if the database answered this process in time.",
@@ -372,7 +370,6 @@ class ProcessGauges(Collector):
     clock: Clock
 
     def collect(self) -> Iterator[Metric]:
-        """The metrics with their current values."""
         yield labelled("build_info", "1, with the version.", {__version__: 1}, "version")
         yield gauge("queue_entries", "Entries not committed yet.", self.waiting())
         yield gauge("worker_running", "1 in a process with a worker.", self.counters.worker_running)
