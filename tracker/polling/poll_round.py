@@ -30,7 +30,6 @@ from tracker.polling.history import (
 )
 from tracker.polling.workspaces import Workspace
 from tracker.store import claims
-from tracker.store.writing.writer import WriteResult
 
 if TYPE_CHECKING:
     from tracker.polling.poll import Poller
@@ -72,11 +71,6 @@ class PollReport:
     more: bool = False
     at_once: bool = False
     trouble: str | None = None
-
-    def count(self, result: WriteResult) -> None:
-        before, after = result.before, result.after
-        if after is not None and after.run.settled and not (before and before.run.settled):
-            self.settled += 1
 
     def add(self, other: "PollReport") -> None:
         self.claimed += other.claimed
@@ -270,7 +264,7 @@ class PollRound:
             ]
         )
         for item, result in zip(kept, results, strict=True):
-            self.report.count(result)
+            self.report.settled += result.settles
             if item.run_id not in self.remaining:
                 continue
             if item.run_id not in lean:
@@ -344,8 +338,8 @@ class PollRound:
                 self._workspace.lists_carry_costs = False
             if run_id in shareable:
                 self.shared_reads += found.reads
-            for result in await self._poller.writer.submit_all(entries):
-                self.report.count(result)
+            results = await self._poller.writer.submit_all(entries)
+            self.report.settled += sum(result.settles for result in results)
             if seen is None and not found.missing:
                 self.report.failed += 1
             self.remaining.pop(run_id, None)

@@ -110,11 +110,9 @@ class SweepReport:
         before, after = result.before, result.after
         if before is None:
             self.discovered += 1
-        elif after is not None and (
-            (after.run.precedence.ended and not before.run.precedence.ended)
-            or (after.run.settled and not before.run.settled)
-        ):
-            self.repaired += 1
+        elif after is not None:
+            ended = after.run.precedence.ended and not before.run.precedence.ended
+            self.repaired += ended or result.settles
 
 
 @dataclass(kw_only=True, eq=False)

@@ -72,7 +72,7 @@ class StartMatcher:
         """
         entry = row.became(seen, callback_expected=row.callback_url is not None)
         try:
-            return await self._submit(entry)
+            return (await self.writer.submit(entry)).record
         except StoreError as error:
             log.error(
                 "start.not_stored", run_id=seen.run_id, key=row.idempotency_key, error=str(error)
@@ -92,7 +92,9 @@ class StartMatcher:
         """Store a run as the start's, and what FLORA showed of it, if anything."""
         own = Observation(run_id=run_id, source=Source.START, at=self.clock())
         record = await self.track(row, own)
-        return record if observation is None else await self._submit(Seen(observation=observation))
+        if observation is not None:
+            record = (await self.writer.submit(Seen(observation=observation))).record
+        return record
 
     async def _store(self, entry: Seen) -> None:
         wait, longest = STORE_AGAIN
@@ -100,18 +102,12 @@ class StartMatcher:
             await asyncio.sleep(wait)
             wait = min(wait * 2, longest)
             try:
-                await self._submit(entry)
+                await self.writer.submit(entry)
             except StoreError as error:
                 log.debug("start.still_not_stored", error=str(error))
             else:
                 log.info("start.stored", run_id=entry.observation.run_id)
                 return
-
-    async def _submit(self, entry: Seen) -> Record:
-        result = await self.writer.submit(entry)
-        if result.after is None:
-            raise AssertionError("an observation of a run always leaves a record")
-        return result.after
 
     async def read(
         self, workspace: Workspace, technique_id: str, since: datetime, *, give_up: float

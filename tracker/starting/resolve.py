@@ -188,9 +188,7 @@ class RunTracker:
                 )
             )
         )
-        if result.after is None:
-            raise AssertionError("an observation of a run always leaves a record")
-        return TrackedRun(record=result.after, known=result.before is not None)
+        return TrackedRun(record=result.record, known=result.before is not None)
 
     async def track_shown(
         self, run_id: str, *, technique: str | None = None, workspace_id: str | None = None

@@ -183,7 +183,7 @@ class Counters:
                 continue
             if before is None or before.ended_via is None:
                 self._ended(after)
-            if after.run.settled and not (before and before.run.settled):
+            if change.settles:
                 self._settled(after)
             error = after.run.error
             if error is None or is_known(error.code) or (before and before.run.error == error):

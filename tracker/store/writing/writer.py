@@ -38,6 +38,19 @@ class WriteResult:
     after: Record | None
 
     @property
+    def record(self) -> Record:
+        """The run after an observation of it, which always leaves one."""
+        if self.after is None:
+            raise AssertionError("the entry is no observation")
+        return self.after
+
+    @property
+    def settles(self) -> bool:
+        """Whether the entry settled the run."""
+        was_settled = self.before is not None and self.before.run.settled
+        return self.after is not None and self.after.run.settled and not was_settled
+
+    @property
     def changed(self) -> bool:
         """Whether the entry showed anything new about its run."""
         return self.after is not None and (
