@@ -10,6 +10,7 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from io import StringIO
 from tempfile import TemporaryDirectory
 
+import pytest  # noqa: F401 - where what a process calls first is imported from needs it
 import typer.main
 
 from tests.support.contexts import one_context, share_context
