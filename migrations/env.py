@@ -26,7 +26,7 @@ from tracker.store.schema import CleanText, Money, UtcDateTime, metadata
 
 ADVISORY_LOCK = 0x666C6F7261  # "flora"
 TURN_SECONDS = 300.0
-LOCK_TIMEOUT = "800ms"  # well below the LOCK_SECONDS of tracker.store.engine: see above
+LOCK_TIMEOUT = "800ms"  # well below `DatabaseTimes.lock`: see above
 STATEMENT_TIMEOUT = "60s"
 PAUSE_SECONDS = 0.7
 IN_THE_WAY = ("55P03", "40P01")  # somebody holds a lock for longer than that; a deadlock

@@ -24,7 +24,7 @@ from tracker.store.copy import TABLES, Step, copy
 from tracker.store.engine import Database, migration_engine
 from tracker.store.errors import StoreBusy
 from tracker.store.schema import sessions
-from tracker.store.url import DatabaseUrl
+from tracker.store.url import DatabaseTimes, DatabaseUrl
 
 pytestmark = pytest.mark.usefixtures("patient")
 
@@ -269,7 +269,7 @@ async def test_a_file_that_someone_has_open_is_no_target(
     async with await Database.open(sqlite_target_url) as db:
         await migrate.check(db)
         with monkeypatch.context() as impatient:
-            impatient.setattr("tracker.store.sqlite._LONG_BUSY_SECONDS", 0.1)
+            impatient.setattr("tracker.store.url.TIMES", DatabaseTimes(long_busy=0.1))
             with pytest.raises(StoreUnavailable, match=r"target\.db: .*locked"):
                 await copy(full_sqlite_url, sqlite_target_url)
     await copy(full_sqlite_url, sqlite_target_url)

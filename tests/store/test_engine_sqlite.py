@@ -14,8 +14,8 @@ from tests.store.making import callback, open_writer, receipts, taken_again
 from tests.support.databases import copy_sqlite
 from tests.support.waiting import eventually
 from tracker.core.errors import StoreUnavailable
-from tracker.store import sqlite as engine_sqlite
 from tracker.store.engine import Database
+from tracker.store.url import DatabaseTimes
 
 
 class LongWrite:
@@ -32,22 +32,21 @@ class LongWrite:
         return "written"
 
 
-async def test_a_write_does_not_wait_for_ever_for_its_turn(
-    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_write_does_not_wait_for_ever_for_its_turn(sqlite_url: str) -> None:
     """What has not begun in time never does; what has begun is brought to its end."""
     done: list[str] = []
-    async with await Database.open(sqlite_url) as db:
+    async with (
+        await Database.open(sqlite_url, times=DatabaseTimes(queue=0.1)) as db,
+        await Database.open(sqlite_url) as other,
+    ):
         long = LongWrite()
         first = asyncio.create_task(db.write(long))
         await eventually(long.begun.is_set)
-        with monkeypatch.context() as impatient:
-            impatient.setattr(engine_sqlite, "QUEUE_SECONDS", 0.1)
-            with pytest.raises(StoreUnavailable, match="too busy"):
-                await db.write(lambda _: done.append("second"))
+        with pytest.raises(StoreUnavailable, match="too busy"):
+            await db.write(lambda _: done.append("second"))
         long.may_end.set()
         assert await first == "written"
-        await db.write(lambda _: done.append("third"))
+        await other.write(lambda _: done.append("third"))
     assert done == ["third"]
 
 

@@ -42,6 +42,7 @@ from tracker.receiving.apply import Applier
 from tracker.store.engine import Database
 from tracker.store.queries import runs as read
 from tracker.store.schema import deliveries, run_events, runs
+from tracker.store.url import DatabaseTimes
 from tracker.store.writing.inbox import Inbox, ParsedDelivery, apply_waiting
 from tracker.store.writing.statements import MAX_LARGE, SMALL_BODY, requeue, statements_for
 from tracker.store.writing.writer import WriteOutcome
@@ -487,13 +488,10 @@ async def test_a_database_that_is_away_blames_no_delivery(
     assert await outcomes(db) == {"whd_run_1": "applied"}
 
 
-async def test_a_locked_run_holds_up_its_own_delivery_alone(
-    postgres_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_locked_run_holds_up_its_own_delivery_alone(postgres_url: str) -> None:
     """While someone holds a run, callbacks of others are applied, and its own is afterwards."""
-    monkeypatch.setattr("tracker.store.postgres.LOCK_SECONDS", 0.3)
     async with (
-        await Database.open(postgres_url) as db,
+        await Database.open(postgres_url, times=DatabaseTimes(lock=0.3)) as db,
         open_inbox(db) as inbox,
         open_writer(db) as writer,
     ):

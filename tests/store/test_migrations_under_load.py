@@ -20,8 +20,8 @@ from tests.support.logs import capture_logs
 from tests.support.waiting import START_SECONDS, eventually
 from tracker.store import migrate
 from tracker.store.engine import Database
-from tracker.store.postgres import LOCK_SECONDS
 from tracker.store.schema import runs
+from tracker.store.url import DatabaseTimes
 
 DEATHS = 3
 # These do some of it beside the work, which no transaction can hold together.
@@ -49,7 +49,7 @@ async def test_the_version_before_notices_no_migration(empty_database_url: str) 
             async with writers.at_work(f"before_{revision}"):
                 await migrate.upgrade(empty_database_url, revision)
             assert writers.errors == []
-            assert max(writers.waits) < LOCK_SECONDS
+            assert max(writers.waits) < DatabaseTimes().lock
             written.update(writers.written)
         assert await migrate.current(empty_database_url) == migrate.head()
         assert await completed(db) == written
@@ -74,7 +74,7 @@ async def test_a_migration_that_waits_lets_others_through(empty_postgres_url: st
     await upgrading
     assert {line["event"] for line in logged} == {"migration.waits"}
     assert writers.errors == []
-    assert max(writers.waits) < LOCK_SECONDS
+    assert max(writers.waits) < DatabaseTimes().lock
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ async def test_an_index_waits_for_older_transactions_and_blocks_none(
         assert await other.wait() == 0
     await reader.close()
     assert writers.errors == []
-    assert max(writers.waits) < LOCK_SECONDS
+    assert max(writers.waits) < DatabaseTimes().lock
     assert await migrate.current(empty_postgres_url) == migrate.head()
 
 

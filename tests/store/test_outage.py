@@ -30,6 +30,7 @@ from tests.support.waiting import assert_takes_less, eventually, free_port, let_
 from tracker.core.errors import StoreError, StoreUnavailable
 from tracker.store.engine import Database
 from tracker.store.queries.runs import get_run
+from tracker.store.url import DatabaseTimes
 
 
 async def is_unavailable(writer: TestWriter, run_id: str) -> None:
@@ -79,17 +80,17 @@ async def test_nobody_behind_the_port_is_unavailable_in_time() -> None:
             await db.ping()
 
 
-async def test_a_server_that_accepts_and_says_nothing_is_unavailable(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_server_that_accepts_and_says_nothing_is_unavailable() -> None:
     """A server that hangs is as good as none: the wait for it ends, although no attempt to connect
     does."""
-    monkeypatch.setattr("tracker.store.postgres.CONNECT_SECONDS", 3600.0)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         url = f"postgresql://t@127.0.0.1:{silent.getsockname()[1]}/t"
-        async with await Database.open(url) as db, open_writer(db, deadline=60) as writer:
+        async with (
+            await Database.open(url, times=DatabaseTimes(connect=3600.0)) as db,
+            open_writer(db, deadline=60) as writer,
+        ):
             told = asyncio.create_task(is_unavailable(writer, "run_1"))
             await eventually(lambda: select.select([silent], [], [], 0)[0])  # it is being connected
             let_pass(60)

@@ -4,38 +4,25 @@ Where the tests run, any process may pause for two seconds: one that holds a loc
 that answer.
 """
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from tracker.store import engine, postgres, sqlite
+from tracker.store import url
+from tracker.store.url import DatabaseTimes
 
 if TYPE_CHECKING:  # processes of the tracker do not load it
     import pytest
 
-LIMITS: Final[tuple[tuple[Any, str, object], ...]] = (
-    (sqlite, "QUEUE_SECONDS", 6.0),
-    (sqlite, "BUSY_SECONDS", 6.0),
-    (postgres, "CONNECT_SECONDS", 8.0),
-    (postgres, "STATEMENT_SECONDS", 10.0),
-    (postgres, "LOCK_SECONDS", 6.0),
-    (
-        postgres.connect_postgres,
-        "__kwdefaults__",
-        postgres.connect_postgres.__kwdefaults__ | {"command_timeout": 11.0},
-    ),
-    (engine, "STATEMENT_SECONDS", 10.0),
-    (engine, "ANSWER_SECONDS", 12.0),
-    (engine, "PING_SECONDS", 8.0),
+TIMES: Final = DatabaseTimes(
+    queue=6.0, busy=6.0, connect=8.0, statement=10.0, lock=6.0, answer=12.0, ping=8.0
 )
 """The tracker's own limits, and four seconds or more in addition."""
 
 
 def wait_longer_for_the_database(monkeypatch: "pytest.MonkeyPatch") -> None:
     """Raise the time limits of databases opened from now on, until the end of the test."""
-    for target, name, value in LIMITS:
-        monkeypatch.setattr(target, name, value)
+    monkeypatch.setattr(url, "TIMES", TIMES)
 
 
 def always_wait_longer_for_the_database() -> None:
     """`wait_longer_for_the_database` in a process of the tracker, until it ends."""
-    for target, name, value in LIMITS:
-        setattr(target, name, value)
+    url.TIMES = TIMES  # type: ignore[misc]

@@ -11,6 +11,7 @@ import random
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from typing import Any, Final, Self, TypeVar
@@ -31,7 +32,7 @@ from tracker.store.errors import (
     postgres_errors,
     translate,
 )
-from tracker.store.postgres import STATEMENT_SECONDS, connect_postgres
+from tracker.store.postgres import connect_postgres
 from tracker.store.sqlite import (
     SqliteThread,
     check_connections,
@@ -39,15 +40,11 @@ from tracker.store.sqlite import (
     sqlite_read_engine,
 )
 from tracker.store.text import dump_json, load_json
-from tracker.store.url import DatabaseUrl
+from tracker.store.url import DatabaseTimes, DatabaseUrl
 
 T = TypeVar("T")
 AnyRow = Row[*tuple[Any, ...]]
 
-ANSWER_SECONDS: Final = 6.0
-"""The time limit of a read or a write on PostgreSQL, with its wait for a connection. Closing a
-connection to a server that does not answer takes two seconds more."""
-PING_SECONDS: Final = 3.0
 ATTEMPTS: Final = 6
 """How often a transaction with a conflict is run before the database counts as unavailable."""
 
@@ -79,13 +76,17 @@ class Database:
         self._closed = False
 
     @classmethod
-    async def open(cls, url: str, *, application_name: str = "tracker") -> Self:
+    async def open(
+        cls, url: str, *, application_name: str = "tracker", times: DatabaseTimes | None = None
+    ) -> Self:
         """Open the database at `url`; a connection is made when it is first needed.
 
         `url` is `sqlite:///FILE`, `postgresql://…` or `postgres://…`, with or without a driver.
         Raises `SettingsError` where it is neither.
         """
         parsed = DatabaseUrl.parse(url)
+        if times is not None:
+            parsed = replace(parsed, times=times)
         if parsed.dialect == "sqlite":
             reading = sqlite_read_engine(parsed, **_COMMON)
             return cls(parsed, reading, SqliteThread(parsed, **_COMMON))
@@ -204,7 +205,8 @@ class Database:
         cancelled_before = task.cancelling() if task else 0
         try:
             # On SQLite a write runs in a thread, and its waits end by themselves.
-            async with asyncio.timeout(ANSWER_SECONDS if self.dialect == "postgresql" else None):
+            seconds = self.url.times.answer if self.dialect == "postgresql" else None
+            async with asyncio.timeout(seconds):
                 yield
         except self._foreign as exc:
             if task and task.cancelling() > cancelled_before:
@@ -214,7 +216,7 @@ class Database:
     async def ping(self) -> None:
         """Return if the database answers a query; raise `StoreUnavailable` if it does not."""
         try:
-            async with asyncio.timeout(PING_SECONDS):
+            async with asyncio.timeout(self.url.times.ping):
                 await self.fetchval(select(1))
         except TimeoutError as exc:
             raise translate(exc) from exc
@@ -290,7 +292,7 @@ _COMMON: Final[dict[str, Any]] = {
 def migration_engine(url: DatabaseUrl) -> AsyncEngine:
     """An engine for migrations: without time-outs on this side, on SQLite without foreign keys."""
     if url.dialect == "postgresql":
-        connect = partial(connect_postgres, url, "tracker-migrations", command_timeout=None)
+        connect = partial(connect_postgres, url, "tracker-migrations", is_limited=False)
         return create_async_engine(
             "postgresql+asyncpg://", async_creator=connect, poolclass=NullPool, **_COMMON
         )
@@ -305,7 +307,7 @@ def _postgres_engine(
         async_creator=partial(connect_postgres, url, application_name, by_key=by_key),
         pool_size=connections // 2,
         max_overflow=connections - connections // 2,
-        pool_timeout=STATEMENT_SECONDS,
+        pool_timeout=url.times.statement,
         pool_use_lifo=True,
         **_COMMON,
     )

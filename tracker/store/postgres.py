@@ -16,12 +16,6 @@ from typing import Any, Final
 from tracker.core.net import is_loopback
 from tracker.store.url import DatabaseUrl
 
-CONNECT_SECONDS: Final = 4.0
-STATEMENT_SECONDS: Final = 5.0
-"""The server ends a statement after this long; the client gives up a second later."""
-LOCK_SECONDS: Final = 2.0
-"""How long a statement waits for a lock. The tracker's own transactions take milliseconds. It is
-longer than the second after which the server checks for deadlocks, so that they are reported."""
 CLOSE_SECONDS: Final = 0.5
 """How long a server may take to close a connection; then it is cut off."""
 _HEADER: Final = 5
@@ -46,10 +40,10 @@ async def connect_postgres(
     url: DatabaseUrl,
     application_name: str,
     *,
-    command_timeout: float | None = STATEMENT_SECONDS + 1,
+    is_limited: bool = True,
     by_key: bool = False,
 ) -> Any:
-    """A connection of asyncpg, with the tracker's time-outs.
+    """A connection of asyncpg, with the tracker's time-outs; on this side, only if `is_limited`.
 
     `by_key` is for statements that find rows by their keys: each is planned once, and a plan for a
     small table would go on to read all of it when it is large.
@@ -58,19 +52,17 @@ async def connect_postgres(
     everywhere. Raises what asyncpg raises, and `PasswordNotSent`.
     """
     if not url.is_remote:
-        connection = await _connect(url, application_name, command_timeout)
+        connection = await _connect(url, application_name, is_limited)
     else:
         loop = _GuardedLoop(asyncio.get_running_loop())
         # asyncpg implements `prefer` without the given loop.
         ssl = "require" if url.sslmode in ("prefer", "allow") else url.sslmode
         try:
-            connection = await _connect(url, application_name, command_timeout, ssl=ssl, loop=loop)
+            connection = await _connect(url, application_name, is_limited, ssl=ssl, loop=loop)
         except ConnectionError as error:
             if ssl == url.sslmode or "rejected SSL upgrade" not in str(error):
                 raise
-            connection = await _connect(
-                url, application_name, command_timeout, ssl="disable", loop=loop
-            )
+            connection = await _connect(url, application_name, is_limited, ssl="disable", loop=loop)
     if by_key:
         # Not a start-up setting, which a pooler might not accept.
         try:
@@ -81,17 +73,16 @@ async def connect_postgres(
     return connection
 
 
-async def _connect(
-    url: DatabaseUrl, application_name: str, command_timeout: float | None, **how: Any
-) -> Any:
+async def _connect(url: DatabaseUrl, application_name: str, is_limited: bool, **how: Any) -> Any:
     import asyncpg  # noqa: PLC0415 - not loaded for SQLite
 
-    milliseconds = str(int(STATEMENT_SECONDS * 1000))
+    times = url.times
+    milliseconds = str(int(times.statement * 1000))
     settings = {
         "application_name": application_name,
         "timezone": "UTC",
         "statement_timeout": milliseconds,
-        "lock_timeout": str(int(LOCK_SECONDS * 1000)),
+        "lock_timeout": str(int(times.lock * 1000)),
         "idle_in_transaction_session_timeout": milliseconds,
         # Compiling takes longer than any statement of the tracker.
         "jit": "off",
@@ -99,8 +90,8 @@ async def _connect(
     try:
         return await asyncpg.connect(
             url.dsn,
-            timeout=CONNECT_SECONDS,
-            command_timeout=command_timeout,
+            timeout=times.connect,
+            command_timeout=times.statement + 1 if is_limited else None,
             connection_class=_connection_class(),
             max_cacheable_statement_size=0,  # no limit: the writer's are long
             server_settings=settings,

@@ -28,12 +28,6 @@ from tracker.store.url import DatabaseUrl
 
 T = TypeVar("T")
 
-QUEUE_SECONDS: Final = 2.0
-"""How long a write waits for earlier writes of this process."""
-BUSY_SECONDS: Final = 2.0
-"""How long a write then waits for another process to unlock the file."""
-_LONG_BUSY_SECONDS: Final = 5.0
-"""The same for reads, which hardly ever wait, and for migrations."""
 _DURABLE: Final = ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL")
 
 
@@ -42,6 +36,7 @@ class SqliteThread:
 
     def __init__(self, url: DatabaseUrl, **options: Any) -> None:
         self._path = url.path
+        self._times = url.times
         self.engine = _write_engine(url, **options)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sqlite-writer")
 
@@ -57,7 +52,7 @@ class SqliteThread:
         writing = self._thread.submit(work)
         done = asyncio.wrap_future(writing)
         try:
-            await asyncio.wait([done], timeout=QUEUE_SECONDS)
+            await asyncio.wait([done], timeout=self._times.queue)
             if not done.done() and writing.cancel():
                 raise StoreUnavailable("the database is too busy: too many writes are queued")
             return await done
@@ -86,7 +81,7 @@ class SqliteThread:
         await asyncio.get_running_loop().run_in_executor(self._thread, self.engine.dispose)
         self._thread.shutdown()
         for thread in tuple(_ABANDONED):
-            await asyncio.to_thread(thread.join, BUSY_SECONDS)
+            await asyncio.to_thread(thread.join, self._times.busy)
 
 
 def _send_traced(
@@ -113,11 +108,11 @@ def sqlite_read_engine(url: DatabaseUrl, **options: Any) -> AsyncEngine:
     """An engine whose connections cannot write."""
     engine = create_async_engine(
         _file_url("sqlite+aiosqlite", url),
-        pool_timeout=_LONG_BUSY_SECONDS,
+        pool_timeout=url.times.long_busy,
         connect_args={"async_creator_fn": _open},
         **options,
     )
-    _prepare(engine.sync_engine, "BEGIN", _LONG_BUSY_SECONDS, "PRAGMA query_only=ON")
+    _prepare(engine.sync_engine, "BEGIN", url.times.long_busy, "PRAGMA query_only=ON")
     _check_file(engine.sync_engine, url.path)
     return engine
 
@@ -169,7 +164,7 @@ def sqlite_migration_engine(url: DatabaseUrl, **options: Any) -> AsyncEngine:
     def connecting(*_: object) -> None:
         _create(Path(url.path).resolve())
 
-    _prepare(engine.sync_engine, "BEGIN IMMEDIATE", _LONG_BUSY_SECONDS, *_DURABLE)
+    _prepare(engine.sync_engine, "BEGIN IMMEDIATE", url.times.long_busy, *_DURABLE)
     return engine
 
 
@@ -187,7 +182,7 @@ def _write_engine(url: DatabaseUrl, **options: Any) -> Engine:
         engine,
         # Take the lock at once: a transaction that reads before it writes may fail.
         "BEGIN IMMEDIATE",
-        BUSY_SECONDS,
+        url.times.busy,
         *_DURABLE,
         "PRAGMA foreign_keys=ON",
         # The statement journal is kept in memory, not in a file for each commit.

@@ -2,7 +2,7 @@
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, Self
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
@@ -32,14 +32,41 @@ TLS_ADVICE: Final = (
 _UNKNOWN_TO_ASYNCPG: Final = ("channel_binding",)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatabaseTimes:
+    """How long what concerns a database may take, in seconds."""
+
+    queue: float = 2.0
+    """SQLite: how long a write waits for earlier writes of this process."""
+    busy: float = 2.0
+    """SQLite: how long a write then waits for another process to unlock the file."""
+    long_busy: float = 5.0
+    """SQLite: the same for reads, which hardly ever wait, and for migrations."""
+    connect: float = 4.0
+    statement: float = 5.0
+    """The server ends a statement after this long; the client gives up a second later."""
+    lock: float = 2.0
+    """How long a statement waits for a lock. The tracker's own transactions take milliseconds. It
+    is longer than the second after which the server checks for deadlocks, so that they are
+    reported."""
+    answer: float = 6.0
+    """A read or a write on PostgreSQL, with its wait for a connection. Closing a connection to a
+    server that does not answer takes two seconds more."""
+    ping: float = 3.0
+
+
+TIMES: Final = DatabaseTimes()
+
+
 @dataclass(frozen=True, slots=True)
 class DatabaseUrl:
-    """The address of a database. `str()` of it holds no password."""
+    """The address of a database, and the time limits there. `str()` of it holds no password."""
 
     dialect: Literal["sqlite", "postgresql"]
     dsn: str
     shown: str
     path: str = ""
+    times: DatabaseTimes = field(default_factory=lambda: TIMES)
 
     @classmethod
     def parse(cls, url: str, name: str = "TRACKER_DATABASE_URL") -> Self:
