@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from functools import partial
 
 from tests.cli.conftest import Commands, set_faults, simulate
-from tests.worker.conftest import PassedTime
+from tests.support.clocks import PassedTime
 from tracker import services as wiring
 
 

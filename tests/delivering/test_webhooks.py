@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, update
+from sqlalchemy import Connection, event, update
 
 from tests.delivering.conftest import PATIENT, SHORT, OpenWorker, Worker, endpoint
 from tests.store.making import ids, seen
@@ -19,7 +19,6 @@ from tracker.core.clock import utc_now
 from tracker.core.events import MessageState, RunFilter
 from tracker.core.record import Seen
 from tracker.core.run import RunStatus
-from tracker.delivering import webhooks as module
 from tracker.delivering.webhooks import UnknownEndpoint, UnknownMessage
 from tracker.store.engine import Database
 from tracker.store.queries import endpoints as read
@@ -28,7 +27,7 @@ from tracker.store.queries.audit import list_audit
 from tracker.store.queries.endpoints import MessageRow
 from tracker.store.queries.runs import get_run
 from tracker.store.schema import endpoints
-from tracker.store.writing.messages import Attempt, Turn, take_turn
+from tracker.store.writing.messages import Attempt, take_turn
 
 
 def settled(run_id: str, *, cost: float | None = 0.25) -> Seen:
@@ -372,17 +371,9 @@ async def test_two_outcomes_of_one_message_are_stored_together(db: Database) -> 
     assert [one.status for one in await read.list_attempts(db, "msg_1")] == [200, None]
 
 
-async def test_a_worker_waits_while_others_hold_all_requests(
-    open_worker: OpenWorker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_worker_waits_while_others_hold_all_requests(open_worker: OpenWorker) -> None:
     """While other processes have 20 requests open, a due message causes no stream of queries."""
-    turns = []
-
-    def counted(connection: Connection, **given: Any) -> Turn:
-        turns.append(take_turn(connection, **given))
-        return turns[-1]
-
-    monkeypatch.setattr(module, "take_turn", counted)
+    turns: list[Connection] = []
     async with Receiver() as receiver:
         worker: Worker = await open_worker(deliver=False)
         await add_endpoint(worker.db, "shop")
@@ -390,7 +381,8 @@ async def test_a_worker_waits_while_others_hold_all_requests(
         for number in range(20):
             await add_message(worker.db, f"msg_{number}", "shop", **held)
         await add_message(worker.db, "msg_due", "shop", next_attempt_at=utc_now())
-        await open_worker(endpoint(receiver))
+        second: Worker = await open_worker(endpoint(receiver))
+        event.listen(second.db._transactions.engine, "begin", turns.append)
         await eventually(lambda: turns)
         await asyncio.sleep(0.5)
         assert len(turns) <= 3

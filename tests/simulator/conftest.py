@@ -3,29 +3,15 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
-from datetime import UTC, datetime, timedelta
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
 from tests.simulator.receiver import Receiver
-from tracker.simulator import Options, build_app, running, starts
+from tests.support.clocks import HandClock
+from tracker.simulator import Options, build_app, running
 from tracker.simulator.world import World
-
-
-class HandClock:
-    """A clock that stands still until it is moved."""
-
-    def __init__(self) -> None:
-        self._now = datetime(2026, 7, 1, 12, 0, tzinfo=UTC)
-
-    def __call__(self) -> datetime:
-        return self._now
-
-    def move(self, seconds: float) -> None:
-        self._now += timedelta(seconds=seconds)
 
 
 class SlowStarts:
@@ -81,10 +67,9 @@ def clock() -> HandClock:
 
 
 @pytest.fixture
-def slow_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowStarts]:
-    """Slow starts in the test's hand, in place of waits in real time."""
+def slow_starts() -> Iterator[SlowStarts]:
+    """Slow starts in the test's hand, for a world that sleeps by it."""
     held = SlowStarts()
-    monkeypatch.setattr(starts, "asyncio", SimpleNamespace(sleep=held.sleep))
     yield held
     held.release()
 

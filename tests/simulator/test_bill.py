@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from tests.simulator.conftest import Flora, HandClock, ServeFlora
+from tests.simulator.conftest import Flora, ServeFlora
+from tests.support.clocks import HandClock
 from tracker.simulator.making import MEASURED_FAILURES
 
 END = 30

@@ -3,8 +3,9 @@
 import httpx
 import pytest
 
-from tests.simulator.conftest import Flora, HandClock, MakeFlora
+from tests.simulator.conftest import Flora, MakeFlora
 from tests.simulator.receiver import Receiver
+from tests.support.clocks import HandClock
 from tracker.simulator import Options, running
 
 ROOT = "http://127.0.0.1:8750"

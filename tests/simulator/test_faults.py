@@ -6,7 +6,8 @@ from email.utils import parsedate_to_datetime
 import httpx
 import pytest
 
-from tests.simulator.conftest import HandClock, MakeFlora
+from tests.simulator.conftest import MakeFlora
+from tests.support.clocks import HandClock
 from tracker.simulator import Options, parse_rate, running
 from tracker.simulator.faults import RequestFault
 

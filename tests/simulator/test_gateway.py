@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 
-from tests.simulator.conftest import HandClock, ServeFlora, SlowStarts
+from tests.simulator.conftest import ServeFlora, SlowStarts
+from tests.support.clocks import HandClock
 from tracker.simulator import Options, SimulatedWorkspace
 from tracker.simulator.faults import GatewayFault
 
@@ -33,6 +34,7 @@ async def test_a_gateway_gives_up_before_a_slow_start_does(
     flora = await serve_flora(
         gateway_starts=1, gateway_seconds=2, slow_starts=1, slow_run="last", speed=100
     )
+    flora.world.sleep = slow_starts.sleep
     assert (await flora.start()).status_code >= 502
     assert not flora.world.runs
     slow_starts.release()

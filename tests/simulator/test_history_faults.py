@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.simulator.conftest import Flora, HandClock, ServeFlora
+from tests.simulator.conftest import Flora, ServeFlora
+from tests.support.clocks import HandClock
 
 
 async def _read_all(flora: Flora, limit: int = 10) -> list[str]:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.simulator.conftest import Flora, HandClock, MakeFlora
+from tests.simulator.conftest import Flora, MakeFlora
+from tests.support.clocks import HandClock
 
 
 async def test_a_run_goes_from_pending_to_completed(flora: Flora, clock: HandClock) -> None:

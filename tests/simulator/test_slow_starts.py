@@ -4,8 +4,9 @@ import asyncio
 
 import pytest
 
-from tests.simulator.conftest import HandClock, ServeFlora, SlowStarts
+from tests.simulator.conftest import ServeFlora, SlowStarts
 from tests.simulator.receiver import Receiver
+from tests.support.clocks import HandClock
 from tests.support.waiting import eventually
 
 KEY = {"idempotency_key": "k"}
@@ -16,6 +17,7 @@ async def test_a_slow_start_runs_before_its_answer(
 ) -> None:
     """A client that does not wait for the answer has started a run nevertheless."""
     flora = await serve_flora(slow_starts=1)
+    flora.world.sleep = slow_starts.sleep
     answer = asyncio.create_task(flora.start())
     await eventually(lambda: flora.world.runs, interval=0.001)
     assert slow_starts.waiting == 1
@@ -31,6 +33,7 @@ async def test_a_slow_start_may_run_at_the_end_only(
 ) -> None:
     """The run may start after the client has given up."""
     flora = await serve_flora(slow_starts=1, slow_run="last")
+    flora.world.sleep = slow_starts.sleep
     answer = asyncio.create_task(flora.start())
     await eventually(lambda: slow_starts.waiting, interval=0.001)
     assert not flora.world.runs
@@ -44,6 +47,7 @@ async def test_a_key_known_at_the_end_lets_two_at_once_run(
 ) -> None:
     """Two requests with one key at the same moment both run; a third one afterwards does not."""
     flora = await serve_flora(slow_starts=1, slow_run=slow_run, keys_known="at_end")
+    flora.world.sleep = slow_starts.sleep
     answers = asyncio.gather(flora.start(**KEY), flora.start(**KEY))
     await eventually(lambda: slow_starts.waiting == 2, interval=0.001)
     slow_starts.release()
@@ -58,6 +62,7 @@ async def test_a_key_known_at_once_is_refused_while_its_request_lasts(
 ) -> None:
     """Where a key is known from the beginning, a second request at the same moment is 409."""
     flora = await serve_flora(slow_starts=1, slow_run="last")
+    flora.world.sleep = slow_starts.sleep
     starting = [asyncio.create_task(flora.start(**KEY)) for _ in range(2)]
     await asyncio.wait(starting, return_when=asyncio.FIRST_COMPLETED)
     assert slow_starts.waiting == 1

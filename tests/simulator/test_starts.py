@@ -4,7 +4,8 @@ from ipaddress import ip_address
 
 import pytest
 
-from tests.simulator.conftest import Flora, HandClock, MakeFlora
+from tests.simulator.conftest import Flora, MakeFlora
+from tests.support.clocks import HandClock
 from tracker.simulator import SimulatedWorkspace
 from tracker.simulator.callbacks import Address, refusal
 

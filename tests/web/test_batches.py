@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from tests.support.clocks import PassedTime
 from tests.support.waiting import eventually
 from tests.web.conftest import Serve, Site
 from tests.web.flora import with_flora
-from tests.worker.conftest import PassedTime, client_by
+from tests.worker.conftest import client_by
 from tracker.core.budget import Budget, Budgets, Period
 from tracker.simulator import Simulator
 from tracker.starting.batch_orders import Order

@@ -11,6 +11,7 @@ from tests.web.test_metrics import scrape
 from tracker.core.errors import FloraError
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Seen
+from tracker.flora.client import FloraClient
 
 NOW = datetime(2026, 11, 28, 12, tzinfo=UTC)
 
@@ -26,7 +27,6 @@ NOW = datetime(2026, 11, 28, 12, tzinfo=UTC)
 async def test_a_flora_that_does_not_answer_is_reported(
     serve: Serve,
     sqlite_url: str,
-    monkeypatch: pytest.MonkeyPatch,
     answers: str,
     ready: str,
     metrics: tuple[int, int],
@@ -36,29 +36,32 @@ async def test_a_flora_that_does_not_answer_is_reported(
     passed = [0.0]
     async with with_flora(serve, sqlite_url) as (site, flora):
         [workspace] = site.services.workspaces
-        contact = workspace.require_client().contact
-        monkeypatch.setattr(contact, "_monotonic", lambda: time.monotonic() + passed[0])
-        flora.world.change({"gateway": 1, "gateway_answers": answers, "gateway_works": 0})
-        with pytest.raises(FloraError):
-            await workspace.require_client().history(limit=1)
-        assert (await site.client.get("/readyz")).json()["flora"].startswith("no answer yet")
-        passed[0] = 31.0
-        answer = await site.client.get("/readyz")
-        assert answer.status_code == 200
-        assert answer.json()["flora"].startswith(ready)
-        found = await scrape(site.client)
-        assert (
-            found.value("tracker_flora_up", workspace_id=workspace.name),
-            found.value("tracker_flora_misconfigured", workspace_id=workspace.name),
-        ) == metrics
-        page = (await site.client.get("/")).text
-        assert "No run is lost by this" in page
-        flora.world.change({"gateway": 0})
-        assert (await site.client.post("/api/runs", json=START)).status_code == 201
-        assert (await site.client.get("/readyz")).json()["flora"] == "ok"
-        assert (await scrape(site.client)).value(
-            "tracker_flora_up", workspace_id=workspace.name
-        ) == 1
+        async with FloraClient(
+            base_url=flora.base_url,
+            api_key=flora.world.options.api_key,
+            monotonic=lambda: time.monotonic() + passed[0],
+        ) as workspace.client:
+            flora.world.change({"gateway": 1, "gateway_answers": answers, "gateway_works": 0})
+            with pytest.raises(FloraError):
+                await workspace.require_client().history(limit=1)
+            assert (await site.client.get("/readyz")).json()["flora"].startswith("no answer yet")
+            passed[0] = 31.0
+            answer = await site.client.get("/readyz")
+            assert answer.status_code == 200
+            assert answer.json()["flora"].startswith(ready)
+            found = await scrape(site.client)
+            assert (
+                found.value("tracker_flora_up", workspace_id=workspace.name),
+                found.value("tracker_flora_misconfigured", workspace_id=workspace.name),
+            ) == metrics
+            page = (await site.client.get("/")).text
+            assert "No run is lost by this" in page
+            flora.world.change({"gateway": 0})
+            assert (await site.client.post("/api/runs", json=START)).status_code == 201
+            assert (await site.client.get("/readyz")).json()["flora"] == "ok"
+            assert (await scrape(site.client)).value(
+                "tracker_flora_up", workspace_id=workspace.name
+            ) == 1
 
 
 async def test_a_status_of_a_newer_flora_is_shown_and_filtered_by(site: Site) -> None:

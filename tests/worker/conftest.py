@@ -3,12 +3,12 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.support.clocks import HandClock, PassedTime
 from tests.support.waiting import NO_SWEEPS
 from tracker.core.record import Record
 from tracker.flora.client import FloraClient
@@ -23,34 +23,6 @@ from tracker.worker.scheduler import WorkerTimes
 PATIENT = WorkerTimes(release=30.0)
 """Another process may pause while a worker that stops releases its claims."""
 PUBLIC_URL = "https://tracker.example"
-
-
-class HandClock:
-    """A clock that stands still until it is moved."""
-
-    def __init__(self) -> None:
-        self._now = datetime(2026, 7, 1, 12, 0, tzinfo=UTC)
-
-    def __call__(self) -> datetime:
-        return self._now
-
-    def move(self, seconds: float) -> None:
-        self._now += timedelta(seconds=seconds)
-
-
-class PassedTime:
-    """Time that passes only while something waits: waits seem as long as ever, and take none."""
-
-    def __init__(self) -> None:
-        self._now = 0.0
-
-    def __call__(self) -> float:
-        return self._now
-
-    async def sleep(self, seconds: float) -> None:
-        until = self._now + seconds
-        await asyncio.sleep(0)
-        self._now = max(self._now, until)
 
 
 @pytest.fixture

@@ -11,15 +11,9 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from tests.support.clocks import HandClock, PassedTime
 from tests.support.waiting import eventually
-from tests.worker.conftest import (
-    HandClock,
-    MakeFlora,
-    OpenServices,
-    PassedTime,
-    client_by,
-    reads_of,
-)
+from tests.worker.conftest import MakeFlora, OpenServices, client_by, reads_of
 from tests.worker.test_poll import poll_to_the_end
 from tracker.core.errors import (
     DefinitionChanged,

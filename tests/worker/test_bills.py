@@ -5,7 +5,8 @@ from datetime import timedelta
 
 import pytest
 
-from tests.worker.conftest import HandClock, MakeFlora, OpenServices, reads_of, the_run
+from tests.support.clocks import HandClock
+from tests.worker.conftest import MakeFlora, OpenServices, reads_of, the_run
 from tracker.core.record import Record
 from tracker.core.run import Tracking
 from tracker.services import Services

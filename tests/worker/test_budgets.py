@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from tests.support.clocks import HandClock
 from tests.support.logs import capture_logs
 from tests.support.waiting import eventually
-from tests.worker.conftest import HandClock, MakeFlora, OpenServices
+from tests.worker.conftest import MakeFlora, OpenServices
 from tests.worker.test_batch import plan, silent
 from tests.worker.test_poll import poll_to_the_end
 from tests.worker.test_start import request

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from tests.support.clocks import HandClock
 from tests.support.waiting import eventually
-from tests.worker.conftest import PATIENT, HandClock, Hurry, MakeFlora, OpenServices, reads_of
+from tests.worker.conftest import PATIENT, Hurry, MakeFlora, OpenServices, reads_of
 from tracker.core.errors import (
     FloraRefusal,
     FloraUnreachable,

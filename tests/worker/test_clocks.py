@@ -10,9 +10,10 @@ import apscheduler.triggers.interval
 import pytest
 
 import tracker.store.clock
+from tests.support.clocks import HandClock
 from tests.support.logs import capture_logs
 from tests.support.waiting import eventually
-from tests.worker.conftest import PATIENT, HandClock, MakeFlora, OpenServices, reads_of, the_run
+from tests.worker.conftest import PATIENT, MakeFlora, OpenServices, reads_of, the_run
 from tests.worker.test_poll import poll_to_the_end, start
 from tests.worker.test_scheduler import swept
 from tracker.core.clock import utc_now

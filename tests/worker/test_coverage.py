@@ -5,14 +5,8 @@ from typing import Any
 
 import pytest
 
-from tests.worker.conftest import (
-    HandClock,
-    Hurry,
-    MakeFlora,
-    OpenServices,
-    on_history,
-    reads_of,
-)
+from tests.support.clocks import HandClock
+from tests.worker.conftest import Hurry, MakeFlora, OpenServices, on_history, reads_of
 from tests.worker.test_sweep import sweep
 from tracker.core.run import RunType
 from tracker.flora.client import cursor_at, offset_of

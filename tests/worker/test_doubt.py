@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
+from tests.support.clocks import HandClock
 from tests.support.waiting import eventually, free_port
 from tests.web.serving import serving
-from tests.worker.conftest import HandClock, MakeFlora, OpenServices, reads_of, the_run
+from tests.worker.conftest import MakeFlora, OpenServices, reads_of, the_run
 from tracker.core.clock import utc_now
 from tracker.core.errors import FloraError, FloraRefusal, StartError, StoreUnavailable
 from tracker.core.observation import Source

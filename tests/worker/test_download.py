@@ -11,8 +11,9 @@ import httpx
 import pytest
 
 from tests.delivering.far_end import answer, far_end
+from tests.support.clocks import HandClock
 from tests.support.waiting import eventually
-from tests.worker.conftest import HandClock, the_run
+from tests.worker.conftest import the_run
 from tracker.core.errors import DownloadDirectoryError, TrackerError
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Seen

@@ -1,6 +1,7 @@
 """How long a technique's runs take: known as soon as enough of them are."""
 
-from tests.worker.conftest import HandClock, OpenServices, the_run
+from tests.support.clocks import HandClock
+from tests.worker.conftest import OpenServices, the_run
 from tests.worker.test_poll import PROMPT
 from tracker.services import Services
 from tracker.simulator import Simulator

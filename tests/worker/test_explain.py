@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from tests.support.clocks import HandClock
 from tests.support.deliveries import Delivered, keep
-from tests.worker.conftest import HandClock, MakeFlora, OpenServices, the_run
+from tests.worker.conftest import MakeFlora, OpenServices, the_run
 from tracker.core.observation import Observation, Source
 from tracker.core.record import Delivery, DeliveryOutcome, Seen
 from tracker.core.run import Output, RunError, RunStatus

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from starlette.applications import Starlette
 
+from tests.support.clocks import HandClock
 from tests.support.logs import capture_logs
 from tests.web.serving import serving
-from tests.worker.conftest import HandClock, MakeFlora, OpenServices, reads_of, the_run
+from tests.worker.conftest import MakeFlora, OpenServices, reads_of, the_run
 from tests.worker.test_poll import poll_to_the_end, start
 from tracker.core.run import Tracking
 from tracker.flora import caller

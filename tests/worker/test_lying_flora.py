@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from tests.store.making import fold
-from tests.worker.conftest import HandClock, MakeFlora, OpenServices, reads_of, the_run
+from tests.support.clocks import HandClock
+from tests.worker.conftest import MakeFlora, OpenServices, reads_of, the_run
 from tests.worker.test_poll import poll_to_the_end, start
 from tracker.core.record import Record
 from tracker.core.run import RunStatus, Tracking

@@ -5,10 +5,11 @@ import logging
 from dataclasses import replace
 from datetime import timedelta
 
+from tests.support.clocks import HandClock
 from tests.support.logs import capture_logs
 from tests.support.scraping import Scrape, read_scrape
 from tests.support.waiting import eventually
-from tests.worker.conftest import HandClock, MakeFlora, OpenServices
+from tests.worker.conftest import MakeFlora, OpenServices
 from tests.worker.test_scheduler import simulator, swept, working
 from tracker.services import Services
 from tracker.simulator import Options, Simulator, running

@@ -5,15 +5,8 @@ from datetime import timedelta
 
 import pytest
 
-from tests.worker.conftest import (
-    HandClock,
-    Hurry,
-    MakeFlora,
-    OpenServices,
-    assert_true_to,
-    reads_of,
-    the_run,
-)
+from tests.support.clocks import HandClock
+from tests.worker.conftest import Hurry, MakeFlora, OpenServices, assert_true_to, reads_of, the_run
 from tracker.core.observation import Source
 from tracker.core.run import Tracking
 from tracker.services import Services

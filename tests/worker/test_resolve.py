@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.worker.conftest import HandClock, MakeFlora, OpenServices, the_run
+from tests.support.clocks import HandClock
+from tests.worker.conftest import MakeFlora, OpenServices, the_run
 from tests.worker.test_doubt import GATEWAY, PROMPT, attempt, change, state_of
 from tracker.core.errors import InvalidRequest
 from tracker.core.observation import Source

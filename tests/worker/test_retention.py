@@ -6,8 +6,9 @@ from datetime import timedelta
 import pytest
 import sqlalchemy as sa
 
+from tests.support.clocks import HandClock
 from tests.web.callbacks import event
-from tests.worker.conftest import HandClock, MakeFlora, OpenServices, the_run
+from tests.worker.conftest import MakeFlora, OpenServices, the_run
 from tests.worker.test_batch import batch, begun, statuses
 from tests.worker.test_poll import poll_to_the_end, start
 from tests.worker.test_replay import body, keep

@@ -7,14 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.worker.conftest import (
-    HandClock,
-    Hurry,
-    MakeFlora,
-    OpenServices,
-    reads_of,
-    the_run,
-)
+from tests.support.clocks import HandClock
+from tests.worker.conftest import Hurry, MakeFlora, OpenServices, reads_of, the_run
 from tracker.core.errors import (
     FloraError,
     FloraRefusal,

@@ -6,7 +6,8 @@ from decimal import Decimal
 
 import sqlalchemy as sa
 
-from tests.worker.conftest import HandClock, MakeFlora, OpenServices
+from tests.support.clocks import HandClock
+from tests.worker.conftest import MakeFlora, OpenServices
 from tests.worker.test_coverage import SPAN
 from tests.worker.test_sweep import sweep
 from tracker.polling.verify import VerifyReport

@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.worker.conftest import HandClock, MakeFlora, OpenServices
+from tests.support.clocks import HandClock
+from tests.worker.conftest import MakeFlora, OpenServices
 from tracker.core.errors import RateLimited
 from tracker.flora.client import FloraClient
 from tracker.services import Services

@@ -1,6 +1,5 @@
 """How a start is checked and answered: bad input, idempotency keys, slow and lost answers."""
 
-import asyncio
 import hashlib
 import json
 from contextlib import suppress
@@ -217,7 +216,7 @@ class StartHandler:
             self._busy.add(key)
         try:
             if wait and options.slow_run == "last":
-                await asyncio.sleep(wait)
+                await world.sleep(wait)
             runs = [
                 world.start(one, callback_url=start.body.get("callback_url"), workspace=workspace)
                 for one in start.requests
@@ -233,7 +232,7 @@ class StartHandler:
         if colleague and start.technique is not None:
             await self._start_colleague(start.technique, workspace)
         if wait and options.slow_run == "first":
-            await asyncio.sleep(wait)
+            await world.sleep(wait)
         if "early" in runs[0].faults:
             await attempted[0].wait()
         if lost:
@@ -294,7 +293,7 @@ class StartHandler:
         wait = self._world.options.colleague_seconds / self._world.options.speed
 
         async def start() -> None:
-            await asyncio.sleep(wait)
+            await self._world.sleep(wait)
             with suppress(ErrorAnswer):  # there is no caller to report used-up credits to
                 request = self._world.sample_request(technique.technique_id)
                 self._world.start(request, workspace=workspace, colleague=True)

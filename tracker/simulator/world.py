@@ -3,10 +3,11 @@
 The world never waits and does no input or output; its clock is an argument.
 """
 
+import asyncio
 import heapq
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -50,7 +51,8 @@ class World:
     gave each status (0: the connection was cut), and `request_log` the last requests one by one.
     `started_with` holds the idempotency key of each run that was started with one, by the run's
     identifier, and `media_files` the names of the files behind output links (preset runs have
-    none). `root` is where this FLORA is reached, without `/api/v1`.
+    none). `root` is where this FLORA is reached, without `/api/v1`. `sleep` lets the time of slow
+    starts pass.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class World:
         self.deliveries: list[CallbackAttempt] = []
         self.media_files: set[str] = set()
         self.requests = 0
+        self.sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
         self._clock = clock
         self._options = options
         self._changes: list[_PlannedChange] = []
