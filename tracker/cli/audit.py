@@ -1,16 +1,14 @@
 """`tracker audit`: who did what, and who was refused."""
 
 from datetime import timedelta
-from typing import TYPE_CHECKING, Annotated
+from functools import partial
+from typing import Annotated
 
 import typer
 
-from tracker.cli.output import JsonFlag, print_page
-from tracker.cli.setup import CursorOption, LimitOption, parse_age, run_once
-
-if TYPE_CHECKING:
-    from tracker.services import Services
-    from tracker.store.queries.audit import AuditRow
+from tracker.cli.output import JsonFlag
+from tracker.cli.setup import CursorOption, LimitOption, parse_age, print_list
+from tracker.core.clock import utc_now
 
 app = typer.Typer(
     name="audit",
@@ -43,17 +41,11 @@ def list_(
     if action is not None and action not in list(audit.Action):
         raise typer.BadParameter(f"{action!r} is not an action", param_hint="--action")
 
-    async def work(services: "Services") -> "tuple[list[AuditRow], str | None]":
-        start = None if since is None else services.clock() - since
-        return await audit.list_audit(
-            services.database, since=start, action=action, cursor=cursor, limit=limit
-        )
-
-    rows, next_cursor = run_once(work)
-    print_page(
+    start = None if since is None else utc_now() - since
+    print_list(
         "entries",
-        [audit_json(row) for row in rows],
-        next_cursor,
+        partial(audit.list_audit, since=start, action=action, cursor=cursor, limit=limit),
+        audit_json,
         {
             "at": lambda entry: f"{entry['at'][:19]}Z",
             "actor": "actor",

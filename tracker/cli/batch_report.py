@@ -187,7 +187,6 @@ class BatchScreen:
                 self.show(self._progress)
 
     def show(self, progress: "BatchProgress") -> None:
-        """Show how far the batch is."""
         self.begun.set()
         self._progress = progress
         files = None if self._files is None else len(self._files)

@@ -10,14 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tracker.cli.output import (
-    JsonFlag,
-    plain,
-    print_json,
-    print_page,
-    print_table,
-)
-from tracker.cli.setup import CursorOption, NamedPage, run_on_database, run_once, technique_names
+from tracker.cli.output import JsonFlag, plain, print_json, print_table
+from tracker.cli.setup import CursorOption, print_list, run_once
 from tracker.core.errors import TrackerError
 from tracker.core.formatting import money, plain_lines
 
@@ -60,17 +54,15 @@ def list_(
     from tracker.store.queries import batches
     from tracker.views import batch_json
 
-    async def work(database: "Database") -> NamedPage:
+    async def find(database: "Database") -> tuple[list[dict[str, Any]], str | None]:
         found, next_cursor = await batches.list_batches(database, cursor=cursor, limit=limit)
         counts = await batches.batch_counts(database, [one.batch_id for one in found])
-        rows = [batch_json(one, counts[one.batch_id]) for one in found]
-        return rows, next_cursor, await technique_names(database, rows)
+        return [batch_json(one, counts[one.batch_id]) for one in found], next_cursor
 
-    rows, next_cursor, names = run_on_database(work)
-    print_page(
+    print_list(
         "batches",
-        rows,
-        next_cursor,
+        find,
+        dict,
         {
             "batch": "batch_id",
             "file": "name",
@@ -84,7 +76,7 @@ def list_(
         },
         as_json=as_json,
         hide=("created", "technique", "running", "rows", "file"),
-        names=names,
+        named=True,
     )
 
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tracker.cli.output import JsonFlag, note, print_fields, print_json, print_page, print_table
-from tracker.cli.setup import CursorOption, LimitOption, run_on_database, run_once
+from tracker.cli.output import JsonFlag, note, print_fields, print_json, print_table
+from tracker.cli.setup import CursorOption, LimitOption, print_list, run_on_database, run_once
 from tracker.core.errors import TrackerError
 from tracker.core.formatting import counted
 from tracker.core.record import DeliveryOutcome
@@ -33,13 +33,10 @@ def list_(
     from tracker.store.queries.runs import list_deliveries
     from tracker.views import delivery_json
 
-    rows, next_cursor = run_on_database(
-        partial(list_deliveries, outcome=outcome, run_id=run, cursor=cursor, limit=limit)
-    )
-    print_page(
+    print_list(
         "deliveries",
-        [delivery_json(row) for row in rows],
-        next_cursor,
+        partial(list_deliveries, outcome=outcome, run_id=run, cursor=cursor, limit=limit),
+        delivery_json,
         {
             "delivery": "delivery_id",
             "run": "run_id",

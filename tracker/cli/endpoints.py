@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tracker.cli.output import JsonFlag, note, plain, print_json, print_page
-from tracker.cli.setup import run_on_database, run_once
+from tracker.cli.output import JsonFlag, note, plain, print_json
+from tracker.cli.setup import print_list, run_once
 from tracker.core.clock import utc_now
 from tracker.core.formatting import duration
 
@@ -30,12 +30,12 @@ def list_(as_json: JsonFlag = False) -> None:
     """
     from tracker.views import endpoint_json
 
-    async def work(database: "Database") -> list[dict[str, Any]]:
+    async def find(database: "Database") -> tuple[list[dict[str, Any]], None]:
         from tracker.store.queries import endpoints as read
 
         now = utc_now()
         backlogs = await read.backlogs(database)
-        return [
+        rows = [
             {
                 **endpoint_json(
                     row,
@@ -46,11 +46,12 @@ def list_(as_json: JsonFlag = False) -> None:
             }
             for row in await read.list_endpoints(database)
         ]
+        return rows, None
 
-    print_page(
+    print_list(
         "endpoints",
-        run_on_database(work),
-        None,
+        find,
+        dict,
         {
             "endpoint": "endpoint_id",
             "health": "health",

@@ -6,8 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from tracker.cli.output import JsonFlag, print_fields, print_json, print_page, print_table
-from tracker.cli.setup import CursorOption, LimitOption, parse_age, run_on_database, run_once
+from tracker.cli.output import JsonFlag, print_fields, print_json, print_table
+from tracker.cli.setup import (
+    CursorOption,
+    LimitOption,
+    parse_age,
+    print_list,
+    run_on_database,
+    run_once,
+)
 from tracker.core.clock import utc_now
 from tracker.core.errors import TrackerError
 from tracker.core.events import EventType, MessageState
@@ -53,7 +60,8 @@ def list_(
     from tracker.store.queries.endpoints import list_messages
     from tracker.views import message_json
 
-    rows, next_cursor = run_on_database(
+    print_list(
+        "messages",
         partial(
             list_messages,
             endpoint_id=endpoint,
@@ -62,12 +70,8 @@ def list_(
             run_id=run,
             cursor=cursor,
             limit=limit,
-        )
-    )
-    print_page(
-        "messages",
-        [message_json(row) for row in rows],
-        next_cursor,
+        ),
+        message_json,
         {
             "message": "message_id",
             "state": "state",

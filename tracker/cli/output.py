@@ -118,40 +118,6 @@ def _longest_word(text: str) -> int:
     return min(max(map(len, text.split()), default=0), _LONGEST_ID)
 
 
-def print_page(
-    name: str,
-    rows: Sequence[Mapping[str, Any]],
-    next_cursor: str | None,
-    columns: Mapping[str, str | Callable[[Mapping[str, Any]], object]],
-    *,
-    as_json: bool,
-    hide: Sequence[str] = (),
-    names: Mapping[str, str] | None = None,
-) -> None:
-    """Print a page of a list: as JSON under `name`, or as a table.
-
-    `columns` are the table's: for each title the key of its values, or a function of the row. Times
-    (keys that end in `_at`) are shown to the second. `hide` is that of `print_table`; `names` are
-    shown in place of the ids of techniques.
-    """
-    if as_json:
-        print_json({name: rows, "meta": {"next_cursor": next_cursor}})
-        return
-
-    def cell(row: Mapping[str, Any], column: str | Callable[[Mapping[str, Any]], object]) -> object:
-        if not isinstance(column, str):
-            return column(row)
-        value = row[column]
-        if column == "technique_id":
-            return (names or {}).get(value, value)
-        return f"{value[:19]}Z" if value and column.endswith("_at") else value
-
-    values = ([cell(row, column) for column in columns.values()] for row in rows)
-    print_table(columns, values, hide=hide)
-    if next_cursor is not None:
-        note(f"There are more: --cursor {next_cursor}")
-
-
 def print_fields(fields: Mapping[str, object]) -> None:
     """Print a line for each field that has a value."""
     shown = {name: value for name, value in fields.items() if value not in (None, [], "")}
@@ -219,12 +185,10 @@ class Screen:
         self._bars.update(self._tasks[name], completed=done, total=total, **fields)
 
     def remove(self, name: str) -> None:
-        """Remove a bar, if it is there."""
         if self._bars is not None and name in self._tasks:
             self._bars.remove_task(self._tasks.pop(name))
 
     def line(self, text: str) -> None:
-        """Print a line."""
         if self._bars is None:
             note(text)
         else:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 from uuid import uuid4
 
@@ -15,13 +16,11 @@ from tracker.cli.output import (
     plain,
     print_fields,
     print_json,
-    print_page,
     print_with_inputs,
 )
 from tracker.cli.setup import (
     CursorOption,
     LimitOption,
-    NamedPage,
     RunId,
     TagOption,
     TechniqueArgument,
@@ -29,9 +28,9 @@ from tracker.cli.setup import (
     WorkspaceOption,
     flora_deadline,
     parsed_tags,
+    print_list,
     run_on_database,
     run_once,
-    technique_names,
 )
 from tracker.core.errors import FloraError, TrackerError
 from tracker.core.formatting import money
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
     from tracker.core.record import Record
     from tracker.services import Services
     from tracker.starting.resolve import TrackedRun
-    from tracker.store.engine import Database
 
 app = typer.Typer(name="runs", help="Start, track, list and show runs.", no_args_is_help=True)
 
@@ -221,10 +219,10 @@ def list_(
     from tracker.views import run_json
 
     tags = parsed_tags(None if tag is None else [tag])
-
-    async def work(database: "Database") -> NamedPage:
-        records, next_cursor = await list_runs(
-            database,
+    print_list(
+        "runs",
+        partial(
+            list_runs,
             status=status,
             technique_id=technique,
             workspace_id=workspace,
@@ -234,15 +232,8 @@ def list_(
             retry_advice=retry_advice,
             cursor=cursor,
             limit=limit,
-        )
-        runs = [run_json(record) for record in records]
-        return runs, next_cursor, await technique_names(database, runs)
-
-    runs, next_cursor, names = run_on_database(work)
-    print_page(
-        "runs",
-        runs,
-        next_cursor,
+        ),
+        run_json,
         {
             "run": "run_id",
             "technique": "technique_id",
@@ -255,7 +246,7 @@ def list_(
         },
         as_json=as_json,
         hide=("outputs", "progress", "tracking", "created", "technique", "cost"),
-        names=names,
+        named=True,
     )
 
 

@@ -3,6 +3,7 @@
 import ctypes
 import signal
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
@@ -75,8 +76,9 @@ def serve(
             server.Listener(host=host, port=port, build=app.build_callbacks_app, is_open=True),
         ]
     elif callbacks_port is not None:
+        private = partial(app.build_app, callbacks=False)
         listeners = [
-            server.Listener(host=host, port=port, build=app.build_private_app),
+            server.Listener(host=host, port=port, build=private),
             server.Listener(
                 host=callbacks_host or host,
                 port=callbacks_port,

@@ -4,14 +4,14 @@ import asyncio
 import getpass
 import os
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import typer
 
-from tracker.cli.output import showing_waits
+from tracker.cli.output import note, print_json, print_table, showing_waits
 from tracker.core.errors import FloraUnreachable
 from tracker.core.inputs import parse_tags
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 V = TypeVar("V")
-NamedPage = tuple[list[dict[str, Any]], str | None, dict[str, str]]
-"""Rows of a list as JSON values, the cursor of the next page, and `technique_names`."""
 
 FLORA_SECONDS: Final = 28.0
 """How long a one-shot command waits for FLORA's first answer. A single call gives up sooner; this
@@ -96,16 +94,52 @@ def run_on_database(work: Callable[["Database"], Awaitable[T]]) -> T:
     return asyncio.run(run())
 
 
-async def technique_names(
-    database: "Database", rows: Iterable[Mapping[str, Any]]
-) -> dict[str, str]:
-    """The names of the rows' techniques, for a table on a terminal; elsewhere ids are printed."""
-    if not sys.stdout.isatty():
-        return {}
-    from tracker.store.queries import overview
+def print_list(
+    name: str,
+    find: Callable[["Database"], Awaitable[tuple[Sequence[T], str | None]]],
+    to_json: Callable[[T], dict[str, Any]],
+    columns: Mapping[str, str | Callable[[Mapping[str, Any]], object]],
+    *,
+    as_json: bool,
+    hide: Sequence[str] = (),
+    named: bool = False,
+) -> int:
+    """Print the page of a list that `find` returns: as JSON under `name`, or as a table. Return the
+    number of its rows.
 
-    found = {row["technique_id"] for row in rows if row["technique_id"]}
-    return await overview.technique_names(database, sorted(found))
+    `columns` are the table's: for each title the key of its values, or a function of the row. Times
+    (keys that end in `_at`) are shown to the second. `hide` is that of `print_table`. With `named`
+    a terminal shows the names of techniques in place of their ids.
+    """
+
+    async def work(database: "Database") -> tuple[list[dict[str, Any]], str | None, dict[str, str]]:
+        found, next_cursor = await find(database)
+        rows, names = [to_json(one) for one in found], {}
+        if named and sys.stdout.isatty():
+            from tracker.store.queries.overview import technique_names
+
+            ids = {row["technique_id"] for row in rows if row["technique_id"]}
+            names = await technique_names(database, sorted(ids))
+        return rows, next_cursor, names
+
+    rows, next_cursor, names = run_on_database(work)
+    if as_json:
+        print_json({name: rows, "meta": {"next_cursor": next_cursor}})
+        return len(rows)
+
+    def cell(row: Mapping[str, Any], column: str | Callable[[Mapping[str, Any]], object]) -> object:
+        if not isinstance(column, str):
+            return column(row)
+        value = row[column]
+        if column == "technique_id":
+            return names.get(value, value)
+        return f"{value[:19]}Z" if value and column.endswith("_at") else value
+
+    values = ([cell(row, column) for column in columns.values()] for row in rows)
+    print_table(columns, values, hide=hide)
+    if next_cursor is not None:
+        note(f"There are more: --cursor {next_cursor}")
+    return len(rows)
 
 
 def _user() -> str:

@@ -1,24 +1,22 @@
 """`tracker starts`: list starts whose outcome is not known, and resolve them by hand."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tracker.cli.output import JsonFlag, print_fields, print_json, print_page, print_with_inputs
+from tracker.cli.output import JsonFlag, print_fields, print_json, print_with_inputs
 from tracker.cli.setup import (
     CursorOption,
     LimitOption,
-    NamedPage,
     WorkspaceFilter,
     flora_deadline,
-    run_on_database,
+    print_list,
     run_once,
-    technique_names,
 )
 
 if TYPE_CHECKING:
     from tracker.services import Services
-    from tracker.store.engine import Database
     from tracker.store.queries.starts import StartRow
 
 app = typer.Typer(
@@ -54,18 +52,10 @@ def list_(
     if wrong := [one for one in state or () if one not in LISTED]:
         raise typer.BadParameter(f"{wrong[0]!r} is not a state", param_hint="--state")
 
-    async def work(database: "Database") -> NamedPage:
-        rows, next_cursor = await list_starts(
-            database, states=state, workspace_id=workspace, cursor=cursor, limit=limit
-        )
-        starts = [start_json(row) for row in rows]
-        return starts, next_cursor, await technique_names(database, starts)
-
-    starts, next_cursor, names = run_on_database(work)
-    print_page(
+    print_list(
         "starts",
-        starts,
-        next_cursor,
+        partial(list_starts, states=state, workspace_id=workspace, cursor=cursor, limit=limit),
+        start_json,
         {
             "key": "idempotency_key",
             "technique": "technique_id",
@@ -77,7 +67,7 @@ def list_(
         },
         as_json=as_json,
         hide=("started by", "sent", "technique", "run"),
-        names=names,
+        named=True,
     )
 
 

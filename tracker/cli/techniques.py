@@ -13,7 +13,6 @@ from tracker.cli.output import (
     plain,
     print_fields,
     print_json,
-    print_page,
     print_table,
 )
 from tracker.cli.setup import (
@@ -21,7 +20,7 @@ from tracker.cli.setup import (
     LimitOption,
     TechniqueArgument,
     flora_deadline,
-    run_on_database,
+    print_list,
     run_once,
 )
 from tracker.core.errors import TrackerError
@@ -85,13 +84,10 @@ def list_(
     from tracker.views import technique_json
 
     query = " ".join(words or ())
-    rows, next_cursor = run_on_database(
-        partial(techniques.page, query=query, gone=gone, cursor=cursor, limit=limit)
-    )
-    print_page(
+    count = print_list(
         "techniques",
-        [technique_json(row) for row in rows],
-        next_cursor,
+        partial(techniques.page, query=query, gone=gone, cursor=cursor, limit=limit),
+        technique_json,
         {
             "technique": "technique_id",
             "name": "name",
@@ -102,7 +98,7 @@ def list_(
         as_json=as_json,
         hide=("description", "retired"),
     )
-    if not rows and not words and not as_json:
+    if not count and not words and not as_json:
         note("The catalogue is empty: `tracker techniques sync` reads FLORA's list.")
 
 

@@ -149,7 +149,6 @@ class _RunScreen:
         self._states: dict[str, str] = {}
 
     def show(self, observed: "Iterable[RunUpdate]") -> None:
-        """Show runs that changed."""
         for record, source in observed:
             run_id, state = record.run.run_id, _state(record)
             if self._screen.has_bars:
