@@ -117,7 +117,6 @@ class DemoDisplay:
             yield
 
     def update(self, runs: Sequence[ApiRun]) -> None:
-        """Show the runs as they are now."""
         if self._live is not None:
             self._live.update(_progress_table(runs), refresh=True)
             return

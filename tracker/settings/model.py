@@ -169,7 +169,6 @@ class BudgetSettings(_Model):
 
     @property
     def budget(self) -> Budget:
-        """The budget."""
         return Budget(**dict(self))
 
 

@@ -131,7 +131,6 @@ class ControlRoutes:
         return FileResponse(file, media_type=_CONTENT_TYPES[extension])
 
     def close(self) -> None:
-        """Removes the media files."""
         if self._files is not None:
             rmtree(self._files, ignore_errors=True)
 

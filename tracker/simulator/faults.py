@@ -35,7 +35,6 @@ class ErrorAnswer(Exception):
 
     @classmethod
     def not_found(cls, what: str) -> "ErrorAnswer":
-        """A 404."""
         return cls(404, "not_found", f"There is no such {what}.")
 
     def response(self, *, details: bool = False) -> JSONResponse:
@@ -158,7 +157,6 @@ class CuttableProtocol(H11Protocol):
     """The server's protocol; requests find their connection in `scope["state"]`, to cut it."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Registers the connection."""
         super().connection_made(transport)
         self.app_state = self.app_state | {"transport": transport}
 

@@ -56,7 +56,6 @@ class PresetHistory:
         )
 
     def run_id(self, index: int) -> str:
-        """The identifier of the run at an index."""
         ordinal = self._ordinal(index)
         return f"run_{-ordinal:08x}{digest(self._options.seed, 'preset', ordinal)[:12]}"
 
@@ -66,7 +65,6 @@ class PresetHistory:
         return self._begun_ms - (self.count - index) * span_ms // self.count
 
     def technique(self, index: int) -> SimulatedTechnique:
-        """The technique of the run at an index."""
         return self._techniques[(index * 7 + self._options.seed) % len(self._techniques)]
 
     def index_of(self, run_id: str) -> int | None:

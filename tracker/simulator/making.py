@@ -91,7 +91,6 @@ class RandomDraws:
         """Numbers from 0 to 1, most of them named as the option that they are compared with."""
 
     def hit(self, options: Options, fault: str) -> bool:
-        """Whether the run has that fault."""
         rate: float = getattr(options, fault)
         return self.numbers[fault] < rate
 

@@ -30,12 +30,10 @@ class RunRequest:
 
     @property
     def run_type(self) -> RunType:
-        """`technique` or `generation`."""
         return "generation" if self.technique is None else "technique"
 
     @property
     def outputs(self) -> tuple[SimulatedPort, ...]:
-        """Its outputs."""
         if self.technique is None:
             return (GENERATIONS[self.generation][0],)
         return self.technique.outputs
@@ -136,7 +134,6 @@ class SimulatedRun:
 
     @property
     def inputs(self) -> tuple[Mapping[str, Any], ...]:
-        """The inputs that it was started with."""
         return self.request.inputs
 
     @property
@@ -146,7 +143,6 @@ class SimulatedRun:
 
     @property
     def succeeds(self) -> bool:
-        """Whether the run completes."""
         return self.error_code is None and self.end_name is None
 
     @property
@@ -161,7 +157,6 @@ class SimulatedRun:
         return {name: text for name, text in error.items() if text is not None}
 
     def status(self, now_ms: int) -> str:
-        """The status at a moment."""
         if now_ms >= self.completed_ms:
             return self.end
         waiting = self.started_ms is None or now_ms < self.started_ms

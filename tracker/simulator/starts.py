@@ -177,7 +177,6 @@ class SimulatedStartAnswer:
     body: bytes
 
     def response(self, *, replayed: bool = False) -> Response:
-        """The answer as a response."""
         headers = {"idempotent-replayed": "true"} if replayed else None
         return Response(self.body, self.status, headers, media_type="application/json")
 

@@ -110,7 +110,6 @@ class World:
         return self.true_ms() + int(self.options.clock_offset * 1000)
 
     def workspace_of(self, api_key: str) -> SimulatedWorkspace | None:
-        """The workspace that a key belongs to."""
         return next((w for w in self.options.workspaces if w.api_key == api_key), None)
 
     def techniques(self) -> Sequence[SimulatedTechnique]:

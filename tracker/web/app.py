@@ -56,7 +56,6 @@ class Application:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serves one request."""
         await (self._http if scope["type"] == "http" else self._router)(scope, receive, send)
 
     async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -69,35 +68,15 @@ class Application:
             await self._app(scope, receive, send)
 
 
-def build_app(services: Services, *, limits: Limits | None = None) -> Application:
-    """Everything on one port: callbacks, health, API, dashboard and metrics.
+def build_app(
+    services: Services, *, limits: Limits | None = None, callbacks: bool = True
+) -> Application:
+    """Callbacks, health, API, dashboard and metrics; without `callbacks`, there is another port for
+    these.
 
     The caller opens `services` before, and closes them afterwards.
     """
-    return _full_app(services, limits or Limits(), callbacks=True)
-
-
-def build_private_app(services: Services, *, limits: Limits | None = None) -> Application:
-    """Everything but callbacks, for which there is another port."""
-    return _full_app(services, limits or Limits(), callbacks=False)
-
-
-def build_callbacks_app(services: Services, *, limits: Limits | None = None) -> Application:
-    """Callbacks and health alone, which are open to everyone and know no token."""
     limits = limits or Limits()
-    routes = Health(services, None, limits=limits).routes()
-    return Application(services, limits, routes, callbacks=True)
-
-
-def build_health_app(services: Services, *, limits: Limits | None = None) -> Application:
-    """Health and metrics, for a process with the worker alone."""
-    limits = limits or Limits()
-    access = _access(services, limits)
-    routes = [*Health(services, access, limits=limits).routes(), metrics_route(services.metrics)]
-    return Application(services, limits, routes, access=access)
-
-
-def _full_app(services: Services, limits: Limits, *, callbacks: bool) -> Application:
     access = _access(services, limits)
     dashboard = Dashboard(services, access, limits)
     stream = Stream(services, access, limits=limits)
@@ -117,6 +96,21 @@ def _full_app(services: Services, limits: Limits, *, callbacks: bool) -> Applica
         error_page=dashboard.show_fault,
         stop=stream.stop,
     )
+
+
+def build_callbacks_app(services: Services) -> Application:
+    """Callbacks and health alone, which are open to everyone and know no token."""
+    limits = Limits()
+    routes = Health(services, None, limits=limits).routes()
+    return Application(services, limits, routes, callbacks=True)
+
+
+def build_health_app(services: Services) -> Application:
+    """Health and metrics, for a process with the worker alone."""
+    limits = Limits()
+    access = _access(services, limits)
+    routes = [*Health(services, access, limits=limits).routes(), metrics_route(services.metrics)]
+    return Application(services, limits, routes, access=access)
 
 
 def _access(services: Services, limits: Limits) -> AccessControl:

@@ -325,7 +325,6 @@ class AuthMiddleware:
         self._access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serves one request."""
         path, actor = scope["path"], None
         for_sign_in = path == _SIGN_IN or path.startswith(_SIGN_IN_BELOW)
         is_open = path in _OPEN or path.startswith(_OPEN_BELOW)

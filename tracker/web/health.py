@@ -28,11 +28,9 @@ class Health:
         self._checking: asyncio.Task[None] | None = None
 
     def routes(self) -> list[Route]:
-        """Both routes."""
         return [Route("/healthz", self._healthz), Route("/readyz", self._readyz)]
 
     async def _healthz(self, request: Request) -> Response:
-        """200 while the process serves."""
         return Json({"status": "ok"})
 
     async def _readyz(self, request: Request) -> Response:

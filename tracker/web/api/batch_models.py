@@ -4,13 +4,14 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, RootModel, WithJsonSchema
+from pydantic import AfterValidator, ConfigDict, Field, RootModel, WithJsonSchema
 
 from tracker.core.inputs import check_tag_key
 from tracker.core.run import RetryAdvice
 from tracker.store.queries.batches import RowOutcome
 from tracker.web.api.requests import (
     BY_TAG,
+    NONE_IF_EMPTY,
     Body,
     Cursor,
     Filter,
@@ -18,7 +19,6 @@ from tracker.web.api.requests import (
     Name,
     Query,
     TagsField,
-    none_if_empty,
     one_of,
 )
 from tracker.web.api.responses import ResponseModel, RunInput
@@ -130,8 +130,8 @@ class BatchesQuery(Query):
 class RowsQuery(Query):
     """The query of `GET /api/batches/{batch_id}/rows`."""
 
-    outcome: Annotated[RowOutcome | None, BeforeValidator(none_if_empty), one_of(RowOutcome)] = (
-        Field(None, description="Default: all rows.")
+    outcome: Annotated[RowOutcome | None, NONE_IF_EMPTY, one_of(RowOutcome)] = Field(
+        None, description="Default: all rows."
     )
     code: Filter = Field(None, description="Rows of the error group with this code.")
     cursor: Cursor = None

@@ -245,7 +245,6 @@ def _parameters(one: Operation) -> Iterable[_Json]:
 
 
 def _parameter(name: str, where: str, schema: Mapping[str, Any]) -> _Json:
-    """An optional parameter."""
     kept = {key: value for key, value in schema.items() if key not in ("title", "description")}
     if kept.get("default", 0) is None:
         del kept["default"]

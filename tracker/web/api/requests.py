@@ -67,27 +67,24 @@ def _message(error: ErrorDetails) -> str:
     return _MESSAGES.get(error.get("ctx", {}).get("pattern", ""), error["msg"])
 
 
-def none_if_empty(value: Any) -> Any:
-    """An empty query parameter counts as omitted."""
-    return value or None
-
-
 def one_of(values: Any) -> WithJsonSchema:
     """The schema of an optional parameter with these values."""
     return WithJsonSchema({"type": "string", "enum": [*map(str, values), ""]})
 
 
+NONE_IF_EMPTY: Final = BeforeValidator(lambda value: value or None)
+"""An empty query parameter counts as omitted."""
 Name = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=_NO_NUL)]
 """An id or a slug."""
 Key = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=_KEY)]
 Filter = Annotated[
     Name | None,
-    BeforeValidator(none_if_empty),
+    NONE_IF_EMPTY,
     WithJsonSchema({"type": "string", "maxLength": 255, "pattern": _NO_NUL}),
 ]
 Cursor = Annotated[
     str | None,
-    BeforeValidator(none_if_empty),
+    NONE_IF_EMPTY,
     WithJsonSchema({"type": "string", "pattern": "^[A-Za-z0-9_-]*$"}),
     Field(description="The `next_cursor` of the previous page."),
 ]
@@ -191,13 +188,11 @@ class RunsQuery(Query):
     project_id: Filter = None
     tag: Annotated[
         str | None,
-        BeforeValidator(none_if_empty),
+        NONE_IF_EMPTY,
         AfterValidator(lambda tag: tag and "=".join(parse_tag(tag))),
     ] = Field(None, description="`key=value`.", json_schema_extra={"maxLength": 320})
-    tracking: Annotated[Tracking | None, BeforeValidator(none_if_empty), one_of(Tracking)] = None
-    retry_advice: Annotated[
-        RetryAdvice | None, BeforeValidator(none_if_empty), one_of(RetryAdvice)
-    ] = None
+    tracking: Annotated[Tracking | None, NONE_IF_EMPTY, one_of(Tracking)] = None
+    retry_advice: Annotated[RetryAdvice | None, NONE_IF_EMPTY, one_of(RetryAdvice)] = None
     cursor: Cursor = None
     limit: Limit = 50
 
@@ -207,7 +202,7 @@ class StartsQuery(Query):
 
     state: Annotated[
         Literal["stored", "sent", "in_doubt", "unresolved"] | None,
-        BeforeValidator(none_if_empty),
+        NONE_IF_EMPTY,
         one_of(LISTED),
     ] = Field(None, description="Default: all whose outcome is not known.")
     workspace_id: Filter = None
@@ -218,9 +213,7 @@ class StartsQuery(Query):
 class DeliveriesQuery(Query):
     """The query of `GET /api/deliveries`."""
 
-    outcome: Annotated[
-        DeliveryOutcome | None, BeforeValidator(none_if_empty), one_of(DeliveryOutcome)
-    ] = None
+    outcome: Annotated[DeliveryOutcome | None, NONE_IF_EMPTY, one_of(DeliveryOutcome)] = None
     run_id: Filter = None
     workspace_id: Filter = None
     cursor: Cursor = None
@@ -231,10 +224,8 @@ class MessagesQuery(Query):
     """The query of `GET /api/messages`."""
 
     endpoint_id: Filter = None
-    state: Annotated[MessageState | None, BeforeValidator(none_if_empty), one_of(MessageState)] = (
-        None
-    )
-    event: Annotated[EventType | None, BeforeValidator(none_if_empty), one_of(EventType)] = None
+    state: Annotated[MessageState | None, NONE_IF_EMPTY, one_of(MessageState)] = None
+    event: Annotated[EventType | None, NONE_IF_EMPTY, one_of(EventType)] = None
     run_id: Filter = None
     cursor: Cursor = None
     limit: Limit = 50

@@ -14,6 +14,7 @@ from tracker.views import audit_facts
 from tracker.web.auth import AccessControl, principal_of, session_of
 from tracker.web.dashboard.forms import query_choice, query_field, read_form
 from tracker.web.dashboard.render import PageGroup, Renderer, action, page, page_links, query
+from tracker.web.http.limits import Limits
 from tracker.web.http.request import peer_of
 from tracker.web.http.responses import Fault
 
@@ -25,8 +26,10 @@ log = get_logger(__name__)
 class AccessPages(PageGroup):
     """Sign-in, sign-out and the audit log. Where no token is set, no sign-in is needed."""
 
-    def __init__(self, services: Services, renderer: Renderer, access: AccessControl) -> None:
-        super().__init__(services, renderer)
+    def __init__(
+        self, services: Services, renderer: Renderer, limits: Limits, access: AccessControl
+    ) -> None:
+        super().__init__(services, renderer, limits)
         self._access = access
 
     @page("/login", "GET", "POST")
@@ -71,7 +74,6 @@ class AccessPages(PageGroup):
 
     @page("/audit")
     async def audit(self, request: Request) -> Response:
-        """A page of the audit log."""
         action, cursor = query_choice(request, "action", Action), query_field(request, "cursor")
         rows, next_cursor = await audit.list_audit(
             self._database, action=action, cursor=cursor, limit=PAGE_SIZE

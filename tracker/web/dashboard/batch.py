@@ -67,7 +67,6 @@ class Split(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """All of them."""
         return sum(self)
 
     @property
@@ -79,7 +78,6 @@ class Split(NamedTuple):
 
     @property
     def summary(self) -> str:
-        """The progress in words."""
         failed = f", {self.failed:,} failed" if self.failed else ""
         if self.state == "finished":
             return f"finished{failed}"
@@ -125,9 +123,8 @@ class BatchPages(BatchGroup):
     """One batch, and its outputs as a ZIP."""
 
     def __init__(self, services: Services, renderer: Renderer, limits: Limits) -> None:
-        super().__init__(services, renderer)
-        self._most_archives = limits.archives
-        self._archives = 0
+        super().__init__(services, renderer, limits)
+        self._archives = asyncio.Semaphore(limits.archives)
 
     @page("/batches/{batch_id:any}")
     async def show(self, request: Request) -> Response:
@@ -186,20 +183,18 @@ class BatchPages(BatchGroup):
         headers = {"Content-Disposition": _attachment(batch.name), "Cache-Control": "no-store"}
         if request.method == "HEAD":
             return Response(media_type="application/zip", headers=headers)
-        if self._archives >= (most := self._most_archives):
+        if self._archives.locked():
+            most = self._limits.archives
             message = f"{most} ZIP files are being downloaded: try again when one has ended."
             raise Fault(429, "too_many_downloads", message, headers={"Retry-After": "30"})
-        self._archives += 1
+        await self._archives.acquire()
         body = batch_archive(
             self._services.downloader,
             batch.batch_id,
             name_by=name_by,
             allow_private=self._services.settings.flora_is_local,
         )
-        return _Archive(body, headers=headers, on_close=self._close_archive)
-
-    def _close_archive(self) -> None:
-        self._archives -= 1
+        return _Archive(body, headers=headers, on_close=self._archives.release)
 
     def _view(self, batch: BatchRow, row: RowState, ports: Any) -> RowView:
         cells = [row.entry.carried.get(name, "") for name in batch.columns or ()]
@@ -270,7 +265,6 @@ class BatchListPages(PageGroup):
 
     @page("/batches")
     async def list(self, request: Request) -> Response:
-        """A page of batches, newest first."""
         database, cursor = self._database, query_field(request, "cursor")
         rows, next_cursor = await batches.list_batches(database, cursor=cursor, limit=PAGE_SIZE)
         ids = [one.batch_id for one in rows]
@@ -292,7 +286,6 @@ class BatchListPages(PageGroup):
 
     @page("/starts")
     async def starts(self, request: Request) -> Response:
-        """A page of the starts whose outcome is unknown."""
         state, cursor = query_choice(request, "state", LISTED), query_field(request, "cursor")
         rows, next_cursor = await starts.list_starts(
             self._database,
@@ -352,7 +345,6 @@ class BatchActionPages(BatchGroup):
 
     @action("/batches/{batch_id:any}/stop", has_page=False)
     async def stop(self, request: Request) -> Response:
-        """Starts no further row."""
         batch = await self._batch(request)
         await self._services.batch_orders.stop(batch, by=actor_of(request.scope).name)
         return _to_batch(batch)

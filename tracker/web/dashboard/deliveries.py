@@ -132,7 +132,6 @@ class DeliveryPages(PageGroup):
 
     @page("/deliveries/{delivery_id:any}")
     async def show(self, request: Request) -> Response:
-        """One delivery with its body."""
         return await self._page(request, await self._row(request))
 
     @action("/deliveries/{delivery_id:any}/replay")

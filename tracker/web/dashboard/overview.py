@@ -53,7 +53,6 @@ class OverviewPage(PageGroup):
 
     @page("/")
     async def show(self, request: Request) -> Response:
-        """The present state of everything."""
         services, db, now = self._services, self._database, self._services.clock()
         period = query_field(request, "span")
         period = period if period in PERIODS else "24h"

@@ -24,7 +24,6 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from tracker import __version__
-from tracker.core.clock import Clock
 from tracker.core.formatting import UNKNOWN, clean, counted, duration, money, number, percent, size
 from tracker.core.tokens import Scope
 from tracker.services import Services
@@ -32,6 +31,7 @@ from tracker.store.engine import Database
 from tracker.web.auth import may, session_of
 from tracker.web.dashboard.forms import check_csrf
 from tracker.web.dashboard.media import plain_http_origin
+from tracker.web.http.limits import Limits
 from tracker.web.http.prefix import link_below, prefix_of
 from tracker.web.http.responses import Fault, not_found
 
@@ -47,7 +47,6 @@ class NavLink(NamedTuple):
     also: str | None = None
 
     def leads_to(self, path: str) -> bool:
-        """Whether the page at `path` belongs to this link."""
         return _is_below(path, self.path) or (self.also is not None and _is_below(path, self.also))
 
 
@@ -115,7 +114,6 @@ class Assets:
         return f"/static/{self._hash}/{name}"
 
     def route(self) -> Route:
-        """The route of all files."""
         return Route("/static/{hash}/{name:path}", self._serve, methods=["GET"])
 
     async def _serve(self, request: Request) -> Response:
@@ -141,17 +139,16 @@ class FlashMessage:
 
 
 class Renderer:
-    """Renders pages. `media_origin` may serve images by plain http, besides every https origin;
-    `docs_url` is the root of the documentation, if it is published."""
+    """Renders pages. `media_origin` may serve images by plain http, besides every https origin."""
 
-    def __init__(
-        self, assets: Assets, *, media_origin: str | None, docs_url: str | None, clock: Clock
-    ) -> None:
-        self._clock = clock
+    def __init__(self, services: Services) -> None:
+        self.assets = Assets()
+        self.media_origin = plain_http_origin(services.settings.flora_base_url)
+        self._clock = services.clock
         self._left = 0
         """Characters of long values that the present page may still show."""
         self._headers = {
-            "Content-Security-Policy": _content_security_policy(media_origin),
+            "Content-Security-Policy": _content_security_policy(self.media_origin),
             "Cache-Control": "no-store",
             "Cross-Origin-Opener-Policy": "same-origin",
             # Nothing to other hosts. (With no-referrer our own forms would come from "null".)
@@ -167,11 +164,11 @@ class Renderer:
             lstrip_blocks=True,
         )
         self._environment.globals.update(
-            asset=assets.url,
+            asset=self.assets.url,
             version=__version__,
             query=query,
             counted=counted,
-            runbook=partial(_runbook, docs_url),
+            runbook=partial(_runbook, services.settings.tracker_docs_url),
         )
         self._environment.filters.update(
             time=time,
@@ -245,12 +242,7 @@ _ROUTE: Final = "page_route"
 
 def page(path: str, *methods: str) -> Callable[[Handler], Handler]:
     """Decorates what answers requests to `path`; the default method is `GET`."""
-
-    def decorate(handler: Handler) -> Handler:
-        setattr(handler, _ROUTE, (path, methods or ("GET",), False))
-        return handler
-
-    return decorate
+    return _routed(path, methods or ("GET",), is_action=False)
 
 
 def action(path: str, *, has_page: bool = True) -> Callable[[Handler], Handler]:
@@ -259,9 +251,14 @@ def action(path: str, *, has_page: bool = True) -> Callable[[Handler], Handler]:
     Where `path` is below the path of the page that it answers with, `has_page`, `GET` leads there:
     so the page can be reloaded.
     """
+    return _routed(path, ("GET", "POST") if has_page else ("POST",), is_action=True)
 
+
+def _routed(
+    path: str, methods: tuple[str, ...], *, is_action: bool
+) -> Callable[[Handler], Handler]:
     def decorate(handler: Handler) -> Handler:
-        setattr(handler, _ROUTE, (path, ("GET", "POST") if has_page else ("POST",), True))
+        setattr(handler, _ROUTE, (path, methods, is_action))
         return handler
 
     return decorate
@@ -271,14 +268,14 @@ class PageGroup:
     """Base of the pages about one thing: what they read from, and how they are rendered. Its
     methods with `page` and `action` answer requests."""
 
-    def __init__(self, services: Services, renderer: Renderer) -> None:
+    def __init__(self, services: Services, renderer: Renderer, limits: Limits) -> None:
         self._services = services
+        self._limits = limits
         self._database = services.database
         self._render = renderer.page
-        self._media_origin = plain_http_origin(services.settings.flora_base_url)
+        self._media_origin = renderer.media_origin
 
     def routes(self) -> list[Route]:
-        """The routes of all pages and actions."""
         found = []
         for handler in vars(type(self)).values():
             if (route := getattr(handler, _ROUTE, None)) is not None:

@@ -49,7 +49,6 @@ class RunPages(PageGroup):
 
     @page("/runs/{run_id:any}")
     async def show(self, request: Request) -> Response:
-        """One run."""
         return await self._page(request, await self._record(request))
 
     @action("/runs/{run_id:any}/check")

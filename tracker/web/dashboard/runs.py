@@ -33,7 +33,6 @@ from tracker.views import run_json
 from tracker.web.dashboard.forms import PERIODS, query_choice, query_field
 from tracker.web.dashboard.media import output_views
 from tracker.web.dashboard.render import PageGroup, Renderer, page, page_links, query
-from tracker.web.http.limits import Limits
 from tracker.web.http.responses import invalid
 
 PAGE_SIZE: Final = 50
@@ -74,13 +73,8 @@ _FILTERS: Final = (
 class RunListPages(PageGroup):
     """The list of runs, and the same as CSV."""
 
-    def __init__(self, services: Services, renderer: Renderer, limits: Limits) -> None:
-        super().__init__(services, renderer)
-        self._limits = limits
-
     @page("/runs")
     async def list(self, request: Request) -> Response:
-        """A page of the runs that match the filters."""
         database = self._database
         filters = {name: query_field(request, name) for name in _FILTERS}
         cursor = query_field(request, "cursor")
@@ -195,7 +189,6 @@ def _csv(rows: Iterator[Sequence[Any]] | Sequence[Sequence[Any]]) -> str:
 
 
 def _cells(record: Record) -> list[Any]:
-    """A run in the order of `CSV_COLUMNS`."""
     values = run_json(record)
     values["charged_cost"], values["quoted_cost"] = record.run.charged_cost, record.run.quoted_cost
     values["tags"] = dump_json(record.tags) if record.tags else None

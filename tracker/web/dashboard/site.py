@@ -14,9 +14,8 @@ from tracker.web.dashboard.access import AccessPages, local_path, login_url
 from tracker.web.dashboard.batch import BatchActionPages, BatchListPages, BatchPages
 from tracker.web.dashboard.deliveries import DeliveryPages
 from tracker.web.dashboard.health import HealthPage, RunbookPage
-from tracker.web.dashboard.media import plain_http_origin
 from tracker.web.dashboard.overview import OverviewPage
-from tracker.web.dashboard.render import Assets, Renderer
+from tracker.web.dashboard.render import PageGroup, Renderer
 from tracker.web.dashboard.run import RunPages
 from tracker.web.dashboard.runs import RunListPages
 from tracker.web.dashboard.spending import SpendingPage
@@ -36,6 +35,10 @@ _JSON_PATHS: Final = (
     "/static",
 )
 """Paths whose errors are always JSON."""
+_GROUPS: Final[tuple[type[PageGroup], ...]] = (
+    *(OverviewPage, RunListPages, RunPages, DeliveryPages, TechniquePages, BatchListPages),
+    *(BatchActionPages, BatchPages, SpendingPage, HealthPage, RunbookPage, WebhookPages),
+)
 _TITLES: Final = {
     400: "Invalid request",
     401: "Sign in first",
@@ -52,36 +55,18 @@ class Dashboard:
     """All pages."""
 
     def __init__(self, services: Services, access: AccessControl, limits: Limits) -> None:
-        media_origin = plain_http_origin(services.settings.flora_base_url)
         self._access = access
-        self._assets = Assets()
-        self._renderer = Renderer(
-            self._assets,
-            media_origin=media_origin,
-            docs_url=services.settings.tracker_docs_url,
-            clock=services.clock,
-        )
+        self._renderer = Renderer(services)
         self._pages = (
-            AccessPages(services, self._renderer, access),
-            OverviewPage(services, self._renderer),
-            RunListPages(services, self._renderer, limits),
-            RunPages(services, self._renderer),
-            DeliveryPages(services, self._renderer),
-            TechniquePages(services, self._renderer),
-            BatchListPages(services, self._renderer),
-            BatchActionPages(services, self._renderer),
-            BatchPages(services, self._renderer, limits),
-            SpendingPage(services, self._renderer),
-            HealthPage(services, self._renderer),
-            RunbookPage(services, self._renderer),
-            WebhookPages(services, self._renderer),
+            AccessPages(services, self._renderer, limits, access),
+            *(group(services, self._renderer, limits) for group in _GROUPS),
         )
 
     def routes(self) -> list[Route]:
         """All routes, in the order in which they match."""
         pages = [route for group in self._pages for route in group.routes()]
         pages.sort(key=lambda route: route.path.endswith(":any}"))  # matches what is below, too
-        return [self._assets.route(), *pages]
+        return [self._renderer.assets.route(), *pages]
 
     def show_fault(self, scope: Scope, fault: Fault) -> Response | None:
         """An error as a page; `None` where no browser asks. Without a session, the sign-in."""

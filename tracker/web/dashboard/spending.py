@@ -23,7 +23,6 @@ class SpendingPage(PageGroup):
 
     @page("/spending")
     async def show(self, request: Request) -> Response:
-        """Budgets, chart and tables."""
         db, workspace = self._database, query_field(request, "workspace")
         period = query_choice(request, "span", PERIODS) or DEFAULT_PERIOD
         today = self._services.clock().replace(hour=0, minute=0, second=0, microsecond=0)

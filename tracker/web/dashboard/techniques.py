@@ -35,7 +35,6 @@ class TechniquePages(PageGroup):
 
     @page("/techniques")
     async def list(self, request: Request) -> Response:
-        """A page of the catalogue, by name."""
         filters = {name: query_field(request, name) for name in ("text", "gone")}
         cursor = query_field(request, "cursor")
         rows, next_cursor = await techniques.page(

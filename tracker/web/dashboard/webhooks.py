@@ -40,7 +40,6 @@ class WebhookPages(PageGroup):
 
     @page("/endpoints")
     async def list_endpoints(self, request: Request) -> Response:
-        """All endpoints with their backlog and delays."""
         since = self._services.clock() - DELAYS_OF
         backlogs = await endpoints.backlogs(self._database)
         rows = [
@@ -55,7 +54,6 @@ class WebhookPages(PageGroup):
 
     @page("/endpoints/{endpoint_id:any}")
     async def show_endpoint(self, request: Request) -> Response:
-        """One endpoint with its newest messages."""
         return await self._endpoint_page(request, await self._endpoint(request))
 
     @action("/endpoints/{endpoint_id:any}/test")
@@ -75,7 +73,6 @@ class WebhookPages(PageGroup):
 
     @action("/endpoints/{endpoint_id:any}/enable")
     async def enable(self, request: Request) -> Response:
-        """Enables an endpoint that was disabled."""
         row = await self._endpoint(request)
         await self._services.webhooks.enable(row.endpoint_id)
         flash = FlashMessage("good", "Enabled. What waits for it is sent now.")
@@ -96,7 +93,6 @@ class WebhookPages(PageGroup):
 
     @page("/messages")
     async def list_messages(self, request: Request) -> Response:
-        """A page of messages, newest first."""
         state = query_choice(request, "state", MessageState)
         event = query_choice(request, "event", EventType)
         endpoint, run_id = query_field(request, "endpoint"), query_field(request, "run")
@@ -126,12 +122,10 @@ class WebhookPages(PageGroup):
 
     @page("/messages/{message_id:any}")
     async def show_message(self, request: Request) -> Response:
-        """One message with its body and its attempts."""
         return await self._message_page(request, await self._message(request))
 
     @action("/messages/{message_id:any}/resend")
     async def resend(self, request: Request) -> Response:
-        """Sends a message again."""
         row = await self._message(request)
         await self._services.webhooks.resend(row.message_id)
         flash = FlashMessage("good", f"It is due now. {HELD}")

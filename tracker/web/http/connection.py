@@ -90,12 +90,10 @@ class WriteCoalescer:
                 self._transport.write(data)
 
     def close(self) -> None:
-        """Close the connection after what was written."""
         self.flush()
         self._transport.close()
 
     def is_closing(self) -> bool:
-        """Whether the connection is closed or closing."""
         return self._transport.is_closing()
 
 
@@ -180,7 +178,6 @@ class Connection(HttpToolsProtocol):
             cycle.message_event.set()
 
     def data_received(self, data: bytes) -> None:
-        """Parses what the client sends, and serves it."""
         self._parse(data)
         if self._unstarted is not None:
             self._start(*self._unstarted)
@@ -221,7 +218,6 @@ class Connection(HttpToolsProtocol):
             self.flow.pause_reading()
 
     def resume_writing(self) -> None:
-        """Reads again."""
         super().resume_writing()
         if not self.transport.is_closing():
             self.flow.resume_reading()
@@ -241,7 +237,6 @@ class Connection(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Passes the request on."""
         self._in_head = False
         too_large = len(self.headers) > self._limits.headers
         if self._framing > self._limits.head_bytes:  # part of it may be something else
@@ -266,12 +261,10 @@ class Connection(HttpToolsProtocol):
             self._earlier.append(previous)
 
     def on_body(self, body: bytes) -> None:
-        """Passes a part of the body on."""
         self._framing = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """Passes the end of the body on, and serves the request."""
         if not self.parser.should_upgrade():
             super().on_message_complete()
         if self._unstarted is not None:
@@ -297,7 +290,6 @@ class Connection(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
-        """Continues with the next request, or waits for one."""
         self._writer.flush()  # a response to HEAD has no body
         self._recount()
         self.flow.is_ahead = len(self.pipeline) > 1 and self.held > HIGH_WATER_LIMIT
@@ -411,10 +403,6 @@ class ConnectionPool:
         self._logged = LogRateLimit()
         self._default_headers: list[tuple[bytes, bytes]] = []
         self._status_line = b""
-
-    def connect(self, **options: Any) -> Connection:
-        """A new connection, with uvicorn's options."""
-        return Connection(pool=self, **options)
 
     def status_line(self, default_headers: list[tuple[bytes, bytes]]) -> bytes:
         """The start of a 200 response. uvicorn replaces its default headers once a second."""

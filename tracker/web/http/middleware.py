@@ -55,7 +55,6 @@ class ResponseMiddleware:
         self._store_errors = LogRateLimit()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serves one HTTP request."""
         started = False
 
         async def send_with_headers(message: Message) -> None:
@@ -160,7 +159,6 @@ class DeadlineMiddleware:
         self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serves one HTTP request."""
         if scope["method"] not in SAFE_METHODS or scope["path"] == _STREAM:
             await self._app(scope, receive, send)
             return

@@ -59,7 +59,6 @@ class Json(Response):
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        """The bytes of `content`."""
         return to_json(content)
 
 
@@ -114,7 +113,6 @@ class Fault(Exception):
         self.more = dict(more or {})
 
     def body(self) -> dict[str, Any]:
-        """The response's body."""
         error: dict[str, Any] = {"code": self.code, "message": self.message, **self.more}
         if self.fields:
             error["fields"] = [

@@ -22,6 +22,7 @@ from contextlib import (
 )
 from dataclasses import dataclass
 from errno import EADDRINUSE, EADDRNOTAVAIL
+from functools import partial
 from typing import Final
 
 import uvicorn
@@ -32,7 +33,7 @@ from tracker.core.log import get_logger
 from tracker.core.net import is_loopback
 from tracker.services import Services
 from tracker.settings import Settings
-from tracker.web.http.connection import ConnectionPool
+from tracker.web.http.connection import Connection, ConnectionPool
 from tracker.web.http.limits import Limits
 from tracker.web.http.responses import Answer, Take
 from tracker.worker.scheduler import Worker
@@ -229,7 +230,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=self._pool.connect,  # type: ignore[arg-type]  # it is only called
+                http=partial(Connection, pool=self._pool),  # type: ignore[arg-type]
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -252,7 +253,6 @@ class Server(uvicorn.Server):
         _stop(self._app)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begins to accept."""
         await super().startup(sockets=sockets)
         self._on_ready()
 

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Annotated, Final
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -13,7 +13,7 @@ from tracker.core.errors import StoreError
 from tracker.core.events import RunFilter
 from tracker.core.log import get_logger
 from tracker.services import Services
-from tracker.web.api.requests import Filter, Query, none_if_empty, validate
+from tracker.web.api.requests import NONE_IF_EMPTY, Filter, Query, validate
 from tracker.web.auth import AccessControl, Actor, actor_of
 from tracker.web.http.limits import Limits
 from tracker.web.stream.broadcaster import Broadcaster
@@ -42,7 +42,7 @@ class StreamQuery(Query):
             description="The id of the last event received; also as the header `Last-Event-ID`, "
             "which browsers send by themselves.",
         ),
-        BeforeValidator(none_if_empty),
+        NONE_IF_EMPTY,
     ] = None
 
 
