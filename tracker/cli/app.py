@@ -53,19 +53,11 @@ app = typer.Typer(
 )
 for command in (
     *(serve.serve, serve.worker, reconcile.reconcile, reconcile.poll, reconcile.verify),
-    *(
-        batch.batch,
-        spending.spending,
-        listen.listen,
-        doctor.doctor,
-        simulate.simulate,
-        simulate.demo,
-    ),
+    *(batch.batch, spending.spending, listen.listen, doctor.doctor),
+    *(simulate.simulate, simulate.demo),
 ):
     app.command()(command)
-for group in (
-    *(runs, batches, starts, techniques, deliveries, endpoints, messages, audit, database),
-):
+for group in (runs, batches, starts, techniques, deliveries, endpoints, messages, audit, database):
     app.add_typer(group.app)
 
 # An argument's metavar says what it is; typer's help would add "<str>" or "<list[str]>" to it.

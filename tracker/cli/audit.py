@@ -7,21 +7,18 @@ from typing import Annotated
 import typer
 
 from tracker.cli.output import JsonFlag
-from tracker.cli.setup import CursorOption, LimitOption, parse_age, print_list
+from tracker.cli.setup import CursorOption, LimitOption, age_option, print_list
 from tracker.core.clock import utc_now
 
 app = typer.Typer(
-    name="audit",
-    help="List who did what, and who was refused.",
-    no_args_is_help=True,
+    name="audit", help="List who did what, and who was refused.", no_args_is_help=True
 )
 
 
 @app.command("list")
 def list_(
     since: Annotated[
-        timedelta | None,
-        typer.Option(metavar="AGE", parser=parse_age, help="Entries of the last 24h, 7d, …"),
+        timedelta | None, age_option("Entries of the last 24h, 7d, …", metavar="AGE")
     ] = None,
     action: Annotated[
         str | None,

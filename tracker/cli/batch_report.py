@@ -46,11 +46,14 @@ def report_problems(name: str, problems: "Sequence[SheetProblem]") -> None:
     """One line on stderr for each cause, with the lines of the sheet that have it."""
     from tracker.starting.sheet import problem_lines
 
-    lines = problem_lines(problems)
+    _note_causes(name, problem_lines(problems))
+
+
+def _note_causes(prefix: str, lines: Sequence[str], advice: str = "") -> None:
     for line in lines[:_NAMED]:
-        note(f"{name}: {line}")
+        note(f"{prefix}: {line}")
     if len(lines) > _NAMED:
-        note(f"{name}: {counted(len(lines) - _NAMED, 'more cause')}")
+        note(f"{prefix}: {counted(len(lines) - _NAMED, 'more cause')}{advice}")
 
 
 def report_plan(plan: "BatchPlan", *, retried: bool) -> None:
@@ -261,17 +264,14 @@ def report_outcome(outcome: "BatchOutcome", *, waited: bool, seconds: float) -> 
         )
         # Rows that were never reached are covered by the reason why the command stopped.
         bad = [row for row in bad if row.why]
-    lines = _causes(bad)
-    for line in lines[:_NAMED]:
-        note(f"tracker: {line}")
-    if len(lines) > _NAMED:
-        note(f"tracker: {counted(len(lines) - _NAMED, 'more cause')}: see the results")
+    _note_causes("tracker", _causes(bad), advice=": see the results")
+    retryable = sum(row.retryable for row in bad)
     parts = [f"{counts.completed:,} of {counted(counts.rows, 'row')} completed"]
     parts += [
         f"{count:,} {name}"
         for name, count in {
             "running": counts.active,
-            f"failed{_retryable(bad)}": counts.failed,
+            f"failed ({retryable:,} can be retried)" if retryable else "failed": counts.failed,
             "not found at FLORA": counts.lost,
             "not started": counts.unstarted,
         }.items()
@@ -282,11 +282,6 @@ def report_outcome(outcome: "BatchOutcome", *, waited: bool, seconds: float) -> 
         f"{duration(seconds)}."
     )
     return 1 if bad or outcome.stopped is not None else 0
-
-
-def _retryable(rows: "Iterable[RowState]") -> str:
-    count = sum(row.retryable for row in rows)
-    return f" ({count:,} can be retried)" if count else ""
 
 
 def _causes(rows: "Iterable[RowState]") -> list[str]:

@@ -5,12 +5,13 @@ import os
 import time
 from dataclasses import asdict
 from datetime import timedelta
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from tracker.cli.output import JsonFlag, Screen, note, print_fields, print_json, print_table
-from tracker.cli.setup import configure, parse_age, run_on_database, run_once
+from tracker.cli.setup import age_option, configure, run_on_database, run_once
 from tracker.core.errors import StoreUnavailable, TrackerError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _STATUS_SECONDS: Final = 2.0
 _VARIABLE: Final = "TRACKER_DATABASE_URL"
+_age = partial(age_option, metavar="AGE")
 
 app = typer.Typer(name="db", help="Migrate, copy and prune the database.", no_args_is_help=True)
 
@@ -82,10 +84,7 @@ def copy_(
         _VARIABLE if place in (None, "the environment") else f"{_VARIABLE.lower()} in {place}:",
         "TRACKER_COPY_TO" if os.environ.get("TRACKER_COPY_TO") == to else "--to",
     )
-    shown = {
-        "from": str(DatabaseUrl.parse(source)),
-        "to": str(DatabaseUrl.parse(to, names[1])),
-    }
+    shown = {"from": str(DatabaseUrl.parse(source)), "to": str(DatabaseUrl.parse(to, names[1]))}
     screen = Screen()
 
     def show(step: "Step") -> None:
@@ -122,10 +121,6 @@ def recount(as_json: JsonFlag = False) -> None:
         print_json({"tallies": counted})
     else:
         typer.echo(f"All runs were counted again, in {counted} rollups.")
-
-
-def _age(help: str) -> Any:
-    return typer.Option(metavar="AGE", parser=parse_age, help=help)
 
 
 @app.command("prune")

@@ -23,13 +23,14 @@ def doctor(as_json: JsonFlag = False) -> int:
     Exit status 1 if a check failed, 2 if the settings cannot be read. docs/doctor.md explains each
     line.
     """
-    from tracker.operations.doctor import worst
+    from tracker.operations.doctor import failed, worst
 
     status = 0
     try:
         findings = _examine()
     except SettingsError as error:
-        findings, status = [_unreadable(error)], 2
+        advice = "Fix that setting; nothing else was checked."
+        findings, status = [failed("settings", f"They cannot be read: {error}.", advice)], 2
     level = worst(findings)
     if as_json:
         print_json({"level": level.value, "findings": [_json(one) for one in findings]})
@@ -51,16 +52,6 @@ def _examine() -> "Sequence[Finding]":
         secrets=settings.secret_values,
     )
     return run(examine(settings, sources, unknown))
-
-
-def _unreadable(error: SettingsError) -> "Finding":
-    from tracker.operations.doctor import failed
-
-    return failed(
-        "settings",
-        f"They cannot be read: {error}.",
-        "Fix that setting; nothing else was checked.",
-    )
 
 
 def _json(finding: "Finding") -> dict[str, str | None]:

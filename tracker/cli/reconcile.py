@@ -5,10 +5,8 @@ from dataclasses import asdict
 from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from tracker.cli.output import JsonFlag, note, print_json, print_table
-from tracker.cli.setup import flora_deadline, parse_age, run_once
+from tracker.cli.setup import age_option, flora_deadline, run_once
 
 if TYPE_CHECKING:
     from tracker.polling.poll_round import PollReport
@@ -20,11 +18,7 @@ if TYPE_CHECKING:
 def reconcile(
     since: Annotated[
         timedelta | None,
-        typer.Option(
-            metavar="DURATION",
-            parser=parse_age,
-            help="How far back to read, as in 24h or 7d. Default: as the scheduled sweep.",
-        ),
+        age_option("How far back to read, as in 24h or 7d. Default: as the scheduled sweep."),
     ] = None,
     as_json: JsonFlag = False,
 ) -> int:
@@ -105,13 +99,7 @@ def poll(as_json: JsonFlag = False) -> int:
 
 def verify(
     since: Annotated[
-        timedelta,
-        typer.Option(
-            metavar="DURATION",
-            parser=parse_age,
-            help="How far back to compare, as in 24h or 30d.",
-            show_default="30d",
-        ),
+        timedelta, age_option("How far back to compare, as in 24h or 30d.", default="30d")
     ] = timedelta(days=30),
     as_json: JsonFlag = False,
 ) -> int:

@@ -10,14 +10,7 @@ from uuid import uuid4
 import typer
 
 from tracker.cli import download, watch
-from tracker.cli.output import (
-    JsonFlag,
-    note,
-    plain,
-    print_fields,
-    print_json,
-    print_with_inputs,
-)
+from tracker.cli.output import JsonFlag, note, plain, print_fields, print_json, print_with_inputs
 from tracker.cli.setup import (
     CursorOption,
     LimitOption,
@@ -26,6 +19,7 @@ from tracker.cli.setup import (
     TechniqueArgument,
     WorkspaceFilter,
     WorkspaceOption,
+    checked,
     flora_deadline,
     parsed_tags,
     print_list,
@@ -34,6 +28,7 @@ from tracker.cli.setup import (
 )
 from tracker.core.errors import FloraError, TrackerError
 from tracker.core.formatting import money
+from tracker.core.inputs import parse_tag
 from tracker.core.run import RetryAdvice, RunStatus, Tracking
 
 if TYPE_CHECKING:
@@ -218,7 +213,6 @@ def list_(
     from tracker.store.queries.runs import list_runs
     from tracker.views import run_json
 
-    tags = parsed_tags(None if tag is None else [tag])
     print_list(
         "runs",
         partial(
@@ -227,7 +221,7 @@ def list_(
             technique_id=technique,
             workspace_id=workspace,
             project_id=project,
-            tag=next((f"{key}={value}" for key, value in tags.items()), None),
+            tag=None if tag is None else "=".join(checked(parse_tag, tag, "--tag")),
             tracking=tracking,
             retry_advice=retry_advice,
             cursor=cursor,

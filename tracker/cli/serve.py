@@ -73,7 +73,7 @@ def serve(
 
     if callbacks_only:
         listeners = [
-            server.Listener(host=host, port=port, build=app.build_callbacks_app, is_open=True),
+            server.Listener(host=host, port=port, build=app.build_callbacks_app, is_open=True)
         ]
     elif callbacks_port is not None:
         private = partial(app.build_app, callbacks=False)

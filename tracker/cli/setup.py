@@ -210,6 +210,11 @@ def parse_age(text: str | timedelta) -> timedelta:
     return checked(parse_duration, text)
 
 
+def age_option(help: str, *, metavar: str = "DURATION", default: bool | str = True) -> Any:
+    """An option that `parse_age` reads; `default` is that of `show_default`."""
+    return typer.Option(metavar=metavar, parser=parse_age, help=help, show_default=default)
+
+
 def parsed_tags(texts: list[str] | None) -> dict[str, str]:
     """The tags of `--tag`. Raises `BadParameter`."""
     return checked(parse_tags, texts or (), "--tag")
@@ -218,9 +223,7 @@ def parsed_tags(texts: list[str] | None) -> dict[str, str]:
 TagOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--tag",
-        metavar="KEY=VALUE",
-        help="Label the runs, for filters and budgets. Repeatable.",
+        "--tag", metavar="KEY=VALUE", help="Label the runs, for filters and budgets. Repeatable."
     ),
 ]
 WorkspaceOption = Annotated[
@@ -232,8 +235,7 @@ WorkspaceFilter = Annotated[
 ]
 LimitOption = Annotated[int, typer.Option("--limit", help="Maximum rows.", min=1, max=100)]
 CursorOption = Annotated[
-    str | None,
-    typer.Option("--cursor", help="Continue after a page: its next_cursor."),
+    str | None, typer.Option("--cursor", help="Continue after a page: its next_cursor.")
 ]
 TechniqueArgument = Annotated[
     str, typer.Argument(metavar="TECHNIQUE", help="Technique id (tech_…) or slug.")

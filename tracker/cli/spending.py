@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tracker.cli.output import JsonFlag, print_json, print_table
-from tracker.cli.setup import WorkspaceFilter, checked, parse_age, run_once
+from tracker.cli.setup import WorkspaceFilter, age_option, checked, run_once
 from tracker.core.formatting import money
 
 if TYPE_CHECKING:
@@ -18,13 +18,7 @@ if TYPE_CHECKING:
 def spending(
     by: Annotated[str, typer.Option(metavar="day|technique|tag:KEY", help="Group by.")] = "day",
     since: Annotated[
-        timedelta,
-        typer.Option(
-            metavar="DURATION",
-            parser=parse_age,
-            help="Runs started in the last 24h, 30d, …",
-            show_default="30d",
-        ),
+        timedelta, age_option("Runs started in the last 24h, 30d, …", default="30d")
     ] = timedelta(days=30),
     workspace: WorkspaceFilter = None,
     as_csv: Annotated[

@@ -7,14 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tracker.cli.output import (
-    JsonFlag,
-    note,
-    plain,
-    print_fields,
-    print_json,
-    print_table,
-)
+from tracker.cli.output import JsonFlag, note, plain, print_fields, print_json, print_table
 from tracker.cli.setup import (
     CursorOption,
     LimitOption,
@@ -91,7 +84,7 @@ def list_(
         {
             "technique": "technique_id",
             "name": "name",
-            "price": lambda row: _price(row["run_cost"]),
+            "price": lambda row: None if row["run_cost"] is None else money(row["run_cost"]),
             **({"retired": "gone_at"} if gone else {}),
             "description": "description",
         },
@@ -166,7 +159,3 @@ def _need(port: "Port") -> str:
         *(["an element's id too"] if port.element else []),
     )
     return ", ".join(words)
-
-
-def _price(amount: float | None) -> str | None:
-    return None if amount is None else money(amount)

@@ -35,8 +35,7 @@ def watch(
     run_ids: RunIds,
     as_json: JsonFlag = False,
     json_lines: Annotated[
-        bool,
-        typer.Option("--json-lines", help="Print a line of JSON on stdout for each change."),
+        bool, typer.Option("--json-lines", help="Print a line of JSON on stdout for each change.")
     ] = False,
 ) -> int:
     """Show the progress of runs until they are settled. Exit status 1 if one fails.
@@ -101,6 +100,8 @@ async def follow(
 
     With `json_lines`, each change is a line of JSON on stdout instead.
     """
+    from tracker.views import run_json
+
     known: dict[str, Record] = {}
     try:
         with screen(_columns, transient=False) as shown:
@@ -111,10 +112,12 @@ async def follow(
             ):
                 async for observed in changes:
                     known |= {record.run.run_id: record for record, _ in observed}
-                    if json_lines:
-                        _print_lines(observed)
-                    else:
+                    if not json_lines:
                         runs.show(observed)
+                        continue
+                    for record, source in observed:
+                        line: dict[str, Any] = {**run_json(record), "last_source": source.value}
+                        typer.echo(json.dumps(line, separators=(",", ":")))
     except asyncio.CancelledError:
         active = [plain(key) for key, one in known.items() if one.tracking is Tracking.ACTIVE]
         if active:
@@ -198,14 +201,6 @@ def _took(record: Record) -> str | None:
 
 def _elapsed(record: Record, clock: Clock) -> str:
     return _took(record) or duration((record.settled_at or clock()) - record.created_at)
-
-
-def _print_lines(observed: "Iterable[RunUpdate]") -> None:
-    from tracker.views import run_json
-
-    for record, source in observed:
-        line: dict[str, Any] = {**run_json(record), "last_source": source.value}
-        typer.echo(json.dumps(line, separators=(",", ":")))
 
 
 def _print_results(records: Sequence[Record]) -> None:

@@ -111,10 +111,7 @@ async def _serving(services: Services, sockets: list[socket]) -> AsyncIterator[N
 
 async def _run(display: DemoDisplay) -> list[RunComparison]:
     try:
-        async with (
-            asyncio.timeout(_TIMEOUT),
-            _open_environment() as (simulator, services, api),
-        ):
+        async with asyncio.timeout(_TIMEOUT), _open_environment() as (simulator, services, api):
             with display.live():
                 starting = asyncio.create_task(_start_runs(simulator, api))
                 try:
@@ -138,10 +135,7 @@ async def _start_runs(simulator: Simulator, api: httpx.AsyncClient) -> None:
 
 
 async def _wait_until_settled(
-    services: Services,
-    api: httpx.AsyncClient,
-    display: DemoDisplay,
-    starting: "asyncio.Task[None]",
+    services: Services, api: httpx.AsyncClient, display: DemoDisplay, starting: "asyncio.Task[None]"
 ) -> list[Mapping[str, Any]]:
     """Read the tracker's list until all runs are there and settled; return the last one read."""
     swept = False

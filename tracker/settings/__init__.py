@@ -7,13 +7,11 @@ reloads secrets while a process runs.
 environment: `load_settings` fills it.
 """
 
-from tracker.core.net import CALLBACK_PATH
 from tracker.settings.load import Loaded, load_settings, read_settings
 from tracker.settings.model import EndpointSettings, Settings, TokenSettings, WorkspaceSettings
 from tracker.settings.rotation import Rotation
 
 __all__ = [
-    "CALLBACK_PATH",
     "EndpointSettings",
     "Loaded",
     "Rotation",

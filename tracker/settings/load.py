@@ -187,21 +187,17 @@ class _File:
 
     def _read_text(self, path: Path) -> str:
         self.states[path] = file_state(path)
-        return _read_text(path)
+        try:
+            return path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise _UnreadableError(error.strerror or type(error).__name__) from error
+        except ValueError as error:  # not UTF-8, or a NUL in the path; it would show the bytes
+            reason = "it is not UTF-8 text" if isinstance(error, UnicodeError) else "no such path"
+        raise _UnreadableError(reason)
 
 
 class _UnreadableError(Exception):
     """A file that is missing, not readable, or not text."""
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise _UnreadableError(error.strerror or type(error).__name__) from error
-    except ValueError as error:  # not UTF-8, or a NUL in the path: the error would show the bytes
-        reason = "it is not UTF-8 text" if isinstance(error, UnicodeError) else "no such path"
-    raise _UnreadableError(reason)
 
 
 def fault(error: ErrorDetails) -> str:

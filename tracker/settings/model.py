@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from typing import Annotated, Literal, Self
@@ -101,6 +102,11 @@ def _dollars(value: object) -> object:
     if isinstance(value, float):
         return repr(value)
     return value.strip().removeprefix("$") if isinstance(value, str) else value
+
+
+def _repeated(names: Iterable[str | None]) -> str | None:
+    """The first name that is there more than once."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def _technique_id(technique_id: str) -> str:
@@ -278,33 +284,30 @@ class Settings(_Model):
                 "TRACKER_COST_GIVE_UP must not be shorter than TRACKER_COST_RECHECK "
                 f"({self.tracker_cost_recheck:g} s)"
             )
-        ids = Counter(workspace.id for workspace in self.all_workspaces)
-        if len(self.all_workspaces) > 1 and None in ids:
+        ids = [workspace.id for workspace in self.all_workspaces]
+        if len(ids) > 1 and None in ids:
             raise ValueError(
                 "several workspaces are set, so each needs an id: FLORA_WORKSPACE_ID for the one "
                 "of FLORA_API_KEY, id under each [[workspaces]]"
             )
-        if twice := [name for name, count in ids.items() if count > 1]:
+        if twice := _repeated(ids):
             raise ValueError(
-                f"workspace {twice[0]} is set more than once: keep one of them "
+                f"workspace {twice} is set more than once: keep one of them "
                 "(FLORA_WORKSPACE_ID and each [[workspaces]] count)"
             )
-        called = Counter(one.name for one in self.all_budgets.known(filter(None, ids)))
-        if twice := [name for name, count in called.items() if count > 1]:
+        if twice := _repeated(one.name for one in self.all_budgets.known(filter(None, ids))):
             raise ValueError(
-                f"there are two budgets {twice[0]}: remove one of them (TRACKER_BUDGET_DAY and "
+                f"there are two budgets {twice}: remove one of them (TRACKER_BUDGET_DAY and "
                 "TRACKER_BUDGET_MONTH apply to each workspace)"
             )
-        names = Counter(token.name for token in self.access_tokens)
-        if twice := [name for name, count in names.items() if count > 1]:
-            raise ValueError(f"two [[tokens]] have the name {twice[0]}: names must differ")
-        if len({token.value for token in self.access_tokens}) < len(names):
+        if twice := _repeated(token.name for token in self.access_tokens):
+            raise ValueError(f"two [[tokens]] have the name {twice}: names must differ")
+        if _repeated(token.value for token in self.access_tokens):
             raise ValueError(
                 "one token is set twice: those of TRACKER_API_TOKEN and [[tokens]] must all differ"
             )
-        endpoints = Counter(endpoint.id for endpoint in self.endpoints)
-        if twice := [name for name, count in endpoints.items() if count > 1]:
-            raise ValueError(f"two [[endpoints]] have the id {twice[0]}: ids must differ")
+        if twice := _repeated(endpoint.id for endpoint in self.endpoints):
+            raise ValueError(f"two [[endpoints]] have the id {twice}: ids must differ")
         return self
 
     @property

@@ -6,7 +6,7 @@ Access tokens, API keys and signing secrets that come from files (`"file:PATH"`,
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -64,7 +64,9 @@ class Rotation:
             return False
         now = {path: file_state(path) for path in self._files}
         try:
-            _refuse_streams(self._files)
+            for path in self._files:
+                if path.exists() and not path.is_file():
+                    raise SettingsError(f"{path} is a pipe or a device, which cannot be read again")
             loaded = self._read()
             rotated = _with_secrets_of(self.settings, loaded.settings)
         except SettingsError as error:
@@ -74,7 +76,8 @@ class Rotation:
                 log.error("settings.not_reloaded", reason=self._failure)
             return False
         self._files, self._failure = loaded.files, None
-        if left := _need_a_restart(rotated, loaded.settings):
+        names = Settings.model_fields
+        if left := [one for one in names if getattr(rotated, one) != getattr(loaded.settings, one)]:
             log.warning("settings.restart_needed", settings=left)
         if rotated == self.settings:
             return False
@@ -113,13 +116,6 @@ class Rotation:
                 self.check() if self._failure is None else self.reload()
             except Exception:
                 log.exception("settings.not_reloaded")
-
-
-def _refuse_streams(files: Iterable[Path]) -> None:
-    """Raise `SettingsError` where a file can be read only once."""
-    for path in files:
-        if path.exists() and not path.is_file():
-            raise SettingsError(f"{path} is a pipe or a device, which cannot be read again")
 
 
 def _with_secrets_of(old: Settings, new: Settings) -> Settings:
@@ -162,8 +158,3 @@ def _with_secrets_of(old: Settings, new: Settings) -> Settings:
             ),
         }
     )
-
-
-def _need_a_restart(ours: Settings, new: Settings) -> list[str]:
-    """The names of changed settings that need a restart."""
-    return [name for name in Settings.model_fields if getattr(ours, name) != getattr(new, name)]

@@ -12,12 +12,7 @@ from starlette.routing import Route
 
 from tracker.simulator.callbacks import CallbackSender
 from tracker.simulator.catalogue import SimulatedTechnique
-from tracker.simulator.faults import (
-    CutConnection,
-    ErrorAnswer,
-    GatewayFault,
-    RequestFault,
-)
+from tracker.simulator.faults import CutConnection, ErrorAnswer, GatewayFault, RequestFault
 from tracker.simulator.history import page_bounds
 from tracker.simulator.options import CODES, SimulatedWorkspace
 from tracker.simulator.runs import RunType, SimulatedRun, digest

@@ -5,13 +5,7 @@ from typing import Final
 
 from tracker.simulator.catalogue import EXTENSIONS, SimulatedPort
 from tracker.simulator.options import Options, SimulatedWorkspace
-from tracker.simulator.runs import (
-    RunBill,
-    RunRequest,
-    SimulatedOutput,
-    SimulatedRun,
-    digest,
-)
+from tracker.simulator.runs import RunBill, RunRequest, SimulatedOutput, SimulatedRun, digest
 
 CALLBACK_FAULTS: Final = ("drop", "duplicate", "early", "late", "reorder", "bad_signature")
 """The faults of a callback. They are decided when the run starts."""

@@ -128,8 +128,7 @@ class Options:
     )
     gateway_works: float = share("share of these requests that FLORA executes all the same", 1.0)
     gateway_seconds: float | None = number(
-        "seconds after which the gateway answers; none: when FLORA has finished",
-        None,
+        "seconds after which the gateway answers; none: when FLORA has finished", None
     )
     refuse: Mapping[str, str] = table(
         "routes and the error code that they answer, as `generations.list:not_found`; "

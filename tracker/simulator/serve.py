@@ -212,12 +212,7 @@ async def running(
         listener.close()
 
 
-def serve(
-    options: Options,
-    port: int,
-    *,
-    on_ready: Callable[[Simulator], None],
-) -> None:
+def serve(options: Options, port: int, *, on_ready: Callable[[Simulator], None]) -> None:
     """Serves a simulator until SIGINT or SIGTERM. `on_ready` is called once it answers.
 
     Raises `OSError` where the port cannot be bound.

@@ -199,7 +199,9 @@ class StartHandler:
     ) -> Response:
         """The answer to a start. Raises `ErrorAnswer` where it is an error."""
         world, options = self._world, self._world.options
-        slow, fails, lost, colleague = _draw_start_faults(options, request.state.number)
+        random = Random(f"{options.seed}/start/{request.state.number}")
+        rates = (options.slow_starts, options.failed_starts, options.lost_starts, options.colleague)
+        slow, fails, lost, colleague = (random.random() < rate for rate in rates)
         sent_key = start.key(request.headers.get("idempotency-key"), options)
         key = None if sent_key is None else (workspace.workspace_id, sent_key)
         if key is not None:
@@ -301,12 +303,6 @@ class StartHandler:
             self._sender.run_in_background(start())
         else:
             await start()
-
-
-def _draw_start_faults(options: Options, number: int) -> list[bool]:
-    random = Random(f"{options.seed}/start/{number}")
-    rates = (options.slow_starts, options.failed_starts, options.lost_starts, options.colleague)
-    return [random.random() < rate for rate in rates]
 
 
 def _first_answer(run: SimulatedRun, options: Options) -> SimulatedStartAnswer:

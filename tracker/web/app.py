@@ -12,7 +12,7 @@ from tracker.web.api.routes import Api
 from tracker.web.auth import AccessControl, AuthMiddleware
 from tracker.web.callbacks import Callbacks, is_callback
 from tracker.web.dashboard.site import Dashboard
-from tracker.web.health import Health, metrics_route
+from tracker.web.health import Health
 from tracker.web.http.limits import Limits
 from tracker.web.http.middleware import DeadlineMiddleware, ErrorPage, ResponseMiddleware
 from tracker.web.http.responses import Take
@@ -82,7 +82,6 @@ def build_app(
     stream = Stream(services, access, limits=limits)
     routes = [
         *Health(services, access, limits=limits).routes(),
-        metrics_route(services.metrics),
         *Api(services, stream, limits=limits).routes(),
         *dashboard.routes(),
     ]
@@ -109,7 +108,7 @@ def build_health_app(services: Services) -> Application:
     """Health and metrics, for a process with the worker alone."""
     limits = Limits()
     access = _access(services, limits)
-    routes = [*Health(services, access, limits=limits).routes(), metrics_route(services.metrics)]
+    routes = Health(services, access, limits=limits).routes()
     return Application(services, limits, routes, access=access)
 
 

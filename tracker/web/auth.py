@@ -92,9 +92,7 @@ class Actor:
         return self.token.name
 
 
-LOCAL: Final = Actor(
-    token=Token(name="local", value="", scopes=frozenset({TokenScope.ADMIN})),
-)
+LOCAL: Final = Actor(token=Token(name="local", value="", scopes=frozenset({TokenScope.ADMIN})))
 """Any program on this machine, if no token is set."""
 
 

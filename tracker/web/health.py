@@ -9,7 +9,6 @@ from starlette.routing import Route
 
 from tracker.core.contact import ContactState
 from tracker.core.errors import SchemaOutdated, StoreError
-from tracker.operations.metrics import Metrics
 from tracker.services import Services
 from tracker.store import migrate
 from tracker.views import time_json
@@ -19,7 +18,7 @@ from tracker.web.http.responses import Json, unavailable
 
 
 class Health:
-    """`/healthz` and `/readyz`. Without `access` there are no details."""
+    """The three routes. Without `access` there are no details, and no metrics."""
 
     def __init__(self, services: Services, access: AccessControl | None, *, limits: Limits) -> None:
         self._services = services
@@ -28,7 +27,8 @@ class Health:
         self._checking: asyncio.Task[None] | None = None
 
     def routes(self) -> list[Route]:
-        return [Route("/healthz", self._healthz), Route("/readyz", self._readyz)]
+        routes = [Route("/healthz", self._healthz), Route("/readyz", self._readyz)]
+        return routes if self._access is None else [*routes, Route("/metrics", self._metrics)]
 
     async def _healthz(self, request: Request) -> Response:
         return Json({"status": "ok"})
@@ -56,6 +56,12 @@ class Health:
             return Json({"status": "ready"})
         return Json({"status": "ready", "flora": self._flora()})
 
+    async def _metrics(self, request: Request) -> Response:
+        """Prometheus's text format. Always 200: a metric shows a database that does not answer."""
+        accept = request.headers.get("accept", "")
+        text, content_type = await self._services.metrics.exposition(accept)
+        return Response(text, media_type=content_type)
+
     async def _check(self) -> None:
         async with asyncio.timeout(self._limits.ready_seconds):
             await migrate.check(self._services.database)
@@ -75,17 +81,6 @@ class Health:
             if text is not None
         ]
         return "; ".join(troubles) or "ok"
-
-
-def metrics_route(metrics: Metrics) -> Route:
-    """`GET /metrics`, in Prometheus's text format. Always 200: a metric shows a database that does
-    not answer."""
-
-    async def show(request: Request) -> Response:
-        text, content_type = await metrics.exposition(request.headers.get("accept", ""))
-        return Response(text, media_type=content_type)
-
-    return Route("/metrics", show)
 
 
 def _in_words(state: ContactState | None, now: datetime) -> str | None:

@@ -22,10 +22,10 @@ import httpx
 
 from tracker import __version__
 from tracker.core.formatting import plain
+from tracker.core.net import CALLBACK_PATH as _PATH
 from tracker.core.net import is_loopback
 from tracker.core.record import TEST_DELIVERY, TEST_DELIVERY_IDS
 from tracker.flora.signature import sign
-from tracker.settings import CALLBACK_PATH as _PATH
 
 FLORA_WAITS: Final = 10.0
 """Seconds that FLORA waits for an answer."""

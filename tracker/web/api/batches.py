@@ -105,8 +105,7 @@ class BatchOperations:
         return Json(shown | {"errors": [error_group_json(one) for one in groups]})
 
     @Operation(
-        "GET /api/batches/{batch_id}/rows",
-        page_of("rows", Row, "A page of rows, in their order."),
+        "GET /api/batches/{batch_id}/rows", page_of("rows", Row, "A page of rows, in their order.")
     )
     async def list_rows(self, request: Request, batch_id: str, query: RowsQuery) -> Response:
         """List the rows of a batch with their runs, in order."""

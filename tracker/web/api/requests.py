@@ -13,7 +13,6 @@ from pydantic import (
     ValidationError,
     WithJsonSchema,
 )
-from pydantic_core import ErrorDetails
 from starlette.datastructures import QueryParams
 
 from tracker.core.errors import FieldFault
@@ -43,9 +42,9 @@ def validate(model: type[M], values: Any) -> M:
         return model.model_validate(values)
     except ValidationError as error:
         faults = error.errors(include_url=False, include_input=False)
-    raise invalid(
-        *(FieldFault(".".join(map(str, one["loc"])) or "body", _message(one)) for one in faults)
-    )
+    messages = [_MESSAGES.get(one.get("ctx", {}).get("pattern", ""), one["msg"]) for one in faults]
+    places = [".".join(map(str, one["loc"])) or "body" for one in faults]
+    raise invalid(*map(FieldFault, places, messages))
 
 
 def validate_query(model: type[M], parameters: QueryParams) -> M:
@@ -61,10 +60,6 @@ def validate_key(values: list[str]) -> str | None:
     if len(set(values)) > 1:
         raise invalid(FieldFault("Idempotency-Key", "is repeated with different values"))
     return validate(KeyHeader, {"Idempotency-Key": values[0]}).key if values else None
-
-
-def _message(error: ErrorDetails) -> str:
-    return _MESSAGES.get(error.get("ctx", {}).get("pattern", ""), error["msg"])
 
 
 def one_of(values: Any) -> WithJsonSchema:
@@ -187,9 +182,7 @@ class RunsQuery(Query):
     workspace_id: Filter = None
     project_id: Filter = None
     tag: Annotated[
-        str | None,
-        NONE_IF_EMPTY,
-        AfterValidator(lambda tag: tag and "=".join(parse_tag(tag))),
+        str | None, NONE_IF_EMPTY, AfterValidator(lambda tag: tag and "=".join(parse_tag(tag)))
     ] = Field(None, description="`key=value`.", json_schema_extra={"maxLength": 320})
     tracking: Annotated[Tracking | None, NONE_IF_EMPTY, one_of(Tracking)] = None
     retry_advice: Annotated[RetryAdvice | None, NONE_IF_EMPTY, one_of(RetryAdvice)] = None
@@ -201,9 +194,7 @@ class StartsQuery(Query):
     """The query of `GET /api/starts`."""
 
     state: Annotated[
-        Literal["stored", "sent", "in_doubt", "unresolved"] | None,
-        NONE_IF_EMPTY,
-        one_of(LISTED),
+        Literal["stored", "sent", "in_doubt", "unresolved"] | None, NONE_IF_EMPTY, one_of(LISTED)
     ] = Field(None, description="Default: all whose outcome is not known.")
     workspace_id: Filter = None
     cursor: Cursor = None

@@ -201,8 +201,7 @@ class Api(BatchOperations):
         return _page("starts", map(start_json, rows), cursor)
 
     @Operation(
-        "GET /api/deliveries",
-        page_of("deliveries", Delivery, "A page of callbacks, newest first."),
+        "GET /api/deliveries", page_of("deliveries", Delivery, "A page of callbacks, newest first.")
     )
     async def list_deliveries(self, request: Request, query: DeliveriesQuery) -> Response:
         """List callbacks, newest first, without their bodies."""
@@ -221,8 +220,7 @@ class Api(BatchOperations):
             raise not_found(f"There is no delivery {delivery_id[:255]}.") from None
 
     @Operation(
-        "GET /api/messages",
-        page_of("messages", Message, "A page of messages, newest first."),
+        "GET /api/messages", page_of("messages", Message, "A page of messages, newest first.")
     )
     async def list_messages(self, request: Request, query: MessagesQuery) -> Response:
         """List messages, the events sent to endpoints, newest first."""
@@ -258,19 +256,14 @@ class Api(BatchOperations):
         return Json(spending_json(query.by, since, rows, total, usages))
 
     @Operation(
-        "GET /api/techniques",
-        page_of("techniques", Technique, "A page of techniques, by name."),
+        "GET /api/techniques", page_of("techniques", Technique, "A page of techniques, by name.")
     )
     async def list_techniques(self, request: Request, query: TechniquesQuery) -> Response:
         """Search the catalogue of techniques, sorted by name."""
         rows, cursor = await techniques.page(self._database, **dict(query))
         return _page("techniques", map(technique_json, rows), cursor)
 
-    @Operation(
-        "GET /api/techniques/{technique}",
-        Answer("The technique.", Technique),
-        (502, 504),
-    )
+    @Operation("GET /api/techniques/{technique}", Answer("The technique.", Technique), (502, 504))
     async def show_technique(self, request: Request, technique: str) -> Response:
         """Show a technique with its inputs and outputs.
 

@@ -15,7 +15,6 @@ from tracker.core.errors import FieldFault
 from tracker.core.formatting import counted
 from tracker.core.record import DeliveryOutcome
 from tracker.receiving.replay import Replay, UnknownDelivery
-from tracker.store.queries import runs
 from tracker.store.queries import runs as read
 from tracker.store.queries.runs import DeliveryRow
 from tracker.web.dashboard.forms import PERIODS, query_choice, query_field, read_form
@@ -85,7 +84,7 @@ class DeliveryPages(PageGroup):
         counts = await read.counts(self._database, now=now)
         oldest = counts.oldest_waiting_at
         return {
-            "causes": await runs.causes(self._database, limit=CAUSES),
+            "causes": await read.causes(self._database, limit=CAUSES),
             "late": counts.waiting if oldest is not None and oldest < now - LATE else 0,
             "oldest_waiting_at": oldest,
         }
@@ -97,7 +96,7 @@ class DeliveryPages(PageGroup):
         chosen: Sequence[str] = form.getlist("delivery_id")
         if "cause" in form:
             until = _moment(form.get("until", ""))
-            chosen = await runs.unseen_deliveries(
+            chosen = await read.unseen_deliveries(
                 self._database, cause=form["cause"], until=until, limit=BULK_DELIVERIES
             )
         action = form.get("action")

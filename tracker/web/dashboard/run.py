@@ -75,7 +75,7 @@ class RunPages(PageGroup):
             return await self._page(request, record, flash=FlashMessage("bad", reason))
         if again.run_id is not None:
             return _to_run(again.run_id)
-        if form.get("cost", "") != _text(again.cost):
+        if form.get("cost", "") != ("" if again.cost is None else str(again.cost)):
             changed = FlashMessage("warn", "The price has changed. Nothing was started.")
             return await self._page(request, record, flash=changed)
         run = record.run
@@ -111,9 +111,7 @@ class RunPages(PageGroup):
             flash=flash,
             can_check=record.tracking is not Tracking.SETTLED and self._can_poll(record),
             views=output_views(
-                outputs,
-                technique.outputs if technique else (),
-                media_origin=self._media_origin,
+                outputs, technique.outputs if technique else (), media_origin=self._media_origin
             )[:MAX_SHOWN],
             inputs=[_input(one) for one in (record.inputs or ())[:MAX_SHOWN]],
             rows=rows,
@@ -161,10 +159,6 @@ def _retry_key(run_id: str) -> str:
     """The idempotency key of starting a run again: the same for the same run, so that it is started
     again once, however often the button is pressed."""
     return f"retry-{hashlib.sha256(run_id.encode()).hexdigest()[:32]}"
-
-
-def _text(cost: Decimal | None) -> str:
-    return "" if cost is None else str(cost)
 
 
 def _check_result(before: Record, after: Record) -> FlashMessage:

@@ -12,11 +12,7 @@ from tracker.core.formatting import counted, duration
 from tracker.delivering.webhooks import UnknownEndpoint
 from tracker.store.queries import endpoints
 from tracker.store.queries.endpoints import Backlog, EndpointRow, MessageRow
-from tracker.web.dashboard.forms import (
-    query_choice,
-    query_field,
-    read_form,
-)
+from tracker.web.dashboard.forms import query_choice, query_field, read_form
 from tracker.web.dashboard.render import FlashMessage, PageGroup, action, page, page_links
 from tracker.web.http.responses import invalid
 
@@ -25,12 +21,7 @@ LATEST: Final = 10
 """Messages on the page of an endpoint."""
 DELAYS_OF: Final = timedelta(days=1)
 """The delays shown are those of messages this young."""
-SINCE: Final = {
-    "1": "Last hour",
-    "24": "Last 24 hours",
-    "72": "Last 3 days",
-    "720": "Last 30 days",
-}
+SINCE: Final = {"1": "Last hour", "24": "Last 24 hours", "72": "Last 3 days", "720": "Last 30 days"}
 """How far back failed messages are sent again, in hours."""
 HELD: Final = "A disabled endpoint gets nothing until it is enabled."
 
