@@ -25,11 +25,7 @@ def reconcile(
     """Sweep FLORA's run history once and show what was found."""
 
     async def work(services: "Services") -> "list[SweepReport]":
-        sweeps = [
-            services.sweeper.sweep(workspace, since=since)
-            for workspace in services.workspaces
-            if workspace.client is not None
-        ]
+        sweeps = [services.sweeper.sweep(one, since=since) for one in services.workspaces.keyed]
         async with flora_deadline(services):
             await services.applier.drain()
             reports = await asyncio.gather(*sweeps)
@@ -112,11 +108,8 @@ def verify(
 
     async def work(services: "Services") -> "list[VerifyReport]":
         async with flora_deadline(services):
-            return [
-                await services.verifier.verify(workspace, since=since)
-                for workspace in services.workspaces
-                if workspace.client is not None
-            ]
+            keyed = services.workspaces.keyed
+            return [await services.verifier.verify(one, since=since) for one in keyed]
 
     verdicts = run_once(work, needs_key=True)
     if as_json:

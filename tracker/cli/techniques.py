@@ -102,7 +102,7 @@ def show(technique: TechniqueArgument, as_json: JsonFlag = False) -> None:
     async def work(services: "Services") -> "TechniqueRow | None":
         async with flora_deadline(services):
             found = await services.catalogue.find(technique)
-        if found is None and all(one.client is None for one in services.workspaces):
+        if found is None and not services.workspaces.keyed:
             note("FLORA was not asked: FLORA_API_KEY is not set.")
         return found
 

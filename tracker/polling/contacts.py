@@ -87,7 +87,7 @@ class Contacts:
     async def probe(self) -> None:
         """Read the newest run of each workspace where FLORA's last answer was a failure, or where
         it has not been asked for a while. Raises `StoreUnavailable`."""
-        keyed = [one for one in self.workspaces if one.client is not None]
+        keyed = self.workspaces.keyed
         if any(self._is_due(one) for one in keyed):
             await self.read()  # another process may have asked
         await asyncio.gather(*(_probe(one) for one in keyed if self._is_due(one)))

@@ -115,6 +115,11 @@ class Workspaces:
         return len(self._all)
 
     @property
+    def keyed(self) -> list[Workspace]:
+        """Those with an API key."""
+        return [one for one in self._all if one.client is not None]
+
+    @property
     def secrets(self) -> list[str]:
         """Every signing secret of all workspaces."""
         return self._secrets

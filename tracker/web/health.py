@@ -71,7 +71,7 @@ class Health:
         """The state of FLORA and the API keys."""
         services = self._services
         now = services.clock()
-        keyed = [one for one in services.workspaces if one.client is not None]
+        keyed = services.workspaces.keyed
         if not keyed:
             return "no key is set"
         states = [(one, _in_words(services.contacts.of(one), now)) for one in keyed]

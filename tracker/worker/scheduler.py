@@ -99,7 +99,7 @@ class Worker:
         """Start the jobs, with a sweep of each workspace now."""
         services = self._services
         now = utc_now()  # APScheduler compares with the machine's clock
-        keyed = [one for one in services.workspaces if one.client is not None]
+        keyed = services.workspaces.keyed
         for workspace in keyed:
             self._scheduler.add_job(
                 self._job("sweep", partial(self._sweep, workspace)),

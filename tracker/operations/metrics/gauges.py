@@ -386,7 +386,7 @@ class ProcessGauges(Collector):
         yield from self._flora()
 
     def _flora(self) -> Iterator[Metric]:
-        keyed = {one.name: one for one in self.workspaces if one.client is not None}
+        keyed = {one.name: one for one in self.workspaces.keyed}
         limits = {name: one.require_client().request_limit.state() for name, one in keyed.items()}
         for family, name, meaning, field in _REQUEST_LIMITS:
             values = {workspace: getattr(limit, field) for workspace, limit in limits.items()}

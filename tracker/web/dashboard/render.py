@@ -299,7 +299,7 @@ class PageGroup:
 
     @property
     def _has_key(self) -> bool:
-        return any(one.client is not None for one in self._services.workspaces)
+        return bool(self._services.workspaces.keyed)
 
 
 async def _act(
