@@ -11,8 +11,7 @@ import typer
 from tracker.cli.setup import configure_service
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
-    from contextlib import AbstractAsyncContextManager
+    from collections.abc import AsyncIterator
 
     from tracker.services import Services
     from tracker.settings import Rotation
@@ -95,7 +94,7 @@ def serve(
         dashboard, callbacks = (host, port), (callbacks_host or host, callbacks_port or port)
         with simulation(rotation.settings, dashboard, callbacks) as (settings, services):
             return server.serve(settings, services, *listeners, worker=worker)
-    return server.serve(rotation.settings, _services(rotation), *listeners, worker=worker)
+    return server.serve(rotation.settings, partial(_opened, rotation), *listeners, worker=worker)
 
 
 def worker(
@@ -109,6 +108,7 @@ def worker(
     Any number of workers may share one PostgreSQL database.
     """
     rotation = _configure()
+    opened = partial(_opened, rotation)
     import asyncio
 
     from tracker.web.app import build_health_app
@@ -116,10 +116,10 @@ def worker(
     from tracker.worker.scheduler import Worker, run
 
     if port is None:
-        asyncio.run(run(_services(rotation)))
+        asyncio.run(run(opened))
         return 0
     listener = server.Listener(host=host, port=port, build=build_health_app)
-    return server.serve(rotation.settings, _services(rotation), listener, worker=Worker)
+    return server.serve(rotation.settings, opened, listener, worker=Worker)
 
 
 def _configure() -> "Rotation":
@@ -147,13 +147,10 @@ def share_heap() -> None:
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
-def _services(rotation: "Rotation") -> "Callable[[], AbstractAsyncContextManager[Services]]":
-    """Opens the services, and reloads their secrets until they are closed."""
+@asynccontextmanager
+async def _opened(rotation: "Rotation") -> "AsyncIterator[Services]":
+    """The services; their secrets are reloaded until they are closed."""
     from tracker.services import open_services
 
-    @asynccontextmanager
-    async def opened() -> "AsyncIterator[Services]":
-        async with rotation.watched(), open_services(rotation, background=True) as services:
-            yield services
-
-    return opened
+    async with rotation.watched(), open_services(rotation, background=True) as services:
+        yield services

@@ -173,10 +173,6 @@ class BudgetSettings(_Model):
     technique_id: Annotated[str, AfterValidator(_technique_id)] | None = None
     tag: Annotated[tuple[str, str], BeforeValidator(_tag)] | None = None
 
-    @property
-    def budget(self) -> Budget:
-        return Budget(**dict(self))
-
 
 class EventSettings(_Model):
     """Which events an endpoint or a handler gets: `events`, of the runs that match all of
@@ -339,7 +335,7 @@ class Settings(_Model):
             of_each_workspace=tuple(
                 Budget(usd=usd, period=period) for period, usd in periods.items() if usd is not None
             ),
-            others=tuple(one.budget for one in self.budgets),
+            others=tuple(Budget(**dict(one)) for one in self.budgets),
         )
 
     @property
