@@ -14,7 +14,6 @@ from tracker.core.errors import FieldFault
 from tracker.core.inputs import parse_tag
 from tracker.core.record import Record
 from tracker.core.run import RetryAdvice
-from tracker.services import Services
 from tracker.starting.batch_rows import BOM, safe_cell
 from tracker.store.queries import batches, techniques
 from tracker.store.queries.search import (
@@ -32,7 +31,7 @@ from tracker.store.text import dump_json
 from tracker.views import run_json
 from tracker.web.dashboard.forms import PERIODS, query_choice, query_field
 from tracker.web.dashboard.media import output_views
-from tracker.web.dashboard.render import PageGroup, Renderer, page, page_links, query
+from tracker.web.dashboard.render import PageGroup, page, page_links, query
 from tracker.web.http.responses import invalid
 
 PAGE_SIZE: Final = 50
