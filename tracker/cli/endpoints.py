@@ -34,19 +34,8 @@ def list_(as_json: JsonFlag = False) -> None:
         from tracker.store.queries import endpoints as read
 
         now = utc_now()
-        backlogs = await read.backlogs(database)
-        rows = [
-            {
-                **endpoint_json(
-                    row,
-                    backlogs.get(row.endpoint_id, read.Backlog()),
-                    await read.delays(database, row.endpoint_id, since=now - timedelta(days=1)),
-                ),
-                "health": row.health(now),
-            }
-            for row in await read.list_endpoints(database)
-        ]
-        return rows, None
+        found = await read.list_states(database, since=now - timedelta(days=1))
+        return [endpoint_json(*one) | {"health": one[0].health(now)} for one in found], None
 
     print_list(
         "endpoints",

@@ -71,8 +71,8 @@ class Application:
 def build_app(
     services: Services, *, limits: Limits | None = None, callbacks: bool = True
 ) -> Application:
-    """Callbacks, health, API, dashboard and metrics; without `callbacks`, there is another port for
-    these.
+    """Callbacks, health, API, dashboard and metrics; without `callbacks` all but these, which then
+    have a port of their own.
 
     The caller opens `services` before, and closes them afterwards.
     """

@@ -155,6 +155,17 @@ async def delays(db: Database, endpoint_id: str, *, since: datetime) -> Duration
     return Durations.between((row[0], row[1]) for row in rows if row.delivered_at is not None)
 
 
+async def list_states(
+    db: Database, *, since: datetime
+) -> list[tuple[EndpointRow, Backlog, Durations]]:
+    """Each endpoint with its backlog, and the delays of messages since then."""
+    waiting = await backlogs(db)
+    return [
+        (row, waiting.get(name := row.endpoint_id, Backlog()), await delays(db, name, since=since))
+        for row in await list_endpoints(db)
+    ]
+
+
 async def configure(
     db: Database, configs: Sequence[EndpointConfig], *, now: datetime
 ) -> list[EndpointRow]:

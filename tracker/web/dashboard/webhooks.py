@@ -32,15 +32,7 @@ class WebhookPages(PageGroup):
     @page("/endpoints")
     async def list_endpoints(self, request: Request) -> Response:
         since = self._services.clock() - DELAYS_OF
-        backlogs = await endpoints.backlogs(self._database)
-        rows = [
-            (
-                row,
-                backlogs.get(row.endpoint_id, Backlog()),
-                await endpoints.delays(self._database, row.endpoint_id, since=since),
-            )
-            for row in await endpoints.list_endpoints(self._database)
-        ]
+        rows = await endpoints.list_states(self._database, since=since)
         return self._render(request, "endpoints.html", rows=rows)
 
     @page("/endpoints/{endpoint_id:any}")
