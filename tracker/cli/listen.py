@@ -75,33 +75,27 @@ def listen(
     if target is not None:
         signed = key if secret is None else "the secret of --secret"
         note(f"Forwarding {', '.join(wanted)} to {target}, signed with {signed}")
-    asyncio.run(_listen(root, token, wanted, target, key, json_lines=json_lines))
 
+    async def work() -> None:
+        import httpx
 
-async def _listen(
-    root: str,
-    token: str | None,
-    wanted: list[EventType],
-    target: str | None,
-    key: str,
-    *,
-    json_lines: bool,
-) -> None:
-    import httpx
+        from tracker.delivering.listen import TrackerStream, forward
+        from tracker.views import time_json
 
-    from tracker.delivering.listen import TrackerStream, forward
-    from tracker.views import time_json
+        stream = TrackerStream(
+            root, token, wanted=wanted, notice=note, now=lambda: time_json(utc_now())
+        )
+        async with (
+            httpx.AsyncClient(timeout=None, trust_env=False) as client,  # noqa: S113
+            aclosing(stream.events()) as events,
+        ):
+            async for one in events:
+                answer = (
+                    None if target is None else await forward(client, target, one, key, utc_now)
+                )
+                typer.echo(_json(one, answer) if json_lines else _line(one, answer))
 
-    stream = TrackerStream(
-        root, token, wanted=wanted, notice=note, now=lambda: time_json(utc_now())
-    )
-    async with (
-        httpx.AsyncClient(timeout=None, trust_env=False) as client,  # noqa: S113
-        aclosing(stream.events()) as events,
-    ):
-        async for event in events:
-            answer = None if target is None else await forward(client, target, event, key, utc_now)
-            typer.echo(_json(event, answer) if json_lines else _line(event, answer))
+    asyncio.run(work())
 
 
 def _line(event: "StreamedEvent", answer: "Answer | None") -> str:

@@ -241,12 +241,8 @@ def _parameters(one: Operation) -> Iterable[_Json]:
     for where, model in (("query", one.query), ("header", KeyHeader if one.takes_key else None)):
         if model is not None:
             for name, schema in model.model_json_schema()["properties"].items():
-                yield _parameter(name, where, schema)
-
-
-def _parameter(name: str, where: str, schema: Mapping[str, Any]) -> _Json:
-    kept = {key: value for key, value in schema.items() if key not in ("title", "description")}
-    if kept.get("default", 0) is None:
-        del kept["default"]
-    described = {"description": schema["description"]} if "description" in schema else {}
-    return {"name": name, "in": where, "required": False, **described, "schema": kept}
+                described = {key: schema.pop(key) for key in ("description",) if key in schema}
+                schema.pop("title", None)
+                if schema.get("default", 0) is None:
+                    del schema["default"]
+                yield {"name": name, "in": where, "required": False, **described, "schema": schema}

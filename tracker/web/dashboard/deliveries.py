@@ -59,6 +59,8 @@ class DeliveryPages(PageGroup):
             cursor=cursor,
             limit=PAGE_SIZE,
         )
+        counts = await read.counts(self._database, now=now)
+        oldest = counts.oldest_waiting_at
         return self._render(
             request,
             "deliveries.html",
@@ -76,18 +78,11 @@ class DeliveryPages(PageGroup):
             },
             has_secret=any(one.secrets for one in self._services.workspaces),
             callback_url=self._services.settings.callback_url,
-            **await self._problems(now),
+            causes=await read.causes(self._database, limit=CAUSES),
+            late=counts.waiting if oldest is not None and oldest < now - LATE else 0,
+            oldest_waiting_at=oldest,
             **page_links("/deliveries", cursor=cursor, next_cursor=next_cursor, **filters),
         )
-
-    async def _problems(self, now: datetime) -> dict[str, Any]:
-        counts = await read.counts(self._database, now=now)
-        oldest = counts.oldest_waiting_at
-        return {
-            "causes": await read.causes(self._database, limit=CAUSES),
-            "late": counts.waiting if oldest is not None and oldest < now - LATE else 0,
-            "oldest_waiting_at": oldest,
-        }
 
     @action("/deliveries", has_page=False)
     async def act(self, request: Request) -> Response:

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from contextlib import suppress
 from functools import cache
 from ipaddress import IPv6Address, ip_address
 from random import Random
@@ -192,15 +193,13 @@ async def read_json(scope: Scope, receive: Receive, *, limit: int, seconds: floa
 async def discard_body(receive: Receive, *, limit: int, seconds: float) -> None:
     """Read and discard up to `limit` bytes for up to `seconds`."""
     left = limit
-    try:
+    with suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             while left > 0:
                 message = await receive()
                 if message["type"] != "http.request" or not message.get("more_body", False):
                     return
                 left -= len(message.get("body", b""))
-    except TimeoutError:
-        return
 
 
 def has_unread_body(scope: Scope) -> bool:

@@ -7,6 +7,7 @@ because a signal can be lost and on SQLite other processes send none.
 import asyncio
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import suppress
 from typing import Final, NamedTuple
 
 from tracker.core.errors import StoreError, StoreUnavailable
@@ -196,11 +197,9 @@ class Broadcaster:
             return
         listening = self._db.dialect != "sqlite" and self._signals.listening
         seconds = LISTENING_POLL_SECONDS if listening else self._limits.stream_poll_seconds
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._woken.wait()
-        except TimeoutError:
-            pass
 
     async def _find_position(self) -> None:
         """Find the number after which readers follow, so that "from now on" misses nothing.
