@@ -16,7 +16,6 @@ from contextlib import asynccontextmanager, suppress
 from datetime import datetime, timedelta, tzinfo
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Literal
 
 import apscheduler.executors.base
@@ -28,9 +27,7 @@ from apscheduler.triggers.interval import IntervalTrigger
 from tests.e2e import short_waits
 from tests.e2e.lives import FloraKey, Life
 from tests.support.waiting import free_port
-from tracker import services
 from tracker.core.clock import utc_now
-from tracker.polling import poll, sweep
 from tracker.simulator import Simulator
 from tracker.starting import recover, sending
 from tracker.worker import scheduler
@@ -64,15 +61,9 @@ def shorten_waits() -> None:
     """Short leases, frequent sweeps, and a client that does not wait long."""
     short_waits.shorten_waits()
     short_waits.shorten_key_memory()
-    held: tuple[tuple[ModuleType, str], ...] = (
-        *((sending, "HELD_FOR"), (recover, "HELD_FOR")),
-        *((poll, "LEASE"), (sweep, "LEASE")),
-    )
-    for module, name in held:
-        setattr(module, name, LEASE)
-    for module in (sending, poll):
-        short_waits.shorten(module, RENEW_AFTER=RENEW_AFTER)
-    services.Sweeper = partial(services.Sweeper, renew_after=RENEW_AFTER)  # type: ignore
+    sending.HELD_FOR = recover.HELD_FOR = LEASE  # type: ignore[misc]
+    short_waits.shorten(sending, RENEW_AFTER=RENEW_AFTER)
+    short_waits.shorten_leases(LEASE, renew_after=RENEW_AFTER)
     times = WorkerTimes(recover_every=LEASE)
     scheduler.Worker = partial(scheduler.Worker, times=times)  # type: ignore
     scheduler.CronTrigger = lambda _: IntervalTrigger(seconds=SWEEP_EVERY)  # type: ignore

@@ -15,9 +15,8 @@ from tests.support.patience import always_wait_longer_for_the_database
 from tracker import services
 from tracker.cli import main
 from tracker.delivering.webhooks import DeliveryTimes
-from tracker.polling import poll, sweep
 from tracker.polling.workspaces import DatabaseWaits
-from tracker.starting import catalogue, recover, sending
+from tracker.starting import recover, sending
 from tracker.store.queries import batch_launches
 from tracker.web.http import server
 from tracker.worker import scheduler
@@ -80,12 +79,10 @@ def shorten_all_waits(*, patient: bool = True) -> None:
     shorten(sending, HELD_FOR=soon)
     shorten(batch_launches, LEASE=soon)
     shorten(recover, LISTED_WITHIN=timedelta(seconds=1))
-    for module in (poll, sweep, catalogue):
-        shorten(module, LEASE=soon)
     services.BatchWorker = partial(services.BatchWorker, renew_after=0.1)  # type: ignore
-    for module in (sending, poll):
-        shorten(module, RENEW_AFTER=0.1)
-    services.Sweeper = partial(services.Sweeper, renew_after=0.1)  # type: ignore
+    shorten(sending, RENEW_AFTER=0.1)
+    shorten_leases(soon, renew_after=0.1)
+    services.CatalogueSync = partial(services.CatalogueSync, lease=soon)  # type: ignore
     times = WorkerTimes(round_every=0.2, recover_every=soon)
     scheduler.Worker = partial(scheduler.Worker, times=times)  # type: ignore
     scheduler.CronTrigger = every_second  # type: ignore[assignment,misc]
@@ -94,6 +91,13 @@ def shorten_all_waits(*, patient: bool = True) -> None:
     services.RollupCompactor = partial(  # type: ignore
         services.RollupCompactor, delay=0.2, last_within=0.5
     )
+
+
+def shorten_leases(lease: timedelta, *, renew_after: float) -> None:
+    """What a killed process polled or swept is free after `lease`."""
+    for name in ("Poller", "Sweeper"):
+        kind = partial(getattr(services, name), lease=lease, renew_after=renew_after)
+        setattr(services, name, kind)
 
 
 def shorten_webhooks(*, patient: bool = True) -> None:

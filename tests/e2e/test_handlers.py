@@ -14,12 +14,11 @@ import pytest
 
 from tests.e2e.lives import Life
 from tests.e2e.processes import open_sandbox
-from tests.e2e.short_waits import shorten, shorten_webhooks
+from tests.e2e.short_waits import shorten, shorten_leases, shorten_webhooks
 from tests.support.patience import always_wait_longer_for_the_database
 from tests.support.waiting import START_SECONDS, eventually
 from tracker import RunEvent, Tracker
 from tracker.delivering import handlers, webhooks
-from tracker.polling import poll
 from tracker.simulator import Options, running
 from tracker.starting import sending
 from tracker.store.engine import Database
@@ -35,7 +34,7 @@ def handle(called: Path, die_in_call: int, die_after: int) -> None:
     always_wait_longer_for_the_database()
     shorten_webhooks()
     # A killed process may hold a run, or a start.
-    shorten(poll, LEASE=timedelta(seconds=2), RENEW_AFTER=0.5)
+    shorten_leases(timedelta(seconds=2), renew_after=0.5)
     shorten(sending, HELD_FOR=timedelta(seconds=2), RENEW_AFTER=0.5)
     shorten(handlers, COMMIT_SECONDS=0.5)
     take_turn: Callable[..., Any] = webhooks.take_turn

@@ -73,6 +73,8 @@ class Poller:
     policy: Policy
     holder: str
     clock: Clock
+    lease: timedelta = LEASE
+    renew_after: float = RENEW_AFTER
 
     def __post_init__(self) -> None:
         self.backoff = Backoff(self.clock)
@@ -199,7 +201,7 @@ class Poller:
             self.database,
             holder=self.holder,
             now=now,
-            lease=LEASE,
+            lease=self.lease,
             limit=RECHECK_CLAIM,
             workspaces=among,
             recheck=True,
@@ -244,7 +246,7 @@ class Poller:
             self.database,
             holder=self.holder,
             now=now,
-            lease=LEASE,
+            lease=self.lease,
             workspaces=self.workspaces.claimable(workspace),
         )
         due = await claim(limit=CLAIM, ended=ended)
@@ -260,10 +262,13 @@ class Poller:
     async def _renew(self, poll_round: PollRound) -> None:
         """Keep the claims on what remains for as long as the round takes."""
         while True:
-            await asyncio.sleep(RENEW_AFTER)
+            await asyncio.sleep(self.renew_after)
             try:
                 await claims.renew(
-                    self.database, self.holder, list(poll_round.remaining), self.clock() + LEASE
+                    self.database,
+                    self.holder,
+                    list(poll_round.remaining),
+                    self.clock() + self.lease,
                 )
             except StoreError as error:
                 log.warning("poll.claims_not_renewed", error=str(error))

@@ -128,6 +128,7 @@ class Sweeper:
     holder: str
     first_since: timedelta
     clock: Clock
+    lease: timedelta = LEASE
     renew_after: float = RENEW_AFTER
 
     async def sweep(self, workspace: Workspace, *, since: timedelta | None = None) -> SweepReport:
@@ -170,7 +171,7 @@ class _Sweep:
     async def hold(self) -> bool:
         """Take or renew the lease; false if another process has it."""
         return await claims.take_lease(
-            self._database, self.lease, self._sweeper.holder, self._clock(), LEASE
+            self._database, self.lease, self._sweeper.holder, self._clock(), self._sweeper.lease
         )
 
     async def renew(self) -> None:
@@ -220,7 +221,7 @@ class _Sweep:
             f"{sweeper.holder}:{uuid4()}",  # this process's next sweep does not have it either
             longest=GENERATIONS_EVERY,
         )
-        if not known and not await take_turn(self._clock(), LEASE):
+        if not known and not await take_turn(self._clock(), sweeper.lease):
             return
         limit = asyncio.timeout(GENERATIONS_SECONDS if self._since is None else None)
         answered = True

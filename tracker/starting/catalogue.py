@@ -301,6 +301,7 @@ class CatalogueSync:
     workspaces: Workspaces
     process: str
     clock: Clock
+    lease: timedelta = LEASE
 
     async def sync(self) -> SyncReport:
         """Read the lists of all workspaces with a key.
@@ -331,10 +332,10 @@ class CatalogueSync:
     async def sync_if_due(self) -> SyncReport | None:
         """Sync if no process has done so completely for `EVERY`; `None` if it is not due.
 
-        A failed sync is due again after `LEASE`. Raises like `sync`.
+        A failed sync is due again after `lease`. Raises like `sync`.
         """
         holder = f"{self.process}:{uuid4()}"  # this process's next sync does not have it either
-        if not await self._schedule(holder, LEASE):
+        if not await self._schedule(holder, self.lease):
             return None
         report = await self.sync()
         if report.complete:
@@ -367,7 +368,7 @@ class CatalogueSync:
             walked.error = f"{len(unreadable)} could not be read, the first being {unreadable[0]}"
 
     async def _hold(self, holder: str) -> bool:
-        return await claims.take_lease(self.database, _RUNNING, holder, self.clock(), LEASE)
+        return await claims.take_lease(self.database, _RUNNING, holder, self.clock(), self.lease)
 
     async def _schedule(self, holder: str, until: timedelta) -> bool:
         """Prevent other scheduled syncs for so long; false if another process already does."""
