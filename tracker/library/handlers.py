@@ -63,12 +63,12 @@ class Handlers:
 
     def __init__(self, event_of: "Callable[[Claim], object]") -> None:
         self.event_of = event_of
-        self._by_name: dict[str, tuple[str, Handler]] = {}
+        self._by_name: dict[str, Handler] = {}
 
     @property
     def all(self) -> "list[Handler]":
         """The handlers, in the order of their registration."""
-        return [handler for _, handler in self._by_name.values()]
+        return list(self._by_name.values())
 
     def register(
         self, *, name: str, concurrency: int, timeout: float, **wanted: object
@@ -97,10 +97,12 @@ class Handlers:
         from tracker.store.queries.endpoints import HANDLER_URL, EndpointConfig
 
         shown = _check(settings.id, function)
+        url = f"{HANDLER_URL}{shown}"
         known = self._by_name.get(settings.id)
-        if known is not None and known[0] != shown:  # the same one: a cell or module run again
+        if known is not None and known.config.url != url:  # else a cell or module is run again
+            other = known.config.url.removeprefix(HANDLER_URL)
             raise SettingsError(
-                f"handler {settings.id!r}: {known[0]} has this name already; names must differ"
+                f"handler {settings.id!r}: {other} has this name already; names must differ"
             )
         is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
             getattr(function, "__call__", None)  # noqa: B004 - its kind, not whether there is one
@@ -108,19 +110,16 @@ class Handlers:
         event_of = self.event_of
         config = EndpointConfig(
             endpoint_id=settings.id,
-            url=f"{HANDLER_URL}{shown}",
+            url=url,
             events=settings.events,
             filter=settings.filter,
         )
-        self._by_name[settings.id] = (
-            shown,
-            Handler(
-                config=config,
-                call=lambda claim: function(event_of(claim)),
-                is_async=is_async,
-                concurrency=settings.concurrency,
-                timeout=settings.timeout,
-            ),
+        self._by_name[settings.id] = Handler(
+            config=config,
+            call=lambda claim: function(event_of(claim)),
+            is_async=is_async,
+            concurrency=settings.concurrency,
+            timeout=settings.timeout,
         )
 
 
