@@ -157,11 +157,8 @@ class Poller:
         await claims.release(self.database, self.holder)
 
     def _with_key(self) -> list[Workspace]:
-        return [
-            workspace
-            for workspace in self.workspaces
-            if workspace.client is not None and not workspace.client.breaker.blocked
-        ]
+        keyed = self.workspaces.keyed
+        return [one for one in keyed if not one.require_client().breaker.blocked]
 
     async def _in_each(
         self, poll: Callable[[Workspace], Coroutine[Any, Any, PollReport]]

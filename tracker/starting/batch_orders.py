@@ -261,8 +261,7 @@ class BatchWorker:
     async def launch_due(self) -> None:
         """Begin to launch what is due, and close batches that have ended. Raises `StoreError`."""
         free = MOST_LAUNCHES - len(self._tasks)
-        keyed = [one.workspace_id for one in self.workspaces.keyed]
-        known = [one for one in keyed if one is not None]
+        known = [one.workspace_id for one in self.workspaces.keyed if one.workspace_id is not None]
         if free > 0 and known:
             due = await batch_launches.claim_due(
                 self.database, known, holder=self.process, now=self.clock(), limit=free

@@ -144,8 +144,8 @@ class BatchPlanner:
 
     async def workspace_of(self, batch: BatchRow) -> Workspace:
         """The workspace of a stored batch. Raises `TrackerError` if it is not configured here."""
-        for one in self.workspaces:
-            if one.client is not None and await self.ids.of(one) == batch.workspace_slot:
+        for one in self.workspaces.keyed:
+            if await self.ids.of(one) == batch.workspace_slot:
                 return one
         raise TrackerError(f"workspace {batch.workspace_slot} is not configured here")
 

@@ -316,9 +316,8 @@ class CatalogueSync:
             return report
         try:
             began = self.clock()
-            for workspace in self.workspaces:
-                if workspace.client is not None:
-                    await self._walk(workspace, began, holder, report)
+            for workspace in self.workspaces.keyed:
+                await self._walk(workspace, began, holder, report)
             # If all lists are empty, a fault at FLORA is more likely than an empty catalogue.
             if report.complete and any(one.techniques for one in report.lists):
                 report.gone = await techniques.mark_gone(

@@ -88,9 +88,7 @@ class Recovery:
 
     async def _configured(self) -> dict[str, Workspace]:
         found = {}
-        for workspace in self.workspaces:
-            if workspace.client is None:
-                continue
+        for workspace in self.workspaces.keyed:
             try:
                 found[await self.ids.of(workspace)] = workspace
             except (FloraError, SettingsError) as error:

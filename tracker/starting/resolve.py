@@ -108,11 +108,11 @@ class Resolver:
 
     async def _read(self, row: StartRow, run_id: str) -> Observation | None:
         """The run as FLORA shows it; `None` without a key to read it with."""
-        for workspace in self.workspaces:
-            if workspace.client is None or await self.ids.of(workspace) != row.workspace_slot:
+        for workspace in self.workspaces.keyed:
+            if await self.ids.of(workspace) != row.workspace_slot:
                 continue
             try:
-                return await workspace.client.get_run(row.technique_id, run_id)
+                return await workspace.require_client().get_run(row.technique_id, run_id)
             except NotFound:
                 raise _fault(f"FLORA has no run {run_id} of {row.technique_id}") from None
         return None

@@ -142,7 +142,7 @@ class DatabaseGauges(Collector):
         now = self.clock()
         await self.contacts.read()
         swept = {one.workspace_id or UNKNOWN: one for one in await sweep_health(self.database)}
-        keyed = [one.name for one in self.workspaces if one.client and one.workspace_id]
+        keyed = [one.name for one in self.workspaces.keyed if one.workspace_id]
         return _Snapshot(
             now=now,
             gauges=await read_gauges(self.database, now=now),
