@@ -28,7 +28,7 @@ from tracker.polling.workspaces import Workspaces
 from tracker.store.engine import Database
 from tracker.store.errors import StoreBusy, StoreRefused
 from tracker.store.signals import INBOX
-from tracker.store.writing.group_commit import OnWrite, call_hook
+from tracker.store.writing.group_commit import OnWrite, call_hook, reported
 from tracker.store.writing.inbox import NO_CHANGE, ApplyResult, ParsedDelivery, apply_waiting
 from tracker.store.writing.statements import quarantine, statements_for
 from tracker.store.writing.writer import MergeRules, OnCommit, WriteOutcome
@@ -256,7 +256,8 @@ class Applier:
             taken: list[str] = []
             try:
                 limit = min(self._limit, self.busy_group) if is_busy else self._limit
-                result = await self._write(taken, limit)
+                with reported(self.on_write, taken, self.monotonic):
+                    result = await self.database.write(partial(self._apply, taken, limit))
             except Exception as error:
                 if not taken or not _is_caused_by_delivery(error):
                     raise
@@ -272,19 +273,6 @@ class Applier:
             if result.taken:
                 self._report(result)
             return result.taken, result.more or result.outcome.requeued
-
-    async def _write(self, taken: list[str], limit: int) -> ApplyResult:
-        began = self.monotonic()
-        failure: Exception | None = None
-        try:
-            return await self.database.write(partial(self._apply, taken, limit))
-        except Exception as error:
-            failure = error
-            raise
-        finally:
-            if taken or failure is not None:  # a check that finds nothing is no commit
-                for hook in self.on_write:
-                    call_hook(hook, len(taken), self.monotonic() - began, failure)
 
     def _apply(self, taken: list[str], limit: int, connection: Connection) -> ApplyResult:
         return apply_waiting(

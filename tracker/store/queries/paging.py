@@ -64,9 +64,12 @@ def decode(cursor: str) -> tuple[str, str]:
     return first, second
 
 
-def at(moment: datetime, last: str) -> str:
-    """The cursor of a list sorted by a time and an id."""
-    return encode(moment.isoformat(), last)
+def at(value: datetime | timedelta | Decimal | float, last: str) -> str:
+    """The cursor of a list sorted by a value and an id."""
+    if isinstance(value, datetime):
+        return encode(value.isoformat(), last)
+    number = value // timedelta(microseconds=1) if isinstance(value, timedelta) else value
+    return encode(str(number), last)
 
 
 async def newest_first(
@@ -109,15 +112,8 @@ def after(key: Sequence[ColumnElement[Any]], cursor: str | None) -> list[ColumnE
     return [key[0] <= first, later] if isinstance(value, float) else [later]
 
 
-def as_text(value: datetime | timedelta | Decimal | float) -> str:
-    """The first value of a key as a cursor holds it."""
-    if isinstance(value, datetime):
-        return value.isoformat()
-    return str(value // timedelta(microseconds=1) if isinstance(value, timedelta) else value)
-
-
 def _from_text(text: str, column: ColumnElement[Any]) -> datetime | timedelta | Decimal | float:
-    """The inverse of `as_text`. Raises `ValueError` or `ArithmeticError` for another type."""
+    """A value in a cursor. Raises `ValueError` or `ArithmeticError` for another type."""
     kind = column.type
     if isinstance(kind, Interval):
         return timedelta(microseconds=int(text))

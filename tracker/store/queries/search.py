@@ -145,7 +145,7 @@ async def search_runs(
         return Found(records=page)
     return Found(
         records=page,
-        next_cursor=paging.encode(paging.as_text(key[0]), key[1]),
+        next_cursor=paging.at(*key),
         searched_to=None if len(rows) > limit else key[0],
     )
 

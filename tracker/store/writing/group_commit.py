@@ -7,7 +7,8 @@ is bounded in items and in bytes: while the database is down, what does not fit 
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Generic, Self, TypeVar
 
@@ -195,8 +196,10 @@ class GroupCommit(Generic[T, R]):
                     self._give_up(waiting)
             if not part:
                 continue
+            items = [waiting.item for waiting in part]
             try:
-                results = await self._write([waiting.item for waiting in part])
+                with reported(self._on_write, items, loop.time):
+                    results = await self._commit(items)
             except StoreBusy as exc:
                 # A locked row holds up its own item alone.
                 self._refuse_or_split(part, exc, parts)
@@ -215,19 +218,6 @@ class GroupCommit(Generic[T, R]):
                 for waiting, result in zip(part, results, strict=True):
                     if not waiting.answer.done():
                         waiting.answer.set_result(result)
-
-    async def _write(self, items: list[T]) -> Sequence[R]:
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        error: Exception | None = None
-        try:
-            return await self._commit(items)
-        except Exception as exc:
-            error = exc
-            raise
-        finally:
-            for hook in self._on_write:
-                call_hook(hook, len(items), loop.time() - began, error)
 
     def _report_trouble(self, error: StoreError) -> None:
         if self.trouble is None:
@@ -259,6 +249,24 @@ class GroupCommit(Generic[T, R]):
         log.error("writer.refused", writer=self._name, error=str(refused), item=kind)
         if not waiting.answer.done():
             waiting.answer.set_exception(refused)
+
+
+@contextmanager
+def reported(
+    on_write: Sequence[OnWrite], items: Sized, monotonic: Callable[[], float]
+) -> Iterator[None]:
+    """Call the hooks after an attempt to commit these items, which failed or found any."""
+    began = monotonic()
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as exc:
+        error = exc
+        raise
+    finally:
+        if items or error is not None:
+            for hook in on_write:
+                call_hook(hook, len(items), monotonic() - began, error)
 
 
 def call_hook(hook: Callable[..., None], *args: Any) -> None:
