@@ -174,7 +174,7 @@ class Pruner:
                 _count_as("bodies"),
             ),
             _Stage(
-                partial(retention.old_messages, db, runs),
+                partial(retention.next_page, db, retention.old_messages(runs)),
                 partial(retention.delete_messages, before=runs),
                 retention.count_messages,
             ),
@@ -184,7 +184,7 @@ class Pruner:
                 _count_as("sweeps"),
             ),
             _Stage(
-                partial(retention.old_audit, db, audits),
+                partial(retention.next_page, db, retention.old_audit(audits)),
                 partial(retention.delete_by_id, table=entries),
                 _count_as("audit"),
             ),
@@ -193,7 +193,7 @@ class Pruner:
             before = now - ages.quarantined
             stages.append(
                 _Stage(
-                    partial(retention.quarantined, db, before),
+                    partial(retention.next_page, db, retention.quarantined(before)),
                     partial(retention.delete_deliveries, outcome="quarantined", before=before),
                     _count_as("deliveries", "bodies"),
                 )

@@ -296,14 +296,11 @@ async def orphaned_deliveries(
     return PrunePage([key for key in page.found if key.id not in needed], page.end)
 
 
-async def quarantined(
-    db: Database, before: datetime, after: PruneKey | None, limit: int
-) -> PrunePage:
+def quarantined(before: datetime) -> Select[Any]:
     """Quarantined deliveries last received before that time."""
-    statement = select(deliveries.c.received_at, deliveries.c.delivery_id).where(
+    return select(deliveries.c.received_at, deliveries.c.delivery_id).where(
         _last_received("quarantined", before), deliveries.c.received_at < before
     )
-    return await _next_page(db, statement, after, limit)
 
 
 def delete_deliveries(
@@ -400,21 +397,16 @@ def delete_by_id(connection: Connection, table: Table, keys: Sequence[PruneKey])
     return Counts({table.name: connection.execute(statement).rowcount})
 
 
-async def old_audit(
-    db: Database, before: datetime, after: PruneKey | None, limit: int
-) -> PrunePage:
+def old_audit(before: datetime) -> Select[Any]:
     """Entries of the audit log from before that time."""
-    statement = select(audit.c.at, audit.c.id).where(audit.c.at < before)
-    return await _next_page(db, statement, after, limit)
+    return select(audit.c.at, audit.c.id).where(audit.c.at < before)
 
 
-async def old_messages(
-    db: Database, before: datetime, after: PruneKey | None, limit: int
-) -> PrunePage:
+def old_messages(before: datetime) -> Select[Any]:
     """Messages from before that time that are delivered or given up, or whose endpoint no process
     has had in its settings since."""
     statement = select(messages.c.created_at, messages.c.message_id, _is_over(before).label("over"))
-    return await _next_page(db, statement.where(messages.c.created_at < before), after, limit)
+    return statement.where(messages.c.created_at < before)
 
 
 def count_messages(connection: Connection, keys: Sequence[PruneKey]) -> Counts:
@@ -487,7 +479,7 @@ async def _old_deliveries(
     ).where(deliveries.c.received_at < before)
     if since is not None:
         statement = statement.where(deliveries.c.received_at >= since)
-    return await _next_page(db, statement, after, limit)
+    return await next_page(db, statement, after, limit)
 
 
 def _delete_deliveries(connection: Connection, doomed: ColumnElement[bool]) -> Counts:
@@ -507,10 +499,11 @@ def _among(keys: Sequence[PruneKey]) -> ColumnElement[bool]:
     return deliveries.c.delivery_id.in_([key.id for key in keys])
 
 
-async def _next_page(
+async def next_page(
     db: Database, statement: Select[Any], after: PruneKey | None, limit: int
 ) -> PrunePage:
-    """The next rows, as `_next_rows`; a third column says whether a row is to be removed."""
+    """The next rows in the order of the statement's first two columns; a third one says whether a
+    row is to be removed."""
     rows, end = await _next_rows(db, statement, after, limit)
     return PrunePage([PruneKey(*row[:2]) for row in rows if all(row[2:])], end)
 
