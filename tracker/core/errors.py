@@ -1,41 +1,8 @@
-"""The errors that the tracker raises.
+"""The errors that the tracker raises: `tracker.errors` draws the tree.
 
-::
-
-    TrackerError
-    ├── SettingsError               a setting is missing or wrong             (exit status 2)
-    ├── StoreError
-    │   ├── StoreUnavailable        the database does not answer; try again
-    │   └── SchemaOutdated          the database is older than this version; `tracker db upgrade`
-    ├── FloraError                  a call to FLORA did not end in a usable answer
-    │   ├── FloraUnreachable        no answer: refused, timed out or cut
-    │   ├── FloraUnreadable         an answer that is not what the API promises
-    │   ├── OtherWorkspace          the API key is of another workspace than the settings say
-    │   ├── PollUrlRefused          a poll_url on another origin: not followed   (tracker.flora)
-    │   └── FloraRefusal            FLORA's own error, with status, code, fields and request id
-    │       ├── KeyRefused          401: every further call with this key fails too
-    │       ├── Forbidden           403: the key may not do this
-    │       ├── PlanRequired        403 paid_plan_required: the workspace's plan, not the key
-    │       ├── NotFound            404: no such thing in this workspace
-    │       ├── RateLimited         429 after all retries
-    │       │   └── RequestPaused   an earlier 429 asked for a longer wait; nothing was sent
-    │       └── ServerFault         5xx after all retries
-    ├── SignatureError              the signature of a callback is wrong      (tracker.flora)
-    ├── MediaError                  a file cannot be downloaded          (tracker.delivering)
-    │   ├── LinkRefused             the link leads to an address that is not allowed
-    │   └── MediaUnavailable        temporarily unavailable; a retry continues it
-    ├── DownloadDirectoryError      the folder for downloads cannot be used
-    ├── NotTracked                  FLORA does not show the run, or cannot be asked; nothing stored
-    ├── MaxCostReached              a batch could cost more than its maximum, or has reached it
-    ├── DefinitionChanged           the technique reads the rows of a batch otherwise than before
-    ├── DoNotRetry                  raised by a handler: its message is not delivered again
-    └── StartError                  a run was not started
-        ├── InvalidRequest          the caller's fault; `fields` says where
-        ├── IdempotencyConflict     this key was used for another body; nothing was started
-        ├── BudgetExceeded          its price does not fit a budget; nothing was sent
-        ├── StartPending            it was sent, and its outcome is not known yet; ask again soon
-        ├── StartNotStored          FLORA started it, and the database could not keep it yet
-        └── StartUnresolved         whether FLORA started it is unknown; a person decides
+Others stand where they are raised: `PollUrlRefused` and `SignatureError` in `tracker.flora`,
+`MediaError` (a file cannot be downloaded) in `tracker.delivering`. A `SettingsError` ends a command
+with status 2.
 
 Errors of other libraries are translated once, where they are called, with `from exc`. A message
 says what was wrong, where, and what to do; it never holds a key, a secret or a signature.

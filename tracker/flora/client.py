@@ -8,7 +8,7 @@
 
 One client stands for one key, and so for one workspace: everything that calls shares its request
 limit, breaker and connections. A call without a usable answer raises a `FloraError`
-(`tracker.core.errors` draws the tree); none takes longer than `deadline` seconds.
+(`tracker.errors` draws the tree); none takes longer than `deadline` seconds.
 """
 
 import asyncio
