@@ -84,26 +84,6 @@ def learned_wait(durations: Durations | None, *, callback_expected: bool) -> tim
     return timedelta(seconds=durations.p50)
 
 
-def put_off_until(
-    policy: Policy,
-    durations: Durations | None,
-    *,
-    now: datetime,
-    first_seen: datetime,
-    callback_expected: bool,
-) -> datetime | None:
-    """Until when (UTC) polls after the first are delayed; `None` once the end is expected.
-
-    At most the longest wait ahead, in steps from `first_seen`, so that runs started together become
-    due together and share history pages.
-    """
-    learned = learned_wait(durations, callback_expected=callback_expected)
-    if learned is None or first_seen + learned <= now:
-        return None
-    passed = max((now - first_seen) // policy.interval_max, 0)
-    return first_seen + min(learned, (passed + 1) * policy.interval_max)
-
-
 def wait_after(policy: Policy, run_id: str, looks: int) -> timedelta:
     """The wait after the `looks`-th poll (from 1) without an end: doubling, capped, with jitter.
 
@@ -143,10 +123,14 @@ def next_check(
         later = now + wait_after(policy, run.run_id, looks)
         if run.precedence.ended:
             return later
-        put_off = put_off_until(
-            policy, durations, now=now, first_seen=first_seen, callback_expected=callback_expected
-        )
-        return min(max(later, put_off or later), now + policy.longest_wait)
+        learned = learned_wait(durations, callback_expected=callback_expected)
+        if learned is not None and first_seen + learned > now:
+            # Until the end is expected in steps from `first_seen`, so that runs started together
+            # become due together and share history pages.
+            passed = max((now - first_seen) // policy.interval_max, 0)
+            put_off = first_seen + min(learned, (passed + 1) * policy.interval_max)
+            later = max(later, put_off)
+        return min(later, now + policy.longest_wait)
     if at_once or run.precedence.ended:
         return now
     first = first_seen + first_wait(policy, durations, callback_expected=callback_expected)

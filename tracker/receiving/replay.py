@@ -77,7 +77,9 @@ class Replayer:
         """
         row = await self._row(delivery_id)
         if row.outcome is DeliveryOutcome.APPLIED:
-            return _replay(row, reason=await self._applied_before(row), already=True)
+            kept = row.run_id is None or await get_run(self.database, row.run_id)
+            gone = "" if kept else "; its run has been deleted"
+            return _replay(row, reason=f"{APPLIED_BEFORE}{gone}", already=True)
         if row.outcome is DeliveryOutcome.QUARANTINED:
             if row.body is None:
                 return _replay(row, reason="its body was removed by retention")
@@ -123,10 +125,6 @@ class Replayer:
         if row is None:
             raise UnknownDelivery(f"there is no delivery {delivery_id}")
         return row
-
-    async def _applied_before(self, row: DeliveryRow) -> str:
-        kept = row.run_id is None or await get_run(self.database, row.run_id)
-        return APPLIED_BEFORE if kept else f"{APPLIED_BEFORE}; its run has been deleted"
 
     def _parse_again(self, row: DeliveryRow, body: bytes) -> Delivery:
         """The delivery as it is parsed now; its id may come from a header, which is not kept."""

@@ -314,7 +314,20 @@ async def entries(
 async def batch_counts(db: Database, batch_ids: Sequence[str]) -> dict[str, BatchCounts]:
     """The progress of each batch."""
     found = {batch_id: BatchCounts() for batch_id in batch_ids}
-    for row in await db.fetch(tally_of(batch_ids)):
+    by = (batch_rows.c.batch_id, starts.c.state, runs.c.status, runs.c.tracking)
+    counted = select(
+        *by,
+        func.count().label("count"),
+        func.sum(runs.c.charged_cost).label("cost"),
+        func.count(runs.c.run_id).filter(~runs.c.cost_final).label("not_final"),
+        func.sum(runs.c.quoted_cost)
+        .filter(~runs.c.cost_final, runs.c.charged_cost.is_(None))
+        .label("quoted"),
+        func.min(runs.c.next_check_at).label("next_check_at"),
+        func.max(runs.c.completed_at).label("last_end_at"),
+    )
+    of_batches = with_outcomes(counted).where(batch_rows.c.batch_id.in_(batch_ids))
+    for row in await db.fetch(of_batches.group_by(*by)):
         _count(found[row.batch_id], row)
     return found
 
@@ -391,23 +404,6 @@ def is_start_of(rows: FromClause) -> ColumnElement[bool]:
     """The start has the key of the row of the batch."""
     is_of_workspace = starts.c.workspace_slot == batches.c.workspace_slot
     return and_(is_of_workspace, starts.c.idempotency_key == rows.c.idempotency_key)
-
-
-def tally_of(batch_ids: Sequence[str]) -> Select[Any]:
-    """The rows of batches, counted by outcome."""
-    by = (batch_rows.c.batch_id, starts.c.state, runs.c.status, runs.c.tracking)
-    counted = select(
-        *by,
-        func.count().label("count"),
-        func.sum(runs.c.charged_cost).label("cost"),
-        func.count(runs.c.run_id).filter(~runs.c.cost_final).label("not_final"),
-        func.sum(runs.c.quoted_cost)
-        .filter(~runs.c.cost_final, runs.c.charged_cost.is_(None))
-        .label("quoted"),
-        func.min(runs.c.next_check_at).label("next_check_at"),
-        func.max(runs.c.completed_at).label("last_end_at"),
-    )
-    return with_outcomes(counted).where(batch_rows.c.batch_id.in_(batch_ids)).group_by(*by)
 
 
 def _values(batch_id: str, entry: BatchEntry) -> dict[str, Any]:
