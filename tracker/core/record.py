@@ -314,39 +314,36 @@ def _counts_as_poll(before: Record | None, entry: Seen, run: Run) -> bool:
 
 
 def _unseen(record: Record, entry: Unseen, policy: Policy) -> Record:
+    is_released = entry.claim is not None and entry.claim == record.lease_holder
+    lease: dict[str, Any] = {"lease_until": None, "lease_holder": None} if is_released else {}
+    checks = record.checks + entry.reads
     if record.run.settled:  # settled by another source meanwhile, or read for its cost
         recheck_at = record.recheck_at
         if recheck_at is not None and record.end_seen_at is not None:
             passed = since_end(record.run, record.end_seen_at, entry.at)
             recheck_at = next_recheck(policy, since_end=passed, now=entry.at)
-        after = replace(record, checks=record.checks + entry.reads, recheck_at=recheck_at)
-        return _released(after, entry.claim)
-    after = replace(
-        record, checks=record.checks + entry.reads, looks=record.looks + 1, last_error=entry.error
-    )
+        return replace(record, checks=checks, recheck_at=recheck_at, **lease)
+    missing, since, lost = record.missing, record.missing_since, record.lost
     if entry.missing:
-        since = record.missing_since or entry.at
-        missing = record.missing + 1
-        after = replace(
-            after,
-            missing=missing,
-            missing_since=since,
-            lost=missing >= LOST_AFTER_READS and entry.at - since >= LOST_AFTER,
-        )
-    after = _released(after, entry.claim)
+        missing, since = missing + 1, since or entry.at
+        lost = missing >= LOST_AFTER_READS and entry.at - since >= LOST_AFTER
+    looks = record.looks + 1
     due = next_check(
-        after.run,
+        record.run,
         policy=policy,
         now=entry.at,
-        first_seen=after.first_seen_at,
-        looks=after.looks,
-        callback_expected=after.callback_expected,
+        first_seen=record.first_seen_at,
+        looks=looks,
+        callback_expected=record.callback_expected,
     )
-    return replace(after, next_check_at=entry.at + LOST_READ_EVERY if after.lost else due)
-
-
-def _released(record: Record, claim: str | None) -> Record:
-    """The record without its lease if `claim` holds it."""
-    if claim is None or claim != record.lease_holder:
-        return record
-    return replace(record, lease_until=None, lease_holder=None)
+    return replace(
+        record,
+        checks=checks,
+        looks=looks,
+        last_error=entry.error,
+        missing=missing,
+        missing_since=since,
+        lost=lost,
+        next_check_at=entry.at + LOST_READ_EVERY if lost else due,
+        **lease,
+    )
