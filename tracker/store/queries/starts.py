@@ -242,20 +242,14 @@ async def list_starts(
     Without `states`, all whose outcome is not known. Raises `InvalidRequest` for an invalid cursor.
     """
     key = (starts.c.created_at, starts.c.idempotency_key)
-    wanted = states or [state.value for state in UNKNOWN]
-    order = [each.desc() for each in key]
-    # One query for each state, so that each uses its own index.
-    parts = [
-        select(starts)
-        .where(is_in(StartState(state)), *paging.after(key, cursor))
-        .where(*paging.matching(starts, workspace_slot=workspace_id))
-        for state in wanted
-    ]
+    of = [*paging.after(key, cursor), *paging.matching(starts, workspace_slot=workspace_id)]
+    newest = select(starts).where(*of).order_by(*(each.desc() for each in key)).limit(limit + 1)
+    found: list[StartRow] = []
     async with db.read() as connection:
-        found: list[StartRow] = []
-        for part in parts:
-            statement = part.order_by(*order).limit(limit + 1)
-            found += [_row(row) for row in await connection.execute(statement)]
+        # One query for each state, so that each uses its own index.
+        for state in states or UNKNOWN:
+            rows = await connection.execute(newest.where(is_in(StartState(state))))
+            found += map(_row, rows)
     found.sort(key=lambda row: (row.created_at, row.idempotency_key), reverse=True)
     page, more = found[:limit], len(found) > limit
     last = page[-1] if page else None
