@@ -23,7 +23,7 @@ from tracker.core.errors import StoreError
 from tracker.core.log import get_logger
 from tracker.core.waiting import cancel
 from tracker.store.engine import Database, insert_on
-from tracker.store.queries.paging import matching, newest_first
+from tracker.store.queries.paging import between, matching, newest_first
 from tracker.store.schema import audit, sessions, word
 
 STORE_AFTER: Final = 2.0
@@ -154,9 +154,7 @@ async def list_audit(
 
     Raises `InvalidRequest` for an invalid cursor.
     """
-    statement = select(audit).where(*matching(audit, action=action))
-    if since is not None:
-        statement = statement.where(audit.c.at >= since)
+    statement = select(audit).where(*matching(audit, action=action), *between(audit.c.at, since))
     key = (audit.c.at, audit.c.id)
     async with db.read() as connection:
         rows, following = await newest_first(connection, statement, key, cursor=cursor, limit=limit)

@@ -28,6 +28,7 @@ from tracker.core.rollup import (
 )
 from tracker.core.run import RunStatus
 from tracker.store.engine import Database
+from tracker.store.queries.paging import between
 from tracker.store.schema import rollup_columns, runs, techniques, word
 
 HOUR: Final = timedelta(hours=1)
@@ -200,11 +201,10 @@ async def rollups(
     statement = (
         select(*columns, *sums)
         .where(ROLLUPS.c.measure.in_([word(each) for each in measures]))
+        .where(*between(ROLLUPS.c.since, since))
         .group_by(*columns)
         .order_by(*columns)
     )
-    if since is not None:
-        statement = statement.where(ROLLUPS.c.since >= since)
     return [tuple(row) for row in await connection.execute(statement)]
 
 

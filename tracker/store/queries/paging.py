@@ -46,6 +46,14 @@ def matching(table: Table, **values: Any) -> list[ColumnElement[bool]]:
     return [table.c[name] == value for name, value in values.items() if value is not None]
 
 
+def between(
+    at: ColumnElement[Any], since: datetime | None, until: datetime | None = None
+) -> list[ColumnElement[bool]]:
+    """The conditions that a time is not before `since`, and before `until`; none for `None`."""
+    bounds = [] if since is None else [at >= since]
+    return bounds if until is None else [*bounds, at < until]
+
+
 def encode(first: str, second: str) -> str:
     """The cursor of a key; URL-safe."""
     text = dump_json([first, second])

@@ -15,7 +15,7 @@ from tracker.core.run import RetryAdvice, RunStatus, RunType, Status, Tracking, 
 from tracker.core.schedule import Durations
 from tracker.store.claims import Workspaces, within
 from tracker.store.engine import Database
-from tracker.store.queries.paging import chunks, matching, newest_first
+from tracker.store.queries.paging import between, chunks, matching, newest_first
 from tracker.store.queries.starts import StartState, is_in
 from tracker.store.rows import RUN_COLUMNS, fetch_records, read_records
 from tracker.store.schema import deliveries, is_rare, run_events, runs, starts, word
@@ -234,11 +234,9 @@ async def list_deliveries(
     key = (deliveries.c.received_at, deliveries.c.delivery_id)
     columns = (column for column in deliveries.c if column.name != "body")
     of = matching(deliveries, run_id=run_id, workspace_id=workspace_id)
-    statement = select(*columns).where(*of)
+    statement = select(*columns).where(*of, *between(deliveries.c.received_at, since))
     if outcome is not None:  # `word`: matches the partial index
         statement = statement.where(deliveries.c.outcome == word(DeliveryOutcome(outcome).value))
-    if since is not None:
-        statement = statement.where(deliveries.c.received_at >= since)
     if acknowledged is not None:
         statement = statement.where(deliveries.c.acknowledged_at.is_not(None) == acknowledged)
     if cause is not None:

@@ -39,7 +39,7 @@ from tracker.core.inputs import check_tag_key
 from tracker.core.rollup import CHARGED, QUOTED, SPENT, TAGGED, UNPRICED, dollars
 from tracker.store.engine import Database
 from tracker.store.queries.overview import ROLLUPS
-from tracker.store.queries.paging import matching
+from tracker.store.queries.paging import between, matching
 from tracker.store.schema import starts, techniques, word
 
 RESERVED: Final = "reserved"
@@ -163,7 +163,7 @@ def used(
     """
     spent = [
         *(ROLLUPS.c[name] == value for name, value in budget.scope.items() if name != "tag"),
-        *_within(ROLLUPS.c.since, since, until),
+        *between(ROLLUPS.c.since, since, until),
     ]
     if budget.tag is None:
         spent.append(ROLLUPS.c.measure == word(SPENT))
@@ -183,7 +183,7 @@ def _reservations(
     of several runs."""
     of = starts.c
     scope = {"workspace_slot": budget.workspace_id, "technique_id": budget.technique_id}
-    covered = [*_within(of.reserved_at, since, until), *matching(starts, **scope)]
+    covered = [*between(of.reserved_at, since, until), *matching(starts, **scope)]
     if budget.tag is not None:
         key, value = budget.tag
         covered.append(of.tags[key].as_string() == value)
@@ -204,13 +204,6 @@ def _reservations(
         yield select(literal_column(f"'{RESERVED}'"), cast(func.round(amount), BigInteger)).where(
             *state, *covered
         )
-
-
-def _within(
-    at: ColumnElement[Any], since: datetime | None, until: datetime | None
-) -> list[ColumnElement[bool]]:
-    bounds = [] if since is None else [at >= since]
-    return bounds if until is None else [*bounds, at < until]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,7 +244,7 @@ async def spending(
     the UTC day of `since`; and the total."""
     measure, key = SPENT, ""
     of: ColumnElement[Any] = ROLLUPS.c.since
-    where = _within(ROLLUPS.c.since, since and Period.DAY.bounds(since)[0], None)
+    where = between(ROLLUPS.c.since, since and Period.DAY.bounds(since)[0])
     if workspace_id is not None:
         where.append(ROLLUPS.c.workspace_id == workspace_id)
     columns = _sums()
