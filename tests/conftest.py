@@ -22,6 +22,7 @@ import pytest
 import uvicorn.server
 
 from tests.support import network_guard
+from tests.support.compiled import share_compiled
 from tests.support.contexts import share_context
 from tests.support.databases import (
     Background,
@@ -85,6 +86,7 @@ uvicorn.server.asyncio = _Hasty()  # type: ignore[assignment]
 
 
 share_context()
+share_compiled()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 import pytest  # noqa: F401 - where what a process calls first is imported from needs it
 import typer.main
 
+from tests.support.compiled import share_compiled
 from tests.support.contexts import one_context, share_context
 from tracker.cli import main
 from tracker.cli.app import app
@@ -21,6 +22,7 @@ _command = typer.main.get_command(app)
 typer.main.get_command = lambda _: _command  # type: ignore[assignment]
 
 
+share_compiled()
 share_context()
 for _trust_env in (True, False):
     one_context(trust_env=_trust_env)
