@@ -54,7 +54,7 @@ def example(language: str, title: str) -> str:
 async def tracker(directory: Path, *arguments: str, **env: str) -> AsyncIterator[Process]:
     """A real `tracker serve` without a worker and without a key, ready."""
     directory.mkdir(parents=True, exist_ok=True)
-    process = await Process.start(
+    process = Process.fork(
         *("serve", "--no-worker", *arguments),
         env={
             "TRACKER_DATABASE_URL": f"sqlite:///{directory}/tracker.db",
