@@ -199,7 +199,11 @@ async def open_services(
             handlers=handlers,
         )
         stack.push_async_callback(webhooks.aclose)
-        rotation.follow(partial(_rotate, workspaces, webhooks))
+        # Each on its own: a secret that one of them refuses does not keep the other from its own.
+        rotation.follow(partial(_rotate, workspaces))
+        rotation.follow(
+            lambda now: webhooks.rotate({one.id: endpoint_of(one).secrets for one in now.endpoints})
+        )
         compactor = RollupCompactor(database, background=background)
         rules = MergeRules(settings.policy, durations.of)
         on_commit = [signals.committed, compactor.committed, metrics.committed]
@@ -405,7 +409,7 @@ async def open_services(
         )
 
 
-def _rotate(workspaces: Workspaces, webhooks: Webhooks, settings: Settings) -> None:
+def _rotate(workspaces: Workspaces, settings: Settings) -> None:
     """Use the keys and signing secrets that are set now."""
     for configured in settings.all_workspaces:
         workspaces.rotate(
@@ -413,4 +417,3 @@ def _rotate(workspaces: Workspaces, webhooks: Webhooks, settings: Settings) -> N
             api_key=configured.api_key.get_secret_value() if configured.api_key else None,
             secrets=configured.clear_secrets,
         )
-    webhooks.rotate({one.id: endpoint_of(one).secrets for one in settings.endpoints})

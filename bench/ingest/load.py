@@ -157,6 +157,9 @@ def _last_processor_only() -> Iterator[None]:
     Otherwise the kernel often puts wrk beside the server, on the same one, where each answer
     interrupts the server for wrk, however idle the other processors are.
     """
+    if not hasattr(os, "sched_setaffinity"):  # not on macOS
+        yield
+        return
     all_of_them = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(all_of_them)})
     try:

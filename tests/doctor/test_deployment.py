@@ -3,6 +3,7 @@
 import asyncio
 import json
 import secrets
+from functools import partial
 
 import pytest
 from sqlalchemy import func, select
@@ -18,7 +19,7 @@ from tracker.operations.doctor import Level, callbacks, database
 from tracker.operations.doctor.delivery import FLORA_WAITS
 from tracker.settings import read_settings
 from tracker.simulator import Simulator
-from tracker.store import inspection, migrate
+from tracker.store import migrate
 from tracker.store.engine import Database
 from tracker.store.queries.attention import sweep_health
 from tracker.store.queries.workspaces import stored_contacts
@@ -56,8 +57,8 @@ def test_slow_answers_are_a_warning() -> None:
 
 def _leave_time() -> None:
     """A machine that stands still for a moment makes neither answers nor notifications late."""
-    callbacks.SLOW = 8.0  # type: ignore[misc]
-    inspection.NOTIFIED_WITHIN = 6.0  # type: ignore[misc]
+    callbacks.check = partial(callbacks.check, slow=8.0)  # type: ignore[assignment]
+    database.check = partial(database.check, patience=6.0)  # type: ignore[assignment]
 
 
 async def doctor(sandbox: Sandbox, *arguments: str, **env: str) -> tuple[int, str, str]:

@@ -159,15 +159,15 @@ def test_an_application_hears_the_tracker_by_its_own_handlers(
 
 def test_secrets_stay_out_of_an_applications_log() -> None:
     """Known ones and what looks like one, in values and in tracebacks."""
-    redact_also(["hunter22"])
+    redact_also(["hunter33"])
     stream, log = io.StringIO(), get_logger("tracker.x")
     logging.getLogger().addHandler(logging.StreamHandler(stream))
     try:
-        raise ValueError("hunter22 and whsec_abc")
+        raise ValueError("hunter33 and whsec_abc")
     except ValueError:
-        log.exception("broken", key="sk_live_abc", at="postgresql://u:secret@h/d hunter22")
+        log.exception("broken", key="sk_live_abc", at="postgresql://u:secret@h/d hunter33")
     assert "Traceback" in stream.getvalue()
-    assert not re.search("hunter22|u:secret|_abc", stream.getvalue())
+    assert not re.search("hunter33|u:secret|_abc", stream.getvalue())
 
 
 def test_an_application_that_uses_structlog_keeps_its_context() -> None:

@@ -1,14 +1,16 @@
 """`tracker audit`: who did what, and who was refused."""
 
 from datetime import timedelta
-from functools import partial
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tracker.cli.output import JsonFlag
 from tracker.cli.setup import CursorOption, LimitOption, age_option, print_list
-from tracker.core.clock import utc_now
+
+if TYPE_CHECKING:
+    from tracker.store.engine import Database
+    from tracker.store.queries.audit import AuditRow
 
 app = typer.Typer(
     name="audit", help="List who did what, and who was refused.", no_args_is_help=True
@@ -32,16 +34,23 @@ def list_(
     as_json: JsonFlag = False,
 ) -> None:
     """List the audit log, newest first."""
+    from tracker.store.clock import shared_clock
     from tracker.store.queries import audit
     from tracker.views import audit_facts, audit_json
 
     if action is not None and action not in list(audit.Action):
         raise typer.BadParameter(f"{action!r} is not an action", param_hint="--action")
 
-    start = None if since is None else utc_now() - since
+    async def find(database: "Database") -> "tuple[list[AuditRow], str | None]":
+        async with shared_clock(database) as clock:
+            start = None if since is None else clock() - since
+            return await audit.list_audit(
+                database, since=start, action=action, cursor=cursor, limit=limit
+            )
+
     print_list(
         "entries",
-        partial(audit.list_audit, since=start, action=action, cursor=cursor, limit=limit),
+        find,
         audit_json,
         {
             "at": lambda entry: f"{entry['at'][:19]}Z",

@@ -260,7 +260,9 @@ class StartPending(StartError):
     Ask again with the same key. `retry_after` is in seconds.
     """
 
-    retry_after: Final = 5.0
+    def __init__(self, message: str, *, retry_after: float = 5.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class StartNotStored(StartError):

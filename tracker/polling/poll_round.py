@@ -444,7 +444,7 @@ async def run_all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(one) for one in work]
     except BaseExceptionGroup as failed:
-        raise failed.exceptions[0] from failed
+        raise failed.exceptions[0] from None
     return [task.result() for task in tasks]
 
 

@@ -50,8 +50,6 @@ from tracker.web.http.responses import Fault, invalid, unavailable
 
 ROWS: Final = 100
 """Rows on a page."""
-ARCHIVES: Final = 2
-"""ZIP files that one process sends at the same time."""
 STALL_SECONDS: Final = 60.0
 NEAR: Final = 2
 """Pages that are named on either side of the present one."""

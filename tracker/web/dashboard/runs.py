@@ -37,7 +37,6 @@ from tracker.web.http.responses import invalid
 PAGE_SIZE: Final = 50
 BATCHES: Final = 50
 """The newest batches, which the filter names."""
-"""The most runs in one CSV file."""
 CSV_COLUMNS: Final = (
     *("run_id", "status", "tracking", "technique_id", "technique_name", "workspace_id"),
     *("project_id", "created_at", "started_at", "completed_at", "charged_cost", "cost_final"),
