@@ -84,7 +84,7 @@ class AccessPages(PageGroup):
             rows=[(row, audit_facts(row.detail)) for row in rows],
             action=action,
             actions={one.value: one.value.replace("_", " ") for one in Action},
-            **page_links("/audit", cursor=cursor, next_cursor=next_cursor, action=action),
+            **page_links(request, next_cursor, action=action),
         )
 
     def _form(self, request: Request, wanted: str, *, refusal: Fault | None = None) -> Response:

@@ -279,7 +279,7 @@ class BatchListPages(PageGroup):
                 for batch_id, found in outputs.items()
             },
             names=await technique_names(database, sorted({one.technique_id for one in rows})),
-            **page_links("/batches", cursor=cursor, next_cursor=next_cursor),
+            **page_links(request, next_cursor),
         )
 
     @page("/starts")
@@ -297,7 +297,7 @@ class BatchListPages(PageGroup):
             rows=rows,
             state=state,
             states={one.value: one.value.replace("_", " ").capitalize() for one in LISTED},
-            **page_links("/starts", cursor=cursor, next_cursor=next_cursor, state=state),
+            **page_links(request, next_cursor, state=state),
         )
 
 

@@ -81,7 +81,7 @@ class DeliveryPages(PageGroup):
             causes=await read.causes(self._database, limit=CAUSES),
             late=counts.waiting if oldest is not None and oldest < now - LATE else 0,
             oldest_waiting_at=oldest,
-            **page_links("/deliveries", cursor=cursor, next_cursor=next_cursor, **filters),
+            **page_links(request, next_cursor, **filters),
         )
 
     @action("/deliveries", has_page=False)

@@ -29,7 +29,7 @@ from tracker.core.tokens import Scope
 from tracker.services import Services
 from tracker.store.engine import Database
 from tracker.web.auth import may, session_of
-from tracker.web.dashboard.forms import check_csrf
+from tracker.web.dashboard.forms import check_csrf, query_field
 from tracker.web.dashboard.media import plain_http_origin
 from tracker.web.http.limits import Limits
 from tracker.web.http.prefix import link_below, prefix_of
@@ -328,13 +328,12 @@ def query(path: str, **values: str | None) -> str:
     return f"{path}?{'&'.join(pairs)}" if pairs else path
 
 
-def page_links(
-    path: str, *, cursor: str | None, next_cursor: str | None, **filters: str | None
-) -> dict[str, Any]:
+def page_links(request: Request, next_cursor: str | None, **filters: str | None) -> dict[str, Any]:
     """The links below a list: to the next page, and from any other page to the first."""
+    path = request.url.path
     return {
         "older": query(path, **filters, cursor=next_cursor) if next_cursor else None,
-        "newest": query(path, **filters) if cursor else None,
+        "newest": query(path, **filters) if query_field(request, "cursor") else None,
     }
 
 

@@ -118,7 +118,7 @@ class RunListPages(PageGroup):
             batches=_with_chosen({one.batch_id: one.name for one in newest}, filters["batch"]),
             workspaces=_with_chosen({one: one for one in ids}, filters["workspace"]),
             has_key=self._has_key,
-            **page_links("/runs", cursor=cursor, next_cursor=found.next_cursor, **filters),
+            **page_links(request, found.next_cursor, **filters),
         )
 
     @page("/runs.csv")

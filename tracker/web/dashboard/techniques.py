@@ -50,7 +50,7 @@ class TechniquePages(PageGroup):
             filters=filters,
             rows=[(row, await read.durations(self._database, row.technique_id)) for row in rows],
             has_key=self._has_key,
-            **page_links("/techniques", cursor=cursor, next_cursor=next_cursor, **filters),
+            **page_links(request, next_cursor, **filters),
         )
 
     @page("/techniques/{technique_id:any}")

@@ -100,7 +100,7 @@ class WebhookPages(PageGroup):
                 for one in await endpoints.list_endpoints(self._database)
             },
             events={one.value: one.value for one in EventType},
-            **page_links("/messages", cursor=cursor, next_cursor=next_cursor, **filters),
+            **page_links(request, next_cursor, **filters),
         )
 
     @page("/messages/{message_id:any}")
