@@ -7,6 +7,7 @@ import pytest
 
 from tracker.core.errors import SettingsError
 from tracker.core.events import EventType
+from tracker.services import open_services
 from tracker.settings import Rotation, Settings, load_settings, read_settings
 
 SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
@@ -123,3 +124,23 @@ def test_secrets_rotate_without_a_restart(tmp_path: Path) -> None:
     (endpoint,) = rotation.settings.endpoints
     assert [one.get_secret_value() for one in endpoint.secrets] == [OTHER, SECRET]
     assert endpoint.url == "https://a.example"
+
+
+async def test_an_endpoint_gets_its_new_secret_even_if_a_new_key_is_refused(tmp_path: Path) -> None:
+    """A mistake in one secret keeps no other from being in force."""
+    config, secret, key = tmp_path / "tracker.toml", tmp_path / "secret", tmp_path / "key"
+    secret.write_text(SECRET)
+    key.write_text("sk_1")
+    config.write_text(
+        'flora_api_key = "file:key"\nflora_workspace_id = "ws_1"\n'
+        f'tracker_database_url = "sqlite:///{tmp_path}/tracker.db"\n'
+        '[[endpoints]]\nid = "a"\nurl = "https://a.example"\nsecrets = "file:secret"'
+    )
+    environ = {"TRACKER_CONFIG": str(config)}
+    loaded = read_settings(environ)
+    rotation = Rotation(loaded.settings, loaded, lambda: read_settings(environ))
+    async with open_services(rotation) as services:
+        key.write_text("k" * 501)  # longer than the client takes
+        secret.write_text(OTHER)
+        rotation.check()
+        assert services.webhooks._endpoints["a"].secrets == (OTHER,)
