@@ -7,15 +7,16 @@ import re
 import select
 import signal
 import struct
-import subprocess
 import termios
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.cli.conftest import TRACKER, Commands, simulate
+from tests.cli.conftest import Commands, simulate
+from tests.support.forked import Forked
 
 COLUMNS = 80
 SHEET = "SKU,prompt\nA-1,garden tools\nA-2,garden tools\nA-3,garden tools\nA-4,kitchen tools\n"
@@ -37,24 +38,19 @@ def at_terminal(
     typed, or the signal sent, once it asks."""
     own, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
-    environ = tracker._environ({"TERM": "xterm", "COLUMNS": str(COLUMNS)})
-    process = subprocess.Popen(
-        [*TRACKER, *arguments],
-        cwd=tracker.folder,
-        env=environ,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
+    process = Forked.begin(
+        *arguments,
+        env=tracker._environ({"TERM": "xterm", "COLUMNS": str(COLUMNS)}),
+        output=Path(os.ttyname(theirs)),
+        folder=tracker.folder,
     )
-    os.close(theirs)
     shown, deadline = b"", time.monotonic() + 40
     try:
         while time.monotonic() < deadline:
-            if not select.select([own], [], [], 0.2)[0]:
-                continue
-            try:
+            ended = process.returncode is not None
+            if select.select([own], [], [], 0 if ended else 0.05)[0]:
                 shown += os.read(own, 65_536)
-            except OSError:  # the other end is closed
+            elif ended:
                 break
             if answer and b"[y/N]" in shown:
                 if isinstance(answer, str):
@@ -62,11 +58,12 @@ def at_terminal(
                 else:
                     process.send_signal(answer)
                 answer = ""
-        return process.wait(timeout=10), shown.decode()
+        return process.join(timeout=10), shown.decode()
     finally:
-        process.kill()
-        process.wait()
+        process.send_signal(signal.SIGKILL)
+        process.join(timeout=10)
         os.close(own)
+        os.close(theirs)
 
 
 def runs(tracker: Commands) -> int:
