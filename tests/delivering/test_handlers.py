@@ -50,7 +50,7 @@ async def test_a_failed_call_is_repeated_with_its_error(open_worker: OpenWorker)
     async def call(claim: Claim) -> None:
         calls.append((claim.message_id, claim.attempts))
         if len(calls) == 1:
-            raise ValueError(f"bad\n key sk_test_secret {'x' * 2000}")
+            raise ValueError(f"bad\n key sk_live_secret {'x' * 2000}")
         if len(calls) == 2:
             raise SystemExit(3)
         if len(calls) == 3:
@@ -68,7 +68,7 @@ async def test_a_failed_call_is_repeated_with_its_error(open_worker: OpenWorker)
     assert calls == [(message.message_id, number) for number in range(4)]
     first, *others = [attempt.error for attempt in attempts]
     assert first is not None
-    assert first.startswith("ValueError: bad  key sk_test_[redacted] xxx")
+    assert first.startswith("ValueError: bad  key sk_live_[redacted] xxx")
     assert len(first) <= 1000
     assert others == ["SystemExit: 3", "CancelledError", None]
     assert {attempt.status for attempt in attempts} == {None}
