@@ -20,7 +20,7 @@ from tracker.store.schema import outbox
 from tracker.store.writing.messages import (
     FAILING_FOR,
     Attempt,
-    Turn,
+    Claimed,
     enable,
     next_due_at,
     recover,
@@ -140,7 +140,7 @@ async def turn(
     outcomes: Sequence[tuple[str, Attempt]] = (),
     most: int = MOST_OPEN,
     holder: str = "one",
-) -> Turn:
+) -> Claimed:
     """One turn of a worker for the endpoint "a"."""
     return await db.write(
         lambda connection: take_turn(

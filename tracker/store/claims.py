@@ -35,7 +35,7 @@ _CLAIMED: Final = (runs.c.next_check_at.is_not(None), runs.c.recheck_at.is_not(N
 """Runs that can be claimed, each by its index."""
 _ENDED: Final = runs.c.standing >= Precedence.CALLBACK_FAILED
 
-Workspaces = Sequence[str | None] | None
+WorkspaceScope = Sequence[str | None] | None
 """The workspaces whose runs are meant: `None` for all, a `None` inside for unknown ones."""
 
 
@@ -46,7 +46,7 @@ async def claim_due(
     now: datetime,
     lease: timedelta,
     limit: int,
-    workspaces: Workspaces = None,
+    workspaces: WorkspaceScope = None,
     ended: bool = False,
     newest: bool = False,
     recheck: bool = False,
@@ -110,7 +110,7 @@ def _in_order(db: Database, *among: ColumnElement[bool]) -> ColumnElement[bool]:
 
 
 async def next_due_at(
-    db: Database, workspaces: Workspaces = None, *, now: datetime
+    db: Database, workspaces: WorkspaceScope = None, *, now: datetime
 ) -> datetime | None:
     """When the next run can be claimed, in the past if one is due; `None` if there is none.
 
@@ -131,7 +131,7 @@ async def next_due_at(
     return min((at for at in found if at is not None), default=None)
 
 
-async def recheck_is_due(db: Database, workspaces: Workspaces = None, *, now: datetime) -> bool:
+async def recheck_is_due(db: Database, workspaces: WorkspaceScope = None, *, now: datetime) -> bool:
     """Whether the cost or the outputs of any settled run are due to be read again."""
     first = due_runs(now, workspaces, recheck=True).limit(1)
     return await db.fetchrow(first) is not None
@@ -139,7 +139,7 @@ async def recheck_is_due(db: Database, workspaces: Workspaces = None, *, now: da
 
 def due_runs(
     now: datetime,
-    workspaces: Workspaces = None,
+    workspaces: WorkspaceScope = None,
     *,
     ended: bool = False,
     newest: bool = False,
@@ -201,7 +201,7 @@ async def drop_lease(db: Database, name: str, holder: str) -> None:
 
 
 def within(
-    workspaces: Workspaces, column: ColumnElement[Any] = runs.c.workspace_id
+    workspaces: WorkspaceScope, column: ColumnElement[Any] = runs.c.workspace_id
 ) -> ColumnElement[bool]:
     """The condition that `column` is one of these workspaces."""
     if workspaces is None:
@@ -216,7 +216,7 @@ MAX_LISTED: Final = 10_000
 
 
 async def list_positions(
-    db: Database, run_ids: Collection[str], workspaces: Workspaces, *, among: int
+    db: Database, run_ids: Collection[str], workspaces: WorkspaceScope, *, among: int
 ) -> Mapping[str, int]:
     """The positions of runs in FLORA's list of technique runs, newest first, counted from 1.
 

@@ -13,7 +13,7 @@ from tracker.core.observation import Source
 from tracker.core.record import DeliveryOutcome, Record
 from tracker.core.run import RetryAdvice, RunStatus, RunType, Status, Tracking, status_of
 from tracker.core.schedule import Durations
-from tracker.store.claims import Workspaces, within
+from tracker.store.claims import WorkspaceScope, within
 from tracker.store.engine import Database
 from tracker.store.queries.paging import between, chunks, matching, newest_first
 from tracker.store.queries.starts import StartState, is_in
@@ -106,7 +106,7 @@ async def get_runs(db: Database, run_ids: Iterable[str]) -> dict[str, Record]:
     return {record.run.run_id: record for record in found}
 
 
-async def has_generations(db: Database, workspaces: Workspaces) -> bool:
+async def has_generations(db: Database, workspaces: WorkspaceScope) -> bool:
     """Whether these workspaces have generation runs."""
     statement = (
         select(runs.c.run_id)
@@ -117,7 +117,7 @@ async def has_generations(db: Database, workspaces: Workspaces) -> bool:
 
 
 async def created_within(
-    db: Database, workspaces: Workspaces, kind: RunType, span: tuple[datetime, datetime]
+    db: Database, workspaces: WorkspaceScope, kind: RunType, span: tuple[datetime, datetime]
 ) -> list[tuple[str, datetime, str]]:
     """`run_id`, `created_at` and `status` of the runs of one kind that FLORA created within `span`
     (start excluded, end included), without lost ones."""

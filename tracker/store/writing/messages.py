@@ -73,7 +73,7 @@ class Attempt:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class Claimed:
     """What `take_turn` did: the claims, and why it disabled the endpoint, if it did."""
 
     claims: list[Claim]
@@ -120,14 +120,14 @@ def take_turn(
     lease: timedelta,
     waits: tuple[timedelta, ...] = WAITS,
     most_open: int = MOST_OPEN,
-) -> Turn:
+) -> Claimed:
     """Store the outcomes of attempts, by message, and claim up to `most` further messages, of which
     at most `most_open` are claimed by all processes together."""
     wanted = select(*(endpoints.c[name] for name in _Health.__slots__))
     wanted = wanted.where(endpoints.c.endpoint_id == endpoint_id).with_for_update()
     row = connection.execute(wanted).one_or_none()
     if row is None:
-        return Turn([])
+        return Claimed([])
     before = after = _Health(**row._mapping)
     if outcomes:
         _store(connection, outcomes, holder, waits, before.enabled_at)
@@ -144,7 +144,7 @@ def take_turn(
         changed = {name: getattr(after, name) for name in _Health.__slots__}
         mine = endpoints.c.endpoint_id == endpoint_id
         connection.execute(update(endpoints).where(mine).values(changed))
-    return Turn(claims, after.disabled_reason if after.state != before.state else None)
+    return Claimed(claims, after.disabled_reason if after.state != before.state else None)
 
 
 def _judged(health: _Health, attempt: Attempt, first_wait: timedelta) -> _Health:
