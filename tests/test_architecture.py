@@ -129,7 +129,7 @@ def _imported(path: Path) -> Iterator[str]:
 STATE = {"runs", "run_outputs", "run_events", "deliveries"}
 WRITERS = {
     *("writer.py", "statements_postgres.py", "statements_sqlite.py"),
-    *("inbox.py", "statements.py"),
+    "statements.py",
 }
 
 

@@ -18,7 +18,6 @@ from tracker.delivering.handlers import Handler
 from tracker.delivering.webhooks import Webhooks
 from tracker.explaining.explainer import Explainer
 from tracker.flora.client import FloraClient
-from tracker.flora.parse import digest_id
 from tracker.operations.metrics import Metrics
 from tracker.operations.metrics.gauges import DatabaseGauges, ProcessGauges
 from tracker.operations.retention import Pruner
@@ -30,7 +29,7 @@ from tracker.polling.sweep import Sweeper
 from tracker.polling.verify import Verifier
 from tracker.polling.workspaces import DatabaseWaits, Workspace, WorkspaceIds, Workspaces
 from tracker.receiving.apply import Applier
-from tracker.receiving.receive import Receiver
+from tracker.receiving.receive import Inbox, Receiver
 from tracker.receiving.replay import Replayer
 from tracker.settings import Rotation, Settings
 from tracker.settings.endpoints import endpoint_of
@@ -49,7 +48,6 @@ from tracker.store.engine import Database
 from tracker.store.queries.audit import Refusals
 from tracker.store.signals import Signals
 from tracker.store.url import TLS_ADVICE
-from tracker.store.writing.inbox import Inbox
 from tracker.store.writing.rollups import RollupCompactor
 from tracker.store.writing.writer import MergeRules, Writer
 from tracker.views import message_body
@@ -231,9 +229,7 @@ async def open_services(
         )
         await stack.enter_async_context(applier)
         inbox = await stack.enter_async_context(
-            Inbox(
-                database, digest_id=digest_id, on_stored=applier.stored, on_write=[metrics.written]
-            )
+            Inbox(database, on_stored=applier.stored, on_write=[metrics.written])
         )
         budgets = BudgetReader(
             database=database, budgets=settings.all_budgets, workspaces=workspaces, clock=clock

@@ -8,7 +8,7 @@ import asyncio
 
 from tracker.cli import main
 from tracker.core.record import Delivery, DeliveryOutcome
-from tracker.store.writing.inbox import Inbox, Stored
+from tracker.receiving.receive import Inbox, Stored
 
 
 def _store_nothing(_inbox: Inbox, delivery: Delivery) -> "asyncio.Future[Stored]":

@@ -18,11 +18,11 @@ from tracker.core.record import Delivery, DeliveryOutcome, Entry, Seen
 from tracker.core.run import Output, Run, RunError, RunStatus
 from tracker.core.schedule import Policy
 from tracker.flora import parse
-from tracker.flora.parse import digest_id
+from tracker.receiving.apply import ParsedDelivery, apply_waiting
+from tracker.receiving.receive import Inbox
 from tracker.store.engine import Database
 from tracker.store.queries.runs import events
 from tracker.store.schema import deliveries
-from tracker.store.writing.inbox import Inbox, ParsedDelivery, apply_waiting
 from tracker.store.writing.statements import statements_for
 from tracker.store.writing.writer import MergeRules, Writer, WriteResult
 
@@ -195,7 +195,7 @@ def parsed(one: Delivery) -> ParsedDelivery:
 
 def open_inbox(db: Database, **options: Any) -> Inbox:
     """An inbox of the database."""
-    return Inbox(db, digest_id=digest_id, **{**PATIENCE, **options})
+    return Inbox(db, **{**PATIENCE, **options})
 
 
 async def apply_all(db: Database, *, limit: int = 500, at: datetime = NOW) -> int:

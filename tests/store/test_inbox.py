@@ -38,12 +38,12 @@ from tracker.core.run import RunStatus, Tracking
 from tracker.core.waiting import cancel
 from tracker.flora.parse import digest_id
 from tracker.polling.workspaces import Workspace, Workspaces
-from tracker.receiving.apply import Applier
+from tracker.receiving.apply import Applier, ParsedDelivery, apply_waiting
+from tracker.receiving.receive import Inbox
 from tracker.store.engine import Database
 from tracker.store.queries import runs as read
 from tracker.store.schema import deliveries, run_events, runs
 from tracker.store.url import DatabaseTimes
-from tracker.store.writing.inbox import Inbox, ParsedDelivery, apply_waiting
 from tracker.store.writing.statements import MAX_LARGE, SMALL_BODY, requeue, statements_for
 from tracker.store.writing.writer import WriteOutcome
 

@@ -5,33 +5,39 @@ waiting deliveries when it starts and then every second, so that none is lost wi
 
 Acknowledging has priority. While many callbacks wait to be stored, this process applies one group a
 second and leaves the rest for later, or for another process.
+
+One transaction takes waiting deliveries, merges their observations, and commits runs, timeline,
+rollups, notices and the outcomes of the deliveries together. So it may be interrupted anywhere and
+repeated, several processes may do it at once, and each delivery takes effect once.
 """
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from contextvars import Context
 from dataclasses import KW_ONLY, InitVar, dataclass, replace
 from functools import partial
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 from sqlalchemy import Connection
 
 from tracker.core.clock import Clock
 from tracker.core.errors import StoreError
 from tracker.core.log import LogRateLimit, get_logger
-from tracker.core.record import TEST_DELIVERY, Delivery
+from tracker.core.observation import Observation, Source
+from tracker.core.record import TEST_DELIVERY, Delivery, Seen
 from tracker.core.waiting import cancel, wait_for
 from tracker.flora import parse
 from tracker.polling.workspaces import Workspaces
 from tracker.store.engine import Database
 from tracker.store.errors import StoreBusy, StoreRefused
+from tracker.store.queries import starts
+from tracker.store.queries.starts import StartRow, StartState
 from tracker.store.signals import INBOX
 from tracker.store.writing.group_commit import OnWrite, call_hook, reported
-from tracker.store.writing.inbox import NO_CHANGE, ApplyResult, ParsedDelivery, apply_waiting
-from tracker.store.writing.statements import quarantine, statements_for
-from tracker.store.writing.writer import MergeRules, OnCommit, WriteOutcome
+from tracker.store.writing.statements import Statements, quarantine, statements_for
+from tracker.store.writing.writer import MergeRules, OnCommit, WriteBatch, WriteOutcome
 
 SAMPLE_SECONDS: Final = 0.01
 """How long arriving callbacks are counted between two groups."""
@@ -49,6 +55,18 @@ LAST_WITHIN: Final = 2.0
 """Seconds that the end of a process waits for the deliveries it stored last."""
 
 log = get_logger(__name__)
+
+
+class ParsedDelivery(NamedTuple):
+    """What a delivery shows: an observation of a run, or why it is quarantined, or neither for a
+    test delivery.
+
+    `signers` are the workspaces that may have signed it; `None` if only one is configured.
+    """
+
+    observation: Observation | None
+    reason: str | None = None
+    signers: Collection[str | None] | None = None
 
 
 class CallbackParser:
@@ -98,6 +116,107 @@ class CallbackParser:
             one.workspace_id for one in self._workspaces if not secrets.isdisjoint(one.secrets)
         }
         return sharing | {workspace_id}
+
+
+NO_CHANGE: Final = WriteOutcome([], due=False, changed_runs=[])
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyResult:
+    """What applying a group did: how many deliveries it took, which were quarantined and why, and
+    what changed in runs. `more` is true if others may be waiting."""
+
+    taken: int
+    more: bool
+    quarantined: list[tuple[str, str]]
+    outcome: WriteOutcome
+
+
+def apply_waiting(
+    connection: Connection,
+    *,
+    limit: int,
+    held_up: Sequence[str] = (),
+    parse: Callable[[Delivery], ParsedDelivery],
+    taken: list[str],
+    clock: Clock,
+    rules: MergeRules,
+    statements: Statements,
+) -> ApplyResult:
+    """Apply the oldest waiting deliveries, `limit` at most, without those `held_up`.
+
+    Nothing is committed here. `taken` receives their ids before anything can fail, so that the
+    caller can find the one that cannot be applied.
+    """
+    deliveries, found = statements.take_waiting(connection, limit, held_up)
+    taken[:] = [delivery.delivery_id for delivery in deliveries]
+    more = found == limit or len(taken) < found
+    if not deliveries:
+        return ApplyResult(0, more, [], NO_CHANGE)
+    parsed = [parse(delivery) for delivery in deliveries]
+    tokens = {one.callback_token for one in deliveries if one.callback_token is not None}
+    starts_by_token = starts.of_tokens(connection, sorted(tokens)) if tokens else {}
+    run_ids = {one.observation.run_id for one in parsed if one.observation is not None}
+    batch = WriteBatch(connection, run_ids, rules, statements)
+    applied: list[str] = []
+    quarantined: list[tuple[str, str]] = []
+    for delivery, one in zip(deliveries, parsed, strict=True):
+        reason, seen = one.reason, one.observation
+        if seen is not None:
+            reason, is_disputed = _owner_conflict(one, seen, batch)
+            if is_disputed:  # read the run at once: FLORA shows whose it is
+                tracked = Observation(
+                    run_id=seen.run_id, source=Source.TRACK, at=delivery.received_at
+                )
+                batch.add(Seen(observation=tracked))
+            if reason is None:
+                start = starts_by_token.get(delivery.callback_token or "")
+                if start is not None and _is_signed_for(one, seen, start):
+                    # Its callback came to the start's own address.
+                    own = Observation(run_id=seen.run_id, source=Source.START, at=seen.at)
+                    batch.add(start.became(own, callback_expected=True))
+                batch.add(Seen(observation=seen))
+        if reason is None:
+            applied.append(delivery.delivery_id)
+        else:
+            quarantined.append((delivery.delivery_id, reason))
+    outcome = batch.write()
+    statements.finish(connection, applied, quarantined, clock())
+    return ApplyResult(len(taken), more, quarantined, outcome)
+
+
+def _is_signed_for(parsed: ParsedDelivery, seen: Observation, start: StartRow) -> bool:
+    """Whether the secret of the start's workspace signed the callback; if not, its address is
+    ignored."""
+    if start.state is StartState.STORED:
+        return False
+    if parsed.signers is None:  # the only workspace; a body need not name it
+        return seen.workspace_id in (None, start.workspace_slot)
+    return start.workspace_slot in parsed.signers
+
+
+def _owner_conflict(
+    parsed: ParsedDelivery, seen: Observation, batch: WriteBatch
+) -> tuple[str | None, bool]:
+    """Why the signers may not report on the run (`None` if they may), and whether its owner is
+    only claimed.
+
+    Only the workspace of a run may report its end: otherwise a secret of one workspace would be
+    enough to end runs of another and to take them over. The first callback about an unknown run
+    claims it for its signer, until FLORA shows the owner. Callbacks that are quarantined for that
+    are applied then.
+    """
+    record = batch.record(seen.run_id)
+    owner = None if record is None else record.run.workspace_id
+    if parsed.signers is None or record is None or owner is None or owner in parsed.signers:
+        return None, False
+    signed_by = f"the secret of {seen.workspace_id} signed it"
+    if record.run.workspace_is_claimed:
+        return (
+            f"its run was first claimed for workspace {owner}, but {signed_by}; it is applied when "
+            f"FLORA shows the run to the key of {seen.workspace_id}"
+        ), True
+    return f"its run is of workspace {owner}, but {signed_by}", False
 
 
 @dataclass(eq=False)
@@ -257,7 +376,18 @@ class Applier:
             try:
                 limit = min(self._limit, self.busy_group) if is_busy else self._limit
                 with reported(self.on_write, taken, self.monotonic):
-                    result = await self.database.write(partial(self._apply, taken, limit))
+                    result = await self.database.write(
+                        partial(
+                            apply_waiting,
+                            limit=limit,
+                            held_up=[*self._held_up],
+                            parse=self._parse,
+                            taken=taken,
+                            clock=self.clock,
+                            rules=self.rules,
+                            statements=self._statements,
+                        )
+                    )
             except Exception as error:
                 if not taken or not _is_caused_by_delivery(error):
                     raise
@@ -273,18 +403,6 @@ class Applier:
             if result.taken:
                 self._report(result)
             return result.taken, result.more or result.outcome.requeued
-
-    def _apply(self, taken: list[str], limit: int, connection: Connection) -> ApplyResult:
-        return apply_waiting(
-            connection,
-            limit=limit,
-            held_up=[*self._held_up],
-            parse=self._parse,
-            taken=taken,
-            clock=self.clock,
-            rules=self.rules,
-            statements=self._statements,
-        )
 
     async def _quarantine(self, delivery_id: str, error: Exception) -> ApplyResult:
         kind = "" if isinstance(error, StoreError) else f"{type(error).__name__}: "

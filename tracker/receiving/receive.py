@@ -1,9 +1,14 @@
-"""A callback is verified and stored, and only then acknowledged. Nothing else is done here."""
+"""A callback is verified and stored in the inbox, and only then acknowledged.
+
+A sender waits for storing alone: one statement for a group, which reads no run and merges nothing.
+`apply.py` applies what is stored.
+"""
 
 import asyncio
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
+from typing import Any, NamedTuple
 
 from tracker.core.clock import Clock
 from tracker.core.errors import SettingsError
@@ -13,7 +18,89 @@ from tracker.core.record import TEST_DELIVERY, Delivery, DeliveryOutcome
 from tracker.flora import parse
 from tracker.flora.signature import SignatureError, verify
 from tracker.polling.workspaces import Workspaces
-from tracker.store.writing.inbox import Inbox, Stored
+from tracker.store.engine import Database
+from tracker.store.writing.group_commit import GroupCommit
+from tracker.store.writing.statements import Receipt, statements_for
+
+Positions = list[tuple[int, Delivery]]
+
+
+class Stored(NamedTuple):
+    """A delivery that is on disk.
+
+    `delivery_id` differs from the delivery's own id if another body is stored under that.
+    `repeated` is true if it was stored before, so that only its receipts changed.
+    """
+
+    delivery_id: str
+    outcome: DeliveryOutcome
+    repeated: bool
+
+
+class Inbox(GroupCommit[Delivery, Stored]):
+    """Stores deliveries in groups: `enqueue` a delivery and await its future.
+
+    `on_stored` is called after each commit with the number of deliveries that wait for one, those
+    just stored among them. `options` are those of `GroupCommit`.
+    """
+
+    def __init__(
+        self,
+        db: Database,
+        *,
+        on_stored: Callable[[int], None] = lambda _: None,
+        **options: Any,
+    ) -> None:
+        super().__init__(self._store, name="inbox", size=lambda one: len(one.body), **options)
+        self._db = db
+        self._statements = statements_for(db)
+        self._on_stored = on_stored
+
+    async def _store(self, group: list[Delivery]) -> list[Stored]:
+        stored: dict[int, Stored] = {}
+        left: Positions = list(enumerate(group))
+        while left:
+            receipts, left = _by_id(left)
+            rows = [receipts[key] for key in sorted(receipts)]
+            before = await self._statements.store(self._db, rows)
+            for key, receipt in receipts.items():
+                outcome, repeated = DeliveryOutcome.WAITING, key in before
+                if repeated:
+                    if (known := before[key]) is None:
+                        renamed = _renamed(receipt.delivery)
+                        left += [(position, renamed) for position in receipt.positions]
+                        continue
+                    outcome = DeliveryOutcome(known)
+                for position in receipt.positions:
+                    stored[position] = Stored(key, outcome, repeated)
+                    repeated = True
+        self._on_stored(self.waiting)
+        return [stored[position] for position in range(len(group))]
+
+
+def _by_id(deliveries: Iterable[tuple[int, Delivery]]) -> tuple[dict[str, Receipt], Positions]:
+    """One receipt for each id, because no statement changes a row twice; and the deliveries with
+    another body under the same id."""
+    receipts: dict[str, Receipt] = {}
+    others: Positions = []
+    for position, one in deliveries:
+        receipt = receipts.get(one.delivery_id)
+        if receipt is None:
+            receipts[one.delivery_id] = Receipt(one, one.received_at, [position])
+        elif receipt.delivery.body == one.body:
+            receipt.positions.append(position)
+            receipt.last_received_at = max(receipt.last_received_at, one.received_at)
+        else:
+            others.append((position, one))
+    return receipts, others
+
+
+def _renamed(delivery: Delivery) -> Delivery:
+    """The delivery under an id made from its body: it was signed, though its id is taken."""
+    key = parse.digest_id(delivery.body)
+    if delivery.delivery_id.startswith(key):  # another body bears that as its own id
+        key = f"{delivery.delivery_id}+"
+    return replace(delivery, delivery_id=key)
 
 
 class NoSecrets(SettingsError):

@@ -1,7 +1,6 @@
 """Writes to runs and deliveries.
 
 group_commit.py   commits what waits together, and answers after the commit
-inbox.py          stores callbacks, and applies them to their runs
 writer.py         merges and writes observations
 statements.py     the statements, with statements_postgres.py and statements_sqlite.py
 rollups.py        counts by state, hour and day

@@ -1,7 +1,6 @@
 """The writer: observations of runs are merged and written in groups, each in one transaction.
 
-Callbacks are stored by `tracker.store.writing.inbox` first, and reach the same merge when they are
-applied.
+Callbacks are stored first, and reach the same merge when they are applied: see `tracker.receiving`.
 """
 
 import asyncio
