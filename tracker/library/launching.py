@@ -1,7 +1,6 @@
 """Rows given as Python values become a batch, and a batch is followed to its end."""
 
 import asyncio
-import contextlib
 import math
 import time
 from collections.abc import Iterable, Mapping
@@ -12,11 +11,10 @@ from typing import Any, cast
 from tracker.core.errors import FIELDS_NAMED, FieldFault, InvalidRequest, StoreError
 from tracker.core.formatting import counted
 from tracker.core.log import get_logger
-from tracker.core.waiting import cancel
 from tracker.errors import BatchUnknown, WaitTimeout
 from tracker.library.inputs import text_of
 from tracker.library.run import ACTOR
-from tracker.polling.follow import CHECK_EVERY, OUTAGE, OVERDUE, until_available
+from tracker.polling.follow import CHECK_EVERY, OUTAGE, OwnPolling, until_available
 from tracker.services import Services
 from tracker.starting.batch import COUNT_SHARE
 from tracker.starting.batch_orders import Order
@@ -125,8 +123,7 @@ async def ended(
     a minute.
     """
     give_up = math.inf if timeout is None else time.monotonic() + timeout
-    polling: asyncio.Task[Any] | None = None
-    try:
+    async with OwnPolling(poll=services.poller.poll_due, clock=services.clock) as polling:
         while True:
             began = time.monotonic()
             batch, counts = await until_available(
@@ -140,14 +137,6 @@ async def ended(
                     f"batch {batch_id} has not ended after {timeout:g} s: {counts.ended} of "
                     f"{counted(counts.rows, 'row')} have. It goes on: wait again"
                 )
-            if polling is not None and polling.done():
-                with contextlib.suppress(StoreError):  # the next read notices an outage
-                    polling.result()
-                polling = None
-            due = counts.next_check_at
-            if polling is None and due is not None and services.clock() - due > OVERDUE:
-                polling = asyncio.create_task(services.poller.poll_due(), name="batch-poll")
+            polling.check(counts.next_check_at)
             pause = max(CHECK_EVERY, (time.monotonic() - began) / COUNT_SHARE)
             await asyncio.sleep(min(pause, max(give_up - time.monotonic(), 0.0)))
-    finally:
-        await cancel(polling)

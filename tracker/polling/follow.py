@@ -8,10 +8,10 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from functools import partial
-from typing import Final, Generic, NamedTuple, TypeVar
+from typing import Final, Generic, NamedTuple, Self, TypeVar
 
 from tracker.core.clock import Clock
 from tracker.core.errors import StoreError, StoreUnavailable
@@ -50,6 +50,52 @@ class RunUpdate(NamedTuple):
 
     record: Record
     source: Source
+
+
+@dataclass(kw_only=True, eq=False)
+class OwnPolling:
+    """Calls `poll` while a caller waits, if no other process polls.
+
+    Where one does, nothing stays overdue for `overdue_after`. Once something has, `poll` is called
+    whenever something is due, at most every `POLL_EVERY` seconds, until the block ends.
+    """
+
+    poll: Callable[[], Awaitable[object]]
+    clock: Clock
+    overdue_after: timedelta = OVERDUE
+    _round: asyncio.Task[None] | None = field(default=None, init=False)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await cancel(self._round)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether something was overdue."""
+        return self._round is not None
+
+    def check(self, due: datetime | None) -> asyncio.Task[None] | None:
+        """Begin a round if what is due since then is overdue, and none is under way; return it.
+
+        Raises unexpected errors of the last round.
+        """
+        if self._round is not None:
+            if not self._round.done():
+                return None
+            self._round.result()
+        if due is None or self.clock() - due <= self.overdue_after:
+            return None
+        self.overdue_after = timedelta(0)
+        self._round = asyncio.create_task(self._poll_once(), name="own-polling")
+        return self._round
+
+    async def _poll_once(self) -> None:
+        began = time.monotonic()
+        with contextlib.suppress(StoreError):  # the caller's next read notices an outage
+            await self.poll()
+        await asyncio.sleep(max(POLL_EVERY - (time.monotonic() - began), 0.0))
 
 
 @dataclass(kw_only=True, eq=False)
@@ -92,10 +138,11 @@ class Follower:
         further runs. `notify` gets each reason why the runs cannot be read, once. Raises
         `StoreUnavailable` if the database does not answer for `OUTAGE` seconds.
         """
-        followed = _FollowedRuns(run_ids, more, notify, self.overdue_after)
+        followed = _FollowedRuns(run_ids, more, notify)
+        poll = partial(self._poll, followed)
+        own = OwnPolling(poll=poll, clock=self.clock, overdue_after=self.overdue_after)
         with self.signals.subscribed(followed.on_signal):
-            polling: asyncio.Task[None] | None = None
-            try:
+            async with own:
                 while followed.open or more is not None:
                     followed.changed.clear()
                     if more is not None:
@@ -107,16 +154,11 @@ class Follower:
                         yield updates
                     if not followed.open and more is None:
                         return
-                    if polling is not None and polling.done():
-                        polling.result()  # raises unexpected errors
-                        polling = None
-                    if polling is None and self._overdue(followed):
-                        polling = asyncio.create_task(self._poll(followed), name="follow-poll")
+                    dues = [due for _, due in self._unclaimed(followed)]
+                    if (begun := own.check(min(dues, default=None))) is not None:
                         # `_pause` may last `check_anyway`.
-                        polling.add_done_callback(lambda _: followed.changed.set())
-                    await self._pause(followed)
-            finally:
-                await cancel(polling)
+                        begun.add_done_callback(lambda _: followed.changed.set())
+                    await self._pause(followed, own.overdue_after)
 
     async def _read(self, followed: "_FollowedRuns") -> list[RunUpdate]:
         """Read the open runs; those that changed."""
@@ -127,24 +169,22 @@ class Follower:
         followed.take(found)
         return [RunUpdate(one, sources.get(one.run.run_id, one.source)) for one in changed]
 
-    def _overdue(self, followed: "_FollowedRuns") -> list[Record]:
-        """The runs that no process reads although they are due."""
+    def _unclaimed(self, followed: "_FollowedRuns") -> list[tuple[Record, datetime]]:
+        """The open runs that no process reads now, and when each is due."""
         now = self.clock()
         return [
-            record
+            (record, record.next_check_at)
             for record in followed.open.values()
             if record is not None
             and record.next_check_at is not None
-            and now - record.next_check_at > followed.overdue_after
             and (record.lease_until is None or record.lease_until <= now)
         ]
 
     async def _poll(self, followed: "_FollowedRuns") -> None:
-        """Poll what is due, once; then report why overdue runs cannot be read, if it is known."""
-        overdue = self._overdue(followed)
-        followed.overdue_after = timedelta(0)  # no other process polls
-        with contextlib.suppress(StoreError):  # the next read notices an outage
-            await self._rounds.call([one.run.run_id for one in overdue])
+        """Poll what is due, once; then report why due runs cannot be read, if it is known."""
+        now = self.clock()
+        overdue = [record for record, due in self._unclaimed(followed) if due < now]
+        await self._rounds.call([one.run.run_id for one in overdue])
         for record in overdue:
             workspace = self.workspaces.of(record.run.workspace_id)
             if workspace is None or workspace.client is None:
@@ -155,9 +195,8 @@ class Follower:
             elif (reason := workspace.client.breaker.reason) is not None:
                 followed.notify_once(f"runs cannot be read: {reason}")
         followed.changed.set()
-        await asyncio.sleep(POLL_EVERY)
 
-    async def _pause(self, followed: "_FollowedRuns") -> None:
+    async def _pause(self, followed: "_FollowedRuns", overdue_after: timedelta) -> None:
         """Wait until something may have changed, or a run may have become overdue."""
         notified = self.database.dialect == "postgresql" and self.signals.listening
         # At the same moments for all callers, so that they share their reads.
@@ -165,7 +204,7 @@ class Follower:
         longest = self.check_anyway if notified else every - time.monotonic() % every
         now = self.clock()
         dues = [one.next_check_at for one in followed.open.values() if one and one.next_check_at]
-        overdue_in = [(due + followed.overdue_after - now).total_seconds() for due in dues]
+        overdue_in = [(due + overdue_after - now).total_seconds() for due in dues]
         soonest = min((wait for wait in overdue_in if wait > 0), default=longest)
         await wait_for(followed.changed, min(max(soonest, 0.05), longest))
 
@@ -216,16 +255,9 @@ class _SharedCall(Generic[T]):
 class _FollowedRuns:
     """The open runs of one caller, and how each was last shown."""
 
-    def __init__(
-        self,
-        run_ids: Iterable[str],
-        more: More | None,
-        notify: Notify | None,
-        overdue_after: timedelta,
-    ) -> None:
+    def __init__(self, run_ids: Iterable[str], more: More | None, notify: Notify | None) -> None:
         self.open: dict[str, Record | None] = dict.fromkeys(run_ids)
         self.more = more
-        self.overdue_after = overdue_after
         self.changed = asyncio.Event()
         self._notify = notify
         self._notified: set[str] = set()

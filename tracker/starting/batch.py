@@ -6,7 +6,6 @@ all have ended. After an interruption the next plan of the same sheet resumes th
 """
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from typing import Any, Final
 
 from tracker.core.errors import BudgetExceeded, FloraRefusal, KeyRefused, ServerFault, TrackerError
 from tracker.core.waiting import cancel
-from tracker.polling.follow import CHECK_EVERY, OVERDUE, POLL_EVERY
+from tracker.polling.follow import CHECK_EVERY, OwnPolling
 from tracker.polling.poll import Poller
 from tracker.starting.batch_launch import BUDGET_EVERY, BatchLaunch
 from tracker.starting.batch_plan import BatchPlanner
@@ -167,10 +166,7 @@ class Batches(BatchPlanner):
         on_progress: OnProgress,
     ) -> TrackerError | None:
         """Report the progress until the batch has ended; what stopped it early, if anything."""
-        polling: asyncio.Task[Any] | None = None
-        polls_here = False
-        polled_at = 0.0
-        try:
+        async with OwnPolling(poll=self.poller.poll_due, clock=self.clock) as polling:
             while True:
                 launched = launching.done()
                 began = time.monotonic()
@@ -190,32 +186,14 @@ class Batches(BatchPlanner):
                     await launching  # raises its errors
                     if not wait or counts.active == 0 or _cannot_go_on(launch.stopped):
                         return launch.stopped
-                    if polls_here and (refusal := launch.unreadable):
+                    if polling.has_begun and (refusal := launch.unreadable):
                         return launch.stopped or TrackerError(f"runs cannot be read: {refusal}")
-                if polling is not None and polling.done():
-                    await polling
-                    polling = None
-                # If a run stays overdue no other process polls; from then on this one does.
-                polls_here = polls_here or self._due(counts, after=OVERDUE.total_seconds())
-                may_poll = polling is None and began - polled_at >= POLL_EVERY
-                if polls_here and may_poll and self._due(counts):
-                    polled_at = began
-                    polling = asyncio.create_task(self.poller.poll_due(), name="batch-poll")
-                took = time.monotonic() - began
-                pause = max(CHECK_EVERY, took / COUNT_SHARE)
+                polling.check(counts.next_check_at)
+                pause = max(CHECK_EVERY, (time.monotonic() - began) / COUNT_SHARE)
                 if launched:
                     await asyncio.sleep(pause)
                 else:
                     await asyncio.wait([launching], timeout=pause)
-        finally:
-            if polling is not None:
-                polling.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await polling
-
-    def _due(self, counts: BatchCounts, *, after: float = 0.0) -> bool:
-        due = counts.next_check_at
-        return due is not None and (self.clock() - due).total_seconds() > after
 
 
 def _cannot_go_on(stopped: TrackerError | None) -> bool:
