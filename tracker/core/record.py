@@ -14,8 +14,7 @@ from typing import Any, Final
 
 from tracker.core.fast_dataclass import fast_dataclass
 from tracker.core.inputs import Tags
-from tracker.core.merge import merge, shows_the_same
-from tracker.core.observation import Observation, Source
+from tracker.core.observation import Observation, Source, merge, shows_the_same
 from tracker.core.run import Run, RunStatus, Tracking
 from tracker.core.schedule import Durations, Policy, next_check, next_recheck
 
@@ -181,23 +180,17 @@ def apply(
     """
     if isinstance(entry, Unseen):
         return None if record is None else _unseen(record, entry, policy)
-    return _observed(record, entry, policy, durations_of)
-
-
-def _observed(
-    before: Record | None, entry: Seen, policy: Policy, durations_of: DurationsOf
-) -> Record:
     seen = entry.observation
-    old = before or Record(run=Run(run_id=seen.run_id), source=seen.source, first_seen_at=seen.at)
+    old = record or Record(run=Run(run_id=seen.run_id), source=seen.source, first_seen_at=seen.at)
     run = merge(old.run, seen)
     if old.cost_final and shows_the_same(old.run, run):
         run = old.run  # no write for each page that shows the same bill
     wants_read = seen.source in _WANTS_READ
     just_ended = run.precedence.ended and run.precedence > old.run.precedence
-    polled = _counts_as_poll(before, entry, run)
+    polled = _counts_as_poll(record, entry, run)
     looks = 0 if wants_read or just_ended else old.looks + polled
     callback_expected = old.callback_expected or entry.callback_expected
-    moves = polled or wants_read or just_ended or before is None or before.lost
+    moves = polled or wants_read or just_ended or record is None or record.lost
     next_check_at = old.next_check_at
     if moves or run.settled:
         next_check_at = next_check(
@@ -255,7 +248,7 @@ def _observed(
         lease_until=old.lease_until if keeps_lease else None,
         lease_holder=old.lease_holder if keeps_lease else None,
     )
-    return before if before is not None and after == before else after
+    return record if record is not None and after == record else after
 
 
 def since_end(

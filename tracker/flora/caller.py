@@ -128,21 +128,16 @@ class FloraCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FloraAnswer:
-    """An answer, read whole. `sent_at` is when its request was sent; `contact` is notified by
-    `read` whether it was FLORA's."""
+    """An answer, read whole. `sent_at` is when its request was sent, `request_id` is the id that
+    FLORA's support asks for; `contact` is notified by `read` whether it was FLORA's."""
 
     endpoint: str
     sent_at: datetime
     status: int
     headers: httpx.Headers
     body: bytes
+    request_id: str | None
     contact: Contact
-
-    @property
-    def request_id(self) -> str | None:
-        """The id that FLORA's support asks for."""
-        request_id: str | None = self.headers.get("request-id")
-        return request_id
 
     def read(self, reader: Callable[[object], T]) -> T:
         """The result of `reader` for the JSON value. Raises `FloraUnreadable`."""
@@ -339,6 +334,7 @@ class Caller:
             status=status,
             headers=response.headers,
             body=body,
+            request_id=request_id,
             contact=self.contact,
         )
 

@@ -344,7 +344,7 @@ class FloraClient:
             parse.run,
             at=self._clock(),
             sent_at=answer.sent_at,
-            clock_offset=self.clock_offset,
+            clock_offset=self._caller.clock_offset,
             **options,
         )
 

@@ -300,7 +300,7 @@ def callback(body: bytes, *, at: datetime) -> Observation | str:
         return "data has no run_id that can be one"
     if workspace_id is None and data.get("workspace_id") is not None:
         return "data.workspace_id can be no workspace"
-    if _status(data) is not status:
+    if as_id(data.get("status")) != status:
         return "data.status does not agree with the type"
     return Observation(
         run_id=run_id,

@@ -69,53 +69,38 @@ class ParsedDelivery(NamedTuple):
     signers: Collection[str | None] | None = None
 
 
-class CallbackParser:
-    """Parses stored deliveries, by the settings that this process has."""
+def parse_stored(workspaces: Workspaces, delivery: Delivery) -> ParsedDelivery:
+    """The observation, or why the delivery is quarantined, by the settings that this process has.
 
-    def __init__(self, workspaces: Workspaces) -> None:
-        self._workspaces = workspaces
-
-    def parse(self, delivery: Delivery) -> ParsedDelivery:
-        """The observation, or why the delivery is quarantined. Never raises, whatever the body."""
-        if delivery.event_type == TEST_DELIVERY:
-            return ParsedDelivery(None)
-        seen = parse.callback(delivery.body, at=delivery.received_at)
-        if isinstance(seen, str):
-            return ParsedDelivery(None, seen)
-        if signer := self.signer(delivery.workspace_id):
-            if seen.workspace_id and seen.workspace_id != signer:
-                return ParsedDelivery(
-                    None,
-                    f"it names workspace {seen.workspace_id}, but the secret of {signer} signed it",
-                )
-            if not seen.workspace_id:
-                seen = replace(seen, workspace_id=signer)
-        workspace = self._workspaces.of(seen.workspace_id)
-        if workspace is None and seen.workspace_id is not None:
+    Never raises, whatever the body. If no workspace of the id that is stored as the signer is
+    configured, that id was a mistake in the settings, or was not known when it was received.
+    """
+    if delivery.event_type == TEST_DELIVERY:
+        return ParsedDelivery(None)
+    seen = parse.callback(delivery.body, at=delivery.received_at)
+    if isinstance(seen, str):
+        return ParsedDelivery(None, seen)
+    if (signer := delivery.workspace_id) and workspaces.has(signer):
+        if seen.workspace_id and seen.workspace_id != signer:
             return ParsedDelivery(
-                None, f"it names workspace {seen.workspace_id}, which is not configured here"
+                None,
+                f"it names workspace {seen.workspace_id}, but the secret of {signer} signed it",
             )
-        if len(self._workspaces) == 1:
-            if workspace is not None:
-                workspace.learn(seen.workspace_id)
-            return ParsedDelivery(seen)
-        return ParsedDelivery(seen, signers=self._signers(seen.workspace_id))
-
-    def signer(self, workspace_id: str | None) -> str | None:
-        """The workspace whose secret signed a delivery, if one of that id is configured.
-
-        If none is, the id was a mistake in the settings, or was not known when it was received.
-        """
-        return workspace_id if self._workspaces.has(workspace_id) else None
-
-    def _signers(self, workspace_id: str | None) -> set[str | None]:
-        """That workspace, and those that share a secret with it."""
-        mine = self._workspaces.of(workspace_id)
-        secrets = set(mine.secrets) if mine is not None else set()
-        sharing = {
-            one.workspace_id for one in self._workspaces if not secrets.isdisjoint(one.secrets)
-        }
-        return sharing | {workspace_id}
+        if not seen.workspace_id:
+            seen = replace(seen, workspace_id=signer)
+    workspace = workspaces.of(seen.workspace_id)
+    if workspace is None and seen.workspace_id is not None:
+        return ParsedDelivery(
+            None, f"it names workspace {seen.workspace_id}, which is not configured here"
+        )
+    if len(workspaces) == 1:
+        if workspace is not None:
+            workspace.learn(seen.workspace_id)
+        return ParsedDelivery(seen)
+    # That workspace, and those that share a secret with it.
+    secrets = set(workspace.secrets) if workspace is not None else set()
+    sharing = {one.workspace_id for one in workspaces if not secrets.isdisjoint(one.secrets)}
+    return ParsedDelivery(seen, signers=sharing | {seen.workspace_id})
 
 
 NO_CHANGE: Final = WriteOutcome([], due=False, changed_runs=[])
@@ -247,7 +232,7 @@ class Applier:
     on_write: Sequence[OnWrite] = ()
 
     def __post_init__(self, workspaces: Workspaces) -> None:
-        self._parse = CallbackParser(workspaces).parse
+        self._parse = partial(parse_stored, workspaces)
         self._statements = statements_for(self.database)
         self._woken = asyncio.Event()
         self._queue_lengths: list[int] = []

@@ -8,7 +8,7 @@ removed by retention stays quarantined, because it would bring the run back.
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import InitVar, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
@@ -19,7 +19,7 @@ from tracker.core.errors import StoreUnavailable, TrackerError
 from tracker.core.log import get_logger
 from tracker.core.record import Delivery, DeliveryOutcome
 from tracker.polling.workspaces import Workspaces
-from tracker.receiving.apply import Applier, CallbackParser
+from tracker.receiving.apply import Applier, parse_stored
 from tracker.receiving.receive import parse_delivery
 from tracker.store.engine import Database
 from tracker.store.queries import audit
@@ -63,11 +63,8 @@ class Replayer:
 
     database: Database
     applier: Applier
-    workspaces: InitVar[Workspaces]
+    workspaces: Workspaces
     clock: Clock
-
-    def __post_init__(self, workspaces: Workspaces) -> None:
-        self._parser = CallbackParser(workspaces)
 
     async def replay(self, delivery_id: str) -> Replay:
         """Apply a delivery that is waiting, or quarantined and understood now; returns after the
@@ -128,12 +125,12 @@ class Replayer:
 
     def _parse_again(self, row: DeliveryRow, body: bytes) -> Delivery:
         """The delivery as it is parsed now; its id may come from a header, which is not kept."""
-        signer = self._parser.signer(row.workspace_id)
+        signer = row.workspace_id if self.workspaces.has(row.workspace_id) else None
         again = parse_delivery(body, at=row.received_at, webhook_id=None, signers=[signer])
         return replace(again, delivery_id=row.delivery_id)
 
     async def _why_not(self, delivery: Delivery) -> str | None:
-        parsed = self._parser.parse(delivery)
+        parsed = parse_stored(self.workspaces, delivery)
         seen = parsed.observation
         if seen is None:
             return parsed.reason

@@ -16,6 +16,7 @@ from functools import partial
 from importlib import import_module
 from typing import Any, Final, Self, TypeVar
 
+import orjson
 from sqlalchemy import ColumnElement, Connection, Engine, Executable, Row, Table, event, select
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -39,7 +40,7 @@ from tracker.store.sqlite import (
     sqlite_migration_engine,
     sqlite_read_engine,
 )
-from tracker.store.text import dump_json, load_json
+from tracker.store.text import dump_json
 from tracker.store.url import DatabaseTimes, DatabaseUrl
 
 T = TypeVar("T")
@@ -285,7 +286,7 @@ _COMMON: Final[dict[str, Any]] = {
     # Rows hold prompts and links, which do not belong into a log.
     "hide_parameters": True,
     "json_serializer": dump_json,
-    "json_deserializer": load_json,
+    "json_deserializer": orjson.loads,
 }
 
 

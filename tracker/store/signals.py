@@ -11,11 +11,13 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, Self
 
+import orjson
+
 from tracker.core.log import get_logger
 from tracker.core.waiting import cancel, wait_for
 from tracker.store.engine import Database
 from tracker.store.postgres import connect_postgres
-from tracker.store.text import dump_json, load_json
+from tracker.store.text import dump_json
 
 if TYPE_CHECKING:
     from tracker.store.writing.writer import WriteOutcome
@@ -65,7 +67,7 @@ def run_notices(origin: str, run_ids: Sequence[str]) -> list[tuple[str, str]]:
 def read_runs(payload: str) -> tuple[str, list[str]]:
     """Origin and runs of a `RUNS` notification; empty if another program uses the channel."""
     try:
-        value: Any = load_json(payload)
+        value: Any = orjson.loads(payload)
     except ValueError:
         return "", []
     if not value or not isinstance(value, list):

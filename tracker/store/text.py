@@ -37,14 +37,9 @@ def dump_json(value: Any) -> str:
     return text
 
 
-def load_json(text: str | bytes) -> Any:
-    """The inverse of `dump_json`."""
-    return orjson.loads(text)
-
-
 def clean_json(value: T) -> T:
     """`value` as a database returns it; `value` itself if that is equal."""
-    fit: T = load_json(dump_json(value))
+    fit: T = orjson.loads(dump_json(value))
     return value if fit == value else fit
 
 

@@ -47,10 +47,9 @@ from tracker.web.http.request import (
     is_same_origin,
     network_of,
     peer_of,
-    request_id_of,
     requested_host,
 )
-from tracker.web.http.responses import Fault
+from tracker.web.http.responses import Fault, request_id_of
 from tracker.web.sessions import Session, Sessions
 
 Reason = Literal["missing", "wrong", "expired", "scope", "cross_site", "not_local"]

@@ -21,8 +21,14 @@ from tracker.flora.signature import SignatureError
 from tracker.receiving.receive import Received, Receiving
 from tracker.services import Services
 from tracker.web.http.limits import Limits
-from tracker.web.http.request import ClientGone, assign_request_id, header, read_body, too_slow
-from tracker.web.http.responses import Answer, Fault, PrebuiltResponse, unavailable
+from tracker.web.http.request import ClientGone, header, read_body, too_slow
+from tracker.web.http.responses import (
+    Answer,
+    Fault,
+    PrebuiltResponse,
+    assign_request_id,
+    unavailable,
+)
 
 _RECEIVING: Final = "tracker.receiving"
 """The key of a callback in its scope that waits for its commit."""

@@ -14,7 +14,7 @@ from tracker.core.clock import Clock
 from tracker.core.errors import SchemaOutdated, StoreUnavailable
 from tracker.core.log import get_logger
 from tracker.core.observation import Source
-from tracker.core.record import DeliveryOutcome, Record
+from tracker.core.record import DeliveryOutcome
 from tracker.core.rollup import is_adopted, lag_ms
 from tracker.core.run import RunStatus, is_known
 from tracker.flora.signature import Reason
@@ -181,33 +181,26 @@ class Counters:
             before, after = change.before, change.after
             if after is None or after is before or after.ended_via is None:
                 continue
+            via, ended_at = after.ended_via.value, after.run.completed_at
+            adopted = is_adopted(after)
             if before is None or before.ended_via is None:
-                self._ended(after)
-            if change.settles:
-                self._settled(after)
+                if adopted:
+                    self._count("adopted_runs")
+                else:
+                    self._count("run_ends", via, str(after.run.status))
+            # Both lags only now: FLORA's time of the end is known once the run was read.
+            if change.settles and ended_at is not None and not adopted:
+                for name, at in (
+                    ("end_lag_seconds", after.end_seen_at),
+                    ("settle_lag_seconds", after.settled_at),
+                ):
+                    if at is not None:
+                        self._histograms[name].labels(via).observe(lag_ms(ended_at, at) / 1000)
             error = after.run.error
             if error is None or is_known(error.code) or (before and before.run.error == error):
                 continue
             self._count("unknown_error_codes")
             log.warning("run.unknown_error_code", run_id=after.run.run_id, error_code=error.code)
-
-    def _ended(self, record: Record) -> None:
-        if is_adopted(record):
-            self._count("adopted_runs")
-        elif record.ended_via is not None:
-            self._count("run_ends", record.ended_via.value, str(record.run.status))
-
-    def _settled(self, record: Record) -> None:
-        """Observe both lags: FLORA's time of the end is only known once the run was read."""
-        ended_at, via = record.run.completed_at, record.ended_via
-        if ended_at is None or via is None or is_adopted(record):
-            return
-        for name, at in (
-            ("end_lag_seconds", record.end_seen_at),
-            ("settle_lag_seconds", record.settled_at),
-        ):
-            if at is not None:
-                self._histograms[name].labels(via.value).observe(lag_ms(ended_at, at) / 1000)
 
     def requests_of(self, workspace: Workspace) -> Callable[[str, int | None, float], None]:
         """The hook for requests of this workspace's FLORA client."""

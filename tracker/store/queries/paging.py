@@ -11,6 +11,7 @@ from decimal import Decimal
 from itertools import islice
 from typing import Any, Final, TypeVar
 
+import orjson
 from sqlalchemy import (
     ColumnElement,
     DateTime,
@@ -26,7 +27,7 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tracker.core.errors import FieldFault, InvalidRequest
-from tracker.store.text import dump_json, load_json
+from tracker.store.text import dump_json
 
 T = TypeVar("T")
 
@@ -64,7 +65,7 @@ def decode(cursor: str) -> tuple[str, str]:
     """The key of a cursor. Raises `InvalidRequest` for anything that `encode` did not return."""
     try:
         padded = cursor + "=" * (-len(cursor) % 4)
-        first, second = load_json(base64.b64decode(padded, altchars=b"-_", validate=True))
+        first, second = orjson.loads(base64.b64decode(padded, altchars=b"-_", validate=True))
     except (ValueError, TypeError) as exc:
         raise refusal() from exc
     if not isinstance(first, str) or not isinstance(second, str):

@@ -158,18 +158,15 @@ class GroupCommit(Generic[T, R]):
             error.__cause__ = self.trouble
             waiting.answer.set_exception(error)
 
-    def _next_group(self) -> list[_Waiting[T, R]]:
-        group: list[_Waiting[T, R]] = []
-        size = 0
-        while self._queue and len(group) < self._max_group and size < MAX_GROUP_BYTES:
-            group.append(self._pop())
-            size += group[-1].size
-        return group
-
     async def _run(self) -> None:
         while True:
             if self._queue:
-                await self._commit_group(self._next_group())
+                group: list[_Waiting[T, R]] = []
+                size = 0
+                while self._queue and len(group) < self._max_group and size < MAX_GROUP_BYTES:
+                    group.append(self._pop())
+                    size += group[-1].size
+                await self._commit_group(group)
                 self._writing = []
             elif self._closing:
                 return

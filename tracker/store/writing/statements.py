@@ -109,7 +109,7 @@ class Statements(ABC):
         self.update_applied = (
             update(deliveries)
             .where(is_any_of(deliveries.c.delivery_id, "delivery_ids"))
-            .values(outcome="applied", reason=null(), applied_at=bindparam("at"))
+            .values(outcome=word("applied"), reason=null(), applied_at=bindparam("at"))
         )
 
     def lock_runs(self, connection: Connection, run_ids: list[str]) -> dict[str, Record]:
@@ -140,7 +140,28 @@ class Statements(ABC):
         """
         values = {"most": limit, "held_up": self._as_list(held_up)}
         rows = connection.execute(self.select_waiting, values).all()
-        return _with_bodies(connection, rows), len(rows)
+        large = [row.delivery_id for row in rows if row.body is None][:MAX_LARGE]
+        bodies: dict[str, bytes] = {}
+        if large:
+            whole = select(deliveries.c.delivery_id, deliveries.c.body)
+            found = connection.execute(whole.where(deliveries.c.delivery_id.in_(large)))
+            bodies = dict(found.all())
+        taken = [
+            Delivery(
+                delivery_id=delivery_id,
+                received_at=received_at,
+                body=bodies[delivery_id] if body is None else body,
+                run_id=run_id,
+                event_type=event_type,
+                workspace_id=workspace_id,
+                callback_token=token,
+            )
+            for delivery_id, received_at, run_id, event_type, workspace_id, token, body in map(
+                tuple, rows
+            )
+            if body is not None or delivery_id in bodies
+        ]
+        return taken, len(rows)
 
     def finish(
         self,
@@ -153,7 +174,8 @@ class Statements(ABC):
         if applied:
             values = {"delivery_ids": self._as_list(applied), "at": at}
             connection.execute(self.update_applied, values)
-        quarantine(connection, quarantined)
+        if quarantined:
+            quarantine(connection, quarantined)
 
 
 def statements_for(db: Database) -> Statements:
@@ -176,31 +198,6 @@ MAX_LARGE: Final = 32
 """Bytes that nearly every body has at most, and how many larger ones are applied together: at 256
 KiB each, they take at most eight megabytes of memory."""
 _SMALL_BODY: Final = case((func.length(deliveries.c.body) <= SMALL_BODY, deliveries.c.body))
-
-
-def _with_bodies(connection: Connection, rows: Sequence[Any]) -> list[Delivery]:
-    """The deliveries of these rows; of those with large bodies the first few."""
-    large = [row.delivery_id for row in rows if row.body is None][:MAX_LARGE]
-    bodies: dict[str, bytes] = {}
-    if large:
-        whole = select(deliveries.c.delivery_id, deliveries.c.body)
-        found = connection.execute(whole.where(deliveries.c.delivery_id.in_(large)))
-        bodies = dict(found.all())
-    return [
-        Delivery(
-            delivery_id=delivery_id,
-            received_at=received_at,
-            body=bodies[delivery_id] if body is None else body,
-            run_id=run_id,
-            event_type=event_type,
-            workspace_id=workspace_id,
-            callback_token=token,
-        )
-        for delivery_id, received_at, run_id, event_type, workspace_id, token, body in map(
-            tuple, rows
-        )
-        if body is not None or delivery_id in bodies
-    ]
 
 
 def close_starts(slot: Any, key: Any, run: Any, shown: Any, others: Any) -> Update:
@@ -239,10 +236,9 @@ _QUARANTINE: Final = (
 
 
 def quarantine(connection: Connection, reasons: Sequence[tuple[str, str]]) -> None:
-    """Quarantine waiting deliveries, by id, each with its reason."""
-    if reasons:
-        rows = [{"quarantined": key, "because": reason} for key, reason in reasons]
-        connection.execute(_QUARANTINE, rows)
+    """Quarantine waiting deliveries, one at least, by id, each with its reason."""
+    rows = [{"quarantined": key, "because": reason} for key, reason in reasons]
+    connection.execute(_QUARANTINE, rows)
 
 
 _PARSED: Final = {

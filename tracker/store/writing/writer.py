@@ -190,21 +190,7 @@ class WriteBatch:
             changes.due = True
 
     def write(self) -> WriteOutcome:
-        changes = self._changes
-        self._compare()
-        changes.started = [
-            (*key, run_id, shown, max(shown - 1, 0))
-            for key, (run_id, shown) in sorted(self._started.items())
-        ]
-        if changes.records or changes.started:
-            self._statements.write(self._connection, changes)
-        requeued = bool(changes.moved) and requeue_runs(self._connection, changes.moved)
-        return WriteOutcome(
-            self._results, changes.due, changes.changed_runs, requeued, bool(changes.outbox)
-        )
-
-    def _compare(self) -> None:
-        """Note the differences between the stored and the merged records."""
+        """Write the differences between the stored and the merged records."""
         changes = self._changes
         rollups: dict[Key, list[int]] = {}
         for run_id in sorted(self._now):
@@ -236,6 +222,16 @@ class WriteBatch:
                 for position, output in enumerate(outputs or ())
             )
         changes.rollups = [(*key, *counts) for key, counts in rollups.items() if any(counts)]
+        changes.started = [
+            (*key, run_id, shown, max(shown - 1, 0))
+            for key, (run_id, shown) in sorted(self._started.items())
+        ]
+        if changes.records or changes.started:
+            self._statements.write(self._connection, changes)
+        requeued = bool(changes.moved) and requeue_runs(self._connection, changes.moved)
+        return WriteOutcome(
+            self._results, changes.due, changes.changed_runs, requeued, bool(changes.outbox)
+        )
 
 
 def _count(rollups: dict[Key, list[int]], record: Record, sign: int) -> None:

@@ -22,7 +22,6 @@ from tracker.web.http.limits import Limits
 from tracker.web.http.request import (
     SAFE_METHODS,
     ClientGone,
-    assign_request_id,
     discard_body,
     has_unread_body,
 )
@@ -31,6 +30,7 @@ from tracker.web.http.responses import (
     REQUEST_ID,
     Fault,
     Json,
+    assign_request_id,
     to_fault,
     unavailable,
 )

@@ -1,23 +1,20 @@
-"""What a request says about itself: its id, where it comes from, and its body."""
+"""What a request says about itself: where it comes from, and its body."""
 
 import asyncio
 import re
 from contextlib import suppress
-from functools import cache
 from ipaddress import IPv6Address, ip_address
-from random import Random
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 import orjson
 from starlette.types import Receive, Scope
 
-from tracker.web.http.responses import REQUEST_ID, Fault
+from tracker.web.http.responses import Fault
 
 SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 """The methods that change nothing."""
 
-_REQUEST_ID_FORM: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _BODY_READ: Final = "tracker.body_read"
 _FORWARDING: Final = (b"forwarded", b"x-real-ip", b"via")
 _PROTO: Final = re.compile(rb'(?i)(?:^|[;,\s])proto\s*=\s*"?([a-z]+)')
@@ -32,30 +29,6 @@ def header(scope: Scope, name: bytes) -> bytes | None:
     """The value of a header that may occur once; `None` if it is missing or repeated."""
     values = header_values(scope, name)
     return values[0] if len(values) == 1 else None
-
-
-@cache
-def _random() -> Random:
-    """Created when a process first needs it; unlike `secrets` it asks the kernel only once."""
-    return Random()
-
-
-def assign_request_id(scope: Scope) -> str:
-    """The request's id from now on: its `X-Request-Id` if that is fit for a log, else a new one."""
-    request_id = None
-    for name, value in scope["headers"]:
-        if name == b"x-request-id" and _REQUEST_ID_FORM.fullmatch(value):
-            request_id = str(value, "ascii")
-            break
-    if request_id is None:
-        request_id = f"{_random().getrandbits(64):016x}"
-    scope[REQUEST_ID] = request_id
-    return request_id
-
-
-def request_id_of(scope: Scope) -> str | None:
-    """A request's id, once it has one."""
-    return scope.get(REQUEST_ID)
 
 
 # Where it comes from

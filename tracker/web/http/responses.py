@@ -1,12 +1,16 @@
-"""JSON responses, responses that are always the same, and the response for each error.
+"""JSON responses, responses that are always the same, and the response for each error; and the id
+of a request, which each response bears.
 
 Errors have FLORA's own shape, `{"error": {"code", "message", "fields"?}}`, so that FLORA's error to
 a start can be passed on unchanged.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from math import ceil
+from random import Random
 from typing import Any, Final
 
 import orjson
@@ -43,6 +47,7 @@ DEFAULT_HEADERS: Final = (
 """The headers of every response, unless it sets its own."""
 REQUEST_ID: Final = "tracker.request_id"
 """The key of a request's id in its scope."""
+_REQUEST_ID_FORM: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 Answer = Callable[[bytes | None], None]
 """Completes a request with a 200 response, from its first header after the server's own on; `None`
 lets the application serve the request."""
@@ -51,6 +56,30 @@ Take = Callable[[Scope, bytes, Answer], bool]
 a callback more than its signature; `Answer` is called later. False: the application serves it."""
 RETRY_AFTER: Final = 5
 """Seconds to wait where no time is known; FLORA's documentation recommends the same."""
+
+
+@cache
+def _random() -> Random:
+    """Created when a process first needs it; unlike `secrets` it asks the kernel only once."""
+    return Random()
+
+
+def assign_request_id(scope: Scope) -> str:
+    """The request's id from now on: its `X-Request-Id` if that is fit for a log, else a new one."""
+    request_id = None
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _REQUEST_ID_FORM.fullmatch(value):
+            request_id = str(value, "ascii")
+            break
+    if request_id is None:
+        request_id = f"{_random().getrandbits(64):016x}"
+    scope[REQUEST_ID] = request_id
+    return request_id
+
+
+def request_id_of(scope: Scope) -> str | None:
+    """A request's id, once it has one."""
+    return scope.get(REQUEST_ID)
 
 
 class Json(Response):
