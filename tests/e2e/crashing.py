@@ -48,7 +48,7 @@ COMMITS: Final = (
     *("batches.keep", "batches.finish"),
     *("batch_launches.claim_due", "batch_launches.renew", "batch_launches.end"),
     *("batch_launches.release", "batch_launches.finish_ended"),
-    *("outbox.fan_out", "endpoints.configure", "messages.take_turn"),
+    *("messages.fan_out", "endpoints.configure", "messages.take_turn"),
     *("techniques.define", "techniques.doubt", "techniques.add_listed", "techniques.mark_gone"),
 )
 SELDOM: Final = (

@@ -22,11 +22,11 @@ from tracker.store.writing.messages import (
     Attempt,
     Claimed,
     enable,
+    fan_out,
     next_due_at,
     recover,
     take_turn,
 )
-from tracker.store.writing.outbox import fan_out
 from tracker.views import message_body
 
 LEASE = timedelta(seconds=25)

@@ -378,7 +378,7 @@ _STATEMENTS = PostgresStatements("origin")
     [
         (_text(_STATEMENTS.lock_rows), "ARRAY['a', 'b']", "pk_runs"),
         (_text(_STATEMENTS.select_waiting), "16384, ARRAY['a'], 10", "ix_deliveries_waiting"),
-        (_text(_STATEMENTS.update_applied), "'applied', now(), ARRAY['a']", "pk_deliveries"),
+        (_text(_STATEMENTS.update_applied), "now(), ARRAY['a']", "pk_deliveries"),
         (_text(WRITE), "'[]', '[]', '[]', '[]', ARRAY['a'], '[]', '[]'", "pk_runs"),
         (STORE, "'[]', '{}'", "pk_deliveries"),
     ],

@@ -31,8 +31,15 @@ from tracker.store.queries.endpoints import configure, get_endpoint
 from tracker.store.signals import Signals
 from tracker.store.writing import messages
 from tracker.store.writing.group_commit import call_hook
-from tracker.store.writing.messages import Attempt, Claim, next_due_at, take_turn
-from tracker.store.writing.outbox import Shown, fan_out, outbox_waits
+from tracker.store.writing.messages import (
+    Attempt,
+    Claim,
+    Shown,
+    fan_out,
+    next_due_at,
+    outbox_waits,
+    take_turn,
+)
 
 GROUP: Final = 100
 """The most events that one transaction turns into messages."""

@@ -294,7 +294,8 @@ def attributed_page(workspace: Workspace, items: Sequence[Observation]) -> list[
 
 async def without_removed(db: Database, items: Sequence[Observation]) -> list[Observation]:
     """The items without runs that retention has removed, which must not come back."""
-    removed = await retention.find_removed(db, _ended(items))
+    ended = _ended(items)
+    removed = await retention.find_removed(db, ended) if ended else set()
     return [item for item in items if item.run_id not in removed]
 
 
