@@ -27,7 +27,7 @@ from tracker.polling.follow import Follower
 from tracker.polling.poll import Coalescer, DurationBook, Poller
 from tracker.polling.sweep import Sweeper
 from tracker.polling.verify import Verifier
-from tracker.polling.workspaces import DatabaseWaits, Workspace, WorkspaceIds, Workspaces
+from tracker.polling.workspaces import DatabaseWaits, Workspace, Workspaces
 from tracker.receiving.apply import Applier
 from tracker.receiving.receive import Inbox, Receiver
 from tracker.receiving.replay import Replayer
@@ -179,7 +179,7 @@ async def open_services(
                 )
                 stack.push_async_callback(workspace.client.aclose)
             opened.append(workspace)
-        workspaces = Workspaces(opened)
+        workspaces = Workspaces(opened, database=database, clock=clock)
         contacts = await stack.enter_async_context(
             Contacts(database, workspaces=workspaces, clock=clock, background=background)
         )
@@ -257,7 +257,6 @@ async def open_services(
         catalogue = Catalogue(database, workspaces=workspaces, clock=clock)
         matcher = StartMatcher(database=database, writer=writer, clock=clock)
         stack.push_async_callback(matcher.aclose)
-        ids = WorkspaceIds(database, clock=clock)
         sender = StartSender(
             matcher=matcher,
             addresses=CallbackAddresses(database, url=settings.callback_url, clock=clock),
@@ -266,7 +265,6 @@ async def open_services(
         recovery = Recovery(
             database=database,
             workspaces=workspaces,
-            ids=ids,
             matcher=matcher,
             sender=sender,
             process=process,
@@ -287,7 +285,6 @@ async def open_services(
         starter = Starter(
             database=database,
             workspaces=workspaces,
-            ids=ids,
             catalogue=catalogue,
             durations=durations,
             sender=sender,
@@ -305,7 +302,6 @@ async def open_services(
         batches = Batches(
             database=database,
             workspaces=workspaces,
-            ids=ids,
             catalogue=catalogue,
             starter=starter,
             recovery=recovery,
@@ -363,7 +359,6 @@ async def open_services(
             resolver=Resolver(
                 database=database,
                 workspaces=workspaces,
-                ids=ids,
                 matcher=matcher,
                 process=process,
                 clock=clock,
@@ -381,7 +376,6 @@ async def open_services(
                 database=database,
                 writer=writer,
                 workspaces=workspaces,
-                ids=ids,
                 durations=durations,
                 coalescer=coalescer,
                 holder=process,

@@ -631,7 +631,7 @@ async def test_a_dead_process_leaves_doubt(
     [workspace] = services.workspaces
     technique_id = await services.catalogue.technique_id(workspace, "icon-pack")
     db = services.database
-    await services.starter.ids.of(workspace)
+    await services.workspaces.id_of(workspace)
     from tracker.starting.start import fingerprint
 
     await start_log.reserve(

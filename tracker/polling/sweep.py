@@ -42,7 +42,7 @@ from tracker.polling.history import (
     without_removed,
 )
 from tracker.polling.poll import Coalescer, DurationBook
-from tracker.polling.workspaces import Workspace, WorkspaceIds, Workspaces
+from tracker.polling.workspaces import Workspace, Workspaces
 from tracker.store import claims
 from tracker.store.engine import Database
 from tracker.store.queries import runs, sweeps
@@ -122,7 +122,6 @@ class Sweeper:
     database: Database
     writer: Writer
     workspaces: Workspaces
-    ids: WorkspaceIds
     durations: DurationBook
     coalescer: Coalescer
     holder: str
@@ -355,7 +354,7 @@ class _Sweep:
         if ids:
             return True
         try:
-            await self._sweeper.ids.of(workspace)
+            await self._sweeper.workspaces.id_of(workspace)
         except SettingsError:
             if workspace.configured_id is not None:
                 raise

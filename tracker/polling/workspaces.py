@@ -1,7 +1,7 @@
 """The configured workspaces: one API key and its signing secrets each.
 
 Where only one workspace is configured its id is optional: it is learnt from FLORA's first answer or
-from the first authentic callback. Before a start, `WorkspaceIds` makes sure of it by the key.
+from the first authentic callback. Before a start, `Workspaces.id_of` makes sure of it by the key.
 """
 
 import asyncio
@@ -102,11 +102,23 @@ class Workspace:
 
 
 class Workspaces:
-    """All configured workspaces."""
+    """All configured workspaces.
 
-    def __init__(self, workspaces: Sequence[Workspace]) -> None:
+    Idempotency keys belong to a workspace id, which `id_of` finds by the API key and stores with
+    the key's fingerprint. If they belonged to a place in the settings, moving a workspace would pay
+    for its starts again, and another workspace's key in the same place would be given the runs of
+    the first.
+    """
+
+    def __init__(
+        self, workspaces: Sequence[Workspace], *, database: Database, clock: Clock
+    ) -> None:
         self._all = tuple(workspaces)
         self._secrets = self._all_secrets()
+        self._database = database
+        self._clock = clock
+        self._ids: dict[tuple[str, str], str] = {}
+        self._asking = asyncio.Lock()
 
     def __iter__(self) -> Iterator[Workspace]:
         return iter(self._all)
@@ -175,26 +187,14 @@ class Workspaces:
             return [workspace.workspace_id]
         return None if workspace.workspace_id is None else [workspace.workspace_id, None]
 
+    async def with_id(self, workspace_id: str) -> Workspace | None:
+        """The workspace whose API key is that workspace's. Raises as `id_of` does."""
+        for one in self.keyed:
+            if await self.id_of(one) == workspace_id:
+                return one
+        return None
 
-def _fault(message: str) -> InvalidRequest:
-    return InvalidRequest(message, [FieldFault("workspace_id", message)])
-
-
-class WorkspaceIds:
-    """Finds the workspace of an API key, and stores it with the key's fingerprint.
-
-    Idempotency keys belong to a workspace id. If they belonged to a place in the settings, moving a
-    workspace would pay for its starts again, and another workspace's key in the same place would be
-    given the runs of the first.
-    """
-
-    def __init__(self, database: Database, *, clock: Clock) -> None:
-        self._database = database
-        self._clock = clock
-        self._known: dict[tuple[str, str], str] = {}
-        self._asking = asyncio.Lock()
-
-    async def of(self, workspace: Workspace, *, deadline: float = ASK_SECONDS) -> str:
+    async def id_of(self, workspace: Workspace, *, deadline: float = ASK_SECONDS) -> str:
         """The id of the workspace that its key belongs to. `deadline` is in seconds.
 
         Raises `SettingsError` if there is no key, if the settings name another workspace, or if
@@ -203,7 +203,7 @@ class WorkspaceIds:
         """
         client = workspace.require_client()
         fingerprint = client.key_fingerprint
-        if (known := self._known.get((workspace.slot, fingerprint))) is not None:
+        if (known := self._ids.get((workspace.slot, fingerprint))) is not None:
             return known
         async with self._asking:
             workspace_id = await stored.workspace_of(self._database, fingerprint)
@@ -220,7 +220,7 @@ class WorkspaceIds:
             workspace.workspace_id = workspace_id
             if workspace.is_top:
                 await stored.give_ids(self._database, workspace_id)
-            self._known[workspace.slot, fingerprint] = workspace_id
+            self._ids[workspace.slot, fingerprint] = workspace_id
         return workspace_id
 
     async def _learn(
@@ -242,6 +242,10 @@ class WorkspaceIds:
             self._database, fingerprint, found, place=workspace.slot, at=self._clock()
         )
         return found
+
+
+def _fault(message: str) -> InvalidRequest:
+    return InvalidRequest(message, [FieldFault("workspace_id", message)])
 
 
 async def _ask_flora(client: FloraClient, configured: str | None, deadline: float) -> str | None:

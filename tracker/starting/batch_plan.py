@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from tracker.core.clock import Clock
 from tracker.core.errors import DefinitionChanged, InvalidRequest, TrackerError
 from tracker.core.inputs import Tags, batch_id, obstacle, row_digests
-from tracker.polling.workspaces import Workspace, WorkspaceIds, Workspaces
+from tracker.polling.workspaces import Workspace, Workspaces
 from tracker.starting.batch_rows import BatchPlan, PlannedRow, Retry, RowState, states_of, turn_of
 from tracker.starting.catalogue import Catalogue
 from tracker.starting.columns import (
@@ -31,7 +31,6 @@ class BatchPlanner:
 
     database: Database
     workspaces: Workspaces
-    ids: WorkspaceIds
     catalogue: Catalogue
     clock: Clock
 
@@ -61,7 +60,7 @@ class BatchPlanner:
         changed (unless `accept_changes`), and what reading FLORA raises.
         """
         workspace = self.workspaces.pick(workspace_id)
-        workspace_id = await self.ids.of(workspace)
+        workspace_id = await self.workspaces.id_of(workspace)
         definition, price_error = await self.catalogue.priced(workspace, technique)
         if (reason := obstacle(definition.ports)) is not None:
             raise InvalidRequest(f"{technique} cannot be started: {reason}")
@@ -144,10 +143,10 @@ class BatchPlanner:
 
     async def workspace_of(self, batch: BatchRow) -> Workspace:
         """The workspace of a stored batch. Raises `TrackerError` if it is not configured here."""
-        for one in self.workspaces.keyed:
-            if await self.ids.of(one) == batch.workspace_slot:
-                return one
-        raise TrackerError(f"workspace {batch.workspace_slot} is not configured here")
+        found = await self.workspaces.with_id(batch.workspace_slot)
+        if found is None:
+            raise TrackerError(f"workspace {batch.workspace_slot} is not configured here")
+        return found
 
     async def _retried(
         self,

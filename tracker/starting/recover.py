@@ -16,7 +16,7 @@ from typing import Final
 from tracker.core.clock import Clock, boot_seconds
 from tracker.core.errors import FloraError, SettingsError, StartError
 from tracker.core.log import get_logger
-from tracker.polling.workspaces import Workspace, WorkspaceIds, Workspaces
+from tracker.polling.workspaces import Workspace, Workspaces
 from tracker.starting.matching import HistoryRead, StartMatcher
 from tracker.starting.sending import HELD_FOR, NO_ANSWER, HeldStart, StartSender, holding
 from tracker.store.engine import Database
@@ -46,7 +46,6 @@ class Recovery:
 
     database: Database
     workspaces: Workspaces
-    ids: WorkspaceIds
     matcher: StartMatcher
     sender: StartSender
     process: str
@@ -90,7 +89,7 @@ class Recovery:
         found = {}
         for workspace in self.workspaces.keyed:
             try:
-                found[await self.ids.of(workspace)] = workspace
+                found[await self.workspaces.id_of(workspace)] = workspace
             except (FloraError, SettingsError) as error:
                 log.warning("start.recovery_failed", error=str(error))
         return found

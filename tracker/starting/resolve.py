@@ -19,7 +19,7 @@ from tracker.core.observation import Observation, Source
 from tracker.core.record import Record, Seen
 from tracker.core.run import Run
 from tracker.polling.poll import Poller
-from tracker.polling.workspaces import Workspace, WorkspaceIds, Workspaces
+from tracker.polling.workspaces import Workspace, Workspaces
 from tracker.starting.catalogue import Catalogue
 from tracker.starting.matching import StartMatcher
 from tracker.starting.sending import HeldStart, holding
@@ -45,7 +45,6 @@ class Resolver:
 
     database: Database
     workspaces: Workspaces
-    ids: WorkspaceIds
     matcher: StartMatcher
     process: str
     clock: Clock
@@ -108,14 +107,13 @@ class Resolver:
 
     async def _read(self, row: StartRow, run_id: str) -> Observation | None:
         """The run as FLORA shows it; `None` without a key to read it with."""
-        for workspace in self.workspaces.keyed:
-            if await self.ids.of(workspace) != row.workspace_slot:
-                continue
-            try:
-                return await workspace.require_client().get_run(row.technique_id, run_id)
-            except NotFound:
-                raise _fault(f"FLORA has no run {run_id} of {row.technique_id}") from None
-        return None
+        workspace = await self.workspaces.with_id(row.workspace_slot)
+        if workspace is None:
+            return None
+        try:
+            return await workspace.require_client().get_run(row.technique_id, run_id)
+        except NotFound:
+            raise _fault(f"FLORA has no run {run_id} of {row.technique_id}") from None
 
 
 def _log_resolved(row: StartRow, run_id: str | None) -> None:

@@ -31,7 +31,7 @@ from tracker.core.waiting import cancel
 from tracker.flora.client import check_idempotency_key
 from tracker.flora.technique import Technique
 from tracker.polling.poll import DurationBook
-from tracker.polling.workspaces import Workspace, WorkspaceIds, Workspaces
+from tracker.polling.workspaces import Workspace, Workspaces
 from tracker.starting.catalogue import Catalogue
 from tracker.starting.recover import Recovery
 from tracker.starting.sending import StartSender, holding, new_token, pending
@@ -85,7 +85,6 @@ class Starter:
 
     database: Database
     workspaces: Workspaces
-    ids: WorkspaceIds
     catalogue: Catalogue
     durations: DurationBook
     sender: StartSender
@@ -123,7 +122,7 @@ class Starter:
         workspace.require_client()
         key = f"trk-{uuid4()}" if request.idempotency_key is None else request.idempotency_key
         check_idempotency_key(key)
-        workspace_id = await self.ids.of(workspace, deadline=self.deadline)
+        workspace_id = await self.workspaces.id_of(workspace, deadline=self.deadline)
         row = await starts.get(self.database, workspace_id, key)
         replayed = row is not None and not row.is_fresh
         if row is not None and replayed:
