@@ -22,7 +22,6 @@ from tracker.core.events import HANDLER_SECONDS, MOST_OPEN
 from tracker.core.inputs import check_tags
 from tracker.core.log import get_logger
 from tracker.core.record import Record
-from tracker.core.waiting import cancel
 from tracker.errors import TrackerNotOpen
 from tracker.library.batches import BatchCalls
 from tracker.library.handlers import EventName, HandlerFunction, Handlers, RunEvent
@@ -75,7 +74,6 @@ class Tracker(RunCalls, BatchCalls):
         self._stack: AsyncExitStack | None = None
         self._opened: tuple[Services, asyncio.AbstractEventLoop] | None = None
         self._feed: ChangeFeed | None = None
-        self._launching: asyncio.Task[None] | None = None
 
     @classmethod
     def from_env(cls, *, worker: bool | None = None) -> Self:
@@ -139,7 +137,7 @@ class Tracker(RunCalls, BatchCalls):
             self._stack = None
 
     def _end_calls(self) -> None:
-        self._opened = self._feed = self._launching = None
+        self._opened = self._feed = None
 
     def asgi(self) -> "Mounted":
         """The web application, with callbacks, API and dashboard, to mount in another one.
@@ -175,7 +173,7 @@ class Tracker(RunCalls, BatchCalls):
     def _closed_copy(self) -> Self:
         """The same tracker for a child process, whose parent may have opened this one."""
         closed = copy(self)
-        closed._opened = closed._stack = closed._feed = closed._launching = None
+        closed._opened = closed._stack = closed._feed = None
         return closed
 
     def _services(self) -> "Services":
@@ -196,12 +194,8 @@ class Tracker(RunCalls, BatchCalls):
     def _launching_batches(self) -> "Services":
         """As `_services`; stored batches are launched from here too until the tracker is closed."""
         services = self._services()
-        if not self._works and self._launching is None and self._stack is not None:
-            from tracker.library.launching import launch
-
-            self._launching = asyncio.create_task(launch(services), name="batch-launcher")
+        if not self._works and self._stack is not None and services.batch_worker.start():
             self._stack.push_async_callback(services.batch_worker.stop)
-            self._stack.push_async_callback(cancel, self._launching)
         return services
 
     def _changes(self) -> "ChangeFeed":

@@ -8,9 +8,8 @@ from decimal import Decimal
 from functools import partial
 from typing import Any, cast
 
-from tracker.core.errors import FIELDS_NAMED, FieldFault, InvalidRequest, StoreError
+from tracker.core.errors import FIELDS_NAMED, FieldFault, InvalidRequest
 from tracker.core.formatting import counted
-from tracker.core.log import get_logger
 from tracker.errors import BatchUnknown, WaitTimeout
 from tracker.library.inputs import text_of
 from tracker.library.run import ACTOR
@@ -23,8 +22,6 @@ from tracker.starting.columns import ColumnMapping
 from tracker.starting.sheet import SheetRefused, sheet_of_objects
 from tracker.store.queries import batches as stored
 from tracker.store.queries.batches import BatchCounts, BatchRow
-
-log = get_logger(__name__)
 
 
 async def planned(
@@ -90,20 +87,6 @@ def order_of(
         wait_for_budget=wait_for_budget,
         at_once=at_once,
     )
-
-
-async def launch(services: Services) -> None:
-    """Launch ordered batches until it is cancelled, as a process with a worker does."""
-    is_down = False
-    while True:
-        try:
-            await services.batch_worker.launch_due()
-            is_down = False
-        except StoreError as error:
-            if not is_down:
-                log.warning("batch.database_down", error=str(error))
-            is_down = True
-        await services.batch_worker.wait()
 
 
 async def found(services: Services, batch_id: str) -> tuple[BatchRow, BatchCounts]:

@@ -24,6 +24,7 @@ from tracker.core.errors import (
     RateLimited,
     ServerFault,
     StoreError,
+    StoreUnavailable,
     TrackerError,
 )
 from tracker.core.formatting import counted, money
@@ -248,15 +249,33 @@ class BatchWorker:
     _ordered: asyncio.Event = field(default_factory=asyncio.Event, init=False)
     _closed_at: float = field(default=float("-inf"), init=False)
     _stopping: bool = field(default=False, init=False)
+    _running: asyncio.Task[None] | None = field(default=None, init=False)
 
     def wake(self) -> None:
         """Check at once what is due."""
         self._ordered.set()
 
-    async def wait(self) -> None:
-        """Wait until something may be due."""
-        await wait_for(self._ordered, self.check_every)
-        self._ordered.clear()
+    def start(self) -> bool:
+        """Launch what is due until `stop`; false if that was begun before."""
+        if self._running is not None:
+            return False
+        self._running = asyncio.create_task(self._launch_always(), name="batch-launcher")
+        return True
+
+    async def _launch_always(self) -> None:
+        is_down = False
+        while True:
+            try:
+                await self.launch_due()
+                is_down = False
+            except StoreUnavailable as error:
+                if not is_down:
+                    log.warning("batch.database_down", error=str(error))
+                is_down = True
+            except Exception:  # a later batch must be launched, whatever happens
+                log.exception("worker.batches_failed")
+            await wait_for(self._ordered, self.check_every)
+            self._ordered.clear()
 
     async def launch_due(self) -> None:
         """Begin to launch what is due, and close batches that have ended. Raises `StoreError`."""
@@ -277,6 +296,7 @@ class BatchWorker:
     async def stop(self) -> None:
         """Begin no further row, let sent starts end, and release the leases."""
         self._stopping = True
+        await cancel(self._running)
         tasks = list(self._tasks.values())
         for launch in self._launches:
             launch.break_off()

@@ -127,8 +127,8 @@ class Worker:
             self._tasks = [
                 asyncio.create_task(self._wake_when_due(), name="poll-waker"),
                 asyncio.create_task(self._watch_clock(), name="clock-watcher"),
-                asyncio.create_task(self._launch_batches(), name="batch-launcher"),
             ]
+            services.batch_worker.start()
 
     async def stop(self) -> None:
         """End the jobs, interrupting them, and release their claims."""
@@ -258,17 +258,6 @@ class Worker:
             except Exception:  # polling must not stop, whatever happens
                 log.exception("worker.waker_failed")
                 await asyncio.sleep(self._times.round_every)
-
-    async def _launch_batches(self) -> None:
-        worker = self._services.batch_worker
-        while True:
-            try:
-                await worker.launch_due()
-            except StoreError as error:
-                self._log_failed("batches", error)
-            except Exception:  # a later batch must be launched, whatever happens
-                log.exception("worker.batches_failed")
-            await worker.wait()
 
     async def _watch_clock(self) -> None:
         """Correct APScheduler, which uses the wall clock, by the time that has really passed.
